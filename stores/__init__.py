@@ -1,0 +1,68 @@
+"""What is on disk: formats, writers, readers, checks. numpy, zarr and pyarrow; no torch, no dask, no click."""
+
+from .activation_store import ActivationSpec, ActivationStore, ActivationWriter
+from .barcode_store import BarcodeStore, BarcodeWriter
+from .csr import CsrReader, CsrRows, CsrWriter
+from .errors import (
+    BadInput,
+    CytoError,
+    DamagedStore,
+    IncompleteStore,
+    SpecMismatch,
+    StoreNotFound,
+    UnreadableImage,
+)
+from .latent_store import LatentSpec, LatentStore, LatentWriter
+from .output import Output, plan_output
+from .runlog import append_run, read_runs
+from .spec import (
+    ACTIVATIONS,
+    BARCODES,
+    LATENTS,
+    SAE,
+    Header,
+    check_choice,
+    find_header,
+    new_header,
+    read_header,
+    write_header,
+)
+from .verify import Problem, verify_activations, verify_latents
+
+__all__ = [
+    "ACTIVATIONS",
+    "BARCODES",
+    "LATENTS",
+    "SAE",
+    "ActivationSpec",
+    "ActivationStore",
+    "ActivationWriter",
+    "BadInput",
+    "BarcodeStore",
+    "BarcodeWriter",
+    "CsrReader",
+    "CsrRows",
+    "CsrWriter",
+    "CytoError",
+    "DamagedStore",
+    "Header",
+    "IncompleteStore",
+    "LatentSpec",
+    "LatentStore",
+    "LatentWriter",
+    "Output",
+    "Problem",
+    "SpecMismatch",
+    "StoreNotFound",
+    "UnreadableImage",
+    "append_run",
+    "check_choice",
+    "find_header",
+    "new_header",
+    "plan_output",
+    "read_header",
+    "read_runs",
+    "verify_activations",
+    "verify_latents",
+    "write_header",
+]

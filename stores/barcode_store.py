@@ -1,0 +1,96 @@
+"""Barcodes on disk: one folder with three whole AnnData stores (image, patient, disease), in Zarr v3.
+
+Format "barcodes", version 1: docs/formats.md. `anndata.read_zarr` opens each of them: int32 indices, float32
+values, `obs` the images, patients or diseases, `var` one row per latent.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+
+from .csr import CsrWriter
+from .errors import BadInput
+from .spec import BARCODES, Header, read_header
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEVELS = ("image", "patient", "disease")
+
+
+class BarcodeWriter:
+    """Writes one AnnData store: rows of `X` and of the layers block by block, then the tables.
+
+    Memory: one unfinished chunk per matrix.
+    """
+
+    def __init__(self, root: Path, *, n_latents: int, layers: tuple[str, ...] = ()) -> None:
+        """Begin the store at `root`; a half-written one that lies there is replaced."""
+        if root.is_dir() and not root.is_symlink():
+            shutil.rmtree(root)
+        self._group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
+        self._group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        paths = {"X": root / "X"} | {name: root / "layers" / name for name in layers}
+        layer_group = self._group.create_group("layers")
+        layer_group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+        self._matrices = {name: CsrWriter(path, n_columns=n_latents, indices="int32") for name, path in paths.items()}
+
+    def append(self, matrices: dict[str, Any]) -> None:
+        """Append the same rows to `X` and to every layer.
+
+        Parameters
+        ----------
+        matrices : name -> scipy CSR (rows, n_latents): canonical, without zeros, values exact in float32
+
+        Raises
+        ------
+        BadInput
+            If a value is not finite; nothing is written then.
+        """
+        assert matrices.keys() == self._matrices.keys()
+        for name, matrix in matrices.items():
+            if not np.isfinite(matrix.data).all():
+                raise BadInput(f"{name} of the barcodes has a value that is NaN or infinite")
+        for name, matrix in matrices.items():
+            self._matrices[name].append(matrix.indices, matrix.data.astype(np.float32), np.diff(matrix.indptr))
+
+    def finish(self, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
+        """Write shapes and tables; `obs` has one row per appended row."""
+        from anndata.io import write_elem
+
+        for matrix in self._matrices.values():
+            matrix.finish()
+            assert matrix.n_rows == len(obs)
+        write_elem(self._group, "obs", obs)
+        write_elem(self._group, "var", var)
+        write_elem(self._group, "uns", uns)
+        for name in ("obsm", "varm", "obsp", "varp"):
+            write_elem(self._group, name, {})
+
+
+class BarcodeStore:
+    """A complete barcodes folder, open for reading."""
+
+    def __init__(self, root: Path | str) -> None:
+        """Open the folder at `root`.
+
+        Raises
+        ------
+        StoreNotFound, IncompleteStore, SpecMismatch
+            If there are no finished barcodes of a version that this program reads.
+        """
+        self.root = Path(root).absolute()
+        self.header: Header = read_header(self.root, BARCODES)
+
+    def read(self, level: str) -> Any:
+        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory."""
+        import anndata
+
+        if level not in LEVELS or not (self.root / f"{level}.zarr").is_dir():
+            there = [name for name in LEVELS if (self.root / f"{name}.zarr").is_dir()]
+            raise BadInput(f"{self.root} has no {level!r} barcodes; it holds {', '.join(there)}")
+        return anndata.read_zarr(self.root / f"{level}.zarr")

@@ -1,0 +1,178 @@
+"""The latent store: the sparse latents of every token, one CSR row per token, and the image table.
+
+Format "latent store", version 1: docs/formats.md. Row `i * tokens_per_image + t` is token t of image i (CLS first);
+an unreadable image has empty rows. Values are float32 rounded to `value_bits` mantissa bits; a latent is zero or
+not before rounding, and every threshold is compared with the stored value.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import zarr
+from zarr.codecs import ZstdCodec
+
+from .csr import CsrReader, CsrRows, CsrWriter, index_dtype
+from .errors import DamagedStore
+from .files import append_line, read_lines, sweep_partials, sync_tree
+from .spec import LATENTS, Header, new_header, read_header, write_header
+from .tables import listed, read_image_table, readable, table_sha256, write_image_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What the numbers in a latent store are; hashed into its identity."""
+
+    sae_sha256: str  # of sae.safetensors
+    cache_sha256: str  # of the activation cache's identity and chunk checksums
+    cache: dict[str, Any]  # the cache's whole spec: what stage one did
+    images_sha256: str  # of the image table, outcome included
+    n_images: int
+    tokens_per_image: int
+    n_latents: int
+    precision: str  # of the encoder product
+    value_bits: int  # mantissa bits kept: 10 or 23
+    min_activation: float  # smaller values were dropped; 0: none were
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON values."""
+        return dict(vars(self))
+
+    @property
+    def n_rows(self) -> int:
+        """Number of CSR rows: one per token."""
+        return self.n_images * self.tokens_per_image
+
+
+class LatentWriter:
+    """Appends the latents of images in order; what `commit` has recorded survives a crash."""
+
+    def __init__(self, root: Path, spec: LatentSpec, images: pa.Table) -> None:
+        """Create the store, or continue it behind its last commit (`n_images` says where that is)."""
+        self.root, self.spec, self._journal = root, spec, root / "journal.jsonl"
+        commits = read_lines(self._journal, mend=True)
+        if not commits:
+            root.mkdir(parents=True, exist_ok=True)
+            _remove_rows(root / "X")
+            write_header(root, new_header(LATENTS, spec.to_dict()))
+            write_image_table(images, root / "images.parquet")
+        sweep_partials(root)
+        self.n_images: int = commits[-1]["n_images"] if commits else 0
+        at = (commits[-1]["n_rows"], commits[-1]["nnz"]) if commits else (0, 0)
+        self._rows = CsrWriter(root / "X", n_columns=spec.n_latents, indices=index_dtype(spec.n_latents), at=at)
+
+    @property
+    def nnz(self) -> int:
+        """Nonzeros appended so far."""
+        return self._rows.nnz
+
+    def append_tokens(
+        self, indices: npt.NDArray[Any], values: npt.NDArray[np.float32], row_lengths: npt.NDArray[Any]
+    ) -> None:
+        """Append the rows of some tokens, in order; indices strictly increasing in each row, values rounded."""
+        self._rows.append(indices, values, row_lengths)
+
+    def commit(self, n_images: int) -> None:
+        """Make the rows of the first `n_images` images durable and record it."""
+        n_rows, nnz = self._rows.commit()
+        assert n_rows == n_images * self.spec.tokens_per_image
+        append_line(self._journal, {"n_images": n_images, "n_rows": n_rows, "nnz": nnz})
+        self.n_images = n_images
+
+    def finish(self) -> Header:
+        """State the shape, write the row starts of the images, sync, and mark the store complete."""
+        assert self.n_images == self.spec.n_images
+        self._rows.finish()
+        reader = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
+        starts = reader.row_starts(0, self.spec.n_rows + 1, self.spec.tokens_per_image)
+        array = zarr.create_array(
+            os.fspath(self.root),
+            name="image_indptr",
+            shape=starts.shape,
+            dtype="int64",
+            chunks=(max(1, len(starts)),),
+            compressors=[ZstdCodec(level=0, checksum=True)],
+            fill_value=-1,
+            zarr_format=3,
+            overwrite=True,
+        )
+        array[:] = starts
+        sync_tree(self.root)
+        header = new_header(LATENTS, self.spec.to_dict())
+        header = Header(**{**vars(header), "complete": True, "summary": {"nnz": self.nnz}})
+        write_header(self.root, header)
+        return header
+
+
+class LatentStore:
+    """A complete latent store, open for reading. Pickles as its path; memory: what is asked for."""
+
+    def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
+        """Open the store at `root`; `check_files` looks for every chunk file.
+
+        Raises
+        ------
+        StoreNotFound, IncompleteStore, SpecMismatch
+            If there is no finished latent store of a version that this program reads.
+        DamagedStore
+            If a chunk is missing, or shapes, lengths or tables disagree.
+        """
+        self.root = Path(root).absolute()
+        self.header = read_header(self.root, LATENTS)
+        self.spec = LatentSpec(**self.header.spec)
+        self._rows = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
+        missing = self._rows.missing_chunks() if check_files else []
+        if missing:
+            names = listed([str(path.relative_to(self.root)) for path in missing])
+            raise DamagedStore(f"{self.root} has {len(missing):,} missing or empty chunk files ({names})")
+        self.image_indptr = self._read_image_indptr()
+        self.images = read_image_table(self.root / "images.parquet")
+        if self.images.num_rows != self.spec.n_images or table_sha256(self.images) != self.spec.images_sha256:
+            raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.root,)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything that decides the numbers."""
+        return self.header.identity
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored latents over all tokens."""
+        return self._rows.nnz
+
+    def readable(self) -> npt.NDArray[np.bool_]:
+        """(n_images,) bool: False where the image could not be read and its rows are empty."""
+        return np.array(readable(self.images))
+
+    def read_images(self, start: int, stop: int) -> CsrRows:
+        """The token rows of images start..stop, checked (`CsrReader.read_rows`)."""
+        tokens = self.spec.tokens_per_image
+        return self._rows.read_rows(start * tokens, stop * tokens)
+
+    def _read_image_indptr(self) -> npt.NDArray[np.int64]:
+        try:
+            starts = np.asarray(zarr.open_array(os.fspath(self.root / "image_indptr"), mode="r")[:])
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
+            raise DamagedStore(f"{self.root}/image_indptr cannot be read: {error}") from None
+        if (
+            len(starts) != self.spec.n_images + 1
+            or starts[0] != 0
+            or starts[-1] != self.nnz
+            or (np.diff(starts) < 0).any()
+        ):
+            raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
+        return starts
+
+
+def _remove_rows(path: Path) -> None:
+    """Remove rows that a killed writer left before its first commit (our own folder, never a link)."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)

@@ -1,0 +1,189 @@
+"""What every artefact says about itself: kind, version, identity, settings, whether it is complete.
+
+The header is one JSON object. A Zarr store keeps it as the attribute `cyto` of its root group (file `zarr.json`), a
+folder artefact as a file of its own (`sae.json`, `barcodes.json`). The identity is the SHA-256 of the spec, so
+that a store can be continued only with the settings that it was begun with.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
+from .files import sha256_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One kind of artefact: its name, the version this program writes, its header file, the command that makes it."""
+
+    kind: str
+    version: int
+    header_file: str
+    command: str
+
+
+ACTIVATIONS = Format(kind="activation cache", version=1, header_file="zarr.json", command="cyto cache extract")
+LATENTS = Format(kind="latent store", version=1, header_file="zarr.json", command="cyto sae encode")
+SAE = Format(kind="SAE", version=1, header_file="sae.json", command="cyto sae train")
+BARCODES = Format(kind="barcodes", version=1, header_file="barcodes.json", command="cyto barcode")
+FORMATS = {format.kind: format for format in (ACTIVATIONS, LATENTS, SAE, BARCODES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The header of one artefact, as read from disk or about to be written."""
+
+    kind: str
+    version: int
+    spec: dict[str, Any]
+    complete: bool = False
+    summary: dict[str, Any] | None = None  # known only at the end: counts, hashes of what was written
+    created_by: str = ""
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of kind, version and spec; two stores with equal identity hold the same numbers."""
+        return sha256_json({"format": self.kind, "format_version": self.version, "spec": self.spec})
+
+    def to_json(self) -> dict[str, Any]:
+        """The header as it stands on disk."""
+        return {
+            "format": self.kind,
+            "format_version": self.version,
+            "identity": self.identity,
+            "complete": self.complete,
+            "created_by": self.created_by,
+            "spec": self.spec,
+            "summary": self.summary,
+        }
+
+
+def new_header(format: Format, spec: dict[str, Any]) -> Header:
+    """The header of an artefact that is about to be begun."""
+    return Header(kind=format.kind, version=format.version, spec=spec, created_by=f"cyto {cyto_version()}")
+
+
+def cyto_version() -> str:
+    """The installed version of this program."""
+    try:
+        return version("cyto")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
+def find_header(root: Path) -> Header | None:
+    """The header of the artefact at `root`, whatever its kind; None where nothing of ours lies.
+
+    Raises
+    ------
+    DamagedStore
+        If the header is ours, but says an identity that its own spec does not have.
+    """
+    for name in dict.fromkeys(format.header_file for format in FORMATS.values()):
+        raw = _read_object(root / name)
+        if name == "zarr.json":
+            attributes = raw.get("attributes")
+            raw = attributes.get("cyto", {}) if isinstance(attributes, dict) else {}
+        if isinstance(raw, dict) and raw.get("format") in FORMATS:
+            return _parse_header(raw, root)
+    return None
+
+
+def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
+    """The header of the artefact of this kind at `root`.
+
+    Raises
+    ------
+    StoreNotFound
+        If nothing is there, or something of another kind.
+    SpecMismatch
+        If it was written by a newer program.
+    IncompleteStore
+        If `complete` is asked for and the job has not finished.
+    """
+    if not root.exists():
+        raise StoreNotFound(f"no {format.kind} at {root}: nothing is there. Make one with {format.command}")
+    header = find_header(root)
+    if header is None:
+        raise StoreNotFound(f"no {format.kind} at {root}: it is not a store of ours. Make one with {format.command}")
+    if header.kind != format.kind:
+        raise StoreNotFound(f"no {format.kind} at {root}: it holds a {header.kind}, version {header.version}")
+    if header.version > format.version:
+        raise SpecMismatch(
+            f"{root}: {format.kind} version {header.version} is newer than this cyto, which reads up to "
+            f"{format.version}; upgrade cyto"
+        )
+    if complete and not header.complete:
+        raise IncompleteStore(
+            f"{root} is incomplete: the {format.command} that writes it has not finished. "
+            f"Run the same {format.command} command again to continue"
+        )
+    return header
+
+
+def write_header(root: Path, header: Header) -> None:
+    """Write or replace the header of a folder artefact or of an existing Zarr group, atomically and durably."""
+    format = FORMATS[header.kind]
+    if format.header_file == "zarr.json":
+        group = _read_object(root / "zarr.json") or {"zarr_format": 3, "node_type": "group", "attributes": {}}
+        group["attributes"] = {**group.get("attributes", {}), "cyto": header.to_json()}
+        write_json(root / "zarr.json", group)
+    else:
+        write_json(root / format.header_file, header.to_json())
+
+
+def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The settings that differ between two specs, in words: `block 10 against 9, ...` (three, then a count)."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    names = [name for name in {**flat_old, **flat_new} if flat_old.get(name) != flat_new.get(name)]
+    shown = [f"{name} {_short(flat_old.get(name))} against {_short(flat_new.get(name))}" for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Refuse a value outside its closed list, always with the same words."""
+    if value not in allowed:
+        raise BadInput(f"{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
+
+
+def _parse_header(raw: dict[str, Any], root: Path) -> Header:
+    try:
+        header = Header(
+            kind=raw["format"],
+            version=int(raw["format_version"]),
+            spec=dict(raw["spec"]),
+            complete=raw["complete"] is True,
+            summary=raw.get("summary"),
+            created_by=str(raw.get("created_by", "")),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedStore(f"{root}: the header of this {raw['format']} cannot be read ({error!r})") from None
+    if header.version <= FORMATS[header.kind].version and raw.get("identity") != header.identity:
+        raise DamagedStore(f"{root}: the header was changed by hand: its identity does not fit its settings")
+    return header
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in spec.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

@@ -1,0 +1,190 @@
+"""The image table: one row per image, what it is, whose it is, and whether it could be read.
+
+The first seven columns are the manifest; extra columns of the user's manifest travel along as strings. The last
+three are the outcome of reading the file. A row's position is its `image_index`, in every store.
+"""
+
+import csv
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import BadInput
+from .files import sha256_json, write_atomic
+
+MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
+OUTCOME_COLUMNS = ("content_hash", "status", "error")
+STATUS_OK, STATUS_UNREADABLE = "ok", "unreadable"
+
+
+def read_table_file(path: Path) -> pa.Table:
+    """A user's CSV or Parquet table, every column as strings; empty cells and NaN become null.
+
+    Raises
+    ------
+    BadInput
+        If the file is missing, of another format, or a CSV line has a wrong number of fields.
+    """
+    if not path.is_file():
+        raise BadInput(f"no table at {path}: expected a .csv or .parquet file")
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path)
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
+    raise BadInput(f"{path} is neither .csv nor .parquet; convert it to one of them")
+
+
+def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: str) -> pa.Table:
+    """A checked manifest: the seven columns in order, then the user's extra ones; outcome columns are dropped.
+
+    A missing `dataset` becomes `dataset`, a missing `image_id` becomes `dataset/path`, a missing `label_common` is null.
+
+    Parameters
+    ----------
+    columns : at least `path`: relative to the images' root, `/` between folders
+    source : what to call this table in an error
+
+    Raises
+    ------
+    BadInput
+        Without `path`, without rows, or with an empty or escaping path or a repeated `image_id`.
+    """
+    if "path" not in columns:
+        found = ", ".join(columns) or "no columns"
+        raise BadInput(f"{source} has no column 'path' (found: {found}); name the column of image paths 'path'")
+    paths = columns["path"]
+    if not paths:
+        raise BadInput(f"{source} lists no images; expected one row per image")
+    nothing: list[str | None] = [None] * len(paths)
+    clean = [_check_path(path, row, source) for row, path in enumerate(paths, start=1)]
+    datasets = [value or dataset for value in columns.get("dataset", nothing)]
+    given = columns.get("image_id", nothing)
+    ids = [value or f"{name}/{path}" for value, name, path in zip(given, datasets, clean, strict=True)]
+    _check_unique(ids, source)
+    known: dict[str, list[str | None]] = {name: columns.get(name, nothing) for name in MANIFEST_COLUMNS}
+    known |= {"image_id": [*ids], "path": [*clean], "dataset": [*datasets]}
+    extra = {name: columns[name] for name in columns if name not in known and name not in OUTCOME_COLUMNS}
+    return pa.table({name: pa.array(values, pa.string()) for name, values in {**known, **extra}.items()})
+
+
+def with_outcome(table: pa.Table, content_hash: list[str | None], errors: list[str | None]) -> pa.Table:
+    """The manifest with its outcome columns: `status` is `ok` where `errors` is None, else `unreadable`."""
+    status = [STATUS_OK if error is None else STATUS_UNREADABLE for error in errors]
+    for name, values in zip(OUTCOME_COLUMNS, (content_hash, status, errors), strict=True):
+        table = table.append_column(name, pa.array(values, pa.string()))
+    return table
+
+
+def write_image_table(table: pa.Table, path: Path) -> None:
+    """Write an image table as Parquet, atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(path, memoryview(sink.getvalue()))
+
+
+def read_image_table(path: Path) -> pa.Table:
+    """Read back a table written by `write_image_table`.
+
+    Raises
+    ------
+    BadInput
+        If the file is missing or is no image table.
+    """
+    table = _read_parquet(path) if path.is_file() else None
+    if table is None or not {*MANIFEST_COLUMNS} <= {*table.column_names}:
+        raise BadInput(f"no image table at {path}; expected Parquet with columns {', '.join(MANIFEST_COLUMNS)}")
+    return table
+
+
+def table_sha256(table: pa.Table) -> str:
+    """SHA-256 of names, order and values of all columns; independent of Parquet's own version and layout."""
+    return sha256_json([[name, table[name].to_pylist()] for name in table.column_names])
+
+
+def column(table: pa.Table, name: str) -> list[str | None]:
+    """One column as Python strings; all None where the table does not have it."""
+    return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
+
+
+def readable(table: pa.Table) -> list[bool]:
+    """Per row: was the image read? False as long as the outcome is unknown."""
+    return [status == STATUS_OK for status in column(table, "status")]
+
+
+def listed(items: list[str], limit: int = 3) -> str:
+    """`a, b, c and 4 more`: a list in an error message."""
+    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def _read_csv(path: Path) -> pa.Table:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: Excel writes a byte order mark
+            rows = list(csv.reader(file, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} cannot be read as a UTF-8 CSV file: {error}") from None
+    if not rows:
+        raise BadInput(f"{path} is empty; expected a header line with a column 'path'")
+    header = [name.strip() for name in rows[0]]
+    _check_header(header, path)
+    body = [(number, row) for number, row in enumerate(rows[1:], start=2) if row]
+    for number, row in body:
+        if len(row) != len(header):
+            raise BadInput(f"row {number} of {path} has {len(row)} fields, the header has {len(header)}")
+    values = {name: [row[i].strip() or None for _, row in body] for i, name in enumerate(header)}
+    return pa.table({name: pa.array(cells, pa.string()) for name, cells in values.items()})
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    try:
+        table = pq.read_table(path, partitioning=None)
+        _check_header(table.column_names, path)
+        return pa.table({name: _as_strings(table[name]) for name in table.column_names})
+    except (pa.ArrowException, OSError) as error:
+        raise BadInput(f"{path} cannot be read as a Parquet table of plain columns: {error}") from None
+
+
+def _as_strings(values: pa.ChunkedArray) -> pa.Array:
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type):  # pandas turns whole numbers with gaps into floats: 7.0 was 7
+        return pa.array([_from_float(value) for value in values.to_pylist()], pa.string())
+    cells = [cell or None for cell in values.cast(pa.string()).to_pylist()]
+    return pa.array(cells, pa.string())
+
+
+def _from_float(value: float | None) -> str | None:
+    if value is None or value != value:
+        return None
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or "" in names:
+        raise BadInput(f"{path} has {'two columns ' + repr(repeated[0]) if repeated else 'a column without name'}")
+
+
+def _check_path(path: str | None, row: int, source: str) -> str:
+    """A relative path with `/`, that stays below the root whatever the system that reads it."""
+    if not path:
+        raise BadInput(f"row {row:,} of {source} has an empty path")
+    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    if posix.is_absolute() or windows.is_absolute() or windows.drive or ".." in posix.parts or "\0" in path:
+        raise BadInput(
+            f"row {row:,} of {source}: path {path!r} does not lie below the images' root; "
+            f"give paths relative to it (option --root)"
+        )
+    return str(posix)
+
+
+def _check_unique(ids: list[str], source: str) -> None:
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    repeated = [value for value in ids if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+    raise BadInput(
+        f"{source} has {len(repeated):,} repeated image ids ({listed(sorted(set(repeated)))}); "
+        f"give each row its own image_id"
+    )

@@ -1,0 +1,111 @@
+"""Does a store keep its own promises? Every byte is read; every broken promise is named, by chunk and by image."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from .activation_store import CRC_BYTES, ActivationSpec, chunk_path
+from .errors import CytoError, DamagedStore
+from .files import read_lines
+from .latent_store import LatentStore
+from .spec import ACTIVATIONS, read_header
+from .tables import column, read_image_table, readable, table_sha256
+
+_FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken promise: the chunk it lies in (None: the whole store), its images, and what is wrong."""
+
+    chunk: int | None
+    images: str
+    what: str
+
+    def __str__(self) -> str:
+        place = "store" if self.chunk is None else f"chunk {self.chunk} (images {self.images})"
+        return f"{place}: {self.what}"
+
+
+def verify_activations(root: Path) -> Iterator[Problem | None]:
+    """Check every byte of an activation cache; yields None for each chunk that is whole, so progress can be shown.
+
+    Found are: missing, empty, truncated or too long chunk files; flipped bits; chunks that were swapped or do not
+    fit the journal; NaN or infinity in a readable image; a changed image table; a wrong layout.
+    """
+    header = read_header(root, ACTIVATIONS)
+    spec, summary = ActivationSpec(**header.spec), header.summary or {}
+    images = read_image_table(root / "images.parquet")
+    if images.num_rows != spec.n_images or table_sha256(images) != summary.get("images_sha256"):
+        yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
+    records = {record.get("chunk"): record for record in read_lines(root / "journal.jsonl")}
+    if sorted(records, key=str) != sorted(range(spec.n_chunks), key=str):
+        yield Problem(None, "all", f"the journal names {len(records):,} chunks, expected {spec.n_chunks:,}")
+    is_readable, ids = readable(images), column(images, "image_id")
+    for chunk in range(spec.n_chunks):
+        rows = spec.chunk_rows(chunk)
+        what = _check_chunk(root, spec, chunk, records.get(chunk), is_readable, ids)
+        yield Problem(chunk, f"{rows.start:,} to {rows.stop - 1:,}", what) if what else None
+
+
+def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem | None]:
+    """Check every chunk and every index of a latent store; yields None for each block of images that is whole."""
+    try:
+        store = LatentStore(root)
+    except DamagedStore as error:
+        yield Problem(None, "all", str(error))
+        return
+    is_readable = store.readable()
+    for block, start in enumerate(range(0, store.spec.n_images, block_images)):
+        stop = min(start + block_images, store.spec.n_images)
+        try:
+            rows = store.read_images(start, stop)
+            starts = rows.indptr[:: store.spec.tokens_per_image]
+            if (starts + store.image_indptr[start] != store.image_indptr[start : stop + 1]).any():
+                raise DamagedStore("image_indptr disagrees with indptr")
+            if np.diff(starts)[~is_readable[start:stop]].any():
+                raise DamagedStore("an unreadable image has latents")
+            yield None
+        except CytoError as error:
+            yield Problem(block, f"{start:,} to {stop - 1:,}", str(error))
+
+
+def _check_chunk(
+    root: Path,
+    spec: ActivationSpec,
+    chunk: int,
+    record: dict[str, object] | None,
+    is_readable: list[bool],
+    ids: list[str | None],
+) -> str | None:
+    """What is wrong with one chunk, or None. Memory: one chunk."""
+    path = chunk_path(root, chunk)
+    try:
+        raw = np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    if len(raw) != spec.chunk_bytes:
+        return f"{len(raw):,} bytes, expected {spec.chunk_bytes:,}"
+    body, stored = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:].tobytes(), "little")
+    crc = google_crc32c.value(body)  # type: ignore[arg-type]  # takes arrays
+    if crc != stored:
+        return "fails its checksum: bits have changed"
+    if record is None:
+        return "not named in the journal"
+    rows = spec.chunk_rows(chunk)
+    named = (record.get("first_image"), record.get("n_images"), record.get("size"), record.get("crc32c"))
+    if named != (rows.start, len(rows), spec.chunk_bytes, f"{crc:08x}"):
+        return "is not the chunk that the journal names: swapped, or written by another run"
+    bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
+    not_finite = (bits >= _FINITE_BELOW).any(axis=1)
+    for position, row in enumerate(rows):
+        if is_readable[row] and not_finite[position]:
+            return f"NaN or infinity in readable image {row:,} ({ids[row]})"
+        if not is_readable[row] and (bits[position] < _FINITE_BELOW).any():
+            return f"numbers instead of NaN in unreadable image {row:,} ({ids[row]})"
+    return None
