@@ -19,9 +19,9 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .errors import DamagedStore
+from .errors import DamagedStore, SpecMismatch
 from .files import append_line, read_lines, sweep_partials, sync_folder, sync_tree, write_atomic, write_lines
-from .spec import ACTIVATIONS, Header, new_header, read_header, write_header
+from .spec import ACTIVATIONS, Header, describe_difference, new_header, read_header, write_header
 from .tables import read_image_table, readable, table_sha256, with_outcome, write_image_table
 
 Float16 = npt.NDArray[np.float16]
@@ -103,16 +103,18 @@ class ActivationWriter:
         """
         rows, spec = self.spec.chunk_rows(chunk), self.spec
         expected = (len(rows), spec.tokens_per_image, spec.width)
-        assert tokens.shape == expected and tokens.dtype == np.float16 and tokens.flags.c_contiguous
+        assert tokens.shape == expected
+        assert tokens.dtype == np.float16
+        assert tokens.flags.c_contiguous
         if len(rows) < spec.chunk_images:  # Zarr stores the last chunk at full size, padded with the fill value
             padded = np.full((spec.chunk_images, *expected[1:]), np.nan, np.float16)
             padded[: len(rows)] = tokens
             tokens = padded
         tokens = tokens.astype("<f2", copy=False)
-        crc = google_crc32c.value(tokens)  # type: ignore[arg-type]  # takes arrays, refuses memoryviews
+        crc = google_crc32c.value(tokens)  # takes arrays, refuses memoryviews
         path = chunk_path(self.root, chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, memoryview(tokens).cast("B"), crc.to_bytes(CRC_BYTES, "little"))
+        write_atomic(path, tokens.data.cast("B"), crc.to_bytes(CRC_BYTES, "little"))
         sync_folder(path.parent.parent)
         record = {
             "chunk": chunk,
@@ -131,26 +133,27 @@ class ActivationWriter:
         records = self._records.values()
         return sum(r["n_images"] for r in records), sum(len(r["errors"]) for r in records)
 
+    def errors(self) -> dict[int, str]:
+        """Image index -> why it could not be read, of the images written so far."""
+        errors = {int(row): error for record in self._records.values() for row, error in record["errors"].items()}
+        return dict(sorted(errors.items()))
+
     def finish(self) -> Header:
         """Write the final image table and journal, sync everything, and only then mark the cache complete."""
         missing = self.missing_chunks()
         assert not missing, f"finish called with {len(missing)} chunks missing"
         records = [self._records[chunk] for chunk in range(self.spec.n_chunks)]
         hashes = [value for record in records for value in record["content_hash"]]
-        errors: list[str | None] = [None] * self.spec.n_images
-        for record in records:
-            for row, error in record["errors"].items():
-                errors[int(row)] = error
-        table = with_outcome(self._manifest, hashes, errors)
+        errors = self.errors()
+        table = with_outcome(self._manifest, hashes, [errors.get(row) for row in range(self.spec.n_images)])
         write_image_table(table, self.root / "images.parquet")
         write_lines(self.root / "journal.jsonl", records)
         self._journal.unlink(missing_ok=True)
         sync_tree(self.root)
-        n_unreadable = sum(error is not None for error in errors)
         summary = {
             "images_sha256": table_sha256(table),
-            "n_readable": self.spec.n_images - n_unreadable,
-            "n_unreadable": n_unreadable,
+            "n_readable": self.spec.n_images - len(errors),
+            "n_unreadable": len(errors),
         }
         header = new_header(ACTIVATIONS, self.spec.to_dict())
         header = Header(**{**vars(header), "complete": True, "summary": summary})
@@ -162,7 +165,7 @@ class ActivationWriter:
         if record is None:
             return False
         try:
-            return file_crc(chunk_path(self.root, chunk), self.spec.chunk_bytes) == record["crc32c"]
+            return bool(file_crc(chunk_path(self.root, chunk), self.spec.chunk_bytes) == record["crc32c"])
         except DamagedStore:
             return False
 
@@ -171,7 +174,7 @@ class ActivationStore:
     """A complete activation cache, open for reading. Pickles as its path; memory: what is asked for."""
 
     def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
-        """Open the cache at `root` and check what is cheap to check: complete, layout, presence and size of every chunk.
+        """Open the cache at `root` and check what is cheap: complete, layout, presence and size of every chunk.
 
         Raises
         ------
@@ -213,9 +216,9 @@ class ActivationStore:
         return np.array(readable(self.images))
 
     def map_chunk(self, chunk: int) -> Float16:
-        """Chunk `chunk` as a read-only memory map, (its images, tokens_per_image, width) float16; no bytes are read yet.
+        """Chunk `chunk` as a read-only memory map: (its images, tokens_per_image, width) float16.
 
-        The map bypasses the checksum: `cyto cache verify` checks it.
+        Nothing is read before it is touched. The map bypasses the checksum: `cyto cache verify` checks it.
         """
         spec, path = self.spec, chunk_path(self.root, chunk)
         file_crc(path, spec.chunk_bytes)
@@ -238,6 +241,27 @@ class ActivationStore:
             chosen = chunks == chunk
             out[chosen] = self.map_chunk(int(chunk))[indices[chosen] - chunk * self.spec.chunk_images]
         return out
+
+
+def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_name: str, second_name: str) -> None:
+    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each).
+
+    Raises
+    ------
+    SpecMismatch
+        Naming what differs.
+    """
+    if first != second:
+        difference = describe_difference(first, second)
+        raise SpecMismatch(
+            f"{first_name} and {second_name} do not hold the same kind of tokens: {difference}. "
+            f"Compare: cyto sae info, cyto cache info"
+        )
+
+
+def journal_of(root: Path) -> list[dict[str, Any]]:
+    """The journal of a finished cache, or of one that is being written."""
+    return read_lines(root / "journal.jsonl") or read_lines(root / "journal-0-of-1.jsonl")
 
 
 def chunk_path(root: Path, chunk: int) -> Path:

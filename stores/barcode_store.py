@@ -58,18 +58,22 @@ class BarcodeWriter:
         for name, matrix in matrices.items():
             self._matrices[name].append(matrix.indices, matrix.data.astype(np.float32), np.diff(matrix.indptr))
 
-    def finish(self, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
-        """Write shapes and tables; `obs` has one row per appended row."""
-        from anndata.io import write_elem
-
+    def close_rows(self) -> None:
+        """State the shapes: from here on the matrices can be read (`CsrReader`), and no row can be added."""
         for matrix in self._matrices.values():
             matrix.finish()
-            assert matrix.n_rows == len(obs)
-        write_elem(self._group, "obs", obs)
-        write_elem(self._group, "var", var)
-        write_elem(self._group, "uns", uns)
-        for name in ("obsm", "varm", "obsp", "varp"):
-            write_elem(self._group, name, {})
+
+    def finish(self, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
+        """Close the rows and write the tables; `obs` has one row per appended row, `var` one per latent."""
+        import anndata
+        from anndata.io import write_elem
+
+        self.close_rows()
+        assert all(matrix.n_rows == len(obs) for matrix in self._matrices.values())
+        tables = {"obs": obs, "var": var, "uns": uns} | {name: {} for name in ("obsm", "varm", "obsp", "varp")}
+        with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
+            for name, table in tables.items():
+                write_elem(self._group, name, table)
 
 
 class BarcodeStore:

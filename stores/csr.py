@@ -20,7 +20,7 @@ from .files import sync_folder
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
-_KEEP_EMPTY = {"write_empty_chunks": True}  # lives in the handle, not in the store: renewed on every open
+_KEEP_EMPTY: Any = {"write_empty_chunks": True}  # lives in the handle, not in the store: renewed on every open
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class CsrWriter:
             ends = {"indices": at[1], "data": at[1], "indptr": at[0] + 1}
             self._written = {name: end - end % CHUNK_ENTRIES for name, end in ends.items()}
             # the tail chunk may hold rows that were never committed: read ours back, it is rewritten at once
-            self._buffers = {name: [self._arrays[name][self._written[name] : ends[name]]] for name in _NAMES}
+            self._buffers = {
+                name: [np.asarray(self._arrays[name][self._written[name] : ends[name]])] for name in _NAMES
+            }
         self.n_rows, self.nnz = at
         self._touched: set[Path] = set()
 
@@ -198,7 +200,11 @@ def _create(path: Path, indices: str) -> dict[str, zarr.Array[Any]]:
     zstd = [ZstdCodec(level=0, checksum=True)]
     # bitshuffle removes the bit planes that rounding has emptied (STORAGE.md 1.3)
     lz4 = [BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
-    layout = {"indices": (indices, 0, zstd), "data": ("float32", float("nan"), lz4), "indptr": ("int64", -1, zstd)}
+    layout: dict[str, tuple[str, float, Any]] = {
+        "indices": (indices, 0, zstd),
+        "data": ("float32", float("nan"), lz4),
+        "indptr": ("int64", -1, zstd),
+    }
     return {
         name: group.create_array(
             name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), fill_value=fill, compressors=codecs
@@ -208,4 +214,5 @@ def _create(path: Path, indices: str) -> dict[str, zarr.Array[Any]]:
 
 
 def _open(path: Path, name: str, mode: Any) -> zarr.Array[Any]:
-    return zarr.open_array(os.fspath(path / name), mode=mode).with_config(_KEEP_EMPTY)
+    array: zarr.Array[Any] = zarr.open_array(os.fspath(path / name), mode=mode)
+    return array.with_config(_KEEP_EMPTY)

@@ -38,7 +38,7 @@ def read_table_file(path: Path) -> pa.Table:
 def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: str) -> pa.Table:
     """A checked manifest: the seven columns in order, then the user's extra ones; outcome columns are dropped.
 
-    A missing `dataset` becomes `dataset`, a missing `image_id` becomes `dataset/path`, a missing `label_common` is null.
+    Where `dataset` is empty it becomes the argument `dataset`, an empty `image_id` becomes `dataset/path`.
 
     Parameters
     ----------

@@ -1,0 +1,604 @@
+"""The command line: the only module that knows both stages. A body opens, makes one call, and says what was done.
+
+Heavy imports stand inside the bodies, so `cyto --help` stays quick. Data goes to stdout, progress to stderr; exit code
+0 is done, 1 an expected failure in one line, 2 wrong usage, 130 interrupted.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_FILE = click.Path(path_type=Path)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _Commands(click.Group):
+    """Turns what a user can put right into one clean line; anything else keeps its traceback: it is our bug."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            from stores.errors import CytoError
+
+            if not isinstance(error, CytoError):
+                raise
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            if error.errno not in _FULL_DISK:
+                raise
+            raise click.ClickException(f"cannot write {error.filename or 'the output'}: {error.strerror}") from None
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; run the same command again to continue", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="cyto", message="cyto %(version)s")
+def cli() -> None:
+    """Sparse-autoencoder concepts and barcodes of blood-cell images.
+
+    \b
+    images --extract--> activation cache --train--> SAE --encode--> latents --count--> barcodes
+
+    \b
+    Example: cyto demo
+    """
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
+    cli()
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+_device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."
+)
+_overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output of the same kind; the old one stays until the new is complete."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+# ---------------------------------------------------------------------------------------------------- stage one
+
+
+@cli.group()
+def cache() -> None:
+    """Stage one: activation caches."""
+
+
+@cache.command("extract")
+@click.argument("images", type=_FILE)
+@click.argument("store", type=_FILE)
+@click.option("--root", type=_FILE, help="What paths in a manifest are relative to [default: the manifest's folder].")
+@click.option(
+    "--backbone",
+    default="random-vit-tiny",
+    show_default=True,
+    help="dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, needs no download.",
+)
+@click.option("--weights", help="A DinoBloom .pth file, or 'random' for an untrained model.")
+@click.option(
+    "--block", default=-2, show_default=True, help="Transformer block whose output is cached; -2: the paper's."
+)
+@_device_option
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU.")
+@click.option("--batch-size", default=32, show_default=True, help="Images per forward pass.")
+@click.option("--workers", default=os.cpu_count() or 2, show_default="cores", help="Threads that read images.")
+@click.option("--chunk-images", default=256, show_default=True, help="Images per chunk file.")
+@_overwrite_option
+def cache_extract(images: Path, store: Path, root: Path | None, device: str, overwrite: bool, **settings: Any) -> None:
+    """Run a backbone once over IMAGES and keep its tokens in STORE.
+
+    IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
+    image_id, label, patient, disease, dataset.
+
+    \b
+    Example: cyto cache extract cells/ cells.acts.zarr --backbone dinobloom-b --weights DinoBloom-B.pth
+    """
+    from cytocache.datasets import open_images
+    from cytocache.extract import ExtractConfig, extract
+
+    found = open_images(images, root=root)
+    inputs = tuple(Path(path) for path in (images, settings["weights"]) if path and Path(path).exists())
+    config = ExtractConfig(device=_resolve_device(device), **settings)
+    with _progress("extract", "image") as progress:
+        done = extract(found, store, config, overwrite=overwrite, inputs=inputs, progress=progress)
+    if found.n_skipped:
+        click.echo(f"{found.n_skipped:,} files in {images} were passed over: not images by their name", err=True)
+    _say_done(store, done.was_complete)
+    click.echo(_describe_cache(store))
+    if done.n_unreadable:
+        click.echo(f"warning: {_unreadable(store)}", err=True)
+
+
+@cache.command("info")
+@click.argument("store", type=_FILE)
+@_json_option
+def cache_info(store: Path, as_json: bool) -> None:
+    """What is in an activation cache, complete or not.
+
+    \b
+    Example: cyto cache info cells.acts.zarr
+    """
+    from stores import ACTIVATIONS, ActivationSpec, ActivationStore, read_header, read_runs
+    from stores.activation_store import journal_of
+
+    header = read_header(store, ACTIVATIONS, complete=False)
+    spec = ActivationSpec(**header.spec)
+    written = sum(record["n_images"] for record in journal_of(store))
+    info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
+    if as_json:
+        click.echo(json.dumps(info, indent=1))
+        return
+    rows = {
+        "images": f"{spec.n_images:,}" + (f" ({written:,} written)" if written != spec.n_images else ""),
+        "tokens": f"{spec.tokens_per_image} per image ({spec.token_layout}), {spec.width} channels, float16",
+        "backbone": f"{spec.backbone}, {'trained' if spec.trained else 'UNTRAINED (seeded random weights)'}",
+        "block": f"{spec.block} of 0..{spec.n_blocks - 1}, {spec.precision}",
+        "weights": f"sha256 {spec.weights_sha256}",
+        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}",
+        "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
+        "size": f"{_size(store) / 1e6:,.1f} MB",
+        "identity": header.identity,
+        "written by": header.created_by,
+    }
+    _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+    if header.complete:
+        table = ActivationStore(store).images
+        _print_groups(table)
+        if (header.summary or {}).get("n_unreadable"):
+            click.echo(f"  {_unreadable(store)}")
+
+
+@cache.command("verify")
+@click.argument("store", type=_FILE)
+@_json_option
+def cache_verify(store: Path, as_json: bool) -> None:
+    """Check every byte of an activation cache; exit code 1 and a line per problem if it is damaged.
+
+    \b
+    Example: cyto cache verify cells.acts.zarr
+    """
+    from stores import verify_activations
+    from stores.activation_store import ActivationSpec
+    from stores.spec import ACTIVATIONS, read_header
+
+    n_chunks = ActivationSpec(**read_header(store, ACTIVATIONS).spec).n_chunks
+    _verify(store, verify_activations(store), n_chunks, as_json)
+
+
+# ---------------------------------------------------------------------------------------------------- stage two
+
+
+@cli.group()
+def sae() -> None:
+    """Stage two: sparse autoencoders."""
+
+
+@sae.command("train")
+@click.argument("stores", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", "run", type=_FILE, required=True, help="Folder of the run.")
+@click.option("--preset", help="cytosae (the released run) or paper (Eq. 1 as printed).")
+@click.option("--config", "config_file", type=_FILE, help="TOML file with settings; options win over it.")
+@click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
+@click.option("--l1", type=float, help="Weight of the L1 penalty  [default: 8e-5].")
+@click.option("--lr", type=float, help="Learning rate of Adam  [default: 4e-4].")
+@click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 500].")
+@click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
+@click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
+@click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
+@click.option("--token-set", help="all, patch or cls  [default: all].")
+@click.option("--ghost/--no-ghost", default=None, help="Ghost gradients for silent latents  [default: ghost].")
+@click.option("--b-dec-init", help="geometric-median, geometric-median-per-position, mean or zeros.")
+@click.option("--seed", type=int, help="Seed of weights and order  [default: 0].")
+@_device_option
+@click.option("--checkpoint-every", default=500, show_default=True, help="Steps between two saved states.")
+@_overwrite_option
+def sae_train(
+    stores: tuple[Path, ...],
+    run: Path,
+    preset: str | None,
+    config_file: Path | None,
+    device: str,
+    checkpoint_every: int,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
+
+    \b
+    Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
+    """
+    from cytosae.config import make_config
+    from cytosae.train import train
+
+    options = {name: value for name, value in options.items() if value is not None}
+    config = make_config(preset=preset, config_file=config_file, options=options)
+    if config.loss == "eq1" and config.l1 < 1e-3:
+        click.echo(
+            f"warning: in Eq. 1 as printed, an L1 weight of {config.l1:g} is about (width x token norm) times weaker "
+            f"than in the released loss; scale --l1 up",
+            err=True,
+        )
+    with _progress("train", "token") as progress:
+        header = train(
+            list(stores),
+            run,
+            config,
+            device=_resolve_device(device),
+            checkpoint_every=checkpoint_every,
+            overwrite=overwrite,
+            progress=lambda done, total, metrics: progress(done, total, _training_line(metrics)),
+        )
+    final = (header.summary or {})["final"]
+    click.echo(f"{run}: {header.spec['n_latents']:,} latents after {(header.summary or {})['tokens']:,} tokens")
+    click.echo(_training_line(final))
+
+
+@sae.command("info")
+@click.argument("run", type=_FILE)
+@_json_option
+def sae_info(run: Path, as_json: bool) -> None:
+    """What an SAE is, and what it was trained on.
+
+    \b
+    Example: cyto sae info cells.sae
+    """
+    from stores import SAE, read_header, read_runs
+
+    header = read_header(run, SAE, complete=False)
+    if as_json:
+        click.echo(json.dumps({**header.to_json(), "runs": read_runs(run)}, indent=1))
+        return
+    spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
+    rows = {
+        "latents": f"{spec['n_latents']:,} ({spec['activation']}) on tokens of width {spec['width']}",
+        "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
+        f"block {spec['tokens']['block']}",
+        "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
+        "objective": f"loss {config['loss']}, l1 {config['l1']:g}, "
+        + (f"ghost {config['ghost_scale']}" if config["ghost"] else "no ghost"),
+        "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
+        f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
+        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "last batch": _training_line(summary["final"]) if summary else "(not finished)",
+        "identity": header.identity,
+    }
+    _print_page(f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+
+
+@sae.command("encode")
+@click.argument("store", type=_FILE)
+@click.argument("run", type=_FILE)
+@click.option("-o", "--out", "latents", type=_FILE, required=True, help="The latent store to write.")
+@click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
+@_device_option
+@_overwrite_option
+def sae_encode(store: Path, run: Path, latents: Path, value_bits: int, device: str, overwrite: bool) -> None:
+    """Write the sparse latents of every token of STORE under the SAE in RUN.
+
+    \b
+    Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr
+    """
+    from cytosae.encode import encode
+
+    with _progress("encode", "image") as progress:
+        done = encode(
+            store,
+            run,
+            latents,
+            value_bits=value_bits,
+            device=_resolve_device(device),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _say_done(latents, done.was_complete)
+    click.echo(
+        f"{latents}: {done.spec.n_images:,} images x {done.spec.tokens_per_image} tokens x "
+        f"{done.spec.n_latents:,} latents, {done.nnz:,} nonzeros ({done.l0:.1f} per token of a readable image), "
+        f"{_size(latents) / 1e6:,.1f} MB"
+    )
+
+
+@cli.group()
+def latents() -> None:
+    """Latent stores."""
+
+
+@latents.command("info")
+@click.argument("store", type=_FILE)
+@_json_option
+def latents_info(store: Path, as_json: bool) -> None:
+    """What is in a latent store, complete or not.
+
+    \b
+    Example: cyto latents info cells.latents.zarr
+    """
+    from stores import LATENTS, LatentSpec, read_header, read_runs
+
+    header = read_header(store, LATENTS, complete=False)
+    if as_json:
+        click.echo(json.dumps({**header.to_json(), "bytes": _size(store), "runs": read_runs(store)}, indent=1))
+        return
+    spec = LatentSpec(**header.spec)
+    nnz = (header.summary or {}).get("nnz")
+    rows = {
+        "images": f"{spec.n_images:,} x {spec.tokens_per_image} tokens",
+        "latents": f"{spec.n_latents:,}",
+        "nonzeros": "(not finished)" if nnz is None else f"{nnz:,} ({nnz / spec.n_rows:.1f} per token)",
+        "values": f"float32, {spec.value_bits} mantissa bits, "
+        + (f"values below {spec.min_activation:g} dropped" if spec.min_activation else "nothing dropped"),
+        "SAE": f"sha256 {spec.sae_sha256}",
+        "cache": f"{spec.cache['backbone']}{'' if spec.cache['trained'] else ' (UNTRAINED)'}, "
+        f"block {spec.cache['block']}, sha256 {spec.cache_sha256}",
+        "size": f"{_size(store) / 1e6:,.1f} MB",
+        "identity": header.identity,
+    }
+    _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+
+
+@latents.command("verify")
+@click.argument("store", type=_FILE)
+@_json_option
+def latents_verify(store: Path, as_json: bool) -> None:
+    """Check every chunk and every index of a latent store; exit code 1 and a line per problem if it is damaged.
+
+    \b
+    Example: cyto latents verify cells.latents.zarr
+    """
+    from stores import LATENTS, LatentSpec, read_header, verify_latents
+
+    n_blocks = -(-LatentSpec(**read_header(store, LATENTS).spec).n_images // 256)
+    _verify(store, verify_latents(store, block_images=256), n_blocks, as_json)
+
+
+@cli.command()
+@click.argument("latents", type=_FILE)
+@click.option("-o", "--out", "barcodes", type=_FILE, required=True, help="Folder of the barcodes.")
+@click.option("--tau", default=0.2, show_default=True, help="A latent is active above this value (strictly).")
+@click.option("--token-set", default="all", show_default=True, help="Tokens that count: all, patch or cls.")
+@click.option(
+    "--normalize",
+    default="images",
+    show_default=True,
+    help="images: mean over a patient's readable images; cytosae-release: the released divisor.",
+)
+@click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one here].")
+@click.option("--workers", default=os.cpu_count() or 2, show_default="cores", help="Local worker processes.")
+@click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker.")
+@_overwrite_option
+def barcode(
+    latents: Path,
+    barcodes: Path,
+    scheduler: str | None,
+    workers: int,
+    memory_limit: str,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    """Image, patient and disease barcodes from stored latents.
+
+    \b
+    Example: cyto barcode cells.latents.zarr -o cells.barcodes --tau 0.2
+    """
+    from cytosae.barcodes import BarcodeConfig, write_barcodes
+
+    config = BarcodeConfig(**settings)
+    with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
+        done = write_barcodes(latents, barcodes, config, client=client, overwrite=overwrite, progress=progress)
+    _say_done(barcodes, done.was_complete)
+    click.echo(
+        f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
+        f"{done.n_latents:,} latents, tau {config.tau:g}"
+    )
+    left_out = {
+        "unreadable images": done.n_unreadable,
+        "images without a patient (image barcodes only)": done.n_without_patient,
+        "patients without a readable image": done.n_patients_unreadable,
+        "patients without a disease (no disease barcode)": done.n_patients_without_disease,
+    }
+    for what, number in left_out.items():
+        if number:
+            click.echo(f"left out: {number:,} {what}")
+    click.echo(
+        f"{done.share_above_tau:.1%} of the nonzeros exceed tau; "
+        f"{done.n_silent_latents:,} of {done.n_latents:,} latents never do"
+    )
+    if done.share_above_tau < 0.01:
+        click.echo(
+            f"warning: almost nothing exceeds tau {config.tau:g}. 0.2 belongs to the released SAE and means nothing "
+            f"for another: choose a smaller --tau",
+            err=True,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- shared
+
+
+def _resolve_device(device: str) -> str:
+    import torch
+
+    from stores.errors import BadInput
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
+    return device
+
+
+@contextmanager
+def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
+    """A client of the running scheduler, or of a cluster started here for the time of the command."""
+    import logging
+
+    import dask
+    from distributed import Client, LocalCluster
+
+    from stores.errors import BadInput
+
+    if scheduler:
+        try:
+            client = Client(scheduler, timeout="10s")
+        except (OSError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise BadInput(f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler") from None
+        with client:
+            yield client
+        return
+    # zarr would start ten reading threads per worker; workers take their settings from the environment
+    environment = {"ZARR_ASYNC__CONCURRENCY": "4", "ZARR_THREADING__MAX_WORKERS": "2"}
+    try:
+        limit = dask.utils.parse_bytes(memory_limit)
+    except ValueError:
+        raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment}}):
+        cluster = LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=limit,
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+        )
+        with cluster, Client(cluster) as client:
+            yield client
+
+
+def _one_thread() -> dict[str, str]:
+    return {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+@contextmanager
+def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
+    from tqdm import tqdm
+
+    began, shown, at_start = time.monotonic(), 0.0, -1
+    in_terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int, state: str) -> None:
+        nonlocal shown, at_start
+        now = time.monotonic()
+        if at_start < 0:
+            at_start = done if done < total else 0  # the rate is that of this run, not of what was there before
+        if done < total and now - shown < (0.2 if in_terminal else 10):
+            return
+        shown = now
+        line = tqdm.format_meter(
+            done, total, now - began, prefix=job, unit=f" {unit}s", unit_scale=True, initial=at_start, postfix=state
+        )
+        click.echo(f"\r\x1b[2K{line}" if in_terminal else line, err=True, nl=not in_terminal)
+
+    yield show
+    if in_terminal and shown:
+        click.echo(err=True)
+
+
+def _training_line(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, explained variance {metrics['explained_variance']:.3f}, "
+        f"dead {metrics['dead_fraction']:.1%}"
+    )
+
+
+def _verify(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
+    problems = []
+    with _progress("verify", "chunk") as progress:
+        for n_done, problem in enumerate(checks, start=1):
+            if problem is not None:
+                problems.append(problem)
+            progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+    if as_json:
+        found = [{"chunk": problem.chunk, "images": problem.images, "what": problem.what} for problem in problems]
+        click.echo(json.dumps({"store": str(store), "ok": not problems, "problems": found}, indent=1))
+    else:
+        for problem in problems:
+            click.echo(str(problem))
+        if not problems:
+            click.echo(f"{store}: every byte is as it was written ({total:,} chunks)")
+    if problems:
+        raise click.ClickException(f"{store} is damaged: {len(problems):,} problems")
+
+
+def _say_done(path: Path, was_complete: bool) -> None:
+    if was_complete:
+        click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
+
+
+def _describe_cache(store: Path) -> str:
+    from stores import ActivationStore
+
+    spec = ActivationStore(store).spec
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
+        f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, {_size(store) / 1e6:,.1f} MB"
+    )
+
+
+def _unreadable(store: Path) -> str:
+    """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
+    from stores import ActivationStore
+    from stores.tables import column, listed
+
+    images = ActivationStore(store).images
+    bad = [
+        f"{path}: {error}"
+        for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
+        if error is not None
+    ]
+    return (
+        f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
+        f"they are listed in {store}/images.parquet"
+    )
+
+
+def _print_groups(table: Any) -> None:
+    from collections import Counter
+
+    from stores.tables import column
+
+    for name in ("label", "disease"):
+        counts = Counter(value for value in column(table, name) if value is not None)
+        if counts:
+            shown = [f"{value} {number:,}" for value, number in sorted(counts.items())]
+            click.echo(f"  {name:<10} {', '.join(shown[:12])}{', ...' if len(shown) > 12 else ''}")
+    patients = {value for value in column(table, "patient") if value is not None}
+    if patients:
+        click.echo(f"  {'patients':<10} {len(patients):,}")
+
+
+def _print_page(title: str, rows: dict[str, str]) -> None:
+    click.echo(title)
+    for name, value in rows.items():
+        click.echo(f"  {name:<10} {value}")
+
+
+def _state(complete: bool) -> str:
+    return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
+
+
+def _size(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    main()

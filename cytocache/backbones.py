@@ -1,0 +1,220 @@
+"""The vision transformers: which there are, how their weights are loaded, and what comes out of a block.
+
+A DinoBloom checkpoint is a published file of somebody else: it is read with `weights_only=True`, so nothing in it is
+executed, and loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stores.errors import BadInput
+from stores.files import sha256_file
+from stores.tables import listed
+
+from .preprocess import Preprocess
+from .torchvision_guard import declare_missing_operators
+
+TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
+TOKENS_PER_IMAGE = 257
+PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One transformer of the DINOv2 family at 224 x 224 pixels, patch 14."""
+
+    timm_name: str
+    options: dict[str, Any]  # for timm.create_model
+    weights_file: str | None = None  # as published; None: there are no published weights
+
+
+ARCHITECTURES = {
+    "dinobloom-s": Architecture(timm_name="vit_small_patch14_dinov2", options={}, weights_file="DinoBloom-S.pth"),
+    "dinobloom-b": Architecture(timm_name="vit_base_patch14_dinov2", options={}, weights_file="DinoBloom-B.pth"),
+    "dinobloom-l": Architecture(timm_name="vit_large_patch14_dinov2", options={}, weights_file="DinoBloom-L.pth"),
+    "dinobloom-g": Architecture(timm_name="vit_giant_patch14_dinov2", options={}, weights_file="DinoBloom-G.pth"),
+    "random-vit-tiny": Architecture(
+        timm_name="vit_small_patch14_dinov2", options={"embed_dim": 192, "num_heads": 3, "depth": 4}
+    ),  # DINOv2's small model at the width of ViT-Ti, four blocks deep
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A loaded model, cut behind the block whose output is wanted."""
+
+    name: str
+    model: nn.Module  # pixels (B, 3, 224, 224) float, normalised -> tokens (B, 257, width)
+    weights_sha256: str
+    trained: bool
+    block: int  # index from 0
+    n_blocks: int
+    width: int
+    preprocess: Preprocess
+
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 224, 224, 3) uint8 on the model's device -> (B, 257, width): the residual stream behind the block.
+
+        Normalisation happens here, in float32, on the device: a quarter of the bytes travel.
+        """
+        mean = torch.tensor(self.preprocess.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.preprocess.std, device=pixels.device).view(3, 1, 1)
+        images = pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+        return self.model(images)
+
+
+def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> Backbone:
+    """A backbone, ready to give the tokens behind one of its blocks; later blocks are not kept.
+
+    Parameters
+    ----------
+    name : a key of `ARCHITECTURES`
+    weights : path of a DinoBloom `.pth` file, or `random` (seeded, untrained); `random-vit-tiny` needs none
+    block : index from 0, or from the end if negative; -2 is the second last
+
+    Raises
+    ------
+    BadInput
+        For an unknown name or block, missing weights, or a file that is not this DinoBloom checkpoint.
+    """
+    if name not in ARCHITECTURES:
+        raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}")
+    architecture = ARCHITECTURES[name]
+    if weights is None and architecture.weights_file:
+        raise BadInput(
+            f"{name} needs weights: get {architecture.weights_file} from {PUBLISHED_AT} and give it with "
+            f"--weights {architecture.weights_file} (or --weights random for an untrained model)"
+        )
+    if weights not in (None, "random") and not architecture.weights_file:
+        raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
+    if weights in (None, "random"):
+        model, digest = _random_model(architecture), None
+    else:
+        path = Path(str(weights))
+        state = _read_checkpoint(path)  # before the model is made: a wrong file is told at once
+        model, digest = _create(architecture, on="meta"), sha256_file(path)
+        _load_strictly(model, state, path, name)
+    n_blocks = len(model.blocks)
+    if not -n_blocks <= block < n_blocks:
+        raise BadInput(f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}")
+    block %= n_blocks
+    backbone = Backbone(
+        name=name,
+        model=_cut(model, block),
+        weights_sha256=digest or _sha256_state(model),
+        trained=digest is not None,
+        block=block,
+        n_blocks=n_blocks,
+        width=model.embed_dim,
+        preprocess=Preprocess(),
+    )
+    return backbone
+
+
+def _create(architecture: Architecture, *, on: str) -> Any:
+    declare_missing_operators()
+    import timm
+
+    with torch.device(on):
+        return timm.create_model(
+            architecture.timm_name, pretrained=False, img_size=224, num_classes=0, **architecture.options
+        ).eval()
+
+
+def _random_model(architecture: Architecture) -> Any:
+    """Seeded weights from a generator of our own: timm's initialisation, equal on every machine and torch version."""
+    model = _create(architecture, on="meta").to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            _fill(name, parameter, generator)
+    return model
+
+
+def _fill(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    if name.endswith("gamma"):  # LayerScale as DINOv2 begins
+        parameter.fill_(1e-5)
+    elif "norm" in name and name.endswith("weight"):
+        parameter.fill_(1.0)
+    elif name.startswith("patch_embed"):  # PyTorch's default for a convolution
+        bound = 1 / math.sqrt(3 * 14 * 14)
+        parameter.uniform_(-bound, bound, generator=generator)
+    elif name.endswith("bias"):
+        parameter.zero_()
+    else:
+        std = 1e-6 if name == "cls_token" else 0.02
+        parameter.normal_(0, std, generator=generator)
+
+
+def _cut(model: Any, block: int) -> Any:
+    """Drop the blocks behind the tap and the final norm, so that the model's features are that block's output."""
+    model.blocks = model.blocks[: block + 1]
+    model.norm = nn.Identity()
+    model.forward = model.forward_features
+    return model
+
+
+def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """The teacher's backbone of a DinoBloom file: heads and mask token dropped, prefixes stripped."""
+    layout = "expected a DinoBloom checkpoint: a dict with the one key 'teacher', its keys beginning with 'backbone.'"
+    if not path.is_file():
+        raise BadInput(f"no weights at {path}. The DinoBloom files are published at {PUBLISHED_AT}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a hostile or torn file raises almost anything, but executes nothing
+        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
+        raise BadInput(f"{path} cannot be loaded safely as weights ({reason}); {layout}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):
+        found = listed([repr(key) for key in content]) if isinstance(content, dict) else type(content).__name__
+        raise BadInput(f"{path}: {layout}; found {found or 'an empty dict'}")
+    state = {
+        key.removeprefix("backbone."): value
+        for key, value in content["teacher"].items()
+        if isinstance(key, str) and key.startswith("backbone.") and isinstance(value, torch.Tensor)
+    }
+    state.pop("mask_token", None)
+    if "pos_embed" not in state or state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] != TOKENS_PER_IMAGE:
+        shape = tuple(state["pos_embed"].shape) if "pos_embed" in state else "nothing"
+        raise BadInput(f"{path}: {layout}, with backbone.pos_embed of shape (1, 257, width); found {shape}")
+    # the giant model's gated MLP has other names in timm; the order of its two halves is the same
+    return {key.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): state[key] for key in state}
+
+
+def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
+    width = state["pos_embed"].shape[2]
+    if width != model.embed_dim:
+        raise BadInput(
+            f"{path} holds a model of width {width}, {name} has width {model.embed_dim}; "
+            f"give the matching --backbone (s 384, b 768, l 1024, g 1536)"
+        )
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    misshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
+    for what, keys in {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshaped,
+        "not finite": not_finite,
+    }.items():
+        if keys:
+            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({listed(keys)})")
+    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    model.requires_grad_(False)
+
+
+def _sha256_state(model: Any) -> str:
+    """Hash of names and values, for weights that have no file."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()

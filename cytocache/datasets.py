@@ -1,0 +1,96 @@
+"""From what the user has (a folder, a CSV, a Parquet table) to an image table: which images, in which order."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import pyarrow as pa
+
+from stores.errors import BadInput
+from stores.tables import column, image_table, listed, read_table_file
+
+from .images import IMAGE_SUFFIXES
+
+
+@dataclass(frozen=True)
+class Images:
+    """An image table and the folder that its paths are relative to."""
+
+    table: pa.Table  # the manifest: stores/tables.py
+    root: Path
+    n_skipped: int = 0  # files below a folder that are no images by their name
+
+
+def open_images(source: Path, *, root: Path | None = None) -> Images:
+    """The images that `source` names.
+
+    Parameters
+    ----------
+    source : a folder (one sub-folder per class; the first folder below it is the label), or a .csv or .parquet
+        manifest with a column `path`
+    root : what paths in a manifest are relative to; default: the manifest's own folder
+
+    Raises
+    ------
+    BadInput
+        If there is no such source, no image in it, a faulty manifest, or none of its files is there.
+    """
+    if source.is_dir():
+        return _list_folder(source)
+    if not source.exists():
+        raise BadInput(f"no images at {source}: expected a folder, or a .csv or .parquet manifest")
+    root = (root or source.parent).absolute()
+    raw = read_table_file(source)
+    columns = {name: column(raw, name) for name in raw.column_names}
+    if "path" in columns:
+        columns["path"] = [_below(path, root) for path in columns["path"]]
+    table = image_table(columns, source=str(source), dataset=source.stem)
+    _check_some_exist(table, root, source)
+    return Images(table, root)
+
+
+def _list_folder(folder: Path) -> Images:
+    """Every image file below `folder`, sorted by path; hidden files and folders are passed over."""
+    folder = folder.absolute()
+    found: list[str] = []
+    n_skipped = 0
+    for place, folders, names in os.walk(folder, followlinks=True):
+        _refuse_loop(Path(place), folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        for name in names:
+            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+                n_skipped += 1
+            else:
+                found.append((Path(place) / name).relative_to(folder).as_posix())
+    if not found:
+        raise BadInput(
+            f"no images in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}; "
+            f"found {n_skipped:,} other files"
+        )
+    found.sort()
+    labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
+    paths: list[str | None] = [*found]
+    table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
+    return Images(table, folder, n_skipped)
+
+
+def _refuse_loop(place: Path, folder: Path) -> None:
+    """Links to image folders are welcome; a link back to a folder above itself would list for ever."""
+    if place != folder and place.is_symlink() and place.resolve() in (folder.resolve(), *place.absolute().parents):
+        raise BadInput(f"{place} links back to a folder that contains it; remove the link")
+
+
+def _below(path: str | None, root: Path) -> str | None:
+    """An absolute path inside `root` becomes relative; others stay as they are, to be checked."""
+    if path and PurePath(path).is_absolute() and PurePath(path).is_relative_to(root):
+        return PurePath(path).relative_to(root).as_posix()
+    return path
+
+
+def _check_some_exist(table: pa.Table, root: Path, source: Path) -> None:
+    paths = [str(path) for path in column(table, "path")]
+    if not any((root / path).is_file() for path in paths):
+        raise BadInput(
+            f"none of the {len(paths):,} files that {source} lists is below {root} ({listed(paths)}); "
+            f"say where they are with --root"
+        )

@@ -1,0 +1,104 @@
+"""An SAE on disk: a folder with `sae.safetensors` (weights) and `sae.json` (what they are). Save and load only."""
+
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from stores.errors import DamagedStore
+from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
+from stores.spec import SAE, Header, read_header, write_header
+
+from .model import SparseAutoencoder
+
+WEIGHTS = "sae.safetensors"
+
+
+@dataclass(frozen=True)
+class SaeRun:
+    """A finished SAE: the model, its header, and the SHA-256 of its weights file."""
+
+    model: SparseAutoencoder
+    header: Header
+    sha256: str
+
+    @property
+    def same_tokens(self) -> dict[str, Any]:
+        """The kind of tokens it was trained on (`ActivationSpec.same_tokens`)."""
+        return dict(self.header.spec["tokens"])
+
+
+def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:
+    """Write the weights, then the header that calls the run complete."""
+    save_tensors(root / WEIGHTS, {name: value.detach() for name, value in model.named_parameters()}, {})
+    summary = {**summary, "sae_sha256": sha256_file(root / WEIGHTS)}
+    header = Header(**{**vars(header), "complete": True, "summary": summary})
+    write_header(root, header)
+    return header
+
+
+def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
+    """The finished SAE at `root`, on `device`.
+
+    Raises
+    ------
+    StoreNotFound, IncompleteStore, SpecMismatch
+        If there is no finished SAE of a version that this program reads.
+    DamagedStore
+        If the weights are missing, changed, misshaped or not finite.
+    """
+    header = read_header(root, SAE)
+    path = root / WEIGHTS
+    if not path.is_file():
+        raise DamagedStore(f"{path} is missing; train again with {SAE.command}")
+    digest = sha256_file(path)
+    if digest != (header.summary or {}).get("sae_sha256"):
+        raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
+    tensors, _ = load_tensors(path)
+    model = SparseAutoencoder(header.spec["width"], header.spec["n_latents"])
+    expected = {name: value.shape for name, value in model.named_parameters()}
+    found = {name: value.shape for name, value in tensors.items()}
+    if found != expected:
+        raise DamagedStore(f"{path} holds {_shapes(found)}, expected {_shapes(expected)}")
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise DamagedStore(f"{path} holds weights that are NaN or infinite")
+    model.load_state_dict(tensors)
+    return SaeRun(model.requires_grad_(False).to(device), header, digest)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically and durably; no second copy in memory."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; nothing in it is executed.
+
+    Raises
+    ------
+    DamagedStore
+        If it is not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise DamagedStore(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _shapes(shapes: dict[str, torch.Size]) -> str:
+    return ", ".join(f"{name} {tuple(shape)}" for name, shape in sorted(shapes.items()))

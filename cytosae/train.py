@@ -1,0 +1,275 @@
+"""Train an SAE on cached activations: one flat loop, from the first batch to the finished run.
+
+A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1, dead set, loss and gradients, counters, the
+part of each decoder gradient along its row removed, Adam, learning rate. Everything random hangs on the seed, and
+the state that is saved is whole: an interrupted and continued run equals an uninterrupted one, bit for bit, on the same
+device, versions and thread count.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from stores.activation_store import ActivationStore
+from stores.errors import BadInput
+from stores.files import sweep_partials, sync_tree, write_atomic
+from stores.output import plan_output
+from stores.runlog import append_run
+from stores.spec import SAE, Header, new_header, read_header, write_header
+
+from .batches import TokenStream, open_caches
+from .checkpoint import load_tensors, save_sae, save_tensors
+from .config import TrainConfig
+from .losses import BatchLosses, loss_and_gradients
+from .model import SparseAutoencoder, geometric_median
+
+_B_DEC_SAMPLE = 65_536  # tokens that the start of b_dec is computed from
+
+Progress = Callable[[int, int, dict[str, float]], None]  # tokens done, tokens in all, the newest metrics
+
+
+@dataclass
+class _State:
+    """What changes from step to step; saved whole."""
+
+    model: SparseAutoencoder
+    optimizer: torch.optim.Adam
+    steps_since_fired: torch.Tensor  # (n_latents,) int64
+    step: int
+    metrics: list[dict[str, float]]
+
+
+def train(
+    caches: list[Path],
+    run: Path,
+    config: TrainConfig,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 500,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, metrics: None,
+) -> Header:
+    """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
+
+    Memory: the model four times (weights, gradients, Adam), one pool of `pool_chunks` chunks, and dense latents of one
+    micro-batch (a few times 256 MiB).
+
+    Raises
+    ------
+    SpecMismatch
+        If the caches do not fit together, or `run` holds something else or a run with other settings.
+    IncompleteStore, DamagedStore
+        If a cache is not finished, or lost a chunk.
+    BadInput
+        If the loss stops being finite; the state before that step is kept.
+    """
+    stores = open_caches(caches)
+    stream = TokenStream(
+        stores, token_set=config.token_set, order=config.order, pool_chunks=config.pool_chunks, seed=config.seed
+    )
+    n_steps = config.n_steps(stream.tokens_per_epoch)
+    header = new_header(SAE, _make_spec(stores, stream, config, n_steps))
+    output = plan_output(run, header, overwrite=overwrite, inputs=tuple(caches))
+    if output.is_complete:
+        output.publish()
+        return read_header(run, SAE)
+
+    root = output.work
+    (root / "state").mkdir(parents=True, exist_ok=True)
+    sweep_partials(root)
+    write_header(root, header)
+    append_run(
+        root,
+        packages=("torch", "numpy"),
+        caches=[str(store.root) for store in stores],
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        threads=torch.get_num_threads(),
+    )
+    state = _load_state(root, stores, config, device) or _start(stores, stream, config, device)
+    skipped = config.batch_tokens if config.b_dec_init == "geometric-median-per-position" else 0
+    batches = stream.batches(config.batch_tokens, position=skipped + state.step * config.batch_tokens)
+    last_logged, clock = state.step, time.perf_counter()
+    try:
+        while state.step < n_steps:
+            losses = _train_step(state, next(batches), config, device)
+            if state.step % config.log_every == 0 or state.step == n_steps:
+                seconds = time.perf_counter() - clock
+                rate = (state.step - last_logged) * config.batch_tokens / seconds
+                state.metrics.append(_metrics(state, losses, config, stream, rate))
+                last_logged, clock = state.step, time.perf_counter()
+                progress(state.step * config.batch_tokens, n_steps * config.batch_tokens, state.metrics[-1])
+            if state.step % checkpoint_every == 0 and state.step < n_steps:
+                _save_state(root, state)
+    except (KeyboardInterrupt, BadInput):
+        _save_state(root, state)
+        raise
+
+    state.model.normalise_decoder() if state.step == 0 else state.model.fold_decoder_norm()
+    _write_metrics(root, state.metrics)
+    summary = {
+        "steps": state.step,
+        "tokens": state.step * config.batch_tokens,
+        "images": round(state.step * config.batch_tokens / stream.tokens_per_image),
+        "final": state.metrics[-1],
+    }
+    header = save_sae(root, state.model, header, summary)
+    (root / "state" / "state.safetensors").unlink(missing_ok=True)
+    sync_tree(root)
+    output.publish()
+    return header
+
+
+def _train_step(state: _State, batch: npt.NDArray[np.float16], config: TrainConfig, device: str) -> BatchLosses:
+    """One step of the loop above; leaves the state as it was if the loss is not finite."""
+    model = state.model
+    tokens = torch.from_numpy(batch).to(device)  # travels as float16, cast where it is used
+    model.normalise_decoder()
+    dead = state.steps_since_fired > config.dead_after_steps if config.ghost else None
+    losses = loss_and_gradients(
+        model, tokens, loss=config.loss, l1=config.l1, ghost_scale=config.ghost_scale, dead_L=dead
+    )
+    if not math.isfinite(losses.loss):
+        raise BadInput(
+            f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, ghost {losses.ghost:.4g}); "
+            f"lower --lr or lengthen --warmup-steps"
+        )
+    state.steps_since_fired += 1
+    state.steps_since_fired[losses.fired] = 0
+    _remove_parallel_part(model)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.lr * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
+    state.optimizer.step()
+    state.step += 1
+    return losses
+
+
+@torch.no_grad()
+def _remove_parallel_part(model: SparseAutoencoder) -> None:
+    """Take out of each decoder row's gradient its part along the row, which the next normalisation would undo."""
+    assert model.W_dec.grad is not None
+    along_L1 = (model.W_dec.grad * model.W_dec).sum(1, keepdim=True)
+    model.W_dec.grad -= along_L1 * model.W_dec
+
+
+def _start(stores: list[ActivationStore], stream: TokenStream, config: TrainConfig, device: str) -> _State:
+    """Step 0: seeded weights and b_dec from the first tokens of the stream."""
+    model = SparseAutoencoder(stores[0].spec.width, config.expansion * stores[0].spec.width)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    with torch.no_grad():
+        model.b_dec.copy_(_initial_b_dec(stream, config))
+    model.to(device)
+    silent = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
+    return _State(model, _optimizer(model, config), silent, 0, [])
+
+
+def _initial_b_dec(stream: TokenStream, config: TrainConfig) -> torch.Tensor:
+    """(D,): where b_dec begins: the geometric median is the paper's, per position over one batch the released form."""
+    if config.b_dec_init == "zeros":
+        return torch.zeros(())
+    per_position = config.b_dec_init == "geometric-median-per-position"
+    n_tokens = config.batch_tokens if per_position else min(_B_DEC_SAMPLE, stream.tokens_per_epoch)
+    sample = torch.from_numpy(next(stream.batches(n_tokens))).float()
+    if config.b_dec_init == "mean":
+        return sample.mean(0)
+    if per_position:
+        whole = len(sample) - len(sample) % stream.tokens_per_image
+        if not whole:
+            raise BadInput(f"b_dec_init {config.b_dec_init!r} needs batches of at least one image")
+        return geometric_median(sample[:whole].reshape(-1, stream.tokens_per_image, sample.shape[1])).mean(0)
+    return geometric_median(sample)
+
+
+def _optimizer(model: SparseAutoencoder, config: TrainConfig) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+
+
+def _metrics(
+    state: _State, losses: BatchLosses, config: TrainConfig, stream: TokenStream, rate: float
+) -> dict[str, float]:
+    """One row of metrics.parquet. Dead: silent for more than the last `dead_after_steps` steps."""
+    tokens = state.step * config.batch_tokens
+    return {
+        "step": state.step,
+        "tokens": tokens,
+        "images": tokens / stream.tokens_per_image,
+        "epoch": tokens / stream.tokens_per_epoch,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "loss": losses.loss,
+        "mse": losses.mse,
+        "l1": losses.l1,
+        "ghost": losses.ghost,
+        "l0": losses.l0,
+        "explained_variance": losses.explained_variance,
+        "explained_variance_uncentered": losses.explained_variance_uncentered,
+        "dead_fraction": (state.steps_since_fired > config.dead_after_steps).float().mean().item(),
+        "dead_window_tokens": config.dead_after_steps * config.batch_tokens,
+        "tokens_per_second": rate,
+    }
+
+
+def _make_spec(stores: list[ActivationStore], stream: TokenStream, config: TrainConfig, n_steps: int) -> dict[str, Any]:
+    return {
+        "width": stores[0].spec.width,
+        "n_latents": config.expansion * stores[0].spec.width,
+        "activation": "relu",
+        "tokens": stores[0].spec.same_tokens,
+        "trained_backbone": stores[0].spec.trained,
+        "caches": [
+            {"identity": store.identity, "sha256": store.content_sha256, "precision": store.spec.precision}
+            for store in stores
+        ],
+        "tokens_per_epoch": stream.tokens_per_epoch,
+        "n_steps": n_steps,
+        "config": dataclasses.asdict(config),
+    }
+
+
+def _save_state(root: Path, state: _State) -> None:
+    """Everything needed to go on from here; the batch order is a function of the step."""
+    tensors = {f"model.{name}": value.detach() for name, value in state.model.named_parameters()}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state.get(parameter, {})
+        tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
+    tensors["steps_since_fired"] = state.steps_since_fired
+    _write_metrics(root, state.metrics)
+    save_tensors(root / "state" / "state.safetensors", tensors, {"cyto": json.dumps({"step": state.step})})
+
+
+def _load_state(root: Path, stores: list[ActivationStore], config: TrainConfig, device: str) -> _State | None:
+    path = root / "state" / "state.safetensors"
+    if not path.exists():
+        return None
+    tensors, metadata = load_tensors(path)
+    step = int(json.loads(metadata["cyto"])["step"])
+    model = SparseAutoencoder(stores[0].spec.width, config.expansion * stores[0].spec.width)
+    model.load_state_dict({name: tensors[f"model.{name}"] for name, _ in model.named_parameters()})
+    model.to(device)
+    optimizer = _optimizer(model, config)
+    for name, parameter in model.named_parameters():
+        keys = [key for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")]
+        for key in keys:
+            optimizer.state[parameter][key.split(".")[1]] = tensors[key].to(device)
+    metrics = [row for row in _read_metrics(root) if row["step"] <= step]
+    return _State(model, optimizer, tensors["steps_since_fired"].to(device), step, metrics)
+
+
+def _write_metrics(root: Path, metrics: list[dict[str, float]]) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(metrics), sink)
+    write_atomic(root / "metrics.parquet", memoryview(sink.getvalue()))
+
+
+def _read_metrics(root: Path) -> Iterator[dict[str, float]]:
+    path = root / "metrics.parquet"
+    yield from pq.read_table(path, partitioning=None).to_pylist() if path.exists() else []

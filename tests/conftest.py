@@ -1,0 +1,56 @@
+"""Small real things that many tests use: drawn cells, a cache, an SAE, latents. Made once per session, copied to change."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cytocache.datasets import open_images
+from cytocache.demo_cells import draw_cell
+from cytocache.extract import ExtractConfig, extract
+from cytosae.config import TrainConfig
+from cytosae.encode import encode
+from cytosae.train import train
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten drawn cells of 48 px in three classes, and what the pipeline makes of them; read-only: see `copied`.
+
+    images/<label>/<n>.png · images.csv (patients of different size, one image unreadable) · acts.zarr (4 images a
+    chunk, so the last one is short) · run (SAE, 2 x 192 latents) · latents.zarr
+    """
+    root = tmp_path_factory.mktemp("made")
+    lines = ["path,label,patient,disease"]
+    for n in range(10):
+        label = LABELS[n % 3]
+        path = root / "images" / label / f"{n:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_cell(label, np.random.default_rng(n), size=48)).save(path)
+        patient, disease = (("P1", "sick") if n < 6 else ("P2", "well")) if n < 9 else ("", "")
+        lines.append(f"images/{label}/{n:02d}.png,{label},{patient},{disease}")
+    torn = root / "images" / LABELS[1] / "04.png"
+    torn.write_bytes(torn.read_bytes()[:200])
+    (root / "images.csv").write_text("\n".join(lines) + "\n")
+
+    extract(open_images(root / "images.csv"), root / "acts.zarr", ExtractConfig(chunk_images=4, batch_size=3))
+    train([root / "acts.zarr"], root / "run", tiny_config())
+    encode(root / "acts.zarr", root / "run", root / "latents.zarr")
+    return root
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made` that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    """A training run of a second or two."""
+    settings = {"expansion": 2, "batch_tokens": 256, "tokens": 256 * 12, "warmup_steps": 4, "log_every": 4, **changes}
+    return TrainConfig(**settings)  # type: ignore[arg-type]
