@@ -431,6 +431,102 @@ def barcode(
         )
 
 
+# ---------------------------------------------------------------------------------------------------- the pipeline
+
+
+@cli.command()
+@click.option("--out", type=_FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the drawn cells.")
+def demo(out: Path, seed: int) -> None:
+    """The whole pipeline on drawn cells: no download, about a minute on two cores.
+
+    Cells, patients and diseases are invented, and the backbone is untrained: this shows the machinery, not medicine.
+
+    \b
+    Example: cyto demo --out cyto-demo
+    """
+    from cytocache.datasets import open_images
+    from cytocache.demo_cells import write_demo_images
+    from cytocache.extract import ExtractConfig, extract
+    from cytocache.images import read_image
+    from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.config import TrainConfig
+    from cytosae.encode import encode
+    from cytosae.figures import characteristic_latents, plot_patient_barcodes, plot_reference_images
+    from cytosae.train import train
+    from stores import BarcodeStore, LatentStore
+
+    _check_demo_folder(out)
+    cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
+    latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"
+
+    write_demo_images(out, seed=seed)
+    images = open_images(cells)
+    click.echo(f"{cells}: {images.table.num_rows} drawn cells of 18 invented patients with 3 invented diseases")
+
+    click.echo(f"\n$ cyto cache extract {cells} {acts}")
+    with _progress("extract", "image") as progress:
+        extract(images, acts, ExtractConfig(workers=os.cpu_count() or 2), progress=progress)
+    click.echo(_describe_cache(acts))
+
+    # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
+    settings = {"expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30, "batch_tokens": 4096, "tokens": 1_000_000}
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+    click.echo(f"\n$ cyto sae train {acts} -o {run} {options}")
+    with _progress("train", "token") as progress:
+        config = TrainConfig(**settings)  # type: ignore[arg-type]
+        header = train(
+            [acts], run, config, progress=lambda done, total, metrics: progress(done, total, _training_line(metrics))
+        )
+    click.echo(f"{run}: {header.spec['n_latents']} latents; {_training_line((header.summary or {})['final'])}")
+
+    click.echo(f"\n$ cyto sae encode {acts} {run} -o {latents}")
+    with _progress("encode", "image") as progress:
+        encoded = encode(acts, run, latents, progress=progress)
+    click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {_size(latents) / 1e6:.1f} MB")
+
+    click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
+    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client, _progress("barcode", "image") as progress:
+        counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
+    click.echo(
+        f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
+        f"{counted.share_above_tau:.0%} of the nonzeros exceed tau"
+    )
+
+    store = BarcodeStore(barcodes)
+    by_image = store.read("image")
+    paths = [out / str(path) for path in by_image.obs["path"]]
+    plot_patient_barcodes(store.read("patient"), out / "patients_by_latents.png")
+    plot_reference_images(
+        LatentStore(latents),
+        by_image,
+        characteristic_latents(by_image, group="label"),
+        lambda index: _pixels(read_image(paths[index])[0]),
+        out / "reference_images.png",
+    )
+    click.echo(
+        f"\nLook at:\n"
+        f"  {out / 'patients_by_latents.png'}   which latents tell the patients apart\n"
+        f"  {out / 'reference_images.png'}      the cells that a latent answers to, and where in the cell\n"
+        f"  {barcodes / 'patient.zarr'}   anndata.read_zarr opens it, scanpy takes it\n"
+        f"Next: the same commands on your own images, README.md"
+    )
+
+
+def _check_demo_folder(out: Path) -> None:
+    """The demo writes into a folder of its own: a new one, or one that it made."""
+    from stores.errors import SpecMismatch
+
+    if out.is_dir() and any(out.iterdir()) and not (out / "cells.acts.zarr").is_dir() and not (out / "images").is_dir():
+        raise SpecMismatch(f"{out} holds something else; give an empty or new folder with --out")
+
+
+def _pixels(picture: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(picture)
+
+
 # ---------------------------------------------------------------------------------------------------- shared
 
 

@@ -6,6 +6,8 @@ executed, and loaded strictly, so nothing is missing or left over (REFERENCE.md 
 
 import hashlib
 import math
+import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> 
     if weights not in (None, "random") and not architecture.weights_file:
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
     if weights in (None, "random"):
-        model, digest = _random_model(architecture), None
+        model = _random_model(architecture)
+        digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block
     else:
         path = Path(str(weights))
         state = _read_checkpoint(path)  # before the model is made: a wrong file is told at once
@@ -108,8 +111,8 @@ def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> 
     backbone = Backbone(
         name=name,
         model=_cut(model, block),
-        weights_sha256=digest or _sha256_state(model),
-        trained=digest is not None,
+        weights_sha256=digest,
+        trained=weights not in (None, "random"),
         block=block,
         n_blocks=n_blocks,
         width=model.embed_dim,
@@ -166,11 +169,15 @@ def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     layout = "expected a DinoBloom checkpoint: a dict with the one key 'teacher', its keys beginning with 'backbone.'"
     if not path.is_file():
         raise BadInput(f"no weights at {path}. The DinoBloom files are published at {PUBLISHED_AT}")
+    if not zipfile.is_zipfile(path):
+        raise BadInput(f"{path} is cut off, or was not written by torch.save of PyTorch 1.6 or newer; {layout}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # torch's own words advise to load the file unsafely
+        raise BadInput(f"{path} is refused: it holds more than tensors, and may execute code; {layout}") from None
     except Exception as error:  # a hostile or torn file raises almost anything, but executes nothing
-        reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-        raise BadInput(f"{path} cannot be loaded safely as weights ({reason}); {layout}") from None
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise BadInput(f"{path} cannot be loaded as weights ({reason}); {layout}") from None
     if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):
         found = listed([repr(key) for key in content]) if isinstance(content, dict) else type(content).__name__
         raise BadInput(f"{path}: {layout}; found {found or 'an empty dict'}")
@@ -198,17 +205,25 @@ def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name:
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
     misshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
+    mistyped = [key for key in state if not _is_plain(state[key])]
     for what, keys in {
         "missing": missing,
         "unexpected": unexpected,
         "of another shape": misshaped,
-        "not finite": not_finite,
+        "that are no plain floating-point tensors": mistyped,
     }.items():
         if keys:
             raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({listed(keys)})")
-    model.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    state = {key: value.float() for key, value in state.items()}
+    not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
+    if not_finite:
+        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({listed(not_finite)})")
+    model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    return value.dtype.is_floating_point and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _sha256_state(model: Any) -> str:

@@ -68,6 +68,7 @@ def _list_folder(folder: Path) -> Images:
             f"found {n_skipped:,} other files"
         )
     found.sort()
+    _refuse_undecodable(found, folder)
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
@@ -76,14 +77,24 @@ def _list_folder(folder: Path) -> Images:
 
 def _refuse_loop(place: Path, folder: Path) -> None:
     """Links to image folders are welcome; a link back to a folder above itself would list for ever."""
-    if place != folder and place.is_symlink() and place.resolve() in (folder.resolve(), *place.absolute().parents):
+    if place != folder and place.is_symlink() and place.resolve() in (parent.resolve() for parent in place.parents):
         raise BadInput(f"{place} links back to a folder that contains it; remove the link")
+
+
+def _refuse_undecodable(paths: list[str], folder: Path) -> None:
+    """A name that is not UTF-8 (an old archive, unpacked) cannot be written into a table."""
+    bad = [path for path in paths if not path.isprintable() and path.encode(errors="ignore").decode() != path]
+    if bad:
+        raise BadInput(
+            f"{len(bad):,} file names in {folder} are not UTF-8 ({listed([ascii(path) for path in bad])}); rename them"
+        )
 
 
 def _below(path: str | None, root: Path) -> str | None:
     """An absolute path inside `root` becomes relative; others stay as they are, to be checked."""
-    if path and PurePath(path).is_absolute() and PurePath(path).is_relative_to(root):
-        return PurePath(path).relative_to(root).as_posix()
+    for base in (root, root.resolve()):  # the root may have been given through a link or with `..`
+        if path and PurePath(path).is_absolute() and PurePath(path).is_relative_to(base):
+            return PurePath(path).relative_to(base).as_posix()
     return path
 
 

@@ -26,7 +26,7 @@ from stores.tables import column, table_sha256
 
 from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
 from .datasets import Images
-from .images import read_image
+from .images import pillow_silenced, read_image
 from .preprocess import Preprocess
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,6 +116,7 @@ def extract(
     backbone.model.to(config.device)
     chunks = writer.missing_chunks()
     with ExitStack() as stack:
+        stack.enter_context(pillow_silenced)  # from here, before there are threads: it sets what all threads share
         readers = stack.enter_context(ThreadPoolExecutor(config.workers, thread_name_prefix="read"))
         writers = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
         # an error or Ctrl-C must not wait for the images that were read ahead

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import threading
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,34 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # decoders that a file may reach, whatever its name
 MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million; more is a mistake or an attack
 MAX_FILE_BYTES = 1 << 30
+
+
+class _PillowSilenced:
+    """Hides Pillow's warnings about odd metadata while any thread is inside; pixels or an error are what counts.
+
+    Python keeps one list of filters for all threads: with a `warnings.catch_warnings` of its own, each reader thread
+    would put back what another had set, and the process would end up with the wrong filters for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._n_inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._n_inside == 0:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._n_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0:
+                self._before.__exit__(None, None, None)
+
+
+pillow_silenced = _PillowSilenced()
 
 
 def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
@@ -42,8 +71,7 @@ def decode_image(raw: bytes) -> Image.Image:
         With the reason in a few words.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about odd metadata; pixels or an error are what counts
+        with pillow_silenced:
             picture = Image.open(io.BytesIO(raw), formats=FORMATS)
             if picture.width * picture.height > MAX_PIXELS:
                 raise UnreadableImage(

@@ -1,0 +1,45 @@
+# make demo | make test: everything from nothing (Python 3.11 or later, make, a package index)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test test-slow bench docs wheel-check clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyto needs Python 3.11 or later: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/cyto demo
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: install # heavy groups, on request
+	$(BIN)/pytest -m "slow or gpu"
+
+bench: install # docs/benchmarks.md says what each line means
+	$(BIN)/python bench/run_all.py
+
+docs: install # docs/cli.md from the --help texts
+	$(BIN)/python docs/make_cli_reference.py
+
+wheel-check: install # a wheel from this checkout, in an empty environment
+	rm -rf $(VENV)-wheel dist build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/cyto-*.whl
+	cd / && $(abspath $(VENV))-wheel/bin/cyto --help
+	cd / && $(abspath $(VENV))-wheel/bin/cyto --version
+	rm -rf $(VENV)-wheel dist build
+
+clean:
+	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info cyto-demo

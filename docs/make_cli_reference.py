@@ -1,0 +1,31 @@
+"""Writes docs/cli.md from the --help texts; tests/test_docs.py checks that it is fresh."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from cli import cli
+
+_HEAD = "# Command line\n\nMade by `make docs` from the `--help` texts; a test checks that it is fresh.\n"
+
+
+def cli_reference() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for name, command in _commands("cyto", cli):
+        settings = {**cli.context_settings, "max_content_width": 100, "terminal_width": 100}
+        with click.Context(command, info_name=name, **settings) as context:
+            parts.append(f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "".join(parts)
+
+
+def _commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
+    yield name, command
+    if isinstance(command, click.Group):
+        for child in sorted(command.commands):
+            yield from _commands(f"{name} {child}", command.commands[child])
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "cli.md").write_text(cli_reference())
