@@ -230,6 +230,7 @@ def sae_train(
     """
     from cytosae.config import make_config
     from cytosae.train import train
+    from stores import find_header
 
     options = {name: value for name, value in options.items() if value is not None}
     config = make_config(preset=preset, config_file=config_file, options=options)
@@ -239,6 +240,7 @@ def sae_train(
             f"than in the released loss; scale --l1 up",
             err=True,
         )
+    before = find_header(run)
     with _progress("train", "token") as progress:
         header = train(
             list(stores),
@@ -249,6 +251,7 @@ def sae_train(
             overwrite=overwrite,
             progress=lambda done, total, metrics: progress(done, total, _training_line(metrics)),
         )
+    _say_done(run, before is not None and before.complete and not overwrite)
     final = (header.summary or {})["final"]
     click.echo(f"{run}: {header.spec['n_latents']:,} latents after {(header.summary or {})['tokens']:,} tokens")
     click.echo(_training_line(final))
@@ -572,7 +575,8 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=limit,
-            dashboard_address=None,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",  # any free port, and not for the whole network
             silence_logs=logging.ERROR,
         )
         with cluster, Client(cluster) as client:
@@ -592,15 +596,22 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
-        nonlocal shown, at_start
+        nonlocal shown, at_start, began
         now = time.monotonic()
         if at_start < 0:
-            at_start = done if done < total else 0  # the rate is that of this run, not of what was there before
-        if done < total and now - shown < (0.2 if in_terminal else 10):
+            at_start, began = done, now  # the rate is that of this run, not of what was there before
+        elif done < total and now - shown < (0.2 if in_terminal else 10):
             return
         shown = now
         line = tqdm.format_meter(
-            done, total, now - began, prefix=job, unit=f" {unit}s", unit_scale=True, initial=at_start, postfix=state
+            done,
+            total,
+            now - began,
+            prefix=job,
+            unit=f" {unit}s",
+            unit_scale=total >= 100_000,
+            initial=at_start,
+            postfix=state,
         )
         click.echo(f"\r\x1b[2K{line}" if in_terminal else line, err=True, nl=not in_terminal)
 

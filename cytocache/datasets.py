@@ -54,7 +54,7 @@ def _list_folder(folder: Path) -> Images:
     folder = folder.absolute()
     found: list[str] = []
     n_skipped = 0
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unlistable):
         _refuse_loop(Path(place), folder)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         for name in names:
@@ -81,9 +81,14 @@ def _refuse_loop(place: Path, folder: Path) -> None:
         raise BadInput(f"{place} links back to a folder that contains it; remove the link")
 
 
+def _refuse_unlistable(error: OSError) -> None:
+    """A folder that may not be read would otherwise be left out without a word."""
+    raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}; make it readable, or move it")
+
+
 def _refuse_undecodable(paths: list[str], folder: Path) -> None:
     """A name that is not UTF-8 (an old archive, unpacked) cannot be written into a table."""
-    bad = [path for path in paths if not path.isprintable() and path.encode(errors="ignore").decode() != path]
+    bad = [path for path in paths if path.encode(errors="ignore").decode() != path]
     if bad:
         raise BadInput(
             f"{len(bad):,} file names in {folder} are not UTF-8 ({listed([ascii(path) for path in bad])}); rename them"

@@ -115,6 +115,7 @@ def extract(
     )
     backbone.model.to(config.device)
     chunks = writer.missing_chunks()
+    _report(writer, progress)
     with ExitStack() as stack:
         stack.enter_context(pillow_silenced)  # from here, before there are threads: it sets what all threads share
         readers = stack.enter_context(ThreadPoolExecutor(config.workers, thread_name_prefix="read"))

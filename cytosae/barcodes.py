@@ -359,9 +359,9 @@ def _group_images(store: LatentStore) -> _Groups:
         n_unreadable=np.bincount(np.array(unreadable_owner, np.int64), minlength=len(patients)),
         left_out={
             "n_unreadable": int((~is_readable).sum()),
-            "n_without_patient": sum(ok and name is None for name, ok in zip(owner, is_readable, strict=True)),
+            "n_without_patient": sum(1 for name, ok in zip(owner, is_readable, strict=True) if ok and name is None),
             "n_patients_unreadable": len(diseases_of) - len(patients),
-            "n_patients_without_disease": sum(d is None for d in disease_of),
+            "n_patients_without_disease": disease_of.count(None),
         },
     )
 

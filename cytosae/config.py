@@ -65,6 +65,7 @@ class TrainConfig:
             _check_number(name, getattr(self, name), least=1)
         _check_number("warmup_steps", self.warmup_steps, least=0)
         _check_number("l1", self.l1, least=0)
+        _check_number("seed", self.seed, least=0)
         for name in ("lr", "tokens", "epochs"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -137,6 +138,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
             raise BadInput(
                 f"{path}: {name} must be {getattr(fields[name].type, '__name__', expected)}; found {value!r}"
             )
+        if is_number and "float" in expected:
+            values[name] = float(value)  # 2 and 2.0 are one setting, and one identity
     return values
 
 

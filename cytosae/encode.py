@@ -83,6 +83,7 @@ def encode(
         threads=torch.get_num_threads(),
     )
     is_readable = store.readable()
+    progress(writer.n_images, spec.n_images, "")
     n_together = max(1, _MICRO_BATCH_BYTES // (4 * spec.n_latents * spec.tokens_per_image))
     for rows, tokens in store.iter_chunks():
         if rows.stop <= writer.n_images:

@@ -9,8 +9,11 @@ device, versions and thread count.
 import dataclasses
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +105,14 @@ def train(
     last_logged, clock = state.step, time.perf_counter()
     try:
         while state.step < n_steps:
-            losses = _train_step(state, next(batches), config, device)
-            if state.step % config.log_every == 0 or state.step == n_steps:
-                seconds = time.perf_counter() - clock
-                rate = (state.step - last_logged) * config.batch_tokens / seconds
-                state.metrics.append(_metrics(state, losses, config, stream, rate))
+            losses = _compute_gradients(state, next(batches), config, device)
+            is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == n_steps
+            with _held_signals():  # Ctrl-C finds a step whole or not begun: what it saves is always a state
+                _update(state, losses, config)
+                if is_logged:
+                    rate = (state.step - last_logged) * config.batch_tokens / (time.perf_counter() - clock)
+                    state.metrics.append(_metrics(state, losses, config, stream, rate))
+            if is_logged:
                 last_logged, clock = state.step, time.perf_counter()
                 progress(state.step * config.batch_tokens, n_steps * config.batch_tokens, state.metrics[-1])
             if state.step % checkpoint_every == 0 and state.step < n_steps:
@@ -130,8 +136,11 @@ def train(
     return header
 
 
-def _train_step(state: _State, batch: npt.NDArray[np.float16], config: TrainConfig, device: str) -> BatchLosses:
-    """One step of the loop above; leaves the state as it was if the loss is not finite."""
+def _compute_gradients(state: _State, batch: npt.NDArray[np.float16], config: TrainConfig, device: str) -> BatchLosses:
+    """First half of a step: sets the gradients. May be broken off and done again: it changes nothing that counts.
+
+    Raises BadInput if the loss is not finite.
+    """
     model = state.model
     tokens = torch.from_numpy(batch).to(device)  # travels as float16, cast where it is used
     model.normalise_decoder()
@@ -144,14 +153,38 @@ def _train_step(state: _State, batch: npt.NDArray[np.float16], config: TrainConf
             f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, ghost {losses.ghost:.4g}); "
             f"lower --lr or lengthen --warmup-steps"
         )
+    return losses
+
+
+def _update(state: _State, losses: BatchLosses, config: TrainConfig) -> None:
+    """Second half of a step: counters, weights, step number; whole or not at all."""
     state.steps_since_fired += 1
     state.steps_since_fired[losses.fired] = 0
-    _remove_parallel_part(model)
+    _remove_parallel_part(state.model)
     for group in state.optimizer.param_groups:
         group["lr"] = config.lr * min(1.0, (state.step + 1) / max(1, config.warmup_steps))
     state.optimizer.step()
     state.step += 1
-    return losses
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block (outside the main thread none can arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: held.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for held_back in held:
+            signal.raise_signal(held_back)
 
 
 @torch.no_grad()

@@ -84,7 +84,9 @@ class ActivationWriter:
         if not (root / "tokens" / "zarr.json").exists():
             _create(root, spec, manifest)
         sweep_partials(root)
-        self._records = {record["chunk"]: record for record in read_lines(self._journal, mend=True)}
+        # journal.jsonl is there if a crash came between `finish` joining the journals and marking the cache complete
+        records = [*read_lines(root / "journal.jsonl"), *read_lines(self._journal, mend=True)]
+        self._records = {record["chunk"]: record for record in records}
 
     def missing_chunks(self) -> list[int]:
         """Chunks that the journal does not name, or whose file has not the size and checksum it names."""
@@ -186,7 +188,7 @@ class ActivationStore:
         self.root = Path(root).absolute()
         self.header = read_header(self.root, ACTIVATIONS)
         self.spec = ActivationSpec(**self.header.spec)
-        _check_layout(self.root, self.spec)
+        check_layout(self.root, self.spec)
         if check_files:
             for chunk in range(self.spec.n_chunks):
                 file_crc(chunk_path(self.root, chunk), self.spec.chunk_bytes)
@@ -305,9 +307,19 @@ def _create(root: Path, spec: ActivationSpec, manifest: pa.Table) -> None:
     )
 
 
-def _check_layout(root: Path, spec: ActivationSpec) -> None:
-    """Refuse an array that a memory map would misread: other shape, type, byte order, codecs or chunks."""
-    array = zarr.open_array(os.fspath(root / "tokens"), mode="r")
+def check_layout(root: Path, spec: ActivationSpec) -> None:
+    """Refuse an array that a memory map would misread: other shape, type, byte order, codecs or chunks.
+
+    Raises
+    ------
+    DamagedStore
+        If it is so, or if there is no array at all.
+    """
+    wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
+    try:
+        array = zarr.open_array(os.fspath(root / "tokens"), mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what zarr raises for metadata it cannot read
+        raise DamagedStore(f"{wrong} ({error})") from None
     codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     fits = (
@@ -318,4 +330,4 @@ def _check_layout(root: Path, spec: ActivationSpec) -> None:
         and [codec["name"] for codec in codecs[1:]] == ["crc32c"]
     )
     if not fits:
-        raise DamagedStore(f"{root}/tokens does not have the layout that its header states; make the cache again")
+        raise DamagedStore(wrong)

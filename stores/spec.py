@@ -151,17 +151,21 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def _parse_header(raw: dict[str, Any], root: Path) -> Header:
     try:
+        format_version = int(raw["format_version"])
+        if format_version > FORMATS[raw["format"]].version:  # only a newer program knows what the rest must look like
+            return Header(kind=raw["format"], version=format_version, spec={})
         header = Header(
             kind=raw["format"],
-            version=int(raw["format_version"]),
+            version=format_version,
             spec=dict(raw["spec"]),
             complete=raw["complete"] is True,
             summary=raw.get("summary"),
             created_by=str(raw.get("created_by", "")),
         )
+        identity = header.identity  # a ValueError if the spec holds a NaN
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedStore(f"{root}: the header of this {raw['format']} cannot be read ({error!r})") from None
-    if header.version <= FORMATS[header.kind].version and raw.get("identity") != header.identity:
+    if raw.get("identity") != identity:
         raise DamagedStore(f"{root}: the header was changed by hand: its identity does not fit its settings")
     return header
 

@@ -147,7 +147,7 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _as_strings(values: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
+        values = values.cast(values.type.value_type)
     if pa.types.is_floating(values.type):  # pandas turns whole numbers with gaps into floats: 7.0 was 7
         return pa.array([_from_float(value) for value in values.to_pylist()], pa.string())
     cells = [cell or None for cell in values.cast(pa.string()).to_pylist()]
@@ -157,7 +157,7 @@ def _as_strings(values: pa.ChunkedArray) -> pa.Array:
 def _from_float(value: float | None) -> str | None:
     if value is None or value != value:
         return None
-    return str(int(value)) if value == int(value) else repr(value)
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _check_header(names: list[str], path: Path) -> None:
@@ -171,7 +171,8 @@ def _check_path(path: str | None, row: int, source: str) -> str:
     if not path:
         raise BadInput(f"row {row:,} of {source} has an empty path")
     posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    if posix.is_absolute() or windows.is_absolute() or windows.drive or ".." in posix.parts or "\0" in path:
+    # for Windows a backslash separates too, and `C:` or a leading backslash leaves the root
+    if posix.is_absolute() or windows.anchor or ".." in windows.parts or "\0" in path:
         raise BadInput(
             f"row {row:,} of {source}: path {path!r} does not lie below the images' root; "
             f"give paths relative to it (option --root)"

@@ -7,8 +7,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from .activation_store import CRC_BYTES, ActivationSpec, chunk_path
-from .errors import CytoError, DamagedStore
+from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path
+from .errors import BadInput, CytoError, DamagedStore
 from .files import read_lines
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
@@ -38,13 +38,30 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     """
     header = read_header(root, ACTIVATIONS)
     spec, summary = ActivationSpec(**header.spec), header.summary or {}
-    images = read_image_table(root / "images.parquet")
-    if images.num_rows != spec.n_images or table_sha256(images) != summary.get("images_sha256"):
-        yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
-    records = {record.get("chunk"): record for record in read_lines(root / "journal.jsonl")}
-    if sorted(records, key=str) != sorted(range(spec.n_chunks), key=str):
-        yield Problem(None, "all", f"the journal names {len(records):,} chunks, expected {spec.n_chunks:,}")
-    is_readable, ids = readable(images), column(images, "image_id")
+    try:
+        check_layout(root, spec)
+    except DamagedStore as error:
+        yield Problem(None, "all", str(error))
+
+    is_readable: list[bool] = []  # stays empty without a table of that length: then numbers and NaN cannot be judged
+    ids: list[str | None] = []
+    try:
+        images = read_image_table(root / "images.parquet")
+        if images.num_rows == spec.n_images:
+            is_readable, ids = readable(images), column(images, "image_id")
+        if table_sha256(images) != summary.get("images_sha256"):
+            yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
+    except BadInput as error:
+        yield Problem(None, "all", str(error))
+
+    records: dict[object, dict[str, object]] = {}
+    try:
+        records = {record.get("chunk"): record for record in read_lines(root / "journal.jsonl")}
+        if sorted(records, key=str) != sorted(range(spec.n_chunks), key=str):
+            yield Problem(None, "all", f"the journal names {len(records):,} chunks, expected {spec.n_chunks:,}")
+    except DamagedStore as error:
+        yield Problem(None, "all", str(error))
+
     for chunk in range(spec.n_chunks):
         rows = spec.chunk_rows(chunk)
         what = _check_chunk(root, spec, chunk, records.get(chunk), is_readable, ids)
@@ -55,7 +72,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
     """Check every chunk and every index of a latent store; yields None for each block of images that is whole."""
     try:
         store = LatentStore(root)
-    except DamagedStore as error:
+    except (DamagedStore, BadInput) as error:
         yield Problem(None, "all", str(error))
         return
     is_readable = store.readable()
@@ -102,7 +119,7 @@ def _check_chunk(
     if named != (rows.start, len(rows), spec.chunk_bytes, f"{crc:08x}"):
         return "is not the chunk that the journal names: swapped, or written by another run"
     bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
-    for position, row in enumerate(rows):
+    for position, row in enumerate(rows if is_readable else ()):
         if is_readable[row] and (bits[position] >= _FINITE_BELOW).any():
             return f"NaN or infinity in readable image {row:,} ({ids[row]})"
         if not is_readable[row] and (bits[position] < _FINITE_BELOW).any():
