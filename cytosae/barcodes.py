@@ -152,16 +152,15 @@ def count_tokens(rows: CsrRows, *, tau: float, token_set: str, tokens_per_image:
     -------
     One entry for every (image, latent) with a nonzero in the token set, images in order, latents rising.
     """
-    n_images = rows.n_rows // tokens_per_image
-    row_of = np.repeat(np.arange(rows.n_rows, dtype=np.int64), np.diff(rows.indptr))
-    image_of, is_cls = row_of // tokens_per_image, row_of % tokens_per_image == 0
-    keep = slice(None) if token_set == "all" else is_cls if token_set == "cls" else ~is_cls
-    image_of, latent, value = image_of[keep], rows.indices[keep].astype(np.int64), rows.values[keep]
-    # a stable sort by (image, latent) puts a latent's tokens side by side, in token order: sums have a fixed order
-    order = np.lexsort((latent, image_of))
-    image_of, latent, value = image_of[order], latent[order], value[order]
+    latent, value, image_ptr = _entries_of_set(rows, token_set, tokens_per_image)
+    # to columns and back is a stable sort by (image, latent) in linear time: a latent's tokens end up side by side, in
+    # token order, so that sums have a fixed order; 20 times faster than sorting (docs/log.md)
+    shape = (len(image_ptr) - 1, int(latent.max(initial=0)) + 1)
+    sorted_rows = ss.csr_matrix((value, latent.astype(np.int32), image_ptr), shape=shape).tocsc().tocsr()
+    value, latent, image_ptr = sorted_rows.data, sorted_rows.indices, sorted_rows.indptr.astype(np.int64)
     is_first = np.ones(len(value), bool)
-    is_first[1:] = (np.diff(image_of) != 0) | (np.diff(latent) != 0)
+    is_first[1:] = latent[1:] != latent[:-1]
+    is_first[image_ptr[image_ptr < len(value)]] = True
     first = np.flatnonzero(is_first)
     if len(first):
         count = np.add.reduceat((value > np.float32(tau)).astype(np.int32), first)
@@ -169,8 +168,8 @@ def count_tokens(rows: CsrRows, *, tau: float, token_set: str, tokens_per_image:
         total = np.add.reduceat(value.astype(np.float64), first)
     else:
         count, largest, total = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float64)
-    indptr = np.searchsorted(image_of[first], np.arange(n_images + 1)).astype(np.int64)
-    return ImageCounts(indptr, latent[first], count, largest, total, n_values=len(value))
+    indptr = np.searchsorted(first, image_ptr).astype(np.int64)
+    return ImageCounts(indptr, latent[first].astype(np.int64), count, largest, total, n_values=len(value))
 
 
 @dataclass(frozen=True)
@@ -183,6 +182,20 @@ class ImageCounts:
     max: npt.NDArray[np.float32]
     total: npt.NDArray[np.float64]  # sum over the tokens of the set
     n_values: int  # nonzeros that were looked at
+
+
+def _entries_of_set(
+    rows: CsrRows, token_set: str, tokens_per_image: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], Int]:
+    """(latents, values, where each image begins) of the tokens that count, in token order."""
+    if token_set == "all":
+        return rows.indices, rows.values, rows.indptr[::tokens_per_image]
+    is_chosen = np.full(rows.n_rows, token_set == "patch")
+    is_chosen[::tokens_per_image] = token_set == "cls"
+    lengths = np.diff(rows.indptr)
+    keep = np.repeat(is_chosen, lengths)
+    per_image = (lengths * is_chosen).reshape(-1, tokens_per_image).sum(1)
+    return rows.indices[keep], rows.values[keep], np.concatenate([[0], np.cumsum(per_image)])
 
 
 def _count_blocks(

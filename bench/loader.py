@@ -1,0 +1,245 @@
+"""How fast do shuffled training tokens come out of a cache, and how well are they shuffled?
+
+Ours: `TokenStream.batches` over whole epochs, started anew in every round (nothing is read ahead outside the measured
+time). Against:
+- a sequential copy of the same memory-mapped chunks, each into new memory, as the stream's batches lie in new memory
+  too (target 0.5 of its tokens/s); a copy into one buffer that stays, which spares page faults, is shown beside it;
+- a PyTorch DataLoader over single memory-mapped rows, `shuffle=True`, the same batch, the better of no workers and one
+  worker per core (target 10 times); one that gathers a whole batch at once (`__getitems__`) is shown beside it.
+The page cache is warm for all.
+
+Shuffle quality comes from a second cache of narrow tokens that carry their image's number: distinct images per batch,
+and the correlation of neighbouring tokens in a batch, beside those of a perfect shuffle and of no shuffle at all.
+Full size: python bench/loader.py --images 16384
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from common import (
+    TOKENS_PER_IMAGE,
+    WIDTH,
+    add_folder,
+    alternate,
+    arguments,
+    chunk_sizes,
+    emit,
+    say,
+    scratch,
+    similar_tokens,
+    write_cache,
+)
+from torch.utils.data import DataLoader, Dataset
+
+from cytosae.batches import TokenStream
+from stores.activation_store import ActivationStore
+
+_QUALITY_WIDTH = 16
+_BASE = 1024  # the first two channels hold the image's number in this base: whole numbers that float16 keeps
+
+
+def main() -> None:
+    """Measure and print one line of JSON."""
+    parser = arguments(__doc__)
+    add_folder(parser)
+    parser.add_argument("--images", type=int, default=4_096, help="(%(default)s)")
+    parser.add_argument("--chunk-images", type=int, default=256, help="(%(default)s)")
+    parser.add_argument("--pool-chunks", type=int, default=16, help="chunks shuffled together (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=16_448, help="(%(default)s)")
+    parser.add_argument("--epochs", type=int, default=2, help="passes in a round (%(default)s)")
+    parser.add_argument("--dataloader-batches", type=int, default=12, help="in a round (%(default)s)")
+    parser.add_argument("--quality-images", type=int, default=16_384, help="(%(default)s)")
+    parser.add_argument("--width", type=int, default=WIDTH, help="(%(default)s)")
+    options = parser.parse_args()
+    n_epoch = options.images * TOKENS_PER_IMAGE
+    n_batches = max(1, options.epochs * n_epoch // options.batch_tokens)
+    n_rows = min(options.dataloader_batches, max(1, n_epoch // options.batch_tokens))
+
+    with scratch(options.folder) as folder:
+        say(f"writing {options.images:,} images of random tokens")
+        sizes = chunk_sizes(options.images, options.chunk_images)
+        blocks = _random_blocks(sizes, options.width)
+        write_cache(
+            folder / "speed.acts.zarr",
+            blocks,
+            n_images=options.images,
+            width=options.width,
+            chunk_images=options.chunk_images,
+        )
+        store = ActivationStore(folder / "speed.acts.zarr")
+        buffer = np.empty((options.chunk_images, TOKENS_PER_IMAGE, options.width), np.float16)
+
+        def ours() -> None:
+            stream = TokenStream([store], pool_chunks=options.pool_chunks)
+            with closing(stream.batches(options.batch_tokens)) as batches:  # type: ignore[type-var]
+                for batch in islice(batches, n_batches):
+                    assert len(batch) == options.batch_tokens
+
+        def sequential() -> None:
+            for _ in range(options.epochs):
+                for chunk in range(len(sizes)):
+                    np.array(store.map_chunk(chunk))
+
+        def into_buffer() -> None:
+            for _ in range(options.epochs):
+                for chunk, size in enumerate(sizes):
+                    np.copyto(buffer[:size], store.map_chunk(chunk))
+
+        rows, rows_workers = _fastest(MappedRows(store), options, n_rows)
+        gathered, gathered_workers = _fastest(GatheredRows(store), options, n_rows)
+        timings = alternate(ours, sequential, into_buffer, rows, gathered, rounds=options.rounds)
+        shutil.rmtree(store.root)
+        quality = shuffle_quality(folder / "quality.acts.zarr", options)
+
+    amounts = [n_batches * options.batch_tokens, *[options.epochs * n_epoch] * 2, *[n_rows * options.batch_tokens] * 2]
+    stream, copied, buffered, plain, batched = (
+        timing.to_json(amount, "tokens") for timing, amount in zip(timings, amounts, strict=True)
+    )
+    emit(
+        "loader",
+        ratio=stream["rate"] / copied["rate"],
+        target=0.5,
+        ours=stream | {"bytes_per_second": stream["rate"] * options.width * 2},
+        baseline=copied | {"what": "sequential copy of the same mapped chunks"},
+        ratio_into_buffer=stream["rate"] / buffered["rate"],
+        into_buffer=buffered | {"what": "the same copy into one buffer that stays"},
+        ratio_dataloader=stream["rate"] / plain["rate"],
+        target_dataloader=10,
+        dataloader=plain | {"what": "PyTorch DataLoader over memory-mapped rows", "workers": rows_workers},
+        dataloader_gathered=batched
+        | {"what": "the same with __getitems__: a batch gathered at once", "workers": gathered_workers},
+        quality=quality,
+        params={**vars(options), "folder": str(options.folder or "temporary"), "bytes": n_epoch * options.width * 2},
+    )
+
+
+class MappedRows(Dataset[torch.Tensor]):
+    """One token per item, out of memory maps that stay open: what one would write first."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.chunks = [store.map_chunk(chunk) for chunk in range(store.spec.n_chunks)]
+        self.rows = [chunk.reshape(-1, store.spec.width) for chunk in self.chunks]
+        self.per_chunk = store.spec.chunk_images * store.spec.tokens_per_image
+        self.n_rows = store.spec.n_images * store.spec.tokens_per_image
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        chunk, row = divmod(index, self.per_chunk)
+        return torch.from_numpy(np.array(self.rows[chunk][row]))
+
+
+class GatheredRows(MappedRows):
+    """A whole batch at once, chunk by chunk; the batch comes ready made."""
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """The rows of a batch, in the order asked for."""
+        chunk, row = np.divmod(np.asarray(indices), self.per_chunk)
+        out = np.empty((len(indices), self.rows[0].shape[1]), np.float16)
+        for number in np.unique(chunk):
+            chosen = np.flatnonzero(chunk == number)
+            out[chosen] = self.rows[number][row[chosen]]
+        return [torch.from_numpy(out)]
+
+
+def shuffle_quality(root: Path, options: Any) -> dict[str, Any]:
+    """How far a batch is from a perfect shuffle: a cache of several pools, read as in training."""
+    n_images, n_tokens = options.quality_images, options.batch_tokens
+    say(f"shuffle quality on {n_images:,} images")
+    sizes = chunk_sizes(n_images, options.chunk_images)
+    blocks = _numbered_blocks(sizes)
+    write_cache(root, blocks, n_images=n_images, width=_QUALITY_WIDTH, chunk_images=options.chunk_images)
+    store = ActivationStore(root)
+    stream = TokenStream([store], pool_chunks=options.pool_chunks)
+    n_batches = max(1, min(64, stream.tokens_per_epoch // n_tokens))
+    everything = np.concatenate([tokens.reshape(-1, _QUALITY_WIDTH) for _, tokens in store.iter_chunks()])
+    order = np.random.default_rng(0).permutation(len(everything))
+    perfect = (everything[order[at : at + n_tokens]] for at in range(0, n_batches * n_tokens, n_tokens))
+    starts = np.linspace(0, max(0, len(everything) - n_tokens), n_batches).astype(np.int64)
+    return {
+        "ours": _quality(islice(stream.batches(n_tokens), n_batches)),
+        "perfect": _quality(perfect),
+        "unshuffled": _quality(everything[start : start + n_tokens] for start in starts),
+        "images": n_images,
+        "images_per_pool": min(n_images, options.pool_chunks * options.chunk_images),
+        "batches": n_batches,
+        "correlation_within_an_image": 0.5,
+    }
+
+
+def _quality(batches: Iterator[npt.NDArray[np.float16]]) -> dict[str, float]:
+    """Means over batches: distinct images; correlation of neighbours; share of neighbours out of one image."""
+    distinct, correlation, same = [], [], []
+    for batch in batches:
+        image = batch[:, 0].astype(np.int64) * _BASE + batch[:, 1].astype(np.int64)
+        values = batch[:, 2:].astype(np.float32)
+        values /= np.linalg.norm(values, axis=1, keepdims=True)
+        distinct.append(len(np.unique(image)))
+        correlation.append(float((values[1:] * values[:-1]).sum(1).mean()))
+        same.append(float((image[1:] == image[:-1]).mean()))
+    return {
+        "distinct_images_per_batch": float(np.mean(distinct)),
+        "neighbour_correlation": float(np.mean(correlation)),
+        "neighbours_of_one_image": float(np.mean(same)),
+    }
+
+
+def _random_blocks(sizes: list[int], width: int) -> Iterator[npt.NDArray[np.float16]]:
+    """Chunks of finite float16 with random sign and mantissa, made as fast as a disk writes them."""
+    rng = np.random.default_rng(0)
+    for size in sizes:
+        bits = rng.integers(0, 1 << 16, (size, TOKENS_PER_IMAGE, width), np.uint16)
+        yield ((bits & np.uint16(0x83FF)) | np.uint16(0x3800)).view(np.float16)
+
+
+def _numbered_blocks(sizes: list[int]) -> Iterator[npt.NDArray[np.float16]]:
+    rng, first = np.random.default_rng(1), 0
+    for size in sizes:
+        tokens = similar_tokens(rng, size, _QUALITY_WIDTH)
+        image = np.arange(first, first + size)[:, None]
+        tokens[:, :, 0], tokens[:, :, 1] = image // _BASE, image % _BASE
+        yield tokens
+        first += size
+
+
+def _fastest(rows: MappedRows, options: Any, n_batches: int) -> tuple[Callable[[], None], int]:
+    """The DataLoader with the better number of workers, found by one run of each."""
+    counts = _worker_counts(options.batch_tokens * options.width * 2)
+    sides = [_dataloader(rows, options.batch_tokens, n_batches, workers) for workers in counts]
+    seconds = [timing.seconds for timing in alternate(*sides, rounds=1)]
+    best = int(np.argmin(seconds))
+    return sides[best], counts[best]
+
+
+def _dataloader(rows: MappedRows, batch_tokens: int, n_batches: int, workers: int) -> Callable[[], None]:
+    def run() -> None:
+        collate = (lambda batch: batch[0]) if isinstance(rows, GatheredRows) else None
+        generator = torch.Generator().manual_seed(0)
+        loader = DataLoader(
+            rows, batch_tokens, shuffle=True, num_workers=workers, collate_fn=collate, generator=generator
+        )
+        for batch in islice(loader, n_batches):
+            assert len(batch) == batch_tokens
+
+    return run
+
+
+def _worker_counts(batch_bytes: int) -> list[int]:
+    """No workers, and one per core where shared memory holds the batches that they read ahead."""
+    cores = os.cpu_count() or 1
+    shared = Path("/dev/shm")
+    needed = 2 * batch_bytes * (2 * cores + 1)
+    return [0, cores] if shared.is_dir() and shutil.disk_usage(shared).free > needed else [0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Every command: one success, the commonest mistakes, and what it prints."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from cli import cli
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def fails(words: str, *arguments: object) -> None:
+    """The command ends with exit code 1 and one line, with these words, on stderr; stdout stays empty."""
+    done = run(*arguments)
+    assert done.exit_code == 1, done.output
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert re.search(words, lines[0]), lines[0]
+    assert "Traceback" not in done.output
+
+
+def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        return [(name, command)]
+    return [found for child in command.commands for found in commands(f"{name} {child}", command.commands[child])]
+
+
+@pytest.mark.parametrize(("name", "command"), commands("cyto", cli), ids=lambda value: str(value))
+def test_every_command_has_help_and_an_example(name: str, command: click.Command) -> None:
+    assert command.help
+    assert f"Example: {name}" in command.help
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    assert all(option.help for option in options)
+
+
+def test_chain_through_the_command_line(made: Path, tmp_path: Path) -> None:
+    """The five commands on a folder of images, as a user types them, and again: nothing is done twice."""
+    acts, sae, latents, barcodes = (tmp_path / name for name in ("a.zarr", "sae", "l.zarr", "b"))
+    steps = {
+        acts: ("cache", "extract", made / "images.csv", acts, "--chunk-images", 4, "--workers", 2),
+        sae: ("sae", "train", acts, "-o", sae, "--expansion", 2, "--tokens", 2048, "--batch-tokens", 256),
+        latents: ("sae", "encode", acts, sae, "-o", latents),
+        barcodes: ("barcode", latents, "-o", barcodes, "--tau", 0.05, "--workers", 1),
+    }
+    for made_by_it, step in steps.items():
+        done = run(*step)
+        assert done.exit_code == 0, done.output
+        assert str(made_by_it) in done.stdout
+        before = {path: path.stat().st_mtime_ns for path in made_by_it.rglob("*")}
+        again = run(*step)
+        assert again.exit_code == 0
+        assert "already complete" in again.stderr
+        assert {path: path.stat().st_mtime_ns for path in made_by_it.rglob("*")} == before
+    assert "1 of 10 images could not be read (images/lymphocyte/04.png" in run(*steps[acts]).stderr
+    assert "10 images" in run("cache", "info", acts).stdout
+    counted = run(*steps[barcodes]).stdout
+    assert "9 images, 2 patients, 2 diseases" in counted
+    assert "left out: 1 unreadable images" in counted
+    assert "left out: 1 images without a patient" in counted
+
+
+@pytest.mark.parametrize(
+    ("command", "store"), [("cache", "acts.zarr"), ("latents", "latents.zarr")], ids=["cache", "latents"]
+)
+def test_info_and_verify(command: str, store: str, copied: Path) -> None:
+    page = run(command, "info", copied / store)
+    assert page.exit_code == 0
+    assert "complete" in page.stdout
+    assert "UNTRAINED" in page.stdout
+    header = json.loads(run(command, "info", copied / store, "--json").stdout)
+    assert header["complete"] is True
+    assert header["runs"][0]["versions"]["python"]
+    whole = run(command, "verify", copied / store, "--json")
+    assert whole.exit_code == 0
+    assert json.loads(whole.stdout)["ok"] is True
+
+    victim = next(path for path in sorted((copied / store).rglob("c/**/*")) if path.is_file())
+    raw = bytearray(victim.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    victim.write_bytes(raw)
+    damaged = run(command, "verify", copied / store, "--json")
+    assert damaged.exit_code == 1
+    assert json.loads(damaged.stdout)["problems"]
+    fails("is damaged: 1 problems", command, "verify", copied / store)
+
+
+def test_sae_info(made: Path) -> None:
+    assert "384 (relu) on tokens of width 192" in run("sae", "info", made / "run").stdout
+    assert json.loads(run("sae", "info", made / "run", "--json").stdout)["summary"]["steps"] == 12
+
+
+def test_mistakes_get_one_line(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_path.csv").write_text("file,label\na.png,x\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    out = tmp_path / "out"
+    fails("no images in", "cache", "extract", tmp_path / "empty", out)
+    fails("no images at", "cache", "extract", tmp_path / "nowhere", out)
+    fails("has no column 'path'", "cache", "extract", tmp_path / "no_path.csv", out)
+    fails(
+        "needs weights: get DinoBloom-B.pth from Zenodo",
+        "cache",
+        "extract",
+        made / "images.csv",
+        out,
+        "--backbone",
+        "dinobloom-b",
+    )
+    fails("not ours", "cache", "extract", made / "images.csv", tmp_path / "mine", "--overwrite")
+    fails("input of this command", "cache", "extract", made / "images", made, "--overwrite")
+    fails("with other settings", "cache", "extract", made / "images.csv", made / "acts.zarr", "--chunk-images", 5)
+    fails("it holds a latent store", "sae", "train", made / "latents.zarr", "-o", out)
+    fails("no activation cache at", "sae", "train", tmp_path / "nowhere.zarr", "-o", out)
+    fails("preset must be one of", "sae", "train", made / "acts.zarr", "-o", out, "--preset", "mine")
+    fails("expansion must be at least 1", "sae", "train", made / "acts.zarr", "-o", out, "--expansion", 0)
+    fails("no SAE at", "sae", "encode", made / "acts.zarr", made / "acts.zarr", "-o", out)
+    fails("tau must be a number of at least 0", "barcode", made / "latents.zarr", "-o", out, "--tau", -1)
+    fails("must be a size like 2GiB", "barcode", made / "latents.zarr", "-o", out, "--memory-limit", "lots")
+    fails("device must be", "cache", "extract", made / "images.csv", out, "--device", "tpu")
+    assert not out.exists()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_wrong_usage_is_two() -> None:
+    assert run("cache", "extract").exit_code == 2
+    assert run("barcode", "x", "--no-such-option").exit_code == 2
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
+    """Only errors that the user can put right become one line."""
+    import stores
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("our own bug")
+
+    monkeypatch.setattr(stores, "read_header", broken)
+    done = run("sae", "info", made / "run")
+    assert isinstance(done.exception, ValueError)
+    assert not isinstance(done.exception, SystemExit)
+
+
+def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of training: state saved, one line, exit code 130, and the same command ends the job."""
+    command = [sys.executable, "-m", "cli", "sae", "train", made / "acts.zarr", "-o", tmp_path / "sae"]
+    command += ["--expansion", "2", "--batch-tokens", "256", "--tokens", "400000", "--checkpoint-every", "100000"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "loss" in process.stderr.readline()  # it is in the loop
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "sae" / "state" / "state.safetensors").exists()
+    fails("INCOMPLETE|incomplete", "sae", "encode", made / "acts.zarr", tmp_path / "sae", "-o", tmp_path / "l.zarr")
+    assert "INCOMPLETE" in run("sae", "info", tmp_path / "sae").stdout

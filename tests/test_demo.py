@@ -1,0 +1,52 @@
+"""`cyto demo` as a user runs it: everything is made, the pictures are pictures, and it can be repeated."""
+
+import re
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+from click.testing import CliRunner
+from PIL import Image
+
+from cli import cli
+
+
+def test_demo(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = CliRunner().invoke(cli, ["demo", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    for printed in re.findall(r"^  (\S+)", done.stdout, re.MULTILINE):
+        assert Path(printed).exists()
+    for name in ("patients_by_latents.png", "reference_images.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 500
+            assert np.asarray(picture.convert("L")).std() > 20
+    patients = anndata.read_zarr(out / "cells.barcodes" / "patient.zarr")
+    assert patients.n_obs == 18
+    # patients of one disease look more alike than patients of two: the point of a barcode
+    values = np.sqrt(patients.X.toarray())
+    likeness = np.corrcoef(values - values.mean(0))
+    disease = np.asarray(patients.obs["disease"])
+    same = disease[:, None] == disease[None, :]
+    assert likeness[same & ~np.eye(len(same), dtype=bool)].mean() > likeness[~same].mean() + 0.3
+
+    commands = [line[2:].split()[1:] for line in done.stdout.splitlines() if line.startswith("$ cyto")]
+    assert len(commands) == 4
+    for command in commands:  # the printed commands are the ones that were run: their outputs are complete
+        again = CliRunner().invoke(cli, command)
+        assert again.exit_code == 0, again.output
+        assert "already complete" in again.stderr
+
+    shutil.rmtree(out / "cells.barcodes")
+    repeated = CliRunner().invoke(cli, ["demo", "--out", str(out)])
+    assert repeated.exit_code == 0
+    assert (out / "cells.barcodes" / "barcodes.json").exists()
+
+
+def test_demo_leaves_foreign_folders_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "holds something else" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

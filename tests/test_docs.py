@@ -1,0 +1,124 @@
+"""The docs run, the reference is fresh, links lead somewhere, and what the README says is what the program does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cytocache.demo_cells import write_demo_images
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shell(script: str, folder: Path) -> str:
+    """Run a bash script with this environment's `cyto` and `python` first in the path; everything it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_quickstart_runs(tmp_path: Path) -> None:
+    """Every bash and python block, in order, in one folder."""
+    n_run = 0
+    for language, text in blocks(ROOT / "docs" / "quickstart.md"):
+        if language == "python":
+            (tmp_path / "block.py").write_text(text)
+            shell("python block.py", tmp_path)
+        elif language == "bash":
+            shell(text, tmp_path)
+        n_run += language in ("python", "bash")
+    assert n_run >= 6
+    assert (tmp_path / "cells.barcodes" / "disease.zarr").is_dir()
+
+
+def test_every_block_runs_or_says_why_not() -> None:
+    """A block that no test runs is output, a picture, or bears a reason."""
+    for page in PAGES:
+        for match in re.finditer(r"(?P<before>[^\n]*)\n```(?P<language>bash|python)\n", page.read_text()):
+            says = "executed by" in match["before"] or "not executed:" in match["before"]
+            assert says or page.name == "quickstart.md", f"{page.name}: {match[0]}"
+
+
+def test_readme_transcript(tmp_path: Path) -> None:
+    """The commands of the README's transcript run, on fewer and smaller images, and print lines of the shape shown.
+
+    Replaced: the images, the token budget. `--weights random` is already what the transcript shows.
+    """
+    text = next(text for language, text in blocks(ROOT / "README.md") if language == "console")
+    shown: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            shown[line[2:]] = []
+        else:
+            shown[list(shown)[-1]].append(line)
+    write_demo_images(tmp_path, n_patients=3, images_per_patient=3, size=48)
+    (tmp_path / "images.csv").rename(tmp_path / "simulated_cohort.csv")
+    assert len(shown) >= 4
+    for command, lines in shown.items():
+        assert command.startswith("cyto ")
+        small = re.sub(r"--tokens \d+", "--tokens 4000", re.sub(r"--batch-tokens \d+", "--batch-tokens 1000", command))
+        printed = shell(small, tmp_path)
+        for line in lines:
+            shape = re.sub(r"\\?\d[\d\\,.e-]*", r"[\\d,.e-]+", re.escape(line))
+            assert re.search(f"^{shape}$", printed, re.MULTILINE), f"{command}\nshows: {line}\nprinted: {printed}"
+
+
+def test_command_reference_is_fresh() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_cli_reference import cli_reference
+    finally:
+        sys.path.pop(0)
+    assert (ROOT / "docs" / "cli.md").read_text() == cli_reference(), "run: make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_make_targets_named_in_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        named = set(re.findall(r"(?:^|`|\$ )make ([a-z-]+)", page.read_text(), re.MULTILINE))
+        assert named <= targets, f"{page.name}: {named - targets}"
+
+
+def test_dependencies_are_justified_and_pinned() -> None:
+    """Every dependency has its line in docs/dependencies.md and its exact version in constraints.txt."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=!~\[ ]", given)[0] for given in project["dependencies"]]
+    names += project["optional-dependencies"]["dev"]
+    pins = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+    for name in names:
+        assert name.lower() in pins, name
+        assert re.search(rf"\b{re.escape(name)}\b", page), name
+
+
+def test_no_machine_path_and_no_registry_host() -> None:
+    """Nothing in the project names the place where it was written."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = "|".join(("pypi" + r"\.org", "python" + r"hosted\.org", "npm" + r"js\.(?:org|com)"))
+    places = "|".join(("/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/"))
+    for name in tracked:
+        path = ROOT / name
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".txt", ".json", ".yml", ""}:
+            found = re.search(f"{hosts}|{places}", path.read_text(errors="replace"))
+            assert not found, f"{name} names {found and found[0]}"

@@ -1,0 +1,73 @@
+"""The arrows of the architecture: stores <- cytocache, cytosae <- cli, and what stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"stores", "cytocache", "cytosae", "cli"}
+ALLOWED = {
+    "stores": {"stores"},
+    "cytocache": {"stores", "cytocache"},
+    "cytosae": {"stores", "cytosae"},
+    "cli": PACKAGES,
+}
+TORCH_ALLOWED = {
+    "cytocache": {"backbones", "extract", "torchvision_guard"},
+    "cytosae": {"model", "losses", "checkpoint", "train", "encode"},
+    "stores": set(),
+}
+
+
+def imported_names(path: Path) -> set[str]:
+    """Top-level names that a file imports anywhere, function bodies included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_arrows(package: str) -> None:
+    """No file imports a package of ours that it must not know."""
+    files = [ROOT / "cli.py"] if package == "cli" else sorted((ROOT / package).glob("*.py"))
+    assert files
+    for path in files:
+        wrong = (imported_names(path) & PACKAGES) - ALLOWED[package]
+        assert not wrong, f"{path.name} imports {wrong}"
+
+
+@pytest.mark.parametrize("package", sorted(TORCH_ALLOWED))
+def test_torch_stays_where_it_is_needed(package: str) -> None:
+    """What a laptop without torch runs does not name it, nor do the stores name dask or click."""
+    for path in sorted((ROOT / package).glob("*.py")):
+        names = imported_names(path)
+        if path.stem not in TORCH_ALLOWED[package]:
+            assert not names & {"torch", "timm", "torchvision"}, path.name
+        assert "click" not in names, path.name
+        if package != "cytosae":
+            assert not names & {"dask", "distributed"}, path.name
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("cli", {"torch", "zarr", "dask", "numpy", "pyarrow"}),
+        ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
+        ("cytosae.figures", {"torch", "cytocache"}),
+        ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
+        ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),
+    ],
+)
+def test_import_brings_in_no_more(module: str, absent: set[str]) -> None:
+    """Checked in a fresh interpreter, where nothing else has been imported before."""
+    code = f"import sys, {module}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert not loaded & absent
