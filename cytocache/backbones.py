@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -132,28 +133,33 @@ def _create(architecture: Architecture, *, on: str) -> Any:
 
 
 def _random_model(architecture: Architecture) -> Any:
-    """Seeded weights from a generator of our own: timm's initialisation, equal on every machine and torch version."""
+    """Seeded weights with the spread of timm's initialisation, equal on every machine and with every torch version.
+
+    Uniform numbers from numpy: torch's normal numbers depend on the processor.
+    """
     model = _create(architecture, on="meta").to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    rng = np.random.default_rng(_RANDOM_SEED)
     for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            _fill(name, parameter, generator)
+        constant, std = _initial_spread(name)
+        values = np.full(parameter.shape, constant, np.float32)
+        if std:
+            half_width = np.float32(std * math.sqrt(3))
+            values += half_width * (2 * rng.random(parameter.shape, np.float32) - 1)
+        parameter.data = torch.from_numpy(values)
     return model
 
 
-def _fill(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+def _initial_spread(name: str) -> tuple[float, float]:
+    """(constant, standard deviation) of one parameter before training."""
     if name.endswith("gamma"):  # LayerScale as DINOv2 begins
-        parameter.fill_(1e-5)
-    elif "norm" in name and name.endswith("weight"):
-        parameter.fill_(1.0)
-    elif name.startswith("patch_embed"):  # PyTorch's default for a convolution
-        bound = 1 / math.sqrt(3 * 14 * 14)
-        parameter.uniform_(-bound, bound, generator=generator)
-    elif name.endswith("bias"):
-        parameter.zero_()
-    else:
-        std = 1e-6 if name == "cls_token" else 0.02
-        parameter.normal_(0, std, generator=generator)
+        return 1e-5, 0
+    if "norm" in name and name.endswith("weight"):
+        return 1, 0
+    if name.startswith("patch_embed"):  # PyTorch's default for a convolution of 3 x 14 x 14
+        return 0, 1 / math.sqrt(3 * 3 * 14 * 14)
+    if name.endswith("bias"):
+        return 0, 0
+    return 0, 1e-6 if name == "cls_token" else 0.02
 
 
 def _cut(model: Any, block: int) -> Any:

@@ -139,7 +139,12 @@ def extract(
 
     n_images, n_unreadable = writer.counts()
     if n_unreadable == n_images:
-        raise BadInput(f"none of the {n_images:,} images could be read; the first: {_first_error(writer)}")
+        row, error = next(iter(writer.errors().items()))
+        name = column(images.table, "path")[row]
+        raise BadInput(
+            f"none of the {n_images:,} images could be read ({name}: {error}); "
+            f"put the files into place and run the same command again"
+        )
     writer.finish()
     output.publish()
     return ExtractResult(spec=spec, n_readable=n_images - n_unreadable, n_unreadable=n_unreadable, was_complete=False)
@@ -233,11 +238,6 @@ def _forward(
 def _report(writer: ActivationWriter, progress: Progress) -> None:
     n_images, n_unreadable = writer.counts()
     progress(n_images, writer.spec.n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")
-
-
-def _first_error(writer: ActivationWriter) -> str:
-    row, error = next(iter(writer.errors().items()))
-    return f"image {row:,}: {error}"
 
 
 def _device_name(device: str) -> str:

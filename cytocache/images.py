@@ -103,7 +103,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I"):  # 16-bit grey, in Pillow's several spellings; convert("RGB") would clip it
-        values = np.asarray(picture).astype(np.int64)
+        values = np.asarray(picture).astype(np.int32)
         if values.min() < 0 or values.max() > 65_535:
             raise UnreadableImage("32-bit pixels outside 0..65,535; convert the image to 8 bits per channel")
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

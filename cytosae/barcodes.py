@@ -13,6 +13,7 @@ import dataclasses
 import math
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import scipy.sparse as ss
 from stores.barcode_store import BarcodeWriter
 from stores.csr import CsrReader, CsrRows
 from stores.errors import BadInput
-from stores.files import sync_tree
+from stores.files import PARTIAL_SUFFIX, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
 from stores.runlog import append_run
@@ -210,8 +211,8 @@ def _count_blocks(
         for start in range(0, store.spec.n_images, config.block_images)
     ]
     names = [parts / f"{start:09d}-{stop:09d}.npz" for start, stop in blocks]
-    for stray in set(parts.iterdir()) - set(names):
-        stray.unlink()  # of another block size, or torn
+    for stray in set(parts.glob("*.npz")) - set(names):
+        stray.unlink()  # of another block size; torn ones go with the folder, a cancelled task may still be at them
     todo = [(block, name) for block, name in zip(blocks, names, strict=True) if not name.exists()]
     n_done = store.spec.n_images - sum(stop - start for (start, stop), _ in todo)
     progress(n_done, store.spec.n_images, "counting")
@@ -236,7 +237,7 @@ def _count_block(store: str, start: int, stop: int, tau: float, token_set: str, 
     latents = LatentStore(store, check_files=False)
     rows = latents.read_images(start, stop)
     counts = count_tokens(rows, tau=tau, token_set=token_set, tokens_per_image=latents.spec.tokens_per_image)
-    partial = Path(f"{part}.{os.getpid()}.partial")
+    partial = Path(f"{part}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")  # a cancelled task may be at the same block
     with partial.open("wb") as file:
         np.savez(file, **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)})
         file.flush()
@@ -295,8 +296,9 @@ def _write_image_rows(
             n_values += int(saved["n_values"])
         shape = (len(counts.indptr) - 1, n_latents)
         values = {"X": counts.count, "max": counts.max, "mean": (counts.total / n_set).astype(np.float32)}
-        rows = {name: ss.csr_matrix((value, counts.latent, counts.indptr), shape) for name, value in values.items()}
-        rows["X"].eliminate_zeros()
+        rows = {name: ss.csr_matrix((v, counts.latent, counts.indptr), shape, copy=True) for name, v in values.items()}
+        for matrix in rows.values():
+            matrix.eliminate_zeros()  # nothing above tau, or a mean below the least float32
         writer.append(rows)
     writer.close_rows()
     return writer, n_values

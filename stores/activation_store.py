@@ -86,7 +86,8 @@ class ActivationWriter:
         sweep_partials(root)
         # journal.jsonl is there if a crash came between `finish` joining the journals and marking the cache complete
         records = [*read_lines(root / "journal.jsonl"), *read_lines(self._journal, mend=True)]
-        self._records = {record["chunk"]: record for record in records}
+        # a file that could not even be opened may be there now (a share that was not mounted): its chunk is read again
+        self._records = {record["chunk"]: record for record in records if not _has_unopened(record)}
 
     def missing_chunks(self) -> list[int]:
         """Chunks that the journal does not name, or whose file has not the size and checksum it names."""
@@ -264,6 +265,10 @@ def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_nam
 def journal_of(root: Path) -> list[dict[str, Any]]:
     """The journal of a finished cache, or of one that is being written."""
     return read_lines(root / "journal.jsonl") or read_lines(root / "journal-0-of-1.jsonl")
+
+
+def _has_unopened(record: dict[str, Any]) -> bool:
+    return any(record["content_hash"][int(row) - record["first_image"]] is None for row in record["errors"])
 
 
 def chunk_path(root: Path, chunk: int) -> Path:

@@ -44,7 +44,7 @@ def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs
     SpecMismatch
         If `target` holds the same kind with other settings, something else, or an input of this command.
     """
-    target = target.absolute()
+    target, a_kind = target.absolute(), FORMATS[header.kind].a_kind
     for given in inputs:
         if _overlap(target, given):
             raise SpecMismatch(f"{target} is or contains an input of this command ({given}); choose another output")
@@ -54,11 +54,11 @@ def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs
     if _is_free(target, header.kind):
         return Output(target, target)
     if not target.is_dir():
-        raise SpecMismatch(f"{target} is a file, and not a {header.kind}; choose another output")
+        raise SpecMismatch(f"{target} is a file, and not {a_kind}; choose another output")
     found = find_header(target)
     if found is None or found.kind != header.kind:
-        what = f"a {found.kind}" if found else "a folder that is not ours"
-        raise SpecMismatch(f"{target} is {what}, not a {header.kind}; it is left alone. Choose another output")
+        what = FORMATS[found.kind].a_kind if found else "a folder that is not ours"
+        raise SpecMismatch(f"{target} is {what}, not {a_kind}; it is left alone. Choose another output")
     if overwrite and not (was_swapped and found.identity == header.identity):
         return _replacement(target, header)
     if found.identity == header.identity:
@@ -66,7 +66,7 @@ def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs
     versions = f"version {found.version} against {header.version}"
     difference = describe_difference(found.spec, header.spec) if found.version == header.version else versions
     raise SpecMismatch(
-        f"{target} holds a {header.kind} with other settings ({difference}); "
+        f"{target} holds {a_kind} with other settings ({difference}); "
         f"choose another output, or add --overwrite to replace it"
     )
 

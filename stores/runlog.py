@@ -19,6 +19,7 @@ def append_run(root: Path, *, packages: tuple[str, ...], **facts: Any) -> None:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("cyto", *packages)}},
         **facts,
     }
+    read_lines(root / _FILE, mend=True)  # a line that a crash tore must not take this one along
     append_line(root / _FILE, record)
 
 

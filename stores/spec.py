@@ -20,15 +20,24 @@ class Format:
     """One kind of artefact: its name, the version this program writes, its header file, the command that makes it."""
 
     kind: str
+    a_kind: str  # with its article, for sentences
     version: int
     header_file: str
     command: str
 
 
-ACTIVATIONS = Format(kind="activation cache", version=1, header_file="zarr.json", command="cyto cache extract")
-LATENTS = Format(kind="latent store", version=1, header_file="zarr.json", command="cyto sae encode")
-SAE = Format(kind="SAE", version=1, header_file="sae.json", command="cyto sae train")
-BARCODES = Format(kind="barcodes", version=1, header_file="barcodes.json", command="cyto barcode")
+ACTIVATIONS = Format(
+    kind="activation cache",
+    a_kind="an activation cache",
+    version=1,
+    header_file="zarr.json",
+    command="cyto cache extract",
+)
+LATENTS = Format(
+    kind="latent store", a_kind="a latent store", version=1, header_file="zarr.json", command="cyto sae encode"
+)
+SAE = Format(kind="SAE", a_kind="an SAE", version=1, header_file="sae.json", command="cyto sae train")
+BARCODES = Format(kind="barcodes", a_kind="barcodes", version=1, header_file="barcodes.json", command="cyto barcode")
 FORMATS = {format.kind: format for format in (ACTIVATIONS, LATENTS, SAE, BARCODES)}
 
 
@@ -110,7 +119,9 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
     if header is None:
         raise StoreNotFound(f"no {format.kind} at {root}: it is not a store of ours. Make one with {format.command}")
     if header.kind != format.kind:
-        raise StoreNotFound(f"no {format.kind} at {root}: it holds a {header.kind}, version {header.version}")
+        raise StoreNotFound(
+            f"no {format.kind} at {root}: it holds {FORMATS[header.kind].a_kind}, version {header.version}"
+        )
     if header.version > format.version:
         raise SpecMismatch(
             f"{root}: {format.kind} version {header.version} is newer than this cyto, which reads up to "

@@ -1,0 +1,664 @@
+"""Barcodes: numbers worked out by hand, equality with slow twins, and the same bytes whoever counts them."""
+
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+from click.testing import CliRunner
+from distributed import Client, LocalCluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cli import cli
+from cytosae.barcodes import BarcodeConfig, BarcodeResult, count_tokens, write_barcodes
+from stores import (
+    BadInput,
+    BarcodeStore,
+    CsrRows,
+    DamagedStore,
+    IncompleteStore,
+    LatentSpec,
+    LatentWriter,
+    SpecMismatch,
+    read_runs,
+)
+from stores.tables import image_table, table_sha256, with_outcome
+
+Float = npt.NDArray[np.float32]
+Row = tuple[str | None, str | None, bool]  # patient, disease, is it readable?
+LEVELS = ("image", "patient", "disease")
+
+
+def write_latents(root: Path, dense: Float, rows: list[Row], *, value_bits: int = 10) -> Path:
+    """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
+    n_images, n_tokens, n_latents = dense.shape
+    columns: dict[str, list[str | None]] = {
+        "path": [f"{i:04d}.png" for i in range(n_images)],
+        "label": [f"type {i % 3}" for i in range(n_images)],
+        "patient": [patient for patient, _, _ in rows],
+        "disease": [disease for _, disease, _ in rows],
+        "stain": ["pale" for _ in rows],
+    }
+    errors = [None if ok else "file ends early" for _, _, ok in rows]
+    images = with_outcome(
+        image_table(columns, source="test", dataset="drawn"), [None if e else "0" * 64 for e in errors], errors
+    )
+    spec = LatentSpec(
+        sae_sha256="1" * 64,
+        cache_sha256="2" * 64,
+        cache={"backbone": "none", "trained": False, "block": 10},
+        images_sha256=table_sha256(images),
+        n_images=n_images,
+        tokens_per_image=n_tokens,
+        n_latents=n_latents,
+        precision="fp32",
+        value_bits=value_bits,
+        min_activation=0.0,
+    )
+    writer = LatentWriter(root, spec, images)
+    flat = dense.reshape(-1, n_latents)
+    writer.append_tokens(np.nonzero(flat)[1], flat[flat != 0], (flat != 0).sum(axis=1))
+    writer.commit(n_images)
+    writer.finish()
+    return root
+
+
+@contextmanager
+def local_client(workers: int, threads: int, *, processes: bool = False) -> Iterator[Client]:
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=threads,
+            processes=processes,
+            dashboard_address="127.0.0.1:0",  # None would still ask for port 8787
+            scheduler_kwargs={"dashboard": False},
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[Client]:
+    """Two threads in this process."""
+    with local_client(1, 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Client]:
+    """Two worker processes of one thread, as `cyto barcode` starts them."""
+    with local_client(2, 1, processes=True) as client:
+        yield client
+
+
+def read_levels(root: Path) -> dict[str, anndata.AnnData]:
+    """The three stores, opened as anybody would."""
+    return {level: anndata.read_zarr(root / f"{level}.zarr") for level in LEVELS}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file but the run log, which holds times."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "runs.jsonl"}
+
+
+# ------------------------------------------------------------------------------------------- by hand
+
+JUST_ABOVE = 0.5 + 2**-11  # the next number after 0.5 with ten mantissa bits
+
+# tokens of an image (CLS first) -> {latent: value}; tau will be 0.5
+HAND: list[tuple[Row, list[dict[int, float]]]] = [
+    (("P1", "A", True), [{0: 0.75}, {0: 1.0, 2: 0.5}, {0: 0.25, 3: 2.0}, {3: 0.75}, {}]),
+    (("P1", "A", True), [{}, {}, {}, {}, {}]),  # fires nothing, and counts as an image
+    (("P1", "A", False), [{}, {}, {}, {}, {}]),  # unreadable: counts nowhere
+    (("P2", "B", True), [{1: 1.0, 2: 0.75}, {1: 0.625}, {1: 0.5}, {4: 0.5}, {1: 3.0}]),
+    ((None, None, True), [{5: 4.0}, {5: 1.0}, {}, {}, {}]),  # nobody's
+    (("P1", "A", True), [{2: 8.0}, {0: 0.75}, {3: 1.0}, {}, {}]),
+    (("P3", "A", True), [{0: 1.0}, {0: 1.0}, {0: 1.0}, {0: 1.0}, {0: 1.0}]),
+    (("P4", "B", False), [{}, {}, {}, {}, {}]),  # P4 has no other image
+    (("P5", None, True), [{}, {4: JUST_ABOVE}, {}, {}, {}]),  # of unknown disease
+]
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dense = np.zeros((len(HAND), 5, 6), np.float32)
+    for i, (_, tokens) in enumerate(HAND):
+        for t, latents in enumerate(tokens):
+            for latent, value in latents.items():
+                dense[i, t, latent] = value
+    return write_latents(tmp_path_factory.mktemp("hand") / "latents.zarr", dense, [row for row, _ in HAND])
+
+
+# above 0.5, strictly, per image and latent; 0.5 itself never counts (latent 2 of image 0, latents 1 and 4 of image 3)
+COUNTS = {
+    "all": [
+        [2, 0, 0, 2, 0, 0],  # 0.75 and 1.0, not 0.25; 2.0 and 0.75
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 3, 1, 0, 0, 0],  # 1.0, 0.625 and 3.0; 0.75
+        [0, 0, 0, 0, 0, 2],  # 4.0 and 1.0
+        [1, 0, 1, 1, 0, 0],  # 0.75; 8.0; 1.0
+        [5, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0],  # 0.50048828125
+    ],
+    "patch": [  # without the first token
+        [1, 0, 0, 2, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 2, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1],
+        [1, 0, 0, 1, 0, 0],
+        [4, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+    ],
+    "cls": [  # the first token only
+        [1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0, 1],
+        [0, 0, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+    ],
+}
+# P1: images 0, 1 and 5, so a third of their sum; P2, P3, P5: one image each
+PATIENTS = {
+    "all": [[3 / 3, 0, 1 / 3, 3 / 3, 0, 0], [0, 3, 1, 0, 0, 0], [5, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]],
+    "patch": [[2 / 3, 0, 0, 3 / 3, 0, 0], [0, 2, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 0]],
+    "cls": [[1 / 3, 0, 1 / 3, 0, 0, 0], [0, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
+}
+# A: P1 and P3, a half of their sum, whatever their numbers of images; B: P2 (P4 has no barcode)
+DISEASES = {
+    "all": [[(1 + 5) / 2, 0, 1 / 6, 1 / 2, 0, 0], [0, 3, 1, 0, 0, 0]],
+    "patch": [[(2 / 3 + 4) / 2, 0, 0, 1 / 2, 0, 0], [0, 2, 0, 0, 0, 0]],
+    "cls": [[(1 / 3 + 1) / 2, 0, 1 / 6, 0, 0, 0], [0, 1, 1, 0, 0, 0]],
+}
+
+
+@pytest.fixture(scope="module")
+def counted(hand: Path, threads: Client) -> Callable[[str], tuple[Path, BarcodeResult]]:
+    """Token set -> where its barcodes at tau 0.5 lie, and what was said about them; each written once."""
+
+    @cache
+    def write(token_set: str) -> tuple[Path, BarcodeResult]:
+        root = hand.with_name(token_set)
+        return root, write_barcodes(hand, root, BarcodeConfig(tau=0.5, token_set=token_set), client=threads)
+
+    return write
+
+
+@pytest.mark.parametrize("token_set", ["all", "patch", "cls"])
+def test_counts_and_means_are_those_worked_out_by_hand(
+    counted: Callable[[str], tuple[Path, BarcodeResult]], token_set: str
+) -> None:
+    found = read_levels(counted(token_set)[0])
+    assert found["image"].X.toarray().tolist() == COUNTS[token_set]
+    assert found["patient"].X.toarray().tolist() == np.array(PATIENTS[token_set], np.float32).tolist()
+    assert found["disease"].X.toarray().tolist() == np.array(DISEASES[token_set], np.float32).tolist()
+
+
+def test_the_released_divisor_is_the_number_of_latents(hand: Path, tmp_path: Path, threads: Client) -> None:
+    """Quirk 19: sums over a patient's images divided by 6, the length of the vector; diseases average that."""
+    config = BarcodeConfig(tau=0.5, normalize="cytosae-release")
+    write_barcodes(hand, tmp_path / "barcodes", config, client=threads)
+    found = read_levels(tmp_path / "barcodes")
+    patients = [
+        [3 / 6, 0, 1 / 6, 3 / 6, 0, 0],
+        [0, 3 / 6, 1 / 6, 0, 0, 0],
+        [5 / 6, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1 / 6, 0],
+    ]
+    # A: (3/6 + 5/6) / 2 = 2/3, (1/6 + 0) / 2 = 1/12, (3/6 + 0) / 2 = 1/4
+    diseases = [[2 / 3, 0, 1 / 12, 1 / 4, 0, 0], [0, 3 / 6, 1 / 6, 0, 0, 0]]
+    assert found["image"].X.toarray().tolist() == COUNTS["all"]
+    assert found["patient"].X.toarray().tolist() == np.array(patients, np.float32).tolist()
+    assert found["disease"].X.toarray().tolist() == np.array(diseases, np.float32).tolist()
+    assert found["patient"].uns["cyto"]["normalize"] == "cytosae-release"
+    assert found["patient"].uns["cyto"]["unit_patient"] == "tokens above tau / n_latents"
+
+
+def test_layers_and_tables_are_those_worked_out_by_hand(
+    counted: Callable[[str], tuple[Path, BarcodeResult]],
+) -> None:
+    root, result = counted("all")
+    found = read_levels(root)
+    image, patient, disease = found["image"], found["patient"], found["disease"]
+
+    largest, mean = image.layers["max"].toarray(), image.layers["mean"].toarray()
+    assert largest[0].tolist() == [1.0, 0, 0.5, 2.0, 0, 0]
+    assert largest[3].tolist() == [0, 3.0, 0.75, 0, 0.5, 0]
+    # means over all five tokens: (0.75 + 1 + 0.25) / 5, 0.5 / 5, (2 + 0.75) / 5
+    assert mean[0].tolist() == np.array([0.4, 0, 0.1, 0.55, 0, 0], np.float32).tolist()
+    # (1 + 0.625 + 0.5 + 3) / 5, 0.75 / 5, 0.5 / 5
+    assert mean[3].tolist() == np.array([0, 1.025, 0.15, 0, 0.1, 0], np.float32).tolist()
+    assert not mean[[1, 2, 7]].any()
+
+    # P1: images 0 and 5, 0.4 + 0.75 / 5, 0.5 / 5 + 8 / 5, 0.55 + 1 / 5; a value at tau is activity all the same
+    assert patient.layers["activation_sum"][0].toarray().ravel() == pytest.approx([0.55, 0, 1.7, 0.75, 0, 0])
+    assert patient.layers["n_active_images"].toarray().tolist() == [
+        [2, 0, 2, 2, 0, 0],
+        [0, 1, 1, 0, 1, 0],
+        [1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+    ]
+
+    assert list(patient.obs_names) == ["P1", "P2", "P3", "P5"]  # P4 has no readable image
+    assert patient.obs["disease"].tolist() == ["A", "B", "A", ""]
+    assert patient.obs["n_images"].tolist() == [3, 1, 1, 1]
+    assert patient.obs["n_unreadable"].tolist() == [1, 0, 0, 0]
+    assert list(disease.obs_names) == ["A", "B"]
+    assert disease.obs["n_patients"].tolist() == [2, 1]
+    assert disease.obs["n_images"].tolist() == [4, 1]
+    assert list(image.obs_names) == [f"drawn/{i:04d}.png" for i in range(9)]
+    assert image.obs["status"].tolist() == ["unreadable" if i in (2, 7) else "ok" for i in range(9)]
+    assert image.obs["patient"].tolist() == ["P1", "P1", "P1", "P2", "", "P1", "P3", "P4", "P5"]
+    assert image.obs["stain"].tolist() == ["pale"] * 9  # the user's own column travels along
+
+    var = image.var
+    assert var["latent"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert var["n_active_images"].tolist() == [3, 1, 3, 2, 2, 1]  # of 7 readable ones, nobody's included
+    assert var["frequency"].tolist() == pytest.approx([3 / 7, 1 / 7, 3 / 7, 2 / 7, 2 / 7, 1 / 7])
+    # over the images where it is active: (0.4 + 0.15 + 1) / 3, 1.025, (0.1 + 0.15 + 1.6) / 3, (0.55 + 0.2) / 2,
+    # (0.1 + 0.50048828125 / 5) / 2, (4 + 1) / 5
+    activation = [1.55 / 3, 1.025, 1.85 / 3, 0.375, 0.100048828125, 1.0]
+    assert var["mean_activation"].tolist() == pytest.approx(activation)
+    assert var["max_activation"].tolist() == [1.0, 3.0, 8.0, 2.0, JUST_ABOVE, 4.0]
+    assert var["n_tokens_above_tau"].tolist() == [8, 3, 2, 3, 1, 2]
+
+    # nonzeros of the images: 6 + 6 + 2 + 3 + 5 + 1 = 23; above tau, by latent: 8 + 3 + 2 + 3 + 1 + 2 = 19
+    assert result == BarcodeResult(
+        n_images=7,
+        n_unreadable=2,
+        n_without_patient=1,
+        n_patients=4,
+        n_patients_unreadable=1,
+        n_patients_without_disease=1,
+        n_diseases=2,
+        n_latents=6,
+        n_silent_latents=0,
+        share_above_tau=19 / 23,
+        was_complete=False,
+    )
+
+
+def test_each_store_is_a_whole_anndata_with_its_provenance(
+    counted: Callable[[str], tuple[Path, BarcodeResult]],
+) -> None:
+    """int32 indices and float32 values, as scanpy takes them; tau, token set and unit travel with the numbers."""
+    root, _ = counted("patch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_levels(root)
+    layers = {"image": {"max", "mean"}, "patient": {"activation_sum", "n_active_images"}, "disease": set()}
+    for level, table in found.items():
+        assert set(table.layers) == layers[level]
+        for matrix in (table.X, *table.layers.values()):
+            assert matrix.format == "csr"
+            assert matrix.dtype == np.float32
+            assert matrix.indices.dtype == np.int32
+            assert matrix.has_canonical_format
+            assert (matrix.data != 0).all()
+        cyto = table.uns["cyto"]
+        assert (cyto["tau"], cyto["token_set"], cyto["normalize"]) == (0.5, "patch", "images")
+        assert (cyto["sae_sha256"], cyto["cache_sha256"]) == ("1" * 64, "2" * 64)
+        assert (cyto["unit_image"], cyto["value_bits"]) == ("tokens above tau", 10)
+        assert not cyto["backbone_trained"]
+        assert list(table.var_names) == [str(i) for i in range(6)]
+    store = BarcodeStore(root)
+    assert np.array_equal(store.read("patient").X.toarray(), found["patient"].X.toarray())
+    with pytest.raises(BadInput, match="has no 'cell' barcodes; it holds image, patient, disease"):
+        store.read("cell")
+
+
+def test_a_larger_tau_counts_less_and_says_what_never_exceeds_it(hand: Path, tmp_path: Path, threads: Client) -> None:
+    """At tau 2: 8.0, 3.0 and 4.0 remain (2.0 itself does not count): latents 0, 3 and 4 are silent."""
+    result = write_barcodes(hand, tmp_path / "barcodes", BarcodeConfig(tau=2), client=threads)
+    assert result.n_silent_latents == 3
+    assert result.share_above_tau == 3 / 23
+    counts = read_levels(tmp_path / "barcodes")["image"].X.toarray()
+    assert np.argwhere(counts).tolist() == [[3, 1], [4, 5], [5, 2]]
+
+
+# ------------------------------------------------------------------------------------------- twins
+
+
+def random_latents(seed: int, shape: tuple[int, int, int], rows: list[Row], *, share: float = 0.3) -> Float:
+    """Sparse positive values of all sizes, some exactly at 0.2 as float32; nothing where an image is unreadable."""
+    rng = np.random.default_rng(seed)
+    dense = np.where(rng.random(shape) < share, rng.lognormal(-1.5, 1.5, shape), 0).astype(np.float32)
+    dense[(dense != 0) & (rng.random(shape) < 0.2)] = np.float32(0.2)
+    dense[[not ok for _, _, ok in rows]] = 0
+    return dense
+
+
+rows_of_images = st.lists(
+    st.tuples(st.sampled_from([None, "Zoe", "Abe", "Mia", "Bo"]), st.booleans()), min_size=1, max_size=12
+).map(lambda drawn: [(patient, DISEASE_OF.get(patient or ""), ok) for patient, ok in drawn])
+DISEASE_OF = {"Zoe": "flu", "Abe": "cold", "Mia": "flu"}  # Bo's is unknown
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(0, 8), st.integers(2, 7), st.integers(1, 12)),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    tau=st.sampled_from([0.0, 0.2, 1.0]),
+    token_set=st.sampled_from(["all", "patch", "cls"]),
+)
+def test_counting_tokens_equals_the_twins(
+    seed: int, shape: tuple[int, int, int], share: float, tau: float, token_set: str
+) -> None:
+    """Image by image and latent by latent: count, largest and sum, with an entry wherever anything is active."""
+    n_images, n_tokens, n_latents = shape
+    dense = random_latents(seed, shape, [("P", "D", True)] * n_images, share=share).reshape(-1, n_latents)
+    indptr = np.concatenate([[0], np.cumsum((dense != 0).sum(axis=1))])
+    rows = CsrRows(np.nonzero(dense)[1].astype(np.uint16), dense[dense != 0], indptr)
+    found = count_tokens(rows, tau=tau, token_set=token_set, tokens_per_image=n_tokens)
+    assert len(found.indptr) == n_images + 1
+    sums = {name: np.zeros((n_images, n_latents)) for name in ("count", "max", "total")}
+    image_of = np.repeat(np.arange(n_images), np.diff(found.indptr))
+    for name, table in sums.items():
+        table[image_of, found.latent] = getattr(found, name)
+    n_set = {"all": n_tokens, "patch": n_tokens - 1, "cls": 1}[token_set]
+    if n_images:
+        assert np.array_equal(sums["count"], reference.image_counts(dense, tau, n_tokens, token_set))
+        assert np.array_equal(sums["max"], reference.image_max(dense, n_tokens, token_set))
+        np.testing.assert_allclose(sums["total"], reference.image_mean(dense, n_tokens, token_set) * n_set, rtol=1e-14)
+    chosen = reference.images_of(dense, n_tokens, token_set)
+    assert found.n_values == sum((image != 0).sum() for image in chosen)
+    assert len(found.latent) == (sums["max"] > 0).sum()
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=rows_of_images,
+    n_tokens=st.integers(1, 6),
+    n_latents=st.integers(1, 9),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    tau=st.sampled_from([0.0, 0.2, 1.0]),
+    token_set=st.sampled_from(["all", "patch", "cls"]),
+    block_images=st.integers(1, 13),
+)
+def test_barcodes_equal_the_twins(
+    tmp_path_factory: pytest.TempPathFactory,
+    threads: Client,
+    seed: int,
+    rows: list[Row],
+    n_tokens: int,
+    n_latents: int,
+    share: float,
+    tau: float,
+    token_set: str,
+    block_images: int,
+) -> None:
+    """Any store, whatever is empty in it: counts, largest and mean activations, patients, diseases."""
+    n_tokens += token_set == "patch"
+    dense = random_latents(seed, (len(rows), n_tokens, n_latents), rows, share=share)
+    root = tmp_path_factory.mktemp("twin")
+    write_latents(root / "latents.zarr", dense, rows)
+    config = BarcodeConfig(tau=tau, token_set=token_set, block_images=block_images)
+    write_barcodes(root / "latents.zarr", root / "barcodes", config, client=threads)
+    found = read_levels(root / "barcodes")
+
+    flat = dense.reshape(-1, n_latents)
+    counts = reference.image_counts(flat, tau, n_tokens, token_set)
+    assert np.array_equal(found["image"].X.toarray(), counts)
+    largest = reference.image_max(flat, n_tokens, token_set)
+    assert np.array_equal(found["image"].layers["max"].toarray(), largest)
+    mean = reference.image_mean(flat, n_tokens, token_set)
+    np.testing.assert_allclose(found["image"].layers["mean"].toarray(), mean, rtol=1e-6)
+
+    readable = np.array([ok for _, _, ok in rows])
+    patients = [patient for patient, _, _ in rows]
+    names, patient_means, n_images = reference.patient_barcodes(counts, readable, patients)
+    assert list(found["patient"].obs_names) == names
+    assert found["patient"].obs["n_images"].tolist() == n_images.tolist()
+    assert np.array_equal(found["patient"].X.toarray(), patient_means.astype(np.float32))
+    _, activation, _ = reference.patient_barcodes(mean, readable, patients)
+    sums = activation * n_images[:, None]
+    np.testing.assert_allclose(found["patient"].layers["activation_sum"].toarray(), sums, rtol=1e-6)
+    _, active, _ = reference.patient_barcodes(largest > 0, readable, patients)
+    active_images = found["patient"].layers["n_active_images"].toarray()
+    assert np.array_equal(active_images, np.round(active * n_images[:, None]))
+
+    diseases, disease_means = reference.disease_barcodes(patient_means, [DISEASE_OF.get(name) for name in names])
+    assert list(found["disease"].obs_names) == diseases
+    np.testing.assert_allclose(found["disease"].X.toarray(), disease_means, rtol=1e-6)
+
+
+def test_denormal_latents_have_no_mean_that_is_an_explicit_zero(tmp_path: Path, threads: Client) -> None:
+    """With all 23 bits kept a latent can be so small that its mean over the tokens is zero in float32."""
+    dense = np.zeros((2, 5, 3), np.float32)
+    dense[0, 1, 1] = 2.0**-149
+    dense[1, :, 2] = 1
+    write_latents(tmp_path / "latents.zarr", dense, [("P", "D", True)] * 2, value_bits=23)
+    write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    image = read_levels(tmp_path / "barcodes")["image"]
+    assert image.layers["max"].toarray()[0].tolist() == [0, 2.0**-149, 0]
+    assert image.layers["mean"].toarray().tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert image.var["n_active_images"].tolist() == [0, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------- the same bytes
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, threads: Client) -> Path:
+    """latents.zarr: 260 images (more than are added up at a time), 9 patients; barcodes: what one block gives."""
+    root = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    rows: list[Row] = []
+    for i in range(260):
+        patient = int(rng.integers(10))
+        rows.append((f"P{patient}" if patient else None, f"D{patient % 3}" if patient else None, i % 41 != 0))
+    write_latents(root / "latents.zarr", random_latents(1, (260, 5, 30), rows), rows)
+    write_barcodes(root / "latents.zarr", root / "barcodes", BarcodeConfig(block_images=260), client=threads)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("workers", "block_images"),
+    [("processes", 3), ("processes", 256), ("threads", 1), ("one thread", 256)],
+)
+def test_every_byte_is_the_same_whoever_counts(
+    many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str, block_images: int
+) -> None:
+    """Blocks of any size, one or two workers, processes or threads: integers, and sums in a fixed order."""
+    config = BarcodeConfig(block_images=block_images)
+    if workers == "one thread":
+        with local_client(1, 1) as client:
+            write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=client)
+    else:
+        client = request.getfixturevalue(workers)
+        write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=client)
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+
+
+@pytest.mark.parametrize("workers", ["threads", "processes"])
+def test_a_killed_job_continues_from_its_parts(
+    many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str
+) -> None:
+    """Broken off, at once repeated on the same cluster, and again; cancelled tasks may still be at the same blocks."""
+    client, seen = request.getfixturevalue(workers), []
+
+    def interrupt(done: int, total: int, state: str) -> None:
+        seen.append(done)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+
+    config = BarcodeConfig(block_images=10)
+    for _ in range(3):
+        seen.clear()
+        with pytest.raises(KeyboardInterrupt):
+            write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=client, progress=interrupt)
+        with pytest.raises(IncompleteStore, match="Run the same cyto barcode command again"):
+            BarcodeStore(tmp_path / "barcodes")
+    assert seen[0] >= 40  # two blocks in each of the runs before
+    seen.clear()
+    write_barcodes(
+        many / "latents.zarr",
+        tmp_path / "barcodes",
+        config,
+        client=client,
+        progress=lambda done, total, state: seen.append(done),
+    )
+    assert seen[0] >= 60
+    assert seen[-1] == 260
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+    assert len(read_runs(tmp_path / "barcodes")) == 4
+
+
+def test_parts_of_another_block_size_are_not_mixed_in(many: Path, tmp_path: Path, threads: Client) -> None:
+    def interrupt(done: int, total: int, state: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_barcodes(
+            many / "latents.zarr",
+            tmp_path / "barcodes",
+            BarcodeConfig(block_images=10),
+            client=threads,
+            progress=interrupt,
+        )
+    write_barcodes(many / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(block_images=16), client=threads)
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+
+
+def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, threads: Client) -> None:
+    barcodes = tmp_path / "barcodes"
+    first = write_barcodes(hand, barcodes, BarcodeConfig(), client=threads)
+    again = write_barcodes(
+        hand,
+        barcodes,
+        BarcodeConfig(block_images=5),  # decides speed only: the same settings
+        client=threads,
+        progress=lambda *_: pytest.fail("it counted"),
+    )
+    assert again.was_complete
+    assert {**vars(again), "was_complete": False} == vars(first)
+    with pytest.raises(SpecMismatch, match=r"with other settings \(tau 0.2 against 0.3\).*--overwrite"):
+        write_barcodes(hand, barcodes, BarcodeConfig(tau=0.3), client=threads)
+    write_barcodes(hand, barcodes, BarcodeConfig(tau=0.3), client=threads, overwrite=True)
+    assert BarcodeStore(barcodes).header.spec["tau"] == 0.3
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_patient_with_two_diseases_is_refused(tmp_path: Path, threads: Client) -> None:
+    """Also where one of the images is unreadable: the table is wrong, whatever can be read."""
+    rows: list[Row] = [("P1", "A", True), ("P2", "B", True), ("P1", "B", False)]
+    write_latents(tmp_path / "latents.zarr", np.ones((3, 2, 2), np.float32) * [[[1]], [[1]], [[0]]], rows)
+    with pytest.raises(BadInput, match=r"1 patients have images of two diseases \(P1: A and B\)"):
+        write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    assert not (tmp_path / "barcodes").exists()
+
+
+@pytest.mark.parametrize("array", ["data", "indices", "indptr"])
+def test_a_damaged_chunk_gives_an_error_and_no_result(
+    many: Path, tmp_path: Path, processes: Client, array: str
+) -> None:
+    """One flipped bit: the worker's error arrives here as it is, and what lies there is not called complete."""
+    latents = tmp_path / "latents.zarr"
+    subprocess.run(["cp", "-r", many / "latents.zarr", latents], check=True)
+    chunk = latents / "X" / array / "c" / "0"
+    raw = bytearray(chunk.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    chunk.write_bytes(raw)
+    with pytest.raises(DamagedStore, match=r"rows [\d,]+ to [\d,]+ of .*latents\.zarr/X"):
+        write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=processes)
+    with pytest.raises(IncompleteStore):
+        BarcodeStore(tmp_path / "barcodes")
+    assert not (tmp_path / "barcodes" / "image.zarr").exists()
+
+
+def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_path: Path, threads: Client) -> None:
+    latents = tmp_path / "latents.zarr"
+    subprocess.run(["cp", "-r", many / "latents.zarr", latents], check=True)
+    (latents / "X" / "data" / "c" / "0").unlink()
+    with pytest.raises(DamagedStore, match=r"1 missing or empty chunk files \(X/data/c/0\)"):
+        write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=threads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tau": -0.1}, "tau must be a number of at least 0; found -0.1"),
+        ({"tau": float("nan")}, "tau must be a number of at least 0; found nan"),
+        ({"token_set": "patches"}, "token_set must be one of all, patch, cls; found 'patches'"),
+        ({"normalize": "none"}, "normalize must be one of images, cytosae-release; found 'none'"),
+        ({"block_images": 0}, "block_images must be at least 1; found 0"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        BarcodeConfig(**settings)
+
+
+# ------------------------------------------------------------------------------------------- a real scheduler
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a `dask scheduler` with one `dask worker`, each a process of its own, on the loopback."""
+    root = tmp_path_factory.mktemp("scheduler")
+    file = root / "scheduler.json"
+    dask = [sys.executable, "-m", "dask"]
+    options = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+    log = (root / "log").open("w")
+    processes = [
+        subprocess.Popen(
+            [*dask, "scheduler", *options, "--port", "0", "--scheduler-file", str(file)], stdout=log, stderr=log
+        )
+    ]
+    try:
+        while not file.exists() or not file.read_text():
+            assert processes[0].poll() is None, (root / "log").read_text()
+            time.sleep(0.02)
+        address = json.loads(file.read_text())["address"]
+        worker = [*dask, "worker", address, *options, "--no-nanny", "--nthreads", "1", "--local-directory", str(root)]
+        processes.append(subprocess.Popen(worker, stdout=log, stderr=log))
+        yield address
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def test_a_running_scheduler_gives_the_same_bytes_as_the_local_run(many: Path, tmp_path: Path, scheduler: str) -> None:
+    result = CliRunner().invoke(
+        cli, ["barcode", str(many / "latents.zarr"), "-o", str(tmp_path / "barcodes"), "--scheduler", scheduler]
+    )
+    assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+
+
+def test_no_scheduler_there_is_one_clear_line(many: Path, tmp_path: Path) -> None:
+    arguments = ["barcode", str(many / "latents.zarr"), "-o", str(tmp_path / "barcodes")]
+    result = CliRunner().invoke(cli, [*arguments, "--scheduler", "tcp://127.0.0.1:9"])
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().split("\n")
+    assert line.startswith("Error: no Dask scheduler answers at tcp://127.0.0.1:9")
+    assert line.endswith("start one: dask scheduler")
+    assert not (tmp_path / "barcodes").exists()

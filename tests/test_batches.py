@@ -1,0 +1,223 @@
+"""The stream of training tokens: each token once per epoch, shuffled anew, the same for the same seed, from anywhere.
+
+Tokens are tagged by value, so that a batch tells where its tokens come from. `write_cache` serves other tests too.
+"""
+
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cytosae.batches import TokenStream, open_caches
+from stores import ActivationSpec, ActivationStore, ActivationWriter, BadInput, DamagedStore, SpecMismatch
+from stores.tables import image_table, table_sha256
+
+Tag = tuple[int, ...]  # (cache, image, token)
+
+
+def write_cache(
+    root: Path,
+    tokens: npt.NDArray[np.float16],
+    *,
+    unreadable: tuple[int, ...] = (),
+    chunk_images: int = 4,
+    patients: list[str | None] | None = None,
+    n_chunks: int | None = None,
+    **changes: Any,
+) -> Path:
+    """An activation cache that holds these very tokens, (N, T, D) float16, without images or a backbone.
+
+    n_chunks : stop after so many, as an interrupted extraction does; changes : of single fields of the spec
+    """
+    n_images, tokens_per_image, width = tokens.shape
+    names: list[str | None] = [f"{i:03d}.png" for i in range(n_images)]
+    columns = {"path": names} | ({"patient": patients} if patients else {})
+    table = image_table(columns, source="test", dataset="synthetic")
+    settings: dict[str, Any] = {
+        "backbone": "none: synthetic tokens",
+        "weights_sha256": "0" * 64,
+        "trained": False,
+        "block": 10,
+        "n_blocks": 12,
+        "transform": {"size": 224},
+        "precision": "fp32",
+        "token_layout": "cls, patches",
+    }
+    spec = ActivationSpec(
+        **(settings | changes),
+        n_images=n_images,
+        tokens_per_image=tokens_per_image,
+        width=width,
+        chunk_images=chunk_images,
+        manifest_sha256=table_sha256(table),
+    )
+    writer = ActivationWriter(root, spec, table)
+    for chunk in range(spec.n_chunks if n_chunks is None else n_chunks):
+        rows = spec.chunk_rows(chunk)
+        block = tokens[rows.start : rows.stop].copy()
+        block[[row - rows.start for row in unreadable if row in rows]] = np.nan
+        errors = ["not an image" if row in unreadable else None for row in rows]
+        writer.write_chunk(chunk, block, [None if error else "0" * 64 for error in errors], errors)
+    if n_chunks is None:
+        writer.finish()
+    return root
+
+
+def tagged(cache: int, n_images: int, tokens_per_image: int) -> npt.NDArray[np.float16]:
+    """Tokens of width 3 whose values are (cache, image, token): whole numbers, exact in float16."""
+    image, token = np.meshgrid(np.arange(n_images), np.arange(tokens_per_image), indexing="ij")
+    return np.stack([np.full_like(image, cache), image, token], axis=-1).astype(np.float16)
+
+
+def taken(stream: TokenStream, n_tokens: int, *, batch_tokens: int = 7, position: int = 0) -> list[Tag]:
+    """The tags of the first `n_tokens` tokens from `position` on, through batches of `batch_tokens`."""
+    n_batches = -(-n_tokens // batch_tokens)
+    batches = list(islice(stream.batches(batch_tokens, position=position), n_batches))
+    assert {batch.shape for batch in batches} == {(batch_tokens, 3)}
+    assert {batch.dtype for batch in batches} == {np.dtype(np.float16)}
+    return [tuple(int(value) for value in token) for batch in batches for token in batch][:n_tokens]
+
+
+def all_tags(cache: int, images: set[int], tokens: range) -> list[Tag]:
+    return sorted((cache, image, token) for image in images for token in tokens)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """11 images of 5 tokens, 3 a chunk (the last is short); a whole chunk (3, 4, 5) and image 9 are unreadable."""
+    root = tmp_path_factory.mktemp("batches") / "cache.zarr"
+    return ActivationStore(write_cache(root, tagged(0, 11, 5), unreadable=(3, 4, 5, 9), chunk_images=3))
+
+
+READABLE = {0, 1, 2, 6, 7, 8, 10}
+
+
+@pytest.mark.parametrize(
+    ("token_set", "tokens"), [("all", range(5)), ("patch", range(1, 5)), ("cls", range(1))], ids=["all", "patch", "cls"]
+)
+def test_each_token_of_a_readable_image_comes_once_per_epoch(
+    cache: ActivationStore, token_set: str, tokens: range
+) -> None:
+    stream = TokenStream([cache], token_set=token_set, pool_chunks=2)
+    size = stream.tokens_per_epoch
+    assert size == len(READABLE) * len(tokens)
+    order = taken(stream, 3 * size)
+    for epoch in range(3):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == all_tags(0, READABLE, tokens)
+
+
+def test_the_order_is_new_in_every_epoch_and_shuffles_inside_images(cache: ActivationStore) -> None:
+    stream = TokenStream([cache], pool_chunks=16)
+    size = stream.tokens_per_epoch
+    order = taken(stream, 3 * size)
+    first, second, third = (order[epoch * size : (epoch + 1) * size] for epoch in range(3))
+    assert first != second != third != first
+    steps = sum(a[:2] == b[:2] for a, b in pairwise(first))
+    assert steps < size / 3  # neighbours in a batch come from one image by chance only
+
+
+def test_pools_are_permuted_too(cache: ActivationStore) -> None:
+    """With pools of one chunk, an epoch is the chunks one after the other, in an order of its own."""
+    stream = TokenStream([cache], pool_chunks=1)
+    size = stream.tokens_per_epoch
+    order = taken(stream, 12 * size)
+    orders = set()
+    for epoch in range(12):
+        chunks = [tag[1] // 3 for tag in order[epoch * size : (epoch + 1) * size]]
+        edges = [chunk for n, chunk in enumerate(chunks) if n == 0 or chunks[n - 1] != chunk]
+        assert sorted(edges) == [0, 2, 3]
+        orders.add(tuple(edges))
+    assert len(orders) > 1
+
+
+def test_the_seed_decides_the_order(cache: ActivationStore) -> None:
+    orders = [
+        taken(TokenStream([cache], seed=seed, order=order), 70) for order in ("tokens", "images") for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[3] == orders[4] != orders[5]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch_tokens=st.integers(1, 90),
+    position=st.integers(0, 150),
+    pool_chunks=st.integers(1, 5),
+    order=st.sampled_from(["tokens", "images"]),
+    seed=st.integers(0, 5),
+)
+def test_the_order_depends_neither_on_batches_nor_on_where_one_enters(
+    cache: ActivationStore, batch_tokens: int, position: int, pool_chunks: int, order: str, seed: int
+) -> None:
+    """Batches reach across pools and epochs; entering at a position equals skipping there from the start."""
+    stream = TokenStream([cache], order=order, pool_chunks=pool_chunks, seed=seed)
+    from_start = taken(stream, 260, batch_tokens=1)
+    assert taken(stream, 110, batch_tokens=batch_tokens, position=position) == from_start[position : position + 110]
+
+
+def test_whole_images_come_in_the_same_order_in_every_pass(tmp_path: Path) -> None:
+    """Order `images`, as released: tokens of an image in their own order; more images than are read at once (64)."""
+    root = write_cache(tmp_path / "cache.zarr", tagged(0, 150, 2), unreadable=(7, 149), chunk_images=16)
+    stream = TokenStream([ActivationStore(root)], order="images", seed=3)
+    order = taken(stream, 3 * 296)
+    first = order[:296]
+    assert order == first * 3
+    assert [tag[2] for tag in first] == [0, 1] * 148
+    images = [tag[1] for tag in first[::2]]
+    assert [tag[1] for tag in first[1::2]] == images
+    assert sorted(images) == sorted(set(range(150)) - {7, 149})
+    assert images != sorted(images)
+
+
+def test_several_caches_are_mixed_in_proportion(tmp_path: Path) -> None:
+    """Each token of each cache once per epoch; pools draw chunks from both, whatever their chunk size and dataset."""
+    first = write_cache(tmp_path / "a.zarr", tagged(0, 30, 3), chunk_images=2)
+    second = write_cache(tmp_path / "b.zarr", tagged(1, 15, 3), chunk_images=1, unreadable=(4,), precision="bf16")
+    for order in ("tokens", "images"):
+        stream = TokenStream(open_caches([first, second]), order=order, pool_chunks=10)
+        found = taken(stream, stream.tokens_per_epoch)
+        wanted = all_tags(0, set(range(30)), range(3)) + all_tags(1, set(range(15)) - {4}, range(3))
+        assert sorted(found) == wanted
+        half = [tag[0] for tag in found[: len(found) // 2]]
+        assert 0.15 < np.mean(half) < 0.5  # 14 of 44 images are the second cache's
+
+
+def test_caches_of_different_tokens_are_refused_with_the_difference(tmp_path: Path) -> None:
+    first = write_cache(tmp_path / "a.zarr", tagged(0, 2, 3))
+    other = write_cache(tmp_path / "b.zarr", tagged(1, 2, 3), block=9)
+    with pytest.raises(
+        SpecMismatch, match=r"a\.zarr and .*b\.zarr do not hold the same kind of tokens: block 10 against 9"
+    ):
+        open_caches([first, other])
+    wider = write_cache(tmp_path / "c.zarr", np.zeros((2, 3, 4), np.float16))
+    with pytest.raises(SpecMismatch, match="width 3 against 4"):
+        open_caches([first, wider])
+
+
+def test_caches_without_a_readable_image_are_refused(tmp_path: Path) -> None:
+    root = write_cache(tmp_path / "a.zarr", tagged(0, 2, 3), unreadable=(0, 1))
+    with pytest.raises(BadInput, match="no readable image in the given caches"):
+        TokenStream([ActivationStore(root)])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("order", ["tokens", "images"])
+def test_a_value_that_is_not_finite_in_a_readable_image_is_an_error(tmp_path: Path, value: float, order: str) -> None:
+    """NaN stands for an unreadable image only; anywhere else it would spoil a whole training run."""
+    tokens = tagged(0, 6, 3)
+    tokens[4, 1, 2] = value
+    stream = TokenStream([ActivationStore(write_cache(tmp_path / "a.zarr", tokens, chunk_images=2))], order=order)
+    with pytest.raises(DamagedStore, match=r"a\.zarr holds NaN or infinity in a readable image of chunk 2"):
+        taken(stream, stream.tokens_per_epoch)
+
+
+def test_a_chunk_that_is_lost_later_is_an_error(tmp_path: Path) -> None:
+    stream = TokenStream([ActivationStore(write_cache(tmp_path / "a.zarr", tagged(0, 6, 3), chunk_images=2))])
+    (tmp_path / "a.zarr" / "tokens" / "c" / "1" / "0" / "0").unlink()
+    with pytest.raises(DamagedStore, match="is missing"):
+        taken(stream, stream.tokens_per_epoch)

@@ -1,0 +1,144 @@
+"""Settings of a training run: presets, which of several values wins, and what is refused with which words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cytosae.config import TrainConfig, make_config
+from stores import BadInput
+
+
+def _toml(folder: Path, text: str) -> Path:
+    path = folder / "settings.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_default_is_the_released_loss_on_shuffled_tokens() -> None:
+    """DESIGN.md section 4: released form, token-level median, scalar ghost; REFERENCE.md 4.1: the released numbers."""
+    config = make_config()
+    assert config == TrainConfig()
+    assert (config.loss, config.ghost, config.ghost_scale) == ("normed", True, "scalar")
+    assert (config.order, config.b_dec_init) == ("tokens", "geometric-median")
+    assert (config.expansion, config.l1, config.lr, config.warmup_steps) == (64, 8e-5, 4e-4, 500)
+    assert (config.batch_tokens, config.dead_after_steps) == (64 * 257, 64)
+    assert config.n_steps(tokens_per_epoch=41_621 * 257) == 15_625
+
+
+def test_the_preset_cytosae_is_the_released_run() -> None:
+    config = make_config(preset="cytosae")
+    assert (config.loss, config.ghost, config.ghost_scale) == ("normed", True, "elementwise")
+    assert (config.order, config.b_dec_init) == ("images", "geometric-median-per-position")
+    assert (config.tokens, config.n_steps(tokens_per_epoch=1)) == (257_000_000, 15_625)
+
+
+def test_the_preset_paper_is_equation_1_as_printed() -> None:
+    assert make_config(preset="paper") == TrainConfig(loss="eq1")
+
+
+def test_options_win_over_the_file_the_file_over_the_preset_the_preset_over_defaults(tmp_path: Path) -> None:
+    file = _toml(tmp_path, 'order = "tokens"\nseed = 5\nlr = 1e-3\n')
+    config = make_config(preset="cytosae", config_file=file, options={"lr": 2e-3})
+    assert config.ghost_scale == "elementwise"  # preset
+    assert (config.order, config.seed) == ("tokens", 5)  # file
+    assert config.lr == 2e-3  # option
+    assert config.l1 == 8e-5  # default
+
+
+@pytest.mark.parametrize(
+    ("in_file", "options", "budget"),
+    [
+        ("", {"epochs": 2.0}, (None, 2.0)),  # replaces the preset's tokens
+        ("epochs = 3", {}, (None, 3.0)),
+        ("epochs = 3", {"tokens": 100}, (100, None)),
+        ("tokens = 50", {"epochs": 0.5}, (None, 0.5)),
+        ("tokens = 50", {}, (50, None)),
+    ],
+)
+def test_a_budget_given_later_replaces_the_other_kind(
+    tmp_path: Path, in_file: str, options: dict[str, Any], budget: tuple[int | None, float | None]
+) -> None:
+    config = make_config(preset="cytosae", config_file=_toml(tmp_path, in_file), options=options)
+    assert (config.tokens, config.epochs) == budget
+
+
+def test_two_budgets_at_once_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the budget once: either tokens or epochs"):
+        make_config(options={"tokens": 100, "epochs": 1.0})
+    with pytest.raises(BadInput, match="the budget once"):
+        make_config(config_file=_toml(tmp_path, "tokens = 100\nepochs = 1"))
+
+
+def test_the_budget_is_rounded_to_whole_batches_and_is_at_least_one() -> None:
+    assert TrainConfig(batch_tokens=100, epochs=1.5).n_steps(tokens_per_epoch=1000) == 15
+    assert TrainConfig(batch_tokens=100, tokens=260).n_steps(tokens_per_epoch=1000) == 3
+    assert TrainConfig(batch_tokens=100, tokens=1).n_steps(tokens_per_epoch=1000) == 1
+
+
+def test_whole_numbers_in_a_file_are_the_same_settings_as_decimal_ones(tmp_path: Path) -> None:
+    """`epochs = 2` in TOML and `--epochs 2` are one run: a resumed one must not be called another."""
+    from_file = make_config(config_file=_toml(tmp_path, "epochs = 2\nl1 = 0"))
+    from_options = make_config(options={"epochs": 2.0, "l1": 0.0})
+    assert repr(from_file) == repr(from_options)  # repr, as in sae.json: 2 is not 2.0 there
+
+
+def test_an_unknown_key_is_named_beside_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"settings\.toml sets learning_rate, which is no setting; there are .*lr,"):
+        make_config(config_file=_toml(tmp_path, "learning_rate = 1e-3"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('lr = "fast"', "lr must be float; found 'fast'"),
+        ("lr = true", "lr must be float; found True"),
+        ("seed = 1.5", "seed must be int; found 1.5"),
+        ("ghost = 1", "ghost must be bool; found 1"),
+        ("loss = 3", "loss must be str; found 3"),
+        ("tokens = 1.5", r"tokens must be int \| None; found 1.5"),
+        ('epochs = "2"', r"epochs must be float \| None; found '2'"),
+        ("l1 = [1]", r"l1 must be float; found \[1\]"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(BadInput, match=rf"settings\.toml: {words}"):
+        make_config(config_file=_toml(tmp_path, line))
+
+
+def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"none\.toml cannot be read as TOML: .*No such file"):
+        make_config(config_file=tmp_path / "none.toml")
+    with pytest.raises(BadInput, match="cannot be read as TOML"):
+        make_config(config_file=_toml(tmp_path, "lr: 3"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"token_set": "cells"}, "token_set must be one of all, patch, cls; found 'cells'"),
+        ({"loss": "l2"}, "loss must be one of normed, eq1; found 'l2'"),
+        ({"ghost_scale": "none"}, "ghost_scale must be one of scalar, elementwise; found 'none'"),
+        ({"b_dec_init": "median"}, "b_dec_init must be one of geometric-median, .*; found 'median'"),
+        ({"order": "random"}, "order must be one of tokens, images; found 'random'"),
+        ({"precision": "fp8"}, "precision must be one of .*; found 'fp8'"),
+        ({"expansion": 0}, "expansion must be at least 1; found 0"),
+        ({"batch_tokens": 0}, "batch_tokens must be at least 1; found 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0; found -1"),
+        ({"l1": -1.0}, "l1 must be at least 0; found -1.0"),
+        ({"l1": float("nan")}, "l1 must be at least 0; found nan"),
+        ({"lr": 0.0}, "lr must be above 0; found 0.0"),
+        ({"lr": float("inf")}, "lr must be above 0; found inf"),
+        ({"tokens": 0}, "tokens must be above 0; found 0"),
+        ({"seed": -1}, "seed must be at least 0; found -1"),
+        ({"order": "images", "token_set": "patch"}, "'images' trains on whole images: it needs token_set 'all'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        TrainConfig(**settings)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(BadInput, match="preset must be one of cytosae, paper; found 'released'"):
+        make_config(preset="released")

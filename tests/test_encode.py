@@ -1,0 +1,351 @@
+"""Encoding: the sparse rows are the dense latents, an interruption leaves no trace, what does not fit is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+import torch
+import zarr
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from reference import Params
+from test_batches import write_cache
+
+from cli import cli
+from cytosae.checkpoint import load_sae, load_tensors, save_sae, save_tensors
+from cytosae.encode import encode, round_mantissa
+from cytosae.model import SparseAutoencoder
+from stores import (
+    LATENTS,
+    SAE,
+    ActivationStore,
+    BadInput,
+    DamagedStore,
+    IncompleteStore,
+    LatentStore,
+    SpecMismatch,
+    find_header,
+    new_header,
+    read_runs,
+    verify_latents,
+)
+from stores.csr import CHUNK_ENTRIES
+
+Float = npt.NDArray[np.float32]
+WIDTH = 12
+
+
+def write_sae(
+    root: Path,
+    cache: Path,
+    *,
+    n_latents: int,
+    seed: int = 0,
+    change: Callable[[SparseAutoencoder], object] | None = None,
+) -> Path:
+    """A finished SAE for the tokens of `cache`, with seeded weights instead of trained ones."""
+    spec = ActivationStore(cache).spec
+    model = SparseAutoencoder(spec.width, n_latents)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        model.b_dec += 1
+        model.b_enc += 0.05 * torch.randn(n_latents, generator=torch.Generator().manual_seed(seed + 1))
+        if change:
+            change(model)
+    root.mkdir(parents=True)
+    settings = {"width": spec.width, "n_latents": n_latents, "tokens": spec.same_tokens, "caches": [], "config": {}}
+    save_sae(root, model, new_header(SAE, settings), {"final": {}})
+    return root
+
+
+def random_tokens(n_images: int, tokens_per_image: int = 257, seed: int = 0) -> npt.NDArray[np.float16]:
+    return np.random.default_rng(seed).normal(1, 1, (n_images, tokens_per_image, WIDTH)).astype(np.float16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """acts.zarr: 7 images of 257 tokens, 2 a chunk, images 1 and 6 (a chunk of its own) unreadable; run: 40 latents."""
+    root = tmp_path_factory.mktemp("encode")
+    write_cache(root / "acts.zarr", random_tokens(7), unreadable=(1, 6), chunk_images=2)
+    write_sae(root / "run", root / "acts.zarr", n_latents=40)
+    return root
+
+
+def dense_latents(cache: Path, run: Path) -> Float:
+    """(n_images * T, n_latents) float32 of the model's own `encode`, zeros for unreadable images; not rounded.
+
+    A chunk at a time, as encoding does it: the last bits of a matrix product depend on the number of rows.
+    """
+    store, model = ActivationStore(cache), load_sae(run).model
+    blocks = []
+    for rows, tokens in store.iter_chunks():
+        ok = store.readable()[rows]
+        block = np.zeros((*tokens.shape[:2], model.n_latents), np.float32)
+        if ok.any():
+            x = torch.from_numpy(tokens[ok].astype(np.float32).reshape(-1, model.width))
+            block[ok] = model.encode(x).numpy().reshape(*block[ok].shape)
+        blocks.append(block.reshape(-1, model.n_latents))
+    return np.concatenate(blocks)
+
+
+def _contents(root: Path) -> dict[str, bytes]:
+    """Every file of a store but the run log, which holds times."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): path.read_bytes() for path in files if path.name != "runs.jsonl"}
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("value_bits", [10, 23])
+def test_rows_are_the_dense_latents_rounded(made: Path, tmp_path: Path, value_bits: int) -> None:
+    """Row by row: which latents (sorted), which values, to the last bit; nothing for unreadable images."""
+    result = encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr", value_bits=value_bits)
+    store = LatentStore(tmp_path / "latents.zarr")
+    rows = store.read_images(0, 7)
+    dense = dense_latents(made / "acts.zarr", made / "run")
+    assert rows.n_rows == len(dense) == 7 * 257
+    lengths = np.diff(rows.indptr)
+    assert lengths.tolist() == (dense > 0).sum(axis=1).tolist()
+    assert not lengths[257 : 2 * 257].any()
+    assert not lengths[6 * 257 :].any()
+    where = np.nonzero(dense > 0)  # row by row, latents rising
+    assert rows.indices.dtype == np.uint16
+    assert rows.indices.tolist() == where[1].tolist()
+    wanted = reference.round_mantissa(dense[where], value_bits)
+    assert rows.values.dtype == np.float32
+    assert rows.values.tobytes() == wanted.tobytes()
+    if value_bits == 23:
+        assert wanted.tobytes() == dense[where].tobytes()
+    else:
+        assert (wanted != dense[where]).mean() > 0.9
+        assert not (rows.values.view(np.uint32) & 0x1FFF).any()
+    assert (result.nnz, result.n_readable, result.was_complete) == (len(where[0]), 5, False)
+    assert result.l0 == pytest.approx((dense > 0).sum() / (5 * 257))
+    assert list(verify_latents(tmp_path / "latents.zarr")) == [None]
+
+
+def test_latents_equal_the_float64_twin(made: Path, tmp_path: Path) -> None:
+    encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr", value_bits=23)
+    rows = LatentStore(tmp_path / "latents.zarr").read_images(2, 4)
+    model = load_sae(made / "run").model
+    params = Params(*(getattr(model, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")))
+    p, h, _ = reference.sae_forward(params, random_tokens(7)[2:4].reshape(-1, WIDTH))
+    dense = np.zeros_like(h)
+    dense[np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr)), rows.indices] = rows.values
+    clear = np.abs(p) > 1e-6
+    assert (~clear).sum() <= 2
+    assert np.abs(dense - h)[clear].max() <= 1e-5 * h.max()
+
+
+def test_what_would_round_to_zero_stays_above_zero(made: Path, tmp_path: Path) -> None:
+    """A latent is active or not before rounding: denormal values survive ten bits, as the least number above zero."""
+
+    def shrink(model: SparseAutoencoder) -> None:
+        model.W_enc.zero_()
+        values = [2.0**-149, 1e-42, 2.0**-137, 1.2e-38, 0.0, -1e-42, 1.0, 3.0]
+        model.b_enc.copy_(torch.tensor(values, dtype=torch.float64))
+
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=8, change=shrink)
+    for value_bits in (10, 23):
+        encode(made / "acts.zarr", run, tmp_path / str(value_bits), value_bits=value_bits)
+    ten, all_bits = (LatentStore(tmp_path / str(bits)).read_images(0, 1) for bits in (10, 23))
+    least = 2.0**-136  # ten mantissa bits of a denormal number: multiples of 2^-136
+    for rows in (ten, all_bits):
+        assert rows.indices[:6].tolist() == [0, 1, 2, 3, 6, 7]
+        assert np.diff(rows.indptr).tolist() == [6] * 257
+    assert all_bits.values[:3].tolist() == [2.0**-149, float(np.float32(1e-42)), 2.0**-137]
+    assert ten.values[:3].tolist() == [least, least, least]
+    assert ten.values[3] == reference.round_mantissa_scalar(float(np.float32(1.2e-38)), 10)
+    assert ten.values[4:6].tolist() == [1.0, 3.0]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    values=hnp.arrays(np.float32, st.integers(0, 20), elements=st.floats(2.0**-149, 2.0**127, width=32)),
+    bits=st.sampled_from([10, 23]),
+)
+def test_rounding_equals_the_twin(values: Float, bits: int) -> None:
+    """Any positive float32, denormals and ties included; where the twin gives zero, the least number above it."""
+    least = np.float32(2.0 ** (-126 - bits))
+    wanted = np.maximum(reference.round_mantissa(values, bits), least)
+    assert round_mantissa(values, bits).tobytes() == wanted.tobytes()
+
+
+def test_anndata_opens_the_rows_as_they_are(made: Path, tmp_path: Path) -> None:
+    """AnnData's csr_matrix layout: a backed sparse dataset of any scverse tool, equal to the dense latents."""
+    encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr")
+    group = zarr.open_group(tmp_path / "latents.zarr", mode="r")
+    backed = anndata.io.sparse_dataset(group["X"])
+    assert backed.shape == (7 * 257, 40)
+    wanted = dense_latents(made / "acts.zarr", made / "run")
+    wanted[wanted > 0] = round_mantissa(wanted[wanted > 0], 10)
+    assert np.array_equal(backed[300:900].toarray(), wanted[300:900])
+    assert np.array_equal(backed.to_memory().toarray(), wanted)
+
+
+# ------------------------------------------------------------------------------------------- interruptions
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So many nonzeros (about 1.6 million) that a CSR chunk is full in the middle; never.zarr: nobody stopped it."""
+    root = tmp_path_factory.mktemp("wide")
+    write_cache(root / "acts.zarr", random_tokens(12), unreadable=(5,), chunk_images=3)
+    write_sae(root / "run", root / "acts.zarr", n_latents=1100)
+    result = encode(root / "acts.zarr", root / "run", root / "never.zarr")
+    assert 1.2 * CHUNK_ENTRIES < result.nnz < 1.8 * CHUNK_ENTRIES
+    return root
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 9, 12])
+def test_interrupted_at_any_chunk_and_continued_is_the_same_store(wide: Path, tmp_path: Path, stop_at: int) -> None:
+    """Chunk after chunk, the first and the last one included: every byte but the run log."""
+
+    def interrupt(done: int, total: int, state: str) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    latents, seen = tmp_path / "latents.zarr", []
+    with pytest.raises(KeyboardInterrupt):
+        encode(wide / "acts.zarr", wide / "run", latents, progress=interrupt)
+    with pytest.raises(IncompleteStore, match="Run the same cyto sae encode command again"):
+        LatentStore(latents)
+    encode(wide / "acts.zarr", wide / "run", latents, progress=lambda done, total, state: seen.append(done))
+    assert seen == list(range(stop_at - 3, 13, 3))  # what was committed is counted, and not done again
+    assert _contents(latents) == _contents(wide / "never.zarr")
+    assert len(read_runs(latents)) == 2
+
+
+def test_interrupted_again_and_again_is_the_same_store(wide: Path, tmp_path: Path) -> None:
+    """One chunk gets through each time; what the next one wrote and did not commit is left behind each time."""
+    latents, began = tmp_path / "latents.zarr", []
+
+    def interrupt(done: int, total: int, state: str) -> None:
+        if state == "":
+            began.append(done)
+        elif done == began[-1] + 6:
+            raise KeyboardInterrupt
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            encode(wide / "acts.zarr", wide / "run", latents, progress=interrupt)
+    encode(wide / "acts.zarr", wide / "run", latents, progress=interrupt)
+    assert began == [0, 3, 6, 9]
+    assert _contents(latents) == _contents(wide / "never.zarr")
+
+
+def test_a_killed_command_that_is_repeated_gives_the_same_store(tmp_path: Path) -> None:
+    """SIGKILL of a real process behind its first commit; the same command again completes it, byte for byte."""
+    cache = write_cache(tmp_path / "acts.zarr", random_tokens(60, 17), unreadable=(2, 37), chunk_images=1)
+    run = write_sae(tmp_path / "run", cache, n_latents=300)
+    encode(cache, run, tmp_path / "never.zarr")
+    latents = tmp_path / "latents.zarr"
+    arguments = ["sae", "encode", str(cache), str(run), "-o", str(latents), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (latents / "journal.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    header = find_header(latents)
+    assert header is not None
+    assert not header.complete
+    again = CliRunner().invoke(cli, arguments)
+    assert again.exit_code == 0, again.output
+    assert _contents(latents) == _contents(tmp_path / "never.zarr")
+
+
+def test_a_complete_store_is_not_encoded_again(made: Path, tmp_path: Path) -> None:
+    first = encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr")
+    again = encode(
+        made / "acts.zarr", made / "run", tmp_path / "latents.zarr", progress=lambda *_: pytest.fail("it encoded")
+    )
+    assert again.was_complete
+    assert (again.nnz, again.n_readable, again.spec) == (first.nnz, first.n_readable, first.spec)
+    with pytest.raises(SpecMismatch, match=r"with other settings \(value_bits 10 against 23\)"):
+        encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr", value_bits=23)
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_an_sae_of_other_tokens_is_refused_with_the_difference_in_words(made: Path, tmp_path: Path) -> None:
+    other = write_cache(tmp_path / "other.zarr", random_tokens(2), block=9, backbone="another")
+    words = (
+        r"the SAE .*run and the cache .*other\.zarr do not hold the same kind of tokens: "
+        r"backbone none: synthetic tokens against another, block 10 against 9\. Compare: cyto sae info, cyto cache info"
+    )
+    with pytest.raises(SpecMismatch, match=words):
+        encode(other, made / "run", tmp_path / "latents.zarr")
+    assert not (tmp_path / "latents.zarr").exists()
+
+
+def test_an_sae_encodes_the_cache_of_another_dataset(made: Path, tmp_path: Path) -> None:
+    """Same backbone, weights, block and transform; images, chunks and precision may differ."""
+    other = write_cache(tmp_path / "other.zarr", random_tokens(3, seed=5), precision="bf16", chunk_images=8)
+    assert encode(other, made / "run", tmp_path / "latents.zarr").n_readable == 3
+
+
+def _change_weights(run: Path) -> None:
+    tensors, metadata = load_tensors(run / "sae.safetensors")
+    tensors["b_enc"][0] += 1
+    save_tensors(run / "sae.safetensors", tensors, metadata)
+
+
+def _truncate(run: Path) -> None:
+    (run / "sae.safetensors").write_bytes((run / "sae.safetensors").read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_change_weights, "was changed: its SHA-256 is not the one in sae.json"),
+        (_truncate, "was changed: its SHA-256 is not the one in sae.json"),
+        (lambda run: (run / "sae.safetensors").unlink(), "is missing; train again with cyto sae train"),
+    ],
+    ids=["changed", "truncated", "missing"],
+)
+def test_weights_that_are_not_those_of_the_run_are_refused(
+    made: Path, tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40)
+    damage(run)
+    with pytest.raises(DamagedStore, match=rf"sae\.safetensors {words}"):
+        encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
+
+
+def test_weights_that_are_not_finite_are_refused(made: Path, tmp_path: Path) -> None:
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, change=lambda model: model.b_enc.fill_(np.nan))
+    with pytest.raises(DamagedStore, match="holds weights that are NaN or infinite"):
+        encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
+
+
+def test_latents_that_become_infinite_are_refused(made: Path, tmp_path: Path) -> None:
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, change=lambda model: model.W_enc.mul_(3e38))
+    with pytest.raises(BadInput, match="a latent became infinite: the SAE's weights do not fit these tokens"):
+        encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
+
+
+def test_nan_in_a_readable_image_is_an_error_and_no_store(made: Path, tmp_path: Path) -> None:
+    tokens = random_tokens(3)
+    tokens[1, 100, 3] = np.nan
+    cache = write_cache(tmp_path / "acts.zarr", tokens, chunk_images=1)
+    with pytest.raises(DamagedStore, match="a token of a readable image is NaN or infinite"):
+        encode(cache, made / "run", tmp_path / "latents.zarr")
+    header = find_header(tmp_path / "latents.zarr")
+    assert header is not None
+    assert (header.kind, header.complete) == (LATENTS.kind, False)

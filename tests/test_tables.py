@@ -1,0 +1,321 @@
+"""The image table: what users' CSV and Parquet files become, what is refused with which words, and its hash."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stores.errors import BadInput
+from stores.tables import (
+    MANIFEST_COLUMNS,
+    column,
+    image_table,
+    listed,
+    read_image_table,
+    read_table_file,
+    readable,
+    table_sha256,
+    with_outcome,
+    write_image_table,
+)
+
+
+def read_csv(tmp_path: Path, text: str | bytes) -> dict[str, list[str | None]]:
+    path = tmp_path / "images.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_table_file(path).to_pydict()
+
+
+def table_of(**columns: list[str | None]) -> pa.Table:
+    return image_table(columns, source="images.csv", dataset="cells")
+
+
+# -------------------------------------------------------------------------------------------------------- CSV
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path,label\na.png,x\n", {"path": ["a.png"], "label": ["x"]}),
+        (b"\xef\xbb\xbfpath,label\r\na.png,x\r\n", {"path": ["a.png"], "label": ["x"]}),
+        ('"path","label"\n"a, b.png","said ""x"""\n', {"path": ["a, b.png"], "label": ['said "x"']}),
+        ('path,label\n"a.png","two\nlines"\n', {"path": ["a.png"], "label": ["two\nlines"]}),
+        (" path , label \n a.png , x \n", {"path": ["a.png"], "label": ["x"]}),
+        ("path,label\n\na.png,\n\n", {"path": ["a.png"], "label": [None]}),
+        ("path,label\na.png,x", {"path": ["a.png"], "label": ["x"]}),
+        ("path,patient\na.png,007\n", {"path": ["a.png"], "patient": ["007"]}),
+        ("path,label\nZellen/große Zelle.png,Prä\n", {"path": ["Zellen/große Zelle.png"], "label": ["Prä"]}),
+        ("path\n", {"path": []}),
+    ],
+    ids=[
+        "plain",
+        "BOM, CRLF",
+        "quotes",
+        "line in a cell",
+        "blanks",
+        "empty lines",
+        "no end",
+        "zeros",
+        "UTF-8",
+        "no row",
+    ],
+)
+def test_a_csv_file_is_read_as_strings(text: str | bytes, expected: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever Excel or pandas wrote; nothing is taken for a number."""
+    assert read_csv(tmp_path, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "images.csv is empty; expected a header line with a column 'path'"),
+        ("path,label\na.png,x\nb.png\n", "row 3 of .*images.csv has 1 fields, the header has 2"),
+        ("path\na.png\n\nb, c.png\n", "row 4 of .*images.csv has 2 fields, the header has 1"),
+        ("path,label,label\na.png,x,y\n", "has two columns 'label'"),
+        ("path,label, label\na.png,x,y\n", "has two columns 'label'"),
+        ("path,,label\na.png,x,y\n", "has a column without name"),
+        ('path\n"a.png\n', "cannot be read as a UTF-8 CSV file: unexpected end of data"),
+        ('path\n"a"b.png\n', "cannot be read as a UTF-8 CSV file: "),
+        ("path\na.png\n".encode("utf-16"), "cannot be read as a UTF-8 CSV file: .*invalid start byte"),
+        ("path\ngroß.png\n".encode("latin-1"), "cannot be read as a UTF-8 CSV file: "),
+    ],
+)
+def test_a_faulty_csv_file_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        read_csv(tmp_path, text)
+
+
+def test_a_table_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no table at .*nowhere.csv: expected a .csv or .parquet file"):
+        read_table_file(tmp_path / "nowhere.csv")
+    with pytest.raises(BadInput, match="no table at"):
+        read_table_file(tmp_path)
+    (tmp_path / "images.xlsx").write_bytes(b"PK")
+    with pytest.raises(BadInput, match=r"images.xlsx is neither .csv nor .parquet; convert it to one of them"):
+        read_table_file(tmp_path / "images.xlsx")
+    (tmp_path / "IMAGES.PARQUET").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match="cannot be read as a Parquet table of plain columns"):
+        read_table_file(tmp_path / "IMAGES.PARQUET")
+
+
+def test_a_semicolon_file_names_what_it_found(tmp_path: Path) -> None:
+    """A German Excel writes semicolons: the message shows the one column that was found."""
+    columns = read_csv(tmp_path, "path;label\na.png;x\n")
+    with pytest.raises(BadInput, match=r"has no column 'path' \(found: path;label\); name the column of image paths"):
+        table_of(**columns)
+
+
+# ---------------------------------------------------------------------------------------------------- Parquet
+
+
+def test_pandas_types_become_the_strings_that_were_meant(tmp_path: Path) -> None:
+    """An integer column with gaps is float in pandas: 7.0 was 7. Categories, nulls, dates and numbers as strings."""
+    frame = pd.DataFrame(
+        {
+            "path": ["a.png", "b.png", "c.png"],
+            "patient": [7.0, np.nan, 12345678901.0],
+            "label": pd.Categorical(["x", None, "x"]),
+            "dose": [0.5, -1.25, np.inf],
+            "age": pd.array([40, None, 41], dtype="Int64"),
+            "plate": [1, 2, 3],
+            "lane": pd.Categorical([1.0, 2.0, np.nan]),
+            "is_new": [True, False, True],
+            "note": ["", None, "ok"],
+            "nothing": [None, None, None],
+            "day": pd.to_datetime(["2024-05-01"] * 3),
+        }
+    )
+    frame.to_parquet(tmp_path / "images.parquet")
+    found = read_table_file(tmp_path / "images.parquet").to_pydict()
+    assert {found["day"][0][:10]} == {"2024-05-01"}
+    del found["day"]
+    assert found == {
+        "path": ["a.png", "b.png", "c.png"],
+        "patient": ["7", None, "12345678901"],
+        "label": ["x", None, "x"],
+        "dose": ["0.5", "-1.25", "inf"],
+        "age": ["40", None, "41"],
+        "plate": ["1", "2", "3"],
+        "lane": ["1", "2", None],
+        "is_new": ["true", "false", "true"],
+        "note": [None, None, "ok"],
+        "nothing": [None, None, None],
+    }
+
+
+def test_a_folder_named_like_a_partition_adds_no_column(tmp_path: Path) -> None:
+    """Arrow would read `patient=7/` as a column of the table."""
+    (tmp_path / "patient=7").mkdir()
+    pq.write_table(pa.table({"path": ["a.png"]}), tmp_path / "patient=7" / "images.parquet")
+    assert read_table_file(tmp_path / "patient=7" / "images.parquet").column_names == ["path"]
+
+
+def test_a_parquet_column_that_is_no_plain_column_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a.png"], "box": [[1, 2]]}), tmp_path / "lists.parquet")
+    with pytest.raises(BadInput, match=r"lists.parquet cannot be read as a Parquet table of plain columns"):
+        read_table_file(tmp_path / "lists.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["path", "path"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(BadInput, match=r"twice.parquet cannot be read .* Multiple matches for .*path"):
+        read_table_file(tmp_path / "twice.parquet")
+
+
+# ------------------------------------------------------------------------------------------- the checked manifest
+
+
+def test_a_manifest_has_seven_columns_then_the_users_own() -> None:
+    """Missing ids and datasets are filled in, extra columns travel along, an earlier outcome does not."""
+    table = table_of(
+        hospital=["H1", None],
+        path=["a/./1.png", "b//2.png"],
+        dataset=[None, "matek19"],
+        label=["x", "y"],
+        status=["unreadable", "ok"],
+        content_hash=["0", "0"],
+        error=["bad", None],
+    )
+    assert table.column_names == [*MANIFEST_COLUMNS, "hospital"]
+    assert {str(kind) for kind in table.schema.types} == {"string"}
+    assert table.to_pydict() == {
+        "image_id": ["cells/a/1.png", "matek19/b/2.png"],
+        "path": ["a/1.png", "b/2.png"],
+        "label": ["x", "y"],
+        "label_common": [None, None],
+        "patient": [None, None],
+        "disease": [None, None],
+        "dataset": ["cells", "matek19"],
+        "hospital": ["H1", None],
+    }
+    assert column(table, "status") == [None, None]
+    assert readable(table) == [False, False]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../a.png",
+        "a/../../b.png",
+        "a/..",
+        "/etc/a.png",
+        "//server/share/a.png",
+        "C:/cells/a.png",
+        "C:\\cells\\a.png",
+        "C:a.png",
+        "\\\\server\\share\\a.png",
+        "\\cells\\a.png",
+        "..\\a.png",
+        "a\\..\\..\\b.png",
+        "a\0.png",
+    ],
+)
+def test_a_path_that_leaves_the_root_on_any_system_is_refused(path: str) -> None:
+    words = re.escape(
+        f"row 2 of images.csv: path {path!r} does not lie below the images' root; give paths relative to it"
+    )
+    with pytest.raises(BadInput, match=words):
+        table_of(path=["a.png", path])
+
+
+@pytest.mark.parametrize("path", ["a.png", "a/b c/d.png", "..a/b..png", "a/...png", "Zelle-ß/1.tif"])
+def test_an_ordinary_path_is_kept(path: str) -> None:
+    assert table_of(path=[path])["path"].to_pylist() == [path]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, r"images.csv has no column 'path' \(found: no columns\)"),
+        ({"file": ["a"]}, r"images.csv has no column 'path' \(found: file\); name the column of image paths 'path'"),
+        ({"path": []}, "images.csv lists no images; expected one row per image"),
+        ({"path": ["a.png", None]}, "row 2 of images.csv has an empty path"),
+        ({"path": ["", "a.png"]}, "row 1 of images.csv has an empty path"),
+        (
+            {"path": ["a.png", "b.png", "a.png", "./a.png"]},
+            r"images.csv has 2 repeated image ids \(cells/a.png\); give each row its own image_id",
+        ),
+        (
+            {"path": list("abcdefgh"), "image_id": list("11223344")},
+            r"has 4 repeated image ids \(1, 2, 3 and 1 more\)",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(columns: dict[str, list[str | None]], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        table_of(**columns)
+
+
+def test_a_path_may_repeat_under_distinct_ids() -> None:
+    assert table_of(path=["a.png", "a.png"], image_id=["left", "right"]).num_rows == 2
+
+
+def test_the_outcome_says_which_images_were_read() -> None:
+    table = with_outcome(table_of(path=["a", "b"]), ["00", None], [None, "not an image"])
+    assert table.slice(1, 1).select(["content_hash", "status", "error"]).to_pylist() == [
+        {"content_hash": None, "status": "unreadable", "error": "not an image"}
+    ]
+    assert readable(table) == [True, False]
+
+
+# ------------------------------------------------------------------------------------------- on disk, and its hash
+
+
+def full_table() -> pa.Table:
+    manifest = table_of(path=["a.png", "b.png"], patient=["P1", None], hospital=["H\u00e4", "x,\n\"y'"])
+    return with_outcome(manifest, ["ab", None], [None, "file ends early"])
+
+
+def test_a_table_survives_parquet_with_its_hash(tmp_path: Path) -> None:
+    """Written by us, or by pandas, with other compression, types and row groups: equal cells, equal hash."""
+    table = full_table()
+    write_image_table(table, tmp_path / "images.parquet")
+    back = read_image_table(tmp_path / "images.parquet")
+    assert back.equals(table)
+    assert [path.name for path in tmp_path.iterdir()] == ["images.parquet"]
+
+    table.to_pandas().to_parquet(tmp_path / "pandas.parquet", compression=None, row_group_size=1, index=False)
+    large = table.cast(pa.schema([(name, pa.large_string()) for name in table.column_names]))
+    pq.write_table(large, tmp_path / "large.parquet", use_dictionary=False)
+    hashes = {table_sha256(read_image_table(path)) for path in tmp_path.iterdir()}
+    assert hashes == {table_sha256(table)}
+
+
+def test_the_hash_is_the_one_of_the_first_release() -> None:
+    """It stands in the header of every store: a change of its recipe would orphan them all."""
+    assert table_sha256(full_table()) == "0ee0a31075616c1f43ef8f38a9ded9ee6a43a967467ccb3e8ada19fd972c8038"
+
+
+def test_the_hash_changes_with_any_cell_name_or_order() -> None:
+    """Also where a cell moves between columns, or a null becomes an empty string or the word None."""
+    table = full_table()
+    others = [table.select(table.column_names[::-1]), table.take([1, 0]), table.slice(0, 1)]
+    others.append(table.rename_columns([*table.column_names[:-1], "other"]))
+    for name in table.column_names:
+        for row in range(2):
+            for value in ("changed", "", "None", None):
+                cells = table[name].to_pylist()
+                if cells[row] != value:
+                    cells[row] = value
+                    place = table.column_names.index(name)
+                    others.append(table.set_column(place, name, pa.array(cells, pa.string())))
+    hashes = [table_sha256(other) for other in [table, *others]]
+    assert len(hashes) > 60
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_a_file_that_is_no_image_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no image table at .*images.parquet; expected Parquet with columns image_id"):
+        read_image_table(tmp_path / "images.parquet")
+    pq.write_table(pa.table({"path": ["a"]}), tmp_path / "images.parquet")
+    with pytest.raises(BadInput, match="no image table at"):
+        read_image_table(tmp_path / "images.parquet")
+
+
+def test_a_long_list_is_cut() -> None:
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b", "c"]) == "a, b, c"
+    assert listed([str(n) for n in range(2003)]) == "0, 1, 2 and 2,000 more"
