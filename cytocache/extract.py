@@ -115,7 +115,12 @@ def extract(
     )
     backbone.model.to(config.device)
     chunks = writer.missing_chunks()
-    _report(writer, progress)
+    n_done, n_unreadable = writer.counts()
+
+    def report(n_more: int = 0) -> None:
+        progress(n_done + n_more, spec.n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")
+
+    report()
     with ExitStack() as stack:
         stack.enter_context(pillow_silenced)  # from here, before there are threads: it sets what all threads share
         readers = stack.enter_context(ThreadPoolExecutor(config.workers, thread_name_prefix="read"))
@@ -128,26 +133,29 @@ def extract(
             pictures = _collect(ahead, backbone.preprocess.size)
             if position + 1 < len(chunks):
                 ahead = _submit(readers, images, spec.chunk_rows(chunks[position + 1]), backbone.preprocess)
-            tokens = _forward(backbone, pictures, spec, config, first_image=spec.chunk_rows(chunk).start, images=images)
+            names = column(images.table.slice(spec.chunk_rows(chunk).start, len(pictures.pixels)), "image_id")
+            tokens = _forward(backbone, pictures, names, spec, config, report)
             if written is not None:
                 written.result()
-                _report(writer, progress)
+            n_done += len(names)
+            n_unreadable += sum(error is not None for error in pictures.errors)
             written = writers.submit(writer.write_chunk, chunk, tokens, pictures.content_hash, pictures.errors)
         if written is not None:
             written.result()
-    _report(writer, progress)
+    report()
 
-    n_images, n_unreadable = writer.counts()
-    if n_unreadable == n_images:
+    if n_unreadable == spec.n_images:
         row, error = next(iter(writer.errors().items()))
         name = column(images.table, "path")[row]
         raise BadInput(
-            f"none of the {n_images:,} images could be read ({name}: {error}); "
+            f"none of the {spec.n_images:,} images could be read ({name}: {error}); "
             f"put the files into place and run the same command again"
         )
     writer.finish()
     output.publish()
-    return ExtractResult(spec=spec, n_readable=n_images - n_unreadable, n_unreadable=n_unreadable, was_complete=False)
+    return ExtractResult(
+        spec=spec, n_readable=spec.n_images - n_unreadable, n_unreadable=n_unreadable, was_complete=False
+    )
 
 
 def resolve_precision(precision: str, device: str) -> str:
@@ -204,11 +212,10 @@ def _collect(
 def _forward(
     backbone: Backbone,
     pictures: _Pictures,
+    names: list[str | None],
     spec: ActivationSpec,
     config: ExtractConfig,
-    *,
-    first_image: int,
-    images: Images,
+    report: Callable[[int], None],
 ) -> npt.NDArray[np.float16]:
     """The tokens of one chunk in float16, batch by batch; NaN where there was no picture."""
     n_images = len(pictures.pixels)
@@ -227,17 +234,12 @@ def _forward(
                 tokens[position] = np.nan
             elif not is_finite[position - start]:
                 largest = full[position - start].abs().max().item()
-                name = column(images.table, "image_id")[first_image + position]
                 raise BadInput(
-                    f"the tokens of image {name} do not fit float16: largest magnitude {largest:.4g}, expected at most "
-                    f"65,504. Choose another --block, or check the weights"
+                    f"the tokens of image {names[position]} do not fit float16: largest magnitude {largest:.4g}, "
+                    f"expected at most 65,504. Choose another --block, or check the weights"
                 )
+        report(stop)
     return tokens
-
-
-def _report(writer: ActivationWriter, progress: Progress) -> None:
-    n_images, n_unreadable = writer.counts()
-    progress(n_images, writer.spec.n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")
 
 
 def _device_name(device: str) -> str:

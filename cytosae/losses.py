@@ -64,7 +64,7 @@ def loss_and_gradients(
     dead = dead_L.nonzero().squeeze(1) if dead_L is not None and bool(dead_L.any()) else None
     step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     parameters = [model.W_enc, model.b_enc, model.W_dec, model.b_dec]
-    grads = [torch.zeros_like(parameter) for parameter in parameters]
+    grads: list[torch.Tensor] = []
     ghost_grads = _GhostGradients(model, dead) if dead is not None and ghost_scale == "scalar" else None
     sums = dict.fromkeys(("mse", "l1", "ghost", "active", "error", "square"), 0.0)
     mean_D = torch.zeros(width, dtype=torch.float64, device=tokens_ND.device)
@@ -89,14 +89,17 @@ def loss_and_gradients(
                 sums["ghost"] += ghost.item()
             else:
                 ghost_grads.add(centred_BD, r_BD, loss=loss, n_values=n * width)
-        for grad, part in zip(grads, torch.autograd.grad(total, parameters), strict=True):
-            grad += part
+        parts = torch.autograd.grad(total, parameters)
+        if grads:
+            for grad, part in zip(grads, parts, strict=True):
+                grad += part
+        else:
+            grads = list(parts)
         with torch.no_grad():
-            active_BL = z_BL > 0
-            fired |= active_BL.any(0)
+            fired |= z_BL.amax(0) > 0
+            sums["active"] += int(z_BL.count_nonzero())
             sums["mse"] += mse.item()
             sums["l1"] += penalty.item()
-            sums["active"] += active_BL.sum().item()
             sums["error"] += (x_hat_BD - x_BD).square().sum(dtype=torch.float64).item()
             sums["square"] += x_BD.square().sum(dtype=torch.float64).item()
             mean_D += x_BD.sum(0, dtype=torch.float64) / n

@@ -56,10 +56,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Every decoder row to norm 1 (a zero row stays zero). Doing it twice is doing it once, bit for bit."""
+        """Every decoder row to norm 1 (a zero row stays zero)."""
         norm_L1 = self.W_dec.norm(dim=1, keepdim=True)
-        # norms are 1 up to rounding from here on: an interrupted step that is done again must not divide by them
-        norm_L1[(norm_L1 == 0) | ((norm_L1 - 1).abs() < 1e-6)] = 1
+        norm_L1[norm_L1 == 0] = 1
         self.W_dec.div_(norm_L1)
 
     @torch.no_grad()

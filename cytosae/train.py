@@ -1,7 +1,8 @@
 """Train an SAE on cached activations: one flat loop, from the first batch to the finished run.
 
-A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1, dead set, loss and gradients, counters, the
-part of each decoder gradient along its row removed, Adam, learning rate. Everything random hangs on the seed, and
+A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1 (done at the end of the step before, so that a
+saved state is whole), dead set, loss and gradients, counters, the part of each decoder gradient along its row removed,
+Adam, learning rate. Everything random hangs on the seed, and
 the state that is saved is whole: an interrupted and continued run equals an uninterrupted one, bit for bit, on the same
 device, versions and thread count.
 """
@@ -109,6 +110,8 @@ def train(
             is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == n_steps
             with _held_signals():  # Ctrl-C finds a step whole or not begun: what it saves is always a state
                 _update(state, losses, config)
+                if state.step < n_steps:  # the last norms are folded into the encoder, below
+                    state.model.normalise_decoder()
                 if is_logged:
                     rate = (state.step - last_logged) * config.batch_tokens / (time.perf_counter() - clock)
                     state.metrics.append(_metrics(state, losses, config, stream, rate))
@@ -121,7 +124,7 @@ def train(
         _save_state(root, state)
         raise
 
-    state.model.normalise_decoder() if state.step == 0 else state.model.fold_decoder_norm()
+    state.model.fold_decoder_norm()
     _write_metrics(root, state.metrics)
     summary = {
         "steps": state.step,
@@ -137,13 +140,12 @@ def train(
 
 
 def _compute_gradients(state: _State, batch: npt.NDArray[np.float16], config: TrainConfig, device: str) -> BatchLosses:
-    """First half of a step: sets the gradients. May be broken off and done again: it changes nothing that counts.
+    """First half of a step: sets the gradients. May be broken off and done again: it changes nothing else.
 
     Raises BadInput if the loss is not finite.
     """
     model = state.model
     tokens = torch.from_numpy(batch).to(device)  # travels as float16, cast where it is used
-    model.normalise_decoder()
     dead = state.steps_since_fired > config.dead_after_steps if config.ghost else None
     losses = loss_and_gradients(
         model, tokens, loss=config.loss, l1=config.l1, ghost_scale=config.ghost_scale, dead_L=dead

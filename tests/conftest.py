@@ -1,4 +1,4 @@
-"""Small real things that many tests use: drawn cells, a cache, an SAE, latents. Made once per session, copied to change."""
+"""Small real things that many tests use: drawn cells, a cache, an SAE, latents. Made once, copied to be changed."""
 
 import shutil
 from pathlib import Path

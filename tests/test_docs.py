@@ -64,7 +64,9 @@ def test_readme_transcript(tmp_path: Path) -> None:
         else:
             shown[list(shown)[-1]].append(line)
     write_demo_images(tmp_path, n_patients=3, images_per_patient=3, size=48)
-    (tmp_path / "images.csv").rename(tmp_path / "simulated_cohort.csv")
+    lines = (tmp_path / "images.csv").read_text().splitlines()
+    lines[-1] = ",".join([*lines[-1].split(",")[:2], "", ""])  # nobody's image, as in the transcript
+    (tmp_path / "cells.csv").write_text("\n".join(lines))
     assert len(shown) >= 4
     for command, lines in shown.items():
         assert command.startswith("cyto ")

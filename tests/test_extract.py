@@ -195,7 +195,7 @@ class TestUnreadable:
     def test_if_no_image_can_be_read_the_cache_is_not_complete(self, tmp_path: Path) -> None:
         for n in range(4):
             (tmp_path / f"{n}.png").write_bytes(b"no image")
-        words = "none of the 4 images could be read; the first: .*not a JPEG, PNG, TIFF or BMP image"
+        words = r"none of the 4 images could be read \(0.png: not a JPEG, PNG, TIFF or BMP image\); put the files"
         for _ in range(2):  # nor is it the second time
             with pytest.raises(BadInput, match=words):
                 extract(open_images(tmp_path), tmp_path / "a.zarr", config())
