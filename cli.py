@@ -592,17 +592,17 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
-    began, shown, at_start = time.monotonic(), 0.0, -1
+    began, shown, last, at_start = time.monotonic(), 0.0, -1, -1
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
-        nonlocal shown, at_start, began
+        nonlocal shown, last, at_start, began
         now = time.monotonic()
         if at_start < 0:
             at_start, began = done, now  # the rate is that of this run, not of what was there before
-        elif done < total and now - shown < (0.2 if in_terminal else 10):
+        elif done == last or (done < total and now - shown < (0.2 if in_terminal else 10)):
             return
-        shown = now
+        shown, last = now, done
         line = tqdm.format_meter(
             done,
             total,
