@@ -6,6 +6,7 @@ Heavy imports stand inside the bodies, so `cyto --help` stays quick. Data goes t
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -61,6 +62,7 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     cli()
 
 
@@ -548,8 +550,6 @@ def _resolve_device(device: str) -> str:
 @contextmanager
 def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
     """A client of the running scheduler, or of a cluster started here for the time of the command."""
-    import logging
-
     import dask
     from distributed import Client, LocalCluster
 
@@ -562,6 +562,10 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             reason = str(error).split("\n")[0]
             raise BadInput(f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler") from None
         with client:
+            try:
+                client.wait_for_workers(1, timeout=60)
+            except TimeoutError:
+                raise BadInput(f"the scheduler at {scheduler} has no workers; start some: dask worker") from None
             yield client
         return
     # zarr would start ten reading threads per worker; workers take their settings from the environment

@@ -111,11 +111,16 @@ def write_barcodes(
     Raises
     ------
     BadInput
-        If a patient has two diseases.
+        If a patient has two diseases, or tau lies below what the latent store was pruned at.
     DamagedStore
         If a chunk of the latents is lost or damaged.
     """
     store = LatentStore(latents)
+    if config.tau < store.spec.min_activation:
+        raise BadInput(
+            f"{latents} was pruned below {store.spec.min_activation:g}: tau {config.tau:g} would count too few; "
+            f"choose a larger --tau, or encode without pruning"
+        )
     groups = _group_images(store)
     spec = {
         "latents": store.identity,

@@ -100,9 +100,9 @@ class TokenStream:
             return
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._chunks))
-        for start in range(0, len(order), self._pool_chunks):
-            chosen = [self._chunks[i] for i in order[start : start + self._pool_chunks]]
-            yield [(c.store, c.chunk, c.rows) for c in chosen]
+        n_pools = -(-len(order) // self._pool_chunks)
+        for part in np.array_split(order, n_pools):  # of equal size: a short last pool would be shuffled badly
+            yield [(c.store, c.chunk, c.rows) for c in (self._chunks[i] for i in part)]
 
     def _read_pool(self, pool: list[tuple[int, int, Int]]) -> Float16:
         """(tokens of the pool, width) float16, as they lie in the caches.

@@ -41,7 +41,9 @@ Row = tuple[str | None, str | None, bool]  # patient, disease, is it readable?
 LEVELS = ("image", "patient", "disease")
 
 
-def write_latents(root: Path, dense: Float, rows: list[Row], *, value_bits: int = 10) -> Path:
+def write_latents(
+    root: Path, dense: Float, rows: list[Row], *, value_bits: int = 10, min_activation: float = 0.0
+) -> Path:
     """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
     n_images, n_tokens, n_latents = dense.shape
     columns: dict[str, list[str | None]] = {
@@ -65,7 +67,7 @@ def write_latents(root: Path, dense: Float, rows: list[Row], *, value_bits: int 
         n_latents=n_latents,
         precision="fp32",
         value_bits=value_bits,
-        min_activation=0.0,
+        min_activation=min_activation,
     )
     writer = LatentWriter(root, spec, images)
     flat = dense.reshape(-1, n_latents)
@@ -572,6 +574,15 @@ def test_a_patient_with_two_diseases_is_refused(tmp_path: Path, threads: Client)
     with pytest.raises(BadInput, match=r"1 patients have images of two diseases \(P1: A and B\)"):
         write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
     assert not (tmp_path / "barcodes").exists()
+
+
+def test_tau_below_the_pruning_is_refused(tmp_path: Path, threads: Client) -> None:
+    """What was dropped cannot be counted."""
+    one = np.full((1, 5, 6), 0.5, np.float32)
+    latents = write_latents(tmp_path / "l.zarr", one, [("P", "x", True)], min_activation=0.3)
+    with pytest.raises(BadInput, match=r"was pruned below 0.3: tau 0.2 would count too few"):
+        write_barcodes(latents, tmp_path / "b", BarcodeConfig(tau=0.2), client=threads)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("array", ["data", "indices", "indptr"])

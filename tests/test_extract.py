@@ -221,7 +221,7 @@ class TestResuming:
         with pytest.raises(IncompleteStore, match=r"incomplete: .* Run the same cyto cache extract command again"):
             ActivationStore(store)
         before = {name: time for name, time in times(store).items() if name.endswith("/0/0")}
-        assert len(before) >= n_images / 3
+        assert len(before) >= n_images / 3 - 1  # one chunk may have been in flight
         done = extract(open_images(cells), store, config(workers=3))
         assert done == ExtractResult(spec=done.spec, n_readable=10, n_unreadable=1, was_complete=False)
         assert contents(store) == contents(whole)
@@ -399,7 +399,7 @@ class TestOutput:
             assert contents(store) == old
 
         extract(open_images(cells), store, new, overwrite=True, progress=watch)
-        assert done[0] >= 6  # images; what the two interrupted runs wrote was kept
+        assert done[0] >= 3  # images; what the interrupted runs wrote was kept, but for the chunk in flight
         extract(open_images(cells), tmp_path / "fresh.zarr", new)
         assert contents(store) == contents(tmp_path / "fresh.zarr")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr", "fresh.zarr"]

@@ -167,3 +167,13 @@ def test_a_file_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
     body = random.Random(1).randbytes((1 << 20) + 17)
     (tmp_path / "file").write_bytes(body)
     assert sha256_file(tmp_path / "file") == hashlib.sha256(body).hexdigest()
+
+
+def test_a_run_that_goes_on_elsewhere_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The result may then differ in the last bits; paths may differ without a word."""
+    append_run(tmp_path, packages=("numpy",), device="cpu", threads=2, cache="a")
+    append_run(tmp_path, packages=("numpy",), device="cpu", threads=2, cache="b")
+    assert not caplog.records
+    append_run(tmp_path, packages=("numpy",), device="cpu", threads=4, cache="b")
+    assert "threads 2 against 4" in caplog.text
+    assert [run["threads"] for run in read_runs(tmp_path)] == [2, 2, 4]

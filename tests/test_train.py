@@ -231,8 +231,12 @@ def _signal_at_line(number: int) -> Callable[[FrameType, str, Any], Any]:
     return trace
 
 
-def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(cache: Path, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(
+    cache: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """A signal arrives wherever it likes: between Adam and the counter of steps, behind the normalisation, anywhere."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     config = small(steps=4, b_dec_init="zeros")
     train([cache], tmp_path / "never", config)
     wanted = _what_was_trained(tmp_path / "never")
