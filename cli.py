@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from distributed import Client
 
 _FILE = click.Path(path_type=Path)
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_COUNT = click.IntRange(min=1)
+_SEED = click.IntRange(min=0, max=2**63 - 1)
+_TOKEN_SETS = click.Choice(["all", "patch", "cls"])
+# what a user can put right about a place on the disk: full, forbidden, below a file, a name too long
+_USERS_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
 
 class _Commands(click.Group):
@@ -38,9 +45,9 @@ class _Commands(click.Group):
                 raise
             raise click.ClickException(str(error)) from None
         except OSError as error:
-            if error.errno not in _FULL_DISK:
+            if error.errno not in _USERS_DISK:
                 raise
-            raise click.ClickException(f"cannot write {error.filename or 'the output'}: {error.strerror}") from None
+            raise click.ClickException(f"cannot use {error.filename or 'the output'}: {error.strerror}") from None
         except KeyboardInterrupt:
             click.echo("\ninterrupted; run the same command again to continue", err=True)
             ctx.exit(130)
@@ -62,8 +69,15 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    for name in ("stores", "cytocache", "cytosae"):  # ours only: Dask has much to say
+        logging.getLogger(name).addHandler(_warnings_to_stderr())
     cli()
+
+
+def _warnings_to_stderr() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    return handler
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -102,10 +116,18 @@ def cache() -> None:
     "--block", default=-2, show_default=True, help="Transformer block whose output is cached; -2: the paper's."
 )
 @_device_option
-@click.option("--precision", default="auto", show_default=True, help="auto, fp32, bf16 or fp16; auto: bf16 on a GPU.")
-@click.option("--batch-size", default=32, show_default=True, help="Images per forward pass.")
-@click.option("--workers", default=os.cpu_count() or 2, show_default="cores", help="Threads that read images.")
-@click.option("--chunk-images", default=256, show_default=True, help="Images per chunk file.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the forward pass; auto: bf16 on a GPU, else fp32.",
+)
+@click.option("--batch-size", type=_COUNT, default=32, show_default=True, help="Images per forward pass.")
+@click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Threads that read images."
+)
+@click.option("--chunk-images", type=_COUNT, default=256, show_default=True, help="Images per chunk file.")
 @_overwrite_option
 def cache_extract(images: Path, store: Path, root: Path | None, device: str, overwrite: bool, **settings: Any) -> None:
     """Run a backbone once over IMAGES and keep its tokens in STORE.
@@ -120,7 +142,7 @@ def cache_extract(images: Path, store: Path, root: Path | None, device: str, ove
     from cytocache.extract import ExtractConfig, extract
 
     found = open_images(images, root=root)
-    inputs = tuple(Path(path) for path in (images, settings["weights"]) if path and Path(path).exists())
+    inputs = tuple(Path(path) for path in (images, settings["weights"], found.root) if path and Path(path).exists())
     config = ExtractConfig(device=_resolve_device(device), **settings)
     with _progress("extract", "image") as progress:
         done = extract(found, store, config, overwrite=overwrite, inputs=inputs, progress=progress)
@@ -146,7 +168,7 @@ def cache_info(store: Path, as_json: bool) -> None:
 
     header = read_header(store, ACTIVATIONS, complete=False)
     spec = ActivationSpec(**header.spec)
-    written = sum(record["n_images"] for record in journal_of(store))
+    written = sum({record["chunk"]: record["n_images"] for record in journal_of(store)}.values())
     info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
@@ -199,7 +221,9 @@ def sae() -> None:
 @sae.command("train")
 @click.argument("stores", type=_FILE, nargs=-1, required=True)
 @click.option("-o", "--out", "run", type=_FILE, required=True, help="Folder of the run.")
-@click.option("--preset", help="cytosae (the released run) or paper (Eq. 1 as printed).")
+@click.option(
+    "--preset", type=click.Choice(["cytosae", "paper"]), help="cytosae (the released run) or paper (Eq. 1 as printed)."
+)
 @click.option("--config", "config_file", type=_FILE, help="TOML file with settings; options win over it.")
 @click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
 @click.option("--l1", type=float, help="Weight of the L1 penalty  [default: 8e-5].")
@@ -208,12 +232,16 @@ def sae() -> None:
 @click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
 @click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
-@click.option("--token-set", help="all, patch or cls  [default: all].")
+@click.option("--token-set", type=_TOKEN_SETS, help="Which tokens are trained on  [default: all].")
 @click.option("--ghost/--no-ghost", default=None, help="Ghost gradients for silent latents  [default: ghost].")
-@click.option("--b-dec-init", help="geometric-median, geometric-median-per-position, mean or zeros.")
-@click.option("--seed", type=int, help="Seed of weights and order  [default: 0].")
+@click.option(
+    "--b-dec-init",
+    type=click.Choice(["geometric-median", "geometric-median-per-position", "mean", "zeros"]),
+    help="Where b_dec begins  [default: geometric-median].",
+)
+@click.option("--seed", type=_SEED, help="Seed of weights and order  [default: 0].")
 @_device_option
-@click.option("--checkpoint-every", default=500, show_default=True, help="Steps between two saved states.")
+@click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @_overwrite_option
 def sae_train(
     stores: tuple[Path, ...],
@@ -251,6 +279,7 @@ def sae_train(
             device=_resolve_device(device),
             checkpoint_every=checkpoint_every,
             overwrite=overwrite,
+            inputs=(config_file,) if config_file else (),
             progress=lambda done, total, metrics: progress(done, total, _training_line(metrics)),
         )
     _say_done(run, before is not None and before.complete and not overwrite)
@@ -338,7 +367,7 @@ def latents_info(store: Path, as_json: bool) -> None:
     \b
     Example: cyto latents info cells.latents.zarr
     """
-    from stores import LATENTS, LatentSpec, read_header, read_runs
+    from stores import LATENTS, LatentSpec, LatentStore, read_header, read_runs
 
     header = read_header(store, LATENTS, complete=False)
     if as_json:
@@ -346,10 +375,13 @@ def latents_info(store: Path, as_json: bool) -> None:
         return
     spec = LatentSpec(**header.spec)
     nnz = (header.summary or {}).get("nnz")
+    n_tokens = LatentStore(store).n_readable_tokens if header.complete else 1
     rows = {
         "images": f"{spec.n_images:,} x {spec.tokens_per_image} tokens",
         "latents": f"{spec.n_latents:,}",
-        "nonzeros": "(not finished)" if nnz is None else f"{nnz:,} ({nnz / spec.n_rows:.1f} per token)",
+        "nonzeros": "(not finished)"
+        if nnz is None
+        else f"{nnz:,} ({nnz / max(1, n_tokens):.1f} per token of a readable image)",
         "values": f"float32, {spec.value_bits} mantissa bits, "
         + (f"values below {spec.min_activation:g} dropped" if spec.min_activation else "nothing dropped"),
         "SAE": f"sha256 {spec.sae_sha256}",
@@ -380,15 +412,18 @@ def latents_verify(store: Path, as_json: bool) -> None:
 @click.argument("latents", type=_FILE)
 @click.option("-o", "--out", "barcodes", type=_FILE, required=True, help="Folder of the barcodes.")
 @click.option("--tau", default=0.2, show_default=True, help="A latent is active above this value (strictly).")
-@click.option("--token-set", default="all", show_default=True, help="Tokens that count: all, patch or cls.")
+@click.option("--token-set", type=_TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
 @click.option(
     "--normalize",
+    type=click.Choice(["images", "cytosae-release"]),
     default="images",
     show_default=True,
     help="images: mean over a patient's readable images; cytosae-release: the released divisor.",
 )
 @click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one here].")
-@click.option("--workers", default=os.cpu_count() or 2, show_default="cores", help="Local worker processes.")
+@click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Local worker processes."
+)
 @click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker.")
 @_overwrite_option
 def barcode(
@@ -405,11 +440,20 @@ def barcode(
     \b
     Example: cyto barcode cells.latents.zarr -o cells.barcodes --tau 0.2
     """
+    from distributed import KilledWorker
+
     from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from stores.errors import BadInput
 
     config = BarcodeConfig(**settings)
-    with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
-        done = write_barcodes(latents, barcodes, config, client=client, overwrite=overwrite, progress=progress)
+    try:
+        with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
+            done = write_barcodes(latents, barcodes, config, client=client, overwrite=overwrite, progress=progress)
+    except KilledWorker:
+        raise BadInput(
+            f"a worker was ended again and again, most likely for its memory (limit {memory_limit}); "
+            f"raise --memory-limit and run the same command again"
+        ) from None
     _say_done(barcodes, done.was_complete)
     click.echo(
         f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
@@ -428,7 +472,9 @@ def barcode(
         f"{done.share_above_tau:.1%} of the nonzeros exceed tau; "
         f"{done.n_silent_latents:,} of {done.n_latents:,} latents never do"
     )
-    if done.share_above_tau < 0.01:
+    if done.n_silent_latents == done.n_latents:
+        click.echo(f"warning: no latent exceeds tau {config.tau:g} anywhere: every barcode is empty", err=True)
+    elif done.share_above_tau < 0.01:
         click.echo(
             f"warning: almost nothing exceeds tau {config.tau:g}. 0.2 belongs to the released SAE and means nothing "
             f"for another: choose a smaller --tau",
@@ -441,7 +487,7 @@ def barcode(
 
 @cli.command()
 @click.option("--out", type=_FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
-@click.option("--seed", default=0, show_default=True, help="Seed of the drawn cells.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the drawn cells.")
 def demo(out: Path, seed: int) -> None:
     """The whole pipeline on drawn cells: no download, about a minute on two cores.
 
@@ -461,7 +507,7 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.train import train
     from stores import BarcodeStore, LatentStore
 
-    _check_demo_folder(out)
+    _claim_demo_folder(out, seed)
     cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
     latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"
 
@@ -518,12 +564,21 @@ def demo(out: Path, seed: int) -> None:
     )
 
 
-def _check_demo_folder(out: Path) -> None:
-    """The demo writes into a folder of its own: a new one, or one that it made."""
+def _claim_demo_folder(out: Path, seed: int) -> None:
+    """The demo writes into a folder of its own: a new one, or one that it made with the same seed."""
     from stores.errors import SpecMismatch
+    from stores.files import write_json
 
-    if out.is_dir() and any(out.iterdir()) and not (out / "cells.acts.zarr").is_dir() and not (out / "images").is_dir():
-        raise SpecMismatch(f"{out} holds something else; give an empty or new folder with --out")
+    marker, claim = out / "demo.json", {"made_by": "cyto demo", "seed": seed}
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            found = json.loads(marker.read_text())
+        except (OSError, ValueError):
+            raise SpecMismatch(f"{out} holds something else; give an empty or new folder with --out") from None
+        if found != claim:
+            raise SpecMismatch(f"{out} holds a demo with other settings ({found}); give another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(marker, claim)
 
 
 def _pixels(picture: Any) -> Any:
@@ -624,11 +679,19 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
         click.echo(err=True)
 
 
-def _training_line(metrics: dict[str, float]) -> str:
+def _training_line(metrics: dict[str, Any]) -> str:
     return (
-        f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, explained variance {metrics['explained_variance']:.3f}, "
-        f"dead {metrics['dead_fraction']:.1%}"
+        f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, "
+        f"explained variance {_number(metrics['explained_variance'])}, dead {_share(metrics['dead_fraction'])}"
     )
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
 
 
 def _verify(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:

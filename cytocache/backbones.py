@@ -97,6 +97,8 @@ def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> 
         )
     if weights not in (None, "random") and not architecture.weights_file:
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
+    if weights == "auto":
+        raise BadInput(f"--weights auto is not there yet: get {architecture.weights_file} from {PUBLISHED_AT}")
     if weights in (None, "random"):
         model = _random_model(architecture)
         digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block

@@ -36,6 +36,8 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
         If there is no such source, no image in it, a faulty manifest, or none of its files is there.
     """
     if source.is_dir():
+        if root is not None:
+            raise BadInput(f"--root belongs to a manifest; {source} is a folder, and its own root")
         return _list_folder(source)
     if not source.exists():
         raise BadInput(f"no images at {source}: expected a folder, or a .csv or .parquet manifest")

@@ -114,6 +114,8 @@ def extract(
         batch_size=config.batch_size,
     )
     backbone.model.to(config.device)
+    for row in writer.errors():  # a share that was not mounted, a file that has been copied again
+        writer.read_again(row, read_image(images.root / str(images.table["path"][row]))[1])
     chunks = writer.missing_chunks()
     n_done, n_unreadable = writer.counts()
 

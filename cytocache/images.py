@@ -48,7 +48,7 @@ pillow_silenced = _PillowSilenced()
 def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
     """(RGB picture, SHA-256 of the file, None), or (None, hash if the bytes could be read, why not).
 
-    Memory: the file and its pixels, at most `MAX_FILE_BYTES` and 4 bytes for each of `MAX_PIXELS`.
+    Memory: the file, at most `MAX_FILE_BYTES`, and about 8 bytes for each of at most `MAX_PIXELS` pixels.
     """
     content_hash = None
     try:
@@ -77,6 +77,8 @@ def decode_image(raw: bytes) -> Image.Image:
                 raise UnreadableImage(
                     f"{picture.width:,} x {picture.height:,} pixels, more than the {MAX_PIXELS:,} that are allowed"
                 )
+            if picture.mode[0] in "IF" and picture.width * picture.height > MAX_PIXELS // 4:
+                raise UnreadableImage(f"{picture.width:,} x {picture.height:,} pixels of 16 or 32 bits are too many")
             picture.load()
             return _to_rgb(picture)
     except UnreadableImage:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from stores.barcode_store import BarcodeWriter
+from stores.barcode_store import BarcodeStore, BarcodeWriter
 from stores.csr import CsrReader, CsrRows
 from stores.errors import BadInput
 from stores.files import PARTIAL_SUFFIX, sync_tree
@@ -133,6 +133,7 @@ def write_barcodes(
     output = plan_output(barcodes, header, overwrite=overwrite, inputs=(latents,))
     if output.is_complete:
         output.publish()
+        BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
         return _result(read_header(barcodes, BARCODES), was_complete=True)
 
     root = output.work

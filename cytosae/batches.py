@@ -5,6 +5,7 @@ tokens of a pool are permuted. Order `images`: whole images, permuted once, the 
 token comes once per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from stores.errors import BadInput, DamagedStore
 
 Float16 = npt.NDArray[np.float16]
 Int = npt.NDArray[np.int64]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,15 @@ def open_caches(paths: list[Path]) -> list[ActivationStore]:
     ------
     SpecMismatch
         If they do not hold the same kind of tokens.
+    BadInput
+        If one is given twice.
     """
     stores = [ActivationStore(path) for path in paths]
+    if len({store.content_sha256 for store in stores}) < len(stores):
+        raise BadInput("the same cache is given twice; its tokens would count double")
+    precisions = sorted({store.spec.precision for store in stores})
+    if len(precisions) > 1:
+        _log.warning("the caches were made in different precisions: %s", ", ".join(precisions))
     for store in stores[1:]:
         require_same_tokens(stores[0].spec.same_tokens, store.spec.same_tokens, str(stores[0].root), str(store.root))
     return stores

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
-from stores.spec import SAE, Header, read_header, write_header
+from stores.spec import SAE, Header, check_choice, read_header, write_header
 
 from .model import SparseAutoencoder
 
@@ -53,20 +53,23 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
         If the weights are missing, changed, misshaped or not finite.
     """
     header = read_header(root, SAE)
+    check_choice("the activation of this SAE", header.spec.get("activation", "relu"), ("relu",))
     path = root / WEIGHTS
     if not path.is_file():
-        raise DamagedStore(f"{path} is missing; train again with {SAE.command}")
+        raise DamagedStore(f"{path} is missing; train again with {SAE.command} --overwrite")
     digest = sha256_file(path)
     if digest != (header.summary or {}).get("sae_sha256"):
         raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
     tensors, _ = load_tensors(path)
-    model = SparseAutoencoder(header.spec["width"], header.spec["n_latents"])
-    expected = {name: value.shape for name, value in model.named_parameters()}
+    width, n_latents = header.spec["width"], header.spec["n_latents"]
+    shapes = {"W_enc": (width, n_latents), "b_enc": (n_latents,), "W_dec": (n_latents, width), "b_dec": (width,)}
+    expected = {name: torch.Size(shape) for name, shape in shapes.items()}
     found = {name: value.shape for name, value in tensors.items()}
     if found != expected:
         raise DamagedStore(f"{path} holds {_shapes(found)}, expected {_shapes(expected)}")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DamagedStore(f"{path} holds weights that are NaN or infinite")
+    model = SparseAutoencoder(width, n_latents)
     model.load_state_dict(tensors)
     return SaeRun(model.requires_grad_(False).to(device), header, digest)
 

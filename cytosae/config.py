@@ -72,6 +72,10 @@ class TrainConfig:
                 raise BadInput(f"{name} must be above 0; found {value!r}")
         if self.tokens is not None and self.epochs is not None:
             raise BadInput("give the budget once: either tokens or epochs")
+        if self.b_dec_init == "geometric-median-per-position" and self.order != "images":
+            raise BadInput(
+                "b_dec_init 'geometric-median-per-position' needs whole images: order 'images', preset cytosae"
+            )
         if self.order == "images" and self.token_set != "all":
             raise BadInput("order 'images' trains on whole images: it needs token_set 'all'")
 

@@ -1,5 +1,6 @@
 """From activation cache and SAE to a latent store. The dense latents never exist for more than a micro-batch."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from stores.activation_store import ActivationStore, require_same_tokens
 from stores.errors import BadInput, DamagedStore
-from stores.latent_store import LatentSpec, LatentWriter
+from stores.latent_store import LatentSpec, LatentStore, LatentWriter
 from stores.output import plan_output
 from stores.runlog import append_run
 from stores.spec import LATENTS, Header, check_choice, new_header, read_header
@@ -22,6 +23,7 @@ from .model import SparseAutoencoder
 
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix
 VALUE_BITS = (10, 23)
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 
@@ -68,8 +70,10 @@ def encode(
     spec = _make_spec(store, sae, value_bits)
     output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=(cache, run))
     n_readable = int(store.readable().sum())
+    _warn_of_precision(sae, store)
     if output.is_complete:
         output.publish()
+        LatentStore(latents)  # a damaged one is not "already complete"
         return _result(read_header(latents, LATENTS), n_readable, was_complete=True)
 
     output.work.parent.mkdir(parents=True, exist_ok=True)
@@ -129,12 +133,19 @@ def _encode_images(
         raise DamagedStore("a token of a readable image is NaN or infinite. cyto cache verify names it")
     pre = model.pre_activations(x)
     active = pre > 0
-    values = pre[active].cpu().numpy()
-    if not np.isfinite(values).all():
-        raise BadInput("a latent became infinite: the SAE's weights do not fit these tokens")
+    values = round_mantissa(pre[active].cpu().numpy(), value_bits)
+    # a NaN is not above 0 and would pass for silence; a sum shows it in one quick pass
+    if not np.isfinite(values).all() or (not bool(torch.isfinite(pre.sum())) and bool(torch.isnan(pre).any())):
+        raise BadInput("a latent became NaN or infinite: the SAE's weights do not fit these tokens")
     indices = active.nonzero()[:, 1].cpu().numpy()
     row_lengths[is_readable] = active.sum(1).cpu().numpy().reshape(-1, n_tokens)
-    return indices, round_mantissa(values, value_bits), row_lengths.reshape(-1)
+    return indices, values, row_lengths.reshape(-1)
+
+
+def _warn_of_precision(sae: SaeRun, store: ActivationStore) -> None:
+    trained_on = sorted({cache["precision"] for cache in sae.header.spec["caches"]} - {store.spec.precision})
+    if trained_on:
+        _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], store.spec.precision)
 
 
 def _make_spec(store: ActivationStore, sae: SaeRun, value_bits: int) -> LatentSpec:

@@ -30,17 +30,18 @@ from stores.errors import BadInput
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.output import plan_output
 from stores.runlog import append_run
-from stores.spec import SAE, Header, new_header, read_header, write_header
+from stores.spec import SAE, Header, new_header, write_header
 
 from .batches import TokenStream, open_caches
-from .checkpoint import load_tensors, save_sae, save_tensors
+from .checkpoint import load_sae, load_tensors, save_sae, save_tensors
 from .config import TrainConfig
 from .losses import BatchLosses, loss_and_gradients
 from .model import SparseAutoencoder, geometric_median
 
 _B_DEC_SAMPLE = 65_536  # tokens that the start of b_dec is computed from
 
-Progress = Callable[[int, int, dict[str, float]], None]  # tokens done, tokens in all, the newest metrics
+Metrics = dict[str, float | None]  # a row of metrics.parquet; None: cannot be said yet
+Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
 
 @dataclass
@@ -51,7 +52,7 @@ class _State:
     optimizer: torch.optim.Adam
     steps_since_fired: torch.Tensor  # (n_latents,) int64
     step: int
-    metrics: list[dict[str, float]]
+    metrics: list[Metrics]
 
 
 def train(
@@ -62,6 +63,7 @@ def train(
     device: str = "cpu",
     checkpoint_every: int = 500,
     overwrite: bool = False,
+    inputs: tuple[Path, ...] = (),
     progress: Progress = lambda done, total, metrics: None,
 ) -> Header:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
@@ -76,7 +78,7 @@ def train(
     IncompleteStore, DamagedStore
         If a cache is not finished, or lost a chunk.
     BadInput
-        If the loss stops being finite; the state before that step is kept.
+        If the loss or a weight stops being finite; the last saved state is kept.
     """
     stores = open_caches(caches)
     stream = TokenStream(
@@ -84,15 +86,16 @@ def train(
     )
     n_steps = config.n_steps(stream.tokens_per_epoch)
     header = new_header(SAE, _make_spec(stores, stream, config, n_steps))
-    output = plan_output(run, header, overwrite=overwrite, inputs=tuple(caches))
+    output = plan_output(run, header, overwrite=overwrite, inputs=(*caches, *inputs))
     if output.is_complete:
         output.publish()
-        return read_header(run, SAE)
+        return load_sae(run).header  # a damaged one is not "already complete"
 
     root = output.work
-    (root / "state").mkdir(parents=True, exist_ok=True)
-    sweep_partials(root)
+    root.mkdir(parents=True, exist_ok=True)
     write_header(root, header)
+    (root / "state").mkdir(exist_ok=True)
+    sweep_partials(root)
     append_run(
         root,
         packages=("torch", "numpy"),
@@ -120,11 +123,13 @@ def train(
                 progress(state.step * config.batch_tokens, n_steps * config.batch_tokens, state.metrics[-1])
             if state.step % checkpoint_every == 0 and state.step < n_steps:
                 _save_state(root, state)
-    except (KeyboardInterrupt, BadInput):
+    except KeyboardInterrupt:
         _save_state(root, state)
         raise
 
     state.model.fold_decoder_norm()
+    if not all(bool(torch.isfinite(value).all()) for value in state.model.parameters()):
+        raise BadInput("a weight became NaN or infinite in the last step; lower --lr, and train anew: --overwrite")
     _write_metrics(root, state.metrics)
     summary = {
         "steps": state.step,
@@ -153,7 +158,7 @@ def _compute_gradients(state: _State, batch: npt.NDArray[np.float16], config: Tr
     if not math.isfinite(losses.loss):
         raise BadInput(
             f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, ghost {losses.ghost:.4g}); "
-            f"lower --lr or lengthen --warmup-steps"
+            f"lower --lr or lengthen --warmup-steps, and train anew: another -o, or --overwrite"
         )
     return losses
 
@@ -229,12 +234,11 @@ def _optimizer(model: SparseAutoencoder, config: TrainConfig) -> torch.optim.Ada
     return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
 
 
-def _metrics(
-    state: _State, losses: BatchLosses, config: TrainConfig, stream: TokenStream, rate: float
-) -> dict[str, float]:
-    """One row of metrics.parquet. Dead: silent for more than the last `dead_after_steps` steps."""
+def _metrics(state: _State, losses: BatchLosses, config: TrainConfig, stream: TokenStream, rate: float) -> Metrics:
+    """One row of metrics.parquet. Dead: silent for more than `dead_after_steps` steps; None while there were fewer."""
     tokens = state.step * config.batch_tokens
-    return {
+    dead = state.steps_since_fired > config.dead_after_steps
+    row = {
         "step": state.step,
         "tokens": tokens,
         "images": tokens / stream.tokens_per_image,
@@ -247,10 +251,11 @@ def _metrics(
         "l0": losses.l0,
         "explained_variance": losses.explained_variance,
         "explained_variance_uncentered": losses.explained_variance_uncentered,
-        "dead_fraction": (state.steps_since_fired > config.dead_after_steps).float().mean().item(),
+        "dead_fraction": dead.float().mean().item() if state.step > config.dead_after_steps else math.nan,
         "dead_window_tokens": config.dead_after_steps * config.batch_tokens,
         "tokens_per_second": rate,
     }
+    return {name: None if math.isnan(value) else value for name, value in row.items()}  # JSON knows no NaN
 
 
 def _make_spec(stores: list[ActivationStore], stream: TokenStream, config: TrainConfig, n_steps: int) -> dict[str, Any]:
@@ -295,16 +300,18 @@ def _load_state(root: Path, stores: list[ActivationStore], config: TrainConfig, 
         keys = [key for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")]
         for key in keys:
             optimizer.state[parameter][key.split(".")[1]] = tensors[key].to(device)
-    metrics = [row for row in _read_metrics(root) if row["step"] <= step]
+    metrics = [row for row in _read_metrics(root) if int(row["step"] or 0) <= step]
     return _State(model, optimizer, tensors["steps_since_fired"].to(device), step, metrics)
 
 
-def _write_metrics(root: Path, metrics: list[dict[str, float]]) -> None:
+def _write_metrics(root: Path, metrics: list[Metrics]) -> None:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(metrics), sink)
+    whole = ("step", "tokens", "dead_window_tokens")
+    fields = [(name, pa.int64() if name in whole else pa.float64()) for name in (metrics[0] if metrics else ())]
+    pq.write_table(pa.Table.from_pylist(metrics, pa.schema(fields)), sink)
     write_atomic(root / "metrics.parquet", memoryview(sink.getvalue()))
 
 
-def _read_metrics(root: Path) -> Iterator[dict[str, float]]:
+def _read_metrics(root: Path) -> Iterator[Metrics]:
     path = root / "metrics.parquet"
     yield from pq.read_table(path, partitioning=None).to_pylist() if path.exists() else []

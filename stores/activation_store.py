@@ -86,8 +86,7 @@ class ActivationWriter:
         sweep_partials(root)
         # journal.jsonl is there if a crash came between `finish` joining the journals and marking the cache complete
         records = [*read_lines(root / "journal.jsonl"), *read_lines(self._journal, mend=True)]
-        # a file that could not even be opened may be there now (a share that was not mounted): its chunk is read again
-        self._records = {record["chunk"]: record for record in records if not _has_unopened(record)}
+        self._records = {record["chunk"]: record for record in records}
 
     def missing_chunks(self) -> list[int]:
         """Chunks that the journal does not name, or whose file has not the size and checksum it names."""
@@ -140,6 +139,13 @@ class ActivationWriter:
         """Image index -> why it could not be read, of the images written so far."""
         errors = {int(row): error for record in self._records.values() for row, error in record["errors"].items()}
         return dict(sorted(errors.items()))
+
+    def read_again(self, image_index: int, content_hash: str | None) -> None:
+        """Forget the chunk of an unreadable image if its file is another one now than when it was tried."""
+        chunk = image_index // self.spec.chunk_images
+        record = self._records.get(chunk)
+        if record and record["content_hash"][image_index - record["first_image"]] != content_hash:
+            del self._records[chunk]
 
     def finish(self) -> Header:
         """Write the final image table and journal, sync everything, and only then mark the cache complete."""
@@ -199,6 +205,8 @@ class ActivationStore:
                 f"{self.root}/images.parquet has {self.images.num_rows:,} rows, "
                 f"the cache holds {self.spec.n_images:,} images"
             )
+        if table_sha256(self.images) != (self.header.summary or {}).get("images_sha256"):
+            raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         return type(self), (self.root,)
@@ -265,10 +273,6 @@ def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_nam
 def journal_of(root: Path) -> list[dict[str, Any]]:
     """The journal of a finished cache, or of one that is being written."""
     return read_lines(root / "journal.jsonl") or read_lines(root / "journal-0-of-1.jsonl")
-
-
-def _has_unopened(record: dict[str, Any]) -> bool:
-    return any(record["content_hash"][int(row) - record["first_image"]] is None for row in record["errors"])
 
 
 def chunk_path(root: Path, chunk: int) -> Path:

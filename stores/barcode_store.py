@@ -4,6 +4,7 @@ Format "barcodes", version 1: docs/formats.md. `anndata.read_zarr` opens each of
 values, `obs` the images, patients or diseases, `var` one row per latent.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from .csr import CsrWriter
-from .errors import BadInput
+from .csr import CsrReader, CsrWriter
+from .errors import BadInput, DamagedStore
 from .spec import BARCODES, Header, read_header
 
 if TYPE_CHECKING:
@@ -89,6 +90,20 @@ class BarcodeStore:
         """
         self.root = Path(root).absolute()
         self.header: Header = read_header(self.root, BARCODES)
+
+    def check(self) -> None:
+        """Raise DamagedStore if a level or a chunk of its matrices is missing."""
+        for level in LEVELS:
+            layers = (path for path in (self.root / f"{level}.zarr" / "layers").glob("*") if path.is_dir())
+            for matrix in (self.root / f"{level}.zarr" / "X", *layers):
+                shape = matrix / "zarr.json"
+                try:
+                    n_rows, n_columns = json.loads(shape.read_bytes())["attributes"]["shape"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    raise DamagedStore(f"{shape} is missing or damaged; count again with --overwrite") from None
+                missing = CsrReader(matrix, shape=(n_rows, n_columns)).missing_chunks()
+                if missing:
+                    raise DamagedStore(f"{missing[0]} is missing; count again with --overwrite")
 
     def read(self, level: str) -> Any:
         """The AnnData of one level (`image`, `patient`, `disease`), whole in memory."""

@@ -59,11 +59,24 @@ class CsrWriter:
             ends = {"indices": at[1], "data": at[1], "indptr": at[0] + 1}
             self._written = {name: end - end % CHUNK_ENTRIES for name, end in ends.items()}
             # the tail chunk may hold rows that were never committed: read ours back, it is rewritten at once
-            self._buffers = {
-                name: [np.asarray(self._arrays[name][self._written[name] : ends[name]])] for name in _NAMES
-            }
+            self._buffers = {name: [self._read_tail(name, ends[name])] for name in _NAMES}
         self.n_rows, self.nnz = at
         self._touched: set[Path] = set()
+
+    def _read_tail(self, name: str, end: int) -> npt.NDArray[Any]:
+        """The committed part of an array's last chunk. A lost or torn chunk must not go on as fill values."""
+        start = self._written[name]
+        path = self.path / name / "c" / str(start // CHUNK_ENTRIES)
+        try:
+            tail = np.asarray(self._arrays[name][start:end])
+            is_whole = start == end or path.is_file()
+        except (ValueError, RuntimeError, OSError):
+            is_whole = False
+        if not is_whole or len(tail) != end - start or (name == "data" and not np.isfinite(tail).all()):
+            raise DamagedStore(
+                f"{path} is missing or damaged, so the job cannot go on from it; begin again with --overwrite"
+            )
+        return tail
 
     def append(self, indices: npt.NDArray[Any], values: npt.NDArray[np.float32], row_lengths: npt.NDArray[Any]) -> None:
         """Append `len(row_lengths)` rows; whole chunks are written at once, the rest waits for `commit`.

@@ -113,7 +113,7 @@ class LatentStore:
     """A complete latent store, open for reading. Pickles as its path; memory: what is asked for."""
 
     def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
-        """Open the store at `root`; `check_files` looks for every chunk file.
+        """Open the store at `root`; `check_files` looks for every chunk file and hashes the image table.
 
         Raises
         ------
@@ -132,7 +132,8 @@ class LatentStore:
             raise DamagedStore(f"{self.root} has {len(missing):,} missing or empty chunk files ({names})")
         self.image_indptr = self._read_image_indptr()
         self.images = read_image_table(self.root / "images.parquet")
-        if self.images.num_rows != self.spec.n_images or table_sha256(self.images) != self.spec.images_sha256:
+        changed = check_files and table_sha256(self.images) != self.spec.images_sha256
+        if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
@@ -147,6 +148,11 @@ class LatentStore:
     def nnz(self) -> int:
         """Number of stored latents over all tokens."""
         return self._rows.nnz
+
+    @property
+    def n_readable_tokens(self) -> int:
+        """Number of tokens of readable images."""
+        return int(self.readable().sum()) * self.spec.tokens_per_image
 
     def readable(self) -> npt.NDArray[np.bool_]:
         """(n_images,) bool: False where the image could not be read and its rows are empty."""

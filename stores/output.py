@@ -48,6 +48,10 @@ def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs
     for given in inputs:
         if _overlap(target, given):
             raise SpecMismatch(f"{target} is or contains an input of this command ({given}); choose another output")
+    for folder in target.parents:
+        found = find_header(folder)
+        if found is not None:
+            raise SpecMismatch(f"{target} lies inside {FORMATS[found.kind].a_kind} ({folder}); choose another output")
     if target.is_symlink():
         raise SpecMismatch(f"{target} is a link; give the path that it points to")
     was_swapped = _finish_swap(target, header.kind)

@@ -96,7 +96,7 @@ def find_header(root: Path) -> Header | None:
         if name == "zarr.json":
             attributes = raw.get("attributes")
             raw = attributes.get("cyto", {}) if isinstance(attributes, dict) else {}
-        if isinstance(raw, dict) and raw.get("format") in FORMATS:
+        if isinstance(raw, dict) and isinstance(raw.get("format"), str) and raw["format"] in FORMATS:
             return _parse_header(raw, root)
     return None
 
@@ -184,7 +184,7 @@ def _parse_header(raw: dict[str, Any], root: Path) -> Header:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -65,6 +65,12 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
     known: dict[str, list[str | None]] = {name: columns.get(name, nothing) for name in MANIFEST_COLUMNS}
     known |= {"image_id": [*ids], "path": [*clean], "dataset": [*datasets]}
     extra = {name: columns[name] for name in columns if name not in known and name not in OUTCOME_COLUMNS}
+    is_ours = {*OUTCOME_COLUMNS} <= {*columns}  # the image table of a cache, given as a manifest
+    for name in columns:
+        if name in OUTCOME_COLUMNS and not is_ours:
+            raise BadInput(f"{source} has a column {name!r}, which is ours to write; rename it")
+        if "/" in name or "\0" in name or name in (".", "..", "_index"):
+            raise BadInput(f"{source} has a column {name!r}, a name that AnnData cannot store; rename it")
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**known, **extra}.items()})
 
 

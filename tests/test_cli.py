@@ -120,7 +120,6 @@ def test_mistakes_get_one_line(made: Path, tmp_path: Path) -> None:
     fails("with other settings", "cache", "extract", made / "images.csv", made / "acts.zarr", "--chunk-images", 5)
     fails("it holds a latent store", "sae", "train", made / "latents.zarr", "-o", out)
     fails("no activation cache at", "sae", "train", tmp_path / "nowhere.zarr", "-o", out)
-    fails("preset must be one of", "sae", "train", made / "acts.zarr", "-o", out, "--preset", "mine")
     fails("expansion must be at least 1", "sae", "train", made / "acts.zarr", "-o", out, "--expansion", 0)
     fails("no SAE at", "sae", "encode", made / "acts.zarr", made / "acts.zarr", "-o", out)
     fails("tau must be a number of at least 0", "barcode", made / "latents.zarr", "-o", out, "--tau", -1)
@@ -133,6 +132,32 @@ def test_mistakes_get_one_line(made: Path, tmp_path: Path) -> None:
 def test_wrong_usage_is_two() -> None:
     assert run("cache", "extract").exit_code == 2
     assert run("barcode", "x", "--no-such-option").exit_code == 2
+    assert run("barcode", "x", "-o", "y", "--workers", 0).exit_code == 2  # it would wait for ever
+    assert run("sae", "train", "x", "-o", "y", "--preset", "mine").exit_code == 2
+    assert run("cache", "extract", "x", "y", "--precision", "fp8").exit_code == 2
+
+
+def test_choices_are_those_of_the_library() -> None:
+    """The command line lists them itself, so that `cyto --help` imports nothing."""
+    from cytocache.extract import PRECISIONS
+    from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
+    from cytosae.config import B_DEC_INITS, PRESETS
+    from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
+
+    offered = {
+        (name, option.name): tuple(option.type.choices)
+        for name, command in commands("cyto", cli)
+        for option in command.params
+        if isinstance(option.type, click.Choice)
+    }
+    assert offered == {
+        ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
+        ("cyto sae train", "preset"): tuple(PRESETS),
+        ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae train", "b_dec_init"): B_DEC_INITS,
+        ("cyto barcode", "token_set"): TOKEN_SETS,
+        ("cyto barcode", "normalize"): NORMALIZATIONS,
+    }
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
@@ -163,3 +188,49 @@ def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sae" / "state" / "state.safetensors").exists()
     fails("INCOMPLETE|incomplete", "sae", "encode", made / "acts.zarr", tmp_path / "sae", "-o", tmp_path / "l.zarr")
     assert "INCOMPLETE" in run("sae", "info", tmp_path / "sae").stdout
+
+
+def test_stderr_of_barcode_is_progress_only(made: Path, tmp_path: Path) -> None:
+    """As a real process, where Dask's own words would reach the terminal."""
+    command = [sys.executable, "-m", "cli", "barcode", made / "latents.zarr", "-o", tmp_path / "b", "--tau", "0.01"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert all(line.startswith(("barcode:", "warning:")) for line in done.stderr.splitlines()), done.stderr
+
+
+def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:
+    """A finished output that has since lost a file is not "already complete", and the way out is named."""
+    barcodes = tmp_path / "b"
+    again = {
+        "run": ("sae", "train", copied / "acts.zarr", "-o", copied / "run"),
+        "latents.zarr": ("sae", "encode", copied / "acts.zarr", copied / "run", "-o", copied / "latents.zarr"),
+    }
+    settings = ("--expansion", 2, "--batch-tokens", 256, "--tokens", 256 * 12, "--warmup-steps", 4)
+    (copied / "log.toml").write_text("log_every = 4\n")
+    run_again = (*again["run"], *settings, "--config", copied / "log.toml")
+    assert "already complete" in run(*run_again).stderr
+    count = ("barcode", copied / "latents.zarr", "-o", barcodes, "--tau", 0.01, "--workers", 1)
+    assert run(*count).exit_code == 0
+    (barcodes / "patient.zarr" / "X" / "data" / "c" / "0").unlink()
+    fails("is missing; count again with --overwrite", *count)
+    (copied / "latents.zarr" / "X" / "data" / "c" / "0").unlink()
+    fails("missing or empty chunk files", *again["latents.zarr"])
+    (copied / "run" / "sae.safetensors").unlink()
+    fails("sae.safetensors is missing; train again with cyto sae train --overwrite", *run_again)
+
+
+def test_a_changed_image_table_is_not_trained_on(copied: Path, tmp_path: Path) -> None:
+    """Rows sorted by somebody who tidied up would give every token to another patient."""
+    import pyarrow.parquet as pq
+
+    table = copied / "acts.zarr" / "images.parquet"
+    pq.write_table(pq.read_table(table).sort_by("label"), table)
+    fails(
+        "images.parquet was changed", "sae", "encode", copied / "acts.zarr", copied / "run", "-o", tmp_path / "l.zarr"
+    )
+
+
+def test_places_that_cannot_be_written(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    fails("cannot use .*file", "cache", "extract", made / "images.csv", tmp_path / "file" / "a.zarr")
+    fails("lies inside an activation cache", "sae", "train", made / "acts.zarr", "-o", made / "acts.zarr" / "run")
+    fails("given twice", "sae", "train", made / "acts.zarr", made / "acts.zarr", "-o", tmp_path / "run")

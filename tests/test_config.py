@@ -38,7 +38,7 @@ def test_the_preset_paper_is_equation_1_as_printed() -> None:
 
 
 def test_options_win_over_the_file_the_file_over_the_preset_the_preset_over_defaults(tmp_path: Path) -> None:
-    file = _toml(tmp_path, 'order = "tokens"\nseed = 5\nlr = 1e-3\n')
+    file = _toml(tmp_path, 'order = "tokens"\nb_dec_init = "mean"\nseed = 5\nlr = 1e-3\n')
     config = make_config(preset="cytosae", config_file=file, options={"lr": 2e-3})
     assert config.ghost_scale == "elementwise"  # preset
     assert (config.order, config.seed) == ("tokens", 5)  # file
@@ -142,3 +142,9 @@ def test_a_value_that_cannot_be_used_is_refused(settings: dict[str, Any], words:
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(BadInput, match="preset must be one of cytosae, paper; found 'released'"):
         make_config(preset="released")
+
+
+def test_the_median_per_position_needs_whole_images() -> None:
+    """Over shuffled tokens it would be the median of 257 random ones, and mean nothing."""
+    with pytest.raises(BadInput, match="needs whole images: order 'images', preset cytosae"):
+        make_config(options={"b_dec_init": "geometric-median-per-position"})

@@ -252,3 +252,17 @@ def test_a_group_that_does_not_hold_what_its_store_promises_is_refused(tmp_path:
     assert "shape" not in json.loads((tmp_path / "begun" / "zarr.json").read_text())["attributes"]
     with pytest.raises(DamagedStore, match="states shape None"):
         CsrReader(tmp_path / "begun", shape=(12, N_COLUMNS))
+
+
+@pytest.mark.parametrize("name", ["indices", "data", "indptr"])
+@pytest.mark.parametrize("damage", [None, b"", b"torn"])
+def test_a_job_does_not_go_on_from_a_lost_tail(name: str, damage: bytes | None, tmp_path: Path) -> None:
+    """What was committed and is not there any more must not go on as fill values."""
+    rows = rows_of([[1, 2], [3], [0, 4, 7, 9, 12, 13]])  # no array ends at a chunk edge
+    writer = CsrWriter(tmp_path / "X", n_columns=N_COLUMNS, indices="uint16")
+    writer.append(rows.indices, rows.values, rows.lengths)
+    at = writer.commit()
+    tail = max((tmp_path / "X" / name / "c").iterdir(), key=lambda path: int(path.name))
+    tail.unlink() if damage is None else tail.write_bytes(damage)
+    with pytest.raises(DamagedStore, match="cannot go on from it; begin again with --overwrite"):
+        CsrWriter(tmp_path / "X", n_columns=N_COLUMNS, indices="uint16", at=at)

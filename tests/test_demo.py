@@ -50,3 +50,16 @@ def test_demo_leaves_foreign_folders_alone(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "holds something else" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_demo_leaves_the_users_own_project_alone(tmp_path: Path) -> None:
+    """Also one that uses the names of the quickstart, and a demo of another seed."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images.csv").write_text("path,patient\nmine.png,REAL1\n")
+    assert CliRunner().invoke(cli, ["demo", "--out", str(tmp_path)]).exit_code == 1
+    assert "REAL1" in (tmp_path / "images.csv").read_text()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "demo.json").write_text('{"made_by": "cyto demo", "seed": 0}')
+    done = CliRunner().invoke(cli, ["demo", "--out", str(tmp_path / "other"), "--seed", "1"])
+    assert done.exit_code == 1
+    assert "a demo with other settings" in done.output

@@ -336,7 +336,19 @@ def test_weights_that_are_not_finite_are_refused(made: Path, tmp_path: Path) -> 
 
 def test_latents_that_become_infinite_are_refused(made: Path, tmp_path: Path) -> None:
     run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, change=lambda model: model.W_enc.mul_(3e38))
-    with pytest.raises(BadInput, match="a latent became infinite: the SAE's weights do not fit these tokens"):
+    with pytest.raises(BadInput, match="a latent became NaN or infinite: the SAE's weights do not fit these tokens"):
+        encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
+
+
+def test_latents_that_become_nan_do_not_pass_for_silence(made: Path, tmp_path: Path) -> None:
+    """inf - inf inside a product: NaN is not above 0, and would be an empty row."""
+
+    def overflow(model: SparseAutoencoder) -> None:
+        model.W_enc[::2] = 3e38
+        model.W_enc[1::2] = -3e38
+
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, change=overflow)
+    with pytest.raises(BadInput, match="a latent became NaN or infinite"):
         encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
 
 

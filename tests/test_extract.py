@@ -202,6 +202,23 @@ class TestUnreadable:
             with pytest.raises(IncompleteStore):
                 ActivationStore(tmp_path / "a.zarr")
 
+    def test_files_put_into_place_are_read_by_the_same_command(self, tmp_path: Path) -> None:
+        """A share that was not mounted, a copy that was cut: once the file is another one, it is tried again."""
+        (tmp_path / "cells").mkdir()
+        for n in range(4):
+            (tmp_path / "cells" / f"{n}.png").write_bytes(b"half a file")
+        (tmp_path / "m.csv").write_text("path\n" + "".join(f"{n}.png\n" for n in range(5)))  # and one not there at all
+        images = open_images(tmp_path / "m.csv", root=tmp_path / "cells")
+        with pytest.raises(BadInput, match="put the files into place and run the same command again"):
+            extract(images, tmp_path / "a.zarr", config())
+        for n in range(5):
+            Image.fromarray(draw_cell("monocyte", np.random.default_rng(n), size=32)).save(
+                tmp_path / "cells" / f"{n}.png"
+            )
+        done = extract(images, tmp_path / "a.zarr", config())
+        assert (done.n_readable, done.n_unreadable) == (5, 0)
+        assert not [problem for problem in verify_activations(tmp_path / "a.zarr") if problem]
+
 
 class TestResuming:
     @pytest.mark.parametrize("workers", [1, 7])
@@ -478,7 +495,6 @@ class TestCommand:
             (["path", "0.png"], ["--backbone", "dinobloom-s", "--weights", "no.pth"], "no weights at no.pth."),
             (["path", "0.png"], ["--backbone", "resnet50"], "no backbone 'resnet50'; there are"),
             (["path", "0.png"], ["--block", "12"], "has 4 blocks: --block must be -4 to 3; found 12"),
-            (["path", "0.png"], ["--precision", "fp8"], "precision must be one of auto, fp32, bf16, fp16"),
             (["path", "0.png"], ["--root", "empty"], "say where they are with --root"),
         ],
     )

@@ -319,3 +319,10 @@ def test_a_long_list_is_cut() -> None:
     assert listed(["a"]) == "a"
     assert listed(["a", "b", "c"]) == "a, b, c"
     assert listed([str(n) for n in range(2003)]) == "0, 1, 2 and 2,000 more"
+
+
+@pytest.mark.parametrize("name", ["age/sex", "_index", ".", "..", "status", "error", "content_hash"])
+def test_column_names_that_a_later_stage_cannot_keep_are_refused_at_once(name: str) -> None:
+    """Not after hours of extraction; and a clinical `status` is not silently replaced by ours."""
+    with pytest.raises(BadInput, match=f"has a column {re.escape(repr(name))}.*rename it"):
+        image_table({"path": ["a.png"], name: ["remission"]}, source="m.csv", dataset="d")

@@ -395,18 +395,24 @@ def test_two_caches_are_trained_on_together(cache: Path, tmp_path: Path) -> None
         train([cache], tmp_path / "run", small(tokens=None, epochs=2.0))
 
 
-def test_a_loss_that_stops_being_finite_is_one_clear_error_and_keeps_the_state(cache: Path, tmp_path: Path) -> None:
-    """The state before that step, whole and finite, with its metrics; the same command says the same again."""
+def test_a_loss_that_stops_being_finite_is_one_clear_error_and_keeps_the_saved_state(
+    cache: Path, tmp_path: Path
+) -> None:
+    """The last checkpoint stays as it was; weights on their way to infinity do not replace it."""
     words = r"the loss became (nan|inf) at step [1-9]\d* \(mse .*\); lower --lr or lengthen --warmup-steps"
     config = small(lr=1e18)
     for _ in range(2):
         with pytest.raises(BadInput, match=words):
-            train([cache], tmp_path / "run", config)
+            train([cache], tmp_path / "run", config, checkpoint_every=1)
         tensors, metadata = load_tensors(tmp_path / "run" / "state" / "state.safetensors")
         step = json.loads(metadata["cyto"])["step"]
         assert step >= 1
         assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
         assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, step + 1))
+        saved = (tmp_path / "run" / "state" / "state.safetensors").read_bytes()
+    with pytest.raises(BadInput, match=words):
+        train([cache], tmp_path / "run", config)
+    assert (tmp_path / "run" / "state" / "state.safetensors").read_bytes() == saved
     with pytest.raises(IncompleteStore):
         load_sae(tmp_path / "run")
 
