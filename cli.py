@@ -630,16 +630,26 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
     with dask.config.set({"distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment}}):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=limit,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # any free port, and not for the whole network
-            silence_logs=logging.ERROR,
-        )
+        with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
+            cluster = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=limit,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",  # any free port, and not for the whole network
+                silence_logs=logging.CRITICAL,  # what goes wrong in a task comes back as its error
+            )
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _one_thread() -> dict[str, str]:

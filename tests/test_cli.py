@@ -1,7 +1,9 @@
 """Every command: one success, the commonest mistakes, and what it prints."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +197,26 @@ def test_stderr_of_barcode_is_progress_only(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cli", "barcode", made / "latents.zarr", "-o", tmp_path / "b", "--tau", "0.01"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert all(line.startswith(("barcode:", "warning:")) for line in done.stderr.splitlines()), done.stderr
+
+
+def test_ctrl_c_in_barcode_is_one_line(made: Path, tmp_path: Path) -> None:
+    """The terminal sends it to the workers as well; they leave the talking to the command. The job can be repeated."""
+    command = [sys.executable, "-m", "cli", "barcode", made / "latents.zarr", "-o", tmp_path / "b", "--tau", "0.01"]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job has none
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("barcode:")  # the workers are there
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    allowed = ("barcode:", "interrupted; run the same command again to continue")
+    assert all(line.startswith(allowed) for line in errors.splitlines() if line), errors
+    assert run(*command[3:]).exit_code == 0
 
 
 def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:
