@@ -2,9 +2,8 @@
 
 A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1 (done at the end of the step before, so that a
 saved state is whole), dead set, loss and gradients, counters, the part of each decoder gradient along its row removed,
-Adam, learning rate. Everything random hangs on the seed, and
-the state that is saved is whole: an interrupted and continued run equals an uninterrupted one, bit for bit, on the same
-device, versions and thread count.
+Adam, learning rate. Everything random hangs on the seed: an interrupted and continued run equals an uninterrupted one,
+bit for bit, on the same device, versions and thread count.
 """
 
 import dataclasses
