@@ -182,6 +182,9 @@ def save_run(root: Path, model: SparseAutoencoder, store: ActivationStore) -> No
         "activation": "relu",
         "tokens": store.spec.same_tokens,
         "trained_backbone": False,
+        "caches": [
+            {"identity": store.identity, "sha256": store.content_sha256, "precision": store.spec.precision},
+        ],
     }
     save_sae(root, model, new_header(SAE, spec), {})
 

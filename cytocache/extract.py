@@ -31,7 +31,8 @@ from .preprocess import Preprocess
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
+# images done (those of the chunk in flight are not yet on the disk), images in all, a word on the state
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
