@@ -57,35 +57,45 @@ class Backbone:
     model: nn.Module  # pixels (B, 3, 224, 224) float, normalised -> tokens (B, 257, width)
     weights_sha256: str
     trained: bool
-    block: int  # index from 0
+    blocks: tuple[int, ...]  # the tapped ones, indices from 0, ascending
     n_blocks: int
     width: int
     preprocess: Preprocess
 
-    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 224, 224, 3) uint8 on the model's device -> (B, 257, width): the residual stream behind the block.
+    def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 224, 224, 3) uint8 on the model's device -> per tapped block its residual stream, (B, 257, width).
 
         Normalisation happens here, in float32, on the device: a quarter of the bytes travel.
         """
         mean = torch.tensor(self.preprocess.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.preprocess.std, device=pixels.device).view(3, 1, 1)
         images = pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
-        return self.model(images)
+        tapped: list[torch.Tensor] = []
+        hooks = [
+            self.model.blocks[block].register_forward_hook(lambda module, given, out: tapped.append(out))  # type: ignore[union-attr,index]
+            for block in self.blocks[:-1]
+        ]
+        try:
+            last = self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*tapped, last]
 
 
-def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> Backbone:
-    """A backbone, ready to give the tokens behind one of its blocks; later blocks are not kept.
+def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, ...] = (-2,)) -> Backbone:
+    """A backbone, ready to give the tokens behind some of its blocks; blocks after the last of them are not kept.
 
     Parameters
     ----------
     name : a key of `ARCHITECTURES`
     weights : path of a DinoBloom `.pth` file, or `random` (seeded, untrained); `random-vit-tiny` needs none
-    block : index from 0, or from the end if negative; -2 is the second last
+    blocks : indices from 0, or from the end if negative; -2 is the second last
 
     Raises
     ------
     BadInput
-        For an unknown name or block, missing weights, or a file that is not this DinoBloom checkpoint.
+        For an unknown name, an unknown or repeated block, missing weights, or a file that is not this checkpoint.
     """
     if name not in ARCHITECTURES:
         raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}")
@@ -108,15 +118,20 @@ def load_backbone(name: str, *, weights: str | None = None, block: int = -2) -> 
         model, digest = _create(architecture, on="meta"), sha256_file(path)
         _load_strictly(model, state, path, name)
     n_blocks = len(model.blocks)
-    if not -n_blocks <= block < n_blocks:
-        raise BadInput(f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}")
-    block %= n_blocks
+    for block in blocks:
+        if not -n_blocks <= block < n_blocks:
+            raise BadInput(
+                f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}"
+            )
+    tapped = tuple(sorted({block % n_blocks for block in blocks}))
+    if len(tapped) < len(blocks):
+        raise BadInput(f"the same --block is given twice; found {', '.join(map(str, blocks))} of {n_blocks} blocks")
     backbone = Backbone(
         name=name,
-        model=_cut(model, block),
+        model=_cut(model, tapped[-1]),
         weights_sha256=digest,
         trained=weights not in (None, "random"),
-        block=block,
+        blocks=tapped,
         n_blocks=n_blocks,
         width=model.embed_dim,
         preprocess=Preprocess(),

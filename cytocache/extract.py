@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationSpec, ActivationWriter
+from stores.activation_store import ActivationSpec
+from stores.activation_writer import ActivationWriter
 from stores.errors import BadInput
 from stores.files import sync_folder
 from stores.output import plan_output
@@ -96,7 +97,7 @@ def extract(
     SpecMismatch
         If `store` holds something else, or a cache with other settings (and not `overwrite`).
     """
-    backbone = load_backbone(config.backbone, weights=config.weights, block=config.block)
+    backbone = load_backbone(config.backbone, weights=config.weights, blocks=(config.block,))
     spec = _make_spec(backbone, images, config)
     output = plan_output(store, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
     if output.is_complete:
@@ -173,7 +174,7 @@ def _make_spec(backbone: Backbone, images: Images, config: ExtractConfig) -> Act
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
         trained=backbone.trained,
-        block=backbone.block,
+        block=backbone.blocks[0],
         n_blocks=backbone.n_blocks,
         transform=backbone.preprocess.to_dict(),
         precision=resolve_precision(config.precision, config.device),
@@ -228,7 +229,7 @@ def _forward(
         stop = min(start + config.batch_size, n_images)
         pixels = torch.from_numpy(pictures.pixels[start:stop]).to(config.device)
         with torch.autocast(pixels.device.type, low, enabled=low != torch.float32):
-            full = backbone.tokens(pixels)
+            (full,) = backbone.tokens(pixels)
         half = full.to(torch.float16)
         is_finite = torch.isfinite(half).flatten(1).all(1).cpu().numpy()
         tokens[start:stop] = half.cpu().numpy()

@@ -1,6 +1,7 @@
 """What is on disk: formats, writers, readers, checks. numpy, zarr and pyarrow; no torch, no dask, no click."""
 
-from .activation_store import ActivationSpec, ActivationStore, ActivationWriter
+from .activation_store import ActivationSpec, ActivationStore
+from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore, BarcodeWriter
 from .csr import CsrReader, CsrRows, CsrWriter
 from .errors import (

@@ -155,27 +155,44 @@ class TestTap:
         self, pictures: Path, tmp_path: Path, name: str, blocks: tuple[int, ...]
     ) -> None:
         """Compared in float32 too: at initialisation, neighbouring blocks differ by less than float16 shows."""
-        state = load_backbone(name, weights="random", block=-1).model.state_dict()
+        state = load_backbone(name, weights="random", blocks=(-1,)).model.state_dict()
         outputs = _hooked(_timm(name), state, _pixels(pictures))
         resized = np.stack([Preprocess().resize(Image.open(path)) for path in sorted(pictures.glob("*.png"))])
         for block in blocks:
-            backbone = load_backbone(name, weights="random", block=block)
+            backbone = load_backbone(name, weights="random", blocks=(block,))
             with torch.inference_mode():
-                tokens = backbone.tokens(torch.from_numpy(resized))
+                (tokens,) = backbone.tokens(torch.from_numpy(resized))
             assert (tokens - outputs[block]).abs().max() <= 1e-6
             assert (tokens - outputs[block - 1]).abs().max() > 3e-6
             _assert_float16_of(_cached(pictures, tmp_path / f"{block}.zarr", name, "random", block), outputs[block])
 
+    def test_several_blocks_in_one_pass_give_what_each_gives_alone(self) -> None:
+        """In ascending order, however they were asked for; nothing of a hook stays behind."""
+        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3)).astype(np.uint8))
+        together = load_backbone("random-vit-tiny", blocks=(2, -4, -3))
+        assert together.blocks == (0, 1, 2)
+        with torch.inference_mode():
+            for _ in range(2):
+                tokens = together.tokens(pixels)
+                assert len(tokens) == 3
+                for block, ours in zip(together.blocks, tokens, strict=True):
+                    (alone,) = load_backbone("random-vit-tiny", blocks=(block,)).tokens(pixels)
+                    assert torch.equal(ours, alone)
+
+    def test_a_block_given_twice_is_refused(self) -> None:
+        with pytest.raises(BadInput, match="the same --block is given twice; found 2, -2 of 4 blocks"):
+            load_backbone("random-vit-tiny", blocks=(2, -2))
+
     @pytest.mark.parametrize(("block", "n_kept"), [(-1, 4), (-2, 3), (3, 4), (0, 1), (-4, 1)])
     def test_blocks_behind_the_tap_are_not_kept(self, block: int, n_kept: int) -> None:
-        backbone = load_backbone("random-vit-tiny", block=block)
+        backbone = load_backbone("random-vit-tiny", blocks=(block,))
         blocks = {key.split(".")[1] for key in backbone.model.state_dict() if key.startswith("blocks.")}
         assert blocks == {str(index) for index in range(n_kept)}
-        assert (backbone.block, backbone.n_blocks) == (n_kept - 1, 4)
+        assert (backbone.blocks, backbone.n_blocks) == ((n_kept - 1,), 4)
 
     def test_cls_comes_first_then_the_patches_row_by_row(self) -> None:
         """Painting the patch at row 2, column 5 changes, at the first block's input, token 1 + 2 * 16 + 5 alone."""
-        model = load_backbone("random-vit-tiny", block=0).model
+        model = load_backbone("random-vit-tiny", blocks=(0,)).model
         model.blocks = nn.Sequential()  # no mixing: what remains is the embedding
         pixels = torch.zeros(2, 3, 224, 224)
         pixels[1, :, 2 * 14 : 3 * 14, 5 * 14 : 6 * 14] = 1
@@ -197,7 +214,7 @@ class TestRandomWeights:
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         torch.manual_seed(123)  # nor does the state of the global generator
         before = torch.random.get_rng_state()
-        backbones = [load_backbone("random-vit-tiny", block=block) for block in (-2, 0)]
+        backbones = [load_backbone("random-vit-tiny", blocks=(block,)) for block in (-2, 0)]
         assert torch.equal(torch.random.get_rng_state(), before)
         assert [backbone.weights_sha256 for backbone in backbones] == [other, other]
 
@@ -211,7 +228,7 @@ class TestRandomWeights:
 
     def test_every_weight_is_set(self) -> None:
         """They start as uninitialised memory."""
-        state = load_backbone("random-vit-tiny", block=-1).model.state_dict()
+        state = load_backbone("random-vit-tiny", blocks=(-1,)).model.state_dict()
         assert all(torch.isfinite(value).all() and value.abs().max() <= 1 for value in state.values())
         constant = ("bias", "gamma", "norm1.weight", "norm2.weight")
         drawn = [key for key in state if not key.endswith(constant) or key == "patch_embed.proj.bias"]
@@ -238,7 +255,7 @@ class TestLoading:
     def test_a_half_precision_file_runs_in_float32(self, dinobloom_s: tuple[Path, State], tmp_path: Path) -> None:
         path = tmp_path / "half.pth"
         torch.save(_published({key: value.half() for key, value in dinobloom_s[1].items()}), path)
-        backbone = load_backbone("dinobloom-s", weights=str(path), block=0)
+        backbone = load_backbone("dinobloom-s", weights=str(path), blocks=(0,))
         assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.float32}
 
     def test_the_giants_gated_mlp_is_renamed_in_the_right_order(
@@ -252,7 +269,7 @@ class TestLoading:
         assert "blocks.0.mlp.fc1.weight" in state
         renamed = {key.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): state[key] for key in state}
         torch.save(_published(renamed), tmp_path / "T.pth")
-        backbone = load_backbone("tiny-giant", weights=str(tmp_path / "T.pth"), block=-1)
+        backbone = load_backbone("tiny-giant", weights=str(tmp_path / "T.pth"), blocks=(-1,))
 
         x = torch.randn(1, 257, 32, generator=torch.Generator().manual_seed(0))
         first, second = nn.functional.linear(
@@ -365,4 +382,4 @@ class TestLoading:
     @pytest.mark.parametrize("block", [4, -5, 99])
     def test_a_block_out_of_range_states_the_range(self, block: int) -> None:
         with pytest.raises(BadInput, match=f"has 4 blocks: --block must be -4 to 3; found {block}"):
-            load_backbone("random-vit-tiny", block=block)
+            load_backbone("random-vit-tiny", blocks=(block,))

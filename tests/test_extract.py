@@ -91,7 +91,7 @@ def interrupt_at(n_images: int) -> Callable[[int, int, str], None]:
 class TestTokens:
     def test_they_equal_one_plain_forward_per_image(self, cells: Path, whole: Path) -> None:
         """No image gets the tokens of another, whatever the chunks and batches."""
-        backbone, store = load_backbone("random-vit-tiny", block=0), ActivationStore(whole)
+        backbone, store = load_backbone("random-vit-tiny", blocks=(0,)), ActivationStore(whole)
         paths = store.images["path"].to_pylist()
         assert paths == sorted(path.relative_to(cells).as_posix() for path in cells.rglob("*.*"))
         tokens = store.read_images(range(N_IMAGES)).astype(np.float32)
@@ -100,7 +100,7 @@ class TestTokens:
             if row != TORN:
                 pixels = Preprocess().resize(Image.open(cells / path).convert("RGB"))
                 with torch.inference_mode():
-                    plain[row] = backbone.tokens(torch.from_numpy(pixels.copy())[None])[0].numpy()
+                    plain[row] = backbone.tokens(torch.from_numpy(pixels.copy())[None])[0][0].numpy()
                 np.testing.assert_allclose(tokens[row], plain[row], rtol=2**-10, atol=2**-14)
         apart = min(np.abs(plain[a] - plain[b]).max() for a in plain for b in plain if a < b)
         assert apart > 0.1  # so a swapped pair would show

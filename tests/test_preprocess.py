@@ -17,7 +17,7 @@ def _pixels_only() -> Backbone:
         model=torch.nn.Identity(),
         weights_sha256="",
         trained=False,
-        block=0,
+        blocks=(0,),
         n_blocks=1,
         width=3,
         preprocess=Preprocess(),
@@ -43,7 +43,7 @@ def test_equals_the_released_preprocessing_bit_for_bit(height: int, width: int) 
     picture = Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, 3)).astype(np.uint8))
     resized = Preprocess().resize(picture)
     assert resized.shape == (224, 224, 3)
-    ours = _pixels_only().tokens(torch.from_numpy(resized.copy())[None])[0]
+    ours = _pixels_only().tokens(torch.from_numpy(resized.copy())[None])[0][0]
     assert ours.dtype == torch.float32
     assert torch.equal(ours, released(picture))
 

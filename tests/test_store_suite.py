@@ -20,8 +20,9 @@ import torch
 
 from cytosae.checkpoint import load_sae, save_sae
 from cytosae.model import SparseAutoencoder
-from stores import activation_store, csr, latent_store
-from stores.activation_store import ActivationSpec, ActivationStore, ActivationWriter
+from stores import activation_writer, csr, latent_store
+from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeStore, BarcodeWriter
 from stores.errors import CytoError, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
@@ -351,7 +352,7 @@ def test_a_crash_at_any_point_costs_no_byte(
     assert n_syncs > 30
 
 
-@pytest.mark.parametrize(("kind", "module"), [(KINDS[0], activation_store), (KINDS[1], latent_store)])
+@pytest.mark.parametrize(("kind", "module"), [(KINDS[0], activation_writer), (KINDS[1], latent_store)])
 def test_a_crash_just_before_the_mark_costs_no_work(
     kind: Kind, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ import torch
 from cytosae.checkpoint import save_sae
 from cytosae.model import SparseAutoencoder
 from stores import csr
-from stores.activation_store import ActivationSpec, ActivationStore, ActivationWriter
+from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeWriter
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
 from stores.runlog import append_run
