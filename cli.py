@@ -113,7 +113,13 @@ def cache() -> None:
 )
 @click.option("--weights", help="A DinoBloom .pth file, or 'random' for an untrained model.")
 @click.option(
-    "--block", default=-2, show_default=True, help="Transformer block whose output is cached; -2: the paper's."
+    "--block",
+    "blocks",
+    type=int,
+    multiple=True,
+    default=(-2,),
+    help="Transformer block whose output is cached  [default: -2, the paper's]. Repeat it for several blocks in one "
+    "pass: each gets its own store, STORE/block<k>.zarr.",
 )
 @_device_option
 @click.option(
@@ -125,11 +131,27 @@ def cache() -> None:
 )
 @click.option("--batch-size", type=_COUNT, default=32, show_default=True, help="Images per forward pass.")
 @click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Threads that read images."
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
 )
 @click.option("--chunk-images", type=_COUNT, default=256, show_default=True, help="Images per chunk file.")
+@click.option(
+    "--shard",
+    "shard_text",
+    metavar="I/N",
+    default="0/1",
+    help="Write part I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
+    "end completes the store.",
+)
 @_overwrite_option
-def cache_extract(images: Path, store: Path, root: Path | None, device: str, overwrite: bool, **settings: Any) -> None:
+def cache_extract(
+    images: Path,
+    store: Path,
+    root: Path | None,
+    device: str,
+    shard_text: str,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
     """Run a backbone once over IMAGES and keep its tokens in STORE.
 
     IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
@@ -140,18 +162,47 @@ def cache_extract(images: Path, store: Path, root: Path | None, device: str, ove
     """
     from cytocache.datasets import open_images
     from cytocache.extract import ExtractConfig, extract
+    from stores.shards import Shard
 
+    shard = Shard.parse(shard_text)
     found = open_images(images, root=root)
     inputs = tuple(Path(path) for path in (images, settings["weights"], found.root) if path and Path(path).exists())
     config = ExtractConfig(device=_resolve_device(device), **settings)
-    with _progress("extract", "image") as progress:
-        done = extract(found, store, config, overwrite=overwrite, inputs=inputs, progress=progress)
+    with _stopping_gently("the chunk") as stop, _progress("extract", "image") as progress:
+        done = extract(
+            found, store, config, shard=shard, overwrite=overwrite, inputs=inputs, progress=progress, stop=stop
+        )
     if found.n_skipped:
         click.echo(f"{found.n_skipped:,} files in {images} were passed over: not images by their name", err=True)
-    _say_done(store, done.was_complete)
-    click.echo(_describe_cache(store))
+    if not done.is_complete:
+        click.echo(
+            f"{store}: shard {shard} is done, {done.n_readable + done.n_unreadable:,} images; other shards are not. "
+            f"The last one completes the store; if all have ended: cyto cache merge {store}"
+        )
+        return
+    for place in done.stores:
+        _say_done(place, done.was_complete)
+        click.echo(_describe_cache(place))
     if done.n_unreadable:
-        click.echo(f"warning: {_unreadable(store)}", err=True)
+        click.echo(f"warning: {_unreadable(done.stores[0])}", err=True)
+
+
+@cache.command("merge")
+@click.argument("store", type=_FILE)
+def cache_merge(store: Path) -> None:
+    """Complete an activation cache whose shards have all ended. The last shard does so itself, unless it was killed.
+
+    \b
+    Example: cyto cache merge cells.acts.zarr
+    """
+    from stores.activation_writer import complete_cache
+    from stores.errors import StoreNotFound
+
+    places = sorted(store.glob("block*.zarr")) or [store]
+    for place in places:
+        if complete_cache(place) is None:
+            raise StoreNotFound(f"{place} is being completed by another process at this moment")
+        click.echo(_describe_cache(place))
 
 
 @cache.command("info")
@@ -164,11 +215,11 @@ def cache_info(store: Path, as_json: bool) -> None:
     Example: cyto cache info cells.acts.zarr
     """
     from stores import ACTIVATIONS, ActivationSpec, ActivationStore, read_header, read_runs
-    from stores.activation_store import journal_of
+    from stores.activation_store import records_of
 
     header = read_header(store, ACTIVATIONS, complete=False)
     spec = ActivationSpec(**header.spec)
-    written = sum({record["chunk"]: record["n_images"] for record in journal_of(store)}.values())
+    written = sum({record["chunk"]: record["n_images"] for record in records_of(store)}.values())
     info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
@@ -600,6 +651,26 @@ def _resolve_device(device: str) -> str:
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
+
+
+@contextmanager
+def _stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the job to stop behind what is in flight, the second stops it at once."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo(f"\nfinishing {what} in flight; Ctrl-C again stops at once and loses it", err=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

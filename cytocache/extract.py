@@ -1,11 +1,12 @@
-"""Stage one: images through the backbone, once, into an activation cache. The only file that writes one.
+"""Stage one: images through the backbone, once, into activation caches. The only file that writes one.
 
-The loop reads as a story: plan what is missing, and per chunk read, forward, write. Reading runs ahead in threads and
-writing behind in one, each by one chunk, so memory does not depend on the number of images. Batches end at chunk
+The loop reads as a story: plan what is missing, and per chunk read, forward, save. Processes read ahead, threads save
+behind, both by a bounded number of steps, so memory does not depend on the number of images. Batches end at chunk
 edges, so an interrupted and continued cache equals an uninterrupted one, byte for byte (same device and versions).
 """
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,24 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationSpec
-from stores.activation_writer import ActivationWriter
+from stores.activation_writer import ActivationWriter, writer_lock
 from stores.errors import BadInput
-from stores.files import sync_folder
+from stores.files import locked, sha256_file, sync_folder
 from stores.output import plan_output
 from stores.runlog import append_run
+from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
 from stores.tables import column, table_sha256
 
 from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
 from .datasets import Images
-from .images import pillow_silenced, read_image
-from .preprocess import Preprocess
+from .images import MAX_FILE_BYTES
+from .readers import ImageReaders
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SAVING_AT_ONCE = 4  # chunks: one that waits for the disk's fsync does not hold up the next
+_FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
 
 # images done (those of the chunk in flight are not yet on the disk), images in all, a word on the state
 Progress = Callable[[int, int, str], None]
@@ -41,38 +44,45 @@ class ExtractConfig:
     """What to run. Device, batch size and workers change speed only; they go to the run log, not into the identity."""
 
     backbone: str = "random-vit-tiny"
-    weights: str | None = None  # a DinoBloom .pth file, or "random"
-    block: int = -2
+    weights: str | None = None  # a DinoBloom .pth file, "auto" (download it) or "random"
+    blocks: tuple[int, ...] = (-2,)  # several: one pass, and a store for each
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
     device: str = "cpu"
     batch_size: int = 32
-    workers: int = 2  # threads that read and resize images
+    workers: int = 2  # processes that read and resize images
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         for name in ("chunk_images", "batch_size", "workers"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not self.blocks:
+            raise BadInput("blocks must name at least one block; found none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractResult:
-    """What lies in the finished cache."""
+    """What was done: of the whole cache, or of this writer's shard as long as other shards are missing."""
 
-    spec: ActivationSpec
+    stores: tuple[Path, ...]  # one for each block, ascending
     n_readable: int
     n_unreadable: int
+    is_complete: bool  # False: other shards are not there yet
     was_complete: bool  # nothing had to be done
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """One chunk's images as the backbone takes them, and what became of each file."""
+class _Chunk:
+    """One chunk on its way to the disk."""
 
-    pixels: npt.NDArray[np.uint8]  # (n, size, size, 3); zeros where unreadable
+    number: int
+    image_ids: list[str]
+    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in the host's memory
+    largest: list[torch.Tensor]  # per block (images,): largest magnitude before the rounding to float16
     content_hash: list[str | None]
     errors: list[str | None]
+    copied: "torch.cuda.Event | None"  # when the GPU has filled them
 
 
 def extract(
@@ -80,101 +90,149 @@ def extract(
     store: Path,
     config: ExtractConfig,
     *,
+    shard: Shard = ONE_WRITER,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     progress: Progress = lambda done, total, state: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ExtractResult:
-    """Write (or continue) the activation cache of `images` at `store`.
+    """Write (or continue) the activation cache of `images` at `store`; with several blocks, `store/block<k>.zarr`.
 
     An unreadable image is listed with its error in the cache's image table, keeps a NaN block and does not end the job.
-    Memory: about 4 chunks of tokens and 2 of pixels, whatever the number of images.
+    Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, and a few batches of pixels.
+
+    Parameters
+    ----------
+    shard : the part that this process writes; the last one to end completes the cache
+    stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
 
     Raises
     ------
     BadInput
-        For settings or weights that cannot be used, if a token of a readable image does not fit float16, or
-        if no image at all could be read.
+        For settings or weights that cannot be used, if a token of a readable image does not fit float16, if no image
+        at all could be read, or if another process writes the same shard.
     SpecMismatch
         If `store` holds something else, or a cache with other settings (and not `overwrite`).
     """
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=(config.block,))
-    spec = _make_spec(backbone, images, config)
-    output = plan_output(store, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
-    if output.is_complete:
-        output.publish()
-        return _read_result(store, spec)
-
-    output.work.parent.mkdir(parents=True, exist_ok=True)
-    writer = ActivationWriter(output.work, spec, images.table)
-    sync_folder(output.work.parent)
-    append_run(
-        output.work,
-        packages=("torch", "timm", "pillow", "numpy"),
-        images_root=os.fspath(images.root),
-        device=_device_name(config.device),
-        threads=torch.get_num_threads(),
-        batch_size=config.batch_size,
+    if overwrite and not shard.is_only:
+        raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
+    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks)
+    specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
+    places = [store] if len(specs) == 1 else [store / f"block{spec.block}.zarr" for spec in specs]
+    outputs = [
+        plan_output(place, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
+        for place, spec in zip(places, specs, strict=True)
+    ]
+    with ExitStack() as stack:
+        writers = [
+            _open_writer(stack, output.work, spec, images, config, shard)
+            for output, spec in zip(outputs, specs, strict=True)
+            if not output.is_complete
+        ]
+        if writers:
+            fill(backbone, images, writers, config, progress=progress, stop=stop)
+        is_complete = all([writer.finish() is not None for writer in writers])
+    if is_complete:
+        for output in outputs:
+            output.publish()
+        summary = read_header(places[0], ACTIVATIONS).summary or {}
+        n_readable, n_unreadable = summary["n_readable"], summary["n_unreadable"]
+    else:
+        n_images, n_unreadable = writers[0].counts()
+        n_readable = n_images - n_unreadable
+    return ExtractResult(
+        stores=tuple(places),
+        n_readable=n_readable,
+        n_unreadable=n_unreadable,
+        is_complete=is_complete,
+        was_complete=not writers,
     )
-    backbone.model.to(config.device)
-    for row in writer.errors():  # a share that was not mounted, a file that has been copied again
-        writer.read_again(row, read_image(images.root / str(images.table["path"][row]))[1])
-    chunks = writer.missing_chunks()
-    n_done, n_unreadable = writer.counts()
+
+
+@torch.inference_mode()
+def fill(
+    backbone: Backbone,
+    images: Images,
+    writers: list[ActivationWriter],
+    config: ExtractConfig,
+    *,
+    progress: Progress,
+    stop: Callable[[], bool],
+) -> None:
+    """Write every chunk that the writers (one for each block, of the same shard) are missing."""
+    spec, paths, names = writers[0].spec, column(images.table, "path"), column(images.table, "image_id")
+    blocks = [backbone.blocks.index(writer.spec.block) for writer in writers]
+    missing = [set(writer.missing_chunks()) for writer in writers]
+    chunks = sorted(set.union(*missing))
+    n_images = sum(len(spec.chunk_rows(chunk)) for chunk in writers[0].chunks)
+    n_done = n_images - sum(len(spec.chunk_rows(chunk)) for chunk in chunks)
+    n_unreadable = sum(row // spec.chunk_images not in chunks for row in writers[0].errors())
 
     def report(n_more: int = 0) -> None:
-        progress(n_done + n_more, spec.n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")
+        progress(n_done + n_more, n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")
 
     report()
+    if not chunks:
+        return
+    device, low = torch.device(config.device), PRECISIONS[spec.precision]
+    on_gpu = device.type == "cuda"
+    backbone.model.to(device)
+    batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.batch_size)]
+    batch_size = max(map(len, batches))
     with ExitStack() as stack:
-        stack.enter_context(pillow_silenced)  # from here, before there are threads: it sets what all threads share
-        readers = stack.enter_context(ThreadPoolExecutor(config.workers, thread_name_prefix="read"))
-        writers = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-        # an error or Ctrl-C must not wait for the images that were read ahead
-        stack.callback(readers.shutdown, wait=False, cancel_futures=True)
-        ahead = _submit(readers, images, spec.chunk_rows(chunks[0]), backbone.preprocess) if chunks else []
-        written: Future[None] | None = None
-        for position, chunk in enumerate(chunks):
-            pictures = _collect(ahead, backbone.preprocess.size)
-            if position + 1 < len(chunks):
-                ahead = _submit(readers, images, spec.chunk_rows(chunks[position + 1]), backbone.preprocess)
-            names = column(images.table.slice(spec.chunk_rows(chunk).start, len(pictures.pixels)), "image_id")
-            tokens = _forward(backbone, pictures, names, spec, config, report)
-            if written is not None:
-                written.result()
-            n_done += len(names)
-            n_unreadable += sum(error is not None for error in pictures.errors)
-            written = writers.submit(writer.write_chunk, chunk, tokens, pictures.content_hash, pictures.errors)
-        if written is not None:
-            written.result()
-    report()
-
-    if n_unreadable == spec.n_images:
-        row, error = next(iter(writer.errors().items()))
-        name = column(images.table, "path")[row]
-        raise BadInput(
-            f"none of the {spec.n_images:,} images could be read ({name}: {error}); "
-            f"put the files into place and run the same command again"
+        readers = stack.enter_context(
+            ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
         )
-    writer.finish()
-    output.publish()
-    return ExtractResult(
-        spec=spec, n_readable=spec.n_images - n_unreadable, n_unreadable=n_unreadable, was_complete=False
-    )
+        savers = stack.enter_context(ThreadPoolExecutor(_SAVING_AT_ONCE, thread_name_prefix="save"))
+        reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
+        saved: deque[Future[None]] = deque()
+        for chunk in chunks:
+            if stop():
+                break
+            rows = spec.chunk_rows(chunk)
+            shape = (len(rows), spec.tokens_per_image, spec.width)
+            tokens = [torch.empty(shape, dtype=torch.float16, pin_memory=on_gpu) for _ in writers]
+            largest = [torch.empty(len(rows), pin_memory=on_gpu) for _ in writers]
+            content_hash: list[str | None] = []
+            errors: list[str | None] = []
+            for batch in _batches(range(len(rows)), config.batch_size):
+                pictures = next(reading)
+                pixels = torch.from_numpy(pictures.pixels)
+                pixels = (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=True)
+                with torch.autocast(device.type, low, enabled=low != torch.float32):
+                    full = backbone.tokens(pixels)
+                where = slice(batch.start, batch.stop)
+                for own, block in enumerate(blocks):
+                    tokens[own][where].copy_(full[block].to(torch.float16), non_blocking=True)
+                    magnitude = torch.linalg.vector_norm(full[block].float(), torch.inf, dim=(1, 2))
+                    largest[own][where].copy_(magnitude, non_blocking=True)
+                content_hash += pictures.content_hash
+                errors += pictures.errors
+                n_unreadable += sum(error is not None for error in pictures.errors)
+                report(batch.stop)
+            n_done += len(rows)
+            copied = torch.cuda.Event() if on_gpu else None
+            if copied is not None:
+                copied.record()
+            ids = [str(name) for name in names[rows.start : rows.stop]]
+            done = _Chunk(chunk, ids, tokens, largest, content_hash, errors, copied)
+            owners = [writer if chunk in own else None for writer, own in zip(writers, missing, strict=True)]
+            saved.append(savers.submit(_save, done, owners))
+            while saved and (saved[0].done() or len(saved) > _SAVING_AT_ONCE):
+                saved.popleft().result()
+        for saving in saved:
+            saving.result()
+    if n_done < n_images:
+        raise KeyboardInterrupt
 
 
-def resolve_precision(precision: str, device: str) -> str:
-    """`auto` becomes bf16 on a GPU and fp32 on the CPU."""
-    if precision != "auto":
-        return precision
-    return "fp32" if device == "cpu" else "bf16"
-
-
-def _make_spec(backbone: Backbone, images: Images, config: ExtractConfig) -> ActivationSpec:
+def make_spec(backbone: Backbone, images: Images, config: ExtractConfig, block: int) -> ActivationSpec:
+    """What the cache of `block` will hold."""
     return ActivationSpec(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
         trained=backbone.trained,
-        block=backbone.blocks[0],
+        block=block,
         n_blocks=backbone.n_blocks,
         transform=backbone.preprocess.to_dict(),
         precision=resolve_precision(config.precision, config.device),
@@ -187,71 +245,68 @@ def _make_spec(backbone: Backbone, images: Images, config: ExtractConfig) -> Act
     )
 
 
-def _submit(
-    readers: ThreadPoolExecutor, images: Images, rows: range, preprocess: Preprocess
-) -> list[Future[tuple[npt.NDArray[np.uint8] | None, str | None, str | None]]]:
-    paths = column(images.table.slice(rows.start, len(rows)), "path")
-    return [readers.submit(_read_and_resize, images.root / str(path), preprocess) for path in paths]
+def resolve_precision(precision: str, device: str) -> str:
+    """`auto` becomes bf16 on a GPU and fp32 on the CPU."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device == "cpu" else "bf16"
 
 
-def _read_and_resize(path: Path, preprocess: Preprocess) -> tuple[npt.NDArray[np.uint8] | None, str | None, str | None]:
-    picture, content_hash, error = read_image(path)
-    return (None if picture is None else preprocess.resize(picture)), content_hash, error
+def _open_writer(
+    stack: ExitStack, root: Path, spec: ActivationSpec, images: Images, config: ExtractConfig, shard: Shard
+) -> ActivationWriter:
+    """A writer that nobody else is while `stack` is open, with this run in its log."""
+    root.mkdir(parents=True, exist_ok=True)
+    if not stack.enter_context(locked(writer_lock(root, shard))):
+        what = root if shard.is_only else f"shard {shard} of {root}"
+        raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
+    writer = ActivationWriter(root, spec, images.table, shard)
+    sync_folder(root.parent)
+    append_run(
+        root,
+        packages=("torch", "timm", "pillow", "numpy"),
+        shard=shard,
+        images_root=os.fspath(images.root),
+        device=_device_name(config.device),
+        threads=torch.get_num_threads(),
+        batch_size=config.batch_size,
+    )
+    for row in writer.errors():  # a share that was not mounted, a file that has been copied again
+        writer.read_again(row, _content_hash(images.root / str(images.table["path"][row])))
+    return writer
 
 
-def _collect(
-    reading: list[Future[tuple[npt.NDArray[np.uint8] | None, str | None, str | None]]], size: int
-) -> _Pictures:
-    pictures = _Pictures(np.zeros((len(reading), size, size, 3), np.uint8), [], [])
-    for position, future in enumerate(reading):
-        pixels, content_hash, error = future.result()
-        if pixels is not None:
-            pictures.pixels[position] = pixels
-        pictures.content_hash.append(content_hash)
-        pictures.errors.append(error)
-    return pictures
+def _batches(rows: range, batch_size: int) -> list[range]:
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-@torch.inference_mode()
-def _forward(
-    backbone: Backbone,
-    pictures: _Pictures,
-    names: list[str | None],
-    spec: ActivationSpec,
-    config: ExtractConfig,
-    report: Callable[[int], None],
-) -> npt.NDArray[np.float16]:
-    """The tokens of one chunk in float16, batch by batch; NaN where there was no picture."""
-    n_images = len(pictures.pixels)
-    tokens = np.empty((n_images, spec.tokens_per_image, spec.width), np.float16)
-    low = PRECISIONS[spec.precision]
-    for start in range(0, n_images, config.batch_size):
-        stop = min(start + config.batch_size, n_images)
-        pixels = torch.from_numpy(pictures.pixels[start:stop]).to(config.device)
-        with torch.autocast(pixels.device.type, low, enabled=low != torch.float32):
-            (full,) = backbone.tokens(pixels)
-        half = full.to(torch.float16)
-        is_finite = torch.isfinite(half).flatten(1).all(1).cpu().numpy()
-        tokens[start:stop] = half.cpu().numpy()
-        for position in range(start, stop):
-            if pictures.errors[position] is not None:
-                tokens[position] = np.nan
-            elif not is_finite[position - start]:
-                largest = full[position - start].abs().max().item()
+def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
+    """In a thread: check what came out of the backbone, and write it for each block whose cache lacks it."""
+    if chunk.copied is not None:
+        chunk.copied.synchronize()
+    for writer, tokens, largest in zip(owners, chunk.tokens, chunk.largest, strict=True):
+        if writer is None:
+            continue
+        values, magnitudes = tokens.numpy(), largest.numpy()
+        for position, error in enumerate(chunk.errors):
+            if error is not None:
+                values[position] = np.nan
+            elif not magnitudes[position] < _FLOAT16_LIMIT:
                 raise BadInput(
-                    f"the tokens of image {names[position]} do not fit float16: largest magnitude {largest:.4g}, "
-                    f"expected at most 65,504. Choose another --block, or check the weights"
+                    f"the tokens of image {chunk.image_ids[position]} do not fit float16: largest magnitude "
+                    f"{magnitudes[position]:.4g} behind block {writer.spec.block}, expected at most 65,504. "
+                    f"Choose another --block, or check the weights"
                 )
-        report(stop)
-    return tokens
+        writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors)
+
+
+def _content_hash(path: Path) -> str | None:
+    """SHA-256 of an image file; None where there is none that would be read."""
+    try:
+        return sha256_file(path) if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else None
+    except OSError:
+        return None
 
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-
-
-def _read_result(store: Path, spec: ActivationSpec) -> ExtractResult:
-    summary = read_header(store, ACTIVATIONS).summary or {}
-    return ExtractResult(
-        spec=spec, n_readable=summary["n_readable"], n_unreadable=summary["n_unreadable"], was_complete=True
-    )

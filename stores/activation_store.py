@@ -159,9 +159,20 @@ def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_nam
         )
 
 
-def journal_of(root: Path) -> list[dict[str, Any]]:
-    """The journal of a finished cache, or of one that is being written."""
-    return read_lines(root / "journal.jsonl") or read_lines(root / "journal-0-of-1.jsonl")
+def journals_of(root: Path) -> list[Path]:
+    """The journal of a finished cache and those of its writers, as far as they are there."""
+    return sorted(root.glob("journal*.jsonl"))
+
+
+def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+    """All journal records of a cache, complete or not; a chunk may have several while it is written.
+
+    Raises
+    ------
+    DamagedStore
+        If a line is not a record (and not `skip_damaged`).
+    """
+    return [record for path in journals_of(root) for record in read_lines(path, skip_damaged=skip_damaged)]
 
 
 def chunk_path(root: Path, chunk: int) -> Path:

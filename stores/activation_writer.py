@@ -1,11 +1,14 @@
 """Writes an activation cache: each chunk durable before its journal line, the header complete last of all.
 
 Format "activation cache", version 1: docs/formats.md. One writer owns a chunk; what its journal line names is on
-disk, durable, with that size and checksum.
+disk, durable, with that size and checksum. Several writers (`Shard`) share no file: the files that are there from
+the beginning are written by whoever comes first, and whoever comes last completes the cache.
 """
 
-import os
+import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -13,33 +16,61 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .activation_store import CRC_BYTES, ActivationSpec, Float16, chunk_path, file_crc
-from .errors import DamagedStore
-from .files import append_line, read_lines, sweep_partials, sync_folder, sync_tree, write_atomic, write_lines
-from .spec import ACTIVATIONS, Header, new_header, write_header
-from .tables import table_sha256, with_outcome, write_image_table
+from .activation_store import CRC_BYTES, ActivationSpec, Float16, chunk_path, file_crc, journals_of, records_of
+from .errors import BadInput, DamagedStore, IncompleteStore
+from .files import (
+    LOCK_SUFFIX,
+    append_line,
+    locked,
+    read_lines,
+    sweep_partials,
+    sync_folder,
+    sync_tree,
+    write_atomic,
+    write_lines,
+    write_new,
+)
+from .runlog import join_runs, shard_logs
+from .shards import ONE_WRITER, Shard
+from .spec import ACTIVATIONS, Header, begin_header, new_header, read_header, write_header
+from .tables import (
+    column,
+    listed,
+    parquet_bytes,
+    read_image_table,
+    table_sha256,
+    with_outcome,
+    without_outcome,
+    write_image_table,
+)
+
+RECORD_KEYS = {"chunk", "first_image", "n_images", "size", "crc32c", "content_hash", "errors"}
 
 
 class ActivationWriter:
-    """Writes the chunks of one cache, in any order, and completes it.
+    """Writes the chunks of one shard of a cache, in any order and from any thread, and completes the cache.
 
-    Opening it on a half-written cache with the same spec continues: `missing_chunks` tells what is left to do.
-    Memory: one chunk, given by the caller.
+    Opening it on a half-written cache with the same spec continues: `missing_chunks` tells what is left to do, whoever
+    wrote the rest. Memory: the chunks that are being written, given by the caller.
     """
 
-    def __init__(self, root: Path, spec: ActivationSpec, manifest: pa.Table) -> None:
-        self.root, self.spec, self._manifest = root, spec, manifest
-        self._journal = root / "journal-0-of-1.jsonl"
-        if not (root / "tokens" / "zarr.json").exists():
-            _create(root, spec, manifest)
-        sweep_partials(root)
-        # journal.jsonl is there if a crash came between `finish` joining the journals and marking the cache complete
-        records = [*read_lines(root / "journal.jsonl"), *read_lines(self._journal, mend=True)]
-        self._records = {record["chunk"]: record for record in records}
+    def __init__(self, root: Path, spec: ActivationSpec, manifest: pa.Table, shard: Shard = ONE_WRITER) -> None:
+        """No other process may write the same shard meanwhile (`writer_lock`)."""
+        self.root, self.spec, self.chunks = root, spec, shard.chunks(spec.n_chunks)
+        self._journal = root / f"journal-{shard.file_part}.jsonl"
+        self._lock = threading.Lock()
+        _begin(root, spec, manifest)
+        if shard.is_only:
+            sweep_partials(root)
+        for chunk in self.chunks:
+            sweep_partials(chunk_path(root, chunk).parent)
+        read_lines(self._journal, mend=True)
+        self._records = written_records(root, spec, self.chunks)
 
     def missing_chunks(self) -> list[int]:
-        """Chunks that the journal does not name, or whose file has not the size and checksum it names."""
-        return [chunk for chunk in range(self.spec.n_chunks) if not self._is_written(chunk)]
+        """Own chunks that no journal names, or whose file has not the size and checksum that it names."""
+        self._records = written_records(self.root, self.spec, self.chunks, among=[*self._records.values()])
+        return [chunk for chunk in self.chunks if chunk not in self._records]
 
     def write_chunk(
         self, chunk: int, tokens: Float16, content_hash: list[str | None], errors: list[str | None]
@@ -54,6 +85,7 @@ class ActivationWriter:
         """
         rows, spec = self.spec.chunk_rows(chunk), self.spec
         expected = (len(rows), spec.tokens_per_image, spec.width)
+        assert chunk in self.chunks
         assert tokens.shape == expected
         assert tokens.dtype == np.float16
         assert tokens.flags.c_contiguous
@@ -66,7 +98,8 @@ class ActivationWriter:
         path = chunk_path(self.root, chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, tokens.data.cast("B"), crc.to_bytes(CRC_BYTES, "little"))
-        sync_folder(path.parent.parent)
+        for folder in (path.parent.parent, path.parents[2], path.parents[3]):
+            sync_folder(folder)
         record = {
             "chunk": chunk,
             "first_image": rows.start,
@@ -76,70 +109,181 @@ class ActivationWriter:
             "content_hash": content_hash,
             "errors": {str(row): error for row, error in zip(rows, errors, strict=True) if error is not None},
         }
-        append_line(self._journal, record)
-        self._records[chunk] = record
+        with self._lock:
+            append_line(self._journal, record)
+            self._records[chunk] = record
 
     def counts(self) -> tuple[int, int]:
-        """(images written so far, unreadable ones among them)."""
+        """(own images written so far, unreadable ones among them)."""
         records = self._records.values()
         return sum(r["n_images"] for r in records), sum(len(r["errors"]) for r in records)
 
     def errors(self) -> dict[int, str]:
-        """Image index -> why it could not be read, of the images written so far."""
-        errors = {int(row): error for record in self._records.values() for row, error in record["errors"].items()}
-        return dict(sorted(errors.items()))
+        """Image index -> why it could not be read, of the own images written so far."""
+        return _errors(self._records.values())
 
     def read_again(self, image_index: int, content_hash: str | None) -> None:
         """Forget the chunk of an unreadable image if its file is another one now than when it was tried."""
         chunk = image_index // self.spec.chunk_images
         record = self._records.get(chunk)
         if record and record["content_hash"][image_index - record["first_image"]] != content_hash:
+            chunk_path(self.root, chunk).unlink()
             del self._records[chunk]
 
-    def finish(self) -> Header:
-        """Write the final image table and journal, sync everything, and only then mark the cache complete."""
+    def finish(self) -> Header | None:
+        """Complete the cache; None if chunks of other shards are not there yet: their last writer completes it."""
         missing = self.missing_chunks()
         assert not missing, f"finish called with {len(missing)} chunks missing"
-        records = [self._records[chunk] for chunk in range(self.spec.n_chunks)]
-        hashes = [value for record in records for value in record["content_hash"]]
-        errors = self.errors()
-        table = with_outcome(self._manifest, hashes, [errors.get(row) for row in range(self.spec.n_images)])
-        write_image_table(table, self.root / "images.parquet")
-        write_lines(self.root / "journal.jsonl", records)
-        self._journal.unlink(missing_ok=True)
-        sync_tree(self.root)
-        summary = {
-            "images_sha256": table_sha256(table),
-            "n_readable": self.spec.n_images - len(errors),
-            "n_unreadable": len(errors),
-        }
-        header = new_header(ACTIVATIONS, self.spec.to_dict())
-        header = Header(**{**vars(header), "complete": True, "summary": summary})
-        write_header(self.root, header)
+        try:
+            return complete_cache(self.root)
+        except IncompleteStore:
+            return None
+
+
+def writer_lock(root: Path, shard: Shard) -> Path:
+    """The lock file (`files.locked`) that keeps a second process from writing the same shard."""
+    return root / f"writer-{shard.file_part}{LOCK_SUFFIX}"
+
+
+def complete_cache(root: Path) -> Header | None:
+    """The finishing step: final image table and journal, everything synced, and only then the header complete.
+
+    Every step can be repeated, so a crash anywhere is mended by calling it again. None if another process is
+    completing the cache at this moment.
+
+    Raises
+    ------
+    IncompleteStore
+        If chunks are missing.
+    BadInput
+        If not one image could be read.
+    DamagedStore
+        If the image table is not the manifest that the cache was begun with.
+    """
+    with locked(root / f"finish{LOCK_SUFFIX}") as is_ours:
+        if not is_ours:
+            return None
+        header = read_header(root, ACTIVATIONS, complete=False)
+        if not header.complete:
+            header = _complete(root, header)
+        for path in (*journals_of(root), *shard_logs(root), *root.glob(f"writer-*{LOCK_SUFFIX}")):
+            if path.name != "journal.jsonl":
+                path.unlink(missing_ok=True)
         return header
 
-    def _is_written(self, chunk: int) -> bool:
-        record = self._records.get(chunk)
-        if record is None:
-            return False
-        try:
-            return bool(file_crc(chunk_path(self.root, chunk), self.spec.chunk_bytes) == record["crc32c"])
-        except DamagedStore:
-            return False
+
+def reopen(root: Path, damaged: list[int]) -> None:
+    """Make a complete cache an incomplete one that lacks the damaged chunks, so that a writer can make them again.
+
+    The summary stays in the header meanwhile: it says that the cache was complete once.
+    """
+    header = read_header(root, ACTIVATIONS, complete=False)
+    write_header(root, Header(**{**vars(header), "complete": False}))
+    write_lines(root / "journal.jsonl", records_of(root, skip_damaged=True))
+    for chunk in damaged:
+        chunk_path(root, chunk).unlink(missing_ok=True)
 
 
-def _create(root: Path, spec: ActivationSpec, manifest: pa.Table) -> None:
+def written_records(
+    root: Path, spec: ActivationSpec, chunks: range, *, among: list[dict[str, Any]] | None = None
+) -> dict[int, dict[str, Any]]:
+    """Chunk -> the journal record that its file bears out, of `chunks`; a chunk without one is missing.
+
+    Several records of a chunk are all right: it was written again, or by two writers that overlapped.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    crcs: dict[int, str | None] = {}
+    for record in records_of(root) if among is None else among:
+        chunk = record.get("chunk")
+        if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not RECORD_KEYS <= {*record}:
+            continue
+        if chunk not in crcs:
+            try:
+                crcs[chunk] = file_crc(chunk_path(root, chunk), spec.chunk_bytes)
+            except DamagedStore:
+                crcs[chunk] = None
+        if crcs[chunk] == record["crc32c"]:
+            found[chunk] = record
+    return found
+
+
+def _complete(root: Path, header: Header) -> Header:
+    spec = ActivationSpec(**header.spec)
+    found = written_records(root, spec, range(spec.n_chunks))
+    missing = [chunk for chunk in range(spec.n_chunks) if chunk not in found]
+    if missing:
+        raise IncompleteStore(
+            f"{root} is incomplete: {len(missing):,} of {spec.n_chunks:,} chunks are not there "
+            f"(chunk {listed([str(chunk) for chunk in missing])}). Run the cyto cache extract commands that did not "
+            f"end; without --shard, the command makes all that is missing"
+        )
+    manifest = without_outcome(read_image_table(root / "images.parquet"))
+    if table_sha256(manifest) != spec.manifest_sha256:
+        raise DamagedStore(
+            f"{root}/images.parquet is not the table that the cache was begun with; "
+            f"run the same cyto cache extract command again"
+        )
+    records = [found[chunk] for chunk in range(spec.n_chunks)]
+    hashes = [value for record in records for value in record["content_hash"]]
+    errors = _errors(records)
+    if len(errors) == spec.n_images:
+        raise BadInput(
+            f"none of the {spec.n_images:,} images could be read ({column(manifest, 'path')[0]}: {errors[0]}); "
+            f"put the files into place and run the same command again"
+        )
+    table = with_outcome(manifest, hashes, [errors.get(row) for row in range(spec.n_images)])
+    sweep_partials(root)
+    write_image_table(table, root / "images.parquet")
+    write_lines(root / "journal.jsonl", records)
+    join_runs(root)
+    sync_tree(root)
+    summary = {
+        "images_sha256": table_sha256(table),
+        "n_readable": spec.n_images - len(errors),
+        "n_unreadable": len(errors),
+    }
+    header = Header(**{**vars(header), "complete": True, "summary": summary})
+    write_header(root, header)
+    return header
+
+
+def _errors(records: Any) -> dict[int, str]:
+    errors = {int(row): error for record in records for row, error in record["errors"].items()}
+    return dict(sorted(errors.items()))
+
+
+def _begin(root: Path, spec: ActivationSpec, manifest: pa.Table) -> None:
+    """What is there from the beginning; the same bytes from every writer, whoever comes first."""
     root.mkdir(parents=True, exist_ok=True)
-    write_header(root, new_header(ACTIVATIONS, spec.to_dict()))
-    write_image_table(manifest, root / "images.parquet")
-    zarr.create_array(
-        os.fspath(root),
-        name="tokens",
-        shape=(spec.n_images, spec.tokens_per_image, spec.width),
-        dtype="float16",
-        chunks=(spec.chunk_images, spec.tokens_per_image, spec.width),
-        compressors=[Crc32cCodec()],
-        fill_value=float("nan"),
-        dimension_names=("image", "token", "channel"),
-        zarr_format=3,
-    )
+    begin_header(root, new_header(ACTIVATIONS, spec.to_dict()))
+    table = root / "images.parquet"
+    if not write_new(table, parquet_bytes(manifest)) and not _is_manifest(table, spec):
+        write_image_table(manifest, table)
+    (root / "tokens").mkdir(exist_ok=True)
+    array = root / "tokens" / "zarr.json"
+    content = _array_metadata(spec)
+    if not write_new(array, content) and array.read_bytes() != content:
+        write_atomic(array, content)
+
+
+def _is_manifest(path: Path, spec: ActivationSpec) -> bool:
+    try:
+        return table_sha256(without_outcome(read_image_table(path))) == spec.manifest_sha256
+    except BadInput:
+        return False
+
+
+def _array_metadata(spec: ActivationSpec) -> bytes:
+    """`tokens/zarr.json`, as zarr writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        zarr.create_array(
+            folder,
+            shape=(spec.n_images, spec.tokens_per_image, spec.width),
+            dtype="float16",
+            chunks=(spec.chunk_images, spec.tokens_per_image, spec.width),
+            compressors=[Crc32cCodec()],
+            fill_value=float("nan"),
+            dimension_names=("image", "token", "channel"),
+            zarr_format=3,
+        )
+        return (Path(folder) / "zarr.json").read_bytes()

@@ -7,13 +7,20 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import DamagedStore
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL_SUFFIX = ".partial"
+LOCK_SUFFIX = ".lock"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -52,9 +59,65 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def write_new(path: Path, *pieces: bytes | memoryview) -> bool:
+    """Like `write_atomic`, but never replaces: False if the file is there, or if another process was quicker."""
+    if path.exists():
+        return False
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        write_atomic(partial, *pieces)
+        try:
+            path.hardlink_to(partial)  # unlike a rename, this fails where the name is taken
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Inside, True if this process alone holds the lock file at `path`; False at once if another one does.
+
+    The system lets the lock go when its process ends, however it ends. Where a file system knows no locks, it is True.
+    """
+    with ExitStack() as stack:
+        while True:
+            file = stack.enter_context(path.open("ab"))
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:
+                pass
+            if _is_at(path, file.fileno()):  # else its last holder removed it between our opening and our locking
+                break
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def readable_json(value: Any) -> bytes:
+    """JSON for a file that people look into."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(path, readable_json(value))
 
 
 def sync_folder(folder: Path) -> None:
@@ -96,7 +159,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         sync_folder(path.parent)
 
 
-def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
+def read_lines(path: Path, *, mend: bool = False, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Read a journal written by `append_line`; [] where there is none.
 
     A last line without its newline was torn by a crash: it is left out, and with `mend` cut off the file, so that
@@ -105,11 +168,12 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
     Raises
     ------
     DamagedStore
-        If any other line is not JSON.
+        If any other line is not JSON (and not `skip_damaged`).
     """
-    if not path.exists():
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
         return []
-    raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if mend and len(whole) < len(raw):
         write_atomic(path, whole)
@@ -120,6 +184,8 @@ def read_lines(path: Path, *, mend: bool = False) -> list[dict[str, Any]]:
             if not isinstance(record, dict):
                 raise ValueError("not an object")
         except ValueError as error:
+            if skip_damaged:
+                continue
             raise DamagedStore(f"line {number} of {path} is not a journal record ({error})") from None
         records.append(record)
     return records

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SpecMismatch
-from .files import PARTIAL_SUFFIX, sync_folder
+from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, sync_folder
 from .spec import FORMATS, Header, describe_difference, find_header
 
 
@@ -119,11 +119,15 @@ def _remove(root: Path, target: Path) -> None:
 
 
 def _is_free(place: Path, kind: str) -> bool:
-    """Nothing is there, or an empty folder, or one whose writer was killed while it wrote its first header."""
+    """Nothing is there, or an empty folder, or one whose writers have not come as far as its header."""
     if not place.is_dir() or place.is_symlink():
         return not place.exists()
     header_file = FORMATS[kind].header_file
-    return all(path.name.startswith(f"{header_file}.") and path.suffix == PARTIAL_SUFFIX for path in place.iterdir())
+    return all(
+        (path.name.startswith(f"{header_file}.") and path.suffix == PARTIAL_SUFFIX)
+        or (path.name.startswith("writer-") and path.suffix == LOCK_SUFFIX)
+        for path in place.iterdir()
+    )
 
 
 def _holds(root: Path, kind: str, *, complete: bool = False) -> bool:

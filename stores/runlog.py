@@ -1,4 +1,7 @@
-"""The run log of an artefact: when, where and with which versions it was made. It is outside the identity."""
+"""The run log of an artefact: when, where and with which versions it was made. It is outside the identity.
+
+A shard has a log of its own, `runs-I-of-N.jsonl`; the finished store holds all lines in `runs.jsonl`.
+"""
 
 import logging
 import platform
@@ -7,14 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import append_line, read_lines
+from .files import append_line, canonical_json, read_lines, write_lines
+from .shards import ONE_WRITER, Shard
 
 _FILE = "runs.jsonl"
 _DECISIVE = ("machine", "device", "threads", "batch_size")
 _log = logging.getLogger(__name__)
 
 
-def append_run(root: Path, *, packages: tuple[str, ...], **facts: Any) -> None:
+def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRITER, **facts: Any) -> None:
     """Add a line: time, versions of Python and of `packages`, and the given facts (device, threads, paths).
 
     Warns if the job goes on from a run with another version, device, thread count or batch size: then it may not
@@ -24,17 +28,33 @@ def append_run(root: Path, *, packages: tuple[str, ...], **facts: Any) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("cyto", *packages)}},
+        **({} if shard.is_only else {"shard": str(shard)}),
         **facts,
     }
-    before = read_lines(root / _FILE, mend=True)  # a line that a crash tore must not take this one along
+    own = root / (_FILE if shard.is_only else f"runs-{shard.file_part}.jsonl")
+    read_lines(own, mend=True)  # a line that a crash tore must not take this one along
+    before = read_runs(root)
     if before:
         _warn_of_changes(root, before[-1], record)
-    append_line(root / _FILE, record)
+    append_line(own, record)
 
 
 def read_runs(root: Path) -> list[dict[str, Any]]:
     """The run log, oldest first; [] where there is none."""
-    return read_lines(root / _FILE)
+    runs = [run for path in [root / _FILE, *shard_logs(root)] for run in read_lines(path)]
+    unique = {canonical_json(run): run for run in runs}  # a crash at the finish may leave a line in both places
+    return sorted(unique.values(), key=lambda run: str(run.get("time")))
+
+
+def shard_logs(root: Path) -> list[Path]:
+    """The logs of single shards, while the store is written."""
+    return sorted(root.glob("runs-*-of-*.jsonl"))
+
+
+def join_runs(root: Path) -> None:
+    """All lines into `runs.jsonl`; the shards' own logs stay."""
+    if shard_logs(root):
+        write_lines(root / _FILE, read_runs(root))
 
 
 def _warn_of_changes(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

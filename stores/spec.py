@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
-from .files import sha256_json, write_json
+from .files import readable_json, sha256_json, write_json, write_new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +135,14 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
     return header
 
 
+def begin_header(root: Path, header: Header) -> None:
+    """Write the header of a new artefact, unless another writer of it already has."""
+    write_new(root / FORMATS[header.kind].header_file, readable_json(_header_content(root, header)))
+
+
 def write_header(root: Path, header: Header) -> None:
     """Write or replace the header of a folder artefact or of an existing Zarr group, atomically and durably."""
-    format = FORMATS[header.kind]
-    if format.header_file == "zarr.json":
-        group = _read_object(root / "zarr.json") or {"zarr_format": 3, "node_type": "group", "attributes": {}}
-        group["attributes"] = {**group.get("attributes", {}), "cyto": header.to_json()}
-        write_json(root / "zarr.json", group)
-    else:
-        write_json(root / format.header_file, header.to_json())
+    write_json(root / FORMATS[header.kind].header_file, _header_content(root, header))
 
 
 def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -179,6 +178,14 @@ def _parse_header(raw: dict[str, Any], root: Path) -> Header:
     if raw.get("identity") != identity:
         raise DamagedStore(f"{root}: the header was changed by hand: its identity does not fit its settings")
     return header
+
+
+def _header_content(root: Path, header: Header) -> dict[str, Any]:
+    if FORMATS[header.kind].header_file != "zarr.json":
+        return header.to_json()
+    group = _read_object(root / "zarr.json") or {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    group["attributes"] = {**group.get("attributes", {}), "cyto": header.to_json()}
+    return group
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -76,17 +76,28 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
 
 def with_outcome(table: pa.Table, content_hash: list[str | None], errors: list[str | None]) -> pa.Table:
     """The manifest with its outcome columns: `status` is `ok` where `errors` is None, else `unreadable`."""
+    table = without_outcome(table)
     status = [STATUS_OK if error is None else STATUS_UNREADABLE for error in errors]
     for name, values in zip(OUTCOME_COLUMNS, (content_hash, status, errors), strict=True):
         table = table.append_column(name, pa.array(values, pa.string()))
     return table
 
 
+def without_outcome(table: pa.Table) -> pa.Table:
+    """The manifest of an image table: what is hashed into a cache's identity."""
+    return table.select([name for name in table.column_names if name not in OUTCOME_COLUMNS])
+
+
 def write_image_table(table: pa.Table, path: Path) -> None:
     """Write an image table as Parquet, atomically."""
+    write_atomic(path, parquet_bytes(table))
+
+
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A table as the content of a Parquet file."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, memoryview(sink.getvalue()))
+    return memoryview(sink.getvalue())
 
 
 def read_image_table(path: Path) -> pa.Table:

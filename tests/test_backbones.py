@@ -122,7 +122,7 @@ def _pixels(root: Path) -> torch.Tensor:
 
 
 def _cached(root: Path, store: Path, name: str, weights: str | None, block: int) -> npt.NDArray[np.float16]:
-    extract(open_images(root), store, ExtractConfig(backbone=name, weights=weights, block=block))
+    extract(open_images(root), store, ExtractConfig(backbone=name, weights=weights, blocks=(block,)))
     return ActivationStore(store).read_images([0, 1])
 
 

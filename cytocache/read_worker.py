@@ -1,0 +1,52 @@
+"""The program of one reader process: image paths in on stdin, pixels out into shared memory, outcomes out on stdout.
+
+A process of its own, because image files are untrusted: a decoder that crashes or hangs costs one image, not the job.
+It imports neither torch nor zarr, so it is up in a tenth of a second. A request is one line of JSON, and has one line
+as its answer for each image:
+
+    [offset in the shared memory, [path, ...]]   ->   [SHA-256 of the file or null, error or null]
+
+Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE`; ends when stdin ends.
+"""
+
+import json
+import mmap
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .images import read_image
+from .preprocess import Preprocess
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # a signal to the whole group is for the parent to act upon
+        signal.signal(signum, signal.SIG_IGN)
+    descriptor, preprocess = int(sys.argv[1]), Preprocess(size=int(sys.argv[2]))
+    answers = sys.stdout.buffer
+    sys.stdout = sys.stderr  # whatever a library prints must not be taken for an answer
+    image_bytes = preprocess.size**2 * 3
+    with mmap.mmap(descriptor, 0) as shared:
+        answers.write(b"ready\n")
+        answers.flush()
+        for request in sys.stdin.buffer:
+            offset, paths = json.loads(request)
+            for number, path in enumerate(paths):
+                pixels, content_hash, error = read_and_resize(Path(path), preprocess)
+                at = offset + number * image_bytes
+                shared[at : at + image_bytes] = pixels.tobytes() if pixels is not None else bytes(image_bytes)
+                answers.write(json.dumps([content_hash, error]).encode() + b"\n")
+                answers.flush()
+
+
+def read_and_resize(path: Path, preprocess: Preprocess) -> tuple[np.ndarray | None, str | None, str | None]:
+    """((size, size, 3) uint8 or None, SHA-256 of the file or None, None or why there are no pixels)."""
+    picture, content_hash, error = read_image(path)
+    return (None if picture is None else preprocess.resize(picture)), content_hash, error
+
+
+if __name__ == "__main__":
+    main()

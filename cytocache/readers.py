@@ -1,0 +1,230 @@
+"""Reads and resizes images in worker processes, ahead of whoever asks for them, in order.
+
+A worker that crashes or does not answer is replaced, and the image that it was at is tried once more: if it brings the
+fresh worker down too, it is listed as unreadable. Linux and macOS.
+"""
+
+import json
+import mmap
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.errors import CytoError
+
+SECONDS_PER_IMAGE = 60.0  # decoding the largest image that is allowed takes two
+_SECONDS_TO_START = 120.0  # on a node whose Python lies on a slow share
+_GROUP = 16  # images per request, at most
+_PACKAGE_ROOT = os.fspath(Path(__file__).resolve().parents[1])
+
+Outcome = tuple[str | None, str | None]  # SHA-256 of the file, error; each None where there is none
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch of images as the backbone takes them, and what became of each file."""
+
+    pixels: npt.NDArray[np.uint8]  # (n, size, size, 3), shared memory; zeros where unreadable
+    content_hash: list[str | None]
+    errors: list[str | None]
+
+
+class ImageReaders:
+    """A pool of reader processes, for use in a `with`.
+
+    Memory: `n_slots` batches of pixels, shared between all processes; each process holds one decoded image.
+    """
+
+    def __init__(self, n_workers: int, *, batch_size: int, size: int, seconds_per_image: float = SECONDS_PER_IMAGE):
+        """`size`: pixels along each side after resizing; `batch_size`: of the largest batch that will be read."""
+        self._seconds = seconds_per_image
+        self._group = max(1, min(_GROUP, batch_size // n_workers))
+        n_slots = 2 + -(-4 * n_workers * self._group // batch_size)  # four requests ahead for every worker
+        self._image_bytes = size * size * 3
+        self._memory = _shared_file(n_slots * batch_size * self._image_bytes)
+        mapped = mmap.mmap(self._memory.fileno(), 0)
+        self._slots = np.frombuffer(mapped, np.uint8).reshape(n_slots, batch_size, size, size, 3)
+        self._size, self._closed = size, False
+        self._workers = [_Worker(self._memory.fileno(), size) for _ in range(n_workers)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="read")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed = True
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        self._memory.close()
+
+    def read(self, batches: Iterable[list[Path]]) -> Iterator[Pictures]:
+        """The images of each batch, in order. The pixels of a batch hold until the next one is asked for."""
+        coming, free = iter(batches), deque(range(len(self._slots)))
+        waiting: deque[tuple[int, list[Future[list[Outcome]]]]] = deque()
+        while True:
+            while free and (paths := next(coming, None)) is not None:
+                slot = free.popleft()
+                waiting.append((slot, self._submit(slot, paths)))
+            if not waiting:
+                return
+            slot, reading = waiting.popleft()
+            outcomes = [outcome for group in reading for outcome in group.result()]
+            hashes, errors = [hash for hash, _ in outcomes], [error for _, error in outcomes]
+            yield Pictures(self._slots[slot, : len(outcomes)], hashes, errors)
+            free.append(slot)
+
+    def _submit(self, slot: int, paths: list[Path]) -> list[Future[list[Outcome]]]:
+        at = slot * len(self._slots[slot]) * self._image_bytes
+        return [
+            self._threads.submit(self._read, at + start * self._image_bytes, paths[start : start + self._group])
+            for start in range(0, len(paths), self._group)
+        ]
+
+    def _read(self, offset: int, paths: list[Path]) -> list[Outcome]:
+        """In a thread: have an idle worker read a group of images."""
+        worker, outcomes, n_tries = self._idle.get(), list[Outcome](), 0
+        try:
+            while len(outcomes) < len(paths):
+                at = offset + len(outcomes) * self._image_bytes
+                done, failure = worker.ask(at, paths[len(outcomes) :], self._seconds)
+                outcomes += done
+                if failure is None:
+                    break
+                if self._closed:
+                    raise RuntimeError("the readers were closed")
+                worker.restart()
+                n_tries = 1 if done else n_tries + 1
+                if n_tries == 2:  # it was this image's fault
+                    at = offset + len(outcomes) * self._image_bytes
+                    self._slots.reshape(-1)[at : at + self._image_bytes] = 0
+                    outcomes.append((None, failure))
+                    n_tries = 0
+            return outcomes
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One reader process and the pipes to it."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self._descriptor, self._size, self._is_ready = descriptor, size, False
+        self._start()
+
+    def ask(self, offset: int, paths: list[Path], seconds: float) -> tuple[list[Outcome], str | None]:
+        """The outcomes of all images; or of those before the one that brought the process down, and how it did.
+
+        Raises
+        ------
+        CytoError
+            If the process did not even start.
+        """
+        if not self._is_ready:
+            self._wait_until_ready()
+        request = json.dumps([offset, [os.fspath(path) for path in paths]])
+        outcomes: list[Outcome] = []
+        try:
+            self._pipe_in.write(request.encode() + b"\n")
+            while len(outcomes) < len(paths):
+                content_hash, error = json.loads(self._line(seconds))
+                outcomes.append((content_hash, error))
+        except TimeoutError:
+            return outcomes, f"cannot be decoded: not done after {seconds:.0f} seconds"
+        except (EOFError, BrokenPipeError):
+            code = self._process.wait()
+            return outcomes, f"cannot be decoded: the decoder crashed ({_how_it_ended(code)})"
+        return outcomes, None
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+
+    def kill(self) -> None:
+        """End the process now; whoever waits for its answer sees an end of file."""
+        self._process.kill()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe_in.close()
+        self._pipe_out.close()
+
+    def _start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cytocache.read_worker", str(self._descriptor), str(self._size)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # decoders in C talk there about every odd file
+            bufsize=0,
+            pass_fds=[self._descriptor],
+            env={**environment, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._pipe_in, self._pipe_out = self._process.stdin, self._process.stdout
+        self._poll = select.poll()
+        self._poll.register(self._pipe_out, select.POLLIN)
+        self._unread, self._is_ready = b"", False
+
+    def _wait_until_ready(self) -> None:
+        try:
+            self._line(_SECONDS_TO_START)
+        except (EOFError, TimeoutError):
+            again = [sys.executable, "-c", "import cytocache.read_worker"]  # for its words
+            said = subprocess.run(again, capture_output=True, text=True, timeout=_SECONDS_TO_START).stderr.split("\n")
+            raise CytoError(
+                f"a process that reads images did not start: {' '.join(said[-2:]).strip() or '?'}"
+            ) from None
+        self._is_ready = True
+
+    def _line(self, seconds: float) -> bytes:
+        """The next line of the process's answers, without its end.
+
+        Raises TimeoutError if none comes within `seconds`, EOFError if none will ever come.
+        """
+        while b"\n" not in self._unread:
+            if not self._poll.poll(seconds * 1000):
+                raise TimeoutError
+            piece = self._pipe_out.read(1 << 16)
+            if not piece:
+                raise EOFError
+            self._unread += piece
+        line, self._unread = self._unread.split(b"\n", 1)
+        return line
+
+
+def _how_it_ended(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _shared_file(n_bytes: int) -> IO[bytes]:
+    """A file without a name that processes share; in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        file: IO[bytes] = os.fdopen(os.memfd_create("cyto-pixels"), "w+b", buffering=0)
+    else:
+        file = tempfile.TemporaryFile(buffering=0)
+    file.truncate(n_bytes)
+    return file
