@@ -219,7 +219,7 @@ def cache_info(store: Path, as_json: bool) -> None:
 
     header = read_header(store, ACTIVATIONS, complete=False)
     spec = ActivationSpec(**header.spec)
-    written = sum({record["chunk"]: record["n_images"] for record in records_of(store)}.values())
+    written = sum({record["chunk"]: record["n_images"] for record in records_of(store, skip_damaged=True)}.values())
     info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
@@ -230,12 +230,16 @@ def cache_info(store: Path, as_json: bool) -> None:
         "backbone": f"{spec.backbone}, {'trained' if spec.trained else 'UNTRAINED (seeded random weights)'}",
         "block": f"{spec.block} of 0..{spec.n_blocks - 1}, {spec.precision}",
         "weights": f"sha256 {spec.weights_sha256}",
-        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}",
+        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, mean {spec.transform.get('mean')}, "
+        f"std {spec.transform.get('std')}",
         "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
         "size": f"{_size(store) / 1e6:,.1f} MB",
         "identity": header.identity,
         "written by": header.created_by,
     }
+    for number, run in enumerate(info["runs"], start=1):
+        if number > len(info["runs"]) - 5:
+            rows[f"run {number}"] = _describe_run(run)
     _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
     if header.complete:
         table = ActivationStore(store).images
@@ -259,6 +263,108 @@ def cache_verify(store: Path, as_json: bool) -> None:
 
     n_chunks = ActivationSpec(**read_header(store, ACTIVATIONS).spec).n_chunks
     _verify(store, verify_activations(store), n_chunks, as_json)
+
+
+@cache.command("repair")
+@click.argument("store", type=_FILE)
+@click.option("--images", type=_FILE, help="What STORE was made from; needed if its own image table is damaged.")
+@click.option("--root", type=_FILE, help="Where the images lie now  [default: where they lay].")
+@click.option("--weights", help="The file of weights that STORE was made with; an untrained backbone needs none.")
+@_device_option
+@click.option("--batch-size", type=_COUNT, help="Images per forward pass  [default: as STORE was made].")
+@click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
+)
+def cache_repair(store: Path, images: Path | None, root: Path | None, device: str, **settings: Any) -> None:
+    """Verify STORE, and make just its damaged chunks again, from the same images with the same weights.
+
+    \b
+    Example: cyto cache repair cells.acts.zarr --weights DinoBloom-B.pth
+    """
+    from cytocache.datasets import open_images
+    from cytocache.repair import repair
+
+    found = open_images(images, root=root) if images else None
+    with (
+        _stopping_gently("the chunk") as stop,
+        _progress("verify", "chunk") as verifying,
+        _progress("repair", "image") as progress,
+    ):
+        done = repair(
+            store,
+            images=found,
+            root=root,
+            device=_resolve_device(device),
+            verify_progress=verifying,
+            progress=progress,
+            stop=stop,
+            **settings,
+        )
+    for problem in done.problems:
+        click.echo(f"was: {problem}")
+    if not done.problems and not done.chunks:
+        click.echo(f"{store}: every byte is as it was written; nothing to repair")
+        return
+    click.echo(f"{store}: repaired; {len(done.chunks):,} chunks were made again")
+    if done.other_bits:
+        click.echo(
+            f"warning: {len(done.other_bits):,} of them differ in the last bits from what was there (another device, "
+            f"version, thread count or batch size): SAEs trained on this cache before name other numbers",
+            err=True,
+        )
+
+
+@cache.command("fidelity")
+@click.argument("store", type=_FILE)
+@click.option("--root", type=_FILE, help="Where the images lie now  [default: where they lay].")
+@click.option("--weights", help="The file of weights that STORE was made with; an untrained backbone needs none.")
+@click.option("--sae", "run", type=_FILE, help="An SAE: count the latents that cross zero or tau.")
+@click.option("--tau", type=float, default=0.2, show_default=True, help="Threshold of activity, with --sae.")
+@click.option("--sample", "n_images", type=_COUNT, default=64, show_default=True, help="Images to compare.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the sample.")
+@_device_option
+@click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
+)
+@_json_option
+def cache_fidelity(store: Path, run: Path | None, device: str, as_json: bool, **settings: Any) -> None:
+    """What float16 and the precision of the forward pass cost: STORE against float32 tokens of a sample of its images.
+
+    \b
+    Example: cyto cache fidelity cells.acts.zarr --weights DinoBloom-B.pth --sae cells.sae
+    """
+    import math
+    from dataclasses import asdict
+
+    from cytocache.fidelity import measure_fidelity
+    from stores import ActivationStore
+
+    device = _resolve_device(device)
+    latents = None
+    if run:
+        from cytosae.checkpoint import load_sae
+        from stores.activation_store import require_same_tokens
+
+        sae, cache = load_sae(run, device=device), ActivationStore(store)
+        require_same_tokens(sae.same_tokens, cache.spec.same_tokens, f"the SAE {run}", f"the cache {store}")
+        latents = sae.model.encode
+    with _progress("fidelity", "image") as progress:
+        found = measure_fidelity(store, device=device, latents=latents, progress=progress, **settings)
+    if as_json:
+        values = {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
+        click.echo(json.dumps({"store": str(store), "tau": settings["tau"], **values}, indent=1))
+        return
+    rows = {
+        "sample": f"{found.n_images:,} images, {found.n_tokens:,} tokens (seed {settings['seed']})",
+        "FVU": f"{found.fvu:.2e} of the float32 tokens' variance is lost; of CLS alone "
+        f"{'n/a (it does not vary)' if math.isnan(found.fvu_cls) else f'{found.fvu_cls:.2e}'}",
+        "magnitude": f"largest {found.largest_magnitude:.4g}; largest difference {found.largest_difference:.3g}",
+    }
+    if run:
+        zero, tau = _rate(found.n_cross_zero, found.n_active), _rate(found.n_cross_tau, found.n_above_tau)
+        rows["latents"] = f"{found.n_active:,} are active in float32; {found.n_cross_zero:,} cross zero ({zero})"
+        rows["tau"] = f"{found.n_above_tau:,} exceed {settings['tau']:g}; {found.n_cross_tau:,} cross it ({tau})"
+    _print_page(f"{store}: cached float16 against float32", rows)
 
 
 # ---------------------------------------------------------------------------------------------------- stage two
@@ -775,6 +881,10 @@ def _share(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.1%}"
 
 
+def _rate(part: int, whole: int) -> str:
+    return f"{part / whole:.2e}" if whole else "n/a"
+
+
 def _verify(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
     problems = []
     with _progress("verify", "chunk") as progress:
@@ -807,6 +917,14 @@ def _describe_cache(store: Path) -> str:
         f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
         f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, {_size(store) / 1e6:,.1f} MB"
     )
+
+
+def _describe_run(run: dict[str, Any]) -> str:
+    """One line of the run log; a log of another program's may lack any of it."""
+    by = f"shard {run['shard']}, " if "shard" in run else ""
+    versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
+    where = f"{run.get('device')}, batches of {run.get('batch_size')}, {run.get('threads')} threads"
+    return f"{run.get('time')}: {by}{where}; images in {run.get('images_root')}; {versions}"
 
 
 def _unreadable(store: Path) -> str:

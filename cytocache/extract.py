@@ -125,7 +125,7 @@ def extract(
     ]
     with ExitStack() as stack:
         writers = [
-            _open_writer(stack, output.work, spec, images, config, shard)
+            open_writer(stack, output.work, spec, images, config, shard)
             for output, spec in zip(outputs, specs, strict=True)
             if not output.is_complete
         ]
@@ -252,7 +252,7 @@ def resolve_precision(precision: str, device: str) -> str:
     return "fp32" if device == "cpu" else "bf16"
 
 
-def _open_writer(
+def open_writer(
     stack: ExitStack, root: Path, spec: ActivationSpec, images: Images, config: ExtractConfig, shard: Shard
 ) -> ActivationWriter:
     """A writer that nobody else is while `stack` is open, with this run in its log."""
@@ -272,7 +272,7 @@ def _open_writer(
         batch_size=config.batch_size,
     )
     for row in writer.errors():  # a share that was not mounted, a file that has been copied again
-        writer.read_again(row, _content_hash(images.root / str(images.table["path"][row])))
+        writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
     return writer
 
 
@@ -300,7 +300,7 @@ def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
         writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors)
 
 
-def _content_hash(path: Path) -> str | None:
+def hash_image_file(path: Path) -> str | None:
     """SHA-256 of an image file; None where there is none that would be read."""
     try:
         return sha256_file(path) if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else None

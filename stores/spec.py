@@ -117,6 +117,9 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
         raise StoreNotFound(f"no {format.kind} at {root}: nothing is there. Make one with {format.command}")
     header = find_header(root)
     if header is None:
+        inside = [path.name for path in sorted(root.glob("*.zarr")) if root.is_dir() and find_header(path) is not None]
+        if inside:
+            raise StoreNotFound(f"no {format.kind} at {root}, but in it: {', '.join(inside)}; name one of them")
         raise StoreNotFound(f"no {format.kind} at {root}: it is not a store of ours. Make one with {format.command}")
     if header.kind != format.kind:
         raise StoreNotFound(

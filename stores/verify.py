@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
+import pyarrow as pa
 
 from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path
 from .errors import BadInput, CytoError, DamagedStore
 from .files import read_lines
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
-from .tables import column, read_image_table, readable, table_sha256
+from .tables import column, listed, read_image_table, readable, table_sha256
 
 _FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
 
@@ -43,28 +45,33 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     except DamagedStore as error:
         yield Problem(None, "all", str(error))
 
-    is_readable: list[bool] = []  # stays empty without a table of that length: then numbers and NaN cannot be judged
-    ids: list[str | None] = []
+    table = None  # stays so without a table of that length: then numbers and NaN cannot be judged
     try:
         images = read_image_table(root / "images.parquet")
         if images.num_rows == spec.n_images:
-            is_readable, ids = readable(images), column(images, "image_id")
+            table = images
         if table_sha256(images) != summary.get("images_sha256"):
             yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
     except BadInput as error:
         yield Problem(None, "all", str(error))
 
-    records: dict[object, dict[str, object]] = {}
+    journal = root / "journal.jsonl"
     try:
-        records = {record.get("chunk"): record for record in read_lines(root / "journal.jsonl")}
-        if sorted(records, key=str) != sorted(range(spec.n_chunks), key=str):
-            yield Problem(None, "all", f"the journal names {len(records):,} chunks, expected {spec.n_chunks:,}")
+        read_lines(journal)
     except DamagedStore as error:
         yield Problem(None, "all", str(error))
+    lines = read_lines(journal, skip_damaged=True)
+    records = {line["chunk"]: line for line in lines if isinstance(line.get("chunk"), int)}
+    if len(lines) != spec.n_chunks or records.keys() != {*range(spec.n_chunks)}:
+        yield Problem(
+            None,
+            "all",
+            f"the journal names {len(records):,} chunks in {len(lines):,} lines, expected {spec.n_chunks:,}",
+        )
 
     for chunk in range(spec.n_chunks):
         rows = spec.chunk_rows(chunk)
-        what = _check_chunk(root, spec, chunk, records.get(chunk), is_readable, ids)
+        what = _check_chunk(root, spec, chunk, records, table)
         yield Problem(chunk, f"{rows.start:,} to {rows.stop - 1:,}", what) if what else None
 
 
@@ -91,12 +98,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
 
 
 def _check_chunk(
-    root: Path,
-    spec: ActivationSpec,
-    chunk: int,
-    record: dict[str, object] | None,
-    is_readable: list[bool],
-    ids: list[str | None],
+    root: Path, spec: ActivationSpec, chunk: int, records: dict[int, dict[str, Any]], table: pa.Table | None
 ) -> str | None:
     """What is wrong with one chunk, or None. Memory: one chunk."""
     path = chunk_path(root, chunk)
@@ -112,16 +114,25 @@ def _check_chunk(
     crc = google_crc32c.value(body)
     if crc != stored:
         return "fails its checksum: bits have changed"
+    record, rows = records.get(chunk), spec.chunk_rows(chunk)
     if record is None:
         return "not named in the journal"
-    rows = spec.chunk_rows(chunk)
     named = (record.get("first_image"), record.get("n_images"), record.get("size"), record.get("crc32c"))
     if named != (rows.start, len(rows), spec.chunk_bytes, f"{crc:08x}"):
-        return "is not the chunk that the journal names: swapped, or written by another run"
+        owners = [str(other) for other, line in records.items() if line.get("crc32c") == f"{crc:08x}"]
+        found = f"it holds what the journal names chunk {listed(owners)}" if owners else "written by another run"
+        return f"is not the chunk that the journal names: {found}"
+    if table is None:
+        return None
+    part = table.slice(rows.start, len(rows))
+    ids, is_readable = column(part, "image_id"), readable(part)
+    errors = {str(row): error for row, error in zip(rows, column(part, "error"), strict=True) if error is not None}
+    if record.get("content_hash") != column(part, "content_hash") or record.get("errors") != errors:
+        return "the journal and images.parquet disagree about its images"
     bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
-    for position, row in enumerate(rows if is_readable else ()):
-        if is_readable[row] and (bits[position] >= _FINITE_BELOW).any():
-            return f"NaN or infinity in readable image {row:,} ({ids[row]})"
-        if not is_readable[row] and (bits[position] < _FINITE_BELOW).any():
-            return f"numbers instead of NaN in unreadable image {row:,} ({ids[row]})"
+    for position, row in enumerate(rows):
+        if is_readable[position] and (bits[position] >= _FINITE_BELOW).any():
+            return f"NaN or infinity in readable image {row:,} ({ids[position]})"
+        if not is_readable[position] and (bits[position] < _FINITE_BELOW).any():
+            return f"numbers instead of NaN in unreadable image {row:,} ({ids[position]})"
     return None

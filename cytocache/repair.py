@@ -1,0 +1,153 @@
+"""Makes the damaged chunks of a finished cache again, from the same images with the same weights.
+
+The store is verified, and the image files of its damaged chunks are compared with their recorded hashes. Then the cache
+is made an incomplete one that lacks these chunks, and is filled and finished like one that was interrupted: so a
+repair that is itself interrupted is continued by the same command.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stores.activation_store import ActivationSpec, records_of
+from stores.activation_writer import reopen, written_records
+from stores.errors import BadInput, SpecMismatch
+from stores.runlog import read_runs
+from stores.shards import ONE_WRITER
+from stores.spec import ACTIVATIONS, describe_difference, read_header
+from stores.tables import column, listed, read_image_table, table_sha256, without_outcome
+from stores.verify import Problem, verify_activations
+
+from .backbones import load_backbone
+from .datasets import Images
+from .extract import ExtractConfig, Progress, fill, hash_image_file, make_spec, open_writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairResult:
+    """What was wrong, and what became of it."""
+
+    problems: list[Problem]  # empty if nothing was wrong, or if an interrupted repair was continued
+    chunks: list[int]  # that were made again
+    other_bits: list[int]  # those among them that differ from what the journal had named
+
+
+def repair(
+    store: Path,
+    *,
+    images: Images | None = None,
+    root: Path | None = None,
+    weights: str | None = None,
+    device: str = "cpu",
+    batch_size: int | None = None,
+    workers: int = 2,
+    verify_progress: Progress = lambda done, total, state: None,
+    progress: Progress = lambda done, total, state: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RepairResult:
+    """Verify the cache at `store` and make what is damaged again. Memory: as `extract`.
+
+    Parameters
+    ----------
+    images : what the cache was made from; needed only if its own image table was changed or lost
+    root : where the images lie now; default: where they lay when the cache was written
+    weights : the file of the trained backbone; an untrained one needs none
+    batch_size : default: that of the run which wrote the cache, so that the last bits come out equal
+
+    Raises
+    ------
+    BadInput
+        If the images cannot be found, or an image file of a damaged chunk is not the one that was cached.
+    SpecMismatch
+        If weights or manifest are not those of the cache.
+    IncompleteStore, StoreNotFound
+        If there is no finished cache.
+    """
+    header = read_header(store, ACTIVATIONS, complete=False)
+    spec, problems = ActivationSpec(**header.spec), list[Problem]()
+    if header.complete or header.summary is None:
+        problems = _verify(store, spec, verify_progress)
+        damaged = sorted({problem.chunk for problem in problems if problem.chunk is not None})
+        if not problems:
+            return RepairResult(problems=[], chunks=[], other_bits=[])
+    else:  # a repair was interrupted
+        whole = written_records(store, spec, range(spec.n_chunks))
+        damaged = [chunk for chunk in range(spec.n_chunks) if chunk not in whole]
+
+    runs = read_runs(store)
+    found = _find_images(store, spec, images, root, runs)
+    before = {record["chunk"]: record for record in records_of(store, skip_damaged=True) if "chunk" in record}
+    _refuse_other_files(spec, found, damaged, before)
+    config = ExtractConfig(
+        backbone=spec.backbone,
+        weights=weights if spec.trained else "random",
+        blocks=(spec.block,),
+        precision=spec.precision,
+        chunk_images=spec.chunk_images,
+        device=device,
+        batch_size=batch_size or int((runs or [{}])[-1].get("batch_size", 32)),
+        workers=workers,
+    )
+    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks) if damaged else None
+    wanted = make_spec(backbone, found, config, spec.block) if backbone else spec
+    if wanted != spec:
+        difference = describe_difference(spec.to_dict(), wanted.to_dict())
+        raise SpecMismatch(f"{store} was made with other settings ({difference}); repair it with what it was made from")
+
+    with ExitStack() as stack:
+        reopen(store, damaged)
+        writer = open_writer(stack, store, spec, found, config, ONE_WRITER)
+        if backbone:
+            fill(backbone, found, [writer], config, progress=progress, stop=stop)
+        writer.finish()
+    after = {record["chunk"]: record for record in records_of(store)}
+    other = [chunk for chunk in damaged if chunk in before and before[chunk]["crc32c"] != after[chunk]["crc32c"]]
+    return RepairResult(problems=problems, chunks=damaged, other_bits=other)
+
+
+def _verify(store: Path, spec: ActivationSpec, progress: Progress) -> list[Problem]:
+    problems = []
+    for n_done, problem in enumerate(verify_activations(store), start=1):
+        if problem is not None:
+            problems.append(problem)
+        progress(min(n_done, spec.n_chunks), spec.n_chunks, f"{len(problems)} bad" if problems else "")
+    return problems
+
+
+def _find_images(
+    store: Path, spec: ActivationSpec, given: Images | None, root: Path | None, runs: list[dict[str, Any]]
+) -> Images:
+    """The images of the cache: from what was given, else from its own image table and run log."""
+    if given is None:
+        given = Images(_own_manifest(store), root or Path(str((runs or [{}])[-1].get("images_root", "."))))
+    if table_sha256(given.table) != spec.manifest_sha256:
+        raise SpecMismatch(
+            f"the images do not have the table that {store} was made from (sha256 {spec.manifest_sha256[:12]}…, found "
+            f"{table_sha256(given.table)[:12]}…); give the folder, CSV or Parquet file that it was made from: --images"
+        )
+    return given
+
+
+def _own_manifest(store: Path) -> Any:
+    try:
+        return without_outcome(read_image_table(store / "images.parquet"))
+    except BadInput as error:
+        raise BadInput(f"{error}. Give the folder, CSV or Parquet file that it was made from: --images") from None
+
+
+def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int], records: dict[int, Any]) -> None:
+    """A changed image would make other tokens under the same name; a missing one, NaN."""
+    paths, changed = column(images.table, "path"), []
+    for chunk in damaged:
+        for row in spec.chunk_rows(chunk):
+            recorded = records.get(chunk, {}).get("content_hash")
+            now = hash_image_file(images.root / str(paths[row]))
+            if recorded and recorded[row - spec.chunk_rows(chunk).start] not in (None, now):
+                changed.append(str(paths[row]))
+    if changed:
+        raise BadInput(
+            f"{len(changed):,} image files of the damaged chunks are missing below {images.root} or are not those that "
+            f"were cached ({listed(changed)}); put them back, or say where they are with --root"
+        )
