@@ -129,7 +129,7 @@ def cache() -> None:
     show_default=True,
     help="Of the forward pass; auto: bf16 on a GPU, else fp32.",
 )
-@click.option("--batch-size", type=_COUNT, default=32, show_default=True, help="Images per forward pass.")
+@click.option("--batch-size", type=_COUNT, help="Images per forward pass  [default: 128 on a GPU, else 32].")
 @click.option(
     "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
 )
@@ -148,6 +148,7 @@ def cache_extract(
     store: Path,
     root: Path | None,
     device: str,
+    batch_size: int | None,
     shard_text: str,
     overwrite: bool,
     **settings: Any,
@@ -167,7 +168,9 @@ def cache_extract(
     shard = Shard.parse(shard_text)
     found = open_images(images, root=root)
     inputs = tuple(Path(path) for path in (images, settings["weights"], found.root) if path and Path(path).exists())
-    config = ExtractConfig(device=_resolve_device(device), **settings)
+    device = _resolve_device(device)
+    batch_size = batch_size or (32 if device == "cpu" else 128)
+    config = ExtractConfig(device=device, batch_size=batch_size, **settings)
     with _stopping_gently("the chunk") as stop, _progress("extract", "image") as progress:
         done = extract(
             found, store, config, shard=shard, overwrite=overwrite, inputs=inputs, progress=progress, stop=stop
@@ -230,8 +233,8 @@ def cache_info(store: Path, as_json: bool) -> None:
         "backbone": f"{spec.backbone}, {'trained' if spec.trained else 'UNTRAINED (seeded random weights)'}",
         "block": f"{spec.block} of 0..{spec.n_blocks - 1}, {spec.precision}",
         "weights": f"sha256 {spec.weights_sha256}",
-        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, mean {spec.transform.get('mean')}, "
-        f"std {spec.transform.get('std')}",
+        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, "
+        f"mean {spec.transform.get('mean')}, std {spec.transform.get('std')}",
         "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
         "size": f"{_size(store) / 1e6:,.1f} MB",
         "identity": header.identity,

@@ -5,14 +5,19 @@ on normalised float tensors that already lie on the device, same batch and preci
 its images/s on a CPU, with the overhead in core-milliseconds per image; 0.90 on a GPU, or 0.90 of a plain parallel
 write+fsync of the same chunk files, whichever is slower.
 
-Loading the model is paid once per job of 10^4 to 10^5 images: it is taken off, and reported as `setup_seconds`.
-Full size, on a GPU: python bench/extract.py --device cuda --images 8192 --batch-size 128 --chunk-images 256
+Loading the model is paid once per job of 10^4 to 10^5 images: it is taken off, and reported as `setup_seconds`. The
+line also has the time projected for the 171,373 images of the bone-marrow set and, on a GPU, its utilisation (nvidia-smi).
+Full size: python bench/extract.py --device cuda --images 8192 --batch-size 128 --chunk-images 256
 """
 
 import io
 import os
 import shutil
+import statistics
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +40,10 @@ def main() -> None:
     parser = arguments(__doc__)
     add_folder(parser)
     parser.add_argument("--backbone", default="dinobloom-b", help="with random weights (%(default)s)")
-    parser.add_argument("--images", type=int, default=48, help="(%(default)s)")
+    parser.add_argument("--images", type=int, default=96, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--chunk-images", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="threads that read (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes that read (%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--precision", default="auto", help="fp32 on a CPU, bf16 on a GPU, or as said")
     options = parser.parse_args()
@@ -59,10 +64,12 @@ def main() -> None:
         images = open_images(folder / "images")
         store, plain = folder / "cells.acts.zarr", folder / "plain"
         setups: list[Spent] = []
+        utilisations: list[float] = []
 
         def ours() -> Spent:
-            with setup_timed(cytocache.extract, "load_backbone") as spent:
+            with setup_timed(cytocache.extract, "load_backbone") as spent, utilisation_sampled(on_gpu) as busy:
                 extract(images, store, config)
+            utilisations.extend(busy)
             setups.append(spent[0])
             return spent[0]
 
@@ -85,6 +92,7 @@ def main() -> None:
         files = [path.read_bytes() for path in sorted(store.glob("tokens/c/*/0/0"))]
         payload = sum(map(len, files))
         setups.clear()
+        utilisations.clear()
 
         def tidy() -> None:
             shutil.rmtree(store, ignore_errors=True)
@@ -115,6 +123,8 @@ def main() -> None:
             "setup_seconds": sorted(spent.seconds for spent in setups)[len(setups) // 2],
             "bytes_per_second": payload / extracting.seconds,
             "core_ms_per_image": 1e3 * extracting.cpu_seconds / n_images,
+            "projected_minutes_for_171373_images": 171_373 / (n_images / extracting.seconds) / 60,
+            "gpu_utilisation_percent": statistics.mean(utilisations) if utilisations else None,
         },
         baseline={**baseline, "what": "forward pass alone", "core_ms_per_image": 1e3 * passing.cpu_seconds / n_images},
         write_fsync={**written, "what": "plain parallel write+fsync of the same chunk files", "counts": on_gpu},
@@ -122,6 +132,20 @@ def main() -> None:
         params={**vars(options), "folder": str(options.folder or "temporary"), "chunk_bytes": payload},
         device=options.device,
     )
+
+
+@contextmanager
+def utilisation_sampled(on_gpu: bool) -> Iterator[list[float]]:
+    """Percent of each second in which the GPU was busy; filled when the block ends."""
+    busy: list[float] = []
+    if not on_gpu:
+        yield busy
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop=1"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, text=True) as sampler:
+        yield busy
+        sampler.terminate()
+        busy += [float(line) for line in sampler.communicate()[0].split() if line.isdigit()]
 
 
 def draw_images(folder: Path, n_images: int) -> None:

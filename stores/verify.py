@@ -14,7 +14,7 @@ from .errors import BadInput, CytoError, DamagedStore
 from .files import read_lines
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
-from .tables import column, listed, read_image_table, readable, table_sha256
+from .tables import column, listed, read_image_table, table_sha256
 
 _FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
 
@@ -45,12 +45,12 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     except DamagedStore as error:
         yield Problem(None, "all", str(error))
 
-    table = None  # stays so without a table of that length: then numbers and NaN cannot be judged
+    table = None  # stays so if it is damaged: then there is nothing to compare the journal with
     try:
         images = read_image_table(root / "images.parquet")
-        if images.num_rows == spec.n_images:
+        if table_sha256(images) == summary.get("images_sha256"):
             table = images
-        if table_sha256(images) != summary.get("images_sha256"):
+        else:
             yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
     except BadInput as error:
         yield Problem(None, "all", str(error))
@@ -117,22 +117,28 @@ def _check_chunk(
     record, rows = records.get(chunk), spec.chunk_rows(chunk)
     if record is None:
         return "not named in the journal"
-    named = (record.get("first_image"), record.get("n_images"), record.get("size"), record.get("crc32c"))
-    if named != (rows.start, len(rows), spec.chunk_bytes, f"{crc:08x}"):
+    if record.get("crc32c") != f"{crc:08x}":
         owners = [str(other) for other, line in records.items() if line.get("crc32c") == f"{crc:08x}"]
-        found = f"it holds what the journal names chunk {listed(owners)}" if owners else "written by another run"
+        found = f"it is chunk {listed(owners)}" if owners else "written by another run"
         return f"is not the chunk that the journal names: {found}"
-    if table is None:
-        return None
-    part = table.slice(rows.start, len(rows))
-    ids, is_readable = column(part, "image_id"), readable(part)
-    errors = {str(row): error for row, error in zip(rows, column(part, "error"), strict=True) if error is not None}
-    if record.get("content_hash") != column(part, "content_hash") or record.get("errors") != errors:
-        return "the journal and images.parquet disagree about its images"
+    if (record.get("first_image"), record.get("n_images"), record.get("size")) != (rows.start, len(rows), len(raw)):
+        return "the journal gives it other images, or another size"
+    errors, hashes = record.get("errors"), record.get("content_hash")
+    if not isinstance(errors, dict) or not isinstance(hashes, list) or len(hashes) != len(rows):
+        return "the journal does not say what became of its images"
+    ids: list[str | None] = ["?"] * len(rows)
+    if table is not None:
+        part = table.slice(rows.start, len(rows))
+        ids = column(part, "image_id")
+        named_errors = zip(rows, column(part, "error"), strict=True)
+        if errors != {str(row): error for row, error in named_errors if error is not None}:
+            return "the journal and images.parquet disagree about which images could be read"
+        if hashes != column(part, "content_hash"):
+            return "the journal and images.parquet disagree about the hashes of its images"
     bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
     for position, row in enumerate(rows):
-        if is_readable[position] and (bits[position] >= _FINITE_BELOW).any():
+        if str(row) not in errors and (bits[position] >= _FINITE_BELOW).any():
             return f"NaN or infinity in readable image {row:,} ({ids[position]})"
-        if not is_readable[position] and (bits[position] < _FINITE_BELOW).any():
+        if str(row) in errors and (bits[position] < _FINITE_BELOW).any():
             return f"numbers instead of NaN in unreadable image {row:,} ({ids[position]})"
     return None

@@ -132,33 +132,42 @@ def test_swapped_chunks_are_found(cache: Path) -> None:
     a, b = first.read_bytes(), second.read_bytes()
     first.write_bytes(b)
     second.write_bytes(a)
-    what = "is not the chunk that the journal names: swapped, or written by another run"
-    assert problems(cache) == [f"chunk 0 (images 0 to 3): {what}", f"chunk 1 (images 4 to 7): {what}"]
+    what = "is not the chunk that the journal names: it is chunk"
+    assert problems(cache) == [f"chunk 0 (images 0 to 3): {what} 1", f"chunk 1 (images 4 to 7): {what} 0"]
 
 
 def test_a_journal_that_disagrees_is_found(cache: Path) -> None:
     """Any field of a line, a line taken away or added, a line that is no record, no journal at all."""
-    other = "is not the chunk that the journal names: swapped, or written by another run"
+    rows = "the journal gives it other images, or another size"
     journal = (cache / "journal.jsonl").read_bytes()
-    for name, value in [("crc32c", "00000000"), ("size", 99), ("n_images", 3), ("first_image", 0)]:
+    edits: list[tuple[str, object, str]] = [
+        ("crc32c", "00000000", "is not the chunk that the journal names: written by another run"),
+        ("size", 99, rows),
+        ("n_images", 3, rows),
+        ("first_image", 0, rows),
+        ("errors", {}, "the journal and images.parquet disagree about which images could be read"),
+        ("errors", None, "the journal does not say what became of its images"),
+        ("content_hash", ["0"] * 4, "the journal and images.parquet disagree about the hashes of its images"),
+    ]
+    for name, value, what in edits:
         edit_journal(cache, lambda records: [records[0], {**records[1], name: value}, records[2]])  # noqa: B023
-        assert problems(cache) == [f"chunk 1 (images 4 to 7): {other}"], name
+        assert problems(cache) == [f"chunk 1 (images 4 to 7): {what}"], name
         (cache / "journal.jsonl").write_bytes(journal)
 
     edit_journal(cache, lambda records: [records[0], records[2]])
     unnamed = "chunk 1 (images 4 to 7): not named in the journal"
-    assert problems(cache) == ["store: the journal names 2 chunks, expected 3", unnamed]
+    assert problems(cache) == ["store: the journal names 2 chunks in 2 lines, expected 3", unnamed]
     (cache / "journal.jsonl").write_bytes(journal)
     edit_journal(cache, lambda records: [*records, {**records[0], "chunk": 3}])
-    assert problems(cache) == ["store: the journal names 4 chunks, expected 3"]
+    assert problems(cache) == ["store: the journal names 4 chunks in 4 lines, expected 3"]
 
     (cache / "journal.jsonl").write_bytes(b"{]\n" + journal)
     found = problems(cache)
-    assert len(found) == 4
+    assert len(found) == 1  # the good lines count
     assert "line 1 of" in found[0]
     assert "is not a journal record" in found[0]
     (cache / "journal.jsonl").unlink()
-    assert problems(cache)[0] == "store: the journal names 0 chunks, expected 3"
+    assert problems(cache)[0] == "store: the journal names 0 chunks in 0 lines, expected 3"
 
 
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00, 0xFE01], ids=["NaN", "inf", "-inf", "another NaN"])
