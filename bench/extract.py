@@ -6,7 +6,7 @@ its images/s on a CPU, with the overhead in core-milliseconds per image; 0.90 on
 write+fsync of the same chunk files, whichever is slower.
 
 Loading the model is paid once per job of 10^4 to 10^5 images: it is taken off, and reported as `setup_seconds`. The
-line also has the time projected for the 171,373 images of the bone-marrow set and, on a GPU, its utilisation (nvidia-smi).
+line also has the time projected for the 171,373 images of the bone-marrow set and, on a GPU, how busy it was.
 Full size: python bench/extract.py --device cuda --images 8192 --batch-size 128 --chunk-images 256
 """
 
