@@ -242,13 +242,31 @@ def _index_cells(
         stated,
         known_duplicates=None if excluded else known_duplicates,
     )
+    named = _class_named(classes)
+    misplaced = [path for path, cell in rows if (named(path) or cell.code) != cell.code]
     outside_set = [(f"{label}: not in class set {class_set}, left out", paths) for label, paths in unwanted.items()]
-    return _found(index, *outside_set, *_left_out(others, outside, passed_over))
+    return _found(
+        index,
+        *outside_set,
+        *_left_out(others, outside, passed_over),
+        ("images whose file name begins with another class than their folder's, which is taken", misplaced),
+    )
 
 
 def _by_folder(classes: tuple[CellClass, ...]) -> _ClassOf:
     by_key = {_key(cell.code): cell for cell in classes}
     return lambda path: by_key.get(_key(path.parts[0]))
+
+
+def _class_named(classes: tuple[CellClass, ...]) -> Callable[[str], str | None]:
+    """path -> the code of the class that the file name begins with; the longest, as codes of MLL23 begin alike."""
+    prefixes = sorted(((_key(cell.code) + "_", cell.code) for cell in classes), key=lambda item: -len(item[0]))
+
+    def named(path: str) -> str | None:
+        name = _key(path.rsplit("/", 1)[-1])
+        return next((code for prefix, code in prefixes if name.startswith(prefix)), None)
+
+    return named
 
 
 def _key(name: str) -> str:
