@@ -859,6 +859,8 @@ def _print_index(index: "Index", root: Path, out: Path) -> None:
         click.echo(f"  stated elsewhere: {stated.n:,} ({stated.source})")
     for finding in index.findings:
         click.echo(f"  {finding.what}: {len(finding.names):,} ({listed([_shown(name) for name in finding.names])})")
+    if any(len(finding.names) > 3 for finding in index.findings):
+        click.echo("  (--json names all of them)")
     groups = {
         kind: len({value for value in column(index.images.table, name) if value is not None})
         for name, kind in (("label", "classes"), ("patient", "patients"), ("disease", "diseases"))

@@ -581,13 +581,17 @@ class TestCommand:
         assert "stated elsewhere: 101,949 (images: DinoBloom's README)" in done
 
     def test_a_plain_folder_and_hostile_names(self, tmp_path: Path) -> None:
-        root = write(tmp_path / "cells", "<script>/1.png", "\x1b[2Jred/2.png", "loose.png", "notes.txt")
+        root = write(
+            tmp_path / "cells", "<script>/1.png", "\x1b[2Jred/2.png", "loose.png", *(f"notes{i}.txt" for i in range(4))
+        )
         done = run("data", "index", root, "-o", tmp_path / "cells.parquet", "--no-hash")
         assert done.exit_code == 0, done.output
         assert "\x1b" not in done.output
         assert "  <script>                 1" in done.stdout.splitlines()
         assert "  '\\x1b[2Jred'             1" in done.stdout.splitlines()
-        assert "left out: 1 (notes.txt)" in done.stdout
+        assert (
+            "left out: 4 (notes0.txt, notes1.txt, notes2.txt and 1 more)\n  (--json names all of them)" in done.stdout
+        )
         assert "published" not in done.stdout
         metadata = pq.read_schema(tmp_path / "cells.parquet").metadata
         assert json.loads(metadata[b"cyto"]) == {"made_by": "cyto data index", "dataset": "folder", "class_set": None}
@@ -611,6 +615,8 @@ class TestCommand:
         """Also with --overwrite, and before the images are read."""
         table = pq.read_table(made / "acts.zarr" / "images.parquet")
         pq.write_table(table, tmp_path / "mine.parquet")  # somebody's own, with all our columns
+        other = table.replace_schema_metadata({"cyto": json.dumps({"made_by": "another program"})})
+        pq.write_table(other, tmp_path / "other.parquet")
         (tmp_path / "thesis.parquet").write_text("do not touch")
         (tmp_path / "folder.parquet").mkdir()
         (tmp_path / "link.parquet").symlink_to(tmp_path / "mine.parquet")
@@ -618,6 +624,7 @@ class TestCommand:
         before = snapshot(tmp_path)
         for name, words in {
             "mine.parquet": "was not made by cyto data index; it is left alone",
+            "other.parquet": "was not made by cyto data index; it is left alone",
             "thesis.parquet": "was not made by cyto data index; it is left alone",
             "folder.parquet": "was not made by cyto data index; it is left alone",
             "link.parquet": "is a link; give the path that it points to",
