@@ -51,39 +51,53 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
     return Images(table, root)
 
 
-def _list_folder(folder: Path) -> Images:
-    """Every image file below `folder`, sorted by path; hidden files and folders are passed over."""
-    folder = folder.absolute()
-    found: list[str] = []
-    n_skipped = 0
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_unlistable):
-        _refuse_loop(Path(place), folder)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+def list_files(folder: Path) -> tuple[list[str], list[str]]:
+    """(image files, other files) below an absolute `folder`: sorted relative paths. Hidden folders are passed over.
+
+    Raises
+    ------
+    BadInput
+        If a link leads back up, a folder cannot be listed, or the name of an image is not UTF-8.
+    """
+    images: list[str] = []
+    others: list[str] = []
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse_unlistable):
+        refuse_loop(Path(place), folder)
+        folders[:] = sorted(name for name in folders if not is_leaving(name))
         for name in names:
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
-                n_skipped += 1
-            else:
-                found.append((Path(place) / name).relative_to(folder).as_posix())
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            (images if is_image else others).append((Path(place) / name).relative_to(folder).as_posix())
+    images.sort()
+    _refuse_undecodable(images, folder)
+    return images, sorted(others)
+
+
+def is_leaving(name: str) -> bool:
+    """A folder that a system or another program left: hidden, or of an archive made on a Mac."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _list_folder(folder: Path) -> Images:
+    folder = folder.absolute()
+    found, others = list_files(folder)
     if not found:
         raise BadInput(
             f"no images in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}; "
-            f"found {n_skipped:,} other files"
+            f"found {len(others):,} other files"
         )
-    found.sort()
-    _refuse_undecodable(found, folder)
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
-    return Images(table, folder, n_skipped)
+    return Images(table, folder, len(others))
 
 
-def _refuse_loop(place: Path, folder: Path) -> None:
+def refuse_loop(place: Path, folder: Path) -> None:
     """Links to image folders are welcome; a link back to a folder above itself would list for ever."""
     if place != folder and place.is_symlink() and place.resolve() in (parent.resolve() for parent in place.parents):
         raise BadInput(f"{place} links back to a folder that contains it; remove the link")
 
 
-def _refuse_unlistable(error: OSError) -> None:
+def refuse_unlistable(error: OSError) -> None:
     """A folder that may not be read would otherwise be left out without a word."""
     raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}; make it readable, or move it")
 

@@ -142,6 +142,7 @@ def test_wrong_usage_is_two() -> None:
 def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
     from cytocache.extract import PRECISIONS
+    from cytocache.published_datasets import INDEXERS
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.config import B_DEC_INITS, PRESETS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
@@ -153,6 +154,7 @@ def test_choices_are_those_of_the_library() -> None:
         if isinstance(option.type, click.Choice)
     }
     assert offered == {
+        ("cyto data index", "dataset"): (*INDEXERS, "folder"),
         ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
         ("cyto sae train", "preset"): tuple(PRESETS),
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
