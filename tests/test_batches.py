@@ -13,8 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cytosae.batches import TokenStream, open_caches
-from stores import ActivationSpec, ActivationStore, ActivationWriter, BadInput, DamagedStore, SpecMismatch
+from stores import (
+    ActivationSpec,
+    ActivationStore,
+    ActivationWriter,
+    BadInput,
+    DamagedStore,
+    SpecMismatch,
+    TokenStream,
+    open_caches,
+)
 from stores.tables import image_table, table_sha256
 
 Tag = tuple[int, ...]  # (cache, image, token)
