@@ -33,9 +33,7 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            self.fail(
-                f"{value!r} is a URL; cyto cache info, sae train and sae encode read caches from URLs", param, ctx
-            )
+            self.fail(f"{value!r} is a URL; only cache info, sae train and sae encode read from one", param, ctx)
         return str(value)
 
 
@@ -186,12 +184,13 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     from stores.activation_store import journal_of
     from stores.remote import small_files, store_root
 
-    root = store_root(store)
-    with small_files(root) as folder:
-        header = read_header(folder, ACTIVATIONS, complete=isinstance(root, str))
+    store = store_root(store) if isinstance(store, str) else store
+    is_url = isinstance(store, str)
+    with small_files(store) as folder:
+        header = read_header(folder, ACTIVATIONS, complete=is_url)
         spec = ActivationSpec(**header.spec)
         written = {record["chunk"]: record["n_images"] for record in journal_of(folder)}
-        n_bytes = _size(folder) + (len(written) * spec.chunk_bytes if isinstance(root, str) else 0)
+        n_bytes = _size(folder) + (len(written) * spec.chunk_bytes if is_url else 0)
         n_written = sum(written.values())
         info = {**header.to_json(), "n_images_written": n_written, "bytes": n_bytes, "runs": read_runs(folder)}
     if as_json:

@@ -30,6 +30,7 @@ _SMALL_FILES = ("zarr.json", "images.parquet", "journal.jsonl", "runs.jsonl")
 _RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
 # `timeout` is for a whole answer, and a chunk of 100 MB may come slowly; `read_timeout` is for silence
 _CLIENT: "ClientConfig" = {"allow_http": True, "connect_timeout": "10s", "read_timeout": "30s", "timeout": "15m"}
+_KEY_SERVICE = "169.254.169.254"  # inside a cloud it gives keys; obstore asks it where the environment has none
 _COPY_AGAIN = "Copy the store there again"
 
 
@@ -46,7 +47,7 @@ def store_root(root: Path | str) -> Path | str:
     parts = urlsplit(root)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
         return Path(url2pathname(parts.path)).absolute()
-    if parts.scheme not in _SCHEMES or not parts.netloc:
+    if parts.scheme not in _SCHEMES or not parts.netloc or ".." in parts.path.split("/"):
         raise BadInput(f"{root!r} cannot be read: expected a local path, or a URL like {'://, '.join(_SCHEMES)}://")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise BadInput(
@@ -183,12 +184,13 @@ def reachable(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise StoreUnreachable(
-            f"{url} may not be read with the access that the environment gives (AWS_ACCESS_KEY_ID and the "
-            f"like; AWS_SKIP_SIGNATURE=true for public data): {_first_line(error)}"
-        ) from None
     except (BaseError, TimeoutError, ConnectionError) as error:
+        refused = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+        if refused or _KEY_SERVICE in str(error):
+            raise StoreUnreachable(
+                f"{url} may not be read with the access that the environment gives (AWS_ACCESS_KEY_ID and the like; "
+                f"AWS_SKIP_SIGNATURE=true for public data): {_first_line(error)}"
+            ) from None
         raise StoreUnreachable(f"{url} cannot be read now, try again later: {_first_line(error)}") from None
 
 
