@@ -1,6 +1,7 @@
 """Which chunks stay at hand: memory maps under the limit of open files, or chunks of a URL fetched ahead in threads."""
 
 import errno
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
+FORKED = "a store of a URL cannot be read in a forked process; start processes with spawn"
 Float16 = npt.NDArray[np.float16]
 _MOST_MAPS = 512
 _READERS = 8  # threads of one store, at most; they start as they are needed
@@ -88,6 +90,7 @@ class ReadAhead:
         self._chunks: OrderedDict[int, Future[Float16]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="cyto-chunk")
+        self._process = os.getpid()
 
     def get(self, chunk: int) -> Float16:
         """A chunk; waits until it is there. What `fetch` raises is raised here, and the next call tries anew."""
@@ -107,6 +110,8 @@ class ReadAhead:
             self._begin(chunk)
 
     def _begin(self, chunk: int) -> Future[Float16]:
+        if os.getpid() != self._process:  # a fork has neither our threads nor obstore's, and would wait for ever
+            raise BadInput(FORKED)
         with self._lock:
             if chunk not in self._chunks:
                 self._chunks[chunk] = self._threads.submit(self._fetch, chunk)

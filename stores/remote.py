@@ -4,6 +4,7 @@ Where to (endpoint, region) and as whom (keys) stand in the environment, as for 
 (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...), never in the URL: a URL may be logged and pickled.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -19,6 +20,7 @@ import zarr.storage
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 
+from .chunk_cache import FORKED
 from .errors import BadInput, CytoError, DamagedStore, StoreUnreachable
 
 if TYPE_CHECKING:
@@ -80,15 +82,20 @@ def small_files(root: Path | str) -> Iterator[Path]:
 
 
 class RemoteFolder:
-    """What lies below a URL."""
+    """What lies below a URL. Only one process of a family of forks may read URLs: the first that did."""
+
+    _process: ClassVar[int | None] = None
 
     def __init__(self, url: str) -> None:
-        """Contacts nobody yet. Raises BadInput if obstore is not installed or does not take the URL."""
+        """Contacts nobody yet. Raises BadInput if obstore is not installed, does not take the URL, or would hang."""
         try:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError:
             raise BadInput(f"reading {url} needs the package obstore; install it: pip install 'cyto[remote]'") from None
+        if self._process not in (None, os.getpid()):
+            raise BadInput(FORKED)
+        RemoteFolder._process = os.getpid()
         self.url = url
         try:
             self.objects: ObjectStore = from_url(url, client_options=_CLIENT, retry_config=_RETRY)

@@ -114,13 +114,13 @@ def web(tmp_path: Path) -> Iterator[ObjectServer]:
         yield server
 
 
-@pytest.fixture(params=["local", "text", "file", *REMOTE])
+@pytest.fixture(params=["local", *REMOTE])
 def place(request: pytest.FixtureRequest, root: Path) -> Path | str:
-    """Every way to name the cache at `root`."""
+    """The cache at `root`, as it is found there and from elsewhere."""
     if request.param in REMOTE:
         server = request.getfixturevalue(request.param)
         return "s3://bucket/deep/cache.zarr/" if request.param == "s3" else f"{server.url}/bucket/deep/cache.zarr"
-    return {"local": root, "text": str(root), "file": root.as_uri()}[request.param]
+    return root
 
 
 @pytest.fixture(params=REMOTE)
@@ -161,6 +161,14 @@ def test_everything_equals_the_twin(place: Path | str, root: Path) -> None:
         read = store.read_rows(start, stop)
         np.testing.assert_array_equal(bits(read), bits(expected[start:stop]), strict=True)
         assert not read.flags.writeable or read.size == 0
+
+
+def test_a_local_cache_has_many_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root.parent)
+    for name in (root, str(root), Path("cache.zarr"), "cache.zarr", f"{root}/", root.as_uri()):
+        store = ActivationStore(name)
+        assert store.root == root
+        assert isinstance(store.read_chunk(1), np.memmap)
 
 
 @pytest.mark.parametrize("token_set", ["all", "patch", "cls"])
@@ -212,6 +220,29 @@ def test_a_store_pickles_as_its_place(root: Path, s3: ObjectServer) -> None:
     chunk_path(root, 2).unlink()
     with pytest.raises(DamagedStore, match="c/2/0/0 is missing"):
         pickle.loads(dumped)
+
+
+def read_in_a_fork(store: ActivationStore, answers: Any) -> None:
+    for read in (lambda: store.read_chunk(0), lambda: ActivationStore(store.root)):
+        try:
+            read()
+            answers.send("read")
+        except BadInput as error:
+            answers.send(str(error))
+
+
+def test_a_fork_is_refused_and_does_not_hang(root: Path, s3: ObjectServer) -> None:
+    """obstore's threads do not survive it; maps do."""
+    context = multiprocessing.get_context("fork")
+    for place, what in (("s3://bucket/deep/cache.zarr", "start processes with spawn"), (root, "^read$")):
+        store = ActivationStore(place)
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=read_in_a_fork, args=(store, sending))
+        process.start()
+        for _ in range(2):
+            assert receiving.poll(20)
+            assert re.search(what, receiving.recv())
+        process.join()
 
 
 def test_what_no_cache_holds_is_refused(place: Path | str) -> None:
@@ -287,7 +318,7 @@ def test_open_maps_are_few_and_close_with_the_store(tmp_path: Path, monkeypatch:
 
 
 FEW_FILES = """
-import resource, sys
+import os, resource, sys
 import numpy as np
 from stores import ActivationStore, BadInput
 
@@ -307,6 +338,14 @@ except BadInput as error:
     del views
     print(error)
 assert np.array_equal(store.read_images(np.arange(1500)), tokens)
+others = []
+try:
+    while True:
+        others.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    assert np.array_equal(store.read_chunk(700)[0], tokens[700])  # other maps are given up for it
+for other in others:
+    os.close(other)
 """
 
 
@@ -477,9 +516,17 @@ def test_a_broken_promise_is_told_when_the_cache_is_opened(
 # --------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("failure", ["503", "cut", "drop"])
 @pytest.mark.parametrize(
-    "name", ["cache.zarr/zarr.json", "images.parquet", "journal.jsonl", "tokens/zarr.json", "c/1/0/0"]
+    ("name", "failure"),
+    [
+        ("cache.zarr/zarr.json", "503"),
+        ("images.parquet", "cut"),
+        ("journal.jsonl", "drop"),
+        ("tokens/zarr.json", "503"),
+        ("c/1/0/0", "503"),
+        ("c/1/0/0", "cut"),
+        ("c/1/0/0", "drop"),
+    ],
 )
 def test_a_passing_failure_is_not_seen(root: Path, s3: ObjectServer, name: str, failure: str) -> None:
     s3.failing = {name: [failure]}
