@@ -99,6 +99,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer
     """A server like S3 over `tmp_path`, in the environment as one sets it for an endpoint of one's own."""
     pytest.importorskip("obstore", reason=NEEDS_OBSTORE)
     with serving(tmp_path) as server:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
@@ -107,9 +108,10 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[ObjectServer]:
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
     """A plain web server over `tmp_path`, which cannot list."""
     pytest.importorskip("obstore", reason=NEEDS_OBSTORE)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving(tmp_path, lists=False) as server:
         yield server
 
