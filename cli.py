@@ -24,7 +24,24 @@ if TYPE_CHECKING:
 
     from cytocache.published_datasets import Index
 
-_FILE = click.Path(path_type=Path)
+
+class _Place(click.Path):
+    """A local path; a URL is refused (as a path it would lose a slash and mean a folder here), or taken as it is."""
+
+    def __init__(self, *, urls: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        if not self.urls:
+            self.fail(f"{value!r} is a URL; only cache info, sae train and sae encode read from one", param, ctx)
+        return str(value)
+
+
+_FILE = _Place()
+_STORE = _Place(urls=True)  # gives a Path, or the URL as a str
 _COUNT = click.IntRange(min=1)
 _SEED = click.IntRange(min=0, max=2**63 - 1)
 _TOKEN_SETS = click.Choice(["all", "patch", "cls"])
@@ -265,26 +282,32 @@ def cache_merge(store: Path) -> None:
 
 
 @cache.command("info")
-@click.argument("store", type=_FILE)
+@click.argument("store", type=_STORE)
 @_json_option
-def cache_info(store: Path, as_json: bool) -> None:
-    """What is in an activation cache, complete or not.
+def cache_info(store: Path | str, as_json: bool) -> None:
+    """What is in an activation cache, complete or not. STORE may be a URL (s3://, gs://, https://, ...), if complete.
 
     \b
     Example: cyto cache info cells.acts.zarr
     """
     from stores import ACTIVATIONS, ActivationSpec, ActivationStore, read_header, read_runs
     from stores.activation_store import records_of
+    from stores.remote import small_files, store_root
 
-    header = read_header(store, ACTIVATIONS, complete=False)
-    spec = ActivationSpec(**header.spec)
-    written = sum({record["chunk"]: record["n_images"] for record in records_of(store, skip_damaged=True)}.values())
-    info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
+    store = store_root(store) if isinstance(store, str) else store
+    is_url = isinstance(store, str)
+    with small_files(store) as folder:
+        header = read_header(folder, ACTIVATIONS, complete=is_url)
+        spec = ActivationSpec(**header.spec)
+        written = {record["chunk"]: record["n_images"] for record in records_of(folder, skip_damaged=True)}
+        n_bytes = _size(folder) + (len(written) * spec.chunk_bytes if is_url else 0)
+        n_written = sum(written.values())
+        info = {**header.to_json(), "n_images_written": n_written, "bytes": n_bytes, "runs": read_runs(folder)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
         return
     rows = {
-        "images": f"{spec.n_images:,}" + (f" ({written:,} written)" if written != spec.n_images else ""),
+        "images": f"{spec.n_images:,}" + (f" ({n_written:,} written)" if n_written != spec.n_images else ""),
         "tokens": f"{spec.tokens_per_image} per image ({spec.token_layout}), {spec.width} channels, float16",
         "backbone": f"{spec.backbone}, {'trained' if spec.trained else 'UNTRAINED (seeded random weights)'}",
         "block": f"{spec.block} of 0..{spec.n_blocks - 1}, {spec.precision}",
@@ -292,7 +315,7 @@ def cache_info(store: Path, as_json: bool) -> None:
         "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, "
         f"mean {spec.transform.get('mean')}, std {spec.transform.get('std')}",
         "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
-        "size": f"{_size(store) / 1e6:,.1f} MB",
+        "size": f"{n_bytes / 1e6:,.1f} MB",
         "identity": header.identity,
         "written by": header.created_by,
     }
@@ -435,7 +458,7 @@ def sae() -> None:
 
 
 @sae.command("train")
-@click.argument("stores", type=_FILE, nargs=-1, required=True)
+@click.argument("stores", type=_STORE, nargs=-1, required=True)
 @click.option("-o", "--out", "run", type=_FILE, required=True, help="Folder of the run.")
 @click.option(
     "--preset", type=click.Choice(["cytosae", "paper"]), help="cytosae (the released run) or paper (Eq. 1 as printed)."
@@ -460,7 +483,7 @@ def sae() -> None:
 @click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @_overwrite_option
 def sae_train(
-    stores: tuple[Path, ...],
+    stores: tuple[Path | str, ...],
     run: Path,
     preset: str | None,
     config_file: Path | None,
@@ -470,6 +493,8 @@ def sae_train(
     **options: Any,
 ) -> None:
     """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
+
+    STORES are paths or URLs (s3://, gs://, https://, ...).
 
     \b
     Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
@@ -489,7 +514,7 @@ def sae_train(
     before = find_header(run)
     with _progress("train", "token") as progress:
         header = train(
-            list(stores),
+            stores,
             run,
             config,
             device=_resolve_device(device),
@@ -537,14 +562,14 @@ def sae_info(run: Path, as_json: bool) -> None:
 
 
 @sae.command("encode")
-@click.argument("store", type=_FILE)
+@click.argument("store", type=_STORE)
 @click.argument("run", type=_FILE)
 @click.option("-o", "--out", "latents", type=_FILE, required=True, help="The latent store to write.")
 @click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
 @_device_option
 @_overwrite_option
-def sae_encode(store: Path, run: Path, latents: Path, value_bits: int, device: str, overwrite: bool) -> None:
-    """Write the sparse latents of every token of STORE under the SAE in RUN.
+def sae_encode(store: Path | str, run: Path, latents: Path, value_bits: int, device: str, overwrite: bool) -> None:
+    """Write the sparse latents of every token of STORE (a path or a URL) under the SAE in RUN.
 
     \b
     Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr
@@ -986,7 +1011,7 @@ def _describe_run(run: dict[str, Any]) -> str:
     return f"{run.get('time')}: {by}{where}; images in {run.get('images_root')}; {versions}"
 
 
-def _unreadable(store: Path) -> str:
+def _unreadable(store: Path | str) -> str:
     """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
     from stores import ActivationStore
     from stores.tables import column, listed

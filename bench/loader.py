@@ -39,8 +39,8 @@ from common import (
 )
 from torch.utils.data import DataLoader, Dataset
 
-from cytosae.batches import TokenStream
 from stores.activation_store import ActivationStore
+from stores.token_stream import TokenStream
 
 _QUALITY_WIDTH = 16
 _BASE = 1024  # the first two channels hold the image's number in this base: whole numbers that float16 keeps
@@ -86,12 +86,12 @@ def main() -> None:
         def sequential() -> None:
             for _ in range(options.epochs):
                 for chunk in range(len(sizes)):
-                    np.array(store.map_chunk(chunk))
+                    np.array(store.read_chunk(chunk))
 
         def into_buffer() -> None:
             for _ in range(options.epochs):
                 for chunk, size in enumerate(sizes):
-                    np.copyto(buffer[:size], store.map_chunk(chunk))
+                    np.copyto(buffer[:size], store.read_chunk(chunk))
 
         rows, rows_workers = _fastest(MappedRows(store), options, n_rows)
         gathered, gathered_workers = _fastest(GatheredRows(store), options, n_rows)
@@ -125,7 +125,7 @@ class MappedRows(Dataset[torch.Tensor]):
     """One token per item, out of memory maps that stay open: what one would write first."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self.chunks = [store.map_chunk(chunk) for chunk in range(store.spec.n_chunks)]
+        self.chunks = [store.read_chunk(chunk) for chunk in range(store.spec.n_chunks)]
         self.rows = [chunk.reshape(-1, store.spec.width) for chunk in self.chunks]
         self.per_chunk = store.spec.chunk_images * store.spec.tokens_per_image
         self.n_rows = store.spec.n_images * store.spec.tokens_per_image

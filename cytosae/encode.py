@@ -44,7 +44,7 @@ class EncodeResult:
 
 
 def encode(
-    cache: Path,
+    cache: Path | str,
     run: Path,
     latents: Path,
     *,
@@ -53,7 +53,7 @@ def encode(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> EncodeResult:
-    """Write (or continue) the latents of every token of `cache` under the SAE `run` at `latents`.
+    """Write (or continue) the latents of every token of `cache` (a path or a URL) under the SAE `run` at `latents`.
 
     Memory: dense latents of one micro-batch (128 MiB), and one chunk of the cache with its nonzeros.
 
@@ -68,7 +68,8 @@ def encode(
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     require_same_tokens(sae.same_tokens, store.spec.same_tokens, f"the SAE {run}", f"the cache {cache}")
     spec = _make_spec(store, sae, value_bits)
-    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=(cache, run))
+    inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
+    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
     n_readable = int(store.readable().sum())
     _warn_of_precision(sae, store)
     if output.is_complete:
@@ -89,9 +90,8 @@ def encode(
     is_readable = store.readable()
     progress(writer.n_images, spec.n_images, "")
     n_together = max(1, _MICRO_BATCH_BYTES // (4 * spec.n_latents * spec.tokens_per_image))
-    for rows, tokens in store.iter_chunks():
-        if rows.stop <= writer.n_images:
-            continue  # committed before an interruption; commits lie at chunk edges
+    first = -(-writer.n_images // store.spec.chunk_images)  # commits lie at chunk edges
+    for rows, tokens in store.iter_chunks(first=first):
         for start in range(0, len(rows), n_together):
             some = slice(start, min(start + n_together, len(rows)))
             writer.append_tokens(*_encode_images(sae.model, tokens[some], is_readable[rows][some], value_bits, device))

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from stores.activation_store import ActivationStore
-from stores.errors import BadInput
+from stores.activation_store import ActivationStore, open_caches
+from stores.errors import BadInput, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.output import plan_output
 from stores.runlog import append_run
 from stores.spec import SAE, Header, new_header, write_header
+from stores.token_stream import TokenStream
 
-from .batches import TokenStream, open_caches
 from .checkpoint import load_sae, load_tensors, save_sae, save_tensors
 from .config import TrainConfig
 from .losses import BatchLosses, loss_and_gradients
@@ -55,7 +55,7 @@ class _State:
 
 
 def train(
-    caches: list[Path],
+    caches: Sequence[Path | str],
     run: Path,
     config: TrainConfig,
     *,
@@ -67,6 +67,7 @@ def train(
 ) -> Header:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
+    A cache is given by its path or its URL.
     Memory: the model four times (weights, gradients, Adam), one pool of `pool_chunks` chunks, and dense latents of one
     micro-batch (a few times 256 MiB).
 
@@ -76,6 +77,8 @@ def train(
         If the caches do not fit together, or `run` holds something else or a run with other settings.
     IncompleteStore, DamagedStore
         If a cache is not finished, or lost a chunk.
+    StoreUnreachable
+        If a URL cannot be read any longer; the state is saved before.
     BadInput
         If the loss or a weight stops being finite; the last saved state is kept.
     """
@@ -85,7 +88,8 @@ def train(
     )
     n_steps = config.n_steps(stream.tokens_per_epoch)
     header = new_header(SAE, _make_spec(stores, stream, config, n_steps))
-    output = plan_output(run, header, overwrite=overwrite, inputs=(*caches, *inputs))
+    local = [store.root for store in stores if isinstance(store.root, Path)]
+    output = plan_output(run, header, overwrite=overwrite, inputs=(*local, *inputs))
     if output.is_complete:
         output.publish()
         return load_sae(run).header  # a damaged one is not "already complete"
@@ -122,7 +126,7 @@ def train(
                 progress(state.step * config.batch_tokens, n_steps * config.batch_tokens, state.metrics[-1])
             if state.step % checkpoint_every == 0 and state.step < n_steps:
                 _save_state(root, state)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoreUnreachable):
         _save_state(root, state)
         raise
 

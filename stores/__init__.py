@@ -1,6 +1,6 @@
 """What is on disk: formats, writers, readers, checks. numpy, zarr and pyarrow; no torch, no dask, no click."""
 
-from .activation_store import ActivationSpec, ActivationStore
+from .activation_store import ActivationSpec, ActivationStore, open_caches
 from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore, BarcodeWriter
 from .csr import CsrReader, CsrRows, CsrWriter
@@ -11,6 +11,7 @@ from .errors import (
     IncompleteStore,
     SpecMismatch,
     StoreNotFound,
+    StoreUnreachable,
     UnreadableImage,
 )
 from .latent_store import LatentSpec, LatentStore, LatentWriter
@@ -28,6 +29,7 @@ from .spec import (
     read_header,
     write_header,
 )
+from .token_stream import TokenStream
 from .verify import Problem, verify_activations, verify_latents
 
 __all__ = [
@@ -55,11 +57,14 @@ __all__ = [
     "Problem",
     "SpecMismatch",
     "StoreNotFound",
+    "StoreUnreachable",
+    "TokenStream",
     "UnreadableImage",
     "append_run",
     "check_choice",
     "find_header",
     "new_header",
+    "open_caches",
     "plan_output",
     "read_header",
     "read_runs",

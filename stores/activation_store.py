@@ -1,28 +1,38 @@
 """The activation cache: the tokens of every image at one block, as raw float16 chunks that can be memory-mapped.
 
-Format "activation cache", version 1: docs/formats.md. Here are its settings and its reader, which checks the cheap
-promises when it opens (complete, all files there, exact sizes); `stores/activation_writer.py` writes it,
-`stores/verify.py` checks every byte.
+Format "activation cache", version 1: docs/formats.md. Here are its settings and its reader, for a local path and for a
+URL; it checks the cheap promises once, when it opens (complete, all chunks there, of the right size and, where that
+is cheap, the ones that the journal names). `stores/activation_writer.py` writes it, `stores/verify.py` checks every
+byte.
 """
 
 import hashlib
+import logging
+import operator
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 
-from .errors import DamagedStore, SpecMismatch
+from .chunk_cache import OpenMaps, ReadAhead
+from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import read_lines
-from .spec import ACTIVATIONS, describe_difference, read_header
+from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
+from .spec import ACTIVATIONS, Header, describe_difference, read_header
 from .tables import read_image_table, readable, table_sha256
+from .token_stream import TokenStream
 
 Float16 = npt.NDArray[np.float16]
 CRC_BYTES = 4
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,35 +79,45 @@ class ActivationSpec:
 
 
 class ActivationStore:
-    """A complete activation cache, open for reading. Pickles as its path; memory: what is asked for."""
+    """A complete activation cache, open for reading; `root` is a local path or a URL.
 
-    def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
-        """Open the cache at `root` and check what is cheap: complete, layout, presence and size of every chunk.
+    Pickles as its path or URL, and is opened and checked again where it is unpickled. May be read by several threads.
+    Memory: what is asked for. A local chunk is a memory map; a view of it keeps one file open. A chunk of a URL is
+    held whole, checksum verified, and so are those fetched ahead (`prefetch`), with twice the size while they arrive.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        """Open the cache and check what is cheap: complete, layout, and each chunk's presence, size and name.
+
+        The name is the checksum that the journal has for the chunk: compared here for a local cache, for a URL when
+        the chunk is fetched.
 
         Raises
         ------
         StoreNotFound, IncompleteStore, SpecMismatch
             If there is no finished activation cache of a version that this program reads.
         DamagedStore
-            If a chunk file is missing or has a wrong size.
+            If a chunk is missing, has a wrong size, or is another one than the journal names.
+        StoreUnreachable
+            If a URL cannot be read, after some retries.
         """
-        self.root = Path(root).absolute()
-        self.header = read_header(self.root, ACTIVATIONS)
-        self.spec = ActivationSpec(**self.header.spec)
-        check_layout(self.root, self.spec)
-        if check_files:
-            for chunk in range(self.spec.n_chunks):
-                file_crc(chunk_path(self.root, chunk), self.spec.chunk_bytes)
-        self.images = read_image_table(self.root / "images.parquet")
-        if self.images.num_rows != self.spec.n_images:
-            raise DamagedStore(
-                f"{self.root}/images.parquet has {self.images.num_rows:,} rows, "
-                f"the cache holds {self.spec.n_images:,} images"
-            )
-        if table_sha256(self.images) != (self.header.summary or {}).get("images_sha256"):
-            raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
+        self.root = store_root(root)
+        with small_files(self.root) as folder:
+            self.header = read_header(folder, ACTIVATIONS)
+            self.spec = read_spec(self.header, folder)
+            self.images = read_image_table(folder / "images.parquet")
+            if self.images.num_rows != self.spec.n_images:  # before any loop over what the header merely claims
+                raise DamagedStore(
+                    f"{folder}/images.parquet has {self.images.num_rows:,} rows, "
+                    f"the cache holds {self.spec.n_images:,} images"
+                )
+            if table_sha256(self.images) != (self.header.summary or {}).get("images_sha256"):
+                raise DamagedStore(f"{folder}/images.parquet was changed: its hash is not the one in the header")
+            crcs = _crcs(folder, self.spec)
+            self.content_sha256 = _content_sha256(self.header, folder)
+        self._chunks = _open_chunks(self.root, self.spec, crcs)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Path | str]]:
         return type(self), (self.root,)
 
     @property
@@ -105,42 +125,120 @@ class ActivationStore:
         """SHA-256 of everything that decides the numbers."""
         return self.header.identity
 
-    @property
-    def content_sha256(self) -> str:
-        """SHA-256 of the identity and of every chunk's checksum: equal only if the tokens are equal."""
-        journal = (self.root / "journal.jsonl").read_bytes()
-        return hashlib.sha256(self.identity.encode() + journal).hexdigest()
+    content_sha256: str
+    """SHA-256 of the identity and of every chunk's checksum: equal only if the tokens are equal."""
 
     def readable(self) -> npt.NDArray[np.bool_]:
         """(n_images,) bool: False where the image could not be read and the tokens are NaN."""
         return np.array(readable(self.images))
 
-    def map_chunk(self, chunk: int) -> Float16:
-        """Chunk `chunk` as a read-only memory map: (its images, tokens_per_image, width) float16.
+    def read_chunk(self, chunk: int) -> Float16:
+        """Chunk `chunk`, read-only: (its images, tokens_per_image, width) float16.
 
-        Nothing is read before it is touched. The map bypasses the checksum: `cyto cache verify` checks it.
+        Of a local cache a memory map: nothing is read before it is touched, and the checksum is bypassed
+        (`cyto cache verify` checks it). Of a URL the decoded chunk, its checksum verified.
+
+        Raises
+        ------
+        DamagedStore
+            If it is missing, has a wrong size, is another chunk, or (URL) fails its checksum.
         """
-        spec, path = self.spec, chunk_path(self.root, chunk)
-        file_crc(path, spec.chunk_bytes)
-        shape = (spec.chunk_images, spec.tokens_per_image, spec.width)
-        return np.memmap(path, dtype="<f2", mode="r", shape=shape)[: len(spec.chunk_rows(chunk))]
+        if not 0 <= chunk < self.spec.n_chunks:
+            raise IndexError(f"chunk {chunk} outside 0..{self.spec.n_chunks - 1}")
+        return self._chunks.get(chunk)
 
-    def iter_chunks(self) -> Iterator[tuple[range, Float16]]:
-        """(image indices, mapped tokens) of every chunk, in order."""
-        for chunk in range(self.spec.n_chunks):
-            yield self.spec.chunk_rows(chunk), self.map_chunk(chunk)
+    def prefetch(self, chunks: Sequence[int]) -> None:
+        """Announce what is read next. Of a URL these chunks are fetched meanwhile; each costs a chunk of memory."""
+        self._chunks.prefetch(chunks)
+
+    def iter_chunks(self, *, first: int = 0, ahead: int = 2) -> Iterator[tuple[range, Float16]]:
+        """(image indices, tokens as of `read_chunk`) of every chunk from `first` on, in order.
+
+        ahead : chunks of a URL that are fetched meanwhile
+        """
+        for chunk, tokens in self._in_order(range(first, self.spec.n_chunks), ahead=ahead):
+            yield self.spec.chunk_rows(chunk), tokens
 
     def read_images(self, image_indices: npt.ArrayLike) -> Float16:
-        """The tokens of chosen images in the given order, (len, tokens_per_image, width) float16, copied."""
-        indices = np.asarray(image_indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < self.spec.n_images:
+        """The tokens of chosen images in the given order, (len, tokens_per_image, width) float16, copied.
+
+        An image may be named twice. Raises IndexError outside 0..n_images - 1 (nothing counts from the end).
+        """
+        indices = np.asarray(image_indices)
+        if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+            raise TypeError(f"image_indices must be a list of whole numbers; found {image_indices!r}")
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.spec.n_images:
             raise IndexError(f"image index outside 0..{self.spec.n_images - 1}")
+        indices = indices.astype(np.int64)
         out = np.empty((len(indices), self.spec.tokens_per_image, self.spec.width), np.float16)
         chunks = indices // self.spec.chunk_images
-        for chunk in np.unique(chunks):
+        for chunk, tokens in self._in_order(np.unique(chunks).tolist()):
             chosen = chunks == chunk
-            out[chosen] = self.map_chunk(int(chunk))[indices[chosen] - chunk * self.spec.chunk_images]
+            out[chosen] = tokens[indices[chosen] - chunk * self.spec.chunk_images]
         return out
+
+    def read_rows(self, start: int, stop: int) -> Float16:
+        """Images `start` to `stop` - 1, (stop - start, tokens_per_image, width) float16, read-only.
+
+        A view where they lie in one chunk (of a local cache, then, nothing is read yet), else a copy. Raises
+        IndexError unless 0 <= start <= stop <= n_images.
+        """
+        start, stop, size = operator.index(start), operator.index(stop), self.spec.chunk_images
+        if not 0 <= start <= stop <= self.spec.n_images:
+            raise IndexError(f"images {start} to {stop} outside 0..{self.spec.n_images}")
+        chunks = range(start // size, -(-stop // size)) if start < stop else range(0)
+        if len(chunks) == 1:
+            return self.read_chunk(chunks[0])[start - chunks[0] * size : stop - chunks[0] * size]
+        out = np.empty((stop - start, self.spec.tokens_per_image, self.spec.width), np.float16)
+        for chunk, tokens in self._in_order(chunks):
+            rows = self.spec.chunk_rows(chunk)
+            low, high = max(start, rows.start), min(stop, rows.stop)
+            out[low - start : high - start] = tokens[low - rows.start : high - rows.start]
+        out.flags.writeable = False
+        return out
+
+    def shuffled_tokens(
+        self,
+        batch_tokens: int,
+        *,
+        seed: int = 0,
+        position: int = 0,
+        token_set: str = "all",
+        pool_chunks: int = 16,
+    ) -> Iterator[Float16]:
+        """Endless shuffled batches of the readable images' tokens, (batch_tokens, width) float16, as in training.
+
+        Pools of `pool_chunks` chunks are read and shuffled; each token comes once per epoch, and every epoch has an
+        order of its own. `position` (in tokens) enters anywhere: epoch e begins at e * `TokenStream.tokens_per_epoch`.
+        """
+        stream = TokenStream([self], token_set=token_set, pool_chunks=pool_chunks, seed=seed)
+        return stream.batches(batch_tokens, position=position)
+
+    def _in_order(self, chunks: Sequence[int], *, ahead: int = 2) -> Iterator[tuple[int, Float16]]:
+        for at, chunk in enumerate(chunks, start=1):
+            self.prefetch(chunks[at : at + ahead])
+            yield chunk, self.read_chunk(chunk)
+
+
+def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:
+    """Open caches that are to be used together.
+
+    Raises
+    ------
+    SpecMismatch
+        If they do not hold the same kind of tokens.
+    BadInput
+        If one is given twice.
+    """
+    stores = [ActivationStore(root) for root in roots]
+    if len({store.content_sha256 for store in stores}) < len(stores):
+        raise BadInput("the same cache is given twice; its tokens would count double")
+    precisions = sorted({store.spec.precision for store in stores})
+    if len(precisions) > 1:
+        _log.warning("the caches were made in different precisions: %s", ", ".join(precisions))
+    for store in stores[1:]:
+        require_same_tokens(stores[0].spec.same_tokens, store.spec.same_tokens, str(stores[0].root), str(store.root))
+    return stores
 
 
 def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_name: str, second_name: str) -> None:
@@ -199,20 +297,37 @@ def file_crc(path: Path, size: int) -> str:
     raise DamagedStore(f"{path} has {found:,} bytes, expected {size:,}. cyto cache verify lists every bad chunk")
 
 
-def check_layout(root: Path, spec: ActivationSpec) -> None:
-    """Refuse an array that a memory map would misread: other shape, type, byte order, codecs or chunks.
+def read_spec(header: Header, root: Path) -> ActivationSpec:
+    """The spec in a header. Raises DamagedStore if it has other fields, or sizes that no cache has."""
+    try:
+        spec = ActivationSpec(**header.spec)
+    except TypeError as error:
+        raise DamagedStore(f"{root}: the header of this activation cache cannot be read ({error})") from None
+    for name in ("n_images", "tokens_per_image", "width", "chunk_images"):
+        value = getattr(spec, name)
+        if type(value) is not int or value < 1:
+            raise DamagedStore(f"{root}: the header says {name} {value!r}; expected a whole number above 0")
+    return spec
+
+
+def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects | None = None) -> zarr.Array[Any]:
+    """The array of tokens, unless its shape, type, byte order, codecs, chunks or their names are not the format's.
+
+    store : where zarr reads from, if not from the local path `root`
 
     Raises
     ------
     DamagedStore
-        If it is so, or if there is no array at all.
+        If it is so (a memory map would misread it), or if there is no array at all.
     """
     wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
     try:
-        array = zarr.open_array(os.fspath(root / "tokens"), mode="r")
+        array = zarr.open_array(store or os.fspath(root), path="tokens", mode="r", zarr_format=3)
+        codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    except CytoError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # what zarr raises for metadata it cannot read
         raise DamagedStore(f"{wrong} ({error})") from None
-    codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     fits = (
         array.shape == (spec.n_images, spec.tokens_per_image, spec.width)
@@ -220,6 +335,78 @@ def check_layout(root: Path, spec: ActivationSpec) -> None:
         and array.dtype == np.float16
         and codecs[0] == little
         and [codec["name"] for codec in codecs[1:]] == ["crc32c"]
+        and array.metadata.chunk_key_encoding == DefaultChunkKeyEncoding(separator="/")  # type: ignore[union-attr]
     )
     if not fits:
         raise DamagedStore(wrong)
+    return array
+
+
+def _crcs(root: Path, spec: ActivationSpec) -> list[str]:
+    """The checksum (hex) of every chunk, by the journal of a finished cache."""
+    found = {str(record.get("chunk")): str(record.get("crc32c")) for record in read_lines(root / "journal.jsonl")}
+    crcs = [found.get(str(chunk), "") for chunk in range(spec.n_chunks)]
+    if len(found) != spec.n_chunks or not all(re.fullmatch("[0-9a-f]{8}", crc) for crc in crcs):
+        raise DamagedStore(
+            f"{root}/journal.jsonl names {len(found):,} chunks, expected {spec.n_chunks:,} with a checksum each. "
+            f"cyto cache verify says more"
+        )
+    return crcs
+
+
+def _content_sha256(header: Header, root: Path) -> str:
+    return hashlib.sha256(header.identity.encode() + (root / "journal.jsonl").read_bytes()).hexdigest()
+
+
+def _open_chunks(root: Path | str, spec: ActivationSpec, crcs: list[str]) -> OpenMaps | ReadAhead:
+    return _local_chunks(root, spec, crcs) if isinstance(root, Path) else _remote_chunks(root, spec, crcs)
+
+
+def _local_chunks(root: Path, spec: ActivationSpec, crcs: list[str]) -> OpenMaps:
+    check_layout(root, spec)
+    for chunk in range(spec.n_chunks):
+        _check_chunk(root, spec, crcs, chunk)
+    return OpenMaps(partial(_map_chunk, root, spec, crcs))
+
+
+def _map_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> Float16:
+    _check_chunk(root, spec, crcs, chunk)
+    shape = (spec.chunk_images, spec.tokens_per_image, spec.width)  # without it, a short file would make a short array
+    mapped = np.memmap(chunk_path(root, chunk), dtype="<f2", mode="r", shape=shape)
+    return mapped[: len(spec.chunk_rows(chunk))]  # behind them lies the padding of the last chunk
+
+
+def _check_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> None:
+    path = chunk_path(root, chunk)
+    if file_crc(path, spec.chunk_bytes) != crcs[chunk]:
+        raise DamagedStore(
+            f"{path} is not the chunk that the journal names: another one took its place. "
+            f"cyto cache verify lists every bad chunk"
+        )
+
+
+def _remote_chunks(url: str, spec: ActivationSpec, crcs: list[str]) -> ReadAhead:
+    names = [chunk_path(Path(), chunk).as_posix() for chunk in range(spec.n_chunks)]
+    ends = [bytes.fromhex(crc)[::-1] for crc in crcs]  # little-endian in the file
+    promised = {name: (spec.chunk_bytes, end) for name, end in zip(names, ends, strict=True)}
+    objects = CheckedObjects(RemoteFolder(url), promised)
+    with reachable(url):
+        array = check_layout(url, spec, objects)
+        objects.check_sizes(prefix="tokens/c/")
+    return ReadAhead(partial(_fetch_chunk, array, spec, url))
+
+
+def _fetch_chunk(array: zarr.Array[Any], spec: ActivationSpec, url: str, chunk: int) -> Float16:
+    rows = spec.chunk_rows(chunk)
+    try:
+        with reachable(url):
+            tokens = np.asarray(array[rows.start : rows.stop])
+    except CytoError:
+        raise
+    except ValueError as error:  # zarr's CRC32C codec
+        raise DamagedStore(
+            f"chunk {chunk} of {url} (images {rows.start:,} to {rows.stop - 1:,}) fails its checksum ({error}). "
+            f"Copy the cache there again"
+        ) from None
+    tokens.flags.writeable = False
+    return tokens

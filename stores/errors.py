@@ -28,5 +28,9 @@ class SpecMismatch(CytoError):
     """Two things do not fit: a store and the settings to continue it with, or an SAE and a cache."""
 
 
+class StoreUnreachable(CytoError):
+    """A store behind a URL cannot be read now: no network, no access, or a server that fails again and again."""
+
+
 class UnreadableImage(CytoError):
     """One image file cannot be turned into pixels; the text says why."""

@@ -61,7 +61,7 @@ def test_activation_cache_version_1() -> None:
     )
     expected[1] = np.nan
     np.testing.assert_array_equal(store.read_images([0, 1, 2]), expected, strict=True)
-    np.testing.assert_array_equal(store.map_chunk(1), expected[2:])
+    np.testing.assert_array_equal(store.read_chunk(1), expected[2:])
     np.testing.assert_array_equal(zarr.open_group(store.root, mode="r")["tokens"][:], expected)  # type: ignore[index]
     assert store.content_sha256 == "388b3b8b66b924e2ae412521673e351e13df5d761d110ab87c80a41a345cd1ea"
     assert store.readable().tolist() == [True, False, True]

@@ -109,7 +109,7 @@ def test_a_missing_or_misshaped_chunk_is_named(chunk: int, images: str, cache: P
         with pytest.raises(DamagedStore, match=f"tokens/c/{chunk}/0/0 {on_opening}"):
             ActivationStore(cache)
         with pytest.raises(DamagedStore, match=f"tokens/c/{chunk}/0/0 {on_opening}"):
-            opened.map_chunk(chunk)
+            opened.read_chunk(chunk)
         path.write_bytes(raw)
     assert problems(cache) == []
 

@@ -24,12 +24,21 @@ from reference import Params
 from test_batches import write_cache
 
 from cli import cli
-from cytosae.batches import TokenStream, open_caches
 from cytosae.checkpoint import load_sae, load_tensors
 from cytosae.config import TrainConfig, make_config
 from cytosae.model import SparseAutoencoder
 from cytosae.train import train
-from stores import SAE, ActivationStore, BadInput, IncompleteStore, SpecMismatch, read_header, read_runs
+from stores import (
+    SAE,
+    ActivationStore,
+    BadInput,
+    IncompleteStore,
+    SpecMismatch,
+    TokenStream,
+    open_caches,
+    read_header,
+    read_runs,
+)
 from stores.files import sha256_file
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -5,20 +5,23 @@ tokens of a pool are permuted. Order `images`: whole images, permuted once, the 
 token comes once per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from stores.activation_store import ActivationStore, require_same_tokens
-from stores.errors import BadInput, DamagedStore
+from .errors import BadInput, DamagedStore
+from .spec import check_choice
+
+if TYPE_CHECKING:  # it offers this stream
+    from .activation_store import ActivationStore
 
 Float16 = npt.NDArray[np.float16]
 Int = npt.NDArray[np.int64]
-_log = logging.getLogger(__name__)
+_TOKEN_SETS = ("all", "patch", "cls")
+_AHEAD = 2  # chunks of a URL that are fetched while one is copied
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class TokenStream:
 
     def __init__(
         self,
-        stores: list[ActivationStore],
+        stores: list["ActivationStore"],
         *,
         token_set: str = "all",
         order: str = "tokens",
@@ -43,6 +46,7 @@ class TokenStream:
         seed: int = 0,
     ) -> None:
         """Raises BadInput if no cache holds a readable image."""
+        check_choice("token_set", token_set, _TOKEN_SETS)
         self._stores, self._order, self._pool_chunks, self._seed = stores, order, pool_chunks, seed
         n_tokens = stores[0].spec.tokens_per_image
         self._token_slice = {"all": slice(0, n_tokens), "patch": slice(1, n_tokens), "cls": slice(0, 1)}[token_set]
@@ -60,8 +64,14 @@ class TokenStream:
     def batches(self, batch_tokens: int, *, position: int = 0) -> Iterator[Float16]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
 
-        Entering at a position reads one pool, not what came before.
+        Entering at a position reads one pool, not what came before. Raises BadInput for an empty batch or a position
+        before the first token, at once.
         """
+        if batch_tokens < 1 or position < 0:
+            raise BadInput(f"batch_tokens must be above 0 and position not below; found {batch_tokens}, {position}")
+        return self._batches(batch_tokens, position)
+
+    def _batches(self, batch_tokens: int, position: int) -> Iterator[Float16]:
         pieces: list[Float16] = []
         wanted = batch_tokens
         for tokens, order in self._pools(position):
@@ -115,8 +125,10 @@ class TokenStream:
         n_images = sum(len(rows) for _, _, rows in pool)
         tokens = np.empty((n_images * per_image, self._stores[0].spec.width), np.float16)
         at = 0
-        for store, chunk, rows in pool:
-            block = self._stores[store].map_chunk(chunk)
+        for number, (store, chunk, rows) in enumerate(pool, start=1):
+            for following in pool[number : number + _AHEAD]:
+                self._stores[following[0]].prefetch([following[1]])
+            block = self._stores[store].read_chunk(chunk)
             kept = block[:, self._token_slice] if len(rows) == len(block) else block[rows][:, self._token_slice]
             end = at + len(rows) * per_image
             tokens[at:end] = kept.reshape(-1, tokens.shape[1])
@@ -129,28 +141,7 @@ class TokenStream:
         return tokens
 
 
-def open_caches(paths: list[Path]) -> list[ActivationStore]:
-    """Open caches that are to be used together.
-
-    Raises
-    ------
-    SpecMismatch
-        If they do not hold the same kind of tokens.
-    BadInput
-        If one is given twice.
-    """
-    stores = [ActivationStore(path) for path in paths]
-    if len({store.content_sha256 for store in stores}) < len(stores):
-        raise BadInput("the same cache is given twice; its tokens would count double")
-    precisions = sorted({store.spec.precision for store in stores})
-    if len(precisions) > 1:
-        _log.warning("the caches were made in different precisions: %s", ", ".join(precisions))
-    for store in stores[1:]:
-        require_same_tokens(stores[0].spec.same_tokens, store.spec.same_tokens, str(stores[0].root), str(store.root))
-    return stores
-
-
-def _readable_chunks(stores: list[ActivationStore]) -> Iterator[_Chunk]:
+def _readable_chunks(stores: list["ActivationStore"]) -> Iterator[_Chunk]:
     for number, store in enumerate(stores):
         is_readable = store.readable()
         for chunk in range(store.spec.n_chunks):
