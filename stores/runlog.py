@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import append_line, canonical_json, read_lines, write_lines
+from .files import append_line, read_lines, write_lines
 from .shards import ONE_WRITER, Shard
 
 _FILE = "runs.jsonl"
@@ -41,9 +41,10 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
 
 def read_runs(root: Path) -> list[dict[str, Any]]:
     """The run log, oldest first; [] where there is none."""
-    runs = [run for path in [root / _FILE, *shard_logs(root)] for run in read_lines(path)]
-    unique = {canonical_json(run): run for run in runs}  # a crash at the finish may leave a line in both places
-    return sorted(unique.values(), key=lambda run: str(run.get("time")))
+    of_shards = [run for path in shard_logs(root) for run in read_lines(path)]
+    # a crash at the finish may leave a shard's lines in both places
+    others = [run for run in read_lines(root / _FILE) if run not in of_shards]
+    return sorted([*others, *of_shards], key=lambda run: str(run.get("time")))
 
 
 def shard_logs(root: Path) -> list[Path]:

@@ -226,8 +226,12 @@ def test_caches_of_different_tokens_are_refused_with_the_difference(tmp_path: Pa
         open_caches([first, wider])
 
 
-def test_caches_without_a_readable_image_are_refused(tmp_path: Path) -> None:
-    root = write_cache(tmp_path / "a.zarr", tagged(0, 2, 3), unreadable=(0, 1))
+def test_caches_without_a_readable_image_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today none is completed; one of an older version may be."""
+    with pytest.raises(BadInput, match="none of the 2 images could be read"):
+        write_cache(tmp_path / "a.zarr", tagged(0, 2, 3), unreadable=(0, 1))
+    root = write_cache(tmp_path / "b.zarr", tagged(0, 2, 3))
+    monkeypatch.setattr(ActivationStore, "readable", lambda self: np.zeros(2, bool))
     with pytest.raises(BadInput, match="no readable image in the given caches"):
         TokenStream([ActivationStore(root)])
 
