@@ -9,18 +9,22 @@
 
 Means run over the whole batch, whatever the micro-batch: gradients are sums over micro-batches, and the scalar ghost
 factor, known only at the end, multiplies ghost gradients that were summed apart.
+
+The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only
+(sparse_kernels.py): each micro-batch takes what is faster at its density. Both give the same sums.
 Shapes: B tokens of a micro-batch, D width, L latents, K dead latents.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from . import sparse_kernels
 from .model import SparseAutoencoder
 
 EPS = 1e-6
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
+SPARSE_BELOW = 0.05  # density at which both ways cost the same, measured on two cores (docs/log.md)
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) float32 matrix
 
 
@@ -51,68 +55,85 @@ def loss_and_gradients(
     ghost_scale: str,
     dead_L: torch.Tensor | None,
     micro_batch: int | None = None,
+    sparse_below: float = SPARSE_BELOW,
 ) -> BatchLosses:
     """Set `.grad` of the four parameters to the gradient of the mean loss over `tokens_ND`.
+
+    Memory: one dense (tokens, L) matrix of a micro-batch, a second one where work is dense.
 
     Parameters
     ----------
     tokens_ND : (N, D) on the model's device, any float type; cast to float32 piece by piece
     dead_L : (L,) bool, the latents that get ghost gradients; None or all False: none do
     micro_batch : tokens at a time; default: as many as keep one dense (tokens, L) matrix below 256 MiB
+    sparse_below : density of active latents in a micro-batch below which work is sparse (CPU only)
     """
     n, width = tokens_ND.shape
-    dead = dead_L.nonzero().squeeze(1) if dead_L is not None and bool(dead_L.any()) else None
     step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
-    parameters = [model.W_enc, model.b_enc, model.W_dec, model.b_dec]
-    grads: list[torch.Tensor] = []
-    ghost_grads = _GhostGradients(model, dead) if dead is not None and ghost_scale == "scalar" else None
+    W_enc, b_enc, W_dec, b_dec = (weight.detach() for weight in (model.W_enc, model.b_enc, model.W_dec, model.b_dec))
+    grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = _zeroed_gradients(model)
+    dead = dead_L.nonzero().squeeze(1) if dead_L is not None and bool(dead_L.any()) else None
+    ghost_gradients = (
+        _GhostGradients(model, dead, loss, is_scalar=ghost_scale == "scalar") if dead is not None else None
+    )
     sums = dict.fromkeys(("mse", "l1", "ghost", "active", "error", "square"), 0.0)
     mean_D = torch.zeros(width, dtype=torch.float64, device=tokens_ND.device)
     fired = torch.zeros(model.n_latents, dtype=torch.bool, device=tokens_ND.device)
 
     for start in range(0, n, step):
         x_BD = tokens_ND[start : start + step].float()
-        # b_dec is left out of the encoder's graph: its gradient there is -W_enc times that of b_enc, added below
-        centred_BD = x_BD - model.b_dec.detach()
-        z_BL = torch.relu(torch.addmm(model.b_enc, centred_BD, model.W_enc))
-        x_hat_BD = model.decode(z_BL)
-        scale_B1 = _scale(x_BD, loss)
-        M_BD = (x_hat_BD - x_BD) ** 2 * scale_B1
-        mse, penalty = M_BD.sum() / (n * width), l1 * z_BL.sum() / n
-        total = mse + penalty
-        if dead is not None:
-            r_BD = (x_BD - x_hat_BD).detach()
-            if ghost_grads is None:
-                G_BD = _ghost(centred_BD, r_BD, (model.W_enc[:, dead], model.b_enc[dead], model.W_dec[dead]), loss)
-                ghost = ((M_BD / (G_BD + EPS)).detach() * G_BD).sum() / (n * width)
-                total = total + ghost
-                sums["ghost"] += ghost.item()
-            else:
-                ghost_grads.add(centred_BD, r_BD, loss=loss, n_values=n * width)
-        parts = torch.autograd.grad(total, parameters)
-        if grads:
-            for grad, part in zip(grads, parts, strict=True):
-                grad += part
+        centred_BD = x_BD - b_dec
+        p_BL = torch.addmm(b_enc, centred_BD, W_enc)
+        ghost_p_BK = p_BL[:, dead] if dead is not None else None
+        active = _active(p_BL, sparse_below)
+        if active is not None:
+            x_hat_BD = b_dec.repeat(len(x_BD), 1)
+            sparse_kernels.add_decoded(active, W_dec.numpy(), x_hat_BD.numpy())
+            n_active, total, fires = (
+                len(active.values),
+                float(active.values.sum(dtype="f8")),
+                torch.from_numpy(active.fired),
+            )
         else:
-            grads = list(parts)
-        with torch.no_grad():
-            fired |= z_BL.amax(0) > 0
-            sums["active"] += int(z_BL.count_nonzero())
-            sums["mse"] += mse.item()
-            sums["l1"] += penalty.item()
-            sums["error"] += (x_hat_BD - x_BD).square().sum(dtype=torch.float64).item()
-            sums["square"] += x_BD.square().sum(dtype=torch.float64).item()
-            mean_D += x_BD.sum(0, dtype=torch.float64) / n
+            z_BL = p_BL.relu_()
+            x_hat_BD = torch.addmm(b_dec, z_BL, W_dec)
+            n_active, total, fires = int(z_BL.count_nonzero()), float(z_BL.sum(dtype=torch.float64)), z_BL.amax(0) > 0
 
-    with torch.no_grad():
-        if ghost_grads is not None:
-            factor = sums["mse"] / (ghost_grads.mean + EPS)
-            sums["ghost"] = factor * ghost_grads.mean
-            ghost_grads.add_to(grads, factor)
-        grad_b_enc, grad_b_dec = grads[1], grads[3]
-        grad_b_dec -= model.W_enc @ grad_b_enc
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
+        error_BD, scale_B1 = x_hat_BD - x_BD, _scale(x_BD, loss)
+        M_BD = error_BD.square() * scale_B1
+        d_x_hat_BD = error_BD * scale_B1 * (2 / (n * width))
+        if active is not None:
+            sparse_kernels.add_gradients(
+                active,
+                W_dec_LD=W_dec.numpy(),
+                d_x_hat_BD=d_x_hat_BD.numpy(),
+                centred_BD=centred_BD.numpy(),
+                penalty=l1 / n,
+                grad_W_enc_LD=grad_W_enc.T.numpy(),
+                grad_b_enc_L=grad_b_enc.numpy(),
+                grad_W_dec_LD=grad_W_dec.numpy(),
+            )
+        else:
+            grad_W_dec.addmm_(z_BL.T, d_x_hat_BD)
+            d_z_BL = (d_x_hat_BD @ W_dec.T).add_(l1 / n).mul_(z_BL > 0)
+            grad_W_enc.addmm_(centred_BD.T, d_z_BL)
+            grad_b_enc += d_z_BL.sum(0)
+        grad_b_dec += d_x_hat_BD.sum(0)
+        if ghost_gradients is not None and ghost_p_BK is not None:
+            ghost_gradients.add(ghost_p_BK, centred_BD, -error_BD, M_BD, n_values=n * width)
+
+        fired |= fires
+        sums["active"] += n_active
+        sums["mse"] += float(M_BD.sum(dtype=torch.float64)) / (n * width)
+        sums["l1"] += l1 * total / n
+        sums["error"] += float(error_BD.square().sum(dtype=torch.float64))
+        sums["square"] += float(x_BD.square().sum(dtype=torch.float64))
+        mean_D += x_BD.sum(0, dtype=torch.float64) / n
+
+    if ghost_gradients is not None:
+        sums["ghost"] = ghost_gradients.add_to((grad_W_enc, grad_b_enc, grad_W_dec), mse=sums["mse"])
+    # through x - b_dec in the encoder: the gradient there is -W_enc times that of b_enc
+    grad_b_dec -= W_enc @ grad_b_enc
     centred_square = sums["square"] - n * mean_D.square().sum().item()
     return BatchLosses(
         mse=sums["mse"],
@@ -125,41 +146,68 @@ def loss_and_gradients(
     )
 
 
+def _zeroed_gradients(model: SparseAutoencoder) -> list[torch.Tensor]:
+    """The gradients of W_enc, b_enc, W_dec and b_dec, all 0; their memory is kept from step to step."""
+    grads = []
+    for parameter in (model.W_enc, model.b_enc, model.W_dec, model.b_dec):
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # in W_enc's own layout: stored by latent
+        else:
+            parameter.grad.zero_()
+        grads.append(parameter.grad)
+    return grads
+
+
+def _active(p_BL: torch.Tensor, sparse_below: float) -> sparse_kernels.Active | None:
+    """The active latents, or None where dense products are faster."""
+    if p_BL.device.type != "cpu" or sparse_below <= 0:
+        return None
+    counts = sparse_kernels.count_active(p_BL.numpy())
+    return sparse_kernels.take_active(p_BL.numpy(), counts) if counts.sum() < sparse_below * p_BL.numel() else None
+
+
 class _GhostGradients:
-    """Gradients of mean(G) with respect to the dead latents' weights only, summed over micro-batches."""
+    """Gradients of ghost with respect to the dead latents' weights, summed over micro-batches (of mean(G) if scalar)."""
 
-    def __init__(self, model: SparseAutoencoder, dead: torch.Tensor) -> None:
-        self.dead, self.mean = dead, 0.0
-        chosen = (model.W_enc[:, dead], model.b_enc[dead], model.W_dec[dead])
-        self._weights = [weight.detach().requires_grad_() for weight in chosen]
-        self._grads = [torch.zeros_like(weight) for weight in self._weights]
+    def __init__(self, model: SparseAutoencoder, dead: torch.Tensor, loss: str, *, is_scalar: bool) -> None:
+        self._dead, self._loss, self._is_scalar = dead, loss, is_scalar
+        self._W_dec_KD = model.W_dec.detach()[dead]
+        self._W_enc_KD, self._b_enc_K = torch.zeros_like(self._W_dec_KD), torch.zeros_like(model.b_enc.detach()[dead])
+        self._W_dec_grad_KD = torch.zeros_like(self._W_dec_KD)
+        self._mean = 0.0
 
-    def add(self, centred_BD: torch.Tensor, r_BD: torch.Tensor, *, loss: str, n_values: int) -> None:
+    def add(
+        self,
+        p_BK: torch.Tensor,
+        centred_BD: torch.Tensor,
+        r_BD: torch.Tensor,
+        M_BD: torch.Tensor,
+        *,
+        n_values: int,
+    ) -> None:
         """Add one micro-batch's share."""
-        part = _ghost(centred_BD, r_BD, self._weights, loss).sum() / n_values
-        self.mean += part.item()
-        for grad, piece in zip(self._grads, torch.autograd.grad(part, self._weights), strict=True):
-            grad += piece
+        exp_BK = p_BK.exp_()
+        g_BD = exp_BK @ self._W_dec_KD
+        a_B1 = r_BD.norm(dim=1, keepdim=True) / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))
+        scale_B1, rest_BD = _scale(r_BD, self._loss), a_B1 * g_BD - r_BD
+        G_BD = rest_BD.square() * scale_B1
+        d_g_BD = rest_BD * (a_B1 * scale_B1 * (2 / n_values))
+        if not self._is_scalar:
+            c_BD = M_BD / (G_BD + EPS)
+            G_BD, d_g_BD = c_BD * G_BD, c_BD * d_g_BD
+        self._mean += float(G_BD.sum(dtype=torch.float64)) / n_values
+        self._W_dec_grad_KD.addmm_(exp_BK.T, d_g_BD)
+        d_p_BK = (d_g_BD @ self._W_dec_KD.T).mul_(exp_BK)
+        self._W_enc_KD.addmm_(d_p_BK.T, centred_BD)
+        self._b_enc_K += d_p_BK.sum(0)
 
-    def add_to(self, grads: list[torch.Tensor], factor: float) -> None:
-        """grads += factor x the gradients of mean(G), at the dead latents."""
-        W_enc_DK, b_enc_K, W_dec_KD = (grad * factor for grad in self._grads)
-        grads[0].index_add_(1, self.dead, W_enc_DK)
-        grads[1].index_add_(0, self.dead, b_enc_K)
-        grads[2].index_add_(0, self.dead, W_dec_KD)
-
-
-def _ghost(
-    centred_BD: torch.Tensor,
-    r_BD: torch.Tensor,
-    dead_weights: Sequence[torch.Tensor],
-    loss: str,
-) -> torch.Tensor:
-    """G (B, D): how badly the dead latents, with exp for ReLU, would explain half of the residual's length."""
-    W_enc_DK, b_enc_K, W_dec_KD = dead_weights
-    g_BD = torch.addmm(b_enc_K, centred_BD, W_enc_DK).exp() @ W_dec_KD
-    a_B1 = (r_BD.norm(dim=1, keepdim=True) / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))).detach()
-    return (a_B1 * g_BD - r_BD) ** 2 * _scale(r_BD, loss)
+    def add_to(self, grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *, mse: float) -> float:
+        """Add them to the gradients of W_enc, b_enc and W_dec at the dead latents; returns the ghost loss."""
+        factor = mse / (self._mean + EPS) if self._is_scalar else 1.0
+        grads[0].T.index_add_(0, self._dead, self._W_enc_KD, alpha=factor)
+        grads[1].index_add_(0, self._dead, self._b_enc_K, alpha=factor)
+        grads[2].index_add_(0, self._dead, self._W_dec_grad_KD, alpha=factor)
+        return factor * self._mean
 
 
 def _scale(vectors_BD: torch.Tensor, loss: str) -> torch.Tensor | int:

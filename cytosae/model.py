@@ -14,7 +14,9 @@ class SparseAutoencoder(nn.Module):
 
     def __init__(self, width: int, n_latents: int) -> None:
         super().__init__()
-        self.W_enc = nn.Parameter(torch.empty(width, n_latents))  # (D, L)
+        self.W_enc = nn.Parameter(
+            torch.empty(n_latents, width).T
+        )  # (D, L), stored by latent as sparse_kernels.py works
         self.b_enc = nn.Parameter(torch.zeros(n_latents))  # (L,)
         self.W_dec = nn.Parameter(torch.empty(n_latents, width))  # (L, D), rows of norm 1
         self.b_dec = nn.Parameter(torch.zeros(width))  # (D,)
@@ -50,7 +52,7 @@ class SparseAutoencoder(nn.Module):
         """The released start (REFERENCE.md 4.2): Kaiming-uniform with the fans as released, not tied; b_enc = 0."""
         for weight, fan_in in ((self.W_enc, self.n_latents), (self.W_dec, self.width)):
             bound = math.sqrt(6 / fan_in)
-            weight.uniform_(-bound, bound, generator=generator)
+            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
         self.b_enc.zero_()
         self.normalise_decoder()
 

@@ -1,0 +1,180 @@
+"""What a training step does with the active latents only, compiled for the CPU. Twin: tests/reference.py.
+
+One micro-batch's active latents are kept by latent: those of latent l are tokens[starts[l] : starts[l + 1]], ascending,
+with their values beside them. Every sum runs in that order, so results do not depend on the number of threads.
+Shapes: B tokens, D width, L latents, A active (token, latent) pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[Any]  # float32, or float64 in tests
+_BLOCK = 16  # latents that are looked at together: most blocks have none that is active
+_MIN_COLUMNS = 64  # of the reconstruction, per thread
+
+
+@dataclass(frozen=True)
+class Active:
+    """The active latents of a micro-batch, by latent."""
+
+    starts: npt.NDArray[np.int64]  # (L + 1,)
+    tokens: npt.NDArray[np.int32]  # (A,)
+    values: Floats  # (A,)
+
+    @property
+    def fired(self) -> npt.NDArray[np.bool_]:
+        """(L,): active on any token."""
+        return self.starts[1:] > self.starts[:-1]
+
+
+def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
+    """(B,): active latents of each token. NaN counts as active, so that it is not lost."""
+    counts = np.empty(len(pre_activations_BL), np.int64)
+    _count(pre_activations_BL, counts)
+    return counts
+
+
+def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> Active:
+    """What is above 0, by latent; `counts_B` from `count_active`. Memory: 16 bytes per active latent."""
+    starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
+    latents = np.empty(starts[-1], np.int32)
+    values = np.empty(starts[-1], pre_activations_BL.dtype)
+    _fill(pre_activations_BL, starts, latents, values)
+    return Active(*_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
+
+
+def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
+    """out += latents W_dec."""
+    n_parts = max(1, min(numba.get_num_threads(), W_dec_LD.shape[1] // _MIN_COLUMNS))
+    _add_decoded(active.starts, active.tokens, active.values, W_dec_LD, out_BD, n_parts)
+
+
+def add_gradients(
+    active: Active,
+    *,
+    W_dec_LD: Floats,
+    d_x_hat_BD: Floats,
+    centred_BD: Floats,
+    penalty: float,
+    grad_W_enc_LD: Floats,
+    grad_b_enc_L: Floats,
+    grad_W_dec_LD: Floats,
+) -> None:
+    """Add the gradients of encoder and decoder in one pass over the active latents.
+
+    d_z = <d_x_hat, W_dec row> + penalty;  W_dec row += z d_x_hat;  W_enc column += d_z (x - b_dec);  b_enc += d_z
+
+    Parameters
+    ----------
+    d_x_hat_BD : gradient of the loss with respect to the reconstruction
+    centred_BD : x - b_dec
+    penalty : the L1 term's gradient with respect to an active latent
+    grad_W_enc_LD : of W_enc, transposed
+    """
+    shares = np.linspace(0, active.starts[-1], numba.get_num_threads() + 1)  # equal work for every thread
+    cuts = np.searchsorted(active.starts, shares).astype(np.int64)
+    cuts[0], cuts[-1] = 0, len(W_dec_LD)
+    scalar = active.values.dtype.type
+    _add_gradients(
+        *(active.starts, active.tokens, active.values, cuts),
+        *(W_dec_LD, d_x_hat_BD, centred_BD, scalar(penalty)),
+        *(grad_W_enc_LD, grad_b_enc_L, grad_W_dec_LD),
+    )
+
+
+@numba.njit(parallel=True, cache=True)
+def _count(p: Any, counts: Any) -> None:  # type: ignore[no-untyped-def]
+    for b in numba.prange(p.shape[0]):
+        n = 0
+        for latent in range(p.shape[1]):
+            n += not p[b, latent] <= 0
+        counts[b] = n
+
+
+@numba.njit(parallel=True, cache=True)
+def _fill(p: Any, starts: Any, latents: Any, values: Any) -> None:
+    for b in numba.prange(p.shape[0]):
+        at = starts[b]
+        for first in range(0, p.shape[1], _BLOCK):
+            stop = min(first + _BLOCK, p.shape[1])
+            n = 0
+            for latent in range(first, stop):
+                n += not p[b, latent] <= 0
+            if n > 0:
+                for latent in range(first, stop):
+                    if not p[b, latent] <= 0:
+                        latents[at] = latent
+                        values[at] = p[b, latent]
+                        at += 1
+
+
+@numba.njit(cache=True)
+def _by_latent(starts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
+    """Stable counting sort by latent."""
+    starts = np.zeros(n_latents + 1, np.int64)
+    for k in range(len(latents)):
+        starts[latents[k] + 1] += 1
+    for latent in range(n_latents):
+        starts[latent + 1] += starts[latent]
+    at = starts[:-1].copy()
+    tokens = np.empty(len(latents), np.int32)
+    sorted_values = np.empty_like(values)
+    for b in range(len(starts_B) - 1):
+        for k in range(starts_B[b], starts_B[b + 1]):
+            to = at[latents[k]]
+            tokens[to] = b
+            sorted_values[to] = values[k]
+            at[latents[k]] = to + 1
+    return starts, tokens, sorted_values
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _add_decoded(starts: Any, tokens: Any, values: Any, W_dec: Any, out: Any, n_parts: int) -> None:
+    """Each thread owns some columns of the reconstruction: a decoder row is read once for all its tokens."""
+    width = W_dec.shape[1]
+    for part in numba.prange(n_parts):
+        low, high = part * width // n_parts, (part + 1) * width // n_parts
+        for latent in range(len(starts) - 1):
+            row = W_dec[latent, low:high]
+            for k in range(starts[latent], starts[latent + 1]):
+                to = out[tokens[k], low:high]
+                value = values[k]
+                for d in range(high - low):
+                    to[d] += value * row[d]
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _add_gradients(
+    starts: Any,
+    tokens: Any,
+    values: Any,
+    cuts: Any,
+    W_dec: Any,
+    d_x_hat: Any,
+    centred: Any,
+    penalty: Any,
+    grad_W_enc: Any,
+    grad_b_enc: Any,
+    grad_W_dec: Any,
+) -> None:
+    width = W_dec.shape[1]
+    for part in numba.prange(len(cuts) - 1):
+        for latent in range(cuts[part], cuts[part + 1]):
+            row, grad_dec, grad_enc = W_dec[latent], grad_W_dec[latent], grad_W_enc[latent]
+            bias = values.dtype.type(0)
+            for k in range(starts[latent], starts[latent + 1]):
+                d_out, x, value = d_x_hat[tokens[k]], centred[tokens[k]], values[k]
+                d_z = values.dtype.type(0)
+                for d in range(width):
+                    d_z += d_out[d] * row[d]
+                d_z += penalty
+                bias += d_z
+                for d in range(width):
+                    grad_dec[d] += value * d_out[d]
+                for d in range(width):
+                    grad_enc[d] += d_z * x[d]
+            grad_b_enc[latent] += bias
