@@ -162,6 +162,10 @@ def _active(p_BL: torch.Tensor, sparse_below: float) -> sparse_kernels.Active | 
     """The active latents, or None where dense products are faster."""
     if p_BL.device.type != "cpu" or sparse_below <= 0:
         return None
+    n_threads = torch.get_num_threads()
+    sparse_kernels.use_threads(n_threads)
+    if torch.get_num_threads() != n_threads:
+        torch.set_num_threads(n_threads)
     counts = sparse_kernels.count_active(p_BL.numpy())
     return sparse_kernels.take_active(p_BL.numpy(), counts) if counts.sum() < sparse_below * p_BL.numel() else None
 

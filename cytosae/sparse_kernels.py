@@ -31,6 +31,11 @@ class Active:
         return self.starts[1:] > self.starts[:-1]
 
 
+def use_threads(n_threads: int) -> None:
+    """How many threads the functions below use. Starting numba's threads changes what OpenMP's other users see."""
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+
+
 def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
     """(B,): active latents of each token. NaN counts as active, so that it is not lost."""
     counts = np.empty(len(pre_activations_BL), np.int64)
@@ -87,7 +92,7 @@ def add_gradients(
 
 
 @numba.njit(parallel=True, cache=True)
-def _count(p: Any, counts: Any) -> None:  # type: ignore[no-untyped-def]
+def _count(p: Any, counts: Any) -> None:
     for b in numba.prange(p.shape[0]):
         n = 0
         for latent in range(p.shape[1]):

@@ -302,7 +302,10 @@ def _load_state(root: Path, stores: list[ActivationStore], config: TrainConfig, 
     for name, parameter in model.named_parameters():
         keys = [key for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")]
         for key in keys:
-            optimizer.state[parameter][key.split(".")[1]] = tensors[key].to(device)
+            value = tensors[key].to(device)
+            if value.shape == parameter.shape:  # the fused step walks through memory: its layout must be the weight's
+                value = torch.empty_like(parameter.detach()).copy_(value)
+            optimizer.state[parameter][key.split(".")[1]] = value
     metrics = [row for row in _read_metrics(root) if int(row["step"] or 0) <= step]
     return _State(model, optimizer, tensors["steps_since_fired"].to(device), step, metrics)
 
