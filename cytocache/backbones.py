@@ -20,12 +20,12 @@ from stores.errors import BadInput
 from stores.files import sha256_file
 from stores.tables import listed
 
+from .download import PUBLISHED_AT, Progress, fetch_published
 from .preprocess import Preprocess
 from .torchvision_guard import declare_missing_operators
 
 TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
 TOKENS_PER_IMAGE = 257
-PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
 _RANDOM_SEED = 0
 
 
@@ -83,19 +83,28 @@ class Backbone:
         return [*tapped, last]
 
 
-def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, ...] = (-2,)) -> Backbone:
+def load_backbone(
+    name: str,
+    *,
+    weights: str | None = None,
+    blocks: tuple[int, ...] = (-2,),
+    progress: Progress = lambda done, total, state: None,
+) -> Backbone:
     """A backbone, ready to give the tokens behind some of its blocks; blocks after the last of them are not kept.
 
     Parameters
     ----------
     name : a key of `ARCHITECTURES`
-    weights : path of a DinoBloom `.pth` file, or `random` (seeded, untrained); `random-vit-tiny` needs none
+    weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
+        or `random` (seeded, untrained); `random-vit-tiny` needs none
     blocks : indices from 0, or from the end if negative; -2 is the second last
+    progress : told of bytes done and in all while `auto` downloads
 
     Raises
     ------
     BadInput
-        For an unknown name, an unknown or repeated block, missing weights, or a file that is not this checkpoint.
+        For an unknown name, an unknown or repeated block, missing weights, a file that is not this checkpoint, or
+        a download that fails.
     """
     if name not in ARCHITECTURES:
         raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}")
@@ -103,29 +112,25 @@ def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, .
     if weights is None and architecture.weights_file:
         raise BadInput(
             f"{name} needs weights: get {architecture.weights_file} from {PUBLISHED_AT} and give it with "
-            f"--weights {architecture.weights_file} (or --weights random for an untrained model)"
+            f"--weights {architecture.weights_file}, or let --weights auto download it "
+            f"(or --weights random for an untrained model)"
         )
     if weights not in (None, "random") and not architecture.weights_file:
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
-    if weights == "auto":
-        raise BadInput(f"--weights auto is not there yet: get {architecture.weights_file} from {PUBLISHED_AT}")
+    model = _create(architecture, on="meta")
+    n_blocks = len(model.blocks)
+    tapped = _tapped(name, blocks, n_blocks)  # before a download of gigabytes
     if weights in (None, "random"):
-        model = _random_model(architecture)
+        model = _set_random(model)
         digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block
     else:
-        path = Path(str(weights))
-        state = _read_checkpoint(path)  # before the model is made: a wrong file is told at once
-        model, digest = _create(architecture, on="meta"), sha256_file(path)
-        _load_strictly(model, state, path, name)
-    n_blocks = len(model.blocks)
-    for block in blocks:
-        if not -n_blocks <= block < n_blocks:
-            raise BadInput(
-                f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}"
-            )
-    tapped = tuple(sorted({block % n_blocks for block in blocks}))
-    if len(tapped) < len(blocks):
-        raise BadInput(f"the same --block is given twice; found {', '.join(map(str, blocks))} of {n_blocks} blocks")
+        if weights == "auto":
+            file = fetch_published(str(architecture.weights_file), progress=progress)
+            path, digest = file.path, file.sha256
+        else:
+            path, digest = Path(str(weights)), ""
+        _load_strictly(model, _read_checkpoint(path), path, name)
+        digest = digest or sha256_file(path)
     backbone = Backbone(
         name=name,
         model=_cut(model, tapped[-1]),
@@ -139,6 +144,19 @@ def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, .
     return backbone
 
 
+def _tapped(name: str, blocks: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
+    """The blocks as indices from 0, ascending."""
+    for block in blocks:
+        if not -n_blocks <= block < n_blocks:
+            raise BadInput(
+                f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}"
+            )
+    tapped = tuple(sorted({block % n_blocks for block in blocks}))
+    if len(tapped) < len(blocks):
+        raise BadInput(f"the same --block is given twice; found {', '.join(map(str, blocks))} of {n_blocks} blocks")
+    return tapped
+
+
 def _create(architecture: Architecture, *, on: str) -> Any:
     declare_missing_operators()
     import timm
@@ -149,12 +167,12 @@ def _create(architecture: Architecture, *, on: str) -> Any:
         ).eval()
 
 
-def _random_model(architecture: Architecture) -> Any:
+def _set_random(model: Any) -> Any:
     """Seeded weights with the spread of timm's initialisation, equal on every machine and with every torch version.
 
     Uniform numbers from numpy: torch's normal numbers depend on the processor.
     """
-    model = _create(architecture, on="meta").to_empty(device="cpu")
+    model = model.to_empty(device="cpu")
     rng = np.random.default_rng(_RANDOM_SEED)
     for name, parameter in model.named_parameters():
         constant, std = _initial_spread(name)
