@@ -1,13 +1,11 @@
 """The vision transformers: which there are, how their weights are loaded, and what comes out of a block.
 
-A DinoBloom checkpoint is a published file of somebody else: it is read with `weights_only=True`, so nothing in it is
-executed, and loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
+A DinoBloom checkpoint is a published file of somebody else: nothing in it is executed (weights_file.py), and it is
+loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
 """
 
 import hashlib
 import math
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,12 @@ from stores.tables import listed
 from .download import PUBLISHED_AT, Progress, fetch_published
 from .preprocess import Preprocess
 from .torchvision_guard import declare_missing_operators
+from .weights_file import read_weights
 
 TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
 TOKENS_PER_IMAGE = 257
 _RANDOM_SEED = 0
+_MAX_HEADS_BYTES = 2 << 30  # of training, beside the backbone in a published file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def load_backbone(
             path, digest = file.path, file.sha256
         else:
             path, digest = Path(str(weights)), ""
-        _load_strictly(model, _read_checkpoint(path), path, name)
+        _load_strictly(model, _read_checkpoint(path, model), path, name)
         digest = digest or sha256_file(path)
     backbone = Backbone(
         name=name,
@@ -205,31 +205,26 @@ def _cut(model: Any, block: int) -> Any:
     return model
 
 
-def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def _read_checkpoint(path: Path, model: Any) -> dict[str, torch.Tensor]:
     """The teacher's backbone of a DinoBloom file: heads and mask token dropped, prefixes stripped."""
     layout = "expected a DinoBloom checkpoint: a dict with the one key 'teacher', its keys beginning with 'backbone.'"
     if not path.is_file():
         raise BadInput(f"no weights at {path}. The DinoBloom files are published at {PUBLISHED_AT}")
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path} is cut off, or was not written by torch.save of PyTorch 1.6 or newer; {layout}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own words advise to load the file unsafely
-        raise BadInput(f"{path} is refused: it holds more than tensors, and may execute code; {layout}") from None
-    except Exception as error:  # a hostile or torn file raises almost anything, but executes nothing
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise BadInput(f"{path} cannot be loaded as weights ({reason}); {layout}") from None
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    content = read_weights(path, max_bytes=8 * n_parameters + _MAX_HEADS_BYTES, expected=layout)
     if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):
-        found = listed([repr(key) for key in content]) if isinstance(content, dict) else type(content).__name__
-        raise BadInput(f"{path}: {layout}; found {found or 'an empty dict'}")
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found = ", ".join(repr(key)[:60] for key in content if isinstance(key, str)) or "an empty dict"
+        raise BadInput(f"{path}: {layout}; found {found[:200]}")
     state = {
-        key.removeprefix("backbone."): value
+        key.removeprefix("backbone."): value.detach()
         for key, value in content["teacher"].items()
         if isinstance(key, str) and key.startswith("backbone.") and isinstance(value, torch.Tensor)
     }
     state.pop("mask_token", None)
     if "pos_embed" not in state or state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] != TOKENS_PER_IMAGE:
-        shape = tuple(state["pos_embed"].shape) if "pos_embed" in state else "nothing"
+        shape = f"{tuple(state['pos_embed'].shape)!s:.60}" if "pos_embed" in state else "nothing"
         raise BadInput(f"{path}: {layout}, with backbone.pos_embed of shape (1, 257, width); found {shape}")
     # the giant model's gated MLP has other names in timm; the order of its two halves is the same
     return {key.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): state[key] for key in state}
@@ -254,13 +249,20 @@ def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name:
         "that are no plain floating-point tensors": mistyped,
     }.items():
         if keys:
-            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({listed(keys)})")
+            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({_listed(keys)})")
     state = {key: value.float() for key, value in state.items()}
     not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
     if not_finite:
-        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({listed(not_finite)})")
+        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({_listed(not_finite)})")
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _listed(keys: list[Any]) -> str:
+    """Some keys of a file that is not trusted, fit for one line of a terminal."""
+    return listed(
+        [(key if key.isprintable() else repr(key))[:60] if isinstance(key, str) else type(key).__name__ for key in keys]
+    )
 
 
 def _is_plain(value: torch.Tensor) -> bool:

@@ -11,7 +11,6 @@ from .errors import (
     IncompleteStore,
     SpecMismatch,
     StoreNotFound,
-    UnreadableImage,
 )
 from .latent_store import LatentSpec, LatentStore, LatentWriter
 from .output import Output, plan_output
@@ -55,7 +54,6 @@ __all__ = [
     "Problem",
     "SpecMismatch",
     "StoreNotFound",
-    "UnreadableImage",
     "append_run",
     "check_choice",
     "find_header",

@@ -26,7 +26,3 @@ class DamagedStore(CytoError):
 
 class SpecMismatch(CytoError):
     """Two things do not fit: a store and the settings to continue it with, or an SAE and a cache."""
-
-
-class UnreadableImage(CytoError):
-    """One image file cannot be turned into pixels; the text says why."""
