@@ -5,6 +5,7 @@ it cost more than its own size is ruled out: compressed or overlapping names, a 
 tensors, a record that fails its checksum (PyTorch maps the file and checks none). Nothing in it is executed.
 """
 
+import pickle
 import pickletools
 import struct
 import zipfile
@@ -18,7 +19,7 @@ from stores.errors import BadInput
 
 MAX_ENTRIES = 10_000  # records: the giant model has below 1,000
 MAX_DIRECTORY_BYTES = 4 << 20
-MAX_PICKLE_BYTES = 4 << 20  # tens of kilobytes in the small model
+MAX_PICKLE_BYTES = 1 << 20  # tens of kilobytes in the small model
 MAX_TUPLES = 20_000  # nested some 100,000 deep, hashing them overflows C's stack; the giant model has below 5,000
 _STORAGES = {  # bytes per number
     **{f"torch {kind}Storage": 1 for kind in ("Byte", "Char", "Bool")},
@@ -52,12 +53,12 @@ def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
     except _Refused as refused:
         raise BadInput(f"{path} {refused}; {expected}") from None
     except Exception as error:  # zipfile and pickletools raise almost anything
-        raise BadInput(f"{path} is no archive of torch.save ({_one_line(error)}); {expected}") from None
+        raise BadInput(f"{path} is no whole archive of torch.save ({_one_line(error)}); {expected}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        Exception
-    ) as error:  # a hostile file raises almost anything; torch's own words may advise to load it unsafely
+    except pickle.UnpicklingError:  # torch's own words advise to load the file unsafely
+        raise BadInput(f"{path} is refused: it holds more than plain tensors; {expected}") from None
+    except Exception as error:  # a hostile file raises almost anything
         raise BadInput(f"{path} cannot be loaded as weights ({_one_line(error)}); {expected}") from None
 
 
