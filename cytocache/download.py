@@ -159,8 +159,8 @@ def _fetch(path: Path, source: str, progress: Progress) -> Downloaded:
     else:
         sha256 = _retried(lambda: _download(file, part, progress), path, source, progress)
         part.replace(path)
-        _forget(part)
         sync_folder(path.parent)
+    _forget(part)
     write_json(_beside(path, ".json"), {**file.identity(), "sha256": sha256})
     return Downloaded(path=path, sha256=sha256)
 
