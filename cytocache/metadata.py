@@ -16,7 +16,7 @@ MAX_PADDING = 16  # a TIFF's tiles may be larger than its picture: at most this 
 _SMALL = 4_000_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+_PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # without tRNS: transparency is dropped anyway
 _JPEG_DROPPED = {0xFE, *range(0xE0, 0xF0)} - {0xE0, 0xEE}  # JFIF and Adobe tell how the colours are coded
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped 255, nor fill, nor a restart within a scan
 _SCAN, _END, _WITHOUT_CONTENT = 0xDA, 0xD9, (0x01, 0xD8)

@@ -68,6 +68,7 @@ def _seeds() -> dict[str, bytes]:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     files |= {
+        "JPEG by Adobe": adobe_jpeg(_file(picture, "JPEG")),
         "JPEG progressive": _file(picture, "JPEG", progressive=True),
         "JPEG with metadata": _file(picture, "JPEG", exif=exif, icc_profile=bytes(300), comment=b"hello"),
         "JPEG with restarts": _file(picture, "JPEG", restart_marker_rows=1),
@@ -82,6 +83,11 @@ def _seeds() -> dict[str, bytes]:
         ),
     }
     return files
+
+
+def adobe_jpeg(raw: bytes) -> bytes:
+    """The same coded numbers, of which another segment in place of JFIF's says that they are red, green and blue."""
+    return raw[:2] + b"\xff\xee\x00\x0eAdobe\x00\x64" + bytes(5) + raw[20:]
 
 
 def tiled_tiff(rgb: np.ndarray, *, tile: tuple[int, int] = (16, 16)) -> bytes:
@@ -676,7 +682,7 @@ def hostile_weights(raw: bytes, state: dict[str, torch.Tensor], canary: Path) ->
 
         return rezipped(raw, change)
 
-    nested = b"\x80\x02" + b")" + b"\x85" * 2_000_000  # a tuple in a tuple in a tuple
+    nested = b"\x80\x02" + b")" + b"\x85" * 900_000  # a tuple in a tuple in a tuple
     circle: dict[str, Any] = {}
     circle["teacher"] = circle
     big = bytes(1 << 26)
@@ -710,7 +716,7 @@ def hostile_weights(raw: bytes, state: dict[str, torch.Tensor], canary: Path) ->
         ),
         "nested tuples as a key": repickled(raw, lambda pickled: b"\x80\x02}" + nested[2:] + b"Ns."),
         "nested tuples": repickled(raw, lambda pickled: nested + b"."),
-        "nested lists": repickled(raw, lambda pickled: b"\x80\x02" + b"]" * 1_000_000 + b"a" * 999_999 + b"."),
+        "nested lists": repickled(raw, lambda pickled: b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b"."),
         "size of 2^60": rebuilt(0, (2**60,), (0,)),
         "size of 2^60, strided": rebuilt(0, (2**60,), (1,)),
         "size of 2^30": rebuilt(0, (2**30,), (1,)),
@@ -737,6 +743,7 @@ def hostile_weights(raw: bytes, state: dict[str, torch.Tensor], canary: Path) ->
         "storage of another kind": repickled(raw, lambda pickled: pickled.replace(b"FloatStorage", b"DoubleStorage")),
         "something behind": raw + b"\0",
         "comment": raw[:-2] + b"\x09\x00a comment",
+        "comment that is not there": raw[:-2] + b"\x09\x00",
         "two archives": raw + raw[-22:],
         # hold something else
         "sparse": holding(torch.zeros(32).to_sparse()),
@@ -785,17 +792,40 @@ def harmless_weights(raw: bytes, state: dict[str, torch.Tensor]) -> dict[str, by
     }
 
 
+REFUSED_FOR = {  # by the first of our checks that sees it: none of these reaches PyTorch
+    "calls open": "it asks for 'io.open'",
+    "calls system": "it asks for 'posix.system'",
+    "stack global": "STACK_GLOBAL",
+    "torchscript": "is a TorchScript program",
+    "bytearray of 100 GB": "it asks for '__builtin__.bytearray'",
+    "tensor of 100 GB": "it asks for 'torch.FloatTensor'",
+    "deflated bomb": "has a compressed record",
+    "pickle of 20 MB": "has a pickle of 20,00",
+    "20,000 records": "lists 20,04",
+    "directory of 20 MB": "in 20,23",
+    "nested tuples as a key": "has far more tuples in its pickle",
+    "record too long": "should have 128 bytes in its record '3'; found 132 bytes",
+    "pickle twice": "lists the same record twice",
+    "comment": "is cut off, or was not written by torch.save",
+    "comment that is not there": "is cut off, or was not written by torch.save",
+    "too long": "has 3,221,225,472 bytes, more than the 2,147,",
+}
+
+
 def test_hundreds_of_damaged_weights_files_are_refused_in_one_line_or_load_unchanged(
     tiny: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     raw, canary = tiny[0].read_bytes(), tmp_path / "canary"
-    damaged, hostile = dict(damaged_weights(raw, 80)), hostile_weights(raw, tiny[1], canary)
+    damaged, hostile = dict(damaged_weights(raw, 60)), hostile_weights(raw, tiny[1], canary)
     harmless = harmless_weights(raw, tiny[1])
     files = {**damaged, **hostile, **harmless}
-    assert len(files) == len(damaged) + len(hostile) + len(harmless) > 300
+    assert len(files) == len(damaged) + len(hostile) + len(harmless) > 250
     (tmp_path / "files").mkdir()
     for name, content in files.items():
         (tmp_path / "files" / name).write_bytes(content)
+    files["too long"] = b""  # sparse: takes no space
+    with (tmp_path / "files" / "too long").open("wb") as file:
+        file.truncate(3 << 30)
     command = [sys.executable, "-c", LOADER, str(tmp_path / "files"), str(tiny[0])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -814,6 +844,8 @@ def test_hundreds_of_damaged_weights_files_are_refused_in_one_line_or_load_uncha
             assert one["error"] is not None or one["is_finite"]
         elif one["error"] is None:
             assert one["is_right"], one
+    for name, words in REFUSED_FOR.items():
+        assert words in (told[name]["error"] or ""), told[name]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["files"]  # nothing was executed
     n_loaded = sum(told[name]["error"] is None for name in damaged)
     assert 0 < n_loaded < 0.5 * len(damaged)
@@ -835,17 +867,17 @@ def test_extract_lists_every_bad_file_and_gives_every_good_one_its_own_tokens(tm
     table = store.images.to_pylist()
     assert {row["path"] for row in table} == {path.name for path in (tmp_path / "files").iterdir()}
     assert len(table) == len(files) >= 60
-    for index, row in enumerate(table):
-        tokens = store.read_images([index])[0].astype(np.float32)
-        picture, digest, error = read_image(tmp_path / "files" / row["path"])
-        assert (row["content_hash"], row["error"]) == (digest, error)
-        assert row["status"] == ("unreadable" if error else "ok")
-        if picture is None:
-            assert np.isnan(tokens).all(), row
-            continue
-        with torch.inference_mode():
-            (alone,) = backbone.tokens(torch.from_numpy(Preprocess().resize(picture)[None].copy()))
-        assert np.isfinite(tokens).all()
-        assert np.abs(tokens).max(axis=1).min() > 0, row  # no token of no image
-        assert np.allclose(tokens, alone[0].numpy(), rtol=2**-10, atol=2**-10), row
-    assert all(row["status"] == "ok" for row in table if row["path"].startswith("good"))
+    read = [read_image(tmp_path / "files" / row["path"]) for row in table]
+    good = [index for index, (picture, _, _) in enumerate(read) if picture is not None]
+    assert [row["content_hash"] for row in table] == [digest for _, digest, _ in read]
+    assert [row["error"] for row in table] == [error for _, _, error in read]
+    assert [row["status"] == "ok" for row in table] == [index in good for index in range(len(table))]
+    assert {row["path"] for row in table if row["path"].startswith("good")} <= {table[index]["path"] for index in good}
+
+    tokens = store.read_images(range(len(table))).astype(np.float32)
+    assert np.isnan(np.delete(tokens, good, axis=0)).all()
+    pixels = np.stack([Preprocess().resize(picture) for picture, _, _ in read if picture is not None])
+    with torch.inference_mode():
+        (alone,) = backbone.tokens(torch.from_numpy(pixels))
+    assert np.abs(tokens[good]).max(axis=2).min() > 0  # no token of no image is zero
+    assert np.allclose(tokens[good], alone.numpy(), rtol=2**-10, atol=2**-10)

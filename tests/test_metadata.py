@@ -33,7 +33,6 @@ def test_the_bare_picture_has_the_same_pixels_and_nothing_else(name: str) -> Non
         } | {
             "progressive",
             "progression",
-            "transparency",
         } | ({"dpi"} if name.startswith("JPEG") else set())
         assert getattr(picture, "n_frames", 1) == 1
     assert b"something behind" not in bare
