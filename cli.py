@@ -184,7 +184,11 @@ def cache() -> None:
     show_default=True,
     help="dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, needs no download.",
 )
-@click.option("--weights", help="A DinoBloom .pth file, or 'random' for an untrained model.")
+@click.option(
+    "--weights",
+    metavar="FILE|auto|random",
+    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; 'random': untrained.",
+)
 @click.option(
     "--block",
     "blocks",
