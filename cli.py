@@ -219,7 +219,9 @@ def cache_info(store: Path, as_json: bool) -> None:
 
     header = read_header(store, ACTIVATIONS, complete=False)
     spec = ActivationSpec(**header.spec)
-    written = sum({record["chunk"]: record["n_images"] for record in records_of(store, skip_damaged=True)}.values())
+    named = [record.get("chunk") for record in records_of(store, skip_damaged=True) if record.get("crc32c")]
+    chunks = {chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks}
+    written = sum(len(spec.chunk_rows(chunk)) for chunk in chunks)
     info = {**header.to_json(), "n_images_written": written, "bytes": _size(store), "runs": read_runs(store)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
@@ -230,8 +232,8 @@ def cache_info(store: Path, as_json: bool) -> None:
         "backbone": f"{spec.backbone}, {'trained' if spec.trained else 'UNTRAINED (seeded random weights)'}",
         "block": f"{spec.block} of 0..{spec.n_blocks - 1}, {spec.precision}",
         "weights": f"sha256 {spec.weights_sha256}",
-        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, mean {spec.transform.get('mean')}, "
-        f"std {spec.transform.get('std')}",
+        "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, "
+        f"mean {spec.transform.get('mean')}, std {spec.transform.get('std')}",
         "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
         "size": f"{_size(store) / 1e6:,.1f} MB",
         "identity": header.identity,
@@ -312,6 +314,8 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
             f"version, thread count or batch size): SAEs trained on this cache before name other numbers",
             err=True,
         )
+    if done.other_images:
+        click.echo("warning: other image files are there, or can be read, than when the cache was made", err=True)
 
 
 @cache.command("fidelity")

@@ -89,10 +89,10 @@ def measure_fidelity(
     with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size) as readers:
         reading = readers.read([root / str(paths[row])] for row in sample)
         for n_done, (row, pictures) in enumerate(zip(sample, reading, strict=True), start=1):
-            if pictures.content_hash[0] != hashes[row]:
+            if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:
                 raise BadInput(
-                    f"{root / str(paths[row])} is missing, or not the file that was cached; "
-                    f"say where the images are with --root"
+                    f"{root / str(paths[row])} is missing, or not the file that was cached"
+                    f"{f' ({pictures.errors[0]})' if pictures.errors[0] else ''}; say where the images are with --root"
                 )
             with torch.inference_mode():
                 (full,) = backbone.tokens(torch.from_numpy(pictures.pixels).to(device))

@@ -32,7 +32,7 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
         **facts,
     }
     own = root / (_FILE if shard.is_only else f"runs-{shard.file_part}.jsonl")
-    read_lines(own, mend=True)  # a line that a crash tore must not take this one along
+    read_lines(own, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
     before = read_runs(root)
     if before:
         _warn_of_changes(root, before[-1], record)
@@ -40,8 +40,8 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
 
 
 def read_runs(root: Path) -> list[dict[str, Any]]:
-    """The run log, oldest first; [] where there is none."""
-    runs = [run for path in [root / _FILE, *shard_logs(root)] for run in read_lines(path)]
+    """The run log, oldest first; [] where there is none. A damaged line is left out: nothing rests on it."""
+    runs = [run for path in [root / _FILE, *shard_logs(root)] for run in read_lines(path, skip_damaged=True)]
     unique = {canonical_json(run): run for run in runs}  # a crash at the finish may leave a line in both places
     return sorted(unique.values(), key=lambda run: str(run.get("time")))
 
@@ -58,7 +58,7 @@ def join_runs(root: Path) -> None:
 
 
 def _warn_of_changes(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({**run["versions"], **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
+    old, new = ({**run.get("versions", {}), **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
     changed = [f"{name} {old[name]} against {new[name]}" for name in new if name in old and old[name] != new[name]]
     if changed:
         _log.warning("%s goes on from a run with other settings of the machine: %s", root, ", ".join(changed))

@@ -16,7 +16,7 @@ ALLOWED = {
     "cli": PACKAGES,
 }
 TORCH_ALLOWED = {
-    "cytocache": {"backbones", "extract", "torchvision_guard"},
+    "cytocache": {"backbones", "extract", "fidelity", "torchvision_guard"},
     "cytosae": {"model", "losses", "checkpoint", "train", "encode"},
     "stores": set(),
 }
