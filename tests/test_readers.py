@@ -5,7 +5,6 @@ stands behind the image's own bytes.
 """
 
 import gc
-import hashlib
 import os
 import random
 import shutil
