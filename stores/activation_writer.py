@@ -46,7 +46,6 @@ from .tables import (
     write_image_table,
 )
 
-RECORD_KEYS = {"chunk", "first_image", "n_images", "size", "crc32c", "content_hash", "errors"}
 _SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 
 
@@ -241,7 +240,7 @@ def written_records(
     crcs: dict[int, str | None] = {}
     for record in records_of(root) if among is None else among:
         chunk = record.get("chunk")
-        if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not RECORD_KEYS <= {*record}:
+        if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not _is_record(record, spec):
             continue
         if chunk not in crcs:
             try:
@@ -251,6 +250,20 @@ def written_records(
         if crcs[chunk] == record["crc32c"]:
             found[chunk] = record
     return found
+
+
+def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
+    """Is it such a record as `write_chunk` makes of its chunk? Another may be a damaged one."""
+    rows, hashes, errors = spec.chunk_rows(record["chunk"]), record.get("content_hash"), record.get("errors")
+    named = (record.get("first_image"), record.get("n_images"), record.get("size"))
+    return (
+        named == (rows.start, len(rows), spec.chunk_bytes)
+        and isinstance(record.get("crc32c"), str)
+        and isinstance(hashes, list)
+        and len(hashes) == len(rows)
+        and isinstance(errors, dict)
+        and {*errors} <= {str(row) for row in rows}
+    )
 
 
 def _complete(root: Path, header: Header) -> Header:
