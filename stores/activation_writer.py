@@ -66,7 +66,7 @@ class ActivationWriter:
             sweep_partials(root)
         for chunk in self.chunks:
             sweep_partials(chunk_path(root, chunk).parent)
-        read_lines(self._journal, mend=True)
+        read_lines(self._journal, mend=True, skip_damaged=True)
         self._records = written_records(root, spec, self.chunks)
 
     def missing_chunks(self) -> list[int]:
@@ -234,11 +234,12 @@ def written_records(
 ) -> dict[int, dict[str, Any]]:
     """Chunk -> the journal record that its file bears out, of `chunks`; a chunk without one is missing.
 
-    Several records of a chunk are all right: it was written again, or by two writers that overlapped.
+    Several records of a chunk are all right: it was written again, or by two writers that overlapped. A damaged line
+    is passed over: its chunk is made again.
     """
     found: dict[int, dict[str, Any]] = {}
     crcs: dict[int, str | None] = {}
-    for record in records_of(root) if among is None else among:
+    for record in records_of(root, skip_damaged=True) if among is None else among:
         chunk = record.get("chunk")
         if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not _is_record(record, spec):
             continue
