@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from stores.errors import BadInput
-from stores.files import sync_folder, write_json
+from stores.files import sha256_file, sync_folder, write_json
 from stores.spec import cyto_version
 
 RECORD = "https://zenodo.org/api/records/10908163"
@@ -137,7 +137,7 @@ def _remembered(path: Path, source: str) -> Downloaded | None:
         return None
     if not is_ours:
         return None
-    found = _digests(path)[1] if path.stat().st_size == size else f"of another file, {path.stat().st_size:,} bytes long"
+    found = sha256_file(path) if path.stat().st_size == size else f"of another file, {path.stat().st_size:,} bytes long"
     if found != sha256:
         raise BadInput(
             f"{path} has changed since it was downloaded and checked: its SHA-256 was {sha256}, now it is {found}. "

@@ -777,6 +777,8 @@ def harmless_weights(raw: bytes, state: dict[str, torch.Tensor]) -> dict[str, by
     together = torch.cat([value.flatten() for value in state.values()])
     parts = together.split([value.numel() for value in state.values()])
     views = {key: part.view_as(state[key]) for key, part in zip(state, parts, strict=True)}
+    ordered = OrderedDict(published["teacher"])
+    ordered._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     turned = {key: value.mT.contiguous().mT if value.ndim > 1 else value for key, value in state.items()}
     return {
         "as it was": raw,
@@ -784,7 +786,7 @@ def harmless_weights(raw: bytes, state: dict[str, torch.Tensor]) -> dict[str, by
         "with a record more": rezipped(raw, lambda records: {**records, f"{next(iter(records))}.txt": b"hello"}),
         "parameters": saved({"teacher": parameters}),
         "double precision": saved({"teacher": {key: value.double() for key, value in published["teacher"].items()}}),
-        "ordered, with other keys": saved({"teacher": OrderedDict(published["teacher"]), "epoch": 7, "name": "x"}),
+        "ordered, with other keys": saved({"teacher": ordered, "epoch": 7, "name": "x"}),
         "views of one storage": saved(_published(views)),
         "other strides": saved(_published(turned)),
         "memo at 2^31": repickled(raw, lambda pickled: pickled[:-1] + b"r\xff\xff\xff\x7f."),
