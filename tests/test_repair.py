@@ -147,8 +147,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[int], bool]] = {
     "one hash": (lambda store: edit_record(store, 1, content_hash=[]), [1], False),
     "other errors": (lambda store: edit_record(store, 0, errors={"0": "was not liked"}), [0], False),
     "another patient": (lambda store: edit_table(store, 0, "patient", "P2"), [], True),
-    "another hash in the table": (lambda store: edit_table(store, 0, "content_hash", "0" * 64), [0], False),
-    "another status": (lambda store: edit_table(store, TORN, "status", "ok"), [1], False),
+    "another hash in the table": (lambda store: edit_table(store, 0, "content_hash", "0" * 64), [], False),
+    "another status": (lambda store: edit_table(store, TORN, "status", "ok"), [], False),
     "no table": (lambda store: (store / "images.parquet").unlink(), [], True),
     "garbled table": (lambda store: (store / "images.parquet").write_bytes(b"PAR1no tablePAR1"), [], True),
     "no table, no journal": (
