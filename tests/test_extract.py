@@ -81,6 +81,10 @@ from pathlib import Path
 import torch
 from cytocache.datasets import Images, open_images
 from cytocache.extract import ExtractConfig, extract
+from cytocache.torchvision_guard import declare_missing_operators
+
+declare_missing_operators()
+import timm, torchvision  # once, and not in each child
 
 cells, root, n_moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 images, config = open_images(cells), ExtractConfig(blocks=(0, 1), chunk_images=2, batch_size=2, workers=1)
