@@ -861,7 +861,8 @@ def _resolve_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
 

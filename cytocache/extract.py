@@ -225,7 +225,7 @@ def fill(
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
-            copied = torch.cuda.Event() if on_gpu else None
+            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread takes no core
             if copied is not None:
                 copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]

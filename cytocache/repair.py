@@ -153,11 +153,11 @@ def _batch_size(runs: list[dict[str, Any]]) -> int:
 
 def _first_crcs(store: Path) -> dict[int, str]:
     """Chunk -> the checksum that the journal names, or named before it was opened again."""
-    found = {}
+    found: dict[int, str] = {}
     for record in records_of(store, skip_damaged=True):
         crc = record.get("crc32c") or record.get("crc32c_before")
         if isinstance(record.get("chunk"), int) and isinstance(crc, str):
-            found[record["chunk"]] = crc
+            found.setdefault(record["chunk"], crc)
     return found
 
 

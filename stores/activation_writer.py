@@ -234,14 +234,14 @@ def written_records(
 ) -> dict[int, dict[str, Any]]:
     """Chunk -> the journal record that its file bears out, of `chunks`; a chunk without one is missing.
 
-    Several records of a chunk are all right: it was written again, or by two writers that overlapped. A damaged line
-    is passed over: its chunk is made again.
+    Several records of a chunk are all right: it was written again, or by two writers that overlapped. The last one
+    counts: unreadable images are NaN whatever their file and error. A damaged line is passed over.
     """
     found: dict[int, dict[str, Any]] = {}
     crcs: dict[int, str | None] = {}
     for record in records_of(root, skip_damaged=True) if among is None else among:
         chunk = record.get("chunk")
-        if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not _is_record(record, spec):
+        if not isinstance(chunk, int) or chunk not in chunks or not _is_record(record, spec):
             continue
         if chunk not in crcs:
             try:

@@ -196,7 +196,7 @@ def read_lines(path: Path, *, mend: bool = False, skip_damaged: bool = False) ->
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if skip_damaged:
                 continue
             raise DamagedStore(f"line {number} of {path} is not a journal record ({error})") from None

@@ -81,6 +81,10 @@ from pathlib import Path
 import torch
 from cytocache.datasets import Images, open_images
 from cytocache.extract import ExtractConfig, extract
+from cytocache.torchvision_guard import declare_missing_operators
+
+declare_missing_operators()
+import timm, torchvision  # once, and not in each child
 
 cells, root, n_moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 images, config = open_images(cells), ExtractConfig(blocks=(0, 1), chunk_images=2, batch_size=2, workers=1)
@@ -276,6 +280,30 @@ class TestUnreadable:
         done = extract(images, tmp_path / "a.zarr", config())
         assert (done.n_readable, done.n_unreadable) == (5, 0)
         assert not [problem for problem in verify_activations(tmp_path / "a.zarr") if problem]
+
+    def test_another_unreadable_file_is_listed_as_it_is_now(self, tmp_path: Path) -> None:
+        """Its tokens are NaN as before, so the chunk's checksum does not tell which of two journal lines counts."""
+        (tmp_path / "cells").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "cells" / "0.png")
+        for content in (b"half a file", b""):
+            (tmp_path / "cells" / "1.png").write_bytes(content)
+            if content:
+                stop = iter([False, False, True]).__next__
+                with pytest.raises(KeyboardInterrupt):
+                    extract(_twice(tmp_path / "cells"), tmp_path / "a.zarr", config(chunk_images=1), stop=stop)
+        extract(_twice(tmp_path / "cells"), tmp_path / "a.zarr", config(chunk_images=1))
+        extract(_twice(tmp_path / "cells"), tmp_path / "fresh.zarr", config(chunk_images=1))
+        assert contents(tmp_path / "a.zarr") == contents(tmp_path / "fresh.zarr")
+        images = ActivationStore(tmp_path / "a.zarr").images.to_pydict()
+        assert images["error"] == [None, "the file is empty", None, "the file is empty"]
+        assert images["content_hash"][1] == hashlib.sha256(b"").hexdigest()
+
+
+def _twice(root: Path) -> Images:
+    """0.png and 1.png below `root`, each of them two times."""
+    table = root.parent / "m.csv"
+    table.write_text("path,image_id\n0.png,a\n1.png,b\n0.png,c\n1.png,d\n")
+    return open_images(table, root=root)
 
 
 class TestResuming:
