@@ -70,7 +70,7 @@ def repair(
     header = read_header(store, ACTIVATIONS, complete=False)
     spec, problems = ActivationSpec(**header.spec), list[Problem]()
     if header.complete or header.summary is None:
-        problems = _verify(store, spec, verify_progress)
+        problems = _verify(store, spec, verify_progress, stop)
         damaged = sorted({problem.chunk for problem in problems if problem.chunk is not None})
         if not problems:
             return RepairResult(problems=[], chunks=[], other_bits=[])
@@ -116,11 +116,13 @@ def repair(
     )
 
 
-def _verify(store: Path, spec: ActivationSpec, progress: Progress) -> list[Problem]:
+def _verify(store: Path, spec: ActivationSpec, progress: Progress, stop: Callable[[], bool]) -> list[Problem]:
     problems = []
     for n_done, problem in enumerate(verify_activations(store), start=1):
         if problem is not None:
             problems.append(problem)
+        if stop():
+            raise KeyboardInterrupt
         progress(min(n_done, spec.n_chunks), spec.n_chunks, f"{len(problems)} bad" if problems else "")
     return problems
 

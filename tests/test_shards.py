@@ -27,7 +27,7 @@ from test_store_suite import cache_spec, cache_tokens, contents, manifest, outco
 from cli import cli
 from cytocache.datasets import Images, open_images
 from cytocache.extract import ExtractConfig, extract
-from stores import activation_writer
+from stores import activation_writer, files
 from stores.activation_store import ActivationStore, chunk_path
 from stores.activation_writer import ActivationWriter, complete_cache, overlapping_writer, writer_lock
 from stores.errors import BadInput, IncompleteStore, StoreNotFound
@@ -201,6 +201,38 @@ def test_processes_that_start_at_the_same_moment_share_nothing(single: dict[str,
         processes = [forked(lambda index=index: job(index)) for index in range(4)]  # type: ignore[misc]
         assert [exit_code(process) for process in processes] == [0] * 4
         assert contents(root) == single
+
+
+def test_a_file_that_another_writer_was_quicker_with_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile it may have become the header of a complete cache. Nor is a swept partial file the end."""
+    real, path = files.write_atomic, tmp_path / "zarr.json"
+
+    def write_atomic(partial: Path, *pieces: bytes) -> None:
+        real(partial, *pieces)
+        path.write_bytes(b"complete")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", write_atomic)
+        assert not files.write_new(path, b"begun")
+    assert path.read_bytes() == b"complete"
+    assert [*tmp_path.iterdir()] == [path]
+
+    swept: list[Path] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        if not swept:
+            swept.extend(tmp_path.glob("*.partial"))
+            files.sweep_partials(tmp_path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert len(swept) == 1
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_who_finishes_while_another_looks_in_vain_still_completes_the_cache(
@@ -401,7 +433,8 @@ def test_real_processes_started_together(cells: Path, tmp_path: Path) -> None:
 
 def test_the_same_shard_or_one_that_overlaps_is_refused_while_it_is_written(cells: Path, tmp_path: Path) -> None:
     store, options = tmp_path / "a.zarr", ["--block", 0, "--chunk-images", 2, "--workers", 1]
-    store.mkdir()
+    result = run("extract", cells, store, *options, "--shard", "0/4")
+    assert (result.exit_code, f"{store}: shard 0/4 is done, 0 images; other" in result.stdout) == (0, True)
     with locked(writer_lock(store, Shard(0, 2))):
         for more in (["--shard", "0/2"], [], ["--shard", "1/3"]):
             result = run("extract", cells, store, *options, *more)
