@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -124,8 +123,8 @@ def test_damage_by_hand_is_measured_exactly(
     cached[readable] = scaled
     cached[7, 0, 5] += 3
     for chunk in range(3):
-        raw = cached[chunk * 4 : chunk * 4 + 4].tobytes()
-        chunk_path(store, chunk).write_bytes(raw + google_crc32c.value(raw).to_bytes(4, "little"))
+        path = chunk_path(store, chunk)
+        path.write_bytes(cached[chunk * 4 : chunk * 4 + 4].tobytes() + path.read_bytes()[-4:])  # a map checks no more
     found = measure_fidelity(store, root=made, workers=1)
     assert_close(found, slow_twin(scaled, cached[readable].astype(np.float32)))
     assert found.largest_difference == pytest.approx(3, abs=0.1)
