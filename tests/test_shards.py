@@ -407,6 +407,21 @@ def test_one_block_of_two_that_is_complete_is_not_made_again(cells: Path, whole:
     assert contents(tmp_path / "acts" / "block2.zarr") == contents(whole / "block2.zarr")
 
 
+def test_blocks_of_one_pass_that_lack_different_chunks(cells: Path, whole: Path, tmp_path: Path) -> None:
+    """Each is given what it lacks, and only that."""
+    images, stop = open_images(cells), iter([False, False, True]).__next__
+    with pytest.raises(KeyboardInterrupt):
+        extract(images, tmp_path / "acts", config(blocks=(0, 2)), stop=stop)
+    kept = chunk_path(tmp_path / "acts" / "block0.zarr", 1)
+    when = kept.stat().st_mtime_ns
+    for block, chunk in [(0, 0), (2, 1)]:
+        chunk_path(tmp_path / "acts" / f"block{block}.zarr", chunk).unlink()
+    extract(images, tmp_path / "acts", config(blocks=(0, 2)))
+    for block in (0, 2):
+        assert contents(tmp_path / "acts" / f"block{block}.zarr") == contents(whole / f"block{block}.zarr")
+    assert kept.stat().st_mtime_ns == when
+
+
 def test_real_processes_started_together(cells: Path, tmp_path: Path) -> None:
     """Two at the same moment on an empty place, and a third that is a shard too many: it is refused in one line."""
     options = ["--block", "0", "--chunk-images", "1", "--batch-size", "1", "--workers", "1"]
