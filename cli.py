@@ -184,7 +184,11 @@ def cache() -> None:
     show_default=True,
     help="dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, needs no download.",
 )
-@click.option("--weights", help="A DinoBloom .pth file, or 'random' for an untrained model.")
+@click.option(
+    "--weights",
+    metavar="FILE|auto|random",
+    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; 'random': untrained.",
+)
 @click.option(
     "--block",
     "blocks",
@@ -244,9 +248,21 @@ def cache_extract(
     device = _resolve_device(device)
     batch_size = batch_size or (32 if device == "cpu" else 128)
     config = ExtractConfig(device=device, batch_size=batch_size, **settings)
-    with _stopping_gently("the chunk") as stop, _progress("extract", "image") as progress:
+    with (
+        _stopping_gently("the chunk") as stop,
+        _progress("download", "byte") as downloading,
+        _progress("extract", "image") as progress,
+    ):
         done = extract(
-            found, store, config, shard=shard, overwrite=overwrite, inputs=inputs, progress=progress, stop=stop
+            found,
+            store,
+            config,
+            shard=shard,
+            overwrite=overwrite,
+            inputs=inputs,
+            progress=progress,
+            download_progress=downloading,
+            stop=stop,
         )
     if found.n_skipped:
         click.echo(f"{found.n_skipped:,} files in {images} were passed over: not images by their name", err=True)
@@ -290,18 +306,19 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     \b
     Example: cyto cache info cells.acts.zarr
     """
-    from stores import ACTIVATIONS, ActivationSpec, ActivationStore, read_header, read_runs
-    from stores.activation_store import records_of
+    from stores import ACTIVATIONS, ActivationStore, read_header, read_runs
+    from stores.activation_store import read_spec, records_of
     from stores.remote import small_files, store_root
 
     store = store_root(store) if isinstance(store, str) else store
     is_url = isinstance(store, str)
     with small_files(store) as folder:
         header = read_header(folder, ACTIVATIONS, complete=is_url)
-        spec = ActivationSpec(**header.spec)
-        written = {record["chunk"]: record["n_images"] for record in records_of(folder, skip_damaged=True)}
-        n_bytes = _size(folder) + (len(written) * spec.chunk_bytes if is_url else 0)
-        n_written = sum(written.values())
+        spec = read_spec(header, folder)
+        named = {record.get("chunk") for record in records_of(folder, skip_damaged=True) if record.get("crc32c")}
+        chunks = [chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks]
+        n_bytes = _size(folder) + (len(chunks) * spec.chunk_bytes if is_url else 0)
+        n_written = sum(len(spec.chunk_rows(chunk)) for chunk in chunks)
         info = {**header.to_json(), "n_images_written": n_written, "bytes": n_bytes, "runs": read_runs(folder)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
@@ -370,6 +387,7 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
     with (
         _stopping_gently("the chunk") as stop,
         _progress("verify", "chunk") as verifying,
+        _progress("download", "byte") as downloading,
         _progress("repair", "image") as progress,
     ):
         done = repair(
@@ -379,6 +397,7 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
             device=_resolve_device(device),
             verify_progress=verifying,
             progress=progress,
+            download_progress=downloading,
             stop=stop,
             **settings,
         )
@@ -394,6 +413,8 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
             f"version, thread count or batch size): SAEs trained on this cache before name other numbers",
             err=True,
         )
+    if done.other_images:
+        click.echo("warning: other image files are there, or can be read, than when the cache was made", err=True)
 
 
 @cache.command("fidelity")
@@ -430,8 +451,10 @@ def cache_fidelity(store: Path, run: Path | None, device: str, as_json: bool, **
         sae, cache = load_sae(run, device=device), ActivationStore(store)
         require_same_tokens(sae.same_tokens, cache.spec.same_tokens, f"the SAE {run}", f"the cache {store}")
         latents = sae.model.encode
-    with _progress("fidelity", "image") as progress:
-        found = measure_fidelity(store, device=device, latents=latents, progress=progress, **settings)
+    with _progress("download", "byte") as downloading, _progress("fidelity", "image") as progress:
+        found = measure_fidelity(
+            store, device=device, latents=latents, progress=progress, download_progress=downloading, **settings
+        )
     if as_json:
         values = {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
         click.echo(json.dumps({"store": str(store), "tau": settings["tau"], **values}, indent=1))
@@ -838,7 +861,8 @@ def _resolve_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
 

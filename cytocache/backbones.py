@@ -1,13 +1,11 @@
 """The vision transformers: which there are, how their weights are loaded, and what comes out of a block.
 
-A DinoBloom checkpoint is a published file of somebody else: it is read with `weights_only=True`, so nothing in it is
-executed, and loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
+A DinoBloom checkpoint is a published file of somebody else: nothing in it is executed (weights_file.py), and it is
+loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
 """
 
 import hashlib
 import math
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,15 @@ from stores.errors import BadInput
 from stores.files import sha256_file
 from stores.tables import listed
 
+from .download import PUBLISHED_AT, Progress, fetch_published
 from .preprocess import Preprocess
 from .torchvision_guard import declare_missing_operators
+from .weights_file import read_weights
 
 TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
 TOKENS_PER_IMAGE = 257
-PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
 _RANDOM_SEED = 0
+_MAX_HEADS_BYTES = 2 << 30  # of training, beside the backbone in a published file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +83,28 @@ class Backbone:
         return [*tapped, last]
 
 
-def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, ...] = (-2,)) -> Backbone:
+def load_backbone(
+    name: str,
+    *,
+    weights: str | None = None,
+    blocks: tuple[int, ...] = (-2,),
+    progress: Progress = lambda done, total, state: None,
+) -> Backbone:
     """A backbone, ready to give the tokens behind some of its blocks; blocks after the last of them are not kept.
 
     Parameters
     ----------
     name : a key of `ARCHITECTURES`
-    weights : path of a DinoBloom `.pth` file, or `random` (seeded, untrained); `random-vit-tiny` needs none
+    weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
+        or `random` (seeded, untrained); `random-vit-tiny` needs none
     blocks : indices from 0, or from the end if negative; -2 is the second last
+    progress : told of bytes done and in all while `auto` downloads
 
     Raises
     ------
     BadInput
-        For an unknown name, an unknown or repeated block, missing weights, or a file that is not this checkpoint.
+        For an unknown name, an unknown or repeated block, missing weights, a file that is not this checkpoint, or
+        a download that fails.
     """
     if name not in ARCHITECTURES:
         raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}")
@@ -103,29 +112,25 @@ def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, .
     if weights is None and architecture.weights_file:
         raise BadInput(
             f"{name} needs weights: get {architecture.weights_file} from {PUBLISHED_AT} and give it with "
-            f"--weights {architecture.weights_file} (or --weights random for an untrained model)"
+            f"--weights {architecture.weights_file}, or let --weights auto download it "
+            f"(or --weights random for an untrained model)"
         )
     if weights not in (None, "random") and not architecture.weights_file:
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
-    if weights == "auto":
-        raise BadInput(f"--weights auto is not there yet: get {architecture.weights_file} from {PUBLISHED_AT}")
+    model = _create(architecture, on="meta")
+    n_blocks = len(model.blocks)
+    tapped = _tapped(name, blocks, n_blocks)  # before a download of gigabytes
     if weights in (None, "random"):
-        model = _random_model(architecture)
+        model = _set_random(model)
         digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block
     else:
-        path = Path(str(weights))
-        state = _read_checkpoint(path)  # before the model is made: a wrong file is told at once
-        model, digest = _create(architecture, on="meta"), sha256_file(path)
-        _load_strictly(model, state, path, name)
-    n_blocks = len(model.blocks)
-    for block in blocks:
-        if not -n_blocks <= block < n_blocks:
-            raise BadInput(
-                f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}"
-            )
-    tapped = tuple(sorted({block % n_blocks for block in blocks}))
-    if len(tapped) < len(blocks):
-        raise BadInput(f"the same --block is given twice; found {', '.join(map(str, blocks))} of {n_blocks} blocks")
+        if weights == "auto":
+            file = fetch_published(str(architecture.weights_file), progress=progress)
+            path, digest = file.path, file.sha256
+        else:
+            path, digest = Path(str(weights)), ""
+        _load_strictly(model, _read_checkpoint(path, model), path, name)
+        digest = digest or sha256_file(path)
     backbone = Backbone(
         name=name,
         model=_cut(model, tapped[-1]),
@@ -139,6 +144,19 @@ def load_backbone(name: str, *, weights: str | None = None, blocks: tuple[int, .
     return backbone
 
 
+def _tapped(name: str, blocks: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
+    """The blocks as indices from 0, ascending."""
+    for block in blocks:
+        if not -n_blocks <= block < n_blocks:
+            raise BadInput(
+                f"{name} has {n_blocks} blocks: --block must be {-n_blocks} to {n_blocks - 1}; found {block}"
+            )
+    tapped = tuple(sorted({block % n_blocks for block in blocks}))
+    if len(tapped) < len(blocks):
+        raise BadInput(f"the same --block is given twice; found {', '.join(map(str, blocks))} of {n_blocks} blocks")
+    return tapped
+
+
 def _create(architecture: Architecture, *, on: str) -> Any:
     declare_missing_operators()
     import timm
@@ -149,12 +167,12 @@ def _create(architecture: Architecture, *, on: str) -> Any:
         ).eval()
 
 
-def _random_model(architecture: Architecture) -> Any:
+def _set_random(model: Any) -> Any:
     """Seeded weights with the spread of timm's initialisation, equal on every machine and with every torch version.
 
     Uniform numbers from numpy: torch's normal numbers depend on the processor.
     """
-    model = _create(architecture, on="meta").to_empty(device="cpu")
+    model = model.to_empty(device="cpu")
     rng = np.random.default_rng(_RANDOM_SEED)
     for name, parameter in model.named_parameters():
         constant, std = _initial_spread(name)
@@ -187,31 +205,26 @@ def _cut(model: Any, block: int) -> Any:
     return model
 
 
-def _read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def _read_checkpoint(path: Path, model: Any) -> dict[str, torch.Tensor]:
     """The teacher's backbone of a DinoBloom file: heads and mask token dropped, prefixes stripped."""
     layout = "expected a DinoBloom checkpoint: a dict with the one key 'teacher', its keys beginning with 'backbone.'"
     if not path.is_file():
         raise BadInput(f"no weights at {path}. The DinoBloom files are published at {PUBLISHED_AT}")
-    if not zipfile.is_zipfile(path):
-        raise BadInput(f"{path} is cut off, or was not written by torch.save of PyTorch 1.6 or newer; {layout}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own words advise to load the file unsafely
-        raise BadInput(f"{path} is refused: it holds more than tensors, and may execute code; {layout}") from None
-    except Exception as error:  # a hostile or torn file raises almost anything, but executes nothing
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise BadInput(f"{path} cannot be loaded as weights ({reason}); {layout}") from None
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    content = read_weights(path, max_bytes=8 * n_parameters + _MAX_HEADS_BYTES, expected=layout)
     if not isinstance(content, dict) or not isinstance(content.get("teacher"), dict):
-        found = listed([repr(key) for key in content]) if isinstance(content, dict) else type(content).__name__
-        raise BadInput(f"{path}: {layout}; found {found or 'an empty dict'}")
+        found = type(content).__name__
+        if isinstance(content, dict):
+            found = ", ".join(repr(key)[:60] for key in content if isinstance(key, str)) or "an empty dict"
+        raise BadInput(f"{path}: {layout}; found {found[:200]}")
     state = {
-        key.removeprefix("backbone."): value
+        key.removeprefix("backbone."): value.detach()
         for key, value in content["teacher"].items()
         if isinstance(key, str) and key.startswith("backbone.") and isinstance(value, torch.Tensor)
     }
     state.pop("mask_token", None)
     if "pos_embed" not in state or state["pos_embed"].ndim != 3 or state["pos_embed"].shape[1] != TOKENS_PER_IMAGE:
-        shape = tuple(state["pos_embed"].shape) if "pos_embed" in state else "nothing"
+        shape = f"{tuple(state['pos_embed'].shape)!s:.60}" if "pos_embed" in state else "nothing"
         raise BadInput(f"{path}: {layout}, with backbone.pos_embed of shape (1, 257, width); found {shape}")
     # the giant model's gated MLP has other names in timm; the order of its two halves is the same
     return {key.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): state[key] for key in state}
@@ -236,13 +249,20 @@ def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name:
         "that are no plain floating-point tensors": mistyped,
     }.items():
         if keys:
-            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({listed(keys)})")
+            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({_listed(keys)})")
     state = {key: value.float() for key, value in state.items()}
     not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
     if not_finite:
-        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({listed(not_finite)})")
+        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({_listed(not_finite)})")
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _listed(keys: list[Any]) -> str:
+    """Some keys of a file that is not trusted, fit for one line of a terminal."""
+    return listed(
+        [(key if key.isprintable() else repr(key))[:60] if isinstance(key, str) else type(key).__name__ for key in keys]
+    )
 
 
 def _is_plain(value: torch.Tensor) -> bool:

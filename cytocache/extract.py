@@ -17,7 +17,14 @@ import numpy as np
 import torch
 
 from stores.activation_store import ActivationSpec
-from stores.activation_writer import ActivationWriter, writer_lock
+from stores.activation_writer import (
+    ActivationWriter,
+    complete_cache,
+    left_overs,
+    overlapping_writer,
+    reopen,
+    writer_lock,
+)
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
 from stores.output import plan_output
@@ -94,6 +101,7 @@ def extract(
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     progress: Progress = lambda done, total, state: None,
+    download_progress: Progress = lambda done, total, state: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ExtractResult:
     """Write (or continue) the activation cache of `images` at `store`; with several blocks, `store/block<k>.zarr`.
@@ -104,6 +112,7 @@ def extract(
     Parameters
     ----------
     shard : the part that this process writes; the last one to end completes the cache
+    download_progress : told of bytes while weights are downloaded ("auto")
     stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
 
     Raises
@@ -116,7 +125,7 @@ def extract(
     """
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks)
+    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
     places = [store] if len(specs) == 1 else [store / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
@@ -129,6 +138,9 @@ def extract(
             for output, spec in zip(outputs, specs, strict=True)
             if not output.is_complete
         ]
+        for output in outputs:
+            if output.is_complete and left_overs(output.work):
+                complete_cache(output.work)
         if writers:
             fill(backbone, images, writers, config, progress=progress, stop=stop)
         is_complete = all([writer.finish() is not None for writer in writers])
@@ -180,6 +192,8 @@ def fill(
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.batch_size)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
+        if on_gpu:  # else events are recorded, and host memory is pinned, on GPU 0
+            stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
             ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
         )
@@ -211,7 +225,7 @@ def fill(
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
-            copied = torch.cuda.Event() if on_gpu else None
+            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread takes no core
             if copied is not None:
                 copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]
@@ -253,15 +267,31 @@ def resolve_precision(precision: str, device: str) -> str:
 
 
 def open_writer(
-    stack: ExitStack, root: Path, spec: ActivationSpec, images: Images, config: ExtractConfig, shard: Shard
+    stack: ExitStack,
+    root: Path,
+    spec: ActivationSpec,
+    images: Images,
+    config: ExtractConfig,
+    shard: Shard,
+    *,
+    damaged: list[int] | None = None,
 ) -> ActivationWriter:
-    """A writer that nobody else is while `stack` is open, with this run in its log."""
+    """A writer that nobody else is while `stack` is open, with this run in its log.
+
+    `damaged`: chunks of a complete cache, which is opened again to make just these anew.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    if not stack.enter_context(locked(writer_lock(root, shard))):
-        what = root if shard.is_only else f"shard {shard} of {root}"
+    other: Shard | None = shard
+    if stack.enter_context(locked(writer_lock(root, shard))):
+        other = overlapping_writer(root, shard, spec.n_chunks)
+    if other is not None:
+        what = root if other.is_only else f"shard {other} of {root}"
         raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
+    if damaged is not None:
+        reopen(root, damaged)
     writer = ActivationWriter(root, spec, images.table, shard)
-    sync_folder(root.parent)
+    for folder in (root, *root.parents)[1:3]:  # a new store's own name, and that of the folder of several
+        sync_folder(folder)
     append_run(
         root,
         packages=("torch", "timm", "pillow", "numpy"),
@@ -271,8 +301,9 @@ def open_writer(
         threads=torch.get_num_threads(),
         batch_size=config.batch_size,
     )
-    for row in writer.errors():  # a share that was not mounted, a file that has been copied again
-        writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
+    if damaged is None:
+        for row in writer.errors():  # a share that was not mounted, a file that has been copied again
+            writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
     return writer
 
 

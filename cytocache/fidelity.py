@@ -56,6 +56,7 @@ def measure_fidelity(
     latents: Latents | None = None,
     tau: float = 0.2,
     progress: Progress = lambda done, total, state: None,
+    download_progress: Progress = lambda done, total, state: None,
 ) -> Fidelity:
     """Compare the cache at `store` with float32 tokens of `n_images` readable images, drawn with `seed`.
 
@@ -74,7 +75,9 @@ def measure_fidelity(
     """
     cache = ActivationStore(store)
     spec = cache.spec
-    backbone = load_backbone(spec.backbone, weights=weights if spec.trained else "random", blocks=(spec.block,))
+    backbone = load_backbone(
+        spec.backbone, weights=weights if spec.trained else "random", blocks=(spec.block,), progress=download_progress
+    )
     if backbone.weights_sha256 != spec.weights_sha256:
         raise SpecMismatch(
             f"{store} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
@@ -89,10 +92,10 @@ def measure_fidelity(
     with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size) as readers:
         reading = readers.read([root / str(paths[row])] for row in sample)
         for n_done, (row, pictures) in enumerate(zip(sample, reading, strict=True), start=1):
-            if pictures.content_hash[0] != hashes[row]:
+            if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:
                 raise BadInput(
-                    f"{root / str(paths[row])} is missing, or not the file that was cached; "
-                    f"say where the images are with --root"
+                    f"{root / str(paths[row])} is missing, or not the file that was cached"
+                    f"{f' ({pictures.errors[0]})' if pictures.errors[0] else ''}; say where the images are with --root"
                 )
             with torch.inference_mode():
                 (full,) = backbone.tokens(torch.from_numpy(pictures.pixels).to(device))

@@ -1,4 +1,7 @@
-"""Read one image file, or say exactly why not. Image files are untrusted: few formats, bounded memory, no guessing."""
+"""Read one image file, or say exactly why not. Image files are untrusted: few formats, bounded memory, no guessing.
+
+Light to import: the processes that read images load this, `metadata` and `preprocess`, and neither torch nor zarr.
+"""
 
 import hashlib
 import io
@@ -9,12 +12,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from stores.errors import UnreadableImage
+from .metadata import check_scans, without_metadata
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # decoders that a file may reach, whatever its name
 MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million; more is a mistake or an attack
+MAX_SIDE = 65_535  # JPEG's own limit; resizing a row of 100 million pixels would take gigabytes for its coefficients
+MAX_RLE_PIXELS = 16_000_000  # Pillow unpacks a run-length coded BMP in Python, byte by byte
 MAX_FILE_BYTES = 1 << 30
+
+
+class UnreadableImage(ValueError):
+    """One image file cannot be turned into pixels; the text says why. Never leaves `read_image`."""
 
 
 class _PillowSilenced:
@@ -48,7 +57,7 @@ pillow_silenced = _PillowSilenced()
 def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
     """(RGB picture, SHA-256 of the file, None), or (None, hash if the bytes could be read, why not).
 
-    Memory: the file, at most `MAX_FILE_BYTES`, and about 8 bytes for each of at most `MAX_PIXELS` pixels.
+    Memory: twice the file, at most `MAX_FILE_BYTES`, and about 8 bytes for each of at most `MAX_PIXELS` pixels.
     """
     content_hash = None
     try:
@@ -72,13 +81,9 @@ def decode_image(raw: bytes) -> Image.Image:
     """
     try:
         with pillow_silenced:
-            picture = Image.open(io.BytesIO(raw), formats=FORMATS)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise UnreadableImage(
-                    f"{picture.width:,} x {picture.height:,} pixels, more than the {MAX_PIXELS:,} that are allowed"
-                )
-            if picture.mode[0] in "IF" and picture.width * picture.height > MAX_PIXELS // 4:
-                raise UnreadableImage(f"{picture.width:,} x {picture.height:,} pixels of 16 or 32 bits are too many")
+            bare = without_metadata(raw)
+            picture = Image.open(io.BytesIO(bare), formats=FORMATS)
+            _check_size(picture, bare)
             picture.load()
             return _to_rgb(picture)
     except UnreadableImage:
@@ -86,7 +91,29 @@ def decode_image(raw: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise UnreadableImage("not a JPEG, PNG, TIFF or BMP image" if raw else "the file is empty") from None
     except Exception as error:  # decoders of untrusted bytes raise almost anything; one file must not end the job
-        raise UnreadableImage(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+        raise UnreadableImage(f"cannot be decoded: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    """What a decoder says, which may quote the file, fit for a table and a terminal."""
+    text = " ".join(str(error).split())[:160] or type(error).__name__
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _check_size(picture: Image.Image, raw: bytes) -> None:
+    """Raise `UnreadableImage` for what would take too much memory or time, told by the headers alone."""
+    width, height, n_pixels = picture.width, picture.height, picture.width * picture.height
+    if n_pixels > MAX_PIXELS:
+        raise UnreadableImage(f"{width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} that are allowed")
+    if max(width, height) > MAX_SIDE:
+        raise UnreadableImage(f"{width:,} x {height:,} pixels; a side may have at most {MAX_SIDE:,}")
+    if picture.mode[0] in "IF" and n_pixels > MAX_PIXELS // 4:
+        raise UnreadableImage(f"{width:,} x {height:,} pixels of 16 or 32 bits are too many")
+    if picture.format == "JPEG":
+        check_scans(raw, n_pixels)
+    is_rle = any(tile[0] == "bmp_rle" for tile in getattr(picture, "tile", []))
+    if is_rle and max(n_pixels, len(raw) // 2) > MAX_RLE_PIXELS:
+        raise UnreadableImage(f"{width:,} x {height:,} pixels in a run-length coded BMP are too many")
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -96,7 +123,11 @@ def _read_bytes(path: Path) -> bytes:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UnreadableImage(f"{size:,} bytes, more than the {MAX_FILE_BYTES:,} that are allowed")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(size + 1)
+        if len(raw) > size:
+            raise UnreadableImage("grew while it was read")
+        return raw
     except OSError as error:
         raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
 

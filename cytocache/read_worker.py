@@ -6,11 +6,13 @@ as its answer for each image:
 
     [offset in the shared memory, [path, ...]]   ->   [SHA-256 of the file or null, error or null]
 
-Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE`; ends when stdin ends.
+Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE SECONDS`; ends when stdin ends, or in
+an image that takes longer than SECONDS: so a hung one does not outlive a parent that was killed.
 """
 
 import json
 import mmap
+import os
 import signal
 import sys
 from pathlib import Path
@@ -25,17 +27,20 @@ def main() -> None:
     """Answer requests until there are no more."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # a signal to the whole group is for the parent to act upon
         signal.signal(signum, signal.SIG_IGN)
-    descriptor, preprocess = int(sys.argv[1]), Preprocess(size=int(sys.argv[2]))
-    answers = sys.stdout.buffer
-    sys.stdout = sys.stderr  # whatever a library prints must not be taken for an answer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a decoder in C
+    descriptor, preprocess, seconds = int(sys.argv[1]), Preprocess(size=int(sys.argv[2])), float(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints, in Python or in C, must not be taken for an answer
     image_bytes = preprocess.size**2 * 3
-    with mmap.mmap(descriptor, 0) as shared:
+    with answers, mmap.mmap(descriptor, 0) as shared:
         answers.write(b"ready\n")
         answers.flush()
         for request in sys.stdin.buffer:
             offset, paths = json.loads(request)
             for number, path in enumerate(paths):
+                signal.setitimer(signal.ITIMER_REAL, seconds)
                 pixels, content_hash, error = read_and_resize(Path(path), preprocess)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 at = offset + number * image_bytes
                 shared[at : at + image_bytes] = pixels.tobytes() if pixels is not None else bytes(image_bytes)
                 answers.write(json.dumps([content_hash, error]).encode() + b"\n")

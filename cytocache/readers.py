@@ -59,7 +59,7 @@ class ImageReaders:
         mapped = mmap.mmap(self._memory.fileno(), 0)
         self._slots = np.frombuffer(mapped, np.uint8).reshape(n_slots, batch_size, size, size, 3)
         self._size, self._closed = size, False
-        self._workers = [_Worker(self._memory.fileno(), size) for _ in range(n_workers)]
+        self._workers = [_Worker(self._memory.fileno(), size, seconds_per_image) for _ in range(n_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -112,9 +112,10 @@ class ImageReaders:
                 outcomes += done
                 if failure is None:
                     break
-                if self._closed:
-                    raise RuntimeError("the readers were closed")
                 worker.restart()
+                if self._closed:  # asked after the restart: the new process is either killed by `__exit__`, or here
+                    worker.kill()
+                    raise RuntimeError("the readers were closed")
                 n_tries = 1 if done else n_tries + 1
                 if n_tries == 2:  # it was this image's fault
                     at = offset + len(outcomes) * self._image_bytes
@@ -129,8 +130,8 @@ class ImageReaders:
 class _Worker:
     """One reader process and the pipes to it."""
 
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor, self._size, self._is_ready = descriptor, size, False
+    def __init__(self, descriptor: int, size: int, seconds: float) -> None:
+        self._arguments, self._descriptor = [str(descriptor), str(size), str(2 * seconds)], descriptor
         self._start()
 
     def ask(self, offset: int, paths: list[Path], seconds: float) -> tuple[list[Outcome], str | None]:
@@ -172,16 +173,20 @@ class _Worker:
         self._pipe_out.close()
 
     def _start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_PACKAGE_ROOT, os.environ.get("PYTHONPATH", "")])}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cytocache.read_worker", str(self._descriptor), str(self._size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders in C talk there about every odd file
-            bufsize=0,
-            pass_fds=[self._descriptor],
-            env={**environment, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
+        # blocked signals stay blocked in the child: Ctrl-C while it imports must not end it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            self._process = subprocess.Popen(
+                [*_python(), "-m", "cytocache.read_worker", *self._arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # decoders in C talk there about every odd file
+                bufsize=0,
+                pass_fds=[self._descriptor],
+                env=_environment(),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._pipe_in, self._pipe_out = self._process.stdin, self._process.stdout
@@ -191,13 +196,14 @@ class _Worker:
 
     def _wait_until_ready(self) -> None:
         try:
-            self._line(_SECONDS_TO_START)
-        except (EOFError, TimeoutError):
-            again = [sys.executable, "-c", "import cytocache.read_worker"]  # for its words
-            said = subprocess.run(again, capture_output=True, text=True, timeout=_SECONDS_TO_START).stderr.split("\n")
+            while self._line(_SECONDS_TO_START) != b"ready":
+                pass  # what Python's own start-up files print
+        except TimeoutError:
             raise CytoError(
-                f"a process that reads images did not start: {' '.join(said[-2:]).strip() or '?'}"
+                f"a process that reads images did not start within {_SECONDS_TO_START:.0f} seconds"
             ) from None
+        except EOFError:
+            raise CytoError(f"a process that reads images did not start: {_why_not()}") from None
         self._is_ready = True
 
     def _line(self, seconds: float) -> bytes:
@@ -214,6 +220,32 @@ class _Worker:
             self._unread += piece
         line, self._unread = self._unread.split(b"\n", 1)
         return line
+
+
+def _python() -> list[str]:
+    return [sys.executable, "-P"]  # -P: the current folder may hold somebody's numpy.py
+
+
+def _environment() -> dict[str, str]:
+    paths = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _why_not() -> str:
+    """The last words of a process that does nothing but import."""
+    try:
+        again = subprocess.run(
+            [*_python(), "-c", "import cytocache.read_worker"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS_TO_START,
+            env=_environment(),
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "?"
+    return " ".join(again.stderr.split("\n")[-2:]).strip() or "?"
 
 
 def _how_it_ended(code: int) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from stores.activation_store import ActivationSpec, records_of
-from stores.activation_writer import reopen, written_records
+from stores.activation_writer import written_records
 from stores.errors import BadInput, SpecMismatch
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER
-from stores.spec import ACTIVATIONS, describe_difference, read_header
+from stores.spec import ACTIVATIONS, Header, describe_difference, read_header
 from stores.tables import column, listed, read_image_table, table_sha256, without_outcome
 from stores.verify import Problem, verify_activations
 
@@ -32,6 +32,7 @@ class RepairResult:
     problems: list[Problem]  # empty if nothing was wrong, or if an interrupted repair was continued
     chunks: list[int]  # that were made again
     other_bits: list[int]  # those among them that differ from what the journal had named
+    other_images: bool = False  # the image table is not what it was: other files, or other ones that can be read
 
 
 def repair(
@@ -45,6 +46,7 @@ def repair(
     workers: int = 2,
     verify_progress: Progress = lambda done, total, state: None,
     progress: Progress = lambda done, total, state: None,
+    download_progress: Progress = lambda done, total, state: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RepairResult:
     """Verify the cache at `store` and make what is damaged again. Memory: as `extract`.
@@ -68,7 +70,7 @@ def repair(
     header = read_header(store, ACTIVATIONS, complete=False)
     spec, problems = ActivationSpec(**header.spec), list[Problem]()
     if header.complete or header.summary is None:
-        problems = _verify(store, spec, verify_progress)
+        problems = _verify(store, spec, verify_progress, stop)
         damaged = sorted({problem.chunk for problem in problems if problem.chunk is not None})
         if not problems:
             return RepairResult(problems=[], chunks=[], other_bits=[])
@@ -78,8 +80,8 @@ def repair(
 
     runs = read_runs(store)
     found = _find_images(store, spec, images, root, runs)
-    before = {record["chunk"]: record for record in records_of(store, skip_damaged=True) if "chunk" in record}
-    _refuse_other_files(spec, found, damaged, before)
+    before = _first_crcs(store)
+    _refuse_other_files(spec, found, damaged, _recorded_hashes(store, spec, header))
     config = ExtractConfig(
         backbone=spec.backbone,
         weights=weights if spec.trained else "random",
@@ -87,31 +89,40 @@ def repair(
         precision=spec.precision,
         chunk_images=spec.chunk_images,
         device=device,
-        batch_size=batch_size or int((runs or [{}])[-1].get("batch_size", 32)),
+        batch_size=batch_size or _batch_size(runs),
         workers=workers,
     )
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks) if damaged else None
+    backbone = (
+        load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
+        if damaged
+        else None
+    )
     wanted = make_spec(backbone, found, config, spec.block) if backbone else spec
     if wanted != spec:
         difference = describe_difference(spec.to_dict(), wanted.to_dict())
         raise SpecMismatch(f"{store} was made with other settings ({difference}); repair it with what it was made from")
 
     with ExitStack() as stack:
-        reopen(store, damaged)
-        writer = open_writer(stack, store, spec, found, config, ONE_WRITER)
+        writer = open_writer(stack, store, spec, found, config, ONE_WRITER, damaged=damaged)
         if backbone:
             fill(backbone, found, [writer], config, progress=progress, stop=stop)
-        writer.finish()
-    after = {record["chunk"]: record for record in records_of(store)}
-    other = [chunk for chunk in damaged if chunk in before and before[chunk]["crc32c"] != after[chunk]["crc32c"]]
-    return RepairResult(problems=problems, chunks=damaged, other_bits=other)
+        repaired = writer.finish()
+    after = _first_crcs(store)
+    return RepairResult(
+        problems=problems,
+        chunks=damaged,
+        other_bits=[chunk for chunk in damaged if before.get(chunk) not in (None, after.get(chunk))],
+        other_images=repaired is not None and repaired.summary != header.summary,
+    )
 
 
-def _verify(store: Path, spec: ActivationSpec, progress: Progress) -> list[Problem]:
+def _verify(store: Path, spec: ActivationSpec, progress: Progress, stop: Callable[[], bool]) -> list[Problem]:
     problems = []
     for n_done, problem in enumerate(verify_activations(store), start=1):
         if problem is not None:
             problems.append(problem)
+        if stop():
+            raise KeyboardInterrupt
         progress(min(n_done, spec.n_chunks), spec.n_chunks, f"{len(problems)} bad" if problems else "")
     return problems
 
@@ -137,15 +148,49 @@ def _own_manifest(store: Path) -> Any:
         raise BadInput(f"{error}. Give the folder, CSV or Parquet file that it was made from: --images") from None
 
 
-def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int], records: dict[int, Any]) -> None:
+def _batch_size(runs: list[dict[str, Any]]) -> int:
+    found = (runs or [{}])[-1].get("batch_size")
+    return found if isinstance(found, int) and found > 0 else 32
+
+
+def _first_crcs(store: Path) -> dict[int, str]:
+    """Chunk -> the checksum that the journal names, or named before it was opened again."""
+    found: dict[int, str] = {}
+    for record in records_of(store, skip_damaged=True):
+        crc = record.get("crc32c") or record.get("crc32c_before")
+        if isinstance(record.get("chunk"), int) and isinstance(crc, str):
+            found.setdefault(record["chunk"], crc)
+    return found
+
+
+def _recorded_hashes(store: Path, spec: ActivationSpec, header: Header) -> list[str | None]:
+    """Per image the hash of its file when it was cached; None where it is not known, or there was no file.
+
+    The image table knows, if it is the one in the header; else the journal does, as far as it is whole.
+    """
+    try:
+        table = read_image_table(store / "images.parquet")
+    except BadInput:
+        table = None
+    if table is not None and table_sha256(table) == (header.summary or {}).get("images_sha256"):
+        return column(table, "content_hash")
+    hashes: list[str | None] = [None] * spec.n_images
+    for record in records_of(store, skip_damaged=True):
+        chunk, found = record.get("chunk"), record.get("content_hash")
+        if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks and isinstance(found, list):
+            rows = spec.chunk_rows(chunk)
+            if len(found) == len(rows):
+                hashes[rows.start : rows.stop] = found
+    return hashes
+
+
+def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int], recorded: list[str | None]) -> None:
     """A changed image would make other tokens under the same name; a missing one, NaN."""
-    paths, changed = column(images.table, "path"), []
-    for chunk in damaged:
-        for row in spec.chunk_rows(chunk):
-            recorded = records.get(chunk, {}).get("content_hash")
-            now = hash_image_file(images.root / str(paths[row]))
-            if recorded and recorded[row - spec.chunk_rows(chunk).start] not in (None, now):
-                changed.append(str(paths[row]))
+    paths = column(images.table, "path")
+    rows = [row for chunk in damaged for row in spec.chunk_rows(chunk)]
+    changed = [
+        str(paths[row]) for row in rows if recorded[row] not in (None, hash_image_file(images.root / str(paths[row])))
+    ]
     if changed:
         raise BadInput(
             f"{len(changed):,} image files of the damaged chunks are missing below {images.root} or are not those that "

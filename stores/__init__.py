@@ -12,7 +12,6 @@ from .errors import (
     SpecMismatch,
     StoreNotFound,
     StoreUnreachable,
-    UnreadableImage,
 )
 from .latent_store import LatentSpec, LatentStore, LatentWriter
 from .output import Output, plan_output
@@ -59,7 +58,6 @@ __all__ = [
     "StoreNotFound",
     "StoreUnreachable",
     "TokenStream",
-    "UnreadableImage",
     "append_run",
     "check_choice",
     "find_header",

@@ -258,8 +258,8 @@ def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_nam
 
 
 def journals_of(root: Path) -> list[Path]:
-    """The journal of a finished cache and those of its writers, as far as they are there."""
-    return sorted(root.glob("journal*.jsonl"))
+    """The journal of a finished cache, and then those of its writers, which are newer; as far as they are there."""
+    return sorted(root.glob("journal*.jsonl"), key=lambda path: (path.name != "journal.jsonl", path.name))
 
 
 def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:

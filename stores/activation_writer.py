@@ -5,8 +5,10 @@ disk, durable, with that size and checksum. Several writers (`Shard`) share no f
 the beginning are written by whoever comes first, and whoever comes last completes the cache.
 """
 
+import re
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from .tables import (
     write_image_table,
 )
 
-RECORD_KEYS = {"chunk", "first_image", "n_images", "size", "crc32c", "content_hash", "errors"}
+_SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 
 
 class ActivationWriter:
@@ -64,7 +66,7 @@ class ActivationWriter:
             sweep_partials(root)
         for chunk in self.chunks:
             sweep_partials(chunk_path(root, chunk).parent)
-        read_lines(self._journal, mend=True)
+        read_lines(self._journal, mend=True, skip_damaged=True)
         self._records = written_records(root, spec, self.chunks)
 
     def missing_chunks(self) -> list[int]:
@@ -131,18 +133,43 @@ class ActivationWriter:
             del self._records[chunk]
 
     def finish(self) -> Header | None:
-        """Complete the cache; None if chunks of other shards are not there yet: their last writer completes it."""
+        """Complete the cache; None if chunks of other shards are not there yet: their last writer completes it.
+
+        If another writer is at it, wait: it may have looked before our last chunk was there, and then nobody would
+        complete the cache.
+        """
         missing = self.missing_chunks()
         assert not missing, f"finish called with {len(missing)} chunks missing"
-        try:
-            return complete_cache(self.root)
-        except IncompleteStore:
-            return None
+        until = time.monotonic() + _SECONDS_TO_FINISH
+        while time.monotonic() < until:
+            try:
+                header = complete_cache(self.root)
+            except IncompleteStore:
+                return None
+            if header is not None:
+                return header
+            time.sleep(0.1)
+        return None
 
 
 def writer_lock(root: Path, shard: Shard) -> Path:
     """The lock file (`files.locked`) that keeps a second process from writing the same shard."""
     return root / f"writer-{shard.file_part}{LOCK_SUFFIX}"
+
+
+def overlapping_writer(root: Path, shard: Shard, n_chunks: int) -> Shard | None:
+    """A writer at work at this moment that owns chunks of `shard` too, as one of another N does.
+
+    Both would write the same files, one perhaps with other last bits after the other completed the cache.
+    """
+    for path in root.glob(f"writer-*{LOCK_SUFFIX}"):
+        named = re.fullmatch(rf"writer-(\d+)-of-(\d+){re.escape(LOCK_SUFFIX)}", path.name)
+        other = Shard(int(named[1]), int(named[2])) if named else shard
+        if other != shard and {*other.chunks(n_chunks)} & {*shard.chunks(n_chunks)}:
+            with locked(path) as is_idle:
+                if not is_idle:
+                    return other
+    return None
 
 
 def complete_cache(root: Path) -> Header | None:
@@ -160,28 +187,46 @@ def complete_cache(root: Path) -> Header | None:
     DamagedStore
         If the image table is not the manifest that the cache was begun with.
     """
+    read_header(root, ACTIVATIONS, complete=False)  # before anything is touched: is it ours?
     with locked(root / f"finish{LOCK_SUFFIX}") as is_ours:
         if not is_ours:
             return None
         header = read_header(root, ACTIVATIONS, complete=False)
         if not header.complete:
             header = _complete(root, header)
-        for path in (*journals_of(root), *shard_logs(root), *root.glob(f"writer-*{LOCK_SUFFIX}")):
-            if path.name != "journal.jsonl":
+        for path in left_overs(root):
+            if path.name != f"finish{LOCK_SUFFIX}":
                 path.unlink(missing_ok=True)
         return header
+
+
+def left_overs(root: Path) -> list[Path]:
+    """What a complete cache no longer needs: there only if its last writer was killed just before its end."""
+    journals = [path for path in journals_of(root) if path.name != "journal.jsonl"]
+    return [*journals, *shard_logs(root), *root.glob(f"writer-*{LOCK_SUFFIX}"), *root.glob(f"finish{LOCK_SUFFIX}")]
 
 
 def reopen(root: Path, damaged: list[int]) -> None:
     """Make a complete cache an incomplete one that lacks the damaged chunks, so that a writer can make them again.
 
-    The summary stays in the header meanwhile: it says that the cache was complete once.
+    The damaged files go first: were the header the first, a crash behind it would leave a flipped bit that the
+    journal seems to bear out. The summary stays in the header: it says that the cache was complete once.
     """
+    for chunk in damaged:
+        path = chunk_path(root, chunk)
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            sync_folder(path.parent)
+    records = [
+        # without its checksum, a record cannot vouch for the chunk that is made again, but still tells the file hashes
+        {**record, "crc32c": None, "crc32c_before": record.get("crc32c") or record.get("crc32c_before")}
+        if record.get("chunk") in damaged
+        else record
+        for record in records_of(root, skip_damaged=True)
+    ]
+    write_lines(root / "journal.jsonl", records)
     header = read_header(root, ACTIVATIONS, complete=False)
     write_header(root, Header(**{**vars(header), "complete": False}))
-    write_lines(root / "journal.jsonl", records_of(root, skip_damaged=True))
-    for chunk in damaged:
-        chunk_path(root, chunk).unlink(missing_ok=True)
 
 
 def written_records(
@@ -189,13 +234,14 @@ def written_records(
 ) -> dict[int, dict[str, Any]]:
     """Chunk -> the journal record that its file bears out, of `chunks`; a chunk without one is missing.
 
-    Several records of a chunk are all right: it was written again, or by two writers that overlapped.
+    Several records of a chunk are all right: it was written again, or by two writers that overlapped. The last one
+    counts: unreadable images are NaN whatever their file and error. A damaged line is passed over.
     """
     found: dict[int, dict[str, Any]] = {}
     crcs: dict[int, str | None] = {}
-    for record in records_of(root) if among is None else among:
+    for record in records_of(root, skip_damaged=True) if among is None else among:
         chunk = record.get("chunk")
-        if not isinstance(chunk, int) or chunk not in chunks or chunk in found or not RECORD_KEYS <= {*record}:
+        if not isinstance(chunk, int) or chunk not in chunks or not _is_record(record, spec):
             continue
         if chunk not in crcs:
             try:
@@ -205,6 +251,20 @@ def written_records(
         if crcs[chunk] == record["crc32c"]:
             found[chunk] = record
     return found
+
+
+def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
+    """Is it such a record as `write_chunk` makes of its chunk? Another may be a damaged one."""
+    rows, hashes, errors = spec.chunk_rows(record["chunk"]), record.get("content_hash"), record.get("errors")
+    named = (record.get("first_image"), record.get("n_images"), record.get("size"))
+    return (
+        named == (rows.start, len(rows), spec.chunk_bytes)
+        and isinstance(record.get("crc32c"), str)
+        and isinstance(hashes, list)
+        and len(hashes) == len(rows)
+        and isinstance(errors, dict)
+        and {*errors} <= {str(row) for row in rows}
+    )
 
 
 def _complete(root: Path, header: Header) -> Header:

@@ -30,7 +30,3 @@ class SpecMismatch(CytoError):
 
 class StoreUnreachable(CytoError):
     """A store behind a URL cannot be read now: no network, no access, or a server that fails again and again."""
-
-
-class UnreadableImage(CytoError):
-    """One image file cannot be turned into pixels; the text says why."""

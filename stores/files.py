@@ -45,17 +45,22 @@ def sha256_file(path: Path) -> str:
 
 def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
     """Write the pieces one after the other to `path`, so that a crash leaves the old file or the new one, durable."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    try:
-        with partial.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    for is_last_try in (False, True):
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        try:
+            with partial.open("xb") as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            break
+        except FileNotFoundError:  # another writer of the store swept it, where the file system knows no locks
+            if is_last_try:
+                raise
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
@@ -124,7 +129,10 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable (a no-op where folders cannot be synced)."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # somebody else's, into which one may write but not look
+        return
     try:
         os.fsync(descriptor)
     finally:
@@ -132,9 +140,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """fsync every file and folder below `root`: before a store is called complete, its bytes are on the disk."""
+    """fsync every file and folder below `root`: before a store is called complete, its bytes are on the disk.
+
+    Lock files are left out: they are no part of a store, and another process may remove its own at any moment.
+    """
     for folder, _, names in os.walk(root):
         for name in names:
+            if name.endswith(LOCK_SUFFIX):
+                continue
             with (Path(folder) / name).open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(folder))
@@ -183,7 +196,7 @@ def read_lines(path: Path, *, mend: bool = False, skip_damaged: bool = False) ->
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if skip_damaged:
                 continue
             raise DamagedStore(f"line {number} of {path} is not a journal record ({error})") from None

@@ -32,7 +32,7 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
         **facts,
     }
     own = root / (_FILE if shard.is_only else f"runs-{shard.file_part}.jsonl")
-    read_lines(own, mend=True)  # a line that a crash tore must not take this one along
+    read_lines(own, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
     before = read_runs(root)
     if before:
         _warn_of_changes(root, before[-1], record)
@@ -40,10 +40,10 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
 
 
 def read_runs(root: Path) -> list[dict[str, Any]]:
-    """The run log, oldest first; [] where there is none."""
-    of_shards = [run for path in shard_logs(root) for run in read_lines(path)]
+    """The run log, oldest first; [] where there is none. A damaged line is left out: nothing rests on it."""
+    of_shards = [run for path in shard_logs(root) for run in read_lines(path, skip_damaged=True)]
     # a crash at the finish may leave a shard's lines in both places
-    others = [run for run in read_lines(root / _FILE) if run not in of_shards]
+    others = [run for run in read_lines(root / _FILE, skip_damaged=True) if run not in of_shards]
     return sorted([*others, *of_shards], key=lambda run: str(run.get("time")))
 
 
@@ -59,7 +59,7 @@ def join_runs(root: Path) -> None:
 
 
 def _warn_of_changes(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({**run["versions"], **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
+    old, new = ({**run.get("versions", {}), **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
     changed = [f"{name} {old[name]} against {new[name]}" for name in new if name in old and old[name] != new[name]]
     if changed:
         _log.warning("%s goes on from a run with other settings of the machine: %s", root, ", ".join(changed))

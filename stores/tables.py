@@ -157,8 +157,10 @@ def _read_parquet(path: Path) -> pa.Table:
     try:
         table = pq.read_table(path, partitioning=None)
         _check_header(table.column_names, path)
-        return pa.table({name: _as_strings(table[name]) for name in table.column_names})
-    except (pa.ArrowException, OSError) as error:
+        table = pa.table({name: _as_strings(table[name]) for name in table.column_names})
+        table.validate(full=True)  # that texts are UTF-8, for one: a damaged file may hold anything
+        return table
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a Parquet table of plain columns: {error}") from None
 
 

@@ -342,9 +342,18 @@ class TestLoading:
             ({"norm.bias": torch.full((384,), float("-inf"))}, r"1 weights not finite \(norm.bias\)"),
             ({"norm.bias": torch.full((384,), 1e300, dtype=torch.float64)}, r"1 weights not finite \(norm.bias\)"),
             ({"norm.bias": torch.zeros(384).int()}, r"no plain floating-point tensors \(norm.bias\)"),
-            ({"norm.bias": torch.zeros(384).to_sparse()}, r"no plain floating-point tensors \(norm.bias\)"),
-            ({"norm.bias": torch.zeros(384, dtype=torch.complex64)}, r"no plain floating-point tensors \(norm.bias\)"),
-            ({"norm.bias": torch.zeros(384, device="meta")}, r"no plain floating-point tensors \(norm.bias\)"),
+            (
+                {"norm.bias": torch.zeros(384).to_sparse()},
+                r"asks for 'torch._utils._rebuild_sparse_tensor', which is no",
+            ),
+            (
+                {"norm.bias": torch.zeros(384, dtype=torch.complex64)},
+                r"asks for 'torch.ComplexFloatStorage', which is no",
+            ),
+            (
+                {"norm.bias": torch.zeros(384, device="meta")},
+                r"asks for 'torch._utils._rebuild_meta_tensor_no_storage'",
+            ),
             ({"norm.bias": "a string"}, r"1 weights missing \(norm.bias\)"),
         ],
     )

@@ -1,5 +1,6 @@
 """Extraction: the right tokens in the right rows, whatever happens on the way: bad files, interruption, a kill."""
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from cytocache.demo_cells import draw_cell
 from cytocache.extract import ExtractConfig, ExtractResult, extract
 from cytocache.preprocess import Preprocess
 from cytocache.torchvision_guard import declare_missing_operators
-from stores import ActivationStore, verify_activations
+from stores import ActivationStore, activation_writer, verify_activations
 from stores.errors import BadInput, IncompleteStore, SpecMismatch
 from stores.spec import ACTIVATIONS, LATENTS, Header, new_header, read_header, write_header
 from stores.tables import MANIFEST_COLUMNS, OUTCOME_COLUMNS
@@ -72,6 +73,65 @@ def contents(store: Path) -> Contents:
 def times(root: Path) -> dict[str, int]:
     """When each file and folder was last written."""
     return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+
+
+KILLED_EXTRACTIONS = """
+import json, os, random, signal, sys
+from pathlib import Path
+import torch
+from cytocache.datasets import Images, open_images
+from cytocache.extract import ExtractConfig, extract
+from cytocache.torchvision_guard import declare_missing_operators
+
+declare_missing_operators()
+import timm, torchvision  # once, and not in each child
+
+cells, root, n_moments = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+images, config = open_images(cells), ExtractConfig(blocks=(0, 1), chunk_images=2, batch_size=2, workers=1)
+images = Images(images.table.slice(0, 5), images.root)
+torch.set_num_threads(1)
+
+def forked(store, at=None):
+    counted = root / "calls"
+    process = os.fork()
+    if process == 0:
+        n_calls = 0
+        def counting(real):
+            def call(*args, **kwargs):
+                nonlocal n_calls
+                if n_calls == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                n_calls += 1
+                return real(*args, **kwargs)
+            return call
+        for name in ("fsync", "replace", "rename", "link", "unlink", "mkdir"):
+            setattr(os, name, counting(getattr(os, name)))
+        try:
+            extract(images, store, config)
+            counted.write_text(str(n_calls))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return code, int(counted.read_text())
+
+def durable(store):
+    found = {}
+    for journal in store.glob("block*.zarr/journal*.jsonl"):
+        for line in journal.read_text().splitlines():
+            path = journal.parent / "tokens" / "c" / str(json.loads(line)["chunk"]) / "0" / "0"
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+_, n_calls = forked(root / "whole")
+for moment in sorted(random.sample(range(n_calls), min(n_moments, n_calls))):
+    store = root / str(moment)
+    code, _ = forked(store, moment)
+    before = durable(store)
+    again, _ = forked(store)
+    n_redone = sum(path.stat().st_mtime_ns != when for path, when in before.items())
+    print(json.dumps([moment, code, again, len(before), n_redone]))
+"""
 
 
 class Interrupted(BaseException):
@@ -221,6 +281,30 @@ class TestUnreadable:
         assert (done.n_readable, done.n_unreadable) == (5, 0)
         assert not [problem for problem in verify_activations(tmp_path / "a.zarr") if problem]
 
+    def test_another_unreadable_file_is_listed_as_it_is_now(self, tmp_path: Path) -> None:
+        """Its tokens are NaN as before, so the chunk's checksum does not tell which of two journal lines counts."""
+        (tmp_path / "cells").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "cells" / "0.png")
+        for content in (b"half a file", b""):
+            (tmp_path / "cells" / "1.png").write_bytes(content)
+            if content:
+                stop = iter([False, False, True]).__next__
+                with pytest.raises(KeyboardInterrupt):
+                    extract(_twice(tmp_path / "cells"), tmp_path / "a.zarr", config(chunk_images=1), stop=stop)
+        extract(_twice(tmp_path / "cells"), tmp_path / "a.zarr", config(chunk_images=1))
+        extract(_twice(tmp_path / "cells"), tmp_path / "fresh.zarr", config(chunk_images=1))
+        assert contents(tmp_path / "a.zarr") == contents(tmp_path / "fresh.zarr")
+        images = ActivationStore(tmp_path / "a.zarr").images.to_pydict()
+        assert images["error"] == [None, "the file is empty", None, "the file is empty"]
+        assert images["content_hash"][1] == hashlib.sha256(b"").hexdigest()
+
+
+def _twice(root: Path) -> Images:
+    """0.png and 1.png below `root`, each of them two times."""
+    table = root.parent / "m.csv"
+    table.write_text("path,image_id\n0.png,a\n1.png,b\n0.png,c\n1.png,d\n")
+    return open_images(table, root=root)
+
 
 class TestResuming:
     @pytest.mark.parametrize("workers", [1, 7])
@@ -323,6 +407,98 @@ class TestResuming:
                 assert result.exit_code == 0, result.output
         assert contents(store) == contents(tmp_path / "whole.zarr")
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
+    @pytest.mark.parametrize("n_moments", [6, pytest.param(70, marks=pytest.mark.slow)])
+    def test_killed_before_any_system_call_and_continued_equals_uninterrupted(
+        self, cells: Path, tmp_path: Path, n_moments: int
+    ) -> None:
+        """SIGKILL before a sync, a rename, a new folder, a removal, in any thread; two blocks in one pass.
+
+        A process that has imported everything forks one child for each moment, and another that continues.
+        """
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(
+            [sys.executable, "-c", KILLED_EXTRACTIONS, str(cells), str(tmp_path), str(n_moments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert ran.returncode == 0, ran.stderr
+        expected = contents(tmp_path / "whole")
+        assert {"block0.zarr/zarr.json", "block1.zarr/journal.jsonl", "block1.zarr/tokens/c/2/0/0"} <= {*expected}
+        lines = [json.loads(line) for line in ran.stdout.splitlines()]
+        assert len(lines) == n_moments
+        for moment, code, again, n_durable, n_redone in lines:
+            assert (code, again) == (-signal.SIGKILL, 0), moment
+            assert n_redone == 0, f"killed at call {moment}: {n_redone} of {n_durable} durable chunks were made again"
+            assert contents(tmp_path / str(moment)) == expected, moment
+
+    def test_a_full_disk_is_one_line_and_the_same_command_continues(
+        self, cells: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The chunks that were saved beside it, in other threads, are kept."""
+        real = activation_writer.write_atomic
+
+        def write_atomic(path: Path, *pieces: Any) -> None:
+            if path.parts[-3:] == ("1", "0", "0"):
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            real(path, *pieces)
+
+        store = tmp_path / "a.zarr"
+        arguments = ["cache", "extract", str(cells), str(store), "--block", "0", "--chunk-images", "3"]
+        arguments += ["--batch-size", "2", "--workers", "2"]
+        with monkeypatch.context() as patch:
+            patch.setattr(activation_writer, "write_atomic", write_atomic)
+            result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+        assert result.stderr.splitlines()[-1].startswith("Error: cannot use ")
+        assert result.stderr.endswith("tokens/c/1/0/0: No space left on device\n")
+        assert "Traceback" not in result.stderr
+        assert [*store.rglob("*.partial"), *store.rglob("*.lock")] == []
+        assert CliRunner().invoke(cli, arguments).exit_code == 0
+        assert contents(store) == contents(whole)
+
+    def test_a_damaged_journal_line_costs_its_chunk(self, cells: Path, whole: Path, tmp_path: Path) -> None:
+        """What a crash of the machine may leave: zeros, half a line amid others; or somebody's editor."""
+        store = tmp_path / "a.zarr"
+        with pytest.raises(KeyboardInterrupt):
+            extract(open_images(cells), store, config(), stop=iter([False, False, False, True]).__next__)
+        journal = store / "journal-0-of-1.jsonl"
+        first, second, third = journal.read_bytes().splitlines()
+        damage = [b"\0" * 20, b'{"chunk": 1}', b"{}", b"[1]", b'{"chunk": [0]}', b"\xff\xfe", second[:-9]]
+        other = {**json.loads(second), "content_hash": None}, {**json.loads(second), "errors": {"99": "x"}}
+        lines = [first, *damage, *(json.dumps(record).encode() for record in other), third, b""]
+        journal.write_bytes(b"\n".join(lines))
+        (store / "runs.jsonl").write_bytes(b"\0\0\n{}\n[]\n")
+        extract(open_images(cells), store, config())
+        assert contents(store) == contents(whole)
+
+    def test_a_decoder_that_crashes_costs_one_image(
+        self, cells: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is listed as unreadable, and every other image has the tokens that it would have had."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import hashlib, os, sys\n"
+            "if 'cytocache.read_worker' in sys.orig_argv:\n"
+            "    from PIL import Image\n"
+            "    real = Image.open\n"
+            "    def open(file, *args, **kwargs):\n"
+            f"        if file.getvalue() == {(cells / 'lymphocyte' / '07.bmp').read_bytes()!r}:\n"
+            "            os.abort()\n"
+            "        return real(file, *args, **kwargs)\n"
+            "    Image.open = open\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        done = extract(open_images(cells), tmp_path / "a.zarr", config())
+        assert (done.n_readable, done.n_unreadable) == (9, 2)
+        store, expected = ActivationStore(tmp_path / "a.zarr"), ActivationStore(whole)
+        assert store.images["error"].to_pylist()[7] == "cannot be decoded: the decoder crashed (SIGABRT)"
+        tokens, others = store.read_images(range(N_IMAGES)), expected.read_images(range(N_IMAGES))
+        others[7] = np.nan
+        np.testing.assert_array_equal(tokens, others)
+        assert not [problem for problem in verify_activations(tmp_path / "a.zarr") if problem]
 
     def test_already_complete_writes_nothing(self, cells: Path, whole: Path, tmp_path: Path) -> None:
         store = Path(shutil.copytree(whole, tmp_path / "a.zarr"))

@@ -23,8 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cytocache.images import FORMATS, MAX_FILE_BYTES, decode_image, read_image
-from stores.errors import UnreadableImage
+from cytocache.images import FORMATS, MAX_FILE_BYTES, UnreadableImage, decode_image, read_image
 
 HEIGHT, WIDTH = 20, 28
 Rgb = npt.NDArray[np.uint8]

@@ -16,7 +16,7 @@ ALLOWED = {
     "cli": PACKAGES,
 }
 TORCH_ALLOWED = {
-    "cytocache": {"backbones", "extract", "fidelity", "torchvision_guard"},
+    "cytocache": {"backbones", "extract", "fidelity", "torchvision_guard", "weights_file"},
     "cytosae": {"model", "losses", "checkpoint", "train", "encode"},
     "stores": set(),
 }
@@ -62,6 +62,7 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
         ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
         ("cytosae.figures", {"torch", "cytocache"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
+        ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "stores", "dask", "click"}),
         ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,8 @@ from stores import csr
 from stores.activation_store import ActivationStore, chunk_path
 from stores.errors import BadInput, DamagedStore
 from stores.latent_store import LatentStore
-from stores.tables import read_image_table, write_image_table
+from stores.spec import ACTIVATIONS, Header, read_header, write_header
+from stores.tables import read_image_table, table_sha256, write_image_table
 from stores.verify import verify_activations, verify_latents
 
 SHAPE = (4, 3, 4)  # of a chunk: images, tokens, channels; the last of the three chunks holds two images and padding
@@ -126,6 +128,57 @@ def test_one_flipped_bit_anywhere_is_found(chunk: int, images: str, cache: Path)
         assert problems(cache) == expected, position
 
 
+def test_random_flips_anywhere_are_found(cache: Path) -> None:
+    """One to three bits of any chunk; every bit of a checksum; padding included. The moments differ, on purpose."""
+    rng = random.Random()
+    for chunk in range(3):
+        path = chunk_path(cache, chunk)
+        raw = path.read_bytes()
+        flips = [[bit] for bit in range(8 * (len(raw) - 4), 8 * len(raw))]
+        flips += [rng.sample(range(8 * len(raw)), rng.choice((1, 2, 3))) for _ in range(100)]
+        for flip in flips:
+            damaged = bytearray(raw)
+            for bit in flip:
+                damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            (found,) = problems(cache)
+            assert found.startswith(f"chunk {chunk} (images "), flip
+            assert found.endswith(": fails its checksum: bits have changed"), flip
+        path.write_bytes(raw)
+
+
+def test_a_flipped_bit_in_journal_or_table_is_found_or_changes_nothing(cache: Path) -> None:
+    """Never a crash, whatever the damaged file makes of it. Parquet has bytes that mean nothing to us."""
+    rng = random.Random()
+    table = read_image_table(cache / "images.parquet")
+    for name in ("journal.jsonl", "images.parquet"):
+        path = cache / name
+        raw = path.read_bytes()
+        for bit in rng.sample(range(8 * len(raw)), 400):
+            damaged = bytearray(raw)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            if not problems(cache):
+                assert name == "images.parquet", bit
+                assert read_image_table(path).equals(table), bit
+        path.write_bytes(raw)
+
+
+def test_a_table_that_fits_the_header_but_not_the_journal_is_found(cache: Path) -> None:
+    """Both were changed, by a program or by hand: only the journal still says which file made which tokens."""
+    path, header = cache / "images.parquet", read_header(cache, ACTIVATIONS)
+    whole = read_image_table(path)
+    for row, name, value in [(9, "content_hash", "0" * 64), (9, "content_hash", None), (9, "error", "was not liked")]:
+        values = whole[name].to_pylist()
+        values[row] = value
+        table = whole.set_column(whole.column_names.index(name), name, pa.array(values, pa.string()))
+        write_image_table(table, path)
+        summary = {**(header.summary or {}), "images_sha256": table_sha256(table)}
+        write_header(cache, Header(**{**vars(header), "summary": summary}))
+        what = "the hashes of its images" if name == "content_hash" else "which images could be read"
+        assert problems(cache) == [f"chunk 2 (images 8 to 9): the journal and images.parquet disagree about {what}"]
+
+
 def test_swapped_chunks_are_found(cache: Path) -> None:
     """Each is whole in itself: only the journal knows where it belongs."""
     first, second = chunk_path(cache, 0), chunk_path(cache, 1)
@@ -139,15 +192,21 @@ def test_swapped_chunks_are_found(cache: Path) -> None:
 def test_a_journal_that_disagrees_is_found(cache: Path) -> None:
     """Any field of a line, a line taken away or added, a line that is no record, no journal at all."""
     rows = "the journal gives it other images, or another size"
+    foreign = "is not the chunk that the journal names: written by another run"
+    silent = "the journal does not say what became of its images"
+    unread = "the journal and images.parquet disagree about which images could be read"
     journal = (cache / "journal.jsonl").read_bytes()
     edits: list[tuple[str, object, str]] = [
-        ("crc32c", "00000000", "is not the chunk that the journal names: written by another run"),
+        ("crc32c", "00000000", foreign),
+        ("crc32c", None, foreign),
         ("size", 99, rows),
         ("n_images", 3, rows),
         ("first_image", 0, rows),
-        ("errors", {}, "the journal and images.parquet disagree about which images could be read"),
-        ("errors", None, "the journal does not say what became of its images"),
+        ("errors", {}, unread),
+        ("errors", {"5": "file ends late"}, unread),
+        ("errors", None, silent),
         ("content_hash", ["0"] * 4, "the journal and images.parquet disagree about the hashes of its images"),
+        ("content_hash", [], silent),
     ]
     for name, value, what in edits:
         edit_journal(cache, lambda records: [records[0], {**records[1], name: value}, records[2]])  # noqa: B023
@@ -156,18 +215,24 @@ def test_a_journal_that_disagrees_is_found(cache: Path) -> None:
 
     edit_journal(cache, lambda records: [records[0], records[2]])
     unnamed = "chunk 1 (images 4 to 7): not named in the journal"
-    assert problems(cache) == ["store: the journal names 2 chunks in 2 lines, expected 3", unnamed]
+    assert problems(cache) == ["store: the journal names 2 chunks in 2 lines, expected 3 in order", unnamed]
     (cache / "journal.jsonl").write_bytes(journal)
     edit_journal(cache, lambda records: [*records, {**records[0], "chunk": 3}])
-    assert problems(cache) == ["store: the journal names 4 chunks in 4 lines, expected 3"]
+    assert problems(cache) == ["store: the journal names 4 chunks in 4 lines, expected 3 in order"]
+    (cache / "journal.jsonl").write_bytes(journal)
+    edit_journal(cache, lambda records: [*records, records[2]])
+    assert problems(cache) == ["store: the journal names 3 chunks in 4 lines, expected 3 in order"]
+    (cache / "journal.jsonl").write_bytes(journal)
+    edit_journal(cache, lambda records: records[::-1])  # the cache's own hash is taken of it
+    assert problems(cache) == ["store: the journal names 3 chunks in 3 lines, expected 3 in order"]
 
     (cache / "journal.jsonl").write_bytes(b"{]\n" + journal)
     found = problems(cache)
-    assert len(found) == 1  # the good lines count
+    assert len(found) == 1
     assert "line 1 of" in found[0]
     assert "is not a journal record" in found[0]
     (cache / "journal.jsonl").unlink()
-    assert problems(cache)[0] == "store: the journal names 0 chunks in 0 lines, expected 3"
+    assert problems(cache)[0] == "store: the journal names 0 chunks in 0 lines, expected 3 in order"
 
 
 @pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00, 0xFE01], ids=["NaN", "inf", "-inf", "another NaN"])

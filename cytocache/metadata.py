@@ -1,0 +1,109 @@
+"""Of an encoded image only what decides its pixels: what else a file carries never reaches a decoder.
+
+Comments, profiles, EXIF, thumbnails and further pages are where a hostile file hides its bombs (a flood of empty
+segments, text that inflates, values that overlap), and they change no pixel. What remains is checked for amounts that
+no honest file has. A file too broken to follow is passed on as it is from there: the decoder says what is wrong.
+"""
+
+import re
+import struct
+
+MAX_SEGMENTS = 10_000  # of a JPEG; an honest one has below 300
+MAX_CHUNKS = 250_000  # of a PNG; 100 million pixels in pieces of 8 KiB have below 100,000
+MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: 20 scans of the largest picture allowed
+MAX_TAGS = 1_000  # of a TIFF directory
+MAX_PADDING = 16  # a TIFF's tiles may be larger than its picture: at most this many times, above _SMALL pixels
+_SMALL = 4_000_000
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # without tRNS: transparency is dropped anyway
+_JPEG_DROPPED = {0xFE, *range(0xE0, 0xF0)} - {0xE0, 0xEE}  # JFIF and Adobe tell how the colours are coded
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped 255, nor fill, nor a restart within a scan
+_SCAN, _END, _WITHOUT_CONTENT = 0xDA, 0xD9, (0x01, 0xD8)
+_TIFF_UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_IMAGE_WIDTH, _IMAGE_LENGTH, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 322, 323
+
+
+def without_metadata(raw: bytes) -> bytes:
+    """The same picture in as little as decides its pixels; raises ValueError for amounts that no honest file has.
+
+    A TIFF is only checked: its parts lie anywhere. Memory: once the file.
+    """
+    if raw.startswith(b"\xff\xd8\xff"):
+        return _bare_jpeg(raw)
+    if raw.startswith(_PNG_SIGNATURE):
+        return _bare_png(raw)
+    if raw[:2] in (b"II", b"MM"):
+        _check_tiff(raw)
+    return raw
+
+
+def check_scans(raw: bytes, n_pixels: int) -> None:
+    """Raise ValueError for a JPEG that goes over its picture again and again: each scan costs a whole pass."""
+    n_scans = raw.count(b"\xff\xda")  # without metadata these bytes are hardly anything else
+    if n_scans * n_pixels > MAX_SCANNED_PIXELS:
+        raise ValueError(f"{n_scans:,} scans of {n_pixels:,} pixels")
+
+
+def _bare_jpeg(raw: bytes) -> bytes:
+    view, at, is_in_scan = memoryview(raw), 2, False
+    kept: list[bytes | memoryview] = [raw[:2]]
+    for _ in range(MAX_SEGMENTS):
+        found = _MARKER.search(raw, at)  # what lies before it is coded pixels behind the start of a scan, else rubbish
+        if is_in_scan:
+            kept.append(view[at : found.start()] if found else view[at:])
+        if found is None:
+            return b"".join(kept)
+        marker, at = raw[found.end() - 1], found.end()
+        if marker == _END:
+            return b"".join([*kept, found[0]])
+        is_in_scan = marker == _SCAN
+        if marker not in _WITHOUT_CONTENT:
+            at += int.from_bytes(view[at : at + 2], "big")
+            if marker not in _JPEG_DROPPED:
+                kept.append(view[found.start() : at])
+    raise ValueError(f"more than {MAX_SEGMENTS:,} segments")
+
+
+def _bare_png(raw: bytes) -> bytes:
+    view, at = memoryview(raw), len(_PNG_SIGNATURE)
+    kept: list[bytes | memoryview] = [_PNG_SIGNATURE]
+    for _ in range(MAX_CHUNKS):
+        end = at + 12 + int.from_bytes(view[at : at + 4], "big")
+        name = raw[at + 4 : at + 8]
+        if end > len(raw) or not name.isalpha():
+            return b"".join([*kept, view[at:]])
+        if name in _PNG_KEPT:
+            kept.append(view[at:end])
+        if name == b"IEND":
+            return b"".join(kept)
+        at = end
+    raise ValueError(f"more than {MAX_CHUNKS:,} chunks")
+
+
+def _check_tiff(raw: bytes) -> None:
+    """Of the first page: the number of tags, the room their values take, the size of tiles."""
+    order = "<" if raw[:2] == b"II" else ">"
+    is_big = raw[2:3] == b"+"
+    entry = struct.Struct(f"{order}HHQ8s" if is_big else f"{order}HHI4s")
+    word = f"{order}{'Q' if is_big else 'I'}"
+    try:
+        (at,) = struct.unpack_from(word, raw, 8 if is_big else 4)
+        (n_tags,) = struct.unpack_from(f"{order}{'Q' if is_big else 'H'}", raw, at)
+    except struct.error:
+        return  # cut off
+    if n_tags > MAX_TAGS:
+        raise ValueError(f"{n_tags:,} TIFF tags")
+    at += 8 if is_big else 2
+    n_bytes, values = 0, dict[int, int]()
+    for start in range(at, min(at + n_tags * entry.size, len(raw) - entry.size + 1), entry.size):
+        tag, kind, count, value = entry.unpack_from(raw, start)
+        size = _TIFF_UNITS.get(kind, 0) * count
+        n_bytes += size if size > len(value) else 0
+        values.setdefault(tag, struct.unpack(f"{order}H", value[:2])[0] if kind == 3 else struct.unpack(word, value)[0])
+    if n_bytes > len(raw):
+        raise ValueError(f"TIFF tags claim {n_bytes:,} bytes of a file of {len(raw):,}")
+    n_pixels = values.get(_IMAGE_WIDTH, 0) * values.get(_IMAGE_LENGTH, 0)
+    tile = values.get(_TILE_WIDTH, 0) * values.get(_TILE_LENGTH, 0)
+    if tile > max(_SMALL, MAX_PADDING * n_pixels):
+        raise ValueError(f"tiles of {tile:,} pixels for a picture of {n_pixels:,}")
