@@ -171,7 +171,7 @@ def _active(p_BL: torch.Tensor, sparse_below: float) -> sparse_kernels.Active | 
 
 
 class _GhostGradients:
-    """Gradients of ghost with respect to the dead latents' weights, summed over micro-batches (of mean(G) if scalar)."""
+    """Gradients of ghost at the dead latents' weights (of mean(G), if its factor is a scalar), over micro-batches."""
 
     def __init__(self, model: SparseAutoencoder, dead: torch.Tensor, loss: str, *, is_scalar: bool) -> None:
         self._dead, self._loss, self._is_scalar = dead, loss, is_scalar

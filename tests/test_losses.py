@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Array, Bool, Params, Reference, explained_variance, sae_forward, sae_loss_and_gradients
 
+from cytosae import sparse_kernels
 from cytosae.losses import BatchLosses, loss_and_gradients
 from cytosae.model import SparseAutoencoder
 
@@ -17,6 +18,7 @@ OBJECTIVES = {  # the twin's name -> our two settings
     "cytosae": {"loss": "normed", "ghost_scale": "elementwise"},
     "paper": {"loss": "eq1", "ghost_scale": "scalar"},
 }
+WORK = {"dense": 0.0, "sparse": 2.0, "either": 0.5}  # density below which work is sparse; half of ours are active
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 L1 = 1e-2
 EQUAL = 1e-5  # max|difference| / max|reference|, per tensor (DESIGN.md, section 6)
@@ -34,10 +36,16 @@ class Problem:
     def params(self) -> Params:
         return Params(*(getattr(self.model, name).detach().double().numpy() for name in NAMES))
 
-    def ours(self, objective: str, micro_batch: int | None = None) -> BatchLosses:
+    def ours(self, objective: str, micro_batch: int | None = None, work: str = "either") -> BatchLosses:
         dead, tokens = torch.from_numpy(self.dead), torch.from_numpy(self.tokens)
         return loss_and_gradients(
-            self.model, tokens, l1=L1, dead_L=dead, micro_batch=micro_batch, **OBJECTIVES[objective]
+            self.model,
+            tokens,
+            l1=L1,
+            dead_L=dead,
+            micro_batch=micro_batch,
+            sparse_below=WORK[work],
+            **OBJECTIVES[objective],
         )
 
     def twin(self, objective: str) -> Reference:
@@ -103,20 +111,24 @@ def test_loss_and_gradients_equal_the_twin_whatever_the_micro_batch(
         return
     twin = problem.twin(objective)
     for micro_batch in (1, 3, len(problem.tokens), None):
-        found = problem.ours(objective, micro_batch)
-        assert_equal(problem.gradients(), twin.grads)
-        parts = (found.mse, found.l1, found.ghost, found.loss)
-        assert parts == pytest.approx((twin.mse, twin.l1, twin.ghost, twin.loss), rel=EQUAL, abs=1e-12)
+        for work in WORK:
+            found = problem.ours(objective, micro_batch, work)
+            assert_equal(problem.gradients(), twin.grads)
+            parts = (found.mse, found.l1, found.ghost, found.loss)
+            assert parts == pytest.approx((twin.mse, twin.l1, twin.ghost, twin.loss), rel=EQUAL, abs=1e-12)
 
 
+@pytest.mark.parametrize("work", ["dense", "sparse"])
 @pytest.mark.parametrize("dead_share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_on_float64_weights_the_formulas_agree_with_no_token_left_out(objective: str, dead_share: float) -> None:
+def test_on_float64_weights_the_formulas_agree_with_no_token_left_out(
+    objective: str, dead_share: float, work: str
+) -> None:
     """What float32 hides near the kinks of the element-wise ghost is rounding, not another formula."""
     for seed in range(8):
         problem = make_problem(seed, dead_share=dead_share)
         problem.model.double()
-        problem.ours(objective, micro_batch=5)
+        problem.ours(objective, micro_batch=5, work=work)
         # 1e-6: 1 / ||x|| stays float32, as the tokens are
         assert_equal(problem.gradients(), problem.twin(objective).grads, tolerance=1e-6)
 
@@ -135,7 +147,12 @@ def test_all_latents_alive_or_no_dead_set_is_the_same_loss_without_ghost(objecti
     given_all_alive = problem.ours(objective)
     gradients = problem.gradients()
     without = loss_and_gradients(
-        problem.model, torch.from_numpy(problem.tokens), l1=L1, dead_L=None, **OBJECTIVES[objective]
+        problem.model,
+        torch.from_numpy(problem.tokens),
+        l1=L1,
+        dead_L=None,
+        sparse_below=WORK["either"],
+        **OBJECTIVES[objective],
     )
     assert given_all_alive.ghost == without.ghost == 0
     assert given_all_alive.loss == without.loss
@@ -180,15 +197,16 @@ def test_a_token_of_norm_zero_divides_by_a_floor(objective: str, b_dec: str) -> 
         assert_equal(problem.gradients(), twin.grads)
 
 
+@pytest.mark.parametrize("work", WORK)
 @pytest.mark.parametrize("micro_batch", [1, 7, None])
-def test_l0_explained_variance_and_fired_equal_the_twin(micro_batch: int | None) -> None:
+def test_l0_explained_variance_and_fired_equal_the_twin(micro_batch: int | None, work: str) -> None:
     """Centred and uncentred; the tokens' common mean is ten times their spread, as in real activations."""
     problem = make_problem(4, n=64)
     with torch.no_grad():
         problem.model.b_dec += 10
     problem.tokens += np.float32(10)
     assert problem.leave_out_edges() == 0
-    found = problem.ours("default", micro_batch)
+    found = problem.ours("default", micro_batch, work)
     _, h, x_hat = sae_forward(problem.params, problem.tokens)
     centred, uncentred = explained_variance(problem.tokens, x_hat)
     assert found.l0 == (h > 0).sum() / len(h)
@@ -205,3 +223,58 @@ def test_float16_tokens_are_taken_as_they_are() -> None:
     problem.tokens = problem.tokens.astype(np.float16)
     assert problem.ours("cytosae", 5).loss == as_float32.loss
     assert all(np.array_equal(gradients[name], grad) for name, grad in problem.gradients().items())
+
+
+@pytest.mark.parametrize("work", ["dense", "sparse"])
+@pytest.mark.parametrize("bias", [-100.0, 100.0], ids=["none active", "all active"])
+def test_none_or_all_latents_active(bias: float, work: str) -> None:
+    problem = make_problem(6, dead_share=0)
+    with torch.no_grad():
+        problem.model.b_enc.fill_(bias)
+    found = problem.ours("paper", 5, work)
+    assert_equal(problem.gradients(), problem.twin("paper").grads)
+    assert found.l0 == (0 if bias < 0 else 32)
+    assert bool(found.fired.all()) == bool(found.fired.any()) == (bias > 0)
+
+
+@pytest.mark.parametrize("work", ["dense", "sparse"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_lost(value: float, work: str) -> None:
+    """NaN > 0 is false: a latent with NaN would look silent."""
+    problem = make_problem(7, dead_share=0)
+    with torch.no_grad():
+        problem.model.W_enc[3, 5] = value
+    assert not np.isfinite(problem.ours("default", None, work).loss)
+
+
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    """Of what is sparse; torch's own products may. Latents with no, one and many tokens, more parts than latents."""
+    rng = np.random.default_rng(8)
+    pre = rng.normal(-1, 1, (40, 70)).astype(np.float32) - 3 * (np.arange(70) % 7 == 0)
+    W_dec, d_x_hat, centred = (rng.normal(size=shape).astype(np.float32) for shape in ((70, 130), (40, 130), (40, 130)))
+    results = []
+    for n_threads in (1, 2):
+        sparse_kernels.use_threads(n_threads)
+        active = sparse_kernels.take_active(pre, sparse_kernels.count_active(pre))
+        out, grads = (
+            np.zeros((40, 130), np.float32),
+            [np.zeros(shape, np.float32) for shape in ((70, 130), 70, (70, 130))],
+        )
+        sparse_kernels.add_decoded(active, W_dec, out)
+        sparse_kernels.add_gradients(
+            active,
+            W_dec_LD=W_dec,
+            d_x_hat_BD=d_x_hat,
+            centred_BD=centred,
+            penalty=0.1,
+            grad_W_enc_LD=grads[0],
+            grad_b_enc_L=grads[1],
+            grad_W_dec_LD=grads[2],
+        )
+        results.append([active.starts, active.tokens, active.values, out, *grads])
+    assert all(np.array_equal(one, two) for one, two in zip(*results, strict=True))
+    z = np.maximum(pre, 0)
+    d_z = (d_x_hat @ W_dec.T + np.float32(0.1)) * (pre > 0)
+    twins = [z @ W_dec, d_z.T @ centred, d_z.sum(0), z.T @ d_x_hat]
+    for found, twin in zip(results[0][3:], twins, strict=True):
+        np.testing.assert_allclose(found, twin, rtol=0, atol=1e-5 * np.abs(twin).max())
