@@ -5,7 +5,9 @@ tokens of a pool are permuted. Order `images`: whole images, permuted once, the 
 token comes once per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,6 @@ if TYPE_CHECKING:  # it offers this stream
 Float16 = npt.NDArray[np.float16]
 Int = npt.NDArray[np.int64]
 _TOKEN_SETS = ("all", "patch", "cls")
-_AHEAD = 2  # chunks of a URL that are fetched while one is copied
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,16 @@ class _Chunk:
     rows: Int  # positions inside the chunk
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a batch that lie in one pool."""
+
+    pool: list[_Chunk]
+    positions: Int  # counted through the pool's readable images, chunk by chunk
+
+
 class TokenStream:
-    """The training tokens of one or several caches, in order. Memory: one pool and one batch."""
+    """The training tokens of one or several caches, in order. Memory: `threads` + 1 batches; of a URL also two pools."""
 
     def __init__(
         self,
@@ -44,10 +53,12 @@ class TokenStream:
         order: str = "tokens",
         pool_chunks: int = 16,
         seed: int = 0,
+        threads: int = 2,
     ) -> None:
-        """Raises BadInput if no cache holds a readable image."""
+        """`threads`: batches that are gathered ahead, each in one. Raises BadInput if no cache holds a readable image."""
         check_choice("token_set", token_set, _TOKEN_SETS)
         self._stores, self._order, self._pool_chunks, self._seed = stores, order, pool_chunks, seed
+        self._threads = threads
         n_tokens = stores[0].spec.tokens_per_image
         self._token_slice = {"all": slice(0, n_tokens), "patch": slice(1, n_tokens), "cls": slice(0, 1)}[token_set]
         self.tokens_per_image = len(range(n_tokens)[self._token_slice])
@@ -72,73 +83,98 @@ class TokenStream:
         return self._batches(batch_tokens, position)
 
     def _batches(self, batch_tokens: int, position: int) -> Iterator[Float16]:
-        pieces: list[Float16] = []
+        """Some batches are gathered ahead in threads; which tokens a batch has does not depend on that."""
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="batch") as threads:
+            gathering: deque[Future[Float16]] = deque()
+            try:
+                for pieces in self._plan(batch_tokens, position):
+                    gathering.append(threads.submit(self._gather, pieces))
+                    if len(gathering) > self._threads:
+                        yield gathering.popleft().result()
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def _plan(self, batch_tokens: int, position: int) -> Iterator[list[_Piece]]:
+        """What every batch is made of: tokens of one pool, or of the end of one and the beginning of the next."""
+        pieces: list[_Piece] = []
         wanted = batch_tokens
-        for tokens, order in self._pools(position):
+        for pool, order in self._pools(position):
             at = 0
             while at < len(order):
-                taken = order[at : at + wanted]
-                pieces.append(tokens[taken])
-                at += len(taken)
-                wanted -= len(taken)
+                pieces.append(_Piece(pool, order[at : at + wanted]))
+                at += len(pieces[-1].positions)
+                wanted -= len(pieces[-1].positions)
                 if wanted == 0:
-                    yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+                    yield pieces
                     pieces, wanted = [], batch_tokens
 
-    def _pools(self, position: int) -> Iterator[tuple[Float16, Int]]:
-        """(tokens of a pool as they lie in the caches, the order in which they come), from `position` on."""
+    def _pools(self, position: int) -> Iterator[tuple[list[_Chunk], Int]]:
+        """(chunks of a pool, the order in which their tokens come), from `position` on."""
         epoch, skip = divmod(position, self.tokens_per_epoch)
         while True:
-            for pool in self._pool_order(epoch):
-                n_tokens = sum(len(rows) for _, _, rows in pool) * self.tokens_per_image
+            pools = list(self._pool_order(epoch))
+            for number, pool in enumerate(pools):
+                n_tokens = sum(len(chunk.rows) for chunk in pool) * self.tokens_per_image
                 if skip >= n_tokens:
                     skip -= n_tokens
                     continue
                 order = np.arange(n_tokens)
                 if self._order == "tokens":
-                    store, chunk, _ = pool[0]
-                    order = np.random.default_rng([self._seed, epoch, store, chunk]).permutation(n_tokens)
-                yield self._read_pool(pool), order[skip:]
+                    seeds = [self._seed, epoch, pool[0].store, pool[0].chunk]
+                    order = np.random.default_rng(seeds).permutation(n_tokens)
+                for ahead in pools[number : number + 2]:
+                    self._prefetch(ahead)
+                yield pool, order[skip:]
                 skip = 0
             epoch += 1
 
-    def _pool_order(self, epoch: int) -> Iterator[list[tuple[int, int, Int]]]:
-        """The pools of an epoch: lists of (store, chunk, rows in the chunk) in reading order."""
+    def _pool_order(self, epoch: int) -> Iterator[list[_Chunk]]:
+        """The pools of an epoch, in order."""
         if self._order == "images":
             rng = np.random.default_rng([self._seed, 0])
             images = self._images[rng.permutation(len(self._images))]
             for start in range(0, len(images), 64):
-                yield [(int(s), int(c), np.array([row])) for s, c, row in images[start : start + 64]]
+                yield [_Chunk(int(s), int(c), np.array([row])) for s, c, row in images[start : start + 64]]
             return
         rng = np.random.default_rng([self._seed, epoch])
         order = rng.permutation(len(self._chunks))
         n_pools = -(-len(order) // self._pool_chunks)
         for part in np.array_split(order, n_pools):  # of equal size: a short last pool would be shuffled badly
-            yield [(c.store, c.chunk, c.rows) for c in (self._chunks[i] for i in part)]
+            yield [self._chunks[i] for i in part]
 
-    def _read_pool(self, pool: list[tuple[int, int, Int]]) -> Float16:
-        """(tokens of the pool, width) float16, as they lie in the caches.
+    def _prefetch(self, pool: list[_Chunk]) -> None:
+        for number, store in enumerate(self._stores):
+            store.prefetch([chunk.chunk for chunk in pool if chunk.store == number])
 
-        Raises DamagedStore if a token of a readable image is not finite.
-        """
-        per_image = self.tokens_per_image
-        n_images = sum(len(rows) for _, _, rows in pool)
-        tokens = np.empty((n_images * per_image, self._stores[0].spec.width), np.float16)
-        at = 0
-        for number, (store, chunk, rows) in enumerate(pool, start=1):
-            for following in pool[number : number + _AHEAD]:
-                self._stores[following[0]].prefetch([following[1]])
-            block = self._stores[store].read_chunk(chunk)
-            kept = block[:, self._token_slice] if len(rows) == len(block) else block[rows][:, self._token_slice]
-            end = at + len(rows) * per_image
-            tokens[at:end] = kept.reshape(-1, tokens.shape[1])
-            if not _all_finite(tokens[at:end]):
-                raise DamagedStore(
-                    f"{self._stores[store].root} holds NaN or infinity in a readable image of chunk {chunk}. "
-                    f"cyto cache verify names it"
-                )
-            at = end
-        return tokens
+    def _gather(self, pieces: list[_Piece]) -> Float16:
+        """(tokens of the batch, width) float16. Raises DamagedStore if one is not finite."""
+        from .gather import gather_rows  # compiling costs half a second, once per machine
+
+        n_tokens = sum(len(piece.positions) for piece in pieces)
+        out = np.empty((n_tokens, self._stores[0].spec.width), np.float16)
+        done = 0
+        for piece in pieces:
+            lengths = [len(chunk.rows) * self.tokens_per_image for chunk in piece.pool]
+            starts = np.concatenate([[0], np.cumsum(lengths)])
+            owners = np.searchsorted(starts, piece.positions, side="right") - 1
+            by_chunk = np.argsort(owners, kind="stable")
+            cuts = np.searchsorted(owners[by_chunk], np.arange(len(piece.pool) + 1))
+            for number, chunk in enumerate(piece.pool):
+                places = by_chunk[cuts[number] : cuts[number + 1]]
+                if not len(places):
+                    continue
+                image, token = np.divmod(piece.positions[places] - starts[number], self.tokens_per_image)
+                store = self._stores[chunk.store]
+                tokens = store.read_chunk(chunk.chunk)
+                rows = chunk.rows[image] * tokens.shape[1] + token + self._token_slice.start
+                flat = tokens.reshape(-1, tokens.shape[2])
+                if not gather_rows(flat, rows, out, places + done):
+                    raise DamagedStore(
+                        f"{store.root} holds NaN or infinity in a readable image of chunk {chunk.chunk}. "
+                        f"cyto cache verify names it"
+                    )
+            done += len(piece.positions)
+        return out
 
 
 def _readable_chunks(stores: list["ActivationStore"]) -> Iterator[_Chunk]:
@@ -149,8 +185,3 @@ def _readable_chunks(stores: list["ActivationStore"]) -> Iterator[_Chunk]:
             positions = np.flatnonzero(is_readable[rows.start : rows.stop])
             if len(positions):
                 yield _Chunk(number, chunk, positions)
-
-
-def _all_finite(tokens: Float16) -> bool:
-    bits = tokens.view(np.uint16)
-    return bool(((bits & np.uint16(0x7FFF)) < 0x7C00).all())
