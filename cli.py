@@ -351,7 +351,9 @@ def cache_info(store: Path | str, as_json: bool) -> None:
 @click.argument("store", type=_FILE)
 @_json_option
 def cache_verify(store: Path, as_json: bool) -> None:
-    """Check every byte of an activation cache; exit code 1 and a line per problem if it is damaged.
+    """Check every chunk of an activation cache byte by byte, its journal and its image table.
+
+    Exit code 1 and a line per problem if it is damaged.
 
     \b
     Example: cyto cache verify cells.acts.zarr
@@ -404,7 +406,7 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
     for problem in done.problems:
         click.echo(f"was: {problem}")
     if not done.problems and not done.chunks:
-        click.echo(f"{store}: every byte is as it was written; nothing to repair")
+        click.echo(f"{store}: whole; nothing to repair")
         return
     click.echo(f"{store}: repaired; {len(done.chunks):,} chunks were made again")
     if done.other_bits:
@@ -1007,7 +1009,7 @@ def _verify(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> No
         for problem in problems:
             click.echo(str(problem))
         if not problems:
-            click.echo(f"{store}: every byte is as it was written ({total:,} chunks)")
+            click.echo(f"{store}: whole ({total:,} chunks checked)")
     if problems:
         raise click.ClickException(f"{store} is damaged: {len(problems):,} problems")
 

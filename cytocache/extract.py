@@ -188,6 +188,7 @@ def fill(
         return
     device, low = torch.device(config.device), PRECISIONS[spec.precision]
     on_gpu = device.type == "cuda"
+    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions are not float32 but nearly
     backbone.model.to(device)
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.batch_size)]
     batch_size = max(map(len, batches))

@@ -83,6 +83,7 @@ def measure_fidelity(
             f"{store} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
             f"{backbone.weights_sha256[:12]}…; give the file that it was made with: --weights"
         )
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions are not float32
     backbone.model.to(device)
     readable = np.flatnonzero(cache.readable())
     sample = np.sort(np.random.default_rng(seed).permutation(readable)[:n_images])

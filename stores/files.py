@@ -3,8 +3,10 @@
 A file is either absent or complete: it is written under a temporary name, synced, then renamed.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -21,6 +23,7 @@ except ImportError:  # not on Windows
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"
+_log = logging.getLogger(__name__)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -98,8 +101,12 @@ def locked(path: Path) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            except OSError:
-                pass
+            except OSError as error:
+                _log.warning(
+                    "%s: the file system knows no locks (%s); see to it that no two processes write the same",
+                    path.parent,
+                    error.strerror,
+                )
             if _is_at(path, file.fileno()):  # else its last holder removed it between our opening and our locking
                 break
         try:
@@ -135,6 +142,9 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -131,6 +131,10 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
             f"{format.version}; upgrade cyto"
         )
     if complete and not header.complete:
+        if header.summary is not None and format is ACTIVATIONS:
+            raise IncompleteStore(
+                f"{root} is incomplete: a cyto cache repair has not finished. Run the same command again to continue"
+            )
         raise IncompleteStore(
             f"{root} is incomplete: the {format.command} that writes it has not finished. "
             f"Run the same {format.command} command again to continue"

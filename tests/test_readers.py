@@ -321,7 +321,7 @@ def slow_start(in_child: Path) -> Iterator[None]:
 
 @linux
 @pytest.mark.usefixtures("slow_start")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_for_the_whole_group_is_for_the_parent_alone(number: int, tmp_path: Path) -> None:
     """Even while the readers start. It ends what is in flight, says how to go on, and leaves nobody behind."""
     (tmp_path / "cells").mkdir()

@@ -422,6 +422,7 @@ def test_blocks_of_one_pass_that_lack_different_chunks(cells: Path, whole: Path,
     assert kept.stat().st_mtime_ns == when
 
 
+@pytest.mark.slow
 def test_real_processes_started_together(cells: Path, tmp_path: Path) -> None:
     """Two at the same moment on an empty place, and a third that is a shard too many: it is refused in one line."""
     options = ["--block", "0", "--chunk-images", "1", "--batch-size", "1", "--workers", "1"]
