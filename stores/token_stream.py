@@ -43,7 +43,10 @@ class _Piece:
 
 
 class TokenStream:
-    """The training tokens of one or several caches, in order. Memory: `threads` + 1 batches; of a URL also two pools."""
+    """The training tokens of one or several caches, in order.
+
+    Memory: `threads` + 1 batches, and the page cache's share of two pools; of a URL the two pools themselves.
+    """
 
     def __init__(
         self,
@@ -55,7 +58,7 @@ class TokenStream:
         seed: int = 0,
         threads: int = 2,
     ) -> None:
-        """`threads`: batches that are gathered ahead, each in one. Raises BadInput if no cache holds a readable image."""
+        """`threads`: batches that are gathered ahead, each in one. Raises BadInput if no image is readable."""
         check_choice("token_set", token_set, _TOKEN_SETS)
         self._stores, self._order, self._pool_chunks, self._seed = stores, order, pool_chunks, seed
         self._threads = threads
@@ -122,8 +125,7 @@ class TokenStream:
                 if self._order == "tokens":
                     seeds = [self._seed, epoch, pool[0].store, pool[0].chunk]
                     order = np.random.default_rng(seeds).permutation(n_tokens)
-                for ahead in pools[number : number + 2]:
-                    self._prefetch(ahead)
+                    self._prefetch([chunk for ahead in pools[number : number + 2] for chunk in ahead])
                 yield pool, order[skip:]
                 skip = 0
             epoch += 1
@@ -142,9 +144,9 @@ class TokenStream:
         for part in np.array_split(order, n_pools):  # of equal size: a short last pool would be shuffled badly
             yield [self._chunks[i] for i in part]
 
-    def _prefetch(self, pool: list[_Chunk]) -> None:
+    def _prefetch(self, chunks: list[_Chunk]) -> None:
         for number, store in enumerate(self._stores):
-            store.prefetch([chunk.chunk for chunk in pool if chunk.store == number])
+            store.prefetch([chunk.chunk for chunk in chunks if chunk.store == number])
 
     def _gather(self, pieces: list[_Piece]) -> Float16:
         """(tokens of the batch, width) float16. Raises DamagedStore if one is not finite."""
