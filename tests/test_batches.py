@@ -4,6 +4,7 @@ Tokens are tagged by value, so that a batch tells where its tokens come from. `w
 """
 
 import hashlib
+import threading
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from stores import (
     TokenStream,
     open_caches,
 )
+from stores.gather import gather_rows
 from stores.tables import image_table, table_sha256
 
 Tag = tuple[int, ...]  # (cache, image, token)
@@ -128,6 +130,38 @@ def test_the_order_is_new_in_every_epoch_and_shuffles_inside_images(cache: Activ
     assert first != second != third != first
     steps = sum(a[:2] == b[:2] for a, b in pairwise(first))
     assert steps < size / 3  # neighbours in a batch come from one image by chance only
+
+
+@pytest.mark.parametrize("order", ["tokens", "images"])
+def test_the_order_is_the_same_for_any_number_of_threads(cache: ActivationStore, order: str) -> None:
+    alone = taken(TokenStream([cache], pool_chunks=2, order=order, threads=1), 100)
+    for threads in (2, 5):
+        stream = TokenStream([cache], pool_chunks=2, order=order, threads=threads)
+        for batch_tokens in (7, 33):
+            assert taken(stream, 100, batch_tokens=batch_tokens) == alone
+
+
+def test_a_stream_that_is_closed_leaves_no_thread(cache: ActivationStore) -> None:
+    before = threading.active_count()
+    batches = TokenStream([cache], threads=3).batches(7)
+    next(batches)
+    assert threading.active_count() > before
+    batches.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("bad", [0x7C00, 0xFC00, 0x7E00, 0xFFFF])
+def test_gathering_copies_rows_to_their_places_and_sees_what_is_not_finite(bad: int) -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 0x7C00, (9, 21)).astype(np.uint16) | (rng.integers(0, 2, (9, 21)) << 15).astype(np.uint16)
+    chunk, out = bits.view(np.float16), np.zeros((6, 21), np.float16)
+    rows, places = np.array([8, 0, 3]), np.array([5, 1, 0])
+    assert gather_rows(chunk, rows, out, places)
+    assert np.array_equal(out[[5, 1, 0]].view(np.uint16), bits[[8, 0, 3]])
+    assert not out[[2, 3, 4]].any()
+    bits[3, 20] = bad
+    assert not gather_rows(chunk, rows, out, places)
+    assert gather_rows(chunk, rows[:2], out, places[:2])  # it is in no row that was asked for
 
 
 def test_pools_are_permuted_too(cache: ActivationStore) -> None:
