@@ -33,7 +33,7 @@ class Active:
 
 def use_threads(n_threads: int) -> None:
     """How many threads the functions below use. Starting numba's threads changes what OpenMP's other users see."""
-    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:

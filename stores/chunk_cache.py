@@ -89,7 +89,7 @@ class OpenMaps:
 class ReadAhead:
     """Fetched chunks; the last used ones are kept, and what is announced is fetched in threads meanwhile.
 
-    Memory: two chunks and those announced at once. May be used by several threads.
+    Memory: two chunks, and twice those announced at once. May be used by several threads.
     """
 
     def __init__(self, fetch: Callable[[int], Float16]) -> None:
@@ -111,8 +111,8 @@ class ReadAhead:
             raise
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Begin to fetch these chunks. All of them are kept until others are asked for."""
-        self._kept = max(self._kept, len(chunks) + 2)
+        """Begin to fetch these chunks. They are kept, and those announced before them too."""
+        self._kept = max(self._kept, 2 * len(chunks) + 2)
         for chunk in chunks:
             self._begin(chunk)
 

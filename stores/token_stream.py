@@ -35,11 +35,12 @@ class _Chunk:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Tokens of a batch that lie in one pool."""
+class _Pool:
+    """The tokens of a pool, or a part of them, in the order in which they come."""
 
-    pool: list[_Chunk]
-    positions: Int  # counted through the pool's readable images, chunk by chunk
+    chunks: list[_Chunk]
+    owners: npt.NDArray[np.uint16]  # (n,) index into `chunks`
+    rows: Int  # (n,) of the owner, counted through its images and all their tokens
 
 
 class TokenStream:
@@ -90,45 +91,53 @@ class TokenStream:
         with ThreadPoolExecutor(self._threads, thread_name_prefix="batch") as threads:
             gathering: deque[Future[Float16]] = deque()
             try:
-                for pieces in self._plan(batch_tokens, position):
+                for pieces in self._plan(threads, batch_tokens, position):
                     gathering.append(threads.submit(self._gather, pieces))
                     if len(gathering) > self._threads:
                         yield gathering.popleft().result()
             finally:
                 threads.shutdown(wait=True, cancel_futures=True)
 
-    def _plan(self, batch_tokens: int, position: int) -> Iterator[list[_Piece]]:
+    def _plan(self, threads: ThreadPoolExecutor, batch_tokens: int, position: int) -> Iterator[list[_Pool]]:
         """What every batch is made of: tokens of one pool, or of the end of one and the beginning of the next."""
-        pieces: list[_Piece] = []
+        pools = self._pools(position)
+        shuffling = deque([threads.submit(self._shuffle, *next(pools))])
+        pieces: list[_Pool] = []
         wanted = batch_tokens
-        for pool, order in self._pools(position):
-            at = 0
-            while at < len(order):
-                pieces.append(_Piece(pool, order[at : at + wanted]))
-                at += len(pieces[-1].positions)
-                wanted -= len(pieces[-1].positions)
+        while True:
+            shuffling.append(threads.submit(self._shuffle, *next(pools)))
+            pool, at = shuffling.popleft().result(), 0
+            while at < len(pool.rows):
+                pieces.append(_Pool(pool.chunks, pool.owners[at : at + wanted], pool.rows[at : at + wanted]))
+                at += len(pieces[-1].rows)
+                wanted -= len(pieces[-1].rows)
                 if wanted == 0:
                     yield pieces
                     pieces, wanted = [], batch_tokens
 
-    def _pools(self, position: int) -> Iterator[tuple[list[_Chunk], Int]]:
-        """(chunks of a pool, the order in which their tokens come), from `position` on."""
+    def _pools(self, position: int) -> Iterator[tuple[list[_Chunk], list[int], int]]:
+        """(chunks of a pool, seeds of its order, tokens of it to pass over), from `position` on."""
         epoch, skip = divmod(position, self.tokens_per_epoch)
         while True:
-            pools = list(self._pool_order(epoch))
-            for number, pool in enumerate(pools):
+            for pool in self._pool_order(epoch):
                 n_tokens = sum(len(chunk.rows) for chunk in pool) * self.tokens_per_image
-                if skip >= n_tokens:
-                    skip -= n_tokens
-                    continue
-                order = np.arange(n_tokens)
-                if self._order == "tokens":
-                    seeds = [self._seed, epoch, pool[0].store, pool[0].chunk]
-                    order = np.random.default_rng(seeds).permutation(n_tokens)
-                    self._prefetch([chunk for ahead in pools[number : number + 2] for chunk in ahead])
-                yield pool, order[skip:]
-                skip = 0
+                if skip < n_tokens:
+                    yield pool, [self._seed, epoch, pool[0].store, pool[0].chunk], skip
+                skip = max(0, skip - n_tokens)
             epoch += 1
+
+    def _shuffle(self, chunks: list[_Chunk], seeds: list[int], skip: int) -> _Pool:
+        """The tokens of a pool in the order in which they come, without the first `skip`."""
+        per_image, tokens_per_image = self.tokens_per_image, self._stores[0].spec.tokens_per_image
+        kept = np.arange(tokens_per_image)[self._token_slice]
+        rows = np.concatenate([(chunk.rows[:, None] * tokens_per_image + kept).ravel() for chunk in chunks])
+        owners = np.repeat(np.arange(len(chunks), dtype=np.uint16), [len(chunk.rows) * per_image for chunk in chunks])
+        if self._order == "tokens":
+            for number, store in enumerate(self._stores):
+                store.prefetch([chunk.chunk for chunk in chunks if chunk.store == number])
+            order = np.random.default_rng(seeds).permutation(len(rows))[skip:]
+            return _Pool(chunks, owners[order], rows[order])
+        return _Pool(chunks, owners[skip:], rows[skip:])
 
     def _pool_order(self, epoch: int) -> Iterator[list[_Chunk]]:
         """The pools of an epoch, in order."""
@@ -144,38 +153,27 @@ class TokenStream:
         for part in np.array_split(order, n_pools):  # of equal size: a short last pool would be shuffled badly
             yield [self._chunks[i] for i in part]
 
-    def _prefetch(self, chunks: list[_Chunk]) -> None:
-        for number, store in enumerate(self._stores):
-            store.prefetch([chunk.chunk for chunk in chunks if chunk.store == number])
-
-    def _gather(self, pieces: list[_Piece]) -> Float16:
+    def _gather(self, pieces: list[_Pool]) -> Float16:
         """(tokens of the batch, width) float16. Raises DamagedStore if one is not finite."""
-        from .gather import gather_rows  # compiling costs half a second, once per machine
+        from .gather import gather_rows  # compiling takes a moment, once per machine
 
-        n_tokens = sum(len(piece.positions) for piece in pieces)
-        out = np.empty((n_tokens, self._stores[0].spec.width), np.float16)
-        done = 0
+        out = np.empty((sum(len(piece.rows) for piece in pieces), self._stores[0].spec.width), np.float16)
+        first = 0
         for piece in pieces:
-            lengths = [len(chunk.rows) * self.tokens_per_image for chunk in piece.pool]
-            starts = np.concatenate([[0], np.cumsum(lengths)])
-            owners = np.searchsorted(starts, piece.positions, side="right") - 1
-            by_chunk = np.argsort(owners, kind="stable")
-            cuts = np.searchsorted(owners[by_chunk], np.arange(len(piece.pool) + 1))
-            for number, chunk in enumerate(piece.pool):
-                places = by_chunk[cuts[number] : cuts[number + 1]]
+            by_chunk = np.argsort(piece.owners, kind="stable")  # of 16-bit numbers: a radix sort
+            ends = np.cumsum(np.bincount(piece.owners, minlength=len(piece.chunks)))
+            for chunk, places in zip(piece.chunks, np.split(by_chunk, ends[:-1]), strict=True):
                 if not len(places):
                     continue
-                image, token = np.divmod(piece.positions[places] - starts[number], self.tokens_per_image)
                 store = self._stores[chunk.store]
                 tokens = store.read_chunk(chunk.chunk)
-                rows = chunk.rows[image] * tokens.shape[1] + token + self._token_slice.start
                 flat = tokens.reshape(-1, tokens.shape[2])
-                if not gather_rows(flat, rows, out, places + done):
+                if not gather_rows(flat, piece.rows[places], out, places + first):
                     raise DamagedStore(
                         f"{store.root} holds NaN or infinity in a readable image of chunk {chunk.chunk}. "
                         f"cyto cache verify names it"
                     )
-            done += len(piece.positions)
+            first += len(piece.rows)
         return out
 
 
