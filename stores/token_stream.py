@@ -40,7 +40,7 @@ class _Pool:
 
     chunks: list[_Chunk]
     owners: npt.NDArray[np.uint16]  # (n,) index into `chunks`
-    rows: Int  # (n,) of the owner, counted through its images and all their tokens
+    rows: npt.NDArray[np.int32]  # (n,) of the owner, counted through its images and all their tokens
 
 
 class TokenStream:
@@ -129,13 +129,14 @@ class TokenStream:
     def _shuffle(self, chunks: list[_Chunk], seeds: list[int], skip: int) -> _Pool:
         """The tokens of a pool in the order in which they come, without the first `skip`."""
         per_image, tokens_per_image = self.tokens_per_image, self._stores[0].spec.tokens_per_image
-        kept = np.arange(tokens_per_image)[self._token_slice]
-        rows = np.concatenate([(chunk.rows[:, None] * tokens_per_image + kept).ravel() for chunk in chunks])
+        kept = np.arange(tokens_per_image, dtype=np.int32)[self._token_slice]
+        firsts = [(chunk.rows * tokens_per_image).astype(np.int32) for chunk in chunks]
+        rows = np.concatenate([(first[:, None] + kept).ravel() for first in firsts])
         owners = np.repeat(np.arange(len(chunks), dtype=np.uint16), [len(chunk.rows) * per_image for chunk in chunks])
         if self._order == "tokens":
             for number, store in enumerate(self._stores):
                 store.prefetch([chunk.chunk for chunk in chunks if chunk.store == number])
-            order = np.random.default_rng(seeds).permutation(len(rows))[skip:]
+            order = np.random.default_rng(seeds).permutation(np.arange(len(rows), dtype=np.int32))[skip:]
             return _Pool(chunks, owners[order], rows[order])
         return _Pool(chunks, owners[skip:], rows[skip:])
 
