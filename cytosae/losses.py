@@ -24,7 +24,7 @@ from .model import SparseAutoencoder
 
 EPS = 1e-6
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
-SPARSE_BELOW = 0.05  # density at which both ways cost the same, measured on two cores (docs/log.md)
+SPARSE_BELOW = 0.08  # density of break-even: 0.10 at 49,152 latents, 0.20 at 6,144 (two cores, docs/log.md)
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) float32 matrix
 
 
