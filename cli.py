@@ -506,6 +506,7 @@ def sae() -> None:
 @click.option("--seed", type=_SEED, help="Seed of weights and order  [default: 0].")
 @_device_option
 @click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
+@click.option("--keep-states", type=_COUNT, default=2, show_default=True, help="Saved states that stay.")
 @_overwrite_option
 def sae_train(
     stores: tuple[Path | str, ...],
@@ -514,6 +515,7 @@ def sae_train(
     config_file: Path | None,
     device: str,
     checkpoint_every: int,
+    keep_states: int,
     overwrite: bool,
     **options: Any,
 ) -> None:
@@ -544,6 +546,7 @@ def sae_train(
             config,
             device=_resolve_device(device),
             checkpoint_every=checkpoint_every,
+            keep_states=keep_states,
             overwrite=overwrite,
             inputs=(config_file,) if config_file else (),
             progress=lambda done, total, metrics: progress(done, total, _training_line(metrics)),

@@ -75,7 +75,7 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically and durably; no second copy in memory."""
+    """Write a safetensors file atomically and durably. What is not contiguous is copied in memory."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata)

@@ -8,6 +8,7 @@ bit for bit, on the same device, versions and thread count.
 
 import dataclasses
 import json
+import logging
 import math
 import signal
 import threading
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 from stores.activation_store import ActivationStore, open_caches
-from stores.errors import BadInput, StoreUnreachable
+from stores.errors import BadInput, DamagedStore, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.output import plan_output
 from stores.runlog import append_run
@@ -37,6 +39,7 @@ from .config import TrainConfig
 from .losses import BatchLosses, loss_and_gradients
 from .model import SparseAutoencoder, geometric_median
 
+_log = logging.getLogger(__name__)
 _B_DEC_SAMPLE = 65_536  # tokens that the start of b_dec is computed from
 
 Metrics = dict[str, float | None]  # a row of metrics.parquet; None: cannot be said yet
@@ -61,6 +64,7 @@ def train(
     *,
     device: str = "cpu",
     checkpoint_every: int = 500,
+    keep_states: int = 2,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     progress: Progress = lambda done, total, metrics: None,
@@ -125,9 +129,9 @@ def train(
                 last_logged, clock = state.step, time.perf_counter()
                 progress(state.step * config.batch_tokens, n_steps * config.batch_tokens, state.metrics[-1])
             if state.step % checkpoint_every == 0 and state.step < n_steps:
-                _save_state(root, state)
+                _save_state(root, state, keep_states)
     except (KeyboardInterrupt, StoreUnreachable):
-        _save_state(root, state)
+        _save_state(root, state, keep_states)
         raise
 
     state.model.fold_decoder_norm()
@@ -141,7 +145,8 @@ def train(
         "final": state.metrics[-1],
     }
     header = save_sae(root, state.model, header, summary)
-    (root / "state" / "state.safetensors").unlink(missing_ok=True)
+    for path in _states(root):
+        path.unlink()
     sync_tree(root)
     output.publish()
     return header
@@ -278,22 +283,53 @@ def _make_spec(stores: list[ActivationStore], stream: TokenStream, config: Train
     }
 
 
-def _save_state(root: Path, state: _State) -> None:
-    """Everything needed to go on from here; the batch order is a function of the step."""
+def _states(root: Path) -> list[Path]:
+    """The saved states of a run, the newest first."""
+    return sorted((root / "state").glob("state-*.safetensors"), reverse=True)
+
+
+def _save_state(root: Path, state: _State, keep: int) -> None:
+    """Everything needed to go on from here; the batch order is a function of the step. The last `keep` states stay."""
     tensors = {f"model.{name}": value.detach() for name, value in state.model.named_parameters()}
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state.get(parameter, {})
         tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
     tensors["steps_since_fired"] = state.steps_since_fired
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     _write_metrics(root, state.metrics)
-    save_tensors(root / "state" / "state.safetensors", tensors, {"cyto": json.dumps({"step": state.step})})
+    metadata = {"cyto": json.dumps({"step": state.step, "crc32c": _crc(tensors)})}
+    save_tensors(root / "state" / f"state-{state.step:09d}.safetensors", tensors, metadata)
+    for path in _states(root)[keep:]:
+        path.unlink()
+
+
+def _newest_state(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """The newest saved state that is whole; a damaged one is named and passed over."""
+    for path in _states(root):
+        try:
+            tensors, metadata = load_tensors(path)
+            if json.loads(metadata["cyto"])["crc32c"] == _crc(tensors):
+                return tensors, metadata
+            reason = "its checksum does not fit"
+        except (DamagedStore, KeyError, ValueError) as error:
+            reason = str(error)
+        _log.warning("%s is damaged (%s); going on from the state before it", path, reason)
+    return None
+
+
+def _crc(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC32C over all values, by name."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = google_crc32c.extend(crc, tensors[name].reshape(-1).numpy())
+    return f"{crc:08x}"
 
 
 def _load_state(root: Path, stores: list[ActivationStore], config: TrainConfig, device: str) -> _State | None:
-    path = root / "state" / "state.safetensors"
-    if not path.exists():
+    found = _newest_state(root)
+    if found is None:
         return None
-    tensors, metadata = load_tensors(path)
+    tensors, metadata = found
     step = int(json.loads(metadata["cyto"])["step"])
     model = SparseAutoencoder(stores[0].spec.width, config.expansion * stores[0].spec.width)
     model.load_state_dict({name: tensors[f"model.{name}"] for name, _ in model.named_parameters()})

@@ -189,7 +189,7 @@ def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, errors
     assert "run the same command again to continue" in errors
     assert "Traceback" not in errors
-    assert (tmp_path / "sae" / "state" / "state.safetensors").exists()
+    assert [*(tmp_path / "sae" / "state").glob("state-*.safetensors")]
     fails("INCOMPLETE|incomplete", "sae", "encode", made / "acts.zarr", tmp_path / "sae", "-o", tmp_path / "l.zarr")
     assert "INCOMPLETE" in run("sae", "info", tmp_path / "sae").stdout
 

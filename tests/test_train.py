@@ -308,7 +308,7 @@ def test_a_killed_command_that_is_repeated_equals_one_that_was_not(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (run / "state" / "state.safetensors").exists():
+    while not states(run):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
     process.send_signal(number)
@@ -316,11 +316,40 @@ def test_a_killed_command_that_is_repeated_equals_one_that_was_not(
     if number == signal.SIGTERM:  # what a scheduler sends is treated like Ctrl-C
         assert process.returncode == 130
         assert "interrupted; run the same command again to continue" in said
-    _, metadata = load_tensors(run / "state" / "state.safetensors")
+    _, metadata = load_tensors(states(run)[0])
     assert 0 < json.loads(metadata["cyto"])["step"] < 600
     again = CliRunner().invoke(cli, command[3:])
     assert again.exit_code == 0, again.output
     assert _what_was_trained(run) == wanted
+
+
+def states(run: Path) -> list[Path]:
+    """The saved states of a run, the newest first."""
+    return sorted((run / "state").glob("state-*.safetensors"), reverse=True)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut", "empty"])
+def test_a_damaged_state_falls_back_to_the_one_before(
+    cache: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(done: int, total: int, metrics: dict[str, float]) -> None:
+        if metrics["step"] == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train([cache], tmp_path / "run", small(), checkpoint_every=3, keep_states=2, progress=interrupt)
+    newest, before = states(tmp_path / "run")
+    assert (newest.name, before.name) == ("state-000000008.safetensors", "state-000000006.safetensors")
+    raw = bytearray(newest.read_bytes())
+    raw[-5] ^= 4
+    newest.write_bytes({"flipped bit": raw, "cut": raw[:-100], "empty": b""}[damage])
+    steps: list[float] = []
+    train([cache], tmp_path / "run", small(), progress=lambda done, total, metrics: steps.append(metrics["step"]))
+    assert steps[0] == 7
+    assert "state-000000008.safetensors is damaged" in caplog.text
+    train([cache], tmp_path / "never", small())
+    assert _what_was_trained(tmp_path / "run") == _what_was_trained(tmp_path / "never")
+    assert states(tmp_path / "run") == []
 
 
 def test_a_torn_checkpoint_is_never_seen(cache: Path, tmp_path: Path) -> None:
@@ -333,7 +362,7 @@ def test_a_torn_checkpoint_is_never_seen(cache: Path, tmp_path: Path) -> None:
     train([cache], tmp_path / "never", small())
     with pytest.raises(KeyboardInterrupt):
         train([cache], tmp_path / "run", small(), progress=interrupt)
-    torn = tmp_path / "run" / "state" / "state.safetensors.0f.partial"
+    torn = tmp_path / "run" / "state" / "state-000000099.safetensors.0f.partial"
     torn.write_bytes(b"half a state")
     train([cache], tmp_path / "run", small())
     assert not torn.exists()
@@ -413,15 +442,15 @@ def test_a_loss_that_stops_being_finite_is_one_clear_error_and_keeps_the_saved_s
     for _ in range(2):
         with pytest.raises(BadInput, match=words):
             train([cache], tmp_path / "run", config, checkpoint_every=1)
-        tensors, metadata = load_tensors(tmp_path / "run" / "state" / "state.safetensors")
+        tensors, metadata = load_tensors(states(tmp_path / "run")[0])
         step = json.loads(metadata["cyto"])["step"]
         assert step >= 1
         assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
         assert [row["step"] for row in _metrics(tmp_path / "run")] == list(range(1, step + 1))
-        saved = (tmp_path / "run" / "state" / "state.safetensors").read_bytes()
+        saved = states(tmp_path / "run")[0].read_bytes()
     with pytest.raises(BadInput, match=words):
         train([cache], tmp_path / "run", config)
-    assert (tmp_path / "run" / "state" / "state.safetensors").read_bytes() == saved
+    assert states(tmp_path / "run")[0].read_bytes() == saved
     with pytest.raises(IncompleteStore):
         load_sae(tmp_path / "run")
 
@@ -475,7 +504,7 @@ def test_the_saved_model_has_rows_of_norm_1_and_reconstructs_as_the_trained_one(
     config = small(lr=0.05)
     with pytest.raises(KeyboardInterrupt):
         train([cache], tmp_path / "run", config, progress=interrupt)
-    tensors, _ = load_tensors(tmp_path / "run" / "state" / "state.safetensors")
+    tensors, _ = load_tensors(states(tmp_path / "run")[0])
     trained = SparseAutoencoder(WIDTH, 64)
     trained.load_state_dict({name: tensors[f"model.{name}"] for name in NAMES})
     assert (trained.W_dec.norm(dim=1) - 1).abs().max() > 1e-3
