@@ -723,9 +723,9 @@ def _known(value: float, digits: int = 3) -> str:
 
 
 def _percentiles(values: dict[int, Any]) -> str:
-    """`1: 3, 50: 12, 99: 40`, whole numbers as such."""
-    shown = [f"{p}: {value:,}" if isinstance(value, int) else f"{p}: {value:.3f}" for p, value in values.items()]
-    return ", ".join(shown) or "n/a"
+    """`5: 3, 50: 12, 95: 40, 100: 80`: those that a page has room for."""
+    shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
+    return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"
 
 
 @sae.command("encode")
