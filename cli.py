@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from cytocache.published_datasets import Index
+    from cytosae.evaluate import BackboneSample, Evaluation
 
 
 class _Place(click.Path):
@@ -36,7 +37,7 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            self.fail(f"{value!r} is a URL; only cache info, sae train and sae encode read from one", param, ctx)
+            self.fail(f"{value!r} is a URL; only cache info, sae train, eval and encode read from one", param, ctx)
         return str(value)
 
 
@@ -587,6 +588,147 @@ def sae_info(run: Path, as_json: bool) -> None:
         "identity": header.identity,
     }
     _print_page(f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+
+
+@sae.command("eval")
+@click.argument("run", type=_FILE)
+@click.argument("store", type=_STORE)
+@click.option("--token-set", type=_TOKEN_SETS, help="Tokens that count  [default: what RUN was trained on].")
+@click.option(
+    "--dead-window",
+    type=_COUNT,
+    help="Dead latents are also counted over the last so many tokens  [default: 1052672].",
+)
+@click.option(
+    "--images", type=_FILE, help="Where the images lie: measure what a reconstruction does to the final CLS embedding."
+)
+@click.option(
+    "--weights", help="With --images: the weights that STORE was made with; an untrained backbone needs none."
+)
+@click.option("--sample", "n_images", type=_COUNT, default=64, show_default=True, help="With --images: how many.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="With --images: seed of the sample.")
+@_device_option
+@click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
+)
+@click.option("--per-latent", is_flag=True, help="With --json: also the two counts of every latent.")
+@_json_option
+def sae_eval(
+    run: Path,
+    store: Path | str,
+    images: Path | None,
+    device: str,
+    per_latent: bool,
+    as_json: bool,
+    token_set: str | None,
+    dead_window: int | None,
+    **sampling: Any,
+) -> None:
+    """How good the SAE in RUN is on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
+
+    Writes nothing. With --images, a sample of them goes through the backbone again, with and without the SAE.
+
+    \b
+    Example: cyto sae eval cells.sae cells.acts.zarr --json
+    """
+    from cytosae.evaluate import DEAD_WINDOW, evaluate
+
+    if sampling["weights"] and not images:
+        raise click.UsageError("--weights is of use only with --images, which says where the images lie")
+    device = _resolve_device(device)
+    with _progress("decoder", "block") as comparing, _progress("evaluate", "image") as progress:
+        found = evaluate(
+            store,
+            run,
+            token_set=token_set,
+            dead_window=dead_window or DEAD_WINDOW,
+            sample=_backbone_sample(store, images, device=device, **sampling) if images else None,
+            device=device,
+            progress=progress,
+            decoder_progress=comparing,
+        )
+    if as_json:
+        values = found.to_json(per_latent=per_latent)
+        click.echo(json.dumps({"sae": str(run), "store": str(store), **values}, indent=1))
+    else:
+        _print_evaluation(f"{run} on {store}", found)
+
+
+def _backbone_sample(
+    store: Path | str, root: Path, *, device: str, weights: str | None, n_images: int, seed: int, workers: int
+) -> "BackboneSample":
+    """What stage two cannot make: images of STORE at its block, read when they are asked for, and the way on."""
+    from cytocache.sample import draw_sample, load_backbone_of, read_sample
+    from cytosae.evaluate import BackboneSample
+    from stores import ActivationStore
+
+    cache = ActivationStore(store)
+    with _progress("download", "byte") as downloading:
+        backbone = load_backbone_of(cache, weights=weights, device=device, keep_tail=True, progress=downloading)
+
+    def outputs() -> Iterator[Any]:
+        rows = draw_sample(cache, n_images=n_images, seed=seed)
+        with _progress("sample", "image") as progress:
+            yield from read_sample(
+                cache,
+                rows,
+                backbone,
+                root=root,
+                device=device,
+                workers=workers,
+                root_option="--images",
+                progress=progress,
+            )
+
+    return BackboneSample(outputs=outputs(), final_cls=backbone.final_cls, seed=seed)
+
+
+def _print_evaluation(title: str, found: "Evaluation") -> None:
+    window = f"{found.dead_fraction_window:.1%} over the last {found.dead_window_tokens:,} tokens"
+    coherence, substitution = found.coherence, found.substitution
+    rows = {
+        "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
+        f"{found.n_tokens:,} tokens (token set {found.token_set})",
+        "trained on": "this very cache: nothing here is held out" if found.is_training_cache else "another cache",
+        "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
+        "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
+        f"{_known(found.explained_variance_uncentered)} uncentred",
+        "L0": f"{found.l0:.1f} per token; percentiles {_percentiles(found.l0_percentiles)}",
+        "per image": f"{found.latents_per_image:.1f} different latents; "
+        f"percentiles {_percentiles(found.latents_per_image_percentiles)}",
+        "dead": f"{found.dead_fraction_whole:.1%} of {found.n_latents:,} latents over all tokens, {window}",
+        "decoder": f"nearest other row, |cosine|: mean {_known(coherence.mean)}, "
+        f"percentiles {_percentiles(coherence.percentiles)}"
+        + (f"; {coherence.n_zero_rows:,} rows are zero" if coherence.n_zero_rows else ""),
+    }
+    if substitution:
+        rows["final CLS"] = (
+            f"{_known(substitution.recovered)} recovered (1: as without the SAE, 0: as with the mean token); "
+            f"{substitution.n_images:,} images, seed {substitution.seed}"
+        )
+        for name, change in {
+            "  SAE": substitution.reconstruction,
+            "  mean": substitution.mean_token,
+            "  zeros": substitution.zeros,
+        }.items():
+            rows[name] = f"cosine {_known(change.cosine, 5)}, changed by {change.relative_l2:.2%} of its length"
+    _print_page(title, rows)
+    histogram = found.histogram
+    click.echo(f"  {'frequency':<10} latents by the share of images, and of tokens, in which they are active")
+    click.echo(f"  {'':<10} {'never':<16} {histogram.n_never:>9,} {histogram.n_never:>9,}")
+    for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
+        if by_image or by_token:
+            click.echo(f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}")
+
+
+def _known(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: it cannot be said
+
+
+def _percentiles(values: dict[int, Any]) -> str:
+    """`5: 3, 50: 12, 95: 40, 100: 80`: those that a page has room for."""
+    shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
+    return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"
 
 
 @sae.command("encode")

@@ -51,7 +51,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A loaded model, cut behind the block whose output is wanted."""
+    """A loaded model, cut behind the block whose output is wanted; the rest of it is kept apart, or not at all."""
 
     name: str
     model: nn.Module  # pixels (B, 3, 224, 224) float, normalised -> tokens (B, 257, width)
@@ -61,6 +61,7 @@ class Backbone:
     n_blocks: int
     width: int
     preprocess: Preprocess
+    tail: nn.Module | None = None  # the blocks behind the last tapped one, and the final norm
 
     def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """(B, 224, 224, 3) uint8 on the model's device -> per tapped block its residual stream, (B, 257, width).
@@ -82,15 +83,26 @@ class Backbone:
                 hook.remove()
         return [*tapped, last]
 
+    def final_cls(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the model's end makes of tokens behind the last tapped block: (B, 257, width) -> CLS, (B, width).
+
+        For the tokens that `tokens` gives this is the whole model's CLS embedding, behind the final norm. Needs a
+        backbone that was loaded with `keep_tail`.
+        """
+        assert self.tail is not None, "loaded without its tail"
+        embedding: torch.Tensor = self.tail(tokens)[:, 0]
+        return embedding
+
 
 def load_backbone(
     name: str,
     *,
     weights: str | None = None,
     blocks: tuple[int, ...] = (-2,),
+    keep_tail: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
-    """A backbone, ready to give the tokens behind some of its blocks; blocks after the last of them are not kept.
+    """A backbone, ready to give the tokens behind some of its blocks; what follows the last of them is not run.
 
     Parameters
     ----------
@@ -98,6 +110,7 @@ def load_backbone(
     weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
         or `random` (seeded, untrained); `random-vit-tiny` needs none
     blocks : indices from 0, or from the end if negative; -2 is the second last
+    keep_tail : keep what follows the last of them, for `Backbone.final_cls`
     progress : told of bytes done and in all while `auto` downloads
 
     Raises
@@ -131,6 +144,7 @@ def load_backbone(
             path, digest = Path(str(weights)), ""
         _load_strictly(model, _read_checkpoint(path, model), path, name)
         digest = digest or sha256_file(path)
+    tail = nn.Sequential(*model.blocks[tapped[-1] + 1 :], model.norm) if keep_tail else None
     backbone = Backbone(
         name=name,
         model=_cut(model, tapped[-1]),
@@ -140,6 +154,7 @@ def load_backbone(
         n_blocks=n_blocks,
         width=model.embed_dim,
         preprocess=Preprocess(),
+        tail=tail,
     )
     return backbone
 

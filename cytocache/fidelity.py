@@ -13,13 +13,10 @@ import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationStore
-from stores.errors import BadInput, SpecMismatch
 from stores.runlog import read_runs
-from stores.tables import column
 
-from .backbones import load_backbone
 from .extract import Progress
-from .readers import ImageReaders
+from .sample import draw_sample, load_backbone_of, read_sample
 
 # (tokens, width) float32 -> (tokens, n_latents) float32
 Latents = Callable[[torch.Tensor], torch.Tensor]
@@ -74,37 +71,17 @@ def measure_fidelity(
         If the weights are not those of the cache.
     """
     cache = ActivationStore(store)
-    spec = cache.spec
-    backbone = load_backbone(
-        spec.backbone, weights=weights if spec.trained else "random", blocks=(spec.block,), progress=download_progress
-    )
-    if backbone.weights_sha256 != spec.weights_sha256:
-        raise SpecMismatch(
-            f"{store} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
-            f"{backbone.weights_sha256[:12]}…; give the file that it was made with: --weights"
-        )
-    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions are not float32
-    backbone.model.to(device)
-    readable = np.flatnonzero(cache.readable())
-    sample = np.sort(np.random.default_rng(seed).permutation(readable)[:n_images])
+    backbone = load_backbone_of(cache, weights=weights, device=device, progress=download_progress)
+    rows = draw_sample(cache, n_images=n_images, seed=seed)
     root = root or Path(str((read_runs(store) or [{}])[-1].get("images_root", ".")))
-    paths, hashes = column(cache.images, "path"), column(cache.images, "content_hash")
-    sums = _Sums(spec.width)
-    with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size) as readers:
-        reading = readers.read([root / str(paths[row])] for row in sample)
-        for n_done, (row, pictures) in enumerate(zip(sample, reading, strict=True), start=1):
-            if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:
-                raise BadInput(
-                    f"{root / str(paths[row])} is missing, or not the file that was cached"
-                    f"{f' ({pictures.errors[0]})' if pictures.errors[0] else ''}; say where the images are with --root"
-                )
-            with torch.inference_mode():
-                (full,) = backbone.tokens(torch.from_numpy(pictures.pixels).to(device))
-                cached = cache.read_images([row])[0].astype(np.float32)
-                sums.add(full[0].cpu().numpy(), cached)
-                if latents is not None:
-                    sums.add_latents(latents(full[0]), latents(torch.from_numpy(cached).to(device)), tau)
-            progress(n_done, len(sample), "")
+    sample = read_sample(cache, rows, backbone, root=root, device=device, workers=workers, progress=progress)
+    sums = _Sums(cache.spec.width)
+    for row, full in zip(rows, sample, strict=True):
+        with torch.inference_mode():
+            cached = cache.read_images([row])[0].astype(np.float32)
+            sums.add(full.cpu().numpy(), cached)
+            if latents is not None:
+                sums.add_latents(latents(full), latents(torch.from_numpy(cached).to(device)), tau)
     return sums.result()
 
 

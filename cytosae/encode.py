@@ -71,7 +71,7 @@ def encode(
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
     output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
     n_readable = int(store.readable().sum())
-    _warn_of_precision(sae, store)
+    warn_of_precision(sae, store)
     if output.is_complete:
         output.publish()
         LatentStore(latents)  # a damaged one is not "already complete"
@@ -142,7 +142,8 @@ def _encode_images(
     return indices, values, row_lengths.reshape(-1)
 
 
-def _warn_of_precision(sae: SaeRun, store: ActivationStore) -> None:
+def warn_of_precision(sae: SaeRun, store: ActivationStore) -> None:
+    """A line of warning if the cache was made in another precision than those the SAE was trained on."""
     trained_on = sorted({cache["precision"] for cache in sae.header.spec["caches"]} - {store.spec.precision})
     if trained_on:
         _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], store.spec.precision)

@@ -159,6 +159,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "preset"): tuple(PRESETS),
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
+        ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,
     }

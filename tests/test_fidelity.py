@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from cli import cli
-from cytocache import fidelity as fidelity_module
+from cytocache import sample as sample_module
 from cytocache.backbones import Backbone, load_backbone
 from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
@@ -196,12 +196,12 @@ def test_an_image_that_can_no_longer_be_decoded_is_no_black_image(made: Path, mo
 def test_other_weights_or_an_unfinished_cache_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = fidelity_module.load_backbone
+    real = sample_module.load_backbone
 
     def load(*args: Any, **kwargs: Any) -> Backbone:
         return Backbone(**{**vars(real(*args, **kwargs)), "weights_sha256": "0" * 64})
 
-    monkeypatch.setattr(fidelity_module, "load_backbone", load)
+    monkeypatch.setattr(sample_module, "load_backbone", load)
     with pytest.raises(SpecMismatch, match=r"was made with weights of sha256 .*…, found 000000000000…; give the file"):
         measure_fidelity(made / "acts.zarr", root=made)
     with pytest.raises(CytoError, match="no activation cache at"):

@@ -16,8 +16,8 @@ ALLOWED = {
     "cli": PACKAGES,
 }
 TORCH_ALLOWED = {
-    "cytocache": {"backbones", "extract", "fidelity", "torchvision_guard", "weights_file"},
-    "cytosae": {"model", "losses", "checkpoint", "train", "encode"},
+    "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
+    "cytosae": {"model", "losses", "checkpoint", "train", "encode", "evaluate"},
     "stores": set(),
 }
 

@@ -1,0 +1,105 @@
+"""Some images of a cache go through its backbone again: for what the cached tokens alone cannot tell.
+
+An image counts only if its file is the very one that was cached, and the backbone only with the very weights.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stores.activation_store import ActivationStore
+from stores.errors import BadInput, SpecMismatch
+from stores.tables import column
+
+from .backbones import Backbone, load_backbone
+from .download import Progress
+from .readers import ImageReaders
+
+Rows = npt.NDArray[np.int64]
+
+
+def load_backbone_of(
+    cache: ActivationStore,
+    *,
+    weights: str | None,
+    device: str,
+    keep_tail: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> Backbone:
+    """The backbone that `cache` was made with, up to its block, on `device`; float32 is float32 there.
+
+    Parameters
+    ----------
+    weights : the file of the trained backbone; an untrained one needs none
+    keep_tail : as of `load_backbone`
+
+    Raises
+    ------
+    BadInput
+        If the weights are missing or cannot be read.
+    SpecMismatch
+        If they are not those of the cache.
+    """
+    spec = cache.spec
+    backbone = load_backbone(
+        spec.backbone,
+        weights=weights if spec.trained else "random",
+        blocks=(spec.block,),
+        keep_tail=keep_tail,
+        progress=progress,
+    )
+    if backbone.weights_sha256 != spec.weights_sha256:
+        raise SpecMismatch(
+            f"{cache.root} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
+            f"{backbone.weights_sha256[:12]}…; give the file that it was made with: --weights"
+        )
+    torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions are not float32
+    for part in (backbone.model, backbone.tail):
+        if part is not None:
+            part.to(device)
+    return backbone
+
+
+def draw_sample(cache: ActivationStore, *, n_images: int, seed: int) -> Rows:
+    """The image indices, ascending, of `n_images` readable images drawn with `seed`; all, if there are no more."""
+    readable = np.flatnonzero(cache.readable())
+    return np.sort(np.random.default_rng(seed).permutation(readable)[:n_images])
+
+
+def read_sample(
+    cache: ActivationStore,
+    rows: Rows,
+    backbone: Backbone,
+    *,
+    root: Path,
+    device: str,
+    workers: int = 2,
+    root_option: str = "--root",
+    progress: Progress = lambda done, total, state: None,
+) -> Iterator[torch.Tensor]:
+    """The float32 tokens of these images behind the cache's block, (257, width) each, on `device`.
+
+    root : where the images lie now; root_option : what the user says that with
+
+    Raises
+    ------
+    BadInput
+        If an image cannot be read, or its file is not the one that was cached.
+    """
+    paths, hashes = column(cache.images, "path"), column(cache.images, "content_hash")
+    with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size) as readers:
+        reading = readers.read([root / str(paths[row])] for row in rows)
+        for n_done, (row, pictures) in enumerate(zip(rows, reading, strict=True), start=1):
+            if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:
+                raise BadInput(
+                    f"{root / str(paths[row])} is missing, or not the file that was cached"
+                    f"{f' ({pictures.errors[0]})' if pictures.errors[0] else ''}; "
+                    f"say where the images are with {root_option}"
+                )
+            with torch.inference_mode():
+                (tokens,) = backbone.tokens(torch.from_numpy(pictures.pixels).to(device))
+            yield tokens[0]
+            progress(n_done, len(rows), "")
