@@ -17,7 +17,7 @@ ALLOWED = {
 }
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "torchvision_guard", "weights_file"},
-    "cytosae": {"model", "losses", "checkpoint", "train", "encode"},
+    "cytosae": {"model", "losses", "checkpoint", "train", "encode", "interop"},
     "stores": set(),
 }
 
