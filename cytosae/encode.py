@@ -88,6 +88,7 @@ def encode(
 
     output.work.parent.mkdir(parents=True, exist_ok=True)
     writer = LatentWriter(output.work, spec, store.images)
+    facts: dict[str, Any] = {"assumed_equal": assumed} if assumed else {}
     append_run(
         output.work,
         packages=("torch", "numpy", "zarr"),
@@ -95,7 +96,7 @@ def encode(
         sae=str(run.absolute()),
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         threads=torch.get_num_threads(),
-        **({"assumed_equal": assumed} if assumed else {}),
+        **facts,
     )
     is_readable = store.readable()
     progress(writer.n_images, spec.n_images, "")

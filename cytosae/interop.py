@@ -365,45 +365,52 @@ def _weights(sae: SaeRun) -> dict[str, torch.Tensor]:
     return {name: getattr(sae.model, name).detach() for name in _NAMES}
 
 
-def _provenance(sae: SaeRun) -> dict[str, Any]:
+def _provenance(sae: SaeRun, format: str) -> dict[str, Any]:
     """What travels with an export under the key `cyto`: claims for whoever looks, of no effect when imported again."""
     spec = sae.header.spec
     names = ("tokens", "trained_backbone", "config", "imported")
-    return {"sae_sha256": sae.sha256, **{name: spec[name] for name in names if name in spec}}
+    said = {"said_before": _said(sae)} if spec.get("imported", {}).get("format", format) != format else {}
+    return {"sae_sha256": sae.sha256, **{name: spec[name] for name in names if name in spec}, **said}
 
 
-def _says(sae: SaeRun, format: str) -> dict[str, Any]:
-    """What an imported SAE said of itself where it came from, if that was this format."""
-    imported = sae.header.spec.get("imported", {})
-    return dict((sae.header.summary or {}).get("says", {})) if imported.get("format") == format else {}
+def _said(sae: SaeRun, format: str | None = None) -> dict[str, Any]:
+    """What an imported SAE said of itself (if that was in this format), without what we had added before."""
+    said = dict((sae.header.summary or {}).get("says", {}))
+    if format not in (None, sae.header.spec.get("imported", {}).get("format")):
+        return {}
+    if isinstance(said.get("metadata"), dict):
+        said["metadata"] = {name: value for name, value in said["metadata"].items() if name != "cyto"}
+    return {name: value for name, value in said.items() if name != "cyto"}
 
 
 def _cytosae_content(sae: SaeRun) -> dict[str, Any]:
     """What the released `load_sae` takes: the config may be a dict there, so no class has to be named."""
     spec, tokens = sae.header.spec, sae.same_tokens
     config: dict[str, Any] = {"d_in": spec["width"], "d_sae": spec["n_latents"]}
+    # without these the released class cannot be made; they decide about training only, but for the gate
     config |= {"gated_sae": None, "l1_coefficient": 0.0, "use_ghost_grads": False, "mse_cls_coefficient": 1.0}
-    config |= {"class_token": None, "module_name": "resid", "device": "cpu"}
+    config |= {"device": "cpu"}
     if tokens["backbone"] is not None:
         size = tokens["transform"]["size"]
         config |= {"model_name": _HUB_NAMES.get(tokens["backbone"], tokens["backbone"]), "block_layer": tokens["block"]}
-        config |= {"image_width": size, "image_height": size}
+        config |= {"image_width": size, "image_height": size, "module_name": "resid"}
     if "config" in spec:
         ours = spec["config"]
         config |= {"l1_coefficient": ours["l1"], "lr": ours["lr"], "lr_warm_up_steps": ours["warmup_steps"]}
         config |= {"use_ghost_grads": ours["ghost"], "seed": ours["seed"], "expansion_factor": ours["expansion"]}
         config |= {"class_token": True if ours["token_set"] == "cls" else None}
-    config |= {**_says(sae, "cytosae"), "dtype": torch.float32, "cyto": _provenance(sae)}
+    config |= {**_said(sae, "cytosae"), "dtype": torch.float32, "cyto": _provenance(sae, "cytosae")}
     return {"cfg": config, "state_dict": OrderedDict(_weights(sae))}
 
 
 def _saelens_config(sae: SaeRun) -> dict[str, Any]:
-    spec, tokens, before = sae.header.spec, sae.same_tokens, _says(sae, "saelens").get("metadata")
+    spec, tokens, before = sae.header.spec, sae.same_tokens, _said(sae, "saelens").get("metadata")
     metadata = dict(before) if isinstance(before, dict) else {}
     if tokens["backbone"] is not None:
         metadata |= {"model_name": tokens["backbone"], "hook_name": f"blocks.{tokens['block']}.hook_resid_post"}
     # the layout of cfg.json, not who trained it: without it, SAELens takes the file for one from before version 6
-    metadata |= {"sae_lens_version": "6.0.0", "sae_lens_training_version": None, "cyto": _provenance(sae)}
+    metadata |= {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
+    metadata |= {"cyto": _provenance(sae, "saelens")}
     return {
         "architecture": "standard",
         "d_in": spec["width"],

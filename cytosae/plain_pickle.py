@@ -1,4 +1,4 @@
-"""What a pickle of somebody else's says, as plain data. It is read, not run: nothing that it names is imported or called.
+"""What a pickle of somebody else's says, as plain data. It is read, not run: what it names is not called.
 
 A machine for the few opcodes that `torch.save` writes (protocol 2). What the pickle wants to call or build must be on
 the list below and becomes a value of ours: a tensor's place in the file, a dict, the fields of a config. All else is
@@ -69,7 +69,7 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
     """
     stack: list[Any] = []
     marks: list[int] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
 
     def take() -> list[Any]:
         """What was pushed since the last mark."""
@@ -119,7 +119,7 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_allowed(argument.replace(" ", "."), classes))
+                stack.append(_allowed(str(argument).replace(" ", "."), classes))
             case "BINPERSID":
                 stack.append(_storage(stack.pop()))
             case "REDUCE":
@@ -199,8 +199,10 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Any:
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}
-        case "torch.device", (str(device), *_):
+        case "torch.device", (str(device),):
             return device
+        case "torch.device", (str(device), int(number)):
+            return f"{device}:{number}"
         case "torch._utils._rebuild_parameter", (Tensor() as tensor, *_):
             return tensor
         case "torch._utils._rebuild_tensor_v2", (
