@@ -338,9 +338,10 @@ def _check_shapes(weights: dict[str, torch.Tensor]) -> tuple[int, int]:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     width, n_latents = shapes["W_enc"] if len(shapes["W_enc"]) == 2 else (0, 0)
     expected = {"W_enc": (width, n_latents), "b_enc": (n_latents,), "W_dec": (n_latents, width), "b_dec": (width,)}
+    if len(shapes["b_dec"]) == 2 and shapes["b_dec"][1] == width:  # what its "mean" start of b_dec leaves behind
+        raise Refused(f"holds b_dec {shapes['b_dec']}: one bias per position, which CytoSAE itself cannot load again")
     if shapes != expected or not (width and n_latents):
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        # b_dec started by "mean" in the released code is one bias per position, which that code cannot load either
         raise Refused(f"holds {found}; W_enc (D, L), b_enc (L,), W_dec (L, D) and b_dec (D,) belong together")
     return width, n_latents
 

@@ -574,7 +574,7 @@ def hostile_files(folder: Path, canary: Path) -> dict[str, tuple[bytes, str]]:
     flipped[record] ^= 1
     two_levels = b"]q\1(" + b"K\1" * 1000 + b"eX\1\0\0\0y]q\2(" + b"h\1" * 20_000 + b"e"
     many_texts = b"]q\1(X\x50\xc3\0\0" + b"a" * 50_000 + b"q\2" + b"h\2" * 60_000 + b"e"
-    one_by_one = b"}q\1(" + b"".join(b"X\2\0\0\0%02dK\1" % k for k in range(90)) + b"u"
+    one_by_one = b"}q\1(" + b"".join(b"X\4\0\0\0%04dN" % k for k in range(9000)) + b"u"
     many_builds = b"c" + MODULE.encode() + b"\nViTSAERunnerConfig\nq\2)\x81" + one_by_one + b"b" + b"h\1b" * 50_000
     return {
         # would execute
@@ -643,7 +643,7 @@ def hostile_files(folder: Path, canary: Path) -> dict[str, tuple[bytes, str]]:
         "gated by its config": (saved(cfg=released_config(gated_sae=True)), "holds a gated SAE"),
         "one missing": (saved(state={"W_enc": weights["W_enc"]}), "lacks b_enc, W_dec, b_dec; found W_enc"),
         "one more": (changed(threshold=torch.zeros(L)), "holds threshold beside"),
-        "bias per position": (changed(b_dec=torch.zeros(257, D)), r"b_dec \(257, 6\); W_enc \(D, L\)"),
+        "bias per position": (changed(b_dec=torch.zeros(257, D)), r"holds b_dec \(257, 6\): one bias per position"),
         "transposed": (changed(W_enc=torch.zeros(L, D)), r"holds W_enc \(20, 6\)"),
         "no latents": (changed(W_enc=torch.zeros(D, 0), b_enc=torch.zeros(0), W_dec=torch.zeros(0, D)), "W_enc"),
         "vector": (changed(W_enc=torch.zeros(D)), r"holds W_enc \(6,\)"),
