@@ -596,10 +596,10 @@ def sae_info(run: Path, as_json: bool) -> None:
 @click.option("-o", "--out", "run", type=_FILE, required=True, help="Folder of the run.")
 @_overwrite_option
 def sae_import(file: Path, run: Path, overwrite: bool) -> None:
-    """Take over an SAE of another program: the .pt of CytoSAE or PatchSAE, or a SAELens folder.
+    """Take over an SAE of another program (CytoSAE, PatchSAE, SAELens).
 
-    Nothing in FILE is executed. Which tokens it was trained on stays unknown: cyto sae encode asks for
-    --assume-compatible.
+    FILE is a .pt of CytoSAE or PatchSAE, or a SAELens folder; nothing in it is executed. Which tokens it was trained
+    on stays unknown: cyto sae encode asks for --assume-compatible.
 
     \b
     Example: cyto sae import final_sparse_autoencoder_dinov2_vitb14_-2_resid_49152.pt -o released.sae

@@ -194,6 +194,14 @@ def test_a_transposed_matrix_is_read_as_it_is_meant(tmp_path: Path) -> None:
     assert torch.equal(foreign.weights["W_dec"], w_dec)
 
 
+def test_a_config_with_numbers_that_json_lacks(tmp_path: Path) -> None:
+    content = {"cfg": released_config(lr=float("nan"), seed=float("-inf")), "state_dict": released_weights()}
+    header, _ = import_sae(save_released(tmp_path / "x.pt", content), tmp_path / "run")
+    assert header.summary is not None
+    assert (header.summary["says"]["lr"], header.summary["says"]["seed"]) == ("nan", "-inf")
+    assert read_foreign(save_saelens(tmp_path / "x", l1_coefficient=float("inf"))).says["l1_coefficient"] == "inf"
+
+
 def test_what_is_beside_the_weights_is_named(tmp_path: Path) -> None:
     content = {"cfg": released_config(), "state_dict": released_weights(), "optimizer": {}, "step": 3}
     assert read_foreign(save_released(tmp_path / "x.pt", content)).notes == ["left out: optimizer, step"]
@@ -262,6 +270,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         (weights, struct.pack("<Q", 2**60) + whole[8:], "damaged sae_weights.safetensors"),
         (weights, whole[:8] + b"[" * n_header + whole[8 + n_header :], "damaged sae_weights.safetensors"),
         (weights, struct.pack("<Q", len(many)) + many, "has 100 tensors"),
+        (weights, struct.pack("<Q", 2 << 20) + b"{}" + b" " * (2 << 20), "far more tensors than an SAE has"),
         (config, said[:-1].encode(), "cfg.json that is not JSON"),
         (config, b"[" * 100_000, "cfg.json that is not JSON"),
         (config, b"\xff", "cfg.json that is not JSON"),
@@ -323,6 +332,16 @@ def test_from_one_layout_through_the_other_and_back(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "1" / "cfg.json").read_text())["metadata"]["cyto"]["said_before"]
     assert said == read_foreign(tmp_path / "0.pt").says
     assert len((tmp_path / "3.pt").read_bytes()) <= len((tmp_path / "2.pt").read_bytes())
+    for n in range(3, 9):  # what an export adds is not carried from one to the next
+        import_sae(tmp_path / (f"{n}.pt" if n % 2 else str(n)), tmp_path / f"r{n}")
+        format, out = ("saelens", str(n + 1)) if n % 2 else ("cytosae", f"{n + 1}.pt")
+        export_sae(tmp_path / f"r{n}", tmp_path / out, format=format)
+    assert_same_bits(tmp_path / "r8", weights)
+    assert len((tmp_path / "9.pt").read_bytes()) == len((tmp_path / "7.pt").read_bytes())
+    said = json.loads((tmp_path / "8" / "cfg.json").read_text())["metadata"]["cyto"]["said_before"]
+    assert said["d_sae"] == L
+    assert "cyto" not in said
+    assert len((tmp_path / "8" / "cfg.json").read_text()) == len((tmp_path / "6" / "cfg.json").read_text())
 
 
 def test_an_imported_config_comes_out_as_it_came_in(tmp_path: Path) -> None:
@@ -378,6 +397,23 @@ def test_an_export_is_written_once_and_replaces_nothing(made: Path, copied: Path
         export_sae(copied / "run", copied / "run", format="saelens")
     with pytest.raises(BadInput, match=r"ends in .pt; found 'x.pth'"):
         export_sae(run, tmp_path / "x.pth", format="cytosae")
+
+
+def test_only_the_very_same_export_counts_as_complete(tmp_path: Path) -> None:
+    """Equal weights with another config, and an equal config with another weight, are something else."""
+    for name, lr in (("a", 1e-3), ("b", 2e-3)):
+        import_sae(
+            save_released(tmp_path / f"{name}.pt", {"cfg": released_config(lr=lr), "state_dict": released_weights()}),
+            tmp_path / name,
+        )
+    export_sae(tmp_path / "a", tmp_path / "x.pt", format="cytosae")
+    with pytest.raises(SpecMismatch, match="there already"):
+        export_sae(tmp_path / "b", tmp_path / "x.pt", format="cytosae")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    content["state_dict"]["b_dec"][0] += 1
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(SpecMismatch, match="there already"):
+        export_sae(tmp_path / "a", tmp_path / "x.pt", format="cytosae")
 
 
 def test_an_export_that_fails_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,6 +608,9 @@ def hostile_files(folder: Path, canary: Path) -> dict[str, tuple[bytes, str]]:
     record = whole.index(weights["b_dec"].numpy().tobytes())
     flipped = bytearray(whole)
     flipped[record] ^= 1
+    larger = bytearray(whole)
+    at = whole.rindex(b"made/data/0") - 46  # its entry in the directory: sizes at 20 and 24
+    larger[at + 20 : at + 28] = struct.pack("<II", 3 << 30, 3 << 30)
     two_levels = b"]q\1(" + b"K\1" * 1000 + b"eX\1\0\0\0y]q\2(" + b"h\1" * 20_000 + b"e"
     many_texts = b"]q\1(X\x50\xc3\0\0" + b"a" * 50_000 + b"q\2" + b"h\2" * 60_000 + b"e"
     one_by_one = b"}q\1(" + b"".join(b"X\4\0\0\0%04dN" % k for k in range(9000)) + b"u"
@@ -625,6 +664,7 @@ def hostile_files(folder: Path, canary: Path) -> dict[str, tuple[bytes, str]]:
             with_pickle(whole, pickled.replace(b"K\x14K\x01\x86", b"J\xff\xff\xff\xffK\x01\x86", 1)),
             "calls torch._utils._rebuild_tensor_v2",
         ),
+        "larger than the file": (bytes(larger), "lists a record that is larger than the whole file"),
         "twice": (twice.getvalue(), "lists the same record twice"),
         # are something else
         "empty": (b"", "is cut off, or was not written by torch.save"),
