@@ -31,7 +31,7 @@ from .checkpoint import SaeRun, load_sae, load_tensors, save_sae, save_tensors
 from .model import SparseAutoencoder
 from .plain_pickle import Instance, Tensor, plain, read_pickle
 
-FORMATS = ("cytosae", "saelens")
+LAYOUTS = ("cytosae", "saelens")
 MAX_BYTES = 4 << 30  # of a file of weights: the released one has 302 MB
 _MAX_PICKLE_BYTES = 256 << 10  # the released one has below 4 KiB
 _MAX_JSON_BYTES = 1 << 20  # of cfg.json, and of the header in a safetensors file
@@ -129,7 +129,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
     SpecMismatch
         If anything else is at `out`: a file of another program bears no mark of ours, so none is replaced.
     """
-    check_choice("format", format, FORMATS)
+    check_choice("format", format, LAYOUTS)
     sae, out = load_sae(run), out.absolute()
     if out.is_symlink():
         raise SpecMismatch(f"{out} is a link; give the path that it points to")
