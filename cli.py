@@ -573,6 +573,11 @@ def sae_info(run: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**header.to_json(), "runs": read_runs(run)}, indent=1))
         return
+    if "imported" in header.spec:
+        _print_page(
+            f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", _imported_rows(header)
+        )
+        return
     spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
     rows = {
         "latents": f"{spec['n_latents']:,} ({spec['activation']}) on tokens of width {spec['width']}",
@@ -731,14 +736,76 @@ def _percentiles(values: dict[int, Any]) -> str:
     return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"
 
 
+@sae.command("import")
+@click.argument("file", type=_FILE)
+@click.option("-o", "--out", "run", type=_FILE, required=True, help="Folder of the run.")
+@_overwrite_option
+def sae_import(file: Path, run: Path, overwrite: bool) -> None:
+    """Take over an SAE of another program (CytoSAE, PatchSAE, SAELens).
+
+    FILE is a .pt of CytoSAE or PatchSAE, or a SAELens folder; nothing in it is executed. Which tokens it was trained
+    on stays unknown: cyto sae encode asks for --assume-compatible.
+
+    \b
+    Example: cyto sae import final_sparse_autoencoder_dinov2_vitb14_-2_resid_49152.pt -o released.sae
+    """
+    from cytosae.interop import import_sae
+
+    header, was_complete = import_sae(file, run, overwrite=overwrite)
+    _say_done(run, was_complete)
+    spec = header.spec
+    click.echo(
+        f"{run}: {spec['n_latents']:,} latents on tokens of width {spec['width']}, from {spec['imported']['format']}"
+    )
+    for note in (header.summary or {})["notes"]:
+        click.echo(f"  {note}")
+    click.echo("  which tokens it was trained on is not known; cyto sae encode takes it with --assume-compatible")
+
+
+@sae.command("export")
+@click.argument("run", type=_FILE)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["cytosae", "saelens"]),
+    required=True,
+    help="cytosae: one .pt, which PyTorch loads with weights_only; saelens: a folder.",
+)
+@click.option("-o", "--out", type=_FILE, required=True, help="The file or folder to write; nothing is replaced.")
+def sae_export(run: Path, layout: str, out: Path) -> None:
+    """Write the SAE in RUN as CytoSAE or SAELens stores it. Latents and reconstruction stay the same.
+
+    \b
+    Example: cyto sae export cells.sae --format saelens -o cells.saelens
+    """
+    from cytosae.interop import export_sae
+
+    _say_done(out, export_sae(run, out, format=layout))
+    n_bytes = _size(out) if out.is_dir() else out.stat().st_size
+    click.echo(f"{out}: {run} in the {layout} layout, {n_bytes / 1e6:,.1f} MB")
+
+
 @sae.command("encode")
 @click.argument("store", type=_STORE)
 @click.argument("run", type=_FILE)
 @click.option("-o", "--out", "latents", type=_FILE, required=True, help="The latent store to write.")
 @click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
+@click.option(
+    "--assume-compatible",
+    is_flag=True,
+    help="Take an imported SAE, which does not say which tokens it was trained on.",
+)
 @_device_option
 @_overwrite_option
-def sae_encode(store: Path | str, run: Path, latents: Path, value_bits: int, device: str, overwrite: bool) -> None:
+def sae_encode(
+    store: Path | str,
+    run: Path,
+    latents: Path,
+    value_bits: int,
+    assume_compatible: bool,
+    device: str,
+    overwrite: bool,
+) -> None:
     """Write the sparse latents of every token of STORE (a path or a URL) under the SAE in RUN.
 
     \b
@@ -752,6 +819,7 @@ def sae_encode(store: Path | str, run: Path, latents: Path, value_bits: int, dev
             run,
             latents,
             value_bits=value_bits,
+            assume_compatible=assume_compatible,
             device=_resolve_device(device),
             overwrite=overwrite,
             progress=progress,
@@ -762,6 +830,24 @@ def sae_encode(store: Path | str, run: Path, latents: Path, value_bits: int, dev
         f"{done.spec.n_latents:,} latents, {done.nnz:,} nonzeros ({done.l0:.1f} per token of a readable image), "
         f"{_size(latents) / 1e6:,.1f} MB"
     )
+
+
+def _imported_rows(header: Any) -> dict[str, str]:
+    spec, summary = header.spec, header.summary or {}
+    says = summary.get("says", {})
+    names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")
+    metadata = says.get("metadata")
+    claims = {**(metadata if isinstance(metadata, dict) else {}), **says}
+    shown = [f"{name} {_shown(str(claims[name]))}" for name in names if claims.get(name) is not None]
+    return {
+        "latents": f"{spec['n_latents']:,} ({spec['activation']}) on tokens of width {spec['width']}",
+        "imported": f"from {spec['imported']['format']}, sha256 {spec['imported']['files']['weights']}",
+        "tokens": f"not known: {', '.join(name for name, value in spec['tokens'].items() if value is None)}",
+        "says": ", ".join(shown) or "nothing of where it comes from",
+        "notes": "; ".join(summary.get("notes", [])) or "none",
+        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "identity": header.identity,
+    }
 
 
 @cli.group()

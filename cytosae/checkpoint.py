@@ -56,7 +56,10 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     check_choice("the activation of this SAE", header.spec.get("activation", "relu"), ("relu",))
     path = root / WEIGHTS
     if not path.is_file():
-        raise DamagedStore(f"{path} is missing; train again with {SAE.command} --overwrite")
+        again = (
+            "import it again with cyto sae import" if "imported" in header.spec else f"train again with {SAE.command}"
+        )
+        raise DamagedStore(f"{path} is missing; {again} --overwrite")
     digest = sha256_file(path)
     if digest != (header.summary or {}).get("sae_sha256"):
         raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")

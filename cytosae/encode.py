@@ -50,6 +50,7 @@ def encode(
     *,
     value_bits: int = 10,
     device: str = "cpu",
+    assume_compatible: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> EncodeResult:
@@ -57,16 +58,24 @@ def encode(
 
     Memory: dense latents of one micro-batch (128 MiB), and one chunk of the cache with its nonzeros.
 
+    assume_compatible : take an SAE that does not say which tokens it was trained on (an imported one), with a warning
+
     Raises
     ------
     SpecMismatch
-        If the SAE was trained on another kind of tokens, or `latents` holds something else.
+        If the SAE was trained on another kind of tokens or does not say, or `latents` holds something else.
     DamagedStore
         If a token of a readable image is not finite.
     """
     check_choice("value_bits", value_bits, VALUE_BITS)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
-    require_same_tokens(sae.same_tokens, store.spec.same_tokens, f"the SAE {run}", f"the cache {cache}")
+    assumed = require_same_tokens(
+        sae.same_tokens,
+        store.spec.same_tokens,
+        f"the SAE {run}",
+        f"the cache {cache}",
+        assume_compatible=assume_compatible,
+    )
     spec = _make_spec(store, sae, value_bits)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
     output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
@@ -79,6 +88,7 @@ def encode(
 
     output.work.parent.mkdir(parents=True, exist_ok=True)
     writer = LatentWriter(output.work, spec, store.images)
+    facts: dict[str, Any] = {"assumed_equal": assumed} if assumed else {}
     append_run(
         output.work,
         packages=("torch", "numpy", "zarr"),
@@ -86,6 +96,7 @@ def encode(
         sae=str(run.absolute()),
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         threads=torch.get_num_threads(),
+        **facts,
     )
     is_readable = store.readable()
     progress(writer.n_images, spec.n_images, "")

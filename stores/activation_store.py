@@ -241,20 +241,40 @@ def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:
     return stores
 
 
-def require_same_tokens(first: dict[str, Any], second: dict[str, Any], first_name: str, second_name: str) -> None:
-    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each).
+def require_same_tokens(
+    first: dict[str, Any],
+    second: dict[str, Any],
+    first_name: str,
+    second_name: str,
+    *,
+    assume_compatible: bool = False,
+) -> list[str]:
+    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each); gives what had to be assumed.
+
+    The first may be an imported SAE, of which some is unknown (None). With `assume_compatible` this is taken to fit,
+    with a warning that names it; what is known must be equal all the same.
 
     Raises
     ------
     SpecMismatch
-        Naming what differs.
+        Naming what differs, or what is not known.
     """
-    if first != second:
-        difference = describe_difference(first, second)
+    unknown = [name for name, value in first.items() if value is None]
+    known, held = ({name: spec[name] for name in spec if name not in unknown} for spec in (first, second))
+    if known != held:
         raise SpecMismatch(
-            f"{first_name} and {second_name} do not hold the same kind of tokens: {difference}. "
+            f"{first_name} and {second_name} do not hold the same kind of tokens: {describe_difference(known, held)}. "
             f"Compare: cyto sae info, cyto cache info"
         )
+    if unknown:
+        tokens = f"{second_name} holds tokens of {second['backbone']}, block {second['block']}"
+        if not assume_compatible:
+            raise SpecMismatch(
+                f"{first_name} does not say on which tokens it was trained ({', '.join(unknown)}), and {tokens}; "
+                f"if they fit (cyto sae info shows what it claims), use cyto sae encode with --assume-compatible"
+            )
+        _log.warning("%s does not say %s; %s, assumed to fit", first_name, ", ".join(unknown), tokens)
+    return unknown
 
 
 def journals_of(root: Path) -> list[Path]:

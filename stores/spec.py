@@ -135,9 +135,10 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
             raise IncompleteStore(
                 f"{root} is incomplete: a cyto cache repair has not finished. Run the same command again to continue"
             )
+        command = "cyto sae import" if "imported" in header.spec else format.command
         raise IncompleteStore(
-            f"{root} is incomplete: the {format.command} that writes it has not finished. "
-            f"Run the same {format.command} command again to continue"
+            f"{root} is incomplete: the {command} that writes it has not finished. "
+            f"Run the same {command} command again to continue"
         )
     return header
 

@@ -146,6 +146,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.config import B_DEC_INITS, PRESETS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
+    from cytosae.interop import LAYOUTS
 
     offered = {
         (name, option.name): tuple(option.type.choices)
@@ -160,6 +161,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
         ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,
     }
