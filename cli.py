@@ -656,7 +656,7 @@ def sae_eval(
         values = found.to_json(per_latent=per_latent)
         click.echo(json.dumps({"sae": str(run), "store": str(store), **values}, indent=1))
     else:
-        _print_evaluation(f"{run} on {store}", found)
+        _print_evaluation(f"{run} on {store}{'' if found.trained_backbone else ' (UNTRAINED backbone)'}", found)
 
 
 def _backbone_sample(

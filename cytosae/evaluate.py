@@ -110,6 +110,7 @@ class Evaluation:
     sae_sha256: str
     cache_sha256: str
     is_training_cache: bool  # the SAE was trained on these very tokens: nothing here is held out
+    trained_backbone: bool  # False: seeded random weights
     token_set: str
     loss: str  # the form of `mse`: that of the training run, `normed` where it is unknown
     n_latents: int
@@ -237,6 +238,7 @@ def evaluate(
         sae_sha256=sae.sha256,
         cache_sha256=store.content_sha256,
         is_training_cache=store.content_sha256 in [known.get("sha256") for known in sae.header.spec.get("caches", [])],
+        trained_backbone=store.spec.trained,
         token_set=token_set,
         loss=loss,
         n_latents=model.n_latents,

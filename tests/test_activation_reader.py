@@ -630,7 +630,7 @@ def test_without_obstore_a_url_is_one_line(root: Path, monkeypatch: pytest.Monke
 
 
 def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None:
-    """`cache info`, `sae train` and `sae encode` of s3://... give what they give of the local cache, bit for bit."""
+    """`cache info`, `sae train`, `encode` and `eval` of s3://... give what they give of the local cache."""
     shutil.copytree(made / "acts.zarr", tmp_path / "bucket" / "acts.zarr")
     settings = ["--expansion", "2", "--tokens", "2048", "--batch-tokens", "256"]
     where = {"url": "s3://bucket/acts.zarr", "path": str(tmp_path / "bucket" / "acts.zarr")}
@@ -642,6 +642,7 @@ def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None
             ["cache", "info", cache, "--json"],
             ["sae", "train", cache, "-o", run, *settings],
             ["sae", "encode", cache, run, "-o", latents],
+            ["sae", "eval", run, cache, "--json"],
         ):
             done = CliRunner().invoke(cli, command)
             assert done.exit_code == 0, done.output
@@ -651,6 +652,9 @@ def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None
     info, local = (json.loads(printed[name, "info", 4]) for name in where)
     assert abs(info.pop("bytes") - local.pop("bytes")) < 4096  # the array's own metadata
     assert info == local
+    found, local = (json.loads(printed[name, "eval", 5]) for name in where)
+    assert (found.pop("store"), found.pop("sae")) != (local.pop("store"), local.pop("sae"))
+    assert found == local
     one, two = (tmp_path / f"{name}.sae" / "sae.safetensors" for name in where)
     assert one.read_bytes() == two.read_bytes()
     stores = [LatentStore(tmp_path / f"{name}.latents.zarr") for name in where]
