@@ -35,9 +35,13 @@ class SparseAutoencoder(nn.Module):
         """(B, D) -> (B, L): a latent is active where this is above 0."""
         return torch.addmm(self.b_enc, tokens_BD - self.b_dec, self.W_enc)
 
+    def keep_active_(self, pre_activations_BL: torch.Tensor) -> torch.Tensor:
+        """In place: what is above 0 afterwards is active, and its latent's value; the rest is not. Returns it."""
+        return pre_activations_BL
+
     def encode(self, tokens_BD: torch.Tensor) -> torch.Tensor:
         """(B, D) -> dense latents (B, L), all >= 0."""
-        return torch.relu(self.pre_activations(tokens_BD))
+        return self.keep_active_(self.pre_activations(tokens_BD)).relu_()
 
     def decode(self, latents_BL: torch.Tensor) -> torch.Tensor:
         """(B, L) -> reconstruction (B, D)."""
