@@ -13,6 +13,7 @@ from .errors import (
     StoreNotFound,
     StoreUnreachable,
 )
+from .holdout import Chosen, chosen_images, read_image_ids
 from .latent_store import LatentSpec, LatentStore, LatentWriter
 from .output import Output, plan_output
 from .runlog import append_run, read_runs
@@ -28,6 +29,7 @@ from .spec import (
     read_header,
     write_header,
 )
+from .token_mix import TokenMix
 from .token_stream import TokenStream
 from .verify import Problem, verify_activations, verify_latents
 
@@ -42,6 +44,7 @@ __all__ = [
     "BadInput",
     "BarcodeStore",
     "BarcodeWriter",
+    "Chosen",
     "CsrReader",
     "CsrRows",
     "CsrWriter",
@@ -57,14 +60,17 @@ __all__ = [
     "SpecMismatch",
     "StoreNotFound",
     "StoreUnreachable",
+    "TokenMix",
     "TokenStream",
     "append_run",
     "check_choice",
+    "chosen_images",
     "find_header",
     "new_header",
     "open_caches",
     "plan_output",
     "read_header",
+    "read_image_ids",
     "read_runs",
     "verify_activations",
     "verify_latents",

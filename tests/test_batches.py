@@ -5,7 +5,7 @@ Tokens are tagged by value, so that a batch tells where its tokens come from. `w
 
 import hashlib
 import threading
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,86 @@ def test_the_order_depends_neither_on_batches_nor_on_where_one_enters(
     stream = TokenStream([cache], order=order, pool_chunks=pool_chunks, seed=seed)
     from_start = taken(stream, 260, batch_tokens=1)
     assert taken(stream, 110, batch_tokens=batch_tokens, position=position) == from_start[position : position + 110]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch_tokens=st.integers(1, 90),
+    position=st.integers(0, 150),
+    n_ranks=st.integers(1, 100),
+    threads=st.integers(1, 4),
+    order=st.sampled_from(["tokens", "images"]),
+)
+def test_the_parts_of_all_ranks_are_the_batch(
+    cache: ActivationStore, batch_tokens: int, position: int, n_ranks: int, threads: int, order: str
+) -> None:
+    """Also where there are more ranks than tokens, and where a part lies in two pools or epochs."""
+    whole = list(islice(TokenStream([cache], order=order, pool_chunks=2).batches(batch_tokens, position=position), 3))
+    stream = TokenStream([cache], order=order, pool_chunks=2, threads=threads)
+    for rank in {0, n_ranks // 3, n_ranks - 1}:
+        low, high = rank * batch_tokens // n_ranks, (rank + 1) * batch_tokens // n_ranks
+        parts = list(islice(stream.batches(batch_tokens, position=position, part=(rank, n_ranks)), 3))
+        assert [part.tolist() for part in parts] == [batch[low:high].tolist() for batch in whole]
+        assert {part.shape for part in parts} == {(high - low, 3)}
+    joined = [next(stream.batches(batch_tokens, position=position, part=(r, 3))).tolist() for r in range(3)]
+    assert [*chain(*joined)] == whole[0].tolist()
+
+
+def test_a_rank_gathers_its_own_rows_only(cache: ActivationStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+
+    def counting(chunk: Any, rows: Any, out: Any, places: Any) -> bool:
+        gathered.append(len(rows))
+        return gather_rows(chunk, rows, out, places)
+
+    monkeypatch.setattr("stores.gather.gather_rows", counting)
+    batches = TokenStream([cache], pool_chunks=2, threads=1).batches(30, part=(1, 4))
+    assert len(next(batches)) == 8
+    batches.close()  # type: ignore[attr-defined]
+    assert sum(gathered) in (8, 16)  # and perhaps those of the next batch, which is gathered ahead
+
+
+@pytest.mark.parametrize("order", ["tokens", "images"])
+def test_images_left_out_never_come(cache: ActivationStore, order: str) -> None:
+    """Of those asked for the readable ones; a choice of all changes nothing."""
+    wanted = np.isin(np.arange(11), [0, 3, 6, 7, 9, 10])
+    stream = TokenStream([cache], pool_chunks=2, order=order, images=[wanted])
+    assert stream.tokens_per_epoch == 4 * 5
+    found = taken(stream, 3 * 20)
+    for epoch in range(3):
+        assert sorted(found[20 * epoch : 20 * (epoch + 1)]) == all_tags(0, {0, 6, 7, 10}, range(5))
+    everything = [np.ones(11, bool)]
+    plain, all_chosen = (TokenStream([cache], order=order, seed=2, images=images) for images in (None, everything))
+    assert taken(plain, 80) == taken(all_chosen, 80)
+
+
+def test_a_choice_of_images_that_does_not_fit_is_refused(cache: ActivationStore) -> None:
+    for images, found in (
+        ([], "nothing"),
+        ([np.ones(10, bool)], r"bool \(10,\)"),
+        ([np.ones(11, np.int64)], r"int64 \(11,\)"),
+        ([np.ones(11, bool)] * 2, r"bool \(11,\), bool \(11,\)"),
+    ):
+        with pytest.raises(BadInput, match=rf"each image of each cache: expected bool \(11,\); found {found}"):
+            TokenStream([cache], images=images)
+    with pytest.raises(BadInput, match="no readable and chosen image in the given caches"):
+        TokenStream([cache], images=[np.isin(np.arange(11), [3, 4, 5, 9])])
+
+
+def test_what_no_stream_has_is_refused_at_once(cache: ActivationStore) -> None:
+    stream = TokenStream([cache])
+    with pytest.raises(BadInput, match="batch_tokens must be above 0; found 0"):
+        stream.batches(0)
+    with pytest.raises(BadInput, match="position must not be below 0; found -1"):
+        stream.batches(7, position=-1)
+    for part in ((-1, 2), (2, 2), (0, 0)):
+        with pytest.raises(BadInput, match=f"rank from 0 to one less; found {part[0]}, {part[1]}"):
+            stream.batches(7, part=part)
+    for pool_chunks in (0, 65_537):
+        with pytest.raises(BadInput, match=f"pool_chunks must be from 1 to 65,536; found {pool_chunks}"):
+            TokenStream([cache], pool_chunks=pool_chunks)
+    with pytest.raises(BadInput, match="order must be one of tokens, images; found 'shuffled'"):
+        TokenStream([cache], order="shuffled")
 
 
 def test_whole_images_come_in_the_same_order_in_every_pass(tmp_path: Path) -> None:

@@ -1,0 +1,201 @@
+"""Which images an SAE is trained on, which are kept for checking it, and which are left out altogether.
+
+The choice hangs on names alone: whoever has the same seed and the same images gets the same choice, whatever their
+order, the chunks or the caches they lie in. What an image or a patient is called is in the image table.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BadInput, DamagedStore
+from .files import sha256_json
+from .spec import check_choice
+from .tables import column, listed
+
+if TYPE_CHECKING:
+    from .activation_store import ActivationStore
+
+Bool = npt.NDArray[np.bool_]
+Group = tuple[str, str | None, str]  # (image or patient, dataset, name)
+_MOST_BYTES = 64 << 20  # of a list of image ids: a million long ones
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A choice of images; unreadable and excluded ones are in neither `train` nor `held_out`."""
+
+    train: list[Bool]  # per cache (n_images,)
+    held_out: list[Bool]  # per cache (n_images,)
+    n_excluded: int  # readable images that were left out by name
+    n_without_patient: int  # images that had to count as a patient each; 0 where patients were not asked for
+    n_groups: int  # images, or patients, that were chosen from; 0 where nothing was to be held out
+    n_groups_held_out: int
+
+    @property
+    def n_train(self) -> int:
+        """Images to train on."""
+        return sum(int(mask.sum()) for mask in self.train)
+
+    @property
+    def n_held_out(self) -> int:
+        """Images held out."""
+        return sum(int(mask.sum()) for mask in self.held_out)
+
+
+def chosen_images(
+    stores: list["ActivationStore"],
+    *,
+    holdout: float = 0.0,
+    by: str = "image",
+    seed: int = 0,
+    exclude: Collection[str] = (),
+) -> Chosen:
+    """Hold out a fraction of the readable images, by image or by patient, and leave out named ones.
+
+    Images, or patients, are held out in an order that (seed, name) decides, until the fraction is reached (the last
+    patient may take it beyond) or one is left. What has the same dataset and name in two caches is the same image or
+    patient; an image without a patient counts as a patient by itself.
+
+    Parameters
+    ----------
+    holdout : fraction of the readable images that are not excluded, from 0 to below 1
+    exclude : `image_id`s, wherever they occur
+
+    Raises
+    ------
+    BadInput
+        If an excluded image is in no cache, nothing is left to train on or to hold out, or two caches name different
+        patients for one image.
+    """
+    check_choice("by", by, ("image", "patient"))
+    if not 0 <= holdout < 1:
+        raise BadInput(f"holdout must be a fraction from 0 to below 1; found {holdout}")
+    ids = [column(store.images, "image_id") for store in stores]
+    excluded = _excluded(ids, exclude)
+    readable = [store.readable() for store in stores]
+    left = [mask & ~out for mask, out in zip(readable, excluded, strict=True)]
+    n_left = sum(int(mask.sum()) for mask in left)
+    n_excluded = sum(int(mask.sum()) for mask in readable) - n_left
+    if not n_left:
+        raise BadInput(f"no image is left to train on: all {n_excluded:,} readable images are excluded")
+    if holdout == 0:
+        return Chosen(left, [np.zeros_like(mask) for mask in left], n_excluded, 0, 0, 0)
+
+    groups = _image_groups(stores, left) if by == "image" else _patient_groups(stores, left, excluded)
+    n_of: dict[Group, int] = {}
+    for group in groups:
+        n_of[group] = n_of.get(group, 0) + 1
+    if len(n_of) == 1:
+        raise BadInput(f"cannot hold out a part: all {n_left:,} readable images are of one {by}, {_name(*n_of)}")
+    taken = _first_of(n_of, Fraction(str(holdout)) * n_left, seed)
+
+    is_held_out = np.array([group in taken for group in groups])
+    held_out, first = [], 0
+    for mask in left:
+        out, n_images = np.zeros_like(mask), int(mask.sum())
+        out[mask] = is_held_out[first : first + n_images]
+        held_out.append(out)
+        first += n_images
+    return Chosen(
+        train=[mask & ~out for mask, out in zip(left, held_out, strict=True)],
+        held_out=held_out,
+        n_excluded=n_excluded,
+        n_without_patient=sum(group[0] == "image" for group in groups) if by == "patient" else 0,
+        n_groups=len(n_of),
+        n_groups_held_out=len(taken),
+    )
+
+
+def read_image_ids(path: Path) -> list[str]:
+    """The `image_id`s in a text file, one per line; blank lines and blanks around an id do not count.
+
+    Raises
+    ------
+    BadInput
+        If there is no such file, or it is not UTF-8, larger than 64 MiB, or without a single id.
+    """
+    if not path.is_file():
+        raise BadInput(f"no list of images at {path}: expected a text file with one image_id per line")
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise BadInput(
+                f"{path} is larger than {_MOST_BYTES >> 20} MiB; expected a text file, one image_id per line"
+            )
+        lines = content.decode("utf-8-sig").replace("\r", "\n").split("\n")  # -sig: Windows writes a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as UTF-8 text, one image_id per line: {error}") from None
+    ids = [line.strip() for line in lines if line.strip()]
+    if not ids:
+        raise BadInput(f"{path} names no image; expected one image_id per line")
+    return ids
+
+
+def _excluded(ids: list[list[str | None]], exclude: Collection[str]) -> list[Bool]:
+    wanted = set(exclude)
+    unknown = sorted(wanted.difference(*ids))
+    if unknown:
+        shown = listed([_short(name) for name in unknown])
+        raise BadInput(
+            f"{len(unknown):,} of {len(wanted):,} images to exclude are in none of the caches: {shown}. "
+            f"Expected values of the column image_id of images.parquet"
+        )
+    return [np.array([name in wanted for name in of_store], bool) for of_store in ids]
+
+
+def _image_groups(stores: list["ActivationStore"], left: list[Bool]) -> list[Group]:
+    """The group of every image in `left`, cache by cache: the image itself."""
+    groups: list[Group] = []
+    for store, mask in zip(stores, left, strict=True):
+        for dataset, name in zip(_cells(store, "dataset", mask), _cells(store, "image_id", mask), strict=True):
+            if name is None:
+                raise DamagedStore(f"{store.root}/images.parquet has a row without image_id; make the cache again")
+            groups.append(("image", dataset, name))
+    return groups
+
+
+def _patient_groups(stores: list["ActivationStore"], left: list[Bool], excluded: list[Bool]) -> list[Group]:
+    """The group of every image that is left, cache by cache: its patient, if any of the caches knows one."""
+    named = [~out for out in excluded]  # the unreadable ones too: an image may be readable in another cache
+    patients = [name for store, mask in zip(stores, named, strict=True) for name in _cells(store, "patient", mask)]
+    known: dict[Group, str] = {}
+    for image, patient in zip(_image_groups(stores, named), patients, strict=True):
+        if patient is not None and known.setdefault(image, patient) != patient:
+            raise BadInput(
+                f"the caches name two patients, {_short(known[image])} and {_short(patient)}, for {_name(image)}; "
+                f"nobody can be held out for sure. Exclude the image, or hold out by image"
+            )
+    return [("patient", image[1], known[image]) if image in known else image for image in _image_groups(stores, left)]
+
+
+def _first_of(n_of: dict[Group, int], n_wanted: Fraction, seed: int) -> set[Group]:
+    """Groups in their order by hash, until they have so many images; never all."""
+    taken: set[Group] = set()
+    n_taken = 0
+    for group in sorted(n_of, key=lambda group: sha256_json([seed, *group]))[:-1]:
+        if n_taken >= n_wanted:
+            break
+        taken.add(group)
+        n_taken += n_of[group]
+    return taken
+
+
+def _cells(store: "ActivationStore", name: str, mask: Bool) -> list[str | None]:
+    return [cell for cell, is_left in zip(column(store.images, name), mask, strict=True) if is_left]
+
+
+def _name(group: Group) -> str:
+    kind, dataset, name = group
+    return f"{kind} {_short(name)} of dataset {_short(dataset)}"
+
+
+def _short(name: str | None) -> str:
+    """A name out of a file, fit for a terminal."""
+    return repr(name if name is None or len(name) <= 60 else name[:59] + "…")

@@ -1,0 +1,149 @@
+"""Which tokens come next where each cache has a weight of its own, instead of counting by its size.
+
+Each cache is a stream by itself (`TokenStream`), which gives each of its tokens once per pass of its own: a small cache
+with a great weight comes round more often. A batch takes so many tokens from each that after any number of batches
+every cache has given its share, to less than one token; inside a batch they are shuffled.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from itertools import accumulate, count, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import BadInput
+from .files import sha256_json
+from .token_stream import Bool, Float16, Job, Tokens, TokenStream, gather, gather_ahead, rows_of_part
+
+if TYPE_CHECKING:
+    from .activation_store import ActivationStore
+
+
+class TokenMix:
+    """The training tokens of several caches, mixed by weights; a pure function of (caches, weights, settings, seed).
+
+    The order in which the caches are given is of no account. Memory: as of `TokenStream`, with two pools per cache.
+    """
+
+    def __init__(
+        self,
+        stores: list["ActivationStore"],
+        weights: Sequence[float],
+        *,
+        token_set: str = "all",
+        order: str = "tokens",
+        pool_chunks: int = 16,
+        seed: int = 0,
+        threads: int = 2,
+        images: Sequence[Bool] | None = None,
+    ) -> None:
+        """`weights`: one per cache, above 0, in any unit; the rest is as of `TokenStream`.
+
+        Raises
+        ------
+        BadInput
+            If a weight is missing or not above 0, for whole images in order, or if a cache has no image to give.
+        """
+        if len(weights) != len(stores) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise BadInput(
+                f"expected one weight above 0 for each of the {len(stores)} caches; "
+                f"found {', '.join(map(str, weights)) or 'none'}"
+            )
+        if order == "images":
+            raise BadInput("whole images in order cannot be mixed by weights; take order tokens, or no weights")
+        if images is not None and len(images) != len(stores):
+            raise BadInput(f"images must be given for each of the {len(stores)} caches; found {len(images)}")
+        self._seed, self._threads = seed, threads
+        named = [(store.identity, store.content_sha256) for store in stores]
+        by_name = sorted(range(len(stores)), key=named.__getitem__)
+        self._stores = [stores[number] for number in by_name]
+        self._streams = [
+            TokenStream(
+                [stores[number]],
+                token_set=token_set,
+                order=order,
+                pool_chunks=pool_chunks,
+                seed=store_seed(seed, stores[number]),
+                images=None if images is None else [images[number]],
+            )
+            for number in by_name
+        ]
+        exact = [Fraction(float(weights[number])) for number in by_name]
+        self._borders = [border / sum(exact) for border in accumulate(exact, initial=Fraction(0))]  # from 0 to 1
+        self.tokens_per_image = self._streams[0].tokens_per_image
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of all caches: the length of a pass if the weights are in proportion to the sizes."""
+        return sum(stream.tokens_per_epoch for stream in self._streams)
+
+    def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
+        """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
+
+        Entering at a position reads a pool of each cache, not what came before. `part` is as of `TokenStream.batches`.
+
+        Raises
+        ------
+        BadInput
+            As `TokenStream.batches`; if `position` is not the beginning of a batch; and if a weight is so small that
+            its cache would give less than a token to a batch.
+        """
+        rows = rows_of_part(batch_tokens, part)
+        if position < 0 or position % batch_tokens:
+            raise BadInput(
+                f"a mix by weights is entered at the beginning of a batch, a multiple of {batch_tokens:,}; "
+                f"found {position}"
+            )
+        for store, (start, end) in zip(self._stores, pairwise(self._borders), strict=True):
+            if (end - start) * batch_tokens < 1:
+                raise BadInput(
+                    f"with a share of {float(end - start):.3g}, {store.root} would give less than one token to a batch "
+                    f"of {batch_tokens:,}; raise its weight, take larger batches, or leave it out"
+                )
+        return gather_ahead(
+            lambda threads: self._jobs(threads, batch_tokens, position // batch_tokens, rows), self._threads
+        )
+
+    def _jobs(self, threads: ThreadPoolExecutor, batch_tokens: int, first: int, rows: range) -> Iterator[Job]:
+        width = self._stores[0].spec.width
+        plans = [
+            stream.plan(threads, self._sizes(number, batch_tokens, first), self._given(number, first * batch_tokens))
+            for number, stream in enumerate(self._streams)
+        ]
+        for batch in count(first):
+            pieces = [piece for plan in plans for piece in next(plan)]
+            yield partial(_gather_shuffled, pieces, [self._seed, batch], rows, width)
+
+    def _sizes(self, number: int, batch_tokens: int, first: int) -> Iterator[int]:
+        """Tokens of cache `number` in each batch from `first` on."""
+        for before, after in pairwise(self._given(number, batch * batch_tokens) for batch in count(first)):
+            yield after - before
+
+    def _given(self, number: int, n_tokens: int) -> int:
+        """Of the first `n_tokens` those of cache `number`: its weighted share, to less than one token.
+
+        The borders between the caches are rounded, so all add up to `n_tokens` without a rule for ties. Between two
+        batches this cannot fall, as long as the cache's share of a batch is one token or more.
+        """
+        return math.floor(self._borders[number + 1] * n_tokens) - math.floor(self._borders[number] * n_tokens)
+
+
+def store_seed(seed: int, store: "ActivationStore") -> int:
+    """Each cache is shuffled by a seed of its own, that does not depend on its place among the caches."""
+    return int(sha256_json([seed, store.identity])[:16], 16)
+
+
+def _gather_shuffled(pieces: list[Tokens], seeds: list[int], rows: range, width: int) -> Float16:
+    """The rows `rows` of a batch: the tokens of `pieces` in an order that `seeds` decide."""
+    places: npt.NDArray[np.int64] = np.random.default_rng(seeds).permutation(sum(map(len, pieces)))
+    is_wanted = (places >= rows.start) & (places < rows.stop)
+    wanted, first = [], 0
+    for piece in pieces:
+        wanted.append(piece.chosen(is_wanted[first : first + len(piece)]))
+        first += len(piece)
+    return gather(wanted, places[is_wanted] - rows.start, width)
