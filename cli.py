@@ -491,49 +491,76 @@ def sae() -> None:
 )
 @click.option("--config", "config_file", type=_FILE, help="TOML file with settings; options win over it.")
 @click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
-@click.option("--l1", type=float, help="Weight of the L1 penalty  [default: 8e-5].")
+@click.option(
+    "--activation",
+    type=click.Choice(["relu", "topk", "batchtopk", "jumprelu", "gated"]),
+    help="What makes a latent active  [default: relu].",
+)
+@click.option("--k", type=_COUNT, help="Active latents per token, of topk and batchtopk.")
+@click.option("--l1", type=float, help="Weight of the sparsity term  [default: 8e-5].")
 @click.option("--lr", type=float, help="Learning rate of Adam  [default: 4e-4].")
 @click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 500].")
+@click.option(
+    "--schedule", type=click.Choice(["constant", "cosine", "linear"]), help="Afterwards  [default: constant]."
+)
 @click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
 @click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
 @click.option("--token-set", type=_TOKEN_SETS, help="Which tokens are trained on  [default: all].")
-@click.option("--ghost/--no-ghost", default=None, help="Ghost gradients for silent latents  [default: ghost].")
+@click.option("--mix", type=float, multiple=True, help="Share of the tokens that a cache gives, once for each STORE.")
+@click.option("--exclude", type=_FILE, help="Parquet or text file with ids of images to leave out.")
+@click.option("--holdout", type=float, help="Fraction of the images to measure on, not to train on  [default: 0].")
+@click.option("--holdout-by", type=click.Choice(["image", "patient"]), help="What is held out  [default: image].")
+@click.option(
+    "--dead-latents",
+    type=click.Choice(["ghost", "auxk", "resample", "none"]),
+    help="What is done for silent latents  [default: ghost].",
+)
+@click.option("--ghost/--no-ghost", default=None, help="Short for --dead-latents ghost, and none.")
 @click.option(
     "--b-dec-init",
     type=click.Choice(["geometric-median", "geometric-median-per-position", "mean", "zeros"]),
     help="Where b_dec begins  [default: geometric-median].",
 )
 @click.option("--seed", type=_SEED, help="Seed of weights and order  [default: 0].")
+@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Of the encoder's product, on a GPU.")
 @_device_option
 @click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @click.option("--keep-states", type=_COUNT, default=2, show_default=True, help="Saved states that stay.")
+@click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics there.")
 @_overwrite_option
 def sae_train(
     stores: tuple[Path | str, ...],
     run: Path,
     preset: str | None,
     config_file: Path | None,
+    exclude: Path | None,
+    ghost: bool | None,
     device: str,
     checkpoint_every: int,
     keep_states: int,
+    logger: str | None,
     overwrite: bool,
     **options: Any,
 ) -> None:
     """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
 
-    STORES are paths or URLs (s3://, gs://, https://, ...).
+    STORES are paths or URLs (s3://, gs://, https://, ...). Settings without an option of their own go into --config
+    (docs/training.md lists them all). On several GPUs: torchrun --nproc-per-node 4 --no-python cyto sae train ...
 
     \b
     Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
     """
     from cytosae.config import make_config
     from cytosae.train import train
-    from stores import find_header
+    from stores import find_header, read_image_ids
 
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value not in (None, ())}
+    if ghost is not None:
+        if options.setdefault("dead_latents", "ghost" if ghost else "none") != ("ghost" if ghost else "none"):
+            raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
     config = make_config(preset=preset, config_file=config_file, options=options)
-    if config.loss == "eq1" and config.l1 < 1e-3:
+    if config.loss == "eq1" and config.activation == "relu" and config.l1 < 1e-3:
         click.echo(
             f"warning: in Eq. 1 as printed, an L1 weight of {config.l1:g} is about (width x token norm) times weaker "
             f"than in the released loss; scale --l1 up",
@@ -545,17 +572,23 @@ def sae_train(
             stores,
             run,
             config,
+            exclude=read_image_ids(exclude) if exclude else (),
             device=_resolve_device(device),
             checkpoint_every=checkpoint_every,
             keep_states=keep_states,
             overwrite=overwrite,
-            inputs=(config_file,) if config_file else (),
+            inputs=tuple(path for path in (config_file, exclude) if path),
+            logger=logger,
             progress=lambda done, total, metrics: progress(done, total, _training_line(metrics)),
         )
+    if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
+        return
     _say_done(run, before is not None and before.complete and not overwrite)
-    final = (header.summary or {})["final"]
-    click.echo(f"{run}: {header.spec['n_latents']:,} latents after {(header.summary or {})['tokens']:,} tokens")
-    click.echo(_training_line(final))
+    summary = header.summary or {}
+    click.echo(f"{run}: {header.spec['n_latents']:,} latents after {summary['tokens']:,} tokens")
+    click.echo(_training_line(summary["final"]))
+    if "held_out" in summary:
+        click.echo(f"held out: {_held_out_line(summary['held_out'])}")
 
 
 @sae.command("info")
@@ -580,16 +613,22 @@ def sae_info(run: Path, as_json: bool) -> None:
         return
     spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
     rows = {
-        "latents": f"{spec['n_latents']:,} ({spec['activation']}) on tokens of width {spec['width']}",
+        "latents": f"{spec['n_latents']:,} ({spec['activation']}"
+        + (f", k {spec['k']}) " if spec["k"] else ") ")
+        + f"on tokens of width {spec['width']}",
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
         "objective": f"loss {config['loss']}, l1 {config['l1']:g}, "
-        + (f"ghost {config['ghost_scale']}" if config["ghost"] else "no ghost"),
+        f"dead latents: {config['dead_latents']}"
+        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
         "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
         f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
         "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
+        f"{spec['images']['excluded']:,} excluded",
         "last batch": _training_line(summary["final"]) if summary else "(not finished)",
+        **({"held out": _held_out_line(summary["held_out"])} if "held_out" in summary else {}),
         "identity": header.identity,
     }
     _print_page(f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
@@ -603,6 +642,9 @@ def sae_info(run: Path, as_json: bool) -> None:
     "--dead-window",
     type=_COUNT,
     help="Dead latents are also counted over the last so many tokens  [default: 1052672].",
+)
+@click.option(
+    "--only", type=_FILE, help="Parquet or text file with ids of images to measure on, such as RUN/held_out.parquet."
 )
 @click.option(
     "--images", type=_FILE, help="Where the images lie: measure what a reconstruction does to the final CLS embedding."
@@ -627,6 +669,7 @@ def sae_eval(
     as_json: bool,
     token_set: str | None,
     dead_window: int | None,
+    only: Path | None,
     **sampling: Any,
 ) -> None:
     """How good the SAE in RUN is on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
@@ -637,6 +680,7 @@ def sae_eval(
     Example: cyto sae eval cells.sae cells.acts.zarr --json
     """
     from cytosae.evaluate import DEAD_WINDOW, evaluate
+    from stores import read_image_ids
 
     if sampling["weights"] and not images:
         raise click.UsageError("--weights is of use only with --images, which says where the images lie")
@@ -647,6 +691,7 @@ def sae_eval(
             run,
             token_set=token_set,
             dead_window=dead_window or DEAD_WINDOW,
+            only=read_image_ids(only) if only else None,
             sample=_backbone_sample(store, images, device=device, **sampling) if images else None,
             device=device,
             progress=progress,
@@ -694,7 +739,10 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
     rows = {
         "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
         f"{found.n_tokens:,} tokens (token set {found.token_set})",
-        "trained on": "this very cache: nothing here is held out" if found.is_training_cache else "another cache",
+        "trained on": "another cache"
+        if not found.is_training_cache
+        else f"this very cache; {f'{found.n_held_out:,} of the images' if found.n_held_out else 'nothing'} here "
+        f"{'were' if found.n_held_out else 'is'} held out",
         "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
         "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
         f"{_known(found.explained_variance_uncentered)} uncentred",
@@ -1093,7 +1141,9 @@ def _resolve_device(device: str) -> str:
     from stores.errors import BadInput
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
@@ -1207,10 +1257,22 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
         click.echo(err=True)
 
 
+def _held_out_line(found: dict[str, Any]) -> str:
+    return (
+        f"{found['n_images']:,} images: mse {found['mse']:.4g}, L0 {found['l0']:.1f}, "
+        f"explained variance {_number(found['explained_variance'])}"
+    )
+
+
 def _training_line(metrics: dict[str, Any]) -> str:
     return (
         f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, "
-        f"explained variance {_number(metrics['explained_variance'])}, dead {_share(metrics['dead_fraction'])}"
+        f"explained variance {_number(metrics['explained_variance'])}, "
+        + (
+            f"{metrics['n_dead']:,} dead ({_share(metrics['dead_fraction'])})"
+            if metrics["n_dead"] is not None
+            else "dead n/a"
+        )
     )
 
 

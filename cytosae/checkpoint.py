@@ -14,6 +14,7 @@ from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
 from stores.spec import SAE, Header, check_choice, read_header, write_header
 
+from .config import ACTIVATIONS
 from .model import SparseAutoencoder
 
 WEIGHTS = "sae.safetensors"
@@ -35,7 +36,7 @@ class SaeRun:
 
 def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:
     """Write the weights, then the header that calls the run complete."""
-    save_tensors(root / WEIGHTS, {name: value.detach() for name, value in model.named_parameters()}, {})
+    save_tensors(root / WEIGHTS, {name: value.detach() for name, value in model.state_dict().items()}, {})
     summary = {**summary, "sae_sha256": sha256_file(root / WEIGHTS)}
     header = Header(**{**vars(header), "complete": True, "summary": summary})
     write_header(root, header)
@@ -53,7 +54,8 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
         If the weights are missing, changed, misshaped or not finite.
     """
     header = read_header(root, SAE)
-    check_choice("the activation of this SAE", header.spec.get("activation", "relu"), ("relu",))
+    activation = header.spec.get("activation", "relu")
+    check_choice("the activation of this SAE", activation, ACTIVATIONS)
     path = root / WEIGHTS
     if not path.is_file():
         again = (
@@ -64,15 +66,13 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     if digest != (header.summary or {}).get("sae_sha256"):
         raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
     tensors, _ = load_tensors(path)
-    width, n_latents = header.spec["width"], header.spec["n_latents"]
-    shapes = {"W_enc": (width, n_latents), "b_enc": (n_latents,), "W_dec": (n_latents, width), "b_dec": (width,)}
-    expected = {name: torch.Size(shape) for name, shape in shapes.items()}
+    model = SparseAutoencoder(header.spec["width"], header.spec["n_latents"], activation, header.spec.get("k"))
+    expected = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}
     if found != expected:
         raise DamagedStore(f"{path} holds {_shapes(found)}, expected {_shapes(expected)}")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DamagedStore(f"{path} holds weights that are NaN or infinite")
-    model = SparseAutoencoder(width, n_latents)
     model.load_state_dict(tensors)
     return SaeRun(model.requires_grad_(False).to(device), header, digest)
 

@@ -11,9 +11,15 @@ from stores.errors import BadInput
 from stores.spec import check_choice
 from stores.tables import listed
 
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 TOKEN_SETS = ("all", "patch", "cls")
-LOSSES = ("normed", "eq1")
+LOSSES = ("normed", "eq1", "mse")
+DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
+SCHEDULES = ("constant", "cosine", "linear")
+TOKEN_SCALES = ("none", "sqrt-width")
+HOLDOUT_BY = ("image", "patient")
 GHOST_SCALES = ("scalar", "elementwise")
+PRECISIONS = ("fp32", "tf32", "bf16")
 B_DEC_INITS = ("geometric-median", "geometric-median-per-position", "mean", "zeros")
 ORDERS = ("tokens", "images")
 
@@ -24,11 +30,22 @@ class TrainConfig:
 
     expansion: int = 64
     """n_latents = expansion x width of the tokens."""
+    activation: str = "relu"
+    """What becomes of a pre-activation (model.py)."""
+    k: int | None = None
+    """topk: active latents per token; batchtopk: their mean over a batch. Not for the others."""
     l1: float = 8e-5
-    """Weight of the L1 penalty, in the unit of the chosen loss."""
+    """Weight of the sparsity term, in the unit of the loss: the latents' L1 norm (relu), the gates' (gated), or the
+    number of active latents (jumprelu); topk and batchtopk have none."""
+    l1_warmup_steps: int = 0
+    """Step k, from 0, has l1 x min(1, (k + 1) / l1_warmup_steps)."""
     lr: float = 4e-4
     warmup_steps: int = 500
-    """Step k, from 0, runs at lr x min(1, (k + 1) / warmup_steps); constant afterwards."""
+    """Step k, from 0, runs at lr x min(1, (k + 1) / warmup_steps)."""
+    schedule: str = "constant"
+    """After the warm-up: constant, or down to 0 at the end, by a cosine or a straight line."""
+    decay_steps: int | None = None
+    """The last steps, over which cosine and linear go down; None: all after the warm-up, and the last fifth."""
     batch_tokens: int = 16_448
     """Tokens per step: 64 images of 257."""
     tokens: int | None = None
@@ -38,46 +55,90 @@ class TrainConfig:
     token_set: str = "all"
     """Which tokens of an image are trained on: all 257, the 256 patches, or CLS."""
     loss: str = "normed"
-    """`normed`: squared error over the token's norm (released); `eq1`: plain squared error (the paper's Eq. 1)."""
-    ghost: bool = True
-    """Ghost gradients for latents that have been silent for more than `dead_after_steps` steps."""
+    """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
+    mean over channels (`mse`)."""
+    token_scale: str = "none"
+    """`sqrt-width`: train on tokens of mean norm sqrt(width), by a factor that is folded into the saved weights."""
+    dead_latents: str = "ghost"
+    """What is done for latents that have been silent for more than `dead_after_steps` steps (dead_latents.py)."""
+    dead_after_steps: int = 64
     ghost_scale: str = "scalar"
     """One factor per batch, or one per element as released."""
-    dead_after_steps: int = 64
+    auxk: int | None = None
+    """Dead latents that reconstruct together, per token; None: half the width."""
+    auxk_weight: float = 1 / 32
+    resample_every: int = 1_000
+    """Steps between two new starts of dead latents (`resample`); none in the last so many steps."""
+    jump_threshold: float = 1e-3
+    """Where jumprelu's thresholds begin, in the unit of scaled tokens."""
+    jump_bandwidth: float = 1e-3
+    """Window around the threshold in which its gradient is estimated."""
     b_dec_init: str = "geometric-median"
     order: str = "tokens"
     """`tokens`: shuffled tokens, new every epoch; `images`: whole images, shuffled once, the same in every pass."""
     pool_chunks: int = 16
     """Chunks of the cache that are shuffled together in memory (order `tokens`)."""
+    mix: tuple[float, ...] | None = None
+    """Share of the tokens that each cache gives; None: in proportion to their tokens, each token once per epoch."""
+    holdout: float = 0.0
+    """Fraction of the images that is not trained on, but measured on at the end."""
+    holdout_by: str = "image"
+    """Whether images are held out one by one, or all of a patient's together."""
     seed: int = 0
+    """Of the first weights, of what is held out, and of all else that is drawn."""
+    order_seed: int | None = None
+    """Of the order of the tokens; None: `seed`. Runs with equal order share a pass over the data (cyto sae sweep)."""
     precision: str = "fp32"
+    """Of the encoder's product: fp32, or on a GPU tf32 or bf16. Weights, sums and all else are float32."""
     log_every: int = 20
     """Steps between two rows of metrics.parquet."""
 
     def __post_init__(self) -> None:
-        check_choice("token_set", self.token_set, TOKEN_SETS)
-        check_choice("loss", self.loss, LOSSES)
-        check_choice("ghost_scale", self.ghost_scale, GHOST_SCALES)
-        check_choice("b_dec_init", self.b_dec_init, B_DEC_INITS)
-        check_choice("order", self.order, ORDERS)
-        check_choice("precision", self.precision, ("fp32",))
-        for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every"):
+        for name, choices in (
+            ("activation", ACTIVATIONS),
+            ("token_set", TOKEN_SETS),
+            ("loss", LOSSES),
+            ("token_scale", TOKEN_SCALES),
+            ("dead_latents", DEAD_LATENTS),
+            ("ghost_scale", GHOST_SCALES),
+            ("schedule", SCHEDULES),
+            ("b_dec_init", B_DEC_INITS),
+            ("order", ORDERS),
+            ("holdout_by", HOLDOUT_BY),
+            ("precision", PRECISIONS),
+        ):
+            check_choice(name, getattr(self, name), choices)
+        for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every", "resample_every"):
             _check_number(name, getattr(self, name), least=1)
-        _check_number("warmup_steps", self.warmup_steps, least=0)
-        _check_number("l1", self.l1, least=0)
-        _check_number("seed", self.seed, least=0)
-        for name in ("lr", "tokens", "epochs"):
+        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight"):
+            _check_number(name, getattr(self, name), least=0)
+        for name in ("k", "auxk", "decay_steps"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), least=1)
+        if self.order_seed is not None:
+            _check_number("order_seed", self.order_seed, least=0)
+        for name in ("lr", "tokens", "epochs", "jump_threshold", "jump_bandwidth"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise BadInput(f"{name} must be above 0; found {value!r}")
+        if not self.holdout < 1:
+            raise BadInput(f"holdout is a fraction below 1; found {self.holdout!r}")
+        if self.mix is not None and not all(math.isfinite(share) and share > 0 for share in self.mix):
+            raise BadInput(f"every share in mix must be above 0; found {list(self.mix)}")
+        if (self.k is not None) != (self.activation in ("topk", "batchtopk")):
+            raise BadInput(
+                f"activation {self.activation!r} takes no k; leave it out, or choose topk or batchtopk"
+                if self.k is not None
+                else f"activation {self.activation!r} needs k, the number of active latents per token (--k 64)"
+            )
         if self.tokens is not None and self.epochs is not None:
             raise BadInput("give the budget once: either tokens or epochs")
         if self.b_dec_init == "geometric-median-per-position" and self.order != "images":
             raise BadInput(
                 "b_dec_init 'geometric-median-per-position' needs whole images: order 'images', preset cytosae"
             )
-        if self.order == "images" and self.token_set != "all":
-            raise BadInput("order 'images' trains on whole images: it needs token_set 'all'")
+        if self.order == "images" and (self.token_set != "all" or self.mix is not None):
+            raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
 
     def n_steps(self, tokens_per_epoch: int) -> int:
         """Number of steps: the budget rounded to whole batches, at least one."""
@@ -85,6 +146,21 @@ class TrainConfig:
         if self.epochs is not None:
             budget = round(self.epochs * tokens_per_epoch)
         return max(1, round(budget / self.batch_tokens))
+
+    def lr_at(self, step: int, n_steps: int) -> float:
+        """Learning rate of step `step`, from 0, of `n_steps`: warm-up, then the schedule; whichever is lower."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule == "constant":
+            return self.lr * warmup
+        default = n_steps - self.warmup_steps if self.schedule == "cosine" else n_steps // 5
+        decay = min(n_steps, max(1, default if self.decay_steps is None else self.decay_steps))
+        left = min(1.0, (n_steps - step) / decay)  # 1 before it begins, 1 / decay at the last step
+        down = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+        return self.lr * min(warmup, down)
+
+    def l1_at(self, step: int) -> float:
+        """Weight of the sparsity term at step `step`, from 0."""
+        return self.l1 * min(1.0, (step + 1) / max(1, self.l1_warmup_steps))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -128,23 +204,37 @@ def _read_toml(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"{path} cannot be read as TOML: {error}") from None
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    unknown = [name for name in values if name not in fields]
+    return checked_settings(values, str(path))
+
+
+def checked_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings from a TOML table, in the types of `TrainConfig`.
+
+    Raises
+    ------
+    BadInput
+        For a name that is no setting, or a value of another type; `source` says where it stood.
+    """
+    types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    unknown = [name for name in values if name not in types]
     if unknown:
-        raise BadInput(f"{path} sets {listed(unknown)}, which is no setting; there are {', '.join(fields)}")
-    for name, value in values.items():
-        expected = str(fields[name].type)
-        fits = {"bool": isinstance(value, bool), "str": isinstance(value, str)}
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = is_number and "float" not in expected and not isinstance(value, int)
-        base = "bool" if fields[name].type is bool else "str" if fields[name].type is str else "number"
-        if not fits.get(base, is_number) or whole:
-            raise BadInput(
-                f"{path}: {name} must be {getattr(fields[name].type, '__name__', expected)}; found {value!r}"
-            )
-        if is_number and "float" in expected:
-            values[name] = float(value)  # 2 and 2.0 are one setting, and one identity
-    return values
+        raise BadInput(f"{source} sets {listed(unknown)}, which is no setting; there are {', '.join(types)}")
+    return {name: _checked(name, value, types[name], source) for name, value in values.items()}
+
+
+def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
+    expected = kind.__name__ if isinstance(kind, type) else str(kind).removesuffix(" | None")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected == "float" and is_number:
+        return float(value)  # 2 and 2.0 are one setting, and one identity
+    if expected == "int" and is_number and isinstance(value, int):
+        return value
+    if expected == "str" and isinstance(value, str):
+        return value
+    if expected.startswith("tuple") and isinstance(value, list):
+        return tuple(_checked(name, item, float, source) for item in value)
+    expected = "a list of numbers" if expected.startswith("tuple") else expected
+    raise BadInput(f"{source}: {name} must be {expected}; found {value!r}")
 
 
 def _check_number(name: str, value: float, *, least: float) -> None:

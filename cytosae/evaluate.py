@@ -8,7 +8,7 @@ Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D w
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,22 @@ import torch
 
 from stores.activation_store import ActivationStore, Float16, require_same_tokens
 from stores.errors import BadInput, DamagedStore
+from stores.holdout import read_image_ids
 from stores.spec import check_choice
-from stores.tables import column
+from stores.tables import column, listed
 
 from .checkpoint import load_sae
-from .config import LOSSES, TOKEN_SETS
+from .config import LOSSES, TOKEN_SETS, TrainConfig
 from .encode import Progress, warn_of_precision
-from .losses import NORM_FLOOR
+from .losses import loss_weight
 from .model import SparseAutoencoder
+from .training_data import TrainingData
 
 Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
+_TOKENS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two
 _DECODER_BLOCK = 4096  # rows; a block of cosines has 64 MiB
 
@@ -109,7 +112,8 @@ class Evaluation:
 
     sae_sha256: str
     cache_sha256: str
-    is_training_cache: bool  # the SAE was trained on these very tokens: nothing here is held out
+    is_training_cache: bool  # the SAE was trained on tokens of this very cache
+    n_held_out: int  # images measured on that the SAE was not trained on
     trained_backbone: bool  # False: seeded random weights
     token_set: str
     loss: str  # the form of `mse`: that of the training run, `normed` where it is unknown
@@ -168,6 +172,7 @@ def evaluate(
     *,
     token_set: str | None = None,
     dead_window: int = DEAD_WINDOW,
+    only: Collection[str] | None = None,
     sample: BackboneSample | None = None,
     device: str = "cpu",
     micro_batch: int | None = None,
@@ -183,6 +188,7 @@ def evaluate(
     ----------
     token_set : all, patch or cls; default: what the SAE was trained on
     dead_window : tokens; rounded up to whole images
+    only : ids of the images to measure on, for instance those in `held_out.parquet` of a run; None: all
     sample : for the effect on the backbone's final CLS embedding; read before the pass begins
     micro_batch : tokens at a time; the result depends on it in the last bits only
     decoder_progress : told of blocks of cosines, done and in all
@@ -206,15 +212,18 @@ def evaluate(
     check_choice("loss", loss, LOSSES)
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
-    chosen = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}[token_set]
+    chosen = _TOKENS[token_set]
     per_image = len(range(store.spec.tokens_per_image)[chosen])
     is_readable = store.readable()
+    if only is not None:
+        is_readable &= _named(store, only)
     n_images = int(is_readable.sum())
     if not n_images * per_image:
         raise BadInput(f"no readable image with {token_set} tokens in {cache}: there is nothing to evaluate")
     step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     n_window = min(n_images, -(-dead_window // per_image))
 
+    is_training_cache = store.content_sha256 in [known.get("sha256") for known in sae.header.spec.get("caches", [])]
     outputs = [tokens.cpu() for tokens in sample.outputs] if sample else []
     coherence = decoder_coherence(model.W_dec, progress=decoder_progress)
     sums = _Sums(model, loss=loss, step=step, window_begins=n_images - n_window)
@@ -237,13 +246,14 @@ def evaluate(
     return Evaluation(
         sae_sha256=sae.sha256,
         cache_sha256=store.content_sha256,
-        is_training_cache=store.content_sha256 in [known.get("sha256") for known in sae.header.spec.get("caches", [])],
+        is_training_cache=is_training_cache,
+        n_held_out=_count_held_out(run, store, is_readable) if is_training_cache else n_images,
         trained_backbone=store.spec.trained,
         token_set=token_set,
         loss=loss,
         n_latents=model.n_latents,
         n_images=n_images,
-        n_unreadable=store.spec.n_images - n_images,
+        n_unreadable=int((~store.readable()).sum()),
         n_tokens=sums.n_tokens,
         mse=sums.scaled_error / (sums.n_tokens * model.width),
         mse_plain=sums.error / (sums.n_tokens * model.width),
@@ -353,7 +363,8 @@ class _Sums:
         if not self.n_tokens:
             self._about_D = x_BD[0]
         square_B = x_BD.square().sum(1)
-        scale_B = 1 / square_B.sqrt().clamp_min(NORM_FLOOR) if self._loss == "normed" else float(x_BD.shape[1])
+        scale_B = loss_weight(x_BD, self._loss)
+        scale_B = scale_B.squeeze(1) if isinstance(scale_B, torch.Tensor) else scale_B
         shifted_BD = x_BD - self._about_D
         self.n_tokens += len(x_BD)
         self.error += error_B.sum().item()
@@ -361,6 +372,53 @@ class _Sums:
         self.square += square_B.sum().item()
         self._shifted_D += shifted_BD.sum(0)
         self._shifted_square += shifted_BD.square().sum().item()
+
+
+def measure_held_out(
+    model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str
+) -> dict[str, float | int]:
+    """The SAE on the images that it was not trained on, by the names of metrics.parquet; tokens are not scaled."""
+    per_image = data.stream.tokens_per_image
+    chosen = _TOKENS[config.token_set]
+    step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
+    sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
+    for store, mask in zip(data.stores, data.chosen.held_out, strict=True):
+        for chunk in range(store.spec.n_chunks):
+            rows = store.spec.chunk_rows(chunk)
+            images = np.flatnonzero(mask[rows.start : rows.stop])
+            if not len(images):
+                continue
+            tokens = store.read_chunk(chunk)
+            for some in np.array_split(images, -(-len(images) * per_image // step)):
+                x_NTD = tokens[some][:, chosen]
+                _check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
+                sums.add(torch.from_numpy(x_NTD).to(device).float())
+    return {
+        "n_images": sums.n_images,
+        "n_tokens": sums.n_tokens,
+        "mse": sums.scaled_error / (sums.n_tokens * model.width),
+        "explained_variance": _explained(sums.error, sums.variance),
+        "explained_variance_uncentered": _explained(sums.error, sums.square),
+        "l0": sums.l0,
+    }
+
+
+def _count_held_out(run: Path, store: ActivationStore, measured: npt.NDArray[np.bool_]) -> int:
+    """Measured images that the SAE was not trained on."""
+    path = run / "held_out.parquet"
+    held_out = set(read_image_ids(path)) if path.exists() else set()
+    return sum(name in held_out for name in np.array(column(store.images, "image_id"), object)[measured])
+
+
+def _named(store: ActivationStore, only: Collection[str]) -> npt.NDArray[np.bool_]:
+    """(n_images,): is it one of `only`? Raises BadInput for an id that the cache does not have."""
+    ids, wanted = column(store.images, "image_id"), set(only)
+    unknown = sorted(wanted.difference(ids))
+    if unknown:
+        raise BadInput(
+            f"{len(unknown):,} of {len(wanted):,} images to measure on are not in {store.root}: {listed(unknown)}"
+        )
+    return np.array([name in wanted for name in ids], bool)
 
 
 def _substitute(

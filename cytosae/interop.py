@@ -131,6 +131,8 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
     """
     check_choice("format", format, LAYOUTS)
     sae, out = load_sae(run), out.absolute()
+    if sae.model.activation != "relu":
+        raise BadInput(f"{run} has the activation {sae.model.activation}; only relu can be exported")
     if out.is_symlink():
         raise SpecMismatch(f"{out} is a link; give the path that it points to")
     for folder in (out, *out.parents):
@@ -398,7 +400,11 @@ def _cytosae_content(sae: SaeRun) -> dict[str, Any]:
     if "config" in spec:
         ours = spec["config"]
         config |= {"l1_coefficient": ours["l1"], "lr": ours["lr"], "lr_warm_up_steps": ours["warmup_steps"]}
-        config |= {"use_ghost_grads": ours["ghost"], "seed": ours["seed"], "expansion_factor": ours["expansion"]}
+        config |= {
+            "use_ghost_grads": ours["dead_latents"] == "ghost",
+            "seed": ours["seed"],
+            "expansion_factor": ours["expansion"],
+        }
         config |= {"class_token": True if ours["token_set"] == "cls" else None}
     config |= {**_said(sae, "cytosae"), "dtype": torch.float32, "cyto": _provenance(sae, "cytosae")}
     return {"cfg": config, "state_dict": OrderedDict(_weights(sae))}

@@ -1,18 +1,20 @@
 """The objective and its exact gradients, in micro-batches (REFERENCE.md section 4.2; twin: tests/reference.py).
 
-    M = (x_hat - x)^2 / ||x||          loss "normed" (released); D (x_hat - x)^2 for "eq1" (the paper's Eq. 1)
-    loss = mean(M) + l1 * mean_t sum_s z + ghost
+    M = w_x (x_hat - x)^2                w_x = 1 / ||x|| (loss "normed", released), D ("eq1", the paper's), or 1 ("mse")
+    loss = mean(M) + sparsity + what dead_latents.py adds for dead latents
 
-    r = x - x_hat, g = exp(p[:, dead]) W_dec[dead], a = ||r|| / (1e-6 + 2 ||g||)
-    G = (a g - r)^2 / ||r||            D (a g - r)^2 for "eq1";  r and a detached
-    ghost = mean(c G),  c = M / (G + 1e-6) element by element (released), or mean(M) / (mean(G) + 1e-6); detached
+    sparsity = l1 * mean_t of            sum_s z (relu), sum_s ReLU(p) (gated), number of active latents (jumprelu);
+                                         topk and batchtopk have none
+    gated adds mean(w_x (x_gate - x)^2), x_gate = ReLU(p) W_dec + b_dec, both held constant (arXiv 2404.16014, eq. 8)
 
-Means run over the whole batch, whatever the micro-batch: gradients are sums over micro-batches, and the scalar ghost
-factor, known only at the end, multiplies ghost gradients that were summed apart.
+jumprelu's thresholds t = exp(log_threshold) learn by straight-through estimates with a window of `bandwidth` e
+(arXiv 2407.14435, eq. 11, 12): where |p - t| < e/2, dz/dt = -t/e and d(number of active)/dt = -1/e.
+
+Means run over the whole batch, whatever the micro-batch and the number of ranks: gradients are sums.
 
 The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only
 (sparse_kernels.py): each micro-batch takes what is faster at its density. Both give the same sums.
-Shapes: B tokens of a micro-batch, D width, L latents, K dead latents.
+Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
 from dataclasses import dataclass
@@ -20,30 +22,34 @@ from dataclasses import dataclass
 import torch
 
 from . import sparse_kernels
-from .model import SparseAutoencoder
+from .dead_latents import dead_gradients
+from .model import SparseAutoencoder, use_kernels_with_torch_threads
+from .ranks import ALONE, Ranks
 
-EPS = 1e-6
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
 SPARSE_BELOW = 0.08  # density of break-even: 0.10 at 49,152 latents, 0.20 at 6,144 (two cores, docs/log.md)
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) float32 matrix
+_SUMS = ("active", "mse", "sparsity", "gate", "error", "square", "dead")
 
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """The parts of the loss on one batch, and what the log needs. `loss` = mse + l1 + ghost."""
+    """The parts of the loss on one batch, and what the log needs. `loss` = mse + l1 + gate + dead."""
 
     mse: float
-    l1: float
-    ghost: float
+    l1: float  # the sparsity term, whatever it counts
+    gate: float  # gated's second reconstruction
+    dead: float  # what dead latents add: ghost gradients' or auxk's loss
     l0: float  # mean number of active latents per token
     explained_variance: float  # 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2
     explained_variance_uncentered: float  # the same against sum ||x||^2, as the released code logs it
     fired: torch.Tensor  # (L,) bool: active on any token of the batch
+    threshold: float | None = None  # batchtopk: the least value that was kept
 
     @property
     def loss(self) -> float:
         """What is minimised."""
-        return self.mse + self.l1 + self.ghost
+        return self.mse + self.l1 + self.gate + self.dead
 
 
 def loss_and_gradients(
@@ -52,173 +58,293 @@ def loss_and_gradients(
     *,
     loss: str,
     l1: float,
-    ghost_scale: str,
     dead_L: torch.Tensor | None,
+    dead_latents: str = "ghost",
+    ghost_scale: str = "scalar",
+    auxk: int | None = None,
+    auxk_weight: float = 1 / 32,
+    bandwidth: float = 1e-3,
+    token_scale: float = 1.0,
+    ranks: Ranks = ALONE,
     micro_batch: int | None = None,
     sparse_below: float = SPARSE_BELOW,
 ) -> BatchLosses:
-    """Set `.grad` of the four parameters to the gradient of the mean loss over `tokens_ND`.
+    """Set `.grad` of the parameters to the gradient of the mean loss over the batch.
 
-    Memory: one dense (tokens, L) matrix of a micro-batch, a second one where work is dense.
+    Memory: one dense (tokens, L) matrix of a micro-batch; a second one where work is dense, for jumprelu and gated.
 
     Parameters
     ----------
-    tokens_ND : (N, D) on the model's device, any float type; cast to float32 piece by piece
-    dead_L : (L,) bool, the latents that get ghost gradients; None or all False: none do
+    tokens_ND : (N, D) on the model's device, any float type; cast to float32 piece by piece. This rank's part of the
+        batch, if there are several: all ranks get the gradients and losses of the whole
+    dead_L : (L,) bool, the latents that are dead; None or all False: none are
+    dead_latents, ghost_scale, auxk, auxk_weight : what is done for them (dead_latents.py)
+    token_scale : what tokens are multiplied with first
     micro_batch : tokens at a time; default: as many as keep one dense (tokens, L) matrix below 256 MiB
     sparse_below : density of active latents in a micro-batch below which work is sparse (CPU only)
     """
-    n, width = tokens_ND.shape
+    n, width = ranks.total(len(tokens_ND)), tokens_ND.shape[1]
     step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     W_enc, b_enc, W_dec, b_dec = (weight.detach() for weight in (model.W_enc, model.b_enc, model.W_dec, model.b_dec))
-    grad_W_enc, grad_b_enc, grad_W_dec, grad_b_dec = _zeroed_gradients(model)
-    dead = dead_L.nonzero().squeeze(1) if dead_L is not None and bool(dead_L.any()) else None
-    ghost_gradients = (
-        _GhostGradients(model, dead, loss, is_scalar=ghost_scale == "scalar") if dead is not None else None
+    grads = _zeroed_gradients(model)
+    dead = dead_gradients(
+        model, dead_L, method=dead_latents, loss=loss, ghost_scale=ghost_scale, k=auxk, weight=auxk_weight
     )
-    sums = dict.fromkeys(("mse", "l1", "ghost", "active", "error", "square"), 0.0)
-    mean_D = torch.zeros(width, dtype=torch.float64, device=tokens_ND.device)
-    fired = torch.zeros(model.n_latents, dtype=torch.bool, device=tokens_ND.device)
+    threshold = None
+    if model.activation == "batchtopk":
+        threshold = _batch_threshold(model, tokens_ND, token_scale, n, step, ranks)
+    gated = _MagnitudeGradients(model) if model.activation == "gated" else None
+    penalty = l1 / n if model.activation == "relu" else 0.0
+    device = tokens_ND.device
+    sums = dict.fromkeys(_SUMS, 0.0)
+    mean_D = torch.zeros(width, dtype=torch.float64, device=device)
+    fired = torch.zeros(model.n_latents, dtype=torch.bool, device=device)
 
-    for start in range(0, n, step):
+    for start in range(0, len(tokens_ND), step):
         x_BD = tokens_ND[start : start + step].float()
+        if token_scale != 1:
+            x_BD = x_BD * token_scale
         centred_BD = x_BD - b_dec
         p_BL = torch.addmm(b_enc, centred_BD, W_enc)
-        ghost_p_BK = p_BL[:, dead] if dead is not None else None
-        active = _active(p_BL, sparse_below)
-        if active is not None:
-            x_hat_BD = b_dec.repeat(len(x_BD), 1)
-            sparse_kernels.add_decoded(active, W_dec.numpy(), x_hat_BD.numpy())
-            n_active, total, fires = (
-                len(active.values),
-                float(active.values.sum(dtype="f8")),
-                torch.from_numpy(active.fired),
-            )
-        else:
-            z_BL = p_BL.relu_()
-            x_hat_BD = torch.addmm(b_dec, z_BL, W_dec)
-            n_active, total, fires = int(z_BL.count_nonzero()), float(z_BL.sum(dtype=torch.float64)), z_BL.amax(0) > 0
+        p_dead_BK = p_BL[:, dead.latents] if dead is not None else None
+        near = None
+        if model.activation == "jumprelu":
+            threshold_L = model.log_threshold.detach().exp()
+            near = _latents(((p_BL - threshold_L).abs_() < bandwidth / 2).to(p_BL.dtype), sparse_below)
+        gate = _latents(p_BL.clone(), sparse_below) if gated is not None else None
+        with torch.no_grad():
+            p_BL = model.keep_active_(p_BL) if threshold is None else p_BL.masked_fill_(p_BL < threshold, 0)
+        z = _latents(p_BL, sparse_below)
 
-        error_BD, scale_B1 = x_hat_BD - x_BD, _scale(x_BD, loss)
-        M_BD = error_BD.square() * scale_B1
-        d_x_hat_BD = error_BD * scale_B1 * (2 / (n * width))
-        if active is not None:
-            sparse_kernels.add_gradients(
-                active,
-                W_dec_LD=W_dec.numpy(),
-                d_x_hat_BD=d_x_hat_BD.numpy(),
-                centred_BD=centred_BD.numpy(),
-                penalty=l1 / n,
-                grad_W_enc_LD=grad_W_enc.T.numpy(),
-                grad_b_enc_L=grad_b_enc.numpy(),
-                grad_W_dec_LD=grad_W_dec.numpy(),
-            )
+        x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, loss)
+        error_BD = x_hat_BD - x_BD
+        M_BD = error_BD.square() * w_B1
+        d_x_hat_BD = error_BD * w_B1 * (2 / (n * width))
+        into = grads if gated is None else gated.grads
+        z.add_gradients(W_dec, d_x_hat_BD, centred_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
+        grads["b_dec"] += d_x_hat_BD.sum(0)
+        if gate is not None:
+            gate_error_BD = gate.decoded(W_dec, b_dec) - x_BD
+            sums["gate"] += _sum(gate_error_BD.square() * w_B1) / (n * width)
+            sums["sparsity"] += l1 * gate.total / n
+            gate.without_values().add_gradients(  # the decoder is held constant here
+                W_dec, gate_error_BD * w_B1 * (2 / (n * width)), centred_BD, l1 / n, grads["W_enc"], grads["b_enc"],
+                grads["W_dec"],
+            )  # fmt: skip
+        elif near is not None:
+            # dz/dlog t = t dz/dt
+            near.add_products(W_dec, d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
+            grads["log_threshold"] -= threshold_L * near.count() * (l1 / (n * bandwidth))
+            sums["sparsity"] += l1 * z.n_active / n
         else:
-            grad_W_dec.addmm_(z_BL.T, d_x_hat_BD)
-            d_z_BL = (d_x_hat_BD @ W_dec.T).add_(l1 / n).mul_(z_BL > 0)
-            grad_W_enc.addmm_(centred_BD.T, d_z_BL)
-            grad_b_enc += d_z_BL.sum(0)
-        grad_b_dec += d_x_hat_BD.sum(0)
-        if ghost_gradients is not None and ghost_p_BK is not None:
-            ghost_gradients.add(ghost_p_BK, centred_BD, -error_BD, M_BD, n_values=n * width)
+            sums["sparsity"] += penalty * z.total
+        if dead is not None and p_dead_BK is not None:
+            dead.add(p_dead_BK, centred_BD, -error_BD, M_BD, w_B1, n_values=n * width)
 
-        fired |= fires
-        sums["active"] += n_active
-        sums["mse"] += float(M_BD.sum(dtype=torch.float64)) / (n * width)
-        sums["l1"] += l1 * total / n
-        sums["error"] += float(error_BD.square().sum(dtype=torch.float64))
-        sums["square"] += float(x_BD.square().sum(dtype=torch.float64))
+        fired |= z.fired
+        sums["active"] += z.n_active
+        sums["mse"] += _sum(M_BD) / (n * width)
+        sums["error"] += _sum(error_BD.square())
+        sums["square"] += _sum(x_BD.square())
         mean_D += x_BD.sum(0, dtype=torch.float64) / n
 
-    if ghost_gradients is not None:
-        sums["ghost"] = ghost_gradients.add_to((grad_W_enc, grad_b_enc, grad_W_dec), mse=sums["mse"])
+    if dead is not None:
+        sums["dead"] = dead.loss
+    numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+    ranks.sum_(numbers, mean_D)
+    ranks.any_(fired)
+    sums = dict(zip(_SUMS, numbers.tolist(), strict=True))
+    if gated is not None:
+        gated.add_to(grads)
+    if dead is not None:
+        sums["dead"] = dead.add_to(grads, mse=sums["mse"], loss=sums["dead"])
     # through x - b_dec in the encoder: the gradient there is -W_enc times that of b_enc
-    grad_b_dec -= W_enc @ grad_b_enc
+    grads["b_dec"] -= W_enc @ grads["b_enc"]
+    if gated is not None:
+        grads["b_dec"] -= W_enc @ (grads["b_mag"] * model.r_mag.detach().exp())
+    ranks.sum_(*grads.values())
     centred_square = sums["square"] - n * mean_D.square().sum().item()
     return BatchLosses(
         mse=sums["mse"],
-        l1=sums["l1"],
-        ghost=sums["ghost"],
+        l1=sums["sparsity"],
+        gate=sums["gate"],
+        dead=sums["dead"],
         l0=sums["active"] / n,
         explained_variance=_explained(sums["error"], centred_square),
         explained_variance_uncentered=_explained(sums["error"], sums["square"]),
         fired=fired,
+        threshold=threshold,
     )
 
 
-def _zeroed_gradients(model: SparseAutoencoder) -> list[torch.Tensor]:
-    """The gradients of W_enc, b_enc, W_dec and b_dec, all 0; their memory is kept from step to step."""
-    grads = []
-    for parameter in (model.W_enc, model.b_enc, model.W_dec, model.b_dec):
+class _DenseLatents:
+    """Latents of a micro-batch as a matrix."""
+
+    def __init__(self, values_BL: torch.Tensor) -> None:
+        self._values_BL = values_BL.relu_()
+        self._is_on = values_BL > 0
+        self.n_active, self.total = int(self._is_on.sum()), _sum(values_BL)
+        self.fired = self._is_on.any(0)
+
+    def without_values(self) -> "_DenseLatents":
+        self._values_BL.zero_()
+        return self
+
+    def count(self) -> torch.Tensor:
+        """(L,): tokens on which each is active."""
+        return self._is_on.sum(0)
+
+    def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(b_dec, self._values_BL, W_dec)
+
+    def add_gradients(
+        self,
+        W_dec: torch.Tensor,
+        d_x_hat_BD: torch.Tensor,
+        centred_BD: torch.Tensor,
+        penalty: float,
+        grad_W_enc: torch.Tensor,
+        grad_b_enc: torch.Tensor,
+        grad_W_dec: torch.Tensor,
+    ) -> None:
+        grad_W_dec.addmm_(self._values_BL.T, d_x_hat_BD)
+        d_z_BL = (d_x_hat_BD @ W_dec.T).add_(penalty).mul_(self._is_on)
+        grad_W_enc.addmm_(centred_BD.T, d_z_BL)
+        grad_b_enc += d_z_BL.sum(0)
+
+    def add_products(
+        self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
+    ) -> None:
+        """out += factor * sum over the tokens of <d_x_hat, W_dec row>."""
+        out_L += factor_L * (d_x_hat_BD @ W_dec.T).mul_(self._is_on).sum(0)
+
+
+class _SparseLatents:
+    """The same, with what is active only."""
+
+    def __init__(self, active: sparse_kernels.Active) -> None:
+        self._active = active
+        self.n_active, self.total = len(active.values), float(active.values.sum(dtype="f8"))
+        self.fired = torch.from_numpy(active.fired)
+
+    def without_values(self) -> "_SparseLatents":
+        self._active.values[:] = 0
+        return self
+
+    def count(self) -> torch.Tensor:
+        return torch.from_numpy(self._active.counts)
+
+    def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+        out_BD = b_dec.repeat(self._active.n_tokens, 1)
+        sparse_kernels.add_decoded(self._active, W_dec.numpy(), out_BD.numpy())
+        return out_BD
+
+    def add_gradients(
+        self,
+        W_dec: torch.Tensor,
+        d_x_hat_BD: torch.Tensor,
+        centred_BD: torch.Tensor,
+        penalty: float,
+        grad_W_enc: torch.Tensor,
+        grad_b_enc: torch.Tensor,
+        grad_W_dec: torch.Tensor,
+    ) -> None:
+        sparse_kernels.add_gradients(
+            self._active,
+            W_dec_LD=W_dec.numpy(),
+            d_x_hat_BD=d_x_hat_BD.numpy(),
+            centred_BD=centred_BD.numpy(),
+            penalty=penalty,
+            grad_W_enc_LD=grad_W_enc.T.numpy(),
+            grad_b_enc_L=grad_b_enc.numpy(),
+            grad_W_dec_LD=grad_W_dec.numpy(),
+        )
+
+    def add_products(
+        self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
+    ) -> None:
+        products_L = torch.from_numpy(sparse_kernels.sum_products(self._active, W_dec.numpy(), d_x_hat_BD.numpy()))
+        out_L += factor_L * products_L
+
+
+def _latents(values_BL: torch.Tensor, sparse_below: float) -> _DenseLatents | _SparseLatents:
+    """What is above 0 in a matrix that is given away, kept in the form that is faster at its density."""
+    if values_BL.device.type == "cpu" and sparse_below > 0:
+        use_kernels_with_torch_threads()
+        counts = sparse_kernels.count_active(values_BL.numpy())
+        if counts.sum() < sparse_below * values_BL.numel():
+            return _SparseLatents(sparse_kernels.take_active(values_BL.numpy(), counts))
+    return _DenseLatents(values_BL)
+
+
+class _MagnitudeGradients:
+    """Gated: gradients through the magnitudes ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc, summed apart.
+
+    With d = dloss/dmagnitude: W_enc gets exp(r_mag) d (x - b_dec), b_mag gets d, and r_mag gets exp(r_mag) d u, which
+    is exp(r_mag) times <W_enc column, sum of d (x - b_dec)>.
+    """
+
+    def __init__(self, model: SparseAutoencoder) -> None:
+        self._model = model
+        self.grads = {
+            "W_enc": torch.zeros_like(model.W_enc.detach()),
+            "b_enc": torch.zeros_like(model.b_enc.detach()),
+        }
+
+    def add_to(self, grads: dict[str, torch.Tensor]) -> None:
+        scale_L = self._model.r_mag.detach().exp()
+        of_W_enc = self.grads["W_enc"].mul_(scale_L)
+        grads["r_mag"] += (of_W_enc * self._model.W_enc.detach()).sum(0)
+        grads["W_enc"] += of_W_enc
+        grads["b_mag"] += self.grads["b_enc"]
+
+
+def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:
+    """The gradients by parameter, all 0; their memory is kept from step to step."""
+    grads = {}
+    for name, parameter in model.named_parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)  # in W_enc's own layout: stored by latent
         else:
             parameter.grad.zero_()
-        grads.append(parameter.grad)
+        grads[name] = parameter.grad
     return grads
 
 
-def _active(p_BL: torch.Tensor, sparse_below: float) -> sparse_kernels.Active | None:
-    """The active latents, or None where dense products are faster."""
-    if p_BL.device.type != "cpu" or sparse_below <= 0:
-        return None
-    n_threads = torch.get_num_threads()
-    sparse_kernels.use_threads(n_threads)
-    if torch.get_num_threads() != n_threads:
-        torch.set_num_threads(n_threads)
-    counts = sparse_kernels.count_active(p_BL.numpy())
-    return sparse_kernels.take_active(p_BL.numpy(), counts) if counts.sum() < sparse_below * p_BL.numel() else None
+def _batch_threshold(
+    model: SparseAutoencoder, tokens_ND: torch.Tensor, token_scale: float, n: int, step: int, ranks: Ranks
+) -> float:
+    """The k x n-th largest positive pre-activation of the batch, or the least positive one if there are fewer.
+
+    Costs the encoder's product once more. Memory: the candidates, at most twice k x n.
+    """
+    assert model.k is not None
+    wanted = model.k * n
+    kept, least = torch.zeros(0, device=tokens_ND.device), 0.0
+    for start in range(0, len(tokens_ND), step):
+        p_BL = model.pre_activations(tokens_ND[start : start + step].float() * token_scale).detach()
+        if bool(torch.isnan(p_BL).any()):
+            return float("nan")
+        kept = _largest(torch.cat([kept, p_BL[p_BL > least]]), wanted)
+        if len(kept) == wanted:
+            least = float(kept.min())
+    kept = _largest(ranks.gathered(kept, wanted), wanted)
+    return float(kept.min()) if len(kept) else 0.0
 
 
-class _GhostGradients:
-    """Gradients of ghost at the dead latents' weights (of mean(G), if its factor is a scalar), over micro-batches."""
-
-    def __init__(self, model: SparseAutoencoder, dead: torch.Tensor, loss: str, *, is_scalar: bool) -> None:
-        self._dead, self._loss, self._is_scalar = dead, loss, is_scalar
-        self._W_dec_KD = model.W_dec.detach()[dead]
-        self._W_enc_KD, self._b_enc_K = torch.zeros_like(self._W_dec_KD), torch.zeros_like(model.b_enc.detach()[dead])
-        self._W_dec_grad_KD = torch.zeros_like(self._W_dec_KD)
-        self._mean = 0.0
-
-    def add(
-        self,
-        p_BK: torch.Tensor,
-        centred_BD: torch.Tensor,
-        r_BD: torch.Tensor,
-        M_BD: torch.Tensor,
-        *,
-        n_values: int,
-    ) -> None:
-        """Add one micro-batch's share."""
-        exp_BK = p_BK.exp_()
-        g_BD = exp_BK @ self._W_dec_KD
-        a_B1 = r_BD.norm(dim=1, keepdim=True) / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))
-        scale_B1, rest_BD = _scale(r_BD, self._loss), a_B1 * g_BD - r_BD
-        G_BD = rest_BD.square() * scale_B1
-        d_g_BD = rest_BD * (a_B1 * scale_B1 * (2 / n_values))
-        if not self._is_scalar:
-            c_BD = M_BD / (G_BD + EPS)
-            G_BD, d_g_BD = c_BD * G_BD, c_BD * d_g_BD
-        self._mean += float(G_BD.sum(dtype=torch.float64)) / n_values
-        self._W_dec_grad_KD.addmm_(exp_BK.T, d_g_BD)
-        d_p_BK = (d_g_BD @ self._W_dec_KD.T).mul_(exp_BK)
-        self._W_enc_KD.addmm_(d_p_BK.T, centred_BD)
-        self._b_enc_K += d_p_BK.sum(0)
-
-    def add_to(self, grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *, mse: float) -> float:
-        """Add them to the gradients of W_enc, b_enc and W_dec at the dead latents; returns the ghost loss."""
-        factor = mse / (self._mean + EPS) if self._is_scalar else 1.0
-        grads[0].T.index_add_(0, self._dead, self._W_enc_KD, alpha=factor)
-        grads[1].index_add_(0, self._dead, self._b_enc_K, alpha=factor)
-        grads[2].index_add_(0, self._dead, self._W_dec_grad_KD, alpha=factor)
-        return factor * self._mean
+def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
+    return values if len(values) <= n else values.topk(n, sorted=False).values
 
 
-def _scale(vectors_BD: torch.Tensor, loss: str) -> torch.Tensor | int:
-    """What a squared error is multiplied with: 1 / ||vector||, or D for Eq. 1, whose error is a sum over D."""
-    if loss == "eq1":
-        return vectors_BD.shape[1]
-    return 1 / vectors_BD.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+def loss_weight(x_BD: torch.Tensor, loss: str) -> torch.Tensor | float:
+    """w_x: what a squared error is multiplied with before the mean over tokens and channels; (B, 1) or one for all."""
+    if loss == "normed":
+        return 1 / x_BD.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+    return float(x_BD.shape[1]) if loss == "eq1" else 1.0  # eq1's error is a sum over D, not a mean
+
+
+def _sum(values: torch.Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
 
 
 def _explained(error: float, total: float) -> float:

@@ -21,6 +21,7 @@ _MIN_COLUMNS = 64  # of the reconstruction, per thread
 class Active:
     """The active latents of a micro-batch, by latent."""
 
+    n_tokens: int
     starts: npt.NDArray[np.int64]  # (L + 1,)
     tokens: npt.NDArray[np.int32]  # (A,)
     values: Floats  # (A,)
@@ -30,10 +31,15 @@ class Active:
         """(L,): active on any token."""
         return self.starts[1:] > self.starts[:-1]
 
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """(L,): tokens on which each is active."""
+        return np.diff(self.starts)
+
 
 def use_threads(n_threads: int) -> None:
     """How many threads the functions below use. Starting numba's threads changes what OpenMP's other users see."""
-    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at import
 
 
 def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
@@ -49,7 +55,12 @@ def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> 
     latents = np.empty(starts[-1], np.int32)
     values = np.empty(starts[-1], pre_activations_BL.dtype)
     _fill(pre_activations_BL, starts, latents, values)
-    return Active(*_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
+    return Active(len(counts_B), *_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
+
+
+def keep_top_k(values_BL: Floats, k: int) -> None:
+    """In place: what is positive and not among the k largest of its row becomes 0; of equals the first ones stay."""
+    _keep_top_k(values_BL, k)
 
 
 def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
@@ -80,15 +91,27 @@ def add_gradients(
     penalty : the L1 term's gradient with respect to an active latent
     grad_W_enc_LD : of W_enc, transposed
     """
-    shares = np.linspace(0, active.starts[-1], numba.get_num_threads() + 1)  # equal work for every thread
-    cuts = np.searchsorted(active.starts, shares).astype(np.int64)
-    cuts[0], cuts[-1] = 0, len(W_dec_LD)
     scalar = active.values.dtype.type
     _add_gradients(
-        *(active.starts, active.tokens, active.values, cuts),
+        *(active.starts, active.tokens, active.values, _equal_work(active)),
         *(W_dec_LD, d_x_hat_BD, centred_BD, scalar(penalty)),
         *(grad_W_enc_LD, grad_b_enc_L, grad_W_dec_LD),
     )
+
+
+def sum_products(active: Active, W_dec_LD: Floats, d_x_hat_BD: Floats) -> Floats:
+    """(L,): sum over the tokens of a latent of <d_x_hat, W_dec row>."""
+    out = np.zeros(len(W_dec_LD), active.values.dtype)
+    _sum_products(active.starts, active.tokens, _equal_work(active), W_dec_LD, d_x_hat_BD, out)
+    return out
+
+
+def _equal_work(active: Active) -> npt.NDArray[np.int64]:
+    """(threads + 1,): first latents of parts with about equally many active ones."""
+    shares = np.linspace(0, active.starts[-1], numba.get_num_threads() + 1)
+    cuts = np.searchsorted(active.starts, shares).astype(np.int64)
+    cuts[0], cuts[-1] = 0, len(active.starts) - 1
+    return cuts
 
 
 @numba.njit(parallel=True, cache=True)
@@ -115,6 +138,44 @@ def _fill(p: Any, starts: Any, latents: Any, values: Any) -> None:
                         latents[at] = latent
                         values[at] = p[b, latent]
                         at += 1
+
+
+@numba.njit(parallel=True, cache=True)
+def _keep_top_k(values: Any, k: int) -> None:
+    for b in numba.prange(values.shape[0]):
+        row = values[b]
+        heap = np.zeros(k, values.dtype)  # the k largest so far, the least first
+        for first in range(0, len(row), _BLOCK):
+            stop = min(first + _BLOCK, len(row))
+            bound = heap[0]
+            n = 0
+            for latent in range(first, stop):
+                n += not row[latent] <= bound
+            if n == 0:
+                continue
+            for latent in range(first, stop):
+                value = row[latent]
+                if value <= heap[0]:
+                    continue
+                at = 0
+                while 2 * at + 1 < k:
+                    child = 2 * at + 1
+                    if child + 1 < k and heap[child + 1] < heap[child]:
+                        child += 1
+                    if value <= heap[child]:
+                        break
+                    heap[at] = heap[child]
+                    at = child
+                heap[at] = value
+        least = heap[0]
+        n_equal = k
+        for at in range(k):
+            n_equal -= heap[at] > least
+        for latent in range(len(row)):
+            if row[latent] == least and n_equal > 0:
+                n_equal -= 1
+            elif row[latent] <= least:
+                row[latent] = 0
 
 
 @numba.njit(cache=True)
@@ -183,3 +244,16 @@ def _add_gradients(
                 for d in range(width):
                     grad_enc[d] += d_z * x[d]
             grad_b_enc[latent] += bias
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _sum_products(starts: Any, tokens: Any, cuts: Any, W_dec: Any, d_x_hat: Any, out: Any) -> None:
+    for part in numba.prange(len(cuts) - 1):
+        for latent in range(cuts[part], cuts[part + 1]):
+            row = W_dec[latent]
+            total = out.dtype.type(0)
+            for k in range(starts[latent], starts[latent + 1]):
+                d_out = d_x_hat[tokens[k]]
+                for d in range(len(row)):
+                    total += d_out[d] * row[d]
+            out[latent] = total

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .errors import BadInput, DamagedStore
 from .files import sha256_json
 from .spec import check_choice
-from .tables import column, listed
+from .tables import column, listed, read_table_file
 
 if TYPE_CHECKING:
     from .activation_store import ActivationStore
@@ -113,29 +113,40 @@ def chosen_images(
 
 
 def read_image_ids(path: Path) -> list[str]:
-    """The `image_id`s in a text file, one per line; blank lines and blanks around an id do not count.
+    """The `image_id`s in a text file, one per line, or in that column of a Parquet file.
+
+    In a text file, blank lines and blanks around an id do not count.
 
     Raises
     ------
     BadInput
-        If there is no such file, or it is not UTF-8, larger than 64 MiB, or without a single id.
+        If there is no such file, or it is neither, larger than 64 MiB, or without a single id.
     """
+    expected = "expected a text file with one image_id per line, or a Parquet file with that column"
     if not path.is_file():
-        raise BadInput(f"no list of images at {path}: expected a text file with one image_id per line")
+        raise BadInput(f"no list of images at {path}: {expected}")
+    if path.suffix == ".parquet":
+        table = read_table_file(path)
+        if "image_id" not in table.column_names:
+            raise BadInput(f"{path} has no column image_id; {expected}")
+        ids = [name for name in column(table, "image_id") if name is not None]
+    else:
+        ids = _lines(path, expected)
+    if not ids:
+        raise BadInput(f"{path} names no image; {expected}")
+    return ids
+
+
+def _lines(path: Path, expected: str) -> list[str]:
     try:
         with path.open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
-            raise BadInput(
-                f"{path} is larger than {_MOST_BYTES >> 20} MiB; expected a text file, one image_id per line"
-            )
+            raise BadInput(f"{path} is larger than {_MOST_BYTES >> 20} MiB; {expected}")
         lines = content.decode("utf-8-sig").replace("\r", "\n").split("\n")  # -sig: Windows writes a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as UTF-8 text, one image_id per line: {error}") from None
-    ids = [line.strip() for line in lines if line.strip()]
-    if not ids:
-        raise BadInput(f"{path} names no image; expected one image_id per line")
-    return ids
+        raise BadInput(f"{path} cannot be read as UTF-8 text ({error}); {expected}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _excluded(ids: list[list[str | None]], exclude: Collection[str]) -> list[Bool]:

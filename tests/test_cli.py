@@ -144,9 +144,11 @@ def test_choices_are_those_of_the_library() -> None:
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
-    from cytosae.config import B_DEC_INITS, PRESETS
+    from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
+    from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
     from cytosae.interop import LAYOUTS
+    from cytosae.loggers import LOGGERS
 
     offered = {
         (name, option.name): tuple(option.type.choices)
@@ -160,6 +162,12 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "preset"): tuple(PRESETS),
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
+        ("cyto sae train", "activation"): ACTIVATIONS,
+        ("cyto sae train", "schedule"): SCHEDULES,
+        ("cyto sae train", "holdout_by"): HOLDOUT_BY,
+        ("cyto sae train", "dead_latents"): DEAD_LATENTS,
+        ("cyto sae train", "precision"): TRAINING_PRECISIONS,
+        ("cyto sae train", "logger"): LOGGERS,
         ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,

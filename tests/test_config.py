@@ -1,5 +1,6 @@
 """Settings of a training run: presets, which of several values wins, and what is refused with which words."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def test_the_default_is_the_released_loss_on_shuffled_tokens() -> None:
     """DESIGN.md section 4: released form, token-level median, scalar ghost; REFERENCE.md 4.1: the released numbers."""
     config = make_config()
     assert config == TrainConfig()
-    assert (config.loss, config.ghost, config.ghost_scale) == ("normed", True, "scalar")
+    assert (config.loss, config.dead_latents, config.ghost_scale) == ("normed", "ghost", "scalar")
     assert (config.order, config.b_dec_init) == ("tokens", "geometric-median")
     assert (config.expansion, config.l1, config.lr, config.warmup_steps) == (64, 8e-5, 4e-4, 500)
     assert (config.batch_tokens, config.dead_after_steps) == (64 * 257, 64)
@@ -28,7 +29,7 @@ def test_the_default_is_the_released_loss_on_shuffled_tokens() -> None:
 
 def test_the_preset_cytosae_is_the_released_run() -> None:
     config = make_config(preset="cytosae")
-    assert (config.loss, config.ghost, config.ghost_scale) == ("normed", True, "elementwise")
+    assert (config.loss, config.dead_latents, config.ghost_scale) == ("normed", "ghost", "elementwise")
     assert (config.order, config.b_dec_init) == ("images", "geometric-median-per-position")
     assert (config.tokens, config.n_steps(tokens_per_epoch=1)) == (257_000_000, 15_625)
 
@@ -94,10 +95,11 @@ def test_an_unknown_key_is_named_beside_those_that_exist(tmp_path: Path) -> None
         ('lr = "fast"', "lr must be float; found 'fast'"),
         ("lr = true", "lr must be float; found True"),
         ("seed = 1.5", "seed must be int; found 1.5"),
-        ("ghost = 1", "ghost must be bool; found 1"),
+        ('mix = [1, "a"]', "mix must be float; found 'a'"),
+        ("mix = 1", "mix must be a list of numbers; found 1"),
         ("loss = 3", "loss must be str; found 3"),
-        ("tokens = 1.5", r"tokens must be int \| None; found 1.5"),
-        ('epochs = "2"', r"epochs must be float \| None; found '2'"),
+        ("tokens = 1.5", "tokens must be int; found 1.5"),
+        ('epochs = "2"', "epochs must be float; found '2'"),
         ("l1 = [1]", r"l1 must be float; found \[1\]"),
     ],
 )
@@ -117,7 +119,7 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"token_set": "cells"}, "token_set must be one of all, patch, cls; found 'cells'"),
-        ({"loss": "l2"}, "loss must be one of normed, eq1; found 'l2'"),
+        ({"loss": "l2"}, "loss must be one of normed, eq1, mse; found 'l2'"),
         ({"ghost_scale": "none"}, "ghost_scale must be one of scalar, elementwise; found 'none'"),
         ({"b_dec_init": "median"}, "b_dec_init must be one of geometric-median, .*; found 'median'"),
         ({"order": "random"}, "order must be one of tokens, images; found 'random'"),
@@ -131,7 +133,16 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
         ({"lr": float("inf")}, "lr must be above 0; found inf"),
         ({"tokens": 0}, "tokens must be above 0; found 0"),
         ({"seed": -1}, "seed must be at least 0; found -1"),
-        ({"order": "images", "token_set": "patch"}, "'images' trains on whole images: it needs token_set 'all'"),
+        ({"order": "images", "token_set": "patch"}, "'images' trains on whole images, .*: it needs token_set 'all'"),
+        ({"order": "images", "mix": (1.0, 1.0)}, "'images' trains on whole images, .* and no mix"),
+        ({"activation": "topk"}, "activation 'topk' needs k, .*--k 64"),
+        ({"k": 8}, "activation 'relu' takes no k; .* choose topk or batchtopk"),
+        ({"activation": "batchtopk", "k": 0}, "k must be at least 1; found 0"),
+        ({"holdout": 1.0}, "holdout is a fraction below 1; found 1.0"),
+        ({"holdout": -0.1}, "holdout must be at least 0; found -0.1"),
+        ({"mix": (1.0, 0.0)}, r"every share in mix must be above 0; found \[1.0, 0.0\]"),
+        ({"dead_latents": "ghosts"}, "dead_latents must be one of ghost, auxk, resample, none; found 'ghosts'"),
+        ({"jump_bandwidth": 0.0}, "jump_bandwidth must be above 0; found 0.0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -148,3 +159,29 @@ def test_the_median_per_position_needs_whole_images() -> None:
     """Over shuffled tokens it would be the median of 257 random ones, and mean nothing."""
     with pytest.raises(BadInput, match="needs whole images: order 'images', preset cytosae"):
         make_config(options={"b_dec_init": "geometric-median-per-position"})
+
+
+# ---------------------------------------------------------------------------------------------------- schedules
+
+
+def test_the_learning_rate_at_every_step() -> None:
+    """Hand-made values: warm-up from the first step, then constant, a cosine, or a line that ends just above 0."""
+    settings = {"lr": 1.0, "warmup_steps": 2}
+    rates = {
+        "constant": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        "linear": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.5],
+        "cosine": [0.5, 1, 1, *[(1 + math.cos(math.pi * done / 8)) / 2 for done in range(1, 8)]],
+    }
+    for schedule, wanted in rates.items():
+        config = TrainConfig(schedule=schedule, **settings)  # type: ignore[arg-type]
+        assert [config.lr_at(step, 10) for step in range(10)] == pytest.approx(wanted)
+    late = TrainConfig(schedule="linear", decay_steps=4, **settings)  # type: ignore[arg-type]
+    assert [late.lr_at(step, 10) for step in range(10)] == pytest.approx([0.5, *[1] * 6, 0.75, 0.5, 0.25])
+    all_along = TrainConfig(schedule="linear", decay_steps=99, **settings)  # type: ignore[arg-type]
+    assert all_along.lr_at(9, 10) == pytest.approx(0.1)
+
+
+def test_the_penalty_warms_up() -> None:
+    config = TrainConfig(l1=2.0, l1_warmup_steps=4)
+    assert [config.l1_at(step) for step in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
+    assert TrainConfig(l1=2.0).l1_at(0) == 2.0

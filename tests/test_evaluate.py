@@ -498,7 +498,7 @@ def test_the_command(made: Path) -> None:
     for words in (
         "acts.zarr (UNTRAINED backbone)",
         "9 readable, 1 not (left out); 2,313 tokens (token set all)",
-        "this very cache: nothing here is held out",
+        "this very cache; nothing here is held out",
         f"{values['mse']:.4g} as trained (loss normed), {values['mse_plain']:.4g} plain",
         f"{values['l0']:.1f} per token; percentiles 5: ",
         "over the last 514 tokens",

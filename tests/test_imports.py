@@ -17,7 +17,10 @@ ALLOWED = {
 }
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
-    "cytosae": {"model", "losses", "checkpoint", "train", "encode", "evaluate", "interop"},
+    "cytosae": {
+        *("model", "losses", "dead_latents", "ranks", "checkpoint", "train", "training_data", "train_state"),
+        *("encode", "evaluate", "interop"),
+    },
     "stores": set(),
 }
 

@@ -114,7 +114,7 @@ def test_loss_and_gradients_equal_the_twin_whatever_the_micro_batch(
         for work in WORK:
             found = problem.ours(objective, micro_batch, work)
             assert_equal(problem.gradients(), twin.grads)
-            parts = (found.mse, found.l1, found.ghost, found.loss)
+            parts = (found.mse, found.l1, found.dead, found.loss)
             assert parts == pytest.approx((twin.mse, twin.l1, twin.ghost, twin.loss), rel=EQUAL, abs=1e-12)
 
 
@@ -154,7 +154,7 @@ def test_all_latents_alive_or_no_dead_set_is_the_same_loss_without_ghost(objecti
         sparse_below=WORK["either"],
         **OBJECTIVES[objective],
     )
-    assert given_all_alive.ghost == without.ghost == 0
+    assert given_all_alive.dead == without.dead == 0
     assert given_all_alive.loss == without.loss
     assert all(np.array_equal(gradients[name], grad) for name, grad in problem.gradients().items())
 
@@ -165,7 +165,7 @@ def test_the_scalar_ghost_moves_dead_latents_and_b_dec_only(objective: str) -> N
     problem = make_problem(2)
     losses = problem.ours(objective)
     with_ghost, live = problem.gradients(), ~problem.dead
-    assert losses.ghost == pytest.approx(losses.mse, rel=1e-4)
+    assert losses.dead == pytest.approx(losses.mse, rel=1e-4)
     problem.dead = np.zeros_like(problem.dead)
     problem.ours(objective)
     without = problem.gradients()

@@ -145,7 +145,9 @@ def test_without_ghost_dead_latents_stay_where_they_are(cache: Path, tmp_path: P
     """A latent that never fires gets no gradient without ghost, and one with it."""
     weights = {}
     for ghost in (False, True):
-        train([cache], tmp_path / str(ghost), small(b_dec_init="zeros", ghost=ghost, seed=3))
+        train(
+            [cache], tmp_path / str(ghost), small(b_dec_init="zeros", dead_latents="ghost" if ghost else "none", seed=3)
+        )
         weights[ghost] = load_sae(tmp_path / str(ghost)).model.W_enc
     start = SparseAutoencoder(WIDTH, 64)
     start.init_weights(torch.Generator().manual_seed(3))
@@ -192,7 +194,7 @@ def test_the_golden_curve_of_twenty_steps(
     train([root], tmp_path / "run", small(preset, steps=20, lr=1e-2, **changes))
     rows = _metrics(tmp_path / "run")
     assert [row["loss"] for row in rows] == pytest.approx([float(loss) for loss in GOLDEN[name].split()], rel=1e-4)
-    assert sum(row["ghost"] > 0 for row in rows) == steps_with_ghost
+    assert sum(row["dead_loss"] > 0 for row in rows) == steps_with_ghost
 
 
 # ------------------------------------------------------------------------------------------- interruptions
@@ -471,15 +473,15 @@ def test_metrics_have_a_row_per_logged_step(cache: Path, tmp_path: Path) -> None
     train([cache], tmp_path / "run", config, progress=lambda done, total, m: seen.append((done, total, m["step"])))
     table = pq.read_table(tmp_path / "run" / "metrics.parquet")
     assert table.column_names == [
-        *("step", "tokens", "images", "epoch", "lr", "loss", "mse", "l1", "ghost", "l0"),
-        *("explained_variance", "explained_variance_uncentered", "dead_fraction", "dead_window_tokens"),
+        *("step", "tokens", "images", "epoch", "lr", "loss", "mse", "l1", "gate", "dead_loss", "l0"),
+        *("explained_variance", "explained_variance_uncentered", "n_dead", "dead_fraction", "dead_window_tokens"),
         "tokens_per_second",
     ]
     rows = table.to_pylist()
     assert [row["step"] for row in rows] == [5, 10, 12]  # and the last one
     assert seen == [(50, 120, 5), (100, 120, 10), (120, 120, 12)]
     for row in rows:
-        assert row["loss"] == pytest.approx(row["mse"] + row["l1"] + row["ghost"])
+        assert row["loss"] == pytest.approx(row["mse"] + row["l1"] + row["dead_loss"])
         assert (row["tokens"], row["images"]) == (row["step"] * BATCH, row["step"] * 2)
         assert row["epoch"] == row["tokens"] / (23 * TOKENS)
         assert row["explained_variance"] < row["explained_variance_uncentered"] < 1
