@@ -164,7 +164,7 @@ def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bo
     W_dec, grad = model.W_dec, model.W_dec.grad
     (group,) = optimizer.param_groups
     assert grad is not None
-    assert not (group["weight_decay"] or group["amsgrad"] or group["maximize"])
+    assert not any(group[name] for name in ("weight_decay", "amsgrad", "maximize"))
     W_dec.grad = None  # so that the optimiser passes over it
     optimizer.step()
     W_dec.grad = grad

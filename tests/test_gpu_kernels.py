@@ -1,4 +1,4 @@
-"""The GPU's kernels against those of the CPU and a float64 twin: in Triton's interpreter, or on a GPU where there is one."""
+"""The GPU's kernels against the CPU's and a float64 twin: in Triton's interpreter, or on a GPU where there is one."""
 
 import os
 import subprocess
@@ -200,19 +200,13 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
 # -- on a real device, at real size ---------------------------------------------------------------
 
 
-@pytest.fixture
-def _real_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("objective", ["default", "paper"])  # the element-wise ghost multiplies rounding by thousands
-def test_sparse_and_dense_work_agree_on_the_gpu(
-    objective: str, _real_blocks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """768 -> 49,152, a real batch, L0 of some 200, popular latents, dead ones: in float32, and twice the same bits."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+    monkeypatch.undo()  # blocks of real size
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     model = SparseAutoencoder(768, 49_152)
     model.init_weights(torch.Generator().manual_seed(0))
     rank = torch.arange(1, 49_153, dtype=torch.float64)
