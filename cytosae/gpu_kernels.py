@@ -149,6 +149,7 @@ def add_gradients(
             PART=PART,
             PAIRS=_PAIRS,
             BLOCK=block,
+            num_warps=max(4, block // 256),  # fewer would not fit into the registers
         )
         if len(shared):
             _add_parts[(len(shared),)](shared, slot_starts, sums, *grads, width, BLOCK=block)
