@@ -523,7 +523,7 @@ def sae() -> None:
     help="Where b_dec begins  [default: geometric-median].",
 )
 @click.option("--seed", type=_SEED, help="Seed of weights and order  [default: 0].")
-@click.option("--precision", type=click.Choice(["fp32", "tf32", "bf16"]), help="Of the encoder's product, on a GPU.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of products: bf16 on a GPU  [default: fp32].")
 @_device_option
 @click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @click.option("--keep-states", type=_COUNT, default=2, show_default=True, help="Saved states that stay.")

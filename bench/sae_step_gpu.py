@@ -1,11 +1,13 @@
 """The SAE training step on a GPU: sparse gradients in bf16 against dense bf16 with torch.compile.
 
-Ours: the step of `sae_step.py` with products in bfloat16 and float32 master weights. Against: the same loss, dense,
-under bf16 autocast in one compiled function, float32 master weights, at the fastest of several micro-batches and
-compile modes; everything around the gradients is the same. Target: 2 times, and 1 M tokens/s on an H100. Gradients of
-both are compared with dense float32 ones, ||difference|| / ||reference||.
+Ours: products in bfloat16, what follows on the active latents alone (`cytosae/gpu_kernels.py`), float32 master weights,
+at the fastest of several micro-batches. Against: the same loss, dense, under bf16 autocast in one compiled function,
+float32 master weights, at the fastest of several micro-batches and compile modes; decoder norms and the projection of
+its gradient compiled, Adam fused. Target: 2 times, and 1 M tokens/s on an H100. Gradients of both are compared with
+dense float32 ones, ||difference|| / ||reference||; "float32" are those of our sparse work without rounding.
 
-Without CUDA it prints one line that says so; `--device cpu` with small sizes tries the program out.
+`--run` also times a whole run from initialisation, loader, ghost and start-up included, on a cache of tokens made of
+few atoms each. Without CUDA it prints one line that says so; `--device cpu` with small sizes tries the program out.
 """
 
 import inspect
@@ -13,13 +15,32 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse
 import torch
-from common import alternate, arguments, emit, emit_skipped, say
-from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours, step
+from common import (
+    TOKENS_PER_IMAGE,
+    add_folder,
+    alternate,
+    arguments,
+    chunk_sizes,
+    emit,
+    emit_skipped,
+    now,
+    say,
+    scratch,
+    write_cache,
+)
+from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
+from cytosae.config import TrainConfig
 from cytosae.losses import loss_and_gradients
+from cytosae.train import train
+from stores.errors import BadInput
 
 TARGET, TARGET_RATE = 2, 1e6
+RUN_TOKENS = 257_000_000  # the paper's
 
 Loss = Callable[..., torch.Tensor]
 
@@ -28,13 +49,21 @@ def main() -> None:
     """Measure and print one line of JSON."""
     parser = arguments(__doc__, rounds=10)
     add_sizes(parser, tokens=16_448)
+    add_folder(parser)
     parser.add_argument("--device", default="cuda", help="(%(default)s)")
     parser.add_argument("--micro-batches", type=numbers, default="4112,16448", help="dense (%(default)s)")
     parser.add_argument("--modes", default="default,max-autotune-no-cudagraphs", help="torch.compile (%(default)s)")
+    parser.add_argument("--fold-b-dec", action="store_true", help="spare dense autograd its sixth matrix product")
+    parser.add_argument("--our-micro-batches", type=numbers, default="4112,8224,16448", help="sparse (%(default)s)")
+    parser.add_argument("--run", action="store_true", help="also a whole training run, loader included")
+    parser.add_argument("--run-tokens", type=int, default=32_896_000, help="of that run (%(default)s)")
+    parser.add_argument(
+        "--run-images", type=int, default=8_192, help="in its cache, read again and again (%(default)s)"
+    )
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         reason = "no CUDA device in this machine"
-        emit_skipped("sae_step_gpu", reason=reason, target=TARGET, params=vars(options))
+        emit_skipped("sae_step_gpu", reason=reason, target=TARGET, params=_params(options))
         return
 
     on_gpu = options.device.startswith("cuda")
@@ -43,27 +72,26 @@ def main() -> None:
     case.model.normalise_decoder()
     optimizer = torch.optim.Adam(case.model.parameters(), lr=0.0, fused=True)
 
-    speeds: dict[str, float] = {}
-    candidates: dict[str, Callable[[], None]] = {}
+    candidates: dict[str, Callable[[], Any]] = {}
     for mode in options.modes.split(","):
         loss = torch.compile(dense_loss, mode=mode, dynamic=False, fullgraph=True)
-        for size in sorted({min(size, options.tokens) for size in options.micro_batches}):
-            name = f"{mode}, {size}"
-            candidates[name] = partial(compiled, case, loss, size)
-            try:
-                timing, *_ = alternate(candidates[name], rounds=3, sync=sync)  # its warm-up compiles
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                say(f"dense, {name}: out of memory")
-                continue
-            speeds[name] = options.tokens / timing.seconds
-            say(f"dense, {name}: {speeds[name]:,.0f} tokens/s")
-    best = max(speeds, key=lambda name: speeds[name])
+        for size in _sizes(options.micro_batches, options.tokens):
+            candidates[f"{mode}, {size}"] = partial(compiled, case, loss, size, options.fold_b_dec)
+    dense_speeds = tune(candidates, options.tokens, sync)
+    best = max(dense_speeds, key=lambda name: dense_speeds[name])
+    ours_by_size = {
+        f"{size}": partial(ours_bf16, case, size) for size in _sizes(options.our_micro_batches, options.tokens)
+    }
+    our_speeds = tune(ours_by_size, options.tokens, sync)
+    our_best = max(our_speeds, key=lambda name: our_speeds[name])
 
     # every gradient against dense float32: bf16 rounds both, so neither is the reference
+    torch.backends.cuda.matmul.allow_tf32 = False
     dense(case, min(2_056, options.tokens))
     reference = _gradients(case)
-    losses, how = ours_bf16(case)
+    ours(case, sparse_below=1.0)
+    float32_difference = _differences(_gradients(case), reference)
+    losses, precision = ours_by_size[our_best]()
     difference = _differences(_gradients(case), reference)
     candidates[best]()
     dense_difference = _differences(_gradients(case), reference)
@@ -71,36 +99,147 @@ def main() -> None:
 
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
+    around = torch.compile(project), torch.compile(normalise)
+    our_step = fused_step if on_gpu else partial(plain_step, project=project, normalise=normalise)
     fast, slow = alternate(
-        lambda: step(case.model, optimizer, lambda: ours_bf16(case)),
-        lambda: step(case.model, optimizer, candidates[best]),
+        lambda: our_step(case, optimizer, ours_by_size[our_best]),
+        lambda: plain_step(case, optimizer, candidates[best], *around),
         rounds=options.rounds,
         sync=sync,
     )
     sides = fast.to_json(options.tokens, "tokens"), slow.to_json(options.tokens, "tokens")
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     emit(
         "sae_step_gpu",
         ratio=slow.seconds / fast.seconds,
         target=TARGET,
         target_rate=TARGET_RATE,
-        ours=sides[0] | {"bf16_by": how},
+        ours=sides[0] | {"precision": precision, "micro_batch": our_best},
         baseline=sides[1] | {"what": "dense bf16 autocast with torch.compile", "mode_and_micro_batch": best},
         l0=losses.l0,
         gradient_differences=difference,
+        float32_gradient_differences=float32_difference,
         dense_gradient_differences=dense_difference,
-        dense_tokens_per_second=speeds,
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        params={**vars(options), "l1": L1},
+        tokens_per_second_by_micro_batch=our_speeds,
+        dense_tokens_per_second=dense_speeds,
+        peak_gib=peak,
+        run=whole_run(options) if options.run else None,
+        params={**_params(options), "l1": L1},
         device=options.device,
     )
 
 
-def ours_bf16(case: Case) -> tuple[Any, str]:
-    """The product's gradients in bf16: by its own switch where it has one, else under autocast."""
+def tune(candidates: dict[str, Callable[[], Any]], n_tokens: int, sync: Callable[[], None]) -> dict[str, float]:
+    """Tokens/s of gradients by each; the unmeasured first run compiles. What does not fit into memory is left out."""
+    speeds: dict[str, float] = {}
+    for name, gradients in candidates.items():
+        try:
+            timing, *_ = alternate(gradients, rounds=3, sync=sync)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            say(f"{name}: out of memory")
+            continue
+        speeds[name] = n_tokens / timing.seconds
+        say(f"{name}: {speeds[name]:,.0f} tokens/s")
+    return speeds
+
+
+def ours_bf16(case: Case, micro_batch: int) -> tuple[Any, str]:
+    """The product's gradients in bf16, once it has that switch."""
     if "precision" in inspect.signature(loss_and_gradients).parameters:
-        return ours(case, precision="bf16"), "the product's precision argument"
-    with torch.autocast(case.tokens.device.type, torch.bfloat16):
-        return ours(case), "autocast around it"
+        return ours(case, micro_batch=micro_batch, precision="bf16"), "bf16"
+    return ours(case, micro_batch=micro_batch), "fp32: loss_and_gradients takes no precision yet"
+
+
+def fused_step(case: Case, optimizer: torch.optim.Adam, gradients: Callable[[], Any]) -> None:
+    """A step as the product does it on a GPU."""
+    from cytosae import gpu_kernels
+
+    gradients()
+    gpu_kernels.step(case.model, optimizer, normalise=True)
+
+
+def plain_step(
+    case: Case, optimizer: torch.optim.Adam, gradients: Callable[[], Any], project: Any, normalise: Any
+) -> None:
+    """The same in several passes over the decoder."""
+    gradients()
+    with torch.no_grad():
+        project(case.model.W_dec, case.model.W_dec.grad)
+        optimizer.step()
+        normalise(case.model.W_dec)
+
+
+def project(W_dec: torch.Tensor, grad: torch.Tensor) -> None:
+    """The gradient without its part along each row."""
+    grad.sub_((grad * W_dec).sum(1, keepdim=True) * W_dec)
+
+
+def normalise(W_dec: torch.Tensor) -> None:
+    """Rows to norm 1."""
+    norm = W_dec.norm(dim=1, keepdim=True)
+    W_dec.div_(torch.where(norm == 0, 1, norm))
+
+
+def whole_run(options: Any) -> dict[str, Any]:
+    """A training run from its first line to the finished folder, and what the paper's 257 M tokens would take."""
+    more = {"precision": "bf16"} if options.device.startswith("cuda") and _is_precision("bf16") else {}
+    config = TrainConfig(
+        expansion=options.latents // options.width,
+        tokens=options.run_tokens,
+        batch_tokens=options.tokens,
+        **more,  # type: ignore[arg-type]
+    )
+    with scratch(options.folder) as folder:
+        say(f"writing {options.run_images:,} images")
+        sizes = chunk_sizes(options.run_images, 256)
+        cache = folder / "run.acts.zarr"
+        blocks = (tokens_of_few_atoms(n, options.width, seed=number) for number, n in enumerate(sizes))
+        write_cache(cache, blocks, n_images=options.run_images, width=options.width, chunk_images=256)
+        began = now()
+        header = train([cache], folder / "run", config, device=options.device, checkpoint_every=10**9)
+        seconds = (now() - began).seconds
+    rate = options.run_tokens / seconds
+    return {
+        "tokens": options.run_tokens,
+        "seconds": seconds,
+        "rate": rate,
+        "unit": "tokens/s",
+        "minutes_for_257_million_tokens_at_this_rate": RUN_TOKENS / rate / 60,
+        "precision": config.precision,
+        "final": header.summary["final"],
+    }
+
+
+def tokens_of_few_atoms(n_images: int, width: int, *, seed: int, n_atoms: int = 4_096) -> npt.NDArray[np.float16]:
+    """(n_images, 257, width): a common mean, 32 of the atoms at random strength, and a little noise."""
+    common, rng = np.random.default_rng(0), np.random.default_rng([1, seed])
+    mean = common.standard_normal(width).astype(np.float32)
+    atoms = (common.standard_normal((n_atoms, width)) / np.sqrt(width)).astype(np.float32)
+    n_tokens, n_active = n_images * TOKENS_PER_IMAGE, 32
+    strengths = rng.exponential(3, n_tokens * n_active).astype(np.float32)
+    chosen = rng.integers(0, n_atoms, n_tokens * n_active)
+    starts = np.arange(n_tokens + 1) * n_active
+    tokens = scipy.sparse.csr_array((strengths, chosen, starts), (n_tokens, n_atoms)) @ atoms
+    tokens += mean + 0.05 * rng.standard_normal(tokens.shape, np.float32)
+    return tokens.astype(np.float16).reshape(n_images, TOKENS_PER_IMAGE, width)
+
+
+def _is_precision(name: str) -> bool:
+    """Whether the product can be told so."""
+    try:
+        TrainConfig(precision=name)
+    except BadInput:
+        return False
+    return True
+
+
+def _sizes(micro_batches: list[int], n_tokens: int) -> list[int]:
+    return sorted({min(size, n_tokens) for size in micro_batches})
+
+
+def _params(options: Any) -> dict[str, Any]:
+    return {**vars(options), "folder": str(options.folder or "temporary")}
 
 
 def dense_loss(
@@ -108,25 +247,30 @@ def dense_loss(
     W_enc: torch.Tensor,
     b_enc: torch.Tensor,
     W_dec: torch.Tensor,
+    subtracted: torch.Tensor,
     b_dec: torch.Tensor,
     n_tokens: int,
 ) -> torch.Tensor:
     """The loss of one micro-batch as a share of the batch's; products in bf16, error and sums in float32."""
     x = x.float()
     with torch.autocast(x.device.type, torch.bfloat16):
-        z = torch.relu(torch.addmm(b_enc, x - b_dec, W_enc))
+        z = torch.relu(torch.addmm(b_enc, x - subtracted, W_enc))
         x_hat = torch.addmm(b_dec, z, W_dec)
     error = ((x_hat.float() - x) ** 2 / x.norm(dim=1, keepdim=True)).sum() / (n_tokens * x.shape[1])
     return error + L1 * z.sum(dtype=torch.float32) / n_tokens
 
 
-def compiled(case: Case, loss: Loss, micro_batch: int) -> None:
+def compiled(case: Case, loss: Loss, micro_batch: int, fold_b_dec: bool) -> None:
     """Dense gradients of the whole batch."""
     model = case.model
     for parameter in model.parameters():
         parameter.grad = None
     for x in case.tokens.split(micro_batch):
-        loss(x, model.W_enc, model.b_enc, model.W_dec, model.b_dec, len(case.tokens)).backward()
+        inner = model.b_dec.detach() if fold_b_dec else model.b_dec
+        loss(x, model.W_enc, model.b_enc, model.W_dec, inner, model.b_dec, len(case.tokens)).backward()
+    if fold_b_dec:
+        with torch.no_grad():
+            model.b_dec.grad -= model.W_enc @ model.b_enc.grad  # type: ignore[operator]
 
 
 def _gradients(case: Case) -> dict[str, torch.Tensor]:

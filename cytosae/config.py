@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 TOKEN_SCALES = ("none", "sqrt-width")
 HOLDOUT_BY = ("image", "patient")
 GHOST_SCALES = ("scalar", "elementwise")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "bf16")
 B_DEC_INITS = ("geometric-median", "geometric-median-per-position", "mean", "zeros")
 ORDERS = ("tokens", "images")
 
@@ -89,7 +89,7 @@ class TrainConfig:
     order_seed: int | None = None
     """Of the order of the tokens; None: `seed`. Runs with equal order share a pass over the data (cyto sae sweep)."""
     precision: str = "fp32"
-    """Of the encoder's product: fp32, or on a GPU tf32 or bf16. Weights, sums and all else are float32."""
+    """`bf16` (GPU only): operands of products in bfloat16; weights, gradients and sums stay float32."""
     log_every: int = 20
     """Steps between two rows of metrics.parquet."""
 

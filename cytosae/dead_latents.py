@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from .active_latents import add_product
 from .model import SparseAutoencoder, keep_top_k_
 from .ranks import Ranks
 
@@ -60,31 +61,40 @@ def dead_gradients(
     ghost_scale: str,
     k: int | None,
     weight: float,
+    half: torch.dtype = torch.float32,
 ) -> DeadGradients | None:
-    """What sums the dead latents' gradients, or None if nothing is dead or nothing is done in a step."""
+    """What sums the dead latents' gradients, or None if nothing is dead or nothing is done in a step.
+
+    half : type of the operands of products
+    """
     if dead_L is None or method not in ("ghost", "auxk") or not bool(dead_L.any()):
         return None
     latents = dead_L.nonzero().squeeze(1)
     if method == "ghost":
-        return _Ghost(model, latents, loss, is_scalar=ghost_scale == "scalar")
-    return _AuxK(model, latents, k or max(1, model.width // 2), weight)
+        return _Ghost(model, latents, loss, half, is_scalar=ghost_scale == "scalar")
+    return _AuxK(model, latents, k or max(1, model.width // 2), weight, half)
 
 
 class _Rows:
     """Weights of the dead latents, and room for their gradients."""
 
-    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor) -> None:
-        self.latents = latents
-        self.W_dec_KD = model.W_dec.detach()[latents]
-        self._of_W_enc_KD = torch.zeros_like(self.W_dec_KD)
+    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, half: torch.dtype) -> None:
+        self.latents, self._half = latents, half
+        W_dec_KD = model.W_dec.detach()[latents]
+        self._W_dec_KD = W_dec_KD.to(half)
+        self._of_W_enc_KD, self._of_W_dec_KD = torch.zeros_like(W_dec_KD), torch.zeros_like(W_dec_KD)
         self._of_b_enc_K = torch.zeros_like(model.b_enc.detach()[latents])
-        self._of_W_dec_KD = torch.zeros_like(self.W_dec_KD)
+
+    def decoded(self, z_BK: torch.Tensor) -> torch.Tensor:
+        """(B, D): z W_dec."""
+        return (z_BK.to(self._half) @ self._W_dec_KD).to(z_BK.dtype)
 
     def add(self, d_out_BD: torch.Tensor, z_BK: torch.Tensor, dz_dp_BK: torch.Tensor, centred_BD: torch.Tensor) -> None:
         """Of the term z W_dec, whose gradient is d_out, with dz/dp."""
-        self._of_W_dec_KD.addmm_(z_BK.T, d_out_BD)
-        d_p_BK = (d_out_BD @ self.W_dec_KD.T).mul_(dz_dp_BK)
-        self._of_W_enc_KD.addmm_(d_p_BK.T, centred_BD)
+        half, d_out_half_BD = self._half, d_out_BD.to(self._half)
+        add_product(self._of_W_dec_KD, z_BK.to(half).T, d_out_half_BD)
+        d_p_BK = (d_out_half_BD @ self._W_dec_KD.T).to(d_out_BD.dtype).mul_(dz_dp_BK)
+        add_product(self._of_W_enc_KD, d_p_BK.to(half).T, centred_BD.to(half))
         self._of_b_enc_K += d_p_BK.sum(0)
 
     def add_to(self, grads: dict[str, torch.Tensor], factor: float) -> None:
@@ -96,9 +106,11 @@ class _Rows:
 class _Ghost:
     """Gradients of ghost (of mean(G), if its factor is a scalar, which is known only after the whole batch)."""
 
-    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, loss: str, *, is_scalar: bool) -> None:
+    def __init__(
+        self, model: SparseAutoencoder, latents: torch.Tensor, loss: str, half: torch.dtype, *, is_scalar: bool
+    ) -> None:
         self.latents, self._loss, self._is_scalar = latents, loss, is_scalar
-        self._rows = _Rows(model, latents)
+        self._rows = _Rows(model, latents, half)
         self.loss = 0.0
 
     def add(
@@ -112,7 +124,7 @@ class _Ghost:
         n_values: int,
     ) -> None:
         exp_BK = p_BK.exp_()
-        g_BD = exp_BK @ self._rows.W_dec_KD
+        g_BD = self._rows.decoded(exp_BK)
         length_B1 = r_BD.norm(dim=1, keepdim=True)
         a_B1 = length_B1 / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))
         w_r = {"normed": 1 / length_B1.clamp_min(NORM_FLOOR), "eq1": float(r_BD.shape[1]), "mse": 1.0}[self._loss]
@@ -134,9 +146,11 @@ class _Ghost:
 class _AuxK:
     """Gradients of the auxiliary reconstruction of what is left over, by the dead latents alone."""
 
-    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, k: int, weight: float) -> None:
+    def __init__(
+        self, model: SparseAutoencoder, latents: torch.Tensor, k: int, weight: float, half: torch.dtype
+    ) -> None:
         self.latents, self._k, self._weight = latents, k, weight
-        self._rows = _Rows(model, latents)
+        self._rows = _Rows(model, latents, half)
         self.loss = 0.0
 
     def add(
@@ -150,7 +164,7 @@ class _AuxK:
         n_values: int,
     ) -> None:
         z_BK = keep_top_k_(p_BK, self._k).relu_()
-        rest_BD = z_BK @ self._rows.W_dec_KD - r_BD
+        rest_BD = self._rows.decoded(z_BK) - r_BD
         self.loss += self._weight * float((rest_BD.square() * w_B1).sum(dtype=torch.float64)) / n_values
         self._rows.add(rest_BD * w_B1 * (2 * self._weight / n_values), z_BK, z_BK > 0, centred_BD)
 

@@ -12,23 +12,24 @@ jumprelu's thresholds t = exp(log_threshold) learn by straight-through estimates
 
 Means run over the whole batch, whatever the micro-batch and the number of ranks: gradients are sums.
 
-The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only
-(sparse_kernels.py): each micro-batch takes what is faster at its density. Both give the same sums.
+The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only:
+each micro-batch takes what is faster at its density (active_latents.py). Both give the same sums.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from . import sparse_kernels
+from .active_latents import latents_of
 from .dead_latents import dead_gradients
-from .model import SparseAutoencoder, use_kernels_with_torch_threads
+from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks
 
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
-SPARSE_BELOW = 0.08  # density of break-even: 0.10 at 49,152 latents, 0.20 at 6,144 (two cores, docs/log.md)
-_MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) float32 matrix
+_MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
+_MICRO_BATCH_BYTES_ON_GPU = 1 << 30
 _SUMS = ("active", "mse", "sparsity", "gate", "error", "square", "dead")
 
 
@@ -67,7 +68,8 @@ def loss_and_gradients(
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
-    sparse_below: float = SPARSE_BELOW,
+    sparse_below: float | None = None,
+    precision: str = "fp32",
 ) -> BatchLosses:
     """Set `.grad` of the parameters to the gradient of the mean loss over the batch.
 
@@ -80,15 +82,18 @@ def loss_and_gradients(
     dead_L : (L,) bool, the latents that are dead; None or all False: none are
     dead_latents, ghost_scale, auxk, auxk_weight : what is done for them (dead_latents.py)
     token_scale : what tokens are multiplied with first
-    micro_batch : tokens at a time; default: as many as keep one dense (tokens, L) matrix below 256 MiB
-    sparse_below : density of active latents in a micro-batch below which work is sparse (CPU only)
+    micro_batch : tokens at a time; default: as many as keep one dense (tokens, L) matrix below 256 MiB (GPU: 1 GiB)
+    sparse_below : density of active latents in a micro-batch below which work is sparse; default: break-even
+    precision : "fp32", or "bf16": operands of products in bfloat16; weights, gradients and sums stay float32
     """
     n, width = ranks.total(len(tokens_ND)), tokens_ND.shape[1]
-    step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
-    W_enc, b_enc, W_dec, b_dec = (weight.detach() for weight in (model.W_enc, model.b_enc, model.W_dec, model.b_dec))
+    half = torch.bfloat16 if precision == "bf16" else model.W_dec.dtype
+    step = micro_batch or _micro_batch(len(tokens_ND), model, half)
+    b_dec = model.b_dec.detach()
+    W_enc, b_enc, W_dec = (weight.detach().to(half) for weight in (model.W_enc, model.b_enc, model.W_dec))
     grads = _zeroed_gradients(model)
     dead = dead_gradients(
-        model, dead_L, method=dead_latents, loss=loss, ghost_scale=ghost_scale, k=auxk, weight=auxk_weight
+        model, dead_L, method=dead_latents, loss=loss, ghost_scale=ghost_scale, k=auxk, weight=auxk_weight, half=half
     )
     threshold = None
     if model.activation == "batchtopk":
@@ -105,35 +110,37 @@ def loss_and_gradients(
         if token_scale != 1:
             x_BD = x_BD * token_scale
         centred_BD = x_BD - b_dec
-        p_BL = torch.addmm(b_enc, centred_BD, W_enc)
-        p_dead_BK = p_BL[:, dead.latents] if dead is not None else None
+        centred_half_BD = centred_BD.to(half)
+        p_BL = torch.addmm(b_enc, centred_half_BD, W_enc)
+        p_dead_BK = p_BL[:, dead.latents].to(centred_BD.dtype) if dead is not None else None
         near = None
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
-            near = _latents(((p_BL - threshold_L).abs_() < bandwidth / 2).to(p_BL.dtype), sparse_below)
-        gate = _latents(p_BL.clone(), sparse_below) if gated is not None else None
+            near = latents_of(((p_BL - threshold_L).abs_() < bandwidth / 2).to(p_BL.dtype), sparse_below)
+        gate = latents_of(p_BL.clone(), sparse_below) if gated is not None else None
         with torch.no_grad():
             p_BL = model.keep_active_(p_BL) if threshold is None else p_BL.masked_fill_(p_BL < threshold, 0)
-        z = _latents(p_BL, sparse_below)
+        z = latents_of(p_BL, sparse_below)
 
         x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, loss)
         error_BD = x_hat_BD - x_BD
         M_BD = error_BD.square() * w_B1
         d_x_hat_BD = error_BD * w_B1 * (2 / (n * width))
+        d_half_BD = d_x_hat_BD.to(half)
         into = grads if gated is None else gated.grads
-        z.add_gradients(W_dec, d_x_hat_BD, centred_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
+        z.add_gradients(W_dec, d_half_BD, centred_half_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
         grads["b_dec"] += d_x_hat_BD.sum(0)
         if gate is not None:
             gate_error_BD = gate.decoded(W_dec, b_dec) - x_BD
             sums["gate"] += _sum(gate_error_BD.square() * w_B1) / (n * width)
             sums["sparsity"] += l1 * gate.total / n
+            d_gate_BD = (gate_error_BD * w_B1 * (2 / (n * width))).to(half)
             gate.without_values().add_gradients(  # the decoder is held constant here
-                W_dec, gate_error_BD * w_B1 * (2 / (n * width)), centred_BD, l1 / n, grads["W_enc"], grads["b_enc"],
-                grads["W_dec"],
-            )  # fmt: skip
+                W_dec, d_gate_BD, centred_half_BD, l1 / n, grads["W_enc"], grads["b_enc"], grads["W_dec"]
+            )
         elif near is not None:
             # dz/dlog t = t dz/dt
-            near.add_products(W_dec, d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
+            near.add_products(W_dec, d_half_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
             grads["log_threshold"] -= threshold_L * near.count() * (l1 / (n * bandwidth))
             sums["sparsity"] += l1 * z.n_active / n
         else:
@@ -159,9 +166,9 @@ def loss_and_gradients(
     if dead is not None:
         sums["dead"] = dead.add_to(grads, mse=sums["mse"], loss=sums["dead"])
     # through x - b_dec in the encoder: the gradient there is -W_enc times that of b_enc
-    grads["b_dec"] -= W_enc @ grads["b_enc"]
+    grads["b_dec"] -= model.W_enc.detach() @ grads["b_enc"]
     if gated is not None:
-        grads["b_dec"] -= W_enc @ (grads["b_mag"] * model.r_mag.detach().exp())
+        grads["b_dec"] -= model.W_enc.detach() @ (grads["b_mag"] * model.r_mag.detach().exp())
     ranks.sum_(*grads.values())
     centred_square = sums["square"] - n * mean_D.square().sum().item()
     return BatchLosses(
@@ -175,106 +182,6 @@ def loss_and_gradients(
         fired=fired,
         threshold=threshold,
     )
-
-
-class _DenseLatents:
-    """Latents of a micro-batch as a matrix."""
-
-    def __init__(self, values_BL: torch.Tensor) -> None:
-        self._values_BL = values_BL.relu_()
-        self._is_on = values_BL > 0
-        self.n_active, self.total = int(self._is_on.sum()), _sum(values_BL)
-        self.fired = self._is_on.any(0)
-
-    def without_values(self) -> "_DenseLatents":
-        self._values_BL.zero_()
-        return self
-
-    def count(self) -> torch.Tensor:
-        """(L,): tokens on which each is active."""
-        return self._is_on.sum(0)
-
-    def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(b_dec, self._values_BL, W_dec)
-
-    def add_gradients(
-        self,
-        W_dec: torch.Tensor,
-        d_x_hat_BD: torch.Tensor,
-        centred_BD: torch.Tensor,
-        penalty: float,
-        grad_W_enc: torch.Tensor,
-        grad_b_enc: torch.Tensor,
-        grad_W_dec: torch.Tensor,
-    ) -> None:
-        grad_W_dec.addmm_(self._values_BL.T, d_x_hat_BD)
-        d_z_BL = (d_x_hat_BD @ W_dec.T).add_(penalty).mul_(self._is_on)
-        grad_W_enc.addmm_(centred_BD.T, d_z_BL)
-        grad_b_enc += d_z_BL.sum(0)
-
-    def add_products(
-        self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
-    ) -> None:
-        """out += factor * sum over the tokens of <d_x_hat, W_dec row>."""
-        out_L += factor_L * (d_x_hat_BD @ W_dec.T).mul_(self._is_on).sum(0)
-
-
-class _SparseLatents:
-    """The same, with what is active only."""
-
-    def __init__(self, active: sparse_kernels.Active) -> None:
-        self._active = active
-        self.n_active, self.total = len(active.values), float(active.values.sum(dtype="f8"))
-        self.fired = torch.from_numpy(active.fired)
-
-    def without_values(self) -> "_SparseLatents":
-        self._active.values[:] = 0
-        return self
-
-    def count(self) -> torch.Tensor:
-        return torch.from_numpy(self._active.counts)
-
-    def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
-        out_BD = b_dec.repeat(self._active.n_tokens, 1)
-        sparse_kernels.add_decoded(self._active, W_dec.numpy(), out_BD.numpy())
-        return out_BD
-
-    def add_gradients(
-        self,
-        W_dec: torch.Tensor,
-        d_x_hat_BD: torch.Tensor,
-        centred_BD: torch.Tensor,
-        penalty: float,
-        grad_W_enc: torch.Tensor,
-        grad_b_enc: torch.Tensor,
-        grad_W_dec: torch.Tensor,
-    ) -> None:
-        sparse_kernels.add_gradients(
-            self._active,
-            W_dec_LD=W_dec.numpy(),
-            d_x_hat_BD=d_x_hat_BD.numpy(),
-            centred_BD=centred_BD.numpy(),
-            penalty=penalty,
-            grad_W_enc_LD=grad_W_enc.T.numpy(),
-            grad_b_enc_L=grad_b_enc.numpy(),
-            grad_W_dec_LD=grad_W_dec.numpy(),
-        )
-
-    def add_products(
-        self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
-    ) -> None:
-        products_L = torch.from_numpy(sparse_kernels.sum_products(self._active, W_dec.numpy(), d_x_hat_BD.numpy()))
-        out_L += factor_L * products_L
-
-
-def _latents(values_BL: torch.Tensor, sparse_below: float) -> _DenseLatents | _SparseLatents:
-    """What is above 0 in a matrix that is given away, kept in the form that is faster at its density."""
-    if values_BL.device.type == "cpu" and sparse_below > 0:
-        use_kernels_with_torch_threads()
-        counts = sparse_kernels.count_active(values_BL.numpy())
-        if counts.sum() < sparse_below * values_BL.numel():
-            return _SparseLatents(sparse_kernels.take_active(values_BL.numpy(), counts))
-    return _DenseLatents(values_BL)
 
 
 class _MagnitudeGradients:
@@ -297,6 +204,14 @@ class _MagnitudeGradients:
         grads["r_mag"] += (of_W_enc * self._model.W_enc.detach()).sum(0)
         grads["W_enc"] += of_W_enc
         grads["b_mag"] += self.grads["b_enc"]
+
+
+def _micro_batch(n: int, model: SparseAutoencoder, half: torch.dtype) -> int:
+    """Tokens at a time, of n; on a GPU pieces of one size, so that none is too small for it."""
+    is_on_gpu = model.W_enc.device.type == "cuda"
+    n_bytes = _MICRO_BATCH_BYTES_ON_GPU if is_on_gpu else _MICRO_BATCH_BYTES
+    most = max(1, n_bytes // (half.itemsize * model.n_latents))
+    return math.ceil(n / math.ceil(n / most)) if is_on_gpu and n else most
 
 
 def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:

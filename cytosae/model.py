@@ -146,7 +146,7 @@ def keep_top_k_(values_BL: torch.Tensor, k: int) -> torch.Tensor:
     """In place: all but the k largest of a row become 0; of equals the first ones stay. NaN counts as the largest."""
     if k >= values_BL.shape[1]:
         return values_BL
-    if values_BL.device.type == "cpu":
+    if values_BL.device.type == "cpu" and values_BL.dtype != torch.bfloat16:
         use_kernels_with_torch_threads()
         sparse_kernels.keep_top_k(values_BL.detach().numpy(), k)
         return values_BL

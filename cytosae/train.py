@@ -77,6 +77,8 @@ def train(
     BadInput
         If the loss or a weight stops being finite; the last saved state is kept.
     """
+    if config.precision != "fp32" and not device.startswith("cuda"):
+        raise BadInput(f"precision {config.precision!r} is for GPUs; found device {device!r}. Use precision fp32")
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
         training = Training(data, run, config, device=device, ranks=ranks, keep_states=keep_states)
@@ -199,8 +201,6 @@ class Training:
         is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == self.n_steps
         with _held_signals():  # Ctrl-C finds a step whole or not begun: what it saves is always a state
             self._update(losses, tokens)
-            if state.step < self.n_steps:  # the last norms are folded into the encoder, in `finish`
-                state.model.normalise_decoder()
             if is_logged:
                 rate = (state.step - self._last_logged) * config.batch_tokens / (time.perf_counter() - self._clock)
                 state.metrics.append(self._metrics(losses, rate))
@@ -230,6 +230,7 @@ class Training:
             bandwidth=config.jump_bandwidth,
             token_scale=state.token_scale,
             ranks=self._ranks,
+            precision=config.precision,
         )
         if not math.isfinite(losses.loss):
             raise BadInput(
@@ -246,10 +247,18 @@ class Training:
         if losses.threshold is not None:
             old, weight = state.model.threshold, 0.01 if state.step else 1.0
             old += weight * (losses.threshold - old)
-        _remove_parallel_part(state.model)
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr_at(state.step, self.n_steps)
-        state.optimizer.step()
+        is_last = state.step + 1 == self.n_steps  # its norms are folded into the encoder, in `finish`
+        if state.model.W_dec.is_cuda:
+            from . import gpu_kernels  # needs triton
+
+            gpu_kernels.step(state.model, state.optimizer, normalise=not is_last)
+        else:
+            _remove_parallel_part(state.model)
+            state.optimizer.step()
+            if not is_last:
+                state.model.normalise_decoder()
         state.step += 1
         if (
             config.dead_latents == "resample"

@@ -18,8 +18,8 @@ ALLOWED = {
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
     "cytosae": {
-        *("model", "losses", "dead_latents", "ranks", "checkpoint", "train", "training_data", "train_state"),
-        *("encode", "evaluate", "interop"),
+        *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks"),
+        *("checkpoint", "train", "training_data", "train_state", "encode", "evaluate", "interop"),
     },
     "stores": set(),
 }
@@ -75,3 +75,13 @@ def test_import_brings_in_no_more(module: str, absent: set[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert not loaded & absent
+
+
+def test_a_missing_triton_is_told_as_such() -> None:
+    """In one line that says what to do, where the kernels of the GPU are imported and nowhere else."""
+    code = "import sys; sys.modules['triton'] = None; import cytosae.train; import cytosae.gpu_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines()[-1].startswith(
+        "stores.errors.BadInput: training on a GPU needs triton, which comes with torch's CUDA builds; none is"
+    )
+    assert done.stderr.endswith("install a CUDA build of torch, or train with --device cpu\n")
