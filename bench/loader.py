@@ -8,8 +8,11 @@ time). Against:
   worker per core (target 10 times); one that gathers a whole batch at once (`__getitems__`) is shown beside it.
 The page cache is warm for all.
 
-Shuffle quality comes from a second cache of narrow tokens that carry their image's number: distinct images per batch,
-and the correlation of neighbouring tokens in a batch, beside those of a perfect shuffle and of no shuffle at all.
+Shuffle quality comes from caches of narrow tokens that carry their image's number, of images in any order and of
+images sorted by class (each class in one stretch, its images alike): distinct images per batch, correlation of
+neighbouring tokens in a batch, and how far the classes of a batch are from those of the whole, beside those of a
+perfect shuffle and of no shuffle at all. Over the sorted cache also with pools of four times as many chunks, and with
+pools of as many images out of chunks of an eighth of the size.
 Full size: python bench/loader.py --images 16384
 """
 
@@ -42,7 +45,9 @@ from torch.utils.data import DataLoader, Dataset
 from stores.activation_store import ActivationStore
 from stores.token_stream import TokenStream
 
+Int = npt.NDArray[np.int64]
 _QUALITY_WIDTH = 16
+_CLASSES, _ALIKE = 18, 0.5  # as many as MLL23 has; share of a token's variance that its class explains
 _BASE = 1024  # the first two channels hold the image's number in this base: whole numbers that float16 keeps
 
 
@@ -56,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=16_448, help="(%(default)s)")
     parser.add_argument("--epochs", type=int, default=2, help="passes in a round (%(default)s)")
     parser.add_argument("--dataloader-batches", type=int, default=12, help="in a round (%(default)s)")
-    parser.add_argument("--quality-images", type=int, default=16_384, help="(%(default)s)")
+    parser.add_argument("--quality-images", type=int, default=24_576, help="(%(default)s)")
     parser.add_argument("--width", type=int, default=WIDTH, help="(%(default)s)")
     options = parser.parse_args()
     n_epoch = options.images * TOKENS_PER_IMAGE
@@ -97,7 +102,7 @@ def main() -> None:
         gathered, gathered_workers = _fastest(GatheredRows(store), options, n_rows)
         timings = alternate(ours, sequential, into_buffer, rows, gathered, rounds=options.rounds)
         shutil.rmtree(store.root)
-        quality = shuffle_quality(folder / "quality.acts.zarr", options)
+        quality = shuffle_quality(folder, options)
 
     amounts = [n_batches * options.batch_tokens, *[options.epochs * n_epoch] * 2, *[n_rows * options.batch_tokens] * 2]
     stream, copied, buffered, plain, batched = (
@@ -151,46 +156,102 @@ class GatheredRows(MappedRows):
         return [torch.from_numpy(out)]
 
 
-def shuffle_quality(root: Path, options: Any) -> dict[str, Any]:
-    """How far a batch is from a perfect shuffle: a cache of several pools, read as in training."""
-    n_images, n_tokens = options.quality_images, options.batch_tokens
-    say(f"shuffle quality on {n_images:,} images")
-    sizes = chunk_sizes(n_images, options.chunk_images)
-    blocks = _numbered_blocks(sizes)
-    write_cache(root, blocks, n_images=n_images, width=_QUALITY_WIDTH, chunk_images=options.chunk_images)
-    store = ActivationStore(root)
-    stream = TokenStream([store], pool_chunks=options.pool_chunks)
-    n_batches = max(1, min(64, stream.tokens_per_epoch // n_tokens))
-    everything = np.concatenate([tokens.reshape(-1, _QUALITY_WIDTH) for _, tokens in store.iter_chunks()])
-    order = np.random.default_rng(0).permutation(len(everything))
-    perfect = (everything[order[at : at + n_tokens]] for at in range(0, n_batches * n_tokens, n_tokens))
-    starts = np.linspace(0, max(0, len(everything) - n_tokens), n_batches).astype(np.int64)
+def shuffle_quality(folder: Path, options: Any) -> dict[str, Any]:
+    """How far a batch is from a perfect shuffle: caches of several pools, read as in training for one epoch."""
+    n_images, chunk_images, pool = options.quality_images, options.chunk_images, options.pool_chunks
+    in_order = np.arange(n_images) * min(_CLASSES, n_images) // n_images
+    anyhow = np.random.default_rng(2).permutation(in_order)
+    small = max(1, chunk_images // 8)
+    by_class = streamed_quality(folder, options, in_order, _ALIKE, chunk_images=chunk_images, pool_chunks=pool)
+    others = {
+        "four_times_the_pool": {"chunk_images": chunk_images, "pool_chunks": 4 * pool},
+        "small_chunks": {"chunk_images": small, "pool_chunks": pool * chunk_images // small},
+    }
+    for name, sizes in others.items():
+        found = streamed_quality(folder, options, in_order, _ALIKE, is_compared=False, **sizes)
+        by_class[name] = found["ours"] | sizes
     return {
-        "ours": _quality(islice(stream.batches(n_tokens), n_batches)),
-        "perfect": _quality(perfect),
-        "unshuffled": _quality(everything[start : start + n_tokens] for start in starts),
         "images": n_images,
-        "images_per_pool": min(n_images, options.pool_chunks * options.chunk_images),
-        "batches": n_batches,
-        "correlation_within_an_image": 0.5,
+        "images_per_pool": min(n_images, pool * chunk_images),
+        "classes": int(in_order[-1]) + 1,
+        "any_order": streamed_quality(folder, options, anyhow, 0.0, chunk_images=chunk_images, pool_chunks=pool),
+        "sorted_by_class": by_class,
     }
 
 
-def _quality(batches: Iterator[npt.NDArray[np.float16]]) -> dict[str, float]:
-    """Means over batches: distinct images; correlation of neighbours; share of neighbours out of one image."""
-    distinct, correlation, same = [], [], []
+def streamed_quality(
+    folder: Path,
+    options: Any,
+    class_of: Int,
+    alike: float,
+    *,
+    chunk_images: int,
+    pool_chunks: int,
+    is_compared: bool = True,
+) -> dict[str, Any]:
+    """Of an epoch's batches over a cache whose image i is of class `class_of[i]`, on `alike` of its tokens' variance.
+
+    is_compared : also of batches out of a perfect shuffle, and of stretches of the cache as it is
+    """
+    n_images, n_tokens, root = len(class_of), options.batch_tokens, folder / "quality.acts.zarr"
+    say(f"shuffle quality of {n_images:,} images: chunks of {chunk_images}, {pool_chunks} a pool, {alike:.0%} by class")
+    blocks = _numbered_blocks(chunk_sizes(n_images, chunk_images), class_of, alike)
+    write_cache(root, blocks, n_images=n_images, width=_QUALITY_WIDTH, chunk_images=chunk_images)
+    store = ActivationStore(root)
+    stream = TokenStream([store], pool_chunks=pool_chunks)
+    n_batches = max(1, stream.tokens_per_epoch // n_tokens)
+    with closing(stream.batches(n_tokens)) as batches:  # type: ignore[type-var]
+        found: dict[str, Any] = {"ours": _quality(islice(batches, n_batches), class_of)}
+    if is_compared:
+        everything = np.concatenate([tokens.reshape(-1, _QUALITY_WIDTH) for _, tokens in store.iter_chunks()])
+        order = np.random.default_rng(0).permutation(len(everything)).astype(np.int32)
+        n_shown = min(n_batches, 64)
+        starts = np.linspace(0, max(0, len(everything) - n_tokens), n_shown).astype(np.int64)
+        found |= {
+            "perfect": _quality((everything[order[n * n_tokens :][:n_tokens]] for n in range(n_shown)), class_of),
+            "unshuffled": _quality((everything[start:][:n_tokens] for start in starts), class_of),
+            "batches": n_batches,
+            "correlation_within_an_image": (1 + alike) / 2,
+        }
+    shutil.rmtree(root)
+    return found
+
+
+def _quality(batches: Iterator[npt.NDArray[np.float16]], class_of: Int) -> dict[str, float]:
+    """Means over batches.
+
+    Distinct images; correlation of neighbours; share of neighbours out of one image; distinct classes; total variation
+    distance of the classes from those of the whole cache (0 equal, 1 nothing in common); their chi-square per degree of
+    freedom (1 for independent draws, k where every token has k - 1 others of its class beside it).
+    """
+    of_class = np.bincount(class_of) / len(class_of)
+    rows = []
     for batch in batches:
         image = batch[:, 0].astype(np.int64) * _BASE + batch[:, 1].astype(np.int64)
         values = batch[:, 2:].astype(np.float32)
         values /= np.linalg.norm(values, axis=1, keepdims=True)
-        distinct.append(len(np.unique(image)))
-        correlation.append(float((values[1:] * values[:-1]).sum(1).mean()))
-        same.append(float((image[1:] == image[:-1]).mean()))
-    return {
-        "distinct_images_per_batch": float(np.mean(distinct)),
-        "neighbour_correlation": float(np.mean(correlation)),
-        "neighbours_of_one_image": float(np.mean(same)),
-    }
+        is_there = np.bincount(image) > 0
+        classes = np.bincount(class_of[image], minlength=len(of_class))
+        expected = of_class * len(batch)
+        rows.append(
+            (
+                is_there.sum(),
+                (values[1:] * values[:-1]).sum(1).mean(),
+                (image[1:] == image[:-1]).mean(),
+                (classes > 0).sum(),
+                np.abs(classes - expected).sum() / len(batch) / 2,
+                ((classes - expected) ** 2 / expected).sum() / max(1, len(of_class) - 1),
+            )
+        )
+    names = (
+        "distinct_images_per_batch",
+        "neighbour_correlation",
+        "neighbours_of_one_image",
+        "classes_per_batch",
+        "class_distance",
+        "class_chi_square_per_degree",
+    )
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def _random_blocks(sizes: list[int], width: int) -> Iterator[npt.NDArray[np.float16]]:
@@ -201,12 +262,16 @@ def _random_blocks(sizes: list[int], width: int) -> Iterator[npt.NDArray[np.floa
         yield ((bits & np.uint16(0x83FF)) | np.uint16(0x3800)).view(np.float16)
 
 
-def _numbered_blocks(sizes: list[int]) -> Iterator[npt.NDArray[np.float16]]:
+def _numbered_blocks(sizes: list[int], class_of: Int, alike: float) -> Iterator[npt.NDArray[np.float16]]:
+    """Chunks of tokens with their image's number; those of a class share a mean, `alike` of their variance."""
     rng, first = np.random.default_rng(1), 0
+    means = rng.standard_normal((class_of.max() + 1, 1, _QUALITY_WIDTH)).astype(np.float32)
     for size in sizes:
+        image = np.arange(first, first + size)
         tokens = similar_tokens(rng, size, _QUALITY_WIDTH)
-        image = np.arange(first, first + size)[:, None]
-        tokens[:, :, 0], tokens[:, :, 1] = image // _BASE, image % _BASE
+        if alike:
+            tokens = (np.sqrt(alike) * means[class_of[image]] + np.sqrt(1 - alike) * tokens).astype(np.float16)
+        tokens[:, :, 0], tokens[:, :, 1] = image[:, None] // _BASE, image[:, None] % _BASE
         yield tokens
         first += size
 

@@ -124,9 +124,9 @@ class TokenStream:
         BadInput
             For an empty batch, a position before the first token or a rank that is not there, at once.
         """
+        if batch_tokens < 1 or position < 0:
+            raise BadInput(f"batch_tokens must be above 0 and position not below; found {batch_tokens}, {position}")
         rows = rows_of_part(batch_tokens, part)
-        if position < 0:
-            raise BadInput(f"position must not be below 0; found {position}")
         return gather_ahead(lambda threads: self._jobs(threads, batch_tokens, position, rows), self._threads)
 
     def _jobs(self, threads: ThreadPoolExecutor, batch_tokens: int, position: int, rows: range) -> Iterator[Job]:

@@ -287,10 +287,9 @@ def test_a_choice_of_images_that_does_not_fit_is_refused(cache: ActivationStore)
 
 def test_what_no_stream_has_is_refused_at_once(cache: ActivationStore) -> None:
     stream = TokenStream([cache])
-    with pytest.raises(BadInput, match="batch_tokens must be above 0; found 0"):
-        stream.batches(0)
-    with pytest.raises(BadInput, match="position must not be below 0; found -1"):
-        stream.batches(7, position=-1)
+    for batch_tokens, position in ((0, 0), (7, -1)):
+        with pytest.raises(BadInput, match=f"above 0 and position not below; found {batch_tokens}, {position}"):
+            stream.batches(batch_tokens, position=position)
     for part in ((-1, 2), (2, 2), (0, 0)):
         with pytest.raises(BadInput, match=f"rank from 0 to one less; found {part[0]}, {part[1]}"):
             stream.batches(7, part=part)

@@ -151,6 +151,8 @@ def test_what_cannot_be_mixed_is_refused(caches: list[ActivationStore]) -> None:
     for position in (-20, 7, 19):
         with pytest.raises(BadInput, match=f"beginning of a batch, a multiple of 20; found {position}"):
             TokenMix(caches, [1, 1, 1]).batches(20, position=position)
+    with pytest.raises(BadInput, match="batch_tokens must be above 0; found 0"):
+        mix.batches(0)
     with pytest.raises(BadInput, match="part must be a rank and the number of ranks"):
         mix.batches(4_000, part=(2, 2))
 
