@@ -376,7 +376,7 @@ class _Sums:
 
 def measure_held_out(
     model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str
-) -> dict[str, float | int]:
+) -> dict[str, float | int | None]:
     """The SAE on the images that it was not trained on, by the names of metrics.parquet; tokens are not scaled."""
     per_image = data.stream.tokens_per_image
     chosen = _TOKENS[config.token_set]
@@ -393,14 +393,17 @@ def measure_held_out(
                 x_NTD = tokens[some][:, chosen]
                 _check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
                 sums.add(torch.from_numpy(x_NTD).to(device).float())
-    return {
-        "n_images": sums.n_images,
-        "n_tokens": sums.n_tokens,
-        "mse": sums.scaled_error / (sums.n_tokens * model.width),
-        "explained_variance": _explained(sums.error, sums.variance),
-        "explained_variance_uncentered": _explained(sums.error, sums.square),
-        "l0": sums.l0,
-    }
+    found: dict[str, float | int | None] = _plain(
+        {
+            "n_images": sums.n_images,
+            "n_tokens": sums.n_tokens,
+            "mse": sums.scaled_error / (sums.n_tokens * model.width),
+            "explained_variance": _explained(sums.error, sums.variance),
+            "explained_variance_uncentered": _explained(sums.error, sums.square),
+            "l0": sums.l0,
+        }
+    )
+    return found
 
 
 def _count_held_out(run: Path, store: ActivationStore, measured: npt.NDArray[np.bool_]) -> int:

@@ -266,7 +266,7 @@ class Training:
             and state.step + config.resample_every <= self.n_steps
         ):
             dead = state.steps_since_fired > config.dead_after_steps
-            draws = torch.Generator().manual_seed(hash((config.seed, state.step)) & (2**63 - 1))
+            draws = torch.Generator().manual_seed(_seed_of(config.seed, state.step))
             resample(
                 state.model,
                 state.optimizer,
@@ -343,6 +343,11 @@ class Training:
         header = find_header(self._run)
         assert header is not None
         return header
+
+
+def _seed_of(*numbers: int) -> int:
+    """One seed for several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager
