@@ -1,7 +1,9 @@
 """The docs run, the reference is fresh, links lead somewhere, and what the README says is what the program does."""
 
+import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cytocache.demo_cells import write_demo_images
+from cytosae.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,18 @@ def test_quickstart_runs(tmp_path: Path) -> None:
         n_run += language in ("python", "bash")
     assert n_run >= 6
     assert (tmp_path / "cells.barcodes" / "disease.zarr").is_dir()
+
+
+def test_training_page(made: Path, tmp_path: Path) -> None:
+    """Its blocks run, on a small cache, and its table names every setting."""
+    shutil.copytree(made / "acts.zarr", tmp_path / "cells.acts.zarr")
+    page = ROOT / "docs" / "training.md"
+    scripts = [text for language, text in blocks(page) if language == "bash"]
+    printed = [shell(f"export OMP_NUM_THREADS=1\n{script}", tmp_path) for script in scripts]
+    assert len(printed) >= 3
+    assert "held out" in printed[1]
+    named = set(re.findall(r"`(\w+)`", page.read_text()))
+    assert not {field.name for field in dataclasses.fields(TrainConfig)} - named
 
 
 def test_every_block_runs_or_says_why_not() -> None:
