@@ -108,6 +108,11 @@ def _interrupt(signum: int, frame: object) -> None:
 _device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."
 )
+_assume_option = click.option(
+    "--assume-compatible",
+    is_flag=True,
+    help="Take an imported SAE, which does not say which tokens it was trained on.",
+)
 _overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace an output of the same kind; the old one stays until the new is complete."
 )
@@ -428,12 +433,15 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
 @click.option("--tau", type=float, default=0.2, show_default=True, help="Threshold of activity, with --sae.")
 @click.option("--sample", "n_images", type=_COUNT, default=64, show_default=True, help="Images to compare.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the sample.")
+@_assume_option
 @_device_option
 @click.option(
     "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
 )
 @_json_option
-def cache_fidelity(store: Path, run: Path | None, device: str, as_json: bool, **settings: Any) -> None:
+def cache_fidelity(
+    store: Path, run: Path | None, assume_compatible: bool, device: str, as_json: bool, **settings: Any
+) -> None:
     """What float16 and the precision of the forward pass cost: STORE against float32 tokens of a sample of its images.
 
     \b
@@ -446,13 +454,19 @@ def cache_fidelity(store: Path, run: Path | None, device: str, as_json: bool, **
     from stores import ActivationStore
 
     device = _resolve_device(device)
-    latents = None
+    latents, assumed = None, None
     if run:
         from cytosae.checkpoint import load_sae
         from stores.activation_store import require_same_tokens
 
         sae, cache = load_sae(run, device=device), ActivationStore(store)
-        require_same_tokens(sae.same_tokens, cache.spec.same_tokens, f"the SAE {run}", f"the cache {store}")
+        assumed = require_same_tokens(
+            sae.same_tokens,
+            cache.spec.same_tokens,
+            f"the SAE {run}",
+            f"the cache {store}",
+            assume_compatible=assume_compatible,
+        )
         latents = sae.model.encode
     with _progress("download", "byte") as downloading, _progress("fidelity", "image") as progress:
         found = measure_fidelity(
@@ -460,7 +474,8 @@ def cache_fidelity(store: Path, run: Path | None, device: str, as_json: bool, **
         )
     if as_json:
         values = {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
-        click.echo(json.dumps({"store": str(store), "tau": settings["tau"], **values}, indent=1))
+        facts = {} if assumed is None else {"assumed_equal": assumed}
+        click.echo(json.dumps({"store": str(store), "tau": settings["tau"], **facts, **values}, indent=1))
         return
     rows = {
         "sample": f"{found.n_images:,} images, {found.n_tokens:,} tokens (seed {settings['seed']})",
@@ -613,9 +628,7 @@ def sae_info(run: Path, as_json: bool) -> None:
         return
     spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
     rows = {
-        "latents": f"{spec['n_latents']:,} ({spec['activation']}"
-        + (f", k {spec['k']}) " if spec["k"] else ") ")
-        + f"on tokens of width {spec['width']}",
+        "latents": f"{spec['n_latents']:,} ({_activation(spec)}) on tokens of width {spec['width']}",
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
@@ -658,6 +671,7 @@ def sae_info(run: Path, as_json: bool) -> None:
 @click.option(
     "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
 )
+@_assume_option
 @click.option("--per-latent", is_flag=True, help="With --json: also the two counts of every latent.")
 @_json_option
 def sae_eval(
@@ -670,6 +684,7 @@ def sae_eval(
     token_set: str | None,
     dead_window: int | None,
     only: Path | None,
+    assume_compatible: bool,
     **sampling: Any,
 ) -> None:
     """How good the SAE in RUN is on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
@@ -693,6 +708,7 @@ def sae_eval(
             dead_window=dead_window or DEAD_WINDOW,
             only=read_image_ids(only) if only else None,
             sample=_backbone_sample(store, images, device=device, **sampling) if images else None,
+            assume_compatible=assume_compatible,
             device=device,
             progress=progress,
             decoder_progress=comparing,
@@ -792,7 +808,8 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     """Take over an SAE of another program (CytoSAE, PatchSAE, SAELens).
 
     FILE is a .pt of CytoSAE or PatchSAE, or a SAELens folder; nothing in it is executed. Which tokens it was trained
-    on stays unknown: cyto sae encode asks for --assume-compatible.
+    on stays unknown: cyto sae encode, sae eval and cache fidelity ask for --assume-compatible. SAELens'
+    architectures standard, topk, jumprelu and gated are taken, of the others relu.
 
     \b
     Example: cyto sae import final_sparse_autoencoder_dinov2_vitb14_-2_resid_49152.pt -o released.sae
@@ -803,11 +820,12 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     _say_done(run, was_complete)
     spec = header.spec
     click.echo(
-        f"{run}: {spec['n_latents']:,} latents on tokens of width {spec['width']}, from {spec['imported']['format']}"
+        f"{run}: {spec['n_latents']:,} latents ({_activation(spec)}) on tokens of width {spec['width']}, "
+        f"from {spec['imported']['format']}"
     )
     for note in (header.summary or {})["notes"]:
         click.echo(f"  {note}")
-    click.echo("  which tokens it was trained on is not known; cyto sae encode takes it with --assume-compatible")
+    click.echo("  which tokens it was trained on is not known: say --assume-compatible where it is used")
 
 
 @sae.command("export")
@@ -821,7 +839,9 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
 )
 @click.option("-o", "--out", type=_FILE, required=True, help="The file or folder to write; nothing is replaced.")
 def sae_export(run: Path, layout: str, out: Path) -> None:
-    """Write the SAE in RUN as CytoSAE or SAELens stores it. Latents and reconstruction stay the same.
+    """Write the SAE in RUN as CytoSAE (relu only) or SAELens stores it. Latents and reconstruction stay the same.
+
+    batchtopk becomes what SAELens makes of it: jumprelu with one threshold for all.
 
     \b
     Example: cyto sae export cells.sae --format saelens -o cells.saelens
@@ -838,11 +858,7 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
 @click.argument("run", type=_FILE)
 @click.option("-o", "--out", "latents", type=_FILE, required=True, help="The latent store to write.")
 @click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
-@click.option(
-    "--assume-compatible",
-    is_flag=True,
-    help="Take an imported SAE, which does not say which tokens it was trained on.",
-)
+@_assume_option
 @_device_option
 @_overwrite_option
 def sae_encode(
@@ -880,6 +896,11 @@ def sae_encode(
     )
 
 
+def _activation(spec: dict[str, Any]) -> str:
+    """`topk, k 32`"""
+    return f"{spec['activation']}, k {spec['k']}" if spec.get("k") else str(spec["activation"])
+
+
 def _imported_rows(header: Any) -> dict[str, str]:
     spec, summary = header.spec, header.summary or {}
     says = summary.get("says", {})
@@ -888,7 +909,7 @@ def _imported_rows(header: Any) -> dict[str, str]:
     claims = {**(metadata if isinstance(metadata, dict) else {}), **says}
     shown = [f"{name} {_shown(str(claims[name]))}" for name in names if claims.get(name) is not None]
     return {
-        "latents": f"{spec['n_latents']:,} ({spec['activation']}) on tokens of width {spec['width']}",
+        "latents": f"{spec['n_latents']:,} ({_activation(spec)}) on tokens of width {spec['width']}",
         "imported": f"from {spec['imported']['format']}, sha256 {spec['imported']['files']['weights']}",
         "tokens": f"not known: {', '.join(name for name, value in spec['tokens'].items() if value is None)}",
         "says": ", ".join(shown) or "nothing of where it comes from",

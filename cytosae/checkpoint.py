@@ -36,7 +36,8 @@ class SaeRun:
 
 def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:
     """Write the weights, then the header that calls the run complete."""
-    save_tensors(root / WEIGHTS, {name: value.detach() for name, value in model.state_dict().items()}, {})
+    tensors = {name: value.detach() for name, value in model.state_dict().items()}
+    save_tensors(root / WEIGHTS, tensors, _metadata(model))
     summary = {**summary, "sae_sha256": sha256_file(root / WEIGHTS)}
     header = Header(**{**vars(header), "complete": True, "summary": summary})
     write_header(root, header)
@@ -104,6 +105,12 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise DamagedStore(f"{path} is not a whole safetensors file ({error})") from None
+
+
+def _metadata(model: SparseAutoencoder) -> dict[str, str]:
+    """What the tensors do not say, so that the SHA-256 tells SAEs apart. One entry: the order of several is random."""
+    k = "" if model.k is None else f" {model.k}"
+    return {} if model.activation == "relu" else {"activation": f"{model.activation}{k}"}
 
 
 def _shapes(shapes: dict[str, torch.Size]) -> str:

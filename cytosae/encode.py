@@ -142,11 +142,11 @@ def _encode_images(
     x = torch.from_numpy(tokens[is_readable].reshape(-1, width)).to(device).float()
     if not bool(torch.isfinite(x).all()):
         raise DamagedStore("a token of a readable image is NaN or infinite. cyto cache verify names it")
-    pre = model.pre_activations(x)
-    active = pre > 0
-    values = round_mantissa(pre[active].cpu().numpy(), value_bits)
+    kept = model.keep_active_(model.pre_activations(x))
+    active = kept > 0
+    values = round_mantissa(kept[active].cpu().numpy(), value_bits)
     # a NaN is not above 0 and would pass for silence; a sum shows it in one quick pass
-    if not np.isfinite(values).all() or (not bool(torch.isfinite(pre.sum())) and bool(torch.isnan(pre).any())):
+    if not np.isfinite(values).all() or (not bool(torch.isfinite(kept.sum())) and bool(torch.isnan(kept).any())):
         raise BadInput("a latent became NaN or infinite: the SAE's weights do not fit these tokens")
     indices = active.nonzero()[:, 1].cpu().numpy()
     row_lengths[is_readable] = active.sum(1).cpu().numpy().reshape(-1, n_tokens)

@@ -112,6 +112,7 @@ class Evaluation:
 
     sae_sha256: str
     cache_sha256: str
+    assumed_equal: tuple[str, ...]  # what an imported SAE does not say of its tokens, taken to be as in the cache
     is_training_cache: bool  # the SAE was trained on tokens of this very cache
     n_held_out: int  # images measured on that the SAE was not trained on
     trained_backbone: bool  # False: seeded random weights
@@ -174,6 +175,7 @@ def evaluate(
     dead_window: int = DEAD_WINDOW,
     only: Collection[str] | None = None,
     sample: BackboneSample | None = None,
+    assume_compatible: bool = False,
     device: str = "cpu",
     micro_batch: int | None = None,
     progress: Progress = lambda done, total, state: None,
@@ -190,20 +192,27 @@ def evaluate(
     dead_window : tokens; rounded up to whole images
     only : ids of the images to measure on, for instance those in `held_out.parquet` of a run; None: all
     sample : for the effect on the backbone's final CLS embedding; read before the pass begins
+    assume_compatible : take an SAE that does not say which tokens it was trained on (an imported one), with a warning
     micro_batch : tokens at a time; the result depends on it in the last bits only
     decoder_progress : told of blocks of cosines, done and in all
 
     Raises
     ------
     SpecMismatch
-        If the SAE was trained on another kind of tokens.
+        If the SAE was trained on another kind of tokens, or does not say.
     BadInput
         If there is no readable image, or the SAE's numbers become NaN or infinite.
     DamagedStore
         If a token of a readable image is not finite; it is named.
     """
     store, sae = ActivationStore(cache), load_sae(run, device=device)
-    require_same_tokens(sae.same_tokens, store.spec.same_tokens, f"the SAE {run}", f"the cache {cache}")
+    assumed = require_same_tokens(
+        sae.same_tokens,
+        store.spec.same_tokens,
+        f"the SAE {run}",
+        f"the cache {cache}",
+        assume_compatible=assume_compatible,
+    )
     warn_of_precision(sae, store)
     model, config = sae.model, sae.header.spec.get("config", {})
     token_set = token_set or config.get("token_set", "all")
@@ -246,6 +255,7 @@ def evaluate(
     return Evaluation(
         sae_sha256=sae.sha256,
         cache_sha256=store.content_sha256,
+        assumed_equal=tuple(assumed),
         is_training_cache=is_training_cache,
         n_held_out=_count_held_out(run, store, is_readable) if is_training_cache else n_images,
         trained_backbone=store.spec.trained,

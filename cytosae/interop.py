@@ -2,7 +2,8 @@
 
 What comes in is a stranger's: nothing in it is executed, every tensor is checked, and what it does not say (which
 tokens it was trained on) stays unknown. All three programs store `W_enc` (D, L), `b_enc`, `W_dec` (L, D) and `b_dec`
-and mean the same by them: latents = ReLU((x - b_dec) W_enc + b_enc), reconstruction = latents W_dec + b_dec.
+and mean the same by them: latents = ReLU((x - b_dec) W_enc + b_enc), reconstruction = latents W_dec + b_dec. SAELens
+has our other activations too (saelens.py).
 """
 
 import json
@@ -27,9 +28,11 @@ from stores.spec import SAE, Header, check_choice, find_header, new_header, writ
 from stores.tables import listed
 from stores.torch_archive import Refused, TorchArchive, one_line, open_archive
 
+from . import saelens
 from .checkpoint import SaeRun, load_sae, load_tensors, save_sae, save_tensors
 from .model import SparseAutoencoder
 from .plain_pickle import Instance, Tensor, plain, read_pickle
+from .saelens import shown
 
 LAYOUTS = ("cytosae", "saelens")
 MAX_BYTES = 4 << 30  # of a file of weights: the released one has 302 MB
@@ -52,7 +55,9 @@ class ForeignSae:
     """An SAE as another program stored it, in our terms."""
 
     format: str
-    weights: dict[str, torch.Tensor]  # W_enc (D, L), b_enc (L,), W_dec (L, D), b_dec (D,), float32, as stored
+    activation: str
+    k: int | None  # of topk
+    weights: dict[str, torch.Tensor]  # the state of our model: W_enc (D, L), W_dec (L, D), b_dec (D,), others (L,)
     says: dict[str, Any]  # its config, as plain values; claims, none of them checked but the sizes
     files: dict[str, str]  # SHA-256 of what was read
     notes: list[str]  # what was changed or left out, in words
@@ -72,10 +77,11 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Hea
     """
     foreign = read_foreign(source)
     width, n_latents = foreign.weights["W_enc"].shape
-    spec = {
+    spec: dict[str, Any] = {
         "width": width,
         "n_latents": n_latents,
-        "activation": "relu",
+        "activation": foreign.activation,
+        **({} if foreign.k is None else {"k": foreign.k}),
         "tokens": {**dict.fromkeys(_UNKNOWN), "width": width},
         "trained_backbone": None,
         "caches": [],
@@ -90,7 +96,7 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Hea
     root.mkdir(parents=True, exist_ok=True)
     write_header(root, header)
     append_run(root, packages=("torch", "safetensors"), imported=source.name)
-    model = SparseAutoencoder(width, n_latents)
+    model = SparseAutoencoder(width, n_latents, foreign.activation, foreign.k)
     model.load_state_dict(foreign.weights)
     header = save_sae(root, model, header, {"says": foreign.says, "notes": foreign.notes})
     sync_tree(root)
@@ -104,7 +110,7 @@ def read_foreign(source: Path) -> ForeignSae:
     Raises
     ------
     BadInput
-        If it is none, or not one of ReLU latents as ours.
+        If it is none, or one whose latents ours cannot equal.
     """
     try:
         if source.is_dir():
@@ -113,7 +119,7 @@ def read_foreign(source: Path) -> ForeignSae:
             foreign = _read_cytosae(source)
         else:
             raise Refused("is not there" if not source.exists() else "is neither a file nor a folder")
-        _check_weights(foreign)
+        _check_weights(foreign.weights, foreign.says)
     except Refused as refused:
         raise BadInput(f"{source} {refused}; {_EXPECTED}") from None
     return foreign
@@ -122,17 +128,22 @@ def read_foreign(source: Path) -> ForeignSae:
 def export_sae(run: Path, out: Path, *, format: str) -> bool:
     """Write the SAE in `run` as another program stores it; True if it was there already.
 
-    format : cytosae (one file, which PyTorch loads with `weights_only`) or saelens (a folder)
+    format : cytosae (one file, which PyTorch loads with `weights_only`; relu only) or saelens (a folder)
 
     Raises
     ------
+    BadInput
+        If the format has no place for the activation, or for this file name.
     SpecMismatch
         If anything else is at `out`: a file of another program bears no mark of ours, so none is replaced.
     """
     check_choice("format", format, LAYOUTS)
     sae, out = load_sae(run), out.absolute()
-    if sae.model.activation != "relu":
-        raise BadInput(f"{run} has the activation {sae.model.activation}; only relu can be exported")
+    if format == "cytosae" and sae.model.activation != "relu":
+        raise BadInput(
+            f"{run} has the activation {sae.model.activation}, and the released CytoSAE code computes relu only; "
+            f"use --format saelens"
+        )
     if out.is_symlink():
         raise SpecMismatch(f"{out} is a link; give the path that it points to")
     for folder in (out, *out.parents):
@@ -154,8 +165,9 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
                 os.fsync(file.fileno())
         else:
             partial.mkdir()
-            save_tensors(partial / "sae_weights.safetensors", _weights(sae), {})
-            write_json(partial / "cfg.json", _saelens_config(sae))
+            config, stored = _saelens_content(sae)
+            save_tensors(partial / "sae_weights.safetensors", stored, {})
+            write_json(partial / "cfg.json", config)
             sync_tree(partial)
     return False
 
@@ -171,28 +183,28 @@ def _read_cytosae(path: Path) -> ForeignSae:
             content = read_pickle(archive.pickled, classes=_CONFIG_CLASSES)
             if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
                 found = listed(list(content)) if isinstance(content, dict) else type(content).__name__
-                raise Refused(f"holds no state_dict (found: {_shown(found) or 'nothing'})")
+                raise Refused(f"holds no state_dict (found: {shown(found) or 'nothing'})")
             config = content.get("cfg", content.get("config"))
             if not isinstance(config, dict | Instance):
                 raise Refused("holds no config beside its state_dict (cfg or config)")
             says = plain(config)
             state = content["state_dict"]
             if "r_mag" in state or "b_mag" in state or says.get("gated_sae"):
-                raise Refused("holds a gated SAE; only ReLU can be imported")
-            _check_names(list(state))
+                raise Refused("holds a gated SAE, whose latents the released code leaves undefined; only relu is taken")
+            _check_names(list(state), _NAMES, "ReLU")
             byteorder = f"{next(iter(archive.zip.namelist())).partition('/')[0]}/byteorder"
             if byteorder in archive.zip.namelist() and archive.zip.read(byteorder) != b"little":
                 raise Refused("was written on a big-endian machine")
             weights = {name: _read_tensor(archive, name, state[name]) for name in _NAMES}
             others = [name for name in content if name not in ("cfg", "config", "state_dict")]
-            notes = [f"left out: {_shown(listed(others))}"] if others else []
+            notes = [f"left out: {shown(listed(others))}"] if others else []
             stored = sorted({state[name].dtype for name in _NAMES} - {"float32"})
     except (Refused, OSError):
         raise
     except Exception as error:  # zipfile and pickletools raise almost anything
         raise Refused(f"is no whole archive of torch.save ({one_line(error)})") from None
     notes += [f"{dtype} became float32" for dtype in stored]
-    return ForeignSae(format="cytosae", weights=weights, says=says, files=files, notes=notes)
+    return ForeignSae(format="cytosae", activation="relu", k=None, weights=weights, says=says, files=files, notes=notes)
 
 
 def _read_tensor(archive: TorchArchive, name: str, tensor: Any) -> torch.Tensor:
@@ -232,29 +244,28 @@ def _read_saelens(folder: Path) -> ForeignSae:
     if missing:
         raise Refused(f"has no {' and no '.join(missing)}")
     says = _read_config(paths["config"])
-    _check_saelens_config(says)
+    architecture, k = saelens.read_config(says)
     _check_safetensors_header(paths["weights"])
     files = {name: sha256_file(path) for name, path in paths.items()}
     try:
         stored, _ = load_tensors(paths["weights"])
     except DamagedStore as error:
         raise Refused(f"has a damaged sae_weights.safetensors ({one_line(error)})") from None
-    _check_names(list(stored))
+    _check_names(list(stored), saelens.TENSORS[architecture], architecture)
     for name, tensor in stored.items():
         if tensor.dtype not in _DTYPES.values():
             raise Refused(f"holds no plain floating-point tensor as {name} ({tensor.dtype})")
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in stored.values()} - {"float32"}
-    notes = [f"{dtype} became float32" for dtype in sorted(dtypes)]
-    weights = {name: stored[name].float().contiguous() for name in _NAMES}
-    if says.get("apply_b_dec_to_input") is False:
-        _check_shapes(weights)
-        b_dec, w_enc = weights["b_dec"].double(), weights["W_enc"].double()
-        weights["b_enc"] = (weights["b_enc"].double() + b_dec @ w_enc).float()
-        notes.append("b_dec was not subtracted from the input; b_dec W_enc is now in b_enc, so that latents stay equal")
+    stored = {name: tensor.float().contiguous() for name, tensor in stored.items()}
+    _check_weights(stored, says)
+    activation, weights, changes = saelens.to_ours(architecture, k, stored, says)
+    notes = [*(f"{dtype} became float32" for dtype in sorted(dtypes)), *changes]
     others = sorted(path.name for path in folder.iterdir() if path not in paths.values())
     if others:
-        notes.append(f"left out: {_shown(listed(others))}")
-    return ForeignSae(format="saelens", weights=weights, says=says, files=files, notes=notes)
+        notes.append(f"left out: {shown(listed(others))}")
+    return ForeignSae(
+        format="saelens", activation=activation, k=k, weights=weights, says=says, files=files, notes=notes
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -275,30 +286,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     return says
 
 
-def _check_saelens_config(says: dict[str, Any]) -> None:
-    """Refuse what would give other latents than ours: the values that mean ReLU of a linear map, and no others."""
-    metadata = says.get("metadata")
-    hook = says.get("hook_name") or (metadata.get("hook_name") if isinstance(metadata, dict) else None)
-    allowed: dict[str, tuple[Any, ...]] = {
-        "architecture": (None, "standard"),
-        "activation_fn": (None, "relu"),
-        "activation_fn_str": (None, "relu"),  # before version 6
-        "normalize_activations": (None, False, "none"),
-        "reshape_activations": (None, "none"),
-        "finetuning_scaling_factor": (None, False),
-        "apply_b_dec_to_input": (None, False, True),
-    }
-    for name, values in allowed.items():
-        value = says.get(name)
-        if not any(value is known or (isinstance(known, str) and value == known) for known in values):
-            raise Refused(
-                f"has {name} {_shown(str(value))!r:.60} in cfg.json; "
-                f"only {' or '.join(str(known).lower() for known in values if known is not None)} can be imported"
-            )
-    if "hook_z" in str(hook) and "reshape_activations" not in says:  # what SAELens then takes for granted
-        raise Refused("was trained on attention heads (hook_z), which are no tokens")
-
-
 def _check_safetensors_header(path: Path) -> None:
     """Before the library reads it: its size, and how many tensors it has."""
     size = path.stat().st_size
@@ -313,24 +300,24 @@ def _check_safetensors_header(path: Path) -> None:
         except (ValueError, RecursionError, TypeError):
             raise Refused("has a damaged sae_weights.safetensors") from None
     if n_records > _MAX_RECORDS:
-        raise Refused(f"has {n_records:,} tensors, an SAE has 4")
+        raise Refused(f"has {n_records:,} tensors, an SAE has 4 to 6")
 
 
-def _check_names(found: list[str]) -> None:
-    missing = [name for name in _NAMES if name not in found]
-    unknown = [name for name in found if name not in _NAMES]
+def _check_names(found: list[str], expected: tuple[str, ...], kind: str) -> None:
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
     if missing:
-        raise Refused(f"lacks {', '.join(missing)}; found {_shown(listed(found)) or 'nothing'}")
+        raise Refused(f"lacks {', '.join(missing)}; found {shown(listed(found)) or 'nothing'}")
     if unknown:
-        raise Refused(f"holds {_shown(listed(unknown))} beside the weights of a ReLU SAE")
+        raise Refused(f"holds {shown(listed(unknown))} beside the weights of a {kind} SAE")
 
 
-def _check_weights(foreign: ForeignSae) -> None:
-    width, n_latents = _check_shapes(foreign.weights)
+def _check_weights(weights: dict[str, torch.Tensor], says: dict[str, Any]) -> None:
+    width, n_latents = _check_shapes(weights)
     for name, size in (("d_in", width), ("d_sae", n_latents)):
-        if foreign.says.get(name, size) != size:
-            raise Refused(f"says {name} {_shown(str(foreign.says[name])):.40}, but its weights have {size:,}")
-    for name, tensor in foreign.weights.items():
+        if says.get(name, size) != size:
+            raise Refused(f"says {name} {shown(str(says[name])):.40}, but its weights have {size:,}")
+    for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise Refused(f"holds {name} with numbers that are NaN or infinite")
 
@@ -339,12 +326,14 @@ def _check_shapes(weights: dict[str, torch.Tensor]) -> tuple[int, int]:
     """(width, n_latents)"""
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     width, n_latents = shapes["W_enc"] if len(shapes["W_enc"]) == 2 else (0, 0)
-    expected = {"W_enc": (width, n_latents), "b_enc": (n_latents,), "W_dec": (n_latents, width), "b_dec": (width,)}
+    matrices = {"W_enc": (width, n_latents), "W_dec": (n_latents, width), "b_dec": (width,)}
+    expected = {name: matrices.get(name, (n_latents,)) for name in shapes}
     if len(shapes["b_dec"]) == 2 and shapes["b_dec"][1] == width:  # what its "mean" start of b_dec leaves behind
         raise Refused(f"holds b_dec {shapes['b_dec']}: one bias per position, which CytoSAE itself cannot load again")
     if shapes != expected or not (width and n_latents):
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise Refused(f"holds {found}; W_enc (D, L), b_enc (L,), W_dec (L, D) and b_dec (D,) belong together")
+        others = " and ".join(name for name in shapes if name not in matrices)
+        raise Refused(f"holds {found}; W_enc (D, L), W_dec (L, D), b_dec (D,) and (L,) of {others} belong together")
     return width, n_latents
 
 
@@ -355,10 +344,6 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
-
-
-def _shown(text: str) -> str:
-    return text if text.isprintable() else ascii(text)
 
 
 # ---------------------------------------------------------------------------------------------------- out
@@ -410,7 +395,8 @@ def _cytosae_content(sae: SaeRun) -> dict[str, Any]:
     return {"cfg": config, "state_dict": OrderedDict(_weights(sae))}
 
 
-def _saelens_config(sae: SaeRun) -> dict[str, Any]:
+def _saelens_content(sae: SaeRun) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """cfg.json and the tensors."""
     spec, tokens, before = sae.header.spec, sae.same_tokens, _said(sae, "saelens").get("metadata")
     metadata = dict(before) if isinstance(before, dict) else {}
     if tokens["backbone"] is not None:
@@ -418,8 +404,9 @@ def _saelens_config(sae: SaeRun) -> dict[str, Any]:
     # the layout of cfg.json, not who trained it: without it, SAELens takes the file for one from before version 6
     metadata |= {"sae_lens_version": "6.0.0", "sae_lens_training_version": None}
     metadata |= {"cyto": _provenance(sae, "saelens")}
-    return {
-        "architecture": "standard",
+    architecture, stored = saelens.from_ours(sae.model)
+    config = {
+        **architecture,
         "d_in": spec["width"],
         "d_sae": spec["n_latents"],
         "dtype": "float32",
@@ -429,6 +416,7 @@ def _saelens_config(sae: SaeRun) -> dict[str, Any]:
         "reshape_activations": "none",
         "metadata": metadata,
     }
+    return config, stored
 
 
 def _is_export(out: Path, sae: SaeRun, format: str) -> bool:
@@ -437,11 +425,15 @@ def _is_export(out: Path, sae: SaeRun, format: str) -> bool:
         found = read_foreign(out)
     except BadInput:
         return False
-    wanted = _saelens_config(sae) if format == "saelens" else _cytosae_content(sae)["cfg"]
+    if found.format != format:
+        return False
     if format == "cytosae":
-        wanted |= {"dtype": "float32"}
-    same = {name: torch.equal(found.weights[name], weight) for name, weight in _weights(sae).items()}
-    return found.format == format and found.says == plain(wanted) and all(same.values())
+        stored, says, weights = found.weights, {**_cytosae_content(sae)["cfg"], "dtype": "float32"}, _weights(sae)
+    else:  # in its own terms: a threshold's logarithm does not tell neighbours apart
+        stored, _ = load_tensors(out / "sae_weights.safetensors")
+        says, weights = _saelens_content(sae)
+    same = stored.keys() == weights.keys() and all(torch.equal(stored[name], weights[name]) for name in stored)
+    return same and found.says == plain(says)
 
 
 @contextmanager

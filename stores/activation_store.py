@@ -271,7 +271,7 @@ def require_same_tokens(
         if not assume_compatible:
             raise SpecMismatch(
                 f"{first_name} does not say on which tokens it was trained ({', '.join(unknown)}), and {tokens}; "
-                f"if they fit (cyto sae info shows what it claims), use cyto sae encode with --assume-compatible"
+                f"if they fit (cyto sae info shows what it claims), add --assume-compatible"
             )
         _log.warning("%s does not say %s; %s, assumed to fit", first_name, ", ".join(unknown), tokens)
     return unknown

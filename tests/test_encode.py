@@ -21,10 +21,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference import Params
 from test_batches import write_cache
+from test_variants import K, make_model
 
 from cli import cli
 from cytosae.checkpoint import load_sae, load_tensors, save_sae, save_tensors
+from cytosae.config import ACTIVATIONS
 from cytosae.encode import encode, round_mantissa
+from cytosae.evaluate import evaluate
 from cytosae.model import SparseAutoencoder
 from stores import (
     LATENTS,
@@ -52,19 +55,19 @@ def write_sae(
     *,
     n_latents: int,
     seed: int = 0,
+    activation: str = "relu",
     change: Callable[[SparseAutoencoder], object] | None = None,
 ) -> Path:
     """A finished SAE for the tokens of `cache`, with seeded weights instead of trained ones."""
     spec = ActivationStore(cache).spec
-    model = SparseAutoencoder(spec.width, n_latents)
-    model.init_weights(torch.Generator().manual_seed(seed))
+    model = make_model(activation, seed, width=spec.width, n_latents=n_latents)
     with torch.no_grad():
-        model.b_dec += 1
-        model.b_enc += 0.05 * torch.randn(n_latents, generator=torch.Generator().manual_seed(seed + 1))
+        model.b_dec.fill_(1)
         if change:
             change(model)
     root.mkdir(parents=True)
     settings = {"width": spec.width, "n_latents": n_latents, "tokens": spec.same_tokens, "caches": [], "config": {}}
+    settings |= {"activation": activation, "k": model.k}
     save_sae(root, model, new_header(SAE, settings), {"final": {}})
     return root
 
@@ -134,6 +137,20 @@ def test_rows_are_the_dense_latents_rounded(made: Path, tmp_path: Path, value_bi
     assert (result.nnz, result.n_readable, result.was_complete) == (len(where[0]), 5, False)
     assert result.l0 == pytest.approx((dense > 0).sum() / (5 * 257))
     assert list(verify_latents(tmp_path / "latents.zarr")) == [None]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_rows_are_the_latents_of_any_activation(made: Path, tmp_path: Path, activation: str) -> None:
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, activation=activation)
+    result = encode(made / "acts.zarr", run, tmp_path / "latents.zarr", value_bits=23)
+    rows = LatentStore(tmp_path / "latents.zarr").read_images(0, 7)
+    dense = dense_latents(made / "acts.zarr", run)
+    assert rows.indices.tolist() == np.nonzero(dense)[1].tolist()
+    assert rows.values.tobytes() == dense[np.nonzero(dense)].tobytes()
+    found = evaluate(made / "acts.zarr", run)
+    assert result.l0 == pytest.approx(found.l0)
+    assert 1 < found.l0 < 20
+    assert (found.l0 == K) == (activation == "topk")
 
 
 def test_latents_equal_the_float64_twin(made: Path, tmp_path: Path) -> None:
@@ -340,14 +357,15 @@ def test_latents_that_become_infinite_are_refused(made: Path, tmp_path: Path) ->
         encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
 
 
-def test_latents_that_become_nan_do_not_pass_for_silence(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_latents_that_become_nan_do_not_pass_for_silence(made: Path, tmp_path: Path, activation: str) -> None:
     """inf - inf inside a product: NaN is not above 0, and would be an empty row."""
 
     def overflow(model: SparseAutoencoder) -> None:
         model.W_enc[::2] = 3e38
         model.W_enc[1::2] = -3e38
 
-    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, change=overflow)
+    run = write_sae(tmp_path / "run", made / "acts.zarr", n_latents=40, activation=activation, change=overflow)
     with pytest.raises(BadInput, match="a latent became NaN or infinite"):
         encode(made / "acts.zarr", run, tmp_path / "latents.zarr")
 

@@ -26,16 +26,18 @@ from torch import nn
 
 from cli import cli
 from cytosae import interop
-from cytosae.checkpoint import load_sae
+from cytosae.checkpoint import load_sae, save_sae
 from cytosae.encode import encode
 from cytosae.interop import export_sae, import_sae, read_foreign
+from cytosae.model import SparseAutoencoder
 from cytosae.plain_pickle import read_pickle
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput, IncompleteStore, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.runlog import read_runs
+from stores.spec import SAE, new_header
 
-D, L = 6, 20
+D, L, K = 6, 20, 5
 MODULE = "src.sae_training.config"
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
@@ -121,12 +123,50 @@ def released_twin(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> tup
 
 
 def saelens_twin(folder: Path, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of SAELens' standard SAE, with its switch for the subtraction of b_dec."""
+    """The same of SAELens' four SAEs, with its switches, as the docs of version 6 define them."""
     config = json.loads((folder / "cfg.json").read_text())
     w = {name: value.double() for name, value in load_file(folder / "sae_weights.safetensors").items()}
     shifted = tokens.double() - w["b_dec"] * config["apply_b_dec_to_input"]
-    latents = torch.relu(shifted @ w["W_enc"] + w["b_enc"])
-    return latents, latents @ w["W_dec"] + w["b_dec"]
+    norm = w["W_dec"].norm(dim=1) if config.get("rescale_acts_by_decoder_norm") else torch.ones(len(w["W_dec"]))
+    if config["architecture"] == "gated":
+        is_on = shifted @ w["W_enc"] + w["b_gate"] > 0
+        latents = is_on * torch.relu(shifted @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"])
+    else:
+        before = (shifted @ w["W_enc"] + w["b_enc"]) * norm
+        if config["architecture"] == "topk":
+            least = before.sort(dim=1, descending=True).values[:, config["k"] - 1]
+            before = torch.where(before >= least[:, None], before, 0)
+        if config["architecture"] == "jumprelu":
+            before = torch.where(before > w["threshold"], before, 0)
+        latents = torch.relu(before)
+    return latents, (latents / norm) @ w["W_dec"] + w["b_dec"]
+
+
+def saelens_weights(architecture: str) -> dict[str, torch.Tensor]:
+    """As `released_weights`, of another architecture."""
+    weights, generator = dict(released_weights()), torch.Generator().manual_seed(5)
+    more = {name: torch.randn(L, generator=generator) for name in ("b_gate", "b_mag", "r_mag", "threshold")}
+    if architecture == "jumprelu":
+        weights["threshold"] = more["threshold"].exp()
+    if architecture == "gated":
+        del weights["b_enc"]
+        weights |= {name: more[name] * 0.5 for name in ("b_gate", "b_mag", "r_mag")}
+    return weights
+
+
+def run_of(root: Path, activation: str, **changes: torch.Tensor) -> Path:
+    """A run folder with some SAE of an activation."""
+    k = K if activation in ("topk", "batchtopk") else None
+    model, generator = SparseAutoencoder(D, L, activation, k), torch.Generator().manual_seed(7)
+    state = {name: torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()}
+    model.load_state_dict({**state, **changes})
+    if activation == "batchtopk" and not changes:
+        model.threshold.fill_(2.5)
+    tokens = {**dict.fromkeys(interop._UNKNOWN), "width": D}
+    spec = {"width": D, "n_latents": L, "activation": activation, "k": k, "tokens": tokens, "caches": []}
+    root.mkdir()
+    save_sae(root, model, new_header(SAE, spec), {})
+    return root
 
 
 def some_tokens(width: int = D) -> torch.Tensor:
@@ -223,6 +263,74 @@ def test_a_saelens_folder_gives_the_same_numbers(tmp_path: Path, subtracted: boo
         assert_same_bits(tmp_path / "run", released_weights())
 
 
+@pytest.mark.parametrize("subtracted", [True, False])
+@pytest.mark.parametrize("architecture", ["topk", "topk rescaled", "jumprelu", "gated"])
+def test_the_other_architectures_give_the_same_numbers(tmp_path: Path, architecture: str, subtracted: bool) -> None:
+    architecture, _, rescaled = architecture.partition(" ")
+    settings = {"k": K, "rescale_acts_by_decoder_norm": bool(rescaled)} if architecture == "topk" else {}
+    weights = saelens_weights(architecture)
+    if rescaled:  # so that the norms decide which are the largest
+        weights["W_dec"] *= torch.linspace(0.2, 3, L)[:, None]
+    changes = {"architecture": architecture, "apply_b_dec_to_input": subtracted, **settings}
+    folder = save_saelens(tmp_path / "x", weights, **changes)
+    header, _ = import_sae(folder, tmp_path / "run")
+    model = load_sae(tmp_path / "run").model
+    assert (header.spec["activation"], model.activation, model.k) == (architecture, architecture, settings.get("k"))
+    assert ("k" in header.spec) == (architecture == "topk")
+    assert_same_numbers(tmp_path / "run", saelens_twin(folder, some_tokens()), some_tokens())
+    assert header.summary is not None
+    words = "; ".join(header.summary["notes"])
+    assert ("b_dec was not subtracted" in words) == (not subtracted)
+    assert ("times exp(r_mag), in b_mag" in words) == (not subtracted and architecture == "gated")
+    assert ("norms of W_dec's rows" in words) == bool(rescaled)
+    if subtracted and not rescaled:
+        assert words == ""
+        ours = {"b_gate": "b_enc", "threshold": "log_threshold"}
+        state = {name: value for name, value in model.state_dict().items() if name != "log_threshold"}
+        assert all(torch.equal(state[ours.get(name, name)], weights[name]) for name in weights if name != "threshold")
+
+
+def test_a_threshold_at_or_below_zero_is_relu(tmp_path: Path) -> None:
+    weights = saelens_weights("jumprelu")
+    weights["threshold"][:3] = torch.tensor([0.0, -1.0, -0.0])
+    folder = save_saelens(tmp_path / "x", weights, architecture="jumprelu")
+    header, _ = import_sae(folder, tmp_path / "run")
+    assert (header.summary or {})["notes"] == [
+        "3 thresholds are 0 or below, and now 0: latents stay equal, as with ReLU"
+    ]
+    assert_same_numbers(tmp_path / "run", saelens_twin(folder, some_tokens()), some_tokens())
+    least = torch.full((1, L), 1e-44)  # above 0, by as little as a number can be, or nearly
+    kept = load_sae(tmp_path / "run").model.keep_active_(least)
+    assert (kept[0, :3] > 0).all()
+    assert not (kept[0, 3:] > 0).any()
+    export_sae(tmp_path / "run", tmp_path / "y", format="saelens")
+    assert load_file(tmp_path / "y" / "sae_weights.safetensors")["threshold"][:3].tolist() == [0, 0, 0]
+
+
+def test_a_row_without_a_norm_cannot_be_rescaled(tmp_path: Path) -> None:
+    weights = saelens_weights("topk")
+    weights["W_dec"][3] = 0
+    settings = {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True}
+    with pytest.raises(BadInput, match="a row of W_dec whose norm is 0"):
+        read_foreign(save_saelens(tmp_path / "x", weights, **settings))
+
+
+def old_topk(architecture: str) -> dict[str, Any]:
+    """Of cfg.json before version 6, where the activation function had a name and settings."""
+    old = {"architecture": architecture, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    return {**old, "hook_name": "blocks.10.hook_resid_post", "metadata": "absent", "sae_lens_version": "5.1.0"}
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "absent"])
+def test_topk_from_before_version_6(tmp_path: Path, architecture: str) -> None:
+    foreign = read_foreign(save_saelens(tmp_path / "x", **old_topk(architecture)))
+    assert (foreign.activation, foreign.k) == ("topk", K)
+    with pytest.raises(BadInput, match="has activation_fn_str 'topk'"):  # since then, it has no effect
+        read_foreign(save_saelens(tmp_path / "y", **{**old_topk("standard"), "sae_lens_version": "6.0.0"}))
+    with pytest.raises(BadInput, match=r"has k '\[6, 5\]'"):
+        read_foreign(save_saelens(tmp_path / "z", **old_topk(architecture), k=6))
+
+
 def test_a_folder_from_before_version_6(tmp_path: Path) -> None:
     """Flat names, no architecture, null where `none` stands now."""
     old = {"hook_name": "blocks.10.hook_resid_post", "activation_fn_str": "relu", "normalize_activations": None}
@@ -233,8 +341,20 @@ def test_a_folder_from_before_version_6(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architecture": "jumprelu"}, "has architecture 'jumprelu' in cfg.json; only standard can be imported"),
+        ({"architecture": "batchtopk"}, "has architecture 'batchtopk' in cfg.json; only standard, topk, jumprelu, gat"),
+        ({"architecture": "temporal"}, "has architecture 'temporal'"),
         ({"architecture": ["standard"]}, "has architecture"),
+        ({"architecture": "jumprelu"}, "lacks threshold; found W_dec"),
+        ({"architecture": "gated"}, "lacks b_gate, r_mag, b_mag; found W_dec"),
+        ({"architecture": "topk"}, "has k 'None' in cfg.json; topk needs one whole number above 0"),
+        ({"architecture": "topk", "k": 2.0}, "has k '2.0'"),
+        ({"architecture": "topk", "k": True}, "has k 'True'"),
+        ({"architecture": "topk", "k": -1}, "has k '-1'"),
+        ({"architecture": "topk", "k": "5\x1b"}, "has k "),
+        ({"architecture": "topk", "k": 10**12}, "says k 1,000,000,000,000 in cfg.json, but has 20 latents"),
+        ({"architecture": "topk", "activation_fn_kwargs": {"k": 5}}, "has k 'None'"),  # of no effect since version 6
+        ({"architecture": "topk", "k": 5, "activation_fn": "relu"}, "has activation_fn 'relu'.*only topk"),
+        ({"architecture": "topk", "k": 5, "rescale_acts_by_decoder_norm": 1}, "has rescale_acts_by_decoder_norm '1'"),
         ({"activation_fn": "topk"}, "has activation_fn 'topk'"),
         ({"activation_fn_str": "tanh-relu"}, "has activation_fn_str 'tanh-relu'"),
         ({"normalize_activations": "layer_norm"}, "has normalize_activations 'layer_norm' .*; only false or none"),
@@ -292,6 +412,23 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         save_file({**tensors, **change}, weights)
         with pytest.raises(BadInput, match=words):
             read_foreign(folder)
+    for architecture, change, words in (
+        ("jumprelu", {"threshold": torch.full((L,), float("nan"))}, "holds threshold with numbers that are NaN"),
+        ("jumprelu", {"threshold": torch.full((L,), float("inf"))}, "holds threshold with numbers that are NaN or inf"),
+        ("jumprelu", {"threshold": torch.ones(())}, r"holds .*threshold \(\).*belong together"),
+        ("jumprelu", {"log_threshold": torch.ones(L)}, "holds log_threshold beside the weights of a jumprelu SAE"),
+        ("gated", {"r_mag": torch.ones(L + 1)}, r"r_mag \(21,\).*\(L,\) of b_gate and b_mag and r_mag belong together"),
+        ("gated", {"b_enc": torch.ones(L)}, "holds b_enc beside the weights of a gated SAE"),
+    ):
+        save_file({**saelens_weights(architecture), **change}, weights)
+        config.write_text(json.dumps({**json.loads(said), "architecture": architecture}))
+        with pytest.raises(BadInput, match=words):
+            read_foreign(folder)
+    # a fold that leaves what float32 holds
+    save_file({**saelens_weights("gated"), "r_mag": torch.full((L,), 99.0)}, weights)
+    config.write_text(json.dumps({**json.loads(said), "architecture": "gated", "apply_b_dec_to_input": False}))
+    with pytest.raises(BadInput, match="holds b_mag with numbers that are NaN or infinite"):
+        read_foreign(folder)
     weights.unlink()
     with pytest.raises(BadInput, match=r"has no sae_weights.safetensors; expected a .pt of CytoSAE"):
         read_foreign(folder)
@@ -314,6 +451,63 @@ def test_out_and_in_again_changes_no_bit(made: Path, tmp_path: Path, format: str
     assert says["cyto"]["tokens"] == sae.same_tokens
     assert says["cyto"]["sae_sha256"] == sae.sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", out.name])
+
+
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu", "gated": "gated"}
+
+
+@pytest.mark.parametrize("activation", ARCHITECTURES)
+def test_every_activation_has_a_saelens_architecture(tmp_path: Path, activation: str) -> None:
+    run, out, tokens = run_of(tmp_path / "run", activation), tmp_path / "x", some_tokens()
+    export_sae(run, out, format="saelens")
+    config, weights = json.loads((out / "cfg.json").read_text()), load_file(out / "sae_weights.safetensors")
+    names = {"jumprelu": {*NAMES, "threshold"}, "gated": {*NAMES, "b_gate", "r_mag", "b_mag"} - {"b_enc"}}
+    assert config["architecture"] == ARCHITECTURES[activation]
+    assert weights.keys() == names.get(ARCHITECTURES[activation], set(NAMES))
+    assert (config.get("k"), config.get("rescale_acts_by_decoder_norm")) == ((K, False) * (activation == "topk")) or (
+        activation != "topk"
+    )
+    expected = saelens_twin(out, tokens)
+    assert_same_numbers(run, expected, tokens)
+    if activation == "batchtopk":
+        assert weights["threshold"].tolist() == [2.5] * L
+    assert export_sae(run, out, format="saelens") is True
+
+    import_sae(out, tmp_path / "again")
+    assert_same_numbers(tmp_path / "again", expected, tokens)
+    before, after = (load_sae(tmp_path / name).model.state_dict() for name in ("run", "again"))
+    if activation != "batchtopk":
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before if name != "log_threshold")
+    for name in sorted(weights):  # one bit of one number: something else
+        changed = {**weights, name: weights[name].clone()}
+        changed[name].view(torch.int32).view(-1)[0] ^= 1
+        save_file(changed, out / "sae_weights.safetensors")
+        with pytest.raises(SpecMismatch, match="there already"):
+            export_sae(run, out, format="saelens")
+
+
+def test_an_infinite_threshold_leaves_as_the_largest_number(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "jumprelu", log_threshold=torch.full((L,), 500.0))
+    export_sae(run, tmp_path / "x", format="saelens")
+    import_sae(tmp_path / "x", tmp_path / "again")
+    assert not load_sae(tmp_path / "again").model.encode(some_tokens()).any()
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk", "jumprelu", "gated"])
+def test_the_cytosae_layout_has_relu_only(tmp_path: Path, activation: str) -> None:
+    words = f"has the activation {activation}, and the released CytoSAE code computes relu only; use --format saelens"
+    with pytest.raises(BadInput, match=words):
+        export_sae(run_of(tmp_path / "run", activation), tmp_path / "x.pt", format="cytosae")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_equal_weights_under_another_activation_are_another_sae(tmp_path: Path) -> None:
+    """Latents know their SAE by its SHA-256 alone, and k is in no tensor."""
+    settings = [{}, {"architecture": "topk", "k": 4}, {"architecture": "topk", "k": 5}]
+    for n, changes in enumerate(settings):
+        import_sae(save_saelens(tmp_path / f"x{n}", **changes), tmp_path / f"r{n}")
+    assert len({load_sae(tmp_path / f"r{n}").sha256 for n in range(3)}) == 3
 
 
 def test_from_one_layout_through_the_other_and_back(tmp_path: Path) -> None:
@@ -488,6 +682,38 @@ def test_encoding_needs_a_word_and_then_gives_the_same_latents(
         assert [path.read_bytes() for path in raw[0]] == [path.read_bytes() for path in raw[1]]
 
 
+def test_eval_and_fidelity_ask_for_the_same_word(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export_sae(made / "run", tmp_path / "x", format="saelens")
+    import_sae(tmp_path / "x", tmp_path / "run")
+
+    def numbers(*arguments: object) -> dict[str, Any]:
+        done = CliRunner().invoke(cli, [str(argument) for argument in (*arguments, "--json")])
+        assert done.exit_code == 0, done.output
+        values: dict[str, Any] = json.loads(done.stdout)
+        return values
+
+    acts, word = made / "acts.zarr", "--assume-compatible"
+    commands = {run: ("sae", "eval", run, acts) for run in (made / "run", tmp_path / "run")}
+    for run in list(commands):
+        fidelity = ("cache", "fidelity", acts, "--root", made, "--sample", 2, "--workers", 1, "--sae", run)
+        ours, theirs = numbers(*commands[made / "run"]), commands[tmp_path / "run"]
+        if run == made / "run":
+            ours_fidelity = numbers(*fidelity)
+    for command in (theirs, fidelity):
+        refused = CliRunner().invoke(cli, [str(argument) for argument in command])
+        assert refused.exit_code == 1
+        assert "does not say on which tokens it was trained" in refused.stderr
+        assert f"add {word}" in refused.stderr
+    assert caplog.records == []
+    found, found_fidelity = numbers(*theirs, word), numbers(*fidelity, word)
+    assert len(caplog.records) == 2
+    assert found.pop("assumed_equal") == found_fidelity.pop("assumed_equal") == list(interop._UNKNOWN)
+    assert ours.pop("assumed_equal") == ours_fidelity.pop("assumed_equal") == []
+    assert found_fidelity == ours_fidelity
+    for name in ("mse", "l0", "explained_variance", "n_tokens", "dead_fraction_whole"):
+        assert found[name] == ours[name]
+
+
 def test_the_word_excuses_what_is_unknown_and_nothing_else(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -513,7 +739,7 @@ def test_the_commands(made: Path, tmp_path: Path) -> None:
     )
     done = run("sae", "import", path, "-o", tmp_path / "run")
     assert done.exit_code == 0, done.output
-    assert f"{L} latents on tokens of width {D}, from cytosae" in done.stdout
+    assert f"{L} latents (relu) on tokens of width {D}, from cytosae" in done.stdout
     assert "--assume-compatible" in done.stdout
     again = run("sae", "import", path, "-o", tmp_path / "run")
     assert "already complete" in again.stderr
@@ -530,6 +756,10 @@ def test_the_commands(made: Path, tmp_path: Path) -> None:
             "already complete"
             in run("sae", "export", tmp_path / "run", "--format", format, "-o", tmp_path / name).stderr
         )
+    folder = save_saelens(tmp_path / "t", architecture="topk", k=K)
+    done = run("sae", "import", folder, "-o", tmp_path / "topk")
+    assert f"{L} latents (topk, k {K}) on tokens" in done.stdout
+    assert f"latents    {L} (topk, k {K}) on tokens of width {D}" in run("sae", "info", tmp_path / "topk").stdout
     bad = run("sae", "import", tmp_path / "nowhere.pt", "-o", tmp_path / "r")
     assert bad.exit_code == 1
     assert re.search(r"Error: .*nowhere.pt is not there; expected a .pt of CytoSAE", bad.stderr)
@@ -846,29 +1076,75 @@ def test_sae_lens_reads_an_export_and_agrees(sae_lens: Any, made: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("subtracted", [True, False])
-def test_what_sae_lens_saves_is_imported_and_agrees(sae_lens: Any, tmp_path: Path, subtracted: bool) -> None:
-    config = sae_lens.StandardSAEConfig(d_in=D, d_sae=L, apply_b_dec_to_input=subtracted)
-    theirs = sae_lens.StandardSAE(config)
-    theirs.load_state_dict(released_weights())
-    theirs.save_model(str(tmp_path / "x"))
-    import_sae(tmp_path / "x", tmp_path / "run")
-    tokens = some_tokens()
+@pytest.mark.parametrize("activation", ARCHITECTURES)
+def test_sae_lens_agrees_about_every_activation(sae_lens: Any, tmp_path: Path, activation: str) -> None:
+    run = run_of(tmp_path / "run", activation)
+    export_sae(run, tmp_path / "x", format="saelens")
+    theirs, ours, tokens = sae_lens.SAE.load_from_disk(str(tmp_path / "x")), load_sae(run).model, some_tokens()
+    assert type(theirs).__name__.lower() == f"{ARCHITECTURES[activation]}sae"
     with torch.no_grad():
-        assert_same_numbers(tmp_path / "run", (theirs.encode(tokens), theirs(tokens)), tokens)
-    export_sae(tmp_path / "run", tmp_path / "y", format="saelens")
-    again = sae_lens.SAE.load_from_disk(str(tmp_path / "y"))
-    with torch.no_grad():
-        assert torch.allclose(again(tokens), theirs(tokens), rtol=1e-5, atol=1e-5)
+        latents = theirs.encode(tokens)
+        assert torch.equal(latents > 0, ours.encode(tokens) > 0)
+        assert torch.allclose(latents, ours.encode(tokens), rtol=1e-5, atol=1e-5)
+        assert torch.allclose(theirs(tokens), ours(tokens), rtol=1e-5, atol=1e-4)
+    if activation == "topk":
+        assert (theirs.cfg.k, theirs.cfg.rescale_acts_by_decoder_norm) == (K, False)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("architecture", ["JumpReLU", "TopK", "Gated"])
-def test_other_kinds_of_sae_lens_are_refused_by_name(sae_lens: Any, tmp_path: Path, architecture: str) -> None:
-    config = getattr(sae_lens, f"{architecture}SAEConfig")(
-        d_in=D, d_sae=L, **({"k": 3} if architecture == "TopK" else {})
-    )
-    getattr(sae_lens, f"{architecture}SAE")(config).save_model(str(tmp_path / "x"))
-    with pytest.raises(BadInput, match=f"has architecture '{architecture.lower()}'"):
-        read_foreign(tmp_path / "x")
+@pytest.mark.parametrize("subtracted", [True, False])
+@pytest.mark.parametrize("architecture", ["Standard", "TopK", "TopK rescaled", "JumpReLU", "Gated"])
+def test_what_sae_lens_saves_is_imported_and_agrees(
+    sae_lens: Any, tmp_path: Path, architecture: str, subtracted: bool
+) -> None:
+    architecture, _, rescaled = architecture.partition(" ")
+    settings = {"k": K, "rescale_acts_by_decoder_norm": bool(rescaled)} if architecture == "TopK" else {}
+    config = getattr(sae_lens, f"{architecture}SAEConfig")(d_in=D, d_sae=L, apply_b_dec_to_input=subtracted, **settings)
+    theirs = getattr(sae_lens, f"{architecture}SAE")(config)
+    weights = saelens_weights(architecture.lower())
+    if rescaled:
+        weights["W_dec"] *= torch.linspace(0.2, 3, L)[:, None]
+    theirs.load_state_dict(weights)
+    theirs.save_model(str(tmp_path / "x"))
+    import_sae(tmp_path / "x", tmp_path / "run")
+    tokens = some_tokens()
+    with torch.no_grad():
+        expected = theirs.encode(tokens), theirs(tokens)
+        assert_same_numbers(tmp_path / "run", expected, tokens)
+        for found, wanted in zip(saelens_twin(tmp_path / "x", tokens), expected, strict=True):  # the twin is right too
+            assert torch.allclose(found.float(), wanted, rtol=1e-5, atol=1e-4)
+    export_sae(tmp_path / "run", tmp_path / "y", format="saelens")
+    again = sae_lens.SAE.load_from_disk(str(tmp_path / "y"))
+    with torch.no_grad():
+        assert torch.allclose(again(tokens), theirs(tokens), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_trained_batchtopk_of_sae_lens_is_imported(sae_lens: Any, tmp_path: Path) -> None:
+    """It is saved for inference as jumprelu; as a checkpoint of training it is refused by name."""
+    config = sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=L, k=K, rescale_acts_by_decoder_norm=True)
+    theirs = sae_lens.BatchTopKTrainingSAE(config)
+    weights = saelens_weights("standard")
+    weights["W_dec"] *= torch.linspace(0.2, 3, L)[:, None]
+    theirs.load_state_dict({**weights, "topk_threshold": torch.tensor(2.0, dtype=torch.double)})
+    theirs.save_inference_model(str(tmp_path / "x"))
+    header, _ = import_sae(tmp_path / "x", tmp_path / "run")
+    assert header.spec["activation"] == "jumprelu"
+    saved, tokens = sae_lens.SAE.load_from_disk(str(tmp_path / "x")), some_tokens()
+    with torch.no_grad():
+        assert_same_numbers(tmp_path / "run", (saved.encode(tokens), saved(tokens)), tokens)
+    theirs.save_model(str(tmp_path / "y"))
+    with pytest.raises(BadInput, match="has architecture 'batchtopk'"):
+        read_foreign(tmp_path / "y")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_sae_lens_reads_a_topk_from_before_version_6_as_we_do(sae_lens: Any, tmp_path: Path) -> None:
+    folder, tokens = save_saelens(tmp_path / "x", **{**old_topk("standard"), "device": "cpu"}), some_tokens()
+    import_sae(folder, tmp_path / "run")
+    theirs = sae_lens.SAE.load_from_disk(str(folder))
+    with torch.no_grad():
+        assert_same_numbers(tmp_path / "run", (theirs.encode(tokens), theirs(tokens)), tokens)
