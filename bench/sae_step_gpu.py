@@ -10,7 +10,6 @@ dense float32 ones, ||difference|| / ||reference||; "float32" are those of our s
 few atoms each. Without CUDA it prints one line that says so; `--device cpu` with small sizes tries the program out.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -35,9 +34,7 @@ from common import (
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
 from cytosae.config import TrainConfig
-from cytosae.losses import loss_and_gradients
 from cytosae.train import train
-from stores.errors import BadInput
 
 TARGET, TARGET_RATE = 2, 1e6
 RUN_TOKENS = 257_000_000  # the paper's
@@ -80,7 +77,8 @@ def main() -> None:
     dense_speeds = tune(candidates, options.tokens, sync)
     best = max(dense_speeds, key=lambda name: dense_speeds[name])
     ours_by_size = {
-        f"{size}": partial(ours_bf16, case, size) for size in _sizes(options.our_micro_batches, options.tokens)
+        f"{size}": partial(ours, case, micro_batch=size, precision="bf16")
+        for size in _sizes(options.our_micro_batches, options.tokens)
     }
     our_speeds = tune(ours_by_size, options.tokens, sync)
     our_best = max(our_speeds, key=lambda name: our_speeds[name])
@@ -91,7 +89,7 @@ def main() -> None:
     reference = _gradients(case)
     ours(case, sparse_below=1.0)
     float32_difference = _differences(_gradients(case), reference)
-    losses, precision = ours_by_size[our_best]()
+    losses = ours_by_size[our_best]()
     difference = _differences(_gradients(case), reference)
     candidates[best]()
     dense_difference = _differences(_gradients(case), reference)
@@ -114,7 +112,7 @@ def main() -> None:
         ratio=slow.seconds / fast.seconds,
         target=TARGET,
         target_rate=TARGET_RATE,
-        ours=sides[0] | {"precision": precision, "micro_batch": our_best},
+        ours=sides[0] | {"precision": "bf16", "micro_batch": our_best},
         baseline=sides[1] | {"what": "dense bf16 autocast with torch.compile", "mode_and_micro_batch": best},
         l0=losses.l0,
         gradient_differences=difference,
@@ -142,13 +140,6 @@ def tune(candidates: dict[str, Callable[[], Any]], n_tokens: int, sync: Callable
         speeds[name] = n_tokens / timing.seconds
         say(f"{name}: {speeds[name]:,.0f} tokens/s")
     return speeds
-
-
-def ours_bf16(case: Case, micro_batch: int) -> tuple[Any, str]:
-    """The product's gradients in bf16, once it has that switch."""
-    if "precision" in inspect.signature(loss_and_gradients).parameters:
-        return ours(case, micro_batch=micro_batch, precision="bf16"), "bf16"
-    return ours(case, micro_batch=micro_batch), "fp32: loss_and_gradients takes no precision yet"
 
 
 def fused_step(case: Case, optimizer: torch.optim.Adam, gradients: Callable[[], Any]) -> None:
@@ -183,12 +174,11 @@ def normalise(W_dec: torch.Tensor) -> None:
 
 def whole_run(options: Any) -> dict[str, Any]:
     """A training run from its first line to the finished folder, and what the paper's 257 M tokens would take."""
-    more = {"precision": "bf16"} if options.device.startswith("cuda") and _is_precision("bf16") else {}
     config = TrainConfig(
         expansion=options.latents // options.width,
         tokens=options.run_tokens,
         batch_tokens=options.tokens,
-        **more,  # type: ignore[arg-type]
+        precision="bf16" if options.device.startswith("cuda") else "fp32",
     )
     with scratch(options.folder) as folder:
         say(f"writing {options.run_images:,} images")
@@ -223,15 +213,6 @@ def tokens_of_few_atoms(n_images: int, width: int, *, seed: int, n_atoms: int = 
     tokens = scipy.sparse.csr_array((strengths, chosen, starts), (n_tokens, n_atoms)) @ atoms
     tokens += mean + 0.05 * rng.standard_normal(tokens.shape, np.float32)
     return tokens.astype(np.float16).reshape(n_images, TOKENS_PER_IMAGE, width)
-
-
-def _is_precision(name: str) -> bool:
-    """Whether the product can be told so."""
-    try:
-        TrainConfig(precision=name)
-    except BadInput:
-        return False
-    return True
 
 
 def _sizes(micro_batches: list[int], n_tokens: int) -> list[int]:

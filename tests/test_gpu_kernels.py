@@ -14,10 +14,11 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, below
 pytest.importorskip("triton", reason="triton is not installed (it comes with torch's CUDA builds)")
 
+import test_variants  # noqa: E402
 from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
-from cytosae import gpu_kernels, losses, sparse_kernels  # noqa: E402
+from cytosae import active_latents, gpu_kernels, losses, sparse_kernels  # noqa: E402
 from cytosae.model import SparseAutoencoder  # noqa: E402
 from cytosae.train import _remove_parallel_part  # noqa: E402
 
@@ -195,6 +196,23 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
+
+
+@pytest.mark.parametrize("activation", test_variants.ACTIVATIONS)
+def test_the_whole_loss_through_these_kernels_equals_the_equations(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As losses.py would use them on a GPU; gated and jumprelu have work that the others do not."""
+
+    def on_gpu(values_BL: torch.Tensor, sparse_below: float | None = None) -> active_latents.Latents:
+        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.count_active(values_BL)))
+
+    monkeypatch.setattr(losses, "latents_of", on_gpu)
+    model = test_variants.make_model(activation, 3).to(DEVICE)
+    tokens, dead = test_variants.make_tokens(model, 8).to(DEVICE), torch.arange(40, device=DEVICE) % 3 == 0
+    found = test_variants.ours(model, tokens, loss="normed", way="ghost", dead=dead, micro_batch=5)
+    wanted = test_variants.twin(model, tokens, loss="normed", way="ghost", dead=dead)
+    test_variants.assert_same(model, tokens, found, wanted, EQUAL)
 
 
 # -- on a real device, at real size ---------------------------------------------------------------
