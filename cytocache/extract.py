@@ -175,10 +175,11 @@ def fill(
     spec, paths, names = writers[0].spec, column(images.table, "path"), column(images.table, "image_id")
     blocks = [backbone.blocks.index(writer.spec.block) for writer in writers]
     missing = [set(writer.missing_chunks()) for writer in writers]
-    chunks = sorted(set.union(*missing))
+    wanted = set.union(*missing)
+    chunks = sorted(wanted)
     n_images = sum(len(spec.chunk_rows(chunk)) for chunk in writers[0].chunks)
     n_done = n_images - sum(len(spec.chunk_rows(chunk)) for chunk in chunks)
-    n_unreadable = sum(row // spec.chunk_images not in chunks for row in writers[0].errors())
+    n_unreadable = sum(row // spec.chunk_images not in wanted for row in writers[0].errors())
 
     def report(n_more: int = 0) -> None:
         progress(n_done + n_more, n_images, f"{n_unreadable:,} unreadable" if n_unreadable else "")

@@ -147,7 +147,9 @@ class _Worker:
         request = json.dumps([offset, [os.fspath(path) for path in paths]])
         outcomes: list[Outcome] = []
         try:
-            self._pipe_in.write(request.encode() + b"\n")
+            rest = memoryview(request.encode() + b"\n")
+            while rest:  # a pipe may take less than it is given
+                rest = rest[self._pipe_in.write(rest) or 0 :]
             while len(outcomes) < len(paths):
                 content_hash, error = json.loads(self._line(seconds))
                 outcomes.append((content_hash, error))

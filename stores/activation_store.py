@@ -343,7 +343,7 @@ def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects |
     wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
     try:
         array = zarr.open_array(store or os.fspath(root), path="tokens", mode="r", zarr_format=3)
-        codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
+        codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]  # version 3
     except CytoError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # what zarr raises for metadata it cannot read
@@ -355,7 +355,7 @@ def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects |
         and array.dtype == np.float16
         and codecs[0] == little
         and [codec["name"] for codec in codecs[1:]] == ["crc32c"]
-        and array.metadata.chunk_key_encoding == DefaultChunkKeyEncoding(separator="/")  # type: ignore[union-attr]
+        and array.metadata.chunk_key_encoding == DefaultChunkKeyEncoding(separator="/")  # type: ignore[union-attr]  # the same
     )
     if not fits:
         raise DamagedStore(wrong)

@@ -18,7 +18,7 @@ from .errors import BadInput
 try:
     import resource
 except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # not on Windows
 
 FORKED = "a store of a URL cannot be read in a forked process; start processes with spawn"
 Float16 = npt.NDArray[np.float16]

@@ -19,7 +19,7 @@ from .errors import DamagedStore
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # not on Windows
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"

@@ -28,7 +28,7 @@ def gather_rows(chunk: npt.NDArray[np.float16], rows: Int, out: npt.NDArray[np.f
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(chunk, rows, out, places, exponent, one, carry):  # type: ignore[no-untyped-def]
+def _gather(chunk, rows, out, places, exponent, one, carry):  # type: ignore[no-untyped-def]  # compiled
     carried = exponent & one & carry  # 0, of the right type
     for i in range(len(rows)):
         row, place = rows[i], places[i]

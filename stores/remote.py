@@ -174,7 +174,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
                 f"{self._folder.url}/{key} is not the chunk that the journal names: another one took its place. "
                 f"{_COPY_AGAIN}"
             )
-        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]
+        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's own buffer
 
     def _check_size(self, name: str, found: int | None) -> None:
         expected, place = self._promised[name][0], f"{self._folder.url}/{name}"

@@ -203,7 +203,7 @@ def _check_unique(ids: list[str], source: str) -> None:
     if len(set(ids)) == len(ids):
         return
     seen: set[str] = set()
-    repeated = [value for value in ids if value in seen or seen.add(value)]  # type: ignore[func-returns-value]
+    repeated = [value for value in ids if value in seen or seen.add(value)]  # type: ignore[func-returns-value]  # None, so false
     raise BadInput(
         f"{source} has {len(repeated):,} repeated image ids ({listed(sorted(set(repeated)))}); "
         f"give each row its own image_id"
