@@ -116,10 +116,8 @@ class LatentWriter:
         commit = self._rows.finish()
         if not was_finished:
             self._record(commit)
-        for path in tail_files(self._folder / "X"):
-            path.unlink()
         if self._folder != self.root:
-            sync_tree(self._folder)
+            self._sync_and_tidy()
             return None
         reader = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
         starts = reader.row_starts(0, self.spec.n_rows + 1, self.spec.tokens_per_image)
@@ -136,12 +134,17 @@ class LatentWriter:
         )
         array[:] = starts
         join_runs(self.root)
-        sync_tree(self.root)
+        self._sync_and_tidy()
         header = new_header(LATENTS, self.spec.to_dict())
         summary = {"nnz": self.nnz, "n_dropped": self.n_dropped, "journal_sha256": sha256_file(self._journal)}
         header = Header(**{**vars(header), "complete": True, "summary": summary})
         write_header(self.root, header)
         return header
+
+    def _sync_and_tidy(self) -> None:
+        sync_tree(self._folder)
+        for path in tail_files(self._folder / "X"):  # no record that could count names one any more
+            path.unlink()
 
     def _record(self, commit: CsrCommit) -> None:
         append_line(self._journal, {"n_images": self.n_images, "n_dropped": self.n_dropped, **commit.to_json()})
