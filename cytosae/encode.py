@@ -113,7 +113,7 @@ def encode(
     """
     check_choice("value_bits", value_bits, VALUE_BITS)
     check_choice("precision", precision, PRECISIONS)
-    if not (np.isfinite(np.float32(min_activation)) and min_activation >= 0):
+    if not 0 <= min_activation <= float(np.finfo(np.float32).max):
         raise BadInput(f"min_activation must be a number of at least 0; found {min_activation!r}")
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
@@ -209,13 +209,21 @@ def _encode_until(
         for rows, tokens in store.iter_chunks(first=-(-writer.n_images // store.spec.chunk_images)):
             if rows.start >= stop:
                 break
-            for start in range(0, len(rows), n_together):
-                some = slice(start, min(start + n_together, len(rows)))
+            for some in _equal_parts(len(rows), n_together):
                 made = encoder.rows(tokens[some], is_readable[rows.start : rows.stop][some])
                 behind(writer.append_tokens, made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
                 nnz, n_rows = nnz + len(made.values), n_rows + len(made.lengths)
                 report(rows.start + some.stop, f"{nnz / n_rows:.1f} active per token")
             behind(writer.commit, rows.stop)
+
+
+def _equal_parts(n: int, at_most: int) -> list[slice]:
+    """0..n in parts that are about equal: a product of few rows is slow.
+
+    Always the same ones, since the last bits of a product depend on its number of rows.
+    """
+    n_parts = -(-n // at_most)
+    return [slice(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
 
 
 class _Encoder:
