@@ -7,6 +7,7 @@ column 0 (scipy does not survive one out of range), it could pass in rows of one
 """
 
 import os
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -119,6 +120,8 @@ class CsrWriter:
                 self._read_tail(at)
         self._size = self._arrays["data"].chunks[0]
         self._threads = ThreadPoolExecutor(_n_cores(), thread_name_prefix="chunk")
+        # a writer that is dropped in the middle must not go on writing behind the back of the next one
+        self.close = weakref.finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
         self._on_the_way: deque[tuple[str, Future[tuple[int, str]]]] = deque()
         self._written: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
         self._unsynced: list[Path] = []
@@ -161,7 +164,7 @@ class CsrWriter:
                     self._send(name, tail)
                 self._buffers[name] = []
         commit = self._commit(tail=None)
-        self._threads.shutdown()
+        self.close()
         for name, length in (("data", self.nnz), ("indices", self.nnz), ("indptr", self.n_rows + 1)):
             self._arrays[name].resize((length,))
             _sync_file(self.path / name / "zarr.json")

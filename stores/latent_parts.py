@@ -56,7 +56,9 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
         raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
     for folder in (root, root.parent):
         sync_folder(folder)
-    return LatentWriter(root, spec, images, shard)
+    writer = LatentWriter(root, spec, images, shard)
+    stack.callback(writer.close)
+    return writer
 
 
 def finished_parts(root: Path, spec: LatentSpec) -> list[Part]:
@@ -143,8 +145,8 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
         If a part is damaged.
     """
     read_header(root, LATENTS, complete=False)  # before anything is touched: is it ours?
-    with locked(_finish_lock(root)) as is_ours:
-        if not is_ours:
+    with ExitStack() as stack:
+        if not stack.enter_context(locked(_finish_lock(root))):
             return None
         header: Header | None = read_header(root, LATENTS, complete=False)
         assert header is not None
@@ -152,6 +154,7 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
             spec = LatentSpec(**header.spec)
             require_all_images(root, spec)
             writer = LatentWriter(root, spec, read_image_table(root / "images.parquet"))
+            stack.callback(writer.close)
             progress(writer.n_images, spec.n_images, "joining")
             while writer.n_images < spec.n_images:
                 part = next_part(root, writer)

@@ -141,6 +141,10 @@ class LatentWriter:
         write_header(self.root, header)
         return header
 
+    def close(self) -> None:
+        """Let the threads go; what was not committed is lost."""
+        self._rows.close()
+
     def _sync_and_tidy(self) -> None:
         sync_tree(self._folder)
         for path in tail_files(self._folder / "X"):  # no record that could count names one any more

@@ -146,6 +146,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.config import B_DEC_INITS, PRESETS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
+    from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.interop import LAYOUTS
 
     offered = {
@@ -161,6 +162,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
         ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae encode", "precision"): PRODUCT_PRECISIONS,
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,

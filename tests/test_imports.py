@@ -17,7 +17,7 @@ ALLOWED = {
 }
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
-    "cytosae": {"model", "losses", "checkpoint", "train", "encode", "evaluate", "interop"},
+    "cytosae": {"model", "losses", "checkpoint", "train", "compact", "encode", "evaluate", "interop"},
     "stores": set(),
 }
 
