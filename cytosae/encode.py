@@ -202,7 +202,7 @@ def _encode_until(
     """Encode the images up to `stop`, which like the writer's position lies at the edge of a chunk of the cache."""
     spec, is_readable = writer.spec, store.readable()
     n_bytes = 4 * spec.n_latents * spec.tokens_per_image
-    n_together = max(1, _MICRO_BATCH_BYTES[torch.device(device).type] // n_bytes)
+    n_together = max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
     encoder = _Encoder(model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device)
     nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * spec.tokens_per_image
     with _in_order(_APPENDING_AT_ONCE) as behind, encoder:

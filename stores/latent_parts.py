@@ -44,6 +44,8 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
     ------
     BadInput
         If another process is writing the same images, or joining the parts.
+    DamagedStore
+        If what was committed is not there any more.
     """
     root.mkdir(parents=True, exist_ok=True)
     other: Shard | None = shard
@@ -56,7 +58,12 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
         raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
     for folder in (root, root.parent):
         sync_folder(folder)
-    writer = LatentWriter(root, spec, images, shard)
+    try:
+        writer = LatentWriter(root, spec, images, shard)
+    except DamagedStore as error:
+        if shard.is_only:
+            raise
+        raise DamagedStore(f"{error}, or remove {part_folder(root, shard)} and run the same command again") from None
     stack.callback(writer.close)
     return writer
 

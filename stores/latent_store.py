@@ -77,7 +77,12 @@ class LatentWriter:
             _remove_rows(rows)
         self.n_images: int = last.get("n_images", self.images.start)
         self.n_dropped: int = last.get("n_dropped", 0)  # values that were pruned
-        at = CsrCommit.from_json(records) if records else None
+        try:
+            at = CsrCommit.from_json(records) if records else None
+        except DamagedStore as error:
+            raise DamagedStore(
+                f"{self._journal}: {error}, so the job cannot go on from it; begin again with --overwrite"
+            ) from None
         self._rows = CsrWriter(rows, n_columns=spec.n_latents, indices=index_dtype(spec.n_latents), at=at)
 
     @property

@@ -296,6 +296,37 @@ def test_shards_of_the_command_are_the_store_of_one(made: Path, tmp_path: Path) 
     assert (result.exit_code, "a shard cannot overwrite what other shards may be writing" in result.stderr) == (1, True)
 
 
+def test_what_a_kill_left_before_the_header_is_no_obstacle(made: Path, tmp_path: Path) -> None:
+    """Locks only; nobody holds them."""
+    out = tmp_path / "l.zarr"
+    out.mkdir()
+    for name in ("writer-0-of-1.lock", "finish.lock", "writer-1-of-2.lock"):
+        (out / name).touch()
+    encode(made / "acts.zarr", made / "run", out, min_activation=0.1)
+    assert without_runs(out) == without_runs(made / "one.zarr")
+    (out / "part-1-of-2").mkdir()  # killed behind the mark
+    (out / "writer-1-of-2.lock").touch()
+    assert encode(made / "acts.zarr", made / "run", out, min_activation=0.1).was_complete
+    assert without_runs(out) == without_runs(made / "one.zarr")
+
+
+def test_a_shard_that_cannot_go_on_says_what_to_do(single: dict[str, bytes], tmp_path: Path) -> None:
+    """Also one that an older cyto began, whose journal names no chunks."""
+    root = tmp_path / "l.zarr"
+    write(root, Shard(0, 2))
+    write(root, Shard(1, 2), 1)
+    part = root / "part-1-of-2"
+    words = r"so the job cannot go on from it; begin again with --overwrite, or remove .*part-1-of-2 and run the same"
+    (tail,) = (part / "X").glob("tail-*")
+    for spoil in (tail.unlink, lambda: (part / "journal.jsonl").write_text('{"n_images":8,"n_rows":12,"nnz":3}\n')):
+        spoil()
+        with pytest.raises(DamagedStore, match=words):
+            write(root, Shard(1, 2))
+    shutil.rmtree(part)
+    assert write(root, Shard(1, 2)) is True
+    assert contents(root) == single
+
+
 def test_processes_that_start_at_the_same_moment(made: Path, tmp_path: Path) -> None:
     """Whoever is last completes the store; a merge mends the rest if two saw the other at it."""
     for number in range(3):
