@@ -207,6 +207,18 @@ def test_compacting_equals_the_obvious_way(n_latents: int, scratch: int, monkeyp
             assert rows.n_dropped == (dense > 0).sum() - len(wanted[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_compacts_as_the_cpu_does() -> None:
+    """The same dense numbers on both: the same rows, to the last bit."""
+    p = torch.randn(514, 49_152, generator=torch.Generator().manual_seed(0)) - 2.9
+    for rounding in (Rounding(10), Rounding(23, 0.3)):
+        (gpu,), cpu = Compactor(49_152, rounding).rows(p.cuda()), Compactor(49_152, rounding).rows(p)
+        for name in ("indices", "values", "lengths"):
+            assert np.array_equal(getattr(gpu, name), np.concatenate([getattr(piece, name) for piece in cpu]))
+        assert gpu.n_dropped == sum(piece.n_dropped for piece in cpu)
+
+
 @pytest.mark.parametrize("n_latents", [3, 64, 150])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, 3.4028e38])
 def test_compacting_lets_nothing_pass_that_is_not_finite(n_latents: int, bad: float) -> None:
