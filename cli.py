@@ -858,6 +858,27 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
 @click.argument("run", type=_FILE)
 @click.option("-o", "--out", "latents", type=_FILE, required=True, help="The latent store to write.")
 @click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
+@click.option(
+    "--min-activation",
+    default=0.0,
+    metavar="X",
+    help="Do not store values below X: a smaller store, and the same barcodes at every tau of X or more  [default: 0].",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the encoder's product; bf16 is faster and makes other latents (docs/log.md).",
+)
+@click.option(
+    "--shard",
+    "shard_text",
+    metavar="I/N",
+    default="0/1",
+    help="Encode part I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
+    "end joins the parts and completes the store.",
+)
 @_assume_option
 @_device_option
 @_overwrite_option
@@ -865,10 +886,9 @@ def sae_encode(
     store: Path | str,
     run: Path,
     latents: Path,
-    value_bits: int,
-    assume_compatible: bool,
     device: str,
-    overwrite: bool,
+    shard_text: str,
+    **settings: Any,
 ) -> None:
     """Write the sparse latents of every token of STORE (a path or a URL) under the SAE in RUN.
 
@@ -876,24 +896,19 @@ def sae_encode(
     Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr
     """
     from cytosae.encode import encode
+    from stores.shards import Shard
 
+    shard = Shard.parse(shard_text)
     with _progress("encode", "image") as progress:
-        done = encode(
-            store,
-            run,
-            latents,
-            value_bits=value_bits,
-            assume_compatible=assume_compatible,
-            device=_resolve_device(device),
-            overwrite=overwrite,
-            progress=progress,
+        done = encode(store, run, latents, device=_resolve_device(device), shard=shard, progress=progress, **settings)
+    if not done.is_complete:
+        click.echo(
+            f"{latents}: shard {shard} is done, {done.n_readable:,} readable images; other shards are not, or are "
+            f"being joined. The last one completes the store; if all have ended: cyto latents merge {latents}"
         )
+        return
     _say_done(latents, done.was_complete)
-    click.echo(
-        f"{latents}: {done.spec.n_images:,} images x {done.spec.tokens_per_image} tokens x "
-        f"{done.spec.n_latents:,} latents, {done.nnz:,} nonzeros ({done.l0:.1f} per token of a readable image), "
-        f"{_size(latents) / 1e6:,.1f} MB"
-    )
+    click.echo(_describe_latents(latents))
 
 
 def _activation(spec: dict[str, Any]) -> str:
@@ -934,28 +949,36 @@ def latents_info(store: Path, as_json: bool) -> None:
     Example: cyto latents info cells.latents.zarr
     """
     from stores import LATENTS, LatentSpec, LatentStore, read_header, read_runs
+    from stores.latent_parts import missing_images
 
     header = read_header(store, LATENTS, complete=False)
+    missing = [] if header.complete else missing_images(store, LatentSpec(**header.spec))
+    n_bytes, n_missing = _size(store), sum(map(len, missing))
     if as_json:
-        click.echo(json.dumps({**header.to_json(), "bytes": _size(store), "runs": read_runs(store)}, indent=1))
+        info = {**header.to_json(), "n_images_missing": n_missing, "bytes": n_bytes, "runs": read_runs(store)}
+        click.echo(json.dumps(info, indent=1))
         return
-    spec = LatentSpec(**header.spec)
-    nnz = (header.summary or {}).get("nnz")
-    n_tokens = LatentStore(store).n_readable_tokens if header.complete else 1
+    spec, summary = LatentSpec(**header.spec), header.summary or {}
     rows = {
         "images": f"{spec.n_images:,} x {spec.tokens_per_image} tokens",
-        "latents": f"{spec.n_latents:,}",
-        "nonzeros": "(not finished)"
-        if nnz is None
-        else f"{nnz:,} ({nnz / max(1, n_tokens):.1f} per token of a readable image)",
-        "values": f"float32, {spec.value_bits} mantissa bits, "
-        + (f"values below {spec.min_activation:g} dropped" if spec.min_activation else "nothing dropped"),
+        "latents": f"{spec.n_latents:,}, encoded in {spec.precision}",
+        "nonzeros": "(not finished)",
+        "values": f"float32, {spec.value_bits} mantissa bits, " + _pruning(spec.min_activation, summary),
         "SAE": f"sha256 {spec.sae_sha256}",
         "cache": f"{spec.cache['backbone']}{'' if spec.cache['trained'] else ' (UNTRAINED)'}, "
         f"block {spec.cache['block']}, sha256 {spec.cache_sha256}",
-        "size": f"{_size(store) / 1e6:,.1f} MB",
+        "size": f"{n_bytes / 1e6:,.1f} MB",
         "identity": header.identity,
+        "written by": header.created_by,
     }
+    if header.complete:
+        latents = LatentStore(store)
+        rows["nonzeros"] = (
+            f"{latents.nnz:,} ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable image, "
+            f"{n_bytes / max(1, latents.nnz):.2f} bytes each)"
+        )
+    else:
+        rows["missing"] = ", ".join(f"images {some.start:,} to {some.stop - 1:,}" for some in missing) or "nothing"
     _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
 
 
@@ -963,7 +986,9 @@ def latents_info(store: Path, as_json: bool) -> None:
 @click.argument("store", type=_FILE)
 @_json_option
 def latents_verify(store: Path, as_json: bool) -> None:
-    """Check every chunk and every index of a latent store; exit code 1 and a line per problem if it is damaged.
+    """Check every chunk file by its checksum, and every index and value, of a latent store.
+
+    Exit code 1 and a line per problem if it is damaged.
 
     \b
     Example: cyto latents verify cells.latents.zarr
@@ -972,6 +997,26 @@ def latents_verify(store: Path, as_json: bool) -> None:
 
     n_blocks = -(-LatentSpec(**read_header(store, LATENTS).spec).n_images // 256)
     _verify(store, verify_latents(store, block_images=256), n_blocks, as_json)
+
+
+@latents.command("merge")
+@click.argument("store", type=_FILE)
+def latents_merge(store: Path) -> None:
+    """Complete a latent store whose shards have all ended. The last shard does so itself, unless it was killed.
+
+    No GPU, no SAE and no cache is needed: the rows are there, and are only joined.
+
+    \b
+    Example: cyto latents merge cells.latents.zarr
+    """
+    from stores.errors import StoreNotFound
+    from stores.latent_parts import complete_latents
+
+    with _progress("join", "image") as progress:
+        header = complete_latents(store, progress=progress)
+    if header is None:
+        raise StoreNotFound(f"{store} is being completed by another process at this moment")
+    click.echo(_describe_latents(store))
 
 
 @cli.command()
@@ -1341,6 +1386,27 @@ def _describe_cache(store: Path) -> str:
         f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
         f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, {_size(store) / 1e6:,.1f} MB"
     )
+
+
+def _describe_latents(store: Path) -> str:
+    from stores import LatentStore
+
+    latents = LatentStore(store)
+    spec, summary = latents.spec, latents.header.summary or {}
+    pruning = f"; {_pruning(spec.min_activation, summary)}" if spec.min_activation else ""
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
+        f"{latents.nnz:,} nonzeros ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable "
+        f"image{pruning}), {_size(store) / 1e6:,.1f} MB"
+    )
+
+
+def _pruning(min_activation: float, summary: dict[str, Any]) -> str:
+    if not min_activation:
+        return "nothing dropped"
+    n_dropped, nnz = summary.get("n_dropped", 0), summary.get("nnz", 0)
+    counted = f": {n_dropped:,} of {nnz + n_dropped:,}" if summary else ""
+    return f"values below {min_activation:g} dropped{counted}"
 
 
 def _describe_run(run: dict[str, Any]) -> str:

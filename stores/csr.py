@@ -7,21 +7,30 @@ column 0 (scipy does not survive one out of range), it could pass in rows of one
 """
 
 import os
+import weakref
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
+from numcodecs import blosc, zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from .errors import DamagedStore
-from .files import sync_folder
+from .files import sync_folder, write_atomic
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
-_KEEP_EMPTY: Any = {"write_empty_chunks": True}  # lives in the handle, not in the store: renewed on every open
+_INDEX_KINDS = ("uint16", "uint32", "int32")
+_FILLS = {"indices": 0, "data": float("nan"), "indptr": -1}
+_BEGIN_AGAIN = ", so the job cannot go on from it; begin again with --overwrite"
 
 
 @dataclass(frozen=True)
@@ -43,91 +52,184 @@ def index_dtype(n_columns: int) -> str:
     return "uint16" if n_columns <= 1 << 16 else "uint32"
 
 
-class CsrWriter:
-    """Appends rows to one CSR group. Memory: the entries of one unfinished chunk per array."""
+@dataclass(frozen=True, kw_only=True)
+class CsrCommit:
+    """What a commit has made durable: this, recorded, is all that is needed to continue behind it."""
 
-    def __init__(self, path: Path, *, n_columns: int, indices: str, at: tuple[int, int] = (0, 0)) -> None:
-        """Create the group, or continue it after the committed (n_rows, nnz) = `at`."""
-        self.path, self.n_columns = path, n_columns
-        if at == (0, 0):
-            self._arrays = _create(path, indices)
-            self._written = dict.fromkeys(_NAMES, 0)
-            self._buffers: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _NAMES}
-            self._buffers["indptr"].append(np.zeros(1, np.int64))
-        else:
-            self._arrays = {name: _open(path, name, "r+") for name in _NAMES}
-            ends = {"indices": at[1], "data": at[1], "indptr": at[0] + 1}
-            self._written = {name: end - end % CHUNK_ENTRIES for name, end in ends.items()}
-            # the tail chunk may hold rows that were never committed: read ours back, it is rewritten at once
-            self._buffers = {name: [self._read_tail(name, ends[name])] for name in _NAMES}
-        self.n_rows, self.nnz = at
-        self._touched: set[Path] = set()
+    n_rows: int
+    nnz: int
+    chunks: dict[
+        str, list[tuple[int, str]]
+    ]  # array -> (size, CRC-32) of the chunk files filled since the commit before
+    tail: str | None  # CRC-32 of the file with what fills no chunk yet; None: the rows are finished, there is none
 
-    def _read_tail(self, name: str, end: int) -> npt.NDArray[Any]:
-        """The committed part of an array's last chunk. A lost or torn chunk must not go on as fill values."""
-        start = self._written[name]
-        path = self.path / name / "c" / str(start // CHUNK_ENTRIES)
+    def to_json(self) -> dict[str, Any]:
+        """The commit as plain JSON values."""
+        return {**vars(self), "chunks": {name: [list(file) for file in files] for name, files in self.chunks.items()}}
+
+    @classmethod
+    def from_json(cls, records: Sequence[dict[str, Any]]) -> Self:
+        """The commits of a journal, from its first on, as a single one.
+
+        Raises
+        ------
+        DamagedStore
+            If a record is not one of these, or they do not follow each other.
+        """
+        chunks: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
+        n_rows = nnz = 0
         try:
-            tail = np.asarray(self._arrays[name][start:end])
-            is_whole = start == end or path.is_file()
-        except (ValueError, RuntimeError, OSError):
-            is_whole = False
-        if not is_whole or len(tail) != end - start or (name == "data" and not np.isfinite(tail).all()):
-            raise DamagedStore(
-                f"{path} is missing or damaged, so the job cannot go on from it; begin again with --overwrite"
-            )
-        return tail
+            for record in records:
+                if not n_rows <= record["n_rows"] or not nnz <= record["nnz"]:
+                    raise ValueError("counts fall")
+                n_rows, nnz = int(record["n_rows"]), int(record["nnz"])
+                for name in _NAMES:
+                    chunks[name] += [(int(size), str(crc)) for size, crc in record["chunks"][name]]
+            return cls(n_rows=n_rows, nnz=nnz, chunks=chunks, tail=records[-1]["tail"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedStore(f"the journal does not name what was written ({error!r})") from None
+
+
+class CsrWriter:
+    """Appends rows to one CSR group. Whole chunks are compressed and written in threads, each once and for all.
+
+    Memory: the entries of one unfinished chunk per array, and of two chunks per core on their way to the disk.
+    """
+
+    def __init__(self, path: Path, *, n_columns: int, indices: str, at: CsrCommit | None = None) -> None:
+        """Create the group, or continue it behind the commit `at` (all since the beginning, `CsrCommit.from_json`).
+
+        Raises
+        ------
+        DamagedStore
+            If what was committed is not there any more.
+        """
+        self.path, self.n_columns, self.is_finished = path, n_columns, at is not None and at.tail is None
+        self._buffers: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _NAMES}
+        self._last_tail: Path | None = None
+        if at is None:
+            self._arrays = _create(path, indices)
+            self._buffers["indptr"].append(np.zeros(1, np.int64))
+            self._n_sent = dict.fromkeys(_NAMES, 0)  # chunks
+            self.n_rows = self.nnz = 0
+        else:
+            self._arrays = _open_to_continue(path, at)
+            self._n_sent = {name: len(files) for name, files in at.chunks.items()}
+            self.n_rows, self.nnz = at.n_rows, at.nnz
+            if not self.is_finished:
+                self._read_tail(at)
+        self._size = self._arrays["data"].chunks[0]
+        self._threads = ThreadPoolExecutor(_n_cores(), thread_name_prefix="chunk")
+        # a writer that is dropped in the middle must not go on writing behind the back of the next one
+        self.close = weakref.finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
+        self._on_the_way: deque[tuple[str, Future[tuple[int, str]]]] = deque()
+        self._written: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
+        self._unsynced: list[Path] = []
 
     def append(self, indices: npt.NDArray[Any], values: npt.NDArray[np.float32], row_lengths: npt.NDArray[Any]) -> None:
-        """Append `len(row_lengths)` rows; whole chunks are written at once, the rest waits for `commit`.
+        """Append `len(row_lengths)` rows. The arrays are kept until they are written: do not change them.
 
         The caller vouches for the order: strictly increasing indices in each row, no zeros, all finite.
         """
         assert len(indices) == len(values) == int(row_lengths.sum())
+        assert not self.is_finished
         self._buffers["indices"].append(indices.astype(self._arrays["indices"].dtype, copy=False))
         self._buffers["data"].append(values.astype(np.float32, copy=False))
         self._buffers["indptr"].append(self.nnz + np.cumsum(row_lengths, dtype=np.int64))
         self.n_rows += len(row_lengths)
         self.nnz += len(indices)
         for name in _NAMES:
-            if sum(map(len, self._buffers[name])) >= CHUNK_ENTRIES:
-                self._write(name, whole_chunks_only=True)
+            if sum(map(len, self._buffers[name])) >= self._size:
+                self._send_whole_chunks(name)
 
-    def commit(self) -> tuple[int, int]:
-        """Make everything appended so far durable; returns (n_rows, nnz), to be recorded and given as `at` later."""
-        for name in _NAMES:
-            self._write(name, whole_chunks_only=False)
-        for path in self._touched:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        for folder in {path.parent for path in self._touched}:
-            sync_folder(folder)
-        self._touched.clear()
-        return self.n_rows, self.nnz
+    def commit(self) -> CsrCommit:
+        """Make everything appended so far durable. What fills no chunk goes, as it is, to a file of its own."""
+        tails = [self._tail(name).tobytes() for name in _NAMES]
+        path = self.path / f"tail-{self.n_rows}"
+        write_atomic(path, *tails)
+        for older in tail_files(self.path):
+            if older not in (path, self._last_tail):  # the last one is still named by the last record
+                older.unlink()
+        self._last_tail = path
+        return self._commit(tail=crc32(b"".join(tails)))
 
-    def finish(self) -> None:
-        """Commit, cut the arrays to their exact length, and state the shape."""
-        self.commit()
-        for name, length in (("indices", self.nnz), ("data", self.nnz), ("indptr", self.n_rows + 1)):
+    def finish(self) -> CsrCommit:
+        """Write the short last chunks, then the arrays' exact length, then the shape, all durable. Can be repeated.
+
+        The files of the tail stay (`tail_files`) until this last commit is recorded.
+        """
+        if not self.is_finished:
+            for name in _NAMES:
+                if len(tail := self._tail(name)):
+                    self._send(name, tail)
+                self._buffers[name] = []
+        commit = self._commit(tail=None)
+        self.close()
+        for name, length in (("data", self.nnz), ("indices", self.nnz), ("indptr", self.n_rows + 1)):
             self._arrays[name].resize((length,))
+            _sync_file(self.path / name / "zarr.json")
         group = zarr.open_group(os.fspath(self.path), mode="r+")
         group.attrs["shape"] = [self.n_rows, self.n_columns]
+        _sync_file(self.path / "zarr.json")
+        self.is_finished = True
+        return commit
 
-    def _write(self, name: str, *, whole_chunks_only: bool) -> None:
-        """Move the buffer to disk; the part behind the last chunk edge stays in the buffer as well."""
-        values = np.concatenate(self._buffers[name]) if self._buffers[name] else np.empty(0)
-        whole = len(values) - len(values) % CHUNK_ENTRIES
-        end = whole if whole_chunks_only else len(values)
-        start, array = self._written[name], self._arrays[name]
-        if end:
-            if array.shape[0] != start + end:
-                array.resize((start + end,))
-            array[start : start + end] = values[:end]
-            chunks = range(start // CHUNK_ENTRIES, -(-(start + end) // CHUNK_ENTRIES))
-            self._touched |= {self.path / name / "c" / str(chunk) for chunk in chunks}
-            self._touched.add(self.path / name / "zarr.json")
-        self._written[name] = start + whole
-        self._buffers[name] = [values[whole:]]
+    def _read_tail(self, at: CsrCommit) -> None:
+        """Into the buffers what the tail file of a commit holds."""
+        self._last_tail = self.path / f"tail-{at.n_rows}"
+        try:
+            raw = self._last_tail.read_bytes()
+        except OSError:
+            raw = b""
+        size, start = self._arrays["data"].chunks[0], 0
+        ends = {"indices": at.nnz, "data": at.nnz, "indptr": at.n_rows + 1}
+        for name in _NAMES:
+            kind = self._arrays[name].dtype
+            stop = start + (ends[name] - self._n_sent[name] * size) * kind.itemsize
+            part = raw[start : max(start, stop)]
+            if len(part) == stop - start:
+                self._buffers[name].append(np.frombuffer(part, kind))
+            start = stop
+        if start != len(raw) or crc32(raw) != at.tail:
+            raise DamagedStore(f"{self._last_tail} is missing or damaged{_BEGIN_AGAIN}")
+
+    def _tail(self, name: str) -> npt.NDArray[Any]:
+        """What fills no chunk yet."""
+        parts = self._buffers[name] or [np.empty(0, self._arrays[name].dtype)]
+        self._buffers[name] = [np.concatenate(parts) if len(parts) > 1 else parts[0]]
+        return self._buffers[name][0]
+
+    def _send_whole_chunks(self, name: str) -> None:
+        values = self._tail(name)
+        whole = len(values) - len(values) % self._size
+        for start in range(0, whole, self._size):
+            self._send(name, values[start : start + self._size])
+        self._buffers[name] = [values[whole:].copy()]  # a view would keep all of it in memory
+
+    def _send(self, name: str, values: npt.NDArray[Any]) -> None:
+        """Give one chunk to a thread; wait where too many are on their way."""
+        path = self.path / name / "c" / str(self._n_sent[name])
+        self._n_sent[name] += 1
+        self._unsynced.append(path)
+        self._on_the_way.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
+        self._collect(2 * _n_cores())
+
+    def _collect(self, n_left: int) -> None:
+        while len(self._on_the_way) > n_left:
+            name, chunk = self._on_the_way[0]
+            self._written[name].append(chunk.result())
+            self._on_the_way.popleft()  # not before: a chunk that could not be written must stop every later commit
+
+    def _commit(self, *, tail: str | None) -> CsrCommit:
+        self._collect(0)
+        for path in self._unsynced:
+            _sync_file(path)
+        for folder in dict.fromkeys(path.parent for path in self._unsynced):
+            for each in (folder, folder.parent):
+                sync_folder(each)
+        self._unsynced = []
+        chunks, self._written = self._written, {name: [] for name in _NAMES}
+        return CsrCommit(n_rows=self.n_rows, nnz=self.nnz, chunks=chunks, tail=tail)
 
 
 class CsrReader:
@@ -144,7 +246,9 @@ class CsrReader:
         self.path, self.shape = path, shape
         try:
             attributes = dict(zarr.open_group(os.fspath(path), mode="r").attrs)
-            self._arrays = {name: _open(path, name, "r") for name in _NAMES}
+            self._arrays: dict[str, zarr.Array[Any]] = {
+                name: zarr.open_array(os.fspath(path / name), mode="r") for name in _NAMES
+            }
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise DamagedStore(f"{path} is not a sparse matrix ({error})") from None
         if attributes.get("shape") != list(shape):
@@ -152,12 +256,33 @@ class CsrReader:
         lengths = {name: array.shape[0] for name, array in self._arrays.items()}
         if lengths["indptr"] != shape[0] + 1 or lengths["indices"] != lengths["data"]:
             raise DamagedStore(f"{path}: lengths disagree: {lengths}, expected {shape[0] + 1} in indptr")
+        kinds = {name: str(array.dtype) for name, array in self._arrays.items()}
+        if kinds["indices"] not in _INDEX_KINDS or (kinds["data"], kinds["indptr"]) != ("float32", "int64"):
+            raise DamagedStore(f"{path}: types are {kinds}, expected float32 data and int64 indptr")
         self.nnz = lengths["data"]
 
     def missing_chunks(self) -> list[Path]:
         """Chunk files that should be there and are not, or are empty."""
         files = [path for name, array in self._arrays.items() for path in self._chunk_files(name, 0, array.shape[0])]
         return [path for path in files if not path.is_file() or path.stat().st_size == 0]
+
+    def chunk_counts(self) -> dict[str, int]:
+        """Array -> number of its chunk files."""
+        return {name: -(-array.shape[0] // array.chunks[0]) for name, array in self._arrays.items()}
+
+    def chunk_entries(self, name: str, chunk: int) -> range:
+        """Which entries of an array a chunk holds."""
+        array = self._arrays[name]
+        return range(chunk * array.chunks[0], min((chunk + 1) * array.chunks[0], array.shape[0]))
+
+    def chunks_of(self, entries: range, rows: range) -> list[tuple[str, int]]:
+        """(array, chunk) of every file that `read_rows` needs for some rows, whose nonzeros are `entries`."""
+        needed = {"indices": entries, "data": entries, "indptr": range(rows.start, rows.stop + 1)}
+        return [
+            (name, int(path.name))
+            for name, some in needed.items()
+            for path in self._chunk_files(name, some.start, some.stop)
+        ]
 
     def row_starts(self, start: int, stop: int, step: int = 1) -> npt.NDArray[np.int64]:
         """`indptr[start:stop:step]`, read in pieces, so that a long indptr never lies in memory whole."""
@@ -212,25 +337,89 @@ def _check_rows(rows: CsrRows, n_columns: int, place: str) -> None:
         raise DamagedStore(f"{place}: indices out of range or not increasing; a chunk of indices is lost or damaged")
 
 
+def check_chunk(path: Path, size: int, crc: str) -> str | None:
+    """What is wrong with a chunk file that a commit names, in words; None if nothing is."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error}"
+    if len(raw) != size:
+        return f"has {len(raw):,} bytes, expected {size:,}"
+    return None if crc32(raw) == crc else "fails its checksum"
+
+
+def crc32(raw: bytes) -> str:
+    """CRC-32 (hex) of a whole chunk file. Not CRC32C: of a file that ends with its own CRC32C, that is a constant."""
+    return f"{zlib.crc32(raw):08x}"
+
+
+def tail_files(path: Path) -> list[Path]:
+    """What an unfinished group keeps of its unfinished chunks: no part of a finished one."""
+    return sorted(path.glob("tail-*"))
+
+
 def _create(path: Path, indices: str) -> dict[str, zarr.Array[Any]]:
     group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-    zstd = [ZstdCodec(level=0, checksum=True)]
-    # bitshuffle removes the bit planes that rounding has emptied (STORAGE.md 1.3)
-    lz4 = [BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
-    layout: dict[str, tuple[str, float, Any]] = {
-        "indices": (indices, 0, zstd),
-        "data": ("float32", float("nan"), lz4),
-        "indptr": ("int64", -1, zstd),
-    }
+    kinds = {"indices": indices, "data": "float32", "indptr": "int64"}
     return {
         name: group.create_array(
-            name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), fill_value=fill, compressors=codecs
-        ).with_config(_KEEP_EMPTY)
-        for name, (dtype, fill, codecs) in layout.items()
+            name,
+            shape=(0,),
+            dtype=kinds[name],
+            chunks=(CHUNK_ENTRIES,),
+            fill_value=_FILLS[name],
+            compressors=_codecs(name),
+        )
+        for name in _NAMES
     }
 
 
-def _open(path: Path, name: str, mode: Any) -> zarr.Array[Any]:
-    array: zarr.Array[Any] = zarr.open_array(os.fspath(path / name), mode=mode)
-    return array.with_config(_KEEP_EMPTY)
+def _codecs(name: str) -> list[Any]:
+    if name != "data":
+        return [ZstdCodec(level=0, checksum=True)]
+    # bitshuffle removes the bit planes that rounding has emptied (STORAGE.md 1.3)
+    return [BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
+
+
+def _write_chunk(path: Path, name: str, values: npt.NDArray[Any], size: int) -> tuple[int, str]:
+    """Write one chunk as the codecs of `_codecs` say; its (size in bytes, CRC-32). Twin: zarr, in tests/test_csr.py.
+
+    In a thread: numcodecs then compresses in this thread alone, which makes the bytes the same every time. A file that
+    a kill has torn is named by no commit, and is written again.
+    """
+    if len(values) < size:  # Zarr stores the last chunk at full size
+        values = np.concatenate([values, np.full(size - len(values), _FILLS[name], values.dtype)])
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    if name == "data":
+        raw = bytes(blosc.compress(values, b"lz4", 5, blosc.BITSHUFFLE))
+        raw += int(google_crc32c.value(raw)).to_bytes(4, "little")
+    else:
+        raw = bytes(zstd.compress(values, 0, True))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(raw)
+    return len(raw), crc32(raw)
+
+
+def _open_to_continue(path: Path, at: CsrCommit) -> dict[str, zarr.Array[Any]]:
+    """The arrays of an unfinished group. What was committed and is not there must not go on as fill values."""
+    for name, files in at.chunks.items():
+        for number, (size, _) in enumerate(files):
+            chunk = path / name / "c" / str(number)
+            if not chunk.is_file() or chunk.stat().st_size != size:
+                raise DamagedStore(f"{chunk} is missing or damaged{_BEGIN_AGAIN}")
+    try:
+        return {name: zarr.open_array(os.fspath(path / name), mode="r+") for name in _NAMES}
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise DamagedStore(f"{path} is not a sparse matrix ({error}){_BEGIN_AGAIN}") from None
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

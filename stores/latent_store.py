@@ -17,11 +17,13 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import ZstdCodec
 
-from .csr import CsrReader, CsrRows, CsrWriter, index_dtype
-from .errors import DamagedStore
-from .files import append_line, read_lines, sweep_partials, sync_tree
-from .spec import LATENTS, Header, new_header, read_header, write_header
-from .tables import listed, read_image_table, readable, table_sha256, write_image_table
+from .csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
+from .errors import BadInput, DamagedStore
+from .files import append_line, read_lines, sha256_file, sweep_partials, sync_tree, write_new
+from .runlog import join_runs
+from .shards import ONE_WRITER, Shard
+from .spec import LATENTS, Header, begin_header, new_header, read_header, write_header
+from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class LatentSpec:
     n_latents: int
     precision: str  # of the encoder product
     value_bits: int  # mantissa bits kept: 10 or 23
-    min_activation: float  # smaller values were dropped; 0: none were
+    min_activation: float  # stored values below it were dropped; 0: none were
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values."""
@@ -50,21 +52,38 @@ class LatentSpec:
 
 
 class LatentWriter:
-    """Appends the latents of images in order; what `commit` has recorded survives a crash."""
+    """Appends the latents of images in order; what `commit` has recorded survives a crash.
 
-    def __init__(self, root: Path, spec: LatentSpec, images: pa.Table) -> None:
-        """Create the store, or continue it behind its last commit (`n_images` says where that is)."""
-        self.root, self.spec, self._journal = root, spec, root / "journal.jsonl"
-        commits = read_lines(self._journal, mend=True)
-        if not commits:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_rows(root / "X")
-            write_header(root, new_header(LATENTS, spec.to_dict()))
-            write_image_table(images, root / "images.parquet")
-        sweep_partials(root)
-        self.n_images: int = commits[-1]["n_images"] if commits else 0
-        at = (commits[-1]["n_rows"], commits[-1]["nnz"]) if commits else (0, 0)
-        self._rows = CsrWriter(root / "X", n_columns=spec.n_latents, indices=index_dtype(spec.n_latents), at=at)
+    One of several writers (`Shard`) makes its images' rows in a folder of its own; `stores/latent_parts.py` joins them.
+    """
+
+    def __init__(self, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard = ONE_WRITER) -> None:
+        """Create the store, or continue it behind its last commit (`n_images` says where that is).
+
+        Raises
+        ------
+        DamagedStore
+            If what was committed is not there any more.
+        """
+        self.root, self.spec, self.images = root, spec, shard_images(spec, shard)
+        self._folder = root if shard.is_only else part_folder(root, shard)
+        self._journal, rows = self._folder / "journal.jsonl", self._folder / "X"
+        _begin(root, spec, images)
+        self._folder.mkdir(exist_ok=True)
+        records = read_lines(self._journal, mend=True)
+        sweep_partials(self._folder)
+        last = records[-1] if records else {}
+        if not records:
+            _remove_rows(rows)
+        self.n_images: int = last.get("n_images", self.images.start)
+        self.n_dropped: int = last.get("n_dropped", 0)  # values that were pruned
+        try:
+            at = CsrCommit.from_json(records) if records else None
+        except DamagedStore as error:
+            raise DamagedStore(
+                f"{self._journal}: {error}, so the job cannot go on from it; begin again with --overwrite"
+            ) from None
+        self._rows = CsrWriter(rows, n_columns=spec.n_latents, indices=index_dtype(spec.n_latents), at=at)
 
     @property
     def nnz(self) -> int:
@@ -72,22 +91,39 @@ class LatentWriter:
         return self._rows.nnz
 
     def append_tokens(
-        self, indices: npt.NDArray[Any], values: npt.NDArray[np.float32], row_lengths: npt.NDArray[Any]
+        self,
+        indices: npt.NDArray[Any],
+        values: npt.NDArray[np.float32],
+        row_lengths: npt.NDArray[Any],
+        *,
+        n_dropped: int = 0,
     ) -> None:
-        """Append the rows of some tokens, in order; indices strictly increasing in each row, values rounded."""
+        """Append the rows of some tokens, in order; indices strictly increasing in each row, values rounded.
+
+        n_dropped : values of these tokens that `min_activation` has kept out
+        """
         self._rows.append(indices, values, row_lengths)
+        self.n_dropped += n_dropped
 
     def commit(self, n_images: int) -> None:
-        """Make the rows of the first `n_images` images durable and record it."""
-        n_rows, nnz = self._rows.commit()
-        assert n_rows == n_images * self.spec.tokens_per_image
-        append_line(self._journal, {"n_images": n_images, "n_rows": n_rows, "nnz": nnz})
+        """Make the rows of the images before image `n_images` durable and record it."""
+        assert self._rows.n_rows == (n_images - self.images.start) * self.spec.tokens_per_image
         self.n_images = n_images
+        self._record(self._rows.commit())
 
-    def finish(self) -> Header:
-        """State the shape, write the row starts of the images, sync, and mark the store complete."""
-        assert self.n_images == self.spec.n_images
-        self._rows.finish()
+    def finish(self) -> Header | None:
+        """State the shape of the rows; of the whole store also the row starts of the images, and mark it complete.
+
+        None for a shard: its part is finished, the store is not.
+        """
+        assert self.n_images == self.images.stop
+        was_finished = self._rows.is_finished
+        commit = self._rows.finish()
+        if not was_finished:
+            self._record(commit)
+        if self._folder != self.root:
+            self._sync_and_tidy()
+            return None
         reader = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
         starts = reader.row_starts(0, self.spec.n_rows + 1, self.spec.tokens_per_image)
         array = zarr.create_array(
@@ -102,11 +138,39 @@ class LatentWriter:
             overwrite=True,
         )
         array[:] = starts
-        sync_tree(self.root)
+        join_runs(self.root)
+        self._sync_and_tidy()
         header = new_header(LATENTS, self.spec.to_dict())
-        header = Header(**{**vars(header), "complete": True, "summary": {"nnz": self.nnz}})
+        summary = {"nnz": self.nnz, "n_dropped": self.n_dropped, "journal_sha256": sha256_file(self._journal)}
+        header = Header(**{**vars(header), "complete": True, "summary": summary})
         write_header(self.root, header)
         return header
+
+    def close(self) -> None:
+        """Let the threads go; what was not committed is lost."""
+        self._rows.close()
+
+    def _sync_and_tidy(self) -> None:
+        sync_tree(self._folder)
+        for path in tail_files(self._folder / "X"):  # no record that could count names one any more
+            path.unlink()
+
+    def _record(self, commit: CsrCommit) -> None:
+        append_line(self._journal, {"n_images": self.n_images, "n_dropped": self.n_dropped, **commit.to_json()})
+
+
+def part_folder(root: Path, shard: Shard) -> Path:
+    """Where one of several writers makes its rows, until they are joined."""
+    return root / f"part-{shard.file_part}"
+
+
+def shard_images(spec: LatentSpec, shard: Shard) -> range:
+    """The images that a writer owns: whole chunks of the cache, neighbours."""
+    if shard.is_only:
+        return range(spec.n_images)
+    size = int(spec.cache["chunk_images"])
+    chunks = shard.chunks(-(-spec.n_images // size))
+    return range(min(chunks.start * size, spec.n_images), min(chunks.stop * size, spec.n_images))
 
 
 class LatentStore:
@@ -158,6 +222,16 @@ class LatentStore:
         """(n_images,) bool: False where the image could not be read and its rows are empty."""
         return np.array(readable(self.images))
 
+    @property
+    def n_dropped(self) -> int:
+        """Number of values below `min_activation` that encoding left out."""
+        return int((self.header.summary or {}).get("n_dropped", 0))
+
+    @property
+    def rows(self) -> CsrReader:
+        """The rows of all tokens."""
+        return self._rows
+
     def read_images(self, start: int, stop: int) -> CsrRows:
         """The token rows of images start..stop, checked (`CsrReader.read_rows`)."""
         tokens = self.spec.tokens_per_image
@@ -172,6 +246,22 @@ class LatentStore:
         if not rises or starts[-1] != self.nnz:
             raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
         return starts
+
+
+def _begin(root: Path, spec: LatentSpec, images: pa.Table) -> None:
+    """What is there from the beginning; the same bytes from every writer, whoever comes first."""
+    root.mkdir(parents=True, exist_ok=True)
+    begin_header(root, new_header(LATENTS, spec.to_dict()))
+    table = root / "images.parquet"
+    if not write_new(table, parquet_bytes(images)) and not _is_table(table, spec):
+        write_image_table(images, table)
+
+
+def _is_table(path: Path, spec: LatentSpec) -> bool:
+    try:
+        return table_sha256(read_image_table(path)) == spec.images_sha256
+    except BadInput:
+        return False
 
 
 def _remove_rows(path: Path) -> None:

@@ -125,7 +125,7 @@ def _is_free(place: Path, kind: str) -> bool:
     header_file = FORMATS[kind].header_file
     return all(
         (path.name.startswith(f"{header_file}.") and path.suffix == PARTIAL_SUFFIX)
-        or (path.name.startswith("writer-") and path.suffix == LOCK_SUFFIX)
+        or (path.name.startswith(("writer-", "finish.")) and path.suffix == LOCK_SUFFIX)
         for path in place.iterdir()
     )
 

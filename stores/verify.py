@@ -7,11 +7,13 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path
+from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
-from .files import read_lines
+from .files import read_lines, sha256_file
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
 from .tables import column, listed, read_image_table, table_sha256
@@ -76,25 +78,105 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
 
 
 def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem | None]:
-    """Check every chunk and every index of a latent store; yields None for each block of images that is whole."""
+    """Check every byte and every index of a latent store; yields None for each block of images that is whole.
+
+    Found are: missing, empty, torn, changed or swapped chunk files, by the checksums in the journal; files that do not
+    belong there; indices out of range, not increasing or twice in a row; values that are not finite, not above 0 or
+    below `min_activation`; an indptr or image_indptr that falls, ends elsewhere or disagrees; latents of an unreadable
+    image; a changed image table or journal.
+    """
     try:
-        store = LatentStore(root)
+        store = LatentStore(root, check_files=False)
     except (DamagedStore, BadInput) as error:
         yield Problem(None, "all", str(error))
         return
-    is_readable = store.readable()
-    for block, start in enumerate(range(0, store.spec.n_images, block_images)):
-        stop = min(start + block_images, store.spec.n_images)
-        try:
-            rows = store.read_images(start, stop)
-            starts = rows.indptr[:: store.spec.tokens_per_image]
-            if (starts + store.image_indptr[start] != store.image_indptr[start : stop + 1]).any():
-                raise DamagedStore("image_indptr disagrees with indptr")
-            if np.diff(starts)[~is_readable[start:stop]].any():
-                raise DamagedStore("an unreadable image has latents")
-            yield None
-        except CytoError as error:
-            yield Problem(block, f"{start:,} to {stop - 1:,}", str(error))
+    spec = store.spec
+    if table_sha256(store.images) != spec.images_sha256:
+        yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
+    files, problems = _named_chunks(store)
+    yield from (Problem(None, "all", what) for what in problems)
+    is_readable, starts = store.readable(), store.image_indptr
+    is_whole: dict[tuple[str, int], bool] = {}
+    for block, start in enumerate(range(0, spec.n_images, block_images)):
+        stop = min(start + block_images, spec.n_images)
+        rows = range(start * spec.tokens_per_image, stop * spec.tokens_per_image)
+        needed = store.rows.chunks_of(range(int(starts[start]), int(starts[stop])), rows)
+        for name, chunk in needed:
+            if (name, chunk) not in is_whole:
+                what = _check_latent_chunk(store, name, chunk, files)
+                is_whole[name, chunk] = what is None
+                if what:
+                    yield Problem(chunk, _chunk_images(store, name, chunk), f"X/{name}/c/{chunk} {what}")
+        if all(is_whole[each] for each in needed):
+            what = _check_latents(store, start, stop, is_readable[start:stop])
+            yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
+
+
+def _named_chunks(store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:
+    """(size and checksum of every chunk file by the journal, what is wrong with it); None: it names none.
+
+    A store of a cyto that did not write checksums yet says so by the lack of a journal hash in its header.
+    """
+    summary, journal = store.header.summary or {}, store.root / "journal.jsonl"
+    if "journal_sha256" not in summary:
+        return None, []
+    try:
+        if sha256_file(journal) != summary["journal_sha256"]:
+            return None, ["journal.jsonl was changed: its hash is not the one in the header"]
+        files = CsrCommit.from_json(read_lines(journal)).chunks
+    except (DamagedStore, OSError) as error:
+        return None, [f"journal.jsonl cannot be used: {error}"]
+    problems = []
+    for name, n_chunks in store.rows.chunk_counts().items():
+        if len(files[name]) != n_chunks:
+            problems.append(f"the journal names {len(files[name]):,} chunks of X/{name}, expected {n_chunks:,}")
+        there = {path.name for path in (store.root / "X" / name / "c").glob("*")}
+        extra = sorted(there - {str(chunk) for chunk in range(n_chunks)})
+        if extra:
+            problems.append(f"X/{name}/c holds {len(extra):,} files that do not belong there ({listed(extra)})")
+    return (None if problems else files), problems
+
+
+def _check_latent_chunk(
+    store: LatentStore, name: str, chunk: int, files: dict[str, list[tuple[int, str]]] | None
+) -> str | None:
+    """What is wrong with the file of one chunk, as a whole; None if nothing is."""
+    path = store.root / "X" / name / "c" / str(chunk)
+    if files is None:
+        return None if path.is_file() and path.stat().st_size else "is missing or empty"
+    size, crc = files[name][chunk]
+    what = check_chunk(path, size, crc)
+    if what and path.is_file():
+        found = crc32(path.read_bytes())
+        owners = [f"X/{other}/c/{n}" for other in files for n, (_, crc) in enumerate(files[other]) if crc == found]
+        what += f": it is {listed(owners)}" if owners else ""
+    return what
+
+
+def _check_latents(store: LatentStore, start: int, stop: int, is_readable: npt.NDArray[np.bool_]) -> str | None:
+    """What is wrong with the rows of some images, or None. Memory: these rows."""
+    try:
+        rows = store.read_images(start, stop)
+    except CytoError as error:
+        return str(error)
+    starts = rows.indptr[:: store.spec.tokens_per_image]
+    if (starts + store.image_indptr[start] != store.image_indptr[start : stop + 1]).any():
+        return "image_indptr disagrees with indptr"
+    if np.diff(starts)[~is_readable].any():
+        return "an unreadable image has latents"
+    if (rows.values < np.float32(store.spec.min_activation)).any():
+        return f"a value lies below {store.spec.min_activation:g}, where such values were dropped"
+    return None
+
+
+def _chunk_images(store: LatentStore, name: str, chunk: int) -> str:
+    """The images whose rows a chunk holds, in words."""
+    entries = store.rows.chunk_entries(name, chunk)
+    if name == "indptr":
+        first, last = (row // store.spec.tokens_per_image for row in (entries.start, entries.stop - 1))
+    else:
+        first, last = np.searchsorted(store.image_indptr, [entries.start, entries.stop - 1], side="right") - 1
+    return f"{first:,} to {min(int(last), store.spec.n_images - 1):,}"
 
 
 def _check_chunk(

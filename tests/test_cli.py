@@ -147,6 +147,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
     from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
+    from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.interop import LAYOUTS
     from cytosae.loggers import LOGGERS
 
@@ -169,6 +170,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "precision"): TRAINING_PRECISIONS,
         ("cyto sae train", "logger"): LOGGERS,
         ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae encode", "precision"): PRODUCT_PRECISIONS,
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,

@@ -1,18 +1,20 @@
 """Encoding: the sparse rows are the dense latents, an interruption leaves no trace, what does not fit is refused."""
 
-import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import numpy.typing as npt
 import pytest
 import reference
+import scipy.sparse as ss
 import torch
 import zarr
 from click.testing import CliRunner
@@ -24,9 +26,13 @@ from test_batches import write_cache
 from test_variants import K, make_model
 
 from cli import cli
+from cytosae import compact
+from cytosae.barcodes import count_tokens
 from cytosae.checkpoint import load_sae, load_tensors, save_sae, save_tensors
+from cytosae.compact import Compactor, Rounding, SparseRows, round_mantissa
+from cytosae.compact import _on_device as on_device
 from cytosae.config import ACTIVATIONS
-from cytosae.encode import encode, round_mantissa
+from cytosae.encode import encode
 from cytosae.evaluate import evaluate
 from cytosae.model import SparseAutoencoder
 from stores import (
@@ -37,6 +43,7 @@ from stores import (
     DamagedStore,
     IncompleteStore,
     LatentStore,
+    LatentWriter,
     SpecMismatch,
     find_header,
     new_header,
@@ -188,6 +195,146 @@ def test_what_would_round_to_zero_stays_above_zero(made: Path, tmp_path: Path) -
     assert ten.values[4:6].tolist() == [1.0, 3.0]
 
 
+@pytest.mark.parametrize("scratch", [1, 1 << 18])
+@pytest.mark.parametrize("n_latents", [1, 63, 64, 200, 70_000])
+def test_compacting_equals_the_obvious_way(n_latents: int, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU and as on a GPU; rows that are full, and rows that do not fit into the scratch arrays together."""
+    monkeypatch.setattr(compact, "_MIN_ENTRIES", scratch)
+    generator = torch.Generator().manual_seed(n_latents)
+    p = torch.randn(11, n_latents, generator=generator)
+    p[3], p[4] = p[3].abs(), -p[4].abs()
+    p[5, 0], p[6, -1], p[7, 0] = -np.inf, 2.0**-149, -0.0
+    for rounding in (Rounding(10), Rounding(23), Rounding(10, 0.2), Rounding(23, 1.0)):
+        dense = p.numpy().copy()
+        rounded = np.where(dense > 0, reference.round_mantissa(np.maximum(dense, 0), rounding.value_bits), 0)
+        rounded[(dense > 0) & (rounded == 0)] = 2.0 ** (-126 - rounding.value_bits)
+        wanted = np.nonzero((rounded > 0) & (rounded >= np.float32(rounding.min_activation)))
+        compactor = Compactor(n_latents, rounding)
+        pieces = compactor.rows(p)
+        compactor.close()
+        assert len(pieces) > torch.get_num_threads() or scratch > 1 or n_latents == 1
+        found = SparseRows(
+            *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("indices", "values", "lengths")),
+            n_dropped=sum(piece.n_dropped for piece in pieces),
+        )
+        for rows in (found, on_device(p, rounding)):
+            assert rows.indices.tolist() == wanted[1].tolist()
+            assert rows.values.tobytes() == rounded[wanted].tobytes()
+            assert rows.lengths.tolist() == np.bincount(wanted[0], minlength=11).tolist()
+            assert rows.n_dropped == (dense > 0).sum() - len(wanted[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_compacts_as_the_cpu_does() -> None:
+    """The same dense numbers on both: the same rows, to the last bit."""
+    p = torch.randn(514, 49_152, generator=torch.Generator().manual_seed(0)) - 2.9
+    for rounding in (Rounding(10), Rounding(23, 0.3)):
+        (gpu,), cpu = Compactor(49_152, rounding).rows(p.cuda()), Compactor(49_152, rounding).rows(p)
+        for name in ("indices", "values", "lengths"):
+            assert np.array_equal(getattr(gpu, name), np.concatenate([getattr(piece, name) for piece in cpu]))
+        assert gpu.n_dropped == sum(piece.n_dropped for piece in cpu)
+
+
+@pytest.mark.parametrize("n_latents", [3, 64, 150])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, 3.4028e38])
+def test_compacting_lets_nothing_pass_that_is_not_finite(n_latents: int, bad: float) -> None:
+    """Anywhere in a row; 3.4028e38 becomes infinite when it is rounded to ten bits."""
+    for place in {0, n_latents // 2, n_latents - 1}:
+        p = torch.full((4, n_latents), -1.0)
+        p[2, place] = bad
+        for rows_of in (Compactor(n_latents, Rounding(10)).rows, lambda p: on_device(p, Rounding(10))):
+            with pytest.raises(BadInput, match="a latent became NaN or infinite"):
+                rows_of(p)
+
+
+# ------------------------------------------------------------------------------------- pruning and precision
+
+
+@pytest.mark.parametrize("value_bits", [10, 23])
+def test_pruned_is_the_whole_store_without_small_values(made: Path, tmp_path: Path, value_bits: int) -> None:
+    """By the stored value, itself kept; what is dropped is counted, and the mean L0 does not change."""
+    whole = encode(made / "acts.zarr", made / "run", tmp_path / "whole.zarr", value_bits=value_bits)
+    rows = LatentStore(tmp_path / "whole.zarr").read_images(0, 7)
+    least = float(np.quantile(rows.values, 0.4, method="nearest"))  # a stored value: it stays
+    settings = {"value_bits": value_bits, "min_activation": least}
+    pruned = encode(made / "acts.zarr", made / "run", tmp_path / "pruned.zarr", **settings)
+    kept, found = rows.values >= np.float32(least), LatentStore(tmp_path / "pruned.zarr").read_images(0, 7)
+    row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+    assert found.indices.tolist() == rows.indices[kept].tolist()
+    assert found.values.tobytes() == rows.values[kept].tobytes()
+    assert np.diff(found.indptr).tolist() == np.bincount(row[kept], minlength=rows.n_rows).tolist()
+    assert (pruned.nnz, pruned.n_dropped) == (kept.sum(), (~kept).sum())
+    assert pruned.l0 == whole.l0 == whole.stored_per_token > pruned.stored_per_token
+    assert LatentStore(tmp_path / "pruned.zarr").n_dropped == (~kept).sum()
+    assert list(verify_latents(tmp_path / "pruned.zarr")) == [None]
+    with pytest.raises(SpecMismatch, match=r"with other settings \(min_activation"):
+        encode(made / "acts.zarr", made / "run", tmp_path / "pruned.zarr", value_bits=value_bits)
+
+
+def test_counts_at_a_tau_of_at_least_the_pruning_do_not_change(made: Path, tmp_path: Path) -> None:
+    """At the very threshold, just above, and at values that float32 rounds to it; below it, barcodes refuse."""
+    encode(made / "acts.zarr", made / "run", tmp_path / "whole.zarr")
+    values = LatentStore(tmp_path / "whole.zarr").read_images(0, 7).values
+    for least in (0.2, float(np.median(values)), float(np.nextafter(np.median(values), np.float32(9)))):
+        encode(made / "acts.zarr", made / "run", tmp_path / "l.zarr", min_activation=least, overwrite=True)
+        stores = [LatentStore(tmp_path / name) for name in ("whole.zarr", "l.zarr")]
+        for tau in (least, least * (1 + 1e-12), least * 1.01, 1.0):
+            counts = [
+                count_tokens(store.read_images(0, 7), tau=tau, token_set="all", tokens_per_image=257)
+                for store in stores
+            ]
+            dense = [ss.csr_matrix((some.count, some.latent, some.indptr), shape=(7, 40)).toarray() for some in counts]
+            assert (dense[0] == dense[1]).all()
+
+
+@pytest.mark.parametrize("least", [-0.1, float("nan"), float("inf"), 1e39])
+def test_a_threshold_that_is_none_is_refused(made: Path, tmp_path: Path, least: float) -> None:
+    with pytest.raises(BadInput, match="min_activation must be a number of at least 0; found"):
+        encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr", min_activation=least)
+
+
+def test_ten_bits_change_counts_only_for_values_that_round_across_tau(made: Path, tmp_path: Path) -> None:
+    """0.2 is no multiple of what ten bits know: a value in (0.2, 0.2000122) is stored as 0.19995 and not counted."""
+    kept = {bits: round_mantissa(np.linspace(0.19, 0.21, 200_001, dtype=np.float32), bits) for bits in (10, 23)}
+    lost = kept[23][(kept[23] > np.float32(0.2)) & (kept[10] <= np.float32(0.2))]
+    assert not ((kept[23] <= np.float32(0.2)) & (kept[10] > np.float32(0.2))).any()
+    assert 0.2 < lost.min() < lost.max() < 0.2000123
+    for bits in (10, 23):
+        encode(made / "acts.zarr", made / "run", tmp_path / str(bits), value_bits=bits)
+    ten, whole = (LatentStore(tmp_path / str(bits)).read_images(0, 7) for bits in (10, 23))
+    assert ten.indices.tolist() == whole.indices.tolist()
+    differs = (ten.values > np.float32(0.2)) != (whole.values > np.float32(0.2))
+    assert (np.abs(whole.values[differs] - 0.2) < 1.3e-5).all()
+
+
+def test_bf16_stands_in_the_store_and_is_near(made: Path, tmp_path: Path) -> None:
+    """Operands and results keep eight bits: other latents cross zero only near it, and the settings are others."""
+    encode(made / "acts.zarr", made / "run", tmp_path / "bf16.zarr", precision="bf16", value_bits=23)
+    store, dense = LatentStore(tmp_path / "bf16.zarr"), dense_latents(made / "acts.zarr", made / "run")
+    assert store.spec.precision == "bf16"
+    rows = store.read_images(0, 7)
+    found = np.zeros_like(dense)
+    found[np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr)), rows.indices] = rows.values
+    assert 1e-4 < np.abs(found - dense).max() < 0.02 * dense.max()
+    with pytest.raises(SpecMismatch, match="precision bf16 against fp32"):
+        encode(made / "acts.zarr", made / "run", tmp_path / "bf16.zarr", value_bits=23)
+    with pytest.raises(BadInput, match="precision must be one of fp32, bf16; found 'fp16'"):
+        encode(made / "acts.zarr", made / "run", tmp_path / "x.zarr", precision="fp16")
+
+
+def test_what_is_active_is_for_the_model_to_say(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other activations than ReLU: here the four largest of each token."""
+
+    def keep_active_(self: SparseAutoencoder, p: torch.Tensor) -> torch.Tensor:
+        return p.masked_fill_(p < p.topk(4).values[:, 3:], -np.inf)
+
+    monkeypatch.setattr(SparseAutoencoder, "keep_active_", keep_active_)
+    encode(made / "acts.zarr", made / "run", tmp_path / "latents.zarr")
+    lengths = np.diff(LatentStore(tmp_path / "latents.zarr").read_images(2, 4).indptr)
+    assert lengths.tolist() == [4] * 514
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     values=hnp.arrays(np.float32, st.integers(0, 20), elements=st.floats(2.0**-149, 2.0**127, width=32)),
@@ -263,27 +410,62 @@ def test_interrupted_again_and_again_is_the_same_store(wide: Path, tmp_path: Pat
     assert _contents(latents) == _contents(wide / "never.zarr")
 
 
-def test_a_killed_command_that_is_repeated_gives_the_same_store(tmp_path: Path) -> None:
-    """SIGKILL of a real process behind its first commit; the same command again completes it, byte for byte."""
+def test_a_command_killed_at_random_moments_and_repeated_gives_the_same_store(tmp_path: Path) -> None:
+    """SIGKILL of real processes, each behind some commits of its own; the same command again completes it."""
     cache = write_cache(tmp_path / "acts.zarr", random_tokens(60, 17), unreadable=(2, 37), chunk_images=1)
     run = write_sae(tmp_path / "run", cache, n_latents=300)
     encode(cache, run, tmp_path / "never.zarr")
     latents = tmp_path / "latents.zarr"
     arguments = ["sae", "encode", str(cache), str(run), "-o", str(latents), "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    while not (latents / "journal.jsonl").exists():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+
+    def n_commits() -> int:
+        journal = latents / "journal.jsonl"
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    n_killed = 0
+    for delay in (0.0, random.uniform(0, 0.1), random.uniform(0, 0.2)):  # they differ from run to run, on purpose
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        n_before = n_commits()
+        while n_commits() == n_before and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        said = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL), said
+        n_killed += process.returncode != 0
+    assert n_killed
     header = find_header(latents)
     assert header is not None
-    assert not header.complete
     again = CliRunner().invoke(cli, arguments)
     assert again.exit_code == 0, again.output
     assert _contents(latents) == _contents(tmp_path / "never.zarr")
+
+
+@pytest.mark.parametrize("name", ["append_tokens", "commit"])
+def test_an_error_of_the_writing_thread_ends_the_job(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A full disk: nothing is written behind it, and the job goes on from the last commit."""
+    real, n_calls = getattr(LatentWriter, name), 0
+
+    def full(self: LatentWriter, *arguments: Any, **more: Any) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            time.sleep(0.3)  # meanwhile, more is waiting behind it
+            raise OSError(28, "No space left on device")
+        real(self, *arguments, **more)
+
+    latents = tmp_path / "latents.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(LatentWriter, name, full)
+        with pytest.raises(OSError, match="No space left"):
+            encode(wide / "acts.zarr", wide / "run", latents)
+    assert n_calls == 2
+    encode(wide / "acts.zarr", wide / "run", latents)
+    assert _contents(latents) == _contents(wide / "never.zarr")
 
 
 def test_a_complete_store_is_not_encoded_again(made: Path, tmp_path: Path) -> None:

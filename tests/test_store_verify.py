@@ -4,8 +4,10 @@ import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -19,8 +21,9 @@ from test_store_suite import N_IMAGES, UNREADABLE, outcome, write_cache, write_l
 from stores import csr
 from stores.activation_store import ActivationStore, chunk_path
 from stores.errors import BadInput, DamagedStore
+from stores.files import sha256_file
 from stores.latent_store import LatentStore
-from stores.spec import ACTIVATIONS, Header, read_header, write_header
+from stores.spec import ACTIVATIONS, LATENTS, Header, read_header, write_header
 from stores.tables import read_image_table, table_sha256, write_image_table
 from stores.verify import verify_activations, verify_latents
 
@@ -335,12 +338,112 @@ def test_a_damaged_chunk_of_latents_is_found(name: str, latents: Path) -> None:
     assert latent_problems(latents) == []
 
 
-def test_only_the_blocks_that_touch_a_damaged_chunk_are_named(latents: Path) -> None:
-    path = latents / "X" / "data" / "c" / "0"
-    path.write_bytes(path.read_bytes()[:-1])
+def numbered(latents: Path, name: str) -> list[Path]:
+    """The chunk files of one of the three arrays, in order."""
+    return sorted((latents / "X" / name / "c").iterdir(), key=lambda path: int(path.name))
+
+
+def chunk_images(latents: Path, name: str, chunk: int) -> str:
+    """The images whose rows a chunk of seven entries holds, from the rows themselves."""
+    store = LatentStore(latents)
+    n_rows = np.diff(store.read_images(0, N_IMAGES).indptr)
+    owners = np.repeat(np.arange(N_IMAGES), 3).repeat(n_rows if name != "indptr" else 1)
+    owners = np.append(owners, N_IMAGES - 1) if name == "indptr" else owners
+    return f"{owners[chunk * 7]} to {owners[min(chunk * 7 + 6, len(owners) - 1)]}"
+
+
+@pytest.mark.parametrize("name", ["indices", "data", "indptr"])
+def test_every_damaged_chunk_is_named_with_its_images(name: str, latents: Path) -> None:
+    """Each chunk in turn, with what is wrong with it; and nothing else is called damaged."""
+    for chunk, path in enumerate(numbered(latents, name)):
+        raw, images = path.read_bytes(), chunk_images(latents, name, chunk)
+        for damaged, what in [
+            (None, "is missing"),
+            (raw[:-3], f"has {len(raw) - 3} bytes, expected {len(raw)}"),
+            (raw[:-1] + bytes([raw[-1] ^ 1]), "fails its checksum"),
+        ]:
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            assert latent_problems(latents) == [f"chunk {chunk} (images {images}): X/{name}/c/{chunk} {what}"]
+        path.write_bytes(raw)
+    assert latent_problems(latents) == []
+
+
+@pytest.mark.parametrize("name", ["indices", "data"])
+def test_two_chunks_that_were_swapped_are_named(name: str, latents: Path) -> None:
+    """Both are whole, and their rows may even keep every rule: only the journal knows."""
+    paths, images = numbered(latents, name)[2:4], [chunk_images(latents, name, chunk) for chunk in (2, 3)]
+    one, two = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(two)
+    paths[1].write_bytes(one)
     found = latent_problems(latents)
-    assert [text[:26] for text in found] == ["chunk 0 (images 0 to 3): r"]
-    assert "rows 0 to 11 of" in found[0]
+    assert len(found) == 2
+    for text, own, other, place in zip(found, (2, 3), (3, 2), images, strict=True):
+        assert text.startswith(f"chunk {own} (images {place}): X/{name}/c/{own} ")
+        assert text.endswith(f": it is X/{name}/c/{other}")
+
+
+def resealed(latents: Path) -> None:
+    """Make journal and header fit the chunk files again, as if they had been written so."""
+    journal = latents / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for name in ("indices", "data", "indptr"):
+        files = [[len(raw), f"{zlib.crc32(raw):08x}"] for raw in map(Path.read_bytes, numbered(latents, name))]
+        for line in lines:
+            line["chunks"][name] = []
+        lines[0]["chunks"][name] = files
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    header = read_header(latents, LATENTS)
+    summary = {**(header.summary or {}), "journal_sha256": sha256_file(journal)}
+    write_header(latents, Header(**{**vars(header), "summary": summary}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        ("indices", lambda a, p: np.concatenate([a[p[1] :], a[: p[1]]]), "indices out of range or not increasing"),
+        ("indices", lambda a, p: a.repeat(2)[: len(a)], "indices out of range or not increasing"),
+        ("indices", lambda a, p: np.append(a[:-1], 65_535), "indices out of range or not increasing"),
+        ("data", lambda a, p: np.append(0, a[1:]), "a value is zero, NaN or infinite"),
+        ("data", lambda a, p: np.append(np.nan, a[1:]), "a value is zero, NaN or infinite"),
+        ("data", lambda a, p: -a, "a value lies below 0"),
+        ("indptr", lambda a, p: np.concatenate([a[:4], a[4:8][::-1], a[8:]]), "indptr is not monotone or leaves"),
+        ("indptr", lambda a, p: np.append(a[:-1], a[-1] - 1), "image_indptr disagrees with indptr"),
+        ("indptr", lambda a, p: np.append(a[:-1], a[-1] + 1), "indptr is not monotone or leaves the data"),
+        ("indptr", lambda a, p: np.append(1, a[1:]), "disagrees with indptr"),
+    ],
+)
+def test_wrong_rows_with_right_checksums_are_found(name: str, change: Any, what: str, latents: Path) -> None:
+    """A writer with a bug: every file is just what it wrote, but no reader may be handed such rows."""
+    group = zarr.open_group(latents / "X", mode="r+")
+    array, indptr = group[name], np.asarray(group["indptr"][:])  # type: ignore[index]
+    array.with_config({"write_empty_chunks": True})[:] = change(np.asarray(array[:]), indptr)  # type: ignore[index,union-attr,call-overload]
+    resealed(latents)
+    found = latent_problems(latents)
+    assert found
+    assert any(what in text for text in found), found
+
+
+def test_a_journal_that_does_not_fit_is_found(latents: Path) -> None:
+    """Changed, gone, too short; and files that no line names. A store without any checksums is an old one."""
+    journal, raw = latents / "journal.jsonl", (latents / "journal.jsonl").read_bytes()
+    journal.write_bytes(raw.replace(b'"n_images":2', b'"n_images":3'))
+    assert latent_problems(latents) == ["store: journal.jsonl was changed: its hash is not the one in the header"]
+    journal.unlink()
+    assert latent_problems(latents)[0].startswith("store: journal.jsonl cannot be used: ")
+    journal.write_bytes(raw)
+    (latents / "X" / "data" / "c" / "999").write_bytes(b"")
+    assert latent_problems(latents) == ["store: X/data/c holds 1 files that do not belong there (999)"]
+    (latents / "X" / "data" / "c" / "999").unlink()
+    resealed(latents)
+    assert latent_problems(latents) == []
+    lines = journal.read_text().splitlines()
+    journal.write_text(lines[0].replace('"data": [[', '"data": [[1, "0"], [') + "\n" + "\n".join(lines[1:]) + "\n")
+    header = read_header(latents, LATENTS)
+    summary = {**(header.summary or {}), "journal_sha256": sha256_file(journal)}
+    write_header(latents, Header(**{**vars(header), "summary": summary}))
+    assert "chunks of X/data, expected" in latent_problems(latents)[0]
+    write_header(latents, Header(**{**vars(header), "summary": {"nnz": LatentStore(latents).nnz}}))
+    assert latent_problems(latents) == []
 
 
 def test_latents_of_an_unreadable_image_are_found(tmp_path: Path) -> None:

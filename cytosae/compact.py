@@ -1,0 +1,242 @@
+"""From dense pre-activations to sparse rows, where those are: no dense copy or mask in the host's memory.
+
+One pass finds what is above 0, rounds it to the mantissa bits that are kept, drops what lies below a threshold, and
+shows what is not finite. Positive floats are ordered as their bits are, so all of this is arithmetic on int32.
+Shapes: B tokens, L latents.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from stores.errors import BadInput
+
+_INFINITY = 0x7F800000  # float32 bits; NaN lies above
+_BLOCK = 64  # latents that are looked at together: most blocks have none that is active
+_MIN_ENTRIES = 1 << 18  # of a thread's scratch
+_NOT_FINITE = "a latent became NaN or infinite: the SAE's weights do not fit these tokens"
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a value above 0 becomes a stored one, in terms of its bits."""
+
+    value_bits: int  # mantissa bits kept: 1 to 23
+    min_activation: float = 0.0  # a rounded value below it is dropped
+
+    @property
+    def drop(self) -> int:
+        """Mantissa bits that are lost."""
+        return 23 - self.value_bits
+
+    @property
+    def least(self) -> int:
+        """Bits of the least value above 0: what would round to 0 becomes this (docs/formats.md)."""
+        return 1 << self.drop
+
+    @property
+    def smallest(self) -> int:
+        """Bits of the smallest value that is stored."""
+        return int(np.float32(self.min_activation).view(np.int32))
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Some token rows in the host's memory, one after the other."""
+
+    indices: npt.NDArray[Any]  # (nnz,) uint16, uint32 or int32, strictly increasing in each row
+    values: npt.NDArray[np.float32]  # (nnz,) rounded, above 0
+    lengths: npt.NDArray[np.int64]  # (rows,)
+    n_dropped: int  # values that were above 0, and below `min_activation`
+
+
+class Compactor:
+    """Compacts micro-batches one after the other. Memory: 1.5 MiB, or six bytes per latent, for each thread."""
+
+    def __init__(self, n_latents: int, rounding: Rounding) -> None:
+        self.rounding = rounding
+        self._indices = np.uint16 if n_latents <= 1 << 16 else np.uint32
+        self._n_entries = max(n_latents, _MIN_ENTRIES)
+        self._n_threads = torch.get_num_threads()
+        self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix="compact")
+        self._scratch: list[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]] = []
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._threads.shutdown()
+
+    def rows(self, p_BL: torch.Tensor) -> list[SparseRows]:
+        """What is above 0 in float32 `p_BL`, row by row, on the device where it is.
+
+        Raises
+        ------
+        BadInput
+            If anything is NaN, or a value above 0 infinite, also by rounding.
+        """
+        if not len(p_BL):
+            return [SparseRows(np.empty(0, self._indices), np.empty(0, np.float32), np.empty(0, np.int64), 0)]
+        if p_BL.device.type != "cpu":
+            return [_on_device(p_BL, self.rounding)]
+        bits = p_BL.contiguous().numpy().view(np.int32)
+        cuts = np.linspace(0, len(bits), self._n_threads + 1).astype(int)
+        while len(self._scratch) < self._n_threads:
+            self._scratch.append((np.empty(self._n_entries, self._indices), np.empty(self._n_entries, np.int32)))
+        parts = self._threads.map(
+            lambda part: list(
+                _rows_between(bits, int(cuts[part]), int(cuts[part + 1]), self.rounding, *self._scratch[part])
+            ),
+            range(self._n_threads),
+        )
+        return [rows for part in parts for rows in part]
+
+
+def round_mantissa(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """Positive float32 rounded to `bits` mantissa bits, nearest even; what would round to 0 stays the least above 0.
+
+    What `Compactor` does to each value, for who has them in the host's memory. Relative error at most 2^-(bits + 1).
+    """
+    drop = 23 - bits
+    if drop == 0:
+        return values
+    raw = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    half, least = np.uint32((1 << (drop - 1)) - 1), np.uint32(1 << drop)
+    rounded = (raw + half + ((raw >> np.uint32(drop)) & np.uint32(1))) & ~np.uint32((1 << drop) - 1)
+    return np.maximum(rounded, least).view(np.float32)
+
+
+def _rows_between(
+    bits: npt.NDArray[np.int32],
+    first: int,
+    stop: int,
+    rounding: Rounding,
+    indices: npt.NDArray[Any],
+    values: npt.NDArray[np.int32],
+) -> Iterator[SparseRows]:
+    """Rows first..stop; in several pieces where they do not fit into the scratch arrays."""
+    drop, at = rounding.drop, first
+    while at < stop:
+        lengths = np.empty(stop - at, np.int64)
+        end, n, n_dropped = _compact(
+            *(
+                bits,
+                at,
+                stop,
+                drop,
+                (1 << drop >> 1) - 1 if drop else 0,
+                int(drop > 0),
+                rounding.least,
+                rounding.smallest,
+            ),
+            *(indices, values, lengths),
+        )
+        if end < 0:
+            raise BadInput(_NOT_FINITE)
+        yield SparseRows(indices[:n].copy(), values[:n].view(np.float32).copy(), lengths[: end - at], n_dropped)
+        at = end
+
+
+@numba.njit(nogil=True, cache=True)
+def _compact(
+    bits: Any,
+    first: int,
+    stop: int,
+    drop: int,
+    half: int,
+    tie: int,
+    least: int,
+    smallest: int,
+    indices: Any,
+    values: Any,
+    lengths: Any,
+) -> Any:
+    """(row behind the last one that fitted, or -1: not finite; entries written; values dropped)."""
+    n_latents, n, n_dropped = bits.shape[1], 0, 0
+    n_blocks = n_latents // _BLOCK
+    for b in range(first, stop):
+        if n + n_latents > len(indices):
+            return b, n, n_dropped
+        row, before = bits[b], n
+        blocks = row[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK)
+        for block in range(n_blocks):
+            top, largest = np.int32(0), np.int32(0)
+            for k in range(_BLOCK):  # int32 throughout and of fixed length: a few vector instructions (docs/log.md)
+                bit = blocks[block, k]
+                top, largest = max(top, bit), max(largest, np.int32(bit & 0x7FFFFFFF))
+            if top > 0 or largest > _INFINITY:
+                start = block * _BLOCK
+                n, more = _take(row, start, start + _BLOCK, drop, half, tie, least, smallest, indices, values, n)
+                n_dropped += more
+                if n < 0:
+                    return -1, 0, 0
+        n, more = _take(row, n_blocks * _BLOCK, n_latents, drop, half, tie, least, smallest, indices, values, n)
+        n_dropped += more
+        if n < 0:
+            return -1, 0, 0
+        lengths[b - first] = n - before
+    return stop, n, n_dropped
+
+
+@numba.njit(nogil=True, cache=True)
+def _take(
+    row: Any,
+    start: int,
+    stop: int,
+    drop: int,
+    half: int,
+    tie: int,
+    least: int,
+    smallest: int,
+    indices: Any,
+    values: Any,
+    n: int,
+) -> Any:
+    """(entries written so far, or -1: not finite; values dropped), after the latents start..stop of a row."""
+    n_dropped, keep = 0, ~((1 << drop) - 1)
+    for k in range(start, stop):
+        bit = row[k]
+        if bit > 0:
+            rounded = max((bit + half + (bit >> drop & tie)) & keep, least)
+            if rounded >= _INFINITY:
+                return -1, 0
+            if rounded < smallest:
+                n_dropped += 1
+            else:
+                indices[n] = k
+                values[n] = rounded
+                n += 1
+        elif bit & 0x7FFFFFFF > _INFINITY:
+            return -1, 0
+    return n, n_dropped
+
+
+def _on_device(p_BL: torch.Tensor, rounding: Rounding) -> SparseRows:
+    """The same on a GPU; only indices, values and row lengths come to the host. Memory: one byte per entry of p."""
+    flat = p_BL.flatten()
+    where = (flat > 0).nonzero().squeeze(1)  # int64, ascending: row by row
+    rows = where.div(p_BL.shape[1], rounding_mode="floor")
+    bits = flat[where].view(torch.int32)
+    if rounding.drop:
+        half, tie = (1 << rounding.drop - 1) - 1, bits.bitwise_right_shift(rounding.drop).bitwise_and(1)
+        bits = (bits + half + tie).bitwise_and(~((1 << rounding.drop) - 1)).clamp_min(rounding.least)
+    columns = where - rows * p_BL.shape[1]
+    # a NaN is not above 0 and would pass for silence
+    is_bad = torch.isnan(flat).any() | (bits >= _INFINITY).any()
+    n_active = len(bits)
+    if rounding.smallest > rounding.least:
+        kept = bits >= rounding.smallest
+        rows, columns, bits = rows[kept], columns[kept], bits[kept]
+    lengths = torch.bincount(rows, minlength=len(p_BL))
+    if bool(is_bad):
+        raise BadInput(_NOT_FINITE)
+    return SparseRows(
+        columns.to(torch.int32).cpu().numpy(),
+        bits.view(torch.float32).cpu().numpy(),
+        lengths.cpu().numpy(),
+        n_active - len(bits),
+    )

@@ -1,0 +1,223 @@
+"""Several writers of one latent store: each makes the rows of its own images, and joining them needs no model.
+
+A part is `part-I-of-N/` in the store: rows and a journal of their own. Chunks of the whole lie elsewhere than those of
+the parts, so joining decodes and encodes every row once, with the checks of a reader; the result is, byte for byte,
+what one writer would have made. A part whose rows are committed to the whole is removed.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from .activation_writer import overlapping_writer, writer_lock
+from .csr import CsrCommit, CsrReader, check_chunk
+from .errors import BadInput, DamagedStore, IncompleteStore
+from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
+from .latent_store import LatentSpec, LatentWriter, part_folder, shard_images
+from .runlog import shard_logs
+from .shards import Shard
+from .spec import LATENTS, Header, read_header
+from .tables import listed, read_image_table
+
+Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
+
+
+@dataclass(frozen=True)
+class Part:
+    """The finished rows of some neighbouring images."""
+
+    folder: Path
+    images: range
+    records: list[dict[str, Any]]  # of its journal, one per commit
+
+
+def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard) -> LatentWriter:
+    """A writer that nobody else is while `stack` is open.
+
+    Raises
+    ------
+    BadInput
+        If another process is writing the same images, or joining the parts.
+    DamagedStore
+        If what was committed is not there any more.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    other: Shard | None = shard
+    if stack.enter_context(locked(writer_lock(root, shard))):
+        other = overlapping_writer(root, shard, -(-spec.n_images // int(spec.cache["chunk_images"])))
+    what = root if other is None or other.is_only else f"shard {other} of {root}"
+    # who makes the rows of the whole store is alone with it: they are also what parts are joined to
+    is_free = stack.enter_context(locked(_finish_lock(root))) if shard.is_only else _is_free(_finish_lock(root))
+    if other is not None or not is_free:
+        raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
+    for folder in (root, root.parent):
+        sync_folder(folder)
+    try:
+        writer = LatentWriter(root, spec, images, shard)
+    except DamagedStore as error:
+        if shard.is_only:
+            raise
+        raise DamagedStore(f"{error}, or remove {part_folder(root, shard)} and run the same command again") from None
+    stack.callback(writer.close)
+    return writer
+
+
+def finished_parts(root: Path, spec: LatentSpec) -> list[Part]:
+    """The parts whose writers came to their end, in the order of their images."""
+    parts = []
+    for journal in root.glob("part-*-of-*/journal.jsonl"):
+        records = read_lines(journal, skip_damaged=True)
+        images = _images_of(journal.parent, spec)
+        if images and records and "tail" in records[-1] and records[-1]["tail"] is None:
+            parts.append(Part(journal.parent, images, records))
+    return sorted(parts, key=lambda part: (part.images.start, -part.images.stop))
+
+
+def committed_images(root: Path) -> int:
+    """How many images, from the first on, have their rows in the whole store."""
+    records = read_lines(root / "journal.jsonl", skip_damaged=True)
+    return int(records[-1]["n_images"]) if records else 0
+
+
+def missing_images(root: Path, spec: LatentSpec) -> list[range]:
+    """Images whose rows are neither in the whole store yet nor in a finished part."""
+    done, missing = committed_images(root), []
+    for part in finished_parts(root, spec):
+        if part.images.start > done:
+            missing.append(range(done, part.images.start))
+        done = max(done, part.images.stop)
+    return missing + ([range(done, spec.n_images)] if done < spec.n_images else [])
+
+
+def copy_part(part: Part, writer: LatentWriter) -> Iterator[int]:
+    """Append to the whole store what it lacks of the part, a commit for each of the part's; yields the images done.
+
+    Raises
+    ------
+    DamagedStore
+        If the part is damaged: it has to be made again.
+    """
+    tokens, first = writer.spec.tokens_per_image, part.images.start
+    try:
+        files = CsrCommit.from_json(part.records).chunks
+        reader = CsrReader(part.folder / "X", shape=(len(part.images) * tokens, writer.spec.n_latents))
+        for name, expected in files.items():
+            for chunk, (size, crc) in enumerate(expected):
+                if what := check_chunk(part.folder / "X" / name / "c" / str(chunk), size, crc):
+                    raise DamagedStore(f"{part.folder}/X/{name}/c/{chunk} {what}")
+        n_dropped = 0
+        for record in part.records[:-1]:  # the last one closes the rows and has none of its own
+            stop = int(record["n_images"])
+            if stop > writer.n_images:
+                rows = reader.read_rows((writer.n_images - first) * tokens, (stop - first) * tokens)
+                dropped = int(record["n_dropped"]) - n_dropped
+                writer.append_tokens(rows.indices, rows.values, np.diff(rows.indptr), n_dropped=dropped)
+                writer.commit(stop)
+                yield stop
+            n_dropped = int(record["n_dropped"])
+    except (DamagedStore, KeyError) as error:
+        raise DamagedStore(f"{error}. Remove {part.folder} and run its cyto sae encode --shard command again") from None
+
+
+def remove_part(part: Part) -> None:
+    """Remove a part. Its journal goes first: without one, it is no part."""
+    (part.folder / "journal.jsonl").unlink()
+    sync_folder(part.folder)
+    shutil.rmtree(part.folder)
+
+
+def next_part(root: Path, writer: LatentWriter) -> Part | None:
+    """The finished part that holds the next images of the whole store, or else the first one behind them."""
+    behind = [part for part in finished_parts(root, writer.spec) if part.images.stop > writer.n_images]
+    return behind[0] if behind else None
+
+
+def complete_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> Header | None:
+    """Join the parts, and complete the store. Can be repeated after a crash anywhere.
+
+    None if another process is at it at this moment. Memory: the rows of one chunk of the cache, and those on their way
+    to the disk. Disk: the largest part's size on top of the result's.
+
+    Raises
+    ------
+    IncompleteStore
+        If a writer has not come to its end; nothing is changed then.
+    DamagedStore
+        If a part is damaged.
+    """
+    read_header(root, LATENTS, complete=False)  # before anything is touched: is it ours?
+    with ExitStack() as stack:
+        if not stack.enter_context(locked(_finish_lock(root))):
+            return None
+        header: Header | None = read_header(root, LATENTS, complete=False)
+        assert header is not None
+        if not header.complete:
+            spec = LatentSpec(**header.spec)
+            require_all_images(root, spec)
+            writer = LatentWriter(root, spec, read_image_table(root / "images.parquet"))
+            stack.callback(writer.close)
+            progress(writer.n_images, spec.n_images, "joining")
+            while writer.n_images < spec.n_images:
+                part = next_part(root, writer)
+                assert part is not None
+                for done in copy_part(part, writer):
+                    progress(done, spec.n_images, "joining")
+                remove_part(part)
+            header = writer.finish()
+        remove_left_overs(root)
+        return header
+
+
+def require_all_images(root: Path, spec: LatentSpec) -> None:
+    """Raise IncompleteStore if rows of some images are not there."""
+    missing = missing_images(root, spec)
+    if missing:
+        names = listed([f"{images.start:,} to {images.stop - 1:,}" for images in missing])
+        raise IncompleteStore(
+            f"{root} is incomplete: the latents of {sum(map(len, missing)):,} of {spec.n_images:,} images are not "
+            f"there (images {names}). Run the cyto sae encode commands that did not end; without --shard, the command "
+            f"makes all that is missing"
+        )
+
+
+def left_overs(root: Path) -> list[Path]:
+    """What a complete store no longer needs."""
+    locks = [path for path in root.glob(f"writer-*{LOCK_SUFFIX}") if path.is_file()]
+    return [*root.glob("part-*-of-*"), *shard_logs(root), *locks, *root.glob(f"finish{LOCK_SUFFIX}")]
+
+
+def remove_left_overs(root: Path) -> None:
+    """Remove them, but for the lock that the caller holds."""
+    for path in left_overs(root):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != f"finish{LOCK_SUFFIX}":
+            path.unlink(missing_ok=True)
+
+
+def _images_of(folder: Path, spec: LatentSpec) -> range | None:
+    """The images of a part, by its name; None for a folder that is none (ours has a name that `Shard` gives)."""
+    try:
+        index, count = folder.name.removeprefix("part-").split("-of-")
+        shard = Shard.parse(f"{index}/{count}")
+    except ValueError:
+        return None
+    return shard_images(spec, shard) if part_folder(folder.parent, shard) == folder else None
+
+
+def _finish_lock(root: Path) -> Path:
+    return root / f"finish{LOCK_SUFFIX}"
+
+
+def _is_free(path: Path) -> bool:
+    """Does nobody hold this lock?"""
+    if not path.exists():
+        return True
+    with locked(path) as is_free:
+        return is_free
