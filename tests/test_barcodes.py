@@ -22,11 +22,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli import cli
-from cytosae.barcodes import BarcodeConfig, BarcodeResult, count_tokens, write_barcodes
+from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
+from cytosae.counting import ImageCounter
 from stores import (
     BadInput,
     BarcodeStore,
-    CsrRows,
     DamagedStore,
     IncompleteStore,
     LatentSpec,
@@ -295,8 +295,8 @@ def test_layers_and_tables_are_those_worked_out_by_hand(
         n_patients_without_disease=1,
         n_diseases=2,
         n_latents=6,
-        n_silent_latents=0,
-        share_above_tau=19 / 23,
+        n_silent_latents=(0,),
+        share_above_tau=(19 / 23,),
         was_complete=False,
     )
 
@@ -333,8 +333,8 @@ def test_each_store_is_a_whole_anndata_with_its_provenance(
 def test_a_larger_tau_counts_less_and_says_what_never_exceeds_it(hand: Path, tmp_path: Path, threads: Client) -> None:
     """At tau 2: 8.0, 3.0 and 4.0 remain (2.0 itself does not count): latents 0, 3 and 4 are silent."""
     result = write_barcodes(hand, tmp_path / "barcodes", BarcodeConfig(tau=2), client=threads)
-    assert result.n_silent_latents == 3
-    assert result.share_above_tau == 3 / 23
+    assert result.n_silent_latents == (3,)
+    assert result.share_above_tau == (3 / 23,)
     counts = read_levels(tmp_path / "barcodes")["image"].X.toarray()
     assert np.argwhere(counts).tolist() == [[3, 1], [4, 5], [5, 2]]
 
@@ -362,31 +362,44 @@ DISEASE_OF = {"Zoe": "flu", "Abe": "cold", "Mia": "flu"}  # Bo's is unknown
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(0, 8), st.integers(2, 7), st.integers(1, 12)),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    tau=st.sampled_from([0.0, 0.2, 1.0]),
+    taus=st.sampled_from([(0.0,), (0.2,), (0.1, 0.2, 1.0)]),
     token_set=st.sampled_from(["all", "patch", "cls"]),
+    piece=st.integers(1, 40),
 )
 def test_counting_tokens_equals_the_twins(
-    seed: int, shape: tuple[int, int, int], share: float, tau: float, token_set: str
+    seed: int, shape: tuple[int, int, int], share: float, taus: tuple[float, ...], token_set: str, piece: int
 ) -> None:
-    """Image by image and latent by latent: count, largest and sum, with an entry wherever anything is active."""
+    """Image by image and latent by latent: counts, largest and mean; entries given in pieces that cut rows anywhere."""
     n_images, n_tokens, n_latents = shape
     dense = random_latents(seed, shape, [("P", "D", True)] * n_images, share=share).reshape(-1, n_latents)
-    indptr = np.concatenate([[0], np.cumsum((dense != 0).sum(axis=1))])
-    rows = CsrRows(np.nonzero(dense)[1].astype(np.uint16), dense[dense != 0], indptr)
-    found = count_tokens(rows, tau=tau, token_set=token_set, tokens_per_image=n_tokens)
+    indptr = 1000 + np.concatenate([[0], np.cumsum((dense != 0).sum(axis=1))])
+    indices, values = np.nonzero(dense)[1].astype(np.uint16), dense[dense != 0]
+    counter = ImageCounter(
+        indptr, n_latents=n_latents, tokens_per_image=n_tokens, taus=taus, token_set=token_set, place="here"
+    )
+    for at in range(0, len(values), piece):
+        counter.add(1000 + at, indices[at : at + piece], values[at : at + piece])
+    found = counter.finish()
     assert len(found.indptr) == n_images + 1
-    sums = {name: np.zeros((n_images, n_latents)) for name in ("count", "max", "total")}
     image_of = np.repeat(np.arange(n_images), np.diff(found.indptr))
-    for name, table in sums.items():
-        table[image_of, found.latent] = getattr(found, name)
-    n_set = {"all": n_tokens, "patch": n_tokens - 1, "cls": 1}[token_set]
+
+    def table(entries: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        whole = np.zeros((n_images, n_latents))
+        whole[image_of, found.latent] = entries
+        return whole
+
     if n_images:
-        assert np.array_equal(sums["count"], reference.image_counts(dense, tau, n_tokens, token_set))
-        assert np.array_equal(sums["max"], reference.image_max(dense, n_tokens, token_set))
-        np.testing.assert_allclose(sums["total"], reference.image_mean(dense, n_tokens, token_set) * n_set, rtol=1e-14)
-    chosen = reference.images_of(dense, n_tokens, token_set)
-    assert found.n_values == sum((image != 0).sum() for image in chosen)
-    assert len(found.latent) == (sums["max"] > 0).sum()
+        for t, tau in enumerate(taus):
+            counts = reference.image_counts(dense, tau, n_tokens, token_set)
+            assert np.array_equal(table(found.count[t]), counts)
+            assert np.array_equal(found.n_above[t], (counts > 0).sum(axis=1))
+        assert np.array_equal(table(found.max), reference.image_max(dense, n_tokens, token_set))
+        mean = reference.image_mean(dense, n_tokens, token_set)
+        np.testing.assert_allclose(table(found.mean), mean, rtol=1e-7)
+        assert np.array_equal(table(found.mean) > 0, mean > 0)
+    in_row = image_of[1:] == image_of[:-1]
+    assert (np.diff(found.latent.astype(int))[in_row] > 0).all()
+    assert found.n_values == sum((image != 0).sum() for image in reference.images_of(dense, n_tokens, token_set))
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -447,8 +460,8 @@ def test_barcodes_equal_the_twins(
     np.testing.assert_allclose(found["disease"].X.toarray(), disease_means, rtol=1e-6)
 
 
-def test_denormal_latents_have_no_mean_that_is_an_explicit_zero(tmp_path: Path, threads: Client) -> None:
-    """With all 23 bits kept a latent can be so small that its mean over the tokens is zero in float32."""
+def test_denormal_latents_stay_active(tmp_path: Path, threads: Client) -> None:
+    """With all 23 bits kept a mean over the tokens can be zero in float32: it is kept as the least number there is."""
     dense = np.zeros((2, 5, 3), np.float32)
     dense[0, 1, 1] = 2.0**-149
     dense[1, :, 2] = 1
@@ -456,7 +469,7 @@ def test_denormal_latents_have_no_mean_that_is_an_explicit_zero(tmp_path: Path, 
     write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
     image = read_levels(tmp_path / "barcodes")["image"]
     assert image.layers["max"].toarray()[0].tolist() == [0, 2.0**-149, 0]
-    assert image.layers["mean"].toarray().tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert image.layers["mean"].toarray().tolist() == [[0, 2.0**-149, 0], [0, 0, 1]]
     assert image.var["n_active_images"].tolist() == [0, 1, 1]
 
 
