@@ -16,6 +16,7 @@ from stores.errors import DamagedStore
 TOKEN_SETS = ("all", "patch", "cls")
 _DONE, _MORE_ENTRIES, _MORE_ROOM, _DAMAGED = range(4)
 _WORD = 8  # bytes that are looked at together in search of the latents of an image
+_CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
 
 Ints = npt.NDArray[np.int64]
 
@@ -59,13 +60,12 @@ class ImageCounter:
         self._taus = np.array(taus, np.float32)
         self._set = TOKEN_SETS.index(token_set)
         self._n_set = {"all": tokens_per_image, "patch": tokens_per_image - 1, "cls": 1}[token_set]
-        # of one image: its latents get numbers 1, 2, ... in order of appearance, so that their sums lie together
-        self._number = np.zeros(n_latents, np.int32)
+        # of the image under way: what a latent needs lies together, in one line of the processor's cache
+        self._cells = np.zeros(n_latents, _CELL)
+        self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and those behind it
         self._is_there = np.zeros(n_latents + -n_latents % _WORD, np.uint8)
-        self._total = np.zeros(n_latents + 1)
-        self._max = np.zeros(n_latents + 1, np.float32)
-        self._bins = np.zeros((n_latents + 1, len(taus) + 1), np.int32)  # tokens above so many taus
-        self._state = np.array([0, row_starts[0], -1, 0, 0, 0, 0], np.int64)  # see _count
+        self._found = np.empty(len(self._is_there) + 1, np.int32)
+        self._state = np.array([0, row_starts[0], -1, 0, 0, 0], np.int64)  # see _count
         self._indptr = np.zeros(n_images + 1, np.int64)
         self._n_above = np.zeros((len(taus), n_images), np.int32)
         kind = np.uint16 if n_latents <= 1 << 16 else np.uint32
@@ -85,16 +85,19 @@ class ImageCounter:
         DamagedStore
             If indices do not rise within a row or leave the latents, or a value is not positive and finite.
         """
+        if not _are_positive(values.view(np.uint32)):
+            raise DamagedStore(
+                f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
+            )
+        rows = (self._row_starts, self._tokens, self._set, self._n_set, self._taus)
+        scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._found)
         while True:
-            scratch = (self._number, self._is_there.view(np.uint64), self._is_there, self._total, self._max, self._bins)
-            rows = (self._row_starts, self._tokens, self._set, self._n_set, self._taus, self._n_latents)
             status = _count(
                 first, indices, values, *rows, *scratch, self._state, self._indptr, self._n_above, *self._out
             )
             if status == _DAMAGED:
                 raise DamagedStore(
-                    f"{self._place}: indices out of range or not increasing, or a value that is zero, NaN or infinite; "
-                    f"a chunk of indices or data is lost or damaged"
+                    f"{self._place}: indices out of range or not increasing; a chunk of indices is lost or damaged"
                 )
             if status != _MORE_ROOM:
                 return
@@ -103,14 +106,14 @@ class ImageCounter:
     def finish(self) -> ImageCounts:
         """What was counted; all entries must have been given."""
         self.add(int(self._row_starts[-1]), np.empty(0, self._out[0].dtype), np.empty(0, np.float32))
-        n_out, n_values, n_images = int(self._state[4]), int(self._state[5]), int(self._state[6])
+        n_out, n_values, n_images = (int(number) for number in self._state[3:])
         assert n_images == len(self._indptr) - 1
         latent, count, largest, mean = (array[..., :n_out] for array in self._out)
         return ImageCounts(self._indptr, latent, count, largest, mean, self._n_above, n_values)
 
     def _grow(self) -> None:
         """Room for what the images so far make likely, and for one image more than there is."""
-        n_out, n_done, n_images = int(self._state[4]), int(self._state[6]), len(self._indptr) - 1
+        n_out, n_done, n_images = int(self._state[3]), int(self._state[5]), len(self._indptr) - 1
         room = n_out + self._n_latents + (n_out * (n_images - n_done) // max(1, n_done)) * 9 // 8
         grown = []
         for array in self._out:
@@ -179,13 +182,11 @@ def _count(
     token_set: int,
     n_set: int,
     taus: Any,
-    n_latents: int,
-    number: Any,
-    words: Any,
+    cells: Any,
+    above: Any,
     is_there: Any,
-    total: Any,
-    largest: Any,
-    bins: Any,
+    words: Any,
+    found: Any,
     state: Any,
     indptr: Any,
     n_above: Any,
@@ -194,79 +195,85 @@ def _count(
     out_max: Any,
     out_mean: Any,
 ) -> int:
-    """Go on where `state` says: row, entry, index before, latents of this image, entries out, nonzeros, images out."""
-    row, at, previous, n_there, n_out, n_values, image = state
-    latent: Any = 0
-    n_rows, n_taus, end = len(row_starts) - 1, len(taus), first + len(indices)
+    """Go on where `state` says: row, entry, index before, entries out, nonzeros, images out."""
+    row, at, previous, n_out, n_values, image = state
+    latent: Any
+    n_rows, n_taus, n_latents, end = len(row_starts) - 1, len(taus), len(cells), first + len(indices)
+    least, tau = np.float32(1e-45), taus[0]
     status = _DONE
     while True:
         if row == (image + 1) * tokens:  # all tokens of an image are in: emit it, latents rising
-            if n_out + n_there > len(out_latent):
+            n_found = 0
+            for w in range(len(words)):
+                if words[w] != 0:
+                    for latent in range(w * _WORD, w * _WORD + _WORD):
+                        found[n_found] = latent  # counts only if the next line says so: no branch to guess wrongly
+                        n_found += is_there[latent]
+            if n_out + n_found > len(out_latent):
                 status = _MORE_ROOM
                 break
-            for w in range(len(words)):
-                if words[w] == 0:
-                    continue
-                for latent in range(w * _WORD, w * _WORD + _WORD):
-                    if is_there[latent] == 0:
-                        continue
-                    is_there[latent] = 0
-                    n = number[latent]
-                    number[latent] = 0
-                    out_latent[n_out] = latent
-                    out_max[n_out] = largest[n]
-                    mean = np.float32(total[n] / n_set)
-                    if mean == 0:  # kept as the least number: active or not is decided before rounding
-                        mean = np.float32(1e-45)
-                    out_mean[n_out] = mean
-                    above = 0
-                    for t in range(n_taus - 1, -1, -1):
-                        above += bins[n, t + 1]
-                        out_count[t, n_out] = above
-                        n_above[t, image] += above > 0
-                    n_out += 1
-            n_there = 0
+            for k in range(n_found):
+                latent = found[k]
+                is_there[latent] = 0
+                cell = cells[latent]
+                out_latent[n_out] = latent
+                out_max[n_out] = cell.max
+                out_mean[n_out] = max(np.float32(cell.total / n_set), least)  # active or not is decided before rounding
+                out_count[0, n_out] = cell.count
+                n_above[0, image] += cell.count > 0
+                for t in range(1, n_taus):
+                    out_count[t, n_out] = above[latent, t]
+                    n_above[t, image] += above[latent, t] > 0
+                    above[latent, t] = 0
+                cell.total = 0
+                cell.max = 0.0
+                cell.count = 0
+                n_out += 1
             image += 1
             indptr[image] = n_out
         if row == n_rows:
             break
         stop = row_starts[row + 1]
         upto = min(stop, end)
-        is_chosen = token_set == 0 or (row % tokens != 0) == (token_set == 1)
-        for k in range(at - first, upto - first):
-            latent = np.int64(indices[k])
-            value = values[k]
-            if latent <= previous or latent >= n_latents or not (value > 0) or value > np.float32(3.4028235e38):
+        here = indices[at - first : upto - first]
+        if len(here) > 0:
+            is_bad = here[0] <= previous or here[-1] >= n_latents
+            for k in range(1, len(here)):
+                is_bad |= here[k] <= here[k - 1]
+            if is_bad:
                 return _DAMAGED
-            previous = latent
-            if is_chosen:
-                n = number[latent]
-                if n == 0:
-                    n_there += 1
-                    n = n_there
-                    number[latent] = n
-                    is_there[latent] = 1
-                    total[n] = 0.0
-                    largest[n] = 0.0
-                    for t in range(n_taus + 1):
-                        bins[n, t] = 0
-                total[n] += value
-                largest[n] = max(largest[n], value)
-                above = 0
-                for t in range(n_taus):
-                    above += value > taus[t]
-                bins[n, above] += 1
-        if is_chosen:
+            previous = np.int64(here[-1])
+        if token_set == 0 or (row % tokens != 0) == (token_set == 1):
             n_values += upto - at
+            for k in range(at - first, upto - first):
+                latent = np.intp(indices[k])
+                value = values[k]
+                cell = cells[latent]
+                cell.total += value
+                cell.max = max(cell.max, value)
+                cell.count += value > tau
+                is_there[latent] = 1
+            if n_taus > 1:  # a loop of its own: inside the one above it would cost even where it has no turns
+                for k in range(at - first, upto - first):
+                    for t in range(1, n_taus):
+                        above[indices[k], t] += values[k] > taus[t]
         at = upto
         if stop > end:
             status = _MORE_ENTRIES
             break
         row += 1
         previous = -1
-    state[0], state[1], state[2], state[3] = row, at, previous, n_there
-    state[4], state[5], state[6] = n_out, n_values, image
+    state[0], state[1], state[2], state[3], state[4], state[5] = row, at, previous, n_out, n_values, image
     return status
+
+
+@numba.njit(cache=True)
+def _are_positive(bits: Any) -> bool:
+    """Are these float32 (as bits) all above zero and finite?"""
+    is_bad: Any = False
+    for k in range(len(bits)):
+        is_bad |= np.uint32(bits[k] - np.uint32(1)) >= np.uint32(0x7F7FFFFF)
+    return not is_bad
 
 
 @numba.njit(cache=True)
