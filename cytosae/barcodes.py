@@ -10,11 +10,13 @@ are integers, and every sum of activations has an order that blocks, workers and
 this runs on a laptop that has never seen it.
 """
 
+import bisect
 import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from stores import csr_blocks
 from stores.barcode_store import LEVELS, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
 from stores.errors import BadInput, SpecMismatch
@@ -209,8 +212,9 @@ def write_barcodes(
         latents=_one_or_all([str(store.root) for store in stores]),
     )
     job = _Job(stores, root.absolute(), config, groups, header, client)
-    image_level = _count(job, progress)
-    header = _join(job, image_level, images, notes, progress)
+    filling = _Filling(job, "image", ("max", "mean"))
+    _count(job, filling, progress)
+    header = _join(job, filling, images, notes, progress)
     _discard(job.parts)
     output.publish()
     return _result(header, was_complete=False)
@@ -246,7 +250,7 @@ def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
 # ------------------------------------------------------------------------------------------- tokens to images
 
 
-def _count(job: _Job, progress: Progress) -> _Level:
+def _count(job: _Job, filling: "_Filling", progress: Progress) -> None:
     """One task per block of images; each writes its part and returns how many entries it has."""
     from distributed import as_completed
 
@@ -268,12 +272,13 @@ def _count(job: _Job, progress: Progress) -> _Level:
         for future, rows in as_completed(list(futures), with_results=True):
             block = blocks[futures[future]]
             found[futures[future]] = rows
+            while len(filling.parts) in found:  # in order
+                filling.add(found.pop(len(filling.parts)))
             if block not in there:
                 n_done += block.stop - block.start
                 progress(n_done, n_images, "counting")
     finally:
         job.client.cancel(list(futures))
-    return _Level("image", [found[number] for number in range(len(blocks))], ("max", "mean"))
 
 
 def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
@@ -331,7 +336,7 @@ def _tag(job: _Job, level: str) -> str:
 # ------------------------------------------------------------------------------------------- images to groups
 
 
-def _sum_patients(job: _Job, images: _Level) -> tuple[_Level, LatentSums]:
+def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
     """Tasks of whole patients, and of images that are nobody's; the sums over all images, by a tree."""
     groups, n_patients = job.groups, len(job.groups.names)
     divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
@@ -348,14 +353,13 @@ def _sum_patients(job: _Job, images: _Level) -> tuple[_Level, LatentSums]:
     ]
     n_taus = len(job.config.taus)
     below, tag = images.below(_tag(job, "image")), _tag(job, "patient")
-    rows: list[Future] = []
     carry: list[Future] = []
     for wave in range(0, len(plan), _WAVE):
         leaves = [
             job.client.submit(tasks.sum_patients, part, below, tag, n_taus, job.n_latents, pure=False)
             for part in plan[wave : wave + _WAVE]
         ]
-        rows += [job.client.submit(tasks.only_rows, leaf, pure=False) for leaf in leaves]
+        rows = [job.client.submit(tasks.only_rows, leaf, pure=False) for leaf in leaves]
         carry = carry + leaves
         while True:
             carry = [
@@ -365,12 +369,14 @@ def _sum_patients(job: _Job, images: _Level) -> tuple[_Level, LatentSums]:
             if len(carry) == 1:
                 break
         carry[0].result()  # raises a leaf's error; and no more than a wave is under way
-    sums = carry[0].result() if carry else LatentSums.zeros(n_taus, job.n_latents)
-    parts = [part for part in job.client.gather(rows) if part is not None]
-    return _Level("patient", parts, _PATIENT_LAYERS), sums
+        for part in job.client.gather(rows):
+            if part is not None:
+                filling.add(part)
+    sums: LatentSums = carry[0].result() if carry else LatentSums.zeros(n_taus, job.n_latents)
+    return sums
 
 
-def _average_patients(job: _Job, patients: _Level) -> _Level:
+def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
     """Diseases from the rows of their patients, each patient once however many images."""
     of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
     known = np.flatnonzero(of_patient >= 0)
@@ -383,7 +389,8 @@ def _average_patients(job: _Job, patients: _Level) -> _Level:
         job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
         for part in plan
     ]
-    return _Level("disease", job.client.gather(futures), ())
+    for rows in job.client.gather(futures):
+        filling.add(rows)
 
 
 def _plan_groups(
@@ -407,15 +414,19 @@ def _plan_groups(
 # ------------------------------------------------------------------------------------------- the stores
 
 
-def _join(job: _Job, image_level: _Level, images: Any, notes: dict[str, Any], progress: Progress) -> Header:
+def _join(job: _Job, images_filling: "_Filling", images: Any, notes: dict[str, Any], progress: Progress) -> Header:
     """Parts to patients and diseases, and all of them to stores; then the folder is complete."""
     n_images, taus = len(job.groups.is_readable), job.config.taus
     progress(n_images, n_images, "joining")
-    filling = _fill(job, image_level)  # while patients are added up
-    patients, sums = _sum_patients(job, image_level)
-    filling += _fill(job, patients) + _export(job, patients, job.groups.names)
-    diseases = _average_patients(job, patients)
-    filling += _fill(job, diseases) + _export(job, diseases, job.groups.diseases)
+    image_level = images_filling.close()
+    patients_filling = _Filling(job, "patient", _PATIENT_LAYERS)
+    sums = _sum_patients(job, image_level, patients_filling)
+    patients = patients_filling.close()
+    diseases_filling = _Filling(job, "disease", ())
+    _average_patients(job, patients, diseases_filling)
+    diseases = diseases_filling.close()
+    filling = [*images_filling.futures, *patients_filling.futures, *diseases_filling.futures]
+    filling += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
     rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(taus):
@@ -446,37 +457,54 @@ def _join(job: _Job, image_level: _Level, images: Any, notes: dict[str, Any], pr
     return header
 
 
-def _fill(job: _Job, level: _Level) -> "list[Future]":
-    """Begin the stores of a level, and submit the tasks that write its entries, a few chunks each."""
-    taus, tag = job.config.taus, _tag(job, level.name)
-    n_entries = int(level.lengths.sum(dtype=np.int64))
-    for number, tau in enumerate(taus):
-        begin_level(job.path(level.name, tau))
-        create_matrix(job.path(level.name, tau) / "X", int(level.n_above(number).sum(dtype=np.int64)))
-        for layer in level.layers:
-            create_matrix(job.path(level.name, tau) / "layers" / layer, n_entries)
-    futures = []
-    if level.layers:
-        matrices = {
-            layer: [str(job.path(level.name, tau) / "layers" / layer) for tau in taus] for layer in level.layers
-        }
-        for first, last, rows in _pieces([int(part.lengths.sum(dtype=np.int64)) for part in level.parts], level.parts):
-            futures.append(job.client.submit(tasks.fill_layers, rows, tag, first, last, matrices, pure=False))
-    for number, tau in enumerate(taus):
-        sizes = [int(part.n_above[number].sum(dtype=np.int64)) for part in level.parts]
-        matrix = str(job.path(level.name, tau) / "X")
-        for first, last, rows in _pieces(sizes, level.parts):
-            futures.append(job.client.submit(tasks.fill_counts, rows, tag, number, first, last, matrix, pure=False))
-    return futures
+class _Filling:
+    """Submits the tasks that write a level's entries, a few chunks each, while its parts come in, in order."""
 
+    def __init__(self, job: _Job, name: str, layers: tuple[str, ...]) -> None:
+        """Begin the stores of the level; what lies there is replaced."""
+        self.name, self.layers, self.parts = name, layers, list[tasks.Rows]()
+        self.futures: list[Future] = []
+        self._job, self._tag = job, _tag(job, name)
+        stores = [job.path(name, tau) for tau in job.config.taus]
+        for store in stores:
+            begin_level(store)
+            create_matrix(store / "X")
+            for layer in layers:
+                create_matrix(store / "layers" / layer)
+        self._counts = [str(store / "X") for store in stores]
+        self._layers = {layer: [str(store / "layers" / layer) for store in stores] for layer in layers}
+        # number of the first entry of every part, in the layers and in the counts at each tau, and how far tasks are
+        self._begins = [[0] for _ in range(1 + len(stores))]
+        self._submitted = [0] * len(self._begins)
 
-def _pieces(sizes: list[int], parts: list[tasks.Rows]) -> Iterator[tuple[int, int, list[tuple[str, int]]]]:
-    """A matrix in pieces of whole chunks: (first, last entry, parts that have them with their first ones)."""
-    begins = np.cumsum([0, *sizes])
-    for first in range(0, int(begins[-1]), _FILL_CHUNKS * CHUNK_ENTRIES):
-        last = min(first + _FILL_CHUNKS * CHUNK_ENTRIES, int(begins[-1]))
-        low, high = np.searchsorted(begins, first, side="right") - 1, np.searchsorted(begins, last, side="left")
-        yield first, last, [(parts[k].path, int(begins[k])) for k in range(low, high) if sizes[k]]
+    def add(self, part: tasks.Rows) -> None:
+        """The next part is there."""
+        self.parts.append(part)
+        self._begins[0].append(self._begins[0][-1] + int(part.lengths.sum(dtype=np.int64)))
+        for begins, n_above in zip(self._begins[1:], part.n_above, strict=True):
+            begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
+        self._submit(only_full=True)
+
+    def close(self) -> _Level:
+        """All parts are there: the last entries, too, get their tasks."""
+        self._submit(only_full=False)
+        return _Level(self.name, self.parts, self.layers)
+
+    def _submit(self, *, only_full: bool) -> None:
+        size = _FILL_CHUNKS * csr_blocks.CHUNK_ENTRIES
+        for pattern, begins in enumerate(self._begins):
+            while self._submitted[pattern] + (size if only_full else 1) <= begins[-1]:
+                first = self._submitted[pattern]
+                last = self._submitted[pattern] = min(first + size, begins[-1])
+                low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
+                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
+                # before blocks that wait: the disk is to have work from the beginning
+                submit = partial(self._job.client.submit, pure=False, priority=1)
+                if pattern:
+                    matrix = self._counts[pattern - 1]
+                    self.futures.append(submit(tasks.fill_counts, rows, self._tag, pattern - 1, first, last, matrix))
+                elif self._layers:
+                    self.futures.append(submit(tasks.fill_layers, rows, self._tag, first, last, self._layers))
 
 
 def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":

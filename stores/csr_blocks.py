@@ -1,8 +1,8 @@
 """Sparse rows in bulk: read a range of rows chunk by chunk, or let many processes fill one matrix.
 
 Reading hands out whole chunks as they are decoded, so memory is one or two chunks whatever the range; who counts them
-checks them. Filling: the entries' number is known before, so the arrays are created at their full length, each
-process writes chunks of its own, and what makes the rows visible (indptr, then `shape`) comes last.
+checks them. Filling: each process writes chunks of its own, in any order; what makes the rows visible (the lengths of
+the arrays, indptr, then `shape`) comes last.
 """
 
 import os
@@ -123,22 +123,20 @@ def _chunk_file(path: Path, number: int) -> Path:
     return path / "c" / str(number)
 
 
-def create_matrix(path: Path, nnz: int) -> None:
-    """An empty CSR group in AnnData's layout (int32 indices, float32 data) that waits for `nnz` entries."""
+def create_matrix(path: Path) -> None:
+    """An empty CSR group in AnnData's layout (int32 indices, float32 data), whose entries may come in any order."""
     group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     for name, (dtype, fill, shuffle) in _LAYOUT.items():
         codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]
-        group.create_array(
-            name, shape=(nnz,), dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill
-        )
+        group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
+        (path / name / "c").mkdir()
 
 
 def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -> None:
     """Write entries of `indices` or `data` from `start`, on a chunk edge, to the end of a chunk or of all."""
     dtype, fill, shuffle = _LAYOUT[name]
     codec = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE if shuffle == "bitshuffle" else Blosc.SHUFFLE)
-    (path / name / "c").mkdir(exist_ok=True)
     for at in range(0, len(values), CHUNK_ENTRIES):
         chunk = np.ascontiguousarray(values[at : at + CHUNK_ENTRIES], dtype)
         if len(chunk) < CHUNK_ENTRIES:
@@ -149,6 +147,8 @@ def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -
         with partial.open("xb") as file:
             file.write(raw)
             file.write(google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little"))
+            file.flush()
+            _begin_to_sync(file.fileno())
         partial.replace(target)
 
 
@@ -156,7 +156,6 @@ def share_entries(source: Path, target: Path, name: str, start: int, stop: int) 
     """Give `target` the chunk files of `source` for entries start..stop: the same file where links can be made."""
     for chunk in range(start // CHUNK_ENTRIES, -(-stop // CHUNK_ENTRIES)):
         given, wanted = (_chunk_file(matrix / name, chunk) for matrix in (source, target))
-        wanted.parent.mkdir(exist_ok=True)
         partial = wanted.with_name(f"{wanted.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             try:
@@ -168,10 +167,18 @@ def share_entries(source: Path, target: Path, name: str, start: int, stop: int) 
             partial.unlink(missing_ok=True)  # renaming a link onto another of the same file leaves both
 
 
+def _begin_to_sync(descriptor: int) -> None:
+    """Let the disk begin with a file, without waiting: who syncs everything at the end will find little left to do."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> None:
-    """All entries are there: write the row starts, then state the shape."""
+    """All entries are there: say how many, write the row starts, then state the shape."""
     group = zarr.open_group(os.fspath(path), mode="r+")
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths, dtype=np.int64)])
+    for name in _LAYOUT:
+        zarr.open_array(os.fspath(path / name), mode="r+").resize((int(indptr[-1]),))
     array = group.create_array(
         "indptr",
         shape=indptr.shape,
