@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores import csr_blocks
-from stores.barcode_store import LEVELS, BarcodeStore, begin_level, level_name, tau_text, write_tables
+from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_json, sync_tree
@@ -51,7 +51,7 @@ _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
 _WAVE = 64  # leaves of the tree that are under way at once
 _EXACT = 1 << 24  # whole numbers up to here are exact in float32
-_PATIENT_LAYERS = ("activation_sum", "n_active_images")
+_LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 Ints = npt.NDArray[np.int64]
@@ -212,9 +212,9 @@ def write_barcodes(
         latents=_one_or_all([str(store.root) for store in stores]),
     )
     job = _Job(stores, root.absolute(), config, groups, header, client)
-    filling = _Filling(job, "image", ("max", "mean"))
-    _count(job, filling, progress)
-    header = _join(job, filling, images, notes, progress)
+    filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
+    _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
+    header = _join(job, filling, notes, progress)
     _discard(job.parts)
     output.publish()
     return _result(header, was_complete=False)
@@ -250,7 +250,7 @@ def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
 # ------------------------------------------------------------------------------------------- tokens to images
 
 
-def _count(job: _Job, filling: "_Filling", progress: Progress) -> None:
+def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
     """One task per block of images; each writes its part and returns how many entries it has."""
     from distributed import as_completed
 
@@ -269,6 +269,7 @@ def _count(job: _Job, filling: "_Filling", progress: Progress) -> None:
     }
     found: dict[int, tasks.Rows] = {}
     try:
+        meanwhile()
         for future, rows in as_completed(list(futures), with_results=True):
             block = blocks[futures[future]]
             found[futures[future]] = rows
@@ -414,26 +415,33 @@ def _plan_groups(
 # ------------------------------------------------------------------------------------------- the stores
 
 
-def _join(job: _Job, images_filling: "_Filling", images: Any, notes: dict[str, Any], progress: Progress) -> Header:
+def _write_known_tables(job: _Job, images: Any) -> None:
+    """What needs no counts: the rows of all levels, and where the numbers come from."""
+    rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
+    for tau in job.config.taus:
+        uns = {"cyto": _provenance(job, tau)}
+        for level in LEVELS:
+            write_tables(job.path(level, tau), {"obs": rows[level], "uns": uns, **NOTHING_ELSE})
+
+
+def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], progress: Progress) -> Header:
     """Parts to patients and diseases, and all of them to stores; then the folder is complete."""
     n_images, taus = len(job.groups.is_readable), job.config.taus
     progress(n_images, n_images, "joining")
-    image_level = images_filling.close()
-    patients_filling = _Filling(job, "patient", _PATIENT_LAYERS)
-    sums = _sum_patients(job, image_level, patients_filling)
-    patients = patients_filling.close()
-    diseases_filling = _Filling(job, "disease", ())
-    _average_patients(job, patients, diseases_filling)
-    diseases = diseases_filling.close()
-    filling = [*images_filling.futures, *patients_filling.futures, *diseases_filling.futures]
-    filling += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
-    rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
+    image_level = filling["image"].close()
+    sums = _sum_patients(job, image_level, filling["patient"])
+    patients = filling["patient"].close()
+    _average_patients(job, patients, filling["disease"])
+    diseases = filling["disease"].close()
+    futures = [future for each in filling.values() for future in each.futures]
+    futures += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(taus):
-        var, uns = _latent_table(sums, number, n_readable), {"cyto": _provenance(job, tau)}
-        for level in LEVELS:
-            write_tables(job.path(level, tau), obs=rows[level], var=var, uns=uns)
-    job.client.gather(filling)
+        first, *others = (job.path(level, tau) for level in LEVELS)
+        write_tables(first, {"var": _latent_table(sums, number, n_readable)})
+        for other in others:
+            shutil.copytree(first / "var", other / "var")
+    job.client.gather(futures)
     for filled in (image_level, patients, diseases):
         for number, tau in enumerate(taus):
             finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS = ("image", "patient", "disease")
+NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
 
 
 class BarcodeWriter:
@@ -64,7 +65,7 @@ class BarcodeWriter:
         """Close the rows and write the tables; `obs` has one row per appended row, `var` one per latent."""
         self.close_rows()
         assert all(matrix.n_rows == len(obs) for matrix in self._matrices.values())
-        write_tables(self._root, obs=obs, var=var, uns=uns)
+        write_tables(self._root, {"obs": obs, "var": var, "uns": uns, **NOTHING_ELSE})
 
 
 def begin_level(root: Path) -> None:
@@ -76,13 +77,12 @@ def begin_level(root: Path) -> None:
     group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
 
 
-def write_tables(root: Path, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
-    """Write everything but the matrices of the AnnData store at `root`."""
+def write_tables(root: Path, tables: dict[str, Any]) -> None:
+    """Write some elements of the AnnData store at `root`, by name: tables, or dicts of plain values."""
     import anndata
     from anndata.io import write_elem
 
     group = zarr.open_group(os.fspath(root), mode="r+")
-    tables = {"obs": obs, "var": var, "uns": uns} | {name: {} for name in ("obsm", "varm", "obsp", "varp")}
     with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
         for name, table in tables.items():
             write_elem(group, name, table)

@@ -899,7 +899,7 @@ def test_the_command_takes_all_of_it(two_datasets: list[Path], tmp_path: Path, s
     arguments += ["--table", str(tmp_path / "table.csv"), "--scheduler", scheduler]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
-    assert "6 images, 1 patients, 0 diseases, 4 latents, tau 0.2, 5" in result.stdout
+    assert "6 images, 1 patients, 1 diseases, 4 latents, tau 0.2, 5" in result.stdout
     assert "left out: 5 images without a patient" in result.stdout
     assert "5 images have no row in" in result.stdout
     assert "1 rows of" in result.stdout
@@ -943,7 +943,8 @@ def test_a_damaged_chunk_gives_an_error_and_no_result(
         write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=processes)
     with pytest.raises(IncompleteStore):
         BarcodeStore(tmp_path / "barcodes")
-    assert not (tmp_path / "barcodes" / "image.zarr" / "obs").exists()  # so that nobody opens it by itself
+    with pytest.raises(Exception, match="shape"):  # nobody can take it for whole
+        anndata.read_zarr(tmp_path / "barcodes" / "image.zarr")
 
 
 def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_path: Path, threads: Client) -> None:
