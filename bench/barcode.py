@@ -5,11 +5,11 @@ as `cyto barcode` starts it. Against: the same worker processes reading and deco
 per whole chunks, results dropped. Target: 0.5 of that rate, and less than 2 GiB at the peak in every worker. Starting
 the cluster is paid once per job and not counted. The page cache is warm for both, where memory holds the store.
 
-The store is generated (`latent_generator.py`), a share of the 171,373 images of the bone-marrow dataset; `--share 0.01`,
+The store is generated (`latent_generator.py`): a share of the bone-marrow dataset of 171,373 images; `--share 0.01`,
 `0.1` and `1` show how cost grows. A job also writes some hundred small files for about a second, whatever its size: a
 small share looks worse than it is. `cpu_ratio` compares the processor time of the workers alone, which other programs
 on the machine disturb less.
-Full size (15 GB of latents, 10 to 30 minutes to generate): python bench/barcode.py --share 1 --rounds 1 --folder /big/disk
+Full size (15 GB of latents, made in 10 to 30 minutes): bench/barcode.py --share 1 --rounds 1 --folder /big/disk
 """
 
 import os

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stores.csr_blocks import read_entries, read_row_starts, share_entries, write_entries
+from stores.csr_blocks import EntryReader, share_entries, write_entries
 from stores.errors import BadInput, DamagedStore
 from stores.parts import Part, open_part, write_part
 
@@ -86,16 +86,16 @@ def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], to
     tokens, matrix = block.tokens_per_image, Path(block.latents) / "X"
     start, stop = block.start * tokens, block.stop * tokens
     shape = (block.n_images * tokens, block.n_latents)
-    row_starts = read_row_starts(matrix, shape, start, stop)
+    reader = EntryReader(matrix, shape=shape, start=start, stop=stop)
     counter = ImageCounter(
-        row_starts,
+        reader.row_starts,
         n_latents=block.n_latents,
         tokens_per_image=tokens,
         taus=taus,
         token_set=token_set,
-        place=f"rows {start:,} to {stop - 1:,} of {matrix}",
+        place=reader.place,
     )
-    for first, indices, values in read_entries(matrix, start, stop, row_starts):
+    for first, indices, values in reader.entries():
         counter.add(first, indices, values)
     counts = counter.finish()
     arrays = {

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 NORMALIZATIONS = ("images", "cytosae-release")
-_BLOCK_ENTRIES = 16 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
-_MIN_BLOCKS = 16
+_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
+_MIN_BLOCKS = 8
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
@@ -287,7 +287,7 @@ def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
     taken = sorted(_parts_there(job.parts))
     n_nonzero = sum(store.nnz for store in job.stores)
     # a block's result is at most one entry per nonzero, and is held twice while it grows
-    fits = _worker_memory(job.client) // 8 // (12 + 2 * len(job.config.taus))
+    fits = _worker_memory(job.client) // 4 // (12 + 2 * len(job.config.taus))
     entries = max(1, min(_BLOCK_ENTRIES, fits, max(CHUNK_ENTRIES, n_nonzero // _MIN_BLOCKS)))
     first = 0
     for store in job.stores:

@@ -32,52 +32,50 @@ _LAYOUT: dict[str, tuple[str, float, str]] = {
 }
 
 
-def read_row_starts(path: Path, shape: tuple[int, int], start: int, stop: int) -> npt.NDArray[np.int64]:
-    """`indptr[start : stop + 1]` of the matrix at `path`, checked: it rises, and stays within the entries.
+class EntryReader:
+    """Reads a range of rows of one CSR group chunk by chunk, decoding each chunk once, into the same memory."""
 
-    Raises
-    ------
-    DamagedStore
-        If it cannot be read, or does not.
-    """
-    reader = CsrReader(path, shape=shape)
-    place = _place(path, start, stop)
-    try:
-        starts = reader.row_starts(start, stop + 1)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise DamagedStore(f"{place} cannot be read: {error}") from None
-    if starts.min() < 0 or (np.diff(starts) < 0).any() or starts[-1] > reader.nnz:
-        raise DamagedStore(f"{place}: indptr is not monotone or leaves the data")
-    return starts
+    def __init__(self, path: Path, *, shape: tuple[int, int], start: int, stop: int) -> None:
+        """Open the group at `path` for rows start..stop, and read where they begin.
 
-
-def read_entries(
-    path: Path, start: int, stop: int, row_starts: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float32]]]:
-    """The entries of rows start..stop, a chunk at a time: (number of its first entry, indices, values), unchecked.
-
-    The arrays are valid until the next are asked for.
-
-    Raises
-    ------
-    DamagedStore
-        If a chunk is lost or damaged.
-    """
-    first, last, place = int(row_starts[0]), int(row_starts[-1]), _place(path, start, stop)
-    try:
-        arrays = {name: zarr.open_array(os.fspath(path / name), mode="r") for name in ("indices", "data")}
-        readers = [_chunk_reader(path / name, array) for name, array in arrays.items()]
-        size = arrays["data"].chunks[0]
-        if arrays["indices"].chunks[0] != size:
+        Raises
+        ------
+        DamagedStore
+            If the group is damaged, or the row starts do not rise or leave the entries.
+        """
+        self.path = path
+        self.place = f"rows {start:,} to {stop - 1:,} of {path}"
+        self._arrays = CsrReader(path, shape=shape)._arrays
+        pieces = [values.copy() for _, values in self._read("indptr", start, stop + 1)]
+        self.row_starts: npt.NDArray[np.int64] = np.concatenate(pieces)
+        nnz = self._arrays["data"].shape[0]
+        if self.row_starts.min() < 0 or (np.diff(self.row_starts) < 0).any() or self.row_starts[-1] > nnz:
+            raise DamagedStore(f"{self.place}: indptr is not monotone or leaves the data")
+        if self._arrays["indices"].chunks != self._arrays["data"].chunks:
             raise DamagedStore(f"{path}: indices and data have chunks of different sizes")
+
+    def entries(self) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float32]]]:
+        """The rows' entries: (number of the first, indices, values), unchecked, valid until the next are asked for.
+
+        Raises
+        ------
+        DamagedStore
+            If a chunk is lost or damaged.
+        """
+        first, last = int(self.row_starts[0]), int(self.row_starts[-1])
+        both = zip(self._read("indices", first, last), self._read("data", first, last), strict=True)
+        for (at, indices), (_, values) in both:
+            yield at, indices, values
+
+    def _read(self, name: str, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        array = self._arrays[name]
+        size, read = array.chunks[0], _chunk_reader(self.path / name, array)
         for at in range(first - first % size, last, size):
             low, high = max(first, at), min(last, at + size)
-            indices, values = (read(at // size)[low - at : high - at] for read in readers)
-            yield low, indices, values
-    except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, DamagedStore):
-            raise
-        raise DamagedStore(f"{place} cannot be read: {error}") from None
+            try:
+                yield low, read(at // size)[low - at : high - at]
+            except (ValueError, RuntimeError, OSError) as error:
+                raise DamagedStore(f"{self.place} cannot be read: {error}") from None
 
 
 def _chunk_reader(path: Path, array: "zarr.Array[Any]") -> Callable[[int], npt.NDArray[Any]]:
@@ -189,7 +187,3 @@ def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> 
     )
     array[:] = indptr  # never all fill values, so zarr leaves no chunk out
     group.attrs["shape"] = [len(row_lengths), n_columns]
-
-
-def _place(path: Path, start: int, stop: int) -> str:
-    return f"rows {start:,} to {stop - 1:,} of {path}"

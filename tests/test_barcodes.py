@@ -585,13 +585,12 @@ def interrupted(many: Path, barcodes: Path, client: Client, block_images: int, n
 def counted_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """A list that fills with the images of every block that is counted from here on, in this process."""
     counted: list[tuple[int, int]] = []
-    read = csr_blocks.read_row_starts
 
-    def noted(path: Path, shape: tuple[int, int], start: int, stop: int) -> Any:
+    def noted(path: Path, *, shape: tuple[int, int], start: int, stop: int) -> csr_blocks.EntryReader:
         counted.append((start // 5, stop // 5))
-        return read(path, shape, start, stop)
+        return csr_blocks.EntryReader(path, shape=shape, start=start, stop=stop)
 
-    monkeypatch.setattr(barcode_tasks, "read_row_starts", noted)
+    monkeypatch.setattr(barcode_tasks, "EntryReader", noted)
     return counted
 
 
@@ -716,7 +715,7 @@ def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, t
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
     (latents / "X" / "data" / "c" / "1").unlink()
     with pytest.raises(DamagedStore, match=r"X/data/c/1 is missing"):
-        list(csr_blocks.read_entries(latents / "X", 0, 1300, LatentStore(latents, check_files=False).image_indptr))
+        list(csr_blocks.EntryReader(latents / "X", shape=(1300, 30), start=0, stop=1300).entries())
 
 
 def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, threads: Client) -> None:
