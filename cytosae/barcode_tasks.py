@@ -20,7 +20,7 @@ from stores.parts import Part, open_part, write_part
 from .counting import ImageCounter, LatentSums, add_rows, take_nonzero
 
 Ints = npt.NDArray[np.int64]
-_OPEN_PARTS = 32  # maps that a task keeps
+_MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,9 @@ def _image_rows(part: Part, path: Path, tag: str, *, was_there: bool) -> Rows:
 
 
 def _opener(below: Below) -> Any:
-    """Number of a part -> the part; a few stay open."""
-    return lru_cache(_OPEN_PARTS)(lambda number: open_part(Path(below.paths[number]), below.tag))
+    """Number of a part -> the part; some stay open."""
+    largest = max((Path(path).stat().st_size for path in below.paths), default=1)
+    return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(below.paths[number]), below.tag))
 
 
 def _by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:

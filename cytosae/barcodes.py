@@ -215,7 +215,8 @@ def write_barcodes(
     filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
     _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
     header = _join(job, filling, notes, progress)
-    _discard(job.parts)
+    for left_over in (job.parts, *job.root.glob(".*.removed")):
+        _discard(left_over)
     output.publish()
     return _result(header, was_complete=False)
 
@@ -530,7 +531,7 @@ def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
 
 
 def _discard(folder: Path) -> None:
-    """Remove the parts; a task of a job that was broken off may still write one while we do."""
+    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

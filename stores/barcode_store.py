@@ -7,6 +7,7 @@ values, `obs` the images, patients or diseases, `var` one row per latent.
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ class BarcodeWriter:
 def begin_level(root: Path) -> None:
     """An empty AnnData store at `root`, with room for layers; a half-written one that lies there is replaced."""
     if root.is_dir() and not root.is_symlink():
-        shutil.rmtree(root)
+        doomed = root.with_name(f".{root.name}.{uuid.uuid4().hex}.removed")
+        root.rename(doomed)  # a task of a job that was broken off may still write into it
+        shutil.rmtree(doomed, ignore_errors=True)
     group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})

@@ -542,7 +542,7 @@ def test_a_killed_job_continues_from_its_parts(
 
     def interrupt(done: int, total: int, state: str) -> None:
         seen.append(done)
-        if len(seen) > 2:
+        if len(seen) > 2 or state == "joining":  # by the third time all may be there
             raise KeyboardInterrupt
 
     config = BarcodeConfig(block_images=10)
@@ -942,8 +942,7 @@ def test_a_damaged_chunk_gives_an_error_and_no_result(
         write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=processes)
     with pytest.raises(IncompleteStore):
         BarcodeStore(tmp_path / "barcodes")
-    with pytest.raises(Exception, match="shape"):  # nobody can take it for whole
-        anndata.read_zarr(tmp_path / "barcodes" / "image.zarr")
+    assert not (tmp_path / "barcodes" / "image.zarr" / "var").exists()  # nobody can take it for whole
 
 
 def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_path: Path, threads: Client) -> None:
