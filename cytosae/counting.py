@@ -14,7 +14,7 @@ import numpy.typing as npt
 from stores.errors import DamagedStore
 
 TOKEN_SETS = ("all", "patch", "cls")
-_DONE, _MORE_ENTRIES, _MORE_ROOM, _DAMAGED = range(4)
+_DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
 _WORD = 8  # bytes that are looked at together in search of the latents of an image
 _CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
 
@@ -56,16 +56,21 @@ class ImageCounter:
     ) -> None:
         n_images = (len(row_starts) - 1) // tokens_per_image
         assert n_images * tokens_per_image == len(row_starts) - 1
-        self._row_starts, self._n_latents, self._tokens, self._place = row_starts, n_latents, tokens_per_image, place
-        self._taus = np.array(taus, np.float32)
-        self._set = TOKEN_SETS.index(token_set)
+        self._row_starts, self._place, self._taus = row_starts, place, np.array(taus, np.float32)
+        # entries of every image: those that count, and where it ends
+        first, second, self._ends = (
+            np.ascontiguousarray(row_starts[token::tokens_per_image][:n_images]) for token in (0, 1, tokens_per_image)
+        )
+        self._lows = second if token_set == "patch" else first
+        self._highs = second if token_set == "cls" else self._ends
         self._n_set = {"all": tokens_per_image, "patch": tokens_per_image - 1, "cls": 1}[token_set]
         # of the image under way: what a latent needs lies together, in one line of the processor's cache
         self._cells = np.zeros(n_latents, _CELL)
         self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and those behind it
         self._is_there = np.zeros(n_latents + -n_latents % _WORD, np.uint8)
         self._found = np.empty(len(self._is_there) + 1, np.int32)
-        self._state = np.array([0, row_starts[0], -1, 0, 0, 0], np.int64)  # see _count
+        self._state = np.array([0, row_starts[0], 0, 0], np.int64)  # see _count
+        self._before = -1  # the index of the last entry given
         self._indptr = np.zeros(n_images + 1, np.int64)
         self._n_above = np.zeros((len(taus), n_images), np.int32)
         kind = np.uint16 if n_latents <= 1 << 16 else np.uint32
@@ -85,36 +90,40 @@ class ImageCounter:
         DamagedStore
             If indices do not rise within a row or leave the latents, or a value is not positive and finite.
         """
-        if not _are_positive(values.view(np.uint32)):
-            raise DamagedStore(
-                f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
-            )
-        rows = (self._row_starts, self._tokens, self._set, self._n_set, self._taus)
+        if len(indices):
+            self._check(first, indices, values)
         scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._found)
-        while True:
-            status = _count(
-                first, indices, values, *rows, *scratch, self._state, self._indptr, self._n_above, *self._out
-            )
-            if status == _DAMAGED:
-                raise DamagedStore(
-                    f"{self._place}: indices out of range or not increasing; a chunk of indices is lost or damaged"
-                )
-            if status != _MORE_ROOM:
-                return
+        images = (self._lows, self._highs, self._ends, self._n_set, self._taus)
+        while (
+            _count(first, indices, values, *images, *scratch, self._state, self._indptr, self._n_above, *self._out)
+            == _MORE_ROOM
+        ):
             self._grow()
 
     def finish(self) -> ImageCounts:
         """What was counted; all entries must have been given."""
         self.add(int(self._row_starts[-1]), np.empty(0, self._out[0].dtype), np.empty(0, np.float32))
-        n_out, n_values, n_images = (int(number) for number in self._state[3:])
-        assert n_images == len(self._indptr) - 1
+        n_images, _, n_out, n_values = (int(number) for number in self._state)
+        assert n_images == len(self._lows)
         latent, count, largest, mean = (array[..., :n_out] for array in self._out)
         return ImageCounts(self._indptr, latent, count, largest, mean, self._n_above, n_values)
 
+    def _check(self, first: int, indices: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> None:
+        if not _are_positive(values.view(np.uint32)):
+            raise DamagedStore(
+                f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
+            )
+        low, high = np.searchsorted(self._row_starts, (first, first + len(indices)))
+        if not _are_rising(first, indices, self._before, self._row_starts[low:high], len(self._cells)):
+            raise DamagedStore(
+                f"{self._place}: indices out of range or not increasing; a chunk of indices is lost or damaged"
+            )
+        self._before = int(indices[-1])
+
     def _grow(self) -> None:
         """Room for what the images so far make likely, and for one image more than there is."""
-        n_out, n_done, n_images = int(self._state[3]), int(self._state[5]), len(self._indptr) - 1
-        room = n_out + self._n_latents + (n_out * (n_images - n_done) // max(1, n_done)) * 9 // 8
+        n_out, n_done, n_images = int(self._state[2]), int(self._state[0]), len(self._lows)
+        room = n_out + len(self._cells) + (n_out * (n_images - n_done) // max(1, n_done)) * 9 // 8
         grown = []
         for array in self._out:
             new = np.empty((*array.shape[:-1], room), array.dtype)
@@ -177,9 +186,9 @@ def _count(
     first: int,
     indices: Any,
     values: Any,
-    row_starts: Any,
-    tokens: int,
-    token_set: int,
+    lows: Any,
+    highs: Any,
+    ends: Any,
     n_set: int,
     taus: Any,
     cells: Any,
@@ -195,76 +204,83 @@ def _count(
     out_max: Any,
     out_mean: Any,
 ) -> int:
-    """Go on where `state` says: row, entry, index before, entries out, nonzeros, images out."""
-    row, at, previous, n_out, n_values, image = state
+    """Go on where `state` says: image, its entry, entries out, nonzeros looked at."""
+    image, at, n_out, n_values = state
     latent: Any
-    n_rows, n_taus, n_latents, end = len(row_starts) - 1, len(taus), len(cells), first + len(indices)
+    n_taus, end = len(taus), first + len(indices)
     least, tau = np.float32(1e-45), taus[0]
     status = _DONE
-    while True:
-        if row == (image + 1) * tokens:  # all tokens of an image are in: emit it, latents rising
-            n_found = 0
-            for w in range(len(words)):
-                if words[w] != 0:
-                    for latent in range(w * _WORD, w * _WORD + _WORD):
-                        found[n_found] = latent  # counts only if the next line says so: no branch to guess wrongly
-                        n_found += is_there[latent]
-            if n_out + n_found > len(out_latent):
-                status = _MORE_ROOM
-                break
-            for k in range(n_found):
-                latent = found[k]
-                is_there[latent] = 0
-                cell = cells[latent]
-                out_latent[n_out] = latent
-                out_max[n_out] = cell.max
-                out_mean[n_out] = max(np.float32(cell.total / n_set), least)  # active or not is decided before rounding
-                out_count[0, n_out] = cell.count
-                n_above[0, image] += cell.count > 0
+    while image < len(lows):
+        low, high = max(at, lows[image]), min(end, highs[image])
+        n_values += max(0, high - low)
+        for k in range(low - first, high - first):
+            latent = np.intp(indices[k])
+            value = values[k]
+            cell = cells[latent]
+            cell.total += value
+            cell.max = max(cell.max, value)
+            cell.count += value > tau
+            is_there[latent] = 1
+        if n_taus > 1:  # a loop of its own: inside the one above it would cost even where it has no turns
+            for k in range(low - first, high - first):
                 for t in range(1, n_taus):
-                    out_count[t, n_out] = above[latent, t]
-                    n_above[t, image] += above[latent, t] > 0
-                    above[latent, t] = 0
-                cell.total = 0
-                cell.max = 0.0
-                cell.count = 0
-                n_out += 1
-            image += 1
-            indptr[image] = n_out
-        if row == n_rows:
-            break
-        stop = row_starts[row + 1]
-        upto = min(stop, end)
-        here = indices[at - first : upto - first]
-        if len(here) > 0:
-            is_bad = here[0] <= previous or here[-1] >= n_latents
-            for k in range(1, len(here)):
-                is_bad |= here[k] <= here[k - 1]
-            if is_bad:
-                return _DAMAGED
-            previous = np.int64(here[-1])
-        if token_set == 0 or (row % tokens != 0) == (token_set == 1):
-            n_values += upto - at
-            for k in range(at - first, upto - first):
-                latent = np.intp(indices[k])
-                value = values[k]
-                cell = cells[latent]
-                cell.total += value
-                cell.max = max(cell.max, value)
-                cell.count += value > tau
-                is_there[latent] = 1
-            if n_taus > 1:  # a loop of its own: inside the one above it would cost even where it has no turns
-                for k in range(at - first, upto - first):
-                    for t in range(1, n_taus):
-                        above[indices[k], t] += values[k] > taus[t]
-        at = upto
-        if stop > end:
+                    above[indices[k], t] += values[k] > taus[t]
+        at = min(end, ends[image])
+        if ends[image] > end:
             status = _MORE_ENTRIES
             break
-        row += 1
-        previous = -1
-    state[0], state[1], state[2], state[3], state[4], state[5] = row, at, previous, n_out, n_values, image
+        n_found = 0  # all tokens of the image are in: emit it, latents rising
+        for w in range(len(words)):
+            if words[w] != 0:
+                for latent in range(w * _WORD, w * _WORD + _WORD):
+                    found[n_found] = latent  # counts only if the next line says so: no branch to guess wrongly
+                    n_found += is_there[latent]
+        if n_out + n_found > len(out_latent):
+            status = _MORE_ROOM
+            break
+        for k in range(n_found):
+            latent = found[k]
+            is_there[latent] = 0
+            cell = cells[latent]
+            out_latent[n_out] = latent
+            out_max[n_out] = cell.max
+            out_mean[n_out] = max(np.float32(cell.total / n_set), least)  # active or not is decided before rounding
+            out_count[0, n_out] = cell.count
+            n_above[0, image] += cell.count > 0
+            for t in range(1, n_taus):
+                out_count[t, n_out] = above[latent, t]
+                n_above[t, image] += above[latent, t] > 0
+                above[latent, t] = 0
+            cell.total = 0
+            cell.max = 0.0
+            cell.count = 0
+            n_out += 1
+        image += 1
+        indptr[image] = n_out
+    state[0], state[1], state[2], state[3] = image, at, n_out, n_values
     return status
+
+
+@numba.njit(cache=True)
+def _are_rising(first: int, indices: Any, before: int, row_starts: Any, n_latents: int) -> bool:
+    """Do indices rise in every row, and stay below n_latents? `row_starts`: of the rows that begin here.
+
+    Where an index does not rise, a row must begin: as many such places as row starts with one. Counting both takes a
+    fifth of the time of looking row by row.
+    """
+    n_falls, n_explained, largest = 0, 0, indices[0]
+    for k in range(1, len(indices)):
+        n_falls += indices[k] <= indices[k - 1]
+    for k in range(len(indices)):
+        largest = max(largest, indices[k])
+    last = np.int64(-1)
+    for start in row_starts:
+        if start != last:  # an empty row begins where the next one does
+            at = start - first
+            n_explained += at > 0 and indices[at] <= indices[at - 1]
+            last = start
+    begins_a_row = len(row_starts) > 0 and row_starts[0] == first
+    return n_falls == n_explained and largest < n_latents and (begins_a_row or indices[0] > before)
 
 
 @numba.njit(cache=True)
