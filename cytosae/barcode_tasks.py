@@ -121,12 +121,11 @@ def sum_patients(
     for group, divisor in enumerate(part.divisors):
         for number, local in _by_part(part.group(group), images.bounds):
             sums.add_images(opened(number), local)
-        total.add(sums)
+        latent = np.flatnonzero(sums.n_active)
         if divisor:
-            latent = np.flatnonzero(sums.n_active)
             mean = sums.tokens[:, latent] / np.float64(divisor)
             rows.append(latent, mean, activation_sum=sums.activation[latent], n_active_images=sums.n_active[latent])
-        sums.clear()
+        total.move(sums, latent)
     return rows.write(Path(part.path), tag) if part.divisors.any() else None, total
 
 

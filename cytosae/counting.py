@@ -151,10 +151,14 @@ class LatentSums:
             np.zeros((n_taus, n_latents), np.int64),
         )
 
-    def clear(self) -> None:
-        """Back to no images."""
-        for array in (self.n_active, self.activation, self.max, self.tokens):
-            array.fill(0)
+    def move(self, other: "LatentSums", latents: Ints) -> None:
+        """Add the images of another one, active in `latents` only, and clear it: a group costs what it has."""
+        self.n_active[latents] += other.n_active[latents]
+        self.activation[latents] += other.activation[latents]
+        self.max[latents] = np.maximum(self.max[latents], other.max[latents])
+        self.tokens[:, latents] += other.tokens[:, latents]
+        for array in (other.n_active, other.activation, other.max, other.tokens):
+            array[..., latents] = 0
 
     def add(self, other: "LatentSums") -> None:
         """Add the images of another one."""
