@@ -1020,9 +1020,17 @@ def latents_merge(store: Path) -> None:
 
 
 @cli.command()
-@click.argument("latents", type=_FILE)
+@click.argument("latents", type=_FILE, nargs=-1, required=True)
 @click.option("-o", "--out", "barcodes", type=_FILE, required=True, help="Folder of the barcodes.")
-@click.option("--tau", default=0.2, show_default=True, help="A latent is active above this value (strictly).")
+@click.option(
+    "--tau",
+    "taus",
+    type=float,
+    multiple=True,
+    default=(0.2,),
+    help="A latent is active above this value (strictly)  [default: 0.2]. Repeat it for several in one pass: each gets "
+    "its own stores, image_tau0.2.zarr and so on.",
+)
 @click.option("--token-set", type=_TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
 @click.option(
     "--normalize",
@@ -1031,6 +1039,11 @@ def latents_merge(store: Path) -> None:
     show_default=True,
     help="images: mean over a patient's readable images; cytosae-release: the released divisor.",
 )
+@click.option(
+    "--table",
+    type=_FILE,
+    help="CSV or Parquet with image_id and patient, disease, label, ...: groups by these instead.",
+)
 @click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one here].")
 @click.option(
     "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Local worker processes."
@@ -1038,15 +1051,19 @@ def latents_merge(store: Path) -> None:
 @click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker.")
 @_overwrite_option
 def barcode(
-    latents: Path,
+    latents: tuple[Path, ...],
     barcodes: Path,
+    taus: tuple[float, ...],
+    table: Path | None,
     scheduler: str | None,
     workers: int,
     memory_limit: str,
     overwrite: bool,
     **settings: Any,
 ) -> None:
-    """Image, patient and disease barcodes from stored latents.
+    """Image, patient and disease barcodes from the stored latents of one or more datasets.
+
+    Patients of two datasets are two people, even if they have the same name.
 
     \b
     Example: cyto barcode cells.latents.zarr -o cells.barcodes --tau 0.2
@@ -1056,10 +1073,12 @@ def barcode(
     from cytosae.barcodes import BarcodeConfig, write_barcodes
     from stores.errors import BadInput
 
-    config = BarcodeConfig(**settings)
+    config = BarcodeConfig(tau=taus if len(taus) > 1 else taus[0], **settings)
     try:
         with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
-            done = write_barcodes(latents, barcodes, config, client=client, overwrite=overwrite, progress=progress)
+            done = write_barcodes(
+                latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
+            )
     except KilledWorker:
         raise BadInput(
             f"a worker was ended again and again, most likely for its memory (limit {memory_limit}); "
@@ -1068,7 +1087,7 @@ def barcode(
     _say_done(barcodes, done.was_complete)
     click.echo(
         f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
-        f"{done.n_latents:,} latents, tau {config.tau:g}"
+        f"{done.n_latents:,} latents, tau {', '.join(f'{tau:g}' for tau in config.taus)}"
     )
     left_out = {
         "unreadable images": done.n_unreadable,
@@ -1079,18 +1098,21 @@ def barcode(
     for what, number in left_out.items():
         if number:
             click.echo(f"left out: {number:,} {what}")
-    click.echo(
-        f"{done.share_above_tau:.1%} of the nonzeros exceed tau; "
-        f"{done.n_silent_latents:,} of {done.n_latents:,} latents never do"
-    )
-    if done.n_silent_latents == done.n_latents:
-        click.echo(f"warning: no latent exceeds tau {config.tau:g} anywhere: every barcode is empty", err=True)
-    elif done.share_above_tau < 0.01:
-        click.echo(
-            f"warning: almost nothing exceeds tau {config.tau:g}. 0.2 belongs to the released SAE and means nothing "
-            f"for another: choose a smaller --tau",
-            err=True,
-        )
+    if done.n_missing_in_table:
+        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
+    if done.n_unknown_in_table:
+        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
+    for tau, share, n_silent in zip(config.taus, done.share_above_tau, done.n_silent_latents, strict=True):
+        which = "tau" if len(config.taus) == 1 else f"tau {tau:g}"
+        click.echo(f"{share:.1%} of the nonzeros exceed {which}; {n_silent:,} of {done.n_latents:,} latents never do")
+        if n_silent == done.n_latents:
+            click.echo(f"warning: no latent exceeds tau {tau:g} anywhere: every barcode is empty", err=True)
+        elif share < 0.01:
+            click.echo(
+                f"warning: almost nothing exceeds tau {tau:g}. 0.2 belongs to the released SAE and means nothing "
+                f"for another: choose a smaller --tau",
+                err=True,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -1152,7 +1174,7 @@ def demo(out: Path, seed: int) -> None:
         counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
     click.echo(
         f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
-        f"{counted.share_above_tau:.0%} of the nonzeros exceed tau"
+        f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
     )
 
     store = BarcodeStore(barcodes)

@@ -5,16 +5,20 @@ as `cyto barcode` starts it. Against: the same worker processes reading and deco
 per whole chunks, results dropped. Target: 0.5 of that rate, and less than 2 GiB at the peak in every worker. Starting
 the cluster is paid once per job and not counted. The page cache is warm for both, where memory holds the store.
 
-The store is generated (`latent_generator.py`), a share of the 171,373 images of the bone-marrow dataset. A block is
-256 images, so a small share leaves workers idle at the end, and fixed costs count for more: it looks worse than it is.
-Full size (12 GB of latents, half an hour to generate): python bench/barcode.py --share 1 --rounds 1 --folder /big/disk
+The store is generated (`latent_generator.py`): a share of the bone-marrow dataset of 171,373 images; `--share 0.01`,
+`0.1` and `1` show how cost grows. A job also writes some hundred small files for about a second, whatever its size: a
+small share looks worse than it is. `cpu_ratio` compares the processor time of the workers alone, which other programs
+on the machine disturb less.
+Full size (15 GB of latents, made in 10 to 30 minutes): bench/barcode.py --share 1 --rounds 1 --folder /big/disk
 """
 
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -169,6 +173,7 @@ def measure(root: Path, barcodes: Path, options: Any) -> dict[str, Any]:
     row_chunks = -(-n_rows // _chunk_entries(root, "indptr"))
     tasks += [(str(root), "indptr", first, min(first + 64, row_chunks)) for first in range(0, row_chunks, 64)]
     peaks: list[dict[str, float]] = []
+    cpu: dict[str, list[float]] = {"ours": [], "baseline": []}
     counted: list[float] = []
 
     with _dask_client(None, options.workers, options.memory_limit) as client:
@@ -187,14 +192,16 @@ def measure(root: Path, barcodes: Path, options: Any) -> dict[str, Any]:
         def measured_ours() -> None:
             client.run(reset_peak)
             reset_peak()
-            ours()
+            with worker_cpu_seconds(client, cpu["ours"]):
+                ours()
             workers = client.run(peak_bytes)
             peaks.append({"worker": max(workers.values()), "finisher": peak_bytes()})
 
         def reading() -> None:
-            futures = [client.submit(read_chunks, *task, pure=False) for task in tasks]
-            for future in as_completed(futures):
-                future.result()
+            with worker_cpu_seconds(client, cpu["baseline"]):
+                futures = [client.submit(read_chunks, *task, pure=False) for task in tasks]
+                for future in as_completed(futures):
+                    future.result()
 
         counting, plain = alternate(
             measured_ours,
@@ -213,6 +220,8 @@ def measure(root: Path, barcodes: Path, options: Any) -> dict[str, Any]:
             "seconds_until_counted": sorted(counted)[len(counted) // 2] if counted else None,
         },
         "workers": options.workers,
+        "worker_cpu_seconds": {side: sorted(spent)[len(spent) // 2] for side, spent in cpu.items()},
+        "cpu_ratio": sorted(cpu["baseline"])[len(cpu["baseline"]) // 2] / sorted(cpu["ours"])[len(cpu["ours"]) // 2],
         "bytes_per_nonzero": sum(p.stat().st_size for p in (root / "X").rglob("c/*") if p.is_file()) / store.nnz,
     }
 
@@ -227,6 +236,14 @@ def read_chunks(root: str, name: str, first: int, last: int) -> int:
         size = array.chunks[0]
         n_entries += len(np.asarray(array[first * size : min(last * size, array.shape[0])]))
     return n_entries
+
+
+@contextmanager
+def worker_cpu_seconds(client: Any, spent: list[float]) -> Iterator[None]:
+    """Appends the processor time of all workers meanwhile."""
+    before = sum(client.run(time.process_time).values())
+    yield
+    spent.append(sum(client.run(time.process_time).values()) - before)
 
 
 def reset_peak() -> None:

@@ -4,63 +4,83 @@
     a_p[s] = 1/N_p sum over the N_p readable images of patient p of a_i[s]     patient      (Eq. 3)
     a_d[s] = 1/N_d sum over the N_d patients of disease d of a_p[s]            disease
 
-One Dask task per block of images opens the store, counts, and writes its own part; one finisher joins the parts in
-image order. Counts are integers and the finisher's blocks are fixed, so results do not depend on block size, workers
-or order. No torch here: this runs on a laptop that has never seen it.
+One Dask task per block of images counts into a part of its own. Knowing how many entries each part has, further tasks
+add up groups of patients, and fill the stores piece by piece; this process only plans, and writes the tables. Counts
+are integers, and every sum of activations has an order that blocks, workers and memory have no part in. No torch here:
+this runs on a laptop that has never seen it.
 """
 
-import dataclasses
+import bisect
 import math
-import os
+import re
 import shutil
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as ss
 
-from stores.barcode_store import BarcodeStore, BarcodeWriter
-from stores.csr import CsrReader, CsrRows
-from stores.errors import BadInput
-from stores.files import PARTIAL_SUFFIX, sync_tree
+from stores import csr_blocks
+from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
+from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
+from stores.errors import BadInput, SpecMismatch
+from stores.files import sha256_json, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
 from stores.runlog import append_run
 from stores.spec import BARCODES, Header, check_choice, new_header, read_header, write_header
-from stores.tables import column, listed
+from stores.tables import table_sha256
+
+from . import barcode_tasks as tasks
+from .counting import TOKEN_SETS, LatentSums
+from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
 
 if TYPE_CHECKING:
     import pandas as pd
-    from distributed import Client
+    from distributed import Client, Future
 
-TOKEN_SETS = ("all", "patch", "cls")
 NORMALIZATIONS = ("images", "cytosae-release")
-_SUM_IMAGES = 256  # images that the finisher adds up at a time; fixed, so that sums never depend on the blocks
+_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
+_MIN_BLOCKS = 8
+_GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
+_FILL_CHUNKS = 4  # chunks of a matrix that a task fills
+_FAN_IN = 8  # of the tree; fixed, since sums depend on it
+_WAVE = 64  # leaves of the tree that are under way at once
+_EXACT = 1 << 24  # whole numbers up to here are exact in float32
+_LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
-Int = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BarcodeConfig:
     """What to count. `block_images` decides speed and memory only."""
 
-    tau: float = 0.2  # a latent is active at a token if its stored float32 value is greater
+    tau: float | tuple[float, ...] = 0.2  # a latent is active at a token if its stored float32 value is greater
     token_set: str = "all"
     normalize: str = "images"  # "cytosae-release": divide by n_latents, as released (REFERENCE.md, quirk 19)
-    block_images: int = 256
+    block_images: int | None = None  # None: as memory allows
 
     def __post_init__(self) -> None:
         check_choice("token_set", self.token_set, TOKEN_SETS)
         check_choice("normalize", self.normalize, NORMALIZATIONS)
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise BadInput(f"tau must be a number of at least 0; found {self.tau!r}")
-        if self.block_images < 1:
+        for tau in self.taus:
+            if not (math.isfinite(tau) and tau >= 0):
+                raise BadInput(f"tau must be a number of at least 0; found {tau!r}")
+        if not self.taus or len({np.float32(tau) for tau in self.taus}) < len(self.taus):
+            raise BadInput(f"several tau must differ, as float32 too; found {', '.join(map(tau_text, self.taus))}")
+        if self.block_images is not None and self.block_images < 1:
             raise BadInput(f"block_images must be at least 1; found {self.block_images}")
+
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """One or more, rising."""
+        return tuple(sorted(self.tau)) if isinstance(self.tau, tuple) else (self.tau,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,62 +95,109 @@ class BarcodeResult:
     n_patients_without_disease: int  # in the patient store only
     n_diseases: int
     n_latents: int
-    n_silent_latents: int  # latents that exceed tau nowhere
-    share_above_tau: float  # of all stored nonzeros in the token set
+    n_silent_latents: tuple[int, ...]  # latents that exceed tau nowhere, per tau
+    share_above_tau: tuple[float, ...]  # of all stored nonzeros in the token set, per tau
     was_complete: bool
+    n_unknown_in_table: int = 0  # image ids of --table that no store has
+    unknown_in_table: str = ""  # some of them
+    n_missing_in_table: int = 0  # images that the table does not have: nobody's
+    missing_in_table: str = ""
 
 
 @dataclass(frozen=True)
-class _Groups:
-    """Which images belong to which patient, and which patients to which disease; names sorted."""
+class _Job:
+    """What all steps need to know."""
 
-    patients: list[str]
-    patient_of_image: Int  # (n_images,), -1: nobody's, or unreadable
-    diseases: list[str]
-    disease_of_patient: Int  # (n_patients,), -1: unknown
-    n_images: Int  # (n_patients,) readable images
-    n_unreadable: Int  # (n_patients,)
-    left_out: dict[str, int]
+    stores: list[LatentStore]
+    root: Path
+    config: BarcodeConfig
+    groups: Groups
+    header: Header
+    client: "Client"
+
+    @property
+    def parts(self) -> Path:
+        return self.root / "parts"
+
+    @property
+    def n_latents(self) -> int:
+        return self.stores[0].spec.n_latents
+
+    def path(self, level: str, tau: float) -> Path:
+        name = level_name(level, tau, is_only=len(self.config.taus) == 1)
+        return self.root / f"{name}.zarr"
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level as the parts that hold its rows, in order."""
+
+    name: str
+    parts: list[tasks.Rows]
+    layers: tuple[str, ...]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.empty(0, np.int32), *(part.lengths for part in self.parts)])
+
+    def n_above(self, tau: int) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.empty(0, np.int32), *(part.n_above[tau] for part in self.parts)])
+
+    def below(self, tag: str) -> tasks.Below:
+        """As what the level above reads."""
+        bounds = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
+        return tasks.Below([part.path for part in self.parts], tag, bounds)
 
 
 def write_barcodes(
-    latents: Path,
+    latents: Path | Sequence[Path],
     barcodes: Path,
     config: BarcodeConfig,
     *,
     client: "Client",
+    table: Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> BarcodeResult:
-    """Count the latents of one store into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
+    """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
 
-    `client` is connected to a local or remote Dask cluster whose workers see both paths. A continued job takes the
-    parts that are already there. Memory: a worker holds one block of token rows; the finisher one block of image rows
-    and the sparse patient sums.
+    `client` is connected to a local or remote Dask cluster whose workers see all paths. A continued job takes the
+    parts that are already there, whatever their size. Memory of a worker: the result of one block and two chunks;
+    of this process: the tables, and a few numbers per image.
+
+    Parameters
+    ----------
+    latents : the rows of the stores follow each other; all by the same SAE
+    table : other patients, diseases or labels for the images (`groups.regroup`)
 
     Raises
     ------
     BadInput
-        If a patient has two diseases, or tau lies below what the latent store was pruned at.
+        If a patient has two diseases, image ids clash, or tau lies below what a latent store was pruned at.
+    SpecMismatch
+        If the stores hold latents of different SAEs.
     DamagedStore
         If a chunk of the latents is lost or damaged.
     """
-    store = LatentStore(latents)
-    if config.tau < store.spec.min_activation:
-        raise BadInput(
-            f"{latents} was pruned below {store.spec.min_activation:g}: tau {config.tau:g} would count too few; "
-            f"choose a larger --tau, or encode without pruning"
-        )
-    groups = _group_images(store)
+    paths = [latents] if isinstance(latents, Path) else list(latents)
+    stores = [LatentStore(path) for path in paths]
+    _check_stores(stores, config)
+    images = join_tables(stores)
+    notes: dict[str, Any] = {}
+    if table is not None:
+        images, notes = regroup(images, table)
+    groups = group_images(images)
+    _check_exact(stores, groups)
     spec = {
-        "latents": store.identity,
-        "latents_spec": store.spec.to_dict(),
-        "tau": config.tau,
+        "latents": _one_or_all([store.identity for store in stores]),
+        "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
+        "tau": _one_or_all(config.taus),
         "token_set": config.token_set,
         "normalize": config.normalize,
-    }
+    } | ({"table": table_sha256(images)} if table is not None else {})
     header = new_header(BARCODES, spec)
-    output = plan_output(barcodes, header, overwrite=overwrite, inputs=(latents,))
+    inputs = (*paths, *([table] if table is not None else []))
+    output = plan_output(barcodes, header, overwrite=overwrite, inputs=inputs)
     if output.is_complete:
         output.publish()
         BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
@@ -139,343 +206,383 @@ def write_barcodes(
     root = output.work
     root.mkdir(parents=True, exist_ok=True)
     write_header(root, header)
-    append_run(root, packages=("dask", "distributed", "numpy", "scipy", "anndata"), latents=str(store.root))
-    parts = _count_blocks(store, root / "parts", config, client, progress)
-    header = _join(store, root, parts, groups, config, header)
-    shutil.rmtree(root / "parts")
+    append_run(
+        root,
+        packages=("dask", "distributed", "numba", "numpy", "anndata"),
+        latents=_one_or_all([str(store.root) for store in stores]),
+    )
+    job = _Job(stores, root.absolute(), config, groups, header, client)
+    filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
+    _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
+    header = _join(job, filling, notes, progress)
+    for left_over in (job.parts, *job.root.glob(".*.removed")):
+        _discard(left_over)
     output.publish()
     return _result(header, was_complete=False)
 
 
-def count_tokens(rows: CsrRows, *, tau: float, token_set: str, tokens_per_image: int) -> "ImageCounts":
-    """Per image and latent: tokens above tau, largest activation, summed activation.
-
-    Parameters
-    ----------
-    rows : token rows of whole images, `tokens_per_image` each, CLS first
-    tau : compared as float32 with the stored value, strictly greater
-
-    Returns
-    -------
-    One entry for every (image, latent) with a nonzero in the token set, images in order, latents rising.
-    """
-    latent, value, image_ptr = _entries_of_set(rows, token_set, tokens_per_image)
-    # to columns and back is a stable sort by (image, latent) in linear time: a latent's tokens end up side by side, in
-    # token order, so that sums have a fixed order; 20 times faster than sorting (docs/log.md)
-    shape = (len(image_ptr) - 1, int(latent.max(initial=0)) + 1)
-    sorted_rows = ss.csr_matrix((value, latent.astype(np.int32), image_ptr), shape=shape).tocsc().tocsr()
-    value, latent, image_ptr = sorted_rows.data, sorted_rows.indices, sorted_rows.indptr.astype(np.int64)
-    is_first = np.ones(len(value), bool)
-    is_first[1:] = latent[1:] != latent[:-1]
-    is_first[image_ptr[image_ptr < len(value)]] = True
-    first = np.flatnonzero(is_first)
-    if len(first):
-        count = np.add.reduceat((value > np.float32(tau)).astype(np.int32), first)
-        largest = np.maximum.reduceat(value, first)
-        total = np.add.reduceat(value.astype(np.float64), first)
-    else:
-        count, largest, total = np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.float64)
-    indptr = np.searchsorted(first, image_ptr).astype(np.int64)
-    return ImageCounts(indptr, latent[first].astype(np.int64), count, largest, total, n_values=len(value))
+def _check_stores(stores: list[LatentStore], config: BarcodeConfig) -> None:
+    first = stores[0]
+    for store in stores:
+        if config.taus[0] < store.spec.min_activation:
+            raise BadInput(
+                f"{store.root} was pruned below {store.spec.min_activation:g}: tau {config.taus[0]:g} would count "
+                f"too few; choose a larger --tau, or encode without pruning"
+            )
+        for name in ("sae_sha256", "n_latents", "tokens_per_image"):
+            if getattr(store.spec, name) != getattr(first.spec, name):
+                theirs, ours = (str(getattr(each.spec, name))[:12] for each in (store, first))
+                raise SpecMismatch(
+                    f"{store.root} and {first.root} hold latents of different SAEs ({name} {theirs} against {ours}): "
+                    f"they cannot be compared; encode both with one SAE"
+                )
 
 
-@dataclass(frozen=True)
-class ImageCounts:
-    """Sparse rows of images: entry k belongs to `latent[k]`; image i holds entries indptr[i]..indptr[i + 1]."""
-
-    indptr: Int  # (n_images + 1,)
-    latent: Int  # (entries,), rising in an image
-    count: npt.NDArray[np.int32]  # tokens above tau; may be 0
-    max: npt.NDArray[np.float32]
-    total: npt.NDArray[np.float64]  # sum over the tokens of the set
-    n_values: int  # nonzeros that were looked at
+def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
+    """Counts are stored as float32, column numbers as int32: refuse what would not be exact there."""
+    most = {"tokens per image": stores[0].spec.tokens_per_image, "images of a patient": groups.n_images.max(initial=0)}
+    for what, number in most.items():
+        if number > _EXACT:
+            raise BadInput(f"{number:,} {what}: counts above {_EXACT:,} are not exact in float32 barcodes")
+    if stores[0].spec.n_latents > np.iinfo(np.int32).max:
+        raise BadInput(f"{stores[0].spec.n_latents:,} latents do not fit the int32 indices of barcodes")
 
 
-def _entries_of_set(
-    rows: CsrRows, token_set: str, tokens_per_image: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32], Int]:
-    """(latents, values, where each image begins) of the tokens that count, in token order."""
-    if token_set == "all":
-        return rows.indices, rows.values, rows.indptr[::tokens_per_image]
-    is_chosen = np.full(rows.n_rows, token_set == "patch")
-    is_chosen[::tokens_per_image] = token_set == "cls"
-    lengths = np.diff(rows.indptr)
-    keep = np.repeat(is_chosen, lengths)
-    per_image = (lengths * is_chosen).reshape(-1, tokens_per_image).sum(1)
-    return rows.indices[keep], rows.values[keep], np.concatenate([[0], np.cumsum(per_image)])
+# ------------------------------------------------------------------------------------------- tokens to images
 
 
-def _count_blocks(
-    store: LatentStore, parts: Path, config: BarcodeConfig, client: "Client", progress: Progress
-) -> list[Path]:
-    """One task per block of images; each writes its part under `parts` and returns nothing but its name."""
+def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
+    """One task per block of images; each writes its part and returns how many entries it has."""
     from distributed import as_completed
 
-    parts.mkdir(exist_ok=True)
-    blocks = [
-        (start, min(start + config.block_images, store.spec.n_images))
-        for start in range(0, store.spec.n_images, config.block_images)
-    ]
-    names = [parts / f"{start:09d}-{stop:09d}.npz" for start, stop in blocks]
-    for stray in set(parts.glob("*.npz")) - set(names):
-        stray.unlink()  # of another block size; torn ones go with the folder, a cancelled task may still be at them
-    todo = [(block, name) for block, name in zip(blocks, names, strict=True) if not name.exists()]
-    n_done = store.spec.n_images - sum(stop - start for (start, stop), _ in todo)
-    progress(n_done, store.spec.n_images, "counting")
+    job.parts.mkdir(exist_ok=True)
+    blocks = list(_plan_blocks(job))
+    n_images = len(job.groups.is_readable)
+    there = [block for block in blocks if (job.parts / block.name).exists()]
+    n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
+    progress(n_done, n_images, "counting")
+    tag, config = _tag(job, "image"), job.config
     futures = {
-        client.submit(
-            _count_block, str(store.root), start, stop, config.tau, config.token_set, str(name), pure=False
-        ): stop - start
-        for (start, stop), name in todo
+        job.client.submit(
+            tasks.count_block, block, str(job.parts), tag, config.taus, config.token_set, pure=False
+        ): number
+        for number, block in enumerate(blocks)
     }
+    found: dict[int, tasks.Rows] = {}
     try:
-        for future in as_completed(list(futures)):
-            future.result()  # raises the worker's error here
-            n_done += futures[future]
-            progress(n_done, store.spec.n_images, "counting")
+        meanwhile()
+        for future, rows in as_completed(list(futures), with_results=True):
+            block = blocks[futures[future]]
+            found[futures[future]] = rows
+            while len(filling.parts) in found:  # in order
+                filling.add(found.pop(len(filling.parts)))
+            if block not in there:
+                n_done += block.stop - block.start
+                progress(n_done, n_images, "counting")
     finally:
-        client.cancel(list(futures))
-    return names
+        job.client.cancel(list(futures))
 
 
-def _count_block(store: str, start: int, stop: int, tau: float, token_set: str, part: str) -> None:
-    """The task: read one block of images, count, write the part atomically."""
-    latents = LatentStore(store, check_files=False)
-    rows = latents.read_images(start, stop)
-    counts = count_tokens(rows, tau=tau, token_set=token_set, tokens_per_image=latents.spec.tokens_per_image)
-    partial = Path(f"{part}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")  # a cancelled task may be at the same block
-    with partial.open("wb") as file:
-        np.savez(file, **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)})
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(part)
+def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
+    """All images in order, cut at the edges of stores, around the parts that are already there."""
+    taken = sorted(_parts_there(job.parts))
+    n_nonzero = sum(store.nnz for store in job.stores)
+    # a block's result is at most one entry per nonzero, and is held twice while it grows
+    fits = _worker_memory(job.client) // 4 // (12 + 2 * len(job.config.taus))
+    entries = max(1, min(_BLOCK_ENTRIES, fits, max(CHUNK_ENTRIES, n_nonzero // _MIN_BLOCKS)))
+    first = 0
+    for store in job.stores:
+        end = first + store.spec.n_images
+        if job.config.block_images is not None:
+            size = job.config.block_images
+        else:
+            size = max(1, min(store.spec.n_images, entries * store.spec.n_images // max(1, store.nnz)))
+        at = first
+        while at < end:
+            ready = next((stop for start, stop in taken if start == at and stop <= end), None)
+            if ready is None:
+                next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
+                ready = min(at + size, next_there)
+            yield tasks.Block(
+                latents=str(store.root),
+                start=at - first,
+                stop=ready - first,
+                first=at,
+                n_images=store.spec.n_images,
+                tokens_per_image=store.spec.tokens_per_image,
+                n_latents=store.spec.n_latents,
+            )
+            at = ready
+        first = end
 
 
-def _join(
-    store: LatentStore, root: Path, parts: list[Path], groups: _Groups, config: BarcodeConfig, header: Header
-) -> Header:
-    """Parts to image store, image store to patients, patients to diseases; then the folder is complete."""
-    n_latents = store.spec.n_latents
-    images, n_values = _write_image_rows(store, root / "image.zarr", parts, config)
-    patient_sums, latent_sums = _add_up(root / "image.zarr", store.spec.n_images, n_latents, groups)
-    var = _latent_table(latent_sums, int(store.readable().sum()))
-    uns = {"cyto": _provenance(store, header)}
-    images.finish(obs=_image_obs(store), var=var, uns=uns)
+def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
+    """First and last image of every part of images that a job before this one left."""
+    for path in folder.glob("*.part"):
+        found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
+        if found and int(found[1]) < int(found[2]):
+            yield int(found[1]), int(found[2])
 
-    divisor = groups.n_images if config.normalize == "images" else np.full(len(groups.patients), n_latents)
-    patient_rows = _divide_rows(patient_sums.pop("count"), divisor)
-    patients = BarcodeWriter(root / "patient.zarr", n_latents=n_latents, layers=tuple(patient_sums))
-    patients.append({"X": patient_rows, **patient_sums})
-    patients.finish(obs=_patient_obs(groups), var=var, uns=uns)
 
-    belongs, n_of_disease = _membership(groups.disease_of_patient, len(groups.diseases))
-    diseases = BarcodeWriter(root / "disease.zarr", n_latents=n_latents)
-    diseases.append({"X": _divide_rows(belongs @ patient_rows, n_of_disease)})
-    diseases.finish(obs=_disease_obs(groups, n_of_disease), var=var, uns=uns)
+def _worker_memory(client: "Client") -> int:
+    """The least memory limit of a thread of a worker, in bytes; 2 GiB where there is none."""
+    workers = client.scheduler_info()["workers"].values()
+    return min((w["memory_limit"] // w["nthreads"] for w in workers if w["memory_limit"]), default=2 << 30)
 
+
+def _tag(job: _Job, level: str) -> str:
+    """Whose part it is."""
+    return sha256_json({"barcodes": job.header.identity, "level": level})
+
+
+# ------------------------------------------------------------------------------------------- images to groups
+
+
+def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
+    """Tasks of whole patients, and of images that are nobody's; the sums over all images, by a tree."""
+    groups, n_patients = job.groups, len(job.groups.names)
+    divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
+    lengths = images.lengths
+    owned = np.flatnonzero(groups.patient_of_image >= 0)
+    members = owned[np.argsort(groups.patient_of_image[owned], kind="stable")]
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups.n_images)])
+    plan = _plan_groups(job, "patient", members, starts, divisor, lengths)
+    nobodys = np.flatnonzero((groups.patient_of_image < 0) & groups.is_readable)
+    edges = np.arange(len(nobodys) + 1)  # may be cut anywhere; a task then takes its own as one group
+    plan += [
+        replace(part, starts=np.array([0, len(part.members)]), divisors=np.zeros(1, np.int64))
+        for part in _plan_groups(job, "nobody", nobodys, edges, np.zeros(len(nobodys), np.int64), lengths)
+    ]
+    n_taus = len(job.config.taus)
+    below, tag = images.below(_tag(job, "image")), _tag(job, "patient")
+    carry: list[Future] = []
+    for wave in range(0, len(plan), _WAVE):
+        leaves = [
+            job.client.submit(tasks.sum_patients, part, below, tag, n_taus, job.n_latents, pure=False)
+            for part in plan[wave : wave + _WAVE]
+        ]
+        rows = [job.client.submit(tasks.only_rows, leaf, pure=False) for leaf in leaves]
+        carry = carry + leaves
+        while True:
+            carry = [
+                job.client.submit(tasks.add_sums, carry[k : k + _FAN_IN], pure=False)
+                for k in range(0, len(carry), _FAN_IN)
+            ]
+            if len(carry) == 1:
+                break
+        carry[0].result()  # raises a leaf's error; and no more than a wave is under way
+        for part in job.client.gather(rows):
+            if part is not None:
+                filling.add(part)
+    sums: LatentSums = carry[0].result() if carry else LatentSums.zeros(n_taus, job.n_latents)
+    return sums
+
+
+def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
+    """Diseases from the rows of their patients, each patient once however many images."""
+    of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
+    known = np.flatnonzero(of_patient >= 0)
+    members = known[np.argsort(of_patient[known], kind="stable")]
+    sizes = np.bincount(of_patient[known], minlength=n_diseases)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    plan = _plan_groups(job, "disease", members, starts, sizes, patients.lengths)
+    below, tag = patients.below(_tag(job, "patient")), _tag(job, "disease")
+    futures = [
+        job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
+        for part in plan
+    ]
+    for rows in job.client.gather(futures):
+        filling.add(rows)
+
+
+def _plan_groups(
+    job: _Job, name: str, members: Ints, starts: Ints, divisors: Ints, lengths: npt.NDArray[np.int32]
+) -> list[tasks.GroupsPart]:
+    """Consecutive groups into tasks of about _GROUP_ENTRIES entries: by the data alone, never by workers or memory."""
+    entries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[members], dtype=np.int64)])[starts[:-1]]
+    task_of = entries // _GROUP_ENTRIES
+    cuts = [0, *(np.flatnonzero(np.diff(task_of)) + 1), len(divisors)] if len(divisors) else [0]
+    return [
+        tasks.GroupsPart(
+            path=str(job.parts / f"{name}-{low:09d}.groups"),
+            members=members[starts[low] : starts[high]],
+            starts=starts[low : high + 1] - starts[low],
+            divisors=divisors[low:high],
+        )
+        for low, high in pairwise(cuts)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the stores
+
+
+def _write_known_tables(job: _Job, images: Any) -> None:
+    """What needs no counts: the rows of all levels, and where the numbers come from."""
+    rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
+    for tau in job.config.taus:
+        uns = {"cyto": _provenance(job, tau)}
+        for level in LEVELS:
+            write_tables(job.path(level, tau), {"obs": rows[level], "uns": uns, **NOTHING_ELSE})
+
+
+def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], progress: Progress) -> Header:
+    """Parts to patients and diseases, and all of them to stores; then the folder is complete."""
+    n_images, taus = len(job.groups.is_readable), job.config.taus
+    progress(n_images, n_images, "joining")
+    image_level = filling["image"].close()
+    sums = _sum_patients(job, image_level, filling["patient"])
+    patients = filling["patient"].close()
+    _average_patients(job, patients, filling["disease"])
+    diseases = filling["disease"].close()
+    futures = [future for each in filling.values() for future in each.futures]
+    futures += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
+    n_readable = int(job.groups.is_readable.sum())
+    for number, tau in enumerate(taus):
+        first, *others = (job.path(level, tau) for level in LEVELS)
+        write_tables(first, {"var": _latent_table(sums, number, n_readable)})
+        for other in others:
+            shutil.copytree(first / "var", other / "var")
+    job.client.gather(futures)
+    for filled in (image_level, patients, diseases):
+        for number, tau in enumerate(taus):
+            finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
+            for layer in filled.layers:
+                finish_matrix(job.path(filled.name, tau) / "layers" / layer, filled.lengths, job.n_latents)
+    n_values = sum(part.n_values for part in image_level.parts)
     summary = {
-        **groups.left_out,
-        "n_images": int(store.readable().sum()),
-        "n_patients": len(groups.patients),
-        "n_diseases": len(groups.diseases),
-        "n_latents": n_latents,
-        "n_silent_latents": int((latent_sums["count_sum"] == 0).sum()),
-        "share_above_tau": int(latent_sums["count_sum"].sum()) / max(1, n_values),
+        **job.groups.left_out,
+        **notes,
+        "n_images": n_readable,
+        "n_patients": len(job.groups.names),
+        "n_diseases": len(job.groups.diseases),
+        "n_latents": job.n_latents,
+        "n_silent_latents": [int((tokens == 0).sum()) for tokens in sums.tokens],
+        "share_above_tau": [int(tokens.sum()) / max(1, n_values) for tokens in sums.tokens],
     }
-    sync_tree(root)
-    header = Header(**{**vars(header), "complete": True, "summary": summary})
-    write_header(root, header)
+    for place in job.root.glob("*.zarr"):
+        sync_tree(place)
+    header = Header(**{**vars(job.header), "complete": True, "summary": summary})
+    write_header(job.root, header)
     return header
 
 
-def _write_image_rows(
-    store: LatentStore, path: Path, parts: list[Path], config: BarcodeConfig
-) -> tuple[BarcodeWriter, int]:
-    """Append the parts, in image order, to the image store; returns it with the number of nonzeros looked at."""
-    tokens, n_latents = store.spec.tokens_per_image, store.spec.n_latents
-    n_set = {"all": tokens, "patch": tokens - 1, "cls": 1}[config.token_set]
-    writer = BarcodeWriter(path, n_latents=n_latents, layers=("max", "mean"))
-    n_values = 0
-    for part in parts:
-        with np.load(part, allow_pickle=False) as saved:
-            counts = ImageCounts(**{name: saved[name] for name in saved.files if name != "n_values"}, n_values=0)
-            n_values += int(saved["n_values"])
-        shape = (len(counts.indptr) - 1, n_latents)
-        values = {"X": counts.count, "max": counts.max, "mean": (counts.total / n_set).astype(np.float32)}
-        rows = {name: ss.csr_matrix((v, counts.latent, counts.indptr), shape, copy=True) for name, v in values.items()}
-        for matrix in rows.values():
-            matrix.eliminate_zeros()  # nothing above tau, or a mean below the least float32
-        writer.append(rows)
-    writer.close_rows()
-    return writer, n_values
+class _Filling:
+    """Submits the tasks that write a level's entries, a few chunks each, while its parts come in, in order."""
+
+    def __init__(self, job: _Job, name: str, layers: tuple[str, ...]) -> None:
+        """Begin the stores of the level; what lies there is replaced."""
+        self.name, self.layers, self.parts = name, layers, list[tasks.Rows]()
+        self.futures: list[Future] = []
+        self._job, self._tag = job, _tag(job, name)
+        stores = [job.path(name, tau) for tau in job.config.taus]
+        for store in stores:
+            begin_level(store)
+            create_matrix(store / "X")
+            for layer in layers:
+                create_matrix(store / "layers" / layer)
+        self._counts = [str(store / "X") for store in stores]
+        self._layers = {layer: [str(store / "layers" / layer) for store in stores] for layer in layers}
+        # number of the first entry of every part, in the layers and in the counts at each tau, and how far tasks are
+        self._begins = [[0] for _ in range(1 + len(stores))]
+        self._submitted = [0] * len(self._begins)
+
+    def add(self, part: tasks.Rows) -> None:
+        """The next part is there."""
+        self.parts.append(part)
+        self._begins[0].append(self._begins[0][-1] + int(part.lengths.sum(dtype=np.int64)))
+        for begins, n_above in zip(self._begins[1:], part.n_above, strict=True):
+            begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
+        self._submit(only_full=True)
+
+    def close(self) -> _Level:
+        """All parts are there: the last entries, too, get their tasks."""
+        self._submit(only_full=False)
+        return _Level(self.name, self.parts, self.layers)
+
+    def _submit(self, *, only_full: bool) -> None:
+        size = _FILL_CHUNKS * csr_blocks.CHUNK_ENTRIES
+        for pattern, begins in enumerate(self._begins):
+            while self._submitted[pattern] + (size if only_full else 1) <= begins[-1]:
+                first = self._submitted[pattern]
+                last = self._submitted[pattern] = min(first + size, begins[-1])
+                low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
+                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
+                # before blocks that wait: the disk is to have work from the beginning
+                submit = partial(self._job.client.submit, pure=False, priority=1)
+                if pattern:
+                    matrix = self._counts[pattern - 1]
+                    self.futures.append(submit(tasks.fill_counts, rows, self._tag, pattern - 1, first, last, matrix))
+                elif self._layers:
+                    self.futures.append(submit(tasks.fill_layers, rows, self._tag, first, last, self._layers))
 
 
-def _add_up(
-    image_store: Path, n_images: int, n_latents: int, groups: _Groups
-) -> tuple[dict[str, ss.csr_matrix], dict[str, npt.NDArray[Any]]]:
-    """Sums over images, per patient (sparse, (n_patients, n_latents)) and per latent; in blocks of a fixed size.
-
-    `count`: tokens above tau; `activation_sum`: image activations (mean over the image's tokens of the set);
-    `n_active_images`: images with any activation. Integers are summed as int64, activations as float64 in image order.
-    """
-    shape = (n_images, n_latents)
-    readers = {name: CsrReader(image_store / place, shape=shape) for name, place in _IMAGE_MATRICES.items()}
-    n_patients = len(groups.patients)
-    patient = {name: ss.csr_matrix((n_patients, n_latents), dtype=kind) for name, kind in _SUM_TYPES.items()}
-    latent = {f"{name}_sum": np.zeros(n_latents, kind) for name, kind in _SUM_TYPES.items()}
-    latent["max"] = np.zeros(n_latents, np.float32)
-    for start in range(0, n_images, _SUM_IMAGES):
-        stop = min(start + _SUM_IMAGES, n_images)
-        rows = {name: _as_scipy(reader.read_rows(start, stop), n_latents) for name, reader in readers.items()}
-        belongs, _ = _membership(groups.patient_of_image[start:stop], n_patients)
-        blocks = {
-            "count": rows["X"].astype(np.int64),
-            "activation_sum": rows["mean"].astype(np.float64),
-            "n_active_images": rows["max"].astype(bool).astype(np.int64),
-        }
-        for name, block in blocks.items():
-            patient[name] = patient[name] + belongs.astype(block.dtype) @ block
-            latent[f"{name}_sum"] += np.asarray(block.sum(0)).ravel()
-        np.maximum.at(latent["max"], rows["max"].indices, rows["max"].data)
-    return {name: _canonical(matrix) for name, matrix in patient.items()}, latent
-
-
-_IMAGE_MATRICES = {"X": "X", "max": "layers/max", "mean": "layers/mean"}
-_SUM_TYPES = {"count": np.int64, "activation_sum": np.float64, "n_active_images": np.int64}
-
-
-def _group_images(store: LatentStore) -> _Groups:
-    """Patients and diseases of the image table. Left out, and counted: unreadable images, those without a patient.
-
-    Raises
-    ------
-    BadInput
-        If a patient has two diseases.
-    """
-    is_readable = store.readable()
-    owner, disease = column(store.images, "patient"), column(store.images, "disease")
-    diseases_of: dict[str, set[str]] = {}
-    for name, found in zip(owner, disease, strict=True):
-        if name is not None:
-            diseases_of.setdefault(name, set()).update([found] if found is not None else [])
-    torn = sorted(name for name, found in diseases_of.items() if len(found) > 1)
-    if torn:
-        raise BadInput(
-            f"{len(torn):,} patients have images of two diseases ({listed(torn)}: "
-            f"{' and '.join(sorted(diseases_of[torn[0]]))}); correct the image table and extract again"
+def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
+    """The tasks that write a level as Parquet beside its stores."""
+    rows, tag = [part.path for part in level.parts], _tag(job, level.name)
+    return [
+        job.client.submit(
+            tasks.export_rows,
+            *(rows, tag, number, names, level.name, level.layers),
+            str(job.path(level.name, tau).with_suffix(".parquet")),
+            pure=False,
         )
-    readable_owner = [name if ok else None for name, ok in zip(owner, is_readable, strict=True)]
-    patients = sorted({name for name in readable_owner if name is not None})
-    number = {name: i for i, name in enumerate(patients)}
-    patient_of_image = np.array([number.get(name, -1) if name else -1 for name in readable_owner], np.int64)
-    unreadable_owner = [number[name] for name, ok in zip(owner, is_readable, strict=True) if not ok and name in number]
-    disease_of = [next(iter(diseases_of[name]), None) for name in patients]
-    diseases = sorted({name for name in disease_of if name is not None})
-    return _Groups(
-        patients=patients,
-        patient_of_image=patient_of_image,
-        diseases=diseases,
-        disease_of_patient=np.array([diseases.index(d) if d is not None else -1 for d in disease_of], np.int64),
-        n_images=np.bincount(patient_of_image[patient_of_image >= 0], minlength=len(patients)),
-        n_unreadable=np.bincount(np.array(unreadable_owner, np.int64), minlength=len(patients)),
-        left_out={
-            "n_unreadable": int((~is_readable).sum()),
-            "n_without_patient": sum(1 for name, ok in zip(owner, is_readable, strict=True) if ok and name is None),
-            "n_patients_unreadable": len(diseases_of) - len(patients),
-            "n_patients_without_disease": disease_of.count(None),
-        },
-    )
+        for number, tau in enumerate(job.config.taus)
+    ]
 
 
-def _membership(group_of: Int, n_groups: int) -> tuple[ss.csr_matrix, Int]:
-    """(n_groups, len(group_of)) 0/1 matrix with member k in row group_of[k] (-1: nowhere), and the group sizes."""
-    members = np.flatnonzero(group_of >= 0)
-    groups = group_of[members]
-    matrix = ss.csr_matrix((np.ones(len(members)), (groups, members)), shape=(n_groups, len(group_of)))
-    return matrix, np.bincount(groups, minlength=n_groups)
+def _discard(folder: Path) -> None:
+    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
-def _divide_rows(matrix: ss.csr_matrix, divisor: Int) -> ss.csr_matrix:
-    """Row r divided by divisor[r], in float64, canonical."""
-    matrix = _canonical(matrix).astype(np.float64)
-    matrix.data /= np.repeat(divisor.astype(np.float64), np.diff(matrix.indptr))
-    return matrix
-
-
-def _canonical(matrix: ss.csr_matrix) -> ss.csr_matrix:
-    """A copy with rising indices and without zeros."""
-    matrix = ss.csr_matrix(matrix, copy=True)
-    matrix.sum_duplicates()
-    matrix.eliminate_zeros()
-    return matrix
-
-
-def _as_scipy(rows: CsrRows, n_columns: int) -> ss.csr_matrix:
-    return ss.csr_matrix((rows.values, rows.indices, rows.indptr), shape=(rows.n_rows, n_columns))
-
-
-def _image_obs(store: LatentStore) -> "pd.DataFrame":
-    import pandas as pd
-
-    names = [name for name in store.images.column_names if name not in ("image_id", "error")]
-    index = pd.Index(column(store.images, "image_id"), name="image_id")
-    return pd.DataFrame({name: column(store.images, name) for name in names}, index=index).fillna("")
-
-
-def _patient_obs(groups: _Groups) -> "pd.DataFrame":
-    import pandas as pd
-
-    disease = [groups.diseases[d] if d >= 0 else "" for d in groups.disease_of_patient]
-    counts = {"n_images": groups.n_images, "n_unreadable": groups.n_unreadable}
-    return pd.DataFrame({"disease": disease, **counts}, index=pd.Index(groups.patients, name="patient"))
-
-
-def _disease_obs(groups: _Groups, n_patients: Int) -> "pd.DataFrame":
-    import pandas as pd
-
-    known = groups.disease_of_patient >= 0
-    n_images = np.zeros(len(groups.diseases), np.int64)
-    np.add.at(n_images, groups.disease_of_patient[known], groups.n_images[known])
-    index = pd.Index(groups.diseases, name="disease")
-    return pd.DataFrame({"n_patients": n_patients, "n_images": n_images}, index=index)
-
-
-def _latent_table(sums: dict[str, npt.NDArray[Any]], n_readable: int) -> "pd.DataFrame":
+def _latent_table(sums: LatentSums, tau: int, n_readable: int) -> "pd.DataFrame":
     """One row per latent: in how many readable images it is active, how strongly there, tokens above tau in all."""
     import pandas as pd
 
-    n_active = sums["n_active_images_sum"]
     table = {
-        "latent": np.arange(len(n_active)),
-        "n_active_images": n_active,
-        "frequency": n_active / max(1, n_readable),
-        "mean_activation": sums["activation_sum_sum"] / np.maximum(n_active, 1),
-        "max_activation": sums["max"],
-        "n_tokens_above_tau": sums["count_sum"],
+        "latent": np.arange(len(sums.n_active)),
+        "n_active_images": sums.n_active,
+        "frequency": sums.n_active / max(1, n_readable),
+        "mean_activation": sums.activation / np.maximum(sums.n_active, 1),
+        "max_activation": sums.max,
+        "n_tokens_above_tau": sums.tokens[tau],
     }
-    return pd.DataFrame(table, index=pd.Index([str(i) for i in range(len(n_active))], name="latent_name"))
+    return pd.DataFrame(table, index=pd.Index([str(i) for i in range(len(sums.n_active))], name="latent_name"))
 
 
-def _provenance(store: LatentStore, header: Header) -> dict[str, Any]:
-    spec, cache = header.spec, store.spec.cache
+def _provenance(job: _Job, tau: float) -> dict[str, Any]:
+    spec, first = job.header.spec, job.stores[0].spec
     unit = {"images": "mean tokens above tau per readable image", "cytosae-release": "tokens above tau / n_latents"}
     return {
-        "tau": spec["tau"],
+        "tau": tau,
         "token_set": spec["token_set"],
         "normalize": spec["normalize"],
         "unit_image": "tokens above tau",
         "unit_patient": unit[spec["normalize"]],
-        "identity": header.identity,
-        "latents": store.identity,
-        "sae_sha256": store.spec.sae_sha256,
-        "cache_sha256": store.spec.cache_sha256,
-        "backbone": cache["backbone"],
-        "backbone_trained": bool(cache["trained"]),
-        "block": int(cache["block"]),
-        "value_bits": store.spec.value_bits,
-        "created_by": header.created_by,
+        "identity": job.header.identity,
+        "latents": spec["latents"],
+        "sae_sha256": first.sae_sha256,
+        "cache_sha256": _one_or_all([store.spec.cache_sha256 for store in job.stores]),
+        "backbone": first.cache["backbone"],
+        "backbone_trained": bool(first.cache["trained"]),
+        "block": int(first.cache["block"]),
+        "value_bits": min(store.spec.value_bits for store in job.stores),
+        "created_by": job.header.created_by,
     }
 
 
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """A setting that is one value for one store or tau, and a list for several."""
+    return values[0] if len(values) == 1 else list(values)
+
+
 def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
-    return BarcodeResult(**(header.summary or {}), was_complete=was_complete)
+    per_tau = ("n_silent_latents", "share_above_tau")
+    summary: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
+        for name, value in (header.summary or {}).items()
+    }
+    return BarcodeResult(**summary, was_complete=was_complete)

@@ -1,4 +1,4 @@
-"""Barcodes on disk: one folder with three whole AnnData stores (image, patient, disease), in Zarr v3.
+"""Barcodes on disk: one folder with whole AnnData stores (image, patient, disease), in Zarr v3.
 
 Format "barcodes", version 1: docs/formats.md. `anndata.read_zarr` opens each of them: int32 indices, float32
 values, `obs` the images, patients or diseases, `var` one row per latent.
@@ -7,6 +7,7 @@ values, `obs` the images, patients or diseases, `var` one row per latent.
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS = ("image", "patient", "disease")
+NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
 
 
 class BarcodeWriter:
@@ -31,13 +33,9 @@ class BarcodeWriter:
 
     def __init__(self, root: Path, *, n_latents: int, layers: tuple[str, ...] = ()) -> None:
         """Begin the store at `root`; a half-written one that lies there is replaced."""
-        if root.is_dir() and not root.is_symlink():
-            shutil.rmtree(root)
-        self._group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
-        self._group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        begin_level(root)
+        self._root = root
         paths = {"X": root / "X"} | {name: root / "layers" / name for name in layers}
-        layer_group = self._group.create_group("layers")
-        layer_group.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
         self._matrices = {name: CsrWriter(path, n_columns=n_latents, indices="int32") for name, path in paths.items()}
 
     def append(self, matrices: dict[str, Any]) -> None:
@@ -66,15 +64,41 @@ class BarcodeWriter:
 
     def finish(self, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
         """Close the rows and write the tables; `obs` has one row per appended row, `var` one per latent."""
-        import anndata
-        from anndata.io import write_elem
-
         self.close_rows()
         assert all(matrix.n_rows == len(obs) for matrix in self._matrices.values())
-        tables = {"obs": obs, "var": var, "uns": uns} | {name: {} for name in ("obsm", "varm", "obsp", "varp")}
-        with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
-            for name, table in tables.items():
-                write_elem(self._group, name, table)
+        write_tables(self._root, {"obs": obs, "var": var, "uns": uns, **NOTHING_ELSE})
+
+
+def begin_level(root: Path) -> None:
+    """An empty AnnData store at `root`, with room for layers; a half-written one that lies there is replaced."""
+    if root.is_dir() and not root.is_symlink():
+        doomed = root.with_name(f".{root.name}.{uuid.uuid4().hex}.removed")
+        root.rename(doomed)  # a task of a job that was broken off may still write into it
+        shutil.rmtree(doomed, ignore_errors=True)
+    group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+
+
+def write_tables(root: Path, tables: dict[str, Any]) -> None:
+    """Write some elements of the AnnData store at `root`, by name: tables, or dicts of plain values."""
+    import anndata
+    from anndata.io import write_elem
+
+    group = zarr.open_group(os.fspath(root), mode="r+")
+    with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
+        for name, table in tables.items():
+            write_elem(group, name, table)
+
+
+def level_name(level: str, tau: float, *, is_only: bool) -> str:
+    """What the store of a level is called: `image`, or `image_tau0.2` where there are several taus."""
+    return level if is_only else f"{level}_tau{tau_text(tau)}"
+
+
+def tau_text(tau: float) -> str:
+    """The shortest text that means this number: 0.2, 1, 1e-05."""
+    return repr(float(tau)).removesuffix(".0")
 
 
 class BarcodeStore:
@@ -91,11 +115,35 @@ class BarcodeStore:
         self.root = Path(root).absolute()
         self.header: Header = read_header(self.root, BARCODES)
 
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """The thresholds that were counted at, rising."""
+        tau = self.header.spec["tau"]
+        return tuple(tau) if isinstance(tau, list) else (tau,)
+
+    def path(self, level: str, tau: float | None = None) -> Path:
+        """Where the AnnData store of a level lies; `tau` need be given only if there are several.
+
+        Raises
+        ------
+        BadInput
+            If there is no such level or tau.
+        """
+        if tau is None and len(self.taus) > 1:
+            raise BadInput(f"{self.root} holds barcodes at several tau: choose one of {self._listed_taus()}")
+        if tau is not None and tau not in self.taus:
+            raise BadInput(f"{self.root} has no barcodes at tau {tau:g}; it holds {self._listed_taus()}")
+        name = level_name(level, self.taus[0] if tau is None else tau, is_only=len(self.taus) == 1)
+        if level not in LEVELS or not (self.root / f"{name}.zarr").is_dir():
+            there = [each for each in LEVELS if any(self.root.glob(f"{each}*.zarr"))]
+            raise BadInput(f"{self.root} has no {level!r} barcodes; it holds {', '.join(there)}")
+        return self.root / f"{name}.zarr"
+
     def check(self) -> None:
         """Raise DamagedStore if a level or a chunk of its matrices is missing."""
-        for level in LEVELS:
-            layers = (path for path in (self.root / f"{level}.zarr" / "layers").glob("*") if path.is_dir())
-            for matrix in (self.root / f"{level}.zarr" / "X", *layers):
+        for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
+            layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if path.is_dir())
+            for matrix in (self.root / f"{name}.zarr" / "X", *layers):
                 shape = matrix / "zarr.json"
                 try:
                     n_rows, n_columns = json.loads(shape.read_bytes())["attributes"]["shape"]
@@ -105,11 +153,11 @@ class BarcodeStore:
                 if missing:
                     raise DamagedStore(f"{missing[0]} is missing; count again with --overwrite")
 
-    def read(self, level: str) -> Any:
-        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory."""
+    def read(self, level: str, tau: float | None = None) -> Any:
+        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`."""
         import anndata
 
-        if level not in LEVELS or not (self.root / f"{level}.zarr").is_dir():
-            there = [name for name in LEVELS if (self.root / f"{name}.zarr").is_dir()]
-            raise BadInput(f"{self.root} has no {level!r} barcodes; it holds {', '.join(there)}")
-        return anndata.read_zarr(self.root / f"{level}.zarr")
+        return anndata.read_zarr(self.path(level, tau))
+
+    def _listed_taus(self) -> str:
+        return ", ".join(map(tau_text, self.taus))

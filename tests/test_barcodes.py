@@ -1,37 +1,49 @@
 """Barcodes: numbers worked out by hand, equality with slow twins, and the same bytes whoever counts them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import pytest
 import reference
+import zarr
 from click.testing import CliRunner
 from distributed import Client, LocalCluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zarr.codecs import GzipCodec
 
 from cli import cli
-from cytosae.barcodes import BarcodeConfig, BarcodeResult, count_tokens, write_barcodes
+from cytosae import barcode_tasks
+from cytosae import barcodes as barcodes_module
+from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
+from cytosae.counting import ImageCounter
+from cytosae.groups import group_images
 from stores import (
     BadInput,
     BarcodeStore,
-    CsrRows,
     DamagedStore,
     IncompleteStore,
     LatentSpec,
+    LatentStore,
     LatentWriter,
     SpecMismatch,
+    csr_blocks,
     read_runs,
 )
 from stores.tables import image_table, table_sha256, with_outcome
@@ -42,7 +54,14 @@ LEVELS = ("image", "patient", "disease")
 
 
 def write_latents(
-    root: Path, dense: Float, rows: list[Row], *, value_bits: int = 10, min_activation: float = 0.0
+    root: Path,
+    dense: Float,
+    rows: list[Row],
+    *,
+    value_bits: int = 10,
+    min_activation: float = 0.0,
+    dataset: str = "drawn",
+    sae_sha256: str = "1" * 64,
 ) -> Path:
     """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
     n_images, n_tokens, n_latents = dense.shape
@@ -55,10 +74,10 @@ def write_latents(
     }
     errors = [None if ok else "file ends early" for _, _, ok in rows]
     images = with_outcome(
-        image_table(columns, source="test", dataset="drawn"), [None if e else "0" * 64 for e in errors], errors
+        image_table(columns, source="test", dataset=dataset), [None if e else "0" * 64 for e in errors], errors
     )
     spec = LatentSpec(
-        sae_sha256="1" * 64,
+        sae_sha256=sae_sha256,
         cache_sha256="2" * 64,
         cache={"backbone": "none", "trained": False, "block": 10},
         images_sha256=table_sha256(images),
@@ -75,6 +94,14 @@ def write_latents(
     writer.commit(n_images)
     writer.finish()
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """In this process; hundreds of small files are synced in every job."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @contextmanager
@@ -295,8 +322,8 @@ def test_layers_and_tables_are_those_worked_out_by_hand(
         n_patients_without_disease=1,
         n_diseases=2,
         n_latents=6,
-        n_silent_latents=0,
-        share_above_tau=19 / 23,
+        n_silent_latents=(0,),
+        share_above_tau=(19 / 23,),
         was_complete=False,
     )
 
@@ -333,8 +360,8 @@ def test_each_store_is_a_whole_anndata_with_its_provenance(
 def test_a_larger_tau_counts_less_and_says_what_never_exceeds_it(hand: Path, tmp_path: Path, threads: Client) -> None:
     """At tau 2: 8.0, 3.0 and 4.0 remain (2.0 itself does not count): latents 0, 3 and 4 are silent."""
     result = write_barcodes(hand, tmp_path / "barcodes", BarcodeConfig(tau=2), client=threads)
-    assert result.n_silent_latents == 3
-    assert result.share_above_tau == 3 / 23
+    assert result.n_silent_latents == (3,)
+    assert result.share_above_tau == (3 / 23,)
     counts = read_levels(tmp_path / "barcodes")["image"].X.toarray()
     assert np.argwhere(counts).tolist() == [[3, 1], [4, 5], [5, 2]]
 
@@ -362,34 +389,77 @@ DISEASE_OF = {"Zoe": "flu", "Abe": "cold", "Mia": "flu"}  # Bo's is unknown
     seed=st.integers(0, 2**31),
     shape=st.tuples(st.integers(0, 8), st.integers(2, 7), st.integers(1, 12)),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
-    tau=st.sampled_from([0.0, 0.2, 1.0]),
+    taus=st.sampled_from([(0.0,), (0.2,), (0.1, 0.2, 1.0)]),
     token_set=st.sampled_from(["all", "patch", "cls"]),
+    piece=st.integers(1, 40),
 )
 def test_counting_tokens_equals_the_twins(
-    seed: int, shape: tuple[int, int, int], share: float, tau: float, token_set: str
+    seed: int, shape: tuple[int, int, int], share: float, taus: tuple[float, ...], token_set: str, piece: int
 ) -> None:
-    """Image by image and latent by latent: count, largest and sum, with an entry wherever anything is active."""
+    """Image by image and latent by latent: counts, largest and mean; entries given in pieces that cut rows anywhere."""
     n_images, n_tokens, n_latents = shape
     dense = random_latents(seed, shape, [("P", "D", True)] * n_images, share=share).reshape(-1, n_latents)
-    indptr = np.concatenate([[0], np.cumsum((dense != 0).sum(axis=1))])
-    rows = CsrRows(np.nonzero(dense)[1].astype(np.uint16), dense[dense != 0], indptr)
-    found = count_tokens(rows, tau=tau, token_set=token_set, tokens_per_image=n_tokens)
+    indptr = 1000 + np.concatenate([[0], np.cumsum((dense != 0).sum(axis=1))])
+    indices, values = np.nonzero(dense)[1].astype(np.uint16), dense[dense != 0]
+    counter = ImageCounter(
+        indptr, n_latents=n_latents, tokens_per_image=n_tokens, taus=taus, token_set=token_set, place="here"
+    )
+    for at in range(0, len(values), piece):
+        counter.add(1000 + at, indices[at : at + piece], values[at : at + piece])
+    found = counter.finish()
     assert len(found.indptr) == n_images + 1
-    sums = {name: np.zeros((n_images, n_latents)) for name in ("count", "max", "total")}
     image_of = np.repeat(np.arange(n_images), np.diff(found.indptr))
-    for name, table in sums.items():
-        table[image_of, found.latent] = getattr(found, name)
-    n_set = {"all": n_tokens, "patch": n_tokens - 1, "cls": 1}[token_set]
+
+    def table(entries: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        whole = np.zeros((n_images, n_latents))
+        whole[image_of, found.latent] = entries
+        return whole
+
     if n_images:
-        assert np.array_equal(sums["count"], reference.image_counts(dense, tau, n_tokens, token_set))
-        assert np.array_equal(sums["max"], reference.image_max(dense, n_tokens, token_set))
-        np.testing.assert_allclose(sums["total"], reference.image_mean(dense, n_tokens, token_set) * n_set, rtol=1e-14)
-    chosen = reference.images_of(dense, n_tokens, token_set)
-    assert found.n_values == sum((image != 0).sum() for image in chosen)
-    assert len(found.latent) == (sums["max"] > 0).sum()
+        for t, tau in enumerate(taus):
+            counts = reference.image_counts(dense, tau, n_tokens, token_set)
+            assert np.array_equal(table(found.count[t]), counts)
+            assert np.array_equal(found.n_above[t], (counts > 0).sum(axis=1))
+        assert np.array_equal(table(found.max), reference.image_max(dense, n_tokens, token_set))
+        mean = reference.image_mean(dense, n_tokens, token_set)
+        np.testing.assert_allclose(table(found.mean), mean, rtol=1e-7)
+        assert np.array_equal(table(found.mean) > 0, mean > 0)
+    in_row = image_of[1:] == image_of[:-1]
+    assert (np.diff(found.latent.astype(int))[in_row] > 0).all()
+    assert found.n_values == sum((image != 0).sum() for image in reference.images_of(dense, n_tokens, token_set))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 6), max_size=3), min_size=1, max_size=6),
+    bad=st.none() | st.tuples(st.integers(0, 17), st.sampled_from([0.0, -1.0, np.nan, np.inf])),
+    piece=st.integers(1, 18),
+)
+def test_rows_that_break_a_promise_are_never_counted(
+    rows: list[list[int]], bad: tuple[int, float] | None, piece: int
+) -> None:
+    """Indices that do not rise in their row or are no latent, values that no latent has; wherever pieces are cut."""
+    values = np.ones(sum(map(len, rows)), np.float32)
+    is_sound = all(a < b for row in rows for a, b in pairwise(row)) and all(index < 6 for row in rows for index in row)
+    if bad is not None and bad[0] < len(values):
+        values[bad[0]], is_sound = bad[1], False
+    indptr = np.cumsum([7, *map(len, rows)])
+    counter = ImageCounter(indptr, n_latents=6, tokens_per_image=1, taus=(0.5,), token_set="all", place="here")
+    indices = np.array([index for row in rows for index in row], np.uint16)
+
+    def count() -> list[int]:
+        for at in range(0, len(values), piece):
+            counter.add(7 + at, indices[at : at + piece], values[at : at + piece])
+        return counter.finish().latent.tolist()
+
+    if is_sound:
+        assert count() == indices.tolist()
+    else:
+        with pytest.raises(DamagedStore, match="here: "):
+            count()
+
+
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
     rows=rows_of_images,
@@ -447,8 +517,8 @@ def test_barcodes_equal_the_twins(
     np.testing.assert_allclose(found["disease"].X.toarray(), disease_means, rtol=1e-6)
 
 
-def test_denormal_latents_have_no_mean_that_is_an_explicit_zero(tmp_path: Path, threads: Client) -> None:
-    """With all 23 bits kept a latent can be so small that its mean over the tokens is zero in float32."""
+def test_denormal_latents_stay_active(tmp_path: Path, threads: Client) -> None:
+    """With all 23 bits kept a mean over the tokens can be zero in float32: it is kept as the least number there is."""
     dense = np.zeros((2, 5, 3), np.float32)
     dense[0, 1, 1] = 2.0**-149
     dense[1, :, 2] = 1
@@ -456,7 +526,7 @@ def test_denormal_latents_have_no_mean_that_is_an_explicit_zero(tmp_path: Path, 
     write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
     image = read_levels(tmp_path / "barcodes")["image"]
     assert image.layers["max"].toarray()[0].tolist() == [0, 2.0**-149, 0]
-    assert image.layers["mean"].toarray().tolist() == [[0, 0, 0], [0, 0, 1]]
+    assert image.layers["mean"].toarray().tolist() == [[0, 2.0**-149, 0], [0, 0, 1]]
     assert image.var["n_active_images"].tolist() == [0, 1, 1]
 
 
@@ -479,7 +549,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, threads: Client) -> Path:
 
 @pytest.mark.parametrize(
     ("workers", "block_images"),
-    [("processes", 3), ("processes", 256), ("threads", 1), ("one thread", 256)],
+    [("processes", 7), ("threads", 4), ("one thread", 256)],
 )
 def test_every_byte_is_the_same_whoever_counts(
     many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str, block_images: int
@@ -504,7 +574,7 @@ def test_a_killed_job_continues_from_its_parts(
 
     def interrupt(done: int, total: int, state: str) -> None:
         seen.append(done)
-        if len(seen) > 2:
+        if len(seen) > 2 or state == "joining":  # by the third time all may be there
             raise KeyboardInterrupt
 
     config = BarcodeConfig(block_images=10)
@@ -529,21 +599,168 @@ def test_a_killed_job_continues_from_its_parts(
     assert len(read_runs(tmp_path / "barcodes")) == 4
 
 
-def test_parts_of_another_block_size_are_not_mixed_in(many: Path, tmp_path: Path, threads: Client) -> None:
+def interrupted(many: Path, barcodes: Path, client: Client, block_images: int, n_blocks: int) -> Path:
+    """A job that was broken off after so many blocks of its parts; where they lie."""
+    seen: list[int] = []
+
     def interrupt(done: int, total: int, state: str) -> None:
-        if done:
+        seen.append(done)
+        if len(seen) > n_blocks:
             raise KeyboardInterrupt
 
+    config = BarcodeConfig(block_images=block_images)
     with pytest.raises(KeyboardInterrupt):
-        write_barcodes(
-            many / "latents.zarr",
-            tmp_path / "barcodes",
-            BarcodeConfig(block_images=10),
-            client=threads,
-            progress=interrupt,
-        )
-    write_barcodes(many / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(block_images=16), client=threads)
+        write_barcodes(many / "latents.zarr", barcodes, config, client=client, progress=interrupt)
+    return barcodes / "parts"
+
+
+def counted_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A list that fills with the images of every block that is counted from here on, in this process."""
+    counted: list[tuple[int, int]] = []
+
+    def noted(path: Path, *, shape: tuple[int, int], start: int, stop: int) -> csr_blocks.EntryReader:
+        counted.append((start // 5, stop // 5))
+        return csr_blocks.EntryReader(path, shape=shape, start=start, stop=stop)
+
+    monkeypatch.setattr(barcode_tasks, "EntryReader", noted)
+    return counted
+
+
+def test_parts_of_any_size_are_used_and_gaps_are_filled(
+    many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job may go on with other blocks (more memory, say): what is counted stays counted."""
+    parts = interrupted(many, tmp_path / "barcodes", threads, block_images=10, n_blocks=5)
+    time.sleep(0.2)  # cancelled tasks may still be at it
+    there = sorted(path.name for path in parts.glob("*.part"))
+    assert len(there) >= 5
+    (parts / there[2]).unlink()
+    n_there = len(list(parts.glob("*.part")))
+    counted = counted_blocks(monkeypatch)
+    config = BarcodeConfig(block_images=64)
+    write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=threads)
+    assert sum(stop - start for start, stop in counted) == 260 - 10 * n_there
+    assert (20, 30) in counted
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+
+
+def test_damaged_parts_are_counted_anew(
+    many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torn, empty, flipped, of another job, without a header, of a shape that no memory holds: each its own block."""
+    for name, tau in {"barcodes": 0.2, "other": 0.5}.items():
+        config = BarcodeConfig(tau=tau, block_images=40)
+        with pytest.raises(KeyboardInterrupt):
+            write_barcodes(many / "latents.zarr", tmp_path / name, config, client=threads, progress=stop_when_counted)
+    parts = sorted((tmp_path / "barcodes" / "parts").glob("*.part"))
+    assert len(parts) == 7
+    raw = [path.read_bytes() for path in parts]
+    parts[0].write_bytes(raw[0][:-5])
+    parts[1].write_bytes(b"")
+    middle = len(raw[2]) // 2
+    parts[2].write_bytes(raw[2][:middle] + bytes([raw[2][middle] ^ 1]) + raw[2][middle + 1 :])
+    shutil.copy(tmp_path / "other" / "parts" / parts[3].name, parts[3])
+    parts[4].write_bytes(b"x" * len(raw[4]))
+    parts[5].write_bytes(raw[5].replace(b"[41]", b"[9e9]", 1))
+    counted = counted_blocks(monkeypatch)
+    write_barcodes(many / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    assert sorted(counted) == [(start, start + 40) for start in range(0, 240, 40)]
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+
+
+def stop_when_counted(done: int, total: int, state: str) -> None:
+    if state == "joining":
+        raise KeyboardInterrupt
+
+
+def test_many_small_pieces_give_the_same_numbers(
+    many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of seven entries, tasks of few groups, waves and a tree of many levels: blocks still change no byte."""
+    monkeypatch.setattr(csr_blocks, "CHUNK_ENTRIES", 7 * 512)
+    monkeypatch.setattr(barcodes_module, "_FILL_CHUNKS", 1)
+    for name, value in {"_GROUP_ENTRIES": 300, "_WAVE": 5, "_FAN_IN": 2}.items():
+        monkeypatch.setattr(barcodes_module, name, value)
+    for block in (7, 260):
+        config = BarcodeConfig(block_images=block)
+        write_barcodes(many / "latents.zarr", tmp_path / f"{block}", config, client=threads)
+    assert contents(tmp_path / "7") == contents(tmp_path / "260")
+    found, expected = read_levels(tmp_path / "7"), read_levels(many / "barcodes")
+    for level in LEVELS:
+        for name in (None, *expected[level].layers):
+            ours, theirs = (each[level].layers[name] if name else each[level].X for each in (found, expected))
+            assert np.array_equal(ours.indptr, theirs.indptr)
+            assert np.array_equal(ours.indices, theirs.indices)
+            np.testing.assert_allclose(ours.data, theirs.data, rtol=1e-6)
+    assert found["image"].var["n_active_images"].equals(expected["image"].var["n_active_images"])
+    np.testing.assert_allclose(found["image"].var["mean_activation"], expected["image"].var["mean_activation"])
+
+
+def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> None:
+    """3,000 patients of one image and 49,152 latents: 1.2 GB if any step held a number for each pair."""
+    n, n_latents = 3000, 49_152
+    people: list[Row] = [(f"{(7 * i) % n:04d}", "ABC"[i % 3], True) for i in range(n)]
+    rng = np.random.default_rng(0)
+    latent = np.sort(rng.choice(n_latents, (n, 2), replace=True) // 2 * 2 + [0, 1], axis=1)
+    root = write_latents(tmp_path / "few.zarr", np.zeros((n, 1, 1), np.float32), people)  # for its image table
+    spec = LatentSpec(**{**LatentStore(root).header.spec, "n_latents": n_latents})
+    writer = LatentWriter(tmp_path / "latents.zarr", spec, LatentStore(root).images)
+    writer.append_tokens(latent.ravel(), np.ones(2 * n, np.float32), np.full(n, 2))
+    writer.commit(n)
+    writer.finish()
+    tracemalloc.start()
+    write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = anndata.read_zarr(tmp_path / "barcodes" / "patient.zarr")
+    assert found.obs_names.tolist() == [f"{i:04d}" for i in range(n)]
+    order = np.argsort([name for name, _, _ in people])
+    assert np.array_equal(found.X.indices.reshape(n, 2), latent[order])
+    assert peak < 200e6
+
+
+def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> None:
+    """A block's result has at most an entry per nonzero: half the memory, half the block."""
+    groups = group_images(LatentStore(many / "latents.zarr").images)
+    sizes = {}
+    for limit in (1 << 16, 1 << 15, 0):
+
+        class Cluster:
+            def scheduler_info(self) -> dict[str, Any]:
+                return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
+
+        job = barcodes_module._Job(
+            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster()
+        )
+        blocks = list(barcodes_module._plan_blocks(job))
+        assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+        assert (blocks[0].start, blocks[-1].stop) == (0, 260)
+        sizes[limit] = blocks[0].stop
+    assert sizes[0] == 260  # no limit
+    assert 1 <= sizes[1 << 15] < sizes[1 << 16] < 260
+
+
+def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, threads: Client) -> None:
+    """What we do not decode ourselves goes through zarr."""
+    latents = Path(shutil.copytree(many / "latents.zarr", tmp_path / "latents.zarr"))
+    for name, codec in {"indices": GzipCodec(), "data": None}.items():
+        array = zarr.open_array(latents / "X" / name, mode="r")
+        values, fill = array[:], array.fill_value
+        zarr.create_array(
+            latents / "X",
+            name=name,
+            shape=values.shape,
+            dtype=values.dtype,
+            chunks=(1000,),
+            compressors=codec,
+            fill_value=fill,
+            overwrite=True,
+        )[:] = values
+    write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
+    (latents / "X" / "data" / "c" / "1").unlink()
+    with pytest.raises(DamagedStore, match=r"X/data/c/1 is missing"):
+        list(csr_blocks.EntryReader(latents / "X", shape=(1300, 30), start=0, stop=1300).entries())
 
 
 def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, threads: Client) -> None:
@@ -562,6 +779,176 @@ def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, thr
         write_barcodes(hand, barcodes, BarcodeConfig(tau=0.3), client=threads)
     write_barcodes(hand, barcodes, BarcodeConfig(tau=0.3), client=threads, overwrite=True)
     assert BarcodeStore(barcodes).header.spec["tau"] == 0.3
+
+
+# ----------------------------------------------------------------------------- several taus, stores, tables
+
+
+def test_several_taus_in_one_pass_equal_single_ones(many: Path, tmp_path: Path, threads: Client) -> None:
+    """Each tau has whole stores of its own, the very bytes (but for the hash) that a job of its own would give."""
+    result = write_barcodes(many / "latents.zarr", tmp_path / "all", BarcodeConfig(tau=(1.0, 0.2)), client=threads)
+    names = {path.name for path in (tmp_path / "all").iterdir()}
+    assert {"image_tau0.2.zarr", "image_tau1.zarr", "patient_tau1.parquet"} <= names
+    assert "image.zarr" not in names
+    store = BarcodeStore(tmp_path / "all")
+    store.check()
+    assert store.taus == (0.2, 1.0)
+    for number, tau in enumerate((0.2, 1.0)):
+        single = write_barcodes(
+            many / "latents.zarr", tmp_path / f"{tau}", BarcodeConfig(tau=tau), client=threads, overwrite=True
+        )
+        assert result.n_silent_latents[number] == single.n_silent_latents[0]
+        assert result.share_above_tau[number] == single.share_above_tau[0]
+        for level in LEVELS:
+            ours, theirs = store.path(level, tau), tmp_path / f"{tau}" / f"{level}.zarr"
+            found, expected = contents(ours), contents(theirs)
+            differ = [name for name in expected if found.get(name) != expected[name]]
+            assert all(name.startswith("uns/cyto/identity/") for name in differ)
+            assert store.read(level, tau).uns["cyto"]["tau"] == tau
+            if level != "image":
+                exported = pq.read_table(ours.with_suffix(".parquet"))
+                assert exported.equals(pq.read_table(theirs.with_suffix(".parquet")))
+    with pytest.raises(BadInput, match=r"several tau: choose one of 0.2, 1$"):
+        store.read("image")
+    with pytest.raises(BadInput, match=r"no barcodes at tau 0.5; it holds 0.2, 1$"):
+        store.path("image", 0.5)
+
+
+def test_parquet_beside_the_stores_says_the_same(counted: Callable[[str], tuple[Path, BarcodeResult]]) -> None:
+    root, _ = counted("all")
+    found = read_levels(root)
+    for level, layers in {"patient": ["activation_sum", "n_active_images"], "disease": []}.items():
+        table = pq.read_table(root / f"{level}.parquet").to_pandas()
+        assert list(table.columns) == [level, "latent", "value", *layers]
+        for column, matrix in {"value": found[level].X, **found[level].layers}.items():
+            dense = np.zeros(matrix.shape)
+            dense[found[level].obs_names.get_indexer(table[level]), table["latent"]] = table[column]
+            np.testing.assert_array_equal(dense.astype(np.float32), matrix.toarray())
+
+
+@pytest.fixture(scope="module")
+def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """North and south, with a patient "1" each, a patient of the same name in one only, and one disease in both."""
+    root = tmp_path_factory.mktemp("datasets")
+    rows: dict[str, list[Row]] = {
+        "north": [("1", "flu", True), ("1", "flu", True), ("7", "cold", True)],
+        "south": [("1", "cold", True), ("8", "flu", True), (None, None, True)],
+    }
+    dense = np.zeros((3, 2, 4), np.float32)
+    dense[:, 0, :] = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]
+    for scale, (name, drawn) in enumerate(rows.items()):
+        write_latents(root / f"{name}.zarr", dense + dense * scale * [0, 0, 0, 1], drawn, dataset=name)
+    return [root / "north.zarr", root / "south.zarr"]
+
+
+def test_two_datasets_side_by_side(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
+    """Rows one after the other; a "1" here and a "1" there are two people; a disease is the same everywhere."""
+    result = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(block_images=2), client=threads)
+    assert (result.n_images, result.n_patients, result.n_diseases, result.n_without_patient) == (6, 4, 2, 1)
+    found = read_levels(tmp_path / "barcodes")
+    assert found["image"].obs_names.tolist() == [f"{d}/{i:04d}.png" for d in ("north", "south") for i in range(3)]
+    assert found["image"].X.toarray().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]] * 2
+    patients = found["patient"]
+    assert patients.obs_names.tolist() == ["north/1", "south/1", "7", "8"]
+    assert patients.obs["patient_id"].tolist() == ["1", "1", "7", "8"]
+    assert patients.obs["dataset"].tolist() == ["north", "south", "north", "south"]
+    assert patients.X.toarray().tolist() == [[1, 0.5, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0]]
+    # cold: 7 and south/1; flu: north/1 and 8
+    assert found["disease"].X.toarray().tolist() == [[0.5, 0, 0.5, 0], [1, 0.75, 0, 0]]
+    assert found["disease"].obs["n_patients"].tolist() == [2, 2]
+    assert len(found["patient"].uns["cyto"]["latents"]) == 2
+    alone = write_barcodes([two_datasets[0]], tmp_path / "alone", BarcodeConfig(), client=threads)
+    assert alone.n_patients == 2
+    assert read_levels(tmp_path / "alone")["patient"].obs_names.tolist() == ["1", "7"]
+
+
+def test_stores_that_do_not_go_together_are_refused(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
+    north = two_datasets[0]
+    with pytest.raises(BadInput, match=r"3 image ids of .*north.zarr are also in .*north.zarr \(north/0000.png, "):
+        write_barcodes([north, north], tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    dense = np.ones((1, 2, 4), np.float32)
+    other = write_latents(tmp_path / "o.zarr", dense, [("P", "D", True)], dataset="east", sae_sha256="3" * 64)
+    with pytest.raises(SpecMismatch, match=r"o.zarr and .*north.zarr hold latents of different SAEs \(sae_sha256 333"):
+        write_barcodes([north, other], tmp_path / "barcodes", BarcodeConfig(), client=threads)
+    assert not (tmp_path / "barcodes").exists()
+
+
+def test_a_table_groups_the_images_anew(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
+    """Its columns replace the store's; what does not fit is counted and named; `dataset` can make two names one."""
+    table = tmp_path / "table.csv"
+    lines = ["image_id,patient,disease,dataset,age"]
+    lines += ["north/0000.png,ann,flu,all,40", "south/0000.png,ann,flu,all,40", "south/0001.png,bob,cold,all,"]
+    lines += ["north/0002.png,,,,", "east/1.png,eve,flu,all,"]
+    table.write_text("\n".join(lines) + "\n")
+    result = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(), client=threads, table=table)
+    assert (result.n_patients, result.n_without_patient) == (2, 3)
+    assert (result.n_unknown_in_table, result.unknown_in_table) == (1, "east/1.png")
+    assert (result.n_missing_in_table, result.missing_in_table) == (2, "north/0001.png, south/0002.png")
+    found = read_levels(tmp_path / "barcodes")
+    assert found["patient"].obs_names.tolist() == ["ann", "bob"]
+    assert found["patient"].X.toarray().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0]]
+    assert found["image"].obs["patient"].tolist() == ["ann", "", "", "ann", "bob", ""]
+    assert found["image"].obs["age"].tolist() == ["40", "", "", "40", "", ""]
+    assert found["image"].obs["status"].tolist() == ["ok"] * 6
+    again = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(), client=threads, table=table)
+    assert again.was_complete
+    with pytest.raises(SpecMismatch, match="other settings"):
+        write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(), client=threads)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("patient\nann\n", r"must have a column 'image_id' and one of patient, .*found: patient"),
+        ("image_id,path\nnorth/0000.png,x\n", r"and one of patient, disease, label"),
+        ("image_id,patient\na,ann\na,bob\n", r"1 image ids that are empty or repeated \(a\)"),
+        ("image_id,patient\n0000.png,ann\n", r"knows none of the 6 images \(its ids: 0000.png; the images': north/0"),
+        ("image_id,a/b\nnorth/0000.png,x\n", r"a column 'a/b', a name that AnnData cannot store"),
+        (
+            "image_id,patient,disease,dataset\nnorth/0000.png,a,flu,x\nsouth/0000.png,a,cold,x\n",
+            r"1 patients have images of two diseases \(a: cold and flu\); .*--table",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(
+    two_datasets: list[Path], tmp_path: Path, threads: Client, text: str, words: str
+) -> None:
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(BadInput, match=words):
+        write_barcodes(two_datasets, tmp_path / "b", BarcodeConfig(), client=threads, table=tmp_path / "table.csv")
+
+
+def test_names_of_patients_are_unique_or_refused(tmp_path: Path) -> None:
+    def names(*people: tuple[str, str]) -> list[str]:
+        columns: dict[str, list[str | None]] = {
+            "path": [f"{i}.png" for i in range(len(people))],
+            "patient": [patient for patient, _ in people],
+            "dataset": [dataset for _, dataset in people],
+        }
+        n = len(people)
+        return group_images(
+            with_outcome(image_table(columns, source="test", dataset=""), ["0" * 64] * n, [None] * n)
+        ).names
+
+    assert names(("2", "a"), ("1", "a"), ("1", "b")) == ["a/1", "b/1", "2"]
+    assert names(("1", "a"), ("1", "b"), ("a/1", "c")) == ["a/1", "b/1", "c/a/1"]
+    with pytest.raises(BadInput, match="would both be called 'a/b/c'"):
+        names(("b/c", "a"), ("c", "a/b"), ("c", "z"), ("b/c", "z"))
+
+
+def test_the_command_takes_all_of_it(two_datasets: list[Path], tmp_path: Path, scheduler: str) -> None:
+    """Two taus, two stores and a table, on a running scheduler; what is left out stands in what is printed."""
+    (tmp_path / "table.csv").write_text("image_id,patient\nnorth/0000.png,ann\nx,eve\n")
+    arguments = ["barcode", *map(str, two_datasets), "-o", str(tmp_path / "barcodes"), "--tau", "0.2", "--tau", "5"]
+    arguments += ["--table", str(tmp_path / "table.csv"), "--scheduler", scheduler]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "6 images, 1 patients, 1 diseases, 4 latents, tau 0.2, 5" in result.stdout
+    assert "left out: 5 images without a patient" in result.stdout
+    assert "5 images have no row in" in result.stdout
+    assert "1 rows of" in result.stdout
+    assert "100.0% of the nonzeros exceed tau 0.2; 1 of 4 latents never do" in result.stdout
+    assert "warning: no latent exceeds tau 5 anywhere: every barcode is empty" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -585,6 +972,16 @@ def test_tau_below_the_pruning_is_refused(tmp_path: Path, threads: Client) -> No
     assert not (tmp_path / "b").exists()
 
 
+def test_a_sum_that_float32_cannot_hold_is_an_error(tmp_path: Path, threads: Client) -> None:
+    """Never an infinity in a store; here two images of 3e38 each."""
+    dense = np.full((2, 1, 1), 3e38, np.float32)
+    latents = write_latents(tmp_path / "l.zarr", dense, [("P", "x", True)] * 2, value_bits=23)
+    with pytest.raises(BadInput, match=r"activation_sum of the barcodes has a value that is .* too large for float32"):
+        write_barcodes(latents, tmp_path / "b", BarcodeConfig(), client=threads)
+    with pytest.raises(IncompleteStore):
+        BarcodeStore(tmp_path / "b")
+
+
 @pytest.mark.parametrize("array", ["data", "indices", "indptr"])
 def test_a_damaged_chunk_gives_an_error_and_no_result(
     many: Path, tmp_path: Path, processes: Client, array: str
@@ -600,7 +997,7 @@ def test_a_damaged_chunk_gives_an_error_and_no_result(
         write_barcodes(latents, tmp_path / "barcodes", BarcodeConfig(), client=processes)
     with pytest.raises(IncompleteStore):
         BarcodeStore(tmp_path / "barcodes")
-    assert not (tmp_path / "barcodes" / "image.zarr").exists()
+    assert not (tmp_path / "barcodes" / "image.zarr" / "var").exists()  # nobody can take it for whole
 
 
 def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_path: Path, threads: Client) -> None:
@@ -619,6 +1016,8 @@ def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_p
         ({"token_set": "patches"}, "token_set must be one of all, patch, cls; found 'patches'"),
         ({"normalize": "none"}, "normalize must be one of images, cytosae-release; found 'none'"),
         ({"block_images": 0}, "block_images must be at least 1; found 0"),
+        ({"tau": (0.2, 0.5, 0.2)}, "several tau must differ, as float32 too; found 0.2, 0.2, 0.5"),
+        ({"tau": (0.2, 0.2 + 1e-12)}, "several tau must differ"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_refused(settings: dict[str, Any], words: str) -> None:

@@ -1,0 +1,189 @@
+"""Sparse rows in bulk: read a range of rows chunk by chunk, or let many processes fill one matrix.
+
+Reading hands out whole chunks as they are decoded, so memory is one or two chunks whatever the range; who counts them
+checks them. Filling: each process writes chunks of its own, in any order; what makes the rows visible (the lengths of
+the arrays, indptr, then `shape`) comes last.
+"""
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import zarr
+from numcodecs import Blosc, Zstd
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from .csr import CsrReader
+from .errors import DamagedStore
+from .files import PARTIAL_SUFFIX
+
+CHUNK_ENTRIES = 1 << 20  # of a matrix that is filled here
+_CRC_BYTES = 4
+# dtype, fill value, and the shuffle that costs the least for the size (docs/log.md)
+_LAYOUT: dict[str, tuple[str, float, str]] = {
+    "indices": ("int32", 0, "shuffle"),
+    "data": ("float32", float("nan"), "bitshuffle"),
+}
+
+
+class EntryReader:
+    """Reads a range of rows of one CSR group chunk by chunk, decoding each chunk once, into the same memory."""
+
+    def __init__(self, path: Path, *, shape: tuple[int, int], start: int, stop: int) -> None:
+        """Open the group at `path` for rows start..stop, and read where they begin.
+
+        Raises
+        ------
+        DamagedStore
+            If the group is damaged, or the row starts do not rise or leave the entries.
+        """
+        self.path = path
+        self.place = f"rows {start:,} to {stop - 1:,} of {path}"
+        self._arrays = CsrReader(path, shape=shape)._arrays
+        pieces = [values.copy() for _, values in self._read("indptr", start, stop + 1)]
+        self.row_starts: npt.NDArray[np.int64] = np.concatenate(pieces)
+        nnz = self._arrays["data"].shape[0]
+        if self.row_starts.min() < 0 or (np.diff(self.row_starts) < 0).any() or self.row_starts[-1] > nnz:
+            raise DamagedStore(f"{self.place}: indptr is not monotone or leaves the data")
+        if self._arrays["indices"].chunks != self._arrays["data"].chunks:
+            raise DamagedStore(f"{path}: indices and data have chunks of different sizes")
+
+    def entries(self) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float32]]]:
+        """The rows' entries: (number of the first, indices, values), unchecked, valid until the next are asked for.
+
+        Raises
+        ------
+        DamagedStore
+            If a chunk is lost or damaged.
+        """
+        first, last = int(self.row_starts[0]), int(self.row_starts[-1])
+        both = zip(self._read("indices", first, last), self._read("data", first, last), strict=True)
+        for (at, indices), (_, values) in both:
+            yield at, indices, values
+
+    def _read(self, name: str, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        array = self._arrays[name]
+        size, read = array.chunks[0], _chunk_reader(self.path / name, array)
+        for at in range(first - first % size, last, size):
+            low, high = max(first, at), min(last, at + size)
+            try:
+                yield low, read(at // size)[low - at : high - at]
+            except (ValueError, RuntimeError, OSError) as error:
+                raise DamagedStore(f"{self.place} cannot be read: {error}") from None
+
+
+def _chunk_reader(path: Path, array: "zarr.Array[Any]") -> Callable[[int], npt.NDArray[Any]]:
+    """Number of a chunk -> its values; into one buffer again and again where we can decode it ourselves.
+
+    zarr needs twice the time of decoding for a chunk of 2^20 entries (docs/log.md).
+    """
+    size = array.chunks[0]
+    codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    names = [codec["name"] for codec in codecs]
+    is_plain = names in (
+        ["bytes", "zstd"],
+        ["bytes", "blosc"],
+        ["bytes", "zstd", "crc32c"],
+        ["bytes", "blosc", "crc32c"],
+    )
+    if not is_plain or codecs[0].get("configuration") != {"endian": "little"} or array.filters:
+        return lambda number: _through_zarr(path, array, number)
+    buffer = np.empty(size, array.dtype)
+    decode = Zstd().decode if names[1] == "zstd" else Blosc().decode
+
+    def read(number: int) -> npt.NDArray[Any]:
+        raw = _chunk_file(path, number).read_bytes()
+        if names[-1] == "crc32c":
+            raw, stated = raw[:-_CRC_BYTES], raw[-_CRC_BYTES:]
+            if google_crc32c.value(raw) != int.from_bytes(stated, "little"):
+                raise ValueError(f"the checksum of {_chunk_file(path, number)} does not fit")
+        buffer.view(np.uint8).fill(0xFF)  # NaN, or an index out of range: nothing stays from the chunk before
+        decode(raw, out=buffer)
+        return buffer
+
+    return read
+
+
+def _through_zarr(path: Path, array: "zarr.Array[Any]", number: int) -> npt.NDArray[Any]:
+    if not _chunk_file(path, number).is_file():  # would read as its fill value
+        raise FileNotFoundError(f"{_chunk_file(path, number)} is missing")
+    size = array.chunks[0]
+    return np.asarray(array[number * size : (number + 1) * size])
+
+
+def _chunk_file(path: Path, number: int) -> Path:
+    return path / "c" / str(number)
+
+
+def create_matrix(path: Path) -> None:
+    """An empty CSR group in AnnData's layout (int32 indices, float32 data), whose entries may come in any order."""
+    group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+    for name, (dtype, fill, shuffle) in _LAYOUT.items():
+        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]
+        group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
+        (path / name / "c").mkdir()
+
+
+def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -> None:
+    """Write entries of `indices` or `data` from `start`, on a chunk edge, to the end of a chunk or of all."""
+    dtype, fill, shuffle = _LAYOUT[name]
+    codec = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE if shuffle == "bitshuffle" else Blosc.SHUFFLE)
+    for at in range(0, len(values), CHUNK_ENTRIES):
+        chunk = np.ascontiguousarray(values[at : at + CHUNK_ENTRIES], dtype)
+        if len(chunk) < CHUNK_ENTRIES:
+            chunk = np.concatenate([chunk, np.full(CHUNK_ENTRIES - len(chunk), fill, dtype)])
+        raw = codec.encode(chunk)
+        target = _chunk_file(path / name, (start + at) // CHUNK_ENTRIES)
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        with partial.open("xb") as file:
+            file.write(raw)
+            file.write(google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little"))
+            file.flush()
+            _begin_to_sync(file.fileno())
+        partial.replace(target)
+
+
+def share_entries(source: Path, target: Path, name: str, start: int, stop: int) -> None:
+    """Give `target` the chunk files of `source` for entries start..stop: the same file where links can be made."""
+    for chunk in range(start // CHUNK_ENTRIES, -(-stop // CHUNK_ENTRIES)):
+        given, wanted = (_chunk_file(matrix / name, chunk) for matrix in (source, target))
+        partial = wanted.with_name(f"{wanted.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        try:
+            try:
+                partial.hardlink_to(given)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(given, partial)
+            partial.replace(wanted)
+        finally:
+            partial.unlink(missing_ok=True)  # renaming a link onto another of the same file leaves both
+
+
+def _begin_to_sync(descriptor: int) -> None:
+    """Let the disk begin with a file, without waiting: who syncs everything at the end will find little left to do."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> None:
+    """All entries are there: say how many, write the row starts, then state the shape."""
+    group = zarr.open_group(os.fspath(path), mode="r+")
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths, dtype=np.int64)])
+    for name in _LAYOUT:
+        zarr.open_array(os.fspath(path / name), mode="r+").resize((int(indptr[-1]),))
+    array = group.create_array(
+        "indptr",
+        shape=indptr.shape,
+        dtype="int64",
+        chunks=(CHUNK_ENTRIES,),
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+        fill_value=-1,
+    )
+    array[:] = indptr  # never all fill values, so zarr leaves no chunk out
+    group.attrs["shape"] = [len(row_lengths), n_columns]
