@@ -19,7 +19,7 @@ TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
     "cytosae": {
         *("model", "losses", "dead_latents", "ranks", "checkpoint", "train", "training_data", "train_state"),
-        *("encode", "evaluate", "interop"),
+        *("encode", "evaluate", "interop", "sweep"),
     },
     "stores": set(),
 }
