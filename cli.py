@@ -562,12 +562,8 @@ def sae_train(
         if options.setdefault("dead_latents", "ghost" if ghost else "none") != ("ghost" if ghost else "none"):
             raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
     config = make_config(preset=preset, config_file=config_file, options=options)
-    if config.loss == "eq1" and config.activation == "relu" and config.l1 < 1e-3:
-        click.echo(
-            f"warning: in Eq. 1 as printed, an L1 weight of {config.l1:g} is about (width x token norm) times weaker "
-            f"than in the released loss; scale --l1 up",
-            err=True,
-        )
+    if config.warning:
+        click.echo(f"warning: {config.warning}", err=True)
     before = find_header(run)
     with _progress("train", "token") as progress:
         header = train(

@@ -160,6 +160,16 @@ class TrainConfig:
         down = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return self.lr * min(warmup, down)
 
+    @property
+    def warning(self) -> str | None:
+        """What is likely not meant, in words."""
+        if self.loss != "eq1" or self.activation != "relu" or self.l1 >= 1e-3:
+            return None
+        return (
+            f"in Eq. 1 as printed, an L1 weight of {self.l1:g} is about (width x token norm) times weaker than in the "
+            f"released loss; scale --l1 up"
+        )
+
     def l1_at(self, step: int) -> float:
         """Weight of the sparsity term at step `step`, from 0."""
         return self.l1 * min(1.0, (step + 1) / max(1, self.l1_warmup_steps))

@@ -119,6 +119,9 @@ def sweep(
             out, packages=("torch", "numpy"), caches=[str(cache) for cache in caches], device=device, threads=threads
         )
         passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device))
+        for warning in dict.fromkeys(member.config.warning for member in waiting):
+            if warning:
+                say(f"warning: {warning}")
         if waiting:
             say(_announced(planned, waiting, passes))
         totals = [_last_position(members) for members in passes]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -125,7 +126,10 @@ def test_each_member_equals_the_one_trained_alone(
     cache: Path, tmp_path: Path, alone: dict[str, dict[str, Any]], at_once: int | None
 ) -> None:
     """Weights, metrics, held-out numbers and header, bit for bit, however many share a pass."""
-    done = sweep(grid_of(tmp_path, MIXED), [cache], tmp_path / "out", at_once=at_once)
+    said: list[str] = []
+    done = sweep(grid_of(tmp_path, MIXED), [cache], tmp_path / "out", at_once=at_once, say=said.append)
+    n_passes = {None: 2, 1: 8, 2: 4}[at_once]
+    assert said[0].startswith(f"8 SAEs: {n_passes} passes over the data with up to {at_once or 6} at once")
     assert len(alone) == len(done.members) == 8
     assert trained(tmp_path / "out") == alone
     assert not done.was_complete
@@ -164,7 +168,7 @@ def time_written(run: Path) -> int:
 
 def test_a_killed_command_that_is_repeated_equals_one_that_was_not(cache: Path, tmp_path: Path) -> None:
     """A real process, killed after the first states lie on the disk."""
-    text = BASE.replace("tokens = 120", "tokens = 4000") + '[grid]\nseed = [0, 1]\nb_dec_init = ["zeros", "mean"]'
+    text = BASE.replace("tokens = 120", "tokens = 2000") + '[grid]\nseed = [0, 1]\nb_dec_init = ["zeros", "mean"]'
     grid, out = grid_of(tmp_path, text), tmp_path / "out"
     command = [sys.executable, "-m", "cli", "sae", "sweep", str(grid), str(cache), "-o", str(out)]
     process = subprocess.Popen(
@@ -266,6 +270,19 @@ def test_kinds_of_one_block_are_told_apart(cache: Path, tmp_path: Path) -> None:
     names = [row["caches"] for row in done.members]
     assert len(set(names)) == 2
     assert all(name.startswith("block10-") for name in names)
+
+
+def test_as_many_are_trained_at_once_as_fit_in_half_of_the_free_memory(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, gradients and two moments: 16 bytes per weight. One that does not fit is tried all the same."""
+    text = BASE + "[grid]\nexpansion = [8, 4, 64]\nseed = [0, 1]"
+    n_weights = {expansion: 2 * 8 * 8 * expansion + 8 * expansion + 8 for expansion in (8, 4, 64)}
+    free = 2 * 16 * (2 * n_weights[8] + n_weights[4])
+    monkeypatch.setattr("cytosae.sweep._free_bytes", lambda device: free)
+    said: list[str] = []
+    sweep(grid_of(tmp_path, text), [cache], tmp_path / "out", say=said.append)
+    assert said[0].startswith("6 SAEs: 4 passes over the data with up to 3 at once")  # 8 8 4, 4, 64, 64
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
@@ -416,6 +433,25 @@ def test_presets_budgets_and_the_seed_of_the_order(tmp_path: Path) -> None:
     first, second = (member.config for member in grid.members)
     assert (first.order, first.lr, first.epochs, first.tokens, first.order_seed) == ("images", 1, 2, None, 0)
     assert (second.lr, second.epochs, second.tokens, second.order_seed) == (3, None, 257_000_000, 5)
+
+
+def test_the_grid_in_the_docs_is_the_papers_ablation(tmp_path: Path) -> None:
+    """REFERENCE.md 1.3: everything around the chosen values, three seeds each."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    text = re.search(r"^```toml\n(\[base\].*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    grid = parsed(tmp_path, text[1])
+    assert len(grid.members) == 30
+    assert grid.varied == ("expansion", "l1", "lr", "dead_latents", "b_dec_init", "seed")
+    values = {name: {getattr(member.config, name) for member in grid.members} for name in grid.varied}
+    assert values == {
+        "expansion": {16, 32, 64, 128},
+        "l1": {8e-4, 8e-5, 8e-6},
+        "lr": {4e-3, 4e-4, 4e-5},
+        "dead_latents": {"ghost", "none"},
+        "b_dec_init": {"geometric-median", "mean"},
+        "seed": {0, 1, 2},
+    }
 
 
 def test_long_names_are_cut_and_stay_apart(tmp_path: Path) -> None:
