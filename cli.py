@@ -37,7 +37,9 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            self.fail(f"{value!r} is a URL; only cache info, sae train, eval and encode read from one", param, ctx)
+            self.fail(
+                f"{value!r} is a URL; only cache info, sae train, sweep, eval and encode read from one", param, ctx
+            )
         return str(value)
 
 
@@ -575,12 +577,8 @@ def sae_train(
         if options.setdefault("dead_latents", "ghost" if ghost else "none") != ("ghost" if ghost else "none"):
             raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
     config = make_config(preset=preset, config_file=config_file, options=options)
-    if config.loss == "eq1" and config.activation == "relu" and config.l1 < 1e-3:
-        click.echo(
-            f"warning: in Eq. 1 as printed, an L1 weight of {config.l1:g} is about (width x token norm) times weaker "
-            f"than in the released loss; scale --l1 up",
-            err=True,
-        )
+    if config.warning:
+        click.echo(f"warning: {config.warning}", err=True)
     before = find_header(run)
     with _progress("train", "token") as progress:
         header = train(
@@ -604,6 +602,64 @@ def sae_train(
     click.echo(_training_line(summary["final"]))
     if "held_out" in summary:
         click.echo(f"held out: {_held_out_line(summary['held_out'])}")
+
+
+@sae.command("sweep")
+@click.argument("grid", type=_FILE)
+@click.argument("stores", type=_STORE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the sweep: SAEs in runs/, tables, a figure.")
+@click.option(
+    "--at-once",
+    type=click.IntRange(1, 256),
+    help="SAEs in one pass over the data  [default: as many as fit in half of the free memory].",
+)
+@click.option("--exclude", type=_FILE, help="Parquet or text file with ids of images to leave out.")
+@_device_option
+@click.option("--checkpoint-every", type=_COUNT, default=500, show_default=True, help="Steps between two saved states.")
+@click.option("--keep-states", type=_COUNT, default=2, show_default=True, help="Saved states of an SAE that stay.")
+@_json_option
+def sae_sweep(
+    grid: Path,
+    stores: tuple[Path | str, ...],
+    out: Path,
+    exclude: Path | None,
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train every SAE of a grid from shared passes over the data, and tabulate them. The same command again resumes.
+
+    GRID is a TOML file: [base] settings of all; [grid] setting = [values], all combinations; [[runs]] settings that
+    belong together (docs/training.md). STORES of one kind are trained on together; the grid is trained for each kind,
+    so for each block. An SAE whose loss stops being finite is listed as failed, and the others go on: exit code 0.
+
+    \b
+    Example: cyto sae sweep ablation.toml cells.acts.zarr -o ablation
+    """
+    from cytosae.sweep import sweep
+    from stores import read_image_ids
+    from stores.tables import listed
+
+    with _progress("sweep", "token") as progress:
+        done = sweep(
+            grid,
+            stores,
+            out,
+            exclude=read_image_ids(exclude) if exclude else (),
+            device=_resolve_device(device),
+            say=lambda line: click.echo(line, err=True),
+            progress=progress,
+            **settings,
+        )
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"sweep": str(out), "members": done.members, "table": done.table}, indent=1))
+    else:
+        click.echo(done.markdown, nl=False)
+        click.echo(f"\n{out}: {len(done.members):,} SAEs in runs/, tables, sweep.png", err=True)
+    if done.failed:
+        names = listed([f"{row['name']} at step {row['failed_at_step']:,}" for row in done.failed])
+        click.echo(f"warning: {len(done.failed):,} of {len(done.members):,} SAEs failed: {names}", err=True)
 
 
 @sae.command("info")

@@ -22,6 +22,7 @@ GHOST_SCALES = ("scalar", "elementwise")
 PRECISIONS = ("fp32", "bf16")
 B_DEC_INITS = ("geometric-median", "geometric-median-per-position", "mean", "zeros")
 ORDERS = ("tokens", "images")
+_MOST_BYTES = 1 << 20  # of a file with settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +86,10 @@ class TrainConfig:
     holdout_by: str = "image"
     """Whether images are held out one by one, or all of a patient's together."""
     seed: int = 0
-    """Of the first weights, of what is held out, and of all else that is drawn."""
+    """Of the first weights, and of all else that is drawn."""
     order_seed: int | None = None
-    """Of the order of the tokens; None: `seed`. Runs with equal order share a pass over the data (cyto sae sweep)."""
+    """Of the order of the tokens and of what is held out; None: `seed`. Runs with equal order share a pass over the
+    data (cyto sae sweep)."""
     precision: str = "fp32"
     """`bf16` (GPU only): operands of products in bfloat16; weights, gradients and sums stay float32."""
     log_every: int = 20
@@ -158,6 +160,16 @@ class TrainConfig:
         down = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return self.lr * min(warmup, down)
 
+    @property
+    def warning(self) -> str | None:
+        """What is likely not meant, in words."""
+        if self.loss != "eq1" or self.activation != "relu" or self.l1 >= 1e-3:
+            return None
+        return (
+            f"in Eq. 1 as printed, an L1 weight of {self.l1:g} is about (width x token norm) times weaker than in the "
+            f"released loss; scale --l1 up"
+        )
+
     def l1_at(self, step: int) -> float:
         """Weight of the sparsity term at step `step`, from 0."""
         return self.l1 * min(1.0, (step + 1) / max(1, self.l1_warmup_steps))
@@ -190,21 +202,36 @@ def make_config(
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
-    for given in (_read_toml(config_file) if config_file else {}, options or {}):
-        if "epochs" in given:
-            values.pop("tokens", None)  # a budget given later replaces the other kind
-        if "tokens" in given:
-            values.pop("epochs", None)
-        values |= given
+    for given in (checked_settings(read_toml(config_file), str(config_file)) if config_file else {}, options or {}):
+        values = overridden(values, given)
     return TrainConfig(**values)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings, of which those in `given` win; a budget there replaces the other kind, too."""
+    other_budget = {"epochs": "tokens", "tokens": "epochs"}
+    replaced = [other_budget[name] for name in given if name in other_budget]
+    return {name: value for name, value in values.items() if name not in replaced} | given
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file of at most 1 MiB.
+
+    Raises
+    ------
+    BadInput
+        If it is anything else.
+    """
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise BadInput(f"{path} is larger than {_MOST_BYTES >> 20} MiB; expected a TOML file with settings")
+        return tomllib.loads(content.decode())
+    except (OSError, ValueError) as error:  # also of a number with thousands of digits
         raise BadInput(f"{path} cannot be read as TOML: {error}") from None
-    return checked_settings(values, str(path))
+    except RecursionError:
+        raise BadInput(f"{path} cannot be read as TOML: it is nested too deeply") from None
 
 
 def checked_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
@@ -224,7 +251,8 @@ def checked_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
     expected = kind.__name__ if isinstance(kind, type) else str(kind).removesuffix(" | None")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+    is_number |= isinstance(value, float)  # infinity is refused later, with better words
     if expected == "float" and is_number:
         return float(value)  # 2 and 2.0 are one setting, and one identity
     if expected == "int" and is_number and isinstance(value, int):

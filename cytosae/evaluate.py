@@ -33,6 +33,7 @@ from .training_data import TrainingData
 Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+MEANINGFUL = 1e-3  # mean activation from which the paper counts a latent
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
 _TOKENS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two
@@ -327,6 +328,7 @@ class _Sums:
         self.n_images_active = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.n_tokens_active = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.fired_in_window = torch.zeros(n_latents, dtype=torch.bool, device=device)
+        self._activation_L = torch.zeros(n_latents, dtype=torch.float64, device=device)  # summed over tokens
         # sums about the first token: the plain ones cancel where the tokens hardly vary
         self._about_D = torch.zeros(0)
         self._shifted_D = torch.zeros(model.width, dtype=torch.float64, device=device)
@@ -337,6 +339,12 @@ class _Sums:
     def l0(self) -> float:
         """Mean number of active latents per token, so far."""
         return int(self.n_tokens_active.sum()) / max(1, self.n_tokens)
+
+    def n_meaningful(self) -> int:
+        """Latents whose mean activation (over the images in which they are active) is at least 10^-3."""
+        per_image = self.n_tokens / max(1, self.n_images)
+        mean_L = self._activation_L / (per_image * self.n_images_active.clamp_min(1))
+        return int((mean_L >= MEANINGFUL).sum())
 
     @property
     def mean_D(self) -> torch.Tensor:
@@ -356,6 +364,7 @@ class _Sums:
             x_BD = x_NTD[:, start : start + self._step].reshape(-1, width)
             z_BL = self._model.encode(x_BD)
             self._add_tokens(x_BD.double(), self._model.decode(z_BL).double())
+            self._activation_L += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1).double().sum(0)
             z_BL.gt_(0)  # in place, 0 or 1: sums of floats are exact here, and ten times as fast as of booleans
             self.l0_counts += torch.bincount(z_BL.sum(1).long(), minlength=len(self.l0_counts))
             active_NL += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1)
@@ -411,6 +420,7 @@ def measure_held_out(
             "explained_variance": _explained(sums.error, sums.variance),
             "explained_variance_uncentered": _explained(sums.error, sums.square),
             "l0": sums.l0,
+            "n_meaningful": sums.n_meaningful(),
         }
     )
     return found

@@ -36,10 +36,18 @@ from .losses import BatchLosses, loss_and_gradients
 from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks, joined_ranks
 from .train_state import Metrics, TrainState, load_state, new_model, new_optimizer, save_state, states, write_metrics
-from .training_data import TrainingData, first_position, initial_b_dec, open_data, token_scale
+from .training_data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 _MICRO_BATCH = 1_024  # tokens that are looked at together when dead latents start anew
+
+
+class Diverged(BadInput):
+    """The loss or a weight stopped being finite, at step `step`."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def train(
@@ -74,7 +82,7 @@ def train(
         If a cache is not finished, or lost a chunk.
     StoreUnreachable
         If a URL cannot be read any longer; the state is saved before.
-    BadInput
+    Diverged
         If the loss or a weight stops being finite; the last saved state is kept.
     """
     if config.precision != "fp32" and not device.startswith("cuda"):
@@ -110,6 +118,8 @@ class Training:
         ranks: Ranks = ALONE,
         keep_states: int = 2,
     ) -> None:
+        """Nothing is read or written yet. Raises BadInput if the settings do not fit the tokens."""
+        require_start(data, config)
         self.data, self.config, self.device, self._ranks, self._keep = data, config, device, ranks, keep_states
         self.n_steps = config.n_steps(data.stream.tokens_per_epoch)
         spec = {
@@ -130,6 +140,16 @@ class Training:
     def step(self) -> int:
         """Steps taken."""
         return self._state.step
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of data and settings: that of the finished run."""
+        return self._header.identity
+
+    @property
+    def newest(self) -> Metrics | None:
+        """The last row of metrics so far."""
+        return self._state.metrics[-1] if self._state.metrics else None
 
     @property
     def position(self) -> int:
@@ -193,9 +213,10 @@ class Training:
             logger = open_logger(name, self._run, self._header, first_step=self.step)
             self._loggers.append(stack.enter_context(logger))
 
-    def take_step(self, batch: npt.NDArray[np.float16], progress: Progress) -> None:
-        """One step on this rank's part of a batch, (n, width)."""
-        tokens = torch.from_numpy(batch).to(self.device)  # travels as float16, cast where it is used
+    def take_step(self, batch: npt.NDArray[np.float16] | torch.Tensor, progress: Progress) -> None:
+        """One step on this rank's part of a batch, (n, width) float16; a tensor may lie on the device already."""
+        tokens = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
+        tokens = tokens.to(self.device)  # travels as float16, cast where it is used
         losses = self._compute_gradients(tokens)
         state, config = self._state, self.config
         is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == self.n_steps
@@ -214,7 +235,7 @@ class Training:
     def _compute_gradients(self, tokens: torch.Tensor) -> BatchLosses:
         """First half of a step: sets the gradients. May be broken off and done again: it changes nothing else.
 
-        Raises BadInput if the loss is not finite.
+        Raises Diverged if the loss is not finite.
         """
         state, config = self._state, self.config
         losses = loss_and_gradients(
@@ -233,9 +254,11 @@ class Training:
             precision=config.precision,
         )
         if not math.isfinite(losses.loss):
-            raise BadInput(
+            raise Diverged(
                 f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, dead latents' part "
-                f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train anew: another -o, or --overwrite"
+                f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train anew: another -o, or "
+                f"--overwrite",
+                state.step,
             )
         return losses
 
@@ -314,14 +337,16 @@ class Training:
     def finish(self) -> Header:
         """Fold what can be folded into the weights, measure on what was held out, write the run, and call it complete.
 
-        Raises BadInput if a weight is not finite.
+        Raises Diverged if a weight is not finite.
         """
         state, root = self._state, self._output.work
         state.model.fold_decoder_norm()
         if state.token_scale != 1:
             state.model.fold_token_scale(state.token_scale)
         if not all(bool(torch.isfinite(value).all()) for value in state.model.state_dict().values()):
-            raise BadInput("a weight became NaN or infinite in the last step; lower --lr, and train anew: --overwrite")
+            raise Diverged(
+                "a weight became NaN or infinite in the last step; lower --lr, and train anew: --overwrite", state.step
+            )
         if self._ranks.is_first:
             write_metrics(root, state.metrics)
             summary: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class TrainingData:
     stream: TokenStream | TokenMix
     chosen: Chosen
     excluded_sha256: str | None  # of the sorted ids, one per line; None: none are excluded
+    starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)  # b_dec, kept for SAEs that begin alike
 
     @property
     def width(self) -> int:
@@ -76,13 +77,15 @@ def open_data(caches: Sequence[Path | str], config: TrainConfig, *, exclude: Col
     BadInput
         If no image is left, or an excluded id is in no cache.
     """
-    stores = open_caches(caches)
+    return choose_data(open_caches(caches), config, exclude=exclude)
+
+
+def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: Collection[str] = ()) -> TrainingData:
+    """The tokens of opened caches that `config` asks for. Raises BadInput as `open_data` does."""
+    seed = config.seed if config.order_seed is None else config.order_seed
     if config.mix is not None and len(config.mix) != len(stores):
         raise BadInput(f"mix must have a share for each of the {len(stores)} caches; found {len(config.mix)}")
-    chosen = chosen_images(
-        stores, holdout=config.holdout, by=config.holdout_by, seed=config.seed, exclude=frozenset(exclude)
-    )
-    seed = config.seed if config.order_seed is None else config.order_seed
+    chosen = chosen_images(stores, holdout=config.holdout, by=config.holdout_by, seed=seed, exclude=frozenset(exclude))
     stream: TokenStream | TokenMix
     if config.mix is None:
         stream = TokenStream(
@@ -114,6 +117,14 @@ def first_position(config: TrainConfig) -> int:
     return config.batch_tokens if config.b_dec_init == "geometric-median-per-position" else 0
 
 
+def require_start(data: TrainingData, config: TrainConfig) -> None:
+    """Raise BadInput if the batches of `config` cannot be made of `data`, or its b_dec not begun with one."""
+    data.stream.batches(config.batch_tokens)
+    is_per_position = config.b_dec_init == "geometric-median-per-position"
+    if is_per_position and config.batch_tokens < data.stream.tokens_per_image:
+        raise BadInput(f"b_dec_init {config.b_dec_init!r} needs batches of at least one image")
+
+
 def token_scale(data: TrainingData, config: TrainConfig) -> float:
     """What tokens are multiplied with: for `sqrt-width`, sqrt(width) / mean norm of the first tokens."""
     if config.token_scale == "none":
@@ -126,14 +137,19 @@ def token_scale(data: TrainingData, config: TrainConfig) -> float:
 
 def initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
     """(D,): where b_dec begins: the geometric median is the paper's, per position over one batch the released form."""
+    asked = (config.b_dec_init, config.batch_tokens)
+    if asked not in data.starts:
+        data.starts[asked] = _initial_b_dec(data, config)
+    return data.starts[asked]
+
+
+def _initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
     if config.b_dec_init == "zeros":
         return torch.zeros(data.width)
     if config.b_dec_init == "geometric-median-per-position":
         sample = _first(data, config.batch_tokens)
         per_image = data.stream.tokens_per_image
         whole = len(sample) - len(sample) % per_image
-        if not whole:
-            raise BadInput(f"b_dec_init {config.b_dec_init!r} needs batches of at least one image")
         return geometric_median(sample[:whole].reshape(-1, per_image, data.width)).mean(0)
     sample = _sample(data, config)
     return sample.mean(0) if config.b_dec_init == "mean" else geometric_median(sample)

@@ -230,7 +230,11 @@ def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:
     BadInput
         If one is given twice.
     """
-    stores = [ActivationStore(root) for root in roots]
+    return used_together([ActivationStore(root) for root in roots])
+
+
+def used_together(stores: list[ActivationStore]) -> list[ActivationStore]:
+    """The same stores, checked as `open_caches` does."""
     if len({store.content_sha256 for store in stores}) < len(stores):
         raise BadInput("the same cache is given twice; its tokens would count double")
     precisions = sorted({store.spec.precision for store in stores})

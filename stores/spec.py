@@ -92,7 +92,7 @@ def find_header(root: Path) -> Header | None:
         If the header is ours, but says an identity that its own spec does not have.
     """
     for name in dict.fromkeys(format.header_file for format in FORMATS.values()):
-        raw = _read_object(root / name)
+        raw = read_object(root / name)
         if name == "zarr.json":
             attributes = raw.get("attributes")
             raw = attributes.get("cyto", {}) if isinstance(attributes, dict) else {}
@@ -191,12 +191,13 @@ def _parse_header(raw: dict[str, Any], root: Path) -> Header:
 def _header_content(root: Path, header: Header) -> dict[str, Any]:
     if FORMATS[header.kind].header_file != "zarr.json":
         return header.to_json()
-    group = _read_object(root / "zarr.json") or {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    group = read_object(root / "zarr.json") or {"zarr_format": 3, "node_type": "group", "attributes": {}}
     group["attributes"] = {**group.get("attributes", {}), "cyto": header.to_json()}
     return group
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

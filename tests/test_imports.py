@@ -19,7 +19,18 @@ TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
     "cytosae": {
         *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks"),
-        *("checkpoint", "train", "training_data", "train_state", "compact", "encode", "evaluate", "interop", "saelens"),
+        *(
+            "checkpoint",
+            "train",
+            "training_data",
+            "train_state",
+            "compact",
+            "encode",
+            "evaluate",
+            "interop",
+            "saelens",
+            "sweep",
+        ),
     },
     "stores": set(),
 }
