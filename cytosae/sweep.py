@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .encode import Progress
 from .figures import plot_sweep
 from .sweep_grid import Grid, read_grid
-from .sweep_record import RESULTS, Record, Row, SweepFolder, is_held_out
+from .sweep_record import RESULTS, Record, Row, SweepFolder, metric_prefix
 from .train import Diverged, Training
 from .train_state import new_model
 from .training_data import TrainingData, choose_data, first_position
@@ -329,7 +329,7 @@ class _Pass:
             variance = (training.newest or {}).get("explained_variance")
             if variance is not None and variance > self._best[1]:
                 self._best = record.name, variance
-        best = f", best explained variance {self._best[1]:.3f} ({self._best[0]})" if self._best[0] else ""
+        best = f", best explained variance {self._best[1]:.3f} ({self._best[0][:40]})" if self._best[0] else ""
         return f"{len(self._live)} SAEs{best}"
 
 
@@ -340,7 +340,7 @@ def _result(folder: SweepFolder, grid: Grid, *, was_complete: bool) -> SweepResu
         return SweepResult(folder.root, members, table, text, was_complete)
     members, table, text = folder.write_tables(grid.varied)
     settings = [name for name in ("caches", *grid.varied) if name != "seed" and len({str(r[name]) for r in table}) > 1]
-    prefix = "held_out_" if is_held_out(table) else ""
+    prefix = metric_prefix(table)
     paths = [folder.root / f"sweep.{kind}" for kind in ("png", "svg")]
     plot_sweep(table, settings, paths, x=f"{prefix}l0", y=f"{prefix}explained_variance")
     folder.save(complete=True)

@@ -26,7 +26,8 @@ _OF_TRAINING = (
     "dead_fraction",
 )
 _HELD_OUT = ("mse", "explained_variance", "explained_variance_uncentered", "l0", "n_meaningful")
-METRICS = (*_OF_TRAINING, *(f"held_out_{name}" for name in _HELD_OUT), "seconds")
+# with a prefix: `l1` and `loss` are settings, too
+METRICS = (*(f"final_{name}" for name in _OF_TRAINING), *(f"held_out_{name}" for name in _HELD_OUT), "seconds")
 
 
 @dataclass
@@ -134,9 +135,9 @@ class SweepFolder:
             "failed_at_step": record.failed_at_step,
             "message": record.message,
             "n_latents": header.spec["n_latents"] if header else None,
-            "steps": summary.get("steps"),
-            "tokens": summary.get("tokens"),
-            **{name: final.get(name) for name in _OF_TRAINING},
+            "final_step": summary.get("steps"),
+            "final_tokens": summary.get("tokens"),
+            **{f"final_{name}": final.get(name) for name in _OF_TRAINING},
             **{f"held_out_{name}": held_out.get(name) for name in _HELD_OUT},
             "seconds": record.seconds,
             "folder": f"runs/{record.name}",
@@ -182,10 +183,11 @@ def means_over_seeds(members: Sequence[Row], varied: Sequence[str]) -> list[Row]
     return table
 
 
-def is_held_out(table: Sequence[Row]) -> bool:
-    """Was every finished SAE measured on held-out images? Then those numbers are the ones to show."""
+def metric_prefix(table: Sequence[Row]) -> str:
+    """Of the metrics to show: `held_out_` if every finished SAE was measured on held-out images, else `final_`."""
     finished = [row for row in table if row["n"]]
-    return bool(finished) and all(row["held_out_l0_mean"] is not None for row in finished)
+    is_held_out = bool(finished) and all(row["held_out_l0_mean"] is not None for row in finished)
+    return "held_out_" if is_held_out else "final_"
 
 
 def as_markdown(table: Sequence[Row], varied: Sequence[str]) -> str:
@@ -193,19 +195,23 @@ def as_markdown(table: Sequence[Row], varied: Sequence[str]) -> str:
     settings = [name for name in varied if name != "seed"]
     if len({row["caches"] for row in table}) > 1:
         settings = ["caches", *settings]
-    prefix = "held_out_" if is_held_out(table) else ""
+    prefix = metric_prefix(table)
     columns = {
         "explained variance": (f"{prefix}explained_variance", ".3f"),
         "L0": (f"{prefix}l0", ",.1f"),
         "MSE": (f"{prefix}mse", ".4g"),
-        "dead share": ("dead_fraction", ".2f"),
-        **({"latents >= 10^-3": ("held_out_n_meaningful", ",.0f")} if prefix else {}),
+        "dead share": ("final_dead_fraction", ".2f"),
+        **({"latents >= 10^-3": ("held_out_n_meaningful", ",.0f")} if prefix == "held_out_" else {}),
     }
     lines = [
         "Mean ± standard deviation (n - 1) over seeds. Explained variance (centred), L0 and MSE on "
-        + ("the held-out images" if prefix else "the last batch of training")
+        + ("the held-out images" if prefix == "held_out_" else "the last batch of training")
         + "; dead share: latents that were silent in the last steps of training"
-        + ("; latents >= 10^-3: those with such a mean activation on the held-out images" if prefix else "")
+        + (
+            "; latents >= 10^-3: those with such a mean activation on the held-out images"
+            if prefix == "held_out_"
+            else ""
+        )
         + ".",
         "",
         _line([*settings, "SAEs", *columns, "failed"]),
@@ -246,7 +252,7 @@ def _arrow(rows: Sequence[Row]) -> pa.Table:
 
 
 _KINDS = {
-    **{name: pa.int64() for name in ("failed_at_step", "n_latents", "steps", "tokens")},
+    **{name: pa.int64() for name in ("failed_at_step", "n_latents", "final_step", "final_tokens")},
     **{name: pa.string() for name in ("message", "failures")},
 }
 

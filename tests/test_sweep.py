@@ -1,5 +1,6 @@
 """A sweep: each member equals the SAE trained alone, batches are gathered once for all, tables say what came out."""
 
+import dataclasses
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from test_train import BATCH, _metrics, _what_was_trained, tokens_of_cells
 
 import stores.token_stream
 from cli import cli
+from cytosae.config import TrainConfig
 from cytosae.evaluate import _Sums
 from cytosae.figures import plot_sweep
 from cytosae.model import SparseAutoencoder
@@ -502,7 +504,11 @@ def test_means_and_standard_deviations_by_hand() -> None:
         ("a", 2.0, 1, 1, 0),
         ("b", 1.0, 0, 0, 1),
     ]
-    assert [(row["l0_mean"], row["l0_sd"]) for row in table] == [(5.0, math.sqrt(13)), (7.0, None), (None, None)]
+    assert [(row["final_l0_mean"], row["final_l0_sd"]) for row in table] == [
+        (5.0, math.sqrt(13)),
+        (7.0, None),
+        (None, None),
+    ]
     lines = as_markdown(table, ["lr", "seed"]).splitlines()
     assert lines[2] == (
         "| caches | lr | SAEs | explained variance | L0 | MSE | dead share | latents >= 10^-3 | failed |"
@@ -525,17 +531,32 @@ def test_the_tables_hold_what_the_runs_say(cache: Path, tmp_path: Path) -> None:
         header = read_header(out / row["folder"], SAE)
         assert row["identity"] == entry["identity"] == record["spec"]["members"][row["name"]] == header.identity
         summary = header.summary or {}
-        assert (row["loss"], row["dead_fraction"]) == tuple(
+        config = header.spec["config"]
+        assert {name: row[name] for name in entry["settings"]} == {name: config[name] for name in entry["settings"]}
+        assert (row["final_loss"], row["final_dead_fraction"]) == tuple(
             _metrics(out / row["folder"])[-1][n] for n in ("loss", "dead_fraction")
         )
         assert row["held_out_l0"] == summary["held_out"]["l0"]
-        assert row["tokens"] == summary["tokens"]
+        assert row["final_tokens"] == summary["tokens"]
         assert row["seconds"] > 0
     table = pq.read_table(out / "table.parquet").to_pylist()
     assert table == done.table
     assert len(table) == 4
     assert table[1]["held_out_mse_mean"] == statistics.fmean(row["held_out_mse"] for row in rows[2:4])
     assert "the held-out images" in (out / "table.md").read_text()
+
+
+def test_no_column_of_the_tables_has_the_name_of_a_setting(cache: Path, tmp_path: Path) -> None:
+    """`loss`, `l1` and `tokens` are settings and also something that is measured."""
+    text = "[base]\nbatch_tokens = 10\nwarmup_steps = 2\nexpansion = 2\n"
+    text += "[grid]\nl1 = [0.001, 0.01]\nloss = ['mse', 'normed']\ntokens = [20]\nseed = [0, 1]\n"
+    (tmp_path / "grid.toml").write_text(text)
+    done = sweep(tmp_path / "grid.toml", [cache], tmp_path / "out")
+    assert [(row["l1"], row["loss"], row["n"]) for row in done.table] == [
+        (l1, loss, 2) for l1 in (0.001, 0.01) for loss in ("mse", "normed")
+    ]
+    settings = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert settings & set(done.members[0]) <= {"l1", "loss", "tokens", "seed"}
 
 
 def test_meaningful_latents_are_those_that_are_strong_where_they_are_active() -> None:
@@ -570,5 +591,5 @@ def test_pictures_of_few_and_of_many_values(tmp_path: Path, n_values: int) -> No
     """No value is left without a colour; nothing to show is a picture, too."""
     rows = [_member("a", 10.0**-n, 0, 10.0**n) for n in range(n_values)] or [_member("a", 1.0, 0, None, "failed")]
     table = means_over_seeds(rows, ["lr", "seed"])
-    plot_sweep(table, ["lr"] if n_values > 1 else [], [tmp_path / "s.png"], x="l0", y="explained_variance")
+    plot_sweep(table, ["lr"] if n_values > 1 else [], [tmp_path / "s.png"], x="final_l0", y="final_explained_variance")
     assert (tmp_path / "s.png").stat().st_size > 1_000
