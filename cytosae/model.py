@@ -21,7 +21,7 @@ class SparseAutoencoder(nn.Module):
 
     relu       p
     topk       p where it is among the token's k largest (Gao et al., arXiv 2406.04093)
-    batchtopk  p where p > threshold, the mean over training of what it took to be among a batch's k x B largest
+    batchtopk  p where p > threshold, a running mean of what it took to be among a batch's k x B largest
                (Bussmann et al., arXiv 2412.06410)
     jumprelu   p where p > exp(log_threshold) (Rajamanoharan et al., arXiv 2407.14435)
     gated      ReLU(exp(r_mag) (x - b_dec) W_enc + b_mag) where p > 0 (Rajamanoharan et al., arXiv 2404.16014)

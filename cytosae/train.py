@@ -39,6 +39,9 @@ from .train_state import Metrics, TrainState, load_state, new_model, new_optimiz
 from .training_data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
+_THRESHOLD_WEIGHT = (
+    0.1  # of the newest batch in batchtopk's running mean: a batch has k x tokens latents, so it hardly varies
+)
 _MICRO_BATCH = 1_024  # tokens that are looked at together when dead latents start anew
 
 
@@ -268,7 +271,7 @@ class Training:
         state.steps_since_fired += 1
         state.steps_since_fired[losses.fired] = 0
         if losses.threshold is not None:
-            old, weight = state.model.threshold, 0.01 if state.step else 1.0
+            old, weight = state.model.threshold, _THRESHOLD_WEIGHT if state.step else 1.0
             old += weight * (losses.threshold - old)
         for group in state.optimizer.param_groups:
             group["lr"] = config.lr_at(state.step, self.n_steps)
