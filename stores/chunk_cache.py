@@ -71,13 +71,12 @@ class OpenMaps:
         try:
             return self._open_map(chunk)
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENOMEM):
+            if error.errno == errno.EMFILE:
+                what, then = "open no more files", "raise the limit: ulimit -n 4096"
+            elif "Memory mapping" in str(error):  # Arrow gives no number
+                what, then = "map no more files", "drop views of chunks, or take pool_chunks smaller"
+            else:
                 raise
-            is_files = error.errno == errno.EMFILE
-            what = "open no more files" if is_files else "map no more files"
-            then = (
-                "raise the limit: ulimit -n 4096" if is_files else "drop views of chunks, or take pool_chunks smaller"
-            )
             raise BadInput(f"this process may {what}: chunk {chunk} cannot be mapped; {then}") from None
 
 

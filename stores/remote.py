@@ -184,7 +184,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         StoreUnreachable
             If it cannot be read, or the server does not give parts of a file.
         """
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, NotSupportedError
 
         size, end = self._promised[name]
         try:
@@ -195,15 +195,14 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         except FileNotFoundError:
             self._check_size(name, None)
             raise
-        except BaseError as error:
+        except NotSupportedError:
+            raise StoreUnreachable(
+                f"the server of {self._folder.url} does not give parts of a file (HTTP ranges), which shuffling needs; "
+                f"copy the cache to a local disk, or serve it by one that does"
+            ) from None
+        except BaseError:
             with reachable(self._folder.url):
                 self._check_size(name, self._folder.size(name))  # a file that is too short has no such range
-            if "non-partial" in str(error):
-                raise StoreUnreachable(
-                    f"the server of {self._folder.url} does not give parts of a file (HTTP ranges), which shuffling "
-                    f"needs; copy the cache to a local disk, or serve it by one that does"
-                ) from None
-            with reachable(self._folder.url):
                 raise
 
     def _range(self, name: str, start: int, stop: int) -> "Bytes":
