@@ -98,10 +98,11 @@ def read_ahead(path: Path, start: int, n_bytes: int) -> None:
     if not hasattr(os, "posix_fadvise"):  # not on macOS and Windows: there the pages come as they are touched
         return
     with suppress(OSError), path.open("rb", buffering=0) as file:  # what is wrong with it shows when it is read
-        for at in range(start, start + n_bytes, _LOOKED_AT):
+        stop = start + n_bytes
+        for at in range(start, stop, _LOOKED_AT):
             if not _is_in_memory(file.fileno(), at):
-                for begin in range(at, min(at + _LOOKED_AT, start + n_bytes), _ADVISED):
-                    os.posix_fadvise(file.fileno(), begin, _ADVISED, os.POSIX_FADV_WILLNEED)
+                for begin in range(at, min(at + _LOOKED_AT, stop), _ADVISED):
+                    os.posix_fadvise(file.fileno(), begin, min(_ADVISED, stop - begin), os.POSIX_FADV_WILLNEED)
 
 
 def _is_in_memory(file: int, at: int) -> bool:

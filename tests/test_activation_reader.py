@@ -322,6 +322,20 @@ def test_maps_are_bounded_hold_no_file_open_and_end_with_the_store(
     assert maps_and_files(root) == (0, 0)
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no advice")
+def test_what_is_not_in_memory_is_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a stretch and no more, in pieces that the system does not cut off; a lost file is no error here."""
+    asked: list[range] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, n, advice: asked.append(range(start, start + n)))
+    monkeypatch.setattr(chunk_cache, "_is_in_memory", lambda file, at: at == (1 << 20) + 10)
+    (tmp_path / "file").write_bytes(b"")
+    chunk_cache.read_ahead(tmp_path / "file", 10, (5 << 19) + 3)
+    assert all(0 < len(piece) <= 1 << 17 for piece in asked)
+    stretches = [range(10, (1 << 20) + 10), range((1 << 21) + 10, (5 << 19) + 13)]
+    assert [at for piece in asked for at in piece] == [at for stretch in stretches for at in stretch]
+    chunk_cache.read_ahead(tmp_path / "gone", 0, 10)
+
+
 FEW_FILES = """
 import os, resource, sys
 import numpy as np
@@ -427,17 +441,35 @@ def test_a_flipped_bit_fails_the_checksum_of_a_url(url: str, root: Path, chunk: 
     assert ActivationStore(root).read_chunk(chunk).shape == ((3, 2)[chunk == 3], N_TOKENS, WIDTH)
 
 
-def test_a_prefetch_that_failed_says_nothing_about_later(url: str, root: Path) -> None:
-    """Announced while a chunk is gone, whether that has been noticed yet or not; asked for when it is there again."""
-    path, store = chunk_path(root, 0), ActivationStore(url)
-    raw = path.read_bytes()
-    for wait in (0.5, 0.0):
-        path.unlink()
-        store.prefetch([0])
-        time.sleep(wait)
-        path.write_bytes(raw)
-        np.testing.assert_array_equal(bits(store.read_chunk(0)), bits(ActivationStore(root).read_chunk(0)))
-        store = ActivationStore(url)
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_prefetch_that_failed_says_nothing_about_later(is_noticed: bool) -> None:
+    """Announced while a chunk was gone, asked for when it is there again; an error of the asking itself is raised."""
+    is_there, goes_on, calls = threading.Event(), threading.Event(), []
+
+    def fetch(chunk: int) -> Float16:
+        calls.append(chunk)
+        was_there = is_there.is_set()
+        goes_on.wait(5)
+        if not was_there:
+            raise DamagedStore(f"chunk {chunk} is missing")
+        return np.full((1, 1, 1), chunk, np.float16)
+
+    chunks = chunk_cache.ReadAhead(fetch, lambda chunk, rows: fetch(chunk)[rows.start : rows.stop])
+    chunks.prefetch([7])
+    while not calls:
+        time.sleep(0.001)
+    is_there.set()
+    if is_noticed:
+        goes_on.set()
+        time.sleep(0.05)
+    else:
+        threading.Timer(0.05, goes_on.set).start()
+    assert chunks.get(7).item() == 7
+    assert calls == [7, 7]
+    is_there.clear()
+    with pytest.raises(DamagedStore, match="chunk 8 is missing"):
+        chunks.get(8)
+    assert calls == [7, 7, 8]
 
 
 def test_another_chunk_in_the_place_of_one_is_seen(place: Path | str, root: Path) -> None:
@@ -688,19 +720,21 @@ def test_a_stream_that_is_closed_fetches_no_further(
 ) -> None:
     """Two pools of 60 parts are asked for; after the first batch nobody waits for the second."""
     write_cache(tmp_path / "bucket" / "a.zarr", random_tokens(120, 3, 2), chunk_images=1)
-    fetched: list[int] = []
+    fetched, goes_on = set[int](), threading.Event()
 
     def slowly(fetch: object, objects: object, spec: object, names: object, chunk: int, rows: range) -> Float16:
-        time.sleep(0.02)
-        fetched.append(chunk)
+        fetched.add(chunk)
+        if len(fetched) > 60:
+            goes_on.wait(10)
         return random_tokens(1, 3, 2)
 
     monkeypatch.setattr("stores.activation_store._fetch_rows", slowly)
     batches = TokenStream([ActivationStore("s3://bucket/a.zarr")], pool_chunks=60).batches(10)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
+    goes_on.set()
     time.sleep(0.1)
-    assert 60 <= len(fetched) < 90
+    assert 60 <= len(fetched) <= 60 + 8  # as many threads
 
 
 @pytest.mark.parametrize(
