@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
@@ -33,7 +34,7 @@ class OpenMaps:
     _all: ClassVar[WeakSet["OpenMaps"]] = WeakSet()
 
     def __init__(self, open_map: Callable[[int], Float16], path_of: Callable[[int], Path]) -> None:
-        self._open_map, self._path_of = open_map, path_of
+        self._open_map, self._path_of = open_map, cache(path_of)
         self._maps: OrderedDict[int, Float16] = OrderedDict()
         self._lock = threading.Lock()
         self._all.add(self)
@@ -97,12 +98,16 @@ def read_ahead(path: Path, start: int, n_bytes: int) -> None:
     """
     if not hasattr(os, "posix_fadvise"):  # not on macOS and Windows: there the pages come as they are touched
         return
-    with suppress(OSError), path.open("rb", buffering=0) as file:  # what is wrong with it shows when it is read
-        stop = start + n_bytes
-        for at in range(start, stop, _LOOKED_AT):
-            if not _is_in_memory(file.fileno(), at):
-                for begin in range(at, min(at + _LOOKED_AT, stop), _ADVISED):
-                    os.posix_fadvise(file.fileno(), begin, min(_ADVISED, stop - begin), os.POSIX_FADV_WILLNEED)
+    stop = start + n_bytes
+    with suppress(OSError):  # what is wrong with the file shows when it is read
+        file = os.open(path, os.O_RDONLY)
+        try:
+            for at in range(start, stop, _LOOKED_AT):
+                if not _is_in_memory(file, at):
+                    for begin in range(at, min(at + _LOOKED_AT, stop), _ADVISED):
+                        os.posix_fadvise(file, begin, min(_ADVISED, stop - begin), os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
 
 
 def _is_in_memory(file: int, at: int) -> bool:
