@@ -12,7 +12,7 @@ Shuffle quality comes from caches of narrow tokens that carry their image's numb
 images sorted by class (each class in one stretch, its images alike): distinct images per batch, correlation of
 neighbouring tokens in a batch, and how far the classes of a batch are from those of the whole, beside those of a
 perfect shuffle and of no shuffle at all. Over the sorted cache also with pools of four times as many chunks, and with
-pools of as many images out of chunks of an eighth of the size.
+pools of as many images out of parts of other sizes, up to whole chunks.
 Full size: python bench/loader.py --images 16384
 """
 
@@ -23,6 +23,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,7 @@ from common import (
 )
 from torch.utils.data import DataLoader, Dataset
 
+from stores import token_stream
 from stores.activation_store import ActivationStore
 from stores.token_stream import TokenStream
 
@@ -161,20 +163,21 @@ def shuffle_quality(folder: Path, options: Any) -> dict[str, Any]:
     n_images, chunk_images, pool = options.quality_images, options.chunk_images, options.pool_chunks
     in_order = np.arange(n_images) * min(_CLASSES, n_images) // n_images
     anyhow = np.random.default_rng(2).permutation(in_order)
-    small = max(1, chunk_images // 8)
-    by_class = streamed_quality(folder, options, in_order, _ALIKE, chunk_images=chunk_images, pool_chunks=pool)
-    others = {
-        "four_times_the_pool": {"chunk_images": chunk_images, "pool_chunks": 4 * pool},
-        "small_chunks": {"chunk_images": small, "pool_chunks": pool * chunk_images // small},
-    }
-    for name, sizes in others.items():
-        found = streamed_quality(folder, options, in_order, _ALIKE, is_compared=False, **sizes)
-        by_class[name] = found["ours"] | sizes
+    by_class = streamed_quality(folder, options, in_order, _ALIKE, pool_chunks=pool)
+    by_class["four_times_the_pool"] = streamed_quality(
+        folder, options, in_order, _ALIKE, pool_chunks=4 * pool, is_compared=False
+    )["ours"]
+    by_class["parts_of"] = {}
+    for part_images in sorted({1, 8, 16, 32, chunk_images}):
+        with mock.patch.object(token_stream, "PART_IMAGES", part_images):
+            found = streamed_quality(folder, options, in_order, _ALIKE, pool_chunks=pool, is_compared=False)
+        by_class["parts_of"][str(part_images)] = found["ours"]
     return {
         "images": n_images,
         "images_per_pool": min(n_images, pool * chunk_images),
+        "part_images": token_stream.PART_IMAGES,
         "classes": int(in_order[-1]) + 1,
-        "any_order": streamed_quality(folder, options, anyhow, 0.0, chunk_images=chunk_images, pool_chunks=pool),
+        "any_order": streamed_quality(folder, options, anyhow, 0.0, pool_chunks=pool),
         "sorted_by_class": by_class,
     }
 
@@ -185,7 +188,6 @@ def streamed_quality(
     class_of: Int,
     alike: float,
     *,
-    chunk_images: int,
     pool_chunks: int,
     is_compared: bool = True,
 ) -> dict[str, Any]:
@@ -194,7 +196,8 @@ def streamed_quality(
     is_compared : also of batches out of a perfect shuffle, and of stretches of the cache as it is
     """
     n_images, n_tokens, root = len(class_of), options.batch_tokens, folder / "quality.acts.zarr"
-    say(f"shuffle quality of {n_images:,} images: chunks of {chunk_images}, {pool_chunks} a pool, {alike:.0%} by class")
+    chunk_images, part_images = options.chunk_images, token_stream.PART_IMAGES
+    say(f"shuffle quality of {n_images:,} images: pools of {pool_chunks} chunks in parts of {part_images}")
     blocks = _numbered_blocks(chunk_sizes(n_images, chunk_images), class_of, alike)
     write_cache(root, blocks, n_images=n_images, width=_QUALITY_WIDTH, chunk_images=chunk_images)
     store = ActivationStore(root)

@@ -11,7 +11,8 @@ import logging
 import operator
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy.typing as npt
 import zarr
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 
-from .chunk_cache import OpenMaps, ReadAhead
+from .chunk_cache import OpenMaps, ReadAhead, map_file
 from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import read_lines
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
@@ -69,9 +70,14 @@ class ActivationSpec:
         return -(-self.n_images // self.chunk_images)
 
     @property
+    def image_bytes(self) -> int:
+        """Size of the tokens of an image."""
+        return self.tokens_per_image * self.width * 2
+
+    @property
     def chunk_bytes(self) -> int:
         """Size of every chunk file, the padded last one included, with the checksum."""
-        return self.chunk_images * self.tokens_per_image * self.width * 2 + CRC_BYTES
+        return self.chunk_images * self.image_bytes + CRC_BYTES
 
     def chunk_rows(self, chunk: int) -> range:
         """The image indices that chunk `chunk` holds."""
@@ -82,8 +88,8 @@ class ActivationStore:
     """A complete activation cache, open for reading; `root` is a local path or a URL.
 
     Pickles as its path or URL, and is opened and checked again where it is unpickled. May be read by several threads.
-    Memory: what is asked for. A local chunk is a memory map; a view of it keeps one file open. A chunk of a URL is
-    held whole, checksum verified, and so are those fetched ahead (`prefetch`), with twice the size while they arrive.
+    Memory: what is asked for. A local chunk is a memory map. A chunk of a URL is held whole, checksum verified, and so
+    are those fetched ahead (`prefetch`), with twice the size while they arrive.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -151,6 +157,26 @@ class ActivationStore:
         """Announce what is read next. Of a URL these chunks are fetched meanwhile; each costs a chunk of memory."""
         self._chunks.prefetch(chunks)
 
+    def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
+        """Begin to read some consecutive images of a chunk; `rows`: their positions inside it.
+
+        The future gives (len(rows), tokens_per_image, width) float16, read-only, and alone keeps them. Of a local cache
+        a view of the map, that the system is asked to read from the disk meanwhile. Of a URL these bytes only are
+        fetched, and no checksum covers them; where they are the whole chunk it is verified. Cancel what is no longer
+        wanted.
+
+        Raises
+        ------
+        IndexError
+            Outside of the chunk.
+        DamagedStore, StoreUnreachable
+            By the future, or at once: as `read_chunk`.
+        """
+        images = len(self.spec.chunk_rows(chunk)) if 0 <= chunk < self.spec.n_chunks else 0
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= images:
+            raise IndexError(f"images {rows.start} to {rows.stop} outside the {images} of chunk {chunk}")
+        return self._chunks.begin_rows(chunk, rows)
+
     def iter_chunks(self, *, first: int = 0, ahead: int = 2) -> Iterator[tuple[range, Float16]]:
         """(image indices, tokens as of `read_chunk`) of every chunk from `first` on, in order.
 
@@ -208,8 +234,9 @@ class ActivationStore:
     ) -> Iterator[Float16]:
         """Endless shuffled batches of the readable images' tokens, (batch_tokens, width) float16, as in training.
 
-        Pools of `pool_chunks` chunks are read and shuffled; each token comes once per epoch, and every epoch has an
-        order of its own. `position` (in tokens) enters anywhere: epoch e begins at e * `TokenStream.tokens_per_epoch`.
+        Pools out of parts of many chunks, as large as `pool_chunks` chunks, are read and shuffled; each token comes
+        once per epoch, and every epoch has an order of its own. `position` (in tokens) enters anywhere: epoch e begins
+        at e * `TokenStream.tokens_per_epoch`.
         """
         stream = TokenStream([self], token_set=token_set, pool_chunks=pool_chunks, seed=seed)
         return stream.batches(batch_tokens, position=position)
@@ -390,14 +417,14 @@ def _local_chunks(root: Path, spec: ActivationSpec, crcs: list[str]) -> OpenMaps
     check_layout(root, spec)
     for chunk in range(spec.n_chunks):
         _check_chunk(root, spec, crcs, chunk)
-    return OpenMaps(partial(_map_chunk, root, spec, crcs))
+    return OpenMaps(partial(_map_chunk, root, spec, crcs), partial(chunk_path, root))
 
 
 def _map_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> Float16:
     _check_chunk(root, spec, crcs, chunk)
-    shape = (spec.chunk_images, spec.tokens_per_image, spec.width)  # without it, a short file would make a short array
-    mapped = np.memmap(chunk_path(root, chunk), dtype="<f2", mode="r", shape=shape)
-    return mapped[: len(spec.chunk_rows(chunk))]  # behind them lies the padding of the last chunk
+    images = len(spec.chunk_rows(chunk))  # behind them lies the padding of the last chunk
+    mapped = map_file(chunk_path(root, chunk), images * spec.image_bytes)
+    return mapped.view("<f2").reshape(images, spec.tokens_per_image, spec.width)
 
 
 def _check_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> None:
@@ -417,7 +444,8 @@ def _remote_chunks(url: str, spec: ActivationSpec, crcs: list[str]) -> ReadAhead
     with reachable(url):
         array = check_layout(url, spec, objects)
         objects.check_sizes(prefix="tokens/c/")
-    return ReadAhead(partial(_fetch_chunk, array, spec, url))
+    fetch = partial(_fetch_chunk, array, spec, url)
+    return ReadAhead(fetch, partial(_fetch_rows, fetch, objects, spec, names))
 
 
 def _fetch_chunk(array: zarr.Array[Any], spec: ActivationSpec, url: str, chunk: int) -> Float16:
@@ -432,5 +460,24 @@ def _fetch_chunk(array: zarr.Array[Any], spec: ActivationSpec, url: str, chunk: 
             f"chunk {chunk} of {url} (images {rows.start:,} to {rows.stop - 1:,}) fails its checksum ({error}). "
             f"Copy the cache there again"
         ) from None
+    tokens.flags.writeable = False
+    return tokens
+
+
+def _fetch_rows(
+    fetch: Callable[[int], Float16],
+    objects: CheckedObjects,
+    spec: ActivationSpec,
+    names: list[str],
+    chunk: int,
+    rows: range,
+) -> Float16:
+    if len(rows) == len(spec.chunk_rows(chunk)):
+        return fetch(chunk)
+    content = objects.get_range(names[chunk], rows.start * spec.image_bytes, rows.stop * spec.image_bytes)
+    tokens: Float16 = np.frombuffer(memoryview(content), "<f2")
+    tokens = tokens.reshape(len(rows), spec.tokens_per_image, spec.width)
+    if tokens.ctypes.data % 8:  # where the copying code expects it; rare
+        tokens = tokens.copy()
     tokens.flags.writeable = False
     return tokens

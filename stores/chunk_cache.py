@@ -1,41 +1,40 @@
-"""Which chunks stay at hand: memory maps under the limit of open files, or chunks of a URL fetched ahead in threads."""
+"""Which chunks stay at hand: memory maps, or chunks of a URL fetched ahead in threads."""
 
 import errno
-import mmap
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from .errors import BadInput
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]  # not on Windows
-
 FORKED = "a store of a URL cannot be read in a forked process; start processes with spawn"
 Float16 = npt.NDArray[np.float16]
-_MOST_MAPS = 512
+_MOST_MAPS = 2_048  # Linux allows a process 65,530; the tables of a touched map take 1/500 of its size
 _READERS = 8  # threads of one store, at most; they start as they are needed
+_ADVISED, _LOOKED_AT = 1 << 17, 1 << 20  # bytes
 
 
 class OpenMaps:
-    """Memory maps by chunk; the last used ones stay open. Each holds one file descriptor, as long as it has a view.
+    """Memory maps by chunk; the last used ones stay, 2,048 of all stores of a process. No file is kept open.
 
-    All stores of a process share a quarter of its limit of open files, 512 at most. May be used by several threads.
+    A map lives as long as it has a view. May be used by several threads.
     """
 
     _all: ClassVar[WeakSet["OpenMaps"]] = WeakSet()
 
-    def __init__(self, open_map: Callable[[int], Float16]) -> None:
-        self._open_map, self._share = open_map, _share_of_descriptors()
+    def __init__(self, open_map: Callable[[int], Float16], path_of: Callable[[int], Path]) -> None:
+        self._open_map, self._path_of = open_map, cache(path_of)
         self._maps: OrderedDict[int, Float16] = OrderedDict()
         self._lock = threading.Lock()
         self._all.add(self)
@@ -46,11 +45,12 @@ class OpenMaps:
         Raises
         ------
         BadInput
-            If the process may open no more files, although no map is kept any longer.
+            If the process may open no more files, or may have no more maps.
         """
         with self._lock:
             if chunk not in self._maps:
-                self._drop_oldest(down_to=max(1, self._share // len(self._all)) - 1)
+                while len(self._maps) >= max(1, _MOST_MAPS // len(self._all)):
+                    self._maps.popitem(last=False)
                 self._maps[chunk] = self._open_chunk(chunk)
             self._maps.move_to_end(chunk)
             return self._maps[chunk]
@@ -58,32 +58,67 @@ class OpenMaps:
     def prefetch(self, chunks: Sequence[int]) -> None:
         """Ask the system to read these chunks from the disk meanwhile."""
         for chunk in chunks:
-            base = self.get(chunk)
-            while isinstance(base.base, np.ndarray):
-                base = base.base
-            if isinstance(base.base, mmap.mmap) and hasattr(mmap, "MADV_WILLNEED"):
-                base.base.madvise(mmap.MADV_WILLNEED)
+            read_ahead(self._path_of(chunk), 0, self.get(chunk).nbytes)
+
+    def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
+        """Some consecutive images of a chunk: a view of its map. The system is asked to read them from the disk."""
+        view = self.get(chunk)[rows.start : rows.stop]
+        read_ahead(self._path_of(chunk), rows.start * view.strides[0], view.nbytes)
+        future: Future[Float16] = Future()
+        future.set_result(view)
+        return future
 
     def _open_chunk(self, chunk: int) -> Float16:
         try:
             return self._open_map(chunk)
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if error.errno == errno.EMFILE:
+                what, then = "open no more files", "raise the limit: ulimit -n 4096"
+            elif "Memory mapping" in str(error):  # Arrow gives no number
+                what, then = "map no more files", "drop views of chunks, or take pool_chunks smaller"
+            else:
                 raise
-        self._drop_oldest(down_to=0)  # others hold more files open than we left them
-        try:
-            return self._open_map(chunk)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            raise BadInput(
-                f"this process may open no more files: chunk {chunk} cannot be mapped. Drop views of chunks that are "
-                f"no longer needed, or raise the limit: ulimit -n 4096"
-            ) from None
+            raise BadInput(f"this process may {what}: chunk {chunk} cannot be mapped; {then}") from None
 
-    def _drop_oldest(self, *, down_to: int) -> None:
-        while len(self._maps) > down_to:
-            self._maps.popitem(last=False)
+
+def map_file(path: Path, n_bytes: int) -> npt.NDArray[np.uint8]:
+    """The first bytes of a file as a read-only memory map, which lives as long as it has a view.
+
+    By Arrow, since Python's own map keeps its file open, and a pool may need thousands of them.
+    """
+    with pa.memory_map(os.fspath(path)) as file:
+        return np.frombuffer(file.read_buffer(n_bytes), np.uint8)
+
+
+def read_ahead(path: Path, start: int, n_bytes: int) -> None:
+    """Ask the system to read a stretch of a file from the disk; what is in memory already is mostly passed over.
+
+    Linux reads no further for one request than the device likes (128 KiB unless set otherwise), hence many; each costs
+    as much as reading from memory, hence the look whether the pages are there.
+    """
+    if not hasattr(os, "posix_fadvise"):  # not on macOS and Windows: there the pages come as they are touched
+        return
+    stop = start + n_bytes
+    with suppress(OSError):  # what is wrong with the file shows when it is read
+        file = os.open(path, os.O_RDONLY)
+        try:
+            for at in range(start, stop, _LOOKED_AT):
+                if not _is_in_memory(file, at):
+                    for begin in range(at, min(at + _LOOKED_AT, stop), _ADVISED):
+                        os.posix_fadvise(file, begin, min(_ADVISED, stop - begin), os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
+
+
+def _is_in_memory(file: int, at: int) -> bool:
+    """Whether the page there is; False where the system does not tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    try:
+        os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT)
+    except OSError:  # EAGAIN: it would have to wait for the disk
+        return False
+    return True
 
 
 class ReadAhead:
@@ -92,8 +127,8 @@ class ReadAhead:
     Memory: two chunks, and twice those announced at once. May be used by several threads.
     """
 
-    def __init__(self, fetch: Callable[[int], Float16]) -> None:
-        self._fetch, self._kept = fetch, 2
+    def __init__(self, fetch: Callable[[int], Float16], fetch_rows: Callable[[int, range], Float16]) -> None:
+        self._fetch, self._fetch_rows, self._kept = fetch, fetch_rows, 2
         self._chunks: OrderedDict[int, Future[Float16]] = OrderedDict()
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="cyto-chunk")
@@ -101,14 +136,16 @@ class ReadAhead:
 
     def get(self, chunk: int) -> Float16:
         """A chunk; waits until it is there. What `fetch` raises is raised here, and the next call tries anew."""
-        future = self._begin(chunk)
-        try:
-            return future.result()
-        except BaseException:
-            with self._lock:
-                if self._chunks.get(chunk) is future:
-                    del self._chunks[chunk]
-            raise
+        while True:
+            future, is_ours = self._begin(chunk)
+            try:
+                return future.result()
+            except Exception:
+                with self._lock:
+                    if self._chunks.get(chunk) is future:
+                        del self._chunks[chunk]
+                if is_ours:  # else it was announced earlier, and that it failed then says nothing about now
+                    raise
 
     def prefetch(self, chunks: Sequence[int]) -> None:
         """Begin to fetch these chunks. They are kept, and those announced before them too."""
@@ -116,18 +153,23 @@ class ReadAhead:
         for chunk in chunks:
             self._begin(chunk)
 
-    def _begin(self, chunk: int) -> Future[Float16]:
-        if os.getpid() != self._process:  # a fork has neither our threads nor obstore's, and would wait for ever
-            raise BadInput(FORKED)
+    def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
+        """Begin to fetch some consecutive images of a chunk. They are kept by the future alone."""
+        self._check_process()
+        return self._threads.submit(self._fetch_rows, chunk, rows)
+
+    def _begin(self, chunk: int) -> tuple[Future[Float16], bool]:
+        """The chunk to come, and whether it is asked for only now."""
+        self._check_process()
         with self._lock:
-            if chunk not in self._chunks:
+            is_new = chunk not in self._chunks
+            if is_new:
                 self._chunks[chunk] = self._threads.submit(self._fetch, chunk)
             self._chunks.move_to_end(chunk)
             while len(self._chunks) > self._kept:
                 self._chunks.popitem(last=False)  # not cancelled: another thread may wait for it
-            return self._chunks[chunk]
+            return self._chunks[chunk], is_new
 
-
-def _share_of_descriptors() -> int:
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else 4 * _MOST_MAPS
-    return min(_MOST_MAPS, soft // 4) if soft > 0 else _MOST_MAPS  # below 0: unlimited
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # a fork has neither our threads nor obstore's, and would wait for ever
+            raise BadInput(FORKED)

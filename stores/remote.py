@@ -24,6 +24,7 @@ from .chunk_cache import FORKED
 from .errors import BadInput, CytoError, DamagedStore, StoreUnreachable
 
 if TYPE_CHECKING:
+    from obstore import Bytes
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "https", "http")
@@ -125,10 +126,11 @@ class RemoteFolder:
                 batches = obstore.list(self.objects, prefix)
                 return {item["path"]: item["size"] for batch in batches for item in batch}
             with ThreadPoolExecutor(16) as threads:  # a web server does not list
-                sizes = threads.map(self._size, names)
+                sizes = threads.map(self.size, names)
                 return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
-    def _size(self, name: str) -> int | None:
+    def size(self, name: str) -> int | None:
+        """The size (bytes) of an object; None if there is none."""
         import obstore
 
         try:
@@ -147,6 +149,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         """promised : by name, the size of an object in bytes and how it ends."""
         super().__init__(folder.objects, read_only=True)
         self._folder, self._promised = folder, promised
+        self._named: set[str] = set()  # of those read by ranges: objects whose end was seen
 
     def check_sizes(self, *, prefix: str) -> None:
         """Raises DamagedStore if a promised object, all of whose names begin so, is missing or has a wrong size."""
@@ -168,13 +171,53 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
             raise
         self._check_size(key, answer.meta["size"])  # before its bytes are fetched
         content = await answer.bytes_async()
-        size, end = self._promised[key]
-        if memoryview(content)[size - len(end) :] != end:
+        self._check_end(key, memoryview(content)[-len(self._promised[key][1]) :])
+        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]
+
+    def get_range(self, name: str, start: int, stop: int) -> "Bytes":
+        """Some bytes of a promised object. The first time, how it ends is looked at too; its size is every time.
+
+        Raises
+        ------
+        DamagedStore
+            If it is missing or not the one.
+        StoreUnreachable
+            If it cannot be read, or the server does not give parts of a file.
+        """
+        from obstore.exceptions import BaseError, NotSupportedError
+
+        size, end = self._promised[name]
+        try:
+            if name not in self._named:
+                self._check_end(name, memoryview(self._range(name, size - len(end), size)))
+                self._named.add(name)
+            return self._range(name, start, stop)
+        except FileNotFoundError:
+            self._check_size(name, None)
+            raise
+        except NotSupportedError:
+            raise StoreUnreachable(
+                f"the server of {self._folder.url} does not give parts of a file (HTTP ranges), which shuffling needs; "
+                f"copy the cache to a local disk, or serve it by one that does"
+            ) from None
+        except BaseError:
+            with reachable(self._folder.url):
+                self._check_size(name, self._folder.size(name))  # a file that is too short has no such range
+                raise
+
+    def _range(self, name: str, start: int, stop: int) -> "Bytes":
+        import obstore
+
+        answer = obstore.get(self._folder.objects, name, options={"range": (start, stop)})
+        self._check_size(name, answer.meta["size"])
+        return answer.bytes()
+
+    def _check_end(self, name: str, found: memoryview) -> None:
+        if found != self._promised[name][1]:
             raise DamagedStore(
-                f"{self._folder.url}/{key} is not the chunk that the journal names: another one took its place. "
+                f"{self._folder.url}/{name} is not the chunk that the journal names: another one took its place. "
                 f"{_COPY_AGAIN}"
             )
-        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's own buffer
 
     def _check_size(self, name: str, found: int | None) -> None:
         expected, place = self._promised[name][0], f"{self._folder.url}/{name}"

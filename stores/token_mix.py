@@ -106,13 +106,13 @@ class TokenMix:
                     f"of {batch_tokens:,}; raise its weight, take larger batches, or leave it out"
                 )
         return gather_ahead(
-            lambda threads: self._jobs(threads, batch_tokens, position // batch_tokens, rows), self._threads
+            lambda reader: self._jobs(reader, batch_tokens, position // batch_tokens, rows), self._threads
         )
 
-    def _jobs(self, threads: ThreadPoolExecutor, batch_tokens: int, first: int, rows: range) -> Iterator[Job]:
+    def _jobs(self, reader: ThreadPoolExecutor, batch_tokens: int, first: int, rows: range) -> Iterator[Job]:
         width = self._stores[0].spec.width
         plans = [
-            stream.plan(threads, self._sizes(number, batch_tokens, first), self._given(number, first * batch_tokens))
+            stream.plan(reader, self._sizes(number, batch_tokens, first), self._given(number, first * batch_tokens))
             for number, stream in enumerate(self._streams)
         ]
         for batch in count(first):

@@ -1,16 +1,18 @@
 """Which tokens come next: an endless stream, a pure function of (caches, settings, seed), that can be entered anywhere.
 
-Order `tokens`: in every epoch the chunks are permuted, pools of `pool_chunks` chunks are read into memory, and the
-tokens of a pool are permuted. Order `images`: whole images, permuted once, the same in every pass (released). Each
-token comes once per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come, nor
-those of images left out. Several ranks share a batch by its rows.
+Order `tokens`: chunks are cut into parts of some images; in every epoch the parts are permuted, pools of parts are
+read, as large as `pool_chunks` chunks, and the tokens of a pool are permuted. So a pool mixes also a cache that is
+sorted by class. Order `images`: whole images, permuted once, the same in every pass (released). Each token comes once
+per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come, nor those of images
+left out. Several ranks share a batch by its rows.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -25,45 +27,79 @@ if TYPE_CHECKING:  # it offers this stream
 
 Float16 = npt.NDArray[np.float16]
 Int = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Job = Callable[[], Float16]  # gathers one batch
+PART_IMAGES = 8  # a part is at most so many images of a chunk, side by side: docs/log.md says why 8
 _TOKEN_SETS = ("all", "patch", "cls")
-_MOST_CHUNKS = 1 << 16  # of a pool: `Tokens.owners` has 16 bits
+_MOST_TOKENS = 2**31 - 1  # of a pool: `Tokens.order` has 32 bits
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The images of one chunk of one cache that may come."""
+class Part:
+    """Images of one chunk of one cache, a few, close together, that may come; reading them has begun."""
 
     store: "ActivationStore"
-    number: int  # of the cache among those of its stream
     chunk: int
-    rows: Int  # positions inside the chunk
+    rows: Int  # positions inside the chunk, rising
+    block: Future[Float16]  # the images from the first row to the last
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The images whose tokens are shuffled together, and of each the tokens that may come."""
+
+    parts: list[Part]
+    tokens: range
+
+    @cached_property
+    def images(self) -> npt.NDArray[np.uintp]:
+        """(n_images,) where each one's first token that may come lies in memory; waits until all are there.
+
+        Raises what reading them raises. They lie there as long as the pool is kept.
+        """
+        return np.concatenate([self._addresses(part) for part in self.parts])
+
+    def _addresses(self, part: Part) -> npt.NDArray[np.uintp]:
+        block = part.block.result()
+        image_bytes, token_bytes = block.strides[:2]
+        first = block.ctypes.data + self.tokens.start * token_bytes
+        return np.array((part.rows - part.rows[0]) * image_bytes + first, np.uintp)
+
+    def part_of(self, image: int) -> Part:
+        """The part that an image of the pool is in."""
+        ends = np.cumsum([len(part.rows) for part in self.parts])
+        return self.parts[int(np.searchsorted(ends, image, side="right"))]
+
+    def give_up(self) -> None:
+        """Nobody will ask for it any more: what is not yet being read need not be."""
+        for part in self.parts:
+            part.block.cancel()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a pool, or a part of them, in the order in which they come."""
+    """The tokens of a pool, or some of them, in the order in which they come."""
 
-    chunks: list[Chunk]
-    owners: npt.NDArray[np.uint16]  # (n,) index into `chunks`
-    rows: npt.NDArray[np.int32]  # (n,) of the owner, counted through its images and all their tokens
+    pool: Pool
+    order: Int32  # (n,) counted through the images of the pool and their tokens that may come
 
     def chosen(self, which: slice | Bool) -> "Tokens":
         """Some of them, in the same order."""
-        return Tokens(self.chunks, self.owners[which], self.rows[which])
+        return Tokens(self.pool, self.order[which])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.order)
 
 
-_NO_TOKENS = Tokens([], np.zeros(0, np.uint16), np.zeros(0, np.int32))
+_NO_TOKENS = Tokens(Pool([], range(0)), np.zeros(0, np.int32))
 
 
 class TokenStream:
     """The training tokens of one or several caches, in order.
 
-    Memory: `threads` + 1 batches, and the page cache's share of two pools; of a URL the two pools themselves.
+    Memory: `threads` + 1 batches, and the page cache's share of two pools; of a URL the two pools themselves. A pool
+    has as many images as `pool_chunks` chunks.
     """
 
     def __init__(
@@ -91,18 +127,25 @@ class TokenStream:
         """
         check_choice("token_set", token_set, _TOKEN_SETS)
         check_choice("order", order, ("tokens", "images"))
-        if not 1 <= pool_chunks <= _MOST_CHUNKS:
-            raise BadInput(f"pool_chunks must be from 1 to {_MOST_CHUNKS:,}; found {pool_chunks}")
-        self._stores, self._order, self._pool_chunks, self._seed = stores, order, pool_chunks, seed
+        if pool_chunks < 1:
+            raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
+        self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
         n_tokens = stores[0].spec.tokens_per_image
-        self._token_slice = {"all": slice(0, n_tokens), "patch": slice(1, n_tokens), "cls": slice(0, 1)}[token_set]
-        self.tokens_per_image = len(range(n_tokens)[self._token_slice])
-        self._chunks = list(_chunks(stores, _may_come(stores, images)))
-        self._images = np.array([(c.number, c.chunk, row) for c in self._chunks for row in c.rows], np.int64)
+        self._tokens = {"all": range(n_tokens), "patch": range(1, n_tokens), "cls": range(1)}[token_set]
+        self.tokens_per_image = len(self._tokens)
+        self._images = np.concatenate(list(_images(stores, _may_come(stores, images))))
         if not len(self._images):
             chosen = "readable" if images is None else "readable and chosen"
             raise BadInput(f"no {chosen} image in the given caches: there is nothing to train on")
+        of_part = self._images // [1, 1, PART_IMAGES]
+        begins = (of_part[1:] != of_part[:-1]).any(axis=1)
+        self._borders = np.array([0, *(np.flatnonzero(begins) + 1), len(self._images)])  # part i: from i to i + 1
+        n_chunks = 1 + int((of_part[1:, :2] != of_part[:-1, :2]).any(axis=1).sum())
+        self._n_pools = -(-n_chunks // pool_chunks)
+        largest = -(-(len(self._borders) - 1) // self._n_pools) * PART_IMAGES * self.tokens_per_image
+        if largest > _MOST_TOKENS:
+            raise BadInput(f"pools of {pool_chunks:,} chunks have up to {largest:,} tokens; take pool_chunks smaller")
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -127,69 +170,70 @@ class TokenStream:
         if batch_tokens < 1 or position < 0:
             raise BadInput(f"batch_tokens must be above 0 and position not below; found {batch_tokens}, {position}")
         rows = rows_of_part(batch_tokens, part)
-        return gather_ahead(lambda threads: self._jobs(threads, batch_tokens, position, rows), self._threads)
+        return gather_ahead(lambda reader: self._jobs(reader, batch_tokens, position, rows), self._threads)
 
-    def _jobs(self, threads: ThreadPoolExecutor, batch_tokens: int, position: int, rows: range) -> Iterator[Job]:
-        for pieces in self.plan(threads, repeat(batch_tokens), position):
+    def _jobs(self, reader: ThreadPoolExecutor, batch_tokens: int, position: int, rows: range) -> Iterator[Job]:
+        for pieces in self.plan(reader, repeat(batch_tokens), position):
             yield partial(gather, _within(pieces, rows), np.arange(len(rows)), self._stores[0].spec.width)
 
-    def plan(self, threads: ThreadPoolExecutor, sizes: Iterable[int], position: int) -> Iterator[list[Tokens]]:
+    def plan(self, reader: ThreadPoolExecutor, sizes: Iterable[int], position: int) -> Iterator[list[Tokens]]:
         """What each of the next batches, of these sizes, is made of: tokens of one pool, or of the end of one and the
-        beginning of the next. `threads` prepare the orders of the pools.
+        beginning of the next. In `reader` the next pool is made ready meanwhile.
         """
         pools = self._pools(position)
-        shuffling = deque([threads.submit(self._shuffle, *next(pools))])
-        pool, at = _NO_TOKENS, 0
-        for size in sizes:
-            pieces: list[Tokens] = []
-            while size:
-                if at == len(pool):
-                    shuffling.append(threads.submit(self._shuffle, *next(pools)))
-                    pool, at = shuffling.popleft().result(), 0
-                pieces.append(pool.chosen(slice(at, at + size)))
-                at += len(pieces[-1])
-                size -= len(pieces[-1])
-            yield pieces
+        tokens, at, following = _NO_TOKENS, 0, None
+        try:
+            for size in sizes:
+                pieces: list[Tokens] = []  # lets go of a pool that is used up, before the next but one is read
+                while size:
+                    following = following or reader.submit(self._begin, *next(pools))
+                    if at == len(tokens):
+                        tokens, at, following = following.result(), 0, None
+                    pieces.append(tokens.chosen(slice(at, at + size)))
+                    at += len(pieces[-1])
+                    size -= len(pieces[-1])
+                yield pieces
+        finally:
+            tokens.pool.give_up()
+            if following and not following.cancel() and not following.exception():
+                following.result().pool.give_up()
 
-    def _pools(self, position: int) -> Iterator[tuple[list[Chunk], list[int], int]]:
-        """(chunks of a pool, seeds of its order, tokens of it to pass over), from `position` on."""
+    def _pools(self, position: int) -> Iterator[tuple[list[Int], list[int], int]]:
+        """(images of each part of a pool, seeds of its order, tokens of it to pass over), from `position` on."""
         epoch, skip = divmod(position, self.tokens_per_epoch)
         while True:
-            for pool in self._pool_order(epoch):
-                n_tokens = sum(len(chunk.rows) for chunk in pool) * self.tokens_per_image
+            for number, parts in enumerate(self._pool_order(epoch), start=1):
+                n_tokens = sum(map(len, parts)) * self.tokens_per_image
                 if skip < n_tokens:
-                    yield pool, [self._seed, epoch, pool[0].number, pool[0].chunk], skip
+                    yield parts, [self._seed, epoch, number], skip
                 skip = max(0, skip - n_tokens)
             epoch += 1
 
-    def _shuffle(self, chunks: list[Chunk], seeds: list[int], skip: int) -> Tokens:
-        """The tokens of a pool in the order in which they come, without the first `skip`."""
-        per_image, tokens_per_image = self.tokens_per_image, self._stores[0].spec.tokens_per_image
-        kept = np.arange(tokens_per_image, dtype=np.int32)[self._token_slice]
-        firsts = [(chunk.rows * tokens_per_image).astype(np.int32) for chunk in chunks]
-        rows = np.concatenate([(first[:, None] + kept).ravel() for first in firsts])
-        owners = np.repeat(np.arange(len(chunks), dtype=np.uint16), [len(chunk.rows) * per_image for chunk in chunks])
+    def _begin(self, parts: list[Int], seeds: list[int], skip: int) -> Tokens:
+        """Begin to read a pool; its tokens in the order in which they come, without the first `skip`."""
+        pool = Pool([self._begin_part(images) for images in parts], self._tokens)
+        order = np.arange(sum(map(len, parts)) * self.tokens_per_image, dtype=np.int32)
         if self._order == "tokens":
-            for number, store in enumerate(self._stores):
-                store.prefetch([chunk.chunk for chunk in chunks if chunk.number == number])
-            order = np.random.default_rng(seeds).permutation(np.arange(len(rows), dtype=np.int32))[skip:]
-            return Tokens(chunks, owners[order], rows[order])
-        return Tokens(chunks, owners[skip:], rows[skip:])
+            order = np.random.default_rng(seeds).permutation(order)
+        return Tokens(pool, order[skip:])
 
-    def _pool_order(self, epoch: int) -> Iterator[list[Chunk]]:
-        """The pools of an epoch, in order."""
+    def _begin_part(self, images: Int) -> Part:
+        number, chunk, first = images[0].tolist()
+        store, rows = self._stores[number], images[:, 2]
+        return Part(store, chunk, rows, store.begin_rows(chunk, range(first, int(rows[-1]) + 1)))
+
+    def _pool_order(self, epoch: int) -> Iterator[list[Int]]:
+        """The pools of an epoch, in order: of each part the images, (n, 3) number of the cache, chunk, row."""
         if self._order == "images":
-            rng = np.random.default_rng([self._seed, 0])
-            images = self._images[rng.permutation(len(self._images))]
-            for start in range(0, len(images), 64):
-                part = images[start : start + 64].tolist()
-                yield [Chunk(self._stores[number], number, chunk, np.array([row])) for number, chunk, row in part]
+            order = np.random.default_rng([self._seed, 0]).permutation(len(self._images))
+            for start in range(0, len(order), 64):
+                yield [self._images[image, None] for image in order[start : start + 64]]
             return
-        rng = np.random.default_rng([self._seed, epoch])
-        order = rng.permutation(len(self._chunks))
-        n_pools = -(-len(order) // self._pool_chunks)
-        for part in np.array_split(order, n_pools):  # of equal size: a short last pool would be shuffled badly
-            yield [self._chunks[i] for i in part]
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._borders) - 1)
+        for pool in np.array_split(order, self._n_pools):  # of equal size: a short last pool would be shuffled badly
+            yield [
+                self._images[start:end] for start, end in zip(self._borders[pool], self._borders[pool + 1], strict=True)
+            ]
 
 
 def rows_of_part(batch_tokens: int, part: tuple[int, int]) -> range:
@@ -209,39 +253,44 @@ def rows_of_part(batch_tokens: int, part: tuple[int, int]) -> range:
 
 
 def gather_ahead(jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threads: int) -> Iterator[Float16]:
-    """What the jobs give, in their order; some are done ahead in threads. What they give does not depend on that."""
-    with ThreadPoolExecutor(n_threads, thread_name_prefix="batch") as threads:
+    """What the jobs give, in their order; some are done ahead in threads. What they give does not depend on that.
+
+    `jobs_of` gets a thread of its own, for what comes before the jobs.
+    """
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="pool") as reader,
+        ThreadPoolExecutor(n_threads, thread_name_prefix="batch") as threads,
+        closing(jobs_of(reader)) as jobs,  # type: ignore[type-var]
+    ):
         gathering: deque[Future[Float16]] = deque()
         try:
-            for job in jobs_of(threads):
+            for job in jobs:
                 gathering.append(threads.submit(job))
                 if len(gathering) > n_threads:
                     yield gathering.popleft().result()
         finally:
-            threads.shutdown(wait=True, cancel_futures=True)
+            for future in gathering:
+                future.cancel()
 
 
 def gather(pieces: list[Tokens], places: npt.NDArray[np.integer[Any]], width: int) -> Float16:
     """(tokens of the pieces, width) float16: token i of them all in row `places[i]`; all rows must be named.
 
-    Raises DamagedStore if one is not finite.
+    Raises DamagedStore if one is not finite, and what reading them raises.
     """
     from .gather import gather_rows  # compiling takes a moment, once per machine
 
     out = np.empty((len(places), width), np.float16)
     first = 0
     for piece in pieces:
-        by_chunk = np.argsort(piece.owners, kind="stable")  # of 16-bit numbers: a radix sort
-        ends = np.cumsum(np.bincount(piece.owners, minlength=len(piece.chunks)))
-        for chunk, tokens in zip(piece.chunks, np.split(by_chunk, ends[:-1]), strict=True):
-            if not len(tokens):
-                continue
-            read = chunk.store.read_chunk(chunk.chunk)
-            if not gather_rows(read.reshape(-1, width), piece.rows[tokens], out, places[first + tokens]):
-                raise DamagedStore(
-                    f"{chunk.store.root} holds NaN or infinity in a readable image of chunk {chunk.chunk}. "
-                    f"cyto cache verify names it"
-                )
+        pool, per_image = piece.pool, len(piece.pool.tokens)
+        bad = gather_rows(pool.images, piece.order, per_image, out, places[first : first + len(piece)])
+        if bad >= 0:
+            part = pool.part_of(int(piece.order[bad]) // per_image)
+            raise DamagedStore(
+                f"{part.store.root} holds NaN or infinity in a readable image of chunk {part.chunk}. "
+                f"cyto cache verify names it"
+            )
         first += len(piece)
     return out
 
@@ -268,10 +317,8 @@ def _may_come(stores: list["ActivationStore"], images: Sequence[Bool] | None) ->
     return [mask & chosen for mask, chosen in zip(readable, images, strict=True)]
 
 
-def _chunks(stores: list["ActivationStore"], may_come: list[Bool]) -> Iterator[Chunk]:
-    for number, store in enumerate(stores):
-        for chunk in range(store.spec.n_chunks):
-            rows = store.spec.chunk_rows(chunk)
-            positions = np.flatnonzero(may_come[number][rows.start : rows.stop])
-            if len(positions):
-                yield Chunk(store, number, chunk, positions)
+def _images(stores: list["ActivationStore"], may_come: list[Bool]) -> Iterator[Int]:
+    """Of each cache (n, 3): its number, and chunk and row of each image that may come."""
+    for number, (store, mask) in enumerate(zip(stores, may_come, strict=True)):
+        chunk, row = np.divmod(np.flatnonzero(mask), store.spec.chunk_images)
+        yield np.stack([np.full_like(chunk, number), chunk, row], axis=1)

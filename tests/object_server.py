@@ -31,6 +31,8 @@ class ObjectServer(ThreadingHTTPServer):
         ] = {}  # end of a path -> a status, "cut" (half of it) or "drop", one per request
         self.waits = threading.Event()  # set: a chunk waits (two seconds at most) until a second one is asked for
         self.requests: Counter[str] = Counter()
+        self.gives_ranges = True
+        self.ranges: list[tuple[str, int, int]] = []  # name, first byte, one behind the last
         self.fetching, self.most_at_once, self.lock = 0, 0, threading.Lock()
 
     @property
@@ -67,8 +69,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             return self._answer(404, b"")
         body = path.read_bytes()
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), int(asked[2] or len(body) - 1)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and self.server.gives_ranges:
+            first, last = int(asked[1]), min(int(asked[2] or len(body) - 1), len(body) - 1)
+            self.server.ranges.append((name, first, last + 1))
+            if first > last:
+                return self._answer(416, b"", {"Content-Range": f"bytes */{len(body)}"})
             headers = {"Content-Range": f"bytes {first}-{last}/{len(body)}"}
             return self._answer(206, body[first : last + 1], headers, with_body=with_body, failure=failure)
         self._answer(200, body, with_body=with_body, failure=failure, is_chunk="/c/" in name)
