@@ -103,6 +103,7 @@ def loss_and_gradients(
     device = tokens_ND.device
     sums = dict.fromkeys(_SUMS, 0.0)
     mean_D = torch.zeros(width, dtype=torch.float64, device=device)
+    room_BL = torch.empty(min(step, len(tokens_ND)), model.n_latents, dtype=half, device=device)  # new pages cost time
     fired = torch.zeros(model.n_latents, dtype=torch.bool, device=device)
 
     for start in range(0, len(tokens_ND), step):
@@ -111,7 +112,7 @@ def loss_and_gradients(
             x_BD = x_BD * token_scale
         centred_BD = x_BD - b_dec
         centred_half_BD = centred_BD.to(half)
-        p_BL = torch.addmm(b_enc, centred_half_BD, W_enc)
+        p_BL = torch.addmm(b_enc, centred_half_BD, W_enc, out=room_BL[: len(x_BD)])
         p_dead_BK = p_BL[:, dead.latents].to(centred_BD.dtype) if dead is not None else None
         near = None
         if model.activation == "jumprelu":
