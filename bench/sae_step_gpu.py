@@ -14,12 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import scipy.sparse
 import torch
 from common import (
-    TOKENS_PER_IMAGE,
     add_folder,
     alternate,
     arguments,
@@ -31,6 +27,7 @@ from common import (
     scratch,
     write_cache,
 )
+from sae_run import tokens_of_few_atoms
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
 from cytosae.config import TrainConfig
@@ -199,20 +196,6 @@ def whole_run(options: Any) -> dict[str, Any]:
         "precision": config.precision,
         "final": header.summary["final"],
     }
-
-
-def tokens_of_few_atoms(n_images: int, width: int, *, seed: int, n_atoms: int = 4_096) -> npt.NDArray[np.float16]:
-    """(n_images, 257, width): a common mean, 32 of the atoms at random strength, and a little noise."""
-    common, rng = np.random.default_rng(0), np.random.default_rng([1, seed])
-    mean = common.standard_normal(width).astype(np.float32)
-    atoms = (common.standard_normal((n_atoms, width)) / np.sqrt(width)).astype(np.float32)
-    n_tokens, n_active = n_images * TOKENS_PER_IMAGE, 32
-    strengths = rng.exponential(3, n_tokens * n_active).astype(np.float32)
-    chosen = rng.integers(0, n_atoms, n_tokens * n_active)
-    starts = np.arange(n_tokens + 1) * n_active
-    tokens = scipy.sparse.csr_array((strengths, chosen, starts), (n_tokens, n_atoms)) @ atoms
-    tokens += mean + 0.05 * rng.standard_normal(tokens.shape, np.float32)
-    return tokens.astype(np.float16).reshape(n_images, TOKENS_PER_IMAGE, width)
 
 
 def _sizes(micro_batches: list[int], n_tokens: int) -> list[int]:

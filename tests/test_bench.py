@@ -14,6 +14,7 @@ TINY = {
     "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
     "--quality-images 24 --dataloader-batches 2 --rounds 1",
     "sae_step": "--tokens 64 --width 32 --latents 256 --l0 10 --sweep --micro-batches 32,64 --rounds 1",
+    "sae_run": "--images 6 --width 32 --expansion 4 --batch-tokens 257 --steps 4",
     "sae_step_gpu": "",
     "encode": "--images 3 --chunk-images 2 --width 32 --latents 256 --l0 10 --micro-batches 128 --rounds 1",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
@@ -24,7 +25,7 @@ KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
-    folder = ["--folder", str(tmp_path)] if name in ("extract", "loader", "encode", "barcode") else []
+    folder = ["--folder", str(tmp_path)] if name in ("extract", "loader", "encode", "barcode", "sae_run") else []
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]
     done = subprocess.run(command, capture_output=True, text=True)
 
