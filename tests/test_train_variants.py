@@ -77,7 +77,12 @@ def given(caches: list[Path], name: str) -> list[Path]:
 D, N_ATOMS, PER_TOKEN = 24, 48, 3
 DICTIONARY: dict[str, tuple[dict[str, Any], float, float]] = {  # settings, least explained variance, least recovery
     "relu": ({"l1": 2e-2, "expansion": 4}, 0.84, 0.95),
-    "topk": ({"activation": "topk", "k": PER_TOKEN, "dead_latents": "auxk", "lr": 1e-2, "expansion": 8}, 0.9, 0.95),
+    "topk": (
+        {"activation": "topk", "k": PER_TOKEN, "dead_latents": "auxk", "lr": 1e-2, "auxk_weight": 0.5}
+        | {"dead_after_steps": 20, "tokens": 2000 * 512},
+        0.9,
+        0.95,
+    ),
     "batchtopk": ({"activation": "batchtopk", "k": PER_TOKEN, "dead_latents": "auxk", "lr": 1e-2}, 0.88, 0.8),
     "jumprelu": ({"activation": "jumprelu", "l1": 3e-3, "jump_threshold": 0.1, "jump_bandwidth": 0.1}, 0.87, 0.5),
     "gated": ({"activation": "gated", "l1": 5e-2, "expansion": 4}, 0.86, 0.8),
