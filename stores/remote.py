@@ -7,7 +7,8 @@ Where to (endpoint, region) and as whom (keys) stand in the environment, as for 
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -143,10 +144,10 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
     Zarr alone reads a missing chunk as the fill value.
     """
 
-    def __init__(self, folder: RemoteFolder, promised: dict[str, tuple[int, bytes]]) -> None:
-        """promised : by name, the size of an object in bytes and how it ends."""
+    def __init__(self, folder: RemoteFolder, promised: dict[str, tuple[int, bytes | int]]) -> None:
+        """promised : by name, the size of an object in bytes, and how it ends (bytes) or its CRC-32 (a number)."""
         super().__init__(folder.objects, read_only=True)
-        self._folder, self._promised = folder, promised
+        self.url, self._folder, self._promised = folder.url, folder, promised
 
     def check_sizes(self, *, prefix: str) -> None:
         """Raises DamagedStore if a promised object, all of whose names begin so, is missing or has a wrong size."""
@@ -168,13 +169,42 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
             raise
         self._check_size(key, answer.meta["size"])  # before its bytes are fetched
         content = await answer.bytes_async()
-        size, end = self._promised[key]
-        if memoryview(content)[size - len(end) :] != end:
-            raise DamagedStore(
-                f"{self._folder.url}/{key} is not the chunk that the journal names: another one took its place. "
-                f"{_COPY_AGAIN}"
-            )
+        self._check_content(key, memoryview(content))
         return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's own buffer
+
+    def read(self, name: str) -> memoryview:
+        """A promised object, whole, without zarr. Raises DamagedStore if it is not the one, StoreUnreachable."""
+        import obstore
+
+        self.require_promised([name])
+
+        try:
+            with reachable(self.url):
+                answer = obstore.get(self.store, name)
+                self._check_size(name, answer.meta["size"])  # before its bytes are fetched
+                content = memoryview(answer.bytes())
+        except FileNotFoundError:
+            self._check_size(name, None)
+            raise
+        self._check_content(name, content)
+        return content
+
+    def require_promised(self, names: Iterable[str]) -> None:
+        """Raises DamagedStore if the journal does not name one of these."""
+        for name in names:
+            if name not in self._promised:
+                raise DamagedStore(f"{self.url}/{name} is not named in the journal. {_COPY_AGAIN}")
+
+    def _check_content(self, name: str, content: memoryview) -> None:
+        size, promised = self._promised[name]
+        if isinstance(promised, int):
+            is_promised = zlib.crc32(content) == promised
+        else:
+            is_promised = content[size - len(promised) :] == promised
+        if not is_promised:
+            raise DamagedStore(
+                f"{self.url}/{name} is not the chunk that the journal names: another one took its place. {_COPY_AGAIN}"
+            )
 
     def _check_size(self, name: str, found: int | None) -> None:
         expected, place = self._promised[name][0], f"{self._folder.url}/{name}"

@@ -685,7 +685,7 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 2
-    assert "is a URL; only cache info, sae train, eval and encode read from one" in done.stderr
+    assert "is a URL; only cache info, sae train, eval and encode, and barcode read from one" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
