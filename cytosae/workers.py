@@ -7,6 +7,7 @@ package, the same versions of what decides the numbers or the compressed bytes, 
 import asyncio
 import hashlib
 import platform
+import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
 
 
 def _address(client: "Client") -> str:
-    return client.scheduler.address if client.scheduler else "an unknown address"
+    return str(client.scheduler.address) if client.scheduler else "an unknown address"
 
 
 def _on_scheduler(client: "Client") -> Any:
@@ -161,9 +162,10 @@ def _require_equal(role: str, found: Mapping[str, Any], ours: dict[str, str]) ->
 
 def _difference(theirs: Any, ours: dict[str, str]) -> str:
     if not isinstance(theirs, dict):
+        missing = re.search(r"No module named '[^']*'", str(theirs))
         return (
-            f"cannot import cyto {ours['cyto']} ({theirs}): install it there, or start it in the environment that this "
-            f"command runs in"
+            f"cannot import cyto {ours['cyto']} ({missing[0] if missing else theirs}): install it there, or start it "
+            f"in the environment that this command runs in"
         )
     name = next(name for name in ours if theirs.get(name) != ours[name])
     return (
