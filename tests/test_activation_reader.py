@@ -674,7 +674,7 @@ def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None
         ["cache", "verify", "s3://bucket/x.zarr"],
         ["sae", "train", "x.zarr", "-o", "s3://bucket/x.sae"],
         ["sae", "encode", "x.zarr", "x.sae", "-o", "s3://bucket/x.zarr"],
-        ["barcode", "s3://bucket/x.zarr", "-o", "out"],
+        ["barcode", "x.zarr", "-o", "s3://bucket/out"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )

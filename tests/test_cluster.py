@@ -7,6 +7,7 @@ said one line. A preload file holds workers at their fourth block until a file i
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -190,7 +191,9 @@ def said_by(process: subprocess.Popen[bytes], dask: Dask, code: int) -> str:
     said = dask.log(process).read_text().splitlines()
     assert process.returncode == code, said
     if code == 0:
-        said = [line for line in said if not re.match(r"\S+/barcodes: 253 images|left out: |[\d.]+% of the nonz", line)]
+        said = [
+            line for line in said if not re.match(r"\S+/barcodes: [\d,]+ images|left out: |[\d.]+% of the nonz", line)
+        ]
     return "\n".join(line for line in said if not line.startswith("barcode:"))
 
 
@@ -280,8 +283,8 @@ def test_a_worker_without_the_package_is_named(dask: Dask, store: Path, tmp_path
         worker.wait()
 
 
-def test_a_worker_that_comes_later_without_the_package_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
-    """Its tasks fail; the answer is not their trace, and what the others have finished stays."""
+def test_a_worker_that_comes_later_without_the_package_does_no_harm(dask: Dask, store: Path, tmp_path: Path) -> None:
+    """It ends at the first task that it is given; the others do it."""
     dask.scheduler()
     first = dask.worker(HOLD)
     (dask.folder / "hold").touch()
@@ -289,12 +292,9 @@ def test_a_worker_that_comes_later_without_the_package_is_named(dask: Dask, stor
     dask.wait((dask.folder / f"waits-{first.pid}").exists)
     dask.worker(WITHOUT_CYTO)
     dask.wait(lambda: dask.said().count("Register worker addr") == 2)
-    first.kill()
-    line = said_by(process, dask, 1)
-    assert re.fullmatch(r"Error: the worker at \S+ cannot import cyto \S+ \(No module named 'cytosae'\): .*", line), (
-        line
-    )
-    assert list((tmp_path / "barcodes" / "parts").glob("*.part"))
+    (dask.folder / "hold").unlink()
+    assert said_by(process, dask, 0) == ""
+    assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
 
 
 def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_a_url_as_output_is_refused(store: Path) -> None:
 def test_ten_thousand_patients_in_bounded_memory(dask: Dask, tmp_path: Path) -> None:
     """20,000 images, 49,152 latents, 4.8 M nonzeros: a dense table of patients would be 2 GB in float32.
 
-    Measured: the peak resident set of the worker and of this command, as the system counts it (ru_maxrss), above what
+    Measured: the peak resident set of the worker, as the system counts it (ru_maxrss), above what
     a job of one patient needs.
     """
     peaks, n_latents = [], 49_152
@@ -465,7 +465,9 @@ def test_ten_thousand_patients_in_bounded_memory(dask: Dask, tmp_path: Path) -> 
         process = command(root / "latents.zarr", root / "barcodes", dask)
         assert said_by(process, dask, 0) == ""
         with Client(dask.address) as client:
-            peaks.append(max(client.run(peak_memory).values()))
+            peaks.append(
+                max(found.ru_maxrss * 1024 for found in client.run(resource.getrusage, resource.RUSAGE_SELF).values())
+            )
         worker.kill()
         worker.wait()
     assert peaks[1] - peaks[0] < 400e6, peaks
@@ -483,13 +485,6 @@ def test_ten_thousand_patients_in_bounded_memory(dask: Dask, tmp_path: Path) -> 
     assert found.X.sum() == (values > np.float32(0.2)).sum() / 2
 
 
-def peak_memory() -> int:
-    """Bytes, of this process so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @pytest.mark.slow
 def test_the_setting_of_malloc_that_the_docs_advise(dask: Dask) -> None:
     """`dask worker` sets it for its worker process; a variable in the environment wins."""
@@ -498,6 +493,6 @@ def test_the_setting_of_malloc_that_the_docs_advise(dask: Dask) -> None:
         worker = dask.worker(nanny=True, memory=1 << 30, **environment)
         with Client(dask.address) as client:
             client.wait_for_workers(1, timeout=PATIENCE)
-            assert set(client.run(os.environ.get, "MALLOC_TRIM_THRESHOLD_").values()) == {expected}
+            assert set(client.run(os.getenv, "MALLOC_TRIM_THRESHOLD_").values()) == {expected}
         worker.terminate()
         worker.wait()
