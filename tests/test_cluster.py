@@ -33,7 +33,7 @@ from stores.latent_store import remote_rows
 from stores.tables import image_table, table_sha256, with_outcome
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 20.0  # seconds, for anything that is waited for
+PATIENCE = 60.0  # seconds, for anything that is waited for
 SMALL_BLOCKS = 57_344  # bytes of a worker's memory: a block is then about 20 of the images below
 
 # a worker counts three blocks, then waits while the file "hold" is there, and leaves a file to say so
@@ -283,6 +283,7 @@ def test_a_worker_without_the_package_is_named(dask: Dask, store: Path, tmp_path
         worker.wait()
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_later_without_the_package_does_no_harm(dask: Dask, store: Path, tmp_path: Path) -> None:
     """It ends at the first task that it is given; the others do it."""
     dask.scheduler()
@@ -306,6 +307,7 @@ def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_p
     assert re.search(r"^Error: the scheduler at tcp://\S+ cannot import cyto", line), line
 
 
+@pytest.mark.slow
 def test_a_worker_that_sees_other_files_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
     """As on a node without the shared disk: here a worker for which a folder's name means another."""
     elsewhere = "import pathlib, cytosae.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
@@ -347,6 +349,7 @@ def access(objects: ObjectServer) -> dict[str, str]:
 URL = "s3://bucket/x.latents.zarr"
 
 
+@pytest.mark.slow
 def test_latents_are_read_from_a_url(server: ObjectServer, dask: Dask, tmp_path: Path, store: Path) -> None:
     """By workers on a cluster, each with the access that its own environment gives; the same bytes as from a path."""
     dask.scheduler()
