@@ -37,9 +37,8 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            self.fail(
-                f"{value!r} is a URL; only cache info, sae train, sweep, eval and encode read from one", param, ctx
-            )
+            readers = "cache info, sae train, sweep, eval and encode, and barcode"
+            self.fail(f"{value!r} is a URL; only {readers} read from one", param, ctx)
         return str(value)
 
 
@@ -1076,8 +1075,15 @@ def latents_merge(store: Path) -> None:
 
 
 @cli.command()
-@click.argument("latents", type=_FILE, nargs=-1, required=True)
-@click.option("-o", "--out", "barcodes", type=_FILE, required=True, help="Folder of the barcodes.")
+@click.argument("latents", type=_STORE, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    "barcodes",
+    type=_FILE,
+    required=True,
+    help="Folder of the barcodes; with --scheduler on a file system that all workers share.",
+)
 @click.option(
     "--tau",
     "taus",
@@ -1107,7 +1113,7 @@ def latents_merge(store: Path) -> None:
 @click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker.")
 @_overwrite_option
 def barcode(
-    latents: tuple[Path, ...],
+    latents: tuple[Path | str, ...],
     barcodes: Path,
     taus: tuple[float, ...],
     table: Path | None,
@@ -1117,7 +1123,7 @@ def barcode(
     overwrite: bool,
     **settings: Any,
 ) -> None:
-    """Image, patient and disease barcodes from the stored latents of one or more datasets.
+    """Image, patient and disease barcodes from the stored latents (paths or URLs) of one or more datasets.
 
     Patients of two datasets are two people, even if they have the same name.
 
@@ -1136,9 +1142,11 @@ def barcode(
                 latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
             )
     except KilledWorker:
+        limit = "its own, of dask worker" if scheduler else memory_limit
+        remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
         raise BadInput(
-            f"a worker was ended again and again, most likely for its memory (limit {memory_limit}); "
-            f"raise --memory-limit and run the same command again"
+            f"a worker was ended again and again, most likely for its memory (limit {limit}); "
+            f"{remedy} and run the same command again"
         ) from None
     _say_done(barcodes, done.was_complete)
     click.echo(
@@ -1323,17 +1331,20 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
     from stores.errors import BadInput
 
     if scheduler:
-        try:
-            client = Client(scheduler, timeout="10s")
-        except (OSError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise BadInput(f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler") from None
-        with client:
+        with _dask_silent():
             try:
-                client.wait_for_workers(1, timeout=60)
-            except TimeoutError:
-                raise BadInput(f"the scheduler at {scheduler} has no workers; start some: dask worker") from None
-            yield client
+                client = Client(scheduler, timeout="10s")
+            except (OSError, ValueError) as error:
+                reason = str(error).split("\n")[0]
+                raise BadInput(
+                    f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler"
+                ) from None
+            with client:
+                try:
+                    client.wait_for_workers(1, timeout=60)
+                except TimeoutError:
+                    raise BadInput(f"the scheduler at {scheduler} has no workers; start some: dask worker") from None
+                yield client
         return
     # zarr would start ten reading threads per worker; workers take their settings from the environment
     environment = {"ZARR_ASYNC__CONCURRENCY": "4", "ZARR_THREADING__MAX_WORKERS": "2"}
@@ -1353,6 +1364,26 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             )
         with cluster, Client(cluster) as client:
             yield client
+
+
+@contextmanager
+def _dask_silent() -> Iterator[None]:
+    """What goes wrong is told in our own words: other versions, a scheduler that goes away."""
+    import warnings
+
+    from distributed.versions import VersionMismatchWarning
+
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application")]
+    before = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VersionMismatchWarning)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, before, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from stores.csr_blocks import EntryReader, share_entries, write_entries
 from stores.errors import BadInput, DamagedStore
+from stores.latent_store import remote_rows
 from stores.parts import Part, open_part, write_part
 
 from .counting import ImageCounter, LatentSums, add_rows, take_nonzero
@@ -27,13 +28,14 @@ _MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of t
 class Block:
     """Images to be counted together: rows start..stop of one latent store, images first.. of the barcodes."""
 
-    latents: str
+    latents: str  # path or URL
     start: int
     stop: int
     first: int
     n_images: int  # of the store
     tokens_per_image: int
     n_latents: int
+    journal_sha256: str = ""  # of a URL: what its chunk files are checked by
 
     @property
     def name(self) -> str:
@@ -83,10 +85,14 @@ def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], to
         return _image_rows(open_part(path, tag, verify=True), path, tag, was_there=True)
     except DamagedStore:
         pass
-    tokens, matrix = block.tokens_per_image, Path(block.latents) / "X"
+    tokens = block.tokens_per_image
     start, stop = block.start * tokens, block.stop * tokens
     shape = (block.n_images * tokens, block.n_latents)
-    reader = EntryReader(matrix, shape=shape, start=start, stop=stop)
+    if block.journal_sha256:
+        objects = remote_rows(block.latents, block.journal_sha256)
+        reader = EntryReader(f"{block.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
+    else:
+        reader = EntryReader(Path(block.latents) / "X", shape=shape, start=start, stop=stop)
     counter = ImageCounter(
         reader.row_starts,
         n_latents=block.n_latents,

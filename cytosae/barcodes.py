@@ -38,6 +38,7 @@ from stores.tables import table_sha256
 from . import barcode_tasks as tasks
 from .counting import TOKEN_SETS, LatentSums
 from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
+from .workers import cluster_job
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +151,7 @@ class _Level:
 
 
 def write_barcodes(
-    latents: Path | Sequence[Path],
+    latents: Path | str | Sequence[Path | str],
     barcodes: Path,
     config: BarcodeConfig,
     *,
@@ -167,19 +168,23 @@ def write_barcodes(
 
     Parameters
     ----------
-    latents : the rows of the stores follow each other; all by the same SAE
+    latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
+    barcodes : on a file system that all workers share
     table : other patients, diseases or labels for the images (`groups.regroup`)
 
     Raises
     ------
     BadInput
-        If a patient has two diseases, image ids clash, or tau lies below what a latent store was pruned at.
+        If a patient has two diseases, image ids clash, or tau lies below what a latent store was pruned at; if a worker
+        lacks this version of the package, or does not see the same files.
     SpecMismatch
         If the stores hold latents of different SAEs.
     DamagedStore
         If a chunk of the latents is lost or damaged.
+    ClusterLost
+        If the scheduler goes away. The parts that are finished stay.
     """
-    paths = [latents] if isinstance(latents, Path) else list(latents)
+    paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     _check_stores(stores, config)
     images = join_tables(stores)
@@ -196,25 +201,30 @@ def write_barcodes(
         "normalize": config.normalize,
     } | ({"table": table_sha256(images)} if table is not None else {})
     header = new_header(BARCODES, spec)
-    inputs = (*paths, *([table] if table is not None else []))
+    inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
     output = plan_output(barcodes, header, overwrite=overwrite, inputs=inputs)
     if output.is_complete:
         output.publish()
         BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
         return _result(read_header(barcodes, BARCODES), was_complete=True)
 
-    root = output.work
+    root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
-    write_header(root, header)
-    append_run(
-        root,
-        packages=("dask", "distributed", "numba", "numpy", "anndata"),
-        latents=_one_or_all([str(store.root) for store in stores]),
-    )
-    job = _Job(stores, root.absolute(), config, groups, header, client)
-    filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
-    _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
-    header = _join(job, filling, notes, progress)
+    job = _Job(stores, root, config, groups, header, client)
+    try:
+        with cluster_job(client, root, {store.root: store.journal_sha256 for store in stores}):
+            write_header(root, header)
+            append_run(
+                root,
+                packages=("dask", "distributed", "numba", "numpy", "anndata"),
+                latents=_one_or_all([str(store.root) for store in stores]),
+            )
+            filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
+            _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
+            header = _join(job, filling, notes, progress)
+    finally:
+        if not any(root.iterdir()):  # refused before anything was written
+            root.rmdir()
     for left_over in (job.parts, *job.root.glob(".*.removed")):
         _discard(left_over)
     output.publish()
@@ -253,7 +263,7 @@ def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
 
 def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
     """One task per block of images; each writes its part and returns how many entries it has."""
-    from distributed import as_completed
+    from distributed import CancelledError, as_completed
 
     job.parts.mkdir(exist_ok=True)
     blocks = list(_plan_blocks(job))
@@ -272,6 +282,8 @@ def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callab
     try:
         meanwhile()
         for future, rows in as_completed(list(futures), with_results=True):
+            if isinstance(rows, CancelledError):  # as_completed does not raise it
+                raise rows
             block = blocks[futures[future]]
             found[futures[future]] = rows
             while len(filling.parts) in found:  # in order
@@ -280,7 +292,8 @@ def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callab
                 n_done += block.stop - block.start
                 progress(n_done, n_images, "counting")
     finally:
-        job.client.cancel(list(futures))
+        if job.client.status == "running":  # else there is nobody to tell
+            job.client.cancel(list(futures))
 
 
 def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
@@ -311,6 +324,7 @@ def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
                 n_images=store.spec.n_images,
                 tokens_per_image=store.spec.tokens_per_image,
                 n_latents=store.spec.n_latents,
+                journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
             )
             at = ready
         first = end
@@ -443,6 +457,9 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         for other in others:
             shutil.copytree(first / "var", other / "var")
     job.client.gather(futures)
+    for each in filling.values():
+        each.futures.clear()  # a worker that dies from here on must not have them done again
+    del futures
     for filled in (image_level, patients, diseases):
         for number, tau in enumerate(taus):
             finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)

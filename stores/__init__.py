@@ -6,6 +6,7 @@ from .barcode_store import BarcodeStore, BarcodeWriter
 from .csr import CsrReader, CsrRows, CsrWriter
 from .errors import (
     BadInput,
+    ClusterLost,
     CytoError,
     DamagedStore,
     IncompleteStore,
@@ -45,6 +46,7 @@ __all__ = [
     "BarcodeStore",
     "BarcodeWriter",
     "Chosen",
+    "ClusterLost",
     "CsrReader",
     "CsrRows",
     "CsrWriter",

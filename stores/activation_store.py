@@ -439,7 +439,9 @@ def _check_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) 
 def _remote_chunks(url: str, spec: ActivationSpec, crcs: list[str]) -> ReadAhead:
     names = [chunk_path(Path(), chunk).as_posix() for chunk in range(spec.n_chunks)]
     ends = [bytes.fromhex(crc)[::-1] for crc in crcs]  # little-endian in the file
-    promised = {name: (spec.chunk_bytes, end) for name, end in zip(names, ends, strict=True)}
+    promised: dict[str, tuple[int, bytes | int]] = {
+        name: (spec.chunk_bytes, end) for name, end in zip(names, ends, strict=True)
+    }
     objects = CheckedObjects(RemoteFolder(url), promised)
     with reachable(url):
         array = check_layout(url, spec, objects)

@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,8 +24,9 @@ import zarr
 from numcodecs import blosc, zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from .errors import DamagedStore
+from .errors import CytoError, DamagedStore
 from .files import sync_folder, write_atomic
+from .remote import CheckedObjects, reachable
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
@@ -235,20 +237,32 @@ class CsrWriter:
 class CsrReader:
     """Reads ranges of rows of one CSR group. Memory: the rows asked for, and the chunks they lie in."""
 
-    def __init__(self, path: Path, *, shape: tuple[int, int]) -> None:
+    def __init__(self, path: Path | str, *, shape: tuple[int, int], objects: CheckedObjects | None = None) -> None:
         """Open the group; `shape` is what the store that owns it promises.
+
+        objects : where `path` is a URL, what lies at the URL of the store; the group is the last name of `path`
 
         Raises
         ------
         DamagedStore
             If arrays or attributes are missing or disagree with `shape` or with each other.
+        StoreUnreachable
+            If a URL cannot be read, here or later.
         """
-        self.path, self.shape = path, shape
+        self.path, self.shape, self.objects = path, shape, objects
+        self.name = str(path).rpartition("/")[2]
         try:
-            attributes = dict(zarr.open_group(os.fspath(path), mode="r").attrs)
-            self._arrays: dict[str, zarr.Array[Any]] = {
-                name: zarr.open_array(os.fspath(path / name), mode="r") for name in _NAMES
-            }
+            with self._reachable():
+                group = zarr.open_group(objects or os.fspath(path), path=self.name if objects else None, mode="r")
+                attributes = dict(group.attrs)
+                self._arrays: dict[str, zarr.Array[Any]] = {
+                    name: zarr.open_array(objects, path=f"{self.name}/{name}", mode="r")
+                    if objects
+                    else zarr.open_array(os.fspath(Path(path) / name), mode="r")
+                    for name in _NAMES
+                }
+        except CytoError:
+            raise
         except (FileNotFoundError, KeyError, ValueError) as error:
             raise DamagedStore(f"{path} is not a sparse matrix ({error})") from None
         if attributes.get("shape") != list(shape):
@@ -262,7 +276,7 @@ class CsrReader:
         self.nnz = lengths["data"]
 
     def missing_chunks(self) -> list[Path]:
-        """Chunk files that should be there and are not, or are empty."""
+        """Chunk files of a local group that should be there and are not, or are empty."""
         files = [path for name, array in self._arrays.items() for path in self._chunk_files(name, 0, array.shape[0])]
         return [path for path in files if not path.is_file() or path.stat().st_size == 0]
 
@@ -287,9 +301,11 @@ class CsrReader:
     def row_starts(self, start: int, stop: int, step: int = 1) -> npt.NDArray[np.int64]:
         """`indptr[start:stop:step]`, read in pieces, so that a long indptr never lies in memory whole."""
         piece = CHUNK_ENTRIES * step // np.gcd(CHUNK_ENTRIES, step)
-        parts = [
-            np.asarray(self._arrays["indptr"][at : min(at + piece, stop)])[::step] for at in range(start, stop, piece)
-        ]
+        with self._reachable():
+            parts = [
+                np.asarray(self._arrays["indptr"][at : min(at + piece, stop)])[::step]
+                for at in range(start, stop, piece)
+            ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def read_rows(self, start: int, stop: int) -> CsrRows:
@@ -302,18 +318,19 @@ class CsrReader:
         """
         place = f"rows {start:,} to {stop - 1:,} of {self.path}"
         try:
-            indptr = np.asarray(self._arrays["indptr"][start : stop + 1])
-            first, last = int(indptr[0]), int(indptr[-1])
-            if indptr.min() < 0 or (np.diff(indptr) < 0).any() or last > self.nnz:
-                raise DamagedStore(f"{place}: indptr is not monotone or leaves the data")
-            indices = np.asarray(self._arrays["indices"][first:last])
-            values = np.asarray(self._arrays["data"][first:last])
+            with self._reachable():
+                indptr = np.asarray(self._arrays["indptr"][start : stop + 1])
+                first, last = int(indptr[0]), int(indptr[-1])
+                if indptr.min() < 0 or (np.diff(indptr) < 0).any() or last > self.nnz:
+                    raise DamagedStore(f"{place}: indptr is not monotone or leaves the data")
+                indices = np.asarray(self._arrays["indices"][first:last])
+                values = np.asarray(self._arrays["data"][first:last])
             lost = [path for path in self._chunk_files("indices", first, last) if not path.is_file()]
-            if lost:
+            if lost and self.objects is None:  # a promised object that is lost has raised
                 raise DamagedStore(f"{place}: {lost[0]} is missing")
+        except CytoError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
-            if isinstance(error, DamagedStore):
-                raise
             raise DamagedStore(f"{place} cannot be read: {error}") from None
         rows = CsrRows(indices, values, indptr - first)
         _check_rows(rows, self.shape[1], place)
@@ -322,7 +339,16 @@ class CsrReader:
     def _chunk_files(self, name: str, start: int, stop: int) -> list[Path]:
         """The files that hold entries start..stop of an array."""
         size = self._arrays[name].chunks[0]
-        return [self.path / name / "c" / str(chunk) for chunk in range(start // size, -(-stop // size))]
+        return [Path(self.path) / name / "c" / str(chunk) for chunk in range(start // size, -(-stop // size))]
+
+    def chunk_bytes(self, name: str, chunk: int) -> bytes | memoryview:
+        """A chunk file as it lies there. Raises OSError; of a URL DamagedStore and StoreUnreachable."""
+        if self.objects is not None:
+            return self.objects.read(f"{self.name}/{name}/c/{chunk}")
+        return (Path(self.path) / name / "c" / str(chunk)).read_bytes()
+
+    def _reachable(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.objects is None else reachable(self.objects.url)
 
 
 def _check_rows(rows: CsrRows, n_columns: int, place: str) -> None:

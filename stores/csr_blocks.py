@@ -20,8 +20,9 @@ from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from .csr import CsrReader
-from .errors import DamagedStore
+from .errors import DamagedStore, StoreUnreachable
 from .files import PARTIAL_SUFFIX
+from .remote import CheckedObjects
 
 CHUNK_ENTRIES = 1 << 20  # of a matrix that is filled here
 _CRC_BYTES = 4
@@ -35,17 +36,22 @@ _LAYOUT: dict[str, tuple[str, float, str]] = {
 class EntryReader:
     """Reads a range of rows of one CSR group chunk by chunk, decoding each chunk once, into the same memory."""
 
-    def __init__(self, path: Path, *, shape: tuple[int, int], start: int, stop: int) -> None:
-        """Open the group at `path` for rows start..stop, and read where they begin.
+    def __init__(
+        self, path: Path | str, *, shape: tuple[int, int], start: int, stop: int, objects: CheckedObjects | None = None
+    ) -> None:
+        """Open the group at `path` for rows start..stop, and read where they begin; `objects` as in `CsrReader`.
 
         Raises
         ------
         DamagedStore
             If the group is damaged, or the row starts do not rise or leave the entries.
+        StoreUnreachable
+            If a URL cannot be read, here or later.
         """
         self.path = path
         self.place = f"rows {start:,} to {stop - 1:,} of {path}"
-        self._arrays = CsrReader(path, shape=shape)._arrays
+        self._group = CsrReader(path, shape=shape, objects=objects)
+        self._arrays = self._group._arrays
         pieces = [values.copy() for _, values in self._read("indptr", start, stop + 1)]
         self.row_starts: npt.NDArray[np.int64] = np.concatenate(pieces)
         nnz = self._arrays["data"].shape[0]
@@ -68,21 +74,23 @@ class EntryReader:
             yield at, indices, values
 
     def _read(self, name: str, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        array = self._arrays[name]
-        size, read = array.chunks[0], _chunk_reader(self.path / name, array)
+        size, read = self._arrays[name].chunks[0], _chunk_reader(self._group, name)
         for at in range(first - first % size, last, size):
             low, high = max(first, at), min(last, at + size)
             try:
                 yield low, read(at // size)[low - at : high - at]
+            except StoreUnreachable:
+                raise
             except (ValueError, RuntimeError, OSError) as error:
                 raise DamagedStore(f"{self.place} cannot be read: {error}") from None
 
 
-def _chunk_reader(path: Path, array: "zarr.Array[Any]") -> Callable[[int], npt.NDArray[Any]]:
+def _chunk_reader(group: CsrReader, name: str) -> Callable[[int], npt.NDArray[Any]]:
     """Number of a chunk -> its values; into one buffer again and again where we can decode it ourselves.
 
     zarr needs twice the time of decoding for a chunk of 2^20 entries (docs/log.md).
     """
+    array = group._arrays[name]
     size = array.chunks[0]
     codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
     names = [codec["name"] for codec in codecs]
@@ -93,16 +101,16 @@ def _chunk_reader(path: Path, array: "zarr.Array[Any]") -> Callable[[int], npt.N
         ["bytes", "blosc", "crc32c"],
     )
     if not is_plain or codecs[0].get("configuration") != {"endian": "little"} or array.filters:
-        return lambda number: _through_zarr(path, array, number)
+        return lambda number: _through_zarr(group, name, number)
     buffer = np.empty(size, array.dtype)
     decode = Zstd().decode if names[1] == "zstd" else Blosc().decode
 
     def read(number: int) -> npt.NDArray[Any]:
-        raw = _chunk_file(path, number).read_bytes()
+        raw = group.chunk_bytes(name, number)
         if names[-1] == "crc32c":
-            raw, stated = raw[:-_CRC_BYTES], raw[-_CRC_BYTES:]
+            raw, stated = bytes(raw[:-_CRC_BYTES]), raw[-_CRC_BYTES:]
             if google_crc32c.value(raw) != int.from_bytes(stated, "little"):
-                raise ValueError(f"the checksum of {_chunk_file(path, number)} does not fit")
+                raise ValueError(f"the checksum of {group.path}/{name}/c/{number} does not fit")
         buffer.view(np.uint8).fill(0xFF)  # NaN, or an index out of range: nothing stays from the chunk before
         decode(raw, out=buffer)
         return buffer
@@ -110,11 +118,14 @@ def _chunk_reader(path: Path, array: "zarr.Array[Any]") -> Callable[[int], npt.N
     return read
 
 
-def _through_zarr(path: Path, array: "zarr.Array[Any]", number: int) -> npt.NDArray[Any]:
-    if not _chunk_file(path, number).is_file():  # would read as its fill value
-        raise FileNotFoundError(f"{_chunk_file(path, number)} is missing")
+def _through_zarr(group: CsrReader, name: str, number: int) -> npt.NDArray[Any]:
+    file = _chunk_file(Path(group.path) / name, number)
+    if group.objects is None and not file.is_file():  # would read as its fill value
+        raise FileNotFoundError(f"{file} is missing")
+    array = group._arrays[name]
     size = array.chunks[0]
-    return np.asarray(array[number * size : (number + 1) * size])
+    with group._reachable():
+        return np.asarray(array[number * size : (number + 1) * size])
 
 
 def _chunk_file(path: Path, number: int) -> Path:

@@ -28,5 +28,9 @@ class SpecMismatch(CytoError):
     """Two things do not fit: a store and the settings to continue it with, or an SAE and a cache."""
 
 
+class ClusterLost(CytoError):
+    """The Dask cluster that was at the job is gone. What it had finished stays, and the next run goes on from it."""
+
+
 class StoreUnreachable(CytoError):
     """A store behind a URL cannot be read now: no network, no access, or a server that fails again and again."""

@@ -7,7 +7,9 @@ not before rounding, and every threshold is compared with the stored value.
 
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,8 +20,9 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from .csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
-from .errors import BadInput, DamagedStore
+from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import append_line, read_lines, sha256_file, sweep_partials, sync_tree, write_new
+from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
 from .runlog import join_runs
 from .shards import ONE_WRITER, Shard
 from .spec import LATENTS, Header, begin_header, new_header, read_header, write_header
@@ -174,7 +177,10 @@ def shard_images(spec: LatentSpec, shard: Shard) -> range:
 
 
 class LatentStore:
-    """A complete latent store, open for reading. Pickles as its path; memory: what is asked for."""
+    """A complete latent store, open for reading; `root` is a local path or a URL. Pickles as that.
+
+    Memory: what is asked for. A chunk of a URL is checked against the journal's checksum whenever it is read.
+    """
 
     def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
         """Open the store at `root`; `check_files` looks for every chunk file and hashes the image table.
@@ -185,28 +191,48 @@ class LatentStore:
             If there is no finished latent store of a version that this program reads.
         DamagedStore
             If a chunk is missing, or shapes, lengths or tables disagree.
+        StoreUnreachable
+            If a URL cannot be read, after some retries.
         """
-        self.root = Path(root).absolute()
-        self.header = read_header(self.root, LATENTS)
-        self.spec = LatentSpec(**self.header.spec)
-        self._rows = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
-        missing = self._rows.missing_chunks() if check_files else []
-        if missing:
-            names = listed([str(path.relative_to(self.root)) for path in missing])
-            raise DamagedStore(f"{self.root} has {len(missing):,} missing or empty chunk files ({names})")
+        self.root = store_root(root)
+        with small_files(self.root) as folder:
+            self.header = read_header(folder, LATENTS)
+            self.spec = LatentSpec(**self.header.spec)
+            if not isinstance(self.root, Path):
+                self.images = read_image_table(folder / "images.parquet")
+        shape = (self.spec.n_rows, self.spec.n_latents)
+        if isinstance(self.root, Path):
+            self._rows = CsrReader(self.root / "X", shape=shape)
+            missing = self._rows.missing_chunks() if check_files else []
+            if missing:
+                names = listed([str(path.relative_to(self.root)) for path in missing])
+                raise DamagedStore(f"{self.root} has {len(missing):,} missing or empty chunk files ({names})")
+            self.images = read_image_table(self.root / "images.parquet")
+        else:
+            objects = remote_rows(self.root, self.journal_sha256)
+            self._rows = CsrReader(f"{self.root}/X", shape=shape, objects=objects)
+            for name, n_chunks in self._rows.chunk_counts().items():
+                objects.require_promised(f"X/{name}/c/{chunk}" for chunk in range(n_chunks))
+            if check_files:
+                with reachable(self.root):
+                    objects.check_sizes(prefix="X/")
         self.image_indptr = self._read_image_indptr()
-        self.images = read_image_table(self.root / "images.parquet")
         changed = check_files and table_sha256(self.images) != self.spec.images_sha256
         if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Path | str]]:
         return type(self), (self.root,)
 
     @property
     def identity(self) -> str:
         """SHA-256 of everything that decides the numbers."""
         return self.header.identity
+
+    @property
+    def journal_sha256(self) -> str:
+        """SHA-256 of the journal, which names every chunk file with its checksum; "" in stores of an older cyto."""
+        return str((self.header.summary or {}).get("journal_sha256", ""))
 
     @property
     def nnz(self) -> int:
@@ -238,14 +264,57 @@ class LatentStore:
         return self._rows.read_rows(start * tokens, stop * tokens)
 
     def _read_image_indptr(self) -> npt.NDArray[np.int64]:
+        objects = self._rows.objects
         try:
-            starts = np.asarray(zarr.open_array(os.fspath(self.root / "image_indptr"), mode="r")[:])
+            if objects is None:
+                starts = np.asarray(zarr.open_array(os.fspath(Path(self.root) / "image_indptr"), mode="r")[:])
+            else:
+                with reachable(objects.url):
+                    starts = np.asarray(zarr.open_array(objects, path="image_indptr", mode="r")[:])
+        except CytoError:
+            raise
         except (FileNotFoundError, ValueError, RuntimeError) as error:
             raise DamagedStore(f"{self.root}/image_indptr cannot be read: {error}") from None
         rises = len(starts) == self.spec.n_images + 1 and starts[0] == 0 and bool((np.diff(starts) >= 0).all())
         if not rises or starts[-1] != self.nnz:
             raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
         return starts
+
+
+@lru_cache(maxsize=16)  # the tasks of a worker that read one store
+def remote_rows(url: str, journal_sha256: str) -> CheckedObjects:
+    """The rows of a latent store behind a URL, every chunk file promised by the journal that has this hash.
+
+    Raises
+    ------
+    SpecMismatch
+        If the store is older than the checksums.
+    DamagedStore
+        If the journal there is another one.
+    StoreUnreachable
+        If the URL cannot be read, after some retries.
+    """
+    if not journal_sha256:
+        raise SpecMismatch(
+            f"{url} was made by an older cyto, which wrote no checksums; read it from a path, or make it again with "
+            f"cyto sae encode"
+        )
+    folder = RemoteFolder(url)
+    with tempfile.TemporaryDirectory(prefix="cyto-") as temporary:
+        journal = Path(temporary) / "journal.jsonl"
+        folder.copy(journal.name, journal)
+        if not journal.is_file() or sha256_file(journal) != journal_sha256:
+            raise DamagedStore(f"{url}/journal.jsonl is missing or was changed: its hash is not the one in the header")
+        chunks = CsrCommit.from_json(read_lines(journal)).chunks
+    try:
+        promised: dict[str, tuple[int, bytes | int]] = {
+            f"X/{name}/c/{number}": (size, int(crc, 16))
+            for name, files in chunks.items()
+            for number, (size, crc) in enumerate(files)
+        }
+    except ValueError:
+        raise DamagedStore(f"{url}/journal.jsonl has a checksum that is none") from None
+    return CheckedObjects(folder, promised)
 
 
 def _begin(root: Path, spec: LatentSpec, images: pa.Table) -> None:

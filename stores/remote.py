@@ -7,7 +7,8 @@ Where to (endpoint, region) and as whom (keys) stand in the environment, as for 
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -145,10 +146,10 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
     Zarr alone reads a missing chunk as the fill value.
     """
 
-    def __init__(self, folder: RemoteFolder, promised: dict[str, tuple[int, bytes]]) -> None:
-        """promised : by name, the size of an object in bytes and how it ends."""
+    def __init__(self, folder: RemoteFolder, promised: dict[str, tuple[int, bytes | int]]) -> None:
+        """promised : by name, the size of an object in bytes, and how it ends (bytes) or its CRC-32 (a number)."""
         super().__init__(folder.objects, read_only=True)
-        self._folder, self._promised = folder, promised
+        self.url, self._folder, self._promised = folder.url, folder, promised
         self._named: set[str] = set()  # of those read by ranges: objects whose end was seen
 
     def check_sizes(self, *, prefix: str) -> None:
@@ -171,8 +172,8 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
             raise
         self._check_size(key, answer.meta["size"])  # before its bytes are fetched
         content = await answer.bytes_async()
-        self._check_end(key, memoryview(content)[-len(self._promised[key][1]) :])
-        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]
+        self._check_content(key, memoryview(content))
+        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's own buffer
 
     def get_range(self, name: str, start: int, stop: int) -> "Bytes":
         """Some bytes of a promised object. The first time, how it ends is looked at too; its size is every time.
@@ -187,9 +188,10 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         from obstore.exceptions import BaseError, NotSupportedError
 
         size, end = self._promised[name]
+        assert isinstance(end, bytes), "its end tells it apart, a checksum of the whole does not"
         try:
             if name not in self._named:
-                self._check_end(name, memoryview(self._range(name, size - len(end), size)))
+                self._check_content(name, memoryview(self._range(name, size - len(end), size)))
                 self._named.add(name)
             return self._range(name, start, stop)
         except FileNotFoundError:
@@ -212,11 +214,39 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         self._check_size(name, answer.meta["size"])
         return answer.bytes()
 
-    def _check_end(self, name: str, found: memoryview) -> None:
-        if found != self._promised[name][1]:
+    def read(self, name: str) -> memoryview:
+        """A promised object, whole, without zarr. Raises DamagedStore if it is not the one, StoreUnreachable."""
+        import obstore
+
+        self.require_promised([name])
+
+        try:
+            with reachable(self.url):
+                answer = obstore.get(self.store, name)
+                self._check_size(name, answer.meta["size"])  # before its bytes are fetched
+                content = memoryview(answer.bytes())
+        except FileNotFoundError:
+            self._check_size(name, None)
+            raise
+        self._check_content(name, content)
+        return content
+
+    def require_promised(self, names: Iterable[str]) -> None:
+        """Raises DamagedStore if the journal does not name one of these."""
+        for name in names:
+            if name not in self._promised:
+                raise DamagedStore(f"{self.url}/{name} is not named in the journal. {_COPY_AGAIN}")
+
+    def _check_content(self, name: str, content: memoryview) -> None:
+        """`content`: all of it, or its end where that is what was promised."""
+        _, promised = self._promised[name]
+        if isinstance(promised, int):
+            is_promised = zlib.crc32(content) == promised
+        else:
+            is_promised = content[-len(promised) :] == promised
+        if not is_promised:
             raise DamagedStore(
-                f"{self._folder.url}/{name} is not the chunk that the journal names: another one took its place. "
-                f"{_COPY_AGAIN}"
+                f"{self.url}/{name} is not the chunk that the journal names: another one took its place. {_COPY_AGAIN}"
             )
 
     def _check_size(self, name: str, found: int | None) -> None:

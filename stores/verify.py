@@ -93,7 +93,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
     spec = store.spec
     if table_sha256(store.images) != spec.images_sha256:
         yield Problem(None, "all", "images.parquet was changed: its hash is not the one in the header")
-    files, problems = _named_chunks(store)
+    files, problems = _named_chunks(root, store)
     yield from (Problem(None, "all", what) for what in problems)
     is_readable, starts = store.readable(), store.image_indptr
     is_whole: dict[tuple[str, int], bool] = {}
@@ -103,7 +103,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
         needed = store.rows.chunks_of(range(int(starts[start]), int(starts[stop])), rows)
         for name, chunk in needed:
             if (name, chunk) not in is_whole:
-                what = _check_latent_chunk(store, name, chunk, files)
+                what = _check_latent_chunk(root, name, chunk, files)
                 is_whole[name, chunk] = what is None
                 if what:
                     yield Problem(chunk, _chunk_images(store, name, chunk), f"X/{name}/c/{chunk} {what}")
@@ -112,12 +112,12 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
             yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
 
 
-def _named_chunks(store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:
+def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:
     """(size and checksum of every chunk file by the journal, what is wrong with it); None: it names none.
 
     A store of a cyto that did not write checksums yet says so by the lack of a journal hash in its header.
     """
-    summary, journal = store.header.summary or {}, store.root / "journal.jsonl"
+    summary, journal = store.header.summary or {}, root / "journal.jsonl"
     if "journal_sha256" not in summary:
         return None, []
     try:
@@ -130,7 +130,7 @@ def _named_chunks(store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] 
     for name, n_chunks in store.rows.chunk_counts().items():
         if len(files[name]) != n_chunks:
             problems.append(f"the journal names {len(files[name]):,} chunks of X/{name}, expected {n_chunks:,}")
-        there = {path.name for path in (store.root / "X" / name / "c").glob("*")}
+        there = {path.name for path in (root / "X" / name / "c").glob("*")}
         extra = sorted(there - {str(chunk) for chunk in range(n_chunks)})
         if extra:
             problems.append(f"X/{name}/c holds {len(extra):,} files that do not belong there ({listed(extra)})")
@@ -138,10 +138,10 @@ def _named_chunks(store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] 
 
 
 def _check_latent_chunk(
-    store: LatentStore, name: str, chunk: int, files: dict[str, list[tuple[int, str]]] | None
+    root: Path, name: str, chunk: int, files: dict[str, list[tuple[int, str]]] | None
 ) -> str | None:
     """What is wrong with the file of one chunk, as a whole; None if nothing is."""
-    path = store.root / "X" / name / "c" / str(chunk)
+    path = root / "X" / name / "c" / str(chunk)
     if files is None:
         return None if path.is_file() and path.stat().st_size else "is missing or empty"
     size, crc = files[name][chunk]

@@ -813,7 +813,7 @@ def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None
         ["cache", "verify", "s3://bucket/x.zarr"],
         ["sae", "train", "x.zarr", "-o", "s3://bucket/x.sae"],
         ["sae", "encode", "x.zarr", "x.sae", "-o", "s3://bucket/x.zarr"],
-        ["barcode", "s3://bucket/x.zarr", "-o", "out"],
+        ["barcode", "x.zarr", "-o", "s3://bucket/out"],
     ],
     ids=lambda command: " ".join(command[:2]),
 )
@@ -824,7 +824,7 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 2
-    assert "is a URL; only cache info, sae train, sweep, eval and encode read from one" in done.stderr
+    assert "is a URL; only cache info, sae train, sweep, eval and encode, and barcode read from one" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,193 @@
+"""Can the workers of a running Dask cluster do a job of ours? Asked before anything is submitted, and when it fails.
+
+A worker imports our tasks by name, reads and writes by path, and must give the same bytes as every other. So: the same
+package, the same versions of what decides the numbers or the compressed bytes, and the same files.
+"""
+
+import asyncio
+import hashlib
+import platform
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import stores
+from stores.errors import BadInput, ClusterLost, CytoError
+from stores.files import sha256_file
+from stores.latent_store import remote_rows
+from stores.spec import FORMATS, cyto_version
+
+from . import barcode_tasks, counting
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_PACKAGES = ("dask", "distributed", "numba", "numcodecs", "numpy", "zarr")
+_PATIENCE = 3.0  # seconds for a new file to be seen through a network file system
+
+
+def describe() -> dict[str, str]:
+    """What must be equal on all machines: versions, formats, and the source of what workers do."""
+    files = [*sorted(Path(stores.__file__).parent.glob("*.py")), Path(barcode_tasks.__file__), Path(counting.__file__)]
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
+    return {
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "cyto": cyto_version(),
+        "formats": ", ".join(f"{format.kind} {format.version}" for format in FORMATS.values()),
+        **{name: _version(name) for name in _PACKAGES},
+        "code of cyto": source[:12],
+    }
+
+
+async def look(seen: dict[str, str], urls: dict[str, str], folder: str) -> str:
+    """On a worker: what it does not see, in words, or the name of a file that it leaves in `folder`.
+
+    seen : path -> SHA-256 of a file that must be there
+    urls : URL of a latent store -> SHA-256 of its journal
+    """
+    for path, sha256 in seen.items():
+        for _ in range(int(_PATIENCE / 0.1)):
+            found = _sha256(Path(path))
+            if found == sha256:
+                break
+            await asyncio.sleep(0.1)
+        else:
+            return f"does not see {path}" if found is None else f"sees another file at {path}"
+    for url, sha256 in urls.items():
+        try:
+            remote_rows(url, sha256)
+        except CytoError as error:
+            return f"cannot read a store: {error}"
+    name = f".worker-{uuid.uuid4().hex}"
+    try:
+        (Path(folder) / name).touch(exist_ok=False)
+    except OSError as error:
+        return f"cannot write to {folder} ({error.strerror})"
+    return name
+
+
+@contextmanager
+def cluster_job(client: "Client", folder: Path, latents: Mapping[Path | str, str]) -> Iterator[None]:
+    """A job on the workers of `client`, which writes to `folder`; raises as `require_workers`, before and behind it.
+
+    A worker that comes later is looked at when a task has failed. A cluster that this process started itself has its
+    files and its environment.
+
+    Raises
+    ------
+    ClusterLost
+        If the scheduler goes away.
+    """
+    from distributed import CancelledError, LocalCluster
+    from distributed.comm.core import CommClosedError
+
+    has_own_workers = isinstance(client.cluster, LocalCluster)
+    address = _address(client)
+    try:
+        try:
+            if not has_own_workers:
+                require_workers(client, folder, latents)
+            yield
+        except (CancelledError, CommClosedError):
+            raise
+        except Exception:
+            if client.status == "running" and not has_own_workers:
+                require_workers(client, folder, latents)  # tells of a worker that does not fit, if one is the reason
+            raise
+    except Exception as error:
+        is_lost = isinstance(error, CancelledError | CommClosedError) or client.status != "running"
+        if not is_lost or isinstance(error, CytoError):
+            raise
+        raise ClusterLost(
+            f"the Dask scheduler at {address} went away, or dropped the job; what is finished stays in {folder}: start "
+            f"a scheduler and workers again (dask scheduler, dask worker), and run the same command"
+        ) from None
+
+
+def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str, str]) -> None:
+    """Refuse workers that lack this package, have another version, or do not see the same files.
+
+    latents : stores that are read, each with the SHA-256 of its journal
+
+    Raises
+    ------
+    BadInput
+        Naming a worker and what to do.
+    """
+    ours = describe()
+    _require_equal("scheduler", {_address(client): _on_scheduler(client)}, ours)
+    _require_equal("worker", client.run(describe, on_error="return"), ours)
+    local = {path / "zarr.json" for path in latents if isinstance(path, Path)}
+    nonce = folder / f".cyto-{uuid.uuid4().hex}"
+    nonce.write_bytes(nonce.name.encode())
+    left: list[Path] = []
+    try:
+        seen = {str(path): sha256_file(path) for path in (nonce, *sorted(local))}
+        urls = {path: sha256 for path, sha256 in latents.items() if isinstance(path, str)}
+        found = client.run(look, seen, urls, str(folder), on_error="return")
+        left = [folder / str(name) for name in found.values() if str(name).startswith(".worker-")]
+        wrong = {worker: what for worker, what in found.items() if not (folder / str(what)).is_file()}
+        for worker, what in wrong.items():
+            words = f"writes to another {folder}" if str(what).startswith(".worker-") else str(what)
+            raise BadInput(
+                f"{_who('worker', worker, wrong, found)} {words}: latents and barcodes must lie where all workers "
+                f"see them, under the same path"
+            )
+    finally:
+        for path in (nonce, *left):
+            path.unlink(missing_ok=True)
+
+
+def _address(client: "Client") -> str:
+    return str(client.scheduler.address) if client.scheduler else "an unknown address"
+
+
+def _on_scheduler(client: "Client") -> Any:
+    """The scheduler, too, imports what it passes on."""
+    try:
+        return client.run_on_scheduler(describe)
+    except (ImportError, AttributeError) as error:
+        return error
+
+
+def _require_equal(role: str, found: Mapping[str, Any], ours: dict[str, str]) -> None:
+    wrong = {address: _difference(theirs, ours) for address, theirs in found.items() if theirs != ours}
+    for address, what in wrong.items():
+        raise BadInput(f"{_who(role, address, wrong, found)} {what}")
+
+
+def _difference(theirs: Any, ours: dict[str, str]) -> str:
+    if not isinstance(theirs, dict):
+        missing = re.search(r"No module named '[^']*'", str(theirs))
+        return (
+            f"cannot import cyto {ours['cyto']} ({missing[0] if missing else theirs}): install it there, or start it "
+            f"in the environment that this command runs in"
+        )
+    name = next(name for name in ours if theirs.get(name) != ours[name])
+    return (
+        f"has {name} {theirs.get(name)}, this command {ours[name]}: install the same there, or start it in the "
+        f"environment that this command runs in"
+    )
+
+
+def _who(role: str, address: str, wrong: Sequence[str] | Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    more = f" ({len(wrong)} of {len(found)} {role}s)" if len(wrong) > 1 else ""
+    return f"the {role} at {address}{more}"
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return sha256_file(path)
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
