@@ -687,8 +687,9 @@ def sae_info(run: Path, as_json: bool) -> None:
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
-        "objective": f"loss {config['loss']}, l1 {config['l1']:g}, "
-        f"dead latents: {config['dead_latents']}"
+        "objective": f"loss {config['loss']}, "
+        + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
+        + f"dead latents: {config['dead_latents']}"
         + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
         "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
         f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",

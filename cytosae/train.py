@@ -88,8 +88,6 @@ def train(
     Diverged
         If the loss or a weight stops being finite; the last saved state is kept.
     """
-    if config.precision != "fp32" and not device.startswith("cuda"):
-        raise BadInput(f"precision {config.precision!r} is for GPUs; found device {device!r}. Use precision fp32")
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
         training = Training(data, run, config, device=device, ranks=ranks, keep_states=keep_states)
@@ -164,6 +162,9 @@ class Training:
 
         The run is this process's alone until `stack` is closed. Raises SpecMismatch as `train` does.
         """
+        precision = self.config.precision
+        if precision != "fp32" and not self.device.startswith("cuda"):
+            raise BadInput(f"precision {precision!r} is for GPUs; found device {self.device!r}. Use precision fp32")
         if self._ranks.is_first:
             self._output = self._prepare(stack, overwrite, inputs)
         self._output = self._ranks.shared(self._output if self._ranks.is_first else None)
@@ -191,7 +192,7 @@ class Training:
         sweep_partials(root)
         append_run(
             root,
-            packages=("torch", "numpy"),
+            packages=("torch", "numpy", "numba"),
             caches=[str(store.root) for store in self.data.stores],
             device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device,
             threads=torch.get_num_threads(),

@@ -14,7 +14,7 @@ from .files import append_line, read_lines, write_lines
 from .shards import ONE_WRITER, Shard
 
 _FILE = "runs.jsonl"
-_DECISIVE = ("machine", "device", "threads", "batch_size")
+_DECISIVE = ("machine", "device", "threads", "processes", "batch_size")
 _log = logging.getLogger(__name__)
 
 
