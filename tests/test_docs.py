@@ -87,7 +87,7 @@ def test_readme_transcript(tmp_path: Path) -> None:
     for command, lines in shown.items():
         assert command.startswith("cyto ")
         small = re.sub(r"--tokens \d+", "--tokens 4000", re.sub(r"--batch-tokens \d+", "--batch-tokens 1000", command))
-        printed = shell(small, tmp_path).replace("dead n/a", "dead 0.0%")  # too few steps for a latent to be dead
+        printed = shell(small, tmp_path).replace("dead n/a", "0 dead (0.0%)")  # too few steps for a latent to be dead
         for line in lines:
             shape = re.sub(r"\\?\d[\d\\,.e-]*", r"[\\d,.e-]+", re.escape(line))
             assert re.search(f"^{shape}$", printed, re.MULTILINE), f"{command}\nshows: {line}\nprinted: {printed}"
