@@ -154,9 +154,7 @@ class TrainConfig:
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.lr * warmup
-        default = n_steps - self.warmup_steps if self.schedule == "cosine" else n_steps // 5
-        decay = min(n_steps, max(1, default if self.decay_steps is None else self.decay_steps))
-        left = min(1.0, (n_steps - step) / decay)  # 1 before it begins, 1 / decay at the last step
+        left = min(1.0, (n_steps - step) / self._decay(n_steps))  # 1 before it begins, 1 / decay at the last step
         down = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return self.lr * min(warmup, down)
 
@@ -169,6 +167,19 @@ class TrainConfig:
             f"in Eq. 1 as printed, an L1 weight of {self.l1:g} is about (width x token norm) times weaker than in the "
             f"released loss; scale --l1 up"
         )
+
+    def resolved(self, width: int, n_steps: int) -> dict[str, int]:
+        """What settings that are None come to, for tokens of this width and a run of so many steps."""
+        return {
+            "tokens": n_steps * self.batch_tokens,
+            "order_seed": self.seed if self.order_seed is None else self.order_seed,
+            "auxk": self.auxk or max(1, width // 2),
+            "decay_steps": 0 if self.schedule == "constant" else self._decay(n_steps),
+        }
+
+    def _decay(self, n_steps: int) -> int:
+        default = n_steps - self.warmup_steps if self.schedule == "cosine" else n_steps // 5
+        return min(n_steps, max(1, default if self.decay_steps is None else self.decay_steps))
 
     def l1_at(self, step: int) -> float:
         """Weight of the sparsity term at step `step`, from 0."""

@@ -131,8 +131,9 @@ class Training:
             **data.to_spec(),
             "n_steps": self.n_steps,
             "config": dataclasses.asdict(config),
+            "resolved": config.resolved(data.width, self.n_steps),
         }
-        self._run, self._header = run, new_header(SAE, spec)
+        self._run, self._header, self._auxk = run, new_header(SAE, spec), spec["resolved"]["auxk"]
         self._output: Output
         self._state: TrainState
         self._loggers: list[Logger] = []
@@ -250,7 +251,7 @@ class Training:
             dead_L=state.steps_since_fired > config.dead_after_steps,
             dead_latents=config.dead_latents,
             ghost_scale=config.ghost_scale,
-            auxk=config.auxk,
+            auxk=self._auxk,
             auxk_weight=config.auxk_weight,
             bandwidth=config.jump_bandwidth,
             token_scale=state.token_scale,

@@ -185,3 +185,12 @@ def test_the_penalty_warms_up() -> None:
     config = TrainConfig(l1=2.0, l1_warmup_steps=4)
     assert [config.l1_at(step) for step in range(6)] == [0.5, 1, 1.5, 2, 2, 2]
     assert TrainConfig(l1=2.0).l1_at(0) == 2.0
+
+
+def test_what_is_left_open_is_resolved() -> None:
+    """Hand-made values; what a run uses, `sae.json` says."""
+    config = TrainConfig(seed=3, batch_tokens=100, schedule="linear", warmup_steps=2)
+    assert config.resolved(768, 50) == {"tokens": 5_000, "order_seed": 3, "auxk": 384, "decay_steps": 10}
+    given = TrainConfig(seed=3, order_seed=0, batch_tokens=100, auxk=7, schedule="cosine", decay_steps=9)
+    assert given.resolved(768, 50) == {"tokens": 5_000, "order_seed": 0, "auxk": 7, "decay_steps": 9}
+    assert TrainConfig().resolved(1, 1)["decay_steps"] == 0
