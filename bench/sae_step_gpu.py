@@ -234,7 +234,7 @@ def compiled(case: Case, loss: Loss, micro_batch: int, fold_b_dec: bool) -> None
         loss(x, model.W_enc, model.b_enc, model.W_dec, inner, model.b_dec, len(case.tokens)).backward()
     if fold_b_dec:
         with torch.no_grad():
-            model.b_dec.grad -= model.W_enc @ model.b_enc.grad  # type: ignore[operator]
+            model.b_dec.grad -= model.W_enc @ model.b_enc.grad  # type: ignore[operator]  # set above
 
 
 def _gradients(case: Case) -> dict[str, torch.Tensor]:

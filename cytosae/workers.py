@@ -94,11 +94,11 @@ def cluster_job(client: "Client", folder: Path, latents: Mapping[Path | str, str
             yield
         except (CancelledError, CommClosedError):
             raise
-        except Exception:
+        except Exception:  # what a worker that does not fit makes of a task: any error
             if client.status == "running" and not has_own_workers:
                 require_workers(client, folder, latents)  # tells of a worker that does not fit, if one is the reason
             raise
-    except Exception as error:
+    except Exception as error:  # dask tells of a lost scheduler in several ways
         is_lost = isinstance(error, CancelledError | CommClosedError) or client.status != "running"
         if not is_lost or isinstance(error, CytoError):
             raise

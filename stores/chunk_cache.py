@@ -140,7 +140,7 @@ class ReadAhead:
             future, is_ours = self._begin(chunk)
             try:
                 return future.result()
-            except Exception:
+            except Exception:  # whatever `fetch` raises, which is kept by the future
                 with self._lock:
                     if self._chunks.get(chunk) is future:
                         del self._chunks[chunk]

@@ -92,7 +92,7 @@ def _chunk_reader(group: CsrReader, name: str) -> Callable[[int], npt.NDArray[An
     """
     array = group._arrays[name]
     size = array.chunks[0]
-    codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]  # version 3
     names = [codec["name"] for codec in codecs]
     is_plain = names in (
         ["bytes", "zstd"],
@@ -137,7 +137,7 @@ def create_matrix(path: Path) -> None:
     group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     for name, (dtype, fill, shuffle) in _LAYOUT.items():
-        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]
+        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]  # names do
         group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
         (path / name / "c").mkdir()
 

@@ -44,17 +44,17 @@ def gather_rows(
 
 
 @intrinsic
-def _pointer(typing, address, word):  # type: ignore[no-untyped-def]
+def _pointer(typing, address, word):  # type: ignore[no-untyped-def]  # numba's to type
     """The address as a pointer to words of this type; numba makes an array of it (`carray`)."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # the same
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(word)(types.uintp, word), generate  # type: ignore[no-untyped-call]
 
 
 @numba.njit(nogil=True, cache=True)
-def _gather(images, order, tokens_per_image, out, places, exponent, one, carry):  # type: ignore[no-untyped-def]
+def _gather(images, order, tokens_per_image, out, places, exponent, one, carry):  # type: ignore[no-untyped-def]  # compiled
     width = out.shape[1]
     token_bytes = np.uintp(width * out.itemsize)
     for i in range(len(order)):

@@ -260,7 +260,7 @@ def gather_ahead(jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threa
     with (
         ThreadPoolExecutor(1, thread_name_prefix="pool") as reader,
         ThreadPoolExecutor(n_threads, thread_name_prefix="batch") as threads,
-        closing(jobs_of(reader)) as jobs,  # type: ignore[type-var]
+        closing(jobs_of(reader)) as jobs,  # type: ignore[type-var]  # a generator
     ):
         gathering: deque[Future[Float16]] = deque()
         try:
