@@ -118,6 +118,23 @@ _overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Replace an output of the same kind; the old one stays until the new is complete."
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_readers_option = click.option(
+    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
+)
+
+
+def _dask_options(command: Any) -> Any:
+    """Where a job of Dask tasks runs: a cluster that is there, or one that is started for it."""
+    options = (
+        click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one]."),
+        click.option(
+            "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Local worker processes."
+        ),
+        click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 # ---------------------------------------------------------------------------------------------------- stage one
@@ -214,9 +231,7 @@ def cache() -> None:
     help="Of the forward pass; auto: bf16 on a GPU, else fp32.",
 )
 @click.option("--batch-size", type=_COUNT, help="Images per forward pass  [default: 128 on a GPU, else 32].")
-@click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
-)
+@_readers_option
 @click.option("--chunk-images", type=_COUNT, default=256, show_default=True, help="Images per chunk file.")
 @click.option(
     "--shard",
@@ -380,9 +395,7 @@ def cache_verify(store: Path, as_json: bool) -> None:
 @click.option("--weights", help="The file of weights that STORE was made with; an untrained backbone needs none.")
 @_device_option
 @click.option("--batch-size", type=_COUNT, help="Images per forward pass  [default: as STORE was made].")
-@click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
-)
+@_readers_option
 def cache_repair(store: Path, images: Path | None, root: Path | None, device: str, **settings: Any) -> None:
     """Verify STORE, and make just its damaged chunks again, from the same images with the same weights.
 
@@ -436,9 +449,7 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the sample.")
 @_assume_option
 @_device_option
-@click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
-)
+@_readers_option
 @_json_option
 def cache_fidelity(
     store: Path, run: Path | None, assume_compatible: bool, device: str, as_json: bool, **settings: Any
@@ -724,9 +735,7 @@ def sae_info(run: Path, as_json: bool) -> None:
 @click.option("--sample", "n_images", type=_COUNT, default=64, show_default=True, help="With --images: how many.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="With --images: seed of the sample.")
 @_device_option
-@click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
-)
+@_readers_option
 @_assume_option
 @click.option("--per-latent", is_flag=True, help="With --json: also the two counts of every latent.")
 @_json_option
@@ -1107,11 +1116,7 @@ def latents_merge(store: Path) -> None:
     type=_FILE,
     help="CSV or Parquet with image_id and patient, disease, label, ...: groups by these instead.",
 )
-@click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one here].")
-@click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Local worker processes."
-)
-@click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker.")
+@_dask_options
 @_overwrite_option
 def barcode(
     latents: tuple[Path | str, ...],
@@ -1131,24 +1136,13 @@ def barcode(
     \b
     Example: cyto barcode cells.latents.zarr -o cells.barcodes --tau 0.2
     """
-    from distributed import KilledWorker
-
     from cytosae.barcodes import BarcodeConfig, write_barcodes
-    from stores.errors import BadInput
 
     config = BarcodeConfig(tau=taus if len(taus) > 1 else taus[0], **settings)
-    try:
-        with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
-            done = write_barcodes(
-                latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
-            )
-    except KilledWorker:
-        limit = "its own, of dask worker" if scheduler else memory_limit
-        remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
-        raise BadInput(
-            f"a worker was ended again and again, most likely for its memory (limit {limit}); "
-            f"{remedy} and run the same command again"
-        ) from None
+    with _dask_client(scheduler, workers, memory_limit) as client, _progress("barcode", "image") as progress:
+        done = write_barcodes(
+            latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
+        )
     _say_done(barcodes, done.was_complete)
     click.echo(
         f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
@@ -1178,6 +1172,14 @@ def barcode(
                 f"for another: choose a smaller --tau",
                 err=True,
             )
+
+
+# --------------------------------------------------------------------------------------------------- the science
+
+
+@cli.group()
+def concept() -> None:
+    """Concepts: what single latents answer to, in numbers and pictures."""
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -1326,6 +1328,24 @@ def _stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
     """A client of the running scheduler, or of a cluster started here for the time of the command."""
+    from distributed import KilledWorker
+
+    from stores.errors import BadInput
+
+    try:
+        with _connected(scheduler, workers, memory_limit) as client:
+            yield client
+    except KilledWorker:
+        limit = "its own, of dask worker" if scheduler else memory_limit
+        remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
+        raise BadInput(
+            f"a worker was ended again and again, most likely for its memory (limit {limit}); "
+            f"{remedy} and run the same command again"
+        ) from None
+
+
+@contextmanager
+def _connected(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
     import dask
     from distributed import Client, LocalCluster
 

@@ -66,20 +66,21 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         counts = sparse_kernels.count_active(values_BL.numpy())
         if counts.sum() < sparse_below * values_BL.numel():
             return _CpuList(sparse_kernels.take_active(values_BL.numpy(), counts))
-        return _Matrix(values_BL)
+        return _Matrix(values_BL, n_active=int(counts.sum()))
     from . import gpu_kernels  # needs triton
 
     counts = gpu_kernels.count_active(values_BL)
     if counts.sum() < sparse_below * values_BL.numel():
         return _GpuList(gpu_kernels.take_active(values_BL, counts))
-    return _Matrix(values_BL)
+    return _Matrix(values_BL, n_active=int(counts.sum()))
 
 
 class _Matrix:
-    def __init__(self, values_BL: torch.Tensor) -> None:
+    def __init__(self, values_BL: torch.Tensor, n_active: int | None = None) -> None:
         self._values_BL = values_BL.relu_()
         self._is_on = values_BL > 0
-        self.n_active, self.total = int(self._is_on.sum()), float(values_BL.sum(dtype=torch.float64))
+        self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counting twice costs 2% of a step
+        self.total = float(values_BL.sum(1).sum(dtype=torch.float64))  # all in float64 takes 15 times as long
         self.fired = values_BL.amax(0) > 0 if len(values_BL) else self._is_on.any(0)
 
     def count(self) -> torch.Tensor:

@@ -10,13 +10,13 @@ import scipy.sparse as ss
 
 from stores.latent_store import LatentStore
 
+from .drawing import COLORS, MARKERS, new_figure, plain, save_figure, text_color
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
 Picture = Callable[[int], npt.NDArray[np.uint8]]  # image_index -> (height, width, 3) RGB
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
-_MARKERS = "osD^vP*X"
 _MOST_NAMED = 16  # values in a legend
 
 
@@ -36,20 +36,22 @@ def plot_patient_barcodes(patients: "AnnData", path: Path, *, n_latents: int = 6
     means = np.array([scaled[diseases == name][:, chosen].mean(0) for name in names])
     chosen = chosen[np.lexsort((-means.max(0), means.argmax(0)))]
 
-    figure, axes = _figure(width=3 + 0.16 * len(chosen), height=1.6 + 0.2 * len(order))
+    figure, axes = new_figure(width=3 + 0.16 * len(chosen), height=1.6 + 0.2 * len(order))
     image = axes.imshow(scaled[:, chosen], aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(chosen)), [str(latent) for latent in chosen], rotation=90, fontsize=6)
-    labels = [f"{name}  {patient}" for name, patient in zip(diseases, patients.obs_names[order], strict=True)]
+    labels = [
+        f"{plain(name)}  {plain(patient)}" for name, patient in zip(diseases, patients.obs_names[order], strict=True)
+    ]
     axes.set_yticks(range(len(order)), labels, fontsize=7)
     for tick, name in zip(axes.get_yticklabels(), diseases, strict=True):
-        tick.set_color(_text_color(names.index(name)))
+        tick.set_color(text_color(names.index(name)))
     for edge in np.flatnonzero(diseases[1:] != diseases[:-1]):
         axes.axhline(edge + 0.5, color="white", linewidth=2)
     axes.set_xlabel(f"latent ({len(chosen)} of {patients.n_vars:,}: those that vary most between patients)")
     axes.set_title(f"Patient barcodes, tau {patients.uns['cyto']['tau']:g}", fontsize=10, loc="left")
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label("tokens above tau per image,\nrelative to the latent's largest", fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def characteristic_latents(images: "AnnData", *, group: str, min_images: int = 5) -> dict[str, int]:
@@ -84,7 +86,7 @@ def plot_reference_images(
     from matplotlib.colors import Normalize
 
     mean = ss.csc_matrix(images.layers["mean"])
-    figure, grid = _figure(
+    figure, grid = new_figure(
         width=1.1 * 2 * n_images + 1.2, height=1.2 * len(chosen) + 0.6, rows=len(chosen), columns=n_images
     )
     for row, (name, latent) in zip(np.atleast_2d(grid), chosen.items(), strict=True):
@@ -96,16 +98,22 @@ def plot_reference_images(
             axes.axis("off")
         for axes, index, patches in zip(row, top, maps, strict=False):
             _draw_pair(axes, picture(int(index)), patches / largest)
-            axes.set_title(str(images.obs["label"].iloc[index]), fontsize=6, pad=2)
+            axes.set_title(plain(images.obs["label"].iloc[index]), fontsize=6, pad=2)
         row[0].text(
-            -0.06, 0.5, f"latent {latent}\n{name}", transform=row[0].transAxes, ha="right", va="center", fontsize=7
+            -0.06,
+            0.5,
+            f"latent {latent}\n{plain(name)}",
+            transform=row[0].transAxes,
+            ha="right",
+            va="center",
+            fontsize=7,
         )
     figure.suptitle("Reference images: the cells in which a latent is most active, and where in the cell", fontsize=8)
     shares = ScalarMappable(Normalize(0, 1), cmap="inferno")
     figure.colorbar(shares, ax=grid, fraction=0.01, pad=0.01).set_label(
         "share of the row's largest activation", fontsize=7
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_sweep(
@@ -120,7 +128,7 @@ def plot_sweep(
     panels = list(settings) or [""]
     columns = min(3, len(panels))
     n_rows = -(-len(panels) // columns)
-    figure, grid = _figure(width=4.2 * columns, height=3.6 * n_rows + 0.5, rows=n_rows, columns=columns)
+    figure, grid = new_figure(width=4.2 * columns, height=3.6 * n_rows + 0.5, rows=n_rows, columns=columns)
     all_axes = np.atleast_1d(grid).ravel()
     for axes in all_axes[len(panels) :]:
         axes.axis("off")
@@ -137,7 +145,7 @@ def plot_sweep(
     missing = f"; not shown: {len(table) - len(shown)} without a finished SAE" if len(shown) < len(table) else ""
     figure.suptitle(f"{len(shown)} settings, mean and standard deviation over seeds ({measured}){missing}", fontsize=9)
     for path in paths:
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_sweep(axes: "Axes", rows: Sequence[dict[str, Any]], setting: str, x: str, y: str) -> None:
@@ -152,8 +160,8 @@ def _draw_sweep(axes: "Axes", rows: Sequence[dict[str, Any]], setting: str, x: s
             [row[f"{y}_mean"] for row in some],
             xerr=[row[f"{x}_sd"] or 0 for row in some],
             yerr=[row[f"{y}_sd"] or 0 for row in some],
-            fmt=_MARKERS[number % len(_MARKERS)],
-            color=_COLORS[number] if len(values) <= len(_COLORS) else _shade(number / (len(values) - 1)),
+            fmt=MARKERS[number % len(MARKERS)],
+            color=COLORS[number] if len(values) <= len(COLORS) else _shade(number / (len(values) - 1)),
             markersize=5,
             markeredgecolor="white",
             markeredgewidth=0.4,
@@ -205,20 +213,3 @@ def _draw_pair(axes: "Axes", pixels: npt.NDArray[np.uint8], share: npt.NDArray[n
     axes.imshow(share, extent=beside, cmap="inferno", vmin=0, vmax=1, alpha=np.clip(share, 0, 1) ** 0.5 * 0.9)
     axes.set_xlim(0, width * 2.04)
     axes.set_ylim(height, 0)
-
-
-def _figure(*, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=(min(width, 24), min(height, 40)), dpi=150, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=rows * columns == 1)
-
-
-def _save(figure: Any, path: Path) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:])
-    partial.replace(path)
-
-
-def _text_color(number: int) -> str:
-    return _COLORS[:6][number % 6]

@@ -17,11 +17,15 @@ from .errors import (
 from .holdout import Chosen, chosen_images, read_image_ids
 from .latent_store import LatentSpec, LatentStore, LatentWriter
 from .output import Output, plan_output
+from .results import ResultStore, ResultWriter, begin_results
 from .runlog import append_run, read_runs
 from .spec import (
     ACTIVATIONS,
     BARCODES,
+    COMPARISON,
+    CONCEPTS,
     LATENTS,
+    PROBE,
     SAE,
     Header,
     check_choice,
@@ -37,7 +41,10 @@ from .verify import Problem, verify_activations, verify_latents
 __all__ = [
     "ACTIVATIONS",
     "BARCODES",
+    "COMPARISON",
+    "CONCEPTS",
     "LATENTS",
+    "PROBE",
     "SAE",
     "ActivationSpec",
     "ActivationStore",
@@ -59,12 +66,15 @@ __all__ = [
     "LatentWriter",
     "Output",
     "Problem",
+    "ResultStore",
+    "ResultWriter",
     "SpecMismatch",
     "StoreNotFound",
     "StoreUnreachable",
     "TokenMix",
     "TokenStream",
     "append_run",
+    "begin_results",
     "check_choice",
     "chosen_images",
     "find_header",

@@ -38,7 +38,20 @@ LATENTS = Format(
 )
 SAE = Format(kind="SAE", a_kind="an SAE", version=1, header_file="sae.json", command="cyto sae train")
 BARCODES = Format(kind="barcodes", a_kind="barcodes", version=1, header_file="barcodes.json", command="cyto barcode")
-FORMATS = {format.kind: format for format in (ACTIVATIONS, LATENTS, SAE, BARCODES)}
+CONCEPTS = Format(
+    kind="concepts", a_kind="concepts", version=1, header_file="concepts.json", command="cyto concept stats"
+)
+COMPARISON = Format(
+    kind="comparison", a_kind="a comparison", version=1, header_file="comparison.json", command="cyto compare"
+)
+PROBE = Format(kind="probe", a_kind="a probe", version=1, header_file="probe.json", command="cyto probe")
+FORMATS = {
+    format.kind: format
+    for format in (
+        *(ACTIVATIONS, LATENTS, SAE, BARCODES),
+        *(CONCEPTS, COMPARISON, PROBE),  # folders of results: stores/results.py
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)

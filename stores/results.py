@@ -1,0 +1,155 @@
+"""Folders of results: tables, JSON and figures that one command makes together, and a header that says from what.
+
+The header comes last and names the SHA-256 of every table and JSON file, so a folder is either whole or incomplete. A
+command that is repeated with the same settings finds its folder complete; one that was cut writes it again.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import BadInput, DamagedStore
+from .files import readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
+from .output import Output, plan_output
+from .runlog import append_run
+from .spec import FORMATS, Format, Header, new_header, read_header, write_header
+
+
+@dataclass(frozen=True)
+class ResultWriter:
+    """A folder of results that is being made; nothing of it counts before `finish`."""
+
+    output: Output
+    header: Header
+
+    @property
+    def root(self) -> Path:
+        """Where to write; not where it will lie, if an old folder is to be replaced."""
+        return self.output.work
+
+    @property
+    def is_complete(self) -> bool:
+        """These very results are there already."""
+        return self.output.is_complete
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write `name`.parquet; its metadata carries the identity of these results."""
+        metadata = {**(table.schema.metadata or {}), b"cyto": self.header.identity.encode()}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+        write_atomic(self.root / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `name`.json; NaN is null there, which the caller sees to."""
+        write_atomic(self.root / f"{name}.json", readable_json(value))
+
+    def finish(self, summary: dict[str, Any]) -> Header:
+        """State what was found, with a checksum for each table and JSON file, and put the folder in its place."""
+        names = sorted(path.name for path in self.root.iterdir() if path.suffix in (".parquet", ".json"))
+        own = FORMATS[self.header.kind].header_file
+        files = {name: sha256_file(self.root / name) for name in names if name != own}
+        sync_tree(self.root)
+        header = replace(self.header, complete=True, summary={**summary, "files": files})
+        write_header(self.root, header)
+        self.output.publish()
+        return header
+
+
+def begin_results(
+    target: Path,
+    format: Format,
+    spec: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    packages: Sequence[str] = ("numpy", "scipy"),
+) -> ResultWriter:
+    """Decide where the results with these settings go, and begin their folder unless it is complete already.
+
+    Parameters
+    ----------
+    spec : all that decides the numbers, the identities of the inputs included; plain JSON values
+    inputs : what this command reads, which `target` must not contain
+    packages : whose versions the run log (runs.jsonl) names
+
+    Raises
+    ------
+    SpecMismatch
+        If `target` holds other settings (and not `overwrite`), or something else.
+    DamagedStore
+        If it is complete, but a file of it was changed or lost.
+    """
+    header = new_header(format, spec)
+    output = plan_output(target, header, overwrite=overwrite, inputs=tuple(inputs))
+    if output.is_complete:
+        output.publish()
+        ResultStore(target, format).check()
+        return ResultWriter(output, read_header(target, format))
+    output.work.mkdir(parents=True, exist_ok=True)
+    sweep_partials(output.work)
+    write_header(output.work, header)
+    append_run(output.work, packages=tuple(packages))
+    return ResultWriter(output, header)
+
+
+class ResultStore:
+    """A complete folder of results, open for reading."""
+
+    def __init__(self, root: Path | str, format: Format) -> None:
+        """Open the folder at `root`.
+
+        Raises
+        ------
+        StoreNotFound, IncompleteStore, SpecMismatch
+            If there are no finished results of this kind and of a version that this program reads.
+        """
+        self.root = Path(root).absolute()
+        self.header = read_header(self.root, format)
+        self._command = format.command
+
+    def table(self, name: str) -> pa.Table:
+        """The table `name`.parquet.
+
+        Raises
+        ------
+        DamagedStore
+            If it is lost, or is not the file that the command wrote.
+        """
+        data = self._checked(f"{name}.parquet")
+        try:
+            return pq.read_table(pa.BufferReader(data))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
+
+    def json(self, name: str) -> Any:
+        """The value in `name`.json, checked in the same way."""
+        return json.loads(self._checked(f"{name}.json"))
+
+    def check(self) -> None:
+        """Raise DamagedStore if a table or JSON file was changed or lost."""
+        for name in self._files:
+            self._checked(name)
+
+    @property
+    def _files(self) -> dict[str, str]:
+        return dict((self.header.summary or {}).get("files", {}))
+
+    def _checked(self, name: str) -> bytes:
+        if name not in self._files:
+            there = ", ".join(self._files) or "nothing"
+            raise BadInput(f"{self.root} has no {name}; it holds {there}")
+        try:
+            data = (self.root / name).read_bytes()
+        except OSError:
+            raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
+        if hashlib.sha256(data).hexdigest() != self._files[name]:
+            raise DamagedStore(
+                f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"
+            )
+        return data
