@@ -31,6 +31,7 @@ from .remote import CheckedObjects, reachable
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
 _INDEX_KINDS = ("uint16", "uint32", "int32")
+_POINTER_KINDS = ("int64", "int32")  # of indptr; barcodes have int32 where it is enough
 _FILLS = {"indices": 0, "data": float("nan"), "indptr": -1}
 _BEGIN_AGAIN = ", so the job cannot go on from it; begin again with --overwrite"
 
@@ -271,8 +272,8 @@ class CsrReader:
         if lengths["indptr"] != shape[0] + 1 or lengths["indices"] != lengths["data"]:
             raise DamagedStore(f"{path}: lengths disagree: {lengths}, expected {shape[0] + 1} in indptr")
         kinds = {name: str(array.dtype) for name, array in self._arrays.items()}
-        if kinds["indices"] not in _INDEX_KINDS or (kinds["data"], kinds["indptr"]) != ("float32", "int64"):
-            raise DamagedStore(f"{path}: types are {kinds}, expected float32 data and int64 indptr")
+        if kinds["indices"] not in _INDEX_KINDS or kinds["data"] != "float32" or kinds["indptr"] not in _POINTER_KINDS:
+            raise DamagedStore(f"{path}: types are {kinds}, expected float32 data and int64 (or int32) indptr")
         self.nnz = lengths["data"]
 
     def missing_chunks(self) -> list[Path]:
@@ -303,7 +304,7 @@ class CsrReader:
         piece = CHUNK_ENTRIES * step // np.gcd(CHUNK_ENTRIES, step)
         with self._reachable():
             parts = [
-                np.asarray(self._arrays["indptr"][at : min(at + piece, stop)])[::step]
+                np.asarray(self._arrays["indptr"][at : min(at + piece, stop)], np.int64)[::step]
                 for at in range(start, stop, piece)
             ]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -319,7 +320,7 @@ class CsrReader:
         place = f"rows {start:,} to {stop - 1:,} of {self.path}"
         try:
             with self._reachable():
-                indptr = np.asarray(self._arrays["indptr"][start : stop + 1])
+                indptr = np.asarray(self._arrays["indptr"][start : stop + 1], np.int64)
                 first, last = int(indptr[0]), int(indptr[-1])
                 if indptr.min() < 0 or (np.diff(indptr) < 0).any() or last > self.nnz:
                     raise DamagedStore(f"{place}: indptr is not monotone or leaves the data")

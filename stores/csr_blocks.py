@@ -191,7 +191,8 @@ def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> 
     array = group.create_array(
         "indptr",
         shape=indptr.shape,
-        dtype="int64",
+        # scipy works in place only where indptr and indices are of one type, so int64 only where it must be
+        dtype="int32" if indptr[-1] <= np.iinfo(np.int32).max else "int64",
         chunks=(CHUNK_ENTRIES,),
         compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
         fill_value=-1,

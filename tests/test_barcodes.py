@@ -342,7 +342,7 @@ def test_each_store_is_a_whole_anndata_with_its_provenance(
         for matrix in (table.X, *table.layers.values()):
             assert matrix.format == "csr"
             assert matrix.dtype == np.float32
-            assert matrix.indices.dtype == np.int32
+            assert matrix.indices.dtype == matrix.indptr.dtype == np.int32  # else scipy cannot work in place
             assert matrix.has_canonical_format
             assert (matrix.data != 0).all()
         cyto = table.uns["cyto"]
