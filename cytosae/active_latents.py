@@ -68,7 +68,7 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         return _Matrix(values_BL, n_active=int(counts.sum()))
     from . import gpu_kernels  # needs triton
 
-    marks = gpu_kernels.count_active(values_BL)
+    marks = gpu_kernels.mark_active(values_BL)
     if marks.n_active < sparse_below * values_BL.numel():
         return _GpuList(gpu_kernels.take_active(values_BL, marks))
     return _Matrix(values_BL, n_active=marks.n_active)

@@ -1,7 +1,7 @@
 """What follows from a micro-batch's reconstruction, value by value: the gradient, and the sums that losses.py needs.
 
-Plain torch on the CPU, one pass on a GPU (gpu_kernels.py), where a dozen passes would cost as much as finding the
-active latents. Nothing is read back from the device here.
+A dozen passes over (tokens, width) are nothing beside the products on a CPU; on a GPU they would cost as much as
+finding the active latents, so there it is one (gpu_kernels.py). Nothing is read back from the device here.
 Shapes: B tokens, D width.
 """
 
@@ -26,8 +26,14 @@ def compare(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
 ) -> Comparison:
     """Compare a reconstruction with its tokens; weights are (B, 1), or one number for all tokens."""
-    if x_BD.is_cuda:
-        return compare_on_gpu(x_hat_BD, x_BD, w_B1, factor, half)
+    compare_here = compare_in_one_pass if x_BD.is_cuda else compare_plainly
+    return compare_here(x_hat_BD, x_BD, w_B1, factor, half)
+
+
+def compare_plainly(
+    x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
+) -> Comparison:
+    """In a dozen passes, of any float type."""
     error_BD = x_hat_BD - x_BD
     d_x_hat_BD = error_BD * w_B1 * factor
     return Comparison(
@@ -40,10 +46,10 @@ def compare(
     )
 
 
-def compare_on_gpu(
+def compare_in_one_pass(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
 ) -> Comparison:
-    """The same, of float32 matrices, in one pass."""
+    """Of float32 matrices on a GPU."""
     from . import gpu_kernels  # needs triton
 
     weights_B = w_B1.flatten() if isinstance(w_B1, torch.Tensor) else x_BD.new_full(x_BD.shape[:1], w_B1)

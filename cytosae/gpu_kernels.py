@@ -3,7 +3,7 @@
 A micro-batch's active latents are kept twice: by token, for the reconstruction, and by latent, for the gradients. Each
 output row belongs to one program and nothing is added atomically: every sum has a fixed order, so the same input gives
 the same bits. What a latent adds up over more than `PART` tokens is cut into parts, which a second kernel adds up.
-The host waits for the device in `count_active` only: sizes that hang on more than that count are bounds.
+The host waits for the device in `mark_active` only: sizes that hang on more than that count are bounds.
 
 Rows that are gathered (decoder, the reconstruction's gradient, centred tokens) may be bfloat16, which halves the bytes;
 every sum and every gradient is float32.
@@ -61,7 +61,7 @@ class Marks:
     n_active: int
 
 
-def count_active(pre_activations_BL: torch.Tensor) -> Marks:
+def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
     """Mark what is above 0, in one pass. NaN counts as active, so that it is not lost. Waits for the device."""
     n_tokens, n_latents = pre_activations_BL.shape
     _check_rows(pre_activations_BL)
@@ -75,7 +75,7 @@ def count_active(pre_activations_BL: torch.Tensor) -> Marks:
 
 
 def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
-    """What is above 0; `marks` from `count_active`. Memory: 24 bytes per active latent, 60 while sorting."""
+    """What is above 0; `marks` from `mark_active`. Memory: 24 bytes per active latent, 60 while sorting."""
     n_tokens, n_latents = pre_activations_BL.shape
     token_starts = _starts(marks.counts)
     latents = marks.counts.new_empty(marks.n_active)
@@ -145,9 +145,10 @@ def add_gradients(
     n_pairs, n_latents = len(active.values), len(W_dec_LD)
     n_parts_L = (active.starts.diff() + PART - 1) // PART
     part_starts = _starts(n_parts_L)
-    most_parts = n_latents + n_pairs // PART
+    most_parts = n_latents + n_pairs // PART  # the last part of each, and the full ones before
     latents_P = torch.searchsorted(part_starts[1:], torch.arange(most_parts, device=part_starts.device), right=True)
     slot_starts = _starts(torch.where(n_parts_L > 1, n_parts_L, 0))  # of the latents with several parts
+    # two parts or more are at most twice the pairs / PART
     sums = W_dec_LD.new_empty((2 * n_pairs // PART, 2 * width + 1), dtype=torch.float32)
     grads = grad_W_dec_LD, grad_W_enc_LD, grad_b_enc_L
     with torch.cuda.device_of(W_dec_LD):

@@ -58,7 +58,7 @@ def pre_activations(n_tokens: int, n_latents: int, *, pattern: str = "mixed") ->
 
 def taken(p: Array, dtype: torch.dtype = torch.float32) -> gpu_kernels.Active:
     on_device = torch.from_numpy(p).to(DEVICE, dtype)
-    return gpu_kernels.take_active(on_device, gpu_kernels.count_active(on_device))
+    return gpu_kernels.take_active(on_device, gpu_kernels.mark_active(on_device))
 
 
 def worked_out(p: Array, width: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Array]]:
@@ -107,7 +107,12 @@ def test_active_latents_are_those_of_the_cpu(size: str, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("size", "pattern", "dtype"),
     [
-        *((size, pattern, torch.float32) for size in SIZES for pattern in ("mixed", "none active", "all active")),
+        *(
+            (size, pattern, torch.float32)
+            for size in SIZES
+            if size != "many words"  # a matter of finding the active ones
+            for pattern in ("mixed", "none active", "all active")
+        ),
         ("odd", "mixed", torch.bfloat16),
     ],
 )
@@ -140,14 +145,14 @@ def test_a_comparison_in_one_pass_is_that_of_the_cpu(size: tuple[int, int], loss
     x, x_hat = (torch.from_numpy(rng.normal(3, 1, size).astype(np.float32)) for _ in range(2))
     x[:1] = 0
     on_device = x_hat.to(DEVICE), x.to(DEVICE)
-    wanted = comparison.compare(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
+    wanted = comparison.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
     weight = losses.loss_weight(on_device[1], loss)
-    found = comparison.compare_on_gpu(*on_device, weight, 0.3, torch.float32)
+    found = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
     for name, twin in vars(wanted).items():
         ours = getattr(found, name).cpu()
         assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype), name
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
-    rounded = comparison.compare_on_gpu(*on_device, weight, 0.3, torch.bfloat16)
+    rounded = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
     torch.testing.assert_close(rounded.d_x_hat_BD.float(), found.d_x_hat_BD, rtol=2**-7, atol=0)  # here it truncates
     assert torch.equal(rounded.d_sum_D, found.d_sum_D)
 
@@ -231,10 +236,10 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """losses.py does what it would do on a GPU, where few latents are active."""
 
     def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> active_latents.Latents:
-        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.count_active(values_BL)))
+        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.mark_active(values_BL)))
 
     monkeypatch.setattr(losses, "latents_of", latents_of)
-    monkeypatch.setattr(losses, "compare", comparison.compare_on_gpu)
+    monkeypatch.setattr(losses, "compare", comparison.compare_in_one_pass)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -278,7 +283,7 @@ def test_the_host_waits_once_per_micro_batch(with_dead: bool) -> None:
     """For the number of active latents; once more for which latents are dead, and in `tolist` for all numbers."""
     model = test_variants.make_model("relu", 3).to(DEVICE)
     tokens, dead = test_variants.make_tokens(model, 8).to(DEVICE), torch.arange(40, device=DEVICE) % 3 == 0
-    for n_micro_batches, size in ((1, len(tokens)), (2, -(-len(tokens) // 2)), (len(tokens), 1)):
+    for n_micro_batches, size in ((1, len(tokens)), (3, -(-len(tokens) // 3))):
         with Waits() as waits:
             test_variants.ours(
                 model, tokens, loss="normed", way="ghost", dead=dead if with_dead else None, micro_batch=size
