@@ -79,9 +79,8 @@ class _Matrix:
         self._values_BL = values_BL.relu_()
         self._is_on = values_BL > 0
         self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counting twice costs 2% of a step
-        self.total: torch.Tensor | float = values_BL.sum(1).sum(
-            dtype=torch.float64
-        )  # all in float64 takes 15 times as long
+        # all in float64 takes 15 times as long
+        self.total: torch.Tensor | float = values_BL.sum(1).sum(dtype=torch.float64)
         self.fired = values_BL.amax(0) > 0 if len(values_BL) else self._is_on.any(0)
 
     def count(self) -> torch.Tensor:

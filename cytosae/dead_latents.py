@@ -46,7 +46,9 @@ class DeadGradients(Protocol):
         *,
         n_values: int,
     ) -> None:
-        """Add one micro-batch's share. p_BK is given away; n_values: tokens of the batch times D."""
+        """Add one micro-batch's share. p_BK is given away; centred_BD has the type of the products' operands;
+        n_values: tokens of the batch times D.
+        """
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
         """Add them to the model's gradients; mse and loss are the whole batch's. Returns the term of the loss."""
