@@ -6,12 +6,19 @@ float32 master weights, at the fastest of several micro-batches and compile mode
 its gradient compiled, Adam fused. Target: 2 times, and 1 M tokens/s on an H100. Gradients of both are compared with
 dense float32 ones, ||difference|| / ||reference||; "float32" are those of our sparse work without rounding.
 
+`parts`: where our step spends its time, each part of one micro-batch alone. Three things that are done for speed are
+timed against the plain way: one pass for the comparison, the fused optimiser step, batches sent ahead. `waits`: how
+often the host waits for the device in a step, by torch's own count.
+
 `--run` also times a whole run from initialisation, loader, ghost and start-up included, on a cache of tokens made of
 few atoms each. Without CUDA it prints one line that says so; `--device cpu` with small sizes tries the program out.
 """
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from itertools import islice, repeat
 from typing import Any
 
 import torch
@@ -30,11 +37,15 @@ from common import (
 from sae_run import tokens_of_few_atoms
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
+from cytosae.comparison import compare_in_one_pass, compare_plainly
 from cytosae.config import TrainConfig
+from cytosae.device_batches import on_device
+from cytosae.losses import loss_weight
 from cytosae.train import train
 
 TARGET, TARGET_RATE = 2, 1e6
 RUN_TOKENS = 257_000_000  # the paper's
+FED = 8  # steps that are fed with batches from the host's memory
 
 Loss = Callable[..., torch.Tensor]
 
@@ -102,6 +113,8 @@ def main() -> None:
         rounds=options.rounds,
         sync=sync,
     )
+    our_size = int(our_best)
+    step_of = partial(our_case_step, optimizer=optimizer, micro_batch=our_size)
     sides = fast.to_json(options.tokens, "tokens"), slow.to_json(options.tokens, "tokens")
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
     emit(
@@ -118,6 +131,10 @@ def main() -> None:
         tokens_per_second_by_micro_batch=our_speeds,
         dense_tokens_per_second=dense_speeds,
         peak_gib=peak,
+        parts=parts(case, our_size, options.rounds, sync) if on_gpu else None,
+        optimizer_step=step_alone(case, optimizer, *around, rounds=options.rounds, sync=sync) if on_gpu else None,
+        batches_from_the_host=fed(case, step_of, options, sync) if on_gpu else None,
+        waits=waits(partial(step_of, case)) if on_gpu else None,
         run=whole_run(options) if options.run else None,
         params={**_params(options), "l1": L1},
         device=options.device,
@@ -156,6 +173,90 @@ def plain_step(
         project(case.model.W_dec, case.model.W_dec.grad)
         optimizer.step()
         normalise(case.model.W_dec)
+
+
+def our_case_step(case: Case, *, optimizer: torch.optim.Adam, micro_batch: int) -> None:
+    """Our whole step on the tokens of `case`."""
+    fused_step(case, optimizer, partial(ours, case, micro_batch=micro_batch, precision="bf16"))
+
+
+def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of each part of one micro-batch alone, launches and what it waits for included."""
+    from cytosae import gpu_kernels
+
+    model, half = case.model, torch.bfloat16
+    x = case.tokens[:micro_batch].float()
+    W_enc, b_enc, W_dec = (weight.detach().to(half) for weight in (model.W_enc, model.b_enc, model.W_dec))
+    centred = (x - model.b_dec.detach()).to(half)
+    p = torch.addmm(b_enc, centred, W_enc)
+    marks = gpu_kernels.mark_active(p)
+    active = gpu_kernels.take_active(p, marks)
+    x_hat = model.b_dec.detach().repeat(len(x), 1)
+    weight, factor = loss_weight(x, "normed"), 2 / x.numel()
+    d_x_hat = compare_in_one_pass(x_hat, x, weight, factor, half).d_x_hat_BD
+    grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (W_dec, b_enc, W_dec)]
+    works: dict[str, Callable[[], Any]] = {
+        "copies of the weights": lambda: (model.W_enc.detach().to(half), model.W_dec.detach().to(half)),
+        "product": lambda: torch.addmm(b_enc, centred, W_enc, out=p),
+        "marking": lambda: gpu_kernels.mark_active(p),
+        "taking and sorting": lambda: gpu_kernels.take_active(p, marks),
+        "reconstruction": lambda: gpu_kernels.add_decoded(active, W_dec, x_hat),
+        "comparison": lambda: compare_in_one_pass(x_hat, x, weight, factor, half),
+        "comparison, plain": lambda: compare_plainly(x_hat, x, weight, factor, half),
+        "gradients": lambda: gpu_kernels.add_gradients(
+            active,
+            W_dec_LD=W_dec,
+            d_x_hat_BD=d_x_hat,
+            centred_BD=centred,
+            penalty=L1,
+            grad_W_enc_LD=grads[0],
+            grad_b_enc_L=grads[1],
+            grad_W_dec_LD=grads[2],
+        ),
+    }
+    timings = alternate(*works.values(), rounds=rounds, sync=sync)
+    return {name: timing.seconds * 1e3 for name, timing in zip(works, timings, strict=True)}
+
+
+def step_alone(
+    case: Case, optimizer: torch.optim.Adam, project: Any, normalise: Any, *, rounds: int, sync: Callable[[], None]
+) -> dict[str, float]:
+    """Milliseconds of what follows the gradients, as the product does it and in several compiled passes."""
+    fused, plain = alternate(
+        lambda: fused_step(case, optimizer, lambda: None),
+        lambda: plain_step(case, optimizer, lambda: None, project, normalise),
+        rounds=rounds,
+        sync=sync,
+    )
+    return {"fused": fused.seconds * 1e3, "plain": plain.seconds * 1e3}
+
+
+def fed(case: Case, step_of: Callable[[Case], None], options: Any, sync: Callable[[], None]) -> dict[str, float]:
+    """Milliseconds of a step whose batch lies in the host's memory: sent ahead, or copied and waited for."""
+    batch = case.tokens.cpu().numpy()
+
+    def ahead() -> None:
+        for tokens in islice(on_device(repeat(batch), options.device), FED):
+            step_of(replace(case, tokens=tokens))
+
+    def waited_for() -> None:
+        for _ in range(FED):
+            step_of(replace(case, tokens=torch.from_numpy(batch).to(options.device)))
+
+    timings = alternate(ahead, waited_for, rounds=options.rounds, sync=sync)
+    return {name: timing.seconds / FED * 1e3 for name, timing in zip(("ahead", "waited for"), timings, strict=True)}
+
+
+def waits(step: Callable[[], None]) -> int:
+    """How often a step makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def project(W_dec: torch.Tensor, grad: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ class Latents(Protocol):
     """Latents z (B, L), and what is computed with them."""
 
     n_active: int
-    total: float  # sum of all values
+    total: torch.Tensor | float  # sum of all values; stays on the device
     fired: torch.Tensor  # (L,) bool: active on any token
 
     def count(self) -> torch.Tensor:
@@ -60,7 +60,6 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         sparse_below = SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW
     if sparse_below <= 0 or device not in ("cpu", "cuda") or (device == "cpu" and values_BL.dtype == torch.bfloat16):
         return _Matrix(values_BL)
-    counts: Any
     if device == "cpu":
         use_kernels_with_torch_threads()
         counts = sparse_kernels.count_active(values_BL.numpy())
@@ -69,10 +68,10 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         return _Matrix(values_BL, n_active=int(counts.sum()))
     from . import gpu_kernels  # needs triton
 
-    counts = gpu_kernels.count_active(values_BL)
-    if counts.sum() < sparse_below * values_BL.numel():
-        return _GpuList(gpu_kernels.take_active(values_BL, counts))
-    return _Matrix(values_BL, n_active=int(counts.sum()))
+    marks = gpu_kernels.mark_active(values_BL)
+    if marks.n_active < sparse_below * values_BL.numel():
+        return _GpuList(gpu_kernels.take_active(values_BL, marks))
+    return _Matrix(values_BL, n_active=marks.n_active)
 
 
 class _Matrix:
@@ -80,7 +79,8 @@ class _Matrix:
         self._values_BL = values_BL.relu_()
         self._is_on = values_BL > 0
         self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counting twice costs 2% of a step
-        self.total = float(values_BL.sum(1).sum(dtype=torch.float64))  # all in float64 takes 15 times as long
+        # all in float64 takes 15 times as long
+        self.total: torch.Tensor | float = values_BL.sum(1).sum(dtype=torch.float64)
         self.fired = values_BL.amax(0) > 0 if len(values_BL) else self._is_on.any(0)
 
     def count(self) -> torch.Tensor:
@@ -119,7 +119,8 @@ class _Matrix:
 class _CpuList:
     def __init__(self, active: sparse_kernels.Active) -> None:
         self._active = active
-        self.n_active, self.total = len(active.values), float(active.values.sum(dtype="f8"))
+        self.n_active = len(active.values)
+        self.total: torch.Tensor | float = float(active.values.sum(dtype="f8"))
         self.fired = torch.from_numpy(active.fired)
 
     def count(self) -> torch.Tensor:
@@ -165,7 +166,8 @@ class _CpuList:
 class _GpuList:
     def __init__(self, active: Any) -> None:
         self._active = active  # gpu_kernels.Active
-        self.n_active, self.total = len(active.values), float(active.values.sum(dtype=torch.float64))
+        self.n_active = len(active.values)
+        self.total: torch.Tensor | float = active.values.sum(dtype=torch.float64)
         self.fired: torch.Tensor = active.fired
 
     def count(self) -> torch.Tensor:

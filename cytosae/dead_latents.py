@@ -33,8 +33,8 @@ class DeadGradients(Protocol):
     latents: torch.Tensor  # (K,)
 
     @property
-    def loss(self) -> float:
-        """The sum so far."""
+    def loss(self) -> torch.Tensor | float:
+        """The sum so far; stays on the device."""
 
     def add(
         self,
@@ -46,7 +46,9 @@ class DeadGradients(Protocol):
         *,
         n_values: int,
     ) -> None:
-        """Add one micro-batch's share. p_BK is given away; n_values: tokens of the batch times D."""
+        """Add one micro-batch's share. p_BK is given away; centred_BD has the type of the products' operands;
+        n_values: tokens of the batch times D.
+        """
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
         """Add them to the model's gradients; mse and loss are the whole batch's. Returns the term of the loss."""
@@ -67,9 +69,11 @@ def dead_gradients(
 
     half : type of the operands of products
     """
-    if dead_L is None or method not in ("ghost", "auxk") or not bool(dead_L.any()):
+    if dead_L is None or method not in ("ghost", "auxk"):
         return None
-    latents = dead_L.nonzero().squeeze(1)
+    latents = dead_L.nonzero().squeeze(1)  # waits for the device, once a step
+    if not len(latents):
+        return None
     if method == "ghost":
         return _Ghost(model, latents, loss, half, is_scalar=ghost_scale == "scalar")
     return _AuxK(model, latents, k or max(1, model.width // 2), weight, half)
@@ -94,7 +98,7 @@ class _Rows:
         half, d_out_half_BD = self._half, d_out_BD.to(self._half)
         add_product(self._of_W_dec_KD, z_BK.to(half).T, d_out_half_BD)
         d_p_BK = (d_out_half_BD @ self._W_dec_KD.T).to(d_out_BD.dtype).mul_(dz_dp_BK)
-        add_product(self._of_W_enc_KD, d_p_BK.to(half).T, centred_BD.to(half))
+        add_product(self._of_W_enc_KD, d_p_BK.to(half).T, centred_BD)
         self._of_b_enc_K += d_p_BK.sum(0)
 
     def add_to(self, grads: dict[str, torch.Tensor], factor: float) -> None:
@@ -111,7 +115,7 @@ class _Ghost:
     ) -> None:
         self.latents, self._loss, self._is_scalar = latents, loss, is_scalar
         self._rows = _Rows(model, latents, half)
-        self.loss = 0.0
+        self.loss: torch.Tensor | float = 0.0
 
     def add(
         self,
@@ -134,7 +138,7 @@ class _Ghost:
         if not self._is_scalar:
             c_BD = M_BD / (G_BD + EPS)
             G_BD, d_g_BD = c_BD * G_BD, c_BD * d_g_BD
-        self.loss += float(G_BD.sum(dtype=torch.float64)) / n_values
+        self.loss += G_BD.sum(dtype=torch.float64) / n_values
         self._rows.add(d_g_BD, exp_BK, exp_BK, centred_BD)
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
@@ -151,7 +155,7 @@ class _AuxK:
     ) -> None:
         self.latents, self._k, self._weight = latents, k, weight
         self._rows = _Rows(model, latents, half)
-        self.loss = 0.0
+        self.loss: torch.Tensor | float = 0.0
 
     def add(
         self,
@@ -165,7 +169,7 @@ class _AuxK:
     ) -> None:
         z_BK = keep_top_k_(p_BK, self._k).relu_()
         rest_BD = self._rows.decoded(z_BK) - r_BD
-        self.loss += self._weight * float((rest_BD.square() * w_B1).sum(dtype=torch.float64)) / n_values
+        self.loss += self._weight * (rest_BD.square() * w_B1).sum(dtype=torch.float64) / n_values
         self._rows.add(rest_BD * w_B1 * (2 * self._weight / n_values), z_BK, z_BK > 0, centred_BD)
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:

@@ -3,10 +3,11 @@
 A micro-batch's active latents are kept twice: by token, for the reconstruction, and by latent, for the gradients. Each
 output row belongs to one program and nothing is added atomically: every sum has a fixed order, so the same input gives
 the same bits. What a latent adds up over more than `PART` tokens is cut into parts, which a second kernel adds up.
+The host waits for the device in `mark_active` only: sizes that hang on more than that count are bounds.
 
 Rows that are gathered (decoder, the reconstruction's gradient, centred tokens) may be bfloat16, which halves the bytes;
 every sum and every gradient is float32.
-Shapes: B tokens, D width, L latents, A active (token, latent) pairs, C chunks of a token's latents, P parts.
+Shapes: B tokens, D width, L latents, A active (token, latent) pairs, W words of 32 latents, P parts.
 """
 
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ except ImportError:
     ) from None
 
 PART = 1024  # (token, latent) pairs of one latent that one program adds up
-_CHUNK = 4096  # latents of one token that one program looks at
+_WORDS = 128  # of a token's latents, 32 in a word, that a program looks at together
 _COLUMNS = 256  # of the reconstruction, per program: 49,152 rows of so many bfloat16 columns fit into an H100's L2
 _ROWS = 8  # decoder rows that it adds up side by side
 _PAIRS = 4  # pairs that a gradient program works on side by side
+_TOKENS = 16  # that one program compares with their reconstructions
 
 
 @dataclass(frozen=True)
@@ -50,40 +52,48 @@ class Active:
         return self.starts[1:] > self.starts[:-1]
 
 
-def count_active(pre_activations_BL: torch.Tensor) -> torch.Tensor:
-    """(B, C) int32: active latents of each token, chunk by chunk. NaN counts as active, so that it is not lost."""
-    n_tokens, n_latents = pre_activations_BL.shape
-    assert pre_activations_BL.is_contiguous()
-    n_chunks = triton.cdiv(n_latents, _CHUNK)
-    counts_BC = pre_activations_BL.new_empty((n_tokens, n_chunks), dtype=torch.int32)
-    if counts_BC.numel():
-        with torch.cuda.device_of(pre_activations_BL):
-            _count[(n_tokens, n_chunks)](pre_activations_BL, counts_BC, n_latents, n_chunks, CHUNK=_CHUNK)
-    return counts_BC
+@dataclass(frozen=True)
+class Marks:
+    """Which latents are active, a bit for each: what is looked for among few need not be read from all again."""
+
+    words: torch.Tensor  # (B, W) int32: bit l % 32 of word l // 32 is latent l
+    counts: torch.Tensor  # (B,) int32
+    n_active: int
 
 
-def take_active(pre_activations_BL: torch.Tensor, counts_BC: torch.Tensor) -> Active:
-    """What is above 0; `counts_BC` from `count_active`. Memory: 24 bytes per active latent, 60 while sorting."""
+def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
+    """Mark what is above 0, in one pass. NaN counts as active, so that it is not lost. Waits for the device."""
     n_tokens, n_latents = pre_activations_BL.shape
-    ends = counts_BC.flatten().cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    n_active = int(starts[-1])
-    latents = counts_BC.new_empty(n_active)
-    values = pre_activations_BL.new_empty(n_active, dtype=torch.float32)
-    n_chunks = counts_BC.shape[1]
-    if n_active:
+    _check_rows(pre_activations_BL)
+    n_words = triton.cdiv(n_latents, 32)
+    words = pre_activations_BL.new_empty((n_tokens, n_words), dtype=torch.int32)
+    counts = pre_activations_BL.new_empty(n_tokens, dtype=torch.int32)
+    if n_tokens:
         with torch.cuda.device_of(pre_activations_BL):
-            _fill[(n_tokens, n_chunks)](
-                pre_activations_BL, starts, latents, values, n_latents, n_chunks, CHUNK=_CHUNK, num_warps=8
+            _mark[(n_tokens,)](pre_activations_BL, words, counts, n_latents, n_words, WORDS=_WORDS)
+    return Marks(words, counts, int(counts.sum()))
+
+
+def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
+    """What is above 0; `marks` from `mark_active`. Memory: 24 bytes per active latent, 60 while sorting."""
+    n_tokens, n_latents = pre_activations_BL.shape
+    token_starts = _starts(marks.counts)
+    latents = marks.counts.new_empty(marks.n_active)
+    values = pre_activations_BL.new_empty(marks.n_active, dtype=torch.float32)
+    if marks.n_active:
+        with torch.cuda.device_of(pre_activations_BL):
+            _take[(n_tokens,)](
+                *(pre_activations_BL, marks.words, token_starts, latents, values, n_latents, marks.words.shape[1]),
+                WORDS=4 * _WORDS,
             )
-    tokens = torch.repeat_interleave(counts_BC.sum(1), output_size=n_active).to(latents.dtype)
+    tokens = torch.repeat_interleave(marks.counts, output_size=marks.n_active).to(latents.dtype)
     by_latent, order = latents.sort(stable=True)
     bounds = torch.arange(n_latents + 1, dtype=by_latent.dtype, device=by_latent.device)
     return Active(
         starts=torch.searchsorted(by_latent, bounds),
         tokens=tokens[order],
         values=values[order],
-        token_starts=starts[::n_chunks].contiguous(),
+        token_starts=token_starts,
         latents=latents,
         token_values=values,
     )
@@ -132,27 +142,50 @@ def add_gradients(
     width = W_dec_LD.shape[1]
     _check_rows(W_dec_LD, d_x_hat_BD, centred_BD, grad_W_enc_LD, grad_W_dec_LD)
     block = triton.next_power_of_2(width)
+    n_pairs, n_latents = len(active.values), len(W_dec_LD)
     n_parts_L = (active.starts.diff() + PART - 1) // PART
-    latents_P = torch.repeat_interleave(n_parts_L)  # each latent as often as it has parts
-    first_part_L = n_parts_L.cumsum(0) - n_parts_L
-    number_P = torch.arange(len(latents_P), device=latents_P.device) - first_part_L[latents_P]
-    is_shared_P = n_parts_L[latents_P] > 1
-    slots_P = torch.where(is_shared_P, is_shared_P.cumsum(0) - 1, -1)
-    shared = (n_parts_L > 1).nonzero().squeeze(1)
-    slot_starts = torch.cat([shared.new_zeros(1), n_parts_L[shared].cumsum(0)])
-    sums = W_dec_LD.new_empty((int(slot_starts[-1]), 2 * width + 1), dtype=torch.float32)
+    part_starts = _starts(n_parts_L)
+    most_parts = n_latents + n_pairs // PART  # the last part of each, and the full ones before
+    latents_P = torch.searchsorted(part_starts[1:], torch.arange(most_parts, device=part_starts.device), right=True)
+    slot_starts = _starts(torch.where(n_parts_L > 1, n_parts_L, 0))  # of the latents with several parts
+    # two parts or more are at most twice the pairs / PART
+    sums = W_dec_LD.new_empty((2 * n_pairs // PART, 2 * width + 1), dtype=torch.float32)
     grads = grad_W_dec_LD, grad_W_enc_LD, grad_b_enc_L
     with torch.cuda.device_of(W_dec_LD):
-        _add_gradients[(len(latents_P),)](
-            *(active.starts, active.tokens, active.values, latents_P, number_P, slots_P),
-            *(W_dec_LD, d_x_hat_BD, centred_BD, penalty, *grads, sums, width),
+        _add_gradients[(most_parts,)](
+            *(active.starts, active.tokens, active.values, latents_P, part_starts, slot_starts),
+            *(W_dec_LD, d_x_hat_BD, centred_BD, penalty, *grads, sums, n_latents, width),
             PART=PART,
             PAIRS=_PAIRS,
             BLOCK=block,
             num_warps=max(4, block // 256),  # fewer would not fit into the registers
         )
-        if len(shared):
-            _add_parts[(len(shared),)](shared, slot_starts, sums, *grads, width, BLOCK=block)
+        if n_pairs > PART:
+            _add_parts[(n_latents,)](slot_starts, sums, *grads, width, BLOCK=block)
+
+
+def compare(
+    x_hat_BD: torch.Tensor, x_BD: torch.Tensor, weights_B: torch.Tensor, factor: float, d_x_hat_BD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write the gradient factor * weight * (x_hat - x), of any float type, and add up, all in one pass.
+
+    Returns (D,) float32: the gradient's sum over the tokens, before it is rounded; (D,) float64: that of x; and (3,)
+    float64: the sums of weight * error^2, error^2 and x^2.
+    """
+    n_tokens, width = x_BD.shape
+    _check_rows(x_hat_BD, x_BD, weights_B, d_x_hat_BD)
+    n_programs = triton.cdiv(n_tokens, _TOKENS)
+    d_sums = x_BD.new_empty((n_programs, width))
+    x_sums = x_BD.new_empty((n_programs, width), dtype=torch.float64)
+    sums = x_BD.new_empty((n_programs, 3), dtype=torch.float64)
+    if n_tokens:
+        with torch.cuda.device_of(x_BD):
+            _compare[(n_programs,)](
+                *(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD, d_sums, x_sums, sums, n_tokens, width),
+                TOKENS=_TOKENS,
+                BLOCK=triton.next_power_of_2(width),
+            )
+    return d_sums.sum(0), x_sums.sum(0), sums.sum(0)
 
 
 @torch.no_grad()
@@ -190,37 +223,79 @@ def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bo
         )
 
 
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    """(n + 1,) int64: where each of n stretches of these lengths begins, and where the last one ends."""
+    ends = counts.cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
 def _check_rows(*matrices: torch.Tensor) -> None:
     """The kernels walk through memory row by row."""
     assert all(matrix.is_contiguous() for matrix in matrices)
 
 
 @triton.jit
-def _count(p: tl.tensor, counts: tl.tensor, n_latents: tl.tensor, n_chunks: tl.tensor, CHUNK: tl.constexpr) -> None:
-    token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    latents = chunk * CHUNK + tl.arange(0, CHUNK)
-    values = tl.load(p + token * n_latents + latents, mask=latents < n_latents, other=0)
-    tl.store(counts + token * n_chunks + chunk, tl.sum(((values <= 0) == 0).to(tl.int32), 0))
+def _mark(
+    p: tl.tensor,
+    words_out: tl.tensor,
+    counts: tl.tensor,
+    n_latents: tl.tensor,
+    n_words: tl.tensor,
+    WORDS: tl.constexpr,
+) -> None:
+    """One token."""
+    token = tl.program_id(0).to(tl.int64)
+    bits = tl.arange(0, 32)
+    n_active = tl.zeros((WORDS,), tl.int32)
+    for first in range(0, n_words, WORDS):
+        words = first + tl.arange(0, WORDS)
+        latents = words[:, None] * 32 + bits[None, :]
+        values = tl.load(p + token * n_latents + latents, mask=latents < n_latents, other=0)
+        marked = tl.sum(((values <= 0) == 0).to(tl.int32) << bits[None, :], 1)
+        tl.store(words_out + token * n_words + words, marked, mask=words < n_words)
+        n_active += _count_bits(marked.to(tl.uint32, bitcast=True))
+    tl.store(counts + token, tl.sum(n_active, 0))
 
 
 @triton.jit
-def _fill(
+def _take(
     p: tl.tensor,
+    words_in: tl.tensor,
     starts: tl.tensor,
     latents_out: tl.tensor,
     values_out: tl.tensor,
     n_latents: tl.tensor,
-    n_chunks: tl.tensor,
-    CHUNK: tl.constexpr,
+    n_words: tl.tensor,
+    WORDS: tl.constexpr,
 ) -> None:
-    token, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    latents = chunk * CHUNK + tl.arange(0, CHUNK)
-    values = tl.load(p + token * n_latents + latents, mask=latents < n_latents, other=0)
-    is_active = (values <= 0) == 0
-    ones = is_active.to(tl.int32)
-    at = tl.load(starts + token * n_chunks + chunk) + tl.cumsum(ones, 0) - ones
-    tl.store(latents_out + at, latents, mask=is_active)
-    tl.store(values_out + at, values.to(tl.float32), mask=is_active)
+    """One token: of each word bit after bit, the lowest first."""
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + token)
+    for first in range(0, n_words, WORDS):
+        words = first + tl.arange(0, WORDS)
+        marked = tl.load(words_in + token * n_words + words, mask=words < n_words, other=0).to(tl.uint32, bitcast=True)
+        n_active = _count_bits(marked)
+        at = start + tl.cumsum(n_active, 0) - n_active
+        for _ in range(tl.max(n_active, 0)):
+            is_left = marked != 0
+            rest = marked & (marked - 1)
+            latents = words * 32 + _count_bits((marked ^ rest) - 1)
+            tl.store(latents_out + at, latents, mask=is_left)
+            values = tl.load(p + token * n_latents + latents, mask=is_left, other=0)
+            tl.store(values_out + at, values.to(tl.float32), mask=is_left)
+            marked = rest
+            at += 1
+        start += tl.sum(n_active, 0)
+
+
+@triton.jit
+def _count_bits(words: tl.tensor) -> tl.tensor:
+    """Of uint32, in int32: sums of neighbouring fields, twice as wide each time."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    bytes_ = (fours + (fours >> 4)) & 0x0F0F0F0F
+    halves = bytes_ + (bytes_ >> 8)
+    return ((halves + (halves >> 16)) & 63).to(tl.int32)
 
 
 @triton.jit
@@ -256,8 +331,8 @@ def _add_gradients(
     tokens: tl.tensor,
     values: tl.tensor,
     latents_P: tl.tensor,
-    number_P: tl.tensor,
-    slots_P: tl.tensor,
+    part_starts: tl.tensor,
+    slot_starts: tl.tensor,
     W_dec: tl.tensor,
     d_x_hat: tl.tensor,
     centred: tl.tensor,
@@ -266,6 +341,7 @@ def _add_gradients(
     grad_W_enc: tl.tensor,
     grad_b_enc: tl.tensor,
     sums: tl.tensor,
+    n_latents: tl.tensor,
     width: tl.tensor,
     PART: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -273,8 +349,12 @@ def _add_gradients(
 ) -> None:
     """One part of one latent: added to its gradients, or put into a slot of `sums` if it has more parts."""
     part = tl.program_id(0)
-    latent, slot = tl.load(latents_P + part), tl.load(slots_P + part)
-    first = tl.load(starts + latent) + tl.load(number_P + part) * PART
+    latent = tl.load(latents_P + part)
+    if latent >= n_latents:  # there are fewer parts than programs
+        return
+    number = part - tl.load(part_starts + latent)
+    slot, slot_end = tl.load(slot_starts + latent) + number, tl.load(slot_starts + latent + 1)
+    first = tl.load(starts + latent) + number * PART
     stop = tl.minimum(first + PART, tl.load(starts + latent + 1))
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
@@ -294,7 +374,7 @@ def _add_gradients(
         dec += value[:, None] * d_out
         enc += d_z[:, None] * x
         bias += d_z
-    if slot < 0:
+    if slot >= slot_end:  # the only part
         to_dec, to_enc = grad_W_dec + latent * width + columns, grad_W_enc + latent * width + columns
         tl.store(to_dec, tl.load(to_dec, mask=in_width) + tl.sum(dec, 0), mask=in_width)
         tl.store(to_enc, tl.load(to_enc, mask=in_width) + tl.sum(enc, 0), mask=in_width)
@@ -308,7 +388,6 @@ def _add_gradients(
 
 @triton.jit
 def _add_parts(
-    latents: tl.tensor,
     slot_starts: tl.tensor,
     sums: tl.tensor,
     grad_W_dec: tl.tensor,
@@ -317,9 +396,11 @@ def _add_parts(
     width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One latent of several parts: their sums, in order, added to its gradients."""
-    latent = tl.load(latents + tl.program_id(0))
-    first, stop = tl.load(slot_starts + tl.program_id(0)), tl.load(slot_starts + tl.program_id(0) + 1)
+    """One latent: if it has several parts, their sums, in order, added to its gradients."""
+    latent = tl.program_id(0).to(tl.int64)
+    first, stop = tl.load(slot_starts + latent), tl.load(slot_starts + latent + 1)
+    if first == stop:
+        return
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     to_dec, to_enc = grad_W_dec + latent * width + columns, grad_W_enc + latent * width + columns
@@ -333,6 +414,49 @@ def _add_parts(
     tl.store(to_dec, dec, mask=in_width)
     tl.store(to_enc, enc, mask=in_width)
     tl.store(grad_b_enc + latent, bias)
+
+
+@triton.jit
+def _compare(
+    x_hat: tl.tensor,
+    x: tl.tensor,
+    weights: tl.tensor,
+    factor: tl.tensor,
+    d_x_hat: tl.tensor,
+    d_sums: tl.tensor,
+    x_sums: tl.tensor,
+    sums: tl.tensor,
+    n_tokens: tl.tensor,
+    width: tl.tensor,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some tokens, one after the other; the sums over all columns are drawn at the end."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    d_sum = tl.zeros((BLOCK,), tl.float32)
+    x_sum = tl.zeros((BLOCK,), tl.float64)
+    weighted = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    x_squares = tl.zeros((BLOCK,), tl.float64)
+    for token in range(program * TOKENS, tl.minimum(program * TOKENS + TOKENS, n_tokens)):
+        at = tl.cast(token, tl.int64) * width + columns
+        x_row, x_hat_row = tl.load(x + at, mask=in_width, other=0), tl.load(x_hat + at, mask=in_width, other=0)
+        weight = tl.load(weights + token)
+        error = x_hat_row - x_row
+        d = error * weight * factor
+        tl.store(d_x_hat + at, d, mask=in_width)
+        d_sum += d
+        x_sum += x_row
+        weighted += error * error * weight
+        squares += error * error
+        x_squares += x_row * x_row
+    tl.store(d_sums + program * width + columns, d_sum, mask=in_width)
+    tl.store(x_sums + program * width + columns, x_sum, mask=in_width)
+    tl.store(sums + program * 3, tl.sum(weighted, 0))
+    tl.store(sums + program * 3 + 1, tl.sum(squares, 0))
+    tl.store(sums + program * 3 + 2, tl.sum(x_squares, 0))
 
 
 @triton.jit

@@ -14,6 +14,8 @@ Means run over the whole batch, whatever the micro-batch and the number of ranks
 
 The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only:
 each micro-batch takes what is faster at its density (active_latents.py). Both give the same sums.
+On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu, gated: twice;
+batchtopk: more), and twice per step: which latents are dead, and all numbers of the loss together.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from .active_latents import latents_of
+from .comparison import compare
 from .dead_latents import dead_gradients
 from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks
@@ -101,7 +104,8 @@ def loss_and_gradients(
     gated = _MagnitudeGradients(model) if model.activation == "gated" else None
     penalty = l1 / n if model.activation == "relu" else 0.0
     device = tokens_ND.device
-    sums = dict.fromkeys(_SUMS, 0.0)
+    numbers = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+    sums = dict(zip(_SUMS, numbers.unbind(), strict=True))  # what is added to them is added to `numbers`
     mean_D = torch.zeros(width, dtype=torch.float64, device=device)
     room_BL = torch.empty(min(step, len(tokens_ND)), model.n_latents, dtype=half, device=device)  # new pages cost time
     fired = torch.zeros(model.n_latents, dtype=torch.bool, device=device)
@@ -110,10 +114,9 @@ def loss_and_gradients(
         x_BD = tokens_ND[start : start + step].float()
         if token_scale != 1:
             x_BD = x_BD * token_scale
-        centred_BD = x_BD - b_dec
-        centred_half_BD = centred_BD.to(half)
-        p_BL = torch.addmm(b_enc, centred_half_BD, W_enc, out=room_BL[: len(x_BD)])
-        p_dead_BK = p_BL[:, dead.latents].to(centred_BD.dtype) if dead is not None else None
+        centred_BD = torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=half))  # rounded in the same pass
+        p_BL = torch.addmm(b_enc, centred_BD, W_enc, out=room_BL[: len(x_BD)])
+        p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype) if dead is not None else None
         near = None
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
@@ -124,62 +127,58 @@ def loss_and_gradients(
         z = latents_of(p_BL, sparse_below)
 
         x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, loss)
-        error_BD = x_hat_BD - x_BD
-        M_BD = error_BD.square() * w_B1
-        d_x_hat_BD = error_BD * w_B1 * (2 / (n * width))
-        d_half_BD = d_x_hat_BD.to(half)
+        found = compare(x_hat_BD, x_BD, w_B1, 2 / (n * width), half)
         into = grads if gated is None else gated.grads
-        z.add_gradients(W_dec, d_half_BD, centred_half_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
-        grads["b_dec"] += d_x_hat_BD.sum(0)
+        z.add_gradients(W_dec, found.d_x_hat_BD, centred_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
+        grads["b_dec"] += found.d_sum_D
         if gate is not None:
-            gate_error_BD = gate.decoded(W_dec, b_dec) - x_BD
-            sums["gate"] += _sum(gate_error_BD.square() * w_B1) / (n * width)
+            of_gate = compare(gate.decoded(W_dec, b_dec), x_BD, w_B1, 2 / (n * width), half)
+            sums["gate"] += of_gate.weighted / (n * width)
             sums["sparsity"] += l1 * gate.total / n
-            d_gate_BD = (gate_error_BD * w_B1 * (2 / (n * width))).to(half)
             gate.without_values().add_gradients(  # the decoder is held constant here
-                W_dec, d_gate_BD, centred_half_BD, l1 / n, grads["W_enc"], grads["b_enc"], grads["W_dec"]
+                W_dec, of_gate.d_x_hat_BD, centred_BD, l1 / n, grads["W_enc"], grads["b_enc"], grads["W_dec"]
             )
         elif near is not None:
             # dz/dlog t = t dz/dt
-            near.add_products(W_dec, d_half_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
+            near.add_products(W_dec, found.d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
             grads["log_threshold"] -= threshold_L * near.count() * (l1 / (n * bandwidth))
             sums["sparsity"] += l1 * z.n_active / n
         else:
             sums["sparsity"] += penalty * z.total
         if dead is not None and p_dead_BK is not None:
-            dead.add(p_dead_BK, centred_BD, -error_BD, M_BD, w_B1, n_values=n * width)
+            error_BD = x_hat_BD - x_BD
+            dead.add(p_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
 
         fired |= z.fired
         sums["active"] += z.n_active
-        sums["mse"] += _sum(M_BD) / (n * width)
-        sums["error"] += _sum(error_BD.square())
-        sums["square"] += _sum(x_BD.square())
-        mean_D += x_BD.sum(0, dtype=torch.float64) / n
+        sums["mse"] += found.weighted / (n * width)
+        sums["error"] += found.error
+        sums["square"] += found.square
+        mean_D += found.x_sum_D / n
 
     if dead is not None:
-        sums["dead"] = dead.loss
-    numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        sums["dead"] += dead.loss
     ranks.sum_(numbers, mean_D)
     ranks.any_(fired)
-    sums = dict(zip(_SUMS, numbers.tolist(), strict=True))
+    *values, mean_square = torch.cat([numbers, mean_D.square().sum()[None]]).tolist()
+    total = dict(zip(_SUMS, values, strict=True))
     if gated is not None:
         gated.add_to(grads)
     if dead is not None:
-        sums["dead"] = dead.add_to(grads, mse=sums["mse"], loss=sums["dead"])
+        total["dead"] = dead.add_to(grads, mse=total["mse"], loss=total["dead"])
     # through x - b_dec in the encoder: the gradient there is -W_enc times that of b_enc
     grads["b_dec"] -= model.W_enc.detach() @ grads["b_enc"]
     if gated is not None:
         grads["b_dec"] -= model.W_enc.detach() @ (grads["b_mag"] * model.r_mag.detach().exp())
     ranks.sum_(*grads.values())
-    centred_square = sums["square"] - n * mean_D.square().sum().item()
     return BatchLosses(
-        mse=sums["mse"],
-        l1=sums["sparsity"],
-        gate=sums["gate"],
-        dead=sums["dead"],
-        l0=sums["active"] / n,
-        explained_variance=_explained(sums["error"], centred_square),
-        explained_variance_uncentered=_explained(sums["error"], sums["square"]),
+        mse=total["mse"],
+        l1=total["sparsity"],
+        gate=total["gate"],
+        dead=total["dead"],
+        l0=total["active"] / n,
+        explained_variance=_explained(total["error"], total["square"] - n * mean_square),
+        explained_variance_uncentered=_explained(total["error"], total["square"]),
         fired=fired,
         threshold=threshold,
     )
@@ -257,10 +256,6 @@ def loss_weight(x_BD: torch.Tensor, loss: str) -> torch.Tensor | float:
     if loss == "normed":
         return 1 / x_BD.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
     return float(x_BD.shape[1]) if loss == "eq1" else 1.0  # eq1's error is a sum over D, not a mean
-
-
-def _sum(values: torch.Tensor) -> float:
-    return float(values.sum(dtype=torch.float64))
 
 
 def _explained(error: float, total: float) -> float:

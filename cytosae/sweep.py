@@ -21,6 +21,7 @@ from stores.files import LOCK_SUFFIX, locked, sha256_json, sweep_partials
 from stores.runlog import append_run
 
 from .config import TrainConfig
+from .device_batches import on_device
 from .encode import Progress
 from .figures import plot_sweep
 from .sweep_grid import Grid, read_grid
@@ -266,9 +267,9 @@ class _Pass:
                     self._end_if_done(record, training)
                 while self._live:
                     position = min(training.position for _, training in self._live)
-                    batches = stream.batches(batch_tokens, position=position)
+                    batches = on_device(stream.batches(batch_tokens, position=position), self._device)
                     while due := [member for member in self._live if member[1].position == position]:
-                        tokens = torch.from_numpy(next(batches)).to(self._device)
+                        tokens = next(batches)
                         for record, training in due:
                             self._step(record, training, tokens)
                         if self._is_to_save:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from stores.errors import BadInput, SpecMismatch, StoreUnreachable
@@ -30,6 +29,7 @@ from stores.tables import parquet_bytes
 from .checkpoint import load_sae, save_sae
 from .config import TrainConfig
 from .dead_latents import resample
+from .device_batches import on_device
 from .evaluate import measure_held_out
 from .loggers import Logger, open_logger
 from .losses import BatchLosses, loss_and_gradients
@@ -94,7 +94,8 @@ def train(
         if not training.begin(stack, overwrite=overwrite, inputs=inputs):
             return load_sae(run).header  # a damaged one is not "already complete"
         training.log_to(stack, logger)
-        batches = data.stream.batches(config.batch_tokens, position=training.position, part=(ranks.rank, ranks.size))
+        part = ranks.rank, ranks.size
+        batches = on_device(data.stream.batches(config.batch_tokens, position=training.position, part=part), device)
         try:
             while training.step < training.n_steps:
                 training.take_step(next(batches), progress)
@@ -218,10 +219,8 @@ class Training:
             logger = open_logger(name, self._run, self._header, first_step=self.step)
             self._loggers.append(stack.enter_context(logger))
 
-    def take_step(self, batch: npt.NDArray[np.float16] | torch.Tensor, progress: Progress) -> None:
-        """One step on this rank's part of a batch, (n, width) float16; a tensor may lie on the device already."""
-        tokens = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(batch)
-        tokens = tokens.to(self.device)  # travels as float16, cast where it is used
+    def take_step(self, tokens: torch.Tensor, progress: Progress) -> None:
+        """One step on this rank's part of a batch, (n, width) float16 on the device."""
         losses = self._compute_gradients(tokens)
         state, config = self._state, self.config
         is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == self.n_steps
@@ -240,7 +239,8 @@ class Training:
     def _compute_gradients(self, tokens: torch.Tensor) -> BatchLosses:
         """First half of a step: sets the gradients. May be broken off and done again: it changes nothing else.
 
-        Raises Diverged if the loss is not finite.
+        Raises Diverged if the loss is not finite. On a GPU the host waits for that in every step, so that no weight,
+        and no saved state, comes from such a step; the log's numbers come with it.
         """
         state, config = self._state, self.config
         losses = loss_and_gradients(
@@ -271,7 +271,7 @@ class Training:
         """Second half of a step: counters, weights, step number; whole or not at all."""
         state, config = self._state, self.config
         state.steps_since_fired += 1
-        state.steps_since_fired[losses.fired] = 0
+        state.steps_since_fired.masked_fill_(losses.fired, 0)
         if losses.threshold is not None:
             old, weight = state.model.threshold, _THRESHOLD_WEIGHT if state.step else 1.0
             old += weight * (losses.threshold - old)

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -18,7 +21,7 @@ import test_variants  # noqa: E402
 from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
-from cytosae import active_latents, gpu_kernels, losses, sparse_kernels  # noqa: E402
+from cytosae import active_latents, comparison, gpu_kernels, losses, sparse_kernels  # noqa: E402
 from cytosae.model import SparseAutoencoder  # noqa: E402
 from cytosae.train import _remove_parallel_part  # noqa: E402
 
@@ -32,13 +35,14 @@ SIZES = {  # tokens, latents, width: none is a multiple of a block, most need se
     "one column": (9, 17, 1),
     "no token": (0, 17, 5),
     "whole blocks": (8, 32, 16),
+    "many words": (2, 150, 4),
 }
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that small matrices have several chunks, column blocks and parts."""
-    for name, value in {"_CHUNK": 16, "PART": 5, "_COLUMNS": 16}.items():
+    """So that small matrices have several blocks of words, columns and tokens, and several parts."""
+    for name, value in {"_WORDS": 1, "PART": 5, "_COLUMNS": 16, "_TOKENS": 4}.items():
         monkeypatch.setattr(gpu_kernels, name, value)
 
 
@@ -54,7 +58,7 @@ def pre_activations(n_tokens: int, n_latents: int, *, pattern: str = "mixed") ->
 
 def taken(p: Array, dtype: torch.dtype = torch.float32) -> gpu_kernels.Active:
     on_device = torch.from_numpy(p).to(DEVICE, dtype)
-    return gpu_kernels.take_active(on_device, gpu_kernels.count_active(on_device))
+    return gpu_kernels.take_active(on_device, gpu_kernels.mark_active(on_device))
 
 
 def worked_out(p: Array, width: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Array]]:
@@ -103,7 +107,12 @@ def test_active_latents_are_those_of_the_cpu(size: str, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("size", "pattern", "dtype"),
     [
-        *((size, pattern, torch.float32) for size in SIZES for pattern in ("mixed", "none active", "all active")),
+        *(
+            (size, pattern, torch.float32)
+            for size in SIZES
+            if size != "many words"  # a matter of finding the active ones
+            for pattern in ("mixed", "none active", "all active")
+        ),
         ("odd", "mixed", torch.bfloat16),
     ],
 )
@@ -126,6 +135,26 @@ def test_pre_activations_in_bfloat16_and_what_is_not_finite() -> None:
     assert np.array_equal(found.tokens.cpu().numpy(), twin.tokens)
     assert np.array_equal(found.values.cpu().numpy(), twin.values, equal_nan=True)
     assert int(found.values.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("loss", ["normed", "eq1"])
+@pytest.mark.parametrize("size", [(13, 21), (1, 21), (9, 1), (0, 5), (8, 16)])
+def test_a_comparison_in_one_pass_is_that_of_the_cpu(size: tuple[int, int], loss: str) -> None:
+    """Tokens far from zero, one of them all zero; in bfloat16 only the gradient itself is rounded."""
+    rng = np.random.default_rng(2)
+    x, x_hat = (torch.from_numpy(rng.normal(3, 1, size).astype(np.float32)) for _ in range(2))
+    x[:1] = 0
+    on_device = x_hat.to(DEVICE), x.to(DEVICE)
+    wanted = comparison.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
+    weight = losses.loss_weight(on_device[1], loss)
+    found = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
+    for name, twin in vars(wanted).items():
+        ours = getattr(found, name).cpu()
+        assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype), name
+        torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
+    rounded = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
+    torch.testing.assert_close(rounded.d_x_hat_BD.float(), found.d_x_hat_BD, rtol=2**-7, atol=0)  # here it truncates
+    assert torch.equal(rounded.d_sum_D, found.d_sum_D)
 
 
 @pytest.mark.parametrize("width", [1, 16, 21])
@@ -174,15 +203,19 @@ def compiled(kernel, types, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
 for half in ("*bf16", "*fp32"):
-    compiled(g._count, f"{half} *i32 i32 i32", CHUNK=g._CHUNK)
-    compiled(g._fill, f"{half} *i64 *i32 *fp32 i32 i32", CHUNK=g._CHUNK)
+    compiled(g._mark, f"{half} *i32 *i32 i32 i32", WORDS=g._WORDS)
+    compiled(g._take, f"{half} *i32 *i64 *i32 *fp32 i32 i32", WORDS=4 * g._WORDS)
+    compiled(
+        g._compare, f"*fp32 *fp32 *fp32 fp32 {half} *fp32 *fp64 *fp64 i32 i32",
+        TOKENS=g._TOKENS, BLOCK=1024,
+    )
     compiled(g._add_decoded, f"*i64 *i32 *fp32 {half} *fp32 i32", ROWS=g._ROWS, COLUMNS=g._COLUMNS)
     compiled(
         g._add_gradients,
-        f"*i64 *i32 *fp32 *i64 *i64 *i64 {half} {half} {half} fp32 *fp32 *fp32 *fp32 *fp32 i32",
+        f"*i64 *i32 *fp32 *i64 *i64 *i64 {half} {half} {half} fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
         PART=g.PART, PAIRS=g._PAIRS, BLOCK=1024,
     )
-compiled(g._add_parts, "*i64 *i64 *fp32 *fp32 *fp32 *fp32 i32", BLOCK=1024)
+compiled(g._add_parts, "*i64 *fp32 *fp32 *fp32 *fp32 i32", BLOCK=1024)
 compiled(
     g._update, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32",
     BETA1=0.9, BETA2=0.999, EPS=1e-8, NORMALISE=True, BLOCK=1024,
@@ -198,21 +231,64 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "compiled\n"), done.stderr
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """losses.py does what it would do on a GPU, where few latents are active."""
+
+    def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> active_latents.Latents:
+        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.mark_active(values_BL)))
+
+    monkeypatch.setattr(losses, "latents_of", latents_of)
+    monkeypatch.setattr(losses, "compare", comparison.compare_in_one_pass)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("activation", test_variants.ACTIVATIONS)
-def test_the_whole_loss_through_these_kernels_equals_the_equations(
-    activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As losses.py would use them on a GPU; gated and jumprelu have work that the others do not."""
-
-    def on_gpu(values_BL: torch.Tensor, sparse_below: float | None = None) -> active_latents.Latents:
-        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.count_active(values_BL)))
-
-    monkeypatch.setattr(losses, "latents_of", on_gpu)
+def test_the_whole_loss_through_these_kernels_equals_the_equations(activation: str) -> None:
+    """Gated and jumprelu have work that the others do not."""
     model = test_variants.make_model(activation, 3).to(DEVICE)
     tokens, dead = test_variants.make_tokens(model, 8).to(DEVICE), torch.arange(40, device=DEVICE) % 3 == 0
     found = test_variants.ours(model, tokens, loss="normed", way="ghost", dead=dead, micro_batch=5)
     wanted = test_variants.twin(model, tokens, loss="normed", way="ghost", dead=dead)
     test_variants.assert_same(model, tokens, found, wanted, EQUAL)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers read, and results whose size hangs on values.
+
+    `tolist`, a copy, passes here unseen.
+    """
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        is_mask = name.startswith("index") and any(
+            isinstance(one, torch.Tensor) and one.dtype == torch.bool
+            for arg in args
+            for one in (arg if isinstance(arg, list) else [])
+        )
+        if name.startswith(self.NAMES) or is_mask or (name == "repeat_interleave" and "output_size" not in kwargs):
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_the_host_waits_once_per_micro_batch(with_dead: bool) -> None:
+    """For the number of active latents; once more for which latents are dead, and in `tolist` for all numbers."""
+    model = test_variants.make_model("relu", 3).to(DEVICE)
+    tokens, dead = test_variants.make_tokens(model, 8).to(DEVICE), torch.arange(40, device=DEVICE) % 3 == 0
+    for n_micro_batches, size in ((1, len(tokens)), (3, -(-len(tokens) // 3))):
+        with Waits() as waits:
+            test_variants.ours(
+                model, tokens, loss="normed", way="ghost", dead=dead if with_dead else None, micro_batch=size
+            )
+        assert waits.seen == ["nonzero"] * with_dead + ["_local_scalar_dense"] * n_micro_batches
 
 
 # -- on a real device, at real size ---------------------------------------------------------------
@@ -254,3 +330,32 @@ def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pyt
         assert (ours - twin).abs().max() <= EQUAL * twin.abs().max()
     again = gradients(2)[1]
     assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+def test_a_step_on_the_gpu_waits_no_more_often_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own warnings about waiting: two micro-batches, all numbers, and the optimiser none."""
+    monkeypatch.undo()
+    model = SparseAutoencoder(64, 4_096)
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.b_enc.fill_(-0.3)  # few are active, so that work is sparse
+    model.to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    tokens = torch.randn(512, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
+
+    def step() -> None:
+        losses.loss_and_gradients(model, tokens, l1=L1, dead_L=None, loss="normed", micro_batch=256, precision="bf16")
+        gpu_kernels.step(model, optimizer, normalise=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    said = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(said) == 3, said

@@ -18,13 +18,14 @@ ALLOWED = {
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
     "cytosae": {
-        *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks"),
+        *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks", "comparison"),
         *(
             "checkpoint",
             "train",
             "training_data",
             "train_state",
             "compact",
+            "device_batches",
             "encode",
             "evaluate",
             "interop",
