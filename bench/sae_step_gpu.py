@@ -37,10 +37,10 @@ from common import (
 from sae_run import tokens_of_few_atoms
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
-from cytosae.comparison import compare_in_one_pass, compare_plainly
 from cytosae.config import TrainConfig
 from cytosae.device_batches import on_device
 from cytosae.losses import loss_weight
+from cytosae.reconstruction import compare_in_one_pass, compare_plainly
 from cytosae.train import train
 
 TARGET, TARGET_RATE = 2, 1e6

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 
 from .active_latents import latents_of
-from .comparison import compare
 from .dead_latents import dead_gradients
 from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks
+from .reconstruction import compare
 
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix

@@ -21,7 +21,7 @@ import test_variants  # noqa: E402
 from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
-from cytosae import active_latents, comparison, gpu_kernels, losses, sparse_kernels  # noqa: E402
+from cytosae import active_latents, gpu_kernels, losses, reconstruction, sparse_kernels  # noqa: E402
 from cytosae.model import SparseAutoencoder  # noqa: E402
 from cytosae.train import _remove_parallel_part  # noqa: E402
 
@@ -145,14 +145,14 @@ def test_a_comparison_in_one_pass_is_that_of_the_cpu(size: tuple[int, int], loss
     x, x_hat = (torch.from_numpy(rng.normal(3, 1, size).astype(np.float32)) for _ in range(2))
     x[:1] = 0
     on_device = x_hat.to(DEVICE), x.to(DEVICE)
-    wanted = comparison.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
+    wanted = reconstruction.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
     weight = losses.loss_weight(on_device[1], loss)
-    found = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
+    found = reconstruction.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
     for name, twin in vars(wanted).items():
         ours = getattr(found, name).cpu()
         assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype), name
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
-    rounded = comparison.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
+    rounded = reconstruction.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
     torch.testing.assert_close(rounded.d_x_hat_BD.float(), found.d_x_hat_BD, rtol=2**-7, atol=0)  # here it truncates
     assert torch.equal(rounded.d_sum_D, found.d_sum_D)
 
@@ -239,7 +239,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.mark_active(values_BL)))
 
     monkeypatch.setattr(losses, "latents_of", latents_of)
-    monkeypatch.setattr(losses, "compare", comparison.compare_in_one_pass)
+    monkeypatch.setattr(losses, "compare", reconstruction.compare_in_one_pass)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -18,7 +18,7 @@ ALLOWED = {
 TORCH_ALLOWED = {
     "cytocache": {"backbones", "extract", "fidelity", "sample", "torchvision_guard", "weights_file"},
     "cytosae": {
-        *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks", "comparison"),
+        *("model", "losses", "active_latents", "gpu_kernels", "dead_latents", "ranks", "reconstruction"),
         *(
             "checkpoint",
             "train",
