@@ -3,6 +3,7 @@
 from .activation_store import ActivationSpec, ActivationStore, open_caches
 from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore, BarcodeWriter
+from .concept_store import ConceptStore
 from .csr import CsrReader, CsrRows, CsrWriter
 from .errors import (
     BadInput,
@@ -54,6 +55,7 @@ __all__ = [
     "BarcodeWriter",
     "Chosen",
     "ClusterLost",
+    "ConceptStore",
     "CsrReader",
     "CsrRows",
     "CsrWriter",
