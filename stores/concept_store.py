@@ -1,7 +1,7 @@
 """Concepts on disk: what each latent answers to, per dataset, as tables in one folder of results.
 
-Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset, `top_images.parquet`
-one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
+Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset,
+`top_images.parquet` one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
 """
 
 from functools import cached_property
@@ -121,8 +121,8 @@ class ConceptStore:
     @cached_property
     def _latents(self) -> pa.Table:
         table = self._table("latents", LATENT_COLUMNS)
-        wanted = np.tile(np.arange(self.n_latents), len(self.datasets))
-        if not np.array_equal(table["latent"].to_numpy(), wanted):
+        n_rows = self.n_latents * len(self.datasets)
+        if table.num_rows != n_rows or (table["latent"].to_numpy() != np.arange(n_rows) % self.n_latents).any():
             raise DamagedStore(
                 f"{self.root}/latents.parquet does not have one row for each of {self.n_latents:,} latents and "
                 f"{len(self.datasets)} datasets"
