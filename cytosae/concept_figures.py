@@ -1,4 +1,4 @@
-"""Figures of the statistics of latents (CytoSAE, Fig. 2A): frequency against mean activation, and counts above thresholds."""
+"""Figures of the statistics of latents (CytoSAE, Fig. 2A): scatter of all latents, counts above thresholds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -64,8 +64,8 @@ def shuffled_entropy(
 ) -> Floats:
     """The mean of `label_entropy` when the labels are shuffled among the images that have one.
 
-    So the labels of a latent's top images are drawn without replacement from all labels of the dataset, and weighted with
-    the latent's own values. One shuffle serves all latents: two with the same top images get the same labels.
+    So the labels of a latent's top images are drawn without replacement from all labels of the dataset, and weighted
+    with the latent's own values. One shuffle serves all latents: two with the same top images get the same labels.
 
     Parameters
     ----------
@@ -115,8 +115,8 @@ class Agreement:
 def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: int, seed: int) -> Agreement:
     """Compare the top labels of latents in two datasets, (S,) each; -1 in either: not compared.
 
-    Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not independent
-    of each other (several may answer to the same thing), so this is no test.
+    Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not
+    independent of each other (several may answer to the same thing), so this is no test.
     """
     a, b = np.asarray(first, np.int64), np.asarray(second, np.int64)
     is_compared = (a >= 0) & (b >= 0)
@@ -149,6 +149,6 @@ def _weights(values: Floats, labels: npt.NDArray[np.integer]) -> tuple[Ints, Int
     return row[starts], label[starts].astype(np.int64), np.add.reduceat(value, starts) if len(starts) else value
 
 
-def _is_new(values: Ints) -> npt.NDArray[np.bool_]:
+def _is_new(values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     """Where a value differs from the one before it, and at the first."""
     return np.concatenate([np.ones(min(1, len(values)), bool), values[1:] != values[:-1]])
