@@ -87,6 +87,7 @@ def plot_thresholds(panels: Sequence[Panel], path: Path) -> None:
         axes.plot(grid, counts, style, color=color, linewidth=1.5, label=plain(panel.name))
     axes.axvline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
+    axes.set_ylim(0.8, 1.5 * max(2, *map(len, fires)))
     axes.set_xlim(low, high)
     axes.set_xlabel("log10 threshold on the mean activation (dotted: 10^-3)", fontsize=8)
     axes.set_ylabel("latents above the threshold", fontsize=8)
