@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 _COLUMNS = 3  # panels beside each other
 _MOST_PANELS = 12
 _MOST_VECTOR = 2000  # points that an SVG draws one by one; more become a picture in it
+_UNKNOWN = COLORS[3]  # no colour of cividis is near it
 _DASHES = ("-", "--", ":", "-.")
 _MEANINGFUL = -3  # log10 of the mean activation above which the paper looked at latents
 
@@ -104,7 +105,7 @@ def _draw_scatter(panel: Panel, axes: Any, norm: Any, limits: list[tuple[float, 
     is_picture = len(x) > _MOST_VECTOR
     size = float(np.clip(4000 / max(1, len(x)), 1.5, 14))
     dots = {"s": size, "linewidths": 0, "rasterized": is_picture}
-    axes.scatter(x[~is_known], y[~is_known], color="0.75", **dots)
+    axes.scatter(x[~is_known], y[~is_known], color=_UNKNOWN, **dots)
     axes.scatter(x[is_known], y[is_known], c=entropy[is_known], cmap="cividis", norm=norm, **dots)
     axes.axhline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
     axes.set_xlim(*limits[0])
@@ -126,7 +127,7 @@ def _caption(panel: Panel, n_unknown: int) -> str:
     n_silent = int((panel.frequency == 0).sum())
     parts = [f"{len(panel.frequency):,} latents"]
     parts += [f"{n_silent:,} never fire (not shown)"] if n_silent else []
-    parts += [f"{n_unknown:,} without entropy (grey)"] if n_unknown else []
+    parts += [f"{n_unknown:,} without entropy (pink)"] if n_unknown else []
     return "; ".join(parts)
 
 
