@@ -334,7 +334,8 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
     root = write_latents(tmp_path / "latents.zarr", dense, rows, further=further, value_bits=23)
     write_concepts(root, tmp_path / "one", ConceptConfig(), client=threads)
     write_concepts(root, tmp_path / "seven", ConceptConfig(block_images=7), client=threads)
-    assert tables(tmp_path / "seven") == (one := tables(tmp_path / "one"))
+    one = tables(tmp_path / "one")
+    assert tables(tmp_path / "seven") == one
     assert {"latents.parquet", "top_images.parquet", "agreement.parquet", "scatter.png", "thresholds.svg"} <= set(one)
     assert "parts" not in one
     request.getfixturevalue("no_figures")
