@@ -3,6 +3,7 @@
 from .activation_store import ActivationSpec, ActivationStore, open_caches
 from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore, BarcodeWriter
+from .concept_store import ConceptStore
 from .csr import CsrReader, CsrRows, CsrWriter
 from .errors import (
     BadInput,
@@ -27,6 +28,7 @@ from .spec import (
     LATENTS,
     PROBE,
     SAE,
+    THRESHOLDS,
     Header,
     check_choice,
     find_header,
@@ -46,6 +48,7 @@ __all__ = [
     "LATENTS",
     "PROBE",
     "SAE",
+    "THRESHOLDS",
     "ActivationSpec",
     "ActivationStore",
     "ActivationWriter",
@@ -54,6 +57,7 @@ __all__ = [
     "BarcodeWriter",
     "Chosen",
     "ClusterLost",
+    "ConceptStore",
     "CsrReader",
     "CsrRows",
     "CsrWriter",

@@ -1,0 +1,137 @@
+"""Concepts on disk: what each latent answers to, per dataset, as tables in one folder of results.
+
+Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset,
+`top_images.parquet` one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import BadInput, DamagedStore
+from .results import ResultStore
+from .spec import CONCEPTS
+
+LATENT_COLUMNS = {
+    "latent": pa.int64(),
+    "dataset": pa.string(),
+    "n_images": pa.int64(),  # readable images in which the latent is active
+    "frequency": pa.float64(),  # their share of the readable images
+    "mean_activation": pa.float64(),  # of the image activation, over the images in which it is active; 0 for none
+    "max_activation": pa.float32(),  # the largest value of a single token; the largest image activation is rank 1's
+    "n_labelled": pa.int64(),  # of the top images
+    "label_entropy": pa.float64(),  # nats; null below the minimum support
+    "label_entropy_null": pa.float64(),  # its mean under shuffled labels
+    "top_label": pa.string(),  # the label with the largest share of the top images' activation
+    "n_labelled_common": pa.int64(),
+    "top_label_common": pa.string(),
+}
+TOP_COLUMNS = {
+    "latent": pa.int64(),
+    "dataset": pa.string(),
+    "rank": pa.int64(),  # from 1
+    "image_id": pa.string(),
+    "image_index": pa.int64(),  # row in the image tables of the latent stores, one below the other
+    "value": pa.float32(),  # image activation
+    "label": pa.string(),
+    "label_common": pa.string(),
+}
+
+
+class ConceptStore:
+    """A complete folder of concepts, open for reading. A table is read once, when it is first asked for."""
+
+    def __init__(self, root: Path | str) -> None:
+        """Open the folder at `root`.
+
+        Raises
+        ------
+        StoreNotFound, IncompleteStore, SpecMismatch
+            If there are no finished concepts of a version that this program reads.
+        DamagedStore
+            If the header lacks what every such folder says.
+        """
+        self._results = ResultStore(root, CONCEPTS)
+        self.root, self.header = self._results.root, self._results.header
+        summary: Any = self.header.summary
+        try:
+            self.n_latents = int(summary["n_latents"])
+            self.by_dataset: list[dict[str, Any]] = [dict(found) for found in summary["by_dataset"]]
+            self.datasets = [str(found["dataset"]) for found in self.by_dataset]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedStore(
+                f"{self.root}: its header does not say which latents and datasets it holds ({error!r})"
+            ) from None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of everything that decides the numbers."""
+        return self.header.identity
+
+    def latents(self, dataset: str | None = None) -> pa.Table:
+        """`LATENT_COLUMNS` of one dataset, row i latent i; or of all datasets, one below the other.
+
+        Raises
+        ------
+        BadInput
+            If there is no such dataset.
+        DamagedStore
+            If the table was changed or lost.
+        """
+        if dataset is None:
+            return self._latents
+        return self._latents.slice(self._number(dataset) * self.n_latents, self.n_latents)
+
+    def top_images(self, latent: int, dataset: str | None = None) -> pa.Table:
+        """`TOP_COLUMNS` of one latent, in one dataset or all, the largest image activation first; ties by `image_id`.
+
+        Raises
+        ------
+        BadInput
+            If there is no such latent or dataset.
+        DamagedStore
+            If the table was changed or lost.
+        """
+        self.check_latent(latent)
+        rows = pc.equal(self.all_top_images["latent"], latent)
+        if dataset is not None:
+            self._number(dataset)
+            rows = pc.and_(rows, pc.equal(self.all_top_images["dataset"], dataset))
+        return self.all_top_images.filter(rows)
+
+    @cached_property
+    def all_top_images(self) -> pa.Table:
+        """`TOP_COLUMNS` of all latents and datasets."""
+        return self._table("top_images", TOP_COLUMNS)
+
+    def check_latent(self, latent: int) -> None:
+        """Raise BadInput if there is no such latent."""
+        if not 0 <= latent < self.n_latents:
+            raise BadInput(f"no latent {latent:,}: {self.root} has latents 0 to {self.n_latents - 1:,}")
+
+    def _number(self, dataset: str) -> int:
+        if dataset not in self.datasets:
+            raise BadInput(f"no dataset {dataset!r} in {self.root}; it holds {', '.join(self.datasets)}")
+        return self.datasets.index(dataset)
+
+    @cached_property
+    def _latents(self) -> pa.Table:
+        table = self._table("latents", LATENT_COLUMNS)
+        n_rows = self.n_latents * len(self.datasets)
+        if table.num_rows != n_rows or (table["latent"].to_numpy() != np.arange(n_rows) % self.n_latents).any():
+            raise DamagedStore(
+                f"{self.root}/latents.parquet does not have one row for each of {self.n_latents:,} latents and "
+                f"{len(self.datasets)} datasets"
+            )
+        return table
+
+    def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
+        table = self._results.table(name)
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise DamagedStore(f"{self.root}/{name}.parquet lacks {', '.join(missing)}")
+        return table
