@@ -1157,6 +1157,8 @@ def barcode(
     for what, number in left_out.items():
         if number:
             click.echo(f"left out: {number:,} {what}")
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
     if done.n_missing_in_table:
         click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
     if done.n_unknown_in_table:
@@ -1373,7 +1375,11 @@ def _connected(scheduler: str | None, workers: int, memory_limit: str) -> Iterat
         limit = dask.utils.parse_bytes(memory_limit)
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment}}):
+    settings = {
+        "distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment},
+        "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
+    }
+    with dask.config.set(settings):
         with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
             cluster = LocalCluster(
                 n_workers=workers,
@@ -1425,7 +1431,7 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
-    began, shown, last, at_start = time.monotonic(), 0.0, -1, -1
+    began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
@@ -1433,9 +1439,11 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
         now = time.monotonic()
         if at_start < 0:
             at_start, began = done, now  # the rate is that of this run, not of what was there before
-        elif done == last or (done < total and now - shown < (0.2 if in_terminal else 10)):
+        elif (done, state) == last or (done == total == last[0]):
             return
-        shown, last = now, done
+        elif done < total and now - shown < (0.2 if in_terminal else 10):
+            return
+        shown, last = now, (done, state)
         line = tqdm.format_meter(
             done,
             total,

@@ -25,28 +25,30 @@ import numpy as np
 import numpy.typing as npt
 
 from stores import csr_blocks
+from stores.activation_store import SAME_TOKENS
 from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
 from stores.errors import BadInput, SpecMismatch
-from stores.files import sha256_json, sync_tree
+from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
-from stores.runlog import append_run
-from stores.spec import BARCODES, Header, check_choice, new_header, read_header, write_header
+from stores.runlog import append_run, read_runs
+from stores.spec import BARCODES, Header, check_choice, describe_difference, new_header, read_header, write_header
 from stores.tables import table_sha256
 
 from . import barcode_tasks as tasks
 from .counting import TOKEN_SETS, LatentSums
 from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
-from .workers import cluster_job
+from .workers import Watch, cluster_job, prepare_workers
 
 if TYPE_CHECKING:
     import pandas as pd
     from distributed import Client, Future
 
 NORMALIZATIONS = ("images", "cytosae-release")
-_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
-_MIN_BLOCKS = 8
+_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is small or the end is near
+_LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
+_BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
@@ -103,6 +105,7 @@ class BarcodeResult:
     unknown_in_table: str = ""  # some of them
     n_missing_in_table: int = 0  # images that the table does not have: nobody's
     missing_in_table: str = ""
+    differences: str = ""  # between the stores, in how their latents were made
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class _Job:
     groups: Groups
     header: Header
     client: "Client"
+    watch: Watch
 
     @property
     def parts(self) -> Path:
@@ -184,13 +188,15 @@ def write_barcodes(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    prepare_workers(client)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     _check_stores(stores, config)
     images = join_tables(stores)
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"differences": _differences(stores)}
     if table is not None:
-        images, notes = regroup(images, table)
+        images, found = regroup(images, table)
+        notes |= found
     groups = group_images(images)
     _check_exact(stores, groups)
     spec = {
@@ -210,7 +216,15 @@ def write_barcodes(
 
     root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
-    job = _Job(stores, root, config, groups, header, client)
+    told = (0, 0)
+
+    def tell(done: int, total: int, state: str) -> None:
+        nonlocal told
+        told = (done, total)
+        progress(done, total, state)
+
+    watch = Watch(client, lambda: progress(*told, "waiting for workers"))
+    job = _Job(stores, root, config, groups, header, client, watch)
     try:
         with cluster_job(client, root, {store.root: store.journal_sha256 for store in stores}):
             write_header(root, header)
@@ -220,8 +234,8 @@ def write_barcodes(
                 latents=_one_or_all([str(store.root) for store in stores]),
             )
             filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
-            _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
-            header = _join(job, filling, notes, progress)
+            _count(job, filling["image"], tell, meanwhile=lambda: _write_known_tables(job, images))
+            header = _join(job, filling, notes, tell)
     finally:
         if not any(root.iterdir()):  # refused before anything was written
             root.rmdir()
@@ -246,6 +260,33 @@ def _check_stores(stores: list[LatentStore], config: BarcodeConfig) -> None:
                     f"{store.root} and {first.root} hold latents of different SAEs ({name} {theirs} against {ours}): "
                     f"they cannot be compared; encode both with one SAE"
                 )
+        tokens, others = ({name: each.spec.cache.get(name) for name in SAME_TOKENS} for each in (store, first))
+        if tokens != others:
+            raise SpecMismatch(
+                f"{store.root} and {first.root} hold latents of different kinds of tokens "
+                f"({describe_difference(tokens, others)}): they cannot be compared; extract both caches alike"
+            )
+
+
+def _differences(stores: list[LatentStore]) -> str:
+    """What may make equal images differ a little from store to store, in words: precision, versions, device."""
+    said: list[dict[str, Any]] = []
+    for store in stores:
+        runs = read_runs(store.root) if isinstance(store.root, Path) else []
+        last = runs[-1] if runs else {}
+        said.append(
+            {
+                "precision of the cache": store.spec.cache.get("precision"),
+                "precision of the encoder": store.spec.precision,
+                "value bits": store.spec.value_bits,
+                "values below dropped": store.spec.min_activation,
+                "cyto": store.header.created_by.removeprefix("cyto "),
+                "torch": last.get("versions", {}).get("torch"),
+                "device": last.get("device"),
+            }
+        )
+    values = {name: list(dict.fromkeys(str(each[name]) for each in said if each[name] is not None)) for name in said[0]}
+    return "; ".join(f"{name} {' against '.join(them)}" for name, them in values.items() if len(them) > 1)
 
 
 def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
@@ -263,8 +304,6 @@ def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
 
 def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
     """One task per block of images; each writes its part and returns how many entries it has."""
-    from distributed import CancelledError, as_completed
-
     job.parts.mkdir(exist_ok=True)
     blocks = list(_plan_blocks(job))
     n_images = len(job.groups.is_readable)
@@ -281,9 +320,7 @@ def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callab
     found: dict[int, tasks.Rows] = {}
     try:
         meanwhile()
-        for future, rows in as_completed(list(futures), with_results=True):
-            if isinstance(rows, CancelledError):  # as_completed does not raise it
-                raise rows
+        for future, rows in job.watch.completed(list(futures)):
             block = blocks[futures[future]]
             found[futures[future]] = rows
             while len(filling.parts) in found:  # in order
@@ -299,23 +336,21 @@ def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callab
 def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
     """All images in order, cut at the edges of stores, around the parts that are already there."""
     taken = sorted(_parts_there(job.parts))
-    n_nonzero = sum(store.nnz for store in job.stores)
     # a block's result is at most one entry per nonzero, and is held twice while it grows
     fits = _worker_memory(job.client) // 4 // (12 + 2 * len(job.config.taus))
-    entries = max(1, min(_BLOCK_ENTRIES, fits, max(CHUNK_ENTRIES, n_nonzero // _MIN_BLOCKS)))
-    first = 0
+    most, n_threads = max(1, min(_BLOCK_ENTRIES, fits)), _n_threads(job.client)
+    n_left, first = sum(store.nnz for store in job.stores), 0
     for store in job.stores:
         end = first + store.spec.n_images
-        if job.config.block_images is not None:
-            size = job.config.block_images
-        else:
-            size = max(1, min(store.spec.n_images, entries * store.spec.n_images // max(1, store.nnz)))
         at = first
         while at < end:
+            entries = min(most, max(_LAST_BLOCKS, n_left // (_BLOCKS_LEFT * n_threads)))
+            size = job.config.block_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
             ready = next((stop for start, stop in taken if start == at and stop <= end), None)
             if ready is None:
                 next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
                 ready = min(at + size, next_there)
+            n_left -= int(store.image_indptr[ready - first] - store.image_indptr[at - first])
             yield tasks.Block(
                 latents=str(store.root),
                 start=at - first,
@@ -336,6 +371,11 @@ def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
         found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
         if found and int(found[1]) < int(found[2]):
             yield int(found[1]), int(found[2])
+
+
+def _n_threads(client: "Client") -> int:
+    """Of all workers, at least one."""
+    return max(1, sum(w["nthreads"] for w in client.scheduler_info()["workers"].values()))
 
 
 def _worker_memory(client: "Client") -> int:
@@ -384,11 +424,10 @@ def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
             ]
             if len(carry) == 1:
                 break
-        carry[0].result()  # raises a leaf's error; and no more than a wave is under way
-        for part in job.client.gather(rows):
+        for part in job.watch.gather(rows):  # and no more than a wave is under way
             if part is not None:
                 filling.add(part)
-    sums: LatentSums = carry[0].result() if carry else LatentSums.zeros(n_taus, job.n_latents)
+    (sums,) = job.watch.gather(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
@@ -405,7 +444,7 @@ def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
         job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
         for part in plan
     ]
-    for rows in job.client.gather(futures):
+    for rows in job.watch.gather(futures):
         filling.add(rows)
 
 
@@ -446,20 +485,22 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
     image_level = filling["image"].close()
     sums = _sum_patients(job, image_level, filling["patient"])
     patients = filling["patient"].close()
+    exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
     _average_patients(job, patients, filling["disease"])
     diseases = filling["disease"].close()
+    exports += _export(job, diseases, job.groups.diseases)
     futures = [future for each in filling.values() for future in each.futures]
-    futures += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(taus):
         first, *others = (job.path(level, tau) for level in LEVELS)
         write_tables(first, {"var": _latent_table(sums, number, n_readable)})
         for other in others:
             shutil.copytree(first / "var", other / "var")
-    job.client.gather(futures)
+    job.watch.gather(futures)
+    sha256 = dict(job.watch.gather(exports))
     for each in filling.values():
         each.futures.clear()  # a worker that dies from here on must not have them done again
-    del futures
+    del futures, exports
     for filled in (image_level, patients, diseases):
         for number, tau in enumerate(taus):
             finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
@@ -475,9 +516,13 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         "n_latents": job.n_latents,
         "n_silent_latents": [int((tokens == 0).sum()) for tokens in sums.tokens],
         "share_above_tau": [int(tokens.sum()) / max(1, n_values) for tokens in sums.tokens],
+        "exports": sha256,
     }
+    sweep_partials(job.root)
     for place in job.root.glob("*.zarr"):
         sync_tree(place)
+    for name in sha256:
+        sync_file(job.root / name)
     header = Header(**{**vars(job.header), "complete": True, "summary": summary})
     write_header(job.root, header)
     return header
@@ -542,6 +587,7 @@ def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
             *(rows, tag, number, names, level.name, level.layers),
             str(job.path(level.name, tau).with_suffix(".parquet")),
             pure=False,
+            priority=2,
         )
         for number, tau in enumerate(job.config.taus)
     ]
@@ -601,5 +647,6 @@ def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
     summary: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
         for name, value in (header.summary or {}).items()
+        if name != "exports"
     }
     return BarcodeResult(**summary, was_complete=was_complete)

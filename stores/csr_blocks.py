@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ class EntryReader:
             yield at, indices, values
 
     def _read(self, name: str, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        size, read = self._arrays[name].chunks[0], _chunk_reader(self._group, name)
+        size = self._arrays[name].chunks[0]
+        is_shared = name == "indptr" and self._group.objects is None
+        read = partial(_row_starts, self._group) if is_shared else _chunk_reader(self._group, name)
         for at in range(first - first % size, last, size):
             low, high = max(first, at), min(last, at + size)
             try:
@@ -83,6 +86,17 @@ class EntryReader:
                 raise
             except (ValueError, RuntimeError, OSError) as error:
                 raise DamagedStore(f"{self.place} cannot be read: {error}") from None
+
+
+def _row_starts(group: CsrReader, number: int) -> npt.NDArray[Any]:
+    """A chunk of a local indptr: neighbouring blocks share one, and it takes 10 ms to decode (others 1)."""
+    state = _chunk_file(Path(group.path) / "indptr", number).stat()
+    return _row_starts_as_of(Path(group.path), group.shape, number, (state.st_ino, state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=2)  # 8 MiB each
+def _row_starts_as_of(path: Path, shape: tuple[int, int], number: int, state: tuple[int, ...]) -> npt.NDArray[Any]:
+    return _chunk_reader(CsrReader(path, shape=shape), "indptr")(number)
 
 
 def _chunk_reader(group: CsrReader, name: str) -> Callable[[int], npt.NDArray[Any]]:

@@ -730,7 +730,7 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
         job = barcodes_module._Job(
-            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster()
+            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster(), None
         )
         blocks = list(barcodes_module._plan_blocks(job))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
