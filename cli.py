@@ -1337,6 +1337,9 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
     try:
         with _connected(scheduler, workers, memory_limit) as client:
             yield client
+    except KeyboardInterrupt:
+        sys.unraisablehook = _say_unless_of_dask
+        raise
     except KilledWorker:
         limit = "its own, of dask worker" if scheduler else memory_limit
         remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
@@ -1344,6 +1347,13 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             f"a worker was ended again and again, most likely for its memory (limit {limit}); "
             f"{remedy} and run the same command again"
         ) from None
+
+
+def _say_unless_of_dask(unraisable: Any) -> None:
+    """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
+    name = getattr(unraisable.object, "__qualname__", "")
+    if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager
