@@ -12,9 +12,8 @@ this runs on a laptop that has never seen it.
 
 import bisect
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,18 +24,19 @@ import numpy as np
 import numpy.typing as npt
 
 from stores import csr_blocks
-from stores.activation_store import SAME_TOKENS
 from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
-from stores.errors import BadInput, SpecMismatch
+from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
-from stores.runlog import append_run, read_runs
-from stores.spec import BARCODES, Header, check_choice, describe_difference, new_header, read_header, write_header
+from stores.runlog import append_run
+from stores.spec import BARCODES, Header, check_choice, new_header, read_header, write_header
 from stores.tables import table_sha256
 
 from . import barcode_tasks as tasks
+from .barcode_blocks import plan_blocks
+from .barcode_checks import check_exact, check_stores, differences
 from .counting import TOKEN_SETS, LatentSums
 from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
 from .workers import Watch, cluster_job, prepare_workers
@@ -46,14 +46,10 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 NORMALIZATIONS = ("images", "cytosae-release")
-_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is small or the end is near
-_LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
-_BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
 _WAVE = 64  # leaves of the tree that are under way at once
-_EXACT = 1 << 24  # whole numbers up to here are exact in float32
 _LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
@@ -191,14 +187,14 @@ def write_barcodes(
     prepare_workers(client)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
-    _check_stores(stores, config)
+    check_stores(stores, config.taus[0])
     images = join_tables(stores)
-    notes: dict[str, Any] = {"differences": _differences(stores)}
+    notes: dict[str, Any] = {"differences": differences(stores)}
     if table is not None:
         images, found = regroup(images, table)
         notes |= found
     groups = group_images(images)
-    _check_exact(stores, groups)
+    check_exact(stores, groups)
     spec = {
         "latents": _one_or_all([store.identity for store in stores]),
         "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
@@ -245,67 +241,19 @@ def write_barcodes(
     return _result(header, was_complete=False)
 
 
-def _check_stores(stores: list[LatentStore], config: BarcodeConfig) -> None:
-    first = stores[0]
-    for store in stores:
-        if config.taus[0] < store.spec.min_activation:
-            raise BadInput(
-                f"{store.root} was pruned below {store.spec.min_activation:g}: tau {config.taus[0]:g} would count "
-                f"too few; choose a larger --tau, or encode without pruning"
-            )
-        for name in ("sae_sha256", "n_latents", "tokens_per_image"):
-            if getattr(store.spec, name) != getattr(first.spec, name):
-                theirs, ours = (str(getattr(each.spec, name))[:12] for each in (store, first))
-                raise SpecMismatch(
-                    f"{store.root} and {first.root} hold latents of different SAEs ({name} {theirs} against {ours}): "
-                    f"they cannot be compared; encode both with one SAE"
-                )
-        tokens, others = ({name: each.spec.cache.get(name) for name in SAME_TOKENS} for each in (store, first))
-        if tokens != others:
-            raise SpecMismatch(
-                f"{store.root} and {first.root} hold latents of different kinds of tokens "
-                f"({describe_difference(tokens, others)}): they cannot be compared; extract both caches alike"
-            )
-
-
-def _differences(stores: list[LatentStore]) -> str:
-    """What may make equal images differ a little from store to store, in words: precision, versions, device."""
-    said: list[dict[str, Any]] = []
-    for store in stores:
-        runs = read_runs(store.root) if isinstance(store.root, Path) else []
-        last = runs[-1] if runs else {}
-        said.append(
-            {
-                "precision of the cache": store.spec.cache.get("precision"),
-                "precision of the encoder": store.spec.precision,
-                "value bits": store.spec.value_bits,
-                "values below dropped": store.spec.min_activation,
-                "cyto": store.header.created_by.removeprefix("cyto "),
-                "torch": last.get("versions", {}).get("torch"),
-                "device": last.get("device"),
-            }
-        )
-    values = {name: list(dict.fromkeys(str(each[name]) for each in said if each[name] is not None)) for name in said[0]}
-    return "; ".join(f"{name} {' against '.join(them)}" for name, them in values.items() if len(them) > 1)
-
-
-def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
-    """Counts are stored as float32, column numbers as int32: refuse what would not be exact there."""
-    most = {"tokens per image": stores[0].spec.tokens_per_image, "images of a patient": groups.n_images.max(initial=0)}
-    for what, number in most.items():
-        if number > _EXACT:
-            raise BadInput(f"{number:,} {what}: counts above {_EXACT:,} are not exact in float32 barcodes")
-    if stores[0].spec.n_latents > np.iinfo(np.int32).max:
-        raise BadInput(f"{stores[0].spec.n_latents:,} latents do not fit the int32 indices of barcodes")
-
-
 # ------------------------------------------------------------------------------------------- tokens to images
 
 
 def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
     """One task per block of images; each writes its part and returns how many entries it has."""
     job.parts.mkdir(exist_ok=True)
-    blocks = list(_plan_blocks(job))
+    blocks = list(
+        plan_blocks(
+            *(job.stores, job.parts, job.client),
+            n_taus=len(job.config.taus),
+            block_images=job.config.block_images,
+        )
+    )
     n_images = len(job.groups.is_readable)
     there = [block for block in blocks if (job.parts / block.name).exists()]
     n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
@@ -331,57 +279,6 @@ def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callab
     finally:
         if job.client.status == "running":  # else there is nobody to tell
             job.client.cancel(list(futures))
-
-
-def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
-    """All images in order, cut at the edges of stores, around the parts that are already there."""
-    taken = sorted(_parts_there(job.parts))
-    # a block's result is at most one entry per nonzero, and is held twice while it grows
-    fits = _worker_memory(job.client) // 4 // (12 + 2 * len(job.config.taus))
-    most, n_threads = max(1, min(_BLOCK_ENTRIES, fits)), _n_threads(job.client)
-    n_left, first = sum(store.nnz for store in job.stores), 0
-    for store in job.stores:
-        end = first + store.spec.n_images
-        at = first
-        while at < end:
-            entries = min(most, max(_LAST_BLOCKS, n_left // (_BLOCKS_LEFT * n_threads)))
-            size = job.config.block_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
-            ready = next((stop for start, stop in taken if start == at and stop <= end), None)
-            if ready is None:
-                next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
-                ready = min(at + size, next_there)
-            n_left -= int(store.image_indptr[ready - first] - store.image_indptr[at - first])
-            yield tasks.Block(
-                latents=str(store.root),
-                start=at - first,
-                stop=ready - first,
-                first=at,
-                n_images=store.spec.n_images,
-                tokens_per_image=store.spec.tokens_per_image,
-                n_latents=store.spec.n_latents,
-                journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
-            )
-            at = ready
-        first = end
-
-
-def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
-    """First and last image of every part of images that a job before this one left."""
-    for path in folder.glob("*.part"):
-        found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
-        if found and int(found[1]) < int(found[2]):
-            yield int(found[1]), int(found[2])
-
-
-def _n_threads(client: "Client") -> int:
-    """Of all workers, at least one."""
-    return max(1, sum(w["nthreads"] for w in client.scheduler_info()["workers"].values()))
-
-
-def _worker_memory(client: "Client") -> int:
-    """The least memory limit of a thread of a worker, in bytes; 2 GiB where there is none."""
-    workers = client.scheduler_info()["workers"].values()
-    return min((w["memory_limit"] // w["nthreads"] for w in workers if w["memory_limit"]), default=2 << 30)
 
 
 def _tag(job: _Job, level: str) -> str:

@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from zarr.codecs import GzipCodec
 
 from cli import cli
-from cytosae import barcode_tasks
+from cytosae import barcode_blocks, barcode_tasks
 from cytosae import barcodes as barcodes_module
+from cytosae.barcode_blocks import plan_blocks
 from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
 from cytosae.counting import ImageCounter
 from cytosae.groups import group_images
@@ -723,7 +724,6 @@ def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> N
 
 def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> None:
     """A block's result has at most an entry per nonzero: half the memory, half the block."""
-    groups = group_images(LatentStore(many / "latents.zarr").images)
     sizes = {}
     for limit in (1 << 16, 1 << 15, 0):
 
@@ -731,10 +731,7 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
-        job = barcodes_module._Job(
-            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster(), None
-        )
-        blocks = list(barcodes_module._plan_blocks(job))
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes[limit] = blocks[0].stop
@@ -744,18 +741,14 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
 
 def test_blocks_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that all threads end together; every image in one block, whatever their number."""
-    monkeypatch.setattr(barcodes_module, "_LAST_BLOCKS", 500)
-    groups = group_images(LatentStore(many / "latents.zarr").images)
+    monkeypatch.setattr(barcode_blocks, "_LAST_BLOCKS", 500)
     for n_threads in (1, 2, 1000):
 
         class Cluster:
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": 0, "nthreads": n_threads}}}  # noqa: B023
 
-        job = barcodes_module._Job(
-            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster(), None
-        )
-        blocks = list(barcodes_module._plan_blocks(job))
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes = [block.stop - block.start for block in blocks]
