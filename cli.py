@@ -1157,6 +1157,8 @@ def barcode(
     for what, number in left_out.items():
         if number:
             click.echo(f"left out: {number:,} {what}")
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
     if done.n_missing_in_table:
         click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
     if done.n_unknown_in_table:
@@ -1250,6 +1252,8 @@ def concept_stats(
         _print_dataset(found, config.label)
     for pair in done.agreement:
         _print_agreement(pair)
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
     if done.n_without_dataset:
         click.echo(f"left out: {done.n_without_dataset:,} images without a dataset")
     if done.n_missing_in_table:
@@ -1473,6 +1477,9 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
     try:
         with _connected(scheduler, workers, memory_limit) as client:
             yield client
+    except KeyboardInterrupt:
+        sys.unraisablehook = _say_unless_of_dask
+        raise
     except KilledWorker:
         limit = "its own, of dask worker" if scheduler else memory_limit
         remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
@@ -1480,6 +1487,13 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             f"a worker was ended again and again, most likely for its memory (limit {limit}); "
             f"{remedy} and run the same command again"
         ) from None
+
+
+def _say_unless_of_dask(unraisable: Any) -> None:
+    """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
+    name = getattr(unraisable.object, "__qualname__", "")
+    if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager
@@ -1511,7 +1525,11 @@ def _connected(scheduler: str | None, workers: int, memory_limit: str) -> Iterat
         limit = dask.utils.parse_bytes(memory_limit)
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment}}):
+    settings = {
+        "distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment},
+        "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
+    }
+    with dask.config.set(settings):
         with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
             cluster = LocalCluster(
                 n_workers=workers,
@@ -1563,7 +1581,7 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
-    began, shown, last, at_start = time.monotonic(), 0.0, -1, -1
+    began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
@@ -1571,9 +1589,11 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
         now = time.monotonic()
         if at_start < 0:
             at_start, began = done, now  # the rate is that of this run, not of what was there before
-        elif done == last or (done < total and now - shown < (0.2 if in_terminal else 10)):
+        elif (done, state) == last or (done == total == last[0]):
             return
-        shown, last = now, done
+        elif done < total and now - shown < (0.2 if in_terminal else 10):
+            return
+        shown, last = now, (done, state)
         line = tqdm.format_meter(
             done,
             total,

@@ -16,6 +16,7 @@ import zarr
 
 from .csr import CsrReader, CsrWriter
 from .errors import BadInput, DamagedStore
+from .files import sha256_file
 from .spec import BARCODES, Header, read_header
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class BarcodeStore:
         return self.root / f"{name}.zarr"
 
     def check(self) -> None:
-        """Raise DamagedStore if a level or a chunk of its matrices is missing."""
+        """Raise DamagedStore if a level, a chunk of its matrices or an export is missing, or an export is damaged."""
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
             layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if path.is_dir())
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
@@ -152,6 +153,11 @@ class BarcodeStore:
                 missing = CsrReader(matrix, shape=(n_rows, n_columns)).missing_chunks()
                 if missing:
                     raise DamagedStore(f"{missing[0]} is missing; count again with --overwrite")
+        for name, sha256 in (self.header.summary or {}).get("exports", {}).items():
+            export = self.root / name
+            if not export.is_file() or sha256_file(export) != sha256:
+                what = "damaged: its hash is not the one in the header" if export.is_file() else "missing"
+                raise DamagedStore(f"{export} is {what}; count again with --overwrite")
 
     def read(self, level: str, tau: float | None = None) -> Any:
         """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`."""

@@ -238,6 +238,22 @@ def test_ctrl_c_in_barcode_is_one_line(made: Path, tmp_path: Path) -> None:
     assert run(*command[3:]).exit_code == 0
 
 
+def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> None:
+    """And nothing else: in a process of its own, since pytest has a hook of its own."""
+    program = (
+        "import sys, cli, distributed\n"
+        "class Other:\n    def __del__(self): raise AttributeError('said')\n"
+        "def leave():\n    Other()\n    distributed.Future.__new__(distributed.Future)\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "cli._connected = interrupted\n"
+        "try:\n    with cli._dask_client(None, 1, '1GiB'): pass\n"
+        "except KeyboardInterrupt:\n    leave()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "said" in done.stderr
+    assert "Future.__del__" not in done.stderr
+
+
 def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:
     """A finished output that has since lost a file is not "already complete", and the way out is named."""
     barcodes = tmp_path / "b"
