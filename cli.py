@@ -1275,7 +1275,7 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
     )
     for group, rows in done.top(5).items():
         click.echo(f"higher in {_shown(found[group]['name'])}: {found['n_higher'][group]:,}, the first of them")
-        click.echo(f"  {'latent':>8} {'mean A':>9} {'mean B':>9} {'g':>7} {'AUC':>6} {'p':>9} {'q':>9} {'p_max_t':>9} stable")
+        click.echo("    latent    mean A    mean B       g    AUC         p         q   p_max_t stable")
         for row in rows:
             click.echo(
                 f"  {row['latent']:>8} {row['mean_a']:>9.4g} {row['mean_b']:>9.4g} {_cell(row['hedges_g'], '7.2f')} "
@@ -1284,7 +1284,7 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
             )
     for warning in found["warnings"]:
         click.echo(f"warning: {_shown(warning)}", err=True)
-    click.echo(f"{out}: differential.parquet, patients.parquet, correlation.parquet; scatter, patients, correlation.png")
+    click.echo(f"{out}: differential, patients and correlation.parquet; scatter, patients and correlation.png, .svg")
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -25,7 +25,7 @@ from stores.spec import COMPARISON
 from stores.tables import column, listed, read_table_file
 
 from .compare_figures import plot_correlation, plot_patients, plot_scatter
-from .permutation import Progress, permutation_test
+from .permutation import PermutationTest, Progress, permutation_test
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -184,9 +184,10 @@ def choose_groups(patients: "AnnData", a: str, b: str) -> Groups:
     of_b = disease == b if b in known else ~of_a & (disease != "")
     for name, members in ((a, of_a), (b, of_b)):
         if members.sum() < 2:
+            n = "1 patient" if members.any() else "no patient"
             raise BadInput(
-                f"{name!r} has {members.sum()} patient{'s' * (members.sum() != 1)}, and a comparison needs at least 2 "
-                f"on each side: the patient is the unit. Mean barcodes alone are in disease.zarr"
+                f"{name!r} has {n}, and a comparison needs at least 2 on each side: the patient is the unit. "
+                f"The mean barcodes themselves are in disease.zarr"
             )
     chosen = np.flatnonzero(of_a | of_b)
     names = np.array(patients.obs_names, object)
@@ -320,7 +321,7 @@ def differential(
         "n_q_at_most_0.05": int((q <= 0.05).sum()),
         "n_p_max_t_at_most_0.05": int((test.p_max_t <= 0.05).sum()),
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
-        "warnings": [_floor_warning(test.floor, n_a, n_b)] if test.floor > 0.05 else [],
+        "warnings": _floor_warnings(test, n_a, n_b),
     }
 
 
@@ -491,11 +492,19 @@ def _about(groups: Groups, members: Bools, name: str) -> dict[str, Any]:
     }
 
 
-def _floor_warning(floor: float, n_a: int, n_b: int) -> str:
-    return (
-        f"no p can be smaller than {floor:.2g}: {n_a} against {n_b} patients are too few, or --permutations is, to "
-        f"reach 0.05 at all"
+def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
+    """What cannot be found however large it is."""
+    n_tested = len(test.p)
+    if test.floor > 0.05:
+        remedy = "more patients" if test.is_exact else "more --permutations"
+        return [f"no p can be below {test.floor:.2g} with {n_a} against {n_b} patients: it takes {remedy} to say more"]
+    n_needed = math.ceil(round(n_tested * test.floor / 0.05, 6))
+    if n_needed == 1:
+        return []
+    remedy = "fewer latents (--min-patients)" + (
+        "" if test.is_exact else f", or --permutations {math.ceil(n_tested / 0.05)}, which lets one do"
     )
+    return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
 
 
 def _first(table: pa.Table, rank: str, n: int) -> list[int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Shown = dict[str, list[int]]  # the latents of the lists "a" and "b", in order of rank
 _LOOKS = {"a": (COLORS[0], "o"), "b": (COLORS[5], "^")}  # colour and marker of a group
-_NAMED = 10  # latents of each list that bear their number in the scatter
+_NAMED = 10  # latents of each list that bear their number in the scatter, unless it would cover another's
 _MOST_NAMED = 80  # patients that have their name at the correlations
 _JITTER = 0.16  # of a row of the patients' figure
 
@@ -46,7 +46,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
         some = shown[group]
         label = f"top {len(some)} higher in {plain(title)}"
         axes.scatter(x[some], y[some], s=18, color=color, marker=marker, linewidth=0, alpha=0.85, label=label, zorder=3)
-        for latent in some[:_NAMED]:
+        for latent in _apart(some[:_NAMED], _root(x) / limit**0.5, _root(y) / limit**0.5):
             axes.annotate(
                 str(latent),
                 (x[latent], y[latent]),
@@ -64,6 +64,15 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     save_both(figure, path)
 
 
+def _apart(latents: list[int], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:
+    """Those whose number has room beside the numbers before it; positions are shares of the axes."""
+    kept: list[int] = []
+    for latent in latents:
+        if all(abs(x[latent] - x[other]) > 0.07 or abs(y[latent] - y[other]) > 0.03 for other in kept):
+            kept.append(latent)
+    return kept
+
+
 def plot_patients(
     values: npt.NDArray[np.floating], is_a: npt.NDArray[np.bool_], shown: Shown, titles: tuple[str, str], path: Path
 ) -> None:
@@ -72,11 +81,10 @@ def plot_patients(
     Each row is scaled to its largest value, which stands at its right.
     """
     n_rows = max(1, *map(len, shown.values()))
-    figure, both = new_figure(width=11, height=1.3 + 0.26 * n_rows, columns=2)
+    figure, (both,) = new_figure(width=11, height=1.3 + 0.26 * n_rows, columns=2)
     for axes, group, title in zip(both, "ab", titles, strict=True):
         latents = shown[group]
-        for row, latent in enumerate(latents):
-            _draw_row(axes, row, values[:, latent], is_a)
+        _draw_rows(axes, values[:, latents], is_a)
         axes.set_yticks(range(len(latents)), [str(latent) for latent in latents], fontsize=7)
         axes.set(xlim=(-0.03, 1.03), ylim=(n_rows - 0.5, -0.5))
         axes.tick_params(axis="x", labelsize=7)
@@ -91,29 +99,36 @@ def plot_patients(
     save_both(figure, path)
 
 
-def _draw_row(axes: "Axes", row: int, values: npt.NDArray[np.floating], is_a: npt.NDArray[np.bool_]) -> None:
-    largest = float(values.max()) or 1.0
-    axes.axhline(row + 0.5, color="0.9", linewidth=0.5, zorder=0)
-    axes.text(1.04, row, f"{largest:.3g}", fontsize=6, va="center", color="0.35")
-    for group, members, middle in (("a", is_a, row - 0.22), ("b", ~is_a, row + 0.22)):
+def _draw_rows(axes: "Axes", values: npt.NDArray[np.floating], is_a: npt.NDArray[np.bool_]) -> None:
+    """Dots and means of both groups: a row per column of `values`."""
+    rows = np.arange(values.shape[1])
+    largest = values.max(0, initial=0)
+    shares = values / np.where(largest > 0, largest, 1)
+    axes.hlines(rows + 0.5, 0, 1, color="0.9", linewidth=0.5, zorder=0)
+    for row, number in enumerate(largest):
+        axes.text(1.04, row, f"{number:.3g}", fontsize=6, va="center", color="0.35")
+    for group, members, middle in (("a", is_a, rows - 0.22), ("b", ~is_a, rows + 0.22)):
         color, marker = _LOOKS[group]
-        x = np.sort(values[members]) / largest
-        y = middle + _JITTER * (np.arange(len(x)) * 0.618034 % 1 - 0.5)  # spread evenly, without chance
+        x = np.sort(shares[members], axis=0)
+        spread = _JITTER * (np.arange(len(x)) * 0.618034 % 1 - 0.5)  # evenly, without chance
+        y = middle + spread[:, None]
         axes.scatter(x, y, s=9, color=color, marker=marker, alpha=0.6, linewidth=0, rasterized=True)
-        axes.plot([x.mean()] * 2, [middle - 0.2, middle + 0.2], color="black", linewidth=1.2)
+        axes.vlines(x.mean(0), middle - 0.2, middle + 0.2, color="black", linewidth=1.2)
 
 
 def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], names: list[str], path: Path) -> None:
-    """Patients against patients, in the order given, with lines between diseases; grey where it is not defined."""
+    """Patients against patients, in the order given, with lines between diseases; black where it is not defined.
+
+    The colours begin at the lowest fiftieth, since one odd patient would take all of them.
+    """
     n_patients = len(names)
     size = min(12.0, 3 + 0.13 * n_patients)
     figure, axes = new_figure(width=size + 1.6, height=size)
     off_diagonal = correlation[~np.eye(n_patients, dtype=bool)]
     known = off_diagonal[np.isfinite(off_diagonal)]
-    low = float(known.min()) if len(known) else 0.0
-    colors = _cividis()
-    image = axes.imshow(correlation, cmap=colors, vmin=low, vmax=1, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04)
+    low = min(float(np.percentile(known, 2)), 0.999) if len(known) else 0.0
+    image = axes.imshow(correlation, cmap=_cividis(), vmin=low, vmax=1, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, extend="min")
     bar.set_label("correlation of the patients' barcodes", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     blocks = [(disease, len(list(members))) for disease, members in groupby(diseases)]
@@ -139,4 +154,4 @@ def _root(values: npt.NDArray[np.floating]) -> Any:
 def _cividis() -> Any:
     from matplotlib import colormaps
 
-    return colormaps["cividis"].with_extremes(bad="0.75")
+    return colormaps["cividis"].with_extremes(bad="black")

@@ -45,7 +45,7 @@ def twin(values: Floats, is_a: npt.NDArray[np.bool_], n: int, seed: int) -> tupl
 
 
 def test_random_permutations_equal_the_twin() -> None:
-    """Skewed columns, columns of few values (ties), and of very different size; units and columns that fill no table."""
+    """Skewed columns, ties, very different sizes; units and columns that fill no table."""
     rng = np.random.default_rng(1)
     values = np.hstack([rng.exponential(1, (23, 60)), rng.integers(0, 3, (23, 15)) * 1.0, rng.random((23, 2)) * 1e6])
     is_a = groups(9, 14)
