@@ -129,6 +129,7 @@ def compare(
     patients = _read_patients(store, config.tau)
     groups = choose_groups(patients, config.a, config.b)
     only = None if latents is None else read_latents(latents, n_latents=groups.values.shape[1])
+    is_tested, left_out = choose_tested(groups.values, config, only)
     spec = {
         "barcodes": store.header.identity,
         **asdict(config),
@@ -142,14 +143,14 @@ def compare(
     if writer.is_complete:
         return Comparison(ResultStore(out, COMPARISON), was_complete=True)
 
-    table, summary = differential(groups, config, only=only, progress=progress)
+    table, summary = differential(groups, config, is_tested, progress=progress)
     summary |= {
+        "left_out": left_out,
         "tau": spec["tau"],
         "normalize": store.header.spec["normalize"],
         "warnings": [*_warnings(groups, config, store.header.spec["normalize"]), *summary["warnings"]],
     }
     shown = {group: _first(table, f"rank_{group}", config.top) for group in ("a", "b")}
-    is_tested = np.asarray(table["is_tested"])
     correlation = correlate(groups.values[:, is_tested])
     writer.write_table("differential", table)
     writer.write_table("patients", _patient_table(groups, sorted({*shown["a"], *shown["b"]})))
@@ -266,22 +267,50 @@ def _warnings(groups: Groups, config: CompareConfig, normalize: str) -> list[str
 # ------------------------------------------------------------------------------------------------- the numbers
 
 
-def differential(
-    groups: Groups,
-    config: CompareConfig,
-    *,
-    only: list[int] | None = None,
-    progress: Progress = lambda done, total, state: None,
-) -> tuple[pa.Table, dict[str, Any]]:
-    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md.
+def choose_tested(
+    values: npt.NDArray[np.float32], config: CompareConfig, only: list[int] | None
+) -> tuple[Bools, dict[str, int]]:
+    """Which latents are tested, and how many are not for which reason, the first that applies; blind to the groups.
+
+    Parameters
+    ----------
+    values : shape (patients, latents)
+    only : latents; None for all
 
     Raises
     ------
     BadInput
-        If no latent is left to be tested.
+        If none is left.
     """
+    n_latents = values.shape[1]
+    is_listed = np.ones(n_latents, bool) if only is None else np.isin(np.arange(n_latents), only)
+    reasons = {
+        "not_listed": ~is_listed,
+        "equal_in_all": values.min(0) == values.max(0),
+        "few_patients": (values > 0).sum(0) < config.min_patients,
+        "low_mean": values.mean(0, dtype=np.float64) < config.min_mean,
+    }
+    is_tested, left_out = np.ones(n_latents, bool), {}
+    for reason, applies in reasons.items():
+        left_out[reason] = int((is_tested & applies).sum())
+        is_tested &= ~applies
+    if not is_tested.any():
+        raise BadInput(
+            f"none of {n_latents:,} latents is left to be tested ({describe_left_out(left_out, config)}); "
+            f"ask for fewer patients or a smaller mean, or count barcodes at a smaller tau"
+        )
+    return is_tested, left_out
+
+
+def differential(
+    groups: Groups,
+    config: CompareConfig,
+    is_tested: Bools,
+    *,
+    progress: Progress = lambda done, total, state: None,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md."""
     columns = _describe(groups)
-    is_tested, left_out = _choose_tested(columns, config, only)
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
     values = groups.values[:, tested]
@@ -298,7 +327,7 @@ def differential(
     table = pa.table(
         {
             "latent": np.arange(n_latents),
-            **{name: pa.array(columns[name], from_pandas=True) for name in _DESCRIBED},
+            **{name: pa.array(numbers, from_pandas=True) for name, numbers in columns.items()},
             "is_tested": is_tested,
             **{name: _spread(numbers, tested, n_latents) for name, numbers in found.items()},
             **{name: _spread(numbers, tested, n_latents).cast(pa.int64()) for name, numbers in ranks.items()},
@@ -311,7 +340,6 @@ def differential(
         "n_patients_of_other_diseases": groups.n_of_others,
         "n_latents": n_latents,
         "n_tested": len(tested),
-        "left_out": left_out,
         "n_permutations": test.n_permutations,
         "is_exact": test.is_exact,
         "p_floor": test.floor,
@@ -325,11 +353,8 @@ def differential(
     }
 
 
-_DESCRIBED = ("mean_a", "mean_b", "difference", "hedges_g", "auc", "n_patients_a", "n_patients_b")
-
-
 def _describe(groups: Groups) -> dict[str, npt.NDArray[Any]]:
-    """Of every latent: the columns of _DESCRIBED, whether it varies, and its mean over all patients of both groups."""
+    """What can be said of every latent, tested or not."""
     blocks = [
         _describe_block(groups.values[:, first : first + _COLUMNS].astype(np.float64), groups.is_a)
         for first in range(0, groups.values.shape[1], _COLUMNS)
@@ -358,36 +383,7 @@ def _describe_block(values: Floats, is_a: Bools) -> dict[str, npt.NDArray[Any]]:
         "auc": n_larger / (n_a * n_b),
         "n_patients_a": (a > 0).sum(0),
         "n_patients_b": (b > 0).sum(0),
-        "varies": values.min(0) < values.max(0),
-        "mean": values.mean(0),
     }
-
-
-def _choose_tested(
-    columns: dict[str, npt.NDArray[Any]], config: CompareConfig, only: list[int] | None
-) -> tuple[Bools, dict[str, int]]:
-    """Which latents are tested, and how many are not for which reason, the first that applies."""
-    n_latents = len(columns["mean"])
-    is_named = np.ones(n_latents, bool)
-    if only is not None:
-        is_named[:] = False
-        is_named[only] = True
-    reasons = {
-        "not_listed": ~is_named,
-        "equal_in_all": ~columns["varies"],
-        "few_patients": columns["n_patients_a"] + columns["n_patients_b"] < config.min_patients,
-        "low_mean": columns["mean"] < config.min_mean,
-    }
-    is_tested, left_out = np.ones(n_latents, bool), {}
-    for reason, applies in reasons.items():
-        left_out[reason] = int((is_tested & applies).sum())
-        is_tested &= ~applies
-    if not is_tested.any():
-        raise BadInput(
-            f"none of {n_latents:,} latents is left to be tested ({describe_left_out(left_out, config)}); "
-            f"ask for fewer patients or a smaller mean, or count barcodes at a smaller tau"
-        )
-    return is_tested, left_out
 
 
 def describe_left_out(left_out: dict[str, int], config: CompareConfig) -> str:

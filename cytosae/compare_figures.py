@@ -33,14 +33,13 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     is_tested = np.asarray(table["is_tested"])
     figure, axes = new_figure(width=6.4, height=6)
     limit = 1.08 * max(x.max(), y.max()) or 1.0
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.axes.set(xlim=(0, limit), ylim=(0, limit))
     axes.set_xscale("function", functions=(_root, np.square))
     axes.set_yscale("function", functions=(_root, np.square))
+    axes.set(xlim=(0, limit), ylim=(0, limit))
     axes.plot([0, limit], [0, limit], color="0.6", linewidth=0.8, zorder=1)
     marked = np.isin(np.arange(len(x)), [*shown["a"], *shown["b"]])
     others = is_tested & ~marked
-    axes.scatter(x[others], y[others], s=5, color="0.55", alpha=0.5, linewidth=0, rasterized=True, label="other")
+    axes.scatter(x[others], y[others], s=5, color="0.55", alpha=0.5, linewidth=0, rasterized=True)
     for group, title in zip("ab", titles, strict=True):
         color, marker = _LOOKS[group]
         some = shown[group]
@@ -60,7 +59,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     axes.set_xlabel(f"mean barcode of {plain(titles[0])}")
     axes.set_ylabel(f"mean barcode of {plain(titles[1])}")
     axes.legend(fontsize=7, frameon=False, loc="upper left")
-    axes.set_title(f"{is_tested.sum():,} latents; square-root axes", fontsize=9, loc="left")
+    axes.set_title(f"{is_tested.sum():,} tested latents; square-root axes", fontsize=9, loc="left")
     save_both(figure, path)
 
 
@@ -117,7 +116,7 @@ def _draw_rows(axes: "Axes", values: npt.NDArray[np.floating], is_a: npt.NDArray
 
 
 def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], names: list[str], path: Path) -> None:
-    """Patients against patients, in the order given, with lines between diseases; black where it is not defined.
+    """Patients against patients, in the order given, with lines between diseases; white where it is not defined.
 
     The colours begin at the lowest fiftieth, since one odd patient would take all of them.
     """
@@ -154,4 +153,4 @@ def _root(values: npt.NDArray[np.floating]) -> Any:
 def _cividis() -> Any:
     from matplotlib import colormaps
 
-    return colormaps["cividis"].with_extremes(bad="black")
+    return colormaps["cividis"].with_extremes(bad="white")

@@ -65,13 +65,12 @@ def permutation_test(
     n_permutations : at least 1
     """
     n_units, n_columns = values.shape
-    is_first = is_a if is_a[0] else ~is_a  # the same, whichever of the groups is called A
-    n_first = int(is_first.sum())
-    n_splits = math.comb(n_units, n_first)
+    n_a = int(is_a.sum())
+    n_splits = math.comb(n_units, n_a)
     is_exact = n_splits <= n_permutations
     total = n_splits if is_exact else n_permutations
     steps, slack = _to_steps(values)
-    observed = np.abs(steps[:, :n_units][:, is_first].sum(1, dtype=np.int64))
+    observed = np.abs(steps[:, :n_units][:, is_a].sum(1, dtype=np.int64))
     bounds = np.full(len(steps), np.iinfo(np.int32).max, np.int32)  # that no column of the padding reaches
     bounds[:n_columns] = observed[:n_columns] - slack
 
@@ -80,7 +79,7 @@ def permutation_test(
     n_done = 0
     progress(0, total, "")
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="permutation") as threads:
-        for masks in _all_splits(n_units, n_first) if is_exact else _random_splits(is_first, total, seed):
+        for masks in _all_splits(n_units, n_a) if is_exact else _random_splits(is_a, total, seed):
             codes = _to_bytes(masks)
 
             def count(some: slice, codes: npt.NDArray[np.uint8] = codes) -> npt.NDArray[np.int32]:
@@ -92,21 +91,14 @@ def permutation_test(
             progress(n_done, total, "")
 
     drawn = 0 if is_exact else 1  # the observed split counts as one of the permutations
+    n_at_least = 2 if is_exact and 2 * n_a == n_units else 1  # groups of one size: every split has its mirror
     return PermutationTest(
         p=(drawn + n_as_extreme[:n_columns]) / (drawn + total),
         p_max_t=(drawn + n_max[:n_columns]) / (drawn + total),
         n_permutations=total,
         is_exact=is_exact,
-        floor=_smallest_p(n_units, n_first, n_permutations),
+        floor=n_at_least / (drawn + total),
     )
-
-
-def _smallest_p(n_units: int, n_first: int, n_permutations: int) -> float:
-    """The floor of p: 1 / (1 + permutations), or 1 / splits where all are taken; groups of one size have mirrors."""
-    n_splits = math.comb(n_units, n_first)
-    if n_splits > n_permutations:
-        return 1 / (1 + n_permutations)
-    return (2 if 2 * n_first == n_units else 1) / n_splits
 
 
 def _to_steps(values: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -134,18 +126,18 @@ def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _random_splits(is_first: npt.NDArray[np.bool_], total: int, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
+def _random_splits(is_a: npt.NDArray[np.bool_], total: int, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
     for done in range(0, total, _SPLITS):
-        masks = np.tile(is_first.astype(np.uint8), (min(_SPLITS, total - done), 1))
+        masks = np.tile(is_a.astype(np.uint8), (min(_SPLITS, total - done), 1))
         yield rng.permuted(masks, axis=1, out=masks)
 
 
-def _all_splits(n_units: int, n_first: int) -> Iterator[npt.NDArray[np.uint8]]:
-    splits = combinations(range(n_units), n_first)
+def _all_splits(n_units: int, n_a: int) -> Iterator[npt.NDArray[np.uint8]]:
+    splits = combinations(range(n_units), n_a)
     while some := list(islice(splits, _SPLITS)):
         masks = np.zeros((len(some), n_units), np.uint8)
-        np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_first), 1, 1)
+        np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_a), 1, 1)
         yield masks
 
 

@@ -233,6 +233,7 @@ def test_filters_see_no_diseases_and_are_counted(barcodes: Path, tmp_path: Path)
     assert np.array_equal(columns(again)["is_tested"], kept)
     with pytest.raises(BadInput, match=r"none of 120 latents is left to be tested \(2 equal in all patients, 118 of a"):
         compare(barcodes, tmp_path / "none", small(min_mean=1e9))
+    assert not (tmp_path / "none").exists()  # so that the next try may have other settings
 
 
 def test_a_list_of_latents(barcodes: Path, tmp_path: Path) -> None:

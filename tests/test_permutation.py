@@ -33,12 +33,11 @@ def twin(values: Floats, is_a: npt.NDArray[np.bool_], n: int, seed: int) -> tupl
         spread = np.sqrt((a.var(0) * len(a) + b.var(0) * len(b)) * (1 / len(a) + 1 / len(b)) / (len(values) - 2))
         return np.abs(a.mean(0) - b.mean(0)) / spread
 
-    first = is_a if is_a[0] else ~is_a
     observed, rng = size(is_a), np.random.default_rng(seed)
     assert np.allclose(observed, np.abs(stats.ttest_ind(values[is_a], values[~is_a]).statistic))
     n_as_extreme, n_max = np.ones((2, values.shape[1]))
     for _ in range(n):
-        drawn = size(rng.permuted(first))
+        drawn = size(rng.permuted(is_a))
         n_as_extreme += drawn >= observed * (1 - 1e-9)
         n_max += drawn.max() >= observed * (1 - 1e-9)
     return n_as_extreme / (n + 1), n_max / (n + 1)
