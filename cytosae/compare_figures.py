@@ -118,16 +118,16 @@ def _draw_rows(axes: "Axes", values: npt.NDArray[np.floating], is_a: npt.NDArray
 def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], names: list[str], path: Path) -> None:
     """Patients against patients, in the order given, with lines between diseases; white where it is not defined.
 
-    The colours begin at the lowest fiftieth, since one odd patient would take all of them.
+    The colours reach from the lowest fiftieth (one odd patient would take all of them) to the largest of two patients.
     """
     n_patients = len(names)
     size = min(12.0, 3 + 0.13 * n_patients)
     figure, axes = new_figure(width=size + 1.6, height=size)
     off_diagonal = correlation[~np.eye(n_patients, dtype=bool)]
     known = off_diagonal[np.isfinite(off_diagonal)]
-    low = min(float(np.percentile(known, 2)), 0.999) if len(known) else 0.0
-    image = axes.imshow(correlation, cmap=_cividis(), vmin=low, vmax=1, interpolation="nearest")
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, extend="min")
+    low, high = np.percentile(known, [2, 100]) if len(known) else (0.0, 1.0)
+    image = axes.imshow(correlation, cmap=_cividis(), vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, extend="both")
     bar.set_label("correlation of the patients' barcodes", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     blocks = [(disease, len(list(members))) for disease, members in groupby(diseases)]
