@@ -166,6 +166,8 @@ def test_stability_is_the_share_of_bootstraps_in_the_top_list() -> None:
     assert np.isnan(found[4])
     assert found[2] > 0.9
     assert np.isnan(bootstrap_stability(values, is_a, top=3, n_bootstraps=0, seed=9)).all()
+    (alone,) = bootstrap_stability(values[:, [5]], is_a, top=3, n_bootstraps=70, seed=9)
+    assert 0.5 < alone < 1  # a list with room for all still has no latent of the other side
 
 
 def test_the_order_of_patients_has_no_part(barcodes: Path, compared: Comparison, tmp_path: Path) -> None:
