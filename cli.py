@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from cytocache.published_datasets import Index
+    from cytosae.compare import CompareConfig, Comparison
     from cytosae.evaluate import BackboneSample, Evaluation
 
 
@@ -1322,6 +1323,115 @@ def concept_thresholds(
     for name, each in zip(names, found, strict=True):
         click.echo(f"{name:<{width}} " + _cells(f"{n:,}" for n in each.n_above))
     click.echo(f"table and figures in {out}")
+
+
+@cli.command("compare")
+@click.argument("barcodes", type=_FILE)
+@click.argument("a")
+@click.argument("b")
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the comparison.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
+@click.option(
+    "--permutations",
+    "n_permutations",
+    type=_COUNT,
+    default=10_000,
+    show_default=True,
+    help="Of the diseases among the patients; where there are no more ways than that, each is taken once.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of permutations and bootstraps.")
+@click.option("--top", type=_COUNT, default=50, show_default=True, help="Latents of each top list.")
+@click.option(
+    "--min-patients",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Test only latents above 0 in so many patients of both groups together.",
+)
+@click.option(
+    "--min-mean",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Test only latents whose mean barcode over the patients of both groups is so large.",
+)
+@click.option(
+    "--latents", type=_FILE, help="Test only those in the column `latent` of this CSV or Parquet, made on other data."
+)
+@click.option(
+    "--bootstraps",
+    "n_bootstraps",
+    type=click.IntRange(min=0),
+    default=1_000,
+    show_default=True,
+    help="How often patients are drawn anew, to see which latents stay in the top lists.",
+)
+@_overwrite_option
+@_json_option
+def compare_diseases(
+    barcodes: Path, out: Path, latents: Path | None, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Which latents differ between the patients of diseases A and B, by how much, and by more than chance?
+
+    A and B are spelled as in disease.zarr; B may be `rest`: all other diseases. The unit is the patient. What the
+    columns and figures mean: docs/compare.md.
+
+    \b
+    Example: cyto compare cells.barcodes CBFB::MYH11 PML::RARA -o cbfb_against_pml
+    """
+    from cytosae.compare import CompareConfig, compare
+
+    config = CompareConfig(**settings)
+    with _progress("compare", "permutation") as progress:
+        done = compare(barcodes, out, config, latents=latents, overwrite=overwrite, progress=progress)
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"comparison": str(out), **done.summary, "top": done.top(5)}, indent=1))
+    else:
+        _print_comparison(out, config, done)
+
+
+def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") -> None:
+    from cytosae.compare import describe_left_out
+
+    found = done.summary
+    for group in ("a", "b"):
+        about = found[group]
+        per_patient = "{min:,} to {max:,}, median {median:,g}".format(**about["images_per_patient"])
+        click.echo(
+            f"{group.upper()}: {_shown(about['name'])}, {about['n_patients']:,} patients with {about['n_images']:,} "
+            f"images ({per_patient} each)"
+        )
+    normalized = "" if found["normalize"] == "images" else f", normalised as {found['normalize']}"
+    not_tested = describe_left_out(found["left_out"], config)
+    click.echo(
+        f"tested: {found['n_tested']:,} of {found['n_latents']:,} latents at tau {found['tau']:g}{normalized}"
+        + (f"; not: {not_tested}" if not_tested else "")
+    )
+    how = f"all {found['n_permutations']:,} ways" if found["is_exact"] else f"{found['n_permutations']:,} permutations"
+    chance = "" if found["is_exact"] else f", seed {found['seed']}"
+    click.echo(f"{how} to share out the patients{chance}; no p can be below {found['p_floor']:.2g}")
+    click.echo(
+        f"p <= 0.05: {found['n_p_at_most_0.05']:,} latents; q <= 0.05: {found['n_q_at_most_0.05']:,}; "
+        f"p_max_t <= 0.05: {found['n_p_max_t_at_most_0.05']:,}"
+    )
+    for group, rows in done.top(5).items():
+        click.echo(f"higher in {_shown(found[group]['name'])}: {found['n_higher'][group]:,}, the first of them")
+        click.echo("    latent    mean A    mean B       g    AUC         p         q   p_max_t stable")
+        for row in rows:
+            click.echo(
+                f"  {row['latent']:>8} {row['mean_a']:>9.4g} {row['mean_b']:>9.4g} {_cell(row['hedges_g'], '7.2f')} "
+                f"{row['auc']:>6.3f} {row['p']:>9.3g} {row['q']:>9.3g} {row['p_max_t']:>9.3g} "
+                f"{_cell(row['stability'], '6.0%')}"
+            )
+    for warning in found["warnings"]:
+        click.echo(f"warning: {_shown(warning)}", err=True)
+    click.echo(f"{out}: differential, patients and correlation.parquet; scatter, patients and correlation.png, .svg")
+
+
+def _cell(value: float | None, form: str) -> str:
+    """A number in its column; `-` where there is none."""
+    return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
