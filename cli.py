@@ -1384,7 +1384,8 @@ def concept_patient(
         click.echo(_patient_line(row))
     for row in done.top:
         click.echo(_patient_concept_line(row))
-    click.echo(f"{out}: a description, not a test: no p- or q-values, which so few patients cannot support")
+    usual = "" if is_all else "; what is usual among patients: --all"
+    click.echo(f"{out}: a description without p- or q-values, which so few patients cannot support{usual}")
 
 
 def _patient_line(row: dict[str, Any]) -> str:

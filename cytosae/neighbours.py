@@ -245,7 +245,7 @@ def _rows(
     has_cosine = decoder.has_direction[latent] & decoder.has_direction[other]
     columns: dict[str, Any] = {
         "latent": latent,
-        "by": [by] * len(latent),
+        "by": pa.array([by] * len(latent), pa.string()),
         "rank": rank + 1,
         "neighbour": other,
         "cosine": pa.array(cosine, mask=~has_cosine),

@@ -3,11 +3,15 @@
 For patient p and latent s, with the others of the same disease and dataset (at least 5):
 
     z = (a_p[s] - median of the others) / sqrt((1.4826 MAD of the others)^2 + se^2)
-    se = standard error of a_p[s] over the patient's own images, at least 1 / N_p: one token in one of them
+    se^2 = phi max(a_p[s], median) / N_p, at least (1 / N_p)^2: one token in one of the N_p images
+    phi = variance / mean of the patient's own images, at least 1 (Poisson)
 
-MAD is 0 where most others lack the latent; se keeps a find in a single image at a z of about 1, one of the same
-strength in k images at sqrt(k). Whether it holds within the patient is asked of its images: split into halves again and
-again (seeded), how often do both halves lie on the patient's side of the others' median? By chance, half the times.
+se is the error of a mean over the patient's images; where the patient lies below the others it is taken at their level,
+as few tokens would seem too certain. MAD is 0 where most others lack the latent; se then keeps a find in a single image
+at a z of about 1, one of the same strength in k images at sqrt(k).
+
+Whether a difference holds within the patient is asked of its images: split into halves again and again (seeded), how
+often do both halves lie on the patient's side of the others' median? By chance, half the times.
 
 No p- or q-values: n others can at best say "1 of n + 1", once per latent, and thousands of latents are looked at. What
 stands here describes and ranks; a stain or a scanner can make a patient special too.
@@ -41,7 +45,7 @@ LEAST_IMAGES = 4  # two in each half
 Z_FROM = 3.0  # a latent sets a patient apart from here on, if it replicates
 REPLICATED = 0.95  # share of the splits
 _MAD_TO_SD = 1.4826  # of a normal distribution
-_MOST_DRAWN = 30
+_LEAST_DRAWN, _MOST_DRAWN = 12, 40  # latents in the figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,8 @@ def compare(
     barcode, median = total / n_images, np.median(others, axis=0)
     mad = np.median(np.abs(others - median), axis=0)
     variance = np.maximum(0, squares - n_images * barcode**2) / (n_images - 1)
-    se = np.maximum(np.sqrt(variance / n_images), 1 / n_images)
+    dispersion = np.maximum(1, variance / np.where(barcode > 0, barcode, 1))
+    se = np.maximum(np.sqrt(dispersion * np.maximum(barcode, median) / n_images), 1 / n_images)
     scale = np.hypot(_MAD_TO_SD * mad, se)
     side = _side(barcode, median)
     n_active = images.getnnz(axis=0)
@@ -350,10 +355,8 @@ def _table(name: str, found: PatientConcepts) -> pa.Table:
 
 
 def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> None:
-    """The latents that set the patient apart, or else the largest |z|."""
-    some = np.flatnonzero(found.sets_apart)[:_MOST_DRAWN]
-    if not len(some):
-        some = np.arange(min(_MOST_DRAWN, len(found.latent)))
+    """The latents with the largest |z|: all that set the patient apart, or some."""
+    some = np.arange(len(found.latent))[: min(_MOST_DRAWN, max(_LEAST_DRAWN, int(found.sets_apart.sum())))]
     who = cohort.describe(number)
     names = [
         f"{latent}: {barcode:.3g} against {median:.3g} tokens per image, in {n_active} images"

@@ -25,6 +25,8 @@ def plot_stability(cosines: Sequence[Floats], null: Sequence[Floats], path: Path
         axes.hist(matched, _BINS, weights=weights, color=color, alpha=0.35)
         axes.hist(matched, _BINS, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
     axes.set_xlim(0, 1)
+    axes.set_yscale("log")  # or a few latents in agreement would not be seen beside many that are not
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("cosine of matched decoder rows")
     axes.set_ylabel("share of matched pairs")
     axes.grid(alpha=0.25, linewidth=0.5)
@@ -36,31 +38,44 @@ def plot_stability(cosines: Sequence[Floats], null: Sequence[Floats], path: Path
 
 
 def plot_patient(
-    title: str, names: Sequence[str], z: Floats, others_z: Floats, is_replicated: npt.NDArray[np.bool_], path: Path
+    title: str, names: Sequence[str], z: Floats, others_z: Floats, sets_apart: npt.NDArray[np.bool_], path: Path
 ) -> None:
     """Latents (rows) with the patient against the others of the disease, in the unit of z.
 
-    names, z, is_replicated : (n,); others_z : (n_others, n)
+    names, z, sets_apart : (n,); others_z : (n_others, n)
     """
     figure, axes = new_figure(width=8.5, height=1.6 + 0.28 * max(1, len(names)))
     rows = np.arange(len(names))
     for others in others_z:
         axes.plot(others, rows, "|", color="0.55", markersize=8, markeredgewidth=1)
-    for flag, fill, label in ((True, COLORS[5], "the patient"), (False, "white", "the patient, halves disagree")):
-        some = is_replicated == flag
+    for flag, fill, label in (
+        (True, COLORS[5], "the patient, set apart"),
+        (False, "white", "the patient, not set apart"),
+    ):
+        some = sets_apart == flag
         axes.plot(z[some], rows[some], "D", color=COLORS[5], markerfacecolor=fill, markersize=6, label=label)
-    axes.plot([], [], "|", color="0.55", markersize=8, label="each other patient of the disease")
+    axes.plot([], [], "|", color="0.55", markersize=8, label="each other patient")
     axes.axvline(0, color="0.3", linewidth=0.8)
+    for bound in (-3, 3):
+        axes.axvline(bound, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_yticks(rows, list(names), fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=3)
-    axes.set_xlabel("robust z: distance from the others' median (linear up to 3, then logarithmic)", fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    largest = max([4, *np.abs(z), *np.abs(others_z).ravel()])
+    axes.set_xlim(-1.1 * largest, 1.1 * largest)
+    _scale(axes, "x", largest, linear_to=3, most=20)
+    axes.set_xlabel("robust z: distance from the others' median", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="x", alpha=0.25, linewidth=0.5)
-    axes.legend(
-        fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.6 / max(3, len(names))), ncols=3
-    )
+    figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     axes.set_title(title, fontsize=10, loc="left")
     save_both(figure, path)
+
+
+def _scale(axes: Any, which: str, largest: float, *, linear_to: float, most: float) -> None:
+    """Beyond `most`, logarithmic from `linear_to` on; numbers are written out."""
+    if largest > most:
+        (axes.set_xscale if which == "x" else axes.set_yscale)("symlog", linthresh=linear_to)
+        (axes.xaxis if which == "x" else axes.yaxis).set_major_formatter("{x:g}")
 
 
 def plot_all_patients(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -73,13 +88,15 @@ def plot_all_patients(rows: Sequence[dict[str, Any]], path: Path) -> None:
             [row["halves_correlation"] for row in some],
             [row["n_raised"] + row["n_lowered"] for row in some],
             color=COLORS[number % len(COLORS)],
-            marker=MARKERS[number % len(MARKERS)],
+            marker=MARKERS[(number + number // len(COLORS)) % len(MARKERS)],
             s=30,
             alpha=0.8,
             label=plain(disease) if number < 16 else None,
         )
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=-0.2)
+    largest = max(row["n_raised"] + row["n_lowered"] for row in rows)
+    _scale(axes, "y", largest, linear_to=1, most=20)
+    axes.set_ylim(-0.5, 1.2 * largest + 0.5)
+    axes.yaxis.get_major_locator().set_params(**({} if largest > 20 else {"integer": True}))
     axes.set_xlabel("correlation of the patient's two halves (deviation from the others' median)")
     axes.set_ylabel("latents that set the patient apart")
     axes.grid(alpha=0.25, linewidth=0.5)

@@ -264,9 +264,10 @@ def _latent_table(
 def _refuse_twice(decoders: list[Decoder]) -> None:
     first_at: dict[str, Path] = {}
     for decoder in decoders:
-        first = first_at.setdefault(decoder.sae_sha256, decoder.root)
-        if first is not decoder.root:
+        if decoder.sae_sha256 in first_at:
+            first = first_at[decoder.sae_sha256]
             raise BadInput(f"{first} and {decoder.root} are the same SAE; give each SAE once")
+        first_at[decoder.sae_sha256] = decoder.root
 
 
 def _concepts_of(decoders: list[Decoder], concepts: Sequence[Path]) -> dict[int, ResultStore]:
