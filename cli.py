@@ -1215,7 +1215,7 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     """
     from cytosae.stability import write_stability
 
-    with _progress("match", "step") as progress:
+    with _progress("match", "block") as progress:
         done = write_stability(runs, out, progress=progress, **settings)
     _say_done(out, done.was_complete)
     if as_json:

@@ -21,11 +21,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from stores.errors import BadInput
 from stores.latent_store import LatentStore
+from stores.spec import check_choice
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 TOKEN_SETS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
+MOST_NEIGHBOURS = 1000
 _BLOCK_ENTRIES = 4 << 20  # nonzeros that are read together
 _GROUP_BYTES = 256 << 20  # of the counts of one group
 
@@ -38,6 +41,16 @@ class Coactivation:
     token_set: str = "all"
     min_images: int = 5  # in which a pair must be active together at a token
     n_top: int = 10
+
+    def __post_init__(self) -> None:
+        check_choice("token_set", self.token_set, tuple(TOKEN_SETS))
+        if not self.tau >= 0:
+            raise BadInput(f"tau must be a number of at least 0; found {self.tau!r}")
+        if self.min_images < 1 or not 1 <= self.n_top <= MOST_NEIGHBOURS:
+            raise BadInput(
+                f"min_images must be at least 1, and neighbours 1 to {MOST_NEIGHBOURS:,}; "
+                f"found {self.min_images} and {self.n_top}"
+            )
 
 
 @dataclass(frozen=True, eq=False)

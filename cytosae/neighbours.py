@@ -17,7 +17,7 @@ import pyarrow as pa
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.results import begin_results
-from stores.spec import NEIGHBOURS, check_choice
+from stores.spec import NEIGHBOURS
 
 from . import coactivation
 from .coactivation import Coactivation, GroupCounts
@@ -70,8 +70,17 @@ def find_neighbours(
         If a store holds latents of another SAE.
     """
     decoder = read_decoder(run)
-    stores = _open(decoder, latents, settings)
-    numbers = _chosen(decoder, chosen)
+    return _find(decoder, _open(decoder, latents, settings), _chosen(decoder, chosen), settings, client, progress)
+
+
+def _find(
+    decoder: Decoder,
+    stores: list[LatentStore],
+    numbers: Ints,
+    settings: Coactivation,
+    client: "Client | None",
+    progress: Progress,
+) -> Neighbours:
     near = _by_direction(decoder, numbers, settings.n_top, progress)
     if not stores:
         return Neighbours(_table(decoder, numbers, near, None, 0), len(numbers), None, None)
@@ -116,7 +125,7 @@ def write_neighbours(
         cluster_job(client, writer.root, {store.root: store.journal_sha256 for store in stores}) if client else None
     )
     with on_workers or nullcontext():
-        found = find_neighbours(run, latents, chosen=chosen, settings=settings, client=client, progress=progress)
+        found = _find(decoder, stores, _chosen(decoder, chosen), settings, client, progress)
     writer.write_table("neighbours", found.table)
     summary = {"n_latents": found.n_latents, "n_tokens": found.n_tokens, "n_images": found.n_images}
     writer.finish({**summary, "n_without_direction": int((~decoder.has_direction).sum())})
@@ -124,9 +133,6 @@ def write_neighbours(
 
 
 def _open(decoder: Decoder, latents: Sequence[Path | str], settings: Coactivation) -> list[LatentStore]:
-    check_choice("token_set", settings.token_set, tuple(coactivation.TOKEN_SETS))
-    if not settings.tau >= 0:
-        raise BadInput(f"tau must be a number of at least 0; found {settings.tau!r}")
     stores = [LatentStore(path) for path in latents]
     for store in stores:
         if store.spec.sae_sha256 != decoder.sae_sha256:

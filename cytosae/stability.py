@@ -122,15 +122,16 @@ def write_stability(
             was_complete=True,
         )
     matches, rows, null_cosines = [], [], []
-    for n_done, (a, b) in enumerate(pairs_of):
-        progress(2 * n_done, 2 * len(pairs_of), f"SAE {a} and {b}")
+    passes = _Passes(progress)
+    for a, b in pairs_of:
         directions = [decoders[each].rows[chosen[each]] for each in (a, b)]
-        matches.append(match_directions(*directions))
-        progress(2 * n_done + 1, 2 * len(pairs_of), f"SAE {a} and {b}: chance")
+        passes.state = f"SAE {a} and {b}"
+        matches.append(match_directions(*directions, progress=passes))
+        passes.state = f"SAE {a} and {b}, random directions"
         rng = np.random.default_rng((seed, a, b))
-        null_cosines.append(match_directions(*(draw_like(each, rng) for each in directions)).cosine)
+        drawn = [draw_like(each, rng) for each in directions]
+        null_cosines.append(match_directions(*drawn, progress=passes).cosine)
         rows.append({"sae_a": a, "sae_b": b, **_describe(matches[-1], null_cosines[-1])})
-    progress(2 * len(pairs_of), 2 * len(pairs_of), "")
     writer.write_table("pairs", pa.Table.from_pylist(rows))
     writer.write_table("matches", _match_table(pairs_of, matches, chosen))
     writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
@@ -139,22 +140,39 @@ def write_stability(
     return StabilityResult(pairs=rows, n_without_direction=n_without, was_complete=False)
 
 
+class _Passes:
+    """Blocks of cosines over all passes so far; how many passes there will be is not known before."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.state = ""
+        self._progress, self._n_before = progress, 0
+
+    def __call__(self, done: int, total: int, state: str) -> None:
+        self._progress(self._n_before + done, self._n_before + total, self.state)
+        if done == total:
+            self._n_before += total
+
+
 def match_directions(
-    a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], *, n_candidates: int = _NEAREST
+    a: npt.NDArray[np.float32],
+    b: npt.NDArray[np.float32],
+    *,
+    n_candidates: int = _NEAREST,
+    progress: Progress = lambda done, total, state: None,
 ) -> Matching:
     """The one-to-one matching of rows of norm 1, (n_a, D) and (n_b, D), with the largest sum of cosines.
 
     Memory: some `n_candidates` pairs per row, and a block of products. Equally good matchings exist where rows are
     equal; which of them is found is not promised.
     """
-    of_a, of_b = nearest(a, b, max(1, min(n_candidates, len(a), len(b))))
+    of_a, of_b = nearest(a, b, max(1, min(n_candidates, len(a), len(b))), progress=progress)
     best_of_a = pair_cosines(a, b, np.arange(len(a)), of_a.index[:, 0])
     best_of_b = pair_cosines(a, b, of_b.index[:, 0], np.arange(len(b)))
     pairs = np.unique(np.concatenate([_pairs(of_a.index, len(b)), _pairs(of_b.index, len(b), turned=True)]))
     weights = pair_cosines(a, b, *np.divmod(pairs, len(b)))
     for _ in range(_ROUNDS):
         found = assign(*np.divmod(pairs, len(b)), weights, len(a), len(b))
-        over, _ = nearest(a, b, of_a.value.shape[1], prices=found.column_prices)
+        over, _ = nearest(a, b, of_a.value.shape[1], prices=found.column_prices, progress=progress)
         # a row's price must reach every product less the column's price, not those of the candidates alone
         short = np.maximum(0, over.value[:, 0] - found.row_prices)
         bound = float(found.row_prices.sum() + found.column_prices.sum() + short.sum())

@@ -176,7 +176,7 @@ def test_by_direction_alone(made: tuple[Path, list[Path], list[Float]], tmp_path
 
 
 def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> None:
-    sae, stores, _ = made
+    sae, _, _ = made
     sha256 = sha256_file(sae / "sae.safetensors")
     dense, readable = drawn(5)
     dense[dense < 0.2] = 0
@@ -195,7 +195,11 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
     with pytest.raises(BadInput, match="no readable image in"):
         find_neighbours(sae, [nothing], settings=Coactivation())
     with pytest.raises(BadInput, match="tau must be a number of at least 0"):
-        find_neighbours(sae, stores, settings=Coactivation(tau=math.nan))
+        Coactivation(tau=math.nan)
+    with pytest.raises(BadInput, match=r"neighbours 1 to 1,000; found 5 and 1001"):
+        Coactivation(n_top=1001)
+    with pytest.raises(BadInput, match="token_set must be one of all, patch, cls; found 'image'"):
+        Coactivation(token_set="image")
 
 
 def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> None:
