@@ -143,6 +143,7 @@ def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
+    from cytosae import coactivation
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
     from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
@@ -174,6 +175,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,
+        ("cyto concept neighbours", "token_set"): tuple(coactivation.TOKEN_SETS),
     }
 
 
