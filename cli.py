@@ -38,7 +38,7 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            readers = "cache info, sae train, sweep, eval and encode, and barcode"
+            readers = "cache info, sae train, sweep, eval and encode, barcode, and concept neighbours --latents"
             self.fail(f"{value!r} is a URL; only {readers} read from one", param, ctx)
         return str(value)
 
@@ -1432,6 +1432,231 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
 def _cell(value: float | None, form: str) -> str:
     """A number in its column; `-` where there is none."""
     return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
+
+
+@concept.command("stability")
+@click.argument("runs", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder for the tables and the figure.")
+@click.option(
+    "--concepts",
+    type=_FILE,
+    multiple=True,
+    help="Folder of cyto concept stats, one for each RUN: compare latents of some activity only.",
+)
+@click.option(
+    "--min-mean-activation",
+    default=1e-3,
+    show_default=True,
+    metavar="X",
+    help="With --concepts: mean activation from which a latent counts, in some dataset.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random directions of the null.")
+@click.option(
+    "--assume-compatible", is_flag=True, help="Take imported SAEs, which do not say which tokens they were trained on."
+)
+@_overwrite_option
+@_json_option
+def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settings: Any) -> None:
+    """Do SAEs agree? Match the latents of every two RUNs one to one by the cosine of their decoder rows.
+
+    The matching has the largest possible sum of cosines. Beside it stands that of random directions. Directions alone
+    are compared: the SAEs may differ in the number of latents, in the scale of their tokens and in their centre.
+
+    \b
+    Example: cyto concept stability seed0.sae seed1.sae seed2.sae -o cells.stability
+    """
+    from cytosae.stability import write_stability
+
+    with _progress("match", "block") as progress:
+        done = write_stability(runs, out, progress=progress, **settings)
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"saes": [str(run) for run in runs], "pairs": done.pairs}, indent=1))
+        return
+    for run, n_without in zip(runs, done.n_without_direction, strict=True):
+        if n_without:
+            click.echo(f"{run}: {n_without:,} latents without a direction (their decoder row is zero) are left out")
+    for pair in done.pairs:
+        click.echo(f"{runs[pair['sae_a']]} and {runs[pair['sae_b']]}: {_matching_line(pair)}")
+    click.echo(f"{out}: matches, stability of each latent, pairs, figure")
+
+
+def _matching_line(pair: dict[str, Any]) -> str:
+    proof = "the best there is" if pair["is_optimal"] else f"the best sum is larger by at most {pair['gap']:.3g}"
+    return (
+        f"{pair['n_matched']:,} of {min(pair['n_latents_a'], pair['n_latents_b']):,} latents matched ({proof}), "
+        f"mean cosine {pair['mean_cosine']:.3f} (random directions {pair['null_mean_cosine']:.3f}), "
+        f"{pair['share_above_0.7']:.1%} above 0.7, {pair['share_above_0.9']:.1%} above 0.9, "
+        f"{pair['share_above_null_p99']:.1%} above 99% of the random ones ({pair['null_p99']:.3f})"
+    )
+
+
+@concept.command("neighbours")
+@click.argument("run", type=_FILE)
+@click.option("-o", "--out", type=_FILE, help="Folder for the table  [default: print the neighbours of --latent].")
+@click.option(
+    "--latents",
+    type=_STORE,
+    multiple=True,
+    metavar="STORE",
+    help="Latent store (path or URL) by this SAE: also tells which latents are active together. May repeat.",
+)
+@click.option(
+    "--latent", "chosen", type=int, multiple=True, metavar="N", help="Of this latent; may repeat  [default: all]."
+)
+@click.option("--top", "n_top", type=_COUNT, default=10, show_default=True, help="Neighbours of each kind.")
+@click.option("--tau", default=0.0, show_default=True, help="Active at a token: stored value above this.")
+@click.option("--token-set", type=_TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
+@click.option(
+    "--min-images",
+    type=_COUNT,
+    default=5,
+    show_default=True,
+    help="Images in which two latents must be active at one token, to be neighbours by activity.",
+)
+@_dask_options
+@_overwrite_option
+@_json_option
+def concept_neighbours(
+    run: Path,
+    out: Path | None,
+    latents: tuple[Path | str, ...],
+    chosen: tuple[int, ...],
+    scheduler: str | None,
+    workers: int,
+    memory_limit: str,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Latents near a latent: decoder rows of large cosine, and with --latents those active at the same tokens.
+
+    Active together is said by phi, the correlation of being active at a token: 0 by chance, 1 always together. Counts
+    are exact. All latents of a large store take one pass over it for each few hundred latents.
+
+    \b
+    Example: cyto concept neighbours cells.sae --latents cells.latents.zarr --latent 17
+    """
+    from cytosae.coactivation import Coactivation
+    from cytosae.neighbours import find_neighbours, write_neighbours
+
+    config = Coactivation(**settings)
+    if out is None:
+        if not chosen:
+            raise click.UsageError("give -o DIR for the neighbours of all latents, or --latent N to print those of one")
+        found = find_neighbours(run, latents, chosen=chosen, settings=config).table.to_pylist()
+        click.echo(json.dumps(found, indent=1) if as_json else "\n".join(_neighbour_lines(found, chosen)))
+        return
+    with _progress("neighbours", "step") as progress:
+        given: dict[str, Any] = {"chosen": chosen, "settings": config, "overwrite": overwrite, "progress": progress}
+        if latents:
+            with _dask_client(scheduler, workers, memory_limit) as client:
+                was_complete = write_neighbours(run, out, latents, client=client, **given)
+        else:
+            was_complete = write_neighbours(run, out, **given)
+    _say_done(out, was_complete)
+    summary = _result_summary(out, "neighbours")
+    if as_json:
+        click.echo(json.dumps(summary, indent=1))
+        return
+    by = f" and activity at {summary['n_tokens']:,} tokens of {summary['n_images']:,} images" if latents else ""
+    click.echo(f"{out}: neighbours of {summary['n_latents']:,} latents by direction{by}")
+    if summary["n_without_direction"]:
+        click.echo(f"{summary['n_without_direction']:,} latents have no direction: their decoder row is zero")
+
+
+def _result_summary(out: Path, kind: str) -> dict[str, Any]:
+    from stores import read_header
+    from stores.spec import FORMATS
+
+    return read_header(out, FORMATS[kind]).summary or {}
+
+
+def _neighbour_lines(rows: list[dict[str, Any]], chosen: tuple[int, ...]) -> Iterator[str]:
+    """One block per latent: its neighbours by direction, then those by activity."""
+    for latent in sorted(set(chosen)):
+        mine = [row for row in rows if row["latent"] == latent]
+        n_tokens = next((row["n_tokens"] for row in mine if row["n_tokens"] is not None), None)
+        yield f"latent {latent}" + ("" if n_tokens is None else f", active at {n_tokens:,} tokens")
+        for by, title in (("direction", "nearest direction"), ("tokens", "active at the same tokens")):
+            some = [row for row in mine if row["by"] == by]
+            if by == "direction" or n_tokens is not None:
+                yield f"  {title}: {'' if some else 'none'}".rstrip()
+            for row in some:
+                together = ""
+                if row["n_tokens_both"] is not None:
+                    together = (
+                        f"  phi {_number(row['phi'])}  lift {row['lift'] or 0:.1f}  together at "
+                        f"{row['n_tokens_both']:,} tokens of {row['n_images_both']:,} images"
+                    )
+                yield f"    {row['rank']:>3}  latent {row['neighbour']:<6}  cosine {_number(row['cosine'])}{together}"
+
+
+@concept.command("patient")
+@click.argument("barcodes", type=_FILE)
+@click.argument("patient", required=False)
+@click.option("--all", "is_all", is_flag=True, help="Every patient instead of one.")
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder for the tables and the figure.")
+@click.option("--tau", type=float, help="Which barcodes, where there are several.")
+@click.option(
+    "--min-images",
+    type=_COUNT,
+    default=3,
+    show_default=True,
+    help="Of the patient's images in which a raised latent must be above tau.",
+)
+@click.option("--splits", "n_splits", type=_COUNT, default=200, show_default=True, help="Times the images are halved.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the splits.")
+@_overwrite_option
+@_json_option
+def concept_patient(
+    barcodes: Path, patient: str | None, is_all: bool, out: Path, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Latents that set PATIENT apart from the other patients of its disease, and hold in both halves of its images.
+
+    A robust z (median and MAD of the others, the patient's own error added), at least 5 others of the same disease and
+    dataset. It ranks and describes: so few patients cannot support p- or q-values, and none are given.
+
+    \b
+    Example: cyto concept patient cells.barcodes P07 -o P07.concepts
+    """
+    from cytosae.patient_concepts import PatientSettings, write_patient_concepts
+
+    if (patient is None) != is_all:
+        raise click.UsageError("name one PATIENT, or give --all")
+    with _progress("compare", "patient") as progress:
+        done = write_patient_concepts(
+            barcodes, patient, out, PatientSettings(**settings), overwrite=overwrite, progress=progress
+        )
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"patients": done.patients, "top": done.top}, indent=1))
+        return
+    for row in done.patients:
+        click.echo(_patient_line(row))
+    for row in done.top:
+        click.echo(_patient_concept_line(row))
+    usual = "" if is_all else "; what is usual among patients: --all"
+    click.echo(f"{out}: a description without p- or q-values, which so few patients cannot support{usual}")
+
+
+def _patient_line(row: dict[str, Any]) -> str:
+    name = _shown(row["patient"])
+    if row["skipped"]:
+        return f"{name}: left out ({_shown(row['skipped'])})"
+    return (
+        f"{name}: {row['n_images']:,} images against {row['n_others']:,} others with {_shown(row['disease'])}; "
+        f"{row['n_raised']:,} latents raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both halves) of "
+        f"{row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
+    )
+
+
+def _patient_concept_line(row: dict[str, Any]) -> str:
+    return (
+        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_median']:.3g} "
+        f"tokens per image, in {row['n_images_active']:,} images; {row['n_others_beyond']:,} others as far; "
+        f"both halves on that side {row['replicated']:.0%}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline

@@ -22,7 +22,7 @@ from stores.files import sha256_file
 from stores.latent_store import remote_rows
 from stores.spec import FORMATS, cyto_version
 
-from . import barcode_tasks, concept_tasks, counting
+from . import barcode_tasks, coactivation, concept_tasks, counting
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -35,7 +35,7 @@ _ALONE = 20.0  # seconds without a worker, after which those are named that came
 
 def describe() -> dict[str, str]:
     """What must be equal on all machines: versions, formats, and the source of what workers do."""
-    ours = (barcode_tasks, concept_tasks, counting)
+    ours = (barcode_tasks, coactivation, concept_tasks, counting)
     files = [*sorted(Path(stores.__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in ours)]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
     return {

@@ -143,6 +143,7 @@ def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
+    from cytosae import coactivation
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.concepts import LABEL_COLUMNS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
@@ -177,6 +178,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto barcode", "normalize"): NORMALIZATIONS,
         ("cyto concept stats", "token_set"): TOKEN_SETS,
         ("cyto concept stats", "label"): LABEL_COLUMNS,
+        ("cyto concept neighbours", "token_set"): tuple(coactivation.TOKEN_SETS),
     }
 
 

@@ -95,6 +95,17 @@ def test_comparison_page(tmp_path: Path) -> None:
     assert not {*table.column_names} - {*re.findall(r"`(\w+)`", page.read_text())}
 
 
+def test_relations_page(made: Path, tmp_path: Path) -> None:
+    """Its blocks run, on small stores."""
+    for name, here in (("acts.zarr", "cells.acts.zarr"), ("run", "seed0.sae"), ("latents.zarr", "cells.latents.zarr")):
+        shutil.copytree(made / name, tmp_path / here)
+    marked = r"^<!-- executed by tests/test_docs.py -->\n```bash\n(.*?)^```$"
+    scripts = re.findall(marked, (ROOT / "docs" / "relations.md").read_text(), re.MULTILINE | re.DOTALL)
+    printed = [shell(f"export OMP_NUM_THREADS=1\n{script}", tmp_path) for script in scripts]
+    assert "the best there is" in printed[0]
+    assert "active at the same tokens" in printed[1]
+
+
 def test_every_block_runs_or_says_why_not() -> None:
     """A block that no test runs is output, a picture, or bears a reason."""
     for page in PAGES:

@@ -78,6 +78,7 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
         ("cytosae.concepts, cytosae.concept_thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
         ("cytosae.figures", {"torch", "cytocache"}),
         ("cytosae.compare", {"torch", "cytocache", "dask", "matplotlib"}),
+        ("cytosae.stability, cytosae.neighbours, cytosae.patient_concepts", {"torch", "timm", "cytocache", "anndata"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
         ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "stores", "dask", "click"}),
         ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),
