@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from cytocache.published_datasets import Index
+    from cytosae.compare import CompareConfig, Comparison
     from cytosae.evaluate import BackboneSample, Evaluation
 
 
@@ -37,7 +38,7 @@ class _Place(click.Path):
         if "://" not in str(value):
             return super().convert(value, param, ctx)
         if not self.urls:
-            readers = "cache info, sae train, sweep, eval and encode, and barcode"
+            readers = "cache info, sae train, sweep, eval and encode, barcode, and concept neighbours --latents"
             self.fail(f"{value!r} is a URL; only {readers} read from one", param, ctx)
         return str(value)
 
@@ -1157,6 +1158,8 @@ def barcode(
     for what, number in left_out.items():
         if number:
             click.echo(f"left out: {number:,} {what}")
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
     if done.n_missing_in_table:
         click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
     if done.n_unknown_in_table:
@@ -1250,6 +1253,8 @@ def concept_stats(
         _print_dataset(found, config.label)
     for pair in done.agreement:
         _print_agreement(pair)
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
     if done.n_without_dataset:
         click.echo(f"left out: {done.n_without_dataset:,} images without a dataset")
     if done.n_missing_in_table:
@@ -1318,6 +1323,340 @@ def concept_thresholds(
     for name, each in zip(names, found, strict=True):
         click.echo(f"{name:<{width}} " + _cells(f"{n:,}" for n in each.n_above))
     click.echo(f"table and figures in {out}")
+
+
+@cli.command("compare")
+@click.argument("barcodes", type=_FILE)
+@click.argument("a")
+@click.argument("b")
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the comparison.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
+@click.option(
+    "--permutations",
+    "n_permutations",
+    type=_COUNT,
+    default=10_000,
+    show_default=True,
+    help="Of the diseases among the patients; where there are no more ways than that, each is taken once.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of permutations and bootstraps.")
+@click.option("--top", type=_COUNT, default=50, show_default=True, help="Latents of each top list.")
+@click.option(
+    "--min-patients",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Test only latents above 0 in so many patients of both groups together.",
+)
+@click.option(
+    "--min-mean",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Test only latents whose mean barcode over the patients of both groups is so large.",
+)
+@click.option(
+    "--latents", type=_FILE, help="Test only those in the column `latent` of this CSV or Parquet, made on other data."
+)
+@click.option(
+    "--bootstraps",
+    "n_bootstraps",
+    type=click.IntRange(min=0),
+    default=1_000,
+    show_default=True,
+    help="How often patients are drawn anew, to see which latents stay in the top lists.",
+)
+@_overwrite_option
+@_json_option
+def compare_diseases(
+    barcodes: Path, out: Path, latents: Path | None, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Which latents differ between the patients of diseases A and B, by how much, and by more than chance?
+
+    A and B are spelled as in disease.zarr; B may be `rest`: all other diseases. The unit is the patient. What the
+    columns and figures mean: docs/compare.md.
+
+    \b
+    Example: cyto compare cells.barcodes CBFB::MYH11 PML::RARA -o cbfb_against_pml
+    """
+    from cytosae.compare import CompareConfig, compare
+
+    config = CompareConfig(**settings)
+    with _progress("compare", "permutation") as progress:
+        done = compare(barcodes, out, config, latents=latents, overwrite=overwrite, progress=progress)
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"comparison": str(out), **done.summary, "top": done.top(5)}, indent=1))
+    else:
+        _print_comparison(out, config, done)
+
+
+def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") -> None:
+    from cytosae.compare import describe_left_out
+
+    found = done.summary
+    for group in ("a", "b"):
+        about = found[group]
+        per_patient = "{min:,} to {max:,}, median {median:,g}".format(**about["images_per_patient"])
+        click.echo(
+            f"{group.upper()}: {_shown(about['name'])}, {about['n_patients']:,} patients with {about['n_images']:,} "
+            f"images ({per_patient} each)"
+        )
+    normalized = "" if found["normalize"] == "images" else f", normalised as {found['normalize']}"
+    not_tested = describe_left_out(found["left_out"], config)
+    click.echo(
+        f"tested: {found['n_tested']:,} of {found['n_latents']:,} latents at tau {found['tau']:g}{normalized}"
+        + (f"; not: {not_tested}" if not_tested else "")
+    )
+    how = f"all {found['n_permutations']:,} ways" if found["is_exact"] else f"{found['n_permutations']:,} permutations"
+    chance = "" if found["is_exact"] else f", seed {found['seed']}"
+    click.echo(f"{how} to share out the patients{chance}; no p can be below {found['p_floor']:.2g}")
+    click.echo(
+        f"p <= 0.05: {found['n_p_at_most_0.05']:,} latents; q <= 0.05: {found['n_q_at_most_0.05']:,}; "
+        f"p_max_t <= 0.05: {found['n_p_max_t_at_most_0.05']:,}"
+    )
+    for group, rows in done.top(5).items():
+        click.echo(f"higher in {_shown(found[group]['name'])}: {found['n_higher'][group]:,}, the first of them")
+        click.echo("    latent    mean A    mean B       g    AUC         p         q   p_max_t stable")
+        for row in rows:
+            click.echo(
+                f"  {row['latent']:>8} {row['mean_a']:>9.4g} {row['mean_b']:>9.4g} {_cell(row['hedges_g'], '7.2f')} "
+                f"{row['auc']:>6.3f} {row['p']:>9.3g} {row['q']:>9.3g} {row['p_max_t']:>9.3g} "
+                f"{_cell(row['stability'], '6.0%')}"
+            )
+    for warning in found["warnings"]:
+        click.echo(f"warning: {_shown(warning)}", err=True)
+    click.echo(f"{out}: differential, patients and correlation.parquet; scatter, patients and correlation.png, .svg")
+
+
+def _cell(value: float | None, form: str) -> str:
+    """A number in its column; `-` where there is none."""
+    return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
+
+
+@concept.command("stability")
+@click.argument("runs", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder for the tables and the figure.")
+@click.option(
+    "--concepts",
+    type=_FILE,
+    multiple=True,
+    help="Folder of cyto concept stats, one for each RUN: compare latents of some activity only.",
+)
+@click.option(
+    "--min-mean-activation",
+    default=1e-3,
+    show_default=True,
+    metavar="X",
+    help="With --concepts: mean activation from which a latent counts, in some dataset.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random directions of the null.")
+@click.option(
+    "--assume-compatible", is_flag=True, help="Take imported SAEs, which do not say which tokens they were trained on."
+)
+@_overwrite_option
+@_json_option
+def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settings: Any) -> None:
+    """Do SAEs agree? Match the latents of every two RUNs one to one by the cosine of their decoder rows.
+
+    The matching has the largest possible sum of cosines. Beside it stands that of random directions. Directions alone
+    are compared: the SAEs may differ in the number of latents, in the scale of their tokens and in their centre.
+
+    \b
+    Example: cyto concept stability seed0.sae seed1.sae seed2.sae -o cells.stability
+    """
+    from cytosae.stability import write_stability
+
+    with _progress("match", "block") as progress:
+        done = write_stability(runs, out, progress=progress, **settings)
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"saes": [str(run) for run in runs], "pairs": done.pairs}, indent=1))
+        return
+    for run, n_without in zip(runs, done.n_without_direction, strict=True):
+        if n_without:
+            click.echo(f"{run}: {n_without:,} latents without a direction (their decoder row is zero) are left out")
+    for pair in done.pairs:
+        click.echo(f"{runs[pair['sae_a']]} and {runs[pair['sae_b']]}: {_matching_line(pair)}")
+    click.echo(f"{out}: matches, stability of each latent, pairs, figure")
+
+
+def _matching_line(pair: dict[str, Any]) -> str:
+    proof = "the best there is" if pair["is_optimal"] else f"the best sum is larger by at most {pair['gap']:.3g}"
+    return (
+        f"{pair['n_matched']:,} of {min(pair['n_latents_a'], pair['n_latents_b']):,} latents matched ({proof}), "
+        f"mean cosine {pair['mean_cosine']:.3f} (random directions {pair['null_mean_cosine']:.3f}), "
+        f"{pair['share_above_0.7']:.1%} above 0.7, {pair['share_above_0.9']:.1%} above 0.9, "
+        f"{pair['share_above_null_p99']:.1%} above 99% of the random ones ({pair['null_p99']:.3f})"
+    )
+
+
+@concept.command("neighbours")
+@click.argument("run", type=_FILE)
+@click.option("-o", "--out", type=_FILE, help="Folder for the table  [default: print the neighbours of --latent].")
+@click.option(
+    "--latents",
+    type=_STORE,
+    multiple=True,
+    metavar="STORE",
+    help="Latent store (path or URL) by this SAE: also tells which latents are active together. May repeat.",
+)
+@click.option(
+    "--latent", "chosen", type=int, multiple=True, metavar="N", help="Of this latent; may repeat  [default: all]."
+)
+@click.option("--top", "n_top", type=_COUNT, default=10, show_default=True, help="Neighbours of each kind.")
+@click.option("--tau", default=0.0, show_default=True, help="Active at a token: stored value above this.")
+@click.option("--token-set", type=_TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
+@click.option(
+    "--min-images",
+    type=_COUNT,
+    default=5,
+    show_default=True,
+    help="Images in which two latents must be active at one token, to be neighbours by activity.",
+)
+@_dask_options
+@_overwrite_option
+@_json_option
+def concept_neighbours(
+    run: Path,
+    out: Path | None,
+    latents: tuple[Path | str, ...],
+    chosen: tuple[int, ...],
+    scheduler: str | None,
+    workers: int,
+    memory_limit: str,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Latents near a latent: decoder rows of large cosine, and with --latents those active at the same tokens.
+
+    Active together is said by phi, the correlation of being active at a token: 0 by chance, 1 always together. Counts
+    are exact. All latents of a large store take one pass over it for each few hundred latents.
+
+    \b
+    Example: cyto concept neighbours cells.sae --latents cells.latents.zarr --latent 17
+    """
+    from cytosae.coactivation import Coactivation
+    from cytosae.neighbours import find_neighbours, write_neighbours
+
+    config = Coactivation(**settings)
+    if out is None:
+        if not chosen:
+            raise click.UsageError("give -o DIR for the neighbours of all latents, or --latent N to print those of one")
+        found = find_neighbours(run, latents, chosen=chosen, settings=config).table.to_pylist()
+        click.echo(json.dumps(found, indent=1) if as_json else "\n".join(_neighbour_lines(found, chosen)))
+        return
+    with _progress("neighbours", "step") as progress:
+        given: dict[str, Any] = {"chosen": chosen, "settings": config, "overwrite": overwrite, "progress": progress}
+        if latents:
+            with _dask_client(scheduler, workers, memory_limit) as client:
+                was_complete = write_neighbours(run, out, latents, client=client, **given)
+        else:
+            was_complete = write_neighbours(run, out, **given)
+    _say_done(out, was_complete)
+    summary = _result_summary(out, "neighbours")
+    if as_json:
+        click.echo(json.dumps(summary, indent=1))
+        return
+    by = f" and activity at {summary['n_tokens']:,} tokens of {summary['n_images']:,} images" if latents else ""
+    click.echo(f"{out}: neighbours of {summary['n_latents']:,} latents by direction{by}")
+    if summary["n_without_direction"]:
+        click.echo(f"{summary['n_without_direction']:,} latents have no direction: their decoder row is zero")
+
+
+def _result_summary(out: Path, kind: str) -> dict[str, Any]:
+    from stores import read_header
+    from stores.spec import FORMATS
+
+    return read_header(out, FORMATS[kind]).summary or {}
+
+
+def _neighbour_lines(rows: list[dict[str, Any]], chosen: tuple[int, ...]) -> Iterator[str]:
+    """One block per latent: its neighbours by direction, then those by activity."""
+    for latent in sorted(set(chosen)):
+        mine = [row for row in rows if row["latent"] == latent]
+        n_tokens = next((row["n_tokens"] for row in mine if row["n_tokens"] is not None), None)
+        yield f"latent {latent}" + ("" if n_tokens is None else f", active at {n_tokens:,} tokens")
+        for by, title in (("direction", "nearest direction"), ("tokens", "active at the same tokens")):
+            some = [row for row in mine if row["by"] == by]
+            if by == "direction" or n_tokens is not None:
+                yield f"  {title}: {'' if some else 'none'}".rstrip()
+            for row in some:
+                together = ""
+                if row["n_tokens_both"] is not None:
+                    together = (
+                        f"  phi {_number(row['phi'])}  lift {row['lift'] or 0:.1f}  together at "
+                        f"{row['n_tokens_both']:,} tokens of {row['n_images_both']:,} images"
+                    )
+                yield f"    {row['rank']:>3}  latent {row['neighbour']:<6}  cosine {_number(row['cosine'])}{together}"
+
+
+@concept.command("patient")
+@click.argument("barcodes", type=_FILE)
+@click.argument("patient", required=False)
+@click.option("--all", "is_all", is_flag=True, help="Every patient instead of one.")
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder for the tables and the figure.")
+@click.option("--tau", type=float, help="Which barcodes, where there are several.")
+@click.option(
+    "--min-images",
+    type=_COUNT,
+    default=3,
+    show_default=True,
+    help="Of the patient's images in which a raised latent must be above tau.",
+)
+@click.option("--splits", "n_splits", type=_COUNT, default=200, show_default=True, help="Times the images are halved.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the splits.")
+@_overwrite_option
+@_json_option
+def concept_patient(
+    barcodes: Path, patient: str | None, is_all: bool, out: Path, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Latents that set PATIENT apart from the other patients of its disease, and hold in both halves of its images.
+
+    A robust z (median and MAD of the others, the patient's own error added), at least 5 others of the same disease and
+    dataset. It ranks and describes: so few patients cannot support p- or q-values, and none are given.
+
+    \b
+    Example: cyto concept patient cells.barcodes P07 -o P07.concepts
+    """
+    from cytosae.patient_concepts import PatientSettings, write_patient_concepts
+
+    if (patient is None) != is_all:
+        raise click.UsageError("name one PATIENT, or give --all")
+    with _progress("compare", "patient") as progress:
+        done = write_patient_concepts(
+            barcodes, patient, out, PatientSettings(**settings), overwrite=overwrite, progress=progress
+        )
+    _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"patients": done.patients, "top": done.top}, indent=1))
+        return
+    for row in done.patients:
+        click.echo(_patient_line(row))
+    for row in done.top:
+        click.echo(_patient_concept_line(row))
+    usual = "" if is_all else "; what is usual among patients: --all"
+    click.echo(f"{out}: a description without p- or q-values, which so few patients cannot support{usual}")
+
+
+def _patient_line(row: dict[str, Any]) -> str:
+    name = _shown(row["patient"])
+    if row["skipped"]:
+        return f"{name}: left out ({_shown(row['skipped'])})"
+    return (
+        f"{name}: {row['n_images']:,} images against {row['n_others']:,} others with {_shown(row['disease'])}; "
+        f"{row['n_raised']:,} latents raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both halves) of "
+        f"{row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
+    )
+
+
+def _patient_concept_line(row: dict[str, Any]) -> str:
+    return (
+        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_median']:.3g} "
+        f"tokens per image, in {row['n_images_active']:,} images; {row['n_others_beyond']:,} others as far; "
+        f"both halves on that side {row['replicated']:.0%}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
@@ -1473,6 +1812,9 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
     try:
         with _connected(scheduler, workers, memory_limit) as client:
             yield client
+    except KeyboardInterrupt:
+        sys.unraisablehook = _say_unless_of_dask
+        raise
     except KilledWorker:
         limit = "its own, of dask worker" if scheduler else memory_limit
         remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
@@ -1480,6 +1822,13 @@ def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iter
             f"a worker was ended again and again, most likely for its memory (limit {limit}); "
             f"{remedy} and run the same command again"
         ) from None
+
+
+def _say_unless_of_dask(unraisable: Any) -> None:
+    """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
+    name = getattr(unraisable.object, "__qualname__", "")
+    if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):
+        sys.__unraisablehook__(unraisable)
 
 
 @contextmanager
@@ -1511,7 +1860,11 @@ def _connected(scheduler: str | None, workers: int, memory_limit: str) -> Iterat
         limit = dask.utils.parse_bytes(memory_limit)
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment}}):
+    settings = {
+        "distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment},
+        "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
+    }
+    with dask.config.set(settings):
         with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
             cluster = LocalCluster(
                 n_workers=workers,
@@ -1563,7 +1916,7 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
-    began, shown, last, at_start = time.monotonic(), 0.0, -1, -1
+    began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
@@ -1571,9 +1924,11 @@ def _progress(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
         now = time.monotonic()
         if at_start < 0:
             at_start, began = done, now  # the rate is that of this run, not of what was there before
-        elif done == last or (done < total and now - shown < (0.2 if in_terminal else 10)):
+        elif (done, state) == last or (done == total == last[0]):
             return
-        shown, last = now, done
+        elif done < total and now - shown < (0.2 if in_terminal else 10):
+            return
+        shown, last = now, (done, state)
         line = tqdm.format_meter(
             done,
             total,

@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 FULL = {
     "cli_help": [],
     "loader": ["--images", "16384"],
+    "compare": ["--permutations", "1000000", "--rounds", "1"],
     "barcode": ["--share", "1", "--rounds", "1"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],

@@ -4,6 +4,7 @@ Every task is a function of paths and plain values, finds its input on the disk 
 atomically, and can be done twice. What comes back is small.
 """
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from stores.csr_blocks import EntryReader, share_entries, write_entries
 from stores.errors import BadInput, DamagedStore
+from stores.files import PARTIAL_SUFFIX, sha256_file
 from stores.latent_store import remote_rows
 from stores.parts import Part, open_part, write_part
 
@@ -81,6 +83,13 @@ class Below:
     def of(parts: Sequence[Rows], tag: str) -> "Below":
         """These parts, in order."""
         return Below([part.path for part in parts], tag, np.cumsum([0, *(len(part.lengths) for part in parts)]))
+
+
+def get_ready() -> None:
+    """Load what counting needs, compiled code included: a worker does it while the job is planned."""
+    counter = ImageCounter(np.array([0, 1]), n_latents=1, tokens_per_image=1, taus=(0.0,), token_set="all", place="")
+    counter.add(0, np.zeros(1, np.uint16), np.ones(1, np.float32))
+    counter.finish()
 
 
 def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], token_set: str) -> Rows:
@@ -182,8 +191,10 @@ def fill_layers(
         low, high = max(first, begin), min(last, begin + len(part["latent"]))
         here, there = slice(low - begin, high - begin), slice(low - first, high - first)
         indices[there] = part["latent"][here]
-        for name, column in values.items():
-            column[there] = _float32(part[name][here], name)
+        with np.errstate(over="ignore"):
+            for name, column in values.items():
+                column[there] = part[name][here]
+    _require_finite(values)
     everywhere = [Path(path) for paths in matrices.values() for path in paths]
     write_entries(everywhere[0], "indices", first, indices)
     for path in everywhere[1:]:
@@ -202,14 +213,15 @@ def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int,
         part = open_part(Path(path), tag)
         at += take_nonzero(part["latent"], part["X"][tau], max(0, first - begin), indices[at:], values[at:])
     assert at == last - first
+    _require_finite({"X": values})
     write_entries(Path(matrix), "indices", first, indices)
-    write_entries(Path(matrix), "data", first, _float32(values, "X"))
+    write_entries(Path(matrix), "data", first, values)
 
 
 def export_rows(
     rows: Sequence[str], tag: str, tau: int, names: list[str], level: str, layers: Sequence[str], path: str
-) -> None:
-    """One Parquet file in long form: a line per row and latent, as many row groups as parts."""
+) -> tuple[str, str]:
+    """One Parquet file in long form, a line per row and latent, as many row groups as parts; its name and SHA-256."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,8 +231,9 @@ def export_rows(
         + [(name, kind.get(name, pa.float32())) for name in layers]
     )
     target, first = Path(path), 0
-    partial = target.with_name(f"{target.name}.partial")
-    with pq.ParquetWriter(partial, schema, compression="zstd", compression_level=1) as writer:
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    compact = {"compression": "zstd", "compression_level": 1, "use_dictionary": [level]}  # numbers hardly repeat
+    with pq.ParquetWriter(partial, schema, **compact) as writer:
         for given in rows:
             part = open_part(Path(given), tag)
             n_rows = len(part["indptr"]) - 1
@@ -234,7 +247,9 @@ def export_rows(
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             first += n_rows
+    sha256 = sha256_file(partial)
     partial.replace(target)
+    return target.name, sha256
 
 
 class _RowsOut:
@@ -291,9 +306,7 @@ def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
     ]
 
 
-def _float32(values: npt.NDArray[Any], name: str) -> npt.NDArray[np.float32]:
-    with np.errstate(over="ignore"):
-        small = values.astype(np.float32)
-    if not np.isfinite(small).all():
-        raise BadInput(f"{name} of the barcodes has a value that is NaN, infinite or too large for float32")
-    return small
+def _require_finite(columns: dict[str, npt.NDArray[np.float32]]) -> None:
+    for name, values in columns.items():
+        if not np.isfinite(values).all():
+            raise BadInput(f"{name} of the barcodes has a value that is NaN, infinite or too large for float32")

@@ -27,7 +27,7 @@ from stores import csr_blocks
 from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
 from stores.errors import BadInput
-from stores.files import sha256_json, sync_tree
+from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
 from stores.runlog import append_run
@@ -35,10 +35,11 @@ from stores.spec import BARCODES, Header, check_choice, new_header, read_header,
 from stores.tables import table_sha256
 
 from . import barcode_tasks as tasks
+from .barcode_checks import check_exact, check_one_sae, check_tau, differences
 from .blocks import Progress, count_into_parts, discard
 from .counting import TOKEN_SETS, LatentSums
-from .groups import Groups, check_one_sae, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
-from .workers import cluster_job
+from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
+from .workers import Watch, cluster_job, prepare_workers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +50,6 @@ _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fix
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
 _WAVE = 64  # leaves of the tree that are under way at once
-_EXACT = 1 << 24  # whole numbers up to here are exact in float32
 _LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Ints = npt.NDArray[np.int64]
@@ -100,6 +100,7 @@ class BarcodeResult:
     unknown_in_table: str = ""  # some of them
     n_missing_in_table: int = 0  # images that the table does not have: nobody's
     missing_in_table: str = ""
+    differences: str = ""  # between the stores, in how their latents were made
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class _Job:
     groups: Groups
     header: Header
     client: "Client"
+    watch: Watch
 
     @property
     def parts(self) -> Path:
@@ -180,15 +182,18 @@ def write_barcodes(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    prepare_workers(client)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
-    _check_stores(stores, config)
+    check_one_sae(stores)
+    check_tau(stores, config.taus[0])
     images = join_tables(stores)
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"differences": differences(stores)}
     if table is not None:
-        images, notes = regroup(images, table)
+        images, found = regroup(images, table)
+        notes |= found
     groups = group_images(images)
-    _check_exact(stores, groups)
+    check_exact(stores, groups)
     spec = {
         "latents": _one_or_all([store.identity for store in stores]),
         "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
@@ -206,7 +211,8 @@ def write_barcodes(
 
     root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
-    job = _Job(stores, root, config, groups, header, client)
+    watch = Watch(client, progress)
+    job = _Job(stores, root, config, groups, header, client, watch)
     try:
         with cluster_job(client, root, {store.root: store.journal_sha256 for store in stores}):
             write_header(root, header)
@@ -217,7 +223,7 @@ def write_barcodes(
             )
             filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
             count_into_parts(
-                client,
+                watch,
                 stores,
                 job.parts,
                 _tag(job, "image"),
@@ -226,9 +232,8 @@ def write_barcodes(
                 block_images=config.block_images,
                 each=filling["image"].add,
                 meanwhile=lambda: _write_known_tables(job, images),
-                progress=progress,
             )
-            header = _join(job, filling, notes, progress)
+            header = _join(job, filling, notes, watch.tell)
     finally:
         if not any(root.iterdir()):  # refused before anything was written
             root.rmdir()
@@ -236,26 +241,6 @@ def write_barcodes(
         discard(left_over)
     output.publish()
     return _result(header, was_complete=False)
-
-
-def _check_stores(stores: list[LatentStore], config: BarcodeConfig) -> None:
-    check_one_sae(stores)
-    for store in stores:
-        if config.taus[0] < store.spec.min_activation:
-            raise BadInput(
-                f"{store.root} was pruned below {store.spec.min_activation:g}: tau {config.taus[0]:g} would count "
-                f"too few; choose a larger --tau, or encode without pruning"
-            )
-
-
-def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
-    """Counts are stored as float32, column numbers as int32: refuse what would not be exact there."""
-    most = {"tokens per image": stores[0].spec.tokens_per_image, "images of a patient": groups.n_images.max(initial=0)}
-    for what, number in most.items():
-        if number > _EXACT:
-            raise BadInput(f"{number:,} {what}: counts above {_EXACT:,} are not exact in float32 barcodes")
-    if stores[0].spec.n_latents > np.iinfo(np.int32).max:
-        raise BadInput(f"{stores[0].spec.n_latents:,} latents do not fit the int32 indices of barcodes")
 
 
 def _tag(job: _Job, level: str) -> str:
@@ -298,11 +283,10 @@ def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
             ]
             if len(carry) == 1:
                 break
-        carry[0].result()  # raises a leaf's error; and no more than a wave is under way
-        for part in job.client.gather(rows):
+        for part in job.watch.gather(rows):  # and no more than a wave is under way
             if part is not None:
                 filling.add(part)
-    sums: LatentSums = carry[0].result() if carry else LatentSums.zeros(n_taus, job.n_latents)
+    (sums,) = job.watch.gather(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
@@ -319,7 +303,7 @@ def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
         job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
         for part in plan
     ]
-    for rows in job.client.gather(futures):
+    for rows in job.watch.gather(futures):
         filling.add(rows)
 
 
@@ -360,20 +344,22 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
     image_level = filling["image"].close()
     sums = _sum_patients(job, image_level, filling["patient"])
     patients = filling["patient"].close()
+    exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
     _average_patients(job, patients, filling["disease"])
     diseases = filling["disease"].close()
+    exports += _export(job, diseases, job.groups.diseases)
     futures = [future for each in filling.values() for future in each.futures]
-    futures += _export(job, patients, job.groups.names) + _export(job, diseases, job.groups.diseases)
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(taus):
         first, *others = (job.path(level, tau) for level in LEVELS)
         write_tables(first, {"var": _latent_table(sums, number, n_readable)})
         for other in others:
             shutil.copytree(first / "var", other / "var")
-    job.client.gather(futures)
+    job.watch.gather(futures)
+    sha256 = dict(job.watch.gather(exports))
     for each in filling.values():
         each.futures.clear()  # a worker that dies from here on must not have them done again
-    del futures
+    del futures, exports
     for filled in (image_level, patients, diseases):
         for number, tau in enumerate(taus):
             finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
@@ -389,9 +375,13 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         "n_latents": job.n_latents,
         "n_silent_latents": [int((tokens == 0).sum()) for tokens in sums.tokens],
         "share_above_tau": [int(tokens.sum()) / max(1, n_values) for tokens in sums.tokens],
+        "exports": sha256,
     }
+    sweep_partials(job.root)
     for place in job.root.glob("*.zarr"):
         sync_tree(place)
+    for name in sha256:
+        sync_file(job.root / name)
     header = Header(**{**vars(job.header), "complete": True, "summary": summary})
     write_header(job.root, header)
     return header
@@ -456,6 +446,7 @@ def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
             *(rows, tag, number, names, level.name, level.layers),
             str(job.path(level.name, tau).with_suffix(".parquet")),
             pure=False,
+            priority=2,
         )
         for number, tau in enumerate(job.config.taus)
     ]
@@ -507,5 +498,6 @@ def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
     summary: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
         for name, value in (header.summary or {}).items()
+        if name != "exports"
     }
     return BarcodeResult(**summary, was_complete=was_complete)

@@ -14,18 +14,20 @@ from stores.csr_blocks import CHUNK_ENTRIES
 from stores.latent_store import LatentStore
 
 from . import barcode_tasks as tasks
+from .workers import Watch
 
 if TYPE_CHECKING:
     from distributed import Client
 
-_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
-_MIN_BLOCKS = 8
+_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is small or the end is near
+_LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
+_BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
 
 Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 
 
 def count_into_parts(
-    client: "Client",
+    watch: Watch,
     stores: Sequence[LatentStore],
     parts: Path,
     tag: str,
@@ -34,7 +36,6 @@ def count_into_parts(
     token_set: str,
     block_images: int | None,
     each: Callable[[tasks.Rows], None],
-    progress: Progress,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
     """Count all images of the stores into the folder `parts`, and tell `each` what every part holds, in order.
@@ -45,14 +46,13 @@ def count_into_parts(
     block_images : None: as the memory of the workers allows
     meanwhile : done here once the tasks are under way
     """
-    from distributed import CancelledError, as_completed
-
+    client = watch.client
     parts.mkdir(exist_ok=True)
-    blocks = list(plan_blocks(client, stores, parts, n_taus=len(taus), block_images=block_images))
+    blocks = list(plan_blocks(stores, parts, client, n_taus=len(taus), block_images=block_images))
     n_images = sum(store.spec.n_images for store in stores)
     there = [block for block in blocks if (parts / block.name).exists()]
     n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
-    progress(n_done, n_images, "counting")
+    watch.tell(n_done, n_images, "counting")
     futures = {
         client.submit(tasks.count_block, block, str(parts), tag, taus, token_set, pure=False): number
         for number, block in enumerate(blocks)
@@ -61,9 +61,7 @@ def count_into_parts(
     n_told = 0
     try:
         meanwhile()
-        for future, rows in as_completed(list(futures), with_results=True):
-            if isinstance(rows, CancelledError):  # as_completed does not raise it
-                raise rows
+        for future, rows in watch.completed(list(futures)):
             block = blocks[futures[future]]
             found[futures[future]] = rows
             while n_told in found:
@@ -71,34 +69,35 @@ def count_into_parts(
                 n_told += 1
             if block not in there:
                 n_done += block.stop - block.start
-                progress(n_done, n_images, "counting")
+                watch.tell(n_done, n_images, "counting")
     finally:
         if client.status == "running":  # else there is nobody to tell
             client.cancel(list(futures))
 
 
 def plan_blocks(
-    client: "Client", stores: Sequence[LatentStore], parts: Path, *, n_taus: int, block_images: int | None
+    stores: Sequence[LatentStore], parts: Path, client: "Client", *, n_taus: int, block_images: int | None = None
 ) -> Iterator[tasks.Block]:
-    """All images in order, cut at the edges of stores, around the parts that are already there."""
+    """All images in order, cut at the edges of stores, around the parts that are already there.
+
+    block_images : None: as memory allows, smaller to the end
+    """
     taken = sorted(_parts_there(parts))
-    n_nonzero = sum(store.nnz for store in stores)
     # a block's result is at most one entry per nonzero, and is held twice while it grows
     fits = _worker_memory(client) // 4 // (12 + 2 * n_taus)
-    entries = max(1, min(_BLOCK_ENTRIES, fits, max(CHUNK_ENTRIES, n_nonzero // _MIN_BLOCKS)))
-    first = 0
+    most, n_threads = max(1, min(_BLOCK_ENTRIES, fits)), _n_threads(client)
+    n_left, first = sum(store.nnz for store in stores), 0
     for store in stores:
         end = first + store.spec.n_images
-        if block_images is not None:
-            size = block_images
-        else:
-            size = max(1, min(store.spec.n_images, entries * store.spec.n_images // max(1, store.nnz)))
         at = first
         while at < end:
+            entries = min(most, max(_LAST_BLOCKS, n_left // (_BLOCKS_LEFT * n_threads)))
+            size = block_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
             ready = next((stop for start, stop in taken if start == at and stop <= end), None)
             if ready is None:
                 next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
                 ready = min(at + size, next_there)
+            n_left -= int(store.image_indptr[ready - first] - store.image_indptr[at - first])
             yield tasks.Block(
                 latents=str(store.root),
                 start=at - first,
@@ -127,6 +126,11 @@ def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
         found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
         if found and int(found[1]) < int(found[2]):
             yield int(found[1]), int(found[2])
+
+
+def _n_threads(client: "Client") -> int:
+    """Of all workers, at least one."""
+    return max(1, sum(w["nthreads"] for w in client.scheduler_info()["workers"].values()))
 
 
 def _worker_memory(client: "Client") -> int:

@@ -28,14 +28,15 @@ from stores.results import ResultWriter, begin_results
 from stores.spec import CONCEPTS, check_choice
 from stores.tables import column, readable, table_sha256
 
+from .barcode_checks import check_one_sae, differences
 from .barcode_tasks import Below, Rows
 from .blocks import Progress, count_into_parts, discard
 from .concept_figures import Panel, plot_scatter, plot_thresholds
 from .concept_labels import label_agreement, label_entropy, shuffled_entropy, top_label
 from .concept_tasks import TopImages, sum_images
 from .counting import TOKEN_SETS, LatentSums
-from .groups import check_one_sae, join_tables, regroup
-from .workers import cluster_job
+from .groups import join_tables, regroup
+from .workers import Watch, cluster_job, prepare_workers
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -90,6 +91,7 @@ class ConceptResult:
     agreement: list[dict[str, Any]]  # one for each pair of datasets
     n_without_dataset: int  # readable images that --table gives no dataset: left out
     was_complete: bool
+    differences: str = ""  # between the stores, in how their latents were made
     n_unknown_in_table: int = 0  # image ids of --table that no store has
     unknown_in_table: str = ""  # some of them
     n_missing_in_table: int = 0  # images that the table does not have
@@ -162,14 +164,16 @@ def write_concepts(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    prepare_workers(client)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)
     _refuse_pruned(stores)
     joined = join_tables(stores)
-    notes: dict[str, Any] = {}
+    notes: dict[str, Any] = {"differences": differences(stores)}
     if table is not None:
-        joined, notes = regroup(joined, table)
+        joined, unmatched = regroup(joined, table)
+        notes |= unmatched
     images = _Images.of(joined)
     if not 1 <= len(images.datasets) <= _MOST_DATASETS:
         raise BadInput(
@@ -190,7 +194,7 @@ def write_concepts(
 
     parts = writer.root / "parts"
     with cluster_job(client, writer.root, {store.root: store.journal_sha256 for store in stores}):
-        counted = _count(stores, images, writer, config, client, progress)
+        counted = _count(stores, images, writer, config, Watch(client, progress))
     found = [_describe(number, images, *each, config) for number, each in enumerate(counted)]
     compared, agreement = _compare(found, images, config)
     writer.write_table("latents", pa.concat_tables([each.latents for each in found]))
@@ -229,14 +233,13 @@ def _count(
     images: _Images,
     writer: ResultWriter,
     config: ConceptConfig,
-    client: "Client",
-    progress: Progress,
+    watch: Watch,
 ) -> list[tuple[LatentSums, TopImages]]:
     """Sums and largest activations of every dataset."""
     tag = sha256_json({"concepts": writer.header.identity, "level": "image"})
     rows: list[Rows] = []
     count_into_parts(
-        client,
+        watch,
         stores,
         (writer.root / "parts").absolute(),
         tag,
@@ -244,9 +247,8 @@ def _count(
         token_set=config.token_set,
         block_images=config.block_images,
         each=rows.append,
-        progress=progress,
     )
-    progress(len(images.ids), len(images.ids), "joining")
+    watch.tell(len(images.ids), len(images.ids), "joining")
     below = Below.of(rows, tag)
     lengths = np.concatenate([np.empty(0, np.int32), *(part.lengths for part in rows)])
     found = []
@@ -256,13 +258,12 @@ def _count(
         pieces = list(_pieces(images.members(number), lengths))
         for wave in range(0, len(pieces), _WAVE):
             futures = [
-                client.submit(
+                watch.client.submit(
                     sum_images, piece, images.place[piece], below, stores[0].spec.n_latents, config.top_k, pure=False
                 )
                 for piece in pieces[wave : wave + _WAVE]
             ]
-            for future in futures:  # in order
-                more_sums, more_top = future.result()
+            for more_sums, more_top in watch.gather(futures):  # in order
                 sums.add(more_sums)
                 top.add(more_top)
         found.append((sums, top))

@@ -69,6 +69,7 @@ class ImageCounter:
         self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and those behind it
         self._is_there = np.zeros(n_latents + -n_latents % _WORD, np.uint8)
         self._found = np.empty(len(self._is_there) + 1, np.int32)
+        self._busy = np.empty(len(self._is_there) // _WORD + 1, np.int32)
         self._state = np.array([0, row_starts[0], 0, 0], np.int64)  # see _count
         self._before = -1  # the index of the last entry given
         self._indptr = np.zeros(n_images + 1, np.int64)
@@ -92,7 +93,7 @@ class ImageCounter:
         """
         if len(indices):
             self._check(first, indices, values)
-        scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._found)
+        scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._busy, self._found)
         images = (self._lows, self._highs, self._ends, self._n_set, self._taus)
         while (
             _count(first, indices, values, *images, *scratch, self._state, self._indptr, self._n_above, *self._out)
@@ -199,6 +200,7 @@ def _count(
     above: Any,
     is_there: Any,
     words: Any,
+    busy: Any,
     found: Any,
     state: Any,
     indptr: Any,
@@ -233,12 +235,14 @@ def _count(
         if ends[image] > end:
             status = _MORE_ENTRIES
             break
-        n_found = 0  # all tokens of the image are in: emit it, latents rising
+        n_found, n_busy = 0, 0  # all tokens of the image are in: emit it, latents rising
         for w in range(len(words)):
-            if words[w] != 0:
-                for latent in range(w * _WORD, w * _WORD + _WORD):
-                    found[n_found] = latent  # counts only if the next line says so: no branch to guess wrongly
-                    n_found += is_there[latent]
+            busy[n_busy] = w  # counts only if the next line says so: no branch to guess wrongly
+            n_busy += words[w] != 0
+        for b in range(n_busy):
+            for latent in range(busy[b] * _WORD, busy[b] * _WORD + _WORD):
+                found[n_found] = latent
+                n_found += is_there[latent]
         if n_out + n_found > len(out_latent):
             status = _MORE_ROOM
             break

@@ -8,8 +8,9 @@ import asyncio
 import hashlib
 import platform
 import re
+import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,18 +22,20 @@ from stores.files import sha256_file
 from stores.latent_store import remote_rows
 from stores.spec import FORMATS, cyto_version
 
-from . import barcode_tasks, concept_tasks, counting
+from . import barcode_tasks, coactivation, concept_tasks, counting
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 _PACKAGES = ("dask", "distributed", "numba", "numcodecs", "numpy", "zarr")
 _PATIENCE = 3.0  # seconds for a new file to be seen through a network file system
+_LOOK_EVERY = 5.0  # seconds without a result
+_ALONE = 20.0  # seconds without a worker, after which those are named that came and went within as many
 
 
 def describe() -> dict[str, str]:
     """What must be equal on all machines: versions, formats, and the source of what workers do."""
-    ours = (barcode_tasks, concept_tasks, counting)
+    ours = (barcode_tasks, coactivation, concept_tasks, counting)
     files = [*sorted(Path(stores.__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in ours)]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
     return {
@@ -141,6 +144,91 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
     finally:
         for path in (nonce, *left):
             path.unlink(missing_ok=True)
+
+
+def prepare_workers(client: "Client") -> None:
+    """Let the workers of a cluster that this process started import and load what they need, while it plans."""
+    from distributed import LocalCluster, fire_and_forget
+
+    if isinstance(client.cluster, LocalCluster):
+        for worker in client.scheduler_info()["workers"]:
+            fire_and_forget(client.submit(barcode_tasks.get_ready, workers=[worker], pure=False))
+
+
+class Watch:
+    """Waits for tasks, and looks meanwhile whether there are workers that can do them."""
+
+    def __init__(self, client: "Client", progress: Callable[[int, int, str], None]) -> None:
+        """What is told through `tell` goes to `progress`, which also hears that no worker is there."""
+        self.client, self._progress, self._told = client, progress, (0, 0)
+        self._began, self._alone_since = time.time(), 0.0
+        self._fitting = set(client.scheduler_info()["workers"])  # were looked at before the job began
+
+    def tell(self, done: int, total: int, state: str) -> None:
+        """How far the job is."""
+        self._told = (done, total)
+        self._progress(done, total, state)
+
+    def completed(self, futures: "Sequence[Future]") -> "Iterator[tuple[Future, Any]]":
+        """The futures and their results, as they come.
+
+        Raises
+        ------
+        BadInput
+            If the only workers that came are none for this job.
+        """
+        from distributed import CancelledError, as_completed
+
+        coming, looked = as_completed(list(futures), with_results=True), time.monotonic()
+        while not coming.is_empty():
+            if not coming.has_ready() and time.monotonic() - looked > _LOOK_EVERY:
+                self._look()
+                looked = time.monotonic()
+            if not coming.has_ready():
+                with coming.thread_condition:
+                    coming.thread_condition.wait(0.1)
+                continue
+            future, result = next(coming)
+            if isinstance(result, CancelledError):  # as_completed does not raise it
+                raise result
+            yield future, result
+            looked = time.monotonic()
+
+    def gather(self, futures: "Sequence[Future]") -> list[Any]:
+        """All results, in the order of the futures."""
+        found = {future.key: result for future, result in self.completed(futures)}
+        return [found[future.key] for future in futures]
+
+    def _look(self) -> None:
+        there = set(self.client.scheduler_info()["workers"])
+        late = there - self._fitting
+        if there and not there - late:  # nobody else is there: are they any good?
+            found = self.client.run(describe, workers=list(late), on_error="return")
+            _require_equal("worker", found, describe())
+            self._fitting |= set(found)
+        if there:
+            self._alone_since = 0.0
+            return
+        self._progress(*self._told, "waiting for workers")
+        self._alone_since = self._alone_since or time.time()
+        if time.time() - self._alone_since > _ALONE and (gone := self._came_and_went()):
+            raise BadInput(
+                f"no worker is left, and the worker at {gone} ended soon after it came, as one does that lacks cyto or "
+                f"has another version (its log says why): start workers in the environment that this command runs in, "
+                f"and run the same command again"
+            )
+
+    def _came_and_went(self) -> str:
+        """The last worker that came in the middle of the job and stayed for seconds only; "" if there is none."""
+        came: dict[str, float] = {}
+        gone = ""
+        for at, event in self.client.get_events("all"):
+            worker = event.get("worker", "")
+            if event.get("action") == "add-worker" and at > self._began:
+                came[worker] = at
+            elif event.get("action") == "remove-worker" and at - came.get(worker, 0.0) < _ALONE:
+                gone = worker
+        return gone
 
 
 def _address(client: "Client") -> str:

@@ -33,6 +33,7 @@ from .token_stream import TokenStream
 
 Float16 = npt.NDArray[np.float16]
 CRC_BYTES = 4
+SAME_TOKENS = ("backbone", "weights_sha256", "block", "transform", "token_layout", "tokens_per_image", "width")
 _log = logging.getLogger(__name__)
 
 
@@ -61,8 +62,7 @@ class ActivationSpec:
     @property
     def same_tokens(self) -> dict[str, Any]:
         """The part that must be equal for an SAE trained on one cache to fit another (DESIGN.md section 4)."""
-        names = ("backbone", "weights_sha256", "block", "transform", "token_layout", "tokens_per_image", "width")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in SAME_TOKENS}
 
     @property
     def n_chunks(self) -> int:

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import zarr
 
 from .csr import CsrReader, CsrWriter
 from .errors import BadInput, DamagedStore
+from .files import sha256_file
 from .spec import BARCODES, Header, read_header
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LEVELS = ("image", "patient", "disease")
+_READ_ROWS = 256  # that are read together
 NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
 
 
@@ -140,18 +143,18 @@ class BarcodeStore:
         return self.root / f"{name}.zarr"
 
     def check(self) -> None:
-        """Raise DamagedStore if a level or a chunk of its matrices is missing."""
+        """Raise DamagedStore if a level, a chunk of its matrices or an export is missing, or an export is damaged."""
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
             layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if path.is_dir())
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
-                shape = matrix / "zarr.json"
-                try:
-                    n_rows, n_columns = json.loads(shape.read_bytes())["attributes"]["shape"]
-                except (OSError, ValueError, KeyError, TypeError):
-                    raise DamagedStore(f"{shape} is missing or damaged; count again with --overwrite") from None
-                missing = CsrReader(matrix, shape=(n_rows, n_columns)).missing_chunks()
+                missing = CsrReader(matrix, shape=_stated_shape(matrix)).missing_chunks()
                 if missing:
                     raise DamagedStore(f"{missing[0]} is missing; count again with --overwrite")
+        for name, sha256 in (self.header.summary or {}).get("exports", {}).items():
+            export = self.root / name
+            if not export.is_file() or sha256_file(export) != sha256:
+                what = "damaged: its hash is not the one in the header" if export.is_file() else "missing"
+                raise DamagedStore(f"{export} is {what}; count again with --overwrite")
 
     def read(self, level: str, tau: float | None = None) -> Any:
         """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`."""
@@ -159,5 +162,42 @@ class BarcodeStore:
 
         return anndata.read_zarr(self.path(level, tau))
 
+    def read_obs(self, level: str, tau: float | None = None) -> "pd.DataFrame":
+        """The table of images, patients or diseases alone; `tau` as for `path`."""
+        from anndata.io import read_elem
+
+        table: pd.DataFrame = read_elem(zarr.open_group(os.fspath(self.path(level, tau)), mode="r")["obs"])
+        return table
+
+    def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:
+        """Some rows of `X`, rising, as a scipy CSR matrix; only the blocks that hold them are read, and checked.
+
+        Raises
+        ------
+        DamagedStore
+            If a chunk is damaged or missing.
+        """
+        from scipy.sparse import csr_matrix, vstack
+
+        path = self.path(level, tau) / "X"
+        shape = _stated_shape(path)
+        reader = CsrReader(path, shape=shape)
+        pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
+        for block in np.unique(rows // _READ_ROWS):
+            first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])
+            found = reader.read_rows(first, last)
+            whole = csr_matrix((found.values, found.indices, found.indptr), shape=(last - first, shape[1]))
+            pieces.append(whole[rows[(rows >= first) & (rows < last)] - first])
+        return vstack(pieces, format="csr")
+
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+def _stated_shape(matrix: Path) -> tuple[int, int]:
+    """What the attributes of a CSR group say."""
+    try:
+        n_rows, n_columns = json.loads((matrix / "zarr.json").read_bytes())["attributes"]["shape"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedStore(f"{matrix / 'zarr.json'} is missing or damaged; count again with --overwrite") from None
+    return n_rows, n_columns

@@ -48,11 +48,29 @@ COMPARISON = Format(
     kind="comparison", a_kind="a comparison", version=1, header_file="comparison.json", command="cyto compare"
 )
 PROBE = Format(kind="probe", a_kind="a probe", version=1, header_file="probe.json", command="cyto probe")
+STABILITY = Format(
+    kind="stability",
+    a_kind="a comparison of SAEs",
+    version=1,
+    header_file="stability.json",
+    command="cyto concept stability",
+)
+NEIGHBOURS = Format(
+    kind="neighbours", a_kind="neighbours", version=1, header_file="neighbours.json", command="cyto concept neighbours"
+)
+PATIENT_CONCEPTS = Format(
+    kind="patient concepts",
+    a_kind="patient concepts",
+    version=1,
+    header_file="patient_concepts.json",
+    command="cyto concept patient",
+)
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, COMPARISON, PROBE),  # folders of results: stores/results.py
+        *(STABILITY, NEIGHBOURS, PATIENT_CONCEPTS),
     )
 }
 

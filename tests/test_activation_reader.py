@@ -824,7 +824,9 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 2
-    assert "is a URL; only cache info, sae train, sweep, eval and encode, and barcode read from one" in done.stderr
+    assert (
+        "is a URL; only cache info, sae train, sweep, eval and encode, barcode, and concept neighbours" in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 

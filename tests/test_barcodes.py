@@ -31,6 +31,7 @@ from zarr.codecs import GzipCodec
 from cli import cli
 from cytosae import barcode_tasks
 from cytosae import barcodes as barcodes_module
+from cytosae import blocks as blocks_module
 from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
 from cytosae.blocks import plan_blocks
 from cytosae.counting import ImageCounter
@@ -64,6 +65,8 @@ def write_latents(
     dataset: str = "drawn",
     sae_sha256: str = "1" * 64,
     further: dict[str, list[str | None]] | None = None,
+    precision: str = "fp32",
+    **cache: Any,
 ) -> Path:
     """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
     n_images, n_tokens, n_latents = dense.shape
@@ -82,12 +85,12 @@ def write_latents(
     spec = LatentSpec(
         sae_sha256=sae_sha256,
         cache_sha256="2" * 64,
-        cache={"backbone": "none", "trained": False, "block": 10},
+        cache={"backbone": "none", "trained": False, "block": 10, **cache},
         images_sha256=table_sha256(images),
         n_images=n_images,
         tokens_per_image=n_tokens,
         n_latents=n_latents,
-        precision="fp32",
+        precision=precision,
         value_bits=value_bits,
         min_activation=min_activation,
     )
@@ -731,13 +734,44 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
-        latents = [LatentStore(many / "latents.zarr")]
-        blocks = list(plan_blocks(Cluster(), latents, tmp_path, n_taus=1, block_images=None))
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes[limit] = blocks[0].stop
     assert sizes[0] == 260  # no limit
     assert 1 <= sizes[1 << 15] < sizes[1 << 16] < 260
+
+
+def test_blocks_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that all threads end together; every image in one block, whatever their number."""
+    monkeypatch.setattr(blocks_module, "_LAST_BLOCKS", 500)
+    for n_threads in (1, 2, 1000):
+
+        class Cluster:
+            def scheduler_info(self) -> dict[str, Any]:
+                return {"workers": {"a": {"memory_limit": 0, "nthreads": n_threads}}}  # noqa: B023
+
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
+        assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
+        assert (blocks[0].start, blocks[-1].stop) == (0, 260)
+        sizes = [block.stop - block.start for block in blocks]
+        assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
+        assert sizes[-1] <= 260 * 500 // LatentStore(many / "latents.zarr").nnz + 1
+        assert len(blocks) >= min(3 * n_threads, 20)
+        if n_threads == 1:
+            assert 80 <= sizes[0] <= 90  # a third
+
+
+def test_row_starts_are_never_those_of_a_store_that_was_there_before(tmp_path: Path) -> None:
+    """A worker keeps some of them, and lives longer than a store."""
+    for n_nonzero in (1, 3):
+        dense = np.zeros((4, 2, 5), np.float32)
+        dense[:, :, :n_nonzero] = 1
+        shutil.rmtree(tmp_path / "l.zarr", ignore_errors=True)
+        write_latents(tmp_path / "l.zarr", dense, [("P", "D", True)] * 4)
+        for _ in range(2):
+            reader = csr_blocks.EntryReader(tmp_path / "l.zarr" / "X", shape=(8, 5), start=2, stop=8)
+            assert reader.row_starts.tolist() == [n_nonzero * row for row in range(2, 9)]
 
 
 def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, threads: Client) -> None:
@@ -826,6 +860,25 @@ def test_parquet_beside_the_stores_says_the_same(counted: Callable[[str], tuple[
             np.testing.assert_array_equal(dense.astype(np.float32), matrix.toarray())
 
 
+def test_damaged_exports_are_not_already_complete(many: Path, tmp_path: Path, threads: Client) -> None:
+    """Missing, torn, or another file in their place."""
+    barcodes = Path(shutil.copytree(many / "barcodes", tmp_path / "barcodes"))
+    export = barcodes / "patient.parquet"
+    raw = export.read_bytes()
+    for wrong, words in {
+        None: "missing",
+        raw[:-9]: "damaged",
+        (barcodes / "disease.parquet").read_bytes(): "damaged",
+    }.items():
+        export.unlink()
+        if wrong is not None:
+            export.write_bytes(wrong)
+        with pytest.raises(DamagedStore, match=rf"patient.parquet is {words}.*; count again with --overwrite"):
+            write_barcodes(many / "latents.zarr", barcodes, BarcodeConfig(), client=threads)
+        export.write_bytes(raw)
+    assert write_barcodes(many / "latents.zarr", barcodes, BarcodeConfig(), client=threads).was_complete
+
+
 @pytest.fixture(scope="module")
 def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """North and south, with a patient "1" each, a patient of the same name in one only, and one disease in both."""
@@ -871,6 +924,46 @@ def test_stores_that_do_not_go_together_are_refused(two_datasets: list[Path], tm
     with pytest.raises(SpecMismatch, match=r"o.zarr and .*north.zarr hold latents of different SAEs \(sae_sha256 333"):
         write_barcodes([north, other], tmp_path / "barcodes", BarcodeConfig(), client=threads)
     assert not (tmp_path / "barcodes").exists()
+
+
+def test_latents_of_other_tokens_are_refused(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
+    """One SAE encodes any cache of its width with --assume-compatible; their barcodes are still not comparable."""
+    dense, one = np.ones((1, 2, 4), np.float32), [("P", "D", True)]
+    for number, (setting, words) in enumerate(
+        {
+            ("block", 9): "block 9 against 10",
+            ("weights_sha256", "f" * 64): "weights_sha256 ffffffffffff… against nothing",
+            ("transform", (("size", 98),)): "transform.size 98 against nothing",
+        }.items()
+    ):
+        name, value = setting
+        kind = {name: dict(value) if name == "transform" else value}
+        other = write_latents(tmp_path / f"{number}.zarr", dense, one, dataset="east", **kind)  # type: ignore[arg-type]
+        with pytest.raises(SpecMismatch, match=rf"{number}.zarr and .*north.zarr hold .* kinds of tokens \({words}"):
+            write_barcodes([two_datasets[0], other], tmp_path / "barcodes", BarcodeConfig(), client=threads)
+        assert not (tmp_path / "barcodes").exists()
+
+
+def test_stores_that_were_made_differently_are_told(
+    two_datasets: list[Path], tmp_path: Path, threads: Client, scheduler: str
+) -> None:
+    """Precision, value bits, pruning, versions and device: counted together, and said, then and of the finished job."""
+    dense, one = np.ones((1, 2, 4), np.float32), [("P", "D", True)]
+    settings: dict[str, Any] = {"value_bits": 23, "min_activation": 0.1, "precision": "bf16"}
+    other = write_latents(tmp_path / "o.zarr", dense, one, dataset="east", **settings)  # type: ignore[arg-type]
+    for store, torch in ((two_datasets[1], "2.1"), (other, "2.2")):
+        line = {"time": "2026", "versions": {"torch": torch}, "device": "cpu"}
+        (store / "runs.jsonl").write_text(json.dumps(line) + "\n")
+    same = write_barcodes(two_datasets, tmp_path / "same", BarcodeConfig(), client=threads)
+    assert same.differences == ""
+    arguments = ["barcode", str(two_datasets[1]), str(other), "-o", str(tmp_path / "b"), "--scheduler", scheduler]
+    for _ in range(2):
+        result = CliRunner().invoke(cli, arguments)
+        assert result.exit_code == 0, result.output
+        assert (
+            "the stores were made differently: precision of the encoder fp32 against bf16; value bits 10 against 23; "
+            "values below dropped 0.0 against 0.1; torch 2.1 against 2.2" in result.stdout
+        )
 
 
 def test_a_table_groups_the_images_anew(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:

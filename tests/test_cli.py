@@ -143,6 +143,7 @@ def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
+    from cytosae import coactivation
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.concepts import LABEL_COLUMNS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
@@ -177,6 +178,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto barcode", "normalize"): NORMALIZATIONS,
         ("cyto concept stats", "token_set"): TOKEN_SETS,
         ("cyto concept stats", "label"): LABEL_COLUMNS,
+        ("cyto concept neighbours", "token_set"): tuple(coactivation.TOKEN_SETS),
     }
 
 
@@ -236,6 +238,22 @@ def test_ctrl_c_in_barcode_is_one_line(made: Path, tmp_path: Path) -> None:
     allowed = ("barcode:", "interrupted; run the same command again to continue")
     assert all(line.startswith(allowed) for line in errors.splitlines() if line), errors
     assert run(*command[3:]).exit_code == 0
+
+
+def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> None:
+    """And nothing else: in a process of its own, since pytest has a hook of its own."""
+    program = (
+        "import sys, cli, distributed\n"
+        "class Other:\n    def __del__(self): raise AttributeError('said')\n"
+        "def leave():\n    Other()\n    distributed.Future.__new__(distributed.Future)\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "cli._connected = interrupted\n"
+        "try:\n    with cli._dask_client(None, 1, '1GiB'): pass\n"
+        "except KeyboardInterrupt:\n    leave()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "said" in done.stderr
+    assert "Future.__del__" not in done.stderr
 
 
 def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:

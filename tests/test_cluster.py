@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +27,10 @@ from distributed import Client
 from object_server import ObjectServer, serving
 from test_barcodes import Row, contents, local_client, random_latents, write_latents
 
+from cytosae import workers
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from stores import BarcodeStore, DamagedStore, IncompleteStore, LatentSpec, LatentStore, LatentWriter
+from stores import BadInput, BarcodeStore, DamagedStore, IncompleteStore, LatentSpec, LatentStore, LatentWriter, csr
+from stores.csr_blocks import EntryReader
 from stores.errors import SpecMismatch, StoreNotFound, StoreUnreachable
 from stores.latent_store import remote_rows
 from stores.tables import image_table, table_sha256, with_outcome
@@ -298,6 +301,49 @@ def test_a_worker_that_comes_later_without_the_package_does_no_harm(dask: Dask, 
     assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
 
 
+@pytest.mark.parametrize(
+    ("preload", "words"),
+    [
+        (
+            WITHOUT_CYTO,
+            r"no worker is left, and the worker at \S+ ended soon after it came, as one does that lacks cyto",
+        ),
+        (HOLD + OTHER_NUMPY, r"the worker at \S+ has numpy 1.99.9, this command"),
+    ],
+    ids=["ends at once", "stays"],
+)
+def test_workers_that_come_later_and_are_the_only_ones_are_named(
+    dask: Dask, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str, words: str
+) -> None:
+    """The one that fitted is killed. It says that it waits for workers, then what is wrong with the one that came."""
+    monkeypatch.setattr(workers, "_LOOK_EVERY", 0.2)
+    monkeypatch.setattr(workers, "_ALONE", 5.0)
+    dask.scheduler()
+    first = dask.worker(HOLD)
+    (dask.folder / "hold").touch()
+    said: list[str] = []
+
+    def hear(done: int, total: int, state: str) -> None:
+        said.append(state)
+        if state == "waiting for workers" and first.poll() is not None and len(dask.processes) == 2:
+            dask.worker(preload)
+
+    def kill() -> None:
+        dask.wait((dask.folder / f"waits-{first.pid}").exists)
+        first.kill()
+        first.wait()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with Client(dask.address) as client:
+        client.wait_for_workers(1, timeout=PATIENCE)
+        with pytest.raises(BadInput, match=words):
+            write_barcodes(latents_of(store), tmp_path / "barcodes", BarcodeConfig(), client=client, progress=hear)
+    killer.join()
+    assert said[:1] == ["counting"]
+    assert "waiting for workers" in said
+
+
 def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
     """It unpickles what it passes on."""
     (dask.folder / "sitecustomize.py").write_text(WITHOUT_CYTO)
@@ -370,6 +416,37 @@ def test_a_store_behind_a_url_reads_as_the_local_one(server: ObjectServer, store
     assert np.array_equal(ours.image_indptr, theirs.image_indptr)
     for name in ("indices", "values", "indptr"):
         assert np.array_equal(getattr(ours.read_images(3, 40), name), getattr(theirs.read_images(3, 40), name))
+
+
+def test_the_next_chunk_of_a_url_comes_while_this_one_is_counted(
+    server: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each array ahead, not more, and none behind the last that is needed."""
+    monkeypatch.setattr(csr, "CHUNK_ENTRIES", 400)
+    rows: list[Row] = [("P", "D", True)] * 40
+    local = server.root / "bucket" / "y.latents.zarr"
+    write_latents(local, random_latents(2, (40, 5, 30), rows), rows)
+    url, sha256 = "s3://bucket/y.latents.zarr", LatentStore(local).journal_sha256
+    reader = EntryReader(f"{url}/X", shape=(200, 30), start=0, stop=150, objects=remote_rows(url, sha256))
+
+    def asked_for() -> set[str]:
+        return {
+            f"{name}/{chunk}"
+            for request in server.requests
+            for name, chunk in re.findall(r"GET bucket/y\S+/X/(data|indices)/c/(\d+)", request)
+        }
+
+    pieces, expected = reader.entries(), EntryReader(local / "X", shape=(200, 30), start=0, stop=150).entries()
+    last = (int(reader.row_starts[-1]) - 1) // 400
+    assert last >= 2
+    for number, (ours, theirs) in enumerate(zip(pieces, expected, strict=True)):
+        assert all(np.array_equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+        ahead = {f"{name}/{chunk}" for name in ("data", "indices") for chunk in range(min(number + 1, last) + 1)}
+        deadline = time.monotonic() + PATIENCE
+        while asked_for() < ahead:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert asked_for() == ahead
 
 
 def test_what_is_wrong_behind_a_url_is_told(server: ObjectServer, tmp_path: Path, hide: None) -> None:

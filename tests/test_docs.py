@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from barcode_maker import write_patient_barcodes
 
 from cytocache.demo_cells import write_demo_images
 from cytosae.config import TrainConfig
@@ -70,6 +73,37 @@ def test_concepts_page(made: Path, tmp_path: Path) -> None:
         if language == "python":
             (tmp_path / "block.py").write_text(text)
         shell("python block.py" if language == "python" else text, tmp_path)
+
+
+def test_comparison_page(tmp_path: Path) -> None:
+    """Its blocks run, on made-up barcodes, and its table names every column."""
+    rng = np.random.default_rng(0)
+    diseases = ["CBFB::MYH11"] * 8 + ["PML::RARA"] * 7 + ["control"] * 5
+    values = rng.gamma(2, 10 ** rng.uniform(-2, 2, 150), (20, 150)).astype(np.float32)
+    values[:8, 5] += 200
+    write_patient_barcodes(tmp_path / "cells.barcodes", values, diseases)
+    page = ROOT / "docs" / "compare.md"
+    printed = ""
+    for language, text in re.findall(
+        r"^<!-- executed by tests/test_docs.py -->\n```(\w+)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        (tmp_path / "block.py").write_text(text)
+        printed += shell("python block.py" if language == "python" else text, tmp_path)
+    assert "B: rest, 12 patients" in printed
+    assert re.search(r"^\s+5 .*CBFB::MYH11$", printed, re.MULTILINE), printed
+    table = pq.read_table(tmp_path / "cbfb_against_pml" / "differential.parquet")
+    assert not {*table.column_names} - {*re.findall(r"`(\w+)`", page.read_text())}
+
+
+def test_relations_page(made: Path, tmp_path: Path) -> None:
+    """Its blocks run, on small stores."""
+    for name, here in (("acts.zarr", "cells.acts.zarr"), ("run", "seed0.sae"), ("latents.zarr", "cells.latents.zarr")):
+        shutil.copytree(made / name, tmp_path / here)
+    marked = r"^<!-- executed by tests/test_docs.py -->\n```bash\n(.*?)^```$"
+    scripts = re.findall(marked, (ROOT / "docs" / "relations.md").read_text(), re.MULTILINE | re.DOTALL)
+    printed = [shell(f"export OMP_NUM_THREADS=1\n{script}", tmp_path) for script in scripts]
+    assert "the best there is" in printed[0]
+    assert "active at the same tokens" in printed[1]
 
 
 def test_every_block_runs_or_says_why_not() -> None:

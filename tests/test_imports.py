@@ -77,6 +77,8 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
         ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
         ("cytosae.concepts, cytosae.concept_thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
         ("cytosae.figures", {"torch", "cytocache"}),
+        ("cytosae.compare", {"torch", "cytocache", "dask", "matplotlib"}),
+        ("cytosae.stability, cytosae.neighbours, cytosae.patient_concepts", {"torch", "timm", "cytocache", "anndata"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
         ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "stores", "dask", "click"}),
         ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),

@@ -1,0 +1,537 @@
+"""Which latents set the patients of one disease apart from those of another? (CytoSAE, Fig. 5)
+
+The unit is the patient: each counts once, however many images there are of one. Beside the difference of mean barcodes
+that the paper ranks latents by stand effect sizes, permutation p-values, their Benjamini-Hochberg q-values and max-T
+adjustment (permutation.py), and how often a latent stays in the top list when patients are drawn anew. Filters see no
+diseases, so that what they leave keeps its p-values. Figures: compare_figures.py. No torch.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import scipy.sparse as ss
+from scipy.stats import false_discovery_control, rankdata
+
+from stores.barcode_store import BarcodeStore
+from stores.errors import BadInput, DamagedStore
+from stores.files import sha256_json
+from stores.results import ResultStore, begin_results
+from stores.spec import COMPARISON
+from stores.tables import column, listed, read_table_file
+
+from .compare_figures import plot_correlation, plot_patients, plot_scatter
+from .permutation import PermutationTest, Progress, permutation_test
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+REST = "rest"  # as B: all patients with a disease that is not A
+_COLUMNS = 1 << 12  # latents that are worked on in float64 at once
+_BOOTSTRAPS = 64  # that are worked on at once
+_UNEVEN = 1.5  # ratio of the medians of images per patient from which on it is a warning
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What to compare."""
+
+    a: str
+    b: str  # a disease, or "rest" where none has that name
+    tau: float | None = None  # needed only for barcodes at several
+    n_permutations: int = 10_000
+    seed: int = 0  # of permutations and bootstraps
+    top: int = 50  # latents of each list
+    min_patients: int = 0  # of both groups together, whose barcode exceeds 0: fewer, and a latent is not tested
+    min_mean: float = 0.0  # of a latent's barcode over the patients of both groups: less, and it is not tested
+    n_bootstraps: int = 1_000
+
+    def __post_init__(self) -> None:
+        least = {"n_permutations": 1, "seed": 0, "top": 1, "min_patients": 0, "n_bootstraps": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")
+        if not (math.isfinite(self.min_mean) and self.min_mean >= 0):
+            raise BadInput(f"min_mean must be a number of at least 0; found {self.min_mean!r}")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison."""
+
+    results: ResultStore
+    was_complete: bool
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What was compared, tested and found, in plain values: docs/formats.md."""
+        return dict(self.results.header.summary or {})
+
+    def top(self, n: int) -> dict[str, list[dict[str, Any]]]:
+        """The first `n` rows of each top list ("a", "b") of `differential.parquet`."""
+        rows = self.results.table("differential").to_pylist()
+        return {
+            group: sorted(
+                (row for row in rows if row[f"rank_{group}"] is not None and row[f"rank_{group}"] <= n),
+                key=lambda row: row[f"rank_{group}"],
+            )
+            for group in ("a", "b")
+        }
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The patients of both groups, by disease and name: their order in the store has no part in the numbers."""
+
+    values: npt.NDArray[np.float32]  # (patients, latents)
+    names: list[str]
+    diseases: list[str]
+    datasets: list[str]
+    n_images: npt.NDArray[np.int64]
+    is_a: Bools
+    n_without_disease: int  # left out
+    n_of_others: int  # patients of further diseases: left out
+
+
+def compare(
+    barcodes: Path,
+    out: Path,
+    config: CompareConfig,
+    *,
+    latents: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> Comparison:
+    """Compare the patients of two diseases latent by latent, and write tables and figures to the folder `out`.
+
+    Memory: the barcodes of the patients that are compared, dense, three times in float32.
+
+    Parameters
+    ----------
+    latents : a table with a column `latent`: only these are tested. It must come from other data, or p means nothing
+
+    Raises
+    ------
+    BadInput
+        If a disease does not exist or has fewer than two patients, or no latent is left to be tested.
+    DamagedStore
+        If the barcodes cannot be read, or hold what no barcode is.
+    SpecMismatch
+        If `out` holds a comparison with other settings (and not `overwrite`), or something else.
+    """
+    store = BarcodeStore(barcodes)
+    patients = _read_patients(store, config.tau)
+    groups = choose_groups(patients, config.a, config.b)
+    only = None if latents is None else read_latents(latents, n_latents=groups.values.shape[1])
+    is_tested, left_out = choose_tested(groups.values, config, only)
+    spec = {
+        "barcodes": store.header.identity,
+        **asdict(config),
+        "tau": store.taus[0] if config.tau is None else config.tau,
+        "b_is_rest": config.b not in groups.diseases,
+        "latents": None if only is None else sha256_json(only),
+    }
+    inputs = [path for path in (barcodes, latents) if path is not None]
+    packages = ("numpy", "scipy", "numba", "anndata")
+    writer = begin_results(out, COMPARISON, spec, overwrite=overwrite, inputs=inputs, packages=packages)
+    if writer.is_complete:
+        return Comparison(ResultStore(out, COMPARISON), was_complete=True)
+
+    table, summary = differential(groups, config, is_tested, progress=progress)
+    summary |= {
+        "left_out": left_out,
+        "tau": spec["tau"],
+        "normalize": store.header.spec["normalize"],
+        "warnings": [*_warnings(groups, config, store.header.spec["normalize"]), *summary["warnings"]],
+    }
+    shown = {group: _first(table, f"rank_{group}", config.top) for group in ("a", "b")}
+    correlation = correlate(groups.values[:, is_tested])
+    writer.write_table("differential", table)
+    writer.write_table("patients", _patient_table(groups, sorted({*shown["a"], *shown["b"]})))
+    writer.write_table("correlation", _correlation_table(groups, correlation))
+    titles = (config.a, config.b)
+    plot_scatter(table, shown, titles, writer.root / "scatter")
+    plot_patients(groups.values, groups.is_a, shown, titles, writer.root / "patients")
+    plot_correlation(correlation, groups.diseases, groups.names, writer.root / "correlation")
+    writer.finish(summary)
+    return Comparison(ResultStore(out, COMPARISON), was_complete=False)
+
+
+# ------------------------------------------------------------------------------------------------- who and what
+
+
+def choose_groups(patients: "AnnData", a: str, b: str) -> Groups:
+    """The patients of disease `a`, and those of disease `b`; or of all others, if `b` is "rest" and no disease is.
+
+    Raises
+    ------
+    BadInput
+        If there is no such disease, it is the same one twice, or a group has fewer than two patients.
+    """
+    disease = np.array([str(name) for name in patients.obs["disease"]], object)
+    known = sorted({*disease} - {""})
+    for name in (a,) if b == REST else (a, b):
+        if name not in known:
+            raise BadInput(f"no disease {name!r} in these barcodes; there are {listed(known, 20) or 'none'}")
+    if a == b:
+        raise BadInput(f"both groups are {a!r}; name two diseases, or {REST} for all others")
+    of_a = disease == a
+    of_b = disease == b if b in known else ~of_a & (disease != "")
+    for name, members in ((a, of_a), (b, of_b)):
+        if members.sum() < 2:
+            n = "1 patient" if members.any() else "no patient"
+            raise BadInput(
+                f"{name!r} has {n}, and a comparison needs at least 2 on each side: the patient is the unit. "
+                f"The mean barcodes themselves are in disease.zarr"
+            )
+    chosen = np.flatnonzero(of_a | of_b)
+    names = np.array(patients.obs_names, object)
+    chosen = chosen[np.lexsort((names[chosen], disease[chosen]))]
+    obs = patients.obs.iloc[chosen]
+    return Groups(
+        values=ss.csr_matrix(patients.X)[chosen].toarray(),
+        names=[str(name) for name in names[chosen]],
+        diseases=[*disease[chosen]],
+        datasets=[str(name) for name in obs["dataset"]],
+        n_images=np.asarray(obs["n_images"], np.int64),
+        is_a=of_a[chosen],
+        n_without_disease=int((disease == "").sum()),
+        n_of_others=int((~of_a & ~of_b & (disease != "")).sum()),
+    )
+
+
+def read_latents(path: Path, *, n_latents: int) -> list[int]:
+    """The latents that a CSV or Parquet table names in its column `latent`, rising, each once.
+
+    Raises
+    ------
+    BadInput
+        If there is no such column, or in it nothing, or what is no latent of these barcodes.
+    """
+    table = read_table_file(path)
+    if "latent" not in table.column_names:
+        raise BadInput(f"{path} has no column 'latent' (found: {listed(table.column_names)})")
+    cells = column(table, "latent")
+    wrong = [repr(cell) for cell in cells if not (cell or "").isdecimal() or len(cell or "") > 9]
+    wrong = wrong or [cell for cell in cells if cell and int(cell) >= n_latents]
+    if wrong or not cells:
+        found = f"{len(wrong):,} that are not ({listed(wrong)})" if cells else "none"
+        raise BadInput(f"{path} must name latents from 0 to {n_latents - 1:,}; found {found}")
+    return sorted({int(cell) for cell in cells if cell})
+
+
+def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
+    store.check()
+    path = store.path("patient", tau)
+    try:
+        patients = store.read("patient", tau)
+        missing = [name for name in ("disease", "dataset", "n_images") if name not in patients.obs]
+        values = ss.csr_matrix(patients.X).data
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what zarr and its codecs raise
+        raise DamagedStore(f"{path} cannot be read ({error}); count again with cyto barcode --overwrite") from None
+    if missing or not (np.isfinite(values) & (values >= 0)).all():
+        what = f"no column {missing[0]!r}" if missing else "values that are negative or not finite"
+        raise DamagedStore(f"{path} has {what}; count again with cyto barcode --overwrite")
+    return patients
+
+
+def _warnings(groups: Groups, config: CompareConfig, normalize: str) -> list[str]:
+    """What beside the disease may make the groups differ."""
+    found = []
+    medians = [float(np.median(groups.n_images[some])) for some in (groups.is_a, ~groups.is_a)]
+    if max(medians) >= _UNEVEN * min(medians):
+        found.append(
+            f"images per patient differ: median {medians[0]:g} in {config.a}, {medians[1]:g} in {config.b}; "
+            f"what decides how many images there are may decide what is in them"
+        )
+    if normalize != "images":
+        found.append(
+            f"these barcodes are normalised as {normalize}: patients with more images have larger values, whatever the "
+            f"disease; cyto barcode without --normalize divides by each patient's own number"
+        )
+    of_a, of_b = ({groups.datasets[i] for i in np.flatnonzero(some)} for some in (groups.is_a, ~groups.is_a))
+    if not of_a & of_b:
+        found.append(
+            f"no dataset has patients of both groups ({listed(sorted(of_a))} against {listed(sorted(of_b))}): "
+            f"a difference may be one of laboratory, stain or camera"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the numbers
+
+
+def choose_tested(
+    values: npt.NDArray[np.float32], config: CompareConfig, only: list[int] | None
+) -> tuple[Bools, dict[str, int]]:
+    """Which latents are tested, and how many are not for which reason, the first that applies; blind to the groups.
+
+    Parameters
+    ----------
+    values : shape (patients, latents)
+    only : latents; None for all
+
+    Raises
+    ------
+    BadInput
+        If none is left.
+    """
+    n_latents = values.shape[1]
+    is_listed = np.ones(n_latents, bool) if only is None else np.isin(np.arange(n_latents), only)
+    reasons = {
+        "not_listed": ~is_listed,
+        "equal_in_all": values.min(0) == values.max(0),
+        "few_patients": (values > 0).sum(0) < config.min_patients,
+        "low_mean": values.mean(0, dtype=np.float64) < config.min_mean,
+    }
+    is_tested, left_out = np.ones(n_latents, bool), {}
+    for reason, applies in reasons.items():
+        left_out[reason] = int((is_tested & applies).sum())
+        is_tested &= ~applies
+    if not is_tested.any():
+        raise BadInput(
+            f"none of {n_latents:,} latents is left to be tested ({describe_left_out(left_out, config)}); "
+            f"ask for fewer patients or a smaller mean, or count barcodes at a smaller tau"
+        )
+    return is_tested, left_out
+
+
+def differential(
+    groups: Groups,
+    config: CompareConfig,
+    is_tested: Bools,
+    *,
+    progress: Progress = lambda done, total, state: None,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md."""
+    columns = _describe(groups)
+    n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
+    n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
+    values = groups.values[:, tested]
+    test = permutation_test(
+        values, groups.is_a, n_permutations=config.n_permutations, seed=config.seed, progress=progress
+    )
+    q = false_discovery_control(test.p)
+    difference = columns["difference"][tested]
+    stability = bootstrap_stability(
+        values, groups.is_a, top=config.top, n_bootstraps=config.n_bootstraps, seed=config.seed
+    )
+    found = {"p": test.p, "q": q, "p_max_t": test.p_max_t, "stability": stability}
+    ranks = {"rank_a": _ranks(difference), "rank_b": _ranks(-difference)}
+    table = pa.table(
+        {
+            "latent": np.arange(n_latents),
+            **{name: pa.array(numbers, from_pandas=True) for name, numbers in columns.items()},
+            "is_tested": is_tested,
+            **{name: _spread(numbers, tested, n_latents) for name, numbers in found.items()},
+            **{name: _spread(numbers, tested, n_latents).cast(pa.int64()) for name, numbers in ranks.items()},
+        }
+    )
+    return table, {
+        "a": _about(groups, groups.is_a, config.a),
+        "b": _about(groups, ~groups.is_a, config.b),
+        "n_patients_without_disease": groups.n_without_disease,
+        "n_patients_of_other_diseases": groups.n_of_others,
+        "n_latents": n_latents,
+        "n_tested": len(tested),
+        "n_permutations": test.n_permutations,
+        "is_exact": test.is_exact,
+        "p_floor": test.floor,
+        "seed": config.seed,
+        "n_bootstraps": config.n_bootstraps,
+        "n_p_at_most_0.05": int((test.p <= 0.05).sum()),
+        "n_q_at_most_0.05": int((q <= 0.05).sum()),
+        "n_p_max_t_at_most_0.05": int((test.p_max_t <= 0.05).sum()),
+        "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
+        "warnings": _floor_warnings(test, n_a, n_b),
+    }
+
+
+def _describe(groups: Groups) -> dict[str, npt.NDArray[Any]]:
+    """What can be said of every latent, tested or not."""
+    blocks = [
+        _describe_block(groups.values[:, first : first + _COLUMNS].astype(np.float64), groups.is_a)
+        for first in range(0, groups.values.shape[1], _COLUMNS)
+    ]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _describe_block(values: Floats, is_a: Bools) -> dict[str, npt.NDArray[Any]]:
+    a, b = values[is_a], values[~is_a]
+    n_a, n_b = len(a), len(b)
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    difference = mean_a - mean_b
+    # rounding gives equal values a tiny variance, over which anything would be an enormous effect
+    varies_within = (a.min(0) < a.max(0)) | (b.min(0) < b.max(0))
+    degrees = n_a + n_b - 2
+    pooled = np.sqrt(((n_a - 1) * a.var(0, ddof=1) + (n_b - 1) * b.var(0, ddof=1)) / degrees)
+    unbiased = 1 - 3 / (4 * degrees - 1)
+    hedges_g = np.full(values.shape[1], np.nan)
+    np.divide(unbiased * difference, pooled, out=hedges_g, where=varies_within)
+    n_larger = rankdata(values, axis=0)[is_a].sum(0) - n_a * (n_a + 1) / 2
+    return {
+        "mean_a": mean_a,
+        "mean_b": mean_b,
+        "difference": difference,
+        "hedges_g": hedges_g,
+        "auc": n_larger / (n_a * n_b),
+        "n_patients_a": (a > 0).sum(0),
+        "n_patients_b": (b > 0).sum(0),
+    }
+
+
+def describe_left_out(left_out: dict[str, int], config: CompareConfig) -> str:
+    """In words: `5,000 equal in all patients, 12 above 0 in fewer than 3 patients`."""
+    words = {
+        "not_listed": "not in --latents",
+        "equal_in_all": "equal in all patients",
+        "few_patients": f"above 0 in fewer than {config.min_patients:,} patients",
+        "low_mean": f"of a mean below {config.min_mean:g}",
+    }
+    return ", ".join(f"{number:,} {words[reason]}" for reason, number in left_out.items() if number)
+
+
+def _ranks(difference: Floats) -> Floats:
+    """1 for the largest of the positive ones, and so on; of equal ones the first; NaN where not positive."""
+    order = np.argsort(-difference, kind="stable")
+    ranks = np.full(len(difference), np.nan)
+    n_positive = int((difference > 0).sum())
+    ranks[order[:n_positive]] = np.arange(1, n_positive + 1)
+    return ranks
+
+
+def bootstrap_stability(
+    values: npt.NDArray[np.floating], is_a: Bools, *, top: int, n_bootstraps: int, seed: int
+) -> Floats:
+    """Per latent: the share of bootstraps in which it is among the `top` with the largest difference in its direction.
+
+    Patients are drawn with replacement within each group. Latents that tie for the last place all count; NaN without
+    bootstraps, or where the groups' means are equal.
+
+    Parameters
+    ----------
+    values : shape (patients, latents)
+    """
+    rng = np.random.default_rng([seed, 1])  # another stream than the permutations'
+    n_latents, top = values.shape[1], min(top, values.shape[1])
+    observed = np.where(is_a, 1 / is_a.sum(), -1 / (~is_a).sum())
+    direction = np.sign(_products(observed[None], values)[0])
+    hits = np.zeros(n_latents, np.int64)
+    for done in range(0, n_bootstraps, _BOOTSTRAPS):
+        weights = np.empty((min(_BOOTSTRAPS, n_bootstraps - done), len(is_a)))
+        for members in (is_a, ~is_a):
+            n = int(members.sum())
+            weights[:, members] = rng.multinomial(n, np.full(n, 1 / n), len(weights)) * observed[members]
+        differences = _products(weights, values)
+        for sign in (1, -1):
+            ours = sign * differences
+            last = np.partition(ours, n_latents - top, axis=1)[:, n_latents - top, None]
+            hits += ((ours >= last) & (ours > 0) & (direction == sign)).sum(0)
+    shares = np.full(n_latents, np.nan)
+    np.divide(hits, n_bootstraps, out=shares, where=(direction != 0) & (n_bootstraps > 0))
+    return shares
+
+
+def _products(weights: Floats, values: npt.NDArray[np.floating]) -> Floats:
+    """weights @ values in float64, latents in blocks."""
+    blocks = range(0, values.shape[1], _COLUMNS)
+    return np.hstack([weights @ values[:, first : first + _COLUMNS].astype(np.float64) for first in blocks])
+
+
+def correlate(values: npt.NDArray[np.floating]) -> Floats:
+    """Pearson correlation of every two patients over the latents; NaN where a patient's values are all equal.
+
+    Parameters
+    ----------
+    values : shape (patients, latents)
+    """
+    n_patients, n_latents = values.shape
+    varies = values.min(1) < values.max(1)
+    mean = values.mean(1, dtype=np.float64, keepdims=True)
+    products = np.zeros((n_patients, n_patients))
+    for first in range(0, n_latents, _COLUMNS):
+        centred = values[:, first : first + _COLUMNS] - mean
+        products += centred @ centred.T
+    length = np.sqrt(np.diagonal(products))
+    correlation = np.full_like(products, np.nan)
+    np.divide(products, np.outer(length, length), out=correlation, where=np.outer(varies, varies))
+    return np.clip(correlation, -1, 1)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def _spread(numbers: Floats, tested: npt.NDArray[np.int64], n_latents: int) -> pa.Array:
+    """A column of all latents from the numbers of the tested ones; null elsewhere, and for NaN."""
+    all_of_them = np.full(n_latents, np.nan)
+    all_of_them[tested] = numbers
+    return pa.array(all_of_them, from_pandas=True)
+
+
+def _about(groups: Groups, members: Bools, name: str) -> dict[str, Any]:
+    n_images = groups.n_images[members]
+    return {
+        "name": name,
+        "n_patients": int(members.sum()),
+        "n_images": int(n_images.sum()),
+        "images_per_patient": {
+            "min": int(n_images.min()),
+            "median": float(np.median(n_images)),
+            "max": int(n_images.max()),
+        },
+    }
+
+
+def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
+    """What cannot be found however large it is."""
+    n_tested = len(test.p)
+    if test.floor > 0.05:
+        remedy = "more patients" if test.is_exact else "more --permutations"
+        return [f"no p can be below {test.floor:.2g} with {n_a} against {n_b} patients: it takes {remedy} to say more"]
+    n_needed = math.ceil(round(n_tested * test.floor / 0.05, 6))
+    if n_needed == 1:
+        return []
+    remedy = "fewer latents (--min-patients)" + (
+        "" if test.is_exact else f", or --permutations {math.ceil(n_tested / 0.05)}, which lets one do"
+    )
+    return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
+
+
+def _first(table: pa.Table, rank: str, n: int) -> list[int]:
+    """The latents of a top list, in its order."""
+    ranks = np.asarray(table[rank].to_pandas(), np.float64)
+    order = np.argsort(ranks, kind="stable")  # NaN comes last
+    return [int(latent) for latent in order[:n] if ranks[latent] <= n]
+
+
+def _patient_table(groups: Groups, latents: list[int]) -> pa.Table:
+    """A line for every chosen latent and patient."""
+    n_patients = len(groups.names)
+    return pa.table(
+        {
+            "latent": np.repeat(np.array(latents, np.int64), n_patients),
+            "patient": groups.names * len(latents),
+            "disease": groups.diseases * len(latents),
+            "group": ["a" if is_a else "b" for is_a in groups.is_a] * len(latents),
+            "n_images": np.tile(groups.n_images, len(latents)),
+            "value": groups.values[:, latents].T.ravel(),
+        }
+    )
+
+
+def _correlation_table(groups: Groups, correlation: Floats) -> pa.Table:
+    """A line for every two patients, in the order of the figure."""
+    n_patients = len(groups.names)
+    return pa.table(
+        {
+            "patient": np.repeat(np.array(groups.names, object), n_patients).tolist(),
+            "other": groups.names * n_patients,
+            "correlation": pa.array(correlation.ravel(), from_pandas=True),
+        }
+    )

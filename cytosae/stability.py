@@ -1,0 +1,320 @@
+"""Do several SAEs find the same concepts? Their decoder rows matched one to one by cosine (`cyto concept stability`).
+
+The matching has the largest sum of cosines of all one-to-one matchings, and proves it: prices u and v with
+u[i] + v[j] >= cosine for *every* pair bound every matching by their sum. It is found among the pairs of nearest rows;
+then all products are looked at once more in blocks, and pairs that break the bound are added, until there are none.
+So no S x S matrix is ever held. A pair with a cosine of 0 or less is no match. Beside each pair of SAEs stands what
+chance gives: random directions with the mean and the covariance of each decoder's, matched in the same way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stores.errors import BadInput, SpecMismatch
+from stores.results import ResultStore, begin_results
+from stores.spec import CONCEPTS, STABILITY
+from stores.tables import listed
+
+from .assignment import assign
+from .decoder import Decoder, pair_cosines, read_decoder, require_comparable
+from .nearest import nearest
+from .relation_figures import plot_stability
+
+Progress = Callable[[int, int, str], None]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+TOLERANCE = 1e-6  # of a bound, above the error of a float32 product of unit rows
+THRESHOLDS = (0.7, 0.9)
+MEANINGFUL = 1e-3  # mean activation from which the paper looks at a latent
+_NEAREST = 16  # candidates of a row to begin with, and what is added to it in a round
+_ROUNDS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Rows of a and b, one to one."""
+
+    partner: Ints  # (n_a,) row of b; -1: none
+    cosine: Floats  # (n_a,) with the partner; 0 without
+    best_of_a: Floats  # (n_a,) the largest cosine with any row of b
+    best_of_b: Floats  # (n_b,)
+    bound: float  # no matching has a larger sum of cosines
+
+    @property
+    def gap(self) -> float:
+        """How far the sum of cosines may be from the largest there is; about TOLERANCE per row when it is proven."""
+        return max(0.0, self.bound - float(self.cosine.sum()))
+
+    @property
+    def is_optimal(self) -> bool:
+        """The sum of cosines is the largest there is, up to TOLERANCE per row."""
+        return self.gap <= TOLERANCE * max(1, len(self.best_of_a), len(self.best_of_b))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StabilityResult:
+    """What was compared: one dict per pair of SAEs, as in pairs.parquet."""
+
+    pairs: list[dict[str, Any]]
+    n_without_direction: list[int]  # per SAE: latents whose decoder row is zero
+    was_complete: bool
+
+
+def write_stability(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    concepts: Sequence[Path] = (),
+    min_mean_activation: float = MEANINGFUL,
+    seed: int = 0,
+    assume_compatible: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> StabilityResult:
+    """Match every two of the SAEs; matches.parquet, stability.parquet, pairs.parquet and a figure in the folder `out`.
+
+    Parameters
+    ----------
+    concepts : folders of `cyto concept stats`, one for each SAE, or none; then only latents count whose mean
+        activation is at least `min_mean_activation` in one of the folder's datasets
+    seed : of the random directions
+    assume_compatible : take imported SAEs, which do not say what they were trained on
+
+    Raises
+    ------
+    BadInput
+        With fewer than two SAEs, one given twice, or fewer than one latent to compare in one of them.
+    SpecMismatch
+        If the SAEs were trained on different kinds of tokens, or concepts belong to none of them.
+    """
+    decoders = [read_decoder(run) for run in runs]
+    if len(decoders) < 2:
+        raise BadInput(f"stability needs two SAEs or more; found {len(decoders)}")
+    _refuse_twice(decoders)
+    pairs_of = list(combinations(range(len(decoders)), 2))
+    unknown: set[str] = set()
+    for a, b in pairs_of:
+        unknown.update(require_comparable(decoders[a], decoders[b], assume_compatible=assume_compatible))
+    of_sae = _concepts_of(decoders, concepts)
+    chosen = [_chosen(decoder, of_sae.get(number), min_mean_activation) for number, decoder in enumerate(decoders)]
+    spec = {
+        "saes": [{"sae_sha256": each.sae_sha256, "n_latents": each.n_latents} for each in decoders],
+        "concepts": [store.header.identity for _, store in sorted(of_sae.items())],
+        "min_mean_activation": min_mean_activation if of_sae else None,
+        "assumed_equal": sorted(unknown),
+        "seed": seed,
+    }
+    writer = begin_results(
+        out, STABILITY, spec, overwrite=overwrite, inputs=[*runs, *concepts], packages=("numpy", "scipy", "numba")
+    )
+    n_without = [int((~each.has_direction).sum()) for each in decoders]
+    if writer.is_complete:
+        return StabilityResult(
+            pairs=ResultStore(out, STABILITY).table("pairs").to_pylist(),
+            n_without_direction=n_without,
+            was_complete=True,
+        )
+    matches, rows, null_cosines = [], [], []
+    passes = _Passes(progress)
+    for a, b in pairs_of:
+        directions = [decoders[each].rows[chosen[each]] for each in (a, b)]
+        passes.state = f"SAE {a} and {b}"
+        matches.append(match_directions(*directions, progress=passes))
+        passes.state = f"SAE {a} and {b}, random directions"
+        rng = np.random.default_rng((seed, a, b))
+        drawn = [draw_like(each, rng) for each in directions]
+        null_cosines.append(match_directions(*drawn, progress=passes).cosine)
+        rows.append({"sae_a": a, "sae_b": b, **_describe(matches[-1], null_cosines[-1])})
+    writer.write_table("pairs", pa.Table.from_pylist(rows))
+    writer.write_table("matches", _match_table(pairs_of, matches, chosen))
+    writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
+    plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
+    writer.finish({"saes": [run.name for run in runs], "n_without_direction": n_without})
+    return StabilityResult(pairs=rows, n_without_direction=n_without, was_complete=False)
+
+
+class _Passes:
+    """Blocks of cosines over all passes so far; how many passes there will be is not known before."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.state = ""
+        self._progress, self._n_before = progress, 0
+
+    def __call__(self, done: int, total: int, state: str) -> None:
+        self._progress(self._n_before + done, self._n_before + total, self.state)
+        if done == total:
+            self._n_before += total
+
+
+def match_directions(
+    a: npt.NDArray[np.float32],
+    b: npt.NDArray[np.float32],
+    *,
+    n_candidates: int = _NEAREST,
+    progress: Progress = lambda done, total, state: None,
+) -> Matching:
+    """The one-to-one matching of rows of norm 1, (n_a, D) and (n_b, D), with the largest sum of cosines.
+
+    Memory: some `n_candidates` pairs per row, and a block of products. Equally good matchings exist where rows are
+    equal; which of them is found is not promised.
+    """
+    of_a, of_b = nearest(a, b, max(1, min(n_candidates, len(a), len(b))), progress=progress)
+    best_of_a = pair_cosines(a, b, np.arange(len(a)), of_a.index[:, 0])
+    best_of_b = pair_cosines(a, b, of_b.index[:, 0], np.arange(len(b)))
+    pairs = np.unique(np.concatenate([_pairs(of_a.index, len(b)), _pairs(of_b.index, len(b), turned=True)]))
+    weights = pair_cosines(a, b, *np.divmod(pairs, len(b)))
+    for _ in range(_ROUNDS):
+        found = assign(*np.divmod(pairs, len(b)), weights, len(a), len(b))
+        over, _ = nearest(a, b, of_a.value.shape[1], prices=found.column_prices, progress=progress)
+        # a row's price must reach every product less the column's price, not those of the candidates alone
+        short = np.maximum(0, over.value[:, 0] - found.row_prices)
+        bound = float(found.row_prices.sum() + found.column_prices.sum() + short.sum())
+        breaks = over.value > found.row_prices[:, None] + TOLERANCE
+        new = np.setdiff1d(_pairs(np.where(breaks, over.index, -1), len(b)), pairs)
+        if not len(new):
+            break
+        pairs = np.concatenate([pairs, new])
+        weights = np.concatenate([weights, pair_cosines(a, b, *np.divmod(new, len(b)))])
+    cosine, matched = np.zeros(len(a)), np.flatnonzero(found.column_of_row >= 0)
+    cosine[matched] = pair_cosines(a, b, matched, found.column_of_row[matched])
+    return Matching(found.column_of_row, cosine, best_of_a, best_of_b, bound)
+
+
+def draw_like(rows: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """As many random directions with the mean and the covariance of these, (n, D): Gaussian, then of norm 1.
+
+    What decoders have in common without having learned the same: the mean token's direction, and how many dimensions
+    the tokens fill. Directions drawn evenly would make any two SAEs look alike.
+    """
+    mean = rows.mean(0, dtype=np.float64)
+    covariance = (rows.T @ rows).astype(np.float64) / max(1, len(rows)) - np.outer(mean, mean)
+    variances, axes = np.linalg.eigh(covariance)
+    spread = (axes * np.sqrt(np.maximum(variances, 0))).T.astype(np.float32)
+    drawn: npt.NDArray[np.float32] = rng.standard_normal(rows.shape, np.float32) @ spread
+    drawn += mean.astype(np.float32)
+    norms = np.linalg.norm(drawn, axis=1, keepdims=True)
+    drawn /= np.where(norms > 0, norms, 1)
+    return drawn
+
+
+def _pairs(index: npt.NDArray[np.int32], n_b: int, *, turned: bool = False) -> Ints:
+    """Pairs (row, index[row, k]) as one number, row of a x n_b + row of b; an index of -1: none. Turned: rows of b."""
+    row, other = np.broadcast_to(np.arange(len(index))[:, None], index.shape), index.astype(np.int64)
+    pairs: Ints = (other * n_b + row if turned else row * n_b + other)[index >= 0]
+    return pairs
+
+
+def _describe(matching: Matching, null: Floats) -> dict[str, Any]:
+    """Shares are of the latents of the smaller SAE: those without a match count as below every threshold."""
+    n_smaller = min(len(matching.best_of_a), len(matching.best_of_b))
+    cosine, is_matched = matching.cosine, matching.partner >= 0
+    null = null[null > 0]
+    null_p99 = float(np.quantile(null, 0.99, method="higher")) if len(null) else 0.0
+    return {
+        "n_latents_a": len(matching.best_of_a),
+        "n_latents_b": len(matching.best_of_b),
+        "n_matched": int(is_matched.sum()),
+        "mean_cosine": float(cosine.sum()) / n_smaller,
+        **{f"share_above_{threshold}": int((cosine > threshold).sum()) / n_smaller for threshold in THRESHOLDS},
+        "null_mean_cosine": float(null.sum()) / n_smaller,
+        "null_p99": null_p99,
+        "share_above_null_p99": int((cosine > null_p99).sum()) / n_smaller,
+        "is_optimal": matching.is_optimal,
+        "gap": matching.gap,
+    }
+
+
+def _match_table(pairs_of: list[tuple[int, int]], matches: list[Matching], chosen: list[Ints]) -> pa.Table:
+    columns: dict[str, list[npt.NDArray[Any]]] = {
+        name: [] for name in ("sae_a", "sae_b", "latent_a", "latent_b", "cosine")
+    }
+    for (a, b), matching in zip(pairs_of, matches, strict=True):
+        matched = np.flatnonzero(matching.partner >= 0)
+        columns["sae_a"].append(np.full(len(matched), a))
+        columns["sae_b"].append(np.full(len(matched), b))
+        columns["latent_a"].append(chosen[a][matched])
+        columns["latent_b"].append(chosen[b][matching.partner[matched]])
+        columns["cosine"].append(matching.cosine[matched])
+    return pa.table({name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def _latent_table(
+    decoders: list[Decoder], pairs_of: list[tuple[int, int]], matches: list[Matching], chosen: list[Ints]
+) -> pa.Table:
+    """A row per latent of every SAE, over the other SAEs; null where it was not compared (see `_chosen`)."""
+    tables = []
+    for number, decoder in enumerate(decoders):
+        best, matched = [], []
+        for (a, b), matching in zip(pairs_of, matches, strict=True):
+            if number == a:
+                best.append(matching.best_of_a)
+                matched.append(matching.cosine)
+            elif number == b:
+                of_b = np.zeros(len(matching.best_of_b))
+                is_matched = matching.partner >= 0
+                of_b[matching.partner[is_matched]] = matching.cosine[is_matched]
+                best.append(matching.best_of_b)
+                matched.append(of_b)
+        columns: dict[str, Any] = {"sae": np.full(decoder.n_latents, number), "latent": np.arange(decoder.n_latents)}
+        is_compared = np.zeros(decoder.n_latents, bool)
+        is_compared[chosen[number]] = True
+        for name, values in {
+            "n_matched": np.count_nonzero(matched, axis=0),
+            "mean_matched": np.mean(matched, axis=0),
+            "min_matched": np.min(matched, axis=0),
+            "mean_best": np.mean(best, axis=0),
+            "min_best": np.min(best, axis=0),
+        }.items():
+            whole = np.zeros(decoder.n_latents, values.dtype)
+            whole[chosen[number]] = values
+            columns[name] = pa.array(whole, mask=~is_compared)
+        tables.append(pa.table({**columns, "has_direction": decoder.has_direction}))
+    return pa.concat_tables(tables)
+
+
+def _refuse_twice(decoders: list[Decoder]) -> None:
+    first_at: dict[str, Path] = {}
+    for decoder in decoders:
+        if decoder.sae_sha256 in first_at:
+            first = first_at[decoder.sae_sha256]
+            raise BadInput(f"{first} and {decoder.root} are the same SAE; give each SAE once")
+        first_at[decoder.sae_sha256] = decoder.root
+
+
+def _concepts_of(decoders: list[Decoder], concepts: Sequence[Path]) -> dict[int, ResultStore]:
+    """Number of an SAE -> its concepts; of all SAEs, or of none."""
+    number_of = {decoder.sae_sha256: number for number, decoder in enumerate(decoders)}
+    found: dict[int, ResultStore] = {}
+    for folder in concepts:
+        store = ResultStore(folder, CONCEPTS)
+        number = number_of.get(store.header.spec["latents_spec"][0]["sae_sha256"])
+        if number is None or number in found:
+            what = "are of none of these SAEs" if number is None else "are a second folder of the same SAE"
+            raise SpecMismatch(f"the concepts {folder} {what}; give one folder for each SAE")
+        found[number] = store
+    missing = [str(decoder.root) for number, decoder in enumerate(decoders) if number not in found]
+    if concepts and missing:
+        raise BadInput(f"no concepts given for {listed(missing)}; give --concepts for every SAE, or for none")
+    return found
+
+
+def _chosen(decoder: Decoder, concepts: ResultStore | None, min_mean_activation: float) -> Ints:
+    """The latents that are compared: those with a direction, and with enough activation in some dataset."""
+    counts = decoder.has_direction.copy()
+    if concepts is not None:
+        table = concepts.table("latents")
+        enough = np.array(table["mean_activation"]) >= min_mean_activation
+        is_active = np.zeros(decoder.n_latents, bool)
+        is_active[np.array(table["latent"])[enough]] = True
+        counts &= is_active
+    if not counts.any():
+        reason = f" with a mean activation of {min_mean_activation:g} or more" if concepts is not None else ""
+        raise BadInput(f"{decoder.root} has no latent{reason} whose decoder row is not zero: nothing to compare")
+    return np.flatnonzero(counts)

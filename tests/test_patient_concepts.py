@@ -1,0 +1,232 @@
+"""Patient-specific concepts: z by hand, what is planted is found, noise is not, and who cannot be compared."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse as ss
+from test_barcodes import Row, local_client, no_waiting_for_the_disk, write_latents  # noqa: F401  # a fixture
+from test_cli import fails, run
+
+from cytosae.barcodes import BarcodeConfig, write_barcodes
+from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare, write_patient_concepts
+from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
+from stores.errors import BadInput, DamagedStore
+
+Floats = npt.NDArray[np.float64]
+
+
+def compared(
+    images: Floats, others: Floats, *, min_images: int = 1, n_splits: int = 200, seed: int = 0
+) -> PatientConcepts:
+    rng = np.random.default_rng(seed)
+    latents = np.arange(images.shape[1]) * 10
+    found = compare(
+        latents, ss.csr_matrix(images.astype(np.float32)), others, min_images=min_images, n_splits=n_splits, rng=rng
+    )
+    assert (np.diff(np.abs(found.z)) <= 0).all()
+    return found
+
+
+def test_z_by_hand() -> None:
+    """Latents 0 to 6: raised against spread, at a MAD of 0, in a single image; lowered; absent; equal; constant."""
+    images = np.array(
+        [[4, 2, 8, 0, 0, 1, 3], [6, 2, 0, 1, 0, 1, 3], [5, 0, 0, 0, 0, 1, 3], [5, 0, 0, 0, 0, 1, 3]], float
+    )
+    others = np.array(
+        [
+            [1, 0, 0, 2, 4, 1, 0],
+            [2, 0, 0, 3, 4, 1, 0],
+            [3, 0, 0, 4, 4, 2, 0],
+            [4, 0, 0, 5, 4, 0, 0],
+            [9, 1, 0, 6, 4, 1, 3],
+        ],
+        float,
+    )
+    found = compared(images, others)
+    by_latent = {int(latent) // 10: i for i, latent in enumerate(found.latent)}
+    assert sorted(by_latent) == [0, 1, 2, 3, 4, 6]  # 5 equals the median
+    row = {
+        name: [getattr(found, name)[by_latent[s]] for s in sorted(by_latent)] for name in ("median", "mad", "se", "z")
+    }
+    assert row["median"] == [3, 0, 0, 4, 4, 0]
+    assert row["mad"] == [1, 0, 0, 1, 0, 0]
+    # variance / mean: (2/3) / 5, below Poisson; (4/3) / 1; 16 / 2; 0.25 / 0.25 at the others' 4; none; 0 of a constant
+    se = [np.sqrt(5 / 4), np.sqrt(4 / 3 / 4), np.sqrt(8 * 2 / 4), np.sqrt(4 / 4), np.sqrt(4 / 4), np.sqrt(3 / 4)]
+    assert row["se"] == pytest.approx(se)
+    z = [2 / np.hypot(1.4826, se[0]), 1 / se[1], 2 / se[2], -3.75 / np.hypot(1.4826, se[3]), -4 / se[4], 3 / se[5]]
+    assert row["z"] == pytest.approx(z)
+    assert row["z"][2] == pytest.approx(1)  # one image is one find, however strong
+    columns = ("n_images_active", "n_others_active", "n_others_beyond")
+    counts = {s: [int(getattr(found, name)[i]) for name in columns] for s, i in by_latent.items()}
+    assert counts == {0: [4, 5, 1], 1: [2, 1, 1], 2: [1, 0, 0], 3: [1, 5, 0], 4: [0, 5, 0], 6: [4, 1, 1]}
+    replicated = {s: found.replicated[i] for s, i in by_latent.items()}
+    assert replicated[0] == replicated[3] == replicated[4] == replicated[6] == 1
+    assert replicated[2] == 0  # one half never has it
+    assert replicated[1] == pytest.approx(2 / 3, abs=0.1)  # two of four images: in different halves in 4 of 6 splits
+
+
+def test_support_and_least_step() -> None:
+    """A raised latent needs images; the error is never below one token in one image."""
+    images = np.zeros((50, 2))
+    images[:2, 0] = 1
+    images[:3, 1] = 1
+    assert compared(images, np.zeros((5, 2)), min_images=3).latent.tolist() == [10]
+    assert compared(np.ones((4, 1)), np.full((5, 1), 0.999)).se.tolist() == [0.5]
+    one = np.zeros((9, 1))
+    one[0] = 1
+    assert compared(one, np.zeros((5, 1))).z.tolist() == [pytest.approx(1, abs=0.01)]
+
+
+def drawn_images(rng: np.random.Generator, rates: Floats, n_images: int) -> Floats:
+    """Tokens per image, in clumps: a latent is in an image or not, and then at several tokens."""
+    return np.where(rng.random((n_images, len(rates))) < rates, rng.poisson(3, (n_images, len(rates))), 0).astype(float)
+
+
+def test_what_is_planted_is_found_and_noise_is_not() -> None:
+    """Patients of one kind, 300 latents; in one of them ten are raised and ten lowered."""
+    rng = np.random.default_rng(0)
+    rates = rng.uniform(0.05, 0.6, 300)
+    patients = [drawn_images(rng, rates, int(n)) for n in rng.integers(40, 90, 12)]
+    means = np.array([images.mean(0) for images in patients])
+    n_noise = [int(compared(images, np.delete(means, p, axis=0)).sets_apart.sum()) for p, images in enumerate(patients)]
+    assert sum(n_noise) < 12 * 300 * 0.005
+    changed = rates.copy()
+    changed[:10], changed[10:20] = 0.95, 0.0
+    rates[:10], rates[10:20] = 0.1, 0.6
+    patients = [drawn_images(rng, rates, int(n)) for n in rng.integers(40, 90, 12)]
+    special = drawn_images(rng, changed, 60)
+    found = compared(special, np.array([images.mean(0) for images in patients]))
+    apart = set((found.latent[found.sets_apart] // 10).tolist())
+    assert set(range(20)) <= apart
+    assert len(apart) < 25
+    assert (found.z[np.isin(found.latent, np.arange(10) * 10)] > 0).all()
+    assert (found.z[np.isin(found.latent, np.arange(10, 20) * 10)] < 0).all()
+
+
+def test_halves_agree_about_a_patient_and_not_about_noise() -> None:
+    rng = np.random.default_rng(1)
+    rates = rng.uniform(0.1, 0.6, 200)
+    others = np.array([drawn_images(rng, rates, 200).mean(0) for _ in range(9)])
+    same = [compared(drawn_images(rng, rates, 60), others, n_splits=20).halves_correlation for _ in range(5)]
+    other = compared(drawn_images(rng, rng.permutation(rates), 60), others, n_splits=20).halves_correlation
+    assert abs(np.mean(same)) < 0.15
+    assert other > 0.6
+
+
+# ------------------------------------------------------------------------------------------- the folder
+
+N_IMAGES = {"A": 9, "B": 6, "C": 5, "D": 8, "E": 4, "F": 6, "tiny": 3, "lone": 7, "unknown": 6}
+DISEASES = {**dict.fromkeys("ABCDEF", "flu"), "tiny": "flu", "lone": "cold", "unknown": None}
+
+
+@pytest.fixture(scope="module")
+def barcodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven patients with flu, two others; the images of all are mixed; A has latent 3 everywhere."""
+    root = tmp_path_factory.mktemp("patients")
+    rng = np.random.default_rng(0)
+    rows: list[Row] = [(name, DISEASES[name], k > 0) for name, n in N_IMAGES.items() for k in range(n + 1)]
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    dense = np.where(rng.random((len(rows), 6, 20)) < 0.1, np.float32(1), np.float32(0))
+    dense[:, :, 3] = [[name == "A"] * 6 for name, _, _ in rows]
+    dense[[not ok for _, _, ok in rows]] = 0
+    write_latents(root / "latents.zarr", dense, rows)
+    with local_client(1, 2) as client:
+        write_barcodes(root / "latents.zarr", root / "b", BarcodeConfig(tau=0.5), client=client)
+        write_barcodes(root / "latents.zarr", root / "several", BarcodeConfig(tau=(0.5, 2)), client=client)
+        released = BarcodeConfig(tau=0.5, normalize="cytosae-release")
+        write_barcodes(root / "latents.zarr", root / "released", released, client=client)
+    return root / "b"
+
+
+def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
+    """And what they say is what `compare` says of the images; those who cannot be compared are named."""
+    settings = PatientSettings(min_images=2)
+    one = write_patient_concepts(barcodes, "A", tmp_path / "one", settings)
+    assert one.top[0]["latent"] == 3
+    assert one.top[0]["z"] == pytest.approx(6 / np.sqrt(6 / 9))
+    assert one.top[0]["sets_apart"]
+    assert one.patients[0]["n_others"] == 6  # tiny's barcode counts, though it is not compared itself
+    everybody = write_patient_concepts(barcodes, None, tmp_path / "all", settings)
+    assert everybody.top == []
+    table = ResultStore(tmp_path / "all", PATIENT_CONCEPTS).table("patient_concepts").to_pylist()
+    mine = ResultStore(tmp_path / "one", PATIENT_CONCEPTS).table("patient_concepts").to_pylist()
+    assert [row for row in table if row["patient"] == "A"] == mine
+    assert mine[:10] == one.top
+    skipped = {row["patient"]: row["skipped"] for row in everybody.patients}
+    assert skipped == {
+        **dict.fromkeys("ABCDEF"),
+        "lone": "0 others with cold",
+        "tiny": "3 readable images",
+        "unknown": "no disease",
+    }
+    store = BarcodeStore(barcodes)
+    images, patients = store.read("image"), store.read("patient")
+    is_its = (images.obs["patient"] == "A") & (images.obs["status"] == "ok")
+    assert is_its.sum() == 9
+    others = patients[(patients.obs["disease"] == "flu") & (patients.obs_names != "A")]
+    by_hand = compared(images.X.toarray()[is_its].astype(float), others.X.toarray().astype(float), min_images=2)
+    assert {row["latent"]: row["z"] for row in mine} == pytest.approx(
+        dict(zip((by_hand.latent // 10).tolist(), by_hand.z, strict=True))
+    )
+    for name in ("one/patient_concepts", "all/patients"):
+        assert (tmp_path / f"{name}.png").is_file()
+        assert (tmp_path / f"{name}.svg").is_file()
+    again = write_patient_concepts(barcodes, "A", tmp_path / "one", settings)
+    assert again.was_complete
+    assert (again.patients, again.top) == (one.patients, one.top)
+
+
+def test_who_cannot_be_compared(barcodes: Path, tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", PatientSettings()
+    words = "need a disease, 4 readable images and 5 other patients of the same disease and dataset"
+    for patient, reason in (
+        ("lone", "'lone' has 0 others with cold in"),
+        ("tiny", "'tiny' has 3 readable images in"),
+        ("unknown", "'unknown' has no disease in"),
+    ):
+        with pytest.raises(BadInput, match=f"{reason} .*{words}"):
+            write_patient_concepts(barcodes, patient, out, settings)
+    with pytest.raises(BadInput, match=r"no patient 'X' in .*; it has 9: A, B, C and 6 more"):
+        write_patient_concepts(barcodes, "X", out, settings)
+    with pytest.raises(BadInput, match=r"is normalised by cytosae-release.*--normalize images"):
+        write_patient_concepts(barcodes.with_name("released"), "A", out, settings)
+    with pytest.raises(BadInput, match=r"holds barcodes at several tau: choose one of 0.5, 2"):
+        write_patient_concepts(barcodes.with_name("several"), "A", out, settings)
+    with pytest.raises(BadInput, match="min_images and n_splits must be at least 1; found 3 and 0"):
+        PatientSettings(n_splits=0)
+    assert not out.exists()
+    write_patient_concepts(barcodes.with_name("several"), "A", out, PatientSettings(tau=0.5))
+    found = pq.read_table(out / "patient_concepts.parquet")
+    write_patient_concepts(barcodes, "A", tmp_path / "single", settings)
+    assert found.equals(pq.read_table(tmp_path / "single" / "patient_concepts.parquet"))
+
+
+def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> None:
+    """Chunks of another run among ours."""
+    mixed = tmp_path / "mixed"
+    shutil.copytree(barcodes, mixed)
+    shutil.rmtree(mixed / "image.zarr" / "X")
+    shutil.copytree(barcodes.with_name("several") / "image_tau2.zarr" / "X", mixed / "image.zarr" / "X")
+    with pytest.raises(DamagedStore, match="the images of patient 'A' do not give its barcode; count again"):
+        write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
+
+
+def test_command(barcodes: Path, tmp_path: Path) -> None:
+    command = ("concept", "patient", barcodes)
+    done = run(*command, "A", "-o", tmp_path / "a")
+    assert done.exit_code == 0, done.output
+    assert "A: 9 images against 6 others with flu; 1 latents raised and 0 lowered" in done.stdout
+    assert "latent 3      z     7.3  6 against 0 tokens per image, in 9 images; 0 others as far" in done.stdout
+    assert "without p- or q-values" in done.stdout
+    everybody = run(*command, "--all", "-o", tmp_path / "all", "--json")
+    assert len(json.loads(everybody.stdout)["patients"]) == 9
+    assert "lone: left out (0 others with cold)" in run(*command, "--all", "-o", tmp_path / "all").stdout
+    assert run(*command, "-o", tmp_path / "x").exit_code == 2
+    assert run(*command, "A", "--all", "-o", tmp_path / "x").exit_code == 2
+    fails("no patient 'Z'", *command, "Z", "-o", tmp_path / "x")
+    fails("has no barcodes at tau 3", *command, "A", "-o", tmp_path / "x", "--tau", 3)

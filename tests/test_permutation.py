@@ -1,0 +1,180 @@
+"""Permutation p-values: equal to slow twins and to scipy, honest where nothing differs, exact about ties."""
+
+import math
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import stats
+
+from cytosae.permutation import PermutationTest, permutation_test
+
+Floats = npt.NDArray[np.float64]
+
+
+def groups(n_a: int, n_b: int, seed: int = 0) -> npt.NDArray[np.bool_]:
+    """Members of A among n_a + n_b units, in a random order."""
+    return np.random.default_rng(seed).permutation(np.arange(n_a + n_b) < n_a)
+
+
+def run(
+    values: npt.NDArray[np.floating], is_a: npt.NDArray[np.bool_], n: int = 10_000, seed: int = 0
+) -> PermutationTest:
+    return permutation_test(values, is_a, n_permutations=n, seed=seed)
+
+
+def twin(values: Floats, is_a: npt.NDArray[np.bool_], n: int, seed: int) -> tuple[Floats, Floats]:
+    """p and p_max_t, one permutation after the other, by the absolute pooled t statistic."""
+
+    def size(members: npt.NDArray[np.bool_]) -> Floats:
+        a, b = values[members], values[~members]
+        spread = np.sqrt((a.var(0) * len(a) + b.var(0) * len(b)) * (1 / len(a) + 1 / len(b)) / (len(values) - 2))
+        return np.abs(a.mean(0) - b.mean(0)) / spread
+
+    observed, rng = size(is_a), np.random.default_rng(seed)
+    assert np.allclose(observed, np.abs(stats.ttest_ind(values[is_a], values[~is_a]).statistic))
+    n_as_extreme, n_max = np.ones((2, values.shape[1]))
+    for _ in range(n):
+        drawn = size(rng.permuted(is_a))
+        n_as_extreme += drawn >= observed * (1 - 1e-9)
+        n_max += drawn.max() >= observed * (1 - 1e-9)
+    return n_as_extreme / (n + 1), n_max / (n + 1)
+
+
+def test_random_permutations_equal_the_twin() -> None:
+    """Skewed columns, ties, very different sizes; units and columns that fill no table."""
+    rng = np.random.default_rng(1)
+    values = np.hstack([rng.exponential(1, (23, 60)), rng.integers(0, 3, (23, 15)) * 1.0, rng.random((23, 2)) * 1e6])
+    is_a = groups(9, 14)
+    values[is_a, :3] += 1.5
+    found = run(values, is_a, 2_000, seed=5)
+    p, p_max_t = twin(values, is_a, 2_000, seed=5)
+    assert np.array_equal(found.p, p)
+    assert np.array_equal(found.p_max_t, p_max_t)
+    assert not found.is_exact
+    assert found.floor == 1 / 2_001
+    assert (found.p_max_t >= found.p).all()
+
+
+def test_more_than_one_block_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of columns and of permutations have no part in the numbers."""
+    import cytosae.permutation
+
+    values, is_a = np.random.default_rng(2).exponential(1, (70, 300)), groups(32, 38)
+    whole = run(values, is_a, 999)
+    monkeypatch.setattr(cytosae.permutation, "_SPLITS", 100)
+    monkeypatch.setattr(cytosae.permutation, "_COLUMNS", 64)
+    in_blocks = run(values, is_a, 999)
+    assert np.array_equal(whole.p, in_blocks.p)
+    assert np.array_equal(whole.p_max_t, in_blocks.p_max_t)
+
+
+@pytest.mark.parametrize(("n_a", "n_b"), [(4, 5), (4, 4), (2, 7)])
+def test_few_units_are_enumerated_as_scipy_does(n_a: int, n_b: int) -> None:
+    values, is_a = np.random.default_rng(n_a).exponential(1, (n_a + n_b, 12)), groups(n_a, n_b)
+    values[is_a, 0] += 100  # nothing can be more extreme
+    found = run(values, is_a)
+    by_scipy = stats.permutation_test(
+        (values[is_a], values[~is_a]),
+        lambda a, b, axis: np.abs(a.mean(axis) - b.mean(axis)),
+        alternative="greater",
+        n_resamples=np.inf,
+        axis=0,
+        vectorized=True,
+    )
+    assert np.allclose(found.p, by_scipy.pvalue, rtol=1e-12, atol=0)
+    assert found.is_exact
+    assert found.n_permutations == math.comb(n_a + n_b, n_a)
+    assert found.floor == found.p[0] == (2 if n_a == n_b else 1) / found.n_permutations
+
+
+def test_enumeration_begins_where_it_costs_no_more() -> None:
+    values, is_a = np.random.default_rng(0).random((8, 3)), groups(4, 4)
+    assert run(values, is_a, 70).is_exact
+    assert not run(values, is_a, 69).is_exact
+
+
+def test_ties_count_also_where_float32_rounds_them_apart() -> None:
+    """Thirds and tenths, as means over images are: 0.1 + 0.2 against 0.3. Counted in fractions by hand."""
+    rng, is_a = np.random.default_rng(3), groups(4, 5)
+    exact = [[Fraction(int(k), int(d)) for k in rng.integers(0, 4, 9)] for d in rng.choice([3, 7, 10], 40)]
+    values = np.array([[float(cell) for cell in row] for row in exact], np.float32).T
+    found = run(values, is_a)
+    n_naive = 0
+    for column, row in enumerate(exact):
+        splits = [*combinations(range(9), 4)]
+        middle = sum(row) * Fraction(4, 9)
+        observed = abs(sum(row[i] for i in np.flatnonzero(is_a)) - middle)
+        as_extreme = sum(abs(sum(row[i] for i in split) - middle) >= observed for split in splits)
+        assert found.p[column] == as_extreme / len(splits), column
+        sums = np.array([values[[*split], column].sum() for split in splits], np.float32)
+        center = values[:, column].sum() * np.float32(4 / 9)
+        n_naive += (np.abs(sums - center) >= np.abs(values[is_a, column].sum() - center)).sum() != as_extreme
+    assert n_naive > 0  # the case is there
+
+
+def test_order_names_and_scale_have_no_part() -> None:
+    """Which group is called A, and the unit of a column, change nothing; of all splits, neither does the order."""
+    values, is_a = np.random.default_rng(4).exponential(1, (20, 8)).astype(np.float32), groups(10, 10)
+    one, swapped, scaled = run(values, is_a, 500), run(values, ~is_a, 500), run(values * np.float32(1 << 10), is_a, 500)
+    for other in (swapped, scaled):
+        assert np.array_equal(one.p, other.p)
+        assert np.array_equal(one.p_max_t, other.p_max_t)
+    few, order = slice(0, 9), np.random.default_rng(5).permutation(9)
+    one, moved = run(values[few], is_a[few]), run(values[few][order], is_a[few][order])
+    assert one.is_exact
+    assert np.array_equal(one.p, moved.p)
+
+
+def test_what_does_not_vary_has_p_one() -> None:
+    """Nor does what varies by its own rounding only."""
+    values, is_a = np.ones((12, 3), np.float32), groups(6, 6)
+    values[:, 1] = np.float32(0.1)
+    values[is_a, 2] = np.nextafter(np.float32(1), np.float32(2))
+    found = run(values, is_a, 200)
+    assert (found.p == 1).all()
+    assert (found.p_max_t == 1).all()
+
+
+def test_chance_is_chance() -> None:
+    """Where the groups are random, p <= 0.05 in a twentieth of the columns, and min p_max_t <= 0.05 in one of the runs.
+
+    Skewed, sparse columns of very different spread, groups of different size. Bounds: 99.9% of the binomial.
+    """
+    n_runs, n_columns, n_below, n_families = 300, 40, 0, 0
+    lowest = []
+    for seed in range(n_runs):
+        rng = np.random.default_rng([7, seed])
+        values = rng.exponential(1, (22, n_columns)) * (rng.random((22, n_columns)) < 0.7) * 10 ** rng.uniform(-3, 3)
+        found = run(values, groups(7, 15, seed), 199, seed)
+        n_below += int((found.p <= 0.05).sum())
+        n_families += found.p_max_t.min() <= 0.05
+        lowest.append(found.p_max_t.min())
+    low, high = stats.binom.ppf([0.0005, 0.9995], n_runs * n_columns, 0.05)
+    assert low <= n_below <= high
+    low, high = stats.binom.ppf([0.0005, 0.9995], n_runs, 0.05)
+    assert low <= n_families <= high
+    assert stats.kstest(lowest, "uniform").pvalue > 0.001
+
+
+def test_max_t_weighs_columns_by_their_own_spread() -> None:
+    """A clear effect in a column of small numbers stands beside noise in columns of huge ones."""
+    rng, is_a = np.random.default_rng(8), groups(15, 15)
+    values = rng.normal(0, 1e4, (30, 200))
+    values[:, 0] = rng.normal(0, 1e-3, 30) + 5e-3 * is_a
+    found = run(values, is_a, 999)
+    assert found.p_max_t[0] == 1 / 1_000
+    assert (found.p_max_t[1:] > 0.05).all()
+
+
+def test_it_stops_when_asked() -> None:
+    def interrupt(done: int, total: int, state: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        permutation_test(
+            np.random.default_rng(0).random((30, 50)), groups(15, 15), n_permutations=10**9, seed=0, progress=interrupt
+        )

@@ -1,0 +1,310 @@
+"""Stability across SAEs: the matching is the best there is, and says so only if it is; what chance gives; bad input."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from safetensors.numpy import save_file
+from scipy.optimize import linear_sum_assignment
+from test_cli import fails, run
+
+from cytosae import stability
+from cytosae.assignment import assign
+from cytosae.decoder import read_decoder
+from cytosae.nearest import nearest
+from cytosae.stability import TOLERANCE, draw_like, match_directions, write_stability
+from stores import CONCEPTS, SAE, STABILITY, Header, ResultStore, begin_results, new_header, write_header
+from stores.errors import BadInput, DamagedStore, SpecMismatch
+from stores.files import sha256_file
+
+Rows = npt.NDArray[np.float32]
+TOKENS = {"backbone": "drawn", "weights_sha256": "1" * 64, "block": 10, "transform": {"size": 224}, "width": 8}
+
+
+def write_sae(root: Path, rows: Rows, tokens: dict[str, Any] | None = None, **stored: Any) -> Path:
+    """An SAE with this decoder, (L, D); `stored` replaces a tensor in the file behind its header's back."""
+    n_latents, width = rows.shape
+    header = new_header(
+        SAE, {"width": width, "n_latents": n_latents, "tokens": {**TOKENS, **(tokens or {}), "width": width}}
+    )
+    root.mkdir()
+    weights = {"W_enc": np.ascontiguousarray(rows.T), "b_enc": np.zeros(n_latents, "f4"), "W_dec": rows}
+    save_file({**weights, "b_dec": np.zeros(width, "f4"), **stored}, root / "sae.safetensors")
+    summary = {"sae_sha256": sha256_file(root / "sae.safetensors")}
+    write_header(root, Header(**{**vars(header), "complete": True, "summary": summary}))
+    return root
+
+
+def write_concepts(root: Path, run: Path, mean_activation: list[float]) -> Path:
+    spec = {"latents_spec": [{"sae_sha256": sha256_file(run / "sae.safetensors")}]}
+    writer = begin_results(root, CONCEPTS, spec)
+    latents = {"latent": range(len(mean_activation)), "dataset": ["d"] * len(mean_activation)}
+    writer.write_table("latents", pa.table({**latents, "mean_activation": mean_activation}))
+    writer.finish({})
+    return root
+
+
+def unit(rows: Any) -> Rows:
+    rows = np.asarray(rows, np.float64)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def directions(n: int, width: int, seed: int) -> Rows:
+    return unit(np.random.default_rng(seed).normal(size=(n, width)))
+
+
+def best_sum(a: Rows, b: Rows) -> float:
+    """Of all one-to-one matchings; a cosine below 0 is no match."""
+    cosines = np.maximum(0, a.astype(np.float64) @ b.T.astype(np.float64))
+    return float(cosines[linear_sum_assignment(-cosines)].sum())
+
+
+# ------------------------------------------------------------------------------------------- assignment and neighbours
+
+
+@pytest.mark.parametrize("kind", ["whole numbers with ties", "any"])
+def test_assignment_is_the_best_and_its_prices_prove_it(kind: str) -> None:
+    """Small problems of all shapes, sparse to full, against scipy's dense solver."""
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        shape = rng.integers(1, 13, 2)
+        weights = rng.normal(size=shape) if kind == "any" else rng.integers(-3, 6, shape).astype(float)
+        is_listed = rng.random(shape) < rng.choice([0.2, 0.6, 1.0])
+        row, column = np.nonzero(is_listed)
+        order = rng.permutation(len(row))
+        row, column = row[order], column[order]
+        found = assign(row, column, weights[row, column], *shape)
+        dense = np.where(is_listed, np.maximum(0, weights), 0)
+        best = dense[linear_sum_assignment(-dense)].sum()
+        matched = np.flatnonzero(found.column_of_row >= 0)
+        columns = found.column_of_row[matched]
+        assert len(set(columns)) == len(columns)
+        assert (is_listed & (weights > 0))[matched, columns].all()
+        assert weights[matched, columns].sum() == pytest.approx(best)
+        assert found.row_prices.sum() + found.column_prices.sum() == pytest.approx(best)
+        assert min(found.row_prices.min(), found.column_prices.min()) >= 0
+        assert (found.row_prices[row] + found.column_prices[column] >= weights[row, column] - 1e-12).all()
+
+
+@pytest.mark.parametrize("block", [(1, 1), (3, 4), (100, 100)], ids=str)
+def test_nearest_equals_a_sort(block: tuple[int, int]) -> None:
+    """Exact products (small whole numbers), so ties are many: the lower number comes first. Both ways, with prices."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (7, 10))
+    prices, skip = rng.integers(0, 3, 10).astype(np.float64), np.array([0, 9, -1, 3, 3, 5, 6])
+    products = (a @ b.T - prices).astype(np.float64)
+    products[np.arange(7)[skip >= 0], skip[skip >= 0]] = -np.inf
+    for k in (1, 4, 12):
+        of_a, of_b = nearest(a, b, k, prices=prices, skip=skip, block=block)
+        for found, values in ((of_a, products), (of_b, products.T)):
+            for i, row in enumerate(values):
+                expected = [j for j in sorted(range(len(row)), key=lambda j: (-row[j], j)) if row[j] > -np.inf][:k]
+                assert found.index[i].tolist() == expected + [-1] * (k - len(expected))
+                assert found.value[i, : len(expected)].tolist() == row[expected].tolist()
+
+
+# ------------------------------------------------------------------------------------------- matching
+
+
+@pytest.mark.parametrize("n_candidates", [1, 2, 16])
+@pytest.mark.parametrize(
+    ("n_a", "n_b", "width"), [(1, 1, 3), (1, 40, 3), (40, 1, 3), (60, 60, 2), (50, 80, 6), (90, 40, 30)]
+)
+def test_matching_is_the_best_of_all_pairs(n_a: int, n_b: int, width: int, n_candidates: int) -> None:
+    """Also from one candidate per row, where most pairs of the best matching are not listed at first."""
+    for seed in range(3):
+        a, b = directions(n_a, width, seed), directions(n_b, width, seed + 100)
+        found = match_directions(a, b, n_candidates=n_candidates)
+        matched = np.flatnonzero(found.partner >= 0)
+        assert len(set(found.partner[matched])) == len(matched)
+        assert found.cosine.sum() == pytest.approx(best_sum(a, b), abs=1e-6)
+        assert found.is_optimal
+        cosines = a.astype(np.float64) @ b.T.astype(np.float64)
+        assert np.allclose(found.cosine[matched], cosines[matched, found.partner[matched]], atol=1e-9)
+        assert (found.cosine[found.partner < 0] == 0).all()
+        assert np.allclose(found.best_of_a, cosines.max(1), atol=1e-7)
+        assert np.allclose(found.best_of_b, cosines.max(0), atol=1e-7)
+
+
+def test_what_is_not_the_best_does_not_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut after one round, the bound still holds, and the gap is what may be missing."""
+    monkeypatch.setattr(stability, "_ROUNDS", 1)
+    n_short = 0
+    for seed in range(10):
+        a, b = (unit(directions(60, 4, each) + np.array([2, 0, 0, 0])) for each in (seed, seed + 100))
+        found, best = match_directions(a, b, n_candidates=1), best_sum(a, b)
+        assert found.bound >= best - 1e-9
+        if found.cosine.sum() < best - 60 * TOLERANCE:
+            n_short += 1
+            assert not found.is_optimal
+            assert found.gap >= best - found.cosine.sum() - 1e-9
+    assert n_short  # else nothing was tried here
+
+
+def test_a_planted_permutation_is_found() -> None:
+    """Through noise, and with some rows that have no counterpart."""
+    rng = np.random.default_rng(0)
+    a = directions(300, 32, 0)
+    order = rng.permutation(300)
+    b = unit(np.concatenate([a[order] + 0.05 * rng.normal(size=a.shape), directions(40, 32, 7)]))
+    found = match_directions(a, b)
+    assert (found.partner[order] == np.arange(300)).all()
+    assert found.cosine.min() > 0.9
+    assert found.cosine.max() < 1
+
+
+def test_random_directions_share_what_decoders_share() -> None:
+    """Mean and covariance: two SAEs whose rows all lean one way match well by chance, and the null knows."""
+    rows = unit(directions(4000, 6, 0) * [1, 1, 1, 1, 0, 0] + [0, 0, 0, 0, 0, 1.5])
+    drawn = draw_like(rows, np.random.default_rng(1))
+    assert np.allclose(np.linalg.norm(drawn, axis=1), 1, atol=1e-6)
+    assert np.allclose(drawn.mean(0), rows.mean(0), atol=0.03)
+    assert np.allclose(np.cov(drawn.T), np.cov(rows.T), atol=0.03)
+    assert (drawn[:, 4] == 0).all()  # a direction that the decoder does not use
+    assert np.array_equal(drawn, draw_like(rows, np.random.default_rng(1)))
+
+
+# ------------------------------------------------------------------------------------------- the folder
+
+
+@pytest.fixture
+def saes(tmp_path: Path) -> list[Path]:
+    """Three SAEs: 6 latents along the axes; the same in another order without one, and two zero rows; 3 latents."""
+    axes = np.eye(8, dtype=np.float32)
+    second = np.concatenate([axes[[5, 4, 3, 2, 1]], np.zeros((2, 8), np.float32)])
+    return [
+        write_sae(tmp_path / name, rows)
+        for name, rows in (("a", 3 * axes[:6]), ("b", second), ("c", unit(axes[:3] + 0.5 * axes[[6, 7, 6]])))
+    ]
+
+
+def test_tables_by_hand(saes: list[Path], tmp_path: Path) -> None:
+    """Latent 0 of a has no counterpart in b, latents 5 and 6 of b no direction; c is off by a known angle."""
+    out = tmp_path / "out"
+    done = write_stability(saes, out)
+    assert not done.was_complete
+    assert done.n_without_direction == [0, 2, 0]
+    store = ResultStore(out, STABILITY)
+    c = 1 / np.sqrt(1.25)
+    expected = [(0, 1, i, 5 - i, 1.0) for i in range(1, 6)] + [(0, 2, i, i, c) for i in range(3)]
+    expected += [(1, 2, 3, 2, c), (1, 2, 4, 1, c)]
+    found = [tuple(row.values()) for row in store.table("matches").to_pylist()]
+    assert [row[:4] for row in found] == [row[:4] for row in expected]
+    assert [row[4] for row in found] == pytest.approx([row[4] for row in expected])
+    pairs = store.table("pairs").to_pylist()
+    assert [(pair["n_latents_a"], pair["n_latents_b"], pair["n_matched"]) for pair in pairs] == [
+        (6, 5, 5),
+        (6, 3, 3),
+        (5, 3, 2),
+    ]
+    assert [pair["mean_cosine"] for pair in pairs] == pytest.approx([1, c, 2 * c / 3])
+    assert [pair["share_above_0.9"] for pair in pairs] == pytest.approx([1, 0, 0])
+    assert [pair["share_above_0.7"] for pair in pairs] == pytest.approx([1, 1, 2 / 3])
+    latents = {(row["sae"], row["latent"]): row for row in store.table("stability").to_pylist()}
+    assert len(latents) == 6 + 7 + 3
+    row = latents[0, 1]
+    assert [row[name] for name in ("n_matched", "mean_matched", "min_matched")] == pytest.approx([2, (1 + c) / 2, c])
+    assert [row[name] for name in ("mean_best", "min_best")] == pytest.approx([(1 + c) / 2, c])
+    row = latents[0, 0]  # none in b: 0 there
+    assert [row[name] for name in ("n_matched", "mean_matched", "min_matched")] == pytest.approx([1, c / 2, 0])
+    assert not latents[1, 6]["has_direction"]
+    assert latents[1, 6]["mean_best"] is latents[1, 6]["n_matched"] is None
+    assert (out / "stability.png").is_file()
+    assert (out / "stability.svg").is_file()
+    assert write_stability(saes, out).was_complete
+    assert write_stability(saes, out).pairs == done.pairs
+
+
+def test_concepts_restrict(saes: list[Path], tmp_path: Path) -> None:
+    """Only latents active enough are compared, and only with such; folders are found by the SAE that they are of."""
+    active = [[1, 1, 0, 1e-3, 0, 0], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1]]
+    folders = [write_concepts(tmp_path / f"concepts{i}", saes[i], active[i]) for i in range(3)]
+    write_stability(saes[:2], tmp_path / "out", concepts=[folders[1], folders[0]])
+    store = ResultStore(tmp_path / "out", STABILITY)
+    found = [(row["latent_a"], row["latent_b"]) for row in store.table("matches").to_pylist()]
+    assert found == [(3, 2)]  # 3 at 1e-3 exactly; 1 is not active enough in b
+    latents = {(row["sae"], row["latent"]): row for row in store.table("stability").to_pylist()}
+    assert latents[0, 4]["mean_best"] is None
+    assert latents[0, 0]["mean_best"] == 0
+    with pytest.raises(BadInput, match=r"no concepts given for .*b; give --concepts for every SAE, or for none"):
+        write_stability(saes[:2], tmp_path / "o", concepts=folders[:1])
+    with pytest.raises(SpecMismatch, match="are of none of these SAEs; give one folder for each"):
+        write_stability(saes[:2], tmp_path / "o", concepts=folders)
+    with pytest.raises(SpecMismatch, match="are a second folder of the same SAE"):
+        write_stability(saes[:2], tmp_path / "o", concepts=[folders[0], folders[0]])
+    with pytest.raises(BadInput, match="a has no latent with a mean activation of 5 or more"):
+        write_stability(saes[:2], tmp_path / "o", concepts=folders[:2], min_mean_activation=5)
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_cannot_be_compared(saes: list[Path], tmp_path: Path) -> None:
+    out, axes = tmp_path / "out", np.eye(8, dtype=np.float32)
+    other_block = write_sae(tmp_path / "block", axes[:3], {"block": 4})
+    imported = write_sae(tmp_path / "imported", axes[:4], {"backbone": None, "block": None})
+    narrow = write_sae(tmp_path / "narrow", axes[:3, :4], {"backbone": None})
+    zero = write_sae(tmp_path / "zero", 0 * axes[:3])
+    cases: list[tuple[type[Exception], str, list[Path]]] = [
+        (BadInput, "needs two SAEs or more; found 1", saes[:1]),
+        (BadInput, "are the same SAE; give each SAE once", [saes[0], saes[1], saes[0]]),
+        (SpecMismatch, "not trained on the same kind of tokens: block 10 against 4", [saes[0], other_block]),
+        (
+            SpecMismatch,
+            r"does not say on which tokens .*\(backbone, block\).*add --assume-compatible",
+            [saes[0], imported],
+        ),
+        (SpecMismatch, "same kind of tokens: width 8 against 4", [imported, narrow]),
+        (BadInput, "zero has no latent whose decoder row is not zero", [saes[0], zero]),
+    ]
+    for error, words, runs in cases:
+        with pytest.raises(error, match=words):
+            write_stability(runs, out)
+    assert not out.exists()
+    write_stability([saes[0], imported], out, assume_compatible=True)
+    assert ResultStore(out, STABILITY).header.spec["assumed_equal"] == ["backbone", "block"]
+
+
+@pytest.mark.parametrize(
+    ("words", "damage"),
+    [
+        (r"holds W_dec \(8, 6\) of F32, expected \(6, 8\)", lambda rows: {"W_dec": np.ascontiguousarray(rows.T)}),
+        ("holds W_dec .* of F64", lambda rows: {"W_dec": rows.astype(np.float64)}),
+        ("NaN or infinite", lambda rows: {"W_dec": np.where(rows > 0, np.float32("inf"), rows)}),
+    ],
+    ids=["shape", "type", "infinite"],
+)
+def test_weights_that_do_not_fit(words: str, damage: Callable[[Rows], dict[str, Any]], tmp_path: Path) -> None:
+    rows = np.eye(8, dtype=np.float32)[:6]
+    with pytest.raises(DamagedStore, match=words):
+        read_decoder(write_sae(tmp_path / "sae", rows, **damage(rows)))
+
+
+def test_changed_weights_and_extreme_norms(saes: list[Path], tmp_path: Path) -> None:
+    extreme = np.array([[1e-30, 1e-30], [3e38, 3e38], [0, 0], [1e-45, 0]], np.float32)
+    decoder = read_decoder(write_sae(tmp_path / "extreme", extreme))
+    assert np.allclose(decoder.rows, [[0.5**0.5] * 2, [0.5**0.5] * 2, [0, 0], [1, 0]])
+    assert decoder.has_direction.tolist() == [True, True, False, True]
+    weights = saes[0] / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DamagedStore, match="was changed"):
+        read_decoder(saes[0])
+    weights.unlink()
+    with pytest.raises(DamagedStore, match="is missing"):
+        read_decoder(saes[0])
+
+
+def test_command(saes: list[Path], tmp_path: Path) -> None:
+    command = ("concept", "stability", *saes[:2], "-o", tmp_path / "out")
+    printed = run(*command).stdout
+    assert "b: 2 latents without a direction" in printed
+    assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (random directions 0." in printed
+    again = run(*command, "--json")
+    assert "already complete" in again.stderr
+    assert '"n_matched": 5' in again.stdout
+    fails("with other settings", *command, "--seed", 1)
+    fails("is or contains an input of this command", "concept", "stability", *saes[:2], "-o", saes[0])
+    fails("needs two SAEs", "concept", "stability", saes[0], "-o", tmp_path / "o")
+    fails("no SAE at", "concept", "stability", saes[0], tmp_path / "nowhere", "-o", tmp_path / "o")
