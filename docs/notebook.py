@@ -110,8 +110,10 @@ print(f"{likeness[disease[:, None] != disease].mean():.2f}")
 concepts = ConceptStore(here / "concepts")
 table = concepts.latents(concepts.datasets[0]).to_pandas()
 meaningful = table[table["mean_activation"] >= 1e-3].sort_values("label_entropy")
-print(meaningful[["latent", "frequency", "mean_activation", "label_entropy", "label_entropy_null", "top_label"]].head())
-print(concepts.top_images(int(meaningful["latent"].iloc[0]), concepts.datasets[0]).to_pandas().head(3))
+shown = ["latent", "frequency", "mean_activation", "label_entropy", "label_entropy_null", "top_label"]
+print(meaningful[shown].head().round(3).to_string(index=False))
+top = concepts.top_images(int(meaningful["latent"].iloc[0]), concepts.datasets[0]).to_pandas()
+print(top[["rank", "image_id", "value", "label"]].head(3).to_string(index=False))
 
 # %% [markdown]
 # ## Two diseases
