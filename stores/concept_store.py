@@ -1,7 +1,7 @@
 """Concepts on disk: what each latent answers to, per dataset, as tables in one folder of results.
 
-Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset, `top_images.parquet`
-one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
+Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset,
+`top_images.parquet` one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
 """
 
 from functools import cached_property

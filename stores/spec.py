@@ -45,11 +45,26 @@ COMPARISON = Format(
     kind="comparison", a_kind="a comparison", version=1, header_file="comparison.json", command="cyto compare"
 )
 PROBE = Format(kind="probe", a_kind="a probe", version=1, header_file="probe.json", command="cyto probe")
+MAPS = Format(kind="patch maps", a_kind="patch maps", version=1, header_file="maps.json", command="cyto concept map")
+SHEETS = Format(
+    kind="reference sheets",
+    a_kind="reference sheets",
+    version=1,
+    header_file="sheets.json",
+    command="cyto concept sheet",
+)
+MASKS = Format(
+    kind="mask agreement",
+    a_kind="a mask agreement",
+    version=1,
+    header_file="masks.json",
+    command="cyto concept masks",
+)
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
-        *(CONCEPTS, COMPARISON, PROBE),  # folders of results: stores/results.py
+        *(CONCEPTS, COMPARISON, PROBE, MAPS, SHEETS, MASKS),  # folders of results: stores/results.py
     )
 }
 
