@@ -1513,6 +1513,7 @@ def _stored_subject(sources: Any, image_id: str) -> tuple[Any, str | None]:
     from cytosae.maps import Subject
     from cytosae.patch_maps import read_tokens
     from stores.errors import BadInput
+    from stores.tables import column
 
     number, image_index = sources.find(image_id)
     store = sources.stores[number]
@@ -1524,7 +1525,7 @@ def _stored_subject(sources: Any, image_id: str) -> tuple[Any, str | None]:
         picture=sources.pictures[number](image_index),
         origin={"latents": store.identity, "image_id": image_id},
     )
-    return subject, sources.dataset((number, image_index))
+    return subject, column(store.images, "dataset")[image_index]
 
 
 def _new_subject(sources: Any, file: Path, run: Path, weights: str | None, device: str, assume_compatible: bool) -> Any:

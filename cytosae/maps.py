@@ -119,9 +119,9 @@ def _best(active: pa.Table, query: PatchQuery, name: str) -> list[int]:
     if not chosen:
         raise BadInput(
             f"no latent is left at patch {query.patch} of {name}: {active.num_rows:,} are active there, of which "
-            f"{_count(active, 'is_shared'):,} are shared (frequency of at least {query.shared:g} in {query.dataset}) and "
-            f"{_count(active, 'is_noisy'):,} noisy (mean activation above {query.noisy:g}); choose another --patch, or "
-            f"larger --shared and --noisy"
+            f"{_count(active, 'is_shared'):,} are shared (frequency of at least {query.shared:g} in {query.dataset}) "
+            f"and {_count(active, 'is_noisy'):,} noisy (mean activation above {query.noisy:g}); choose another "
+            f"--patch, or larger --shared and --noisy"
         )
     return chosen
 

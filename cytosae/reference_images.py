@@ -13,6 +13,7 @@ from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.tables import column, listed
 
+from .groups import check_one_sae
 from .patch_maps import Map, Pixels, check_latent, patch_map, read_tokens
 
 # image_index -> pixels; or a few words on why there are none
@@ -47,12 +48,7 @@ class Sources:
     pictures: Sequence[Picture]  # one per store
 
     def __post_init__(self) -> None:
-        first = self.stores[0]
-        for store in self.stores[1:]:
-            if store.spec.sae_sha256 != first.spec.sae_sha256:
-                raise SpecMismatch(
-                    f"{first.root} and {store.root} hold the latents of two SAEs, whose numbers mean different things"
-                )
+        check_one_sae(self.stores)
 
     @property
     def n_latents(self) -> int:
@@ -64,26 +60,20 @@ class Sources:
         """Of the stores, in order."""
         return [store.identity for store in self.stores]
 
-    def find(self, image_id: str, dataset: str | None = None) -> tuple[int, int]:
-        """(store, image_index) of an image; `dataset` tells images of the same name apart.
+    def find(self, image_id: str) -> tuple[int, int]:
+        """(store, image_index) of an image.
 
         Raises
         ------
         BadInput
-            If no store has such an image, or several have it.
+            If no store has it, or two have.
         """
-        found = [at for at in self._places.get(image_id, []) if dataset in (None, self._datasets[at[0]][at[1]])]
-        where = listed([str(store.root) for store in self.stores])
-        of = "" if dataset is None else f" of dataset {dataset}"
-        if not found:
-            raise BadInput(f"no image {image_id!r}{of} in {where}; expected a value of the column image_id")
-        if len(found) > 1:
-            raise BadInput(f"{len(found)} images have the image_id {image_id!r}{of}; give the latent store of one")
+        found = self._places.get(image_id, [])
+        if len(found) != 1:
+            where = listed([str(store.root) for store in self.stores])
+            none = f"no image {image_id!r} in {where}; expected a value of the column image_id"
+            raise BadInput(f"several stores have an image {image_id!r}; give one of {where}" if found else none)
         return found[0]
-
-    def dataset(self, at: tuple[int, int]) -> str | None:
-        """The dataset of an image."""
-        return self._datasets[at[0]][at[1]]
 
     def frame(self, at: tuple[int, int], latent: int, caption: str) -> Frame:
         """An image of a store, and where a latent is active in it."""
@@ -94,10 +84,6 @@ class Sources:
             patches=patch_map(read_tokens(self.stores[number], image_index), latent),
             image_id=str(column(self.stores[number].images, "image_id")[image_index]),
         )
-
-    @cached_property
-    def _datasets(self) -> list[list[str | None]]:
-        return [column(store.images, "dataset") for store in self.stores]
 
     @cached_property
     def _places(self) -> dict[str, list[tuple[int, int]]]:
@@ -123,7 +109,7 @@ def reference_rows(
     for dataset in datasets or concepts.datasets:
         top = concepts.top_images(latent, dataset).slice(0, n_images).to_pylist()
         found[dataset] = [
-            sources.frame(sources.find(row["image_id"], dataset), latent, row["label"] or "(no label)") for row in top
+            sources.frame(sources.find(row["image_id"]), latent, row["label"] or "(no label)") for row in top
         ]
     largest = max((float(frame.patches.max()) for frames in found.values() for frame in frames), default=0.0)
     return [
@@ -147,11 +133,12 @@ def require_same_sae(concepts: ConceptStore, sources: Sources) -> None:
     SpecMismatch
         Naming both.
     """
-    stated = concepts.header.spec.get("sae_sha256")
+    stated = {spec["sae_sha256"] for spec in concepts.header.spec["latents_spec"]}
     held = sources.stores[0].spec.sae_sha256
-    if stated not in (None, held) or concepts.n_latents != sources.n_latents:
+    if stated != {held}:
         raise SpecMismatch(
-            f"{concepts.root} and {sources.stores[0].root} belong to two SAEs ({stated!s:.12}…, {held:.12}…)"
+            f"{concepts.root} is of another SAE (sha256 {', '.join(sorted(stated)):.12}…) than "
+            f"{sources.stores[0].root} ({held:.12}…); give the latents that it was made from"
         )
 
 
