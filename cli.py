@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -1182,6 +1182,144 @@ def concept() -> None:
     """Concepts: what single latents answer to, in numbers and pictures."""
 
 
+@concept.command("stats")
+@click.argument("latents", type=_STORE, nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    "concepts",
+    type=_FILE,
+    required=True,
+    help="Folder of the concepts; with --scheduler on a file system that all workers share.",
+)
+@click.option("--token-set", type=_TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
+@click.option("--top-k", type=_COUNT, default=10, show_default=True, help="Images kept of a latent, in each dataset.")
+@click.option(
+    "--label",
+    type=click.Choice(["label", "label_common"]),
+    default="label",
+    show_default=True,
+    help="Column of the image table that entropies are of.",
+)
+@click.option(
+    "--min-support", type=_COUNT, default=5, show_default=True, help="Fewest labelled top images that give an entropy."
+)
+@click.option(
+    "--shuffles",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    help="Of the labels, for the entropy that chance would give.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles.")
+@click.option(
+    "--table",
+    type=_FILE,
+    help="CSV or Parquet with image_id and dataset, label, label_common: groups by these instead.",
+)
+@_dask_options
+@_overwrite_option
+def concept_stats(
+    latents: tuple[Path | str, ...],
+    concepts: Path,
+    table: Path | None,
+    scheduler: str | None,
+    workers: int,
+    memory_limit: str,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    """Statistics of every latent in every dataset: frequency, mean activation, top images and their labels.
+
+    LATENTS are the stored latents (paths or URLs) of one SAE. Also draws the paper's Fig. 2A, and says whether latents
+    answer to the same cell type in different datasets.
+
+    \b
+    Example: cyto concept stats cells.latents.zarr -o cells.concepts
+    """
+    from cytosae.concepts import ConceptConfig, write_concepts
+
+    config = ConceptConfig(**settings)
+    with _dask_client(scheduler, workers, memory_limit) as client, _progress("concepts", "image") as progress:
+        done = write_concepts(
+            latents, concepts, config, client=client, table=table, overwrite=overwrite, progress=progress
+        )
+    _say_done(concepts, done.was_complete)
+    click.echo(f"{concepts}: {done.n_latents:,} latents, token set {config.token_set}")
+    for found in done.by_dataset:
+        _print_dataset(found, config.label)
+    for pair in done.agreement:
+        _print_agreement(pair)
+    if done.n_without_dataset:
+        click.echo(f"left out: {done.n_without_dataset:,} images without a dataset")
+    if done.n_missing_in_table:
+        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
+    if done.n_unknown_in_table:
+        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
+
+
+@concept.command("top")
+@click.argument("concepts", type=_FILE)
+@click.argument("latent", type=click.IntRange(min=0))
+@click.option("--dataset", help="Only this dataset  [default: all].")
+@_json_option
+def concept_top(concepts: Path, latent: int, dataset: str | None, as_json: bool) -> None:
+    """One latent: its statistics, and the images with the largest activation, in each dataset.
+
+    \b
+    Example: cyto concept top cells.concepts 1412
+    """
+    from stores import ConceptStore
+
+    store = ConceptStore(concepts)
+    top = store.top_images(latent, dataset).to_pylist()
+    names = [dataset] if dataset else store.datasets
+    pages = [
+        {
+            **store.latents(name).slice(latent, 1).to_pylist()[0],
+            "top_images": [row for row in top if row["dataset"] == name],
+        }
+        for name in names
+    ]
+    if as_json:
+        click.echo(json.dumps({"concepts": str(concepts), "latent": latent, "by_dataset": pages}, indent=1))
+        return
+    for page in pages:
+        _print_latent(page)
+
+
+@concept.command("thresholds")
+@click.argument("concepts", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the table and the figures.")
+@click.option("--dataset", help="Only this dataset  [default: all].")
+@_overwrite_option
+@_json_option
+def concept_thresholds(
+    concepts: tuple[Path, ...], out: Path, dataset: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """How many latents lie above a mean activation, for several SAEs side by side: the paper's Fig. 2A.
+
+    CONCEPTS are folders of cyto concept stats, such as one for each width.
+
+    \b
+    Example: cyto concept thresholds narrow.concepts wide.concepts -o widths
+    """
+    from cytosae.concept_thresholds import LOG10_THRESHOLDS, compare_thresholds
+
+    found, was_complete = compare_thresholds(concepts, out, dataset=dataset, overwrite=overwrite)
+    _say_done(out, was_complete)
+    if as_json:
+        rows = [vars(each) for each in found]
+        click.echo(json.dumps({"log10_thresholds": LOG10_THRESHOLDS, "counts": rows}, indent=1))
+        return
+    names = [f"{_shown(each.concepts)} {_shown(each.dataset)}" for each in found]
+    width = max(map(len, names))
+    click.echo(f"latents with a mean activation above 10 to the\n{'':<{width}} " + _cells(LOG10_THRESHOLDS))
+    for name, each in zip(names, found, strict=True):
+        click.echo(f"{name:<{width}} " + _cells(f"{n:,}" for n in each.n_above))
+    click.echo(f"table and figures in {out}")
+
+
 def _map_options(command: Any) -> Any:
     """How maps are drawn, and where the images lie."""
     options = (
@@ -2041,6 +2179,52 @@ def _difference(found: int, published: int) -> str:
 def _shown(name: str) -> str:
     """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
     return name if name.isprintable() else ascii(name)
+
+
+def _print_dataset(found: dict[str, Any], label: str) -> None:
+    """What `cyto concept stats` found in one dataset, and what it could not say."""
+    unreadable = f" ({found['n_unreadable']:,} unreadable)" if found["n_unreadable"] else ""
+    click.echo(
+        f"  {_shown(found['dataset'])}: {found['n_readable']:,} images{unreadable}, {found['n_labelled']:,} with one of "
+        f"{found['n_labels']:,} labels; {found['n_silent']:,} latents never fire, {found['n_meaningful']:,} have a mean "
+        f"activation above 0.001"
+    )
+    if not found["n_labelled"]:
+        click.echo(f"    no image has a {label}: label entropies are null")
+        return
+    if found["n_without_entropy"]:
+        click.echo(f"    {found['n_without_entropy']:,} latents that fire have too few labelled images for an entropy")
+    if found["n_top_unlabelled"]:
+        click.echo(f"    {found['n_top_unlabelled']:,} top images have no {label}: left out of the entropies")
+
+
+def _print_agreement(pair: dict[str, Any]) -> None:
+    names = f"{_shown(pair['dataset_a'])} and {_shown(pair['dataset_b'])}"
+    if not pair["n_compared"]:
+        click.echo(f"  {names}: no latent has enough images with a label_common in both")
+        return
+    click.echo(
+        f"  {names}: {pair['n_agreeing']:,} of {pair['n_compared']:,} latents ({pair['share']:.1%}) have the same top "
+        f"label_common; by chance {pair['share_expected']:.1%}"
+    )
+
+
+def _print_latent(page: dict[str, Any]) -> None:
+    """One latent in one dataset."""
+    rows = {
+        "frequency": f"{page['frequency']:.3g} ({page['n_images']:,} images)",
+        "activation": f"mean {page['mean_activation']:.3g} where active, largest token {page['max_activation']:.3g}",
+        "entropy": f"{_number(page['label_entropy'])} (shuffled {_number(page['label_entropy_null'])})",
+        "label": f"{_shown(page['top_label'] or 'n/a')} ({page['n_labelled']:,} top images with a label)",
+    }
+    _print_page(f"latent {page['latent']:,} in {_shown(page['dataset'])}", rows)
+    for image in page["top_images"]:
+        label = _shown(image["label"] or image["label_common"] or "")
+        click.echo(f"  {image['rank']:>3}  {image['value']:<10.4g} {_shown(image['image_id'])}  {label}".rstrip())
+
+
+def _cells(values: Iterable[Any]) -> str:
+    return "".join(f"{value:>9}" for value in values)
 
 
 def _print_page(title: str, rows: dict[str, str]) -> None:

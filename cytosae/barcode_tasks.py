@@ -77,6 +77,11 @@ class Below:
     tag: str
     bounds: Ints
 
+    @staticmethod
+    def of(parts: Sequence[Rows], tag: str) -> "Below":
+        """These parts, in order."""
+        return Below([part.path for part in parts], tag, np.cumsum([0, *(len(part.lengths) for part in parts)]))
+
 
 def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], token_set: str) -> Rows:
     """Count the images of one block into a part of `folder`; one that is there and whole is taken as it is."""
@@ -121,11 +126,11 @@ def sum_patients(
     part: GroupsPart, images: Below, tag: str, n_taus: int, n_latents: int
 ) -> tuple[Rows | None, LatentSums]:
     """Add up the images of some patients: their rows become a part; also the sums over all of these images."""
-    opened = _opener(images)
+    opened = opener(images)
     total, sums = LatentSums.zeros(n_taus, n_latents), LatentSums.zeros(n_taus, n_latents)
     rows = _RowsOut(n_taus, n_latents, ("activation_sum", "n_active_images"))
     for group, divisor in enumerate(part.divisors):
-        for number, local in _by_part(part.group(group), images.bounds):
+        for number, local in by_part(part.group(group), images.bounds):
             sums.add_images(opened(number), local)
         latent = np.flatnonzero(sums.n_active)
         if divisor:
@@ -151,10 +156,10 @@ def only_rows(result: tuple[Rows | None, LatentSums]) -> Rows | None:
 
 def average_patients(part: GroupsPart, patients: Below, tag: str, n_taus: int, n_latents: int) -> Rows:
     """Mean barcodes of some diseases over their patients."""
-    opened = _opener(patients)
+    opened = opener(patients)
     rows, sums = _RowsOut(n_taus, n_latents, ()), np.zeros((n_taus, n_latents))
     for group, divisor in enumerate(part.divisors):
-        for number, local in _by_part(part.group(group), patients.bounds):
+        for number, local in by_part(part.group(group), patients.bounds):
             add_rows(opened(number), local, sums)
         latent = np.flatnonzero(sums.any(axis=0))
         rows.append(latent, sums[:, latent] / np.float64(divisor))
@@ -269,13 +274,13 @@ def _image_rows(part: Part, path: Path, tag: str, *, was_there: bool) -> Rows:
     return Rows(str(path), tag, lengths, np.array(part["n_above"]), int(part["n_values"][0]), was_there)
 
 
-def _opener(below: Below) -> Any:
+def opener(below: Below) -> Any:
     """Number of a part -> the part; some stay open."""
     largest = max((Path(path).stat().st_size for path in below.paths), default=1)
     return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(below.paths[number]), below.tag))
 
 
-def _by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
+def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
     """Rising row numbers, cut by the part that they lie in: (number of the part, rows within it)."""
     owner = np.searchsorted(bounds, rows, side="right") - 1
     cuts = np.flatnonzero(np.diff(owner)) + 1

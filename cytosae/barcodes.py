@@ -12,9 +12,8 @@ this runs on a laptop that has never seen it.
 
 import bisect
 import math
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -27,7 +26,7 @@ import numpy.typing as npt
 from stores import csr_blocks
 from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
-from stores.errors import BadInput, SpecMismatch
+from stores.errors import BadInput
 from stores.files import sha256_json, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
@@ -36,8 +35,9 @@ from stores.spec import BARCODES, Header, check_choice, new_header, read_header,
 from stores.tables import table_sha256
 
 from . import barcode_tasks as tasks
+from .blocks import Progress, count_into_parts, discard
 from .counting import TOKEN_SETS, LatentSums
-from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
+from .groups import Groups, check_one_sae, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
 from .workers import cluster_job
 
 if TYPE_CHECKING:
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 NORMALIZATIONS = ("images", "cytosae-release")
-_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory or the store is small
-_MIN_BLOCKS = 8
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
@@ -54,7 +52,6 @@ _WAVE = 64  # leaves of the tree that are under way at once
 _EXACT = 1 << 24  # whole numbers up to here are exact in float32
 _LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 Ints = npt.NDArray[np.int64]
 
 
@@ -146,8 +143,7 @@ class _Level:
 
     def below(self, tag: str) -> tasks.Below:
         """As what the level above reads."""
-        bounds = np.cumsum([0, *(len(part.lengths) for part in self.parts)])
-        return tasks.Below([part.path for part in self.parts], tag, bounds)
+        return tasks.Below.of(self.parts, tag)
 
 
 def write_barcodes(
@@ -220,32 +216,36 @@ def write_barcodes(
                 latents=_one_or_all([str(store.root) for store in stores]),
             )
             filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
-            _count(job, filling["image"], progress, meanwhile=lambda: _write_known_tables(job, images))
+            count_into_parts(
+                client,
+                stores,
+                job.parts,
+                _tag(job, "image"),
+                taus=config.taus,
+                token_set=config.token_set,
+                block_images=config.block_images,
+                each=filling["image"].add,
+                meanwhile=lambda: _write_known_tables(job, images),
+                progress=progress,
+            )
             header = _join(job, filling, notes, progress)
     finally:
         if not any(root.iterdir()):  # refused before anything was written
             root.rmdir()
     for left_over in (job.parts, *job.root.glob(".*.removed")):
-        _discard(left_over)
+        discard(left_over)
     output.publish()
     return _result(header, was_complete=False)
 
 
 def _check_stores(stores: list[LatentStore], config: BarcodeConfig) -> None:
-    first = stores[0]
+    check_one_sae(stores)
     for store in stores:
         if config.taus[0] < store.spec.min_activation:
             raise BadInput(
                 f"{store.root} was pruned below {store.spec.min_activation:g}: tau {config.taus[0]:g} would count "
                 f"too few; choose a larger --tau, or encode without pruning"
             )
-        for name in ("sae_sha256", "n_latents", "tokens_per_image"):
-            if getattr(store.spec, name) != getattr(first.spec, name):
-                theirs, ours = (str(getattr(each.spec, name))[:12] for each in (store, first))
-                raise SpecMismatch(
-                    f"{store.root} and {first.root} hold latents of different SAEs ({name} {theirs} against {ours}): "
-                    f"they cannot be compared; encode both with one SAE"
-                )
 
 
 def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
@@ -256,92 +256,6 @@ def _check_exact(stores: list[LatentStore], groups: Groups) -> None:
             raise BadInput(f"{number:,} {what}: counts above {_EXACT:,} are not exact in float32 barcodes")
     if stores[0].spec.n_latents > np.iinfo(np.int32).max:
         raise BadInput(f"{stores[0].spec.n_latents:,} latents do not fit the int32 indices of barcodes")
-
-
-# ------------------------------------------------------------------------------------------- tokens to images
-
-
-def _count(job: _Job, filling: "_Filling", progress: Progress, meanwhile: Callable[[], None]) -> None:
-    """One task per block of images; each writes its part and returns how many entries it has."""
-    from distributed import CancelledError, as_completed
-
-    job.parts.mkdir(exist_ok=True)
-    blocks = list(_plan_blocks(job))
-    n_images = len(job.groups.is_readable)
-    there = [block for block in blocks if (job.parts / block.name).exists()]
-    n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
-    progress(n_done, n_images, "counting")
-    tag, config = _tag(job, "image"), job.config
-    futures = {
-        job.client.submit(
-            tasks.count_block, block, str(job.parts), tag, config.taus, config.token_set, pure=False
-        ): number
-        for number, block in enumerate(blocks)
-    }
-    found: dict[int, tasks.Rows] = {}
-    try:
-        meanwhile()
-        for future, rows in as_completed(list(futures), with_results=True):
-            if isinstance(rows, CancelledError):  # as_completed does not raise it
-                raise rows
-            block = blocks[futures[future]]
-            found[futures[future]] = rows
-            while len(filling.parts) in found:  # in order
-                filling.add(found.pop(len(filling.parts)))
-            if block not in there:
-                n_done += block.stop - block.start
-                progress(n_done, n_images, "counting")
-    finally:
-        if job.client.status == "running":  # else there is nobody to tell
-            job.client.cancel(list(futures))
-
-
-def _plan_blocks(job: _Job) -> Iterator[tasks.Block]:
-    """All images in order, cut at the edges of stores, around the parts that are already there."""
-    taken = sorted(_parts_there(job.parts))
-    n_nonzero = sum(store.nnz for store in job.stores)
-    # a block's result is at most one entry per nonzero, and is held twice while it grows
-    fits = _worker_memory(job.client) // 4 // (12 + 2 * len(job.config.taus))
-    entries = max(1, min(_BLOCK_ENTRIES, fits, max(CHUNK_ENTRIES, n_nonzero // _MIN_BLOCKS)))
-    first = 0
-    for store in job.stores:
-        end = first + store.spec.n_images
-        if job.config.block_images is not None:
-            size = job.config.block_images
-        else:
-            size = max(1, min(store.spec.n_images, entries * store.spec.n_images // max(1, store.nnz)))
-        at = first
-        while at < end:
-            ready = next((stop for start, stop in taken if start == at and stop <= end), None)
-            if ready is None:
-                next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
-                ready = min(at + size, next_there)
-            yield tasks.Block(
-                latents=str(store.root),
-                start=at - first,
-                stop=ready - first,
-                first=at,
-                n_images=store.spec.n_images,
-                tokens_per_image=store.spec.tokens_per_image,
-                n_latents=store.spec.n_latents,
-                journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
-            )
-            at = ready
-        first = end
-
-
-def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
-    """First and last image of every part of images that a job before this one left."""
-    for path in folder.glob("*.part"):
-        found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
-        if found and int(found[1]) < int(found[2]):
-            yield int(found[1]), int(found[2])
-
-
-def _worker_memory(client: "Client") -> int:
-    """The least memory limit of a thread of a worker, in bytes; 2 GiB where there is none."""
-    workers = client.scheduler_info()["workers"].values()
-    return min((w["memory_limit"] // w["nthreads"] for w in workers if w["memory_limit"]), default=2 << 30)
 
 
 def _tag(job: _Job, level: str) -> str:
@@ -545,14 +459,6 @@ def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
         )
         for number, tau in enumerate(job.config.taus)
     ]
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
-    for _ in range(3):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
 
 
 def _latent_table(sums: LatentSums, tau: int, n_readable: int) -> "pd.DataFrame":

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.errors import BadInput
+from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.tables import OUTCOME_COLUMNS, column, listed, read_table_file, readable
 
@@ -38,6 +38,19 @@ class Groups:
     n_images: Ints  # (n_patients,) readable images
     n_unreadable: Ints  # (n_patients,)
     left_out: dict[str, int]
+
+
+def check_one_sae(stores: Sequence[LatentStore]) -> None:
+    """Raise SpecMismatch unless all stores hold latents of the same SAE."""
+    first = stores[0]
+    for store in stores:
+        for name in ("sae_sha256", "n_latents", "tokens_per_image"):
+            if getattr(store.spec, name) != getattr(first.spec, name):
+                theirs, ours = (str(getattr(each.spec, name))[:12] for each in (store, first))
+                raise SpecMismatch(
+                    f"{store.root} and {first.root} hold latents of different SAEs ({name} {theirs} against {ours}): "
+                    f"they cannot be compared; encode both with one SAE"
+                )
 
 
 def join_tables(stores: Sequence[LatentStore]) -> pa.Table:

@@ -21,7 +21,7 @@ from stores.files import sha256_file
 from stores.latent_store import remote_rows
 from stores.spec import FORMATS, cyto_version
 
-from . import barcode_tasks, counting
+from . import barcode_tasks, concept_tasks, counting
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -32,7 +32,8 @@ _PATIENCE = 3.0  # seconds for a new file to be seen through a network file syst
 
 def describe() -> dict[str, str]:
     """What must be equal on all machines: versions, formats, and the source of what workers do."""
-    files = [*sorted(Path(stores.__file__).parent.glob("*.py")), Path(barcode_tasks.__file__), Path(counting.__file__)]
+    ours = (barcode_tasks, concept_tasks, counting)
+    files = [*sorted(Path(stores.__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in ours)]
     source = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),

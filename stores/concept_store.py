@@ -121,8 +121,8 @@ class ConceptStore:
     @cached_property
     def _latents(self) -> pa.Table:
         table = self._table("latents", LATENT_COLUMNS)
-        wanted = np.tile(np.arange(self.n_latents), len(self.datasets))
-        if not np.array_equal(table["latent"].to_numpy(), wanted):
+        n_rows = self.n_latents * len(self.datasets)
+        if table.num_rows != n_rows or (table["latent"].to_numpy() != np.arange(n_rows) % self.n_latents).any():
             raise DamagedStore(
                 f"{self.root}/latents.parquet does not have one row for each of {self.n_latents:,} latents and "
                 f"{len(self.datasets)} datasets"

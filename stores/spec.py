@@ -41,6 +41,9 @@ BARCODES = Format(kind="barcodes", a_kind="barcodes", version=1, header_file="ba
 CONCEPTS = Format(
     kind="concepts", a_kind="concepts", version=1, header_file="concepts.json", command="cyto concept stats"
 )
+THRESHOLDS = Format(
+    kind="thresholds", a_kind="thresholds", version=1, header_file="thresholds.json", command="cyto concept thresholds"
+)
 COMPARISON = Format(
     kind="comparison", a_kind="a comparison", version=1, header_file="comparison.json", command="cyto compare"
 )
@@ -64,7 +67,7 @@ FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
-        *(CONCEPTS, COMPARISON, PROBE, MAPS, SHEETS, MASKS),  # folders of results: stores/results.py
+        *(CONCEPTS, THRESHOLDS, COMPARISON, PROBE, MAPS, SHEETS, MASKS),  # folders of results: stores/results.py
     )
 }
 

@@ -32,6 +32,7 @@ from cli import cli
 from cytosae import barcode_tasks
 from cytosae import barcodes as barcodes_module
 from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
+from cytosae.blocks import plan_blocks
 from cytosae.counting import ImageCounter
 from cytosae.groups import group_images
 from stores import (
@@ -721,7 +722,6 @@ def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> N
 
 def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> None:
     """A block's result has at most an entry per nonzero: half the memory, half the block."""
-    groups = group_images(LatentStore(many / "latents.zarr").images)
     sizes = {}
     for limit in (1 << 16, 1 << 15, 0):
 
@@ -729,10 +729,8 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
-        job = barcodes_module._Job(
-            [LatentStore(many / "latents.zarr")], tmp_path, BarcodeConfig(), groups, None, Cluster()
-        )
-        blocks = list(barcodes_module._plan_blocks(job))
+        latents = [LatentStore(many / "latents.zarr")]
+        blocks = list(plan_blocks(Cluster(), latents, tmp_path, n_taus=1, block_images=None))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes[limit] = blocks[0].stop

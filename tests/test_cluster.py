@@ -313,7 +313,7 @@ def test_a_worker_that_sees_other_files_is_named(dask: Dask, store: Path, tmp_pa
     elsewhere = "import pathlib, cytosae.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
     dask.scheduler()
     for words, hidden in {
-        r"does not see \S+zarr.json: latents and barcodes must lie where all workers": store,
+        r"does not see \S+zarr.json: latents and output must lie where all workers": store,
         r"does not see \S+/barcodes/\.cyto-\w+: latents and": tmp_path,
     }.items():
         worker = dask.worker(f"{elsewhere}w.Path = lambda p: inner(str(p).replace({str(hidden)!r}, '/nowhere'))\n")
