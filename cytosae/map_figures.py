@@ -158,7 +158,7 @@ def _draw_map(axes: "Axes", frame: Frame, largest: float, style: Style, *, left:
     if style.is_released:
         axes.imshow(released_rendering(pixels, frame.patches), extent=extent)
         return
-    grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) / 255 * 0.6 + 0.4
+    grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) / 255 * 0.75 + 0.25
     axes.imshow(grey, extent=extent)
     values = stretched(frame.patches, height, width, is_smooth=style.is_smooth)
     axes.imshow(values, extent=extent, cmap=_heat(), vmin=0, vmax=largest or 1, interpolation="nearest")
@@ -207,7 +207,7 @@ def _heat(on: float | None = None) -> "Colormap":
     from matplotlib.colors import ListedColormap
 
     shares = np.linspace(0, 1, 256)
-    colors, opacity = colormaps["inferno"](shares), _OPACITY * np.sqrt(shares)
+    colors, opacity = colormaps["inferno"](0.25 + 0.75 * shares), _OPACITY * shares
     if on is None:
         colors[:, 3] = opacity
     else:

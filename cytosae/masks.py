@@ -342,37 +342,33 @@ def _best(table: pa.Table, name: str) -> list[dict[str, Any]]:
 
 
 def _plot(table: pa.Table, result: MaskResult, path: Path) -> None:
-    """AUROC and IoU against the number of active patches, the best latents named, chance as a dashed line."""
-    figure, both = new_figure(width=9, height=3.8, columns=2)
+    """AUROC and IoU against the number of active patches; the best latents marked, chance as a dashed line."""
+    figure, grid = new_figure(width=9, height=4, columns=2)
     known = table.filter(table["auroc"].is_valid())
-    ceilings = {"auroc": result.expected_max_auroc, "iou": result.expected_max_iou}
-    for axes, name, best in zip(both, ceilings, (result.best_by_auroc, result.best_by_iou), strict=True):
+    for axes, (name, label, best, by_chance) in zip(
+        grid[0],
+        (
+            ("auroc", "AUROC", result.best_by_auroc, result.expected_max_auroc),
+            ("iou", "best-threshold IoU", result.best_by_iou, result.expected_max_iou),
+        ),
+        strict=True,
+    ):
         axes.set_xscale("log")
-        axes.scatter(
-            known["n_active_patches"].to_numpy(),
-            known[name].to_numpy(),
-            s=5,
-            color=COLORS[0],
-            alpha=0.5,
-            rasterized=True,
-        )
-        for row in best:
-            axes.annotate(
-                str(row["latent"]),
-                (row["n_active_patches"], row[name]),
-                fontsize=7,
-                xytext=(4, 2),
-                textcoords="offset points",
-            )
-        if ceilings[name] is not None:
-            axes.axhline(ceilings[name], color=COLORS[5], linestyle="--", linewidth=1)
-            axes.set_title("dashed: the best latent under shuffled masks", fontsize=8, loc="left", color=COLORS[5])
+        sizes, values = known["n_active_patches"].to_numpy(), known[name].to_numpy()
+        axes.scatter(sizes, values, s=5, color=COLORS[0], alpha=0.5, rasterized=True)
+        at = [row["n_active_patches"] for row in best], [row[name] for row in best]
+        axes.scatter(*at, s=22, facecolors="none", edgecolors=COLORS[5])
+        words = ["circles: latents " + ", ".join(str(row["latent"]) for row in best)]
+        if by_chance is not None:
+            axes.axhline(by_chance, color="black", linestyle="--", linewidth=1)
+            words.append(f"dashed: the best latent under shuffled masks, {by_chance:.2f} on average")
+        axes.set_title("\n".join(words), fontsize=7, loc="left")
         axes.set_xlabel("patches in which the latent is active", fontsize=8)
-        axes.set_ylabel({"auroc": "AUROC", "iou": "best-threshold IoU"}[name], fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
         axes.tick_params(labelsize=7)
     figure.suptitle(
-        f"Agreement of {known.num_rows:,} latents with the masks of {result.n_images:,} images "
-        f"({result.n_foreground / result.n_patches:.0%} foreground); a latent that ignores them has AUROC 0.5",
+        f"{known.num_rows:,} latents and the masks of {result.n_images:,} images "
+        f"({result.n_foreground / result.n_patches:.0%} of the patches are foreground)",
         fontsize=9,
     )
     save_both(figure, path)
