@@ -2185,9 +2185,9 @@ def _print_dataset(found: dict[str, Any], label: str) -> None:
     """What `cyto concept stats` found in one dataset, and what it could not say."""
     unreadable = f" ({found['n_unreadable']:,} unreadable)" if found["n_unreadable"] else ""
     click.echo(
-        f"  {_shown(found['dataset'])}: {found['n_readable']:,} images{unreadable}, {found['n_labelled']:,} with one of "
-        f"{found['n_labels']:,} labels; {found['n_silent']:,} latents never fire, {found['n_meaningful']:,} have a mean "
-        f"activation above 0.001"
+        f"  {_shown(found['dataset'])}: {found['n_readable']:,} images{unreadable}, {found['n_labelled']:,} with one "
+        f"of {found['n_labels']:,} labels; {found['n_silent']:,} latents never fire, {found['n_meaningful']:,} have a "
+        f"mean activation above 0.001"
     )
     if not found["n_labelled"]:
         click.echo(f"    no image has a {label}: label entropies are null")

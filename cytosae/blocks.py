@@ -1,7 +1,7 @@
 """Blocks of images, each counted by one Dask task into a part that a continued job finds again.
 
-How the images are cut follows the memory of the workers and what is already there, so no number may depend on it: whoever
-adds up parts does so in an order of their own (`barcodes.py`, `concepts.py`).
+How the images are cut follows the memory of the workers and what is already there, so no number may depend on it:
+whoever adds up parts does so in an order of their own (`barcodes.py`, `concepts.py`).
 """
 
 import re

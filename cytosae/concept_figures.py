@@ -1,4 +1,4 @@
-"""Figures of the statistics of latents (CytoSAE, Fig. 2A): frequency against mean activation, and counts above thresholds."""
+"""Figures of the statistics of latents (CytoSAE, Fig. 2A): scatter of all latents, counts above thresholds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 _COLUMNS = 3  # panels beside each other
 _MOST_PANELS = 12
 _MOST_VECTOR = 2000  # points that an SVG draws one by one; more become a picture in it
+_UNKNOWN = COLORS[3]  # no colour of cividis is near it
 _DASHES = ("-", "--", ":", "-.")
 _MEANINGFUL = -3  # log10 of the mean activation above which the paper looked at latents
 
@@ -87,6 +88,7 @@ def plot_thresholds(panels: Sequence[Panel], path: Path) -> None:
         axes.plot(grid, counts, style, color=color, linewidth=1.5, label=plain(panel.name))
     axes.axvline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
+    axes.set_ylim(0.8, 1.5 * max(2, *map(len, fires)))
     axes.set_xlim(low, high)
     axes.set_xlabel("log10 threshold on the mean activation (dotted: 10^-3)", fontsize=8)
     axes.set_ylabel("latents above the threshold", fontsize=8)
@@ -103,7 +105,7 @@ def _draw_scatter(panel: Panel, axes: Any, norm: Any, limits: list[tuple[float, 
     is_picture = len(x) > _MOST_VECTOR
     size = float(np.clip(4000 / max(1, len(x)), 1.5, 14))
     dots = {"s": size, "linewidths": 0, "rasterized": is_picture}
-    axes.scatter(x[~is_known], y[~is_known], color="0.75", **dots)
+    axes.scatter(x[~is_known], y[~is_known], color=_UNKNOWN, **dots)
     axes.scatter(x[is_known], y[is_known], c=entropy[is_known], cmap="cividis", norm=norm, **dots)
     axes.axhline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
     axes.set_xlim(*limits[0])
@@ -125,7 +127,7 @@ def _caption(panel: Panel, n_unknown: int) -> str:
     n_silent = int((panel.frequency == 0).sum())
     parts = [f"{len(panel.frequency):,} latents"]
     parts += [f"{n_silent:,} never fire (not shown)"] if n_silent else []
-    parts += [f"{n_unknown:,} without entropy (grey)"] if n_unknown else []
+    parts += [f"{n_unknown:,} without entropy (pink)"] if n_unknown else []
     return "; ".join(parts)
 
 

@@ -5,10 +5,11 @@ activation. Twins: tests/test_concepts.py.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
-from scipy.special import entr
 
 from stores.errors import BadInput
 
@@ -38,19 +39,9 @@ def label_entropy(top_values: npt.ArrayLike, top_labels: npt.ArrayLike, *, min_s
     BadInput
         If the shapes differ, or a value is negative, NaN or infinite.
     """
-    values, labels = np.asarray(top_values, np.float64), np.asarray(top_labels)
-    if values.ndim != 2 or values.shape != labels.shape:
-        raise BadInput(f"top_values and top_labels must both be (S, k); found {values.shape} and {labels.shape}")
-    if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise BadInput("top_values must be finite and at least 0; found a value that is not")
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise BadInput(f"top_labels must be whole numbers, -1 for no label; found {labels.dtype}")
-    row, _, weight = _weights(values, labels)
-    total = np.bincount(row, weight, minlength=len(values))
-    share = weight / total[row]
-    entropy = np.bincount(row, entr(share), minlength=len(values))
+    values, labels = _checked(top_values, top_labels)
     support = ((values > 0) & (labels >= 0)).sum(axis=1)
-    return np.where(support >= max(1, min_support), entropy, np.nan)
+    return np.where(support >= max(1, min_support), _weigh(values, labels)[0], np.nan)
 
 
 def shuffled_entropy(
@@ -64,8 +55,8 @@ def shuffled_entropy(
 ) -> Floats:
     """The mean of `label_entropy` when the labels are shuffled among the images that have one.
 
-    So the labels of a latent's top images are drawn without replacement from all labels of the dataset, and weighted with
-    the latent's own values. One shuffle serves all latents: two with the same top images get the same labels.
+    So the labels of a latent's top images are drawn without replacement from all labels of the dataset, and weighted
+    with the latent's own values. One shuffle serves all latents: two with the same top images get the same labels.
 
     Parameters
     ----------
@@ -92,13 +83,8 @@ def top_label(top_values: npt.ArrayLike, top_labels: npt.ArrayLike) -> Ints:
 
     Of labels with equal sums the one with the smaller number.
     """
-    values, labels = np.asarray(top_values, np.float64), np.asarray(top_labels)
-    row, label, weight = _weights(values, labels)
-    order = np.lexsort((label, -weight, row))
-    first = order[_is_new(row[order])]
-    found = np.full(len(values), -1, np.int64)
-    found[row[first]] = label[first]
-    return found
+    heaviest: Ints = _weigh(*_checked(top_values, top_labels))[1]
+    return heaviest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +101,8 @@ class Agreement:
 def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: int, seed: int) -> Agreement:
     """Compare the top labels of latents in two datasets, (S,) each; -1 in either: not compared.
 
-    Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not independent
-    of each other (several may answer to the same thing), so this is no test.
+    Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not
+    independent of each other (several may answer to the same thing), so this is no test.
     """
     a, b = np.asarray(first, np.int64), np.asarray(second, np.int64)
     is_compared = (a >= 0) & (b >= 0)
@@ -137,18 +123,39 @@ def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: in
     )
 
 
-def _weights(values: Floats, labels: npt.NDArray[np.integer]) -> tuple[Ints, Ints, Floats]:
-    """Sums of the values by row and label, without padding: (row, label, sum), rising by row, then label."""
-    labels = np.where((values > 0) & (labels >= 0), labels, -1)
-    order = np.argsort(labels, axis=1, kind="stable")
-    row, label = np.repeat(np.arange(len(values)), values.shape[1]), np.take_along_axis(labels, order, axis=1).ravel()
-    value = np.take_along_axis(values, order, axis=1).ravel()
-    keep = label >= 0
-    row, label, value = row[keep], label[keep], value[keep]
-    starts = np.flatnonzero(_is_new(row) | _is_new(label))
-    return row[starts], label[starts].astype(np.int64), np.add.reduceat(value, starts) if len(starts) else value
+def _checked(top_values: npt.ArrayLike, top_labels: npt.ArrayLike) -> tuple[Floats, Ints]:
+    values, labels = np.asarray(top_values, np.float64), np.asarray(top_labels)
+    if values.ndim != 2 or values.shape != labels.shape:
+        raise BadInput(f"top_values and top_labels must both be (S, k); found {values.shape} and {labels.shape}")
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise BadInput("top_values must be finite and at least 0; found a value that is not")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise BadInput(f"top_labels must be whole numbers, -1 for no label; found {labels.dtype}")
+    return values, labels.astype(np.int64)
 
 
-def _is_new(values: Ints) -> npt.NDArray[np.bool_]:
-    """Where a value differs from the one before it, and at the first."""
-    return np.concatenate([np.ones(min(1, len(values)), bool), values[1:] != values[:-1]])
+@numba.njit(cache=True)
+def _weigh(values: Any, labels: Any) -> Any:
+    """Per row: entropy of its labels (0 without any), and the label of the largest sum (-1 without any)."""
+    entropy, heaviest = np.zeros(len(values)), np.full(len(values), -1, np.int64)
+    for s in range(len(values)):
+        total, largest = 0.0, 0.0
+        for k in range(values.shape[1]):
+            if labels[s, k] >= 0:
+                total += values[s, k]
+        for k in range(values.shape[1]):
+            label, weight = labels[s, k], 0.0
+            if label < 0 or values[s, k] == 0:
+                continue
+            for other in range(values.shape[1]):
+                if labels[s, other] == label:
+                    if other < k and values[s, other] > 0:
+                        weight = 0.0  # this label has had its turn
+                        break
+                    weight += values[s, other]
+            share = weight / total
+            if share > 0:
+                entropy[s] -= share * np.log(share)
+                if weight > largest or (weight == largest and label < heaviest[s]):
+                    largest, heaviest[s] = weight, label
+    return entropy, heaviest

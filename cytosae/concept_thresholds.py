@@ -30,7 +30,7 @@ class Counts:
 def compare_thresholds(
     concepts: Sequence[Path], target: Path, *, dataset: str | None = None, overwrite: bool = False
 ) -> tuple[list[Counts], bool]:
-    """Counts above `LOG10_THRESHOLDS` of one or several folders of concepts: a table and figures in the folder `target`.
+    """Counts above `LOG10_THRESHOLDS` of one or several folders of concepts: a table and figures in `target`.
 
     Parameters
     ----------

@@ -154,7 +154,7 @@ def write_concepts(
     ------
     BadInput
         If a store was pruned (its means and frequencies are not those of the SAE), image ids clash, no image has a
-        dataset, or there are more than 20; if a worker lacks this version of the package or does not see the same files.
+        dataset, or there are more than 20; if a worker lacks this version of the package or sees other files.
     SpecMismatch
         If the stores hold latents of different SAEs, or `concepts` holds something else.
     DamagedStore
@@ -215,8 +215,8 @@ def _refuse_pruned(stores: list[LatentStore]) -> None:
     for store in stores:
         if store.spec.min_activation:
             raise BadInput(
-                f"{store.root} was pruned below {store.spec.min_activation:g} ({store.n_dropped:,} values are missing): "
-                f"mean activations and frequencies would be wrong; encode without --min-activation, into another "
+                f"{store.root} was pruned below {store.spec.min_activation:g}, {store.n_dropped:,} values are missing: "
+                f"frequencies and mean activations would be wrong; encode without --min-activation, into another "
                 f"store: cyto sae encode STORE RUN -o LATENTS"
             )
 

@@ -135,7 +135,7 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
         for worker, what in wrong.items():
             words = f"writes to another {folder}" if str(what).startswith(".worker-") else str(what)
             raise BadInput(
-                f"{_who('worker', worker, wrong, found)} {words}: latents and barcodes must lie where all workers "
+                f"{_who('worker', worker, wrong, found)} {words}: latents and output must lie where all workers "
                 f"see them, under the same path"
             )
     finally:

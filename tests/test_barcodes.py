@@ -63,6 +63,7 @@ def write_latents(
     min_activation: float = 0.0,
     dataset: str = "drawn",
     sae_sha256: str = "1" * 64,
+    further: dict[str, list[str | None]] | None = None,
 ) -> Path:
     """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
     n_images, n_tokens, n_latents = dense.shape
@@ -72,6 +73,7 @@ def write_latents(
         "patient": [patient for patient, _, _ in rows],
         "disease": [disease for _, disease, _ in rows],
         "stain": ["pale" for _ in rows],
+        **(further or {}),
     }
     errors = [None if ok else "file ends early" for _, _, ok in rows]
     images = with_outcome(

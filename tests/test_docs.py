@@ -59,6 +59,19 @@ def test_training_page(made: Path, tmp_path: Path) -> None:
     assert not {field.name for field in dataclasses.fields(TrainConfig)} - named
 
 
+def test_concepts_page(made: Path, tmp_path: Path) -> None:
+    """Its blocks run, in order, on a small latent store."""
+    shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
+    page = ROOT / "docs" / "concepts.md"
+    marked = r"^<!-- executed by tests/test_docs.py -->\n```(bash|python)\n(.*?)^```$"
+    found = re.findall(marked, page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(found) >= 3
+    for language, text in found:
+        if language == "python":
+            (tmp_path / "block.py").write_text(text)
+        shell("python block.py" if language == "python" else text, tmp_path)
+
+
 def test_every_block_runs_or_says_why_not() -> None:
     """A block that no test runs is output, a picture, or bears a reason."""
     for page in PAGES:
