@@ -1462,7 +1462,7 @@ def concept_sheet(
     "--shared",
     default=1.0,
     show_default=True,
-    help="With --patch: pass over latents of this frequency or more; 1: active in every readable image.",
+    help="With --patch: pass over latents of this frequency or more; 1: active in every readable image, above 1: none.",
 )
 @click.option(
     "--noisy",

@@ -4,6 +4,7 @@ Patch k of 256 sits at row k // 16, column k % 16 of the image, which was resize
 no place on the cell, so it is in no map.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,14 +28,16 @@ class PatchQuery:
     patch: int
     dataset: str  # whose statistics decide
     n_top: int = 2
-    shared: float = 1.0  # passed over from this frequency on; 1: active in every readable image
+    shared: float = 1.0  # passed over from this frequency on; 1: active in every readable image, above 1: none is
     noisy: float = 0.1  # passed over above this mean activation; the released code's, for the released SAE
 
     def __post_init__(self) -> None:
-        if not 0 <= self.shared <= 1:
-            raise BadInput(f"shared must be a frequency from 0 to 1; found {self.shared!r}")
-        if not self.noisy >= 0:
-            raise BadInput(f"noisy must be a mean activation of at least 0; found {self.noisy!r}")
+        for name in ("shared", "noisy"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise BadInput(f"{name} must be a number of at least 0; found {value!r}")
+        if self.n_top < 1:
+            raise BadInput(f"n_top must be at least 1; found {self.n_top}")
 
 
 def token_matrix(rows: CsrRows, n_latents: int) -> ss.csr_matrix:

@@ -119,10 +119,12 @@ def test_latents_of_a_patch_are_ranked_without_shared_and_noisy_ones(tmp_path: P
     for patch in (-1, 4):
         with pytest.raises(BadInput, match=f"patches are numbered 0 to 3, .*; found {patch}"):
             latents_of_patch(ss.csr_matrix(dense), PatchQuery(patch=patch, dataset="d"), concepts)
-    with pytest.raises(BadInput, match=r"shared must be a frequency from 0 to 1; found 1\.5"):
-        PatchQuery(patch=0, dataset="d", shared=1.5)
-    with pytest.raises(BadInput, match="noisy must be a mean activation of at least 0; found nan"):
-        PatchQuery(patch=0, dataset="d", noisy=float("nan"))
+    none_shared = PatchQuery(patch=2, dataset="d", shared=1.1)
+    assert latents_of_patch(ss.csr_matrix(dense), none_shared, concepts)["rank"].to_pylist() == [1, None, 2, 3, 4]
+    with pytest.raises(BadInput, match=r"shared must be a number of at least 0; found -0\.5"):
+        PatchQuery(patch=0, dataset="d", shared=-0.5)
+    with pytest.raises(BadInput, match="noisy must be a number of at least 0; found inf"):
+        PatchQuery(patch=0, dataset="d", noisy=float("inf"))
 
 
 def test_map_of_latents(made: Path, latents: LatentStore, tmp_path: Path) -> None:
