@@ -144,6 +144,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
+    from cytosae.concepts import LABEL_COLUMNS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
     from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
@@ -174,6 +175,8 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): TOKEN_SETS,
         ("cyto barcode", "normalize"): NORMALIZATIONS,
+        ("cyto concept stats", "token_set"): TOKEN_SETS,
+        ("cyto concept stats", "label"): LABEL_COLUMNS,
     }
 
 

@@ -78,6 +78,9 @@ def test_label_entropy_by_hand() -> None:
     assert label_entropy(np.zeros((0, 3)), np.zeros((0, 3), int)).shape == (0,)
     assert np.isnan(label_entropy(np.zeros((2, 0)), np.zeros((2, 0), int))).all()
     assert top_label(values, labels).tolist() == [0, 2, 1, 0, 3, -1]  # of equal ones the smaller number
+    # padding in front has no label of its own
+    same(label_entropy([[0.0, 1.0, 1.0]], [[5, 5, 6]]), [math.log(2)])
+    assert top_label([[0.0, 1.0, 1.0]], [[5, 5, 6]]).tolist() == [5]
 
 
 small_values = st.sampled_from([0.0, 1e-45, 0.1, 0.25, 0.5, 1.0, 3e38])
@@ -370,6 +373,15 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
         assert pq.read_table(tmp_path / "halves" / f"{name}.parquet").equals(
             pq.read_table(tmp_path / "one" / f"{name}.parquet")
         )
+
+
+def test_pieces_follow_the_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut where a whole number of 10 entries is full; images without entries go with those before them."""
+    monkeypatch.setattr(concepts_module, "_GROUP_ENTRIES", 10)
+    lengths, members = np.array([6, 99, 4, 0, 25, 1, 0, 9], np.int32), np.array([0, 2, 3, 4, 5, 6, 7])
+    found = [piece.tolist() for piece in concepts_module._pieces(members, lengths)]
+    assert found == [[0, 2], [3, 4], [5, 6, 7]]
+    assert list(concepts_module._pieces(members[:0], lengths)) == []
 
 
 def test_top_images_do_not_depend_on_how_images_are_divided() -> None:

@@ -74,6 +74,7 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
     [
         ("cli", {"torch", "zarr", "dask", "numpy", "pyarrow"}),
         ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
+        ("cytosae.concepts, cytosae.concept_thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
         ("cytosae.figures", {"torch", "cytocache"}),
         ("cytosae.maps, cytosae.sheets, cytosae.masks, cytosae.selection", {"torch", "cytocache", "dask", "sklearn"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
