@@ -84,7 +84,7 @@ def plot_rows(rows: Sequence[Row], path: Path, *, title: str, style: Style) -> N
 
 def _draw_rows(rows: Sequence[Row], *, title: str, style: Style, in_shares: bool) -> Any:
     """The figure. `in_shares`: each row has a scale of its own, and the colours show shares of its largest value."""
-    n_images = max(1, *(len(row.frames) for row in rows))
+    n_images = max([1, *(len(row.frames) for row in rows)])
     figure, grid = new_figure(
         width=2.2 * n_images + 1.8, height=1.25 * len(rows) + 0.7, rows=len(rows), columns=n_images
     )
@@ -100,7 +100,7 @@ def _draw_rows(rows: Sequence[Row], *, title: str, style: Style, in_shares: bool
         heading = "\n".join(plain(line) for line in row.heading)
         first = {"transform": of_row[0].transAxes, "ha": "right", "va": "center", "fontsize": 7}
         of_row[0].text(-0.06, 0.5, heading, **first)
-    figure.suptitle(plain(title), fontsize=9)
+    figure.suptitle(title, fontsize=9)
     if not style.is_released:
         largest, label = (
             (1.0, "share of the row's largest activation") if in_shares else (rows[0].largest, "activation")
