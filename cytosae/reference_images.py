@@ -13,7 +13,7 @@ from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.tables import column, listed
 
-from .groups import check_one_sae
+from .barcode_checks import check_one_sae
 from .patch_maps import Map, Pixels, check_latent, patch_map, read_tokens
 
 # image_index -> pixels; or a few words on why there are none
