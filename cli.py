@@ -1659,6 +1659,416 @@ def _patient_concept_line(row: dict[str, Any]) -> str:
     )
 
 
+def _map_options(command: Any) -> Any:
+    """How maps are drawn, and where the images lie."""
+    options = (
+        click.option(
+            "--root",
+            "roots",
+            type=_FILE,
+            multiple=True,
+            help="Where the images lie now, once for each of LATENTS  [default: where they lay].",
+        ),
+        click.option(
+            "--n-images", type=click.IntRange(1, 10), default=6, show_default=True, help="Reference images per dataset."
+        ),
+        click.option(
+            "--nearest", is_flag=True, help="Draw patches as squares, instead of bilinear between their centres."
+        ),
+        click.option(
+            "--released", is_flag=True, help="The released code's rendering: dark and bright patches, no scale."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@concept.command("select")
+@click.argument("concepts", type=_FILE)
+@click.option("--dataset", help="Whose statistics decide  [default: the only one].")
+@click.option("--threshold", default=1e-3, show_default=True, help="Least mean activation of a latent that takes part.")
+@click.option("--clusters", type=_COUNT, default=10, show_default=True, help="Clusters of KMeans.")
+@click.option("--per-cluster", type=_COUNT, default=5, show_default=True, help="Latents drawn from each.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of clusters and draws.")
+@click.option("--as-released", is_flag=True, help="Cluster mean activation and frequency as they are, without log10.")
+@_overwrite_option
+@_json_option
+def concept_select(concepts: Path, dataset: str | None, overwrite: bool, as_json: bool, **settings: Any) -> None:
+    """Draw latents for an expert to look at: KMeans on log10 mean activation and log10 frequency, some of each cluster.
+
+    Writes selection.parquet into CONCEPTS, which cyto concept sheet --selected draws.
+
+    \b
+    Example: cyto concept select cells.concepts --seed 0
+    """
+    from cytosae.selection import FILE, SelectionConfig, select_latents
+    from stores import ConceptStore
+
+    store = ConceptStore(concepts)
+    config = SelectionConfig(dataset=_one_dataset(store, dataset), **settings)
+    found = select_latents(store, config, overwrite=overwrite)
+    _say_done(concepts / FILE, found.was_complete)
+    if as_json:
+        click.echo(json.dumps({"concepts": str(concepts), "latents": found.table.to_pylist()}, indent=1))
+        return
+    click.echo(
+        f"{concepts / FILE}: {len(found.latents):,} of {found.n_candidates:,} latents of {config.dataset} with a mean "
+        f"activation of at least {config.threshold:g}, from {len(found.cluster_sizes)} clusters (seed {config.seed})"
+    )
+    if len(found.cluster_sizes) < config.clusters:
+        click.echo(f"fewer clusters than {config.clusters}: the latents have only so many different values")
+    small = [size for size in found.cluster_sizes if size < config.per_cluster]
+    if small:
+        click.echo(
+            f"all latents taken of {len(small)} clusters with fewer than {config.per_cluster} "
+            f"({', '.join(map(str, small))})"
+        )
+    clusters = found.table["cluster"].to_pylist()
+    for cluster, size in enumerate(found.cluster_sizes):
+        drawn = [str(latent) for latent, of in zip(found.latents, clusters, strict=True) if of == cluster]
+        click.echo(f"  cluster {cluster} ({size:,} latents): {', '.join(drawn)}")
+
+
+@concept.command("sheet")
+@click.argument("concepts", type=_FILE)
+@click.argument("stores", metavar="LATENTS...", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the figures.")
+@click.option("--latent", "latents", type=int, multiple=True, help="A latent to draw; repeat it for several.")
+@click.option("--selected", is_flag=True, help="Draw those of cyto concept select.")
+@click.option("--dataset", "datasets", multiple=True, help="Datasets to show  [default: all]; repeat it for several.")
+@_map_options
+@_overwrite_option
+def concept_sheet(
+    concepts: Path,
+    stores: tuple[Path, ...],
+    out: Path,
+    latents: tuple[int, ...],
+    selected: bool,
+    overwrite: bool,
+    datasets: tuple[str, ...],
+    roots: tuple[Path, ...],
+    n_images: int,
+    nearest: bool,
+    released: bool,
+) -> None:
+    """A figure per latent: its top images from each dataset beside each other, with the patches that carry it.
+
+    LATENTS are the stores that CONCEPTS was made from.
+
+    \b
+    Example: cyto concept sheet cells.concepts cells.latents.zarr -o cells.sheets --latent 17 --latent 210
+    """
+    from cytosae.map_figures import Style
+    from cytosae.selection import read_selection
+    from cytosae.sheets import write_sheets
+    from stores import ConceptStore
+
+    store = ConceptStore(concepts)
+    with _progress("sheet", "latent") as progress:
+        done = write_sheets(
+            store,
+            _sources(stores, roots),
+            out,
+            latents=(*latents, *(read_selection(store).latents if selected else ())),
+            datasets=datasets,
+            n_images=n_images,
+            style=Style(is_smooth=not nearest, is_released=released),
+            overwrite=overwrite,
+            inputs=(concepts, *stores, *roots),
+            progress=progress,
+        )
+    _say_done(out, done.was_complete)
+    click.echo(f"{out}: {done.n_latents:,} latents, {done.n_images:,} images, latent<N>.png and .svg")
+    _warn_of_unseen(done.unseen)
+
+
+@concept.command("map")
+@click.argument("stores", metavar="LATENTS...", type=_FILE, nargs=-1, required=True)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of figures and tables.")
+@click.option("--image", "image_id", help="The image_id of an image of LATENTS.")
+@click.option(
+    "--file", type=_FILE, help="Or a new image file, with --sae and the backbone that LATENTS were made with."
+)
+@click.option("--sae", "run", type=_FILE, help="With --file: the SAE that LATENTS were made with.")
+@click.option("--weights", help="With --file: the weights of the backbone; an untrained one needs none.")
+@click.option("--latent", "latents", type=int, multiple=True, help="A latent to draw; repeat it for several.")
+@click.option("--patch", type=int, help="Or a patch, 0 to 255 row by row: the latents that speak for it are drawn.")
+@click.option("--concepts", "concepts", type=_FILE, help="Statistics and reference images; needed with --patch.")
+@click.option("--top", "n_top", type=_COUNT, default=2, show_default=True, help="With --patch: latents to draw.")
+@click.option("--dataset", help="With --patch: whose statistics --shared and --noisy mean  [default: the image's].")
+@click.option(
+    "--shared",
+    default=1.0,
+    show_default=True,
+    help="With --patch: pass over latents of this frequency or more; 1: active in every readable image, above 1: none.",
+)
+@click.option(
+    "--noisy",
+    default=0.1,
+    show_default=True,
+    help="With --patch: pass over latents whose mean activation is above this; 0.1 is made for the released SAE.",
+)
+@_map_options
+@_assume_option
+@_device_option
+@_overwrite_option
+def concept_map(
+    stores: tuple[Path, ...],
+    out: Path,
+    image_id: str | None,
+    file: Path | None,
+    run: Path | None,
+    weights: str | None,
+    latents: tuple[int, ...],
+    patch: int | None,
+    concepts: Path | None,
+    n_top: int,
+    dataset: str | None,
+    shared: float,
+    noisy: float,
+    roots: tuple[Path, ...],
+    n_images: int,
+    nearest: bool,
+    released: bool,
+    assume_compatible: bool,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Where in an image latents are active: maps of given latents, or of those that speak for one of its patches.
+
+    With --patch: its active latents without the shared and the noisy ones, the largest values first. With --concepts,
+    the reference images of each latent too, from all its datasets.
+
+    \b
+    Example: cyto concept map cells.latents.zarr -o map --image cells/a.png --patch 57 --concepts cells.concepts
+    """
+    from cytosae.map_figures import Style
+    from cytosae.maps import write_maps
+    from cytosae.patch_maps import PatchQuery
+    from stores import ConceptStore
+
+    if (image_id is None) == (file is None) or (file is None) != (run is None):
+        raise click.UsageError("give --image; or --file and --sae, for an image that is in no store")
+    if (patch is None) == (not latents):
+        raise click.UsageError("give --latent (it may repeat), or --patch for the latents that speak for it")
+    if patch is not None and concepts is None:
+        raise click.UsageError("--patch needs --concepts, whose statistics say which latents are shared or noisy")
+    sources, store, query = _sources(stores, roots), ConceptStore(concepts) if concepts else None, None
+    if file is not None and run is not None:
+        subject, own = _new_subject(sources, file, run, weights, _resolve_device(device), assume_compatible), None
+    else:
+        subject, own = _stored_subject(sources, str(image_id))
+    if patch is not None and store is not None:
+        known = _one_dataset(store, dataset or (own if own in store.datasets else None))
+        query = PatchQuery(patch=patch, dataset=known, n_top=n_top, shared=shared, noisy=noisy)
+    done = write_maps(
+        subject,
+        out,
+        latents=latents,
+        query=query,
+        concepts=store,
+        sources=sources,
+        n_images=n_images,
+        style=Style(is_smooth=not nearest, is_released=released),
+        overwrite=overwrite,
+        inputs=tuple(path for path in (*stores, *roots, concepts, file, run) if path),
+    )
+    _say_done(out, done.was_complete)
+    if query is not None:
+        click.echo(
+            f"patch {patch} of {subject.name}: {done.n_active:,} active latents; passed over: {done.n_shared:,} shared "
+            f"(frequency of at least {shared:g} in {query.dataset}), {done.n_noisy:,} noisy (mean activation above "
+            f"{noisy:g})"
+        )
+    for latent, largest in zip(done.latents, done.largest, strict=True):
+        click.echo(f"  latent {latent}: largest value {largest:.4g}")
+    click.echo(f"{out}: map.png and .svg{', latent<N>.png and .svg' if concepts else ''}")
+    _warn_of_unseen(done.unseen)
+
+
+@concept.command("masks")
+@click.argument("latents", type=_FILE)
+@click.argument("masks", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the table and the figure.")
+@click.option(
+    "--root", type=_FILE, help="What paths in a table of masks are relative to [default: the table's folder]."
+)
+@click.option(
+    "--min-share", default=0.5, show_default=True, help="A patch is foreground if its mask covers this share or more."
+)
+@click.option(
+    "--shuffles",
+    "n_shuffles",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Times that masks are shuffled among the images; 0: no null.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles.")
+@_overwrite_option
+@_json_option
+def concept_masks(
+    latents: Path, masks: Path, out: Path, root: Path | None, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """How well the map of each latent agrees with segmentation masks: AUROC and best-threshold IoU, and chance.
+
+    MASKS is a .csv or .parquet table with the columns image_id and mask (a path), or a folder of files named like the
+    images. PNG, TIFF or BMP of any size; what is above 0 is foreground.
+
+    \b
+    Example: cyto concept masks cells.latents.zarr nuclei/ -o cells.nuclei
+    """
+    from cytocache.masks import find_masks
+    from cytosae.masks import write_mask_agreement
+    from cytosae.patch_maps import patch_side
+    from stores import LatentStore
+    from stores.tables import listed
+
+    store = LatentStore(latents)
+    found = find_masks(masks, store.images, root=root)
+    shares, unread, no_image = _read_masks(store, found.paths, patch_side(store.spec.tokens_per_image))
+    with _progress("masks", "step") as progress:
+        inputs = tuple(path for path in (latents, masks, root) if path)
+        done = write_mask_agreement(
+            store, shares, out, overwrite=overwrite, inputs=inputs, progress=progress, **settings
+        )
+    _say_done(out, done.was_complete)
+    left_out = {
+        "masks of no image here": found.unknown,
+        "unreadable masks": unread,
+        "masks of unreadable images": no_image,
+    }
+    if as_json:
+        counts = {what: len(names) for what, names in left_out.items()}
+        click.echo(json.dumps({"out": str(out), "left_out": counts, **vars(done)}, indent=1))
+        return
+    for what, names in left_out.items():
+        if names:
+            click.echo(f"left out: {len(names):,} {what} ({listed([_shown(name) for name in names])})")
+    click.echo(
+        f"{out}: {done.n_images:,} images with masks, {done.n_foreground / done.n_patches:.1%} of the patches are "
+        f"foreground; {done.n_silent:,} of {store.spec.n_latents:,} latents are active at none"
+    )
+    for name, best, chance in (
+        ("auroc", done.best_by_auroc, done.expected_max_auroc),
+        ("iou", done.best_by_iou, done.expected_max_iou),
+    ):
+        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in best)
+        by_chance = "" if chance is None else f"; the best under shuffled masks: {chance:.3f}"
+        click.echo(f"  {'AUROC' if name == 'auroc' else 'IoU':<6} latents {top or '(none)'}{by_chance}")
+    if done.expected_max_auroc is None:
+        click.echo("  no null: nothing was shuffled (one image, --shuffles 0, or no active latent)")
+
+
+def _one_dataset(store: Any, name: str | None) -> str:
+    from stores.errors import BadInput
+
+    if name is None and len(store.datasets) != 1:
+        raise BadInput(f"{store.root} holds {', '.join(store.datasets)}; say which with --dataset")
+    return str(name or store.datasets[0])
+
+
+def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...]) -> Any:
+    """Latent stores, and a function per store that gives the pixels of its images."""
+    from cytocache.pictures import Pictures
+    from cytosae.reference_images import Sources
+    from stores import LatentStore
+
+    if roots and len(roots) != len(stores):
+        raise click.UsageError(
+            f"give --root once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
+        )
+    opened = [LatentStore(store) for store in stores]
+    return Sources(
+        opened, [Pictures(store, root) for store, root in zip(opened, roots or (None,) * len(opened), strict=True)]
+    )
+
+
+def _stored_subject(sources: Any, image_id: str) -> tuple[Any, str | None]:
+    """An image of a store to look at, and its dataset."""
+    from cytosae.maps import Subject
+    from cytosae.patch_maps import read_tokens
+    from stores.errors import BadInput
+    from stores.tables import column
+
+    number, image_index = sources.find(image_id)
+    store = sources.stores[number]
+    if not store.readable()[image_index]:
+        raise BadInput(f"image {image_id!r} could not be read when {store.root} was made: it has no latents")
+    subject = Subject(
+        name=image_id,
+        tokens=read_tokens(store, image_index),
+        picture=sources.pictures[number](image_index),
+        origin={"latents": store.identity, "image_id": image_id},
+    )
+    return subject, column(store.images, "dataset")[image_index]
+
+
+def _new_subject(sources: Any, file: Path, run: Path, weights: str | None, device: str, assume_compatible: bool) -> Any:
+    """An image file that is in no store, encoded as the images of the first store were."""
+    from cytocache.pictures import to_pixels
+    from cytocache.sample import load_backbone_as, read_new_image
+    from cytosae.checkpoint import load_sae
+    from cytosae.encode import encode_image
+    from cytosae.maps import Subject
+    from cytosae.patch_maps import token_matrix
+    from stores import ActivationSpec
+    from stores.activation_store import require_same_tokens
+
+    latents = sources.stores[0]
+    spec, sae = ActivationSpec(**latents.spec.cache), load_sae(run, device=device)
+    require_same_tokens(
+        sae.same_tokens,
+        spec.same_tokens,
+        f"the SAE {run}",
+        f"the cache of {latents.root}",
+        assume_compatible=assume_compatible,
+    )
+    with _progress("download", "byte") as downloading:
+        backbone = load_backbone_as(
+            spec, f"the cache of {latents.root}", weights=weights, device=device, progress=downloading
+        )
+    tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
+    rows = encode_image(tokens, sae, latents.spec, device=device)
+    return Subject(
+        name=file.name,
+        tokens=token_matrix(rows, latents.spec.n_latents),
+        picture=to_pixels(picture),
+        origin={"sha256": content_hash, "as": latents.identity},
+    )
+
+
+def _read_masks(store: Any, paths: dict[int, Path], side: int) -> tuple[dict[int, Any], list[str], list[str]]:
+    """(image_index -> share of each patch that is covered, masks that cannot be read, masks of unreadable images)."""
+    from cytocache.masks import read_shares
+
+    shares, unread, no_image, readable = {}, list[str](), list[str](), store.readable()
+    with _progress("read", "mask") as progress:
+        for n_done, (image_index, path) in enumerate(sorted(paths.items()), start=1):
+            if not readable[image_index]:
+                no_image.append(path.name)
+                continue
+            found = read_shares(path, side)
+            if isinstance(found, str):
+                unread.append(f"{path.name}: {found}")
+            else:
+                shares[image_index] = found
+            progress(n_done, len(paths), f"{len(unread):,} unreadable" if unread else "")
+    return shares, unread, no_image
+
+
+def _warn_of_unseen(unseen: list[str]) -> None:
+    from stores.tables import listed
+
+    if unseen:
+        click.echo(
+            f"warning: {len(unseen):,} images could not be shown ({listed([_shown(name) for name in unseen])}); "
+            f"say where they are with --root, and add --overwrite",
+            err=True,
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- the pipeline
 
 
@@ -1680,7 +2090,8 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.barcodes import BarcodeConfig, write_barcodes
     from cytosae.config import TrainConfig
     from cytosae.encode import encode
-    from cytosae.figures import characteristic_latents, plot_patient_barcodes, plot_reference_images
+    from cytosae.figures import characteristic_latents, plot_patient_barcodes
+    from cytosae.map_figures import plot_reference_images
     from cytosae.train import train
     from stores import BarcodeStore, LatentStore
 

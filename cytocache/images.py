@@ -7,9 +7,12 @@ import hashlib
 import io
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from .metadata import check_scans, without_metadata
@@ -20,6 +23,7 @@ MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million; more is a mistake or an
 MAX_SIDE = 65_535  # JPEG's own limit; resizing a row of 100 million pixels would take gigabytes for its coefficients
 MAX_RLE_PIXELS = 16_000_000  # Pillow unpacks a run-length coded BMP in Python, byte by byte
 MAX_FILE_BYTES = 1 << 30
+_Decoded = TypeVar("_Decoded")
 
 
 class UnreadableImage(ValueError):
@@ -79,13 +83,30 @@ def decode_image(raw: bytes) -> Image.Image:
     UnreadableImage
         With the reason in a few words.
     """
+    return _decode(raw, _to_rgb)
+
+
+def read_mask(path: Path) -> tuple[npt.NDArray[np.bool_] | None, str | None]:
+    """((height, width) bool, None), True where a pixel of a mask file is above 0; or (None, why not).
+
+    Values count as they are stored, so 1 in a 16-bit file or a palette is foreground; of colours any channel; alpha is
+    dropped. JPEG is refused: its losses would turn background into foreground.
+    """
+    try:
+        return _decode(_read_bytes(path), _to_foreground), None
+    except UnreadableImage as error:
+        return None, str(error)
+
+
+def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
+    """What `convert` makes of the loaded picture; whatever goes wrong is an `UnreadableImage`."""
     try:
         with pillow_silenced:
             bare = without_metadata(raw)
             picture = Image.open(io.BytesIO(bare), formats=FORMATS)
             _check_size(picture, bare)
             picture.load()
-            return _to_rgb(picture)
+            return convert(picture)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -130,6 +151,17 @@ def _read_bytes(path: Path) -> bytes:
         return raw
     except OSError as error:
         raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
+
+
+def _to_foreground(picture: Image.Image) -> npt.NDArray[np.bool_]:
+    if picture.format == "JPEG":
+        raise UnreadableImage("a JPEG loses what a mask needs; save it as PNG")
+    if picture.mode in ("LA", "La", "PA"):
+        picture = picture.getchannel(0)
+    elif picture.mode not in ("1", "L", "P", "F", "RGB") and picture.mode[0] != "I":  # RGBA, CMYK, LAB, ...
+        picture = picture.convert("RGB")
+    values = np.asarray(picture)
+    return values.max(2) > 0 if values.ndim == 3 else values > 0
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
-from stores.activation_store import ActivationStore
+from stores.activation_store import ActivationSpec, ActivationStore
 from stores.errors import BadInput, SpecMismatch
 from stores.tables import column
 
 from .backbones import Backbone, load_backbone
 from .download import Progress
+from .extract import PRECISIONS
+from .images import read_image
 from .readers import ImageReaders
 
 Rows = npt.NDArray[np.int64]
@@ -43,7 +46,21 @@ def load_backbone_of(
     SpecMismatch
         If they are not those of the cache.
     """
-    spec = cache.spec
+    return load_backbone_as(
+        cache.spec, str(cache.root), weights=weights, device=device, keep_tail=keep_tail, progress=progress
+    )
+
+
+def load_backbone_as(
+    spec: ActivationSpec,
+    made: str,
+    *,
+    weights: str | None,
+    device: str,
+    keep_tail: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> Backbone:
+    """As `load_backbone_of`, where a cache's spec is known, but not the cache; `made`: what to call it in an error."""
     backbone = load_backbone(
         spec.backbone,
         weights=weights if spec.trained else "random",
@@ -53,7 +70,7 @@ def load_backbone_of(
     )
     if backbone.weights_sha256 != spec.weights_sha256:
         raise SpecMismatch(
-            f"{cache.root} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
+            f"{made} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
             f"{backbone.weights_sha256[:12]}…; give the file that it was made with: --weights"
         )
     torch.backends.cudnn.allow_tf32 = False  # else a GPU's convolutions are not float32
@@ -61,6 +78,29 @@ def load_backbone_of(
         if part is not None:
             part.to(device)
     return backbone
+
+
+def read_new_image(
+    path: Path, spec: ActivationSpec, backbone: Backbone, *, device: str
+) -> tuple[npt.NDArray[np.float16], Image.Image, str]:
+    """((257, width) tokens as a cache of `spec` would hold them, the picture, SHA-256 of the file) of an image file.
+
+    Raises
+    ------
+    BadInput
+        If the file cannot be read, or its tokens do not fit float16.
+    """
+    picture, content_hash, error = read_image(path)
+    if picture is None:
+        raise BadInput(f"{path} cannot be shown: {error}")
+    pixels = torch.from_numpy(backbone.preprocess.resize(picture).copy())[None].to(device)
+    low = PRECISIONS[spec.precision]
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, low, enabled=low != torch.float32):
+        (tokens,) = backbone.tokens(pixels)
+    values = tokens[0].to(torch.float16)
+    if not bool(torch.isfinite(values).all()):
+        raise BadInput(f"the tokens of {path} do not fit float16")
+    return values.cpu().numpy(), picture, str(content_hash)
 
 
 def draw_sample(cache: ActivationStore, *, n_images: int, seed: int) -> Rows:

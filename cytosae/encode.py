@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationStore, require_same_tokens
-from stores.errors import BadInput, DamagedStore
+from stores.csr import CsrRows
+from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_parts import (
     committed_images,
     complete_latents,
@@ -172,6 +173,29 @@ def encode(
         )
     output.publish()
     return _result(header, n_readable, was_complete=False)
+
+
+def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec, *, device: str = "cpu") -> CsrRows:
+    """The rows that a latent store of `spec` would hold for one image, (T, D): same precision, rounding and pruning.
+
+    Equal to stored ones up to the last bits of the product, which depend on how many tokens are encoded together.
+
+    Raises
+    ------
+    SpecMismatch
+        If the store was made with another SAE.
+    BadInput
+        If a latent is not finite.
+    """
+    if sae.sha256 != spec.sae_sha256:
+        raise SpecMismatch(
+            f"the latents were made with the SAE of sha256 {spec.sae_sha256[:12]}…, found {sae.sha256[:12]}…; give the "
+            f"folder of the run that they were encoded with"
+        )
+    with _Encoder(sae.model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device) as encoder:
+        rows = encoder.rows(tokens[None], np.ones(1, bool))
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.lengths)])
+    return CsrRows(rows.indices, rows.values, indptr)
 
 
 def _fill(

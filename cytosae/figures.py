@@ -1,14 +1,11 @@
-"""Pictures of barcodes and latents. They start from stores; the caller gives a function that fetches image pixels."""
+"""Pictures of barcodes and sweeps, and the choice of latents to show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as ss
-
-from stores.latent_store import LatentStore
 
 from .drawing import COLORS, MARKERS, new_figure, plain, save_figure, text_color
 
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from matplotlib.axes import Axes
 
-Picture = Callable[[int], npt.NDArray[np.uint8]]  # image_index -> (height, width, 3) RGB
 _MOST_NAMED = 16  # values in a legend
 
 
@@ -73,47 +69,6 @@ def characteristic_latents(images: "AnnData", *, group: str, min_images: int = 5
         if np.isfinite(effect.max()):
             chosen[str(name)] = int(effect.argmax())
     return chosen
-
-
-def plot_reference_images(
-    latents: LatentStore, images: "AnnData", chosen: dict[str, int], picture: Picture, path: Path, *, n_images: int = 6
-) -> None:
-    """The images in which each chosen latent is most active, each with its map beside it (16 x 16 patches, no CLS).
-
-    Ties go to the image that comes first; fewer images are shown where fewer are active.
-    """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    mean = ss.csc_matrix(images.layers["mean"])
-    figure, grid = new_figure(
-        width=1.1 * 2 * n_images + 1.2, height=1.2 * len(chosen) + 0.6, rows=len(chosen), columns=n_images
-    )
-    for row, (name, latent) in zip(np.atleast_2d(grid), chosen.items(), strict=True):
-        column = mean[:, [latent]].tocoo()
-        top = column.row[np.lexsort((column.row, -column.data))][:n_images]
-        maps = [patch_map(latents, int(index), latent) for index in top]
-        largest = max((float(patches.max()) for patches in maps), default=1.0) or 1.0
-        for axes in row:
-            axes.axis("off")
-        for axes, index, patches in zip(row, top, maps, strict=False):
-            _draw_pair(axes, picture(int(index)), patches / largest)
-            axes.set_title(plain(images.obs["label"].iloc[index]), fontsize=6, pad=2)
-        row[0].text(
-            -0.06,
-            0.5,
-            f"latent {latent}\n{plain(name)}",
-            transform=row[0].transAxes,
-            ha="right",
-            va="center",
-            fontsize=7,
-        )
-    figure.suptitle("Reference images: the cells in which a latent is most active, and where in the cell", fontsize=8)
-    shares = ScalarMappable(Normalize(0, 1), cmap="inferno")
-    figure.colorbar(shares, ax=grid, fraction=0.01, pad=0.01).set_label(
-        "share of the row's largest activation", fontsize=7
-    )
-    save_figure(figure, path)
 
 
 def plot_sweep(
@@ -189,27 +144,3 @@ def _shade(share: float) -> Any:
     from matplotlib import colormaps
 
     return colormaps["cividis"](share)
-
-
-def patch_map(latents: LatentStore, image_index: int, latent: int) -> npt.NDArray[np.float32]:
-    """(16, 16) activation of a latent at the patches of an image, row by row from the top left; CLS is left out."""
-    rows = latents.read_images(image_index, image_index + 1)
-    tokens = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
-    values = np.zeros(rows.n_rows, np.float32)
-    is_latent = rows.indices == latent
-    values[tokens[is_latent]] = rows.values[is_latent]
-    side = round((rows.n_rows - 1) ** 0.5)
-    return values[1:].reshape(side, side)
-
-
-def _draw_pair(axes: "Axes", pixels: npt.NDArray[np.uint8], share: npt.NDArray[np.float32]) -> None:
-    """The picture, and beside it the same picture in grey under the map: opacity follows magnitude."""
-    height, width = pixels.shape[:2]
-    grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) / 255 * 0.6 + 0.4
-    extent = (0.0, float(width), float(height), 0.0)
-    beside = (width * 1.04, width * 2.04, float(height), 0.0)
-    axes.imshow(pixels, extent=extent)
-    axes.imshow(grey, extent=beside)
-    axes.imshow(share, extent=beside, cmap="inferno", vmin=0, vmax=1, alpha=np.clip(share, 0, 1) ** 0.5 * 0.9)
-    axes.set_xlim(0, width * 2.04)
-    axes.set_ylim(height, 0)

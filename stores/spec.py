@@ -65,12 +65,27 @@ PATIENT_CONCEPTS = Format(
     header_file="patient_concepts.json",
     command="cyto concept patient",
 )
+MAPS = Format(kind="patch maps", a_kind="patch maps", version=1, header_file="maps.json", command="cyto concept map")
+SHEETS = Format(
+    kind="reference sheets",
+    a_kind="reference sheets",
+    version=1,
+    header_file="sheets.json",
+    command="cyto concept sheet",
+)
+MASKS = Format(
+    kind="mask agreement",
+    a_kind="a mask agreement",
+    version=1,
+    header_file="masks.json",
+    command="cyto concept masks",
+)
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
-        *(CONCEPTS, THRESHOLDS, COMPARISON, PROBE),  # folders of results: stores/results.py
-        *(STABILITY, NEIGHBOURS, PATIENT_CONCEPTS),
+        *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/results.py
+        *(COMPARISON, PROBE, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS),
     )
 }
 

@@ -8,23 +8,7 @@ from anndata import AnnData
 from PIL import Image
 from scipy.sparse import csr_matrix
 
-from cytosae.figures import characteristic_latents, patch_map, plot_patient_barcodes
-from stores import LatentStore
-
-
-def test_patch_map_is_the_row_of_each_patch(made: Path) -> None:
-    """Patch k sits at row k // 16, column k % 16, and CLS is left out."""
-    latents = LatentStore(made / "latents.zarr")
-    rows = latents.read_images(0, 1)
-    dense = np.zeros((257, latents.spec.n_latents), np.float32)
-    for token in range(257):
-        chosen = slice(rows.indptr[token], rows.indptr[token + 1])
-        dense[token, rows.indices[chosen]] = rows.values[chosen]
-    latent = int(dense[1:].sum(0).argmax())
-    shown = patch_map(latents, 0, latent)
-    for k in (0, 15, 16, 100, 255):
-        assert shown[k // 16, k % 16] == dense[1 + k, latent]
-    assert not patch_map(latents, 4, latent).any()  # image 4 could not be read
+from cytosae.figures import characteristic_latents, plot_patient_barcodes
 
 
 def test_characteristic_latents_finds_the_planted_one() -> None:

@@ -1,0 +1,62 @@
+"""Pixels of images that stage two wants to show, or a few words on why there are none.
+
+Only the very file that was cached is shown: a map laid over another image would be wrong and look right.
+"""
+
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from stores.latent_store import LatentStore
+from stores.runlog import read_runs
+from stores.tables import column
+
+from .images import read_image
+
+_MOST_PIXELS = 512  # along the longer side: more than a figure resolves
+Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
+
+
+class Pictures:
+    """The images of a latent store, by `image_index`."""
+
+    def __init__(self, latents: LatentStore, root: Path | None = None) -> None:
+        """`root`: where the images lie now; default: where they lay when the cache was made, if that can be told."""
+        self.root = root or _recorded_root(latents)
+        self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
+        self._errors = column(latents.images, "error")
+
+    def __call__(self, image_index: int) -> Pixels | str:
+        """(height, width, 3) RGB in the image's own aspect, at most 512 pixels long; or why there is none."""
+        if self.root is None:
+            return "where the images lie is not known: --root"
+        if self._errors[image_index] is not None:
+            return f"unreadable: {self._errors[image_index]}"
+        path = str(self._paths[image_index])
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            return "its path leaves the folder of the images"
+        picture, content_hash, error = read_image(self.root / path)
+        if picture is None:
+            return str(error)
+        if content_hash != self._hashes[image_index]:
+            return "another file than the one that was cached"
+        return to_pixels(picture)
+
+
+def to_pixels(picture: Image.Image) -> Pixels:
+    """A picture as an array, reduced to at most 512 pixels along its longer side; its aspect stays."""
+    scale = _MOST_PIXELS / max(picture.size)
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(picture, np.uint8)
+
+
+def _recorded_root(latents: LatentStore) -> Path | None:
+    """Where the images lay, by the run logs of the latents and of their cache; None if one of them is silent."""
+    runs = read_runs(latents.root) if isinstance(latents.root, Path) else []
+    cache = Path(str((runs or [{}])[-1].get("cache", "")))
+    root = (read_runs(cache) or [{}])[-1].get("images_root")
+    return Path(root) if isinstance(root, str) else None

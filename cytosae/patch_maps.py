@@ -1,0 +1,139 @@
+"""Where in an image a latent is active: its map of patches, and the latents of one patch. Numbers only, no drawing.
+
+Patch k of 256 sits at row k // 16, column k % 16 of the image, which was resized to a square without cropping. CLS has
+no place on the cell, so it is in no map.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import scipy.sparse as ss
+
+from stores.concept_store import ConceptStore
+from stores.csr import CsrRows
+from stores.errors import BadInput
+from stores.latent_store import LatentStore
+
+Map = npt.NDArray[np.float32]  # (side, side), row by row from the top left
+Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchQuery:
+    """Which latents speak for a patch: the largest values there, without latents that would name any patch."""
+
+    patch: int
+    dataset: str  # whose statistics decide
+    n_top: int = 2
+    shared: float = 1.0  # passed over from this frequency on; 1: active in every readable image, above 1: none is
+    noisy: float = 0.1  # passed over above this mean activation; the released code's, for the released SAE
+
+    def __post_init__(self) -> None:
+        for name in ("shared", "noisy"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise BadInput(f"{name} must be a number of at least 0; found {value!r}")
+        if self.n_top < 1:
+            raise BadInput(f"n_top must be at least 1; found {self.n_top}")
+
+
+def token_matrix(rows: CsrRows, n_latents: int) -> ss.csr_matrix:
+    """The rows of an image's tokens as a matrix (tokens_per_image, n_latents), CLS first."""
+    return ss.csr_matrix((rows.values, rows.indices, rows.indptr), shape=(rows.n_rows, n_latents))
+
+
+def read_tokens(latents: LatentStore, image_index: int) -> ss.csr_matrix:
+    """(tokens_per_image, n_latents) of one image of a store; all empty if the image was unreadable."""
+    return token_matrix(latents.read_images(image_index, image_index + 1), latents.spec.n_latents)
+
+
+def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:
+    """(16, 16) activation of a latent at the patches of an image, in the latent's own unit; CLS is left out.
+
+    Raises
+    ------
+    BadInput
+        If there is no such latent, or the patches do not fill a square.
+    """
+    check_latent(latent, tokens.shape[1])
+    side = patch_side(tokens.shape[0])
+    return tokens[1:, [latent]].toarray().astype(np.float32).reshape(side, side)
+
+
+def patch_side(tokens_per_image: int) -> int:
+    """Patches along each side of the image.
+
+    Raises
+    ------
+    BadInput
+        If the tokens are not CLS and a square of patches.
+    """
+    side = round(max(0, tokens_per_image - 1) ** 0.5)
+    if side < 1 or side * side != tokens_per_image - 1:
+        raise BadInput(f"a map needs CLS and a square of patches; this store has {tokens_per_image} tokens per image")
+    return side
+
+
+def stretched(patches: Map, height: int, width: int, *, is_smooth: bool) -> Map:
+    """The map at (height, width) pixels, stretched as the image was: bilinear between centres of patches, or nearest.
+
+    At the centre of a patch the value is the patch's own; beyond the outermost centres it stays as it is there.
+    """
+    side = len(patches)
+    if not is_smooth:
+        rows, columns = (np.arange(n) * side // n for n in (height, width))
+        return patches[rows[:, None], columns]
+    down, right = _weights(height, side), _weights(width, side)
+    return np.asarray(down @ patches @ right.T, np.float32)
+
+
+def _weights(n: int, side: int) -> npt.NDArray[np.float64]:
+    """(n, side): how much of each patch is in each pixel along one side."""
+    at = np.clip((np.arange(n) + 0.5) * side / n - 0.5, 0, side - 1)
+    return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(side)))
+
+
+def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: ConceptStore) -> pa.Table:
+    """All active latents of a patch, the largest value first (ties: the lower number).
+
+    Columns: latent, value, frequency, mean_activation (of `query.dataset`), is_shared, is_noisy, rank (from 1 among
+    those that are neither; else null).
+
+    Raises
+    ------
+    BadInput
+        If there is no such patch or dataset.
+    """
+    side = patch_side(tokens.shape[0])
+    if not 0 <= query.patch < side * side:
+        raise BadInput(
+            f"patches are numbered 0 to {side * side - 1:,}, row by row from the top left; found {query.patch:,}"
+        )
+    row = tokens[query.patch + 1].tocoo()
+    order = np.lexsort((row.col, -row.data))
+    latent, value = row.col[order], row.data[order]
+    statistics = concepts.latents(query.dataset)
+    frequency = statistics["frequency"].to_numpy()[latent]
+    mean_activation = statistics["mean_activation"].to_numpy()[latent]
+    is_shared, is_noisy = frequency >= query.shared, mean_activation > query.noisy
+    is_ranked = ~is_shared & ~is_noisy
+    return pa.table(
+        {
+            "latent": pa.array(latent, pa.int64()),
+            "value": pa.array(value, pa.float32()),
+            "frequency": pa.array(frequency, pa.float64()),
+            "mean_activation": pa.array(mean_activation, pa.float64()),
+            "is_shared": is_shared,
+            "is_noisy": is_noisy,
+            "rank": pa.array(np.cumsum(is_ranked), pa.int64(), mask=~is_ranked),
+        }
+    )
+
+
+def check_latent(latent: int, n_latents: int) -> None:
+    """Raise BadInput if there is no such latent."""
+    if not 0 <= latent < n_latents:
+        raise BadInput(f"latents are numbered 0 to {n_latents - 1:,}; found {latent:,}")
