@@ -4,14 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow bench docs wheel-check clean
+.PHONY: install demo test test-slow bench docs site wheel-check clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyto needs Python 3.11 or later: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,remote]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,remote]'
 	@touch $@
 
 demo: install
@@ -29,8 +29,13 @@ test-slow: install # heavy groups, on request
 bench: install # docs/benchmarks.md says what each line means
 	$(BIN)/python bench/run_all.py
 
-docs: install # docs/cli.md from the --help texts
+docs: install # the pages that are made from --help texts, docstrings and the notebook
 	$(BIN)/python docs/make_cli_reference.py
+	$(BIN)/python docs/make_api_reference.py
+	$(BIN)/python docs/make_notebook_page.py
+
+site: install # docs/ as HTML in site/; a link that leads nowhere is an error
+	$(BIN)/mkdocs build --strict
 
 wheel-check: install # a wheel from this checkout, in an empty environment
 	rm -rf $(VENV)-wheel dist build
@@ -42,4 +47,4 @@ wheel-check: install # a wheel from this checkout, in an empty environment
 	rm -rf $(VENV)-wheel dist build
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist *.egg-info cyto-demo
+	rm -rf $(VENV) $(VENV)-wheel build dist site *.egg-info cyto-demo

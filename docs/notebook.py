@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Notebook: from images to a comparison, in Python
 #
-# The calls behind the commands, cell by cell: on drawn cells of twelve invented patients, with an untrained backbone, so that it runs
-# anywhere in about a minute and downloads nothing. Open `docs/notebook.py` as a notebook (Jupytext, VS Code, PyCharm), or run it:
-# `python docs/notebook.py`. It works in the folder where it is started.
+# The calls behind the commands, cell by cell: on drawn cells of twelve invented patients, with an untrained backbone, so
+# that it runs anywhere in half a minute and downloads nothing. Open [notebook.py](notebook.py) as a notebook (VS Code,
+# PyCharm, Jupytext), or run it: `python docs/notebook.py`. It writes into a new folder where it is started.
 #
 # What each call takes and returns: [Python API](api.md). The same as commands: [Tutorial](tutorial.md).
 
@@ -55,7 +55,7 @@ print(tokens.shape, tokens.dtype)
 # %% [markdown]
 # ## An SAE
 #
-# Settings for a minute of drawn cells; `TrainConfig()` is the paper's. Calling it again continues, or finds it finished.
+# Settings for some seconds of drawn cells; `TrainConfig()` is the paper's. Called again, it continues, or finds it finished.
 
 # %%
 settings = TrainConfig(expansion=4, l1=2e-4, lr=1e-3, warmup_steps=30, batch_tokens=2048, tokens=300_000)
@@ -83,8 +83,8 @@ figure.savefig(here / "map.png")
 # %% [markdown]
 # ## Barcodes and statistics
 #
-# Both are counted with Dask. One worker in this process is enough here; on a large store leave the arguments of `Client` out, or give it the address of a
-# [cluster](cluster.md).
+# Both are counted with Dask. One worker in this process is enough here; on a large store give `Client` the address of a
+# [cluster](cluster.md), or let it start processes (in a script then below `if __name__ == "__main__":`).
 
 # %%
 with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as client:
@@ -118,7 +118,8 @@ print(top[["rank", "image_id", "value", "label"]].head(3).to_string(index=False)
 # %% [markdown]
 # ## Two diseases
 #
-# The unit is the patient: four against four can be dealt in 70 ways, so no p-value below 2/70 is possible, whatever the images show.
+# The unit is the patient: four against four can be dealt in 70 ways, so no p-value below 2/70 is possible, whatever
+# the images show.
 
 # %%
 comparison = compare(here / "barcodes", here / "comparison", CompareConfig(a="CBFB_MYH11", b="PML_RARA"))

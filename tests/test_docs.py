@@ -1,23 +1,29 @@
 """The docs run, the reference is fresh, links lead somewhere, and what the README says is what the program does."""
 
 import dataclasses
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from barcode_maker import write_patient_barcodes
 
+from cli import cli
 from cytocache.demo_cells import write_demo_images
 from cytosae.config import TrainConfig
+from stores.errors import CytoError
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def shell(script: str, folder: Path) -> str:
@@ -140,13 +146,65 @@ def test_readme_transcript(tmp_path: Path) -> None:
             assert re.search(f"^{shape}$", printed, re.MULTILINE), f"{command}\nshows: {line}\nprinted: {printed}"
 
 
-def test_command_reference_is_fresh() -> None:
+@pytest.mark.parametrize(
+    ("page", "maker"),
+    [
+        ("cli.md", "make_cli_reference.cli_reference"),
+        ("api.md", "make_api_reference.api_reference"),
+        ("notebook.md", "make_notebook_page.notebook_page"),
+    ],
+)
+def test_made_pages_are_fresh(page: str, maker: str) -> None:
+    module, name = maker.split(".")
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        from make_cli_reference import cli_reference
+        made = getattr(importlib.import_module(module), name)()
     finally:
         sys.path.pop(0)
-    assert (ROOT / "docs" / "cli.md").read_text() == cli_reference(), "run: make docs"
+    assert (ROOT / "docs" / page).read_text() == made, "run: make docs"
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The words of every call of cyto in a script; a variable is taken for a number."""
+    for line in re.findall(r"^.*\bcyto .*$", script.replace("\\\n", " "), re.MULTILINE):
+        lexer = shlex.shlex(re.sub(r"\$\w+", "1", line), posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = [*lexer]
+        while "cyto" in words:
+            words = words[words.index("cyto") + 1 :]
+            end = next((n for n, word in enumerate(words) if re.fullmatch(r"[;&|<>()]+", word)), len(words))
+            yield words[:end]
+            words = words[end:]
+
+
+def refused(words: list[str]) -> str:
+    """Why this call of cyto cannot be read by its own command line; empty if it can."""
+    command: click.Command = cli
+    while isinstance(command, click.Group) and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    if isinstance(command, click.Group) and not {*words} <= {"--help", "--version"}:
+        return f"no such command: {words}"
+    try:
+        command.make_context("cyto", [*words], resilient_parsing="--help" in words)
+    except click.exceptions.Exit:
+        return ""
+    except (click.ClickException, CytoError) as error:
+        return str(error)
+    return ""
+
+
+def test_commands_in_the_docs_can_be_read() -> None:
+    """Also of blocks that nobody can execute here: each command and each of its options exists."""
+    n_read = 0
+    for page in PAGES:
+        for language, text in blocks(page):
+            script = "\n".join(re.findall(r"^\$ (.*)$", text, re.MULTILINE)) if language == "console" else text
+            for words in commands(script) if language in ("bash", "console") else ():
+                n_read += 1
+                assert not refused(words), f"{page.name}: cyto {shlex.join(words)}: {refused(words)}"
+    assert n_read > 60
+    assert refused(["sae", "train", "a.zarr", "-o", "b", "--expanssion", "4"])  # so the test can fail
+    assert refused(["sae", "trian", "a.zarr"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

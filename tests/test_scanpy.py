@@ -1,6 +1,7 @@
 """scanpy takes the barcode stores as they are. A group of its own: `pytest -m slow tests/test_scanpy.py`, with
 scanpy, igraph and leidenalg installed (none of them is a dependency of ours)."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as ss
 from click.testing import CliRunner
+from test_docs import ROOT, shell
 
 from cli import cli
 
@@ -80,3 +82,17 @@ def test_written_by_scanpy_users_and_read_again(scanpy: Any, barcodes: Path, tmp
     read = anndata.read_h5ad(tmp_path / "some.h5ad")
     assert (read.X != some.X).nnz == 0
     assert float(read.uns["cyto"]["tau"]) == 0.2
+
+
+def test_the_page_on_scanpy(scanpy: Any, barcodes: Path, tmp_path: Path) -> None:
+    """Its blocks run, in order, and draw what they say."""
+    page = (ROOT / "docs" / "howto" / "scanpy.md").read_text()
+    marked = r"^<!-- executed by tests/test_scanpy.py -->\n```python\n(.*?)^```$"
+    found = re.findall(marked, page, re.MULTILINE | re.DOTALL)
+    assert len(found) >= 4
+    (tmp_path / "cyto-demo").symlink_to(barcodes.parent)
+    (tmp_path / "page.py").write_text("\n".join(found))
+    printed = shell("MPLBACKEND=agg python page.py", tmp_path)
+    assert "pvals_adj" in printed
+    for name in ("umap.png", "patients.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

@@ -1,0 +1,61 @@
+"""The site builds without a broken link and loads nothing from elsewhere; the tutorial and the notebook run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import pytest
+from test_docs import ROOT, shell
+
+EXECUTED = r"^<!-- executed by tests/test_site.py -->\n```(bash|python)\n(.*?)^```$"
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """Strictly: a page outside the navigation, a link or an anchor that leads nowhere is an error."""
+    pytest.importorskip("mkdocs", reason="the site needs mkdocs: pip install '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    assert {"index.html", "tutorial.html", "howto/paper.html", "api.html", "notebook.html"} <= set(pages)
+    for name, text in pages.items():
+        loaded = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', text)
+        assert not loaded, f"{name} loads {loaded}"
+        bare = re.findall(r"<p>(?:(?!</p>).)*?\n(?:- |\||```).*", text, re.DOTALL)
+        assert not bare, f"{name}: needs an empty line before a list, a table or a block: {bare[0][:200]}"
+    assert "<table>" in pages["howto/paper.html"]
+    assert not [*tmp_path.rglob("make_*.py")]
+
+
+@pytest.mark.slow
+def test_tutorial_runs(tmp_path: Path) -> None:
+    """Every block in order, in one folder; it ends with what it promises."""
+    found = re.findall(EXECUTED, (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(found) >= 12
+    printed = ""
+    for language, text in found:
+        (tmp_path / "block.py").write_text(text)
+        printed += shell("python block.py" if language == "python" else text, tmp_path)
+    assert "1 of 216 images could not be read (cells/images/P001/torn.png: not a" in printed
+    assert anndata.read_zarr(tmp_path / "cells.barcodes" / "patient.zarr").n_obs == 18
+    for name in re.findall(r"`([\w.]+/\w+\.png)`", (ROOT / "docs" / "tutorial.md").read_text()):
+        assert (tmp_path / name).stat().st_size > 10_000, name
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path: Path) -> None:
+    """From top to bottom in a folder of its own, warnings as errors; again, it finds all of it finished."""
+    command = [sys.executable, "-W", "error", str(ROOT / "docs" / "notebook.py")]
+    environment = {**os.environ, "MPLBACKEND": "agg"}
+    first, again = (
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        for _ in range(2)
+    )
+    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
+    assert first.stdout == again.stdout
+    alike, unlike = map(float, re.findall(r"one disease correlate by (\S+), of two by (\S+)", first.stdout)[0])
+    assert alike > unlike + 0.3
+    assert (tmp_path / "cyto-notebook" / "map.png").stat().st_size > 3_000
