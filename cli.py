@@ -1224,8 +1224,8 @@ def concept() -> None:
     help="Mean activation below which a latent is left out; may repeat  [default: 0 and 1e-6 to 1 by decades].",
 )
 @click.option("--mil/--no-mil", default=True, show_default=True, help="With --cache: also an attention-MIL head.")
-@click.option("--mil-repeats", type=int, default=3, show_default=True, help="It runs in the first so many repeats.")
-@click.option("--mil-epochs", type=int, default=40, show_default=True, help="Its passes over the training patients.")
+@click.option("--mil-repeats", type=_COUNT, default=3, show_default=True, help="It runs in the first so many repeats.")
+@click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
 @click.option("--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Threads.")
 @_overwrite_option
@@ -1247,14 +1247,29 @@ def probe(
     Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
     """
     from cytosae.probe import THRESHOLDS, ProbeConfig, write_probe
+    from cytosae.probe_baselines import MilConfig
     from cytosae.probe_units import UnitConfig
 
     of_units = ("level", "target", "classes", "tau", "group_by", "min_images", "max_images")
     units = UnitConfig(**{name: settings.pop(name) for name in of_units})
-    config = ProbeConfig(units=units, thresholds=tuple(sorted(thresholds)) or THRESHOLDS, **settings)
-    with _progress("probe", "step") as progress:
+    mil = MilConfig(repeats=settings.pop("mil_repeats"), epochs=settings.pop("mil_epochs"))
+    config = ProbeConfig(
+        units=units,
+        thresholds=tuple(sorted(thresholds)) or THRESHOLDS,
+        mil=mil if settings.pop("mil") else None,
+        **settings,
+    )
+    with _progress("tokens", "image") as token_progress, _progress("probe", "step") as progress:
         scores, was_complete = write_probe(
-            barcodes, out, config, caches=caches, sae=sae, workers=workers, overwrite=overwrite, progress=progress
+            barcodes,
+            out,
+            config,
+            caches=caches,
+            sae=sae,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+            token_progress=token_progress,
         )
     _say_done(out, was_complete)
     for warning in scores["warnings"]:

@@ -52,7 +52,8 @@ def check_groups(labels: Ints, groups: Ints, classes: Sequence[str], *, n_folds:
         first = f"choose --folds {fewest}, or " if fewest >= 2 else ""
         raise BadInput(
             f"{n_folds} folds need at least {n_folds} independent groups of each class of {target}; found "
-            f"{listed(short)}; {first}name the classes to keep with --class"
+            f"{listed(short)} (all {len(labels):,} rows form {len(np.unique(groups)):,} groups); "
+            f"{first}name the classes to keep with --class"
         )
     few = [f"{name}: {n}" for name, n in zip(classes, n_groups, strict=True) if n < FEW_GROUPS]
     if few:

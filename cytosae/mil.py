@@ -5,27 +5,16 @@ mean patch token. Small, seeded, a fixed number of epochs: nothing is chosen by 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
+from .probe_baselines import MilConfig
+
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MilConfig:
-    """All settings of the head and of its training."""
-
-    hidden: int = 64
-    epochs: int = 40
-    images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
-    batch_patients: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 1e-3
 
 
 class GatedAttention(nn.Module):

@@ -9,31 +9,29 @@ Nothing is standardised and nothing is chosen with the rows that are predicted. 
 if it is wanted, brings it.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from stores.activation_store import ActivationStore, open_caches
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, SpecMismatch
-from stores.results import ResultStore, ResultWriter, begin_results
+from stores.results import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
 
 from . import probe_baselines as baselines
 from .cross_validation import Plan, Repeat, Strength, run_repeat
 from .folds import check_groups, shuffle_labels
-from .probe_figures import plot_confusion, plot_curve, plot_methods
-from .probe_units import LEVELS, UnitConfig, Units, read_units, shared_groups
-from .scores import METRICS, class_scores, confusion_matrix, score, summarize
+from .probe_baselines import MilConfig
+from .probe_report import BARCODE, Found, Method, scores_of, write_report
+from .probe_units import LEVELS, UnitConfig, Units, read_units
 from .threshold_grams import ThresholdGrams
 
 Float = npt.NDArray[np.float64]
@@ -47,7 +45,6 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
     "samples-inverse": "100 / (n c): the paper's words, as a penalty",
 }
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-BARCODE = "barcode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,31 +58,19 @@ class ProbeConfig:
     permutations: int = 99
     regularization: str = "latents"
     thresholds: tuple[float, ...] = THRESHOLDS  # of mean activation
-    mil: bool = True  # at level patient, where caches are given
-    mil_repeats: int = 3  # the first so many repeats
-    mil_epochs: int = 40
+    mil: MilConfig | None = field(default_factory=MilConfig)  # at level patient, where caches are given
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("level", self.units.level, LEVELS)
         check_choice("regularization", self.regularization, tuple(REGULARIZATIONS))
-        least = {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 0, "mil_repeats": 1, "mil_epochs": 1}
-        for name, low in least.items():
+        for name, low in {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 0}.items():
             if getattr(self, name) < low:
                 raise BadInput(f"{name} must be at least {low}; found {getattr(self, name)}")
         if not self.thresholds or not all(0 <= t < np.inf for t in self.thresholds):
             raise BadInput(f"thresholds must be numbers of at least 0; found {', '.join(map(str, self.thresholds))}")
         if list(self.thresholds) != sorted(set(self.thresholds)) or len(self.thresholds) > 100:
             raise BadInput("thresholds must differ, rise, and be at most 100")
-
-
-@dataclass(frozen=True)
-class _Method:
-    """Predictions of one method: per repeat (n, c) probabilities."""
-
-    name: str
-    probabilities: list[Float]
-    threshold: float | None = None
 
 
 def write_probe(
@@ -98,6 +83,7 @@ def write_probe(
     workers: int = 1,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
+    token_progress: Progress = lambda done, total, state: None,
 ) -> tuple[dict[str, Any], bool]:
     """Probe `barcodes` into the folder `out`: folds, predictions, scores, figures; the scores, and were they there?
 
@@ -117,7 +103,8 @@ def write_probe(
     """
     store = BarcodeStore(barcodes)
     target = config.units.target or {"patient": "disease", "image": "label"}[config.units.level]
-    unit_config = UnitConfig(**{**asdict(config.units), "target": target})
+    tau = config.units.tau if config.units.tau is not None or len(store.taus) > 1 else store.taus[0]
+    unit_config = replace(config.units, target=target, tau=tau)
     latents_spec = _as_list(store.header.spec["latents_spec"])
     tokens = open_caches(caches) if caches else []
     units = read_units(store, unit_config, seed=config.seed)
@@ -138,19 +125,29 @@ def write_probe(
     if writer.is_complete:
         return dict(ResultStore(out, PROBE).json("scores")), True
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
-    plan = Plan(
-        n_folds=config.folds,
-        n_inner_folds=config.inner_folds,
-        n_classes=len(units.classes),
-        strength=rule.of(units.n_latents),
-    )
-    grams = ThresholdGrams(units.values, units.sums, units.counts, config.thresholds)
+    has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
+    config = config if has_mil else replace(config, mil=None)
     with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
-        repeats, shuffled = _run_all(grams, units, plan, config, workers, progress)
+        repeats, shuffled = _run_all(units, rule, config, workers, progress)
         methods = _barcode_methods(repeats, config.thresholds)
-        methods += _baselines(units, repeats, config, rule, tokens, progress)
-    scores = _scores(units, unit_config, config, rule, repeats, shuffled, methods, warnings)
-    _write(writer, units, unit_config.level, repeats, methods, scores)
+        methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
+    n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
+    about = {
+        "level": unit_config.level,
+        "target": target,
+        "folds": config.folds,
+        "repeats": config.repeats,
+        "seed": config.seed,
+        "regularization": {
+            "rule": config.regularization,
+            "formula": REGULARIZATIONS[config.regularization],
+            "C": rule.of(units.n_latents)(n_training),
+            "n_training_rows": n_training,
+        },
+    }
+    found = Found(units, config.thresholds, repeats, shuffled, methods)
+    scores = scores_of(found, about, warnings)
+    write_report(writer, found, scores)
     return scores, False
 
 
@@ -177,9 +174,16 @@ class _Rule:
 
 
 def _run_all(
-    grams: ThresholdGrams, units: Units, plan: Plan, config: ProbeConfig, workers: int, progress: Progress
+    units: Units, rule: _Rule, config: ProbeConfig, workers: int, progress: Progress
 ) -> tuple[list[Repeat], list[tuple[Ints, Repeat]]]:
     """All repeats, and the first repeat on shuffled labels, each with these labels."""
+    plan = Plan(
+        n_folds=config.folds,
+        n_inner_folds=config.inner_folds,
+        n_classes=len(units.classes),
+        strength=rule.of(units.n_latents),
+    )
+    grams = ThresholdGrams(units.values, units.sums, units.counts, config.thresholds)
 
     def repeat(number: int, labels: Ints) -> Repeat:
         return run_repeat(grams, labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
@@ -195,7 +199,7 @@ def _run_all(
         try:
             for job in as_completed(jobs):
                 found[jobs[job]] = job.result()
-                progress(len(found), len(jobs), "repeats and permutations")
+                progress(len(found), _n_steps(config), "repeats and permutations")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -203,13 +207,13 @@ def _run_all(
     return [found[k] for k in range(n)], [(all_labels[k], found[k]) for k in range(n, len(jobs))]
 
 
-def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[_Method]:
+def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:
     """The probe itself, with the threshold chosen inside; then every threshold."""
     by_threshold = [
-        _Method(BARCODE, [repeat.probabilities[t] for repeat in repeats], threshold)
+        Method(BARCODE, [repeat.probabilities[t] for repeat in repeats], threshold)
         for t, threshold in enumerate(thresholds)
     ]
-    return [_Method(BARCODE, [repeat.selected for repeat in repeats]), *by_threshold]
+    return [Method(BARCODE, [repeat.selected for repeat in repeats]), *by_threshold]
 
 
 def _baselines(
@@ -219,7 +223,8 @@ def _baselines(
     rule: _Rule,
     caches: list[ActivationStore],
     progress: Progress,
-) -> list[_Method]:
+    token_progress: Progress,
+) -> list[Method]:
     """The baselines on the folds of the repeats."""
     c, patients = len(units.classes), config.units.level == "patient"
     wanted: dict[str, baselines.Predict] = {"majority": baselines.majority(c)}
@@ -229,35 +234,32 @@ def _baselines(
     if caches:
         ids = [image_id for of_unit in units.image_ids for image_id in of_unit]
         rows_of = np.split(np.arange(len(ids)), np.cumsum(units.n_images)[:-1])
-        images = baselines.read_image_tokens(caches, ids, progress=progress)
+        images = baselines.read_image_tokens(caches, ids, progress=token_progress)
         strength = rule.of(images.cls.shape[1])
         for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
             wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, strength)
-        if config.mil and patients:
-            methods.append(_Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))
+        if config.mil is not None:
+            methods.append(Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))
     for name, predict in wanted.items():
-        methods.append(_Method(name, [_over_folds(repeat, units.labels, c, predict) for repeat in repeats]))
+        methods.append(Method(name, [_over_folds(repeat, units.labels, c, predict) for repeat in repeats]))
     return methods
 
 
 def _mil(
     images: Float, rows_of: list[Ints], units: Units, repeats: list[Repeat], config: ProbeConfig, progress: Progress
 ) -> list[Float]:
+    """(n, c) probabilities of the attention-MIL head in each of its repeats."""
     from . import mil  # brings torch
 
-    settings = mil.MilConfig(epochs=config.mil_epochs)
-    chosen = repeats[: config.mil_repeats]
-    found = []
-    for number, repeat in enumerate(chosen):
-        progress(number, len(chosen), "attention MIL")
-        fold = iter(range(config.folds))
-
-        def predict(labels: Ints, training: npt.NDArray[np.bool_], number: int = number, fold: Any = fold) -> Float:
-            seed = (config.seed, 3, number, next(fold))
-            return mil.fit_predict(images, rows_of, labels, training, len(units.classes), settings, seed=seed)
-
-        found.append(_over_folds(repeat, units.labels, len(units.classes), predict))
-    progress(len(chosen), len(chosen), "attention MIL")
+    assert config.mil is not None
+    n_classes, found = len(units.classes), []
+    for number, repeat in enumerate(repeats[: config.mil.repeats]):
+        out = np.zeros((len(units.labels), n_classes))
+        for fold in range(config.folds):
+            training, seed = repeat.fold_of != fold, (config.seed, 3, number, fold)
+            out[~training] = mil.fit_predict(images, rows_of, units.labels, training, n_classes, config.mil, seed=seed)
+        found.append(out)
+        progress(config.repeats + config.permutations + 1 + number, _n_steps(config), "attention MIL")
     return found
 
 
@@ -269,189 +271,17 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
     return out
 
 
-# ------------------------------------------------------------------------------------------- what came out
-
-
-def _scores(
-    units: Units,
-    unit_config: UnitConfig,
-    config: ProbeConfig,
-    rule: _Rule,
-    repeats: list[Repeat],
-    shuffled: list[tuple[Ints, Repeat]],
-    methods: list[_Method],
-    warnings: list[str],
-) -> dict[str, Any]:
-    """Everything, by name; no NaN anywhere."""
-    n_unconverged = sum(r.n_unconverged for r in repeats) + sum(r.n_unconverged for _, r in shuffled)
-    n_unseen = sum(r.n_unseen for r in repeats) + sum(r.n_unseen for _, r in shuffled)
-    if n_unconverged:
-        warnings.append(f"{n_unconverged:,} fits did not converge; their predictions count as they are")
-    if n_unseen:
-        warnings.append(f"in {n_unseen:,} fits a class had no training row; it has probability 0 there")
-    n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
-    sizes = Counter(units.labels.tolist())
-    nulls = _null_scores(units, shuffled)
-    kept = np.mean([repeat.n_kept.mean(0) for repeat in repeats], axis=0)
-    curve = [m for m in methods if m.threshold is not None]
-    chosen = Counter(config.thresholds[t] for repeat in repeats for t in repeat.chosen.tolist())
-    return {
-        "level": unit_config.level,
-        "target": unit_config.target,
-        "classes": {name: sizes[k] for k, name in enumerate(units.classes)},
-        "n_units": len(units.names),
-        "n_groups": len(np.unique(units.groups)),
-        "n_units_in_shared_groups": shared_groups(units),
-        "left_out": units.left_out,
-        "warnings": warnings,
-        "n_latents": units.n_latents,
-        "n_latents_above_tau": len(units.values),
-        "folds": config.folds,
-        "repeats": config.repeats,
-        "seed": config.seed,
-        "regularization": {
-            "rule": config.regularization,
-            "formula": REGULARIZATIONS[config.regularization],
-            "C": rule.of(units.n_latents)(n_training),
-            "n_training_rows": n_training,
-        },
-        "methods": {m.name: _method_scores(m, units, repeats) for m in methods if m.threshold is None},
-        "curve": [
-            {
-                "threshold": m.threshold,
-                "n_latents": float(kept[t]),
-                **{name: summarize(values) for name, values in _by_metric(m, units).items()},
-                "null": {name: _band([row[1 + t][name] for row in nulls]) for name in METRICS} if nulls else None,
-            }
-            for t, m in enumerate(curve)
-        ],
-        "chosen_thresholds": [{"threshold": t, "n_folds": chosen[t]} for t in config.thresholds],
-        "permutation": _permutation(methods[0], units, nulls),
-    }
-
-
-def _by_metric(method: _Method, units: Units) -> dict[str, list[float]]:
-    rows = [score(_confusion(p, units.labels, len(units.classes))) for p in method.probabilities]
-    return {name: [row[name] for row in rows] for name in METRICS}
-
-
-def _method_scores(method: _Method, units: Units, repeats: list[Repeat]) -> dict[str, Any]:
-    """Over repeats (all rows of one together); the weighted F1 also over single folds, as others report it."""
-    c = len(units.classes)
-    confusions = [_confusion(p, units.labels, c) for p in method.probabilities]
-    folds = [
-        score(_confusion(p[tested], units.labels[tested], c))["weighted_f1"]
-        for p, repeat in zip(method.probabilities, repeats, strict=False)  # MIL has fewer
-        for tested in (repeat.fold_of == fold for fold in range(repeat.fold_of.max() + 1))
-    ]
-    of_folds = summarize(folds)
-    by_class = [class_scores(confusion, units.classes) for confusion in confusions]
-    return {
-        **{name: summarize(values) for name, values in _by_metric(method, units).items()},
-        "weighted_f1_of_folds": {"mean": of_folds["mean"], "sd": of_folds["sd"], "n": len(folds)},
-        "per_class": {
-            name: {key: float(np.mean([row[name][key] for row in by_class])) for key in by_class[0][name]}
-            for name in units.classes
-        },
-        "confusion": np.mean(confusions, axis=0).tolist(),
-    }
-
-
-def _null_scores(units: Units, shuffled: list[tuple[Ints, Repeat]]) -> list[list[dict[str, float]]]:
-    """Of each permutation: the scores with the threshold chosen inside, and those at every threshold."""
-    c = len(units.classes)
-    return [
-        [score(_confusion(p, labels, c)) for p in (repeat.selected, *repeat.probabilities)]
-        for labels, repeat in shuffled
-    ]
-
-
-def _permutation(method: _Method, units: Units, nulls: list[list[dict[str, float]]]) -> dict[str, Any] | None:
-    """p = (1 + number of shuffles that score no less) / (1 + number of shuffles), for the first repeat."""
-    if not nulls:
-        return None
-    observed = {name: values[0] for name, values in _by_metric(method, units).items()}
-    out: dict[str, Any] = {"n": len(nulls), "statistic": "the first repeat, its thresholds chosen inside"}
-    for name in METRICS:
-        values = [row[0][name] for row in nulls]
-        n_reached = sum(value >= observed[name] - 1e-12 for value in values)
-        out[name] = {"observed": observed[name], "p": (1 + n_reached) / (1 + len(values)), **_band(values)}
-        out[name]["values"] = values
-    return out
-
-
-def _band(values: list[float]) -> dict[str, float]:
-    low, high = np.quantile(values, [0.05, 0.95])
-    return {"mean": float(np.mean(values)), "q05": float(low), "q95": float(high)}
-
-
-def _confusion(probabilities: Float, labels: Ints, n_classes: int) -> Ints:
-    return confusion_matrix(labels, probabilities.argmax(1), n_classes)
-
-
-def _write(
-    writer: ResultWriter,
-    units: Units,
-    level: str,
-    repeats: list[Repeat],
-    methods: list[_Method],
-    scores: dict[str, Any],
-) -> None:
-    names, n = pa.array(units.names), len(units.names)
-    n_folds = scores["folds"]
-    sides = [
-        {
-            "repeat": np.full(n, number),
-            "fold": np.full(n, fold),
-            level: names,
-            "group": units.groups,
-            "side": np.where(repeat.fold_of == fold, "test", "train"),
-        }
-        for number, repeat in enumerate(repeats)
-        for fold in range(n_folds)
-    ]
-    writer.write_table("folds", pa.concat_tables([pa.table(side) for side in sides]))
-    classes = np.array(units.classes)
-    predictions = []
-    for method in methods:
-        for number, p in enumerate(method.probabilities):
-            repeat = repeats[number]
-            if method.name == BARCODE and method.threshold is None:
-                chosen = [row["threshold"] for row in scores["curve"]]
-                threshold = pa.array([chosen[t] for t in repeat.chosen[repeat.fold_of]], pa.float64())
-            else:
-                threshold = pa.array([method.threshold] * n, pa.float64())
-            predictions.append(
-                pa.table(
-                    {
-                        "method": [method.name] * n,
-                        "threshold_chosen_inside": [method.name == BARCODE and method.threshold is None] * n,
-                        "threshold": threshold,
-                        "repeat": np.full(n, number),
-                        "fold": repeat.fold_of,
-                        level: names,
-                        "true": classes[units.labels],
-                        "predicted": classes[p.argmax(1)],
-                        "probabilities": pa.array(p.tolist(), pa.list_(pa.float64())),
-                    }
-                )
-            )
-    writer.write_table("predictions", pa.concat_tables(predictions))
-    writer.write_json("scores", scores)
-    plot_curve(scores, writer.root / "curve")
-    plot_confusion(scores, writer.root / "confusion")
-    plot_methods(scores, writer.root / "methods")
-    barcode = scores["methods"][BARCODE]["weighted_f1"]
-    writer.finish({"n_units": n, "weighted_f1": {"mean": barcode["mean"], "sd": barcode["sd"]}})
-
-
-# ------------------------------------------------------------------------------------------- where it comes from
+def _n_steps(config: ProbeConfig) -> int:
+    """For the progress."""
+    return config.repeats + config.permutations + (min(config.mil.repeats, config.repeats) if config.mil else 0)
 
 
 def _provenance(latents_spec: list[dict[str, Any]], caches: list[ActivationStore], sae: Path | None) -> list[str]:
     """Warnings on what the scores may owe to the SAE or the caches."""
     of_barcodes = {spec["cache_sha256"] for spec in latents_spec}
     warnings = []
+    if not all(spec["cache"]["trained"] for spec in latents_spec):
+        warnings.append("the backbone is UNTRAINED: the scores say nothing about its published weights")
     other = [str(cache.root) for cache in caches if cache.content_sha256 not in of_barcodes]
     if other:
         warnings.append(f"the latents were not encoded from {', '.join(other)}: the baselines are of other tokens")

@@ -27,6 +27,19 @@ Predict = Callable[[Ints, Bools], Float]  # labels (n,), training rows -> (other
 COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is one number
 
 
+@dataclass(frozen=True, kw_only=True)
+class MilConfig:
+    """All settings of the attention-MIL head and of its training."""
+
+    repeats: int = 3  # it runs in the first so many repeats: it takes far longer than all else
+    hidden: int = 64
+    epochs: int = 40
+    images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
+    batch_patients: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+
+
 @dataclass(frozen=True)
 class ImageTokens:
     """Two vectors per image, (n_images, width) each: the mean of its patch tokens, and its CLS token."""
