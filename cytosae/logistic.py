@@ -59,12 +59,14 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
     present = np.unique(labels)
     one_hot = (labels[:, None] == present).astype(np.float64)
     scale = strength if len(present) > 2 else strength / 2
+    if len(present) == 1:
+        return RowFit(present, np.zeros_like(one_hot), np.zeros(1), scale, n_classes, n_steps=0, converged=True)
     # rows from their mean: the free intercept makes up for it, and the problem is far better posed
     kernel = scale * (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
     dual, intercept = _beginning(kernel, one_hot)
     pull = kernel @ dual  # logits without the intercept
     value = _objective(pull + intercept, dual, pull, one_hot)
-    converged, n_steps, before, moved = len(present) == 1, 0, 1.0, np.inf
+    converged, n_steps, before, moved = False, 0, 1.0, np.inf
     while not converged and n_steps < _MOST_STEPS:
         residual, p = _residual(pull + intercept, one_hot)
         if moved > _NEAR * min(1.0, before):
@@ -87,7 +89,7 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
         converged = moved < _DONE
         n_steps += 1
     intercept = intercept - (scale * gram @ dual).mean(0)  # for rows as they are, not from their mean
-    return RowFit(present, dual, intercept, scale, n_classes, n_steps, converged)
+    return RowFit(present, dual, intercept, scale, n_classes, n_steps=n_steps, converged=converged)
 
 
 def softmax(logits: Float) -> Float:

@@ -35,7 +35,7 @@ class MilConfig:
     hidden: int = 64
     epochs: int = 40
     images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
-    batch_patients: int = 32
+    batch_patients: int = 16
     lr: float = 1e-3
     weight_decay: float = 1e-3
 
