@@ -1200,9 +1200,11 @@ def concept() -> None:
 @click.option("--class", "classes", multiple=True, help="Keep this class; may repeat  [default: all].")
 @click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
 @click.option("--group-by", help="Column of the images: patients (images) with a common value stay together.")
-@click.option("--min-images", type=_COUNT, default=1, show_default=True, help="Leave out patients with fewer images.")
 @click.option(
-    "--max-images", type=_COUNT, default=1000, show_default=True, help="At level image: so many, drawn at random."
+    "--min-images", type=_COUNT, default=1, show_default=True, help="Leave out patients with fewer readable images."
+)
+@click.option(
+    "--max-images", type=_COUNT, default=300, show_default=True, help="At level image: so many, drawn at random."
 )
 @click.option("--folds", type=int, default=5, show_default=True, help="Folds of whole groups.")
 @click.option("--inner-folds", type=int, default=3, show_default=True, help="Folds that choose the threshold inside.")
@@ -1223,7 +1225,12 @@ def concept() -> None:
     multiple=True,
     help="Mean activation below which a latent is left out; may repeat  [default: 0 and 1e-6 to 1 by decades].",
 )
-@click.option("--mil/--no-mil", default=True, show_default=True, help="With --cache: also an attention-MIL head.")
+@click.option(
+    "--mil/--no-mil",
+    default=True,
+    show_default=True,
+    help="With --cache, at level patient: also an attention-MIL head.",
+)
 @click.option("--mil-repeats", type=_COUNT, default=3, show_default=True, help="It runs in the first so many repeats.")
 @click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
@@ -1273,7 +1280,7 @@ def probe(
         )
     _say_done(out, was_complete)
     for warning in scores["warnings"]:
-        click.echo(f"warning: {warning}", err=True)
+        click.echo(f"warning: {_shown(warning)}", err=True)
     if as_json:
         click.echo(json.dumps(scores, indent=1, allow_nan=False))
     else:

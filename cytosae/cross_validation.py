@@ -70,7 +70,7 @@ def run_repeat(grams: ThresholdGrams, labels: Ints, groups: Ints, plan: Plan, rn
         f1 = [
             score(confusion_matrix(labels[training], row[training], plan.n_classes))["weighted_f1"] for row in predicted
         ]
-        chosen.append(int(np.argmax(f1)))
+        chosen.append(int(np.argmax(np.round(f1, 12))))
         probabilities[:, ~training], kept = _fit_path(grams, levels[0], labels, training, ~training, plan, fits)
         n_kept.append(kept)
     return Repeat(

@@ -70,7 +70,7 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
     while not converged and n_steps < _MOST_STEPS:
         residual, p = _residual(pull + intercept, one_hot)
         if moved > _NEAR * min(1.0, before):
-            hessian = _Hessian(kernel, p)
+            hessian = _Inverse(kernel, p)
         step, shift = hessian.solve(residual - dual, dual.sum(0))
         move = kernel @ step
         slope = float(-((residual - dual) * move).sum() - residual.sum(0) @ shift)
@@ -130,7 +130,7 @@ def _residual(logits: Float, one_hot: Float) -> tuple[Float, Float]:
     return residual, p
 
 
-class _Hessian:
+class _Inverse:
     """I + W K at some probabilities, taken apart so that systems with it are cheap to solve."""
 
     def __init__(self, kernel: Float, p: Float) -> None:
@@ -146,7 +146,7 @@ class _Hessian:
         self._balance += self._balance.diagonal().mean()  # singular along equal shifts, which stay at 0 so
 
     def solve(self, gap: Float, excess: Float) -> tuple[Float, Float]:
-        """The step of the dual (n, c) that closes `gap` and leaves no `excess` (c,), and that of the intercept (c,)."""
+        """Steps of dual (n, c) and intercept (c,) that close `gap` and undo the `excess` (c,) of the dual's sums."""
         pulled = self._times_each(self._kernel @ gap)
         free = gap - pulled + self._times_each(self._sum_inverse @ pulled.sum(1, keepdims=True))
         shift = np.linalg.solve(self._balance, excess + free.sum(0))

@@ -10,7 +10,7 @@ if it is wanted, brings it.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from . import probe_baselines as baselines
 from .cross_validation import Plan, Repeat, Strength, run_repeat
 from .folds import check_groups, shuffle_labels
 from .probe_baselines import MilConfig
-from .probe_report import BARCODE, Found, Method, scores_of, write_report
+from .probe_report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
 from .probe_units import LEVELS, UnitConfig, Units, read_units
 from .threshold_grams import ThresholdGrams
 
@@ -100,8 +100,11 @@ def write_probe(
         If a column, a class or a group is missing or too small.
     SpecMismatch
         If caches or SAE are not those of the barcodes, or `out` holds something else.
+    DamagedStore
+        If the barcodes lack a chunk or a column, or hold what is not finite.
     """
     store = BarcodeStore(barcodes)
+    store.check()
     target = config.units.target or {"patient": "disease", "image": "label"}[config.units.level]
     tau = config.units.tau if config.units.tau is not None or len(store.taus) > 1 else store.taus[0]
     unit_config = replace(config.units, target=target, tau=tau)
@@ -128,7 +131,7 @@ def write_probe(
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
     config = config if has_mil else replace(config, mil=None)
     with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
-        repeats, shuffled = _run_all(units, rule, config, workers, progress)
+        repeats, shuffles = _run_all(units, rule, config, workers, progress)
         methods = _barcode_methods(repeats, config.thresholds)
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
     n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
@@ -145,7 +148,7 @@ def write_probe(
             "n_training_rows": n_training,
         },
     }
-    found = Found(units, config.thresholds, repeats, shuffled, methods)
+    found = Found(units, config.thresholds, repeats, shuffles, methods)
     scores = scores_of(found, about, warnings)
     write_report(writer, found, scores)
     return scores, False
@@ -175,12 +178,13 @@ class _Rule:
 
 def _run_all(
     units: Units, rule: _Rule, config: ProbeConfig, workers: int, progress: Progress
-) -> tuple[list[Repeat], list[tuple[Ints, Repeat]]]:
-    """All repeats, and the first repeat on shuffled labels, each with these labels."""
+) -> tuple[list[Repeat], list[Shuffle]]:
+    """All repeats, and the first repeat on shuffled labels."""
+    n_classes = len(units.classes)
     plan = Plan(
         n_folds=config.folds,
         n_inner_folds=config.inner_folds,
-        n_classes=len(units.classes),
+        n_classes=n_classes,
         strength=rule.of(units.n_latents),
     )
     grams = ThresholdGrams(units.values, units.sums, units.counts, config.thresholds)
@@ -188,23 +192,22 @@ def _run_all(
     def repeat(number: int, labels: Ints) -> Repeat:
         return run_repeat(grams, labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
 
-    all_labels = [units.labels] * config.repeats
-    for number in range(config.permutations):
-        rng = np.random.default_rng([config.seed, 1, number])
-        all_labels.append(shuffle_labels(units.labels, units.groups, rng))
-    numbers = [*range(config.repeats), *[0] * config.permutations]
-    found: dict[int, Repeat] = {}
+    def shuffle(number: int) -> Shuffle:
+        labels = shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]))
+        return keep_shuffle(repeat(0, labels), labels, n_classes)
+
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(repeat, *job): k for k, job in enumerate(zip(numbers, all_labels, strict=True))}
+        repeats = [pool.submit(repeat, number, units.labels) for number in range(config.repeats)]
+        shuffles = [pool.submit(shuffle, number) for number in range(config.permutations)]
+        jobs: list[Future[Any]] = [*repeats, *shuffles]
         try:
-            for job in as_completed(jobs):
-                found[jobs[job]] = job.result()
-                progress(len(found), _n_steps(config), "repeats and permutations")
+            for n_done, job in enumerate(as_completed(jobs), start=1):
+                job.result()  # raises what it raised
+                progress(n_done, _n_steps(config), "repeats and permutations")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    n = config.repeats
-    return [found[k] for k in range(n)], [(all_labels[k], found[k]) for k in range(n, len(jobs))]
+    return [job.result() for job in repeats], [job.result() for job in shuffles]
 
 
 def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:

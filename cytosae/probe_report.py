@@ -30,27 +30,43 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Shuffle:
+    """What is kept of a repeat on shuffled labels."""
+
+    scores: list[dict[str, float]]  # with the threshold chosen inside, then at every threshold
+    n_unconverged: int
+    n_unseen: int
+
+
+@dataclass(frozen=True)
 class Found:
     """All that was computed; `methods[0]` is the barcode with its threshold chosen inside."""
 
     units: Units
     thresholds: tuple[float, ...]
     repeats: list[Repeat]
-    shuffled: list[tuple[Ints, Repeat]]  # labels, and the first repeat on them
+    shuffles: list[Shuffle]
     methods: list[Method]
+
+
+def keep_shuffle(repeat: Repeat, labels: Ints, n_classes: int) -> Shuffle:
+    """Of a repeat on shuffled `labels`: how well they were predicted, never mind by what."""
+    scores = [score(_confusion(p, labels, n_classes)) for p in (repeat.selected, *repeat.probabilities)]
+    return Shuffle(scores, repeat.n_unconverged, repeat.n_unseen)
 
 
 def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     """Everything, by name, behind what it is `about`; no NaN anywhere."""
     units, repeats = found.units, found.repeats
-    every = [*repeats, *(repeat for _, repeat in found.shuffled)]
-    n_unconverged, n_unseen = (sum(getattr(r, name) for r in every) for name in ("n_unconverged", "n_unseen"))
+    all_fits: list[Repeat | Shuffle] = [*repeats, *found.shuffles]
+    n_unconverged = sum(each.n_unconverged for each in all_fits)
+    n_unseen = sum(each.n_unseen for each in all_fits)
     if n_unconverged:
         warnings = [*warnings, f"{n_unconverged:,} fits did not converge; their predictions count as they are"]
     if n_unseen:
         warnings = [*warnings, f"in {n_unseen:,} fits a class had no training row; it has probability 0 there"]
     sizes = Counter(units.labels.tolist())
-    nulls = _null_scores(found)
+    nulls = [shuffle.scores for shuffle in found.shuffles]
     n_kept = np.mean([repeat.n_kept.mean(0) for repeat in repeats], axis=0)
     chosen = Counter(t for repeat in repeats for t in repeat.chosen.tolist())
     barcode, *others = found.methods
@@ -164,15 +180,6 @@ def _method_scores(method: Method, found: Found) -> dict[str, Any]:
         },
         "confusion": np.mean(confusions, axis=0).tolist(),
     }
-
-
-def _null_scores(found: Found) -> list[list[dict[str, float]]]:
-    """Of each permutation: the scores with the threshold chosen inside, and those at every threshold."""
-    c = len(found.units.classes)
-    return [
-        [score(_confusion(p, labels, c)) for p in (repeat.selected, *repeat.probabilities)]
-        for labels, repeat in found.shuffled
-    ]
 
 
 def _permutation(method: Method, units: Units, nulls: list[list[dict[str, float]]]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import scipy.sparse as ss
 import zarr
 
 from stores.barcode_store import BarcodeStore
-from stores.errors import BadInput
+from stores.errors import BadInput, DamagedStore
 from stores.tables import STATUS_OK, listed
 
 from .folds import connected_groups
@@ -33,8 +33,8 @@ class UnitConfig:
     tau: float | None = None  # None: the only one
     classes: tuple[str, ...] = ()  # keep these only; (): all
     group_by: str | None = None  # a column of the images: a common value keeps units together
-    min_images: int = 1  # patients with fewer readable images are left out
-    max_images: int = 1000  # of level "image": so many at random
+    min_images: int = 1  # patients with fewer readable images are left out, and their images
+    max_images: int = 300  # of level "image": so many at random
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class _Unit:
     label: str
     group: int
     image_ids: list[str]
+    n_of_patient: int  # readable images
 
 
 def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Units:
@@ -79,6 +80,9 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
         If a column does not exist, a patient has two values of it, or nothing is left.
     """
     images = _read(store, "image", config.tau, "obs").reset_index(names="image_id")
+    lacking = {"status", "patient", "dataset", "content_hash"} - {*images.columns}
+    if lacking:
+        raise DamagedStore(f"the images of {store.root} have no column {listed(sorted(lacking))}; count again")
     columns = [name for name in images.columns if name != "image_id"]
     images["row"] = np.arange(len(images))
     images = images[images["status"] == STATUS_OK]
@@ -103,10 +107,10 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
         n_labelled = len(chosen)
         chosen = [unit for unit in chosen if unit.label in config.classes]
         left_out[f"{config.level}s of other classes"] = n_labelled - len(chosen)
-    if config.level == "patient":
-        n_before = len(chosen)
-        chosen = [unit for unit in chosen if len(unit.image_ids) >= config.min_images]
-        left_out[f"patients with fewer than {config.min_images} images"] = n_before - len(chosen)
+    n_before = len(chosen)
+    chosen = [unit for unit in chosen if unit.n_of_patient >= config.min_images]
+    whose = "patients with" if config.level == "patient" else "images of patients with"
+    left_out[f"{whose} fewer than {config.min_images} images"] = n_before - len(chosen)
     chosen.sort(key=lambda unit: unit.name)
     if config.level == "image" and len(chosen) > config.max_images:
         drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
@@ -136,8 +140,8 @@ def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", c
             )
         labels = [found[0] if found else "" for found in values]
     return [
-        _Unit(str(obs.index[k]), k, labels[k], int(images_of[owner]["group"].iloc[0]), [*images_of[owner]["image_id"]])
-        for k, owner in enumerate(owners)
+        _Unit(str(obs.index[k]), k, labels[k], int(mine["group"].iloc[0]), [*map(str, mine["image_id"])], len(mine))
+        for k, mine in enumerate(images_of[owner] for owner in owners)
     ]
 
 
@@ -150,10 +154,11 @@ def _images(config: UnitConfig, images: "pd.DataFrame", target: str) -> tuple[li
         images = images[is_owned]
     else:
         warnings.append("no image has a patient: images of one patient may lie on both sides of a fold")
+    n_of = images.groupby("owner")["row"].transform("size")
     units = [
-        _Unit(str(image_id), int(row), str(label), int(group), [str(image_id)])
-        for image_id, row, label, group in zip(
-            images["image_id"], images["row"], images[target], images["group"], strict=True
+        _Unit(str(image_id), int(row), str(label), int(group), [str(image_id)], int(n))
+        for image_id, row, label, group, n in zip(
+            images["image_id"], images["row"], images[target], images["group"], n_of, strict=True
         )
     ]
     return units, left_out, warnings
@@ -170,6 +175,8 @@ def _with_barcodes(
     else:
         sums = ss.csr_matrix(_read(store, "image", config.tau, "layers/mean"))[rows]
         counts = sums > 0
+    if not all(np.isfinite(matrix.data).all() for matrix in (barcodes, sums, counts)):
+        raise DamagedStore(f"the {config.level} barcodes of {store.root} hold NaN or infinity; count again")
     there = np.unique(barcodes.indices[barcodes.data != 0])
     n_bytes = 3 * 8 * len(units) * len(there)
     if n_bytes > _MOST_BYTES:

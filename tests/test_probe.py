@@ -92,6 +92,8 @@ def write_folder(
         "n_active_images": [(means[rows] > 0).sum(0) for rows in mine],
     }
     fill(root / "patient.zarr", patients, {name: np.array(values) for name, values in layers.items()})
+    nothing = np.zeros((1, N_LATENTS))
+    fill(root / "disease.zarr", pd.DataFrame({"n_patients": [0]}, index=["none"]), {"X": nothing})  # not read here
     spec = {
         "latents": "l" * 64,
         "latents_spec": {"sae_sha256": "s" * 64, "cache_sha256": cache, "cache": {"width": 6, "trained": True}},
@@ -526,5 +528,7 @@ def test_every_reading_of_the_rule(tmp_path: Path) -> None:
         "samples-inverse": 100 / 24,
     }
     for rule, strength in wanted.items():
-        scores, _ = write_probe(folder, tmp_path / rule, replace(quick(repeats=1), regularization=rule))
+        scores, _ = write_probe(
+            folder, tmp_path / rule, replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
+        )
         assert scores["regularization"]["C"] == pytest.approx(strength)
