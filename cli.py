@@ -2069,6 +2069,111 @@ def _warn_of_unseen(unseen: list[str]) -> None:
         )
 
 
+@cli.command()
+@click.argument("barcodes", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the results.")
+@click.option(
+    "--cache",
+    "caches",
+    type=_FILE,
+    multiple=True,
+    help="Activation cache of the same images, for baselines; may repeat.",
+)
+@click.option("--sae", type=_FILE, help="Folder of the SAE: says whether it was trained on these images.")
+@click.option(
+    "--level", type=click.Choice(["patient", "image"]), default="patient", show_default=True, help="What is told apart."
+)
+@click.option("--target", default="", help="Column of classes  [default: disease of patients, label of images].")
+@click.option("--class", "classes", multiple=True, help="Keep this class; may repeat  [default: all].")
+@click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
+@click.option("--group-by", help="Column of the images: patients (images) with a common value stay together.")
+@click.option(
+    "--min-images", type=_COUNT, default=1, show_default=True, help="Leave out patients with fewer readable images."
+)
+@click.option(
+    "--max-images", type=_COUNT, default=300, show_default=True, help="At level image: so many, drawn at random."
+)
+@click.option("--folds", type=int, default=5, show_default=True, help="Folds of whole groups.")
+@click.option("--inner-folds", type=int, default=3, show_default=True, help="Folds that choose the threshold inside.")
+@click.option("--repeats", type=int, default=10, show_default=True, help="Times that new folds are drawn.")
+@click.option("--permutations", type=int, default=99, show_default=True, help="Shuffles of the labels; 0: none.")
+@click.option(
+    "--regularization",
+    type=click.Choice(["latents", "backbone", "samples", "samples-inverse"]),
+    default="latents",
+    show_default=True,
+    help="Rule for scikit-learn's C: M c / 100 (M latents, c classes), W c / 100 (W the backbone's width), n c / 100 "
+    "(n training rows), or 100 / (n c).",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=float,
+    multiple=True,
+    help="Mean activation below which a latent is left out; may repeat  [default: 0 and 1e-6 to 1 by decades].",
+)
+@click.option(
+    "--mil/--no-mil",
+    default=True,
+    show_default=True,
+    help="With --cache, at level patient: also an attention-MIL head.",
+)
+@click.option("--mil-repeats", type=_COUNT, default=3, show_default=True, help="It runs in the first so many repeats.")
+@click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
+@click.option("--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Threads.")
+@_overwrite_option
+@_json_option
+def probe(
+    barcodes: Path,
+    out: Path,
+    caches: tuple[Path, ...],
+    sae: Path | None,
+    thresholds: tuple[float, ...],
+    workers: int,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """How well barcodes tell diseases (or cell types) apart, on patients that no fit has seen; and what chance gives.
+
+    \b
+    Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
+    """
+    from cytosae.probe import THRESHOLDS, ProbeConfig, write_probe
+    from cytosae.probe_baselines import MilConfig
+    from cytosae.probe_units import UnitConfig
+
+    of_units = ("level", "target", "classes", "tau", "group_by", "min_images", "max_images")
+    units = UnitConfig(**{name: settings.pop(name) for name in of_units})
+    mil = MilConfig(repeats=settings.pop("mil_repeats"), epochs=settings.pop("mil_epochs"))
+    config = ProbeConfig(
+        units=units,
+        thresholds=tuple(sorted(thresholds)) or THRESHOLDS,
+        mil=mil if settings.pop("mil") else None,
+        **settings,
+    )
+    with _progress("tokens", "image") as token_progress, _progress("probe", "step") as progress:
+        scores, was_complete = write_probe(
+            barcodes,
+            out,
+            config,
+            caches=caches,
+            sae=sae,
+            workers=workers,
+            overwrite=overwrite,
+            progress=progress,
+            token_progress=token_progress,
+        )
+    _say_done(out, was_complete)
+    for warning in scores["warnings"]:
+        click.echo(f"warning: {_shown(warning)}", err=True)
+    if as_json:
+        click.echo(json.dumps(scores, indent=1, allow_nan=False))
+    else:
+        _print_probe(out, scores)
+
+
 # ---------------------------------------------------------------------------------------------------- the pipeline
 
 
@@ -2523,6 +2628,29 @@ def _print_index(index: "Index", root: Path, out: Path) -> None:
         for name, kind in (("label", "classes"), ("patient", "patients"), ("disease", "diseases"))
     }
     click.echo(", ".join([f"{out}: {n_images:,} images", *(f"{n:,} {kind}" for kind, n in groups.items() if n)]))
+
+
+def _print_probe(out: Path, scores: dict[str, Any]) -> None:
+    level, rule, chance = scores["level"], scores["regularization"], scores["permutation"]
+    shown = ", ".join(f"{_shown(name)} {n:,}" for name, n in scores["classes"].items())
+    click.echo(
+        f"{out}: {scores['n_units']:,} {level}s in {scores['n_groups']:,} groups; {_shown(scores['target'])}: {shown}"
+    )
+    for what, number in scores["left_out"].items():
+        click.echo(f"left out: {number:,} {_shown(what)}")
+    click.echo(f"C = {rule['C']:.4g} ({rule['formula']})")
+    click.echo(f"{'on the same folds':<18} {'weighted F1':>15} {'balanced accuracy':>19}")
+    for name, found in scores["methods"].items():
+        f1, balanced = (
+            f"{found[key]['mean']:.3f} ± {found[key]['sd']:.3f}" for key in ("weighted_f1", "balanced_accuracy")
+        )
+        click.echo(f"  {name:<16} {f1:>15} {balanced:>19}")
+    if chance:
+        found = chance["weighted_f1"]
+        click.echo(
+            f"chance: weighted F1 {found['mean']:.3f}, 5 to 95% {found['q05']:.3f} to {found['q95']:.3f}, of "
+            f"{chance['n']:,} shuffles; first repeat {found['observed']:.3f}, p = {found['p']:.3g}"
+        )
 
 
 def _difference(found: int, published: int) -> str:

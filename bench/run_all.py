@@ -22,6 +22,7 @@ FULL = {
     "sae_step": ["--tokens", "16448", "--sweep"],
     "sae_run": ["--steps", "400"],
     "sae_step_gpu": ["--run"],
+    "probe": [],
 }
 
 

@@ -152,6 +152,8 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.interop import LAYOUTS
     from cytosae.loggers import LOGGERS
+    from cytosae.probe import REGULARIZATIONS
+    from cytosae.probe_units import LEVELS
 
     offered = {
         (name, option.name): tuple(option.type.choices)
@@ -162,6 +164,8 @@ def test_choices_are_those_of_the_library() -> None:
     assert offered == {
         ("cyto data index", "dataset"): (*INDEXERS, "folder"),
         ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
+        ("cyto probe", "level"): LEVELS,
+        ("cyto probe", "regularization"): tuple(REGULARIZATIONS),
         ("cyto sae train", "preset"): tuple(PRESETS),
         ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,

@@ -112,6 +112,21 @@ def test_relations_page(made: Path, tmp_path: Path) -> None:
     assert "active at the same tokens" in printed[1]
 
 
+def test_probe_page(tmp_path: Path) -> None:
+    """Its block runs, on made-up barcodes, and its table names every rule."""
+    from test_probe import cohort, write_folder
+
+    from cytosae.probe import REGULARIZATIONS
+
+    write_folder(tmp_path / "cells.barcodes", *cohort())
+    page = (ROOT / "docs" / "probe.md").read_text()
+    (script,) = re.findall(
+        r"^<!-- executed by tests/test_docs.py -->\n```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    assert shell(script, tmp_path).count("on the same folds") == 2
+    assert set(REGULARIZATIONS) <= set(re.findall(r"^\| `([a-z-]+)`", page, re.MULTILINE))
+
+
 def test_every_block_runs_or_says_why_not() -> None:
     """A block that no test runs is output, a picture, or bears a reason."""
     for page in PAGES:

@@ -1,0 +1,127 @@
+"""What the probe's scores stand beside: simpler knowledge of the same patients, judged on the same folds.
+
+majority        the commonest class of the training rows
+n_images        the number of images alone, as its logarithm: image counts may differ by disease
+mean_tokens     the backbone's patch tokens, averaged over a unit's images
+cls_token       the CLS tokens, likewise
+attention_mil   one instance per image, `cytosae/mil.py`: the family of the deep baseline
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.activation_store import ActivationStore
+from stores.errors import BadInput
+from stores.tables import column, listed
+
+from .cross_validation import Strength
+from .logistic import fit_rows
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Predict = Callable[[Ints, Bools], Float]  # labels (n,), training rows -> (other rows, n_classes) probabilities
+COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is one number
+
+
+@dataclass(frozen=True, kw_only=True)
+class MilConfig:
+    """All settings of the attention-MIL head and of its training."""
+
+    repeats: int = 3  # it runs in the first so many repeats: it takes far longer than all else
+    hidden: int = 64
+    epochs: int = 40
+    images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
+    batch_patients: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Two vectors per image, (n_images, width) each: the mean of its patch tokens, and its CLS token."""
+
+    patches: Float
+    cls: Float
+
+
+def read_image_tokens(
+    stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Callable[[int, int, str], None]
+) -> ImageTokens:
+    """Mean patch token and CLS token of the wanted images, in their order, chunk by chunk. Sums in float64.
+
+    Raises
+    ------
+    BadInput
+        If an image is in none of the caches, or was not readable there.
+    """
+    place: dict[str, tuple[int, int]] = {}
+    for number, store in enumerate(stores):
+        ids = column(store.images, "image_id")
+        place |= {str(ids[i]): (number, int(i)) for i in np.flatnonzero(store.readable())}
+    missing = [image_id for image_id in wanted if image_id not in place]
+    if missing:
+        raise BadInput(
+            f"{len(missing):,} of {len(wanted):,} images of the barcodes are not readable in --cache "
+            f"({listed(missing)}); give all caches that the latents were encoded from"
+        )
+    width = stores[0].spec.width
+    found = ImageTokens(np.zeros((len(wanted), width)), np.zeros((len(wanted), width)))
+    n_done = 0
+    for number, store in enumerate(stores):
+        target = np.full(store.spec.n_images, -1)
+        for k, image_id in enumerate(wanted):
+            if place[image_id][0] == number:
+                target[place[image_id][1]] = k
+        for rows, tokens in store.iter_chunks():
+            for i in np.flatnonzero(target[rows.start : rows.stop] >= 0):
+                image = tokens[i].astype(np.float64)
+                k = target[rows.start + i]
+                found.cls[k], found.patches[k] = image[0], image[1:].mean(0)
+                n_done += 1
+            progress(n_done, len(wanted), "tokens")
+    return found
+
+
+def of_units(vectors: Float, rows_of: Sequence[Ints]) -> Float:
+    """(n, width) means over the images of every unit."""
+    return np.stack([vectors[rows].mean(0) for rows in rows_of])
+
+
+def majority(n_classes: int) -> Predict:
+    """The shares of the classes among the training rows, for everybody."""
+
+    def predict(labels: Ints, training: Bools) -> Float:
+        shares = np.bincount(labels[training], minlength=n_classes) / training.sum()
+        return np.tile(shares, (int((~training).sum()), 1))
+
+    return predict
+
+
+def number_of_images(n_images: Ints, n_classes: int) -> Predict:
+    """Logistic regression on log(number of images), standardised by the training rows."""
+
+    def predict(labels: Ints, training: Bools) -> Float:
+        values = np.log(n_images)[:, None]
+        values = (values - values[training].mean()) / max(float(values[training].std()), 1e-9)
+        return _fit_predict(values @ values.T, labels, training, n_classes, COUNT_STRENGTH)
+
+    return predict
+
+
+def features(values: Float, n_classes: int, strength: Strength) -> Predict:
+    """The probe's own logistic regression, on (n, width) features as they are."""
+    gram = values @ values.T
+
+    def predict(labels: Ints, training: Bools) -> Float:
+        return _fit_predict(gram, labels, training, n_classes, strength(int(training.sum())))
+
+    return predict
+
+
+def _fit_predict(gram: Float, labels: Ints, training: Bools, n_classes: int, strength: float) -> Float:
+    fit = fit_rows(gram[np.ix_(training, training)], labels[training], n_classes, strength)
+    return fit.probabilities(gram[np.ix_(~training, training)])

@@ -1,0 +1,47 @@
+"""How good predictions are, from the confusion matrix; a score whose denominator is 0 is 0."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+METRICS = ("weighted_f1", "macro_f1", "balanced_accuracy", "accuracy")
+
+
+def confusion_matrix(true: Ints, predicted: Ints, n_classes: int) -> Ints:
+    """(n_classes, n_classes) counts: rows true, columns predicted."""
+    counts = np.bincount(true * n_classes + predicted, minlength=n_classes**2)
+    return counts.reshape(n_classes, n_classes).astype(np.int64)
+
+
+def score(confusion: Ints) -> dict[str, float]:
+    """The METRICS of a confusion matrix. Classes without a true row count in none of them but by their predictions."""
+    _, recall, f1, support = _by_class(confusion)
+    there = support > 0
+    return {
+        "weighted_f1": float((f1 * support).sum() / support.sum()),
+        "macro_f1": float(f1[there].mean()),
+        "balanced_accuracy": float(recall[there].mean()),
+        "accuracy": float(confusion.trace() / support.sum()),
+    }
+
+
+def class_scores(confusion: Ints, classes: list[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and number of true rows of each class."""
+    columns = zip(*(column.tolist() for column in _by_class(confusion)), strict=True)
+    names = ("precision", "recall", "f1", "support")
+    return {name: dict(zip(names, row, strict=True)) for name, row in zip(classes, columns, strict=True)}
+
+
+def summarize(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation (n - 1; 0 for one value) and the values."""
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": spread, "values": [float(value) for value in values]}
+
+
+def _by_class(confusion: Ints) -> tuple[npt.NDArray[np.float64], ...]:
+    hits = confusion.diagonal().astype(np.float64)
+    support, claimed = confusion.sum(1), confusion.sum(0)
+    precision, recall = hits / np.maximum(claimed, 1), hits / np.maximum(support, 1)
+    return precision, recall, 2 * hits / np.maximum(support + claimed, 1), support.astype(np.float64)

@@ -1,0 +1,534 @@
+"""The probe finds what is planted, scores at chance where nothing is, and never sees what it predicts.
+
+Slow twins: scikit-learn on all columns, plain loops over folds and thresholds, sklearn.metrics.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from scipy.sparse import csr_matrix
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+
+from cli import cli
+from cytosae.cross_validation import Plan, Repeat, run_repeat
+from cytosae.folds import assign_folds, connected_groups, shuffle_labels
+from cytosae.logistic import fit_rows
+from cytosae.mil import fit_predict
+from cytosae.probe import ProbeConfig, write_probe
+from cytosae.probe_baselines import MilConfig, read_image_tokens
+from cytosae.probe_units import UnitConfig, read_units
+from cytosae.scores import class_scores, score
+from cytosae.scores import confusion_matrix as our_confusion
+from cytosae.threshold_grams import ThresholdGrams
+from stores import BARCODES, PROBE, BarcodeStore, BarcodeWriter, ResultStore, new_header, write_header
+from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_writer import ActivationWriter
+from stores.errors import BadInput, SpecMismatch
+from stores.spec import Header
+from stores.tables import image_table, table_sha256
+
+Array = npt.NDArray[Any]
+N_LATENTS = 40
+THRESHOLDS = (0.0, 0.01, 0.1, 1.0)
+
+
+# ------------------------------------------------------------------------------------------- made-up barcodes
+
+
+def cohort(
+    *, n_per_class: int = 8, n_classes: int = 2, signal: float = 3.0, seed: int = 0, images_each: int = 3
+) -> tuple[pd.DataFrame, Array, Array]:
+    """Image table, counts (n_images, N_LATENTS) and image means: latent k is stronger in class k."""
+    rng = np.random.default_rng(seed)
+    rows, counts = [], []
+    for number in range(n_per_class * n_classes):
+        k = number % n_classes
+        own = rng.poisson(1.0, N_LATENTS)
+        for image in range(images_each + number % 3):
+            rates = 0.5 + own + signal * (np.arange(N_LATENTS) == k)
+            counts.append(rng.poisson(rates) * (rng.random(N_LATENTS) < 0.7))
+            name = f"P{number:02d}"
+            rows.append(
+                (f"i{number:02d}_{image}", name, f"D{k}", f"L{rng.integers(2)}", f"{number}-{image}", f"f{number}")
+            )
+    columns = ["image_id", "patient", "disease", "label", "content_hash", "field"]
+    table = pd.DataFrame(rows, columns=columns).assign(dataset="d", status="ok")
+    values = np.array(counts, float)
+    scale = 10.0 ** rng.uniform(-3, 0.5, N_LATENTS)
+    return table, values, values * scale * rng.uniform(0.5, 1.5, values.shape)
+
+
+def write_folder(
+    root: Path, table: pd.DataFrame, counts: Array, means: Array, *, order: Sequence[int] = (), cache: str = "c" * 64
+) -> Path:
+    """A barcodes folder as `cyto barcode` would count it; patients in `order`."""
+    images = table.set_index("image_id")
+    fill(root / "image.zarr", images, {"X": counts, "mean": means})
+    names = sorted({name for name in table["patient"] if name})
+    names = [names[k] for k in order] if len(order) else names
+    mine = [np.asarray((table["patient"] == name) & (table["status"] == "ok")) for name in names]
+    patients = pd.DataFrame(
+        {
+            "patient_id": names,
+            "dataset": "d",
+            "disease": [table["disease"][rows].iloc[0] for rows in mine],
+            "n_images": [int(rows.sum()) for rows in mine],
+        },
+        index=pd.Index(names, name="patient"),
+    )
+    layers = {
+        "X": [counts[rows].mean(0) for rows in mine],
+        "activation_sum": [means[rows].sum(0) for rows in mine],
+        "n_active_images": [(means[rows] > 0).sum(0) for rows in mine],
+    }
+    fill(root / "patient.zarr", patients, {name: np.array(values) for name, values in layers.items()})
+    nothing = np.zeros((1, N_LATENTS))
+    fill(root / "disease.zarr", pd.DataFrame({"n_patients": [0]}, index=["none"]), {"X": nothing})  # not read here
+    spec = {
+        "latents": "l" * 64,
+        "latents_spec": {"sae_sha256": "s" * 64, "cache_sha256": cache, "cache": {"width": 6, "trained": True}},
+        "tau": 0.2,
+        "token_set": "all",
+        "normalize": "images",
+    }
+    header = new_header(BARCODES, spec)
+    write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
+    return root
+
+
+def fill(root: Path, obs: pd.DataFrame, matrices: dict[str, Array]) -> None:
+    layers = tuple(name for name in matrices if name != "X")
+    writer = BarcodeWriter(root, n_latents=N_LATENTS, layers=layers)
+    writer.append({name: csr_matrix(values.astype(np.float32)) for name, values in matrices.items()})
+    var = pd.DataFrame({"latent": range(N_LATENTS)}, index=[str(k) for k in range(N_LATENTS)])
+    writer.finish(obs=obs, var=var, uns={"cyto": {"tau": 0.2}})
+
+
+def quick(**changes: Any) -> ProbeConfig:
+    settings = {"folds": 4, "repeats": 2, "permutations": 0, "thresholds": THRESHOLDS, **changes}
+    return ProbeConfig(**settings)
+
+
+# ------------------------------------------------------------------------------------------- the fit
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "n_classes", "strength"),
+    [(40, 90, 3, 24.0), (40, 300, 2, 5.0), (60, 10, 3, 1.0), (30, 60, 4, 2000.0), (25, 8, 2, 1e4), (40, 30, 5, 0.1)],
+)
+def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, strength: float) -> None:
+    """Probabilities of new rows to 1e-6, against scikit-learn on all columns; separable or not."""
+    rng = np.random.default_rng(n + m)
+    x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
+    labels = rng.integers(0, n_classes, n)
+    fit = fit_rows(x @ x.T, labels, n_classes, strength)
+    assert fit.converged
+    direct = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(x, labels)
+    np.testing.assert_allclose(fit.probabilities(new @ x.T), direct.predict_proba(new), atol=1e-6)
+
+
+def test_what_cannot_be_learnt_is_stated_as_shares() -> None:
+    """No columns: the shares of the classes. A class without a row: probability 0. One class: 1."""
+    labels = np.array([0, 0, 2, 0])
+    np.testing.assert_allclose(
+        fit_rows(np.zeros((4, 4)), labels, 3, 1.0).probabilities(np.zeros((1, 4))), [[0.75, 0, 0.25]]
+    )
+    alone = fit_rows(np.eye(2), np.array([1, 1]), 3, 1.0)
+    assert alone.converged
+    np.testing.assert_allclose(alone.probabilities(np.ones((1, 2))), [[0, 1, 0]])
+
+
+@pytest.mark.parametrize("n_predicted", [1, 3])
+def test_scores_are_those_of_sklearn(n_predicted: int) -> None:
+    """Also where a class is never predicted."""
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 3, 50), rng.integers(0, n_predicted, 50)
+    counts = our_confusion(true, predicted, 3)
+    np.testing.assert_array_equal(counts, confusion_matrix(true, predicted, labels=[0, 1, 2]))
+    found = score(counts)
+    assert found["weighted_f1"] == pytest.approx(f1_score(true, predicted, average="weighted", zero_division=0))
+    assert found["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(true, predicted))
+    theirs = np.array(precision_recall_fscore_support(true, predicted, zero_division=0))
+    ours = np.array([list(row.values()) for row in class_scores(counts, ["a", "b", "c"]).values()])
+    np.testing.assert_allclose(ours, theirs.T)
+
+
+# ------------------------------------------------------------------------------------------- groups and folds
+
+
+def test_groups_are_connected_components() -> None:
+    """Through any column and any number of links; an empty value links nobody."""
+    patients = ["a", "a", "b", "c", "d", "", ""]
+    hashes = ["1", "2", "2", "3", "4", "4", ""]
+    assert connected_groups([patients, hashes]).tolist() == [0, 0, 0, 1, 2, 2, 3]
+    assert connected_groups([patients, hashes, ["", "", "x", "", "", "", "x"]]).tolist() == [0, 0, 0, 1, 2, 2, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_group_is_on_both_sides_and_classes_are_spread(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    groups = np.unique(rng.integers(0, 30, 60), return_inverse=True)[1]
+    labels = rng.integers(0, 3, groups.max() + 1)[groups]
+    fold_of = assign_folds(labels, groups, 4, np.random.default_rng(1))
+    assert all(len(np.unique(fold_of[groups == group])) == 1 for group in groups)
+    alone = assign_folds(labels, np.arange(60), 4, np.random.default_rng(1))
+    for k in range(3):
+        sizes = np.bincount(alone[labels == k], minlength=4)
+        assert sizes.max() - sizes.min() <= 1
+    assert np.ptp(np.bincount(alone)) <= 2
+    assert (assign_folds(labels, groups, 4, np.random.default_rng(2)) != fold_of).any()
+
+
+def test_shuffled_labels_keep_groups_whole() -> None:
+    """One label each: groups exchange them. Several: rows of a group exchange theirs, and groups of one size."""
+    groups = np.array([0, 0, 1, 2, 2, 2, 3, 4])
+    labels = np.array([0, 0, 1, 2, 2, 2, 1, 0])
+    seen = set()
+    for seed in range(40):
+        shuffled = shuffle_labels(labels, groups, np.random.default_rng(seed))
+        first = [shuffled[groups == g][0] for g in range(5)]
+        assert (shuffled == np.array(first)[groups]).all()
+        assert sorted(first) == [0, 0, 1, 1, 2]
+        seen.add(tuple(first))
+    assert len(seen) > 10
+    mixed = np.array([0, 1, 1, 2, 2, 0, 1, 0])
+    for seed in range(20):
+        shuffled = shuffle_labels(mixed, groups, np.random.default_rng(seed))
+        assert sorted(shuffled[:2]) == [0, 1]  # the only group of two
+        assert sorted(shuffled[3:6]) == [0, 2, 2]
+        assert sorted(shuffled[[2, 6, 7]]) == [0, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------- one repeat
+
+
+def small_problem(seed: int = 0, n: int = 24, m: int = 60) -> tuple[Array, Array, Array, Array, Array]:
+    """values, sums, counts (m, n), labels and groups; latents come and go around the thresholds."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    values = rng.poisson(1.0, (m, n)) * (rng.random((m, n)) < 0.5) * 1.0
+    values[:3] += 2 * (labels == np.arange(3)[:, None])
+    counts = np.where(values > 0, rng.integers(1, 5, (m, n)), 0).astype(float)
+    sums = counts * 10.0 ** rng.uniform(-3, 0.5, (m, 1)) * rng.uniform(0.2, 2, (m, n))
+    return values, sums, counts, labels, np.arange(n) // 2 * 3 % n
+
+
+def kept_latents(sums: Array, counts: Array, training: Array, threshold: float) -> Array:
+    n_active = counts[:, training].sum(1)
+    mean = np.where(n_active > 0, sums[:, training].sum(1) / np.maximum(n_active, 1), 0)
+    return mean >= threshold
+
+
+def slow_repeat(
+    values: Array, sums: Array, counts: Array, labels: Array, groups: Array, plan: Plan, seed: int
+) -> Repeat:
+    """The same repeat in plain loops, scikit-learn on all columns, those below the threshold set to zero."""
+    rng = np.random.default_rng(seed)
+    fold_of = assign_folds(labels, groups, plan.n_folds, rng)
+    probabilities, chosen = np.zeros((len(THRESHOLDS), len(labels), plan.n_classes)), []
+
+    def predict(training: Array, tested: Array, threshold: float) -> Array:
+        x = (values * kept_latents(sums, counts, training, threshold)[:, None]).T
+        if not x[training].any():
+            return np.tile(np.bincount(labels[training], minlength=plan.n_classes) / training.sum(), (tested.sum(), 1))
+        strength = plan.strength(int(training.sum()))
+        model = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky")
+        return model.fit(x[training], labels[training]).predict_proba(x[tested])
+
+    for fold in range(plan.n_folds):
+        training = fold_of != fold
+        inner_of = np.full(len(labels), -1)
+        inner_of[training] = assign_folds(labels[training], groups[training], plan.n_inner_folds, rng)
+        f1 = []
+        for threshold in THRESHOLDS:
+            predicted = np.zeros(len(labels), int)
+            for inner in range(plan.n_inner_folds):
+                tested = inner_of == inner
+                predicted[tested] = predict(training & ~tested, tested, threshold).argmax(1)
+            f1.append(f1_score(labels[training], predicted[training], average="weighted", zero_division=0))
+        chosen.append(int(np.argmax(np.round(f1, 12))))
+        for t, threshold in enumerate(THRESHOLDS):
+            probabilities[t, ~training] = predict(training, ~training, threshold)
+    return Repeat(fold_of, probabilities, np.array(chosen), np.zeros(0), 0, 0)
+
+
+PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_repeat_is_its_slow_twin(seed: int) -> None:
+    values, sums, counts, labels, groups = small_problem(seed)
+    grams = ThresholdGrams(values, sums, counts, THRESHOLDS)
+    fast = run_repeat(grams, labels, groups, PLAN, np.random.default_rng(5))
+    slow = slow_repeat(values, sums, counts, labels, groups, PLAN, 5)
+    np.testing.assert_array_equal(fast.fold_of, slow.fold_of)
+    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=1e-6)
+    assert fast.chosen.tolist() == slow.chosen.tolist()
+    assert (fast.n_unconverged, fast.n_unseen) == (0, 0)
+    for fold, n_kept in enumerate(fast.n_kept):
+        there = counts[:, fast.fold_of != fold].any(1)
+        wanted = [(kept_latents(sums, counts, fast.fold_of != fold, t) & there).sum() for t in THRESHOLDS]
+        assert n_kept.tolist() == wanted
+    assert len(set(fast.n_kept[0])) == len(THRESHOLDS)  # else the thresholds would be tested by nothing
+
+
+def test_what_is_predicted_has_no_part_in_the_fit() -> None:
+    """Other test rows, wildly changed: what was chosen stays, and so does a test row that was not changed."""
+    values, sums, counts, labels, groups = small_problem()
+    before = run_repeat(
+        ThresholdGrams(values, sums, counts, THRESHOLDS), labels, groups, PLAN, np.random.default_rng(5)
+    )
+    for fold in range(PLAN.n_folds):
+        untouched, *others = np.flatnonzero(before.fold_of == fold)
+        changed = [matrix.copy() for matrix in (values, sums, counts)]
+        rng = np.random.default_rng(fold)
+        for matrix in changed:
+            matrix[:, others] = rng.integers(1, 100, (len(values), len(others)))
+        after = run_repeat(ThresholdGrams(*changed, THRESHOLDS), labels, groups, PLAN, np.random.default_rng(5))
+        assert after.chosen[fold] == before.chosen[fold]
+        assert (after.n_kept[fold] == before.n_kept[fold]).all()
+        np.testing.assert_allclose(after.probabilities[:, untouched], before.probabilities[:, untouched], atol=1e-8)
+        assert np.abs(after.probabilities - before.probabilities).max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------- the whole probe
+
+
+def test_planted_signal_is_found_and_chance_is_chance(tmp_path: Path) -> None:
+    """With the signal the least p there is; without it, scores within chance. No NaN; tables and scores agree."""
+    scores, was_complete = write_probe(
+        write_folder(tmp_path / "b", *cohort(signal=4.0)), tmp_path / "out", quick(permutations=19), workers=2
+    )
+    assert not was_complete
+    assert scores["methods"]["barcode"]["weighted_f1"]["mean"] > 0.9
+    assert scores["permutation"]["weighted_f1"]["p"] == 1 / 20
+    assert 0.3 < scores["permutation"]["weighted_f1"]["mean"] < 0.7
+    assert scores["methods"]["majority"]["balanced_accuracy"]["mean"] == pytest.approx(0.5)
+    assert scores["curve"][-1]["n_latents"] < scores["curve"][0]["n_latents"]
+    json.dumps(scores, allow_nan=False)
+
+    store = ResultStore(tmp_path / "out", PROBE)
+    assert store.json("scores") == scores
+    folds = store.table("folds").to_pandas()
+    sides = folds.groupby(["repeat", "fold", "group"])["side"].nunique()
+    assert (sides == 1).all()
+    assert (folds[folds["side"] == "test"].groupby(["repeat", "patient"]).size() == 1).all()
+    predictions = store.table("predictions").to_pandas()
+    mine = predictions[predictions["threshold_chosen_inside"] & (predictions["repeat"] == 1)]
+    wanted = f1_score(mine["true"], mine["predicted"], average="weighted")
+    assert scores["methods"]["barcode"]["weighted_f1"]["values"][1] == pytest.approx(wanted)
+    assert np.allclose(np.stack(predictions["probabilities"]).sum(1), 1)
+    assert all(
+        (tmp_path / "out" / f"{name}.{kind}").stat().st_size > 5000
+        for name in ("curve", "confusion", "methods")
+        for kind in ("png", "svg")
+    )
+
+    again, was_complete = write_probe(tmp_path / "b", tmp_path / "out", quick(permutations=19))
+    assert was_complete
+    assert again == scores
+    with pytest.raises(SpecMismatch, match="other settings"):
+        write_probe(tmp_path / "b", tmp_path / "out", quick(permutations=18))
+
+    nothing = write_folder(tmp_path / "n", *cohort(signal=0.0))
+    scores, _ = write_probe(nothing, tmp_path / "chance", quick(permutations=19))
+    assert scores["permutation"]["weighted_f1"]["p"] > 0.1
+    assert scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.75
+
+
+def test_order_of_patients_and_number_of_threads_change_nothing(tmp_path: Path) -> None:
+    made = cohort(signal=1.0)
+    tables = []
+    for name, order, workers in (("a", [], 1), ("b", np.random.default_rng(0).permutation(16).tolist(), 2)):
+        write_probe(
+            write_folder(tmp_path / name, *made, order=order), tmp_path / f"{name}.out", quick(), workers=workers
+        )
+        tables.append(pq.read_table(tmp_path / f"{name}.out" / "predictions.parquet").to_pandas())
+    assert tables[0].drop(columns="probabilities").equals(tables[1].drop(columns="probabilities"))
+    np.testing.assert_allclose(*(np.stack(table["probabilities"]) for table in tables), atol=1e-9)
+
+
+def test_patients_who_share_an_image_are_never_parted(tmp_path: Path) -> None:
+    """Everybody has a copy under another name. Parted, the copies give everything away; kept together, nothing."""
+    table, counts, means = cohort(signal=0.0, n_per_class=12, seed=3)
+    copy = table.assign(patient="Q" + table["patient"], image_id="Q" + table["image_id"])
+    both = pd.concat([table, copy], ignore_index=True)
+    doubled = 10 * np.concatenate([counts, counts]), np.concatenate([means, means])
+    honest = write_folder(tmp_path / "honest", both, *doubled)
+    blind = both.assign(content_hash=[str(k) for k in range(len(both))], field=[*table["field"], *table["field"]])
+    naive = write_folder(tmp_path / "naive", blind, *doubled)
+    f1 = {}
+    for name, folder, group_by in (("honest", honest, None), ("naive", naive, None), ("by field", naive, "field")):
+        config = quick(folds=8, repeats=1, thresholds=(0.0,), units=UnitConfig(group_by=group_by))
+        scores, _ = write_probe(folder, tmp_path / f"{name}.out", config)
+        f1[name] = scores["methods"]["barcode"]["weighted_f1"]["mean"]
+        assert scores["n_groups"] == (48 if name == "naive" else 24)
+    assert f1["naive"] > 0.8
+    assert f1["honest"] < 0.65
+    assert f1["by field"] == f1["honest"]
+
+
+def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
+    """Only as many as asked for, of patients only; a patient's images lie on one side."""
+    table, counts, means = cohort()
+    counts[:, 5] += 12 * (table["label"] == "L1")
+    table.loc[0, "patient"] = ""
+    table.loc[1, "status"] = "unreadable"
+    folder = write_folder(tmp_path / "b", table, counts, means)
+    scores, _ = write_probe(folder, tmp_path / "out", quick(units=UnitConfig(level="image", target="", max_images=50)))
+    assert (scores["n_units"], scores["target"]) == (50, "label")
+    assert scores["n_groups"] <= 16
+    assert scores["left_out"]["images without a patient"] == 1
+    assert scores["methods"]["barcode"]["weighted_f1"]["mean"] > 0.85
+    folds = ResultStore(tmp_path / "out", PROBE).table("folds").to_pandas()
+    of_patient = folds["image"].str.split("_").str[0]
+    assert (folds.groupby(["repeat", "fold", of_patient])["side"].nunique() == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "units", "words"),
+    [
+        ({}, {"target": "stage"}, r"no column 'stage' of images; it has patient, disease"),
+        ({}, {"target": "label"}, r"patients have images of several label \(P00, .*use --level image"),
+        ({}, {"classes": ("D7",)}, "no patient has disease D7; there are D0, D1"),
+        ({}, {"classes": ("D1",)}, "disease has one class only"),
+        ({}, {"group_by": "dataset"}, r"found D0: 1, D1: 1 \(all 16 rows form 1 groups\); name the classes"),
+        ({}, {"group_by": "room"}, "no column 'room'"),
+        ({}, {"min_images": 9}, "no patient of .* is left"),
+        ({}, {"tau": 0.3}, "has no barcodes at tau 0.3; it holds 0.2"),
+        ({"folds": 9}, {}, r"9 folds need at least 9 independent .* found D0: 8, D1: 8 .*choose --folds 8"),
+        ({"folds": 1}, {}, "folds must be at least 2"),
+        ({"thresholds": (0.0, float("nan"))}, {}, "thresholds must be numbers"),
+        ({"regularization": "guess"}, {}, "regularization must be"),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str) -> None:
+    folder = write_folder(tmp_path / "b", *cohort())
+    with pytest.raises(BadInput, match=words):
+        write_probe(folder, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_patients_without_a_disease_are_left_out_and_counted(tmp_path: Path) -> None:
+    table, counts, means = cohort()
+    table.loc[table["patient"].isin(["P00", "P01"]), "disease"] = ""
+    units = read_units(BarcodeStore(write_folder(tmp_path / "b", table, counts, means)), UnitConfig(min_images=4))
+    few = table[table["disease"] != ""].groupby("patient").size() < 4
+    assert units.left_out == {"patients without disease": 2, "patients with fewer than 4 images": int(few.sum())}
+    assert units.classes == ["D0", "D1"]
+    assert len(units.names) == 14 - few.sum()
+    table["disease"] = ""
+    nothing = write_folder(tmp_path / "n", table, counts, means)
+    with pytest.raises(BadInput, match=r"no patient of .* with disease is left"):
+        read_units(BarcodeStore(nothing), UnitConfig())
+
+
+# ------------------------------------------------------------------------------------------- baselines
+
+
+def write_small_cache(root: Path, image_ids: Sequence[str], tokens: Array) -> ActivationStore:
+    """A cache of 5 tokens of width 6, 4 images a chunk."""
+    table = image_table({"path": [*image_ids], "image_id": [*image_ids]}, source="test", dataset="d")
+    spec = ActivationSpec(
+        backbone="none",
+        weights_sha256="0" * 64,
+        trained=True,
+        block=0,
+        n_blocks=1,
+        transform={},
+        precision="fp32",
+        token_layout="1 CLS + 2x2 patches, row-major",
+        n_images=len(image_ids),
+        tokens_per_image=5,
+        width=6,
+        chunk_images=4,
+        manifest_sha256=table_sha256(table),
+    )
+    writer = ActivationWriter(root, spec, table)
+    for chunk in range(spec.n_chunks):
+        rows = spec.chunk_rows(chunk)
+        writer.write_chunk(
+            chunk, tokens[rows.start : rows.stop].astype(np.float16), ["0"] * len(rows), [None] * len(rows)
+        )
+    writer.finish()
+    return ActivationStore(root)
+
+
+def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
+    """Tokens that know the disease, counts that do not, through the command line; an image that is missing is named."""
+    table, counts, means = cohort(n_per_class=6)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(table))
+    tokens = rng.normal(size=(len(table), 5, 6))
+    tokens[:, 1:, 2] += 8 * np.asarray(table["disease"] == "D1")[:, None]
+    shuffled = [table["image_id"][k] for k in order]
+    cache = write_small_cache(tmp_path / "c.zarr", shuffled, tokens[order])
+    found = read_image_tokens([cache], [*table["image_id"]], progress=lambda *_: None)
+    half = tokens.astype(np.float16).astype(np.float64)
+    np.testing.assert_allclose(found.patches, half[:, 1:].mean(1))
+    np.testing.assert_allclose(found.cls, half[:, 0])
+    with pytest.raises(BadInput, match=r"1 of 1 images of the barcodes are not readable in --cache \(nobody\)"):
+        read_image_tokens([cache], ["nobody"], progress=lambda *_: None)
+
+    folder = write_folder(tmp_path / "b", table, counts, means)
+    command = ["probe", folder, "-o", tmp_path / "out", "--cache", tmp_path / "c.zarr", "--folds", 3, "--repeats", 2]
+    command += ["--permutations", 5, "--threshold", 0, "--mil-repeats", 1, "--mil-epochs", 60, "--workers", 1]
+    done = CliRunner().invoke(cli, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    assert "12 patients in 12 groups; disease: D0 6, D1 6" in done.stdout
+    assert "of 5 shuffles; first repeat" in done.stdout
+    assert "the latents were not encoded from" in done.stderr  # this cache is not the one in the header
+    assert "few independent groups (D0: 6, D1: 6)" in done.stderr
+    scores = json.loads(CliRunner().invoke(cli, [*map(str, command), "--json"]).stdout)
+    f1 = {name: found["weighted_f1"] for name, found in scores["methods"].items()}
+    assert f1.keys() == {"barcode", "attention_mil", "majority", "n_images", "mean_tokens", "cls_token"}
+    assert f1["mean_tokens"]["mean"] == 1
+    assert f1["attention_mil"]["mean"] > 0.8
+    assert len(f1["attention_mil"]["values"]) == 1
+    assert f1["cls_token"]["mean"] < 0.9
+
+
+def test_attention_finds_the_one_image_that_matters_and_is_seeded() -> None:
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(120 * 8, 6)), np.arange(120) % 2
+    rows_of = np.split(np.arange(120 * 8), 120)
+    for k in np.flatnonzero(labels):
+        images[rows_of[k][3], 0] += 8  # one of eight images
+    training = np.arange(120) % 3 > 0
+    config = MilConfig(epochs=40, lr=3e-3)
+    found = fit_predict(images, rows_of, labels, training, 2, config, seed=[1])
+    assert (found.argmax(1) == labels[~training]).mean() > 0.85
+    np.testing.assert_array_equal(found, fit_predict(images, rows_of, labels, training, 2, config, seed=[1]))
+    changed = images.copy()
+    untouched, *others = np.flatnonzero(~training)
+    changed[np.concatenate([rows_of[k] for k in others])] = 99
+    after = fit_predict(changed, rows_of, labels, training, 2, config, seed=[1])
+    np.testing.assert_allclose(after[0], found[0], atol=1e-6)
+    assert untouched == np.flatnonzero(~training)[0]
+
+
+def test_every_reading_of_the_rule(tmp_path: Path) -> None:
+    """M c / 100, W c / 100, n c / 100 and 100 / (n c); 16 patients in 4 folds, so n = 12."""
+    folder = write_folder(tmp_path / "b", *cohort())
+    wanted = {
+        "latents": N_LATENTS * 2 / 100,
+        "backbone": 6 * 2 / 100,
+        "samples": 12 * 2 / 100,
+        "samples-inverse": 100 / 24,
+    }
+    for rule, strength in wanted.items():
+        scores, _ = write_probe(
+            folder, tmp_path / rule, replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
+        )
+        assert scores["regularization"]["C"] == pytest.approx(strength)
