@@ -16,9 +16,9 @@ _ALSO = (("cytosae.model", "SparseAutoencoder"),)  # worth calling, though no co
 _HEAD = """# Python API
 
 Made by `make docs` from the source; a test checks that it is fresh. Here is what the [commands](cli.md) call, and what
-they return; the [notebook](notebook.md) has it in use. `stores` is flat (`from stores import LatentStore`) and light; of
-the two stages the module is the address (`from cytosae.barcodes import write_barcodes`). Whatever a user can put right
-is raised as a `CytoError`, in one line.
+they return; the [notebook](notebook.md) has it in use. `stores` is flat (`from stores import LatentStore`) and light;
+of the two stages the module is the address (`from cytosae.barcodes import write_barcodes`). Whatever a user can put
+right is raised as a `CytoError`, in one line.
 """
 _SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Notes", "Attributes", "Examples")
 _NOT_RUN = "<!-- not executed: a signature -->"

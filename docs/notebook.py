@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Notebook: from images to a comparison, in Python
 #
-# The calls behind the commands, cell by cell: on drawn cells of twelve invented patients, with an untrained backbone, so
-# that it runs anywhere in half a minute and downloads nothing. Open [notebook.py](notebook.py) as a notebook (VS Code,
-# PyCharm, Jupytext), or run it: `python docs/notebook.py`. It writes into a new folder where it is started.
+# The calls behind the commands, cell by cell: on drawn cells of twelve invented patients, with an untrained backbone,
+# so that it runs anywhere in half a minute and downloads nothing. Open [notebook.py](notebook.py) as a notebook
+# (VS Code, PyCharm, Jupytext), or run it: `python docs/notebook.py`. It writes into a new folder where it is started.
 #
 # What each call takes and returns: [Python API](api.md). The same as commands: [Tutorial](tutorial.md).
 
@@ -24,6 +24,7 @@ from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, write_concepts
 from cytosae.config import TrainConfig
 from cytosae.encode import encode
+from cytosae.probe import ProbeConfig, write_probe
 from cytosae.train import train
 from stores import ActivationStore, ConceptStore, LatentStore
 
@@ -55,7 +56,7 @@ print(tokens.shape, tokens.dtype)
 # %% [markdown]
 # ## An SAE
 #
-# Settings for some seconds of drawn cells; `TrainConfig()` is the paper's. Called again, it continues, or finds it finished.
+# Settings for some seconds of drawn cells; `TrainConfig()` is the paper's. Called again, it finds itself finished.
 
 # %%
 settings = TrainConfig(expansion=4, l1=2e-4, lr=1e-3, warmup_steps=30, batch_tokens=2048, tokens=300_000)
@@ -127,3 +128,16 @@ for group, found in comparison.top(3).items():
     for row in found:
         print(group, f"latent {row['latent']:>3}  difference {row['difference']:7.2f}  p {row['p']:.3f}")
 print("\n".join(comparison.summary["warnings"]))
+
+# %% [markdown]
+# ## Do barcodes tell diseases apart?
+#
+# On patients that no fit has seen, beside what chance and the number of images alone give. A small example: the defaults
+# of `ProbeConfig` are for real cohorts.
+
+# %%
+question = ProbeConfig(folds=2, inner_folds=2, repeats=2, permutations=9)
+scores, was_there = write_probe(here / "barcodes", here / "probe", question)
+for name, method in scores["methods"].items():
+    print(f"{name:>10}  weighted F1 {method['weighted_f1']['mean']:.2f}")
+print("\n".join(scores["warnings"]))
