@@ -144,11 +144,21 @@ def _markdown(docstring: str) -> str:
     """A docstring with numpydoc headings: the prose as it is, a list for each section."""
     headings = rf"^({'|'.join(_SECTIONS)})\n-+\n"
     prose, *rest = re.split(headings, inspect.cleandoc(docstring), flags=re.MULTILINE)
-    parts = [f"\n{_escaped(prose.strip())}\n"] if prose.strip() else []
+    paragraphs = re.split(r"\n\n+(?!    )", prose.strip())
+    parts = [f"\n{_escaped(text) if not _is_table(text) else _as_text(text)}\n" for text in paragraphs if text]
     for title, body in zip(rest[::2], rest[1::2], strict=True):
         items = [_item(entry) for entry in re.split(r"\n(?=\S)", body.strip())]
         parts.append(f"\n**{title}**\n\n" + "\n".join(items) + "\n")
     return "".join(parts)
+
+
+def _is_table(paragraph: str) -> bool:
+    """Columns made with blanks, which markdown would close up."""
+    return re.search(r"\S {3,}\S", paragraph) is not None and not paragraph.startswith("    ")
+
+
+def _as_text(paragraph: str) -> str:
+    return f"```text\n{paragraph}\n```"
 
 
 def _item(entry: str) -> str:

@@ -132,8 +132,8 @@ print("\n".join(comparison.summary["warnings"]))
 # %% [markdown]
 # ## Do barcodes tell diseases apart?
 #
-# On patients that no fit has seen, beside what chance and the number of images alone give. A small example: the defaults
-# of `ProbeConfig` are for real cohorts.
+# On patients that no fit has seen, beside what the commonest class and the number of images alone give. A small
+# example: the defaults of `ProbeConfig` are for real cohorts.
 
 # %%
 question = ProbeConfig(folds=2, inner_folds=2, repeats=2, permutations=9)
