@@ -31,6 +31,7 @@ def test_site_builds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes of work, on a machine that may be busy
 def test_tutorial_runs(tmp_path: Path) -> None:
     """Every block in order, in one folder; it ends with what it promises."""
     found = re.findall(EXECUTED, (ROOT / "docs" / "tutorial.md").read_text(), re.MULTILINE | re.DOTALL)
