@@ -16,7 +16,7 @@ EXECUTED = r"^<!-- executed by tests/test_site.py -->\n```(bash|python)\n(.*?)^`
 def test_site_builds(tmp_path: Path) -> None:
     """Strictly: a page outside the navigation, a link or an anchor that leads nowhere is an error."""
     pytest.importorskip("mkdocs", reason="the site needs mkdocs: pip install '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
