@@ -228,16 +228,12 @@ def read_latents(path: Path, *, n_latents: int) -> list[int]:
 
 def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
     store.check()
-    path = store.path("patient", tau)
-    try:
-        patients = store.read("patient", tau)
-        missing = [name for name in ("disease", "dataset", "n_images") if name not in patients.obs]
-        values = ss.csr_matrix(patients.X).data
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what zarr and its codecs raise
-        raise DamagedStore(f"{path} cannot be read ({error}); count again with cyto barcode --overwrite") from None
+    patients = store.read("patient", tau)
+    missing = [name for name in ("disease", "dataset", "n_images") if name not in patients.obs]
+    values = ss.csr_matrix(patients.X).data
     if missing or not (np.isfinite(values) & (values >= 0)).all():
         what = f"no column {missing[0]!r}" if missing else "values that are negative or not finite"
-        raise DamagedStore(f"{path} has {what}; count again with cyto barcode --overwrite")
+        raise DamagedStore(f"{store.path('patient', tau)} has {what}; count again with cyto barcode --overwrite")
     return patients
 
 
@@ -497,8 +493,11 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
     n_needed = math.ceil(round(n_tested * test.floor / 0.05, 6))
     if n_needed == 1:
         return []
+    n_permutations = math.ceil(n_tested / 0.05)
+    # with fewer ways to deal than that, each would be taken once, and no p could be so small
+    one_would_do = not test.is_exact and math.comb(n_a + n_b, n_a) > n_permutations
     remedy = "fewer latents (--min-patients)" + (
-        "" if test.is_exact else f", or --permutations {math.ceil(n_tested / 0.05)}, which lets one do"
+        f", or --permutations {n_permutations}, which lets one do" if one_would_do else ""
     )
     return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
 

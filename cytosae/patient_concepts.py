@@ -115,8 +115,10 @@ def write_patient_concepts(
     Raises
     ------
     BadInput
-        If there is no such patient; if it has no disease, fewer than 4 readable images or fewer than 5 others (of all
-        patients: if nobody has enough).
+        If there is no such patient, or none at all; if it has no disease, fewer than 4 readable images or fewer than 5
+        others (of all patients: if nobody has enough).
+    DamagedStore
+        If the barcodes lack a chunk or cannot be read.
     """
     cohort = _Cohort(BarcodeStore(barcodes), settings)
     chosen = range(len(cohort.names)) if patient is None else [cohort.number(patient)]
@@ -169,10 +171,17 @@ class _Cohort:
                 f"{store.root} is normalised by {store.header.spec['normalize']}: its patients with more images have "
                 f"larger barcodes. Count with cyto barcode --normalize images"
             )
+        store.check()
         self.store, self.settings = store, settings
         self.tau = store.taus[0] if settings.tau is None else settings.tau
         patients = store.read("patient", settings.tau)
         self._matrix, obs = ss.csr_matrix(patients.X), patients.obs
+        if not len(obs):
+            raise BadInput(
+                f"{store.root} has no patient: no image has one. Count again with a column 'patient' (cyto barcode --table)"
+            )
+        if "patient_id" not in obs:
+            raise BadInput(f"{store.root} was written by an older cyto; count again: cyto barcode ... --overwrite")
         self.names = [str(name) for name in patients.obs_names]
         self._ids, self._datasets, self._diseases = (
             np.asarray(obs[name], object) for name in ("patient_id", "dataset", "disease")

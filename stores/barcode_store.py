@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,16 +159,30 @@ class BarcodeStore:
                 raise DamagedStore(f"{export} is {what}; count again with --overwrite")
 
     def read(self, level: str, tau: float | None = None) -> Any:
-        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`."""
+        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`.
+
+        Raises
+        ------
+        DamagedStore
+            If it cannot be read. A lost chunk reads as zeros: only `check` finds it.
+        """
         import anndata
 
-        return anndata.read_zarr(self.path(level, tau))
+        path = self.path(level, tau)
+        with _told_as_damage(path):
+            return anndata.read_zarr(path)
 
-    def read_obs(self, level: str, tau: float | None = None) -> "pd.DataFrame":
-        """The table of images, patients or diseases alone; `tau` as for `path`."""
+    def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
+        """One element of a level's AnnData (`X`, `obs`, `layers/mean`), whole in memory; otherwise as `read`."""
         from anndata.io import read_elem
 
-        table: pd.DataFrame = read_elem(zarr.open_group(os.fspath(self.path(level, tau)), mode="r")["obs"])
+        path = self.path(level, tau)
+        with _told_as_damage(path):
+            return read_elem(zarr.open_group(os.fspath(path), mode="r")[element])
+
+    def read_obs(self, level: str, tau: float | None = None) -> "pd.DataFrame":
+        """The table of images, patients or diseases alone; otherwise as `read`."""
+        table: pd.DataFrame = self.read_element(level, "obs", tau)
         return table
 
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:
@@ -192,6 +208,16 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+@contextmanager
+def _told_as_damage(path: Path) -> Iterator[None]:
+    """What zarr, its codecs and anndata raise, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedStore(f"{path} cannot be read ({reason}); count again with cyto barcode --overwrite") from None
 
 
 def _stated_shape(matrix: Path) -> tuple[int, int]:

@@ -217,6 +217,8 @@ def test_what_a_q_can_reach_is_told(barcodes: Path, tmp_path: Path) -> None:
         "--permutations 2360, which lets one do"
     ]
     assert compare(barcodes, tmp_path / "enough", small(n_permutations=2_360)).summary["warnings"] == []
+    few = compare(barcodes, tmp_path / "few", small(SICK, OTHER)).summary["warnings"]  # 715 ways are no 2,360
+    assert few[-1].endswith("smallest p that is possible (0.002), or fewer latents (--min-patients)")
 
 
 def test_filters_see_no_diseases_and_are_counted(barcodes: Path, tmp_path: Path) -> None:

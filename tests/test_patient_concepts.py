@@ -216,6 +216,26 @@ def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> 
         write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
 
 
+def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
+    """A lost chunk would read as zeros; a changed one is told; and without patients there is nobody to compare."""
+    for name, words in (("changed", "patient.zarr cannot be read"), ("lost", "is missing; count again")):
+        copy = Path(shutil.copytree(barcodes, tmp_path / name))
+        chunk = next(path for path in (copy / "patient.zarr" / "X" / "data" / "c").rglob("*") if path.is_file())
+        if name == "lost":
+            chunk.unlink()
+        else:
+            chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+        with pytest.raises(DamagedStore, match=words):
+            write_patient_concepts(copy, "A", tmp_path / "out")
+    rows: list[Row] = [(None, None, True)] * 3
+    write_latents(tmp_path / "latents.zarr", np.ones((3, 6, 20), np.float32), rows)
+    with local_client(1, 2) as client:
+        write_barcodes(tmp_path / "latents.zarr", tmp_path / "nobody", BarcodeConfig(tau=0.5), client=client)
+    with pytest.raises(BadInput, match="has no patient: no image has one"):
+        write_patient_concepts(tmp_path / "nobody", None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_command(barcodes: Path, tmp_path: Path) -> None:
     command = ("concept", "patient", barcodes)
     done = run(*command, "A", "-o", tmp_path / "a")
