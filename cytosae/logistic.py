@@ -61,7 +61,9 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
     one_hot = (labels[:, None] == present).astype(np.float64)
     scale = strength if len(present) > 2 else strength / 2
     if len(present) < 2:
-        return RowFit(present, np.zeros_like(one_hot), np.zeros(len(present)), scale, n_classes, n_steps=0, converged=True)
+        return RowFit(
+            present, np.zeros_like(one_hot), np.zeros(len(present)), scale, n_classes, n_steps=0, converged=True
+        )
     # rows from their mean: the free intercept makes up for it, and the problem is far better posed
     kernel = scale * (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
     dual, intercept = _beginning(kernel, one_hot)

@@ -34,6 +34,7 @@ from stores.results import ResultStore, begin_results
 from stores.spec import PATIENT_CONCEPTS
 from stores.tables import STATUS_OK, listed
 
+from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .drawing import plain
 from .relation_figures import plot_all_patients, plot_patient
 
@@ -174,20 +175,19 @@ class _Cohort:
         store.check()
         self.store, self.settings = store, settings
         self.tau = store.taus[0] if settings.tau is None else settings.tau
-        patients = store.read("patient", settings.tau)
-        self._matrix, obs = ss.csr_matrix(patients.X), patients.obs
+        obs = store.read_obs("patient", settings.tau, needed=PATIENT_COLUMNS)
+        self._matrix = ss.csr_matrix(store.read_element("patient", "X", settings.tau))
         if not len(obs):
             raise BadInput(
-                f"{store.root} has no patient: no image has one. Count again with a column 'patient' (cyto barcode --table)"
+                f"{store.root} has no patient: no image has one; count again with a column 'patient' (cyto barcode "
+                f"--table)"
             )
-        if "patient_id" not in obs:
-            raise BadInput(f"{store.root} was written by an older cyto; count again: cyto barcode ... --overwrite")
-        self.names = [str(name) for name in patients.obs_names]
+        self.names = [str(name) for name in obs.index]
         self._ids, self._datasets, self._diseases = (
             np.asarray(obs[name], object) for name in ("patient_id", "dataset", "disease")
         )
         self._n_images = np.asarray(obs["n_images"], np.int64)
-        self._images = store.read_obs("image", settings.tau)
+        self._images = store.read_obs("image", settings.tau, needed=IMAGE_COLUMNS)
 
     def number(self, patient: str) -> int:
         """The row of a patient."""

@@ -12,6 +12,7 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
 from stores.tables import STATUS_OK, listed
 
+from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .folds import connected_groups
 
 if TYPE_CHECKING:
@@ -78,10 +79,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
     BadInput
         If a column does not exist, a patient has two values of it, or nothing is left.
     """
-    images = store.read_element("image", "obs", config.tau).reset_index(names="image_id")
-    lacking = {"status", "patient", "dataset", "content_hash"} - {*images.columns}
-    if lacking:
-        raise DamagedStore(f"the images of {store.root} have no column {listed(sorted(lacking))}; count again")
+    images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS).reset_index(names="image_id")
     columns = [name for name in images.columns if name != "image_id"]
     images["row"] = np.arange(len(images))
     images = images[images["status"] == STATUS_OK]
@@ -121,9 +119,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
 
 
 def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", columns: list[str]) -> list[_Unit]:
-    obs = store.read_element("patient", "obs", config.tau)
-    if "patient_id" not in obs.columns:
-        raise BadInput(f"{store.root} was written by an older cyto; count again: cyto barcode ... --overwrite")
+    obs = store.read_obs("patient", config.tau, needed=PATIENT_COLUMNS)
     owners = [f"{patient}\0{data}" for patient, data in zip(obs["patient_id"], obs["dataset"], strict=True)]
     images_of = {str(owner): rows for owner, rows in images.groupby("owner")}
     if config.target in obs.columns:

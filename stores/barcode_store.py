@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from .csr import CsrReader, CsrWriter
 from .errors import BadInput, DamagedStore
 from .files import sha256_file
 from .spec import BARCODES, Header, read_header
+from .tables import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,9 +181,21 @@ class BarcodeStore:
         with _told_as_damage(path):
             return read_elem(zarr.open_group(os.fspath(path), mode="r")[element])
 
-    def read_obs(self, level: str, tau: float | None = None) -> "pd.DataFrame":
-        """The table of images, patients or diseases alone; otherwise as `read`."""
+    def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
+        """The table of images, patients or diseases alone; it has the columns `needed`. Otherwise as `read`.
+
+        Raises
+        ------
+        DamagedStore
+            Also if a column is missing.
+        """
         table: pd.DataFrame = self.read_element(level, "obs", tau)
+        missing = [name for name in needed if name not in table.columns]
+        if missing:
+            raise DamagedStore(
+                f"{self.path(level, tau)} has no column {listed(missing)}: it is damaged, or of an older cyto; "
+                f"count again with cyto barcode --overwrite"
+            )
         return table
 
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:

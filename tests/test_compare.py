@@ -277,6 +277,17 @@ def test_what_else_may_make_groups_differ_is_said(tmp_path: Path) -> None:
     assert warnings[2].startswith("no dataset has patients of both groups (here against there)")
 
 
+def test_patients_with_an_image_in_common_are_named(tmp_path: Path) -> None:
+    """Only of those who are compared."""
+    hashes = [f"h{number}" for number in range(len(DISEASES))]
+    hashes[12], hashes[22], hashes[24] = hashes[3], hashes[4], ""
+    root = write_patient_barcodes(tmp_path / "b", drawn(), DISEASES, content_hashes=hashes)
+    warnings = compare(root, tmp_path / "out", small(n_permutations=3_000)).summary["warnings"]
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "2 patients have an image that is also another's (P003, P012)"
+    ]
+
+
 def test_hostile_names_and_undefined_correlations_are_drawn(figures: None, tmp_path: Path) -> None:
     """Mathematics and control characters in the names; a patient without any count."""
     bad = "$\\frac{\x1b[31m"

@@ -69,7 +69,13 @@ def cohort(
 
 
 def write_folder(
-    root: Path, table: pd.DataFrame, counts: Array, means: Array, *, order: Sequence[int] = (), cache: str = "c" * 64,
+    root: Path,
+    table: pd.DataFrame,
+    counts: Array,
+    means: Array,
+    *,
+    order: Sequence[int] = (),
+    cache: str = "c" * 64,
     normalize: str = "images",
 ) -> Path:
     """A barcodes folder as `cyto barcode` would count it; patients in `order`."""
@@ -421,7 +427,9 @@ def test_the_released_divisor_is_told(tmp_path: Path) -> None:
 
 def test_damage_is_one_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "b", *cohort())
-    chunk = next(path for path in (folder / "patient.zarr" / "layers" / "activation_sum").rglob("c/*") if path.is_file())
+    chunk = next(
+        path for path in (folder / "patient.zarr" / "layers" / "activation_sum").rglob("c/*") if path.is_file()
+    )
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     with pytest.raises(DamagedStore, match=r"patient.zarr cannot be read .*count again"):
         write_probe(folder, tmp_path / "out", quick())
