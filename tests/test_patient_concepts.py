@@ -14,6 +14,7 @@ from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare, write_patient_concepts
+from cytosae.relation_figures import plot_patient
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
 
@@ -116,6 +117,14 @@ def test_halves_agree_about_a_patient_and_not_about_noise() -> None:
     other = compared(drawn_images(rng, rng.permutation(rates), 60), others, n_splits=20).halves_correlation
     assert abs(np.mean(same)) < 0.15
     assert other > 0.6
+
+
+def test_a_patient_without_any_latent_is_drawn(tmp_path: Path) -> None:
+    """Nobody of the disease exceeds tau: nothing to compare, and no warning of Matplotlib's."""
+    found = compared(np.zeros((4, 0)), np.zeros((5, 0)))
+    assert len(found.latent) == 0
+    plot_patient("nothing", [], found.z, found.others, found.sets_apart, tmp_path / "p")
+    assert (tmp_path / "p.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------- the folder
