@@ -14,6 +14,9 @@ from stores.spec import describe_difference
 
 from .groups import Groups
 
+# what is read of the tables of barcodes, to say whose images are whose
+IMAGE_COLUMNS = ("patient", "dataset", "status", "content_hash")
+PATIENT_COLUMNS = ("patient_id", "dataset", "disease", "n_images")
 _EXACT = 1 << 24  # whole numbers up to here are exact in float32
 
 

@@ -22,12 +22,14 @@ from stores.errors import BadInput, DamagedStore
 from stores.files import sha256_json
 from stores.results import ResultStore, begin_results
 from stores.spec import COMPARISON
-from stores.tables import column, listed, read_table_file
+from stores.tables import STATUS_OK, column, listed, read_table_file
 
+from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .compare_figures import plot_correlation, plot_patients, plot_scatter
 from .permutation import PermutationTest, Progress, permutation_test
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 REST = "rest"  # as B: all patients with a disease that is not A
@@ -91,6 +93,7 @@ class Groups:
 
     values: npt.NDArray[np.float32]  # (patients, latents)
     names: list[str]
+    ids: list[str]  # as images call them; a name is made longer where two datasets have the same
     diseases: list[str]
     datasets: list[str]
     n_images: npt.NDArray[np.int64]
@@ -127,6 +130,7 @@ def compare(
     """
     store = BarcodeStore(barcodes)
     patients = _read_patients(store, config.tau)
+    images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)
     groups = choose_groups(patients, config.a, config.b)
     only = None if latents is None else read_latents(latents, n_latents=groups.values.shape[1])
     is_tested, left_out = choose_tested(groups.values, config, only)
@@ -148,7 +152,11 @@ def compare(
         "left_out": left_out,
         "tau": spec["tau"],
         "normalize": store.header.spec["normalize"],
-        "warnings": [*_warnings(groups, config, store.header.spec["normalize"]), *summary["warnings"]],
+        "warnings": [
+            *_warnings(groups, config, store.header.spec["normalize"]),
+            *_warn_of_shared_images(groups, images),
+            *summary["warnings"],
+        ],
     }
     shown = {group: _first(table, f"rank_{group}", config.top) for group in ("a", "b")}
     correlation = correlate(groups.values[:, is_tested])
@@ -197,6 +205,7 @@ def choose_groups(patients: "AnnData", a: str, b: str) -> Groups:
     return Groups(
         values=ss.csr_matrix(patients.X)[chosen].toarray(),
         names=[str(name) for name in names[chosen]],
+        ids=[str(name) for name in obs["patient_id"]],
         diseases=[*disease[chosen]],
         datasets=[str(name) for name in obs["dataset"]],
         n_images=np.asarray(obs["n_images"], np.int64),
@@ -228,16 +237,14 @@ def read_latents(path: Path, *, n_latents: int) -> list[int]:
 
 def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
     store.check()
-    path = store.path("patient", tau)
-    try:
-        patients = store.read("patient", tau)
-        missing = [name for name in ("disease", "dataset", "n_images") if name not in patients.obs]
-        values = ss.csr_matrix(patients.X).data
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what zarr and its codecs raise
-        raise DamagedStore(f"{path} cannot be read ({error}); count again with cyto barcode --overwrite") from None
-    if missing or not (np.isfinite(values) & (values >= 0)).all():
-        what = f"no column {missing[0]!r}" if missing else "values that are negative or not finite"
-        raise DamagedStore(f"{path} has {what}; count again with cyto barcode --overwrite")
+    store.read_obs("patient", tau, needed=PATIENT_COLUMNS)
+    patients = store.read("patient", tau)
+    values = ss.csr_matrix(patients.X).data
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise DamagedStore(
+            f"{store.path('patient', tau)} has values that are negative or not finite; count again with "
+            f"cyto barcode --overwrite"
+        )
     return patients
 
 
@@ -262,6 +269,24 @@ def _warnings(groups: Groups, config: CompareConfig, normalize: str) -> list[str
             f"a difference may be one of laboratory, stain or camera"
         )
     return found
+
+
+def _warn_of_shared_images(groups: Groups, images: "pd.DataFrame") -> list[str]:
+    """Patients who are one person would count twice."""
+    compared = dict(zip(zip(groups.ids, groups.datasets, strict=True), groups.names, strict=True))
+    owners: dict[str, set[str]] = {}
+    columns = (images[name] for name in ("content_hash", "status", "patient", "dataset"))
+    for content_hash, status, *owner in zip(*columns, strict=True):
+        name = compared.get((owner[0], owner[1]))
+        if name is not None and content_hash and status == STATUS_OK:
+            owners.setdefault(content_hash, set()).add(name)
+    shared = sorted({name for names in owners.values() if len(names) > 1 for name in names})
+    if not shared:
+        return []
+    return [
+        f"{len(shared):,} patients have an image that is also another's ({listed(shared)}): whoever stands here under "
+        f"two names counts twice, and p is too small; give one name with cyto barcode --table"
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- the numbers
@@ -497,8 +522,11 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
     n_needed = math.ceil(round(n_tested * test.floor / 0.05, 6))
     if n_needed == 1:
         return []
+    n_permutations = math.ceil(n_tested / 0.05)
+    # with fewer ways to deal than that, each would be taken once, and no p could be so small
+    one_would_do = not test.is_exact and math.comb(n_a + n_b, n_a) > n_permutations
     remedy = "fewer latents (--min-patients)" + (
-        "" if test.is_exact else f", or --permutations {math.ceil(n_tested / 0.05)}, which lets one do"
+        f", or --permutations {n_permutations}, which lets one do" if one_would_do else ""
     )
     return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stores.concept_store import MEANINGFUL
+
 from .drawing import COLORS, new_figure, plain, save_both
 
 Floats = npt.NDArray[np.float64]
@@ -17,7 +19,6 @@ _MOST_PANELS = 12
 _MOST_VECTOR = 2000  # points that an SVG draws one by one; more become a picture in it
 _UNKNOWN = COLORS[3]  # no colour of cividis is near it
 _DASHES = ("-", "--", ":", "-.")
-_MEANINGFUL = -3  # log10 of the mean activation above which the paper looked at latents
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def plot_thresholds(panels: Sequence[Panel], path: Path) -> None:
         style = _DASHES[number // len(COLORS) % len(_DASHES)]
         color = COLORS[number % len(COLORS)]
         axes.plot(grid, counts, style, color=color, linewidth=1.5, label=plain(panel.name))
-    axes.axvline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
+    axes.axvline(np.log10(MEANINGFUL), color="0.5", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
     axes.set_ylim(0.8, 1.5 * max(2, *map(len, fires)))
     axes.set_xlim(low, high)
@@ -107,7 +108,7 @@ def _draw_scatter(panel: Panel, axes: Any, norm: Any, limits: list[tuple[float, 
     dots = {"s": size, "linewidths": 0, "rasterized": is_picture}
     axes.scatter(x[~is_known], y[~is_known], color=_UNKNOWN, **dots)
     axes.scatter(x[is_known], y[is_known], c=entropy[is_known], cmap="cividis", norm=norm, **dots)
-    axes.axhline(_MEANINGFUL, color="0.5", linewidth=0.8, linestyle=":")
+    axes.axhline(np.log10(MEANINGFUL), color="0.5", linewidth=0.8, linestyle=":")
     axes.set_xlim(*limits[0])
     axes.set_ylim(*limits[1])
     axes.set_xlabel("log10 frequency", fontsize=8)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.concept_store import LATENT_COLUMNS, TOP_COLUMNS
+from stores.concept_store import LATENT_COLUMNS, MEANINGFUL, TOP_COLUMNS
 from stores.csr_blocks import CHUNK_ENTRIES
 from stores.errors import BadInput
 from stores.files import sha256_json
@@ -41,9 +41,8 @@ from .workers import Watch, cluster_job, prepare_workers
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["MEANINGFUL", "ConceptConfig", "ConceptResult", "label_entropy", "shuffled_entropy", "write_concepts"]
+__all__ = ["ConceptConfig", "ConceptResult", "label_entropy", "shuffled_entropy", "write_concepts"]
 
-MEANINGFUL = 1e-3  # of a mean activation, as the paper chose latents to look at
 LABEL_COLUMNS = ("label", "label_common")
 _MOST_DATASETS = 20  # each costs some hundred bytes a latent here, and as many rows in the tables
 _MOST_TOP = 100
@@ -343,7 +342,7 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         "n_labelled": int((labels[config.label] >= 0).sum()),
         "n_labels": len(np.unique(labels[config.label][labels[config.label] >= 0])),
         "n_silent": int((~fires).sum()),
-        "n_meaningful": int((mean > MEANINGFUL).sum()),
+        "n_meaningful": int((mean >= MEANINGFUL).sum()),
         "n_without_entropy": int((fires & np.isnan(entropy)).sum()),
         "n_top_unlabelled": int((of_top[config.label][latent, rank] < 0).sum()),
     }

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationStore, Float16, require_same_tokens
+from stores.concept_store import MEANINGFUL
 from stores.errors import BadInput, DamagedStore
 from stores.holdout import read_image_ids
 from stores.spec import check_choice
@@ -33,7 +34,6 @@ from .training_data import TrainingData
 Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
-MEANINGFUL = 1e-3  # mean activation from which the paper counts a latent
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
 _TOKENS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two

@@ -43,7 +43,8 @@ class RowFit:
     def probabilities(self, gram: Float) -> Float:
         """(rows, n_classes) from the products (rows, n) of new rows with the training rows; 0 for an unseen class."""
         out = np.zeros((len(gram), self.n_classes))
-        out[:, self.present] = softmax(self.scale * (gram @ self.dual) + self.intercept)
+        if len(self.present):
+            out[:, self.present] = softmax(self.scale * (gram @ self.dual) + self.intercept)
         return out
 
 
@@ -53,14 +54,16 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
     Parameters
     ----------
     gram : (n, n) X X^T in float64
-    labels : (n,) in 0..n_classes-1; classes without a row are left out
+    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
     strength : scikit-learn's C > 0
     """
     present = np.unique(labels)
     one_hot = (labels[:, None] == present).astype(np.float64)
     scale = strength if len(present) > 2 else strength / 2
-    if len(present) == 1:
-        return RowFit(present, np.zeros_like(one_hot), np.zeros(1), scale, n_classes, n_steps=0, converged=True)
+    if len(present) < 2:
+        return RowFit(
+            present, np.zeros_like(one_hot), np.zeros(len(present)), scale, n_classes, n_steps=0, converged=True
+        )
     # rows from their mean: the free intercept makes up for it, and the problem is far better posed
     kernel = scale * (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
     dual, intercept = _beginning(kernel, one_hot)

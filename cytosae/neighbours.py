@@ -20,8 +20,10 @@ from stores.results import begin_results
 from stores.spec import NEIGHBOURS
 
 from . import coactivation
+from .barcode_checks import check_one_sae, check_tau
 from .coactivation import Coactivation, GroupCounts
 from .decoder import Decoder, pair_cosines, read_decoder
+from .groups import join_tables
 from .nearest import nearest
 from .workers import cluster_job
 
@@ -65,9 +67,10 @@ def find_neighbours(
     Raises
     ------
     BadInput
-        If a latent does not exist, a store was pruned above tau, or nothing is readable.
+        If a latent does not exist, a store was pruned above tau, two images have the same id (a store given twice), or
+        nothing is readable.
     SpecMismatch
-        If a store holds latents of another SAE.
+        If a store holds latents of another SAE, or of another kind of tokens than the others.
     """
     decoder = read_decoder(run)
     return _find(decoder, _open(decoder, latents, settings), _chosen(decoder, chosen), settings, client, progress)
@@ -140,15 +143,12 @@ def _open(decoder: Decoder, latents: Sequence[Path | str], settings: Coactivatio
                 f"{store.root} holds latents of another SAE (sha256 {store.spec.sae_sha256[:12]} against "
                 f"{decoder.sae_sha256[:12]} of {decoder.root}); give the SAE that it was encoded with"
             )
-        if settings.tau < store.spec.min_activation:
-            raise BadInput(
-                f"{store.root} was pruned below {store.spec.min_activation:g}: tau {settings.tau:g} would count too "
-                f"few; give --tau {store.spec.min_activation:g} or more, or encode without pruning"
-            )
-        if store.spec.tokens_per_image != stores[0].spec.tokens_per_image:
-            raise SpecMismatch(f"{store.root} and {stores[0].root} have different numbers of tokens per image")
-    if stores and not any(store.readable().any() for store in stores):
-        raise BadInput(f"no readable image in {', '.join(str(store.root) for store in stores)}")
+    if stores:
+        check_one_sae(stores)
+        check_tau(stores, settings.tau)
+        join_tables(stores)  # no image twice
+        if not any(store.readable().any() for store in stores):
+            raise BadInput(f"no readable image in {', '.join(str(store.root) for store in stores)}")
     return stores
 
 

@@ -34,6 +34,7 @@ from stores.results import ResultStore, begin_results
 from stores.spec import PATIENT_CONCEPTS
 from stores.tables import STATUS_OK, listed
 
+from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .drawing import plain
 from .relation_figures import plot_all_patients, plot_patient
 
@@ -115,8 +116,10 @@ def write_patient_concepts(
     Raises
     ------
     BadInput
-        If there is no such patient; if it has no disease, fewer than 4 readable images or fewer than 5 others (of all
-        patients: if nobody has enough).
+        If there is no such patient, or none at all; if it has no disease, fewer than 4 readable images or fewer than 5
+        others (of all patients: if nobody has enough).
+    DamagedStore
+        If the barcodes lack a chunk or cannot be read.
     """
     cohort = _Cohort(BarcodeStore(barcodes), settings)
     chosen = range(len(cohort.names)) if patient is None else [cohort.number(patient)]
@@ -169,16 +172,22 @@ class _Cohort:
                 f"{store.root} is normalised by {store.header.spec['normalize']}: its patients with more images have "
                 f"larger barcodes. Count with cyto barcode --normalize images"
             )
+        store.check()
         self.store, self.settings = store, settings
         self.tau = store.taus[0] if settings.tau is None else settings.tau
-        patients = store.read("patient", settings.tau)
-        self._matrix, obs = ss.csr_matrix(patients.X), patients.obs
-        self.names = [str(name) for name in patients.obs_names]
+        obs = store.read_obs("patient", settings.tau, needed=PATIENT_COLUMNS)
+        self._matrix = ss.csr_matrix(store.read_element("patient", "X", settings.tau))
+        if not len(obs):
+            raise BadInput(
+                f"{store.root} has no patient: no image has one; count again with a column 'patient' (cyto barcode "
+                f"--table)"
+            )
+        self.names = [str(name) for name in obs.index]
         self._ids, self._datasets, self._diseases = (
             np.asarray(obs[name], object) for name in ("patient_id", "dataset", "disease")
         )
         self._n_images = np.asarray(obs["n_images"], np.int64)
-        self._images = store.read_obs("image", settings.tau)
+        self._images = store.read_obs("image", settings.tau, needed=IMAGE_COLUMNS)
 
     def number(self, patient: str) -> int:
         """The row of a patient."""

@@ -113,6 +113,12 @@ def write_probe(
     units = read_units(store, unit_config, seed=config.seed)
     warnings = [*units.warnings]
     warnings += check_groups(units.labels, units.groups, units.classes, n_folds=config.folds, target=target)
+    normalize = store.header.spec["normalize"]
+    if normalize != "images" and unit_config.level == "patient":
+        warnings.append(
+            f"these barcodes are normalised as {normalize}: patients with more images have larger values, so the "
+            f"number of images is in every score; cyto barcode without --normalize divides by each patient's own number"
+        )
     warnings += _provenance(latents_spec, tokens, sae)
     spec = {
         "barcodes": store.header.identity,
@@ -172,7 +178,7 @@ class _Rule:
             "latents": n_features * c / 100,
             "backbone": self.width * c / 100,
             "samples": n_rows * c / 100,
-            "samples-inverse": 100 / (n_rows * c),
+            "samples-inverse": 100 / (max(1, n_rows) * c),  # without a row nothing is fitted
         }[self.name]
 
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
-import zarr
 
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
 from stores.tables import STATUS_OK, listed
 
+from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .folds import connected_groups
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
     BadInput
         If a column does not exist, a patient has two values of it, or nothing is left.
     """
-    images = _read(store, "image", config.tau, "obs").reset_index(names="image_id")
-    lacking = {"status", "patient", "dataset", "content_hash"} - {*images.columns}
-    if lacking:
-        raise DamagedStore(f"the images of {store.root} have no column {listed(sorted(lacking))}; count again")
+    images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS).reset_index(names="image_id")
     columns = [name for name in images.columns if name != "image_id"]
     images["row"] = np.arange(len(images))
     images = images[images["status"] == STATUS_OK]
@@ -122,9 +119,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
 
 
 def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", columns: list[str]) -> list[_Unit]:
-    obs = _read(store, "patient", config.tau, "obs")
-    if "patient_id" not in obs.columns:
-        raise BadInput(f"{store.root} was written by an older cyto; count again: cyto barcode ... --overwrite")
+    obs = store.read_obs("patient", config.tau, needed=PATIENT_COLUMNS)
     owners = [f"{patient}\0{data}" for patient, data in zip(obs["patient_id"], obs["dataset"], strict=True)]
     images_of = {str(owner): rows for owner, rows in images.groupby("owner")}
     if config.target in obs.columns:
@@ -168,12 +163,12 @@ def _with_barcodes(
     store: BarcodeStore, config: UnitConfig, units: list[_Unit], left_out: dict[str, int], warnings: list[str]
 ) -> Units:
     rows = [unit.row for unit in units]
-    barcodes = ss.csr_matrix(_read(store, config.level, config.tau, "X"))[rows]
+    barcodes = ss.csr_matrix(store.read_element(config.level, "X", config.tau))[rows]
     if config.level == "patient":
-        sums = ss.csr_matrix(_read(store, "patient", config.tau, "layers/activation_sum"))[rows]
-        counts = ss.csr_matrix(_read(store, "patient", config.tau, "layers/n_active_images"))[rows]
+        sums = ss.csr_matrix(store.read_element("patient", "layers/activation_sum", config.tau))[rows]
+        counts = ss.csr_matrix(store.read_element("patient", "layers/n_active_images", config.tau))[rows]
     else:
-        sums = ss.csr_matrix(_read(store, "image", config.tau, "layers/mean"))[rows]
+        sums = ss.csr_matrix(store.read_element("image", "layers/mean", config.tau))[rows]
         counts = sums > 0
     if not all(np.isfinite(matrix.data).all() for matrix in (barcodes, sums, counts)):
         raise DamagedStore(f"the {config.level} barcodes of {store.root} hold NaN or infinity; count again")
@@ -212,13 +207,6 @@ def shared_groups(units: Units) -> int:
 def _dense(matrix: Any, columns: npt.NDArray[Any]) -> Float:
     """(len(columns), rows) float64."""
     return np.ascontiguousarray(matrix[:, columns].toarray().T, np.float64)
-
-
-def _read(store: BarcodeStore, level: str, tau: float | None, element: str) -> Any:
-    """One element of a level's AnnData store."""
-    from anndata.io import read_elem
-
-    return read_elem(zarr.open_group(store.path(level, tau), mode="r")[element])
 
 
 def _checked(name: str, columns: list[str], store: BarcodeStore) -> str:

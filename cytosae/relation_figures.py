@@ -59,7 +59,7 @@ def plot_patient(
     for bound in (-3, 3):
         axes.axvline(bound, color="0.3", linewidth=0.8, linestyle=":")
     axes.set_yticks(rows, list(names), fontsize=7)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     largest = max([4, *np.abs(z), *np.abs(others_z).ravel()])
     axes.set_xlim(-1.1 * largest, 1.1 * largest)
     _scale(axes, "x", largest, linear_to=3, most=20)

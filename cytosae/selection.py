@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stores.concept_store import ConceptStore
+from stores.concept_store import MEANINGFUL, ConceptStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
 from stores.spec import describe_difference
@@ -30,7 +30,7 @@ class SelectionConfig:
     """How latents are drawn. `as_released`: KMeans on mean activation and frequency as they are, without log10."""
 
     dataset: str
-    threshold: float = 1e-3  # of the mean activation; a latent that equals it takes part
+    threshold: float = MEANINGFUL  # of the mean activation; a latent that equals it takes part
     clusters: int = 10
     per_cluster: int = 5
     seed: int = 0

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stores.concept_store import MEANINGFUL
 from stores.errors import BadInput, SpecMismatch
 from stores.results import ResultStore, begin_results
 from stores.spec import CONCEPTS, STABILITY
@@ -32,7 +33,6 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 TOLERANCE = 1e-6  # of a bound, above the error of a float32 product of unit rows
 THRESHOLDS = (0.7, 0.9)
-MEANINGFUL = 1e-3  # mean activation from which the paper looks at a latent
 _NEAREST = 16  # candidates of a row to begin with, and what is added to it in a round
 _ROUNDS = 20
 

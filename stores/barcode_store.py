@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from .csr import CsrReader, CsrWriter
 from .errors import BadInput, DamagedStore
 from .files import sha256_file
 from .spec import BARCODES, Header, read_header
+from .tables import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,16 +160,42 @@ class BarcodeStore:
                 raise DamagedStore(f"{export} is {what}; count again with --overwrite")
 
     def read(self, level: str, tau: float | None = None) -> Any:
-        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`."""
+        """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`.
+
+        Raises
+        ------
+        DamagedStore
+            If it cannot be read. A lost chunk reads as zeros: only `check` finds it.
+        """
         import anndata
 
-        return anndata.read_zarr(self.path(level, tau))
+        path = self.path(level, tau)
+        with _told_as_damage(path):
+            return anndata.read_zarr(path)
 
-    def read_obs(self, level: str, tau: float | None = None) -> "pd.DataFrame":
-        """The table of images, patients or diseases alone; `tau` as for `path`."""
+    def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
+        """One element of a level's AnnData (`X`, `obs`, `layers/mean`), whole in memory; otherwise as `read`."""
         from anndata.io import read_elem
 
-        table: pd.DataFrame = read_elem(zarr.open_group(os.fspath(self.path(level, tau)), mode="r")["obs"])
+        path = self.path(level, tau)
+        with _told_as_damage(path):
+            return read_elem(zarr.open_group(os.fspath(path), mode="r")[element])
+
+    def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
+        """The table of images, patients or diseases alone; it has the columns `needed`. Otherwise as `read`.
+
+        Raises
+        ------
+        DamagedStore
+            Also if a column is missing.
+        """
+        table: pd.DataFrame = self.read_element(level, "obs", tau)
+        missing = [name for name in needed if name not in table.columns]
+        if missing:
+            raise DamagedStore(
+                f"{self.path(level, tau)} has no column {listed(missing)}: it is damaged, or of an older cyto; "
+                f"count again with cyto barcode --overwrite"
+            )
         return table
 
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:
@@ -192,6 +221,16 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+@contextmanager
+def _told_as_damage(path: Path) -> Iterator[None]:
+    """What zarr, its codecs and anndata raise, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedStore(f"{path} cannot be read ({reason}); count again with cyto barcode --overwrite") from None
 
 
 def _stated_shape(matrix: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .errors import BadInput, DamagedStore
 from .results import ResultStore
 from .spec import CONCEPTS
 
+MEANINGFUL = 1e-3  # mean activation from which on the paper looks at a latent; one that equals it counts
 LATENT_COLUMNS = {
     "latent": pa.int64(),
     "dataset": pa.string(),

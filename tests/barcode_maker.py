@@ -22,6 +22,7 @@ def write_patient_barcodes(
     n_images: list[int] | None = None,
     taus: tuple[float, ...] = (0.2,),
     normalize: str = "images",
+    content_hashes: list[str] | None = None,
 ) -> Path:
     """A complete barcodes folder whose patients have these values (patients, latents); one image each."""
     n_patients, n_latents = values.shape
@@ -38,7 +39,8 @@ def write_patient_barcodes(
     )
     known = sorted({*diseases} - {""})
     means = np.array([values[[disease == name for disease in diseases]].mean(0) for name in known])
-    levels = {"image": (values, obs), "patient": (values, obs), "disease": (means, pd.DataFrame(index=known))}
+    images = obs.assign(patient=names, status="ok", content_hash=content_hashes or names)
+    levels = {"image": (values, images), "patient": (values, obs), "disease": (means, pd.DataFrame(index=known))}
     var = pd.DataFrame({"latent": np.arange(n_latents)}, index=[str(latent) for latent in range(n_latents)])
     root.mkdir(parents=True, exist_ok=True)
     for tau in taus:

@@ -217,6 +217,8 @@ def test_what_a_q_can_reach_is_told(barcodes: Path, tmp_path: Path) -> None:
         "--permutations 2360, which lets one do"
     ]
     assert compare(barcodes, tmp_path / "enough", small(n_permutations=2_360)).summary["warnings"] == []
+    few = compare(barcodes, tmp_path / "few", small(SICK, OTHER)).summary["warnings"]  # 715 ways are no 2,360
+    assert few[-1].endswith("smallest p that is possible (0.002), or fewer latents (--min-patients)")
 
 
 def test_filters_see_no_diseases_and_are_counted(barcodes: Path, tmp_path: Path) -> None:
@@ -273,6 +275,17 @@ def test_what_else_may_make_groups_differ_is_said(tmp_path: Path) -> None:
     assert warnings[0].startswith("images per patient differ: median 300 in CBFB::MYH11, 100 in control")
     assert warnings[1].startswith("these barcodes are normalised as cytosae-release")
     assert warnings[2].startswith("no dataset has patients of both groups (here against there)")
+
+
+def test_patients_with_an_image_in_common_are_named(tmp_path: Path) -> None:
+    """Only of those who are compared."""
+    hashes = [f"h{number}" for number in range(len(DISEASES))]
+    hashes[12], hashes[22], hashes[24] = hashes[3], hashes[4], ""
+    root = write_patient_barcodes(tmp_path / "b", drawn(), DISEASES, content_hashes=hashes)
+    warnings = compare(root, tmp_path / "out", small(n_permutations=3_000)).summary["warnings"]
+    assert [warning.split(":")[0] for warning in warnings] == [
+        "2 patients have an image that is also another's (P003, P012)"
+    ]
 
 
 def test_hostile_names_and_undefined_correlations_are_drawn(figures: None, tmp_path: Path) -> None:

@@ -187,11 +187,13 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
         find_neighbours(sae, chosen=[12], settings=Coactivation())
     with pytest.raises(BadInput, match="no latent -1 in"):
         find_neighbours(sae, chosen=[-1], settings=Coactivation())
-    with pytest.raises(BadInput, match=r"pruned below 0.2: tau 0 would count too few; give --tau 0.2 or more"):
+    with pytest.raises(BadInput, match=r"pruned below 0.2: tau 0 would count too few; choose a larger --tau"):
         find_neighbours(sae, [pruned], settings=Coactivation())
     assert find_neighbours(sae, [pruned], settings=Coactivation(tau=0.2)).n_images == 27
     with pytest.raises(SpecMismatch, match=r"foreign.zarr holds latents of another SAE"):
         find_neighbours(sae, [foreign], settings=Coactivation())
+    with pytest.raises(BadInput, match=r"3[01] image ids of .* are also in .*each store once"):
+        find_neighbours(sae, [made[1][0]] * 2, settings=Coactivation())
     with pytest.raises(BadInput, match="no readable image in"):
         find_neighbours(sae, [nothing], settings=Coactivation())
     with pytest.raises(BadInput, match="tau must be a number of at least 0"):

@@ -14,6 +14,7 @@ from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare, write_patient_concepts
+from cytosae.relation_figures import plot_patient
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
 
@@ -118,6 +119,14 @@ def test_halves_agree_about_a_patient_and_not_about_noise() -> None:
     assert other > 0.6
 
 
+def test_a_patient_without_any_latent_is_drawn(tmp_path: Path) -> None:
+    """Nobody of the disease exceeds tau: nothing to compare, and no warning of Matplotlib's."""
+    found = compared(np.zeros((4, 0)), np.zeros((5, 0)))
+    assert len(found.latent) == 0
+    plot_patient("nothing", [], found.z, found.others, found.sets_apart, tmp_path / "p")
+    assert (tmp_path / "p.png").is_file()
+
+
 # ------------------------------------------------------------------------------------------- the folder
 
 N_IMAGES = {"A": 9, "B": 6, "C": 5, "D": 8, "E": 4, "F": 6, "tiny": 3, "lone": 7, "unknown": 6}
@@ -214,6 +223,26 @@ def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> 
     shutil.copytree(barcodes.with_name("several") / "image_tau2.zarr" / "X", mixed / "image.zarr" / "X")
     with pytest.raises(DamagedStore, match="the images of patient 'A' do not give its barcode; count again"):
         write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
+
+
+def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
+    """A lost chunk would read as zeros; a changed one is told; and without patients there is nobody to compare."""
+    for name, words in (("changed", "patient.zarr cannot be read"), ("lost", "is missing; count again")):
+        copy = Path(shutil.copytree(barcodes, tmp_path / name))
+        chunk = next(path for path in (copy / "patient.zarr" / "X" / "data" / "c").rglob("*") if path.is_file())
+        if name == "lost":
+            chunk.unlink()
+        else:
+            chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+        with pytest.raises(DamagedStore, match=words):
+            write_patient_concepts(copy, "A", tmp_path / "out")
+    rows: list[Row] = [(None, None, True)] * 3
+    write_latents(tmp_path / "latents.zarr", np.ones((3, 6, 20), np.float32), rows)
+    with local_client(1, 2) as client:
+        write_barcodes(tmp_path / "latents.zarr", tmp_path / "nobody", BarcodeConfig(tau=0.5), client=client)
+    with pytest.raises(BadInput, match="has no patient: no image has one"):
+        write_patient_concepts(tmp_path / "nobody", None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_command(barcodes: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from cytosae.threshold_grams import ThresholdGrams
 from stores import BARCODES, PROBE, BarcodeStore, BarcodeWriter, ResultStore, new_header, write_header
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
-from stores.errors import BadInput, SpecMismatch
+from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.spec import Header
 from stores.tables import image_table, table_sha256
 
@@ -69,7 +69,14 @@ def cohort(
 
 
 def write_folder(
-    root: Path, table: pd.DataFrame, counts: Array, means: Array, *, order: Sequence[int] = (), cache: str = "c" * 64
+    root: Path,
+    table: pd.DataFrame,
+    counts: Array,
+    means: Array,
+    *,
+    order: Sequence[int] = (),
+    cache: str = "c" * 64,
+    normalize: str = "images",
 ) -> Path:
     """A barcodes folder as `cyto barcode` would count it; patients in `order`."""
     images = table.set_index("image_id")
@@ -99,7 +106,7 @@ def write_folder(
         "latents_spec": {"sae_sha256": "s" * 64, "cache_sha256": cache, "cache": {"width": 6, "trained": True}},
         "tau": 0.2,
         "token_set": "all",
-        "normalize": "images",
+        "normalize": normalize,
     }
     header = new_header(BARCODES, spec)
     write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
@@ -138,11 +145,13 @@ def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, strength: f
 
 
 def test_what_cannot_be_learnt_is_stated_as_shares() -> None:
-    """No columns: the shares of the classes. A class without a row: probability 0. One class: 1."""
+    """No columns: the shares of the classes. A class without a row: probability 0. One class: 1. No row: all 0."""
     labels = np.array([0, 0, 2, 0])
     np.testing.assert_allclose(
         fit_rows(np.zeros((4, 4)), labels, 3, 1.0).probabilities(np.zeros((1, 4))), [[0.75, 0, 0.25]]
     )
+    nothing = fit_rows(np.zeros((0, 0)), np.zeros(0, np.int64), 3, 1.0)
+    assert (nothing.probabilities(np.zeros((2, 0))) == 0).all()
     alone = fit_rows(np.eye(2), np.array([1, 1]), 3, 1.0)
     assert alone.converged
     np.testing.assert_allclose(alone.probabilities(np.ones((1, 2))), [[0, 1, 0]])
@@ -394,6 +403,36 @@ def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
     folds = ResultStore(tmp_path / "out", PROBE).table("folds").to_pandas()
     of_patient = folds["image"].str.split("_").str[0]
     assert (folds.groupby(["repeat", "fold", of_patient])["side"].nunique() == 1).all()
+
+
+def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
+    """One patient trains, so nothing can be chosen inside: the lowest threshold, and a warning."""
+    table, counts, means = cohort(n_per_class=1, images_each=12)
+    folder = write_folder(tmp_path / "b", table, counts, means)
+    units = UnitConfig(level="image", target="")
+    scores, _ = write_probe(folder, tmp_path / "out", quick(folds=2, permutations=2, units=units))
+    assert scores["n_groups"] == 2
+    assert scores["curve"][0]["n_folds_chosen"] == 4
+    assert any("a class had no training row" in warning for warning in scores["warnings"])
+
+
+def test_the_released_divisor_is_told(tmp_path: Path) -> None:
+    """With it the number of images is in every barcode of a patient, not in those of images."""
+    folder = write_folder(tmp_path / "b", *cohort(), normalize="cytosae-release")
+    for level, is_told in (("patient", True), ("image", False)):
+        units = UnitConfig(level=level, target="")
+        scores, _ = write_probe(folder, tmp_path / level, quick(repeats=1, thresholds=(0.0,), units=units))
+        assert any("normalised as cytosae-release" in warning for warning in scores["warnings"]) == is_told
+
+
+def test_damage_is_one_line(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "b", *cohort())
+    chunk = next(
+        path for path in (folder / "patient.zarr" / "layers" / "activation_sum").rglob("c/*") if path.is_file()
+    )
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedStore, match=r"patient.zarr cannot be read .*count again"):
+        write_probe(folder, tmp_path / "out", quick())
 
 
 @pytest.mark.parametrize(
