@@ -47,6 +47,7 @@ def test_tutorial_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_notebook_runs(tmp_path: Path) -> None:
     """From top to bottom in a folder of its own, warnings as errors; again, it finds all of it finished."""
     command = [sys.executable, "-W", "error", str(ROOT / "docs" / "notebook.py")]
