@@ -1969,7 +1969,7 @@ def _one_dataset(store: Any, name: str | None) -> str:
     return str(name or store.datasets[0])
 
 
-def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...]) -> Any:
+def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> Any:
     """Latent stores, and a function per store that gives the pixels of its images."""
     from cytocache.pictures import Pictures
     from cytosae.reference_images import Sources
@@ -1977,7 +1977,7 @@ def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...]) -> Any:
 
     if roots and len(roots) != len(stores):
         raise click.UsageError(
-            f"give --root once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
+            f"give {option} once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
         )
     opened = [LatentStore(store) for store in stores]
     return Sources(
@@ -2058,13 +2058,13 @@ def _read_masks(store: Any, paths: dict[int, Path], side: int) -> tuple[dict[int
     return shares, unread, no_image
 
 
-def _warn_of_unseen(unseen: list[str]) -> None:
+def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     from stores.tables import listed
 
     if unseen:
         click.echo(
             f"warning: {len(unseen):,} images could not be shown ({listed([_shown(name) for name in unseen])}); "
-            f"say where they are with --root, and add --overwrite",
+            f"say where they are with {option}, and add --overwrite",
             err=True,
         )
 
@@ -2172,6 +2172,103 @@ def probe(
         click.echo(json.dumps(scores, indent=1, allow_nan=False))
     else:
         _print_probe(out, scores)
+
+
+@cli.group()
+def atlas() -> None:
+    """The science: a run as a folder of web pages."""
+
+
+@atlas.command("build")
+@click.option("--barcodes", type=_FILE, required=True, help="Folder of cyto barcode.")
+@click.option("--concepts", type=_FILE, required=True, help="Folder of cyto concept stats.")
+@click.option(
+    "--latents",
+    "stores",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    help="Latent store that both were made from; repeat it for several, in the same order.",
+)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the atlas.")
+@click.option(
+    "--images",
+    "roots",
+    type=_FILE,
+    multiple=True,
+    help="Where the images lie now, once for each of --latents  [default: where they lay].",
+)
+@click.option("--compare", "comparisons", type=_FILE, multiple=True, help="Folder of cyto compare; may repeat.")
+@click.option("--neighbours", type=_FILE, help="Folder of cyto concept neighbours.")
+@click.option(
+    "--pages",
+    type=click.Choice(["selected", "top", "all"]),
+    default="selected",
+    show_default=True,
+    help="Latents with a page: those of cyto concept select and in the comparisons' top lists, the --top largest "
+    "mean activations, or all. The scatter and the table show every latent.",
+)
+@click.option("--top", type=_COUNT, default=200, show_default=True, help="With --pages top: how many.")
+@click.option("--n-images", type=_COUNT, default=10, show_default=True, help="Reference images per latent and dataset.")
+@click.option(
+    "--patient-images", type=click.IntRange(min=0), default=12, show_default=True, help="Cells shown of each patient."
+)
+@click.option("--pixels", type=click.IntRange(min=32), default=256, show_default=True, help="Longer side of a picture.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
+@click.option(
+    "--pseudonyms",
+    is_flag=True,
+    help="Call patients P0001, P0002, ... and images by number; who is who goes into DIR.pseudonyms.csv, beside DIR.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the patients' cells and the pseudonyms.")
+@click.option("--dry-run", is_flag=True, help="Say how many pages and bytes it would be, and write nothing.")
+@_overwrite_option
+@_json_option
+def atlas_build(
+    barcodes: Path,
+    concepts: Path,
+    stores: tuple[Path, ...],
+    out: Path,
+    roots: tuple[Path, ...],
+    comparisons: tuple[Path, ...],
+    neighbours: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write web pages of concepts, images, patients and diseases, to be opened from the disk or any web server.
+
+    Nothing in them asks a network for anything.
+
+    \b
+    Example: cyto atlas build --barcodes cells.barcodes --concepts cells.concepts --latents cells.latents.zarr -o atlas
+    """
+    from cytosae.atlas.build import estimate_atlas, write_atlas
+    from cytosae.atlas.config import AtlasConfig
+    from cytosae.atlas.inputs import open_inputs
+
+    config = AtlasConfig(**settings)
+    sources = _sources(stores, roots, option="--images")
+    inputs = open_inputs(barcodes, concepts, sources, comparisons=comparisons, neighbours=neighbours, tau=config.tau)
+    if dry_run:
+        done = estimate_atlas(inputs, config)
+    else:
+        given = [path for path in (barcodes, concepts, *stores, *roots, *comparisons, neighbours) if path is not None]
+        with _progress("atlas", "page") as progress:
+            done = write_atlas(inputs, out, config, overwrite=overwrite, given=given, progress=progress)
+        _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"atlas": str(out), "written": not dry_run, **vars(done)}, indent=1))
+        return
+    counts = ", ".join(f"{number:,} {name}" for name, number in done.counts.items())
+    about = "about " if dry_run else ""
+    click.echo(f"{out}: pages of {counts}; {about}{done.n_files:,} files, {about}{done.n_bytes / 1e6:,.1f} MB")
+    if dry_run:
+        click.echo("nothing was written")
+        return
+    _warn_of_unseen(done.unseen, "--images")
+    click.echo(f"open {(out / 'index.html').absolute().as_uri()}")
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline
