@@ -2278,7 +2278,7 @@ def atlas_build(
 @click.option("--out", type=_FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the drawn cells.")
 def demo(out: Path, seed: int) -> None:
-    """The whole pipeline on drawn cells: no download, about a minute on two cores.
+    """The whole pipeline on drawn cells, up to an atlas: no download, about a minute on two cores.
 
     Cells, patients and diseases are invented, and the backbone is untrained: this shows the machinery, not medicine.
 
@@ -2289,17 +2289,24 @@ def demo(out: Path, seed: int) -> None:
     from cytocache.demo_cells import write_demo_images
     from cytocache.extract import ExtractConfig, extract
     from cytocache.images import read_image
+    from cytosae.atlas.build import write_atlas
+    from cytosae.atlas.config import AtlasConfig
+    from cytosae.atlas.inputs import open_inputs
     from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.compare import CompareConfig, compare
+    from cytosae.concepts import ConceptConfig, write_concepts
     from cytosae.config import TrainConfig
     from cytosae.encode import encode
     from cytosae.figures import characteristic_latents, plot_patient_barcodes
     from cytosae.map_figures import plot_reference_images
+    from cytosae.selection import SelectionConfig, select_latents
     from cytosae.train import train
-    from stores import BarcodeStore, LatentStore
+    from stores import BarcodeStore, ConceptStore, LatentStore
 
     _claim_demo_folder(out, seed)
     cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
     latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"
+    concepts, pair, site = out / "cells.concepts", out / "compare", out / "atlas"
 
     write_demo_images(out, seed=seed)
     images = open_images(cells)
@@ -2326,15 +2333,38 @@ def demo(out: Path, seed: int) -> None:
         encoded = encode(acts, run, latents, progress=progress)
     click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {_size(latents) / 1e6:.1f} MB")
 
-    click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
-    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client, _progress("barcode", "image") as progress:
-        counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
+    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client:
+        click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
+        with _progress("barcode", "image") as progress:
+            counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
+        click.echo(
+            f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
+            f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
+        )
+        click.echo(f"\n$ cyto concept stats {latents} -o {concepts}")
+        with _progress("concepts", "image") as progress:
+            write_concepts(latents, concepts, ConceptConfig(), client=client, progress=progress)
+    click.echo(f"{concepts}: {ConceptStore(concepts).n_latents} latents")
+
+    click.echo(f"\n$ cyto concept select {concepts}")
+    config_of_draw = SelectionConfig(dataset=ConceptStore(concepts).datasets[0])
     click.echo(
-        f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
-        f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
+        f"{len(select_latents(ConceptStore(concepts), config_of_draw).latents)} latents for an expert to look at"
     )
 
     store = BarcodeStore(barcodes)
+    a, b = store.read_obs("disease").index[:2]
+    click.echo(f"\n$ cyto compare {barcodes} {a} {b} -o {pair}")
+    compared = compare(barcodes, pair, CompareConfig(a=a, b=b)).summary
+    click.echo(f"{pair}: {compared['n_tested']} latents tested, {compared['n_q_at_most_0.05']} with q of at most 0.05")
+
+    options = f"--barcodes {barcodes} --concepts {concepts} --latents {latents} --compare {pair}"
+    click.echo(f"\n$ cyto atlas build {options} -o {site}")
+    inputs = open_inputs(barcodes, concepts, _sources((latents,), (out,)), comparisons=[pair])
+    with _progress("atlas", "page") as progress:
+        built = write_atlas(inputs, site, AtlasConfig(), progress=progress)
+    click.echo(f"{site}: {built.counts['concepts']} concepts, {built.counts['images']} images")
+
     by_image = store.read("image")
     paths = [out / str(path) for path in by_image.obs["path"]]
     plot_patient_barcodes(store.read("patient"), out / "patients_by_latents.png")
@@ -2350,7 +2380,8 @@ def demo(out: Path, seed: int) -> None:
         f"  {out / 'patients_by_latents.png'}   which latents tell the patients apart\n"
         f"  {out / 'reference_images.png'}      the cells that a latent answers to, and where in the cell\n"
         f"  {barcodes / 'patient.zarr'}   anndata.read_zarr opens it, scanpy takes it\n"
-        f"Next: the same commands on your own images, README.md"
+        f"Next: the same commands on your own images, README.md\n"
+        f"The atlas, for a browser: {(site / 'index.html').absolute().as_uri()}"
     )
 
 

@@ -528,7 +528,10 @@ async function startLatents() {
   }
 
   async function changeDataset() {
-    state.data = await readDataset(field.dataset.value);
+    $("latents").ariaBusy = "true";
+    const wanted = field.dataset.value, data = await readDataset(wanted);
+    if (wanted !== field.dataset.value) return; // changed again meanwhile
+    state.data = data;
     field.label.replaceChildren(element("option", { value: "" }, "any"), ...state.data.labels.map((name, n) => element("option", { value: n }, name)));
     if ($("scatter")) {
       const [x, y] = [state.data.frequency, state.data.mean_activation].map((values) => Float32Array.from(values, Math.log10));
@@ -541,11 +544,14 @@ async function startLatents() {
       color();
     }
     update();
+    $("latents").ariaBusy = "false";
   }
 
   async function changePair() {
     const pair = field.pair.value;
-    state.q = pair ? CYTO.unpack((await CYTO.load(`pair-${pair}`)).q) : null;
+    const q = pair ? CYTO.unpack((await CYTO.load(`pair-${pair}`)).q) : null;
+    if (pair !== field.pair.value) return;
+    state.q = q;
     update();
   }
 
@@ -555,7 +561,7 @@ async function startLatents() {
     else if (event.target === field.pair) changePair();
     else update();
   });
-  form.addEventListener("reset", () => setTimeout(() => { state.q = null; changeDataset(); }));
+  form.addEventListener("reset", () => setTimeout(() => { state.q = null; changeDataset(); })); // its fields are not reset yet
   $("latents").tHead.addEventListener("click", (event) => {
     const heading = event.target.closest("th");
     if (!heading) return;
