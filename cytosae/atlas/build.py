@@ -25,6 +25,7 @@ from .site import Site, copy_static
 
 Progress = Callable[[int, int, str], None]
 _SAMPLE = 8  # pages of a kind that an estimate writes into memory
+_EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +142,9 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
     if few is not None:  # a thumbnail's share of its sheet; tokens take space by their nonzeros
         thumb = site.n_bytes("sprites/") / len(few)
         n_bytes += round(thumb * len(plan.images)) - round(site.n_bytes("sprites/") * wanted["sprites/"])
-        n_values, n_in_few = _n_values(inputs, plan.images), _n_values(inputs, few)
-        n_bytes += round(site.n_bytes("data/image-") * (n_values / max(1, n_in_few) - 1))
+        of_few, n_in_few = site.n_bytes("data/image-"), _n_values(inputs, few)
+        per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
+        n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
     return AtlasResult(counts=counts, n_files=n_files, n_bytes=n_bytes, unseen=[])
 

@@ -94,7 +94,7 @@ def _write_page(
         disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
         unseen=unseen,
         side=patch_side(tokens.shape[0]),
-        n_active=len(np.unique(tokens.indices)),
+        n_active=int((tokens.getnnz(axis=0) > 0).sum()),
         references=[
             {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}
             | {"dataset": datasets[plan.references.dataset[n]]}
@@ -105,17 +105,17 @@ def _write_page(
 
 def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> dict[str, Any]:
     """Every value of an image, as a share of its largest in half precision: its patches by latent, and CLS apart."""
-    latents = np.flatnonzero(np.diff(patches.indptr))
-    largest = float(tokens.data.max(initial=0)) if tokens.nnz else 0.0
-    cls = tokens[0]
-    has_page = [latent for latent in np.union1d(latents, cls.indices).tolist() if plan.has_page(latent)]
+    counts = np.diff(patches.indptr)
+    latents, cls = np.flatnonzero(counts), tokens[0]
+    largest = float(tokens.data.max(initial=0))
+    number = np.uint16 if tokens.shape[1] <= 1 << 16 else np.uint32
     return {
         "largest": largest,
-        "latents": packed(latents.astype(np.uint32)),
-        "starts": packed(patches.indptr[np.append(latents, -1)].astype(np.uint32)),  # and the end of the last
+        "latents": packed(latents.astype(number)),
+        "counts": packed(counts[latents].astype(np.uint16)),  # patches of each
         "patches": packed(patches.indices.astype(np.uint8 if patches.shape[0] <= 256 else np.uint16)),
         "values": packed((patches.data / (largest or 1)).astype(np.float16)),
-        "cls_latents": packed(cls.indices.astype(np.uint32)),
+        "cls_latents": packed(cls.indices.astype(number)),
         "cls_values": packed((cls.data / (largest or 1)).astype(np.float16)),
-        "has_page": packed(np.array(has_page, np.uint32)),
+        "has_page": packed(np.intersect1d(plan.latents, np.union1d(latents, cls.indices)).astype(number)),
     }

@@ -76,7 +76,7 @@ function conceptLink(latent, hasPage) {
 function heat(share) {
   const at = Math.min(share, 1) * (INFERNO.length - 1), below = Math.min(Math.floor(at), INFERNO.length - 2);
   const mixed = INFERNO[below].map((low, n) => low + (INFERNO[below + 1][n] - low) * (at - below));
-  return [...mixed, share > 0 ? 255 * (0.2 + 0.55 * share) : 0];
+  return [...mixed, 255 * 0.85 * share];
 }
 
 function paint(canvas, shares, width, height) {
@@ -130,7 +130,9 @@ async function startImage() {
   if (!frame) return;
   const side = Number(frame.dataset.side), data = await CYTO.load(`image-${frame.dataset.image}`);
   const columns = Object.fromEntries(Object.entries(data).filter(([, value]) => value.dtype).map(([name, value]) => [name, CYTO.unpack(value)]));
-  const { latents, starts, patches, values } = columns, hasPage = new Set(columns.has_page);
+  const { latents, patches, values } = columns, hasPage = new Set(columns.has_page);
+  const starts = new Uint32Array(latents.length + 1); // where the patches of each latent begin
+  columns.counts.forEach((count, n) => { starts[n + 1] = starts[n] + count; });
   const canvas = $("patches");
   const grid = 16; // pixels of a patch on the canvas
   let chosen = -1, mapped = -1;
