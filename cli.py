@@ -1969,7 +1969,7 @@ def _one_dataset(store: Any, name: str | None) -> str:
     return str(name or store.datasets[0])
 
 
-def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...]) -> Any:
+def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> Any:
     """Latent stores, and a function per store that gives the pixels of its images."""
     from cytocache.pictures import Pictures
     from cytosae.reference_images import Sources
@@ -1977,7 +1977,7 @@ def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...]) -> Any:
 
     if roots and len(roots) != len(stores):
         raise click.UsageError(
-            f"give --root once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
+            f"give {option} once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
         )
     opened = [LatentStore(store) for store in stores]
     return Sources(
@@ -2058,13 +2058,13 @@ def _read_masks(store: Any, paths: dict[int, Path], side: int) -> tuple[dict[int
     return shares, unread, no_image
 
 
-def _warn_of_unseen(unseen: list[str]) -> None:
+def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     from stores.tables import listed
 
     if unseen:
         click.echo(
             f"warning: {len(unseen):,} images could not be shown ({listed([_shown(name) for name in unseen])}); "
-            f"say where they are with --root, and add --overwrite",
+            f"say where they are with {option}, and add --overwrite",
             err=True,
         )
 
@@ -2174,6 +2174,103 @@ def probe(
         _print_probe(out, scores)
 
 
+@cli.group()
+def atlas() -> None:
+    """The science: a run as a folder of web pages."""
+
+
+@atlas.command("build")
+@click.option("--barcodes", type=_FILE, required=True, help="Folder of cyto barcode.")
+@click.option("--concepts", type=_FILE, required=True, help="Folder of cyto concept stats.")
+@click.option(
+    "--latents",
+    "stores",
+    type=_FILE,
+    multiple=True,
+    required=True,
+    help="Latent store that both were made from; repeat it for several, in the same order.",
+)
+@click.option("-o", "--out", type=_FILE, required=True, help="Folder of the atlas.")
+@click.option(
+    "--images",
+    "roots",
+    type=_FILE,
+    multiple=True,
+    help="Where the images lie now, once for each of --latents  [default: where they lay].",
+)
+@click.option("--compare", "comparisons", type=_FILE, multiple=True, help="Folder of cyto compare; may repeat.")
+@click.option("--neighbours", type=_FILE, help="Folder of cyto concept neighbours.")
+@click.option(
+    "--pages",
+    type=click.Choice(["selected", "top", "all"]),
+    default="selected",
+    show_default=True,
+    help="Latents with a page: those of cyto concept select and in the comparisons' top lists, the --top largest "
+    "mean activations, or all. The scatter and the table show every latent.",
+)
+@click.option("--top", type=_COUNT, default=200, show_default=True, help="With --pages top: how many.")
+@click.option("--n-images", type=_COUNT, default=10, show_default=True, help="Reference images per latent and dataset.")
+@click.option(
+    "--patient-images", type=click.IntRange(min=0), default=12, show_default=True, help="Cells shown of each patient."
+)
+@click.option("--pixels", type=click.IntRange(min=32), default=256, show_default=True, help="Longer side of a picture.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
+@click.option(
+    "--pseudonyms",
+    is_flag=True,
+    help="Call patients P0001, P0002, ... and images by number; who is who goes into DIR.pseudonyms.csv, beside DIR.",
+)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the patients' cells and the pseudonyms.")
+@click.option("--dry-run", is_flag=True, help="Say how many pages and bytes it would be, and write nothing.")
+@_overwrite_option
+@_json_option
+def atlas_build(
+    barcodes: Path,
+    concepts: Path,
+    stores: tuple[Path, ...],
+    out: Path,
+    roots: tuple[Path, ...],
+    comparisons: tuple[Path, ...],
+    neighbours: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write web pages of concepts, images, patients and diseases, to be opened from the disk or any web server.
+
+    Nothing in them asks a network for anything.
+
+    \b
+    Example: cyto atlas build --barcodes cells.barcodes --concepts cells.concepts --latents cells.latents.zarr -o atlas
+    """
+    from cytosae.atlas.build import estimate_atlas, write_atlas
+    from cytosae.atlas.config import AtlasConfig
+    from cytosae.atlas.inputs import open_inputs
+
+    config = AtlasConfig(**settings)
+    sources = _sources(stores, roots, option="--images")
+    inputs = open_inputs(barcodes, concepts, sources, comparisons=comparisons, neighbours=neighbours, tau=config.tau)
+    if dry_run:
+        done = estimate_atlas(inputs, config)
+    else:
+        given = [path for path in (barcodes, concepts, *stores, *roots, *comparisons, neighbours) if path is not None]
+        with _progress("atlas", "page") as progress:
+            done = write_atlas(inputs, out, config, overwrite=overwrite, given=given, progress=progress)
+        _say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps({"atlas": str(out), "written": not dry_run, **vars(done)}, indent=1))
+        return
+    counts = ", ".join(f"{number:,} {name}" for name, number in done.counts.items())
+    about = "about " if dry_run else ""
+    click.echo(f"{out}: pages of {counts}; {about}{done.n_files:,} files, {about}{done.n_bytes / 1e6:,.1f} MB")
+    if dry_run:
+        click.echo("nothing was written")
+        return
+    _warn_of_unseen(done.unseen, "--images")
+    click.echo(f"open {(out / 'index.html').absolute().as_uri()}")
+
+
 # ---------------------------------------------------------------------------------------------------- the pipeline
 
 
@@ -2181,7 +2278,7 @@ def probe(
 @click.option("--out", type=_FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the drawn cells.")
 def demo(out: Path, seed: int) -> None:
-    """The whole pipeline on drawn cells: no download, about a minute on two cores.
+    """The whole pipeline on drawn cells, up to an atlas: no download, about a minute on two cores.
 
     Cells, patients and diseases are invented, and the backbone is untrained: this shows the machinery, not medicine.
 
@@ -2192,17 +2289,24 @@ def demo(out: Path, seed: int) -> None:
     from cytocache.demo_cells import write_demo_images
     from cytocache.extract import ExtractConfig, extract
     from cytocache.images import read_image
+    from cytosae.atlas.build import write_atlas
+    from cytosae.atlas.config import AtlasConfig
+    from cytosae.atlas.inputs import open_inputs
     from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.compare import CompareConfig, compare
+    from cytosae.concepts import ConceptConfig, write_concepts
     from cytosae.config import TrainConfig
     from cytosae.encode import encode
     from cytosae.figures import characteristic_latents, plot_patient_barcodes
     from cytosae.map_figures import plot_reference_images
+    from cytosae.selection import SelectionConfig, select_latents
     from cytosae.train import train
-    from stores import BarcodeStore, LatentStore
+    from stores import BarcodeStore, ConceptStore, LatentStore
 
     _claim_demo_folder(out, seed)
     cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
     latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"
+    concepts, pair, site = out / "cells.concepts", out / "compare", out / "atlas"
 
     write_demo_images(out, seed=seed)
     images = open_images(cells)
@@ -2229,15 +2333,38 @@ def demo(out: Path, seed: int) -> None:
         encoded = encode(acts, run, latents, progress=progress)
     click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {_size(latents) / 1e6:.1f} MB")
 
-    click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
-    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client, _progress("barcode", "image") as progress:
-        counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
+    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client:
+        click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
+        with _progress("barcode", "image") as progress:
+            counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
+        click.echo(
+            f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
+            f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
+        )
+        click.echo(f"\n$ cyto concept stats {latents} -o {concepts}")
+        with _progress("concepts", "image") as progress:
+            write_concepts(latents, concepts, ConceptConfig(), client=client, progress=progress)
+    click.echo(f"{concepts}: {ConceptStore(concepts).n_latents} latents")
+
+    click.echo(f"\n$ cyto concept select {concepts}")
+    config_of_draw = SelectionConfig(dataset=ConceptStore(concepts).datasets[0])
     click.echo(
-        f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
-        f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
+        f"{len(select_latents(ConceptStore(concepts), config_of_draw).latents)} latents for an expert to look at"
     )
 
     store = BarcodeStore(barcodes)
+    a, b = store.read_obs("disease").index[:2]
+    click.echo(f"\n$ cyto compare {barcodes} {a} {b} -o {pair}")
+    compared = compare(barcodes, pair, CompareConfig(a=a, b=b)).summary
+    click.echo(f"{pair}: {compared['n_tested']} latents tested, {compared['n_q_at_most_0.05']} with q of at most 0.05")
+
+    options = f"--barcodes {barcodes} --concepts {concepts} --latents {latents} --compare {pair}"
+    click.echo(f"\n$ cyto atlas build {options} -o {site}")
+    inputs = open_inputs(barcodes, concepts, _sources((latents,), (out,)), comparisons=[pair])
+    with _progress("atlas", "page") as progress:
+        built = write_atlas(inputs, site, AtlasConfig(), progress=progress)
+    click.echo(f"{site}: {built.counts['concepts']} concepts, {built.counts['images']} images")
+
     by_image = store.read("image")
     paths = [out / str(path) for path in by_image.obs["path"]]
     plot_patient_barcodes(store.read("patient"), out / "patients_by_latents.png")
@@ -2253,7 +2380,8 @@ def demo(out: Path, seed: int) -> None:
         f"  {out / 'patients_by_latents.png'}   which latents tell the patients apart\n"
         f"  {out / 'reference_images.png'}      the cells that a latent answers to, and where in the cell\n"
         f"  {barcodes / 'patient.zarr'}   anndata.read_zarr opens it, scanpy takes it\n"
-        f"Next: the same commands on your own images, README.md"
+        f"Next: the same commands on your own images, README.md\n"
+        f"The atlas, for a browser: {(site / 'index.html').absolute().as_uri()}"
     )
 
 

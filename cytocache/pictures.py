@@ -31,7 +31,7 @@ class Pictures:
     def __call__(self, image_index: int) -> Pixels | str:
         """(height, width, 3) RGB in the image's own aspect, at most 512 pixels long; or why there is none."""
         if self.root is None:
-            return "where the images lie is not known: --root"
+            return "where the images lie is not known"
         if self._errors[image_index] is not None:
             return f"unreadable: {self._errors[image_index]}"
         path = str(self._paths[image_index])

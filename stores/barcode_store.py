@@ -198,6 +198,20 @@ class BarcodeStore:
             )
         return table
 
+    def matrix(self, level: str, tau: float | None = None, layer: str = "X") -> CsrReader:
+        """`X` of one level, or a layer of it, to be read in ranges of rows.
+
+        Raises
+        ------
+        BadInput
+            If there is no such level or tau.
+        DamagedStore
+            If the matrix is damaged or missing.
+        """
+        path = self.path(level, tau)
+        path = path / "X" if layer == "X" else path / "layers" / layer
+        return CsrReader(path, shape=_stated_shape(path))
+
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:
         """Some rows of `X`, rising, as a scipy CSR matrix; only the blocks that hold them are read, and checked.
 
@@ -208,9 +222,8 @@ class BarcodeStore:
         """
         from scipy.sparse import csr_matrix, vstack
 
-        path = self.path(level, tau) / "X"
-        shape = _stated_shape(path)
-        reader = CsrReader(path, shape=shape)
+        reader = self.matrix(level, tau)
+        shape = reader.shape
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
         for block in np.unique(rows // _READ_ROWS):
             first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])

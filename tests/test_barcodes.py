@@ -66,6 +66,7 @@ def write_latents(
     sae_sha256: str = "1" * 64,
     further: dict[str, list[str | None]] | None = None,
     precision: str = "fp32",
+    hashes: list[str] | None = None,
     **cache: Any,
 ) -> Path:
     """A latent store that holds these very latents, (n_images, T, n_latents) float32, without cache or SAE."""
@@ -79,9 +80,9 @@ def write_latents(
         **(further or {}),
     }
     errors = [None if ok else "file ends early" for _, _, ok in rows]
-    images = with_outcome(
-        image_table(columns, source="test", dataset=dataset), [None if e else "0" * 64 for e in errors], errors
-    )
+    known = hashes or ["0" * 64] * n_images
+    content = [None if error else name for name, error in zip(known, errors, strict=True)]
+    images = with_outcome(image_table(columns, source="test", dataset=dataset), content, errors)
     spec = LatentSpec(
         sae_sha256=sae_sha256,
         cache_sha256="2" * 64,

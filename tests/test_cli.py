@@ -144,6 +144,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
     from cytosae import coactivation
+    from cytosae.atlas.config import PAGES
     from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
     from cytosae.concepts import LABEL_COLUMNS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
@@ -162,6 +163,7 @@ def test_choices_are_those_of_the_library() -> None:
         if isinstance(option.type, click.Choice)
     }
     assert offered == {
+        ("cyto atlas build", "pages"): PAGES,
         ("cyto data index", "dataset"): (*INDEXERS, "folder"),
         ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
         ("cyto probe", "level"): LEVELS,

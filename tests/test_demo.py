@@ -32,7 +32,7 @@ def test_demo(tmp_path: Path) -> None:
     assert likeness[same & ~np.eye(len(same), dtype=bool)].mean() > likeness[~same].mean() + 0.3
 
     commands = [line[2:].split()[1:] for line in done.stdout.splitlines() if line.startswith("$ cyto")]
-    assert len(commands) == 4
+    assert len(commands) == 8
     for command in commands:  # the printed commands are the ones that were run: their outputs are complete
         again = CliRunner().invoke(cli, command)
         assert again.exit_code == 0, again.output

@@ -127,6 +127,19 @@ def test_probe_page(tmp_path: Path) -> None:
     assert set(REGULARIZATIONS) <= set(re.findall(r"^\| `([a-z-]+)`", page, re.MULTILINE))
 
 
+def test_atlas_page(made: Path, tmp_path: Path) -> None:
+    """Its block runs, on small stores."""
+    shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
+    shell("cyto barcode cells.latents.zarr -o cells.barcodes", tmp_path)
+    page = (ROOT / "docs" / "atlas.md").read_text()
+    (script,) = re.findall(
+        r"^<!-- executed by tests/test_docs.py -->\n```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
+    printed = shell(script, tmp_path)
+    assert printed.count("nothing was written") == 1
+    assert (tmp_path / "atlas" / "index.html").as_uri() in printed
+
+
 def test_every_block_runs_or_says_why_not() -> None:
     """A block that no test runs is output, a picture, or bears a reason."""
     for page in PAGES:

@@ -1,0 +1,256 @@
+"""Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stores.errors import SpecMismatch
+from stores.files import sha256_json, write_atomic
+from stores.results import ResultStore, begin_results
+from stores.spec import ATLAS, cyto_version
+
+from ..patch_maps import patch_side
+from .cohort import Cohort
+from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
+from .concept_pages import Maps, write_concept_pages
+from .config import AtlasConfig
+from .image_pages import write_images
+from .inputs import Inputs
+from .overview_pages import write_overview
+from .plan import Plan, make_plan
+from .site import Site, copy_static
+
+Progress = Callable[[int, int, str], None]
+_SAMPLE = 8  # pages of a kind that an estimate writes into memory
+_EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active latent
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasResult:
+    """What was built, or would be."""
+
+    counts: dict[str, int]  # pages by kind
+    n_files: int
+    n_bytes: int  # an estimate, if nothing was written
+    unseen: list[str]  # images that could not be shown, and why
+    was_complete: bool = False
+
+
+def write_atlas(
+    inputs: Inputs,
+    out: Path,
+    config: AtlasConfig,
+    *,
+    overwrite: bool = False,
+    given: Sequence[Path] = (),
+    progress: Progress = lambda done, total, state: None,
+) -> AtlasResult:
+    """Write the atlas to the folder `out`; with pseudonyms also `out`.pseudonyms.csv, who is who, beside it.
+
+    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+
+    Parameters
+    ----------
+    given : the paths that `inputs` were read from, which `out` must not contain
+
+    Raises
+    ------
+    StoreNotFound
+        If the pages of selected latents are wanted and none were selected.
+    SpecMismatch
+        If `out` holds another atlas (and not `overwrite`), or something else.
+    DamagedStore
+        If an input is damaged.
+    """
+    cohort, plan = _prepare(inputs, config)
+    writer = begin_results(
+        out,
+        ATLAS,
+        _spec(inputs, config, plan),
+        overwrite=overwrite,
+        inputs=given,
+        packages=("numpy", "jinja2", "pillow"),
+    )
+    if config.pseudonyms:
+        write_atomic(out.with_name(f"{out.name}.pseudonyms.csv"), cohort.mapping_csv())
+    if writer.is_complete:
+        summary = ResultStore(out, ATLAS).header.summary or {}
+        return AtlasResult(**summary["result"], was_complete=True)
+
+    site = Site(writer.root)
+    maps = _maps(inputs, plan)
+    shared = _shared(inputs, config)
+    n_steps = len(plan.images) + len(plan.latents) + cohort.n_patients
+    n_before = 0
+    for n_all, steps in (
+        (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
+        (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
+        (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
+    ):
+        _run(steps, lambda done, before=n_before: progress(before + done, n_steps, ""))  # type: ignore[misc]
+        n_before += n_all
+    _write_few(site, inputs, cohort, plan, shared)
+    _write_provenance(site, inputs, config, plan, shared, identity=writer.header.identity)
+    copy_static(site)
+
+    writer.write_table("files", site.table())
+    result = AtlasResult(
+        counts=_counts(inputs, cohort, plan),
+        n_files=site.n_files(),
+        n_bytes=site.n_bytes(),
+        unseen=[f"{_name(inputs, config, image)}: {why}" for image, why in sorted(maps.unseen.items())],
+    )
+    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
+    writer.finish({"result": kept, "latents": plan.latents.tolist(), "selection": list(plan.selection)})
+    return result
+
+
+def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
+    """What `write_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
+
+    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly.
+    """
+    cohort, plan = _prepare(inputs, config)
+    site, shared = Site(None), _shared(inputs, config)
+    few = (
+        plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
+    )
+    maps = _maps(inputs, plan)
+    if few is not None:
+        _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
+    _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
+    _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
+    _write_few(site, inputs, cohort, plan, shared)
+    _write_provenance(site, inputs, config, plan, shared, identity="")
+    copy_static(site)
+    counts = _counts(inputs, cohort, plan)
+    wanted = {
+        "images/": len(plan.images),
+        "pictures/": len(plan.images) * site.n_files("pictures/") // max(1, site.n_files("images/")),
+        "sprites/": -(-len(plan.images) // 256),
+        "concepts/": len(plan.latents),
+        "patients/": cohort.n_patients,
+    }
+    n_bytes, n_files = site.n_bytes(), site.n_files()
+    for folder, n_wanted in wanted.items():
+        n_there = site.n_files(folder)
+        n_bytes += round(site.n_bytes(folder) * (n_wanted / n_there - 1)) if n_there else 0
+        n_files += n_wanted - n_there if n_there else 0
+    if few is not None:  # a thumbnail's share of its sheet; tokens take space by their nonzeros
+        thumb = site.n_bytes("sprites/") / len(few)
+        n_bytes += round(thumb * len(plan.images)) - round(site.n_bytes("sprites/") * wanted["sprites/"])
+        of_few, n_in_few = site.n_bytes("data/image-"), _n_values(inputs, few)
+        per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
+        n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
+        n_files += len(plan.images) - len(few)
+    return AtlasResult(counts=counts, n_files=n_files, n_bytes=n_bytes, unseen=[])
+
+
+def _n_values(inputs: Inputs, images: Any) -> int:
+    """Nonzeros of all tokens of some images."""
+    n_values = 0
+    for image in images.tolist():
+        number, row = inputs.place(image)
+        starts = inputs.stores[number].image_indptr
+        n_values += int(starts[row + 1] - starts[row])
+    return n_values
+
+
+def _prepare(inputs: Inputs, config: AtlasConfig) -> tuple[Cohort, Plan]:
+    cohort = Cohort(inputs.barcodes, inputs.tau, pseudonyms=config.pseudonyms, seed=config.seed)
+    if len(cohort.patient_of) != inputs.first_images[-1] or cohort.n_latents != inputs.n_latents:
+        raise SpecMismatch(
+            f"{inputs.barcodes.root} has {len(cohort.patient_of):,} images and {cohort.n_latents:,} latents, "
+            f"the latent stores {inputs.first_images[-1]:,} and {inputs.n_latents:,}"
+        )
+    return cohort, make_plan(inputs, cohort, config)
+
+
+def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan) -> dict[str, Any]:
+    return {
+        "barcodes": inputs.barcodes.header.identity,
+        "concepts": inputs.concepts.identity,
+        "latents": inputs.sources.identities,
+        "comparisons": [each.header.identity for each in inputs.comparisons],
+        "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
+        "selection": sha256_json(list(plan.selection)),
+        **asdict(replace(config, tau=inputs.tau)),
+    }
+
+
+def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
+    """What every page knows."""
+    return {
+        "is_trained": inputs.is_trained,
+        "pseudonyms": config.pseudonyms,
+        "unit": _unit(inputs),
+        "version": cyto_version(),
+    }
+
+
+def _unit(inputs: Inputs) -> str:
+    tokens = {"all": "tokens", "patch": "patches", "cls": "CLS tokens"}[inputs.barcodes.header.spec["token_set"]]
+    per = "image" if inputs.barcodes.header.spec["normalize"] == "images" else "latent (as released)"
+    return f"{tokens} above {inputs.tau:g} per {per}"
+
+
+def _maps(inputs: Inputs, plan: Plan) -> Maps:
+    return Maps(len(plan.references.image), patch_side(inputs.stores[0].spec.tokens_per_image) ** 2)
+
+
+def _write_few(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+    """The pages that there are few of."""
+    write_overview(site, inputs, cohort, plan, shared)
+    write_patient_list(site, cohort, shared)
+    write_disease_pages(site, inputs, cohort, plan, shared)
+    write_pair_pages(site, inputs, cohort, plan, shared)
+
+
+def _write_provenance(
+    site: Site, inputs: Inputs, config: AtlasConfig, plan: Plan, shared: dict[str, Any], *, identity: str
+) -> None:
+    stores = [
+        {
+            "what": what,
+            "name": name,
+            "identity": header.identity,
+            "created_by": header.created_by,
+            "spec": header.spec,
+            "hashes": _hashes(header.summary or {}),
+        }
+        for what, name, header in inputs.headers
+    ]
+    spec = _spec(inputs, config, plan)
+    site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
+
+
+def _hashes(summary: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that a header names."""
+    found = {
+        str(name): str(sha256) for key in ("files", "exports") for name, sha256 in (summary.get(key) or {}).items()
+    }
+    if summary.get("journal_sha256"):
+        found["journal.jsonl"] = str(summary["journal_sha256"])
+    return found
+
+
+def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
+    return {
+        "concepts": len(plan.latents),
+        "images": len(plan.images),
+        "patients": cohort.n_patients,
+        "diseases": len(cohort.diseases),
+        "pairs": len(inputs.comparisons),
+    }
+
+
+def _name(inputs: Inputs, config: AtlasConfig, image: int) -> str:
+    return f"image {image}" if config.pseudonyms else inputs.image_ids[image]
+
+
+def _run(steps: Iterable[int] | Iterator[int], tell: Callable[[int], None] = lambda done: None) -> None:
+    for done in steps:
+        tell(done)

@@ -1,0 +1,169 @@
+"""Who the images are of: patients and diseases as the atlas numbers and names them, and their barcodes.
+
+Barcodes are read in blocks of patients. Nothing here is ever patients x latents: what is kept dense is diseases x
+latents, and patients x some latents.
+"""
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.barcode_store import BarcodeStore
+from stores.errors import DamagedStore
+from stores.tables import STATUS_OK
+
+_ROWS = 256  # patients, or images, that are read together
+Floats = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some latents of one patient or image: those that are not zero."""
+
+    latents: npt.NDArray[Any]
+    values: Values
+
+
+class Cohort:
+    """The patients and diseases of a barcodes folder. Both are known by a number, which their pages are called by."""
+
+    def __init__(self, barcodes: BarcodeStore, tau: float, *, pseudonyms: bool, seed: int) -> None:
+        """With `pseudonyms`, patients are numbered by a seeded shuffle, and called P0001, P0002, ..."""
+        self.barcodes, self.tau = barcodes, tau
+        self._tau = tau if len(barcodes.taus) > 1 else None
+        obs = barcodes.read_obs("patient", self._tau)
+        n_patients = len(obs)
+        order = np.random.default_rng(seed).permutation(n_patients) if pseudonyms else np.arange(n_patients)
+        self._rows_of = order  # number of a patient -> row in the store
+        self._number_of = np.argsort(order)
+        self.real_names = [str(obs.index[row]) for row in order]
+        self.names = [f"P{n + 1:04d}" for n in range(n_patients)] if pseudonyms else self.real_names
+        self.datasets = [str(name) for name in np.asarray(obs["dataset"], object)[order]]
+        self.n_images: Ints = np.asarray(obs["n_images"], np.int64)[order]
+        self.diseases = [str(name) for name in barcodes.read_obs("disease", self._tau).index]
+        numbers = {name: number for number, name in enumerate(self.diseases)}
+        stated = [str(name) for name in np.asarray(obs["disease"], object)[order]]
+        unknown = sorted({name for name in stated if name} - numbers.keys())
+        if unknown:
+            raise DamagedStore(f"{barcodes.root}: no barcode of the disease {unknown[0]!r}, which patients have")
+        self.disease_of: Ints = np.array([numbers.get(name, -1) for name in stated], np.int64)  # -1: none
+        keys = zip(self.datasets, np.asarray(obs["patient_id"], object)[order], strict=True)
+        self._by_key = {(dataset, str(patient)): number for number, (dataset, patient) in enumerate(keys)}
+
+    @property
+    def n_patients(self) -> int:
+        """Patients with a readable image."""
+        return len(self.names)
+
+    @cached_property
+    def patient_of(self) -> Ints:
+        """(n_images,) number of each image's patient; -1 for none."""
+        datasets, patients = (np.asarray(self._images[name], object) for name in ("dataset", "patient"))
+        pairs = zip(datasets, patients, strict=True)
+        return np.array([self._by_key.get((str(dataset), str(patient)), -1) for dataset, patient in pairs], np.int64)
+
+    @cached_property
+    def is_readable(self) -> npt.NDArray[np.bool_]:
+        """(n_images,)."""
+        return np.asarray(np.asarray(self._images["status"], object) == STATUS_OK, bool)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """(n_images,) label of each image; "" where it has none."""
+        return [str(label) for label in np.asarray(self._images["label"], object)]
+
+    @cached_property
+    def image_datasets(self) -> list[str]:
+        """(n_images,) dataset of each image."""
+        return [str(name) for name in np.asarray(self._images["dataset"], object)]
+
+    def cells(self, n_images: int, *, seed: int) -> list[list[int]]:
+        """Per patient: image indices of at most `n_images` of its readable images, drawn at random, rising."""
+        members: list[list[int]] = [[] for _ in self.names]
+        for image in np.flatnonzero((self.patient_of >= 0) & self.is_readable):
+            members[self.patient_of[image]].append(int(image))
+        drawn = []
+        for number, images in enumerate(members):
+            rng = np.random.default_rng([seed, int(self._rows_of[number])])
+            drawn.append(sorted(int(image) for image in rng.permutation(images)[:n_images]))
+        return drawn
+
+    def rows(self) -> Iterator[tuple[int, Row]]:
+        """(number, barcode) of every patient, in the order of the store."""
+        for row, found in _rows(self.barcodes, "patient", self._tau, "X"):
+            yield int(self._number_of[row]), found
+
+    def image_activations(self) -> Iterator[tuple[int, Row]]:
+        """(image_index, image activations) of every image."""
+        return _rows(self.barcodes, "image", self._tau, "mean")
+
+    def values(self, latents: Ints) -> Values:
+        """(patients, latents) barcodes at some latents."""
+        found = np.zeros((self.n_patients, len(latents)), np.float32)
+        position = positions(latents, self.n_latents)
+        for number, row in self.rows():
+            at = position[row.latents]
+            found[number, at[at >= 0]] = row.values[at >= 0]
+        return found
+
+    @cached_property
+    def disease_means(self) -> Values:
+        """(diseases, latents) disease barcodes."""
+        means = np.zeros((len(self.diseases), self.n_latents), np.float32)
+        for number, row in _rows(self.barcodes, "disease", self._tau, "X"):
+            means[number, row.latents] = row.values
+        return means
+
+    @cached_property
+    def n_latents(self) -> int:
+        """Latents of the SAE."""
+        return self.barcodes.matrix("patient", self._tau).shape[1]
+
+    @cached_property
+    def moments(self) -> tuple[Floats, Floats, Ints]:
+        """Sums and sums of squares of the patients' barcodes (diseases + 1, latents), and how many patients.
+
+        The last row is for patients without a disease.
+        """
+        sums, squares = np.zeros((2, len(self.diseases) + 1, self.n_latents))
+        for number, row in self.rows():
+            values = row.values.astype(np.float64)
+            sums[self.disease_of[number], row.latents] += values
+            squares[self.disease_of[number], row.latents] += values**2
+        return sums, squares, np.bincount(self.disease_of % (len(self.diseases) + 1), minlength=len(self.diseases) + 1)
+
+    def mapping_csv(self) -> bytes:
+        """Pseudonym and name of every patient, as CSV that a spreadsheet does not execute."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["pseudonym", "patient"])
+        for name, real in zip(self.names, self.real_names, strict=True):
+            writer.writerow([name, f"'{real}" if real[:1] in "=+-@\t\r" else real])
+        return text.getvalue().encode()
+
+    @cached_property
+    def _images(self) -> Any:
+        return self.barcodes.read_obs("image", self._tau)
+
+
+def positions(latents: Ints, n_latents: int) -> Ints:
+    """(n_latents,) the place of each latent among some; -1 for the others."""
+    found = np.full(n_latents, -1, np.int64)
+    found[latents] = np.arange(len(latents))
+    return found
+
+
+def _rows(barcodes: BarcodeStore, level: str, tau: float | None, matrix: str) -> Iterator[tuple[int, Row]]:
+    reader = barcodes.matrix(level, tau, matrix)
+    for start in range(0, reader.shape[0], _ROWS):
+        found = reader.read_rows(start, min(start + _ROWS, reader.shape[0]))
+        for row, (first, last) in enumerate(zip(found.indptr, found.indptr[1:], strict=False), start=start):
+            yield row, Row(found.indices[first:last], found.values[first:last])

@@ -1,0 +1,170 @@
+"""Pages of patients, of diseases, and of the pairs of diseases that were compared."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .cohort import Cohort, Floats, Row
+from .concept_pages import disease_name, image_name, pair_of
+from .drawings import stripes
+from .inputs import Inputs
+from .pictures import thumb_place
+from .plan import LISTED, Plan
+from .site import Site, packed
+
+LEAST_OTHERS = 5  # of the same disease: below, no latent is called unusual
+_TOP = 12  # latents of each list
+_PAIR_COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g")
+
+
+def write_patient_pages(
+    site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any], *, most: int | None = None
+) -> Iterator[int]:
+    """Write the pages of all patients (or the first `most` of the store); gives how many are written after each."""
+    sums, squares, n_patients = cohort.moments
+    overall = sums.sum(axis=0) / max(1, cohort.n_patients)
+    for n_done, (number, row) in enumerate(cohort.rows(), start=1):
+        if most is not None and n_done > most:
+            return
+        disease = int(cohort.disease_of[number])
+        others = int(n_patients[disease]) - 1
+        unusual = None
+        if disease >= 0 and others >= LEAST_OTHERS:
+            unusual = _unusual(row, sums[disease], squares[disease], others, int(cohort.n_images[number]), plan)
+        site.page(
+            f"patients/{number}.html",
+            "patient.html",
+            **shared,
+            number=number,
+            name=cohort.names[number],
+            dataset=cohort.datasets[number],
+            disease=disease_name(cohort, number),
+            disease_number=disease,
+            n_images=int(cohort.n_images[number]),
+            n_patients=cohort.n_patients,
+            n_others=others,
+            least_others=LEAST_OTHERS,
+            before=number - 1 if number else None,
+            after=number + 1 if number + 1 < cohort.n_patients else None,
+            n_active=len(row.latents),
+            stripes=stripes(row.latents, row.values, cohort.n_latents),
+            characteristic=_characteristic(row, overall, plan),
+            unusual=unusual,
+            cells=[_cell(inputs, cohort, plan, image, shared) for image in plan.cells[number]],
+        )
+        yield n_done
+
+
+def write_patient_list(site: Site, cohort: Cohort, shared: dict[str, Any]) -> None:
+    """Write patients.html."""
+    groups = [(name, n) for n, name in enumerate(cohort.diseases)] + [("no disease stated", -1)]
+    members = [
+        {
+            "disease": name,
+            "number": n,
+            "patients": [_listed_patient(cohort, int(p)) for p in np.flatnonzero(cohort.disease_of == n)],
+        }
+        for name, n in groups
+    ]
+    site.page("patients.html", "patients.html", **shared, groups=[group for group in members if group["patients"]])
+
+
+def _listed_patient(cohort: Cohort, number: int) -> dict[str, Any]:
+    return {
+        "number": number,
+        "name": cohort.names[number],
+        "dataset": cohort.datasets[number],
+        "n_images": int(cohort.n_images[number]),
+    }
+
+
+def _cell(inputs: Inputs, cohort: Cohort, plan: Plan, image: int, shared: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "image": image,
+        "name": image_name(inputs, image, is_hidden=shared["pseudonyms"]),
+        "label": cohort.labels[image],
+        "thumb": thumb_place(plan.thumb_of[image], len(plan.images)),
+    }
+
+
+def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any]]:
+    """The latents by how much the patient's barcode exceeds the mean of all patients."""
+    excess = row.values - overall[row.latents]
+    order = np.lexsort((row.latents, -excess))[:_TOP]
+    return [
+        {"latent": int(row.latents[at]), "value": float(row.values[at]), "mean": float(overall[row.latents[at]])}
+        | {"difference": float(excess[at]), "has_page": plan.has_page(int(row.latents[at]))}
+        for at in order
+        if excess[at] > 0
+    ]
+
+
+def _unusual(row: Row, sums: Floats, squares: Floats, n_others: int, n_images: int, plan: Plan) -> list[dict[str, Any]]:
+    """The latents by distance from the mean of the disease's other patients, in standard deviations of these.
+
+    To their variance comes that of a mean over the patient's own images, were its tokens counted by chance (Poisson):
+    at least one token in one image. So a latent that no other patient has is no infinite number of deviations away.
+    """
+    values = np.zeros(len(sums))
+    values[row.latents] = row.values
+    mean = np.maximum(0, sums - values) / n_others
+    variance = np.maximum(0, squares - values**2 - n_others * mean**2) / (n_others - 1)
+    error = np.maximum(np.maximum(values, mean) / n_images, 1 / n_images**2)
+    z = (values - mean) / np.sqrt(variance + error)
+    order = np.argsort(-np.abs(z), kind="stable")[:_TOP]
+    return [
+        {"latent": latent, "value": float(values[latent]), "mean": float(mean[latent]), "z": float(z[latent])}
+        | {"has_page": plan.has_page(latent)}
+        for latent in order.tolist()
+        if z[latent] != 0
+    ]
+
+
+def write_disease_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+    """Write the pages of diseases and their list."""
+    means = cohort.disease_means.astype(np.float64)
+    pairs = [{**pair_of(inputs, cohort, number), "number": number} for number in range(len(inputs.comparisons))]
+    counts = np.bincount(cohort.disease_of[cohort.disease_of >= 0], minlength=len(cohort.diseases))
+    rows = []
+    for number, name in enumerate(cohort.diseases):
+        members = np.flatnonzero(cohort.disease_of == number)
+        others = np.delete(means, number, axis=0).mean(axis=0) if len(means) > 1 else np.zeros(means.shape[1])
+        latents = np.flatnonzero(means[number])
+        mean = Row(latents, means[number, latents].astype(np.float32))
+        rows.append({"number": number, "name": name, "n_patients": int(counts[number]), "n_active": len(latents)})
+        site.page(
+            f"diseases/{number}.html",
+            "disease.html",
+            **shared,
+            **rows[-1],
+            n_diseases=len(cohort.diseases),
+            stripes=stripes(mean.latents, mean.values, cohort.n_latents),
+            characteristic=_characteristic(mean, others, plan),
+            patients=[_listed_patient(cohort, int(member)) for member in members],
+            pairs=[pair for pair in pairs if name in (pair["a"], pair["b"])],
+        )
+    site.page("diseases.html", "diseases.html", **shared, diseases=rows, pairs=pairs)
+
+
+def write_pair_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+    """Write a page for every comparison, and its columns as data, which the filters of other pages read too."""
+    for number, comparison in enumerate(inputs.comparisons):
+        table, pair = inputs.comparison_table(number), pair_of(inputs, cohort, number)
+        columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _PAIR_COLUMNS}
+        site.data(f"pair-{pair['file']}", {name: packed(values) for name, values in columns.items()})
+        tops = {}
+        for side in "ab":
+            ranks = table[f"rank_{side}"].to_numpy(zero_copy_only=False)
+            chosen = np.flatnonzero(ranks <= LISTED)
+            rows = table.take(chosen[np.argsort(ranks[chosen])]).to_pylist()
+            tops[side] = [{**row, "has_page": plan.has_page(row["latent"])} for row in rows]
+        site.page(
+            f"pairs/{pair['file']}.html",
+            "pair.html",
+            **shared,
+            **pair,
+            summary=comparison.header.summary or {},
+            tau=comparison.header.spec["tau"],
+            tops=tops,
+        )

@@ -1,0 +1,121 @@
+"""One pass over the images that pages refer to: their pictures, thumbnails, pages, and the latents of their tokens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as ss
+
+from ..patch_maps import patch_side, read_tokens
+from .cohort import Cohort
+from .concept_pages import Maps, disease_name, image_name
+from .config import AtlasConfig
+from .inputs import Inputs
+from .pictures import Sheets, jpeg, reduced
+from .plan import Plan
+from .site import Site, packed
+
+_HIDDEN = "its file is missing or cannot be read"  # the reason may hold a path, and a path a patient's name
+
+
+def write_images(
+    site: Site,
+    inputs: Inputs,
+    cohort: Cohort,
+    plan: Plan,
+    config: AtlasConfig,
+    maps: Maps,
+    shared: dict[str, Any],
+    *,
+    chosen: npt.NDArray[np.int64] | None = None,
+) -> Iterator[int]:
+    """Write all files of the images of the plan, in the order of the stores; gives how many are done after each.
+
+    Fills `maps`. Memory: one image, and a sheet of thumbnails.
+
+    chosen : only these images (an estimate); thumbnails are then not where the pages look for them
+    """
+    images = plan.images if chosen is None else chosen
+    sheets = Sheets(site)
+    references = _by_image(plan)
+    for n_done, image in enumerate(images.tolist(), start=1):
+        number, row = inputs.place(image)
+        tokens = read_tokens(inputs.stores[number], row)
+        patches = tokens[1:].tocsc()
+        picture = inputs.sources.pictures[number](row)
+        sheets.add(picture)
+        if isinstance(picture, str):
+            maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
+        else:
+            site.write(f"pictures/{image}.jpg", jpeg(reduced(picture, config.pixels)))
+        its_references = references.get(image, [])
+        for reference in its_references:
+            latent = int(plan.references.latent[reference])
+            maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
+        _write_page(site, inputs, cohort, plan, image, tokens, patches, maps.unseen.get(image), its_references, shared)
+        yield n_done
+    sheets.flush()
+
+
+def _by_image(plan: Plan) -> dict[int, list[int]]:
+    """Image index -> which reference images it is."""
+    found: dict[int, list[int]] = {}
+    for number, image in enumerate(plan.references.image.tolist()):
+        found.setdefault(image, []).append(number)
+    return found
+
+
+def _write_page(
+    site: Site,
+    inputs: Inputs,
+    cohort: Cohort,
+    plan: Plan,
+    image: int,
+    tokens: ss.csr_matrix,
+    patches: ss.csc_matrix,
+    unseen: str | None,
+    references: list[int],
+    shared: dict[str, Any],
+) -> None:
+    patient = int(cohort.patient_of[image])
+    datasets = inputs.concepts.datasets
+    site.data(f"image-{image}", _token_data(tokens, patches, plan))
+    site.page(
+        f"images/{image}.html",
+        "image.html",
+        **shared,
+        image=image,
+        name=image_name(inputs, image, is_hidden=shared["pseudonyms"]),
+        label=cohort.labels[image],
+        dataset=cohort.image_datasets[image],
+        patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
+        disease="" if patient < 0 else disease_name(cohort, patient),
+        disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
+        unseen=unseen,
+        side=patch_side(tokens.shape[0]),
+        n_active=int((tokens.getnnz(axis=0) > 0).sum()),
+        references=[
+            {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}
+            | {"dataset": datasets[plan.references.dataset[n]]}
+            for n in references
+        ],
+    )
+
+
+def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> dict[str, Any]:
+    """Every value of an image, as a share of its largest in half precision: its patches by latent, and CLS apart."""
+    counts = np.diff(patches.indptr)
+    latents, cls = np.flatnonzero(counts), tokens[0]
+    largest = float(tokens.data.max(initial=0))
+    number = np.uint16 if tokens.shape[1] <= 1 << 16 else np.uint32
+    return {
+        "largest": largest,
+        "latents": packed(latents.astype(number)),
+        "counts": packed(counts[latents].astype(np.uint16)),  # patches of each
+        "patches": packed(patches.indices.astype(np.uint8 if patches.shape[0] <= 256 else np.uint16)),
+        "values": packed((patches.data / (largest or 1)).astype(np.float16)),
+        "cls_latents": packed(cls.indices.astype(number)),
+        "cls_values": packed((cls.data / (largest or 1)).astype(np.float16)),
+        "has_page": packed(np.intersect1d(plan.latents, np.union1d(latents, cls.indices)).astype(number)),
+    }

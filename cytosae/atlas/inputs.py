@@ -1,0 +1,170 @@
+"""The stores that an atlas is made from, and whether they belong together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stores.barcode_store import BarcodeStore
+from stores.concept_store import ConceptStore
+from stores.errors import BadInput, SpecMismatch
+from stores.latent_store import LatentStore
+from stores.results import ResultStore
+from stores.spec import COMPARISON, NEIGHBOURS, Header
+from stores.tables import column
+
+from ..patch_maps import patch_side
+from ..reference_images import Sources
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything that the pages speak of. An image is known by its place in all latent stores, one below the other."""
+
+    concepts: ConceptStore
+    barcodes: BarcodeStore
+    tau: float
+    sources: Sources
+    comparisons: Sequence[ResultStore]
+    neighbours: ResultStore | None
+
+    @property
+    def n_latents(self) -> int:
+        """Latents of the SAE."""
+        return self.concepts.n_latents
+
+    @property
+    def stores(self) -> Sequence[LatentStore]:
+        """The latent stores, in the order of the image indices."""
+        return self.sources.stores
+
+    @cached_property
+    def first_images(self) -> npt.NDArray[np.int64]:
+        """(stores + 1,): image_index at which each store begins, and the number of all images."""
+        return np.cumsum([0, *(store.spec.n_images for store in self.stores)])
+
+    def place(self, image_index: int) -> tuple[int, int]:
+        """(store, row in it) of an image."""
+        number = int(np.searchsorted(self.first_images, image_index, side="right")) - 1
+        return number, image_index - int(self.first_images[number])
+
+    @cached_property
+    def image_ids(self) -> list[str]:
+        """Of all images."""
+        return [str(name) for store in self.stores for name in column(store.images, "image_id")]
+
+    @property
+    def is_trained(self) -> bool:
+        """False if a backbone with random weights made the tokens."""
+        return all(bool(store.spec.cache.get("trained", True)) for store in self.stores)
+
+    @property
+    def headers(self) -> list[tuple[str, str, Header]]:
+        """(what it is, the name of its folder, header) of every input, for the provenance page."""
+        found = [("barcodes", self.barcodes.root, self.barcodes.header)]
+        found += [("concepts", self.concepts.root, self.concepts.header)]
+        found += [("latents", Path(store.root), store.header) for store in self.stores]
+        found += [("comparison", each.root, each.header) for each in self.comparisons]
+        found += [] if self.neighbours is None else [("neighbours", self.neighbours.root, self.neighbours.header)]
+        return [(what, root.name, header) for what, root, header in found]
+
+    def comparison_table(self, number: int) -> pa.Table:
+        """`differential.parquet` of a comparison: row i is latent i.
+
+        Raises
+        ------
+        DamagedStore, SpecMismatch
+            If it was changed, or has another number of rows.
+        """
+        table = self.comparisons[number].table("differential")
+        if table.num_rows != self.n_latents:
+            raise SpecMismatch(
+                f"{self.comparisons[number].root} compares {table.num_rows:,} latents, the atlas has {self.n_latents:,}"
+            )
+        return table
+
+
+def open_inputs(
+    barcodes: Path,
+    concepts: Path,
+    sources: Sources,
+    *,
+    comparisons: Sequence[Path] = (),
+    neighbours: Path | None = None,
+    tau: float | None = None,
+) -> Inputs:
+    """Open the stores of an atlas.
+
+    Raises
+    ------
+    SpecMismatch
+        If one of them was not made from the same latents as the others.
+    BadInput
+        If the barcodes hold several tau and none was chosen, or two comparisons are of the same diseases.
+    """
+    inputs = Inputs(
+        concepts=ConceptStore(concepts),
+        barcodes=BarcodeStore(barcodes),
+        tau=_tau(BarcodeStore(barcodes), tau),
+        sources=sources,
+        comparisons=[ResultStore(root, COMPARISON) for root in comparisons],
+        neighbours=None if neighbours is None else ResultStore(neighbours, NEIGHBOURS),
+    )
+    _check_latents(inputs)
+    _check_comparisons(inputs)
+    for store in inputs.stores:
+        patch_side(store.spec.tokens_per_image)
+    if inputs.neighbours is not None:
+        stated = inputs.neighbours.header.spec["sae_sha256"]
+        if stated != inputs.stores[0].spec.sae_sha256:
+            raise SpecMismatch(
+                f"{inputs.neighbours.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
+                f"({inputs.stores[0].spec.sae_sha256:.12}…); give neighbours of the SAE that the latents were made with"
+            )
+    return inputs
+
+
+def _tau(barcodes: BarcodeStore, tau: float | None) -> float:
+    barcodes.path("patient", tau)  # says which there are
+    return barcodes.taus[0] if tau is None else tau
+
+
+def _check_latents(inputs: Inputs) -> None:
+    """All of the same latents, in the same order: image indices mean nothing otherwise."""
+    given = inputs.sources.identities
+    for root, header in (
+        (inputs.concepts.root, inputs.concepts.header),
+        (inputs.barcodes.root, inputs.barcodes.header),
+    ):
+        stated = header.spec.get("latents")
+        stated = [stated] if isinstance(stated, str) else stated
+        if stated != given:
+            raise SpecMismatch(
+                f"{root} was made from other latents than {', '.join(str(store.root) for store in inputs.stores)}; "
+                f"give --latents once for each store that it was made from, in the same order"
+            )
+    sets = [str(header.spec["token_set"]) for header in (inputs.concepts.header, inputs.barcodes.header)]
+    if sets[0] != sets[1]:
+        raise SpecMismatch(
+            f"{inputs.concepts.root} speaks of the token set {sets[0]}, {inputs.barcodes.root} of {sets[1]}; "
+            f"make one of them again with --token-set of the other"
+        )
+
+
+def _check_comparisons(inputs: Inputs) -> None:
+    seen: dict[tuple[str, str], Path] = {}
+    for each in inputs.comparisons:
+        spec = each.header.spec
+        if spec["barcodes"] != inputs.barcodes.header.identity or spec["tau"] != inputs.tau:
+            raise SpecMismatch(
+                f"{each.root} compares other barcodes, or at another tau ({spec['tau']:g}), than "
+                f"{inputs.barcodes.root} at {inputs.tau:g}; compare these with cyto compare"
+            )
+        pair = (str(spec["a"]), "rest" if spec["b_is_rest"] else str(spec["b"]))
+        if pair in seen:
+            raise BadInput(f"{seen[pair]} and {each.root} compare the same diseases; give one of them")
+        seen[pair] = each.root

@@ -1,0 +1,134 @@
+"""Which pages an atlas has: the latents, their reference images, the patients' cells, and the images of both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stores.errors import DamagedStore, StoreNotFound
+
+from ..selection import FILE, read_selection
+from .cohort import Cohort
+from .config import AtlasConfig
+from .inputs import Inputs
+
+LISTED = 50  # of each top list of a comparison: Fig. 5 of the paper
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """The reference images of all latents with a page, ordered by latent, dataset and rank; arrays of equal length."""
+
+    latent: Ints
+    dataset: Ints  # number in the order of the concepts
+    rank: Ints
+    image: Ints  # image_index
+    value: npt.NDArray[np.float64]  # image activation
+    label: Sequence[str]  # "" for none
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is built."""
+
+    latents: Ints  # with a page, rising
+    selection: Sequence[int]  # those drawn for experts, in the selection's order; empty where none were
+    clusters: dict[int, int]  # of the selection
+    references: References
+    cells: Sequence[Sequence[int]]  # per patient
+
+    @cached_property
+    def images(self) -> Ints:
+        """Image indices with a page, rising: what concepts and patients show."""
+        cells = np.array([image for images in self.cells for image in images], np.int64)
+        return np.unique(np.concatenate([self.references.image, cells]))
+
+    @cached_property
+    def thumb_of(self) -> dict[int, int]:
+        """Image index -> its place on the sheets of thumbnails."""
+        return {int(image): number for number, image in enumerate(self.images)}
+
+    @cached_property
+    def has_page(self) -> Callable[[int], bool]:
+        """Does a latent have a page?"""
+        return frozenset(self.latents.tolist()).__contains__
+
+
+def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> Plan:
+    """Choose latents and images.
+
+    Raises
+    ------
+    StoreNotFound
+        If the pages of the selected latents are asked for, and there is neither a selection nor a comparison.
+    DamagedStore
+        If the concepts name images that the latent stores do not have.
+    """
+    selection, clusters = _selection(inputs)
+    latents = _latents(inputs, config, selection)
+    return Plan(
+        latents=latents,
+        selection=selection,
+        clusters=clusters,
+        references=_references(inputs, latents, config.n_images),
+        cells=cohort.cells(config.patient_images, seed=config.seed),
+    )
+
+
+def _selection(inputs: Inputs) -> tuple[list[int], dict[int, int]]:
+    if not (inputs.concepts.root / FILE).exists():
+        return [], {}
+    found = read_selection(inputs.concepts)
+    return found.latents, dict(zip(found.latents, found.table["cluster"].to_pylist(), strict=True))
+
+
+def _latents(inputs: Inputs, config: AtlasConfig, selection: Sequence[int]) -> Ints:
+    if config.pages == "all":
+        return np.arange(inputs.n_latents)
+    if config.pages == "top":
+        means = inputs.concepts.latents()["mean_activation"].to_numpy().reshape(-1, inputs.n_latents).max(axis=0)
+        order = np.argsort(-means, kind="stable")[: config.top]  # of equals the lower number
+        return np.sort(order[means[order] > 0])
+    chosen = set(selection)
+    for number in range(len(inputs.comparisons)):
+        table = inputs.comparison_table(number)
+        for name in ("rank_a", "rank_b"):
+            ranks = table[name].to_numpy(zero_copy_only=False)
+            chosen |= set(np.flatnonzero(ranks <= LISTED).tolist())  # NaN is not
+    if not chosen:
+        raise StoreNotFound(
+            f"no selection in {inputs.concepts.root} and no comparison, so no latent is selected; make a selection "
+            f"with cyto concept select {inputs.concepts.root}, or choose --pages top"
+        )
+    return np.array(sorted(chosen), np.int64)
+
+
+def _references(inputs: Inputs, latents: Ints, n_images: int) -> References:
+    table = inputs.concepts.all_top_images
+    numbers = table["latent"].to_numpy(), table["rank"].to_numpy(), table["image_index"].to_numpy()
+    chosen = np.flatnonzero(np.isin(numbers[0], latents) & (numbers[1] <= n_images))
+    table = table.take(pa.array(chosen))
+    latent, rank, image = (array[chosen] for array in numbers)
+    codes = {name: number for number, name in enumerate(inputs.concepts.datasets)}
+    dataset = np.array([codes.get(name, -1) for name in table["dataset"].to_pylist()], np.int64)
+    known = (dataset >= 0) & (image >= 0) & (image < inputs.first_images[-1])
+    ids = table["image_id"].to_pylist()
+    if not known.all() or any(inputs.image_ids[at] != name for at, name in zip(image.tolist(), ids, strict=True)):
+        raise DamagedStore(
+            f"{inputs.concepts.root}/top_images.parquet names images that the latent stores do not have at that place; "
+            f"cyto concept stats --overwrite makes it again"
+        )
+    order = np.lexsort((rank, dataset, latent))
+    labels = table["label"].to_pylist()
+    return References(
+        latent=latent[order],
+        dataset=dataset[order],
+        rank=rank[order],
+        image=image[order],
+        value=table["value"].to_numpy()[order].astype(np.float64),
+        label=[labels[at] or "" for at in order],
+    )

@@ -1,0 +1,402 @@
+"""The atlas without a browser: numbers are the stores', names stay names, every link leads somewhere."""
+
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto, make_cohort
+
+from cytosae.atlas.concept_pages import BIN_EDGES
+from cytosae.atlas.pictures import thumb_place
+from cytosae.atlas.site import script_data
+from stores import ConceptStore, ResultStore
+from stores.files import sha256_file
+from stores.spec import ATLAS
+
+DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4"}
+VOID = {"meta", "link", "img", "br", "input"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "atlas"
+    done = cyto(*cohort.build, out)
+    assert done.exit_code == 0, done.output
+    assert "1 images could not be shown" in done.stderr
+    return out
+
+
+class Page(HTMLParser):
+    """Elements of a page with their attributes, its text, and that its elements are closed in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.elements, self.text = path, [], ""
+        self._open: list[str] = []
+        self.feed(path.read_text())
+        assert not self._open, f"{path}: {self._open} stay open"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open += [] if tag in VOID else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"{self.path}: </{tag}>"
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, css_class: str = "") -> list[dict[str, str | None]]:
+        return [found for name, found in self.elements if name == tag and css_class in (found.get("class") or "")]
+
+
+def pages(atlas: Path) -> list[Page]:
+    return [Page(path) for path in sorted(atlas.rglob("*.html"))]
+
+
+def data(atlas: Path, name: str) -> dict[str, Any]:
+    """What a data file hands to the page, its columns as arrays."""
+    text = (atlas / "data" / f"{name}.js").read_text()
+    found = re.fullmatch(r'CYTO\.add\("([^"]+)",(.*)\);\n', text, re.DOTALL)
+    assert found
+    assert found[1] == name
+    return {key: unpacked(value) for key, value in json.loads(found[2]).items()}
+
+
+def unpacked(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return np.frombuffer(base64.b64decode(value["b64"]), DTYPES[value["dtype"]])
+
+
+def headed_rows(page: Page, heading: str) -> list[list[str]]:
+    """Cells of the first table behind a heading."""
+    html = page.path.read_text()
+    body = html.split(f">{heading}<")[1].split("<tbody>")[1].split("</tbody>")[0]
+    return [
+        [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in body.split("<tr>")[1:]
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the site as a whole
+
+
+def test_every_link_leads_into_the_site(atlas: Path) -> None:
+    found = pages(atlas)
+    kinds = {str(page.path.relative_to(atlas).parent) for page in found}
+    assert kinds == {".", "concepts", "patients", "diseases", "pairs", "images"}
+    for page in found:
+        links = [value for _, attributes in page.elements for key in ("href", "src") if (value := attributes.get(key))]
+        assert len(links) >= 8
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(ids) == len(set(ids)), page.path
+        for link in links:
+            assert not re.match(r"[a-z]+:|/", link), f"{page.path}: {link}"
+            target = page.path.parent / link.split("#")[0] if not link.startswith("#") else page.path
+            assert target.is_file(), f"{page.path} links to {link}"
+            assert target.resolve().is_relative_to(atlas.resolve())
+
+
+def test_no_page_runs_what_is_not_the_atlas_own(atlas: Path) -> None:
+    """No inline script, style or handler; the policy allows none; nothing is asked of a network."""
+    for page in pages(atlas):
+        policies = [found["content"] for found in page.all("meta") if found.get("http-equiv")]
+        assert policies[0].startswith("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;")
+        for tag, attributes in page.elements:
+            assert not [name for name in attributes if name.startswith("on") or name == "style"], page.path
+            assert tag not in ("style", "iframe", "b", "object", "base"), page.path
+            assert tag != "script" or attributes["src"], page.path
+        assert page.all("html")[0]["lang"] == "en"
+    for script in atlas.rglob("*.js"):
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|fetch\(|XMLHttp|innerHTML|eval\(", script.read_text())
+
+
+def test_names_from_the_data_stay_names(atlas: Path) -> None:
+    patient = Page(atlas / "patients" / "0.html")
+    names = [Page(path).text for path in sorted((atlas / "patients").glob("*.html"))]
+    for name in PATIENTS:
+        assert any(f"Patient {name}" in text for text in names)
+    assert f"Patient {SCRIPT}" in " ".join(names)
+    assert DISEASES[0] in patient.text or DISEASES[1] in patient.text
+    for path in (atlas / "data").glob("*.js"):
+        assert not {"<", ">", "&", "\u2028", "\u2029"} & {*path.read_text()}
+    labels = data(atlas, "latents-1")["labels"]
+    assert "<img src=x onerror=alert(2)>" in labels
+    assert DATASETS[1] in Page(atlas / "index.html").text
+
+
+def test_script_data_can_end_nothing() -> None:
+    hostile = "</script><!--\u2028\u2029&\\\"'"
+    raw = script_data("x", {"name": hostile})
+    assert not set(b"<>&") & set(raw)
+    assert json.loads(raw.decode().removeprefix('CYTO.add("x",').removesuffix(");\n"))["name"] == hostile
+
+
+def test_the_file_list_and_the_header_cover_everything(atlas: Path) -> None:
+    store = ResultStore(atlas, ATLAS)
+    listed = {row["name"]: row for row in store.table("files").to_pylist()}
+    there = {str(path.relative_to(atlas)) for path in atlas.rglob("*") if path.is_file()}
+    assert there - listed.keys() == {"atlas.json", "files.parquet", "runs.jsonl"}
+    for name, row in listed.items():
+        assert sha256_file(atlas / name) == row["sha256"]
+        assert (atlas / name).stat().st_size == row["bytes"]
+    summary = store.header.summary or {}
+    assert summary["latents"] == sorted(int(path.stem) for path in (atlas / "concepts").glob("*.html"))
+    assert set(summary["selection"]) <= set(summary["latents"])
+
+
+# ------------------------------------------------------------------------------------------- numbers
+
+
+def shown_latents(atlas: Path) -> list[int]:
+    return list((ResultStore(atlas, ATLAS).header.summary or {})["latents"])
+
+
+def test_pages_of_the_selection_and_of_the_top_lists(atlas: Path, cohort: Cohort) -> None:
+    selected = pq.read_table(cohort.root / "concepts" / "selection.parquet")["latent"].to_pylist()
+    table = pq.read_table(cohort.root / "compare" / "differential.parquet")
+    ranked = [row["latent"] for row in table.to_pylist() if row["rank_a"] is not None or row["rank_b"] is not None]
+    assert shown_latents(atlas) == sorted({*selected, *ranked})
+    assert 3 in ranked
+
+
+def test_statistics_are_the_concepts(atlas: Path, cohort: Cohort) -> None:
+    concepts = ConceptStore(cohort.root / "concepts")
+    for number, dataset in enumerate(concepts.datasets):
+        table, found = concepts.latents(dataset), data(atlas, f"latents-{number}")
+        for name in ("frequency", "mean_activation", "max_activation", "n_images", "label_entropy"):
+            np.testing.assert_array_equal(found[name], table[name].to_numpy().astype(found[name].dtype))
+        names = [*found["labels"], None]
+        assert [names[code] for code in found["top_label"]] == table["top_label"].to_pylist()
+    built = data(atlas, "built")
+    assert built["latents"].tolist() == shown_latents(atlas)
+    assert built["n_latents"] == N_LATENTS
+
+
+def test_reference_images_have_the_maps_of_the_store(atlas: Path, cohort: Cohort) -> None:
+    """As shares of the page's largest value, in 256 steps of the image's own largest."""
+    concepts, latent = ConceptStore(cohort.root / "concepts"), shown_latents(atlas)[0]
+    page = Page(atlas / "concepts" / f"{latent}.html")
+    frames = page.all("a", "frame")
+    top = [row for name in concepts.datasets for row in concepts.top_images(latent, name).to_pylist()]
+    assert [frame["href"] for frame in frames] == [f"../images/{row['image_index']}.html" for row in top]
+    largest = max(cohort.dense[row["image_index"], 1:, latent].max() for row in top)
+    for frame, row in zip(frames, top, strict=True):
+        steps = np.frombuffer(base64.b64decode(frame["data-map"] or ""), np.uint8)
+        shares = steps / 255 * float(frame["data-share"] or 0)
+        np.testing.assert_allclose(shares, cohort.dense[row["image_index"], 1:, latent] / largest, atol=1 / 500)
+        assert row["label"] is None or row["label"] in page.text
+
+
+def test_histograms_count_image_activations(atlas: Path, cohort: Cohort) -> None:
+    activation = cohort.dense.mean(axis=1)
+    dataset_of = np.array([(n // IMAGES_PER_PATIENT) % 2 for n in range(len(activation))])
+    for latent in shown_latents(atlas)[:4]:
+        page = Page(atlas / "concepts" / f"{latent}.html")
+        counts = [
+            int(found.replace(",", "")) for found in re.findall(r"<title>([\d,]+) images, ", page.path.read_text())
+        ]
+        wanted: list[int] = []
+        for number in sorted(set(dataset_of), key=lambda n: DATASETS[n]):
+            values = activation[(dataset_of == number) & (activation[:, latent] > 0), latent]
+            wanted += [count for count in np.histogram(np.log10(values), BIN_EDGES)[0].tolist() if count]
+        assert counts == wanted
+
+
+def test_tokens_of_an_image_are_those_of_the_store(atlas: Path, cohort: Cohort) -> None:
+    images = sorted(int(path.stem) for path in (atlas / "images").glob("*.html"))
+    assert 4 not in images  # it could not be read
+    for image in images[:3]:
+        found, dense = data(atlas, f"image-{image}"), cohort.dense[image]
+        again = np.zeros((257, N_LATENTS))
+        ends = np.cumsum(found["counts"].astype(int))
+        for n, latent in enumerate(found["latents"]):
+            for at in range(ends[n] - found["counts"][n], ends[n]):
+                again[1 + int(found["patches"][at]), latent] = found["values"][at]
+        again[0, found["cls_latents"]] = found["cls_values"]
+        np.testing.assert_allclose(again * found["largest"], dense, rtol=2**-10, atol=found["largest"] * 2**-24)
+        active = np.flatnonzero(dense.any(axis=0))
+        assert found["has_page"].tolist() == sorted({*active.tolist()} & {*shown_latents(atlas)})
+
+
+def barcodes_of(cohort: Cohort) -> dict[str, np.ndarray]:
+    readable = np.array([n != 4 for n in range(len(cohort.dense))])
+    counts = (cohort.dense > np.float32(0.2)).sum(axis=1)
+    patients = np.array(cohort.patient_of, object)
+    return {name: counts[(patients == name) & readable].mean(axis=0) for name in PATIENTS}
+
+
+def page_of(atlas: Path, name: str) -> Page:
+    (found,) = [page for page in map(Page, (atlas / "patients").glob("*.html")) if f"Patient {name}\n" in page.text]
+    return found
+
+
+def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Cohort) -> None:
+    barcodes = barcodes_of(cohort)
+    name = PATIENTS[2]
+    page, mine = page_of(atlas, name), barcodes[name]
+    mean = np.mean([*barcodes.values()], axis=0)
+    rows = headed_rows(page, "Most characteristic")
+    order = sorted(range(N_LATENTS), key=lambda latent: (mean[latent] - mine[latent], latent))
+    assert [int(row[0]) for row in rows] == [latent for latent in order[:12] if mine[latent] > mean[latent]]
+    assert float(rows[0][3]) == pytest.approx(mine[order[0]] - mean[order[0]], rel=0.01)
+
+    others = np.array([barcodes[other] for other in PATIENTS[:9] if other != name])
+    expected, sd = others.mean(axis=0), others.std(axis=0, ddof=1)
+    chance = np.maximum(np.maximum(mine, expected) / IMAGES_PER_PATIENT, 1 / IMAGES_PER_PATIENT**2)
+    z = (mine - expected) / np.sqrt(sd**2 + chance)
+    rows = headed_rows(page, "Most unusual")
+    order = sorted(range(N_LATENTS), key=lambda latent: (-abs(z[latent]), latent))
+    assert [int(row[0]) for row in rows] == order[:12]
+    assert [float(row[3]) for row in rows] == pytest.approx([z[latent] for latent in order[:12]], rel=0.01)
+    few = page_of(atlas, PATIENTS[-1])  # of five controls
+    assert "it needs a disease and 5 other patients with it; here are 4" in " ".join(few.text.split())
+
+
+def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:
+    barcodes = barcodes_of(cohort)
+    page = Page(atlas / "concepts" / "3.html")
+    titles = re.findall(r"<title>([^<]*): ([\d.]+)</title>", page.path.read_text())
+    assert len(titles) == len(PATIENTS)
+    rows = headed_rows(page, "The patients with the largest values")
+    best = sorted(PATIENTS, key=lambda name: -barcodes[name][3])
+    assert float(rows[0][2]) == pytest.approx(barcodes[best[0]][3], rel=0.01)
+    assert rows[0][1] == DISEASES[0].replace("<", "&lt;").replace(">", "&gt;").replace("&&", "&&").replace(
+        "& co", "&amp; co"
+    )
+
+
+def test_cells_and_thumbnails(atlas: Path, cohort: Cohort) -> None:
+    page = page_of(atlas, PATIENTS[1])
+    cells = [int(Path(str(found["href"])).stem) for found in page.all("a") if "images/" in str(found["href"])]
+    assert cells == [3, 5]  # the third is unreadable
+    assert thumb_place(300, 301) == {"sheet": 1, "x": 12 * 96, "y": 2 * 96, "width": 1536, "height": 288}
+    assert thumb_place(300, 900)["height"] == 1536
+
+
+# ------------------------------------------------------------------------------------------- choices
+
+
+def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
+    out = tmp_path / "hidden"
+    done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
+    assert done.exit_code == 0, done.output
+    text = b"".join(path.read_bytes() for path in out.rglob("*") if path.suffix in (".html", ".js", ".json", ".jsonl"))
+    for name in ("Q03", "Müller", "document.title", "calc", "nobody/"):
+        assert name.encode() not in text, name
+    assert b"P0014" in text
+    mapping = list(csv.DictReader((tmp_path / "hidden.pseudonyms.csv").read_text().splitlines()))
+    assert [row["pseudonym"] for row in mapping] == [f"P{n:04d}" for n in range(1, 15)]
+    names = [row["patient"].removeprefix("'") for row in mapping]
+    assert sorted(names) == sorted(PATIENTS)
+    assert names != sorted(PATIENTS)
+    assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
+    number = names.index(PATIENTS[1])
+    cells = [found["href"] for found in Page(out / "patients" / f"{number}.html").all("a")]
+    assert "../images/3.html" in cells
+
+
+def test_dry_run_says_what_would_be_written(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
+    done = cyto(*cohort.build, tmp_path / "not", "--dry-run", "--json")
+    assert done.exit_code == 0, done.output
+    assert not [*tmp_path.iterdir()]
+    said, real = json.loads(done.stdout), ResultStore(atlas, ATLAS).header.summary or {}
+    assert not said["written"]
+    assert said["counts"] == real["result"]["counts"]
+    assert said["n_files"] == pytest.approx(real["result"]["n_files"], abs=3)
+    assert said["n_bytes"] == pytest.approx(real["result"]["n_bytes"], rel=0.15)
+
+
+def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
+    assert cyto(*cohort.build, tmp_path / "all", "--pages", "all", "--n-images", 2).exit_code == 0
+    assert shown_latents(tmp_path / "all") == list(range(N_LATENTS))
+    silent = Page(tmp_path / "all" / "concepts" / "39.html")
+    assert "Never active" in silent.text
+    assert "No patient has a barcode above 0" in silent.text
+    assert len(Page(tmp_path / "all" / "concepts" / "0.html").all("a", "frame")) == 4  # two of each dataset
+    assert cyto(*cohort.build, tmp_path / "top", "--pages", "top", "--top", 4, "--patient-images", 0).exit_code == 0
+    means = ConceptStore(cohort.root / "concepts").latents()["mean_activation"].to_numpy().reshape(2, -1).max(axis=0)
+    assert shown_latents(tmp_path / "top") == sorted(np.argsort(-means, kind="stable")[:4].tolist())
+
+
+def test_a_repeated_build_is_complete_and_overwrite_replaces(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
+    out = shutil.copytree(atlas, tmp_path / "atlas")
+    again = cyto(*cohort.build, out)
+    assert again.exit_code == 0, again.output
+    assert "already complete" in again.stderr
+    other = cyto(*cohort.build, out, "--n-images", 1)
+    assert other.exit_code == 1
+    assert "holds an atlas with other settings (n_images 10 against 1)" in other.stderr
+    assert cyto(*cohort.build, out, "--n-images", 1, "--overwrite").exit_code == 0
+    assert len(Page(out / "concepts" / "3.html").all("a", "frame")) == 2
+
+
+def test_an_atlas_without_anything_optional(cohort: Cohort, tmp_path: Path) -> None:
+    shutil.copytree(cohort.root / "concepts", tmp_path / "concepts")
+    (tmp_path / "concepts" / "selection.parquet").unlink()
+    base = ["atlas", "build", "--barcodes", cohort.root / "barcodes", "--latents", cohort.root / "latents"]
+    none = cyto(*base, "--concepts", tmp_path / "concepts", "-o", tmp_path / "none")
+    assert none.exit_code == 1
+    assert "no selection in" in none.stderr
+    assert "--pages top" in none.stderr
+    done = cyto(*base, "--concepts", cohort.root / "concepts", "-o", tmp_path / "bare")
+    assert done.exit_code == 0, done.output
+    assert "where the images lie is not known" in done.stderr
+    assert "say where they are with --images" in done.stderr
+    page = Page(tmp_path / "bare" / "concepts" / f"{shown_latents(tmp_path / 'bare')[0]}.html")
+    assert not page.all("img")
+    assert page.all("span", "empty")
+    assert "Not looked for" in page.text
+    assert "None were compared" in Page(tmp_path / "bare" / "diseases.html").text
+    assert not (tmp_path / "bare" / "pairs").exists()
+
+
+def test_stores_that_do_not_belong_together_are_refused(cohort: Cohort, tmp_path: Path) -> None:
+    root = cohort.root
+    twice = cyto(*cohort.build, tmp_path / "a", "--compare", root / "compare")
+    assert "compare the same diseases; give one of them" in twice.stderr
+    other = shutil.copytree(root / "neighbours", tmp_path / "neighbours")
+    changed = (other / "neighbours.json").read_text().replace("1" * 64, "2" * 64)
+    changed = re.sub(r'"identity": "\w+"', f'"identity": "{identity_of(changed)}"', changed)
+    (other / "neighbours.json").write_text(changed)
+    done = cyto(*cohort.build, tmp_path / "a", "--neighbours", other)
+    assert done.exit_code == 1
+    assert "is of another SAE (222222222222…)" in done.stderr
+    two = cyto(*cohort.build, tmp_path / "a", "--latents", root / "latents", "--images", root / "images")
+    assert two.exit_code == 1
+    assert "was made from other latents" in two.stderr
+    inside = cyto(*cohort.build[:-1], "-o", root / "barcodes" / "atlas")
+    assert "lies inside barcodes" in inside.stderr
+
+
+def identity_of(text: str) -> str:
+    from stores.files import sha256_json
+
+    raw = json.loads(text)
+    return sha256_json({name: raw[name] for name in ("format", "format_version", "spec")})
