@@ -80,12 +80,13 @@ MASKS = Format(
     header_file="masks.json",
     command="cyto concept masks",
 )
+ATLAS = Format(kind="atlas", a_kind="an atlas", version=1, header_file="atlas.json", command="cyto atlas build")
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/results.py
-        *(COMPARISON, PROBE, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS),
+        *(COMPARISON, PROBE, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
     )
 }
 

@@ -52,7 +52,7 @@ def imported_names(path: Path) -> set[str]:
 @pytest.mark.parametrize("package", sorted(ALLOWED))
 def test_arrows(package: str) -> None:
     """No file imports a package of ours that it must not know."""
-    files = [ROOT / "cli.py"] if package == "cli" else sorted((ROOT / package).glob("*.py"))
+    files = [ROOT / "cli.py"] if package == "cli" else sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
         wrong = (imported_names(path) & PACKAGES) - ALLOWED[package]
@@ -62,7 +62,7 @@ def test_arrows(package: str) -> None:
 @pytest.mark.parametrize("package", sorted(TORCH_ALLOWED))
 def test_torch_stays_where_it_is_needed(package: str) -> None:
     """What a laptop without torch runs does not name it, nor do the stores name dask or click."""
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         names = imported_names(path)
         if path.stem not in TORCH_ALLOWED[package]:
             assert not names & {"torch", "timm", "torchvision"}, path.name
