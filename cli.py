@@ -2225,7 +2225,8 @@ def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, ove
     from cytosae.atlas.questions import read_review
     from cytosae.atlas.reviews import read_verdicts, verdict_table, write_verdicts
 
-    table = verdict_table(read_verdicts(reviews or _reviews_of(site)), read_review(site), history=history)
+    review = read_review(site)
+    table = verdict_table(read_verdicts(reviews or _reviews_of(site)), review, history=history)
     write_verdicts(table, out, overwrite=overwrite)
     n_reviewers = len(set(table["reviewer"].to_pylist()))
     click.echo(f"{out}: {table.num_rows:,} verdicts of {n_reviewers:,} reviewers")
@@ -2245,7 +2246,8 @@ def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
     from cytosae.atlas.questions import read_review
     from cytosae.atlas.reviews import read_verdicts
 
-    found = agreement(read_verdicts(reviews or _reviews_of(site)), read_review(site))
+    review = read_review(site)
+    found = agreement(read_verdicts(reviews or _reviews_of(site)), review)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
@@ -2292,7 +2294,8 @@ def _print_reviewed(found: dict[str, Any]) -> None:
         for group, name in (("a", found["a"]), ("b", found["b"])):
             click.echo(
                 f"  {_shown(reviewer)}: called specific to {_shown(name)} {_interval(said['confirmed'][group])} of its "
-                f"list, {_interval(said['decoys_called'][group])} of the decoys (p {_cell(said['p_lists'][group], '1.3g')})"
+                f"list, {_interval(said['decoys_called'][group])} of the decoys "
+                f"(p {_cell(said['p_lists'][group], '1.3g')})"
             )
         click.echo(f"  {_shown(reviewer)}: the right side of the two, p {_cell(said['p_sides'], '1.3g')}")
 

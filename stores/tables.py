@@ -106,7 +106,7 @@ def parquet_bytes(table: pa.Table) -> memoryview:
 def csv_bytes(table: pa.Table) -> bytes:
     """A table as the content of a CSV file that a spreadsheet may open: no text in it is taken for a formula.
 
-    A text that begins with one of `= + - @`, a tab or a line break, blanks before it aside, gets an apostrophe before it.
+    A text that begins with one of `= + - @` (blanks before it aside), a tab or a line break gets an apostrophe first.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)

@@ -35,7 +35,14 @@ def page(browser: Any) -> Iterator[Any]:
     troubles: list[str] = []
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("request", lambda request: troubles.append(request.url) if "//127.0.0.1:" not in request.url and not request.url.startswith("data:") else None)
+    page.on(
+        "request",
+        lambda request: (
+            troubles.append(request.url)
+            if "//127.0.0.1:" not in request.url and not request.url.startswith("data:")
+            else None
+        ),
+    )
     page.troubles = troubles
     yield page
     context.close()
@@ -74,7 +81,12 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
         page.get_by_role("heading", name="Concept 2 of ").wait_for()
         assert status(page) == "Saved."
         (verdict,) = read_verdicts(tmp_path / "atlas.reviews")
-        assert (verdict.verdict, verdict.confidence, verdict.name, verdict.notes) == ("meaningful", 4, "monocytes", "mn = notes")
+        assert (verdict.verdict, verdict.confidence, verdict.name, verdict.notes) == (
+            "meaningful",
+            4,
+            "monocytes",
+            "mn = notes",
+        )
         assert verdict.is_blinded
         page.keyboard.press("n")
         page.keyboard.press("ArrowLeft")
@@ -97,7 +109,10 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
         begin(page, port)
         assert page.get_by_role("heading", name="Concept 2 of ").is_visible()
         assert status(page) == "You go on where you stopped."
-        while page.locator("#status").inner_text() != "Saved. All 6 are judged. Still open: <script>alert(1)</script> against well.":
+        while (
+            page.locator("#status").inner_text()
+            != "Saved. All 6 are judged. Still open: <script>alert(1)</script> against well."
+        ):
             page.keyboard.press("u")
             page.keyboard.press("Enter")
             page.wait_for_function("!document.querySelector('#review').inert")
@@ -130,8 +145,12 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         canvas = page.locator(".frame canvas").first
         assert canvas.evaluate("(canvas) => [canvas.width, canvas.height]") == [16, 16]
         item = page.evaluate("question.items[0].rows[0].images[0]")
-        alphas = canvas.evaluate("(c) => [...c.getContext('2d').getImageData(0, 0, 16, 16).data].filter((_, k) => k % 4 === 3)")
-        assert alphas == page.evaluate("(text) => [...atob(text)].map((letter) => Math.round(letter.charCodeAt(0) * 0.75))", item["patches"])
+        alphas = canvas.evaluate(
+            "(c) => [...c.getContext('2d').getImageData(0, 0, 16, 16).data].filter((_, k) => k % 4 === 3)"
+        )
+        assert alphas == page.evaluate(
+            "(text) => [...atob(text)].map((letter) => Math.round(letter.charCodeAt(0) * 0.75))", item["patches"]
+        )
         page.keyboard.press("p")
         assert not canvas.is_visible()
         page.keyboard.press("p")
@@ -141,7 +160,7 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         # a page elsewhere cannot write, whatever it sends
         page.goto("about:blank")
         answer = page.evaluate(
-            """(url) => fetch(url, {method: "POST", mode: "no-cors", body: "{}"}).then((answer) => answer.type, String)""",
+            "(url) => fetch(url, {method: 'POST', mode: 'no-cors', body: '{}'}).then((answer) => answer.type, String)",
             f"http://127.0.0.1:{port}/reviews",
         )
         assert answer in ("opaque", "TypeError: Failed to fetch")
@@ -158,12 +177,19 @@ def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
     process, port = start(tmp_path / "atlas")
     try:
         for scheme in ("light", "dark"):
-            page = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme, bypass_csp=True).new_page()
-            for step in (lambda: page.goto(f"http://127.0.0.1:{port}/review.html"), lambda: begin(page, port)):
-                step()
+            page = browser.new_context(
+                viewport={"width": 1280, "height": 800}, color_scheme=scheme, bypass_csp=True
+            ).new_page()
+            for has_begun in (False, True):
+                if has_begun:
+                    begin(page, port)
+                else:
+                    page.goto(f"http://127.0.0.1:{port}/review.html")
                 page.add_script_tag(path=AXE)
                 found = page.evaluate("axe.run()")["violations"]
-                assert not found, json.dumps([[each["id"], [node["html"] for node in each["nodes"]]] for each in found], indent=1)
+                assert not found, json.dumps(
+                    [[each["id"], [node["html"] for node in each["nodes"]]] for each in found], indent=1
+                )
     finally:
         process.kill()
         process.communicate()

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -101,10 +102,9 @@ def test_serves_the_atlas_and_the_review_page(server: AtlasServer, site: Path) -
         pass
 
 
-def test_paths_stay_inside(made: Path, tmp_path: Path) -> None:
+def test_paths_stay_inside(site: Path, tmp_path: Path) -> None:
     """Every way out, and links, folders, hidden files, the key of the review: 404 and one line."""
-    make_site(made, tmp_path)
-    site = tmp_path / "atlas"
+    site = Path(shutil.copytree(site, tmp_path / "atlas"))
     (tmp_path / "secret.html").write_text("secret")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x.html").write_text("secret")
@@ -114,11 +114,43 @@ def test_paths_stay_inside(made: Path, tmp_path: Path) -> None:
     (site / "loop.html").symlink_to(site / "loop.html")
     (site / ".hidden").write_text("secret")
     os.mkfifo(site / "pipe.html")
-    paths = ["/../secret.html", "/%2e%2e/secret.html", "/%2E%2E%2Fsecret.html", "/..%2fsecret.html", "/concepts/../../secret.html"]
+    paths = [
+        "/../secret.html",
+        "/%2e%2e/secret.html",
+        "/%2E%2E%2Fsecret.html",
+        "/..%2fsecret.html",
+        "/concepts/../../secret.html",
+    ]
     paths += [f"/{tmp_path}/secret.html", f"{tmp_path}/secret.html", f"/%2f{tmp_path}/secret.html", "/..\\secret.html"]
-    paths += ["/%5c..%5csecret.html", "/%252e%252e/secret.html", "/index.html%00.jpg", "/%00", "/index.html%ff", "/link.html"]
-    paths += ["/inner.html", "/linked/x.html", "/loop.html", "/.hidden", "/concepts", "/concepts/", "/pipe.html", "//", "/./index.html"]
-    paths += ["/review.json", "/review%2ejson", "/reviews", "/atlas.reviews", "/nothing.html", f"/{'x' * 5000}", "/C:/x", "secret.html"]
+    paths += [
+        "/%5c..%5csecret.html",
+        "/%252e%252e/secret.html",
+        "/index.html%00.jpg",
+        "/%00",
+        "/index.html%ff",
+        "/link.html",
+    ]
+    paths += [
+        "/inner.html",
+        "/linked/x.html",
+        "/loop.html",
+        "/.hidden",
+        "/concepts",
+        "/concepts/",
+        "/pipe.html",
+        "//",
+        "/./index.html",
+    ]
+    paths += [
+        "/review.json",
+        "/review%2ejson",
+        "/reviews",
+        "/atlas.reviews",
+        "/nothing.html",
+        f"/{'x' * 5000}",
+        "/C:/x",
+        "secret.html",
+    ]
     paths += ["http://127.0.0.1/index.html", "*"]
     with running(site, tmp_path / "atlas.reviews") as server:
         for path in paths:
@@ -131,7 +163,15 @@ def test_only_this_host_is_answered(server: AtlasServer) -> None:
     """A name of somebody else's that points here (DNS rebinding) gets nothing, on any path and method."""
     port = server.server_port
     assert ask(port, "GET", "/", Host=f"localhost:{port}")[0] == 200
-    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1:{port + 1}", f"127.0.0.1:{port}.evil.example", "", f"[::1]:{port}"):
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1",
+        f"127.0.0.1:{port + 1}",
+        f"127.0.0.1:{port}.evil.example",
+        "",
+        f"[::1]:{port}",
+    ):
         for path in ("/", "/review.html"):
             status, body, _ = ask(port, "GET", path, Host=host)
             assert status == 403, host
@@ -141,7 +181,7 @@ def test_only_this_host_is_answered(server: AtlasServer) -> None:
         raw.sendall(f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nHost: evil.example\r\n\r\n".encode())
         assert b" 403 " in raw.recv(100)
     with socket.create_connection(("127.0.0.1", port)) as raw:
-        raw.sendall(b"GET /\r\n")
+        raw.sendall(b"GET /\r\n\r\n")
         assert b"<!doctype" not in raw.recv(1000)
 
 
@@ -150,7 +190,14 @@ def test_only_the_page_of_this_start_may_write(server: AtlasServer, tmp_path: Pa
     item = server.review.questions[0].items[0].item
     good = {"reviewer": "Ada", "item": item, "verdict": "not", "name": "", "notes": ""}
     for path in ("/reviews", "/reviews/begin"):
-        for origin in (None, "null", "http://evil.example", f"https://127.0.0.1:{port}", f"http://localhost:{port}", "http://127.0.0.1"):
+        for origin in (
+            None,
+            "null",
+            "http://evil.example",
+            f"https://127.0.0.1:{port}",
+            f"http://localhost:{port}",
+            "http://127.0.0.1",
+        ):
             status, body, _ = post(port, path, good, token, Origin=origin)  # type: ignore[arg-type]
             assert (status, body) == (403, b"only the review page of this server may do that\n"), origin
         for wrong in (None, "", "0" * 64, token[:-1], token.upper() + "\xe9"):
@@ -171,7 +218,10 @@ def test_bodies_that_are_no_verdict(server: AtlasServer, tmp_path: Path) -> None
         status, found, _ = ask(port, "POST", "/reviews", body, **headers)
         assert (status, found) == (400, b"expected a JSON object\n")
     for length, status in (("-1", 411), ("1e3", 411), ("", 411), ("\u0663", 411), ("65537", 413), ("9" * 50, 413)):
-        assert ask(port, "POST", "/reviews", None, Content_Length=length.encode().decode("latin-1"), **headers)[0] == status
+        assert (
+            ask(port, "POST", "/reviews", None, Content_Length=length.encode().decode("latin-1"), **headers)[0]
+            == status
+        )
     assert ask(port, "POST", "/reviews", None, Transfer_Encoding="chunked", **headers)[0] == 411
     status, found, _ = post(port, "/reviews", {"reviewer": "Ada", "item": "x"}, token)
     assert (status, found) == (400, b"this atlas does not ask about that item; load the page again\n")
@@ -179,7 +229,9 @@ def test_bodies_that_are_no_verdict(server: AtlasServer, tmp_path: Path) -> None
     assert not list((tmp_path / "reviews").glob("*.jsonl"))
 
 
-def test_a_verdict_that_is_not_on_the_disk_is_not_called_saved(server: AtlasServer, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_verdict_that_is_not_on_the_disk_is_not_called_saved(
+    server: AtlasServer, tmp_path: Path, monkeypatch: Any
+) -> None:
     good = {"reviewer": "Ada", "item": server.review.questions[0].items[0].item, "verdict": "not"}
 
     def full(*_: object) -> None:
@@ -213,7 +265,7 @@ def test_reviewers_are_kept_apart_and_resume(server: AtlasServer) -> None:
 
 
 def test_nothing_that_is_hidden_leaves_the_server(server: AtlasServer, site: Path) -> None:
-    """Blinded: no label, dataset, list or decoy in what is sent. Names of pictures are hashes. See also test_reviews."""
+    """Blinded: no label, dataset, list or decoy in what is sent. Pictures are named by hashes."""
     text = post(server.server_port, "/reviews/begin", {"reviewer": "Ada"}, server.token)[1].decode()
     for word in ("neutrophil", "lymphocyte", "decoy", "cluster", "other", "group", "rank", ".png"):
         assert word not in text, word
@@ -239,12 +291,14 @@ def test_review_only_and_labels(site: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_server_is_refused(server: AtlasServer, site: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="another server is at work on .*reviews; use that one, or give --reviews"), running(
-        site, tmp_path / "reviews"
+    with (
+        pytest.raises(BadInput, match=r"another server is at work on .*reviews; use that one, or give --reviews"),
+        running(site, tmp_path / "reviews"),
     ):
         pass
-    with pytest.raises(BadInput, match=rf"cannot listen on port {server.server_port} .*choose another with --port"), open_server(
-        site, tmp_path / "other", ServeConfig(port=server.server_port)
+    with (
+        pytest.raises(BadInput, match=rf"cannot listen on port {server.server_port} .*choose another with --port"),
+        open_server(site, tmp_path / "other", ServeConfig(port=server.server_port)),
     ):
         pass
 
@@ -258,10 +312,9 @@ def start(site: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
     return process, int(re.findall(r"http://127\.0\.0\.1:(\d+)/", first)[0])
 
 
-def test_a_killed_server_loses_nothing(made: Path, tmp_path: Path) -> None:
-    """kill -9 right after the answer: the verdict is there, the folder is free again, the old page is told to reload."""
-    make_site(made, tmp_path)
-    site = tmp_path / "atlas"
+def test_a_killed_server_loses_nothing(site: Path, tmp_path: Path) -> None:
+    """kill -9 right after the answer: the verdict is there, the folder is free again, the old page is told so."""
+    site = Path(shutil.copytree(site, tmp_path / "atlas"))
     process, port = start(site)
     try:
         token = token_of(port)

@@ -36,7 +36,7 @@ from cytosae.atlas.reviews import (
     write_verdicts,
 )
 from cytosae.reference_images import Sources
-from stores import BadInput, DamagedStore, LatentStore, SpecMismatch
+from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch
 from stores.tables import csv_bytes
 
 
@@ -60,11 +60,10 @@ def say(review: Review, reviewer: str, item: str, verdict: str, **more: Any) -> 
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
-def test_evidence_is_what_the_stores_hold(made: Path, tmp_path: Path) -> None:
+def test_evidence_is_what_the_stores_hold(made: Path, site: Path) -> None:
     """Every map, label and picture of review.json, against the store read value by value."""
-    content = make_site(made, tmp_path).content
-    store = LatentStore(made / "latents.zarr")
-    concepts = concepts_of(store, tmp_path / "again", fires_above=0.05)
+    content = json.loads((site / "review.json").read_text())
+    store, concepts = LatentStore(made / "latents.zarr"), ConceptStore(site.parent / "concepts")
     asked = {item["latent"] for question in content["questions"] for item in question["items"]}
     assert asked == {int(latent) for latent, found in content["latents"].items() if found["rows"]}
     assert len(asked) >= 6
@@ -84,11 +83,11 @@ def test_evidence_is_what_the_stores_hold(made: Path, tmp_path: Path) -> None:
             assert ((bytes_ > 0) == (patches > 0)).all()
             np.testing.assert_allclose(bytes_ / 255 * largest, patches, atol=1.01 * largest / 255)
             assert image["label"] == row["label"]
-            with Image.open(tmp_path / "atlas" / "review" / image["file"]) as picture:
+            with Image.open(site / "review" / image["file"]) as picture:
                 assert picture.size == (48, 48)
                 assert not picture.getexif()
             original = Image.open(made / store.images["path"][row["image_index"]].as_py()).convert("RGB")
-            difference = np.asarray(Image.open(tmp_path / "atlas" / "review" / image["file"]), float) - original
+            difference = np.asarray(Image.open(site / "review" / image["file"]), float) - original
             assert abs(difference).mean() < 6, "JPEG of another image"
 
 
@@ -133,8 +132,8 @@ def test_decoys_by_hand() -> None:
     assert choose_decoys(table, n_images, np.array([], np.int64), 5, seed=0).tolist() == []
 
 
-def test_lists_and_decoys_in_the_file(made: Path, tmp_path: Path) -> None:
-    question = make_site(made, tmp_path).content["questions"][1]
+def test_lists_and_decoys_in_the_file(site: Path) -> None:
+    question = json.loads((site / "review.json").read_text())["questions"][1]
     table = differential(384)
     groups = Counter(item["group"] for item in question["items"])
     without = question["n_without_images"]
@@ -172,7 +171,9 @@ def test_what_is_sent_blinded_does_not_depend_on_what_is_hidden(site: Path, tmp_
     other = Review(review.atlas, tuple(map(changed, review.questions)), evidence)
     for one, two in zip(review.questions, other.questions, strict=True):
         for shows, is_equal in ((False, True), (True, False)):
-            texts = [json.dumps(sent(of, q, "Ada", seed=1, shows_labels=shows)) for of, q in ((review, one), (other, two))]
+            texts = [
+                json.dumps(sent(of, q, "Ada", seed=1, shows_labels=shows)) for of, q in ((review, one), (other, two))
+            ]
             assert (texts[0] == texts[1]) == is_equal
 
 
@@ -180,7 +181,9 @@ def test_order_is_each_reviewers_own_and_stays() -> None:
     def order(n: int, reviewer: str, seed: int = 0) -> list[str]:
         items = tuple(Item(item=f"i{k}", latent=0) for k in range(n))
         question = Question(question="meaningful", concepts="c", items=items)
-        found = sent(Review("", (question,), {0: {"largest": 1, "rows": []}}), question, reviewer, seed=seed, shows_labels=False)
+        found = sent(
+            Review("", (question,), {0: {"largest": 1, "rows": []}}), question, reviewer, seed=seed, shows_labels=False
+        )
         return [item["item"] for item in found["items"]]
 
     assert order(50, "Ada") == order(50, "Ada")
@@ -199,7 +202,9 @@ def test_an_atlas_without_a_review_asks_nothing_and_a_changed_one_is_refused(sit
     (copy / "atlas.json").write_text(json.dumps(header))
     assert len(read_review(copy).questions) == 2
     (copy / "review.json").write_text("{}")
-    with pytest.raises(DamagedStore, match=r"review\.json is not the file that was written; cyto atlas build --overwrite"):
+    with pytest.raises(
+        DamagedStore, match=r"review\.json is not the file that was written; cyto atlas build --overwrite"
+    ):
         read_review(copy)
 
 
@@ -213,12 +218,11 @@ def test_an_atlas_without_a_review_asks_nothing_and_a_changed_one_is_refused(sit
         lambda content: content.update(questions=7),
     ],
 )
-def test_a_file_that_is_no_review_is_one_line(break_it: Any, made: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_review_is_one_line(break_it: Any, site: Path, tmp_path: Path) -> None:
     """Even where its hash is right: an atlas may come from anywhere."""
     from stores.files import sha256_file
 
-    make_site(made, tmp_path)
-    root = tmp_path / "atlas"
+    root = Path(shutil.copytree(site, tmp_path / "atlas"))
     content, header = (json.loads((root / name).read_text()) for name in ("review.json", "atlas.json"))
     break_it(content)
     (root / "review.json").write_text(json.dumps(content))
@@ -238,7 +242,10 @@ def test_journal_round_trip(review: Review, tmp_path: Path) -> None:
     for number, name in enumerate(names):
         for item in items:
             save_verdict(tmp_path / "r", say(review, name, item, "unsure"))
-        save_verdict(tmp_path / "r", say(review, name, items[0], "meaningful", name=f"n{number}", notes="two\nlines", confidence=5))
+        save_verdict(
+            tmp_path / "r",
+            say(review, name, items[0], "meaningful", name=f"n{number}", notes="two\nlines", confidence=5),
+        )
     assert {path.parent for path in tmp_path.rglob("*.jsonl")} == {tmp_path / "r"}
     found = read_verdicts(tmp_path / "r")
     assert len(found) == len(names) * (len(items) + 1)
@@ -257,7 +264,7 @@ def test_a_verdict_is_synced_before_it_counts_as_saved(review: Review, tmp_path:
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
-        synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size))
+        synced.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), os.fstat(descriptor).st_size))
         real(descriptor)
 
     monkeypatch.setattr("os.fsync", fsync)
@@ -350,7 +357,9 @@ def test_export(review: Review, tmp_path: Path) -> None:
         assert row["is_asked"] == (item is not None)
         if item is not None:
             assert (row["cluster"], row["group"] or "", row["latent"]) == (item.cluster, item.group, item.latent)
-    assert [row["notes"] for row in rows if row["reviewer"] == "=Ada"] == [text.strip() for text in texts[: len(first.items)]]
+    assert [row["notes"] for row in rows if row["reviewer"] == "=Ada"] == [
+        text.strip() for text in texts[: len(first.items)]
+    ]
     write_verdicts(table, tmp_path / "r.csv")
     cells = list(csv.reader(io.StringIO((tmp_path / "r.csv").read_text("utf-8-sig"))))
     assert cells[0] == table.column_names
@@ -367,7 +376,7 @@ def test_csv_cells() -> None:
     """Numbers stay numbers, a minus of theirs too; text that begins a formula does not, whatever hides the sign."""
     table = pa.table({"=head": [-1, 2, None], "text": ["\r=1", '=HYPERLINK("x"),1', "a-b"]})
     assert csv_bytes(table).decode("utf-8-sig") == (
-        "'=head,text\r\n-1,\"'\r=1\"\r\n2,\"'=HYPERLINK(\"\"x\"\"),1\"\r\n,a-b\r\n"
+        '\'=head,text\r\n-1,"\'\r=1"\r\n2,"\'=HYPERLINK(""x""),1"\r\n,a-b\r\n'
     )
 
 
@@ -408,7 +417,9 @@ def test_shares_and_tests_by_hand() -> None:
     z, n, p = 1.959963984540054, 10, 0.8
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     found = wilson(8, 10)
-    assert (found["low"], found["high"]) == pytest.approx(((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)))
+    assert (found["low"], found["high"]) == pytest.approx(
+        ((middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
+    )
     assert wilson(0, 0)["share"] is None
     assert fisher(3, 1, 1, 3) == pytest.approx(17 / 70)
     assert fisher(0, 0, 1, 3) is None
@@ -432,14 +443,16 @@ def hand_made() -> Review:
 def answered(review: Review, reviewer: str, prefix: str, letters: str) -> list[Verdict]:
     """`m.n`: verdicts on the items 0, 2, ... of a question by first letter; a dot is none."""
     names = {"m": "meaningful", "n": "not" if prefix == "m" else "neither", "u": "unsure", "a": "a", "b": "b"}
-    return [
-        say(review, reviewer, f"{prefix}{k}", names[letter]) for k, letter in enumerate(letters) if letter != "."
-    ]
+    return [say(review, reviewer, f"{prefix}{k}", names[letter]) for k, letter in enumerate(letters) if letter != "."]
 
 
 def test_agreement_of_reviewers_who_skipped_some() -> None:
     review = hand_made()
-    said = answered(review, "Ada", "m", "mmnu") + answered(review, "Bob", "m", "mnn.") + answered(review, "Cem", "m", ".mnm")
+    said = (
+        answered(review, "Ada", "m", "mmnu")
+        + answered(review, "Bob", "m", "mnn.")
+        + answered(review, "Cem", "m", ".mnm")
+    )
     said += answered(review, "Ada", "m", "n") + answered(review, "Ada", "m", "m")  # thought again, twice
     said.append(replace(said[0], item="gone"))
     found = agreement(said, review)
@@ -509,5 +522,10 @@ def test_commands(site: Path, review: Review, tmp_path: Path) -> None:
     found = json.loads(run("atlas", "agreement", site, "--reviews", reviews, "--json").stdout)
     assert found == agreement(read_verdicts(reviews), review)
     fails("no atlas at .*: nothing is there. Make one with cyto atlas build", "atlas", "serve", tmp_path / "none")
-    fails("no atlas at .*it holds concepts", "atlas", "agreement", make_concepts(tmp_path / "c", {"x": {"frequency": [1.0]}}).root)
+    fails(
+        "no atlas at .*it holds concepts",
+        "atlas",
+        "agreement",
+        make_concepts(tmp_path / "c", {"x": {"frequency": [1.0]}}).root,
+    )
     fails("no reviews at .*atlas.reviews; cyto atlas serve takes some", "atlas", "agreement", site)

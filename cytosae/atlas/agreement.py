@@ -1,7 +1,7 @@
 """Do reviewers agree, and what did they find? Kappas, the share of meaningful concepts, answers against decoys.
 
-Only the verdict that counts is used: each reviewer's last on an item. `unsure` is a verdict like any other for a kappa; for a
-share it is not meaningful.
+Only the verdict that counts is used: each reviewer's last on an item. `unsure` is a verdict like any other for a
+kappa; for a share it is not meaningful.
 """
 
 from collections import Counter
@@ -119,7 +119,12 @@ def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
     of_all = sorted(item for item in of_any if all(item in given for given in answers.values()))
     counts = [list(_counted((given[item] for given in answers.values()), choices).values()) for item in of_all]
     kappa = fleiss_kappa(np.array(counts, np.int64)) if len(answers) > 1 else None
-    return {"n_reviewers": len(answers), "n_items": len(of_all), "n_left_out": len(of_any) - len(of_all), "kappa": kappa}
+    return {
+        "n_reviewers": len(answers),
+        "n_items": len(of_all),
+        "n_left_out": len(of_any) - len(of_all),
+        "kappa": kappa,
+    }
 
 
 # ------------------------------------------------------------------------------------------- is it a concept at all?
@@ -127,12 +132,11 @@ def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
 
 def _meaningful(question: Question, answers: Answers) -> list[dict[str, Any]]:
     """Shares by reviewer and cluster; cluster None is all, reviewer None what most of several said."""
-    voters: dict[str | None, dict[str, str]] = {**answers}
-    if len(answers) > 1:
-        voters[None] = _majority(answers)
+    voters: list[tuple[str | None, dict[str, str]]] = [*answers.items()]
+    voters += [(None, _majority(answers))] if len(answers) > 1 else []
     clusters = sorted({item.cluster for item in question.items if item.cluster is not None})
     rows = []
-    for voter, given in voters.items():
+    for voter, given in voters:
         for cluster in [*clusters, None]:
             of_it = [item.item for item in question.items if cluster is None or item.cluster == cluster]
             said = [given[item] == "meaningful" for item in of_it if item in given]
@@ -161,7 +165,10 @@ def _specific(question: Question, given: dict[str, str]) -> dict[str, Any]:
     latents of both lists for which a disease was named, it is the right one more often than by chance.
     """
     said = {
-        group: _counted((given[item.item] for item in question.items if item.group == group and item.item in given), question.choices)
+        group: _counted(
+            (given[item.item] for item in question.items if item.group == group and item.item in given),
+            question.choices,
+        )
         for group in (*LISTED, DECOY)
     }
     totals = {group: sum(counts.values()) for group, counts in said.items()}

@@ -97,10 +97,12 @@ def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_
     """What the page of this reviewer gets of a question: plain JSON values, the items in this reviewer's order.
 
     The order is random, but the same whenever the reviewer comes back, and new items leave that of the others as it is.
-    Without labels, nothing tells the latent, its cluster or list, the names of datasets or labels of images; that of the two
-    diseases is part of the question.
+    Without labels, nothing tells the latent, its cluster or list, the names of datasets or labels of images; those of
+    the two diseases are part of the question.
     """
-    items = sorted(question.items, key=lambda item: hashlib.sha256(f"{seed}\0{reviewer}\0{item.item}".encode()).digest())
+    items = sorted(
+        question.items, key=lambda item: hashlib.sha256(f"{seed}\0{reviewer}\0{item.item}".encode()).digest()
+    )
     return {
         "question": question.question,
         "title": question.title,

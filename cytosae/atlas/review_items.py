@@ -121,7 +121,12 @@ def _specific(concepts: ConceptStore, comparison: ResultStore, config: ReviewCon
     decoys = choose_decoys(table, n_images, np.concatenate(list(listed.values())), config.n_decoys, seed=config.seed)
     question = {"question": "specific", "concepts": concepts.identity, "comparison": comparison.header.identity}
     items = [
-        {"item": item_id(question, int(latent)), "latent": int(latent), "group": group, "n_images": int(n_images[latent])}
+        {
+            "item": item_id(question, int(latent)),
+            "latent": int(latent),
+            "group": group,
+            "n_images": int(n_images[latent]),
+        }
         for group, latents in (*listed.items(), ("decoy", decoys))
         for latent in latents
     ]
@@ -189,7 +194,9 @@ def _evidence(
 ) -> tuple[dict[str, Evidence], list[str]]:
     """Of each latent its reference images with maps; the images that cannot be shown."""
     table = concepts.all_top_images
-    is_wanted = pc.and_(pc.is_in(table["latent"], pa.array(latents, pa.int64())), pc.less_equal(table["rank"], n_images))
+    is_wanted = pc.and_(
+        pc.is_in(table["latent"], pa.array(latents, pa.int64())), pc.less_equal(table["rank"], n_images)
+    )
     top = table.filter(is_wanted).to_pylist()
     by_image: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (store, image_index): rows of `top`
     for row in top:
@@ -244,4 +251,3 @@ def encode_map(patches: Map, largest: float) -> str:
     """Base64 of a byte per patch, row by row: 255 for `largest`, 0 only where the latent is not active."""
     shares = patches.ravel() / largest if largest > 0 else np.zeros(patches.size)
     return base64.b64encode(np.ceil(np.clip(shares, 0, 1) * 255).astype(np.uint8).tobytes()).decode()
-

@@ -1,8 +1,9 @@
 """The server of an atlas on this machine: its files, the review page, and verdicts in.
 
-It listens on 127.0.0.1 only. A web page elsewhere may make a browser send requests here, so: every request must name this
-server as its Host (DNS rebinding), and one that asks for items or writes must come from a page of ours (Origin) and bring the token of this start, which is
-in the review page and nowhere on the disk. Files come from the atlas's folder alone, never through a link.
+It listens on 127.0.0.1 only. A web page elsewhere may make a browser send requests here, so: every request must name
+this server as its Host (DNS rebinding), and one that asks for items or writes must come from a page of ours (Origin)
+and bring the token of this start, which is in the review page and nowhere on the disk. Files come from the atlas's
+folder alone, never through a link.
 """
 
 import hmac
@@ -75,7 +76,9 @@ class AtlasServer(ThreadingHTTPServer):
         try:
             super().__init__((HOST, config.port), _Handler)
         except OSError as error:
-            raise BadInput(f"cannot listen on port {config.port} ({error.strerror}); choose another with --port") from None
+            raise BadInput(
+                f"cannot listen on port {config.port} ({error.strerror}); choose another with --port"
+            ) from None
         self.hosts = {f"{name}:{self.server_address[1]}" for name in (HOST, "localhost")}
 
     def server_bind(self) -> None:
@@ -201,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if is_plain and is_served and path.resolve() == path and path.is_file():
                 return path.read_bytes()
-        except OSError:  # a name too long, a loop of links, a file that went away
+        except (OSError, RuntimeError):  # a name too long, a file that went away; a loop of links
             pass
         raise _Refused(HTTPStatus.NOT_FOUND, "no such page in this atlas")
 

@@ -218,5 +218,7 @@ def _verdict(record: dict[str, Any], where: str) -> Verdict:
     for field in fields(Verdict):
         value = record.get(field.name)
         if field.name not in record or not isinstance(value, field.type):  # type: ignore[arg-type]  # plain types only
-            raise DamagedStore(f"{where} is not a review: its {field.name} is {value!r:.40}; repair or remove that line")
+            raise DamagedStore(
+                f"{where} is not a review: its {field.name} is {value!r:.40}; repair or remove that line"
+            )
     return Verdict(**{field.name: record[field.name] for field in fields(Verdict)})
