@@ -138,7 +138,6 @@ def test_paths_stay_inside(site: Path, tmp_path: Path) -> None:
         "/concepts",
         "/concepts/",
         "/pipe.html",
-        "//",
         "/./index.html",
     ]
     paths += [
