@@ -2290,6 +2290,12 @@ def _print_reviewed(found: dict[str, Any]) -> None:
         who = "most reviewers" if row["reviewer"] is None else _shown(row["reviewer"])
         if row["n"]:
             click.echo(f"  {who}, {cluster}: meaningful {_interval(row)}")
+    if found.get("specific"):
+        medians = {group: _cell(found["median_images"][group], "1,.0f") for group in ("a", "b", "decoy")}
+        click.echo(
+            f"  images with a latent, median: list of {_shown(found['a'])} {medians['a']}, of {_shown(found['b'])} "
+            f"{medians['b']}, decoys {medians['decoy']}"
+        )
     for reviewer, said in found.get("specific", {}).items():
         for group, name in (("a", found["a"]), ("b", found["b"])):
             click.echo(

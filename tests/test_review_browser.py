@@ -149,7 +149,7 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
             "(c) => [...c.getContext('2d').getImageData(0, 0, 16, 16).data].filter((_, k) => k % 4 === 3)"
         )
         assert alphas == page.evaluate(
-            "(text) => [...atob(text)].map((letter) => Math.round(letter.charCodeAt(0) * 0.75))", item["patches"]
+            "(text) => [...atob(text)].map((letter) => Math.round(letter.charCodeAt(0) * 0.9))", item["patches"]
         )
         page.keyboard.press("p")
         assert not canvas.is_visible()

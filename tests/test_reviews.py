@@ -429,7 +429,7 @@ def hand_made() -> Review:
     """Four selected latents in two clusters; lists of 3 and 2, and 3 decoys."""
     first = tuple(Item(item=f"m{k}", latent=k, cluster=k // 2) for k in range(4))
     groups = ("a", "a", "a", "b", "b", "decoy", "decoy", "decoy")
-    second = tuple(Item(item=f"s{k}", latent=k, group=group) for k, group in enumerate(groups))
+    second = tuple(Item(item=f"s{k}", latent=k, group=group, n_images=10 * k) for k, group in enumerate(groups))
     return Review(
         "atlas",
         (
@@ -482,7 +482,9 @@ def test_agreement_of_reviewers_who_skipped_some() -> None:
 
 def test_answers_against_decoys() -> None:
     review = hand_made()
-    found = agreement(answered(review, "Ada", "s", "aabbunna"), review)["questions"][1]["specific"]["Ada"]
+    question = agreement(answered(review, "Ada", "s", "aabbunna"), review)["questions"][1]
+    assert question["median_images"] == {"a": 10, "b": 35, "decoy": 60}
+    found = question["specific"]["Ada"]
     assert found["said"]["a"] == {"a": 2, "b": 1, "neither": 0, "unsure": 0}
     assert found["said"]["b"] == {"a": 0, "b": 1, "neither": 0, "unsure": 1}
     assert found["said"]["decoy"] == {"a": 1, "b": 0, "neither": 2, "unsure": 0}

@@ -94,7 +94,11 @@ def _question(question: Question, counting: dict[tuple[str, str], Verdict]) -> d
     }
     if question.question == "meaningful":
         return found | {"meaningful": _meaningful(question, answers)}
-    return found | {"specific": {reviewer: _specific(question, given) for reviewer, given in answers.items()}}
+    by_group = {group: [item.n_images for item in question.items if item.group == group] for group in (*LISTED, DECOY)}
+    return found | {
+        "median_images": {group: float(np.median(some)) if some else None for group, some in by_group.items()},
+        "specific": {reviewer: _specific(question, given) for reviewer, given in answers.items()},
+    }
 
 
 def _counted(verdicts: Any, choices: Sequence[str]) -> dict[str, int]:

@@ -24,6 +24,7 @@ class Item:
     latent: int
     cluster: int | None = None  # of the selection
     group: str = ""  # of a comparison: a, b or decoy
+    n_images: int = 0  # of a comparison: images in which the latent is active
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,7 @@ def _question(found: dict[str, Any]) -> Question:
             latent=int(item["latent"]),
             cluster=None if is_pair else int(item["cluster"]),
             group=str(item["group"]) if is_pair else "",
+            n_images=int(item["n_images"]) if is_pair else 0,
         )
         for item in found["items"]
     )

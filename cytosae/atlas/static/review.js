@@ -111,6 +111,7 @@ function show(number) {
   const judged = items.filter((each) => !isOpen(each)).length;
   Object.assign($("done"), { max: items.length, value: judged });
   $("counted").textContent = `${judged} of ${items.length}`;
+  say(drafts.has(item.item) ? "Not saved yet." : "");
   complain("");
   $("title").focus({ preventScroll: true });
   window.scrollTo(0, 0);
@@ -123,12 +124,14 @@ function tick(group, value) {
 function images(row) {
   const list = element("ol", "", { className: "images" });
   row.images.forEach((image, number) => {
-    const frame = element("div", "", { className: image.src === null ? "frame empty" : "frame" });
     const caption = image.label ?? "";
     const alt = `Reference image ${number + 1} of ${row.images.length}${caption && `: ${caption}`}`;
-    frame.append(image.src === null ? element("span", "no picture") : element("img", "", { src: image.src, alt }), map(image.patches));
+    const overlaid = frame(image.src, "", "map");
+    overlaid.append(map(image.patches));
+    const pair = element("div", "", { className: "pair" });
+    pair.append(frame(image.src, alt, ""), overlaid);
     const figure = element("figure");
-    figure.append(frame);
+    figure.append(pair);
     if (caption) figure.append(element("figcaption", caption));
     const entry = element("li");
     entry.append(figure);
@@ -137,7 +140,13 @@ function images(row) {
   return list;
 }
 
-// A map is a byte per patch. Opacity follows the activation, so what is not active shows the cell.
+function frame(src, alt, kind) {
+  const made = element("div", "", { className: `frame ${kind} ${src === null ? "empty" : ""}` });
+  made.append(src === null ? element("span", alt && "no picture") : element("img", "", { src, alt }));
+  return made;
+}
+
+// A map is a byte per patch. Colour and opacity follow the activation, as in the reference sheets.
 function map(patches) {
   const bytes = Uint8Array.from(atob(patches), (letter) => letter.charCodeAt(0));
   const side = Math.round(Math.sqrt(bytes.length));
@@ -149,9 +158,17 @@ function paint(width, height, bytes) {
   canvas.setAttribute("aria-hidden", "true");
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
-  bytes.forEach((value, k) => pixels.data.set([0, 158, 115, Math.round(value * 0.75)], 4 * k)); // Okabe and Ito's green
+  bytes.forEach((value, k) => pixels.data.set([...heat(value / 255), Math.round(value * 0.9)], 4 * k));
   context.putImageData(pixels, 0, 0);
   return canvas;
+}
+
+const HEAT = [[87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // of inferno, without its darkest quarter
+
+function heat(share) {
+  const place = Math.min(share * 3, 2.999);
+  const [below, above] = [HEAT[Math.floor(place)], HEAT[Math.floor(place) + 1]];
+  return below.map((value, k) => value + (above[k] - value) * (place % 1));
 }
 
 function scale(largest) {
