@@ -120,13 +120,13 @@ def test_decoys_by_hand() -> None:
     table = pa.table(
         {
             "difference": [5.0, -5.0, 0.1, 0.1, 3.0, 0.0, 2.0, 0.1, 0.1],
-            "hedges_g": pa.array([2.0, -2.0, 0.1, -0.1, 0.9, None, None, 0.0, 0.0]),
+            "hedges_g": pa.array([0.15, -2.0, 0.1, -0.1, 0.9, None, None, 0.0, 0.0]),
         }
     )
     n_images = np.array([1000, 10, 900, 12, 11, 8, 1000, 0, 100])
     listed = np.array([0, 1])
     found = [choose_decoys(table, n_images, listed, 2, seed=seed).tolist() for seed in range(10)]
-    assert found == [[2, 3]] * 10, "4 differs, 6 differs without a g, 7 is never active"
+    assert found == [[2, 3]] * 10, "0 is listed, 4 differs, 6 differs without a g, 7 is never active"
     assert choose_decoys(table, n_images, listed, 50, seed=0).tolist() == [2, 3, 5, 8]
     assert choose_decoys(table, n_images, listed, 0, seed=0).tolist() == []
     assert choose_decoys(table, n_images, np.array([], np.int64), 5, seed=0).tolist() == []
@@ -374,9 +374,9 @@ def test_export(review: Review, tmp_path: Path) -> None:
 
 def test_csv_cells() -> None:
     """Numbers stay numbers, a minus of theirs too; text that begins a formula does not, whatever hides the sign."""
-    table = pa.table({"=head": [-1, 2, None], "text": ["\r=1", '=HYPERLINK("x"),1', "a-b"]})
+    table = pa.table({"=head": [-1, 2, None], "text": ["\r=1", '=HYPERLINK("x"),1', "  =1"]})
     assert csv_bytes(table).decode("utf-8-sig") == (
-        '\'=head,text\r\n-1,"\'\r=1"\r\n2,"\'=HYPERLINK(""x""),1"\r\n,a-b\r\n'
+        '\'=head,text\r\n-1,"\'\r=1"\r\n2,"\'=HYPERLINK(""x""),1"\r\n,\'  =1\r\n'
     )
 
 
