@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -2176,7 +2176,7 @@ def probe(
 
 @cli.group()
 def atlas() -> None:
-    """The science: a run as a folder of web pages."""
+    """Web pages of a run, and the review of its concepts by experts."""
 
 
 @atlas.command("build")
@@ -2269,6 +2269,140 @@ def atlas_build(
         return
     _warn_of_unseen(done.unseen, "--images")
     click.echo(f"open {(out / 'index.html').absolute().as_uri()}")
+
+
+@atlas.command("serve")
+@click.argument("site", metavar="DIR", type=_FILE)
+@click.option("--reviews", type=_FILE, help="Folder of the verdicts  [default: DIR.reviews].")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port to listen on; 0: any free one."
+)
+@click.option("--show-labels", is_flag=True, help="In the review, show latents, datasets and labels of images.")
+@click.option("--review-only", is_flag=True, help="Serve the review page, not the atlas, in which labels can be seen.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of each reviewer's order of concepts.")
+def atlas_serve(site: Path, reviews: Path | None, review_only: bool, show_labels: bool, port: int, seed: int) -> None:
+    """Serve an atlas to a browser on this machine, and take reviews of its concepts.
+
+    Every verdict is on the disk before the page says so; give your name again to go on where you stopped. Ctrl-C stops.
+
+    \b
+    Example: cyto atlas serve cells.atlas
+    """
+    from cytosae.atlas.review_server import ServeConfig, open_server
+
+    config = ServeConfig(port=port, seed=seed, shows_labels=show_labels, is_review_only=review_only)
+    folder = reviews or _reviews_of(site)
+    with open_server(site, folder, config) as server:
+        asked = ", ".join(f"{question.title} ({len(question.items):,})" for question in server.review.questions)
+        click.echo(f"{site}: {server.address}  review: {server.address}review.html  (Ctrl-C stops)")
+        click.echo(f"asked: {_shown(asked) or 'nothing; the atlas was built without a selection and comparisons'}")
+        click.echo(f"verdicts: {folder}")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+    click.echo("\nstopped")
+
+
+@atlas.command("export")
+@click.argument("site", metavar="DIR", type=_FILE)
+@click.option("-o", "--out", type=_FILE, required=True, help="The table to write, .csv or .parquet.")
+@click.option("--reviews", type=_FILE, help="Folder of the verdicts  [default: DIR.reviews].")
+@click.option("--history", is_flag=True, help="Also verdicts that a later one of the same reviewer replaced.")
+@_overwrite_option
+def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, overwrite: bool) -> None:
+    """The verdicts of all reviewers as one table, with what was hidden from them.
+
+    \b
+    Example: cyto atlas export cells.atlas -o reviews.csv
+    """
+    from cytosae.atlas.questions import read_review
+    from cytosae.atlas.reviews import read_verdicts, verdict_table, write_verdicts
+
+    review = read_review(site)
+    table = verdict_table(read_verdicts(reviews or _reviews_of(site)), review, history=history)
+    write_verdicts(table, out, overwrite=overwrite)
+    n_reviewers = len(set(table["reviewer"].to_pylist()))
+    click.echo(f"{out}: {table.num_rows:,} verdicts of {n_reviewers:,} reviewers")
+
+
+@atlas.command("agreement")
+@click.argument("site", metavar="DIR", type=_FILE)
+@click.option("--reviews", type=_FILE, help="Folder of the verdicts  [default: DIR.reviews].")
+@_json_option
+def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
+    """Do reviewers agree, which share of concepts is meaningful, and are those of a disease told from decoys?
+
+    \b
+    Example: cyto atlas agreement cells.atlas
+    """
+    from cytosae.atlas.agreement import agreement
+    from cytosae.atlas.questions import read_review
+    from cytosae.atlas.reviews import read_verdicts
+
+    review = read_review(site)
+    found = agreement(read_verdicts(reviews or _reviews_of(site)), review)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    click.echo(
+        f"{found['n_verdicts']:,} verdicts ({found['n_superseded']:,} earlier ones replaced), of them "
+        f"{found['n_seen_with_labels']:,} with labels shown"
+    )
+    if found["n_not_asked"]:
+        click.echo(f"left out: {found['n_not_asked']:,} on concepts that {site} does not ask about")
+    for question in found["questions"]:
+        _print_reviewed(question)
+
+
+def _reviews_of(site: Path) -> Path:
+    """Beside the atlas: what replaces it leaves the reviews alone."""
+    site = site.absolute()
+    return site.with_name(f"{site.name}.reviews")
+
+
+def _print_reviewed(found: dict[str, Any]) -> None:
+    """What `cyto atlas agreement` found for one question."""
+    click.echo(f"\n{_shown(found['title'])}: {found['n_items']:,} concepts")
+    for reviewer, given in found["reviewers"].items():
+        said = ", ".join(f"{count:,} {verdict}" for verdict, count in given["verdicts"].items())
+        click.echo(f"  {_shown(reviewer)}: {given['n']:,} judged ({said})")
+    for pair in found["cohen"]:
+        names = " and ".join(_shown(name) for name in pair["reviewers"])
+        click.echo(
+            f"  {names}: Cohen's kappa {_number(pair['kappa'])} over {pair['n_items']:,} concepts, "
+            f"{_share(pair['agreement'])} equal"
+        )
+    all_of = found["fleiss"]
+    if all_of["n_reviewers"] > 2:
+        click.echo(
+            f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_number(all_of['kappa'])} over {all_of['n_items']:,} "
+            f"concepts that all judged ({all_of['n_left_out']:,} left out)"
+        )
+    for row in found.get("meaningful", ()):
+        cluster = "all" if row["cluster"] is None else f"cluster {row['cluster']}"
+        who = "most reviewers" if row["reviewer"] is None else _shown(row["reviewer"])
+        if row["n"]:
+            click.echo(f"  {who}, {cluster}: meaningful {_interval(row)}")
+    if found.get("specific"):
+        medians = {group: _cell(found["median_images"][group], "1,.0f") for group in ("a", "b", "decoy")}
+        click.echo(
+            f"  images with a latent, median: list of {_shown(found['a'])} {medians['a']}, of {_shown(found['b'])} "
+            f"{medians['b']}, decoys {medians['decoy']}"
+        )
+    for reviewer, said in found.get("specific", {}).items():
+        for group, name in (("a", found["a"]), ("b", found["b"])):
+            click.echo(
+                f"  {_shown(reviewer)}: called specific to {_shown(name)} {_interval(said['confirmed'][group])} of its "
+                f"list, {_interval(said['decoys_called'][group])} of the decoys "
+                f"(p {_cell(said['p_lists'][group], '1.3g')})"
+            )
+        click.echo(f"  {_shown(reviewer)}: the right side of the two, p {_cell(said['p_sides'], '1.3g')}")
+
+
+def _interval(row: dict[str, Any]) -> str:
+    """`5 of 8 (62.5%, 30.6 to 86.3)`"""
+    if not row["n"]:
+        return "0 of 0"
+    return f"{row['n_yes']:,} of {row['n']:,} ({row['share']:.1%}, {100 * row['low']:.1f} to {100 * row['high']:.1f})"
 
 
 # ---------------------------------------------------------------------------------------------------- the pipeline

@@ -5,6 +5,7 @@ three are the outcome of reading the file. A row's position is its `image_index`
 """
 
 import csv
+import io
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
@@ -16,6 +17,8 @@ from .files import sha256_json, write_atomic
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
 STATUS_OK, STATUS_UNREADABLE = "ok", "unreadable"
+_FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # full-width ones too
+_BREAKS = ("\t", "\r", "\n")
 
 
 def read_table_file(path: Path) -> pa.Table:
@@ -98,6 +101,25 @@ def parquet_bytes(table: pa.Table) -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     return memoryview(sink.getvalue())
+
+
+def csv_bytes(table: pa.Table) -> bytes:
+    """A table as the content of a CSV file that a spreadsheet may open: no text in it is taken for a formula.
+
+    A text that begins with one of `= + - @` (blanks before it aside), a tab or a line break gets an apostrophe first.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([_not_a_formula(name) for name in table.column_names])
+    for row in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        writer.writerow([_not_a_formula(cell) for cell in row])
+    return text.getvalue().encode("utf-8-sig")  # -sig: else Excel takes UTF-8 for something else
+
+
+def _not_a_formula(cell: object) -> object:
+    if isinstance(cell, str) and (cell.startswith(_BREAKS) or cell.lstrip().startswith(_FORMULA_SIGNS)):
+        return f"'{cell}"
+    return cell
 
 
 def read_image_table(path: Path) -> pa.Table:

@@ -59,6 +59,7 @@ def concepts_of(store: LatentStore, root: Path, *, n_top: int = 3, fires_above: 
         fires = activation[members] > fires_above
         mean = (activation[members] * fires).sum(0) / np.maximum(1, fires.sum(0))
         statistics[dataset] = {"frequency": fires.mean(0).tolist(), "mean_activation": mean.tolist()}
+        statistics[dataset]["n_images"] = fires.sum(0).tolist()
         for latent in range(store.spec.n_latents):
             order = sorted((-activation[image, latent], names[image], image) for image in members)
             for rank, (value, name, image) in enumerate(order[:n_top], start=1):

@@ -83,6 +83,7 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
         ("cytosae.maps, cytosae.sheets, cytosae.masks, cytosae.selection", {"torch", "cytocache", "dask", "sklearn"}),
         ("cytosae.probe", {"torch", "cytocache", "dask"}),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
+        ("cytosae.atlas.review_server, cytosae.atlas.agreement", {"torch", "cytocache", "dask", "matplotlib"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
         ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "stores", "dask", "click"}),
         ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),

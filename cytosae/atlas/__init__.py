@@ -1,4 +1,5 @@
-"""The atlas: one run as a folder of web pages that an expert opens without a server, a network or Python.
+"""The atlas: one run as a folder of web pages that an expert opens without a server, and the review of its concepts.
 
-Reading order: config, inputs, cohort, plan, then build.py, which writes what the pages modules describe.
+Reading order: config, inputs, cohort, plan, then build.py, which writes what the pages modules describe. The review:
+review_items (what is asked), questions (what may be seen), review_server, reviews, agreement. No torch.
 """

@@ -13,6 +13,7 @@ from stores.results import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 
 from ..patch_maps import patch_side
+from ..selection import read_selection
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, write_concept_pages
@@ -21,6 +22,8 @@ from .image_pages import write_images
 from .inputs import Inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
+from .review_items import FILE as REVIEW
+from .review_items import ReviewConfig, make_review
 from .site import Site, copy_static
 
 Progress = Callable[[int, int, str], None]
@@ -97,6 +100,7 @@ def write_atlas(
     copy_static(site)
 
     writer.write_table("files", site.table())
+    writer.write_json(REVIEW, _review(inputs, site, writer.root, config))
     result = AtlasResult(
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
@@ -225,6 +229,18 @@ def _write_provenance(
     ]
     spec = _spec(inputs, config, plan)
     site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
+
+
+def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
+    """What `cyto atlas serve` asks experts, and its pictures; nothing in it names a patient or an image."""
+    return make_review(
+        inputs.concepts,
+        inputs.sources,
+        folder,
+        ReviewConfig(seed=config.seed),
+        selection=read_selection(inputs.concepts) if plan.selection else None,
+        comparisons=inputs.comparisons,
+    ).content  # images that cannot be shown are told with the pages
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,161 @@
+"""What is a reviewer asked, in which order, and how much of it may be seen? Reads the review.json of an atlas."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stores.errors import DamagedStore
+from stores.results import ResultStore
+from stores.spec import ATLAS
+
+from .review_items import FILE, PICTURES
+
+LISTED, DECOY = ("a", "b"), "decoy"
+_CHOICES = {"meaningful": ("meaningful", "not", "unsure"), "specific": (*LISTED, "neither", "unsure")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A latent that is asked about; `group` is the answer that nobody sees: the top list that it stands in."""
+
+    item: str
+    latent: int
+    cluster: int | None = None  # of the selection
+    group: str = ""  # of a comparison: a, b or decoy
+    n_images: int = 0  # of a comparison: images in which the latent is active
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question, asked about many latents."""
+
+    question: str  # meaningful, or specific
+    concepts: str  # identities
+    comparison: str | None = None
+    a: str = ""  # the diseases of a comparison
+    b: str = ""
+    n_without_images: int = 0  # latents that are not asked about: there is nothing to show
+    items: tuple[Item, ...]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The verdicts that a reviewer chooses from."""
+        return _CHOICES[self.question]
+
+    @property
+    def title(self) -> str:
+        """In a few words."""
+        return "Meaningful concepts" if self.question == "meaningful" else f"{self.a} against {self.b}"
+
+
+@dataclass(frozen=True)
+class Review:
+    """The review that an atlas asks for."""
+
+    atlas: str  # identity
+    questions: tuple[Question, ...]
+    evidence: dict[int, dict[str, Any]]  # by latent, as in review.json
+
+    def find(self, item: str) -> tuple[Question, Item] | None:
+        """An item by its name; None if it is not asked about."""
+        return self._by_name.get(item)
+
+    @cached_property
+    def _by_name(self) -> dict[str, tuple[Question, Item]]:
+        return {item.item: (question, item) for question in self.questions for item in question.items}
+
+
+def read_review(site: Path) -> Review:
+    """What the atlas in the folder `site` asks; no questions if it was built without any.
+
+    Raises
+    ------
+    StoreNotFound, IncompleteStore, SpecMismatch
+        If there is no finished atlas of a version that this program reads.
+    DamagedStore
+        If review.json is not what was written, or not a review.
+    """
+    results = ResultStore(site, ATLAS)
+    if f"{FILE}.json" not in (results.header.summary or {}).get("files", {}):
+        return Review(results.header.identity, (), {})
+    content = results.json(FILE)
+    try:
+        questions = tuple(_question(found) for found in content["questions"])
+        evidence = {int(latent): found for latent, found in content["latents"].items()}
+        review = Review(results.header.identity, questions, evidence)
+        for question in questions:
+            sent(review, question, "", seed=0, shows_labels=True)  # all that will be needed is there
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedStore(
+            f"{results.root / FILE}.json is not a review ({error!r}); cyto atlas build --overwrite makes it again"
+        ) from None
+    return review
+
+
+def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_labels: bool) -> dict[str, Any]:
+    """What the page of this reviewer gets of a question: plain JSON values, the items in this reviewer's order.
+
+    The order is random, but the same whenever the reviewer comes back, and new items leave that of the others as it is.
+    Without labels, nothing tells the latent, its cluster or list, the names of datasets or labels of images; those of
+    the two diseases are part of the question.
+    """
+    items = sorted(
+        question.items, key=lambda item: hashlib.sha256(f"{seed}\0{reviewer}\0{item.item}".encode()).digest()
+    )
+    return {
+        "question": question.question,
+        "title": question.title,
+        "a": question.a,
+        "b": question.b,
+        "choices": question.choices,
+        "items": [_sent_item(item, review.evidence[item.latent], shows_labels) for item in items],
+    }
+
+
+def _sent_item(item: Item, evidence: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
+    rows = [
+        {
+            "title": str(row["dataset"]) if shows_labels else f"Set {number}",
+            "images": [_sent_image(image, shows_labels) for image in row["images"]],
+        }
+        for number, row in enumerate(evidence["rows"], start=1)
+    ]
+    latent = item.latent if shows_labels else None
+    return {"item": item.item, "latent": latent, "largest": float(evidence["largest"]), "rows": rows}
+
+
+def _sent_image(image: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
+    file = image["file"]
+    return {
+        "src": None if file is None else f"{PICTURES}/{file}",
+        "patches": str(image["patches"]),
+        "label": (image["label"] or "no label") if shows_labels else None,
+    }
+
+
+def _question(found: dict[str, Any]) -> Question:
+    asked = found["question"]
+    if asked not in _CHOICES:
+        raise ValueError(f"unknown question {asked!r}")
+    is_pair = asked == "specific"
+    items = tuple(
+        Item(
+            item=str(item["item"]),
+            latent=int(item["latent"]),
+            cluster=None if is_pair else int(item["cluster"]),
+            group=str(item["group"]) if is_pair else "",
+            n_images=int(item["n_images"]) if is_pair else 0,
+        )
+        for item in found["items"]
+    )
+    return Question(
+        question=asked,
+        concepts=str(found["concepts"]),
+        comparison=str(found["comparison"]) if is_pair else None,
+        a=str(found["a"]) if is_pair else "",
+        b=str(found["b"]) if is_pair else "",
+        n_without_images=int(found["n_without_images"]),
+        items=items,
+    )

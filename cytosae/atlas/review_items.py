@@ -1,0 +1,253 @@
+"""Which latents are experts asked about, and what are they shown? Made with an atlas: review.json and review/*.jpg.
+
+`review.json` holds the key as well (cluster, list, labels); what a reviewer may see of it is for questions.py to say.
+Pictures are named after their content: a name tells nothing of a label, and never shows another picture.
+"""
+
+import base64
+import hashlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stores.concept_store import ConceptStore
+from stores.errors import BadInput, SpecMismatch
+from stores.files import sha256_json
+from stores.results import ResultStore
+
+from ..patch_maps import Map, Pixels, patch_map, read_tokens
+from ..reference_images import Sources, require_same_sae
+from ..selection import Selection
+
+FILE = "review"  # .json in the folder of the atlas
+PICTURES = "review"  # folder of pictures there
+NEGLIGIBLE = 0.2  # |Hedges' g| below which a difference counts as near zero (Cohen's bound of a small effect)
+_LONGEST = 360  # pixels along the longer side of a picture
+_QUALITY = 90  # of JPEG
+Evidence = dict[str, Any]  # of one latent, as it stands in review.json
+Int = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewConfig:
+    """What goes into a review."""
+
+    n_images: int = 6  # reference images of a latent, in each dataset
+    n_top: int = 50  # latents of each top list of a comparison
+    n_decoys: int = 50  # latents of no list, among them
+    seed: int = 0  # of the decoys
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_images", 1), ("n_top", 1), ("n_decoys", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise BadInput(f"{name} must be at least {least}; found {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ReviewFile:
+    """The content of review.json, and the images that cannot be shown, each with the reason."""
+
+    content: dict[str, Any]
+    unseen: list[str]
+
+
+def make_review(
+    concepts: ConceptStore,
+    sources: Sources,
+    folder: Path,
+    config: ReviewConfig,
+    *,
+    selection: Selection | None = None,
+    comparisons: Sequence[ResultStore] = (),
+    progress: Callable[[int, int, str], None] = lambda done, total, state: None,
+) -> ReviewFile:
+    """What experts are asked: is each selected latent a concept; of which disease is each of a comparison's latents?
+
+    Writes the pictures into `folder`/review; the content is for the caller to write, as `folder`/review.json. Each
+    image is read once, whatever the number of latents that it stands for.
+
+    Parameters
+    ----------
+    folder : of the atlas
+    comparisons : folders of `cyto compare`, of the same SAE
+
+    Raises
+    ------
+    SpecMismatch
+        If the concepts are of another SAE than the latents, or a comparison has another number of latents.
+    """
+    require_same_sae(concepts, sources)
+    questions = [] if selection is None else [_meaningful(concepts, selection)]
+    questions += [_specific(concepts, comparison, config) for comparison in comparisons]
+    asked = sorted({item["latent"] for question in questions for item in question["items"]})
+    evidence, unseen = _evidence(concepts, sources, asked, folder / PICTURES, config.n_images, progress)
+    for question in questions:
+        shown = [item for item in question["items"] if evidence[str(item["latent"])]["rows"]]
+        question["n_without_images"] = len(question["items"]) - len(shown)
+        question["items"] = shown
+    return ReviewFile({"questions": questions, "latents": evidence}, unseen)
+
+
+# --------------------------------------------------------------------------------------------------- the questions
+
+
+def _meaningful(concepts: ConceptStore, selection: Selection) -> dict[str, Any]:
+    columns = ("latent", "cluster", "frequency", "mean_activation")
+    question = {"question": "meaningful", "concepts": concepts.identity, "comparison": None}
+    items = [
+        {"item": item_id(question, row["latent"]), **{name: row[name] for name in columns}}
+        for row in selection.table.to_pylist()
+    ]
+    return {**question, "cluster_sizes": list(selection.cluster_sizes), "items": items}
+
+
+def _specific(concepts: ConceptStore, comparison: ResultStore, config: ReviewConfig) -> dict[str, Any]:
+    table = comparison.table("differential")
+    if table.num_rows != concepts.n_latents:
+        raise SpecMismatch(
+            f"{comparison.root} compares {table.num_rows:,} latents, {concepts.root} has {concepts.n_latents:,}; give "
+            f"a comparison of the same SAE"
+        )
+    n_images = _images_by_latent(concepts)
+    listed = {group: _top(table, f"rank_{group}", config.n_top) for group in ("a", "b")}
+    decoys = choose_decoys(table, n_images, np.concatenate(list(listed.values())), config.n_decoys, seed=config.seed)
+    question = {"question": "specific", "concepts": concepts.identity, "comparison": comparison.header.identity}
+    items = [
+        {
+            "item": item_id(question, int(latent)),
+            "latent": int(latent),
+            "group": group,
+            "n_images": int(n_images[latent]),
+        }
+        for group, latents in (*listed.items(), ("decoy", decoys))
+        for latent in latents
+    ]
+    names = {name: str(comparison.header.spec[name]) for name in ("a", "b")}
+    return {**question, **names, "n_decoys_wanted": config.n_decoys, "items": items}
+
+
+def item_id(question: dict[str, Any], latent: int) -> str:
+    """The name of a latent in a question: it stays if the atlas is built anew, and says nothing about the answer."""
+    asked = [question[name] for name in ("question", "concepts", "comparison")]
+    return sha256_json([*asked, latent])[:16]
+
+
+def choose_decoys(table: pa.Table, n_images: Int, listed: Int, n_decoys: int, *, seed: int) -> Int:
+    """Latents of neither top list that look as frequent as the listed ones, and differ by next to nothing.
+
+    To each of `n_decoys` listed latents, in random order, goes the latent nearest to it in log10 of the number of
+    images, of equally near ones any; each is taken once. Fewer where there are not as many.
+
+    Parameters
+    ----------
+    table : differential.parquet, row i latent i
+    n_images : shape (latents,): images in which each is active; without any, it is no decoy
+
+    Returns
+    -------
+    Latents, rising.
+    """
+    g = table["hedges_g"].to_numpy(zero_copy_only=False).astype(np.float64)  # NaN: equal within each group
+    is_near_zero = np.where(np.isnan(g), table["difference"].to_numpy() == 0, np.abs(g) < NEGLIGIBLE)
+    is_near_zero[listed] = False
+    rng = np.random.default_rng(seed)
+    free = rng.permutation(np.flatnonzero(is_near_zero & (n_images > 0)))
+    chosen: list[int] = []
+    for latent in np.resize(rng.permutation(listed), n_decoys if len(listed) else 0)[: len(free)]:
+        nearest = int(np.abs(np.log10(n_images[free]) - math.log10(max(1, n_images[latent]))).argmin())
+        chosen.append(int(free[nearest]))
+        free = np.delete(free, nearest)
+    return np.array(sorted(chosen), np.int64)
+
+
+def _images_by_latent(concepts: ConceptStore) -> Int:
+    """(n_latents,) images in which each latent is active, in all datasets together."""
+    found = concepts.latents()["n_images"].to_numpy()
+    return np.asarray(found.reshape(-1, concepts.n_latents).sum(0), np.int64)
+
+
+def _top(table: pa.Table, rank: str, n_top: int) -> Int:
+    """The latents of the first ranks, the first one first."""
+    ranks = table[rank].to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where there is none
+    chosen = np.flatnonzero(ranks <= n_top)
+    return chosen[np.argsort(ranks[chosen])]
+
+
+# ---------------------------------------------------------------------------------------------------- the evidence
+
+
+def _evidence(
+    concepts: ConceptStore,
+    sources: Sources,
+    latents: Sequence[int],
+    folder: Path,
+    n_images: int,
+    progress: Callable[[int, int, str], None],
+) -> tuple[dict[str, Evidence], list[str]]:
+    """Of each latent its reference images with maps; the images that cannot be shown."""
+    table = concepts.all_top_images
+    is_wanted = pc.and_(
+        pc.is_in(table["latent"], pa.array(latents, pa.int64())), pc.less_equal(table["rank"], n_images)
+    )
+    top = table.filter(is_wanted).to_pylist()
+    by_image: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (store, image_index): rows of `top`
+    for row in top:
+        by_image.setdefault(sources.find(row["image_id"]), []).append(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    unseen: list[str] = []
+    for n_done, (number, image_index) in enumerate(sorted(by_image)):
+        progress(n_done, len(by_image), "")
+        rows = by_image[number, image_index]
+        picture = sources.pictures[number](image_index)
+        file = None if isinstance(picture, str) else write_picture(picture, folder)
+        if isinstance(picture, str):
+            unseen.append(f"{rows[0]['image_id']}: {picture}")
+        tokens = read_tokens(sources.stores[number], image_index)
+        for row in rows:
+            row |= {"file": file, "map": patch_map(tokens, row["latent"])}
+    progress(len(by_image), len(by_image), "")
+
+    of_latent: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
+    for row in top:
+        of_latent[row["latent"]].append(row)
+    return {str(latent): _as_json(rows) for latent, rows in of_latent.items()}, unseen
+
+
+def _as_json(top: list[dict[str, Any]]) -> Evidence:
+    """The top images of one latent, by dataset, their maps on one scale."""
+    largest = max((float(row["map"].max()) for row in top), default=0.0)
+    by_dataset: dict[str, list[dict[str, Any]]] = {}
+    for row in top:
+        image = {"file": row["file"], "patches": encode_map(row["map"], largest), "label": row["label"]}
+        by_dataset.setdefault(row["dataset"], []).append(image)
+    return {
+        "largest": largest,
+        "rows": [{"dataset": dataset, "images": images} for dataset, images in by_dataset.items()],
+    }
+
+
+def write_picture(pixels: Pixels, folder: Path) -> str:
+    """Write a JPEG of at most 360 pixels along its longer side; its name, which is made from its content."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=_QUALITY)
+    name = f"{hashlib.sha256(data.getvalue()).hexdigest()[:32]}.jpg"
+    (folder / name).write_bytes(data.getvalue())
+    return name
+
+
+def encode_map(patches: Map, largest: float) -> str:
+    """Base64 of a byte per patch, row by row: 255 for `largest`, 0 only where the latent is not active."""
+    shares = patches.ravel() / largest if largest > 0 else np.zeros(patches.size)
+    return base64.b64encode(np.ceil(np.clip(shares, 0, 1) * 255).astype(np.uint8).tobytes()).decode()

@@ -1,0 +1,224 @@
+"""Verdicts on disk: a journal per reviewer, beside the atlas, so that no rebuilt atlas takes them along.
+
+Append-only JSON lines, each synced before anybody is told that it is saved. The last verdict of a reviewer on an item
+counts; the earlier ones stay. Format "reviews", version 1: docs/formats.md.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
+from stores.files import append_line, read_lines, sync_folder, write_atomic
+from stores.tables import csv_bytes, parquet_bytes
+
+from .questions import Item, Question, Review
+
+VERSION = 1
+_LONGEST = {"reviewer": 80, "name": 200, "notes": 10_000}  # letters
+_COLUMNS = {
+    **{name: pa.string() for name in ("reviewer", "question", "a", "b", "item")},
+    "latent": pa.int64(),
+    "cluster": pa.int64(),  # of the selection
+    "group": pa.string(),  # of a comparison: a, b or decoy
+    **{name: pa.string() for name in ("verdict", "name")},
+    "confidence": pa.int64(),
+    **{name: pa.string() for name in ("notes", "time")},
+    **{name: pa.bool_() for name in ("is_blinded", "is_current", "is_asked")},
+    **{name: pa.string() for name in ("concepts", "comparison", "atlas")},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What one reviewer said of one item at one time, and of what: a line of a journal."""
+
+    time: str  # ISO 8601, UTC
+    reviewer: str
+    item: str
+    question: str
+    latent: int
+    concepts: str  # identities
+    comparison: str | None
+    a: str
+    b: str
+    atlas: str
+    is_blinded: bool
+    verdict: str
+    name: str  # what it is, in the reviewer's words
+    notes: str
+    confidence: int | None  # 1 (a guess) to 5 (certain)
+
+
+def new_verdict(said: dict[str, Any], review: Review, *, is_blinded: bool) -> Verdict:
+    """What a page sent, checked and put together with what was asked.
+
+    Raises
+    ------
+    BadInput
+        If something in it is not as it must be.
+    """
+    found = review.find(str(said.get("item")))
+    if found is None:
+        raise BadInput("this atlas does not ask about that item; load the page again")
+    question, item = found
+    verdict, confidence = said.get("verdict"), said.get("confidence")
+    if verdict not in question.choices:
+        raise BadInput(f"verdict must be one of {', '.join(question.choices)}; found {str(verdict)[:40]!r}")
+    if confidence is not None and (type(confidence) is not int or not 1 <= confidence <= 5):
+        raise BadInput(f"confidence must be a whole number from 1 to 5, or null; found {str(confidence)[:40]!r}")
+    return Verdict(
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        reviewer=reviewer_name(said.get("reviewer")),
+        item=item.item,
+        question=question.question,
+        latent=item.latent,
+        concepts=question.concepts,
+        comparison=question.comparison,
+        a=question.a,
+        b=question.b,
+        atlas=review.atlas,
+        is_blinded=is_blinded,
+        verdict=str(verdict),
+        name=_text("name", said.get("name", "")),
+        notes=_text("notes", said.get("notes", "")),
+        confidence=confidence,
+    )
+
+
+def reviewer_name(said: object) -> str:
+    """A reviewer's name in its one spelling: letters composed (NFC), single blanks.
+
+    Raises
+    ------
+    BadInput
+        If it is empty, too long or not printable.
+    """
+    name = " ".join(unicodedata.normalize("NFC", _text("reviewer", said)).split())
+    if not name or not name.isprintable():
+        raise BadInput(f"reviewer must be a name of printable letters; found {name!r}")
+    return name
+
+
+def journal(folder: Path, reviewer: str) -> Path:
+    """Where the verdicts of a reviewer lie: named by a hash, since a name may be no name for a file."""
+    return folder / f"{hashlib.sha256(reviewer.encode()).hexdigest()[:32]}.jsonl"
+
+
+def save_verdict(folder: Path, verdict: Verdict) -> None:
+    """Append a verdict to its reviewer's journal; when this returns, it is on the disk. One process at a time.
+
+    Raises
+    ------
+    OSError
+        If it is not on the disk: full, gone, read-only.
+    """
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
+    path = journal(folder, verdict.reviewer)
+    read_lines(path, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
+    append_line(path, {"version": VERSION, **asdict(verdict)})
+
+
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """All verdicts of all reviewers, earlier ones too, each reviewer's in the order of saving.
+
+    Raises
+    ------
+    StoreNotFound
+        If there is no such folder.
+    DamagedStore
+        If a journal holds what no server wrote; a last line that a crash tore is left out.
+    SpecMismatch
+        If a newer program wrote it.
+    """
+    if not folder.is_dir():
+        raise StoreNotFound(f"no reviews at {folder}; cyto atlas serve takes some")
+    return [verdict for path in sorted(folder.glob("*.jsonl")) for verdict in _read_journal(path, folder)]
+
+
+def read_verdicts_of(folder: Path, reviewer: str) -> list[Verdict]:
+    """The verdicts of one reviewer, the same way."""
+    return _read_journal(journal(folder, reviewer), folder)
+
+
+def current(verdicts: Iterable[Verdict]) -> dict[tuple[str, str], Verdict]:
+    """(reviewer, item) -> the verdict that counts: the last one."""
+    return {(verdict.reviewer, verdict.item): verdict for verdict in verdicts}
+
+
+def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = False) -> pa.Table:
+    """The verdicts that count, or with `history` all, with what the reviewers did not see beside each; docs/review.md.
+
+    Ordered by reviewer; an item that the atlas does not ask about (any more) has `is_asked` false.
+    """
+    counting = current(verdicts)
+    rows = []
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.reviewer):  # stable: else in the order of saving
+        is_current = counting[verdict.reviewer, verdict.item] is verdict
+        if history or is_current:
+            rows.append(asdict(verdict) | {"is_current": is_current} | _key(review.find(verdict.item)))
+    return pa.Table.from_pylist(rows, pa.schema(list(_COLUMNS.items())))
+
+
+def write_verdicts(table: pa.Table, path: Path, *, overwrite: bool = False) -> None:
+    """Write the table as .csv, in which no text is taken for a formula, or as .parquet.
+
+    Raises
+    ------
+    BadInput
+        If the name ends otherwise, or the file is there (and not `overwrite`).
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise BadInput(f"{path} must end with .csv or .parquet")
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} is there already; choose another output, or add --overwrite to replace it")
+    write_atomic(path, csv_bytes(table) if path.suffix == ".csv" else parquet_bytes(table))
+
+
+def _key(found: tuple[Question, Item] | None) -> dict[str, Any]:
+    if found is None:
+        return {"cluster": None, "group": None, "is_asked": False}
+    return {"cluster": found[1].cluster, "group": found[1].group or None, "is_asked": True}
+
+
+def _text(name: str, said: object) -> str:
+    if not isinstance(said, str) or len(said) > _LONGEST[name]:
+        found = f"{len(said):,} letters" if isinstance(said, str) else f"{said!r:.40}"
+        raise BadInput(f"{name} must be a text of at most {_LONGEST[name]:,} letters; found {found}")
+    try:
+        said.encode()
+    except UnicodeEncodeError:  # JSON may hold half of a surrogate pair
+        raise BadInput(f"{name} holds what is no letter: half of a surrogate pair") from None
+    return said.strip()
+
+
+def _read_journal(path: Path, folder: Path) -> list[Verdict]:
+    found = []
+    for number, record in enumerate(read_lines(path), start=1):
+        where = f"line {number} of {path}"
+        version = record.get("version")
+        if type(version) is int and version > VERSION:
+            raise SpecMismatch(f"{where}: reviews version {version} are newer than this cyto; upgrade cyto")
+        verdict = _verdict(record, where)
+        if journal(folder, verdict.reviewer) != path:
+            raise DamagedStore(f"{where} is by {verdict.reviewer!r}, whose reviews are in another file; remove one")
+        found.append(verdict)
+    return found
+
+
+def _verdict(record: dict[str, Any], where: str) -> Verdict:
+    for field in fields(Verdict):
+        value = record.get(field.name)
+        if field.name not in record or not isinstance(value, field.type):  # type: ignore[arg-type]  # plain types only
+            raise DamagedStore(
+                f"{where} is not a review: its {field.name} is {value!r:.40}; repair or remove that line"
+            )
+    return Verdict(**{field.name: record[field.name] for field in fields(Verdict)})
