@@ -100,7 +100,7 @@ def write_atlas(
     copy_static(site)
 
     writer.write_table("files", site.table())
-    writer.write_json(REVIEW, _review(inputs, site, writer.root, config))
+    writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
     result = AtlasResult(
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
