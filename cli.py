@@ -2265,7 +2265,7 @@ def atlas_build(
     about = "about " if dry_run else ""
     click.echo(f"{out}: pages of {counts}; {about}{done.n_files:,} files, {about}{done.n_bytes / 1e6:,.1f} MB")
     if dry_run:
-        click.echo("nothing was written")
+        click.echo("nothing was written; the pictures of the review come on top, up to six per concept and dataset")
         return
     _warn_of_unseen(done.unseen, "--images")
     click.echo(f"open {(out / 'index.html').absolute().as_uri()}")

@@ -162,7 +162,7 @@ def test_the_file_list_and_the_header_cover_everything(atlas: Path) -> None:
     store = ResultStore(atlas, ATLAS)
     listed = {row["name"]: row for row in store.table("files").to_pylist()}
     there = {str(path.relative_to(atlas)) for path in atlas.rglob("*") if path.is_file()}
-    assert there - listed.keys() == {"atlas.json", "files.parquet", "runs.jsonl"}
+    assert there - listed.keys() == {"atlas.json", "files.parquet", "review.json", "runs.jsonl"}
     for name, row in listed.items():
         assert sha256_file(atlas / name) == row["sha256"]
         assert (atlas / name).stat().st_size == row["bytes"]

@@ -213,7 +213,8 @@ def refused(words: list[str]) -> str:
     if isinstance(command, click.Group) and not {*words} <= {"--help", "--version"}:
         return f"no such command: {words}"
     try:
-        command.make_context("cyto", [*words], resilient_parsing="--help" in words)
+        # click keeps a command's help option as it is first made: with the names that the command line gives it
+        command.make_context("cyto", [*words], resilient_parsing="--help" in words, help_option_names=["-h", "--help"])
     except click.exceptions.Exit:
         return ""
     except (click.ClickException, CytoError) as error:

@@ -23,7 +23,7 @@ from .inputs import Inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
 from .review_items import FILE as REVIEW
-from .review_items import ReviewConfig, make_review
+from .review_items import PICTURES, ReviewConfig, make_review
 from .site import Site, copy_static
 
 Progress = Callable[[int, int, str], None]
@@ -99,8 +99,9 @@ def write_atlas(
     _write_provenance(site, inputs, config, plan, shared, identity=writer.header.identity)
     copy_static(site)
 
-    writer.write_table("files", site.table())
     writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
+    site.take_in(PICTURES)
+    writer.write_table("files", site.table())
     result = AtlasResult(
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
@@ -115,7 +116,8 @@ def write_atlas(
 def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
     """What `write_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
 
-    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly.
+    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly. The pictures
+    of the review are not in it: up to six per dataset of each latent that experts are asked about.
     """
     cohort, plan = _prepare(inputs, config)
     site, shared = Site(None), _shared(inputs, config)

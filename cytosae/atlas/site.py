@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stores.files import sha256_file
+
 _NONE = "\N{EN DASH}"  # what is not defined
 _HERE = Path(__file__).parent
 _KINDS = {"float32": "f4", "float16": "f2", "uint32": "u4", "uint16": "u2", "uint8": "u1", "int32": "i4"}
@@ -39,6 +41,12 @@ class Site:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
         self._files[name] = (len(content), hashlib.sha256(content).hexdigest())
+
+    def take_in(self, folder: str) -> None:
+        """Files that somebody else wrote into a folder of the site."""
+        assert self.root is not None
+        for path in sorted((self.root / folder).iterdir()):
+            self._files[f"{folder}/{path.name}"] = (path.stat().st_size, sha256_file(path))
 
     def page(self, name: str, template: str, /, **context: Any) -> None:
         """Write a page from a template; names in `context` are escaped there."""
@@ -78,10 +86,9 @@ def packed(values: npt.NDArray[Any]) -> dict[str, str]:
 
 
 def copy_static(site: Site) -> None:
-    """The style sheet and the script."""
-    for path in sorted((_HERE / "static").iterdir()):
-        if path.suffix in (".css", ".js"):
-            site.write(f"assets/{path.name}", path.read_bytes())
+    """The style sheet and the script; those of the review page belong to its server."""
+    for name in ("atlas.css", "atlas.js"):
+        site.write(f"assets/{name}", (_HERE / "static" / name).read_bytes())
 
 
 @lru_cache(maxsize=1)
