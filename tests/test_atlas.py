@@ -308,7 +308,7 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
     assert done.exit_code == 0, done.output
     text = b"".join(path.read_bytes() for path in out.rglob("*") if path.suffix in (".html", ".js", ".json", ".jsonl"))
-    for name in ("Q03", "Müller", "document.title", "calc", "nobody/"):
+    for name in ("Q03", "Müller", "document.title", "calc", "nobody/", "Secret"):
         assert name.encode() not in text, name
     assert b"P0014" in text
     mapping = list(csv.DictReader((tmp_path / "hidden.pseudonyms.csv").read_text().splitlines()))

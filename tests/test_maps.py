@@ -275,7 +275,7 @@ def test_images_that_cannot_be_shown_are_named(copied: Path, latents: LatentStor
     )
     assert is_figure(tmp_path / "m" / "map")
     (store.root / "runs.jsonl").unlink()
-    assert Pictures(store)(5) == "where the images lie is not known: --root"
+    assert Pictures(store)(5) == "where the images lie is not known"
     concepts = concepts_of(store, tmp_path / "c")
     done = run("sheet", concepts.root, store.root, "-o", tmp_path / "s", "--latent", latent)
     assert done.exit_code == 0, done.output
