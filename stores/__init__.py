@@ -22,6 +22,7 @@ from .results import ResultStore, ResultWriter, begin_results
 from .runlog import append_run, read_runs
 from .spec import (
     ACTIVATIONS,
+    ATLAS,
     BARCODES,
     COMPARISON,
     CONCEPTS,
@@ -48,6 +49,7 @@ from .verify import Problem, verify_activations, verify_latents
 
 __all__ = [
     "ACTIVATIONS",
+    "ATLAS",
     "BARCODES",
     "COMPARISON",
     "CONCEPTS",

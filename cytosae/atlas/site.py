@@ -79,9 +79,8 @@ def packed(values: npt.NDArray[Any]) -> dict[str, str]:
 
 def copy_static(site: Site) -> None:
     """The style sheet and the script."""
-    for path in sorted((_HERE / "static").iterdir()):
-        if path.suffix in (".css", ".js"):
-            site.write(f"assets/{path.name}", path.read_bytes())
+    for name in ("atlas.css", "atlas.js"):
+        site.write(f"assets/{name}", (_HERE / "static" / name).read_bytes())
 
 
 @lru_cache(maxsize=1)
