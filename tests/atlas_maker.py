@@ -73,6 +73,8 @@ def make_cohort(root: Path) -> Cohort:
         Image.fromarray(draw_cell("lymphocyte", rng, size=64)[: 64 - 8 * (n % 3)]).save(path)
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
     (root / "images" / "0007.png").unlink()
+    paths: list[str | None] = [f"{n:04d}.png" for n in range(n_images)]
+    paths[7] = "Secret, S./0007.png"  # a name in a path
     ids = [f"{patients[n] or 'nobody'}/{n}" for n in range(n_images)]  # ids that hold the patient's name
     write_latents(
         root / "latents",
@@ -81,6 +83,7 @@ def make_cohort(root: Path) -> Cohort:
         hashes=hashes,
         further={
             "image_id": [*ids],
+            "path": paths,
             "label": [LABELS[n % 3] for n in range(n_images)],
             "dataset": [DATASETS[(n // IMAGES_PER_PATIENT) % 2] for n in range(n_images)],
         },

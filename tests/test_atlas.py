@@ -308,7 +308,7 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
     assert done.exit_code == 0, done.output
     text = b"".join(path.read_bytes() for path in out.rglob("*") if path.suffix in (".html", ".js", ".json", ".jsonl"))
-    for name in ("Q03", "Müller", "document.title", "calc", "nobody/"):
+    for name in ("Q03", "Müller", "document.title", "calc", "nobody/", "Secret"):
         assert name.encode() not in text, name
     assert b"P0014" in text
     mapping = list(csv.DictReader((tmp_path / "hidden.pseudonyms.csv").read_text().splitlines()))
@@ -317,6 +317,11 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert sorted(names) == sorted(PATIENTS)
     assert names != sorted(PATIENTS)
     assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
+    (tmp_path / "other.pseudonyms.csv").write_text("my own")
+    refused = cyto(*cohort.build, tmp_path / "other", "--pseudonyms")
+    assert refused.exit_code == 1
+    assert "is in the way of who is who" in refused.stderr
+    assert (tmp_path / "other.pseudonyms.csv").read_text() == "my own"
     number = names.index(PATIENTS[1])
     cells = [found["href"] for found in Page(out / "patients" / f"{number}.html").all("a")]
     assert "../images/3.html" in cells

@@ -21,6 +21,10 @@ FIRST_POINT = """() => {
     const n = [...Array(width * height).keys()].find((at) => data[4 * at + 3] > 150);
     return [64 + n % width, 10 + Math.floor(n / width)];
 }"""
+PICTURE = """async () => {
+    await new Promise(requestAnimationFrame);
+    return document.querySelector("#scatter").toDataURL();
+}"""
 OPACITY = """() => {
     const { data } = document.querySelector(".frame canvas").getContext("2d").getImageData(0, 0, 16, 16);
     return [...data].filter((_, n) => n % 4 === 3);
@@ -145,16 +149,16 @@ def test_scatter_shows_and_opens_what_is_under_the_pointer(page: Watched, cohort
     built = (ResultStore(atlas, ATLAS).header.summary or {})["latents"]
     tab.check("[name=built]")
     tab.fill("[name=search]", str(built[-1]))
+    tab.evaluate(PICTURE)
     x, y = tab.evaluate(FIRST_POINT)
     tab.hover("#scatter", position={"x": x, "y": y})
     assert tab.inner_text("#tip").startswith(f"latent {built[-1]}")
     assert tab.locator("#tip image").count() == 1
-    tab.keyboard.press("Tab")
-    before = tab.evaluate("document.querySelector('#scatter').toDataURL()")
+    before = tab.evaluate(PICTURE)
     tab.click("#zoom-in")
-    assert tab.evaluate("document.querySelector('#scatter').toDataURL()") != before
+    assert tab.evaluate(PICTURE) != before
     tab.click("#zoom-reset")
-    assert tab.evaluate("document.querySelector('#scatter').toDataURL()") == before
+    assert tab.evaluate(PICTURE) == before
     tab.click("#scatter", position={"x": x, "y": y})
     tab.wait_for_url(f"**/concepts/{built[-1]}.html")
 

@@ -14,7 +14,7 @@ from stores.spec import ATLAS, cyto_version
 
 from ..patch_maps import patch_side
 from ..selection import read_selection
-from .cohort import Cohort
+from .cohort import MAPPING_HEADER, Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, write_concept_pages
 from .config import AtlasConfig
@@ -68,6 +68,9 @@ def write_atlas(
     DamagedStore
         If an input is damaged.
     """
+    mapping = out.absolute().with_name(f"{out.absolute().name}.pseudonyms.csv")
+    if config.pseudonyms and mapping.exists() and not mapping.read_bytes().startswith(MAPPING_HEADER):
+        raise SpecMismatch(f"{mapping} is in the way of who is who, and not ours; move it")
     cohort, plan = _prepare(inputs, config)
     writer = begin_results(
         out,
@@ -78,7 +81,7 @@ def write_atlas(
         packages=("numpy", "jinja2", "pillow"),
     )
     if config.pseudonyms:
-        write_atomic(out.with_name(f"{out.name}.pseudonyms.csv"), cohort.mapping_csv())
+        write_atomic(mapping, cohort.mapping_csv())
     if writer.is_complete:
         summary = ResultStore(out, ATLAS).header.summary or {}
         return AtlasResult(**summary["result"], was_complete=True)

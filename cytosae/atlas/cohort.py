@@ -18,6 +18,7 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
 
+MAPPING_HEADER = b"pseudonym,patient"
 _ROWS = 256  # patients, or images, that are read together
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
@@ -144,7 +145,7 @@ class Cohort:
         """Pseudonym and name of every patient, as CSV that a spreadsheet does not execute."""
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow(["pseudonym", "patient"])
+        writer.writerow(MAPPING_HEADER.decode().split(","))
         for name, real in zip(self.names, self.real_names, strict=True):
             writer.writerow([name, f"'{real}" if real[:1] in "=+-@\t\r" else real])
         return text.getvalue().encode()

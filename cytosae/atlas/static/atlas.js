@@ -223,6 +223,8 @@ class Scatter {
     this.shown = new Uint8Array(x.length).fill(1);
     this.colors = [GREY];
     this.colorOf = new Uint8Array(x.length);
+    this.cells = new Map(); // 16 pixels of the canvas -> points in them
+    this.measure();
     this.showAll();
     canvas.addEventListener("wheel", (event) => {
       event.preventDefault();
@@ -268,8 +270,6 @@ class Scatter {
     return [event.clientX - box.left, event.clientY - box.top];
   }
 
-  // Pixels of the plot without its axes.
-  get box() { return { left: 62, top: 8, width: this.canvas.clientWidth - 74, height: this.canvas.clientHeight - 52 }; }
   toX(value) { return this.box.left + ((value - this.left) / (this.right - this.left)) * this.box.width; }
   toY(value) { return this.box.top + ((this.top - value) / (this.top - this.bottom)) * this.box.height; }
 
@@ -322,7 +322,17 @@ class Scatter {
     return found;
   }
 
+  // Once before the next picture of the screen, however often it is asked for.
   draw() {
+    this.waiting ??= requestAnimationFrame(() => { this.waiting = null; this.paint(); });
+  }
+
+  measure() { // once for all points: asking for a width costs more than drawing one
+    this.box = { left: 62, top: 8, width: this.canvas.clientWidth - 74, height: this.canvas.clientHeight - 52 };
+  }
+
+  paint() {
+    this.measure();
     const { canvas, pen, box } = this, ratio = window.devicePixelRatio || 1;
     canvas.width = canvas.clientWidth * ratio;
     canvas.height = canvas.clientHeight * ratio;
