@@ -96,7 +96,7 @@ def write_atlas(
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
     ):
-        _run(steps, lambda done, before=n_before: progress(before + done, n_steps, ""))  # type: ignore[misc]
+        _run(steps, lambda done, before=n_before: progress(before + done, n_steps, ""))  # type: ignore[misc]  # bound now
         n_before += n_all
     _write_few(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, config, plan, shared, identity=writer.header.identity)
