@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stores import csr_blocks
 from stores.csr_blocks import EntryReader, share_entries, write_entries
 from stores.errors import BadInput, DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file
@@ -184,38 +185,52 @@ def fill_layers(
     `rows`: the parts that hold these entries, in order, each with the number of its first entry. All layers have the
     same indices, and a layer is the same for every tau: such chunks are compressed once.
     """
-    indices = np.empty(last - first, np.int32)
-    values = {name: np.empty(last - first, np.float32) for name in matrices}
-    for given, begin in rows:
-        part = open_part(Path(given), tag)
-        low, high = max(first, begin), min(last, begin + len(part["latent"]))
-        here, there = slice(low - begin, high - begin), slice(low - first, high - first)
-        indices[there] = part["latent"][here]
-        with np.errstate(over="ignore"):
-            for name, column in values.items():
-                column[there] = part[name][here]
-    _require_finite(values)
+    parts = [(open_part(Path(path), tag), begin) for path, begin in rows]
     everywhere = [Path(path) for paths in matrices.values() for path in paths]
-    write_entries(everywhere[0], "indices", first, indices)
+    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):  # memory of one chunk, which the next one takes over
+        stop = min(start + csr_blocks.CHUNK_ENTRIES, last)
+        write_entries(everywhere[0], "indices", start, _entries(parts, "latent", start, stop, np.int32))
+        for name, paths in matrices.items():
+            values = _entries(parts, name, start, stop, np.float32)
+            _require_finite(name, values)
+            write_entries(Path(paths[0]), "data", start, values)
     for path in everywhere[1:]:
         share_entries(everywhere[0], path, "indices", first, last)
-    for name, paths in matrices.items():
-        write_entries(Path(paths[0]), "data", first, values[name])
+    for paths in matrices.values():
         for other in paths[1:]:
             share_entries(Path(paths[0]), Path(other), "data", first, last)
 
 
+def _entries(
+    parts: list[tuple[Part, int]], name: str, start: int, stop: int, dtype: type[np.generic]
+) -> npt.NDArray[Any]:
+    """Entries start..stop of an array that parts hold together, each from the number given with it."""
+    pieces = [
+        part[name][max(0, start - begin) : stop - begin]
+        for part, begin in parts
+        if begin < stop and start < begin + len(part[name])
+    ]
+    with np.errstate(over="ignore"):
+        return np.concatenate(pieces, dtype=dtype, casting="unsafe") if len(pieces) > 1 else pieces[0].astype(dtype)
+
+
 def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int, last: int, matrix: str) -> None:
     """Write entries first..last of `X` at tau number `tau`; `rows` as in `fill_layers`, counting these entries only."""
-    indices, values = np.empty(last - first, np.int32), np.empty(last - first, np.float32)
-    at = 0
-    for path, begin in rows:
-        part = open_part(Path(path), tag)
-        at += take_nonzero(part["latent"], part["X"][tau], max(0, first - begin), indices[at:], values[at:])
-    assert at == last - first
-    _require_finite({"X": values})
-    write_entries(Path(matrix), "indices", first, indices)
-    write_entries(Path(matrix), "data", first, values)
+    parts = [open_part(Path(path), tag) for path, _ in rows]
+    number, at, skip = 0, 0, first - rows[0][1]  # the part we are in, its entry, entries with a count to leave out
+    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):
+        size, n_taken = min(csr_blocks.CHUNK_ENTRIES, last - start), 0
+        indices, values = np.empty(size, np.int32), np.empty(size, np.float32)
+        while True:
+            latent, count = parts[number]["latent"], parts[number]["X"][tau]
+            taken, at = take_nonzero(latent, count, at, skip, indices[n_taken:], values[n_taken:])
+            n_taken, skip = n_taken + taken, 0
+            if n_taken == size:
+                break
+            number, at = number + 1, 0
+        _require_finite("X", values)
+        write_entries(Path(matrix), "indices", start, indices)
+        write_entries(Path(matrix), "data", start, values)
 
 
 def export_rows(
@@ -306,7 +321,6 @@ def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
     ]
 
 
-def _require_finite(columns: dict[str, npt.NDArray[np.float32]]) -> None:
-    for name, values in columns.items():
-        if not np.isfinite(values).all():
-            raise BadInput(f"{name} of the barcodes has a value that is NaN, infinite or too large for float32")
+def _require_finite(name: str, values: npt.NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise BadInput(f"{name} of the barcodes has a value that is NaN, infinite or too large for float32")

@@ -356,15 +356,18 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         for other in others:
             shutil.copytree(first / "var", other / "var")
     job.watch.gather(futures)
-    sha256 = dict(job.watch.gather(exports))
     for each in filling.values():
         each.futures.clear()  # a worker that dies from here on must not have them done again
-    del futures, exports
+    del futures
     for filled in (image_level, patients, diseases):
         for number, tau in enumerate(taus):
             finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
             for layer in filled.layers:
                 finish_matrix(job.path(filled.name, tau) / "layers" / layer, filled.lengths, job.n_latents)
+    for place in job.root.glob("*.zarr"):  # while the workers still export
+        sync_tree(place)
+    sha256 = dict(job.watch.gather(exports))
+    del exports
     n_values = sum(part.n_values for part in image_level.parts)
     summary = {
         **job.groups.left_out,
@@ -378,8 +381,6 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         "exports": sha256,
     }
     sweep_partials(job.root)
-    for place in job.root.glob("*.zarr"):
-        sync_tree(place)
     for name in sha256:
         sync_file(job.root / name)
     header = Header(**{**vars(job.header), "complete": True, "summary": summary})

@@ -180,10 +180,14 @@ def add_rows(part: Any, rows: Ints, sums: npt.NDArray[np.float64]) -> None:
 
 
 def take_nonzero(
-    latent: npt.NDArray[Any], value: npt.NDArray[Any], skip: int, indices: npt.NDArray[np.int32], values: Any
-) -> int:
-    """Copy the entries with a value, the first `skip` of them left out, until the outputs are full; says how many."""
-    return int(_take_nonzero(latent, value, skip, indices, values))
+    latent: npt.NDArray[Any], value: npt.NDArray[Any], at: int, skip: int, indices: npt.NDArray[np.int32], values: Any
+) -> tuple[int, int]:
+    """Copy the entries with a value from number `at` on, the first `skip` of them left out, until the outputs are full.
+
+    Says how many were copied, and the number of the entry to go on with.
+    """
+    taken, at = _take_nonzero(latent, value, at, skip, indices, values)
+    return int(taken), int(at)
 
 
 @numba.njit(cache=True)
@@ -332,15 +336,16 @@ def _add_rows(indptr: Any, latent: Any, values: Any, rows: Any, sums: Any) -> No
 
 
 @numba.njit(cache=True)
-def _take_nonzero(latent: Any, value: Any, skip: int, indices: Any, values: Any) -> int:
-    seen, taken = 0, 0
-    for k in range(len(latent)):
+def _take_nonzero(latent: Any, value: Any, at: int, skip: int, indices: Any, values: Any) -> tuple[int, int]:
+    taken = 0
+    for k in range(at, len(latent)):
         if value[k] != 0:
-            seen += 1
-            if seen > skip:
-                if taken == len(indices):
-                    break
+            if skip > 0:
+                skip -= 1
+            elif taken == len(indices):
+                return taken, k
+            else:
                 indices[taken] = latent[k]
                 values[taken] = value[k]
                 taken += 1
-    return taken
+    return taken, len(latent)

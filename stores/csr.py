@@ -278,8 +278,11 @@ class CsrReader:
 
     def missing_chunks(self) -> list[Path]:
         """Chunk files of a local group that should be there and are not, or are empty."""
-        files = [path for name, array in self._arrays.items() for path in self._chunk_files(name, 0, array.shape[0])]
-        return [path for path in files if not path.is_file() or path.stat().st_size == 0]
+        missing = []
+        for name, array in self._arrays.items():
+            there = _files_with_content(Path(self.path) / name / "c")  # one look at a folder, not one at each file
+            missing += [path for path in self._chunk_files(name, 0, array.shape[0]) if path.name not in there]
+        return missing
 
     def chunk_counts(self) -> dict[str, int]:
         """Array -> number of its chunk files."""
@@ -342,14 +345,17 @@ class CsrReader:
         size = self._arrays[name].chunks[0]
         return [Path(self.path) / name / "c" / str(chunk) for chunk in range(start // size, -(-stop // size))]
 
-    def chunk_bytes(self, name: str, chunk: int) -> bytes | memoryview:
-        """A chunk file as it lies there. Raises OSError; of a URL DamagedStore and StoreUnreachable."""
-        if self.objects is not None:
-            return self.objects.read(f"{self.name}/{name}/c/{chunk}")
-        return (Path(self.path) / name / "c" / str(chunk)).read_bytes()
-
     def _reachable(self) -> AbstractContextManager[None]:
         return nullcontext() if self.objects is None else reachable(self.objects.url)
+
+
+def _files_with_content(folder: Path) -> set[str]:
+    """Names of the files in a folder that are not empty; none if there is no folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file() and entry.stat().st_size > 0}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def _check_rows(rows: CsrRows, n_columns: int, place: str) -> None:

@@ -11,6 +11,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from .remote import CheckedObjects
 
 CHUNK_ENTRIES = 1 << 20  # of a matrix that is filled here
 _CRC_BYTES = 4
+_ANNOUNCED_AHEAD = 4  # chunks, some 2 MB each
 # dtype, fill value, and the shuffle that costs the least for the size (docs/log.md)
 _LAYOUT: dict[str, tuple[str, float, str]] = {
     "indices": ("int32", 0, "shuffle"),
@@ -122,21 +124,54 @@ def _chunk_reader(group: CsrReader, name: str, numbers: range) -> Callable[[int]
     )
     if not is_plain or codecs[0].get("configuration") != {"endian": "little"} or array.filters:
         return lambda number: _through_zarr(group, name, number)
-    fetch = partial(group.chunk_bytes, name) if group.objects is None else _ReadAhead(group, name, numbers)
+    fetch = _FileReader(Path(group.path) / name, numbers) if group.objects is None else _ReadAhead(group, name, numbers)
     buffer = np.empty(size, array.dtype)
+    last = buffer[-1:].view(np.uint8)
     decode = Zstd().decode if names[1] == "zstd" else Blosc().decode
 
     def read(number: int) -> npt.NDArray[Any]:
         raw = fetch(number)
         if names[-1] == "crc32c":
-            raw, stated = bytes(raw[:-_CRC_BYTES]), raw[-_CRC_BYTES:]
-            if google_crc32c.value(raw) != int.from_bytes(stated, "little"):
+            raw, stated = raw[:-_CRC_BYTES], bytes(raw[-_CRC_BYTES:])
+            if google_crc32c.extend(0, raw) != int.from_bytes(stated, "little"):
                 raise ValueError(f"the checksum of {group.path}/{name}/c/{number} does not fit")
-        buffer.view(np.uint8).fill(0xFF)  # NaN, or an index out of range: nothing stays from the chunk before
+        last.fill(0xFF)
         decode(raw, out=buffer)
+        if (last == 0xFF).all():  # perhaps less came than a chunk: NaN or an index out of range shall be there then
+            buffer.view(np.uint8).fill(0xFF)
+            decode(raw, out=buffer)
         return buffer
 
     return read
+
+
+class _FileReader:
+    """Reads chunk files into the same memory again and again: fresh memory costs more than the copy.
+
+    The disk is told some chunks ahead what will be read, so that it works while we decode.
+    """
+
+    def __init__(self, folder: Path, numbers: range) -> None:
+        self._folder, self._buffer = folder, np.empty(0, np.uint8)
+        self._announced, self._end = numbers.start, numbers.stop
+
+    def __call__(self, number: int) -> npt.NDArray[np.uint8]:
+        while self._announced < min(number + 1 + _ANNOUNCED_AHEAD, self._end):
+            _will_read(_chunk_file(self._folder, self._announced))
+            self._announced += 1
+        with _chunk_file(self._folder, number).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > len(self._buffer):
+                self._buffer = np.empty(size + size // 4, np.uint8)
+            raw = self._buffer[:size]
+            return raw[: file.readinto(raw.data)]
+
+
+def _will_read(path: Path) -> None:
+    """Let the disk begin to read a file, without waiting; one that is not there is missed by who reads it."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 class _ReadAhead:
@@ -145,14 +180,18 @@ class _ReadAhead:
     def __init__(self, group: CsrReader, name: str, numbers: range) -> None:
         self._group, self._name, self._numbers = group, name, numbers
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-        self._next: Future[bytes | memoryview] | None = None
+        self._next: Future[npt.NDArray[np.uint8]] | None = None
         weakref.finalize(self, self._threads.shutdown, wait=False, cancel_futures=True)
 
-    def __call__(self, number: int) -> bytes | memoryview:
-        raw = self._next.result() if self._next else self._group.chunk_bytes(self._name, number)
+    def __call__(self, number: int) -> npt.NDArray[np.uint8]:
+        raw = self._next.result() if self._next else self._fetch(number)
         if number + 1 in self._numbers:
-            self._next = self._threads.submit(self._group.chunk_bytes, self._name, number + 1)
+            self._next = self._threads.submit(self._fetch, number + 1)
         return raw
+
+    def _fetch(self, number: int) -> npt.NDArray[np.uint8]:
+        assert self._group.objects is not None
+        return np.frombuffer(self._group.objects.read(f"{self._group.name}/{self._name}/c/{number}"), np.uint8)
 
 
 def _through_zarr(group: CsrReader, name: str, number: int) -> npt.NDArray[Any]:

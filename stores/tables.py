@@ -9,6 +9,7 @@ import io
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import BadInput
@@ -191,8 +192,8 @@ def _as_strings(values: pa.ChunkedArray) -> pa.Array:
         values = values.cast(values.type.value_type)
     if pa.types.is_floating(values.type):  # pandas turns whole numbers with gaps into floats: 7.0 was 7
         return pa.array([_from_float(value) for value in values.to_pylist()], pa.string())
-    cells = [cell or None for cell in values.cast(pa.string()).to_pylist()]
-    return pa.array(cells, pa.string())
+    texts = values.cast(pa.string()).combine_chunks()
+    return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
 def _from_float(value: float | None) -> str | None:

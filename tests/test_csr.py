@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -16,8 +17,9 @@ import scipy.sparse as ss
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs import Blosc, Zstd
 
-from stores import csr
+from stores import csr, csr_blocks
 from stores.csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
 from stores.errors import DamagedStore
 
@@ -355,3 +357,23 @@ def test_a_journal_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DamagedStore, match="the journal does not name what was written"):
             CsrCommit.from_json(records)
+
+
+@pytest.mark.parametrize("name", ["indices", "data"])
+def test_a_chunk_that_holds_less_than_its_entries_leaves_nothing_of_the_one_before(tmp_path: Path, name: str) -> None:
+    """Chunks are decoded into one buffer: what a short one does not fill must be NaN, or no latent."""
+    rows = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [0, 7]])
+    write(tmp_path / "X", rows)
+    short = np.ones(3, np.float32 if name == "data" else np.uint16)
+    raw = Blosc(cname="lz4").encode(short) if name == "data" else Zstd(checksum=True).encode(short)
+    crc = google_crc32c.value(raw).to_bytes(4, "little") if name == "data" else b""
+    (tmp_path / "X" / name / "c" / "1").write_bytes(raw + crc)
+    reader = csr_blocks.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
+    found = [(indices.tolist(), values.tolist()) for _, indices, values in reader.entries()]
+    assert found[0] == (rows.indices[:5].tolist(), rows.values[:5].tolist()), "the whole one before it is read as it is"
+    if name == "data":
+        assert found[1][1][:3] == [1, 1, 1]
+        assert np.isnan(found[1][1][3:]).all()
+    else:
+        assert found[1][0] == [1, 1, 1, 65535, 65535]
+    assert found[2] == (rows.indices[10:].tolist(), rows.values[10:].tolist())
