@@ -24,10 +24,10 @@ import numpy.typing as npt
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.spec import check_choice
+from stores.token_sets import TOKEN_SETS, chosen_tokens
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-TOKEN_SETS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 MOST_NEIGHBOURS = 1000
 _BLOCK_ENTRIES = 4 << 20  # nonzeros that are read together
 _GROUP_BYTES = 256 << 20  # of the counts of one group
@@ -43,7 +43,7 @@ class Coactivation:
     n_top: int = 10
 
     def __post_init__(self) -> None:
-        check_choice("token_set", self.token_set, tuple(TOKEN_SETS))
+        check_choice("token_set", self.token_set, TOKEN_SETS)
         if not self.tau >= 0:
             raise BadInput(f"tau must be a number of at least 0; found {self.tau!r}")
         if self.min_images < 1 or not 1 <= self.n_top <= MOST_NEIGHBOURS:
@@ -123,7 +123,7 @@ class _Counter:
 
     def add_store(self, store: LatentStore, settings: Coactivation) -> None:
         per_image, tau = store.spec.tokens_per_image, np.float32(settings.tau)
-        tokens = range(per_image)[TOKEN_SETS[settings.token_set]]
+        tokens = chosen_tokens(settings.token_set, per_image)
         self.n_all += int(store.readable().sum()) * len(tokens)
         for images in _blocks(store):
             rows = store.read_images(images.start, images.stop)

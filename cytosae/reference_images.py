@@ -11,10 +11,11 @@ from functools import cached_property
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
+from stores.spec import check_latent
 from stores.tables import column, listed
 
 from .barcode_checks import check_one_sae
-from .patch_maps import Map, Pixels, check_latent, patch_map, read_tokens
+from .patch_maps import Map, Pixels, patch_map, read_tokens
 
 # image_index -> pixels; or a few words on why there are none
 Picture = Callable[[int], Pixels | str]
@@ -104,7 +105,7 @@ def reference_rows(
     BadInput
         If there is no such latent or dataset, or an image is in none of the stores.
     """
-    check_latent(latent, sources.n_latents)
+    check_latent(latent, sources.n_latents, sources.stores[0].root)
     found: dict[str, list[Frame]] = {}
     for dataset in datasets or concepts.datasets:
         top = concepts.top_images(latent, dataset).slice(0, n_images).to_pylist()

@@ -1,6 +1,6 @@
 """Reference sheets: a figure per latent, its top images from each dataset, with the patches that carry it (Fig. 2B)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import SHEETS
 
@@ -46,7 +47,7 @@ def write_sheets(
     style: Style,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-    progress: Callable[[int, int, str], None] = lambda done, total, state: None,
+    progress: Progress = lambda done, total, state: None,
 ) -> SheetResult:
     """Write `latent<N>.png` and .svg for each latent, and `images.parquet`: which image is active where.
 

@@ -6,7 +6,7 @@ what one writer would have made. A part whose rows are committed to the whole is
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,11 @@ from .csr import CsrCommit, CsrReader, check_chunk
 from .errors import BadInput, DamagedStore, IncompleteStore
 from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
 from .latent_store import LatentSpec, LatentWriter, part_folder, shard_images
+from .progress import Progress
 from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
-
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 
 
 @dataclass(frozen=True)

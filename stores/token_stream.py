@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from .errors import BadInput, DamagedStore
 from .spec import check_choice
+from .token_sets import TOKEN_SETS, chosen_tokens
 
 if TYPE_CHECKING:  # it offers this stream
     from .activation_store import ActivationStore
@@ -31,7 +32,6 @@ Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Job = Callable[[], Float16]  # gathers one batch
 PART_IMAGES = 8  # a part is at most so many images of a chunk, side by side: docs/log.md says why 8
-_TOKEN_SETS = ("all", "patch", "cls")
 _MOST_TOKENS = 2**31 - 1  # of a pool: `Tokens.order` has 32 bits
 
 
@@ -125,14 +125,13 @@ class TokenStream:
         BadInput
             If no image is readable and chosen, `images` does not fit the caches, or a setting is out of its range.
         """
-        check_choice("token_set", token_set, _TOKEN_SETS)
+        check_choice("token_set", token_set, TOKEN_SETS)
         check_choice("order", order, ("tokens", "images"))
         if pool_chunks < 1:
             raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
         self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
-        n_tokens = stores[0].spec.tokens_per_image
-        self._tokens = {"all": range(n_tokens), "patch": range(1, n_tokens), "cls": range(1)}[token_set]
+        self._tokens = chosen_tokens(token_set, stores[0].spec.tokens_per_image)
         self.tokens_per_image = len(self._tokens)
         self._images = np.concatenate(list(_images(stores, _may_come(stores, images))))
         if not len(self._images):
