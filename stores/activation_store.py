@@ -326,8 +326,8 @@ def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]
 
 def chunks_written(root: Path, spec: ActivationSpec) -> list[int]:
     """The chunks of a cache that are there, complete or not, as its journals say; damaged lines are passed over."""
-    named = {record.get("chunk") for record in records_of(root, skip_damaged=True) if record.get("crc32c")}
-    return sorted(chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks)
+    named = [record.get("chunk") for record in records_of(root, skip_damaged=True) if record.get("crc32c")]
+    return sorted({chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks})
 
 
 def chunk_path(root: Path, chunk: int) -> Path:

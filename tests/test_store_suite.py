@@ -22,7 +22,7 @@ import torch
 from cytosae.checkpoint import load_sae, save_sae
 from cytosae.model import SparseAutoencoder
 from stores import activation_writer, csr, latent_store
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_store import ActivationSpec, ActivationStore, chunks_written
 from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeStore, BarcodeWriter
 from stores.errors import CytoError, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
@@ -435,6 +435,10 @@ def test_a_writer_knows_how_far_it_came(tmp_path: Path) -> None:
     writer = ActivationWriter(tmp_path / "acts", cache_spec(), manifest())
     assert writer.counts() == (8, 1)
     assert writer.errors() == {5: "file ends early"}
+    with next((tmp_path / "acts").glob("journal*.jsonl")).open("ab") as journal:
+        for chunk in ([1], {}, "2", 3, -1, None):  # what a stranger may have written
+            journal.write(json.dumps({"chunk": chunk, "crc32c": "00000000"}).encode() + b"\n")
+    assert chunks_written(tmp_path / "acts", cache_spec()) == [0, 1]
     write_latents(tmp_path / "latents", 2)
     assert LatentWriter(tmp_path / "latents", latent_spec(), outcome()).n_images == 4
 
