@@ -32,7 +32,7 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class FrameRow:
     """Images that belong together, under one heading; `largest` is the value at the top of their scale."""
 
     heading: Sequence[str]  # lines
@@ -97,7 +97,7 @@ class Sources:
 
 def reference_rows(
     concepts: ConceptStore, sources: Sources, latent: int, *, n_images: int, datasets: Sequence[str] = ()
-) -> list[Row]:
+) -> list[FrameRow]:
     """A row for each dataset (default: all of `concepts`): the top images of a latent, all on one scale.
 
     Raises
@@ -114,12 +114,12 @@ def reference_rows(
         ]
     largest = max((float(frame.patches.max()) for frames in found.values() for frame in frames), default=0.0)
     return [
-        Row(heading=_heading(concepts, latent, dataset), frames=frames, largest=largest, dataset=dataset)
+        FrameRow(heading=_heading(concepts, latent, dataset), frames=frames, largest=largest, dataset=dataset)
         for dataset, frames in found.items()
     ]
 
 
-def unseen(rows: Sequence[Row]) -> list[str]:
+def unseen(rows: Sequence[FrameRow]) -> list[str]:
     """The images of a figure that cannot be shown, each with the reason."""
     return [
         f"{frame.image_id}: {frame.picture}" for row in rows for frame in row.frames if isinstance(frame.picture, str)
