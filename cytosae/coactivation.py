@@ -68,14 +68,28 @@ class GroupCounts:
 
 
 def group_size(n_latents: int) -> int:
-    """How many chosen latents a task counts for."""
+    """How many chosen latents a task counts for: as many as have their counts in 256 MiB, and at least one."""
     return max(1, _GROUP_BYTES // (16 * n_latents))
 
 
 def count_group(
     latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], settings: Coactivation
 ) -> GroupCounts:
-    """Count for the latents `chosen` (G,) over all stores, and take the most associated; `also` (G, n_also) or -1."""
+    """Count for some latents over all stores, and take the most associated: phi above 0, of equals the lower number.
+
+    Memory: 16 bytes for every pair of a chosen latent and any other, and a block of a store.
+
+    Parameters
+    ----------
+    latents : paths or URLs of finished latent stores by one SAE
+    chosen : (G,) different latents
+    also : (G, n_also) latents to be counted with each of them, whatever their phi; -1: none
+
+    Raises
+    ------
+    DamagedStore
+        If rows of a store cannot be read.
+    """
     counter = _Counter(LatentStore(latents[0], check_files=False).spec.n_latents, chosen)
     for path in latents:
         counter.add_store(LatentStore(path, check_files=False), settings)
@@ -100,7 +114,13 @@ def count_group(
 
 
 def phi_of(n: int, n_a: Any, n_b: Any, n_ab: Any) -> Any:
-    """Phi; -1 where one of the two is active everywhere or nowhere, so that it is undefined."""
+    """Phi, the correlation of being active at a token; -1 where a latent is so everywhere or nowhere: undefined.
+
+    Parameters
+    ----------
+    n : tokens
+    n_a, n_b, n_ab : tokens at which one, the other, both are active; numbers or arrays that broadcast
+    """
     a, b = np.asarray(n_a, np.float64), np.asarray(n_b, np.float64)
     spread = np.sqrt(a * (n - a)) * np.sqrt(b * (n - b))
     is_defined = spread > 0

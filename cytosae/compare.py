@@ -178,6 +178,10 @@ def compare(
 def choose_groups(patients: "AnnData", a: str, b: str) -> TwoGroups:
     """The patients of disease `a`, and those of disease `b`; or of all others, if `b` is "rest" and no disease is.
 
+    Parameters
+    ----------
+    patients : (patients, latents) barcodes; `obs` has `disease` ("": unknown), `patient_id`, `dataset` and `n_images`
+
     Raises
     ------
     BadInput
@@ -335,7 +339,15 @@ def differential(
     *,
     progress: Progress = lambda done, total, state: None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md."""
+    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md.
+
+    Columns of latents that are not tested are null where they would come of a test: p, q, p_max_t, stability, ranks.
+
+    Parameters
+    ----------
+    is_tested : (latents,), not all False (`choose_tested`)
+    progress : permutations done, permutations in all
+    """
     columns = _describe(groups)
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)

@@ -204,7 +204,14 @@ def rank(
     n_latents: int,
     n_patches: int,
 ) -> RankedValues:
-    """Sort entries (latent, value above 0, patch) and rank each among all patches of its latent, the zeros lowest."""
+    """Sort entries (latent, value, patch) and rank each among all patches of its latent, the zeros lowest.
+
+    Parameters
+    ----------
+    indices : (nnz,) latents
+    values : (nnz,) above 0
+    patches : (nnz,) from 0 to `n_patches` - 1, each at most once per latent
+    """
     # floats above 0 are ordered as their bits are
     key = indices.astype(np.uint64) << np.uint64(32) | values.view(np.uint32)
     order = np.argsort(key, kind="stable")
@@ -222,7 +229,10 @@ def rank(
 
 
 def mask_agreement(ranked: RankedValues, foreground: Bool) -> MaskAgreement:
-    """Every latent against a foreground, (n_patches,) bool, which is neither empty nor everything."""
+    """AUROC and best IoU of every latent with a foreground, (n_patches,) bool, neither empty nor everything.
+
+    Ties count half in the AUROC; what is not stored is 0, below all that is.
+    """
     assert 0 < foreground.sum() < len(foreground) == ranked.n_patches
     n_latents = len(ranked.starts) - 1
     auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
@@ -239,9 +249,14 @@ def shuffled_agreement(
     seed: int,
     progress: Progress = lambda done, total, state: None,
 ) -> Null | None:
-    """What chance gives: the masks, (n_images, 256) bool, permuted among the images `n_shuffles` times.
+    """What chance gives: the masks permuted among the images; None without shuffles, or where no latent is active.
 
-    None without shuffles, or where no latent is active.
+    Parameters
+    ----------
+    foreground : (n_images, 256) bool, the images in the order of the patches of `ranked`
+    found : the agreement with the masks as they are, against which each shuffle is held
+    n_shuffles : times that whole masks are permuted, drawn with `seed`
+    progress : shuffles done, shuffles in all
     """
     if not n_shuffles or np.isnan(found.auroc).all():
         return None

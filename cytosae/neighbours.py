@@ -111,7 +111,13 @@ def write_neighbours(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> bool:
-    """neighbours.parquet in the folder `out`; True if it was there already. Otherwise as `find_neighbours`."""
+    """neighbours.parquet in the folder `out`; True if it was there already. Otherwise as `find_neighbours`.
+
+    Raises
+    ------
+    SpecMismatch
+        Also if `out` holds neighbours with other settings (and not `overwrite`), or something else.
+    """
     decoder = read_decoder(run)
     stores = _open(decoder, latents, settings)
     spec = {

@@ -255,13 +255,15 @@ class _Cohort:
 def compare_patient(
     latents: Ints, images: Any, others: Floats, *, min_images: int, n_splits: int, rng: np.random.Generator
 ) -> PatientConcepts:
-    """One patient against the others, as the module says.
+    """One patient against the others, as the module says; of the latents those that differ and have support.
 
     Parameters
     ----------
     latents : (n,) their numbers
     images : (N_p, n) scipy CSR: tokens above tau in each of the patient's images, N_p of 2 or more
-    others : (n_others, n) barcodes
+    others : (n_others, n) barcodes, in mean tokens above tau per image
+    min_images : of the patient's images in which a raised latent must be above tau
+    n_splits : times that the images are halved, drawn from `rng`
     """
     n_images = images.shape[0]
     total = np.asarray(images.sum(axis=0, dtype=np.float64)).ravel()

@@ -13,7 +13,7 @@ from stores.results import ResultStore, begin_results
 from stores.spec import SHEETS
 
 from .map_figures import Style, plot_rows
-from .reference_images import Row, Sources, reference_rows, require_same_sae, unseen
+from .reference_images import FrameRow, Sources, reference_rows, require_same_sae, unseen
 
 _COLUMNS = {
     "latent": pa.int64(),
@@ -51,10 +51,17 @@ def write_sheets(
 ) -> SheetResult:
     """Write `latent<N>.png` and .svg for each latent, and `images.parquet`: which image is active where.
 
+    Parameters
+    ----------
+    latents : each is drawn once
+    datasets : rows of a figure; none: all datasets of `concepts`
+    n_images : at most so many of each dataset
+    progress : latents done, latents in all
+
     Raises
     ------
     BadInput
-        If there is no such latent or dataset, or an image is in none of the stores.
+        If no latent is given, there is no such latent or dataset, or an image is in none of the stores.
     SpecMismatch
         If the concepts are of another SAE, or `out` holds something else.
     """
@@ -94,7 +101,7 @@ def write_sheets(
     return result
 
 
-def _describe(latent: int, rows: Sequence[Row]) -> list[dict[str, object]]:
+def _describe(latent: int, rows: Sequence[FrameRow]) -> list[dict[str, object]]:
     return [
         {
             "latent": latent,
