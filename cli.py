@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,19 @@ import click
 if TYPE_CHECKING:
     from distributed import Client
 
+    from cytocache.extract import ExtractResult
+    from cytocache.fidelity import Fidelity
     from cytocache.published_datasets import Index
+    from cytocache.repair import RepairResult
+    from cytosae.barcodes import BarcodeConfig, BarcodeResult
     from cytosae.compare import CompareConfig, Comparison
     from cytosae.evaluate import BackboneSample, Evaluation
+    from cytosae.maps import MapResult, Subject
+    from cytosae.masks import MaskResult
+    from cytosae.patch_maps import PatchQuery
+    from cytosae.reference_images import Sources
+    from cytosae.selection import Selection, SelectionConfig
+    from stores import ActivationSpec, Header, LatentSpec
 
 
 class _Place(click.Path):
@@ -289,6 +299,10 @@ def cache_extract(
         )
     if found.n_skipped:
         click.echo(f"{found.n_skipped:,} files in {images} were passed over: not images by their name", err=True)
+    _print_extracted(store, done, str(shard))
+
+
+def _print_extracted(store: Path, done: "ExtractResult", shard: str) -> None:
     if not done.is_complete:
         click.echo(
             f"{store}: shard {shard} is done, {done.n_readable + done.n_unreadable:,} images; other shards are not. "
@@ -330,7 +344,7 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     Example: cyto cache info cells.acts.zarr
     """
     from stores import ACTIVATIONS, ActivationStore, read_header, read_runs
-    from stores.activation_store import read_spec, records_of
+    from stores.activation_store import chunks_written, read_spec
     from stores.remote import small_files, store_root
 
     store = store_root(store) if isinstance(store, str) else store
@@ -338,14 +352,24 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     with small_files(store) as folder:
         header = read_header(folder, ACTIVATIONS, complete=is_url)
         spec = read_spec(header, folder)
-        named = {record.get("chunk") for record in records_of(folder, skip_damaged=True) if record.get("crc32c")}
-        chunks = [chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks]
+        chunks = chunks_written(folder, spec)
         n_bytes = _size(folder) + (len(chunks) * spec.chunk_bytes if is_url else 0)
         n_written = sum(len(spec.chunk_rows(chunk)) for chunk in chunks)
         info = {**header.to_json(), "n_images_written": n_written, "bytes": n_bytes, "runs": read_runs(folder)}
     if as_json:
         click.echo(json.dumps(info, indent=1))
         return
+    title = f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}"
+    _print_page(title, _cache_rows(header, spec, info))
+    if header.complete:
+        _print_groups(ActivationStore(store).images)
+        if (header.summary or {}).get("n_unreadable"):
+            click.echo(f"  {_unreadable(store)}")
+
+
+def _cache_rows(header: "Header", spec: "ActivationSpec", info: dict[str, Any]) -> dict[str, str]:
+    """The page of `cyto cache info`; of the runs the last five."""
+    n_written = info["n_images_written"]
     rows = {
         "images": f"{spec.n_images:,}" + (f" ({n_written:,} written)" if n_written != spec.n_images else ""),
         "tokens": f"{spec.tokens_per_image} per image ({spec.token_layout}), {spec.width} channels, float16",
@@ -355,19 +379,14 @@ def cache_info(store: Path | str, as_json: bool) -> None:
         "transform": f"{spec.transform['size']} px, {spec.transform['interpolation']}, "
         f"mean {spec.transform.get('mean')}, std {spec.transform.get('std')}",
         "chunks": f"{spec.n_chunks:,} of {spec.chunk_images} images",
-        "size": f"{n_bytes / 1e6:,.1f} MB",
+        "size": f"{info['bytes'] / 1e6:,.1f} MB",
         "identity": header.identity,
         "written by": header.created_by,
     }
     for number, run in enumerate(info["runs"], start=1):
         if number > len(info["runs"]) - 5:
             rows[f"run {number}"] = _describe_run(run)
-    _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
-    if header.complete:
-        table = ActivationStore(store).images
-        _print_groups(table)
-        if (header.summary or {}).get("n_unreadable"):
-            click.echo(f"  {_unreadable(store)}")
+    return rows
 
 
 @cache.command("verify")
@@ -424,6 +443,10 @@ def cache_repair(store: Path, images: Path | None, root: Path | None, device: st
             stop=stop,
             **settings,
         )
+    _print_repaired(store, done)
+
+
+def _print_repaired(store: Path, done: "RepairResult") -> None:
     for problem in done.problems:
         click.echo(f"was: {problem}")
     if not done.problems and not done.chunks:
@@ -464,23 +487,9 @@ def cache_fidelity(
     from dataclasses import asdict
 
     from cytocache.fidelity import measure_fidelity
-    from stores import ActivationStore
 
     device = _resolve_device(device)
-    latents, assumed = None, None
-    if run:
-        from cytosae.checkpoint import load_sae
-        from stores.activation_store import require_same_tokens
-
-        sae, cache = load_sae(run, device=device), ActivationStore(store)
-        assumed = require_same_tokens(
-            sae.same_tokens,
-            cache.spec.same_tokens,
-            f"the SAE {run}",
-            f"the cache {store}",
-            assume_compatible=assume_compatible,
-        )
-        latents = sae.model.encode
+    latents, assumed = _encoder(run, store, device, assume_compatible) if run else (None, None)
     with _progress("download", "byte") as downloading, _progress("fidelity", "image") as progress:
         found = measure_fidelity(
             store, device=device, latents=latents, progress=progress, download_progress=downloading, **settings
@@ -489,18 +498,33 @@ def cache_fidelity(
         values = {name: None if math.isnan(value) else value for name, value in asdict(found).items()}
         facts = {} if assumed is None else {"assumed_equal": assumed}
         click.echo(json.dumps({"store": str(store), "tau": settings["tau"], **facts, **values}, indent=1))
-        return
+    else:
+        rows = _fidelity_rows(found, seed=settings["seed"], tau=settings["tau"] if run else None)
+        _print_page(f"{store}: cached float16 against float32", rows)
+
+
+def _encoder(run: Path, store: Path, device: str, assume_compatible: bool) -> tuple[Any, list[str]]:
+    """What turns the tokens of a cache into latents, and what had to be assumed of them."""
+    from cytosae.checkpoint import load_sae
+    from stores import ActivationStore
+
+    sae = load_sae(run, device=device)
+    spec = ActivationStore(store).spec
+    return sae.model.encode, sae.require_tokens(spec, f"the cache {store}", assume_compatible=assume_compatible)
+
+
+def _fidelity_rows(found: "Fidelity", *, seed: int, tau: float | None) -> dict[str, str]:
     rows = {
-        "sample": f"{found.n_images:,} images, {found.n_tokens:,} tokens (seed {settings['seed']})",
+        "sample": f"{found.n_images:,} images, {found.n_tokens:,} tokens (seed {seed})",
         "FVU": f"{found.fvu:.2e} of the float32 tokens' variance is lost; of CLS alone "
-        f"{'n/a (it does not vary)' if math.isnan(found.fvu_cls) else f'{found.fvu_cls:.2e}'}",
+        f"{f'{found.fvu_cls:.2e}' if found.fvu_cls == found.fvu_cls else 'n/a (it does not vary)'}",
         "magnitude": f"largest {found.largest_magnitude:.4g}; largest difference {found.largest_difference:.3g}",
     }
-    if run:
-        zero, tau = _rate(found.n_cross_zero, found.n_active), _rate(found.n_cross_tau, found.n_above_tau)
-        rows["latents"] = f"{found.n_active:,} are active in float32; {found.n_cross_zero:,} cross zero ({zero})"
-        rows["tau"] = f"{found.n_above_tau:,} exceed {settings['tau']:g}; {found.n_cross_tau:,} cross it ({tau})"
-    _print_page(f"{store}: cached float16 against float32", rows)
+    if tau is not None:
+        crossing = _rate(found.n_cross_zero, found.n_active), _rate(found.n_cross_tau, found.n_above_tau)
+        rows["latents"] = f"{found.n_active:,} are active in float32; {found.n_cross_zero:,} cross zero ({crossing[0]})"
+        rows["tau"] = f"{found.n_above_tau:,} exceed {tau:g}; {found.n_cross_tau:,} cross it ({crossing[1]})"
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------- stage two
@@ -584,9 +608,7 @@ def sae_train(
     from stores import find_header, read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
-    if ghost is not None:
-        if options.setdefault("dead_latents", "ghost" if ghost else "none") != ("ghost" if ghost else "none"):
-            raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
+    _take_ghost(options, ghost)
     config = make_config(preset=preset, config_file=config_file, options=options)
     if config.warning:
         click.echo(f"warning: {config.warning}", err=True)
@@ -608,6 +630,18 @@ def sae_train(
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
         return
     _say_done(run, before is not None and before.complete and not overwrite)
+    _print_trained(run, header)
+
+
+def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
+    """--ghost and --no-ghost as the setting that they are short for."""
+    if ghost is not None:
+        meant = "ghost" if ghost else "none"
+        if options.setdefault("dead_latents", meant) != meant:
+            raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
+
+
+def _print_trained(run: Path, header: "Header") -> None:
     summary = header.summary or {}
     click.echo(f"{run}: {header.spec['n_latents']:,} latents after {summary['tokens']:,} tokens")
     click.echo(_training_line(summary["final"]))
@@ -688,13 +722,14 @@ def sae_info(run: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**header.to_json(), "runs": read_runs(run)}, indent=1))
         return
-    if "imported" in header.spec:
-        _print_page(
-            f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", _imported_rows(header)
-        )
-        return
+    rows = _imported_rows(header) if "imported" in header.spec else _trained_rows(header)
+    _print_page(f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+
+
+def _trained_rows(header: "Header") -> dict[str, str]:
+    """The page of `cyto sae info`."""
     spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
-    rows = {
+    return {
         "latents": f"{spec['n_latents']:,} ({_activation(spec)}) on tokens of width {spec['width']}",
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
@@ -712,7 +747,6 @@ def sae_info(run: Path, as_json: bool) -> None:
         **({"held out": _held_out_line(summary["held_out"])} if "held_out" in summary else {}),
         "identity": header.identity,
     }
-    _print_page(f"{run}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
 
 
 @sae.command("eval")
@@ -982,7 +1016,7 @@ def _activation(spec: dict[str, Any]) -> str:
     return f"{spec['activation']}, k {spec['k']}" if spec.get("k") else str(spec["activation"])
 
 
-def _imported_rows(header: Any) -> dict[str, str]:
+def _imported_rows(header: "Header") -> dict[str, str]:
     spec, summary = header.spec, header.summary or {}
     says = summary.get("says", {})
     names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")
@@ -1019,17 +1053,28 @@ def latents_info(store: Path, as_json: bool) -> None:
 
     header = read_header(store, LATENTS, complete=False)
     missing = [] if header.complete else missing_images(store, LatentSpec(**header.spec))
-    n_bytes, n_missing = _size(store), sum(map(len, missing))
     if as_json:
-        info = {**header.to_json(), "n_images_missing": n_missing, "bytes": n_bytes, "runs": read_runs(store)}
-        click.echo(json.dumps(info, indent=1))
+        facts = {"n_images_missing": sum(map(len, missing)), "bytes": _size(store), "runs": read_runs(store)}
+        click.echo(json.dumps({**header.to_json(), **facts}, indent=1))
         return
-    spec, summary = LatentSpec(**header.spec), header.summary or {}
-    rows = {
+    rows = _latent_rows(header, LatentSpec(**header.spec), _size(store))
+    if header.complete:
+        latents = LatentStore(store)
+        rows["nonzeros"] = (
+            f"{latents.nnz:,} ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable image, "
+            f"{_size(store) / max(1, latents.nnz):.2f} bytes each)"
+        )
+    else:
+        rows["missing"] = ", ".join(f"images {some.start:,} to {some.stop - 1:,}" for some in missing) or "nothing"
+    _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
+
+
+def _latent_rows(header: "Header", spec: "LatentSpec", n_bytes: int) -> dict[str, str]:
+    return {
         "images": f"{spec.n_images:,} x {spec.tokens_per_image} tokens",
         "latents": f"{spec.n_latents:,}, encoded in {spec.precision}",
         "nonzeros": "(not finished)",
-        "values": f"float32, {spec.value_bits} mantissa bits, " + _pruning(spec.min_activation, summary),
+        "values": f"float32, {spec.value_bits} mantissa bits, " + _pruning(spec.min_activation, header.summary or {}),
         "SAE": f"sha256 {spec.sae_sha256}",
         "cache": f"{spec.cache['backbone']}{'' if spec.cache['trained'] else ' (UNTRAINED)'}, "
         f"block {spec.cache['block']}, sha256 {spec.cache_sha256}",
@@ -1037,15 +1082,6 @@ def latents_info(store: Path, as_json: bool) -> None:
         "identity": header.identity,
         "written by": header.created_by,
     }
-    if header.complete:
-        latents = LatentStore(store)
-        rows["nonzeros"] = (
-            f"{latents.nnz:,} ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable image, "
-            f"{n_bytes / max(1, latents.nnz):.2f} bytes each)"
-        )
-    else:
-        rows["missing"] = ", ".join(f"images {some.start:,} to {some.stop - 1:,}" for some in missing) or "nothing"
-    _print_page(f"{store}: {header.kind}, version {header.version}, {_state(header.complete)}", rows)
 
 
 @latents.command("verify")
@@ -1145,6 +1181,10 @@ def barcode(
             latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
         )
     _say_done(barcodes, done.was_complete)
+    _print_barcodes(barcodes, config, done, table)
+
+
+def _print_barcodes(barcodes: Path, config: "BarcodeConfig", done: "BarcodeResult", table: Path | None) -> None:
     click.echo(
         f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
         f"{done.n_latents:,} latents, tau {', '.join(f'{tau:g}' for tau in config.taus)}"
@@ -1155,15 +1195,8 @@ def barcode(
         "patients without a readable image": done.n_patients_unreadable,
         "patients without a disease (no disease barcode)": done.n_patients_without_disease,
     }
-    for what, number in left_out.items():
-        if number:
-            click.echo(f"left out: {number:,} {what}")
-    if done.differences:
-        click.echo(f"the stores were made differently: {done.differences}")
-    if done.n_missing_in_table:
-        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
-    if done.n_unknown_in_table:
-        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
+    _print_left_out(left_out)
+    _print_join(done, table)
     for tau, share, n_silent in zip(config.taus, done.share_above_tau, done.n_silent_latents, strict=True):
         which = "tau" if len(config.taus) == 1 else f"tau {tau:g}"
         click.echo(f"{share:.1%} of the nonzeros exceed {which}; {n_silent:,} of {done.n_latents:,} latents never do")
@@ -1175,6 +1208,22 @@ def barcode(
                 f"for another: choose a smaller --tau",
                 err=True,
             )
+
+
+def _print_left_out(left_out: dict[str, int]) -> None:
+    for what, number in left_out.items():
+        if number:
+            click.echo(f"left out: {number:,} {_shown(what)}")
+
+
+def _print_join(done: Any, table: Path | None) -> None:
+    """How several stores, and a table given beside them, fit together."""
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
+    if done.n_missing_in_table:
+        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
+    if done.n_unknown_in_table:
+        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
 
 
 # --------------------------------------------------------------------------------------------------- the science
@@ -1253,14 +1302,8 @@ def concept_stats(
         _print_dataset(found, config.label)
     for pair in done.agreement:
         _print_agreement(pair)
-    if done.differences:
-        click.echo(f"the stores were made differently: {done.differences}")
-    if done.n_without_dataset:
-        click.echo(f"left out: {done.n_without_dataset:,} images without a dataset")
-    if done.n_missing_in_table:
-        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
-    if done.n_unknown_in_table:
-        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
+    _print_left_out({"images without a dataset": done.n_without_dataset})
+    _print_join(done, table)
 
 
 @concept.command("top")
@@ -1547,13 +1590,11 @@ def concept_neighbours(
         found = find_neighbours(run, latents, chosen=chosen, settings=config).table.to_pylist()
         click.echo(json.dumps(found, indent=1) if as_json else "\n".join(_neighbour_lines(found, chosen)))
         return
-    with _progress("neighbours", "step") as progress:
-        given: dict[str, Any] = {"chosen": chosen, "settings": config, "overwrite": overwrite, "progress": progress}
-        if latents:
-            with _dask_client(scheduler, workers, memory_limit) as client:
-                was_complete = write_neighbours(run, out, latents, client=client, **given)
-        else:
-            was_complete = write_neighbours(run, out, **given)
+    cluster = _dask_client(scheduler, workers, memory_limit) if latents else nullcontext()
+    with cluster as client, _progress("neighbours", "step") as progress:
+        was_complete = write_neighbours(
+            run, out, latents, chosen=chosen, settings=config, client=client, overwrite=overwrite, progress=progress
+        )
     _say_done(out, was_complete)
     summary = _result_summary(out, "neighbours")
     if as_json:
@@ -1706,14 +1747,18 @@ def concept_select(concepts: Path, dataset: str | None, overwrite: bool, as_json
     from stores import ConceptStore
 
     store = ConceptStore(concepts)
-    config = SelectionConfig(dataset=_one_dataset(store, dataset), **settings)
+    config = SelectionConfig(dataset=store.choose_dataset(dataset), **settings)
     found = select_latents(store, config, overwrite=overwrite)
     _say_done(concepts / FILE, found.was_complete)
     if as_json:
         click.echo(json.dumps({"concepts": str(concepts), "latents": found.table.to_pylist()}, indent=1))
-        return
+    else:
+        _print_selection(concepts / FILE, config, found)
+
+
+def _print_selection(path: Path, config: "SelectionConfig", found: "Selection") -> None:
     click.echo(
-        f"{concepts / FILE}: {len(found.latents):,} of {found.n_candidates:,} latents of {config.dataset} with a mean "
+        f"{path}: {len(found.latents):,} of {found.n_candidates:,} latents of {config.dataset} with a mean "
         f"activation of at least {config.threshold:g}, from {len(found.cluster_sizes)} clusters (seed {config.seed})"
     )
     if len(found.cluster_sizes) < config.clusters:
@@ -1848,20 +1893,17 @@ def concept_map(
     from cytosae.patch_maps import PatchQuery
     from stores import ConceptStore
 
-    if (image_id is None) == (file is None) or (file is None) != (run is None):
-        raise click.UsageError("give --image; or --file and --sae, for an image that is in no store")
     if (patch is None) == (not latents):
         raise click.UsageError("give --latent (it may repeat), or --patch for the latents that speak for it")
     if patch is not None and concepts is None:
         raise click.UsageError("--patch needs --concepts, whose statistics say which latents are shared or noisy")
     sources, store, query = _sources(stores, roots), ConceptStore(concepts) if concepts else None, None
-    if file is not None and run is not None:
-        subject, own = _new_subject(sources, file, run, weights, _resolve_device(device), assume_compatible), None
-    else:
-        subject, own = _stored_subject(sources, str(image_id))
+    subject = _subject(
+        sources, image_id, file, run, weights=weights, device=device, assume_compatible=assume_compatible
+    )
     if patch is not None and store is not None:
-        known = _one_dataset(store, dataset or (own if own in store.datasets else None))
-        query = PatchQuery(patch=patch, dataset=known, n_top=n_top, shared=shared, noisy=noisy)
+        known = dataset or (subject.dataset if subject.dataset in store.datasets else None)
+        query = PatchQuery(patch=patch, dataset=store.choose_dataset(known), n_top=n_top, shared=shared, noisy=noisy)
     done = write_maps(
         subject,
         out,
@@ -1874,17 +1916,21 @@ def concept_map(
         overwrite=overwrite,
         inputs=tuple(path for path in (*stores, *roots, concepts, file, run) if path),
     )
+    _print_maps(out, subject.name, query, done)
+    click.echo(f"{out}: map.png and .svg{', latent<N>.png and .svg' if concepts else ''}")
+    _warn_of_unseen(done.unseen)
+
+
+def _print_maps(out: Path, name: str, query: "PatchQuery | None", done: "MapResult") -> None:
     _say_done(out, done.was_complete)
     if query is not None:
         click.echo(
-            f"patch {patch} of {subject.name}: {done.n_active:,} active latents; passed over: {done.n_shared:,} shared "
-            f"(frequency of at least {shared:g} in {query.dataset}), {done.n_noisy:,} noisy (mean activation above "
-            f"{noisy:g})"
+            f"patch {query.patch} of {name}: {done.n_active:,} active latents; passed over: {done.n_shared:,} shared "
+            f"(frequency of at least {query.shared:g} in {query.dataset}), {done.n_noisy:,} noisy (mean activation "
+            f"above {query.noisy:g})"
         )
     for latent, largest in zip(done.latents, done.largest, strict=True):
         click.echo(f"  latent {latent}: largest value {largest:.4g}")
-    click.echo(f"{out}: map.png and .svg{', latent<N>.png and .svg' if concepts else ''}")
-    _warn_of_unseen(done.unseen)
 
 
 @concept.command("masks")
@@ -1919,36 +1965,42 @@ def concept_masks(
     \b
     Example: cyto concept masks cells.latents.zarr nuclei/ -o cells.nuclei
     """
-    from cytocache.masks import find_masks
+    from cytocache.masks import find_masks, read_all_shares
     from cytosae.masks import write_mask_agreement
     from cytosae.patch_maps import patch_side
     from stores import LatentStore
-    from stores.tables import listed
 
     store = LatentStore(latents)
     found = find_masks(masks, store.images, root=root)
-    shares, unread, no_image = _read_masks(store, found.paths, patch_side(store.spec.tokens_per_image))
+    with _progress("read", "mask") as progress:
+        read = read_all_shares(found, store.readable(), patch_side(store.spec.tokens_per_image), progress=progress)
     with _progress("masks", "step") as progress:
         inputs = tuple(path for path in (latents, masks, root) if path)
         done = write_mask_agreement(
-            store, shares, out, overwrite=overwrite, inputs=inputs, progress=progress, **settings
+            store, read.shares, out, overwrite=overwrite, inputs=inputs, progress=progress, **settings
         )
     _say_done(out, done.was_complete)
     left_out = {
         "masks of no image here": found.unknown,
-        "unreadable masks": unread,
-        "masks of unreadable images": no_image,
+        "unreadable masks": read.unreadable,
+        "masks of unreadable images": read.of_unreadable_images,
     }
     if as_json:
         counts = {what: len(names) for what, names in left_out.items()}
         click.echo(json.dumps({"out": str(out), "left_out": counts, **vars(done)}, indent=1))
-        return
+    else:
+        _print_masks(out, done, left_out, store.spec.n_latents)
+
+
+def _print_masks(out: Path, done: "MaskResult", left_out: dict[str, list[str]], n_latents: int) -> None:
+    from stores.tables import listed
+
     for what, names in left_out.items():
         if names:
             click.echo(f"left out: {len(names):,} {what} ({listed([_shown(name) for name in names])})")
     click.echo(
         f"{out}: {done.n_images:,} images with masks, {done.n_foreground / done.n_patches:.1%} of the patches are "
-        f"foreground; {done.n_silent:,} of {store.spec.n_latents:,} latents are active at none"
+        f"foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"
     )
     for name, best, chance in (
         ("auroc", done.best_by_auroc, done.expected_max_auroc),
@@ -1961,15 +2013,7 @@ def concept_masks(
         click.echo("  no null: nothing was shuffled (one image, --shuffles 0, or no active latent)")
 
 
-def _one_dataset(store: Any, name: str | None) -> str:
-    from stores.errors import BadInput
-
-    if name is None and len(store.datasets) != 1:
-        raise BadInput(f"{store.root} holds {', '.join(store.datasets)}; say which with --dataset")
-    return str(name or store.datasets[0])
-
-
-def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> Any:
+def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> "Sources":
     """Latent stores, and a function per store that gives the pixels of its images."""
     from cytocache.pictures import Pictures
     from cytosae.reference_images import Sources
@@ -1985,27 +2029,22 @@ def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "-
     )
 
 
-def _stored_subject(sources: Any, image_id: str) -> tuple[Any, str | None]:
-    """An image of a store to look at, and its dataset."""
-    from cytosae.maps import Subject
-    from cytosae.patch_maps import read_tokens
-    from stores.errors import BadInput
-    from stores.tables import column
+def _subject(
+    sources: "Sources", image_id: str | None, file: Path | None, run: Path | None, **backbone: Any
+) -> "Subject":
+    """An image of a store, or one of a file and the SAE that encodes it."""
+    from cytosae.maps import stored_subject
 
-    number, image_index = sources.find(image_id)
-    store = sources.stores[number]
-    if not store.readable()[image_index]:
-        raise BadInput(f"image {image_id!r} could not be read when {store.root} was made: it has no latents")
-    subject = Subject(
-        name=image_id,
-        tokens=read_tokens(store, image_index),
-        picture=sources.pictures[number](image_index),
-        origin={"latents": store.identity, "image_id": image_id},
-    )
-    return subject, column(store.images, "dataset")[image_index]
+    if image_id is not None and file is None and run is None:
+        return stored_subject(sources, image_id)
+    if image_id is None and file is not None and run is not None:
+        return _new_subject(sources, file, run, **backbone)
+    raise click.UsageError("give --image; or --file and --sae, for an image that is in no store")
 
 
-def _new_subject(sources: Any, file: Path, run: Path, weights: str | None, device: str, assume_compatible: bool) -> Any:
+def _new_subject(
+    sources: "Sources", file: Path, run: Path, *, weights: str | None, device: str, assume_compatible: bool
+) -> "Subject":
     """An image file that is in no store, encoded as the images of the first store were."""
     from cytocache.pictures import to_pixels
     from cytocache.sample import load_backbone_as, read_new_image
@@ -2014,21 +2053,13 @@ def _new_subject(sources: Any, file: Path, run: Path, weights: str | None, devic
     from cytosae.maps import Subject
     from cytosae.patch_maps import token_matrix
     from stores import ActivationSpec
-    from stores.activation_store import require_same_tokens
 
-    latents = sources.stores[0]
-    spec, sae = ActivationSpec(**latents.spec.cache), load_sae(run, device=device)
-    require_same_tokens(
-        sae.same_tokens,
-        spec.same_tokens,
-        f"the SAE {run}",
-        f"the cache of {latents.root}",
-        assume_compatible=assume_compatible,
-    )
+    device, latents = _resolve_device(device), sources.stores[0]
+    cache, spec = f"the cache of {latents.root}", ActivationSpec(**latents.spec.cache)
+    sae = load_sae(run, device=device)
+    sae.require_tokens(spec, cache, assume_compatible=assume_compatible)
     with _progress("download", "byte") as downloading:
-        backbone = load_backbone_as(
-            spec, f"the cache of {latents.root}", weights=weights, device=device, progress=downloading
-        )
+        backbone = load_backbone_as(spec, cache, weights=weights, device=device, progress=downloading)
     tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
     rows = encode_image(tokens, sae, latents.spec, device=device)
     return Subject(
@@ -2037,25 +2068,6 @@ def _new_subject(sources: Any, file: Path, run: Path, weights: str | None, devic
         picture=to_pixels(picture),
         origin={"sha256": content_hash, "as": latents.identity},
     )
-
-
-def _read_masks(store: Any, paths: dict[int, Path], side: int) -> tuple[dict[int, Any], list[str], list[str]]:
-    """(image_index -> share of each patch that is covered, masks that cannot be read, masks of unreadable images)."""
-    from cytocache.masks import read_shares
-
-    shares, unread, no_image, readable = {}, list[str](), list[str](), store.readable()
-    with _progress("read", "mask") as progress:
-        for n_done, (image_index, path) in enumerate(sorted(paths.items()), start=1):
-            if not readable[image_index]:
-                no_image.append(path.name)
-                continue
-            found = read_shares(path, side)
-            if isinstance(found, str):
-                unread.append(f"{path.name}: {found}")
-            else:
-                shares[image_index] = found
-            progress(n_done, len(paths), f"{len(unread):,} unreadable" if unread else "")
-    return shares, unread, no_image
 
 
 def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
@@ -2583,23 +2595,14 @@ def _stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
 @contextmanager
 def _dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
     """A client of the running scheduler, or of a cluster started here for the time of the command."""
-    from distributed import KilledWorker
-
-    from stores.errors import BadInput
+    from cytosae.cluster import open_client
 
     try:
-        with _connected(scheduler, workers, memory_limit) as client:
+        with open_client(scheduler, workers=workers, memory_limit=memory_limit) as client:
             yield client
     except KeyboardInterrupt:
         sys.unraisablehook = _say_unless_of_dask
         raise
-    except KilledWorker:
-        limit = "its own, of dask worker" if scheduler else memory_limit
-        remedy = "start workers with a larger --memory-limit" if scheduler else "raise --memory-limit"
-        raise BadInput(
-            f"a worker was ended again and again, most likely for its memory (limit {limit}); "
-            f"{remedy} and run the same command again"
-        ) from None
 
 
 def _say_unless_of_dask(unraisable: Any) -> None:
@@ -2607,86 +2610,6 @@ def _say_unless_of_dask(unraisable: Any) -> None:
     name = getattr(unraisable.object, "__qualname__", "")
     if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):
         sys.__unraisablehook__(unraisable)
-
-
-@contextmanager
-def _connected(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
-    import dask
-    from distributed import Client, LocalCluster
-
-    from stores.errors import BadInput
-
-    if scheduler:
-        with _dask_silent():
-            try:
-                client = Client(scheduler, timeout="10s")
-            except (OSError, ValueError) as error:
-                reason = str(error).split("\n")[0]
-                raise BadInput(
-                    f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler"
-                ) from None
-            with client:
-                try:
-                    client.wait_for_workers(1, timeout=60)
-                except TimeoutError:
-                    raise BadInput(f"the scheduler at {scheduler} has no workers; start some: dask worker") from None
-                yield client
-        return
-    # zarr would start ten reading threads per worker; workers take their settings from the environment
-    environment = {"ZARR_ASYNC__CONCURRENCY": "4", "ZARR_THREADING__MAX_WORKERS": "2"}
-    try:
-        limit = dask.utils.parse_bytes(memory_limit)
-    except ValueError:
-        raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
-    settings = {
-        "distributed.nanny.pre-spawn-environ": {**_one_thread(), **environment},
-        "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
-    }
-    with dask.config.set(settings):
-        with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                memory_limit=limit,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",  # any free port, and not for the whole network
-                silence_logs=logging.CRITICAL,  # what goes wrong in a task comes back as its error
-            )
-        with cluster, Client(cluster) as client:
-            yield client
-
-
-@contextmanager
-def _dask_silent() -> Iterator[None]:
-    """What goes wrong is told in our own words: other versions, a scheduler that goes away."""
-    import warnings
-
-    from distributed.versions import VersionMismatchWarning
-
-    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application")]
-    before = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VersionMismatchWarning)
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _one_thread() -> dict[str, str]:
-    return {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
 @contextmanager
@@ -2898,8 +2821,7 @@ def _print_probe(out: Path, scores: dict[str, Any]) -> None:
     click.echo(
         f"{out}: {scores['n_units']:,} {level}s in {scores['n_groups']:,} groups; {_shown(scores['target'])}: {shown}"
     )
-    for what, number in scores["left_out"].items():
-        click.echo(f"left out: {number:,} {_shown(what)}")
+    _print_left_out(scores["left_out"])
     click.echo(f"C = {rule['C']:.4g} ({rule['formula']})")
     click.echo(f"{'on the same folds':<18} {'weighted F1':>15} {'balanced accuracy':>19}")
     for name, found in scores["methods"].items():

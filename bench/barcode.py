@@ -159,8 +159,8 @@ def measure(root: Path, barcodes: Path, options: Any) -> dict[str, Any]:
     """Both sides in turns on the same workers, and the memory of ours."""
     from distributed import as_completed
 
-    from cli import _dask_client  # the cluster exactly as `cyto barcode` starts it
     from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.cluster import open_client  # the cluster exactly as `cyto barcode` starts it
     from stores.latent_store import LatentStore
 
     store = LatentStore(root)
@@ -176,7 +176,7 @@ def measure(root: Path, barcodes: Path, options: Any) -> dict[str, Any]:
     cpu: dict[str, list[float]] = {"ours": [], "baseline": []}
     counted: list[float] = []
 
-    with _dask_client(None, options.workers, options.memory_limit) as client:
+    with open_client(None, workers=options.workers, memory_limit=options.memory_limit) as client:
 
         def ours() -> None:
             began = now()

@@ -16,9 +16,10 @@ from torch import nn
 
 from stores.errors import BadInput
 from stores.files import sha256_file
+from stores.progress import Progress
 from stores.tables import listed
 
-from .download import PUBLISHED_AT, Progress, fetch_published
+from .download import PUBLISHED_AT, fetch_published
 from .preprocess import Preprocess
 from .torchvision_guard import declare_missing_operators
 from .weights_file import read_weights

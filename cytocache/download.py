@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from stores.errors import BadInput
 from stores.files import sha256_file, sync_folder, write_json
+from stores.progress import Progress
 from stores.spec import cyto_version
 
 RECORD = "https://zenodo.org/api/records/10908163"
@@ -42,7 +43,6 @@ _LOCK_POLL_S = 0.5
 _T = TypeVar("_T")
 
 # bytes done, bytes in all (0 while unknown), a word on the state
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from stores.files import sha256_file
+from stores.progress import Progress
 
 from .images import MAX_FILE_BYTES
 
@@ -24,7 +25,7 @@ class Duplicates:
 
 
 def find_duplicates(
-    root: Path, paths: Sequence[str], *, progress: Callable[[int, int, str], None] = lambda *_: None
+    root: Path, paths: Sequence[str], *, progress: Progress = lambda done, total, state: None
 ) -> Duplicates:
     """Compare the files `root / path`. Memory: a size and, where two sizes agree, a hash per file; 1 MiB per thread.
 

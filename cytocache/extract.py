@@ -28,6 +28,7 @@ from stores.activation_writer import (
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
 from stores.output import plan_output
+from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
@@ -43,7 +44,6 @@ _SAVING_AT_ONCE = 4  # chunks: one that waits for the disk's fsync does not hold
 _FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
 
 # images done (those of the chunk in flight are not yet on the disk), images in all, a word on the state
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationStore
+from stores.progress import Progress
 from stores.runlog import read_runs
 
-from .extract import Progress
 from .sample import draw_sample, load_backbone_of, read_sample
 
 # (tokens, width) float32 -> (tokens, n_latents) float32

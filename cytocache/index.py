@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
 from stores.spec import FORMATS, find_header
 from stores.tables import column, listed, read_image_table, write_image_table
 
@@ -29,7 +29,7 @@ def make_index(
     class_set: str | None = None,
     compare_files: bool = True,
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] = lambda *_: None,
+    progress: Progress = lambda done, total, state: None,
 ) -> tuple[Index, bool]:
     """(the index of `source`, now in the Parquet file `out`; was it there already, equal in every cell?)
 
@@ -94,7 +94,7 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
     return Index("folder", None, images, "images", tuple(counts), findings=findings)
 
 
-def mark_duplicates(index: Index, *, progress: Callable[[int, int, str], None] = lambda *_: None) -> Index:
+def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, state: None) -> Index:
     """Read the files, and add the column `duplicate_of` and what was found. Every image stays a row."""
     table = index.images.table
     ids, paths = ([str(value) for value in column(table, name)] for name in ("image_id", "path"))

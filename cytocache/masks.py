@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.tables import column, image_table, listed, read_table_file
 
 from .datasets import list_files
@@ -22,6 +23,15 @@ class MaskFiles:
 
     paths: dict[int, Path]  # by image_index
     unknown: list[str]  # masks of no image here
+
+
+@dataclass(frozen=True)
+class MaskShares:
+    """What the masks of images cover, and those that say nothing."""
+
+    shares: dict[int, Float]  # by image_index: (side, side) share of each patch that is covered
+    unreadable: list[str]  # names of mask files, each with the reason
+    of_unreadable_images: list[str]  # names of mask files, which were not looked at
 
 
 def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> MaskFiles:
@@ -61,6 +71,34 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     pairs = list(zip(column(checked, "image_id"), column(checked, "path"), strict=True))
     found = {indices[name]: root / str(path) for name, path in pairs if name in indices}
     return _some(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
+
+
+def read_all_shares(
+    masks: MaskFiles,
+    is_readable: npt.NDArray[np.bool_],
+    side: int,
+    *,
+    progress: Progress = lambda done, total, state: None,
+) -> MaskShares:
+    """What each mask covers of side x side patches, one file after the other.
+
+    Parameters
+    ----------
+    is_readable : (n_images,); the mask of an image that could not be read is left out
+    progress : masks done, masks in all
+    """
+    found = MaskShares({}, [], [])
+    for n_done, (image_index, path) in enumerate(sorted(masks.paths.items()), start=1):
+        if not is_readable[image_index]:
+            found.of_unreadable_images.append(path.name)
+            continue
+        shares = read_shares(path, side)
+        if isinstance(shares, str):
+            found.unreadable.append(f"{path.name}: {shares}")
+        else:
+            found.shares[image_index] = shares
+        progress(n_done, len(masks.paths), f"{len(found.unreadable):,} unreadable" if found.unreadable else "")
+    return found
 
 
 def read_shares(path: Path, side: int) -> Float | str:

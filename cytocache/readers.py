@@ -35,7 +35,7 @@ Outcome = tuple[str | None, str | None]  # SHA-256 of the file, error; each None
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ReadPictures:
     """A batch of images as the backbone takes them, and what became of each file."""
 
     pixels: npt.NDArray[np.uint8]  # (n, size, size, 3), shared memory; zeros where unreadable
@@ -79,7 +79,7 @@ class ImageReaders:
             worker.close()
         self._memory.close()
 
-    def read(self, batches: Iterable[list[Path]]) -> Iterator[Pictures]:
+    def read(self, batches: Iterable[list[Path]]) -> Iterator[ReadPictures]:
         """The images of each batch, in order. The pixels of a batch hold until the next one is asked for."""
         coming, free = iter(batches), deque(range(len(self._slots)))
         waiting: deque[tuple[int, list[Future[list[Outcome]]]]] = deque()
@@ -92,7 +92,7 @@ class ImageReaders:
             slot, reading = waiting.popleft()
             outcomes = [outcome for group in reading for outcome in group.result()]
             hashes, errors = [hash for hash, _ in outcomes], [error for _, error in outcomes]
-            yield Pictures(self._slots[slot, : len(outcomes)], hashes, errors)
+            yield ReadPictures(self._slots[slot, : len(outcomes)], hashes, errors)
             free.append(slot)
 
     def _submit(self, slot: int, paths: list[Path]) -> list[Future[list[Outcome]]]:

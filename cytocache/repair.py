@@ -14,6 +14,7 @@ from typing import Any
 from stores.activation_store import ActivationSpec, records_of
 from stores.activation_writer import written_records
 from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER
 from stores.spec import ACTIVATIONS, Header, describe_difference, read_header
@@ -22,7 +23,7 @@ from stores.verify import Problem, verify_activations
 
 from .backbones import load_backbone
 from .datasets import Images
-from .extract import ExtractConfig, Progress, fill, hash_image_file, make_spec, open_writer
+from .extract import ExtractConfig, fill, hash_image_file, make_spec, open_writer
 
 
 @dataclass(frozen=True, kw_only=True)

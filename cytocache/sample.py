@@ -13,10 +13,10 @@ from PIL import Image
 
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
 from stores.tables import column
 
 from .backbones import Backbone, load_backbone
-from .download import Progress
 from .extract import PRECISIONS
 from .images import read_image
 from .readers import ImageReaders

@@ -30,14 +30,16 @@ from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
 from stores.latent_store import LatentStore
 from stores.output import plan_output
+from stores.progress import Progress
 from stores.runlog import append_run
 from stores.spec import BARCODES, Header, check_choice, new_header, read_header, write_header
 from stores.tables import table_sha256
+from stores.token_sets import TOKEN_SETS
 
 from . import barcode_tasks as tasks
 from .barcode_checks import check_exact, check_one_sae, check_tau, differences
-from .blocks import Progress, count_into_parts, discard
-from .counting import TOKEN_SETS, LatentSums
+from .blocks import count_into_parts, discard
+from .counting import LatentSums
 from .groups import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
 from .workers import Watch, cluster_job, prepare_workers
 

@@ -23,8 +23,6 @@ _BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is sma
 _LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
 _BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
 
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
-
 
 def count_into_parts(
     watch: Watch,

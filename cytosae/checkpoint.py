@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from stores.activation_store import ActivationSpec, require_same_tokens
 from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
-from stores.spec import SAE, Header, check_choice, read_header, write_header
+from stores.spec import Header, check_choice, write_header
 
 from .config import ACTIVATIONS
 from .model import SparseAutoencoder
-
-WEIGHTS = "sae.safetensors"
+from .sae_file import WEIGHTS, find_weights, open_tensors
 
 
 @dataclass(frozen=True)
 class SaeRun:
-    """A finished SAE: the model, its header, and the SHA-256 of its weights file."""
+    """A finished SAE: where it lies, the model, its header, and the SHA-256 of its weights file."""
 
+    root: Path
     model: SparseAutoencoder
     header: Header
     sha256: str
@@ -32,6 +32,18 @@ class SaeRun:
     def same_tokens(self) -> dict[str, Any]:
         """The kind of tokens it was trained on (`ActivationSpec.same_tokens`)."""
         return dict(self.header.spec["tokens"])
+
+    def require_tokens(self, spec: ActivationSpec, place: str, *, assume_compatible: bool = False) -> list[str]:
+        """Refuse tokens, of the cache that errors call `place`, of another kind; gives what had to be assumed.
+
+        Raises
+        ------
+        SpecMismatch
+            Naming what differs, or what is not known of an imported SAE (unless `assume_compatible`).
+        """
+        return require_same_tokens(
+            self.same_tokens, spec.same_tokens, f"the SAE {self.root}", place, assume_compatible=assume_compatible
+        )
 
 
 def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:
@@ -54,20 +66,12 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     DamagedStore
         If the weights are missing, changed, misshaped or not finite.
     """
-    header = read_header(root, SAE)
-    activation = header.spec.get("activation", "relu")
+    weights = find_weights(root)
+    path, spec = weights.path, weights.header.spec
+    activation = spec.get("activation", "relu")
     check_choice("the activation of this SAE", activation, ACTIVATIONS)
-    path = root / WEIGHTS
-    if not path.is_file():
-        again = (
-            "import it again with cyto sae import" if "imported" in header.spec else f"train again with {SAE.command}"
-        )
-        raise DamagedStore(f"{path} is missing; {again} --overwrite")
-    digest = sha256_file(path)
-    if digest != (header.summary or {}).get("sae_sha256"):
-        raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
     tensors, _ = load_tensors(path)
-    model = SparseAutoencoder(header.spec["width"], header.spec["n_latents"], activation, header.spec.get("k"))
+    model = SparseAutoencoder(spec["width"], spec["n_latents"], activation, spec.get("k"))
     expected = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value.shape for name, value in tensors.items()}
     if found != expected:
@@ -75,7 +79,7 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DamagedStore(f"{path} holds weights that are NaN or infinite")
     model.load_state_dict(tensors)
-    return SaeRun(model.requires_grad_(False).to(device), header, digest)
+    return SaeRun(root, model.requires_grad_(False).to(device), weights.header, weights.sha256)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -100,11 +104,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     DamagedStore
         If it is not a whole safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise DamagedStore(f"{path} is not a whole safetensors file ({error})") from None
+    with open_tensors(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
 
 
 def _metadata(model: SparseAutoencoder) -> dict[str, str]:

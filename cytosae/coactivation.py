@@ -24,10 +24,10 @@ import numpy.typing as npt
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.spec import check_choice
+from stores.token_sets import TOKEN_SETS, chosen_tokens
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-TOKEN_SETS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 MOST_NEIGHBOURS = 1000
 _BLOCK_ENTRIES = 4 << 20  # nonzeros that are read together
 _GROUP_BYTES = 256 << 20  # of the counts of one group
@@ -43,7 +43,7 @@ class Coactivation:
     n_top: int = 10
 
     def __post_init__(self) -> None:
-        check_choice("token_set", self.token_set, tuple(TOKEN_SETS))
+        check_choice("token_set", self.token_set, TOKEN_SETS)
         if not self.tau >= 0:
             raise BadInput(f"tau must be a number of at least 0; found {self.tau!r}")
         if self.min_images < 1 or not 1 <= self.n_top <= MOST_NEIGHBOURS:
@@ -68,14 +68,28 @@ class GroupCounts:
 
 
 def group_size(n_latents: int) -> int:
-    """How many chosen latents a task counts for."""
+    """How many chosen latents a task counts for: as many as have their counts in 256 MiB, and at least one."""
     return max(1, _GROUP_BYTES // (16 * n_latents))
 
 
 def count_group(
     latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], settings: Coactivation
 ) -> GroupCounts:
-    """Count for the latents `chosen` (G,) over all stores, and take the most associated; `also` (G, n_also) or -1."""
+    """Count for some latents over all stores, and take the most associated: phi above 0, of equals the lower number.
+
+    Memory: 16 bytes for every pair of a chosen latent and any other, and a block of a store.
+
+    Parameters
+    ----------
+    latents : paths or URLs of finished latent stores by one SAE
+    chosen : (G,) different latents
+    also : (G, n_also) latents to be counted with each of them, whatever their phi; -1: none
+
+    Raises
+    ------
+    DamagedStore
+        If rows of a store cannot be read.
+    """
     counter = _Counter(LatentStore(latents[0], check_files=False).spec.n_latents, chosen)
     for path in latents:
         counter.add_store(LatentStore(path, check_files=False), settings)
@@ -100,7 +114,13 @@ def count_group(
 
 
 def phi_of(n: int, n_a: Any, n_b: Any, n_ab: Any) -> Any:
-    """Phi; -1 where one of the two is active everywhere or nowhere, so that it is undefined."""
+    """Phi, the correlation of being active at a token; -1 where a latent is so everywhere or nowhere: undefined.
+
+    Parameters
+    ----------
+    n : tokens
+    n_a, n_b, n_ab : tokens at which one, the other, both are active; numbers or arrays that broadcast
+    """
     a, b = np.asarray(n_a, np.float64), np.asarray(n_b, np.float64)
     spread = np.sqrt(a * (n - a)) * np.sqrt(b * (n - b))
     is_defined = spread > 0
@@ -123,7 +143,7 @@ class _Counter:
 
     def add_store(self, store: LatentStore, settings: Coactivation) -> None:
         per_image, tau = store.spec.tokens_per_image, np.float32(settings.tau)
-        tokens = range(per_image)[TOKEN_SETS[settings.token_set]]
+        tokens = chosen_tokens(settings.token_set, per_image)
         self.n_all += int(store.readable().sum()) * len(tokens)
         for images in _blocks(store):
             rows = store.read_images(images.start, images.stop)

@@ -20,13 +20,14 @@ from scipy.stats import false_discovery_control, rankdata
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
 from stores.files import sha256_json
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import COMPARISON
 from stores.tables import STATUS_OK, column, listed, read_table_file
 
 from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .compare_figures import plot_correlation, plot_patients, plot_scatter
-from .permutation import PermutationTest, Progress, permutation_test
+from .permutation import PermutationTest, permutation_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,7 +89,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Groups:
+class TwoGroups:
     """The patients of both groups, by disease and name: their order in the store has no part in the numbers."""
 
     values: npt.NDArray[np.float32]  # (patients, latents)
@@ -174,8 +175,12 @@ def compare(
 # ------------------------------------------------------------------------------------------------- who and what
 
 
-def choose_groups(patients: "AnnData", a: str, b: str) -> Groups:
+def choose_groups(patients: "AnnData", a: str, b: str) -> TwoGroups:
     """The patients of disease `a`, and those of disease `b`; or of all others, if `b` is "rest" and no disease is.
+
+    Parameters
+    ----------
+    patients : (patients, latents) barcodes; `obs` has `disease` ("": unknown), `patient_id`, `dataset` and `n_images`
 
     Raises
     ------
@@ -202,7 +207,7 @@ def choose_groups(patients: "AnnData", a: str, b: str) -> Groups:
     names = np.array(patients.obs_names, object)
     chosen = chosen[np.lexsort((names[chosen], disease[chosen]))]
     obs = patients.obs.iloc[chosen]
-    return Groups(
+    return TwoGroups(
         values=ss.csr_matrix(patients.X)[chosen].toarray(),
         names=[str(name) for name in names[chosen]],
         ids=[str(name) for name in obs["patient_id"]],
@@ -248,7 +253,7 @@ def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
     return patients
 
 
-def _warnings(groups: Groups, config: CompareConfig, normalize: str) -> list[str]:
+def _warnings(groups: TwoGroups, config: CompareConfig, normalize: str) -> list[str]:
     """What beside the disease may make the groups differ."""
     found = []
     medians = [float(np.median(groups.n_images[some])) for some in (groups.is_a, ~groups.is_a)]
@@ -271,7 +276,7 @@ def _warnings(groups: Groups, config: CompareConfig, normalize: str) -> list[str
     return found
 
 
-def _warn_of_shared_images(groups: Groups, images: "pd.DataFrame") -> list[str]:
+def _warn_of_shared_images(groups: TwoGroups, images: "pd.DataFrame") -> list[str]:
     """Patients who are one person would count twice."""
     compared = dict(zip(zip(groups.ids, groups.datasets, strict=True), groups.names, strict=True))
     owners: dict[str, set[str]] = {}
@@ -328,13 +333,21 @@ def choose_tested(
 
 
 def differential(
-    groups: Groups,
+    groups: TwoGroups,
     config: CompareConfig,
     is_tested: Bools,
     *,
     progress: Progress = lambda done, total, state: None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md."""
+    """One row per latent, and what was done in plain values; the columns are those of docs/compare.md.
+
+    Columns of latents that are not tested are null where they would come of a test: p, q, p_max_t, stability, ranks.
+
+    Parameters
+    ----------
+    is_tested : (latents,), not all False (`choose_tested`)
+    progress : permutations done, permutations in all
+    """
     columns = _describe(groups)
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
@@ -378,7 +391,7 @@ def differential(
     }
 
 
-def _describe(groups: Groups) -> dict[str, npt.NDArray[Any]]:
+def _describe(groups: TwoGroups) -> dict[str, npt.NDArray[Any]]:
     """What can be said of every latent, tested or not."""
     blocks = [
         _describe_block(groups.values[:, first : first + _COLUMNS].astype(np.float64), groups.is_a)
@@ -499,7 +512,7 @@ def _spread(numbers: Floats, tested: npt.NDArray[np.int64], n_latents: int) -> p
     return pa.array(all_of_them, from_pandas=True)
 
 
-def _about(groups: Groups, members: Bools, name: str) -> dict[str, Any]:
+def _about(groups: TwoGroups, members: Bools, name: str) -> dict[str, Any]:
     n_images = groups.n_images[members]
     return {
         "name": name,
@@ -538,7 +551,7 @@ def _first(table: pa.Table, rank: str, n: int) -> list[int]:
     return [int(latent) for latent in order[:n] if ranks[latent] <= n]
 
 
-def _patient_table(groups: Groups, latents: list[int]) -> pa.Table:
+def _patient_table(groups: TwoGroups, latents: list[int]) -> pa.Table:
     """A line for every chosen latent and patient."""
     n_patients = len(groups.names)
     return pa.table(
@@ -553,7 +566,7 @@ def _patient_table(groups: Groups, latents: list[int]) -> pa.Table:
     )
 
 
-def _correlation_table(groups: Groups, correlation: Floats) -> pa.Table:
+def _correlation_table(groups: TwoGroups, correlation: Floats) -> pa.Table:
     """A line for every two patients, in the order of the figure."""
     n_patients = len(groups.names)
     return pa.table(

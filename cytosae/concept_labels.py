@@ -88,7 +88,7 @@ def top_label(top_values: npt.ArrayLike, top_labels: npt.ArrayLike) -> Ints:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class LabelAgreement:
     """How often latents have the same top label in two datasets, and how often by chance."""
 
     n_compared: int  # latents with enough labelled top images in both
@@ -98,7 +98,7 @@ class Agreement:
     share_shuffled_95: float  # 95th percentile of seeded shuffles
 
 
-def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: int, seed: int) -> Agreement:
+def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: int, seed: int) -> LabelAgreement:
     """Compare the top labels of latents in two datasets, (S,) each; -1 in either: not compared.
 
     Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not
@@ -109,12 +109,12 @@ def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: in
     a, b = a[is_compared], b[is_compared]
     n = len(a)
     if not n:
-        return Agreement(n_compared=0, n_agreeing=0, share=np.nan, share_expected=np.nan, share_shuffled_95=np.nan)
+        return LabelAgreement(n_compared=0, n_agreeing=0, share=np.nan, share_expected=np.nan, share_shuffled_95=np.nan)
     size = int(max(a.max(), b.max())) + 1
     expected = int(np.bincount(a, minlength=size) @ np.bincount(b, minlength=size)) / n**2
     rng = np.random.default_rng(seed)
     shuffled = [float((a == rng.permutation(b)).mean()) for _ in range(shuffles)]
-    return Agreement(
+    return LabelAgreement(
         n_compared=n,
         n_agreeing=int((a == b).sum()),
         share=float((a == b).mean()),

@@ -41,7 +41,14 @@ class TopImages:
 
 
 def sum_images(images: Ints, numbers: Ints, below: Below, n_latents: int, top_k: int) -> tuple[LatentSums, TopImages]:
-    """Sums over some images, in the order given, and their largest activations; `numbers` decide between equal ones."""
+    """Sums over some images, in the order given, and their largest activations.
+
+    Parameters
+    ----------
+    images : (n,) rows of the parts of `below`, which hold counted images one below the other
+    numbers : (n,) what TopImages calls them; of equal activations the smaller number comes first
+    below : where the parts lie
+    """
     opened = opener(below)
     sums, top, at = LatentSums.zeros(1, n_latents), TopImages.zeros(n_latents, top_k), 0
     for part, rows in by_part(images, below.bounds):

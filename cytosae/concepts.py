@@ -24,17 +24,19 @@ from stores.csr_blocks import CHUNK_ENTRIES
 from stores.errors import BadInput
 from stores.files import sha256_json
 from stores.latent_store import LatentStore
+from stores.progress import Progress
 from stores.results import ResultWriter, begin_results
 from stores.spec import CONCEPTS, check_choice
 from stores.tables import column, readable, table_sha256
+from stores.token_sets import TOKEN_SETS
 
 from .barcode_checks import check_one_sae, differences
 from .barcode_tasks import Below, Rows
-from .blocks import Progress, count_into_parts, discard
+from .blocks import count_into_parts, discard
 from .concept_figures import Panel, plot_scatter, plot_thresholds
 from .concept_labels import label_agreement, label_entropy, shuffled_entropy, top_label
 from .concept_tasks import TopImages, sum_images
-from .counting import TOKEN_SETS, LatentSums
+from .counting import LatentSums
 from .groups import join_tables, regroup
 from .workers import Watch, cluster_job, prepare_workers
 

@@ -10,9 +10,9 @@ from typing import Any
 from stores.errors import BadInput
 from stores.spec import check_choice
 from stores.tables import listed
+from stores.token_sets import TOKEN_SETS
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
-TOKEN_SETS = ("all", "patch", "cls")
 LOSSES = ("normed", "eq1", "mse")
 DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
 SCHEDULES = ("constant", "cosine", "linear")

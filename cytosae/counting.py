@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import DamagedStore
+from stores.token_sets import chosen_tokens
 
-TOKEN_SETS = ("all", "patch", "cls")
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
 _WORD = 8  # bytes that are looked at together in search of the latents of an image
 _CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
@@ -57,13 +57,13 @@ class ImageCounter:
         n_images = (len(row_starts) - 1) // tokens_per_image
         assert n_images * tokens_per_image == len(row_starts) - 1
         self._row_starts, self._place, self._taus = row_starts, place, np.array(taus, np.float32)
+        chosen = chosen_tokens(token_set, tokens_per_image)
         # entries of every image: those that count, and where it ends
-        first, second, self._ends = (
-            np.ascontiguousarray(row_starts[token::tokens_per_image][:n_images]) for token in (0, 1, tokens_per_image)
+        self._lows, self._highs, self._ends = (
+            np.ascontiguousarray(row_starts[token::tokens_per_image][:n_images])
+            for token in (chosen.start, chosen.stop, tokens_per_image)
         )
-        self._lows = second if token_set == "patch" else first
-        self._highs = second if token_set == "cls" else self._ends
-        self._n_set = {"all": tokens_per_image, "patch": tokens_per_image - 1, "cls": 1}[token_set]
+        self._n_set = len(chosen)
         # of the image under way: what a latent needs lies together, in one line of the processor's cache
         self._cells = np.zeros(n_latents, _CELL)
         self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and those behind it

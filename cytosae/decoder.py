@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stores.errors import BadInput, DamagedStore, SpecMismatch
-from stores.files import sha256_file
-from stores.spec import SAE, describe_difference, read_header
+from stores.errors import DamagedStore, SpecMismatch
+from stores.spec import check_latent, describe_difference
+
+from .sae_file import find_weights, open_tensors
 
 _ROWS = 8192  # that are worked on together
 
@@ -32,10 +33,7 @@ class Decoder:
 
     def check_latent(self, latent: int) -> None:
         """Raise BadInput if there is no such latent."""
-        if not 0 <= latent < self.n_latents:
-            raise BadInput(
-                f"no latent {latent} in {self.root}: it has {self.n_latents:,} latents, 0 to {self.n_latents - 1}"
-            )
+        check_latent(latent, self.n_latents, self.root)
 
 
 def read_decoder(root: Path) -> Decoder:
@@ -48,29 +46,19 @@ def read_decoder(root: Path) -> Decoder:
     DamagedStore
         If the weights are missing, changed, misshaped or not finite.
     """
-    from safetensors import SafetensorError, safe_open
-
-    header = read_header(root, SAE)
-    path = root / "sae.safetensors"
-    if not path.is_file():
-        raise DamagedStore(f"{path} is missing; make the SAE again with {SAE.command} --overwrite")
-    digest = sha256_file(path)
-    if digest != (header.summary or {}).get("sae_sha256"):
-        raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
-    shape = (header.spec["n_latents"], header.spec["width"])
-    try:
-        with safe_open(path, framework="np") as file:
-            found = file.get_slice("W_dec")
-            if (tuple(found.get_shape()), found.get_dtype()) != (shape, "F32"):
-                raise DamagedStore(
-                    f"{path} holds W_dec {tuple(found.get_shape())} of {found.get_dtype()}, expected {shape} of F32"
-                )
-            rows = np.array(file.get_tensor("W_dec"))
-    except (SafetensorError, OSError) as error:
-        raise DamagedStore(f"{path} is not a whole safetensors file ({error})") from None
+    weights = find_weights(root)
+    spec = weights.header.spec
+    shape = (spec["n_latents"], spec["width"])
+    with open_tensors(weights.path, "np") as file:
+        found = file.get_slice("W_dec")
+        if (tuple(found.get_shape()), found.get_dtype()) != (shape, "F32"):
+            raise DamagedStore(
+                f"{weights.path} holds W_dec {tuple(found.get_shape())} of {found.get_dtype()}, expected {shape} of F32"
+            )
+        rows = np.array(file.get_tensor("W_dec"))
     if not all(np.isfinite(part).all() for part in _parts(rows)):
-        raise DamagedStore(f"{path} holds weights that are NaN or infinite")
-    return Decoder(root, digest, dict(header.spec["tokens"]), rows, _to_unit_norm(rows))
+        raise DamagedStore(f"{weights.path} holds weights that are NaN or infinite")
+    return Decoder(root, weights.sha256, dict(spec["tokens"]), rows, _to_unit_norm(rows))
 
 
 def require_comparable(a: Decoder, b: Decoder, *, assume_compatible: bool = False) -> list[str]:

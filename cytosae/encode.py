@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationStore, require_same_tokens
+from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_parts import (
@@ -33,6 +33,7 @@ from stores.latent_parts import (
 )
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter, shard_images
 from stores.output import plan_output
+from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import LATENTS, Header, check_choice, new_header, read_header
@@ -49,8 +50,6 @@ _APPENDING_AT_ONCE = 4  # micro-batches of rows that wait to be written
 VALUE_BITS = (10, 23)
 PRECISIONS = ("fp32", "bf16")
 _log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +118,7 @@ def encode(
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     store, sae = ActivationStore(cache), load_sae(run, device=device)
-    assumed = require_same_tokens(
-        sae.same_tokens,
-        store.spec.same_tokens,
-        f"the SAE {run}",
-        f"the cache {cache}",
-        assume_compatible=assume_compatible,
-    )
+    assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
     output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)

@@ -17,16 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationStore, Float16, require_same_tokens
+from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
 from stores.errors import BadInput, DamagedStore
 from stores.holdout import read_image_ids
+from stores.progress import Progress
 from stores.spec import check_choice
 from stores.tables import column, listed
+from stores.token_sets import TOKEN_SETS
 
 from .checkpoint import load_sae
-from .config import LOSSES, TOKEN_SETS, TrainConfig
-from .encode import Progress, warn_of_precision
+from .config import LOSSES, TrainConfig
+from .encode import warn_of_precision
 from .losses import loss_weight
 from .model import SparseAutoencoder
 from .training_data import TrainingData
@@ -35,7 +37,6 @@ Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
-_TOKENS = {"all": slice(0, None), "patch": slice(1, None), "cls": slice(0, 1)}
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two
 _DECODER_BLOCK = 4096  # rows; a block of cosines has 64 MiB
 
@@ -207,13 +208,7 @@ def evaluate(
         If a token of a readable image is not finite; it is named.
     """
     store, sae = ActivationStore(cache), load_sae(run, device=device)
-    assumed = require_same_tokens(
-        sae.same_tokens,
-        store.spec.same_tokens,
-        f"the SAE {run}",
-        f"the cache {cache}",
-        assume_compatible=assume_compatible,
-    )
+    assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     warn_of_precision(sae, store)
     model, config = sae.model, sae.header.spec.get("config", {})
     token_set = token_set or config.get("token_set", "all")
@@ -222,7 +217,7 @@ def evaluate(
     check_choice("loss", loss, LOSSES)
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
-    chosen = _TOKENS[token_set]
+    chosen = TOKEN_SETS[token_set]
     per_image = len(range(store.spec.tokens_per_image)[chosen])
     is_readable = store.readable()
     if only is not None:
@@ -398,7 +393,7 @@ def measure_held_out(
 ) -> dict[str, float | int | None]:
     """The SAE on the images that it was not trained on, by the names of metrics.parquet; tokens are not scaled."""
     per_image = data.stream.tokens_per_image
-    chosen = _TOKENS[config.token_set]
+    chosen = TOKEN_SETS[config.token_set]
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
     for store, mask in zip(data.stores, data.chosen.held_out, strict=True):

@@ -164,7 +164,7 @@ def add_gradients(
             _add_parts[(n_latents,)](slot_starts, sums, *grads, width, BLOCK=block)
 
 
-def compare(
+def compare_tokens(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, weights_B: torch.Tensor, factor: float, d_x_hat_BD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Write the gradient factor * weight * (x_hat - x), of any float type, and add up, all in one pass.

@@ -31,7 +31,7 @@ from stores.torch_archive import Refused, TorchArchive, one_line, open_archive
 from . import saelens
 from .checkpoint import SaeRun, load_sae, load_tensors, save_sae, save_tensors
 from .model import SparseAutoencoder
-from .plain_pickle import Instance, Tensor, plain, read_pickle
+from .plain_pickle import Instance, Tensor, plain_config, read_pickle
 from .saelens import shown
 
 LAYOUTS = ("cytosae", "saelens")
@@ -187,7 +187,7 @@ def _read_cytosae(path: Path) -> ForeignSae:
             config = content.get("cfg", content.get("config"))
             if not isinstance(config, dict | Instance):
                 raise Refused("holds no config beside its state_dict (cfg or config)")
-            says = plain(config)
+            says = plain_config(config)
             state = content["state_dict"]
             if "r_mag" in state or "b_mag" in state or says.get("gated_sae"):
                 raise Refused("holds a gated SAE, whose latents the released code leaves undefined; only relu is taken")
@@ -280,7 +280,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Refused("has a cfg.json that is not an object")
     try:
-        says: dict[str, Any] = plain(content)
+        says: dict[str, Any] = plain_config(content)
     except UnicodeEncodeError:
         raise Refused("has a cfg.json with text that is not UTF-8") from None
     return says
@@ -433,7 +433,7 @@ def _is_export(out: Path, sae: SaeRun, format: str) -> bool:
         stored, _ = load_tensors(out / "sae_weights.safetensors")
         says, weights = _saelens_content(sae)
     same = stored.keys() == weights.keys() and all(torch.equal(stored[name], weights[name]) for name in stored)
-    return same and found.says == plain(says)
+    return same and found.says == plain_config(says)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from .active_latents import latents_of
 from .dead_latents import dead_gradients
 from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks
-from .reconstruction import compare
+from .reconstruction import compare_reconstruction
 
 NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
@@ -127,12 +127,12 @@ def loss_and_gradients(
         z = latents_of(p_BL, sparse_below)
 
         x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, loss)
-        found = compare(x_hat_BD, x_BD, w_B1, 2 / (n * width), half)
+        found = compare_reconstruction(x_hat_BD, x_BD, w_B1, 2 / (n * width), half)
         into = grads if gated is None else gated.grads
         z.add_gradients(W_dec, found.d_x_hat_BD, centred_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
         grads["b_dec"] += found.d_sum_D
         if gate is not None:
-            of_gate = compare(gate.decoded(W_dec, b_dec), x_BD, w_B1, 2 / (n * width), half)
+            of_gate = compare_reconstruction(gate.decoded(W_dec, b_dec), x_BD, w_B1, 2 / (n * width), half)
             sums["gate"] += of_gate.weighted / (n * width)
             sums["sparsity"] += l1 * gate.total / n
             gate.without_values().add_gradients(  # the decoder is held constant here

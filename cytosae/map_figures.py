@@ -17,7 +17,7 @@ from stores.latent_store import LatentStore
 
 from .drawing import new_figure, plain, save_both, save_figure
 from .patch_maps import Map, Pixels, patch_map, read_tokens, stretched
-from .reference_images import Frame, Picture, Row
+from .reference_images import Frame, FrameRow, Picture
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -77,12 +77,12 @@ def plot_maps(
     save_both(figure, path)
 
 
-def plot_rows(rows: Sequence[Row], path: Path, *, title: str, style: Style) -> None:
+def plot_rows(rows: Sequence[FrameRow], path: Path, *, title: str, style: Style) -> None:
     """`path`.png and .svg: rows of images, each with its map beside it, on one scale in the latent's own unit."""
     save_both(_draw_rows(rows, title=title, style=style, in_shares=False), path)
 
 
-def _draw_rows(rows: Sequence[Row], *, title: str, style: Style, in_shares: bool) -> Any:
+def _draw_rows(rows: Sequence[FrameRow], *, title: str, style: Style, in_shares: bool) -> Any:
     """The figure. `in_shares`: each row has a scale of its own, and the colours show shares of its largest value."""
     n_images = max([1, *(len(row.frames) for row in rows)])
     figure, grid = new_figure(
@@ -130,7 +130,7 @@ def plot_reference_images(
             for index in top
         ]
         largest = max((float(frame.patches.max()) for frame in frames), default=0.0)
-        rows.append(Row(heading=(f"latent {latent}", name), frames=frames, largest=largest))
+        rows.append(FrameRow(heading=(f"latent {latent}", name), frames=frames, largest=largest))
     title = "Reference images: the cells in which a latent is most active, and where in the cell"
     save_figure(_draw_rows(rows, title=title, style=Style(), in_shares=True), path)
 

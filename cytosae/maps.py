@@ -13,9 +13,10 @@ from stores.concept_store import ConceptStore
 from stores.errors import BadInput
 from stores.results import ResultStore, begin_results
 from stores.spec import MAPS
+from stores.tables import column
 
 from .map_figures import Style, plot_maps, plot_rows
-from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map
+from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens
 from .reference_images import Frame, Sources, reference_rows, require_same_sae, unseen
 
 
@@ -27,6 +28,7 @@ class Subject:
     tokens: ss.csr_matrix  # (tokens_per_image, n_latents), CLS first
     picture: Pixels | str  # a str says why there is nothing to see
     origin: dict[str, Any]  # what decides `tokens`; plain JSON values
+    dataset: str | None = None  # of an image of a store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,27 @@ class MapResult:
     n_noisy: int
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
+
+
+def stored_subject(sources: Sources, image_id: str) -> Subject:
+    """An image of one of the stores, to look at.
+
+    Raises
+    ------
+    BadInput
+        If no store has it, two have, or it could not be read when its store was made.
+    """
+    number, image_index = sources.find(image_id)
+    store = sources.stores[number]
+    if not store.readable()[image_index]:
+        raise BadInput(f"image {image_id!r} could not be read when {store.root} was made: it has no latents")
+    return Subject(
+        name=image_id,
+        tokens=read_tokens(store, image_index),
+        picture=sources.pictures[number](image_index),
+        origin={"latents": store.identity, "image_id": image_id},
+        dataset=column(store.images, "dataset")[image_index],
+    )
 
 
 def write_maps(
@@ -61,6 +84,7 @@ def write_maps(
     ----------
     latents : to be shown; or none, and `query` chooses those of a patch, which needs `concepts`
     sources : where the reference images are found
+    n_images : reference images of each dataset, at most
 
     Raises
     ------

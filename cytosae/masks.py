@@ -5,7 +5,7 @@ any mask of a centred cell, and the null knows. Only stored values are looked at
 stored is zero and ties with itself, and each shuffle is one pass over them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 from stores.errors import BadInput
 from stores.files import sha256_json
 from stores.latent_store import LatentStore
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import MASKS
 from stores.tables import column
@@ -29,7 +30,6 @@ MAX_NONZEROS = 1 << 28  # of the masked images together: about 10 GiB
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-Progress = Callable[[int, int, str], None]
 _TOP = 5  # latents named in the figure
 
 
@@ -45,7 +45,7 @@ class RankedValues:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class MaskAgreement:
     """Per latent, (n_latents,), NaN for a latent that is active at no patch.
 
     auroc : chance that a foreground patch has the larger value than a background patch, ties counting half
@@ -142,7 +142,7 @@ def write_mask_agreement(
         return MaskResult(**(ResultStore(out, MASKS).header.summary or {})["result"], was_complete=True)
 
     ranked = read_ranked(latents, images, progress=progress)
-    found = agreement(ranked, foreground.ravel())
+    found = mask_agreement(ranked, foreground.ravel())
     null = shuffled_agreement(ranked, foreground, found, n_shuffles=n_shuffles, seed=seed, progress=progress)
     table = _table(ranked, found, null)
     writer.write_table("agreement", table)
@@ -204,7 +204,14 @@ def rank(
     n_latents: int,
     n_patches: int,
 ) -> RankedValues:
-    """Sort entries (latent, value above 0, patch) and rank each among all patches of its latent, the zeros lowest."""
+    """Sort entries (latent, value, patch) and rank each among all patches of its latent, the zeros lowest.
+
+    Parameters
+    ----------
+    indices : (nnz,) latents
+    values : (nnz,) above 0
+    patches : (nnz,) from 0 to `n_patches` - 1, each at most once per latent
+    """
     # floats above 0 are ordered as their bits are
     key = indices.astype(np.uint64) << np.uint64(32) | values.view(np.uint32)
     order = np.argsort(key, kind="stable")
@@ -221,27 +228,35 @@ def rank(
     return RankedValues(n_patches, starts, values[order], patches[order], ranks)
 
 
-def agreement(ranked: RankedValues, foreground: Bool) -> Agreement:
-    """Every latent against a foreground, (n_patches,) bool, which is neither empty nor everything."""
+def mask_agreement(ranked: RankedValues, foreground: Bool) -> MaskAgreement:
+    """AUROC and best IoU of every latent with a foreground, (n_patches,) bool, neither empty nor everything.
+
+    Ties count half in the AUROC; what is not stored is 0, below all that is.
+    """
     assert 0 < foreground.sum() < len(foreground) == ranked.n_patches
     n_latents = len(ranked.starts) - 1
     auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
     _agree(ranked.starts, ranked.values, ranked.patches, ranked.ranks, foreground, auroc, iou, threshold)
-    return Agreement(auroc, iou, threshold)
+    return MaskAgreement(auroc, iou, threshold)
 
 
 def shuffled_agreement(
     ranked: RankedValues,
     foreground: Bool,
-    found: Agreement,
+    found: MaskAgreement,
     *,
     n_shuffles: int,
     seed: int,
     progress: Progress = lambda done, total, state: None,
 ) -> Null | None:
-    """What chance gives: the masks, (n_images, 256) bool, permuted among the images `n_shuffles` times.
+    """What chance gives: the masks permuted among the images; None without shuffles, or where no latent is active.
 
-    None without shuffles, or where no latent is active.
+    Parameters
+    ----------
+    foreground : (n_images, 256) bool, the images in the order of the patches of `ranked`
+    found : the agreement with the masks as they are, against which each shuffle is held
+    n_shuffles : times that whole masks are permuted, drawn with `seed`
+    progress : shuffles done, shuffles in all
     """
     if not n_shuffles or np.isnan(found.auroc).all():
         return None
@@ -250,7 +265,7 @@ def shuffled_agreement(
     total, n_as_good, n_any_as_good = (np.zeros(observed.shape) for _ in range(3))
     largest = np.zeros(2)
     for n_done in range(n_shuffles):
-        shuffled = agreement(ranked, foreground[rng.permutation(len(foreground))].ravel())
+        shuffled = mask_agreement(ranked, foreground[rng.permutation(len(foreground))].ravel())
         values = np.stack([shuffled.auroc, shuffled.iou])
         best = np.nanmax(values, axis=1)
         total += values
@@ -314,7 +329,7 @@ def _check_foreground(foreground: Bool, min_share: float) -> None:
         )
 
 
-def _table(ranked: RankedValues, found: Agreement, null: Null | None) -> pa.Table:
+def _table(ranked: RankedValues, found: MaskAgreement, null: Null | None) -> pa.Table:
     """Row i is latent i; null where a latent is active at no patch, or nothing was shuffled."""
     nothing = np.full(len(found.auroc), np.nan)
     chance = {

@@ -3,7 +3,6 @@
 Twin: a dense product and a sort, in tests/test_stability.py.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +10,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from stores.progress import Progress
+
 Rows = npt.NDArray[np.float32]
-Progress = Callable[[int, int, str], None]  # done, in all, a word on the state
 _BLOCK = (1024, 8192)  # rows of a and of b: 32 MiB of products
 
 

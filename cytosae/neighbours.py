@@ -4,7 +4,7 @@ The first comes from the decoder alone (cosine); the second from latent stores (
 The two need not agree: latents of one direction often share the tokens between them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,10 @@ import pyarrow as pa
 
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
+from stores.progress import Progress
 from stores.results import begin_results
 from stores.spec import NEIGHBOURS
+from stores.token_sets import chosen_tokens
 
 from . import coactivation
 from .barcode_checks import check_one_sae, check_tau
@@ -30,7 +32,6 @@ from .workers import cluster_job
 if TYPE_CHECKING:
     from distributed import Client
 
-Progress = Callable[[int, int, str], None]
 Ints = npt.NDArray[np.int64]
 _COUNTS = ("n_tokens", "n_tokens_neighbour", "n_tokens_both", "n_images_both")
 _MEASURES = ("phi", "lift", "jaccard")
@@ -95,7 +96,7 @@ def _find(
     else:
         counts = [coactivation.count_group(paths, *group, settings) for group in groups]
     n_images = sum(int(store.readable().sum()) for store in stores)
-    n_tokens = n_images * len(range(stores[0].spec.tokens_per_image)[coactivation.TOKEN_SETS[settings.token_set]])
+    n_tokens = n_images * len(chosen_tokens(settings.token_set, stores[0].spec.tokens_per_image))
     return Neighbours(_table(decoder, numbers, near, counts, n_tokens), len(numbers), n_tokens, n_images)
 
 
@@ -110,7 +111,13 @@ def write_neighbours(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> bool:
-    """neighbours.parquet in the folder `out`; True if it was there already. Otherwise as `find_neighbours`."""
+    """neighbours.parquet in the folder `out`; True if it was there already. Otherwise as `find_neighbours`.
+
+    Raises
+    ------
+    SpecMismatch
+        Also if `out` holds neighbours with other settings (and not `overwrite`), or something else.
+    """
     decoder = read_decoder(run)
     stores = _open(decoder, latents, settings)
     spec = {

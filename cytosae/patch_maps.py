@@ -16,6 +16,7 @@ from stores.concept_store import ConceptStore
 from stores.csr import CsrRows
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
+from stores.spec import check_latent
 
 Map = npt.NDArray[np.float32]  # (side, side), row by row from the top left
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
@@ -58,7 +59,7 @@ def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:
     BadInput
         If there is no such latent, or the patches do not fill a square.
     """
-    check_latent(latent, tokens.shape[1])
+    check_latent(latent, tokens.shape[1], "the SAE of these tokens")
     side = patch_side(tokens.shape[0])
     return tokens[1:, [latent]].toarray().astype(np.float32).reshape(side, side)
 
@@ -131,9 +132,3 @@ def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: Concept
             "rank": pa.array(np.cumsum(is_ranked), pa.int64(), mask=~is_ranked),
         }
     )
-
-
-def check_latent(latent: int, n_latents: int) -> None:
-    """Raise BadInput if there is no such latent."""
-    if not 0 <= latent < n_latents:
-        raise BadInput(f"latents are numbered 0 to {n_latents - 1:,}; found {latent:,}")

@@ -18,7 +18,6 @@ stands here describes and ranks; a stain or a scanner can make a patient special
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import scipy.sparse as ss
 
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import PATIENT_CONCEPTS
 from stores.tables import STATUS_OK, listed
@@ -38,7 +38,6 @@ from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .drawing import plain
 from .relation_figures import plot_all_patients, plot_patient
 
-Progress = Callable[[int, int, str], None]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 LEAST_OTHERS = 5  # below, a median and a MAD say nothing
@@ -228,7 +227,7 @@ class _Cohort:
         images = self._images_of(number)
         # latents that nobody here has cannot differ
         latents = np.union1d(self._matrix[others].indices, np.unique(images.indices)).astype(np.int64)
-        return compare(
+        return compare_patient(
             latents,
             images[:, latents],
             self._matrix[others][:, latents].toarray().astype(np.float64),
@@ -253,16 +252,18 @@ class _Cohort:
         return rows
 
 
-def compare(
+def compare_patient(
     latents: Ints, images: Any, others: Floats, *, min_images: int, n_splits: int, rng: np.random.Generator
 ) -> PatientConcepts:
-    """One patient against the others, as the module says.
+    """One patient against the others, as the module says; of the latents those that differ and have support.
 
     Parameters
     ----------
     latents : (n,) their numbers
     images : (N_p, n) scipy CSR: tokens above tau in each of the patient's images, N_p of 2 or more
-    others : (n_others, n) barcodes
+    others : (n_others, n) barcodes, in mean tokens above tau per image
+    min_images : of the patient's images in which a raised latent must be above tau
+    n_splits : times that the images are halved, drawn from `rng`
     """
     n_images = images.shape[0]
     total = np.asarray(images.sum(axis=0, dtype=np.float64)).ravel()

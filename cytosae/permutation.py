@@ -17,7 +17,7 @@ from the sums of eight units at a time, of which a table holds all 256. Twin: te
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, combinations, islice
@@ -26,7 +26,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-Progress = Callable[[int, int, str], None]  # permutations done, permutations in all, a word on the state
+from stores.progress import Progress
+
 _RANGE = 1 << 30  # steps: no sum is larger, since the absolute z of n units sum to at most n (Cauchy and Schwarz)
 _SPLITS = 1 << 14  # looked at together
 _COLUMNS = 1 << 11  # of a task

@@ -141,7 +141,7 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
     raise ValueError("the pickle does not end")
 
 
-def plain(value: Any) -> Any:
+def plain_config(value: Any) -> Any:
     """A value of a config in words that JSON knows: names and numbers that are not finite as text, tuples as lists.
 
     Raises

@@ -9,7 +9,7 @@ Nothing is standardised and nothing is chosen with the rows that are predicted. 
 if it is wanted, brings it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_limits
 from stores.activation_store import ActivationStore, open_caches
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
 
@@ -36,7 +37,6 @@ from .threshold_grams import ThresholdGrams
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Progress = Callable[[int, int, str], None]  # done, all, a word on the state
 
 REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the paper
     "latents": "M c / 100, M features (latents) and c classes: DinoBloom's code",

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.tables import column, listed
 
 from .cross_validation import Strength
@@ -48,9 +49,7 @@ class ImageTokens:
     cls: Float
 
 
-def read_image_tokens(
-    stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Callable[[int, int, str], None]
-) -> ImageTokens:
+def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Progress) -> ImageTokens:
     """Mean patch token and CLS token of the wanted images, in their order, chunk by chunk. Sums in float64.
 
     Raises

@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Residuals:
     """x_hat against x, with error = x_hat - x."""
 
     d_x_hat_BD: torch.Tensor  # factor * weight * error: the gradient, in the type of the products' operands
@@ -22,9 +22,9 @@ class Comparison:
     x_sum_D: torch.Tensor  # float64
 
 
-def compare(
+def compare_reconstruction(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
-) -> Comparison:
+) -> Residuals:
     """Compare a reconstruction with its tokens; weights are (B, 1), or one number for all tokens."""
     compare_here = compare_in_one_pass if x_BD.is_cuda else compare_plainly
     return compare_here(x_hat_BD, x_BD, w_B1, factor, half)
@@ -32,11 +32,11 @@ def compare(
 
 def compare_plainly(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
-) -> Comparison:
+) -> Residuals:
     """In a dozen passes, of any float type."""
     error_BD = x_hat_BD - x_BD
     d_x_hat_BD = error_BD * w_B1 * factor
-    return Comparison(
+    return Residuals(
         d_x_hat_BD.to(half),
         d_x_hat_BD.sum(0),
         _sum(error_BD.square() * w_B1),
@@ -48,15 +48,15 @@ def compare_plainly(
 
 def compare_in_one_pass(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
-) -> Comparison:
+) -> Residuals:
     """Of float32 matrices on a GPU."""
     from . import gpu_kernels  # needs triton
 
     weights_B = w_B1.flatten() if isinstance(w_B1, torch.Tensor) else x_BD.new_full(x_BD.shape[:1], w_B1)
     d_x_hat_BD = torch.empty_like(x_BD, dtype=half)
-    d_sum_D, x_sum_D, sums = gpu_kernels.compare(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD)
+    d_sum_D, x_sum_D, sums = gpu_kernels.compare_tokens(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD)
     weighted, error, square = sums.unbind()
-    return Comparison(d_x_hat_BD, d_sum_D, weighted, error, square, x_sum_D)
+    return Residuals(d_x_hat_BD, d_sum_D, weighted, error, square, x_sum_D)
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:

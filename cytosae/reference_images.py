@@ -11,10 +11,11 @@ from functools import cached_property
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
+from stores.spec import check_latent
 from stores.tables import column, listed
 
 from .barcode_checks import check_one_sae
-from .patch_maps import Map, Pixels, check_latent, patch_map, read_tokens
+from .patch_maps import Map, Pixels, patch_map, read_tokens
 
 # image_index -> pixels; or a few words on why there are none
 Picture = Callable[[int], Pixels | str]
@@ -31,7 +32,7 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class FrameRow:
     """Images that belong together, under one heading; `largest` is the value at the top of their scale."""
 
     heading: Sequence[str]  # lines
@@ -96,7 +97,7 @@ class Sources:
 
 def reference_rows(
     concepts: ConceptStore, sources: Sources, latent: int, *, n_images: int, datasets: Sequence[str] = ()
-) -> list[Row]:
+) -> list[FrameRow]:
     """A row for each dataset (default: all of `concepts`): the top images of a latent, all on one scale.
 
     Raises
@@ -104,7 +105,7 @@ def reference_rows(
     BadInput
         If there is no such latent or dataset, or an image is in none of the stores.
     """
-    check_latent(latent, sources.n_latents)
+    check_latent(latent, sources.n_latents, sources.stores[0].root)
     found: dict[str, list[Frame]] = {}
     for dataset in datasets or concepts.datasets:
         top = concepts.top_images(latent, dataset).slice(0, n_images).to_pylist()
@@ -113,12 +114,12 @@ def reference_rows(
         ]
     largest = max((float(frame.patches.max()) for frames in found.values() for frame in frames), default=0.0)
     return [
-        Row(heading=_heading(concepts, latent, dataset), frames=frames, largest=largest, dataset=dataset)
+        FrameRow(heading=_heading(concepts, latent, dataset), frames=frames, largest=largest, dataset=dataset)
         for dataset, frames in found.items()
     ]
 
 
-def unseen(rows: Sequence[Row]) -> list[str]:
+def unseen(rows: Sequence[FrameRow]) -> list[str]:
     """The images of a figure that cannot be shown, each with the reason."""
     return [
         f"{frame.image_id}: {frame.picture}" for row in rows for frame in row.frames if isinstance(frame.picture, str)

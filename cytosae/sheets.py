@@ -1,6 +1,6 @@
 """Reference sheets: a figure per latent, its top images from each dataset, with the patches that carry it (Fig. 2B)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,11 +8,12 @@ import pyarrow as pa
 
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import SHEETS
 
 from .map_figures import Style, plot_rows
-from .reference_images import Row, Sources, reference_rows, require_same_sae, unseen
+from .reference_images import FrameRow, Sources, reference_rows, require_same_sae, unseen
 
 _COLUMNS = {
     "latent": pa.int64(),
@@ -46,14 +47,21 @@ def write_sheets(
     style: Style,
     overwrite: bool = False,
     inputs: Sequence[Path] = (),
-    progress: Callable[[int, int, str], None] = lambda done, total, state: None,
+    progress: Progress = lambda done, total, state: None,
 ) -> SheetResult:
     """Write `latent<N>.png` and .svg for each latent, and `images.parquet`: which image is active where.
+
+    Parameters
+    ----------
+    latents : each is drawn once
+    datasets : rows of a figure; none: all datasets of `concepts`
+    n_images : at most so many of each dataset
+    progress : latents done, latents in all
 
     Raises
     ------
     BadInput
-        If there is no such latent or dataset, or an image is in none of the stores.
+        If no latent is given, there is no such latent or dataset, or an image is in none of the stores.
     SpecMismatch
         If the concepts are of another SAE, or `out` holds something else.
     """
@@ -93,7 +101,7 @@ def write_sheets(
     return result
 
 
-def _describe(latent: int, rows: Sequence[Row]) -> list[dict[str, object]]:
+def _describe(latent: int, rows: Sequence[FrameRow]) -> list[dict[str, object]]:
     return [
         {
             "latent": latent,

@@ -7,7 +7,7 @@ So no S x S matrix is ever held. A pair with a cosine of 0 or less is no match. 
 chance gives: random directions with the mean and the covariance of each decoder's, matched in the same way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from stores.concept_store import MEANINGFUL
 from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import CONCEPTS, STABILITY
 from stores.tables import listed
@@ -28,7 +29,6 @@ from .decoder import Decoder, pair_cosines, read_decoder, require_comparable
 from .nearest import nearest
 from .relation_figures import plot_stability
 
-Progress = Callable[[int, int, str], None]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 TOLERANCE = 1e-6  # of a bound, above the error of a float32 product of unit rows

@@ -18,11 +18,11 @@ import torch
 from stores.activation_store import ActivationStore, used_together
 from stores.errors import BadInput, SpecMismatch, StoreUnreachable
 from stores.files import LOCK_SUFFIX, locked, sha256_json, sweep_partials
+from stores.progress import Progress
 from stores.runlog import append_run
 
 from .config import TrainConfig
 from .device_batches import on_device
-from .encode import Progress
 from .figures import plot_sweep
 from .sweep_grid import Grid, read_grid
 from .sweep_record import RESULTS, Record, Row, SweepFolder, metric_prefix

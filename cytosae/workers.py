@@ -10,7 +10,7 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ import stores
 from stores.errors import BadInput, ClusterLost, CytoError
 from stores.files import sha256_file
 from stores.latent_store import remote_rows
+from stores.progress import Progress
 from stores.spec import FORMATS, cyto_version
 
 from . import barcode_tasks, coactivation, concept_tasks, counting
@@ -158,7 +159,7 @@ def prepare_workers(client: "Client") -> None:
 class Watch:
     """Waits for tasks, and looks meanwhile whether there are workers that can do them."""
 
-    def __init__(self, client: "Client", progress: Callable[[int, int, str], None]) -> None:
+    def __init__(self, client: "Client", progress: Progress) -> None:
         """What is told through `tell` goes to `progress`, which also hears that no worker is there."""
         self.client, self._progress, self._told = client, progress, (0, 0)
         self._began, self._alone_since = time.time(), 0.0

@@ -324,6 +324,12 @@ def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]
     return [record for path in journals_of(root) for record in read_lines(path, skip_damaged=skip_damaged)]
 
 
+def chunks_written(root: Path, spec: ActivationSpec) -> list[int]:
+    """The chunks of a cache that are there, complete or not, as its journals say; damaged lines are passed over."""
+    named = [record.get("chunk") for record in records_of(root, skip_damaged=True) if record.get("crc32c")]
+    return sorted({chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks})
+
+
 def chunk_path(root: Path, chunk: int) -> Path:
     """The file of chunk `chunk` (Zarr's default chunk key, split on axis 0 only)."""
     return root / "tokens" / "c" / str(chunk) / "0" / "0"

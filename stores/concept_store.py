@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from .errors import BadInput, DamagedStore
 from .results import ResultStore
-from .spec import CONCEPTS
+from .spec import CONCEPTS, check_latent
 
 MEANINGFUL = 1e-3  # mean activation from which on the paper looks at a latent; one that equals it counts
 LATENT_COLUMNS = {
@@ -111,8 +111,19 @@ class ConceptStore:
 
     def check_latent(self, latent: int) -> None:
         """Raise BadInput if there is no such latent."""
-        if not 0 <= latent < self.n_latents:
-            raise BadInput(f"no latent {latent:,}: {self.root} has latents 0 to {self.n_latents - 1:,}")
+        check_latent(latent, self.n_latents, self.root)
+
+    def choose_dataset(self, name: str | None) -> str:
+        """`name`, which must be one of the datasets; None: the only one.
+
+        Raises
+        ------
+        BadInput
+            If there is no such dataset, or None was given and there are several.
+        """
+        if name is None and len(self.datasets) != 1:
+            raise BadInput(f"{self.root} holds {', '.join(self.datasets)}; say which with --dataset")
+        return self.datasets[0 if name is None else self._number(name)]
 
     def _number(self, dataset: str) -> int:
         if dataset not in self.datasets:

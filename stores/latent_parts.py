@@ -6,7 +6,7 @@ what one writer would have made. A part whose rows are committed to the whole is
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,15 @@ from .csr import CsrCommit, CsrReader, check_chunk
 from .errors import BadInput, DamagedStore, IncompleteStore
 from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
 from .latent_store import LatentSpec, LatentWriter, part_folder, shard_images
+from .progress import Progress
 from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
 
-Progress = Callable[[int, int, str], None]  # images done, images in all, a word on the state
-
 
 @dataclass(frozen=True)
-class Part:
+class LatentPart:
     """The finished rows of some neighbouring images."""
 
     folder: Path
@@ -68,14 +67,14 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
     return writer
 
 
-def finished_parts(root: Path, spec: LatentSpec) -> list[Part]:
+def finished_parts(root: Path, spec: LatentSpec) -> list[LatentPart]:
     """The parts whose writers came to their end, in the order of their images."""
     parts = []
     for journal in root.glob("part-*-of-*/journal.jsonl"):
         records = read_lines(journal, skip_damaged=True)
         images = _images_of(journal.parent, spec)
         if images and records and "tail" in records[-1] and records[-1]["tail"] is None:
-            parts.append(Part(journal.parent, images, records))
+            parts.append(LatentPart(journal.parent, images, records))
     return sorted(parts, key=lambda part: (part.images.start, -part.images.stop))
 
 
@@ -95,7 +94,7 @@ def missing_images(root: Path, spec: LatentSpec) -> list[range]:
     return missing + ([range(done, spec.n_images)] if done < spec.n_images else [])
 
 
-def copy_part(part: Part, writer: LatentWriter) -> Iterator[int]:
+def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
     """Append to the whole store what it lacks of the part, a commit for each of the part's; yields the images done.
 
     Raises
@@ -125,14 +124,14 @@ def copy_part(part: Part, writer: LatentWriter) -> Iterator[int]:
         raise DamagedStore(f"{error}. Remove {part.folder} and run its cyto sae encode --shard command again") from None
 
 
-def remove_part(part: Part) -> None:
+def remove_part(part: LatentPart) -> None:
     """Remove a part. Its journal goes first: without one, it is no part."""
     (part.folder / "journal.jsonl").unlink()
     sync_folder(part.folder)
     shutil.rmtree(part.folder)
 
 
-def next_part(root: Path, writer: LatentWriter) -> Part | None:
+def next_part(root: Path, writer: LatentWriter) -> LatentPart | None:
     """The finished part that holds the next images of the whole store, or else the first one behind them."""
     behind = [part for part in finished_parts(root, writer.spec) if part.images.stop > writer.n_images]
     return behind[0] if behind else None

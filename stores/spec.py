@@ -6,6 +6,7 @@ that a store can be continued only with the settings that it was begun with.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -211,10 +212,17 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
     """Refuse a value outside its closed list, always with the same words."""
     if value not in allowed:
         raise BadInput(f"{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
+
+
+def check_latent(latent: int, n_latents: int, place: object) -> None:
+    """Refuse a number that no latent has, always with the same words; `place`: what has these latents."""
+    if not 0 <= latent < n_latents:
+        numbers = f"{n_latents:,} latents, counted from 0; give 0 to {n_latents - 1:,}"
+        raise BadInput(f"no latent {latent:,} in {place}: it has {numbers}")
 
 
 def _parse_header(raw: dict[str, Any], root: Path) -> Header:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from .errors import BadInput, DamagedStore
 from .spec import check_choice
+from .token_sets import TOKEN_SETS, chosen_tokens
 
 if TYPE_CHECKING:  # it offers this stream
     from .activation_store import ActivationStore
@@ -31,12 +32,11 @@ Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Job = Callable[[], Float16]  # gathers one batch
 PART_IMAGES = 8  # a part is at most so many images of a chunk, side by side: docs/log.md says why 8
-_TOKEN_SETS = ("all", "patch", "cls")
 _MOST_TOKENS = 2**31 - 1  # of a pool: `Tokens.order` has 32 bits
 
 
 @dataclass(frozen=True)
-class Part:
+class PoolPart:
     """Images of one chunk of one cache, a few, close together, that may come; reading them has begun."""
 
     store: "ActivationStore"
@@ -49,7 +49,7 @@ class Part:
 class Pool:
     """The images whose tokens are shuffled together, and of each the tokens that may come."""
 
-    parts: list[Part]
+    parts: list[PoolPart]
     tokens: range
 
     @cached_property
@@ -60,13 +60,13 @@ class Pool:
         """
         return np.concatenate([self._addresses(part) for part in self.parts])
 
-    def _addresses(self, part: Part) -> npt.NDArray[np.uintp]:
+    def _addresses(self, part: PoolPart) -> npt.NDArray[np.uintp]:
         block = part.block.result()
         image_bytes, token_bytes = block.strides[:2]
         first = block.ctypes.data + self.tokens.start * token_bytes
         return np.array((part.rows - part.rows[0]) * image_bytes + first, np.uintp)
 
-    def part_of(self, image: int) -> Part:
+    def part_of(self, image: int) -> PoolPart:
         """The part that an image of the pool is in."""
         ends = np.cumsum([len(part.rows) for part in self.parts])
         return self.parts[int(np.searchsorted(ends, image, side="right"))]
@@ -125,14 +125,13 @@ class TokenStream:
         BadInput
             If no image is readable and chosen, `images` does not fit the caches, or a setting is out of its range.
         """
-        check_choice("token_set", token_set, _TOKEN_SETS)
+        check_choice("token_set", token_set, TOKEN_SETS)
         check_choice("order", order, ("tokens", "images"))
         if pool_chunks < 1:
             raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
         self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
-        n_tokens = stores[0].spec.tokens_per_image
-        self._tokens = {"all": range(n_tokens), "patch": range(1, n_tokens), "cls": range(1)}[token_set]
+        self._tokens = chosen_tokens(token_set, stores[0].spec.tokens_per_image)
         self.tokens_per_image = len(self._tokens)
         self._images = np.concatenate(list(_images(stores, _may_come(stores, images))))
         if not len(self._images):
@@ -217,10 +216,10 @@ class TokenStream:
             order = np.random.default_rng(seeds).permutation(order)
         return Tokens(pool, order[skip:])
 
-    def _begin_part(self, images: Int) -> Part:
+    def _begin_part(self, images: Int) -> PoolPart:
         number, chunk, first = images[0].tolist()
         store, rows = self._stores[number], images[:, 2]
-        return Part(store, chunk, rows, store.begin_rows(chunk, range(first, int(rows[-1]) + 1)))
+        return PoolPart(store, chunk, rows, store.begin_rows(chunk, range(first, int(rows[-1]) + 1)))
 
     def _pool_order(self, epoch: int) -> Iterator[list[Int]]:
         """The pools of an epoch, in order: of each part the images, (n, 3) number of the cache, chunk, row."""

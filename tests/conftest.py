@@ -1,10 +1,12 @@
 """Small real things that many tests use: drawn cells, a cache, an SAE, latents. Made once, copied to be changed."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cytocache.datasets import open_images
@@ -48,6 +50,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(made: Path, tmp_path: Path) -> Path:
     """A copy of `made` that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small are done before a second thread has woken up."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_config(**changes: object) -> TrainConfig:

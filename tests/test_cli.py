@@ -143,18 +143,17 @@ def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
-    from cytosae import coactivation
     from cytosae.atlas.config import PAGES
-    from cytosae.barcodes import NORMALIZATIONS, TOKEN_SETS
+    from cytosae.barcodes import NORMALIZATIONS
     from cytosae.concepts import LABEL_COLUMNS
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
     from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
-    from cytosae.config import TOKEN_SETS as TRAINED_TOKEN_SETS
     from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.interop import LAYOUTS
     from cytosae.loggers import LOGGERS
     from cytosae.probe import REGULARIZATIONS
     from cytosae.probe_units import LEVELS
+    from stores.token_sets import TOKEN_SETS
 
     offered = {
         (name, option.name): tuple(option.type.choices)
@@ -169,7 +168,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto probe", "level"): LEVELS,
         ("cyto probe", "regularization"): tuple(REGULARIZATIONS),
         ("cyto sae train", "preset"): tuple(PRESETS),
-        ("cyto sae train", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae train", "token_set"): tuple(TOKEN_SETS),
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
         ("cyto sae train", "activation"): ACTIVATIONS,
         ("cyto sae train", "schedule"): SCHEDULES,
@@ -177,14 +176,14 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "dead_latents"): DEAD_LATENTS,
         ("cyto sae train", "precision"): TRAINING_PRECISIONS,
         ("cyto sae train", "logger"): LOGGERS,
-        ("cyto sae eval", "token_set"): TRAINED_TOKEN_SETS,
+        ("cyto sae eval", "token_set"): tuple(TOKEN_SETS),
         ("cyto sae encode", "precision"): PRODUCT_PRECISIONS,
         ("cyto sae export", "layout"): LAYOUTS,
-        ("cyto barcode", "token_set"): TOKEN_SETS,
+        ("cyto barcode", "token_set"): tuple(TOKEN_SETS),
         ("cyto barcode", "normalize"): NORMALIZATIONS,
-        ("cyto concept stats", "token_set"): TOKEN_SETS,
+        ("cyto concept stats", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept stats", "label"): LABEL_COLUMNS,
-        ("cyto concept neighbours", "token_set"): tuple(coactivation.TOKEN_SETS),
+        ("cyto concept neighbours", "token_set"): tuple(TOKEN_SETS),
     }
 
 
@@ -249,11 +248,11 @@ def test_ctrl_c_in_barcode_is_one_line(made: Path, tmp_path: Path) -> None:
 def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> None:
     """And nothing else: in a process of its own, since pytest has a hook of its own."""
     program = (
-        "import sys, cli, distributed\n"
+        "import sys, cli, distributed, cytosae.cluster\n"
         "class Other:\n    def __del__(self): raise AttributeError('said')\n"
         "def leave():\n    Other()\n    distributed.Future.__new__(distributed.Future)\n"
-        "def interrupted(*_): raise KeyboardInterrupt\n"
-        "cli._connected = interrupted\n"
+        "def interrupted(*_, **__): raise KeyboardInterrupt\n"
+        "cytosae.cluster.open_client = interrupted\n"
         "try:\n    with cli._dask_client(None, 1, '1GiB'): pass\n"
         "except KeyboardInterrupt:\n    leave()\n"
     )

@@ -554,7 +554,7 @@ def test_commands(tmp_path: Path) -> None:
     assert [row["rank"] for row in found["by_dataset"][1]["top_images"]] == list(range(1, 11))
     assert found["by_dataset"][0]["top_images"] == []
     for words, arguments in {
-        "no latent 24: .* has latents 0 to 23": (24,),
+        "no latent 24 in .*: it has 24 latents, counted from 0; give 0 to 23": (24,),
         "no dataset 'x' in .*; it holds blank, mixed, plain": (1, "--dataset", "x"),
     }.items():
         failed = cyto("concept", "top", out, *arguments)

@@ -239,7 +239,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.mark_active(values_BL)))
 
     monkeypatch.setattr(losses, "latents_of", latents_of)
-    monkeypatch.setattr(losses, "compare", reconstruction.compare_in_one_pass)
+    monkeypatch.setattr(losses, "compare_reconstruction", reconstruction.compare_in_one_pass)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -62,7 +62,7 @@ def test_patch_map_is_the_row_of_each_patch(latents: LatentStore) -> None:
     for k in range(256):
         assert shown[k // 16, k % 16] == dense[1 + k, latent]
     assert not patch_map(read_tokens(latents, 4), latent).any()  # image 4 could not be read
-    with pytest.raises(BadInput, match="latents are numbered 0 to 383; found 384"):
+    with pytest.raises(BadInput, match="no latent 384 in the SAE of these tokens: it has 384 latents, counted from 0"):
         patch_map(read_tokens(latents, 0), 384)
     for n_tokens in (0, 1, 256, 262):
         with pytest.raises(BadInput, match=f"a square of patches; this store has {n_tokens} tokens"):
@@ -291,8 +291,8 @@ def test_pictures_keep_their_aspect() -> None:
 def test_mistakes_get_one_line(made: Path, latents: LatentStore, concepts: ConceptStore, tmp_path: Path) -> None:
     store, out, ids = made / "latents.zarr", tmp_path / "out", column(latents.images, "image_id")
     one = ("map", store, "-o", out, "--image", ids[0])
-    fails("latents are numbered 0 to 383; found 384", *one, "--latent", 384)
-    fails("latents are numbered 0 to 383; found -1", *one, "--latent", -1)
+    fails("it has 384 latents, counted from 0; give 0 to 383", *one, "--latent", 384)
+    fails("no latent -1 in", *one, "--latent", -1)
     fails("patches are numbered 0 to 255", *one, "--patch", 256, "--concepts", concepts.root, "--dataset", "other")
     fails("no dataset 'skin' in", *one, "--patch", 1, "--concepts", concepts.root, "--dataset", "skin")
     fails("no image 'x' in", "map", store, "-o", out, "--image", "x", "--latent", 1)
@@ -303,7 +303,7 @@ def test_mistakes_get_one_line(made: Path, latents: LatentStore, concepts: Conce
     foreign = make_concepts(tmp_path / "c", {"d": {"frequency": [1.0] * 384, "mean_activation": [1.0] * 384}})
     fails("is of another SAE (sha256 000000000000…) than", "sheet", foreign.root, store, "-o", out, "--latent", 1)
     fails("no latent to draw a sheet of", "sheet", concepts.root, store, "-o", out)
-    fails("no latent 400: ", "sheet", concepts.root, store, "-o", out, "--latent", 400)
+    fails("no latent 400 in ", "sheet", concepts.root, store, "-o", out, "--latent", 400)
     fails("no dataset 'skin'", "sheet", concepts.root, store, "-o", out, "--latent", 1, "--dataset", "skin")
     fails("no concepts at", "sheet", store, store, "-o", out, "--latent", 1)
     fails("give --image; or --file and --sae", "map", store, "-o", out, "--latent", 1, code=2)

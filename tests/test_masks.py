@@ -19,9 +19,9 @@ from cytocache.masks import _shares, find_masks, read_shares
 from cytosae.config import TrainConfig
 from cytosae.encode import encode
 from cytosae.masks import (
-    Agreement,
+    MaskAgreement,
     RankedValues,
-    agreement,
+    mask_agreement,
     rank,
     read_ranked,
     shuffled_agreement,
@@ -81,7 +81,7 @@ def ranked_of(dense: np.ndarray) -> RankedValues:
 @pytest.mark.parametrize("seed", range(6))
 def test_agreement_equals_every_pair_and_every_threshold(seed: int) -> None:
     dense, masks = adversarial(seed)
-    found = agreement(ranked_of(dense), masks.ravel())
+    found = mask_agreement(ranked_of(dense), masks.ravel())
     for latent in range(dense.shape[1]):
         if not dense[:, latent].any():
             assert np.isnan([found.auroc[latent], found.iou[latent], found.threshold[latent]]).all()
@@ -98,7 +98,7 @@ def test_null_equals_shuffling_by_hand(seed: int) -> None:
     """Whole masks change places, with the same permutations; p counts the observed among them."""
     dense, masks = adversarial(seed)
     ranked = ranked_of(dense)
-    found = agreement(ranked, masks.ravel())
+    found = mask_agreement(ranked, masks.ravel())
     null = shuffled_agreement(ranked, masks, found, n_shuffles=7, seed=3)
     assert null is not None
     rng = np.random.default_rng(3)
@@ -118,7 +118,7 @@ def test_null_equals_shuffling_by_hand(seed: int) -> None:
             assert p[latent] == (1 + (chance[:, place] >= observed[latent] - slack).sum()) / 8
             assert p_any[latent] == (1 + (chance.max(1) >= observed[latent] - slack).sum()) / 8
     assert shuffled_agreement(ranked, masks, found, n_shuffles=0, seed=3) is None
-    nothing = Agreement(*(np.full(9, np.nan),) * 3)
+    nothing = MaskAgreement(*(np.full(9, np.nan),) * 3)
     assert shuffled_agreement(ranked, masks, nothing, n_shuffles=5, seed=3) is None
 
 
@@ -131,7 +131,7 @@ def test_a_latent_of_the_centre_agrees_by_chance_alone() -> None:
     centre = np.zeros((SIDE, SIDE))
     centre[4:12, 4:12] = 1
     dense = np.stack([np.tile(centre.ravel(), 20), masks.ravel()], axis=1).astype(np.float32)
-    found = agreement(ranked_of(dense), masks.ravel())
+    found = mask_agreement(ranked_of(dense), masks.ravel())
     null = shuffled_agreement(ranked_of(dense), masks.reshape(20, -1), found, n_shuffles=99, seed=0)
     assert null is not None
     assert found.auroc[0] > 0.95

@@ -183,7 +183,7 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
     pruned = write_latents(tmp_path / "pruned.zarr", dense, readable, sae_sha256=sha256, min_activation=0.2)
     foreign = write_latents(tmp_path / "foreign.zarr", dense, readable)
     nothing = write_latents(tmp_path / "nothing.zarr", 0 * dense, [("P", "d", False)] * len(dense), sae_sha256=sha256)
-    with pytest.raises(BadInput, match=r"no latent 12 in .*: it has 12 latents, 0 to 11"):
+    with pytest.raises(BadInput, match=r"no latent 12 in .*: it has 12 latents, counted from 0; give 0 to 11"):
         find_neighbours(sae, chosen=[12], settings=Coactivation())
     with pytest.raises(BadInput, match="no latent -1 in"):
         find_neighbours(sae, chosen=[-1], settings=Coactivation())

@@ -13,7 +13,7 @@ from test_barcodes import Row, local_client, no_waiting_for_the_disk, write_late
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare, write_patient_concepts
+from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare_patient, write_patient_concepts
 from cytosae.relation_figures import plot_patient
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
@@ -26,7 +26,7 @@ def compared(
 ) -> PatientConcepts:
     rng = np.random.default_rng(seed)
     latents = np.arange(images.shape[1]) * 10
-    found = compare(
+    found = compare_patient(
         latents, ss.csr_matrix(images.astype(np.float32)), others, min_images=min_images, n_splits=n_splits, rng=rng
     )
     assert (np.diff(np.abs(found.z)) <= 0).all()

@@ -21,7 +21,7 @@ from PIL import Image
 
 from cytocache.images import read_image
 from cytocache.preprocess import Preprocess
-from cytocache.readers import ImageReaders, Pictures
+from cytocache.readers import ImageReaders, ReadPictures
 from stores.errors import CytoError
 
 SIZE = 8  # pixels along each side after resizing
@@ -75,17 +75,17 @@ def draw(path: Path, seed: int, word: str = "") -> Path:
     return path
 
 
-def twin(paths: list[Path]) -> Pictures:
+def twin(paths: list[Path]) -> ReadPictures:
     """The same, one after the other, in this process."""
     read = [read_image(path) for path in paths]
     pixels = [
         np.zeros((SIZE, SIZE, 3), np.uint8) if picture is None else Preprocess(size=SIZE).resize(picture)
         for picture, _, _ in read
     ]
-    return Pictures(np.stack(pixels), [content for _, content, _ in read], [error for _, _, error in read])
+    return ReadPictures(np.stack(pixels), [content for _, content, _ in read], [error for _, _, error in read])
 
 
-def assert_same(found: Pictures, expected: Pictures) -> None:
+def assert_same(found: ReadPictures, expected: ReadPictures) -> None:
     np.testing.assert_array_equal(found.pixels, expected.pixels)
     assert found.content_hash == expected.content_hash
     assert found.errors == expected.errors

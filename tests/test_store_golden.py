@@ -15,11 +15,25 @@ import torch
 import zarr
 
 from cytosae.checkpoint import load_sae
+from cytosae.compare import Comparison
+from cytosae.selection import read_selection
 from stores.activation_store import ActivationStore
 from stores.barcode_store import BarcodeStore
+from stores.concept_store import ConceptStore
 from stores.latent_store import LatentStore
+from stores.results import ResultStore
 from stores.runlog import read_runs
-from stores.spec import find_header
+from stores.spec import (
+    COMPARISON,
+    CONCEPTS,
+    FORMATS,
+    NEIGHBOURS,
+    PATIENT_CONCEPTS,
+    PROBE,
+    STABILITY,
+    Format,
+    find_header,
+)
 from stores.verify import verify_activations, verify_latents
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,6 +42,20 @@ IDENTITIES = {
     "sae-v1": "83bb614a4e12b441c5e3b7fdabe658f0b64be1fe9cf14c2f54b9ddd737ad906e",
     "latents-v1.zarr": "72975734525df05d0a0ff94461bc219e60791ac7ac84bbdb69acc857c03c1f28",
     "barcodes-v1": "c3054b46b3865523026a95f23b378b034376a5a17d711c4d531d8ab992a95b44",
+    "concepts-v1": "6216a1114063790c7ae3684be6d468391db08494d6ac3779603d64fd11234fa7",
+    "comparison-v1": "791a8bf38b3f279a107af656a4faf71cf2cd935220b665f47854019040f9aaf6",
+    "patient-concepts-v1": "7d186d5fab56619b5972f8e7d7cb6b2631c7f98e5a2def37ade404bcf09b9903",
+    "probe-v1": "7a06cce987dc424af8916f1a354c88479d6f614f6bb06369e2fbe327211aa842",
+    "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
+    "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
+}
+RESULTS = {  # those that something of ours reads again
+    "concepts-v1": CONCEPTS,
+    "comparison-v1": COMPARISON,
+    "patient-concepts-v1": PATIENT_CONCEPTS,
+    "probe-v1": PROBE,
+    "neighbours-v1": NEIGHBOURS,
+    "stability-v1": STABILITY,
 }
 IMAGE_IDS = ["golden/Zellen/größte.png", "golden/torn.tif", "golden/c.png"]
 
@@ -140,6 +168,109 @@ def test_barcodes_version_1() -> None:
     assert disease.obs_names.tolist() == ["AML", "well"]
     assert image.var["latent"].tolist() == list(range(8))
     assert image.uns["cyto"]["identity"] == barcodes.header.identity
+
+
+# ------------------------------------------------------------------------------------------- folders of results
+
+# twelve patients of four images, six with each of two diseases: tokens above tau, (patients, images, latents)
+_p, _i, _s = np.ogrid[:12, :4, :8]
+COHORT = (5 * _p + 3 * _i + _s) % 7 + 3 * ((_p < 6) & (_s == 2))
+
+
+@pytest.mark.parametrize(("name", "format"), RESULTS.items(), ids=RESULTS)
+def test_results_version_1_are_whole(name: str, format: Format) -> None:
+    """Every file has the checksum that the header names, and every table carries the identity."""
+    store = ResultStore(GOLDEN / name, format)
+    store.check()
+    for path in sorted(store.root.glob("*.parquet")):
+        if path.name != "selection.parquet":
+            assert store.table(path.stem).schema.metadata[b"cyto"].decode() == IDENTITIES[name]
+
+
+def test_concepts_version_1() -> None:
+    store, blocks = ConceptStore(GOLDEN / "concepts-v1"), expected_latents().reshape(3, 5, 8)[[0, 2]]
+    activation = blocks.mean(1)
+    assert store.header.spec["latents"] == [IDENTITIES["latents-v1.zarr"]]
+    table = store.latents("golden")
+    assert table["frequency"].to_pylist() == (activation > 0).mean(0).tolist()
+    np.testing.assert_allclose(table["mean_activation"], activation.sum(0) / (activation > 0).sum(0), rtol=1e-6)
+    assert table["max_activation"].to_pylist() == blocks.max((0, 1)).tolist()
+    top = store.top_images(3)
+    assert top["image_id"].to_pylist() == [IMAGE_IDS[2], IMAGE_IDS[0]]  # its later rows have the larger values
+    assert top["image_index"].to_pylist() == [2, 0]
+    assert top["label"].to_pylist() == ["blast", "neutrophil"]
+    np.testing.assert_allclose(top["value"], activation[::-1, 3], rtol=1e-6)
+    selection = read_selection(store)
+    assert selection.latents == [2, 6, 0, 3, 4, 5, 7]  # all of a cluster of two, five of the other six
+    assert selection.cluster_sizes == (2, 6)
+
+
+def test_comparison_version_1() -> None:
+    done = Comparison(ResultStore(GOLDEN / "comparison-v1", COMPARISON), was_complete=True)
+    table, mean = done.results.table("differential"), COHORT.mean(1)
+    np.testing.assert_allclose(table["mean_a"], mean[:6].mean(0), rtol=1e-6)
+    np.testing.assert_allclose(table["mean_b"], mean[6:].mean(0), rtol=1e-6)
+    (first,) = done.top(1)["a"]
+    assert (first["latent"], first["rank_a"], first["rank_b"]) == (2, 1, None)
+    assert 1 / 100 <= first["p"] <= first["p_max_t"] <= 1
+    assert done.summary["a"]["n_patients"] == done.summary["b"]["n_patients"] == 6
+    rows = done.results.table("patients").to_pylist()
+    assert {row["patient"]: row["value"] for row in rows if row["latent"] == 2}["P00"] == mean[0, 2]
+    assert done.results.table("correlation").num_rows == 12 * 12
+
+
+def test_patient_concepts_version_1() -> None:
+    store, mean = ResultStore(GOLDEN / "patient-concepts-v1", PATIENT_CONCEPTS), COHORT.mean(1)
+    (patient,) = store.table("patients").to_pylist()
+    assert (patient["patient"], patient["n_images"], patient["n_others"], patient["skipped"]) == ("P00", 4, 5, None)
+    for row in store.table("patient_concepts").to_pylist():
+        assert row["barcode"] == mean[0, row["latent"]]
+        assert row["others_median"] == np.median(mean[1:6, row["latent"]])
+
+
+def test_probe_version_1() -> None:
+    store = ResultStore(GOLDEN / "probe-v1", PROBE)
+    scores = store.json("scores")
+    assert scores["classes"] == {"AML": 6, "well": 6}
+    assert scores["n_units"] == scores["n_groups"] == 12
+    assert 0 <= scores["methods"]["barcode"]["weighted_f1"]["mean"] <= 1
+    assert sorted(point["threshold"] for point in scores["curve"]) == [0, 1]
+    folds = store.table("folds").to_pylist()
+    assert sorted(row["patient"] for row in folds if row["side"] == "test") == [f"P{n:02d}" for n in range(12)]
+    assert all(sum(row["probabilities"]) == pytest.approx(1) for row in store.table("predictions").to_pylist())
+
+
+def test_neighbours_version_1() -> None:
+    rows = ResultStore(GOLDEN / "neighbours-v1", NEIGHBOURS).table("neighbours").to_pylist()
+    w_dec = (np.arange(32) / 16 - 1).reshape(4, 8).T
+    unit = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    assert {row["latent"] for row in rows} == {0, 5}
+    for row in rows:
+        assert row["cosine"] == pytest.approx(cosines[row["latent"], row["neighbour"]])
+    for latent in (0, 5):
+        nearest = [row["neighbour"] for row in rows if row["latent"] == latent and row["by"] == "direction"]
+        assert nearest == [n for n in np.argsort(-cosines[latent]).tolist() if n != latent][:2]
+    is_on = expected_latents() > 0
+    for row in rows:
+        assert row["n_tokens_both"] == (is_on[:, row["latent"]] & is_on[:, row["neighbour"]]).sum()
+
+
+def test_stability_version_1() -> None:
+    """The second SAE has the decoder of the first, upside down."""
+    store = ResultStore(GOLDEN / "stability-v1", STABILITY)
+    matches = store.table("matches").to_pylist()
+    assert [(row["latent_a"], row["latent_b"]) for row in matches] == [(n, 7 - n) for n in range(8)]
+    (pair,) = store.table("pairs").to_pylist()
+    assert (pair["n_matched"], pair["is_optimal"], pair["share_above_0.9"]) == (8, True, 1)
+    assert pair["mean_cosine"] == pytest.approx(1)
+    assert store.table("stability")["mean_matched"].to_pylist() == pytest.approx([1] * 16)
+
+
+def test_every_format_and_its_version_stand_in_the_docs() -> None:
+    versions = (GOLDEN.parents[1] / "docs" / "formats.md").read_text().split("Versions: ")[1].split("\n\n")[0]
+    stated = {each.strip() for each in versions.replace("(cyto 0.1.0).", "").split("·")}
+    assert {f"{format.kind} {format.version}" for format in FORMATS.values()} == stated - {"reviews 1"}
 
 
 def test_golden_artefacts_are_small_and_not_written_anew() -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,24 @@ import torch
 from cytosae.checkpoint import load_sae, save_sae
 from cytosae.model import SparseAutoencoder
 from stores import activation_writer, csr, latent_store
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_store import ActivationSpec, ActivationStore, chunks_written
 from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeStore, BarcodeWriter
 from stores.errors import CytoError, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
-from stores.spec import ACTIVATIONS, BARCODES, LATENTS, SAE, Format, Header, find_header, new_header, write_header
+from stores.results import ResultStore, begin_results
+from stores.spec import (
+    ACTIVATIONS,
+    BARCODES,
+    FORMATS,
+    LATENTS,
+    SAE,
+    Format,
+    Header,
+    find_header,
+    new_header,
+    write_header,
+)
 from stores.tables import image_table, table_sha256, with_outcome
 from stores.verify import verify_activations, verify_latents
 
@@ -34,6 +47,7 @@ Numbers = dict[str, npt.NDArray[Any]]
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 10, 3, 4, 16
 UNREADABLE = 5
+RESULTS = np.linspace(-1, 2, N_LATENTS)
 TORN_LINE = b'{"chunk": 2, "first_'
 
 # ---------------------------------------------------------------------------------- tiny stores of every kind
@@ -158,6 +172,19 @@ def write_barcodes(root: Path, n_steps: int | None = None) -> None:
         write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
 
 
+def write_results(root: Path, n_steps: int | None = None, *, format: Format, seed: int = 0, **options: Any) -> None:
+    """A folder of results with a table, a value and no figure; n: so many of the two files, then walk away."""
+    writer = begin_results(root, format, {"barcodes": "34" * 32, "seed": seed}, packages=("numpy",), **options)
+    if writer.is_complete:
+        return
+    if n_steps is None or n_steps > 0:
+        writer.write_table("differential", pa.table({"latent": np.arange(N_LATENTS), "value": RESULTS + seed}))
+    if n_steps is None or n_steps > 1:
+        writer.write_json("scores", {"total": float(RESULTS.sum()) + seed})
+    if n_steps is None:
+        writer.finish({"n_latents": N_LATENTS})
+
+
 def read_latents(store: LatentStore) -> Numbers:
     rows = store.read_images(0, N_IMAGES)
     return {"indices": rows.indices, "values": rows.values, "indptr": rows.indptr, "images": store.image_indptr}
@@ -175,7 +202,7 @@ class Kind:
     n_steps: int  # at most, before the end
 
 
-KINDS = (
+STORE_KINDS = (
     Kind(
         format=ACTIVATIONS,
         write=write_cache,
@@ -214,7 +241,24 @@ KINDS = (
         n_steps=2,
     ),
 )
+RESULT_KINDS = tuple(
+    Kind(
+        format=format,
+        write=partial(write_results, format=format),
+        open=partial(ResultStore, format=format),
+        read=lambda store: {
+            "values": store.table("differential")["value"].to_numpy(),
+            "total": np.array(store.json("scores")["total"]),
+        },
+        numbers=lambda: {"values": RESULTS, "total": RESULTS.sum()},
+        n_steps=2,
+    )
+    for format in FORMATS.values()
+    if format not in (ACTIVATIONS, LATENTS, SAE, BARCODES)
+)
+KINDS = (*STORE_KINDS, *RESULT_KINDS)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.format.kind)
+every_result = pytest.mark.parametrize("kind", RESULT_KINDS, ids=lambda kind: kind.format.kind)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -243,7 +287,8 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def edit_header(root: Path, **changes: Any) -> None:
     """Change fields of the header on disk, as somebody with a text editor would."""
-    header_file = next(path for path in root.iterdir() if path.name in ("zarr.json", "sae.json", "barcodes.json"))
+    names = {kind.format.header_file for kind in KINDS}
+    header_file = next(path for path in root.iterdir() if path.name in names)
     whole = json.loads(header_file.read_text())
     raw = whole["attributes"]["cyto"] if header_file.name == "zarr.json" else whole
     raw |= changes
@@ -303,8 +348,8 @@ def test_interrupted_and_continued_equals_uninterrupted(
             kind.write(root, n_steps)
             for journal in root.glob("journal*"):
                 journal.write_bytes(journal.read_bytes() + TORN_LINE)
-            if kind.format in (ACTIVATIONS, LATENTS):
-                (root / "zarr.json.0123.partial").write_bytes(b"{")
+            if kind.format not in (SAE, BARCODES):
+                (root / f"{kind.format.header_file}.0123.partial").write_bytes(b"{")
             if kind.format is ACTIVATIONS:
                 chunk = root / "tokens" / "c" / "2" / "0" / "0"
                 chunk.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +365,8 @@ class Crash(BaseException):
     """The power goes."""
 
 
-@pytest.mark.parametrize("kind", KINDS[:2], ids=lambda kind: kind.format.kind)
+# one kind of results stands for all: they have one writer
+@pytest.mark.parametrize("kind", [*KINDS[:2], RESULT_KINDS[0]], ids=lambda kind: kind.format.kind)
 def test_a_crash_at_any_point_costs_no_byte(
     kind: Kind, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,7 +380,7 @@ def test_a_crash_at_any_point_costs_no_byte(
             raise Crash
 
     expected = contents(finished[kind.format.kind])
-    for n_syncs in range(0, 1000, 1 if kind.format is ACTIVATIONS else 7):
+    for n_syncs in range(0, 1000, 7 if kind.format is LATENTS else 1):
         root, n_left = tmp_path / str(n_syncs), n_syncs
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", fsync)
@@ -349,7 +395,7 @@ def test_a_crash_at_any_point_costs_no_byte(
         kind.write(root)
         assert contents(root) == expected, f"after {n_syncs} syncs"
         shutil.rmtree(root)
-    assert n_syncs > 30
+    assert n_syncs > (30 if kind in STORE_KINDS else 5)
 
 
 @pytest.mark.parametrize(("kind", "module"), [(KINDS[0], activation_writer), (KINDS[1], latent_store)])
@@ -389,8 +435,63 @@ def test_a_writer_knows_how_far_it_came(tmp_path: Path) -> None:
     writer = ActivationWriter(tmp_path / "acts", cache_spec(), manifest())
     assert writer.counts() == (8, 1)
     assert writer.errors() == {5: "file ends early"}
+    with next((tmp_path / "acts").glob("journal*.jsonl")).open("ab") as journal:
+        for chunk in ([1], {}, "2", 3, -1, None):  # what a stranger may have written
+            journal.write(json.dumps({"chunk": chunk, "crc32c": "00000000"}).encode() + b"\n")
+    assert chunks_written(tmp_path / "acts", cache_spec()) == [0, 1]
     write_latents(tmp_path / "latents", 2)
     assert LatentWriter(tmp_path / "latents", latent_spec(), outcome()).n_images == 4
+
+
+# ------------------------------------------------------------------------------------------- folders of results
+
+
+@every_result
+def test_complete_results_are_not_made_again(kind: Kind, finished: dict[str, Path], tmp_path: Path) -> None:
+    """The same settings find them; others are refused, with the words that differ, and leave them as they are."""
+    root = Path(shutil.copytree(finished[kind.format.kind], tmp_path / "out"))
+    before = {path: path.stat().st_mtime_ns for path in root.iterdir()}
+    kind.write(root)
+    with pytest.raises(SpecMismatch, match=rf"out holds {kind.format.a_kind} with other settings \(seed 0 against 1\)"):
+        kind.write(root, seed=1)
+    assert {path: path.stat().st_mtime_ns for path in root.iterdir()} == before
+
+
+@every_result
+def test_overwrite_keeps_the_old_results_until_the_new_are_whole(
+    kind: Kind, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also if the job dies, at any step; and the same command again goes on."""
+    root = Path(shutil.copytree(finished[kind.format.kind], tmp_path / "out"))
+    for n_steps in range(kind.n_steps + 1):
+        kind.write(root, n_steps, seed=1, overwrite=True)
+        assert contents(root) == contents(finished[kind.format.kind])
+    kind.write(root, seed=1, overwrite=True)
+    assert kind.read(kind.open(root))["total"] == RESULTS.sum() + 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@every_result
+@pytest.mark.parametrize("name", ["differential.parquet", "scores.json"])
+@pytest.mark.parametrize("damage", ["flip", "tear", "remove"])
+def test_damage_in_results_is_found_and_mended(
+    kind: Kind, name: str, damage: str, finished: dict[str, Path], tmp_path: Path
+) -> None:
+    """By whoever reads the file, and by the command that would else say that they are complete already."""
+    root = Path(shutil.copytree(finished[kind.format.kind], tmp_path / "out"))
+    data = bytearray((root / name).read_bytes())
+    data[len(data) // 2] ^= damage == "flip"
+    (root / name).write_bytes(data[:-1] if damage == "tear" else data)
+    if damage == "remove":
+        (root / name).unlink()
+    what = "is missing" if damage == "remove" else "is not the file that was written"
+    words = f"{name} {what}; {kind.format.command} --overwrite makes it again"
+    with pytest.raises(DamagedStore, match=words):
+        kind.read(kind.open(root))
+    with pytest.raises(DamagedStore, match=words):
+        kind.write(root)
+    kind.write(root, overwrite=True)
+    assert contents(root) == contents(finished[kind.format.kind])
 
 
 # -------------------------------------------------------------------------------------------------- refused

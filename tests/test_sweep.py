@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from cytosae.sweep_grid import Grid, read_grid
 from cytosae.sweep_record import METRICS, as_markdown, means_over_seeds
 from cytosae.train import Training, train
 from stores import SAE, BadInput, DamagedStore, SpecMismatch, read_header, read_runs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BASE = """
 [base]
@@ -62,15 +64,6 @@ token_set = "patch"
 b_dec_init = "zeros"
 """
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are done before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

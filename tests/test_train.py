@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -41,6 +41,8 @@ from stores import (
 )
 from stores.files import sha256_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 TOKENS, WIDTH, BATCH = 5, 8, 10  # a batch is two images
 SETTINGS = {"expansion": 8, "batch_tokens": BATCH, "warmup_steps": 4, "dead_after_steps": 1, "l1": 1e-2, "log_every": 1}
@@ -55,15 +57,6 @@ def tokens_of_cells(seed: int = 0, n_images: int = 24) -> npt.NDArray[np.float16
 
 def small(preset: str | None = None, *, steps: int = 12, **changes: Any) -> TrainConfig:
     return make_config(preset=preset, options={**SETTINGS, "tokens": steps * BATCH, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are done before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from cytosae.train import train
 from stores import BadInput, SpecMismatch, find_header
 from stores.files import LOCK_SUFFIX, locked
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "topk": {"activation": "topk", "k": 6, "dead_latents": "auxk"},
     "batchtopk": {"activation": "batchtopk", "k": 6, "schedule": "cosine"},
@@ -43,15 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "mix": {"mix": (3.0, 1.0), "b_dec_init": "mean"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are done before a second thread has woken up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

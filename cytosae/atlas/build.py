@@ -9,6 +9,7 @@ import numpy as np
 
 from stores.errors import SpecMismatch
 from stores.files import sha256_json, write_atomic
+from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 
@@ -26,7 +27,6 @@ from .review_items import FILE as REVIEW
 from .review_items import PICTURES, ReviewConfig, make_review
 from .site import Site, copy_static
 
-Progress = Callable[[int, int, str], None]
 _SAMPLE = 8  # pages of a kind that an estimate writes into memory
 _EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active latent
 

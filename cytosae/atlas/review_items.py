@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_json
+from stores.progress import Progress
 from stores.results import ResultStore
 
 from ..patch_maps import Map, Pixels, patch_map, read_tokens
@@ -67,7 +68,7 @@ def make_review(
     *,
     selection: Selection | None = None,
     comparisons: Sequence[ResultStore] = (),
-    progress: Callable[[int, int, str], None] = lambda done, total, state: None,
+    progress: Progress = lambda done, total, state: None,
 ) -> ReviewFile:
     """What experts are asked: is each selected latent a concept; of which disease is each of a comparison's latents?
 
@@ -190,7 +191,7 @@ def _evidence(
     latents: Sequence[int],
     folder: Path,
     n_images: int,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
 ) -> tuple[dict[str, Evidence], list[str]]:
     """Of each latent its reference images with maps; the images that cannot be shown."""
     table = concepts.all_top_images

@@ -6,6 +6,7 @@ refuses a folder that already holds one of them.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,9 +15,19 @@ import pandas as pd
 import scipy.sparse as ss
 import torch
 
-from cytosae.checkpoint import save_sae
+from cytosae.checkpoint import load_sae, save_sae
+from cytosae.cluster import open_client
+from cytosae.coactivation import Coactivation
+from cytosae.compare import CompareConfig, compare
+from cytosae.concepts import ConceptConfig, write_concepts
 from cytosae.model import SparseAutoencoder
-from stores import csr
+from cytosae.neighbours import write_neighbours
+from cytosae.patient_concepts import PatientSettings, write_patient_concepts
+from cytosae.probe import ProbeConfig, write_probe
+from cytosae.probe_units import UnitConfig
+from cytosae.selection import SelectionConfig, select_latents
+from cytosae.stability import write_stability
+from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeWriter
@@ -27,6 +38,7 @@ from stores.tables import image_table, table_sha256
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 3, 5, 4, 8
 UNREADABLE = 1
+RESULTS = ("concepts-v1", "comparison-v1", "patient-concepts-v1", "probe-v1", "neighbours-v1", "stability-v1")
 
 
 def write_activations_v1(root: Path) -> None:
@@ -167,18 +179,78 @@ def write_barcodes_v1(root: Path, latents: LatentStore) -> None:
     write_header(root, Header(**{**vars(header), "complete": True, "summary": summary}))
 
 
+def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
+    """Every kind of results that something of ours reads again, by its own command; their figures are left out.
+
+    Twelve patients, six with each of two diseases, of four images; latent s of image i of patient p counts
+    (5 p + 3 i + s) mod 7 tokens, and 3 more if the patient has the first disease and s is 2.
+    """
+    cohort = folder / "cohort"
+    write_cohort(cohort, LatentStore(latents))
+    with open_client(None, workers=1, memory_limit="2GiB") as client:
+        write_concepts(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
+        select_latents(ConceptStore(folder / "concepts-v1"), SelectionConfig(dataset="golden", clusters=2))
+    compare(cohort, folder / "comparison-v1", CompareConfig(a="AML", b="well", n_permutations=99, n_bootstraps=20))
+    write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientSettings(n_splits=20))
+    units = UnitConfig(target="disease")
+    config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
+    write_probe(cohort, folder / "probe-v1", config)
+    settings = Coactivation(min_images=1, n_top=2)
+    write_neighbours(sae, folder / "neighbours-v1", [latents], chosen=[0, 5], settings=settings)
+    model = load_sae(sae).model
+    with torch.no_grad():
+        model.W_dec.copy_(model.W_dec.flip(0))  # latent s stands at 7 - s
+    header = new_header(SAE, {**load_sae(sae).header.spec, "config": {"seed": 1}})
+    (folder / "flipped").mkdir()
+    save_sae(folder / "flipped", model, header, {"steps": 3, "tokens": 30, "images": 6, "final": {"loss": 1.5}})
+    write_stability([sae, folder / "flipped"], folder / "stability-v1")
+    for name in RESULTS:
+        for figure in [*(folder / name).glob("*.png"), *(folder / name).glob("*.svg")]:
+            figure.unlink()  # checksums do not cover them, and they are large
+    shutil.rmtree(cohort)
+    shutil.rmtree(folder / "flipped")
+
+
+def write_cohort(root: Path, latents: LatentStore) -> None:
+    """Barcodes of the twelve patients."""
+    root.mkdir()
+    p, i, s = np.ogrid[:12, :4, :N_LATENTS]
+    counts = ((5 * p + 3 * i + s) % 7 + 3 * ((p < 6) & (s == 2))).astype(np.float32)
+    names = [f"P{number:02d}" for number in range(12)]
+    diseases = ["AML"] * 6 + ["well"] * 6
+    of_patient = {"patient_id": names, "dataset": "golden", "disease": diseases, "n_images": 4, "n_unreadable": 0}
+    patients = pd.DataFrame(of_patient, index=pd.Index(names, name="patient"))
+    images = pd.DataFrame({"patient": np.repeat(names, 4), "dataset": "golden", "status": "ok"})
+    images.index = pd.Index([f"golden/{number}" for number in range(48)], name="image_id")
+    images["content_hash"] = [f"{number:064x}" for number in range(48)]
+    both = pd.DataFrame({"n_patients": [6, 6]}, index=pd.Index(["AML", "well"], name="disease"))
+    var = pd.DataFrame({"latent": np.arange(N_LATENTS)}, index=[str(number) for number in range(N_LATENTS)])
+    made_from = {"latents": latents.identity, "latents_spec": latents.spec.to_dict(), "made_up": "cohort"}
+    header = new_header(BARCODES, {**made_from, "tau": 0.2, "token_set": "all", "normalize": "images"})
+    mean = counts.mean(1)
+    of_disease = np.stack([mean[:6].mean(0), mean[6:].mean(0)])
+    levels = {"image": (counts.reshape(48, -1), images), "patient": (mean, patients), "disease": (of_disease, both)}
+    layers = {"image": ("mean",), "patient": ("activation_sum", "n_active_images"), "disease": ()}
+    for level, (rows, obs) in levels.items():
+        writer = BarcodeWriter(root / f"{level}.zarr", n_latents=N_LATENTS, layers=layers[level])
+        writer.append(dict.fromkeys(("X", *layers[level]), ss.csr_matrix(rows)))
+        writer.finish(obs=obs, var=var, uns={"cyto": {"tau": 0.2}})
+    write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
+
+
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from the one before."""
-    places = [folder / name for name in ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1")]
+    places = [folder / name for name in ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RESULTS)]
     there = [os.fspath(place) for place in places if place.exists()]
     if there:
         sys.exit(f"golden artefacts are never written anew: {', '.join(there)}")
     csr.CHUNK_ENTRIES = 8  # a store tells the size of its own chunks
-    activations, sae, latents, barcodes = places
+    activations, sae, latents, barcodes = places[:4]
     write_activations_v1(activations)
     cache = ActivationStore(activations)
     write_latents_v1(latents, cache, write_sae_v1(sae, cache))
     write_barcodes_v1(barcodes, LatentStore(latents))
+    write_results_v1(folder, sae, latents)
 
 
 if __name__ == "__main__":
