@@ -42,8 +42,6 @@ _LOCK_POLL_S = 0.5
 
 _T = TypeVar("_T")
 
-# bytes done, bytes in all (0 while unknown), a word on the state
-
 
 @dataclass(frozen=True, kw_only=True)
 class Downloaded:
@@ -105,7 +103,8 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
     """The published file `name` in the cache folder: downloaded if it is not there, continued if it is there in part.
 
     A file that was checked once is found again without a network, by the hash that was taken then. Several
-    processes may ask at once: one downloads, the others wait. Memory: a few hundred kilobytes.
+    processes may ask at once: one downloads, the others wait. Memory: a few hundred kilobytes. `progress` is told of
+    bytes; of 0 in all while that is unknown.
 
     Raises
     ------

@@ -43,8 +43,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 _SAVING_AT_ONCE = 4  # chunks: one that waits for the disk's fsync does not hold up the next
 _FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
 
-# images done (those of the chunk in flight are not yet on the disk), images in all, a word on the state
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
@@ -112,6 +110,7 @@ def extract(
     Parameters
     ----------
     shard : the part that this process writes; the last one to end completes the cache
+    progress : images done (those of the chunk in flight are not yet on the disk), images in all
     download_progress : told of bytes while weights are downloaded ("auto")
     stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
 
