@@ -1,30 +1,24 @@
 """The review page in a real Chromium, by keyboard: save, kill the server, go on; nothing hidden is in the page."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import axe, chromium
 from review_site import make_site
 from test_review_server import start
 
 from cytosae.atlas.reviews import read_verdicts
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-AXE = os.environ.get("CYTO_AXE")  # axe.min.js of axe-core, an accessibility checker
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -171,8 +165,8 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         process.communicate()
 
 
-@pytest.mark.skipif(AXE is None, reason="no axe-core: CYTO_AXE names its axe.min.js")
 def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
+    checker = axe()
     make_site(made, tmp_path)
     process, port = start(tmp_path / "atlas")
     try:
@@ -185,7 +179,7 @@ def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
                     begin(page, port)
                 else:
                     page.goto(f"http://127.0.0.1:{port}/review.html")
-                page.add_script_tag(path=AXE)
+                page.evaluate(checker)
                 found = page.evaluate("axe.run()")["violations"]
                 assert not found, json.dumps(
                     [[each["id"], [node["html"] for node in each["nodes"]]] for each in found], indent=1

@@ -48,7 +48,7 @@ def write_images(
         if isinstance(picture, str):
             maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
         else:
-            site.write(f"pictures/{image}.jpg", jpeg(reduced(picture, config.pixels)))
+            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
         its_references = references.get(image, [])
         for reference in its_references:
             latent = int(plan.references.latent[reference])
@@ -78,15 +78,15 @@ def _write_page(
     references: list[int],
     shared: dict[str, Any],
 ) -> None:
-    patient = int(cohort.patient_of[image])
+    patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
-    site.data(f"image-{image}", _token_data(tokens, patches, plan))
+    site.data(f"image-{called}", _token_data(tokens, patches, plan))
     site.page(
-        f"images/{image}.html",
+        f"images/{called}.html",
         "image.html",
         **shared,
-        image=image,
-        name=image_name(inputs, image, is_hidden=shared["pseudonyms"]),
+        image=called,
+        name=image_name(inputs, plan, image, is_hidden=shared["pseudonyms"]),
         label=cohort.labels[image],
         dataset=cohort.image_datasets[image],
         patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
