@@ -129,6 +129,51 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
     assert len({verdict.item for verdict in verdicts}) == 7
 
 
+def test_saved_is_said_when_the_server_said_so(made: Path, tmp_path: Path, page: Any) -> None:
+    """An answer that takes its time, and one that says no: nothing is called saved before it is, nothing is lost."""
+    make_site(made, tmp_path)
+    process, port = start(tmp_path / "atlas")
+    held: list[Any] = []
+    try:
+        begin(page, port, "  Ada   L. ")
+        page.route("**/reviews", lambda route: held.append(route))
+        page.keyboard.press("m")
+        page.keyboard.press("Enter")
+        page.get_by_text("Saving…").wait_for()
+        assert page.locator("#review").evaluate("(review) => review.inert")
+        page.keyboard.press("n")
+        assert page.locator("#choice-meaningful").is_checked(), "nothing can be entered meanwhile"
+        assert page.get_by_role("heading", name="Concept 1 of ", include_hidden=True).count() == 1
+        held.pop().fulfill(status=500, body="NOT saved: the disk is full")
+        page.get_by_text("Not saved: NOT saved: the disk is full").wait_for()
+        assert status(page) == ""
+        assert page.locator("#counted").inner_text() == "0 of 6"
+        assert page.locator("#choice-meaningful").is_checked()
+        page.unroute("**/reviews")
+        page.troubles.clear()  # the browser reports the 500
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        assert status(page) == "Saved."
+        page.keyboard.press("ArrowLeft")
+        page.get_by_role("heading", name="Concept 1 of ").wait_for()
+        assert status(page) == "", "what is saved is no draft"
+        assert page.locator("#facts").inner_text() == "Judged. Saving again replaces your verdict."
+        page.keyboard.press("g")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        page.select_option("#question", "1")
+        page.locator("#title").focus()
+        for key, choice in (("n", "neither"), ("u", "unsure"), ("b", "b"), ("a", "a")):
+            page.keyboard.press(key)
+            assert page.locator(f"#choice-{choice}").is_checked()
+        page.keyboard.press("5")
+        assert page.locator("#sure-5").is_checked()
+    finally:
+        process.kill()
+        process.communicate()
+    (verdict,) = read_verdicts(tmp_path / "atlas.reviews")
+    assert verdict.reviewer == "Ada L."
+
+
 def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None:
     make_site(made, tmp_path)
     process, port = start(tmp_path / "atlas", "--show-labels")

@@ -224,6 +224,7 @@ def _write_few(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: d
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
     write_pair_pages(site, inputs, cohort, plan, shared)
+    site.page("words.html", "words.html", **shared, side=patch_side(inputs.stores[0].spec.tokens_per_image))
 
 
 def _write_provenance(
