@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow bench docs site wheel-check clean
+.PHONY: install demo browser test test-slow bench docs site wheel-check clean
 
 install: $(VENV)/.installed
 
@@ -16,6 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/cyto demo
+
+browser: install # what the tests in a real browser need, where it is missing; without it they are skipped
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python tests/install_browser.py
 
 test: install
 	$(BIN)/ruff format --check .
@@ -47,4 +51,4 @@ wheel-check: install # a wheel from this checkout, in an empty environment
 	rm -rf $(VENV)-wheel dist build
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel build dist site *.egg-info cyto-demo
+	rm -rf $(VENV) $(VENV)-wheel .browser build dist site *.egg-info cyto-demo

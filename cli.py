@@ -2230,9 +2230,10 @@ def atlas() -> None:
 @click.option(
     "--pseudonyms",
     is_flag=True,
-    help="Call patients P0001, P0002, ... and images by number; who is who goes into DIR.pseudonyms.csv, beside DIR.",
+    help="Call patients P0001, P0002, ... and images by number, in an order that only the key in DIR.pseudonyms.csv "
+    "tells; that file, beside DIR, also says who is who.",
 )
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the patients' cells and the pseudonyms.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the patients' cells and the decoys.")
 @click.option("--dry-run", is_flag=True, help="Say how many pages and bytes it would be, and write nothing.")
 @_overwrite_option
 @_json_option
@@ -2277,7 +2278,7 @@ def atlas_build(
     about = "about " if dry_run else ""
     click.echo(f"{out}: pages of {counts}; {about}{done.n_files:,} files, {about}{done.n_bytes / 1e6:,.1f} MB")
     if dry_run:
-        click.echo("nothing was written; the pictures of the review come on top, up to six per concept and dataset")
+        click.echo("nothing was written")
         return
     _warn_of_unseen(done.unseen, "--images")
     click.echo(f"open {(out / 'index.html').absolute().as_uri()}")

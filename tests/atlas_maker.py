@@ -25,7 +25,7 @@ from stores.spec import NEIGHBOURS
 
 SCRIPT = "<script>document.title='owned'</script>"
 QUOTES = "\" onmouseover='alert(1)' x=\""
-PATIENTS = [SCRIPT, QUOTES, "=cmd|' /C calc'!A0", "Müller, J.", *(f"Q{n:02d}" for n in range(10))]
+PATIENTS = [SCRIPT, QUOTES, "=cmd|' /C calc'!A0", "Müller, J.", *(f"Quentin {n:02d}" for n in range(10))]
 DISEASES = ["AML </title><b>& co", "control"]  # the first nine patients have the first
 LABELS = ["neutrophil", "<img src=x onerror=alert(2)>", None]
 DATASETS = ["cells", "</script><b>other"]

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import json
 import os
 import re
@@ -15,13 +16,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto, make_cohort
+from PIL import Image
 
+from cytocache.pictures import Pictures
 from cytosae.atlas.concept_pages import BIN_EDGES
 from cytosae.atlas.pictures import thumb_place
+from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import script_data
-from stores import ConceptStore, ResultStore
+from cytosae.reference_images import Sources
+from cytosae.selection import read_selection
+from stores import ConceptStore, LatentStore, ResultStore
 from stores.files import sha256_file
-from stores.spec import ATLAS
+from stores.spec import ATLAS, COMPARISON
 
 DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4"}
 VOID = {"meta", "link", "img", "br", "input"}
@@ -92,6 +98,22 @@ def unpacked(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return np.frombuffer(base64.b64decode(value["b64"]), DTYPES[value["dtype"]])
+
+
+def everything_in(folder: Path) -> str:
+    """Every byte of every file as text, and what compressed tables hold."""
+    raw = "".join(path.read_bytes().decode("utf-8", "replace") for path in folder.rglob("*") if path.is_file())
+    tables = [str(pq.read_table(path).to_pydict()) for path in folder.rglob("*.parquet")]
+    return "".join((raw, *tables, *(str(path.relative_to(folder)) for path in folder.rglob("*"))))
+
+
+def who_is_who(path: Path) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The key; pseudonym -> patient; number -> image id."""
+    key, *rows = [
+        (row["pseudonym"], row["original"].removeprefix("'")) for row in csv.DictReader(path.read_text().splitlines())
+    ]
+    images = {shown.split()[1]: real for shown, real in rows if shown.startswith("image ")}
+    return key[1], {shown: real for shown, real in rows if not shown.startswith("image ")}, images
 
 
 def headed_rows(page: Page, heading: str) -> list[list[str]]:
@@ -307,24 +329,60 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     out = tmp_path / "hidden"
     done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
     assert done.exit_code == 0, done.output
-    text = b"".join(path.read_bytes() for path in out.rglob("*") if path.suffix in (".html", ".js", ".json", ".jsonl"))
-    for name in ("Q03", "Müller", "document.title", "calc", "nobody/", "Secret"):
-        assert name.encode() not in text, name
-    assert b"P0014" in text
-    mapping = list(csv.DictReader((tmp_path / "hidden.pseudonyms.csv").read_text().splitlines()))
-    assert [row["pseudonym"] for row in mapping] == [f"P{n:04d}" for n in range(1, 15)]
-    names = [row["patient"].removeprefix("'") for row in mapping]
-    assert sorted(names) == sorted(PATIENTS)
-    assert names != sorted(PATIENTS)
+    text = everything_in(out)
+    paths = [f"{n:04d}.png" for n in range(len(cohort.image_ids))]
+    for name in (*PATIENTS, *cohort.image_ids, *paths, "Secret", "Quentin", "nobody/", str(cohort.root)):
+        in_json = json.dumps(name)[1:-1]
+        in_script = re.sub("[<>&]", lambda found: f"\\u{ord(found[0]):04x}", in_json)
+        for form in (name, html.escape(name), in_json, in_script):
+            assert form not in text, form
+    assert "P0014" in text
+    assert "Quentin" in everything_in(atlas)  # so the search can find something
+    for picture in out.rglob("*.jpg"):
+        with Image.open(picture) as opened:
+            assert not opened.getexif()
+            assert not {"comment", "icc_profile", "xmp", "photoshop"} & opened.info.keys()
+    assert "1 images could not be shown" in done.stderr
+    assert "image " in done.stderr.split("could not be shown")[1]
+
+    key, patients, images = who_is_who(tmp_path / "hidden.pseudonyms.csv")
+    assert key not in text
+    assert [*patients] == [f"P{n:04d}" for n in range(1, 15)]
+    assert sorted(patients.values()) == sorted(PATIENTS)
     assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
-    (tmp_path / "other.pseudonyms.csv").write_text("my own")
-    refused = cyto(*cohort.build, tmp_path / "other", "--pseudonyms")
+    number = [*patients.values()].index(PATIENTS[1])
+    cells = [str(found["href"]) for found in Page(out / "patients" / f"{number}.html").all("a")]
+    shown = {images[Path(cell).stem] for cell in cells if cell.startswith("../images/")}
+    assert shown == {cohort.image_ids[n] for n in (3, 5)}  # the one between is unreadable
+    assert sorted(map(int, images)) == [*range(len(cohort.image_ids) - 1)]
+    for order in (images, patients):
+        assert [*order.values()] != sorted(order.values(), key=[*PATIENTS, *cohort.image_ids].index)  # no table's order
+
+
+def test_pseudonyms_are_secret_and_stay(cohort: Cohort, tmp_path: Path) -> None:
+    """The seed, which everybody sees, does not decide them; the file does, as long as it lies there."""
+    out, file = tmp_path / "hidden", tmp_path / "hidden.pseudonyms.csv"
+    build = (*cohort.build, out, "--pseudonyms", "--overwrite", "--patient-images", 0)
+    assert cyto(*build, "--dry-run").exit_code == 0
+    assert not file.exists()
+    found = []
+    for n_images in (2, 1):
+        done = cyto(*build, "--n-images", n_images)
+        assert done.exit_code == 0, done.output
+        found.append(who_is_who(file))
+    assert found[0][:2] == found[1][:2]
+    file.unlink()
+    lost = cyto(*cohort.build, out, "--pseudonyms", "--patient-images", 0, "--n-images", 1)
+    assert lost.exit_code == 1
+    assert "with other settings (pseudonyms_key_sha256" in lost.stderr
+    assert not file.exists()
+    assert cyto(*build).exit_code == 0
+    assert who_is_who(file)[1] != found[0][1]
+    file.write_text("my own")
+    refused = cyto(*build)
     assert refused.exit_code == 1
     assert "is in the way of who is who" in refused.stderr
-    assert (tmp_path / "other.pseudonyms.csv").read_text() == "my own"
-    number = names.index(PATIENTS[1])
-    cells = [found["href"] for found in Page(out / "patients" / f"{number}.html").all("a")]
-    assert "../images/3.html" in cells
+    assert file.read_text() == "my own"
 
 
 def test_dry_run_says_what_would_be_written(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
@@ -334,10 +392,23 @@ def test_dry_run_says_what_would_be_written(atlas: Path, cohort: Cohort, tmp_pat
     said, real = json.loads(done.stdout), ResultStore(atlas, ATLAS).header.summary or {}
     assert not said["written"]
     assert said["counts"] == real["result"]["counts"]
-    of_review = [path.stat().st_size for path in (atlas / "review").iterdir()]  # comes on top, as it says
-    assert of_review
-    assert said["n_files"] == pytest.approx(real["result"]["n_files"] - len(of_review), abs=3)
-    assert said["n_bytes"] == pytest.approx(real["result"]["n_bytes"] - sum(of_review), rel=0.15)
+    assert said["n_files"] == pytest.approx(real["result"]["n_files"], abs=3)
+    assert said["n_bytes"] == pytest.approx(real["result"]["n_bytes"], rel=0.15)
+
+
+def test_pictures_of_the_review_are_counted_beforehand(cohort: Cohort, atlas: Path) -> None:
+    """With all of them looked at, exactly; one file is lost."""
+    latents = LatentStore(cohort.root / "latents")
+    images = Pictures(latents, cohort.root / "images")
+    concepts = ConceptStore(cohort.root / "concepts")
+    asked = {
+        "selection": read_selection(concepts),
+        "comparisons": [ResultStore(cohort.root / "compare", COMPARISON)],
+        "most": 1000,
+    }
+    found = estimate_pictures(concepts, Sources([latents], [images]), ReviewConfig(), **asked)
+    sizes = [path.stat().st_size for path in (atlas / "review").iterdir()]
+    assert found == (len(sizes), sum(sizes))
 
 
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:

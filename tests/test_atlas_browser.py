@@ -11,6 +11,7 @@ from atlas_maker import DATASETS, N_LATENTS, Cohort, cyto, make_cohort
 from browser import VIEWPORT, Watched, axe, chromium
 from PIL import Image
 
+from cytosae.atlas.pictures import thumb_place
 from stores import ConceptStore, ResultStore
 from stores.spec import ATLAS, COMPARISON
 
@@ -28,6 +29,11 @@ PICTURE = """async () => {
 OPACITY = """() => {
     const { data } = document.querySelector(".frame canvas").getContext("2d").getImageData(0, 0, 16, 16);
     return [...data].filter((_, n) => n % 4 === 3);
+}"""
+
+PATCHES = """() => {
+    const { data } = document.querySelector("#patches").getContext("2d").getImageData(0, 0, 256, 256);
+    return [...Array(256).keys()].map((n) => data[4 * ((Math.floor(n / 16) * 16 + 8) * 256 + (n % 16) * 16 + 8) + 3]);
 }"""
 
 
@@ -220,6 +226,124 @@ def test_keys_alone_are_enough(page: Watched) -> None:
     press_until(tab, "document.activeElement.matches('#list button')")
     tab.keyboard.press("Space")
     assert tab.locator("#tokens.mapped").count() == 1
+
+
+def place_of(x: np.ndarray, y: np.ndarray, number: int, size: dict[str, float]) -> tuple[float, float]:
+    """Where a scatter that shows everything has one point, in pixels of its canvas."""
+    is_drawn = np.isfinite(x) & np.isfinite(y)
+    shares = []
+    for values in (x, y):
+        low, high = values[is_drawn].min(), values[is_drawn].max()
+        margin = 0.04 * (high - low or 1)
+        shares.append(float((values[number] - low + margin) / (high - low + 2 * margin)))
+    return 62 + shares[0] * (size["width"] - 2 - 74), 8 + (1 - shares[1]) * (size["height"] - 2 - 52)
+
+
+def test_a_pair_lies_where_its_means_say(page: Watched, cohort: Cohort) -> None:
+    """B to the right, A upwards; the tip's numbers and the colour are those of the table."""
+    tab = page.open(f"pairs/{next((page.site / 'pairs').glob('*.html')).name}")
+    tab.wait_for_selector("#legend li")
+    table = ResultStore(cohort.root / "compare", COMPARISON).table("differential")
+    a, b, q = (table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("mean_a", "mean_b", "q"))
+    assert q[3] <= 0.05
+    assert a[3] > b[3]
+    x, y = place_of(np.sqrt(b), np.sqrt(a), 3, tab.locator("#pair").bounding_box())
+    tab.hover("#pair", position={"x": x + 1, "y": y + 1})
+    told = tab.inner_text("#tip").splitlines()
+    assert told[0] == "latent 3"
+    assert [float(number) for number in told[1].replace("A ", "").replace("B ", "").split(", ")] == pytest.approx(
+        [a[3], b[3]], rel=0.01
+    )
+    at = "([x, y]) => [...document.querySelector('#pair').getContext('2d').getImageData(x, y, 1, 1).data]"
+    assert tab.evaluate(at, [round(x), round(y)])[:3] == pytest.approx([0, 114, 178], abs=2), "higher in A"
+
+
+def test_the_overview_shows_a_latent_where_it_is_with_its_own_picture(page: Watched, cohort: Cohort) -> None:
+    tab = page.open("index.html")
+    tab.wait_for_selector("#legend li")
+    first = ConceptStore(cohort.root / "concepts").datasets[0]
+    with np.errstate(divide="ignore"):  # one is never active
+        x, y = (np.log10(statistics(cohort, first, name)) for name in ("frequency", "mean_activation"))
+    references = ConceptStore(cohort.root / "concepts").top_images(3, first)["image_index"].to_pylist()
+    pages = sorted(int(path.stem) for path in (page.site / "images").glob("*.html"))
+    at = place_of(x, y, 3, tab.locator("#scatter").bounding_box())
+    tab.hover("#scatter", position={"x": at[0] + 1, "y": at[1] + 1})
+    assert tab.inner_text("#tip").startswith("latent 3\n")
+    thumb = thumb_place(pages.index(references[0]), len(pages))
+    assert tab.get_attribute("#tip svg", "viewBox") == f"{thumb['x']} {thumb['y']} 96 96"
+
+
+def test_undefined_values_come_last_and_clear_clears(page: Watched, cohort: Cohort) -> None:
+    q = ResultStore(cohort.root / "compare", COMPARISON).table("differential")["q"].to_numpy(zero_copy_only=False)
+    assert np.isnan(q).any()
+    tab = page.open("latents.html")
+    tab.wait_for_selector("#latents[aria-busy=false]")
+    tab.select_option("[name=pair]", index=1)
+    tab.wait_for_selector("#latents tbody td:last-child:text-matches('[0-9]')")
+    for sign in (1, -1):
+        tab.click("th[data-key=q] button")
+        order = np.lexsort((np.arange(N_LATENTS), sign * q.astype(np.float32), np.isnan(q)))
+        assert shown(tab) == order[:25].tolist()
+    assert tab.is_disabled("#before")
+    tab.click("#after")
+    assert shown(tab) == order[25:].tolist()
+    assert tab.is_disabled("#after")
+    least = float(np.nanmin(q.astype(np.float32)))
+    tab.fill("[name=q_max]", repr(least))
+    assert shown(tab) == np.flatnonzero(q.astype(np.float32) == np.float32(least)).tolist(), "at most is not below"
+    tab.fill("[name=q_max]", "1")
+    assert tab.inner_text("#count").startswith(f"{int((~np.isnan(q)).sum())} of 40"), "not tested is not at most 1"
+    tab.click("button[type=reset]")
+    tab.locator("#count", has_text="40 of 40").wait_for()
+    assert tab.locator("#latents tbody td:last-child").all_inner_texts() == ["\N{EN DASH}"] * 25
+    mean = statistics(cohort, ConceptStore(cohort.root / "concepts").datasets[0], "mean_activation")
+    for name in ("mean_min", "mean_max"):
+        tab.fill(f"[name={name}]", repr(float(mean[7])))
+    assert shown(tab) == [7], "both ends are in"
+
+
+def test_an_image_shows_sums_cls_and_the_map_of_the_latent(page: Watched, cohort: Cohort) -> None:
+    """Every number against the latents as they were made; the map patch by patch."""
+    tab, dense = page.open("images/1.html"), cohort.dense[1]
+    tab.wait_for_selector("#list tbody tr")
+    for what, values, button in (("Whole image", dense[1:].sum(axis=0), "#whole"), ("CLS token", dense[0], "#cls")):
+        tab.click(button)
+        assert tab.inner_text("#what") == f"{what}: {(values > 0).sum()} latents"
+        latents = [int(text) for text in tab.locator("#list tbody th").all_inner_texts()]
+        numbers = [float(text) for text in tab.locator("#list tbody td:nth-child(2)").all_inner_texts()]
+        assert numbers == pytest.approx(values[latents].tolist(), rel=0.01)
+        assert numbers == sorted(numbers, reverse=True)
+        button = tab.locator("#list tbody button").nth(2)
+        button.click()
+        latent = int(str(button.get_attribute("aria-label")).split()[-1])
+        assert latent == latents[2]
+        assert tab.locator("#list button[aria-pressed=true]").count() == 1
+        assert button.get_attribute("aria-pressed") == "true"
+        drawn = np.array(tab.evaluate(PATCHES))
+        np.testing.assert_allclose(drawn / drawn.max(), dense[1:, latent] / dense[1:, latent].max(), atol=0.02)
+        button.click()
+        assert tab.locator("#tokens.mapped").count() == 0, "a second time takes it away"
+    tab.focus("#patches")
+    for key in ("ArrowUp", *["ArrowUp"] * 9, *["ArrowLeft"] * 9):
+        tab.keyboard.press(key)
+    assert tab.inner_text("#what").startswith("Patch 0, row 0, column 0:"), "the border stops"
+    for key in ("ArrowRight", "ArrowDown"):
+        tab.keyboard.press(key)
+    assert tab.inner_text("#what").startswith("Patch 17, row 1, column 1:")
+
+
+def test_maps_of_one_page_are_on_one_scale(page: Watched, cohort: Cohort) -> None:
+    tab = page.open("concepts/3.html")
+    tab.click("#maps")
+    found = tab.evaluate(
+        """() => [...document.querySelectorAll(".frame canvas")].map((canvas) => {
+            const { data } = canvas.getContext("2d").getImageData(0, 0, 16, 16);
+            return Math.max(...data.filter((_, n) => n % 4 === 3));
+        })"""
+    )
+    images = [int(str(frame.get_attribute("href")).split("/")[-1][:-5]) for frame in tab.locator(".frame").all()]
+    largest = cohort.dense[images, 1:, 3].max(axis=1)
+    np.testing.assert_allclose(np.array(found) / max(found), largest / largest.max(), atol=0.02)
 
 
 def press_until(tab: Any, condition: str) -> None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -138,6 +140,51 @@ def test_atlas_page(made: Path, tmp_path: Path) -> None:
     printed = shell(script, tmp_path)
     assert printed.count("nothing was written") == 1
     assert (tmp_path / "atlas" / "index.html").as_uri() in printed
+
+
+def test_review_page(tmp_path: Path) -> None:
+    """Its blocks run, on an invented cohort: the server is started, reviewed at by two, and stopped."""
+    from atlas_maker import without_figures
+    from test_barcodes import local_client, write_latents
+    from test_review_server import post, token_of
+
+    from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.compare import CompareConfig, compare
+    from cytosae.concepts import ConceptConfig, write_concepts
+
+    rng = np.random.default_rng(0)
+    dense = rng.gamma(1, 0.5, (20, 257, 40)) * (rng.random((20, 257, 40)) < 0.2)
+    dense[:10, :, :5] += 1
+    dense = dense.astype(np.float16).astype(np.float32)
+    of_patients = [(f"P{n // 2}", "CBFB" if n < 10 else "PML", True) for n in range(20)]
+    latents, barcodes = tmp_path / "cells.latents.zarr", tmp_path / "cells.barcodes"
+    write_latents(latents, dense, of_patients)
+    with local_client(1, 1) as client, without_figures():
+        write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client)
+        write_concepts(latents, tmp_path / "cells.concepts", ConceptConfig(min_support=1), client=client)
+        compare(barcodes, tmp_path / "a_against_b", CompareConfig(a="CBFB", b="PML", top=5))
+    build, serve, say = (text for _, text in blocks(ROOT / "docs" / "review.md"))
+    assert "index.html" in shell(build, tmp_path)
+    command = [sys.executable, "-m", "cli", *shlex.split(serve)[1:], "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            (port,) = map(int, re.findall(r"http://127\.0\.0\.1:(\d+)/ ", server.stdout.readline()))
+            for reviewer in ("Ada", "Bob"):
+                begun = json.loads(post(port, "/reviews/begin", {"reviewer": reviewer}, token_of(port))[1])
+                for question in begun["questions"]:
+                    for item in question["items"]:
+                        said = {"reviewer": reviewer, "item": item["item"], "verdict": question["choices"][0]}
+                        assert post(port, "/reviews", said, token_of(port))[0] == 200
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=20)
+    assert server.returncode == 0
+    printed = shell(say, tmp_path)
+    assert re.search(r"reviews.csv: \d+ verdicts of 2 reviewers", printed)
+    assert re.search(r"Ada and Bob: Cohen's kappa n/a over \d+ concepts, 100.0% equal", printed), printed
+    columns = (tmp_path / "reviews.csv").read_text("utf-8-sig").splitlines()[0].split(",")
+    assert not {*columns} - {*re.findall(r"\w+", (ROOT / "docs" / "review.md").read_text())}
 
 
 def test_every_block_runs_or_says_why_not() -> None:

@@ -1,30 +1,24 @@
 """The review page in a real Chromium, by keyboard: save, kill the server, go on; nothing hidden is in the page."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import axe, chromium
 from review_site import make_site
 from test_review_server import start
 
 from cytosae.atlas.reviews import read_verdicts
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-AXE = os.environ.get("CYTO_AXE")  # axe.min.js of axe-core, an accessibility checker
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture
@@ -135,6 +129,51 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
     assert len({verdict.item for verdict in verdicts}) == 7
 
 
+def test_saved_is_said_when_the_server_said_so(made: Path, tmp_path: Path, page: Any) -> None:
+    """An answer that takes its time, and one that says no: nothing is called saved before it is, nothing is lost."""
+    make_site(made, tmp_path)
+    process, port = start(tmp_path / "atlas")
+    held: list[Any] = []
+    try:
+        begin(page, port, "  Ada   L. ")
+        page.route("**/reviews", lambda route: held.append(route))
+        page.keyboard.press("m")
+        page.keyboard.press("Enter")
+        page.get_by_text("Saving…").wait_for()
+        assert page.locator("#review").evaluate("(review) => review.inert")
+        page.keyboard.press("n")
+        assert page.locator("#choice-meaningful").is_checked(), "nothing can be entered meanwhile"
+        assert page.get_by_role("heading", name="Concept 1 of ", include_hidden=True).count() == 1
+        held.pop().fulfill(status=500, body="NOT saved: the disk is full")
+        page.get_by_text("Not saved: NOT saved: the disk is full").wait_for()
+        assert status(page) == ""
+        assert page.locator("#counted").inner_text() == "0 of 6"
+        assert page.locator("#choice-meaningful").is_checked()
+        page.unroute("**/reviews")
+        page.troubles.clear()  # the browser reports the 500
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        assert status(page) == "Saved."
+        page.keyboard.press("ArrowLeft")
+        page.get_by_role("heading", name="Concept 1 of ").wait_for()
+        assert status(page) == "", "what is saved is no draft"
+        assert page.locator("#facts").inner_text() == "Judged. Saving again replaces your verdict."
+        page.keyboard.press("g")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        page.select_option("#question", "1")
+        page.locator("#title").focus()
+        for key, choice in (("n", "neither"), ("u", "unsure"), ("b", "b"), ("a", "a")):
+            page.keyboard.press(key)
+            assert page.locator(f"#choice-{choice}").is_checked()
+        page.keyboard.press("5")
+        assert page.locator("#sure-5").is_checked()
+    finally:
+        process.kill()
+        process.communicate()
+    (verdict,) = read_verdicts(tmp_path / "atlas.reviews")
+    assert verdict.reviewer == "Ada L."
+
+
 def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None:
     make_site(made, tmp_path)
     process, port = start(tmp_path / "atlas", "--show-labels")
@@ -171,8 +210,8 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         process.communicate()
 
 
-@pytest.mark.skipif(AXE is None, reason="no axe-core: CYTO_AXE names its axe.min.js")
 def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
+    checker = axe()
     make_site(made, tmp_path)
     process, port = start(tmp_path / "atlas")
     try:
@@ -185,7 +224,7 @@ def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
                     begin(page, port)
                 else:
                     page.goto(f"http://127.0.0.1:{port}/review.html")
-                page.add_script_tag(path=AXE)
+                page.evaluate(checker)
                 found = page.evaluate("axe.run()")["violations"]
                 assert not found, json.dumps(
                     [[each["id"], [node["html"] for node in each["nodes"]]] for each in found], indent=1

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,38 @@ def test_a_killed_server_loses_nothing(site: Path, tmp_path: Path) -> None:
     assert len(read_verdicts(tmp_path / "atlas.reviews")) == 2
     assert "stopped" in out
     assert err == ""
+
+
+def test_slow_and_many_connections_end(server: AtlasServer, monkeypatch: Any) -> None:
+    """One that sends a byte now and then is cut off; with too many open, the next is closed; others are answered."""
+    monkeypatch.setattr("cytosae.atlas.review_server._MOST_CONNECTIONS", 3)
+    monkeypatch.setattr("cytosae.atlas.review_server._LONGEST_REQUEST", 0.8)
+    port = server.server_port
+    waiting = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(2)]
+    began = time.monotonic()
+    with suppress(OSError):  # closed while we send
+        while time.monotonic() - began < 5:
+            waiting[0].sendall(b"G")
+            assert ask(port, "GET", "/review.css")[0] == 200
+            time.sleep(0.1)
+    assert 0.7 < time.monotonic() - began < 3
+    assert [each.recv(10) for each in waiting] == [b"", b""]
+    waiting += [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(4)]
+    assert waiting[-1].recv(10) == b""
+    assert time.monotonic() - began < 4, "closed at once"
+    monkeypatch.undo()
+    assert ask(port, "GET", "/review.css")[0] == 200
+    for each in waiting:
+        each.close()
+
+
+def test_a_silent_connection_ends(server: AtlasServer, monkeypatch: Any) -> None:
+    """Also one that promised a body."""
+    monkeypatch.setattr("cytosae.atlas.review_server._Handler.timeout", 0.2)
+    port = server.server_port
+    head = f"POST /reviews HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
+    head += f"X-Cyto-Token: {server.token}\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{"
+    for said in (b"", b"GET / HT", head.encode()):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+            raw.sendall(said)
+            assert raw.recv(100) == b""

@@ -8,23 +8,24 @@ from typing import Any
 import numpy as np
 
 from stores.errors import SpecMismatch
-from stores.files import sha256_json, write_atomic
+from stores.files import sha256_json
 from stores.progress import Progress
 from stores.results import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 
 from ..patch_maps import patch_side
 from ..selection import read_selection
-from .cohort import MAPPING_HEADER, Cohort
+from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
-from .concept_pages import Maps, write_concept_pages
+from .concept_pages import Maps, image_name, write_concept_pages
 from .config import AtlasConfig
 from .image_pages import write_images
 from .inputs import Inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
+from .pseudonyms import Pseudonyms, pseudonyms_file, read_pseudonyms, write_pseudonyms
 from .review_items import FILE as REVIEW
-from .review_items import PICTURES, ReviewConfig, make_review
+from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
 from .site import Site, copy_static
 
 _SAMPLE = 8  # pages of a kind that an estimate writes into memory
@@ -53,6 +54,8 @@ def write_atlas(
 ) -> AtlasResult:
     """Write the atlas to the folder `out`; with pseudonyms also `out`.pseudonyms.csv, who is who, beside it.
 
+    That file, if it is there, also decides the pseudonyms: an atlas that is built anew keeps them.
+
     Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
 
     Parameters
@@ -64,24 +67,25 @@ def write_atlas(
     StoreNotFound
         If the pages of selected latents are wanted and none were selected.
     SpecMismatch
-        If `out` holds another atlas (and not `overwrite`), or something else.
+        If `out` holds another atlas (and not `overwrite`), or something else; or `out`.pseudonyms.csv is not ours.
     DamagedStore
         If an input is damaged.
     """
-    mapping = out.absolute().with_name(f"{out.absolute().name}.pseudonyms.csv")
-    if config.pseudonyms and mapping.exists() and not mapping.read_bytes().startswith(MAPPING_HEADER):
-        raise SpecMismatch(f"{mapping} is in the way of who is who, and not ours; move it")
-    cohort, plan = _prepare(inputs, config)
+    pseudonyms = read_pseudonyms(pseudonyms_file(out)) if config.pseudonyms else None
+    cohort, plan = _prepare(inputs, config, pseudonyms)
     writer = begin_results(
         out,
         ATLAS,
-        _spec(inputs, config, plan),
+        _spec(inputs, config, plan, pseudonyms),
         overwrite=overwrite,
         inputs=given,
         packages=("numpy", "jinja2", "pillow"),
     )
-    if config.pseudonyms:
-        write_atomic(mapping, cohort.mapping_csv())
+    if pseudonyms is not None:
+        images = zip(plan.numbers.tolist(), plan.images.tolist(), strict=True)
+        called = [(f"image {number}", inputs.image_ids[image]) for number, image in images]
+        patients = zip(cohort.names, cohort.real_names, strict=True)
+        write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
     if writer.is_complete:
         summary = ResultStore(out, ATLAS).header.summary or {}
         return AtlasResult(**summary["result"], was_complete=True)
@@ -99,7 +103,7 @@ def write_atlas(
         _run(steps, lambda done, before=n_before: progress(before + done, n_steps, ""))  # type: ignore[misc]  # bound now
         n_before += n_all
     _write_few(site, inputs, cohort, plan, shared)
-    _write_provenance(site, inputs, config, plan, shared, identity=writer.header.identity)
+    _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
     writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
@@ -109,7 +113,10 @@ def write_atlas(
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
         n_bytes=site.n_bytes(),
-        unseen=[f"{_name(inputs, config, image)}: {why}" for image, why in sorted(maps.unseen.items())],
+        unseen=[
+            f"{image_name(inputs, plan, image, is_hidden=config.pseudonyms)}: {maps.unseen[image]}"
+            for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
+        ],
     )
     kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
     writer.finish({"result": kept, "latents": plan.latents.tolist(), "selection": list(plan.selection)})
@@ -119,10 +126,9 @@ def write_atlas(
 def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
     """What `write_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
 
-    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly. The pictures
-    of the review are not in it: up to six per dataset of each latent that experts are asked about.
+    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly.
     """
-    cohort, plan = _prepare(inputs, config)
+    cohort, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
     site, shared = Site(None), _shared(inputs, config)
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
@@ -133,7 +139,7 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
     _write_few(site, inputs, cohort, plan, shared)
-    _write_provenance(site, inputs, config, plan, shared, identity="")
+    _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
     wanted = {
@@ -155,7 +161,8 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
-    return AtlasResult(counts=counts, n_files=n_files, n_bytes=n_bytes, unseen=[])
+    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
+    return AtlasResult(counts=counts, n_files=n_files + of_review[0], n_bytes=n_bytes + of_review[1], unseen=[])
 
 
 def _n_values(inputs: Inputs, images: Any) -> int:
@@ -168,17 +175,17 @@ def _n_values(inputs: Inputs, images: Any) -> int:
     return n_values
 
 
-def _prepare(inputs: Inputs, config: AtlasConfig) -> tuple[Cohort, Plan]:
-    cohort = Cohort(inputs.barcodes, inputs.tau, pseudonyms=config.pseudonyms, seed=config.seed)
+def _prepare(inputs: Inputs, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> tuple[Cohort, Plan]:
+    cohort = Cohort(inputs.barcodes, inputs.tau, pseudonyms=pseudonyms)
     if len(cohort.patient_of) != inputs.first_images[-1] or cohort.n_latents != inputs.n_latents:
         raise SpecMismatch(
             f"{inputs.barcodes.root} has {len(cohort.patient_of):,} images and {cohort.n_latents:,} latents, "
             f"the latent stores {inputs.first_images[-1]:,} and {inputs.n_latents:,}"
         )
-    return cohort, make_plan(inputs, cohort, config)
+    return cohort, make_plan(inputs, cohort, config, pseudonyms)
 
 
-def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan) -> dict[str, Any]:
+def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonyms | None) -> dict[str, Any]:
     return {
         "barcodes": inputs.barcodes.header.identity,
         "concepts": inputs.concepts.identity,
@@ -187,6 +194,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan) -> dict[str, Any]:
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
+        **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),
     }
 
 
@@ -216,15 +224,16 @@ def _write_few(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: d
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
     write_pair_pages(site, inputs, cohort, plan, shared)
+    site.page("words.html", "words.html", **shared, side=patch_side(inputs.stores[0].spec.tokens_per_image))
 
 
 def _write_provenance(
-    site: Site, inputs: Inputs, config: AtlasConfig, plan: Plan, shared: dict[str, Any], *, identity: str
+    site: Site, inputs: Inputs, spec: dict[str, Any], shared: dict[str, Any], *, identity: str
 ) -> None:
     stores = [
         {
             "what": what,
-            "name": name,
+            "name": "" if shared["pseudonyms"] else name,  # folders may be called after patients
             "identity": header.identity,
             "created_by": header.created_by,
             "spec": header.spec,
@@ -232,7 +241,6 @@ def _write_provenance(
         }
         for what, name, header in inputs.headers
     ]
-    spec = _spec(inputs, config, plan)
     site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
 
 
@@ -242,10 +250,17 @@ def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> di
         inputs.concepts,
         inputs.sources,
         folder,
-        ReviewConfig(seed=config.seed),
-        selection=read_selection(inputs.concepts) if plan.selection else None,
-        comparisons=inputs.comparisons,
+        **_asked(inputs, plan, config),
     ).content  # images that cannot be shown are told with the pages
+
+
+def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
+    """What the review is about."""
+    return {
+        "config": ReviewConfig(seed=config.seed),
+        "selection": read_selection(inputs.concepts) if plan.selection else None,
+        "comparisons": inputs.comparisons,
+    }
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:
@@ -266,10 +281,6 @@ def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
         "diseases": len(cohort.diseases),
         "pairs": len(inputs.comparisons),
     }
-
-
-def _name(inputs: Inputs, config: AtlasConfig, image: int) -> str:
-    return f"image {image}" if config.pseudonyms else inputs.image_ids[image]
 
 
 def _run(steps: Iterable[int] | Iterator[int], tell: Callable[[int], None] = lambda done: None) -> None:

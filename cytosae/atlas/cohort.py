@@ -4,8 +4,6 @@ Barcodes are read in blocks of patients. Nothing here is ever patients x latents
 latents, and patients x some latents.
 """
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +16,8 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
 
-MAPPING_HEADER = b"pseudonym,patient"
+from .pseudonyms import Pseudonyms
+
 _ROWS = 256  # patients, or images, that are read together
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
@@ -36,17 +35,17 @@ class Row:
 class Cohort:
     """The patients and diseases of a barcodes folder. Both are known by a number, which their pages are called by."""
 
-    def __init__(self, barcodes: BarcodeStore, tau: float, *, pseudonyms: bool, seed: int) -> None:
-        """With `pseudonyms`, patients are numbered by a seeded shuffle, and called P0001, P0002, ..."""
+    def __init__(self, barcodes: BarcodeStore, tau: float, *, pseudonyms: Pseudonyms | None) -> None:
+        """With `pseudonyms`, patients are numbered in the order of these, and called P0001, P0002, ..."""
         self.barcodes, self.tau = barcodes, tau
         self._tau = tau if len(barcodes.taus) > 1 else None
         obs = barcodes.read_obs("patient", self._tau)
-        n_patients = len(obs)
-        order = np.random.default_rng(seed).permutation(n_patients) if pseudonyms else np.arange(n_patients)
+        stored = [str(name) for name in obs.index]
+        order = np.arange(len(obs)) if pseudonyms is None else pseudonyms.order(stored)
         self._rows_of = order  # number of a patient -> row in the store
         self._number_of = np.argsort(order)
-        self.real_names = [str(obs.index[row]) for row in order]
-        self.names = [f"P{n + 1:04d}" for n in range(n_patients)] if pseudonyms else self.real_names
+        self.real_names = [stored[row] for row in order]
+        self.names = self.real_names if pseudonyms is None else [f"P{n + 1:04d}" for n in range(len(obs))]
         self.datasets = [str(name) for name in np.asarray(obs["dataset"], object)[order]]
         self.n_images: Ints = np.asarray(obs["n_images"], np.int64)[order]
         self.diseases = [str(name) for name in barcodes.read_obs("disease", self._tau).index]
@@ -140,15 +139,6 @@ class Cohort:
             sums[self.disease_of[number], row.latents] += values
             squares[self.disease_of[number], row.latents] += values**2
         return sums, squares, np.bincount(self.disease_of % (len(self.diseases) + 1), minlength=len(self.diseases) + 1)
-
-    def mapping_csv(self) -> bytes:
-        """Pseudonym and name of every patient, as CSV that a spreadsheet does not execute."""
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(MAPPING_HEADER.decode().split(","))
-        for name, real in zip(self.names, self.real_names, strict=True):
-            writer.writerow([name, f"'{real}" if real[:1] in "=+-@\t\r" else real])
-        return text.getvalue().encode()
 
     @cached_property
     def _images(self) -> Any:

@@ -51,7 +51,10 @@ def write_patient_pages(
             stripes=stripes(row.latents, row.values, cohort.n_latents),
             characteristic=_characteristic(row, overall, plan),
             unusual=unusual,
-            cells=[_cell(inputs, cohort, plan, image, shared) for image in plan.cells[number]],
+            cells=[
+                _cell(inputs, cohort, plan, image, shared)
+                for image in sorted(plan.cells[number], key=plan.number_of.__getitem__)
+            ],
         )
         yield n_done
 
@@ -81,8 +84,8 @@ def _listed_patient(cohort: Cohort, number: int) -> dict[str, Any]:
 
 def _cell(inputs: Inputs, cohort: Cohort, plan: Plan, image: int, shared: dict[str, Any]) -> dict[str, Any]:
     return {
-        "image": image,
-        "name": image_name(inputs, image, is_hidden=shared["pseudonyms"]),
+        "image": plan.number_of[image],
+        "name": image_name(inputs, plan, image, is_hidden=shared["pseudonyms"]),
         "label": cohort.labels[image],
         "thumb": thumb_place(plan.thumb_of[image], len(plan.images)),
     }

@@ -124,8 +124,8 @@ def _reference_rows(inputs: Inputs, plan: Plan, maps: Maps, numbers: range, shar
     for code, dataset in enumerate(inputs.concepts.datasets):
         frames = [
             {
-                "image": int(references.image[number]),
-                "name": image_name(inputs, int(references.image[number]), is_hidden=shared["pseudonyms"]),
+                "image": plan.number_of[int(references.image[number])],
+                "name": image_name(inputs, plan, int(references.image[number]), is_hidden=shared["pseudonyms"]),
                 "rank": int(references.rank[number]),
                 "value": float(references.value[number]),
                 "label": references.label[number],
@@ -141,9 +141,9 @@ def _reference_rows(inputs: Inputs, plan: Plan, maps: Maps, numbers: range, shar
     return {"rows": rows, "largest": largest}
 
 
-def image_name(inputs: Inputs, image: int, *, is_hidden: bool) -> str:
+def image_name(inputs: Inputs, plan: Plan, image: int, *, is_hidden: bool) -> str:
     """What an image is called on a page; its id often holds the patient's name, so it may be hidden."""
-    return f"image {image}" if is_hidden else inputs.image_ids[image]
+    return f"image {plan.number_of[image]}" if is_hidden else inputs.image_ids[image]
 
 
 def _labels(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

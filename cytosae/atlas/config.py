@@ -18,7 +18,7 @@ class AtlasConfig:
     patient_images: int = 12  # of each patient, drawn at random
     pixels: int = 256  # of a picture, along its longer side
     tau: float | None = None  # of barcodes at several
-    seed: int = 0  # of the patients' images, and of pseudonyms
+    seed: int = 0  # of the patients' images, and of the review's decoys
     pseudonyms: bool = False
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from ..patch_maps import patch_side, read_tokens
+from ..patch_maps import patch_side, token_matrix
 from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
 from .config import AtlasConfig
@@ -16,6 +16,7 @@ from .pictures import Sheets, jpeg, reduced
 from .plan import Plan
 from .site import Site, packed
 
+_TOGETHER = 1 << 21  # nonzeros of images that are read together
 _HIDDEN = "its file is missing or cannot be read"  # the reason may hold a path, and a path a patient's name
 
 
@@ -30,25 +31,24 @@ def write_images(
     *,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
-    """Write all files of the images of the plan, in the order of the stores; gives how many are done after each.
+    """Write all files of the images of the plan, in its order; gives how many are done after each.
 
-    Fills `maps`. Memory: one image, and a sheet of thumbnails.
+    Fills `maps`. Memory: the tokens of some images, and a sheet of thumbnails.
 
     chosen : only these images (an estimate); thumbnails are then not where the pages look for them
     """
     images = plan.images if chosen is None else chosen
     sheets = Sheets(site)
     references = _by_image(plan)
-    for n_done, image in enumerate(images.tolist(), start=1):
+    for n_done, (image, tokens) in enumerate(_tokens(inputs, images.tolist()), start=1):
         number, row = inputs.place(image)
-        tokens = read_tokens(inputs.stores[number], row)
         patches = tokens[1:].tocsc()
         picture = inputs.sources.pictures[number](row)
         sheets.add(picture)
         if isinstance(picture, str):
             maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
         else:
-            site.write(f"pictures/{image}.jpg", jpeg(reduced(picture, config.pixels)))
+            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
         its_references = references.get(image, [])
         for reference in its_references:
             latent = int(plan.references.latent[reference])
@@ -56,6 +56,28 @@ def write_images(
         _write_page(site, inputs, cohort, plan, image, tokens, patches, maps.unseen.get(image), its_references, shared)
         yield n_done
     sheets.flush()
+
+
+def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
+    """(image_index, its tokens); images that follow each other closely are read together, as they share chunks."""
+    places = [inputs.place(image) for image in images]
+    first = 0
+    while first < len(images):
+        number, row = places[first]
+        starts, end = inputs.stores[number].image_indptr, first + 1
+        while (
+            end < len(images)
+            and places[end][0] == number
+            and places[end][1] > places[end - 1][1]
+            and starts[places[end][1] + 1] - starts[row] <= _TOGETHER
+        ):
+            end += 1
+        n_tokens = inputs.stores[number].spec.tokens_per_image
+        rows = inputs.stores[number].read_images(row, places[end - 1][1] + 1)
+        together = token_matrix(rows, inputs.n_latents)
+        for image, (_, at) in zip(images[first:end], places[first:end], strict=True):
+            yield image, together[(at - row) * n_tokens : (at - row + 1) * n_tokens]
+        first = end
 
 
 def _by_image(plan: Plan) -> dict[int, list[int]]:
@@ -78,15 +100,15 @@ def _write_page(
     references: list[int],
     shared: dict[str, Any],
 ) -> None:
-    patient = int(cohort.patient_of[image])
+    patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
-    site.data(f"image-{image}", _token_data(tokens, patches, plan))
+    site.data(f"image-{called}", _token_data(tokens, patches, plan))
     site.page(
-        f"images/{image}.html",
+        f"images/{called}.html",
         "image.html",
         **shared,
-        image=image,
-        name=image_name(inputs, image, is_hidden=shared["pseudonyms"]),
+        image=called,
+        name=image_name(inputs, plan, image, is_hidden=shared["pseudonyms"]),
         label=cohort.labels[image],
         dataset=cohort.image_datasets[image],
         patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
@@ -107,6 +129,7 @@ def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> di
     """Every value of an image, as a share of its largest in half precision: its patches by latent, and CLS apart."""
     counts = np.diff(patches.indptr)
     latents, cls = np.flatnonzero(counts), tokens[0]
+    either = np.union1d(latents, cls.indices).tolist()
     largest = float(tokens.data.max(initial=0))
     number = np.uint16 if tokens.shape[1] <= 1 << 16 else np.uint32
     return {
@@ -117,5 +140,5 @@ def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> di
         "values": packed((patches.data / (largest or 1)).astype(np.float16)),
         "cls_latents": packed(cls.indices.astype(number)),
         "cls_values": packed((cls.data / (largest or 1)).astype(np.float16)),
-        "has_page": packed(np.intersect1d(plan.latents, np.union1d(latents, cls.indices)).astype(number)),
+        "has_page": packed(np.array([*filter(plan.has_page, either)], number)),
     }

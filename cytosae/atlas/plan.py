@@ -14,6 +14,7 @@ from ..selection import FILE, read_selection
 from .cohort import Cohort
 from .config import AtlasConfig
 from .inputs import Inputs
+from .pseudonyms import Pseudonyms
 
 LISTED = 50  # of each top list of a comparison: Fig. 5 of the paper
 Ints = npt.NDArray[np.int64]
@@ -40,17 +41,18 @@ class Plan:
     clusters: dict[int, int]  # of the selection
     references: References
     cells: Sequence[Sequence[int]]  # per patient
-
-    @cached_property
-    def images(self) -> Ints:
-        """Image indices with a page, rising: what concepts and patients show."""
-        cells = np.array([image for images in self.cells for image in images], np.int64)
-        return np.unique(np.concatenate([self.references.image, cells]))
+    images: Ints  # image indices with a page, those that concepts and patients show, in the order of their thumbnails
+    numbers: Ints  # what the pages of these are called by: the index again, or a pseudonym
 
     @cached_property
     def thumb_of(self) -> dict[int, int]:
         """Image index -> its place on the sheets of thumbnails."""
-        return {int(image): number for number, image in enumerate(self.images)}
+        return {image: number for number, image in enumerate(self.images.tolist())}
+
+    @cached_property
+    def number_of(self) -> dict[int, int]:
+        """Image index -> what its page is called by."""
+        return dict(zip(self.images.tolist(), self.numbers.tolist(), strict=True))
 
     @cached_property
     def has_page(self) -> Callable[[int], bool]:
@@ -58,8 +60,8 @@ class Plan:
         return frozenset(self.latents.tolist()).__contains__
 
 
-def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> Plan:
-    """Choose latents and images.
+def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> Plan:
+    """Choose latents and images. Without pseudonyms, images keep the order of the stores, which they are read in.
 
     Raises
     ------
@@ -70,12 +72,20 @@ def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> Plan:
     """
     selection, clusters = _selection(inputs)
     latents = _latents(inputs, config, selection)
+    references = _references(inputs, latents, config.n_images)
+    cells = cohort.cells(config.patient_images, seed=config.seed)
+    of_patients = np.array([image for of_patient in cells for image in of_patient], np.int64)
+    images = np.unique(np.concatenate([references.image, of_patients]))
+    if pseudonyms is not None:
+        images = images[pseudonyms.order([inputs.image_ids[image] for image in images])]
     return Plan(
         latents=latents,
         selection=selection,
         clusters=clusters,
-        references=_references(inputs, latents, config.n_images),
-        cells=cohort.cells(config.patient_images, seed=config.seed),
+        references=references,
+        cells=cells,
+        images=images,
+        numbers=images if pseudonyms is None else np.arange(len(images)),
     )
 
 

@@ -11,6 +11,7 @@ from stores.results import ResultStore
 from stores.spec import ATLAS
 
 from .review_items import FILE, PICTURES
+from .site import plain_text
 
 LISTED, DECOY = ("a", "b"), "decoy"
 _CHOICES = {"meaningful": ("meaningful", "not", "unsure"), "specific": (*LISTED, "neither", "unsure")}
@@ -106,9 +107,9 @@ def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_
     )
     return {
         "question": question.question,
-        "title": question.title,
-        "a": question.a,
-        "b": question.b,
+        "title": plain_text(question.title),
+        "a": plain_text(question.a),
+        "b": plain_text(question.b),
         "choices": question.choices,
         "items": [_sent_item(item, review.evidence[item.latent], shows_labels) for item in items],
     }
@@ -117,7 +118,7 @@ def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_
 def _sent_item(item: Item, evidence: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
     rows = [
         {
-            "title": str(row["dataset"]) if shows_labels else f"Set {number}",
+            "title": plain_text(str(row["dataset"])) if shows_labels else f"Set {number}",
             "images": [_sent_image(image, shows_labels) for image in row["images"]],
         }
         for number, row in enumerate(evidence["rows"], start=1)
@@ -131,7 +132,7 @@ def _sent_image(image: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
     return {
         "src": None if file is None else f"{PICTURES}/{file}",
         "patches": str(image["patches"]),
-        "label": (image["label"] or "no label") if shows_labels else None,
+        "label": plain_text(image["label"] or "no label") if shows_labels else None,
     }
 
 

@@ -86,10 +86,8 @@ def make_review(
         If the concepts are of another SAE than the latents, or a comparison has another number of latents.
     """
     require_same_sae(concepts, sources)
-    questions = [] if selection is None else [_meaningful(concepts, selection)]
-    questions += [_specific(concepts, comparison, config) for comparison in comparisons]
-    asked = sorted({item["latent"] for question in questions for item in question["items"]})
-    evidence, unseen = _evidence(concepts, sources, asked, folder / PICTURES, config.n_images, progress)
+    questions = _questions(concepts, config, selection, comparisons)
+    evidence, unseen = _evidence(concepts, sources, _latents(questions), folder / PICTURES, config.n_images, progress)
     for question in questions:
         shown = [item for item in question["items"] if evidence[str(item["latent"])]["rows"]]
         question["n_without_images"] = len(question["items"]) - len(shown)
@@ -97,7 +95,39 @@ def make_review(
     return ReviewFile({"questions": questions, "latents": evidence}, unseen)
 
 
+def estimate_pictures(
+    concepts: ConceptStore,
+    sources: Sources,
+    config: ReviewConfig,
+    *,
+    selection: Selection | None = None,
+    comparisons: Sequence[ResultStore] = (),
+    most: int,
+) -> tuple[int, int]:
+    """How many pictures `make_review` would write, and their bytes, from `most` of them; nothing is written."""
+    latents = _latents(_questions(concepts, config, selection, comparisons))
+    images = sorted({sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)})
+    if not images:
+        return 0, 0
+    few = [images[at] for at in np.unique(np.linspace(0, len(images) - 1, most).astype(int))]
+    pictures = [sources.pictures[number](image_index) for number, image_index in few]
+    sizes = [len(_jpeg(picture)) for picture in pictures if not isinstance(picture, str)]
+    return round(len(images) * len(sizes) / len(few)), round(len(images) * sum(sizes) / len(few))
+
+
 # --------------------------------------------------------------------------------------------------- the questions
+
+
+def _questions(
+    concepts: ConceptStore, config: ReviewConfig, selection: Selection | None, comparisons: Sequence[ResultStore]
+) -> list[dict[str, Any]]:
+    questions = [] if selection is None else [_meaningful(concepts, selection)]
+    return questions + [_specific(concepts, comparison, config) for comparison in comparisons]
+
+
+def _latents(questions: Sequence[dict[str, Any]]) -> list[int]:
+    """Those that are asked about, rising."""
+    return sorted({item["latent"] for question in questions for item in question["items"]})
 
 
 def _meaningful(concepts: ConceptStore, selection: Selection) -> dict[str, Any]:
@@ -194,11 +224,7 @@ def _evidence(
     progress: Progress,
 ) -> tuple[dict[str, Evidence], list[str]]:
     """Of each latent its reference images with maps; the images that cannot be shown."""
-    table = concepts.all_top_images
-    is_wanted = pc.and_(
-        pc.is_in(table["latent"], pa.array(latents, pa.int64())), pc.less_equal(table["rank"], n_images)
-    )
-    top = table.filter(is_wanted).to_pylist()
+    top = _top_images(concepts, latents, n_images)
     by_image: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (store, image_index): rows of `top`
     for row in top:
         by_image.setdefault(sources.find(row["image_id"]), []).append(row)
@@ -222,6 +248,13 @@ def _evidence(
     return {str(latent): _as_json(rows) for latent, rows in of_latent.items()}, unseen
 
 
+def _top_images(concepts: ConceptStore, latents: Sequence[int], n_images: int) -> list[dict[str, Any]]:
+    """Rows of top_images.parquet: the first `n_images` of each latent in each dataset."""
+    table = concepts.all_top_images
+    is_asked = pc.is_in(table["latent"], pa.array(latents, pa.int64()))
+    return list(table.filter(pc.and_(is_asked, pc.less_equal(table["rank"], n_images))).to_pylist())
+
+
 def _as_json(top: list[dict[str, Any]]) -> Evidence:
     """The top images of one latent, by dataset, their maps on one scale."""
     largest = max((float(row["map"].max()) for row in top), default=0.0)
@@ -237,15 +270,20 @@ def _as_json(top: list[dict[str, Any]]) -> Evidence:
 
 def write_picture(pixels: Pixels, folder: Path) -> str:
     """Write a JPEG of at most 360 pixels along its longer side; its name, which is made from its content."""
+    data = _jpeg(pixels)
+    name = f"{hashlib.sha256(data).hexdigest()[:32]}.jpg"
+    (folder / name).write_bytes(data)
+    return name
+
+
+def _jpeg(pixels: Pixels) -> bytes:
     from PIL import Image
 
     picture = Image.fromarray(pixels)
     picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=_QUALITY)
-    name = f"{hashlib.sha256(data.getvalue()).hexdigest()[:32]}.jpg"
-    (folder / name).write_bytes(data.getvalue())
-    return name
+    return data.getvalue()
 
 
 def encode_map(patches: Map, largest: float) -> str:

@@ -10,11 +10,13 @@ import hmac
 import json
 import logging
 import secrets
+import socket
 import socketserver
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +36,8 @@ HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Cyto-Token"
 _LONGEST_BODY = 1 << 16  # bytes of a POST
 _TIMEOUT = 30  # seconds that a connection may be silent
+_LONGEST_REQUEST = 120  # seconds that it may take, however it dribbles in
+_MOST_CONNECTIONS = 64  # at a time: each has a thread
 _OWN = {name: f"static/{name}" for name in ("review.html", "review.js", "review.css")}  # of this package
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -72,6 +76,7 @@ class AtlasServer(ThreadingHTTPServer):
         """Bind to the port; the caller holds the lock of `reviews`."""
         self.site, self.reviews, self.review, self.config = site.resolve(), reviews, review, config
         self.token = secrets.token_hex(32)
+        self._began: dict[Any, float] = {}  # open connection -> when it came
         self.writing = threading.Lock()
         try:
             super().__init__((HOST, config.port), _Handler)
@@ -90,6 +95,26 @@ class AtlasServer(ThreadingHTTPServer):
     def address(self) -> str:
         """Of the first page to open: the atlas, or the review if nothing else is served."""
         return f"http://{HOST}:{self.server_port}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start to answer, unless too many wait already: then the connection is closed."""
+        if len(self._began) >= _MOST_CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self._began[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The end of every connection."""
+        self._began.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Twice a second: end what takes too long; its thread finds the connection closed."""
+        for request, began in list(self._began.items()):
+            if time.monotonic() - began > _LONGEST_REQUEST:
+                with suppress(OSError):  # it came to its own end meanwhile
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away is nobody's error; anything else is ours, and shown as such."""

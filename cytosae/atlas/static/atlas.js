@@ -603,7 +603,7 @@ async function startPair() {
     x: Float32Array.from(columns.mean_b, Math.sqrt),
     y: Float32Array.from(columns.mean_a, Math.sqrt),
     ticks: [ticks, ticks],
-    titles: ["mean in B", "mean in A"],
+    titles: [`mean in B, ${canvas.dataset.b}`, `mean in A, ${canvas.dataset.a}`],
     diagonal: true,
     describe(n) {
       const lines = [`latent ${n}`, `A ${short(columns.mean_a[n])}, B ${short(columns.mean_b[n])}`, `difference ${short(columns.difference[n])}`, `q ${short(columns.q[n])}`, ...(built.has(n) ? [] : ["no page"])];

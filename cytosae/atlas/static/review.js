@@ -61,7 +61,7 @@ function choose(number) {
   question = review.questions[number];
   $("choices").replaceChildren(element("legend", "Verdict"), ...question.choices.map((value) => radio("choice", value, words(value), KEYS[value])));
   $("confidence").replaceChildren(
-    element("legend", "How sure are you? (1 a guess, 5 certain)"),
+    element("legend", "How sure? (1 a guess, 5 certain)"),
     ...[1, 2, 3, 4, 5].map((value) => radio("sure", String(value), "", String(value)))
   );
   show(firstOpen(0) ?? 0);
