@@ -32,7 +32,7 @@ from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds
 from .folds import check_groups, shuffle_labels
 from .probe_baselines import MilConfig
 from .probe_report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
-from .probe_units import LEVELS, UnitConfig, Units, read_units
+from .probe_units import BY_LOT, LEVELS, UnitConfig, Units, read_units
 from .threshold_columns import ThresholdColumns
 from .threshold_grams import ThresholdGrams
 
@@ -46,6 +46,7 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
     "samples": "n c / 100, n training rows: the paper's words, as C",
     "samples-inverse": "100 / (n c): the paper's words, as a penalty",
 }
+REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
 GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
 _DENSE_BYTES = 512 << 20
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -116,7 +117,14 @@ def write_probe(
     tokens = open_caches(caches) if caches else []
     units = read_units(store, unit_config, seed=config.seed)
     warnings = [*units.warnings]
-    warnings += check_groups(units.labels, units.groups, units.classes, n_folds=config.folds, target=target)
+    warnings += check_groups(
+        units.labels,
+        units.groups,
+        units.classes,
+        n_folds=config.folds,
+        target=target,
+        were_drawn=BY_LOT in units.left_out,
+    )
     normalize = store.header.spec["normalize"]
     if normalize != "images" and unit_config.level == "patient":
         warnings.append(
@@ -197,7 +205,7 @@ def _run_all(
         n_classes=n_classes,
         strength=rule.of(units.n_latents),
     )
-    barcodes = _along_thresholds(units, config.thresholds)
+    barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
 
     def begin(pool: ThreadPoolExecutor, number: int, labels: Ints) -> tuple[Division, list[Future[Fold]]]:
         division = divide(labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
@@ -230,16 +238,16 @@ def _run_all(
     return repeats, shuffles
 
 
-def _along_thresholds(units: Units, thresholds: tuple[float, ...]) -> Thresholds:
-    """The barcodes, ready for fits: the way that is faster for so many."""
-    if len(units.names) > GRAM_ROWS:
-        return ThresholdColumns(units.values, units.sums, units.counts, thresholds)
-    matrices = units.values, units.sums, units.counts
-    is_small = 3 * 8 * units.values.shape[0] * units.values.shape[1] <= _DENSE_BYTES
-    values, sums, counts = (
-        (np.ascontiguousarray(matrix.toarray().T) if is_small else matrix.T.tocsr()) for matrix in matrices
-    )
-    return ThresholdGrams(values, sums, counts, thresholds)
+def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> Thresholds:
+    """Barcodes, CSR (n, m) as in `Units`, ready for fits: the way that is faster for so many rows."""
+    if values.shape[0] > GRAM_ROWS:
+        return ThresholdColumns(values, sums, counts, thresholds)
+    is_small = 3 * 8 * values.shape[0] * values.shape[1] <= _DENSE_BYTES
+
+    def by_latent(matrix: Any) -> Any:
+        return np.ascontiguousarray(matrix.toarray().T) if is_small else matrix.T.tocsr()
+
+    return ThresholdGrams(by_latent(values), by_latent(sums), by_latent(counts), thresholds)
 
 
 def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 LEVELS = ("patient", "image")
+BY_LOT = "images by lot (--max-images)"  # why images are left out
 _MOST_BYTES = 8 << 30  # of barcodes and sums, while they are read
 _ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
 
@@ -34,7 +35,7 @@ class UnitConfig:
     classes: tuple[str, ...] = ()  # keep these only; (): all
     group_by: str | None = None  # a column of the images: a common value keeps units together
     min_images: int = 1  # patients with fewer readable images are left out, and their images
-    max_images: int = 300  # of level "image": so many at random
+    max_images: int = 1000  # of level "image": so many at random
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
     chosen.sort(key=lambda unit: unit.name)
     if config.level == "image" and len(chosen) > config.max_images:
         drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
-        left_out["images by lot (--max-images)"] = len(chosen) - config.max_images
+        left_out[BY_LOT] = len(chosen) - config.max_images
         chosen = [chosen[k] for k in drawn]
     if not chosen:
         raise BadInput(f"no {config.level} of {store.root} with {config.target} is left; see its `obs`")
@@ -170,11 +171,11 @@ def _with_barcodes(
             f"the barcodes of {len(units):,} {config.level}s need {n_bytes / 2**30:.0f} GiB; "
             f"at most {_MOST_BYTES >> 30} are taken: choose a smaller --max-images or a larger tau"
         )
-    barcodes, sums, *counts = (_read_rows(store, config, rows, layer) for layer in layers)
+    barcodes = _read_rows(store, config, rows, layers[0])
     there = np.unique(barcodes.indices)
     if not len(there):
         warnings = [*warnings, "every barcode is empty: no latent exceeds tau in these units"]
-    sums = sums[:, there]
+    sums, *counts = (_read_rows(store, config, rows, layer)[:, there].astype(np.float64) for layer in layers[1:])
     classes = sorted({unit.label for unit in units})
     groups = np.unique([unit.group for unit in units], return_inverse=True)[1]
     return Units(
@@ -183,9 +184,9 @@ def _with_barcodes(
         classes=classes,
         groups=groups.astype(np.int64),
         image_ids=[unit.image_ids for unit in units],
-        values=barcodes[:, there],
+        values=barcodes[:, there].astype(np.float64),
         sums=sums,
-        counts=counts[0][:, there] if counts else (sums > 0).astype(np.float64),
+        counts=counts[0] if counts else (sums > 0).astype(np.float64),
         n_latents=barcodes.shape[1],
         left_out=left_out,
         warnings=warnings,
@@ -193,10 +194,10 @@ def _with_barcodes(
 
 
 def _read_rows(store: BarcodeStore, config: UnitConfig, rows: Ints, layer: str) -> Any:
-    """Rows of a matrix in this order, CSR in float64."""
+    """Rows of a matrix in this order, CSR in float32."""
     order = np.argsort(rows)
     found = store.read_rows(config.level, rows[order], config.tau, layer=layer)
-    return found.astype(np.float64)[np.argsort(order)]
+    return found[np.argsort(order)]
 
 
 def shared_groups(units: Units) -> int:

@@ -31,10 +31,7 @@ class ThresholdColumns:
         return reached(self._sums, self._counts, self._thresholds, training)
 
     def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
-        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit.
-
-        Each fit begins at the weights that the one before gave to the latents that are left.
-        """
+        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit."""
         seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
         strength = plan.strength(seen.shape[0])
         probabilities, n_kept, fits = list[Float](), list[int](), list[ColumnFit]()
@@ -42,8 +39,7 @@ class ThresholdColumns:
             kept = levels[latents] > t
             if not (fits and kept.all()):
                 seen, new, latents = seen[:, kept], new[:, kept], latents[kept]
-                start = fits[-1].weights[kept] if fits else None
-                fits.append(fit_columns(seen, labels[training], plan.n_classes, strength, start=start))
+                fits.append(fit_columns(seen, labels[training], plan.n_classes, strength))
                 found = fits[-1].probabilities(new)
             probabilities.append(found)
             n_kept.append(len(latents))
