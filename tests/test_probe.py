@@ -6,7 +6,7 @@ Slow twins: scikit-learn on all columns, plain loops over folds and thresholds, 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from threadpoolctl import threadpool_limits
 
 from cli import cli
 from cytosae import logistic_columns, probe, probe_units, threshold_grams
@@ -51,6 +52,13 @@ from cli import cli
 cli(sys.argv[1:], standalone_mode=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in `write_probe`: two threads of BLAS on a machine that is shared take ten times as long."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 # ------------------------------------------------------------------------------------------- made-up barcodes
@@ -412,11 +420,12 @@ def test_of_a_single_threshold_nothing_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("way", ["grams", "columns"])
-def test_what_is_predicted_has_no_part_in_the_fit(way: str) -> None:
+def test_what_is_predicted_has_no_part_in_the_fit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other test rows, wildly changed: what was chosen stays, and so does a test row that was not changed."""
+    monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 30)  # not to the end: it would be the same
     values, sums, counts, labels, groups = small_problem()
     before = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
-    for fold in range(PLAN.n_folds):
+    for fold in range(PLAN.n_folds if way == "grams" else 1):
         untouched, *others = np.flatnonzero(before.fold_of == fold)
         changed = [matrix.copy() for matrix in (values, sums, counts)]
         rng = np.random.default_rng(fold)
@@ -533,17 +542,17 @@ def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.M
         return read_rows(self, level, rows, *more, **named)
 
     monkeypatch.setattr(BarcodeStore, "read_rows", noted)
-    folder = write_images(tmp_path / "b", n_images=900, n_latents=1000)
+    folder = write_images(tmp_path / "b", n_images=600, n_latents=600)
     config = quick(
-        folds=3, repeats=1, thresholds=(0.0, 0.05), units=UnitConfig(level="image", target="", max_images=600)
+        folds=3, repeats=1, thresholds=(0.0, 0.05), units=UnitConfig(level="image", target="", max_images=400)
     )
     ways = {"one": (100, 1), "two": (100, 2), "grams": (1000, 1)}
     for name, (most, workers) in ways.items():
         monkeypatch.setattr(probe, "GRAM_ROWS", most)
         scores, _ = write_probe(folder, tmp_path / name, config, workers=workers)
-        assert (scores["n_units"], scores["n_groups"], scores["n_fits_unconverged"]) == (600, 60, 0)
+        assert (scores["n_units"], scores["n_fits_unconverged"]) == (400, 0)
         assert 0.75 < scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.97  # a tenth is mislabelled
-    assert read == [600] * 6
+    assert read == [400] * 6
     tables = [ResultStore(tmp_path / name, PROBE).table("predictions") for name in ways]
     near = [np.stack(table["probabilities"].to_numpy()) for table in tables[1:]]
     assert np.quantile(np.abs(near[0] - near[1]), 0.99) < 0.01
@@ -553,7 +562,7 @@ def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.M
     scores, _ = write_probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,)))
     assert any("3 fits did not converge" in warning for warning in scores["warnings"])
     monkeypatch.setattr(probe_units, "_MOST_BYTES", 1 << 10)
-    with pytest.raises(BadInput, match=r"barcodes of 600 images need .* GiB; .* choose a smaller --max-images"):
+    with pytest.raises(BadInput, match=r"barcodes of 400 images need .* GiB; .* choose a smaller --max-images"):
         write_probe(folder, tmp_path / "four", config)
 
 
