@@ -4,8 +4,9 @@ The same minimum of C * (sum of log losses) + ||w||^2 / 2, by scipy's L-BFGS on 
 dense tokens as they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. Columns count
 from their mean (the free intercept makes up for it), which takes a half to an eighth of the steps; nothing is copied.
 
-The search ends where the objective is within 1e-7 of its minimum, relatively. That is known without the minimum: the
-objective bends upwards by at least 1 in every direction of w, so it lies at most half the square of the slope above it.
+The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
+whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
+1 in every direction of w, so it lies at most half the square of the slope above it.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 NEWTON_ROWS = 250  # up to here, Newton's method is faster (docs/log.md)
 _GAP = 1e-7  # between the objective and its minimum, relative
-_MOST_STEPS = 2000
+_ROUNDING = 1e-14  # of the objective, relative
+_MOST_STEPS = 5000
 _MEMORY = 30  # steps that L-BFGS remembers
 
 
@@ -109,6 +111,7 @@ class _Search:
         """Weights, intercept, number of steps, and whether the end was reached."""
         begin = np.zeros((self.x.shape[1] + 1, self.one_hot.shape[1]))
         begin[-1] = np.log(self.one_hot.mean(0))
+        self._at_zero = self._value(begin.ravel())[0]
         options = {"maxiter": _MOST_STEPS, "maxfun": 2 * _MOST_STEPS, "maxcor": _MEMORY, "gtol": 0, "ftol": 0}
         found = minimize(self._value, begin.ravel(), jac=True, method="L-BFGS-B", callback=self._look, options=options)
         point = found.x.reshape(begin.shape)
@@ -128,7 +131,8 @@ class _Search:
 
     def _is_near(self, value: float) -> bool:
         """Whether the point that was looked at last, where the objective was `value`, is near enough to the minimum."""
-        return float((self._slope**2).sum()) / 2 <= _GAP * value
+        near = max(_GAP * min(value, self._at_zero - value), _ROUNDING * value)
+        return float((self._slope**2).sum()) / 2 <= near
 
     def _look(self, intermediate_result: OptimizeResult) -> None:
         if self._is_near(intermediate_result.fun):

@@ -241,6 +241,9 @@ def test_a_fit_ends_within_its_tolerance() -> None:
 
     least = objective(100.0 * (x - x.mean(0)).T @ exact.dual, exact.probabilities(x @ x.T))
     assert 1e-12 < objective(fit.weights, fit.probabilities(x)) / least - 1 <= 1e-7
+    weak = fit_columns(x / 1e4, labels, 3, 100.0).probabilities(x / 1e4) - np.bincount(labels) / 80
+    wanted = fit_rows(x @ x.T / 1e8, labels, 3, 100.0).probabilities(x @ x.T / 1e8) - np.bincount(labels) / 80
+    np.testing.assert_allclose(weak, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_what_cannot_be_learnt_is_stated_as_shares() -> None:
