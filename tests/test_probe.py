@@ -217,7 +217,7 @@ def test_many_rows_are_fitted_as_few_are(
     labels = rng.integers(0, n_classes, n) * 2  # classes 1, 3 ... have no row
     exact = fit_rows(x @ x.T, labels, 2 * n_classes, strength).probabilities(new @ x.T)
     monkeypatch.setattr(logistic_columns, "NEWTON_ROWS", 0)
-    monkeypatch.setattr(logistic_columns, "_GAP", 1e-12)
+    monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
     factored = fit_gram(x @ x.T, labels, 2 * n_classes, strength)
     assert factored.converged
     np.testing.assert_allclose(factored.probabilities(new @ x.T), exact, atol=1e-5)
@@ -395,7 +395,7 @@ def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thr
 @pytest.mark.parametrize("way", ["grams", "sparse grams", "columns"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_repeat_is_its_slow_twin(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logistic_columns, "_GAP", 1e-12)
+    monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
     monkeypatch.setattr(threshold_grams, "_BLOCK", 200)
     values, sums, counts, labels, groups = small_problem(seed)
     fast = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
