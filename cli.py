@@ -2103,12 +2103,16 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     "--min-images", type=_COUNT, default=1, show_default=True, help="Leave out patients with fewer readable images."
 )
 @click.option(
-    "--max-images", type=_COUNT, default=300, show_default=True, help="At level image: so many, drawn at random."
+    "--max-images",
+    type=_COUNT,
+    default=1000,
+    show_default=True,
+    help="At level image: so many, drawn at random; a large number for all.",
 )
 @click.option("--folds", type=int, default=5, show_default=True, help="Folds of whole groups.")
 @click.option("--inner-folds", type=int, default=3, show_default=True, help="Folds that choose the threshold inside.")
-@click.option("--repeats", type=int, default=10, show_default=True, help="Times that new folds are drawn.")
-@click.option("--permutations", type=int, default=99, show_default=True, help="Shuffles of the labels; 0: none.")
+@click.option("--repeats", type=int, help="Times that new folds are drawn  [default: 10; at level image 3].")
+@click.option("--permutations", type=int, help="Shuffles of the labels; 0: none  [default: 99; at level image 19].")
 @click.option(
     "--regularization",
     type=click.Choice(["latents", "backbone", "samples", "samples-inverse"]),
@@ -2142,6 +2146,8 @@ def probe(
     caches: tuple[Path, ...],
     sae: Path | None,
     thresholds: tuple[float, ...],
+    repeats: int | None,
+    permutations: int | None,
     workers: int,
     overwrite: bool,
     as_json: bool,
@@ -2152,16 +2158,19 @@ def probe(
     \b
     Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
     """
-    from cytosae.probe import THRESHOLDS, ProbeConfig, write_probe
+    from cytosae.probe import REPETITIONS, THRESHOLDS, ProbeConfig, write_probe
     from cytosae.probe_baselines import MilConfig
     from cytosae.probe_units import UnitConfig
 
     of_units = ("level", "target", "classes", "tau", "group_by", "min_images", "max_images")
     units = UnitConfig(**{name: settings.pop(name) for name in of_units})
     mil = MilConfig(repeats=settings.pop("mil_repeats"), epochs=settings.pop("mil_epochs"))
+    usual_repeats, usual_permutations = REPETITIONS[units.level]
     config = ProbeConfig(
         units=units,
         thresholds=tuple(sorted(thresholds)) or THRESHOLDS,
+        repeats=usual_repeats if repeats is None else repeats,
+        permutations=usual_permutations if permutations is None else permutations,
         mil=mil if settings.pop("mil") else None,
         **settings,
     )

@@ -35,8 +35,10 @@ def connected_groups(columns: Sequence[Sequence[str]]) -> Ints:
     return np.unique(found, return_inverse=True)[1].astype(np.int64)
 
 
-def check_groups(labels: Ints, groups: Ints, classes: Sequence[str], *, n_folds: int, target: str) -> list[str]:
-    """Warnings on what so few groups can say.
+def check_groups(
+    labels: Ints, groups: Ints, classes: Sequence[str], *, n_folds: int, target: str, were_drawn: bool = False
+) -> list[str]:
+    """Warnings on what so few groups can say; `were_drawn`: there are more rows than these.
 
     Raises
     ------
@@ -50,6 +52,7 @@ def check_groups(labels: Ints, groups: Ints, classes: Sequence[str], *, n_folds:
     if short:
         fewest = min(n_groups)
         first = f"choose --folds {fewest}, or " if fewest >= 2 else ""
+        first = f"raise --max-images, or {first}" if were_drawn else first
         raise BadInput(
             f"{n_folds} folds need at least {n_folds} independent groups of each class of {target}; found "
             f"{listed(short)} (all {len(labels):,} rows form {len(np.unique(groups)):,} groups); "

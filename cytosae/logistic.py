@@ -71,7 +71,7 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
     value = _objective(pull + intercept, dual, pull, one_hot)
     converged, n_steps, before, moved = False, 0, 1.0, np.inf
     while not converged and n_steps < _MOST_STEPS:
-        residual, p = _residual(pull + intercept, one_hot)
+        residual, p = residuals(pull + intercept, one_hot)
         if moved > _NEAR * min(1.0, before):
             hessian = _Inverse(kernel, p)
         step, shift = hessian.solve(residual - dual, dual.sum(0))
@@ -102,6 +102,22 @@ def softmax(logits: Float) -> Float:
     return shares
 
 
+def log_losses(logits: Float, one_hot: Float) -> float:
+    """Their sum; exact for a loss near 0, too."""
+    above = logits - (logits * one_hot).sum(1, keepdims=True)
+    above[one_hot > 0] = -np.inf
+    top = above.max(1)
+    return float(np.logaddexp(0, top + np.log(np.exp(above - top[:, None]).sum(1))).sum())
+
+
+def residuals(logits: Float, one_hot: Float) -> tuple[Float, Float]:
+    """y - p (rows, classes) without losing what is left of 1 - p, and p."""
+    p = softmax(logits)
+    residual = -p
+    residual[one_hot > 0] = (p * (1 - one_hot)).sum(1)
+    return residual, p
+
+
 def _beginning(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
     """Ridge regression of the classes, at the best of some scales, or nothing: decides the time, not the result.
 
@@ -118,19 +134,7 @@ def _beginning(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
 
 def _objective(logits: Float, dual: Float, pull: Float, one_hot: Float) -> float:
     """Log losses and penalty, both divided by C."""
-    above = logits - (logits * one_hot).sum(1, keepdims=True)
-    above[one_hot > 0] = -np.inf
-    top = above.max(1)
-    losses = np.logaddexp(0, top + np.log(np.exp(above - top[:, None]).sum(1)))  # exact for a loss near 0, too
-    return float(losses.sum() + (dual * pull).sum() / 2)
-
-
-def _residual(logits: Float, one_hot: Float) -> tuple[Float, Float]:
-    """y - p without losing what is left of 1 - p, and p."""
-    p = softmax(logits)
-    residual = -p
-    residual[one_hot > 0] = (p * (1 - one_hot)).sum(1)
-    return residual, p
+    return log_losses(logits, one_hot) + float((dual * pull).sum() / 2)
 
 
 class _Inverse:

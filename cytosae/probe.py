@@ -9,8 +9,9 @@ Nothing is standardised and nothing is chosen with the rows that are predicted. 
 if it is wanted, brings it.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,12 @@ from stores.results import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
 
 from . import probe_baselines as baselines
-from .cross_validation import Plan, Repeat, Strength, run_repeat
+from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, gather, run_fold
 from .folds import check_groups, shuffle_labels
 from .probe_baselines import MilConfig
 from .probe_report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
-from .probe_units import LEVELS, UnitConfig, Units, read_units
+from .probe_units import BY_LOT, LEVELS, UnitConfig, Units, read_units
+from .threshold_columns import ThresholdColumns
 from .threshold_grams import ThresholdGrams
 
 Float = npt.NDArray[np.float64]
@@ -44,6 +46,9 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
     "samples": "n c / 100, n training rows: the paper's words, as C",
     "samples-inverse": "100 / (n c): the paper's words, as a penalty",
 }
+REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
+GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
+_DENSE_BYTES = 512 << 20
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -112,7 +117,14 @@ def write_probe(
     tokens = open_caches(caches) if caches else []
     units = read_units(store, unit_config, seed=config.seed)
     warnings = [*units.warnings]
-    warnings += check_groups(units.labels, units.groups, units.classes, n_folds=config.folds, target=target)
+    warnings += check_groups(
+        units.labels,
+        units.groups,
+        units.classes,
+        n_folds=config.folds,
+        target=target,
+        were_drawn=BY_LOT in units.left_out,
+    )
     normalize = store.header.spec["normalize"]
     if normalize != "images" and unit_config.level == "patient":
         warnings.append(
@@ -193,27 +205,49 @@ def _run_all(
         n_classes=n_classes,
         strength=rule.of(units.n_latents),
     )
-    grams = ThresholdGrams(units.values, units.sums, units.counts, config.thresholds)
+    barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
 
-    def repeat(number: int, labels: Ints) -> Repeat:
-        return run_repeat(grams, labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
+    def begin(pool: ThreadPoolExecutor, number: int, labels: Ints) -> tuple[Division, list[Future[Fold]]]:
+        division = divide(labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
+        folds = range(config.folds)
+        return division, [pool.submit(run_fold, barcodes, labels, division, fold, plan) for fold in folds]
 
-    def shuffle(number: int) -> Shuffle:
-        labels = shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]))
-        return keep_shuffle(repeat(0, labels), labels, n_classes)
-
+    shuffled = [
+        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]))
+        for number in range(config.permutations)
+    ]
+    repeats, shuffles = list[Repeat](), list[Shuffle]()
     with ThreadPoolExecutor(workers) as pool:
-        repeats = [pool.submit(repeat, number, units.labels) for number in range(config.repeats)]
-        shuffles = [pool.submit(shuffle, number) for number in range(config.permutations)]
-        jobs: list[Future[Any]] = [*repeats, *shuffles]
+        begun = deque(begin(pool, number, units.labels) for number in range(config.repeats))
+        begun.extend(begin(pool, 0, labels) for labels in shuffled)
         try:
-            for n_done, job in enumerate(as_completed(jobs), start=1):
-                job.result()  # raises what it raised
-                progress(n_done, _n_steps(config), "repeats and permutations")
+            for number in range(len(begun)):
+                division, folds = begun.popleft()
+                found = []
+                for fold in folds:
+                    found.append(fold.result())  # raises what it raised
+                    progress(number * config.folds + len(found), _n_steps(config), "folds of repeats and permutations")
+                repeat = gather(division, found)
+                if number < config.repeats:
+                    repeats.append(repeat)
+                else:
+                    shuffles.append(keep_shuffle(repeat, shuffled[number - config.repeats], n_classes))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [job.result() for job in repeats], [job.result() for job in shuffles]
+    return repeats, shuffles
+
+
+def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> Thresholds:
+    """Barcodes, CSR (n, m) as in `Units`, ready for fits: the way that is faster for so many rows."""
+    if values.shape[0] > GRAM_ROWS:
+        return ThresholdColumns(values, sums, counts, thresholds)
+    is_small = 3 * 8 * values.shape[0] * values.shape[1] <= _DENSE_BYTES
+
+    def by_latent(matrix: Any) -> Any:
+        return np.ascontiguousarray(matrix.toarray().T) if is_small else matrix.T.tocsr()
+
+    return ThresholdGrams(by_latent(values), by_latent(sums), by_latent(counts), thresholds)
 
 
 def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:
@@ -268,7 +302,8 @@ def _mil(
             training, seed = repeat.fold_of != fold, (config.seed, 3, number, fold)
             out[~training] = mil.fit_predict(images, rows_of, units.labels, training, n_classes, config.mil, seed=seed)
         found.append(out)
-        progress(config.repeats + config.permutations + 1 + number, _n_steps(config), "attention MIL")
+        n_before = config.folds * (config.repeats + config.permutations)
+        progress(n_before + number + 1, _n_steps(config), "attention MIL")
     return found
 
 
@@ -282,7 +317,8 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
 
 def _n_steps(config: ProbeConfig) -> int:
     """For the progress."""
-    return config.repeats + config.permutations + (min(config.mil.repeats, config.repeats) if config.mil else 0)
+    n_folds = config.folds * (config.repeats + config.permutations)
+    return n_folds + (min(config.mil.repeats, config.repeats) if config.mil else 0)
 
 
 def _provenance(latents_spec: list[dict[str, Any]], caches: list[ActivationStore], sae: Path | None) -> list[str]:

@@ -19,12 +19,13 @@ from stores.progress import Progress
 from stores.tables import column, listed
 
 from .cross_validation import Strength
-from .logistic import fit_rows
+from .logistic_columns import NEWTON_ROWS, fit_columns, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Predict = Callable[[Ints, Bools], Float]  # labels (n,), training rows -> (other rows, n_classes) probabilities
+_READ_IMAGES = 64  # that are read together
 COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is one number
 
 
@@ -50,7 +51,7 @@ class ImageTokens:
 
 
 def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Progress) -> ImageTokens:
-    """Mean patch token and CLS token of the wanted images, in their order, chunk by chunk. Sums in float64.
+    """Mean patch token and CLS token of the wanted images, in their order; no others are read. Sums in float64.
 
     Raises
     ------
@@ -71,16 +72,13 @@ def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], 
     found = ImageTokens(np.zeros((len(wanted), width)), np.zeros((len(wanted), width)))
     n_done = 0
     for number, store in enumerate(stores):
-        target = np.full(store.spec.n_images, -1)
-        for k, image_id in enumerate(wanted):
-            if place[image_id][0] == number:
-                target[place[image_id][1]] = k
-        for rows, tokens in store.iter_chunks():
-            for i in np.flatnonzero(target[rows.start : rows.stop] >= 0):
-                image = tokens[i].astype(np.float64)
-                k = target[rows.start + i]
+        mine = sorted((place[image_id][1], k) for k, image_id in enumerate(wanted) if place[image_id][0] == number)
+        for start in range(0, len(mine), _READ_IMAGES):
+            some = mine[start : start + _READ_IMAGES]
+            for tokens, (_, k) in zip(store.read_images([index for index, _ in some]), some, strict=True):
+                image = tokens.astype(np.float64)
                 found.cls[k], found.patches[k] = image[0], image[1:].mean(0)
-                n_done += 1
+            n_done += len(some)
             progress(n_done, len(wanted), "tokens")
     return found
 
@@ -113,14 +111,17 @@ def number_of_images(n_images: Ints, n_classes: int) -> Predict:
 
 def features(values: Float, n_classes: int, strength: Strength) -> Predict:
     """The probe's own logistic regression, on (n, width) features as they are."""
-    gram = values @ values.T
+    gram = values @ values.T if len(values) <= NEWTON_ROWS else None
 
     def predict(labels: Ints, training: Bools) -> Float:
-        return _fit_predict(gram, labels, training, n_classes, strength(int(training.sum())))
+        c = strength(int(training.sum()))
+        if gram is not None:
+            return _fit_predict(gram, labels, training, n_classes, c)
+        return fit_columns(values[training], labels[training], n_classes, c).probabilities(values[~training])
 
     return predict
 
 
 def _fit_predict(gram: Float, labels: Ints, training: Bools, n_classes: int, strength: float) -> Float:
-    fit = fit_rows(gram[np.ix_(training, training)], labels[training], n_classes, strength)
+    fit = fit_gram(gram[np.ix_(training, training)], labels[training], n_classes, strength)
     return fit.probabilities(gram[np.ix_(~training, training)])

@@ -80,7 +80,7 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
         "left_out": units.left_out,
         "warnings": warnings,
         "n_latents": units.n_latents,
-        "n_latents_above_tau": len(units.values),
+        "n_latents_above_tau": units.values.shape[1],
         "n_fits_unconverged": n_unconverged,
         "methods": {m.name: _method_scores(m, found) for m in (barcode, *others) if m.threshold is None},
         "curve": [
@@ -148,7 +148,9 @@ def _predictions_table(found: Found, level: str) -> pa.Table:
                         level: names,
                         "true": classes[found.units.labels],
                         "predicted": classes[p.argmax(1)],
-                        "probabilities": pa.array(p.tolist(), pa.list_(pa.float64())),
+                        "probabilities": pa.ListArray.from_arrays(
+                            np.arange(n + 1, dtype=np.int32) * p.shape[1], p.ravel()
+                        ),
                     }
                 )
             )

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse as ss
 
 from stores.barcode_store import BarcodeStore
-from stores.errors import BadInput, DamagedStore
+from stores.errors import BadInput
 from stores.tables import STATUS_OK, listed
 
 from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 LEVELS = ("patient", "image")
-_MOST_BYTES = 8 << 30  # of dense barcodes and sums
+BY_LOT = "images by lot (--max-images)"  # why images are left out
+_MOST_BYTES = 8 << 30  # of barcodes and sums, while they are read
+_ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class UnitConfig:
     classes: tuple[str, ...] = ()  # keep these only; (): all
     group_by: str | None = None  # a column of the images: a common value keeps units together
     min_images: int = 1  # patients with fewer readable images are left out, and their images
-    max_images: int = 300  # of level "image": so many at random
+    max_images: int = 1000  # of level "image": so many at random
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Units:
     classes: list[str]
     groups: Ints  # (n,) that must not be parted
     image_ids: list[list[str]]  # of each unit's readable images
-    values: Float  # (m, n) barcodes, a row per latent that is not zero everywhere
-    sums: Float  # (m, n) sum of image activations
-    counts: Float  # (m, n) images with any activation
+    values: Any  # (n, m) barcodes, CSR in float64, a column per latent that is not zero everywhere
+    sums: Any  # (n, m) sum of image activations, likewise
+    counts: Any  # (n, m) images with any activation, likewise
     n_latents: int  # all of them
     left_out: dict[str, int]
     warnings: list[str]
@@ -72,7 +73,7 @@ class _Unit:
 def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Units:
     """The units of a probe; left out, and counted: those without a class, or with too few images.
 
-    Memory: the level's matrices, and three dense ones in float64 over the latents that are not zero everywhere.
+    Rows are drawn before any is read. Memory: three sparse matrices of them in float64, twice while they are made.
 
     Raises
     ------
@@ -111,7 +112,7 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
     chosen.sort(key=lambda unit: unit.name)
     if config.level == "image" and len(chosen) > config.max_images:
         drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
-        left_out["images by lot (--max-images)"] = len(chosen) - config.max_images
+        left_out[BY_LOT] = len(chosen) - config.max_images
         chosen = [chosen[k] for k in drawn]
     if not chosen:
         raise BadInput(f"no {config.level} of {store.root} with {config.target} is left; see its `obs`")
@@ -162,25 +163,19 @@ def _images(config: UnitConfig, images: "pd.DataFrame", target: str) -> tuple[li
 def _with_barcodes(
     store: BarcodeStore, config: UnitConfig, units: list[_Unit], left_out: dict[str, int], warnings: list[str]
 ) -> Units:
-    rows = [unit.row for unit in units]
-    barcodes = ss.csr_matrix(store.read_element(config.level, "X", config.tau))[rows]
-    if config.level == "patient":
-        sums = ss.csr_matrix(store.read_element("patient", "layers/activation_sum", config.tau))[rows]
-        counts = ss.csr_matrix(store.read_element("patient", "layers/n_active_images", config.tau))[rows]
-    else:
-        sums = ss.csr_matrix(store.read_element("image", "layers/mean", config.tau))[rows]
-        counts = sums > 0
-    if not all(np.isfinite(matrix.data).all() for matrix in (barcodes, sums, counts)):
-        raise DamagedStore(f"the {config.level} barcodes of {store.root} hold NaN or infinity; count again")
-    there = np.unique(barcodes.indices[barcodes.data != 0])
-    n_bytes = 3 * 8 * len(units) * len(there)
-    if n_bytes > _MOST_BYTES:
+    rows = np.array([unit.row for unit in units], np.int64)
+    layers = ("X", "activation_sum", "n_active_images") if config.level == "patient" else ("X", "mean")
+    n_entries = sum(int(store.row_lengths(config.level, rows, config.tau, layer=layer).sum()) for layer in layers)
+    if (n_bytes := _ENTRY_BYTES * n_entries) > _MOST_BYTES:
         raise BadInput(
-            f"{len(units):,} {config.level}s x {len(there):,} latents need {n_bytes / 2**30:.0f} GiB; "
+            f"the barcodes of {len(units):,} {config.level}s need {n_bytes / 2**30:.0f} GiB; "
             f"at most {_MOST_BYTES >> 30} are taken: choose a smaller --max-images or a larger tau"
         )
+    barcodes = _read_rows(store, config, rows, layers[0])
+    there = np.unique(barcodes.indices)
     if not len(there):
         warnings = [*warnings, "every barcode is empty: no latent exceeds tau in these units"]
+    sums, *counts = (_read_rows(store, config, rows, layer)[:, there].astype(np.float64) for layer in layers[1:])
     classes = sorted({unit.label for unit in units})
     groups = np.unique([unit.group for unit in units], return_inverse=True)[1]
     return Units(
@@ -189,24 +184,26 @@ def _with_barcodes(
         classes=classes,
         groups=groups.astype(np.int64),
         image_ids=[unit.image_ids for unit in units],
-        values=_dense(barcodes, there),
-        sums=_dense(sums, there),
-        counts=_dense(counts, there),
+        values=barcodes[:, there].astype(np.float64),
+        sums=sums,
+        counts=counts[0] if counts else (sums > 0).astype(np.float64),
         n_latents=barcodes.shape[1],
         left_out=left_out,
         warnings=warnings,
     )
 
 
+def _read_rows(store: BarcodeStore, config: UnitConfig, rows: Ints, layer: str) -> Any:
+    """Rows of a matrix in this order, CSR in float32."""
+    order = np.argsort(rows)
+    found = store.read_rows(config.level, rows[order], config.tau, layer=layer)
+    return found[np.argsort(order)]
+
+
 def shared_groups(units: Units) -> int:
     """Number of units that share their group with another one."""
     times = Counter(units.groups.tolist())
     return sum(times[group] > 1 for group in units.groups.tolist())
-
-
-def _dense(matrix: Any, columns: npt.NDArray[Any]) -> Float:
-    """(len(columns), rows) float64."""
-    return np.ascontiguousarray(matrix[:, columns].toarray().T, np.float64)
 
 
 def _checked(name: str, columns: list[str], store: BarcodeStore) -> str:

@@ -1,65 +1,104 @@
-"""Gram matrices of barcodes in which only latents above a mean-activation threshold count, for any training rows.
+"""Fits along thresholds of mean activation where rows are few: Gram matrices of the latents that count.
 
 A latent's mean activation is that over the images of the training rows, so every training set has latents of its own.
-Most lie between the same two thresholds whatever rows are left out. Hence one Gram matrix per threshold for all rows is
-kept, and only the latents that moved are added or taken away: the same numbers, up to rounding, far cheaper.
+Most lie between the same two thresholds whatever rows are left out. Hence for each threshold the products of all rows
+over the latents just above it are kept, and only the latents that moved are added or taken away: the same numbers, up
+to rounding, far cheaper.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import issparse
+
+from .cross_validation import Bools, Levels, Plan, Sweep
+from .logistic_columns import fit_gram
 
 Float = npt.NDArray[np.float64]
-Levels = npt.NDArray[np.int8]
+Ints = npt.NDArray[np.int64]
+_BLOCK = 1 << 24  # numbers that lie dense in memory at a time
 
 
 class ThresholdGrams:
-    """Barcodes (n rows), and what decides which latents count; latents that are zero in every row have no effect."""
+    """Barcodes (n rows), and what decides which latents count; latents that are zero in every row have no effect.
 
-    def __init__(self, values: Float, sums: Float, counts: Float, thresholds: tuple[float, ...]) -> None:
+    Memory: n x n for every threshold, and four times that for every thread that fits.
+    """
+
+    def __init__(self, values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> None:
         """Take the barcodes.
 
         Parameters
         ----------
-        values : (m, n) barcodes in float64, a row per latent
+        values : (m, n) barcodes in float64, a row per latent; a numpy array or scipy CSR matrix, as the next two
         sums, counts : (m, n) sum of image activations, and number of images with any activation
         thresholds : rising, at least 0; a latent counts from its mean activation down, and at 0 always
         """
         self._values, self._sums, self._counts = values, sums, counts
         self._thresholds = np.array(thresholds)
         self._level_of_all = self.levels(np.ones((1, values.shape[1]), bool))[0]
-        self._grams_of_all = self._grams(np.arange(len(values)), self._level_of_all)
+        self._grams_of_all = [self._gram(self._level_of_all == t + 1) for t in range(len(thresholds))]
 
     @property
     def n_thresholds(self) -> int:
-        """How many matrices `grams` gives."""
+        """How many fits a sweep has."""
         return len(self._thresholds)
 
-    def levels(self, training: npt.NDArray[np.bool_]) -> Levels:
+    def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans.
 
         -1 for a latent that no training row has: it is zero there, and so counts for nothing.
         """
-        chosen = training.T.astype(np.float64)
-        n_active = (self._counts @ chosen).T
-        mean = (self._sums @ chosen).T / np.maximum(n_active, 1)
-        levels = np.searchsorted(self._thresholds, mean, side="right").astype(np.int8)
-        levels[n_active == 0] = -1
-        return levels
+        return reached(self._sums, self._counts, self._thresholds, training)
 
-    def grams(self, levels: Levels) -> tuple[Float, list[int]]:
-        """(t, n, n) for every threshold, products of the training rows with all rows, and how many latents count.
+    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
+        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit."""
+        n_kept = [int((levels > t).sum()) for t in range(self.n_thresholds)]
+        strength, probabilities, fits = plan.strength(int(training.sum())), list[Float](), []
+        for t, gram in self._grams(levels):
+            if not (probabilities and n_kept[t] == n_kept[t + 1]):  # more and more latents: as many are the same
+                fit = fit_gram(gram[np.ix_(training, training)], labels[training], plan.n_classes, strength)
+                fits.append(fit)
+                found = fit.probabilities(gram[np.ix_(tested, training)])
+            probabilities.append(found)
+        return Sweep(
+            np.stack(probabilities[::-1]),
+            n_kept,
+            n_unconverged=sum(not fit.converged for fit in fits),
+            n_unseen=sum(len(fit.present) < plan.n_classes for fit in fits),
+        )
 
-        `levels` are those of the training rows; other products than theirs mean nothing.
+    def _grams(self, levels: Levels) -> Iterator[tuple[int, Float]]:
+        """From the highest threshold down: its number, and (n, n) products of the training rows with all rows.
+
+        `levels` are those of the training rows; other products than theirs mean nothing. Each is used up by the next.
         """
-        moved = np.flatnonzero((levels != self._level_of_all) & (levels >= 0))
-        change = self._grams(moved, levels[moved]) - self._grams(moved, self._level_of_all[moved])
-        n_kept = [int((levels > t).sum()) for t in range(len(self._thresholds))]
-        return self._grams_of_all + change, n_kept
+        moved = (levels != self._level_of_all) & (levels >= 0)
+        gram = np.zeros_like(self._grams_of_all[0])
+        for t in reversed(range(self.n_thresholds)):
+            gram += self._grams_of_all[t]
+            gram += self._gram(moved & (levels == t + 1))
+            gram -= self._gram(moved & (self._level_of_all == t + 1))
+            yield t, gram
 
-    def _grams(self, latents: npt.NDArray[np.intp], levels: Levels) -> Float:
+    def _gram(self, latents: Bools) -> Float:
+        """(n, n) products over some latents."""
         n = self._values.shape[1]
-        grams = np.zeros((self.n_thresholds, n, n))
-        for t in range(len(grams)):
-            rows = self._values[latents[levels == t + 1]]
-            grams[t] = rows.T @ rows
-        return grams[::-1].cumsum(0)[::-1]
+        gram, chosen, step = np.zeros((n, n)), np.flatnonzero(latents), max(1, _BLOCK // n)
+        for start in range(0, len(chosen), step):
+            rows = self._values[chosen[start : start + step]]
+            dense = rows.toarray() if issparse(rows) else rows
+            gram += dense.T @ dense
+        return gram
+
+
+def reached(sums: Any, counts: Any, thresholds: Float, training: Bools) -> Levels:
+    """(k, m) number of thresholds that each latent reaches, as `Thresholds.levels`; sums and counts are (m, n)."""
+    chosen = training.T.astype(np.float64)
+    n_active = (counts @ chosen).T
+    mean = (sums @ chosen).T / np.maximum(n_active, 1)
+    levels = np.searchsorted(thresholds, mean, side="right").astype(np.int8)
+    levels[n_active == 0] = -1
+    return levels

@@ -212,8 +212,10 @@ class BarcodeStore:
         path = path / "X" if layer == "X" else path / "layers" / layer
         return CsrReader(path, shape=_stated_shape(path))
 
-    def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None) -> Any:
-        """Some rows of `X`, rising, as a scipy CSR matrix; only the blocks that hold them are read, and checked.
+    def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X") -> Any:
+        """Some rows of `X` or a layer, rising, as a scipy CSR matrix in float32; checked.
+
+        Memory: the rows twice, and a block.
 
         Raises
         ------
@@ -222,15 +224,25 @@ class BarcodeStore:
         """
         from scipy.sparse import csr_matrix, vstack
 
-        reader = self.matrix(level, tau)
+        reader = self.matrix(level, tau, layer)
         shape = reader.shape
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
-        for block in np.unique(rows // _READ_ROWS):
-            first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])
-            found = reader.read_rows(first, last)
-            whole = csr_matrix((found.values, found.indices, found.indptr), shape=(last - first, shape[1]))
-            pieces.append(whole[rows[(rows >= first) & (rows < last)] - first])
+        with _told_as_damage(self.path(level, tau)):
+            for block in np.unique(rows // _READ_ROWS):
+                first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])
+                found = reader.read_rows(first, last)
+                whole = csr_matrix((found.values, found.indices, found.indptr), shape=(last - first, shape[1]))
+                pieces.append(whole[rows[(rows >= first) & (rows < last)] - first])
         return vstack(pieces, format="csr")
+
+    def row_lengths(
+        self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X"
+    ) -> npt.NDArray[np.int64]:
+        """(len(rows),) nonzeros of some rows: what `read_rows` would hold. Raises DamagedStore."""
+        reader = self.matrix(level, tau, layer)
+        with _told_as_damage(self.path(level, tau)):
+            lengths: npt.NDArray[np.int64] = np.diff(reader.row_starts(0, reader.shape[0] + 1))[rows]
+        return lengths
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))

@@ -4,7 +4,9 @@ Slow twins: scikit-learn on all columns, plain loops over folds and thresholds, 
 """
 
 import json
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,21 @@ from click.testing import CliRunner
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from threadpoolctl import threadpool_limits
 
 from cli import cli
-from cytosae.cross_validation import Plan, Repeat, run_repeat
+from cytosae import logistic_columns, probe, probe_units, threshold_grams
+from cytosae.cross_validation import Plan, Repeat, Thresholds, run_repeat
 from cytosae.folds import assign_folds, connected_groups, shuffle_labels
 from cytosae.logistic import fit_rows
+from cytosae.logistic_columns import fit_columns, fit_gram
 from cytosae.mil import fit_predict
 from cytosae.probe import ProbeConfig, write_probe
 from cytosae.probe_baselines import MilConfig, read_image_tokens
 from cytosae.probe_units import UnitConfig, read_units
 from cytosae.scores import class_scores, score
 from cytosae.scores import confusion_matrix as our_confusion
+from cytosae.threshold_columns import ThresholdColumns
 from cytosae.threshold_grams import ThresholdGrams
 from stores import BARCODES, PROBE, BarcodeStore, BarcodeWriter, ResultStore, new_header, write_header
 from stores.activation_store import ActivationSpec, ActivationStore
@@ -40,6 +46,19 @@ from stores.tables import image_table, table_sha256
 Array = npt.NDArray[Any]
 N_LATENTS = 40
 THRESHOLDS = (0.0, 0.01, 0.1, 1.0)
+MEASURED = """
+import resource, sys
+from cli import cli
+cli(sys.argv[1:], standalone_mode=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in `write_probe`: two threads of BLAS on a machine that is shared take ten times as long."""
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 # ------------------------------------------------------------------------------------------- made-up barcodes
@@ -99,8 +118,13 @@ def write_folder(
         "n_active_images": [(means[rows] > 0).sum(0) for rows in mine],
     }
     fill(root / "patient.zarr", patients, {name: np.array(values) for name, values in layers.items()})
-    nothing = np.zeros((1, N_LATENTS))
-    fill(root / "disease.zarr", pd.DataFrame({"n_patients": [0]}, index=["none"]), {"X": nothing})  # not read here
+    return finished(root, not_read=("disease",), cache=cache, normalize=normalize)
+
+
+def finished(root: Path, *, not_read: Sequence[str], cache: str = "c" * 64, normalize: str = "images") -> Path:
+    """The folder with its header, and with empty levels that no test reads."""
+    for level in not_read:
+        fill(root / f"{level}.zarr", pd.DataFrame({"n_patients": [0]}, index=["none"]), {"X": np.zeros((1, N_LATENTS))})
     spec = {
         "latents": "l" * 64,
         "latents_spec": {"sae_sha256": "s" * 64, "cache_sha256": cache, "cache": {"width": 6, "trained": True}},
@@ -113,11 +137,47 @@ def write_folder(
     return root
 
 
-def fill(root: Path, obs: pd.DataFrame, matrices: dict[str, Array]) -> None:
-    layers = tuple(name for name in matrices if name != "X")
-    writer = BarcodeWriter(root, n_latents=N_LATENTS, layers=layers)
+def write_images(root: Path, *, n_images: int, n_latents: int) -> Path:
+    """Barcodes of images of 60 patients, as sparse as released ones.
+
+    Every 50th latent knows one of 3 classes; one image in ten bears another's label.
+    """
+    rng = np.random.default_rng(0)
+    frequency = np.minimum(1, n_latents / 170 / rng.permutation(np.arange(1, n_latents + 1)))
+    truth, patients = rng.integers(0, 3, n_images), rng.integers(0, 60, n_images)
+    frequency[::50], boost = 0.2, np.ones((3, n_latents))
+    boost[np.arange(0, n_latents, 50) // 50 % 3, np.arange(0, n_latents, 50)] = 3
+    mean = 10.0 ** rng.normal(-2, 1, n_latents)
+    indices, counts = [], []
+    for k in truth:
+        active = np.flatnonzero(rng.random(n_latents) < frequency * boost[k])
+        indices.append(active)
+        counts.append(1 + rng.poisson(3 * boost[k, active]))
+    columns, values = np.concatenate(indices), np.concatenate(counts).astype(np.float32)
+    indptr = np.cumsum([0, *map(len, indices)])
+    layers = {"X": values, "mean": (values * mean[columns]).astype(np.float32)}
+    shape = (n_images, n_latents)
+    labels = np.where(rng.random(n_images) < 0.1, rng.permutation(truth), truth)
+    obs = pd.DataFrame(
+        {
+            "patient": [f"P{k}" for k in patients],
+            "disease": "",
+            "label": [f"L{k}" for k in labels],
+            "content_hash": [str(k) for k in range(n_images)],
+            "dataset": "d",
+            "status": "ok",
+        },
+        index=pd.Index([f"i{k:06d}" for k in range(n_images)], name="image_id"),
+    )
+    fill(root / "image.zarr", obs, {name: csr_matrix((data, columns, indptr), shape) for name, data in layers.items()})
+    return finished(root, not_read=("patient", "disease"))
+
+
+def fill(root: Path, obs: pd.DataFrame, matrices: dict[str, Any]) -> None:
+    n_latents = matrices["X"].shape[1]
+    writer = BarcodeWriter(root, n_latents=n_latents, layers=tuple(name for name in matrices if name != "X"))
     writer.append({name: csr_matrix(values.astype(np.float32)) for name, values in matrices.items()})
-    var = pd.DataFrame({"latent": range(N_LATENTS)}, index=[str(k) for k in range(N_LATENTS)])
+    var = pd.DataFrame({"latent": range(n_latents)}, index=[str(k) for k in range(n_latents)])
     writer.finish(obs=obs, var=var, uns={"cyto": {"tau": 0.2}})
 
 
@@ -144,6 +204,48 @@ def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, strength: f
     np.testing.assert_allclose(fit.probabilities(new @ x.T), direct.predict_proba(new), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "n_classes", "strength"),
+    [(60, 150, 3, 24.0), (60, 300, 2, 5.0), (90, 10, 3, 1.0), (50, 90, 4, 2000.0), (60, 8, 2, 1e4)],
+)
+def test_many_rows_are_fitted_as_few_are(
+    n: int, m: int, n_classes: int, strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a factor of the Gram matrix, dense and sparse columns: Newton's probabilities."""
+    rng = np.random.default_rng(n + m)
+    x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
+    labels = rng.integers(0, n_classes, n) * 2  # classes 1, 3 ... have no row
+    exact = fit_rows(x @ x.T, labels, 2 * n_classes, strength).probabilities(new @ x.T)
+    monkeypatch.setattr(logistic_columns, "NEWTON_ROWS", 0)
+    monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
+    factored = fit_gram(x @ x.T, labels, 2 * n_classes, strength)
+    assert factored.converged
+    np.testing.assert_allclose(factored.probabilities(new @ x.T), exact, atol=1e-5)
+    for columns in (x, csr_matrix(x)):
+        fit = fit_columns(columns, labels, 2 * n_classes, strength)
+        assert fit.converged
+        np.testing.assert_allclose(fit.probabilities(new), exact, atol=1e-5)
+    monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
+    assert not fit_columns(x, labels, 2 * n_classes, strength).converged
+    assert not fit_gram(x @ x.T, labels, 2 * n_classes, strength).converged
+
+
+def test_a_fit_ends_within_its_tolerance() -> None:
+    """The objective is no more than 1e-7 above its minimum, and far enough away that the rule is what ended it."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.poisson(1, (80, 200)) * 1.0, rng.integers(0, 3, 80)
+    fit, exact = fit_columns(x, labels, 3, 100.0), fit_rows(x @ x.T, labels, 3, 100.0)
+
+    def objective(weights: Array, p: Array) -> float:
+        return -100 * np.log(p[np.arange(80), labels]).sum() + (weights**2).sum() / 2
+
+    least = objective(100.0 * (x - x.mean(0)).T @ exact.dual, exact.probabilities(x @ x.T))
+    assert 1e-12 < objective(fit.weights, fit.probabilities(x)) / least - 1 <= 1e-7
+    weak = fit_columns(x / 1e4, labels, 3, 100.0).probabilities(x / 1e4) - np.bincount(labels) / 80
+    wanted = fit_rows(x @ x.T / 1e8, labels, 3, 100.0).probabilities(x @ x.T / 1e8) - np.bincount(labels) / 80
+    np.testing.assert_allclose(weak, wanted, atol=1e-3 * np.abs(wanted).max())
+
+
 def test_what_cannot_be_learnt_is_stated_as_shares() -> None:
     """No columns: the shares of the classes. A class without a row: probability 0. One class: 1. No row: all 0."""
     labels = np.array([0, 0, 2, 0])
@@ -155,6 +257,14 @@ def test_what_cannot_be_learnt_is_stated_as_shares() -> None:
     alone = fit_rows(np.eye(2), np.array([1, 1]), 3, 1.0)
     assert alone.converged
     np.testing.assert_allclose(alone.probabilities(np.ones((1, 2))), [[0, 1, 0]])
+    for x, truth, wanted in (
+        (np.zeros((4, 0)), labels, [[0.75, 0, 0.25]]),
+        (np.zeros((0, 1)), np.zeros(0, np.int64), [[0, 0, 0]]),
+        (np.ones((2, 1)), np.array([1, 1]), [[0, 1, 0]]),
+    ):
+        found = fit_columns(csr_matrix(x), truth, 3, 1.0)
+        assert found.converged
+        np.testing.assert_allclose(found.probabilities(np.ones((1, x.shape[1]))), wanted)
 
 
 @pytest.mark.parametrize("n_predicted", [1, 3])
@@ -275,14 +385,23 @@ def slow_repeat(
 PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n)
 
 
+def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thresholds:
+    matrices = [values, sums, counts]
+    if way == "columns":
+        return ThresholdColumns(*(csr_matrix(matrix.T) for matrix in matrices), THRESHOLDS)
+    return ThresholdGrams(*(csr_matrix(matrix) if way == "sparse grams" else matrix for matrix in matrices), THRESHOLDS)
+
+
+@pytest.mark.parametrize("way", ["grams", "sparse grams", "columns"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_repeat_is_its_slow_twin(seed: int) -> None:
+def test_a_repeat_is_its_slow_twin(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
+    monkeypatch.setattr(threshold_grams, "_BLOCK", 200)
     values, sums, counts, labels, groups = small_problem(seed)
-    grams = ThresholdGrams(values, sums, counts, THRESHOLDS)
-    fast = run_repeat(grams, labels, groups, PLAN, np.random.default_rng(5))
+    fast = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
     slow = slow_repeat(values, sums, counts, labels, groups, PLAN, 5)
     np.testing.assert_array_equal(fast.fold_of, slow.fold_of)
-    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=1e-6)
+    np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=1e-5 if way == "columns" else 1e-6)
     assert fast.chosen.tolist() == slow.chosen.tolist()
     assert (fast.n_unconverged, fast.n_unseen) == (0, 0)
     for fold, n_kept in enumerate(fast.n_kept):
@@ -292,19 +411,30 @@ def test_a_repeat_is_its_slow_twin(seed: int) -> None:
     assert len(set(fast.n_kept[0])) == len(THRESHOLDS)  # else the thresholds would be tested by nothing
 
 
-def test_what_is_predicted_has_no_part_in_the_fit() -> None:
-    """Other test rows, wildly changed: what was chosen stays, and so does a test row that was not changed."""
+def test_of_a_single_threshold_nothing_is_chosen() -> None:
     values, sums, counts, labels, groups = small_problem()
-    before = run_repeat(
-        ThresholdGrams(values, sums, counts, THRESHOLDS), labels, groups, PLAN, np.random.default_rng(5)
+    several = run_repeat(
+        along_thresholds("grams", values, sums, counts), labels, groups, PLAN, np.random.default_rng(5)
     )
-    for fold in range(PLAN.n_folds):
+    single = ThresholdGrams(values, sums, counts, THRESHOLDS[1:2])
+    found = run_repeat(single, labels, groups, PLAN, np.random.default_rng(5))
+    assert found.chosen.tolist() == [0] * PLAN.n_folds
+    np.testing.assert_allclose(found.probabilities[0], several.probabilities[1], atol=1e-8)
+
+
+@pytest.mark.parametrize("way", ["grams", "columns"])
+def test_what_is_predicted_has_no_part_in_the_fit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other test rows, wildly changed: what was chosen stays, and so does a test row that was not changed."""
+    monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 30)  # not to the end: it would be the same
+    values, sums, counts, labels, groups = small_problem()
+    before = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
+    for fold in range(PLAN.n_folds if way == "grams" else 1):
         untouched, *others = np.flatnonzero(before.fold_of == fold)
         changed = [matrix.copy() for matrix in (values, sums, counts)]
         rng = np.random.default_rng(fold)
         for matrix in changed:
             matrix[:, others] = rng.integers(1, 100, (len(values), len(others)))
-        after = run_repeat(ThresholdGrams(*changed, THRESHOLDS), labels, groups, PLAN, np.random.default_rng(5))
+        after = run_repeat(along_thresholds(way, *changed), labels, groups, PLAN, np.random.default_rng(5))
         assert after.chosen[fold] == before.chosen[fold]
         assert (after.n_kept[fold] == before.n_kept[fold]).all()
         np.testing.assert_allclose(after.probabilities[:, untouched], before.probabilities[:, untouched], atol=1e-8)
@@ -403,6 +533,59 @@ def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
     folds = ResultStore(tmp_path / "out", PROBE).table("folds").to_pandas()
     of_patient = folds["image"].str.split("_").str[0]
     assert (folds.groupby(["repeat", "fold", of_patient])["side"].nunique() == 1).all()
+
+
+def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those that are drawn are read; the same by any number of threads, and nearly the same by Gram matrices."""
+    read = []
+    read_rows = BarcodeStore.read_rows
+
+    def noted(self: BarcodeStore, level: str, rows: Array, *more: Any, **named: Any) -> Any:
+        read.append(len(rows))
+        return read_rows(self, level, rows, *more, **named)
+
+    monkeypatch.setattr(BarcodeStore, "read_rows", noted)
+    folder = write_images(tmp_path / "b", n_images=600, n_latents=600)
+    config = quick(
+        folds=3, repeats=1, thresholds=(0.0, 0.05), units=UnitConfig(level="image", target="", max_images=400)
+    )
+    ways = {"one": (100, 1), "two": (100, 2), "grams": (1000, 1)}
+    for name, (most, workers) in ways.items():
+        monkeypatch.setattr(probe, "GRAM_ROWS", most)
+        scores, _ = write_probe(folder, tmp_path / name, config, workers=workers)
+        assert (scores["n_units"], scores["n_fits_unconverged"]) == (400, 0)
+        assert 0.75 < scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.97  # a tenth is mislabelled
+    assert read == [400] * 6
+    tables = [ResultStore(tmp_path / name, PROBE).table("predictions") for name in ways]
+    near = [np.stack(table["probabilities"].to_numpy()) for table in tables[1:]]
+    assert np.quantile(np.abs(near[0] - near[1]), 0.99) < 0.01
+    monkeypatch.setattr(probe, "GRAM_ROWS", 100)
+    assert tables[0].equals(tables[1])
+    monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
+    scores, _ = write_probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,)))
+    assert any("3 fits did not converge" in warning for warning in scores["warnings"])
+    monkeypatch.setattr(probe_units, "_MOST_BYTES", 1 << 10)
+    with pytest.raises(BadInput, match=r"barcodes of 400 images need .* GiB; .* choose a smaller --max-images"):
+        write_probe(folder, tmp_path / "four", config)
+
+
+@pytest.mark.slow
+def test_twenty_thousand_images_at_full_width(tmp_path: Path) -> None:
+    """In its own process, so that its memory can be told: under 4 GiB."""
+    folder = write_images(tmp_path / "b", n_images=20_000, n_latents=49_152)
+    command = [sys.executable, "-c", MEASURED, "probe", str(folder), "-o", str(tmp_path / "out"), "--level", "image"]
+    command += ["--max-images", "1000000", "--folds", "2", "--repeats", "1", "--permutations", "0", "--threshold", "0"]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    scores, peak_kib = json.loads(done.stdout), int(done.stderr.splitlines()[-1])
+    assert scores["n_units"] == 20_000
+    assert scores["methods"]["barcode"]["weighted_f1"]["mean"] > 0.8
+    assert peak_kib < 4 << 20
+
+
+def test_classes_that_were_drawn_too_rarely_are_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "b", n_images=200, n_latents=50)
+    with pytest.raises(BadInput, match=r"found .*; raise --max-images, or "):
+        write_probe(folder, tmp_path / "out", quick(folds=5, units=UnitConfig(level="image", target="", max_images=14)))
 
 
 def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:

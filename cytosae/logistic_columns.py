@@ -1,0 +1,139 @@
+"""Logistic regression with L2 where rows are too many for Newton's method on all of them (`logistic.py`).
+
+The same minimum of C * (sum of log losses) + ||w||^2 / 2, by scipy's L-BFGS on columns: those of sparse barcodes or of
+dense tokens as they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. Columns count
+from their mean (the free intercept makes up for it), which takes a half to an eighth of the steps; nothing is copied.
+
+The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
+whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
+1 in every direction of w, so it lies at most half the square of the slope above it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpstrf
+from scipy.optimize import OptimizeResult, minimize
+
+from .logistic import RowFit, fit_rows, log_losses, residuals, softmax
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+NEWTON_ROWS = 250  # up to here, Newton's method is faster (docs/log.md)
+_GAP = 1e-7  # between the objective and its minimum, relative
+_ROUNDING = 1e-14  # of the objective, relative
+_MOST_STEPS = 5000
+_MEMORY = 30  # steps that L-BFGS remembers
+
+
+@dataclass(frozen=True)
+class ColumnFit:
+    """A fitted classifier, for the classes that the training rows have."""
+
+    present: Ints  # (c,) these classes, rising
+    weights: Float  # (m, c)
+    intercept: Float  # (c,)
+    n_classes: int
+    n_steps: int
+    converged: bool
+
+    def probabilities(self, x: Any) -> Float:
+        """(rows, n_classes) of new rows (rows, m); 0 for an unseen class."""
+        out = np.zeros((x.shape[0], self.n_classes))
+        if len(self.present):
+            out[:, self.present] = softmax(x @ self.weights + self.intercept)
+        return out
+
+
+def fit_columns(x: Any, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    """Fit on n rows. Memory, beside `x`: about 65 times the weights.
+
+    Parameters
+    ----------
+    x : (n, m) in float64, a numpy array or scipy CSR matrix
+    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
+    strength : scikit-learn's C > 0
+    """
+    present = np.unique(labels)
+    if len(present) < 2:
+        nothing = np.zeros((x.shape[1], len(present)))
+        return ColumnFit(present, nothing, np.zeros(len(present)), n_classes, n_steps=0, converged=True)
+    search = _Search(x, _one_hot(labels, present), _scale(strength, present))
+    weights, intercept, n_steps, converged = search.run()
+    return ColumnFit(present, weights, intercept - search.mean @ weights, n_classes, n_steps, converged)
+
+
+def fit_gram(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowFit:
+    """Fit on n rows, given their products (n, n) with each other; otherwise as `fit_rows`, which serves few rows.
+
+    With K = Z Z^T, from a Cholesky factorisation that leaves out what is rounding, Z stands for the rows: as exact.
+    """
+    present = np.unique(labels)
+    if len(labels) <= NEWTON_ROWS or len(present) < 2:
+        return fit_rows(gram, labels, n_classes, strength)
+    one_hot, scale = _one_hot(labels, present), _scale(strength, present)
+    kernel = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
+    factor, pivots, rank, _ = dpstrf(kernel, lower=1)
+    z = np.empty((len(gram), rank))
+    z[pivots - 1] = np.tril(factor)[:, :rank]
+    search = _Search(z, one_hot, scale)
+    weights, intercept, n_steps, converged = search.run()
+    dual = np.zeros_like(one_hot)
+    dual[pivots[:rank] - 1] = solve_triangular(factor[:rank, :rank], weights, trans="T", lower=True) / scale
+    dual -= dual.mean(0)
+    intercept = intercept - (scale * gram @ dual).mean(0)
+    return RowFit(present, dual, intercept, scale, n_classes, n_steps, converged)
+
+
+def _one_hot(labels: Ints, present: Ints) -> Float:
+    return (labels[:, None] == present).astype(np.float64)
+
+
+def _scale(strength: float, present: Ints) -> float:
+    """For two classes scikit-learn has one weight vector, for their difference: that is this form with C / 2."""
+    return strength if len(present) > 2 else strength / 2
+
+
+class _Search:
+    """The objective at a point (weights (m, c), and a row of intercepts for rows from their mean), and the way down.
+
+    From zero: beginning at the fit of the threshold before saves a fifth of the steps at best (docs/log.md).
+    """
+
+    def __init__(self, x: Any, one_hot: Float, scale: float) -> None:
+        self.x, self.one_hot, self.scale = x, one_hot, scale
+        self.mean: Float = np.asarray(x.mean(0)).ravel()
+
+    def run(self) -> tuple[Float, Float, int, bool]:
+        """Weights, intercept, number of steps, and whether the end was reached."""
+        begin = np.zeros((self.x.shape[1] + 1, self.one_hot.shape[1]))
+        begin[-1] = np.log(self.one_hot.mean(0))
+        self._at_zero = self._value(begin.ravel())[0]
+        options = {"maxiter": _MOST_STEPS, "maxfun": 2 * _MOST_STEPS, "maxcor": _MEMORY, "gtol": 0, "ftol": 0}
+        found = minimize(self._value, begin.ravel(), jac=True, method="L-BFGS-B", callback=self._look, options=options)
+        point = found.x.reshape(begin.shape)
+        return point[:-1], point[-1], int(found.nit), self._is_near(self._value(found.x)[0])
+
+    def _value(self, flat: Float) -> tuple[float, Float]:
+        point = flat.reshape(-1, self.one_hot.shape[1])
+        weights = point[:-1]
+        logits = self.x @ weights + (point[-1] - self.mean @ weights)
+        residual = residuals(logits, self.one_hot)[0]
+        excess = residual.sum(0)
+        slope = np.empty_like(point)
+        slope[:-1] = weights - self.scale * (self.x.T @ residual - np.outer(self.mean, excess))
+        slope[-1] = -self.scale * excess
+        self._slope = slope
+        return self.scale * log_losses(logits, self.one_hot) + float((weights**2).sum()) / 2, slope.ravel()
+
+    def _is_near(self, value: float) -> bool:
+        """Whether the point that was looked at last, where the objective was `value`, is near enough to the minimum."""
+        near = max(_GAP * min(value, self._at_zero - value), _ROUNDING * value)
+        return float((self._slope**2).sum()) / 2 <= near
+
+    def _look(self, intermediate_result: OptimizeResult) -> None:
+        if self._is_near(intermediate_result.fun):
+            raise StopIteration

@@ -1,0 +1,51 @@
+"""Fits along thresholds of mean activation where rows are many: on the sparse barcodes of the latents that count."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .cross_validation import Bools, Levels, Plan, Sweep
+from .logistic_columns import ColumnFit, fit_columns
+from .threshold_grams import reached
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class ThresholdColumns:
+    """As `ThresholdGrams`, on sparse barcodes. Memory: twice the training rows for every thread that fits."""
+
+    def __init__(self, values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> None:
+        """Take the barcodes: as `ThresholdGrams`, but scipy CSR matrices (n, m), a row per unit."""
+        self._values, self._sums, self._counts = values, sums.T, counts.T
+        self._thresholds = np.array(thresholds)
+
+    @property
+    def n_thresholds(self) -> int:
+        """How many fits a sweep has."""
+        return len(self._thresholds)
+
+    def levels(self, training: Bools) -> Levels:
+        """As `ThresholdGrams.levels`."""
+        return reached(self._sums, self._counts, self._thresholds, training)
+
+    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
+        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit."""
+        seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
+        strength = plan.strength(seen.shape[0])
+        probabilities, n_kept, fits = list[Float](), list[int](), list[ColumnFit]()
+        for t in range(self.n_thresholds):
+            kept = levels[latents] > t
+            if not (fits and kept.all()):
+                seen, new, latents = seen[:, kept], new[:, kept], latents[kept]
+                fits.append(fit_columns(seen, labels[training], plan.n_classes, strength))
+                found = fits[-1].probabilities(new)
+            probabilities.append(found)
+            n_kept.append(len(latents))
+        return Sweep(
+            np.stack(probabilities),
+            n_kept,
+            n_unconverged=sum(not fit.converged for fit in fits),
+            n_unseen=sum(len(fit.present) < plan.n_classes for fit in fits),
+        )
