@@ -17,6 +17,7 @@ from stores.token_sets import chosen_tokens
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
 _WORD = 8  # bytes that are looked at together in search of the latents of an image
 _CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
+_SUM = np.dtype([("activation", "f8"), ("max", "f4"), ("n_active", "i4")])  # of a latent in some images
 
 Ints = npt.NDArray[np.int64]
 
@@ -137,41 +138,50 @@ class ImageCounter:
 class LatentSums:
     """Per latent, over some images: images with any activation, summed and largest image activation, tokens."""
 
-    n_active: Ints  # (n_latents,)
-    activation: npt.NDArray[np.float64]  # (n_latents,) sum of the images' means
-    max: npt.NDArray[np.float32]  # (n_latents,)
+    cells: npt.NDArray[np.void]  # (n_latents,) of _SUM: what an image adds to lies together
     tokens: Ints  # (n_taus, n_latents): tokens above tau
 
     @staticmethod
     def zeros(n_taus: int, n_latents: int) -> "LatentSums":
         """Of no images."""
-        return LatentSums(
-            np.zeros(n_latents, np.int64),
-            np.zeros(n_latents),
-            np.zeros(n_latents, np.float32),
-            np.zeros((n_taus, n_latents), np.int64),
-        )
+        return LatentSums(np.zeros(n_latents, _SUM), np.zeros((n_taus, n_latents), np.int64))
+
+    @property
+    def n_active(self) -> Ints:
+        """(n_latents,) images with any activation."""
+        return self.cells["n_active"].astype(np.int64)
+
+    @property
+    def activation(self) -> npt.NDArray[np.float64]:
+        """(n_latents,) sum of the images' means."""
+        return self.cells["activation"]
+
+    @property
+    def max(self) -> npt.NDArray[np.float32]:
+        """(n_latents,) over the images' tokens."""
+        return self.cells["max"]
 
     def move(self, other: "LatentSums", latents: Ints) -> None:
         """Add the images of another one, active in `latents` only, and clear it: a group costs what it has."""
-        self.n_active[latents] += other.n_active[latents]
-        self.activation[latents] += other.activation[latents]
-        self.max[latents] = np.maximum(self.max[latents], other.max[latents])
-        self.tokens[:, latents] += other.tokens[:, latents]
-        for array in (other.n_active, other.activation, other.max, other.tokens):
-            array[..., latents] = 0
+        self._add(other, latents)
+        other.cells[latents] = 0
+        other.tokens[:, latents] = 0
 
     def add(self, other: "LatentSums") -> None:
         """Add the images of another one."""
-        self.n_active[:] += other.n_active
-        self.activation[:] += other.activation
-        np.maximum(self.max, other.max, out=self.max)
-        self.tokens[:] += other.tokens
+        self._add(other, slice(None))
 
     def add_images(self, counts: Any, images: Ints) -> None:
         """Add rows of `ImageCounts` (or of the part that holds them), in the order given."""
         columns = (counts["indptr"], counts["latent"], counts["X"], counts["max"], counts["mean"])
-        _add_images(*columns, images, self.n_active, self.activation, self.max, self.tokens)
+        _add_images(*columns, images, self.cells, self.tokens)
+
+    def _add(self, other: "LatentSums", latents: Ints | slice) -> None:
+        ours, theirs = self.cells, other.cells[latents]
+        ours["n_active"][latents] += theirs["n_active"]
+        ours["activation"][latents] += theirs["activation"]
+        ours["max"][latents] = np.maximum(ours["max"][latents], theirs["max"])
+        self.tokens[:, latents] += other.tokens[:, latents]
 
 
 def add_rows(part: Any, rows: Ints, sums: npt.NDArray[np.float64]) -> None:
@@ -306,25 +316,17 @@ def _are_positive(bits: Any) -> bool:
 
 @numba.njit(cache=True)
 def _add_images(
-    indptr: Any,
-    latent: Any,
-    count: Any,
-    largest: Any,
-    mean: Any,
-    images: Any,
-    n_active: Any,
-    activation: Any,
-    maximum: Any,
-    tokens: Any,
+    indptr: Any, latent: Any, count: Any, largest: Any, mean: Any, images: Any, cells: Any, tokens: Any
 ) -> None:
     for image in images:
         for k in range(indptr[image], indptr[image + 1]):
-            at = latent[k]
-            n_active[at] += 1
-            activation[at] += mean[k]
-            maximum[at] = max(maximum[at], largest[k])
-            for t in range(len(tokens)):
-                tokens[t, at] += count[t, k]
+            cell = cells[np.intp(latent[k])]
+            cell.n_active += 1
+            cell.activation += mean[k]
+            cell.max = max(cell.max, largest[k])
+        for t in range(len(tokens)):
+            for k in range(indptr[image], indptr[image + 1]):
+                tokens[t, latent[k]] += count[t, k]
 
 
 @numba.njit(cache=True)

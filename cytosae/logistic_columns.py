@@ -6,7 +6,8 @@ from their mean (the free intercept makes up for it), which takes a half to an e
 
 The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
 whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
-1 in every direction of w, so it lies at most half the square of the slope above it.
+1 in every direction of w, so it lies at most half the square of the slope above it. The slope of the intercepts counts
+in the same way, though where rows part cleanly the objective may bend less along them.
 """
 
 from dataclasses import dataclass
