@@ -334,9 +334,19 @@ def _write_known_tables(job: _Job, images: Any) -> None:
     """What needs no counts: the rows of all levels, and where the numbers come from."""
     rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
     for tau in job.config.taus:
-        uns = {"cyto": _provenance(job, tau)}
-        for level in LEVELS:
-            write_tables(job.path(level, tau), {"obs": rows[level], "uns": uns, **NOTHING_ELSE})
+        paths = [job.path(level, tau) for level in LEVELS]
+        write_tables(paths[0], {"uns": {"cyto": _provenance(job, tau)}, **NOTHING_ELSE})
+        _copy_tables(paths, ["uns", *NOTHING_ELSE])
+        for level, path in zip(LEVELS, paths, strict=True):
+            write_tables(path, {"obs": rows[level]})
+
+
+def _copy_tables(paths: list[Path], names: list[str]) -> None:
+    """From the first store to the others; a copy takes a tenth of the time of writing through zarr."""
+    first, *others = paths
+    for other in others:
+        for name in names:
+            shutil.copytree(first / name, other / name)
 
 
 def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], progress: Progress) -> Header:
@@ -353,10 +363,9 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
     futures = [future for each in filling.values() for future in each.futures]
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(taus):
-        first, *others = (job.path(level, tau) for level in LEVELS)
-        write_tables(first, {"var": _latent_table(sums, number, n_readable)})
-        for other in others:
-            shutil.copytree(first / "var", other / "var")
+        paths = [job.path(level, tau) for level in LEVELS]
+        write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)})
+        _copy_tables(paths, ["var"])
     job.watch.gather(futures)
     for each in filling.values():
         each.futures.clear()  # a worker that dies from here on must not have them done again
