@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -346,6 +347,7 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert "image " in done.stderr.split("could not be shown")[1]
 
     key, patients, images = who_is_who(tmp_path / "hidden.pseudonyms.csv")
+    assert stat.S_IMODE((tmp_path / "hidden.pseudonyms.csv").stat().st_mode) == 0o600, "nobody else may read it"
     assert key not in text
     assert [*patients] == [f"P{n:04d}" for n in range(1, 15)]
     assert sorted(patients.values()) == sorted(PATIENTS)

@@ -72,3 +72,4 @@ def write_pseudonyms(path: Path, pseudonyms: Pseudonyms, rows: Iterable[tuple[st
     writer.writerows([("pseudonym", "original"), ("key", pseudonyms.key)])
     writer.writerows((shown, f"'{real}" if real[:1] in "=+-@\t\r" else real) for shown, real in rows)
     write_atomic(path, text.getvalue().encode())
+    path.chmod(0o600)  # for who made the atlas alone
