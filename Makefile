@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo browser test test-slow bench docs site wheel-check clean
+.PHONY: install demo browser test test-browser test-slow bench docs site wheel-check clean
 
 install: $(VENV)/.installed
 
@@ -25,7 +25,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu and not browser"
+
+test-browser: install # the atlas and the review in Chromium; skipped where `make browser` brought nothing
+	$(BIN)/pytest -n auto --dist worksteal -m browser
 
 test-slow: install # heavy groups, on request
 	$(BIN)/pytest -m "slow or gpu"
