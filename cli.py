@@ -1053,16 +1053,17 @@ def latents_info(store: Path, as_json: bool) -> None:
 
     header = read_header(store, LATENTS, complete=False)
     missing = [] if header.complete else missing_images(store, LatentSpec(**header.spec))
+    n_bytes = _size(store)
     if as_json:
-        facts = {"n_images_missing": sum(map(len, missing)), "bytes": _size(store), "runs": read_runs(store)}
+        facts = {"n_images_missing": sum(map(len, missing)), "bytes": n_bytes, "runs": read_runs(store)}
         click.echo(json.dumps({**header.to_json(), **facts}, indent=1))
         return
-    rows = _latent_rows(header, LatentSpec(**header.spec), _size(store))
+    rows = _latent_rows(header, LatentSpec(**header.spec), n_bytes)
     if header.complete:
         latents = LatentStore(store)
         rows["nonzeros"] = (
             f"{latents.nnz:,} ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable image, "
-            f"{_size(store) / max(1, latents.nnz):.2f} bytes each)"
+            f"{n_bytes / max(1, latents.nnz):.2f} bytes each)"
         )
     else:
         rows["missing"] = ", ".join(f"images {some.start:,} to {some.stop - 1:,}" for some in missing) or "nothing"

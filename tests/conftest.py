@@ -1,5 +1,6 @@
 """Small real things that many tests use: drawn cells, a cache, an SAE, latents. Made once, copied to be changed."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(made: Path, tmp_path: Path) -> Path:
     """A copy of `made` that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """fsync does nothing: for modules that ask for no crash."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")

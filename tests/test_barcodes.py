@@ -1,7 +1,6 @@
 """Barcodes: numbers worked out by hand, equality with slow twins, and the same bytes whoever counts them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -103,12 +102,7 @@ def write_latents(
     return root
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """In this process; hundreds of small files are synced in every job."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,8 @@ def write_atlas(
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
     ):
-        _run(steps, lambda done, before=n_before: progress(before + done, n_steps, ""))  # type: ignore[misc]  # bound now
+        for done in steps:
+            progress(n_before + done, n_steps, "")
         n_before += n_all
     _write_few(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
@@ -283,6 +284,7 @@ def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
     }
 
 
-def _run(steps: Iterable[int] | Iterator[int], tell: Callable[[int], None] = lambda done: None) -> None:
-    for done in steps:
-        tell(done)
+def _run(steps: Iterable[int]) -> None:
+    """To the end, with nobody to tell."""
+    for _ in steps:
+        pass
