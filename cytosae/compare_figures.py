@@ -32,7 +32,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     x, y = (np.asarray(table[name], np.float64) for name in ("mean_a", "mean_b"))
     is_tested = np.asarray(table["is_tested"])
     figure, axes = new_figure(width=6.4, height=6)
-    limit = 1.08 * max(x.max(), y.max()) or 1.0
+    limit = 1.15 * max(x.max(), y.max()) or 1.0  # numbers stand beside the points
     axes.set_xscale("function", functions=(_root, np.square))
     axes.set_yscale("function", functions=(_root, np.square))
     axes.set(xlim=(0, limit), ylim=(0, limit))
