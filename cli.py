@@ -1825,7 +1825,7 @@ def concept_sheet(
             progress=progress,
         )
     _say_done(out, done.was_complete)
-    click.echo(f"{out}: {done.n_latents:,} latents, {done.n_images:,} images, latent<N>.png and .svg")
+    click.echo(f"{out}: {_count(done.n_latents, 'latent')}, {_count(done.n_images, 'image')}, latent<N>.png and .svg")
     _warn_of_unseen(done.unseen)
 
 
@@ -2284,7 +2284,7 @@ def atlas_build(
     if as_json:
         click.echo(json.dumps({"atlas": str(out), "written": not dry_run, **vars(done)}, indent=1))
         return
-    counts = ", ".join(f"{number:,} {name}" for name, number in done.counts.items())
+    counts = ", ".join(_count(number, kind.removesuffix("s")) for kind, number in done.counts.items())
     about = "about " if dry_run else ""
     click.echo(f"{out}: pages of {counts}; {about}{done.n_files:,} files, {about}{done.n_bytes / 1e6:,.1f} MB")
     if dry_run:
@@ -2344,7 +2344,7 @@ def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, ove
     table = verdict_table(read_verdicts(reviews or _reviews_of(site)), review, history=history)
     write_verdicts(table, out, overwrite=overwrite)
     n_reviewers = len(set(table["reviewer"].to_pylist()))
-    click.echo(f"{out}: {table.num_rows:,} verdicts of {n_reviewers:,} reviewers")
+    click.echo(f"{out}: {_count(table.num_rows, 'verdict')} of {_count(n_reviewers, 'reviewer')}")
 
 
 @atlas.command("agreement")
@@ -2367,7 +2367,7 @@ def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=1))
         return
     click.echo(
-        f"{found['n_verdicts']:,} verdicts ({found['n_superseded']:,} earlier ones replaced), of them "
+        f"{_count(found['n_verdicts'], 'verdict')} ({found['n_superseded']:,} earlier ones replaced), of them "
         f"{found['n_seen_with_labels']:,} with labels shown"
     )
     if found["n_not_asked"]:
@@ -2679,6 +2679,11 @@ def _training_line(metrics: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
+
+
+def _count(number: int, what: str) -> str:
+    """`1 latent`, `2,000 latents`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _share(value: float | None) -> str:

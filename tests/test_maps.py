@@ -247,7 +247,7 @@ def test_a_latent_that_never_fires_has_an_empty_sheet(made: Path, latents: Laten
     none = make_concepts(tmp_path / "c", {"d": silent}, sae_sha256=latents.spec.sae_sha256)
     done = run("sheet", none.root, made / "latents.zarr", "-o", tmp_path / "s", "--latent", 7)
     assert done.exit_code == 0, done.output
-    assert "1 latents, 0 images" in done.stdout
+    assert "1 latent, 0 images" in done.stdout
     assert (tmp_path / "s" / "latent7.png").exists()
 
 
