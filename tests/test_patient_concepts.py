@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as ss
-from test_barcodes import Row, local_client, no_waiting_for_the_disk, write_latents  # noqa: F401  # a fixture
+from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
@@ -19,6 +19,8 @@ from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
 
 Floats = npt.NDArray[np.float64]
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 def compared(
