@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo browser test test-browser test-slow bench docs site wheel-check clean
+.PHONY: install demo browser test test-docs test-browser test-slow bench docs site wheel-check clean
 
 install: $(VENV)/.installed
 
@@ -25,7 +25,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu and not browser"
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu and not browser and not docs"
+
+test-docs: install # the demo, and every page of the docs that can run
+	$(BIN)/pytest -n auto --dist worksteal -m docs
 
 test-browser: install # the atlas and the review in Chromium; skipped where `make browser` brought nothing
 	$(BIN)/pytest -n auto --dist worksteal -m browser

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
 
 
+@pytest.mark.docs
 def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = CliRunner().invoke(cli, ["demo", "--out", str(out)])

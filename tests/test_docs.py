@@ -43,6 +43,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.docs
 def test_quickstart_runs(tmp_path: Path) -> None:
     """Every bash and python block, in order, in one folder."""
     n_run = 0
@@ -57,6 +58,7 @@ def test_quickstart_runs(tmp_path: Path) -> None:
     assert (tmp_path / "cells.barcodes" / "disease.zarr").is_dir()
 
 
+@pytest.mark.docs
 def test_training_page(made: Path, tmp_path: Path) -> None:
     """Its blocks run, on a small cache, and its table names every setting."""
     shutil.copytree(made / "acts.zarr", tmp_path / "cells.acts.zarr")
@@ -70,6 +72,7 @@ def test_training_page(made: Path, tmp_path: Path) -> None:
     assert not {field.name for field in dataclasses.fields(TrainConfig)} - named
 
 
+@pytest.mark.docs
 def test_concepts_page(made: Path, tmp_path: Path) -> None:
     """Its blocks run, in order, on a small latent store."""
     shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
@@ -83,6 +86,7 @@ def test_concepts_page(made: Path, tmp_path: Path) -> None:
         shell("python block.py" if language == "python" else text, tmp_path)
 
 
+@pytest.mark.docs
 def test_comparison_page(tmp_path: Path) -> None:
     """Its blocks run, on made-up barcodes, and its table names every column."""
     rng = np.random.default_rng(0)
@@ -103,6 +107,7 @@ def test_comparison_page(tmp_path: Path) -> None:
     assert not {*table.column_names} - {*re.findall(r"`(\w+)`", page.read_text())}
 
 
+@pytest.mark.docs
 def test_relations_page(made: Path, tmp_path: Path) -> None:
     """Its blocks run, on small stores."""
     for name, here in (("acts.zarr", "cells.acts.zarr"), ("run", "seed0.sae"), ("latents.zarr", "cells.latents.zarr")):
@@ -114,6 +119,7 @@ def test_relations_page(made: Path, tmp_path: Path) -> None:
     assert "active at the same tokens" in printed[1]
 
 
+@pytest.mark.docs
 def test_probe_page(tmp_path: Path) -> None:
     """Its block runs, on made-up barcodes, and its table names every rule."""
     from test_probe import cohort, write_folder
@@ -129,6 +135,7 @@ def test_probe_page(tmp_path: Path) -> None:
     assert set(REGULARIZATIONS) <= set(re.findall(r"^\| `([a-z-]+)`", page, re.MULTILINE))
 
 
+@pytest.mark.docs
 def test_atlas_page(made: Path, tmp_path: Path) -> None:
     """Its block runs, on small stores."""
     shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
@@ -142,6 +149,7 @@ def test_atlas_page(made: Path, tmp_path: Path) -> None:
     assert (tmp_path / "atlas" / "index.html").as_uri() in printed
 
 
+@pytest.mark.docs
 def test_review_page(tmp_path: Path) -> None:
     """Its blocks run, on an invented cohort: the server is started, reviewed at by two, and stopped."""
     from atlas_maker import without_figures
@@ -195,6 +203,7 @@ def test_every_block_runs_or_says_why_not() -> None:
             assert says or page.name == "quickstart.md", f"{page.name}: {match[0]}"
 
 
+@pytest.mark.docs
 def test_readme_transcript(tmp_path: Path) -> None:
     """The commands of the README's transcript run, on fewer and smaller images, and print lines of the shape shown.
 

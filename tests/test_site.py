@@ -30,7 +30,7 @@ def test_site_builds(tmp_path: Path) -> None:
     assert not [*tmp_path.rglob("make_*.py")]
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(900)  # two minutes of work, on a machine that may be busy
 def test_tutorial_runs(tmp_path: Path) -> None:
     """Every block in order, in one folder; it ends with what it promises."""
@@ -46,7 +46,7 @@ def test_tutorial_runs(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 10_000, name
 
 
-@pytest.mark.slow
+@pytest.mark.docs
 @pytest.mark.timeout(900)
 def test_notebook_runs(tmp_path: Path) -> None:
     """From top to bottom in a folder of its own, warnings as errors; again, it finds all of it finished."""
