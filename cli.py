@@ -298,7 +298,7 @@ def cache_extract(
             stop=stop,
         )
     if found.n_skipped:
-        click.echo(f"{found.n_skipped:,} files in {images} were passed over: not images by their name", err=True)
+        click.echo(f"{_count(found.n_skipped, 'file')} passed over in {images}: not images by their name", err=True)
     _print_extracted(store, done, str(shard))
 
 
@@ -452,7 +452,7 @@ def _print_repaired(store: Path, done: "RepairResult") -> None:
     if not done.problems and not done.chunks:
         click.echo(f"{store}: whole; nothing to repair")
         return
-    click.echo(f"{store}: repaired; {len(done.chunks):,} chunks were made again")
+    click.echo(f"{store}: repaired; {_count(len(done.chunks), 'chunk')} made again")
     if done.other_bits:
         click.echo(
             f"warning: {len(done.other_bits):,} of them differ in the last bits from what was there (another device, "
@@ -1187,8 +1187,9 @@ def barcode(
 
 def _print_barcodes(barcodes: Path, config: "BarcodeConfig", done: "BarcodeResult", table: Path | None) -> None:
     click.echo(
-        f"{barcodes}: {done.n_images:,} images, {done.n_patients:,} patients, {done.n_diseases:,} diseases, "
-        f"{done.n_latents:,} latents, tau {', '.join(f'{tau:g}' for tau in config.taus)}"
+        f"{barcodes}: {_count(done.n_images, 'image')}, {_count(done.n_patients, 'patient')}, "
+        f"{_count(done.n_diseases, 'disease')}, {done.n_latents:,} latents, "
+        f"tau {', '.join(f'{tau:g}' for tau in config.taus)}"
     )
     left_out = {
         "unreadable images": done.n_unreadable,
@@ -1222,9 +1223,9 @@ def _print_join(done: Any, table: Path | None) -> None:
     if done.differences:
         click.echo(f"the stores were made differently: {done.differences}")
     if done.n_missing_in_table:
-        click.echo(f"{done.n_missing_in_table:,} images have no row in {table}: {done.missing_in_table}")
+        click.echo(f"{_count(done.n_missing_in_table, 'image')} without a row in {table}: {done.missing_in_table}")
     if done.n_unknown_in_table:
-        click.echo(f"{done.n_unknown_in_table:,} rows of {table} are of no image here: {done.unknown_in_table}")
+        click.echo(f"{_count(done.n_unknown_in_table, 'row')} of {table} for no image here: {done.unknown_in_table}")
 
 
 # --------------------------------------------------------------------------------------------------- the science
@@ -1443,8 +1444,8 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
         about = found[group]
         per_patient = "{min:,} to {max:,}, median {median:,g}".format(**about["images_per_patient"])
         click.echo(
-            f"{group.upper()}: {_shown(about['name'])}, {about['n_patients']:,} patients with {about['n_images']:,} "
-            f"images ({per_patient} each)"
+            f"{group.upper()}: {_shown(about['name'])}, {_count(about['n_patients'], 'patient')} with "
+            f"{_count(about['n_images'], 'image')} ({per_patient} each)"
         )
     normalized = "" if found["normalize"] == "images" else f", normalised as {found['normalize']}"
     not_tested = describe_left_out(found["left_out"], config)
@@ -1519,7 +1520,7 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
         return
     for run, n_without in zip(runs, done.n_without_direction, strict=True):
         if n_without:
-            click.echo(f"{run}: {n_without:,} latents without a direction (their decoder row is zero) are left out")
+            click.echo(f"{run}: {_count(n_without, 'latent')} left out: without a direction, the decoder row is zero")
     for pair in done.pairs:
         click.echo(f"{runs[pair['sae_a']]} and {runs[pair['sae_b']]}: {_matching_line(pair)}")
     click.echo(f"{out}: matches, stability of each latent, pairs, figure")
@@ -1604,7 +1605,7 @@ def concept_neighbours(
     by = f" and activity at {summary['n_tokens']:,} tokens of {summary['n_images']:,} images" if latents else ""
     click.echo(f"{out}: neighbours of {summary['n_latents']:,} latents by direction{by}")
     if summary["n_without_direction"]:
-        click.echo(f"{summary['n_without_direction']:,} latents have no direction: their decoder row is zero")
+        click.echo(f"{_count(summary['n_without_direction'], 'latent')} without a direction: the decoder row is zero")
 
 
 def _result_summary(out: Path, kind: str) -> dict[str, Any]:
@@ -1619,7 +1620,7 @@ def _neighbour_lines(rows: list[dict[str, Any]], chosen: tuple[int, ...]) -> Ite
     for latent in sorted(set(chosen)):
         mine = [row for row in rows if row["latent"] == latent]
         n_tokens = next((row["n_tokens"] for row in mine if row["n_tokens"] is not None), None)
-        yield f"latent {latent}" + ("" if n_tokens is None else f", active at {n_tokens:,} tokens")
+        yield f"latent {latent}" + ("" if n_tokens is None else f", active at {_count(n_tokens, 'token')}")
         for by, title in (("direction", "nearest direction"), ("tokens", "active at the same tokens")):
             some = [row for row in mine if row["by"] == by]
             if by == "direction" or n_tokens is not None:
@@ -1629,7 +1630,7 @@ def _neighbour_lines(rows: list[dict[str, Any]], chosen: tuple[int, ...]) -> Ite
                 if row["n_tokens_both"] is not None:
                     together = (
                         f"  phi {_number(row['phi'])}  lift {row['lift'] or 0:.1f}  together at "
-                        f"{row['n_tokens_both']:,} tokens of {row['n_images_both']:,} images"
+                        f"{_count(row['n_tokens_both'], 'token')} of {_count(row['n_images_both'], 'image')}"
                     )
                 yield f"    {row['rank']:>3}  latent {row['neighbour']:<6}  cosine {_number(row['cosine'])}{together}"
 
@@ -1687,16 +1688,16 @@ def _patient_line(row: dict[str, Any]) -> str:
     if row["skipped"]:
         return f"{name}: left out ({_shown(row['skipped'])})"
     return (
-        f"{name}: {row['n_images']:,} images against {row['n_others']:,} others with {_shown(row['disease'])}; "
-        f"{row['n_raised']:,} latents raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both halves) of "
-        f"{row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
+        f"{name}: {_count(row['n_images'], 'image')} against {row['n_others']:,} others with {_shown(row['disease'])}; "
+        f"{_count(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both "
+        f"halves) of {row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
     )
 
 
 def _patient_concept_line(row: dict[str, Any]) -> str:
     return (
         f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_median']:.3g} "
-        f"tokens per image, in {row['n_images_active']:,} images; {row['n_others_beyond']:,} others as far; "
+        f"tokens per image, in {_count(row['n_images_active'], 'image')}; {row['n_others_beyond']:,} others as far; "
         f"both halves on that side {row['replicated']:.0%}"
     )
 
@@ -1773,7 +1774,7 @@ def _print_selection(path: Path, config: "SelectionConfig", found: "Selection") 
     clusters = found.table["cluster"].to_pylist()
     for cluster, size in enumerate(found.cluster_sizes):
         drawn = [str(latent) for latent, of in zip(found.latents, clusters, strict=True) if of == cluster]
-        click.echo(f"  cluster {cluster} ({size:,} latents): {', '.join(drawn)}")
+        click.echo(f"  cluster {cluster} ({_count(size, 'latent')}): {', '.join(drawn)}")
 
 
 @concept.command("sheet")
@@ -2000,8 +2001,8 @@ def _print_masks(out: Path, done: "MaskResult", left_out: dict[str, list[str]], 
         if names:
             click.echo(f"left out: {len(names):,} {what} ({listed([_shown(name) for name in names])})")
     click.echo(
-        f"{out}: {done.n_images:,} images with masks, {done.n_foreground / done.n_patches:.1%} of the patches are "
-        f"foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"
+        f"{out}: {_count(done.n_images, 'image')} with masks, {done.n_foreground / done.n_patches:.1%} of the patches "
+        f"are foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"
     )
     for name, best, chance in (
         ("auroc", done.best_by_auroc, done.expected_max_auroc),
@@ -2076,8 +2077,8 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
 
     if unseen:
         click.echo(
-            f"warning: {len(unseen):,} images could not be shown ({listed([_shown(name) for name in unseen])}); "
-            f"say where they are with {option}, and add --overwrite",
+            f"warning: {_count(len(unseen), 'image')} could not be shown "
+            f"({listed([_shown(name) for name in unseen])}); say where they are with {option}, and add --overwrite",
             err=True,
         )
 
@@ -2384,14 +2385,14 @@ def _reviews_of(site: Path) -> Path:
 
 def _print_reviewed(found: dict[str, Any]) -> None:
     """What `cyto atlas agreement` found for one question."""
-    click.echo(f"\n{_shown(found['title'])}: {found['n_items']:,} concepts")
+    click.echo(f"\n{_shown(found['title'])}: {_count(found['n_items'], 'concept')}")
     for reviewer, given in found["reviewers"].items():
         said = ", ".join(f"{count:,} {verdict}" for verdict, count in given["verdicts"].items())
         click.echo(f"  {_shown(reviewer)}: {given['n']:,} judged ({said})")
     for pair in found["cohen"]:
         names = " and ".join(_shown(name) for name in pair["reviewers"])
         click.echo(
-            f"  {names}: Cohen's kappa {_number(pair['kappa'])} over {pair['n_items']:,} concepts, "
+            f"  {names}: Cohen's kappa {_number(pair['kappa'])} over {_count(pair['n_items'], 'concept')}, "
             f"{_share(pair['agreement'])} equal"
         )
     all_of = found["fleiss"]
@@ -2708,9 +2709,9 @@ def _verify(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> No
         for problem in problems:
             click.echo(str(problem))
         if not problems:
-            click.echo(f"{store}: whole ({total:,} chunks checked)")
+            click.echo(f"{store}: whole ({_count(total, 'chunk')} checked)")
     if problems:
-        raise click.ClickException(f"{store} is damaged: {len(problems):,} problems")
+        raise click.ClickException(f"{store} is damaged: {_count(len(problems), 'problem')}")
 
 
 def _say_done(path: Path, was_complete: bool) -> None:
@@ -2849,7 +2850,7 @@ def _print_probe(out: Path, scores: dict[str, Any]) -> None:
         found = chance["weighted_f1"]
         click.echo(
             f"chance: weighted F1 {found['mean']:.3f}, 5 to 95% {found['q05']:.3f} to {found['q95']:.3f}, of "
-            f"{chance['n']:,} shuffles; first repeat {found['observed']:.3f}, p = {found['p']:.3g}"
+            f"{_count(chance['n'], 'shuffle')}; first repeat {found['observed']:.3f}, p = {found['p']:.3g}"
         )
 
 
@@ -2876,7 +2877,9 @@ def _print_dataset(found: dict[str, Any], label: str) -> None:
         click.echo(f"    no image has a {label}: label entropies are null")
         return
     if found["n_without_entropy"]:
-        click.echo(f"    {found['n_without_entropy']:,} latents that fire have too few labelled images for an entropy")
+        click.echo(
+            f"    {_count(found['n_without_entropy'], 'latent')} without an entropy: active, too few labelled images"
+        )
     if found["n_top_unlabelled"]:
         click.echo(f"    {found['n_top_unlabelled']:,} top images have no {label}: left out of the entropies")
 
@@ -2895,7 +2898,7 @@ def _print_agreement(pair: dict[str, Any]) -> None:
 def _print_latent(page: dict[str, Any]) -> None:
     """One latent in one dataset."""
     rows = {
-        "frequency": f"{page['frequency']:.3g} ({page['n_images']:,} images)",
+        "frequency": f"{page['frequency']:.3g} ({_count(page['n_images'], 'image')})",
         "activation": f"mean {page['mean_activation']:.3g} where active, largest token {page['max_activation']:.3g}",
         "entropy": f"{_number(page['label_entropy'])} (shuffled {_number(page['label_entropy_null'])})",
         "label": f"{_shown(page['top_label'] or 'n/a')} ({page['n_labelled']:,} top images with a label)",

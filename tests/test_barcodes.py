@@ -1033,8 +1033,8 @@ def test_the_command_takes_all_of_it(two_datasets: list[Path], tmp_path: Path, s
     assert result.exit_code == 0, result.output
     assert "6 images, 1 patients, 1 diseases, 4 latents, tau 0.2, 5" in result.stdout
     assert "left out: 5 images without a patient" in result.stdout
-    assert "5 images have no row in" in result.stdout
-    assert "1 rows of" in result.stdout
+    assert "5 images without a row in" in result.stdout
+    assert "1 row of" in result.stdout
     assert "100.0% of the nonzeros exceed tau 0.2; 1 of 4 latents never do" in result.stdout
     assert "warning: no latent exceeds tau 5 anywhere: every barcode is empty" in result.stderr
 

@@ -91,7 +91,7 @@ def test_info_and_verify(command: str, store: str, copied: Path) -> None:
     damaged = run(command, "verify", copied / store, "--json")
     assert damaged.exit_code == 1
     assert json.loads(damaged.stdout)["problems"]
-    fails("is damaged: 1 problems", command, "verify", copied / store)
+    fails("is damaged: 1 problem", command, "verify", copied / store)
 
 
 def test_sae_info(made: Path) -> None:

@@ -216,7 +216,7 @@ def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> 
     assert "active at the same tokens" not in run("concept", "neighbours", sae, "--latent", 0).stdout
     done = run(*command, "-o", tmp_path / "out", "--workers", 1)
     assert "neighbours of 12 latents by direction and activity at 220 tokens of 55 images" in done.stdout
-    assert "1 latents have no direction" in done.stdout
+    assert "1 latent without a direction" in done.stdout
     assert "already complete" in run(*command, "-o", tmp_path / "out", "--workers", 1).stderr
     assert run(*command).exit_code == 2
     fails("no latent 99", *command, "--latent", 99)

@@ -251,7 +251,7 @@ def test_command(barcodes: Path, tmp_path: Path) -> None:
     command = ("concept", "patient", barcodes)
     done = run(*command, "A", "-o", tmp_path / "a")
     assert done.exit_code == 0, done.output
-    assert "A: 9 images against 6 others with flu; 1 latents raised and 0 lowered" in done.stdout
+    assert "A: 9 images against 6 others with flu; 1 latent raised and 0 lowered" in done.stdout
     assert "latent 3      z     7.3  6 against 0 tokens per image, in 9 images; 0 others as far" in done.stdout
     assert "without p- or q-values" in done.stdout
     everybody = run(*command, "--all", "-o", tmp_path / "all", "--json")

@@ -412,7 +412,7 @@ def test_the_command_says_what_was_wrong_and_what_became_of_it(made: Path, store
         r"was: chunk 0 \(images 0 to 1\): is not the chunk that the journal names: .* chunk 2", lines[1]
     )
     assert lines[2].startswith("was: chunk 2 (images 4 to 5): is not the chunk")
-    assert lines[3:] == [f"{store}: repaired; 2 chunks were made again"]
+    assert lines[3:] == [f"{store}: repaired; 2 chunks made again"]
     assert "warning" not in result.stderr
     assert contents(store) == contents(made / "acts.zarr")
 

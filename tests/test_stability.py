@@ -299,7 +299,7 @@ def test_changed_weights_and_extreme_norms(saes: list[Path], tmp_path: Path) -> 
 def test_command(saes: list[Path], tmp_path: Path) -> None:
     command = ("concept", "stability", *saes[:2], "-o", tmp_path / "out")
     printed = run(*command).stdout
-    assert "b: 2 latents without a direction" in printed
+    assert "b: 2 latents left out: without a direction" in printed
     assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (random directions 0." in printed
     again = run(*command, "--json")
     assert "already complete" in again.stderr
