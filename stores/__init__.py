@@ -2,7 +2,7 @@
 
 from .activation_store import ActivationSpec, ActivationStore, open_caches
 from .activation_writer import ActivationWriter
-from .barcode_store import BarcodeStore, BarcodeWriter
+from .barcode_store import BarcodeStore
 from .concept_store import ConceptStore
 from .csr import CsrReader, CsrRows, CsrWriter
 from .errors import (
@@ -68,7 +68,6 @@ __all__ = [
     "ActivationWriter",
     "BadInput",
     "BarcodeStore",
-    "BarcodeWriter",
     "Chosen",
     "ClusterLost",
     "ConceptStore",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from .csr import CsrReader, CsrWriter
+from .csr import CsrReader
 from .errors import BadInput, DamagedStore
 from .files import sha256_file
 from .spec import BARCODES, Header, read_header
@@ -29,50 +29,6 @@ if TYPE_CHECKING:
 LEVELS = ("image", "patient", "disease")
 _READ_ROWS = 256  # that are read together
 NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
-
-
-class BarcodeWriter:
-    """Writes one AnnData store: rows of `X` and of the layers block by block, then the tables.
-
-    Memory: one unfinished chunk per matrix.
-    """
-
-    def __init__(self, root: Path, *, n_latents: int, layers: tuple[str, ...] = ()) -> None:
-        """Begin the store at `root`; a half-written one that lies there is replaced."""
-        begin_level(root)
-        self._root = root
-        paths = {"X": root / "X"} | {name: root / "layers" / name for name in layers}
-        self._matrices = {name: CsrWriter(path, n_columns=n_latents, indices="int32") for name, path in paths.items()}
-
-    def append(self, matrices: dict[str, Any]) -> None:
-        """Append the same rows to `X` and to every layer.
-
-        Parameters
-        ----------
-        matrices : name -> scipy CSR (rows, n_latents): canonical, without zeros, values exact in float32
-
-        Raises
-        ------
-        BadInput
-            If a value is not finite; nothing is written then.
-        """
-        assert matrices.keys() == self._matrices.keys()
-        for name, matrix in matrices.items():
-            if not np.isfinite(matrix.data).all():
-                raise BadInput(f"{name} of the barcodes has a value that is NaN or infinite")
-        for name, matrix in matrices.items():
-            self._matrices[name].append(matrix.indices, matrix.data.astype(np.float32), np.diff(matrix.indptr))
-
-    def close_rows(self) -> None:
-        """State the shapes: from here on the matrices can be read (`CsrReader`), and no row can be added."""
-        for matrix in self._matrices.values():
-            matrix.finish()
-
-    def finish(self, *, obs: "pd.DataFrame", var: "pd.DataFrame", uns: dict[str, Any]) -> None:
-        """Close the rows and write the tables; `obs` has one row per appended row, `var` one per latent."""
-        self.close_rows()
-        assert all(matrix.n_rows == len(obs) for matrix in self._matrices.values())
-        write_tables(self._root, {"obs": obs, "var": var, "uns": uns, **NOTHING_ELSE})
 
 
 def begin_level(root: Path) -> None:

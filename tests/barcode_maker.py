@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from barcode_writer import BarcodeWriter
 from scipy.sparse import csr_matrix
 
-from stores import BARCODES, BarcodeWriter, new_header, write_header
+from stores import BARCODES, new_header, write_header
 from stores.barcode_store import level_name
 from stores.spec import Header
 

@@ -1031,7 +1031,7 @@ def test_the_command_takes_all_of_it(two_datasets: list[Path], tmp_path: Path, s
     arguments += ["--table", str(tmp_path / "table.csv"), "--scheduler", scheduler]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
-    assert "6 images, 1 patients, 1 diseases, 4 latents, tau 0.2, 5" in result.stdout
+    assert "6 images, 1 patient, 1 disease, 4 latents, tau 0.2, 5" in result.stdout
     assert "left out: 5 images without a patient" in result.stdout
     assert "5 images without a row in" in result.stdout
     assert "1 row of" in result.stdout

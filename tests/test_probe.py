@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from barcode_writer import BarcodeWriter
 from click.testing import CliRunner
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
@@ -36,7 +37,7 @@ from cytosae.scores import class_scores, score
 from cytosae.scores import confusion_matrix as our_confusion
 from cytosae.threshold_columns import ThresholdColumns
 from cytosae.threshold_grams import ThresholdGrams
-from stores import BARCODES, PROBE, BarcodeStore, BarcodeWriter, ResultStore, new_header, write_header
+from stores import BARCODES, PROBE, BarcodeStore, ResultStore, new_header, write_header
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.errors import BadInput, DamagedStore, SpecMismatch

@@ -1,8 +1,8 @@
 """What wrote the golden artefacts beside this file, kept as a record: one tiny finished artefact per format version.
 
 They must be readable for ever, so they are never written anew: a new format version gets a new function and a new
-folder, and tests/test_store_golden.py reads old and new. Run it as `python tests/golden/make_golden.py FOLDER`; it
-refuses a folder that already holds one of them.
+folder, and tests/test_store_golden.py reads old and new. Run it as `PYTHONPATH=tests python tests/golden/make_golden.py
+FOLDER`; it refuses a folder that already holds one of them.
 """
 
 import os
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as ss
 import torch
+from barcode_writer import BarcodeWriter
 
 from cytosae.checkpoint import load_sae, save_sae
 from cytosae.cluster import open_client
@@ -30,7 +31,6 @@ from cytosae.stability import write_stability
 from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
-from stores.barcode_store import BarcodeWriter
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
 from stores.runlog import append_run
 from stores.spec import BARCODES, SAE, Header, new_header, write_header
