@@ -15,7 +15,7 @@ few atoms each. Without CUDA it prints one line that says so; `--device cpu` wit
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice, repeat
@@ -141,7 +141,7 @@ def main() -> None:
     )
 
 
-def tune(candidates: dict[str, Callable[[], Any]], n_tokens: int, sync: Callable[[], None]) -> dict[str, float]:
+def tune(candidates: Mapping[str, Callable[[], Any]], n_tokens: int, sync: Callable[[], None]) -> dict[str, float]:
     """Tokens/s of gradients by each; the unmeasured first run compiles. What does not fit into memory is left out."""
     speeds: dict[str, float] = {}
     for name, gradients in candidates.items():
@@ -287,6 +287,7 @@ def whole_run(options: Any) -> dict[str, Any]:
         began = now()
         header = train([cache], folder / "run", config, device=options.device, checkpoint_every=10**9)
         seconds = (now() - began).seconds
+    assert header.summary is not None
     rate = options.run_tokens / seconds
     return {
         "tokens": options.run_tokens,
@@ -340,7 +341,7 @@ def compiled(case: Case, loss: Loss, micro_batch: int, fold_b_dec: bool) -> None
 
 def _gradients(case: Case) -> dict[str, torch.Tensor]:
     """The gradients as they are, taken away from the parameters so that nobody writes into them."""
-    grads = {name: parameter.grad for name, parameter in case.model.named_parameters()}
+    grads: dict[str, Any] = {name: parameter.grad for name, parameter in case.model.named_parameters()}
     for parameter in case.model.parameters():
         parameter.grad = None
     return grads

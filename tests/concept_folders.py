@@ -1,6 +1,6 @@
 """Folders of concepts without a run of `cyto concept stats`: what a test says of its latents, in the real format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stores.tables import column
 
 def make_concepts(
     root: Path,
-    statistics: dict[str, dict[str, Sequence[float]]],
+    statistics: Mapping[str, Mapping[str, Sequence[float]]],
     *,
     top: Sequence[dict[str, Any]] = (),
     sae_sha256: str = "0" * 64,

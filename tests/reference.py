@@ -398,7 +398,7 @@ def image_mean(dense_latents: Array, tokens_per_image: int, token_set: str) -> F
     return np.array([np.mean(image, axis=0) for image in images])
 
 
-def label_entropy(values: Sequence[float], labels: Sequence[int], min_support: int = 1) -> float:
+def label_entropy(values: Sequence[float] | Array, labels: Sequence[int] | Array, min_support: int = 1) -> float:
     """Of one latent, in nats: an image with a value and a label weighs as much as its value; NaN below the support."""
     kept = [(value, label) for value, label in zip(values, labels, strict=True) if value > 0 and label >= 0]
     if len(kept) < max(1, min_support):
@@ -408,7 +408,7 @@ def label_entropy(values: Sequence[float], labels: Sequence[int], min_support: i
     return -sum(share * np.log(share) for share in shares)
 
 
-def top_images(values: Sequence[float], ids: Sequence[str], k: int) -> list[int]:
+def top_images(values: Sequence[float] | Array, ids: Sequence[str], k: int) -> list[int]:
     """Positions of the k largest values above 0, of equal ones the image with the smaller id first."""
     return sorted((i for i, value in enumerate(values) if value > 0), key=lambda i: (-values[i], ids[i]))[:k]
 

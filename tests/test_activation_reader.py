@@ -150,9 +150,9 @@ def test_everything_equals_the_twin(place: Path | str, root: Path) -> None:
         np.testing.assert_array_equal(bits(tokens), bits(expected[3 * chunk : 3 * chunk + 3]), strict=True)
     assert store.read_chunk(3).shape == (2, N_TOKENS, WIDTH)  # its padding is cut off
 
-    rows, tokens = zip(*store.iter_chunks(first=1), strict=True)
+    rows, chunks = zip(*store.iter_chunks(first=1), strict=True)
     assert rows == (range(3, 6), range(6, 9), range(9, 11))
-    np.testing.assert_array_equal(bits(np.concatenate(tokens)), bits(expected[3:]))
+    np.testing.assert_array_equal(bits(np.concatenate(chunks)), bits(expected[3:]))
     assert list(store.iter_chunks(first=4)) == []
 
     for chosen in ([7], [10, 0, 10, 3, 10], range(N_IMAGES), np.array([8, 2], np.uint8), []):
@@ -593,7 +593,7 @@ def test_a_lasting_failure_is_one_line(
 ) -> None:
     """When it is opened, and later; a chunk that failed is asked for anew. No access is told apart."""
     server = request.getfixturevalue("s3" if url.startswith("s3") else "web")
-    monkeypatch.setitem(remote._RETRY, "max_retries", 1)  # type: ignore[typeddict-item]
+    monkeypatch.setitem(remote._RETRY, "max_retries", 1)
     failures = {"503": "cannot be read now, try again later", "drop": "try again later", "403": "AWS_ACCESS_KEY_ID"}
     for failure, what in failures.items():
         for name in ("cache.zarr/zarr.json", "journal.jsonl", "tokens/zarr.json"):
@@ -616,7 +616,7 @@ def test_a_lasting_failure_is_one_line(
 
 
 def test_a_server_that_is_not_there_is_one_line(root: Path, web: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(remote._RETRY, "max_retries", 1)  # type: ignore[typeddict-item]
+    monkeypatch.setitem(remote._RETRY, "max_retries", 1)
     url = f"{web.url}/bucket/deep/cache.zarr"
     web.shutdown()
     web.server_close()
@@ -834,7 +834,7 @@ def test_training_goes_on_after_the_network_failed(
     tmp_path: Path, s3: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The state is saved when the next chunk does not come; the same call then ends as if nothing had been."""
-    monkeypatch.setitem(remote._RETRY, "max_retries", 0)  # type: ignore[typeddict-item]
+    monkeypatch.setitem(remote._RETRY, "max_retries", 0)
     cache = write_cache(tmp_path / "bucket" / "a.zarr", random_tokens(40), chunk_images=2)
     config = tiny_config(batch_tokens=20, tokens=20 * 24, pool_chunks=2)
     whole = train([cache], tmp_path / "whole", config)
@@ -856,7 +856,7 @@ def test_encoding_goes_on_after_the_network_failed(
     made: Path, tmp_path: Path, s3: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the first chunk that is not yet committed: what is done is not fetched again."""
-    monkeypatch.setitem(remote._RETRY, "max_retries", 0)  # type: ignore[typeddict-item]
+    monkeypatch.setitem(remote._RETRY, "max_retries", 0)
     shutil.copytree(made / "acts.zarr", tmp_path / "bucket" / "acts.zarr")
     s3.failing = {"c/2/0/0": ["503"] * 9}
     with pytest.raises(StoreUnreachable):

@@ -54,7 +54,8 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.elements, self.text = path, [], ""
+        self.path, self.text = path, ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self._open: list[str] = []
         self.feed(path.read_text())
         assert not self._open, f"{path}: {self._open} stay open"
@@ -143,7 +144,7 @@ def test_every_link_leads_into_the_site(atlas: Path) -> None:
 def test_no_page_runs_what_is_not_the_atlas_own(atlas: Path) -> None:
     """No inline script, style or handler; the policy allows none; nothing is asked of a network."""
     for page in pages(atlas):
-        policies = [found["content"] for found in page.all("meta") if found.get("http-equiv")]
+        policies = [found["content"] or "" for found in page.all("meta") if found.get("http-equiv")]
         assert policies[0].startswith("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;")
         for tag, attributes in page.elements:
             assert not [name for name in attributes if name.startswith("on") or name == "style"], page.path
@@ -397,7 +398,7 @@ def test_pictures_of_the_review_are_counted_beforehand(cohort: Cohort, atlas: Pa
     latents = LatentStore(cohort.root / "latents")
     images = Pictures(latents, cohort.root / "images")
     concepts = ConceptStore(cohort.root / "concepts")
-    asked = {
+    asked: dict[str, Any] = {
         "selection": read_selection(concepts),
         "comparisons": [ResultStore(cohort.root / "compare", COMPARISON)],
         "most": 1000,

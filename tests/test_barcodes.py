@@ -7,7 +7,7 @@ import sys
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -56,14 +56,14 @@ LEVELS = ("image", "patient", "disease")
 
 def write_latents(
     root: Path,
-    dense: Float,
-    rows: list[Row],
+    dense: npt.NDArray[Any],
+    rows: Sequence[Row],
     *,
     value_bits: int = 10,
     min_activation: float = 0.0,
     dataset: str = "drawn",
     sae_sha256: str = "1" * 64,
-    further: dict[str, list[str | None]] | None = None,
+    further: Mapping[str, Sequence[str | None]] | None = None,
     precision: str = "fp32",
     hashes: list[str] | None = None,
     **cache: Any,
@@ -76,7 +76,7 @@ def write_latents(
         "patient": [patient for patient, _, _ in rows],
         "disease": [disease for _, disease, _ in rows],
         "stain": ["pale" for _ in rows],
-        **(further or {}),
+        **{name: list(values) for name, values in (further or {}).items()},
     }
     errors = [None if ok else "file ends early" for _, _, ok in rows]
     known = hashes or ["0" * 64] * n_images
@@ -379,10 +379,10 @@ def random_latents(seed: int, shape: tuple[int, int, int], rows: list[Row], *, s
     return dense
 
 
+DISEASE_OF = {"Zoe": "flu", "Abe": "cold", "Mia": "flu"}  # Bo's is unknown
 rows_of_images = st.lists(
     st.tuples(st.sampled_from([None, "Zoe", "Abe", "Mia", "Bo"]), st.booleans()), min_size=1, max_size=12
 ).map(lambda drawn: [(patient, DISEASE_OF.get(patient or ""), ok) for patient, ok in drawn])
-DISEASE_OF = {"Zoe": "flu", "Abe": "cold", "Mia": "flu"}  # Bo's is unknown
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -715,7 +715,7 @@ def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> N
     tracemalloc.stop()
     found = anndata.read_zarr(tmp_path / "barcodes" / "patient.zarr")
     assert found.obs_names.tolist() == [f"{i:04d}" for i in range(n)]
-    order = np.argsort([name for name, _, _ in people])
+    order = np.argsort([str(name) for name, _, _ in people])
     assert np.array_equal(found.X.indices.reshape(n, 2), latent[order])
     assert peak < 200e6
 
@@ -729,7 +729,8 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
-        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
+        cluster: Any = Cluster()
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes[limit] = blocks[0].stop
@@ -746,7 +747,8 @@ def test_blocks_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatc
             def scheduler_info(self) -> dict[str, Any]:
                 return {"workers": {"a": {"memory_limit": 0, "nthreads": n_threads}}}  # noqa: B023
 
-        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, Cluster(), n_taus=1))
+        cluster: Any = Cluster()
+        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
         assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
         assert (blocks[0].start, blocks[-1].stop) == (0, 260)
         sizes = [block.stop - block.start for block in blocks]
@@ -774,7 +776,7 @@ def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, t
     latents = Path(shutil.copytree(many / "latents.zarr", tmp_path / "latents.zarr"))
     for name, codec in {"indices": GzipCodec(), "data": None}.items():
         array = zarr.open_array(latents / "X" / name, mode="r")
-        values, fill = array[:], array.fill_value
+        values, fill = np.asarray(array[:]), array.fill_value
         zarr.create_array(
             latents / "X",
             name=name,
@@ -924,16 +926,13 @@ def test_stores_that_do_not_go_together_are_refused(two_datasets: list[Path], tm
 def test_latents_of_other_tokens_are_refused(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
     """One SAE encodes any cache of its width with --assume-compatible; their barcodes are still not comparable."""
     dense, one = np.ones((1, 2, 4), np.float32), [("P", "D", True)]
-    for number, (setting, words) in enumerate(
-        {
-            ("block", 9): "block 9 against 10",
-            ("weights_sha256", "f" * 64): "weights_sha256 ffffffffffff… against nothing",
-            ("transform", (("size", 98),)): "transform.size 98 against nothing",
-        }.items()
-    ):
-        name, value = setting
-        kind = {name: dict(value) if name == "transform" else value}
-        other = write_latents(tmp_path / f"{number}.zarr", dense, one, dataset="east", **kind)  # type: ignore[arg-type]
+    kinds: list[tuple[dict[str, Any], str]] = [
+        ({"block": 9}, "block 9 against 10"),
+        ({"weights_sha256": "f" * 64}, "weights_sha256 ffffffffffff… against nothing"),
+        ({"transform": {"size": 98}}, "transform.size 98 against nothing"),
+    ]
+    for number, (kind, words) in enumerate(kinds):
+        other = write_latents(tmp_path / f"{number}.zarr", dense, one, dataset="east", **kind)
         with pytest.raises(SpecMismatch, match=rf"{number}.zarr and .*north.zarr hold .* kinds of tokens \({words}"):
             write_barcodes([two_datasets[0], other], tmp_path / "barcodes", BarcodeConfig(), client=threads)
         assert not (tmp_path / "barcodes").exists()
@@ -945,7 +944,7 @@ def test_stores_that_were_made_differently_are_told(
     """Precision, value bits, pruning, versions and device: counted together, and said, then and of the finished job."""
     dense, one = np.ones((1, 2, 4), np.float32), [("P", "D", True)]
     settings: dict[str, Any] = {"value_bits": 23, "min_activation": 0.1, "precision": "bf16"}
-    other = write_latents(tmp_path / "o.zarr", dense, one, dataset="east", **settings)  # type: ignore[arg-type]
+    other = write_latents(tmp_path / "o.zarr", dense, one, dataset="east", **settings)
     for store, torch in ((two_datasets[1], "2.1"), (other, "2.2")):
         line = {"time": "2026", "versions": {"torch": torch}, "device": "cpu"}
         (store / "runs.jsonl").write_text(json.dumps(line) + "\n")

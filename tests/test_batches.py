@@ -310,12 +310,13 @@ def test_images_left_out_never_come(cache: ActivationStore, order: str) -> None:
 
 
 def test_a_choice_of_images_that_does_not_fit_is_refused(cache: ActivationStore) -> None:
-    for images, found in (
+    refused: list[tuple[list[Any], str]] = [
         ([], "nothing"),
         ([np.ones(10, bool)], r"bool \(10,\)"),
         ([np.ones(11, np.int64)], r"int64 \(11,\)"),
         ([np.ones(11, bool)] * 2, r"bool \(11,\), bool \(11,\)"),
-    ):
+    ]
+    for images, found in refused:
         with pytest.raises(BadInput, match=rf"each image of each cache: expected bool \(11,\); found {found}"):
             TokenStream([cache], images=images)
     with pytest.raises(BadInput, match="no readable and chosen image in the given caches"):

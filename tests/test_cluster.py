@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -384,7 +385,7 @@ def server(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield objects
 
 
-def access(objects: ObjectServer) -> dict[str, str]:
+def access(objects: ObjectServer) -> dict[str, Any]:
     return {
         "AWS_ENDPOINT_URL": objects.url,
         "AWS_REGION": "us-east-1",
@@ -437,7 +438,8 @@ def test_the_next_chunk_of_a_url_comes_while_this_one_is_counted(
             for name, chunk in re.findall(r"GET bucket/y\S+/X/(data|indices)/c/(\d+)", request)
         }
 
-    pieces, expected = reader.entries(), EntryReader(local / "X", shape=(200, 30), start=0, stop=150).entries()
+    pieces: Iterator[tuple[Any, ...]] = reader.entries()
+    expected: Iterator[tuple[Any, ...]] = EntryReader(local / "X", shape=(200, 30), start=0, stop=150).entries()
     last = (int(reader.row_starts[-1]) - 1) // 400
     assert last >= 2
     for number, (ours, theirs) in enumerate(zip(pieces, expected, strict=True)):

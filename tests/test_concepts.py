@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cytosae.concept_figures import Panel, latents_above, plot_scatter, plot_thr
 from cytosae.concept_labels import label_agreement, top_label
 from cytosae.concept_tasks import TopImages
 from cytosae.concepts import ConceptConfig, label_entropy, shuffled_entropy, write_concepts
-from stores import BadInput, ConceptStore, DamagedStore, SpecMismatch, find_header
+from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch, find_header
 from stores.concept_store import MEANINGFUL
 from stores.files import sha256_file, write_json
 
@@ -212,7 +212,7 @@ def write_difficult(root: Path, seed: int = 0, *, n_images: int = 60, n_latents:
 
 def twin(root: Path, dense: Float, config: ConceptConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Both tables, image by image and latent by latent; without the entropy by chance."""
-    images = concepts_module.LatentStore(root).images.to_pylist()
+    images = LatentStore(root).images.to_pylist()
     means = reference.image_mean(dense.reshape(-1, dense.shape[2]), 5, config.token_set).astype(np.float32)
     largest = reference.image_max(dense.reshape(-1, dense.shape[2]), 5, config.token_set)
     latents, top = [], []
@@ -299,7 +299,7 @@ def test_the_entropy_by_chance_is_that_of_the_dataset(tmp_path: Path, threads: C
     root, _ = write_difficult(tmp_path / "latents.zarr")
     config = ConceptConfig(min_support=2, shuffles=9, seed=4)
     write_concepts(root, tmp_path / "concepts", config, client=threads)
-    store, images = ConceptStore(tmp_path / "concepts"), concepts_module.LatentStore(root).images.to_pylist()
+    store, images = ConceptStore(tmp_path / "concepts"), LatentStore(root).images.to_pylist()
     known = sorted({image["label"] for image in images if image["label"]})
     labels = [
         known.index(image["label"])
@@ -361,8 +361,11 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
     # the same images as two stores: another identity, the same numbers
     halves = []
     for k, part in enumerate((slice(0, 23), slice(23, 60))):
-        own = {"dataset": further["dataset"][part], "path": [f"{i:04d}.png" for i in range(60)][part]}
-        own["label"] = [f"type {i % 3}" for i in range(60)][part]
+        own: dict[str, Sequence[str | None]] = {
+            "dataset": further["dataset"][part],
+            "path": [f"{i:04d}.png" for i in range(60)][part],
+            "label": [f"type {i % 3}" for i in range(60)][part],
+        }
         halves.append(write_latents(tmp_path / f"half{k}.zarr", dense[part], rows[part], further=own, value_bits=23))
     write_concepts(halves, tmp_path / "halves", ConceptConfig(), client=threads)
     for name in ("latents", "top_images", "agreement"):

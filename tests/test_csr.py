@@ -348,13 +348,14 @@ def test_a_job_does_not_go_on_from_what_is_lost(name: str, damage: bytes | str |
 def test_a_journal_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
     line = through_json(committed(tmp_path / "X"))
     fewer = {**line, "n_rows": 1}
-    for records in (
+    senseless: list[list[dict[str, Any]]] = [
         [{}],
         [{**line, "chunks": {}}],
         [{**line, "nnz": "many"}],
         [line, fewer],
         [{**line, "chunks": [1]}],
-    ):
+    ]
+    for records in senseless:
         with pytest.raises(DamagedStore, match="the journal does not name what was written"):
             CsrCommit.from_json(records)
 

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -551,7 +552,7 @@ class TestNoNetwork:
 
     def test_a_full_disk_is_told_before_the_download(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = type("Usage", (), {"free": 1_000})
-        monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
         _refusal("3,000,000 bytes are needed, 1,000 are free.*; set CYTO_CACHE")
         assert site.asked == []
 

@@ -213,7 +213,9 @@ def test_compacting_equals_the_obvious_way(n_latents: int, scratch: int, monkeyp
         compactor.close()
         assert len(pieces) > torch.get_num_threads() or scratch > 1 or n_latents == 1
         found = SparseRows(
-            *(np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("indices", "values", "lengths")),
+            indices=np.concatenate([piece.indices for piece in pieces]),
+            values=np.concatenate([piece.values for piece in pieces]),
+            lengths=np.concatenate([piece.lengths for piece in pieces]),
             n_dropped=sum(piece.n_dropped for piece in pieces),
         )
         for rows in (found, on_device(p, rounding)):
@@ -256,7 +258,7 @@ def test_pruned_is_the_whole_store_without_small_values(made: Path, tmp_path: Pa
     whole = encode(made / "acts.zarr", made / "run", tmp_path / "whole.zarr", value_bits=value_bits)
     rows = LatentStore(tmp_path / "whole.zarr").read_images(0, 7)
     least = float(np.quantile(rows.values, 0.4, method="nearest"))  # a stored value: it stays
-    settings = {"value_bits": value_bits, "min_activation": least}
+    settings: dict[str, Any] = {"value_bits": value_bits, "min_activation": least}
     pruned = encode(made / "acts.zarr", made / "run", tmp_path / "pruned.zarr", **settings)
     kept, found = rows.values >= np.float32(least), LatentStore(tmp_path / "pruned.zarr").read_images(0, 7)
     row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))

@@ -27,7 +27,7 @@ from cytocache.demo_cells import draw_cell
 from cytocache.extract import ExtractConfig, ExtractResult, extract
 from cytocache.preprocess import Preprocess
 from cytocache.torchvision_guard import declare_missing_operators
-from stores import ActivationStore, activation_writer, verify_activations
+from stores import ActivationStore, activation_writer, files, verify_activations
 from stores.errors import BadInput, IncompleteStore, SpecMismatch
 from stores.spec import ACTIVATIONS, LATENTS, Header, new_header, read_header, write_header
 from stores.tables import MANIFEST_COLUMNS, OUTCOME_COLUMNS
@@ -438,7 +438,7 @@ class TestResuming:
         self, cells: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The chunks that were saved beside it, in other threads, are kept."""
-        real = activation_writer.write_atomic
+        real = files.write_atomic
 
         def write_atomic(path: Path, *pieces: Any) -> None:
             if path.parts[-3:] == ("1", "0", "0"):

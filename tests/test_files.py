@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_a_torn_last_line_is_left_out_and_mended(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     assert read_lines(path, mend=True) == []
     assert not path.exists()
-    records = [{"chunk": 1, "errors": {"3": "not\nan image, \u2028 ü"}}, {"chunk": 2}]
+    records: list[dict[str, Any]] = [{"chunk": 1, "errors": {"3": "not\nan image, \u2028 ü"}}, {"chunk": 2}]
     for record in records:
         append_line(path, record)
     whole = path.read_bytes()

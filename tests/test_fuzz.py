@@ -600,7 +600,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     declare_missing_operators()
     import timm
 
-    options = {"embed_dim": 32, "num_heads": 2, "depth": 2}
+    options: dict[str, Any] = {"embed_dim": 32, "num_heads": 2, "depth": 2}
     with torch.device("meta"):
         model = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0, **options)
     state = _lively_state(model)
@@ -645,7 +645,7 @@ def damaged_weights(raw: bytes, n: int) -> Iterator[tuple[str, bytes]]:
         yield f"{number} {way.__name__}", way(raw, rng)
         directory = raw.index(b"PK\x01\x02")  # the end of the file is where an archive begins
         yield f"{number} {way.__name__} directory", raw[:directory] + way(raw[directory:], rng)
-        yield f"{number} {way.__name__} pickle", repickled(raw, lambda pickled, way=way: way(pickled, rng))
+        yield f"{number} {way.__name__} pickle", repickled(raw, functools.partial(way, rng=rng))
 
 
 def hostile_weights(raw: bytes, state: dict[str, torch.Tensor], canary: Path) -> dict[str, bytes]:
@@ -656,7 +656,7 @@ def hostile_weights(raw: bytes, state: dict[str, torch.Tensor], canary: Path) ->
 
     def rebuilt(offset: Any, size: Any, stride: Any) -> bytes:
         storage = torch.zeros(32)._typed_storage()
-        arguments = (storage, offset, size, stride, False, OrderedDict())
+        arguments: tuple[Any, ...] = (storage, offset, size, stride, False, OrderedDict())
         return holding(_Asks(torch._utils._rebuild_tensor_v2, *arguments))
 
     def first(records: dict[str, bytes], end: str) -> str:

@@ -22,6 +22,7 @@ from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
 from cytosae import active_latents, gpu_kernels, losses, reconstruction, sparse_kernels  # noqa: E402
+from cytosae.config import ACTIVATIONS  # noqa: E402
 from cytosae.model import SparseAutoencoder  # noqa: E402
 from cytosae.train import _remove_parallel_part  # noqa: E402
 
@@ -243,7 +244,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("activation", test_variants.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_whole_loss_through_these_kernels_equals_the_equations(activation: str) -> None:
     """Gated and jumprelu have work that the others do not."""
     model = test_variants.make_model(activation, 3).to(DEVICE)
@@ -312,7 +313,12 @@ def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pyt
     dead = torch.arange(49_152, device=DEVICE) % 50 == 49
     spied: list[int] = []
     take = gpu_kernels.take_active
-    monkeypatch.setattr(gpu_kernels, "take_active", lambda *given: spied.append(1) or take(*given))
+
+    def spy(*given: Any) -> Any:
+        spied.append(1)
+        return take(*given)
+
+    monkeypatch.setattr(gpu_kernels, "take_active", spy)
 
     def gradients(sparse_below: float) -> tuple[losses.BatchLosses, list[torch.Tensor]]:
         found = losses.loss_and_gradients(

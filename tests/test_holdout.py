@@ -45,7 +45,7 @@ def names(tables: Sequence[Sequence[Row]], masks: Sequence[np.ndarray]) -> list[
 
 def slow_held_out(rows: list[Row], percent: int, by: str, seed: int) -> set[Row]:
     """The rule in a few words, for rows that are all readable: groups by hash, until enough."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         group = ("image", row[0], row[1]) if by == "image" or row[2] is None else ("patient", row[0], row[2])
         groups.setdefault(group, []).append(row)

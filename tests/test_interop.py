@@ -333,8 +333,12 @@ def test_topk_from_before_version_6(tmp_path: Path, architecture: str) -> None:
 
 def test_a_folder_from_before_version_6(tmp_path: Path) -> None:
     """Flat names, no architecture, null where `none` stands now."""
-    old = {"hook_name": "blocks.10.hook_resid_post", "activation_fn_str": "relu", "normalize_activations": None}
-    absent = dict.fromkeys(("architecture", "metadata", "reshape_activations"), "absent")
+    old: dict[str, Any] = {
+        "hook_name": "blocks.10.hook_resid_post",
+        "activation_fn_str": "relu",
+        "normalize_activations": None,
+    }
+    absent: dict[str, Any] = dict.fromkeys(("architecture", "metadata", "reshape_activations"), "absent")
     assert read_foreign(save_saelens(tmp_path / "x", **absent, **old)).says["activation_fn_str"] == "relu"
 
 
@@ -504,7 +508,7 @@ def test_the_cytosae_layout_has_relu_only(tmp_path: Path, activation: str) -> No
 
 def test_equal_weights_under_another_activation_are_another_sae(tmp_path: Path) -> None:
     """Latents know their SAE by its SHA-256 alone, and k is in no tensor."""
-    settings = [{}, {"architecture": "topk", "k": 4}, {"architecture": "topk", "k": 5}]
+    settings: list[dict[str, Any]] = [{}, {"architecture": "topk", "k": 4}, {"architecture": "topk", "k": 5}]
     for n, changes in enumerate(settings):
         import_sae(save_saelens(tmp_path / f"x{n}", **changes), tmp_path / f"r{n}")
     assert len({load_sae(tmp_path / f"r{n}").sha256 for n in range(3)}) == 3

@@ -1,6 +1,7 @@
 """The loss and its gradients against a float64 twin derived by hand: objectives, dead latents, micro-batches, log."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cytosae import sparse_kernels
 from cytosae.losses import BatchLosses, loss_and_gradients
 from cytosae.model import SparseAutoencoder
 
-OBJECTIVES = {  # the twin's name -> our two settings
+OBJECTIVES: dict[str, dict[str, Any]] = {  # the twin's name -> our two settings
     "default": {"loss": "normed", "ghost_scale": "scalar"},
     "cytosae": {"loss": "normed", "ghost_scale": "elementwise"},
     "paper": {"loss": "eq1", "ghost_scale": "scalar"},
@@ -203,7 +204,7 @@ def test_l0_explained_variance_and_fired_equal_the_twin(micro_batch: int | None,
     """Centred and uncentred; the tokens' common mean is ten times their spread, as in real activations."""
     problem = make_problem(4, n=64)
     with torch.no_grad():
-        problem.model.b_dec += 10
+        problem.model.b_dec.add_(10)
     problem.tokens += np.float32(10)
     assert problem.leave_out_edges() == 0
     found = problem.ours("default", micro_batch, work)
@@ -252,7 +253,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     rng = np.random.default_rng(8)
     pre = rng.normal(-1, 1, (40, 70)).astype(np.float32) - 3 * (np.arange(70) % 7 == 0)
     W_dec, d_x_hat, centred = (rng.normal(size=shape).astype(np.float32) for shape in ((70, 130), (40, 130), (40, 130)))
-    results = []
+    results: list[list[Array]] = []
     for n_threads in (1, 2):
         sparse_kernels.use_threads(n_threads)
         active = sparse_kernels.take_active(pre, sparse_kernels.count_active(pre))

@@ -130,7 +130,7 @@ def test_latents_of_a_patch_are_ranked_without_shared_and_noisy_ones(tmp_path: P
 def test_map_of_latents(made: Path, latents: LatentStore, tmp_path: Path) -> None:
     """The command's table is the stored values; a latent may be named twice."""
     name, (first, *_, last) = column(latents.images, "image_id")[1], busiest(latents, 1)
-    command = ("map", made / "latents.zarr", "-o", tmp_path / "m", "--image", name)
+    command: tuple[object, ...] = ("map", made / "latents.zarr", "-o", tmp_path / "m", "--image", name)
     command += ("--latent", first, "--latent", last, "--latent", first)
     done = run(*command)
     assert done.exit_code == 0, done.output
@@ -158,8 +158,8 @@ def test_map_of_a_patch_with_reference_images(
 ) -> None:
     name = column(latents.images, "image_id")[0]
     patch = int(dense_tokens(latents, 0)[1:].sum(1).argmax())
-    command = ("map", made / "latents.zarr", "-o", tmp_path / "m", "--image", name, "--patch", patch)
-    command += ("--concepts", concepts.root)
+    command: tuple[object, ...] = ("map", made / "latents.zarr", "-o", tmp_path / "m", "--image", name)
+    command += ("--patch", patch, "--concepts", concepts.root)
     rule = ("--dataset", "other", "--noisy", 1e9)
     done = run(*command, *rule)
     assert done.exit_code == 0, done.output
@@ -274,7 +274,7 @@ def test_images_that_cannot_be_shown_are_named(copied: Path, latents: LatentStor
         f"warning: 1 images could not be shown ({ids[0]}: no such file); say where they are with --root" in done.stderr
     )
     assert is_figure(tmp_path / "m" / "map")
-    (store.root / "runs.jsonl").unlink()
+    Path(store.root, "runs.jsonl").unlink()
     assert Pictures(store)(5) == "where the images lie is not known"
     concepts = concepts_of(store, tmp_path / "c")
     done = run("sheet", concepts.root, store.root, "-o", tmp_path / "s", "--latent", latent)

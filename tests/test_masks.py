@@ -72,9 +72,9 @@ def adversarial(seed: int, n_latents: int = 9, n_images: int = 5, n_patches: int
 
 def ranked_of(dense: np.ndarray) -> RankedValues:
     """The entries in a shuffled order, as no reader gives them."""
-    patches, latents = np.nonzero(dense)
-    order = np.random.default_rng(1).permutation(len(patches))
-    patches, latents = patches[order].astype(np.int32), latents[order].astype(np.uint16)
+    rows, columns = np.nonzero(dense)
+    order = np.random.default_rng(1).permutation(len(rows))
+    patches, latents = rows[order].astype(np.int32), columns[order].astype(np.uint16)
     return rank(latents, dense[patches, latents], patches, n_latents=dense.shape[1], n_patches=len(dense))
 
 

@@ -23,9 +23,9 @@ def _trained(seed: int, *, zero_row: bool = False) -> SparseAutoencoder:
     """Decoder rows of any norm, biases that are not zero."""
     model = _started(seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    model.W_dec *= 0.5 + torch.rand(model.n_latents, 1, generator=generator)
-    model.b_enc += 0.1 * torch.randn(model.n_latents, generator=generator)
-    model.b_dec += torch.randn(model.width, generator=generator)
+    model.W_dec.mul_(0.5 + torch.rand(model.n_latents, 1, generator=generator))
+    model.b_enc.add_(0.1 * torch.randn(model.n_latents, generator=generator))
+    model.b_dec.add_(torch.randn(model.width, generator=generator))
     if zero_row:
         model.W_dec[5] = 0
     return model

@@ -67,7 +67,7 @@ def twin(decoder: Float, images: list[Float], settings: Coactivation) -> list[di
     n = is_on.shape[0] * is_on.shape[1]
     rows = []
     for a in range(N_LATENTS):
-        pairs = []
+        pairs: list[dict[str, Any]] = []
         for b in set(range(N_LATENTS)) - {a}:
             n_a, n_b, both = len(tokens[a]), len(tokens[b]), tokens[a] & tokens[b]
             norms = [float(np.linalg.norm(decoder[s].astype(np.float64))) for s in (a, b)]

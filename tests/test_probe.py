@@ -380,17 +380,18 @@ def slow_repeat(
         chosen.append(int(np.argmax(np.round(f1, 12))))
         for t, threshold in enumerate(THRESHOLDS):
             probabilities[t, ~training] = predict(training, ~training, threshold)
-    return Repeat(fold_of, probabilities, np.array(chosen), np.zeros(0), 0, 0)
+    return Repeat(fold_of, probabilities, np.array(chosen), np.zeros(0, np.int64), 0, 0)
 
 
 PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n)
 
 
 def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thresholds:
-    matrices = [values, sums, counts]
     if way == "columns":
-        return ThresholdColumns(*(csr_matrix(matrix.T) for matrix in matrices), THRESHOLDS)
-    return ThresholdGrams(*(csr_matrix(matrix) if way == "sparse grams" else matrix for matrix in matrices), THRESHOLDS)
+        return ThresholdColumns(csr_matrix(values.T), csr_matrix(sums.T), csr_matrix(counts.T), THRESHOLDS)
+    if way == "sparse grams":
+        return ThresholdGrams(csr_matrix(values), csr_matrix(sums), csr_matrix(counts), THRESHOLDS)
+    return ThresholdGrams(values, sums, counts, THRESHOLDS)
 
 
 @pytest.mark.parametrize("way", ["grams", "sparse grams", "columns"])
@@ -496,7 +497,8 @@ def test_order_of_patients_and_number_of_threads_change_nothing(tmp_path: Path) 
         )
         tables.append(pq.read_table(tmp_path / f"{name}.out" / "predictions.parquet").to_pandas())
     assert tables[0].drop(columns="probabilities").equals(tables[1].drop(columns="probabilities"))
-    np.testing.assert_allclose(*(np.stack(table["probabilities"]) for table in tables), atol=1e-9)
+    one, other = (np.stack(table["probabilities"]) for table in tables)
+    np.testing.assert_allclose(one, other, atol=1e-9)
 
 
 def test_patients_who_share_an_image_are_never_parted(tmp_path: Path) -> None:

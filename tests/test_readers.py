@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -312,11 +311,10 @@ def test_when_the_parent_is_killed_the_children_end_by_themselves(word: str, in_
 
 
 @pytest.fixture
-def slow_start(in_child: Path) -> Iterator[None]:
+def slow_start(in_child: Path) -> None:
     """Reader processes need half a second before they can say what a signal means to them."""
     wait = "\nif 'cytocache.read_worker' in ' '.join(sys.orig_argv): time.sleep(0.7)\n"
     in_child.write_text(in_child.read_text() + wait)
-    return
 
 
 @linux

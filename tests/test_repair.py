@@ -21,6 +21,7 @@ from cli import cli
 from cytocache import repair as repair_module
 from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
+from cytocache.extract import fill as real_fill
 from cytocache.repair import RepairResult, repair
 from stores.activation_store import ActivationStore, chunk_path
 from stores.activation_writer import reopen, writer_lock
@@ -116,8 +117,20 @@ def edit_journal(edit: Callable[[list[str]], list[str]]) -> Callable[[Path], Non
     return damage
 
 
-# name -> (damage, the chunks that must be made again, whether only --images knows the manifest)
-DAMAGES: dict[str, tuple[Callable[[Path], Any], list[int], bool]] = {
+def no_table_no_journal(store: Path) -> None:
+    for name in ("images.parquet", "journal.jsonl"):
+        (store / name).unlink()
+
+
+def garbled_run_log(store: Path) -> None:
+    """With chunks to make again, so that somebody asks it where the images lie."""
+    (store / "runs.jsonl").write_bytes(b"\0\0\n{}\n")
+    swap(store)
+
+
+# name -> (damage, the chunks that must be made again, whether only --images knows the manifest);
+# None: the manifest is known, but not the folder of the images
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[int], bool | None]] = {
     "missing chunk": (lambda store: chunk_path(store, 1).unlink(), [1], False),
     "missing folder": (lambda store: shutil.rmtree(store / "tokens" / "c" / "1"), [1], False),
     "no chunk at all": (lambda store: shutil.rmtree(store / "tokens" / "c"), [0, 1, 2, 3], False),
@@ -147,14 +160,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[int], bool]] = {
     "another status": (lambda store: edit_table(store, TORN, "status", "ok"), [], False),
     "no table": (lambda store: (store / "images.parquet").unlink(), [], True),
     "garbled table": (lambda store: (store / "images.parquet").write_bytes(b"PAR1no tablePAR1"), [], True),
-    "no table, no journal": (
-        lambda store: [(store / name).unlink() for name in ("images.parquet", "journal.jsonl")],
-        [0, 1, 2, 3],
-        True,
-    ),
+    "no table, no journal": (no_table_no_journal, [0, 1, 2, 3], True),
     "another layout": (lambda store: flip(store / "tokens" / "zarr.json", 60), [], False),
     "no layout": (lambda store: (store / "tokens" / "zarr.json").unlink(), [], False),
-    "garbled run log": (lambda store: [(store / "runs.jsonl").write_bytes(b"\0\0\n{}\n"), swap(store)], [0, 2], None),
+    "garbled run log": (garbled_run_log, [0, 2], None),
     "everything": (
         lambda store: [
             path.write_bytes(b"\0") for path in store.rglob("*") if path.is_file() and path.name != "zarr.json"
@@ -216,11 +225,10 @@ def test_a_whole_store_is_left_alone(store: Path) -> None:
 
 def test_it_takes_the_batch_size_of_the_run_that_wrote_the_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = repair_module.fill
 
     def fill(backbone: Any, images: Any, writers: Any, config: ExtractConfig, **kwargs: Any) -> None:
         seen.append((config.batch_size, config.workers))
-        real(backbone, images, writers, config, **kwargs)
+        real_fill(backbone, images, writers, config, **kwargs)
 
     monkeypatch.setattr(repair_module, "fill", fill)
     for batch_size in (None, 1):

@@ -34,6 +34,7 @@ from stores.errors import BadInput, IncompleteStore, StoreNotFound
 from stores.files import locked
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER, Shard
+from stores.spec import ACTIVATIONS, read_header
 from stores.verify import verify_activations
 
 CHUNKS = {"chunk_images": 2}  # five of them
@@ -298,11 +299,7 @@ def test_killed_at_any_call_and_continued_equals_uninterrupted(
 ) -> None:
     """A single writer, from its first folder to its last rename."""
     for store in kill_everywhere(tmp_path, ONE_WRITER, lambda store: None, every):
-        header = (
-            activation_writer.read_header(store, activation_writer.ACTIVATIONS, complete=False)
-            if (store / "zarr.json").exists()
-            else None
-        )
+        header = read_header(store, ACTIVATIONS, complete=False) if (store / "zarr.json").exists() else None
         if header is None or not header.complete:
             with pytest.raises((IncompleteStore, StoreNotFound)):
                 ActivationStore(store)

@@ -221,7 +221,7 @@ def test_tables_by_hand(saes: list[Path], tmp_path: Path) -> None:
 
 def test_concepts_restrict(saes: list[Path], tmp_path: Path) -> None:
     """Only latents active enough are compared, and only with such; folders are found by the SAE that they are of."""
-    active = [[1, 1, 0, 1e-3, 0, 0], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1]]
+    active: list[list[float]] = [[1, 1, 0, 1e-3, 0, 0], [1, 1, 1, 0, 0, 1, 1], [1, 1, 1]]
     folders = [write_concepts(tmp_path / f"concepts{i}", saes[i], active[i]) for i in range(3)]
     write_stability(saes[:2], tmp_path / "out", concepts=[folders[1], folders[0]])
     store = ResultStore(tmp_path / "out", STABILITY)

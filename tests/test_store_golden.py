@@ -108,7 +108,7 @@ def test_activation_cache_version_1() -> None:
     }
     assert store.header.summary is not None
     assert (store.header.summary["n_readable"], store.header.summary["n_unreadable"]) == (2, 1)
-    assert list(verify_activations(store.root)) == [None, None]
+    assert list(verify_activations(Path(store.root))) == [None, None]
 
 
 def test_sae_version_1() -> None:
@@ -139,10 +139,10 @@ def test_latent_store_version_1() -> None:
     assert store.images["image_id"].to_pylist() == IMAGE_IDS
     assert store.spec.sae_sha256 == load_sae(GOLDEN / "sae-v1").sha256
     assert store.spec.cache_sha256 == ActivationStore(GOLDEN / "activations-v1.zarr").content_sha256
-    assert list(verify_latents(store.root)) == [None]
+    assert list(verify_latents(Path(store.root))) == [None]
     group = zarr.open_group(store.root, mode="r")["X"]
     np.testing.assert_array_equal(anndata.io.read_elem(group).toarray(), expected)
-    np.testing.assert_array_equal(anndata.io.sparse_dataset(group)[5:12].toarray(), expected[5:12])  # type: ignore[arg-type]
+    np.testing.assert_array_equal(anndata.io.sparse_dataset(group)[5:12].toarray(), expected[5:12])
 
 
 def test_barcodes_version_1() -> None:

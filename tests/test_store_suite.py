@@ -437,7 +437,8 @@ def test_a_writer_knows_how_far_it_came(tmp_path: Path) -> None:
     assert writer.counts() == (8, 1)
     assert writer.errors() == {5: "file ends early"}
     with next((tmp_path / "acts").glob("journal*.jsonl")).open("ab") as journal:
-        for chunk in ([1], {}, "2", 3, -1, None):  # what a stranger may have written
+        strange: list[Any] = [[1], {}, "2", 3, -1, None]  # what a stranger may have written
+        for chunk in strange:
             journal.write(json.dumps({"chunk": chunk, "crc32c": "00000000"}).encode() + b"\n")
     assert chunks_written(tmp_path / "acts", cache_spec()) == [0, 1]
     write_latents(tmp_path / "latents", 2)
@@ -560,8 +561,8 @@ def test_a_header_edited_by_hand_is_refused(kind: Kind, finished: dict[str, Path
         edit_header(root, spec=spec)
         with pytest.raises(DamagedStore, match="was changed by hand: its identity does not fit its settings"):
             kind.open(root)
-    for spec in (None, "text", 7, {**header.spec, "new": float("nan")}):
-        edit_header(root, spec=spec)
+    for broken in (None, "text", 7, {**header.spec, "new": float("nan")}):
+        edit_header(root, spec=broken)
         with pytest.raises(DamagedStore, match=f"the header of this {kind.format.kind} cannot be read"):
             kind.open(root)
     edit_header(root, spec=header.spec)

@@ -128,7 +128,7 @@ def test_images_left_out_never_come(caches: list[ActivationStore]) -> None:
     mix = TokenMix(caches, [1, 1, 1], images=masks)
     assert mix.tokens_per_epoch == (6 + 15 + 3) * 4
     found = {tag[:2] for batch in batches_of(mix, 60, 6) for tag in batch}
-    assert found == {(number, image) for number, mask in enumerate(masks) for image in np.flatnonzero(mask)}
+    assert found == {(number, image) for number, mask in enumerate(masks) for image in np.flatnonzero(mask).tolist()}
 
 
 def test_what_cannot_be_mixed_is_refused(caches: list[ActivationStore]) -> None:

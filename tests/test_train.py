@@ -91,7 +91,8 @@ def _released_run(cache: Path, config: TrainConfig, objective: str, n_steps: int
     else:
         sample, position = next(stream.batches(stream.tokens_per_epoch)), 0
         b_dec = np.zeros(WIDTH) if config.b_dec_init == "zeros" else reference.geometric_median(sample)
-    params = Params(*(getattr(model, name).detach().double().numpy() for name in NAMES[:3]), b_dec)
+    W_enc, b_enc, W_dec = (getattr(model, name).detach().double().numpy() for name in NAMES[:3])
+    params = Params(W_enc, b_enc, W_dec, b_dec)
     adam, silent, n_dead = reference.adam_start(params), np.zeros(model.n_latents, np.int64), []
     for step, batch in enumerate(islice(stream.batches(BATCH, position=position), n_steps)):
         n_dead.append(int((silent > config.dead_after_steps).sum()))
@@ -200,7 +201,7 @@ def test_interrupted_and_continued_equals_never_stopped(
 ) -> None:
     """Ctrl-C behind step 1, 7 and the last one; weights, metrics and header come out the same."""
 
-    def interrupt(done: int, total: int, metrics: dict[str, float]) -> None:
+    def interrupt(done: int, total: int, metrics: dict[str, float | None]) -> None:
         if metrics["step"] == stop_at:
             raise KeyboardInterrupt
 
@@ -210,7 +211,7 @@ def test_interrupted_and_continued_equals_never_stopped(
         train([cache], tmp_path / "run", config, progress=interrupt)
     with pytest.raises(IncompleteStore, match="Run the same cyto sae train command again to continue"):
         load_sae(tmp_path / "run")
-    seen: list[float] = []
+    seen: list[float | None] = []
     train([cache], tmp_path / "run", config, progress=lambda done, total, metrics: seen.append(metrics["step"]))
     assert seen == list(range(stop_at + 1, 13))  # nothing was done twice
     assert _what_was_trained(tmp_path / "run") == _what_was_trained(tmp_path / "never")
@@ -247,10 +248,10 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(
     line, is_over = 0, False
     while not is_over:
         line += 1
-        run, stopped_in = tmp_path / str(line), []
+        run, stopped_in = tmp_path / str(line), list[Any]()
 
         def arm(
-            done: int, total: int, metrics: dict[str, float], line: int = line, at: list[float] = stopped_in
+            done: int, total: int, metrics: dict[str, float | None], line: int = line, at: list[Any] = stopped_in
         ) -> None:
             at.append(metrics["step"])
             if metrics["step"] == 2:
@@ -327,7 +328,7 @@ def states(run: Path) -> list[Path]:
 def test_a_damaged_state_falls_back_to_the_one_before(
     cache: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def interrupt(done: int, total: int, metrics: dict[str, float]) -> None:
+    def interrupt(done: int, total: int, metrics: dict[str, float | None]) -> None:
         if metrics["step"] == 8:
             raise KeyboardInterrupt
 
@@ -337,8 +338,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     assert (newest.name, before.name) == ("state-000000008.safetensors", "state-000000006.safetensors")
     raw = bytearray(newest.read_bytes())
     raw[-5] ^= 4
-    newest.write_bytes({"flipped bit": raw, "cut": raw[:-100], "empty": b""}[damage])
-    steps: list[float] = []
+    newest.write_bytes({"flipped bit": raw, "cut": raw[:-100], "empty": bytearray()}[damage])
+    steps: list[float | None] = []
     train([cache], tmp_path / "run", small(), progress=lambda done, total, metrics: steps.append(metrics["step"]))
     assert steps[0] == 7
     assert "state-000000008.safetensors is damaged" in caplog.text
@@ -350,7 +351,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
 def test_a_torn_checkpoint_is_never_seen(cache: Path, tmp_path: Path) -> None:
     """What a kill leaves half-written goes away; the last whole state counts."""
 
-    def interrupt(done: int, total: int, metrics: dict[str, float]) -> None:
+    def interrupt(done: int, total: int, metrics: dict[str, float | None]) -> None:
         if metrics["step"] == 5:
             raise KeyboardInterrupt
 
@@ -461,7 +462,7 @@ def test_a_batch_smaller_than_an_image_has_no_median_per_position(cache: Path, t
 
 
 def test_metrics_have_a_row_per_logged_step(cache: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, float]] = []
+    seen: list[tuple[int, int, float | None]] = []
     config = small(log_every=5, b_dec_init="zeros")
     train([cache], tmp_path / "run", config, progress=lambda done, total, m: seen.append((done, total, m["step"])))
     table = pq.read_table(tmp_path / "run" / "metrics.parquet")
@@ -492,7 +493,7 @@ def test_the_learning_rate_warms_up_and_stays(cache: Path, tmp_path: Path) -> No
 def test_the_saved_model_has_rows_of_norm_1_and_reconstructs_as_the_trained_one(cache: Path, tmp_path: Path) -> None:
     """Quirk 11: the norm that the last step left goes into the encoder. The trained one: a state kept at the end."""
 
-    def interrupt(done: int, total: int, metrics: dict[str, float]) -> None:
+    def interrupt(done: int, total: int, metrics: dict[str, float | None]) -> None:
         if done == total:
             raise KeyboardInterrupt
 

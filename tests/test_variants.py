@@ -114,7 +114,7 @@ def twin(
 
 
 def ours(
-    model: SparseAutoencoder, tokens: torch.Tensor, *, loss: str, way: str, dead: torch.Tensor, **more: Any
+    model: SparseAutoencoder, tokens: torch.Tensor, *, loss: str, way: str, dead: torch.Tensor | None, **more: Any
 ) -> BatchLosses:
     return loss_and_gradients(
         model,
