@@ -3,12 +3,14 @@
 import base64
 import csv
 import html
+import io
 import json
 import re
 import shutil
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,14 @@ from PIL import Image
 
 from cytocache.pictures import Pictures
 from cytosae.atlas.concept_pages import BIN_EDGES
-from cytosae.atlas.pictures import thumb_place
+from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
+from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
-from cytosae.atlas.site import script_data
+from cytosae.atlas.site import Site, script_data
 from cytosae.reference_images import Sources
 from cytosae.selection import read_selection
 from stores import ConceptStore, LatentStore, ResultStore
+from stores.csr import CsrRows
 from stores.files import sha256_file
 from stores.spec import ATLAS, COMPARISON
 
@@ -354,6 +358,101 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert sorted(map(int, images)) == [*range(len(cohort.image_ids) - 1)]
     for order in (images, patients):
         assert [*order.values()] != sorted(order.values(), key=[*PATIENTS, *cohort.image_ids].index)  # no table's order
+
+
+def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
+    atlas: Path, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some at a time, as without; every file is the same but for its name, and none tells when it was written."""
+    out, reads, read = tmp_path / "hidden", [], LatentStore.read_images
+
+    def spy(store: LatentStore, start: int, stop: int) -> CsrRows:
+        reads.append((start, stop))
+        return read(store, start, stop)
+
+    monkeypatch.setattr(LatentStore, "read_images", spy)
+    monkeypatch.setattr("cytosae.atlas.image_pages._TOGETHER", 40_000)
+    done = cyto(*cohort.build, out, "--pseudonyms")
+    assert done.exit_code == 0, done.output
+    n_images = len(cohort.image_ids)
+    of_pages = reads[: [stop for _, stop in reads].index(n_images) + 1]  # the review's come after
+    assert of_pages == sorted(of_pages)
+    assert 1 < len(of_pages) < n_images / 4
+
+    _, patients, numbers = who_is_who(tmp_path / "hidden.pseudonyms.csv")
+    pictures: dict[str, Image.Image] = {}
+    for number, image_id in numbers.items():
+        image, script = cohort.image_ids.index(image_id), (out / "data" / f"image-{number}.js").read_text()
+        again = script.replace(f'"image-{number}"', f'"image-{image}"', 1)
+        assert again == (atlas / "data" / f"image-{image}.js").read_text()
+        if image != 7:  # which is lost
+            assert (out / f"pictures/{number}.jpg").read_bytes() == (atlas / f"pictures/{image}.jpg").read_bytes()
+            pictures[number] = Image.open(cohort.root / "images" / f"{image:04d}.png")
+    sheet = pasted([pictures.get(str(n), Image.new("RGB", (96, 96), (236,) * 3)) for n in range(len(numbers))])
+    assert (out / "sprites" / "0.jpg").read_bytes() == sheet
+    for name, number in zip(patients, range(len(patients)), strict=True):
+        assert f"Patient {name}\n" in Page(out / "patients" / f"{number}.html").text
+
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "atlas.json"]
+    assert len({path.stat().st_mtime_ns for path in files}) == 1
+    listed = ResultStore(out, ATLAS).table("files")["name"].to_pylist()
+    assert listed == sorted(listed)
+    assert {path.name for path in out.iterdir()} == {path.name for path in atlas.iterdir()}  # nothing is left over
+
+
+def pasted(pictures: list[Image.Image]) -> bytes:
+    """A sheet of thumbnails, the slow way."""
+    place = thumb_place(0, len(pictures))
+    sheet = Image.new("RGB", (place["width"], place["height"]), (255,) * 3)
+    for number, picture in enumerate(pictures):
+        place, small = thumb_place(number, len(pictures)), reduced(np.asarray(picture.convert("RGB")), 96)
+        sheet.paste(small, (place["x"] + (96 - small.width) // 2, place["y"] + (96 - small.height) // 2))
+    return jpeg(sheet)
+
+
+def test_thumbnails_in_any_order_make_the_same_sheets(tmp_path: Path) -> None:
+    """They wait for the sheets that are begun, in a file that nobody sees."""
+    rng = np.random.default_rng(0)
+    thumbs = [np.full((96 - n % 3, 96, 3), rng.integers(0, 255, 3), np.uint8) for n in range(530)]
+    wanted = [pasted([Image.fromarray(thumb) for thumb in thumbs[first : first + 256]]) for first in (0, 256, 512)]
+    in_turns = np.r_[0, 256, 1:256, 512:530, 257:512]  # the last sheet begins when one of two is written
+    for order, n_waiting in ((np.arange(530), 1), (in_turns, 2), (rng.permutation(530), 3)):
+        site = Site(tmp_path / str(n_waiting))
+        with SpooledTemporaryFile(SHEET_BYTES, dir=str(tmp_path)) as scratch:
+            sheets = Sheets(site, 530, scratch)
+            for number in order.tolist():
+                sheets.add(number, thumbs[number])
+            assert -(-scratch.seek(0, 2) // SHEET_BYTES) == n_waiting
+        assert [(tmp_path / str(n_waiting) / f"sprites/{n}.jpg").read_bytes() for n in range(3)] == wanted
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
+
+
+def test_noise_is_a_picture_too() -> None:
+    """More bytes than pixels."""
+    noise = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), np.uint8)
+    assert Image.open(io.BytesIO(jpeg(Image.fromarray(noise)))).size == (1024, 1024)
+
+
+def test_files_lose_the_order_they_were_written_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, entered, rename = tmp_path / "site", [], Path.rename
+    for name in ("images/2.html", "images/0.html", "patients/1.html", "images/1.html", "patients/0.html", "top.html"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(name)
+    (site / "unsorted.partial").mkdir()
+    (site / "unsorted.partial" / "9.html").write_text("of a build that was cut")
+
+    def spy(path: Path, target: Path) -> Path:
+        entered.append(str(target.relative_to(site)))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", spy)
+    hide_order(site, 10**18)
+    files = sorted(str(path.relative_to(site)) for path in site.rglob("*") if path.is_file())
+    assert [name for name in entered if name.endswith(".html")] == files[:-1]
+    assert all((site / name).read_text() == name for name in files)
+    assert len(files) == 6
+    assert {(site / name).stat().st_mtime_ns for name in files} == {10**18}
+    assert {path.name for path in site.iterdir()} == {"images", "patients", "top.html"}
 
 
 def test_pseudonyms_are_secret_and_stay(cohort: Cohort, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from .image_pages import write_images
 from .inputs import Inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
-from .pseudonyms import Pseudonyms, pseudonyms_file, read_pseudonyms, write_pseudonyms
+from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
 from .review_items import FILE as REVIEW
 from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
 from .site import Site, copy_static
@@ -90,6 +91,7 @@ def write_atlas(
         summary = ResultStore(out, ATLAS).header.summary or {}
         return AtlasResult(**summary["result"], was_complete=True)
 
+    began = time.time_ns()
     site = Site(writer.root)
     maps = _maps(inputs, plan)
     shared = _shared(inputs, config)
@@ -110,6 +112,8 @@ def write_atlas(
     writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())
+    if pseudonyms is not None:
+        hide_order(writer.root, began)
     result = AtlasResult(
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),

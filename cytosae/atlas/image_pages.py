@@ -1,6 +1,7 @@
 """One pass over the images that pages refer to: their pictures, thumbnails, pages, and the latents of their tokens."""
 
 from collections.abc import Iterator
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
 from .config import AtlasConfig
 from .inputs import Inputs
-from .pictures import Sheets, jpeg, reduced
+from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
 from .plan import Plan
 from .site import Site, packed
 
@@ -31,46 +32,45 @@ def write_images(
     *,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
-    """Write all files of the images of the plan, in its order; gives how many are done after each.
+    """Write all files of the images of the plan, in the order of the stores; gives how many are done after each.
 
-    Fills `maps`. Memory: the tokens of some images, and a sheet of thumbnails.
+    Fills `maps`. Memory: the tokens of some images, and a sheet of thumbnails. With pseudonyms, thumbnails come in an
+    order unlike that of their sheets, and up to all of them wait on the disk of the site, 27 kB each.
 
     chosen : only these images (an estimate); thumbnails are then not where the pages look for them
     """
     images = plan.images if chosen is None else chosen
-    sheets = Sheets(site)
+    order = np.argsort(images)
     references = _by_image(plan)
-    for n_done, (image, tokens) in enumerate(_tokens(inputs, images.tolist()), start=1):
-        number, row = inputs.place(image)
-        patches = tokens[1:].tocsc()
-        picture = inputs.sources.pictures[number](row)
-        sheets.add(picture)
-        if isinstance(picture, str):
-            maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
-        else:
-            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
-        its_references = references.get(image, [])
-        for reference in its_references:
-            latent = int(plan.references.latent[reference])
-            maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
-        _write_page(site, inputs, cohort, plan, image, tokens, patches, maps.unseen.get(image), its_references, shared)
-        yield n_done
-    sheets.flush()
+    folder = None if site.root is None else str(site.root)
+    with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # has no name, so a crash leaves nothing
+        sheets = Sheets(site, len(images), scratch)
+        in_order = zip(order.tolist(), _tokens(inputs, images[order].tolist()), strict=True)
+        for n_done, (thumb, (image, tokens)) in enumerate(in_order, start=1):
+            number, row = inputs.place(image)
+            patches = tokens[1:].tocsc()
+            picture = inputs.sources.pictures[number](row)
+            sheets.add(thumb, picture)
+            if isinstance(picture, str):
+                maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
+            else:
+                site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
+            its = references.get(image, [])
+            for reference in its:
+                latent = int(plan.references.latent[reference])
+                maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
+            _write_page(site, inputs, cohort, plan, image, tokens, patches, maps.unseen.get(image), its, shared)
+            yield n_done
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
-    """(image_index, its tokens); images that follow each other closely are read together, as they share chunks."""
+    """(image_index, its tokens) of rising indices; images close to each other are read together: they share chunks."""
     places = [inputs.place(image) for image in images]
     first = 0
     while first < len(images):
         number, row = places[first]
         starts, end = inputs.stores[number].image_indptr, first + 1
-        while (
-            end < len(images)
-            and places[end][0] == number
-            and places[end][1] > places[end - 1][1]
-            and starts[places[end][1] + 1] - starts[row] <= _TOGETHER
-        ):
+        while end < len(images) and places[end][0] == number and starts[places[end][1] + 1] - starts[row] <= _TOGETHER:
             end += 1
         n_tokens = inputs.stores[number].spec.tokens_per_image
         rows = inputs.stores[number].read_images(row, places[end - 1][1] + 1)

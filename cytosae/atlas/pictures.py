@@ -1,6 +1,7 @@
 """Pictures of a site: each image once for its page, and once as a thumbnail on a sheet that many share."""
 
 import io
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -11,45 +12,63 @@ from .site import Site
 
 THUMB = 96  # pixels, of a side
 ACROSS = 16  # thumbnails in each direction of a sheet
+_PER_SHEET = ACROSS * ACROSS
+_THUMB_BYTES = THUMB * THUMB * 3
+SHEET_BYTES = _PER_SHEET * _THUMB_BYTES  # uncompressed
 _QUALITY = 88
 _EMPTY = 236  # the grey of a thumbnail that cannot be shown
 
 
 class Sheets:
-    """Sheets of thumbnails, filled in order: number k is at (k % 16, k // 16 % 16) of sheet k // 256."""
+    """Sheets of thumbnails, which may come in any order: number k is at (k % 16, k // 16 % 16) of sheet k // 256.
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
-        self._waiting: list[npt.NDArray[np.uint8]] = []
-        self._n_written = 0
+    A sheet is written as soon as it is full. Until then its thumbnails wait, raw, in a scratch file that takes as many
+    sheets as are begun at a time: one, if thumbnails come in order.
+    """
 
-    def add(self, picture: Pixels | str) -> None:
-        """The next thumbnail; an empty one for an image that cannot be shown."""
-        self._waiting.append(_thumb(picture))
-        if len(self._waiting) == ACROSS * ACROSS:
-            self.flush()
+    def __init__(self, site: Site, n_thumbs: int, scratch: IO[bytes]) -> None:
+        """`n_thumbs`: how many will come, each number below it once."""
+        self._site, self._n_thumbs, self._scratch = site, n_thumbs, scratch
+        self._places: dict[int, int] = {}  # in the scratch file, of the sheets that are begun
+        self._free: list[int] = []  # those of sheets that are written
+        self._n_missing: dict[int, int] = {}
 
-    def flush(self) -> None:
-        """Write what no sheet holds yet."""
-        if not self._waiting:
-            return
-        n_rows = -(-len(self._waiting) // ACROSS)
-        sheet = np.full((n_rows * THUMB, ACROSS * THUMB, 3), 255, np.uint8)
-        for number, thumb in enumerate(self._waiting):
-            top, left = number // ACROSS * THUMB, number % ACROSS * THUMB
-            sheet[top : top + THUMB, left : left + THUMB] = thumb
-        self._site.write(f"sprites/{self._n_written}.jpg", jpeg(Image.fromarray(sheet)))
-        self._n_written += 1
-        self._waiting = []
+    def add(self, number: int, picture: Pixels | str) -> None:
+        """Thumbnail `number`; an empty one for an image that cannot be shown."""
+        sheet, at = divmod(number, _PER_SHEET)
+        if sheet not in self._places:
+            self._places[sheet] = self._free.pop() if self._free else len(self._places)
+            self._n_missing[sheet] = _n_on(sheet, self._n_thumbs)
+        self._scratch.seek(self._places[sheet] * SHEET_BYTES + at * _THUMB_BYTES)
+        self._scratch.write(_thumb(picture).tobytes())
+        self._n_missing[sheet] -= 1
+        if not self._n_missing[sheet]:
+            self._write(sheet)
+
+    def _write(self, sheet: int) -> None:
+        place, n_thumbs = self._places.pop(sheet), _n_on(sheet, self._n_thumbs)
+        self._scratch.seek(place * SHEET_BYTES)
+        raw = self._scratch.read(n_thumbs * _THUMB_BYTES)
+        self._free.append(place)
+        n_rows = -(-n_thumbs // ACROSS)
+        thumbs = np.full((n_rows * ACROSS, THUMB, THUMB, 3), 255, np.uint8)
+        thumbs[:n_thumbs] = np.frombuffer(raw, np.uint8).reshape(n_thumbs, THUMB, THUMB, 3)
+        pixels = thumbs.reshape(n_rows, ACROSS, THUMB, THUMB, 3).swapaxes(1, 2)
+        picture = Image.fromarray(pixels.reshape(n_rows * THUMB, ACROSS * THUMB, 3))
+        self._site.write(f"sprites/{sheet}.jpg", jpeg(picture))
 
 
 def thumb_place(number: int, n_thumbs: int) -> dict[str, int]:
     """Where a thumbnail is: sheet, x and y there, and the size of that sheet; pixels."""
-    per_sheet = ACROSS * ACROSS
-    sheet, at = divmod(number, per_sheet)
-    n_rows = -(-min(per_sheet, n_thumbs - sheet * per_sheet) // ACROSS)
+    sheet, at = divmod(number, _PER_SHEET)
+    n_rows = -(-_n_on(sheet, n_thumbs) // ACROSS)
     place = {"sheet": sheet, "x": at % ACROSS * THUMB, "y": at // ACROSS * THUMB}
     return {**place, "width": ACROSS * THUMB, "height": n_rows * THUMB}
+
+
+def _n_on(sheet: int, n_thumbs: int) -> int:
+    """Thumbnails on a sheet, of so many in all."""
+    return min(_PER_SHEET, n_thumbs - sheet * _PER_SHEET)
 
 
 def reduced(picture: Pixels, pixels: int) -> Image.Image:
@@ -62,7 +81,11 @@ def reduced(picture: Pixels, pixels: int) -> Image.Image:
 def jpeg(image: Image.Image) -> bytes:
     """A picture as JPEG, colours unhalved: a stain is a colour."""
     raw = io.BytesIO()
-    image.save(raw, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    try:
+        image.save(raw, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    except OSError:  # noise, for which pillow has too small a buffer when it optimizes
+        raw = io.BytesIO()
+        image.save(raw, "JPEG", quality=_QUALITY, subsampling=0)
     return raw.getvalue()
 
 

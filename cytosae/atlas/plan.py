@@ -61,7 +61,7 @@ class Plan:
 
 
 def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> Plan:
-    """Choose latents and images. Without pseudonyms, images keep the order of the stores, which they are read in.
+    """Choose latents and images. Without pseudonyms, images keep the order of the stores.
 
     Raises
     ------

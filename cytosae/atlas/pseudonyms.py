@@ -1,15 +1,18 @@
 """What patients and images are called where no name may be shown; a secret key, kept beside the atlas, decides.
 
 Numbers that follow the order of a table, or that a stated seed shuffles, tell who is who to anybody with the list of
-names. So the order is that of the names' keyed hashes: with the key always the same, without it any.
+names. So the order is that of the names' keyed hashes: with the key always the same, without it any. Files are written
+in the order of the stores all the same, so none may tell when it was written.
 """
 
 import csv
 import hashlib
 import hmac
 import io
+import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import SpecMismatch
-from stores.files import write_atomic
+from stores.files import PARTIAL_SUFFIX, write_atomic
 
 _HEAD = re.compile(rb"pseudonym,original\r\nkey,([0-9a-f]{64})\r\n")
 
@@ -73,3 +76,23 @@ def write_pseudonyms(path: Path, pseudonyms: Pseudonyms, rows: Iterable[tuple[st
     writer.writerows((shown, f"'{real}" if real[:1] in "=+-@\t\r" else real) for shown, real in rows)
     write_atomic(path, text.getvalue().encode())
     path.chmod(0o600)  # for who made the atlas alone
+
+
+def hide_order(site: Path, time_ns: int) -> None:
+    """Take from the files of a site what tells in which order they were written, and an archive or a copy would keep.
+
+    Each gets the time `time_ns`, and enters a new folder, by name: many file systems list a folder by order of entry.
+    The time of change, which nobody can set, follows the names as well.
+    """
+    old = site / f"unsorted{PARTIAL_SUFFIX}"
+    if old.exists():  # left by a build that was cut here
+        shutil.rmtree(old)
+    for path in sorted(site.iterdir()):
+        if path.is_dir():
+            path.rename(old)
+            path.mkdir()
+            for file in sorted(old.iterdir()):
+                os.utime(file.rename(path / file.name), ns=(time_ns, time_ns))
+            old.rmdir()
+        else:
+            os.utime(path, ns=(time_ns, time_ns))
