@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from barcode_writer import BarcodeWriter
 from click.testing import CliRunner
+from scipy.linalg import LinAlgError
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
@@ -227,8 +229,29 @@ def test_many_rows_are_fitted_as_few_are(
         assert fit.converged
         np.testing.assert_allclose(fit.probabilities(new), exact, atol=1e-5)
     monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
+    monkeypatch.setattr(logistic_columns, "_MOST_NEWTON_STEPS", 3)
     assert not fit_columns(x, labels, 2 * n_classes, strength).converged
     assert not fit_gram(x @ x.T, labels, 2 * n_classes, strength).converged
+
+
+def test_few_weights_take_few_steps() -> None:
+    """Counts of unlike sizes that do not part the classes: L-BFGS would take thousands; if Newton fails it serves."""
+    rng = np.random.default_rng(0)
+    size = 10.0 ** rng.uniform(-1, 2, 20)
+    x = rng.poisson(2, (300, 20)) * size
+    labels = rng.permutation(np.arange(300) % 3)
+    labels[:150] = x[:150, 0] > 2 * size[0]
+    exact = fit_rows(x @ x.T, labels, 3, 50.0).probabilities(x @ x.T)
+    found = fit_columns(csr_matrix(x), labels, 3, 50.0)
+    assert found.converged
+    assert found.n_steps < 30
+    np.testing.assert_allclose(found.probabilities(x), exact, atol=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logistic_columns, "cho_factor", Mock(side_effect=LinAlgError))
+        slow = fit_columns(x, labels, 3, 50.0)
+    assert slow.converged
+    assert slow.n_steps > 300
+    np.testing.assert_allclose(slow.probabilities(x), exact, atol=1e-3)
 
 
 def test_a_fit_ends_within_its_tolerance() -> None:
