@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -1215,7 +1216,13 @@ def _print_barcodes(barcodes: Path, config: "BarcodeConfig", done: "BarcodeResul
 def _print_left_out(left_out: dict[str, int]) -> None:
     for what, number in left_out.items():
         if number:
-            click.echo(f"left out: {number:,} {_shown(what)}")
+            click.echo(f"left out: {_left_out(number, what)}")
+
+
+def _left_out(number: int, what: str) -> str:
+    """`1 image without a patient`, of what in the plural: its first noun."""
+    one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
+    return f"{number:,} {_shown(one if number == 1 else what)}"
 
 
 def _print_join(done: Any, table: Path | None) -> None:
@@ -1999,7 +2006,7 @@ def _print_masks(out: Path, done: "MaskResult", left_out: dict[str, list[str]], 
 
     for what, names in left_out.items():
         if names:
-            click.echo(f"left out: {len(names):,} {what} ({listed([_shown(name) for name in names])})")
+            click.echo(f"left out: {_left_out(len(names), what)} ({listed([_shown(name) for name in names])})")
     click.echo(
         f"{out}: {_count(done.n_images, 'image')} with masks, {done.n_foreground / done.n_patches:.1%} of the patches "
         f"are foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"

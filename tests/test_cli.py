@@ -65,8 +65,8 @@ def test_chain_through_the_command_line(made: Path, tmp_path: Path) -> None:
     assert "10 images" in run("cache", "info", acts).stdout
     counted = run(*steps[barcodes]).stdout
     assert "9 images, 2 patients, 2 diseases" in counted
-    assert "left out: 1 unreadable images" in counted
-    assert "left out: 1 images without a patient" in counted
+    assert "left out: 1 unreadable image\n" in counted
+    assert "left out: 1 image without a patient" in counted
 
 
 @pytest.mark.parametrize(

@@ -329,9 +329,9 @@ def test_what_is_left_out_is_named(made: Path, tmp_path: Path) -> None:
     command = (latents.root, tmp_path / "masks", "-o", tmp_path / "m", "--shuffles", 2)
     done = run(*command)
     assert done.exit_code == 0, done.output
-    assert "left out: 1 masks of no image here (nobody.png)" in done.stdout
-    assert "left out: 1 unreadable masks (02.png: not a JPEG, PNG, TIFF or BMP image)" in done.stdout
-    assert "left out: 1 masks of unreadable images (04.png)" in done.stdout
+    assert "left out: 1 mask of no image here (nobody.png)" in done.stdout
+    assert "left out: 1 unreadable mask (02.png: not a JPEG, PNG, TIFF or BMP image)" in done.stdout
+    assert "left out: 1 mask of unreadable images (04.png)" in done.stdout
     assert "2 images with masks, 50.0% of the patches are foreground" in done.stdout
     null = ResultStore(tmp_path / "m", MASKS).table("agreement")["auroc_p"]
     assert set(null.to_pylist()) <= {1.0, None}  # the two masks are equal: every shuffle is the observed
