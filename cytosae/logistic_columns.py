@@ -55,7 +55,9 @@ class ColumnFit:
 
 
 def fit_columns(x: Any, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
-    """Fit on n rows. Memory, beside `x`: about 65 times the weights; if these are few, 64 MB, and three times dense columns.
+    """Fit on n rows.
+
+    Memory, beside `x`: about 65 times the weights; where Newton's method serves, 64 MB and three times dense columns.
 
     Parameters
     ----------

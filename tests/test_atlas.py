@@ -390,8 +390,8 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
             pictures[number] = Image.open(cohort.root / "images" / f"{image:04d}.png")
     sheet = pasted([pictures.get(str(n), Image.new("RGB", (96, 96), (236,) * 3)) for n in range(len(numbers))])
     assert (out / "sprites" / "0.jpg").read_bytes() == sheet
-    for name, number in zip(patients, range(len(patients)), strict=True):
-        assert f"Patient {name}\n" in Page(out / "patients" / f"{number}.html").text
+    for place, name in enumerate(patients):
+        assert f"Patient {name}\n" in Page(out / "patients" / f"{place}.html").text
 
     files = [path for path in out.rglob("*") if path.is_file() and path.name != "atlas.json"]
     assert len({path.stat().st_mtime_ns for path in files}) == 1

@@ -218,7 +218,8 @@ def test_readme_transcript(tmp_path: Path) -> None:
             shown[list(shown)[-1]].append(line)
     write_demo_images(tmp_path, n_patients=3, images_per_patient=3, size=48)
     lines = (tmp_path / "images.csv").read_text().splitlines()
-    lines[-1] = ",".join([*lines[-1].split(",")[:2], "", ""])  # nobody's image, as in the transcript
+    for number in (-1, -2):  # nobody's images, as in the transcript
+        lines[number] = ",".join([*lines[number].split(",")[:2], "", ""])
     (tmp_path / "cells.csv").write_text("\n".join(lines))
     assert len(shown) >= 4
     for command, lines in shown.items():
