@@ -49,7 +49,7 @@ def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built") / "atlas"
     done = cyto(*cohort.build, out)
     assert done.exit_code == 0, done.output
-    assert "1 images could not be shown" in done.stderr
+    assert "1 image could not be shown" in done.stderr
     return out
 
 
@@ -342,7 +342,7 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
         with Image.open(picture) as opened:
             assert not opened.getexif()
             assert not {"comment", "icc_profile", "xmp", "photoshop"} & opened.info.keys()
-    assert "1 images could not be shown" in done.stderr
+    assert "1 image could not be shown" in done.stderr
     assert "image " in done.stderr.split("could not be shown")[1]
 
     key, patients, images = who_is_who(tmp_path / "hidden.pseudonyms.csv")

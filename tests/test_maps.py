@@ -271,7 +271,7 @@ def test_images_that_cannot_be_shown_are_named(copied: Path, latents: LatentStor
     done = run("map", store.root, "-o", tmp_path / "m", "--image", ids[0], "--latent", latent, "--root", copied)
     assert done.exit_code == 0, done.output
     assert (
-        f"warning: 1 images could not be shown ({ids[0]}: no such file); say where they are with --root" in done.stderr
+        f"warning: 1 image could not be shown ({ids[0]}: no such file); say where they are with --root" in done.stderr
     )
     assert is_figure(tmp_path / "m" / "map")
     Path(store.root, "runs.jsonl").unlink()
