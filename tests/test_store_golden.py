@@ -27,6 +27,7 @@ from test_review_server import ask, post, running, token_of
 from cytosae.atlas import reviews
 from cytosae.atlas.pseudonyms import pseudonyms_file, read_pseudonyms
 from cytosae.atlas.questions import read_review
+from cytosae.atlas.review_items import item_id
 from cytosae.checkpoint import load_sae
 from cytosae.compare import Comparison
 from cytosae.maps import MapResult
@@ -456,9 +457,9 @@ def test_items_of_version_1_are_called_by_what_is_asked() -> None:
     """So a verdict counts in an atlas that a later version builds from the same concepts."""
     for question in read_review(SITE).questions:
         for item in question.items:
-            asked = [question.question, question.concepts, question.comparison, item.latent]
-            name = hashlib.sha256(json.dumps(asked, separators=(",", ":")).encode()).hexdigest()[:16]
-            assert item.item == name
+            asked = {name: getattr(question, name) for name in ("question", "concepts", "comparison")}
+            text = json.dumps([*asked.values(), item.latent], separators=(",", ":"))
+            assert item.item == item_id(asked, item.latent) == hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def test_pseudonyms_version_1() -> None:
