@@ -4,33 +4,58 @@ If a test here fails after a change, the change broke the user's own stores: men
 beside the old one. The files are never written anew.
 """
 
+import csv
+import hashlib
+import hmac
+import json
+import re
 import runpy
+import shutil
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
+from test_cli import run
+from test_review_server import ask, post, running, token_of
 
+from cytosae.atlas import reviews
+from cytosae.atlas.pseudonyms import pseudonyms_file, read_pseudonyms
+from cytosae.atlas.questions import read_review
+from cytosae.atlas.review_items import item_id
 from cytosae.checkpoint import load_sae
 from cytosae.compare import Comparison
+from cytosae.maps import MapResult
+from cytosae.masks import MaskResult
 from cytosae.selection import read_selection
+from cytosae.sheets import SheetResult
+from cytosae.sweep_record import VERSION as SWEEP
+from cytosae.sweep_record import Record, SweepFolder
 from stores.activation_store import ActivationStore
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
+from stores.errors import IncompleteStore
 from stores.latent_store import LatentStore
 from stores.results import ResultStore
 from stores.runlog import read_runs
 from stores.spec import (
+    ATLAS,
     COMPARISON,
     CONCEPTS,
     FORMATS,
+    MAPS,
+    MASKS,
     NEIGHBOURS,
     PATIENT_CONCEPTS,
     PROBE,
+    SHEETS,
     STABILITY,
+    THRESHOLDS,
     Format,
     find_header,
 )
@@ -48,15 +73,26 @@ IDENTITIES = {
     "probe-v1": "7a06cce987dc424af8916f1a354c88479d6f614f6bb06369e2fbe327211aa842",
     "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
     "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
+    "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
+    "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
+    "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
+    "masks-v1": "fc823af078f10146472e8a035a6c53ee12e47f7b180742821f78f3c08cb583f8",
+    "atlas-v1": "c3f947fc830e5038f2c948df473923c74a47d02fbcd7dfa60cbf0974b7d05ff7",
 }
-RESULTS = {  # those that something of ours reads again
+RESULTS = {
     "concepts-v1": CONCEPTS,
     "comparison-v1": COMPARISON,
     "patient-concepts-v1": PATIENT_CONCEPTS,
     "probe-v1": PROBE,
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
+    "thresholds-v1": THRESHOLDS,
+    "maps-v1": MAPS,
+    "sheets-v1": SHEETS,
+    "masks-v1": MASKS,
+    "atlas-v1": ATLAS,
 }
+HEADERLESS = {f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews"}  # formats of files that are not stores
 IMAGE_IDS = ["golden/Zellen/größte.png", "golden/torn.tif", "golden/c.png"]
 
 
@@ -267,15 +303,296 @@ def test_stability_version_1() -> None:
     assert store.table("stability")["mean_matched"].to_pylist() == pytest.approx([1] * 16)
 
 
+def test_thresholds_version_1() -> None:
+    """All 8 latents of the golden concepts have a mean activation above 1; of the atlas's 6, one is silent."""
+    rows = ResultStore(GOLDEN / "thresholds-v1", THRESHOLDS).table("thresholds").to_pylist()
+    at = [-6, -5, -4, -3.5, -3, -2, -1, 0]
+    assert [tuple(row.values()) for row in rows] == [
+        *(("concepts-v1", "golden", exponent, 8) for exponent in at),
+        *(("concepts", "golden", exponent, 5) for exponent in at[:-1]),
+        ("concepts", "golden", 0, 0),
+    ]
+
+
+def test_maps_version_1() -> None:
+    """Latents 2 and 6 speak for the last patch of image 2; 6 is passed over, its mean activation being above 3."""
+    store = ResultStore(GOLDEN / "maps-v1", MAPS)
+    assert store.table("patches").to_pylist() == [{"latent": 2, "patch": 3, "row": 1, "column": 1, "value": 15.25}]
+    six, two = store.table("active").to_pylist()
+    assert six == {"latent": 6, "value": 15.75, "frequency": 1, "mean_activation": 3.125} | {
+        "is_shared": False,
+        "is_noisy": True,
+        "rank": None,
+    }
+    assert (two["latent"], two["value"], two["is_noisy"], two["rank"]) == (2, 15.25, False, 1)
+    assert two["mean_activation"] == pytest.approx((3.25 + 11.25 + 15.25) / 5 / 2)
+    summary = store.header.summary or {}
+    assert summary["image"] == "golden/c.png"
+    result = MapResult(**summary["result"])  # as the command reads it that finds its folder complete
+    assert (result.latents, result.largest, result.n_active, result.n_noisy) == ([2], [15.25], 2, 1)
+
+
+def test_sheets_version_1() -> None:
+    store = ResultStore(GOLDEN / "sheets-v1", SHEETS)
+    assert [tuple(row.values()) for row in store.table("images").to_pylist()] == [
+        (3, "golden", 1, "golden/c.png", 1, 0, 12.375),
+        (3, "golden", 2, "golden/Zellen/größte.png", 1, 2, 4.375),
+        (0, "golden", 1, "golden/c.png", 1, 1, 13),
+        (0, "golden", 2, "golden/Zellen/größte.png", 1, 3, 5),
+    ]
+    assert SheetResult(**(store.header.summary or {})["result"]) == SheetResult(n_latents=2, n_images=4, unseen=[])
+
+
+def test_masks_version_1() -> None:
+    """Of 8 patches 3 are foreground: 0 of image 0, 0 and 1 of image 2; of 4 shuffles one swapped the two masks.
+
+    Latent 0 has 5 at patch 3 of image 0 and 13 at patch 1 of image 2: of 15 pairs with the background 5 are won and 8
+    tied; swapped, none is won and 9 are tied.
+    """
+    store = ResultStore(GOLDEN / "masks-v1", MASKS)
+    rows = store.table("agreement").to_pylist()
+    assert [row["latent"] for row in rows] == list(range(8))
+    assert {row["n_active_patches"] for row in rows} == {2}
+    assert rows[0]["auroc"] == pytest.approx((5 + 8 / 2) / 15)
+    assert rows[0]["auroc_null"] == pytest.approx((3 * 0.6 + 4.5 / 15) / 4)
+    assert (rows[0]["iou"], rows[0]["threshold"], rows[0]["iou_null"]) == (pytest.approx(1 / 3), 13, 0.25)
+    assert (rows[0]["auroc_p"], rows[0]["auroc_p_any"]) == (pytest.approx((1 + 3) / (1 + 4)), 1)
+    assert [row["auroc"] for row in rows] == pytest.approx([0.6, 8 / 15, 0.3, 0.6] * 2)
+    result = MaskResult(**(store.header.summary or {})["result"])
+    assert (result.n_images, result.n_patches, result.n_foreground, result.n_silent) == (2, 8, 3, 0)
+    assert [row["latent"] for row in result.best_by_auroc] == [0, 3, 4, 7, 1]
+
+
+def test_sweep_version_1() -> None:
+    """Three SAEs; the last, with a learning rate of 1e30, failed at step 1."""
+    root = GOLDEN / "sweep-v1"
+    said = json.loads((root / "sweep.json").read_text())
+    assert (said["format"], said["format_version"], said["complete"]) == ("sweep", 1, True)
+    records = [
+        Record(**{name: row[name] for name in ("name", "caches", "settings", "identity")}) for row in said["members"]
+    ]
+    folder = SweepFolder(root, said["spec"], said["grid"], records)
+    assert folder.is_complete
+    names = ["lr=0.0004-seed=0", "lr=0.0004-seed=1", "lr=1e+30-seed=0"]
+    assert [(record.name, record.status, record.failed_at_step) for record in records] == [
+        (names[0], "complete", None),
+        (names[1], "complete", None),
+        (names[2], "failed", 1),
+    ]
+    members, table, text = folder.tables(["lr", "seed"])
+    assert [row["final_l0"] for row in members] == [pytest.approx(4), pytest.approx(4.6), None]
+    assert [(row["lr"], row["n"], row["n_failed"]) for row in table] == [(4e-4, 2, 0), (1e30, 0, 1)]
+    assert table[0]["final_l0_mean"] == pytest.approx(4.3)
+    assert "| 0.0004 | 2 | -0.403 ± 1.138 | 4.3 ± 0.4 | 6.252 ± 6.147 | n/a |" in text
+    for name, rows in (("members", members), ("table", table)):
+        for row, stored in zip(rows, pq.read_table(root / f"{name}.parquet").to_pylist(), strict=True):
+            assert {column: row[column] for column in stored} == stored
+    assert [load_sae(root / "runs" / name).model.W_enc.shape for name in names[:2]] == [(4, 8)] * 2
+    with pytest.raises(IncompleteStore):
+        load_sae(root / "runs" / names[2])
+    (line,) = read_runs(root)
+    assert line["versions"]["cyto"] == "0.1.0"
+
+
+# --------------------------------------------------------------------------------- an atlas and what experts said
+
+SITE = GOLDEN / "atlas-v1"
+MUELLER, OKAFOR = "Dr. Zoë Müller", "B. Okafor"
+# reviewer, question, latent, cluster, group, verdict, name, confidence, whether it counts: in the order of saving
+SAID: list[tuple[Any, ...]] = [
+    (OKAFOR, "meaningful", 0, 1, None, "meaningful", "", None, True),
+    (OKAFOR, "meaningful", 1, 1, None, "not", "", None, True),
+    (OKAFOR, "meaningful", 2, 0, None, "not", "", None, True),
+    (OKAFOR, "specific", 0, None, "a", "a", "", None, True),
+    (OKAFOR, "meaningful", 5, None, None, "meaningful", "", None, True),  # of an earlier atlas
+    (MUELLER, "meaningful", 0, 1, None, "not", "", None, False),
+    (MUELLER, "meaningful", 1, 1, None, "meaningful", "Auer-Stäbchen", 5, True),
+    (MUELLER, "meaningful", 2, 0, None, "not", "", 1, True),
+    (MUELLER, "meaningful", 0, 1, None, "meaningful", "blasts", 4, True),
+    (MUELLER, "meaningful", 3, 0, None, "unsure", "", None, True),
+    (MUELLER, "specific", 0, None, "a", "a", "", None, True),
+    (MUELLER, "specific", 1, None, "a", "neither", "", None, True),
+    (MUELLER, "specific", 2, None, "b", "b", "", 3, True),
+    (MUELLER, "specific", 3, None, "decoy", "neither", "", None, True),
+]
+COLUMNS = ("reviewer", "question", "latent", "cluster", "group", "verdict", "name", "confidence", "is_current")
+NOTES = "=nuclei, lobed\nnot sure of image 2"  # of Müller on latent 2
+
+
+def test_atlas_version_1() -> None:
+    """Every file is the one that was written, and what is asked can be read."""
+    store = ResultStore(SITE, ATLAS)
+    listed = {row["name"]: row for row in store.table("files").to_pylist()}
+    files = {path.relative_to(SITE).as_posix(): path for path in SITE.rglob("*") if path.is_file()}
+    assert files.keys() == listed.keys() | {"atlas.json", "files.parquet", "review.json", "runs.jsonl"}
+    for name, row in listed.items():
+        content = files[name].read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (row["bytes"], row["sha256"]), name
+    assert (store.header.summary or {})["result"]["counts"] == {
+        "concepts": 5,
+        "images": 4,
+        "patients": 4,
+        "diseases": 2,
+        "pairs": 1,
+    }
+    review = read_review(SITE)
+    meaningful, specific = review.questions
+    assert [(item.latent, item.cluster) for item in meaningful.items] == [(2, 0), (3, 0), (4, 0), (0, 1), (1, 1)]
+    assert (specific.a, specific.b) == ("AML", "none")
+    assert [(item.latent, item.group, item.n_images) for item in specific.items] == [
+        (0, "a", 3),
+        (1, "a", 3),
+        (2, "b", 3),
+        (3, "decoy", 4),
+        (4, "decoy", 4),
+    ]
+    assert review.evidence[0]["largest"] == 0.5
+    (row,) = review.evidence[0]["rows"]
+    assert [image["label"] for image in row["images"]] == ["blast", "blast", "neutrophil"]
+    assert [image["patches"] for image in row["images"]] == ["////AA==", "gIAAAA==", "AAAAAA=="]  # 255, 128 or 0
+    assert review.evidence[1]["rows"][0]["images"][2]["file"] is None, "the image was lost"
+
+
+def test_items_of_version_1_are_called_by_what_is_asked() -> None:
+    """So a verdict counts in an atlas that a later version builds from the same concepts."""
+    for question in read_review(SITE).questions:
+        for item in question.items:
+            asked = {name: getattr(question, name) for name in ("question", "concepts", "comparison")}
+            text = json.dumps([*asked.values(), item.latent], separators=(",", ":"))
+            assert item.item == item_id(asked, item.latent) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_pseudonyms_version_1() -> None:
+    """An atlas that a later version builds beside them calls everybody by the same numbers."""
+    path = pseudonyms_file(SITE)
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    assert rows[:2] == [["pseudonym", "original"], ["key", "0123456789abcdef" * 4]]
+    assert rows[2:] == [
+        ["P0001", "'=Müller, J."],
+        ["P0002", "C"],
+        ["P0003", "B"],
+        ["P0004", "D"],
+        *([f"image {number}", f"golden/{image}.png"] for number, image in enumerate([1, 0, 2, 3])),
+    ]
+    found = read_pseudonyms(path)
+    for names, expected in (
+        (["=Müller, J.", "B", "C", "D"], [0, 2, 1, 3]),
+        ([f"golden/{image}.png" for image in range(4)], [1, 0, 2, 3]),
+    ):
+        hashes = [hmac.new(b"0123456789abcdef" * 4, name.encode(), "sha256").digest() for name in names]
+        assert found.order(names).tolist() == np.argsort(np.array(hashes, object)).tolist() == expected
+    assert ResultStore(SITE, ATLAS).header.spec["pseudonyms_key_sha256"] == found.fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("history", [True, False], ids=["history", "current"])
+def test_reviews_version_1_are_exported(suffix: str, history: bool, tmp_path: Path) -> None:
+    out = tmp_path / f"reviews{suffix}"
+    expected = [row for row in SAID if history or row[-1]]
+    done = run("atlas", "export", SITE, "-o", out, *(["--history"] if history else []))
+    assert (done.exit_code, done.stdout) == (0, f"{out}: {len(expected)} verdicts of 2 reviewers\n")
+    notes = NOTES
+    if suffix == ".csv":
+        with out.open(newline="", encoding="utf-8-sig") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        expected = [tuple("" if value is None else str(value) for value in row) for row in expected]
+        notes = f"'{NOTES}"  # no formula
+    else:
+        rows = pq.read_table(out).to_pylist()
+    assert [tuple(row[name] for name in COLUMNS) for row in rows] == expected
+    assert [row["notes"] for row in rows if row["notes"]] == [notes]
+    assert [row["time"] for row in rows][:2] == ["2026-11-21T12:10:00+00:00", "2026-11-21T12:11:00+00:00"]
+    assert [str(row["is_blinded"]) for row in rows].count("False") == 1
+    assert [str(row["latent"]) for row in rows if str(row["is_asked"]) == "False"] == ["5"]
+    assert {row["atlas"] for row in rows} == {IDENTITIES["atlas-v1"], "4" * 64}
+
+
+def test_reviews_version_1_agree_as_they_did() -> None:
+    """Müller and Okafor judged latents 0, 1 and 2 both: meaningful twice, then once, then never."""
+    done = run("atlas", "agreement", SITE, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    counts = [found[name] for name in ("n_verdicts", "n_superseded", "n_not_asked", "n_seen_with_labels")]
+    assert counts == [13, 1, 1, 1]
+    meaningful, specific = found["questions"]
+    (pair,) = meaningful["cohen"]
+    # equal in 2 of 3; by chance (2 x 1 + 1 x 2) of 9
+    assert (pair["reviewers"], pair["n_items"], pair["agreement"]) == ([OKAFOR, MUELLER], 3, pytest.approx(2 / 3))
+    assert pair["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
+    fleiss = meaningful["fleiss"]
+    assert (fleiss["n_items"], fleiss["n_left_out"], fleiss["kappa"]) == (
+        3,
+        1,
+        pytest.approx((2 / 3 - 1 / 2) / (1 / 2)),
+    )
+    assert [(row["reviewer"], row["cluster"], row["n_yes"], row["n"]) for row in meaningful["meaningful"]] == [
+        *((OKAFOR, 0, 0, 1), (OKAFOR, 1, 1, 2), (OKAFOR, None, 1, 3)),
+        *((MUELLER, 0, 0, 2), (MUELLER, 1, 2, 2), (MUELLER, None, 2, 4)),
+        *((None, 0, 0, 2), (None, 1, 1, 2), (None, None, 1, 4)),
+    ]
+    assert specific["median_images"] == {"a": 3, "b": 3, "decoy": 4}
+    mueller = specific["specific"][MUELLER]
+    assert {group: (row["n_yes"], row["n"]) for group, row in mueller["confirmed"].items()} == {
+        "a": (1, 2),
+        "b": (1, 1),
+    }
+    assert {group: row["n"] for group, row in mueller["decoys_called"].items()} == {"a": 1, "b": 1}
+    assert (mueller["p_lists"]["a"], mueller["p_sides"]) == (pytest.approx(2 / 3), pytest.approx(1 / 2))
+    assert specific["specific"][OKAFOR]["p_sides"] is None
+
+
+def test_an_expert_goes_on_where_version_1_stopped(tmp_path: Path) -> None:
+    """The server shows the golden atlas, knows every verdict of the reviewer, and adds one behind the others."""
+    folder = Path(shutil.copytree(GOLDEN / "atlas-v1.reviews", tmp_path / "reviews"))
+    before = reviews.journal(folder, MUELLER).read_bytes()
+    item = "68d88b40b5ee180f"  # is latent 0 meaningful?
+    with running(SITE, folder) as server:
+        port, token = server.server_port, token_of(server.server_port)
+        assert ask(port, "GET", "/concepts/0.html")[1] == (SITE / "concepts" / "0.html").read_bytes()
+        begun = json.loads(post(port, "/reviews/begin", {"reviewer": MUELLER}, token)[1])
+        assert len(begun["verdicts"]) == 8
+        assert begun["verdicts"][item] == {"verdict": "meaningful", "name": "blasts", "notes": "", "confidence": 4}
+        assert post(port, "/reviews", {"reviewer": MUELLER, "item": item, "verdict": "unsure"}, token)[0] == 200
+    assert reviews.journal(folder, MUELLER).read_bytes().startswith(before)
+    verdicts = reviews.read_verdicts(folder)
+    assert len(verdicts) == 15
+    assert reviews.current(verdicts)[MUELLER, item].verdict == "unsure"
+
+
+# ------------------------------------------------------------------------------------------------- all of them
+
+
+def test_every_format_has_a_golden_artefact() -> None:
+    """Of each version: a new format, or a new version of one, needs a folder here before it is released."""
+    there = {path.name for path in GOLDEN.iterdir()} - {"make_golden.py", "__pycache__", ".gitattributes"}
+    assert there == IDENTITIES.keys() | HEADERLESS
+    headers = [find_header(GOLDEN / name) for name in IDENTITIES]
+    assert {(header.kind, header.version) for header in headers if header is not None} == {
+        (format.kind, version) for format in FORMATS.values() for version in range(1, format.version + 1)
+    }
+    journals = [path.read_text() for path in (GOLDEN / "atlas-v1.reviews").glob("*.jsonl")]
+    versions = {json.loads(line)["version"] for text in journals for line in text.splitlines()}
+    assert versions == set(range(1, reviews.VERSION + 1))
+
+
 def test_every_format_and_its_version_stand_in_the_docs() -> None:
     versions = (GOLDEN.parents[1] / "docs" / "formats.md").read_text().split("Versions: ")[1].split("\n\n")[0]
     stated = {each.strip() for each in versions.replace("(cyto 0.1.0).", "").split("·")}
-    assert {f"{format.kind} {format.version}" for format in FORMATS.values()} == stated - {"reviews 1"}
+    others = {f"reviews {reviews.VERSION}", f"sweep {SWEEP}"}
+    assert {f"{format.kind} {format.version}" for format in FORMATS.values()} | others == stated
 
 
-def test_golden_artefacts_are_small_and_not_written_anew() -> None:
-    for name in IDENTITIES:
-        assert sum(path.stat().st_size for path in (GOLDEN / name).rglob("*") if path.is_file()) < 50_000
+def test_golden_artefacts_are_small_and_name_no_place() -> None:
+    for name in IDENTITIES.keys() | HEADERLESS:
+        files = [path for path in (GOLDEN / name, *(GOLDEN / name).rglob("*")) if path.is_file()]
+        assert 0 < sum(path.stat().st_size for path in files) < (150_000 if name == "atlas-v1" else 50_000)
+        for path in files:
+            if path.suffix in {".json", ".jsonl", ".csv", ".md", ".html", ".js", ".css"}:
+                found = re.search(r"/(?:tmp|home|root|work|Users|mnt|var)/|[A-Z]:\\", path.read_text())
+                assert not found, f"{path} names {found and found[0]}"
+
+
+def test_golden_artefacts_are_not_written_anew() -> None:
     main = runpy.run_path(str(GOLDEN / "make_golden.py"))["main"]
-    with pytest.raises(SystemExit, match=r"golden artefacts are never written anew: .*activations-v1"):
+    with pytest.raises(SystemExit, match=r"golden artefacts are never written anew: .*activations-v1.*atlas-v1"):
         main(GOLDEN)

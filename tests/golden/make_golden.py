@@ -1,44 +1,82 @@
 """What wrote the golden artefacts beside this file, kept as a record: one tiny finished artefact per format version.
 
 They must be readable for ever, so they are never written anew: a new format version gets a new function and a new
-folder, and tests/test_store_golden.py reads old and new. Run it as `PYTHONPATH=tests python tests/golden/make_golden.py
-FOLDER`; it refuses a folder that already holds one of them.
+folder, and tests/test_store_golden.py reads old and new. Run it as `PYTHONPATH=.:tests python
+tests/golden/make_golden.py FOLDER`; in a folder that holds the FIRST ones it makes the LATER ones from them, and it
+refuses one that holds any of these.
 """
 
+import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as ss
 import torch
 from barcode_writer import BarcodeWriter
+from PIL import Image
 
+from cytocache.pictures import Pictures
+from cytosae.atlas.build import write_atlas
+from cytosae.atlas.config import AtlasConfig
+from cytosae.atlas.inputs import open_inputs
+from cytosae.atlas.pseudonyms import Pseudonyms, pseudonyms_file, write_pseudonyms
+from cytosae.atlas.questions import Question, Review, read_review
+from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
+from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.checkpoint import load_sae, save_sae
 from cytosae.cluster import open_client
 from cytosae.coactivation import Coactivation
 from cytosae.compare import CompareConfig, compare
+from cytosae.concept_thresholds import compare_thresholds
 from cytosae.concepts import ConceptConfig, write_concepts
+from cytosae.map_figures import Style
+from cytosae.maps import stored_subject, write_maps
+from cytosae.masks import write_mask_agreement
 from cytosae.model import SparseAutoencoder
 from cytosae.neighbours import write_neighbours
+from cytosae.patch_maps import PatchQuery
 from cytosae.patient_concepts import PatientSettings, write_patient_concepts
 from cytosae.probe import ProbeConfig, write_probe
 from cytosae.probe_units import UnitConfig
+from cytosae.reference_images import Sources
 from cytosae.selection import SelectionConfig, select_latents
+from cytosae.sheets import write_sheets
 from cytosae.stability import write_stability
+from cytosae.sweep import sweep
 from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
 from stores.runlog import append_run
 from stores.spec import BARCODES, SAE, Header, new_header, write_header
-from stores.tables import image_table, table_sha256
+from stores.tables import image_table, table_sha256, with_outcome
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 3, 5, 4, 8
 UNREADABLE = 1
 RESULTS = ("concepts-v1", "comparison-v1", "patient-concepts-v1", "probe-v1", "neighbours-v1", "stability-v1")
+FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RESULTS)
+OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
+LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
+GRID = """[base]
+expansion = 2
+batch_tokens = 5
+tokens = 20
+warmup_steps = 1
+l1 = 1e-3
+log_every = 1
+[[runs]]
+[[runs]]
+seed = 1
+[[runs]]
+lr = 1e30
+"""
 
 
 def write_activations_v1(root: Path) -> None:
@@ -204,11 +242,16 @@ def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
     (folder / "flipped").mkdir()
     save_sae(folder / "flipped", model, header, {"steps": 3, "tokens": 30, "images": 6, "final": {"loss": 1.5}})
     write_stability([sae, folder / "flipped"], folder / "stability-v1")
-    for name in RESULTS:
-        for figure in [*(folder / name).glob("*.png"), *(folder / name).glob("*.svg")]:
-            figure.unlink()  # checksums do not cover them, and they are large
+    remove_figures(folder, RESULTS)
     shutil.rmtree(cohort)
     shutil.rmtree(folder / "flipped")
+
+
+def remove_figures(folder: Path, names: Sequence[str]) -> None:
+    """Checksums do not cover them, and they are large."""
+    for name in names:
+        for figure in [*(folder / name).glob("*.png"), *(folder / name).glob("*.svg")]:
+            figure.unlink()
 
 
 def write_cohort(root: Path, latents: LatentStore) -> None:
@@ -238,19 +281,177 @@ def write_cohort(root: Path, latents: LatentStore) -> None:
     write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
 
 
-def main(folder: Path) -> None:
-    """All artefacts of version 1, each made from the one before."""
-    places = [folder / name for name in ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RESULTS)]
-    there = [os.fspath(place) for place in places if place.exists()]
-    if there:
-        sys.exit(f"golden artefacts are never written anew: {', '.join(there)}")
+# --------------------------------------------------------------------------------- later: all that was missing yet
+
+
+def write_of_concepts_v1(folder: Path, made: Path) -> None:
+    """Thresholds, maps, sheets and masks of the golden concepts and latents; the images are white.
+
+    The mask of image 0 covers patch 0, that of image 2 patches 0 and 1.
+    """
+    concepts, latents = ConceptStore(folder / "concepts-v1"), LatentStore(folder / "latents-v1.zarr")
+    sources = Sources([latents], [lambda image: np.full((8, 8, 3), 255, np.uint8)])
+    compare_thresholds([concepts.root, made / "concepts"], folder / "thresholds-v1")
+    subject = stored_subject(sources, "golden/c.png")
+    query = PatchQuery(patch=3, dataset="golden", shared=2, noisy=3)
+    style = Style()
+    write_maps(subject, folder / "maps-v1", query=query, concepts=concepts, sources=sources, style=style)
+    write_sheets(concepts, sources, folder / "sheets-v1", latents=[3, 0], style=style)
+    shares = {0: np.array([[1, 0.25], [0, 0]]), 2: np.array([[0.5, 1], [0, 0]])}
+    write_mask_agreement(latents, shares, folder / "masks-v1", n_shuffles=4, seed=1)
+    remove_figures(folder, OF_CONCEPTS)
+
+
+def write_sweep_v1(folder: Path) -> None:
+    """Three SAEs of four steps, of which the last fails: its learning rate is 1e30."""
+    (folder / "grid.toml").write_text(GRID)
+    sweep(folder / "grid.toml", [folder / "activations-v1.zarr"], folder / "sweep-v1")
+    (folder / "grid.toml").unlink()
+    remove_figures(folder, ["sweep-v1"])
+    for log in (folder / "sweep-v1").rglob("runs.jsonl"):  # it names the place where this was made
+        log.write_text(log.read_text().replace(f"{folder.absolute()}/", ""))
+
+
+def write_cells(made: Path) -> None:
+    """What an atlas is built from: five images of 8 x 6 pixels, their latents, barcodes, concepts and a comparison.
+
+    The first two patients have AML, the others none; image 3 is lost after its latents were made, image 4 unreadable.
+    """
+    write_latents_of_pictures(made / "latents", write_pictures(made / "images"))
+    (made / "images" / "3.png").unlink()
+    with open_client(None, workers=1, memory_limit="2GiB") as client:
+        write_barcodes(made / "latents", made / "barcodes", BarcodeConfig(tau=0.2), client=client)
+        write_concepts(made / "latents", made / "concepts", ConceptConfig(min_support=1), client=client)
+    config = CompareConfig(a="AML", b="none", n_permutations=9, n_bootstraps=2, top=5)
+    compare(made / "barcodes", made / "comparison", config)
+    select_latents(ConceptStore(made / "concepts"), SelectionConfig(dataset="golden", clusters=2))
+
+
+def write_atlas_v1(folder: Path, made: Path) -> None:
+    """An atlas with pseudonyms, whose key was there before, as it is when an atlas is built anew."""
+    out, latents = folder / "atlas-v1", LatentStore(made / "latents")
+    sources = Sources([latents], [Pictures(latents, made / "images")])
+    inputs = open_inputs(made / "barcodes", made / "concepts", sources, comparisons=[made / "comparison"])
+    write_pseudonyms(pseudonyms_file(out), Pseudonyms("0123456789abcdef" * 4), [])
+    write_atlas(inputs, out, AtlasConfig(pseudonyms=True, pixels=32))
+
+
+def write_pictures(root: Path) -> list[str]:
+    """0.png to 3.png, each of one grey; their hashes."""
+    root.mkdir(parents=True)
+    for image in range(4):
+        Image.fromarray(np.full((6, 8, 3), 50 * (image + 1), np.uint8)).save(root / f"{image}.png")
+    return [hashlib.sha256((root / f"{image}.png").read_bytes()).hexdigest() for image in range(4)]
+
+
+def write_latents_of_pictures(root: Path, hashes: list[str]) -> None:
+    """Latent s of image i has (i + 1) / 4 + s / 16 in the first tokens, as many as `counts` says."""
+    paths: list[str | None] = [*(f"{image}.png" for image in range(4)), "torn.png"]
+    more: dict[str, list[str | None]] = {
+        "label": ["blast", "blast", "neutrophil", None, None],
+        "patient": ["=Müller, J.", "B", "C", "D", None],
+        "disease": ["AML", "AML", "none", "none", None],
+    }
+    manifest = image_table({"path": paths, **more}, source="make_golden.py", dataset="golden")
+    images = with_outcome(manifest, [*hashes, None], [None] * 4 + ["file ends early"])
+    counts = np.array(
+        [
+            [3, 4, 1, 2, 1, 0],  # tokens in which a latent is active, per image
+            [4, 3, 0, 2, 3, 0],
+            [1, 0, 4, 2, 1, 0],
+            [0, 1, 3, 2, 3, 0],
+            [0, 0, 0, 0, 0, 0],
+        ]
+    )
+    i, t, s = np.ogrid[:5, :N_TOKENS, :6]
+    dense = np.where(t < counts[:, None], (i + 1) / 4 + s / 16, 0).astype(np.float32)
+    spec = LatentSpec(
+        sae_sha256="1" * 64,
+        cache_sha256="2" * 64,
+        cache={"backbone": "none", "trained": False, "block": 2},
+        images_sha256=table_sha256(images),
+        n_images=5,
+        tokens_per_image=N_TOKENS,
+        n_latents=6,
+        precision="fp32",
+        value_bits=10,
+        min_activation=0.0,
+    )
+    writer, rows = LatentWriter(root, spec, images), ss.csr_matrix(dense.reshape(-1, 6))
+    writer.append_tokens(rows.indices, rows.data, np.diff(rows.indptr))
+    writer.commit(5)
+    writer.finish()
+
+
+def write_reviews_v1(folder: Path) -> None:
+    """Two experts; one thinks better of a verdict, the other sees labels once and judges what is no longer asked."""
+    review, reviews = read_review(folder / "atlas-v1"), folder / "atlas-v1.reviews"
+    meaningful, specific = review.questions
+    first, second = "Dr. Zoë Müller", "B. Okafor"
+    notes = "=nuclei, lobed\nnot sure of image 2"
+    some = [
+        said(review, meaningful, 0, first, "not", minute=0),
+        said(review, meaningful, 1, first, "meaningful", minute=1, name="Auer-Stäbchen", confidence=5),
+        said(review, meaningful, 2, first, "not", minute=2, notes=notes, confidence=1),
+        said(review, meaningful, 0, first, "meaningful", minute=3, name="blasts", confidence=4),
+        said(review, meaningful, 3, first, "unsure", minute=4),
+        said(review, specific, 0, first, "a", minute=5),
+        said(review, specific, 1, first, "neither", minute=6),
+        said(review, specific, 2, first, "b", minute=7, confidence=3),
+        said(review, specific, 3, first, "neither", minute=8),
+        said(review, meaningful, 0, second, "meaningful", minute=10),
+        said(review, meaningful, 1, second, "not", minute=11),
+        said(review, meaningful, 2, second, "not", minute=12),
+        said(review, specific, 0, second, "a", minute=13, is_blinded=False),
+    ]
+    earlier = said(review, meaningful, 4, second, "meaningful", minute=14)
+    some.append(replace(earlier, item="0123456789abcdef", latent=5, concepts="3" * 64, atlas="4" * 64))
+    for verdict in some:
+        save_verdict(reviews, verdict)
+
+
+def said(
+    review: Review,
+    question: Question,
+    latent: int,
+    reviewer: str,
+    verdict: str,
+    *,
+    minute: int,
+    is_blinded: bool = True,
+    **more: Any,
+) -> Verdict:
+    """What a page sends of a latent, at a stated time."""
+    (item,) = [each.item for each in question.items if each.latent == latent]
+    sent = {"item": item, "reviewer": reviewer, "verdict": verdict, **more}
+    found = new_verdict(sent, review, is_blinded=is_blinded)
+    return replace(found, time=f"2026-11-21T12:{minute:02d}:00+00:00")
+
+
+def write_first(folder: Path) -> None:
+    """Those of the first day."""
     csr.CHUNK_ENTRIES = 8  # a store tells the size of its own chunks
-    activations, sae, latents, barcodes = places[:4]
+    activations, sae, latents, barcodes = (folder / name for name in FIRST[:4])
     write_activations_v1(activations)
     cache = ActivationStore(activations)
     write_latents_v1(latents, cache, write_sae_v1(sae, cache))
     write_barcodes_v1(barcodes, LatentStore(latents))
     write_results_v1(folder, sae, latents)
+
+
+def main(folder: Path) -> None:
+    """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
+    there = [name for name in (*FIRST, *LATER) if (folder / name).exists()]
+    if there not in ([], [*FIRST]):
+        sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
+    if not there:
+        write_first(folder)
+    write_cells(folder / "made")
+    write_of_concepts_v1(folder, folder / "made")
+    write_sweep_v1(folder)
+    write_atlas_v1(folder, folder / "made")
+    write_reviews_v1(folder)
+    shutil.rmtree(folder / "made")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+CYTO.add("built",{"n_latents":6,"latents":{"dtype":"u4","b64":"AAAAAAEAAAACAAAAAwAAAAQAAAA="},"thumbs":{"dtype":"i4","b64":"AAAAAAAAAAACAAAAAwAAAAMAAAA="},"clusters":{"dtype":"i4","b64":"AQAAAAEAAAAAAAAAAAAAAAAAAAA="},"n_thumbs":4});

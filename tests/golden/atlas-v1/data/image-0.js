@@ -1,0 +1,1 @@
+CYTO.add("image-0",{"largest":0.75,"latents":{"dtype":"u2","b64":"AAABAAMABAA="},"counts":{"dtype":"u2","b64":"AwACAAEAAgA="},"patches":{"dtype":"u1","b64":"AAECAAEAAAE="},"values":{"dtype":"f2","b64":"VTlVOVU5ADoAOlU7ADwAPA=="},"cls_latents":{"dtype":"u2","b64":"AAABAAMABAA="},"cls_values":{"dtype":"f2","b64":"VTkAOlU7ADw="},"has_page":{"dtype":"u2","b64":"AAABAAMABAA="}});

@@ -1,0 +1,1 @@
+CYTO.add("image-1",{"largest":0.5,"latents":{"dtype":"u2","b64":"AAABAAMA"},"counts":{"dtype":"u2","b64":"AgADAAEA"},"patches":{"dtype":"u1","b64":"AAEAAQIA"},"values":{"dtype":"f2","b64":"ADgAOAA5ADkAOQA7"},"cls_latents":{"dtype":"u2","b64":"AAABAAIAAwAEAA=="},"cls_values":{"dtype":"f2","b64":"ADgAOQA6ADsAPA=="},"has_page":{"dtype":"u2","b64":"AAABAAIAAwAEAA=="}});

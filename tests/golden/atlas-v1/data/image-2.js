@@ -1,0 +1,1 @@
+CYTO.add("image-2",{"largest":1.0,"latents":{"dtype":"u2","b64":"AgADAA=="},"counts":{"dtype":"u2","b64":"AwABAA=="},"patches":{"dtype":"u1","b64":"AAECAA=="},"values":{"dtype":"f2","b64":"ADsAOwA7gDs="},"cls_latents":{"dtype":"u2","b64":"AAACAAMABAA="},"cls_values":{"dtype":"f2","b64":"ADoAO4A7ADw="},"has_page":{"dtype":"u2","b64":"AAACAAMABAA="}});

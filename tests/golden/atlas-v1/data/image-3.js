@@ -1,0 +1,1 @@
+CYTO.add("image-3",{"largest":1.25,"latents":{"dtype":"u2","b64":"AgADAAQA"},"counts":{"dtype":"u2","b64":"AgABAAIA"},"patches":{"dtype":"u1","b64":"AAEAAAE="},"values":{"dtype":"f2","b64":"MzszO5o7ADwAPA=="},"cls_latents":{"dtype":"u2","b64":"AQACAAMABAA="},"cls_values":{"dtype":"f2","b64":"zTozO5o7ADw="},"has_page":{"dtype":"u2","b64":"AQACAAMABAA="}});

@@ -1,0 +1,1 @@
+CYTO.add("pair-0-1",{"mean_a":{"dtype":"f4","b64":"AABgQAAAYEAAAAA/AAAAQAAAAEAAAAAA"},"mean_b":{"dtype":"f4","b64":"AAAAPwAAAD8AAGBAAAAAQAAAAEAAAAAA"},"difference":{"dtype":"f4","b64":"AABAQAAAQEAAAEDAAAAAAAAAAAAAAAAA"},"q":{"dtype":"f4","b64":"OY7jPjmO4z45juM+AADAfwAAgD8AAMB/"},"hedges_g":{"dtype":"f4","b64":"0CgbQNAoG0DQKBvAAADAfwAAAAAAAMB/"}});
