@@ -57,6 +57,6 @@ def to_pixels(picture: Image.Image) -> Pixels:
 def _recorded_root(latents: LatentStore) -> Path | None:
     """Where the images lay, by the run logs of the latents and of their cache; None if one of them is silent."""
     runs = read_runs(latents.root) if isinstance(latents.root, Path) else []
-    cache = Path(str((runs or [{}])[-1].get("cache", "")))
-    root = (read_runs(cache) or [{}])[-1].get("images_root")
+    cache = (runs or [{}])[-1].get("cache")
+    root = (read_runs(Path(cache)) or [{}])[-1].get("images_root") if isinstance(cache, str) and cache else None
     return Path(root) if isinstance(root, str) else None

@@ -251,7 +251,9 @@ def test_a_latent_that_never_fires_has_an_empty_sheet(made: Path, latents: Laten
     assert (tmp_path / "s" / "latent7.png").exists()
 
 
-def test_images_that_cannot_be_shown_are_named(copied: Path, latents: LatentStore, tmp_path: Path) -> None:
+def test_images_that_cannot_be_shown_are_named(
+    copied: Path, latents: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Gone, replaced by another, or nobody knows where: an empty frame with words, a warning, exit code 0."""
     store = LatentStore(copied / "latents.zarr")
     pictures, names = Pictures(store, copied), column(store.images, "path")
@@ -275,6 +277,8 @@ def test_images_that_cannot_be_shown_are_named(copied: Path, latents: LatentStor
     )
     assert is_figure(tmp_path / "m" / "map")
     Path(store.root, "runs.jsonl").unlink()
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"images_root": str(copied)}))  # somebody else's
+    monkeypatch.chdir(tmp_path)
     assert Pictures(store)(5) == "where the images lie is not known"
     concepts = concepts_of(store, tmp_path / "c")
     done = run("sheet", concepts.root, store.root, "-o", tmp_path / "s", "--latent", latent)
