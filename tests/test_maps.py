@@ -277,7 +277,7 @@ def test_images_that_cannot_be_shown_are_named(
     )
     assert is_figure(tmp_path / "m" / "map")
     Path(store.root, "runs.jsonl").unlink()
-    (tmp_path / "runs.jsonl").write_text(json.dumps({"images_root": str(copied)}))  # somebody else's
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"images_root": str(copied)}) + "\n")  # somebody else's
     monkeypatch.chdir(tmp_path)
     assert Pictures(store)(5) == "where the images lie is not known"
     concepts = concepts_of(store, tmp_path / "c")
