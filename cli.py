@@ -2278,6 +2278,7 @@ def atlas_build(
     from cytosae.atlas.build import estimate_atlas, write_atlas
     from cytosae.atlas.config import AtlasConfig
     from cytosae.atlas.inputs import open_inputs
+    from cytosae.atlas.pseudonyms import pseudonyms_file
 
     config = AtlasConfig(**settings)
     sources = _sources(stores, roots, option="--images")
@@ -2299,6 +2300,8 @@ def atlas_build(
         click.echo("nothing was written")
         return
     _warn_of_unseen(done.unseen, "--images")
+    if config.pseudonyms:
+        click.echo(f"who is who, and the key: {pseudonyms_file(out)}; keep it, and never give it away with the atlas")
     click.echo(f"open {(out / 'index.html').absolute().as_uri()}")
 
 

@@ -378,6 +378,7 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
     of_pages = reads[: [stop for _, stop in reads].index(n_images) + 1]  # the review's come after
     assert of_pages == sorted(of_pages)
     assert 1 < len(of_pages) < n_images / 4
+    assert f"who is who, and the key: {tmp_path}/hidden.pseudonyms.csv" in done.stdout
 
     _, patients, numbers = who_is_who(tmp_path / "hidden.pseudonyms.csv")
     pictures: dict[str, Image.Image] = {}
