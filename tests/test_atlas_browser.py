@@ -1,7 +1,7 @@
 """The atlas in a real headless Chromium, from file://: no errors, filters find what they should, keys suffice."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ FIRST_POINT = """() => {
 PICTURE = """async () => {
     await new Promise(requestAnimationFrame);
     return document.querySelector("#scatter").toDataURL();
+}"""
+WRITTEN = """
+    const write = CanvasRenderingContext2D.prototype.fillText;
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+        (window.written ??= []).push([text, x]);
+        write.call(this, text, x, y);
+    };
+"""
+AXIS = """async (title) => { // the numbers below the axis that were written last, and their places in pixels
+    for (let n = 0; n < 2; n++) await new Promise(requestAnimationFrame);
+    const titles = window.written.map(([text], n) => (text.startsWith(title) ? n : -1)).filter((n) => n >= 0);
+    const all = window.written.slice(0, titles.at(-1)), isNumber = ([text]) => Number.isFinite(Number(text));
+    return all.slice(1 + all.findLastIndex((one) => !isNumber(one)));
 }"""
 OPACITY = """() => {
     const { data } = document.querySelector(".frame canvas").getContext("2d").getImageData(0, 0, 16, 16);
@@ -167,6 +180,30 @@ def test_scatter_shows_and_opens_what_is_under_the_pointer(page: Watched, cohort
     assert tab.evaluate(PICTURE) == before
     tab.click("#scatter", position={"x": x, "y": y})
     tab.wait_for_url(f"**/concepts/{built[-1]}.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "scale"), [("index", "frequency", np.log10), ("pairs", "mean in B, ", np.sqrt)]
+)
+@pytest.mark.parametrize("button", ["in", "out"])
+def test_axes_have_round_numbers_at_their_places_at_every_zoom(
+    page: Watched, atlas: Path, name: str, title: str, scale: Callable[[np.ndarray], np.ndarray], button: str
+) -> None:
+    page.tab.add_init_script(WRITTEN)
+    where = "index.html" if name == "index" else f"pairs/{next((atlas / 'pairs').glob('*.html')).name}"
+    tab = page.open(where)
+    tab.wait_for_selector("#legend li")
+    spans = []
+    for _ in range(8):
+        texts, places = zip(*tab.evaluate(AXIS, title), strict=True)
+        assert 2 <= len(set(texts)) == len(texts) <= 12, texts
+        values = scale(np.array(texts, float))
+        line = np.polynomial.Polynomial.fit(values, places, 1)
+        np.testing.assert_allclose(line(values), places, atol=0.5)  # pixels
+        spans.append(line.deriv()(0))
+        tab.click(f"#zoom-{button}")
+    growth = np.divide(spans[1:], spans[:-1])
+    np.testing.assert_allclose(growth, 1 / 0.6 if button == "in" else 0.6, rtol=0.01)
 
 
 def test_maps_switch_on_and_off(page: Watched, cohort: Cohort) -> None:

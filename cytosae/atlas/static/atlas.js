@@ -215,10 +215,30 @@ async function startImage() {
 
 // ---------------------------------------------------------------------------------- scatter
 
-// Points on a canvas. `x` and `y` are what is drawn (already on their scales); ticks: [[at, text], ...] for both.
+// What values stand for a place on an axis; below `least` of the largest in view, round numbers lie too close together.
+const LOG = { to: Math.log10, from: (place) => 10 ** Math.min(Math.max(place, -300), 300), least: 0 };
+const ROOT = { to: Math.sqrt, from: (place) => Math.min(Math.max(place, 0), 1e9) ** 2, least: 0.01 };
+
+// Round numbers between two places, as [place, text]: powers of ten, or 1, 2, 5, ..., or even steps, until there are four.
+function ticksBetween(scale, low, high) {
+  const [from, to] = [scale.from(low), scale.from(high)], least = Math.max(from, to * scale.least);
+  const start = Math.floor(Math.log10(least)), every = Math.ceil((Math.log10(to) - start) / 10);
+  const tens = Array.from({ length: Math.floor(Math.log10(to)) - start + 1 }, (_, n) => 10 ** (start + n));
+  const unit = 10 ** Math.floor(Math.log10((to - from) / 6));
+  const step = [1, 2, 5, 10].map((digit) => digit * unit).find((size) => size >= (to - from) / 6);
+  const ways = [
+    tens.filter((_, n) => n % every === 0),
+    tens.flatMap((ten) => [ten, 2 * ten, 5 * ten]),
+    Array.from({ length: 8 }, (_, n) => (Math.ceil(from / step) + n) * step),
+  ].map((values) => [...(from === 0 ? [0] : []), ...values.filter((value) => value >= least && value <= to)]);
+  const ticks = (ways.find((values) => values.length >= 4) ?? ways[2]).map((value) => [scale.to(value), String(Number(value.toPrecision(6)))]);
+  return ticks.filter(([place]) => place >= low && place <= high);
+}
+
+// Points on a canvas. `x` and `y` are what is drawn, already on their scales.
 class Scatter {
-  constructor(canvas, { x, y, ticks, titles, describe, open, diagonal = false }) {
-    Object.assign(this, { canvas, x, y, ticks, titles, describe, open, diagonal });
+  constructor(canvas, { x, y, scale, titles, describe, open, diagonal = false }) {
+    Object.assign(this, { canvas, x, y, scale, titles, describe, open, diagonal });
     this.pen = canvas.getContext("2d");
     this.shown = new Uint8Array(x.length).fill(1);
     this.colors = [GREY];
@@ -373,10 +393,10 @@ class Scatter {
     pen.font = "12px system-ui, sans-serif";
     pen.strokeRect(box.left, box.top, box.width, box.height);
     pen.textAlign = "center";
-    for (const [at, text] of this.ticks[0]) if (at >= this.left && at <= this.right) pen.fillText(text, this.toX(at), box.top + box.height + 16);
+    for (const [at, text] of ticksBetween(this.scale, this.left, this.right)) pen.fillText(text, this.toX(at), box.top + box.height + 16);
     pen.fillText(this.titles[0], box.left + box.width / 2, box.top + box.height + 36);
     pen.textAlign = "right";
-    for (const [at, text] of this.ticks[1]) if (at >= this.bottom && at <= this.top) pen.fillText(text, box.left - 6, this.toY(at) + 4);
+    for (const [at, text] of ticksBetween(this.scale, this.bottom, this.top)) pen.fillText(text, box.left - 6, this.toY(at) + 4);
     pen.save();
     pen.translate(12, box.top + box.height / 2);
     pen.rotate(-Math.PI / 2);
@@ -390,7 +410,6 @@ function showLegend(names, colors) {
   $("legend").replaceChildren(...names.map((name, n) => element("li", {}, svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, svg("rect", { width: 10, height: 10, fill: colors[n] })), name)));
 }
 
-const decades = (low, high) => Array.from({ length: high - low + 1 }, (_, n) => [low + n, String(Number((10 ** (low + n)).toPrecision(1)))]);
 
 // ---------------------------------------------------------------------------------- filters and the table of latents
 
@@ -548,7 +567,7 @@ async function startLatents() {
     if ($("scatter")) {
       const [x, y] = [state.data.frequency, state.data.mean_activation].map((values) => Float32Array.from(values, Math.log10));
       if (!scatter) {
-        scatter = new Scatter($("scatter"), { x, y, ticks: [decades(-7, 0), decades(-9, 4)], titles: ["frequency", "mean activation"], describe, open: (n) => { if (built.has(n)) location.href = up(`concepts/${n}.html`); } });
+        scatter = new Scatter($("scatter"), { x, y, scale: LOG, titles: ["frequency", "mean activation"], describe, open: (n) => { if (built.has(n)) location.href = up(`concepts/${n}.html`); } });
       } else {
         Object.assign(scatter, { x, y });
         scatter.showAll();
@@ -596,13 +615,10 @@ async function startPair() {
   if (!canvas) return;
   const built = await readBuilt(), data = await CYTO.load(`pair-${canvas.dataset.pair}`);
   const columns = Object.fromEntries(Object.entries(data).map(([name, column]) => [name, CYTO.unpack(column)]));
-  const most = Math.max(columns.mean_a.reduce((a, b) => Math.max(a, b), 0), columns.mean_b.reduce((a, b) => Math.max(a, b), 0));
-  const unit = 10 ** Math.floor(Math.log10(most || 1));
-  const ticks = [0, 0.1, 0.5, 1, 2, 5, 10].map((step) => [Math.sqrt(step * unit), String(Number((step * unit).toPrecision(1)))]);
   const scatter = new Scatter(canvas, {
     x: Float32Array.from(columns.mean_b, Math.sqrt),
     y: Float32Array.from(columns.mean_a, Math.sqrt),
-    ticks: [ticks, ticks],
+    scale: ROOT,
     titles: [`mean in B, ${canvas.dataset.b}`, `mean in A, ${canvas.dataset.a}`],
     diagonal: true,
     describe(n) {
