@@ -1,9 +1,9 @@
 """Logistic regression with L2 where rows are too many for Newton's method on all of them (`logistic.py`).
 
 The same minimum of C * (sum of log losses) + ||w||^2 / 2, on columns: those of sparse barcodes or of dense tokens as
-they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. By Newton's method where few
-weights are sought, where scipy's L-BFGS would take thousands of steps; by L-BFGS otherwise. Columns count from their
-mean (the free intercept makes up for it), which takes L-BFGS a half to an eighth of the steps, and nothing is copied.
+they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. Few weights are found by
+Newton's method, as scipy's L-BFGS would take up to thousands of steps; more by L-BFGS, which copies nothing. Columns
+count from their mean (the free intercept makes up for it): L-BFGS then takes a half to an eighth of the steps.
 
 The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
 whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
@@ -140,8 +140,8 @@ class _Search:
                 return point, n_steps, True
             try:
                 step = -cho_solve(cho_factor(self._hessian(columns, point), overwrite_a=True), slope)
-            except LinAlgError:
-                break  # rounding
+            except LinAlgError:  # rounding
+                break
             length, promised = 1.0, float(slope @ step)
             new, new_slope = self._value(point.ravel() + step)
             while not new <= value + _SUFFICIENT * length * promised + _ROUNDING * value and length > 1e-8:
