@@ -25,7 +25,7 @@ from .logistic import RowFit, fit_rows, log_losses, residuals, softmax
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-NEWTON_ROWS = 250  # up to here, Newton's method is faster (docs/log.md)
+NEWTON_ROWS = 250  # up to here, Newton's method on rows is exact at little cost (docs/log.md)
 _GAP = 1e-7  # between the objective and its minimum, relative
 _ROUNDING = 1e-14  # of the objective, relative
 _MOST_STEPS = 5000
