@@ -91,9 +91,7 @@ def read_all_shares(
     for n_done, (image_index, path) in enumerate(sorted(masks.paths.items()), start=1):
         if not is_readable[image_index]:
             found.of_unreadable_images.append(path.name)
-            continue
-        shares = read_shares(path, side)
-        if isinstance(shares, str):
+        elif isinstance(shares := read_shares(path, side), str):
             found.unreadable.append(f"{path.name}: {shares}")
         else:
             found.shares[image_index] = shares

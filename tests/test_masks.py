@@ -333,6 +333,7 @@ def test_what_is_left_out_is_named(made: Path, tmp_path: Path) -> None:
     assert "left out: 1 unreadable mask (02.png: not a JPEG, PNG, TIFF or BMP image)" in done.stdout
     assert "left out: 1 mask of unreadable images (04.png)" in done.stdout
     assert "2 images with masks, 50.0% of the patches are foreground" in done.stdout
+    assert "| 4/4 " in done.stderr, "each mask is told of, the last one too, whose image is unreadable"
     null = ResultStore(tmp_path / "m", MASKS).table("agreement")["auroc_p"]
     assert set(null.to_pylist()) <= {1.0, None}  # the two masks are equal: every shuffle is the observed
 
