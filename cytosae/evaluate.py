@@ -24,7 +24,7 @@ from stores.holdout import read_image_ids
 from stores.progress import Progress
 from stores.spec import check_choice
 from stores.tables import column, listed
-from stores.token_sets import TOKEN_SETS
+from stores.token_sets import TOKEN_SETS, chosen_tokens
 
 from .checkpoint import load_sae
 from .config import LOSSES, TrainConfig
@@ -218,7 +218,7 @@ def evaluate(
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
     chosen = TOKEN_SETS[token_set]
-    per_image = len(range(store.spec.tokens_per_image)[chosen])
+    per_image = len(chosen_tokens(token_set, store.spec.tokens_per_image))
     is_readable = store.readable()
     if only is not None:
         is_readable &= _named(store, only)
