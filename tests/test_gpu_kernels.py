@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cytosae.config import ACTIVATIONS
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, below
@@ -22,7 +24,6 @@ from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
 from cytosae import active_latents, gpu_kernels, losses, reconstruction, sparse_kernels  # noqa: E402
-from cytosae.config import ACTIVATIONS  # noqa: E402
 from cytosae.model import SparseAutoencoder  # noqa: E402
 from cytosae.train import _remove_parallel_part  # noqa: E402
 
