@@ -2880,8 +2880,8 @@ def _print_dataset(found: dict[str, Any], label: str) -> None:
     unreadable = f" ({found['n_unreadable']:,} unreadable)" if found["n_unreadable"] else ""
     click.echo(
         f"  {_shown(found['dataset'])}: {found['n_readable']:,} images{unreadable}, {found['n_labelled']:,} with one "
-        f"of {found['n_labels']:,} labels; {found['n_silent']:,} latents never fire, {found['n_meaningful']:,} have a "
-        f"mean activation of 0.001 or more"
+        f"of {found['n_labels']:,} labels; {_count(found['n_silent'], 'latent')} never active, "
+        f"{found['n_meaningful']:,} have a mean activation of 0.001 or more"
     )
     if not found["n_labelled"]:
         click.echo(f"    no image has a {label}: label entropies are null")

@@ -528,7 +528,7 @@ def test_commands(tmp_path: Path) -> None:
     done = cyto(*step)
     assert done.exit_code == 0, done.output
     assert f"{out}: 24 latents, token set all" in done.stdout
-    assert "blank: 0 images (1 unreadable), 0 with one of 0 labels; 24 latents never fire" in done.stdout
+    assert "blank: 0 images (1 unreadable), 0 with one of 0 labels; 24 latents never active" in done.stdout
     assert re.search(r"mixed: \d+ images \(\d unreadable\), \d+ with one of 3 labels", done.stdout)
     assert "no image has a label: label entropies are null" in done.stdout
     assert re.search(
