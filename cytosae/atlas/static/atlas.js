@@ -410,7 +410,6 @@ function showLegend(names, colors) {
   $("legend").replaceChildren(...names.map((name, n) => element("li", {}, svg("svg", { viewBox: "0 0 10 10", "aria-hidden": "true" }, svg("rect", { width: 10, height: 10, fill: colors[n] })), name)));
 }
 
-
 // ---------------------------------------------------------------------------------- filters and the table of latents
 
 async function readBuilt() {
