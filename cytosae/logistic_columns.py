@@ -29,7 +29,7 @@ NEWTON_ROWS = 250  # up to here, Newton's method on rows is exact at little cost
 _GAP = 1e-7  # between the objective and its minimum, relative
 _ROUNDING = 1e-14  # of the objective, relative
 _MOST_STEPS = 5000
-_NEWTON_WEIGHTS = 2000  # up to here, and with four rows or more per column, Newton's method is faster (docs/log.md)
+_NEWTON_WEIGHTS = 2000  # up to here, and with three rows or more per column, Newton's method is faster (docs/log.md)
 _MOST_NEWTON_STEPS = 200
 _SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
 _MEMORY = 30  # steps that L-BFGS remembers
@@ -121,7 +121,7 @@ class _Search:
         begin[-1] = np.log(self.one_hot.mean(0))
         self._at_zero = self._value(begin.ravel())[0]
         n_rows, n_columns = self.x.shape
-        if begin.size <= _NEWTON_WEIGHTS and 4 * n_columns <= n_rows:
+        if begin.size <= _NEWTON_WEIGHTS and 3 * n_columns <= n_rows:
             point, n_steps, converged = self._newton(begin)
             if converged:
                 return point[:-1], point[-1], n_steps, True
