@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cyto_machine import bound_threads, n_cores
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -102,6 +104,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    bound_threads()
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
     for name in ("stores", "cytocache", "cytosae"):  # ours only: Dask has much to say
         logging.getLogger(name).addHandler(_warnings_to_stderr())
@@ -131,17 +134,18 @@ _overwrite_option = click.option(
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _readers_option = click.option(
-    "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Processes that read images."
+    "--workers", type=_COUNT, default=n_cores(), show_default="cores", help="Processes that read images."
 )
 
 
 def _dask_options(command: Any) -> Any:
     """Where a job of Dask tasks runs: a cluster that is there, or one that is started for it."""
     options = (
-        click.option("--scheduler", help="Address of a running Dask scheduler, tcp://HOST:PORT  [default: start one]."),
         click.option(
-            "--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Local worker processes."
+            "--scheduler",
+            help="Address of a running Dask scheduler, tcp://HOST:PORT or tls://HOST:PORT  [default: start one].",
         ),
+        click.option("--workers", type=_COUNT, default=n_cores(), show_default="cores", help="Local worker processes."),
         click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker."),
     )
     for option in reversed(options):
@@ -2146,7 +2150,7 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
 @click.option("--mil-repeats", type=_COUNT, default=3, show_default=True, help="It runs in the first so many repeats.")
 @click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
-@click.option("--workers", type=_COUNT, default=os.cpu_count() or 2, show_default="cores", help="Threads.")
+@click.option("--workers", type=_COUNT, default=n_cores(), show_default="cores", help="Threads.")
 @_overwrite_option
 @_json_option
 def probe(
@@ -2482,7 +2486,7 @@ def demo(out: Path, seed: int) -> None:
 
     click.echo(f"\n$ cyto cache extract {cells} {acts}")
     with _progress("extract", "image") as progress:
-        extract(images, acts, ExtractConfig(workers=os.cpu_count() or 2), progress=progress)
+        extract(images, acts, ExtractConfig(workers=n_cores()), progress=progress)
     click.echo(_describe_cache(acts))
 
     # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
@@ -2501,7 +2505,7 @@ def demo(out: Path, seed: int) -> None:
         encoded = encode(acts, run, latents, progress=progress)
     click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {_size(latents) / 1e6:.1f} MB")
 
-    with _dask_client(None, os.cpu_count() or 2, "2GiB") as client:
+    with _dask_client(None, n_cores(), "2GiB") as client:
         click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
         with _progress("barcode", "image") as progress:
             counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)

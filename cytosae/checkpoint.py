@@ -1,12 +1,14 @@
 """An SAE on disk: a folder with `sae.safetensors` (weights) and `sae.json` (what they are). Save and load only."""
 
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stores.activation_store import ActivationSpec, require_same_tokens
@@ -83,10 +85,19 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically and durably. What is not contiguous is copied in memory."""
+    """Write a safetensors file atomically and durably. What is not contiguous is copied in memory.
+
+    Raises
+    ------
+    OSError
+        If the disk is full, or does not take it for another reason.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata)
+        try:
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, metadata)
+        except SafetensorError as error:
+            raise _of_system(error, path) from None
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
@@ -106,6 +117,12 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     with open_tensors(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+
+
+def _of_system(error: SafetensorError, path: Path) -> Exception:
+    """The system's error that safetensors met while it wrote `path`: it hands that on in words only."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def _metadata(model: SparseAutoencoder) -> dict[str, str]:

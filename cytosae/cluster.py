@@ -2,15 +2,20 @@
 
 import logging
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import dask
-from distributed import Client, KilledWorker, LocalCluster
+from distributed import Client, KilledWorker
 from distributed.versions import VersionMismatchWarning
 
+from cyto_machine import open_files
 from stores.errors import BadInput
+
+from .private_cluster import PrivateCluster
 
 # one process, one thread; zarr would start ten to read with. Workers take their settings from the environment
 _ENVIRONMENT = {
@@ -19,22 +24,27 @@ _ENVIRONMENT = {
     "ZARR_THREADING__MAX_WORKERS": "2",
 }
 
+_FILES, _FILES_PER_WORKER = 128, 12  # open at once in this process: its own, and for each worker (measured: 9)
+
 
 @contextmanager
 def open_client(scheduler: str | None, *, workers: int, memory_limit: str) -> Iterator[Client]:
-    """A client of the scheduler at the address tcp://HOST:PORT; None: of a cluster that lives as long as the client.
+    """A client of the scheduler at this address; None: of a cluster that lives as long as the client.
 
-    A cluster is started from the main thread only: Ctrl-C is for this process, not for the workers.
+    Only the owner can talk to that cluster. It is started from the main thread only: Ctrl-C is for this process, not
+    for the workers.
 
     Parameters
     ----------
+    scheduler : tcp://HOST:PORT, or tls://HOST:PORT with the keys that Dask's configuration names
     workers : processes of one thread each, where a cluster is started
     memory_limit : of each of these, such as 2GiB
 
     Raises
     ------
     BadInput
-        If no scheduler answers, it has no workers, the limit is no size, or workers were ended again and again.
+        If no scheduler answers, it has no workers, the limit is no size, there are more workers than this process may
+        have connections, or workers were ended again and again.
     """
     opened = _connected(scheduler) if scheduler else _started(workers, memory_limit)
     try:
@@ -71,18 +81,24 @@ def _started(workers: int, memory_limit: str) -> Iterator[Client]:
         limit = dask.utils.parse_bytes(memory_limit)
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
+    if (most := (open_files() - _FILES) // _FILES_PER_WORKER) < workers:
+        raise BadInput(
+            f"--workers {workers} need more open files than this process may have: give at most {most}, "
+            f"or raise the limit (ulimit -n {workers * _FILES_PER_WORKER + _FILES})"
+        )
     settings = {
         "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
         "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
     }
-    with dask.config.set(settings):
+    scratch = tempfile.TemporaryDirectory(
+        prefix="cyto-", dir=dask.config.get("temporary-directory"), ignore_cleanup_errors=True
+    )
+    with scratch as private, dask.config.set(settings):
         with _ctrl_c_ignored():  # inherited by the workers: Ctrl-C is for this process, which then ends them
-            cluster = LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
+            cluster = PrivateCluster(
+                workers,
                 memory_limit=limit,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",  # any free port, and not for the whole network
+                scratch=Path(private),
                 silence_logs=logging.CRITICAL,  # what goes wrong in a task comes back as its error
             )
         with cluster, Client(cluster) as client:

@@ -16,7 +16,6 @@ from the sums of eight units at a time, of which a table holds all 256. Twin: te
 """
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from cyto_machine import n_cores
 from stores.progress import Progress
 
 _RANGE = 1 << 30  # steps: no sum is larger, since the absolute z of n units sum to at most n (Cauchy and Schwarz)
@@ -79,7 +79,7 @@ def permutation_test(
     tasks = [slice(first, first + _COLUMNS) for first in range(0, len(steps), _COLUMNS)]
     n_done = 0
     progress(0, total, "")
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="permutation") as threads:
+    with ThreadPoolExecutor(n_cores(), thread_name_prefix="permutation") as threads:
         for masks in _all_splits(n_units, n_a) if is_exact else _random_splits(is_a, total, seed):
             codes = _to_bytes(masks)
 

@@ -8,7 +8,6 @@
 # What each call takes and returns: [Python API](api.md). The same as commands: [Tutorial](tutorial.md).
 
 # %%
-import os
 from pathlib import Path
 
 import anndata
@@ -16,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from distributed import Client
 
+from cyto_machine import n_cores
 from cytocache.datasets import open_images
 from cytocache.demo_cells import write_demo_images
 from cytocache.extract import ExtractConfig, extract
@@ -46,8 +46,7 @@ print(images.table.num_rows, "images;", images.table.column_names)
 # The backbone runs once. A cache is opened like any store, and its tokens are ordinary arrays.
 
 # %%
-cores = os.cpu_count() or 2
-done = extract(images, here / "acts.zarr", ExtractConfig(workers=cores))
+done = extract(images, here / "acts.zarr", ExtractConfig(workers=n_cores()))
 cache = ActivationStore(here / "acts.zarr")
 print(done.n_readable, "images read,", done.n_unreadable, "not;", cache.spec.width, "channels of", cache.spec.backbone)
 tokens = cache.read_images([0, 1])  # (2, 257, width): CLS, then 16 x 16 patches row by row

@@ -1,5 +1,9 @@
 """What is on disk: formats, writers, readers, checks. numpy, zarr and pyarrow; no torch, no dask, no click."""
 
+from cyto_machine import find_place_for_caches
+
+find_place_for_caches()  # before numba compiles
+
 from .activation_store import ActivationSpec, ActivationStore, open_caches
 from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore
@@ -46,6 +50,9 @@ from .spec import (
 from .token_mix import TokenMix
 from .token_stream import TokenStream
 from .verify import Problem, verify_activations, verify_latents
+from .without_asserts import mend_zarr
+
+mend_zarr()
 
 __all__ = [
     "ACTIVATIONS",

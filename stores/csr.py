@@ -24,6 +24,8 @@ import zarr
 from numcodecs import blosc, zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
+from cyto_machine import n_cores
+
 from .errors import CytoError, DamagedStore
 from .files import sync_folder, write_atomic
 from .remote import CheckedObjects, reachable
@@ -122,7 +124,7 @@ class CsrWriter:
             if not self.is_finished:
                 self._read_tail(at)
         self._size = self._arrays["data"].chunks[0]
-        self._threads = ThreadPoolExecutor(_n_cores(), thread_name_prefix="chunk")
+        self._threads = ThreadPoolExecutor(n_cores(), thread_name_prefix="chunk")
         # a writer that is dropped in the middle must not go on writing behind the back of the next one
         self.close = weakref.finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
         self._on_the_way: deque[tuple[str, Future[tuple[int, str]]]] = deque()
@@ -215,7 +217,7 @@ class CsrWriter:
         self._n_sent[name] += 1
         self._unsynced.append(path)
         self._on_the_way.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
-        self._collect(2 * _n_cores())
+        self._collect(2 * n_cores())
 
     def _collect(self, n_left: int) -> None:
         while len(self._on_the_way) > n_left:
@@ -452,7 +454,3 @@ def _open_to_continue(path: Path, at: CsrCommit) -> dict[str, zarr.Array[Any]]:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
