@@ -4,6 +4,7 @@ Heavy imports stand inside the bodies, so `cyto --help` stays quick. Data goes t
 0 is done, 1 an expected failure in one line, 2 wrong usage, 130 interrupted.
 """
 
+import atexit
 import errno
 import json
 import logging
@@ -104,11 +105,47 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    end = _end_without_native_threads()
     bound_threads()
     signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
     for name in ("stores", "cytocache", "cytosae"):  # ours only: Dask has much to say
         logging.getLogger(name).addHandler(_warnings_to_stderr())
-    cli()
+    try:
+        cli()
+    except SystemExit as stop:
+        end(stop.code)
+        raise
+    except BaseException as error:
+        end(130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
+
+
+def _end_without_native_threads() -> Callable[[object], None]:
+    """Have the process end at once when Python has said goodbye to everything, with the code told to the result.
+
+    While the interpreter is taken apart, a thread of Arrow's (or another library's) that lets go of an object of
+    Python's wants its lock, is ended by Python in the middle of C++, and aborts the process: exit code 134 after all
+    is done, in some of a hundred runs of a busy machine. Registered first, so that it comes after all that others do
+    at exit; worker threads of Python's own have been waited for before.
+    """
+    code: object = None
+
+    def tell(found: object) -> None:
+        nonlocal code
+        code = found
+
+    def end() -> None:
+        status = code if isinstance(code, int) else 0 if code is None else 1
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # as Python does where nobody reads any more
+                status = status or 120
+        os._exit(status)
+
+    atexit.register(end)
+    return tell
 
 
 def _warnings_to_stderr() -> logging.Handler:
