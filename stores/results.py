@@ -123,8 +123,7 @@ class ResultStore:
         """
         data = self._checked(f"{name}.parquet")
         try:
-            # in this thread: one of Arrow's that lets go of Python's bytes while Python ends aborts the process
-            return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)
+            return pq.read_table(pa.BufferReader(data))
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
 
