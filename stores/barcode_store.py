@@ -5,7 +5,6 @@ values, `obs` the images, patients or diseases, `var` one row per latent.
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -37,7 +36,7 @@ def begin_level(root: Path) -> None:
         doomed = root.with_name(f".{root.name}.{uuid.uuid4().hex}.removed")
         root.rename(doomed)  # a task of a job that was broken off may still write into it
         shutil.rmtree(doomed, ignore_errors=True)
-    group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
+    group = zarr.open_group(root, mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
 
@@ -47,7 +46,7 @@ def write_tables(root: Path, tables: dict[str, Any]) -> None:
     import anndata
     from anndata.io import write_elem
 
-    group = zarr.open_group(os.fspath(root), mode="r+")
+    group = zarr.open_group(root, mode="r+")
     with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
         for name, table in tables.items():
             write_elem(group, name, table)
@@ -135,7 +134,7 @@ class BarcodeStore:
 
         path = self.path(level, tau)
         with _told_as_damage(path):
-            return read_elem(zarr.open_group(os.fspath(path), mode="r")[element])
+            return read_elem(zarr.open_group(path, mode="r")[element])
 
     def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
         """The table of images, patients or diseases alone; it has the columns `needed`. Otherwise as `read`.
