@@ -83,8 +83,8 @@ def decode_image(raw: bytes) -> Image.Image:
 
     Alpha is dropped, not blended (colours multiplied by it are divided again); palettes, grey, CMYK, YCbCr and LAB are
     converted; grey of 12 or 16 bits is scaled to 0..255 and rounded, of 16-bit colours the high byte is taken;
-    floating-point grey must lie in [0, 1]. The orientation tag of a TIFF is applied, the EXIF orientation of other files
-    is not: both as in the released code. Colour profiles and gamma are ignored. What would be misread is refused.
+    floating-point grey must lie in [0, 1]. The orientation tag of a TIFF is applied, that in the EXIF of other
+    files is not: both as in the released code. Colour profiles and gamma are ignored. What would be misread is refused.
 
     Raises
     ------
@@ -164,6 +164,8 @@ def _check_tiff(picture: Image.Image) -> None:
     if is_planar and picture.mode == "La":
         raise UnreadableImage("a TIFF of grey multiplied by alpha, planes apart; save it as 8-bit grey")
     tiles = getattr(picture, "tile", [])
+    if is_planar and picture.mode in ("LA", "PA", "YCbCr") and all(tile[0] != "libtiff" for tile in tiles):
+        raise UnreadableImage(f"an uncompressed TIFF of {n_samples} planes apart; save it as 8-bit RGB")
     if any(tile[0] == "libtiff" for tile in tiles):  # which gives numbers in the order of this machine's bytes
         tiles = [_with_raw_mode(tile, _NATIVE.get(tile[3][0], tile[3][0])) for tile in tiles]
     elif photometric == 6 and n_samples == 3 and tuple(tags.get(530, (2, 2))) != (1, 1):

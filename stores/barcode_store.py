@@ -18,7 +18,7 @@ import zarr
 
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
-from .files import sha256_file
+from .files import is_dropping, sha256_file
 from .spec import BARCODES, Header, read_header
 from .tables import listed
 
@@ -103,7 +103,7 @@ class BarcodeStore:
     def check(self) -> None:
         """Raise DamagedStore if a level, a chunk of its matrices or an export is missing, or an export is damaged."""
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
-            layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if path.is_dir())
+            layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if _is_layer(path))
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
                 missing = CsrReader(matrix, shape=_stated_shape(matrix)).missing_chunks()
                 if missing:
@@ -201,6 +201,10 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+def _is_layer(path: Path) -> bool:
+    return path.is_dir() and not is_dropping(path.name)
 
 
 @contextmanager
