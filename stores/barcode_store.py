@@ -7,6 +7,7 @@ values, `obs` the images, patients or diseases, `var` one row per latent.
 import json
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,7 @@ class BarcodeStore:
         import anndata
 
         path = self.path(level, tau)
-        with _told_as_damage(path):
+        with _told_as_damage(path), _silent_about_droppings():
             return anndata.read_zarr(path)
 
     def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
@@ -133,7 +134,7 @@ class BarcodeStore:
         from anndata.io import read_elem
 
         path = self.path(level, tau)
-        with _told_as_damage(path):
+        with _told_as_damage(path), _silent_about_droppings():
             return read_elem(zarr.open_group(path, mode="r")[element])
 
     def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
@@ -201,6 +202,14 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+@contextmanager
+def _silent_about_droppings() -> Iterator[None]:
+    """zarr warns of every file in a group that is none of its own, such as .DS_Store."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
+        yield
 
 
 def _is_layer(path: Path) -> bool:

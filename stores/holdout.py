@@ -95,8 +95,8 @@ def chosen_images(
     n_alone = sum(group[0] == "image" for group in groups) if by == "patient" else 0
     if n_alone == n_left:
         raise BadInput(
-            f"cannot hold out by patient: of none of the {n_left:,} images a patient is known. Give the images a column "
-            f"'patient' and make the cache again, or hold out by image"
+            f"cannot hold out by patient: of none of the {n_left:,} images a patient is known. Give the images a "
+            f"column 'patient' and make the cache again, or hold out by image"
         )
     if n_alone:
         _log.warning("%s of %s images have no patient: each is held out by itself", f"{n_alone:,}", f"{n_left:,}")

@@ -42,8 +42,8 @@ def read_table_file(path: Path) -> pa.Table:
 
     The same from both: no blanks around names and cells; a column of ours in another case or with blanks (`Patient`,
     `Image ID`) gets its name; whole numbers that pandas made floats (7.0) lose the ".0" in columns that name something.
-    CSV: separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Cleared rows, empty columns
-    at the end, and row names that R or pandas put first are left out. What was changed is told as a warning.
+    CSV: separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Cleared rows, empty
+    columns at the end, and row names that R or pandas put first are left out. What was changed is told as a warning.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def check_column_names(names: Iterable[str], source: str) -> None:
                 f"Give it a shorter name, or leave the column out"
             )
         is_reserved = name in ("", ".", "..", "_index", "zarr.json") or name.startswith("__")
-        if is_reserved or "/" in name or not name.isprintable():
+        if is_reserved or "/" in name or "\0" in name:
             raise BadInput(f"{source} has a column {shown}, a name that AnnData cannot store; rename it")
 
 
