@@ -128,7 +128,7 @@ def test_what_spreadsheets_and_r_export_means_the_same(
         lines = [separator.join(f'"{cell}"' for cell in row) for row in rows]
     text = (f"sep={separator}{end}" if kind == "sep=" else "") + end.join(lines) + end
     found = read_csv(tmp_path, text.encode(encoding))
-    assert found == dict(zip(["path", "patient", "label"], map(list, zip(*CELLS, strict=True)), strict=True))
+    assert found == {name: [row[i] for row in CELLS] for i, name in enumerate(["path", "patient", "label"])}
 
 
 def test_columns_of_ours_are_known_in_another_spelling_from_csv_and_parquet(
