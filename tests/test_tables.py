@@ -104,7 +104,7 @@ def test_a_table_that_is_no_table_is_refused(tmp_path: Path) -> None:
         read_table_file(tmp_path / "IMAGES.PARQUET")
 
 
-CELLS = [["a.png", "007", "x, y"], ["b.png", None, "Prä;B"], ["c.png", "12", "-1,5"]]
+CELLS: list[list[str | None]] = [["a.png", "007", "x, y"], ["b.png", None, "Prä;B"], ["c.png", "12", "-1,5"]]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
