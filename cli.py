@@ -316,6 +316,7 @@ def cache_extract(
     from cytocache.datasets import open_images
     from cytocache.extract import ExtractConfig, extract
     from stores.shards import Shard
+    from stores.tables import listed
 
     shard = Shard.parse(shard_text)
     found = open_images(images, root=root)
@@ -339,6 +340,9 @@ def cache_extract(
             download_progress=downloading,
             stop=stop,
         )
+    if found.passed_over:
+        said = f"{_count(len(found.passed_over), 'folder')} passed over ({listed(list(found.passed_over))})"
+        click.echo(f"{said}: hidden, of a network disk or system, or results of Cyto: no cells", err=True)
     if found.n_skipped:
         click.echo(f"{_count(found.n_skipped, 'file')} passed over in {images}: not images by their name", err=True)
     _print_extracted(store, done, str(shard))
@@ -2597,10 +2601,10 @@ def demo(out: Path, seed: int) -> None:
 def _claim_demo_folder(out: Path, seed: int) -> None:
     """The demo writes into a folder of its own: a new one, or one that it made with the same seed."""
     from stores.errors import SpecMismatch
-    from stores.files import write_json
+    from stores.files import is_dropping, write_json
 
     marker, claim = out / "demo.json", {"made_by": "cyto demo", "seed": seed}
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and not all(is_dropping(path.name) for path in out.iterdir()):
         try:
             found = json.loads(marker.read_text())
         except (OSError, ValueError):

@@ -6,7 +6,9 @@ from pathlib import Path, PurePath
 
 import pyarrow as pa
 
-from stores.errors import BadInput
+from stores.errors import BadInput, CytoError
+from stores.files import is_dropping
+from stores.spec import FORMATS, find_header, read_object
 from stores.tables import column, image_table, listed, read_table_file
 
 from .images import IMAGE_SUFFIXES
@@ -19,6 +21,10 @@ class Images:
     table: pa.Table  # the manifest: stores/tables.py
     root: Path
     n_skipped: int = 0  # files below a folder that are no images by their name
+    passed_over: tuple[str, ...] = ()  # folders below it that hold no cells: droppings, hidden ones, results of ours
+
+
+_HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
 def open_images(source: Path, *, root: Path | None = None) -> Images:
@@ -51,8 +57,10 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
     return Images(table, root)
 
 
-def list_files(folder: Path) -> tuple[list[str], list[str]]:
-    """(image files, other files) below an absolute `folder`: sorted relative paths. Hidden folders are passed over.
+def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """(image files, other files, folders passed over) below an absolute `folder`: sorted relative paths.
+
+    Passed over, with all that is in them: hidden folders, those that a network disk or a system made, results of ours.
 
     Raises
     ------
@@ -61,25 +69,45 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
     """
     images: list[str] = []
     others: list[str] = []
+    passed_over: list[str] = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse_unlistable):
         refuse_loop(Path(place), folder)
-        folders[:] = sorted(name for name in folders if not is_leaving(name))
+        if _HEADER_FILES & {*names} and (what := _a_result(Path(place))):
+            if Path(place) == folder:
+                raise BadInput(f"{folder} holds {what}, and no images of cells; give the folder of the images")
+            passed_over.append(Path(place).relative_to(folder).as_posix())
+            folders.clear()
+            continue
+        leavings = [name for name in folders if is_leaving(name)]
+        passed_over += [(Path(place) / name).relative_to(folder).as_posix() for name in leavings]
+        folders[:] = sorted({*folders} - {*leavings})
         for name in names:
             is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
             (images if is_image else others).append((Path(place) / name).relative_to(folder).as_posix())
     images.sort()
     _refuse_undecodable(images, folder)
-    return images, sorted(others)
+    return images, sorted(others), sorted(passed_over)
 
 
 def is_leaving(name: str) -> bool:
-    """A folder that a system or another program left: hidden, or of an archive made on a Mac."""
-    return name.startswith(".") or name == "__MACOSX"
+    """A folder that a system, a network disk or another program left, or that is hidden."""
+    return name.startswith(".") or is_dropping(name)
+
+
+def _a_result(place: Path) -> str | None:
+    """What of ours a folder holds, with its article; None if nothing."""
+    try:
+        header = find_header(place)
+    except CytoError:
+        return "a damaged store of Cyto's"
+    if header is not None:
+        return FORMATS[header.kind].a_kind
+    return "a sweep" if read_object(place / "sweep.json").get("format") == "sweep" else None
 
 
 def _list_folder(folder: Path) -> Images:
     folder = folder.absolute()
-    found, others = list_files(folder)
+    found, others, passed_over = list_files(folder)
     if not found:
         raise BadInput(
             f"no images in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}; "
@@ -88,7 +116,7 @@ def _list_folder(folder: Path) -> Images:
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
-    return Images(table, folder, len(others))
+    return Images(table, folder, len(others), tuple(passed_over))
 
 
 def refuse_loop(place: Path, folder: Path) -> None:

@@ -13,9 +13,9 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-from .metadata import check_scans, without_metadata
+from .metadata import check_scans, tiff_layout, without_metadata
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # decoders that a file may reach, whatever its name
@@ -23,6 +23,12 @@ MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million; more is a mistake or an
 MAX_SIDE = 65_535  # JPEG's own limit; resizing a row of 100 million pixels would take gigabytes for its coefficients
 MAX_RLE_PIXELS = 16_000_000  # Pillow unpacks a run-length coded BMP in Python, byte by byte
 MAX_FILE_BYTES = 1 << 30
+# Pillow's names for numbers in the order of the file's bytes -> of this machine's
+_NATIVE = {
+    **{"I;16S": "I;16NS", "I;16BS": "I;16NS", "I;32S": "I;32NS", "I;32BS": "I;32NS", "I;32B": "I;32N"},
+    **{"F;32F": "F;32NF", "F;32BF": "F;32NF"},
+}
+_ONE_PLANE = {"I;16": ("I;16", "I;16"), "I;16B": ("I;16B", "I;16B"), "F": ("F;32F", "F;32BF")}  # in II, in MM files
 _Decoded = TypeVar("_Decoded")
 
 
@@ -75,8 +81,10 @@ def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
 def decode_image(raw: bytes) -> Image.Image:
     """The first frame of an encoded image as 8-bit RGB.
 
-    Alpha is dropped, not blended; palettes, grey, CMYK, YCbCr and LAB are converted; 16-bit grey is divided by 257;
-    floating-point grey must lie in [0, 1]. The EXIF orientation is not applied, as in the released code.
+    Alpha is dropped, not blended (colours multiplied by it are divided again); palettes, grey, CMYK, YCbCr and LAB are
+    converted; grey of 12 or 16 bits is scaled to 0..255 and rounded, of 16-bit colours the high byte is taken;
+    floating-point grey must lie in [0, 1]. The orientation tag of a TIFF is applied, that in the EXIF of other
+    files is not: both as in the released code. Colour profiles and gamma are ignored. What would be misread is refused.
 
     Raises
     ------
@@ -105,11 +113,16 @@ def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
             bare = without_metadata(raw)
             picture = Image.open(io.BytesIO(bare), formats=FORMATS)
             _check_size(picture, bare)
+            if picture.format == "TIFF":
+                _check_tiff(picture)
             picture.load()
             return convert(picture)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
+        layout = tiff_layout(raw)
+        if layout:
+            raise UnreadableImage(f"a TIFF of a kind that is not read ({layout}); save it as 8-bit RGB") from None
         raise UnreadableImage("not a JPEG, PNG, TIFF or BMP image" if raw else "the file is empty") from None
     except Exception as error:  # decoders of untrusted bytes raise almost anything; one file must not end the job
         raise UnreadableImage(f"cannot be decoded: {_one_line(error)}") from None
@@ -135,6 +148,43 @@ def _check_size(picture: Image.Image, raw: bytes) -> None:
     is_rle = any(tile[0] == "bmp_rle" for tile in getattr(picture, "tile", []))
     if is_rle and max(n_pixels, len(raw) // 2) > MAX_RLE_PIXELS:
         raise UnreadableImage(f"{width:,} x {height:,} pixels in a run-length coded BMP are too many")
+
+
+def _check_tiff(picture: Image.Image) -> None:
+    """Refuse by name the layouts that Pillow misreads, and mend those that it only has to be told about."""
+    tags = picture.tag_v2  # type: ignore[attr-defined]  # of a TIFF
+    bits, photometric, n_samples = tags.get(258, (1,)), tags.get(262, 0), tags.get(277, 1)
+    signs, is_planar = tags.get(339, (1,)), tags.get(284, 1) == 2
+    if 2 in signs and max(bits) == 8:
+        raise UnreadableImage("a TIFF of signed 8-bit samples; save it as unsigned 8-bit")
+    if photometric == 0 and picture.mode in ("I", "F"):
+        raise UnreadableImage(f"a TIFF of {max(bits)}-bit samples in which 0 is white; save it as 8-bit grey")
+    if picture.mode in ("P", "PA") and max(tags.get(320, (0,))) < 256:
+        raise UnreadableImage("a TIFF with a palette of 8-bit numbers (16-bit expected); save it as 8-bit RGB")
+    if is_planar and picture.mode == "La":
+        raise UnreadableImage("a TIFF of grey multiplied by alpha, planes apart; save it as 8-bit grey")
+    tiles = getattr(picture, "tile", [])
+    if is_planar and picture.mode in ("LA", "PA", "YCbCr") and all(tile[0] != "libtiff" for tile in tiles):
+        raise UnreadableImage(f"an uncompressed TIFF of {n_samples} planes apart; save it as 8-bit RGB")
+    if any(tile[0] == "libtiff" for tile in tiles):  # which gives numbers in the order of this machine's bytes
+        tiles = [_with_raw_mode(tile, _NATIVE.get(tile[3][0], tile[3][0])) for tile in tiles]
+    elif photometric == 6 and n_samples == 3 and tuple(tags.get(530, (2, 2))) != (1, 1):
+        raise UnreadableImage("an uncompressed TIFF of YCbCr with fewer colours than pixels; save it as 8-bit RGB")
+    elif is_planar and (max(bits) != 8 or photometric == 0 or tags.get(266, 1) == 2 or 1 in tags.get(338, ())):
+        order = "L" if tags.prefix == b"II" else "B"
+        if n_samples == 1 and picture.mode in _ONE_PLANE:
+            tiles = [_with_raw_mode(tile, _ONE_PLANE[picture.mode][order == "B"]) for tile in tiles]
+        elif set(bits) == {16} and picture.mode in ("RGB", "RGBA") and all(tile[3][0] in "RGBA" for tile in tiles):
+            tiles = [_with_raw_mode(tile, f"{tile[3][0]};16{order}") for tile in tiles]
+        else:
+            raise UnreadableImage(
+                f"an uncompressed TIFF of {n_samples} planes of {max(bits)} bits apart; save it as 8-bit RGB"
+            )
+    picture.tile = tiles  # type: ignore[attr-defined]  # of a file
+
+
+def _with_raw_mode(tile: ImageFile._Tile, mode: str) -> ImageFile._Tile:
+    return ImageFile._Tile(tile[0], tile[1], tile[2], (mode, *tile[3][1:]))  # type: ignore[index]  # never a bare name
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -171,12 +221,22 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture).astype(np.int32)
         if values.min() < 0 or values.max() > 65_535:
             raise UnreadableImage("32-bit pixels outside 0..65,535; convert the image to 8 bits per channel")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        top, is_inverted = _tiff_range(picture)
+        values = top - values if is_inverted else values
+        return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         floats = np.asarray(picture)
         if not (np.isfinite(floats).all() and floats.min() >= 0 and floats.max() <= 1):
             raise UnreadableImage("floating-point pixels outside [0, 1]; convert the image to 8 bits per channel")
         return Image.fromarray(np.rint(floats * 255).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("LA", "La", "PA"):
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    if picture.mode in ("LA", "PA"):
         picture = picture.convert("RGBA")
     return picture.convert("RGB")
+
+
+def _tiff_range(picture: Image.Image) -> tuple[int, bool]:
+    """(largest value, is 0 white?) of integer grey: 12 bits and white zeros come from TIFFs only."""
+    tags = getattr(picture, "tag_v2", {})
+    return (4095 if tuple(tags.get(258, ())) == (12,) else 65_535), tags.get(262, 1) == 0

@@ -15,7 +15,7 @@ from stores.tables import column, listed, read_image_table, write_image_table
 
 from .datasets import list_files, open_images
 from .duplicates import find_duplicates
-from .published_datasets import INDEXERS, NOT_AN_IMAGE, Count, Finding, Index
+from .published_datasets import INDEXERS, NO_CELLS, NOT_AN_IMAGE, Count, Finding, Index
 
 DUPLICATE_OF = "duplicate_of"  # the column: image_id of the first image with the same bytes, else null
 _MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: who wrote the file
@@ -90,7 +90,8 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
         Count(label or "(no sub-folder)", n) for label, n in sorted(found.items(), key=lambda item: item[0] or "")
     ]
     others = tuple(list_files(images.root)[1]) if images.n_skipped else ()
-    findings = (Finding(NOT_AN_IMAGE, others),) if others else ()
+    findings: tuple[Finding, ...] = (Finding(NOT_AN_IMAGE, others),) if others else ()
+    findings += (Finding(NO_CELLS, images.passed_over),) if images.passed_over else ()
     return Index("folder", None, images, "images", tuple(counts), findings=findings)
 
 

@@ -119,7 +119,7 @@ def _overlap(n: int, side: int) -> Float:
 
 
 def _of_folder(folder: Path, images: pa.Table) -> MaskFiles:
-    files, _ = list_files(folder)
+    files, _, _ = list_files(folder)
     by_path, by_name = dict[str, list[int]](), dict[str, list[int]]()
     for index, path in enumerate(column(images, "path")):
         by_path.setdefault(_stem(str(path)), []).append(index)

@@ -22,6 +22,10 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped 255, no
 _SCAN, _END, _WITHOUT_CONTENT = 0xDA, 0xD9, (0x01, 0xD8)
 _TIFF_UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _IMAGE_WIDTH, _IMAGE_LENGTH, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 322, 323
+_PHOTOMETRIC = {
+    **{0: "grey (0 is white)", 1: "grey", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB"},
+    **{9: "ICCLAB", 10: "ITULAB", 32803: "colour filter array", 34892: "linear raw"},
+}
 
 
 def without_metadata(raw: bytes) -> bytes:
@@ -83,15 +87,41 @@ def _bare_png(raw: bytes) -> bytes:
 
 def _check_tiff(raw: bytes) -> None:
     """Of the first page: the number of tags, the room their values take, the size of tiles."""
+    n_bytes, values = _tiff_tags(raw)
+    if n_bytes > len(raw):
+        raise ValueError(f"TIFF tags claim {n_bytes:,} bytes of a file of {len(raw):,}")
+    n_pixels = values.get(_IMAGE_WIDTH, 0) * values.get(_IMAGE_LENGTH, 0)
+    tile = values.get(_TILE_WIDTH, 0) * values.get(_TILE_LENGTH, 0)
+    if tile > max(_SMALL, MAX_PADDING * n_pixels):
+        raise ValueError(f"tiles of {tile:,} pixels for a picture of {n_pixels:,}")
+
+
+def tiff_layout(raw: bytes) -> str | None:
+    """How the first page of a TIFF is laid out, in words; None if it is none, or too broken to tell."""
+    if raw[:2] not in (b"II", b"MM"):
+        return None
+    _, values = _tiff_tags(raw)
+    if not values.get(_IMAGE_WIDTH) or not values.get(_IMAGE_LENGTH):
+        return None
+    samples, bits = values.get(277, 1), values.get(258, 1)
+    sign = {1: "unsigned", 2: "signed", 3: "floating-point"}.get(values.get(339, 1), "other")
+    colours = _PHOTOMETRIC.get(values.get(262, -1), f"photometric interpretation {values.get(262, 'not stated')}")
+    planes = ", planes apart" if values.get(284) == 2 else ""
+    big = "BigTIFF with big-endian numbers, " if raw[:4] == b"MM\0+" else ""
+    return f"{big}{samples} x {bits}-bit {sign} samples, {colours}{planes}, compression {values.get(259, 1)}"
+
+
+def _tiff_tags(raw: bytes) -> tuple[int, dict[int, int]]:
+    """(bytes that the values claim, the first value of each tag) of the first page; an empty dict if it is cut off."""
     order = "<" if raw[:2] == b"II" else ">"
-    is_big = raw[2:3] == b"+"
+    is_big = b"+" in raw[2:4]
     entry = struct.Struct(f"{order}HHQ8s" if is_big else f"{order}HHI4s")
     word = f"{order}{'Q' if is_big else 'I'}"
     try:
         (at,) = struct.unpack_from(word, raw, 8 if is_big else 4)
         (n_tags,) = struct.unpack_from(f"{order}{'Q' if is_big else 'H'}", raw, at)
     except struct.error:
-        return  # cut off
+        return 0, {}  # cut off
     if n_tags > MAX_TAGS:
         raise ValueError(f"{n_tags:,} TIFF tags")
     at += 8 if is_big else 2
@@ -100,10 +130,12 @@ def _check_tiff(raw: bytes) -> None:
         tag, kind, count, value = entry.unpack_from(raw, start)
         size = _TIFF_UNITS.get(kind, 0) * count
         n_bytes += size if size > len(value) else 0
-        values.setdefault(tag, struct.unpack(f"{order}H", value[:2])[0] if kind == 3 else struct.unpack(word, value)[0])
-    if n_bytes > len(raw):
-        raise ValueError(f"TIFF tags claim {n_bytes:,} bytes of a file of {len(raw):,}")
-    n_pixels = values.get(_IMAGE_WIDTH, 0) * values.get(_IMAGE_LENGTH, 0)
-    tile = values.get(_TILE_WIDTH, 0) * values.get(_TILE_LENGTH, 0)
-    if tile > max(_SMALL, MAX_PADDING * n_pixels):
-        raise ValueError(f"tiles of {tile:,} pixels for a picture of {n_pixels:,}")
+        if kind == 3:
+            short = value
+            if size > len(value):
+                (where,) = struct.unpack(word, value)
+                short = raw[where : where + 2].ljust(2, b"\0")
+            values.setdefault(tag, struct.unpack(f"{order}H", short[:2])[0])
+        else:
+            values.setdefault(tag, struct.unpack(word, value)[0])
+    return n_bytes, values

@@ -30,6 +30,7 @@ from .published_classes import (
 )
 
 NOT_AN_IMAGE = "files that are no images by their name, left out"
+NO_CELLS = "folders that are hidden, of a network disk or system, or results of Cyto, passed over"
 MAX_LEVELS = 4  # below the given folder: Matek19 from Kaggle nests data/data
 MAX_FOLDERS = 10_000  # looked into for the class folders; more is somebody's home, not a dataset
 MAX_METADATA_BYTES = 16 << 20  # AML Hehr's own has 189 lines
@@ -150,7 +151,7 @@ def index_aml_hehr(source: Path, class_set: str | None = None) -> Index:
     class_set, _ = _class_set("aml-hehr", class_set)
     diseases = {_key(disease.code): disease.name for disease in AML_HEHR}
     root, passed_over = _find_root(source, "aml-hehr", tuple(disease.code for disease in AML_HEHR))
-    files, others = list_files(root)
+    files, others, leavings = list_files(root)
     rows, outside = [], []
     for path in files:
         parts = path.split("/")
@@ -178,7 +179,9 @@ def index_aml_hehr(source: Path, class_set: str | None = None) -> Index:
         tuple(Count(d.name, sum(name == d.name for _, name in groups), d.published) for d in AML_HEHR),
         (Stated(81_214, "images: third parties, unverified"), Stated(101_949, "images: DinoBloom's README")),
     )
-    index = _found(index, *_left_out([name for name in others if name != "metadata.csv"], outside, passed_over))
+    index = _found(
+        index, *_left_out([name for name in others if name != "metadata.csv"], outside, passed_over, leavings)
+    )
     loose = [path for path, patient, _ in rows if patient is None]
     torn = sorted(name for name, n in Counter(name for name, _ in groups).items() if n > 1)
     index = _found(
@@ -214,7 +217,7 @@ def _index_cells(
     """A dataset of labelled cells: every image file to which `class_of` gives a class of the set is a row."""
     class_set, excluded = _class_set(dataset, class_set)
     root, passed_over = _find_root(source, dataset, folders or tuple(cell.code for cell in classes))
-    files, others = list_files(root)
+    files, others, leavings = list_files(root)
     rows: list[tuple[str, CellClass]] = []
     outside: list[str] = []
     unwanted: dict[str, list[str]] = {}
@@ -248,7 +251,7 @@ def _index_cells(
     return _found(
         index,
         *outside_set,
-        *_left_out(others, outside, passed_over),
+        *_left_out(others, outside, passed_over, leavings),
         ("images whose file name begins with another class than their folder's, which is taken", misplaced),
     )
 
@@ -337,11 +340,14 @@ def _refuse_nothing(rows: list, root: Path, n_others: int) -> None:
         raise BadInput(f"no images in the class folders of {root}; found {n_others:,} images outside the classes")
 
 
-def _left_out(others: list[str], outside: list[str], passed_over: list[str]) -> list[tuple[str, list[str]]]:
+def _left_out(
+    others: list[str], outside: list[str], passed_over: list[str], leavings: list[str]
+) -> list[tuple[str, list[str]]]:
     return [
         ("images of no class of this dataset by folder and name, left out", outside),
         ("folders of augmented copies, passed over", passed_over),
         (NOT_AN_IMAGE, others),
+        (NO_CELLS, leavings),
     ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stores.errors import BadInput
+from stores.files import decode_text
 from stores.spec import check_choice
 from stores.tables import listed
 from stores.token_sets import TOKEN_SETS
@@ -238,7 +239,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise BadInput(f"{path} is larger than {_MOST_BYTES >> 20} MiB; expected a TOML file with settings")
-        return tomllib.loads(content.decode())
+        return tomllib.loads(decode_text(content))
     except (OSError, ValueError) as error:  # also of a number with thousands of digits
         raise BadInput(f"{path} cannot be read as TOML: {error}") from None
     except RecursionError:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
-from stores.tables import OUTCOME_COLUMNS, column, listed, read_table_file, readable
+from stores.tables import OUTCOME_COLUMNS, check_column_names, column, folded, listed, read_table_file, readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -79,9 +79,7 @@ def regroup(images: pa.Table, path: Path) -> tuple[pa.Table, dict[str, Any]]:
             f"{path} must have a column 'image_id' and one of patient, disease, label, ...; "
             f"found: {', '.join(given.column_names)}"
         )
-    bad = [name for name in names if "/" in name or "\0" in name or name in (".", "..", "_index")]
-    if bad:
-        raise BadInput(f"{path} has a column {bad[0]!r}, a name that AnnData cannot store; rename it")
+    check_column_names(names, str(path))
     ids = column(given, "image_id")
     repeated = sorted(str(name) for name, times in Counter(ids).items() if times > 1 or name is None)
     if repeated:
@@ -97,7 +95,13 @@ def regroup(images: pa.Table, path: Path) -> tuple[pa.Table, dict[str, Any]]:
             f"{listed(missing)}); give the image_id of each image"
         )
     taken = given.select(names).take(pa.array(rows, pa.int64()))
+    spelled = {folded(name): name for name in images.column_names}
     for name in names:
+        if name not in images.column_names and folded(name) in spelled:
+            raise BadInput(
+                f"{path} has a column {name!r}, the images a column {spelled[folded(name)]!r}: equal but for case and "
+                f"blanks; write it in the same way"
+            )
         if name in images.column_names:
             images = images.set_column(images.column_names.index(name), name, taken[name])
         else:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from stores.errors import BadInput, DamagedStore, SpecMismatch
-from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder, sync_tree, write_json
+from stores.files import PARTIAL_SUFFIX, is_dropping, sha256_file, sync_folder, sync_tree, write_json
 from stores.output import plan_output
 from stores.runlog import append_run
 from stores.spec import SAE, Header, check_choice, find_header, new_header, write_header
@@ -260,7 +260,7 @@ def _read_saelens(folder: Path) -> ForeignSae:
     _check_weights(stored, says)
     activation, weights, changes = saelens.to_ours(architecture, k, stored, says)
     notes = [*(f"{dtype} became float32" for dtype in sorted(dtypes)), *changes]
-    others = sorted(path.name for path in folder.iterdir() if path not in paths.values())
+    others = sorted(path.name for path in folder.iterdir() if path not in paths.values() and not is_dropping(path.name))
     if others:
         notes.append(f"left out: {shown(listed(others))}")
     return ForeignSae(

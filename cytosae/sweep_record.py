@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from stores.errors import DamagedStore, SpecMismatch
-from stores.files import sha256_json, write_atomic, write_json
+from stores.files import is_dropping, sha256_json, write_atomic, write_json
 from stores.spec import cyto_version, describe_difference, find_header, read_object
 from stores.tables import listed, parquet_bytes
 
@@ -259,4 +259,4 @@ _KINDS = {
 
 def _is_free(folder: Path) -> bool:
     """Nothing is there but what a killed command left of a first `sweep.json`."""
-    return all(path.name.startswith("sweep.json.") for path in folder.iterdir())
+    return all(path.name.startswith("sweep.json.") or is_dropping(path.name) for path in folder.iterdir())

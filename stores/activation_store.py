@@ -9,7 +9,6 @@ byte.
 import hashlib
 import logging
 import operator
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -379,7 +378,7 @@ def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects |
     """
     wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
     try:
-        array = zarr.open_array(store or os.fspath(root), path="tokens", mode="r", zarr_format=3)
+        array = zarr.open_array(store or Path(root), path="tokens", mode="r", zarr_format=3)
         codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]  # version 3
     except CytoError:
         raise

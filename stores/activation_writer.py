@@ -337,7 +337,7 @@ def _array_metadata(spec: ActivationSpec) -> bytes:
     """`tokens/zarr.json`, as zarr writes it."""
     with tempfile.TemporaryDirectory() as folder:
         zarr.create_array(
-            folder,
+            Path(folder),  # as a text it would be a chained URL where TMPDIR has "::" in its name
             shape=(spec.n_images, spec.tokens_per_image, spec.width),
             dtype="float16",
             chunks=(spec.chunk_images, spec.tokens_per_image, spec.width),

@@ -5,9 +5,9 @@ values, `obs` the images, patients or diseases, `var` one row per latent.
 """
 
 import json
-import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ import zarr
 
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
-from .files import sha256_file
+from .files import is_dropping, sha256_file
 from .spec import BARCODES, Header, read_header
 from .tables import listed
 
@@ -37,7 +37,7 @@ def begin_level(root: Path) -> None:
         doomed = root.with_name(f".{root.name}.{uuid.uuid4().hex}.removed")
         root.rename(doomed)  # a task of a job that was broken off may still write into it
         shutil.rmtree(doomed, ignore_errors=True)
-    group = zarr.open_group(os.fspath(root), mode="w-", zarr_format=3)
+    group = zarr.open_group(root, mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
     group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
 
@@ -47,7 +47,7 @@ def write_tables(root: Path, tables: dict[str, Any]) -> None:
     import anndata
     from anndata.io import write_elem
 
-    group = zarr.open_group(os.fspath(root), mode="r+")
+    group = zarr.open_group(root, mode="r+")
     with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
         for name, table in tables.items():
             write_elem(group, name, table)
@@ -104,7 +104,7 @@ class BarcodeStore:
     def check(self) -> None:
         """Raise DamagedStore if a level, a chunk of its matrices or an export is missing, or an export is damaged."""
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
-            layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if path.is_dir())
+            layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if _is_layer(path))
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
                 missing = CsrReader(matrix, shape=_stated_shape(matrix)).missing_chunks()
                 if missing:
@@ -126,7 +126,7 @@ class BarcodeStore:
         import anndata
 
         path = self.path(level, tau)
-        with _told_as_damage(path):
+        with _told_as_damage(path), _silent_about_droppings():
             return anndata.read_zarr(path)
 
     def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
@@ -134,8 +134,8 @@ class BarcodeStore:
         from anndata.io import read_elem
 
         path = self.path(level, tau)
-        with _told_as_damage(path):
-            return read_elem(zarr.open_group(os.fspath(path), mode="r")[element])
+        with _told_as_damage(path), _silent_about_droppings():
+            return read_elem(zarr.open_group(path, mode="r")[element])
 
     def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
         """The table of images, patients or diseases alone; it has the columns `needed`. Otherwise as `read`.
@@ -202,6 +202,18 @@ class BarcodeStore:
 
     def _listed_taus(self) -> str:
         return ", ".join(map(tau_text, self.taus))
+
+
+@contextmanager
+def _silent_about_droppings() -> Iterator[None]:
+    """zarr warns of every file in a group that is none of its own, such as .DS_Store."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
+        yield
+
+
+def _is_layer(path: Path) -> bool:
+    return path.is_dir() and not is_dropping(path.name)
 
 
 @contextmanager

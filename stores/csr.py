@@ -173,7 +173,7 @@ class CsrWriter:
         for name, length in (("data", self.nnz), ("indices", self.nnz), ("indptr", self.n_rows + 1)):
             self._arrays[name].resize((length,))
             _sync_file(self.path / name / "zarr.json")
-        group = zarr.open_group(os.fspath(self.path), mode="r+")
+        group = zarr.open_group(self.path, mode="r+")
         group.attrs["shape"] = [self.n_rows, self.n_columns]
         _sync_file(self.path / "zarr.json")
         self.is_finished = True
@@ -256,12 +256,12 @@ class CsrReader:
         self.name = str(path).rpartition("/")[2]
         try:
             with self._reachable():
-                group = zarr.open_group(objects or os.fspath(path), path=self.name if objects else None, mode="r")
+                group = zarr.open_group(objects or Path(path), path=self.name if objects else None, mode="r")
                 attributes = dict(group.attrs)
                 self._arrays: dict[str, zarr.Array[Any]] = {
                     name: zarr.open_array(objects, path=f"{self.name}/{name}", mode="r")
                     if objects
-                    else zarr.open_array(os.fspath(Path(path) / name), mode="r")
+                    else zarr.open_array(Path(path) / name, mode="r")
                     for name in _NAMES
                 }
         except CytoError:
@@ -396,7 +396,7 @@ def tail_files(path: Path) -> list[Path]:
 
 
 def _create(path: Path, indices: str) -> dict[str, zarr.Array[Any]]:
-    group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
+    group = zarr.open_group(path, mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     kinds = {"indices": indices, "data": "float32", "indptr": "int64"}
     return {
@@ -446,7 +446,7 @@ def _open_to_continue(path: Path, at: CsrCommit) -> dict[str, zarr.Array[Any]]:
             if not chunk.is_file() or chunk.stat().st_size != size:
                 raise DamagedStore(f"{chunk} is missing or damaged{_BEGIN_AGAIN}")
     try:
-        return {name: zarr.open_array(os.fspath(path / name), mode="r+") for name in _NAMES}
+        return {name: zarr.open_array(path / name, mode="r+") for name in _NAMES}
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise DamagedStore(f"{path} is not a sparse matrix ({error}){_BEGIN_AGAIN}") from None
 

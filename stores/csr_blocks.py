@@ -210,7 +210,7 @@ def _chunk_file(path: Path, number: int) -> Path:
 
 def create_matrix(path: Path) -> None:
     """An empty CSR group in AnnData's layout (int32 indices, float32 data), whose entries may come in any order."""
-    group = zarr.open_group(os.fspath(path), mode="w-", zarr_format=3)
+    group = zarr.open_group(path, mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     for name, (dtype, fill, shuffle) in _LAYOUT.items():
         codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]  # names do
@@ -260,10 +260,10 @@ def _begin_to_sync(descriptor: int) -> None:
 
 def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> None:
     """All entries are there: say how many, write the row starts, then state the shape."""
-    group = zarr.open_group(os.fspath(path), mode="r+")
+    group = zarr.open_group(path, mode="r+")
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths, dtype=np.int64)])
     for name in _LAYOUT:
-        zarr.open_array(os.fspath(path / name), mode="r+").resize((int(indptr[-1]),))
+        zarr.open_array(path / name, mode="r+").resize((int(indptr[-1]),))
     array = group.create_array(
         "indptr",
         shape=indptr.shape,

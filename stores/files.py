@@ -24,14 +24,48 @@ except ImportError:  # not on Windows
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"
+# what network disks, Windows, macOS and NFS put into any folder, in small letters: nothing of ours, and no damage
+_DROPPINGS = {
+    *(
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "@tmp",
+        "@sharebin",
+        "@snapshot",
+        "@__thumb",
+        "#recycle",
+        "#snapshot",
+    ),
+    *("$recycle.bin", "recycler", "lost+found", "found.000", "system volume information", "network trash folder"),
+    *("temporary items", "__macosx", "~snapshot", ".snapshot", ".snapshots", ".zfs", ".ds_store", ".localized"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", ".directory", ".appledouble", ".appledb", ".appledesktop"),
+    *(".spotlight-v100", ".fseventsd", ".temporaryitems", ".documentrevisions-v100", ".ipynb_checkpoints", ".@__thumb"),
+    *(".lustre", ".stfolder", ".sync", ".dropbox", ".thumbnails"),
+}
+_DROPPINGS_BEGIN = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".afpdeleted", ".trash", ".nextcloudsync")
 _SYNCING_AT_ONCE = 8  # files: a disk's flush is for all that wait for one
 _log = logging.getLogger(__name__)
+
+
+def is_dropping(name: str) -> bool:
+    """Is a file or folder of this name what a disk, a system or a file manager left, wherever it lies?"""
+    folded = name.casefold()
+    return folded in _DROPPINGS or folded.startswith(_DROPPINGS_BEGIN)
 
 
 def canonical_json(value: Any) -> bytes:
     """The one JSON spelling of a value: sorted keys, no blanks, UTF-8, NaN refused. Hashes are taken of it."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
+
+
+def decode_text(raw: bytes) -> str:
+    """A text file of a user's: UTF-8 with or without a byte order mark, or UTF-16 with one, as Excel writes them.
+
+    Raises UnicodeDecodeError for anything else: which of the many older encodings it is cannot be known.
+    """
+    return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def sha256_json(value: Any) -> str:
@@ -154,12 +188,13 @@ def sync_folder(folder: Path) -> None:
 def sync_tree(root: Path) -> None:
     """fsync every file and folder below `root`: before a store is called complete, its bytes are on the disk.
 
-    Lock files are left out: they are no part of a store, and another process may remove its own at any moment.
+    Lock files and droppings are left out: they are no part of a store, and may be removed at any moment.
     """
     folders, files = [], []
-    for folder, _, names in os.walk(root):
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not is_dropping(name)]
         folders.append(Path(folder))
-        files += [Path(folder) / name for name in names if not name.endswith(LOCK_SUFFIX)]
+        files += [Path(folder) / name for name in names if not (name.endswith(LOCK_SUFFIX) or is_dropping(name))]
     with ThreadPoolExecutor(_SYNCING_AT_ONCE) as threads:
         for _ in threads.map(sync_file, files):
             pass

@@ -4,6 +4,8 @@ The choice hangs on names alone: whoever has the same seed and the same images g
 order, the chunks or the caches they lie in. What an image or a patient is called is in the image table.
 """
 
+import logging
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BadInput, DamagedStore
-from .files import sha256_json
+from .files import decode_text, sha256_json
 from .spec import check_choice
-from .tables import column, listed, read_table_file
+from .tables import column, folded, listed, read_table_file
 
 if TYPE_CHECKING:
     from .activation_store import ActivationStore
+
+_log = logging.getLogger(__name__)
 
 Bool = npt.NDArray[np.bool_]
 Group = tuple[str, str | None, str]  # (image or patient, dataset, name)
@@ -60,7 +64,7 @@ def chosen_images(
 
     Images, or patients, are held out in an order that (seed, name) decides, until the fraction is reached (the last
     patient may take it beyond) or one is left. What has the same dataset and name in two caches is the same image or
-    patient; an image without a patient counts as a patient by itself.
+    patient; an image without a patient counts as a patient by itself, which a warning tells.
 
     Parameters
     ----------
@@ -70,8 +74,8 @@ def chosen_images(
     Raises
     ------
     BadInput
-        If an excluded image is in no cache, nothing is left to train on or to hold out, or two caches name different
-        patients for one image.
+        If an excluded image is in no cache, nothing is left to train on or to hold out, two caches name different
+        patients for one image, or patients are asked for and none is known.
     """
     check_choice("by", by, ("image", "patient"))
     if not 0 <= holdout < 1:
@@ -88,6 +92,14 @@ def chosen_images(
         return Chosen(left, [np.zeros_like(mask) for mask in left], n_excluded, 0, 0, 0)
 
     groups = _image_groups(stores, left) if by == "image" else _patient_groups(stores, left, excluded)
+    n_alone = sum(group[0] == "image" for group in groups) if by == "patient" else 0
+    if n_alone == n_left:
+        raise BadInput(
+            f"cannot hold out by patient: of none of the {n_left:,} images a patient is known. Give the images a "
+            f"column 'patient' and make the cache again, or hold out by image"
+        )
+    if n_alone:
+        _log.warning("%s of %s images have no patient: each is held out by itself", f"{n_alone:,}", f"{n_left:,}")
     n_of: dict[Group, int] = {}
     for group in groups:
         n_of[group] = n_of.get(group, 0) + 1
@@ -106,7 +118,7 @@ def chosen_images(
         train=[mask & ~out for mask, out in zip(left, held_out, strict=True)],
         held_out=held_out,
         n_excluded=n_excluded,
-        n_without_patient=sum(group[0] == "image" for group in groups) if by == "patient" else 0,
+        n_without_patient=n_alone,
         n_groups=len(n_of),
         n_groups_held_out=len(taken),
     )
@@ -125,7 +137,7 @@ def read_image_ids(path: Path) -> list[str]:
     expected = "expected a text file with one image_id per line, or a Parquet file with that column"
     if not path.is_file():
         raise BadInput(f"no list of images at {path}: {expected}")
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet" or (path.suffix.lower() in (".csv", ".tsv") and _has_header(path)):
         table = read_table_file(path)
         if "image_id" not in table.column_names:
             raise BadInput(f"{path} has no column image_id; {expected}")
@@ -143,10 +155,26 @@ def _lines(path: Path, expected: str) -> list[str]:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise BadInput(f"{path} is larger than {_MOST_BYTES >> 20} MiB; {expected}")
-        lines = content.decode("utf-8-sig").replace("\r", "\n").split("\n")  # -sig: Windows writes a byte order mark
+        lines = decode_text(content).replace("\r", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as UTF-8 text ({error}); {expected}") from None
-    return [line.strip() for line in lines if line.strip()]
+    ids = [_unquoted(line.strip()) for line in lines if line.strip()]
+    return ids[1:] if ids and folded(ids[0]) == "image_id" else ids
+
+
+def _has_header(path: Path) -> bool:
+    """Is a text file a table with a column image_id, and more than that column?"""
+    with path.open("rb") as file:
+        begin = file.read(1 << 16)
+    text = begin.decode("utf-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", errors="replace")
+    names = re.split(r"[,;\t]", next(iter(text.lstrip("\ufeff").splitlines()), ""))
+    return len(names) > 1 and "image_id" in [folded(_unquoted(name.strip())) for name in names]
+
+
+def _unquoted(text: str) -> str:
+    """As R and spreadsheets quote: a quote within is written twice."""
+    is_quoted = len(text) > 1 and text[0] == text[-1] == '"'
+    return text[1:-1].replace('""', '"') if is_quoted else text
 
 
 def _excluded(ids: list[list[str | None]], exclude: Collection[str]) -> list[Bool]:

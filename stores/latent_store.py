@@ -5,7 +5,6 @@ an unreadable image has empty rows. Values are float32 rounded to `value_bits` m
 not before rounding, and every threshold is compared with the stored value.
 """
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -130,7 +129,7 @@ class LatentWriter:
         reader = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
         starts = reader.row_starts(0, self.spec.n_rows + 1, self.spec.tokens_per_image)
         array = zarr.create_array(
-            os.fspath(self.root),
+            self.root,
             name="image_indptr",
             shape=starts.shape,
             dtype="int64",
@@ -267,7 +266,7 @@ class LatentStore:
         objects = self._rows.objects
         try:
             if objects is None:
-                starts = np.asarray(zarr.open_array(os.fspath(Path(self.root) / "image_indptr"), mode="r")[:])
+                starts = np.asarray(zarr.open_array(Path(self.root) / "image_indptr", mode="r")[:])
             else:
                 with reachable(objects.url):
                     starts = np.asarray(zarr.open_array(objects, path="image_indptr", mode="r")[:])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SpecMismatch
-from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, sync_folder
+from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, is_dropping, sync_folder
 from .spec import FORMATS, Header, describe_difference, find_header
 
 
@@ -125,6 +125,7 @@ def _is_free(place: Path, kind: str) -> bool:
     header_file = FORMATS[kind].header_file
     return all(
         (path.name.startswith(f"{header_file}.") and path.suffix == PARTIAL_SUFFIX)
+        or is_dropping(path.name)
         or (path.name.startswith(("writer-", "finish.")) and path.suffix == LOCK_SUFFIX)
         for path in place.iterdir()
     )

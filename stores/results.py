@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import BadInput, DamagedStore
-from .files import readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
+from .files import is_dropping, readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
 from .output import Output, plan_output
 from .runlog import append_run
 from .spec import FORMATS, Format, Header, new_header, read_header, write_header
@@ -51,7 +51,7 @@ class ResultWriter:
 
     def finish(self, summary: dict[str, Any]) -> Header:
         """State what was found, with a checksum for each table and JSON file, and put the folder in its place."""
-        names = sorted(path.name for path in self.root.iterdir() if path.suffix in (".parquet", ".json"))
+        names = sorted(path.name for path in self.root.iterdir() if _is_result(path))
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
         sync_tree(self.root)
@@ -59,6 +59,10 @@ class ResultWriter:
         write_header(self.root, header)
         self.output.publish()
         return header
+
+
+def _is_result(path: Path) -> bool:
+    return path.suffix in (".parquet", ".json") and not is_dropping(path.name)
 
 
 def begin_results(

@@ -6,6 +6,10 @@ three are the outcome of reading the file. A row's position is its `image_index`
 
 import csv
 import io
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pyarrow as pa
@@ -13,30 +17,73 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import BadInput
-from .files import sha256_json, write_atomic
+from .files import decode_text, sha256_json, write_atomic
 
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
 STATUS_OK, STATUS_UNREADABLE = "ok", "unreadable"
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # full-width ones too
 _BREAKS = ("\t", "\r", "\n")
+_TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
+_SEPARATORS = ",;\t"
+_NAMES_A_FILE = ("image_id", "path", "mask", "latent")  # in these columns, "NA" may well be a name
+_OURS = (*MANIFEST_COLUMNS, *OUTCOME_COLUMNS, "mask")  # a column that means one of these in another spelling is it
+_WHOLE_NUMBERS = ("image_id", "patient", "disease", "label", "label_common", "dataset")
+# what R, SPSS, SAS, pandas, SQL and spreadsheets write for a missing value. Only what nobody takes for a name: "none",
+# "unknown", "healthy" and "0" are left as they are, for they may be a disease or a label
+MISSING = ("NA", "N/A", "n/a", "#N/A", "#N/A N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "#NULL!", "None")
+MISSING_SIGNS = (".", "-", "--", "?")
+MAX_NAME_BYTES = 255  # of a file, on the usual disks: a column becomes a folder of that name in an AnnData store
+_log = logging.getLogger(__name__)
 
 
 def read_table_file(path: Path) -> pa.Table:
-    """A user's CSV or Parquet table, every column as strings; empty cells and NaN become null.
+    """A user's CSV or Parquet table, every column as strings; empty cells, NaN and `MISSING` become null.
+
+    The same from both: no blanks around names and cells; a column of ours in another case or with blanks (`Patient`,
+    `Image ID`) gets its name; whole numbers that pandas made floats (7.0) lose the ".0" in columns that name something.
+    CSV: separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Cleared rows, empty
+    columns at the end, and row names that R or pandas put first are left out. What was changed is told as a warning.
 
     Raises
     ------
     BadInput
-        If the file is missing, of another format, or a CSV line has a wrong number of fields.
+        If the file is missing, of another format or encoding, a CSV line has a wrong number of fields, or two columns
+        have names that are equal but for case and blanks.
     """
     if not path.is_file():
         raise BadInput(f"no table at {path}: expected a .csv or .parquet file")
-    if path.suffix.lower() == ".csv":
-        return _read_csv(path)
+    if path.suffix.lower() in _TEXT_SUFFIXES:
+        return _with_our_names(_read_csv(path), path)
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path)
+        return _with_our_names(_read_parquet(path, strip=True), path)
     raise BadInput(f"{path} is neither .csv nor .parquet; convert it to one of them")
+
+
+def folded(name: str) -> str:
+    """A column's name without regard to case, blanks, hyphens and points: `Image ID` and `image.id` are `image_id`."""
+    return re.sub(r"[\s\-._]+", "_", unicodedata.normalize("NFKC", name).casefold().strip()).strip("_")
+
+
+def check_column_names(names: Iterable[str], source: str) -> None:
+    """Refuse names that AnnData, Zarr or a disk cannot store: a later stage would fail after hours of work.
+
+    Raises
+    ------
+    BadInput
+        With the name, shortened.
+    """
+    for name in names:
+        shown = repr(name if len(name) <= 60 else f"{name[:59]}…")
+        n_bytes = len(name.encode(errors="replace"))
+        if n_bytes > MAX_NAME_BYTES:
+            raise BadInput(
+                f"{source} has a column {shown} whose name has {n_bytes:,} bytes; expected at most {MAX_NAME_BYTES}. "
+                f"Give it a shorter name, or leave the column out"
+            )
+        is_reserved = name in ("", ".", "..", "_index", "zarr.json") or name.startswith("__")
+        if is_reserved or "/" in name or "\0" in name:
+            raise BadInput(f"{source} has a column {shown}, a name that AnnData cannot store; rename it")
 
 
 def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: str) -> pa.Table:
@@ -73,8 +120,7 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
     for name in columns:
         if name in OUTCOME_COLUMNS and not is_ours:
             raise BadInput(f"{source} has a column {name!r}, which is ours to write; rename it")
-        if "/" in name or "\0" in name or name in (".", "..", "_index"):
-            raise BadInput(f"{source} has a column {name!r}, a name that AnnData cannot store; rename it")
+    check_column_names(columns, source)
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**known, **extra}.items()})
 
 
@@ -158,41 +204,117 @@ def listed(items: list[str], limit: int = 3) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
+    """The table with our names for columns that mean ours, and null for what only says that a value is missing."""
+    seen: dict[str, str] = {}
+    for name in table.column_names:
+        key = folded(name)
+        if key and key in seen:
+            raise BadInput(
+                f"{path} has two columns {seen[key]!r} and {name!r}, equal but for case and blanks; rename one of them"
+            )
+        seen[key] = name
+    ours = {name: folded(name) for name in table.column_names if folded(name) in _OURS and name not in _OURS}
+    if ours:
+        told = listed([f"{name!r} as {meant!r}" for name, meant in ours.items()], limit=10)
+        _log.warning("%s: columns read by another name: %s", path, told)
+    columns = {ours.get(name, name): table[name].to_pylist() for name in table.column_names}
+    n_missing: dict[str, int] = {}
+    for name, cells in columns.items():
+        if name not in _NAMES_A_FILE:
+            found = [cell in _ALL_MISSING for cell in cells]
+            if any(found):
+                n_missing[name] = sum(found)
+                cells[:] = [None if is_missing else cell for cell, is_missing in zip(cells, found, strict=True)]
+        if name in _WHOLE_NUMBERS and any(cells) and all(_WHOLE.fullmatch(cell) for cell in cells if cell):
+            cells[:] = [cell and cell.split(".")[0] for cell in cells]
+    if n_missing:
+        told = listed([f"{n:,} in {name!r}" for name, n in n_missing.items()], limit=10)
+        _log.warning("%s: cells that say NA, NaN, NULL, None, '.', '-' or the like are empty: %s", path, told)
+    return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
+
+
+_ALL_MISSING = {*MISSING, *MISSING_SIGNS}
+_WHOLE = re.compile(r"\d+\.0+")
+
+
 def _read_csv(path: Path) -> pa.Table:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # -sig: Excel writes a byte order mark
-            rows = list(csv.reader(file, strict=True))
+        text = decode_text(path.read_bytes())
+        separator, text = _separator(text)
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path} cannot be read as a UTF-8 CSV file: {error}") from None
-    if not rows:
+        raise BadInput(
+            f"{path} cannot be read as a UTF-8 CSV file: {error}; in Excel, save it as 'CSV UTF-8'"
+        ) from None
+    numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
+    if not numbered:
         raise BadInput(f"{path} is empty; expected a header line with a column 'path'")
-    header = [name.strip() for name in rows[0]]
-    _check_header(header, path)
-    body = [(number, row) for number, row in enumerate(rows[1:], start=2) if row]
+    header = [name.strip() for name in numbered[0][1]]
+    body = [(number, [cell.strip() or None for cell in row]) for number, row in numbered[1:]]
+    while header and not header[-1] and not any(cell for _, row in body for cell in row[len(header) - 1 :]):
+        header.pop()  # columns that were cleared, or a separator at the end of each line
+    if body and header and header[0] and all(len(row) == len(header) + 1 for _, row in body):
+        if any(row[-1] for _, row in body):  # R's write.table
+            header = ["", *header]
     for number, row in body:
-        if len(row) != len(header):
+        if len(row) < len(header) or any(row[len(header) :]):
             raise BadInput(f"row {number} of {path} has {len(row)} fields, the header has {len(header)}")
-    values = {name: [row[i].strip() or None for _, row in body] for i, name in enumerate(header)}
+    if header and not header[0] and len(header) > 1:  # also R's write.csv, and pandas' index
+        _log.warning("%s: the first column has no name and is left out: row names of R or pandas", path)
+        header, body = header[1:], [(number, row[1:]) for number, row in body]
+    _check_header(header, path)
+    values = {name: [row[i] for _, row in body] for i, name in enumerate(header)}
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in values.items()})
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def _separator(text: str) -> tuple[str, str]:
+    """(what separates the fields, the text): the one by which the header has a column of ours, else the most frequent.
+
+    A first line `sep=;`, which Excel reads and writes, says it and is cut off.
+    """
+    said = re.match(r'"?sep=([,;\t])"?[,;\t]*(?:\r\n|\r|\n)', text, re.IGNORECASE)
+    if said:
+        return said[1], text[said.end() :]
+    start = text.lstrip("\r\n")
+    headers: dict[str, Sequence[str]] = {}
+    for separator in _SEPARATORS:
+        try:
+            headers[separator] = next(csv.reader(io.StringIO(start, newline=""), delimiter=separator, strict=True), [])
+        except csv.Error:
+            continue
+    ours = {*_OURS, *_NAMES_A_FILE}
+    best = max(headers, key=lambda each: sum(folded(name) in ours for name in headers[each]), default=",")
+    if not any(folded(name) in ours for name in headers.get(best, [])):
+        best = max(headers, key=lambda each: len(headers[each]), default=",")
+    return best, text
+
+
+def _read_parquet(path: Path, *, strip: bool = False) -> pa.Table:
+    """`strip`: a user's table, in which blanks around a name or a cell mean nothing; else exactly what was written."""
     try:
         table = pq.read_table(path, partitioning=None)
+        if strip:
+            table = table.rename_columns([name.strip() for name in table.column_names])
+            index = [name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)]
+            if index:
+                _log.warning("%s: pandas' index is left out; give it a name if it means something", path)
+                table = table.drop_columns(index)
         _check_header(table.column_names, path)
-        table = pa.table({name: _as_strings(table[name]) for name in table.column_names})
+        table = pa.table({name: _as_strings(table[name], strip=strip) for name in table.column_names})
         table.validate(full=True)  # that texts are UTF-8, for one: a damaged file may hold anything
         return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a Parquet table of plain columns: {error}") from None
 
 
-def _as_strings(values: pa.ChunkedArray) -> pa.Array:
+def _as_strings(values: pa.ChunkedArray, *, strip: bool = False) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if pa.types.is_floating(values.type):  # pandas turns whole numbers with gaps into floats: 7.0 was 7
         return pa.array([_from_float(value) for value in values.to_pylist()], pa.string())
     texts = values.cast(pa.string()).combine_chunks()
+    texts = pc.utf8_trim_whitespace(texts) if strip else texts
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 

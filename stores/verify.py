@@ -13,7 +13,7 @@ import pyarrow as pa
 from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
-from .files import read_lines, sha256_file
+from .files import is_dropping, read_lines, sha256_file
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
 from .tables import column, listed, read_image_table, table_sha256
@@ -130,7 +130,7 @@ def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[
     for name, n_chunks in store.rows.chunk_counts().items():
         if len(files[name]) != n_chunks:
             problems.append(f"the journal names {len(files[name]):,} chunks of X/{name}, expected {n_chunks:,}")
-        there = {path.name for path in (root / "X" / name / "c").glob("*")}
+        there = {path.name for path in (root / "X" / name / "c").glob("*") if not is_dropping(path.name)}
         extra = sorted(there - {str(chunk) for chunk in range(n_chunks)})
         if extra:
             problems.append(f"X/{name}/c holds {len(extra):,} files that do not belong there ({listed(extra)})")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stores.barcode_store import begin_level, write_tables
 from stores.errors import BadInput
 from stores.tables import (
     MANIFEST_COLUMNS,
@@ -81,7 +82,7 @@ def test_a_csv_file_is_read_as_strings(text: str | bytes, expected: dict[str, An
         ("path,,label\na.png,x,y\n", "has a column without name"),
         ('path\n"a.png\n', "cannot be read as a UTF-8 CSV file: unexpected end of data"),
         ('path\n"a"b.png\n', "cannot be read as a UTF-8 CSV file: "),
-        ("path\na.png\n".encode("utf-16"), "cannot be read as a UTF-8 CSV file: .*invalid start byte"),
+        ("path\na.png\n".encode("utf-16")[:-1], "cannot be read as a UTF-8 CSV file: .*truncated data"),
         ("path\ngroß.png\n".encode("latin-1"), "cannot be read as a UTF-8 CSV file: "),
     ],
 )
@@ -103,11 +104,86 @@ def test_a_table_that_is_no_table_is_refused(tmp_path: Path) -> None:
         read_table_file(tmp_path / "IMAGES.PARQUET")
 
 
-def test_a_semicolon_file_names_what_it_found(tmp_path: Path) -> None:
-    """A German Excel writes semicolons: the message shows the one column that was found."""
-    columns = read_csv(tmp_path, "path;label\na.png;x\n")
-    with pytest.raises(BadInput, match=r"has no column 'path' \(found: path;label\); name the column of image paths"):
-        table_of(**columns)
+CELLS: list[list[str | None]] = [["a.png", "007", "x, y"], ["b.png", None, "Prä;B"], ["c.png", "12", "-1,5"]]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("kind", ["plain", "sep=", "row names", "write.table", "cleared", "blanks"])
+def test_what_spreadsheets_and_r_export_means_the_same(
+    separator: str, encoding: str, end: str, kind: str, tmp_path: Path
+) -> None:
+    """Separators, encodings, line ends, row names, cleared rows and columns, blanks around: one table."""
+    rows = [["path", "patient", "label"], *[[cell or "" for cell in row] for row in CELLS]]
+    if kind in ("row names", "write.table"):
+        rows = [[""] * (kind == "row names") + rows[0], *[[str(n), *row] for n, row in enumerate(rows[1:], 1)]]
+    if kind == "cleared":
+        rows = [[*row, "", ""] for row in rows]
+        rows = [*rows[:2], [""] * 5, *rows[2:], [""] * 5, [" "] * 7]
+    if kind == "blanks":
+        rows = [[f"  {cell} " for cell in row] for row in rows]
+    lines = [separator.join(f'"{cell}"' if cell and kind != "blanks" else cell for cell in row) for row in rows]
+    if kind == "blanks":
+        lines = [separator.join(f'"{cell}"' for cell in row) for row in rows]
+    text = (f"sep={separator}{end}" if kind == "sep=" else "") + end.join(lines) + end
+    found = read_csv(tmp_path, text.encode(encoding))
+    assert found == {name: [row[i] for row in CELLS] for i, name in enumerate(["path", "patient", "label"])}
+
+
+def test_columns_of_ours_are_known_in_another_spelling_from_csv_and_parquet(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [" Path ", "PATIENT", "Disease", "Image ID", "label.common", "Age (years)"]
+    cells = [["a.png", "b.png"], ["P1", "P2"], ["AML", "CML"], ["1", "2"], ["x", "y"], ["40", "41"]]
+    pq.write_table(pa.table(dict(zip(names, cells, strict=True))), tmp_path / "t.parquet")
+    rows = [names, *zip(*cells, strict=True)]
+    from_csv = read_csv(tmp_path, "\n".join(",".join(row) for row in rows))
+    assert from_csv == read_table_file(tmp_path / "t.parquet").to_pydict()
+    assert [*from_csv] == ["path", "patient", "disease", "image_id", "label_common", "Age (years)"]
+    assert "'PATIENT' as 'patient'" in caplog.text
+
+
+@pytest.mark.parametrize("pair", [("patient", "Patient"), ("Age", "age "), ("image_id", "Image-ID"), ("a b", "a_b")])
+def test_two_columns_that_are_equal_but_for_case_and_blanks_are_refused(pair: tuple[str, str], tmp_path: Path) -> None:
+    message = "has two columns .* equal but for case and blanks; rename one"
+    with pytest.raises(BadInput, match=message):
+        read_csv(tmp_path, f"path,{pair[0]},{pair[1]}\na.png,1,2\n")
+    pq.write_table(pa.table({"path": ["a"], pair[0]: ["1"], pair[1]: ["2"]}), tmp_path / "t.parquet")
+    with pytest.raises(BadInput, match=message):
+        read_table_file(tmp_path / "t.parquet")
+
+
+def test_words_for_a_missing_value_are_empty_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From CSV and Parquet alike; words that may be a label or a name of a file stay."""
+    gone = ["NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "NULL", "#NULL!", "None", ".", "-", "?", ""]
+    kept = ["none", "unknown", "healthy", "0", "Nan Li", "NAD", "negative", "na"]
+    words = gone + kept
+    columns = {"path": [*map(str, range(len(words)))], "patient": words, "disease": words, "image_id": words}
+    columns["image_id"] = ["NA", *map(str, range(1, len(words)))]
+    lines = ["path,patient,disease,image_id", *map(",".join, zip(*columns.values(), strict=True))]
+    found = read_csv(tmp_path, "\n".join(lines))
+    assert found["patient"] == found["disease"] == [None] * len(gone) + kept
+    assert found["image_id"][0] == "NA"
+    assert "12 in 'patient', 12 in 'disease'" in caplog.text  # the empty one is no word
+    pd.DataFrame(columns).astype({"disease": "category"}).to_parquet(tmp_path / "t.parquet")
+    assert read_table_file(tmp_path / "t.parquet").to_pydict() == found
+
+
+def test_patient_numbers_mean_the_same_however_they_were_saved(tmp_path: Path) -> None:
+    """pandas writes 12.0 into CSV where one is missing; text keeps its zeros; a dose is no name and stays."""
+    frame = pd.DataFrame({"path": ["a", "b", "c"], "patient": [12.0, np.nan, 7.0]})
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    found = [read_table_file(tmp_path / name)["patient"].to_pylist() for name in ("t.parquet", "t.csv")]
+    assert found == [["12", None, "7"]] * 2
+    frame.assign(patient=["012", None, "007"]).to_parquet(tmp_path / "t.parquet")
+    assert read_table_file(tmp_path / "t.parquet")["patient"].to_pylist() == ["012", None, "007"]
+    assert read_csv(tmp_path, "path,patient,dose\na,1.0,1.0\nb,1.5,2.0\n") == {
+        "path": ["a", "b"],
+        "patient": ["1.0", "1.5"],
+        "dose": ["1.0", "2.0"],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- Parquet
@@ -321,8 +397,22 @@ def test_a_long_list_is_cut() -> None:
     assert listed([str(n) for n in range(2003)]) == "0, 1, 2 and 2,000 more"
 
 
-@pytest.mark.parametrize("name", ["age/sex", "_index", ".", "..", "status", "error", "content_hash"])
+@pytest.mark.parametrize(
+    "name", ["age/sex", "_index", ".", "..", "status", "error", "content_hash", "__age", "zarr.json", "a\0b"]
+)
 def test_column_names_that_a_later_stage_cannot_keep_are_refused_at_once(name: str) -> None:
     """Not after hours of extraction; and a clinical `status` is not silently replaced by ours."""
     with pytest.raises(BadInput, match=f"has a column {re.escape(repr(name))}.*rename it"):
         image_table({"path": ["a.png"], name: ["remission"]}, source="m.csv", dataset="d")
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_refused_and_the_longest_is_written(tmp_path: Path) -> None:
+    for name in ("x" * 256, "ä" * 128):
+        with pytest.raises(BadInput, match=r"whose name has 256 bytes; expected at most 255"):
+            image_table({"path": ["a.png"], name: ["1"]}, source="m.csv", dataset="d")
+    longest = "ä" * 127 + "x"
+    image_table({"path": ["a.png"], longest: ["1"]}, source="m.csv", dataset="d")
+    begin_level(tmp_path / "PML::RARA #1%.zarr")
+    write_tables(tmp_path / "PML::RARA #1%.zarr", {"obs": pd.DataFrame({longest: ["1"]}, index=["a"])})
+    assert (tmp_path / "PML::RARA #1%.zarr" / "obs" / longest).is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["PML::RARA #1%.zarr"]

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
-from stores.files import append_line, read_lines, sync_folder, write_atomic
+from stores.files import append_line, is_dropping, read_lines, sync_folder, write_atomic
 from stores.tables import csv_bytes, parquet_bytes
 
 from .questions import Item, Question, Review
@@ -141,7 +141,8 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     """
     if not folder.is_dir():
         raise StoreNotFound(f"no reviews at {folder}; cyto atlas serve takes some")
-    return [verdict for path in sorted(folder.glob("*.jsonl")) for verdict in _read_journal(path, folder)]
+    journals = [path for path in sorted(folder.glob("*.jsonl")) if not is_dropping(path.name)]
+    return [verdict for path in journals for verdict in _read_journal(path, folder)]
 
 
 def read_verdicts_of(folder: Path, reviewer: str) -> list[Verdict]:

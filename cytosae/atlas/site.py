@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.files import sha256_file
+from stores.files import is_dropping, sha256_file
 
 _NONE = "\N{EN DASH}"  # what is not defined
 _HERE = Path(__file__).parent
@@ -46,6 +46,8 @@ class Site:
         """Files that somebody else wrote into a folder of the site."""
         assert self.root is not None
         for path in sorted((self.root / folder).iterdir()):
+            if is_dropping(path.name):
+                continue
             self._files[f"{folder}/{path.name}"] = (path.stat().st_size, sha256_file(path))
 
     def page(self, name: str, template: str, /, **context: Any) -> None:
