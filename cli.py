@@ -856,10 +856,7 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
     rows = {
         "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
         f"{found.n_tokens:,} tokens (token set {found.token_set})",
-        "trained on": "another cache"
-        if not found.is_training_cache
-        else f"this very cache; {f'{found.n_held_out:,} of the images' if found.n_held_out else 'nothing'} here "
-        f"{'were' if found.n_held_out else 'is'} held out",
+        "trained on": found.trained_on_line,
         "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
         "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
         f"{_known(found.explained_variance_uncentered)} uncentred",
@@ -873,8 +870,9 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
     }
     if substitution:
         rows["final CLS"] = (
-            f"{_known(substitution.recovered)} recovered (1: as without the SAE, 0: as with the mean token); "
-            f"{substitution.n_images:,} images, seed {substitution.seed}"
+            f"{_known(substitution.recovered)} recovered against zeros, "
+            f"{_known(substitution.recovered_from_mean)} against the mean token (1: as without the SAE, 0: as with "
+            f"these); {substitution.n_images:,} images, seed {substitution.seed}"
         )
         for name, change in {
             "  SAE": substitution.reconstruction,
@@ -1502,17 +1500,23 @@ def _cell(value: float | None, form: str) -> str:
     metavar="X",
     help="With --concepts: mean activation from which a latent counts, in some dataset.",
 )
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random directions of the null.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of what chance gives.")
 @click.option(
     "--assume-compatible", is_flag=True, help="Take imported SAEs, which do not say which tokens they were trained on."
+)
+@click.option(
+    "--allow-same-seed",
+    is_flag=True,
+    help="Compare SAEs that were trained from one seed, which begin with equal weights.",
 )
 @_overwrite_option
 @_json_option
 def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settings: Any) -> None:
     """Do SAEs agree? Match the latents of every two RUNs one to one by the cosine of their decoder rows.
 
-    The matching has the largest possible sum of cosines. Beside it stands that of random directions. Directions alone
-    are compared: the SAEs may differ in the number of latents, in the scale of their tokens and in their centre.
+    The matching has the largest possible sum of cosines. Beside it stands what chance gives: random directions, and
+    each decoder matched with itself. Directions alone are compared: the SAEs may differ in the number of latents, in
+    the scale of their tokens and in their centre. Train them from different seeds.
 
     \b
     Example: cyto concept stability seed0.sae seed1.sae seed2.sae -o cells.stability
@@ -1522,6 +1526,8 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     with _progress("match", "block") as progress:
         done = write_stability(runs, out, progress=progress, **settings)
     _say_done(out, done.was_complete)
+    for warning in done.warnings:
+        click.echo(f"warning: {_shown(warning)}", err=True)
     if as_json:
         click.echo(json.dumps({"saes": [str(run) for run in runs], "pairs": done.pairs}, indent=1))
         return
@@ -1537,9 +1543,9 @@ def _matching_line(pair: dict[str, Any]) -> str:
     proof = "the best there is" if pair["is_optimal"] else f"the best sum is larger by at most {pair['gap']:.3g}"
     return (
         f"{pair['n_matched']:,} of {min(pair['n_latents_a'], pair['n_latents_b']):,} latents matched ({proof}), "
-        f"mean cosine {pair['mean_cosine']:.3f} (random directions {pair['null_mean_cosine']:.3f}), "
+        f"mean cosine {pair['mean_cosine']:.3f} (by chance {pair['null_mean_cosine']:.3f}), "
         f"{pair['share_above_0.7']:.1%} above 0.7, {pair['share_above_0.9']:.1%} above 0.9, "
-        f"{pair['share_above_null_p99']:.1%} above 99% of the random ones ({pair['null_p99']:.3f})"
+        f"{pair['share_above_null_p99']:.1%} above 99% of those by chance ({pair['null_p99']:.3f}, {pair['chance']})"
     )
 
 
