@@ -533,19 +533,19 @@ def test_training_images_are_known_by_their_content(made: Path, tmp_path: Path) 
 def test_what_hashes_and_names_tell(tmp_path: Path) -> None:
     """A hash counts before a name; an image that was trained on without a hash leaves the unlisted ones unknown."""
 
-    def table(hashes: list[str | None], **more: list[str | None]) -> pa.Table:
+    def table(hashes: list[str | None]) -> pa.Table:
         nothing: list[str | None] = [None] * len(hashes)
         columns = {"path": [f"{i}.png" for i in range(len(hashes))], "image_id": [f"{i}" for i in range(len(hashes))]}
-        return with_outcome(image_table({**columns, **more}, source="test", dataset="d"), hashes, nothing)
+        return with_outcome(image_table(columns, source="test", dataset="d"), hashes, nothing)
 
     a, b, c = (letter * 64 for letter in "abc")
     spec = {"caches": [{"sha256": "this"}], "images": {"excluded": 0}}
     header = new_header(SAE, spec)
 
-    def known(summary: dict[str, Any], images: pa.Table, cache: str, **changed: Any) -> list[bool | None]:
+    def known(summary: dict[str, Any], shown: pa.Table, cache: str, **changed: Any) -> list[bool | None]:
         """Per image: trained on, or not; None: not known."""
         now = dataclasses.replace(header, spec={**spec, **changed}, summary=summary)
-        found = find_trained_on(tmp_path, now, images, cache_sha256=cache)
+        found = find_trained_on(tmp_path, now, shown, cache_sha256=cache)
         return [
             bool(on) if is_known else None for on, is_known in zip(found.is_trained_on, found.is_known, strict=True)
         ]
