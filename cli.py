@@ -1270,6 +1270,13 @@ def concept() -> None:
     show_default=True,
     help="Of the labels, for the entropy that chance would give.",
 )
+@click.option(
+    "--patient-shuffles",
+    type=click.IntRange(min=0),
+    default=999,
+    show_default=True,
+    help="Of the labels from patient to patient, for the p of an entropy.",
+)
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles.")
 @click.option(
     "--table",
@@ -1311,6 +1318,8 @@ def concept_stats(
         _print_agreement(pair)
     _print_left_out({"images without a dataset": done.n_without_dataset})
     _print_join(done, table)
+    if done.warning:
+        click.echo(f"warning: {done.warning}", err=True)
 
 
 @concept.command("top")
@@ -1765,6 +1774,8 @@ def concept_select(concepts: Path, dataset: str | None, overwrite: bool, as_json
     config = SelectionConfig(dataset=store.choose_dataset(dataset), **settings)
     found = select_latents(store, config, overwrite=overwrite)
     _say_done(concepts / FILE, found.was_complete)
+    if found.warning:
+        click.echo(f"warning: {found.warning}", err=True)
     if as_json:
         click.echo(json.dumps({"concepts": str(concepts), "latents": found.table.to_pylist()}, indent=1))
     else:
@@ -2401,6 +2412,8 @@ def _reviews_of(site: Path) -> Path:
 
 def _print_reviewed(found: dict[str, Any]) -> None:
     """What `cyto atlas agreement` found for one question."""
+    from cytosae.atlas.agreement import EXTREME
+
     click.echo(f"\n{_shown(found['title'])}: {_count(found['n_items'], 'concept')}")
     for reviewer, given in found["reviewers"].items():
         said = ", ".join(f"{count:,} {verdict}" for verdict, count in given["verdicts"].items())
@@ -2408,20 +2421,29 @@ def _print_reviewed(found: dict[str, Any]) -> None:
     for pair in found["cohen"]:
         names = " and ".join(_shown(name) for name in pair["reviewers"])
         click.echo(
-            f"  {names}: Cohen's kappa {_number(pair['kappa'])} over {_count(pair['n_items'], 'concept')}, "
-            f"{_share(pair['agreement'])} equal"
+            f"  {names}: Cohen's kappa {_kappa(pair, 'kappa')} over {_count(pair['n_items'], 'concept')}, "
+            f"{_share(pair['agreement'])} equal, Gwet's AC1 {_kappa(pair, 'ac1')}"
         )
     all_of = found["fleiss"]
     if all_of["n_reviewers"] > 2:
         click.echo(
-            f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_number(all_of['kappa'])} over {all_of['n_items']:,} "
-            f"concepts that all judged ({all_of['n_left_out']:,} left out)"
+            f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_kappa(all_of, 'kappa')} over {all_of['n_items']:,} "
+            f"concepts that all judged ({all_of['n_left_out']:,} left out), Gwet's AC1 {_kappa(all_of, 'ac1')}"
         )
+    if any((each["largest_share"] or 0) >= EXTREME for each in (*found["cohen"], all_of)):
+        click.echo(f"  {EXTREME:.0%} or more of the verdicts are one and the same: a kappa says little there, AC1 more")
     for row in found.get("meaningful", ()):
         cluster = "all" if row["cluster"] is None else f"cluster {row['cluster']}"
         who = "most reviewers" if row["reviewer"] is None else _shown(row["reviewer"])
         if row["n"]:
             click.echo(f"  {who}, {cluster}: meaningful {_interval(row)}")
+        weighted = row.get("of_all_latents")
+        if weighted and weighted["share"] is not None:
+            click.echo(
+                f"  {who}, of all latents (clusters weighted by size): meaningful {weighted['share']:.1%} "
+                f"({100 * weighted['low']:.1f} to {100 * weighted['high']:.1f})"
+                + (f", of the {weighted['covers']:.1%} in judged clusters" if weighted["covers"] < 1 else "")
+            )
     if found.get("specific"):
         medians = {group: _cell(found["median_images"][group], "1,.0f") for group in ("a", "b", "decoy")}
         click.echo(
@@ -2436,6 +2458,12 @@ def _print_reviewed(found: dict[str, Any]) -> None:
                 f"(p {_cell(said['p_lists'][group], '1.3g')})"
             )
         click.echo(f"  {_shown(reviewer)}: the right side of the two, p {_cell(said['p_sides'], '1.3g')}")
+
+
+def _kappa(found: dict[str, Any], name: str) -> str:
+    """`0.412 (0.120 to 0.655)`"""
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    return f"{_number(found[name])}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -2892,6 +2920,14 @@ def _print_dataset(found: dict[str, Any], label: str) -> None:
     if not found["n_labelled"]:
         click.echo(f"    no image has a {label}: label entropies are null")
         return
+    if "n_divergence_q_05" in found:
+        without = found["n_labelled_without_patient"]
+        click.echo(
+            f"    {_count(found['n_divergence_q_05'], 'latent')} whose top images differ in {label} from the dataset, "
+            f"{found['n_entropy_q_05']:,} with an entropy smaller than by chance (q <= 0.05; {label}s shuffled from "
+            f"patient to patient: {_count(found['n_patients'], 'patient')}"
+            + (f", {_count(without, 'image')} without a patient counted as one each)" if without else ")")
+        )
     if found["n_without_entropy"]:
         click.echo(
             f"    {_count(found['n_without_entropy'], 'latent')} without an entropy: active, too few labelled images"

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stores.concept_store import MEANINGFUL
+from stores.concept_store import MEANINGFUL, threshold_warning
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
 from stores.results import ResultStore, begin_results
@@ -74,7 +74,7 @@ class StabilityResult:
     pairs: list[dict[str, Any]]
     n_without_direction: list[int]  # per SAE: latents whose decoder row is zero
     was_complete: bool
-    warnings: list[str]  # pairs that may agree because they began alike
+    warnings: list[str]  # pairs that may agree because they began alike; a threshold of another SAE
 
 
 def write_stability(
@@ -130,11 +130,21 @@ def write_stability(
     writer = begin_results(
         out, STABILITY, spec, overwrite=overwrite, inputs=[*runs, *concepts], packages=("numpy", "scipy", "numba")
     )
+    scale = {
+        threshold_warning(
+            store.header.spec["latents_spec"], min_mean_activation, "choose another --min-mean-activation"
+        )
+        for store in of_sae.values()
+    }
+    scale_warnings = sorted(warning for warning in scale if warning is not None)
     n_without = [int((~each.has_direction).sum()) for each in decoders]
     if writer.is_complete:
         found = ResultStore(out, STABILITY).table("pairs").to_pylist()
         return StabilityResult(
-            pairs=found, n_without_direction=n_without, was_complete=True, warnings=_warnings(runs, found)
+            pairs=found,
+            n_without_direction=n_without,
+            was_complete=True,
+            warnings=scale_warnings + _warnings(runs, found),
         )
     matches, rows, null_cosines = [], [], []
     passes = _Passes(progress)
@@ -173,7 +183,7 @@ def write_stability(
     plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
     writer.finish({"saes": [run.name for run in runs], "n_without_direction": n_without})
     return StabilityResult(
-        pairs=rows, n_without_direction=n_without, was_complete=False, warnings=_warnings(runs, rows)
+        pairs=rows, n_without_direction=n_without, was_complete=False, warnings=scale_warnings + _warnings(runs, rows)
     )
 
 
