@@ -135,7 +135,7 @@ def label_tests(
     labels, patients : (n_images,) numbers, -1 for none; an image without a patient counts as one by itself
     """
     images, given = np.asarray(top_images), np.asarray(labels, np.int64)
-    shares = np.bincount(given[given >= 0]) / max(1, np.count_nonzero(given >= 0))
+    shares = np.bincount(given[given >= 0]) / max(1, int((given >= 0).sum()))
     shares[shares == 0] = 1  # nobody has it
 
     surprise = -np.log(shares)

@@ -535,7 +535,10 @@ def test_what_hashes_and_names_tell(tmp_path: Path) -> None:
 
     def table(hashes: list[str | None]) -> pa.Table:
         nothing: list[str | None] = [None] * len(hashes)
-        columns = {"path": [f"{i}.png" for i in range(len(hashes))], "image_id": [f"{i}" for i in range(len(hashes))]}
+        columns: dict[str, list[str | None]] = {
+            "path": [f"{i}.png" for i in range(len(hashes))],
+            "image_id": [f"{i}" for i in range(len(hashes))],
+        }
         return with_outcome(image_table(columns, source="test", dataset="d"), hashes, nothing)
 
     a, b, c = (letter * 64 for letter in "abc")
