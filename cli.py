@@ -901,10 +901,7 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
     rows = {
         "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
         f"{found.n_tokens:,} tokens (token set {found.token_set})",
-        "trained on": "another cache"
-        if not found.is_training_cache
-        else f"this very cache; {f'{found.n_held_out:,} of the images' if found.n_held_out else 'nothing'} here "
-        f"{'were' if found.n_held_out else 'is'} held out",
+        "trained on": found.trained_on_line,
         "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
         "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
         f"{_known(found.explained_variance_uncentered)} uncentred",
@@ -918,8 +915,9 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
     }
     if substitution:
         rows["final CLS"] = (
-            f"{_known(substitution.recovered)} recovered (1: as without the SAE, 0: as with the mean token); "
-            f"{substitution.n_images:,} images, seed {substitution.seed}"
+            f"{_known(substitution.recovered)} recovered against zeros, "
+            f"{_known(substitution.recovered_from_mean)} against the mean token (1: as without the SAE, 0: as with "
+            f"these); {substitution.n_images:,} images, seed {substitution.seed}"
         )
         for name, change in {
             "  SAE": substitution.reconstruction,
@@ -1317,6 +1315,13 @@ def concept() -> None:
     show_default=True,
     help="Of the labels, for the entropy that chance would give.",
 )
+@click.option(
+    "--patient-shuffles",
+    type=click.IntRange(min=0),
+    default=999,
+    show_default=True,
+    help="Of the labels from patient to patient, for the p of an entropy.",
+)
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles.")
 @click.option(
     "--table",
@@ -1358,6 +1363,8 @@ def concept_stats(
         _print_agreement(pair)
     _print_left_out({"images without a dataset": done.n_without_dataset})
     _print_join(done, table)
+    if done.warning:
+        click.echo(f"warning: {done.warning}", err=True)
 
 
 @concept.command("top")
@@ -1547,17 +1554,23 @@ def _cell(value: float | None, form: str) -> str:
     metavar="X",
     help="With --concepts: mean activation from which a latent counts, in some dataset.",
 )
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the random directions of the null.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of what chance gives.")
 @click.option(
     "--assume-compatible", is_flag=True, help="Take imported SAEs, which do not say which tokens they were trained on."
+)
+@click.option(
+    "--allow-same-seed",
+    is_flag=True,
+    help="Compare SAEs that were trained from one seed, which begin with equal weights.",
 )
 @_overwrite_option
 @_json_option
 def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settings: Any) -> None:
     """Do SAEs agree? Match the latents of every two RUNs one to one by the cosine of their decoder rows.
 
-    The matching has the largest possible sum of cosines. Beside it stands that of random directions. Directions alone
-    are compared: the SAEs may differ in the number of latents, in the scale of their tokens and in their centre.
+    The matching has the largest possible sum of cosines. Beside it stands what chance gives: random directions, and
+    each decoder matched with itself. Directions alone are compared: the SAEs may differ in the number of latents, in
+    the scale of their tokens and in their centre. Train them from different seeds.
 
     \b
     Example: cyto concept stability seed0.sae seed1.sae seed2.sae -o cells.stability
@@ -1567,6 +1580,8 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     with _progress("match", "block") as progress:
         done = write_stability(runs, out, progress=progress, **settings)
     _say_done(out, done.was_complete)
+    for warning in done.warnings:
+        click.echo(f"warning: {_shown(warning)}", err=True)
     if as_json:
         click.echo(json.dumps({"saes": [str(run) for run in runs], "pairs": done.pairs}, indent=1))
         return
@@ -1582,9 +1597,9 @@ def _matching_line(pair: dict[str, Any]) -> str:
     proof = "the best there is" if pair["is_optimal"] else f"the best sum is larger by at most {pair['gap']:.3g}"
     return (
         f"{pair['n_matched']:,} of {min(pair['n_latents_a'], pair['n_latents_b']):,} latents matched ({proof}), "
-        f"mean cosine {pair['mean_cosine']:.3f} (random directions {pair['null_mean_cosine']:.3f}), "
+        f"mean cosine {pair['mean_cosine']:.3f} (by chance {pair['null_mean_cosine']:.3f}), "
         f"{pair['share_above_0.7']:.1%} above 0.7, {pair['share_above_0.9']:.1%} above 0.9, "
-        f"{pair['share_above_null_p99']:.1%} above 99% of the random ones ({pair['null_p99']:.3f})"
+        f"{pair['share_above_null_p99']:.1%} above 99% of those by chance ({pair['null_p99']:.3f}, {pair['chance']})"
     )
 
 
@@ -1804,6 +1819,8 @@ def concept_select(concepts: Path, dataset: str | None, overwrite: bool, as_json
     config = SelectionConfig(dataset=store.choose_dataset(dataset), **settings)
     found = select_latents(store, config, overwrite=overwrite)
     _say_done(concepts / FILE, found.was_complete)
+    if found.warning:
+        click.echo(f"warning: {found.warning}", err=True)
     if as_json:
         click.echo(json.dumps({"concepts": str(concepts), "latents": found.table.to_pylist()}, indent=1))
     else:
@@ -2440,6 +2457,8 @@ def _reviews_of(site: Path) -> Path:
 
 def _print_reviewed(found: dict[str, Any]) -> None:
     """What `cyto atlas agreement` found for one question."""
+    from cytosae.atlas.agreement import EXTREME
+
     click.echo(f"\n{_shown(found['title'])}: {_count(found['n_items'], 'concept')}")
     for reviewer, given in found["reviewers"].items():
         said = ", ".join(f"{count:,} {verdict}" for verdict, count in given["verdicts"].items())
@@ -2447,20 +2466,29 @@ def _print_reviewed(found: dict[str, Any]) -> None:
     for pair in found["cohen"]:
         names = " and ".join(_shown(name) for name in pair["reviewers"])
         click.echo(
-            f"  {names}: Cohen's kappa {_number(pair['kappa'])} over {_count(pair['n_items'], 'concept')}, "
-            f"{_share(pair['agreement'])} equal"
+            f"  {names}: Cohen's kappa {_kappa(pair, 'kappa')} over {_count(pair['n_items'], 'concept')}, "
+            f"{_share(pair['agreement'])} equal, Gwet's AC1 {_kappa(pair, 'ac1')}"
         )
     all_of = found["fleiss"]
     if all_of["n_reviewers"] > 2:
         click.echo(
-            f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_number(all_of['kappa'])} over {all_of['n_items']:,} "
-            f"concepts that all judged ({all_of['n_left_out']:,} left out)"
+            f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_kappa(all_of, 'kappa')} over {all_of['n_items']:,} "
+            f"concepts that all judged ({all_of['n_left_out']:,} left out), Gwet's AC1 {_kappa(all_of, 'ac1')}"
         )
+    if any((each["largest_share"] or 0) >= EXTREME for each in (*found["cohen"], all_of)):
+        click.echo(f"  {EXTREME:.0%} or more of the verdicts are one and the same: a kappa says little there, AC1 more")
     for row in found.get("meaningful", ()):
         cluster = "all" if row["cluster"] is None else f"cluster {row['cluster']}"
         who = "most reviewers" if row["reviewer"] is None else _shown(row["reviewer"])
         if row["n"]:
             click.echo(f"  {who}, {cluster}: meaningful {_interval(row)}")
+        weighted = row.get("of_all_latents")
+        if weighted and weighted["share"] is not None:
+            click.echo(
+                f"  {who}, of all latents (clusters weighted by size): meaningful {weighted['share']:.1%} "
+                f"({100 * weighted['low']:.1f} to {100 * weighted['high']:.1f})"
+                + (f", of the {weighted['covers']:.1%} in judged clusters" if weighted["covers"] < 1 else "")
+            )
     if found.get("specific"):
         medians = {group: _cell(found["median_images"][group], "1,.0f") for group in ("a", "b", "decoy")}
         click.echo(
@@ -2475,6 +2503,12 @@ def _print_reviewed(found: dict[str, Any]) -> None:
                 f"(p {_cell(said['p_lists'][group], '1.3g')})"
             )
         click.echo(f"  {_shown(reviewer)}: the right side of the two, p {_cell(said['p_sides'], '1.3g')}")
+
+
+def _kappa(found: dict[str, Any], name: str) -> str:
+    """`0.412 (0.120 to 0.655)`"""
+    low, high = found[f"{name}_low"], found[f"{name}_high"]
+    return f"{_number(found[name])}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -2931,6 +2965,14 @@ def _print_dataset(found: dict[str, Any], label: str) -> None:
     if not found["n_labelled"]:
         click.echo(f"    no image has a {label}: label entropies are null")
         return
+    if "n_divergence_q_05" in found:
+        without = found["n_labelled_without_patient"]
+        click.echo(
+            f"    {_count(found['n_divergence_q_05'], 'latent')} whose top images differ in {label} from the dataset, "
+            f"{found['n_entropy_q_05']:,} with an entropy smaller than by chance (q <= 0.05; {label}s shuffled from "
+            f"patient to patient: {_count(found['n_patients'], 'patient')}"
+            + (f", {_count(without, 'image')} without a patient counted as one each)" if without else ")")
+        )
     if found["n_without_entropy"]:
         click.echo(
             f"    {_count(found['n_without_entropy'], 'latent')} without an entropy: active, too few labelled images"

@@ -4,6 +4,7 @@ Pure functions of arrays. A label is a number from 0, -1 where there is none; ea
 activation. Twins: tests/test_concepts.py.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from stores.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+_EQUAL = 1e-9  # nats: sums in another order differ in the last bits
 
 
 def label_entropy(top_values: npt.ArrayLike, top_labels: npt.ArrayLike, *, min_support: int = 1) -> Floats:
@@ -78,6 +80,117 @@ def shuffled_entropy(
     return total / shuffles if shuffles else np.full(len(images), np.nan)
 
 
+def label_divergence(
+    top_values: npt.ArrayLike, top_labels: npt.ArrayLike, shares: npt.ArrayLike, *, min_support: int = 1
+) -> Floats:
+    """How far the labels of each latent's top images are from those of the dataset, in nats.
+
+        D = sum_l p_l ln (p_l / b_l)        p_l as in `label_entropy`, b_l the share of label l in the dataset
+
+    An entropy cannot tell a latent of a rare label from one that has only the common label, as anything would: both
+    have 0. D is ln(1 / b_l) for them: at 90 to 10, 2.30 and 0.11.
+
+    Parameters
+    ----------
+    shares : (n_labels,) b_l, above 0 for every label in `top_labels`
+
+    Returns
+    -------
+    (S,) float64, at least 0; NaN where `label_entropy` is.
+    """
+    values, labels = _checked(top_values, top_labels)
+    entropy = label_entropy(values, labels, min_support=min_support)
+    return np.maximum(0.0, _mean_surprise(values, labels, -np.log(np.asarray(shares, np.float64))) - entropy)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelTests:
+    """By chance (1 + shuffles that do as well) / (1 + shuffles); (S,) each, NaN where `label_entropy` is."""
+
+    entropy_p: Floats  # of an entropy as small
+    divergence: Floats  # `label_divergence`
+    divergence_p: Floats  # of a divergence as large
+
+
+def label_tests(
+    top_values: npt.ArrayLike,
+    top_images: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    patients: npt.ArrayLike,
+    *,
+    shuffles: int,
+    seed: int,
+    min_support: int = 1,
+) -> LabelTests:
+    """How often labels that know nothing of a latent suit it as well as its own: p of its entropy and its divergence.
+
+    Images of one patient are not independent: a latent may stand for the patient, and the patient has few labels. So
+    labels move from patient to patient (`shuffled_labels`). A latent whose top images are all of one patient is
+    compared with the labels that one patient has; where one label is common, the null has small entropies too. One
+    shuffle serves all latents. With few patients p cannot become small, rightly. Without shuffles p is NaN.
+
+    Parameters
+    ----------
+    top_images : (S, k) positions in `labels`, -1 for no image
+    labels, patients : (n_images,) numbers, -1 for none; an image without a patient counts as one by itself
+    """
+    images, given = np.asarray(top_images), np.asarray(labels, np.int64)
+    shares = np.bincount(given[given >= 0]) / max(1, int((given >= 0).sum()))
+    shares[shares == 0] = 1  # nobody has it
+
+    surprise = -np.log(shares)
+    of_top = np.where(images >= 0, given[images], -1)
+    values, _ = _checked(top_values, of_top)
+    entropy = label_entropy(values, of_top, min_support=min_support)
+    divergence = label_divergence(values, of_top, shares, min_support=min_support)
+    n_small, n_large = np.zeros(len(images), np.int64), np.zeros(len(images), np.int64)
+    for shuffled in shuffled_labels(given, patients, shuffles=shuffles, seed=seed):
+        of_top = np.where(images >= 0, shuffled[images], -1)
+        other = _weigh(values, of_top)[0]
+        n_small += other <= entropy + _EQUAL
+        n_large += _mean_surprise(values, of_top, surprise) - other >= divergence - _EQUAL
+    has_none = np.isnan(entropy) | (shuffles == 0)
+    return LabelTests(
+        np.where(has_none, np.nan, (1 + n_small) / (1 + shuffles)),
+        divergence,
+        np.where(has_none, np.nan, (1 + n_large) / (1 + shuffles)),
+    )
+
+
+def shuffled_labels(labels: npt.ArrayLike, patients: npt.ArrayLike, *, shuffles: int, seed: int) -> Iterator[Ints]:
+    """Labels after shuffles from patient to patient, (n_images,) each; images without a label keep none.
+
+    The patients stand in a ring, in random order, with their labels in random order. Each patient gets those that
+    begin with another's (or, by chance, with its own), as many as it has images; if the other has fewer, it goes on
+    with the next in the ring. So a patient's images get labels that belong together as a patient's do. Without
+    patients, or with one label each, it is a plain shuffle of images, or of patients.
+
+    Parameters
+    ----------
+    labels, patients : as in `label_tests`
+    """
+    given = np.asarray(labels, np.int64)
+    group = np.array(patients, np.int64)
+    alone = np.flatnonzero(group < 0)
+    group[alone] = group.max(initial=0) + 1 + np.arange(len(alone))
+    labelled = np.flatnonzero(given >= 0)
+    _, of_image, sizes = np.unique(group[labelled], return_inverse=True, return_counts=True)
+    targets = labelled[np.argsort(of_image, kind="stable")]  # patient by patient
+    within = np.arange(len(labelled)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    rng = np.random.default_rng(seed)
+    for _ in range(shuffles):
+        place = rng.permutation(len(sizes))  # of each patient in the ring
+        order = rng.permutation(len(labelled))
+        ring = given[labelled[order[np.argsort(place[of_image[order]], kind="stable")]]]
+        begins = np.empty(len(sizes), np.int64)
+        in_ring = np.argsort(place)
+        begins[in_ring] = np.cumsum(sizes[in_ring]) - sizes[in_ring]
+        source = rng.permutation(len(sizes))
+        shuffled = np.full(len(given), -1, np.int64)
+        shuffled[targets] = ring[(np.repeat(begins[source], sizes) + within) % max(1, len(ring))]
+        yield shuffled
+
+
 def top_label(top_values: npt.ArrayLike, top_labels: npt.ArrayLike) -> Ints:
     """(S,) the label with the largest sum of values among each latent's top images; -1 without any.
 
@@ -132,6 +245,21 @@ def _checked(top_values: npt.ArrayLike, top_labels: npt.ArrayLike) -> tuple[Floa
     if not np.issubdtype(labels.dtype, np.integer):
         raise BadInput(f"top_labels must be whole numbers, -1 for no label; found {labels.dtype}")
     return values, labels.astype(np.int64)
+
+
+@numba.njit(cache=True)
+def _mean_surprise(values: Any, labels: Any, surprise: Any) -> Any:
+    """Per row: the mean of what its labels tell, -ln of their share in the dataset; 0 without any."""
+    mean = np.zeros(len(values))
+    for s in range(len(values)):
+        total = 0.0
+        for k in range(values.shape[1]):
+            if labels[s, k] >= 0 and values[s, k] > 0:
+                total += values[s, k]
+                mean[s] += values[s, k] * surprise[labels[s, k]]
+        if total > 0:
+            mean[s] /= total
+    return mean
 
 
 @numba.njit(cache=True)

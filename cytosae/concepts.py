@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from scipy.stats import false_discovery_control
 
-from stores.concept_store import LATENT_COLUMNS, MEANINGFUL, TOP_COLUMNS
+from stores.concept_store import LATENT_COLUMNS, MEANINGFUL, TOP_COLUMNS, threshold_warning
 from stores.csr_blocks import CHUNK_ENTRIES
 from stores.errors import BadInput
 from stores.files import sha256_json
@@ -34,7 +35,7 @@ from .barcode_checks import check_one_sae, differences
 from .barcode_tasks import Below, Rows
 from .blocks import count_into_parts, discard
 from .concept_figures import Panel, plot_scatter, plot_thresholds
-from .concept_labels import label_agreement, label_entropy, shuffled_entropy, top_label
+from .concept_labels import label_agreement, label_entropy, label_tests, shuffled_entropy, top_label
 from .concept_tasks import TopImages, sum_images
 from .counting import LatentSums
 from .groups import join_tables, regroup
@@ -52,6 +53,7 @@ _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task adds up; fixed, since 
 _WAVE = 16  # such tasks under way at once
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class ConceptConfig:
     label: str = "label"  # column of the image table that entropies are of
     min_support: int = 5  # labelled top images, below which an entropy is null
     shuffles: int = 100  # of the labels, for the entropy expected by chance; 0: none
+    patient_shuffles: int = 999  # of the labels from patient to patient, for the p of an entropy; 0: none
     seed: int = 0  # of the shuffles
     block_images: int | None = None  # None: as memory allows
 
@@ -76,7 +79,7 @@ class ConceptConfig:
                 f"min_support must be 1 to top_k, which is {self.top_k}: no latent has more images; "
                 f"found {self.min_support}"
             )
-        for name in ("shuffles", "seed"):
+        for name in ("shuffles", "patient_shuffles", "seed"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name} must be at least 0; found {getattr(self, name)}")
         if self.block_images is not None and self.block_images < 1:
@@ -97,6 +100,7 @@ class ConceptResult:
     unknown_in_table: str = ""  # some of them
     n_missing_in_table: int = 0  # images that the table does not have
     missing_in_table: str = ""
+    warning: str | None = None  # 10^-3 belongs to another SAE
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class _Images:
     dataset: Ints  # (n_images,) -1: none
     is_readable: npt.NDArray[np.bool_]
     labels: dict[str, tuple[list[str], Ints]]  # column -> names, rising, and (n_images,) which one; -1: none
+    patient: Ints  # (n_images,) a number within the dataset; -1: none
 
     @staticmethod
     def of(table: pa.Table) -> "_Images":
@@ -119,7 +124,8 @@ class _Images:
         place[by_id] = np.arange(len(ids))
         datasets, dataset = _numbered(column(table, "dataset"))
         labels = {name: _numbered(column(table, name)) for name in LABEL_COLUMNS}
-        return _Images(ids, by_id, place, datasets, dataset, np.array(readable(table), bool), labels)
+        patient = _numbered(column(table, "patient"))[1]
+        return _Images(ids, by_id, place, datasets, dataset, np.array(readable(table), bool), labels, patient)
 
     def members(self, dataset: int) -> Ints:
         """The readable images of a dataset, in order."""
@@ -211,6 +217,9 @@ def write_concepts(
         "agreement": agreement,
         "n_without_dataset": int((images.is_readable & (images.dataset < 0)).sum()),
         **notes,
+        "warning": threshold_warning(
+            spec["latents_spec"], MEANINGFUL, "choose one for cyto concept select --threshold"
+        ),
     }
     writer.finish(summary)
     return _result(summary, was_complete=False)
@@ -308,6 +317,16 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         seed=config.seed,
         min_support=config.min_support,
     )
+    tests = label_tests(
+        top.value,
+        index,
+        labels[config.label],
+        images.patient,
+        shuffles=config.patient_shuffles,
+        seed=config.seed,
+        min_support=config.min_support,
+    )
+    entropy_q, divergence_q = _q(tests.entropy_p), _q(tests.divergence_p)
     mean = sums.activation / np.maximum(sums.n_active, 1)
     latents = _table(
         LATENT_COLUMNS,
@@ -320,6 +339,11 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         n_labelled=n_labelled[config.label],
         label_entropy=entropy,
         label_entropy_null=chance,
+        label_entropy_p=tests.entropy_p,
+        label_entropy_q=entropy_q,
+        label_divergence=tests.divergence,
+        label_divergence_p=tests.divergence_p,
+        label_divergence_q=divergence_q,
         top_label=_named(images.labels[config.label][0], heaviest[config.label]),
         n_labelled_common=n_labelled["label_common"],
         top_label_common=_named(images.labels["label_common"][0], heaviest["label_common"]),
@@ -337,19 +361,33 @@ def _describe(number: int, images: _Images, sums: LatentSums, top: TopImages, co
         **{column: _named(images.labels[column][0], labels[column][image]) for column in LABEL_COLUMNS},
     )
     fires = sums.n_active > 0
+    is_labelled = labels[config.label] >= 0
+    of_patient = images.patient[is_labelled]
     summary = {
         "dataset": name,
         "n_readable": len(members),
         "n_unreadable": int(((images.dataset == number) & ~images.is_readable).sum()),
-        "n_labelled": int((labels[config.label] >= 0).sum()),
+        "n_labelled": int(is_labelled.sum()),
         "n_labels": len(np.unique(labels[config.label][labels[config.label] >= 0])),
         "n_silent": int((~fires).sum()),
         "n_meaningful": int((mean >= MEANINGFUL).sum()),
         "n_without_entropy": int((fires & np.isnan(entropy)).sum()),
+        "n_patients": len(np.unique(of_patient[of_patient >= 0])),
+        "n_labelled_without_patient": int((of_patient < 0).sum()),
+        "n_entropy_q_05": int((entropy_q <= 0.05).sum()),  # NaN is not
+        "n_divergence_q_05": int((divergence_q <= 0.05).sum()),
         "n_top_unlabelled": int((of_top[config.label][latent, rank] < 0).sum()),
     }
     common = np.where(n_labelled["label_common"] >= config.min_support, heaviest["label_common"], -1)
     return _Described(latents, top_images, common, summary)
+
+
+def _q(p: Floats) -> Floats:
+    """Benjamini-Hochberg over what has a p."""
+    q, has_p = np.full(len(p), np.nan), ~np.isnan(p)
+    if has_p.any():
+        q[has_p] = false_discovery_control(p[has_p])
+    return q
 
 
 def _compare(found: list[_Described], images: _Images, config: ConceptConfig) -> tuple[pa.Table, list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ class Decoder:
     tokens: dict[str, Any]  # the kind of tokens it was trained on; None: not known (an imported SAE)
     rows: npt.NDArray[np.float32]  # (L, D) of norm 1; a row that was zero stays zero
     has_direction: npt.NDArray[np.bool_]  # (L,): False where the row is zero
+    seed: int | None  # that its training began from; None: not known (an imported SAE)
 
     @property
     def n_latents(self) -> int:
@@ -58,7 +59,8 @@ def read_decoder(root: Path) -> Decoder:
         rows = np.array(file.get_tensor("W_dec"))
     if not all(np.isfinite(part).all() for part in _parts(rows)):
         raise DamagedStore(f"{weights.path} holds weights that are NaN or infinite")
-    return Decoder(root, weights.sha256, dict(spec["tokens"]), rows, _to_unit_norm(rows))
+    seed = spec.get("config", {}).get("seed")
+    return Decoder(root, weights.sha256, dict(spec["tokens"]), rows, _to_unit_norm(rows), seed)
 
 
 def require_comparable(a: Decoder, b: Decoder, *, assume_compatible: bool = False) -> list[str]:

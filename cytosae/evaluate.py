@@ -19,8 +19,8 @@ import torch
 
 from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
+from stores.content_hashes import find_trained_on
 from stores.errors import BadInput, DamagedStore
-from stores.holdout import read_image_ids
 from stores.progress import Progress
 from stores.spec import check_choice
 from stores.tables import column, listed
@@ -67,8 +67,12 @@ class Change:
 class Substitution:
     """The final CLS embedding when the chosen tokens at the block are replaced, the others staying as they are.
 
-    recovered = 1 - reconstruction.relative_l2 / mean_token.relative_l2: 1 if the reconstruction changes nothing, 0 if
-    it is no better than one constant token, below 0 if it is worse; NaN if a constant token changes nothing either.
+    A loss recovered is, for language models, (loss(zeros) - loss(reconstruction)) / (loss(zeros) - loss(untouched)):
+    zero-ablation (Rajamanoharan et al. 2024, Gated SAEs; SAELens). A feature extractor has no loss of its own: here it
+    is the mean of ||c' - c|| / ||c||, which is 0 when nothing is touched. So
+    recovered = 1 - reconstruction.relative_l2 / zeros.relative_l2: 1 if the reconstruction changes nothing, 0 if it is
+    no better than zeros, below 0 if it is worse; NaN if zeros change nothing either. `recovered_from_mean` has
+    mean-ablation in place of zeros, `mean_token`: the harder reference where tokens share a large mean.
     """
 
     n_images: int
@@ -77,6 +81,7 @@ class Substitution:
     zeros: Change
     mean_token: Change  # the mean of the chosen tokens over the whole cache, at every position
     recovered: float
+    recovered_from_mean: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +121,9 @@ class Evaluation:
     cache_sha256: str
     assumed_equal: tuple[str, ...]  # what an imported SAE does not say of its tokens, taken to be as in the cache
     is_training_cache: bool  # the SAE was trained on tokens of this very cache
-    n_held_out: int  # images measured on that the SAE was not trained on
+    n_known: int  # images measured on of which it is known whether the SAE trained on them, by the hashes of the files
+    n_trained_on: int  # of these, those that it trained on
+    n_held_out: int  # of these, the others
     trained_backbone: bool  # False: seeded random weights
     token_set: str
     loss: str  # the form of `mse`: that of the training run, `normed` where it is unknown
@@ -158,6 +165,17 @@ class Evaluation:
             images=_histogram(self.frequency),
             tokens=_histogram(self.token_frequency),
             n_never=int((self.n_images_active == 0).sum()),
+        )
+
+    @property
+    def trained_on_line(self) -> str:
+        """In words: on how many of the images measured on the SAE is known to have trained."""
+        cache = "this very cache" if self.is_training_cache else "another cache"
+        if not self.n_known:
+            return f"{cache}; not known of any of the {self.n_images:,} images: none is called held out"
+        return (
+            f"{cache}; {self.n_known:,} of {self.n_images:,} images are known: {self.n_trained_on:,} trained on, "
+            f"{self.n_held_out:,} not"
         )
 
     def to_json(self, *, per_latent: bool = False) -> dict[str, Any]:
@@ -229,6 +247,7 @@ def evaluate(
     n_window = min(n_images, -(-dead_window // per_image))
 
     is_training_cache = store.content_sha256 in [known.get("sha256") for known in sae.header.spec.get("caches", [])]
+    trained_on = find_trained_on(run, sae.header, store.images, cache_sha256=store.content_sha256).of(is_readable)
     outputs = [tokens.cpu() for tokens in sample.outputs] if sample else []
     coherence = decoder_coherence(model.W_dec, progress=decoder_progress)
     sums = _Sums(model, loss=loss, step=step, window_begins=n_images - n_window)
@@ -253,7 +272,9 @@ def evaluate(
         cache_sha256=store.content_sha256,
         assumed_equal=tuple(assumed),
         is_training_cache=is_training_cache,
-        n_held_out=_count_held_out(run, store, is_readable) if is_training_cache else n_images,
+        n_known=trained_on.n_known,
+        n_trained_on=trained_on.n_trained_on,
+        n_held_out=trained_on.n_held_out,
         trained_backbone=store.spec.trained,
         token_set=token_set,
         loss=loss,
@@ -421,13 +442,6 @@ def measure_held_out(
     return found
 
 
-def _count_held_out(run: Path, store: ActivationStore, measured: npt.NDArray[np.bool_]) -> int:
-    """Measured images that the SAE was not trained on."""
-    path = run / "held_out.parquet"
-    held_out = set(read_image_ids(path)) if path.exists() else set()
-    return sum(name in held_out for name in np.array(column(store.images, "image_id"), object)[measured])
-
-
 def _named(store: ActivationStore, only: Collection[str]) -> npt.NDArray[np.bool_]:
     """(n_images,): is it one of `only`? Raises BadInput for an id that the cache does not have."""
     ids, wanted = column(store.images, "image_id"), set(only)
@@ -475,7 +489,8 @@ def _substitute(
         reconstruction=reconstruction,
         zeros=zeros,
         mean_token=mean_token,
-        recovered=_explained(reconstruction.relative_l2, mean_token.relative_l2),
+        recovered=_explained(reconstruction.relative_l2, zeros.relative_l2),
+        recovered_from_mean=_explained(reconstruction.relative_l2, mean_token.relative_l2),
     )
 
 

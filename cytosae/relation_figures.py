@@ -14,10 +14,10 @@ _BINS = np.linspace(0, 1, 51)
 
 
 def plot_stability(cosines: Sequence[Floats], null: Sequence[Floats], path: Path) -> None:
-    """Cosines of matched latents, pooled over pairs of SAEs, and those of random directions; 0 is no match."""
+    """Cosines of matched latents, pooled over pairs of SAEs, and what chance gives; 0 is no match."""
     figure, axes = new_figure(width=6.4, height=3.8)
     for values, color, label in (
-        (np.concatenate(null), COLORS[1], "random directions of the same mean and covariance"),
+        (np.concatenate(null), COLORS[1], "by chance (see docs, relations)"),
         (np.concatenate(cosines), COLORS[0], "decoders"),
     ):
         matched = values[values > 0]

@@ -5,7 +5,7 @@ and the identity of those concepts.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stores.concept_store import MEANINGFUL, ConceptStore
+from stores.concept_store import MEANINGFUL, ConceptStore, threshold_warning
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
 from stores.spec import describe_difference
@@ -52,6 +52,7 @@ class Selection:
     n_candidates: int  # latents above the threshold
     cluster_sizes: tuple[int, ...]
     was_complete: bool = False
+    warning: str | None = None  # the threshold belongs to another SAE
 
     @property
     def latents(self) -> list[int]:
@@ -75,6 +76,8 @@ def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite
         If the one there was changed.
     """
     settings = {**asdict(config), "concepts": concepts.identity}
+    spec = concepts.header.spec.get("latents_spec", [])
+    warning = threshold_warning(spec, config.threshold, "choose another --threshold")
     found = None if overwrite else _read(concepts)
     if found is not None:
         if found[0] != settings:
@@ -82,8 +85,8 @@ def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite
                 f"{concepts.root / FILE} is a selection with other settings "
                 f"({describe_difference(found[0], settings)}); add --overwrite to replace it"
             )
-        return found[1]
-    selection = draw(concepts.latents(config.dataset), config)
+        return replace(found[1], warning=warning)
+    selection = replace(draw(concepts.latents(config.dataset), config), warning=warning)
     metadata = {
         "settings": settings,
         "n_candidates": selection.n_candidates,

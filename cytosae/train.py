@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stores.content_hashes import write_trained_on
 from stores.errors import BadInput, SpecMismatch, StoreUnreachable
 from stores.files import LOCK_SUFFIX, locked, sweep_partials, sync_tree, write_atomic
 from stores.output import Output, plan_output
@@ -360,6 +361,7 @@ class Training:
                 "images": round(state.step * self.config.batch_tokens / self.data.stream.tokens_per_image),
                 "token_scale": state.token_scale,
                 "final": state.metrics[-1],
+                "trained_on": write_trained_on(root, self.data.trained_on()),
             }
             if any(mask.any() for mask in self.data.chosen.held_out):
                 summary["held_out"] = measure_held_out(state.model, self.data, self.config, device=self.device)

@@ -46,6 +46,10 @@ class TrainingData:
         ]
         return pa.concat_tables(tables)
 
+    def trained_on(self) -> list[pa.Table]:
+        """The rows of the image tables that are trained on, one table per cache."""
+        return [store.images.filter(pa.array(mask)) for store, mask in zip(self.stores, self.chosen.train, strict=True)]
+
     def to_spec(self) -> dict[str, Any]:
         """What stands of it in `sae.json`."""
         return {

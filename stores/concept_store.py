@@ -4,6 +4,7 @@ Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per
 `top_images.parquet` one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,17 @@ LATENT_COLUMNS = {
     "n_labelled": pa.int64(),  # of the top images
     "label_entropy": pa.float64(),  # nats; null below the minimum support
     "label_entropy_null": pa.float64(),  # its mean under shuffled labels
+    "label_entropy_p": pa.float64(),  # of an entropy as small, labels moved from patient to patient
+    "label_entropy_q": pa.float64(),  # Benjamini-Hochberg over the latents of the dataset that have a p
+    "label_divergence": pa.float64(),  # nats; of the top images' labels from those of the dataset
+    "label_divergence_p": pa.float64(),  # of a divergence as large, under the same shuffles
+    "label_divergence_q": pa.float64(),
     "top_label": pa.string(),  # the label with the largest share of the top images' activation
     "n_labelled_common": pa.int64(),
     "top_label_common": pa.string(),
 }
+RELEASED = {"backbone": "dinobloom-b", "block": 10, "n_latents": 49_152}  # the SAE that MEANINGFUL was chosen for
+_LATER = tuple(f"label_{name}" for name in ("entropy_p", "entropy_q", "divergence", "divergence_p", "divergence_q"))
 TOP_COLUMNS = {
     "latent": pa.int64(),
     "dataset": pa.string(),
@@ -41,6 +49,26 @@ TOP_COLUMNS = {
     "label": pa.string(),
     "label_common": pa.string(),
 }
+
+
+def threshold_warning(latents_spec: Sequence[dict[str, Any]], threshold: float, option: str) -> str | None:
+    """What to say where a mean activation of `MEANINGFUL` is used with an SAE that it was not chosen for; else None.
+
+    A mean activation has the scale of an SAE's tokens, training and penalty, so the number means nothing elsewhere.
+
+    Parameters
+    ----------
+    latents_spec : as in the header of concepts
+    option : what to give another threshold with
+    """
+    spec = latents_spec[0] if latents_spec else {}
+    found = {**spec.get("cache", {}), "n_latents": spec.get("n_latents")}
+    if threshold != MEANINGFUL or {name: found.get(name) for name in RELEASED} == RELEASED:
+        return None
+    return (
+        f"a mean activation of {MEANINGFUL:g} belongs to the released SAE and means nothing with another one; look at "
+        f"the figure thresholds of cyto concept stats, and {option}"
+    )
 
 
 class ConceptStore:
@@ -143,6 +171,9 @@ class ConceptStore:
 
     def _table(self, name: str, columns: dict[str, pa.DataType]) -> pa.Table:
         table = self._results.table(name)
+        for at, (column, kind) in enumerate(columns.items()):
+            if column in _LATER and column not in table.column_names:
+                table = table.add_column(min(at, table.num_columns), column, pa.nulls(table.num_rows, kind))
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise DamagedStore(f"{self.root}/{name}.parquet lacks {', '.join(missing)}")

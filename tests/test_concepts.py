@@ -24,7 +24,7 @@ from test_barcodes import local_client, write_latents
 from cli import cli
 from cytosae import concepts as concepts_module
 from cytosae.concept_figures import Panel, latents_above, plot_scatter, plot_thresholds
-from cytosae.concept_labels import label_agreement, top_label
+from cytosae.concept_labels import label_agreement, label_divergence, label_tests, top_label
 from cytosae.concept_tasks import TopImages
 from cytosae.concepts import ConceptConfig, label_entropy, shuffled_entropy, write_concepts
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch, find_header
@@ -139,6 +139,96 @@ def test_shuffled_entropy_equals_a_twin_and_what_chance_gives() -> None:
     assert pair[0] == pytest.approx(2 / 3 * math.log(2), abs=0.02)
     # the weights are the latent's own: one image outweighs the other, and there is little left to mix
     assert shuffled_entropy([[1.0, 1e-9]], [[0, 2]], [0, 0, 1, 1], shuffles=50, seed=0)[0] < 1e-6
+
+
+def test_p_of_an_entropy_equals_a_twin() -> None:
+    """Patient by patient round the ring, label by label; images without a patient are one each."""
+    rng = np.random.default_rng(3)
+    labels, patients = rng.integers(-1, 3, 40), rng.integers(-1, 6, 40)
+    images = np.array([rng.choice(40, 6, replace=False) for _ in range(9)])
+    images[3, 2:], images[4] = -1, -1
+    values = np.where(images >= 0, rng.random((9, 6)), 0)
+    found = label_tests(values, images, labels, patients, shuffles=30, seed=11, min_support=2)
+    share = {label: (labels == label).sum() / (labels >= 0).sum() for label in range(3)}
+
+    def divergence(values: Any, said: list[int]) -> float:
+        """From the definition; NaN below two images."""
+        weight: dict[int, float] = {}
+        for value, label in zip(values, said, strict=True):
+            if value > 0 and label >= 0:
+                weight[label] = weight.get(label, 0) + value
+        if sum(value > 0 and label >= 0 for value, label in zip(values, said, strict=True)) < 2:
+            return math.nan
+        total = sum(weight.values())
+        return sum(one / total * math.log(one / total / share[label]) for label, one in weight.items())
+
+    members: dict[int, list[int]] = {}
+    for i in (i for i in range(40) if labels[i] >= 0):
+        members.setdefault(int(patients[i]) if patients[i] >= 0 else 100 + i, []).append(i)
+    groups = [members[name] for name in sorted(members)]
+    labelled = sorted(i for group in groups for i in group)
+    again, n_as_small, n_as_large = np.random.default_rng(11), np.zeros(9), np.zeros(9)
+    said = [[int(labels[i]) if i >= 0 else -1 for i in images[s]] for s in range(9)]
+    same(found.divergence, [divergence(values[s], said[s]) for s in range(9)])
+    own = [
+        reference.label_entropy(values[s], [int(labels[i]) if i >= 0 else -1 for i in images[s]], 2) for s in range(9)
+    ]
+    for _ in range(30):
+        place, order = again.permutation(len(groups)).tolist(), [labelled[k] for k in again.permutation(len(labelled))]
+        ring: list[int] = []
+        begins = {}
+        for group in sorted(range(len(groups)), key=place.__getitem__):
+            begins[group] = len(ring)
+            ring += [int(labels[i]) for i in order if i in groups[group]]
+        drawn: dict[int, int] = {}
+        for own_images, source in zip(groups, again.permutation(len(groups)).tolist(), strict=True):
+            for k, i in enumerate(own_images):
+                drawn[i] = ring[(begins[source] + k) % len(ring)]
+        for s in range(9):
+            shuffled = reference.label_entropy(values[s], [drawn.get(int(i), -1) for i in images[s]], 2)
+            n_as_small[s] += shuffled <= own[s] + 1e-9
+            other = divergence(values[s], [drawn.get(int(i), -1) for i in images[s]])
+            n_as_large[s] += other >= found.divergence[s] - 1e-9
+    same(found.entropy_p, np.where(np.isnan(own), np.nan, (1 + n_as_small) / 31))
+    same(found.divergence_p, np.where(np.isnan(own), np.nan, (1 + n_as_large) / 31))
+    assert np.isnan(found.divergence_p).any()
+    assert np.isnan(label_tests(values, images, labels, patients, shuffles=0, seed=0).entropy_p).all()
+    # at 90 to 10, ten images of the common label, and of the rare one
+    two = label_divergence(np.ones((2, 10)), [[0] * 10, [1] * 10], [0.9, 0.1])
+    same(two, [math.log(1 / 0.9), math.log(10)])
+
+
+def test_p_of_an_entropy_knows_patients_and_rare_labels() -> None:
+    """Latents that know no label: 5% at most below 0.05. Those that stand for a patient would be half of them, were
+    labels shuffled among images; at 90 to 10 labels a third has an entropy below 0.1. A latent of a label is found.
+    """
+    low: dict[str, list[list[float]]] = {"patients": [], "images": []}
+    for world in range(5):
+        rng = np.random.default_rng(world)
+        patients = np.repeat(np.arange(40), rng.integers(5, 100, 40))
+        diseases = rng.integers(0, 3, 40)[patients]
+        activation = rng.exponential(size=(300, len(patients))) * rng.lognormal(0, 1.5, (300, 40))[:, patients]
+        images = np.argsort(-activation, axis=1)[:, :10]
+        values = np.take_along_axis(activation, images, 1)
+        for name, known in (("patients", patients), ("images", np.full(len(patients), -1))):
+            tests = label_tests(values, images, diseases, known, shuffles=99, seed=world)
+            low[name].append([float((p <= 0.05).mean()) for p in (tests.entropy_p, tests.divergence_p)])
+    assert (np.mean(low["patients"], axis=0) <= 0.075).all()
+    assert (np.mean(low["images"], axis=0) > 0.3).all()
+
+    rng = np.random.default_rng(9)
+    patients = np.repeat(np.arange(30), 30)
+    labels = (rng.random(900) < 0.1).astype(int)
+    activation = rng.exponential(size=(300, 900))
+    activation[:20] += 5 * labels  # of the rare label, in whichever patient
+    images = np.argsort(-activation, axis=1)[:, :10]
+    values = np.take_along_axis(activation, images, 1)
+    tests = label_tests(values, images, labels, patients, shuffles=199, seed=0)
+    assert (tests.divergence_p[:20] == 1 / 200).all()
+    assert (tests.divergence_p[20:] <= 0.05).mean() <= 0.06
+    entropy = label_entropy(values, labels[images])
+    assert (entropy[20:] < 0.1).mean() > 0.25
+    assert (tests.entropy_p > 0.05).all()  # 0 of the rare label is 0 of the common one: see the divergence
 
 
 def test_agreement_by_hand_and_against_all_shuffles() -> None:
@@ -288,6 +378,8 @@ def test_every_statistic_equals_its_slow_twin(
     assert found[24]["label_entropy_null"] is None
     for row in found:
         assert config.shuffles == 0 or (row["label_entropy_null"] is None) == (row["label_entropy"] is None)
+        assert (row["label_entropy_p"] is None) == (row["label_entropy_q"] is None) == (row["label_entropy"] is None)
+        assert row["label_entropy"] is None or 0.001 <= row["label_entropy_p"] <= row["label_entropy_q"] <= 1
     # the tie of all ties: latent 1 is the same in every image
     ids = store.top_images(1, "mixed")["image_id"].to_pylist()
     assert ids == sorted(ids)
@@ -535,6 +627,10 @@ def test_commands(tmp_path: Path) -> None:
         r"mixed and plain: \d+ of \d+ latents \(.*%\) have the same top label_common; by chance", done.stdout
     )
     assert "blank and mixed: no latent has enough images with a label_common in both" in done.stdout
+    assert re.search(
+        r"mixed: .*\n +\d+ latents? whose top images differ in label from the dataset, \d+ with", done.stdout
+    )
+    assert "warning: a mean activation of 0.001 belongs to the released SAE" in done.stderr
     before = tables(out)
     again = cyto(*step)
     assert "already complete" in again.stderr

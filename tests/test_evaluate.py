@@ -6,16 +6,20 @@ For the effect on the backbone the reference is timm's own, unmodified model wit
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from reference import Params
 from test_backbones import _lively_state, _published, _timm
 from test_batches import write_cache
@@ -30,6 +34,7 @@ from cytocache.preprocess import Preprocess
 from cytocache.sample import draw_sample, load_backbone_of, read_sample
 from cytosae import evaluate as module
 from cytosae.checkpoint import load_sae, save_sae
+from cytosae.config import TrainConfig
 from cytosae.evaluate import (
     DEAD_WINDOW,
     PERCENTILES,
@@ -41,8 +46,11 @@ from cytosae.evaluate import (
 )
 from cytosae.losses import loss_and_gradients
 from cytosae.model import SparseAutoencoder
-from stores import SAE, ActivationStore, BadInput, DamagedStore, SpecMismatch, new_header
+from cytosae.train import train
+from stores import SAE, ActivationStore, BadInput, DamagedStore, SpecMismatch, new_header, write_header
 from stores.activation_store import chunk_path
+from stores.content_hashes import find_trained_on, write_trained_on
+from stores.tables import column, image_table, with_outcome
 
 Float = npt.NDArray[np.float64]
 PER_IMAGE = 9
@@ -438,7 +446,8 @@ def test_substitution_equals_the_unmodified_model_with_a_hook(
     twin = slow_substitution(cache, run, made, weights, rows.tolist(), token_set)
     for change, expected in zip((found.reconstruction, found.zeros, found.mean_token), twin, strict=True):
         assert (change.cosine, change.relative_l2) == pytest.approx(expected.tolist(), rel=1e-4)
-    assert found.recovered == pytest.approx(1 - twin[0][1] / twin[2][1], rel=1e-3, abs=1e-5)
+    assert found.recovered == pytest.approx(1 - twin[0][1] / twin[1][1], rel=1e-3, abs=1e-5)  # zero-ablation
+    assert found.recovered_from_mean == pytest.approx(1 - twin[0][1] / twin[2][1], rel=1e-3, abs=1e-5)
     assert (found.n_images, found.seed) == (4, 3)
     lengths = [change.relative_l2 for change in (found.reconstruction, found.zeros, found.mean_token)]
     assert min(lengths) > 1e-3
@@ -466,6 +475,96 @@ def test_patches_at_the_last_block_do_not_reach_cls(small: Path) -> None:
     zeros = substituted(evaluate(small / "acts.zarr", small / "run", token_set="all", sample=sample)).zeros
     assert math.isnan(zeros.cosine)
     assert zeros.relative_l2 == 1
+
+
+# ------------------------------------------------------------------------------------------------------ training images
+
+
+def test_training_images_are_known_by_their_content(made: Path, tmp_path: Path) -> None:
+    """In another cache, under other names, in another order: the hash of the file decides, and says how many."""
+    rows = ActivationStore(made / "acts.zarr").images.to_pylist()
+    good = [row["path"] for row in rows if row["status"] == "ok"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, path in enumerate(good[:6]):  # six known cells with new names
+        shutil.copy(made / path, folder / f"renamed{9 - number}{Path(path).suffix}")
+    for number in range(2):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"new{number}.png")
+    config = ExtractConfig(backbone="random-vit-tiny", blocks=(-2,), workers=1)
+    extract(open_images(folder), tmp_path / "other.zarr", config)
+    spec = ActivationStore(made / "acts.zarr").spec.same_tokens
+    assert ActivationStore(tmp_path / "other.zarr").spec.same_tokens == spec
+    settings = TrainConfig(tokens=2_000, batch_tokens=500, expansion=1, holdout=0.3)
+    header = train([made / "acts.zarr"], tmp_path / "run", settings)
+    held_out = pq.read_table(tmp_path / "run" / "held_out.parquet")["image_id"].to_pylist()
+    path_of = {row["image_id"]: row["path"] for row in rows}
+    kept_out = {path_of[name] for name in held_out}
+    expected = sum(path not in kept_out for path in good[:6])
+    found = evaluate(tmp_path / "other.zarr", tmp_path / "run")
+    assert (found.is_training_cache, found.n_images, found.n_known) == (False, 8, 8)
+    assert (found.n_trained_on, found.n_held_out) == (expected, 8 - expected)
+    assert 0 < expected < 6
+    page = run_eval(tmp_path / "run", tmp_path / "other.zarr").stdout
+    assert f"another cache; 8 of 8 images are known: {expected} trained on, {8 - expected} not" in page
+    ids = column(ActivationStore(tmp_path / "other.zarr").images, "image_id")
+    new = [str(name) for name in ids if "new" in str(name)]
+    found = evaluate(tmp_path / "other.zarr", tmp_path / "run", only=new)
+    assert (found.n_images, found.n_trained_on, found.n_held_out) == (2, 0, 2)
+
+    path = tmp_path / "run" / "trained_on.parquet"  # what an older SAE lacks: nothing is called held out
+    listed = path.read_bytes()
+    path.write_bytes(listed[:-9] + b"x" + listed[-8:])
+    with pytest.raises(DamagedStore, match=r"trained_on.parquet is not the list .* cyto sae train --overwrite"):
+        evaluate(tmp_path / "other.zarr", tmp_path / "run")
+    path.unlink()
+    with pytest.raises(DamagedStore, match=r"trained_on.parquet is not the list"):
+        evaluate(tmp_path / "other.zarr", tmp_path / "run")
+    older = dict(header.summary or {})
+    assert older.pop("trained_on")["n_images"] == len(good) - len(held_out)
+    write_header(tmp_path / "run", dataclasses.replace(header, summary=older))
+    found = evaluate(tmp_path / "other.zarr", tmp_path / "run")
+    assert (found.n_known, found.n_trained_on, found.n_held_out) == (0, 0, 0)
+    assert "not known of any of the 8 images: none is called held out" in found.trained_on_line
+    found = evaluate(made / "acts.zarr", tmp_path / "run")  # of the very cache, names tell
+    assert (found.n_known, found.n_held_out) == (len(good), len(held_out))
+
+
+def test_what_hashes_and_names_tell(tmp_path: Path) -> None:
+    """A hash counts before a name; an image that was trained on without a hash leaves the unlisted ones unknown."""
+
+    def table(hashes: list[str | None]) -> pa.Table:
+        nothing: list[str | None] = [None] * len(hashes)
+        columns: dict[str, list[str | None]] = {
+            "path": [f"{i}.png" for i in range(len(hashes))],
+            "image_id": [f"{i}" for i in range(len(hashes))],
+        }
+        return with_outcome(image_table(columns, source="test", dataset="d"), hashes, nothing)
+
+    a, b, c = (letter * 64 for letter in "abc")
+    spec = {"caches": [{"sha256": "this"}], "images": {"excluded": 0}}
+    header = new_header(SAE, spec)
+
+    def known(summary: dict[str, Any], shown: pa.Table, cache: str, **changed: Any) -> list[bool | None]:
+        """Per image: trained on, or not; None: not known."""
+        now = dataclasses.replace(header, spec={**spec, **changed}, summary=summary)
+        found = find_trained_on(tmp_path, now, shown, cache_sha256=cache)
+        return [
+            bool(on) if is_known else None for on, is_known in zip(found.is_trained_on, found.is_known, strict=True)
+        ]
+
+    said = {"trained_on": write_trained_on(tmp_path, [table([a, a.upper(), b])])}
+    assert (said["trained_on"]["n_images"], said["trained_on"]["n_hashes"]) == (3, 2)
+    images = table([a, c, None, b])
+    assert known(said, images, "other") == [True, False, None, True]
+    assert known({}, images, "other") == [None] * 4
+    said = {"trained_on": write_trained_on(tmp_path, [table([a, None])])}
+    assert known(said, images, "other") == [True, None, None, None]
+    pq.write_table(pa.table({"image_id": ["1", "2", "3"]}), tmp_path / "held_out.parquet")
+    assert known({}, images, "this") == [True, False, False, False]
+    assert known({}, table([a, a, None, b]), "this") == [True, True, False, False]  # held out by name, but a copy
+    assert known({}, images, "this", images={"excluded": 2}) == [None, False, False, False]
+    assert known(said, images, "this") == [True, False, False, False]
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -498,7 +597,7 @@ def test_the_command(made: Path) -> None:
     for words in (
         "acts.zarr (UNTRAINED backbone)",
         "9 readable, 1 not (left out); 2,313 tokens (token set all)",
-        "this very cache; nothing here is held out",
+        "this very cache; 9 of 9 images are known: 9 trained on, 0 not",
         f"{values['mse']:.4g} as trained (loss normed), {values['mse_plain']:.4g} plain",
         f"{values['l0']:.1f} per token; percentiles 5: ",
         "over the last 514 tokens",

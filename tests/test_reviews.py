@@ -22,7 +22,16 @@ from sklearn.metrics import cohen_kappa_score
 from test_cli import fails, run
 
 from cytocache.pictures import Pictures
-from cytosae.atlas.agreement import agreement, cohen_kappa, fisher, fleiss_kappa, wilson
+from cytosae.atlas.agreement import (
+    agreement,
+    cohen_kappa,
+    fisher,
+    fleiss_kappa,
+    gwet_ac1,
+    pair_agreement,
+    weighted_share,
+    wilson,
+)
 from cytosae.atlas.questions import Item, Question, Review, read_review, sent
 from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
 from cytosae.atlas.reviews import (
@@ -412,6 +421,72 @@ def test_fleiss_by_hand() -> None:
     assert fleiss_kappa(np.empty((0, 3), np.int64)) is None
 
 
+def test_ac1_by_hand_where_kappa_fails() -> None:
+    """118 of 125 both say yes, 5 and 2 differ (Gwet 2008): kappa is below 0, and AC1 0.94. And pair by pair."""
+    pairs = [("y", "y")] * 118 + [("y", "n")] * 5 + [("n", "y")] * 2
+    counts = np.array([[pair.count("y"), pair.count("n")] for pair in pairs])
+    assert cohen_kappa(pairs) == pytest.approx(-0.0234, abs=5e-5)
+    assert gwet_ac1(counts) == pytest.approx(0.9408, abs=5e-5)
+    rng = np.random.default_rng(1)
+    said = rng.choice(3, (20, 4), p=[0.8, 0.15, 0.05])
+    equal = [a == b for row in said for i, a in enumerate(row) for j, b in enumerate(row) if i != j]
+    chance = sum((said == k).mean() * (1 - (said == k).mean()) for k in range(4)) / 3  # four to choose from
+    counts = np.array([[(row == k).sum() for k in range(4)] for row in said])
+    assert gwet_ac1(counts) == pytest.approx((np.mean(equal) - chance) / (1 - chance))
+    assert gwet_ac1(np.empty((0, 3), np.int64)) is None
+
+
+def test_intervals_are_those_of_items_drawn_again() -> None:
+    """Of kappa and AC1, against a slow bootstrap with sklearn; and they hold the truth in about 95% of reviews."""
+    choices = ("meaningful", "not", "unsure")
+    true, truth = np.array([[0.45, 0.1, 0], [0.05, 0.3, 0], [0.02, 0.03, 0.05]]), []
+    chance = (true.sum(0) * true.sum(1)).sum()
+    kappa = (np.trace(true) - chance) / (1 - chance)
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        cells = rng.choice(9, 80, p=true.ravel())
+        answers = {
+            name: {f"m{k}": choices[at] for k, at in enumerate(said)}
+            for name, said in (("Ada", cells // 3), ("Bob", cells % 3))
+        }
+        found = pair_agreement(answers, "Ada", "Bob", choices)
+        assert found["kappa"] == pytest.approx(cohen_kappa_score(cells // 3, cells % 3))
+        truth.append(found["kappa_low"] <= kappa <= found["kappa_high"])
+    assert np.mean(truth) >= 0.88
+    slow = [cohen_kappa_score(some // 3, some % 3) for some in (rng.choice(cells, 80) for _ in range(300))]
+    assert [found["kappa_low"], found["kappa_high"]] == pytest.approx(np.quantile(slow, [0.025, 0.975]), abs=0.03)
+    drawn = [rng.choice(cells, 80) for _ in range(300)]
+    ac1 = [
+        gwet_ac1(
+            np.array([[int(a == k) + int(b == k) for k in range(3)] for a, b in zip(some // 3, some % 3, strict=True)])
+        )
+        for some in drawn
+    ]
+    assert [found["ac1_low"], found["ac1_high"]] == pytest.approx(
+        np.quantile([value for value in ac1 if value is not None], [0.025, 0.975]), abs=0.03
+    )
+    same = {name: {f"m{k}": "not" for k in range(9)} for name in ("Ada", "Bob")}
+    found = pair_agreement(same, "Ada", "Bob", choices)
+    assert (found["kappa"], found["kappa_low"], found["ac1"], found["ac1_low"]) == (None, None, 1, None)
+    assert found["largest_share"] == 1
+
+
+def test_shares_of_all_latents_hold_the_truth() -> None:
+    """Five of each cluster, whatever its size: weighted, the interval holds the population's share; plain, it fails."""
+    sizes, true = (2000, 300, 200, 100, 50), (0.9, 0.2, 0.1, 0.3, 0.5)
+    population = float(np.dot(sizes, true) / sum(sizes))
+    held, plain = [], []
+    for seed in range(300):
+        yes = np.random.default_rng(seed).binomial(5, true)
+        rows = [{"cluster": c, **wilson(int(n), 5)} for c, n in enumerate(yes)]
+        found = weighted_share(rows, sizes)
+        held.append(found["low"] <= population <= found["high"])
+        whole = wilson(int(yes.sum()), 25)
+        plain.append(whole["low"] <= population <= whole["high"])
+    assert np.mean(held) >= 0.93
+    assert np.mean(plain) < 0.5
+
+
 def test_shares_and_tests_by_hand() -> None:
     """Wilson's formula written out for 8 of 10; Fisher's tea: 3 of 4 right has p 17/70."""
     z, n, p = 1.959963984540054, 10, 0.8
@@ -433,7 +508,7 @@ def hand_made() -> Review:
     return Review(
         "atlas",
         (
-            Question(question="meaningful", concepts="c", items=first),
+            Question(question="meaningful", concepts="c", items=first, cluster_sizes=(30, 10)),
             Question(question="specific", concepts="c", comparison="x", a="CBFB", b="PML", items=second),
         ),
         {},
@@ -466,15 +541,30 @@ def test_agreement_of_reviewers_who_skipped_some() -> None:
     assert pairs["Bob", "Cem"]["n_items"] == 2
     # items 1 and 2 were judged by all: (m, n, m) and (n, n, n); p_e from 2 m and 4 n of 6
     observed, chance = (2 / 6 + 6 / 6) / 2, (2 / 6) ** 2 + (4 / 6) ** 2
+    by_ac1 = ((2 / 6) * (4 / 6) + (4 / 6) * (2 / 6)) / 2
     assert question["fleiss"] == {
         "n_reviewers": 3,
         "n_items": 2,
         "n_left_out": 2,
         "kappa": pytest.approx((observed - chance) / (1 - chance)),
+        "kappa_low": pytest.approx((1 / 3 - 5 / 9) / (1 - 5 / 9)),  # item 1 twice; item 2 twice has no kappa
+        "kappa_high": pytest.approx((observed - chance) / (1 - chance)),
+        "ac1": pytest.approx((observed - by_ac1) / (1 - by_ac1)),
+        "ac1_low": pytest.approx((1 / 3 - 2 / 9) / (1 - 2 / 9)),
+        "ac1_high": 1,
+        "largest_share": pytest.approx(4 / 6),
     }
     shares = {(row["reviewer"], row["cluster"]): row for row in question["meaningful"]}
     assert [shares["Ada", c]["share"] for c in (0, 1, None)] == [1.0, 0.0, 0.5], "unsure is not meaningful"
     assert (shares["Bob", 1]["n"], shares["Bob", 1]["n_items"]) == (1, 2)
+    # cluster 0 has 30 latents, cluster 1 has 10: three quarters of all, not half
+    weighted = shares["Ada", None]["of_all_latents"]
+    assert (weighted["share"], weighted["covers"]) == (0.75, 1)
+    assert weighted["n_effective"] == pytest.approx(1 / (0.75**2 / 2 + 0.25**2 / 2))
+    z, n, p = 1.959963984540054, weighted["n_effective"], 0.75
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    assert weighted["low"] == pytest.approx((p + z * z / (2 * n)) / (1 + z * z / n) - half)
+    assert "of_all_latents" not in shares["Ada", 0]
     # of most: item 0 m m, 1 m n m, 2 n n n, 3 u m: half is not most
     assert [shares[None, c]["n_yes"] for c in (0, 1, None)] == [2, 0, 2]
     assert found["questions"][1]["reviewers"] == {}
@@ -516,9 +606,11 @@ def test_commands(site: Path, review: Review, tmp_path: Path) -> None:
     assert again.exit_code == 0
     page = run("atlas", "agreement", site, "--reviews", reviews)
     assert page.exit_code == 0, page.output
-    assert f"Ada and Bob: Cohen's kappa 0.000 over {n} concepts, 0.0% equal" in page.stdout
-    assert f"Bob and Eve: Cohen's kappa n/a over {n} concepts, 100.0% equal" in page.stdout
+    assert f"Ada and Bob: Cohen's kappa 0.000 over {n} concepts, 0.0% equal, Gwet's AC1 -0.333" in page.stdout
+    assert f"Bob and Eve: Cohen's kappa n/a over {n} concepts, 100.0% equal, Gwet's AC1 1.000" in page.stdout
     assert "all 3: Fleiss' kappa" in page.stdout
+    assert "80% or more of the verdicts are one and the same: a kappa says little there" in page.stdout
+    assert "Bob, of all latents (clusters weighted by size): meaningful 0.0% (0.0 to" in page.stdout
     assert f"most reviewers, all: meaningful 0 of {n} (0.0%, 0.0 to" in page.stdout
     assert "Ada: called specific to sick" in page.stdout
     found = json.loads(run("atlas", "agreement", site, "--reviews", reviews, "--json").stdout)

@@ -16,7 +16,7 @@ from cytosae import stability
 from cytosae.assignment import assign
 from cytosae.decoder import read_decoder
 from cytosae.nearest import nearest
-from cytosae.stability import TOLERANCE, draw_like, match_directions, write_stability
+from cytosae.stability import TOLERANCE, draw_like, match_directions, match_within, write_stability
 from stores import CONCEPTS, SAE, STABILITY, Header, ResultStore, begin_results, new_header, write_header
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import sha256_file
@@ -25,12 +25,13 @@ Rows = npt.NDArray[np.float32]
 TOKENS = {"backbone": "drawn", "weights_sha256": "1" * 64, "block": 10, "transform": {"size": 224}, "width": 8}
 
 
-def write_sae(root: Path, rows: Rows, tokens: dict[str, Any] | None = None, **stored: Any) -> Path:
+def write_sae(
+    root: Path, rows: Rows, tokens: dict[str, Any] | None = None, seed: int | None = None, **stored: Any
+) -> Path:
     """An SAE with this decoder, (L, D); `stored` replaces a tensor in the file behind its header's back."""
     n_latents, width = rows.shape
-    header = new_header(
-        SAE, {"width": width, "n_latents": n_latents, "tokens": {**TOKENS, **(tokens or {}), "width": width}}
-    )
+    spec = {"width": width, "n_latents": n_latents, "tokens": {**TOKENS, **(tokens or {}), "width": width}}
+    header = new_header(SAE, spec | ({} if seed is None else {"config": {"seed": seed}}))
     root.mkdir()
     weights = {"W_enc": np.ascontiguousarray(rows.T), "b_enc": np.zeros(n_latents, "f4"), "W_dec": rows}
     save_file({**weights, "b_dec": np.zeros(width, "f4"), **stored}, root / "sae.safetensors")
@@ -168,6 +169,62 @@ def test_random_directions_share_what_decoders_share() -> None:
     assert np.array_equal(drawn, draw_like(rows, np.random.default_rng(1)))
 
 
+@pytest.mark.parametrize("n_rows", [30, 12, 1])
+def test_matching_within_is_the_best_without_itself(n_rows: int) -> None:
+    rows = directions(30, 5, 3)
+    rng = np.random.default_rng(4)
+    chosen = np.sort(rng.choice(30, n_rows, replace=False)) if n_rows < 30 else np.arange(30)
+    cosines = np.maximum(0, rows[chosen].astype(np.float64) @ rows.T.astype(np.float64))
+    cosines[np.arange(n_rows), chosen] = 0
+    best = cosines[linear_sum_assignment(-cosines)].sum()
+    assert match_within(rows, n_rows, np.random.default_rng(4)).sum() == pytest.approx(best, abs=1e-6)
+    assert match_within(rows[:1], 1, rng).tolist() == [0]
+
+
+def clustered_tokens(n: int, world: int, seed: int) -> Rows:
+    """Random tokens about a mean, in 20 clusters of very different size and width: not what a covariance tells."""
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(world)
+    mean, centres, widths = fixed.normal(size=48), 2 * fixed.normal(size=(20, 48)), fixed.uniform(0.2, 1.5, 20)
+    cluster = rng.choice(20, n, p=fixed.dirichlet(np.full(20, 0.5)))
+    return unit(1.5 * mean + centres[cluster] + rng.normal(size=(n, 48)) * widths[cluster, None])
+
+
+def test_decoders_of_random_tokens_do_not_agree_and_shared_atoms_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but random tokens: 1% above the 99th percentile, where random directions alone would say half of them.
+
+    With 60 atoms that both have, a little turned, these are found.
+    """
+    monkeypatch.setattr(stability, "plot_stability", lambda *_: None)
+    above, above_directions, n = [], [], 400
+    for world in range(4):
+        rows = [clustered_tokens(n + 200 * extra, world, 10 * world + extra) for extra in (0, 1)]
+        if world % 2:
+            rows[1] = rows[1][:n]
+        runs = [write_sae(tmp_path / f"{world}{k}", rows[k], seed=k) for k in (0, 1)]
+        pair = write_stability(runs, tmp_path / f"out{world}").pairs[0]
+        assert pair["chance"].startswith("within")
+        assert pair["null_p99"] == max(pair[f"null_p99_{name}"] for name in ("directions", "within_a", "within_b"))
+        above.append(pair["share_above_null_p99"])
+        matched = ResultStore(tmp_path / f"out{world}", STABILITY).table("matches")["cosine"].to_numpy()
+        above_directions.append(float((matched > pair["null_p99_directions"]).sum() / n))
+    assert np.mean(above) <= 0.015
+    assert np.mean(above_directions) > 0.2
+
+    rng = np.random.default_rng(0)
+    atoms = directions(60, 48, 5)
+    turned = unit(atoms + 0.02 * rng.normal(size=atoms.shape))[rng.permutation(60)]
+    tokens = [clustered_tokens(300, 0, seed) for seed in (1, 2)]
+    wide = [unit(each + 0.12 * rng.normal(size=each.shape)) for each in tokens]  # no two of one SAE are near as these
+    runs = [write_sae(tmp_path / f"p{k}", np.concatenate([(atoms, turned)[k], wide[k]]), seed=k) for k in (0, 1)]
+    pair = write_stability(runs, tmp_path / "planted").pairs[0]
+    matches = ResultStore(tmp_path / "planted", STABILITY).table("matches").to_pylist()
+    found = [match for match in matches if match["cosine"] > pair["null_p99"]]
+    assert sum(match["latent_a"] < 60 and match["latent_b"] < 60 for match in found) >= 57
+    assert len(found) <= 66
+
+
 # ------------------------------------------------------------------------------------------- the folder
 
 
@@ -267,6 +324,30 @@ def test_what_cannot_be_compared(saes: list[Path], tmp_path: Path) -> None:
     assert ResultStore(out, STABILITY).header.spec["assumed_equal"] == ["backbone", "block"]
 
 
+def test_equal_beginnings_are_no_agreement(tmp_path: Path) -> None:
+    """One seed is refused, or warned of where it is asked for; unknown seeds betray themselves by the numbers."""
+    rng = np.random.default_rng(0)
+    begin = directions(40, 8, 1)
+    nearby = [unit(begin + 0.05 * rng.normal(size=begin.shape)) for _ in range(2)]
+    same = [write_sae(tmp_path / f"same{k}", nearby[k], seed=7) for k in (0, 1)]
+    other = write_sae(tmp_path / "other", directions(40, 8, 2), seed=8)
+    with pytest.raises(BadInput, match=r"same0 and .*same1 were trained from one seed \(7\).*--allow-same-seed"):
+        write_stability([other, *same], tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+    done = write_stability([same[0], same[1], other], tmp_path / "o", allow_same_seed=True)
+    assert len(done.warnings) == 1
+    assert "same0 and" in done.warnings[0]
+    assert "from one seed (7)" in done.warnings[0]
+    assert [(pair["seed_a"], pair["seed_b"]) for pair in done.pairs] == [(7, 7), (7, 8), (7, 8)]
+    assert write_stability([same[0], same[1], other], tmp_path / "o", allow_same_seed=True).warnings == done.warnings
+    unknown = [write_sae(tmp_path / f"unknown{k}", nearby[k]) for k in (0, 1)]
+    done = write_stability(unknown, tmp_path / "unknown")
+    assert done.pairs[0]["n_same_number"] >= 35
+    assert "with the latent of the same number" in done.warnings[0]
+    fails("from one seed", "concept", "stability", *same, "-o", tmp_path / "cli")
+    assert "warning: " in run("concept", "stability", *same, "-o", tmp_path / "cli", "--allow-same-seed").stderr
+
+
 @pytest.mark.parametrize(
     ("words", "damage"),
     [
@@ -300,7 +381,7 @@ def test_command(saes: list[Path], tmp_path: Path) -> None:
     command = ("concept", "stability", *saes[:2], "-o", tmp_path / "out")
     printed = run(*command).stdout
     assert "b: 2 latents left out: without a direction" in printed
-    assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (random directions 0." in printed
+    assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (by chance 0." in printed
     again = run(*command, "--json")
     assert "already complete" in again.stderr
     assert '"n_matched": 5' in again.stdout

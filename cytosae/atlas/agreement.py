@@ -1,9 +1,12 @@
 """Do reviewers agree, and what did they find? Kappas, the share of meaningful concepts, answers against decoys.
 
 Only the verdict that counts is used: each reviewer's last on an item. `unsure` is a verdict like any other for a
-kappa; for a share it is not meaningful.
+kappa; for a share it is not meaningful. Where nearly all verdicts are one and the same, chance agreement is nearly 1
+and a kappa is near 0 or not defined however well the reviewers agree (Feinstein and Cicchetti 1990); Gwet's AC1 stands
+beside it. Intervals are of a bootstrap over the items: they speak of other latents, not of other reviewers.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -11,12 +14,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest, fisher_exact
+from scipy.stats import binomtest, fisher_exact, norm
 
 from .questions import DECOY, LISTED, Question, Review
 from .reviews import Verdict, current
 
 Answers = dict[str, dict[str, str]]  # reviewer -> item -> verdict
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+_DRAWS = 2_000  # of a bootstrap
+_SEED = 0  # of it
+_LEAST_DEFINED = 0.5  # of the draws: below, there is no interval
+EXTREME = 0.8  # share of one verdict from which a kappa says little, and AC1 is shown
 
 
 def agreement(verdicts: Sequence[Verdict], review: Review) -> dict[str, Any]:
@@ -40,27 +49,84 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
     (p_o - p_e) / (1 - p_e), with p_o the share of equal verdicts, p_e that of chance, from each rater's own shares.
     """
-    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    n = len(pairs)
-    n_equal, by_chance = sum(a == b for a, b in pairs), sum(first[name] * second[name] for name in first)
-    return (n_equal * n - by_chance) / (n * n - by_chance) if n * n > by_chance else None
+    names = sorted({name for pair in pairs for name in pair})
+    return _defined(_cohen(_crossed(pairs, names)[None])[0])
 
 
-def fleiss_kappa(counts: npt.NDArray[np.int64]) -> float | None:
+def fleiss_kappa(counts: Ints) -> float | None:
     """Fleiss' kappa of at least two raters; None where chance agreement is 1, or without items.
 
     Parameters
     ----------
     counts : shape (items, verdicts): how many raters said what; each row has the same sum
     """
-    if not len(counts):
-        return None
-    n_items, n_raters = len(counts), int(counts[0].sum())
-    if np.count_nonzero(counts.sum(0)) == 1:
-        return None
-    observed = (counts * (counts - 1)).sum() / (n_items * n_raters * (n_raters - 1))
-    by_chance = ((counts.sum(0) / (n_items * n_raters)) ** 2).sum()
-    return float((observed - by_chance) / (1 - by_chance))
+    return _defined(_fleiss_draws(counts[None])[0]) if len(counts) else None
+
+
+def gwet_ac1(counts: Ints) -> float | None:
+    """Gwet's AC1 (Br. J. Math. Stat. Psychol. 61, 2008) of at least two raters; None without items.
+
+    (p_o - p_e) / (1 - p_e), with p_o the share of equal pairs of verdicts, p_e = sum_k pi_k (1 - pi_k) / (K - 1), pi_k
+    the share of verdict k among all verdicts and K the number of verdicts to choose from, also those nobody gave.
+
+    counts : as of `fleiss_kappa`, with K columns
+    """
+    return _defined(_ac1_draws(counts[None])[0]) if len(counts) else None
+
+
+def _crossed(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> Ints:
+    """(K, K): how many items have these two verdicts."""
+    number = {name: at for at, name in enumerate(names)}
+    crossed = np.zeros((len(names), len(names)), np.int64)
+    for a, b in pairs:
+        crossed[number[a], number[b]] += 1
+    return crossed
+
+
+def _cohen(crossed: Ints) -> Floats:
+    """(draws, K, K) -> (draws,); NaN where it is not defined."""
+    n = crossed.sum((1, 2))
+    n_equal = np.trace(crossed, axis1=1, axis2=2)
+    by_chance = (crossed.sum(1) * crossed.sum(2)).sum(1)  # whole numbers: exact
+    return _ratio(n_equal * n - by_chance, n * n - by_chance)
+
+
+def _fleiss_draws(counts: Ints) -> Floats:
+    """(draws, items, K) -> (draws,)."""
+    _, n_items, _ = counts.shape
+    n_raters = int(counts[0, 0].sum())
+    n_equal = (counts * (counts - 1)).sum((1, 2))
+    total = counts.sum(1)
+    # both shares over the common denominator n_items^2 n_raters^2 (n_raters - 1): whole numbers
+    observed = n_equal * n_items * n_raters
+    by_chance = (total**2).sum(1) * (n_raters - 1)
+    return _ratio(observed - by_chance, (n_items * n_raters) ** 2 * (n_raters - 1) - by_chance)
+
+
+def _ac1_draws(counts: Ints) -> Floats:
+    """(draws, items, K) -> (draws,)."""
+    _, n_items, n_verdicts = counts.shape
+    n_raters = int(counts[0, 0].sum())
+    observed = (counts * (counts - 1)).sum((1, 2)) / (n_items * n_raters * (n_raters - 1))
+    share = counts.sum(1) / (n_items * n_raters)
+    by_chance = (share * (1 - share)).sum(1) / (n_verdicts - 1)
+    return _ratio(observed - by_chance, 1 - by_chance)
+
+
+def _ratio(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
+    return np.where(below > 0, above / np.where(below > 0, below, 1), np.nan)
+
+
+def _defined(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _with_interval(name: str, value: float | None, draws: Floats) -> dict[str, Any]:
+    """The value, and 2.5% to 97.5% of the draws in which it is defined; none where few are, or all are equal."""
+    found = draws[~np.isnan(draws)]
+    has_one = value is not None and len(found) > _LEAST_DEFINED * len(draws) and np.ptp(found) > 0
+    low, high = np.quantile(found, [0.025, 0.975]).tolist() if has_one else (None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def wilson(n_yes: int, n: int) -> dict[str, Any]:
@@ -89,7 +155,7 @@ def _question(question: Question, counting: dict[tuple[str, str], Verdict]) -> d
             reviewer: {"n": len(given), "verdicts": _counted(given.values(), question.choices)}
             for reviewer, given in answers.items()
         },
-        "cohen": [_pair(answers, *pair) for pair in combinations(answers, 2)],
+        "cohen": [pair_agreement(answers, *pair, question.choices) for pair in combinations(answers, 2)],
         "fleiss": _fleiss(answers, question.choices),
     }
     if question.question == "meaningful":
@@ -106,14 +172,31 @@ def _counted(verdicts: Any, choices: Sequence[str]) -> dict[str, int]:
     return {choice: counts[choice] for choice in choices}
 
 
-def _pair(answers: Answers, first: str, second: str) -> dict[str, Any]:
+def pair_agreement(answers: Answers, first: str, second: str, choices: Sequence[str]) -> dict[str, Any]:
+    """Kappa and AC1 of two reviewers over what both judged, with their 95% intervals."""
     a, b = answers[first], answers[second]
     pairs = [(a[item], b[item]) for item in a if item in b]
+    n = len(pairs)
+    crossed = _crossed(pairs, choices)
+    counts = np.array([[(x, y).count(name) for name in choices] for x, y in pairs], np.int64).reshape(n, len(choices))
+    # to draw items with replacement is to draw how many have which two verdicts
+    drawn = (
+        np.random.default_rng(_SEED)
+        .multinomial(n, crossed.ravel() / max(1, n), size=_DRAWS if n else 0)
+        .reshape(-1, *crossed.shape)
+    )
+    rows = np.arange(len(choices))
+    of_cell = (rows[:, None, None] == rows).astype(np.int64) + (rows[None, :, None] == rows)  # (K, K, K) counts
+    n_equal = np.trace(drawn, axis1=1, axis2=2)
+    share = np.einsum("dij,ijk->dk", drawn, of_cell) / max(1, 2 * n)
+    by_chance = (share * (1 - share)).sum(1) / (len(choices) - 1)
     return {
         "reviewers": [first, second],
-        "n_items": len(pairs),  # judged by both
-        "agreement": sum(x == y for x, y in pairs) / len(pairs) if pairs else None,
-        "kappa": cohen_kappa(pairs),
+        "n_items": n,  # judged by both
+        "agreement": sum(x == y for x, y in pairs) / n if n else None,
+        **_with_interval("kappa", cohen_kappa(pairs), _cohen(drawn)),
+        **_with_interval("ac1", gwet_ac1(counts), _ratio(n_equal / max(1, n) - by_chance, 1 - by_chance)),
+        "largest_share": _largest_share(counts),
     }
 
 
@@ -121,14 +204,33 @@ def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
     """Over the items that every reviewer judged who judged any."""
     of_any = {item for given in answers.values() for item in given}
     of_all = sorted(item for item in of_any if all(item in given for given in answers.values()))
-    counts = [list(_counted((given[item] for given in answers.values()), choices).values()) for item in of_all]
-    kappa = fleiss_kappa(np.array(counts, np.int64)) if len(answers) > 1 else None
+    counts = np.array(
+        [list(_counted((given[item] for given in answers.values()), choices).values()) for item in of_all], np.int64
+    ).reshape(len(of_all), len(choices))
+    is_defined = len(answers) > 1 and bool(of_all)
+    drawn = (
+        counts[np.random.default_rng(_SEED).integers(len(of_all), size=(_DRAWS, len(of_all)))] if is_defined else None
+    )
+    nothing = np.empty(0)
     return {
         "n_reviewers": len(answers),
         "n_items": len(of_all),
         "n_left_out": len(of_any) - len(of_all),
-        "kappa": kappa,
+        **_with_interval(
+            "kappa",
+            fleiss_kappa(counts) if is_defined else None,
+            nothing if drawn is None else _fleiss_draws(drawn),
+        ),
+        **_with_interval(
+            "ac1", gwet_ac1(counts) if is_defined else None, nothing if drawn is None else _ac1_draws(drawn)
+        ),
+        "largest_share": _largest_share(counts),
     }
+
+
+def _largest_share(counts: Ints) -> float | None:
+    """Of the verdict that was given most; None without any."""
+    return float(counts.sum(0).max() / counts.sum()) if counts.size else None
 
 
 # ------------------------------------------------------------------------------------------- is it a concept at all?
@@ -146,7 +248,35 @@ def _meaningful(question: Question, answers: Answers) -> list[dict[str, Any]]:
             said = [given[item] == "meaningful" for item in of_it if item in given]
             share = wilson(sum(said), len(said))
             rows.append({"reviewer": voter, "cluster": cluster, "n_items": len(of_it), **share})
+        rows[-1]["of_all_latents"] = weighted_share(rows[-1 - len(clusters) : -1], question.cluster_sizes)
     return rows
+
+
+def weighted_share(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
+    """The share among all latents that the selection was drawn from: each cluster counts by its number of latents.
+
+    Clusters give equally many latents whatever their size, so the plain share is that of no population. Interval:
+    Wilson's, for as many latents as would tell as much if all weighed the same (Kish's effective number, 1 / sum of
+    W_c^2 / n_c with the weights W_c and n_c judged). Clusters of which nothing was judged are left out, and `covers`
+    says which share of the latents the others hold. All None where sizes are not known (an atlas of an older version).
+    """
+    judged = [row for row in rows if row["n"] and row["cluster"] < len(sizes)]
+    of_judged = sum(sizes[row["cluster"]] for row in judged)
+    if not of_judged:
+        return {"share": None, "low": None, "high": None, "covers": None, "n_effective": None}
+    weights = [sizes[row["cluster"]] / of_judged for row in judged]
+    share = sum(weight * row["share"] for weight, row in zip(weights, judged, strict=True))
+    n_effective = 1 / sum(weight**2 / row["n"] for weight, row in zip(weights, judged, strict=True))
+    low, high = _wilson_bounds(share, n_effective)
+    covers = of_judged / sum(sizes)
+    return {"share": share, "low": low, "high": high, "covers": covers, "n_effective": n_effective}
+
+
+def _wilson_bounds(share: float, n: float) -> tuple[float, float]:
+    """95%, for a number that need not be whole."""
+    z = float(norm.ppf(0.975))
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def _majority(answers: Answers) -> dict[str, str]:

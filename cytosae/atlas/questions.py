@@ -38,6 +38,7 @@ class Question:
     a: str = ""  # the diseases of a comparison
     b: str = ""
     n_without_images: int = 0  # latents that are not asked about: there is nothing to show
+    cluster_sizes: tuple[int, ...] = ()  # of the selection: latents of each cluster, drawn or not; none: not known
     items: tuple[Item, ...]
 
     @property
@@ -158,5 +159,6 @@ def _question(found: dict[str, Any]) -> Question:
         a=str(found["a"]) if is_pair else "",
         b=str(found["b"]) if is_pair else "",
         n_without_images=int(found["n_without_images"]),
+        cluster_sizes=() if is_pair else tuple(int(size) for size in found.get("cluster_sizes", ())),
         items=items,
     )
