@@ -25,7 +25,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain, combinations, islice, product
+from itertools import chain, combinations, islice
 
 import numba
 import numpy as np
@@ -203,13 +203,22 @@ def _random_splits(
 
 
 def _all_splits(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-    ways = product(*(combinations(block.tolist(), n) for block, n in zip(blocks, n_of_a, strict=True)))
-    splits = (tuple(chain.from_iterable(way)) for way in ways)
+    splits = _ways(blocks, n_of_a)
     n_units, n_a = sum(map(len, blocks)), sum(n_of_a)
     while some := list(islice(splits, _SPLITS)):
         masks = np.zeros((len(some), n_units), np.uint8)
         np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_a), 1, 1)
         yield masks
+
+
+def _ways(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
+    """Every choice of so many units of each block; none is held."""
+    first = combinations(blocks[0].tolist(), n_of_a[0])
+    if len(blocks) == 1:
+        yield from first
+        return
+    for some in first:
+        yield from (some + others for others in _ways(blocks[1:], n_of_a[1:]))
 
 
 def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
