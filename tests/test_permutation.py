@@ -284,6 +284,8 @@ def test_draws_are_combined() -> None:
     draws = [run(rng.exponential(1, (16, 30)) + is_a[:, None] * 0.6, is_a, 500) for _ in range(5)]
     assert np.array_equal(combine_draws([draws[0]] * 4).p, draws[0].p)
     assert np.allclose(combine_draws(draws).p, combine_draws(draws[::-1]).p)
-    by_hand = [0.5 - math.atan(sum(math.tan(math.pi * (0.5 - min(d.p[c], 0.9))) for d in draws) / 5) / math.pi
-               for c in range(30)]
+    by_hand = [
+        0.5 - math.atan(sum(math.tan(math.pi * (0.5 - min(d.p[c], 0.9))) for d in draws) / 5) / math.pi
+        for c in range(30)
+    ]
     assert np.allclose(combine_draws(draws).p, by_hand)
