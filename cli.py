@@ -1499,7 +1499,7 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
                 f"{limits:>16} {row['auc']:>6.3f} {row['p']:>9.3g} {row['q']:>9.3g} {row['p_max_t']:>9.3g} "
                 f"{_cell(row['stability'], '6.0%')}"
             )
-    if found["stability_no_effect"] and found["n_bootstraps"]:
+    if found["stability_no_effect"]:
         least, most = min(found["stability_no_effect"]), max(found["stability_no_effect"])
         click.echo(f"stable: with shuffled groups, the first five of a list have {least:.0%} to {most:.0%}")
     for warning in found["warnings"]:

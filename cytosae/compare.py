@@ -32,7 +32,7 @@ from .compare_figures import plot_correlation, plot_patients, plot_scatter
 from .covariates import MISSING, NAMED, column_of, design, imbalances, of_patients
 from .freedman_lane import residual_group, residual_permutation_test
 from .intervals import intervals
-from .patient_values import DRAWS, UNEVEN, is_uneven, plan_images, read_values
+from .patient_values import is_uneven, plan_images, read_values
 from .permutation import PermutationTest, combine_draws, in_both_groups, permutation_test
 
 if TYPE_CHECKING:
@@ -383,7 +383,7 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
         isinstance(config.images_per_patient, int)
         or (config.images_per_patient == "auto" and is_uneven(groups.n_images[kept, None], groups.is_a[kept]))
     )
-    used = {"per_patient": None, "n_draws": 1, "weights": None, "rule": config.images_per_patient}
+    used: dict[str, Any] = {"per_patient": None, "n_draws": 1, "weights": None, "rule": config.images_per_patient}
     draws: list[npt.NDArray[np.float32]] = []
     everyones = groups.only(kept)
     if thins or not plain:
@@ -503,7 +503,7 @@ def _warnings(prepared: Prepared, config: CompareConfig, normalize: str) -> list
         each = ", ".join(f"{n:,} {label}".strip() for label, n in used["per_patient"].items())
         found.append(
             f"images per patient: median {medians[0]:g} in {config.a}, {medians[1]:g} in {config.b}; for p, g and AUC "
-            f"each patient is thinned to {each} images, {used['n_draws']} times; means and differences are of all images"
+            f"each patient is thinned to {each} images, {used['n_draws']} times; means and differences count all"
         )
     elif is_uneven(groups.n_images[:, None], groups.is_a):
         found.append(
@@ -704,7 +704,7 @@ def differential(
         "n_p_max_t_at_most_0.05": int((test.p_max_t <= 0.05).sum()),
         "n_p_step_down_at_most_0.05": int((test.p_step_down <= 0.05).sum()),
         "n_p_crude_at_most_0.05": int((crude_p <= 0.05).sum()),
-        "stability_no_effect": [round(float(share), 4) for share in by_rank[:5]],
+        "stability_no_effect": [round(float(share), 4) for share in by_rank[:5] if np.isfinite(share)],
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
         "warnings": _floor_warnings(test, n_a, n_b),
     }

@@ -118,8 +118,8 @@ def residual_group(
         )
     if group @ group < 1e-6 * before:
         raise BadInput(
-            "the columns of --adjust (with --strata) tell the groups apart by themselves, so nothing is left to compare; "
-            "adjust for fewer"
+            "the columns of --adjust (with --strata) tell the groups apart by themselves, so nothing is left to "
+            "compare; adjust for fewer"
         )
     return group, base
 

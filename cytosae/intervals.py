@@ -36,7 +36,7 @@ def intervals(
     welch = parts[0] + parts[1]
     spread = welch**2 / np.maximum(parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1), 1e-300)
     both = pooled * (1 / n_a + 1 / n_b)
-    freedom = np.where(both >= welch, n - 2, np.clip(spread, min(n_a, n_b) - 1, n - 2))
+    freedom = np.where(both > welch * (1 + 1e-9), n - 2, np.clip(spread, min(n_a, n_b) - 1, n - 2))
     half = student.ppf(0.975, freedom) * np.sqrt(np.maximum(welch, both) * inflation)
     found = {"difference": difference, "difference_low": difference - half, "difference_high": difference + half}
 

@@ -5,7 +5,6 @@ permutation test of such means holds. Thinned to n images of each type, drawn an
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,6 @@ import scipy.sparse as ss
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
 from stores.tables import listed
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DRAWS = 10  # of images, if patients are thinned
 UNEVEN = 1.25  # ratio of medians, or of harmonic means (noise goes by 1 / images), from which on "auto" thins
@@ -101,7 +97,7 @@ def plan_images(
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         weights = (shares[some & is_a].mean(0) + shares[some & ~is_a].mean(0)) / 2
         weights /= weights.sum()
-    kept = (counts > 0).all(1)
+    kept: Bools = np.asarray((counts > 0).all(1), bool)
     if uses_labels and not kept.all():
         lacking = [
             f"{names[i]} ({listed([types[t] for t in np.flatnonzero(counts[i] == 0)])})" for i in np.flatnonzero(~kept)

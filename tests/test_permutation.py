@@ -226,7 +226,7 @@ def test_step_down_equals_the_twin() -> None:
 
 
 def test_strata_are_dealt_within_and_enumerated() -> None:
-    """By t of a regression with strata; a stratum of one group has no part; all ways are the product of the strata's."""
+    """By t of a regression with strata; a stratum of one group has no part; all ways are a product."""
     rng = np.random.default_rng(2)
     strata = np.array([0] * 5 + [1] * 4 + [2] * 3)
     is_a = np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1], bool)
@@ -258,7 +258,9 @@ def test_residuals_are_permuted_as_freedman_and_lane_say() -> None:
     age, values = rng.normal(60, 10, 22) + 8 * is_a, rng.exponential(1, (22, 7))
     values += 0.1 * age[:, None]
     values[is_a, 0] += 3
-    found = residual_permutation_test(values, is_a, age[:, None], n_permutations=150, seed=6, strata=strata)
+    found = residual_permutation_test(
+        values, is_a, np.asarray(age[:, None], float), n_permutations=150, seed=6, strata=strata
+    )
     others = np.column_stack([np.eye(2)[strata], age])
     fitted = others @ np.linalg.lstsq(others, values, rcond=None)[0]
     shuffles, sizes = np.random.default_rng(6), []
@@ -275,7 +277,7 @@ def test_residuals_are_permuted_as_freedman_and_lane_say() -> None:
     assert np.array_equal(found.p_max_t, single)
     assert np.array_equal(found.p_step_down, step_down)
     with pytest.raises(BadInput, match="tell the groups apart by themselves"):
-        residual_permutation_test(values, is_a, is_a[:, None] * 2.0, n_permutations=9, seed=0)
+        residual_permutation_test(values, is_a, np.where(is_a, 2.0, 0.0)[:, None], n_permutations=9, seed=0)
 
 
 def test_draws_are_combined() -> None:
