@@ -171,7 +171,7 @@ def read_values(
     row = np.where(plan.owner >= 0, order[plan.owner], -1)
     used = (row >= 0) & (plan.kind >= 0)
     # where there is one type, whole numbers are summed, exactly, and divided once at the end
-    share = plan.weights / plan.counts if len(plan.types) > 1 else np.ones(plan.counts.shape)
+    share = plan.weights / np.maximum(plan.counts, 1) if len(plan.types) > 1 else np.ones(plan.counts.shape)
     full = np.where(used, share[plan.owner, plan.kind], 0)
     layers = [full]
     if plan.per_type is not None:

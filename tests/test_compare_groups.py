@@ -36,17 +36,17 @@ def share_below(done: Comparison, name: str = "p") -> float:
     return float((column(done, name) <= 0.05).mean())
 
 
-def cohort(n_images: list[int], rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def cohort(n_images: list[int], rng: np.random.Generator, alike: float = 4) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Whose each image is, and skewed counts (images, latents) of patients who differ a little."""
     patient = np.repeat(np.arange(len(n_images)), n_images)
-    rate = rng.gamma(4, 0.25 * 0.3, (len(n_images), L))
+    rate = rng.gamma(alike, 0.3 / alike, (len(n_images), L))
     return patient, rng.poisson(rate[patient]) * rng.geometric(0.3, (len(patient), L)) * 1.0
 
 
 def test_few_images_against_many(tmp_path: Path) -> None:
     """Nothing differs: 0.05 below 0.05 if thinned, which is the default; without, p is false and it is said."""
-    patient, values = cohort([20] * 16 + [200] * 24, np.random.default_rng(1))
-    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 16 + ["B"] * 24)
+    patient, values = cohort([20] * 10 + [200] * 30, np.random.default_rng(1), alike=100)
+    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 10 + ["B"] * 30)
     thinned = compare(root, tmp_path / "thinned", small())
     assert 0.02 <= share_below(thinned) <= 0.085
     assert thinned.summary["images"]["per_patient"] == {"": 20}
@@ -57,7 +57,7 @@ def test_few_images_against_many(tmp_path: Path) -> None:
     assert np.array_equal(column(crude, "difference"), column(thinned, "difference"))
     again = compare(root, tmp_path / "seed", small(seed=1))
     assert np.corrcoef(column(thinned, "p"), column(again, "p"))[0, 1] > 0.95  # hardly a matter of the draws
-    with pytest.raises(BadInput, match="0 of 16 patients of A have 21 images"):
+    with pytest.raises(BadInput, match="0 of 10 patients of A have 21 images"):
         compare(root, tmp_path / "many", small(images_per_patient="21"))
 
 
