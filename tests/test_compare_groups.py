@@ -42,7 +42,8 @@ def cohort(
     """Whose each image is, and skewed counts (images, latents) of patients who differ a little."""
     patient = np.repeat(np.arange(len(n_images)), n_images)
     rate = rng.gamma(alike, 0.3 / alike, (len(n_images), L))
-    return patient, rng.poisson(rate[patient]) * rng.geometric(0.3, (len(patient), L)) * 1.0
+    counts = rng.poisson(rate[patient]) * rng.geometric(0.3, (len(patient), L))
+    return np.asarray(patient, np.int64), np.asarray(counts, np.float64)
 
 
 def test_few_images_against_many(tmp_path: Path) -> None:
