@@ -1470,6 +1470,21 @@ def concept_thresholds(
     show_default=True,
     help="How often patients are drawn anew, to see which latents stay in the top lists.",
 )
+@click.option(
+    "--images-per-patient",
+    metavar="N|all|auto",
+    default="auto",
+    show_default=True,
+    help="Thin every patient to so many images, for p, g and AUC; auto: if the groups' medians differ by a quarter.",
+)
+@click.option("--strata", metavar="COLUMN", help="Of the image table: permute patients within its values only.")
+@click.option(
+    "--adjust", metavar="COLUMN", multiple=True, help="Of the image table, numbers or categories; may repeat."
+)
+@click.option("--within-label", metavar="LABEL", help="Count only images with this label.")
+@click.option(
+    "--standardize", metavar="COLUMN", help="Average each patient's means per label (`label`) with the same weights."
+)
 @_overwrite_option
 @_json_option
 def compare_diseases(
@@ -1490,7 +1505,11 @@ def compare_diseases(
         done = compare(barcodes, out, config, latents=latents, overwrite=overwrite, progress=progress)
     _say_done(out, done.was_complete)
     if as_json:
-        click.echo(json.dumps({"comparison": str(out), **done.summary, "top": done.top(5)}, indent=1))
+        click.echo(
+            json.dumps(
+                {"comparison": str(out), **done.summary, "top": done.top(5), "supported": done.supported(5)}, indent=1
+            )
+        )
     else:
         _print_comparison(out, config, done)
 
@@ -1517,17 +1536,24 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
     click.echo(f"{how} to share out the patients{chance}; no p can be below {found['p_floor']:.2g}")
     click.echo(
         f"p <= 0.05: {found['n_p_at_most_0.05']:,} latents; q <= 0.05: {found['n_q_at_most_0.05']:,}; "
-        f"p_max_t <= 0.05: {found['n_p_max_t_at_most_0.05']:,}"
+        f"p_max_t <= 0.05: {found['n_p_max_t_at_most_0.05']:,}; step-down {found['n_p_step_down_at_most_0.05']:,}"
+        + (f"; without adjusting, p <= 0.05: {found['n_p_crude_at_most_0.05']:,}" if config.is_adjusted else "")
     )
-    for group, rows in done.top(5).items():
-        click.echo(f"higher in {_shown(found[group]['name'])}: {found['n_higher'][group]:,}, the first of them")
-        click.echo("    latent    mean A    mean B       g    AUC         p         q   p_max_t stable")
+    for group, rows in done.supported(5).items():
+        click.echo(f"higher in {_shown(found[group]['name'])}: {found['n_higher'][group]:,}; best supported first")
+        click.echo(
+            "    latent    mean A    mean B       g   (95% interval)    AUC         p         q   p_max_t stable"
+        )
         for row in rows:
+            limits = f"({_cell(row['hedges_g_low'], '.2f')} to {_cell(row['hedges_g_high'], '.2f')})"
             click.echo(
                 f"  {row['latent']:>8} {row['mean_a']:>9.4g} {row['mean_b']:>9.4g} {_cell(row['hedges_g'], '7.2f')} "
-                f"{row['auc']:>6.3f} {row['p']:>9.3g} {row['q']:>9.3g} {row['p_max_t']:>9.3g} "
+                f"{limits:>16} {row['auc']:>6.3f} {row['p']:>9.3g} {row['q']:>9.3g} {row['p_max_t']:>9.3g} "
                 f"{_cell(row['stability'], '6.0%')}"
             )
+    if found["stability_no_effect"]:
+        least, most = min(found["stability_no_effect"]), max(found["stability_no_effect"])
+        click.echo(f"stable: with shuffled groups, the first five of a list have {least:.0%} to {most:.0%}")
     for warning in found["warnings"]:
         click.echo(f"warning: {_shown(warning)}", err=True)
     click.echo(f"{out}: differential, patients and correlation.parquet; scatter, patients and correlation.png, .svg")
@@ -1535,7 +1561,7 @@ def _print_comparison(out: Path, config: "CompareConfig", done: "Comparison") ->
 
 def _cell(value: float | None, form: str) -> str:
     """A number in its column; `-` where there is none."""
-    return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
+    return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
 
 
 @concept.command("stability")

@@ -16,6 +16,7 @@ FULL = {
     "cli_help": [],
     "loader": ["--images", "16384"],
     "compare": ["--permutations", "1000000", "--rounds", "1"],
+    "calibration": ["--runs", "400"],
     "barcode": ["--share", "1", "--rounds", "1"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],

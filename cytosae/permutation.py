@@ -8,17 +8,22 @@ units, whoever they belong to, and put in whole steps, so that the sum over one 
     p_max_t[c] = (1 + number of permutations with max_k |s*[k]| >= |s[c]|) / (1 + number of permutations)
 
 |s| rises with the absolute value of the pooled t statistic, the same way in every column: so the two orders are those
-of |t|, and p_max_t is the single-step max-T adjustment of Westfall and Young. Where there are no more splits than
-permutations asked for, all of them are taken, once each, the observed one included: p = number / all.
+of |t|, and p_max_t is the single-step max-T adjustment of Westfall and Young. p_step_down is their step-down one: the
+maximum is taken over the columns whose |s| is no larger than that of c, and p must not fall from there to smaller |s|.
+Where there are no more splits than permutations asked for, all of them are taken, once each, the observed one included:
+p = number / all.
+
+With strata, units are dealt within their stratum only, and z is centred within each: |s| rises with |t| of the group in
+a regression on groups and strata. Units of a stratum that holds one group only have no part.
 
 Sums are of int32: exact in any order, so p-values depend on no thread, library or processor. A sum is put together
 from the sums of eight units at a time, of which a table holds all 256. Twin: tests/test_permutation.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, combinations, islice
 
 import numba
@@ -30,9 +35,11 @@ from stores.progress import Progress
 
 _RANGE = 1 << 30  # steps: no sum is larger, since the absolute z of n units sum to at most n (Cauchy and Schwarz)
 _SPLITS = 1 << 14  # looked at together
-_COLUMNS = 1 << 11  # of a task
+_PIECE = 1 << 11  # of them, at least, that a thread counts at once
+_COLUMNS = 1 << 11  # that are put in steps at once
 _LANES = 64  # columns of a table of sums
 _BYTES = 8  # of a split that are looked up together
+_MOST_P = 0.9  # of one draw, when the draws' p are combined
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class PermutationTest:
 
     p: npt.NDArray[np.float64]  # (columns,), two-sided
     p_max_t: npt.NDArray[np.float64]  # (columns,), adjusted for all columns
+    p_step_down: npt.NDArray[np.float64]  # (columns,), adjusted step by step: never above p_max_t
     n_permutations: int  # that were looked at: those asked for, or all splits
     is_exact: bool  # all splits
     floor: float  # no p can be smaller
@@ -52,57 +60,110 @@ def permutation_test(
     *,
     n_permutations: int,
     seed: int,
+    strata: npt.NDArray[np.int64] | None = None,
     progress: Progress = lambda done, total, state: None,
 ) -> PermutationTest:
     """Two-sided p-values of the difference of means, for every column at once.
 
     Sums that differ by less than what rounding leaves open (of the values' own type, and to steps) count as equal,
-    which can only make a p larger. A column that does not vary has p 1. Memory: another four bytes per value.
+    which can only make a p larger. A column that does not vary has p 1. Memory: another eight bytes per value.
 
     Parameters
     ----------
     values : finite, shape (units, columns)
     is_a : shape (units,): which group a unit belongs to; both have members
     n_permutations : at least 1
+    strata : shape (units,): units are dealt within each only; None is one stratum
+
+    Raises
+    ------
+    ValueError
+        If no stratum has members of both groups.
     """
-    n_units, n_columns = values.shape
-    n_a = int(is_a.sum())
-    n_splits = math.comb(n_units, n_a)
+    if strata is not None:
+        used = in_both_groups(strata, is_a)
+        if not used.any():
+            raise ValueError("no stratum has members of both groups")
+        values, is_a, strata = values[used], is_a[used], strata[used]
+    blocks = [np.arange(len(is_a))] if strata is None else [np.flatnonzero(strata == s) for s in np.unique(strata)]
+    n_columns = values.shape[1]
+    n_of_a = [int(is_a[block].sum()) for block in blocks]
+    n_splits = math.prod(math.comb(len(block), n) for block, n in zip(blocks, n_of_a, strict=True))
     is_exact = n_splits <= n_permutations
     total = n_splits if is_exact else n_permutations
-    steps, slack = _to_steps(values)
-    observed = np.abs(steps[:, :n_units][:, is_a].sum(1, dtype=np.int64))
-    bounds = np.full(len(steps), np.iinfo(np.int32).max, np.int32)  # that no column of the padding reaches
-    bounds[:n_columns] = observed[:n_columns] - slack
+    steps, slack = _to_steps(values, blocks)
+    bounds = np.abs(steps[:, : len(is_a)][:, is_a].sum(1, dtype=np.int64))
+    bounds[:n_columns] -= slack
+    order = np.concatenate([np.argsort(-bounds[:n_columns], kind="stable"), np.arange(n_columns, len(steps))])
+    bounds[n_columns:] = np.iinfo(np.int32).max  # that no column of the padding reaches
+    steps, bounds = steps[order], bounds[order].astype(np.int32)
 
-    n_as_extreme, n_max = np.zeros((2, len(steps)), np.int64)
-    tasks = [slice(first, first + _COLUMNS) for first in range(0, len(steps), _COLUMNS)]
+    n_as_extreme, n_max, n_from_here = np.zeros((3, len(steps)), np.int64)
+    n_threads = n_cores()
     n_done = 0
     progress(0, total, "")
-    with ThreadPoolExecutor(n_cores(), thread_name_prefix="permutation") as threads:
-        for masks in _all_splits(n_units, n_a) if is_exact else _random_splits(is_a, total, seed):
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="permutation") as threads:
+        for masks in _all_splits(blocks, n_of_a) if is_exact else _random_splits(is_a, blocks, total, seed):
             codes = _to_bytes(masks)
-
-            def count(some: slice, codes: npt.NDArray[np.uint8] = codes) -> npt.NDArray[np.int32]:
-                return _count(steps[some], codes, bounds[some], n_as_extreme[some])
-
-            largest = np.sort(np.max(list(threads.map(count, tasks)), 0))
-            n_max += len(largest) - np.searchsorted(largest, bounds)
-            n_done += len(largest)
+            size = max(_PIECE, -(-len(codes) // n_threads))
+            pieces = [codes[first : first + size] for first in range(0, len(codes), size)]
+            for alone, from_here, largest in threads.map(lambda some: _count(steps, some, bounds), pieces):
+                n_as_extreme += alone
+                n_from_here += from_here
+                n_max += len(largest) - np.searchsorted(np.sort(largest), bounds)
+            n_done += len(codes)
             progress(n_done, total, "")
 
     drawn = 0 if is_exact else 1  # the observed split counts as one of the permutations
-    n_at_least = 2 if is_exact and 2 * n_a == n_units else 1  # groups of one size: every split has its mirror
+    has_mirror = all(2 * n == len(block) for block, n in zip(blocks, n_of_a, strict=True))
+    n_at_least = 2 if is_exact and has_mirror else 1  # groups of one size: every split has its mirror
+    back = np.argsort(order[:n_columns])
+    p, p_max_t, step_down = (
+        ((drawn + count[:n_columns]) / (drawn + total)) for count in (n_as_extreme, n_max, n_from_here)
+    )
     return PermutationTest(
-        p=(drawn + n_as_extreme[:n_columns]) / (drawn + total),
-        p_max_t=(drawn + n_max[:n_columns]) / (drawn + total),
+        p=p[back],
+        p_max_t=p_max_t[back],
+        p_step_down=np.maximum.accumulate(step_down)[back],
         n_permutations=total,
         is_exact=is_exact,
         floor=n_at_least / (drawn + total),
     )
 
 
-def _to_steps(values: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+def combine_draws(tests: Sequence[PermutationTest]) -> PermutationTest:
+    """One p from those of several draws of the same units, by the bounded Cauchy combination (Liu and Xie 2020).
+
+    A mean of the draws' *values* would bring back what drawing removed: units with more to draw from would have less
+    noise. Each draw's own p is exact, so it is p-values that are combined: the mean of tan(pi (1/2 - p)), put back.
+    Draws that agree leave p as it is, and whatever their dependence, the tail of a Cauchy variable stays nearly the
+    same. A draw's p above 0.9 counts as 0.9, so that none (such as p = 1 of a column that is silent in it) can undo
+    all the others. The rejected means of p are in docs/compare.md, the calibration in docs/benchmarks.md.
+    """
+    if len(tests) == 1:
+        return tests[0]
+
+    def combined(ps: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        stacked = np.stack(ps)
+        mean = np.tan(np.pi * (0.5 - np.minimum(stacked, _MOST_P))).mean(0)
+        return np.where((stacked == stacked[0]).all(0), stacked[0], 0.5 - np.arctan(mean) / np.pi)
+
+    return replace(
+        tests[0],
+        p=combined([test.p for test in tests]),
+        p_max_t=combined([test.p_max_t for test in tests]),
+        p_step_down=combined([test.p_step_down for test in tests]),
+    )
+
+
+def in_both_groups(strata: npt.NDArray[np.int64], is_a: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """(units,): those whose stratum has members of both groups; the others say nothing about the groups."""
+    return np.isin(strata, np.intersect1d(strata[is_a], strata[~is_a]))
+
+
+def _to_steps(
+    values: npt.NDArray[np.floating], blocks: list[npt.NDArray[np.int64]]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """z of each column in steps (padded columns, padded units), and up to which difference two sums are equal.
 
     A step is n_units / _RANGE standard deviations. Rounding to steps moves each of two sums by at most half a step per
@@ -113,8 +174,11 @@ def _to_steps(values: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.int32], 
     slack = np.empty(n_columns, np.int64)
     for first in range(0, n_columns, _COLUMNS):
         block = np.ascontiguousarray(values[:, first : first + _COLUMNS].T, np.float64)
-        centred = block - block.mean(1, keepdims=True)
-        varies = block.min(1) < block.max(1)
+        centred, varies = block.copy(), np.zeros(len(block), bool)
+        for stratum in blocks:
+            part = block[:, stratum]
+            centred[:, stratum] -= part.mean(1, keepdims=True)
+            varies |= part.min(1) < part.max(1)
         per_step = np.zeros(len(block))
         np.divide(_RANGE / n_units, np.sqrt((centred**2).mean(1)), out=per_step, where=varies)
         steps[first : first + len(block), :n_units] = np.rint(centred * per_step[:, None])
@@ -127,19 +191,34 @@ def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def _random_splits(is_a: npt.NDArray[np.bool_], total: int, seed: int) -> Iterator[npt.NDArray[np.uint8]]:
+def _random_splits(
+    is_a: npt.NDArray[np.bool_], blocks: list[npt.NDArray[np.int64]], total: int, seed: int
+) -> Iterator[npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
     for done in range(0, total, _SPLITS):
         masks = np.tile(is_a.astype(np.uint8), (min(_SPLITS, total - done), 1))
-        yield rng.permuted(masks, axis=1, out=masks)
+        for block in blocks:
+            masks[:, block] = rng.permuted(masks[:, block], axis=1)
+        yield masks
 
 
-def _all_splits(n_units: int, n_a: int) -> Iterator[npt.NDArray[np.uint8]]:
-    splits = combinations(range(n_units), n_a)
+def _all_splits(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    splits = _ways(blocks, n_of_a)
+    n_units, n_a = sum(map(len, blocks)), sum(n_of_a)
     while some := list(islice(splits, _SPLITS)):
         masks = np.zeros((len(some), n_units), np.uint8)
         np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_a), 1, 1)
         yield masks
+
+
+def _ways(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
+    """Every choice of so many units of each block; none is held."""
+    first = combinations(blocks[0].tolist(), n_of_a[0])
+    if len(blocks) == 1:
+        yield from first
+        return
+    for some in first:
+        yield from (some + others for others in _ways(blocks[1:], n_of_a[1:]))
 
 
 def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -149,16 +228,20 @@ def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _count(steps, codes, bounds, n_as_extreme):  # type: ignore[no-untyped-def]  # numba's to type
-    """Add to each column how many splits reach its bound; the largest |sum| of each split over these columns.
+def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to type
+    """Per column, how many splits reach its bound, and how many do so in this column or a later one; the largest |sum|.
 
+    Bounds fall from column to column but for the padding, and columns are taken from the last one on, so that the
+    largest |sum| so far is that of the later ones. Once it reaches the largest bound of a table, it does all of them.
     Loops over lanes become vector instructions; the eight rows of a line are named so that the compiler sees them.
     """
     n_bytes = codes.shape[1]
     largest = np.zeros(len(codes), np.int32)
+    n_alone, n_from_here = np.zeros((2, len(steps)), np.int64)
     table = np.empty((n_bytes, 256, _LANES), np.int32)
-    unit, total, counts = np.empty((3, _LANES), np.int32)
-    for first in range(0, len(steps), _LANES):
+    unit, total, counts, later = np.empty((4, _LANES), np.int32)
+    for group in range(len(steps) // _LANES - 1, -1, -1):
+        first = group * _LANES
         for byte in range(n_bytes):
             table[byte, 0] = 0
             for bit in range(8):
@@ -169,6 +252,8 @@ def _count(steps, codes, bounds, n_as_extreme):  # type: ignore[no-untyped-def] 
                         table[byte, (1 << bit) | lower, lane] = table[byte, lower, lane] + unit[lane]
         reached = bounds[first : first + _LANES]
         counts[:] = 0
+        later[:] = 0
+        n_all = 0
         for split in range(len(codes)):
             code = codes[split]
             total[:] = 0
@@ -182,8 +267,17 @@ def _count(steps, codes, bounds, n_as_extreme):  # type: ignore[no-untyped-def] 
             most = np.int32(0)
             for lane in range(_LANES):
                 size = np.int32(abs(total[lane]))
+                total[lane] = size
                 counts[lane] += np.int32(size >= reached[lane])
                 most = max(most, size)
+            running = largest[split]
+            if running >= reached[0]:
+                n_all += 1
+            else:
+                for lane in range(_LANES - 1, -1, -1):
+                    running = max(running, total[lane])
+                    later[lane] += np.int32(running >= reached[lane])
             largest[split] = max(most, largest[split])
-        n_as_extreme[first : first + _LANES] += counts
-    return largest
+        n_alone[first : first + _LANES] = counts
+        n_from_here[first : first + _LANES] = later + n_all
+    return n_alone, n_from_here, largest

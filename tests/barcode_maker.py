@@ -1,5 +1,6 @@
 """Barcodes of patients that a test makes up, without images, latents or Dask."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,4 +53,36 @@ def write_patient_barcodes(
     spec = {"tau": taus[0] if len(taus) == 1 else [*taus], "normalize": normalize, "made_up": names}
     header = new_header(BARCODES, spec)
     write_header(root, Header(**{**vars(header), "complete": True, "summary": {}}))
+    return root
+
+
+def write_image_barcodes(
+    root: Path,
+    values: npt.NDArray[np.floating],
+    patient_of: npt.NDArray[np.int64],
+    diseases: list[str],
+    **columns: object,
+) -> Path:
+    """A complete barcodes folder from images (images, latents); patients have the means. `columns`: of the images."""
+    n_images, n_latents = values.shape
+    names = [f"P{number:03d}" for number in range(len(diseases))]
+    members = np.eye(len(diseases))[patient_of]
+    means = (members.T @ values) / members.sum(0)[:, None]
+    write_patient_barcodes(root, means.astype(np.float32), diseases, n_images=members.sum(0).astype(int).tolist())
+    images = pd.DataFrame(
+        {
+            "patient": [names[i] for i in patient_of],
+            "dataset": "drawn",
+            "disease": [diseases[i] for i in patient_of],
+            "status": "ok",
+            "content_hash": [f"h{number}" for number in range(n_images)],
+            **columns,
+        },
+        index=pd.Index([f"i{number}" for number in range(n_images)], name="image_id"),
+    )
+    var = pd.DataFrame({"latent": np.arange(n_latents)}, index=[str(latent) for latent in range(n_latents)])
+    shutil.rmtree(root / "image.zarr")
+    writer = BarcodeWriter(root / "image.zarr", n_latents=n_latents)
+    writer.append({"X": csr_matrix(np.asarray(values, np.float32))})
+    writer.finish(obs=images, var=var, uns={"cyto": {"tau": 0.2}})
     return root

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from cytosae.permutation import PermutationTest, permutation_test
+from cytosae.freedman_lane import residual_permutation_test
+from cytosae.permutation import PermutationTest, combine_draws, permutation_test
+from stores.errors import BadInput
 
 Floats = npt.NDArray[np.float64]
 
@@ -178,3 +180,114 @@ def test_it_stops_when_asked() -> None:
         permutation_test(
             np.random.default_rng(0).random((30, 50)), groups(15, 15), n_permutations=10**9, seed=0, progress=interrupt
         )
+
+
+def slow_p_values(sizes: Floats, observed: Floats, drawn: int) -> tuple[Floats, Floats, Floats]:
+    """p, single-step and step-down max-T from |t| of each permutation, column by column."""
+    order = np.argsort(-observed, kind="stable")
+    reached = observed * (1 - 1e-9)
+    p = (drawn + (sizes >= reached).sum(0)) / (drawn + len(sizes))
+    single = (drawn + (sizes.max(1)[:, None] >= reached).sum(0)) / (drawn + len(sizes))
+    step_down, lowest = np.empty(len(order)), 0.0
+    for place, column in enumerate(order):
+        largest = sizes[:, order[place:]].max(1)
+        lowest = max(lowest, (drawn + (largest >= reached[column]).sum()) / (drawn + len(sizes)))
+        step_down[column] = lowest
+    return p, single, step_down
+
+
+def absolute_t(values: Floats, group: npt.NDArray[np.bool_], others: Floats) -> Floats:
+    """|t| of the group in a least-squares regression on it and `others`, a column at a time."""
+    design, found = np.column_stack([group, others]), []
+    for column in values.T:
+        solution = np.linalg.lstsq(design, column, rcond=None)[0]
+        left = column - design @ solution
+        spread = left @ left / (len(column) - np.linalg.matrix_rank(design))
+        found.append(abs(solution[0]) / np.sqrt(spread * np.linalg.pinv(design.T @ design)[0, 0]))
+    return np.array(found)
+
+
+def test_step_down_equals_the_twin() -> None:
+    """More columns than a table holds, effects of all sizes; never above single-step, never below p."""
+    rng, is_a = np.random.default_rng(1), groups(8, 12)
+    values = rng.exponential(1, (20, 150))
+    values[is_a, :12] += np.linspace(0.3, 3, 12)
+    found = run(values, is_a, 400, seed=3)
+    ones = np.ones((20, 1))
+    shuffles = np.random.default_rng(3)
+    drawn = [shuffles.permuted(np.tile(is_a.astype(np.uint8), (400, 1)), axis=1)]
+    sizes = np.array([absolute_t(values, mask.astype(bool), ones) for mask in drawn[0]])
+    p, single, step_down = slow_p_values(sizes, absolute_t(values, is_a, ones), 1)
+    assert np.array_equal(found.p, p)
+    assert np.array_equal(found.p_max_t, single)
+    assert np.array_equal(found.p_step_down, step_down)
+    assert (step_down < single).any()
+    assert (p <= step_down).all()
+
+
+def test_strata_are_dealt_within_and_enumerated() -> None:
+    """By t of a regression with strata; a stratum of one group has no part; all ways are a product."""
+    rng = np.random.default_rng(2)
+    strata = np.array([0] * 5 + [1] * 4 + [2] * 3)
+    is_a = np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1], bool)
+    values = rng.exponential(1, (12, 9)) + strata[:, None] * 5
+    found = permutation_test(values, is_a, n_permutations=1_000, seed=0, strata=strata)
+    assert found.is_exact
+    assert found.n_permutations == 10 * 4
+    used = strata < 2
+    dummies = np.eye(2)[strata[used]]
+    masks = [
+        np.isin(np.arange(9), [*first, *second])
+        for first in combinations(range(5), 2)
+        for second in combinations(range(5, 9), 3)
+    ]
+    sizes = np.array([absolute_t(values[used], mask, dummies) for mask in masks])
+    p, single, step_down = slow_p_values(sizes, absolute_t(values[used], is_a[used], dummies), 0)
+    assert np.array_equal(found.p, p)
+    assert np.array_equal(found.p_max_t, single)
+    assert np.array_equal(found.p_step_down, step_down)
+    drawn = permutation_test(values, is_a, n_permutations=39, seed=0, strata=strata)
+    assert not drawn.is_exact
+    with pytest.raises(ValueError, match="no stratum has members of both"):
+        permutation_test(values, strata < 1, n_permutations=39, seed=0, strata=strata)
+
+
+def test_residuals_are_permuted_as_freedman_and_lane_say() -> None:
+    """Least squares for each permutation: fitted values plus permuted residuals, regressed on all again."""
+    rng, is_a, strata = np.random.default_rng(4), groups(9, 13), np.arange(22) % 2
+    age, values = rng.normal(60, 10, 22) + 8 * is_a, rng.exponential(1, (22, 7))
+    values += 0.1 * age[:, None]
+    values[is_a, 0] += 3
+    found = residual_permutation_test(
+        values, is_a, np.asarray(age[:, None], float), n_permutations=150, seed=6, strata=strata
+    )
+    others = np.column_stack([np.eye(2)[strata], age])
+    fitted = others @ np.linalg.lstsq(others, values, rcond=None)[0]
+    shuffles, sizes = np.random.default_rng(6), []
+    for size in (64, 64, 22):
+        places = np.tile(np.arange(22), (size, 1))
+        for block in (np.flatnonzero(strata == 0), np.flatnonzero(strata == 1)):
+            places[:, block] = shuffles.permuted(places[:, block], axis=1)
+        for row in places:
+            permuted = np.empty_like(values)
+            permuted[:] = fitted + (values - fitted)[np.argsort(row)]
+            sizes.append(absolute_t(permuted, is_a, others))
+    p, single, step_down = slow_p_values(np.array(sizes), absolute_t(values, is_a, others), 1)
+    assert np.array_equal(found.p, p)
+    assert np.array_equal(found.p_max_t, single)
+    assert np.array_equal(found.p_step_down, step_down)
+    with pytest.raises(BadInput, match="tell the groups apart by themselves"):
+        residual_permutation_test(values, is_a, np.where(is_a, 2.0, 0.0)[:, None], n_permutations=9, seed=0)
+
+
+def test_draws_are_combined() -> None:
+    """Equal draws leave p; a silent draw does not undo the others; the order has no part."""
+    rng, is_a = np.random.default_rng(5), groups(8, 8)
+    draws = [run(rng.exponential(1, (16, 30)) + is_a[:, None] * 0.6, is_a, 500) for _ in range(5)]
+    assert np.array_equal(combine_draws([draws[0]] * 4).p, draws[0].p)
+    assert np.allclose(combine_draws(draws).p, combine_draws(draws[::-1]).p)
+    by_hand = [
+        0.5 - math.atan(sum(math.tan(math.pi * (0.5 - min(d.p[c], 0.9))) for d in draws) / 5) / math.pi
+        for c in range(30)
+    ]
+    assert np.allclose(combine_draws(draws).p, by_hand)

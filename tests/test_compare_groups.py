@@ -1,0 +1,194 @@
+"""Comparisons of groups that differ in images, site, age or mixture of cells: p is what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from barcode_maker import write_image_barcodes
+from scipy import stats
+
+from cytosae.compare import CompareConfig, Comparison, compare
+from cytosae.intervals import intervals
+from cytosae.patient_values import choose_number, plan_images, read_values
+from stores.barcode_store import BarcodeStore
+from stores.errors import BadInput
+
+L = 300
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plot_scatter", "plot_patients", "plot_correlation"):
+        monkeypatch.setattr(f"cytosae.compare.{name}", lambda *given: None)
+
+
+def small(**settings: Any) -> CompareConfig:
+    return CompareConfig(a="A", b="B", **{"n_permutations": 299, "n_bootstraps": 0, **settings})
+
+
+def column(done: Comparison, name: str) -> npt.NDArray[Any]:
+    return np.asarray(done.results.table("differential")[name].to_pandas())
+
+
+def share_below(done: Comparison, name: str = "p") -> float:
+    return float((column(done, name) <= 0.05).mean())
+
+
+def cohort(
+    n_images: list[int], rng: np.random.Generator, alike: float = 4
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Whose each image is, and skewed counts (images, latents) of patients who differ a little."""
+    patient = np.repeat(np.arange(len(n_images)), n_images)
+    rate = rng.gamma(alike, 0.3 / alike, (len(n_images), L))
+    counts = rng.poisson(rate[patient]) * rng.geometric(0.3, (len(patient), L))
+    return np.asarray(patient, np.int64), np.asarray(counts, np.float64)
+
+
+def test_few_images_against_many(tmp_path: Path) -> None:
+    """Nothing differs: 0.05 below 0.05 if thinned, which is the default; without, p is false and it is said."""
+    patient, values = cohort([20] * 10 + [200] * 30, np.random.default_rng(1), alike=100)
+    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 10 + ["B"] * 30)
+    thinned = compare(root, tmp_path / "thinned", small())
+    assert 0.02 <= share_below(thinned) <= 0.085
+    assert thinned.summary["images"]["per_patient"] == {"": 20}
+    assert any("each patient is thinned to 20 images, 10 times" in each for each in thinned.summary["warnings"])
+    crude = compare(root, tmp_path / "all", small(images_per_patient="all"))
+    assert share_below(crude) > 0.12
+    assert any("p, q and p_max_t are too small" in each for each in crude.summary["warnings"])
+    assert np.array_equal(column(crude, "difference"), column(thinned, "difference"))
+    again = compare(root, tmp_path / "seed", small(seed=1))
+    assert np.corrcoef(column(thinned, "p"), column(again, "p"))[0, 1] > 0.8  # little a matter of the draws
+    with pytest.raises(BadInput, match="0 of 10 patients of A have 21 images"):
+        compare(root, tmp_path / "many", small(images_per_patient="21"))
+
+
+def test_draws_equal_a_loop(tmp_path: Path) -> None:
+    """Every draw is a mean of so many images of each patient and type; all images give the plain, weighted mean."""
+    rng = np.random.default_rng(2)
+    patient, values = cohort([6, 7, 9, 12, 8, 30], rng)
+    labels = np.array(["x", "y"], object)[np.arange(len(patient)) % 2]
+    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 3 + ["B"] * 3, label=labels)
+    is_a = np.arange(6) < 3
+    names = [f"P{i}" for i in range(6)]
+    plan = plan_images(patient, labels, is_a, names, within=None, standardize=True, images_per_patient=4)
+    assert plan.per_type is not None
+    assert plan.per_type.tolist() == [2, 2]
+    whole, draws = read_values(BarcodeStore(root), None, plan, seed=0)
+    for i in range(6):
+        means = [values[(patient == i) & (labels == name)].mean(0) for name in "xy"]
+        assert np.allclose(whole[i], plan.weights @ np.array(means), rtol=1e-6)
+    counts = [np.rint(draw / (plan.weights[0] / 2)) for draw in draws]
+    assert len(draws) == 10
+    assert any(not np.array_equal(draws[0], draw) for draw in draws[1:])
+    assert np.allclose(np.mean(draws, 0), whole, atol=6 * values.std() / np.sqrt(20))
+    assert counts[0].min() >= 0
+    one = plan_images(patient, labels, is_a, names, within="x", standardize=False, images_per_patient=3)
+    whole, draws = read_values(BarcodeStore(root), None, one, seed=0)
+    assert np.allclose(whole[0], values[(patient == 0) & (labels == "x")].mean(0))
+    assert np.allclose(draws[0][0], whole[0])  # 3 of 3
+
+
+def test_the_number_of_images_is_chosen_by_the_rule() -> None:
+    """At most a tenth of each group's patients may have fewer; even groups are left alone."""
+    is_a = np.arange(40) < 20
+    counts = np.where(is_a, 30, 300)
+    counts[:2] = 3
+    assert choose_number(counts[:, None], is_a, np.ones(1), "auto") == [30]
+    counts[2] = 4
+    assert choose_number(counts[:, None], is_a, np.ones(1), "auto") == [4]
+    assert choose_number(np.full((40, 1), 50), is_a, np.ones(1), "auto") is None
+    assert choose_number(counts[:, None], is_a, np.ones(1), "all") is None
+    lopsided = np.where(is_a, 100, np.where(np.arange(40) % 2, 190, 10))  # medians are equal, noise is not
+    assert choose_number(lopsided[:, None], is_a, np.ones(1), "auto") == [10]
+
+
+def test_a_site_is_taken_out(tmp_path: Path) -> None:
+    """18 + 2 against 2 + 18 patients with an effect of the laboratory only; then of age only."""
+    rng = np.random.default_rng(3)
+    patient, values = cohort([10] * 40, rng)
+    is_a = np.arange(40) < 20
+    site = np.where(np.isin(np.arange(40), [18, 19]) | (np.arange(40) >= 22), "north", "south")
+    age = np.where(is_a, 70, 55) + rng.normal(0, 8, 40)
+    by_site = values + (site[patient] == "north")[:, None] * 0.8
+    extra = {"site": site[patient], "age": [f"{age[i]:.1f}" for i in patient]}
+    diseases = ["A"] * 20 + ["B"] * 20
+    root = write_image_barcodes(tmp_path / "b", by_site, patient, diseases, **extra)
+    plain = compare(root, tmp_path / "plain", small())
+    assert share_below(plain) > 0.5
+    assert any("site (north: 10% against 90%" in each for each in plain.summary["warnings"])
+    for settings in ({"strata": "site"}, {"adjust": ("site",)}):
+        done = compare(root, tmp_path / f"{settings}".replace("/", ""), small(**settings))
+        assert share_below(done) <= 0.09, settings
+        assert share_below(done, "p_crude") > 0.5
+        assert np.nanmedian(column(done, "explained")) > 0.6
+    design = np.column_stack([is_a, np.ones(40), site == "north"]).astype(float)
+    means = np.array([by_site[patient == i].mean(0) for i in range(40)])
+    assert np.allclose(column(done, "difference"), np.linalg.lstsq(design, means, rcond=None)[0][0], atol=1e-5)
+    old = write_image_barcodes(tmp_path / "old", values + 0.05 * age[patient, None], patient, diseases, **extra)
+    assert share_below(compare(old, tmp_path / "young", small())) > 0.3
+    assert share_below(compare(old, tmp_path / "aged", small(adjust=("age",)))) <= 0.09
+    with pytest.raises(BadInput, match=r"no column 'sex' to go by; there are .*age"):
+        compare(root, tmp_path / "sex", small(adjust=("sex",)))
+    with pytest.raises(BadInput, match="column 'content_hash' differs between images of one patient"):
+        compare(root, tmp_path / "hash", small(strata="content_hash"))
+
+
+def test_who_is_left_out_is_named(tmp_path: Path) -> None:
+    patient, values = cohort([5] * 12, np.random.default_rng(4))
+    age = np.array([str(50 + i) for i in range(12)], object)
+    age[[3, 9]] = ["", "NA"]
+    ward = np.array(["x", "y"] * 5 + ["z", "z"], object)
+    root = write_image_barcodes(
+        tmp_path / "b", values, patient, ["A"] * 6 + ["B"] * 6, age=age[patient], ward=ward[patient]
+    )
+    notes = compare(root, tmp_path / "out", small(adjust=("age",), strata="ward")).summary["warnings"]
+    assert "2 patients have no age and are left out: P003, P009" in notes
+    assert "2 patients stand in a ward with one group only, say nothing, and are left out: z" in notes
+    table = compare(root, tmp_path / "exact", small(strata="ward", n_permutations=1_000)).summary
+    assert table["is_exact"]
+    assert table["n_permutations"] == 10 * 10
+
+
+def test_a_mixture_is_taken_out(tmp_path: Path) -> None:
+    """No latent differs within a type: crude p is false, within a label and standardised it holds."""
+    rng = np.random.default_rng(5)
+    patient, values = cohort([60] * 40, rng)
+    is_a = np.arange(40) < 20
+    share = np.where(is_a, 0.65, 0.35) + rng.uniform(-0.1, 0.1, 40)
+    labels = np.where(rng.random(len(patient)) < share[patient], "blast", "lymphocyte").astype(object)
+    values += (labels == "blast")[:, None] * rng.poisson(1.0, values.shape)
+    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 20 + ["B"] * 20, label=labels)
+    even = compare(root, tmp_path / "even", small(standardize="label"))
+    assert share_below(even) <= 0.09
+    assert share_below(even, "p_crude") > 0.3
+    assert np.nanmedian(column(even, "explained")) > 0.5
+    assert even.summary["images"]["weights"].keys() == {"blast", "lymphocyte"}
+    one = compare(root, tmp_path / "one", small(within_label="blast"))
+    assert share_below(one) <= 0.09
+    labels[patient == 3] = "blast"
+    root = write_image_barcodes(tmp_path / "lack", values, patient, ["A"] * 20 + ["B"] * 20, label=labels)
+    notes = compare(root, tmp_path / "named", small(standardize="label")).summary["warnings"]
+    assert any("1 patients lack a label and are left out: P003 (lymphocyte)" in each for each in notes)
+    with pytest.raises(BadInput, match="no image of these patients has the label 'basophil'"):
+        compare(root, tmp_path / "no", small(within_label="basophil"))
+
+
+def test_intervals_cover(tmp_path: Path) -> None:
+    """Latents of 30%, 2% and 0.2% of images, with and without a difference; the whole table: bench/calibration.py."""
+    rng, is_a = np.random.default_rng(6), np.arange(40) < 20
+    for frequency in (0.3, 0.02, 0.002):
+        for factor in (1.0, 1.5):
+            rate = np.where(is_a[:, None], factor, 1) * rng.gamma(4, frequency / 4, (40, 800))
+            values = rng.binomial(100, np.minimum(rate, 1)) / 100
+            values = values[:, values.any(0)]
+            found = intervals(values, [values], is_a)
+            truth = frequency * (factor - 1)
+            covers = (found["difference_low"] <= truth) & (truth <= found["difference_high"])
+            assert covers.mean() >= 0.92, (frequency, factor)
+            if factor == 1:
+                for name, none in (("hedges_g", 0), ("auc", 0.5)):
+                    assert ((found[f"{name}_low"] <= none) & (none <= found[f"{name}_high"])).mean() >= 0.93
+    welch = stats.ttest_ind(values[:20, 0], values[20:, 0], equal_var=False).confidence_interval()
+    assert found["difference_low"][0] == pytest.approx(welch.low, rel=0.05)
