@@ -1664,8 +1664,9 @@ def concept_patient(
 ) -> None:
     """Latents that set PATIENT apart from the other patients of its disease, and hold in both halves of its images.
 
-    A robust z (median and MAD of the others, the patient's own error added), at least 5 others of the same disease and
-    dataset. It ranks and describes: so few patients cannot support p- or q-values, and none are given.
+    z predicts one more patient from the others (Student's t, the patient's own error added), at least 5 others of the
+    same disease and dataset. It ranks and describes, without p- or q-values: how many latents set the other patients
+    apart by the same rule is the yardstick.
 
     \b
     Example: cyto concept patient cells.barcodes P07 -o P07.concepts
@@ -1694,18 +1695,25 @@ def _patient_line(row: dict[str, Any]) -> str:
     name = _shown(row["patient"])
     if row["skipped"]:
         return f"{name}: left out ({_shown(row['skipped'])})"
+    usual = "no other patient could be counted"
+    if row["n_others_counted"]:
+        usual = (
+            f"of the other patients, {row['n_others_counted']:,} counted in the same way, each has "
+            f"{row['others_least']:,} to {row['others_most']:,}, median {row['others_median']:g}"
+        )
     return (
         f"{name}: {_count(row['n_images'], 'image')} against {row['n_others']:,} others with {_shown(row['disease'])}; "
-        f"{_count(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both "
-        f"halves) of {row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
+        f"{_count(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in all "
+        f"images and in both halves) of {row['n_latents']:,} looked at; {usual}; halves correlate "
+        f"{_number(row['halves_correlation'])}"
     )
 
 
 def _patient_concept_line(row: dict[str, Any]) -> str:
     return (
-        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_median']:.3g} "
+        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_mean']:.3g} "
         f"tokens per image, in {_count(row['n_images_active'], 'image')}; {row['n_others_beyond']:,} others as far; "
-        f"both halves on that side {row['replicated']:.0%}"
+        f"|z| of 3 in both halves in {row['replicated']:.0%} of the splits"
     )
 
 
