@@ -25,13 +25,13 @@ from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_pla
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import Site, script_data
-from cytosae.patient_concepts import PatientSettings, write_patient_concepts
+from cytosae.patient_concepts import as_z, standing
 from cytosae.reference_images import Sources
 from cytosae.selection import read_selection
-from stores import ConceptStore, LatentStore, ResultStore
+from stores import BarcodeStore, ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file
-from stores.spec import ATLAS, COMPARISON, PATIENT_CONCEPTS
+from stores.spec import ATLAS, COMPARISON
 
 DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4"}
 VOID = {"meta", "link", "img", "br", "input"}
@@ -280,7 +280,7 @@ def page_of(atlas: Path, name: str) -> Page:
     return found
 
 
-def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
+def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Cohort) -> None:
     barcodes = barcodes_of(cohort)
     name = PATIENTS[2]
     page, mine = page_of(atlas, name), barcodes[name]
@@ -290,12 +290,16 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     assert [int(row[0]) for row in rows] == [latent for latent in order[:12] if mine[latent] > mean[latent]]
     assert float(rows[0][3]) == pytest.approx(mine[order[0]] - mean[order[0]], rel=0.01)
 
-    write_patient_concepts(cohort.root / "barcodes", name, tmp_path / "p", PatientSettings(min_images=1, n_splits=1))
-    found = ResultStore(tmp_path / "p", PATIENT_CONCEPTS).table("patient_concepts").to_pylist()
-    z = {row["latent"]: row["z"] for row in found}
+    obs = BarcodeStore(cohort.root / "barcodes").read("patient").obs
+    place = [*obs.index].index(name)
+    peers = (obs["disease"] == obs["disease"].iloc[place]) & (obs["dataset"] == obs["dataset"].iloc[place])
+    others = np.array([barcodes[other] for other in obs.index[peers] if other != name])
+    t = standing(mine, others.mean(axis=0), others.std(axis=0, ddof=1), len(others), IMAGES_PER_PATIENT)
+    z = as_z(t, len(others))
     rows = headed_rows(page, "Most unusual")
-    assert [int(row[0]) for row in rows] == [row["latent"] for row in found[:12]]
-    assert [float(row[3]) for row in rows] == pytest.approx([z[int(row[0])] for row in rows], rel=0.01)
+    order = sorted(range(N_LATENTS), key=lambda latent: (-abs(z[latent]), latent))
+    assert [int(row[0]) for row in rows] == order[:12]
+    assert [float(row[3]) for row in rows] == pytest.approx([z[latent] for latent in order[:12]], rel=0.01)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
     assert "it needs a disease and 5 other patients with it in the dataset; here are" in " ".join(few.text.split())
 

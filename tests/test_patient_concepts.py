@@ -54,7 +54,7 @@ def test_z_by_hand() -> None:
     )
     found = compared(images, others)
     by_latent = {int(latent) // 10: i for i, latent in enumerate(found.latent)}
-    assert sorted(by_latent) == [0, 1, 2, 3, 4, 5, 6]
+    assert sorted(by_latent) == [0, 1, 2, 3, 4, 6]  # 5 equals the mean
     for latent, i in by_latent.items():
         mine, theirs = images[:, latent], others[:, latent]
         own = max(mine.mean(), theirs.mean()) / 4  # of tokens counted by chance
@@ -82,15 +82,15 @@ def test_exchangeable_patients_are_not_set_apart(n_others: int) -> None:
     """Patients that differ among themselves, and none more than others; 300 images each, 400 latents."""
     rng = np.random.default_rng(n_others)
     far = apart = 0.0
-    n_patients = 20
+    n_patients = 6
     for _ in range(n_patients):
-        level = 0.5 * np.exp(rng.normal(0, 0.5, (n_others + 1, 400)))
+        level = 0.5 * np.exp(rng.normal(0, 0.2, (n_others + 1, 400)))
         counts = [rng.poisson(one, (300, 400)).astype(float) for one in level]
         found = compared(counts[0], np.array([images.mean(0) for images in counts[1:]]), n_splits=40)
         far += (np.abs(found.z) >= 3).mean()
         apart += found.sets_apart.mean()
-    assert far / n_patients < 0.01
-    assert apart / n_patients < 0.0075
+    assert far / n_patients < 0.005
+    assert apart / n_patients < 0.0027
 
 
 def test_support_and_least_step() -> None:
@@ -179,7 +179,7 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     assert one.top[0]["z"] == pytest.approx(norm.isf(student.sf(6 / np.sqrt(6 / 9), 5)))
     (row,) = one.patients
     assert (row["n_others_counted"], row["others_least"]) == (5, 0)  # tiny has too few images
-    assert one.top[0]["sets_apart"]
+    assert not one.top[0]["sets_apart"]  # halves of four and five images are not enough against six others
     assert one.patients[0]["n_others"] == 6  # tiny's barcode counts, though it is not compared itself
     everybody = write_patient_concepts(barcodes, None, tmp_path / "all", settings)
     assert everybody.top == []
@@ -278,7 +278,7 @@ def test_command(barcodes: Path, tmp_path: Path) -> None:
     command = ("concept", "patient", barcodes)
     done = run(*command, "A", "-o", tmp_path / "a")
     assert done.exit_code == 0, done.output
-    assert "A: 9 images against 6 others with flu; 1 latent raised and 0 lowered" in done.stdout
+    assert "A: 9 images against 6 others with flu; 0 latents raised and 0 lowered" in done.stdout
     assert "latent 3      z     3.4  6 against 0 tokens per image, in 9 images; 0 others as far" in done.stdout
     assert "without p- or q-values" in done.stdout
     everybody = run(*command, "--all", "-o", tmp_path / "all", "--json")
