@@ -1750,8 +1750,9 @@ def concept_patient(
 ) -> None:
     """Latents that set PATIENT apart from the other patients of its disease, and hold in both halves of its images.
 
-    A robust z (median and MAD of the others, the patient's own error added), at least 5 others of the same disease and
-    dataset. It ranks and describes: so few patients cannot support p- or q-values, and none are given.
+    z predicts one more patient from the others (Student's t, the patient's own error added), at least 5 others of the
+    same disease and dataset. It ranks and describes, without p- or q-values: how many latents set the other patients
+    apart by the same rule is the yardstick.
 
     \b
     Example: cyto concept patient cells.barcodes P07 -o P07.concepts
@@ -1780,18 +1781,25 @@ def _patient_line(row: dict[str, Any]) -> str:
     name = _shown(row["patient"])
     if row["skipped"]:
         return f"{name}: left out ({_shown(row['skipped'])})"
+    usual = "no other patient could be counted"
+    if row["n_others_counted"]:
+        usual = (
+            f"of the other patients, {row['n_others_counted']:,} counted in the same way, each has "
+            f"{row['others_least']:,} to {row['others_most']:,}, median {row['others_median']:g}"
+        )
     return (
         f"{name}: {_count(row['n_images'], 'image')} against {row['n_others']:,} others with {_shown(row['disease'])}; "
-        f"{_count(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in both "
-        f"halves) of {row['n_latents']:,} looked at; halves correlate {_number(row['halves_correlation'])}"
+        f"{_count(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in all "
+        f"images and in both halves) of {row['n_latents']:,} looked at; {usual}; halves correlate "
+        f"{_number(row['halves_correlation'])}"
     )
 
 
 def _patient_concept_line(row: dict[str, Any]) -> str:
     return (
-        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_median']:.3g} "
+        f"  latent {row['latent']:<6} z {row['z']:>7.1f}  {row['barcode']:.3g} against {row['others_mean']:.3g} "
         f"tokens per image, in {_count(row['n_images_active'], 'image')}; {row['n_others_beyond']:,} others as far; "
-        f"both halves on that side {row['replicated']:.0%}"
+        f"|z| of 3 in both halves in {row['replicated']:.0%} of the splits"
     )
 
 
@@ -2038,7 +2046,13 @@ def _print_maps(out: Path, name: str, query: "PatchQuery | None", done: "MapResu
     "--root", type=_FILE, help="What paths in a table of masks are relative to [default: the table's folder]."
 )
 @click.option(
-    "--min-share", default=0.5, show_default=True, help="A patch is foreground if its mask covers this share or more."
+    "--classes",
+    metavar="VALUE=NAME,...|any",
+    help="Which values of the masks count, and their names, such as 1=cytoplasm,2=nucleus or #ff0000=nucleus; one name "
+    "for two values unites them; any: all above 0 together  [default: each value a class, where that is clear].",
+)
+@click.option(
+    "--min-share", default=0.5, show_default=True, help="A patch is of a class that covers this share of it or more."
 )
 @click.option(
     "--shuffles",
@@ -2046,18 +2060,26 @@ def _print_maps(out: Path, name: str, query: "PatchQuery | None", done: "MapResu
     type=click.IntRange(min=0),
     default=200,
     show_default=True,
-    help="Times that masks are shuffled among the images; 0: no null.",
+    help="Times that patients exchange their masks, and that signs are drawn; 0: no p-values.",
 )
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of the shuffles, and of the two halves.")
 @_overwrite_option
 @_json_option
 def concept_masks(
-    latents: Path, masks: Path, out: Path, root: Path | None, overwrite: bool, as_json: bool, **settings: Any
+    latents: Path,
+    masks: Path,
+    out: Path,
+    root: Path | None,
+    classes: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """How well the map of each latent agrees with segmentation masks: AUROC and best-threshold IoU, and chance.
+    """How well the map of each latent agrees with segmentation masks: AUROC within images, IoU, and chance.
 
     MASKS is a .csv or .parquet table with the columns image_id and mask (a path), or a folder of files named like the
-    images. PNG, TIFF or BMP of any size; what is above 0 is foreground.
+    images. PNG, TIFF or BMP of any size, read by value: 0 is background, every other value a class. The shuffles know
+    the patients.
 
     \b
     Example: cyto concept masks cells.latents.zarr nuclei/ -o cells.nuclei
@@ -2070,11 +2092,20 @@ def concept_masks(
     store = LatentStore(latents)
     found = find_masks(masks, store.images, root=root)
     with _progress("read", "mask") as progress:
-        read = read_all_shares(found, store.readable(), patch_side(store.spec.tokens_per_image), progress=progress)
+        side = patch_side(store.spec.tokens_per_image)
+        read = read_all_shares(found, store.readable(), side, classes, progress=progress)
     with _progress("masks", "step") as progress:
         inputs = tuple(path for path in (latents, masks, root) if path)
+        named = [(one.name, one.values) for one in read.classes]
         done = write_mask_agreement(
-            store, read.shares, out, overwrite=overwrite, inputs=inputs, progress=progress, **settings
+            store,
+            read.shares,
+            out,
+            classes=named,
+            overwrite=overwrite,
+            inputs=inputs,
+            progress=progress,
+            **settings,
         )
     _say_done(out, done.was_complete)
     left_out = {
@@ -2095,19 +2126,28 @@ def _print_masks(out: Path, done: "MaskResult", left_out: dict[str, list[str]], 
     for what, names in left_out.items():
         if names:
             click.echo(f"left out: {_left_out(len(names), what)} ({listed([_shown(name) for name in names])})")
+    n_units, classes = done.n_units or 0, done.classes or []
+    who = "" if done.unit == "image" else f" of {_count(n_units, 'unit')} (patients, and images without one)"
     click.echo(
-        f"{out}: {_count(done.n_images, 'image')} with masks, {done.n_foreground / done.n_patches:.1%} of the patches "
-        f"are foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"
+        f"{out}: {_count(done.n_images, 'image')} with masks{who}, {done.n_foreground / done.n_patches:.1%} of the "
+        f"patches are foreground; {done.n_silent:,} of {n_latents:,} latents are active at none"
     )
-    for name, best, chance in (
-        ("auroc", done.best_by_auroc, done.expected_max_auroc),
-        ("iou", done.best_by_iou, done.expected_max_iou),
-    ):
-        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in best)
-        by_chance = "" if chance is None else f"; the best under shuffled masks: {chance:.3f}"
-        click.echo(f"  {'AUROC' if name == 'auroc' else 'IoU':<6} latents {top or '(none)'}{by_chance}")
-    if done.expected_max_auroc is None:
-        click.echo("  no null: nothing was shuffled (one image, --shuffles 0, or no active latent)")
+    for one in classes:
+        values = ", ".join(one["values"])
+        click.echo(f"  {_shown(one['name'])} (value {values}), {one['n_patches'] / done.n_patches:.1%} of the patches")
+        for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
+            top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in one[f"best_by_{name}"])
+            chance = one[f"expected_max_{name}"]
+            by_chance = "" if chance is None else f"; the best under exchanged masks: {chance:.3f}"
+            click.echo(f"  {words:<6} latents {top or '(none)'}{by_chance}")
+    if all(one["expected_max_auroc"] is None for one in classes):
+        click.echo(
+            "  no p-values: nothing was shuffled (one image, --shuffles 0, or no latent active in enough images)"
+        )
+    elif done.unit == "image":
+        click.echo("  p-values take each image for a patient: no two patients are known, and those of one are alike")
+    elif n_units < 6:
+        click.echo(f"  {n_units} patients: p-values cannot be small, however well a latent agrees")
 
 
 def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> "Sources":

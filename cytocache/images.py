@@ -94,16 +94,16 @@ def decode_image(raw: bytes) -> Image.Image:
     return _decode(raw, _to_rgb)
 
 
-def read_mask(path: Path) -> tuple[npt.NDArray[np.bool_] | None, str | None]:
-    """((height, width) bool, None), True where a pixel of a mask file is above 0; or (None, why not).
+def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
+    """((height, width) value of each pixel of a mask file, whether these are colours); or why it cannot be read.
 
-    Values count as they are stored, so 1 in a 16-bit file or a palette is foreground; of colours any channel; alpha is
-    dropped. JPEG is refused: its losses would turn background into foreground.
+    Values are as they are stored, so 1 in a 16-bit file or a palette is 1; colours are 65536 R + 256 G + B; alpha is
+    dropped. JPEG is refused: its losses would make values that nobody drew.
     """
     try:
-        return _decode(_read_bytes(path), _to_foreground), None
+        return _decode(_read_bytes(path), _to_labels)
     except UnreadableImage as error:
-        return None, str(error)
+        return str(error)
 
 
 def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
@@ -203,7 +203,7 @@ def _read_bytes(path: Path) -> bytes:
         raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
 
 
-def _to_foreground(picture: Image.Image) -> npt.NDArray[np.bool_]:
+def _to_labels(picture: Image.Image) -> tuple[npt.NDArray[np.int64], bool]:
     if picture.format == "JPEG":
         raise UnreadableImage("a JPEG loses what a mask needs; save it as PNG")
     if picture.mode in ("LA", "La", "PA"):
@@ -211,7 +211,14 @@ def _to_foreground(picture: Image.Image) -> npt.NDArray[np.bool_]:
     elif picture.mode not in ("1", "L", "P", "F", "RGB") and picture.mode[0] != "I":  # RGBA, CMYK, LAB, ...
         picture = picture.convert("RGB")
     values = np.asarray(picture)
-    return values.max(2) > 0 if values.ndim == 3 else values > 0
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.rint(values)).all()):
+        raise UnreadableImage("its values are no whole numbers: probabilities? Save one number for each class")
+    labels = values.astype(np.int64)
+    if labels.ndim == 3:
+        return labels @ np.array([1 << 16, 1 << 8, 1]), True
+    if labels.min(initial=0) < 0:
+        raise UnreadableImage("values below 0")
+    return labels, False
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

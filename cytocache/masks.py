@@ -1,6 +1,10 @@
-"""Segmentation masks of images: which file belongs to which image, and how much of each patch it covers."""
+"""Segmentation masks of images: which file belongs to which image, and how much of each patch each class covers.
 
-from dataclasses import dataclass
+A mask is read by value: 0 is background, and every other value (a number, a palette entry, a colour) is a class of its
+own. What could be meant in two ways is refused until `--classes` says which: see `_choose`.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,9 +16,15 @@ from stores.progress import Progress
 from stores.tables import column, image_table, listed, read_table_file
 
 from .datasets import list_files
-from .images import read_mask
+from .images import read_labels
 
 Float = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+MOST_CLASSES = 12  # told from the values alone: more are rather single objects, or an image that is no mask
+_MOST_VALUES = 256  # of a file, that are looked at one by one
+_LEAST_INSIDE = 0.05  # share of a value's pixels that have four neighbours of it: less is the blurred edge of others
+ANY = "any"
+_GREY = 0x010101  # a grey as a colour, in steps of brightness
 
 
 @dataclass(frozen=True)
@@ -26,12 +36,32 @@ class MaskFiles:
 
 
 @dataclass(frozen=True)
+class MaskClass:
+    """One class of the masks: its name, and the values it is made of, as `--classes` writes them."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class MaskShares:
     """What the masks of images cover, and those that say nothing."""
 
-    shares: dict[int, Float]  # by image_index: (side, side) share of each patch that is covered
+    classes: list[MaskClass]
+    shares: dict[int, Float]  # by image_index: (n_classes, side, side) share of each patch that each class covers
     unreadable: list[str]  # names of mask files, each with the reason
     of_unreadable_images: list[str]  # names of mask files, which were not looked at
+
+
+@dataclass(frozen=True)
+class _MaskFile:
+    """Of one file: what each value covers. `shares` is empty where there are too many values."""
+
+    name: str
+    mode: str  # number, grey (colours, all of them greys, whose number is their brightness) or color
+    shares: dict[int, Float]  # by value, 0 included
+    above_zero: Float
+    pixels: dict[int, tuple[int, int]]  # by value: pixels, and those of them with four neighbours of the same value
 
 
 def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> MaskFiles:
@@ -73,36 +103,207 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     return _some(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
 
 
+def parse_classes(text: str | None) -> list[MaskClass] | str | None:
+    """`1=cytoplasm,2=nucleus` (also `#ff0000=nucleus`; a name given twice unites two values), `any`, or None.
+
+    Raises
+    ------
+    BadInput
+        If it is none of these, or a value is given twice.
+    """
+    if text is None or text.strip() == ANY:
+        return None if text is None else ANY
+    found, seen = dict[str, list[str]](), set[int]()
+    for part in text.split(","):
+        value, equals, name = (piece.strip() for piece in part.partition("="))
+        if not equals or not name or _number(value) is None:
+            raise BadInput(
+                f"--classes: expected VALUE=NAME,VALUE=NAME,... such as 1=cytoplasm,2=nucleus or #ff0000=nucleus, or "
+                f"{ANY!r}; found {part.strip()!r}"
+            )
+        if _number(value) in seen:
+            raise BadInput(f"--classes: the value {value} is given twice")
+        seen.add(_number(value) or 0)
+        found.setdefault(name, []).append(value.lower())
+    return [MaskClass(name, tuple(values)) for name, values in found.items()]
+
+
+def _number(value: str) -> int | None:
+    """The value of a pixel that `12` or `#ff0000` stands for."""
+    is_color = value.startswith("#")
+    digits = value[1:] if is_color else value
+    if (is_color and len(digits) != 6) or not digits.isascii() or not digits.isalnum() or len(digits) > 12:
+        return None
+    try:
+        return int(digits, 16 if is_color else 10)
+    except ValueError:
+        return None
+
+
 def read_all_shares(
     masks: MaskFiles,
     is_readable: npt.NDArray[np.bool_],
     side: int,
+    classes: str | None = None,
     *,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskShares:
-    """What each mask covers of side x side patches, one file after the other.
+    """What each class covers of side x side patches, one file after the other.
 
     Parameters
     ----------
     is_readable : (n_images,); the mask of an image that could not be read is left out
+    classes : see `parse_classes`; None: every value of its own, where that is clear
     progress : masks done, masks in all
+
+    Raises
+    ------
+    BadInput
+        If it is not clear what the values mean, or `classes` names a value that no mask has.
     """
-    found = MaskShares({}, [], [])
+    asked = parse_classes(classes)
+    files, unreadable, of_unreadable = dict[int, _MaskFile](), list[str](), list[str]()
     for n_done, (image_index, path) in enumerate(sorted(masks.paths.items()), start=1):
         if not is_readable[image_index]:
-            found.of_unreadable_images.append(path.name)
-        elif isinstance(shares := read_shares(path, side), str):
-            found.unreadable.append(f"{path.name}: {shares}")
+            of_unreadable.append(path.name)
+        elif isinstance(found := _read_file(path, side), str):
+            unreadable.append(f"{path.name}: {found}")
         else:
-            found.shares[image_index] = shares
-        progress(n_done, len(masks.paths), f"{len(found.unreadable):,} unreadable" if found.unreadable else "")
-    return found
+            files[image_index] = found
+        progress(n_done, len(masks.paths), f"{len(unreadable):,} unreadable" if unreadable else "")
+    if not files:
+        return MaskShares([], {}, unreadable, of_unreadable)
+    if asked == ANY:
+        above = [MaskClass("mask", ("above 0",))]
+        return MaskShares(above, {at: file.above_zero[None] for at, file in files.items()}, unreadable, of_unreadable)
+    is_color = _unify(files)
+    values = sorted({value for file in files.values() for value in file.pixels})
+    if isinstance(asked, list):
+        crowded = [file.name for file in files.values() if not file.shares]
+        if crowded:
+            raise BadInput(
+                f"{crowded[0]} has more than {_MOST_VALUES} values: an image, not a mask of classes; save one value "
+                f"for each class, or give --classes {ANY} for all that is above 0"
+            )
+        _check_asked(asked, values, is_color)
+    else:
+        asked = _choose(list(files.values()), is_color)
+    of_class = [[_number(value) for value in one.values] for one in asked]
+    nothing = np.zeros((side, side))
+    shares = {
+        at: np.stack([sum((file.shares.get(value or 0, nothing) for value in own), nothing) for own in of_class])
+        for at, file in files.items()
+    }
+    return MaskShares(asked, shares, unreadable, of_unreadable)
 
 
-def read_shares(path: Path, side: int) -> Float | str:
-    """(side, side) share of each patch that the mask covers, by area, whatever its size; or why it cannot be read."""
-    mask, error = read_mask(path)
-    return str(error) if mask is None else _shares(mask, side)
+def _read_file(path: Path, side: int) -> _MaskFile | str:
+    found = read_labels(path)
+    if isinstance(found, str):
+        return found
+    labels, is_color = found
+    mode = "color" if is_color else "number"
+    if is_color and (labels == (labels & 255) * _GREY).all():
+        labels, mode = labels & 255, "grey"
+    values, counts = np.unique(labels, return_counts=True)
+    above_zero = _shares(labels > 0, side)
+    if len(values) > _MOST_VALUES:
+        return _MaskFile(path.name, mode, {}, above_zero, {})
+    is_inside = np.zeros(labels.shape, bool)
+    middle = labels[1:-1, 1:-1]
+    is_inside[1:-1, 1:-1] = (
+        (middle == labels[:-2, 1:-1])
+        & (middle == labels[2:, 1:-1])
+        & (middle == labels[1:-1, :-2])
+        & (middle == labels[1:-1, 2:])
+    )
+    inside = dict(zip(*np.unique(labels[is_inside], return_counts=True), strict=True))
+    return _MaskFile(
+        path.name,
+        mode,
+        {int(value): _shares(labels == value, side) for value in values},
+        above_zero,
+        {int(value): (int(n), int(inside.get(value, 0))) for value, n in zip(values, counts, strict=True)},
+    )
+
+
+def _unify(files: dict[int, _MaskFile]) -> bool:
+    """Whether the masks are of colours; if so, greys in them become colours too, so that one value is one thing."""
+    if not any(file.mode == "color" for file in files.values()):
+        return False
+    for at, file in files.items():
+        if file.mode == "number" and any(file.pixels):
+            color = next(other.name for other in files.values() if other.mode == "color")
+            raise BadInput(
+                f"{file.name} has numbers and {color} has colours: it is not clear which belong together; save all "
+                f"masks in one way, or give --classes {ANY} for all that is above 0"
+            )
+        if file.mode == "grey":
+            shares = {value * _GREY: share for value, share in file.shares.items()}
+            files[at] = replace(file, shares=shares, pixels={value * _GREY: n for value, n in file.pixels.items()})
+    return True
+
+
+def _shown(value: int, is_color: bool) -> str:
+    return f"#{value:06x}" if is_color else str(value)
+
+
+def _check_asked(asked: list[MaskClass], values: list[int], is_color: bool) -> None:
+    known = {_shown(value, is_color) for value in values}
+    for one in asked:
+        for value in one.values:
+            if _number(value) not in values or value.startswith("#") != is_color:
+                raise BadInput(
+                    f"--classes: no mask has the value {value} ({one.name}); found {listed(sorted(known, key=_order))}"
+                )
+
+
+def _order(shown: str) -> tuple[bool, int]:
+    return shown.startswith("#"), _number(shown) or 0
+
+
+def _choose(files: list[_MaskFile], is_color: bool) -> list[MaskClass]:
+    """The classes where nobody named them: 0, and every other value of its own; refused where that is not clear."""
+    crowded = [file.name for file in files if not file.pixels]
+    pixels = dict[int, list[int]]()
+    for file in files:
+        for value, (n, n_inside) in file.pixels.items():
+            total = pixels.setdefault(value, [0, 0])
+            total[0] += n
+            total[1] += n_inside
+    above = sorted(value for value in pixels if value)
+    hint = f"name those that count with --classes VALUE=NAME,..., or give --classes {ANY} for all that is above 0"
+    if not above and not crowded:
+        raise BadInput(f"all {len(files):,} masks are 0 everywhere: there is nothing to compare; look at the masks")
+    if crowded or len(above) > MOST_CLASSES:
+        what = (
+            f"{crowded[0]} has more than {_MOST_VALUES} values"
+            if crowded
+            else f"the masks have {len(above):,} values above 0 ({listed([_shown(n, is_color) for n in above])})"
+        )
+        raise BadInput(
+            f"{what}: smoothed edges, single objects or an image, and not up to {MOST_CLASSES} classes; {hint}"
+        )
+    if len(above) == 1:
+        return [MaskClass("mask", (_shown(above[0], is_color),))]
+    if not any(sum(value > 0 for value in file.pixels) > 1 for file in files):
+        raise BadInput(
+            f"each mask has one value above 0, but not all the same ({listed([_shown(n, is_color) for n in above])}): "
+            f"it is not clear whether these are classes; {hint}"
+        )
+    for value in above:
+        n, n_inside = pixels[value]
+        if n_inside < _LEAST_INSIDE * n:
+            raise BadInput(
+                f"the value {_shown(value, is_color)} of the masks lies only at the edges of others, as by smoothing "
+                f"({n_inside:,} of its {n:,} pixels have four neighbours of it); save masks without it, or {hint}"
+            )
+    names = [_shown(value, is_color) for value in above]
+    return [*(MaskClass(name, (name,)) for name in names), *_background(pixels, is_color)]
+
+
+def _background(pixels: dict[int, list[int]], is_color: bool) -> list[MaskClass]:
+    return [MaskClass("background", (_shown(0, is_color),))] if 0 in pixels else []
 
 
 def _shares(mask: npt.NDArray[np.bool_], side: int) -> Float:

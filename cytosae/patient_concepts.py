@@ -1,20 +1,20 @@
 """What is special about a patient: latents whose barcode is far from that of the other patients of the disease.
 
-For patient p and latent s, with the others of the same disease and dataset (at least 5):
+For patient p and latent s, with the n others of the same disease and dataset (at least 5), of mean m and standard
+deviation sd, and N_p images of the patient:
 
-    z = (a_p[s] - median of the others) / sqrt((1.4826 MAD of the others)^2 + se^2)
-    se^2 = phi max(a_p[s], median) / N_p, at least (1 / N_p)^2: one token in one of the N_p images
-    phi = variance / mean of the patient's own images, at least 1 (Poisson)
+    t = (a_p[s] - m) / sqrt(sd^2 (1 + 1 / n) + max(a_p[s], m) / N_p)     the last term at least 1 / N_p^2
+    z : as far out in a normal distribution as t is in Student's with n - 1 degrees of freedom
 
-se is the error of a mean over the patient's images; where the patient lies below the others it is taken at their level,
-as few tokens would seem too certain. MAD is 0 where most others lack the latent; se then keeps a find in a single image
-at a z of about 1, one of the same strength in k images at sqrt(k).
+That is the prediction of one more patient from n: with 5 others |z| = 3 is |t| = 6.6. The last term is the error of a
+mean over the patient's images, were its tokens counted by chance (Poisson). `standing` is that definition; the atlas
+uses it too.
 
-Whether a difference holds within the patient is asked of its images: split into halves again and again (seeded), how
-often do both halves lie on the patient's side of the others' median? By chance, half the times.
+A latent sets a patient apart if |z| is 3 or more over all its images, and in both halves of them (by their own N) in
+95% of the splits into halves (seeded).
 
-No p- or q-values: n others can at best say "1 of n + 1", once per latent, and thousands of latents are looked at. What
-stands here describes and ranks; a stain or a scanner can make a patient special too.
+No p- or q-values of the patient. The yardstick are the other patients: how many latents set each of THEM apart, under
+the same rule against the rest. A stain or a scanner can make a patient special too.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import scipy.sparse as ss
+from scipy import stats
 
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
@@ -40,11 +41,11 @@ from .relation_figures import plot_all_patients, plot_patient
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-LEAST_OTHERS = 5  # below, a median and a MAD say nothing
+LEAST_OTHERS = 5  # below, a mean and a standard deviation say nothing
 LEAST_IMAGES = 4  # two in each half
-Z_FROM = 3.0  # a latent sets a patient apart from here on, if it replicates
+Z_FROM = 3.0  # a latent sets a patient apart from here on, if both halves do so too
 REPLICATED = 0.95  # share of the splits
-_MAD_TO_SD = 1.4826  # of a normal distribution
+RULE = "t prediction; |z| of 3 in all images and in both halves"  # of the header: older folders lack it
 _LEAST_DRAWN, _MOST_DRAWN = 12, 40  # latents in the figure
 
 
@@ -64,7 +65,7 @@ class PatientSettings:
 
 @dataclass(frozen=True, eq=False)
 class PatientConcepts:
-    """The latents of one patient that differ from the others' median and have support, by falling |z|.
+    """The latents of one patient that differ from the others' mean and have support, by falling |z|.
 
     All arrays are (n,), but `others` (n_others, n).
     """
@@ -73,18 +74,20 @@ class PatientConcepts:
     barcode: Floats  # mean tokens above tau per image
     median: Floats  # of the others' barcodes
     mad: Floats
-    se: Floats
+    mean: Floats
+    sd: Floats
+    se: Floats  # of the patient's own mean
     z: Floats
     n_images_active: Ints  # of the patient's images
     n_others_active: Ints  # others with a barcode above 0
     n_others_beyond: Ints  # others at least as far on the patient's side
-    replicated: Floats  # share of the splits in which both halves lie on the patient's side of the median
+    replicated: Floats  # share of the splits in which both halves have a |z| of 3 or more, on the patient's side
     others: Floats
     halves_correlation: float  # of the two halves' deviations over the latents that the others have; NaN if undefined
 
     @property
     def sets_apart(self) -> npt.NDArray[np.bool_]:
-        """|z| of 3 or more, and replicated in 95% of the splits."""
+        """|z| of 3 or more in all images, and in both halves in 95% of the splits."""
         found: npt.NDArray[np.bool_] = (np.abs(self.z) >= Z_FROM) & (self.replicated >= REPLICATED)
         return found
 
@@ -136,6 +139,7 @@ def write_patient_concepts(
     spec = {
         "barcodes": cohort.store.header.identity,
         "patient": patient,
+        "rule": RULE,
         **{**asdict(settings), "tau": cohort.tau},
     }
     writer = begin_results(out, PATIENT_CONCEPTS, spec, overwrite=overwrite, inputs=[barcodes])
@@ -152,6 +156,9 @@ def write_patient_concepts(
             if patient is not None:
                 _draw(cohort, number, found, writer.root / "patient_concepts")
         rows.append(row)
+    for row in rows:
+        if row["skipped"] is None:
+            row |= _usual(row, rows, cohort)
     progress(len(reasons), len(reasons), "")
     table = pa.concat_tables(tables)
     writer.write_table("patient_concepts", table)
@@ -236,6 +243,10 @@ class _Cohort:
             rng=_rng(self.settings.seed, self.names[number]),
         )
 
+    def counts_of(self, number: int) -> dict[str, Any]:
+        """How many latents set a patient apart, by `n_raised` and `n_lowered`."""
+        return _counts(self.concepts_of(number))
+
     def _images_of(self, number: int) -> Any:
         """(N_p, L) counts of the patient's readable images; they must be those that its barcode was made of."""
         is_its = np.asarray(self._images["patient"], object) == self._ids[number]
@@ -265,28 +276,29 @@ def compare_patient(
     min_images : of the patient's images in which a raised latent must be above tau
     n_splits : times that the images are halved, drawn from `rng`
     """
-    n_images = images.shape[0]
+    n_images, n_others = images.shape[0], len(others)
     total = np.asarray(images.sum(axis=0, dtype=np.float64)).ravel()
-    squares = np.asarray(images.multiply(images).sum(axis=0, dtype=np.float64)).ravel()
     barcode, median = total / n_images, np.median(others, axis=0)
     mad = np.median(np.abs(others - median), axis=0)
-    variance = np.maximum(0, squares - n_images * barcode**2) / (n_images - 1)
-    dispersion = np.maximum(1, variance / np.where(barcode > 0, barcode, 1))
-    se = np.maximum(np.sqrt(dispersion * np.maximum(barcode, median) / n_images), 1 / n_images)
-    scale = np.hypot(_MAD_TO_SD * mad, se)
-    side = _side(barcode, median)
-    n_active = images.getnnz(axis=0)
+    mean, sd = others.mean(axis=0), others.std(axis=0, ddof=1)
+    t = standing(barcode, mean, sd, n_others, n_images)
+    side, n_active = _side(barcode, mean), images.getnnz(axis=0)
+    far = float(stats.t.isf(stats.norm.sf(Z_FROM), n_others - 1))  # the t of a z of 3
     both = np.zeros(len(latents), np.int64)
     others_have = (others > 0).any(axis=0)  # chosen without a look at the patient
     correlations = []
     for _ in range(n_splits):
         first = rng.permutation(n_images)[: n_images // 2]
         sum_first = np.asarray(images[np.sort(first)].sum(axis=0, dtype=np.float64)).ravel()
-        halves = sum_first / len(first), (total - sum_first) / (n_images - len(first))
-        both += (_side(halves[0], median) == side) & (_side(halves[1], median) == side)
-        correlations.append(_correlation(*(((half - median) / scale)[others_have] for half in halves)))
+        n_first, n_second = len(first), n_images - len(first)
+        halves = (
+            standing(sum_first / n_first, mean, sd, n_others, n_first),
+            standing((total - sum_first) / n_second, mean, sd, n_others, n_second),
+        )
+        both += (halves[0] * side >= far) & (halves[1] * side >= far)
+        correlations.append(_correlation(*(half[others_have] for half in halves)))
     has_support = (side < 0) | ((side > 0) & (n_active >= min_images))
-    z = (barcode - median) / scale
+    z = as_z(t, n_others)
     kept = np.flatnonzero(has_support)
     kept = kept[np.lexsort((latents[kept], -np.abs(z[kept])))]
     beyond = np.where(side > 0, _side(others, barcode) >= 0, _side(others, barcode) <= 0).sum(axis=0)
@@ -295,7 +307,9 @@ def compare_patient(
         barcode=barcode[kept],
         median=median[kept],
         mad=mad[kept],
-        se=se[kept],
+        mean=mean[kept],
+        sd=sd[kept],
+        se=np.sqrt(_own_variance(barcode, mean, n_images))[kept],
         z=z[kept],
         n_images_active=n_active[kept],
         n_others_active=(others > 0).sum(axis=0)[kept],
@@ -304,6 +318,51 @@ def compare_patient(
         others=others[:, kept],
         halves_correlation=float(np.mean(correlations)),
     )
+
+
+def standing(value: Floats, mean: Floats, sd: Floats, n_others: int, n_images: int) -> Floats:
+    """(n,) t of one patient's barcode among the others, as the module says; `as_z` makes it z.
+
+    Parameters
+    ----------
+    value : (n,) the patient's mean tokens above tau per image
+    mean, sd : (n,) of the others' barcodes; sd with n_others - 1
+    n_others : 2 or more
+    n_images : of the patient
+    """
+    found: Floats = (value - mean) / np.sqrt(sd**2 * (1 + 1 / n_others) + _own_variance(value, mean, n_images))
+    return found
+
+
+def as_z(t: Floats, n_others: int) -> Floats:
+    """What a t with n_others - 1 degrees of freedom is in a normal distribution, with the same sign."""
+    tail = np.maximum(stats.t.sf(np.abs(t), n_others - 1), 1e-300)
+    found: Floats = np.where(t == 0, 0, np.sign(t) * stats.norm.isf(tail))
+    return found
+
+
+def _own_variance(value: Floats, mean: Floats, n_images: int) -> Floats:
+    found: Floats = np.maximum(np.maximum(value, mean) / n_images, 1 / n_images**2)
+    return found
+
+
+def _usual(row: dict[str, Any], rows: list[dict[str, Any]], cohort: _Cohort) -> dict[str, Any]:
+    """How many latents set each other patient of the disease and dataset apart, by the same rule."""
+    known = {other["patient"]: other for other in rows if other["skipped"] is None}
+    counts = []
+    for other in cohort.others(cohort.number(row["patient"])):
+        name = cohort.names[other]
+        if cohort.why_not(int(other)) is None:
+            found = known.get(name) or cohort.counts_of(int(other))
+            counts.append(found["n_raised"] + found["n_lowered"])
+    if not counts:
+        return {"n_others_counted": 0}
+    return {
+        "n_others_counted": len(counts),
+        "others_least": min(counts),
+        "others_median": float(np.median(counts)),
+        "others_most": max(counts),
+    }
 
 
 def _side(value: Floats, of: Floats) -> npt.NDArray[np.int64]:
@@ -330,6 +389,8 @@ _PATIENTS = pa.schema(
         *((name, pa.string()) for name in ("patient", "dataset", "disease", "skipped")),
         *((name, pa.int64()) for name in ("n_images", "n_others", "n_latents", "n_raised", "n_lowered")),
         ("halves_correlation", pa.float64()),
+        *((name, pa.int64()) for name in ("n_others_counted", "others_least", "others_most")),
+        ("others_median", pa.float64()),
     ]
 )
 
@@ -355,6 +416,8 @@ def _table(name: str, found: PatientConcepts) -> pa.Table:
             "others_median": found.median,
             "others_mad": found.mad,
             "se": found.se,
+            "others_mean": found.mean,
+            "others_sd": found.sd,
             "n_images_active": found.n_images_active.astype(np.int64),
             "n_others_active": found.n_others_active.astype(np.int64),
             "n_others_beyond": found.n_others_beyond.astype(np.int64),
@@ -369,18 +432,18 @@ def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> N
     some = np.arange(len(found.latent))[: min(_MOST_DRAWN, max(_LEAST_DRAWN, int(found.sets_apart.sum())))]
     who = cohort.describe(number)
     names = [
-        f"{latent}: {barcode:.3g} against {median:.3g} tokens per image, in {n_active} images"
-        for latent, barcode, median, n_active in zip(
-            found.latent[some], found.barcode[some], found.median[some], found.n_images_active[some], strict=True
+        f"{latent}: {barcode:.3g} against {mean:.3g} tokens per image, in {n_active} images"
+        for latent, barcode, mean, n_active in zip(
+            found.latent[some], found.barcode[some], found.mean[some], found.n_images_active[some], strict=True
         )
     ]
-    scale = np.hypot(_MAD_TO_SD * found.mad, found.se)[some]
+    scale = np.sqrt(found.sd**2 * (1 + 1 / who["n_others"]) + found.se**2)[some]
     compared = f"against {who['n_others']} others with {plain(who['disease'])}"
     plot_patient(
         f"{plain(who['patient'])}: {who['n_images']} images, {compared}",
         names,
         found.z[some],
-        (found.others[:, some] - found.median[some]) / scale,
+        as_z((found.others[:, some] - found.mean[some]) / scale, who["n_others"]),
         found.sets_apart[some],
         path,
     )

@@ -11,6 +11,7 @@ import stat
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIE
 from PIL import Image
 
 from cytocache.pictures import Pictures
+from cytosae.atlas.cohort import Row
+from cytosae.atlas.cohort_pages import _unusual
 from cytosae.atlas.concept_pages import BIN_EDGES
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import Site, script_data
+from cytosae.patient_concepts import as_z, standing
 from cytosae.reference_images import Sources
 from cytosae.selection import read_selection
 from stores import ConceptStore, LatentStore, ResultStore
@@ -289,16 +293,18 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     assert [int(row[0]) for row in rows] == [latent for latent in order[:12] if mine[latent] > mean[latent]]
     assert float(rows[0][3]) == pytest.approx(mine[order[0]] - mean[order[0]], rel=0.01)
 
+    # peers are of one dataset: four others here, too few; the z itself is that of `cyto concept patient`
+    assert "5 other patients with it in the dataset; here are 4" in " ".join(page.text.split())
     others = np.array([barcodes[other] for other in PATIENTS[:9] if other != name])
-    expected, sd = others.mean(axis=0), others.std(axis=0, ddof=1)
-    chance = np.maximum(np.maximum(mine, expected) / IMAGES_PER_PATIENT, 1 / IMAGES_PER_PATIENT**2)
-    z = (mine - expected) / np.sqrt(sd**2 + chance)
-    rows = headed_rows(page, "Most unusual")
-    order = sorted(range(N_LATENTS), key=lambda latent: (-abs(z[latent]), latent))
-    assert [int(row[0]) for row in rows] == order[:12]
-    assert [float(row[3]) for row in rows] == pytest.approx([z[latent] for latent in order[:12]], rel=0.01)
+    t = standing(mine, others.mean(axis=0), others.std(axis=0, ddof=1), 8, IMAGES_PER_PATIENT)
+    z = as_z(t, 8)
+    everybody = np.vstack([others, mine])
+    has_page = SimpleNamespace(has_page=lambda latent: True)
+    row = Row(np.arange(N_LATENTS), mine)
+    found = _unusual(row, everybody.sum(0), (everybody**2).sum(0), 8, IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
+    assert [one["z"] for one in found] == pytest.approx(sorted(z, key=abs, reverse=True)[:12], abs=1e-6)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
-    assert "it needs a disease and 5 other patients with it; here are 4" in " ".join(few.text.split())
+    assert "it needs a disease and 5 other patients with it in the dataset; here are" in " ".join(few.text.split())
 
 
 def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:

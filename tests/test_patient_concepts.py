@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as ss
+from scipy.stats import norm
+from scipy.stats import t as student
 from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
@@ -52,25 +54,43 @@ def test_z_by_hand() -> None:
     )
     found = compared(images, others)
     by_latent = {int(latent) // 10: i for i, latent in enumerate(found.latent)}
-    assert sorted(by_latent) == [0, 1, 2, 3, 4, 6]  # 5 equals the median
-    row = {
-        name: [getattr(found, name)[by_latent[s]] for s in sorted(by_latent)] for name in ("median", "mad", "se", "z")
-    }
-    assert row["median"] == [3, 0, 0, 4, 4, 0]
-    assert row["mad"] == [1, 0, 0, 1, 0, 0]
-    # variance / mean: (2/3) / 5, below Poisson; (4/3) / 1; 16 / 2; 0.25 / 0.25 at the others' 4; none; 0 of a constant
-    se = [np.sqrt(5 / 4), np.sqrt(4 / 3 / 4), np.sqrt(8 * 2 / 4), np.sqrt(4 / 4), np.sqrt(4 / 4), np.sqrt(3 / 4)]
-    assert row["se"] == pytest.approx(se)
-    z = [2 / np.hypot(1.4826, se[0]), 1 / se[1], 2 / se[2], -3.75 / np.hypot(1.4826, se[3]), -4 / se[4], 3 / se[5]]
-    assert row["z"] == pytest.approx(z)
-    assert row["z"][2] == pytest.approx(1)  # one image is one find, however strong
+    assert sorted(by_latent) == [0, 1, 2, 3, 4, 6]  # 5 equals the mean
+    for latent, i in by_latent.items():
+        mine, theirs = images[:, latent], others[:, latent]
+        own = max(mine.mean(), theirs.mean()) / 4  # of tokens counted by chance
+        t = (mine.mean() - theirs.mean()) / np.sqrt(theirs.var(ddof=1) * (1 + 1 / 5) + max(own, 1 / 16))
+        assert found.z[i] == pytest.approx(np.sign(t) * norm.isf(student.sf(abs(t), 4)))
+        assert (found.median[i], found.mad[i]) == (np.median(theirs), np.median(np.abs(theirs - np.median(theirs))))
+        assert (found.mean[i], found.sd[i]) == (pytest.approx(theirs.mean()), pytest.approx(theirs.std(ddof=1)))
     columns = ("n_images_active", "n_others_active", "n_others_beyond")
     counts = {s: [int(getattr(found, name)[i]) for name in columns] for s, i in by_latent.items()}
-    assert counts == {0: [4, 5, 1], 1: [2, 1, 1], 2: [1, 0, 0], 3: [1, 5, 0], 4: [0, 5, 0], 6: [4, 1, 1]}
+    assert {s: counts[s] for s in (0, 2, 3, 4)} == {0: [4, 5, 1], 2: [1, 0, 0], 3: [1, 5, 0], 4: [0, 5, 0]}
     replicated = {s: found.replicated[i] for s, i in by_latent.items()}
-    assert replicated[0] == replicated[3] == replicated[4] == replicated[6] == 1
     assert replicated[2] == 0  # one half never has it
-    assert replicated[1] == pytest.approx(2 / 3, abs=0.1)  # two of four images: in different halves in 4 of 6 splits
+    # 3 of t of 6.6 in the halves of two images: 4 less than 4 of no spread is t -2.8
+    assert replicated[4] == 0
+    sure = compared(np.full((40, 1), 4.0), np.zeros((5, 1)))
+    assert (sure.replicated.tolist(), sure.sets_apart.tolist()) == ([1], [True])
+    # all images together are far enough, half of them are not
+    some = compared(np.full((40, 1), 1.5), np.zeros((5, 1)))
+    assert some.z[0] > 3
+    assert (some.replicated.tolist(), some.sets_apart.tolist()) == ([0], [False])
+
+
+@pytest.mark.parametrize("n_others", [5, 20])
+def test_exchangeable_patients_are_not_set_apart(n_others: int) -> None:
+    """Patients that differ among themselves, and none more than others; 300 images each, 400 latents."""
+    rng = np.random.default_rng(n_others)
+    far = apart = 0.0
+    n_patients = 6
+    for _ in range(n_patients):
+        level = 0.5 * np.exp(rng.normal(0, 0.2, (n_others + 1, 400)))
+        counts = [rng.poisson(one, (300, 400)).astype(float) for one in level]
+        found = compared(counts[0], np.array([images.mean(0) for images in counts[1:]]), n_splits=40)
+        far += (np.abs(found.z) >= 3).mean()
+        apart += found.sets_apart.mean()
+    assert far / n_patients < 0.005
+    assert apart / n_patients < 0.0027
 
 
 def test_support_and_least_step() -> None:
@@ -80,9 +100,6 @@ def test_support_and_least_step() -> None:
     images[:3, 1] = 1
     assert compared(images, np.zeros((5, 2)), min_images=3).latent.tolist() == [10]
     assert compared(np.ones((4, 1)), np.full((5, 1), 0.999)).se.tolist() == [0.5]
-    one = np.zeros((9, 1))
-    one[0] = 1
-    assert compared(one, np.zeros((5, 1))).z.tolist() == [pytest.approx(1, abs=0.01)]
 
 
 def drawn_images(rng: np.random.Generator, rates: Floats, n_images: int) -> Floats:
@@ -159,11 +176,21 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     settings = PatientSettings(min_images=2)
     one = write_patient_concepts(barcodes, "A", tmp_path / "one", settings)
     assert one.top[0]["latent"] == 3
-    assert one.top[0]["z"] == pytest.approx(6 / np.sqrt(6 / 9))
-    assert one.top[0]["sets_apart"]
+    assert one.top[0]["z"] == pytest.approx(norm.isf(student.sf(6 / np.sqrt(6 / 9), 5)))
+    (row,) = one.patients
+    assert (row["n_others_counted"], row["others_least"]) == (5, 0)  # tiny has too few images
+    assert not one.top[0]["sets_apart"]  # halves of four and five images are not enough against six others
     assert one.patients[0]["n_others"] == 6  # tiny's barcode counts, though it is not compared itself
     everybody = write_patient_concepts(barcodes, None, tmp_path / "all", settings)
     assert everybody.top == []
+    usual = {row["patient"]: row for row in everybody.patients}
+    assert usual["A"] == row
+    numbers = [usual[name]["n_raised"] + usual[name]["n_lowered"] for name in "BCDEF"]
+    assert (row["others_least"], row["others_median"], row["others_most"]) == (
+        min(numbers),
+        np.median(numbers),
+        max(numbers),
+    )
     table = ResultStore(tmp_path / "all", PATIENT_CONCEPTS).table("patient_concepts").to_pylist()
     mine = ResultStore(tmp_path / "one", PATIENT_CONCEPTS).table("patient_concepts").to_pylist()
     assert [row for row in table if row["patient"] == "A"] == mine
@@ -251,8 +278,8 @@ def test_command(barcodes: Path, tmp_path: Path) -> None:
     command = ("concept", "patient", barcodes)
     done = run(*command, "A", "-o", tmp_path / "a")
     assert done.exit_code == 0, done.output
-    assert "A: 9 images against 6 others with flu; 1 latent raised and 0 lowered" in done.stdout
-    assert "latent 3      z     7.3  6 against 0 tokens per image, in 9 images; 0 others as far" in done.stdout
+    assert "A: 9 images against 6 others with flu; 0 latents raised and 0 lowered" in done.stdout
+    assert "latent 3      z     3.4  6 against 0 tokens per image, in 9 images; 0 others as far" in done.stdout
     assert "without p- or q-values" in done.stdout
     everybody = run(*command, "--all", "-o", tmp_path / "all", "--json")
     assert len(json.loads(everybody.stdout)["patients"]) == 9

@@ -128,17 +128,25 @@ class Cohort:
         return self.barcodes.matrix("patient", self._tau).shape[1]
 
     @cached_property
+    def peers_of(self) -> Ints:
+        """(n_patients,) number of the group of the same disease and dataset; -1 for a patient without a disease."""
+        keys = list(zip(self.disease_of.tolist(), self.datasets, strict=True))
+        number = {key: n for n, key in enumerate(sorted({key for key in keys if key[0] >= 0}))}
+        return np.array([number.get(key, -1) for key in keys], np.int64)
+
+    @cached_property
     def moments(self) -> tuple[Floats, Floats, Ints]:
-        """Sums and sums of squares of the patients' barcodes (diseases + 1, latents), and how many patients.
+        """Sums and sums of squares of the patients' barcodes (groups of peers + 1, latents), and how many patients.
 
         The last row is for patients without a disease.
         """
-        sums, squares = np.zeros((2, len(self.diseases) + 1, self.n_latents))
+        n_groups = int(self.peers_of.max(initial=-1)) + 2
+        sums, squares = np.zeros((2, n_groups, self.n_latents))
         for number, row in self.rows():
             values = row.values.astype(np.float64)
-            sums[self.disease_of[number], row.latents] += values
-            squares[self.disease_of[number], row.latents] += values**2
-        return sums, squares, np.bincount(self.disease_of % (len(self.diseases) + 1), minlength=len(self.diseases) + 1)
+            sums[self.peers_of[number], row.latents] += values
+            squares[self.peers_of[number], row.latents] += values**2
+        return sums, squares, np.bincount(self.peers_of % n_groups, minlength=n_groups)
 
     @cached_property
     def _images(self) -> Any:

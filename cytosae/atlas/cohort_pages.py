@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from ..patient_concepts import LEAST_OTHERS, as_z, standing
 from .cohort import Cohort, Floats, Row
 from .concept_pages import disease_name, image_name, pair_of
 from .drawings import stripes
@@ -13,7 +14,6 @@ from .pictures import thumb_place
 from .plan import LISTED, Plan
 from .site import Site, packed
 
-LEAST_OTHERS = 5  # of the same disease: below, no latent is called unusual
 _TOP = 12  # latents of each list
 _PAIR_COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g")
 
@@ -28,10 +28,11 @@ def write_patient_pages(
         if most is not None and n_done > most:
             return
         disease = int(cohort.disease_of[number])
-        others = int(n_patients[disease]) - 1
+        peers = int(cohort.peers_of[number])
+        others = int(n_patients[peers]) - 1
         unusual = None
         if disease >= 0 and others >= LEAST_OTHERS:
-            unusual = _unusual(row, sums[disease], squares[disease], others, int(cohort.n_images[number]), plan)
+            unusual = _unusual(row, sums[peers], squares[peers], others, int(cohort.n_images[number]), plan)
         site.page(
             f"patients/{number}.html",
             "patient.html",
@@ -104,17 +105,12 @@ def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any
 
 
 def _unusual(row: Row, sums: Floats, squares: Floats, n_others: int, n_images: int, plan: Plan) -> list[dict[str, Any]]:
-    """The latents by distance from the mean of the disease's other patients, in standard deviations of these.
-
-    To their variance comes that of a mean over the patient's own images, were its tokens counted by chance (Poisson):
-    at least one token in one image. So a latent that no other patient has is no infinite number of deviations away.
-    """
+    """The latents by |z| among the other patients of the disease and dataset: the z of `cyto concept patient`."""
     values = np.zeros(len(sums))
     values[row.latents] = row.values
     mean = np.maximum(0, sums - values) / n_others
     variance = np.maximum(0, squares - values**2 - n_others * mean**2) / (n_others - 1)
-    error = np.maximum(np.maximum(values, mean) / n_images, 1 / n_images**2)
-    z = (values - mean) / np.sqrt(variance + error)
+    z = as_z(standing(values, mean, np.sqrt(variance), n_others, n_images), n_others)
     order = np.argsort(-np.abs(z), kind="stable")[:_TOP]
     return [
         {"latent": latent, "value": float(values[latent]), "mean": float(mean[latent]), "z": float(z[latent])}
