@@ -2248,6 +2248,14 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
 )
 @click.option("--folds", type=int, default=5, show_default=True, help="Folds of whole groups.")
 @click.option("--inner-folds", type=int, default=3, show_default=True, help="Folds that choose the threshold inside.")
+@click.option(
+    "--null",
+    type=click.Choice(["auto", "within", "between"]),
+    default="auto",
+    show_default=True,
+    help="How labels are shuffled: rows exchange them within their group, or whole groups exchange theirs; auto: "
+    "within, where that changes at least 40% of the labels.",
+)
 @click.option("--repeats", type=int, help="Times that new folds are drawn  [default: 10; at level image 3].")
 @click.option("--permutations", type=int, help="Shuffles of the labels; 0: none  [default: 99; at level image 19].")
 @click.option(
@@ -2255,8 +2263,16 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     type=click.Choice(["latents", "backbone", "samples", "samples-inverse"]),
     default="latents",
     show_default=True,
-    help="Rule for scikit-learn's C: M c / 100 (M latents, c classes), W c / 100 (W the backbone's width), n c / 100 "
-    "(n training rows), or 100 / (n c).",
+    help="Rule for scikit-learn's C: M c / 100 (M latents, c classes: it grows with the SAE's width), W c / 100 (W the "
+    "backbone's width), n c / 100 (n training rows), or 100 / (n c).",
+)
+@click.option(
+    "--c-factor",
+    "c_factors",
+    type=float,
+    multiple=True,
+    help="Multiple of the rule's C; one is chosen inside each training side, for every method alike; may repeat, and "
+    "1 alone keeps the rule's C  [default: 1e-4, 1e-2, 1, 100].",
 )
 @click.option(
     "--threshold",
@@ -2271,7 +2287,7 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     show_default=True,
     help="With --cache, at level patient: also an attention-MIL head.",
 )
-@click.option("--mil-repeats", type=_COUNT, default=3, show_default=True, help="It runs in the first so many repeats.")
+@click.option("--mil-repeats", type=_COUNT, default=0, help="It runs in the first so many repeats  [default: all].")
 @click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
 @click.option("--workers", type=_COUNT, default=n_cores(), show_default="cores", help="Threads.")
@@ -2283,6 +2299,7 @@ def probe(
     caches: tuple[Path, ...],
     sae: Path | None,
     thresholds: tuple[float, ...],
+    c_factors: tuple[float, ...],
     repeats: int | None,
     permutations: int | None,
     workers: int,
@@ -2295,7 +2312,7 @@ def probe(
     \b
     Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
     """
-    from cytosae.probe import REPETITIONS, THRESHOLDS, ProbeConfig, write_probe
+    from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, ProbeConfig, write_probe
     from cytosae.probe_baselines import MilConfig
     from cytosae.probe_units import UnitConfig
 
@@ -2306,6 +2323,7 @@ def probe(
     config = ProbeConfig(
         units=units,
         thresholds=tuple(sorted(thresholds)) or THRESHOLDS,
+        c_factors=tuple(sorted(c_factors)) or C_FACTORS,
         repeats=usual_repeats if repeats is None else repeats,
         permutations=usual_permutations if permutations is None else permutations,
         mil=mil if settings.pop("mil") else None,
@@ -2994,19 +3012,33 @@ def _print_probe(out: Path, scores: dict[str, Any]) -> None:
         f"{out}: {scores['n_units']:,} {level}s in {scores['n_groups']:,} groups; {_shown(scores['target'])}: {shown}"
     )
     _print_left_out(scores["left_out"])
-    click.echo(f"C = {rule['C']:.4g} ({rule['formula']})")
-    click.echo(f"{'on the same folds':<18} {'weighted F1':>15} {'balanced accuracy':>19}")
+    factors = ", ".join(f"{factor:g}" for factor in rule["c_factors"])
+    click.echo(
+        f"C = {rule['C']:.4g} ({rule['formula']}) times {factors}"
+        + (f", chosen inside: {rule['C_chosen']:.4g} on average" if len(rule["c_factors"]) > 1 else "")
+    )
+    click.echo(f"{'on the same folds':<18} {'weighted F1, 95% interval':>26} {'AUROC':>6} {'barcode minus this':>24}")
     for name, found in scores["methods"].items():
-        f1, balanced = (
-            f"{found[key]['mean']:.3f} ± {found[key]['sd']:.3f}" for key in ("weighted_f1", "balanced_accuracy")
-        )
-        click.echo(f"  {name:<16} {f1:>15} {balanced:>19}")
+        f1 = f"{found['weighted_f1']['mean']:.3f} {_span(found['interval']['weighted_f1'])}"
+        paired = found.get("barcode_minus_this", {}).get("weighted_f1")
+        minus = "" if paired is None else f"{paired['difference']:+.3f} {_span(paired)}"
+        auroc = "" if found["auroc"] is None else f"{found['auroc']:.3f}"
+        click.echo(f"  {name:<16} {f1:>26} {auroc:>6} {minus:>24}".rstrip())
     if chance:
+        click.echo(
+            f"null: {scores['null']['what']}; a shuffle changes {chance['share_of_labels_changed']:.0%} of the labels"
+        )
         found = chance["weighted_f1"]
         click.echo(
             f"chance: weighted F1 {found['mean']:.3f}, 5 to 95% {found['q05']:.3f} to {found['q95']:.3f}, of "
-            f"{_count(chance['n'], 'shuffle')}; first repeat {found['observed']:.3f}, p = {found['p']:.3g}"
+            f"{_count(chance['n'], 'shuffle')}; first repeat {found['observed']:.3f}, p = {found['p']:.3g} "
+            f"(no p can be below {chance['p_floor']:.3g})"
         )
+
+
+def _span(interval: dict[str, float | None]) -> str:
+    """A 95% interval."""
+    return "" if interval["low"] is None else f"({interval['low']:.3f} to {interval['high']:.3f})"
 
 
 def _difference(found: int, published: int) -> str:

@@ -1,4 +1,4 @@
-"""One repeat of the probe: folds of whole groups, a fit per threshold, the threshold chosen within the training side.
+"""One repeat of the probe: folds of whole groups, fits along thresholds and C, both chosen within the training side.
 
 Everything is a function of the barcodes, the labels, the groups and a seed, so that a permutation test can repeat all
 of it on shuffled labels. Folds are drawn first; then each stands alone, so that threads can share them.
@@ -29,13 +29,14 @@ class Plan:
     n_inner_folds: int
     n_classes: int
     strength: Strength
+    c_factors: tuple[float, ...] = (1.0,)  # of that C, rising: one is chosen within each training side
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Fits on one training side, one per threshold; t thresholds, c classes."""
+    """Fits on one training side; s values of C, t thresholds, c classes."""
 
-    probabilities: Float  # (t, tested rows, c)
+    probabilities: Float  # (s, t, tested rows, c)
     n_kept: list[int]  # latents that count
     n_unconverged: int  # fits that did not converge
     n_unseen: int  # fits whose training side lacked a class
@@ -51,8 +52,13 @@ class Thresholds(Protocol):
     def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans."""
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
-        """Fit the training rows, whose `levels` are given, at every threshold, and predict the tested ones."""
+    def sweep(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
+    ) -> Sweep:
+        """Fit the training rows, whose `levels` are given, at every threshold, and predict the tested ones.
+
+        `strengths` (s, t) are scikit-learn's C: s fits at each of t thresholds.
+        """
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Fold:
 
     sweep: Sweep  # its rows, predicted by the others
     chosen: int  # threshold chosen within the training side
+    c_factors: Float  # (t,) factor of C chosen there for each threshold
     n_unconverged: int  # of all its fits, the inner ones included
     n_unseen: int
 
@@ -80,6 +87,8 @@ class Repeat:
     fold_of: Ints  # (n,)
     probabilities: Float  # (t, n, c), each row by the fit that has not seen its group
     chosen: Ints  # (n_folds,) threshold chosen within each training side
+    c_factors: Float  # (n_folds, t) factor of C chosen there for each threshold
+    inner_of: Ints  # (n_folds, n) folds within each training side; -1 outside
     n_kept: Ints  # (n_folds, t) latents that count
     n_unconverged: int
     n_unseen: int
@@ -109,39 +118,54 @@ def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> 
 def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, plan: Plan) -> Fold:
     """Predict the rows of one fold.
 
-    Its threshold is the one with the best weighted F1 in a cross-validation within its training side (the lowest of
-    equals): its latents' means, too, are of the inner training rows alone. Of a single threshold nothing is chosen.
+    Threshold and C are those with the best weighted F1 in a cross-validation within its training side (of equals the
+    smallest C, then the lowest threshold): its latents' means, too, are of the inner training rows alone. Where there
+    is one threshold and one factor of C, nothing is chosen.
     """
     training, inner_of = division.fold_of != fold, division.inner_of[fold]
-    n_inner = plan.n_inner_folds if barcodes.n_thresholds > 1 else 0
+    factors, n_thresholds = np.array(plan.c_factors), barcodes.n_thresholds
+    n_inner = plan.n_inner_folds if n_thresholds > 1 or len(factors) > 1 else 0
     sides = np.stack([training, *(training & (inner_of != inner) for inner in range(n_inner))])
     levels = barcodes.levels(sides)
-    predicted = np.zeros((barcodes.n_thresholds, len(labels)), np.int64)
+    predicted = np.zeros((len(factors), n_thresholds, len(labels)), np.int64)
     sweeps = []
     for inner in range(n_inner):
-        tested = inner_of == inner
-        sweeps.append(barcodes.sweep(levels[1 + inner], labels, sides[1 + inner], tested, plan))
-        predicted[:, tested] = sweeps[-1].probabilities.argmax(2)
-    f1 = [score(confusion_matrix(labels[training], row[training], plan.n_classes))["weighted_f1"] for row in predicted]
-    sweeps.append(barcodes.sweep(levels[0], labels, training, ~training, plan))
+        tested, side = inner_of == inner, sides[1 + inner]
+        strengths = np.tile(factors[:, None] * plan.strength(int(side.sum())), n_thresholds)
+        sweeps.append(barcodes.sweep(levels[1 + inner], labels, side, tested, plan.n_classes, strengths))
+        predicted[:, :, tested] = sweeps[-1].probabilities.argmax(3)
+    f1 = weighted_f1(labels[training], predicted[:, :, training], plan.n_classes)
+    of_threshold = np.argmax(f1, axis=0)
+    strengths = factors[of_threshold] * plan.strength(int(training.sum()))
+    sweeps.append(barcodes.sweep(levels[0], labels, training, ~training, plan.n_classes, strengths[None]))
     return Fold(
         sweeps[-1],
-        chosen=int(np.argmax(np.round(f1, 12))),
+        chosen=int(np.argmax(f1.max(0))),
+        c_factors=factors[of_threshold],
         n_unconverged=sum(each.n_unconverged for each in sweeps),
         n_unseen=sum(each.n_unseen for each in sweeps),
     )
 
 
+def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:
+    """Weighted F1 of each row of predictions (..., n); rounded, so that equal ones are equal."""
+    rows = predicted.reshape(-1, predicted.shape[-1])
+    found = [score(confusion_matrix(true, row, n_classes))["weighted_f1"] for row in rows]
+    return np.round(np.array(found).reshape(predicted.shape[:-1]), 12)
+
+
 def gather(division: Division, folds: Sequence[Fold]) -> Repeat:
     """The folds of a division, put together."""
-    n_thresholds, _, n_classes = folds[0].sweep.probabilities.shape
+    _, n_thresholds, _, n_classes = folds[0].sweep.probabilities.shape
     probabilities = np.zeros((n_thresholds, len(division.fold_of), n_classes))
     for number, fold in enumerate(folds):
-        probabilities[:, division.fold_of == number] = fold.sweep.probabilities
+        probabilities[:, division.fold_of == number] = fold.sweep.probabilities[0]
     return Repeat(
         division.fold_of,
         probabilities,
         chosen=np.array([fold.chosen for fold in folds]),
+        c_factors=np.array([fold.c_factors for fold in folds]),
+        inner_of=division.inner_of,
         n_kept=np.array([fold.sweep.n_kept for fold in folds]),
         n_unconverged=sum(fold.n_unconverged for fold in folds),
         n_unseen=sum(fold.n_unseen for fold in folds),

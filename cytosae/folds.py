@@ -16,6 +16,11 @@ from stores.tables import listed
 
 Ints = npt.NDArray[np.int64]
 FEW_GROUPS = 10  # per class, below which scores say little
+NULLS = {
+    "within": "labels are exchanged within each group",
+    "between": "whole groups exchange their labels",
+}
+MOST_UNCHANGED = 0.6  # share of labels that a shuffle may leave as they are before p says little
 
 
 def connected_groups(columns: Sequence[Sequence[str]]) -> Ints:
@@ -85,22 +90,53 @@ def assign_folds(labels: Ints, groups: Ints, n_folds: int, rng: np.random.Genera
     return fold_of[groups]
 
 
-def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator) -> Ints:
-    """(n,) labels as they might as well be if they had nothing to do with the images.
+def share_changed_within(labels: Ints, groups: Ints) -> float:
+    """The expected share of labels that an exchange within groups changes: 0 if no group has two labels."""
+    counts = np.zeros((groups.max() + 1, labels.max() + 1))
+    np.add.at(counts, (groups, labels), 1)
+    sizes = np.maximum(counts.sum(1), 1)
+    return float((counts.sum(1) - (counts**2).sum(1) / sizes).sum() / len(labels))
 
-    If no group has two labels, the groups exchange theirs. Else rows of a group exchange theirs, and groups of the same
-    size exchange all theirs: what differs between rows of one patient is shuffled within the patient.
+
+def choose_null(labels: Ints, groups: Ints, null: str = "auto") -> str:
+    """Which of NULLS the labels are shuffled by; "auto" looks at labels and groups alone.
+
+    "within" asks whether the label of a row says more than its group does, "between" whether labels have anything to
+    do with the rows at all. Where groups are (nearly) of one label, an exchange within them changes (nearly) nothing,
+    so that shuffled labels would be predicted as well as the true ones: "auto" takes "within" only where it changes
+    at least 40% of the labels.
+
+    Raises
+    ------
+    BadInput
+        If "within" is asked for and no group has two labels.
+    """
+    changed = share_changed_within(labels, groups)
+    if null == "within" and changed == 0:
+        raise BadInput(
+            "--null within exchanges labels within each group, and here no group has two labels; choose --null between"
+        )
+    if null != "auto":
+        return null
+    return "within" if changed >= 1 - MOST_UNCHANGED else "between"
+
+
+def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator, *, null: str = "between") -> Ints:
+    """(n,) labels as they might as well be if they had nothing to do with the rows.
+
+    Parameters
+    ----------
+    null : "within": rows of a group exchange their labels. "between": groups exchange theirs; a group that is larger
+        than the one whose labels it gets repeats them, a smaller one gets as many, drawn from them without replacement
     """
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     rows_of = np.split(order, starts[1:])
-    if all((labels[rows] == labels[rows[0]]).all() for rows in rows_of):
-        first = rng.permutation(labels[[rows[0] for rows in rows_of]])
-        return first[np.unique(groups, return_inverse=True)[1]]
+    givers = rng.permutation(len(rows_of)) if null == "between" else np.arange(len(rows_of))
     shuffled = labels.copy()
-    sizes = np.array([len(rows) for rows in rows_of])
-    for size in np.unique(sizes):
-        alike = np.flatnonzero(sizes == size)
-        for taker, giver in zip(alike, rng.permutation(alike), strict=True):
-            shuffled[rows_of[taker]] = rng.permutation(labels[rows_of[giver]])
+    for rows, giver in zip(rows_of, givers, strict=True):
+        given = labels[rows_of[giver]]
+        n_whole, n_more = divmod(len(rows), len(given))
+        dealt = np.concatenate([np.tile(given, n_whole), rng.choice(given, n_more, replace=False)])
+        shuffled[rows] = rng.permutation(dealt)
     return shuffled

@@ -30,7 +30,7 @@ from stores.spec import PROBE, SAE, check_choice, read_header
 
 from . import probe_baselines as baselines
 from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, gather, run_fold
-from .folds import check_groups, shuffle_labels
+from .folds import NULLS, check_groups, choose_null, shuffle_labels
 from .probe_baselines import MilConfig
 from .probe_report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
 from .probe_units import BY_LOT, LEVELS, UnitConfig, Units, read_units
@@ -49,6 +49,7 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
 REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
 GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
 _DENSE_BYTES = 512 << 20
+C_FACTORS = (1e-4, 1e-2, 1.0, 100.0)
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -61,7 +62,9 @@ class ProbeConfig:
     inner_folds: int = 3
     repeats: int = 10
     permutations: int = 99
+    null: str = "auto"  # how labels are shuffled: folds.NULLS, or by rule
     regularization: str = "latents"
+    c_factors: tuple[float, ...] = C_FACTORS  # of the rule's C: one is chosen within each training side
     thresholds: tuple[float, ...] = THRESHOLDS  # of mean activation
     mil: MilConfig | None = field(default_factory=MilConfig)  # at level patient, where caches are given
     seed: int = 0
@@ -69,6 +72,10 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         check_choice("level", self.units.level, LEVELS)
         check_choice("regularization", self.regularization, tuple(REGULARIZATIONS))
+        check_choice("null", self.null, ("auto", *NULLS))
+        factors = self.c_factors
+        if not factors or list(factors) != sorted(set(factors)) or not all(0 < f < np.inf for f in factors):
+            raise BadInput(f"factors of C must be positive, differ and rise; found {', '.join(map(str, factors))}")
         for name, low in {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 0}.items():
             if getattr(self, name) < low:
                 raise BadInput(f"{name} must be at least {low}; found {getattr(self, name)}")
@@ -145,11 +152,12 @@ def write_probe(
     )
     if writer.is_complete:
         return dict(ResultStore(out, PROBE).json("scores")), True
+    null = choose_null(units.labels, units.groups, config.null)
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
     config = config if has_mil else replace(config, mil=None)
     with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
-        repeats, shuffles = _run_all(units, rule, config, workers, progress)
+        repeats, shuffles = _run_all(units, rule, config, null, workers, progress)
         methods = _barcode_methods(repeats, config.thresholds)
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
     n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
@@ -159,10 +167,14 @@ def write_probe(
         "folds": config.folds,
         "repeats": config.repeats,
         "seed": config.seed,
+        "null": {"used": null, "asked": config.null, "what": NULLS[null]},
         "regularization": {
             "rule": config.regularization,
             "formula": REGULARIZATIONS[config.regularization],
             "C": rule.of(units.n_latents)(n_training),
+            "c_factors": list(config.c_factors),
+            "C_chosen": _typical([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
+            * rule.of(units.n_latents)(n_training),
             "n_training_rows": n_training,
         },
     }
@@ -194,8 +206,13 @@ class _Rule:
         }[self.name]
 
 
+def _typical(factors: list[Float]) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.log(np.concatenate(factors)).mean()))
+
+
 def _run_all(
-    units: Units, rule: _Rule, config: ProbeConfig, workers: int, progress: Progress
+    units: Units, rule: _Rule, config: ProbeConfig, null: str, workers: int, progress: Progress
 ) -> tuple[list[Repeat], list[Shuffle]]:
     """All repeats, and the first repeat on shuffled labels."""
     n_classes = len(units.classes)
@@ -204,6 +221,7 @@ def _run_all(
         n_inner_folds=config.inner_folds,
         n_classes=n_classes,
         strength=rule.of(units.n_latents),
+        c_factors=config.c_factors,
     )
     barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
 
@@ -213,7 +231,7 @@ def _run_all(
         return division, [pool.submit(run_fold, barcodes, labels, division, fold, plan) for fold in folds]
 
     shuffled = [
-        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]))
+        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]), null=null)
         for number in range(config.permutations)
     ]
     repeats, shuffles = list[Repeat](), list[Shuffle]()
@@ -231,7 +249,8 @@ def _run_all(
                 if number < config.repeats:
                     repeats.append(repeat)
                 else:
-                    shuffles.append(keep_shuffle(repeat, shuffled[number - config.repeats], n_classes))
+                    labels = shuffled[number - config.repeats]
+                    shuffles.append(keep_shuffle(repeat, labels, units.labels, n_classes))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -272,7 +291,7 @@ def _baselines(
     c, patients = len(units.classes), config.units.level == "patient"
     wanted: dict[str, baselines.Predict] = {"majority": baselines.majority(c)}
     if patients:
-        wanted["n_images"] = baselines.number_of_images(units.n_images, c)
+        wanted["n_images"] = baselines.number_of_images(units.n_images, c, config.c_factors)
     methods = []
     if caches:
         ids = [image_id for of_unit in units.image_ids for image_id in of_unit]
@@ -280,7 +299,7 @@ def _baselines(
         images = baselines.read_image_tokens(caches, ids, progress=token_progress)
         strength = rule.of(images.cls.shape[1])
         for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
-            wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, strength)
+            wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, strength, config.c_factors)
         if config.mil is not None:
             methods.append(Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))
     for name, predict in wanted.items():
@@ -296,7 +315,7 @@ def _mil(
 
     assert config.mil is not None
     n_classes, found = len(units.classes), []
-    for number, repeat in enumerate(repeats[: config.mil.repeats]):
+    for number, repeat in enumerate(repeats[: config.mil.repeats or None]):
         out = np.zeros((len(units.labels), n_classes))
         for fold in range(config.folds):
             training, seed = repeat.fold_of != fold, (config.seed, 3, number, fold)
@@ -311,14 +330,14 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
     out = np.zeros((len(labels), n_classes))
     for fold in range(repeat.fold_of.max() + 1):
         training = repeat.fold_of != fold
-        out[~training] = predict(labels, training)
+        out[~training] = predict(labels, training, repeat.inner_of[fold])
     return out
 
 
 def _n_steps(config: ProbeConfig) -> int:
     """For the progress."""
     n_folds = config.folds * (config.repeats + config.permutations)
-    return n_folds + (min(config.mil.repeats, config.repeats) if config.mil else 0)
+    return n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
 
 
 def _provenance(latents_spec: list[dict[str, Any]], caches: list[ActivationStore], sae: Path | None) -> list[str]:

@@ -18,13 +18,14 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.tables import column, listed
 
-from .cross_validation import Strength
+from .cross_validation import Strength, weighted_f1
 from .logistic_columns import NEWTON_ROWS, fit_columns, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Predict = Callable[[Ints, Bools], Float]  # labels (n,), training rows -> (other rows, n_classes) probabilities
+Predict = Callable[[Ints, Bools, Ints], Float]
+"""Labels (n,), training rows, folds within these (n,) (-1 outside) -> (other rows, n_classes) probabilities."""
 _READ_IMAGES = 64  # that are read together
 COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is one number
 
@@ -33,7 +34,7 @@ COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is o
 class MilConfig:
     """All settings of the attention-MIL head and of its training."""
 
-    repeats: int = 3  # it runs in the first so many repeats: it takes far longer than all else
+    repeats: int = 0  # it runs in the first so many repeats; 0: in all of them, as every other method
     hidden: int = 64
     epochs: int = 40
     images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
@@ -91,37 +92,45 @@ def of_units(vectors: Float, rows_of: Sequence[Ints]) -> Float:
 def majority(n_classes: int) -> Predict:
     """The shares of the classes among the training rows, for everybody."""
 
-    def predict(labels: Ints, training: Bools) -> Float:
+    def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         shares = np.bincount(labels[training], minlength=n_classes) / training.sum()
         return np.tile(shares, (int((~training).sum()), 1))
 
     return predict
 
 
-def number_of_images(n_images: Ints, n_classes: int) -> Predict:
+def number_of_images(n_images: Ints, n_classes: int, c_factors: Sequence[float]) -> Predict:
     """Logistic regression on log(number of images), standardised by the training rows."""
 
-    def predict(labels: Ints, training: Bools) -> Float:
+    def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         values = np.log(n_images)[:, None]
         values = (values - values[training].mean()) / max(float(values[training].std()), 1e-9)
-        return _fit_predict(values @ values.T, labels, training, n_classes, COUNT_STRENGTH)
+        return features(values, n_classes, lambda n_rows: COUNT_STRENGTH, c_factors)(labels, training, inner_of)
 
     return predict
 
 
-def features(values: Float, n_classes: int, strength: Strength) -> Predict:
-    """The probe's own logistic regression, on (n, width) features as they are."""
+def features(values: Float, n_classes: int, strength: Strength, c_factors: Sequence[float]) -> Predict:
+    """The probe's own logistic regression, on (n, width) features as they are, its C chosen as the barcodes' is.
+
+    That is by the weighted F1 in a cross-validation within the training rows, the smallest C of equals.
+    """
     gram = values @ values.T if len(values) <= NEWTON_ROWS else None
 
-    def predict(labels: Ints, training: Bools) -> Float:
-        c = strength(int(training.sum()))
-        if gram is not None:
-            return _fit_predict(gram, labels, training, n_classes, c)
-        return fit_columns(values[training], labels[training], n_classes, c).probabilities(values[~training])
+    def fit_predict(labels: Ints, training: Bools, tested: Bools, factor: float) -> Float:
+        c = factor * strength(int(training.sum()))
+        if gram is None:
+            return fit_columns(values[training], labels[training], n_classes, c).probabilities(values[tested])
+        fit = fit_gram(gram[np.ix_(training, training)], labels[training], n_classes, c)
+        return fit.probabilities(gram[np.ix_(tested, training)])
+
+    def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
+        predicted = np.zeros((len(c_factors), len(labels)), np.int64)
+        for inner in range(inner_of.max() + 1 if len(c_factors) > 1 else 0):
+            tested = inner_of == inner
+            for k, factor in enumerate(c_factors):
+                predicted[k, tested] = fit_predict(labels, training & ~tested, tested, factor).argmax(1)
+        best = int(np.argmax(weighted_f1(labels[training], predicted[:, training], n_classes)))
+        return fit_predict(labels, training, ~training, c_factors[best])
 
     return predict
-
-
-def _fit_predict(gram: Float, labels: Ints, training: Bools, n_classes: int, strength: float) -> Float:
-    fit = fit_gram(gram[np.ix_(training, training)], labels[training], n_classes, strength)
-    return fit.probabilities(gram[np.ix_(~training, training)])

@@ -11,7 +11,9 @@ import pyarrow as pa
 from stores.results import ResultWriter
 
 from .cross_validation import Repeat
+from .folds import MOST_UNCHANGED
 from .probe_figures import plot_confusion, plot_curve, plot_methods
+from .probe_intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
 from .probe_units import Units, shared_groups
 from .scores import METRICS, class_scores, confusion_matrix, score, summarize
 
@@ -34,6 +36,7 @@ class Shuffle:
     """What is kept of a repeat on shuffled labels."""
 
     scores: list[dict[str, float]]  # with the threshold chosen inside, then at every threshold
+    share_changed: float  # of the labels
     n_unconverged: int
     n_unseen: int
 
@@ -49,10 +52,10 @@ class Found:
     methods: list[Method]
 
 
-def keep_shuffle(repeat: Repeat, labels: Ints, n_classes: int) -> Shuffle:
+def keep_shuffle(repeat: Repeat, labels: Ints, true: Ints, n_classes: int) -> Shuffle:
     """Of a repeat on shuffled `labels`: how well they were predicted, never mind by what."""
     scores = [score(_confusion(p, labels, n_classes)) for p in (repeat.selected, *repeat.probabilities)]
-    return Shuffle(scores, repeat.n_unconverged, repeat.n_unseen)
+    return Shuffle(scores, float((labels != true).mean()), repeat.n_unconverged, repeat.n_unseen)
 
 
 def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
@@ -65,6 +68,9 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
         warnings = [*warnings, f"{n_unconverged:,} fits did not converge; their predictions count as they are"]
     if n_unseen:
         warnings = [*warnings, f"in {n_unseen:,} fits a class had no training row; it has probability 0 there"]
+    share_changed = float(np.mean([each.share_changed for each in found.shuffles])) if found.shuffles else None
+    if share_changed is not None and share_changed < 1 - MOST_UNCHANGED:
+        warnings = [*warnings, _unchanged_warning(share_changed, units, about["null"]["used"])]
     sizes = Counter(units.labels.tolist())
     nulls = [shuffle.scores for shuffle in found.shuffles]
     n_kept = np.mean([repeat.n_kept.mean(0) for repeat in repeats], axis=0)
@@ -82,7 +88,9 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
         "n_latents": units.n_latents,
         "n_latents_above_tau": units.values.shape[1],
         "n_fits_unconverged": n_unconverged,
-        "methods": {m.name: _method_scores(m, found) for m in (barcode, *others) if m.threshold is None},
+        "methods": _with_intervals(
+            {m.name: _method_scores(m, found) for m in (barcode, *others) if m.threshold is None}, found, about
+        ),
         "curve": [
             {
                 "threshold": method.threshold,
@@ -93,7 +101,7 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
             }
             for t, method in enumerate(curve)
         ],
-        "permutation": _permutation(barcode, units, nulls),
+        "permutation": _permutation(barcode, units, nulls, share_changed),
     }
 
 
@@ -184,12 +192,58 @@ def _method_scores(method: Method, found: Found) -> dict[str, Any]:
     }
 
 
-def _permutation(method: Method, units: Units, nulls: list[list[dict[str, float]]]) -> dict[str, Any] | None:
+def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]) -> dict[str, Any]:
+    """Scores of probabilities, calibration, 95% intervals over groups, and barcode minus each method."""
+    n_folds, labels = about["folds"], found.units.labels
+    draws = draw_groups(found.units.groups, [about["seed"], 4])
+    drawn = {m.name: scores_of_draws(m.probabilities, labels, draws) for m in found.methods if m.threshold is None}
+    predictions = {m.name: m.probabilities for m in found.methods if m.threshold is None}
+    for name, scores in methods.items():
+        bins = calibration(predictions[name], labels)
+        scores["n_repeats"] = len(predictions[name])
+        scores |= {key: float(drawn[name][key][0]) for key in ("log_loss", "brier")}
+        scores |= {key: _finite(drawn[name][key][0]) for key in ("auroc", "auprc")}
+        scores |= {"calibration_error": calibration_error(bins), "calibration": bins, "n_draws": N_DRAWS}
+        scores["interval"] = {key: interval(values, n_folds) for key, values in drawn[name].items()}
+        if name != BARCODE:
+            differences = {key: drawn[BARCODE][key] - values for key, values in drawn[name].items()}
+            scores["barcode_minus_this"] = {
+                key: {"difference": _finite(values[0]), **interval(values, n_folds)}
+                for key, values in differences.items()
+            }
+    return methods
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _unchanged_warning(share_changed: float, units: Units, null: str) -> str:
+    """Why shuffles leave most labels as they are."""
+    shares = np.bincount(units.labels) / len(units.labels)
+    most = 1 - float((shares**2).sum())
+    said = f"a shuffle changes only {share_changed:.0%} of the labels, so shuffled labels are much like the true ones"
+    if null == "within":
+        return f"{said} and p is too large: groups are nearly of one label; --null between exchanges whole groups"
+    return (
+        f"{said}: classes are uneven ({most:.0%} would change if rows were shuffled one by one), or few groups hold "
+        f"most rows"
+    )
+
+
+def _permutation(
+    method: Method, units: Units, nulls: list[list[dict[str, float]]], share_changed: float | None
+) -> dict[str, Any] | None:
     """p = (1 + number of shuffles that score no less) / (1 + number of shuffles), for the first repeat."""
     if not nulls:
         return None
     observed = {name: values[0] for name, values in _by_metric(method, units).items()}
-    out: dict[str, Any] = {"n": len(nulls), "statistic": "the first repeat, its thresholds chosen inside"}
+    out: dict[str, Any] = {
+        "n": len(nulls),
+        "statistic": "the first repeat, its thresholds and C chosen inside",
+        "p_floor": 1 / (1 + len(nulls)),
+        "share_of_labels_changed": share_changed,
+    }
     for name in METRICS:
         values = [row[0][name] for row in nulls]
         n_reached = sum(value >= observed[name] - 1e-12 for value in values)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cross_validation import Bools, Levels, Plan, Sweep
+from .cross_validation import Bools, Levels, Sweep
 from .logistic_columns import ColumnFit, fit_columns
 from .threshold_grams import reached
 
@@ -30,22 +30,26 @@ class ThresholdColumns:
         """As `ThresholdGrams.levels`."""
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
-        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit."""
+    def sweep(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
+    ) -> Sweep:
+        """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
-        strength = plan.strength(seen.shape[0])
-        probabilities, n_kept, fits = list[Float](), list[int](), list[ColumnFit]()
+        probabilities = np.zeros((*strengths.shape, int(tested.sum()), n_classes))
+        n_kept, fits, known = list[int](), list[ColumnFit](), dict[float, Float]()
         for t in range(self.n_thresholds):
             kept = levels[latents] > t
-            if not (fits and kept.all()):
-                seen, new, latents = seen[:, kept], new[:, kept], latents[kept]
-                fits.append(fit_columns(seen, labels[training], plan.n_classes, strength))
-                found = fits[-1].probabilities(new)
-            probabilities.append(found)
+            if not kept.all():
+                seen, new, latents, known = seen[:, kept], new[:, kept], latents[kept], {}
+            for s, strength in enumerate(strengths[:, t].tolist()):
+                if strength not in known:
+                    fits.append(fit_columns(seen, labels[training], n_classes, strength))
+                    known[strength] = fits[-1].probabilities(new)
+                probabilities[s, t] = known[strength]
             n_kept.append(len(latents))
         return Sweep(
-            np.stack(probabilities),
+            probabilities,
             n_kept,
             n_unconverged=sum(not fit.converged for fit in fits),
-            n_unseen=sum(len(fit.present) < plan.n_classes for fit in fits),
+            n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import issparse
 
-from .cross_validation import Bools, Levels, Plan, Sweep
+from .cross_validation import Bools, Levels, Sweep
 from .logistic_columns import fit_gram
 
 Float = npt.NDArray[np.float64]
@@ -53,21 +53,27 @@ class ThresholdGrams:
         """
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, plan: Plan) -> Sweep:
-        """Fit the training rows at every threshold, predict the tested ones. Equal latents, one fit."""
+    def sweep(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
+    ) -> Sweep:
+        """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         n_kept = [int((levels > t).sum()) for t in range(self.n_thresholds)]
-        strength, probabilities, fits = plan.strength(int(training.sum())), list[Float](), []
+        probabilities, fits = np.zeros((*strengths.shape, int(tested.sum()), n_classes)), []
         for t, gram in self._grams(levels):
-            if not (probabilities and n_kept[t] == n_kept[t + 1]):  # more and more latents: as many are the same
-                fit = fit_gram(gram[np.ix_(training, training)], labels[training], plan.n_classes, strength)
-                fits.append(fit)
-                found = fit.probabilities(gram[np.ix_(tested, training)])
-            probabilities.append(found)
+            known: dict[float, Float] = {}
+            if t + 1 < self.n_thresholds and n_kept[t] == n_kept[t + 1]:  # more and more latents: as many are the same
+                known = dict(zip(strengths[:, t + 1].tolist(), probabilities[:, t + 1], strict=True))
+            among, across = gram[np.ix_(training, training)], gram[np.ix_(tested, training)]
+            for s, strength in enumerate(strengths[:, t].tolist()):
+                if strength not in known:
+                    fits.append(fit_gram(among, labels[training], n_classes, strength))
+                    known[strength] = fits[-1].probabilities(across)
+                probabilities[s, t] = known[strength]
         return Sweep(
-            np.stack(probabilities[::-1]),
+            probabilities,
             n_kept,
             n_unconverged=sum(not fit.converged for fit in fits),
-            n_unseen=sum(len(fit.present) < plan.n_classes for fit in fits),
+            n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
 
     def _grams(self, levels: Levels) -> Iterator[tuple[int, Float]]:

@@ -1,0 +1,149 @@
+"""How far a score would move with other patients: a bootstrap over whole groups, all methods on the same draws.
+
+    draw b     groups drawn with replacement, as many as there are: a weight for each group, hence for each row
+    score      of the weighted rows, averaged over a method's repeats
+    interval   the 2.5 and 97.5% quantiles over draws, their distances from the score times sqrt((K + 1) / (K - 1))
+               for K folds: the fits would be others with other patients, too, which no draw of predictions knows
+    difference the same of barcode minus a method, draw by draw: paired, since both meet the same patients
+
+Predictions are taken as they are: nothing is fitted anew. The factor is empirical (1.22 for 5 folds, measured by
+simulation: docs/benchmarks.md). Twin: tests/test_probe.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+N_DRAWS = 1000
+_MOST_PAIRS = 1 << 24  # of a row of a class and one of the others, at once
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Bootstrap draws of groups; row 0 is the data as they are."""
+
+    weights: Float  # (1 + draws, groups): how often each group is drawn
+    groups: Ints  # (n,) of each row
+
+    @property
+    def of_rows(self) -> Float:
+        """(1 + draws, n)."""
+        return self.weights[:, self.groups]
+
+
+def draw_groups(groups: Ints, seed: Sequence[int], n_draws: int = N_DRAWS) -> Draws:
+    """Draw whole groups with replacement.
+
+    Parameters
+    ----------
+    groups : (n,) numbers from 0
+    """
+    n = int(groups.max()) + 1
+    drawn = np.random.default_rng(list(seed)).multinomial(n, np.full(n, 1 / n), n_draws)
+    return Draws(np.vstack([np.ones(n), drawn]), groups)
+
+
+def scores_of_draws(probabilities: Sequence[Float], labels: Ints, draws: Draws) -> dict[str, Float]:
+    """Each score (1 + draws,), averaged over repeats; NaN where a draw has none.
+
+    Parameters
+    ----------
+    probabilities : of each repeat, (n, classes)
+    labels : (n,)
+    """
+    of_repeats = [_one_repeat(p, labels, draws) for p in probabilities]
+    return {name: np.mean([found[name] for found in of_repeats], axis=0) for name in of_repeats[0]}
+
+
+def interval(scores: Float, n_folds: int) -> dict[str, float | None]:
+    """95% interval, `low` and `high`, of a score (1 + draws,) or of a difference of two; None where there is none."""
+    observed, drawn = scores[0], scores[1:][np.isfinite(scores[1:])]
+    if not np.isfinite(observed) or len(drawn) < len(scores[1:]) / 2:
+        return {"low": None, "high": None}
+    wider = np.sqrt((n_folds + 1) / (n_folds - 1))
+    low, high = observed + wider * (np.quantile(drawn, [0.025, 0.975]) - observed)
+    return {"low": float(low), "high": float(high)}
+
+
+def calibration(probabilities: Sequence[Float], labels: Ints, n_bins: int = 10) -> list[dict[str, float]]:
+    """Confidence (the largest probability) against accuracy in bins of equal width, repeats together; no empty bins."""
+    confidence = np.concatenate([p.max(1) for p in probabilities])
+    is_right = np.concatenate([p.argmax(1) == labels for p in probabilities])
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    return [
+        {
+            "n": int((bins == b).sum()),
+            "confidence": float(confidence[bins == b].mean()),
+            "accuracy": float(is_right[bins == b].mean()),
+        }
+        for b in np.unique(bins)
+    ]
+
+
+def calibration_error(table: list[dict[str, float]]) -> float:
+    """Expected calibration error: |confidence - accuracy|, averaged over predictions."""
+    n = sum(row["n"] for row in table)
+    return float(sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in table) / n)
+
+
+def _one_repeat(p: Float, labels: Ints, draws: Draws) -> dict[str, Float]:
+    n_classes, w = p.shape[1], draws.of_rows
+    cell = labels * n_classes + p.argmax(1)
+    of_group = np.zeros((draws.weights.shape[1], n_classes**2))
+    np.add.at(of_group, (draws.groups, cell), 1)
+    confusion = (draws.weights @ of_group).reshape(-1, n_classes, n_classes)
+    hits, support, claimed = confusion.diagonal(axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
+    f1 = 2 * hits / np.maximum(support + claimed, 1)
+    there, n = support > 0, np.maximum(support.sum(1), 1)
+    one_hot = labels[:, None] == np.arange(n_classes)
+    of_true = np.clip(p[one_hot], 1e-15, 1)
+    areas = [_areas(p[:, k], one_hot[:, k], w) for k in range(n_classes)]
+    return {
+        "weighted_f1": (f1 * support).sum(1) / n,
+        "macro_f1": (f1 * there).sum(1) / np.maximum(there.sum(1), 1),
+        "balanced_accuracy": (hits / np.maximum(support, 1)).sum(1) / np.maximum(there.sum(1), 1),
+        "accuracy": hits.sum(1) / n,
+        "auroc": _mean([auroc for auroc, _ in areas]),
+        "auprc": _mean([auprc for _, auprc in areas]),
+        "log_loss": (w @ -np.log(of_true)) / np.maximum(w.sum(1), 1),
+        "brier": (w @ ((p - one_hot) ** 2).sum(1)) / np.maximum(w.sum(1), 1),
+    }
+
+
+def _mean(of_classes: list[Float]) -> Float:
+    """Over the classes that a draw has; NaN where it has none."""
+    values = np.array(of_classes)
+    there = np.isfinite(values)
+    total = np.where(there, values, 0).sum(0)
+    return np.where(there.any(0), total / np.maximum(there.sum(0), 1), np.nan)
+
+
+def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tuple[Float, Float]:
+    """One against the rest, weighted: area under the ROC curve (ties half), and average precision; (draws,).
+
+    In order of falling score, rows of one score together: as scikit-learn's `roc_auc_score` and
+    `average_precision_score` with `sample_weight`.
+    """
+    levels, place = np.unique(-score, return_inverse=True)
+    auroc, auprc = np.full((2, len(weights)), np.nan)
+    step = max(1, _MOST_PAIRS // max(len(levels), 1))
+    for first in range(0, len(weights), step):
+        w = weights[first : first + step]
+        hits, misses = np.zeros((2, len(w), len(levels)))
+        for k in np.unique(place):
+            mine = place == k
+            hits[:, k] = w[:, mine & is_class].sum(1)
+            misses[:, k] = w[:, mine & ~is_class].sum(1)
+        n_hits, n_misses = hits.sum(1), misses.sum(1)
+        above = np.cumsum(hits, 1)
+        pairs = (misses * (above - hits / 2)).sum(1)
+        both = (n_hits > 0) & (n_misses > 0)
+        some = slice(first, first + len(w))
+        auroc[some] = np.where(both, pairs / np.maximum(n_hits * n_misses, 1), np.nan)
+        precision = above / np.maximum(above + np.cumsum(misses, 1), 1e-12)
+        auprc[some] = np.where(n_hits > 0, (precision * hits).sum(1) / np.maximum(n_hits, 1), np.nan)
+    return auroc, auprc
