@@ -2254,7 +2254,7 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     default="auto",
     show_default=True,
     help="How labels are shuffled: rows exchange them within their group, or whole groups exchange theirs; auto: "
-    "within, where that changes at least 40% of the labels.",
+    "within, if that changes at least half as many labels as a shuffle without groups would.",
 )
 @click.option("--repeats", type=int, help="Times that new folds are drawn  [default: 10; at level image 3].")
 @click.option("--permutations", type=int, help="Shuffles of the labels; 0: none  [default: 99; at level image 19].")

@@ -18,9 +18,9 @@ Ints = npt.NDArray[np.int64]
 FEW_GROUPS = 10  # per class, below which scores say little
 NULLS = {
     "within": "labels are exchanged within each group",
-    "between": "whole groups exchange their labels",
+    "between": "whole groups exchange their labels with groups of about their size",
 }
-MOST_UNCHANGED = 0.6  # share of labels that a shuffle may leave as they are before p says little
+FEW_CHANGED = 0.4  # share of labels that shuffles change, below which p says little
 
 
 def connected_groups(columns: Sequence[Sequence[str]]) -> Ints:
@@ -90,53 +90,84 @@ def assign_folds(labels: Ints, groups: Ints, n_folds: int, rng: np.random.Genera
     return fold_of[groups]
 
 
-def share_changed_within(labels: Ints, groups: Ints) -> float:
-    """The expected share of labels that an exchange within groups changes: 0 if no group has two labels."""
-    counts = np.zeros((groups.max() + 1, labels.max() + 1))
-    np.add.at(counts, (groups, labels), 1)
-    sizes = np.maximum(counts.sum(1), 1)
-    return float((counts.sum(1) - (counts**2).sum(1) / sizes).sum() / len(labels))
+def choose_null(labels: Ints, groups: Ints, asked: str = "auto") -> str:
+    """Which labels are exchangeable: "within" groups or "between" them.
 
-
-def choose_null(labels: Ints, groups: Ints, null: str = "auto") -> str:
-    """Which of NULLS the labels are shuffled by; "auto" looks at labels and groups alone.
-
-    "within" asks whether the label of a row says more than its group does, "between" whether labels have anything to
-    do with the rows at all. Where groups are (nearly) of one label, an exchange within them changes (nearly) nothing,
-    so that shuffled labels would be predicted as well as the true ones: "auto" takes "within" only where it changes
-    at least 40% of the labels.
+    If nothing is asked: within, if that changes at least half as many labels as a shuffle without groups would; else
+    (labels belong to groups, all but a few) between. The rule looks at labels and groups alone, not at any score.
 
     Raises
     ------
     BadInput
         If "within" is asked for and no group has two labels.
     """
-    changed = share_changed_within(labels, groups)
-    if null == "within" and changed == 0:
-        raise BadInput(
-            "--null within exchanges labels within each group, and here no group has two labels; choose --null between"
-        )
-    if null != "auto":
-        return null
-    return "within" if changed >= 1 - MOST_UNCHANGED else "between"
+    counts = _compositions(labels, groups)
+    sizes, totals = counts.sum(1), counts.sum(0)
+    within = 1 - float(((counts**2).sum(1) / sizes).sum() / sizes.sum())  # expected share that changes
+    if asked == "within" and not (counts > 0).sum(1).max() > 1:
+        raise BadInput("--null within exchanges labels within groups, but no group has two labels; try --null between")
+    if asked != "auto":
+        return asked
+    return "within" if within >= 0.5 * free_share(totals) else "between"
 
 
-def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator, *, null: str = "between") -> Ints:
-    """(n,) labels as they might as well be if they had nothing to do with the rows.
+def free_share(totals: npt.NDArray[np.float64]) -> float:
+    """Expected share of labels that a shuffle of all rows would change, of classes with so many rows."""
+    return 1 - float(((totals / totals.sum()) ** 2).sum())
 
-    Parameters
-    ----------
-    null : "within": rows of a group exchange their labels. "between": groups exchange theirs; a group that is larger
-        than the one whose labels it gets repeats them, a smaller one gets as many, drawn from them without replacement
+
+def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator, null: str = "between") -> Ints:
+    """(n,) labels as they might as well be if they had nothing to do with the images.
+
+    Within: rows of a group exchange theirs. Between: whole groups exchange the shares of their labels with groups of
+    about their size (`_like_sizes`; else classes would become rarer or commoner than they are, and scores with them);
+    a group of another size takes the shares as nearly as its rows allow, and its rows get them by lot.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     rows_of = np.split(order, starts[1:])
-    givers = rng.permutation(len(rows_of)) if null == "between" else np.arange(len(rows_of))
     shuffled = labels.copy()
-    for rows, giver in zip(rows_of, givers, strict=True):
-        given = labels[rows_of[giver]]
-        n_whole, n_more = divmod(len(rows), len(given))
-        dealt = np.concatenate([np.tile(given, n_whole), rng.choice(given, n_more, replace=False)])
-        shuffled[rows] = rng.permutation(dealt)
+    if null == "within":
+        for rows in rows_of:
+            shuffled[rows] = rng.permutation(labels[rows])
+        return shuffled
+    counts = _compositions(labels, groups)
+    for alike in _like_sizes(counts.sum(1)):
+        for taker, giver in zip(alike, rng.permutation(alike), strict=True):
+            dealt = _apportion(counts[giver], len(rows_of[taker]), rng)
+            shuffled[rows_of[taker]] = rng.permutation(np.repeat(np.arange(len(dealt)), dealt))
     return shuffled
+
+
+def _compositions(labels: Ints, groups: Ints) -> npt.NDArray[np.float64]:
+    """(n_groups, n_classes) rows of each class, groups in rising order."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    counts = np.zeros((numbers.max() + 1, labels.max() + 1))
+    np.add.at(counts, (numbers, labels), 1)
+    return counts
+
+
+def _like_sizes(sizes: npt.NDArray[np.float64]) -> list[Ints]:
+    """Groups by size, cut where a group has more than twice the rows of the smallest; one alone joins a neighbour."""
+    order = np.argsort(sizes, kind="stable")
+    parts: list[list[int]] = []
+    for group in order.tolist():
+        if not parts or sizes[group] > 2 * sizes[parts[-1][0]]:
+            if parts and len(parts[-1]) == 1:
+                parts[-1].append(group)
+                continue
+            parts.append([])
+        parts[-1].append(group)
+    if len(parts) > 1 and len(parts[-1]) == 1:
+        last = parts.pop()
+        parts[-1] += last
+    return [np.array(part) for part in parts]
+
+
+def _apportion(counts: npt.NDArray[np.float64], n: int, rng: np.random.Generator) -> Ints:
+    """(n_classes,) rows of each class: n in the shares of `counts`, by largest remainders, equal ones by lot."""
+    exact = counts * n / counts.sum()
+    dealt = np.floor(np.round(exact, 9)).astype(np.int64)
+    order = np.lexsort((rng.random(len(counts)), -np.round(exact - dealt, 9)))
+    dealt[order[: n - int(dealt.sum())]] += 1
+    return dealt

@@ -231,7 +231,7 @@ def _run_all(
         return division, [pool.submit(run_fold, barcodes, labels, division, fold, plan) for fold in folds]
 
     shuffled = [
-        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]), null=null)
+        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]), null)
         for number in range(config.permutations)
     ]
     repeats, shuffles = list[Repeat](), list[Shuffle]()

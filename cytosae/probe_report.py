@@ -11,7 +11,7 @@ import pyarrow as pa
 from stores.results import ResultWriter
 
 from .cross_validation import Repeat
-from .folds import MOST_UNCHANGED
+from .folds import FEW_CHANGED, free_share
 from .probe_figures import plot_confusion, plot_curve, plot_methods
 from .probe_intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
 from .probe_units import Units, shared_groups
@@ -69,7 +69,7 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
     if n_unseen:
         warnings = [*warnings, f"in {n_unseen:,} fits a class had no training row; it has probability 0 there"]
     share_changed = float(np.mean([each.share_changed for each in found.shuffles])) if found.shuffles else None
-    if share_changed is not None and share_changed < 1 - MOST_UNCHANGED:
+    if share_changed is not None and share_changed < FEW_CHANGED:
         warnings = [*warnings, _unchanged_warning(share_changed, units, about["null"]["used"])]
     sizes = Counter(units.labels.tolist())
     nulls = [shuffle.scores for shuffle in found.shuffles]
@@ -220,14 +220,13 @@ def _finite(value: Any) -> float | None:
 
 def _unchanged_warning(share_changed: float, units: Units, null: str) -> str:
     """Why shuffles leave most labels as they are."""
-    shares = np.bincount(units.labels) / len(units.labels)
-    most = 1 - float((shares**2).sum())
+    most = free_share(np.bincount(units.labels).astype(np.float64))
     said = f"a shuffle changes only {share_changed:.0%} of the labels, so shuffled labels are much like the true ones"
     if null == "within":
         return f"{said} and p is too large: groups are nearly of one label; --null between exchanges whole groups"
     return (
-        f"{said}: classes are uneven ({most:.0%} would change if rows were shuffled one by one), or few groups hold "
-        f"most rows"
+        f"{said} and p may be far too large (without groups {most:.0%} would change): one class is that common, or "
+        f"groups have few others of about their size to exchange labels with"
     )
 
 

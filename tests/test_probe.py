@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,18 +23,27 @@ from click.testing import CliRunner
 from scipy.linalg import LinAlgError
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    precision_recall_fscore_support,
+    roc_auc_score,
+)
 from threadpoolctl import threadpool_limits
 
 from cli import cli
 from cytosae import logistic_columns, probe, probe_units, threshold_grams
 from cytosae.cross_validation import Plan, Repeat, Thresholds, run_repeat
-from cytosae.folds import assign_folds, connected_groups, shuffle_labels
+from cytosae.folds import assign_folds, choose_null, connected_groups, shuffle_labels
 from cytosae.logistic import fit_rows
 from cytosae.logistic_columns import fit_columns, fit_gram
 from cytosae.mil import fit_predict
 from cytosae.probe import ProbeConfig, write_probe
 from cytosae.probe_baselines import MilConfig, read_image_tokens
+from cytosae.probe_intervals import calibration, calibration_error, draw_groups, interval, scores_of_draws
 from cytosae.probe_units import UnitConfig, read_units
 from cytosae.scores import class_scores, score
 from cytosae.scores import confusion_matrix as our_confusion
@@ -334,12 +344,12 @@ def test_no_group_is_on_both_sides_and_classes_are_spread(seed: int) -> None:
 
 
 def test_shuffled_labels_keep_groups_whole() -> None:
-    """One label each: groups exchange them. Several: rows of a group exchange theirs, and groups of one size."""
+    """Between: groups of one label each exchange them. Within: rows of a group exchange theirs."""
     groups = np.array([0, 0, 1, 2, 2, 2, 3, 4])
     labels = np.array([0, 0, 1, 2, 2, 2, 1, 0])
     seen = set()
     for seed in range(40):
-        shuffled = shuffle_labels(labels, groups, np.random.default_rng(seed))
+        shuffled = shuffle_labels(labels, groups, np.random.default_rng(seed), "between")
         first = [shuffled[groups == g][0] for g in range(5)]
         assert (shuffled == np.array(first)[groups]).all()
         assert sorted(first) == [0, 0, 1, 1, 2]
@@ -347,10 +357,73 @@ def test_shuffled_labels_keep_groups_whole() -> None:
     assert len(seen) > 10
     mixed = np.array([0, 1, 1, 2, 2, 0, 1, 0])
     for seed in range(20):
-        shuffled = shuffle_labels(mixed, groups, np.random.default_rng(seed))
-        assert sorted(shuffled[:2]) == [0, 1]  # the only group of two
-        assert sorted(shuffled[3:6]) == [0, 2, 2]
-        assert sorted(shuffled[[2, 6, 7]]) == [0, 1, 1]
+        shuffled = shuffle_labels(mixed, groups, np.random.default_rng(seed), "within")
+        for group in range(5):
+            assert sorted(shuffled[groups == group]) == sorted(mixed[groups == group])
+
+
+@pytest.mark.parametrize("sizes", [np.full(20, 10), np.arange(20, 60), np.arange(1, 41)])
+def test_a_few_odd_labels_do_not_stop_the_shuffle(sizes: Array) -> None:
+    """Whole groups still exchange labels when one image, or one in ten, has another one; classes stay as large."""
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    pure = groups % 2
+    odd = pure.copy()
+    odd[-1] = 1 - odd[-1]
+    nearly = np.where(np.random.default_rng(0).random(len(pure)) < 0.1, 1 - pure, pure)
+    for labels in (pure, odd, nearly):
+        assert choose_null(labels, groups) == "between"
+        drawn = [shuffle_labels(labels, groups, np.random.default_rng(seed), "between") for seed in range(50)]
+        assert np.mean([(each != labels).mean() for each in drawn]) > 0.4
+        assert np.mean([each.mean() for each in drawn]) == pytest.approx(labels.mean(), abs=0.04)
+        purity = [
+            np.mean([max(each[groups == g].mean(), 1 - each[groups == g].mean()) for g in set(groups)])
+            for each in (labels, drawn[0])
+        ]
+        assert purity[0] == pytest.approx(purity[1], abs=0.05)
+    free = np.random.default_rng(1).integers(0, 2, len(pure))
+    assert choose_null(free, groups) == "within"
+    assert choose_null(free, groups, "between") == "between"
+
+
+def test_sizes_that_go_with_the_classes_are_not_shuffled_away() -> None:
+    """Else the commonest class, common because its groups are large, would beat every shuffle."""
+    groups = np.repeat(np.arange(20), [1] * 10 + [50] * 10)
+    labels = (groups >= 10).astype(np.int64)
+    for seed in range(10):
+        assert (shuffle_labels(labels, groups, np.random.default_rng(seed), "between") == labels).all()
+
+
+# ------------------------------------------------------------------------------------------- intervals
+
+
+def test_scores_of_draws_are_sklearns_with_weights() -> None:
+    """Each draw's score is scikit-learn's on rows weighted by how often their group was drawn."""
+    rng = np.random.default_rng(0)
+    groups, labels = np.repeat(np.arange(12), 5), rng.integers(0, 3, 60)
+    p = np.round(rng.dirichlet(np.ones(3), 60) + 0.5 * np.eye(3)[labels], 1)  # rounded: ties
+    p /= p.sum(1, keepdims=True)
+    draws = draw_groups(groups, [1], n_draws=20)
+    found = scores_of_draws([p], labels, draws)
+    for b, w in enumerate(draws.of_rows):
+        for name, average in {"weighted_f1": "weighted", "macro_f1": "macro"}.items():
+            wanted = f1_score(labels, p.argmax(1), average=average, sample_weight=w, zero_division=0)
+            assert found[name][b] == pytest.approx(wanted)
+        one_hot = np.eye(3)[labels]
+        for name, function in {"auroc": roc_auc_score, "auprc": average_precision_score}.items():
+            wanted = np.mean([function(one_hot[:, k], p[:, k], sample_weight=w) for k in range(3)])
+            assert found[name][b] == pytest.approx(wanted)
+        assert found["log_loss"][b] == pytest.approx(log_loss(labels, np.maximum(p, 1e-15), sample_weight=w))
+        assert found["brier"][b] == pytest.approx(np.average(((p - one_hot) ** 2).sum(1), weights=w))
+    assert interval(found["accuracy"], 5)["low"] < found["accuracy"][0] < interval(found["accuracy"], 5)["high"]
+    assert interval(np.full(21, 0.5), 5) == {"low": 0.5, "high": 0.5}
+    assert interval(np.full(21, np.nan), 5) == {"low": None, "high": None}
+
+
+def test_calibration_tells_overconfidence() -> None:
+    sure = np.tile([0.95, 0.05], (40, 1))
+    table = calibration([sure], np.arange(40) % 2)
+    assert [row["n"] for row in table] == [40]
+    assert calibration_error(table) == pytest.approx(0.45)
 
 
 # ------------------------------------------------------------------------------------------- one repeat
@@ -379,13 +452,14 @@ def slow_repeat(
     """The same repeat in plain loops, scikit-learn on all columns, those below the threshold set to zero."""
     rng = np.random.default_rng(seed)
     fold_of = assign_folds(labels, groups, plan.n_folds, rng)
-    probabilities, chosen = np.zeros((len(THRESHOLDS), len(labels), plan.n_classes)), []
+    probabilities, chosen, factors = np.zeros((len(THRESHOLDS), len(labels), plan.n_classes)), [], []
+    inner_folds = []
 
-    def predict(training: Array, tested: Array, threshold: float) -> Array:
+    def predict(training: Array, tested: Array, threshold: float, factor: float) -> Array:
         x = (values * kept_latents(sums, counts, training, threshold)[:, None]).T
         if not x[training].any():
             return np.tile(np.bincount(labels[training], minlength=plan.n_classes) / training.sum(), (tested.sum(), 1))
-        strength = plan.strength(int(training.sum()))
+        strength = factor * plan.strength(int(training.sum()))
         model = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky")
         return model.fit(x[training], labels[training]).predict_proba(x[tested])
 
@@ -393,20 +467,24 @@ def slow_repeat(
         training = fold_of != fold
         inner_of = np.full(len(labels), -1)
         inner_of[training] = assign_folds(labels[training], groups[training], plan.n_inner_folds, rng)
-        f1 = []
-        for threshold in THRESHOLDS:
+        inner_folds.append(inner_of)
+        f1 = np.zeros((len(THRESHOLDS), len(plan.c_factors)))
+        for (t, threshold), (k, factor) in product(enumerate(THRESHOLDS), enumerate(plan.c_factors)):
             predicted = np.zeros(len(labels), int)
             for inner in range(plan.n_inner_folds):
                 tested = inner_of == inner
-                predicted[tested] = predict(training & ~tested, tested, threshold).argmax(1)
-            f1.append(f1_score(labels[training], predicted[training], average="weighted", zero_division=0))
-        chosen.append(int(np.argmax(np.round(f1, 12))))
+                predicted[tested] = predict(training & ~tested, tested, threshold, factor).argmax(1)
+            f1[t, k] = f1_score(labels[training], predicted[training], average="weighted", zero_division=0)
+        best = np.argmax(np.round(f1, 12), axis=1)
+        chosen.append(int(np.argmax(np.round(f1.max(1), 12))))
+        factors.append([plan.c_factors[k] for k in best])
         for t, threshold in enumerate(THRESHOLDS):
-            probabilities[t, ~training] = predict(training, ~training, threshold)
-    return Repeat(fold_of, probabilities, np.array(chosen), np.zeros(0, np.int64), 0, 0)
+            probabilities[t, ~training] = predict(training, ~training, threshold, factors[-1][t])
+    n_kept = np.zeros(0, np.int64)
+    return Repeat(fold_of, probabilities, np.array(chosen), np.array(factors), np.array(inner_folds), n_kept, 0, 0)
 
 
-PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n)
+PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n, c_factors=(1e-3, 0.1, 1.0))
 
 
 def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thresholds:
@@ -428,6 +506,9 @@ def test_a_repeat_is_its_slow_twin(way: str, seed: int, monkeypatch: pytest.Monk
     np.testing.assert_array_equal(fast.fold_of, slow.fold_of)
     np.testing.assert_allclose(fast.probabilities, slow.probabilities, atol=1e-5 if way == "columns" else 1e-6)
     assert fast.chosen.tolist() == slow.chosen.tolist()
+    np.testing.assert_array_equal(fast.c_factors, slow.c_factors)
+    assert len(np.unique(fast.c_factors)) > 1  # else C would be chosen by nothing
+    np.testing.assert_array_equal(fast.inner_of, slow.inner_of)
     assert (fast.n_unconverged, fast.n_unseen) == (0, 0)
     for fold, n_kept in enumerate(fast.n_kept):
         there = counts[:, fast.fold_of != fold].any(1)
