@@ -19,7 +19,7 @@ import numpy.typing as npt
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 N_DRAWS = 1000
-_MOST_PAIRS = 1 << 24  # of a row of a class and one of the others, at once
+_MOST_NUMBERS = 1 << 22  # draws x rows that are worked on at once
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,14 @@ def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tup
     In order of falling score, rows of one score together: as scikit-learn's `roc_auc_score` and
     `average_precision_score` with `sample_weight`.
     """
-    levels, place = np.unique(-score, return_inverse=True)
+    order = np.argsort(-score, kind="stable")
+    levels = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # where rows of one score begin
     auroc, auprc = np.full((2, len(weights)), np.nan)
-    step = max(1, _MOST_PAIRS // max(len(levels), 1))
+    step = max(1, _MOST_NUMBERS // len(score))
     for first in range(0, len(weights), step):
-        w = weights[first : first + step]
-        hits, misses = np.zeros((2, len(w), len(levels)))
-        for k in np.unique(place):
-            mine = place == k
-            hits[:, k] = w[:, mine & is_class].sum(1)
-            misses[:, k] = w[:, mine & ~is_class].sum(1)
+        w = weights[first : first + step, order]
+        hits = np.add.reduceat(np.where(is_class[order], w, 0), levels, axis=1)
+        misses = np.add.reduceat(np.where(is_class[order], 0, w), levels, axis=1)
         n_hits, n_misses = hits.sum(1), misses.sum(1)
         above = np.cumsum(hits, 1)
         pairs = (misses * (above - hits / 2)).sum(1)

@@ -669,7 +669,7 @@ def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(probe, "GRAM_ROWS", 100)
     assert tables[0].equals(tables[1])
     monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
-    scores, _ = write_probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,)))
+    scores, _ = write_probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,), c_factors=(1.0,)))
     assert any("3 fits did not converge" in warning for warning in scores["warnings"])
     monkeypatch.setattr(probe_units, "_MOST_BYTES", 1 << 10)
     with pytest.raises(BadInput, match=r"barcodes of 400 images need .* GiB; .* choose a smaller --max-images"):
@@ -682,6 +682,7 @@ def test_twenty_thousand_images_at_full_width(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "b", n_images=20_000, n_latents=49_152)
     command = [sys.executable, "-c", MEASURED, "probe", str(folder), "-o", str(tmp_path / "out"), "--level", "image"]
     command += ["--max-images", "1000000", "--folds", "2", "--repeats", "1", "--permutations", "0", "--threshold", "0"]
+    command += ["--c-factor", "1"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     scores, peak_kib = json.loads(done.stdout), int(done.stderr.splitlines()[-1])
     assert scores["n_units"] == 20_000
