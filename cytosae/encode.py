@@ -121,7 +121,7 @@ def encode(
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
-    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
+    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
     warn_of_precision(sae, store)
     n_readable = int(store.readable().sum())
     if output.is_complete:
