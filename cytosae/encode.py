@@ -36,7 +36,7 @@ from stores.output import plan_output
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
-from stores.spec import LATENTS, Header, check_choice, new_header, read_header
+from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged
 from stores.tables import table_sha256
 
 from .checkpoint import SaeRun, load_sae
@@ -148,6 +148,7 @@ def encode(
         )
         if shard.is_only or committed_images(root) < writer.images.stop:
             _fill(writer, store, sae.model, device, progress)
+            require_unchanged(sae.header, store.header)
             header = writer.finish()
             nnz, n_dropped = writer.nnz, writer.n_dropped
         if shard.is_only:

@@ -23,7 +23,7 @@ from stores.errors import BadInput, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.output import Output, plan_output
 from stores.runlog import append_run
-from stores.spec import SAE, Header, find_header, new_header, write_header
+from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
 from .checkpoint import load_sae, save_sae
@@ -352,6 +352,7 @@ class Training:
         Raises Diverged if a weight is not finite.
         """
         state, root = self._state, self._output.work
+        require_unchanged(*(store.header for store in self.data.stores))
         state.model.fold_decoder_norm()
         if state.token_scale != 1:
             state.model.fold_token_scale(state.token_scale)

@@ -7,7 +7,7 @@ command that is repeated with the same settings finds its folder complete; one t
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from .errors import BadInput, DamagedStore
 from .files import readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
 from .output import Output, plan_output
 from .runlog import append_run
-from .spec import FORMATS, Format, Header, new_header, read_header, write_header
+from .seal import Seal
+from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, write_header
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ResultWriter:
 
     output: Output
     header: Header
+    seals: list[Seal] = field(default_factory=list)  # of what is read, looked at once more before it counts
 
     @property
     def root(self) -> Path:
@@ -37,6 +39,10 @@ class ResultWriter:
     def is_complete(self) -> bool:
         """These very results are there already."""
         return self.output.is_complete
+
+    def watch(self, *headers: Header) -> None:
+        """These stores were opened before the results were begun: they, too, must be the same at the end."""
+        self.seals.extend(header.seal for header in headers if header.seal is not None)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `name`.parquet; its metadata carries the identity of these results."""
@@ -50,7 +56,15 @@ class ResultWriter:
         write_atomic(self.root / f"{name}.json", readable_json(value))
 
     def finish(self, summary: dict[str, Any]) -> Header:
-        """State what was found, with a checksum for each table and JSON file, and put the folder in its place."""
+        """State what was found, with a checksum for each table and JSON file, and put the folder in its place.
+
+        Raises
+        ------
+        StoreReplaced
+            If what was read was exchanged meanwhile.
+        """
+        for seal in self.seals:
+            seal.check()
         names = sorted(path.name for path in self.root.iterdir() if path.suffix in (".parquet", ".json"))
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
@@ -92,10 +106,11 @@ def begin_results(
         ResultStore(target, format).check()
         return ResultWriter(output, read_header(target, format))
     output.work.mkdir(parents=True, exist_ok=True)
+    seals = [seal for path in inputs if (seal := seal_of(path)) is not None]
     sweep_partials(output.work)
     write_header(output.work, header)
     append_run(output.work, packages=tuple(packages))
-    return ResultWriter(output, header)
+    return ResultWriter(output, header, seals)
 
 
 class ResultStore:

@@ -1,4 +1,4 @@
-"""Two commands that write the same place: the second is told who is at it, touches nothing, and leaves nothing behind."""
+"""Two commands that write the same place: the second is told who is at it, touches nothing, leaves nothing."""
 
 import os
 import signal
