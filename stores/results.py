@@ -1,12 +1,12 @@
 """Folders of results: tables, JSON and figures that one command makes together, and a header that says from what.
 
-The header comes last and names the SHA-256 of every table and JSON file, so a folder is either whole or incomplete. A
+The header comes last and names the SHA-256 of every file, so a folder is either whole or incomplete. A
 command that is repeated with the same settings finds its folder complete; one that was cut writes it again.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import BadInput, DamagedStore
-from .files import readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
+from .files import LOCK_SUFFIX, readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
 from .output import Output, plan_output
 from .runlog import append_run
 from .seal import Seal
 from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, write_header
+
+LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
+_UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,11 @@ class ResultWriter:
         names = sorted(path.name for path in self.root.iterdir() if path.suffix in (".parquet", ".json"))
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
+        figures = {}
+        if LISTED not in files:  # an atlas lists its thousands of files there
+            figures = {name: sha256_file(self.root / name) for name in other_files(self.root, own) if name not in files}
         sync_tree(self.root)
-        header = replace(self.header, complete=True, summary={**summary, "files": files})
+        header = replace(self.header, complete=True, summary={**summary, "files": files, "figures": figures})
         write_header(self.root, header)
         self.output.publish()
         return header
@@ -113,6 +119,13 @@ def begin_results(
     return ResultWriter(output, header, seals)
 
 
+def other_files(root: Path, header_file: str) -> list[str]:
+    """Names of all files of a folder of results but its header, its run log, locks, and what is added later."""
+    places = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    names = (path.relative_to(root).as_posix() for path in places if path.suffix != LOCK_SUFFIX)
+    return sorted(name for name in names if name not in (header_file, *_UNRECORDED))
+
+
 class ResultStore:
     """A complete folder of results, open for reading."""
 
@@ -126,7 +139,7 @@ class ResultStore:
         """
         self.root = Path(root).absolute()
         self.header = read_header(self.root, format)
-        self._command = format.command
+        self._command, self._own = format.command, format.header_file
 
     def table(self, name: str) -> pa.Table:
         """The table `name`.parquet.
@@ -147,9 +160,33 @@ class ResultStore:
         return json.loads(self._checked(f"{name}.json"))
 
     def check(self) -> None:
-        """Raise DamagedStore if a table or JSON file was changed or lost."""
+        """Raise DamagedStore if a table, a JSON file or a figure was changed or lost."""
+        for problem in self.problems():
+            raise DamagedStore(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What `check` would raise, of every file. Memory: one table."""
         for name in self._files:
-            self._checked(name)
+            try:
+                self._checked(name)
+            except DamagedStore as error:
+                yield str(error)
+        for name, sha256 in self._figures.items():
+            path = self.root / name
+            if not path.is_file():
+                yield f"{path} is missing; {self._command} --overwrite makes it again"
+            elif sha256_file(path) != sha256:
+                yield f"{path} is not the file that was written; {self._command} --overwrite makes it again"
+
+    def unrecorded(self) -> list[str]:
+        """Files whose hash is not known: those of an older cyto, which recorded tables and JSON files only."""
+        known = {*self._files, *self._figures}
+        listed = {LISTED} & known
+        return [] if listed else [name for name in other_files(self.root, self._own) if name not in known]
+
+    @property
+    def _figures(self) -> dict[str, str]:
+        return dict((self.header.summary or {}).get("figures", {}))
 
     @property
     def _files(self) -> dict[str, str]:
