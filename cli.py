@@ -1166,6 +1166,36 @@ def latents_merge(store: Path) -> None:
     click.echo(_describe_latents(store))
 
 
+@cli.command("verify")
+@click.argument("places", metavar="PATH...", type=_FILE, nargs=-1, required=True)
+@_json_option
+def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
+    """Check every byte of any folder that cyto has written: caches, SAEs, latents, barcodes, results, an atlas.
+
+    A line per problem, and exit code 1 if there is one. Files of which an older cyto recorded no hash are named.
+
+    \b
+    Example: cyto verify cells.acts.zarr run cells.latents.zarr barcodes concepts comparison
+    """
+    from stores.verify_any import verify
+
+    with _progress("verify", "part") as progress:
+        reports = [verify(place, progress=progress) for place in places]
+    if as_json:
+        found = [{**vars(report), "root": str(report.root), "ok": not report.problems} for report in reports]
+        click.echo(json.dumps(found, indent=1))
+    for report in [] if as_json else reports:
+        for problem in report.problems:
+            click.echo(problem)
+        if report.unrecorded:
+            click.echo(f"{report.root}: no hash recorded, so not checked: {', '.join(report.unrecorded)}")
+        if not report.problems:
+            click.echo(f"{report.root}: whole ({report.kind})")
+    damaged = [str(report.root) for report in reports if report.problems]
+    if damaged:
+        raise click.ClickException(f"damaged: {', '.join(damaged)}")
+
+
 @cli.command()
 @click.argument("latents", type=_STORE, nargs=-1, required=True)
 @click.option(

@@ -128,7 +128,7 @@ def extract(
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
     places = [store] if len(specs) == 1 else [store / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
-        plan_output(place, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
+        plan_output(place, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
         for place, spec in zip(places, specs, strict=True)
     ]
     with ExitStack() as stack:

@@ -14,6 +14,7 @@ from typing import Any
 from stores.activation_store import ActivationSpec, records_of
 from stores.activation_writer import written_records
 from stores.errors import BadInput, SpecMismatch
+from stores.output import claimed
 from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER
@@ -104,6 +105,7 @@ def repair(
         raise SpecMismatch(f"{store} was made with other settings ({difference}); repair it with what it was made from")
 
     with ExitStack() as stack:
+        stack.enter_context(claimed(store, shared=True))
         writer = open_writer(stack, store, spec, found, config, ONE_WRITER, damaged=damaged)
         if backbone:
             fill(backbone, found, [writer], config, progress=progress, stop=stop)

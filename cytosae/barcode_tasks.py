@@ -20,8 +20,9 @@ from stores.errors import BadInput, DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file
 from stores.latent_store import remote_rows
 from stores.parts import Part, open_part, write_part
+from stores.seal import Seal
 
-from .counting import ImageCounter, LatentSums, add_rows, take_nonzero
+from .counting import ImageCounter, ImageCounts, LatentSums, add_rows, take_nonzero
 
 Ints = npt.NDArray[np.int64]
 _MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
@@ -39,6 +40,7 @@ class Block:
     tokens_per_image: int
     n_latents: int
     journal_sha256: str = ""  # of a URL: what its chunk files are checked by
+    seal: Seal | None = None  # of a path: the store that was planned for, and no other
 
     @property
     def name(self) -> str:
@@ -100,6 +102,25 @@ def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], to
         return _image_rows(open_part(path, tag, verify=True), path, tag, was_there=True)
     except DamagedStore:
         pass
+    try:
+        counts = _count(block, taus, token_set)
+    finally:  # also where it is missing or damaged: that has its reason then
+        if block.seal is not None:
+            block.seal.check()
+    arrays = {
+        "indptr": counts.indptr,
+        "latent": counts.latent,
+        "X": counts.count,
+        "max": counts.max,
+        "mean": counts.mean,
+        "n_above": counts.n_above,
+        "n_values": np.array([counts.n_values]),
+    }
+    write_part(path, tag, arrays)
+    return _image_rows(Part(tag, arrays), path, tag, was_there=False)
+
+
+def _count(block: Block, taus: tuple[float, ...], token_set: str) -> ImageCounts:
     tokens = block.tokens_per_image
     start, stop = block.start * tokens, block.stop * tokens
     shape = (block.n_images * tokens, block.n_latents)
@@ -118,18 +139,7 @@ def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], to
     )
     for first, indices, values in reader.entries():
         counter.add(first, indices, values)
-    counts = counter.finish()
-    arrays = {
-        "indptr": counts.indptr,
-        "latent": counts.latent,
-        "X": counts.count,
-        "max": counts.max,
-        "mean": counts.mean,
-        "n_above": counts.n_above,
-        "n_values": np.array([counts.n_values]),
-    }
-    write_part(path, tag, arrays)
-    return _image_rows(Part(tag, arrays), path, tag, was_there=False)
+    return counter.finish()
 
 
 def sum_patients(

@@ -32,7 +32,7 @@ from stores.latent_store import LatentStore
 from stores.output import plan_output
 from stores.progress import Progress
 from stores.runlog import append_run
-from stores.spec import BARCODES, Header, check_choice, new_header, read_header, write_header
+from stores.spec import BARCODES, Header, check_choice, new_header, read_header, require_unchanged, write_header
 from stores.tables import table_sha256
 from stores.token_sets import TOKEN_SETS
 
@@ -395,6 +395,7 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
     for name in sha256:
         sync_file(job.root / name)
     header = Header(**{**vars(job.header), "complete": True, "summary": summary})
+    require_unchanged(*(store.header for store in job.stores))
     write_header(job.root, header)
     return header
 

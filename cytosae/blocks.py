@@ -105,6 +105,7 @@ def plan_blocks(
                 tokens_per_image=store.spec.tokens_per_image,
                 n_latents=store.spec.n_latents,
                 journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
+                seal=store.header.seal if isinstance(store.root, Path) else None,
             )
             at = ready
         first = end

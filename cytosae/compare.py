@@ -219,6 +219,7 @@ def compare(
     inputs = [path for path in (barcodes, latents) if path is not None]
     packages = ("numpy", "scipy", "numba", "anndata")
     writer = begin_results(out, COMPARISON, spec, overwrite=overwrite, inputs=inputs, packages=packages)
+    writer.watch(store.header)
     if writer.is_complete:
         return Comparison(ResultStore(out, COMPARISON), was_complete=True)
 

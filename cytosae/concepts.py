@@ -199,6 +199,7 @@ def write_concepts(
     if writer.is_complete:
         return _result(writer.header.summary or {}, was_complete=True)
 
+    writer.watch(*(store.header for store in stores))
     parts = writer.root / "parts"
     with cluster_job(client, writer.root, {store.root: store.journal_sha256 for store in stores}):
         counted = _count(stores, images, writer, config, Watch(client, progress))

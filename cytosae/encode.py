@@ -36,7 +36,7 @@ from stores.output import plan_output
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
-from stores.spec import LATENTS, Header, check_choice, new_header, read_header
+from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged
 from stores.tables import table_sha256
 
 from .checkpoint import SaeRun, load_sae
@@ -121,7 +121,7 @@ def encode(
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
-    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs)
+    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
     warn_of_precision(sae, store)
     n_readable = int(store.readable().sum())
     if output.is_complete:
@@ -148,6 +148,7 @@ def encode(
         )
         if shard.is_only or committed_images(root) < writer.images.stop:
             _fill(writer, store, sae.model, device, progress)
+            require_unchanged(sae.header, store.header)
             header = writer.finish()
             nnz, n_dropped = writer.nnz, writer.n_dropped
         if shard.is_only:

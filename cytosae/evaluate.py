@@ -22,7 +22,7 @@ from stores.concept_store import MEANINGFUL
 from stores.content_hashes import find_trained_on
 from stores.errors import BadInput, DamagedStore
 from stores.progress import Progress
-from stores.spec import check_choice
+from stores.spec import check_choice, require_unchanged
 from stores.tables import column, listed
 from stores.token_sets import TOKEN_SETS, chosen_tokens
 
@@ -262,6 +262,7 @@ def evaluate(
                 sums.add(torch.from_numpy(x_NTD).to(device).float())
             progress(some.stop, store.spec.n_images, f"{sums.l0:.1f} active per token")
 
+    require_unchanged(store.header, sae.header)
     substitution = None
     if sample:
         mean_D = sums.mean_D.float()

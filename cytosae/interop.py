@@ -22,7 +22,7 @@ import torch
 
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import PARTIAL_SUFFIX, is_dropping, sha256_file, sync_folder, sync_tree, write_json
-from stores.output import plan_output
+from stores.output import claimed, plan_output
 from stores.runlog import append_run
 from stores.spec import SAE, Header, check_choice, find_header, new_header, write_header
 from stores.tables import listed
@@ -156,8 +156,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
         if _is_export(out, sae, format):
             return True
         raise SpecMismatch(f"{out} is there already, and is not this SAE in the {format} layout; choose another -o")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _built_beside(out) as partial:
+    with claimed(out), _built_beside(out) as partial:
         if format == "cytosae":
             with partial.open("xb") as file:
                 torch.save(_cytosae_content(sae), file)

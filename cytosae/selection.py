@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from stores.concept_store import MEANINGFUL, ConceptStore, threshold_warning
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
+from stores.output import claimed
 from stores.spec import describe_difference
 from stores.tables import parquet_bytes, table_sha256
 
@@ -94,7 +95,8 @@ def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite
         "sha256": table_sha256(selection.table),
     }
     table = selection.table.replace_schema_metadata({b"cyto": json.dumps(metadata).encode()})
-    write_atomic(concepts.root / FILE, parquet_bytes(table))
+    with claimed(concepts.root / FILE):
+        write_atomic(concepts.root / FILE, parquet_bytes(table))
     return selection
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from stores.activation_store import ActivationStore, used_together
-from stores.errors import BadInput, SpecMismatch, StoreUnreachable
-from stores.files import LOCK_SUFFIX, locked, sha256_json, sweep_partials
+from stores.errors import BadInput, StoreUnreachable
+from stores.files import sha256_json, sweep_partials
+from stores.output import claimed
 from stores.progress import Progress
 from stores.runlog import append_run
 
@@ -105,10 +106,7 @@ def sweep(
         raise BadInput(f"at_once must be from 1 to {MOST_AT_ONCE}; found {at_once}")
     grid = read_grid(grid_file)
     planned = _plan(grid, _grouped(caches), out, frozenset(exclude), grid_file)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with locked(out.absolute().with_name(f".{out.name}{LOCK_SUFFIX}")) as is_ours:
-        if not is_ours:
-            raise SpecMismatch(f"{out} is being written by another process; wait for it, or choose another -o")
+    with claimed(out):
         folder = SweepFolder(out, _spec(planned), grid.tables, [member.record for member in planned])
         waiting = [member for member in planned if member.record.status == "unfinished"]
         if folder.is_complete and not waiting and all((out / name).exists() for name in RESULTS):

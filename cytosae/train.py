@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from stores.content_hashes import write_trained_on
-from stores.errors import BadInput, SpecMismatch, StoreUnreachable
-from stores.files import LOCK_SUFFIX, locked, sweep_partials, sync_tree, write_atomic
+from stores.errors import BadInput, StoreUnreachable
+from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.output import Output, plan_output
 from stores.runlog import append_run
-from stores.spec import SAE, Header, find_header, new_header, write_header
+from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
 from .checkpoint import load_sae, save_sae
@@ -36,7 +36,16 @@ from .loggers import Logger, open_logger
 from .losses import BatchLosses, loss_and_gradients
 from .model import SparseAutoencoder
 from .ranks import ALONE, Ranks, joined_ranks
-from .train_state import Metrics, TrainState, load_state, new_model, new_optimizer, save_state, states, write_metrics
+from .train_state import (
+    Metrics,
+    TrainState,
+    load_state,
+    new_model,
+    new_optimizer,
+    remove_states,
+    save_state,
+    write_metrics,
+)
 from .training_data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
@@ -180,12 +189,10 @@ class Training:
 
     def _prepare(self, stack: ExitStack, overwrite: bool, inputs: tuple[Path, ...]) -> Output:
         local = [store.root for store in self.data.stores if isinstance(store.root, Path)]
-        self._run.absolute().parent.mkdir(parents=True, exist_ok=True)
-        lock = self._run.absolute().with_name(f".{self._run.name}{LOCK_SUFFIX}")
-        if not stack.enter_context(locked(lock)):
-            raise SpecMismatch(f"{self._run} is being trained by another process; wait for it, or choose another -o")
         output = plan_output(self._run, self._header, overwrite=overwrite, inputs=(*local, *inputs))
+        stack.callback(output.release)
         if output.is_complete:
+            remove_states(output.work)  # a kill behind the header may have left some
             output.publish()
             return output
         root = output.work
@@ -346,6 +353,7 @@ class Training:
         Raises Diverged if a weight is not finite.
         """
         state, root = self._state, self._output.work
+        require_unchanged(*(store.header for store in self.data.stores))
         state.model.fold_decoder_norm()
         if state.token_scale != 1:
             state.model.fold_token_scale(state.token_scale)
@@ -367,9 +375,8 @@ class Training:
                 summary["held_out"] = measure_held_out(state.model, self.data, self.config, device=self.device)
                 write_atomic(root / "held_out.parquet", parquet_bytes(self.data.held_out_table()))
             save_sae(root, state.model, self._header, summary)
-            for path in states(root):
-                path.unlink()
             sync_tree(root)
+            remove_states(root)
             self._output.publish()
         self._ranks.wait()
         header = find_header(self._run)

@@ -66,6 +66,12 @@ def save_state(root: Path, state: TrainState, *, keep: int) -> None:
         path.unlink()
 
 
+def remove_states(root: Path) -> None:
+    """Remove all saved states, of which a finished run needs none. Can be repeated after a kill anywhere."""
+    for path in states(root):
+        path.unlink(missing_ok=True)
+
+
 def load_state(root: Path, width: int, config: TrainConfig, device: str) -> TrainState | None:
     """The newest saved state that is whole, or None; a damaged one is named and passed over."""
     found = _newest(root)

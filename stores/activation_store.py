@@ -12,10 +12,10 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ from .chunk_cache import OpenMaps, ReadAhead, map_file
 from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import read_lines
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
-from .spec import ACTIVATIONS, Header, describe_difference, read_header
+from .seal import Seal
+from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged
 from .tables import read_image_table, readable, table_sha256
 from .token_stream import TokenStream
 
@@ -120,10 +121,12 @@ class ActivationStore:
                 raise DamagedStore(f"{folder}/images.parquet was changed: its hash is not the one in the header")
             crcs = _crcs(folder, self.spec)
             self.content_sha256 = _content_sha256(self.header, folder)
+        if not isinstance(self.root, Path):
+            self.header = replace(self.header, seal=None)  # of a copy that is gone
         self._chunks = _open_chunks(self.root, self.spec, crcs)
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path | str]]:
-        return type(self), (self.root,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self.root, self.header.seal)
 
     @property
     def identity(self) -> str:
@@ -150,7 +153,11 @@ class ActivationStore:
         """
         if not 0 <= chunk < self.spec.n_chunks:
             raise IndexError(f"chunk {chunk} outside 0..{self.spec.n_chunks - 1}")
-        return self._chunks.get(chunk)
+        try:
+            return self._chunks.get(chunk)
+        except DamagedStore:
+            require_unchanged(self.header)  # perhaps that is the reason
+            raise
 
     def prefetch(self, chunks: Sequence[int]) -> None:
         """Announce what is read next. Of a URL these chunks are fetched meanwhile; each costs a chunk of memory."""
@@ -244,6 +251,13 @@ class ActivationStore:
         for at, chunk in enumerate(chunks, start=1):
             self.prefetch(chunks[at : at + ahead])
             yield chunk, self.read_chunk(chunk)
+
+
+def _reopen(kind: "type[ActivationStore]", root: Path | str, seal: Seal | None) -> "ActivationStore":
+    """In another process: the same store, or StoreReplaced."""
+    if seal is not None:
+        seal.check()
+    return kind(root)
 
 
 def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:

@@ -24,6 +24,10 @@ class DamagedStore(CytoError):
     """The store breaks a promise of its own format: a missing, torn or flipped chunk, an index out of range."""
 
 
+class StoreReplaced(CytoError):
+    """Another command exchanged a store while it was read: numbers of two stores would have been mixed."""
+
+
 class SpecMismatch(CytoError):
     """Two things do not fit: a store and the settings to continue it with, or an SAE and a cache."""
 

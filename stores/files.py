@@ -8,12 +8,13 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import DamagedStore
 
@@ -123,17 +124,22 @@ def write_new(path: Path, *pieces: bytes | memoryview) -> bool:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
     """Inside, True if this process alone holds the lock file at `path`; False at once if another one does.
 
-    The system lets the lock go when its process ends, however it ends. Where a file system knows no locks, it is True.
+    The system lets the lock go when its process ends, however it ends: a file that a kill left behind holds nothing.
+    While it is held, the file names machine and process (`lock_holder`). It is True where a file system knows no
+    locks.
+
+    shared : others may hold it as well, if they share it too; the last of them removes the file
     """
+    kind = None if fcntl is None else fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with ExitStack() as stack:
         while True:
-            file = stack.enter_context(path.open("ab"))
+            file = stack.enter_context(_open_lock(path))
             try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None and kind is not None:
+                    fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
                 return
@@ -145,10 +151,45 @@ def locked(path: Path) -> Iterator[bool]:
                 )
             if _is_at(path, file.fileno()):  # else its last holder removed it between our opening and our locking
                 break
+        with suppress(OSError):  # somebody else's file, or a full disk: the lock holds all the same
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         try:
             yield True
         finally:
-            path.unlink(missing_ok=True)
+            if not shared or _is_last(file.fileno()):
+                with suppress(OSError):  # a folder that was made read-only meanwhile
+                    path.unlink(missing_ok=True)
+
+
+def lock_holder(path: Path) -> str:
+    """Who holds the lock at `path`, in words: `process 123 on host`."""
+    try:
+        return path.read_bytes()[:200].decode(errors="replace") or "another process"
+    except OSError:
+        return "another process"
+
+
+def _open_lock(path: Path) -> BinaryIO:
+    try:
+        return path.open("ab")
+    except PermissionError:
+        if not path.exists():
+            raise
+        return path.open("rb")  # left by another user: its lock can be taken without writing to it
+
+
+def _is_last(descriptor: int) -> bool:
+    """Does nobody else share this lock?"""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -7,10 +7,10 @@ not before rounding, and every threshold is compared with the stored value.
 
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +23,9 @@ from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import append_line, read_lines, sha256_file, sweep_partials, sync_tree, write_new
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
 from .runlog import join_runs
+from .seal import Seal
 from .shards import ONE_WRITER, Shard
-from .spec import LATENTS, Header, begin_header, new_header, read_header, write_header
+from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, write_header
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
 
 
@@ -198,6 +199,7 @@ class LatentStore:
             self.header = read_header(folder, LATENTS)
             self.spec = LatentSpec(**self.header.spec)
             if not isinstance(self.root, Path):
+                self.header = replace(self.header, seal=None)  # of a copy that is gone
                 self.images = read_image_table(folder / "images.parquet")
         shape = (self.spec.n_rows, self.spec.n_latents)
         if isinstance(self.root, Path):
@@ -220,8 +222,8 @@ class LatentStore:
         if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path | str]]:
-        return type(self), (self.root,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self.root, self.header.seal)
 
     @property
     def identity(self) -> str:
@@ -260,7 +262,11 @@ class LatentStore:
     def read_images(self, start: int, stop: int) -> CsrRows:
         """The token rows of images start..stop, checked (`CsrReader.read_rows`)."""
         tokens = self.spec.tokens_per_image
-        return self._rows.read_rows(start * tokens, stop * tokens)
+        try:
+            return self._rows.read_rows(start * tokens, stop * tokens)
+        except DamagedStore:
+            require_unchanged(self.header)  # perhaps that is the reason
+            raise
 
     def _read_image_indptr(self) -> npt.NDArray[np.int64]:
         objects = self._rows.objects
@@ -278,6 +284,13 @@ class LatentStore:
         if not rises or starts[-1] != self.nnz:
             raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
         return starts
+
+
+def _reopen(kind: "type[LatentStore]", root: Path | str, seal: Seal | None) -> "LatentStore":
+    """In another process: the same store, or StoreReplaced."""
+    if seal is not None:
+        seal.check()
+    return kind(root)
 
 
 @lru_cache(maxsize=16)  # the tasks of a worker that read one store

@@ -2,49 +2,131 @@
 
 `--overwrite` builds the new artefact beside the old one (`.NAME.new`) and swaps them when the new one is complete. A
 crash may cut the swap anywhere; the next command finishes it, or undoes it where no complete new one is left.
+
+Whoever writes an artefact holds `.NAME.lock` beside it from before anything is looked at until it is in its place, so
+that a second command is told and touches nothing. Several shards of one store share that lock; --overwrite does not.
 """
 
+import errno
 import glob
 import shutil
+import threading
 import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SpecMismatch
-from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, is_dropping, sync_folder
+from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, is_dropping, lock_holder, locked, sync_folder
 from .spec import FORMATS, Header, describe_difference, find_header
+
+_LOCK_INSIDE = f".cyto{LOCK_SUFFIX}"  # where the folder that holds the artefact belongs to somebody else
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+_claims: dict[tuple[Path, int], ExitStack] = {}  # of this process: (artefact, thread) -> what lets its lock go
 
 
 @dataclass(frozen=True)
 class Output:
-    """A decided place: build at `work`; it is `target` itself, unless an old artefact is to be replaced at the end."""
+    """A decided place: build at `work`; it is `target` itself, unless an old artefact is to be replaced at the end.
+
+    While it exists, and until it is published or released, no other process writes there.
+    """
 
     target: Path
     work: Path
     is_complete: bool = False  # nothing to do: `target` holds the result of these very settings
 
     def publish(self) -> None:
-        """Put the complete artefact at `target`, then remove the old one."""
-        if self.work == self.target:
-            return
-        old = _old_place(self.target)
-        if self.target.exists():
-            self.target.rename(old)
-        self.work.rename(self.target)
-        sync_folder(self.target.parent)
-        if old.exists():
-            _remove(old, self.target)
+        """Put the complete artefact at `target`, remove the old one, and let others write there again."""
+        try:
+            if self.work == self.target:
+                return
+            old = _old_place(self.target)
+            if self.target.exists():
+                self.target.rename(old)
+            self.work.rename(self.target)
+            sync_folder(self.target.parent)
+            if old.exists():
+                _remove(old, self.target)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let others write there again. Happens by itself when the object goes."""
+        _let_go((self.target, threading.get_ident()))
 
 
-def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Output:
-    """Decide where the artefact that `header` describes is built.
+@contextmanager
+def claimed(target: Path, *, shared: bool = False) -> Iterator[None]:
+    """Inside, no other process writes `target` (or, shared, none but those that share it).
 
     Raises
     ------
     SpecMismatch
-        If `target` holds the same kind with other settings, something else, or an input of this command.
+        If another process does, naming it.
     """
-    target, a_kind = target.absolute(), FORMATS[header.kind].a_kind
+    target = target.absolute()
+    with ExitStack() as stack:
+        for parent in reversed(target.parents):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                stack.callback(_remove_empty, parent)  # a command that was refused leaves nothing behind
+        for lock in (target.with_name(f".{target.name}{LOCK_SUFFIX}"), target / _LOCK_INSIDE):
+            try:
+                is_ours = stack.enter_context(locked(lock, shared=shared))
+            except OSError as error:
+                if error.errno not in (*_NOT_OURS, errno.ENOENT, errno.ENOTDIR):
+                    raise
+                continue  # a place where nothing can be written: what tries to will say so
+            if not is_ours:
+                raise SpecMismatch(
+                    f"{target} is being written by another process ({lock_holder(lock)}); wait until it ends, stop it, "
+                    f"or choose another output"
+                )
+            break
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty
+        folder.rmdir()
+
+
+def plan_output(
+    target: Path, header: Header, *, overwrite: bool = False, inputs: tuple[Path, ...] = (), shared: bool = False
+) -> Output:
+    """Claim the place of the artefact that `header` describes, and decide where it is built.
+
+    shared : writers of other parts of it may be at work, unless it is to be replaced
+
+    Raises
+    ------
+    SpecMismatch
+        If `target` holds the same kind with other settings, something else, or an input of this command, or if another
+        process is writing there.
+    """
+    target = target.absolute()
+    _refuse_place(target, FORMATS[header.kind].a_kind, inputs)
+    key = (target, threading.get_ident())
+    _let_go(key)  # an earlier try of this very thread that ended with an error, and is kept by its traceback
+    with ExitStack() as stack:
+        stack.enter_context(claimed(target, shared=shared and not overwrite))
+        output = _decide(target, header, overwrite=overwrite)
+        if output.is_complete and output.work == target:
+            return output  # nothing will be written
+        _claims[key] = stack.pop_all()
+    weakref.finalize(output, _let_go, key, _claims[key])
+    return output
+
+
+def _let_go(key: tuple[Path, int], only: ExitStack | None = None) -> None:
+    if key in _claims and only in (None, _claims[key]):
+        _claims.pop(key).close()
+
+
+def _refuse_place(target: Path, a_kind: str, inputs: tuple[Path, ...]) -> None:
     for given in inputs:
         if _overlap(target, given):
             raise SpecMismatch(f"{target} is or contains an input of this command ({given}); choose another output")
@@ -54,11 +136,15 @@ def plan_output(target: Path, header: Header, *, overwrite: bool = False, inputs
             raise SpecMismatch(f"{target} lies inside {FORMATS[found.kind].a_kind} ({folder}); choose another output")
     if target.is_symlink():
         raise SpecMismatch(f"{target} is a link; give the path that it points to")
+    if target.exists() and not target.is_dir():
+        raise SpecMismatch(f"{target} is a file, and not {a_kind}; choose another output")
+
+
+def _decide(target: Path, header: Header, *, overwrite: bool) -> Output:
+    a_kind = FORMATS[header.kind].a_kind
     was_swapped = _finish_swap(target, header.kind)
     if _is_free(target, header.kind):
         return Output(target, target)
-    if not target.is_dir():
-        raise SpecMismatch(f"{target} is a file, and not {a_kind}; choose another output")
     found = find_header(target)
     if found is None or found.kind != header.kind:
         what = FORMATS[found.kind].a_kind if found else "a folder that is not ours"
@@ -127,6 +213,7 @@ def _is_free(place: Path, kind: str) -> bool:
         (path.name.startswith(f"{header_file}.") and path.suffix == PARTIAL_SUFFIX)
         or is_dropping(path.name)
         or (path.name.startswith(("writer-", "finish.")) and path.suffix == LOCK_SUFFIX)
+        or path.name == _LOCK_INSIDE
         for path in place.iterdir()
     )
 

@@ -1,13 +1,13 @@
 """Folders of results: tables, JSON and figures that one command makes together, and a header that says from what.
 
-The header comes last and names the SHA-256 of every table and JSON file, so a folder is either whole or incomplete. A
+The header comes last and names the SHA-256 of every file, so a folder is either whole or incomplete. A
 command that is repeated with the same settings finds its folder complete; one that was cut writes it again.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import BadInput, DamagedStore
-from .files import is_dropping, readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
+from .files import LOCK_SUFFIX, is_dropping, readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
 from .output import Output, plan_output
 from .runlog import append_run
-from .spec import FORMATS, Format, Header, new_header, read_header, write_header
+from .seal import Seal
+from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, write_header
+
+LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
+_UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class ResultWriter:
 
     output: Output
     header: Header
+    seals: list[Seal] = field(default_factory=list)  # of what is read, looked at once more before it counts
 
     @property
     def root(self) -> Path:
@@ -37,6 +42,10 @@ class ResultWriter:
     def is_complete(self) -> bool:
         """These very results are there already."""
         return self.output.is_complete
+
+    def watch(self, *headers: Header) -> None:
+        """These stores were opened before the results were begun: they, too, must be the same at the end."""
+        self.seals.extend(header.seal for header in headers if header.seal is not None)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `name`.parquet; its metadata carries the identity of these results."""
@@ -50,12 +59,23 @@ class ResultWriter:
         write_atomic(self.root / f"{name}.json", readable_json(value))
 
     def finish(self, summary: dict[str, Any]) -> Header:
-        """State what was found, with a checksum for each table and JSON file, and put the folder in its place."""
+        """State what was found, with a checksum for each table and JSON file, and put the folder in its place.
+
+        Raises
+        ------
+        StoreReplaced
+            If what was read was exchanged meanwhile.
+        """
+        for seal in self.seals:
+            seal.check()
         names = sorted(path.name for path in self.root.iterdir() if _is_result(path))
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
+        figures = {}
+        if LISTED not in files:  # an atlas lists its thousands of files there
+            figures = {name: sha256_file(self.root / name) for name in other_files(self.root, own) if name not in files}
         sync_tree(self.root)
-        header = replace(self.header, complete=True, summary={**summary, "files": files})
+        header = replace(self.header, complete=True, summary={**summary, "files": files, "figures": figures})
         write_header(self.root, header)
         self.output.publish()
         return header
@@ -96,10 +116,22 @@ def begin_results(
         ResultStore(target, format).check()
         return ResultWriter(output, read_header(target, format))
     output.work.mkdir(parents=True, exist_ok=True)
+    seals = [seal for path in inputs if (seal := seal_of(path)) is not None]
     sweep_partials(output.work)
     write_header(output.work, header)
     append_run(output.work, packages=tuple(packages))
-    return ResultWriter(output, header)
+    return ResultWriter(output, header, seals)
+
+
+def other_files(root: Path, header_file: str) -> list[str]:
+    """Names of all files of a folder of results but its header, its run log, locks, and what is added later."""
+    places = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    names = (
+        path.relative_to(root).as_posix()
+        for path in places
+        if path.suffix != LOCK_SUFFIX and not is_dropping(path.name)
+    )
+    return sorted(name for name in names if name not in (header_file, *_UNRECORDED))
 
 
 class ResultStore:
@@ -115,7 +147,7 @@ class ResultStore:
         """
         self.root = Path(root).absolute()
         self.header = read_header(self.root, format)
-        self._command = format.command
+        self._command, self._own = format.command, format.header_file
 
     def table(self, name: str) -> pa.Table:
         """The table `name`.parquet.
@@ -136,9 +168,33 @@ class ResultStore:
         return json.loads(self._checked(f"{name}.json"))
 
     def check(self) -> None:
-        """Raise DamagedStore if a table or JSON file was changed or lost."""
+        """Raise DamagedStore if a table, a JSON file or a figure was changed or lost."""
+        for problem in self.problems():
+            raise DamagedStore(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What `check` would raise, of every file. Memory: one table."""
         for name in self._files:
-            self._checked(name)
+            try:
+                self._checked(name)
+            except DamagedStore as error:
+                yield str(error)
+        for name, sha256 in self._figures.items():
+            path = self.root / name
+            if not path.is_file():
+                yield f"{path} is missing; {self._command} --overwrite makes it again"
+            elif sha256_file(path) != sha256:
+                yield f"{path} is not the file that was written; {self._command} --overwrite makes it again"
+
+    def unrecorded(self) -> list[str]:
+        """Files whose hash is not known: those of an older cyto, which recorded tables and JSON files only."""
+        known = {*self._files, *self._figures}
+        listed = {LISTED} & known
+        return [] if listed else [name for name in other_files(self.root, self._own) if name not in known]
+
+    @property
+    def _figures(self) -> dict[str, str]:
+        return dict((self.header.summary or {}).get("figures", {}))
 
     @property
     def _files(self) -> dict[str, str]:

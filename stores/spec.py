@@ -7,13 +7,14 @@ that a store can be continued only with the settings that it was begun with.
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
 from .files import readable_json, sha256_json, write_json, write_new
+from .seal import Seal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ class Header:
     complete: bool = False
     summary: dict[str, Any] | None = None  # known only at the end: counts, hashes of what was written
     created_by: str = ""
+    seal: Seal | None = field(default=None, compare=False, repr=False)  # of the file it was read from
 
     @property
     def identity(self) -> str:
@@ -166,6 +168,7 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
     """
     if not root.exists():
         raise StoreNotFound(f"no {format.kind} at {root}: nothing is there. Make one with {format.command}")
+    seal = Seal.of(root / format.header_file)  # before it is read: what comes between the two is noticed
     header = find_header(root)
     if header is None:
         inside = [path.name for path in sorted(root.glob("*.zarr")) if root.is_dir() and find_header(path) is not None]
@@ -191,7 +194,20 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
             f"{root} is incomplete: the {command} that writes it has not finished. "
             f"Run the same {command} command again to continue"
         )
-    return header
+    return replace(header, seal=seal)
+
+
+def require_unchanged(*headers: Header) -> None:
+    """Raise StoreReplaced if one of the stores that these headers were read from is not there as it was."""
+    for header in headers:
+        if header.seal is not None:
+            header.seal.check()
+
+
+def seal_of(root: Path) -> Seal | None:
+    """The seal of whatever artefact of ours lies at `root` now; None where there is none."""
+    found = find_header(root) if root.is_dir() else None
+    return None if found is None else Seal.of(root / FORMATS[found.kind].header_file)
 
 
 def begin_header(root: Path, header: Header) -> None:

@@ -148,7 +148,7 @@ def test_interrupted_and_continued_equals_never_stopped(name: str, caches: list[
 
 
 def test_a_run_at_work_is_not_trained_by_a_second_process(caches: list[Path], tmp_path: Path) -> None:
-    with locked(tmp_path / f".run{LOCK_SUFFIX}"), pytest.raises(SpecMismatch, match="is being trained by another"):
+    with locked(tmp_path / f".run{LOCK_SUFFIX}"), pytest.raises(SpecMismatch, match="being written by another process"):
         train(caches[:1], tmp_path / "run", settings("topk"))
     train(caches[:1], tmp_path / "run", settings("topk"))
     assert not (tmp_path / f".run{LOCK_SUFFIX}").exists()
