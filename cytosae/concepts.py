@@ -434,5 +434,5 @@ def _named(names: list[str], numbers: Ints) -> pa.Array:
 
 
 def _result(summary: dict[str, Any], *, was_complete: bool) -> ConceptResult:
-    known = {name: value for name, value in summary.items() if name != "files"}
+    known = {name: value for name, value in summary.items() if name not in ("files", "figures")}
     return replace(ConceptResult(**known, was_complete=False), was_complete=was_complete)
