@@ -2317,7 +2317,13 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     show_default=True,
     help="With --cache, at level patient: also an attention-MIL head.",
 )
-@click.option("--mil-repeats", type=_COUNT, default=0, help="It runs in the first so many repeats  [default: all].")
+@click.option(
+    "--mil-repeats",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default="0: all",
+    help="It runs in the first so many repeats.",
+)
 @click.option("--mil-epochs", type=_COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
 @click.option("--workers", type=_COUNT, default=n_cores(), show_default="cores", help="Threads.")
