@@ -73,7 +73,8 @@ def write_cache(
         block = tokens[rows.start : rows.stop].copy()
         block[[row - rows.start for row in unreadable if row in rows]] = np.nan
         errors = ["not an image" if row in unreadable else None for row in rows]
-        writer.write_chunk(chunk, block, [None if error else "0" * 64 for error in errors], errors)
+        hashes = [hashlib.sha256(tokens[row].tobytes()).hexdigest() for row in rows]  # other tokens, another image
+        writer.write_chunk(chunk, block, [None if e else h for e, h in zip(errors, hashes, strict=True)], errors)
     if n_chunks is None:
         writer.finish()
     return root

@@ -149,6 +149,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
     from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
+    from cytosae.folds import NULLS
     from cytosae.interop import LAYOUTS
     from cytosae.loggers import LOGGERS
     from cytosae.probe import REGULARIZATIONS
@@ -166,6 +167,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto data index", "dataset"): (*INDEXERS, "folder"),
         ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
         ("cyto probe", "level"): LEVELS,
+        ("cyto probe", "null"): ("auto", *NULLS),
         ("cyto probe", "regularization"): tuple(REGULARIZATIONS),
         ("cyto sae train", "preset"): tuple(PRESETS),
         ("cyto sae train", "token_set"): tuple(TOKEN_SETS),

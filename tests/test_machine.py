@@ -154,13 +154,15 @@ def test_cores_are_at_least_one_and_never_above_the_affinity(monkeypatch: pytest
         monkeypatch.setattr(cyto_machine, "cgroup_quota", lambda quota=quota: quota)
         assert n_cores() == expected
     monkeypatch.setattr(cyto_machine, "cgroup_quota", lambda: 1.0)
-    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
+    names = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is as before behind the test
+        monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     cyto_machine.bound_threads()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["NUMBA_NUM_THREADS"]) == ("7", "1")
-    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-        monkeypatch.delenv(name)
+    for name in names:
+        del os.environ[name]
 
 
 def test_more_workers_than_files_are_refused_and_the_limit_is_raised_first() -> None:
