@@ -52,7 +52,8 @@ def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict
     """Write the weights, then the header that calls the run complete."""
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
     save_tensors(root / WEIGHTS, tensors, _metadata(model))
-    tables = {path.name: sha256_file(path) for path in sorted(root.glob("*.parquet"))}  # metrics, and who was held out
+    # who was trained on and held out; metrics hold times, and a run that was interrupted must end as one that was not
+    tables = {path.name: sha256_file(path) for path in sorted(root.glob("*.parquet")) if path.name != "metrics.parquet"}
     summary = {**summary, "sae_sha256": sha256_file(root / WEIGHTS), "files": tables}
     header = Header(**{**vars(header), "complete": True, "summary": summary})
     write_header(root, header)
