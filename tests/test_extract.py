@@ -71,8 +71,8 @@ def contents(store: Path) -> Contents:
 
 
 def times(root: Path) -> dict[str, int]:
-    """When each file and folder was last written."""
-    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+    """When each file and folder below was last written; the lock beside a store comes and goes, so not `root` itself."""
+    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
 KILLED_EXTRACTIONS = """
