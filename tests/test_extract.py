@@ -71,7 +71,7 @@ def contents(store: Path) -> Contents:
 
 
 def times(root: Path) -> dict[str, int]:
-    """When each file and folder below was last written; the lock beside a store comes and goes, so not `root` itself."""
+    """When each file and folder below `root` was last written; a lock in `root` itself comes and goes."""
     return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
