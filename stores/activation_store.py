@@ -26,7 +26,7 @@ from .chunk_cache import OpenMaps, ReadAhead, map_file
 from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import read_lines
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
-from .seal import Seal
+from .seal import travelling
 from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged
 from .tables import read_image_table, readable, table_sha256
 from .token_stream import TokenStream
@@ -126,7 +126,7 @@ class ActivationStore:
         self._chunks = _open_chunks(self.root, self.spec, crcs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), self.root, self.header.seal)
+        return travelling(self)
 
     @property
     def identity(self) -> str:
@@ -251,13 +251,6 @@ class ActivationStore:
         for at, chunk in enumerate(chunks, start=1):
             self.prefetch(chunks[at : at + ahead])
             yield chunk, self.read_chunk(chunk)
-
-
-def _reopen(kind: "type[ActivationStore]", root: Path | str, seal: Seal | None) -> "ActivationStore":
-    """In another process: the same store, or StoreReplaced."""
-    if seal is not None:
-        seal.check()
-    return kind(root)
 
 
 def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:

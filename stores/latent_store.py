@@ -23,7 +23,7 @@ from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import append_line, read_lines, sha256_file, sweep_partials, sync_tree, write_new
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
 from .runlog import join_runs
-from .seal import Seal
+from .seal import travelling
 from .shards import ONE_WRITER, Shard
 from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, write_header
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
@@ -223,7 +223,7 @@ class LatentStore:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), self.root, self.header.seal)
+        return travelling(self)
 
     @property
     def identity(self) -> str:
@@ -284,13 +284,6 @@ class LatentStore:
         if not rises or starts[-1] != self.nnz:
             raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
         return starts
-
-
-def _reopen(kind: "type[LatentStore]", root: Path | str, seal: Seal | None) -> "LatentStore":
-    """In another process: the same store, or StoreReplaced."""
-    if seal is not None:
-        seal.check()
-    return kind(root)
 
 
 @lru_cache(maxsize=16)  # the tasks of a worker that read one store

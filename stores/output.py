@@ -73,7 +73,7 @@ def claimed(target: Path, *, shared: bool = False) -> Iterator[None]:
             if not parent.exists():
                 parent.mkdir(exist_ok=True)
                 stack.callback(_remove_empty, parent)  # a command that was refused leaves nothing behind
-        for lock in (target.with_name(f".{target.name}{LOCK_SUFFIX}"), target / _LOCK_INSIDE):
+        for lock in _locks(target):
             try:
                 is_ours = stack.enter_context(locked(lock, shared=shared))
             except OSError as error:
@@ -87,6 +87,10 @@ def claimed(target: Path, *, shared: bool = False) -> Iterator[None]:
                 )
             break
         yield
+
+
+def _locks(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}{LOCK_SUFFIX}"), target / _LOCK_INSIDE
 
 
 def _remove_empty(folder: Path) -> None:
@@ -109,6 +113,10 @@ def plan_output(
     """
     target = target.absolute()
     _refuse_place(target, FORMATS[header.kind].a_kind, inputs)
+    if not any(lock.exists() for lock in _locks(target)):  # nobody writes: what needs no writing touches nothing
+        settled = _settled(target, header, overwrite=overwrite)
+        if settled is not None:
+            return settled
     key = (target, threading.get_ident())
     _let_go(key)  # an earlier try of this very thread that ended with an error, and is kept by its traceback
     with ExitStack() as stack:
@@ -141,22 +149,43 @@ def _refuse_place(target: Path, a_kind: str, inputs: tuple[Path, ...]) -> None:
 
 
 def _decide(target: Path, header: Header, *, overwrite: bool) -> Output:
-    a_kind = FORMATS[header.kind].a_kind
     was_swapped = _finish_swap(target, header.kind)
     if _is_free(target, header.kind):
         return Output(target, target)
-    found = find_header(target)
-    if found is None or found.kind != header.kind:
-        what = FORMATS[found.kind].a_kind if found else "a folder that is not ours"
-        raise SpecMismatch(f"{target} is {what}, not {a_kind}; it is left alone. Choose another output")
+    found = _ours(target, header.kind)
     if overwrite and not (was_swapped and found.identity == header.identity):
         return _replacement(target, header)
+    return _continued(target, found, header)
+
+
+def _settled(target: Path, header: Header, *, overwrite: bool) -> Output | None:
+    """The result if it is complete already, or the refusal, raised; None where something may have to be written."""
+    if _old_place(target).exists() or any(_removed(target)) or _is_free(target, header.kind):
+        return None
+    found = _ours(target, header.kind)
+    if overwrite:
+        return None
+    output = _continued(target, found, header)
+    return output if output.is_complete else None
+
+
+def _ours(target: Path, kind: str) -> Header:
+    """The header of what lies there; refused if that is something else."""
+    found = find_header(target)
+    if found is None or found.kind != kind:
+        what = FORMATS[found.kind].a_kind if found else "a folder that is not ours"
+        raise SpecMismatch(f"{target} is {what}, not {FORMATS[kind].a_kind}; it is left alone. Choose another output")
+    return found
+
+
+def _continued(target: Path, found: Header, header: Header) -> Output:
+    """What lies there, continued or complete; refused if it has other settings."""
     if found.identity == header.identity:
         return Output(target, target, is_complete=found.complete)
     versions = f"version {found.version} against {header.version}"
     difference = describe_difference(found.spec, header.spec) if found.version == header.version else versions
     raise SpecMismatch(
-        f"{target} holds {a_kind} with other settings ({difference}); "
+        f"{target} holds {FORMATS[header.kind].a_kind} with other settings ({difference}); "
         f"choose another output, or add --overwrite to replace it"
     )
 
@@ -181,7 +210,7 @@ def _replacement(target: Path, header: Header) -> Output:
 
 def _finish_swap(target: Path, kind: str) -> bool:
     """Finish or undo a swap that was cut, and sweep; True if `target` is what the cut command had built."""
-    for left_over in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.removed"):
+    for left_over in _removed(target):
         if left_over.is_dir() and not left_over.is_symlink():
             shutil.rmtree(left_over)
     work, old = _new_place(target), _old_place(target)
@@ -222,6 +251,11 @@ def _holds(root: Path, kind: str, *, complete: bool = False) -> bool:
     """Is an artefact of this kind there, itself and not by a link?"""
     found = None if root.is_symlink() else find_header(root)
     return found is not None and found.kind == kind and (found.complete or not complete)
+
+
+def _removed(target: Path) -> Iterator[Path]:
+    """What a killed command had begun to remove."""
+    return target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.removed")
 
 
 def _new_place(target: Path) -> Path:

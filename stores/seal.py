@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import StoreReplaced
 
@@ -27,6 +28,19 @@ class Seal:
                 f"{self.path.parent} was replaced or changed by another command while it was read; nothing was "
                 f"finished from it. Run the same command again"
             )
+
+
+def travelling(store: Any) -> tuple[Any, ...]:
+    """What `__reduce__` of a store with `root` and `header` gives: its place, and the state of its header file."""
+    seal = store.header.seal
+    return _reopen, (type(store), store.root, *(() if seal is None else (seal.path.name, *seal.state)))
+
+
+def _reopen(kind: Any, root: Path | str, *seal: Any) -> Any:
+    """In another process: the same store, or StoreReplaced."""
+    if seal:
+        Seal((Path(root) / seal[0]).absolute(), seal[1:]).check()
+    return kind(root)
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

@@ -71,8 +71,8 @@ def contents(store: Path) -> Contents:
 
 
 def times(root: Path) -> dict[str, int]:
-    """When each file and folder below `root` was last written; a lock in `root` itself comes and goes."""
-    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in root.rglob("*")}
+    """When each file and folder was last written."""
+    return {path.relative_to(root).as_posix(): path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
 
 
 KILLED_EXTRACTIONS = """
