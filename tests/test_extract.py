@@ -627,9 +627,9 @@ class TestOutput:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """Many more images: kept in memory, 512 more images' tokens would be 51 MB, their pixels 77 MB."""
+    """Beyond what fills all buffers: kept in memory, 512 more images' tokens would be 51 MB, their pixels 77 MB."""
     Image.fromarray(draw_cell("eosinophil", np.random.default_rng(0), size=48)).save(tmp_path / "cell.png")
-    for n_images in (64, 576):
+    for n_images in (256, 768):
         rows = [f"cell.png,{n}" for n in range(n_images)]
         (tmp_path / f"{n_images}.csv").write_text("\n".join(["path,image_id", *rows]) + "\n")
     code = """
@@ -638,7 +638,7 @@ from pathlib import Path
 from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
 root, config = Path(sys.argv[1]), ExtractConfig(blocks=(0,), chunk_images=8)
-for n_images in (64, 576):
+for n_images in (256, 768):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     extract(open_images(root / f"{n_images}.csv"), root / f"{n_images}.zarr", config)
     print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
