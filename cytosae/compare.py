@@ -29,7 +29,7 @@ from stores.tables import STATUS_OK, column, listed, read_table_file
 
 from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .compare_figures import plot_correlation, plot_patients, plot_scatter
-from .covariates import MISSING, NAMED, column_of, design, imbalances, of_patients
+from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .freedman_lane import residual_group, residual_permutation_test
 from .intervals import intervals
 from .patient_values import is_uneven, plan_images, read_values
@@ -114,12 +114,16 @@ class Comparison:
         }
 
     def supported(self, n: int) -> dict[str, list[dict[str, Any]]]:
-        """`n` rows of each side: those with p_max_t <= 0.05 first, then by q, then by p; among these, by rank."""
+        """`n` rows of each side: p_max_t <= 0.05 first, then q, then p, each by rank; then the others by p."""
         rows = self.results.table("differential").to_pylist()
         return {
             group: sorted(
                 (row for row in rows if row[f"rank_{group}"] is not None),
-                key=lambda row: (*(row[name] > 0.05 for name in ("p_max_t", "q", "p")), row[f"rank_{group}"]),
+                key=lambda row: (
+                    *(row[name] > 0.05 for name in ("p_max_t", "q", "p")),
+                    row["p"] if row["p"] > 0.05 else 0,
+                    row[f"rank_{group}"],
+                ),
             )[:n]
             for group in ("a", "b")
         }
@@ -397,9 +401,7 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
             )
     if not plain:
         labels = column_of(images, config.standardize or "label")
-        labels = np.array(
-            ["" if str(cell).strip().lower() in MISSING else str(cell).strip() for cell in labels], object
-        )
+        labels = np.array(["" if is_missing(cell) else str(cell).strip() for cell in labels], object)
     else:
         labels = np.full(len(owner), "", object)
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy.stats import chi2_contingency, mannwhitneyu
 
 from stores.errors import BadInput
-from stores.tables import OUTCOME_COLUMNS, listed
+from stores.tables import ALL_MISSING, OUTCOME_COLUMNS, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "<na>"})
 NUMERIC_LEVELS = 5  # numbers of more different values are a scale; of fewer, categories
 NAMED = 5  # columns of a warning
 _NO_PROPERTY = {*OUTCOME_COLUMNS, "path", "source", "patient", "patient_id", "disease", "n_images", "n_unreadable"}
+
+
+def is_missing(value: object) -> bool:
+    """Whether a cell of the image table says nothing: caches of an older cyto keep what tables have for that."""
+    text = str(value).strip()
+    return not text or text in ALL_MISSING
 
 
 def of_patients(column: npt.NDArray[np.object_], owner: Ints, names: list[str], title: str) -> list[str | None]:
@@ -31,8 +36,8 @@ def of_patients(column: npt.NDArray[np.object_], owner: Ints, names: list[str], 
     """
     found: list[set[str]] = [set() for _ in names]
     for value, patient in zip(column, owner, strict=True):
-        if patient >= 0 and (text := str(value).strip()).lower() not in MISSING:
-            found[patient].add(text)
+        if patient >= 0 and not is_missing(value):
+            found[patient].add(str(value).strip())
     torn = [f"{name} ({listed(sorted(each))})" for name, each in zip(names, found, strict=True) if len(each) > 1]
     if torn:
         raise BadInput(

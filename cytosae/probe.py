@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from stores.activation_store import ActivationStore, open_caches
 from stores.barcode_store import BarcodeStore
+from stores.content_hashes import find_trained_on
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
 from stores.results import ResultStore, begin_results
@@ -138,7 +140,7 @@ def write_probe(
             f"these barcodes are normalised as {normalize}: patients with more images have larger values, so the "
             f"number of images is in every score; cyto barcode without --normalize divides by each patient's own number"
         )
-    warnings += _provenance(latents_spec, tokens, sae)
+    warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
     spec = {
         "barcodes": store.header.identity,
         **{k: v for k, v in asdict(config).items() if k != "units"},
@@ -340,7 +342,14 @@ def _n_steps(config: ProbeConfig) -> int:
     return n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
 
 
-def _provenance(latents_spec: list[dict[str, Any]], caches: list[ActivationStore], sae: Path | None) -> list[str]:
+def _provenance(
+    store: BarcodeStore,
+    units: Units,
+    config: UnitConfig,
+    latents_spec: list[dict[str, Any]],
+    caches: list[ActivationStore],
+    sae: Path | None,
+) -> list[str]:
     """Warnings on what the scores may owe to the SAE or the caches."""
     of_barcodes = {spec["cache_sha256"] for spec in latents_spec}
     warnings = []
@@ -358,13 +367,17 @@ def _provenance(latents_spec: list[dict[str, Any]], caches: list[ActivationStore
             f"{sae} is not the SAE of these latents (weights {str(weights)[:12]}…, theirs "
             f"{latents_spec[0]['sae_sha256'][:12]}…); give the one that they were encoded with"
         )
-    trained_on = {cache["sha256"] for cache in header.spec.get("caches", [])}
-    if not trained_on:
-        warnings.append(f"{sae} does not say which images it was trained on")
-    elif trained_on & of_barcodes:
-        warnings.append(
-            "transductive: the SAE was trained on these very images (without labels), those of the test folds included"
-        )
+    images = store.read_obs("image", config.tau, needed=("content_hash", "status", "dataset"))
+    images = images.reset_index(names="image_id")
+    images = images[images["image_id"].isin([image_id for ids in units.image_ids for image_id in ids])]
+    table = pa.table({name: [*map(str, images[name])] for name in ("image_id", "dataset", "content_hash", "status")})
+    cache_sha256 = latents_spec[0]["cache_sha256"] if len(latents_spec) == 1 else ""  # of several: by content alone
+    found = find_trained_on(sae, header, table, cache_sha256=cache_sha256)
+    known = f"{found.n_known:,} of the {len(images):,} images are known: {found.n_trained_on:,} trained on"
+    if found.n_trained_on:
+        warnings.append(f"transductive: the SAE has seen images of the test folds, without labels ({known})")
+    elif found.n_known < len(images):
+        warnings.append(f"{sae} does not say of all these images whether it was trained on them ({known})")
     return warnings
 
 

@@ -33,6 +33,7 @@ _WHOLE_NUMBERS = ("image_id", "patient", "disease", "label", "label_common", "da
 # "unknown", "healthy" and "0" are left as they are, for they may be a disease or a label
 MISSING = ("NA", "N/A", "n/a", "#N/A", "#N/A N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "#NULL!", "None")
 MISSING_SIGNS = (".", "-", "--", "?")
+ALL_MISSING = frozenset({*MISSING, *MISSING_SIGNS})
 MAX_NAME_BYTES = 255  # of a file, on the usual disks: a column becomes a folder of that name in an AnnData store
 _log = logging.getLogger(__name__)
 
@@ -222,7 +223,7 @@ def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
     n_missing: dict[str, int] = {}
     for name, cells in columns.items():
         if name not in _NAMES_A_FILE:
-            found = [cell in _ALL_MISSING for cell in cells]
+            found = [cell in ALL_MISSING for cell in cells]
             if any(found):
                 n_missing[name] = sum(found)
                 cells[:] = [None if is_missing else cell for cell, is_missing in zip(cells, found, strict=True)]
@@ -234,7 +235,6 @@ def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
 
 
-_ALL_MISSING = {*MISSING, *MISSING_SIGNS}
 _WHOLE = re.compile(r"\d+\.0+")
 
 

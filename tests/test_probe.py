@@ -3,6 +3,7 @@
 Slow twins: scikit-learn on all columns, plain loops over folds and thresholds, sklearn.metrics.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -49,12 +50,13 @@ from cytosae.scores import class_scores, score
 from cytosae.scores import confusion_matrix as our_confusion
 from cytosae.threshold_columns import ThresholdColumns
 from cytosae.threshold_grams import ThresholdGrams
-from stores import BARCODES, PROBE, BarcodeStore, ResultStore, new_header, write_header
+from stores import BARCODES, PROBE, SAE, BarcodeStore, ResultStore, new_header, write_header
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
+from stores.content_hashes import write_trained_on
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.spec import Header
-from stores.tables import image_table, table_sha256
+from stores.tables import image_table, table_sha256, with_outcome
 
 Array = npt.NDArray[Any]
 N_LATENTS = 40
@@ -762,6 +764,40 @@ def test_patients_without_a_disease_are_left_out_and_counted(tmp_path: Path) -> 
     nothing = write_folder(tmp_path / "n", table, counts, means)
     with pytest.raises(BadInput, match=r"no patient of .* with disease is left"):
         read_units(BarcodeStore(nothing), UnitConfig())
+
+
+def test_whether_the_sae_has_seen_the_images_is_decided_by_their_content(tmp_path: Path) -> None:
+    """Not by the cache: from another one, under other names, a file is the same file; and it says how many."""
+    table, counts, means = cohort(images_each=3)
+    table["content_hash"] = [hashlib.sha256(name.encode()).hexdigest() for name in table["image_id"]]
+    folder = write_folder(tmp_path / "b", table, counts, means)
+    weights = BarcodeStore(folder).header.spec["latents_spec"]
+    weights = (weights[0] if isinstance(weights, list) else weights)["sae_sha256"]
+
+    def warnings(seen: Sequence[str], without: int = 0, *, said: bool = True) -> list[str]:
+        run = tmp_path / f"run{len(seen)}{without}{said}"
+        run.mkdir()
+        images = image_table({"path": [f"{k}" for k in range(len(seen) + without)]}, source="test", dataset="elsewhere")
+        nothing: list[str | None] = [None] * images.num_rows
+        images = with_outcome(images, [*seen, *nothing[:without]], nothing)
+        listed = {"trained_on": write_trained_on(run, [images])} if said else {}
+        header = new_header(SAE, {"caches": [{"sha256": "e" * 64}], "images": {"excluded": 0}})
+        write_header(run, replace(header, complete=True, summary={"sae_sha256": weights, **listed}))
+        config = quick(repeats=1, thresholds=(0.0,), c_factors=(1.0,))
+        scores, _ = write_probe(folder, tmp_path / f"out{run.name}", config, sae=run)
+        return [text for text in scores["warnings"] if "known" in text]
+
+    n = len(table)
+    assert warnings(table["content_hash"][:5].tolist()) == [
+        f"transductive: the SAE has seen images of the test folds, without labels "
+        f"({n} of the {n} images are known: 5 trained on)"
+    ]
+    assert warnings(["a" * 64]) == []
+    assert warnings(["a" * 64], 1) == [
+        f"{tmp_path / 'run11True'} does not say of all these images whether it was trained on them "
+        f"(0 of the {n} images are known: 0 trained on)"
+    ]
+    assert len(warnings(["a" * 64], said=False)) == 1
 
 
 # ------------------------------------------------------------------------------------------- baselines
