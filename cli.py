@@ -1190,7 +1190,7 @@ def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
         if report.unrecorded:
             click.echo(f"{report.root}: no hash recorded, so not checked: {', '.join(report.unrecorded)}")
         if not report.problems:
-            click.echo(f"{report.root}: whole ({report.kind})")
+            click.echo(f"{report.root}: {'no damage found' if report.unrecorded else 'whole'} ({report.kind})")
     damaged = [str(report.root) for report in reports if report.problems]
     if damaged:
         raise click.ClickException(f"damaged: {', '.join(damaged)}")

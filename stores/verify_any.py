@@ -81,6 +81,9 @@ def _latents(root: Path, report: Report) -> Iterator[str | None]:
 
 def _barcodes(root: Path, report: Report) -> Iterator[str | None]:
     yield from verify_barcodes(root)
+    report.unrecorded = sorted(
+        path.name for path in root.glob("*.zarr")
+    )  # chunks there, but no hash of what is in them
 
 
 def _sae(root: Path, report: Report) -> Iterator[str | None]:
