@@ -139,7 +139,7 @@ def write_mask_agreement(
     }
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     if writer.is_complete:
-        return MaskResult(**(ResultStore(out, MASKS).header.summary or {})["result"], was_complete=True)
+        return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
 
     ranked = read_ranked(latents, images, progress=progress)
     found = mask_agreement(ranked, foreground.ravel())

@@ -6,6 +6,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from test_store_suite import N_IMAGES, UNREADABLE, outcome, write_cache, write_l
 
 from stores import csr
 from stores.activation_store import ActivationStore, chunk_path
+from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
 from stores.files import sha256_file
 from stores.latent_store import LatentStore
 from stores.spec import ACTIVATIONS, LATENTS, Header, read_header, write_header
 from stores.tables import read_image_table, table_sha256, write_image_table
-from stores.verify import verify_activations, verify_latents
+from stores.verify import verify_activations, verify_barcodes, verify_latents
 
 SHAPE = (4, 3, 4)  # of a chunk: images, tokens, channels; the last of the three chunks holds two images and padding
 
@@ -468,7 +470,7 @@ def test_row_starts_that_disagree_are_found(latents: Path) -> None:
     with pytest.raises(DamagedStore, match="image_indptr disagrees"):
         LatentStore(latents)
     shutil.rmtree(latents / "image_indptr")
-    with pytest.raises(DamagedStore, match="image_indptr cannot be read"):
+    with pytest.raises(DamagedStore, match=r"image_indptr/zarr\.json is missing"):
         LatentStore(latents)
 
 
@@ -483,3 +485,70 @@ def test_a_changed_image_table_of_latents_is_found(latents: Path) -> None:
         assert len(latent_problems(latents)) == 1
     pq.write_table(pa.table({"a": [1]}), path)
     assert "no image table at" in latent_problems(latents)[0]
+
+
+# ------------------------------------------------------------------------------------------------- barcodes
+
+
+def _damages(root: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every file of a level gone, a bit flipped at its begin, middle or end, longer, or another level's."""
+    for path in sorted(path for store in root.glob("*.zarr") for path in store.rglob("*") if path.is_file()):
+        raw, name = path.read_bytes(), str(path.relative_to(root))
+        yield f"{name} gone", path.unlink
+        for at in {0, len(raw) // 2, len(raw) - 1}:
+            damaged = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+            yield f"{name} flipped at {at}", partial(path.write_bytes, damaged)
+        yield f"{name} longer", partial(path.write_bytes, raw + b" ")
+        for other in ("patient", "disease", "image"):
+            twin = root / f"{other}.zarr" / path.relative_to(root / name.split("/")[0])
+            if twin.is_file() and twin.read_bytes() != raw:
+                yield f"{name} is {other}'s", partial(path.write_bytes, twin.read_bytes())
+        path.write_bytes(raw)
+
+
+def test_every_single_damage_of_barcodes_is_found(made: Path, tmp_path: Path) -> None:
+    """By the files' own check always; whole verification and the readers of a level are tried on every eleventh."""
+    root = Path(shutil.copytree(made / "barcodes", tmp_path / "barcodes"))
+    assert verify_barcodes(root) == []
+    assert BarcodeStore(root).records_files
+    n_damages = 0
+    for what, damage in _damages(root):
+        damage()
+        level, inside = what.split(" ")[0].split(".zarr/")
+        problems = list(BarcodeStore(root).file_problems(f"{level}.zarr", all_bytes=True))
+        assert [line.split(" ")[0] for line in problems] == [f"{level}.zarr/{inside}"], what
+        n_damages += 1
+        if n_damages % 11:
+            continue
+        assert verify_barcodes(root)[: len(problems)] == problems or level != "image"
+        store = BarcodeStore(root)
+        # a chunk's middle is compared with its end when it is decoded
+        with pytest.raises(DamagedStore):
+            store.read(level)
+        if inside.startswith(("X/", "zarr.json")):
+            with pytest.raises(DamagedStore):
+                store.read_element(level, "X")
+        if inside.startswith(("obs/", "zarr.json")):
+            with pytest.raises(DamagedStore):
+                store.read_obs(level)
+    assert n_damages > 300
+    assert verify_barcodes(root) == []
+    export = next(root.glob("*.parquet"))
+    export.write_bytes(export.read_bytes()[:-1])
+    assert verify_barcodes(root) == [f"{export.name} is damaged: its hash is not the one in the header"]
+
+
+def test_barcodes_that_do_not_say_what_was_written_are_read(tmp_path: Path) -> None:
+    """An older cyto's: no checksums; a lost chunk of a matrix is found all the same."""
+    golden = Path(__file__).parent / "golden" / "barcodes-v1"
+    root = Path(shutil.copytree(golden, tmp_path / "b"))
+    assert not BarcodeStore(root).records_files
+    assert verify_barcodes(root) == []
+    for name in ("indices", "data", "indptr"):
+        path = root / "patient.zarr" / "X" / name / "c" / "0"
+        raw = path.read_bytes()
+        path.unlink()
+        assert verify_barcodes(root), name
+        with pytest.raises(DamagedStore):
+            BarcodeStore(root).read_element("patient", "X")
+        path.write_bytes(raw)
