@@ -80,7 +80,7 @@ class _Commands(click.Group):
 
             if not isinstance(error, CytoError):
                 raise
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(_one_line(str(error))) from None
         except OSError as error:
             if error.errno not in _USERS_DISK:
                 raise
@@ -101,6 +101,11 @@ def cli() -> None:
     \b
     Example: cyto demo
     """
+
+
+def _one_line(text: str) -> str:
+    """A message without what a terminal would obey: names out of a damaged file may hold escape sequences."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def main() -> None:
@@ -447,10 +452,10 @@ def cache_verify(store: Path, as_json: bool) -> None:
     Example: cyto cache verify cells.acts.zarr
     """
     from stores import verify_activations
-    from stores.activation_store import ActivationSpec
+    from stores.activation_store import read_spec
     from stores.spec import ACTIVATIONS, read_header
 
-    n_chunks = ActivationSpec(**read_header(store, ACTIVATIONS).spec).n_chunks
+    n_chunks = read_spec(read_header(store, ACTIVATIONS), store).n_chunks
     _verify(store, verify_activations(store), n_chunks, as_json)
 
 
@@ -1092,17 +1097,18 @@ def latents_info(store: Path, as_json: bool) -> None:
     \b
     Example: cyto latents info cells.latents.zarr
     """
-    from stores import LATENTS, LatentSpec, LatentStore, read_header, read_runs
+    from stores import LATENTS, LatentStore, read_header, read_runs
     from stores.latent_parts import missing_images
+    from stores.latent_store import read_latent_spec
 
     header = read_header(store, LATENTS, complete=False)
-    missing = [] if header.complete else missing_images(store, LatentSpec(**header.spec))
+    missing = [] if header.complete else missing_images(store, read_latent_spec(header, store))
     n_bytes = _size(store)
     if as_json:
         facts = {"n_images_missing": sum(map(len, missing)), "bytes": n_bytes, "runs": read_runs(store)}
         click.echo(json.dumps({**header.to_json(), **facts}, indent=1))
         return
-    rows = _latent_rows(header, LatentSpec(**header.spec), n_bytes)
+    rows = _latent_rows(header, read_latent_spec(header, store), n_bytes)
     if header.complete:
         latents = LatentStore(store)
         rows["nonzeros"] = (
@@ -1140,9 +1146,10 @@ def latents_verify(store: Path, as_json: bool) -> None:
     \b
     Example: cyto latents verify cells.latents.zarr
     """
-    from stores import LATENTS, LatentSpec, read_header, verify_latents
+    from stores import LATENTS, read_header, verify_latents
+    from stores.latent_store import read_latent_spec
 
-    n_blocks = -(-LatentSpec(**read_header(store, LATENTS).spec).n_images // 256)
+    n_blocks = -(-read_latent_spec(read_header(store, LATENTS), store).n_images // 256)
     _verify(store, verify_latents(store, block_images=256), n_blocks, as_json)
 
 
@@ -2220,9 +2227,10 @@ def _new_subject(
     from cytosae.maps import Subject
     from cytosae.patch_maps import token_matrix
     from stores import ActivationSpec
+    from stores.spec import stated
 
     device, latents = _resolve_device(device), sources.stores[0]
-    cache, spec = f"the cache of {latents.root}", ActivationSpec(**latents.spec.cache)
+    cache, spec = f"the cache of {latents.root}", stated(ActivationSpec, latents.spec.cache, latents.root)
     sae = load_sae(run, device=device)
     sae.require_tokens(spec, cache, assume_compatible=assume_compatible)
     with _progress("download", "byte") as downloading:

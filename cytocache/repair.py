@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stores.activation_store import ActivationSpec, records_of
+from stores.activation_store import ActivationSpec, read_spec, records_of
 from stores.activation_writer import written_records
 from stores.errors import BadInput, SpecMismatch
 from stores.output import claimed
@@ -70,7 +70,7 @@ def repair(
         If there is no finished cache.
     """
     header = read_header(store, ACTIVATIONS, complete=False)
-    spec, problems = ActivationSpec(**header.spec), list[Problem]()
+    spec, problems = read_spec(header, store), list[Problem]()
     if header.complete or header.summary is None:
         problems = _verify(store, spec, verify_progress, stop)
         damaged = sorted({problem.chunk for problem in problems if problem.chunk is not None})

@@ -24,7 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from stores import csr_blocks
-from stores.barcode_store import LEVELS, NOTHING_ELSE, BarcodeStore, begin_level, level_name, tau_text, write_tables
+from stores.barcode_store import (
+    LEVELS,
+    NOTHING_ELSE,
+    BarcodeStore,
+    begin_level,
+    level_name,
+    recorded_files,
+    tau_text,
+    write_tables,
+)
 from stores.csr_blocks import CHUNK_ENTRIES, create_matrix, finish_matrix
 from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
@@ -392,6 +401,7 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
         "exports": sha256,
     }
     sweep_partials(job.root)
+    summary["store_files"] = recorded_files(job.root)
     for name in sha256:
         sync_file(job.root / name)
     header = Header(**{**vars(job.header), "complete": True, "summary": summary})
@@ -511,6 +521,6 @@ def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
     summary: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
         for name, value in (header.summary or {}).items()
-        if name != "exports"
+        if name not in ("exports", "store_files")
     }
     return BarcodeResult(**summary, was_complete=was_complete)

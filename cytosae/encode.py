@@ -36,7 +36,7 @@ from stores.output import plan_output
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
-from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged
+from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged, stated
 from stores.tables import table_sha256
 
 from .checkpoint import SaeRun, load_sae
@@ -342,7 +342,7 @@ def _make_spec(
 def _result(header: Header, n_readable: int, *, was_complete: bool) -> EncodeResult:
     summary: dict[str, Any] = header.summary or {}
     return EncodeResult(
-        spec=LatentSpec(**header.spec),
+        spec=stated(LatentSpec, header.spec, "the latents"),
         nnz=summary["nnz"],
         n_dropped=summary.get("n_dropped", 0),
         n_readable=n_readable,

@@ -113,7 +113,7 @@ def write_maps(
     }
     writer = begin_results(out, MAPS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
     if writer.is_complete:
-        return MapResult(**(ResultStore(out, MAPS).header.summary or {})["result"], was_complete=True)
+        return ResultStore(out, MAPS).result(MapResult, was_complete=True)
 
     plot_maps(subject.picture, frames, writer.root / "map", title=subject.name, style=style, patch=patch)
     writer.write_table("patches", _patch_table(latents, frames))

@@ -183,7 +183,7 @@ def write_mask_agreement(
     }
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     if writer.is_complete:
-        return MaskResult(**(ResultStore(out, MASKS).header.summary or {})["result"], was_complete=True)
+        return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
 
     ranked = read_ranked(latents, images, unit_of, progress=progress)
     half = halves(n_units, seed)

@@ -83,7 +83,7 @@ def write_sheets(
     }
     writer = begin_results(out, SHEETS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
     if writer.is_complete:
-        return SheetResult(**(ResultStore(out, SHEETS).header.summary or {})["result"], was_complete=True)
+        return ResultStore(out, SHEETS).result(SheetResult, was_complete=True)
 
     table: list[dict[str, object]] = []
     not_shown: list[str] = []

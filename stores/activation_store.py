@@ -27,9 +27,10 @@ from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
 from .files import read_lines
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
 from .seal import travelling
-from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged
+from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged, stated
 from .tables import read_image_table, readable, table_sha256
 from .token_stream import TokenStream
+from .zarr_meta import array_meta, read_array
 
 Float16 = npt.NDArray[np.float16]
 CRC_BYTES = 4
@@ -362,15 +363,7 @@ def file_crc(path: Path, size: int) -> str:
 
 def read_spec(header: Header, root: Path) -> ActivationSpec:
     """The spec in a header. Raises DamagedStore if it has other fields, or sizes that no cache has."""
-    try:
-        spec = ActivationSpec(**header.spec)
-    except TypeError as error:
-        raise DamagedStore(f"{root}: the header of this activation cache cannot be read ({error})") from None
-    for name in ("n_images", "tokens_per_image", "width", "chunk_images"):
-        value = getattr(spec, name)
-        if type(value) is not int or value < 1:
-            raise DamagedStore(f"{root}: the header says {name} {value!r}; expected a whole number above 0")
-    return spec
+    return stated(ActivationSpec, header.spec, root, positive=("n_images", "tokens_per_image", "width", "chunk_images"))
 
 
 def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects | None = None) -> zarr.Array[Any]:
@@ -384,6 +377,13 @@ def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects |
         If it is so (a memory map would misread it), or if there is no array at all.
     """
     wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
+    try:
+        if store is None:
+            read_array(Path(root) / "tokens")  # before zarr sees it
+        else:
+            array_meta(store.small_object("tokens/zarr.json"), f"{root}/tokens/zarr.json")
+    except DamagedStore as error:
+        raise DamagedStore(f"{wrong} ({error})") from None
     try:
         array = zarr.open_array(store or Path(root), path="tokens", mode="r", zarr_format=3)
         codecs = [codec.to_dict() for codec in array.metadata.codecs]  # type: ignore[union-attr]  # version 3

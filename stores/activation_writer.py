@@ -18,7 +18,16 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .activation_store import CRC_BYTES, ActivationSpec, Float16, chunk_path, file_crc, journals_of, records_of
+from .activation_store import (
+    CRC_BYTES,
+    ActivationSpec,
+    Float16,
+    chunk_path,
+    file_crc,
+    journals_of,
+    read_spec,
+    records_of,
+)
 from .errors import BadInput, DamagedStore, IncompleteStore
 from .files import (
     LOCK_SUFFIX,
@@ -268,7 +277,7 @@ def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
 
 
 def _complete(root: Path, header: Header) -> Header:
-    spec = ActivationSpec(**header.spec)
+    spec = read_spec(header, root)
     found = written_records(root, spec, range(spec.n_chunks))
     missing = [chunk for chunk in range(spec.n_chunks) if chunk not in found]
     if missing:

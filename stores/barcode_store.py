@@ -4,7 +4,7 @@ Format "barcodes", version 1: docs/formats.md. `anndata.read_zarr` opens each of
 values, `obs` the images, patients or diseases, `var` one row per latent.
 """
 
-import json
+import os
 import shutil
 import uuid
 import warnings
@@ -13,19 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
 
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
-from .files import is_dropping, sha256_file
+from .files import PARTIAL_SUFFIX, is_dropping, sha256_file
 from .spec import BARCODES, Header, read_header
 from .tables import listed
+from .zarr_meta import check_tree, files_below, read_array, read_group
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_CRC_BYTES = 4
 LEVELS = ("image", "patient", "disease")
 _READ_ROWS = 256  # that are read together
 NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
@@ -63,6 +66,44 @@ def tau_text(tau: float) -> str:
     return repr(float(tau)).removesuffix(".0")
 
 
+def recorded_files(root: Path) -> dict[str, list[Any]]:
+    """What every file of the levels below `root` is: path -> [size, checksum], for the header.
+
+    The checksum of a chunk that ends with its own CRC32C is that one (8 hex digits): a reader that decodes the chunk
+    compares it with the content, so nothing is read twice. Of any other file, all small, it is the SHA-256.
+    """
+    found: dict[str, list[Any]] = {}
+    has_crc: dict[Path, bool] = {}  # of a folder of chunks: there are thousands in one
+    for store in sorted(root.glob("*.zarr")):
+        for path in _files_below(store):
+            if path.parent not in has_crc:
+                has_crc[path.parent] = _ends_with_crc(path)
+            found[path.relative_to(root).as_posix()] = [
+                path.stat().st_size,
+                _checksum(path, by_end=has_crc[path.parent]),
+            ]
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(path for path in files_below(folder) if path.suffix != PARTIAL_SUFFIX)
+
+
+def _checksum(path: Path, *, by_end: bool) -> str:
+    if by_end:
+        with path.open("rb") as file:
+            file.seek(-_CRC_BYTES, os.SEEK_END)
+            return f"{int.from_bytes(file.read(), 'little'):08x}"
+    return sha256_file(path)
+
+
+def _ends_with_crc(path: Path) -> bool:
+    """Is it a chunk of a sparse matrix that we wrote (`csr_blocks`)?"""
+    if path.parent.name != "c" or path.parent.parent.name not in ("indices", "data", "indptr"):
+        return False
+    return read_array(path.parent.parent).codecs[-1:] == ("crc32c",)
+
+
 class BarcodeStore:
     """A complete barcodes folder, open for reading."""
 
@@ -76,6 +117,7 @@ class BarcodeStore:
         """
         self.root = Path(root).absolute()
         self.header: Header = read_header(self.root, BARCODES)
+        self._whole: set[str] = set()  # folders whose files are the ones that were written
 
     @property
     def taus(self) -> tuple[float, ...]:
@@ -102,7 +144,9 @@ class BarcodeStore:
         return self.root / f"{name}.zarr"
 
     def check(self) -> None:
-        """Raise DamagedStore if a level, a chunk of its matrices or an export is missing, or an export is damaged."""
+        """Raise DamagedStore if a level, a chunk or an export is missing, or is not what was written."""
+        names = [level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus]
+        self.check_files(*(f"{name}.zarr" for name in names))
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
             layers = (path for path in (self.root / f"{name}.zarr" / "layers").glob("*") if _is_layer(path))
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
@@ -115,17 +159,65 @@ class BarcodeStore:
                 what = "damaged: its hash is not the one in the header" if export.is_file() else "missing"
                 raise DamagedStore(f"{export} is {what}; count again with --overwrite")
 
+    @property
+    def records_files(self) -> bool:
+        """Does the header say what every file of the levels is? Not in barcodes of an older cyto."""
+        return bool(self._recorded)
+
+    @property
+    def _recorded(self) -> dict[str, list[Any]]:
+        """What the header says of every file of the levels; empty in barcodes of an older cyto."""
+        return dict((self.header.summary or {}).get("store_files", {}))
+
+    def check_files(self, *below: str) -> None:
+        """Raise DamagedStore if a file below these folders of the barcodes is not the one that was written.
+
+        The end of a chunk is compared, not its content: that is compared with its end when it is decoded. Barcodes of
+        an older cyto do not say what was written, and pass. What was found whole is not looked at again.
+        """
+        for folder in below:
+            if self._recorded and folder not in self._whole:
+                for problem in self.file_problems(folder):
+                    raise DamagedStore(f"{self.root}/{problem}; count again with cyto barcode --overwrite")
+                self._whole.add(folder)
+
+    def file_problems(self, folder: str, *, all_bytes: bool = False) -> Iterator[str]:
+        """`NAME is missing` and the like, of every file below a folder of the barcodes, as the header has it."""
+        expected = {name: what for name, what in self._recorded.items() if f"{name}/".startswith(f"{folder}/")}
+        place = self.root / folder
+        there = [place] if place.is_file() else _files_below(place)
+        extra = {path.relative_to(self.root).as_posix() for path in there} - expected.keys()
+        yield from (f"{name} does not belong there" for name in sorted(extra))
+        for name, (size, checksum) in expected.items():
+            path = self.root / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif path.stat().st_size != size:
+                yield f"{name} has {path.stat().st_size:,} bytes, expected {size:,}"
+            elif _checksum(path, by_end=len(checksum) == 8) != checksum:
+                yield f"{name} is not the file that was written: its checksum is not the one in the header"
+            elif all_bytes and len(checksum) == 8 and _content_crc(path) != checksum:
+                yield f"{name} fails its checksum: bits have changed"
+
+    def _check_matrix(self, path: Path) -> None:
+        """All that decides what the rows of a matrix are: its files, and which store it is in."""
+        place = path.relative_to(self.root)
+        self.check_files(place.as_posix(), f"{place.parts[0]}/zarr.json")
+
     def read(self, level: str, tau: float | None = None) -> Any:
         """The AnnData of one level (`image`, `patient`, `disease`), whole in memory; `tau` as for `path`.
 
         Raises
         ------
         DamagedStore
-            If it cannot be read. A lost chunk reads as zeros: only `check` finds it.
+            If it cannot be read, or a file is not the one that was written. Of barcodes of an older cyto, which say
+            nothing of their files, a lost chunk reads as zeros: only `check` finds it.
         """
         import anndata
 
         path = self.path(level, tau)
+        self.check_files(path.name)
+        check_tree(path)
         with _told_as_damage(path), _silent_about_droppings():
             return anndata.read_zarr(path)
 
@@ -134,6 +226,11 @@ class BarcodeStore:
         from anndata.io import read_elem
 
         path = self.path(level, tau)
+        if element == "X" or element.startswith("layers/"):
+            n_rows = self.matrix(level, tau, element.removeprefix("layers/")).shape[0]
+            return self.read_rows(level, np.arange(n_rows), tau, layer=element.removeprefix("layers/"))
+        self.check_files(f"{path.name}/{element}", f"{path.name}/zarr.json")
+        check_tree(path / element)
         with _told_as_damage(path), _silent_about_droppings():
             return read_elem(zarr.open_group(path, mode="r")[element])
 
@@ -166,6 +263,7 @@ class BarcodeStore:
         """
         path = self.path(level, tau)
         path = path / "X" if layer == "X" else path / "layers" / layer
+        self._check_matrix(path)
         return CsrReader(path, shape=_stated_shape(path))
 
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X") -> Any:
@@ -204,6 +302,11 @@ class BarcodeStore:
         return ", ".join(map(tau_text, self.taus))
 
 
+def _content_crc(path: Path) -> str:
+    """The CRC32C (hex) of a chunk without the CRC32C at its end."""
+    return f"{google_crc32c.value(path.read_bytes()[:-_CRC_BYTES]):08x}"
+
+
 @contextmanager
 def _silent_about_droppings() -> Iterator[None]:
     """zarr warns of every file in a group that is none of its own, such as .DS_Store."""
@@ -229,7 +332,9 @@ def _told_as_damage(path: Path) -> Iterator[None]:
 def _stated_shape(matrix: Path) -> tuple[int, int]:
     """What the attributes of a CSR group say."""
     try:
-        n_rows, n_columns = json.loads((matrix / "zarr.json").read_bytes())["attributes"]["shape"]
-    except (OSError, ValueError, KeyError, TypeError):
+        n_rows, n_columns = read_group(matrix)["shape"]
+        if min(n_rows, n_columns) < 0 or not type(n_rows) is type(n_columns) is int:
+            raise ValueError("not a shape")
+    except (ValueError, KeyError, TypeError):
         raise DamagedStore(f"{matrix / 'zarr.json'} is missing or damaged; count again with --overwrite") from None
     return n_rows, n_columns

@@ -29,12 +29,14 @@ from cyto_machine import n_cores
 from .errors import CytoError, DamagedStore
 from .files import sync_folder, write_atomic
 from .remote import CheckedObjects, reachable
+from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, group_attributes, read_array, read_group
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
 _INDEX_KINDS = ("uint16", "uint32", "int32")
 _POINTER_KINDS = ("int64", "int32")  # of indptr; barcodes have int32 where it is enough
 _FILLS = {"indices": 0, "data": float("nan"), "indptr": -1}
+_MOST_MISSING = 1000  # chunk files that are listed
 _BEGIN_AGAIN = ", so the job cannot go on from it; begin again with --overwrite"
 
 
@@ -256,12 +258,11 @@ class CsrReader:
         self.name = str(path).rpartition("/")[2]
         try:
             with self._reachable():
-                group = zarr.open_group(objects or Path(path), path=self.name if objects else None, mode="r")
-                attributes = dict(group.attrs)
+                attributes, self._metas = self._read_layout()
                 self._arrays: dict[str, zarr.Array[Any]] = {
-                    name: zarr.open_array(objects, path=f"{self.name}/{name}", mode="r")
+                    name: zarr.open_array(objects, path=f"{self.name}/{name}", mode="r", zarr_format=3)
                     if objects
-                    else zarr.open_array(Path(path) / name, mode="r")
+                    else zarr.open_array(Path(path) / name, mode="r", zarr_format=3)
                     for name in _NAMES
                 }
         except CytoError:
@@ -278,12 +279,34 @@ class CsrReader:
             raise DamagedStore(f"{path}: types are {kinds}, expected float32 data and int64 (or int32) indptr")
         self.nnz = lengths["data"]
 
+    def _read_layout(self) -> tuple[dict[str, Any], dict[str, ArrayMeta]]:
+        """The group's attributes and the arrays' layouts, checked before zarr allocates what they say."""
+        if self.objects is None:
+            folders = {name: Path(self.path) / name for name in _NAMES}
+            attributes, metas = read_group(Path(self.path)), {name: read_array(folders[name]) for name in _NAMES}
+        else:
+            texts = {name: self.objects.small_object(f"{name}/zarr.json") for name in self._remote_names()}
+            attributes = group_attributes(texts.pop(self.name), self.path)
+            metas = {name.rpartition("/")[2]: array_meta(text, f"{self.path}/{name}") for name, text in texts.items()}
+        for name, meta in metas.items():
+            if len(meta.shape) != 1:
+                raise DamagedStore(f"{self.path}/{name} has shape {meta.shape}, expected one dimension")
+        return attributes, metas
+
+    def _remote_names(self) -> list[str]:
+        return [self.name, *(f"{self.name}/{name}" for name in _NAMES)]
+
     def missing_chunks(self) -> list[Path]:
-        """Chunk files of a local group that should be there and are not, or are empty."""
-        missing = []
+        """Chunk files of a local group that should be there and are not, or are empty: the first thousand."""
+        missing: list[Path] = []
         for name, array in self._arrays.items():
             there = _files_with_content(Path(self.path) / name / "c")  # one look at a folder, not one at each file
-            missing += [path for path in self._chunk_files(name, 0, array.shape[0]) if path.name not in there]
+            size, folder = array.chunks[0], Path(self.path) / name / "c"
+            for chunk in range(-(-array.shape[0] // size)):  # a length that is a lie may be without end
+                if len(missing) == _MOST_MISSING:
+                    break
+                if str(chunk) not in there:
+                    missing.append(folder / str(chunk))
         return missing
 
     def chunk_counts(self) -> dict[str, int]:
@@ -307,6 +330,7 @@ class CsrReader:
     def row_starts(self, start: int, stop: int, step: int = 1) -> npt.NDArray[np.int64]:
         """`indptr[start:stop:step]`, read in pieces, so that a long indptr never lies in memory whole."""
         piece = CHUNK_ENTRIES * step // np.gcd(CHUNK_ENTRIES, step)
+        self._check_chunk_headers("indptr", start, stop)
         with self._reachable():
             parts = [
                 np.asarray(self._arrays["indptr"][at : min(at + piece, stop)], np.int64)[::step]
@@ -324,16 +348,16 @@ class CsrReader:
         """
         place = f"rows {start:,} to {stop - 1:,} of {self.path}"
         try:
+            self._check_chunk_headers("indptr", start, stop + 1)
             with self._reachable():
                 indptr = np.asarray(self._arrays["indptr"][start : stop + 1], np.int64)
                 first, last = int(indptr[0]), int(indptr[-1])
                 if indptr.min() < 0 or (np.diff(indptr) < 0).any() or last > self.nnz:
                     raise DamagedStore(f"{place}: indptr is not monotone or leaves the data")
+                self._check_chunk_headers("indices", first, last)
+                self._check_chunk_headers("data", first, last)
                 indices = np.asarray(self._arrays["indices"][first:last])
                 values = np.asarray(self._arrays["data"][first:last])
-            lost = [path for path in self._chunk_files("indices", first, last) if not path.is_file()]
-            if lost and self.objects is None:  # a promised object that is lost has raised
-                raise DamagedStore(f"{place}: {lost[0]} is missing")
         except CytoError:
             raise
         except (ValueError, RuntimeError, OSError) as error:
@@ -341,6 +365,15 @@ class CsrReader:
         rows = CsrRows(indices, values, indptr - first)
         _check_rows(rows, self.shape[1], place)
         return rows
+
+    def _check_chunk_headers(self, name: str, start: int, stop: int) -> None:
+        """Of a local group: the files of these entries are there, and decode to what a chunk holds.
+
+        A missing one would be read as its fill value; a promised object that is lost raises by itself.
+        """
+        if self.objects is None:
+            for path in self._chunk_files(name, start, stop):
+                check_chunk_header(path, self._metas[name])
 
     def _chunk_files(self, name: str, start: int, stop: int) -> list[Path]:
         """The files that hold entries start..stop of an array."""
@@ -446,7 +479,11 @@ def _open_to_continue(path: Path, at: CsrCommit) -> dict[str, zarr.Array[Any]]:
             if not chunk.is_file() or chunk.stat().st_size != size:
                 raise DamagedStore(f"{chunk} is missing or damaged{_BEGIN_AGAIN}")
     try:
-        return {name: zarr.open_array(path / name, mode="r+") for name in _NAMES}
+        for name in _NAMES:
+            read_array(path / name)
+        return {name: zarr.open_array(path / name, mode="r+", zarr_format=3) for name in _NAMES}
+    except DamagedStore as error:
+        raise DamagedStore(f"{error}{_BEGIN_AGAIN}") from None
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise DamagedStore(f"{path} is not a sparse matrix ({error}){_BEGIN_AGAIN}") from None
 

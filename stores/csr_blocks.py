@@ -80,6 +80,7 @@ class EntryReader:
 
     def _read(self, name: str, first: int, last: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         size = self._arrays[name].chunks[0]
+        self._group._check_chunk_headers(name, first, last)
         numbers = range(first // size, -(-last // size)) if first < last else range(0)
         is_shared = name == "indptr" and self._group.objects is None
         read = partial(_row_starts, self._group) if is_shared else _chunk_reader(self._group, name, numbers)

@@ -7,8 +7,10 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +47,9 @@ _DROPPINGS = {
     *(".lustre", ".stfolder", ".sync", ".dropbox", ".thumbnails"),
 }
 _DROPPINGS_BEGIN = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".afpdeleted", ".trash", ".nextcloudsync")
+MOST_JSON_BYTES = 16 << 20  # of a header or another file that is one JSON value
+_MOST_JOURNAL_BYTES = 1 << 30
+_MOST_NESTED = 64  # objects and lists inside each other
 _SYNCING_AT_ONCE = 8  # files: a disk's flush is for all that wait for one
 _log = logging.getLogger(__name__)
 
@@ -209,6 +214,88 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, readable_json(value))
 
 
+def read_regular(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a file of at most so many bytes; a pipe or a device, which could block for ever, is not opened.
+
+    Raises
+    ------
+    OSError
+        If it is missing or cannot be read.
+    ValueError
+        If it is no regular file, or larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("it is not a file")
+        raw = file.read(state.st_size) if state.st_size <= most_bytes else b""
+    if state.st_size > most_bytes:
+        raise ValueError(f"it has more than {most_bytes:,} bytes")
+    return raw
+
+
+def parse_json(raw: bytes) -> Any:
+    """One JSON value of which everything that follows can be sure: what `canonical_json` could have written.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON in UTF-8, names a key twice, holds a number beyond 64 bits, NaN or infinity, text that UTF-8
+        cannot spell, or more than 64 objects and lists inside each other.
+    """
+    try:
+        value = json.loads(
+            raw.decode(),
+            object_pairs_hook=_distinct,
+            parse_int=_bounded,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if raw.count(b"[") + raw.count(b"{") > _MOST_NESTED:
+        _check_nesting(value)
+    if b"\\ud" in raw or b"\\uD" in raw:  # half a surrogate pair is no text
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file of at most 16 MiB. Raises OSError and ValueError as `read_regular` and `parse_json`."""
+    return parse_json(read_regular(path, most_bytes=MOST_JSON_BYTES))
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("it names a key twice")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) >= 1 << 64:
+        raise ValueError("it holds a number of more than 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("it holds a number that is not finite")
+    return number
+
+
+def _check_nesting(value: Any) -> None:
+    level = [value]
+    for _ in range(_MOST_NESTED + 1):
+        insides = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for inside in insides for inner in inside if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise ValueError("it is nested too deeply")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable (a no-op where folders cannot be synced)."""
     if os.name != "posix":
@@ -277,22 +364,24 @@ def read_lines(path: Path, *, mend: bool = False, skip_damaged: bool = False) ->
     Raises
     ------
     DamagedStore
-        If any other line is not JSON (and not `skip_damaged`).
+        If it is no regular file, or any other line is not JSON (and not `skip_damaged`).
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path, most_bytes=_MOST_JOURNAL_BYTES)
     except FileNotFoundError:
         return []
+    except (IsADirectoryError, ValueError) as error:
+        raise DamagedStore(f"{path} cannot be read: {error}") from None
     whole = raw[: raw.rfind(b"\n") + 1]
     if mend and len(whole) < len(raw):
         write_atomic(path, whole)
     records = []
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict):
                 raise ValueError("not an object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if skip_damaged:
                 continue
             raise DamagedStore(f"line {number} of {path} is not a journal record ({error})") from None

@@ -19,7 +19,7 @@ from .activation_writer import overlapping_writer, writer_lock
 from .csr import CsrCommit, CsrReader, check_chunk
 from .errors import BadInput, DamagedStore, IncompleteStore
 from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
-from .latent_store import LatentSpec, LatentWriter, part_folder, shard_images
+from .latent_store import LatentSpec, LatentWriter, part_folder, read_latent_spec, shard_images
 from .progress import Progress
 from .runlog import shard_logs
 from .shards import Shard
@@ -157,7 +157,7 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
         header: Header | None = read_header(root, LATENTS, complete=False)
         assert header is not None
         if not header.complete:
-            spec = LatentSpec(**header.spec)
+            spec = read_latent_spec(header, root)
             require_all_images(root, spec)
             writer = LatentWriter(root, spec, read_image_table(root / "images.parquet"))
             stack.callback(writer.close)

@@ -25,8 +25,9 @@ from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_
 from .runlog import join_runs
 from .seal import travelling
 from .shards import ONE_WRITER, Shard
-from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, write_header
+from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, stated, write_header
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
+from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, read_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ class LatentSpec:
     def n_rows(self) -> int:
         """Number of CSR rows: one per token."""
         return self.n_images * self.tokens_per_image
+
+
+def read_latent_spec(header: Header, root: Path) -> LatentSpec:
+    """The spec in a header. Raises DamagedStore if it has other fields, other types, or sizes that no store has."""
+    return stated(LatentSpec, header.spec, root, positive=("n_images", "tokens_per_image", "n_latents"))
 
 
 class LatentWriter:
@@ -197,7 +203,7 @@ class LatentStore:
         self.root = store_root(root)
         with small_files(self.root) as folder:
             self.header = read_header(folder, LATENTS)
-            self.spec = LatentSpec(**self.header.spec)
+            self.spec = read_latent_spec(self.header, folder)
             if not isinstance(self.root, Path):
                 self.header = replace(self.header, seal=None)  # of a copy that is gone
                 self.images = read_image_table(folder / "images.parquet")
@@ -272,10 +278,16 @@ class LatentStore:
         objects = self._rows.objects
         try:
             if objects is None:
-                starts = np.asarray(zarr.open_array(Path(self.root) / "image_indptr", mode="r")[:])
+                folder = Path(self.root) / "image_indptr"
+                meta = self._check_starts(read_array(folder))
+                for chunk in range(-(-meta.shape[0] // meta.chunks[0])):
+                    check_chunk_header(folder / "c" / str(chunk), meta)
+                starts = np.asarray(zarr.open_array(folder, mode="r", zarr_format=3)[:])
             else:
                 with reachable(objects.url):
-                    starts = np.asarray(zarr.open_array(objects, path="image_indptr", mode="r")[:])
+                    found = objects.small_object("image_indptr/zarr.json")
+                    self._check_starts(array_meta(found, f"{self.root}/image_indptr/zarr.json"))
+                    starts = np.asarray(zarr.open_array(objects, path="image_indptr", mode="r", zarr_format=3)[:])
         except CytoError:
             raise
         except (FileNotFoundError, ValueError, RuntimeError) as error:
@@ -284,6 +296,14 @@ class LatentStore:
         if not rises or starts[-1] != self.nnz:
             raise DamagedStore(f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X")
         return starts
+
+    def _check_starts(self, meta: ArrayMeta) -> ArrayMeta:
+        if meta.shape != (self.spec.n_images + 1,) or meta.data_type != "int64":
+            raise DamagedStore(
+                f"{self.root}/image_indptr disagrees with the {self.nnz:,} nonzeros of X: it holds {meta.data_type} of "
+                f"shape {meta.shape}, expected int64, one more than {self.spec.n_images:,} images"
+            )
+        return meta
 
 
 @lru_cache(maxsize=16)  # the tasks of a worker that read one store

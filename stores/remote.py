@@ -23,6 +23,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from .chunk_cache import FORKED
 from .errors import BadInput, CytoError, DamagedStore, StoreUnreachable
+from .files import MOST_JSON_BYTES
+from .zarr_meta import parse_object
 
 if TYPE_CHECKING:
     from obstore import Bytes
@@ -111,6 +113,8 @@ class RemoteFolder:
         try:
             with reachable(self.url):
                 answer = obstore.get(self.objects, name)
+                if name.endswith(".json") and answer.meta["size"] > MOST_JSON_BYTES:
+                    raise DamagedStore(f"{self.url}/{name} has more than {MOST_JSON_BYTES:,} bytes. {_COPY_AGAIN}")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as file:
                     for piece in answer.stream():
@@ -230,6 +234,19 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
             raise
         self._check_content(name, content)
         return content
+
+    def small_object(self, name: str) -> dict[str, Any]:
+        """The JSON object at a name of the store, of at most 16 MiB. Raises DamagedStore, StoreUnreachable."""
+        import obstore
+
+        try:
+            with reachable(self.url):
+                answer = obstore.get(self.store, name)
+                if answer.meta["size"] > MOST_JSON_BYTES:
+                    raise DamagedStore(f"{self.url}/{name} has more than {MOST_JSON_BYTES:,} bytes. {_COPY_AGAIN}")
+                return parse_object(bytes(answer.bytes()), f"{self.url}/{name}")
+        except FileNotFoundError:
+            raise DamagedStore(f"{self.url}/{name} is missing. {_COPY_AGAIN}") from None
 
     def require_promised(self, names: Iterable[str]) -> None:
         """Raises DamagedStore if the journal does not name one of these."""

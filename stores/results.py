@@ -5,24 +5,35 @@ command that is repeated with the same settings finds its folder complete; one t
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import BadInput, DamagedStore
-from .files import LOCK_SUFFIX, is_dropping, readable_json, sha256_file, sweep_partials, sync_tree, write_atomic
+from .errors import BadInput, CytoError, DamagedStore
+from .files import (
+    LOCK_SUFFIX,
+    is_dropping,
+    parse_json,
+    read_regular,
+    readable_json,
+    sha256_file,
+    sweep_partials,
+    sync_tree,
+    write_atomic,
+)
 from .output import Output, plan_output
 from .runlog import append_run
 from .seal import Seal
-from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, write_header
+from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, stated, write_header
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
 _UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
+_MOST_BYTES = 1 << 36  # of a table
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -165,7 +176,24 @@ class ResultStore:
 
     def json(self, name: str) -> Any:
         """The value in `name`.json, checked in the same way."""
-        return json.loads(self._checked(f"{name}.json"))
+        try:
+            return parse_json(self._checked(f"{name}.json"))
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, CytoError)
+                else DamagedStore(f"{self.root / name}.json cannot be read ({error})")
+            ) from None
+
+    def result(self, cls: type[_T], **more: Any) -> _T:
+        """What the header says that was found, as the command's own result; `more`: fields it does not say.
+
+        Raises
+        ------
+        DamagedStore
+            If it does not say so, or says something of another type.
+        """
+        return stated(cls, dict(self.header.summary or {}).get("result"), self.root, **more)
 
     def check(self) -> None:
         """Raise DamagedStore if a table, a JSON file or a figure was changed or lost."""
@@ -205,8 +233,8 @@ class ResultStore:
             there = ", ".join(self._files) or "nothing"
             raise BadInput(f"{self.root} has no {name}; it holds {there}")
         try:
-            data = (self.root / name).read_bytes()
-        except OSError:
+            data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
+        except (OSError, ValueError):
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
         if hashlib.sha256(data).hexdigest() != self._files[name]:
             raise DamagedStore(

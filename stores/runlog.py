@@ -59,10 +59,15 @@ def join_runs(root: Path) -> None:
 
 
 def _warn_of_changes(root: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = ({**run.get("versions", {}), **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
+    old, new = ({**_versions(run), **{name: run.get(name) for name in _DECISIVE}} for run in (before, now))
     changed = [f"{name} {old[name]} against {new[name]}" for name in new if name in old and old[name] != new[name]]
     if changed:
         _log.warning("%s goes on from a run with other settings of the machine: %s", root, ", ".join(changed))
+
+
+def _versions(run: dict[str, Any]) -> dict[str, Any]:
+    versions = run.get("versions")
+    return versions if isinstance(versions, dict) else {}
 
 
 def _version(package: str) -> str:

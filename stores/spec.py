@@ -5,16 +5,18 @@ folder artefact as a file of its own (`sae.json`, `barcodes.json`). The identity
 that a store can be continued only with the settings that it was begun with.
 """
 
-import json
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
-from .files import readable_json, sha256_json, write_json, write_new
+from .files import read_json, readable_json, sha256_json, write_json, write_new
+from .header_kinds import SPEC_KINDS, SUMMARY_KINDS, check_kinds, fits_hint
 from .seal import Seal
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,8 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
         raise StoreNotFound(f"no {format.kind} at {root}: nothing is there. Make one with {format.command}")
     seal = Seal.of(root / format.header_file)  # before it is read: what comes between the two is noticed
     header = find_header(root)
+    if header is None and (reason := _why_unreadable(root / format.header_file)):
+        raise DamagedStore(f"{root / format.header_file} cannot be read: {reason}. Make it again with {format.command}")
     if header is None:
         inside = [path.name for path in sorted(root.glob("*.zarr")) if root.is_dir() and find_header(path) is not None]
         if inside:
@@ -241,24 +245,86 @@ def check_latent(latent: int, n_latents: int, place: object) -> None:
         raise BadInput(f"no latent {latent:,} in {place}: it has {numbers}")
 
 
+class Said(dict[str, Any]):
+    """An object of a header as read. To ask for what it does not say is an error in one line, not a KeyError."""
+
+    place: str = ""
+
+    @classmethod
+    def of(cls, value: Any, place: object) -> Any:
+        """The same value with every object in it made one of these."""
+        if isinstance(value, dict):
+            said = cls({name: cls.of(inner, place) for name, inner in value.items()})
+            said.place = str(place)
+            return said
+        return [cls.of(inner, place) for inner in value] if isinstance(value, list) else value
+
+    def __missing__(self, name: str) -> Any:
+        raise DamagedStore(
+            f"{self.place}: its header does not say {name!r}: it is damaged, or of another version of cyto; "
+            f"run the command that made it again, with --overwrite"
+        )
+
+
+def stated(cls: type[_T], said: Any, place: object, *, positive: Collection[str] = (), **more: Any) -> _T:
+    """The dataclass `cls` from what a header says of its fields, in their types; `more`: fields it does not say.
+
+    Raises
+    ------
+    DamagedStore
+        Naming the field that is missing, unknown, of another type, or (of `positive`) below 1.
+    """
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in more}
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]  # a dataclass
+    if not isinstance(said, dict):
+        raise DamagedStore(f"{place}: its header says {_short(said)!r}; expected an object with {', '.join(known)}")
+    for name in [*said, *known]:
+        field = known.get(name)
+        is_optional = field is not None and (field.default is not MISSING or field.default_factory is not MISSING)
+        if field is None or (name not in said and name not in more and not is_optional):
+            what = "knows" if field is None else "lacks"
+            raise DamagedStore(
+                f"{place}: its header cannot be read: it {what} {name!r}, which "
+                f"{'this version does not' if field is None else 'this version needs'}; make it again, or upgrade cyto"
+            )
+        if name in said and name in hints and not fits_hint(said[name], hints[name]):
+            raise DamagedStore(
+                f"{place}: its header says {name} {_short(said[name])!r}; expected {_hint(hints[name])}; make it again"
+            )
+        if name in positive and said[name] < 1:
+            raise DamagedStore(
+                f"{place}: the header says {name} {said[name]!r}; expected a whole number above 0; make it again"
+            )
+    return cls(**said, **more)
+
+
+def _hint(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
 def _parse_header(raw: dict[str, Any], root: Path) -> Header:
     try:
         format_version = int(raw["format_version"])
         if format_version > FORMATS[raw["format"]].version:  # only a newer program knows what the rest must look like
             return Header(kind=raw["format"], version=format_version, spec={})
+        spec, summary = raw["spec"], raw.get("summary")
+        if not isinstance(spec, dict) or not isinstance(summary, dict | None):
+            raise TypeError("spec and summary are no objects")
         header = Header(
             kind=raw["format"],
             version=format_version,
-            spec=dict(raw["spec"]),
+            spec=Said.of(spec, root),
             complete=raw["complete"] is True,
-            summary=raw.get("summary"),
+            summary=None if summary is None else Said.of(summary, root),
             created_by=str(raw.get("created_by", "")),
         )
-        identity = header.identity  # a ValueError if the spec holds a NaN
+        identity = header.identity
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedStore(f"{root}: the header of this {raw['format']} cannot be read ({error!r})") from None
     if raw.get("identity") != identity:
         raise DamagedStore(f"{root}: the header was changed by hand: its identity does not fit its settings")
+    check_kinds(header.spec, SPEC_KINDS[header.kind], "spec", root)
+    check_kinds(header.summary or {}, SUMMARY_KINDS[header.kind], "summary", root)
     return header
 
 
@@ -271,12 +337,23 @@ def _header_content(root: Path, header: Header) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is none."""
+    """The JSON object in a file of at most 16 MiB; {} where there is none."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _why_unreadable(path: Path) -> str | None:
+    """What keeps a header file from being read; None if there is none, or it holds JSON."""
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if isinstance(value, dict) else "it is no JSON object"
 
 
 def _flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, Any]:

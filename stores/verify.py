@@ -10,13 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path
+from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path, read_spec
+from .barcode_store import LEVELS, BarcodeStore
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
 from .latent_store import LatentStore
 from .spec import ACTIVATIONS, read_header
 from .tables import column, listed, read_image_table, table_sha256
+from .zarr_meta import check_tree
 
 _FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
 
@@ -41,7 +43,7 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     fit the journal; NaN or infinity in a readable image; a changed image table; a wrong layout.
     """
     header = read_header(root, ACTIVATIONS)
-    spec, summary = ActivationSpec(**header.spec), header.summary or {}
+    spec, summary = read_spec(header, root), header.summary or {}
     try:
         check_layout(root, spec)
     except DamagedStore as error:
@@ -110,6 +112,41 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
         if all(is_whole[each] for each in needed):
             what = _check_latents(store, start, stop, is_readable[start:stop])
             yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
+
+
+def verify_barcodes(root: Path) -> list[str]:
+    """Check every byte of the barcodes in a folder: a line for each thing that is wrong, none if they are whole.
+
+    Found are: files of a level or exports that are missing, changed, exchanged or do not belong there; rows that break
+    an invariant. Barcodes of an older cyto do not say what their files were: there, only matrices and exports.
+    """
+    try:
+        store = BarcodeStore(root)
+    except CytoError as error:
+        return [str(error)]
+    problems = []
+    for tau in store.taus:
+        for level in LEVELS:
+            try:
+                path = store.path(level, tau)
+                found = [*store.file_problems(path.name, all_bytes=True)] if store.records_files else []
+                problems += found
+                layers = [folder.name for folder in sorted((path / "layers").glob("*")) if folder.is_dir()]
+                for layer in () if found else ("X", *layers):
+                    rows = store.matrix(level, tau, layer)
+                    for start in range(0, rows.shape[0], 256):
+                        rows.read_rows(start, min(start + 256, rows.shape[0]))
+                if not found:
+                    check_tree(path)
+            except CytoError as error:
+                problems.append(str(error))
+    for name, sha256 in (store.header.summary or {}).get("exports", {}).items():
+        export = store.root / name
+        if not export.is_file():
+            problems.append(f"{name} is missing")
+        elif sha256_file(export) != sha256:
+            problems.append(f"{name} is damaged: its hash is not the one in the header")
+    return problems
 
 
 def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .barcode_store import BarcodeStore
 from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound
 from .files import sha256_file
 from .progress import Progress
 from .results import LISTED, ResultStore
 from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object
-from .verify import verify_activations, verify_latents
+from .verify import verify_activations, verify_barcodes, verify_latents
 
 _WEIGHTS = "sae.safetensors"
 
@@ -55,15 +54,6 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
     except (CytoError, OSError) as error:
         report.problems.append(str(error))
     return report
-
-
-def verify_barcodes(root: Path) -> list[str]:
-    """What is wrong with a folder of barcodes; [] if nothing is."""
-    try:
-        BarcodeStore(root).check()
-    except DamagedStore as error:
-        return [str(error)]
-    return []
 
 
 Check = Callable[[Path, Report], Iterator[str | None]]

@@ -9,7 +9,7 @@ import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from stores import (
     read_runs,
 )
 from stores.tables import image_table, table_sha256, with_outcome
+from stores.verify import verify_barcodes
 
 Float = npt.NDArray[np.float32]
 Row = tuple[str | None, str | None, bool]  # patient, disease, is it readable?
@@ -1159,3 +1160,73 @@ def test_no_scheduler_there_is_one_clear_line(many: Path, tmp_path: Path) -> Non
     assert line.startswith("Error: no Dask scheduler answers at tcp://127.0.0.1:9")
     assert line.endswith("start one: dask scheduler")
     assert not (tmp_path / "barcodes").exists()
+
+
+# ------------------------------------------------------------------------------------------------- single damages
+
+
+def _damages(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every file of a level gone, a bit flipped (beginning, middle, end by turns), longer, or another level's."""
+    files = sorted(path for store in root.glob("*.zarr") for path in store.rglob("*") if path.is_file())
+    for number, path in enumerate(files):
+        raw, name = path.read_bytes(), str(path.relative_to(root))
+        yield f"{name} gone", path.unlink
+        at = (0, len(raw) // 2, len(raw) - 1)[number % 3]
+        yield f"{name} flipped at {at}", partial(path.write_bytes, raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        yield f"{name} longer", partial(path.write_bytes, raw + b" ")
+        for other in ("patient", "disease", "image"):
+            twin = root / f"{other}.zarr" / path.relative_to(root / name.split("/")[0])
+            if twin.is_file() and twin.read_bytes() != raw:
+                yield f"{name} is {other}'s", partial(path.write_bytes, twin.read_bytes())
+        path.write_bytes(raw)
+
+
+def test_every_single_damage_of_barcodes_is_found(hand: Path, threads: Client, tmp_path: Path) -> None:
+    """By the files' own check always; whole verification and the readers of a level are tried on every eleventh."""
+    root = tmp_path / "barcodes"
+    write_barcodes(hand, root, BarcodeConfig(tau=0.5), client=threads)
+    assert verify_barcodes(root) == []
+    assert BarcodeStore(root).records_files
+    n_damages = 0
+    for what, damage in _damages(root):
+        damage()
+        level, inside = what.split(" ")[0].split(".zarr/")
+        place = f"{level}.zarr/{inside}"
+        folder = place.rpartition("/")[0] if n_damages % 11 else f"{level}.zarr"
+        problems = list(BarcodeStore(root).file_problems(folder, all_bytes=True))
+        assert [line.split(" ")[0] for line in problems] == [place], what
+        n_damages += 1
+        if n_damages % 11 != 1:
+            continue
+        assert verify_barcodes(root)[: len(problems)] == problems or level != "image"
+        store = BarcodeStore(root)
+        # a chunk's middle is compared with its end when it is decoded
+        with pytest.raises(DamagedStore):
+            store.read(level)
+        if inside.startswith(("X/", "zarr.json")):
+            with pytest.raises(DamagedStore):
+                store.read_element(level, "X")
+        if inside.startswith(("obs/", "zarr.json")):
+            with pytest.raises(DamagedStore):
+                store.read_obs(level)
+    assert n_damages > 300
+    assert verify_barcodes(root) == []
+    export = next(root.glob("*.parquet"))
+    export.write_bytes(export.read_bytes()[:-1])
+    assert verify_barcodes(root) == [f"{export.name} is damaged: its hash is not the one in the header"]
+
+
+def test_barcodes_that_do_not_say_what_was_written_are_read(tmp_path: Path) -> None:
+    """An older cyto's: no checksums; a lost chunk of a matrix is found all the same."""
+    golden = Path(__file__).parent / "golden" / "barcodes-v1"
+    root = Path(shutil.copytree(golden, tmp_path / "b"))
+    assert not BarcodeStore(root).records_files
+    assert verify_barcodes(root) == []
+    for name in ("indices", "data", "indptr"):
+        path = root / "patient.zarr" / "X" / name / "c" / "0"
+        raw = path.read_bytes()
+        path.unlink()
+        assert verify_barcodes(root), name
+        with pytest.raises(DamagedStore):
+            BarcodeStore(root).read_element("patient", "X")
+        path.write_bytes(raw)

@@ -88,8 +88,7 @@ def write_atlas(
         patients = zip(cohort.names, cohort.real_names, strict=True)
         write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
     if writer.is_complete:
-        summary = ResultStore(out, ATLAS).header.summary or {}
-        return AtlasResult(**summary["result"], was_complete=True)
+        return ResultStore(out, ATLAS).result(AtlasResult, was_complete=True)
 
     began = time.time_ns()
     site = Site(writer.root)
