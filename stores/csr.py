@@ -258,7 +258,10 @@ class CsrReader:
         self.name = str(path).rpartition("/")[2]
         try:
             with self._reachable():
-                attributes, self._metas = self._read_layout()
+                try:
+                    attributes, self._metas = self._read_layout()
+                except DamagedStore as error:
+                    raise DamagedStore(f"{path} is not a sparse matrix ({error})") from None
                 self._arrays: dict[str, zarr.Array[Any]] = {
                     name: zarr.open_array(objects, path=f"{self.name}/{name}", mode="r", zarr_format=3)
                     if objects

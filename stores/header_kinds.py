@@ -122,12 +122,12 @@ def check_kinds(value: Any, pattern: Pattern, name: str, place: object) -> None:
     """Raise DamagedStore if a value in a header is of another type than the pattern says; names it and its place."""
     found = _misfit(value, pattern, name)
     if found is not None:
-        where, wrong = found
+        where, wrong, expected = found
         shown = repr(wrong)
         shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
         raise DamagedStore(
-            f"{place}: its header says {where} {shown}, which is of a wrong type; run the command that made it again, "
-            f"with --overwrite"
+            f"{place}: the header says {where.removeprefix(f'{name}.')} {shown}; expected {_words(expected)}; run the "
+            f"command that made it again, with --overwrite"
         )
 
 
@@ -153,29 +153,44 @@ def fits_hint(value: Any, hint: Any) -> bool:
     return _is_a(value, hint)
 
 
-def _misfit(value: Any, pattern: Pattern, name: str) -> tuple[str, Any] | None:
-    """(where, what) does not fit; None if all does."""
+def _words(pattern: Pattern) -> str:
+    """What a pattern takes."""
+    if isinstance(pattern, tuple):
+        return " or ".join(dict.fromkeys(map(_words, pattern)))
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
+    if isinstance(pattern, list) or pattern is list:
+        return "a list"
+    if isinstance(pattern, dict) or pattern is dict:
+        return "an object"
+    return names.get(pattern, str(pattern))
+
+
+def _misfit(value: Any, pattern: Pattern, name: str) -> tuple[str, Any, Pattern] | None:
+    """(where, what, what was expected there) of the first thing that does not fit; None if all does."""
     if isinstance(pattern, tuple):
         found = [_misfit(value, each, name) for each in pattern]
+        if None in found:
+            return None
         # of several patterns the one that got further in tells more
-        return None if None in found else max(found, key=lambda each: len(each[0]) if each else 0)
+        deepest = max((each for each in found if each), key=lambda each: len(each[0]), default=None)
+        return (name, value, pattern) if deepest is None or deepest[0] == name else deepest
     if isinstance(pattern, list):
         if not isinstance(value, list):
-            return name, value
+            return name, value, pattern
         inside = (_misfit(each, pattern[0], f"{name}[{n}]") for n, each in enumerate(value))
         return next((each for each in inside if each), None)
     if isinstance(pattern, dict):
         if not isinstance(value, dict):
-            return name, value
+            return name, value, pattern
         known = [key for key in value if key in pattern or "*" in pattern]
         inside = (_misfit(value[key], pattern.get(key, pattern.get("*")), f"{name}.{key}") for key in known)
         return next((each for each in inside if each), None)
     if pattern is _NAMES:
         is_names = isinstance(value, dict) and all(is_file_name(key) and isinstance(value[key], str) for key in value)
-        return None if is_names else (name, value)
+        return None if is_names else (name, value, pattern)
     if pattern is _WHOLE:
-        return None if type(value) is int and 1 <= value < 1 << 48 else (name, value)
-    return None if _is_a(value, pattern) else (name, value)
+        return None if type(value) is int and 1 <= value < 1 << 53 else (name, value, pattern)
+    return None if _is_a(value, pattern) else (name, value, pattern)
 
 
 def is_file_name(name: str) -> bool:

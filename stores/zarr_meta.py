@@ -6,6 +6,7 @@ array has one of a few types and codecs, chunks of bounded size, and chunk files
 
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +128,27 @@ def check_chunk_header(path: Path, meta: ArrayMeta) -> None:
     except OSError as error:
         raise DamagedStore(f"{path} is missing or cannot be read ({error.strerror})") from None
     compressors = [name for name in meta.codecs if name != "crc32c"]
+    if compressors == ["gzip"]:  # not ours, and it states no size that one could trust
+        if _gzip_bytes(path, most=max(meta.chunk_bytes, MOST_CHUNK_BYTES if not meta.chunk_bytes else 0)) is None:
+            raise DamagedStore(f"{path} is damaged: it does not decode to the {meta.chunk_bytes:,} bytes of a chunk")
+        return
     found = decoded_bytes(head, compressors[0]) if compressors else size - 4 * len(meta.codecs)
     # texts have no size that the array knows
     fits = found == meta.chunk_bytes if meta.chunk_bytes else found is not None and found <= MOST_CHUNK_BYTES
     if not fits:
         raise DamagedStore(f"{path} is damaged: it does not decode to the {meta.chunk_bytes:,} bytes of a chunk")
+
+
+def _gzip_bytes(path: Path, *, most: int) -> int | None:
+    """How many bytes a gzip file decodes to; None if it is none, or they are more than `most`."""
+    n_bytes, decoder = 0, zlib.decompressobj(31)
+    try:
+        with path.open("rb") as file:
+            while (piece := decoder.unconsumed_tail or file.read(1 << 20)) and n_bytes <= most:
+                n_bytes += len(decoder.decompress(piece, 1 << 20))
+    except (OSError, zlib.error):
+        return None
+    return n_bytes if n_bytes <= most and decoder.eof else None
 
 
 def decoded_bytes(head: bytes, codec: str) -> int | None:
@@ -233,8 +250,8 @@ def _codecs(codecs: Any, data_type: Any, place: object) -> list[str]:
         fits = fits and (settings[0] != {} or data_type in ("bool", "int8", "uint8"))
     for name, setting in zip(names, settings[1:], strict=True):
         fits = fits and isinstance(setting, dict) and _fits_codec(name, setting)
-    fits = fits and names in ([], ["crc32c"], ["zstd"], ["blosc"], ["zstd", "crc32c"], ["blosc", "crc32c"])
-    _require(fits, place, "the codecs bytes (little-endian), zstd or blosc, crc32c", names or first)
+    known = ([], ["crc32c"], *([name, *crc] for name in ("zstd", "blosc", "gzip") for crc in ([], ["crc32c"])))
+    _require(fits and names in known, place, "the codecs bytes (little-endian), zstd, blosc or gzip, crc32c", names)
     return [str(name) for name in names]
 
 
@@ -255,6 +272,10 @@ def _fits_codec(name: Any, setting: dict[str, Any]) -> bool:
             and all(type(number) is int and 0 <= number < 1 << 31 for number in numbers.values())
             and 1 <= setting["typesize"] <= 255
             and setting["clevel"] <= 9
+        )
+    if name == "gzip":
+        return (
+            setting.keys() <= {"level"} and type(setting.get("level", 0)) is int and 0 <= setting.get("level", 0) <= 9
         )
     return name == "crc32c" and setting == {}
 

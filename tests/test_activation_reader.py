@@ -534,10 +534,15 @@ LAYOUT = "does not have the layout that its header states"
 BROKEN: list[tuple[str, Callable[[Path], object], type[CytoError], str]] = [
     ("nothing", shutil.rmtree, StoreNotFound, "no activation cache at .*: nothing is there"),
     ("no header", lambda root: (root / "zarr.json").unlink(), StoreNotFound, "no activation cache at"),
-    ("not JSON", lambda root: (root / "zarr.json").write_text("{"), StoreNotFound, "it is not a store of ours"),
+    (
+        "not JSON",
+        lambda root: (root / "zarr.json").write_text("{"),
+        DamagedStore,
+        r"zarr\.json cannot be read: .*line 1",
+    ),
     ("incomplete", lambda root: edit_header(root, complete=False), IncompleteStore, "is incomplete"),
     ("newer", lambda root: edit_header(root, version=2), SpecMismatch, "version 2 is newer than this cyto"),
-    ("a field too many", spec_with(colour="red"), DamagedStore, "header of this activation cache cannot be read"),
+    ("a field too many", spec_with(colour="red"), DamagedStore, "header cannot be read: it knows 'colour'"),
     ("no images", spec_with(n_images=0), DamagedStore, "the header says n_images 0"),
     ("chunks of no image", spec_with(chunk_images=0), DamagedStore, "the header says chunk_images 0"),
     ("text", spec_with(width="8"), DamagedStore, "the header says width '8'"),

@@ -21,7 +21,7 @@ from pathlib import Path
 from stores.output import plan_output
 from stores.results import begin_results
 from stores.spec import COMPARISON
-writer = begin_results(Path(sys.argv[1]), COMPARISON, {"a": 1}, overwrite="--overwrite" in sys.argv)
+writer = begin_results(Path(sys.argv[1]), COMPARISON, {"a": "1"}, overwrite="--overwrite" in sys.argv)
 print("held", flush=True)
 sys.stdin.readline()
 writer.write_json("numbers", [1])
@@ -38,7 +38,7 @@ def other(target: Path, *options: str) -> "subprocess.Popen[bytes]":
 
 
 def begin(target: Path, *, overwrite: bool = False) -> object:
-    return begin_results(target, COMPARISON, {"a": 2}, overwrite=overwrite)
+    return begin_results(target, COMPARISON, {"a": "2"}, overwrite=overwrite)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def test_a_killed_one_holds_nothing(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert (tmp_path / ".out.lock").exists()
-    writer = begin_results(tmp_path / "out", COMPARISON, {"a": 1})
+    writer = begin_results(tmp_path / "out", COMPARISON, {"a": "1"})
     writer.finish({})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -124,18 +124,18 @@ def test_a_folder_in_somebody_elses_folder(tmp_path: Path) -> None:
     try:
         with claimed(target), pytest.raises(SpecMismatch, match="being written by"), claimed(target):
             pass
-        writer = begin_results(target, COMPARISON, {"a": 1})
+        writer = begin_results(target, COMPARISON, {"a": "1"})
         writer.finish({})
         assert {path.name for path in target.iterdir()} == {"comparison.json", "runs.jsonl"}
         target.chmod(0o555)
-        assert begin_results(target, COMPARISON, {"a": 1}).is_complete
+        assert begin_results(target, COMPARISON, {"a": "1"}).is_complete
     finally:
         target.chmod(0o755)
         target.parent.chmod(0o755)
 
 
 def test_a_refused_place_is_not_touched(tmp_path: Path) -> None:
-    inside = begin_results(tmp_path / "out", COMPARISON, {"a": 1})
+    inside = begin_results(tmp_path / "out", COMPARISON, {"a": "1"})
     write_header(inside.root, inside.header)
     with pytest.raises(SpecMismatch, match="lies inside a comparison"):
         plan_output(tmp_path / "out" / "sub" / "x", inside.header)

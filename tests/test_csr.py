@@ -361,7 +361,9 @@ def test_a_journal_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["indices", "data"])
-def test_a_chunk_that_holds_less_than_its_entries_leaves_nothing_of_the_one_before(tmp_path: Path, name: str) -> None:
+def test_a_chunk_that_holds_less_than_its_entries_leaves_nothing_of_the_one_before(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks are decoded into one buffer: what a short one does not fill must be NaN, or no latent."""
     rows = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [0, 7]])
     write(tmp_path / "X", rows)
@@ -369,6 +371,10 @@ def test_a_chunk_that_holds_less_than_its_entries_leaves_nothing_of_the_one_befo
     raw = Blosc(cname="lz4").encode(short) if name == "data" else Zstd(checksum=True).encode(short)
     crc = google_crc32c.value(raw).to_bytes(4, "little") if name == "data" else b""
     (tmp_path / "X" / name / "c" / "1").write_bytes(raw + crc)
+    reader = csr_blocks.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
+    with pytest.raises(DamagedStore, match=rf"X/{name}/c/1 is damaged: it does not decode to the"):
+        list(reader.entries())
+    monkeypatch.setattr(csr, "check_chunk_header", lambda path, meta: None)  # one that states a size that it lacks
     reader = csr_blocks.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
     found = [(indices.tolist(), values.tolist()) for _, indices, values in reader.entries()]
     assert found[0] == (rows.indices[:5].tolist(), rows.values[:5].tolist()), "the whole one before it is read as it is"

@@ -75,12 +75,12 @@ def test_what_was_opened_is_not_opened_again_as_another(latents: Path) -> None:
 
 def test_results_are_not_finished_from_an_input_that_was_exchanged(tmp_path: Path) -> None:
     """An input by its path alone, and one that was opened before the results were begun."""
-    source = begin_results(tmp_path / "in", PROBE, {"a": 1})
+    source = begin_results(tmp_path / "in", PROBE, {"a": "1"})
     source.write_json("numbers", [1])
     source.finish({})
     opened = ResultStore(tmp_path / "in", PROBE)
     for is_early in (False, True):
-        writer = begin_results(tmp_path / f"out{is_early}", COMPARISON, {"a": 1}, inputs=[tmp_path / "in"])
+        writer = begin_results(tmp_path / f"out{is_early}", COMPARISON, {"a": "1"}, inputs=[tmp_path / "in"])
         exchange(tmp_path / "in")
         if is_early:
             writer.seals.clear()
@@ -89,7 +89,7 @@ def test_results_are_not_finished_from_an_input_that_was_exchanged(tmp_path: Pat
             writer.finish({})
         assert '"complete": false' in (writer.root / "comparison.json").read_text()
         shutil.rmtree(tmp_path / "old")
-    again = begin_results(tmp_path / "outTrue", COMPARISON, {"a": 1}, inputs=[tmp_path / "in"])
+    again = begin_results(tmp_path / "outTrue", COMPARISON, {"a": "1"}, inputs=[tmp_path / "in"])
     assert again.finish({}).complete
 
 

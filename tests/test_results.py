@@ -15,7 +15,7 @@ TABLE = pa.table({"latent": [0, 1], "difference": [0.5, None]})
 
 
 def begun(root: Path) -> ResultWriter:
-    return begin_results(root, COMPARISON, {"a": 1})
+    return begin_results(root, COMPARISON, {"a": "1"})
 
 
 def test_written_is_read_and_repeated_is_complete(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_table_of_every_kind(name: str, tmp_path: Path) -> None:
 def test_tables_and_figures_of_results(harm: Callable[[Path], None], tmp_path: Path) -> None:
     """Each is named, by the command and by the one that would find its results complete."""
     out = tmp_path / "out"
-    writer = begin_results(out, COMPARISON, {"a": 1})
+    writer = begin_results(out, COMPARISON, {"a": "1"})
     writer.write_table("numbers", pa.table({"x": [1, 2]}))
     (writer.root / "volcano.svg").write_text("<svg/>")
     (writer.root / "more").mkdir()
@@ -79,7 +79,7 @@ def test_tables_and_figures_of_results(harm: Callable[[Path], None], tmp_path: P
         assert f"{out / name} is" in found["problems"][0]
         assert "cyto compare --overwrite makes it again" in found["problems"][0]
         with pytest.raises(DamagedStore, match=name):
-            begin_results(out, COMPARISON, {"a": 1})
+            begin_results(out, COMPARISON, {"a": "1"})
         (out / name).write_bytes(kept)
     header = out / "comparison.json"  # as an older cyto wrote it
     content = json.loads(header.read_text())
