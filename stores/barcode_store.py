@@ -230,6 +230,7 @@ class BarcodeStore:
             n_rows = self.matrix(level, tau, element.removeprefix("layers/")).shape[0]
             return self.read_rows(level, np.arange(n_rows), tau, layer=element.removeprefix("layers/"))
         self.check_files(f"{path.name}/{element}", f"{path.name}/zarr.json")
+        read_group(path)
         check_tree(path / element)
         with _told_as_damage(path), _silent_about_droppings():
             return read_elem(zarr.open_group(path, mode="r")[element])

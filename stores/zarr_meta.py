@@ -28,11 +28,13 @@ _ARRAY_KEYS = {
     *("node_type", "storage_transformers", "dimension_names"),
 }
 _GROUP_KEYS = {"attributes", "zarr_format", "node_type", "consolidated_metadata"}
-# what anndata makes of a group or array of the stores that we write
-_ENCODINGS = (
-    *("anndata", "dict", "dataframe", "csr_matrix", "array", "string-array", "string", "numeric-scalar", "categorical"),
-    *("nullable-integer", "nullable-boolean", "nullable-string-array"),
-)
+# what anndata makes of a group or array of the stores that we write, and the versions of it that it reads
+_ENCODINGS = {
+    **dict.fromkeys(("anndata", "dict", "csr_matrix"), ("0.1.0",)),
+    **dict.fromkeys(("array", "string-array", "string", "numeric-scalar", "categorical"), ("0.2.0",)),
+    **dict.fromkeys(("nullable-integer", "nullable-boolean", "nullable-string-array"), ("0.1.0",)),
+    "dataframe": ("0.1.0", "0.2.0"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,12 @@ def array_meta(found: dict[str, Any], place: object) -> ArrayMeta:
     _require(is_shape and math.prod(shape) <= _MOST_ENTRIES, place, "a shape of whole numbers", shape)
     grid: Any = found.get("chunk_grid")
     keys: Any = found.get("chunk_key_encoding")
-    chunks: Any = grid.get("configuration", {}).get("chunk_shape") if _is_named(grid, "regular") else None
+    setting: Any = grid.get("configuration", {}) if _is_named(grid, "regular") else {}
+    chunks: Any = setting["chunk_shape"] if setting.keys() == {"chunk_shape"} else None
     is_shape = isinstance(chunks, list) and all(type(n) is int and n > 0 for n in chunks) and len(chunks) == len(shape)
     _require(is_shape, place, "a regular chunk grid of whole numbers above 0", grid)
     # Zarr's default separator is this one, and may be left out
-    is_default = _is_named(keys, "default") and keys.get("configuration", {}).get("separator", "/") == "/"
+    is_default = _is_named(keys, "default") and keys.get("configuration", {}) in ({}, {"separator": "/"})
     _require(is_default, place, "chunk keys with /", keys)
     names = _codecs(found.get("codecs"), data_type, place)
     attributes = found.get("attributes", {})
@@ -211,10 +214,9 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 def _check_encoding(attributes: dict[str, Any], place: Path) -> None:
     kind = attributes.get("encoding-type")
-    _require(kind in _ENCODINGS, place / "zarr.json", "an encoding-type of AnnData's", kind)
-    _require(
-        isinstance(attributes.get("encoding-version"), str), place / "zarr.json", "an encoding-version", attributes
-    )
+    _require(isinstance(kind, str) and kind in _ENCODINGS, place / "zarr.json", "an encoding-type of AnnData's", kind)
+    version = attributes.get("encoding-version")
+    _require(version in _ENCODINGS[str(kind)], place / "zarr.json", f"a version of {kind} that AnnData reads", version)
     if kind == "dataframe":
         order = attributes.get("column-order")
         columns = [*order, attributes.get("_index")] if isinstance(order, list) else [None]
@@ -307,7 +309,9 @@ def _object(folder: Path) -> dict[str, Any]:
 
 
 def _is_named(value: Any, name: str) -> bool:
-    return isinstance(value, dict) and value.get("name") == name and isinstance(value.get("configuration", {}), dict)
+    """Is it {"name": name, "configuration": {...}}, and no more?"""
+    is_plain = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") == name
+    return is_plain and isinstance(value.get("configuration", {}), dict)
 
 
 def _require(is_so: object, place: object, expected: str, found: object) -> None:

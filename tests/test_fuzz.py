@@ -10,6 +10,8 @@ import json
 import math
 import os
 import pickle
+import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,16 +19,19 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from test_backbones import _lively_state, _published
 from test_images import _chunk, _file, _picture, _rough
 
+from cli import cli
 from cytocache.backbones import load_backbone
 from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
@@ -34,6 +39,7 @@ from cytocache.images import read_image
 from cytocache.preprocess import Preprocess
 from cytocache.torchvision_guard import declare_missing_operators
 from stores import ActivationStore
+from stores.files import sha256_json
 
 # ------------------------------------------------------------------------------------------ valid files
 
@@ -883,3 +889,107 @@ def test_extract_lists_every_bad_file_and_gives_every_good_one_its_own_tokens(tm
         (alone,) = backbone.tokens(torch.from_numpy(pixels))
     assert np.abs(tokens[good]).max(axis=2).min() > 0  # no token of no image is zero
     assert np.allclose(tokens[good], alone.numpy(), rtol=2**-10, atol=2**-10)
+
+
+# ------------------------------------------------------------------------------------------- headers of stores
+
+GOLDEN = Path(__file__).parent / "golden"
+READERS: dict[str, list[list[str]]] = {
+    "activations-v1.zarr": [["cache", "info"], ["cache", "verify"], ["verify"]],
+    "sae-v1": [["sae", "info"], ["verify"]],
+    "latents-v1.zarr": [["latents", "info"], ["latents", "verify"], ["verify"]],
+    "barcodes-v1": [["compare", "-o", "OUT", "--permutations", "5"], ["concept", "patient", "-o", "OUT"], ["verify"]],
+    "concepts-v1": [["concept", "top"], ["verify"]],
+    **{
+        f"{kind}-v1": [["verify"]]
+        for kind in ("comparison", "probe", "atlas", "sweep", "stability", "neighbours", "maps", "masks", "sheets")
+    },
+}
+LAST = {"compare": ["A", "B"], "top": ["1"]}  # arguments behind the folder
+OTHER_VALUES: list[Any] = [
+    *(None, True, 0, -1, 1, 10**18, -(10**18), 2**63, 1.5, 1e308, "", "x", "../../x", "\x1b[31mred", "NaN"),
+    *([], {}, [[]], [None], {"a": 1}, "a" * 100_000, [1] * 1000),
+]
+NO_JSON = [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":NaN}', b'{"a":1e999}', b'{"a":1,"a":2}']
+
+
+def places_in(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    inside = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places_in(inner, (*at, key))
+
+
+def mutant(raw: bytes, rng: random.Random) -> bytes:
+    """One value removed, renamed or replaced; or no JSON at all. Half of the headers keep an identity that fits."""
+    if rng.random() < 0.1:
+        return rng.choice(NO_JSON)
+    value = json.loads(raw)
+    at = rng.choice([place for place in places_in(value) if place] or [()])
+    if not at:
+        return json.dumps(rng.choice(OTHER_VALUES)).encode()
+    holder = value
+    for key in at[:-1]:
+        holder = holder[key]
+    how = rng.random()
+    if how < 0.2:
+        del holder[at[-1]]
+    elif how < 0.3 and isinstance(holder, dict):
+        holder["extra"] = holder.pop(at[-1])
+    else:
+        holder[at[-1]] = rng.choice(OTHER_VALUES)
+    header = value.get("attributes", {}).get("cyto", value) if isinstance(value.get("attributes", {}), dict) else value
+    if rng.random() < 0.5 and isinstance(header, dict) and isinstance(header.get("spec"), dict):
+        with suppress(ValueError):
+            header["identity"] = sha256_json(
+                {"format": header.get("format"), "format_version": header.get("format_version"), "spec": header["spec"]}
+            )
+    return json.dumps(value).encode()
+
+
+def read_mutants(root: Path, n: int, seed: int) -> Counter[int]:
+    """Give mutants of every JSON file of every kind of folder to the commands that read it; exit codes."""
+    rng, codes = random.Random(seed), Counter[int]()
+    for name in READERS:
+        shutil.copytree(GOLDEN / name, root / name)
+    files = {name: sorted((root / name).rglob("*.json")) for name in READERS}
+    for _ in range(n):
+        name = rng.choice([*READERS])
+        file = rng.choice(files[name])
+        kept = file.read_bytes()
+        file.write_bytes(mutant(kept, rng))
+        for command in READERS[name]:
+            words = [word for word in command if not word.startswith("-")][:2]
+            n_words = 2 if words[0] in ("cache", "sae", "latents", "concept") else 1
+            options = [str(root / "out") if word == "OUT" else word for word in command[n_words:]]
+            arguments = [*command[:n_words], str(root / name), *LAST.get(command[n_words - 1], []), *options]
+            done = CliRunner().invoke(cli, arguments)
+            told = f"{arguments} with {file.name}: {file.read_bytes()[:300]!r}: {done.output[-300:]}"
+            assert done.exception is None or isinstance(done.exception, SystemExit), f"{told} {done.exception!r}"
+            assert "\x1b" not in done.output, told
+            if done.exit_code == 1:
+                assert sum(line.startswith("Error") for line in done.output.splitlines()) == 1, told
+            codes[done.exit_code] += 1
+        file.write_bytes(kept)
+    return codes
+
+
+@pytest.mark.timeout(120)
+def test_changed_headers_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    assert read_mutants(tmp_path, 60, seed=0)[1] > 40
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_thousands_of_changed_headers(tmp_path: Path) -> None:
+    """Within 12 GiB of addresses: no number in a header makes a reader allocate what is not there."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path; from test_fuzz import read_mutants\n"
+        "print(read_mutants(Path(sys.argv[1]), 3000, seed=1)[1])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 2000
