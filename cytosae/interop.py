@@ -24,7 +24,7 @@ from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import PARTIAL_SUFFIX, is_dropping, sha256_file, sync_folder, sync_tree, write_json
 from stores.output import claimed, plan_output
 from stores.runlog import append_run
-from stores.spec import SAE, Header, check_choice, find_header, new_header, write_header
+from stores.spec import SAE, Header, check_choice, find_header, new_header, plain, write_header
 from stores.tables import listed
 from stores.torch_archive import Refused, TorchArchive, one_line, open_archive
 
@@ -159,7 +159,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
     with claimed(out), _built_beside(out) as partial:
         if format == "cytosae":
             with partial.open("xb") as file:
-                torch.save(_cytosae_content(sae), file)
+                torch.save(plain(_cytosae_content(sae)), file)
                 file.flush()
                 os.fsync(file.fileno())
         else:

@@ -152,12 +152,12 @@ class BarcodeStore:
             for matrix in (self.root / f"{name}.zarr" / "X", *layers):
                 missing = CsrReader(matrix, shape=_stated_shape(matrix)).missing_chunks()
                 if missing:
-                    raise DamagedStore(f"{missing[0]} is missing; count again with --overwrite")
+                    raise DamagedStore(f"{missing[0]} is missing; count again with cyto barcode --overwrite")
         for name, sha256 in (self.header.summary or {}).get("exports", {}).items():
             export = self.root / name
             if not export.is_file() or sha256_file(export) != sha256:
                 what = "damaged: its hash is not the one in the header" if export.is_file() else "missing"
-                raise DamagedStore(f"{export} is {what}; count again with --overwrite")
+                raise DamagedStore(f"{export} is {what}; count again with cyto barcode --overwrite")
 
     @property
     def records_files(self) -> bool:
@@ -337,5 +337,7 @@ def _stated_shape(matrix: Path) -> tuple[int, int]:
         if min(n_rows, n_columns) < 0 or not type(n_rows) is type(n_columns) is int:
             raise ValueError("not a shape")
     except (ValueError, KeyError, TypeError):
-        raise DamagedStore(f"{matrix / 'zarr.json'} is missing or damaged; count again with --overwrite") from None
+        raise DamagedStore(
+            f"{matrix / 'zarr.json'} is missing or damaged; count again with cyto barcode --overwrite"
+        ) from None
     return n_rows, n_columns

@@ -266,6 +266,13 @@ class Said(dict[str, Any]):
         )
 
 
+def plain(value: Any) -> Any:
+    """The same value with every `Said` in it a dict again, for files that others unpickle."""
+    if isinstance(value, dict):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list) else value
+
+
 def stated(cls: type[_T], said: Any, place: object, *, positive: Collection[str] = (), **more: Any) -> _T:
     """The dataclass `cls` from what a header says of its fields, in their types; `more`: fields it does not say.
 

@@ -871,7 +871,9 @@ def test_damaged_exports_are_not_already_complete(many: Path, tmp_path: Path, th
         export.unlink()
         if wrong is not None:
             export.write_bytes(wrong)
-        with pytest.raises(DamagedStore, match=rf"patient.parquet is {words}.*; count again with --overwrite"):
+        with pytest.raises(
+            DamagedStore, match=rf"patient.parquet is {words}.*; count again with cyto barcode --overwrite"
+        ):
             write_barcodes(many / "latents.zarr", barcodes, BarcodeConfig(), client=threads)
         export.write_bytes(raw)
     assert write_barcodes(many / "latents.zarr", barcodes, BarcodeConfig(), client=threads).was_complete

@@ -277,7 +277,7 @@ def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) ->
     count = ("barcode", copied / "latents.zarr", "-o", barcodes, "--tau", 0.01, "--workers", 1)
     assert run(*count).exit_code == 0
     (barcodes / "patient.zarr" / "X" / "data" / "c" / "0").unlink()
-    fails("is missing; count again with --overwrite", *count)
+    fails("is missing; count again with cyto barcode --overwrite", *count)
     (copied / "latents.zarr" / "X" / "data" / "c" / "0").unlink()
     fails("missing or empty chunk files", *again["latents.zarr"])
     (copied / "run" / "sae.safetensors").unlink()

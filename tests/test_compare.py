@@ -319,7 +319,7 @@ def test_values_that_no_barcode_has_are_refused(barcodes: Path, tmp_path: Path) 
     with pytest.raises(DamagedStore, match=r"patient.zarr cannot be read"):
         compare(copy, tmp_path / "out", small())
     chunk.unlink()
-    with pytest.raises(DamagedStore, match="is missing; count again with --overwrite"):
+    with pytest.raises(DamagedStore, match="is missing; count again with cyto barcode --overwrite"):
         compare(copy, tmp_path / "out", small())
     assert not (tmp_path / "out").exists()
 

@@ -250,13 +250,26 @@ def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> 
     shutil.copytree(barcodes, mixed)
     shutil.rmtree(mixed / "image.zarr" / "X")
     shutil.copytree(barcodes.with_name("several") / "image_tau2.zarr" / "X", mixed / "image.zarr" / "X")
+    with pytest.raises(DamagedStore, match=r"image\.zarr/X/.* (is missing|bytes|checksum)"):
+        write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
+    forget_files(mixed)
     with pytest.raises(DamagedStore, match="the images of patient 'A' do not give its barcode; count again"):
         write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
 
 
+def forget_files(barcodes: Path) -> None:
+    """As an older cyto left them: without a record of the files."""
+    header = json.loads((barcodes / "barcodes.json").read_text())
+    del header["summary"]["store_files"]
+    (barcodes / "barcodes.json").write_text(json.dumps(header))
+
+
 def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
     """A lost chunk would read as zeros; a changed one is told; and without patients there is nobody to compare."""
-    for name, words in (("changed", "patient.zarr cannot be read"), ("lost", "is missing; count again")):
+    for name, words, older in (
+        ("changed", r"patient\.zarr/X/data/.* is not the file that was written", "patient.zarr cannot be read"),
+        ("lost", r"patient\.zarr/X/data/.* is missing; count again", "is missing; count again"),
+    ):
         copy = Path(shutil.copytree(barcodes, tmp_path / name))
         chunk = next(path for path in (copy / "patient.zarr" / "X" / "data" / "c").rglob("*") if path.is_file())
         if name == "lost":
@@ -264,6 +277,9 @@ def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
         else:
             chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
         with pytest.raises(DamagedStore, match=words):
+            write_patient_concepts(copy, "A", tmp_path / "out")
+        forget_files(copy)
+        with pytest.raises(DamagedStore, match=older):
             write_patient_concepts(copy, "A", tmp_path / "out")
     rows: list[Row] = [(None, None, True)] * 3
     write_latents(tmp_path / "latents.zarr", np.ones((3, 6, 20), np.float32), rows)
