@@ -2310,7 +2310,7 @@ def _warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
     type=float,
     multiple=True,
     help="Multiple of the rule's C; one is chosen inside each training side, for every method alike; may repeat, and "
-    "1 alone keeps the rule's C  [default: 1e-4, 1e-2, 1, 100].",
+    "1 alone keeps the rule's C  [default: 1e-6, 1e-4, 1e-2, 1, 100].",
 )
 @click.option(
     "--threshold",

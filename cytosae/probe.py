@@ -51,7 +51,7 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
 REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
 GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
 _DENSE_BYTES = 512 << 20
-C_FACTORS = (1e-4, 1e-2, 1.0, 100.0)
+C_FACTORS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 

@@ -47,15 +47,21 @@ def draw_groups(groups: Ints, seed: Sequence[int], n_draws: int = N_DRAWS) -> Dr
     return Draws(np.vstack([np.ones(n), drawn]), groups)
 
 
-def scores_of_draws(probabilities: Sequence[Float], labels: Ints, draws: Draws) -> dict[str, Float]:
+def scores_of_draws(
+    probabilities: Sequence[Float], labels: Ints, draws: Draws, folds: Sequence[Ints]
+) -> dict[str, Float]:
     """Each score (1 + draws,), averaged over repeats; NaN where a draw has none.
+
+    AUROC compares pairs of rows within one fold: fits of different folds do not share a scale, and even shares of
+    classes would seem to rank rows (below 0.5, since a class that is rare in a fold is common in its training rows).
 
     Parameters
     ----------
     probabilities : of each repeat, (n, classes)
     labels : (n,)
+    folds : of each repeat, or more, (n,)
     """
-    of_repeats = [_one_repeat(p, labels, draws) for p in probabilities]
+    of_repeats = [_one_repeat(p, labels, draws, fold_of) for p, fold_of in zip(probabilities, folds, strict=False)]
     return {name: np.mean([found[name] for found in of_repeats], axis=0) for name in of_repeats[0]}
 
 
@@ -90,7 +96,7 @@ def calibration_error(table: list[dict[str, float]]) -> float:
     return float(sum(row["n"] * abs(row["confidence"] - row["accuracy"]) for row in table) / n)
 
 
-def _one_repeat(p: Float, labels: Ints, draws: Draws) -> dict[str, Float]:
+def _one_repeat(p: Float, labels: Ints, draws: Draws, fold_of: Ints) -> dict[str, Float]:
     n_classes, w = p.shape[1], draws.of_rows
     cell = labels * n_classes + p.argmax(1)
     of_group = np.zeros((draws.weights.shape[1], n_classes**2))
@@ -101,14 +107,15 @@ def _one_repeat(p: Float, labels: Ints, draws: Draws) -> dict[str, Float]:
     there, n = support > 0, np.maximum(support.sum(1), 1)
     one_hot = labels[:, None] == np.arange(n_classes)
     of_true = np.clip(p[one_hot], 1e-15, 1)
-    areas = [_areas(p[:, k], one_hot[:, k], w) for k in range(n_classes)]
+    within = [_areas_of_folds(p[:, k], one_hot[:, k], w, fold_of) for k in range(n_classes)]
+    precision = [_areas(p[:, k], one_hot[:, k], w)[2] for k in range(n_classes)]
     return {
         "weighted_f1": (f1 * support).sum(1) / n,
         "macro_f1": (f1 * there).sum(1) / np.maximum(there.sum(1), 1),
         "balanced_accuracy": (hits / np.maximum(support, 1)).sum(1) / np.maximum(there.sum(1), 1),
         "accuracy": hits.sum(1) / n,
-        "auroc": _mean([auroc for auroc, _ in areas]),
-        "auprc": _mean([auprc for _, auprc in areas]),
+        "auroc": _mean(within),
+        "auprc": _mean(precision),
         "log_loss": (w @ -np.log(of_true)) / np.maximum(w.sum(1), 1),
         "brier": (w @ ((p - one_hot) ** 2).sum(1)) / np.maximum(w.sum(1), 1),
     }
@@ -122,15 +129,26 @@ def _mean(of_classes: list[Float]) -> Float:
     return np.where(there.any(0), total / np.maximum(there.sum(0), 1), np.nan)
 
 
-def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tuple[Float, Float]:
-    """One against the rest, weighted: area under the ROC curve (ties half), and average precision; (draws,).
+def _areas_of_folds(score: Float, is_class: npt.NDArray[np.bool_], weights: Float, fold_of: Ints) -> Float:
+    """(draws,) AUROC of one against the rest, over all pairs of rows of one fold."""
+    won, pairs = np.zeros((2, len(weights)))
+    for fold in np.unique(fold_of):
+        mine = fold_of == fold
+        found = _areas(score[mine], is_class[mine], weights[:, mine])
+        won, pairs = won + found[0], pairs + found[1]
+    return np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
+
+
+def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tuple[Float, Float, Float]:
+    """One against the rest, weighted: pairs in the right order (ties half), pairs, and average precision; (draws,).
 
     In order of falling score, rows of one score together: as scikit-learn's `roc_auc_score` and
     `average_precision_score` with `sample_weight`.
     """
     order = np.argsort(-score, kind="stable")
     levels = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # where rows of one score begin
-    auroc, auprc = np.full((2, len(weights)), np.nan)
+    won, pairs = np.zeros((2, len(weights)))
+    auprc = np.full(len(weights), np.nan)
     step = max(1, _MOST_NUMBERS // len(score))
     for first in range(0, len(weights), step):
         w = weights[first : first + step, order]
@@ -138,10 +156,8 @@ def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tup
         misses = np.add.reduceat(np.where(is_class[order], 0, w), levels, axis=1)
         n_hits, n_misses = hits.sum(1), misses.sum(1)
         above = np.cumsum(hits, 1)
-        pairs = (misses * (above - hits / 2)).sum(1)
-        both = (n_hits > 0) & (n_misses > 0)
         some = slice(first, first + len(w))
-        auroc[some] = np.where(both, pairs / np.maximum(n_hits * n_misses, 1), np.nan)
+        won[some], pairs[some] = (misses * (above - hits / 2)).sum(1), n_hits * n_misses
         precision = above / np.maximum(above + np.cumsum(misses, 1), 1e-12)
         auprc[some] = np.where(n_hits > 0, (precision * hits).sum(1) / np.maximum(n_hits, 1), np.nan)
-    return auroc, auprc
+    return won, pairs, auprc

@@ -196,7 +196,10 @@ def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]
     """Scores of probabilities, calibration, 95% intervals over groups, and barcode minus each method."""
     n_folds, labels = about["folds"], found.units.labels
     draws = draw_groups(found.units.groups, [about["seed"], 4])
-    drawn = {m.name: scores_of_draws(m.probabilities, labels, draws) for m in found.methods if m.threshold is None}
+    folds = [repeat.fold_of for repeat in found.repeats]
+    drawn = {
+        m.name: scores_of_draws(m.probabilities, labels, draws, folds) for m in found.methods if m.threshold is None
+    }
     predictions = {m.name: m.probabilities for m in found.methods if m.threshold is None}
     for name, scores in methods.items():
         bins = calibration(predictions[name], labels)

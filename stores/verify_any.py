@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .barcode_store import BarcodeStore
 from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound
 from .files import sha256_file
 from .progress import Progress
@@ -71,9 +72,8 @@ def _latents(root: Path, report: Report) -> Iterator[str | None]:
 
 def _barcodes(root: Path, report: Report) -> Iterator[str | None]:
     yield from verify_barcodes(root)
-    report.unrecorded = sorted(
-        path.name for path in root.glob("*.zarr")
-    )  # chunks there, but no hash of what is in them
+    if not BarcodeStore(root).records_files:  # of an older cyto: chunks are there, and nothing says what was in them
+        report.unrecorded = sorted(path.name for path in root.glob("*.zarr"))
 
 
 def _sae(root: Path, report: Report) -> Iterator[str | None]:

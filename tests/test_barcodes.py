@@ -49,6 +49,7 @@ from stores import (
 )
 from stores.tables import image_table, table_sha256, with_outcome
 from stores.verify import verify_barcodes
+from stores.verify_any import verify
 
 Float = npt.NDArray[np.float32]
 Row = tuple[str | None, str | None, bool]  # patient, disease, is it readable?
@@ -1189,6 +1190,7 @@ def test_every_single_damage_of_barcodes_is_found(hand: Path, threads: Client, t
     write_barcodes(hand, root, BarcodeConfig(tau=0.5), client=threads)
     assert verify_barcodes(root) == []
     assert BarcodeStore(root).records_files
+    assert (verify(root).problems, verify(root).unrecorded) == ([], [])
     n_damages = 0
     for what, damage in _damages(root):
         damage()
@@ -1224,6 +1226,7 @@ def test_barcodes_that_do_not_say_what_was_written_are_read(tmp_path: Path) -> N
     root = Path(shutil.copytree(golden, tmp_path / "b"))
     assert not BarcodeStore(root).records_files
     assert verify_barcodes(root) == []
+    assert verify(root).unrecorded == ["disease.zarr", "image.zarr", "patient.zarr"]
     for name in ("indices", "data", "indptr"):
         path = root / "patient.zarr" / "X" / name / "c" / "0"
         raw = path.read_bytes()

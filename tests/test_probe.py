@@ -405,15 +405,28 @@ def test_scores_of_draws_are_sklearns_with_weights() -> None:
     p = np.round(rng.dirichlet(np.ones(3), 60) + 0.5 * np.eye(3)[labels], 1)  # rounded: ties
     p /= p.sum(1, keepdims=True)
     draws = draw_groups(groups, [1], n_draws=20)
-    found = scores_of_draws([p], labels, draws)
+    fold_of = rng.integers(0, 2, 12)[groups]
+    found = scores_of_draws([p], labels, draws, [fold_of])
+    silent = scores_of_draws([np.full((60, 3), 1 / 3)], labels, draws, [fold_of])
+    np.testing.assert_allclose(silent["auroc"], 0.5)
     for b, w in enumerate(draws.of_rows):
         for name, average in {"weighted_f1": "weighted", "macro_f1": "macro"}.items():
             wanted = f1_score(labels, p.argmax(1), average=average, sample_weight=w, zero_division=0)
             assert found[name][b] == pytest.approx(wanted)
         one_hot = np.eye(3)[labels]
-        for name, function in {"auroc": roc_auc_score, "auprc": average_precision_score}.items():
-            wanted = np.mean([function(one_hot[:, k], p[:, k], sample_weight=w) for k in range(3)])
-            assert found[name][b] == pytest.approx(wanted)
+        wanted = np.mean([average_precision_score(one_hot[:, k], p[:, k], sample_weight=w) for k in range(3)])
+        assert found["auprc"][b] == pytest.approx(wanted)
+        areas = []
+        for k in range(3):
+            won = pairs = 0.0
+            for fold in range(2):
+                mine = (fold_of == fold) & (w > 0)
+                n_pairs = w[mine & (labels == k)].sum() * w[mine & (labels != k)].sum()
+                if n_pairs:
+                    won += n_pairs * roc_auc_score(one_hot[mine, k], p[mine, k], sample_weight=w[mine])
+                    pairs += n_pairs
+            areas.append(won / pairs)
+        assert found["auroc"][b] == pytest.approx(np.mean(areas))
         assert found["log_loss"][b] == pytest.approx(log_loss(labels, np.maximum(p, 1e-15), sample_weight=w))
         assert found["brier"][b] == pytest.approx(np.average(((p - one_hot) ** 2).sum(1), weights=w))
     assert interval(found["accuracy"], 5)["low"] < found["accuracy"][0] < interval(found["accuracy"], 5)["high"]
