@@ -24,6 +24,7 @@ FULL = {
     "sae_run": ["--steps", "400"],
     "sae_step_gpu": ["--run"],
     "probe": [],
+    "probe_intervals": ["--runs", "150"],
 }
 
 

@@ -194,7 +194,7 @@ def _method_scores(method: Method, found: Found) -> dict[str, Any]:
 
 def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]) -> dict[str, Any]:
     """Scores of probabilities, calibration, 95% intervals over groups, and barcode minus each method."""
-    n_folds, labels = about["folds"], found.units.labels
+    labels = found.units.labels
     draws = draw_groups(found.units.groups, [about["seed"], 4])
     folds = [repeat.fold_of for repeat in found.repeats]
     drawn = {
@@ -207,12 +207,11 @@ def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]
         scores |= {key: float(drawn[name][key][0]) for key in ("log_loss", "brier")}
         scores |= {key: _finite(drawn[name][key][0]) for key in ("auroc", "auprc")}
         scores |= {"calibration_error": calibration_error(bins), "calibration": bins, "n_draws": N_DRAWS}
-        scores["interval"] = {key: interval(values, n_folds) for key, values in drawn[name].items()}
+        scores["interval"] = {key: interval(values) for key, values in drawn[name].items()}
         if name != BARCODE:
             differences = {key: drawn[BARCODE][key] - values for key, values in drawn[name].items()}
             scores["barcode_minus_this"] = {
-                key: {"difference": _finite(values[0]), **interval(values, n_folds)}
-                for key, values in differences.items()
+                key: {"difference": _finite(values[0]), **interval(values)} for key, values in differences.items()
             }
     return methods
 

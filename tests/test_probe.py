@@ -429,9 +429,9 @@ def test_scores_of_draws_are_sklearns_with_weights() -> None:
         assert found["auroc"][b] == pytest.approx(np.mean(areas))
         assert found["log_loss"][b] == pytest.approx(log_loss(labels, np.maximum(p, 1e-15), sample_weight=w))
         assert found["brier"][b] == pytest.approx(np.average(((p - one_hot) ** 2).sum(1), weights=w))
-    assert interval(found["accuracy"], 5)["low"] < found["accuracy"][0] < interval(found["accuracy"], 5)["high"]
-    assert interval(np.full(21, 0.5), 5) == {"low": 0.5, "high": 0.5}
-    assert interval(np.full(21, np.nan), 5) == {"low": None, "high": None}
+    assert interval(found["accuracy"])["low"] < found["accuracy"][0] < interval(found["accuracy"])["high"]
+    assert interval(np.full(21, 0.5)) == {"low": 0.5, "high": 0.5}
+    assert interval(np.full(21, np.nan)) == {"low": None, "high": None}
 
 
 def test_calibration_tells_overconfidence() -> None:
