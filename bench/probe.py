@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from cytosae.cross_validation import Plan, divide, run_fold
-from cytosae.probe import REPETITIONS, THRESHOLDS, along_thresholds
+from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, along_thresholds
 
 N_FOLDS, N_PATIENTS = 5, 100  # patients of the images
 
@@ -39,7 +39,7 @@ def main() -> None:
     values, sums, counts, labels, groups = made(options.units, options.latents)
     n_classes = int(labels.max()) + 1
     strength = options.latents * n_classes / 100
-    plan = Plan(n_folds=N_FOLDS, n_inner_folds=3, n_classes=n_classes, strength=lambda n: strength)
+    plan = Plan(n_folds=N_FOLDS, n_inner_folds=3, n_classes=n_classes, strength=lambda n: strength, c_factors=C_FACTORS)
     with threadpool_limits(1, user_api="blas"):
         began = time.perf_counter()
         barcodes = along_thresholds(values, sums, counts, THRESHOLDS)
@@ -50,9 +50,11 @@ def main() -> None:
             began = time.perf_counter()
             found = run_fold(barcodes, labels, division, number % N_FOLDS, plan)
             spent.append(time.perf_counter() - began)
-            accuracy = (found.sweep.probabilities[0].argmax(1) == labels[division.fold_of == number % N_FOLDS]).mean()
+            accuracy = (
+                found.sweep.probabilities[0, 0].argmax(1) == labels[division.fold_of == number % N_FOLDS]
+            ).mean()
             say(f"fold {number + 1} of {options.rounds}: {spent[-1]:.2f} s, accuracy {accuracy:.3f}")
-        n_fits = len(set(found.sweep.n_kept)) * (1 + plan.n_inner_folds)
+        n_fits = len(set(found.sweep.n_kept)) * (1 + plan.n_inner_folds * len(C_FACTORS))
         direct = [direct_fit(values, sums, counts, labels, t, strength) for t in range(options.direct)]
     ours, theirs = float(np.median(spent)), float(np.median(direct)) * n_fits
     repeats, permutations = REPETITIONS[options.level]
