@@ -2672,8 +2672,8 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.concepts import ConceptConfig, write_concepts
     from cytosae.config import TrainConfig
     from cytosae.encode import encode
-    from cytosae.figures import characteristic_latents, plot_patient_barcodes
     from cytosae.map_figures import plot_reference_images
+    from cytosae.plot_patient_barcodes import characteristic_latents, plot_patient_barcodes
     from cytosae.selection import SelectionConfig, select_latents
     from cytosae.train import train
     from stores import BarcodeStore, ConceptStore, LatentStore

@@ -24,7 +24,7 @@ from stores.runlog import append_run
 
 from .config import TrainConfig
 from .device_batches import on_device
-from .figures import plot_sweep
+from .plot_sweep import plot_sweep
 from .sweep_grid import Grid, read_grid
 from .sweep_record import RESULTS, Record, Row, SweepFolder, metric_prefix
 from .train import Diverged, Training

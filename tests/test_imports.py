@@ -77,7 +77,7 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
         ("cli", {"torch", "zarr", "dask", "numpy", "pyarrow"}),
         ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
         ("cytosae.concepts, cytosae.concept_thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
-        ("cytosae.figures", {"torch", "cytocache"}),
+        ("cytosae.plot_patient_barcodes, cytosae.plot_sweep", {"torch", "cytocache"}),
         ("cytosae.compare", {"torch", "cytocache", "dask", "matplotlib"}),
         ("cytosae.stability, cytosae.neighbours, cytosae.patient_concepts", {"torch", "timm", "cytocache", "anndata"}),
         ("cytosae.maps, cytosae.sheets, cytosae.masks, cytosae.selection", {"torch", "cytocache", "dask", "sklearn"}),

@@ -25,8 +25,8 @@ import stores.token_stream
 from cli import cli
 from cytosae.config import TrainConfig
 from cytosae.evaluate import _Sums
-from cytosae.figures import plot_sweep
 from cytosae.model import SparseAutoencoder
+from cytosae.plot_sweep import plot_sweep
 from cytosae.sweep import sweep
 from cytosae.sweep_grid import Grid, read_grid
 from cytosae.sweep_record import METRICS, as_markdown, means_over_seeds
