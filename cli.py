@@ -32,12 +32,9 @@ if TYPE_CHECKING:
     from cytocache.repair import RepairResult
     from cytosae.barcodes import BarcodeConfig, BarcodeResult
     from cytosae.compare import CompareConfig, Comparison
-    from cytosae.evaluate import BackboneSample, Evaluation
-    from cytosae.maps import MapResult, Subject
-    from cytosae.masks import MaskResult
-    from cytosae.patch_maps import PatchQuery
-    from cytosae.reference_images import Sources
-    from cytosae.selection import Selection, SelectionConfig
+    from cytosae.concepts import Selection, SelectionConfig
+    from cytosae.maps import MapResult, MaskResult, PatchQuery, Sources, Subject
+    from cytosae.training import BackboneSample, Evaluation
     from stores import ActivationSpec, Header, LatentSpec
 
 
@@ -556,7 +553,7 @@ def cache_fidelity(
 
 def _encoder(run: Path, store: Path, device: str, assume_compatible: bool) -> tuple[Any, list[str]]:
     """What turns the tokens of a cache into latents, and what had to be assumed of them."""
-    from cytosae.checkpoint import load_sae
+    from cytosae.sae import load_sae
     from stores import ActivationStore
 
     sae = load_sae(run, device=device)
@@ -654,8 +651,8 @@ def sae_train(
     \b
     Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
     """
-    from cytosae.config import make_config
-    from cytosae.train import train
+    from cytosae.sae import make_config
+    from cytosae.training.train import train
     from stores import find_header, read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -845,7 +842,8 @@ def sae_eval(
     \b
     Example: cyto sae eval cells.sae cells.acts.zarr --json
     """
-    from cytosae.evaluate import DEAD_WINDOW, evaluate
+    from cytosae.training import DEAD_WINDOW
+    from cytosae.training.evaluate import evaluate
     from stores import read_image_ids
 
     if sampling["weights"] and not images:
@@ -876,7 +874,7 @@ def _backbone_sample(
 ) -> "BackboneSample":
     """What stage two cannot make: images of STORE at its block, read when they are asked for, and the way on."""
     from cytocache.sample import draw_sample, load_backbone_of, read_sample
-    from cytosae.evaluate import BackboneSample
+    from cytosae.training import BackboneSample
     from stores import ActivationStore
 
     cache = ActivationStore(store)
@@ -963,7 +961,7 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     \b
     Example: cyto sae import final_sparse_autoencoder_dinov2_vitb14_-2_resid_49152.pt -o released.sae
     """
-    from cytosae.interop import import_sae
+    from cytosae.sae import import_sae
 
     header, was_complete = import_sae(file, run, overwrite=overwrite)
     _say_done(run, was_complete)
@@ -995,7 +993,7 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
     \b
     Example: cyto sae export cells.sae --format saelens -o cells.saelens
     """
-    from cytosae.interop import export_sae
+    from cytosae.sae import export_sae
 
     _say_done(out, export_sae(run, out, format=layout))
     n_bytes = _size(out) if out.is_dir() else out.stat().st_size
@@ -1044,7 +1042,7 @@ def sae_encode(
     \b
     Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr
     """
-    from cytosae.encode import encode
+    from cytosae.latents.encode import encode
     from stores.shards import Shard
 
     shard = Shard.parse(shard_text)
@@ -1098,7 +1096,7 @@ def latents_info(store: Path, as_json: bool) -> None:
     Example: cyto latents info cells.latents.zarr
     """
     from stores import LATENTS, LatentStore, read_header, read_runs
-    from stores.latent_parts import missing_images
+    from stores.latent_shards import missing_images
     from stores.latent_store import read_latent_spec
 
     header = read_header(store, LATENTS, complete=False)
@@ -1164,7 +1162,7 @@ def latents_merge(store: Path) -> None:
     Example: cyto latents merge cells.latents.zarr
     """
     from stores.errors import StoreNotFound
-    from stores.latent_parts import complete_latents
+    from stores.latent_shards import complete_latents
 
     with _progress("join", "image") as progress:
         header = complete_latents(store, progress=progress)
@@ -1450,7 +1448,7 @@ def concept_thresholds(
     \b
     Example: cyto concept thresholds narrow.concepts wide.concepts -o widths
     """
-    from cytosae.concept_thresholds import LOG10_THRESHOLDS, compare_thresholds
+    from cytosae.concepts import LOG10_THRESHOLDS, compare_thresholds
 
     found, was_complete = compare_thresholds(concepts, out, dataset=dataset, overwrite=overwrite)
     _say_done(out, was_complete)
@@ -1638,7 +1636,7 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     \b
     Example: cyto concept stability seed0.sae seed1.sae seed2.sae -o cells.stability
     """
-    from cytosae.stability import write_stability
+    from cytosae.relations import write_stability
 
     with _progress("match", "block") as progress:
         done = write_stability(runs, out, progress=progress, **settings)
@@ -1712,8 +1710,7 @@ def concept_neighbours(
     \b
     Example: cyto concept neighbours cells.sae --latents cells.latents.zarr --latent 17
     """
-    from cytosae.coactivation import Coactivation
-    from cytosae.neighbours import find_neighbours, write_neighbours
+    from cytosae.relations import Coactivation, find_neighbours, write_neighbours
 
     config = Coactivation(**settings)
     if out is None:
@@ -1794,7 +1791,7 @@ def concept_patient(
     \b
     Example: cyto concept patient cells.barcodes P07 -o P07.concepts
     """
-    from cytosae.patient_concepts import PatientSettings, write_patient_concepts
+    from cytosae.relations import PatientSettings, write_patient_concepts
 
     if (patient is None) != is_all:
         raise click.UsageError("name one PATIENT, or give --all")
@@ -1883,7 +1880,7 @@ def concept_select(concepts: Path, dataset: str | None, overwrite: bool, as_json
     \b
     Example: cyto concept select cells.concepts --seed 0
     """
-    from cytosae.selection import FILE, SelectionConfig, select_latents
+    from cytosae.concepts import FILE, SelectionConfig, select_latents
     from stores import ConceptStore
 
     store = ConceptStore(concepts)
@@ -1946,9 +1943,8 @@ def concept_sheet(
     \b
     Example: cyto concept sheet cells.concepts cells.latents.zarr -o cells.sheets --latent 17 --latent 210
     """
-    from cytosae.map_figures import Style
-    from cytosae.selection import read_selection
-    from cytosae.sheets import write_sheets
+    from cytosae.concepts import read_selection
+    from cytosae.maps import Style, write_sheets
     from stores import ConceptStore
 
     store = ConceptStore(concepts)
@@ -2030,9 +2026,7 @@ def concept_map(
     \b
     Example: cyto concept map cells.latents.zarr -o map --image cells/a.png --patch 57 --concepts cells.concepts
     """
-    from cytosae.map_figures import Style
-    from cytosae.maps import write_maps
-    from cytosae.patch_maps import PatchQuery
+    from cytosae.maps import PatchQuery, Style, write_maps
     from stores import ConceptStore
 
     if (patch is None) == (not latents):
@@ -2122,8 +2116,7 @@ def concept_masks(
     Example: cyto concept masks cells.latents.zarr nuclei/ -o cells.nuclei
     """
     from cytocache.masks import find_masks, read_all_shares
-    from cytosae.masks import write_mask_agreement
-    from cytosae.patch_maps import patch_side
+    from cytosae.maps import patch_side, write_mask_agreement
     from stores import LatentStore
 
     store = LatentStore(latents)
@@ -2190,7 +2183,7 @@ def _print_masks(out: Path, done: "MaskResult", left_out: dict[str, list[str]], 
 def _sources(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> "Sources":
     """Latent stores, and a function per store that gives the pixels of its images."""
     from cytocache.pictures import Pictures
-    from cytosae.reference_images import Sources
+    from cytosae.maps import Sources
     from stores import LatentStore
 
     if roots and len(roots) != len(stores):
@@ -2222,10 +2215,9 @@ def _new_subject(
     """An image file that is in no store, encoded as the images of the first store were."""
     from cytocache.pictures import to_pixels
     from cytocache.sample import load_backbone_as, read_new_image
-    from cytosae.checkpoint import load_sae
-    from cytosae.encode import encode_image
-    from cytosae.maps import Subject
-    from cytosae.patch_maps import token_matrix
+    from cytosae.latents import encode_image
+    from cytosae.maps import Subject, token_matrix
+    from cytosae.sae import load_sae
     from stores import ActivationSpec
     from stores.spec import stated
 
@@ -2356,9 +2348,7 @@ def probe(
     \b
     Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
     """
-    from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, ProbeConfig, write_probe
-    from cytosae.probe_baselines import MilConfig
-    from cytosae.probe_units import UnitConfig
+    from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, MilConfig, ProbeConfig, UnitConfig, write_probe
 
     of_units = ("level", "target", "classes", "tau", "group_by", "min_images", "max_images")
     units = UnitConfig(**{name: settings.pop(name) for name in of_units})
@@ -2465,10 +2455,7 @@ def atlas_build(
     \b
     Example: cyto atlas build --barcodes cells.barcodes --concepts cells.concepts --latents cells.latents.zarr -o atlas
     """
-    from cytosae.atlas.build import estimate_atlas, write_atlas
-    from cytosae.atlas.config import AtlasConfig
-    from cytosae.atlas.inputs import open_inputs
-    from cytosae.atlas.pseudonyms import pseudonyms_file
+    from cytosae.atlas import AtlasConfig, estimate_atlas, open_inputs, pseudonyms_file, write_atlas
 
     config = AtlasConfig(**settings)
     sources = _sources(stores, roots, option="--images")
@@ -2512,7 +2499,7 @@ def atlas_serve(site: Path, reviews: Path | None, review_only: bool, show_labels
     \b
     Example: cyto atlas serve cells.atlas
     """
-    from cytosae.atlas.review_server import ServeConfig, open_server
+    from cytosae.atlas import ServeConfig, open_server
 
     config = ServeConfig(port=port, seed=seed, shows_labels=show_labels, is_review_only=review_only)
     folder = reviews or _reviews_of(site)
@@ -2538,8 +2525,7 @@ def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, ove
     \b
     Example: cyto atlas export cells.atlas -o reviews.csv
     """
-    from cytosae.atlas.questions import read_review
-    from cytosae.atlas.reviews import read_verdicts, verdict_table, write_verdicts
+    from cytosae.atlas import read_review, read_verdicts, verdict_table, write_verdicts
 
     review = read_review(site)
     table = verdict_table(read_verdicts(reviews or _reviews_of(site)), review, history=history)
@@ -2558,9 +2544,8 @@ def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
     \b
     Example: cyto atlas agreement cells.atlas
     """
+    from cytosae.atlas import read_review, read_verdicts
     from cytosae.atlas.agreement import agreement
-    from cytosae.atlas.questions import read_review
-    from cytosae.atlas.reviews import read_verdicts
 
     review = read_review(site)
     found = agreement(read_verdicts(reviews or _reviews_of(site)), review)
@@ -2585,7 +2570,7 @@ def _reviews_of(site: Path) -> Path:
 
 def _print_reviewed(found: dict[str, Any]) -> None:
     """What `cyto atlas agreement` found for one question."""
-    from cytosae.atlas.agreement import EXTREME
+    from cytosae.atlas import EXTREME
 
     click.echo(f"\n{_shown(found['title'])}: {_count(found['n_items'], 'concept')}")
     for reviewer, given in found["reviewers"].items():
@@ -2664,18 +2649,14 @@ def demo(out: Path, seed: int) -> None:
     from cytocache.demo_cells import write_demo_images
     from cytocache.extract import ExtractConfig, extract
     from cytocache.images import read_image
-    from cytosae.atlas.build import write_atlas
-    from cytosae.atlas.config import AtlasConfig
-    from cytosae.atlas.inputs import open_inputs
-    from cytosae.barcodes import BarcodeConfig, write_barcodes
+    from cytosae.atlas import AtlasConfig, open_inputs, write_atlas
+    from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
     from cytosae.compare import CompareConfig, compare
-    from cytosae.concepts import ConceptConfig, write_concepts
-    from cytosae.config import TrainConfig
-    from cytosae.encode import encode
-    from cytosae.map_figures import plot_reference_images
-    from cytosae.plot_patient_barcodes import characteristic_latents, plot_patient_barcodes
-    from cytosae.selection import SelectionConfig, select_latents
-    from cytosae.train import train
+    from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
+    from cytosae.latents.encode import encode
+    from cytosae.maps import plot_reference_images
+    from cytosae.sae import TrainConfig
+    from cytosae.training.train import train
     from stores import BarcodeStore, ConceptStore, LatentStore
 
     _claim_demo_folder(out, seed)

@@ -84,7 +84,7 @@ def main() -> None:
 
 def generate(root: Path, n_images: int, options: Any) -> dict[str, Any]:
     """Write the latent store, unless it is there; several processes draw, this one rounds, compresses and writes."""
-    from cytosae.encode import round_mantissa  # imports torch: only here, never in a worker
+    from cytosae.latents import round_mantissa  # imports torch: only here, never in a worker
     from stores.latent_store import LatentSpec, LatentWriter
     from stores.spec import find_header
     from stores.tables import table_sha256, with_outcome

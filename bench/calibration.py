@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from common import arguments, emit
 
-from cytosae.intervals import intervals
-from cytosae.patient_values import DRAWS, choose_number
-from cytosae.permutation import combine_draws, permutation_test
+from cytosae.compare import DRAWS, choose_number, combine_draws, permutation_test
+from cytosae.compare.intervals import intervals
 
 GROUPS = ((16, 20, 60, 400), (60, 20, 16, 400), (20, 50, 20, 200), (30, 100, 30, 100), (8, 100, 40, 100))
 FREQUENCIES = (0.3, 0.02, 0.002)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from common import N_LATENTS, alternate, arguments, emit, latent_frequency
 
-from cytosae.permutation import permutation_test
+from cytosae.compare import permutation_test
 
 Floats = npt.NDArray[np.float32]
 

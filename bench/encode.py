@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cytosae.encode
 import numpy as np
 import torch
 from common import (
@@ -37,10 +38,8 @@ from common import (
 )
 from sae_step import make_model, numbers
 
-import cytosae.encode
-from cytosae.checkpoint import save_sae
-from cytosae.encode import encode
-from cytosae.model import SparseAutoencoder
+from cytosae.latents.encode import encode
+from cytosae.sae import SparseAutoencoder, save_sae
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows, CsrWriter, index_dtype
 from stores.latent_store import LatentStore
@@ -84,7 +83,7 @@ def main() -> None:
         setups: list[Spent] = []
 
         def ours() -> Spent:
-            with setup_timed(cytosae.encode, "load_sae") as spent:
+            with setup_timed(cytosae.latents.encode, "load_sae") as spent:
                 encode(cache, run, latents, **more)
             setups.append(spent[0])
             return spent[0]

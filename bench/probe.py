@@ -20,8 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from cytosae.cross_validation import Plan, divide, run_fold
-from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, along_thresholds
+from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, Plan, along_thresholds, divide, run_fold
 
 N_FOLDS, N_PATIENTS = 5, 100  # patients of the images
 

@@ -13,8 +13,7 @@ import numpy.typing as npt
 from common import arguments, emit
 from sklearn.linear_model import LogisticRegression
 
-from cytosae.folds import assign_folds
-from cytosae.probe_intervals import draw_groups, interval, scores_of_draws
+from cytosae.probe import assign_folds, draw_groups, interval, scores_of_draws
 
 Floats = npt.NDArray[np.float64]
 COHORTS = (  # groups, classes, shift, rows of a group, folds

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import cytosae.active_latents
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import scipy.sparse
 from common import TOKENS_PER_IMAGE, WIDTH, add_folder, arguments, chunk_sizes, emit, now, say, scratch, write_cache
 
-import cytosae.active_latents
-from cytosae.config import TrainConfig
-from cytosae.train import train
+from cytosae.sae import TrainConfig
+from cytosae.training.train import train
 from stores.token_stream import TokenStream
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         dense: list[dict[str, Any]] = []
         for number in range(options.rounds):
             ours.append(_run(cache, folder / f"ours{number}", config))
-            with mock.patch.object(cytosae.active_latents, "SPARSE_BELOW", 0.0):
+            with mock.patch.object(cytosae.training.latent_matrix, "SPARSE_BELOW", 0.0):
                 dense.append(_run(cache, folder / f"dense{number}", config))
     fast, slow = (min(runs, key=lambda run: run["seconds"]) for runs in (ours, dense))
     emit(

@@ -22,8 +22,8 @@ import torch
 from common import N_LATENTS, WIDTH, alternate, arguments, emit, latent_frequency, now, say, token_share
 from scipy.special import ndtri
 
-from cytosae.losses import BatchLosses, loss_and_gradients
-from cytosae.model import SparseAutoencoder
+from cytosae.sae import SparseAutoencoder
+from cytosae.training import BatchLosses, loss_and_gradients
 
 L1 = 8e-5
 EPS = 1e-6

@@ -37,11 +37,9 @@ from common import (
 from sae_run import tokens_of_few_atoms
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
-from cytosae.config import TrainConfig
-from cytosae.device_batches import on_device
-from cytosae.losses import loss_weight
-from cytosae.reconstruction import compare_in_one_pass, compare_plainly
-from cytosae.train import train
+from cytosae.sae import TrainConfig
+from cytosae.training import compare_in_one_pass, compare_plainly, loss_weight, on_device
+from cytosae.training.train import train
 
 TARGET, TARGET_RATE = 2, 1e6
 RUN_TOKENS = 257_000_000  # the paper's
@@ -158,7 +156,7 @@ def tune(candidates: Mapping[str, Callable[[], Any]], n_tokens: int, sync: Calla
 
 def fused_step(case: Case, optimizer: torch.optim.Adam, gradients: Callable[[], Any]) -> None:
     """A step as the product does it on a GPU."""
-    from cytosae import gpu_kernels
+    from cytosae.training import kernels_gpu as gpu_kernels
 
     gradients()
     gpu_kernels.step(case.model, optimizer, normalise=True)
@@ -182,7 +180,7 @@ def our_case_step(case: Case, *, optimizer: torch.optim.Adam, micro_batch: int) 
 
 def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -> dict[str, float]:
     """Milliseconds of each part of one micro-batch alone, launches and what it waits for included."""
-    from cytosae import gpu_kernels
+    from cytosae.training import kernels_gpu as gpu_kernels
 
     model, half = case.model, torch.bfloat16
     x = case.tokens[:micro_batch].float()

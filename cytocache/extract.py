@@ -25,9 +25,9 @@ from stores.activation_writer import (
     reopen,
     writer_lock,
 )
+from stores.destination import plan_output
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
-from stores.output import plan_output
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard

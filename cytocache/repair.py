@@ -13,8 +13,8 @@ from typing import Any
 
 from stores.activation_store import ActivationSpec, read_spec, records_of
 from stores.activation_writer import written_records
+from stores.destination import claimed
 from stores.errors import BadInput, SpecMismatch
-from stores.output import claimed
 from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER

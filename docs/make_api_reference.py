@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_ALSO = (("cytosae.model", "SparseAutoencoder"),)  # worth calling, though no command does so directly
+_ALSO = (("cytosae.sae.model", "SparseAutoencoder"),)  # worth calling, though no command does so directly
 _HEAD = """# Python API
 
 Made by `make docs` from the source; a test checks that it is fresh. Here is what the [commands](cli.md) call, and what

@@ -22,10 +22,10 @@ from cytocache.extract import ExtractConfig, extract
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, write_concepts
-from cytosae.config import TrainConfig
-from cytosae.encode import encode
+from cytosae.latents.encode import encode
 from cytosae.probe import ProbeConfig, write_probe
-from cytosae.train import train
+from cytosae.sae import TrainConfig
+from cytosae.training.train import train
 from stores import ActivationStore, ConceptStore, LatentStore
 
 here = Path("cyto-notebook")

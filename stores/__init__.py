@@ -9,6 +9,7 @@ from .activation_writer import ActivationWriter
 from .barcode_store import BarcodeStore
 from .concept_store import ConceptStore
 from .csr import CsrReader, CsrRows, CsrWriter
+from .destination import Output, plan_output
 from .errors import (
     BadInput,
     ClusterLost,
@@ -21,8 +22,7 @@ from .errors import (
 )
 from .holdout import Chosen, chosen_images, read_image_ids
 from .latent_store import LatentSpec, LatentStore, LatentWriter
-from .output import Output, plan_output
-from .results import ResultStore, ResultWriter, begin_results
+from .result_folder import ResultStore, ResultWriter, begin_results
 from .runlog import append_run, read_runs
 from .spec import (
     ACTIVATIONS,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from .errors import BadInput, DamagedStore
-from .results import ResultStore
+from .result_folder import ResultStore
 from .spec import CONCEPTS, check_latent
 
 MEANINGFUL = 1e-3  # mean activation from which on the paper looks at a latent; one that equals it counts

@@ -277,7 +277,7 @@ def gather(pieces: list[Tokens], places: npt.NDArray[np.integer[Any]], width: in
 
     Raises DamagedStore if one is not finite, and what reading them raises.
     """
-    from .gather import gather_rows  # compiling takes a moment, once per machine
+    from .gather_kernel import gather_rows  # compiling takes a moment, once per machine
 
     out = np.empty((len(places), width), np.float16)
     first = 0

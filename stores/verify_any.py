@@ -8,7 +8,7 @@ from .barcode_store import BarcodeStore
 from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound
 from .files import sha256_file
 from .progress import Progress
-from .results import LISTED, ResultStore
+from .result_folder import LISTED, ResultStore
 from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object
 from .verify import verify_activations, verify_barcodes, verify_latents
 

@@ -18,8 +18,7 @@ from cli import cli
 from cytocache.demo_cells import draw_cell
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, write_concepts
-from cytosae.selection import SelectionConfig, select_latents
+from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
 from stores import ConceptStore, begin_results
 from stores.spec import NEIGHBOURS
 

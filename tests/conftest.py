@@ -13,9 +13,9 @@ from PIL import Image
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
 from cytocache.extract import ExtractConfig, extract
-from cytosae.config import TrainConfig
-from cytosae.encode import encode
-from cytosae.train import train
+from cytosae.latents.encode import encode
+from cytosae.sae import TrainConfig
+from cytosae.training.train import train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")

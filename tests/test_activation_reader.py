@@ -29,8 +29,8 @@ from object_server import ObjectServer, serving
 from test_batches import write_cache
 
 from cli import cli
-from cytosae.encode import encode
-from cytosae.train import train
+from cytosae.latents.encode import encode
+from cytosae.training.train import train
 from stores import (
     ActivationStore,
     BadInput,

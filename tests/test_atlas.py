@@ -28,9 +28,9 @@ from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_pla
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import Site, script_data
-from cytosae.patient_concepts import as_z, standing
-from cytosae.reference_images import Sources
-from cytosae.selection import read_selection
+from cytosae.concepts import read_selection
+from cytosae.maps import Sources
+from cytosae.relations import as_z, standing
 from stores import ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file

@@ -28,13 +28,13 @@ from hypothesis import strategies as st
 from zarr.codecs import GzipCodec
 
 from cli import cli
-from cytosae import barcode_tasks
-from cytosae import barcodes as barcodes_module
-from cytosae import blocks as blocks_module
 from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
-from cytosae.blocks import plan_blocks
-from cytosae.counting import ImageCounter
-from cytosae.groups import group_images
+from cytosae.barcodes import build as barcodes_module
+from cytosae.barcodes import partitions as blocks_module
+from cytosae.barcodes import tasks as barcode_tasks
+from cytosae.barcodes.count_kernels import ImageCounter
+from cytosae.barcodes.partitions import plan_blocks
+from cytosae.barcodes.patients import group_images
 from stores import (
     BadInput,
     BarcodeStore,
@@ -44,9 +44,9 @@ from stores import (
     LatentStore,
     LatentWriter,
     SpecMismatch,
-    csr_blocks,
     read_runs,
 )
+from stores import csr_bulk as csr_blocks
 from stores.tables import image_table, table_sha256, with_outcome
 from stores.verify import verify_barcodes
 from stores.verify_any import verify

@@ -25,7 +25,7 @@ from stores import (
     TokenStream,
     open_caches,
 )
-from stores.gather import gather_rows
+from stores.gather_kernel import gather_rows
 from stores.tables import image_table, table_sha256
 
 Tag = tuple[int, ...]  # (cache, image, token)
@@ -289,7 +289,7 @@ def test_a_rank_gathers_its_own_rows_only(cache: ActivationStore, monkeypatch: p
         gathered.append(len(order))
         return gather_rows(images, order, tokens_per_image, out, places)
 
-    monkeypatch.setattr("stores.gather.gather_rows", counting)
+    monkeypatch.setattr("stores.gather_kernel.gather_rows", counting)
     batches = TokenStream([cache], pool_chunks=2, threads=1).batches(30, part=(1, 4))
     assert len(next(batches)) == 8
     batches.close()  # type: ignore[attr-defined]

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from stores.destination import claimed, plan_output
 from stores.errors import SpecMismatch
 from stores.files import locked
-from stores.output import claimed, plan_output
-from stores.results import begin_results
+from stores.result_folder import begin_results
 from stores.spec import COMPARISON, write_header
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stores.output import plan_output
-from stores.results import begin_results
+from stores.destination import plan_output
+from stores.result_folder import begin_results
 from stores.spec import COMPARISON
 writer = begin_results(Path(sys.argv[1]), COMPARISON, {"a": "1"}, overwrite="--overwrite" in sys.argv)
 print("held", flush=True)

@@ -144,16 +144,17 @@ def test_choices_are_those_of_the_library() -> None:
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
     from cytosae.atlas.config import PAGES
-    from cytosae.barcodes import NORMALIZATIONS
-    from cytosae.concepts import LABEL_COLUMNS
-    from cytosae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, PRESETS, SCHEDULES
-    from cytosae.config import PRECISIONS as TRAINING_PRECISIONS
-    from cytosae.encode import PRECISIONS as PRODUCT_PRECISIONS
-    from cytosae.folds import NULLS
-    from cytosae.interop import LAYOUTS
-    from cytosae.loggers import LOGGERS
-    from cytosae.probe import REGULARIZATIONS
-    from cytosae.probe_units import LEVELS
+    from cytosae.barcodes.build import NORMALIZATIONS
+    from cytosae.concepts.statistics import LABEL_COLUMNS
+    from cytosae.latents.encode import PRECISIONS as PRODUCT_PRECISIONS
+    from cytosae.probe.folds import NULLS
+    from cytosae.probe.run import REGULARIZATIONS
+    from cytosae.probe.units import LEVELS
+    from cytosae.sae import PRESETS
+    from cytosae.sae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, SCHEDULES
+    from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
+    from cytosae.sae.interop import LAYOUTS
+    from cytosae.training.metric_loggers import LOGGERS
     from stores.token_sets import TOKEN_SETS
 
     offered = {

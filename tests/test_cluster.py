@@ -28,10 +28,10 @@ from distributed import Client
 from object_server import ObjectServer, serving
 from test_barcodes import Row, contents, local_client, random_latents, write_latents
 
-from cytosae import workers
 from cytosae.barcodes import BarcodeConfig, write_barcodes
+from cytosae.cluster import workers
 from stores import BadInput, BarcodeStore, DamagedStore, IncompleteStore, LatentSpec, LatentStore, LatentWriter, csr
-from stores.csr_blocks import EntryReader
+from stores.csr_bulk import EntryReader
 from stores.errors import SpecMismatch, StoreNotFound, StoreUnreachable
 from stores.latent_store import remote_rows
 from stores.tables import image_table, table_sha256, with_outcome
@@ -43,7 +43,7 @@ SMALL_BLOCKS = 57_344  # bytes of a worker's memory: a block is then about 20 of
 # a worker counts three blocks, then waits while the file "hold" is there, and leaves a file to say so
 HOLD = """
 import os, pathlib, time
-import cytosae.barcode_tasks as tasks
+import cytosae.barcodes.tasks as tasks
 place = pathlib.Path(os.environ["HOLD_FOLDER"])
 inner, seen = tasks.EntryReader, []
 def reader(path, **rest):
@@ -358,7 +358,7 @@ def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_p
 @pytest.mark.slow
 def test_a_worker_that_sees_other_files_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
     """As on a node without the shared disk: here a worker for which a folder's name means another."""
-    elsewhere = "import pathlib, cytosae.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
+    elsewhere = "import pathlib, cytosae.cluster.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
     dask.scheduler()
     for words, hidden in {
         r"does not see \S+zarr.json: latents and output must lie where all workers": store,

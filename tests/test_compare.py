@@ -18,7 +18,8 @@ from PIL import Image
 from scipy import stats
 from test_cli import fails, run
 
-from cytosae.compare import CompareConfig, Comparison, bootstrap_stability, compare, correlate
+from cytosae.compare import CompareConfig, Comparison, compare
+from cytosae.compare.differential import bootstrap_stability, correlate
 from stores import COMPARISON, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 

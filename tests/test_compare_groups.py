@@ -9,9 +9,9 @@ import pytest
 from barcode_maker import write_image_barcodes
 from scipy import stats
 
-from cytosae.compare import CompareConfig, Comparison, compare
-from cytosae.intervals import intervals
-from cytosae.patient_values import choose_number, plan_images, read_values
+from cytosae.compare import CompareConfig, Comparison, choose_number, compare
+from cytosae.compare.intervals import intervals
+from cytosae.compare.patient_values import plan_images, read_values
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
 

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from test_barcodes import local_client, write_latents
 
 from cli import cli
-from cytosae import concepts as concepts_module
-from cytosae.concept_figures import Panel, latents_above, plot_scatter, plot_thresholds
-from cytosae.concept_labels import label_agreement, label_divergence, label_tests, top_label
-from cytosae.concept_tasks import TopImages
-from cytosae.concepts import ConceptConfig, label_entropy, shuffled_entropy, write_concepts
+from cytosae.concepts import ConceptConfig, write_concepts
+from cytosae.concepts import statistics as concepts_module
+from cytosae.concepts.figures import Panel, latents_above, plot_scatter, plot_thresholds
+from cytosae.concepts.label_entropy import label_agreement, label_divergence, label_tests, top_label
+from cytosae.concepts.statistics import label_entropy, shuffled_entropy
+from cytosae.concepts.tasks import TopImages
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch, find_header
 from stores.concept_store import MEANINGFUL
 from stores.files import readable_json, sha256_file, write_json

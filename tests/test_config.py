@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cytosae.config import TrainConfig, make_config
+from cytosae.sae import TrainConfig, make_config
 from stores import BadInput
 
 

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Blosc, Zstd
 
-from stores import csr, csr_blocks
+from stores import csr
+from stores import csr_bulk as csr_blocks
 from stores.csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
 from stores.errors import DamagedStore
 

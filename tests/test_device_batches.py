@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cytosae import device_batches
-from cytosae.device_batches import on_device, one_ahead
+from cytosae.training import device_prefetch as device_batches
+from cytosae.training import on_device
+from cytosae.training.device_prefetch import one_ahead
 
 Float16 = npt.NDArray[np.float16]
 

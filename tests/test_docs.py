@@ -21,7 +21,7 @@ from barcode_maker import write_patient_barcodes
 
 from cli import cli
 from cytocache.demo_cells import write_demo_images
-from cytosae.config import TrainConfig
+from cytosae.sae import TrainConfig
 from stores.errors import CytoError
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +124,7 @@ def test_probe_page(tmp_path: Path) -> None:
     """Its block runs, on made-up barcodes, and its table names every rule."""
     from test_probe import cohort, write_folder
 
-    from cytosae.probe import REGULARIZATIONS
+    from cytosae.probe.run import REGULARIZATIONS
 
     write_folder(tmp_path / "cells.barcodes", *cohort())
     page = (ROOT / "docs" / "probe.md").read_text()

@@ -9,11 +9,11 @@ import pytest
 
 from cytocache.datasets import list_files, open_images
 from cytocache.index import index_images
-from cytosae.atlas.reviews import read_verdicts
+from cytosae.atlas import read_verdicts
 from stores import BarcodeStore, LatentStore, plan_output
 from stores.errors import BadInput
 from stores.files import is_dropping, sync_tree, write_json
-from stores.results import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON, new_header, write_header
 from stores.verify import verify_activations, verify_latents
 

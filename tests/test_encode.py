@@ -26,14 +26,13 @@ from test_batches import write_cache
 from test_variants import K, make_model
 
 from cli import cli
-from cytosae import compact
-from cytosae.checkpoint import load_sae, load_tensors, save_sae, save_tensors
-from cytosae.compact import Compactor, Rounding, SparseRows, round_mantissa
-from cytosae.compact import _on_device as on_device
-from cytosae.config import ACTIVATIONS
-from cytosae.encode import encode
-from cytosae.evaluate import evaluate
-from cytosae.model import SparseAutoencoder
+from cytosae.latents import sparsify as compact
+from cytosae.latents.encode import encode
+from cytosae.latents.sparsify import Compactor, Rounding, SparseRows, round_mantissa
+from cytosae.latents.sparsify import _on_device as on_device
+from cytosae.sae import SparseAutoencoder, load_sae, load_tensors, save_sae, save_tensors
+from cytosae.sae.config import ACTIVATIONS
+from cytosae.training.evaluate import evaluate
 from stores import (
     LATENTS,
     SAE,

@@ -32,21 +32,11 @@ from cytocache.extract import ExtractConfig, extract
 from cytocache.images import read_image
 from cytocache.preprocess import Preprocess
 from cytocache.sample import draw_sample, load_backbone_of, read_sample
-from cytosae import evaluate as module
-from cytosae.checkpoint import load_sae, save_sae
-from cytosae.config import TrainConfig
-from cytosae.evaluate import (
-    DEAD_WINDOW,
-    PERCENTILES,
-    BackboneSample,
-    Evaluation,
-    Substitution,
-    decoder_coherence,
-    evaluate,
-)
-from cytosae.losses import loss_and_gradients
-from cytosae.model import SparseAutoencoder
-from cytosae.train import train
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
+from cytosae.training import DEAD_WINDOW, BackboneSample, Evaluation, loss_and_gradients
+from cytosae.training import evaluate as module
+from cytosae.training.evaluate import PERCENTILES, Substitution, decoder_coherence, evaluate
+from cytosae.training.train import train
 from stores import SAE, ActivationStore, BadInput, DamagedStore, SpecMismatch, new_header, write_header
 from stores.activation_store import chunk_path
 from stores.content_hashes import find_trained_on, write_trained_on

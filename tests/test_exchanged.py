@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cytosae.barcode_tasks import Block, count_block
+from cytosae.barcodes.tasks import Block, count_block
 from stores.errors import StoreReplaced
 from stores.latent_store import LatentStore
-from stores.results import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON, PROBE, require_unchanged
 
 GOLDEN = Path(__file__).parent / "golden"

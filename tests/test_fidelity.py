@@ -18,7 +18,7 @@ from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
 from cytocache.fidelity import Fidelity, measure_fidelity
 from cytocache.images import read_image
-from cytosae.checkpoint import load_sae
+from cytosae.sae import load_sae
 from stores.activation_store import ActivationStore, chunk_path
 from stores.errors import BadInput, CytoError, IncompleteStore, SpecMismatch
 

@@ -8,7 +8,7 @@ from anndata import AnnData
 from PIL import Image
 from scipy.sparse import csr_matrix
 
-from cytosae.plot_patient_barcodes import characteristic_latents, plot_patient_barcodes
+from cytosae.barcodes import characteristic_latents, plot_patient_barcodes
 
 
 def test_characteristic_latents_finds_the_planted_one() -> None:

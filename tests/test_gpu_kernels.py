@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cytosae.config import ACTIVATIONS
+from cytosae.sae.config import ACTIVATIONS
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -23,9 +23,13 @@ import test_variants  # noqa: E402
 from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
-from cytosae import active_latents, gpu_kernels, losses, reconstruction, sparse_kernels  # noqa: E402
-from cytosae.model import SparseAutoencoder  # noqa: E402
-from cytosae.train import _remove_parallel_part  # noqa: E402
+from cytosae.sae import SparseAutoencoder  # noqa: E402
+from cytosae.training import kernels_cpu as sparse_kernels
+from cytosae.training import kernels_gpu as gpu_kernels
+from cytosae.training import latent_matrix as active_latents  # noqa: E402
+from cytosae.training import losses
+from cytosae.training import residuals as reconstruction
+from cytosae.training.train import _remove_parallel_part  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 EQUAL = 1e-5  # max|difference| / max|reference|, per tensor

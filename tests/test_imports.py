@@ -76,17 +76,23 @@ def test_torch_stays_where_it_is_needed(package: str) -> None:
     [
         ("cli", {"torch", "zarr", "dask", "numpy", "pyarrow"}),
         ("cytosae.barcodes", {"torch", "timm", "cytocache"}),
-        ("cytosae.concepts, cytosae.concept_thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
-        ("cytosae.plot_patient_barcodes, cytosae.plot_sweep", {"torch", "cytocache"}),
+        ("cytosae.concepts, cytosae.concepts.thresholds", {"torch", "timm", "cytocache", "matplotlib"}),
+        ("cytosae.barcodes.figures, cytosae.sweep.figures", {"torch", "cytocache"}),
         ("cytosae.compare", {"torch", "cytocache", "dask", "matplotlib"}),
-        ("cytosae.stability, cytosae.neighbours, cytosae.patient_concepts", {"torch", "timm", "cytocache", "anndata"}),
-        ("cytosae.maps, cytosae.sheets, cytosae.masks, cytosae.selection", {"torch", "cytocache", "dask", "sklearn"}),
+        (
+            "cytosae.relations.stability, cytosae.relations.neighbours, cytosae.relations.patient_concepts",
+            {"torch", "timm", "cytocache", "anndata"},
+        ),
+        (
+            "cytosae.maps, cytosae.maps.reference_sheets, cytosae.maps.mask_agreement, cytosae.concepts.selection",
+            {"torch", "cytocache", "dask", "sklearn"},
+        ),
         ("cytosae.probe", {"torch", "cytocache", "dask"}),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
         ("cytosae.atlas.review_server, cytosae.atlas.agreement", {"torch", "cytocache", "dask", "matplotlib"}),
         ("stores", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
         ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "stores", "dask", "click"}),
-        ("cytosae.train", {"timm", "torchvision", "cytocache", "dask"}),
+        ("cytosae.training.train", {"timm", "torchvision", "cytocache", "dask"}),
     ],
 )
 def test_import_brings_in_no_more(module: str, absent: set[str]) -> None:
@@ -99,7 +105,9 @@ def test_import_brings_in_no_more(module: str, absent: set[str]) -> None:
 
 def test_a_missing_triton_is_told_as_such() -> None:
     """In one line that says what to do, where the kernels of the GPU are imported and nowhere else."""
-    code = "import sys; sys.modules['triton'] = None; import cytosae.train; import cytosae.gpu_kernels"
+    code = (
+        "import sys; sys.modules['triton'] = None; import cytosae.training.train; import cytosae.training.kernels_gpu"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines()[-1].startswith(
         "stores.errors.BadInput: training on a GPU needs triton, which comes with torch's CUDA builds; none is"

@@ -25,12 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cli import cli
-from cytosae import interop
-from cytosae.checkpoint import load_sae, save_sae
-from cytosae.encode import encode
-from cytosae.interop import export_sae, import_sae, read_foreign
-from cytosae.model import SparseAutoencoder
-from cytosae.plain_pickle import read_pickle
+from cytosae.latents.encode import encode
+from cytosae.sae import SparseAutoencoder, export_sae, import_sae, interop, load_sae, save_sae
+from cytosae.sae.interop import read_foreign
+from cytosae.sae.safe_unpickle import read_pickle
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput, IncompleteStore, SpecMismatch
 from stores.latent_store import LatentStore

@@ -19,12 +19,12 @@ from test_shards import KILLED, die_at, exit_code, forked
 from test_store_suite import N_IMAGES, N_TOKENS, contents, latent_rows, latent_spec, outcome
 
 from cli import cli
-from cytosae.encode import encode
+from cytosae.latents.encode import encode
 from stores import csr
 from stores.activation_writer import writer_lock
 from stores.errors import BadInput, DamagedStore, IncompleteStore
 from stores.files import locked
-from stores.latent_parts import complete_latents, copy_part, missing_images, next_part, open_writer, remove_part
+from stores.latent_shards import complete_latents, copy_part, missing_images, next_part, open_writer, remove_part
 from stores.latent_store import LatentStore, LatentWriter, shard_images
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER, Shard
@@ -80,7 +80,7 @@ def write(root: Path, shard: Shard, n_commits: int | None = None) -> bool:
 
 
 def complete_latents_left_overs(root: Path) -> None:
-    from stores.latent_parts import remove_left_overs
+    from stores.latent_shards import remove_left_overs
 
     remove_left_overs(root)
 

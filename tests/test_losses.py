@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Array, Bool, Params, Reference, explained_variance, sae_forward, sae_loss_and_gradients
 
-from cytosae import sparse_kernels
-from cytosae.losses import BatchLosses, loss_and_gradients
-from cytosae.model import SparseAutoencoder
+from cytosae.sae import SparseAutoencoder
+from cytosae.training import BatchLosses, loss_and_gradients
+from cytosae.training import kernels_cpu as sparse_kernels
 
 OBJECTIVES: dict[str, dict[str, Any]] = {  # the twin's name -> our two settings
     "default": {"loss": "normed", "ghost_scale": "scalar"},

@@ -22,8 +22,8 @@ from zarr.core.group import GroupMetadata
 
 import cyto_machine
 from cyto_machine import cgroup_quota, n_cores
-from cytosae.checkpoint import save_tensors
 from cytosae.cluster import open_client
+from cytosae.sae import save_tensors
 from stores.errors import BadInput
 
 ROOT = Path(__file__).parents[1]

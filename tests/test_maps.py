@@ -13,12 +13,12 @@ from PIL import Image
 
 from cli import cli
 from cytocache.pictures import Pictures, to_pixels
-from cytosae.checkpoint import load_sae
-from cytosae.encode import encode_image
-from cytosae.map_figures import RELEASED_DARK, released_rendering
-from cytosae.patch_maps import PatchQuery, latents_of_patch, patch_map, patch_side, read_tokens, stretched
-from cytosae.reference_images import Sources
-from cytosae.selection import SelectionConfig, select_latents
+from cytosae.concepts import SelectionConfig, select_latents
+from cytosae.latents import encode_image
+from cytosae.maps import PatchQuery, Sources, patch_map, patch_side, read_tokens
+from cytosae.maps.figures import RELEASED_DARK, released_rendering
+from cytosae.maps.patch_maps import latents_of_patch, stretched
+from cytosae.sae import load_sae
 from stores import MAPS, SHEETS, ConceptStore, LatentSpec, LatentStore, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.tables import column

@@ -16,20 +16,11 @@ from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
 from cytocache.extract import ExtractConfig, extract
 from cytocache.masks import MaskFiles, MaskShares, _shares, find_masks, read_all_shares
-from cytosae.config import TrainConfig
-from cytosae.encode import encode
-from cytosae.masks import (
-    RankedValues,
-    chance_agreement,
-    dealt,
-    halves,
-    mask_agreement,
-    rank,
-    read_ranked,
-    write_mask_agreement,
-)
-from cytosae.patch_maps import patch_map, read_tokens
-from cytosae.train import train
+from cytosae.latents.encode import encode
+from cytosae.maps import patch_map, read_tokens, write_mask_agreement
+from cytosae.maps.mask_agreement import RankedValues, chance_agreement, dealt, halves, mask_agreement, rank, read_ranked
+from cytosae.sae import TrainConfig
+from cytosae.training.train import train
 from stores import MASKS, LatentStore, ResultStore
 from stores.errors import BadInput
 from stores.tables import column
@@ -547,7 +538,7 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
 
 def test_too_many_values_are_refused_before_they_are_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = LatentStore(made / "latents.zarr")
-    monkeypatch.setattr("cytosae.masks.MAX_NONZEROS", 1000)
+    monkeypatch.setattr("cytosae.maps.mask_agreement.MAX_NONZEROS", 1000)
     monkeypatch.setattr(LatentStore, "read_images", None)
     with pytest.raises(BadInput, match=r"the 2 masked images hold [\d,]+ values, more than 1,000; take fewer masks"):
         read_ranked(latents, [0, 1], np.array([0, 1]))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Params
 
-from cytosae.model import SparseAutoencoder, geometric_median
+from cytosae.sae import SparseAutoencoder, geometric_median
 
 
 def _started(seed: int, width: int = 12, n_latents: int = 96) -> SparseAutoencoder:

@@ -14,9 +14,7 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 from test_stability import directions, write_sae
 
-from cytosae import coactivation
-from cytosae.coactivation import Coactivation
-from cytosae.neighbours import find_neighbours, write_neighbours
+from cytosae.relations import Coactivation, coactivation, find_neighbours, write_neighbours
 from stores import NEIGHBOURS, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_file

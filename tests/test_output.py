@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from stores.destination import Output, plan_output
 from stores.errors import DamagedStore, SpecMismatch
-from stores.output import Output, plan_output
 from stores.spec import BARCODES, SAE, Header, find_header, new_header, write_header
 
 

@@ -15,8 +15,9 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.patient_concepts import PatientConcepts, PatientSettings, compare_patient, write_patient_concepts
-from cytosae.relation_figures import plot_patient
+from cytosae.relations import PatientSettings, write_patient_concepts
+from cytosae.relations.figures import plot_patient
+from cytosae.relations.patient_concepts import PatientConcepts, compare_patient
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
 

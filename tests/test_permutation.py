@@ -9,8 +9,9 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from cytosae.freedman_lane import residual_permutation_test
-from cytosae.permutation import PermutationTest, combine_draws, permutation_test
+from cytosae.compare import combine_draws, permutation_test
+from cytosae.compare.freedman_lane import residual_permutation_test
+from cytosae.compare.permutation import PermutationTest
 from stores.errors import BadInput
 
 Floats = npt.NDArray[np.float64]
@@ -66,8 +67,8 @@ def test_more_than_one_block_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
     values, is_a = np.random.default_rng(2).exponential(1, (70, 300)), groups(32, 38)
     whole = run(values, is_a, 999)
-    monkeypatch.setattr(cytosae.permutation, "_SPLITS", 100)
-    monkeypatch.setattr(cytosae.permutation, "_COLUMNS", 64)
+    monkeypatch.setattr(cytosae.compare.permutation, "_SPLITS", 100)
+    monkeypatch.setattr(cytosae.compare.permutation, "_COLUMNS", 64)
     in_blocks = run(values, is_a, 999)
     assert np.array_equal(whole.p, in_blocks.p)
     assert np.array_equal(whole.p_max_t, in_blocks.p_max_t)

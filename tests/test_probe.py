@@ -36,20 +36,33 @@ from sklearn.metrics import (
 from threadpoolctl import threadpool_limits
 
 from cli import cli
-from cytosae import logistic_columns, probe, probe_units, threshold_grams
-from cytosae.cross_validation import Plan, Repeat, Thresholds, run_repeat
-from cytosae.folds import assign_folds, choose_null, connected_groups, shuffle_labels
-from cytosae.logistic import fit_rows
-from cytosae.logistic_columns import fit_columns, fit_gram
-from cytosae.mil import fit_predict
-from cytosae.probe import ProbeConfig, write_probe
-from cytosae.probe_baselines import MilConfig, read_image_tokens
-from cytosae.probe_intervals import calibration, calibration_error, draw_groups, interval, scores_of_draws
-from cytosae.probe_units import UnitConfig, read_units
-from cytosae.scores import class_scores, score
-from cytosae.scores import confusion_matrix as our_confusion
-from cytosae.threshold_columns import ThresholdColumns
-from cytosae.threshold_grams import ThresholdGrams
+from cytosae.probe import (
+    MilConfig,
+    Plan,
+    ProbeConfig,
+    UnitConfig,
+    assign_folds,
+    draw_groups,
+    interval,
+    logistic_columns,
+    scores_of_draws,
+    threshold_grams,
+    write_probe,
+)
+from cytosae.probe import run as probe
+from cytosae.probe import units as probe_units
+from cytosae.probe.attention_mil import fit_predict
+from cytosae.probe.baselines import read_image_tokens
+from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
+from cytosae.probe.folds import choose_null, connected_groups, shuffle_labels
+from cytosae.probe.intervals import calibration, calibration_error
+from cytosae.probe.logistic import fit_rows
+from cytosae.probe.logistic_columns import fit_columns, fit_gram
+from cytosae.probe.scores import class_scores, score
+from cytosae.probe.scores import confusion_matrix as our_confusion
+from cytosae.probe.threshold_columns import ThresholdColumns
+from cytosae.probe.threshold_grams import ThresholdGrams
+from cytosae.probe.units import read_units
 from stores import BARCODES, PROBE, SAE, BarcodeStore, ResultStore, new_header, write_header
 from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cytosae.drawing import new_figure, plain, save_both
+from cytosae.plotting import new_figure, plain, save_both
 from stores import COMPARISON, PROBE, ResultStore, begin_results
 from stores.errors import BadInput, IncompleteStore, StoreNotFound
-from stores.results import ResultWriter
+from stores.result_folder import ResultWriter
 
 TABLE = pa.table({"latent": [0, 1], "difference": [0.5, None]})
 

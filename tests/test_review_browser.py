@@ -10,7 +10,7 @@ from browser import axe, chromium
 from review_site import make_site
 from test_review_server import start
 
-from cytosae.atlas.reviews import read_verdicts
+from cytosae.atlas import read_verdicts
 
 pytestmark = pytest.mark.browser
 

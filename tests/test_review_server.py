@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 from review_site import make_site
 
-from cytosae.atlas.review_server import AtlasServer, ServeConfig, open_server
-from cytosae.atlas.reviews import journal, read_verdicts
+from cytosae.atlas import ServeConfig, open_server, read_verdicts
+from cytosae.atlas.review_server import AtlasServer
+from cytosae.atlas.reviews import journal
 from stores import BadInput
 
 ROOT = Path(__file__).parents[1]

@@ -22,6 +22,7 @@ from sklearn.metrics import cohen_kappa_score
 from test_cli import fails, run
 
 from cytocache.pictures import Pictures
+from cytosae.atlas import read_review, read_verdicts, verdict_table, write_verdicts
 from cytosae.atlas.agreement import (
     agreement,
     cohen_kappa,
@@ -32,19 +33,10 @@ from cytosae.atlas.agreement import (
     weighted_share,
     wilson,
 )
-from cytosae.atlas.questions import Item, Question, Review, read_review, sent
+from cytosae.atlas.questions import Item, Question, Review, sent
 from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
-from cytosae.atlas.reviews import (
-    Verdict,
-    current,
-    journal,
-    new_verdict,
-    read_verdicts,
-    save_verdict,
-    verdict_table,
-    write_verdicts,
-)
-from cytosae.reference_images import Sources
+from cytosae.atlas.reviews import Verdict, current, journal, new_verdict, save_verdict
+from cytosae.maps import Sources
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch
 from stores.tables import csv_bytes
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from concept_folders import make_concepts
 
 from cli import cli
-from cytosae.selection import FILE, SelectionConfig, read_selection, select_latents
+from cytosae.concepts import FILE, SelectionConfig, read_selection, select_latents
 from stores import CONCEPTS, ConceptStore, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 

@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 from scipy.optimize import linear_sum_assignment
 from test_cli import fails, run
 
-from cytosae import stability
-from cytosae.assignment import assign
-from cytosae.decoder import read_decoder
-from cytosae.nearest import nearest
-from cytosae.stability import TOLERANCE, draw_like, match_directions, match_within, write_stability
+from cytosae.relations import stability, write_stability
+from cytosae.relations.assignment import assign
+from cytosae.relations.nearest_cosine import nearest
+from cytosae.relations.stability import TOLERANCE, draw_like, match_directions, match_within
+from cytosae.sae import read_decoder
 from stores import CONCEPTS, SAE, STABILITY, Header, ResultStore, begin_results, new_header, write_header
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import sha256_file

@@ -24,24 +24,22 @@ import zarr
 from test_cli import run
 from test_review_server import ask, post, running, token_of
 
-from cytosae.atlas import reviews
-from cytosae.atlas.pseudonyms import pseudonyms_file, read_pseudonyms
-from cytosae.atlas.questions import read_review
+from cytosae.atlas import pseudonyms_file, read_review, reviews
+from cytosae.atlas.pseudonyms import read_pseudonyms
 from cytosae.atlas.review_items import item_id
-from cytosae.checkpoint import load_sae
 from cytosae.compare import Comparison
-from cytosae.maps import MapResult
-from cytosae.masks import MaskResult
-from cytosae.selection import read_selection
-from cytosae.sheets import SheetResult
-from cytosae.sweep_record import VERSION as SWEEP
-from cytosae.sweep_record import Record, SweepFolder
+from cytosae.concepts import read_selection
+from cytosae.maps import MapResult, MaskResult
+from cytosae.maps.reference_sheets import SheetResult
+from cytosae.sae import load_sae
+from cytosae.sweep.record import VERSION as SWEEP
+from cytosae.sweep.record import Record, SweepFolder
 from stores.activation_store import ActivationStore
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.errors import IncompleteStore
 from stores.latent_store import LatentStore
-from stores.results import ResultStore
+from stores.result_folder import ResultStore
 from stores.runlog import read_runs
 from stores.spec import (
     ATLAS,

@@ -20,15 +20,14 @@ import scipy.sparse as ss
 import torch
 from barcode_writer import BarcodeWriter
 
-from cytosae.checkpoint import load_sae, save_sae
-from cytosae.model import SparseAutoencoder
+from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from stores import activation_writer, csr, latent_store
 from stores.activation_store import ActivationSpec, ActivationStore, chunks_written
 from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeStore
 from stores.errors import CytoError, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
-from stores.results import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results
 from stores.spec import (
     ACTIVATIONS,
     BARCODES,

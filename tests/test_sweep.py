@@ -23,14 +23,14 @@ from test_train import BATCH, _metrics, _what_was_trained, tokens_of_cells
 
 import stores.token_stream
 from cli import cli
-from cytosae.config import TrainConfig
-from cytosae.evaluate import _Sums
-from cytosae.model import SparseAutoencoder
-from cytosae.plot_sweep import plot_sweep
+from cytosae.sae import SparseAutoencoder, TrainConfig
 from cytosae.sweep import sweep
-from cytosae.sweep_grid import Grid, read_grid
-from cytosae.sweep_record import METRICS, as_markdown, means_over_seeds
-from cytosae.train import Training, train
+from cytosae.sweep.figures import plot_sweep
+from cytosae.sweep.grid import Grid, read_grid
+from cytosae.sweep.record import METRICS, as_markdown, means_over_seeds
+from cytosae.training import Training
+from cytosae.training.evaluate import _Sums
+from cytosae.training.train import train
 from stores import SAE, BadInput, DamagedStore, SpecMismatch, read_header, read_runs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

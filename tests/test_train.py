@@ -24,10 +24,8 @@ from reference import Params
 from test_batches import write_cache
 
 from cli import cli
-from cytosae.checkpoint import load_sae, load_tensors
-from cytosae.config import TrainConfig, make_config
-from cytosae.model import SparseAutoencoder
-from cytosae.train import train
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, load_tensors, make_config
+from cytosae.training.train import train
 from stores import (
     SAE,
     ActivationStore,

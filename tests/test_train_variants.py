@@ -18,13 +18,11 @@ from test_batches import write_cache
 from test_train import BATCH, SETTINGS, tokens_of_cells
 
 from cli import cli
-from cytosae.checkpoint import load_sae
-from cytosae.config import TrainConfig, make_config
-from cytosae.dead_latents import resample
-from cytosae.evaluate import evaluate
-from cytosae.model import SparseAutoencoder
-from cytosae.ranks import ALONE
-from cytosae.train import train
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, make_config
+from cytosae.training.dead_latents import resample
+from cytosae.training.distributed import ALONE
+from cytosae.training.evaluate import evaluate
+from cytosae.training.train import train
 from stores import BadInput, SpecMismatch, find_header
 from stores.files import LOCK_SUFFIX, locked
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cytosae.config import ACTIVATIONS, LOSSES
-from cytosae.losses import BatchLosses, loss_and_gradients
-from cytosae.model import SparseAutoencoder, keep_top_k_
+from cytosae.sae import LOSSES, SparseAutoencoder, keep_top_k_
+from cytosae.sae.config import ACTIVATIONS
+from cytosae.training import BatchLosses, loss_and_gradients
 from stores.errors import BadInput
 
 K, L1, BANDWIDTH = 5, 1e-2, 0.1

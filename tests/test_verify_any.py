@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from cytosae.train_state import remove_states, states
+from cytosae.training.state import remove_states, states
 from stores.errors import DamagedStore
 from stores.files import sha256_file
-from stores.results import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON
 from stores.verify_any import verify
 

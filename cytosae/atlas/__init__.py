@@ -2,4 +2,9 @@
 
 Reading order: config, inputs, cohort, plan, then build.py, which writes what the pages modules describe. The review:
 review_items (what is asked), questions (what may be seen), review_server, reviews, agreement. No torch.
+
 """
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

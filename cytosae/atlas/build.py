@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from cytosae.concepts import read_selection
+from cytosae.maps import patch_side
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
-from stores.results import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 
-from ..patch_maps import patch_side
-from ..selection import read_selection
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, image_name, write_concept_pages

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ..patient_concepts import LEAST_OTHERS, as_z, standing
+from cytosae.relations import LEAST_OTHERS, as_z, standing
+
 from .cohort import Cohort, Floats, Row
 from .concept_pages import disease_name, image_name, pair_of
 from .drawings import stripes

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from ..patch_maps import patch_side, token_matrix
+from cytosae.maps import patch_side, token_matrix
+
 from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
 from .config import AtlasConfig

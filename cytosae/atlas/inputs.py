@@ -9,16 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cytosae.maps import Sources, patch_side
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
-from stores.results import ResultStore
+from stores.result_folder import ResultStore
 from stores.spec import COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
-
-from ..patch_maps import patch_side
-from ..reference_images import Sources
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..patch_maps import Pixels
+from cytosae.maps import Pixels
+
 from .site import Site
 
 THUMB = 96  # pixels, of a side

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cytosae.concepts import FILE, read_selection
 from stores.errors import DamagedStore, StoreNotFound
 
-from ..selection import FILE, read_selection
 from .cohort import Cohort
 from .config import AtlasConfig
 from .inputs import Inputs

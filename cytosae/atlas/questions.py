@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stores.errors import DamagedStore
-from stores.results import ResultStore
+from stores.result_folder import ResultStore
 from stores.spec import ATLAS
 
 from .review_items import FILE, PICTURES

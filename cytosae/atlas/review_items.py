@@ -18,15 +18,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cytosae.concepts import Selection
+from cytosae.maps import Map, Pixels, Sources, patch_map, read_tokens, require_same_sae
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
-from stores.results import ResultStore
-
-from ..patch_maps import Map, Pixels, patch_map, read_tokens
-from ..reference_images import Sources, require_same_sae
-from ..selection import Selection
+from stores.result_folder import ResultStore
 
 FILE = "review"  # .json in the folder of the atlas
 PICTURES = "review"  # folder of pictures there

@@ -23,32 +23,18 @@ from barcode_writer import BarcodeWriter
 from PIL import Image
 
 from cytocache.pictures import Pictures
-from cytosae.atlas.build import write_atlas
-from cytosae.atlas.config import AtlasConfig
-from cytosae.atlas.inputs import open_inputs
-from cytosae.atlas.pseudonyms import Pseudonyms, pseudonyms_file, write_pseudonyms
-from cytosae.atlas.questions import Question, Review, read_review
+from cytosae.atlas import AtlasConfig, open_inputs, pseudonyms_file, read_review, write_atlas
+from cytosae.atlas.pseudonyms import Pseudonyms, write_pseudonyms
+from cytosae.atlas.questions import Question, Review
 from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.checkpoint import load_sae, save_sae
 from cytosae.cluster import open_client
-from cytosae.coactivation import Coactivation
 from cytosae.compare import CompareConfig, compare
-from cytosae.concept_thresholds import compare_thresholds
-from cytosae.concepts import ConceptConfig, write_concepts
-from cytosae.map_figures import Style
-from cytosae.maps import stored_subject, write_maps
-from cytosae.masks import write_mask_agreement
-from cytosae.model import SparseAutoencoder
-from cytosae.neighbours import write_neighbours
-from cytosae.patch_maps import PatchQuery
-from cytosae.patient_concepts import PatientSettings, write_patient_concepts
-from cytosae.probe import ProbeConfig, write_probe
-from cytosae.probe_units import UnitConfig
-from cytosae.reference_images import Sources
-from cytosae.selection import SelectionConfig, select_latents
-from cytosae.sheets import write_sheets
-from cytosae.stability import write_stability
+from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, write_concepts
+from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
+from cytosae.probe import ProbeConfig, UnitConfig, write_probe
+from cytosae.relations import Coactivation, PatientSettings, write_neighbours, write_patient_concepts, write_stability
+from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore

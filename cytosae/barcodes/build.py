@@ -1,0 +1,526 @@
+"""From latent stores to image, patient and disease barcodes, out of core, with Dask (CytoSAE, Eq. 2 and 3).
+
+    a_i[s] = number of tokens of image i with h[s] > tau                       image        (Eq. 2)
+    a_p[s] = 1/N_p sum over the N_p readable images of patient p of a_i[s]     patient      (Eq. 3)
+    a_d[s] = 1/N_d sum over the N_d patients of disease d of a_p[s]            disease
+
+One Dask task per block of images counts into a part of its own. Knowing how many entries each part has, further tasks
+add up groups of patients, and fill the stores piece by piece; this process only plans, and writes the tables. Counts
+are integers, and every sum of activations has an order that blocks, workers and memory have no part in. No torch here:
+this runs on a laptop that has never seen it.
+"""
+
+import bisect
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cytosae.cluster import Watch, cluster_job, prepare_workers
+from stores import csr_bulk as csr_blocks
+from stores.barcode_store import (
+    LEVELS,
+    NOTHING_ELSE,
+    BarcodeStore,
+    begin_level,
+    level_name,
+    recorded_files,
+    tau_text,
+    write_tables,
+)
+from stores.csr_bulk import CHUNK_ENTRIES, create_matrix, finish_matrix
+from stores.destination import plan_output
+from stores.errors import BadInput
+from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
+from stores.latent_store import LatentStore
+from stores.progress import Progress
+from stores.runlog import append_run
+from stores.spec import BARCODES, Header, check_choice, new_header, read_header, require_unchanged, write_header
+from stores.tables import table_sha256
+from stores.token_sets import TOKEN_SETS
+
+from . import tasks
+from .compatibility import check_exact, check_one_sae, check_tau, differences
+from .count_kernels import LatentSums
+from .partitions import count_into_parts, discard
+from .patients import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from distributed import Client, Future
+
+NORMALIZATIONS = ("images", "cytosae-release")
+_GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
+_FILL_CHUNKS = 4  # chunks of a matrix that a task fills
+_FAN_IN = 8  # of the tree; fixed, since sums depend on it
+_WAVE = 64  # leaves of the tree that are under way at once
+_LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarcodeConfig:
+    """What to count. `block_images` decides speed and memory only."""
+
+    tau: float | tuple[float, ...] = 0.2  # a latent is active at a token if its stored float32 value is greater
+    token_set: str = "all"
+    normalize: str = "images"  # "cytosae-release": divide by n_latents, as released (REFERENCE.md, quirk 19)
+    block_images: int | None = None  # None: as memory allows
+
+    def __post_init__(self) -> None:
+        check_choice("token_set", self.token_set, TOKEN_SETS)
+        check_choice("normalize", self.normalize, NORMALIZATIONS)
+        for tau in self.taus:
+            if not (math.isfinite(tau) and tau >= 0):
+                raise BadInput(f"tau must be a number of at least 0; found {tau!r}")
+        if not self.taus or len({np.float32(tau) for tau in self.taus}) < len(self.taus):
+            raise BadInput(f"several tau must differ, as float32 too; found {', '.join(map(tau_text, self.taus))}")
+        if self.block_images is not None and self.block_images < 1:
+            raise BadInput(f"block_images must be at least 1; found {self.block_images}")
+
+    @property
+    def taus(self) -> tuple[float, ...]:
+        """One or more, rising."""
+        return tuple(sorted(self.tau)) if isinstance(self.tau, tuple) else (self.tau,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarcodeResult:
+    """What was counted, and what was left out."""
+
+    n_images: int  # readable
+    n_unreadable: int
+    n_without_patient: int  # readable, but nobody's: in the image store only
+    n_patients: int  # with a readable image
+    n_patients_unreadable: int  # without one: left out
+    n_patients_without_disease: int  # in the patient store only
+    n_diseases: int
+    n_latents: int
+    n_silent_latents: tuple[int, ...]  # latents that exceed tau nowhere, per tau
+    share_above_tau: tuple[float, ...]  # of all stored nonzeros in the token set, per tau
+    was_complete: bool
+    n_unknown_in_table: int = 0  # image ids of --table that no store has
+    unknown_in_table: str = ""  # some of them
+    n_missing_in_table: int = 0  # images that the table does not have: nobody's
+    missing_in_table: str = ""
+    differences: str = ""  # between the stores, in how their latents were made
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all steps need to know."""
+
+    stores: list[LatentStore]
+    root: Path
+    config: BarcodeConfig
+    groups: Groups
+    header: Header
+    client: "Client"
+    watch: Watch
+
+    @property
+    def parts(self) -> Path:
+        return self.root / "parts"
+
+    @property
+    def n_latents(self) -> int:
+        return self.stores[0].spec.n_latents
+
+    def path(self, level: str, tau: float) -> Path:
+        name = level_name(level, tau, is_only=len(self.config.taus) == 1)
+        return self.root / f"{name}.zarr"
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level as the parts that hold its rows, in order."""
+
+    name: str
+    parts: list[tasks.Rows]
+    layers: tuple[str, ...]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.empty(0, np.int32), *(part.lengths for part in self.parts)])
+
+    def n_above(self, tau: int) -> npt.NDArray[np.int32]:
+        return np.concatenate([np.empty(0, np.int32), *(part.n_above[tau] for part in self.parts)])
+
+    def below(self, tag: str) -> tasks.Below:
+        """As what the level above reads."""
+        return tasks.Below.of(self.parts, tag)
+
+
+def write_barcodes(
+    latents: Path | str | Sequence[Path | str],
+    barcodes: Path,
+    config: BarcodeConfig,
+    *,
+    client: "Client",
+    table: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> BarcodeResult:
+    """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
+
+    `client` is connected to a local or remote Dask cluster whose workers see all paths. A continued job takes the
+    parts that are already there, whatever their size. Memory of a worker: the result of one block and two chunks;
+    of this process: the tables, and a few numbers per image.
+
+    Parameters
+    ----------
+    latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
+    barcodes : on a file system that all workers share
+    table : other patients, diseases or labels for the images (`groups.regroup`)
+
+    Raises
+    ------
+    BadInput
+        If a patient has two diseases, image ids clash, or tau lies below what a latent store was pruned at; if a worker
+        lacks this version of the package, or does not see the same files.
+    SpecMismatch
+        If the stores hold latents of different SAEs.
+    DamagedStore
+        If a chunk of the latents is lost or damaged.
+    ClusterLost
+        If the scheduler goes away. The parts that are finished stay.
+    """
+    prepare_workers(client)
+    paths = [latents] if isinstance(latents, Path | str) else list(latents)
+    stores = [LatentStore(path) for path in paths]
+    check_one_sae(stores)
+    check_tau(stores, config.taus[0])
+    images = join_tables(stores)
+    notes: dict[str, Any] = {"differences": differences(stores)}
+    if table is not None:
+        images, found = regroup(images, table)
+        notes |= found
+    groups = group_images(images)
+    check_exact(stores, groups)
+    spec = {
+        "latents": _one_or_all([store.identity for store in stores]),
+        "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
+        "tau": _one_or_all(config.taus),
+        "token_set": config.token_set,
+        "normalize": config.normalize,
+    } | ({"table": table_sha256(images)} if table is not None else {})
+    header = new_header(BARCODES, spec)
+    inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
+    output = plan_output(barcodes, header, overwrite=overwrite, inputs=inputs)
+    if output.is_complete:
+        output.publish()
+        BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
+        return _result(read_header(barcodes, BARCODES), was_complete=True)
+
+    root = output.work.absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    watch = Watch(client, progress)
+    job = _Job(stores, root, config, groups, header, client, watch)
+    try:
+        with cluster_job(client, root, {store.root: store.journal_sha256 for store in stores}):
+            write_header(root, header)
+            append_run(
+                root,
+                packages=("dask", "distributed", "numba", "numpy", "anndata"),
+                latents=_one_or_all([str(store.root) for store in stores]),
+            )
+            filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
+            count_into_parts(
+                watch,
+                stores,
+                job.parts,
+                _tag(job, "image"),
+                taus=config.taus,
+                token_set=config.token_set,
+                block_images=config.block_images,
+                each=filling["image"].add,
+                meanwhile=lambda: _write_known_tables(job, images),
+            )
+            header = _join(job, filling, notes, watch.tell)
+    finally:
+        if not any(root.iterdir()):  # refused before anything was written
+            root.rmdir()
+    for left_over in (job.parts, *job.root.glob(".*.removed")):
+        discard(left_over)
+    output.publish()
+    return _result(header, was_complete=False)
+
+
+def _tag(job: _Job, level: str) -> str:
+    """Whose part it is."""
+    return sha256_json({"barcodes": job.header.identity, "level": level})
+
+
+# ------------------------------------------------------------------------------------------- images to groups
+
+
+def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
+    """Tasks of whole patients, and of images that are nobody's; the sums over all images, by a tree."""
+    groups, n_patients = job.groups, len(job.groups.names)
+    divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
+    lengths = images.lengths
+    owned = np.flatnonzero(groups.patient_of_image >= 0)
+    members = owned[np.argsort(groups.patient_of_image[owned], kind="stable")]
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups.n_images)])
+    plan = _plan_groups(job, "patient", members, starts, divisor, lengths)
+    nobodys = np.flatnonzero((groups.patient_of_image < 0) & groups.is_readable)
+    edges = np.arange(len(nobodys) + 1)  # may be cut anywhere; a task then takes its own as one group
+    plan += [
+        replace(part, starts=np.array([0, len(part.members)]), divisors=np.zeros(1, np.int64))
+        for part in _plan_groups(job, "nobody", nobodys, edges, np.zeros(len(nobodys), np.int64), lengths)
+    ]
+    n_taus = len(job.config.taus)
+    below, tag = images.below(_tag(job, "image")), _tag(job, "patient")
+    carry: list[Future] = []
+    for wave in range(0, len(plan), _WAVE):
+        leaves = [
+            job.client.submit(tasks.sum_patients, part, below, tag, n_taus, job.n_latents, pure=False)
+            for part in plan[wave : wave + _WAVE]
+        ]
+        rows = [job.client.submit(tasks.only_rows, leaf, pure=False) for leaf in leaves]
+        carry = carry + leaves
+        while True:
+            carry = [
+                job.client.submit(tasks.add_sums, carry[k : k + _FAN_IN], pure=False)
+                for k in range(0, len(carry), _FAN_IN)
+            ]
+            if len(carry) == 1:
+                break
+        for part in job.watch.gather(rows):  # and no more than a wave is under way
+            if part is not None:
+                filling.add(part)
+    (sums,) = job.watch.gather(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
+    return sums
+
+
+def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
+    """Diseases from the rows of their patients, each patient once however many images."""
+    of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
+    known = np.flatnonzero(of_patient >= 0)
+    members = known[np.argsort(of_patient[known], kind="stable")]
+    sizes = np.bincount(of_patient[known], minlength=n_diseases)
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+    plan = _plan_groups(job, "disease", members, starts, sizes, patients.lengths)
+    below, tag = patients.below(_tag(job, "patient")), _tag(job, "disease")
+    futures = [
+        job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
+        for part in plan
+    ]
+    for rows in job.watch.gather(futures):
+        filling.add(rows)
+
+
+def _plan_groups(
+    job: _Job, name: str, members: Ints, starts: Ints, divisors: Ints, lengths: npt.NDArray[np.int32]
+) -> list[tasks.GroupsPart]:
+    """Consecutive groups into tasks of about _GROUP_ENTRIES entries: by the data alone, never by workers or memory."""
+    entries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[members], dtype=np.int64)])[starts[:-1]]
+    task_of = entries // _GROUP_ENTRIES
+    cuts = [0, *(np.flatnonzero(np.diff(task_of)) + 1), len(divisors)] if len(divisors) else [0]
+    return [
+        tasks.GroupsPart(
+            path=str(job.parts / f"{name}-{low:09d}.groups"),
+            members=members[starts[low] : starts[high]],
+            starts=starts[low : high + 1] - starts[low],
+            divisors=divisors[low:high],
+        )
+        for low, high in pairwise(cuts)
+    ]
+
+
+# ------------------------------------------------------------------------------------------- the stores
+
+
+def _write_known_tables(job: _Job, images: Any) -> None:
+    """What needs no counts: the rows of all levels, and where the numbers come from."""
+    rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
+    for tau in job.config.taus:
+        paths = [job.path(level, tau) for level in LEVELS]
+        write_tables(paths[0], {"uns": {"cyto": _provenance(job, tau)}, **NOTHING_ELSE})
+        _copy_tables(paths, ["uns", *NOTHING_ELSE])
+        for level, path in zip(LEVELS, paths, strict=True):
+            write_tables(path, {"obs": rows[level]})
+
+
+def _copy_tables(paths: list[Path], names: list[str]) -> None:
+    """From the first store to the others; a copy takes a tenth of the time of writing through zarr."""
+    first, *others = paths
+    for other in others:
+        for name in names:
+            shutil.copytree(first / name, other / name)
+
+
+def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], progress: Progress) -> Header:
+    """Parts to patients and diseases, and all of them to stores; then the folder is complete."""
+    n_images, taus = len(job.groups.is_readable), job.config.taus
+    progress(n_images, n_images, "joining")
+    image_level = filling["image"].close()
+    sums = _sum_patients(job, image_level, filling["patient"])
+    patients = filling["patient"].close()
+    exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
+    _average_patients(job, patients, filling["disease"])
+    diseases = filling["disease"].close()
+    exports += _export(job, diseases, job.groups.diseases)
+    futures = [future for each in filling.values() for future in each.futures]
+    n_readable = int(job.groups.is_readable.sum())
+    for number, tau in enumerate(taus):
+        paths = [job.path(level, tau) for level in LEVELS]
+        write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)})
+        _copy_tables(paths, ["var"])
+    job.watch.gather(futures)
+    for each in filling.values():
+        each.futures.clear()  # a worker that dies from here on must not have them done again
+    del futures
+    for filled in (image_level, patients, diseases):
+        for number, tau in enumerate(taus):
+            finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
+            for layer in filled.layers:
+                finish_matrix(job.path(filled.name, tau) / "layers" / layer, filled.lengths, job.n_latents)
+    for place in job.root.glob("*.zarr"):  # while the workers still export
+        sync_tree(place)
+    sha256 = dict(job.watch.gather(exports))
+    del exports
+    n_values = sum(part.n_values for part in image_level.parts)
+    summary = {
+        **job.groups.left_out,
+        **notes,
+        "n_images": n_readable,
+        "n_patients": len(job.groups.names),
+        "n_diseases": len(job.groups.diseases),
+        "n_latents": job.n_latents,
+        "n_silent_latents": [int((tokens == 0).sum()) for tokens in sums.tokens],
+        "share_above_tau": [int(tokens.sum()) / max(1, n_values) for tokens in sums.tokens],
+        "exports": sha256,
+    }
+    sweep_partials(job.root)
+    summary["store_files"] = recorded_files(job.root)
+    for name in sha256:
+        sync_file(job.root / name)
+    header = Header(**{**vars(job.header), "complete": True, "summary": summary})
+    require_unchanged(*(store.header for store in job.stores))
+    write_header(job.root, header)
+    return header
+
+
+class _Filling:
+    """Submits the tasks that write a level's entries, a few chunks each, while its parts come in, in order."""
+
+    def __init__(self, job: _Job, name: str, layers: tuple[str, ...]) -> None:
+        """Begin the stores of the level; what lies there is replaced."""
+        self.name, self.layers, self.parts = name, layers, list[tasks.Rows]()
+        self.futures: list[Future] = []
+        self._job, self._tag = job, _tag(job, name)
+        stores = [job.path(name, tau) for tau in job.config.taus]
+        for store in stores:
+            begin_level(store)
+            create_matrix(store / "X")
+            for layer in layers:
+                create_matrix(store / "layers" / layer)
+        self._counts = [str(store / "X") for store in stores]
+        self._layers = {layer: [str(store / "layers" / layer) for store in stores] for layer in layers}
+        # number of the first entry of every part, in the layers and in the counts at each tau, and how far tasks are
+        self._begins = [[0] for _ in range(1 + len(stores))]
+        self._submitted = [0] * len(self._begins)
+
+    def add(self, part: tasks.Rows) -> None:
+        """The next part is there."""
+        self.parts.append(part)
+        self._begins[0].append(self._begins[0][-1] + int(part.lengths.sum(dtype=np.int64)))
+        for begins, n_above in zip(self._begins[1:], part.n_above, strict=True):
+            begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
+        self._submit(only_full=True)
+
+    def close(self) -> _Level:
+        """All parts are there: the last entries, too, get their tasks."""
+        self._submit(only_full=False)
+        return _Level(self.name, self.parts, self.layers)
+
+    def _submit(self, *, only_full: bool) -> None:
+        size = _FILL_CHUNKS * csr_blocks.CHUNK_ENTRIES
+        for pattern, begins in enumerate(self._begins):
+            while self._submitted[pattern] + (size if only_full else 1) <= begins[-1]:
+                first = self._submitted[pattern]
+                last = self._submitted[pattern] = min(first + size, begins[-1])
+                low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
+                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
+                # before blocks that wait: the disk is to have work from the beginning
+                submit = partial(self._job.client.submit, pure=False, priority=1)
+                if pattern:
+                    matrix = self._counts[pattern - 1]
+                    self.futures.append(submit(tasks.fill_counts, rows, self._tag, pattern - 1, first, last, matrix))
+                elif self._layers:
+                    self.futures.append(submit(tasks.fill_layers, rows, self._tag, first, last, self._layers))
+
+
+def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
+    """The tasks that write a level as Parquet beside its stores."""
+    rows, tag = [part.path for part in level.parts], _tag(job, level.name)
+    return [
+        job.client.submit(
+            tasks.export_rows,
+            *(rows, tag, number, names, level.name, level.layers),
+            str(job.path(level.name, tau).with_suffix(".parquet")),
+            pure=False,
+            priority=2,
+        )
+        for number, tau in enumerate(job.config.taus)
+    ]
+
+
+def _latent_table(sums: LatentSums, tau: int, n_readable: int) -> "pd.DataFrame":
+    """One row per latent: in how many readable images it is active, how strongly there, tokens above tau in all."""
+    import pandas as pd
+
+    table = {
+        "latent": np.arange(len(sums.n_active)),
+        "n_active_images": sums.n_active,
+        "frequency": sums.n_active / max(1, n_readable),
+        "mean_activation": sums.activation / np.maximum(sums.n_active, 1),
+        "max_activation": sums.max,
+        "n_tokens_above_tau": sums.tokens[tau],
+    }
+    return pd.DataFrame(table, index=pd.Index([str(i) for i in range(len(sums.n_active))], name="latent_name"))
+
+
+def _provenance(job: _Job, tau: float) -> dict[str, Any]:
+    spec, first = job.header.spec, job.stores[0].spec
+    unit = {"images": "mean tokens above tau per readable image", "cytosae-release": "tokens above tau / n_latents"}
+    return {
+        "tau": tau,
+        "token_set": spec["token_set"],
+        "normalize": spec["normalize"],
+        "unit_image": "tokens above tau",
+        "unit_patient": unit[spec["normalize"]],
+        "identity": job.header.identity,
+        "latents": spec["latents"],
+        "sae_sha256": first.sae_sha256,
+        "cache_sha256": _one_or_all([store.spec.cache_sha256 for store in job.stores]),
+        "backbone": first.cache["backbone"],
+        "backbone_trained": bool(first.cache["trained"]),
+        "block": int(first.cache["block"]),
+        "value_bits": min(store.spec.value_bits for store in job.stores),
+        "created_by": job.header.created_by,
+    }
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    """A setting that is one value for one store or tau, and a list for several."""
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
+    per_tau = ("n_silent_latents", "share_above_tau")
+    summary: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
+        for name, value in (header.summary or {}).items()
+        if name not in ("exports", "store_files")
+    }
+    return BarcodeResult(**summary, was_complete=was_complete)

@@ -1,0 +1,138 @@
+"""Blocks of images, each counted by one Dask task into a part that a continued job finds again.
+
+How the images are cut follows the memory of the workers and what is already there, so no number may depend on it:
+whoever adds up parts does so in an order of their own (`barcodes.py`, `concepts.py`).
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cytosae.cluster import Watch
+from stores.csr_bulk import CHUNK_ENTRIES
+from stores.latent_store import LatentStore
+
+from . import tasks
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is small or the end is near
+_LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
+_BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
+
+
+def count_into_parts(
+    watch: Watch,
+    stores: Sequence[LatentStore],
+    parts: Path,
+    tag: str,
+    *,
+    taus: tuple[float, ...],
+    token_set: str,
+    block_images: int | None,
+    each: Callable[[tasks.Rows], None],
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Count all images of the stores into the folder `parts`, and tell `each` what every part holds, in order.
+
+    Parameters
+    ----------
+    tag : whose parts these are; those of another job are made again
+    block_images : None: as the memory of the workers allows
+    meanwhile : done here once the tasks are under way
+    """
+    client = watch.client
+    parts.mkdir(exist_ok=True)
+    blocks = list(plan_blocks(stores, parts, client, n_taus=len(taus), block_images=block_images))
+    n_images = sum(store.spec.n_images for store in stores)
+    there = [block for block in blocks if (parts / block.name).exists()]
+    n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
+    watch.tell(n_done, n_images, "counting")
+    futures = {
+        client.submit(tasks.count_block, block, str(parts), tag, taus, token_set, pure=False): number
+        for number, block in enumerate(blocks)
+    }
+    found: dict[int, tasks.Rows] = {}
+    n_told = 0
+    try:
+        meanwhile()
+        for future, rows in watch.completed(list(futures)):
+            block = blocks[futures[future]]
+            found[futures[future]] = rows
+            while n_told in found:
+                each(found.pop(n_told))
+                n_told += 1
+            if block not in there:
+                n_done += block.stop - block.start
+                watch.tell(n_done, n_images, "counting")
+    finally:
+        if client.status == "running":  # else there is nobody to tell
+            client.cancel(list(futures))
+
+
+def plan_blocks(
+    stores: Sequence[LatentStore], parts: Path, client: "Client", *, n_taus: int, block_images: int | None = None
+) -> Iterator[tasks.Block]:
+    """All images in order, cut at the edges of stores, around the parts that are already there.
+
+    block_images : None: as memory allows, smaller to the end
+    """
+    taken = sorted(_parts_there(parts))
+    # a block's result is at most one entry per nonzero, and is held twice while it grows
+    fits = _worker_memory(client) // 4 // (12 + 2 * n_taus)
+    most, n_threads = max(1, min(_BLOCK_ENTRIES, fits)), _n_threads(client)
+    n_left, first = sum(store.nnz for store in stores), 0
+    for store in stores:
+        end = first + store.spec.n_images
+        at = first
+        while at < end:
+            entries = min(most, max(_LAST_BLOCKS, n_left // (_BLOCKS_LEFT * n_threads)))
+            size = block_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
+            ready = next((stop for start, stop in taken if start == at and stop <= end), None)
+            if ready is None:
+                next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
+                ready = min(at + size, next_there)
+            n_left -= int(store.image_indptr[ready - first] - store.image_indptr[at - first])
+            yield tasks.Block(
+                latents=str(store.root),
+                start=at - first,
+                stop=ready - first,
+                first=at,
+                n_images=store.spec.n_images,
+                tokens_per_image=store.spec.tokens_per_image,
+                n_latents=store.spec.n_latents,
+                journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
+                seal=store.header.seal if isinstance(store.root, Path) else None,
+            )
+            at = ready
+        first = end
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
+    for _ in range(3):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+
+
+def _parts_there(folder: Path) -> Iterator[tuple[int, int]]:
+    """First and last image of every part of images that a job before this one left."""
+    for path in folder.glob("*.part"):
+        found = re.fullmatch(r"(\d+)-(\d+)\.part", path.name)
+        if found and int(found[1]) < int(found[2]):
+            yield int(found[1]), int(found[2])
+
+
+def _n_threads(client: "Client") -> int:
+    """Of all workers, at least one."""
+    return max(1, sum(w["nthreads"] for w in client.scheduler_info()["workers"].values()))
+
+
+def _worker_memory(client: "Client") -> int:
+    """The least memory limit of a thread of a worker, in bytes; 2 GiB where there is none."""
+    workers = client.scheduler_info()["workers"].values()
+    return min((w["memory_limit"] // w["nthreads"] for w in workers if w["memory_limit"]), default=2 << 30)

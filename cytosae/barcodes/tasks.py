@@ -1,0 +1,336 @@
+"""What Dask's workers do for barcodes: count a block, add up groups, fill pieces of the stores.
+
+Every task is a function of paths and plain values, finds its input on the disk that all share, writes its output there
+atomically, and can be done twice. What comes back is small.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stores import csr_bulk as csr_blocks
+from stores.csr_bulk import EntryReader, share_entries, write_entries
+from stores.errors import BadInput, DamagedStore
+from stores.files import PARTIAL_SUFFIX, sha256_file
+from stores.latent_store import remote_rows
+from stores.part_files import Part, open_part, write_part
+from stores.seal import Seal
+
+from .count_kernels import ImageCounter, ImageCounts, LatentSums, add_rows, take_nonzero
+
+Ints = npt.NDArray[np.int64]
+_MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images to be counted together: rows start..stop of one latent store, images first.. of the barcodes."""
+
+    latents: str  # path or URL
+    start: int
+    stop: int
+    first: int
+    n_images: int  # of the store
+    tokens_per_image: int
+    n_latents: int
+    journal_sha256: str = ""  # of a URL: what its chunk files are checked by
+    seal: Seal | None = None  # of a path: the store that was planned for, and no other
+
+    @property
+    def name(self) -> str:
+        """Of its part."""
+        return f"{self.first:09d}-{self.first + self.stop - self.start:09d}.part"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a part holds, in numbers: enough to know where each of its entries will lie."""
+
+    path: str
+    tag: str
+    lengths: npt.NDArray[np.int32]  # (n_rows,) entries
+    n_above: npt.NDArray[np.int32]  # (n_taus, n_rows) entries with a count
+    n_values: int = 0  # nonzeros that were looked at
+    was_there: bool = False
+
+
+@dataclass(frozen=True)
+class GroupsPart:
+    """Groups that one task adds up; group g has members[starts[g]:starts[g + 1]], and is divided by divisors[g]."""
+
+    path: str
+    members: Ints  # rows of the level below, numbered through all parts
+    starts: Ints
+    divisors: Ints  # 0: added to the sums over all, but no row of its own
+
+    def group(self, number: int) -> Ints:
+        """The members of a group, in order."""
+        return self.members[self.starts[number] : self.starts[number + 1]]
+
+
+@dataclass(frozen=True)
+class Below:
+    """The parts of the level below: their paths, and the number of the first row of each (and the end)."""
+
+    paths: Sequence[str]
+    tag: str
+    bounds: Ints
+
+    @staticmethod
+    def of(parts: Sequence[Rows], tag: str) -> "Below":
+        """These parts, in order."""
+        return Below([part.path for part in parts], tag, np.cumsum([0, *(len(part.lengths) for part in parts)]))
+
+
+def get_ready() -> None:
+    """Load what counting needs, compiled code included: a worker does it while the job is planned."""
+    counter = ImageCounter(np.array([0, 1]), n_latents=1, tokens_per_image=1, taus=(0.0,), token_set="all", place="")
+    counter.add(0, np.zeros(1, np.uint16), np.ones(1, np.float32))
+    counter.finish()
+
+
+def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], token_set: str) -> Rows:
+    """Count the images of one block into a part of `folder`; one that is there and whole is taken as it is."""
+    path = Path(folder) / block.name
+    try:
+        return _image_rows(open_part(path, tag, verify=True), path, tag, was_there=True)
+    except DamagedStore:
+        pass
+    try:
+        counts = _count(block, taus, token_set)
+    finally:  # also where it is missing or damaged: that has its reason then
+        if block.seal is not None:
+            block.seal.check()
+    arrays = {
+        "indptr": counts.indptr,
+        "latent": counts.latent,
+        "X": counts.count,
+        "max": counts.max,
+        "mean": counts.mean,
+        "n_above": counts.n_above,
+        "n_values": np.array([counts.n_values]),
+    }
+    write_part(path, tag, arrays)
+    return _image_rows(Part(tag, arrays), path, tag, was_there=False)
+
+
+def _count(block: Block, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+    tokens = block.tokens_per_image
+    start, stop = block.start * tokens, block.stop * tokens
+    shape = (block.n_images * tokens, block.n_latents)
+    if block.journal_sha256:
+        objects = remote_rows(block.latents, block.journal_sha256)
+        reader = EntryReader(f"{block.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
+    else:
+        reader = EntryReader(Path(block.latents) / "X", shape=shape, start=start, stop=stop)
+    counter = ImageCounter(
+        reader.row_starts,
+        n_latents=block.n_latents,
+        tokens_per_image=tokens,
+        taus=taus,
+        token_set=token_set,
+        place=reader.place,
+    )
+    for first, indices, values in reader.entries():
+        counter.add(first, indices, values)
+    return counter.finish()
+
+
+def sum_patients(
+    part: GroupsPart, images: Below, tag: str, n_taus: int, n_latents: int
+) -> tuple[Rows | None, LatentSums]:
+    """Add up the images of some patients: their rows become a part; also the sums over all of these images."""
+    opened = opener(images)
+    total, sums = LatentSums.zeros(n_taus, n_latents), LatentSums.zeros(n_taus, n_latents)
+    rows = _RowsOut(n_taus, n_latents, ("activation_sum", "n_active_images"))
+    for group, divisor in enumerate(part.divisors):
+        for number, local in by_part(part.group(group), images.bounds):
+            sums.add_images(opened(number), local)
+        latent = np.flatnonzero(sums.n_active)
+        if divisor:
+            mean = sums.tokens[:, latent] / np.float64(divisor)
+            rows.append(latent, mean, activation_sum=sums.activation[latent], n_active_images=sums.n_active[latent])
+        total.move(sums, latent)
+    return rows.write(Path(part.path), tag) if part.divisors.any() else None, total
+
+
+def add_sums(sums: list[tuple[Rows | None, LatentSums] | LatentSums]) -> LatentSums:
+    """A node of the tree: the sums over all images, added in the order given."""
+    given = [item if isinstance(item, LatentSums) else item[1] for item in sums]
+    total = replace(given[0], **{name: array.copy() for name, array in vars(given[0]).items()})
+    for other in given[1:]:
+        total.add(other)
+    return total
+
+
+def only_rows(result: tuple[Rows | None, LatentSums]) -> Rows | None:
+    """What `sum_patients` says of its part, without the sums."""
+    return result[0]
+
+
+def average_patients(part: GroupsPart, patients: Below, tag: str, n_taus: int, n_latents: int) -> Rows:
+    """Mean barcodes of some diseases over their patients."""
+    opened = opener(patients)
+    rows, sums = _RowsOut(n_taus, n_latents, ()), np.zeros((n_taus, n_latents))
+    for group, divisor in enumerate(part.divisors):
+        for number, local in by_part(part.group(group), patients.bounds):
+            add_rows(opened(number), local, sums)
+        latent = np.flatnonzero(sums.any(axis=0))
+        rows.append(latent, sums[:, latent] / np.float64(divisor))
+        sums.fill(0)
+    return rows.write(Path(part.path), tag)
+
+
+def fill_layers(
+    rows: Sequence[tuple[str, int]], tag: str, first: int, last: int, matrices: dict[str, list[str]]
+) -> None:
+    """Write entries first..last of the layers: name -> the matrices that hold it, one per store of another tau.
+
+    `rows`: the parts that hold these entries, in order, each with the number of its first entry. All layers have the
+    same indices, and a layer is the same for every tau: such chunks are compressed once.
+    """
+    parts = [(open_part(Path(path), tag), begin) for path, begin in rows]
+    everywhere = [Path(path) for paths in matrices.values() for path in paths]
+    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):  # memory of one chunk, which the next one takes over
+        stop = min(start + csr_blocks.CHUNK_ENTRIES, last)
+        write_entries(everywhere[0], "indices", start, _entries(parts, "latent", start, stop, np.int32))
+        for name, paths in matrices.items():
+            values = _entries(parts, name, start, stop, np.float32)
+            _require_finite(name, values)
+            write_entries(Path(paths[0]), "data", start, values)
+    for path in everywhere[1:]:
+        share_entries(everywhere[0], path, "indices", first, last)
+    for paths in matrices.values():
+        for other in paths[1:]:
+            share_entries(Path(paths[0]), Path(other), "data", first, last)
+
+
+def _entries(
+    parts: list[tuple[Part, int]], name: str, start: int, stop: int, dtype: type[np.generic]
+) -> npt.NDArray[Any]:
+    """Entries start..stop of an array that parts hold together, each from the number given with it."""
+    pieces = [
+        part[name][max(0, start - begin) : stop - begin]
+        for part, begin in parts
+        if begin < stop and start < begin + len(part[name])
+    ]
+    with np.errstate(over="ignore"):
+        return np.concatenate(pieces, dtype=dtype, casting="unsafe") if len(pieces) > 1 else pieces[0].astype(dtype)
+
+
+def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int, last: int, matrix: str) -> None:
+    """Write entries first..last of `X` at tau number `tau`; `rows` as in `fill_layers`, counting these entries only."""
+    parts = [open_part(Path(path), tag) for path, _ in rows]
+    number, at, skip = 0, 0, first - rows[0][1]  # the part we are in, its entry, entries with a count to leave out
+    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):
+        size, n_taken = min(csr_blocks.CHUNK_ENTRIES, last - start), 0
+        indices, values = np.empty(size, np.int32), np.empty(size, np.float32)
+        while True:
+            latent, count = parts[number]["latent"], parts[number]["X"][tau]
+            taken, at = take_nonzero(latent, count, at, skip, indices[n_taken:], values[n_taken:])
+            n_taken, skip = n_taken + taken, 0
+            if n_taken == size:
+                break
+            number, at = number + 1, 0
+        _require_finite("X", values)
+        write_entries(Path(matrix), "indices", start, indices)
+        write_entries(Path(matrix), "data", start, values)
+
+
+def export_rows(
+    rows: Sequence[str], tag: str, tau: int, names: list[str], level: str, layers: Sequence[str], path: str
+) -> tuple[str, str]:
+    """One Parquet file in long form, a line per row and latent, as many row groups as parts; its name and SHA-256."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = {"n_active_images": pa.int64()}
+    schema = pa.schema(
+        [(level, pa.dictionary(pa.int32(), pa.string())), ("latent", pa.int32()), ("value", pa.float32())]
+        + [(name, kind.get(name, pa.float32())) for name in layers]
+    )
+    target, first = Path(path), 0
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    compact = {"compression": "zstd", "compression_level": 1, "use_dictionary": [level]}  # numbers hardly repeat
+    with pq.ParquetWriter(partial, schema, **compact) as writer:
+        for given in rows:
+            part = open_part(Path(given), tag)
+            n_rows = len(part["indptr"]) - 1
+            keep = slice(None) if layers else part["X"][tau] != 0
+            row = np.repeat(np.arange(n_rows, dtype=np.int32), np.diff(part["indptr"]))[keep]
+            columns = [
+                pa.DictionaryArray.from_arrays(pa.array(row), pa.array(names[first : first + n_rows], pa.string())),
+                pa.array(part["latent"][keep].astype(np.int32)),
+                pa.array(part["X"][tau][keep].astype(np.float32)),
+                *(pa.array(part[name][keep]).cast(schema.field(name).type, safe=False) for name in layers),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            first += n_rows
+    sha256 = sha256_file(partial)
+    partial.replace(target)
+    return target.name, sha256
+
+
+class _RowsOut:
+    """Rows of a part, appended one by one."""
+
+    def __init__(self, n_taus: int, n_latents: int, layers: tuple[str, ...]) -> None:
+        self._kind = np.uint16 if n_latents <= 1 << 16 else np.uint32
+        self._latent: list[npt.NDArray[Any]] = [np.empty(0, self._kind)]
+        self._x: list[npt.NDArray[np.float64]] = [np.empty((n_taus, 0))]
+        self._layers: dict[str, list[npt.NDArray[Any]]] = {name: [np.empty(0)] for name in layers}
+        self._n_above: list[Ints] = []
+        self._lengths: list[int] = []
+
+    def append(self, latent: Ints, x: npt.NDArray[np.float64], **layers: npt.NDArray[Any]) -> None:
+        """A row: its latents, rising, and their values (n_taus, entries)."""
+        self._latent.append(latent.astype(self._kind))
+        self._x.append(x)
+        for name, values in layers.items():
+            self._layers[name].append(values.astype(np.float64))
+        self._n_above.append((x != 0).sum(axis=1))
+        self._lengths.append(len(latent))
+
+    def write(self, path: Path, tag: str) -> Rows:
+        lengths, n_above = np.array(self._lengths, np.int32), np.stack(self._n_above, axis=1).astype(np.int32)
+        arrays = {
+            "indptr": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+            "latent": np.concatenate(self._latent),
+            "X": np.concatenate(self._x, axis=1),
+            **{name: np.concatenate(values) for name, values in self._layers.items()},
+        }
+        write_part(path, tag, arrays)
+        return Rows(str(path), tag, lengths, n_above)
+
+
+def _image_rows(part: Part, path: Path, tag: str, *, was_there: bool) -> Rows:
+    lengths = np.diff(part["indptr"]).astype(np.int32)
+    return Rows(str(path), tag, lengths, np.array(part["n_above"]), int(part["n_values"][0]), was_there)
+
+
+def opener(below: Below) -> Any:
+    """Number of a part -> the part; some stay open."""
+    largest = max((Path(path).stat().st_size for path in below.paths), default=1)
+    return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(below.paths[number]), below.tag))
+
+
+def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
+    """Rising row numbers, cut by the part that they lie in: (number of the part, rows within it)."""
+    owner = np.searchsorted(bounds, rows, side="right") - 1
+    cuts = np.flatnonzero(np.diff(owner)) + 1
+    return [
+        (int(owner[piece[0]]), rows[piece] - bounds[owner[piece[0]]])
+        for piece in np.split(np.arange(len(rows)), cuts)
+        if len(piece)
+    ]
+
+
+def _require_finite(name: str, values: npt.NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise BadInput(f"{name} of the barcodes has a value that is NaN, infinite or too large for float32")

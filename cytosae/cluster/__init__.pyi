@@ -1,0 +1,4 @@
+from .client import open_client as open_client
+from .workers import Watch as Watch
+from .workers import cluster_job as cluster_job
+from .workers import prepare_workers as prepare_workers

@@ -1,0 +1,9 @@
+from .selection import FILE as FILE
+from .selection import Selection as Selection
+from .selection import SelectionConfig as SelectionConfig
+from .selection import read_selection as read_selection
+from .selection import select_latents as select_latents
+from .statistics import ConceptConfig as ConceptConfig
+from .statistics import write_concepts as write_concepts
+from .thresholds import LOG10_THRESHOLDS as LOG10_THRESHOLDS
+from .thresholds import compare_thresholds as compare_thresholds

@@ -1,0 +1,100 @@
+"""How many latents lie above a mean activation, for several SAEs side by side (CytoSAE, Fig. 2A, bottom right)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stores.concept_store import ConceptStore
+from stores.errors import BadInput
+from stores.result_folder import begin_results
+from stores.spec import THRESHOLDS
+
+from .figures import Panel, latents_above, plot_scatter, plot_thresholds
+
+LOG10_THRESHOLDS = (-6.0, -5.0, -4.0, -3.5, -3.0, -2.0, -1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Latents above each threshold, of one SAE in one dataset."""
+
+    concepts: str  # name of the folder
+    dataset: str
+    n_latents: int
+    n_above: list[int]  # one per threshold
+
+
+def compare_thresholds(
+    concepts: Sequence[Path], target: Path, *, dataset: str | None = None, overwrite: bool = False
+) -> tuple[list[Counts], bool]:
+    """Counts above `LOG10_THRESHOLDS` of one or several folders of concepts: a table and figures in `target`.
+
+    Parameters
+    ----------
+    dataset : only this one; None: every dataset of every folder
+
+    Returns
+    -------
+    The counts, and whether they were there already.
+
+    Raises
+    ------
+    BadInput
+        If a folder is named twice, or lacks the dataset.
+    """
+    stores = [ConceptStore(root) for root in concepts]
+    names = _names([store.root for store in stores])
+    chosen = [
+        (name, store, each)
+        for name, store in zip(names, stores, strict=True)
+        for each in ([dataset] if dataset else store.datasets)
+    ]
+    panels = [
+        Panel.of(store.latents(each), each if len(stores) == 1 else name if dataset else f"{name} · {each}")
+        for name, store, each in chosen
+    ]
+    counts = [
+        Counts(name, each, store.n_latents, latents_above(panel.mean_activation, _thresholds()).tolist())
+        for (name, store, each), panel in zip(chosen, panels, strict=True)
+    ]
+    spec = {
+        "concepts": [{"name": name, "identity": store.identity} for name, store in zip(names, stores, strict=True)],
+        "dataset": dataset,
+        "log10_thresholds": list(LOG10_THRESHOLDS),
+    }
+    inputs = [store.root for store in stores]
+    writer = begin_results(
+        target, THRESHOLDS, spec, overwrite=overwrite, inputs=inputs, packages=("matplotlib", "numpy")
+    )
+    if writer.is_complete:
+        return counts, True
+    rows = [
+        {"concepts": each.concepts, "dataset": each.dataset, "log10_threshold": at, "n_latents": n}
+        for each in counts
+        for at, n in zip(LOG10_THRESHOLDS, each.n_above, strict=True)
+    ]
+    writer.write_table("thresholds", pa.Table.from_pylist(rows))
+    plot_scatter(panels, writer.root / "scatter")
+    plot_thresholds(panels, writer.root / "thresholds")
+    writer.finish({"n_curves": len(counts)})
+    return counts, False
+
+
+def _thresholds() -> np.ndarray:
+    return 10.0 ** np.array(LOG10_THRESHOLDS)
+
+
+def _names(roots: Sequence[Path]) -> list[str]:
+    """What to call each folder: its name, with that of the folder above it where two have the same one."""
+    names = [root.name for root in roots]
+    if len(set(names)) < len(names):
+        names = [f"{root.parent.name}/{root.name}" for root in roots]
+    for name, root in zip(names, roots, strict=True):
+        if names.count(name) > 1:
+            raise BadInput(
+                f"two folders of concepts would both be called {name} ({root}); name each once, or rename one"
+            )
+    return names

@@ -1,0 +1,348 @@
+"""From activation cache and SAE to a latent store. The dense latents never exist for more than a micro-batch.
+
+A micro-batch is multiplied and compacted (compact.py) where the model is; one thread behind appends and commits the
+rows, in order, while the next one is multiplied, and threads behind that one compress whole chunks (stores/csr.py).
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cytosae.sae import SaeRun, SparseAutoencoder, load_sae
+from stores.activation_store import ActivationStore
+from stores.csr import CsrRows
+from stores.destination import plan_output
+from stores.errors import BadInput, DamagedStore, SpecMismatch
+from stores.latent_shards import (
+    committed_images,
+    complete_latents,
+    copy_part,
+    left_overs,
+    missing_images,
+    next_part,
+    open_writer,
+    remove_left_overs,
+    remove_part,
+)
+from stores.latent_store import LatentSpec, LatentStore, LatentWriter, shard_images
+from stores.progress import Progress
+from stores.runlog import append_run
+from stores.shards import ONE_WRITER, Shard
+from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged, stated
+from stores.tables import table_sha256
+
+from .sparsify import Compactor, Rounding, SparseRows
+
+# of one dense (tokens, latents) float32 matrix; larger ones gain nothing any more (docs/log.md)
+_MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+_APPENDING_AT_ONCE = 4  # micro-batches of rows that wait to be written
+VALUE_BITS = (10, 23)
+PRECISIONS = ("fp32", "bf16")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeResult:
+    """What lies in the finished latent store, or in a finished shard of it."""
+
+    spec: LatentSpec
+    nnz: int  # stored; of a shard: in its part
+    n_dropped: int  # values that `min_activation` kept out
+    n_readable: int  # images, of the whole store or of the shard
+    was_complete: bool
+    is_complete: bool = True  # False: other shards are not there yet
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per token of a readable image: those stored, and those dropped."""
+        return (self.nnz + self.n_dropped) / max(1, self.n_readable * self.spec.tokens_per_image)
+
+    @property
+    def stored_per_token(self) -> float:
+        """Mean number of stored latents per token of a readable image; equal to `l0` if nothing is pruned."""
+        return self.nnz / max(1, self.n_readable * self.spec.tokens_per_image)
+
+
+def encode(
+    cache: Path | str,
+    run: Path,
+    latents: Path,
+    *,
+    value_bits: int = 10,
+    min_activation: float = 0.0,
+    precision: str = "fp32",
+    device: str = "cpu",
+    shard: Shard = ONE_WRITER,
+    assume_compatible: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> EncodeResult:
+    """Write (or continue) the latents of every token of `cache` (a path or a URL) under the SAE `run` at `latents`.
+
+    Memory: dense latents of one micro-batch (256 MiB; on a GPU 1 GiB of its memory), one chunk of the cache, the
+    nonzeros of a few micro-batches, and a few chunks of rows.
+
+    Parameters
+    ----------
+    min_activation : values that are below it once they are rounded are not stored; barcodes at a tau of at least this
+        are the same as without
+    precision : of the encoder product. bf16: its operands are rounded to bfloat16, sums are float32; what comes out
+        is rounded to bfloat16 again
+    shard : the images that this process encodes; the last one to end joins the parts and completes the store
+    assume_compatible : take an SAE that does not say which tokens it was trained on (an imported one), with a warning
+
+    Raises
+    ------
+    SpecMismatch
+        If the SAE was trained on another kind of tokens or does not say, or `latents` holds something else.
+    DamagedStore
+        If a token of a readable image is not finite.
+    BadInput
+        If a latent is not finite, or another process writes the same images.
+    """
+    check_choice("value_bits", value_bits, VALUE_BITS)
+    check_choice("precision", precision, PRECISIONS)
+    if not 0 <= min_activation <= float(np.finfo(np.float32).max):
+        raise BadInput(f"min_activation must be a number of at least 0; found {min_activation!r}")
+    if overwrite and not shard.is_only:
+        raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
+    store, sae = ActivationStore(cache), load_sae(run, device=device)
+    assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
+    spec = _make_spec(store, sae, value_bits, min_activation, precision)
+    inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
+    output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
+    warn_of_precision(sae, store)
+    n_readable = int(store.readable().sum())
+    if output.is_complete:
+        if left_overs(output.work):
+            complete_latents(output.work)
+        output.publish()
+        LatentStore(latents)  # a damaged one is not "already complete"
+        return _result(read_header(latents, LATENTS), n_readable, was_complete=True)
+
+    root = output.work
+    facts: dict[str, Any] = {"assumed_equal": assumed} if assumed else {}
+    nnz = n_dropped = 0
+    with ExitStack() as stack:
+        writer = open_writer(stack, root, spec, store.images, shard)
+        append_run(
+            root,
+            packages=("torch", "numpy", "zarr"),
+            shard=shard,
+            cache=str(store.root),
+            sae=str(run.absolute()),
+            device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            threads=torch.get_num_threads(),
+            **facts,
+        )
+        if shard.is_only or committed_images(root) < writer.images.stop:
+            _fill(writer, store, sae.model, device, progress)
+            require_unchanged(sae.header, store.header)
+            header = writer.finish()
+            nnz, n_dropped = writer.nnz, writer.n_dropped
+        if shard.is_only:
+            remove_left_overs(root)
+        else:
+            header = None if missing_images(root, spec) else complete_latents(root, progress=progress)
+    if header is None:
+        own = shard_images(spec, shard)
+        return EncodeResult(
+            spec=spec,
+            nnz=nnz,
+            n_dropped=n_dropped,
+            n_readable=int(store.readable()[own.start : own.stop].sum()),
+            was_complete=False,
+            is_complete=False,
+        )
+    output.publish()
+    return _result(header, n_readable, was_complete=False)
+
+
+def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec, *, device: str = "cpu") -> CsrRows:
+    """The rows that a latent store of `spec` would hold for one image, (T, D): same precision, rounding and pruning.
+
+    Equal to stored ones up to the last bits of the product, which depend on how many tokens are encoded together.
+
+    Raises
+    ------
+    SpecMismatch
+        If the store was made with another SAE.
+    BadInput
+        If a latent is not finite.
+    """
+    if sae.sha256 != spec.sae_sha256:
+        raise SpecMismatch(
+            f"the latents were made with the SAE of sha256 {spec.sae_sha256[:12]}…, found {sae.sha256[:12]}…; give the "
+            f"folder of the run that they were encoded with"
+        )
+    with _Encoder(sae.model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device) as encoder:
+        rows = encoder.rows(tokens[None], np.ones(1, bool))
+    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.lengths)])
+    return CsrRows(rows.indices, rows.values, indptr)
+
+
+def _fill(
+    writer: LatentWriter, store: ActivationStore, model: SparseAutoencoder, device: str, progress: Progress
+) -> None:
+    """Append what the writer lacks: rows of parts that other writers have finished, and all the rest encoded."""
+    n_own, n_before = len(writer.images), writer.images.start
+    progress(writer.n_images - n_before, n_own, "")
+    while writer.n_images < writer.images.stop:
+        part = next_part(writer.root, writer) if n_own == writer.spec.n_images else None
+        if part is not None and part.images.start <= writer.n_images:
+            for done in copy_part(part, writer):
+                progress(done, n_own, "joining")
+            remove_part(part)
+        else:
+            stop = writer.images.stop if part is None else part.images.start
+            _encode_until(stop, writer, store, model, device, lambda done, word: progress(done - n_before, n_own, word))
+
+
+def _encode_until(
+    stop: int,
+    writer: LatentWriter,
+    store: ActivationStore,
+    model: SparseAutoencoder,
+    device: str,
+    report: Callable[[int, str], None],
+) -> None:
+    """Encode the images up to `stop`, which like the writer's position lies at the edge of a chunk of the cache."""
+    spec, is_readable = writer.spec, store.readable()
+    n_bytes = 4 * spec.n_latents * spec.tokens_per_image
+    n_together = max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
+    encoder = _Encoder(model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device)
+    nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * spec.tokens_per_image
+    with _in_order(_APPENDING_AT_ONCE) as behind, encoder:
+        for rows, tokens in store.iter_chunks(first=-(-writer.n_images // store.spec.chunk_images)):
+            if rows.start >= stop:
+                break
+            for some in _equal_parts(len(rows), n_together):
+                made = encoder.rows(tokens[some], is_readable[rows.start : rows.stop][some])
+                behind(writer.append_tokens, made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
+                nnz, n_rows = nnz + len(made.values), n_rows + len(made.lengths)
+                report(rows.start + some.stop, f"{nnz / n_rows:.1f} active per token")
+            behind(writer.commit, rows.stop)
+
+
+def _equal_parts(n: int, at_most: int) -> list[slice]:
+    """0..n in parts that are about equal: a product of few rows is slow.
+
+    Always the same ones, since the last bits of a product depend on its number of rows.
+    """
+    n_parts = -(-n // at_most)
+    return [slice(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
+
+
+class _Encoder:
+    """Tokens of some images to sparse rows, on one device."""
+
+    def __init__(self, model: SparseAutoencoder, rounding: Rounding, precision: str, device: str) -> None:
+        self._model, self._device, self._is_low = model, torch.device(device), precision == "bf16"
+        self._compactor = Compactor(model.n_latents, rounding)
+
+    def __enter__(self) -> "_Encoder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._compactor.close()
+
+    @torch.inference_mode()
+    def rows(self, tokens: npt.NDArray[np.float16], is_readable: npt.NDArray[np.bool_]) -> SparseRows:
+        """The rows of some images, (n, T, D); an unreadable one has empty rows.
+
+        Raises
+        ------
+        DamagedStore
+            If a token of a readable image is not finite.
+        BadInput
+            If a latent is not finite.
+        """
+        n_images, n_tokens, width = tokens.shape
+        x = torch.from_numpy(tokens[is_readable].reshape(-1, width)).to(self._device).float()
+        if not bool(torch.isfinite(x).all()):
+            raise DamagedStore("a token of a readable image is NaN or infinite. cyto cache verify names it")
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_low):
+            p = self._model.pre_activations(x)
+        pieces = self._compactor.rows(self._model.keep_active_(p.float()))
+        lengths = np.zeros((n_images, n_tokens), np.int64)
+        lengths[is_readable] = np.concatenate([piece.lengths for piece in pieces]).reshape(-1, n_tokens)
+        return SparseRows(
+            np.concatenate([piece.indices for piece in pieces]),
+            np.concatenate([piece.values for piece in pieces]),
+            lengths.reshape(-1),
+            sum(piece.n_dropped for piece in pieces),
+        )
+
+
+@contextmanager
+def _in_order(n_waiting: int) -> Iterator[Callable[..., None]]:
+    """A function that calls others in one thread, one after the other, while at most `n_waiting` of them wait.
+
+    An error of one of them is raised by the next call, or at the end; none behind it is called any more.
+    """
+    waiting: deque[Future[None]] = deque()
+    has_failed = False
+
+    def call(job: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        nonlocal has_failed
+        if not has_failed:
+            try:
+                job(*args, **kwargs)
+            except BaseException:
+                has_failed = True
+                raise
+
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
+
+        def behind(job: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+            while waiting and (waiting[0].done() or len(waiting) >= n_waiting):
+                waiting.popleft().result()
+            waiting.append(thread.submit(call, job, *args, **kwargs))
+
+        yield behind
+        while waiting:
+            waiting.popleft().result()
+
+
+def warn_of_precision(sae: SaeRun, store: ActivationStore) -> None:
+    """A line of warning if the cache was made in another precision than those the SAE was trained on."""
+    trained_on = sorted({cache["precision"] for cache in sae.header.spec["caches"]} - {store.spec.precision})
+    if trained_on:
+        _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], store.spec.precision)
+
+
+def _make_spec(
+    store: ActivationStore, sae: SaeRun, value_bits: int, min_activation: float, precision: str
+) -> LatentSpec:
+    return LatentSpec(
+        sae_sha256=sae.sha256,
+        cache_sha256=store.content_sha256,
+        cache=store.spec.to_dict(),
+        images_sha256=table_sha256(store.images),
+        n_images=store.spec.n_images,
+        tokens_per_image=store.spec.tokens_per_image,
+        n_latents=sae.model.n_latents,
+        precision=precision,
+        value_bits=value_bits,
+        min_activation=float(min_activation),
+    )
+
+
+def _result(header: Header, n_readable: int, *, was_complete: bool) -> EncodeResult:
+    summary: dict[str, Any] = header.summary or {}
+    return EncodeResult(
+        spec=stated(LatentSpec, header.spec, "the latents"),
+        nnz=summary["nnz"],
+        n_dropped=summary.get("n_dropped", 0),
+        n_readable=n_readable,
+        was_complete=was_complete,
+    )

@@ -1,0 +1,680 @@
+"""Does a latent's map agree with a segmentation? Place within images (AUROC) and overlap (IoU), per latent and class.
+
+AUROC of an image: the chance that a patch of the class has the larger value than another patch of the SAME image, ties
+counting half. Images of a unit (a patient; an image that has none) are averaged with their numbers of pairs as weights,
+then the units, each counting once; only images in which the latent is active, since a silent one says nothing of place.
+So how large a class is, and how often a latent is active, do not move it from 0.5.
+
+IoU: the patches at or above a threshold against the class, summed over all images. The threshold is chosen on one half
+of the units and used in the other, and the other way round.
+
+Two questions, both two-sided:
+
+    place: is the AUROC other than 0.5? Each unit's distance from 0.5 changes its sign at random. A latent of the middle
+        of the picture passes with the nucleus of centred cells.
+    own mask: does the latent follow the mask of its own image beyond that of another cell? Whole units exchange their
+        masks; each statistic is scaled by its mean and spread over all shuffles, the observed among them. What holds
+        for any cell, such as the middle, is no finding here.
+
+Both keep every map and every mask as they are, so neighbouring patches may be alike, and images of a patient too.
+`p_any` is of the largest absolute scaled value among all tested latents and classes of a shuffle. Twins, and the share
+of false finds: tests/test_masks.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cytosae.plotting import COLORS, new_figure, plain, save_both
+from stores.errors import BadInput
+from stores.files import sha256_json
+from stores.latent_store import LatentStore
+from stores.progress import Progress
+from stores.result_folder import ResultStore, begin_results
+from stores.spec import MASKS
+from stores.tables import column
+
+from .patch_maps import patch_side
+
+MAX_NONZEROS = 1 << 28  # of the masked images together: about 12 GiB
+LEAST_IMAGES = 5  # in which a latent must be active to be tested; of fewer images: all
+STATISTIC = "within images, averaged over patients; IoU cross-fitted"  # of the header: older folders lack it
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+_TOP = 5  # latents named in the figure
+_CELLS = 1 << 22  # of units x latents that are dense at a time
+
+
+@dataclass(frozen=True)
+class RankedValues:
+    """The stored values of all latents at some patches, in two orders; patches of an image follow one another.
+
+    `n_per_image` patches make an image, and images of a unit (`unit_of`, rising from 0) follow one another.
+    """
+
+    n_per_image: int
+    unit_of: Int  # (n_images,)
+    starts: Int  # (n_latents + 1,) where the values of each latent begin, in both orders
+    patches: npt.NDArray[np.int32]  # (nnz,) by latent, then image
+    ranks: npt.NDArray[np.float32]  # (nnz,) of these, among the patches of their image, from 1; ties averaged
+    by_value: npt.NDArray[np.float32]  # (nnz,) by latent, then value rising
+    patches_by_value: npt.NDArray[np.int32]  # (nnz,) of these
+
+    @property
+    def n_images(self) -> int:
+        """Images with a mask."""
+        return len(self.unit_of)
+
+    @property
+    def n_units(self) -> int:
+        """Patients, and images without one."""
+        return int(self.unit_of[-1]) + 1
+
+
+@dataclass(frozen=True)
+class MaskAgreement:
+    """Per latent, (n_latents,); NaN where it cannot be said.
+
+    auroc : chance that a patch of the class has the larger value than another of the same image
+    iou : intersection over union of the class with the patches at or above a threshold of the other half
+    threshold : the stored value that is best over all images (the largest, if several are)
+    """
+
+    auroc: Float
+    iou: Float
+    threshold: Float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chance:
+    """(n_classes, n_latents) what chance gives; NaN where a latent was not tested."""
+
+    mean_auroc: Float  # under exchanged masks
+    mean_iou: Float
+    p_auroc: Float  # own mask
+    p_iou: Float
+    p_any_auroc: Float
+    p_any_iou: Float
+    p_place: Float
+    p_any_place: Float
+    expected_max_auroc: Float  # (n_classes,) the best latent's mean over the shuffles
+    expected_max_iou: Float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskResult:
+    """What was compared, and the latents that agree most. The fields with defaults are missing in older folders."""
+
+    n_images: int
+    n_patches: int
+    n_foreground: int  # of the patches, in any class that is not made of the value 0 alone
+    n_silent: int  # latents that are active at no patch
+    expected_max_auroc: float | None  # None: nothing could be shuffled; of the first class
+    expected_max_iou: float | None
+    best_by_auroc: list[dict[str, Any]]  # rows of agreement.parquet
+    best_by_iou: list[dict[str, Any]]
+    classes: list[dict[str, Any]] | None = None  # name, values, n_patches, best_by_auroc, best_by_iou, expected_max_*
+    n_units: int | None = None
+    n_without_patient: int | None = None  # images that are units of their own
+    unit: str | None = None  # patient or image
+    was_complete: bool = False
+
+
+def write_mask_agreement(
+    latents: LatentStore,
+    shares: dict[int, Float],
+    out: Path,
+    *,
+    classes: Sequence[tuple[str, Sequence[str]]] = (("mask", ("above 0",)),),
+    min_share: float = 0.5,
+    n_shuffles: int = 200,
+    seed: int = 0,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    progress: Progress = lambda done, total, state: None,
+) -> MaskResult:
+    """Write `agreement.parquet`, a row per class and latent, and a figure.
+
+    Memory: about 48 bytes for each stored value of the masked images; 16 for each shuffle, class and latent.
+
+    Parameters
+    ----------
+    shares : image_index -> (n_classes, side, side) share of each patch that each class covers
+    classes : (name, values of the masks that it is made of), for each
+    min_share : a patch is of a class from this share on
+    n_shuffles : of either kind; 0: no p-values
+
+    Raises
+    ------
+    BadInput
+        If there is no mask, a class is nowhere or everywhere, or the masked images hold too many values.
+    SpecMismatch
+        If `out` holds something else, also an agreement of an older Cyto.
+    """
+    if not 0 < min_share <= 1:
+        raise BadInput(f"min_share must be above 0 and at most 1; found {min_share!r}")
+    side = patch_side(latents.spec.tokens_per_image)
+    if not shares:
+        raise BadInput("no readable image has a mask: there is nothing to compare")
+    images, unit_of, n_without = _units(latents, sorted(shares))
+    covered = np.array([shares[image] >= min_share for image in images]).reshape(len(images), -1, side * side)
+    foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, 256)
+    for (name, _), mask in zip(classes, foreground, strict=True):
+        _check_class(name, mask, min_share)
+    names, n_units = column(latents.images, "image_id"), int(unit_of[-1]) + 1
+    n_shuffles = n_shuffles if n_units > 1 else 0  # one unit can have no other mask
+    spec = {
+        "latents": latents.identity,
+        "statistic": STATISTIC,
+        "classes": [[name, list(values)] for name, values in classes],
+        "masks_sha256": sha256_json(
+            [[names[image], mask.tolist()] for image, mask in zip(images, foreground.transpose(1, 0, 2), strict=True)]
+        ),
+        "min_share": min_share,
+        "n_shuffles": n_shuffles,
+        "seed": seed,
+    }
+    writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
+    if writer.is_complete:
+        return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
+
+    ranked = read_ranked(latents, images, unit_of, progress=progress)
+    half = halves(n_units, seed)
+    found = [mask_agreement(ranked, mask, half) for mask in foreground]
+    chance = chance_agreement(ranked, foreground, found, n_shuffles=n_shuffles, seed=seed, progress=progress)
+    tables = [
+        _table(name, ranked, one, chance, number)
+        for number, ((name, _), one) in enumerate(zip(classes, found, strict=True))
+    ]
+    writer.write_table("agreement", pa.concat_tables(tables))
+    said: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "values": list(values),
+            "n_patches": int(mask.sum()),
+            "expected_max_auroc": float(chance.expected_max_auroc[number]) if chance else None,
+            "expected_max_iou": float(chance.expected_max_iou[number]) if chance else None,
+            "best_by_auroc": _best(tables[number], "auroc"),
+            "best_by_iou": _best(tables[number], "iou"),
+        }
+        for number, ((name, values), mask) in enumerate(zip(classes, foreground, strict=True))
+    ]
+    inside = [
+        mask for (_, values), mask in zip(classes, foreground, strict=True) if not set(values) <= {"0", "#000000"}
+    ]
+    result = MaskResult(
+        n_images=len(images),
+        n_patches=foreground[0].size,
+        n_foreground=int(np.any(inside or foreground, axis=0).sum()),
+        n_silent=int((np.diff(ranked.starts) == 0).sum()),
+        classes=said,
+        n_units=n_units,
+        n_without_patient=n_without,
+        unit="image" if n_units == len(images) else "patient",
+        expected_max_auroc=said[0]["expected_max_auroc"],
+        expected_max_iou=said[0]["expected_max_iou"],
+        best_by_auroc=said[0]["best_by_auroc"],
+        best_by_iou=said[0]["best_by_iou"],
+    )
+    for number, table in enumerate(tables):
+        _plot(table, result, said[number], writer.root / ("agreement" if not number else f"agreement_{number}"))
+    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
+    writer.finish({"result": kept})
+    return result
+
+
+def _units(latents: LatentStore, images: Sequence[int]) -> tuple[list[int], Int, int]:
+    """The images in the order of their units, the unit of each, and how many have no patient.
+
+    A patient is one of its dataset. If all images are of one patient, each is a unit: then p-values are about that
+    patient alone, which `MaskResult.unit` says.
+    """
+    patients = column(latents.images, "patient") if "patient" in latents.images.column_names else []
+    datasets = column(latents.images, "dataset")
+    keys = [
+        (0, str(datasets[image]), str(patients[image])) if patients and patients[image] else (1, "", str(image))
+        for image in images
+    ]
+    if len(set(keys)) == 1:
+        keys = [(1, "", str(image)) for image in images]
+    number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
+    order = sorted(range(len(images)), key=lambda at: (number[keys[at]], images[at]))
+    unit_of = np.array([number[keys[at]] for at in order], np.int64)
+    return [images[at] for at in order], unit_of, sum(key[0] for key in keys)
+
+
+def halves(n_units: int, seed: int) -> npt.NDArray[np.int64]:
+    """(n_units,) 0 or 1: the half of each, drawn with `seed`."""
+    half = np.zeros(n_units, np.int64)
+    half[np.random.default_rng([seed, 1]).permutation(n_units)[: n_units // 2]] = 1
+    return half
+
+
+def read_ranked(
+    latents: LatentStore,
+    images: Sequence[int],
+    unit_of: Int,
+    *,
+    progress: Progress = lambda done, total, state: None,
+) -> RankedValues:
+    """The values at all patches of these images, patch p of the i-th at number i * 256 + p; CLS is left out.
+
+    Raises
+    ------
+    BadInput
+        If they are more than `MAX_NONZEROS`.
+    """
+    nnz = int(np.diff(latents.image_indptr)[list(images)].sum())
+    if nnz > MAX_NONZEROS:
+        raise BadInput(
+            f"the {len(images):,} masked images hold {nnz:,} values, more than {MAX_NONZEROS:,}; take fewer masks"
+        )
+    n_patches = latents.spec.tokens_per_image - 1
+    indices, values, patches = [], [], []
+    for number, image in enumerate(images):
+        rows = latents.read_images(image, image + 1)
+        after_cls = int(rows.indptr[1])
+        of_image = np.repeat(np.arange(n_patches), np.diff(rows.indptr[1:]))
+        indices.append(rows.indices[after_cls:])
+        values.append(rows.values[after_cls:])
+        patches.append((number * n_patches + of_image).astype(np.int32))
+        progress(number + 1, len(images), "reading")
+    return rank(
+        np.concatenate(indices),
+        np.concatenate(values),
+        np.concatenate(patches),
+        n_latents=latents.spec.n_latents,
+        n_per_image=n_patches,
+        unit_of=unit_of,
+    )
+
+
+def rank(
+    indices: npt.NDArray[Any],
+    values: npt.NDArray[np.float32],
+    patches: npt.NDArray[np.int32],
+    *,
+    n_latents: int,
+    n_per_image: int,
+    unit_of: Int,
+) -> RankedValues:
+    """Sort entries (latent, value, patch), and rank each among the patches of its image, the zeros lowest.
+
+    Parameters
+    ----------
+    indices : (nnz,) latents
+    values : (nnz,) above 0
+    patches : (nnz,) from 0 to n_images * n_per_image - 1, each at most once per latent
+    unit_of : (n_images,) rising
+    """
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(indices, minlength=n_latents))])
+    # floats above 0 are ordered as their bits are
+    order = np.argsort(indices.astype(np.uint64) << np.uint64(32) | values.view(np.uint32), kind="stable")
+    by_value, patches_by_value = values[order], patches[order]
+    run = indices[order].astype(np.int64) * len(unit_of) + patches_by_value // n_per_image
+    order = np.argsort(run, kind="stable")  # within a run values stay rising
+    run, own = run[order], by_value[order]
+    is_first = np.ones(len(run), bool)
+    is_first[1:] = run[1:] != run[:-1]
+    place, length = _places(is_first)
+    is_new = is_first.copy()
+    is_new[1:] |= own[1:] != own[:-1]
+    tie_place, ties = _places(is_new)
+    ranks = n_per_image - length + place - tie_place + (ties - 1) / 2 + 1
+    return RankedValues(
+        n_per_image,
+        unit_of,
+        starts,
+        patches_by_value[order],
+        ranks.astype(np.float32),
+        by_value,
+        patches_by_value,
+    )
+
+
+def _places(is_first: Bool) -> tuple[Int, Int]:
+    """For entries in runs: the place of each in its run, from 0, and the length of that."""
+    first = np.flatnonzero(is_first)
+    length = np.diff(np.append(first, len(is_first)))
+    return np.arange(len(is_first)) - np.repeat(first, length), np.repeat(length, length)
+
+
+def mask_agreement(ranked: RankedValues, foreground: Bool, half: Int) -> MaskAgreement:
+    """AUROC, IoU and best threshold of every latent with a class.
+
+    Parameters
+    ----------
+    foreground : (n_images, n_per_image)
+    half : (n_units,) 0 or 1, see `halves`; the IoU is NaN if all are 0
+    """
+    n_latents = len(ranked.starts) - 1
+    auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
+    nothing = np.zeros((0, 0))
+    _place(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
+    _overlap(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
+    return MaskAgreement(auroc, iou if half.any() else np.full(n_latents, np.nan), threshold)
+
+
+def dealt(foreground: Bool, unit_of: Int, order: Int) -> Bool:
+    """(n_images, n_per_image) the masks when unit u gets those of unit order[u], again and again if these are fewer."""
+    first = np.searchsorted(unit_of, np.arange(len(order)))
+    count = np.bincount(unit_of, minlength=len(order))
+    within = np.arange(len(unit_of)) - first[unit_of]
+    giver = order[unit_of]
+    found: Bool = foreground[first[giver] + within % count[giver]]
+    return found
+
+
+def chance_agreement(
+    ranked: RankedValues,
+    foreground: Bool,
+    found: Sequence[MaskAgreement],
+    *,
+    n_shuffles: int,
+    seed: int,
+    progress: Progress = lambda done, total, state: None,
+) -> Chance | None:
+    """What chance gives; None without shuffles, or where no latent is tested.
+
+    Parameters
+    ----------
+    foreground : (n_classes, n_images, n_per_image), the images in the order of the patches of `ranked`
+    found : the agreement with each class's masks as they are
+    n_shuffles : times that units exchange masks, and that signs are drawn, with `seed`
+    progress : shuffles done, shuffles in all
+    """
+    n_active = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
+    tested = n_active >= min(LEAST_IMAGES, ranked.n_images)
+    if not n_shuffles or not tested.any():
+        return None
+    rng, half = np.random.default_rng(seed), halves(ranked.n_units, seed)
+    n_classes = len(foreground)
+    # [AUROC, IoU] of the observed and every shuffle
+    drawn = np.empty((2, n_shuffles + 1, n_classes, len(tested)), np.float32)
+    for number, one in enumerate(found):
+        drawn[0, 0, number], drawn[1, 0, number] = one.auroc, one.iou
+    for n_done in range(n_shuffles):
+        order = rng.permutation(ranked.n_units)
+        for number, masks in enumerate(foreground):
+            one = mask_agreement(ranked, dealt(masks, ranked.unit_of, order), half)
+            drawn[0, n_done + 1, number], drawn[1, n_done + 1, number] = one.auroc, one.iou
+        progress(n_done + 1, n_shuffles, "shuffling")
+    own = [_scaled_p(values, tested) for values in drawn]
+    mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
+    p_place, p_any_place = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
+    return Chance(
+        mean_auroc=mean[0],
+        mean_iou=mean[1],
+        p_auroc=own[0][0],
+        p_iou=own[1][0],
+        p_any_auroc=own[0][1],
+        p_any_iou=own[1][1],
+        p_place=p_place,
+        p_any_place=p_any_place,
+        expected_max_auroc=largest[0],
+        expected_max_iou=largest[1],
+    )
+
+
+def _mean_and_largest(shuffled: Any, tested: Bool) -> tuple[Float, Float]:
+    """(n_classes, n_latents) means over (n_shuffles, n_classes, n_latents), and the mean of the largest, by class."""
+    is_known = ~np.isnan(shuffled)
+    n_known = is_known.sum(axis=0)
+    mean = np.where(n_known > 0, np.where(is_known, shuffled, 0).sum(axis=0, dtype=np.float64), np.nan)
+    mean = mean / np.maximum(1, n_known)
+    largest = np.where(is_known, shuffled, -np.inf)[:, :, tested].max(axis=2).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        return mean, np.where(np.isfinite(largest).all(axis=0), largest.mean(axis=0), np.nan)
+
+
+def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
+    """p and p_any (n_classes, n_latents) of the first of (1 + n_shuffles, n_classes, n_latents), two-sided.
+
+    All 1 + n_shuffles are treated alike, so the place of the observed among them is exact where they are exchangeable.
+    """
+    n_drawn, shape = len(drawn), drawn.shape[1:]
+    p, p_any = np.full(shape, np.nan), np.full(shape, np.nan)
+    largest = np.zeros(n_drawn)
+    for number in range(shape[0]):
+        values = drawn[:, number].astype(np.float64)
+        distance = np.abs(_scaled(values))
+        usable = tested & ~np.isnan(values[0])
+        # a hair of slack: equal masks give equal values up to rounding
+        p[number, usable] = (distance >= distance[0] - 1e-6).sum(axis=0)[usable] / n_drawn
+        largest = np.maximum(largest, distance[:, usable].max(axis=1, initial=0))
+    for number in range(shape[0]):
+        distance = np.abs(_scaled(drawn[:, number].astype(np.float64)))[0]
+        usable = ~np.isnan(p[number])
+        n_beyond = n_drawn - np.searchsorted(np.sort(largest), distance[usable] - 1e-6)
+        p_any[number, usable] = n_beyond / n_drawn
+    return p, p_any
+
+
+def _scaled(values: Float) -> Float:
+    """Each column less its mean, in its standard deviations; 0 where it does not vary, or a value is unknown."""
+    known = ~np.isnan(values)
+    n = np.maximum(1, known.sum(axis=0))
+    centred = np.where(known, values - np.where(known, values, 0).sum(axis=0) / n, 0)
+    sd = np.sqrt((centred**2).sum(axis=0) / n)
+    scaled: Float = centred / np.where(sd > 1e-6, sd, np.inf)
+    return scaled
+
+
+def _place_p(
+    ranked: RankedValues, foreground: Bool, tested: Bool, *, n_shuffles: int, seed: int
+) -> tuple[Float, Float]:
+    """p and p_any (n_classes, n_latents) of an AUROC of 0.5, by signs of the units' distances from it.
+
+    The statistic |sum of d| / sqrt(sum of d^2) over the units rises with that of a one-sample t test, and its
+    denominator knows no signs: so it has the same scale for latents of few and of many units.
+    """
+    rng = np.random.default_rng([seed, 2])
+    signs = rng.choice(np.array([-1.0, 1.0]), (n_shuffles, ranked.n_units))
+    shape = (len(foreground), len(tested))
+    observed, n_beyond, largest = np.full(shape, np.nan), np.zeros(shape), np.zeros(n_shuffles)
+    step = max(1, _CELLS // max(ranked.n_units, n_shuffles))
+    for number, masks in enumerate(foreground):
+        for first in range(0, len(tested), step):
+            stop = min(first + step, len(tested))
+            units = np.full((stop - first, ranked.n_units), 0.5)
+            starts = ranked.starts[first : stop + 1]
+            _place(starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units)
+            distance = units - 0.5
+            scale = np.sqrt((distance**2).sum(axis=1))
+            use = np.flatnonzero(tested[first:stop] & (scale > 1e-9))
+            unit = distance[use] / scale[use, None]
+            now = np.abs(unit.sum(axis=1))
+            shuffled = np.abs(signs @ unit.T)  # (n_shuffles, n)
+            observed[number, first + use] = now
+            n_beyond[number, first + use] = (shuffled >= now - 1e-9).sum(axis=0)
+            largest = np.maximum(largest, shuffled.max(axis=1, initial=0))
+    known = ~np.isnan(observed)
+    p = np.where(known, (1 + n_beyond) / (1 + n_shuffles), np.nan)
+    p_any = np.full(shape, np.nan)
+    n_any = n_shuffles - np.searchsorted(np.sort(largest), observed[known] - 1e-9)
+    p_any[known] = (1 + n_any) / (1 + n_shuffles)
+    exactly_half = tested & ~known  # 0.5 in every unit: nothing is less of a finding
+    p[exactly_half] = p_any[exactly_half] = 1
+    return p, p_any
+
+
+@numba.njit(cache=True)
+def _count_images(starts: Any, patches: Any, n_per_image: int) -> Any:
+    """(n_latents,) images in which each latent is active."""
+    found = np.zeros(len(starts) - 1, np.int64)
+    for latent in range(len(starts) - 1):
+        last = -1
+        for k in range(starts[latent], starts[latent + 1]):
+            image = patches[k] // n_per_image
+            if image != last:
+                found[latent] += 1
+                last = image
+    return found
+
+
+@numba.njit(cache=True)
+def _place(
+    starts: Any, patches: Any, ranks: Any, foreground: Any, unit_of: Any, first_latent: int, auroc: Any, units: Any
+) -> None:
+    """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; what is unknown is left as it is.
+
+    The entries of a latent lie by image, and so by unit: one pass.
+    """
+    n_per_image = foreground.shape[1]
+    n_inside = np.zeros(len(foreground), np.int64)
+    for image in range(len(foreground)):
+        for patch in range(n_per_image):
+            n_inside[image] += foreground[image, patch]
+    for latent in range(len(starts) - 1):
+        k, stop = starts[latent], starts[latent + 1]
+        total, n_units, won, pairs, unit = 0.0, 0, 0.0, 0.0, -1
+        while k < stop:
+            image = patches[k] // n_per_image
+            if unit_of[image] != unit:
+                if pairs > 0:
+                    total += won / pairs
+                    n_units += 1
+                    if len(units):
+                        units[latent, unit] = won / pairs
+                unit, won, pairs = unit_of[image], 0.0, 0.0
+            begin, n_hit, rank_sum = k, 0, 0.0
+            while k < stop and patches[k] // n_per_image == image:
+                if foreground[image, patches[k] % n_per_image]:
+                    n_hit += 1
+                    rank_sum += ranks[k]
+                k += 1
+            inside = n_inside[image]
+            rank_sum += (inside - n_hit) * (n_per_image - (k - begin) + 1) / 2  # those of zeros
+            won += rank_sum - inside * (inside + 1) / 2
+            pairs += inside * (n_per_image - inside)
+        if pairs > 0:
+            total += won / pairs
+            n_units += 1
+            if len(units):
+                units[latent, unit] = won / pairs
+        if n_units:
+            auroc[latent] = total / n_units
+
+
+@numba.njit(cache=True)
+def _overlap(starts: Any, values: Any, patches: Any, foreground: Any, half_of: Any, iou: Any, threshold: Any) -> None:
+    """Fill iou and threshold (n_latents,); latents without a value keep what is there."""
+    n_per_image = foreground.shape[1]
+    n_inside = np.zeros(2, np.int64)
+    for image in range(len(foreground)):
+        for patch in range(n_per_image):
+            n_inside[half_of[image]] += foreground[image, patch]
+    for latent in range(len(starts) - 1):
+        first, stop = starts[latent], starts[latent + 1]
+        if first == stop:
+            continue
+        n_hit, n_on = np.zeros(2, np.int64), np.zeros(2, np.int64)
+        best, at = np.zeros(2), np.full(2, np.inf)  # of each half; where none overlaps, nothing is chosen
+        best_of_all, at_of_all = -1.0, 0.0
+        for k in range(stop - 1, first - 1, -1):  # from the largest value down
+            image = patches[k] // n_per_image
+            n_on[half_of[image]] += 1
+            n_hit[half_of[image]] += foreground[image, patches[k] % n_per_image]
+            if k == first or values[k - 1] != values[k]:  # ties fall on one side of a threshold together
+                for half in range(2):
+                    union = n_inside[half] + n_on[half] - n_hit[half]
+                    if union > 0 and n_hit[half] / union > best[half]:
+                        best[half], at[half] = n_hit[half] / union, values[k]
+                hit, union = n_hit.sum(), n_inside.sum() + n_on.sum() - n_hit.sum()
+                if union > 0 and hit / union > best_of_all:
+                    best_of_all, at_of_all = hit / union, values[k]
+        hit, on = 0, 0
+        for k in range(first, stop):
+            image = patches[k] // n_per_image
+            if values[k] >= at[1 - half_of[image]]:
+                on += 1
+                hit += foreground[image, patches[k] % n_per_image]
+        if n_inside.sum() + on - hit > 0:
+            iou[latent] = hit / (n_inside.sum() + on - hit)
+        threshold[latent] = at_of_all
+
+
+def _check_class(name: str, mask: Bool, min_share: float) -> None:
+    inside = mask.sum(axis=1)
+    if not ((inside > 0) & (inside < mask.shape[1])).any():
+        what = "every patch" if inside.any() and mask.all() else "no patch" if not inside.any() else "all or nothing"
+        raise BadInput(
+            f"{what} of {len(mask):,} masked images is of class {name!r} (covered to {min_share:g} or more): there is "
+            f"nothing to compare; look at the masks, or choose another --min-share"
+        )
+
+
+def _table(name: str, ranked: RankedValues, found: MaskAgreement, chance: Chance | None, number: int) -> pa.Table:
+    """Row i is latent i; null where a latent is active at no patch, or was not tested."""
+    nothing = np.full(len(found.auroc), np.nan)
+    columns = {
+        "auroc": found.auroc,
+        "iou": found.iou,
+        "threshold": found.threshold,
+        "auroc_null": chance.mean_auroc[number] if chance else nothing,
+        "auroc_p": chance.p_auroc[number] if chance else nothing,
+        "auroc_p_any": chance.p_any_auroc[number] if chance else nothing,
+        "place_p": chance.p_place[number] if chance else nothing,
+        "place_p_any": chance.p_any_place[number] if chance else nothing,
+        "iou_null": chance.mean_iou[number] if chance else nothing,
+        "iou_p": chance.p_iou[number] if chance else nothing,
+        "iou_p_any": chance.p_any_iou[number] if chance else nothing,
+    }
+    n_images = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
+    return pa.table(
+        {
+            "class": pa.array([name] * len(found.auroc), pa.string()),
+            "latent": pa.array(np.arange(len(found.auroc)), pa.int64()),
+            "n_active_patches": pa.array(np.diff(ranked.starts), pa.int64()),
+            "n_active_images": pa.array(n_images, pa.int64()),
+            **{name: pa.array(values, pa.float64(), mask=np.isnan(values)) for name, values in columns.items()},
+        }
+    )
+
+
+def _best(table: pa.Table, name: str) -> list[dict[str, Any]]:
+    """The largest, those of latents that were tested first."""
+    known = table.filter(table[name].is_valid())
+    not_tested = known["n_active_images"].to_numpy() < LEAST_IMAGES
+    order = np.lexsort((known["latent"].to_numpy(), -known[name].to_numpy(), not_tested))[:_TOP]
+    return list(known.take(order).to_pylist())
+
+
+def _plot(table: pa.Table, result: MaskResult, said: dict[str, Any], path: Path) -> None:
+    """AUROC and IoU against the number of active patches; the best latents marked, chance as a dashed line."""
+    figure, grid = new_figure(width=9, height=4, columns=2)
+    known = table.filter(table["auroc"].is_valid())
+    for axes, (name, label, best, by_chance) in zip(
+        grid[0],
+        (
+            ("auroc", "AUROC within images", said["best_by_auroc"], said["expected_max_auroc"]),
+            ("iou", "IoU (threshold from the other half)", said["best_by_iou"], said["expected_max_iou"]),
+        ),
+        strict=True,
+    ):
+        axes.set_xscale("log")
+        sizes, values = known["n_active_patches"].to_numpy(), known[name].to_numpy()
+        axes.scatter(sizes, values, s=5, color=COLORS[0], alpha=0.5, rasterized=True)
+        at = [row["n_active_patches"] for row in best], [row[name] for row in best]
+        axes.scatter(*at, s=22, facecolors="none", edgecolors=COLORS[5])
+        words = ["circles: latents " + ", ".join(str(row["latent"]) for row in best)]
+        if by_chance is not None:
+            axes.axhline(by_chance, color="black", linestyle="--", linewidth=1)
+            words.append(f"dashed: the best latent under exchanged masks, {by_chance:.2f} on average")
+        axes.set_title("\n".join(words), fontsize=7, loc="left")
+        axes.set_xlabel("patches in which the latent is active", fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(
+        f"{plain(said['name'])}: {known.num_rows:,} latents and the masks of {result.n_images:,} images "
+        f"({said['n_patches'] / result.n_patches:.0%} of the patches)",
+        fontsize=9,
+    )
+    save_both(figure, path)

@@ -1,0 +1,156 @@
+"""Reference images: for one latent, the top images of each dataset, with where in the image it is active and pixels.
+
+They bring three things together: concepts (which images), latent stores (which patches), and a function that the
+caller gives (which pixels); the images themselves belong to stage one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from cytosae.barcodes import check_one_sae
+from stores.concept_store import ConceptStore
+from stores.errors import BadInput, SpecMismatch
+from stores.latent_store import LatentStore
+from stores.spec import check_latent
+from stores.tables import column, listed
+
+from .patch_maps import Map, Pixels, patch_map, read_tokens
+
+# image_index -> pixels; or a few words on why there are none
+Picture = Callable[[int], Pixels | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One image of a figure."""
+
+    caption: str
+    picture: Pixels | str  # a str says why there is nothing to see
+    patches: Map
+    image_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRow:
+    """Images that belong together, under one heading; `largest` is the value at the top of their scale."""
+
+    heading: Sequence[str]  # lines
+    frames: Sequence[Frame]
+    largest: float
+    dataset: str = ""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Latent stores of one SAE, and the pictures of each, to find any of their images by name."""
+
+    stores: Sequence[LatentStore]
+    pictures: Sequence[Picture]  # one per store
+
+    def __post_init__(self) -> None:
+        check_one_sae(self.stores)
+
+    @property
+    def n_latents(self) -> int:
+        """Latents of the SAE."""
+        return self.stores[0].spec.n_latents
+
+    @property
+    def identities(self) -> list[str]:
+        """Of the stores, in order."""
+        return [store.identity for store in self.stores]
+
+    def find(self, image_id: str) -> tuple[int, int]:
+        """(store, image_index) of an image.
+
+        Raises
+        ------
+        BadInput
+            If no store has it, or two have.
+        """
+        found = self._places.get(image_id, [])
+        if len(found) != 1:
+            where = listed([str(store.root) for store in self.stores])
+            none = f"no image {image_id!r} in {where}; expected a value of the column image_id"
+            raise BadInput(f"several stores have an image {image_id!r}; give one of {where}" if found else none)
+        return found[0]
+
+    def frame(self, at: tuple[int, int], latent: int, caption: str) -> Frame:
+        """An image of a store, and where a latent is active in it."""
+        number, image_index = at
+        return Frame(
+            caption=caption,
+            picture=self.pictures[number](image_index),
+            patches=patch_map(read_tokens(self.stores[number], image_index), latent),
+            image_id=str(column(self.stores[number].images, "image_id")[image_index]),
+        )
+
+    @cached_property
+    def _places(self) -> dict[str, list[tuple[int, int]]]:
+        places: dict[str, list[tuple[int, int]]] = {}
+        for number, store in enumerate(self.stores):
+            for image_index, name in enumerate(column(store.images, "image_id")):
+                places.setdefault(str(name), []).append((number, image_index))
+        return places
+
+
+def reference_rows(
+    concepts: ConceptStore, sources: Sources, latent: int, *, n_images: int, datasets: Sequence[str] = ()
+) -> list[FrameRow]:
+    """A row for each dataset (default: all of `concepts`): the top images of a latent, all on one scale.
+
+    Raises
+    ------
+    BadInput
+        If there is no such latent or dataset, or an image is in none of the stores.
+    """
+    check_latent(latent, sources.n_latents, sources.stores[0].root)
+    found: dict[str, list[Frame]] = {}
+    for dataset in datasets or concepts.datasets:
+        top = concepts.top_images(latent, dataset).slice(0, n_images).to_pylist()
+        found[dataset] = [
+            sources.frame(sources.find(row["image_id"]), latent, row["label"] or "(no label)") for row in top
+        ]
+    largest = max((float(frame.patches.max()) for frames in found.values() for frame in frames), default=0.0)
+    return [
+        FrameRow(heading=_heading(concepts, latent, dataset), frames=frames, largest=largest, dataset=dataset)
+        for dataset, frames in found.items()
+    ]
+
+
+def unseen(rows: Sequence[FrameRow]) -> list[str]:
+    """The images of a figure that cannot be shown, each with the reason."""
+    return [
+        f"{frame.image_id}: {frame.picture}" for row in rows for frame in row.frames if isinstance(frame.picture, str)
+    ]
+
+
+def require_same_sae(concepts: ConceptStore, sources: Sources) -> None:
+    """Refuse concepts of another SAE than that of the latents: the numbers of latents would mean something else.
+
+    Raises
+    ------
+    SpecMismatch
+        Naming both.
+    """
+    stated = {spec["sae_sha256"] for spec in concepts.header.spec["latents_spec"]}
+    held = sources.stores[0].spec.sae_sha256
+    if stated != {held}:
+        raise SpecMismatch(
+            f"{concepts.root} is of another SAE (sha256 {', '.join(sorted(stated)):.12}…) than "
+            f"{sources.stores[0].root} ({held:.12}…); give the latents that it was made from"
+        )
+
+
+def _heading(concepts: ConceptStore, latent: int, dataset: str) -> list[str]:
+    table = concepts.latents(dataset)
+    facts = {name: table[name][latent].as_py() for name in ("frequency", "mean_activation", "label_entropy")}
+    if not facts["frequency"]:
+        return [dataset, "never active"]
+    lines = [
+        dataset,
+        f"in {facts['frequency']:.2%} of images",
+        f"mean activation {facts['mean_activation']:.3g}",
+    ]
+    return lines if facts["label_entropy"] is None else [*lines, f"label entropy {facts['label_entropy']:.2f}"]

@@ -1,0 +1,15 @@
+from .baselines import MilConfig as MilConfig
+from .cross_validation import Plan as Plan
+from .cross_validation import divide as divide
+from .cross_validation import run_fold as run_fold
+from .folds import assign_folds as assign_folds
+from .intervals import draw_groups as draw_groups
+from .intervals import interval as interval
+from .intervals import scores_of_draws as scores_of_draws
+from .run import C_FACTORS as C_FACTORS
+from .run import REPETITIONS as REPETITIONS
+from .run import THRESHOLDS as THRESHOLDS
+from .run import ProbeConfig as ProbeConfig
+from .run import along_thresholds as along_thresholds
+from .run import write_probe as write_probe
+from .units import UnitConfig as UnitConfig

@@ -1,0 +1,389 @@
+"""Can patients be told apart by their barcodes, and would they be by chance? A leakage-safe linear probe (Fig. 4).
+
+    units       patients (or images), their classes, the groups that must stay together: probe_units.py, folds.py
+    repeats     folds of whole groups; a fit per threshold; the threshold chosen inside: cross_validation.py
+    chance      the first repeat, all of it, on labels shuffled between groups
+    beside it   simpler knowledge on the same folds: probe_baselines.py, mil.py
+
+Nothing is standardised and nothing is chosen with the rows that are predicted. No torch here; the attention-MIL head,
+if it is wanted, brings it.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from threadpoolctl import threadpool_limits
+
+from stores.activation_store import ActivationStore, open_caches
+from stores.barcode_store import BarcodeStore
+from stores.content_hashes import find_trained_on
+from stores.errors import BadInput, SpecMismatch
+from stores.progress import Progress
+from stores.result_folder import ResultStore, begin_results
+from stores.spec import PROBE, SAE, check_choice, read_header
+
+from . import baselines
+from .baselines import MilConfig
+from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, gather, run_fold
+from .folds import NULLS, check_groups, choose_null, shuffle_labels
+from .report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
+from .threshold_columns import ThresholdColumns
+from .threshold_grams import ThresholdGrams
+from .units import BY_LOT, LEVELS, UnitConfig, Units, read_units
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the paper
+    "latents": "M c / 100, M features (latents) and c classes: DinoBloom's code",
+    "backbone": "W c / 100, W the backbone's width: DinoBloom's code on its own features",
+    "samples": "n c / 100, n training rows: the paper's words, as C",
+    "samples-inverse": "100 / (n c): the paper's words, as a penalty",
+}
+REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
+GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
+_DENSE_BYTES = 512 << 20
+C_FACTORS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
+THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """What is asked. The `target` of `units` may be "" for the level's own: disease of patients, label of images."""
+
+    units: UnitConfig = field(default_factory=UnitConfig)
+    folds: int = 5
+    inner_folds: int = 3
+    repeats: int = 10
+    permutations: int = 99
+    null: str = "auto"  # how labels are shuffled: folds.NULLS, or by rule
+    regularization: str = "latents"
+    c_factors: tuple[float, ...] = C_FACTORS  # of the rule's C: one is chosen within each training side
+    thresholds: tuple[float, ...] = THRESHOLDS  # of mean activation
+    mil: MilConfig | None = field(default_factory=MilConfig)  # at level patient, where caches are given
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.units.level, LEVELS)
+        check_choice("regularization", self.regularization, tuple(REGULARIZATIONS))
+        check_choice("null", self.null, ("auto", *NULLS))
+        factors = self.c_factors
+        if not factors or list(factors) != sorted(set(factors)) or not all(0 < f < np.inf for f in factors):
+            raise BadInput(f"factors of C must be positive, differ and rise; found {', '.join(map(str, factors))}")
+        for name, low in {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 0}.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"{name} must be at least {low}; found {getattr(self, name)}")
+        if not self.thresholds or not all(0 <= t < np.inf for t in self.thresholds):
+            raise BadInput(f"thresholds must be numbers of at least 0; found {', '.join(map(str, self.thresholds))}")
+        if list(self.thresholds) != sorted(set(self.thresholds)) or len(self.thresholds) > 100:
+            raise BadInput("thresholds must differ, rise, and be at most 100")
+
+
+def write_probe(
+    barcodes: Path | str,
+    out: Path,
+    config: ProbeConfig,
+    *,
+    caches: Sequence[Path | str] = (),
+    sae: Path | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+    token_progress: Progress = lambda done, total, state: None,
+) -> tuple[dict[str, Any], bool]:
+    """Probe `barcodes` into the folder `out`: folds, predictions, scores, figures; the scores, and were they there?
+
+    The numbers do not depend on `workers` (threads), nor on the order of patients or images.
+
+    Parameters
+    ----------
+    caches : activation caches of the same images, for the baselines on the backbone's tokens
+    sae : folder of the SAE, to know whether it was trained on these very images
+
+    Raises
+    ------
+    BadInput
+        If a column, a class or a group is missing or too small.
+    SpecMismatch
+        If caches or SAE are not those of the barcodes, or `out` holds something else.
+    DamagedStore
+        If the barcodes lack a chunk or a column, or hold what is not finite.
+    """
+    store = BarcodeStore(barcodes)
+    store.check()
+    target = config.units.target or {"patient": "disease", "image": "label"}[config.units.level]
+    tau = config.units.tau if config.units.tau is not None or len(store.taus) > 1 else store.taus[0]
+    unit_config = replace(config.units, target=target, tau=tau)
+    latents_spec = _as_list(store.header.spec["latents_spec"])
+    tokens = open_caches(caches) if caches else []
+    units = read_units(store, unit_config, seed=config.seed)
+    warnings = [*units.warnings]
+    warnings += check_groups(
+        units.labels,
+        units.groups,
+        units.classes,
+        n_folds=config.folds,
+        target=target,
+        were_drawn=BY_LOT in units.left_out,
+    )
+    normalize = store.header.spec["normalize"]
+    if normalize != "images" and unit_config.level == "patient":
+        warnings.append(
+            f"these barcodes are normalised as {normalize}: patients with more images have larger values, so the "
+            f"number of images is in every score; cyto barcode without --normalize divides by each patient's own number"
+        )
+    warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
+    spec = {
+        "barcodes": store.header.identity,
+        **{k: v for k, v in asdict(config).items() if k != "units"},
+        **asdict(unit_config),
+        "caches": [cache.content_sha256 for cache in tokens],
+        "sae": None if sae is None else latents_spec[0]["sae_sha256"],
+    }
+    inputs = tuple(p for p in (Path(barcodes), sae, *(cache.root for cache in tokens)) if isinstance(p, Path))
+    writer = begin_results(
+        out, PROBE, _plain(spec), overwrite=overwrite, inputs=inputs, packages=("numpy", "scipy", "scikit-learn")
+    )
+    if writer.is_complete:
+        return dict(ResultStore(out, PROBE).json("scores")), True
+    null = choose_null(units.labels, units.groups, config.null)
+    rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
+    has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
+    config = config if has_mil else replace(config, mil=None)
+    with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
+        repeats, shuffles = _run_all(units, rule, config, null, workers, progress)
+        methods = _barcode_methods(repeats, config.thresholds)
+        methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
+    n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
+    about = {
+        "level": unit_config.level,
+        "target": target,
+        "folds": config.folds,
+        "repeats": config.repeats,
+        "seed": config.seed,
+        "null": {"used": null, "asked": config.null, "what": NULLS[null]},
+        "regularization": {
+            "rule": config.regularization,
+            "formula": REGULARIZATIONS[config.regularization],
+            "C": rule.of(units.n_latents)(n_training),
+            "c_factors": list(config.c_factors),
+            "C_chosen": _typical([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
+            * rule.of(units.n_latents)(n_training),
+            "n_training_rows": n_training,
+        },
+    }
+    found = Found(units, config.thresholds, repeats, shuffles, methods)
+    scores = scores_of(found, about, warnings)
+    write_report(writer, found, scores)
+    return scores, False
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How strongly to regularise."""
+
+    name: str
+    n_classes: int
+    width: int
+
+    def of(self, n_features: int) -> Strength:
+        """scikit-learn's C, by the number of training rows."""
+        return partial(self._strength, n_features)
+
+    def _strength(self, n_features: int, n_rows: int) -> float:
+        c = self.n_classes
+        return {
+            "latents": n_features * c / 100,
+            "backbone": self.width * c / 100,
+            "samples": n_rows * c / 100,
+            "samples-inverse": 100 / (max(1, n_rows) * c),  # without a row nothing is fitted
+        }[self.name]
+
+
+def _typical(factors: list[Float]) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.log(np.concatenate(factors)).mean()))
+
+
+def _run_all(
+    units: Units, rule: _Rule, config: ProbeConfig, null: str, workers: int, progress: Progress
+) -> tuple[list[Repeat], list[Shuffle]]:
+    """All repeats, and the first repeat on shuffled labels."""
+    n_classes = len(units.classes)
+    plan = Plan(
+        n_folds=config.folds,
+        n_inner_folds=config.inner_folds,
+        n_classes=n_classes,
+        strength=rule.of(units.n_latents),
+        c_factors=config.c_factors,
+    )
+    barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
+
+    def begin(pool: ThreadPoolExecutor, number: int, labels: Ints) -> tuple[Division, list[Future[Fold]]]:
+        division = divide(labels, units.groups, plan, np.random.default_rng([config.seed, 0, number]))
+        folds = range(config.folds)
+        return division, [pool.submit(run_fold, barcodes, labels, division, fold, plan) for fold in folds]
+
+    shuffled = [
+        shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]), null)
+        for number in range(config.permutations)
+    ]
+    repeats, shuffles = list[Repeat](), list[Shuffle]()
+    with ThreadPoolExecutor(workers) as pool:
+        begun = deque(begin(pool, number, units.labels) for number in range(config.repeats))
+        begun.extend(begin(pool, 0, labels) for labels in shuffled)
+        try:
+            for number in range(len(begun)):
+                division, folds = begun.popleft()
+                found = []
+                for fold in folds:
+                    found.append(fold.result())  # raises what it raised
+                    progress(number * config.folds + len(found), _n_steps(config), "folds of repeats and permutations")
+                repeat = gather(division, found)
+                if number < config.repeats:
+                    repeats.append(repeat)
+                else:
+                    labels = shuffled[number - config.repeats]
+                    shuffles.append(keep_shuffle(repeat, labels, units.labels, n_classes))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return repeats, shuffles
+
+
+def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> Thresholds:
+    """Barcodes, CSR (n, m) as in `Units`, ready for fits: the way that is faster for so many rows."""
+    if values.shape[0] > GRAM_ROWS:
+        return ThresholdColumns(values, sums, counts, thresholds)
+    is_small = 3 * 8 * values.shape[0] * values.shape[1] <= _DENSE_BYTES
+
+    def by_latent(matrix: Any) -> Any:
+        return np.ascontiguousarray(matrix.toarray().T) if is_small else matrix.T.tocsr()
+
+    return ThresholdGrams(by_latent(values), by_latent(sums), by_latent(counts), thresholds)
+
+
+def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:
+    """The probe itself, with the threshold chosen inside; then every threshold."""
+    by_threshold = [
+        Method(BARCODE, [repeat.probabilities[t] for repeat in repeats], threshold)
+        for t, threshold in enumerate(thresholds)
+    ]
+    return [Method(BARCODE, [repeat.selected for repeat in repeats]), *by_threshold]
+
+
+def _baselines(
+    units: Units,
+    repeats: list[Repeat],
+    config: ProbeConfig,
+    rule: _Rule,
+    caches: list[ActivationStore],
+    progress: Progress,
+    token_progress: Progress,
+) -> list[Method]:
+    """The baselines on the folds of the repeats."""
+    c, patients = len(units.classes), config.units.level == "patient"
+    wanted: dict[str, baselines.Predict] = {"majority": baselines.majority(c)}
+    if patients:
+        wanted["n_images"] = baselines.number_of_images(units.n_images, c, config.c_factors)
+    methods = []
+    if caches:
+        ids = [image_id for of_unit in units.image_ids for image_id in of_unit]
+        rows_of = np.split(np.arange(len(ids)), np.cumsum(units.n_images)[:-1])
+        images = baselines.read_image_tokens(caches, ids, progress=token_progress)
+        strength = rule.of(images.cls.shape[1])
+        for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
+            wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, strength, config.c_factors)
+        if config.mil is not None:
+            methods.append(Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))
+    for name, predict in wanted.items():
+        methods.append(Method(name, [_over_folds(repeat, units.labels, c, predict) for repeat in repeats]))
+    return methods
+
+
+def _mil(
+    images: Float, rows_of: list[Ints], units: Units, repeats: list[Repeat], config: ProbeConfig, progress: Progress
+) -> list[Float]:
+    """(n, c) probabilities of the attention-MIL head in each of its repeats."""
+    from . import attention_mil as mil  # brings torch
+
+    assert config.mil is not None
+    n_classes, found = len(units.classes), []
+    for number, repeat in enumerate(repeats[: config.mil.repeats or None]):
+        out = np.zeros((len(units.labels), n_classes))
+        for fold in range(config.folds):
+            training, seed = repeat.fold_of != fold, (config.seed, 3, number, fold)
+            out[~training] = mil.fit_predict(images, rows_of, units.labels, training, n_classes, config.mil, seed=seed)
+        found.append(out)
+        n_before = config.folds * (config.repeats + config.permutations)
+        progress(n_before + number + 1, _n_steps(config), "attention MIL")
+    return found
+
+
+def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines.Predict) -> Float:
+    out = np.zeros((len(labels), n_classes))
+    for fold in range(repeat.fold_of.max() + 1):
+        training = repeat.fold_of != fold
+        out[~training] = predict(labels, training, repeat.inner_of[fold])
+    return out
+
+
+def _n_steps(config: ProbeConfig) -> int:
+    """For the progress."""
+    n_folds = config.folds * (config.repeats + config.permutations)
+    return n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
+
+
+def _provenance(
+    store: BarcodeStore,
+    units: Units,
+    config: UnitConfig,
+    latents_spec: list[dict[str, Any]],
+    caches: list[ActivationStore],
+    sae: Path | None,
+) -> list[str]:
+    """Warnings on what the scores may owe to the SAE or the caches."""
+    of_barcodes = {spec["cache_sha256"] for spec in latents_spec}
+    warnings = []
+    if not all(spec["cache"]["trained"] for spec in latents_spec):
+        warnings.append("the backbone is UNTRAINED: the scores say nothing about its published weights")
+    other = [str(cache.root) for cache in caches if cache.content_sha256 not in of_barcodes]
+    if other:
+        warnings.append(f"the latents were not encoded from {', '.join(other)}: the baselines are of other tokens")
+    if sae is None:
+        return [*warnings, "whether the SAE was trained on these images is not known here: name it with --sae"]
+    header = read_header(sae, SAE)
+    weights = (header.summary or {}).get("sae_sha256")
+    if weights != latents_spec[0]["sae_sha256"]:
+        raise SpecMismatch(
+            f"{sae} is not the SAE of these latents (weights {str(weights)[:12]}…, theirs "
+            f"{latents_spec[0]['sae_sha256'][:12]}…); give the one that they were encoded with"
+        )
+    images = store.read_obs("image", config.tau, needed=("content_hash", "status", "dataset"))
+    images = images.reset_index(names="image_id")
+    images = images[images["image_id"].isin([image_id for ids in units.image_ids for image_id in ids])]
+    table = pa.table({name: [*map(str, images[name])] for name in ("image_id", "dataset", "content_hash", "status")})
+    cache_sha256 = latents_spec[0]["cache_sha256"] if len(latents_spec) == 1 else ""  # of several: by content alone
+    found = find_trained_on(sae, header, table, cache_sha256=cache_sha256)
+    known = f"{found.n_known:,} of the {len(images):,} images are known: {found.n_trained_on:,} trained on"
+    if found.n_trained_on:
+        warnings.append(f"transductive: the SAE has seen images of the test folds, without labels ({known})")
+    elif found.n_known < len(images):
+        warnings.append(f"{sae} does not say of all these images whether it was trained on them ({known})")
+    return warnings
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _plain(spec: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in spec.items()}

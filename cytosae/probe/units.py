@@ -1,0 +1,212 @@
+"""What a probe tells apart: patients or images of a barcodes folder, their classes, and who belongs together."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cytosae.barcodes import IMAGE_COLUMNS, PATIENT_COLUMNS
+from stores.barcode_store import BarcodeStore
+from stores.errors import BadInput
+from stores.tables import STATUS_OK, listed
+
+from .folds import connected_groups
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Float = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+LEVELS = ("patient", "image")
+BY_LOT = "images by lot (--max-images)"  # why images are left out
+_MOST_BYTES = 8 << 30  # of barcodes and sums, while they are read
+_ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitConfig:
+    """Which units, and what they are told apart by."""
+
+    level: str = "patient"
+    target: str = "disease"  # a column of the patients or the images
+    tau: float | None = None  # None: the only one
+    classes: tuple[str, ...] = ()  # keep these only; (): all
+    group_by: str | None = None  # a column of the images: a common value keeps units together
+    min_images: int = 1  # patients with fewer readable images are left out, and their images
+    max_images: int = 1000  # of level "image": so many at random
+
+
+@dataclass(frozen=True)
+class Units:
+    """n patients or images in the order of their names."""
+
+    names: list[str]
+    labels: Ints  # (n,) in 0..len(classes)-1
+    classes: list[str]
+    groups: Ints  # (n,) that must not be parted
+    image_ids: list[list[str]]  # of each unit's readable images
+    values: Any  # (n, m) barcodes, CSR in float64, a column per latent that is not zero everywhere
+    sums: Any  # (n, m) sum of image activations, likewise
+    counts: Any  # (n, m) images with any activation, likewise
+    n_latents: int  # all of them
+    left_out: dict[str, int]
+    warnings: list[str]
+
+    @property
+    def n_images(self) -> Ints:
+        """(n,) readable images of each."""
+        return np.array([len(ids) for ids in self.image_ids], np.int64)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    name: str
+    row: int  # of the level's matrices
+    label: str
+    group: int
+    image_ids: list[str]
+    n_of_patient: int  # readable images
+
+
+def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Units:
+    """The units of a probe; left out, and counted: those without a class, or with too few images.
+
+    Rows are drawn before any is read. Memory: three sparse matrices of them in float64, twice while they are made.
+
+    Raises
+    ------
+    BadInput
+        If a column does not exist, a patient has two values of it, or nothing is left.
+    """
+    images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS).reset_index(names="image_id")
+    columns = [name for name in images.columns if name != "image_id"]
+    images["row"] = np.arange(len(images))
+    images = images[images["status"] == STATUS_OK]
+    pairs = zip(images["patient"], images["dataset"], strict=True)
+    images["owner"] = [f"{patient}\0{dataset}" if patient else "" for patient, dataset in pairs]
+    keys = ["owner", "content_hash", *([] if config.group_by is None else [_checked(config.group_by, columns, store)])]
+    images["group"] = connected_groups([[*map(str, images[name])] for name in keys])
+    if config.level == "patient":
+        units = _patients(store, config, images, columns)
+        left_out, warnings = dict[str, int](), list[str]()
+    else:
+        units, left_out, warnings = _images(config, images, _checked(config.target, columns, store))
+    chosen = [unit for unit in units if unit.label]
+    left_out[f"{config.level}s without {config.target}"] = len(units) - len(chosen)
+    if config.classes:
+        found = {unit.label for unit in chosen}
+        unknown = sorted(set(config.classes) - found)
+        if unknown:
+            raise BadInput(
+                f"no {config.level} has {config.target} {listed(unknown)}; there are {listed(sorted(found), 12)}"
+            )
+        n_labelled = len(chosen)
+        chosen = [unit for unit in chosen if unit.label in config.classes]
+        left_out[f"{config.level}s of other classes"] = n_labelled - len(chosen)
+    n_before = len(chosen)
+    chosen = [unit for unit in chosen if unit.n_of_patient >= config.min_images]
+    whose = "patients with" if config.level == "patient" else "images of patients with"
+    left_out[f"{whose} fewer than {config.min_images} images"] = n_before - len(chosen)
+    chosen.sort(key=lambda unit: unit.name)
+    if config.level == "image" and len(chosen) > config.max_images:
+        drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
+        left_out[BY_LOT] = len(chosen) - config.max_images
+        chosen = [chosen[k] for k in drawn]
+    if not chosen:
+        raise BadInput(f"no {config.level} of {store.root} with {config.target} is left; see its `obs`")
+    return _with_barcodes(store, config, chosen, {what: n for what, n in left_out.items() if n}, warnings)
+
+
+def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", columns: list[str]) -> list[_Unit]:
+    obs = store.read_obs("patient", config.tau, needed=PATIENT_COLUMNS)
+    owners = [f"{patient}\0{data}" for patient, data in zip(obs["patient_id"], obs["dataset"], strict=True)]
+    images_of = {str(owner): rows for owner, rows in images.groupby("owner")}
+    if config.target in obs.columns:
+        labels = [str(value) for value in obs[config.target]]
+    else:
+        name = _checked(config.target, columns, store)
+        values = [sorted({*map(str, images_of[owner][name])} - {""}) for owner in owners]
+        torn = [str(obs.index[k]) for k, found in enumerate(values) if len(found) > 1]
+        if torn:
+            raise BadInput(
+                f"{len(torn):,} patients have images of several {name} ({listed(torn)}): "
+                f"it is no class of patients; use --level image"
+            )
+        labels = [found[0] if found else "" for found in values]
+    return [
+        _Unit(str(obs.index[k]), k, labels[k], int(mine["group"].iloc[0]), [*map(str, mine["image_id"])], len(mine))
+        for k, mine in enumerate(images_of[owner] for owner in owners)
+    ]
+
+
+def _images(config: UnitConfig, images: "pd.DataFrame", target: str) -> tuple[list[_Unit], dict[str, int], list[str]]:
+    """Images that somebody owns; all of them, with a warning, if nobody owns any."""
+    is_owned = images["owner"] != ""
+    left_out, warnings = {}, []
+    if is_owned.any():
+        left_out["images without a patient"] = int((~is_owned).sum())
+        images = images[is_owned]
+    else:
+        warnings.append("no image has a patient: images of one patient may lie on both sides of a fold")
+    n_of = images.groupby("owner")["row"].transform("size")
+    units = [
+        _Unit(str(image_id), int(row), str(label), int(group), [str(image_id)], int(n))
+        for image_id, row, label, group, n in zip(
+            images["image_id"], images["row"], images[target], images["group"], n_of, strict=True
+        )
+    ]
+    return units, left_out, warnings
+
+
+def _with_barcodes(
+    store: BarcodeStore, config: UnitConfig, units: list[_Unit], left_out: dict[str, int], warnings: list[str]
+) -> Units:
+    rows = np.array([unit.row for unit in units], np.int64)
+    layers = ("X", "activation_sum", "n_active_images") if config.level == "patient" else ("X", "mean")
+    n_entries = sum(int(store.row_lengths(config.level, rows, config.tau, layer=layer).sum()) for layer in layers)
+    if (n_bytes := _ENTRY_BYTES * n_entries) > _MOST_BYTES:
+        raise BadInput(
+            f"the barcodes of {len(units):,} {config.level}s need {n_bytes / 2**30:.0f} GiB; "
+            f"at most {_MOST_BYTES >> 30} are taken: choose a smaller --max-images or a larger tau"
+        )
+    barcodes = _read_rows(store, config, rows, layers[0])
+    there = np.unique(barcodes.indices)
+    if not len(there):
+        warnings = [*warnings, "every barcode is empty: no latent exceeds tau in these units"]
+    sums, *counts = (_read_rows(store, config, rows, layer)[:, there].astype(np.float64) for layer in layers[1:])
+    classes = sorted({unit.label for unit in units})
+    groups = np.unique([unit.group for unit in units], return_inverse=True)[1]
+    return Units(
+        names=[unit.name for unit in units],
+        labels=np.array([classes.index(unit.label) for unit in units], np.int64),
+        classes=classes,
+        groups=groups.astype(np.int64),
+        image_ids=[unit.image_ids for unit in units],
+        values=barcodes[:, there].astype(np.float64),
+        sums=sums,
+        counts=counts[0] if counts else (sums > 0).astype(np.float64),
+        n_latents=barcodes.shape[1],
+        left_out=left_out,
+        warnings=warnings,
+    )
+
+
+def _read_rows(store: BarcodeStore, config: UnitConfig, rows: Ints, layer: str) -> Any:
+    """Rows of a matrix in this order, CSR in float32."""
+    order = np.argsort(rows)
+    found = store.read_rows(config.level, rows[order], config.tau, layer=layer)
+    return found[np.argsort(order)]
+
+
+def shared_groups(units: Units) -> int:
+    """Number of units that share their group with another one."""
+    times = Counter(units.groups.tolist())
+    return sum(times[group] > 1 for group in units.groups.tolist())
+
+
+def _checked(name: str, columns: list[str], store: BarcodeStore) -> str:
+    if name not in columns:
+        raise BadInput(f"{store.root} has no column {name!r} of images; it has {', '.join(columns)}")
+    return name

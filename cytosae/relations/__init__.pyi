@@ -1,0 +1,9 @@
+from .coactivation import Coactivation as Coactivation
+from .neighbours import find_neighbours as find_neighbours
+from .neighbours import write_neighbours as write_neighbours
+from .patient_concepts import LEAST_OTHERS as LEAST_OTHERS
+from .patient_concepts import PatientSettings as PatientSettings
+from .patient_concepts import as_z as as_z
+from .patient_concepts import standing as standing
+from .patient_concepts import write_patient_concepts as write_patient_concepts
+from .stability import write_stability as write_stability

@@ -1,0 +1,15 @@
+from .data import TrainingData as TrainingData
+from .data import choose_data as choose_data
+from .data import first_position as first_position
+from .device_prefetch import on_device as on_device
+from .evaluate import DEAD_WINDOW as DEAD_WINDOW
+from .evaluate import BackboneSample as BackboneSample
+from .evaluate import Evaluation as Evaluation
+from .losses import BatchLosses as BatchLosses
+from .losses import loss_and_gradients as loss_and_gradients
+from .losses import loss_weight as loss_weight
+from .residuals import compare_in_one_pass as compare_in_one_pass
+from .residuals import compare_plainly as compare_plainly
+from .state import new_model as new_model
+from .train import Diverged as Diverged
+from .train import Training as Training

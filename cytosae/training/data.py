@@ -1,0 +1,168 @@
+"""What an SAE is trained on: caches, the order of their tokens, what is held out, and what is learnt before step 0."""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from cytosae.sae import TrainConfig, geometric_median
+from stores.activation_store import ActivationStore, open_caches
+from stores.errors import BadInput
+from stores.holdout import Chosen, chosen_images
+from stores.token_mix import TokenMix
+from stores.token_stream import TokenStream
+
+_SAMPLE = 65_536  # tokens that the start of b_dec and the scale of the tokens are computed from
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Opened caches, and their tokens in training order."""
+
+    stores: list[ActivationStore]
+    stream: TokenStream | TokenMix
+    chosen: Chosen
+    excluded_sha256: str | None  # of the sorted ids, one per line; None: none are excluded
+    starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)  # b_dec, kept for SAEs that begin alike
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.stores[0].spec.width
+
+    def held_out_table(self) -> pa.Table:
+        """`dataset` and `image_id` of the images that are held out."""
+        tables = [
+            store.images.select(["dataset", "image_id"]).filter(pa.array(mask))
+            for store, mask in zip(self.stores, self.chosen.held_out, strict=True)
+        ]
+        return pa.concat_tables(tables)
+
+    def trained_on(self) -> list[pa.Table]:
+        """The rows of the image tables that are trained on, one table per cache."""
+        return [store.images.filter(pa.array(mask)) for store, mask in zip(self.stores, self.chosen.train, strict=True)]
+
+    def to_spec(self) -> dict[str, Any]:
+        """What stands of it in `sae.json`."""
+        return {
+            "tokens": self.stores[0].spec.same_tokens,
+            "trained_backbone": self.stores[0].spec.trained,
+            "caches": [
+                {"identity": store.identity, "sha256": store.content_sha256, "precision": store.spec.precision}
+                for store in self.stores
+            ],
+            "tokens_per_epoch": self.stream.tokens_per_epoch,
+            "images": {
+                "trained_on": sum(int(mask.sum()) for mask in self.chosen.train),
+                "held_out": sum(int(mask.sum()) for mask in self.chosen.held_out),
+                "excluded": self.chosen.n_excluded,
+                "excluded_sha256": self.excluded_sha256,
+            },
+        }
+
+
+def open_data(caches: Sequence[Path | str], config: TrainConfig, *, exclude: Collection[str] = ()) -> TrainingData:
+    """Open `caches` (paths or URLs), without the images whose ids are in `exclude`.
+
+    Raises
+    ------
+    SpecMismatch
+        If the caches do not fit together.
+    IncompleteStore, DamagedStore, StoreUnreachable
+        If one cannot be read.
+    BadInput
+        If no image is left, or an excluded id is in no cache.
+    """
+    return choose_data(open_caches(caches), config, exclude=exclude)
+
+
+def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: Collection[str] = ()) -> TrainingData:
+    """The tokens of opened caches that `config` asks for. Raises BadInput as `open_data` does."""
+    seed = config.seed if config.order_seed is None else config.order_seed
+    if config.mix is not None and len(config.mix) != len(stores):
+        raise BadInput(f"mix must have a share for each of the {len(stores)} caches; found {len(config.mix)}")
+    chosen = chosen_images(stores, holdout=config.holdout, by=config.holdout_by, seed=seed, exclude=frozenset(exclude))
+    stream: TokenStream | TokenMix
+    if config.mix is None:
+        stream = TokenStream(
+            stores,
+            token_set=config.token_set,
+            order=config.order,
+            pool_chunks=config.pool_chunks,
+            seed=seed,
+            images=chosen.train,
+        )
+    else:
+        stream = TokenMix(
+            stores,
+            config.mix,
+            token_set=config.token_set,
+            order=config.order,
+            pool_chunks=config.pool_chunks,
+            seed=seed,
+            images=chosen.train,
+        )
+    excluded = (
+        hashlib.sha256("".join(f"{name}\n" for name in sorted(exclude)).encode()).hexdigest() if exclude else None
+    )
+    return TrainingData(stores, stream, chosen, excluded)
+
+
+def first_position(config: TrainConfig) -> int:
+    """The token that step 0 begins with: the released median per position has used the first batch up."""
+    return config.batch_tokens if config.b_dec_init == "geometric-median-per-position" else 0
+
+
+def require_start(data: TrainingData, config: TrainConfig) -> None:
+    """Raise BadInput if the batches of `config` cannot be made of `data`, or its b_dec not begun with one."""
+    data.stream.batches(config.batch_tokens)
+    is_per_position = config.b_dec_init == "geometric-median-per-position"
+    if is_per_position and config.batch_tokens < data.stream.tokens_per_image:
+        raise BadInput(f"b_dec_init {config.b_dec_init!r} needs batches of at least one image")
+
+
+def token_scale(data: TrainingData, config: TrainConfig) -> float:
+    """What tokens are multiplied with: for `sqrt-width`, sqrt(width) / mean norm of the first tokens."""
+    if config.token_scale == "none":
+        return 1.0
+    norm = float(_sample(data, config).norm(dim=1).double().mean())
+    if norm == 0:
+        raise BadInput("token_scale 'sqrt-width' divides by the tokens' mean norm, which is 0")
+    return data.width**0.5 / norm
+
+
+def initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    """(D,): where b_dec begins: the geometric median is the paper's, per position over one batch the released form."""
+    asked = (config.b_dec_init, config.batch_tokens)
+    if asked not in data.starts:
+        data.starts[asked] = _initial_b_dec(data, config)
+    return data.starts[asked]
+
+
+def _initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    if config.b_dec_init == "zeros":
+        return torch.zeros(data.width)
+    if config.b_dec_init == "geometric-median-per-position":
+        sample = _first(data, config.batch_tokens)
+        per_image = data.stream.tokens_per_image
+        whole = len(sample) - len(sample) % per_image
+        return geometric_median(sample[:whole].reshape(-1, per_image, data.width)).mean(0)
+    sample = _sample(data, config)
+    return sample.mean(0) if config.b_dec_init == "mean" else geometric_median(sample)
+
+
+def _sample(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    n_tokens = min(_SAMPLE, data.stream.tokens_per_epoch)
+    return _first(data, config.batch_tokens if config.order == "images" else n_tokens)
+
+
+def _first(data: TrainingData, n_tokens: int) -> torch.Tensor:
+    """(n_tokens, D) float32: the first tokens of the stream."""
+    batch: npt.NDArray[np.float16] = next(data.stream.batches(n_tokens))
+    return torch.from_numpy(batch).float()

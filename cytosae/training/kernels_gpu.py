@@ -1,0 +1,490 @@
+"""What a training step does with the active latents only, compiled for the GPU. Twin: sparse_kernels.py, on the CPU.
+
+A micro-batch's active latents are kept twice: by token, for the reconstruction, and by latent, for the gradients. Each
+output row belongs to one program and nothing is added atomically: every sum has a fixed order, so the same input gives
+the same bits. What a latent adds up over more than `PART` tokens is cut into parts, which a second kernel adds up.
+The host waits for the device in `mark_active` only: sizes that hang on more than that count are bounds.
+
+Rows that are gathered (decoder, the reconstruction's gradient, centred tokens) may be bfloat16, which halves the bytes;
+every sum and every gradient is float32.
+Shapes: B tokens, D width, L latents, A active (token, latent) pairs, W words of 32 latents, P parts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cytosae.sae import SparseAutoencoder
+from stores.errors import BadInput
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise BadInput(
+        "training on a GPU needs triton, which comes with torch's CUDA builds; none is installed beside this torch "
+        f"({torch.__version__}): install a CUDA build of torch, or train with --device cpu"
+    ) from None
+
+PART = 1024  # (token, latent) pairs of one latent that one program adds up
+_WORDS = 128  # of a token's latents, 32 in a word, that a program looks at together
+_COLUMNS = 256  # of the reconstruction, per program: 49,152 rows of so many bfloat16 columns fit into an H100's L2
+_ROWS = 8  # decoder rows that it adds up side by side
+_PAIRS = 4  # pairs that a gradient program works on side by side
+_TOKENS = 16  # that one program compares with their reconstructions
+
+
+@dataclass(frozen=True)
+class Active:
+    """The active latents of a micro-batch, by latent as in sparse_kernels.py, and by token."""
+
+    starts: torch.Tensor  # (L + 1,) int64: those of latent l are tokens[starts[l] : starts[l + 1]], ascending
+    tokens: torch.Tensor  # (A,) int32
+    values: torch.Tensor  # (A,) float32
+    token_starts: torch.Tensor  # (B + 1,) int64: those of token b are latents[token_starts[b] : token_starts[b + 1]]
+    latents: torch.Tensor  # (A,) int32, ascending
+    token_values: torch.Tensor  # (A,) float32
+
+    @property
+    def fired(self) -> torch.Tensor:
+        """(L,) bool: active on any token."""
+        return self.starts[1:] > self.starts[:-1]
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which latents are active, a bit for each: what is looked for among few need not be read from all again."""
+
+    words: torch.Tensor  # (B, W) int32: bit l % 32 of word l // 32 is latent l
+    counts: torch.Tensor  # (B,) int32
+    n_active: int
+
+
+def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
+    """Mark what is above 0, in one pass. NaN counts as active, so that it is not lost. Waits for the device."""
+    n_tokens, n_latents = pre_activations_BL.shape
+    _check_rows(pre_activations_BL)
+    n_words = triton.cdiv(n_latents, 32)
+    words = pre_activations_BL.new_empty((n_tokens, n_words), dtype=torch.int32)
+    counts = pre_activations_BL.new_empty(n_tokens, dtype=torch.int32)
+    if n_tokens:
+        with torch.cuda.device_of(pre_activations_BL):
+            _mark[(n_tokens,)](pre_activations_BL, words, counts, n_latents, n_words, WORDS=_WORDS)
+    return Marks(words, counts, int(counts.sum()))
+
+
+def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
+    """What is above 0; `marks` from `mark_active`. Memory: 24 bytes per active latent, 60 while sorting."""
+    n_tokens, n_latents = pre_activations_BL.shape
+    token_starts = _starts(marks.counts)
+    latents = marks.counts.new_empty(marks.n_active)
+    values = pre_activations_BL.new_empty(marks.n_active, dtype=torch.float32)
+    if marks.n_active:
+        with torch.cuda.device_of(pre_activations_BL):
+            _take[(n_tokens,)](
+                *(pre_activations_BL, marks.words, token_starts, latents, values, n_latents, marks.words.shape[1]),
+                WORDS=4 * _WORDS,
+            )
+    tokens = torch.repeat_interleave(marks.counts, output_size=marks.n_active).to(latents.dtype)
+    by_latent, order = latents.sort(stable=True)
+    bounds = torch.arange(n_latents + 1, dtype=by_latent.dtype, device=by_latent.device)
+    return Active(
+        starts=torch.searchsorted(by_latent, bounds),
+        tokens=tokens[order],
+        values=values[order],
+        token_starts=token_starts,
+        latents=latents,
+        token_values=values,
+    )
+
+
+def add_decoded(active: Active, W_dec_LD: torch.Tensor, out_BD: torch.Tensor) -> None:
+    """out += latents W_dec. The decoder may be a bfloat16 copy."""
+    n_tokens, width = out_BD.shape
+    _check_rows(W_dec_LD, out_BD)
+    if not len(active.values):
+        return
+    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    with torch.cuda.device_of(out_BD):
+        _add_decoded[(n_tokens, triton.cdiv(width, columns))](
+            *(active.token_starts, active.latents, active.token_values, W_dec_LD, out_BD, width),
+            ROWS=_ROWS,
+            COLUMNS=columns,
+        )
+
+
+def add_gradients(
+    active: Active,
+    *,
+    W_dec_LD: torch.Tensor,
+    d_x_hat_BD: torch.Tensor,
+    centred_BD: torch.Tensor,
+    penalty: float,
+    grad_W_enc_LD: torch.Tensor,
+    grad_b_enc_L: torch.Tensor,
+    grad_W_dec_LD: torch.Tensor,
+) -> None:
+    """Add the gradients of encoder and decoder in one pass over the active latents.
+
+    d_z = <d_x_hat, W_dec row> + penalty;  W_dec row += z d_x_hat;  W_enc column += d_z (x - b_dec);  b_enc += d_z
+
+    Parameters
+    ----------
+    W_dec_LD, d_x_hat_BD, centred_BD : float32, or bfloat16 copies
+    d_x_hat_BD : gradient of the loss with respect to the reconstruction
+    centred_BD : x - b_dec
+    penalty : the L1 term's gradient with respect to an active latent
+    grad_W_enc_LD : of W_enc, transposed
+    """
+    if not len(active.values):
+        return
+    width = W_dec_LD.shape[1]
+    _check_rows(W_dec_LD, d_x_hat_BD, centred_BD, grad_W_enc_LD, grad_W_dec_LD)
+    block = triton.next_power_of_2(width)
+    n_pairs, n_latents = len(active.values), len(W_dec_LD)
+    n_parts_L = (active.starts.diff() + PART - 1) // PART
+    part_starts = _starts(n_parts_L)
+    most_parts = n_latents + n_pairs // PART  # the last part of each, and the full ones before
+    latents_P = torch.searchsorted(part_starts[1:], torch.arange(most_parts, device=part_starts.device), right=True)
+    slot_starts = _starts(torch.where(n_parts_L > 1, n_parts_L, 0))  # of the latents with several parts
+    # two parts or more are at most twice the pairs / PART
+    sums = W_dec_LD.new_empty((2 * n_pairs // PART, 2 * width + 1), dtype=torch.float32)
+    grads = grad_W_dec_LD, grad_W_enc_LD, grad_b_enc_L
+    with torch.cuda.device_of(W_dec_LD):
+        _add_gradients[(most_parts,)](
+            *(active.starts, active.tokens, active.values, latents_P, part_starts, slot_starts),
+            *(W_dec_LD, d_x_hat_BD, centred_BD, penalty, *grads, sums, n_latents, width),
+            PART=PART,
+            PAIRS=_PAIRS,
+            BLOCK=block,
+            num_warps=max(4, block // 256),  # fewer would not fit into the registers
+        )
+        if n_pairs > PART:
+            _add_parts[(n_latents,)](slot_starts, sums, *grads, width, BLOCK=block)
+
+
+def compare_tokens(
+    x_hat_BD: torch.Tensor, x_BD: torch.Tensor, weights_B: torch.Tensor, factor: float, d_x_hat_BD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write the gradient factor * weight * (x_hat - x), of any float type, and add up, all in one pass.
+
+    Returns (D,) float32: the gradient's sum over the tokens, before it is rounded; (D,) float64: that of x; and (3,)
+    float64: the sums of weight * error^2, error^2 and x^2.
+    """
+    n_tokens, width = x_BD.shape
+    _check_rows(x_hat_BD, x_BD, weights_B, d_x_hat_BD)
+    n_programs = triton.cdiv(n_tokens, _TOKENS)
+    d_sums = x_BD.new_empty((n_programs, width))
+    x_sums = x_BD.new_empty((n_programs, width), dtype=torch.float64)
+    sums = x_BD.new_empty((n_programs, 3), dtype=torch.float64)
+    if n_tokens:
+        with torch.cuda.device_of(x_BD):
+            _compare[(n_programs,)](
+                *(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD, d_sums, x_sums, sums, n_tokens, width),
+                TOKENS=_TOKENS,
+                BLOCK=triton.next_power_of_2(width),
+            )
+    return d_sums.sum(0), x_sums.sum(0), sums.sum(0)
+
+
+@torch.no_grad()
+def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bool) -> None:
+    """One step of Adam over all parameters, with what surrounds it in a step: W_dec is read and written once.
+
+    The same as taking out of each row of W_dec's gradient its part along the row, then `optimizer.step()` and, if
+    `normalise`, `model.normalise_decoder()`. The gradient itself stays as it is; Adam's state keeps its place and form.
+    """
+    W_dec, grad = model.W_dec, model.W_dec.grad
+    (group,) = optimizer.param_groups
+    assert grad is not None
+    assert not any(group[name] for name in ("weight_decay", "amsgrad", "maximize"))
+    W_dec.grad = None  # so that the optimiser passes over it
+    optimizer.step()
+    W_dec.grad = grad
+    state = optimizer.state[W_dec]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=W_dec.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    state["step"] += 1
+    _check_rows(W_dec, grad, state["exp_avg"], state["exp_avg_sq"])
+    betas, n_steps = group["betas"], state["step"].double()  # stays on the device: nobody waits for it
+    step_size = (group["lr"] / (1 - betas[0] ** n_steps)).float()
+    root = (1 - betas[1] ** n_steps).sqrt().float()
+    n_latents, width = W_dec.shape
+    with torch.cuda.device_of(W_dec):
+        _update[(n_latents,)](
+            *(W_dec, grad, state["exp_avg"], state["exp_avg_sq"], step_size, root, width),
+            BETA1=betas[0],
+            BETA2=betas[1],
+            EPS=group["eps"],
+            NORMALISE=normalise,
+            BLOCK=triton.next_power_of_2(width),
+        )
+
+
+def _starts(counts: torch.Tensor) -> torch.Tensor:
+    """(n + 1,) int64: where each of n stretches of these lengths begins, and where the last one ends."""
+    ends = counts.cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends])
+
+
+def _check_rows(*matrices: torch.Tensor) -> None:
+    """The kernels walk through memory row by row."""
+    assert all(matrix.is_contiguous() for matrix in matrices)
+
+
+@triton.jit
+def _mark(
+    p: tl.tensor,
+    words_out: tl.tensor,
+    counts: tl.tensor,
+    n_latents: tl.tensor,
+    n_words: tl.tensor,
+    WORDS: tl.constexpr,
+) -> None:
+    """One token."""
+    token = tl.program_id(0).to(tl.int64)
+    bits = tl.arange(0, 32)
+    n_active = tl.zeros((WORDS,), tl.int32)
+    for first in range(0, n_words, WORDS):
+        words = first + tl.arange(0, WORDS)
+        latents = words[:, None] * 32 + bits[None, :]
+        values = tl.load(p + token * n_latents + latents, mask=latents < n_latents, other=0)
+        marked = tl.sum(((values <= 0) == 0).to(tl.int32) << bits[None, :], 1)
+        tl.store(words_out + token * n_words + words, marked, mask=words < n_words)
+        n_active += _count_bits(marked.to(tl.uint32, bitcast=True))
+    tl.store(counts + token, tl.sum(n_active, 0))
+
+
+@triton.jit
+def _take(
+    p: tl.tensor,
+    words_in: tl.tensor,
+    starts: tl.tensor,
+    latents_out: tl.tensor,
+    values_out: tl.tensor,
+    n_latents: tl.tensor,
+    n_words: tl.tensor,
+    WORDS: tl.constexpr,
+) -> None:
+    """One token: of each word bit after bit, the lowest first."""
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.load(starts + token)
+    for first in range(0, n_words, WORDS):
+        words = first + tl.arange(0, WORDS)
+        marked = tl.load(words_in + token * n_words + words, mask=words < n_words, other=0).to(tl.uint32, bitcast=True)
+        n_active = _count_bits(marked)
+        at = start + tl.cumsum(n_active, 0) - n_active
+        for _ in range(tl.max(n_active, 0)):
+            is_left = marked != 0
+            rest = marked & (marked - 1)
+            latents = words * 32 + _count_bits((marked ^ rest) - 1)
+            tl.store(latents_out + at, latents, mask=is_left)
+            values = tl.load(p + token * n_latents + latents, mask=is_left, other=0)
+            tl.store(values_out + at, values.to(tl.float32), mask=is_left)
+            marked = rest
+            at += 1
+        start += tl.sum(n_active, 0)
+
+
+@triton.jit
+def _count_bits(words: tl.tensor) -> tl.tensor:
+    """Of uint32, in int32: sums of neighbouring fields, twice as wide each time."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    bytes_ = (fours + (fours >> 4)) & 0x0F0F0F0F
+    halves = bytes_ + (bytes_ >> 8)
+    return ((halves + (halves >> 16)) & 63).to(tl.int32)
+
+
+@triton.jit
+def _add_decoded(
+    starts: tl.tensor,
+    latents: tl.tensor,
+    values: tl.tensor,
+    W_dec: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """One token, some columns. The tokens run faster than the columns, which are thus read from the L2 cache."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first, stop = tl.load(starts + token), tl.load(starts + token + 1)
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(first, stop, ROWS):
+        pairs = k + tl.arange(0, ROWS)
+        latent = tl.load(latents + pairs, mask=pairs < stop, other=0).to(tl.int64)
+        value = tl.load(values + pairs, mask=pairs < stop, other=0)
+        is_in = (pairs < stop)[:, None] & (columns < width)[None, :]
+        rows = tl.load(W_dec + latent[:, None] * width + columns[None, :], mask=is_in, other=0)
+        sums += value[:, None] * rows.to(tl.float32)
+    to = out + token * width + columns
+    tl.store(to, tl.load(to, mask=columns < width) + tl.sum(sums, 0), mask=columns < width)
+
+
+@triton.jit
+def _add_gradients(
+    starts: tl.tensor,
+    tokens: tl.tensor,
+    values: tl.tensor,
+    latents_P: tl.tensor,
+    part_starts: tl.tensor,
+    slot_starts: tl.tensor,
+    W_dec: tl.tensor,
+    d_x_hat: tl.tensor,
+    centred: tl.tensor,
+    penalty: tl.tensor,
+    grad_W_dec: tl.tensor,
+    grad_W_enc: tl.tensor,
+    grad_b_enc: tl.tensor,
+    sums: tl.tensor,
+    n_latents: tl.tensor,
+    width: tl.tensor,
+    PART: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One part of one latent: added to its gradients, or put into a slot of `sums` if it has more parts."""
+    part = tl.program_id(0)
+    latent = tl.load(latents_P + part)
+    if latent >= n_latents:  # there are fewer parts than programs
+        return
+    number = part - tl.load(part_starts + latent)
+    slot, slot_end = tl.load(slot_starts + latent) + number, tl.load(slot_starts + latent + 1)
+    first = tl.load(starts + latent) + number * PART
+    stop = tl.minimum(first + PART, tl.load(starts + latent + 1))
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    row = tl.load(W_dec + latent * width + columns, mask=in_width, other=0).to(tl.float32)
+    dec = tl.zeros((PAIRS, BLOCK), tl.float32)
+    enc = tl.zeros((PAIRS, BLOCK), tl.float32)
+    bias = tl.zeros((PAIRS,), tl.float32)
+    for k in range(first, stop, PAIRS):
+        pairs = k + tl.arange(0, PAIRS)
+        token = tl.load(tokens + pairs, mask=pairs < stop, other=0).to(tl.int64)
+        value = tl.load(values + pairs, mask=pairs < stop, other=0)
+        at = token[:, None] * width + columns[None, :]
+        is_in = (pairs < stop)[:, None] & in_width[None, :]
+        d_out = tl.load(d_x_hat + at, mask=is_in, other=0).to(tl.float32)
+        x = tl.load(centred + at, mask=is_in, other=0).to(tl.float32)
+        d_z = tl.where(pairs < stop, tl.sum(d_out * row[None, :], 1) + penalty, 0)
+        dec += value[:, None] * d_out
+        enc += d_z[:, None] * x
+        bias += d_z
+    if slot >= slot_end:  # the only part
+        to_dec, to_enc = grad_W_dec + latent * width + columns, grad_W_enc + latent * width + columns
+        tl.store(to_dec, tl.load(to_dec, mask=in_width) + tl.sum(dec, 0), mask=in_width)
+        tl.store(to_enc, tl.load(to_enc, mask=in_width) + tl.sum(enc, 0), mask=in_width)
+        tl.store(grad_b_enc + latent, tl.load(grad_b_enc + latent) + tl.sum(bias, 0))
+    else:
+        to = sums + slot * (2 * width + 1)
+        tl.store(to + columns, tl.sum(dec, 0), mask=in_width)
+        tl.store(to + width + columns, tl.sum(enc, 0), mask=in_width)
+        tl.store(to + 2 * width, tl.sum(bias, 0))
+
+
+@triton.jit
+def _add_parts(
+    slot_starts: tl.tensor,
+    sums: tl.tensor,
+    grad_W_dec: tl.tensor,
+    grad_W_enc: tl.tensor,
+    grad_b_enc: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One latent: if it has several parts, their sums, in order, added to its gradients."""
+    latent = tl.program_id(0).to(tl.int64)
+    first, stop = tl.load(slot_starts + latent), tl.load(slot_starts + latent + 1)
+    if first == stop:
+        return
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    to_dec, to_enc = grad_W_dec + latent * width + columns, grad_W_enc + latent * width + columns
+    dec, enc = tl.load(to_dec, mask=in_width), tl.load(to_enc, mask=in_width)
+    bias = tl.load(grad_b_enc + latent)
+    for slot in range(first, stop):
+        start = sums + slot * (2 * width + 1)
+        dec += tl.load(start + columns, mask=in_width)
+        enc += tl.load(start + width + columns, mask=in_width)
+        bias += tl.load(start + 2 * width)
+    tl.store(to_dec, dec, mask=in_width)
+    tl.store(to_enc, enc, mask=in_width)
+    tl.store(grad_b_enc + latent, bias)
+
+
+@triton.jit
+def _compare(
+    x_hat: tl.tensor,
+    x: tl.tensor,
+    weights: tl.tensor,
+    factor: tl.tensor,
+    d_x_hat: tl.tensor,
+    d_sums: tl.tensor,
+    x_sums: tl.tensor,
+    sums: tl.tensor,
+    n_tokens: tl.tensor,
+    width: tl.tensor,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some tokens, one after the other; the sums over all columns are drawn at the end."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    d_sum = tl.zeros((BLOCK,), tl.float32)
+    x_sum = tl.zeros((BLOCK,), tl.float64)
+    weighted = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    x_squares = tl.zeros((BLOCK,), tl.float64)
+    for token in range(program * TOKENS, tl.minimum(program * TOKENS + TOKENS, n_tokens)):
+        at = tl.cast(token, tl.int64) * width + columns
+        x_row, x_hat_row = tl.load(x + at, mask=in_width, other=0), tl.load(x_hat + at, mask=in_width, other=0)
+        weight = tl.load(weights + token)
+        error = x_hat_row - x_row
+        d = error * weight * factor
+        tl.store(d_x_hat + at, d, mask=in_width)
+        d_sum += d
+        x_sum += x_row
+        weighted += error * error * weight
+        squares += error * error
+        x_squares += x_row * x_row
+    tl.store(d_sums + program * width + columns, d_sum, mask=in_width)
+    tl.store(x_sums + program * width + columns, x_sum, mask=in_width)
+    tl.store(sums + program * 3, tl.sum(weighted, 0))
+    tl.store(sums + program * 3 + 1, tl.sum(squares, 0))
+    tl.store(sums + program * 3 + 2, tl.sum(x_squares, 0))
+
+
+@triton.jit
+def _update(
+    weights: tl.tensor,
+    grads: tl.tensor,
+    firsts: tl.tensor,
+    seconds: tl.tensor,
+    step_size: tl.tensor,
+    root: tl.tensor,
+    width: tl.tensor,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One row: the gradient's part along it taken out, Adam, norm 1 (a zero row stays zero)."""
+    columns = tl.arange(0, BLOCK)
+    in_width = columns < width
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    row, grad = tl.load(weights + at, mask=in_width, other=0), tl.load(grads + at, mask=in_width, other=0)
+    grad -= tl.sum(row * grad, 0) * row
+    first = BETA1 * tl.load(firsts + at, mask=in_width, other=0) + (1 - BETA1) * grad
+    second = BETA2 * tl.load(seconds + at, mask=in_width, other=0) + (1 - BETA2) * grad * grad
+    row -= tl.load(step_size) * first / (tl.sqrt(second) / tl.load(root) + EPS)
+    if NORMALISE:
+        square = tl.sum(row * row, 0)
+        row = row / tl.sqrt(tl.where(square == 0, 1, square))
+    tl.store(weights + at, row, mask=in_width)
+    tl.store(firsts + at, first, mask=in_width)
+    tl.store(seconds + at, second, mask=in_width)

@@ -1,0 +1,74 @@
+"""Optional: the metrics also go to TensorBoard or Weights & Biases, where these are installed."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from stores.errors import BadInput
+from stores.spec import Header, check_choice
+
+from .state import Metrics
+
+LOGGERS = ("tensorboard", "wandb")
+
+
+class Logger(Protocol):
+    """Takes a row of metrics.parquet."""
+
+    def log(self, metrics: Metrics) -> None: ...
+
+
+@contextmanager
+def open_logger(name: str, run: Path, header: Header, *, first_step: int) -> Iterator[Logger]:
+    """A logger until the block ends. TensorBoard's files lie beside the run, in `NAME.tensorboard`.
+
+    A continued run goes on in the same place; what was logged after `first_step` is withdrawn where that is possible.
+
+    Raises
+    ------
+    BadInput
+        If the program is not installed.
+    """
+    check_choice("logger", name, LOGGERS)
+    if name == "tensorboard":
+        writer = _imported("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+            log_dir=str(run.with_name(f"{run.name}.tensorboard")), purge_step=first_step + 1
+        )
+        try:
+            yield _TensorBoard(writer)
+        finally:
+            writer.close()
+        return
+    wandb = _imported("wandb", "wandb")
+    with wandb.init(
+        project="cyto", name=run.name, id=header.identity[:16], resume="allow", config=header.spec["config"]
+    ) as job:
+        yield _Wandb(job)
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if value is not None and name != "step":
+                self._writer.add_scalar(name, value, int(metrics["step"] or 0))
+
+
+class _Wandb:
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def log(self, metrics: Metrics) -> None:
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self._job.log(known, step=int(metrics["step"] or 0))
+
+
+def _imported(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise BadInput(f"the logger {package} is not installed; pip install {package}, or leave --logger out") from None

@@ -1,0 +1,126 @@
+"""What changes from step to step of a training run, in memory and on disk: nothing else is needed to go on."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_tensors, save_tensors
+from stores.errors import DamagedStore
+from stores.files import write_atomic
+
+Metrics = dict[str, float | None]  # a row of metrics.parquet; None: cannot be said yet
+_WHOLE = ("step", "tokens", "dead_window_tokens", "n_dead")
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """The order of the tokens is not part of it: that is a function of the step."""
+
+    model: SparseAutoencoder
+    optimizer: torch.optim.Adam
+    steps_since_fired: torch.Tensor  # (n_latents,) int64
+    token_scale: float
+    step: int
+    metrics: list[Metrics]
+
+
+def new_model(width: int, config: TrainConfig) -> SparseAutoencoder:
+    """An SAE as `config` wants it; its weights are not set."""
+    return SparseAutoencoder(width, config.expansion * width, config.activation, config.k)
+
+
+def new_optimizer(model: SparseAutoencoder, config: TrainConfig) -> torch.optim.Adam:
+    """Adam over all weights, in one fused step."""
+    return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+
+
+def states(root: Path) -> list[Path]:
+    """The saved states of a run, the newest first."""
+    return sorted((root / "state").glob("state-*.safetensors"), reverse=True)
+
+
+def save_state(root: Path, state: TrainState, *, keep: int) -> None:
+    """Write it, atomically and with a checksum; the last `keep` states stay."""
+    tensors = {f"model.{name}": value.detach() for name, value in state.model.state_dict().items()}
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state.get(parameter, {})
+        tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
+    tensors["steps_since_fired"] = state.steps_since_fired
+    tensors["token_scale"] = torch.tensor(state.token_scale, dtype=torch.float64)
+    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    write_metrics(root, state.metrics)
+    metadata = {"cyto": json.dumps({"step": state.step, "crc32c": _crc(tensors)})}
+    save_tensors(root / "state" / f"state-{state.step:09d}.safetensors", tensors, metadata)
+    for path in states(root)[keep:]:
+        path.unlink()
+
+
+def remove_states(root: Path) -> None:
+    """Remove all saved states, of which a finished run needs none. Can be repeated after a kill anywhere."""
+    for path in states(root):
+        path.unlink(missing_ok=True)
+
+
+def load_state(root: Path, width: int, config: TrainConfig, device: str) -> TrainState | None:
+    """The newest saved state that is whole, or None; a damaged one is named and passed over."""
+    found = _newest(root)
+    if found is None:
+        return None
+    tensors, metadata = found
+    step = int(json.loads(metadata["cyto"])["step"])
+    model = new_model(width, config)
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    model.to(device)
+    optimizer = new_optimizer(model, config)
+    for name, parameter in model.named_parameters():
+        keys = [key for key in tensors if key.startswith("adam.") and key.endswith(f".{name}")]
+        for key in keys:
+            value = tensors[key].to(device)
+            if value.shape == parameter.shape:  # the fused step walks through memory: its layout must be the weight's
+                value = torch.empty_like(parameter.detach()).copy_(value)
+            optimizer.state[parameter][key.split(".")[1]] = value
+    metrics = [row for row in _read_metrics(root) if int(row["step"] or 0) <= step]
+    silent = tensors["steps_since_fired"].to(device)
+    return TrainState(model, optimizer, silent, float(tensors["token_scale"]), step, metrics)
+
+
+def write_metrics(root: Path, metrics: list[Metrics]) -> None:
+    """`metrics.parquet`: one row per logged step."""
+    sink = pa.BufferOutputStream()
+    fields = [(name, pa.int64() if name in _WHOLE else pa.float64()) for name in (metrics[0] if metrics else ())]
+    pq.write_table(pa.Table.from_pylist(metrics, pa.schema(fields)), sink)
+    write_atomic(root / "metrics.parquet", memoryview(sink.getvalue()))
+
+
+def _newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    for path in states(root):
+        try:
+            tensors, metadata = load_tensors(path)
+            if json.loads(metadata["cyto"])["crc32c"] == _crc(tensors):
+                return tensors, metadata
+            reason = "its checksum does not fit"
+        except (DamagedStore, KeyError, ValueError) as error:
+            reason = str(error)
+        _log.warning("%s is damaged (%s); going on from the state before it", path, reason)
+    return None
+
+
+def _crc(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC32C over all values, by name."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = google_crc32c.extend(crc, tensors[name].reshape(-1).numpy())
+    return f"{crc:08x}"
+
+
+def _read_metrics(root: Path) -> Iterator[Metrics]:
+    path = root / "metrics.parquet"
+    yield from pq.read_table(path, partitioning=None).to_pylist() if path.exists() else []

@@ -1,0 +1,243 @@
+"""Folders of results: tables, JSON and figures that one command makes together, and a header that says from what.
+
+The header comes last and names the SHA-256 of every file, so a folder is either whole or incomplete. A
+command that is repeated with the same settings finds its folder complete; one that was cut writes it again.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .destination import Output, plan_output
+from .errors import BadInput, CytoError, DamagedStore
+from .files import (
+    LOCK_SUFFIX,
+    is_dropping,
+    parse_json,
+    read_regular,
+    readable_json,
+    sha256_file,
+    sweep_partials,
+    sync_tree,
+    write_atomic,
+)
+from .runlog import append_run
+from .seal import Seal
+from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, stated, write_header
+
+LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
+_UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
+_MOST_BYTES = 1 << 36  # of a table
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ResultWriter:
+    """A folder of results that is being made; nothing of it counts before `finish`."""
+
+    output: Output
+    header: Header
+    seals: list[Seal] = field(default_factory=list)  # of what is read, looked at once more before it counts
+
+    @property
+    def root(self) -> Path:
+        """Where to write; not where it will lie, if an old folder is to be replaced."""
+        return self.output.work
+
+    @property
+    def is_complete(self) -> bool:
+        """These very results are there already."""
+        return self.output.is_complete
+
+    def watch(self, *headers: Header) -> None:
+        """These stores were opened before the results were begun: they, too, must be the same at the end."""
+        self.seals.extend(header.seal for header in headers if header.seal is not None)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write `name`.parquet; its metadata carries the identity of these results."""
+        metadata = {**(table.schema.metadata or {}), b"cyto": self.header.identity.encode()}
+        sink = pa.BufferOutputStream()
+        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+        write_atomic(self.root / f"{name}.parquet", sink.getvalue().to_pybytes())
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `name`.json; NaN is null there, which the caller sees to."""
+        write_atomic(self.root / f"{name}.json", readable_json(value))
+
+    def finish(self, summary: dict[str, Any]) -> Header:
+        """State what was found, with a checksum for each table and JSON file, and put the folder in its place.
+
+        Raises
+        ------
+        StoreReplaced
+            If what was read was exchanged meanwhile.
+        """
+        for seal in self.seals:
+            seal.check()
+        names = sorted(path.name for path in self.root.iterdir() if _is_result(path))
+        own = FORMATS[self.header.kind].header_file
+        files = {name: sha256_file(self.root / name) for name in names if name != own}
+        figures = {}
+        if LISTED not in files:  # an atlas lists its thousands of files there
+            figures = {name: sha256_file(self.root / name) for name in other_files(self.root, own) if name not in files}
+        sync_tree(self.root)
+        header = replace(self.header, complete=True, summary={**summary, "files": files, "figures": figures})
+        write_header(self.root, header)
+        self.output.publish()
+        return header
+
+
+def _is_result(path: Path) -> bool:
+    return path.suffix in (".parquet", ".json") and not is_dropping(path.name)
+
+
+def begin_results(
+    target: Path,
+    format: Format,
+    spec: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    packages: Sequence[str] = ("numpy", "scipy"),
+) -> ResultWriter:
+    """Decide where the results with these settings go, and begin their folder unless it is complete already.
+
+    Parameters
+    ----------
+    spec : all that decides the numbers, the identities of the inputs included; plain JSON values
+    inputs : what this command reads, which `target` must not contain
+    packages : whose versions the run log (runs.jsonl) names
+
+    Raises
+    ------
+    SpecMismatch
+        If `target` holds other settings (and not `overwrite`), or something else.
+    DamagedStore
+        If it is complete, but a file of it was changed or lost.
+    """
+    header = new_header(format, spec)
+    output = plan_output(target, header, overwrite=overwrite, inputs=tuple(inputs))
+    if output.is_complete:
+        output.publish()
+        ResultStore(target, format).check()
+        return ResultWriter(output, read_header(target, format))
+    output.work.mkdir(parents=True, exist_ok=True)
+    seals = [seal for path in inputs if (seal := seal_of(path)) is not None]
+    sweep_partials(output.work)
+    write_header(output.work, header)
+    append_run(output.work, packages=tuple(packages))
+    return ResultWriter(output, header, seals)
+
+
+def other_files(root: Path, header_file: str) -> list[str]:
+    """Names of all files of a folder of results but its header, its run log, locks, and what is added later."""
+    places = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    names = (
+        path.relative_to(root).as_posix()
+        for path in places
+        if path.suffix != LOCK_SUFFIX and not is_dropping(path.name)
+    )
+    return sorted(name for name in names if name not in (header_file, *_UNRECORDED))
+
+
+class ResultStore:
+    """A complete folder of results, open for reading."""
+
+    def __init__(self, root: Path | str, format: Format) -> None:
+        """Open the folder at `root`.
+
+        Raises
+        ------
+        StoreNotFound, IncompleteStore, SpecMismatch
+            If there are no finished results of this kind and of a version that this program reads.
+        """
+        self.root = Path(root).absolute()
+        self.header = read_header(self.root, format)
+        self._command, self._own = format.command, format.header_file
+
+    def table(self, name: str) -> pa.Table:
+        """The table `name`.parquet.
+
+        Raises
+        ------
+        DamagedStore
+            If it is lost, or is not the file that the command wrote.
+        """
+        data = self._checked(f"{name}.parquet")
+        try:
+            return pq.read_table(pa.BufferReader(data))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
+
+    def json(self, name: str) -> Any:
+        """The value in `name`.json, checked in the same way."""
+        try:
+            return parse_json(self._checked(f"{name}.json"))
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, CytoError)
+                else DamagedStore(f"{self.root / name}.json cannot be read ({error})")
+            ) from None
+
+    def result(self, cls: type[_T], **more: Any) -> _T:
+        """What the header says that was found, as the command's own result; `more`: fields it does not say.
+
+        Raises
+        ------
+        DamagedStore
+            If it does not say so, or says something of another type.
+        """
+        return stated(cls, dict(self.header.summary or {}).get("result"), self.root, **more)
+
+    def check(self) -> None:
+        """Raise DamagedStore if a table, a JSON file or a figure was changed or lost."""
+        for problem in self.problems():
+            raise DamagedStore(problem)
+
+    def problems(self) -> Iterator[str]:
+        """What `check` would raise, of every file. Memory: one table."""
+        for name in self._files:
+            try:
+                self._checked(name)
+            except DamagedStore as error:
+                yield str(error)
+        for name, sha256 in self._figures.items():
+            path = self.root / name
+            if not path.is_file():
+                yield f"{path} is missing; {self._command} --overwrite makes it again"
+            elif sha256_file(path) != sha256:
+                yield f"{path} is not the file that was written; {self._command} --overwrite makes it again"
+
+    def unrecorded(self) -> list[str]:
+        """Files whose hash is not known: those of an older cyto, which recorded tables and JSON files only."""
+        known = {*self._files, *self._figures}
+        listed = {LISTED} & known
+        return [] if listed else [name for name in other_files(self.root, self._own) if name not in known]
+
+    @property
+    def _figures(self) -> dict[str, str]:
+        return dict((self.header.summary or {}).get("figures", {}))
+
+    @property
+    def _files(self) -> dict[str, str]:
+        return dict((self.header.summary or {}).get("files", {}))
+
+    def _checked(self, name: str) -> bytes:
+        if name not in self._files:
+            there = ", ".join(self._files) or "nothing"
+            raise BadInput(f"{self.root} has no {name}; it holds {there}")
+        try:
+            data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
+        except (OSError, ValueError):
+            raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
+        if hashlib.sha256(data).hexdigest() != self._files[name]:
+            raise DamagedStore(
+                f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"
+            )
+        return data
