@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cyto_machine import bound_threads, n_cores
+from stores.machine import bound_threads, n_cores
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cytosae.encode
 import numpy as np
 import torch
 from common import (
@@ -38,6 +37,7 @@ from common import (
 )
 from sae_step import make_model, numbers
 
+import cytosae.latents.encode
 from cytosae.latents.encode import encode
 from cytosae.sae import SparseAutoencoder, save_sae
 from stores.activation_store import ActivationStore

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cytosae.active_latents
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import scipy.sparse
 from common import TOKENS_PER_IMAGE, WIDTH, add_folder, arguments, chunk_sizes, emit, now, say, scratch, write_cache
 
+import cytosae.training.latent_matrix
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores.token_stream import TokenStream

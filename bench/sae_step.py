@@ -1,6 +1,6 @@
 """How fast is one training step of a large SAE on the CPU, against plain dense autograd?
 
-Ours: decoder rows to norm 1, `loss_and_gradients`, the gradient's parallel part removed, Adam, as `cytosae/train.py`
+Ours: decoder rows to norm 1, `loss_and_gradients`, the gradient's parallel part removed, Adam, as `cytosae/training/train.py`
 does it. Against: the same step with the same loss written down densely and left to autograd, float32, at the fastest of
 several micro-batches. Target: 4 times the tokens/s at 768 -> 49,152, 16,448 tokens, L0 200, no dead latents; with
 `--sweep` also L0 50, 2,000 and 24,576 (the start of training) and dead shares 0.02, 0.25, 0.57.
@@ -144,7 +144,7 @@ def measure(case: Case, rounds: int, baseline: Callable[[], None]) -> dict[str, 
 
 
 def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, gradients: Callable[[], Any]) -> None:
-    """What surrounds the gradients in `cytosae/train.py`; the same for both sides."""
+    """What surrounds the gradients in `cytosae/training/train.py`; the same for both sides."""
     model.normalise_decoder()
     gradients()
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """The SAE training step on a GPU: sparse gradients in bf16 against dense bf16 with torch.compile.
 
-Ours: products in bfloat16, what follows on the active latents alone (`cytosae/gpu_kernels.py`), float32 master weights,
+Ours: products in bfloat16, what follows on the active latents alone (`cytosae/kernels_gpu.py`), float32 master weights,
 at the fastest of several micro-batches. Against: the same loss, dense, under bf16 autocast in one compiled function,
 float32 master weights, at the fastest of several micro-batches and compile modes; decoder norms and the projection of
 its gradient compiled, Adam fused. Target: 2 times, and 1 M tokens/s on an H100. Gradients of both are compared with
@@ -156,10 +156,10 @@ def tune(candidates: Mapping[str, Callable[[], Any]], n_tokens: int, sync: Calla
 
 def fused_step(case: Case, optimizer: torch.optim.Adam, gradients: Callable[[], Any]) -> None:
     """A step as the product does it on a GPU."""
-    from cytosae.training import kernels_gpu as gpu_kernels
+    from cytosae.training import kernels_gpu
 
     gradients()
-    gpu_kernels.step(case.model, optimizer, normalise=True)
+    kernels_gpu.step(case.model, optimizer, normalise=True)
 
 
 def plain_step(
@@ -180,15 +180,15 @@ def our_case_step(case: Case, *, optimizer: torch.optim.Adam, micro_batch: int) 
 
 def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -> dict[str, float]:
     """Milliseconds of each part of one micro-batch alone, launches and what it waits for included."""
-    from cytosae.training import kernels_gpu as gpu_kernels
+    from cytosae.training import kernels_gpu
 
     model, half = case.model, torch.bfloat16
     x = case.tokens[:micro_batch].float()
     W_enc, b_enc, W_dec = (weight.detach().to(half) for weight in (model.W_enc, model.b_enc, model.W_dec))
     centred = (x - model.b_dec.detach()).to(half)
     p = torch.addmm(b_enc, centred, W_enc)
-    marks = gpu_kernels.mark_active(p)
-    active = gpu_kernels.take_active(p, marks)
+    marks = kernels_gpu.mark_active(p)
+    active = kernels_gpu.take_active(p, marks)
     x_hat = model.b_dec.detach().repeat(len(x), 1)
     weight, factor = loss_weight(x, "normed"), 2 / x.numel()
     d_x_hat = compare_in_one_pass(x_hat, x, weight, factor, half).d_x_hat_BD
@@ -196,12 +196,12 @@ def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -
     works: dict[str, Callable[[], Any]] = {
         "copies of the weights": lambda: (model.W_enc.detach().to(half), model.W_dec.detach().to(half)),
         "product": lambda: torch.addmm(b_enc, centred, W_enc, out=p),
-        "marking": lambda: gpu_kernels.mark_active(p),
-        "taking and sorting": lambda: gpu_kernels.take_active(p, marks),
-        "reconstruction": lambda: gpu_kernels.add_decoded(active, W_dec, x_hat),
+        "marking": lambda: kernels_gpu.mark_active(p),
+        "taking and sorting": lambda: kernels_gpu.take_active(p, marks),
+        "reconstruction": lambda: kernels_gpu.add_decoded(active, W_dec, x_hat),
         "comparison": lambda: compare_in_one_pass(x_hat, x, weight, factor, half),
         "comparison, plain": lambda: compare_plainly(x_hat, x, weight, factor, half),
-        "gradients": lambda: gpu_kernels.add_gradients(
+        "gradients": lambda: kernels_gpu.add_gradients(
             active,
             W_dec_LD=W_dec,
             d_x_hat_BD=d_x_hat,

@@ -1,5 +1,5 @@
-"""Stage two: activations to SAE, latents and barcodes. The module is the address: `from cytosae.training.train import train`."""
+"""Stage two: activations to SAE, latents, barcodes and all that is read off them."""
 
-from cyto_machine import find_place_for_caches
+from stores.machine import find_place_for_caches
 
 find_place_for_caches()  # before numba compiles

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from distributed import Client
 
-from cyto_machine import n_cores
 from cytocache.datasets import open_images
 from cytocache.demo_cells import write_demo_images
 from cytocache.extract import ExtractConfig, extract
@@ -27,6 +26,7 @@ from cytosae.probe import ProbeConfig, write_probe
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import ActivationStore, ConceptStore, LatentStore
+from stores.machine import n_cores
 
 here = Path("cyto-notebook")
 

@@ -24,7 +24,7 @@ import zarr
 from numcodecs import blosc, zstd
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from cyto_machine import n_cores
+from stores.machine import n_cores
 
 from .errors import CytoError, DamagedStore
 from .files import sync_folder, write_atomic

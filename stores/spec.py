@@ -89,7 +89,7 @@ FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
-        *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/results.py
+        *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
         *(COMPARISON, PROBE, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
     )
 }

@@ -14,7 +14,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,6 @@ import numpy.typing as npt
 from .errors import BadInput, DamagedStore
 from .spec import check_choice
 from .token_sets import TOKEN_SETS, chosen_tokens
-
-if TYPE_CHECKING:  # it offers this stream
-    from .activation_store import ActivationStore
 
 Float16 = npt.NDArray[np.float16]
 Int = npt.NDArray[np.int64]
@@ -35,11 +33,45 @@ PART_IMAGES = 8  # a part is at most so many images of a chunk, side by side: do
 _MOST_TOKENS = 2**31 - 1  # of a pool: `Tokens.order` has 32 bits
 
 
+class TokenShape(Protocol):
+    """What the stream needs of a cache's settings; `ActivationSpec` has it."""
+
+    @property
+    def tokens_per_image(self) -> int:
+        """T: tokens of an image."""
+
+    @property
+    def width(self) -> int:
+        """D: channels of a token."""
+
+    @property
+    def chunk_images(self) -> int:
+        """Images of a chunk, the last one's excepted."""
+
+
+class TokenSource(Protocol):
+    """What the stream needs of an activation cache; `ActivationStore` is one."""
+
+    @property
+    def root(self) -> Path | str:
+        """Where it lies, for error messages."""
+
+    @property
+    def spec(self) -> TokenShape:
+        """Shape of the tokens, images per chunk."""
+
+    def readable(self) -> Bool:
+        """(images,): False where an image could not be read."""
+
+    def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
+        """Schedule reading these images of one chunk: (rows, tokens, width)."""
+
+
 @dataclass(frozen=True)
 class PoolPart:
-    """Images of one chunk of one cache, a few, close together, that may come; reading them has begun."""
+    """Eligible images of one chunk of one cache, close together; their read is scheduled."""
 
-    store: "ActivationStore"
+    store: TokenSource
     chunk: int
     rows: Int  # positions inside the chunk, rising
     block: Future[Float16]  # the images from the first row to the last
@@ -104,7 +136,7 @@ class TokenStream:
 
     def __init__(
         self,
-        stores: list["ActivationStore"],
+        stores: Sequence[TokenSource],
         *,
         token_set: str = "all",
         order: str = "tokens",
@@ -303,7 +335,7 @@ def _within(pieces: list[Tokens], rows: range) -> list[Tokens]:
     return [piece for piece in kept if len(piece)]
 
 
-def _may_come(stores: list["ActivationStore"], images: Sequence[Bool] | None) -> list[Bool]:
+def _may_come(stores: Sequence[TokenSource], images: Sequence[Bool] | None) -> list[Bool]:
     readable = [store.readable() for store in stores]
     if images is None:
         return readable
@@ -316,7 +348,7 @@ def _may_come(stores: list["ActivationStore"], images: Sequence[Bool] | None) ->
     return [mask & chosen for mask, chosen in zip(readable, images, strict=True)]
 
 
-def _images(stores: list["ActivationStore"], may_come: list[Bool]) -> Iterator[Int]:
+def _images(stores: Sequence[TokenSource], may_come: list[Bool]) -> Iterator[Int]:
     """Of each cache (n, 3): its number, and chunk and row of each image that may come."""
     for number, (store, mask) in enumerate(zip(stores, may_come, strict=True)):
         chunk, row = np.divmod(np.flatnonzero(mask), store.spec.chunk_images)

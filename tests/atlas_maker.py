@@ -100,10 +100,10 @@ def make_cohort(root: Path) -> Cohort:
 def without_figures() -> Iterator[None]:
     """Drawing takes longer than all else here."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("concepts.plot_scatter", "concepts.plot_thresholds"):
-            patch.setattr(f"cytosae.{name}", lambda panels, path: None)
+        for name in ("statistics.plot_scatter", "statistics.plot_thresholds"):
+            patch.setattr(f"cytosae.concepts.{name}", lambda panels, path: None)
         for name in ("plot_correlation", "plot_patients", "plot_scatter"):
-            patch.setattr(f"cytosae.compare.{name}", lambda *args, **settings: None)
+            patch.setattr(f"cytosae.compare.differential.{name}", lambda *args, **settings: None)
         yield
 
 

@@ -55,7 +55,7 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """They take a second; only `compared` and who asks for `figures` draws them."""
     if "figures" not in request.fixturenames:
         for name in ("plot_scatter", "plot_patients", "plot_correlation"):
-            monkeypatch.setattr(f"cytosae.compare.{name}", lambda *given: None)
+            monkeypatch.setattr(f"cytosae.compare.differential.{name}", lambda *given: None)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ L = 300
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("plot_scatter", "plot_patients", "plot_correlation"):
-        monkeypatch.setattr(f"cytosae.compare.{name}", lambda *given: None)
+        monkeypatch.setattr(f"cytosae.compare.differential.{name}", lambda *given: None)
 
 
 def small(**settings: Any) -> CompareConfig:

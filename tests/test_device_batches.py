@@ -10,8 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cytosae.training import device_prefetch as device_batches
-from cytosae.training import on_device
+from cytosae.training import device_prefetch, on_device
 from cytosae.training.device_prefetch import one_ahead
 
 Float16 = npt.NDArray[np.float16]
@@ -153,7 +152,7 @@ def test_the_pinned_buffer_is_not_written_over_before_its_batch_has_left(monkeyp
     """All is sent before anything is taken in: each batch must have waited for the one before to leave the buffer."""
     cuda = FakeCuda()
     cuda.install(monkeypatch)
-    send = device_batches._Sender("cuda").send
+    send = device_prefetch._Sender("cuda").send
     given = [np.full((3, 2), number, np.float16) for number in range(4)] + [np.full((2, 2), 9, np.float16)]
     taken_in = [take_in() for take_in in [send(batch) for batch in given]]
     monkeypatch.undo()

@@ -26,7 +26,7 @@ from test_batches import write_cache
 from test_variants import K, make_model
 
 from cli import cli
-from cytosae.latents import sparsify as compact
+from cytosae.latents import sparsify
 from cytosae.latents.encode import encode
 from cytosae.latents.sparsify import Compactor, Rounding, SparseRows, round_mantissa
 from cytosae.latents.sparsify import _on_device as on_device
@@ -197,7 +197,7 @@ def test_what_would_round_to_zero_stays_above_zero(made: Path, tmp_path: Path) -
 @pytest.mark.parametrize("n_latents", [1, 63, 64, 200, 70_000])
 def test_compacting_equals_the_obvious_way(n_latents: int, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU and as on a GPU; rows that are full, and rows that do not fit into the scratch arrays together."""
-    monkeypatch.setattr(compact, "_MIN_ENTRIES", scratch)
+    monkeypatch.setattr(sparsify, "_MIN_ENTRIES", scratch)
     generator = torch.Generator().manual_seed(n_latents)
     p = torch.randn(11, n_latents, generator=generator)
     p[3], p[4] = p[3].abs(), -p[4].abs()

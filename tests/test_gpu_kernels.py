@@ -24,11 +24,7 @@ from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
 from cytosae.sae import SparseAutoencoder  # noqa: E402
-from cytosae.training import kernels_cpu as sparse_kernels
-from cytosae.training import kernels_gpu as gpu_kernels
-from cytosae.training import latent_matrix as active_latents  # noqa: E402
-from cytosae.training import losses
-from cytosae.training import residuals as reconstruction
+from cytosae.training import kernels_cpu, kernels_gpu, latent_matrix, losses, residuals  # noqa: E402
 from cytosae.training.train import _remove_parallel_part  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -49,7 +45,7 @@ SIZES = {  # tokens, latents, width: none is a multiple of a block, most need se
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small matrices have several blocks of words, columns and tokens, and several parts."""
     for name, value in {"_WORDS": 1, "PART": 5, "_COLUMNS": 16, "_TOKENS": 4}.items():
-        monkeypatch.setattr(gpu_kernels, name, value)
+        monkeypatch.setattr(kernels_gpu, name, value)
 
 
 def pre_activations(n_tokens: int, n_latents: int, *, pattern: str = "mixed") -> Array:
@@ -62,13 +58,13 @@ def pre_activations(n_tokens: int, n_latents: int, *, pattern: str = "mixed") ->
     return {"mixed": p, "none active": -np.abs(p), "all active": np.abs(p) + 1}[pattern]
 
 
-def taken(p: Array, dtype: torch.dtype = torch.float32) -> gpu_kernels.Active:
+def taken(p: Array, dtype: torch.dtype = torch.float32) -> kernels_gpu.Active:
     on_device = torch.from_numpy(p).to(DEVICE, dtype)
-    return gpu_kernels.take_active(on_device, gpu_kernels.mark_active(on_device))
+    return kernels_gpu.take_active(on_device, kernels_gpu.mark_active(on_device))
 
 
 def worked_out(p: Array, width: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[Array]]:
-    """(reconstruction, three gradients) added to what was there, and the same in float64 from the same operands."""
+    """(residuals, three gradients) added to what was there, and the same in float64 from the same operands."""
     rng = np.random.default_rng(1)
     n_tokens, n_latents = p.shape
     shapes = (n_latents, width), (n_tokens, width), (n_tokens, width)
@@ -77,8 +73,8 @@ def worked_out(p: Array, width: int, dtype: torch.dtype) -> tuple[list[torch.Ten
     before = [torch.from_numpy(rng.normal(size=size)).float().to(DEVICE) for size in sizes]
     out, grad_W_enc, grad_b_enc, grad_W_dec = found = [tensor.clone() for tensor in before]
     active = taken(p)
-    gpu_kernels.add_decoded(active, W_dec, out)
-    gpu_kernels.add_gradients(
+    kernels_gpu.add_decoded(active, W_dec, out)
+    kernels_gpu.add_gradients(
         active,
         W_dec_LD=W_dec,
         d_x_hat_BD=d_x_hat,
@@ -101,7 +97,7 @@ def test_active_latents_are_those_of_the_cpu(size: str, pattern: str) -> None:
     """To the bit and in the same order; by token they are the rows of the dense matrix."""
     n_tokens, n_latents, _ = SIZES[size]
     p = pre_activations(n_tokens, n_latents, pattern=pattern)
-    found, twin = taken(p), sparse_kernels.take_active(p, sparse_kernels.count_active(p))
+    found, twin = taken(p), kernels_cpu.take_active(p, kernels_cpu.count_active(p))
     for name in ("starts", "tokens", "values", "fired"):
         assert np.array_equal(getattr(found, name).cpu().numpy(), getattr(twin, name)), name
     tokens, latents = np.nonzero(p > 0)
@@ -137,7 +133,7 @@ def test_pre_activations_in_bfloat16_and_what_is_not_finite() -> None:
     p = pre_activations(37, 70)
     p[3, 4], p[5, 6], p[7, 8] = np.nan, np.inf, -np.inf
     rounded = torch.from_numpy(p).bfloat16().float().numpy()
-    found, twin = taken(p, torch.bfloat16), sparse_kernels.take_active(rounded, sparse_kernels.count_active(rounded))
+    found, twin = taken(p, torch.bfloat16), kernels_cpu.take_active(rounded, kernels_cpu.count_active(rounded))
     assert np.array_equal(found.tokens.cpu().numpy(), twin.tokens)
     assert np.array_equal(found.values.cpu().numpy(), twin.values, equal_nan=True)
     assert int(found.values.isnan().sum()) == 1
@@ -151,14 +147,14 @@ def test_a_comparison_in_one_pass_is_that_of_the_cpu(size: tuple[int, int], loss
     x, x_hat = (torch.from_numpy(rng.normal(3, 1, size).astype(np.float32)) for _ in range(2))
     x[:1] = 0
     on_device = x_hat.to(DEVICE), x.to(DEVICE)
-    wanted = reconstruction.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
+    wanted = residuals.compare_plainly(x_hat, x, losses.loss_weight(x, loss), 0.3, torch.float32)
     weight = losses.loss_weight(on_device[1], loss)
-    found = reconstruction.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
+    found = residuals.compare_in_one_pass(*on_device, weight, 0.3, torch.float32)
     for name, twin in vars(wanted).items():
         ours = getattr(found, name).cpu()
         assert (ours.shape, ours.dtype) == (twin.shape, twin.dtype), name
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
-    rounded = reconstruction.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
+    rounded = residuals.compare_in_one_pass(*on_device, weight, 0.3, torch.bfloat16)
     torch.testing.assert_close(rounded.d_x_hat_BD.float(), found.d_x_hat_BD, rtol=2**-7, atol=0)  # here it truncates
     assert torch.equal(rounded.d_sum_D, found.d_sum_D)
 
@@ -185,7 +181,7 @@ def test_the_fused_step_is_the_plain_step(width: int) -> None:
         by_plain.step()
         if number < 3:
             plain.normalise_decoder()
-        gpu_kernels.step(fused, by_fused, normalise=number < 3)
+        kernels_gpu.step(fused, by_fused, normalise=number < 3)
     for ours, twin in zip(fused.parameters(), plain.parameters(), strict=True):
         one, two = by_fused.state[ours], by_plain.state[twin]
         assert one.keys() == two.keys()
@@ -241,11 +237,11 @@ def test_every_kernel_compiles_for_an_h100(tmp_path: Path) -> None:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """losses.py does what it would do on a GPU, where few latents are active."""
 
-    def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> active_latents.Latents:
-        return active_latents._GpuList(gpu_kernels.take_active(values_BL, gpu_kernels.mark_active(values_BL)))
+    def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> latent_matrix.Latents:
+        return latent_matrix._GpuList(kernels_gpu.take_active(values_BL, kernels_gpu.mark_active(values_BL)))
 
     monkeypatch.setattr(losses, "latents_of", latents_of)
-    monkeypatch.setattr(losses, "compare_reconstruction", reconstruction.compare_in_one_pass)
+    monkeypatch.setattr(losses, "compare_reconstruction", residuals.compare_in_one_pass)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -317,13 +313,13 @@ def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pyt
     tokens = torch.randn(4_112, 768, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     dead = torch.arange(49_152, device=DEVICE) % 50 == 49
     spied: list[int] = []
-    take = gpu_kernels.take_active
+    take = kernels_gpu.take_active
 
     def spy(*given: Any) -> Any:
         spied.append(1)
         return take(*given)
 
-    monkeypatch.setattr(gpu_kernels, "take_active", spy)
+    monkeypatch.setattr(kernels_gpu, "take_active", spy)
 
     def gradients(sparse_below: float) -> tuple[losses.BatchLosses, list[torch.Tensor]]:
         found = losses.loss_and_gradients(
@@ -358,7 +354,7 @@ def test_a_step_on_the_gpu_waits_no_more_often_than_said(monkeypatch: pytest.Mon
 
     def step() -> None:
         losses.loss_and_gradients(model, tokens, l1=L1, dead_L=None, loss="normed", micro_batch=256, precision="bf16")
-        gpu_kernels.step(model, optimizer, normalise=True)
+        kernels_gpu.step(model, optimizer, normalise=True)
 
     step()
     torch.cuda.set_sync_debug_mode("warn")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference import Array, Bool, Params, Reference, explained_variance, sae_forward, sae_loss_and_gradients
 
 from cytosae.sae import SparseAutoencoder
-from cytosae.training import BatchLosses, loss_and_gradients
-from cytosae.training import kernels_cpu as sparse_kernels
+from cytosae.sae.top_k import use_threads
+from cytosae.training import BatchLosses, kernels_cpu, loss_and_gradients
 
 OBJECTIVES: dict[str, dict[str, Any]] = {  # the twin's name -> our two settings
     "default": {"loss": "normed", "ghost_scale": "scalar"},
@@ -255,14 +255,14 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
     W_dec, d_x_hat, centred = (rng.normal(size=shape).astype(np.float32) for shape in ((70, 130), (40, 130), (40, 130)))
     results: list[list[Array]] = []
     for n_threads in (1, 2):
-        sparse_kernels.use_threads(n_threads)
-        active = sparse_kernels.take_active(pre, sparse_kernels.count_active(pre))
+        use_threads(n_threads)
+        active = kernels_cpu.take_active(pre, kernels_cpu.count_active(pre))
         out, grads = (
             np.zeros((40, 130), np.float32),
             [np.zeros(shape, np.float32) for shape in ((70, 130), 70, (70, 130))],
         )
-        sparse_kernels.add_decoded(active, W_dec, out)
-        sparse_kernels.add_gradients(
+        kernels_cpu.add_decoded(active, W_dec, out)
+        kernels_cpu.add_gradients(
             active,
             W_dec_LD=W_dec,
             d_x_hat_BD=d_x_hat,

@@ -20,11 +20,11 @@ from distributed.comm.core import connect
 from distributed.security import Security
 from zarr.core.group import GroupMetadata
 
-import cyto_machine
-from cyto_machine import cgroup_quota, n_cores
+import stores.machine
 from cytosae.cluster import open_client
 from cytosae.sae import save_tensors
 from stores.errors import BadInput
+from stores.machine import cgroup_quota, n_cores
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,15 +151,15 @@ def test_cores_are_at_least_one_and_never_above_the_affinity(monkeypatch: pytest
     """Parts of a core count as one; what the user has set of threads stays."""
     there = len(os.sched_getaffinity(0))
     for quota, expected in ((0.2, 1), (1.0, 1), (1.5, min(2, there)), (1000.0, there), (None, there)):
-        monkeypatch.setattr(cyto_machine, "cgroup_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(stores.machine, "cgroup_quota", lambda quota=quota: quota)
         assert n_cores() == expected
-    monkeypatch.setattr(cyto_machine, "cgroup_quota", lambda: 1.0)
+    monkeypatch.setattr(stores.machine, "cgroup_quota", lambda: 1.0)
     names = ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is as before behind the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    cyto_machine.bound_threads()
+    stores.machine.bound_threads()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["NUMBA_NUM_THREADS"]) == ("7", "1")
     for name in names:
         del os.environ[name]
@@ -169,7 +169,7 @@ def test_more_workers_than_files_are_refused_and_the_limit_is_raised_first() -> 
     """In one line, before anything is started."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 400))\n"
-        "from cyto_machine import open_files; assert open_files() == 400\n"
+        "from stores.machine import open_files; assert open_files() == 400\n"
         "from cytosae.cluster import open_client\n"
         "try:\n with open_client(None, workers=500, memory_limit='1GiB'): pass\n"
         "except Exception as error: print(type(error).__name__, error)"
@@ -186,7 +186,7 @@ def test_more_workers_than_files_are_refused_and_the_limit_is_raised_first() -> 
 def nothing_to_write_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An install and a home that this user may not write to, whoever this user is: they lie below a file."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(cyto_machine, "__file__", str(tmp_path / "file" / "cyto_machine.py"))
+    monkeypatch.setattr(stores.machine, "__file__", str(tmp_path / "file" / "stores" / "machine.py"))
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with monkeypatch.context() as context:
@@ -203,31 +203,31 @@ def test_caches_find_a_private_place_without_a_home(monkeypatch: pytest.MonkeyPa
     """The user's own folder is used again; one of somebody else, a link, or one that others may enter is not."""
     expected = tmp_path / f"cyto-cache-{os.getuid()}"
     with nothing_to_write_to(monkeypatch, tmp_path):
-        cyto_machine.find_place_for_caches()
+        stores.machine.find_place_for_caches()
         assert os.environ["NUMBA_CACHE_DIR"] == str(expected / "numba")
         assert os.environ["MPLCONFIGDIR"] == str(expected / "matplotlib")
         assert expected.stat().st_mode & 0o777 == 0o700
-        assert cyto_machine._private() == expected
+        assert stores.machine._private() == expected
 
         expected.chmod(0o770)
-        assert cyto_machine._private() != expected
+        assert stores.machine._private() != expected
         expected.rmdir()
         (tmp_path / "elsewhere").mkdir(mode=0o700)
         expected.symlink_to(tmp_path / "elsewhere")
-        assert cyto_machine._private() != expected
+        assert stores.machine._private() != expected
         expected.unlink()
         expected.touch()
-        private = cyto_machine._private()
+        private = stores.machine._private()
         assert private != expected
         assert private.stat().st_mode & 0o777 == 0o700
         if os.getuid() == 0:
             expected.unlink()
             expected.mkdir(mode=0o700)
             os.chown(expected, 65534, 65534)
-            assert cyto_machine._private() != expected
+            assert stores.machine._private() != expected
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
         with pytest.raises(OSError, match="set TMPDIR"):
-            cyto_machine._private()
+            stores.machine._private()
 
 
 def test_what_the_user_has_set_for_caches_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_what_the_user_has_set_for_caches_stays(monkeypatch: pytest.MonkeyPatch,
     with nothing_to_write_to(monkeypatch, tmp_path):
         for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TRITON_CACHE_DIR"):
             monkeypatch.setenv(name, "/mine")
-        cyto_machine.find_place_for_caches()
+        stores.machine.find_place_for_caches()
         assert os.environ["NUMBA_CACHE_DIR"] == os.environ["MPLCONFIGDIR"] == "/mine"
     assert not list(tmp_path.glob("cyto-cache-*"))
 

@@ -63,7 +63,7 @@ def test_random_permutations_equal_the_twin() -> None:
 
 def test_more_than_one_block_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of columns and of permutations have no part in the numbers."""
-    import cytosae.permutation
+    import cytosae.compare.permutation
 
     values, is_a = np.random.default_rng(2).exponential(1, (70, 300)), groups(32, 38)
     whole = run(values, is_a, 999)

@@ -70,7 +70,9 @@ b_dec_init = "zeros"
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training here; `pictures` marks who looks at them."""
     if "pictures" not in request.node.name:
-        monkeypatch.setattr("cytosae.sweep.plot_sweep", lambda table, settings, paths, **_: [p.touch() for p in paths])
+        monkeypatch.setattr(
+            "cytosae.sweep.run.plot_sweep", lambda table, settings, paths, **_: [p.touch() for p in paths]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +292,7 @@ def test_as_many_are_trained_at_once_as_fit_in_half_of_the_free_memory(
     text = BASE + "[grid]\nexpansion = [8, 4, 64]\nseed = [0, 1]"
     n_weights = {expansion: 2 * 8 * 8 * expansion + 8 * expansion + 8 for expansion in (8, 4, 64)}
     free = 2 * 16 * (2 * n_weights[8] + n_weights[4])
-    monkeypatch.setattr("cytosae.sweep._free_bytes", lambda device: free)
+    monkeypatch.setattr("cytosae.sweep.run._free_bytes", lambda device: free)
     said: list[str] = []
     sweep(grid_of(tmp_path, text), [cache], tmp_path / "out", say=said.append)
     assert said[0].startswith("6 SAEs: 4 passes over the data with up to 3 at once")  # 8 8 4, 4, 64, 64

@@ -222,7 +222,7 @@ def _signal_at_line(number: int) -> Callable[[FrameType, str, Any], Any]:
 
     def trace(frame: FrameType, event: str, arg: Any) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.endswith(("cytosae/train.py", "cytosae/model.py")):
+        if not frame.f_code.co_filename.endswith(("cytosae/training/train.py", "cytosae/sae/model.py")):
             return None
         if event == "line":
             left -= 1

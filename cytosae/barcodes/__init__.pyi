@@ -16,4 +16,5 @@ from .patients import regroup as regroup
 from .tasks import Below as Below
 from .tasks import Rows as Rows
 from .tasks import by_part as by_part
+from .tasks import get_ready as get_ready
 from .tasks import opener as opener

@@ -193,7 +193,7 @@ def write_barcodes(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
-    prepare_workers(client)
+    prepare_workers(client, tasks.get_ready)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)

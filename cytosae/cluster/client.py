@@ -12,8 +12,8 @@ import dask
 from distributed import Client, KilledWorker
 from distributed.versions import VersionMismatchWarning
 
-from cyto_machine import open_files
 from stores.errors import BadInput
+from stores.machine import open_files
 
 from .private import PrivateCluster
 

@@ -10,17 +10,12 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import stores
-from cytosae.barcodes import count_kernels as counting
-from cytosae.barcodes import tasks as barcode_tasks
-from cytosae.concepts import tasks as concept_tasks
-from cytosae.relations import coactivation
 from stores.errors import BadInput, ClusterLost, CytoError
 from stores.files import sha256_file
 from stores.latent_store import remote_rows
@@ -38,9 +33,9 @@ _ALONE = 20.0  # seconds without a worker, after which those are named that came
 
 def describe() -> dict[str, str]:
     """What must be equal on all machines: versions, formats, and the source of what workers do."""
-    ours = (barcode_tasks, coactivation, concept_tasks, counting)
-    files = [*sorted(Path(stores.__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in ours)]
-    source = hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
+    here = Path(__file__).parents[2]
+    files = [path for package in ("stores", "cytosae") for path in sorted((here / package).rglob("*.py"))]
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),
         "cyto": cyto_version(),
@@ -149,13 +144,13 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
             path.unlink(missing_ok=True)
 
 
-def prepare_workers(client: "Client") -> None:
-    """Let the workers of a cluster that this process started import and load what they need, while it plans."""
+def prepare_workers(client: "Client", get_ready: Callable[[], Any]) -> None:
+    """Let the workers of a cluster that this process started run `get_ready` (it imports and compiles), while it plans."""
     from distributed import LocalCluster, fire_and_forget
 
     if isinstance(client.cluster, LocalCluster):
         for worker in client.scheduler_info()["workers"]:
-            fire_and_forget(client.submit(barcode_tasks.get_ready, workers=[worker], pure=False))
+            fire_and_forget(client.submit(get_ready, workers=[worker], pure=False))
 
 
 class Watch:

@@ -4,7 +4,7 @@ The unit is the patient: each counts once, however many images there are of one.
 that the paper ranks latents by stand effect sizes, permutation p-values, their Benjamini-Hochberg q-values and max-T
 adjustment (permutation.py), intervals (intervals.py), and how often a latent stays in the top list when patients are
 drawn anew. Filters see no diseases, so that what they leave keeps its p-values. Which images count for a patient:
-patient_values.py; strata and covariates: covariates.py, freedman_lane.py. Figures: compare_figures.py. No torch.
+patient_values.py; strata and covariates: covariates.py, freedman_lane.py. Figures: figures.py. No torch.
 """
 
 import math

@@ -28,6 +28,7 @@ from cytosae.barcodes import (
     count_into_parts,
     differences,
     discard,
+    get_ready,
     join_tables,
     regroup,
 )
@@ -177,7 +178,7 @@ def write_concepts(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
-    prepare_workers(client)
+    prepare_workers(client, get_ready)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)

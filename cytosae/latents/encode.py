@@ -1,6 +1,6 @@
 """From activation cache and SAE to a latent store. The dense latents never exist for more than a micro-batch.
 
-A micro-batch is multiplied and compacted (compact.py) where the model is; one thread behind appends and commits the
+A micro-batch is multiplied and compacted (sparsify.py) where the model is; one thread behind appends and commits the
 rows, in order, while the next one is multiplied, and threads behind that one compress whole chunks (stores/csr.py).
 """
 
@@ -120,7 +120,7 @@ def encode(
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
     output = plan_output(latents, new_header(LATENTS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
-    warn_of_precision(sae, store)
+    sae.warn_of_precision(store.spec)
     n_readable = int(store.readable().sum())
     if output.is_complete:
         if left_overs(output.work):
@@ -311,13 +311,6 @@ def _in_order(n_waiting: int) -> Iterator[Callable[..., None]]:
         yield behind
         while waiting:
             waiting.popleft().result()
-
-
-def warn_of_precision(sae: SaeRun, store: ActivationStore) -> None:
-    """A line of warning if the cache was made in another precision than those the SAE was trained on."""
-    trained_on = sorted({cache["precision"] for cache in sae.header.spec["caches"]} - {store.spec.precision})
-    if trained_on:
-        _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], store.spec.precision)
 
 
 def _make_spec(

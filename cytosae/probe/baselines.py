@@ -4,7 +4,7 @@ majority        the commonest class of the training rows
 n_images        the number of images alone, as its logarithm: image counts may differ by disease
 mean_tokens     the backbone's patch tokens, averaged over a unit's images
 cls_token       the CLS tokens, likewise
-attention_mil   one instance per image, `cytosae/mil.py`: the family of the deep baseline
+attention_mil   one instance per image, `cytosae/probe/attention_mil.py`: the family of the deep baseline
 """
 
 from collections.abc import Callable, Sequence

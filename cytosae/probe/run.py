@@ -1,9 +1,9 @@
 """Can patients be told apart by their barcodes, and would they be by chance? A leakage-safe linear probe (Fig. 4).
 
-    units       patients (or images), their classes, the groups that must stay together: probe_units.py, folds.py
+    units       patients (or images), their classes, the groups that must stay together: units.py, folds.py
     repeats     folds of whole groups; a fit per threshold; the threshold chosen inside: cross_validation.py
     chance      the first repeat, all of it, on labels shuffled between groups
-    beside it   simpler knowledge on the same folds: probe_baselines.py, mil.py
+    beside it   simpler knowledge on the same folds: baselines.py, attention_mil.py
 
 Nothing is standardised and nothing is chosen with the rows that are predicted. No torch here; the attention-MIL head,
 if it is wanted, brings it.

@@ -1,6 +1,6 @@
 """What an SAE is, in memory and on disk.
 
-Comes in: settings, or a folder or file of weights (ours, CytoSAE's, PatchSAE's, SAELens's). Goes out: a `SparseAutoencoder`.
+Comes in: settings, or weights (ours, CytoSAE's, PatchSAE's, SAELens's). Goes out: a `SparseAutoencoder`.
 Open first: `model.py`.
 """
 

@@ -18,5 +18,5 @@ from .interop import export_sae as export_sae
 from .interop import import_sae as import_sae
 from .model import SparseAutoencoder as SparseAutoencoder
 from .model import geometric_median as geometric_median
-from .model import keep_top_k_ as keep_top_k_
-from .model import use_kernels_with_torch_threads as use_kernels_with_torch_threads
+from .top_k import keep_top_k_ as keep_top_k_
+from .top_k import use_kernels_with_torch_threads as use_kernels_with_torch_threads

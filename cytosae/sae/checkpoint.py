@@ -1,5 +1,6 @@
 """An SAE on disk: a folder with `sae.safetensors` (weights) and `sae.json` (what they are). Save and load only."""
 
+import logging
 import os
 import re
 import uuid
@@ -19,6 +20,8 @@ from stores.spec import Header, check_choice, write_header
 from .config import ACTIVATIONS
 from .model import SparseAutoencoder
 from .weights_file import WEIGHTS, find_weights, open_tensors
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class SaeRun:
         return require_same_tokens(
             self.same_tokens, spec.same_tokens, f"the SAE {self.root}", place, assume_compatible=assume_compatible
         )
+
+    def warn_of_precision(self, spec: ActivationSpec) -> None:
+        """A line of warning if tokens were made in another precision than those the SAE was trained on."""
+        trained_on = sorted({cache["precision"] for cache in self.header.spec["caches"]} - {spec.precision})
+        if trained_on:
+            _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], spec.precision)
 
 
 def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:

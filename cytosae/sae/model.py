@@ -8,10 +8,10 @@ import math
 import torch
 from torch import nn
 
-from cytosae.training import kernels_cpu as sparse_kernels
 from stores.errors import BadInput
 
 from .config import ACTIVATIONS
+from .top_k import keep_top_k_
 
 
 class SparseAutoencoder(nn.Module):
@@ -35,7 +35,7 @@ class SparseAutoencoder(nn.Module):
         if activation in ("topk", "batchtopk") and not (k is not None and 1 <= k <= n_latents):
             raise BadInput(f"k must lie between 1 and the {n_latents:,} latents; found {k}")
         self.activation, self.k = activation, k
-        # (D, L), stored by latent as sparse_kernels.py works
+        # (D, L), stored by latent, as training/kernels_cpu.py reads them
         self.W_enc = nn.Parameter(torch.empty(n_latents, width).T)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))  # (L,)
         self.W_dec = nn.Parameter(torch.empty(n_latents, width))  # (L, D), rows of norm 1
@@ -140,26 +140,6 @@ class SparseAutoencoder(nn.Module):
             self.log_threshold.sub_(math.log(scale))
         if self.activation == "gated":
             self.b_mag.div_(scale)
-
-
-def keep_top_k_(values_BL: torch.Tensor, k: int) -> torch.Tensor:
-    """In place: all but the k largest of a row become 0; of equals the first ones stay. NaN counts as the largest."""
-    if k >= values_BL.shape[1]:
-        return values_BL
-    if values_BL.device.type == "cpu" and values_BL.dtype != torch.bfloat16:
-        use_kernels_with_torch_threads()
-        sparse_kernels.keep_top_k(values_BL.detach().numpy(), k)
-        return values_BL
-    top_BK, at_BK = values_BL.topk(k, dim=1, sorted=False)
-    return values_BL.zero_().scatter_(1, at_BK, top_BK)
-
-
-def use_kernels_with_torch_threads() -> None:
-    """Let sparse_kernels.py use as many threads as torch does, and torch no others than before."""
-    n_threads = torch.get_num_threads()
-    sparse_kernels.use_threads(n_threads)
-    if torch.get_num_threads() != n_threads:
-        torch.set_num_threads(n_threads)
 
 
 def _norms(rows_LD: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.latents import warn_of_precision
 from cytosae.sae import LOSSES, SparseAutoencoder, TrainConfig, load_sae
 from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
@@ -225,7 +224,7 @@ def evaluate(
     """
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
-    warn_of_precision(sae, store)
+    sae.warn_of_precision(store.spec)
     model, config = sae.model, sae.header.spec.get("config", {})
     token_set = token_set or config.get("token_set", "all")
     loss = config.get("loss", "normed")

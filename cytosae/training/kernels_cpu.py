@@ -37,11 +37,6 @@ class Active:
         return np.diff(self.starts)
 
 
-def use_threads(n_threads: int) -> None:
-    """How many threads the functions below use. Starting numba's threads changes what OpenMP's other users see."""
-    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at import
-
-
 def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
     """(B,): active latents of each token. NaN counts as active, so that it is not lost."""
     counts = np.empty(len(pre_activations_BL), np.int64)
@@ -56,11 +51,6 @@ def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> 
     values = np.empty(starts[-1], pre_activations_BL.dtype)
     _fill(pre_activations_BL, starts, latents, values)
     return Active(len(counts_B), *_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
-
-
-def keep_top_k(values_BL: Floats, k: int) -> None:
-    """In place: what is positive and not among the k largest of its row becomes 0; of equals the first ones stay."""
-    _keep_top_k(values_BL, k)
 
 
 def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
@@ -138,44 +128,6 @@ def _fill(p: Any, starts: Any, latents: Any, values: Any) -> None:
                         latents[at] = latent
                         values[at] = p[b, latent]
                         at += 1
-
-
-@numba.njit(parallel=True, cache=True)
-def _keep_top_k(values: Any, k: int) -> None:
-    for b in numba.prange(values.shape[0]):
-        row = values[b]
-        heap = np.zeros(k, values.dtype)  # the k largest so far, the least first
-        for first in range(0, len(row), _BLOCK):
-            stop = min(first + _BLOCK, len(row))
-            bound = heap[0]
-            n = 0
-            for latent in range(first, stop):
-                n += not row[latent] <= bound
-            if n == 0:
-                continue
-            for latent in range(first, stop):
-                value = row[latent]
-                if value <= heap[0]:
-                    continue
-                at = 0
-                while 2 * at + 1 < k:
-                    child = 2 * at + 1
-                    if child + 1 < k and heap[child + 1] < heap[child]:
-                        child += 1
-                    if value <= heap[child]:
-                        break
-                    heap[at] = heap[child]
-                    at = child
-                heap[at] = value
-        least = heap[0]
-        n_equal = k
-        for at in range(k):
-            n_equal -= heap[at] > least
-        for latent in range(len(row)):
-            if row[latent] == least and n_equal > 0:
-                n_equal -= 1
-            elif row[latent] <= least:
-                row[latent] = 0
 
 
 @numba.njit(cache=True)

@@ -1,4 +1,4 @@
-"""What a training step does with the active latents only, compiled for the GPU. Twin: sparse_kernels.py, on the CPU.
+"""What a training step does with the active latents only, compiled for the GPU. Twin: kernels_cpu.py, on the CPU.
 
 A micro-batch's active latents are kept twice: by token, for the reconstruction, and by latent, for the gradients. Each
 output row belongs to one program and nothing is added atomically: every sum has a fixed order, so the same input gives
@@ -36,7 +36,7 @@ _TOKENS = 16  # that one program compares with their reconstructions
 
 @dataclass(frozen=True)
 class Active:
-    """The active latents of a micro-batch, by latent as in sparse_kernels.py, and by token."""
+    """The active latents of a micro-batch, by latent as in kernels_cpu.py, and by token."""
 
     starts: torch.Tensor  # (L + 1,) int64: those of latent l are tokens[starts[l] : starts[l + 1]], ascending
     tokens: torch.Tensor  # (A,) int32

@@ -1,7 +1,7 @@
 """The latents of a micro-batch in a training step: as a matrix, or as a list of what is active.
 
-Both give the same sums; which one is faster hangs on the density. The lists' work is compiled: sparse_kernels.py for
-the CPU, gpu_kernels.py for the GPU. Weights and rows may be bfloat16 copies (not in the CPU's lists); sums are float32.
+Both give the same sums; which one is faster hangs on the density. The lists' work is compiled: kernels_cpu.py for
+the CPU, kernels_gpu.py for the GPU. Weights and rows may be bfloat16 copies (not in the CPU's lists); sums are float32.
 Shapes: B tokens of a micro-batch, D width, L latents.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 from cytosae.sae import use_kernels_with_torch_threads
 
-from . import kernels_cpu as sparse_kernels
+from . import kernels_cpu
 
 SPARSE_BELOW = 0.08  # density of break-even: 0.10 at 49,152 latents, 0.20 at 6,144 (two cores, docs/log.md)
 SPARSE_BELOW_ON_GPU = 0.01  # an estimate: tensor cores make dense work cheap (docs/log.md)
@@ -63,15 +63,15 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         return _Matrix(values_BL)
     if device == "cpu":
         use_kernels_with_torch_threads()
-        counts = sparse_kernels.count_active(values_BL.numpy())
+        counts = kernels_cpu.count_active(values_BL.numpy())
         if counts.sum() < sparse_below * values_BL.numel():
-            return _CpuList(sparse_kernels.take_active(values_BL.numpy(), counts))
+            return _CpuList(kernels_cpu.take_active(values_BL.numpy(), counts))
         return _Matrix(values_BL, n_active=int(counts.sum()))
-    from . import kernels_gpu as gpu_kernels  # needs triton
+    from . import kernels_gpu  # needs triton
 
-    marks = gpu_kernels.mark_active(values_BL)
+    marks = kernels_gpu.mark_active(values_BL)
     if marks.n_active < sparse_below * values_BL.numel():
-        return _GpuList(gpu_kernels.take_active(values_BL, marks))
+        return _GpuList(kernels_gpu.take_active(values_BL, marks))
     return _Matrix(values_BL, n_active=marks.n_active)
 
 
@@ -118,7 +118,7 @@ class _Matrix:
 
 
 class _CpuList:
-    def __init__(self, active: sparse_kernels.Active) -> None:
+    def __init__(self, active: kernels_cpu.Active) -> None:
         self._active = active
         self.n_active = len(active.values)
         self.total: torch.Tensor | float = float(active.values.sum(dtype="f8"))
@@ -133,7 +133,7 @@ class _CpuList:
 
     def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
         out_BD = b_dec.repeat(self._active.n_tokens, 1)
-        sparse_kernels.add_decoded(self._active, W_dec.numpy(), out_BD.numpy())
+        kernels_cpu.add_decoded(self._active, W_dec.numpy(), out_BD.numpy())
         return out_BD
 
     def add_gradients(
@@ -146,7 +146,7 @@ class _CpuList:
         grad_b_enc: torch.Tensor,
         grad_W_dec: torch.Tensor,
     ) -> None:
-        sparse_kernels.add_gradients(
+        kernels_cpu.add_gradients(
             self._active,
             W_dec_LD=W_dec.numpy(),
             d_x_hat_BD=d_x_hat_BD.numpy(),
@@ -160,13 +160,13 @@ class _CpuList:
     def add_products(
         self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
     ) -> None:
-        products_L = sparse_kernels.sum_products(self._active, W_dec.numpy(), d_x_hat_BD.numpy())
+        products_L = kernels_cpu.sum_products(self._active, W_dec.numpy(), d_x_hat_BD.numpy())
         out_L += factor_L * torch.from_numpy(products_L)
 
 
 class _GpuList:
     def __init__(self, active: Any) -> None:
-        self._active = active  # gpu_kernels.Active
+        self._active = active  # kernels_gpu.Active
         self.n_active = len(active.values)
         self.total: torch.Tensor | float = active.values.sum(dtype=torch.float64)
         self.fired: torch.Tensor = active.fired
@@ -181,10 +181,10 @@ class _GpuList:
         return self
 
     def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
-        from . import kernels_gpu as gpu_kernels
+        from . import kernels_gpu
 
         out_BD = b_dec.repeat(len(self._active.token_starts) - 1, 1)
-        gpu_kernels.add_decoded(self._active, W_dec, out_BD)
+        kernels_gpu.add_decoded(self._active, W_dec, out_BD)
         return out_BD
 
     def add_gradients(
@@ -197,9 +197,9 @@ class _GpuList:
         grad_b_enc: torch.Tensor,
         grad_W_dec: torch.Tensor,
     ) -> None:
-        from . import kernels_gpu as gpu_kernels
+        from . import kernels_gpu
 
-        gpu_kernels.add_gradients(
+        kernels_gpu.add_gradients(
             self._active,
             W_dec_LD=W_dec,
             d_x_hat_BD=d_x_hat_BD,

@@ -13,7 +13,7 @@ jumprelu's thresholds t = exp(log_threshold) learn by straight-through estimates
 Means run over the whole batch, whatever the micro-batch and the number of ranks: gradients are sums.
 
 The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only:
-each micro-batch takes what is faster at its density (active_latents.py). Both give the same sums.
+each micro-batch takes what is faster at its density (latent_matrix.py). Both give the same sums.
 On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu, gated: twice;
 batchtopk: more), and twice per step: which latents are dead, and all numbers of the loss together.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.

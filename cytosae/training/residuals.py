@@ -1,7 +1,7 @@
 """What follows from a micro-batch's reconstruction, value by value: the gradient, and the sums that losses.py needs.
 
 A dozen passes over (tokens, width) are nothing beside the products on a CPU; on a GPU they would cost as much as
-finding the active latents, so there it is one (gpu_kernels.py). Nothing is read back from the device here.
+finding the active latents, so there it is one (kernels_gpu.py). Nothing is read back from the device here.
 Shapes: B tokens, D width.
 """
 
@@ -50,11 +50,11 @@ def compare_in_one_pass(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, w_B1: torch.Tensor | float, factor: float, half: torch.dtype
 ) -> Residuals:
     """Of float32 matrices on a GPU."""
-    from . import kernels_gpu as gpu_kernels  # needs triton
+    from . import kernels_gpu  # needs triton
 
     weights_B = w_B1.flatten() if isinstance(w_B1, torch.Tensor) else x_BD.new_full(x_BD.shape[:1], w_B1)
     d_x_hat_BD = torch.empty_like(x_BD, dtype=half)
-    d_sum_D, x_sum_D, sums = gpu_kernels.compare_tokens(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD)
+    d_sum_D, x_sum_D, sums = kernels_gpu.compare_tokens(x_hat_BD, x_BD, weights_B, factor, d_x_hat_BD)
     weighted, error, square = sums.unbind()
     return Residuals(d_x_hat_BD, d_sum_D, weighted, error, square, x_sum_D)
 

@@ -211,7 +211,7 @@ class Training:
         return TrainState(model, new_optimizer(model, self.config), silent, scale, 0, [])
 
     def log_to(self, stack: ExitStack, name: str | None) -> None:
-        """Also send the metrics to another program (loggers.py)."""
+        """Also send the metrics to another program (metric_loggers.py)."""
         if name is not None and self._ranks.is_first:
             logger = open_logger(name, self._run, self._header, first_step=self.step)
             self._loggers.append(stack.enter_context(logger))
@@ -276,9 +276,9 @@ class Training:
             group["lr"] = config.lr_at(state.step, self.n_steps)
         is_last = state.step + 1 == self.n_steps  # its norms are folded into the encoder, in `finish`
         if state.model.W_dec.is_cuda:
-            from . import kernels_gpu as gpu_kernels  # needs triton
+            from . import kernels_gpu  # needs triton
 
-            gpu_kernels.step(state.model, state.optimizer, normalise=not is_last)
+            kernels_gpu.step(state.model, state.optimizer, normalise=not is_last)
         else:
             _remove_parallel_part(state.model)
             state.optimizer.step()

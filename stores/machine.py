@@ -115,7 +115,7 @@ def find_place_for_caches() -> None:
     OSError
         If there is no folder for temporary files either.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home raises where the user has none
     if "NUMBA_CACHE_DIR" not in os.environ:
         is_installed_for_us = all(_may_write(here / name / "__pycache__") for name in ("stores", "cytosae"))
