@@ -1,9 +1,10 @@
 """How fast is one training step of a large SAE on the CPU, against plain dense autograd?
 
-Ours: decoder rows to norm 1, `loss_and_gradients`, the gradient's parallel part removed, Adam, as `cytosae/training/train.py`
-does it. Against: the same step with the same loss written down densely and left to autograd, float32, at the fastest of
-several micro-batches. Target: 4 times the tokens/s at 768 -> 49,152, 16,448 tokens, L0 200, no dead latents; with
-`--sweep` also L0 50, 2,000 and 24,576 (the start of training) and dead shares 0.02, 0.25, 0.57.
+Ours: decoder rows to norm 1, `loss_and_gradients`, the gradient's parallel part removed, Adam, as
+`cytosae/training/train.py` does it. Against: the same step with the same loss written down densely and left to
+autograd, float32, at the fastest of several micro-batches. Target: 4 times the tokens/s at 768 -> 49,152, 16,448
+tokens, L0 200, no dead latents; with `--sweep` also L0 50, 2,000 and 24,576 (the start of training) and dead shares
+0.02, 0.25, 0.57.
 
 The tokens are normal around a common mean, and the encoder's biases are set so that the mean L0 is what is asked for.
 The learning rate is 0: Adam does all its work, and every round sees the same L0. Gradients of both sides are compared,

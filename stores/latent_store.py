@@ -63,7 +63,7 @@ def read_latent_spec(header: Header, root: Path) -> LatentSpec:
 class LatentWriter:
     """Appends the latents of images in order; what `commit` has recorded survives a crash.
 
-    One of several writers (`Shard`) makes its images' rows in a folder of its own; `stores/latent_shards.py` joins them.
+    One of several writers (`Shard`) makes its images' rows in a folder of its own; `latent_shards.py` joins them.
     """
 
     def __init__(self, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard = ONE_WRITER) -> None:

@@ -265,8 +265,11 @@ def commands(script: str) -> Iterator[list[str]]:
 def refused(words: list[str]) -> str:
     """Why this call of cyto cannot be read by its own command line; empty if it can."""
     command: click.Command = cli
-    while isinstance(command, click.Group) and words and words[0] in command.commands:
-        command, words = command.commands[words[0]], words[1:]
+    while isinstance(command, click.Group) and words:
+        found = command.get_command(click.Context(command), words[0])
+        if found is None:
+            break
+        command, words = found, words[1:]
     if isinstance(command, click.Group) and not {*words} <= {"--help", "--version"}:
         return f"no such command: {words}"
     try:

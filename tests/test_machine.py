@@ -115,7 +115,7 @@ def wait_for(path: str) -> str:
 
 def test_cores_are_those_given(tmp_path: Path) -> None:
     """By affinity, and by the cgroups of version 2 and 1, of which every group above counts."""
-    code = "import cli; print([p.default for p in cli.cli.commands['barcode'].params if p.name == 'workers'])"
+    code = "import cli; print([p.default for p in cli.cli.get_command(None, 'barcode').params if p.name == 'workers'])"
     core = min(os.sched_getaffinity(0))
     code = f"import os; os.sched_setaffinity(0, {{{core}}}); {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -145,7 +145,7 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
 
 
 def prepare_workers(client: "Client", get_ready: Callable[[], Any]) -> None:
-    """Let the workers of a cluster that this process started run `get_ready` (it imports and compiles), while it plans."""
+    """While this process plans, let the workers that it started run `get_ready`, which imports and compiles."""
     from distributed import LocalCluster, fire_and_forget
 
     if isinstance(client.cluster, LocalCluster):

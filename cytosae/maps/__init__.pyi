@@ -2,6 +2,7 @@ from .figures import Style as Style
 from .figures import plot_reference_images as plot_reference_images
 from .image_maps import MapResult as MapResult
 from .image_maps import Subject as Subject
+from .image_maps import new_subject as new_subject
 from .image_maps import stored_subject as stored_subject
 from .image_maps import write_maps as write_maps
 from .mask_agreement import MaskResult as MaskResult
@@ -14,5 +15,6 @@ from .patch_maps import patch_side as patch_side
 from .patch_maps import read_tokens as read_tokens
 from .patch_maps import token_matrix as token_matrix
 from .reference_images import Sources as Sources
+from .reference_images import open_sources as open_sources
 from .reference_images import require_same_sae as require_same_sae
 from .reference_sheets import write_sheets as write_sheets

@@ -14,10 +14,11 @@ import numpy as np
 import scipy.sparse as ss
 
 from cytosae.plotting import new_figure, plain, save_both, save_figure
+from cytosae.stage_one import Picture
 from stores.latent_store import LatentStore
 
 from .patch_maps import Map, Pixels, patch_map, read_tokens, stretched
-from .reference_images import Frame, FrameRow, Picture
+from .reference_images import Frame, FrameRow
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -9,14 +9,17 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as ss
 
+from cytosae.stage_one import StageOne
+from stores.activation_store import ActivationSpec
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
+from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
-from stores.spec import MAPS
+from stores.spec import MAPS, stated
 from stores.tables import column
 
 from .figures import Style, plot_maps, plot_rows
-from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens
+from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens, token_matrix
 from .reference_images import Frame, Sources, reference_rows, require_same_sae, unseen
 
 
@@ -62,6 +65,52 @@ def stored_subject(sources: Sources, image_id: str) -> Subject:
         picture=sources.pictures[number](image_index),
         origin={"latents": store.identity, "image_id": image_id},
         dataset=column(store.images, "dataset")[image_index],
+    )
+
+
+def new_subject(
+    sources: Sources,
+    file: Path,
+    sae: Path,
+    stage_one: StageOne,
+    *,
+    weights: str | None = None,
+    device: str = "cpu",
+    assume_compatible: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> Subject:
+    """An image file that is in no store, encoded as the images of the first store were.
+
+    Parameters
+    ----------
+    sae : the SAE that the store was made with
+    stage_one : `cytocache.bridge`
+    weights : the file of the trained backbone; an untrained one needs none
+    progress : bytes of the weights downloaded, bytes in all
+
+    Raises
+    ------
+    BadInput
+        If the file or the weights cannot be read.
+    SpecMismatch
+        If backbone or SAE are not those of the store.
+    """
+    from cytosae.latents import encode_image  # brings torch
+    from cytosae.sae import load_sae
+
+    latents = sources.stores[0]
+    cache, spec = f"the cache of {latents.root}", stated(ActivationSpec, latents.spec.cache, latents.root)
+    run = load_sae(sae, device=device)
+    run.require_tokens(spec, cache, assume_compatible=assume_compatible)
+    tokens, picture, content_hash = stage_one.new_image(
+        file, spec, cache, weights=weights, device=device, progress=progress
+    )
+    rows = encode_image(tokens, run, latents.spec, device=device)
+    return Subject(
+        name=file.name,
+        tokens=token_matrix(rows, latents.spec.n_latents),
+        picture=picture,
+        origin={"sha256": content_hash, "as": latents.identity},
     )
 
 

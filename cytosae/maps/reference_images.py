@@ -4,11 +4,13 @@ They bring three things together: concepts (which images), latent stores (which 
 caller gives (which pixels); the images themselves belong to stage one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from cytosae.barcodes import check_one_sae
+from cytosae.stage_one import Picture, StageOne
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
@@ -16,9 +18,6 @@ from stores.spec import check_latent
 from stores.tables import column, listed
 
 from .patch_maps import Map, Pixels, patch_map, read_tokens
-
-# image_index -> pixels; or a few words on why there are none
-Picture = Callable[[int], Pixels | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +123,30 @@ def unseen(rows: Sequence[FrameRow]) -> list[str]:
     return [
         f"{frame.image_id}: {frame.picture}" for row in rows for frame in row.frames if isinstance(frame.picture, str)
     ]
+
+
+def open_sources(stores: Sequence[Path], stage_one: StageOne, *, roots: Sequence[Path] = ()) -> Sources:
+    """Open latent stores together with the pictures of their images.
+
+    Parameters
+    ----------
+    stage_one : `cytocache.bridge`
+    roots : where the images of each store lie now, one each; none: where they lay
+
+    Raises
+    ------
+    BadInput
+        If `roots` are neither none nor one for each store.
+    SpecMismatch
+        If the stores are not of one SAE.
+    """
+    if roots and len(roots) != len(stores):
+        raise BadInput(f"give a folder of images once for each store, or none; found {len(roots)} for {len(stores)}")
+    opened = [LatentStore(store) for store in stores]
+    return Sources(
+        opened,
+        [stage_one.pictures(store, root) for store, root in zip(opened, roots or (None,) * len(opened), strict=True)],
+    )
 
 
 def require_same_sae(concepts: ConceptStore, sources: Sources) -> None:

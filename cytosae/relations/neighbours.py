@@ -1,6 +1,6 @@
 """A latent's neighbours: which others write nearly the same direction, and which are active with it.
 
-The first comes from the decoder alone (cosine); the second from latent stores (`cytosae/relations/coactivation.py`, with Dask).
+The first comes from the decoder alone (cosine); the second from latent stores (`coactivation.py`, with Dask).
 The two need not agree: latents of one direction often share the tokens between them.
 """
 

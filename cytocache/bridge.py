@@ -1,0 +1,156 @@
+"""What stage two asks of stage one: pictures, masks, the tokens of a new image, and the way to the backbone's end.
+
+`cytosae.stage_one` says the same as a protocol. A notebook passes this module: `stage_one=cytocache.bridge`.
+torch is imported by those functions that need it.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.activation_store import ActivationSpec, ActivationStore
+from stores.latent_store import LatentStore
+from stores.progress import Progress
+
+from .masks import find_masks, read_all_shares
+from .pictures import Pictures, Pixels, to_pixels
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _silent(done: int, total: int, state: str) -> None:
+    pass
+
+
+def pictures(latents: LatentStore, root: Path | None = None) -> Pictures:
+    """The pictures of a latent store's images, by `image_index`.
+
+    root : where the images lie now; None: where they lay when the cache was made, if that can be told
+    """
+    return Pictures(latents, root)
+
+
+def new_image(
+    file: Path,
+    spec: ActivationSpec,
+    cache: str,
+    *,
+    weights: str | None = None,
+    device: str = "cpu",
+    progress: Progress = _silent,
+) -> tuple[npt.NDArray[np.float16], Pixels, str]:
+    """The tokens of an image that is in no store, (257, width), its picture, and the SHA-256 of its file.
+
+    Parameters
+    ----------
+    spec : of the cache whose tokens they must be like
+    cache : what to call that cache in an error
+    weights : the file of the trained backbone; an untrained one needs none
+    progress : bytes downloaded, bytes in all
+
+    Raises
+    ------
+    BadInput
+        If the file or the weights cannot be read, or tokens do not fit float16.
+    SpecMismatch
+        If the weights are not those of the cache.
+    """
+    from .sample import load_backbone_as, read_new_image
+
+    backbone = load_backbone_as(spec, cache, weights=weights, device=device, progress=progress)
+    tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
+    return tokens, to_pixels(picture), content_hash
+
+
+def backbone_sample(
+    store: Path | str,
+    root: Path,
+    *,
+    weights: str | None = None,
+    device: str = "cpu",
+    n_images: int = 64,
+    seed: int = 0,
+    workers: int = 2,
+    download_progress: Progress = _silent,
+    progress: Progress = _silent,
+) -> "tuple[Iterator[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]":
+    """Some images of a cache at its block, read when they are asked for, and the way on to the backbone's end.
+
+    Parameters
+    ----------
+    store : the activation cache, a path or a URL
+    root : where its images lie now
+    weights : the file of the trained backbone; an untrained one needs none
+    n_images, seed : how many, and what they are drawn with
+    progress : images read, images in all
+
+    Returns
+    -------
+    Per image the float32 output of the block, (tokens_per_image, D); and (n, tokens_per_image, D) -> final CLS
+    embeddings (n, width).
+
+    Raises
+    ------
+    BadInput, SpecMismatch
+        If the weights are missing or not those of the cache; while iterating, if an image is another than was cached.
+    """
+    from .sample import draw_sample, load_backbone_of, read_sample
+
+    cache = ActivationStore(store)
+    backbone = load_backbone_of(cache, weights=weights, device=device, keep_tail=True, progress=download_progress)
+
+    def outputs() -> "Iterator[torch.Tensor]":
+        yield from read_sample(
+            cache,
+            draw_sample(cache, n_images=n_images, seed=seed),
+            backbone,
+            root=root,
+            device=device,
+            workers=workers,
+            root_option="--images",
+            progress=progress,
+        )
+
+    return outputs(), backbone.final_cls
+
+
+def read_masks(
+    masks: Path,
+    latents: LatentStore,
+    side: int,
+    *,
+    root: Path | None = None,
+    classes: str | None = None,
+    progress: Progress = _silent,
+) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
+    """Segmentation masks of a latent store's images, as shares of side x side patches.
+
+    Parameters
+    ----------
+    masks : a table with image_id and mask (a path), or a folder of files named like the images
+    root : what paths in the table are relative to; None: the table's folder
+    classes : as `--classes` of cyto concept masks
+    progress : masks read, masks in all
+
+    Returns
+    -------
+    By image_index the share of each patch that each class covers, (n_classes, side, side); the classes, as (name,
+    values); and what was left out, names by reason.
+
+    Raises
+    ------
+    BadInput
+        If a table or mask cannot be understood (see `find_masks`, `read_all_shares`).
+    """
+    found = find_masks(masks, latents.images, root=root)
+    read = read_all_shares(found, latents.readable(), side, classes, progress=progress)
+    left_out = {
+        "masks of no image here": found.unknown,
+        "unreadable masks": read.unreadable,
+        "masks of unreadable images": read.of_unreadable_images,
+    }
+    return read.shares, [(one.name, one.values) for one in read.classes], left_out

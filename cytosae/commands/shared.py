@@ -1,0 +1,138 @@
+"""What several commands of stage two share: a Dask cluster, images of latent stores, how maps are drawn."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from stores.console import COUNT, FILE, counted, decimals, percent, printable
+from stores.machine import n_cores
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from cytosae.maps import Sources
+    from cytosae.stage_one import StageOne
+
+
+class Bridges(Protocol):
+    """What cli.py hands to commands that need the other stage, as click's context object."""
+
+    @property
+    def stage_one(self) -> "StageOne":
+        """Images and the backbone: `cytocache.bridge`."""
+
+
+def dask_options(command: Any) -> Any:
+    """Where a job of Dask tasks runs: a cluster that is there, or one that is started for it."""
+    options = (
+        click.option(
+            "--scheduler",
+            help="Address of a running Dask scheduler, tcp://HOST:PORT or tls://HOST:PORT  [default: start one].",
+        ),
+        click.option("--workers", type=COUNT, default=n_cores(), show_default="cores", help="Local worker processes."),
+        click.option("--memory-limit", default="2GiB", show_default=True, help="Memory limit of each local worker."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def activation_of(spec: dict[str, Any]) -> str:
+    """`topk, k 32`"""
+    return f"{spec['activation']}, k {spec['k']}" if spec.get("k") else str(spec["activation"])
+
+
+def training_line(metrics: dict[str, Any]) -> str:
+    """A step's metrics: loss, L0, explained variance, dead latents."""
+    return (
+        f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, "
+        f"explained variance {decimals(metrics['explained_variance'])}, "
+        + (
+            f"{metrics['n_dead']:,} dead ({percent(metrics['dead_fraction'])})"
+            if metrics["n_dead"] is not None
+            else "dead n/a"
+        )
+    )
+
+
+def print_join(done: Any, table: Path | None) -> None:
+    """How several stores, and a table given beside them, fit together."""
+    if done.differences:
+        click.echo(f"the stores were made differently: {done.differences}")
+    if done.n_missing_in_table:
+        click.echo(f"{counted(done.n_missing_in_table, 'image')} without a row in {table}: {done.missing_in_table}")
+    if done.n_unknown_in_table:
+        click.echo(f"{counted(done.n_unknown_in_table, 'row')} of {table} for no image here: {done.unknown_in_table}")
+
+
+def map_options(command: Any) -> Any:
+    """How maps are drawn, and where the images lie."""
+    options = (
+        click.option(
+            "--root",
+            "roots",
+            type=FILE,
+            multiple=True,
+            help="Where the images lie now, once for each of LATENTS  [default: where they lay].",
+        ),
+        click.option(
+            "--n-images", type=click.IntRange(1, 10), default=6, show_default=True, help="Reference images per dataset."
+        ),
+        click.option(
+            "--nearest", is_flag=True, help="Draw patches as squares, instead of bilinear between their centres."
+        ),
+        click.option(
+            "--released", is_flag=True, help="The released code's rendering: dark and bright patches, no scale."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def sources_of(
+    stage_one: "StageOne", stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root"
+) -> "Sources":
+    """Latent stores, and the pictures of their images."""
+    from cytosae.maps import open_sources
+
+    if roots and len(roots) != len(stores):
+        raise click.UsageError(
+            f"give {option} once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
+        )
+    return open_sources(stores, stage_one, roots=roots)
+
+
+def warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
+    from stores.tables import listed
+
+    if unseen:
+        click.echo(
+            f"warning: {counted(len(unseen), 'image')} could not be shown "
+            f"({listed([printable(name) for name in unseen])}); say where they are with {option}, and add --overwrite",
+            err=True,
+        )
+
+
+@contextmanager
+def dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Iterator["Client"]:
+    """A client of the running scheduler, or of a cluster started here for the time of the command."""
+    from cytosae.cluster import open_client
+
+    try:
+        with open_client(scheduler, workers=workers, memory_limit=memory_limit) as client:
+            yield client
+    except KeyboardInterrupt:
+        sys.unraisablehook = _say_unless_of_dask
+        raise
+
+
+def _say_unless_of_dask(unraisable: Any) -> None:
+    """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
+    name = getattr(unraisable.object, "__qualname__", "")
+    if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):
+        sys.__unraisablehook__(unraisable)

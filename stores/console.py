@@ -1,0 +1,258 @@
+"""What all commands share: types of options, progress, how numbers and names are printed. Only commands import this."""
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stores.machine import n_cores
+
+
+class Place(click.Path):
+    """A local path; a URL is refused (as a path it would lose a slash and mean a folder here), or taken as it is."""
+
+    def __init__(self, *, urls: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.urls = urls
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        if not self.urls:
+            readers = "cache info, sae train, sweep, eval and encode, barcode, and concept neighbours --latents"
+            self.fail(f"{value!r} is a URL; only {readers} read from one", param, ctx)
+        return str(value)
+
+
+FILE = Place()
+
+
+STORE = Place(urls=True)  # gives a Path, or the URL as a str
+
+
+COUNT = click.IntRange(min=1)
+
+
+SEED = click.IntRange(min=0, max=2**63 - 1)
+
+
+TOKEN_SETS = click.Choice(["all", "patch", "cls"])
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one."
+)
+
+
+assume_option = click.option(
+    "--assume-compatible",
+    is_flag=True,
+    help="Take an imported SAE, which does not say which tokens it was trained on.",
+)
+
+
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output of the same kind; the old one stays until the new is complete."
+)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+readers_option = click.option(
+    "--workers", type=COUNT, default=n_cores(), show_default="cores", help="Processes that read images."
+)
+
+
+def print_left_out(left_out: dict[str, int]) -> None:
+    for what, number in left_out.items():
+        if number:
+            click.echo(f"left out: {left_out_text(number, what)}")
+
+
+def left_out_text(number: int, what: str) -> str:
+    """`1 image without a patient`, of what in the plural: its first noun."""
+    one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
+    return f"{number:,} {printable(one if number == 1 else what)}"
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number in its column; `-` where there is none."""
+    return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
+
+
+@contextmanager
+def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C or SIGTERM asks the job to stop behind what is in flight, the second stops it at once."""
+    asked = False
+
+    def ask(signum: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        click.echo(f"\nfinishing {what} in flight; Ctrl-C again stops at once and loses it", err=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
+    from tqdm import tqdm
+
+    began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
+    in_terminal = sys.stderr.isatty()
+
+    def show(done: int, total: int, state: str) -> None:
+        nonlocal shown, last, at_start, began
+        now = time.monotonic()
+        if at_start < 0:
+            at_start, began = done, now  # the rate is that of this run, not of what was there before
+        elif (done, state) == last or (done == total == last[0]):
+            return
+        elif done < total and now - shown < (0.2 if in_terminal else 10):
+            return
+        shown, last = now, (done, state)
+        line = tqdm.format_meter(
+            done,
+            total,
+            now - began,
+            prefix=job,
+            unit=f" {unit}s",
+            unit_scale=total >= 100_000,
+            initial=at_start,
+            postfix=state,
+        )
+        click.echo(f"\r\x1b[2K{line}" if in_terminal else line, err=True, nl=not in_terminal)
+
+    yield show
+    if in_terminal and shown:
+        click.echo(err=True)
+
+
+def decimals(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 latent`, `2,000 latents`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
+
+
+def rate(part: int, whole: int) -> str:
+    return f"{part / whole:.2e}" if whole else "n/a"
+
+
+def print_problems(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
+    problems = []
+    with progress_line("verify", "chunk") as progress:
+        for n_done, problem in enumerate(checks, start=1):
+            if problem is not None:
+                problems.append(problem)
+            progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+    if as_json:
+        found = [{"chunk": problem.chunk, "images": problem.images, "what": problem.what} for problem in problems]
+        click.echo(json.dumps({"store": str(store), "ok": not problems, "problems": found}, indent=1))
+    else:
+        for problem in problems:
+            click.echo(str(problem))
+        if not problems:
+            click.echo(f"{store}: whole ({counted(total, 'chunk')} checked)")
+    if problems:
+        raise click.ClickException(f"{store} is damaged: {counted(len(problems), 'problem')}")
+
+
+def say_done(path: Path, was_complete: bool) -> None:
+    if was_complete:
+        click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
+
+
+def describe_cache(store: Path) -> str:
+    from stores import ActivationStore
+
+    spec = ActivationStore(store).spec
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
+        f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
+        f"{size_on_disk(store) / 1e6:,.1f} MB"
+    )
+
+
+def describe_latents(store: Path) -> str:
+    from stores import LatentStore
+
+    latents = LatentStore(store)
+    spec, summary = latents.spec, latents.header.summary or {}
+    dropped = f"; {pruning(spec.min_activation, summary)}" if spec.min_activation else ""
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
+        f"{latents.nnz:,} nonzeros ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable "
+        f"image{dropped}), {size_on_disk(store) / 1e6:,.1f} MB"
+    )
+
+
+def pruning(min_activation: float, summary: dict[str, Any]) -> str:
+    if not min_activation:
+        return "nothing dropped"
+    n_dropped, nnz = summary.get("n_dropped", 0), summary.get("nnz", 0)
+    counted = f": {n_dropped:,} of {nnz + n_dropped:,}" if summary else ""
+    return f"values below {min_activation:g} dropped{counted}"
+
+
+def unreadable_images(store: Path | str) -> str:
+    """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
+    from stores import ActivationStore
+    from stores.tables import column, listed
+
+    images = ActivationStore(store).images
+    bad = [
+        f"{path}: {error}"
+        for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
+        if error is not None
+    ]
+    return (
+        f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
+        f"they are listed in {store}/images.parquet"
+    )
+
+
+def more_or_fewer(found: int, published: int) -> str:
+    if found == published:
+        return ""
+    return f"<- {abs(found - published):,} {'fewer' if found < published else 'more'}"
+
+
+def printable(name: str) -> str:
+    """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
+    return name if name.isprintable() else ascii(name)
+
+
+def print_page(title: str, rows: dict[str, str]) -> None:
+    click.echo(title)
+    for name, value in rows.items():
+        click.echo(f"  {name:<10} {value}")
+
+
+def state_of(complete: bool) -> str:
+    return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
+
+
+def size_on_disk(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
