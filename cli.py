@@ -253,15 +253,14 @@ def demo(out: Path, seed: int) -> None:
     from cytocache.demo_cells import write_demo_images
     from cytocache.extract import ExtractConfig, extract
     from cytocache.images import read_image
+    from cytosae import encode, train
     from cytosae.atlas import AtlasConfig, open_inputs, write_atlas
     from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
     from cytosae.commands.shared import dask_client, training_line
     from cytosae.compare import CompareConfig, compare
     from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
-    from cytosae.latents.encode import encode
     from cytosae.maps import open_sources, plot_reference_images
     from cytosae.sae import TrainConfig
-    from cytosae.training.train import train
     from stores import BarcodeStore, ConceptStore, LatentStore
 
     _claim_demo_folder(out, seed)

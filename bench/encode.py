@@ -38,7 +38,7 @@ from common import (
 from sae_step import make_model, numbers
 
 import cytosae.latents.encode
-from cytosae.latents.encode import encode
+from cytosae import encode
 from cytosae.sae import SparseAutoencoder, save_sae
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows, CsrWriter, index_dtype

@@ -18,8 +18,8 @@ import scipy.sparse
 from common import TOKENS_PER_IMAGE, WIDTH, add_folder, arguments, chunk_sizes, emit, now, say, scratch, write_cache
 
 import cytosae.training.latent_matrix
+from cytosae import train
 from cytosae.sae import TrainConfig
-from cytosae.training.train import train
 from stores.token_stream import TokenStream
 
 

@@ -37,9 +37,9 @@ from common import (
 from sae_run import tokens_of_few_atoms
 from sae_step import L1, Case, add_sizes, dense, make_case, numbers, ours
 
+from cytosae import train
 from cytosae.sae import TrainConfig
 from cytosae.training import compare_in_one_pass, compare_plainly, loss_weight, on_device
-from cytosae.training.train import train
 
 TARGET, TARGET_RATE = 2, 1e6
 RUN_TOKENS = 257_000_000  # the paper's

@@ -26,6 +26,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
+from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
 from stores.progress import Progress
@@ -342,3 +343,6 @@ def hash_image_file(path: Path) -> str | None:
 
 def _device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+make_callable(__name__, "extract")  # cytocache.extract(...)

@@ -1,7 +1,7 @@
 """Writes docs/api.md, what a Python user calls; tests/test_docs.py checks that it is fresh.
 
-Public are the flat names of `stores`, what the commands of cli.py call, what these return, and `_ALSO`. The source is
-parsed, never imported: the page needs no torch, and shows signatures and settings as they are written.
+Public is what the doors of the three packages name, and what that returns. The source is parsed, never imported: the
+page needs no torch, and shows signatures and settings as they are written.
 """
 
 import ast
@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-_ALSO = (("cytosae.sae.model", "SparseAutoencoder"),)  # worth calling, though no command does so directly
 _HEAD = """# Python API
 
 Made by `make docs` from the source; a test checks that it is fresh. Here is what the [commands](cli.md) call, and what
-they return; the [notebook](notebook.md) has it in use. `stores` is flat (`from stores import LatentStore`) and light;
-of the two stages the module is the address (`from cytosae.barcodes import write_barcodes`). Whatever a user can put
-right is raised as a `CytoError`, in one line.
+they return; the [notebook](notebook.md) has it in use. All of it is had by `import stores, cytocache, cytosae`
+(`cytosae.write_barcodes`, `stores.LatentStore`); the headings say where each is defined. Whatever a user can put right
+is raised as a `CytoError`, in one line.
 """
 _SECTIONS = ("Parameters", "Returns", "Yields", "Raises", "Notes", "Attributes", "Examples")
 _NOT_RUN = "<!-- not executed: a signature -->"
@@ -42,7 +41,7 @@ class _Source:
 
     def __init__(self, module: str) -> None:
         path = ROOT / Path(*module.split("."))
-        self.path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        self.path = path / "__init__.pyi" if path.is_dir() else path.with_suffix(".py")
         self.module = module
         self.text = self.path.read_text()
         self.tree = ast.parse(self.text)
@@ -58,7 +57,7 @@ class _Source:
             if isinstance(node, ast.Assign) and name in [ast.unparse(target) for target in node.targets]:
                 return self, node
             if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-                package = self.module if self.path.name == "__init__.py" else self.module.rpartition(".")[0]
+                package = self.module if self.path.name == "__init__.pyi" else self.module.rpartition(".")[0]
                 return _Source(f"{package}.{node.module}" if node.level else str(node.module)).find(name)
         raise LookupError(f"{self.module} has no {name}")
 
@@ -68,20 +67,21 @@ class _Source:
 
 
 def _public() -> dict[str, list[str]]:
-    """Module -> names, in the order of the page."""
-    flat = next(node for node in _Source("stores").tree.body if ast.unparse(node).startswith("__all__ = "))
-    assert isinstance(flat, ast.Assign)
-    public: dict[str, list[str]] = {"stores": list(ast.literal_eval(flat.value))}
-    called = set(_ALSO)
-    for node in ast.walk(_Source("cli").tree):
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("cytocache.", "cytosae.")):
-            called |= {(str(node.module), alias.name) for alias in node.names}
-    for module, name in sorted(called):
-        source, node = _Source(module).find(name)
-        if isinstance(node, Definition):
+    """Module -> names, in the order of the page: what the doors of the three packages name, and what these return."""
+    public: dict[str, list[str]] = {}
+    for package in ("stores", "cytocache", "cytosae"):
+        for name in _named_by_door(package):
+            source, node = _Source(package).find(name)
             names = public.setdefault(source.module, [])
-            names += [found for found in (*_returned(source, node), name) if found not in names]
+            found = [*_returned(source, node)] if isinstance(node, Definition) else []
+            names += [each for each in (*found, name) if each not in names]
     return {module: sorted(names, key=str.lower) for module, names in public.items()}
+
+
+def _named_by_door(package: str) -> list[str]:
+    tree = ast.parse((ROOT / package / "__init__.pyi").read_text())
+    nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module is not None]
+    return [alias.name for node in nodes for alias in node.names]
 
 
 def _returned(source: _Source, node: Definition) -> Iterator[str]:

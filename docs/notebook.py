@@ -18,13 +18,12 @@ from distributed import Client
 from cytocache.datasets import open_images
 from cytocache.demo_cells import write_demo_images
 from cytocache.extract import ExtractConfig, extract
+from cytosae import encode, train
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, write_concepts
-from cytosae.latents.encode import encode
 from cytosae.probe import ProbeConfig, write_probe
 from cytosae.sae import TrainConfig
-from cytosae.training.train import train
 from stores import ActivationStore, ConceptStore, LatentStore
 from stores.machine import n_cores
 

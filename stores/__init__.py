@@ -3,8 +3,7 @@
 The names of `__init__.pyi` are what others may use; each is loaded when it is asked for. Open first: `spec.py`.
 """
 
-import lazy_loader
-
+from .doors import open_door
 from .machine import find_place_for_caches
 
 find_place_for_caches()  # before numba compiles
@@ -13,4 +12,4 @@ if not __debug__:  # python -O
 
     mend_zarr()
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = open_door(__name__, __file__)

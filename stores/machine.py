@@ -6,10 +6,8 @@ Only the standard library, so that the command line and every package can ask: `
 import atexit
 import math
 import os
-import shutil
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 _MANY_FILES = 65_536  # no more is asked for: some programs walk through all numbers up to their limit
@@ -148,6 +146,8 @@ def _private() -> Path:
     It is used again by later runs. Where somebody has put something else in its place, a new one is made for this run:
     compiled code is loaded from there, and who could put it there could run code as this user.
     """
+    import tempfile  # not above: few need it, and all wait for it
+
     try:
         uid = os.getuid() if hasattr(os, "getuid") else 0
         folder = Path(tempfile.gettempdir()) / f"cyto-cache-{uid}"
@@ -167,5 +167,7 @@ def _private() -> Path:
 
 
 def _remove(folder: Path, process: int) -> None:
+    import shutil
+
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)

@@ -63,12 +63,12 @@ def test_random_permutations_equal_the_twin() -> None:
 
 def test_more_than_one_block_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of columns and of permutations have no part in the numbers."""
-    import cytosae.compare.permutation
+    from cytosae.compare import permutation
 
     values, is_a = np.random.default_rng(2).exponential(1, (70, 300)), groups(32, 38)
     whole = run(values, is_a, 999)
-    monkeypatch.setattr(cytosae.compare.permutation, "_SPLITS", 100)
-    monkeypatch.setattr(cytosae.compare.permutation, "_COLUMNS", 64)
+    monkeypatch.setattr(permutation, "_SPLITS", 100)
+    monkeypatch.setattr(permutation, "_COLUMNS", 64)
     in_blocks = run(values, is_a, 999)
     assert np.array_equal(whole.p, in_blocks.p)
     assert np.array_equal(whole.p_max_t, in_blocks.p_max_t)

@@ -23,7 +23,9 @@ from test_cli import fails, run
 
 from cytocache.pictures import Pictures
 from cytosae.atlas import read_review, read_verdicts, verdict_table, write_verdicts
-from cytosae.atlas.agreement import (
+from cytosae.atlas.questions import Item, Question, Review, sent
+from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
+from cytosae.atlas.reviewer_agreement import (
     agreement,
     cohen_kappa,
     fisher,
@@ -33,8 +35,6 @@ from cytosae.atlas.agreement import (
     weighted_share,
     wilson,
 )
-from cytosae.atlas.questions import Item, Question, Review, sent
-from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
 from cytosae.atlas.reviews import Verdict, current, journal, new_verdict, save_verdict
 from cytosae.maps import Sources
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch

@@ -1,4 +1,3 @@
-from .agreement import EXTREME as EXTREME
 from .build import estimate_atlas as estimate_atlas
 from .build import write_atlas as write_atlas
 from .config import AtlasConfig as AtlasConfig
@@ -7,6 +6,8 @@ from .pseudonyms import pseudonyms_file as pseudonyms_file
 from .questions import read_review as read_review
 from .review_server import ServeConfig as ServeConfig
 from .review_server import open_server as open_server
+from .reviewer_agreement import EXTREME as EXTREME
+from .reviewer_agreement import agreement as agreement
 from .reviews import read_verdicts as read_verdicts
 from .reviews import verdict_table as verdict_table
 from .reviews import write_verdicts as write_verdicts

@@ -184,8 +184,7 @@ def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
     \b
     Example: cyto atlas agreement cells.atlas
     """
-    from cytosae.atlas import read_review, read_verdicts
-    from cytosae.atlas.agreement import agreement
+    from cytosae.atlas import agreement, read_review, read_verdicts
 
     review = read_review(site)
     found = agreement(read_verdicts(reviews or _reviews_of(site)), review)

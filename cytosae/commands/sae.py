@@ -105,8 +105,8 @@ def sae_train(
     \b
     Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
     """
+    from cytosae import train
     from cytosae.sae import make_config
-    from cytosae.training.train import train
     from stores import find_header, read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
@@ -298,8 +298,8 @@ def sae_eval(
     \b
     Example: cyto sae eval cells.sae cells.acts.zarr --json
     """
+    from cytosae import evaluate
     from cytosae.training import DEAD_WINDOW, BackboneSample
-    from cytosae.training.evaluate import evaluate
     from stores import read_image_ids
 
     if sampling["weights"] and not images:
@@ -480,7 +480,7 @@ def sae_encode(
     \b
     Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr
     """
-    from cytosae.latents.encode import encode
+    from cytosae import encode
     from stores.shards import Shard
 
     shard = Shard.parse(shard_text)

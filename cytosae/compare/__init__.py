@@ -4,6 +4,7 @@ Comes in: barcodes. Goes out: differences with permutation p-values, intervals a
 Open first: `differential.py`.
 """
 
-import lazy_loader
+from stores.doors import make_callable, open_door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = open_door(__name__, __file__)
+make_callable(__name__, "compare")

@@ -4,6 +4,6 @@ Comes in: latent stores. Goes out: statistics of every latent, its images with t
 Open first: `statistics.py`.
 """
 
-import lazy_loader
+from stores.doors import open_door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = open_door(__name__, __file__)

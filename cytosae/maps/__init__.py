@@ -4,6 +4,6 @@ Comes in: latents of an image and its pixels. Goes out: maps, sheets of referenc
 Open first: `patch_maps.py`.
 """
 
-import lazy_loader
+from stores.doors import open_door
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = open_door(__name__, __file__)
