@@ -189,7 +189,7 @@ def test_there_is_no_circle() -> None:
             {"torch", "timm", "cytocache", "anndata"},
         ),
         (
-            "cytosae.maps.image_maps, cytosae.maps.reference_sheets, cytosae.maps.mask_agreement, cytosae.concepts.selection",
+            "cytosae.maps.image_maps, cytosae.maps.reference_sheets, cytosae.maps.mask_agreement",
             {"torch", "cytocache", "dask", "sklearn"},
         ),
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
