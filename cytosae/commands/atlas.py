@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cytosae.commands.shared import sources_of, warn_of_unseen
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    cell,
-    counted,
-    decimals,
-    json_option,
-    overwrite_option,
-    percent,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done
+from stores.wording import cell, counted, decimals, percent, printable
 
 if TYPE_CHECKING:
     from .shared import Bridges

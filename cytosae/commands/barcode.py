@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cytosae.commands.shared import dask_client, dask_options, print_join
-from stores.console import FILE, STORE, TOKEN_SETS, counted, overwrite_option, print_left_out, progress_line, say_done
+from stores.console import FILE, STORE, TOKEN_SETS, overwrite_option, print_left_out, progress_line, say_done
+from stores.wording import counted
 
 if TYPE_CHECKING:
     from cytosae.barcodes import BarcodeConfig, BarcodeResult

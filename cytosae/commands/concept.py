@@ -14,16 +14,14 @@ from stores.console import (
     SEED,
     STORE,
     TOKEN_SETS,
-    counted,
-    decimals,
     json_option,
     overwrite_option,
     print_left_out,
     print_page,
-    printable,
     progress_line,
     say_done,
 )
+from stores.wording import counted, decimals, printable
 
 if TYPE_CHECKING:
     from cytosae.concepts import Selection, SelectionConfig

@@ -9,20 +9,8 @@ from typing import Any
 import click
 
 from cytosae.commands.shared import dask_client, dask_options
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    STORE,
-    TOKEN_SETS,
-    counted,
-    decimals,
-    json_option,
-    overwrite_option,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, STORE, TOKEN_SETS, json_option, overwrite_option, progress_line, say_done
+from stores.wording import counted, decimals, printable
 
 
 @click.command("stability")

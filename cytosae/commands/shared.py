@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from stores.console import COUNT, FILE, counted, decimals, percent, printable
+from stores.console import COUNT, FILE
 from stores.machine import n_cores
+from stores.wording import counted, decimals, percent, printable
 
 if TYPE_CHECKING:
     from distributed import Client
