@@ -5,7 +5,7 @@ A call that does something gives back a `Report`: its fields say what was done, 
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ class Report:
     In a notebook the last value of a cell is shown: the lines, then the warnings.
     """
 
-    warnings: tuple[str, ...] = ()
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the result doubtful."""
+        return ()
 
     def lines(self) -> Iterator[str]:
         """What was done, in words, a line each."""
@@ -125,3 +128,10 @@ def state_of(complete: bool) -> str:
 
 def size_on_disk(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def left_out_lines(left_out: Mapping[str, int]) -> Iterator[str]:
+    """`left out: 2 unreadable images`, for each kind of which there are any."""
+    for what, number in left_out.items():
+        if number:
+            yield f"left out: {left_out_text(number, what)}"

@@ -60,16 +60,6 @@ def training_line(metrics: dict[str, Any]) -> str:
     )
 
 
-def print_join(done: Any, table: Path | None) -> None:
-    """How several stores, and a table given beside them, fit together."""
-    if done.differences:
-        click.echo(f"the stores were made differently: {done.differences}")
-    if done.n_missing_in_table:
-        click.echo(f"{counted(done.n_missing_in_table, 'image')} without a row in {table}: {done.missing_in_table}")
-    if done.n_unknown_in_table:
-        click.echo(f"{counted(done.n_unknown_in_table, 'row')} of {table} for no image here: {done.unknown_in_table}")
-
-
 def map_options(command: Any) -> Any:
     """How maps are drawn, and where the images lie."""
     options = (
