@@ -10,6 +10,7 @@ shares. `ratio` is how many cells are at most at 0.27%, of all those without "so
 """
 
 import time
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -47,22 +48,25 @@ def main() -> None:
         for spread in SPREADS
         for ties in (False, True)
     ][: options.cells]
-    cells = [simulate(*plan, options.latents, options.runs, options.splits) for plan in plans]
-    seconds = time.monotonic() - began
     if options.table:
         print(
             "| patients | images | frequency | before: z | z | set apart | a tenth: set apart | five times the level |"
         )
         print("|---|---|---|---|---|---|---|---|")
-        for key in dict.fromkeys((c["patients"], c["images"], c["frequency"]) for c in cells):
-            of_it = [c for c in cells if (c["patients"], c["images"], c["frequency"]) == key]
+        for _, group in groupby(plans, key=lambda plan: plan[:3]):
+            of_it = [simulate(*plan, options.latents, options.runs, options.splits) for plan in group]
+            cell = of_it[0]
             smooth = [c for c in of_it if c["spread"] != "a tenth"]
             worst = [max(c[name] for c in smooth) for name in ("before", "z", "apart")]
             tenth = max((c["apart"] for c in of_it if c["spread"] == "a tenth"), default=float("nan"))
             power = "/".join(f"{c['found']:.0%}" for c in of_it if c["spread"] == "log-normal 0.5")
             shares = " | ".join(f"{100 * share:.2f}" for share in [*worst, tenth])
-            print(f"| {key[0]} | {key[1]} | {key[2]:.1%} | {shares} | {power} |", flush=True)
+            print(
+                f"| {cell['patients']} | {cell['images']} | {cell['frequency']:.1%} | {shares} | {power} |", flush=True
+            )
         return
+    cells = [simulate(*plan, options.latents, options.runs, options.splits) for plan in plans]
+    seconds = time.monotonic() - began
     smooth = [c for c in cells if c["spread"] != "a tenth"]
     rate = {"unit": "cells", "seconds": seconds, "rate": len(cells) / seconds}
     emit(

@@ -300,8 +300,10 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     z = as_z(standing(mine, describe_others(others, clumps, 3.0), IMAGES_PER_PATIENT), 8)
     everybody = np.vstack([others, mine])
     logs = np.log1p(3 * everybody)
-    sums = [values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)]
-    groups = Groups(np.array([9]), np.array([3.0]), *sums, clumps[None])
+    plain, squared, log_plain, log_squared = (
+        values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
+    )
+    groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
     has_page = SimpleNamespace(has_page=lambda latent: True)
     found = _unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
