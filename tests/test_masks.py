@@ -247,7 +247,7 @@ def test_false_finds_with_patients() -> None:
 
 
 def test_place_of_small_classes_and_rare_patches() -> None:
-    """Few patches make skewed distances from 0.5: signs alone called 11 to 21% p <= 0.05, and found some in 93% of runs.
+    """Few patches make skewed distances from 0.5: by signs alone 11 to 21% had p <= 0.05, and 93% of runs some.
 
     Random patches, a patient with 1 to 15 images. What is always inside, and what is always outside, is still found.
     """
