@@ -213,7 +213,7 @@ def _print_reviewed(found: dict[str, Any]) -> None:
     if all_of["n_reviewers"] > 2:
         click.echo(
             f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_kappa(all_of, 'kappa')} over {all_of['n_items']:,} "
-            f"concepts that all judged ({all_of['n_left_out']:,} left out), Gwet's AC1 {_kappa(all_of, 'ac1')}"
+            f"concepts that two or more judged (all judged {all_of['n_by_all']:,}), Gwet's AC1 {_kappa(all_of, 'ac1')}"
         )
     if any((each["largest_share"] or 0) >= EXTREME for each in (*found["cohen"], all_of)):
         click.echo(f"  {EXTREME:.0%} or more of the verdicts are one and the same: a kappa says little there, AC1 more")
