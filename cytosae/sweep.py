@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .device_batches import on_device
 from .figures import plot_sweep
 from .sweep_grid import Grid, read_grid
-from .sweep_record import RESULTS, Record, Row, SweepFolder, metric_prefix
+from .sweep_record import Record, Row, SweepFolder, metric_prefix
 from .train import Diverged, Training
 from .train_state import new_model
 from .training_data import TrainingData, choose_data, first_position
@@ -109,7 +109,7 @@ def sweep(
     with claimed(out):
         folder = SweepFolder(out, _spec(planned), grid.tables, [member.record for member in planned])
         waiting = [member for member in planned if member.record.status == "unfinished"]
-        if folder.is_complete and not waiting and all((out / name).exists() for name in RESULTS):
+        if folder.is_complete and not waiting:
             return _result(folder, grid, was_complete=True)
         folder.save()
         sweep_partials(out)
