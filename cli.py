@@ -375,13 +375,9 @@ def cache_merge(store: Path) -> None:
     \b
     Example: cyto cache merge cells.acts.zarr
     """
-    from stores.activation_writer import complete_cache
-    from stores.errors import StoreNotFound
+    from stores.activation_writer import merge_cache
 
-    places = sorted(store.glob("block*.zarr")) or [store]
-    for place in places:
-        if complete_cache(place) is None:
-            raise StoreNotFound(f"{place} is being completed by another process at this moment")
+    for place in merge_cache(store):
         click.echo(_describe_cache(place))
 
 
@@ -1163,13 +1159,10 @@ def latents_merge(store: Path) -> None:
     \b
     Example: cyto latents merge cells.latents.zarr
     """
-    from stores.errors import StoreNotFound
-    from stores.latent_parts import complete_latents
+    from stores.latent_parts import merge_latents
 
     with _progress("join", "image") as progress:
-        header = complete_latents(store, progress=progress)
-    if header is None:
-        raise StoreNotFound(f"{store} is being completed by another process at this moment")
+        merge_latents(store, progress=progress)
     click.echo(_describe_latents(store))
 
 
@@ -2677,7 +2670,9 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.selection import SelectionConfig, select_latents
     from cytosae.train import train
     from stores import BarcodeStore, ConceptStore, LatentStore
+    from stores.output import claimed
 
+    click.get_current_context().with_resource(claimed(out))
     _claim_demo_folder(out, seed)
     cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
     latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"

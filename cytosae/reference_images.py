@@ -11,7 +11,7 @@ from functools import cached_property
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
-from stores.spec import check_latent
+from stores.spec import Header, check_latent
 from stores.tables import column, listed
 
 from .barcode_checks import check_one_sae
@@ -60,6 +60,11 @@ class Sources:
     def identities(self) -> list[str]:
         """Of the stores, in order."""
         return [store.identity for store in self.stores]
+
+    @property
+    def headers(self) -> list[Header]:
+        """Of the stores, in order."""
+        return [store.header for store in self.stores]
 
     def find(self, image_id: str) -> tuple[int, int]:
         """(store, image_index) of an image.

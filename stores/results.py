@@ -27,7 +27,7 @@ from .files import (
 from .output import Output, plan_output
 from .runlog import append_run
 from .seal import Seal
-from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, stated, write_header
+from .spec import FORMATS, Format, Header, new_header, read_header, require_unchanged, seal_of, stated, write_header
 from .tables import parquet_bytes, parquet_table
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
@@ -233,8 +233,10 @@ class ResultStore:
         try:
             data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
         except (OSError, ValueError):
+            require_unchanged(self.header)  # perhaps that is the reason
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
         if hashlib.sha256(data).hexdigest() != self._files[name]:
+            require_unchanged(self.header)
             raise DamagedStore(
                 f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"
             )

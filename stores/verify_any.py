@@ -8,12 +8,12 @@ from typing import Any
 import pyarrow as pa
 
 from .barcode_store import BarcodeStore
-from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound
+from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound, StoreReplaced
 from .files import sha256_file, sha256_json
 from .progress import Progress
 from .results import LISTED, ResultStore
 from .runlog import damaged_runs
-from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object
+from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object, require_unchanged
 from .tables import read_sealed
 from .verify import verify_activations, verify_barcodes, verify_latents
 
@@ -50,7 +50,7 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
     if header is None:
         raise StoreNotFound(f"no store or results of cyto at {root}; give the folder that a cyto command has written")
     format = FORMATS[header.kind]
-    read_header(root, format)
+    header = read_header(root, format)
     report = Report(root, format.kind)
     check = {ACTIVATIONS: _activations, LATENTS: _latents, SAE: _sae, BARCODES: _barcodes}.get(format, _results)
     try:
@@ -59,6 +59,9 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
                 report.problems.append(problem)
             progress(0, 0, f"{len(report.problems)} bad" if report.problems else "")
         report.problems += damaged_runs(root)
+        require_unchanged(header)  # else what was found is of two stores
+    except StoreReplaced:
+        raise
     except (CytoError, OSError) as error:
         report.problems.append(str(error))
     return report
