@@ -128,10 +128,10 @@ def main() -> None:
 def _end_without_native_threads() -> Callable[[object], None]:
     """Have the process end at once when Python has said goodbye to everything, with the code told to the result.
 
-    While the interpreter is taken apart, a thread of Arrow's (or another library's) that lets go of an object of
-    Python's wants its lock, is ended by Python in the middle of C++, and aborts the process: exit code 134 after all
-    is done, in some of a hundred runs of a busy machine. Registered first, so that it comes after all that others do
-    at exit; worker threads of Python's own have been waited for before.
+    While the interpreter is taken apart, a native thread that lets go of an object of Python's wants its lock, is ended
+    by Python in the middle of C++, and aborts the process: exit code 134 after all is done. Arrow's threads did so with
+    tables read from bytes (`stores.tables.parquet_table`); other libraries have threads too. Registered first, so that
+    it comes after all that others do at exit; worker threads of Python's own have been waited for before.
     """
     code: object = None
 

@@ -26,6 +26,7 @@ from common import Spent, add_folder, alternate, arguments, emit, say, scratch, 
 from PIL import Image
 
 import cytocache.extract
+from cyto_machine import n_cores
 from cytocache.backbones import ARCHITECTURES, load_backbone
 from cytocache.datasets import open_images
 from cytocache.demo_cells import CELL_TYPES, draw_cell
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--chunk-images", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes that read (%(default)s)")
+    parser.add_argument("--workers", type=int, default=n_cores(), help="processes that read (%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--precision", default="auto", help="fp32 on a CPU, bf16 on a GPU, or as said")
     options = parser.parse_args()

@@ -8,7 +8,6 @@ LogisticRegression (L-BFGS, at most 1,000 iterations, as in DinoBloom's code) on
 tolerance, earlier than ours.
 """
 
-import os
 import time
 import warnings
 from typing import Any
@@ -20,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from cyto_machine import n_cores
 from cytosae.cross_validation import Plan, divide, run_fold
 from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, along_thresholds
 
@@ -59,7 +59,7 @@ def main() -> None:
     ours, theirs = float(np.median(spent)), float(np.median(direct)) * n_fits
     repeats, permutations = REPETITIONS[options.level]
     n_jobs = N_FOLDS * (repeats + permutations)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = n_cores()
     emit(
         "probe",
         ratio=theirs / ours,

@@ -176,7 +176,7 @@ def read_sealed(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, said
 
 
-def parquet_table(data: bytes) -> pa.Table:
+def parquet_table(data: bytes | bytearray) -> pa.Table:
     """The table in the content of a Parquet file.
 
     Arrow gets a copy in memory of its own. Its threads may hold on to the file for a moment after the table is there;

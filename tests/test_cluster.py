@@ -232,15 +232,15 @@ def test_tls_as_the_manual_sets_it_up(dask: Dask, store: Path, tmp_path: Path) -
         (folder / ".dask-keys" / "cert.pem").write_text(made.tls_ca_file)
         (folder / ".dask-keys" / "key.pem").write_text(made.tls_client_key)
         (folder / "tls.yaml").write_text(settings.replace("$HOME", str(folder)))
-    keys = {"DASK_CONFIG": str(tmp_path / "mine")}
-    dask.scheduler(**keys)
-    dask.worker(**keys)
+    mine = str(tmp_path / "mine")
+    dask.scheduler(DASK_CONFIG=mine)
+    dask.worker(DASK_CONFIG=mine)
     assert dask.address.startswith("tls://127.0.0.1:")
     arguments = ["barcode", latents_of(store), "-o", tmp_path / "barcodes", "--scheduler", dask.address]
-    for environment in ({}, {"DASK_CONFIG": str(tmp_path / "other")}):
-        line = said_by(dask.run("cli", *arguments, **environment), dask, 1)
+    for strangers in ("", str(tmp_path / "other")):
+        line = said_by(dask.run("cli", *arguments, DASK_CONFIG=strangers), dask, 1)
         assert re.fullmatch(rf"Error: no Dask scheduler answers at {dask.address} \(.*\); .*", line), line
-    assert said_by(dask.run("cli", *arguments, **keys), dask, 0) == ""
+    assert said_by(dask.run("cli", *arguments, DASK_CONFIG=mine), dask, 0) == ""
     assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
 
 
