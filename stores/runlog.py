@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import append_line, parse_json, read_lines, sha256_json, write_lines
+from .files import append_line, parse_json, read_lines, read_regular, sha256_json, write_lines
 from .shards import ONE_WRITER, Shard
 
 _FILE = "runs.jsonl"
+_MOST_BYTES = 1 << 30
 _DECISIVE = ("machine", "device", "threads", "processes", "batch_size")
 _log = logging.getLogger(__name__)
 
@@ -52,9 +53,11 @@ def damaged_runs(root: Path) -> list[str]:
     """Lines of the run log that are not what was written, in words. A last one that a crash tore is passed over."""
     path = root / _FILE
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_regular(path, most_bytes=_MOST_BYTES).split(b"\n")[:-1]
     except FileNotFoundError:
         return []
+    except (OSError, ValueError) as error:
+        return [f"{path} cannot be read ({error})"]
     found = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import cli
 from cytosae import selection
 from cytosae.train import train
 from stores import files, output
+from stores.spec import BARCODES, read_header, write_header
 from stores.verify_any import verify
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread")
@@ -37,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread")
 GRID = "[base]\nexpansion = 2\nbatch_tokens = 256\ntokens = 512\nwarmup_steps = 1\n[grid]\nseed = [1]\n"
 TRAIN = "--expansion 2 --batch-tokens 256 --tokens 512 --warmup-steps 1"
 COMPARE = f"compare cohort/barcodes '{DISEASES[0]}' {DISEASES[1]} -o new --permutations 19 --bootstraps 5"
-PROBE = "probe cohort/barcodes -o new --folds 2 --inner-folds 2 --repeats 1 --permutations 0 --threshold 0 --c-factor 1"
+PROBE = "probe patients -o new --folds 2 --inner-folds 2 --repeats 1 --permutations 0 --threshold 0 --c-factor 1"
 ATLAS = "atlas build --barcodes cohort/barcodes --concepts cohort/concepts --latents cohort/latents --images "
 ATLAS += "cohort/images --neighbours cohort/neighbours --compare cohort/compare --pages top --top 2 -o new"
 MAP = "concept map cohort/latents -o new --image nobody/42 --latent 3 --concepts cohort/concepts"
@@ -83,8 +85,7 @@ READING = {
     f"concept select cohort/concepts --dataset {DATASETS[0]} --threshold 0 --overwrite": ["cohort/concepts"],
     "concept masks latents.zarr masks -o new --shuffles 3": ["latents.zarr"],
     COMPARE: ["cohort/barcodes"],
-    PROBE + " --sae run": [],
-    PROBE: ["cohort/barcodes"],
+    PROBE: ["patients"],
     ATLAS: [f"cohort/{name}" for name in ("barcodes", "concepts", "latents", "neighbours", "compare")],
     MAP: ["cohort/latents", "cohort/concepts"],
     SHEET: ["cohort/latents", "cohort/concepts"],
@@ -113,8 +114,11 @@ def chain(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train([root / "acts.zarr"], root / "run2", tiny_config(seed=1))
     (root / "grid.toml").write_text(GRID)
     rng = np.random.default_rng(0)
-    values = rng.gamma(1, 1, (48, 30)).astype(np.float32)
-    write_image_barcodes(root / "patients", values, np.repeat(np.arange(8), 6), ["AML"] * 8)
+    values = rng.gamma(1, 1, (72, 30)).astype(np.float32)
+    write_image_barcodes(root / "patients", values, np.repeat(np.arange(12), 6), ["AML"] * 8 + ["control"] * 4)
+    header = read_header(root / "patients", BARCODES)
+    of_latents = {"sae_sha256": "s" * 64, "cache_sha256": "c" * 64, "cache": {"width": 6, "trained": True}}
+    write_header(root / "patients", replace(header, spec={**header.spec, "latents_spec": of_latents}))
     for path in (root / "images").rglob("*.png"):
         mask = root / "masks" / path.relative_to(root / "images")
         mask.parent.mkdir(parents=True, exist_ok=True)
