@@ -109,7 +109,7 @@ def sweep(
     with claimed(out):
         folder = SweepFolder(out, _spec(planned), grid.tables, [member.record for member in planned])
         waiting = [member for member in planned if member.record.status == "unfinished"]
-        if folder.is_complete and not waiting:
+        if folder.is_complete and folder.is_whole and not waiting:
             return _result(folder, grid, was_complete=True)
         folder.save()
         sweep_partials(out)

@@ -57,7 +57,8 @@ class SweepFolder:
             If `root` holds something else, or a sweep of other SAEs.
         """
         self.root, self.records = root, {record.name: record for record in records}
-        self._spec, self._grid, self.is_complete = spec, grid, False
+        self._spec, self._grid = spec, grid
+        self.is_complete, self.is_whole = False, False  # whole: its tables and figures are what was written
         self._claim()
         for record in records:  # a finished run says so itself
             header = find_header(self.folder(record)) if record.status == "unfinished" else None
@@ -91,7 +92,8 @@ class SweepFolder:
         if known.get("sha256", sweep_sha256(known)) != sweep_sha256(known):
             raise DamagedStore(f"{self.root}/sweep.json was changed by hand, or is damaged. Choose another -o")
         files = known.get("files")
-        self.is_complete = known.get("complete") is True and _are_whole(self.root, files)
+        self.is_complete = known.get("complete") is True
+        self.is_whole = _are_whole(self.root, files)
         try:
             for entry in known["members"]:
                 record = self.records[entry["name"]]

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread")
 GRID = "[base]\nexpansion = 2\nbatch_tokens = 256\ntokens = 512\nwarmup_steps = 1\n[grid]\nseed = [1]\n"
 TRAIN = "--expansion 2 --batch-tokens 256 --tokens 512 --warmup-steps 1"
 COMPARE = f"compare cohort/barcodes '{DISEASES[0]}' {DISEASES[1]} -o new --permutations 19 --bootstraps 5"
-PROBE = "probe patients -o new --folds 2 --inner-folds 2 --repeats 1 --permutations 0 --threshold 0 --c-factor 1"
+PROBE = "probe cohort/probed -o new --folds 2 --inner-folds 2 --repeats 1 --permutations 0 --threshold 0 --c-factor 1"
 ATLAS = "atlas build --barcodes cohort/barcodes --concepts cohort/concepts --latents cohort/latents --images "
 ATLAS += "cohort/images --neighbours cohort/neighbours --compare cohort/compare --pages top --top 2 -o new"
 MAP = "concept map cohort/latents -o new --image nobody/42 --latent 3 --concepts cohort/concepts"
@@ -85,7 +85,7 @@ READING = {
     f"concept select cohort/concepts --dataset {DATASETS[0]} --threshold 0 --overwrite": ["cohort/concepts"],
     "concept masks latents.zarr masks -o new --shuffles 3": ["latents.zarr"],
     COMPARE: ["cohort/barcodes"],
-    PROBE: ["patients"],
+    PROBE: ["cohort/probed"],
     ATLAS: [f"cohort/{name}" for name in ("barcodes", "concepts", "latents", "neighbours", "compare")],
     MAP: ["cohort/latents", "cohort/concepts"],
     SHEET: ["cohort/latents", "cohort/concepts"],
@@ -116,9 +116,6 @@ def chain(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     values = rng.gamma(1, 1, (72, 30)).astype(np.float32)
     write_image_barcodes(root / "patients", values, np.repeat(np.arange(12), 6), ["AML"] * 8 + ["control"] * 4)
-    header = read_header(root / "patients", BARCODES)
-    of_latents = {"sae_sha256": "s" * 64, "cache_sha256": "c" * 64, "cache": {"width": 6, "trained": True}}
-    write_header(root / "patients", replace(header, spec={**header.spec, "latents_spec": of_latents}))
     for path in (root / "images").rglob("*.png"):
         mask = root / "masks" / path.relative_to(root / "images")
         mask.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +137,10 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert cyto(ATLAS.replace("-o new", "-o cohort/atlas")).exit_code == 0
+    probed = Path(shutil.copytree(root / "cohort" / "barcodes", root / "cohort" / "probed"))
+    header = read_header(probed, BARCODES)
+    of_latents = {**header.spec["latents_spec"][0], "cache": {"width": 6, "trained": True}}
+    write_header(probed, replace(header, spec={**header.spec, "latents_spec": [of_latents]}))
     return root / "cohort"
 
 
