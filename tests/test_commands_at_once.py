@@ -139,8 +139,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cyto(ATLAS.replace("-o new", "-o cohort/atlas")).exit_code == 0
     probed = Path(shutil.copytree(root / "cohort" / "barcodes", root / "cohort" / "probed"))
     header = read_header(probed, BARCODES)
-    of_latents = {**header.spec["latents_spec"][0], "cache": {"width": 6, "trained": True}}
-    write_header(probed, replace(header, spec={**header.spec, "latents_spec": [of_latents]}))
+    of_latents = {**header.spec["latents_spec"], "cache": {"width": 6, "trained": True}}
+    write_header(probed, replace(header, spec={**header.spec, "latents_spec": of_latents}))
     return root / "cohort"
 
 
