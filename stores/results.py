@@ -174,6 +174,10 @@ class ResultStore:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
 
+    def content(self, name: str) -> bytes:
+        """Any file of the folder by its whole name, checked in the same way."""
+        return self._checked(name)
+
     def json(self, name: str) -> Any:
         """The value in `name`.json, checked in the same way."""
         try:
@@ -229,14 +233,15 @@ class ResultStore:
         return dict((self.header.summary or {}).get("files", {}))
 
     def _checked(self, name: str) -> bytes:
-        if name not in self._files:
+        known = {**self._figures, **self._files}
+        if name not in known:
             there = ", ".join(self._files) or "nothing"
             raise BadInput(f"{self.root} has no {name}; it holds {there}")
         try:
             data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
         except (OSError, ValueError):
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
-        if hashlib.sha256(data).hexdigest() != self._files[name]:
+        if hashlib.sha256(data).hexdigest() != known[name]:
             raise DamagedStore(
                 f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"
             )
