@@ -235,7 +235,7 @@ def _test_rows(
     other = store if test is None else BarcodeStore(test)
     if test is not None:
         other.check()
-        if other.header.identity == store.header.identity:
+        if other.root.resolve() == store.root.resolve():
             raise BadInput(
                 f"{test} are the very barcodes that the model is fitted on; name those of another cohort, or rows to "
                 f"be left out with --test-where COLUMN=VALUE"

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from stores.barcode_store import BarcodeStore
 from stores.content_hashes import find_trained_on
-from stores.errors import BadInput, SpecMismatch
+from stores.errors import SpecMismatch
 from stores.results import ResultStore, ResultWriter, begin_results
 from stores.spec import PROBE_TEST, SAE, read_header
 from stores.tables import listed
@@ -109,11 +109,6 @@ def apply_model(
     probe, model, seen = read_model(model_root)
     store, card = BarcodeStore(test), model.card
     store.check()
-    if store.header.identity == card.barcodes and card.kept_out is None:
-        raise BadInput(
-            f"{test} are the very barcodes that the model is fitted on; name those of another cohort, or fit again "
-            f"with --test-where COLUMN=VALUE"
-        )
     config = units_config(card, **changes)
     rows = read_rows(store, config, vars(card), model.latents, seen, sae=sae)
     spec = {
@@ -253,8 +248,13 @@ def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) ->
     guessed = predictions["barcode"].argmax(1)
     for k in np.flatnonzero(~is_scored).tolist():
         of_true.setdefault(units.true[k], Counter())[card.classes[guessed[k]]] += 1
-    converged = [] if card.converged else ["the fit of the model did not converge; its predictions count as they are"]
-    untrained = "the backbone is UNTRAINED: the scores say nothing about its published weights"
+    of_model = []
+    if not card.trained:
+        of_model.append("the backbone is UNTRAINED: the scores say nothing about its published weights")
+    if not card.converged:
+        of_model.append("the fit of the model did not converge; its predictions count as they are")
+    if card.normalize != "images" and card.level == "patient":
+        of_model.append(f"barcodes are normalised as {card.normalize}: the number of images is in every score")
     return {
         "level": card.level,
         "target": rows.config.target,
@@ -285,7 +285,7 @@ def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) ->
             "predicted": dict(sorted(of_true.get("", Counter()).items())),
         },
         "left_out": units.left_out,
-        "warnings": [*([] if card.trained else [untrained]), *converged, *rows.warnings],
+        "warnings": [*of_model, *rows.warnings],
         "n_draws": N_DRAWS,
         "methods": methods,
     }
