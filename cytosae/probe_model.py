@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from stores.activation_store import SAME_TOKENS
 from stores.barcode_store import BarcodeStore, tau_text
-from stores.content_hashes import content_hashes, write_trained_on
+from stores.content_hashes import content_hashes, hash_table
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import write_atomic
 from stores.results import ResultStore, ResultWriter
@@ -144,7 +144,7 @@ def image_hashes(store: BarcodeStore, tau: float, image_ids: list[list[str]]) ->
 def write_model(writer: ResultWriter, model: ProbeModel, hashes: list[str | None]) -> None:
     """Put the model into a folder of results; `hashes` of the images that it is fitted on."""
     write_atomic(writer.root / WEIGHTS, _tensors(model.latents, model.fit, model.shares, model.counts))
-    write_trained_on(writer.root, [pa.table({"content_hash": pa.array(hashes, pa.string())})])
+    writer.write_table(HASHES, hash_table(hashes))
     writer.write_json(CARD, asdict(model.card))
 
 
