@@ -301,10 +301,16 @@ def _of_method(p: Float, labels: Ints, classes: list[str], drawn: dict[str, Floa
         **{key: _finite(drawn[key][0]) for key in ("auroc", "auprc", "log_loss", "brier")},
         "calibration_error": calibration_error(bins),
         "calibration": bins,
-        "interval": {key: interval(values, WIDER) for key, values in drawn.items()},
+        "interval": {key: _within(key, interval(values, WIDER)) for key, values in drawn.items()},
         "per_class": class_scores(confusion, classes),
         "confusion": confusion.tolist(),
     }
+
+
+def _within(name: str, ends: dict[str, float | None]) -> dict[str, float | None]:
+    """The part of a stretched interval that a score can reach: from 0, and but for the losses up to 1."""
+    most = np.inf if name in ("log_loss", "brier") else 1.0
+    return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
 
 
 def _predictions_table(predictions: dict[str, Float], card: Card, units: NewUnits) -> pa.Table:
