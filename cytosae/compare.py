@@ -31,7 +31,7 @@ from .barcode_checks import IMAGE_COLUMNS, PATIENT_COLUMNS
 from .compare_figures import plot_correlation, plot_patients, plot_scatter
 from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .freedman_lane import residual_group, residual_permutation_test
-from .intervals import intervals
+from .intervals import SUPPORT, intervals, is_supported
 from .patient_values import is_uneven, plan_images, read_values
 from .permutation import PermutationTest, combine_draws, in_both_groups, permutation_test
 
@@ -627,7 +627,8 @@ def differential(
         is_one = len(draws) == 1 and draws[0] is groups.values
         groups = replace(groups, values=adjusted(groups.values))
         draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
-    columns = _describe(groups, draws, inflation) | {"n_patients_a": positive[0], "n_patients_b": positive[1]}
+    supported = is_supported(prepared.groups.values, prepared.draws)
+    columns = _describe(groups, draws, inflation, supported) | {"n_patients_a": positive[0], "n_patients_b": positive[1]}
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
     values = groups.values[:, tested]
@@ -707,20 +708,27 @@ def differential(
         "n_p_max_t_at_most_0.05": int((test.p_max_t <= 0.05).sum()),
         "n_p_step_down_at_most_0.05": int((test.p_step_down <= 0.05).sum()),
         "n_p_crude_at_most_0.05": int((crude_p <= 0.05).sum()),
+        "n_without_interval": int((is_tested & ~supported).sum()),
         "stability_no_effect": [round(float(share), 4) for share in by_rank[:5] if np.isfinite(share)],
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
-        "warnings": _floor_warnings(test, n_a, n_b),
+        "warnings": [*_floor_warnings(test, n_a, n_b), *_support_warnings(is_tested & ~supported)],
     }
 
 
-def _describe(groups: TwoGroups, draws: list[npt.NDArray[np.float32]], inflation: float) -> dict[str, npt.NDArray[Any]]:
+def _describe(
+    groups: TwoGroups, draws: list[npt.NDArray[np.float32]], inflation: float, supported: Bools
+) -> dict[str, npt.NDArray[Any]]:
     """What can be said of every latent, tested or not."""
     blocks = []
     for first in range(0, groups.values.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
         values = groups.values[:, some].astype(np.float64)
         found = intervals(
-            values, [draw[:, some].astype(np.float64) for draw in draws], groups.is_a, inflation=inflation
+            values,
+            [draw[:, some].astype(np.float64) for draw in draws],
+            groups.is_a,
+            inflation=inflation,
+            supported=supported[some],
         )
         # rounding gives equal values a tiny variance, over which anything would be an enormous effect
         equal = np.ones(values.shape[1], bool)
@@ -877,6 +885,16 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
         f", or --permutations {n_permutations}, which lets one do" if one_would_do else ""
     )
     return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
+
+
+def _support_warnings(is_rare: Bools) -> list[str]:
+    """Whose intervals are left out."""
+    if not is_rare.any():
+        return []
+    return [
+        f"{int(is_rare.sum()):,} tested latents are above 0 in fewer than {SUPPORT} patients, or after thinning in "
+        f"nearly none: too few for an interval of difference and g, which is left empty"
+    ]
 
 
 def _first(table: pa.Table, rank: str, n: int) -> list[int]:
