@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 REST = "rest"  # as B: all patients with a disease that is not A
 _COLUMNS = 1 << 12  # latents that are worked on in float64 at once
 _BOOTSTRAPS = 64  # that are worked on at once
-_METHOD = 2  # of the numbers: folders made before 2026-11-29 have other settings
+_METHOD = 3  # of the numbers: folders of older versions have another, and so other settings
 _NULLS = 20  # shuffles of the groups for the stability under no effect
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
