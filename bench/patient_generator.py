@@ -2,7 +2,7 @@
 
 Of each patient and latent only the images that show it are drawn, one after the other (the gap to the next one is
 geometric), with their count of patches, and added to the sums of the draws that hold this image. The law is that of
-images made one by one and thinned at random (tests/test_compare_calibration.py), the work that of the images shown.
+images made one by one and thinned at random (tests/test_calibration.py), the work that of the images shown.
 """
 
 import math
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def rates(rng: np.random.Generator, frequency: npt.NDArray[np.floating], n_latents: int) -> Floats:
-    """(patients, latents): share of images that show each latent; `frequency` (patients,) is its mean before the cut at 1."""
+    """(patients, latents): shares of images that show each latent; `frequency` (patients,): their means."""
     return np.minimum(1, rng.gamma(ALIKE, 1 / ALIKE, (len(frequency), n_latents)) * np.asarray(frequency)[:, None])
 
 
@@ -61,7 +61,7 @@ def _add(rng, n_images, rate, ties, n_thinned, n_draws, held, sums):  # type: ig
                 image += 1 + int(gap)
                 if image >= n:
                     break
-                value = 1.0 if ties else min(257.0, max(1.0, math.ceil(-20.0 * math.log(1 - rng.random()))))
+                value = 1.0 if ties else min(LARGEST, max(1.0, math.ceil(-MEAN * math.log(1 - rng.random()))))
                 sums[0, patient, latent] += value
                 draws = held[patient, image]
                 draw = 1

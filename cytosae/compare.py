@@ -628,7 +628,10 @@ def differential(
         groups = replace(groups, values=adjusted(groups.values))
         draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
     supported = is_supported(prepared.groups.values, prepared.draws)
-    columns = _describe(groups, draws, inflation, supported) | {"n_patients_a": positive[0], "n_patients_b": positive[1]}
+    columns = _describe(groups, draws, inflation, supported) | {
+        "n_patients_a": positive[0],
+        "n_patients_b": positive[1],
+    }
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
     values = groups.values[:, tested]

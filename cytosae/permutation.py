@@ -244,7 +244,7 @@ def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 @numba.njit(nogil=True, cache=True)
 def _count(steps, codes, bounds, above):  # type: ignore[no-untyped-def]  # numba's to type
-    """Per column, how many splits reach its bounds, and how many do so in this column or a later one; the largest |sum|.
+    """Per column, how many splits reach its bounds, and how many do so here or in a later column; the largest |sum|.
 
     Bounds fall from column to column but for the padding, and columns are taken from the last one on, so that the
     largest |sum| so far is that of the later ones. Once it reaches the largest bound of a table, it does all of them.
