@@ -621,14 +621,15 @@ def differential(
     """
     groups, strata, covariates = prepared.groups, prepared.strata, prepared.covariates
     positive = [(groups.values[some] > 0).sum(0) for some in (groups.is_a, ~groups.is_a)]
-    draws, inflation = prepared.draws, 1.0
+    draws, inflation, counted = prepared.draws, 1.0, None
     if strata is not None or covariates is not None:
         adjusted, inflation = _adjustment(groups.is_a, strata, covariates)
         is_one = len(draws) == 1 and draws[0] is groups.values
+        counted = (groups.values, prepared.draws)
         groups = replace(groups, values=adjusted(groups.values))
         draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
     supported = is_supported(prepared.groups.values, prepared.draws)
-    columns = _describe(groups, draws, inflation, supported) | {
+    columns = _describe(groups, draws, inflation, counted) | {
         "n_patients_a": positive[0],
         "n_patients_b": positive[1],
     }
@@ -719,20 +720,21 @@ def differential(
 
 
 def _describe(
-    groups: TwoGroups, draws: list[npt.NDArray[np.float32]], inflation: float, supported: Bools
+    groups: TwoGroups,
+    draws: list[npt.NDArray[np.float32]],
+    inflation: float,
+    counted: tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]] | None,
 ) -> dict[str, npt.NDArray[Any]]:
     """What can be said of every latent, tested or not."""
     blocks = []
     for first in range(0, groups.values.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
-        values = groups.values[:, some].astype(np.float64)
-        found = intervals(
-            values,
-            [draw[:, some].astype(np.float64) for draw in draws],
-            groups.is_a,
-            inflation=inflation,
-            supported=supported[some],
-        )
+        values, *drawn = (each[:, some].astype(np.float64) for each in (groups.values, *draws))
+        before = None
+        if counted is not None:
+            whole, *of_draws = (each[:, some].astype(np.float64) for each in (counted[0], *counted[1]))
+            before = whole, of_draws
+        found = intervals(values, drawn, groups.is_a, inflation=inflation, counted=before)
         # rounding gives equal values a tiny variance, over which anything would be an enormous effect
         equal = np.ones(values.shape[1], bool)
         for members in (groups.is_a, ~groups.is_a):

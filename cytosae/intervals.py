@@ -4,10 +4,11 @@ Chosen by the coverage that bench/calibration.py measures at frequencies from 30
 difference: docs/benchmarks.md. A mean of a rare latent is as skewed as a count of few, and a group in which nobody
 shows it has no variance of its own. So:
 difference: each group's mean has a score interval, its variance taken to be proportional to the mean (as Wilson's for
-shares; at a mean of 0 the upper limit is that of a count of 0), and the two are put together by their squares (Newcombe
-1998; MOVER of Zou and Donner 2008). Where values may be negative, which adjusting makes of them: Welch's t, its
-variance no smaller than that of the pooled groups. g: influence of each patient on it (a skewed latent's mean and
-spread move together), no narrower than normal theory's, nor than that of the difference over the standard deviation.
+shares; at a mean of 0 the upper limit is that of a count of 0), and the two are put together by their squares
+(Newcombe 1998; MOVER of Zou and Donner 2008). Of adjusted values: the same from the values as counted, scaled to the
+variance that adjusting leaves, and no narrower than Welch's t with a variance no smaller than the pooled one.
+g: influence of each patient on it (a skewed latent's mean and spread move together), no narrower than normal theory's,
+nor than that of the difference over the standard deviation.
 AUC: variance of DeLong with two more patients in each group, one below and one above all (Agresti and Caffo's idea),
 on the logit. Of fewer than SUPPORT patients above 0 nothing tells how large the next value may be, and there are no
 limits of difference and g.
@@ -37,25 +38,32 @@ def intervals(
     is_a: Bools,
     *,
     inflation: float = 1.0,
-    supported: Bools | None = None,
+    counted: tuple[Floats, Sequence[Floats]] | None = None,
 ) -> dict[str, Floats]:
     """Estimates and limits, (columns,) each: `difference`, `hedges_g`, `auc`, with `_low` and `_high`.
 
-    Limits of difference and g are NaN where a column is not `supported`, and g where no draw varies.
+    Limits of difference and g are NaN where too few patients show a column (`is_supported`); g where no draw varies.
 
     Parameters
     ----------
     values : (patients, columns); the difference is that of their means
     draws : the same from equal numbers of images: g and AUC are means over these, since both depend on the noise
     inflation : of the variance of the difference, by what was adjusted for
-    supported : (columns,); None: by these values (`is_supported`)
+    counted : values and draws before something was taken out of them; None: nothing was
     """
     n_a, n_b = int(is_a.sum()), int((~is_a).sum())
     n = n_a + n_b
-    supported = is_supported(values, draws) if supported is None else supported
+    supported = is_supported(*(counted or (values, draws)))
     difference = values[is_a].mean(0) - values[~is_a].mean(0)
     pooled = np.mean([_pooled(draw, is_a) for draw in draws], 0)
-    down, up = _distances(values, draws, is_a, pooled)
+    plain = _plain_distance(values, is_a, pooled)
+    if counted is None:
+        skewed = _skewed_distances(values, draws, is_a, pooled)
+        down, up = (np.where(values.min(0) < 0, plain, distance) for distance in skewed)  # counts are not negative
+    else:
+        before = np.mean([_pooled(draw, is_a) for draw in counted[1]], 0)
+        left = np.sqrt(np.divide(pooled, before, out=np.ones_like(pooled), where=before > 0))
+        down, up = (np.maximum(plain, left * far) for far in _skewed_distances(*counted, is_a, before))
     down, up = down * np.sqrt(inflation), up * np.sqrt(inflation)
     found = {"difference": difference}
     found["difference_low"] = np.where(supported, difference - down, np.nan)
@@ -97,7 +105,7 @@ def intervals(
     return found
 
 
-def _distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Floats) -> tuple[Floats, Floats]:
+def _skewed_distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Floats) -> tuple[Floats, Floats]:
     """(columns,) from the difference of means down and up to its limits.
 
     A group of mean m has the limits mu of (m - mu)^2 = t^2 c mu, where c is its variance over m, divided by its size.
@@ -110,10 +118,9 @@ def _distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Flo
         np.zeros(values.shape[1]),
     )
     ratio = np.divide(pooled, shared, out=np.zeros_like(pooled), where=shared > 0)
-    lower, upper, variances = [], [], []
+    lower, upper = [], []
     for members, size in groups:
         mean, variance = values[members].mean(0), values[members].var(0, ddof=1)
-        variances.append(variance / size)
         floor = np.minimum(ratio * mean, pooled)
         use = np.maximum(variance, floor)
         c = np.divide(use, mean, out=ratio.copy(), where=mean > 0) / size
@@ -122,15 +129,18 @@ def _distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Flo
         half = np.sqrt(middle**2 + 2 * middle * np.maximum(mean, 0))
         lower.append(half - middle)
         upper.append(half + middle)
-    skewed = np.sqrt(lower[0] ** 2 + upper[1] ** 2), np.sqrt(upper[0] ** 2 + lower[1] ** 2)
+    return np.hypot(lower[0], upper[1]), np.hypot(upper[0], lower[1])
 
-    (size_a, size_b), welch = (size for _, size in groups), variances[0] + variances[1]
-    spread = welch**2 / np.maximum(variances[0] ** 2 / (size_a - 1) + variances[1] ** 2 / (size_b - 1), 1e-300)
+
+def _plain_distance(values: Floats, is_a: Bools, pooled: Floats) -> Floats:
+    """(columns,) half an interval by Welch's t, or by the pooled variance where that is larger."""
+    size_a, size_b = int(is_a.sum()), int((~is_a).sum())
+    n, of_a, of_b = len(is_a), values[is_a].var(0, ddof=1) / size_a, values[~is_a].var(0, ddof=1) / size_b
+    welch = of_a + of_b
+    spread = welch**2 / np.maximum(of_a**2 / (size_a - 1) + of_b**2 / (size_b - 1), 1e-300)
     both = pooled * (1 / size_a + 1 / size_b)
     freedom = np.where(both > welch * (1 + 1e-9), n - 2, np.clip(spread, min(size_a, size_b) - 1, n - 2))
-    plain = student.ppf(0.975, freedom) * np.sqrt(np.maximum(welch, both))
-    is_plain = values.min(0) < 0
-    return np.where(is_plain, plain, skewed[0]), np.where(is_plain, plain, skewed[1])
+    return np.asarray(student.ppf(0.975, freedom) * np.sqrt(np.maximum(welch, both)), np.float64)
 
 
 def _pooled(values: Floats, is_a: Bools) -> Floats:
