@@ -274,7 +274,7 @@ def mix(
         patient = np.repeat(np.arange(len(is_a)), n_images)
         rate = rng.gamma(4, 0.3 / 4, (len(is_a), n_latents))
         shown = rng.random((len(patient), n_latents)) < np.minimum(1, rate)[patient]
-        values = shown * rng.geometric(0.1, shown.shape).astype(np.float64)
+        values: Floats = np.where(shown, rng.geometric(0.1, shown.shape), 0).astype(np.float64)
         north = np.where(is_a, np.arange(len(is_a)) % 5 > 0, np.arange(len(is_a)) % 5 == 0)
         share = np.clip(np.where(is_a, 0.65, 0.35) + rng.uniform(-0.1, 0.1, len(is_a)), 0, 1)
         if "strata" not in settings and "adjust" not in settings:
@@ -282,7 +282,7 @@ def mix(
         if "within_label" not in settings and "standardize" not in settings:
             share[:] = 0.5
         is_blast = rng.random(len(patient)) < share[patient]
-        values = values + is_blast[:, None] * rng.poisson(3.0, values.shape) + north[patient, None] * 2.0
+        values += is_blast[:, None] * rng.poisson(3.0, values.shape) + north[patient, None] * 2.0
         names = [f"P{i:03d}" for i in range(len(is_a))]
         table = pd.DataFrame(
             {
