@@ -9,9 +9,10 @@ shares; at a mean of 0 the upper limit is that of a count of 0), and the two are
 variance that adjusting leaves, and no narrower than Welch's t with a variance no smaller than the pooled one.
 g: influence of each patient on it (a skewed latent's mean and spread move together), no narrower than normal theory's,
 nor than that of the difference over the standard deviation.
-AUC: variance of DeLong with two more patients in each group, one below and one above all (Agresti and Caffo's idea),
-on the logit. Of fewer than SUPPORT patients above 0 nothing tells how large the next value may be, and there are no
-limits of difference and g.
+AUC: variance of DeLong with one more patient in each group, half of it below and half above all (Agresti and Caffo's
+idea; with two, an AUC near 1 is drawn too far from it), on the logit.
+Of fewer than SUPPORT patients above 0 nothing tells how large the next value may be, and there are no limits of
+difference and g.
 """
 
 from collections.abc import Sequence
@@ -92,9 +93,9 @@ def intervals(
     found["hedges_g_high"] = np.where(varies & supported, (g + np.fmax(half, up / sd)) * small, np.nan)
 
     auc = above.mean(0)
-    center = ((above.sum(0) + 1) / (n_a + 2) + (below.sum(0) + 1) / (n_b + 2)) / 2
+    center = ((above.sum(0) + 0.5) / (n_a + 1) + (below.sum(0) + 0.5) / (n_b + 1)) / 2
     variance = inflation * sum(
-        (((part - center) ** 2).sum(0) + center**2 + (1 - center) ** 2) / ((len(part) + 1) * (len(part) + 2))
+        (((part - center) ** 2).sum(0) + (center**2 + (1 - center) ** 2) / 2) / (len(part) * (len(part) + 1))
         for part in (above, below)
     )
     logit = np.log(center / (1 - center))
