@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cyto_machine import bound_threads, n_cores
+from cyto_machine import VERSION, bound_threads, missing_package, n_cores
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -81,6 +81,10 @@ class _Commands(click.Group):
             if not isinstance(error, CytoError):
                 raise
             raise click.ClickException(_one_line(str(error))) from None
+        except ModuleNotFoundError as error:
+            if not (advice := missing_package(error.name or "")):
+                raise
+            raise click.ClickException(advice) from None
         except OSError as error:
             if error.errno not in _USERS_DISK:
                 raise
@@ -91,7 +95,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="cyto", message="cyto %(version)s")
+@click.version_option(VERSION, message="cyto %(version)s")
 def cli() -> None:
     """Sparse-autoencoder concepts and barcodes of blood-cell images.
 

@@ -1,9 +1,10 @@
-"""What this process may use of the machine that it runs on: cores, open files, a place for what libraries cache.
+"""The start of `cyto`: its version, whether our packages are in place, and what this process may use of the machine.
 
 Only the standard library, so that the command line and every package can ask: `cyto --help` stays quick.
 """
 
 import atexit
+import importlib.util
 import math
 import os
 import shutil
@@ -12,9 +13,62 @@ import sys
 import tempfile
 from pathlib import Path
 
+VERSION = "0.1.0"  # of cyto: pyproject.toml reads it here, tests compare CITATION.cff and CHANGELOG.md with it
+DISTRIBUTION = "cytobarcode"  # its name for pip; `cyto` on the package index is somebody else's
 _MANY_FILES = 65_536  # no more is asked for: some programs walk through all numbers up to their limit
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def start() -> None:
+    """Entry point of the console script: `cli.main`, if `cli` and `stores` are ours; otherwise one line, exit code 1.
+
+    Both are common names. A package of the same name that is installed into the same environment takes the place of
+    ours, and its removal deletes ours.
+    """
+    if foreign := foreign_packages():
+        names, place = " and ".join(foreign), Path(sys.prefix)
+        sys.exit(
+            f"Error: another package has taken the place of {names} of cyto in {place}: expected ours in "
+            f"{Path(__file__).parent}. Give cyto an environment of its own: python3 -m venv cyto-env && "
+            f"cyto-env/bin/pip install {DISTRIBUTION}"
+        )
+    from cli import main
+
+    main()
+
+
+def foreign_packages(here: Path | None = None) -> list[str]:
+    """Which of `cli` and `stores` would not be imported from beside this file, or are not ours there; imports neither.
+
+    Ours name this module near their beginning; that tells them from files that were written over them.
+    """
+    here = (here or Path(__file__).parent).resolve()
+    expected = {"cli": here / "cli.py", "stores": here / "stores" / "__init__.py"}
+    return [name for name, path in expected.items() if not _is_ours(name, path)]
+
+
+def _is_ours(name: str, path: Path) -> bool:
+    try:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None or Path(found.origin).resolve() != path:
+            return False
+        return b"cyto_machine" in path.read_bytes()
+    except (OSError, ValueError, ImportError):
+        return False
+
+
+def missing_package(name: str, what: str = "this command") -> str:
+    """One line for a user about a package of an extra that is not installed; "" if no extra of ours brings it.
+
+    name : of the module that could not be imported
+    what : needs it
+    """
+    package = name.split(".")[0]
+    extra = {"torch": "torch", "torchvision": "torch", "timm": "torch", "obstore": "remote"}.get(package)
+    if extra is None:
+        return ""
+    return f"{what} needs the package {package}; install it: pip install '{DISTRIBUTION}[{extra}]'"
 
 
 def n_cores() -> int:

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cyto_machine import VERSION
+
 from .files import append_line, read_lines, write_lines
 from .shards import ONE_WRITER, Shard
 
@@ -27,7 +29,11 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
     record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("cyto", *packages)}},
+        "versions": {
+            "python": platform.python_version(),
+            "cyto": VERSION,
+            **{name: _version(name) for name in packages},
+        },
         **({} if shard.is_only else {"shard": str(shard)}),
         **facts,
     }

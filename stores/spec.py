@@ -7,9 +7,10 @@ that a store can be continued only with the settings that it was begun with.
 
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+from cyto_machine import VERSION
 
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
 from .files import read_json, readable_json, sha256_json, write_json, write_new
@@ -131,11 +132,8 @@ def new_header(format: Format, spec: dict[str, Any]) -> Header:
 
 
 def cyto_version() -> str:
-    """The installed version of this program."""
-    try:
-        return version("cyto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
+    """The version of this program."""
+    return VERSION
 
 
 def find_header(root: Path) -> Header | None:
