@@ -42,6 +42,13 @@ class Hiding:
 
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 """
+MANY = """
+import json, sys
+from cli import cli
+if __name__ == "__main__":  # workers of Dask import this file again
+    for arguments in json.loads(sys.argv[1]):
+        cli(arguments, standalone_mode=False)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,7 @@ def cyto(folder: Path, environment: dict[str, str], *arguments: object) -> subpr
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # compiles and starts a cluster; tests/test_imports.py guards the imports in every run
 def test_what_is_behind_latents_runs(tmp_path: Path, without_torch: dict[str, str]) -> None:
     """Latents to barcodes to a page, in processes that cannot import torch."""
     rng = np.random.default_rng(0)
@@ -65,17 +73,21 @@ def test_what_is_behind_latents_runs(tmp_path: Path, without_torch: dict[str, st
     write_patient_barcodes(tmp_path / "many", values, diseases)
     write_folder(tmp_path / "cohort", *cohort(n_per_class=4))
     latents = GOLDEN / "latents-v1.zarr"
-    for arguments in (
+    inputs = ("--barcodes", GOLDEN / "barcodes-v1", "--concepts", GOLDEN / "concepts-v1", "--latents", latents)
+    commands = [
         ("barcode", latents, "-o", "barcodes", "--workers", 1),
         ("compare", "many", "A", "B", "-o", "comparison", "--permutations", 99),
         ("probe", "cohort", "-o", "probe", "--folds", 3, "--repeats", 1, "--permutations", 0, "--workers", 1),
-        ("atlas", "build", "--barcodes", "barcodes", "--concepts", GOLDEN / "concepts-v1", "-o", "atlas"),
         ("cache", "verify", GOLDEN / "activations-v1.zarr"),
-        ("sae", "info", GOLDEN / "sae-v1"),
-        ("concept", "neighbours", GOLDEN / "sae-v1", "--latent", 0, "-o", "neighbours"),
-    ):
-        done = cyto(tmp_path, without_torch, *arguments)
-        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+        ("concept", "neighbours", GOLDEN / "sweep-v1" / "runs" / "lr=0.0004-seed=0", "--latent", 0, "-o", "neighbours"),
+        ("atlas", "build", *inputs, "-o", "atlas"),
+    ]
+    (tmp_path / "run.py").write_text(MANY)
+    text = json.dumps([[*map(str, command)] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "run.py", text], cwd=tmp_path, env=without_torch, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "probe" / "scores.json").read_text())["methods"]
     assert "Made by cyto" in (tmp_path / "atlas" / "index.html").read_text()
 
