@@ -73,7 +73,7 @@ def test_what_is_behind_latents_runs(tmp_path: Path, without_torch: dict[str, st
     write_patient_barcodes(tmp_path / "many", values, diseases)
     write_folder(tmp_path / "cohort", *cohort(n_per_class=4))
     latents = GOLDEN / "latents-v1.zarr"
-    inputs = ("--barcodes", GOLDEN / "barcodes-v1", "--concepts", GOLDEN / "concepts-v1", "--latents", latents)
+    inputs = ("--barcodes", "barcodes", "--concepts", GOLDEN / "concepts-v1", "--latents", latents)
     commands = [
         ("barcode", latents, "-o", "barcodes", "--workers", 1),
         ("compare", "many", "A", "B", "-o", "comparison", "--permutations", 99),

@@ -41,7 +41,6 @@ from cytosae.cross_validation import Plan, Repeat, Thresholds, run_repeat
 from cytosae.folds import assign_folds, choose_null, connected_groups, shuffle_labels
 from cytosae.logistic import fit_rows
 from cytosae.logistic_columns import fit_columns, fit_gram
-from cytosae.mil import fit_predict
 from cytosae.probe import ProbeConfig, write_probe
 from cytosae.probe_baselines import MilConfig, read_image_tokens
 from cytosae.probe_intervals import calibration, calibration_error, draw_groups, interval, scores_of_draws
@@ -879,6 +878,8 @@ def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
 
 
 def test_attention_finds_the_one_image_that_matters_and_is_seeded() -> None:
+    from cytosae.mil import fit_predict  # brings torch
+
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(120 * 8, 6)), np.arange(120) % 2
     rows_of = np.split(np.arange(120 * 8), 120)
