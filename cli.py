@@ -272,8 +272,9 @@ def cache() -> None:
 )
 @click.option(
     "--weights",
-    metavar="FILE|auto|random",
-    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; 'random': untrained.",
+    metavar="FILE|auto|hf:OWNER/NAME|random",
+    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; hf:OWNER/NAME[/FILE]"
+    "[@REVISION]: the same from Hugging Face; 'random': untrained.",
 )
 @click.option(
     "--block",
