@@ -22,9 +22,9 @@ def cli_reference() -> str:
 
 def _commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
     yield name, command
-    if isinstance(command, click.Group):
-        for child in sorted(command.commands):
-            yield from _commands(f"{name} {child}", command.commands[child])
+    children: dict[str, click.Command] = getattr(command, "commands", {})  # `cyto barcode` is no group, and has one
+    for child in sorted(children):
+        yield from _commands(f"{name} {child}", children[child])
 
 
 if __name__ == "__main__":
