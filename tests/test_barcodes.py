@@ -56,7 +56,7 @@ Row = tuple[str | None, str | None, bool]  # patient, disease, is it readable?
 LEVELS = ("image", "patient", "disease")
 
 
-def layers_of(table: anndata.AnnData) -> dict[str, Any]:
+def layers_of(table: anndata.AnnData) -> dict[Any, Any]:
     """Its layers by name; newer versions of anndata list X among them, as None."""
     return {name: matrix for name, matrix in table.layers.items() if name is not None}
 
