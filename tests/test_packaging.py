@@ -1,6 +1,6 @@
 """What is installed: one version, a name that is ours, files that an open project has, and a start that looks first."""
 
-import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -146,9 +146,11 @@ def test_ours_are_ours() -> None:
 @pytest.mark.slow  # builds both, in environments that pip makes
 def test_archive_and_wheel_hold_what_they_must(tmp_path: Path) -> None:
     """No warning; types, templates and licence in the wheel and no test; in the archive all that its tests read."""
-    importlib.metadata.version("build")
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the repository")
     command = [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout + done.stderr
     assert not re.search(r"deprecat|warning: (?!no previously-included)|\*{20}", said, re.IGNORECASE), said
