@@ -141,7 +141,7 @@ def test_texts_are_written_as_every_anndata_reads_them(tmp_path: Path, infer_str
 def as_texts(table: pd.DataFrame, infer_string: bool) -> pd.DataFrame:
     """Its texts as pandas 3 has them (an array type of its own), or as Python's."""
     kind: object = pd.StringDtype() if infer_string else object
-    texts = {name: table[name].astype(kind) for name in table if isinstance(table[name].iloc[0], str)}  # type: ignore[call-overload]
+    texts = {name: table[name].astype(kind) for name in table if isinstance(table[name].iloc[0], str)}
     found = table.assign(**texts)
     found.index = table.index.astype(kind)
     return found
