@@ -282,10 +282,11 @@ def zarr_written(path: Path, rows: Rows) -> dict[str, bytes]:
     for name, values in arrays.items():
         fill, codecs = csr._FILLS[name], csr._codecs(name)
         kind, chunks = (values.dtype if name != "indptr" else "int64"), (5,)
-        array = group.create_array(
-            name, shape=values.shape, dtype=kind, chunks=chunks, fill_value=fill, compressors=codecs
-        ).with_config({"write_empty_chunks": True})
-        array[:] = values
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            array = group.create_array(
+                name, shape=values.shape, dtype=kind, chunks=chunks, fill_value=fill, compressors=codecs
+            )
+            array[:] = values
     return {name: raw for name, raw in contents(path).items() if "/c/" in name}
 
 
