@@ -34,7 +34,6 @@ from cytosae.training import (
     Objective,
     compare_plainly,
     evaluate,
-    kernels_gpu,
     loss_and_gradients,
     losses,
     on_device,
@@ -78,7 +77,7 @@ class Probe:
 
     def machine(self) -> dict[str, Any]:
         packages = ("torch", "triton", "numpy", "numba", "zarr", "timm", "pandas", "pyarrow")
-        found: dict[str, Any] = {name: importlib.metadata.version(name) for name in packages}
+        found: dict[str, Any] = {name: _version(name) for name in packages}
         found |= {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
         if self.on_gpu:
             gpu = torch.cuda.get_device_properties(0)
@@ -96,9 +95,10 @@ class Probe:
             tokens = torch.randn(self.o.tokens, self.o.width, device=self.device).to(dtype)
             weights = torch.randn(self.o.latents, self.o.width, device=self.device).to(dtype).T
             out = torch.empty(self.o.tokens, self.o.latents, dtype=dtype, device=self.device)
-            with mock.patch.object(torch.backends.cuda.matmul, "allow_tf32", name == "tf32"):
-                took = self.ms(partial(torch.mm, tokens, weights, out=out))
+            torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+            took = self.ms(partial(torch.mm, tokens, weights, out=out))
             found[f"encoder {name}"] = took | {"TFLOP_s": n_flop / took["ms"] / 1e9}
+        torch.backends.cuda.matmul.allow_tf32 = False
         return found
 
     def correct(self) -> dict[str, Any]:
@@ -124,13 +124,17 @@ class Probe:
             }
         return found
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any] | str:
         """Milliseconds of each part of one micro-batch; launch shapes of the two kernels that gather rows."""
+        if not self.on_gpu:
+            return "no GPU"
         found: dict[str, Any] = {}
         for l0, size, popularity in ((200, 2, "flat"), (200, 1, "flat"), (50, 1, "flat"), (200, 1, "released")):
             n = self.o.tokens // size
             case = self.case(l0, tokens=n, popularity=popularity)
             found[f"L0 {l0}, {n} tokens, {popularity}"] = parts(case, n, 5, self.sync)
+        from cytosae.training import kernels_gpu  # needs triton
+
         case = self.case(200)
         for columns, rows, pairs in ((128, 8, 4), (256, 4, 2), (256, 8, 4), (256, 16, 8), (512, 8, 4), (1024, 4, 4)):
             with mock.patch.multiple(kernels_gpu, _COLUMNS=columns, _ROWS=rows, _PAIRS=pairs):
@@ -266,6 +270,13 @@ def _with_activation(case: Case, activation: str) -> Case:
         if activation == "gated":
             model.b_mag.copy_(old.b_enc)
     return Case(model, case.tokens, case.dead)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _relative(found: torch.Tensor, wanted: torch.Tensor | None) -> float:
