@@ -270,7 +270,7 @@ def test_coherence_is_exact_for_any_block(block: int) -> None:
     decoder = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
     decoder[4] = 0
     decoder[2], decoder[9] = decoder[2] * 1e-30, decoder[9] * 1e30
-    found = decoder_coherence(decoder, block=block)
+    found = decoder_coherence(decoder, tile=block)
     rows = np.delete(decoder.double().numpy(), 4, axis=0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     nearest = [max(abs(float(a @ b)) for j, b in enumerate(rows) if i != j) for i, a in enumerate(rows)]
@@ -278,7 +278,7 @@ def test_coherence_is_exact_for_any_block(block: int) -> None:
     assert found.largest == pytest.approx(max(nearest), rel=1e-6)
     assert found.mean == pytest.approx(np.mean(nearest), rel=1e-6)
     assert found.percentiles == pytest.approx(percentiles(nearest), rel=1e-6)
-    orthogonal = decoder_coherence(torch.eye(6), block=block)
+    orthogonal = decoder_coherence(torch.eye(6), tile=block)
     assert (orthogonal.largest, orthogonal.mean) == (0, 0)
 
 

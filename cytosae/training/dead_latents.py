@@ -106,7 +106,7 @@ class _DeadWeights:
 
 
 class _Ghost:
-    """Ghost gradients. A scalar c is known only after the whole batch: mean(G) is summed, and c multiplied at the end."""
+    """Ghost gradients. A scalar c is known only after the whole batch, so it is multiplied at the end."""
 
     def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, objective: Objective) -> None:
         self.latents, self._loss, self._is_scalar = latents, objective.loss, objective.ghost_scale == "scalar"
