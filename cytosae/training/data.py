@@ -124,7 +124,7 @@ def first_position(config: TrainConfig) -> int:
 
 
 def require_start(data: TrainingData, config: TrainConfig) -> None:
-    """Raise BadInput if `data` cannot be cut into batches of `config`, or a batch is too small for the initial b_dec."""
+    """Raise BadInput if `data` is too small for the batches of `config`, or a batch for the initial b_dec."""
     data.stream.batches(config.batch_tokens)
     is_per_position = config.b_dec_init == "geometric-median-per-position"
     if is_per_position and config.batch_tokens < data.stream.tokens_per_image:
