@@ -24,7 +24,7 @@ prepare)
         platforms+=(--platform "$tag")
     done
     for name in zarr numcodecs donfig google-crc32c anndata array-api-compat legacy-api-wrap natsort scverse-misc \
-        session-info2 dask distributed locket partd tblib tornado zict lazy-loader; do
+        session-info2 dask distributed locket partd tblib tornado zict lazy_loader; do
         pinned=$(grep -i "^$name==" "$repository/constraints.txt" || echo "$name")
         python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
             --abi cp312 --abi abi3 --abi none "${platforms[@]}" -d "$destination/whl" "$pinned" || exit 1
