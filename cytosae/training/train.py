@@ -158,8 +158,8 @@ def train_step(
     )
     if not math.isfinite(losses.loss):
         raise Diverged(
-            f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, dead latents' part "
-            f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train anew: another -o, or "
+            f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, term for dead latents "
+            f"{losses.dead:.4g}); lower --lr or raise --warmup-steps, and train again with another -o, or with "
             f"--overwrite",
             state.step,
         )
@@ -387,7 +387,7 @@ def finish_training(training: Training) -> Header:
         model.fold_token_scale(state.token_scale)
     if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
         raise Diverged(
-            "a weight became NaN or infinite in the last step; lower --lr, and train anew: --overwrite", state.step
+            "a weight became NaN or infinite in the last step; lower --lr, and train again with --overwrite", state.step
         )
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
