@@ -159,7 +159,7 @@ def train_step(
     if not math.isfinite(losses.loss):
         raise Diverged(
             f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, term for dead latents "
-            f"{losses.dead:.4g}); lower --lr or raise --warmup-steps, and train again with another -o, or with "
+            f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train again with another -o, or with "
             f"--overwrite",
             state.step,
         )
