@@ -24,7 +24,7 @@ from common import N_LATENTS, WIDTH, alternate, arguments, emit, latent_frequenc
 from scipy.special import ndtri
 
 from cytosae.sae import SparseAutoencoder
-from cytosae.training import BatchLosses, loss_and_gradients
+from cytosae.training import BatchLosses, Objective, loss_and_gradients, remove_parallel_gradient
 
 L1 = 8e-5
 EPS = 1e-6
@@ -148,18 +148,13 @@ def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, gradients: Calla
     """What surrounds the gradients in `cytosae/training/train.py`; the same for both sides."""
     model.normalise_decoder()
     gradients()
-    with torch.no_grad():
-        assert model.W_dec.grad is not None
-        along = (model.W_dec.grad * model.W_dec).sum(1, keepdim=True)
-        model.W_dec.grad -= along * model.W_dec
+    remove_parallel_gradient(model)
     optimizer.step()
 
 
-def ours(case: Case, **more: Any) -> BatchLosses:
-    """The product's gradients."""
-    return loss_and_gradients(
-        case.model, case.tokens, loss="normed", l1=L1, ghost_scale="scalar", dead_L=case.dead, **more
-    )
+def ours(case: Case, *, precision: str = "fp32", **more: Any) -> BatchLosses:
+    """The product's gradients, with the loss of the default settings."""
+    return loss_and_gradients(case.model, case.tokens, Objective(precision=precision), l1=L1, dead_L=case.dead, **more)
 
 
 def dense(case: Case, micro_batch: int, fold_b_dec: bool = False) -> None:

@@ -1,17 +1,17 @@
 """The SAE training step on a GPU: sparse gradients in bf16 against dense bf16 with torch.compile.
 
-Ours: products in bfloat16, what follows on the active latents alone (`cytosae/kernels_gpu.py`), float32 master weights,
-at the fastest of several micro-batches. Against: the same loss, dense, under bf16 autocast in one compiled function,
-float32 master weights, at the fastest of several micro-batches and compile modes; decoder norms and the projection of
-its gradient compiled, Adam fused. Target: 2 times, and 1 M tokens/s on an H100. Gradients of both are compared with
-dense float32 ones, ||difference|| / ||reference||; "float32" are those of our sparse work without rounding.
+Ours: the encoder's product in bfloat16, everything after it on active latents only (`cytosae/training/kernels_gpu.py`),
+float32 master weights, at the fastest of several micro-batches. Baseline: the same loss, dense, under bf16 autocast in
+one compiled function, float32 master weights, at the fastest of several micro-batches and compile modes; decoder norms
+and the projection of the gradient compiled, Adam fused. Target: 2 times, and 1 M tokens/s on an H100. Gradients of both
+are compared with dense float32 ones, ||difference|| / ||reference||; "float32" are those of our sparse work in float32.
 
-`parts`: where our step spends its time, each part of one micro-batch alone. Three things that are done for speed are
-timed against the plain way: one pass for the comparison, the fused optimiser step, batches sent ahead. `waits`: how
-often the host waits for the device in a step, by torch's own count.
+`parts`: milliseconds of each part of one micro-batch. Three optimisations are timed against the plain way: one kernel
+for the comparison, the fused optimizer step, batches sent ahead. `waits`: how often the host waits for the device in a
+step, as torch counts it.
 
-`--run` also times a whole run from initialisation, loader, ghost and start-up included, on a cache of tokens made of
-few atoms each. Without CUDA it prints one line that says so; `--device cpu` with small sizes tries the program out.
+`--run` also times a whole run from initialisation, with loader, ghost gradients and start-up, on a cache of tokens that
+are sums of a few atoms. Without CUDA it prints one line that says so; `--device cpu` with small sizes rehearses it.
 """
 
 import warnings
@@ -43,7 +43,7 @@ from cytosae.training import compare_in_one_pass, compare_plainly, loss_weight, 
 
 TARGET, TARGET_RATE = 2, 1e6
 RUN_TOKENS = 257_000_000  # the paper's
-FED = 8  # steps that are fed with batches from the host's memory
+FED = 8  # steps per measurement with batches from the host's memory
 
 Loss = Callable[..., torch.Tensor]
 
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def tune(candidates: Mapping[str, Callable[[], Any]], n_tokens: int, sync: Callable[[], None]) -> dict[str, float]:
-    """Tokens/s of gradients by each; the unmeasured first run compiles. What does not fit into memory is left out."""
+    """Tokens/s of each candidate's gradients, after a first run that compiles; out of memory: left out."""
     speeds: dict[str, float] = {}
     for name, gradients in candidates.items():
         try:
@@ -179,28 +179,31 @@ def our_case_step(case: Case, *, optimizer: torch.optim.Adam, micro_batch: int) 
 
 
 def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of each part of one micro-batch alone, launches and what it waits for included."""
+    """Milliseconds of each part of one micro-batch by itself, including launches and waiting."""
     from cytosae.training import kernels_gpu
 
-    model, half = case.model, torch.bfloat16
+    model, compute_dtype = case.model, torch.bfloat16
     x = case.tokens[:micro_batch].float()
-    W_enc, b_enc, W_dec = (weight.detach().to(half) for weight in (model.W_enc, model.b_enc, model.W_dec))
-    centred = (x - model.b_dec.detach()).to(half)
+    W_enc, b_enc, W_dec = (weight.detach().to(compute_dtype) for weight in (model.W_enc, model.b_enc, model.W_dec))
+    centred = (x - model.b_dec.detach()).to(compute_dtype)
     p = torch.addmm(b_enc, centred, W_enc)
     marks = kernels_gpu.mark_active(p)
     active = kernels_gpu.take_active(p, marks)
     x_hat = model.b_dec.detach().repeat(len(x), 1)
     weight, factor = loss_weight(x, "normed"), 2 / x.numel()
-    d_x_hat = compare_in_one_pass(x_hat, x, weight, factor, half).d_x_hat_BD
+    d_x_hat = compare_in_one_pass(x_hat, x, weight, factor, compute_dtype).d_x_hat_BD
     grads = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (W_dec, b_enc, W_dec)]
     works: dict[str, Callable[[], Any]] = {
-        "copies of the weights": lambda: (model.W_enc.detach().to(half), model.W_dec.detach().to(half)),
+        "copies of the weights": lambda: (
+            model.W_enc.detach().to(compute_dtype),
+            model.W_dec.detach().to(compute_dtype),
+        ),
         "product": lambda: torch.addmm(b_enc, centred, W_enc, out=p),
         "marking": lambda: kernels_gpu.mark_active(p),
         "taking and sorting": lambda: kernels_gpu.take_active(p, marks),
         "reconstruction": lambda: kernels_gpu.add_decoded(active, W_dec, x_hat),
-        "comparison": lambda: compare_in_one_pass(x_hat, x, weight, factor, half),
-        "comparison, plain": lambda: compare_plainly(x_hat, x, weight, factor, half),
+        "comparison": lambda: compare_in_one_pass(x_hat, x, weight, factor, compute_dtype),
+        "comparison, plain": lambda: compare_plainly(x_hat, x, weight, factor, compute_dtype),
         "gradients": lambda: kernels_gpu.add_gradients(
             active,
             W_dec_LD=W_dec,
@@ -219,7 +222,7 @@ def parts(case: Case, micro_batch: int, rounds: int, sync: Callable[[], None]) -
 def step_alone(
     case: Case, optimizer: torch.optim.Adam, project: Any, normalise: Any, *, rounds: int, sync: Callable[[], None]
 ) -> dict[str, float]:
-    """Milliseconds of what follows the gradients, as the product does it and in several compiled passes."""
+    """Milliseconds of the optimizer step, fused as in the product, and in several compiled passes."""
     fused, plain = alternate(
         lambda: fused_step(case, optimizer, lambda: None),
         lambda: plain_step(case, optimizer, lambda: None, project, normalise),
@@ -230,7 +233,7 @@ def step_alone(
 
 
 def fed(case: Case, step_of: Callable[[Case], None], options: Any, sync: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of a step whose batch lies in the host's memory: sent ahead, or copied and waited for."""
+    """Milliseconds of a step whose batch is in the host's memory: copied ahead, or copied when it is needed."""
     batch = case.tokens.cpu().numpy()
 
     def ahead() -> None:
@@ -246,7 +249,7 @@ def fed(case: Case, step_of: Callable[[Case], None], options: Any, sync: Callabl
 
 
 def waits(step: Callable[[], None]) -> int:
-    """How often a step makes the host wait for the device."""
+    """Number of times that a step makes the host wait for the device."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

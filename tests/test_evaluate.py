@@ -33,7 +33,7 @@ from cytocache.images import read_image
 from cytocache.preprocess import Preprocess
 from cytocache.sample import draw_sample, load_backbone_of, read_sample
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
-from cytosae.training import DEAD_WINDOW, BackboneSample, Evaluation, loss_and_gradients
+from cytosae.training import DEAD_WINDOW, BackboneSample, Evaluation, Objective, loss_and_gradients
 from cytosae.training import evaluate as module
 from cytosae.training.evaluate import PERCENTILES, Substitution, decoder_coherence, evaluate
 from cytosae.training.train import train
@@ -189,7 +189,7 @@ def test_the_names_of_the_training_log_mean_the_same(small: Path, tmp_path: Path
     assert not evaluate(cache, small / "run").is_training_cache
     assert evaluate(cache, small / "run").token_set == "all"
     tokens = torch.from_numpy(chosen_tokens(cache, "patch").reshape(-1, WIDTH).astype(np.float32))
-    logged = loss_and_gradients(model.requires_grad_(), tokens, loss=loss, l1=1e-3, ghost_scale="scalar", dead_L=None)
+    logged = loss_and_gradients(model.requires_grad_(), tokens, Objective(loss=loss), l1=1e-3)
     for name in ("mse", "l0", "explained_variance", "explained_variance_uncentered"):
         assert getattr(found, name) == pytest.approx(getattr(logged, name), rel=1e-5), name
     assert (found.n_tokens_active > 0).tolist() == logged.fired.tolist()
@@ -270,7 +270,7 @@ def test_coherence_is_exact_for_any_block(block: int) -> None:
     decoder = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
     decoder[4] = 0
     decoder[2], decoder[9] = decoder[2] * 1e-30, decoder[9] * 1e30
-    found = decoder_coherence(decoder, block=block)
+    found = decoder_coherence(decoder, tile=block)
     rows = np.delete(decoder.double().numpy(), 4, axis=0)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     nearest = [max(abs(float(a @ b)) for j, b in enumerate(rows) if i != j) for i, a in enumerate(rows)]
@@ -278,7 +278,7 @@ def test_coherence_is_exact_for_any_block(block: int) -> None:
     assert found.largest == pytest.approx(max(nearest), rel=1e-6)
     assert found.mean == pytest.approx(np.mean(nearest), rel=1e-6)
     assert found.percentiles == pytest.approx(percentiles(nearest), rel=1e-6)
-    orthogonal = decoder_coherence(torch.eye(6), block=block)
+    orthogonal = decoder_coherence(torch.eye(6), tile=block)
     assert (orthogonal.largest, orthogonal.mean) == (0, 0)
 
 

@@ -24,8 +24,15 @@ from reference import Array  # noqa: E402
 from test_losses import L1, NAMES, OBJECTIVES  # noqa: E402
 
 from cytosae.sae import SparseAutoencoder  # noqa: E402
-from cytosae.training import kernels_cpu, kernels_gpu, latent_matrix, losses, residuals  # noqa: E402
-from cytosae.training.train import _remove_parallel_part  # noqa: E402
+from cytosae.training import (  # noqa: E402
+    Objective,
+    kernels_cpu,
+    kernels_gpu,
+    latent_matrix,
+    losses,
+    remove_parallel_gradient,
+    residuals,
+)
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 EQUAL = 1e-5  # max|difference| / max|reference|, per tensor
@@ -177,7 +184,7 @@ def test_the_fused_step_is_the_plain_step(width: int) -> None:
             ours.grad = twin.grad.clone()
         if number == 2:  # the plain step goes on from the fused one's state, and the other way round
             plain, fused, by_plain, by_fused = fused, plain, by_fused, by_plain
-        _remove_parallel_part(plain)
+        remove_parallel_gradient(plain)
         by_plain.step()
         if number < 3:
             plain.normalise_decoder()
@@ -238,7 +245,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """losses.py does what it would do on a GPU, where few latents are active."""
 
     def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> latent_matrix.Latents:
-        return latent_matrix._GpuList(kernels_gpu.take_active(values_BL, kernels_gpu.mark_active(values_BL)))
+        return latent_matrix.CscLatentsGpu(kernels_gpu.take_active(values_BL, kernels_gpu.mark_active(values_BL)))
 
     monkeypatch.setattr(losses, "latents_of", latents_of)
     monkeypatch.setattr(losses, "compare_reconstruction", residuals.compare_in_one_pass)
@@ -323,7 +330,7 @@ def test_sparse_and_dense_work_agree_on_the_gpu(objective: str, monkeypatch: pyt
 
     def gradients(sparse_below: float) -> tuple[losses.BatchLosses, list[torch.Tensor]]:
         found = losses.loss_and_gradients(
-            model, tokens, l1=L1, dead_L=dead, sparse_below=sparse_below, **OBJECTIVES[objective]
+            model, tokens, Objective(**OBJECTIVES[objective]), l1=L1, dead_L=dead, sparse_below=sparse_below
         )
         return found, [getattr(model, name).grad.clone() for name in NAMES]
 
@@ -353,7 +360,7 @@ def test_a_step_on_the_gpu_waits_no_more_often_than_said(monkeypatch: pytest.Mon
     tokens = torch.randn(512, 64, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
 
     def step() -> None:
-        losses.loss_and_gradients(model, tokens, l1=L1, dead_L=None, loss="normed", micro_batch=256, precision="bf16")
+        losses.loss_and_gradients(model, tokens, Objective(precision="bf16"), l1=L1, micro_batch=256)
         kernels_gpu.step(model, optimizer, normalise=True)
 
     step()

@@ -12,7 +12,7 @@ from reference import Array, Bool, Params, Reference, explained_variance, sae_fo
 
 from cytosae.sae import SparseAutoencoder
 from cytosae.sae.top_k import use_threads
-from cytosae.training import BatchLosses, kernels_cpu, loss_and_gradients
+from cytosae.training import BatchLosses, Objective, kernels_cpu, loss_and_gradients
 
 OBJECTIVES: dict[str, dict[str, Any]] = {  # the twin's name -> our two settings
     "default": {"loss": "normed", "ghost_scale": "scalar"},
@@ -42,11 +42,11 @@ class Problem:
         return loss_and_gradients(
             self.model,
             tokens,
+            Objective(**OBJECTIVES[objective]),
             l1=L1,
             dead_L=dead,
             micro_batch=micro_batch,
             sparse_below=WORK[work],
-            **OBJECTIVES[objective],
         )
 
     def twin(self, objective: str) -> Reference:
@@ -150,10 +150,10 @@ def test_all_latents_alive_or_no_dead_set_is_the_same_loss_without_ghost(objecti
     without = loss_and_gradients(
         problem.model,
         torch.from_numpy(problem.tokens),
+        Objective(**OBJECTIVES[objective]),
         l1=L1,
         dead_L=None,
         sparse_below=WORK["either"],
-        **OBJECTIVES[objective],
     )
     assert given_all_alive.dead == without.dead == 0
     assert given_all_alive.loss == without.loss

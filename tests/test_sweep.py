@@ -28,7 +28,7 @@ from cytosae.sweep import sweep
 from cytosae.sweep.figures import plot_sweep
 from cytosae.sweep.grid import Grid, read_grid
 from cytosae.sweep.record import METRICS, as_markdown, means_over_seeds
-from cytosae.training import Training
+from cytosae.training import Training, train_step
 from cytosae.training.evaluate import _Sums
 from cytosae.training.train import train
 from stores import SAE, BadInput, DamagedStore, SpecMismatch, read_header, read_runs
@@ -194,16 +194,14 @@ def test_members_that_are_behind_catch_up(
 ) -> None:
     """Ctrl-C between the steps of two members on one batch: some have taken it, others not; and one lost its states."""
     grid, out = grid_of(tmp_path, MIXED), tmp_path / "out"
-    real, n_steps = Training.take_step, 0
 
-    def take_step(self: Training, batch: Any, progress: Any) -> None:
-        nonlocal n_steps
-        if self.step == at_step - 1 and self.config.activation == "topk":
+    def interrupted_step(training: Training, tokens: Any) -> None:
+        if training.step == at_step - 1 and training.plan.config.activation == "topk":
             raise KeyboardInterrupt
-        real(self, batch, progress)
+        train_step(training, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "take_step", take_step)
+        patch.setattr("cytosae.sweep.run.train_step", interrupted_step)
         with pytest.raises(KeyboardInterrupt):
             sweep(grid, [cache], out)
     lost = next(iter(sorted((out / "runs").glob("*=relu*"))))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cytosae.sae import LOSSES, SparseAutoencoder, keep_top_k_
 from cytosae.sae.config import ACTIVATIONS
-from cytosae.training import BatchLosses, loss_and_gradients
+from cytosae.training import BatchLosses, Objective, loss_and_gradients
 from stores.errors import BadInput
 
 K, L1, BANDWIDTH = 5, 1e-2, 0.1
@@ -41,7 +41,7 @@ def make_model(activation: str, seed: int = 0, *, width: int = 8, n_latents: int
 
 def make_tokens(model: SparseAutoencoder, n: int = 24, seed: int = 1) -> torch.Tensor:
     draws = torch.Generator().manual_seed(seed)
-    return (torch.randn(n, model.width, generator=draws) + model.b_dec.detach()).half().float()
+    return (torch.randn(n, model.width, generator=draws) + model.b_dec.detach().cpu()).half().float()
 
 
 # ------------------------------------------------------------------------------------------------ the slow twin
@@ -75,7 +75,7 @@ def sparsity_of(activation: str, w: Tensors, p: torch.Tensor, z: torch.Tensor) -
         t = w["log_threshold"].exp()
         window = (((p - t) / BANDWIDTH).abs() < 0.5).double()
         return ((p > t).double() - window * (t - t.detach()) / BANDWIDTH).sum(1).mean()
-    return torch.zeros(())
+    return p.new_zeros(())
 
 
 def twin(
@@ -119,12 +119,14 @@ def ours(
     return loss_and_gradients(
         model,
         tokens,
-        loss=loss,
+        Objective(
+            loss=loss,
+            dead_latents="ghost" if way == "elementwise" else way,
+            ghost_scale="elementwise" if way == "elementwise" else "scalar",
+            jump_bandwidth=BANDWIDTH,
+        ),
         l1=L1,
         dead_L=dead,
-        dead_latents="ghost" if way == "elementwise" else way,
-        ghost_scale="elementwise" if way == "elementwise" else "scalar",
-        bandwidth=BANDWIDTH,
         **more,
     )
 

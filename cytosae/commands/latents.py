@@ -1,4 +1,4 @@
-"""cyto latents: latent stores."""
+"""cyto latents: show, verify and complete latent stores."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("store", type=FILE)
 @json_option
 def latents_info(store: Path, as_json: bool) -> None:
-    """What is in a latent store, complete or not.
+    """Show what is in a latent store, complete or not.
 
     \b
     Example: cyto latents info cells.latents.zarr
@@ -64,9 +64,9 @@ def _latent_rows(header: "Header", spec: "LatentSpec", n_bytes: int) -> dict[str
 @click.argument("store", type=FILE)
 @json_option
 def latents_verify(store: Path, as_json: bool) -> None:
-    """Check every chunk file by its checksum, and every index and value, of a latent store.
+    """Verify a latent store: the checksum of every chunk file, and every index and value.
 
-    Exit code 1 and a line per problem if it is damaged.
+    Exit code 1, and a line for each problem, if it is damaged.
 
     \b
     Example: cyto latents verify cells.latents.zarr
@@ -81,9 +81,9 @@ def latents_verify(store: Path, as_json: bool) -> None:
 @click.command("merge")
 @click.argument("store", type=FILE)
 def latents_merge(store: Path) -> None:
-    """Complete a latent store whose shards have all ended. The last shard does so itself, unless it was killed.
+    """Complete a latent store whose shards are all finished. The last shard does this itself, unless it was killed.
 
-    No GPU, no SAE and no cache is needed: the rows are there, and are only joined.
+    No GPU, SAE or cache is needed: existing rows are joined.
 
     \b
     Example: cyto latents merge cells.latents.zarr

@@ -1,4 +1,4 @@
-"""cyto sae: sparse autoencoders."""
+"""cyto sae: train, evaluate, exchange and apply sparse autoencoders."""
 
 import json
 import os
@@ -37,47 +37,61 @@ if TYPE_CHECKING:
 @click.argument("stores", type=STORE, nargs=-1, required=True)
 @click.option("-o", "--out", "run", type=FILE, required=True, help="Folder of the run.")
 @click.option(
-    "--preset", type=click.Choice(["cytosae", "paper"]), help="cytosae (the released run) or paper (Eq. 1 as printed)."
+    "--preset",
+    type=click.Choice(["cytosae", "paper"]),
+    help="cytosae (settings of the released run) or paper (Eq. 1 as printed).",
 )
-@click.option("--config", "config_file", type=FILE, help="TOML file with settings; options win over it.")
+@click.option("--config", "config_file", type=FILE, help="TOML file with settings; options override it.")
 @click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
 @click.option(
     "--activation",
     type=click.Choice(["relu", "topk", "batchtopk", "jumprelu", "gated"]),
-    help="What makes a latent active  [default: relu].",
+    help="Activation function: what makes a latent active  [default: relu].",
 )
-@click.option("--k", type=COUNT, help="Active latents per token, of topk and batchtopk.")
+@click.option("--k", type=COUNT, help="Active latents per token, for topk and batchtopk.")
 @click.option("--l1", type=float, help="Weight of the sparsity term  [default: 8e-5].")
 @click.option("--lr", type=float, help="Learning rate of Adam  [default: 4e-4].")
 @click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 500].")
 @click.option(
-    "--schedule", type=click.Choice(["constant", "cosine", "linear"]), help="Afterwards  [default: constant]."
+    "--schedule",
+    type=click.Choice(["constant", "cosine", "linear"]),
+    help="Learning rate after the warm-up  [default: constant].",
 )
 @click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
 @click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
-@click.option("--token-set", type=TOKEN_SETS, help="Which tokens are trained on  [default: all].")
-@click.option("--mix", type=float, multiple=True, help="Share of the tokens that a cache gives, once for each STORE.")
+@click.option("--token-set", type=TOKEN_SETS, help="Tokens of an image to train on  [default: all].")
+@click.option("--mix", type=float, multiple=True, help="Share of tokens from a cache; give it once for each STORE.")
 @click.option("--exclude", type=FILE, help="Parquet or text file with ids of images to leave out.")
-@click.option("--holdout", type=float, help="Fraction of the images to measure on, not to train on  [default: 0].")
-@click.option("--holdout-by", type=click.Choice(["image", "patient"]), help="What is held out  [default: image].")
+@click.option(
+    "--holdout", type=float, help="Fraction of the images that is only measured on, not trained on  [default: 0]."
+)
+@click.option(
+    "--holdout-by",
+    type=click.Choice(["image", "patient"]),
+    help="Hold out single images or whole patients  [default: image].",
+)
 @click.option(
     "--dead-latents",
     type=click.Choice(["ghost", "auxk", "resample", "none"]),
-    help="What is done for silent latents  [default: ghost].",
+    help="Treatment of dead latents, which were not active for many steps  [default: ghost].",
 )
-@click.option("--ghost/--no-ghost", default=None, help="Short for --dead-latents ghost, and none.")
+@click.option("--ghost/--no-ghost", default=None, help="Short for --dead-latents ghost and --dead-latents none.")
 @click.option(
     "--b-dec-init",
     type=click.Choice(["geometric-median", "geometric-median-per-position", "mean", "zeros"]),
-    help="Where b_dec begins  [default: geometric-median].",
+    help="Initial value of b_dec  [default: geometric-median].",
 )
-@click.option("--seed", type=SEED, help="Seed of weights and order  [default: 0].")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of products: bf16 on a GPU  [default: fp32].")
+@click.option("--seed", type=SEED, help="Seed of initial weights and order of the tokens  [default: 0].")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Operands of matrix products; bf16 needs a GPU  [default: fp32].",
+)
 @device_option
 @click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
-@click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Saved states that stay.")
-@click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics there.")
+@click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep.")
+@click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics to this program.")
 @overwrite_option
 def sae_train(
     stores: tuple[Path | str, ...],
@@ -95,8 +109,8 @@ def sae_train(
 ) -> None:
     """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
 
-    STORES are paths or URLs (s3://, gs://, https://, ...). Settings without an option of their own go into --config
-    (docs/training.md lists them all). On several GPUs: torchrun --nproc-per-node 4 --no-python cyto sae train ...
+    STORES are paths or URLs (s3://, gs://, https://, ...). Settings that have no option go into --config
+    (docs/training.md lists all settings). On several GPUs: torchrun --nproc-per-node 4 --no-python cyto sae train ...
 
     \b
     Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
@@ -154,12 +168,14 @@ def _print_trained(run: Path, header: "Header") -> None:
 @click.option(
     "--at-once",
     type=click.IntRange(1, 256),
-    help="SAEs in one pass over the data  [default: as many as fit in half of the free memory].",
+    help="SAEs trained in one pass over the data  [default: as many as fit in half of the free memory].",
 )
 @click.option("--exclude", type=FILE, help="Parquet or text file with ids of images to leave out.")
 @device_option
 @click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
-@click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Saved states of an SAE that stay.")
+@click.option(
+    "--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep for each SAE."
+)
 @json_option
 def sae_sweep(
     grid: Path,
@@ -170,11 +186,12 @@ def sae_sweep(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Train every SAE of a grid from shared passes over the data, and tabulate them. The same command again resumes.
+    """Train every SAE of a grid in shared passes over the data, and tabulate them. The same command again resumes.
 
     GRID is a TOML file: [base] settings of all; [grid] setting = [values], all combinations; [[runs]] settings that
-    belong together (docs/training.md). STORES of one kind are trained on together; the grid is trained for each kind,
-    so for each block. An SAE whose loss stops being finite is listed as failed, and the others go on: exit code 0.
+    belong together (docs/training.md). STORES of the same kind of tokens are trained on together; the whole grid is
+    trained for each kind, so for each transformer block. An SAE whose loss becomes NaN or infinite is listed as failed
+    and the others continue: exit code 0.
 
     \b
     Example: cyto sae sweep ablation.toml cells.acts.zarr -o ablation
@@ -209,7 +226,7 @@ def sae_sweep(
 @click.argument("run", type=FILE)
 @json_option
 def sae_info(run: Path, as_json: bool) -> None:
-    """What an SAE is, and what it was trained on.
+    """Show what an SAE is and what it was trained on.
 
     \b
     Example: cyto sae info cells.sae
@@ -250,27 +267,38 @@ def _trained_rows(header: "Header") -> dict[str, str]:
 @click.command("eval")
 @click.argument("run", type=FILE)
 @click.argument("store", type=STORE)
-@click.option("--token-set", type=TOKEN_SETS, help="Tokens that count  [default: what RUN was trained on].")
+@click.option("--token-set", type=TOKEN_SETS, help="Tokens to measure on  [default: those that RUN was trained on].")
 @click.option(
     "--dead-window",
     type=COUNT,
-    help="Dead latents are also counted over the last so many tokens  [default: 1052672].",
+    help="Also count dead latents over this many last tokens  [default: 1052672].",
 )
 @click.option(
     "--only", type=FILE, help="Parquet or text file with ids of images to measure on, such as RUN/held_out.parquet."
 )
 @click.option(
-    "--images", type=FILE, help="Where the images lie: measure what a reconstruction does to the final CLS embedding."
+    "--images",
+    type=FILE,
+    help="Folder or table of the images: also measure how a reconstruction changes the final CLS embedding.",
 )
+@click.option("--weights", help="With --images: the weights that STORE was made with; not for an untrained backbone.")
 @click.option(
-    "--weights", help="With --images: the weights that STORE was made with; an untrained backbone needs none."
+    "--sample",
+    "n_images",
+    type=COUNT,
+    default=64,
+    show_default=True,
+    help="With --images: number of images in the sample.",
 )
-@click.option("--sample", "n_images", type=COUNT, default=64, show_default=True, help="With --images: how many.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="With --images: seed of the sample.")
 @device_option
 @readers_option
 @assume_option
-@click.option("--per-latent", is_flag=True, help="With --json: also the two counts of every latent.")
+@click.option(
+    "--per-latent",
+    is_flag=True,
+    help="With --json: also the numbers of images and tokens in which each latent is active.",
+)
 @json_option
 @click.pass_obj
 def sae_eval(
@@ -287,9 +315,9 @@ def sae_eval(
     assume_compatible: bool,
     **sampling: Any,
 ) -> None:
-    """How good the SAE in RUN is on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
+    """Measure the SAE in RUN on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
 
-    Writes nothing. With --images, a sample of them goes through the backbone again, with and without the SAE.
+    Writes nothing. With --images, a sample of them also passes through the backbone, with and without the SAE.
 
     \b
     Example: cyto sae eval cells.sae cells.acts.zarr --json
@@ -304,7 +332,7 @@ def sae_eval(
     with (
         progress_line("download", "byte") as downloading,
         progress_line("sample", "image") as sampled,
-        progress_line("decoder", "block") as comparing,
+        progress_line("decoder", "tile") as comparing,
         progress_line("evaluate", "image") as progress,
     ):
         sample = None
@@ -372,11 +400,11 @@ def _print_evaluation(title: str, found: "Evaluation") -> None:
 
 
 def _known(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: it cannot be said
+    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: not defined
 
 
 def _percentiles(values: dict[int, Any]) -> str:
-    """`5: 3, 50: 12, 95: 40, 100: 80`: those that a page has room for."""
+    """`5: 3, 50: 12, 95: 40, 100: 80`: a selection of the percentiles, on one line."""
     shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
     return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"
 
@@ -386,11 +414,11 @@ def _percentiles(values: dict[int, Any]) -> str:
 @click.option("-o", "--out", "run", type=FILE, required=True, help="Folder of the run.")
 @overwrite_option
 def sae_import(file: Path, run: Path, overwrite: bool) -> None:
-    """Take over an SAE of another program (CytoSAE, PatchSAE, SAELens).
+    """Import an SAE of another program (CytoSAE, PatchSAE, SAELens).
 
-    FILE is a .pt of CytoSAE or PatchSAE, or a SAELens folder; nothing in it is executed. Which tokens it was trained
-    on stays unknown: cyto sae encode, sae eval and cache fidelity ask for --assume-compatible. SAELens'
-    architectures standard, topk, jumprelu and gated are taken, of the others relu.
+    FILE is a .pt of CytoSAE or PatchSAE, or a SAELens folder; nothing in it is executed. The file does not say on which
+    tokens the SAE was trained, so cyto sae encode, sae eval and cache fidelity need --assume-compatible. Of SAELens the
+    architectures standard, topk, jumprelu and gated can be imported, of the others relu.
 
     \b
     Example: cyto sae import final_sparse_autoencoder_dinov2_vitb14_-2_resid_49152.pt -o released.sae
@@ -406,7 +434,7 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     )
     for note in (header.summary or {})["notes"]:
         click.echo(f"  {note}")
-    click.echo("  which tokens it was trained on is not known: say --assume-compatible where it is used")
+    click.echo("  which tokens it was trained on is not known: add --assume-compatible where it is used")
 
 
 @click.command("export")
@@ -416,13 +444,15 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     "layout",
     type=click.Choice(["cytosae", "saelens"]),
     required=True,
-    help="cytosae: one .pt, which PyTorch loads with weights_only; saelens: a folder.",
+    help="cytosae: one .pt file, which PyTorch loads with weights_only; saelens: a folder.",
 )
-@click.option("-o", "--out", type=FILE, required=True, help="The file or folder to write; nothing is replaced.")
+@click.option(
+    "-o", "--out", type=FILE, required=True, help="The file or folder to write; an existing one is never replaced."
+)
 def sae_export(run: Path, layout: str, out: Path) -> None:
-    """Write the SAE in RUN as CytoSAE (relu only) or SAELens stores it. Latents and reconstruction stay the same.
+    """Export the SAE in RUN for CytoSAE (relu only) or SAELens. Latents and reconstructions stay the same.
 
-    batchtopk becomes what SAELens makes of it: jumprelu with one threshold for all.
+    batchtopk becomes jumprelu with one threshold for all latents, as in SAELens itself.
 
     \b
     Example: cyto sae export cells.sae --format saelens -o cells.saelens
@@ -438,7 +468,9 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
 @click.argument("store", type=STORE)
 @click.argument("run", type=FILE)
 @click.option("-o", "--out", "latents", type=FILE, required=True, help="The latent store to write.")
-@click.option("--value-bits", default=10, show_default=True, help="Mantissa bits kept of each value: 10 or 23 (all).")
+@click.option(
+    "--value-bits", default=10, show_default=True, help="Mantissa bits to keep of each value: 10, or 23 (all)."
+)
 @click.option(
     "--min-activation",
     default=0.0,
@@ -450,15 +482,15 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
     type=click.Choice(["fp32", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Of the encoder's product; bf16 is faster and makes other latents (docs/log.md).",
+    help="Precision of the encoder's product; bf16 is faster and changes latents slightly (docs/log.md).",
 )
 @click.option(
     "--shard",
     "shard_text",
     metavar="I/N",
     default="0/1",
-    help="Encode part I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
-    "end joins the parts and completes the store.",
+    help="Encode shard I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
+    "finish joins the shards and completes the store.",
 )
 @assume_option
 @device_option
@@ -471,7 +503,7 @@ def sae_encode(
     shard_text: str,
     **settings: Any,
 ) -> None:
-    """Write the sparse latents of every token of STORE (a path or a URL) under the SAE in RUN.
+    """Write the sparse latents of every token of STORE (a path or a URL), encoded by the SAE in RUN.
 
     \b
     Example: cyto sae encode cells.acts.zarr cells.sae -o cells.latents.zarr

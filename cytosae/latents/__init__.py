@@ -1,4 +1,4 @@
-"""Token activations to sparse latents.
+"""Encode token activations as sparse latents.
 
 Comes in: an activation cache and an SAE. Goes out: a latent store.
 Open first: `encode.py`.

@@ -1,7 +1,7 @@
-"""From activation cache and SAE to a latent store. The dense latents never exist for more than a micro-batch.
+"""Encode an activation cache with an SAE into a latent store. Dense latents exist for one micro-batch at a time.
 
-A micro-batch is multiplied and compacted (sparsify.py) where the model is; one thread behind appends and commits the
-rows, in order, while the next one is multiplied, and threads behind that one compress whole chunks (stores/csr.py).
+A micro-batch is encoded and made sparse (sparsify.py) on the device of the model. Meanwhile a second thread appends and
+commits the rows of earlier micro-batches, in order, and further threads compress whole chunks (stores/csr.py).
 """
 
 import logging
@@ -42,9 +42,9 @@ from stores.tables import table_sha256
 
 from .sparsify import Compactor, Rounding, SparseRows
 
-# of one dense (tokens, latents) float32 matrix; larger ones gain nothing any more (docs/log.md)
+# size of one dense (tokens, latents) float32 matrix; larger ones are not faster (docs/log.md)
 _MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-_APPENDING_AT_ONCE = 4  # micro-batches of rows that wait to be written
+_MOST_WAITING = 4  # micro-batches of rows that wait to be written
 VALUE_BITS = (10, 23)
 PRECISIONS = ("fp32", "bf16")
 _log = logging.getLogger(__name__)
@@ -52,18 +52,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeResult:
-    """What lies in the finished latent store, or in a finished shard of it."""
+    """Content of the finished latent store, or of a finished shard of it."""
 
     spec: LatentSpec
-    nnz: int  # stored; of a shard: in its part
-    n_dropped: int  # values that `min_activation` kept out
-    n_readable: int  # images, of the whole store or of the shard
-    was_complete: bool
-    is_complete: bool = True  # False: other shards are not there yet
+    nnz: int  # stored values, of the whole store or of the shard
+    n_dropped: int  # values that were not stored, since they are below `min_activation`
+    n_readable: int  # readable images, of the whole store or of the shard
+    was_complete: bool  # True: the store existed already
+    is_complete: bool = True  # False: other shards are not finished yet
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents per token of a readable image: those stored, and those dropped."""
+        """Mean number of active latents per token of a readable image, stored or dropped."""
         return (self.nnz + self.n_dropped) / max(1, self.n_readable * self.spec.tokens_per_image)
 
     @property
@@ -93,21 +93,21 @@ def encode(
 
     Parameters
     ----------
-    min_activation : values that are below it once they are rounded are not stored; barcodes at a tau of at least this
-        are the same as without
-    precision : of the encoder product. bf16: its operands are rounded to bfloat16, sums are float32; what comes out
-        is rounded to bfloat16 again
-    shard : the images that this process encodes; the last one to end joins the parts and completes the store
-    assume_compatible : take an SAE that does not say which tokens it was trained on (an imported one), with a warning
+    value_bits : mantissa bits that are kept of each value: 10, or 23 (all)
+    min_activation : rounded values below it are not stored, >= 0; barcodes at a tau of at least this do not change
+    precision : of the encoder product, fp32 or bf16. bf16: operands and results are rounded to bfloat16, sums are
+        float32
+    shard : the images that this process encodes; the last process to finish joins the shards and completes the store
+    assume_compatible : accept an imported SAE, which does not say which tokens it was trained on
 
     Raises
     ------
     SpecMismatch
-        If the SAE was trained on another kind of tokens or does not say, or `latents` holds something else.
+        If the SAE was trained on another kind of tokens or does not say on which, or `latents` holds something else.
     DamagedStore
-        If a token of a readable image is not finite.
+        If a token of a readable image is NaN or infinite, or a chunk of the cache is damaged.
     BadInput
-        If a latent is not finite, or another process writes the same images.
+        If an argument is out of range, a latent is NaN or infinite, or another process writes the same images.
     """
     check_choice("value_bits", value_bits, VALUE_BITS)
     check_choice("precision", precision, PRECISIONS)
@@ -168,16 +168,16 @@ def encode(
 
 
 def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec, *, device: str = "cpu") -> CsrRows:
-    """The rows that a latent store of `spec` would hold for one image, (T, D): same precision, rounding and pruning.
+    """The rows of a latent store with `spec` for one image, tokens (T, D): same precision, rounding and pruning.
 
-    Equal to stored ones up to the last bits of the product, which depend on how many tokens are encoded together.
+    Equal to the stored rows up to the last bits, which depend on the number of tokens that are encoded together.
 
     Raises
     ------
     SpecMismatch
         If the store was made with another SAE.
     BadInput
-        If a latent is not finite.
+        If a latent is NaN or infinite.
     """
     if sae.sha256 != spec.sae_sha256:
         raise SpecMismatch(
@@ -215,13 +215,13 @@ def _encode_until(
     device: str,
     report: Callable[[int, str], None],
 ) -> None:
-    """Encode the images up to `stop`, which like the writer's position lies at the edge of a chunk of the cache."""
+    """Encode the images up to `stop`, which, as the writer's position, is the first image of a chunk of the cache."""
     spec, is_readable = writer.spec, store.readable()
     n_bytes = 4 * spec.n_latents * spec.tokens_per_image
     n_together = max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
     encoder = _Encoder(model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device)
     nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * spec.tokens_per_image
-    with _in_order(_APPENDING_AT_ONCE) as behind, encoder:
+    with _in_order(_MOST_WAITING) as behind, encoder:
         for rows, tokens in store.iter_chunks(first=-(-writer.n_images // store.spec.chunk_images)):
             if rows.start >= stop:
                 break
@@ -234,16 +234,16 @@ def _encode_until(
 
 
 def _equal_parts(n: int, at_most: int) -> list[slice]:
-    """0..n in parts that are about equal: a product of few rows is slow.
+    """0..n in slices of about equal length, at most `at_most`: a product of few rows is slow.
 
-    Always the same ones, since the last bits of a product depend on its number of rows.
+    The slices depend on the arguments only, since the last bits of a product depend on its number of rows.
     """
     n_parts = -(-n // at_most)
     return [slice(part * n // n_parts, (part + 1) * n // n_parts) for part in range(n_parts)]
 
 
 class _Encoder:
-    """Tokens of some images to sparse rows, on one device."""
+    """Encodes tokens of some images to sparse rows, on one device."""
 
     def __init__(self, model: SparseAutoencoder, rounding: Rounding, precision: str, device: str) -> None:
         self._model, self._device, self._is_low = model, torch.device(device), precision == "bf16"
@@ -257,7 +257,7 @@ class _Encoder:
 
     @torch.inference_mode()
     def rows(self, tokens: npt.NDArray[np.float16], is_readable: npt.NDArray[np.bool_]) -> SparseRows:
-        """The rows of some images, (n, T, D); an unreadable one has empty rows.
+        """The rows of some images, tokens (n, T, D); unreadable images get empty rows.
 
         Raises
         ------
@@ -285,9 +285,9 @@ class _Encoder:
 
 @contextmanager
 def _in_order(n_waiting: int) -> Iterator[Callable[..., None]]:
-    """A function that calls others in one thread, one after the other, while at most `n_waiting` of them wait.
+    """A function `behind(job, ...)` that runs jobs in one thread, in order; it blocks while `n_waiting` jobs wait.
 
-    An error of one of them is raised by the next call, or at the end; none behind it is called any more.
+    An error in a job is raised by a later call, or at the end; no job after it is run.
     """
     waiting: deque[Future[None]] = deque()
     has_failed = False

@@ -1,7 +1,7 @@
-"""From dense pre-activations to sparse rows, where those are: no dense copy or mask in the host's memory.
+"""Make sparse rows from dense pre-activations, on the device where they are, without a dense copy or mask.
 
-One pass finds what is above 0, rounds it to the mantissa bits that are kept, drops what lies below a threshold, and
-shows what is not finite. Positive floats are ordered as their bits are, so all of this is arithmetic on int32.
+One pass finds the values above 0, rounds them to the mantissa bits that are kept, drops those below a threshold, and
+detects NaN and infinity. Positive floats are ordered as their bits are, so all of this is arithmetic on int32.
 Shapes: B tokens, L latents.
 """
 
@@ -18,26 +18,26 @@ import torch
 from stores.errors import BadInput
 
 _INFINITY = 0x7F800000  # float32 bits; NaN lies above
-_BLOCK = 64  # latents that are looked at together: most blocks have none that is active
-_MIN_ENTRIES = 1 << 18  # of a thread's scratch
+_CHUNK = 64  # latents that are tested together: most chunks have no active latent
+_MIN_ENTRIES = 1 << 18  # size of a thread's scratch arrays, at least
 _NOT_FINITE = "a latent became NaN or infinite: the SAE's weights do not fit these tokens"
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a value above 0 becomes a stored one, in terms of its bits."""
+    """How a value above 0 is rounded before it is stored, in terms of its bits."""
 
-    value_bits: int  # mantissa bits kept: 1 to 23
+    value_bits: int  # mantissa bits that are kept: 1 to 23
     min_activation: float = 0.0  # a rounded value below it is dropped
 
     @property
     def drop(self) -> int:
-        """Mantissa bits that are lost."""
+        """Mantissa bits that are removed."""
         return 23 - self.value_bits
 
     @property
     def least(self) -> int:
-        """Bits of the least value above 0: what would round to 0 becomes this (docs/formats.md)."""
+        """Bits of the smallest rounded value above 0; a value that would round to 0 becomes this (docs/formats.md)."""
         return 1 << self.drop
 
     @property
@@ -48,16 +48,16 @@ class Rounding:
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Some token rows in the host's memory, one after the other."""
+    """Sparse rows of some tokens, in the host's memory."""
 
     indices: npt.NDArray[Any]  # (nnz,) uint16, uint32 or int32, strictly increasing in each row
     values: npt.NDArray[np.float32]  # (nnz,) rounded, above 0
-    lengths: npt.NDArray[np.int64]  # (rows,)
+    lengths: npt.NDArray[np.int64]  # (rows,) number of entries of each row
     n_dropped: int  # values that were above 0, and below `min_activation`
 
 
 class Compactor:
-    """Compacts micro-batches one after the other. Memory: 1.5 MiB, or six bytes per latent, for each thread."""
+    """Makes sparse rows of micro-batches. Memory per thread: 1.5 MiB, or 6 bytes per latent if that is more."""
 
     def __init__(self, n_latents: int, rounding: Rounding) -> None:
         self.rounding = rounding
@@ -68,16 +68,16 @@ class Compactor:
         self._scratch: list[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]] = []
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Stop the threads."""
         self._threads.shutdown()
 
     def rows(self, p_BL: torch.Tensor) -> list[SparseRows]:
-        """What is above 0 in float32 `p_BL`, row by row, on the device where it is.
+        """The values above 0 of float32 `p_BL` (B, L), in row order, in one or more pieces.
 
         Raises
         ------
         BadInput
-            If anything is NaN, or a value above 0 infinite, also by rounding.
+            If a value is NaN, or a value above 0 is infinite, also after rounding.
         """
         if not len(p_BL):
             return [SparseRows(np.empty(0, self._indices), np.empty(0, np.float32), np.empty(0, np.int64), 0)]
@@ -97,9 +97,10 @@ class Compactor:
 
 
 def round_mantissa(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
-    """Positive float32 rounded to `bits` mantissa bits, nearest even; what would round to 0 stays the least above 0.
+    """Positive float32 values, of any shape, rounded to `bits` mantissa bits (1 to 23), ties to even.
 
-    What `Compactor` does to each value, for who has them in the host's memory. Relative error at most 2^-(bits + 1).
+    A value that would round to 0 becomes the smallest rounded value above 0. The same rounding as `Compactor`'s, for
+    arrays in the host's memory. Relative error at most 2^-(bits + 1).
     """
     drop = 23 - bits
     if drop == 0:
@@ -118,7 +119,7 @@ def _rows_between(
     indices: npt.NDArray[Any],
     values: npt.NDArray[np.int32],
 ) -> Iterator[SparseRows]:
-    """Rows first..stop; in several pieces where they do not fit into the scratch arrays."""
+    """Rows first..stop, in several pieces if they do not fit into the scratch arrays."""
     drop, at = rounding.drop, first
     while at < stop:
         lengths = np.empty(stop - at, np.int64)
@@ -155,26 +156,26 @@ def _compact(
     values: Any,
     lengths: Any,
 ) -> Any:
-    """(row behind the last one that fitted, or -1: not finite; entries written; values dropped)."""
+    """(first row that did not fit, or -1 if a value is not finite; entries written; values dropped)."""
     n_latents, n, n_dropped = bits.shape[1], 0, 0
-    n_blocks = n_latents // _BLOCK
+    n_chunks = n_latents // _CHUNK
     for b in range(first, stop):
         if n + n_latents > len(indices):
             return b, n, n_dropped
         row, before = bits[b], n
-        blocks = row[: n_blocks * _BLOCK].reshape(n_blocks, _BLOCK)
-        for block in range(n_blocks):
+        chunks = row[: n_chunks * _CHUNK].reshape(n_chunks, _CHUNK)
+        for chunk in range(n_chunks):
             top, largest = np.int32(0), np.int32(0)
-            for k in range(_BLOCK):  # int32 throughout and of fixed length: a few vector instructions (docs/log.md)
-                bit = blocks[block, k]
+            for k in range(_CHUNK):  # int32 throughout and of fixed length: a few vector instructions (docs/log.md)
+                bit = chunks[chunk, k]
                 top, largest = max(top, bit), max(largest, np.int32(bit & 0x7FFFFFFF))
             if top > 0 or largest > _INFINITY:
-                start = block * _BLOCK
-                n, more = _take(row, start, start + _BLOCK, drop, half, tie, least, smallest, indices, values, n)
+                start = chunk * _CHUNK
+                n, more = _take(row, start, start + _CHUNK, drop, half, tie, least, smallest, indices, values, n)
                 n_dropped += more
                 if n < 0:
                     return -1, 0, 0
-        n, more = _take(row, n_blocks * _BLOCK, n_latents, drop, half, tie, least, smallest, indices, values, n)
+        n, more = _take(row, n_chunks * _CHUNK, n_latents, drop, half, tie, least, smallest, indices, values, n)
         n_dropped += more
         if n < 0:
             return -1, 0, 0
@@ -216,7 +217,7 @@ def _take(
 
 
 def _on_device(p_BL: torch.Tensor, rounding: Rounding) -> SparseRows:
-    """The same on a GPU; only indices, values and row lengths come to the host. Memory: one byte per entry of p."""
+    """The same on a GPU; only indices, values and row lengths go to the host. Memory: one byte per entry of p."""
     flat = p_BL.flatten()
     where = (flat > 0).nonzero().squeeze(1)  # int64, ascending: row by row
     rows = where.div(p_BL.shape[1], rounding_mode="floor")
@@ -225,7 +226,7 @@ def _on_device(p_BL: torch.Tensor, rounding: Rounding) -> SparseRows:
         half, tie = (1 << rounding.drop - 1) - 1, bits.bitwise_right_shift(rounding.drop).bitwise_and(1)
         bits = (bits + half + tie).bitwise_and(~((1 << rounding.drop) - 1)).clamp_min(rounding.least)
     columns = where - rows * p_BL.shape[1]
-    # a NaN is not above 0 and would pass for silence
+    # NaN is not above 0, so it would look like an inactive latent
     is_bad = torch.isnan(flat).any() | (bits >= _INFINITY).any()
     n_active = len(bits)
     if rounding.smallest > rounding.least:

@@ -1,6 +1,6 @@
-"""What an SAE is, in memory and on disk.
+"""Sparse autoencoders: model, settings, checkpoints, and exchange with other programs.
 
-Comes in: settings, or weights (ours, CytoSAE's, PatchSAE's, SAELens's). Goes out: a `SparseAutoencoder`.
+Comes in: settings, or weights (ours, or of CytoSAE, PatchSAE, SAELens). Goes out: a `SparseAutoencoder`.
 Open first: `model.py`.
 """
 

@@ -1,4 +1,4 @@
-"""An SAE on disk: a folder with `sae.safetensors` (weights) and `sae.json` (what they are). Save and load only."""
+"""Save and load an SAE: a folder with `sae.safetensors` (weights) and `sae.json` (header)."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaeRun:
-    """A finished SAE: where it lies, the model, its header, and the SHA-256 of its weights file."""
+    """A finished SAE: its folder, the model, its header, and the SHA-256 of its weights file."""
 
     root: Path
     model: SparseAutoencoder
@@ -39,29 +39,36 @@ class SaeRun:
         return dict(self.header.spec["tokens"])
 
     def require_tokens(self, spec: ActivationSpec, place: str, *, assume_compatible: bool = False) -> list[str]:
-        """Refuse tokens, of the cache that errors call `place`, of another kind; gives what had to be assumed.
+        """Refuse tokens of another kind than the SAE was trained on; returns the properties that were assumed.
+
+        spec : of the cache that error messages call `place`
+        assume_compatible : accept an imported SAE, which does not say on which tokens it was trained
 
         Raises
         ------
         SpecMismatch
-            Naming what differs, or what is not known of an imported SAE (unless `assume_compatible`).
+            If a property differs, or is not known and not to be assumed; the message names it.
         """
         return require_same_tokens(
             self.same_tokens, spec.same_tokens, f"the SAE {self.root}", place, assume_compatible=assume_compatible
         )
 
     def warn_of_precision(self, spec: ActivationSpec) -> None:
-        """A line of warning if tokens were made in another precision than those the SAE was trained on."""
+        """Log a warning if the tokens have another precision than those that the SAE was trained on."""
         trained_on = sorted({cache["precision"] for cache in self.header.spec["caches"]} - {spec.precision})
         if trained_on:
             _log.warning("the SAE was trained on %s tokens, this cache holds %s", trained_on[0], spec.precision)
 
 
 def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict[str, Any]) -> Header:
-    """Write the weights, then the header that calls the run complete."""
+    """Write the weights, then the header that marks the run as complete; returns that header.
+
+    summary : results of the run, for the header
+    """
     tensors = {name: value.detach() for name, value in model.state_dict().items()}
     save_tensors(root / WEIGHTS, tensors, _metadata(model))
-    # who was trained on and held out; metrics hold times, and a run that was interrupted must end as one that was not
+    # tables of the images; not metrics.parquet: it has times, and a continued run must have the same header as one that
+    # was never interrupted
     tables = {path.name: sha256_file(path) for path in sorted(root.glob("*.parquet")) if path.name != "metrics.parquet"}
     summary = {**summary, "sae_sha256": sha256_file(root / WEIGHTS), "files": tables}
     header = Header(**{**vars(header), "complete": True, "summary": summary})
@@ -77,7 +84,7 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     StoreNotFound, IncompleteStore, SpecMismatch
         If there is no finished SAE of a version that this program reads.
     DamagedStore
-        If the weights are missing, changed, misshaped or not finite.
+        If the weights are missing, were changed, have other shapes, or are NaN or infinite.
     """
     weights = find_weights(root)
     path, spec = weights.path, weights.header.spec
@@ -97,12 +104,12 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically and durably. What is not contiguous is copied in memory.
+    """Write a safetensors file atomically and durably. Tensors that are not contiguous are copied in memory.
 
     Raises
     ------
     OSError
-        If the disk is full, or does not take it for another reason.
+        If it cannot be written, for instance because the disk is full.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
@@ -125,20 +132,20 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     Raises
     ------
     DamagedStore
-        If it is not a whole safetensors file.
+        If it is not a complete safetensors file.
     """
     with open_tensors(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
 
 
 def _of_system(error: SafetensorError, path: Path) -> Exception:
-    """The system's error that safetensors met while it wrote `path`: it hands that on in words only."""
+    """The OSError behind an error of safetensors, which passes on its text only."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else error
 
 
 def _metadata(model: SparseAutoencoder) -> dict[str, str]:
-    """What the tensors do not say, so that the SHA-256 tells SAEs apart. One entry: the order of several is random."""
+    """What the tensors do not contain, so that the SHA-256 differs. One entry: the order of several is random."""
     k = "" if model.k is None else f" {model.k}"
     return {} if model.activation == "relu" else {"activation": f"{model.activation}{k}"}
 

@@ -1,4 +1,4 @@
-"""What can be asked of a training run, and the three named ways of asking (REFERENCE.md sections 4 and 5)."""
+"""The settings of a training run, their defaults, and the presets (REFERENCE.md sections 4 and 5)."""
 
 import dataclasses
 import math
@@ -23,31 +23,35 @@ GHOST_SCALES = ("scalar", "elementwise")
 PRECISIONS = ("fp32", "bf16")
 B_DEC_INITS = ("geometric-median", "geometric-median-per-position", "mean", "zeros")
 ORDERS = ("tokens", "images")
-_MOST_BYTES = 1 << 20  # of a file with settings
+_MOST_BYTES = 1 << 20  # size of a TOML file with settings, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a trained SAE, apart from the data. Written whole into `sae.json`."""
+    """Everything that determines a trained SAE, apart from the data. All of it is written into `sae.json`.
+
+    Raises BadInput for a value that is out of range, or settings that exclude each other.
+    """
 
     expansion: int = 64
     """n_latents = expansion x width of the tokens."""
     activation: str = "relu"
-    """What becomes of a pre-activation (model.py)."""
+    """How latents follow from pre-activations: relu, topk, batchtopk, jumprelu or gated (model.py)."""
     k: int | None = None
-    """topk: active latents per token; batchtopk: their mean over a batch. Not for the others."""
+    """topk: active latents per token; batchtopk: their mean over a batch. None for the other activations."""
     l1: float = 8e-5
-    """Weight of the sparsity term, in the unit of the loss: the latents' L1 norm (relu), the gates' (gated), or the
-    number of active latents (jumprelu); topk and batchtopk have none."""
+    """Weight of the sparsity term, >= 0: L1 norm of the latents (relu) or of the gates (gated), or the number of
+    active latents (jumprelu), per token; topk and batchtopk have none."""
     l1_warmup_steps: int = 0
     """Step k, from 0, has l1 x min(1, (k + 1) / l1_warmup_steps)."""
     lr: float = 4e-4
+    """Learning rate of Adam, > 0."""
     warmup_steps: int = 500
-    """Step k, from 0, runs at lr x min(1, (k + 1) / warmup_steps)."""
+    """Step k, from 0, has lr x min(1, (k + 1) / warmup_steps)."""
     schedule: str = "constant"
-    """After the warm-up: constant, or down to 0 at the end, by a cosine or a straight line."""
+    """Learning rate after the warm-up: constant, or decaying to 0 at the end, as a cosine or linearly."""
     decay_steps: int | None = None
-    """The last steps, over which cosine and linear go down; None: all after the warm-up, and the last fifth."""
+    """Number of last steps over which it decays; None: all after the warm-up (cosine), the last fifth (linear)."""
     batch_tokens: int = 16_448
     """Tokens per step: 64 images of 257."""
     tokens: int | None = None
@@ -55,44 +59,47 @@ class TrainConfig:
     epochs: float | None = None
     """Budget in passes over the chosen tokens; excludes `tokens`."""
     token_set: str = "all"
-    """Which tokens of an image are trained on: all 257, the 256 patches, or CLS."""
+    """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), or `cls`."""
     loss: str = "normed"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
     mean over channels (`mse`)."""
     token_scale: str = "none"
-    """`sqrt-width`: train on tokens of mean norm sqrt(width), by a factor that is folded into the saved weights."""
+    """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
     dead_latents: str = "ghost"
-    """What is done for latents that have been silent for more than `dead_after_steps` steps (dead_latents.py)."""
+    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py)."""
     dead_after_steps: int = 64
+    """A latent is dead if it was not active on any token for more than this many steps."""
     ghost_scale: str = "scalar"
-    """One factor per batch, or one per element as released."""
+    """ghost: `scalar`, one factor per batch, or `elementwise`, one per element, as released."""
     auxk: int | None = None
-    """Dead latents that reconstruct together, per token; None: half the width."""
+    """auxk: number of dead latents per token that reconstruct the residual; None: half the width."""
     auxk_weight: float = 1 / 32
+    """auxk: weight of its loss, >= 0."""
     resample_every: int = 1_000
-    """Steps between two new starts of dead latents (`resample`); none in the last so many steps."""
+    """resample: interval in steps; no resampling in the last interval."""
     jump_threshold: float = 1e-3
-    """Where jumprelu's thresholds begin, in the unit of scaled tokens."""
+    """jumprelu: initial threshold, > 0, in the unit of scaled tokens."""
     jump_bandwidth: float = 1e-3
-    """Window around the threshold in which its gradient is estimated."""
+    """jumprelu: width of the window around the threshold in which its gradient is estimated, > 0."""
     b_dec_init: str = "geometric-median"
+    """Initial b_dec: `geometric-median` of the first tokens, the same per position (released), `mean`, or `zeros`."""
     order: str = "tokens"
-    """`tokens`: shuffled tokens, new every epoch; `images`: whole images, shuffled once, the same in every pass."""
+    """`tokens`: tokens shuffled anew in every epoch; `images`: whole images, shuffled once for all epochs."""
     pool_chunks: int = 16
-    """Chunks of the cache that are shuffled together in memory (order `tokens`)."""
+    """Order `tokens`: number of cache chunks that are shuffled together in memory."""
     mix: tuple[float, ...] | None = None
-    """Share of the tokens that each cache gives; None: in proportion to their tokens, each token once per epoch."""
+    """Share of tokens from each cache, each > 0; None: in proportion to their tokens, each token once per epoch."""
     holdout: float = 0.0
-    """Fraction of the images that is not trained on, but measured on at the end."""
+    """Fraction of the images, 0 to below 1, that is not trained on; the SAE is measured on it at the end."""
     holdout_by: str = "image"
-    """Whether images are held out one by one, or all of a patient's together."""
+    """`image`: images are held out one by one; `patient`: all images of a patient together."""
     seed: int = 0
-    """Of the first weights, and of all else that is drawn."""
+    """Seed of the initial weights, the order of the tokens, held-out images and resampling."""
     order_seed: int | None = None
-    """Of the order of the tokens and of what is held out; None: `seed`. Runs with equal order share a pass over the
-    data (cyto sae sweep)."""
+    """Seed of the order of the tokens and of held-out images; None: `seed`. SAEs of a sweep with the same order share
+    a pass over the data."""
     precision: str = "fp32"
-    """`bf16` (GPU only): operands of products in bfloat16; weights, gradients and sums stay float32."""
+    """`bf16` (GPU only): operands of matrix products in bfloat16; weights, gradients and sums stay float32."""
     log_every: int = 20
     """Steps between two rows of metrics.parquet."""
 
@@ -144,24 +151,27 @@ class TrainConfig:
             raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
 
     def n_steps(self, tokens_per_epoch: int) -> int:
-        """Number of steps: the budget rounded to whole batches, at least one."""
+        """Number of steps, at least one: the budget rounded to whole batches.
+
+        tokens_per_epoch : tokens of one pass over the data, for a budget in epochs
+        """
         budget = self.tokens if self.tokens is not None else 257_000_000
         if self.epochs is not None:
             budget = round(self.epochs * tokens_per_epoch)
         return max(1, round(budget / self.batch_tokens))
 
     def lr_at(self, step: int, n_steps: int) -> float:
-        """Learning rate of step `step`, from 0, of `n_steps`: warm-up, then the schedule; whichever is lower."""
+        """Learning rate of step `step`, from 0, of `n_steps`: the lower one of warm-up and schedule."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule == "constant":
             return self.lr * warmup
-        left = min(1.0, (n_steps - step) / self._decay(n_steps))  # 1 before it begins, 1 / decay at the last step
+        left = min(1.0, (n_steps - step) / self._decay(n_steps))  # 1 before the decay, 1 / decay_steps at the last step
         down = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return self.lr * min(warmup, down)
 
     @property
     def warning(self) -> str | None:
-        """What is likely not meant, in words."""
+        """A line on settings that are probably a mistake, or None."""
         if self.loss != "eq1" or self.activation != "relu" or self.l1 >= 1e-3:
             return None
         return (
@@ -170,7 +180,7 @@ class TrainConfig:
         )
 
     def resolved(self, width: int, n_steps: int) -> dict[str, int]:
-        """What settings that are None come to, for tokens of this width and a run of so many steps."""
+        """The values of settings that are None by default, for tokens of this width and a run of `n_steps` steps."""
         return {
             "tokens": n_steps * self.batch_tokens,
             "order_seed": self.seed if self.order_seed is None else self.order_seed,
@@ -183,7 +193,7 @@ class TrainConfig:
         return min(n_steps, max(1, default if self.decay_steps is None else self.decay_steps))
 
     def l1_at(self, step: int) -> float:
-        """Weight of the sparsity term at step `step`, from 0."""
+        """Weight of the sparsity term in step `step`, from 0."""
         return self.l1 * min(1.0, (step + 1) / max(1, self.l1_warmup_steps))
 
 
@@ -220,19 +230,19 @@ def make_config(
 
 
 def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Settings, of which those in `given` win; a budget there replaces the other kind, too."""
+    """`values` updated by `given`; a budget in `given` also removes the other kind of budget (tokens or epochs)."""
     other_budget = {"epochs": "tokens", "tokens": "epochs"}
     replaced = [other_budget[name] for name in given if name in other_budget]
     return {name: value for name, value in values.items() if name not in replaced} | given
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of at most 1 MiB.
+    """The content of a TOML file of at most 1 MiB.
 
     Raises
     ------
     BadInput
-        If it is anything else.
+        If the file cannot be read, is larger, or is not TOML.
     """
     try:
         with path.open("rb") as file:
@@ -252,7 +262,7 @@ def checked_settings(values: dict[str, Any], source: str) -> dict[str, Any]:
     Raises
     ------
     BadInput
-        For a name that is no setting, or a value of another type; `source` says where it stood.
+        For an unknown name, or a value of another type; the message begins with `source`.
     """
     types = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
     unknown = [name for name in values if name not in types]

@@ -1,4 +1,4 @@
-"""The directions that the latents of an SAE write: its decoder's rows at unit norm. numpy only, no torch."""
+"""The decoder rows of an SAE at unit norm: the directions of its latents. numpy only, no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from stores.spec import Header, check_latent, describe_difference, require_uncha
 
 from .weights_file import find_weights, open_tensors
 
-_ROWS = 8192  # that are worked on together
+_ROWS = 8192  # rows that are processed together
 
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """The decoder of one SAE. Centre and scale of its tokens play no part: a direction has neither."""
+    """The decoder directions of one SAE."""
 
     root: Path
     sae_sha256: str
-    tokens: dict[str, Any]  # the kind of tokens it was trained on; None: not known (an imported SAE)
+    tokens: dict[str, Any]  # kind of the tokens it was trained on; a value None: not known (imported SAE)
     rows: npt.NDArray[np.float32]  # (L, D) of norm 1; a row that was zero stays zero
     has_direction: npt.NDArray[np.bool_]  # (L,): False where the row is zero
-    seed: int | None  # that its training began from; None: not known (an imported SAE)
+    seed: int | None  # of its initial weights; None: not known (imported SAE)
     header: Header
 
     @property
@@ -46,7 +46,7 @@ def read_decoder(root: Path) -> Decoder:
     StoreNotFound, IncompleteStore, SpecMismatch
         If there is no finished SAE of a version that this program reads.
     DamagedStore
-        If the weights are missing, changed, misshaped or not finite.
+        If the weights are missing, were changed, have other shapes, or are NaN or infinite.
     """
     weights = find_weights(root)
     spec = weights.header.spec
@@ -66,12 +66,12 @@ def read_decoder(root: Path) -> Decoder:
 
 
 def require_comparable(a: Decoder, b: Decoder, *, assume_compatible: bool = False) -> list[str]:
-    """Refuse to compare the directions of SAEs on two kinds of tokens; gives what is not known and had to be assumed.
+    """Refuse to compare SAEs of different kinds of tokens; returns the properties that had to be assumed.
 
     Raises
     ------
     SpecMismatch
-        Naming what differs, or what is not known of an imported SAE (unless `assume_compatible`).
+        If a property differs, or is not known and not to be assumed; the message names it.
     """
     names = [name for name in a.tokens if None in (a.tokens[name], b.tokens.get(name))]
     theirs, ours = ({name: value for name, value in each.tokens.items() if name not in names} for each in (a, b))
@@ -91,8 +91,9 @@ def require_comparable(a: Decoder, b: Decoder, *, assume_compatible: bool = Fals
 def pair_cosines(
     a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], of_a: npt.NDArray[Any], of_b: npt.NDArray[Any]
 ) -> npt.NDArray[np.float64]:
-    """Cosines of rows of norm 1, pair by pair, in float64: they do not depend on how a product was cut.
+    """(n,) float64 cosines, in [-1, 1], of pairs of rows. The result does not depend on how pairs are batched.
 
+    a, b : rows of norm 1, (L, D) with the same D
     of_a, of_b : (n,) row numbers
     """
     cosines = [
@@ -103,7 +104,7 @@ def pair_cosines(
 
 
 def _to_unit_norm(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """In place; says which rows have a direction."""
+    """Scale rows to norm 1 in place; returns which rows are not zero."""
     has_direction = []
     for part in _parts(rows):
         largest = np.abs(part).max(1, initial=0)

@@ -1,9 +1,9 @@
-"""SAEs of other programs: the released CytoSAE and PatchSAE `.pt`, and SAELens folders, in and out.
+"""Import and export of SAEs: the released CytoSAE and PatchSAE `.pt`, and SAELens folders.
 
-What comes in is a stranger's: nothing in it is executed, every tensor is checked, and what it does not say (which
-tokens it was trained on) stays unknown. All three programs store `W_enc` (D, L), `b_enc`, `W_dec` (L, D) and `b_dec`
-and mean the same by them: latents = ReLU((x - b_dec) W_enc + b_enc), reconstruction = latents W_dec + b_dec. SAELens
-has our other activations too (saelens.py).
+Imported files are not trusted: nothing in them is executed, every tensor is checked, and what they do not contain
+(on which tokens the SAE was trained) stays unknown. All three programs store `W_enc` (D, L), `b_enc`, `W_dec` (L, D)
+and `b_dec` with the same meaning: latents = ReLU((x - b_dec) W_enc + b_enc), reconstruction = latents W_dec + b_dec.
+SAELens has our other activations too (saelens.py).
 """
 
 import json
@@ -35,10 +35,10 @@ from .saelens import shown
 from .safe_unpickle import Instance, Tensor, plain_config, read_pickle
 
 LAYOUTS = ("cytosae", "saelens")
-MAX_BYTES = 4 << 30  # of a file of weights: the released one has 302 MB
-_MAX_PICKLE_BYTES = 256 << 10  # the released one has below 4 KiB
-_MAX_JSON_BYTES = 1 << 20  # of cfg.json, and of the header in a safetensors file
-_MAX_RECORDS = 64  # tensors in a safetensors file, before any is read
+MAX_BYTES = 4 << 30  # largest file of weights; the released one has 302 MB
+_MAX_PICKLE_BYTES = 256 << 10  # the released one has less than 4 KiB
+_MAX_JSON_BYTES = 1 << 20  # largest cfg.json, and largest header of a safetensors file
+_MAX_RECORDS = 64  # most tensors in a safetensors file; checked before any is read
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 # where the config class of CytoSAE, PatchSAE and the code before them lived; a name here is compared, never imported
@@ -52,26 +52,28 @@ _UNKNOWN = ("backbone", "weights_sha256", "block", "transform", "token_layout", 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignSae:
-    """An SAE as another program stored it, in our terms."""
+    """An SAE that was read from the files of another program, as our model stores it."""
 
     format: str
     activation: str
-    k: int | None  # of topk
-    weights: dict[str, torch.Tensor]  # the state of our model: W_enc (D, L), W_dec (L, D), b_dec (D,), others (L,)
-    says: dict[str, Any]  # its config, as plain values; claims, none of them checked but the sizes
-    files: dict[str, str]  # SHA-256 of what was read
-    notes: list[str]  # what was changed or left out, in words
+    k: int | None  # for topk
+    weights: dict[str, torch.Tensor]  # float32 state of our model: W_enc (D, L), W_dec (L, D), b_dec (D,), others (L,)
+    says: dict[str, Any]  # its config as plain values; not checked, except the sizes
+    files: dict[str, str]  # SHA-256 of the files that were read
+    notes: list[str]  # one line for each thing that was changed or left out
 
 
 def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Header, bool]:
-    """(the header of the SAE that was at `source`, now in the folder `run`; was it complete already?)
+    """Import the SAE at `source` into the folder `run`; returns its header, and True if `run` was complete already.
 
-    The weights are taken as they are (rows of `W_dec` keep their norm). Memory: the source twice.
+    Weights are not changed (rows of `W_dec` keep their norm). Memory: the source twice.
+
+    source : a `.pt` file of CytoSAE or PatchSAE, or a SAELens folder
 
     Raises
     ------
     BadInput
-        If `source` is no SAE that can be imported, or would execute code.
+        If `source` is not an SAE that can be imported, or could execute code.
     SpecMismatch
         If `run` holds something else.
     """
@@ -110,7 +112,7 @@ def read_foreign(source: Path) -> ForeignSae:
     Raises
     ------
     BadInput
-        If it is none, or one whose latents ours cannot equal.
+        If it is neither, or an SAE whose latents our model cannot reproduce.
     """
     try:
         if source.is_dir():
@@ -135,7 +137,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
     BadInput
         If the format has no place for the activation, or for this file name.
     SpecMismatch
-        If anything else is at `out`: a file of another program bears no mark of ours, so none is replaced.
+        If anything else exists at `out`: it is never replaced.
     """
     check_choice("format", format, LAYOUTS)
     sae, out = load_sae(run), out.absolute()
@@ -216,7 +218,8 @@ def _read_tensor(archive: TorchArchive, name: str, tensor: Any) -> torch.Tensor:
     record = archive.check_storage(tensor.key, tensor.length * dtype.itemsize)
     rows_first = _strides(tensor.shape)
     columns_first = tuple(reversed(_strides(tensor.shape[::-1])))
-    # each number of its record once: a stride of 0 makes terabytes of one number, a view hides what it is a view of
+    # every number of the record exactly once: a stride of 0 could make terabytes of one number, and a view of a larger
+    # record would leave numbers unread
     if tensor.strides not in (rows_first, columns_first) or (tensor.offset, tensor.length) != (
         0,
         math.prod(tensor.shape),
@@ -339,7 +342,7 @@ def _check_shapes(weights: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of numbers that lie one after the other, the last axis quickest."""
+    """Strides of a contiguous array, the last axis fastest."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -355,7 +358,7 @@ def _weights(sae: SaeRun) -> dict[str, torch.Tensor]:
 
 
 def _provenance(sae: SaeRun, format: str) -> dict[str, Any]:
-    """What travels with an export under the key `cyto`: claims for whoever looks, of no effect when imported again."""
+    """What an export contains under the key `cyto`, for information only: an import does not use it."""
     spec = sae.header.spec
     names = ("tokens", "trained_backbone", "config", "imported")
     said = {"said_before": _said(sae)} if spec.get("imported", {}).get("format", format) != format else {}
@@ -363,7 +366,7 @@ def _provenance(sae: SaeRun, format: str) -> dict[str, Any]:
 
 
 def _said(sae: SaeRun, format: str | None = None) -> dict[str, Any]:
-    """What an imported SAE said of itself (if that was in this format), without what we had added before."""
+    """The config of an imported SAE (if it was in this format), without what an earlier export of ours has added."""
     said = dict((sae.header.summary or {}).get("says", {}))
     if format not in (None, sae.header.spec.get("imported", {}).get("format")):
         return {}
@@ -373,10 +376,10 @@ def _said(sae: SaeRun, format: str | None = None) -> dict[str, Any]:
 
 
 def _cytosae_content(sae: SaeRun) -> dict[str, Any]:
-    """What the released `load_sae` takes: the config may be a dict there, so no class has to be named."""
+    """The content that the released `load_sae` accepts: its config may be a dict, so no class is pickled."""
     spec, tokens = sae.header.spec, sae.same_tokens
     config: dict[str, Any] = {"d_in": spec["width"], "d_sae": spec["n_latents"]}
-    # without these the released class cannot be made; they decide about training only, but for the gate
+    # required by the released class; all but `gated_sae` matter for training only
     config |= {"gated_sae": None, "l1_coefficient": 0.0, "use_ghost_grads": False, "mse_cls_coefficient": 1.0}
     config |= {"device": "cpu"}
     if tokens["backbone"] is not None:
@@ -421,7 +424,7 @@ def _saelens_content(sae: SaeRun) -> tuple[dict[str, Any], dict[str, torch.Tenso
 
 
 def _is_export(out: Path, sae: SaeRun, format: str) -> bool:
-    """Does `out` hold just what would be written?"""
+    """True if `out` already contains what would be written."""
     try:
         found = read_foreign(out)
     except BadInput:
@@ -439,7 +442,7 @@ def _is_export(out: Path, sae: SaeRun, format: str) -> bool:
 
 @contextmanager
 def _built_beside(out: Path) -> Iterator[Path]:
-    """A name to build a file or a folder at; it becomes `out` when the block ends well, and nothing is replaced."""
+    """A temporary path for a file or folder; it is renamed to `out` if no error occurs. Nothing is replaced."""
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""The sparse autoencoder of CytoSAE (arXiv 2507.12464, section 2) and its variants: what they are, not how they learn.
+"""The sparse autoencoder of CytoSAE (arXiv 2507.12464, section 2), and the same with other activations.
 
 Shapes: B tokens, D width of a token, L latents. Both matrices are stored as the released code stores them.
 """
@@ -15,27 +15,41 @@ from .top_k import keep_top_k_
 
 
 class SparseAutoencoder(nn.Module):
-    """p = (x - b_dec) W_enc + b_enc;  z = activation(p);  x_hat = z W_dec + b_dec.
+    """A sparse autoencoder: p = (x - b_dec) W_enc + b_enc;  z = activation(p);  x_hat = z W_dec + b_dec.
 
-    Activations (z is 0 wherever p <= 0):
+    x (B, D) are tokens, p (B, L) pre-activations, z (B, L) latents >= 0, x_hat (B, D) reconstructions. A latent is
+    active on a token where z > 0. Activations (z is 0 wherever p <= 0):
 
     relu       p
     topk       p where it is among the token's k largest (Gao et al., arXiv 2406.04093)
-    batchtopk  p where p > threshold, a running mean of what it took to be among a batch's k x B largest
+    batchtopk  p where p > threshold, the running mean of the smallest of the k x B largest values of a batch
                (Bussmann et al., arXiv 2412.06410)
     jumprelu   p where p > exp(log_threshold) (Rajamanoharan et al., arXiv 2407.14435)
     gated      ReLU(exp(r_mag) (x - b_dec) W_enc + b_mag) where p > 0 (Rajamanoharan et al., arXiv 2404.16014)
     """
 
     def __init__(self, width: int, n_latents: int, activation: str = "relu", k: int | None = None) -> None:
-        """`k`: of topk and batchtopk. Raises BadInput for another activation, or a k that does not fit."""
+        """An SAE whose matrices are not initialised (`init_weights`); biases are 0.
+
+        Parameters
+        ----------
+        width : D, channels of a token
+        n_latents : L
+        activation : relu, topk, batchtopk, jumprelu or gated
+        k : 1 to L, for topk and batchtopk only
+
+        Raises
+        ------
+        BadInput
+            For another activation, or a k that does not fit.
+        """
         super().__init__()
         if activation not in ACTIVATIONS:
             raise BadInput(f"the activation must be one of {', '.join(ACTIVATIONS)}; found {activation!r}")
         if activation in ("topk", "batchtopk") and not (k is not None and 1 <= k <= n_latents):
             raise BadInput(f"k must lie between 1 and the {n_latents:,} latents; found {k}")
         self.activation, self.k = activation, k
-        # (D, L), stored by latent, as training/kernels_cpu.py reads them
+        # (D, L), in memory transposed: one row per latent, as training/kernels_cpu.py reads it
         self.W_enc = nn.Parameter(torch.empty(n_latents, width).T)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))  # (L,)
         self.W_dec = nn.Parameter(torch.empty(n_latents, width))  # (L, D), rows of norm 1
@@ -60,13 +74,13 @@ class SparseAutoencoder(nn.Module):
         return self.W_enc.shape[1]
 
     def pre_activations(self, tokens_BD: torch.Tensor) -> torch.Tensor:
-        """(B, D) -> p (B, L)."""
+        """Tokens (B, D) -> pre-activations p (B, L), before the activation."""
         return torch.addmm(self.b_enc, tokens_BD - self.b_dec, self.W_enc)
 
     def keep_active_(self, pre_activations_BL: torch.Tensor) -> torch.Tensor:
-        """In place: what is above 0 afterwards is active, and its latent's value; the rest is not. Returns it.
+        """Apply the activation to p (B, L) in place and return it; entries <= 0 afterwards are inactive (`relu_`).
 
-        NaN stays NaN, so that it is not lost.
+        NaN stays NaN, so that it is noticed.
         """
         p_BL = pre_activations_BL
         if self.activation == "topk":
@@ -82,22 +96,27 @@ class SparseAutoencoder(nn.Module):
         return p_BL
 
     def encode(self, tokens_BD: torch.Tensor) -> torch.Tensor:
-        """(B, D) -> dense latents (B, L), all >= 0. For use, not for training: losses.py has the gradients."""
+        """Tokens (B, D) -> dense latents (B, L), all >= 0, in the unit of the tokens.
+
+        For inference; training has its own gradients (training/losses.py).
+        """
         return self.keep_active_(self.pre_activations(tokens_BD)).relu_()
 
     def decode(self, latents_BL: torch.Tensor) -> torch.Tensor:
-        """(B, L) -> reconstruction (B, D)."""
+        """Latents (B, L) -> reconstructions (B, D)."""
         return torch.addmm(self.b_dec, latents_BL, self.W_dec)
 
     def forward(self, tokens_BD: torch.Tensor) -> torch.Tensor:
-        """(B, D) -> reconstruction (B, D)."""
+        """Tokens (B, D) -> reconstructions (B, D)."""
         return self.decode(self.encode(tokens_BD))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, threshold: float = 1e-3) -> None:
-        """The released start (REFERENCE.md 4.2): Kaiming-uniform with the fans as released, not tied; biases 0.
+        """Initialise in place as the released code does (REFERENCE.md 4.2): Kaiming-uniform, biases 0, rows of norm 1.
 
-        threshold : where jumprelu's thresholds begin
+        Bounds are sqrt(6 / L) for W_enc and sqrt(6 / D) for W_dec; the two matrices are drawn separately.
+
+        threshold : initial threshold of jumprelu, > 0
         """
         for weight, fan_in in ((self.W_enc, self.n_latents), (self.W_dec, self.width)):
             bound = math.sqrt(6 / fan_in)
@@ -109,14 +128,14 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Every decoder row to norm 1 (a zero row stays zero)."""
+        """Scale every decoder row to norm 1, in place (a zero row stays zero)."""
         self.W_dec.div_(_norms(self.W_dec)[:, None])
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> None:
-        """Decoder rows to norm 1, their norm moved into the encoder, so that the reconstruction stays the same.
+        """Scale decoder rows to norm 1 and move their norms into the encoder, in place: reconstructions do not change.
 
-        Not for topk and batchtopk, where it would change which latents are the largest: there the norm is dropped.
+        For topk and batchtopk the norms are dropped: in the encoder they would change which latents are the largest.
         """
         norm_L = _norms(self.W_dec)
         self.W_dec.div_(norm_L[:, None])
@@ -131,7 +150,10 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fold_token_scale(self, scale: float) -> None:
-        """From an SAE of tokens that were multiplied by `scale` to one of the tokens themselves: latents / scale."""
+        """Change, in place, an SAE of tokens multiplied by `scale` > 0 into one of the tokens themselves.
+
+        Latents and reconstructions are divided by `scale`.
+        """
         self.b_dec.div_(scale)
         self.b_enc.div_(scale)
         if self.activation == "batchtopk":
@@ -143,7 +165,7 @@ class SparseAutoencoder(nn.Module):
 
 
 def _norms(rows_LD: torch.Tensor) -> torch.Tensor:
-    """(L,): what to divide a row by, 1 for a zero row."""
+    """(L,): norms of the rows, 1 for a zero row."""
     norm_L = rows_LD.norm(dim=1)
     norm_L[norm_L == 0] = 1
     return norm_L
@@ -151,10 +173,11 @@ def _norms(rows_LD: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def geometric_median(points_ND: torch.Tensor, *, n_rounds: int = 100) -> torch.Tensor:
-    """(N, D) -> (D,): the point with the least sum of distances, by Weiszfeld's rounds from the mean.
+    """The point with the smallest sum of Euclidean distances to N points, by Weiszfeld's algorithm from their mean.
 
-    Weights are 1 / max(distance, 1e-6), as released. Points of more axes are flattened to vectors: (N, T, D) gives
-    (T, D) with Frobenius distances.
+    Weights are 1 / max(distance, 1e-6), as in the released code; the iteration stops after `n_rounds` rounds.
+
+    points_ND : (N, D) gives (D,); (N, T, D) gives (T, D), with Frobenius distances
     """
     flat = points_ND.reshape(len(points_ND), -1)
     median = flat.mean(0)

@@ -1,4 +1,4 @@
-"""What a SAELens folder means by its config and its tensors, in our terms, and back. Values only: interop.py has files.
+"""Conversion of a SAELens config and its tensors to our model and back; interop.py reads and writes the files.
 
 SAELens 6, with u = (x - b_dec) W_enc, or x W_enc where `apply_b_dec_to_input` is false; x_hat = z W_dec + b_dec:
 
@@ -34,7 +34,7 @@ def read_config(says: dict[str, Any]) -> tuple[str, int | None]:
     Raises
     ------
     Refused
-        If it asks for what would give other latents than those at the top: values are known, or refused by name.
+        If a setting would give other latents than the equations above; the message names it.
     """
     architecture, activation = says.get("architecture"), says.get("activation_fn", says.get("activation_fn_str"))
     if architecture in (None, "standard"):
@@ -70,12 +70,12 @@ def read_config(says: dict[str, Any]) -> tuple[str, int | None]:
 def to_ours(
     architecture: str, k: int | None, stored: dict[str, torch.Tensor], says: dict[str, Any]
 ) -> tuple[str, dict[str, torch.Tensor], list[str]]:
-    """(activation, the state of our model, what was changed, in words) of the `TENSORS` of an architecture, float32.
+    """(activation, state of our model, notes on what was changed) from the float32 `TENSORS` of an architecture.
 
     Raises
     ------
     Refused
-        If k, or a decoder row that is to be divided by its norm, does not fit.
+        If k is larger than the number of latents, or a decoder row to be divided by its norm is zero.
     """
     weights, notes = dict(stored), []
     n_latents = len(weights["W_dec"])
@@ -113,14 +113,14 @@ def to_ours(
 
 
 def from_ours(model: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """(what cfg.json says of the architecture, its `TENSORS`); batchtopk becomes jumprelu, as in SAELens."""
+    """(the fields of cfg.json for the architecture, its `TENSORS`); batchtopk becomes jumprelu, as in SAELens."""
     stored = {name: value.detach() for name, value in model.state_dict().items()}
     if model.activation == "topk":
         return {"architecture": "topk", "k": model.k, "rescale_acts_by_decoder_norm": False}, stored
     if model.activation == "gated":
         stored["b_gate"] = stored.pop("b_enc")
         return {"architecture": "gated"}, stored
-    if model.activation == "jumprelu":  # an infinite threshold is no number for a file; nothing exceeds the largest
+    if model.activation == "jumprelu":  # exp may overflow; the largest float32 has the same effect as infinity
         stored["threshold"] = stored.pop("log_threshold").exp().clamp_max(torch.finfo(torch.float32).max)
         return {"architecture": "jumprelu"}, stored
     if model.activation == "batchtopk":
@@ -130,12 +130,12 @@ def from_ours(model: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, torch
 
 
 def shown(text: str) -> str:
-    """A stranger's text as it can stand on a line."""
+    """Text from a file that is not trusted, safe to print on one line."""
     return text if text.isprintable() else ascii(text)
 
 
 def _read_k(says: dict[str, Any]) -> int:
-    """As SAELens finds it: beside the other settings, or before version 6 among those of the activation function."""
+    """As SAELens looks it up: `k`, or before version 6 in the arguments of the activation function."""
     settings = says.get("activation_fn_kwargs") if _is_before_6(says) else None
     given = [value for value in (says.get("k"), settings.get("k") if isinstance(settings, dict) else None) if value]
     k = given[0] if given else None
@@ -147,7 +147,7 @@ def _read_k(says: dict[str, Any]) -> int:
 
 
 def _is_before_6(says: dict[str, Any]) -> bool:
-    """From when on `activation_fn` has no effect; a file without a version is from before."""
+    """True for files of SAELens before 6, where `activation_fn` has an effect; a file without a version is one."""
     metadata = says.get("metadata")
     version = says.get("sae_lens_version") or (metadata.get("sae_lens_version") if isinstance(metadata, dict) else None)
     return not (isinstance(version, str) and re.match(r"([6-9]|[1-9][0-9])\.", version))

@@ -1,8 +1,8 @@
-"""What a pickle of somebody else's says, as plain data. It is read, not run: what it names is not called.
+"""Read an untrusted pickle of `torch.save` as plain data: nothing that it names is imported or called.
 
-A machine for the few opcodes that `torch.save` writes (protocol 2). What the pickle wants to call or build must be on
-the list below and becomes a value of ours: a tensor's place in the file, a dict, the fields of a config. All else is
-refused by name. Time and memory are bounded by the length of the pickle.
+An interpreter for the few opcodes that `torch.save` writes (protocol 2). Each function or class that the pickle names
+must be on the lists below; calling it gives a value of ours: the location of a tensor, a dict, the fields of a config.
+Everything else raises `Refused`. Time and memory are bounded by the length of the pickle.
 """
 
 import math
@@ -26,8 +26,8 @@ _CALLED = {
     "torch._utils._rebuild_parameter",
     "torch.device",
 }
-_MAX_DEPTH = 8  # of a value in a config: two in the released one
-_MAX_SIZE = 1 << 20  # of a config: values and letters; the same list may stand in it many times
+_MAX_DEPTH = 8  # nesting of a value in a config; 2 in the released one
+_MAX_SIZE = 1 << 20  # values and characters of a config; one list may be referenced many times
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: numbers of `dtype` in the record `key`, which has `length` of them."""
+    """Location of a tensor: in the record `key`, which has `length` numbers of type `dtype`."""
 
     key: str
     dtype: str
@@ -51,7 +51,7 @@ class Tensor:
 
 @dataclass
 class Instance:
-    """An object of a class that was allowed by name: its fields, nothing of its behaviour."""
+    """The fields of an object whose class is allowed by name; the class itself is not imported."""
 
     name: str
     fields: dict[str, Any]
@@ -63,7 +63,7 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
     Raises
     ------
     Refused
-        If it asks for anything else, by name.
+        If it names anything else; the message says what.
     ValueError, IndexError, ...
         If it is damaged: pickletools raises almost anything.
     """
@@ -72,7 +72,7 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
     memo: dict[Any, Any] = {}
 
     def take() -> list[Any]:
-        """What was pushed since the last mark."""
+        """The values pushed since the last mark."""
         start = marks.pop()
         taken = stack[start:]
         del stack[start:]
@@ -142,12 +142,12 @@ def read_pickle(pickled: bytes, *, classes: frozenset[str]) -> Any:
 
 
 def plain_config(value: Any) -> Any:
-    """A value of a config in words that JSON knows: names and numbers that are not finite as text, tuples as lists.
+    """A value of a config as JSON values: names, NaN and infinity as text, tuples as lists.
 
     Raises
     ------
     Refused
-        If it is nested deeper, or is larger, than a config can be; or holds a tensor.
+        If it is nested deeper or larger than a config can be, or contains a tensor.
     """
     budget = [_MAX_SIZE]
 
@@ -195,7 +195,7 @@ def _storage(wanted: Any) -> Tensor:
 
 
 def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    """What the call would have given, of the four that may stand in a checkpoint."""
+    """The result, as plain data, of one of the four calls that a checkpoint may contain."""
     match name, arguments:
         case "collections.OrderedDict", ():
             return {}

@@ -1,4 +1,4 @@
-"""The k largest of each token's values: in place, compiled on the CPU, torch elsewhere. Twin: tests/reference.py."""
+"""The k largest values of each token, in place: compiled on the CPU, torch elsewhere. Twin: tests/reference.py."""
 
 from typing import Any
 
@@ -7,11 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-_CHUNK = 16  # values that are compared together: most chunks hold none of the k largest
+_CHUNK = 16  # values that are compared together: most chunks have none of the k largest
 
 
 def keep_top_k_(values_BL: torch.Tensor, k: int) -> torch.Tensor:
-    """In place: all but the k largest of a row become 0; of equals the first ones stay. NaN counts as the largest."""
+    """Set all but the k largest values of each row to 0, in place, and return the matrix.
+
+    Of equal values the first ones are kept (on the CPU). NaN counts as the largest.
+    """
     if k >= values_BL.shape[1]:
         return values_BL
     if values_BL.device.type == "cpu" and values_BL.dtype != torch.bfloat16:
@@ -23,7 +26,7 @@ def keep_top_k_(values_BL: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def use_kernels_with_torch_threads() -> None:
-    """Let numba's kernels use as many threads as torch does, and torch no others than before."""
+    """Let numba's kernels use as many threads as torch does; torch's own number stays the same."""
     n_threads = torch.get_num_threads()
     use_threads(n_threads)
     if torch.get_num_threads() != n_threads:
@@ -31,7 +34,7 @@ def use_kernels_with_torch_threads() -> None:
 
 
 def use_threads(n_threads: int) -> None:
-    """How many threads numba's kernels use. Starting numba's threads changes what OpenMP's other users see."""
+    """Set the number of threads of numba's kernels. The first call may change torch's number: both use OpenMP."""
     numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at import
 
 
@@ -39,7 +42,7 @@ def use_threads(n_threads: int) -> None:
 def _keep_top_k(values: npt.NDArray[Any], k: int) -> None:
     for b in numba.prange(values.shape[0]):
         row = values[b]
-        heap = np.zeros(k, values.dtype)  # the k largest so far, the least first
+        heap = np.zeros(k, values.dtype)  # the k largest so far, the smallest first
         for first in range(0, len(row), _CHUNK):
             stop = min(first + _CHUNK, len(row))
             bound = heap[0]

@@ -1,6 +1,6 @@
-"""The weights file of a finished SAE: is it there, whole, and the one that was written? No torch here.
+"""Find and check the weights file of a finished SAE, without torch.
 
-`checkpoint.py` loads all of it for torch, `decoder.py` the decoder's rows for numpy.
+`checkpoint.py` loads all weights for torch, `decoder.py` the decoder for numpy.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ WEIGHTS = "sae.safetensors"
 
 @dataclass(frozen=True)
 class SaeFile:
-    """The weights file of a finished SAE, its header, and the SHA-256 of the file, which is the header's."""
+    """The weights file of a finished SAE, its header, and the SHA-256 of the file, equal to the one in the header."""
 
     path: Path
     header: Header
@@ -28,7 +28,7 @@ class SaeFile:
 
 
 def find_weights(root: Path) -> SaeFile:
-    """The weights file of the finished SAE at `root`, its bytes checked against the header.
+    """The weights file of the finished SAE at `root`, checked against the SHA-256 in the header.
 
     Raises
     ------
@@ -54,12 +54,12 @@ def find_weights(root: Path) -> SaeFile:
 
 @contextmanager
 def open_tensors(path: Path, framework: str) -> Iterator[Any]:
-    """A safetensors file as tensors of a framework, "np" or "pt"; nothing in it is executed.
+    """An open safetensors file; `framework` is "np" or "pt". Nothing in it is executed.
 
     Raises
     ------
     DamagedStore
-        If it is not a whole safetensors file, also where that shows only while it is read.
+        If it is not a complete safetensors file, also if that is found only while it is read.
     """
     try:
         with safe_open(path, framework=framework) as file:

@@ -1,4 +1,4 @@
-"""Many SAEs trained side by side on the same batches.
+"""Train many SAEs on the same batches.
 
 Comes in: a grid of settings and token activations. Goes out: a folder of SAEs with tables and a figure.
 Open first: `run.py`.

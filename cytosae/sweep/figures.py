@@ -1,4 +1,4 @@
-"""The picture of a sweep: explained variance against L0."""
+"""The figure of a sweep: explained variance against L0."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +11,21 @@ from cytosae.plotting import COLORS, MARKERS, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST_NAMED = 16  # values in a legend
+_MOST_NAMED = 16  # most values in a legend
 
 
 def plot_sweep(
     table: Sequence[dict[str, Any]], settings: Sequence[str], paths: Sequence[Path], *, x: str, y: str
 ) -> None:
-    """Explained variance against L0, a point per row of a sweep's table: mean and standard deviation over seeds.
+    """Draw explained variance against L0, one point per row of a sweep's table: mean and standard deviation over seeds.
 
-    One panel per setting that varies; all show the same points, each coloured (and shaped) by its own setting. Rows
-    without a finished SAE are not shown, and counted below.
+    One panel per setting that varies. All panels show the same points, with colours and markers by the setting of the
+    panel. Rows without a finished SAE are not shown; the title says how many there are.
+
+    table : rows of table.parquet
+    settings : names of the settings that vary
+    paths : files to write; the suffix gives the format
+    x, y : metrics by their names in the table, without `_mean` and `_sd`
     """
     shown = [row for row in table if row[f"{x}_mean"] is not None and row[f"{y}_mean"] is not None]
     panels = list(settings) or [""]
@@ -47,7 +52,7 @@ def plot_sweep(
 
 
 def _draw_sweep(axes: "Axes", rows: Sequence[dict[str, Any]], setting: str, x: str, y: str) -> None:
-    """One panel. Values have colours of their own as long as there are enough of them, then shades in their order."""
+    """One panel. Values get distinct colours if there are enough, otherwise shades of one colour map in their order."""
     values = list(dict.fromkeys(row[setting] for row in rows)) if setting else [None]
     if all(isinstance(value, int | float) for value in values):
         values.sort()

@@ -1,8 +1,8 @@
-"""Which SAEs a sweep has: GRID.toml read, multiplied out, checked, and each member named by what varies.
+"""The members of a sweep: read GRID.toml, form all combinations, check them, and name each by the settings that vary.
 
-[base]     settings of all members, or preset = "paper"
-[grid]     setting = [values]: all combinations of all lists
-[[runs]]   settings that belong together; each such table is combined with every point of [grid]
+[base]     settings of all members; also preset = "paper"
+[grid]     setting = [values]: all combinations of the lists
+[[runs]]   settings that belong together; each such table is combined with every combination of [grid]
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from stores.spec import check_choice
 from stores.tables import listed
 
 MOST_MEMBERS = 10_000
-_MOST_NAME = 100  # characters; a file name has at most 255, and states and locks add to it
+_MOST_NAME = 100  # characters; a file name has at most 255, including suffixes for states and locks
 _Settings = dict[str, Any]
 
 
@@ -34,21 +34,21 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A sweep as it was asked for."""
+    """The content of a grid file."""
 
     varied: tuple[str, ...]  # settings that differ between members, in the order of `TrainConfig`
-    members: tuple[Member, ...]  # in the order of the file: [[runs]] first, then [grid], its last list fastest
-    tables: dict[str, Any]  # the file as it was read
+    members: tuple[Member, ...]  # in the order of the file: [[runs]] slowest, the last list of [grid] fastest
+    tables: dict[str, Any]  # the TOML file as read
 
 
 def read_grid(path: Path) -> Grid:
-    """The members that a TOML file asks for. Where nothing sets `order_seed`, it is 0, so that seeds share a pass.
+    """The members that a TOML file describes. `order_seed` is 0 where it is not set, so that seeds share a pass.
 
     Raises
     ------
     BadInput
-        If the file cannot be read, sets what is no setting, or asks for no SAE, for one twice, for one that cannot be
-        trained, or for more than 10,000.
+        If the file cannot be read, has an unknown setting, or describes no SAE, the same SAE twice, settings that
+        exclude each other, or more than 10,000 SAEs.
     """
     tables = read_toml(path)
     unknown = [name for name in tables if name not in ("base", "grid", "runs")]
@@ -77,7 +77,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def setting_text(value: Any) -> str:
-    """A setting in a name or a table: as short as is exact."""
+    """The value of a setting as text, for names and tables."""
     if isinstance(value, tuple):
         return "+".join(setting_text(item) for item in value)
     return "none" if value is None else str(value)

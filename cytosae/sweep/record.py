@@ -1,6 +1,6 @@
-"""What a sweep's folder says: `sweep.json`, one row per SAE, and means over seeds as the paper's tables have them.
+"""The results of a sweep: `sweep.json`, one row per SAE, and means over seeds as in the paper's tables.
 
-The numbers of a finished SAE are those in its own `sae.json`; the record knows what no SAE says of itself.
+The metrics of a finished SAE come from its own `sae.json`; `sweep.json` has only what is not there (failures, times).
 """
 
 import statistics
@@ -27,46 +27,48 @@ _OF_TRAINING = (
     "dead_fraction",
 )
 _HELD_OUT = ("mse", "explained_variance", "explained_variance_uncentered", "l0", "n_meaningful")
-# with a prefix: `l1` and `loss` are settings, too
+# with a prefix, since `l1` and `loss` are also settings
 METRICS = (*(f"final_{name}" for name in _OF_TRAINING), *(f"held_out_{name}" for name in _HELD_OUT), "seconds")
 
 
 @dataclass
 class Record:
-    """One member of a sweep, as far as its own run does not say it."""
+    """What `sweep.json` says of one member of a sweep."""
 
-    name: str  # of its folder in `runs/`
-    caches: str  # which of the groups of caches it is trained on
-    settings: dict[str, Any]  # those that vary
-    identity: str  # of the SAE
-    status: str = "unfinished"  # or complete, or failed
+    name: str  # name of its folder in `runs/`
+    caches: str  # name of the group of caches that it is trained on
+    settings: dict[str, Any]  # the settings that vary
+    identity: str  # SHA-256 of data and settings, as in its `sae.json`
+    status: str = "unfinished"  # "unfinished", "complete" or "failed"
     failed_at_step: int | None = None
     message: str | None = None
-    seconds: float = 0.0  # spent in its own steps; reading and waiting for other members are not in it
+    seconds: float = 0.0  # time of its own steps, without reading and without other members
 
 
 class SweepFolder:
-    """The folder of a sweep, with the record of its members."""
+    """The folder of a sweep, and the records of its members."""
 
     def __init__(self, root: Path, spec: dict[str, Any], grid: dict[str, Any], records: list[Record]) -> None:
-        """Take what stands in `sweep.json`, or begin it.
+        """Read `sweep.json` if it exists; nothing is written.
 
         Raises
         ------
         SpecMismatch
             If `root` holds something else, or a sweep of other SAEs.
+        DamagedStore
+            If `sweep.json` was changed by hand.
         """
         self.root, self.records = root, {record.name: record for record in records}
         self._spec, self._grid = spec, grid
         self.is_complete, self.is_whole = False, False  # whole: its tables and figures are what was written
         self._claim()
-        for record in records:  # a finished run says so itself
+        for record in records:  # its own header tells whether a run is finished
             header = find_header(self.folder(record)) if record.status == "unfinished" else None
             if header is not None and header.complete and header.identity == record.identity:
                 record.status = "complete"
 
     def folder(self, record: Record) -> Path:
-        """Where a member's run lies."""
+        """The folder of a member's run."""
         return self.root / "runs" / record.name
 
     def _claim(self) -> None:
@@ -128,7 +130,7 @@ class SweepFolder:
         self.is_complete = complete
 
     def rows(self) -> list[Row]:
-        """One per member: what varies, how it ended, and its metrics (None where it is not finished)."""
+        """One row per member: the settings that vary, its status, and its metrics (None if it is not finished)."""
         return [self._row(record) for record in self.records.values()]
 
     def _row(self, record: Record) -> Row:
@@ -159,7 +161,7 @@ class SweepFolder:
         return members, table, as_markdown(table, varied)
 
     def write_tables(self, varied: Sequence[str]) -> tuple[list[Row], list[Row], str]:
-        """Write the three; gives the same."""
+        """Write members.parquet, table.parquet and table.md; returns the same as `tables`."""
         members, table, text = self.tables(varied)
         write_atomic(self.root / "members.parquet", parquet_bytes(_arrow(members)))
         write_atomic(self.root / "table.parquet", parquet_bytes(_arrow(table)))
@@ -168,9 +170,10 @@ class SweepFolder:
 
 
 def means_over_seeds(members: Sequence[Row], varied: Sequence[str]) -> list[Row]:
-    """One row per group of caches and setting, in the order of the members; `seed` is what is averaged over.
+    """One row per group of caches and combination of settings except `seed`, in the order of the members.
 
-    `n` SAEs are finished; each metric has a `_mean` and a `_sd` over them (divided by n - 1; None for fewer than two).
+    `n` is the number of finished SAEs; each metric has a mean (`_mean`) and a standard deviation (`_sd`, divided by
+    n - 1; None if n < 2) over them.
     """
     names = [name for name in varied if name != "seed"]
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -192,14 +195,14 @@ def means_over_seeds(members: Sequence[Row], varied: Sequence[str]) -> list[Row]
 
 
 def metric_prefix(table: Sequence[Row]) -> str:
-    """Of the metrics to show: `held_out_` if every finished SAE was measured on held-out images, else `final_`."""
+    """The prefix of the metrics to show: `held_out_` if every row with a finished SAE has them, else `final_`."""
     finished = [row for row in table if row["n"]]
     is_held_out = bool(finished) and all(row["held_out_l0_mean"] is not None for row in finished)
     return "held_out_" if is_held_out else "final_"
 
 
 def as_markdown(table: Sequence[Row], varied: Sequence[str]) -> str:
-    """The table of means for people, with what its numbers are above it."""
+    """The table of means in Markdown, with an explanation of its numbers above it."""
     settings = [name for name in varied if name != "seed"]
     if len({row["caches"] for row in table}) > 1:
         settings = ["caches", *settings]
@@ -248,7 +251,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _arrow(rows: Sequence[Row]) -> pa.Table:
-    """Columns of numbers or text; what cannot be a column by itself (shares of a mix) is text."""
+    """Columns of numbers or text; tuples (the shares of a mix) become text."""
     columns = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -272,5 +275,5 @@ def _are_whole(root: Path, files: Any) -> bool:
 
 
 def _is_free(folder: Path) -> bool:
-    """Nothing is there but what a killed command left of a first `sweep.json`."""
+    """True if the folder is empty, except for temporary files of a killed process."""
     return all(path.name.startswith("sweep.json.") or is_dropping(path.name) for path in folder.iterdir())

@@ -1,7 +1,7 @@
-"""Several SAEs from one pass over the data: those that read the same tokens in the same order step on the same batch.
+"""Several SAEs from one pass over the data: members that read the same tokens in the same order share each batch.
 
-Each member is a run of its own (train.py), in a folder of its own, and equals bit for bit the one that `cyto sae train`
-makes with its settings: what is shared is a batch, gathered and sent to the device once.
+Each member is a run of its own (training/train.py) in its own folder, and equals bit for bit the SAE that `cyto sae
+train` makes with its settings. Only the batches are shared: each is read and sent to the device once.
 """
 
 import os
@@ -16,7 +16,21 @@ from typing import Any
 import torch
 
 from cytosae.sae import TrainConfig
-from cytosae.training import Diverged, Training, TrainingData, choose_data, first_position, new_model, on_device
+from cytosae.training import (
+    Diverged,
+    Training,
+    TrainingData,
+    TrainPlan,
+    begin_training,
+    choose_data,
+    finish_training,
+    first_position,
+    new_model,
+    on_device,
+    plan_training,
+    save_training,
+    train_step,
+)
 from stores.activation_store import ActivationStore, used_together
 from stores.destination import claimed
 from stores.errors import BadInput, StoreUnreachable
@@ -28,21 +42,28 @@ from .figures import plot_sweep
 from .grid import Grid, read_grid
 from .record import Record, Row, SweepFolder, metric_prefix
 
-MOST_AT_ONCE = 256  # each holds a lock file open
-_MEMORY_SHARE = 0.5  # of what is free; batches, pools and dense latents need the rest
+MOST_AT_ONCE = 256  # members in one pass; each keeps a lock file open
+_MEMORY_SHARE = 0.5  # of free memory, for weights; batches, pools and dense latents need the rest
 _FREE_IF_UNKNOWN = 4 << 30
-_OF_DATA = ("token_set", "order", "pool_chunks", "mix", "holdout", "holdout_by")  # and the seed of the order
+_OF_DATA = (
+    "token_set",
+    "order",
+    "pool_chunks",
+    "mix",
+    "holdout",
+    "holdout_by",
+)  # settings that choose tokens and order
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A finished sweep."""
+    """A finished sweep; rows are dicts of plain values."""
 
     root: Path
     members: list[Row]  # as in members.parquet
     table: list[Row]  # as in table.parquet
-    markdown: str
-    was_complete: bool
+    markdown: str  # as in table.md
+    was_complete: bool  # True: nothing had to be trained
 
     @property
     def failed(self) -> list[Row]:
@@ -52,16 +73,25 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A member before it is opened."""
+    """A member before its folder is opened."""
 
     record: Record
-    config: TrainConfig
-    data: TrainingData
-    n_bytes: int  # weights, gradients and moments
+    plan: TrainPlan
+    n_bytes: int  # memory of weights, gradients and Adam's moments
+
+    @property
+    def config(self) -> TrainConfig:
+        """Its settings."""
+        return self.plan.config
+
+    @property
+    def data(self) -> TrainingData:
+        """Its tokens."""
+        return self.plan.data
 
     @property
     def pass_key(self) -> tuple[int, int, int]:
-        """Members that are equal here can share a pass: the same stream, in batches at the same positions."""
+        """Members with the same key can share a pass: the same stream, cut into batches at the same positions."""
         return id(self.data), self.config.batch_tokens, first_position(self.config)
 
 
@@ -78,22 +108,29 @@ def sweep(
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total, state: None,
 ) -> SweepResult:
-    """Train every SAE of the grid on `caches` (paths or URLs), and write tables of what came out to the folder `out`.
+    """Train every SAE of the grid on `caches` (paths or URLs), and write tables of the results to the folder `out`.
 
-    Caches of the same kind of tokens are trained on together; of each kind the whole grid is trained. The same call
-    continues an interrupted sweep. A member whose loss stops being finite has failed, for good; the others go on.
+    Caches of the same kind of tokens are trained on together; the whole grid is trained for each kind. The same call
+    continues an interrupted sweep. A member whose loss becomes NaN or infinite has failed and is not tried again; the
+    others continue.
     Memory: as `train`, with four times the weights of every member of a pass.
 
-    at_once : members in one pass; default: as many as fit in half of the free memory, at least one
-    say : told in words what is about to happen
-    progress : tokens of the passes, done and in all
+    Parameters
+    ----------
+    grid_file : TOML file (grid.py)
+    exclude : ids of images that are neither trained on nor held out
+    at_once : members in one pass, 1 to 256; default: as many as fit in half of the free memory, at least one
+    checkpoint_every : steps of a member between two saved states
+    keep_states : number of saved states that are kept for each unfinished member
+    say : called with a line of text before the work begins
+    progress : called with tokens read by the passes, done and in all
 
     Raises
     ------
     BadInput
-        If the grid cannot be used, or was started by torchrun.
+        If the grid cannot be used, or the sweep was started by torchrun.
     SpecMismatch
-        If `out` holds anything but this sweep, or another process is at work there.
+        If `out` holds something else or another sweep, or another process is working on it.
     IncompleteStore, DamagedStore, StoreUnreachable
         As `train`.
     """
@@ -119,7 +156,7 @@ def sweep(
             if warning:
                 say(f"warning: {warning}")
         if waiting:
-            say(_announced(planned, waiting, passes))
+            say(_summary_line(planned, waiting, passes))
         totals = [_last_position(members) for members in passes]
         for number, members in enumerate(passes):
             tell = partial(_tell, progress, sum(totals[:number]), sum(totals))
@@ -129,7 +166,7 @@ def sweep(
 
 
 def _grouped(caches: Sequence[Path | str]) -> dict[str, list[ActivationStore]]:
-    """Caches that hold the same kind of tokens, by a short name that says which: `block10`."""
+    """Groups of caches with the same kind of tokens, by a short name: `block10` (a transformer block)."""
     stores = [ActivationStore(cache) for cache in caches]
     if len({store.content_sha256 for store in stores}) < len(stores):
         raise BadInput("the same cache is given twice; its tokens would count double")
@@ -137,9 +174,9 @@ def _grouped(caches: Sequence[Path | str]) -> dict[str, list[ActivationStore]]:
     for store in stores:
         groups.setdefault(sha256_json(store.spec.same_tokens), []).append(store)
     blocks = [group[0].spec.block for group in groups.values()]
-    is_told = len(set(blocks)) == len(blocks)
+    is_unique = len(set(blocks)) == len(blocks)
     return {
-        f"block{group[0].spec.block}" + ("" if is_told else f"-{identity[:8]}"): used_together(group)
+        f"block{group[0].spec.block}" + ("" if is_unique else f"-{identity[:8]}"): used_together(group)
         for identity, group in groups.items()
     }
 
@@ -147,7 +184,7 @@ def _grouped(caches: Sequence[Path | str]) -> dict[str, list[ActivationStore]]:
 def _plan(
     grid: Grid, groups: dict[str, list[ActivationStore]], out: Path, exclude: frozenset[str], source: Path
 ) -> list[_Planned]:
-    """Every member of the grid for every group of caches; what cannot be trained is found before anything is."""
+    """Every member of the grid for every group of caches. Raises BadInput before any of them is trained."""
     chosen: dict[tuple[Any, ...], TrainingData] = {}
     planned = []
     for label, stores in groups.items():
@@ -158,21 +195,19 @@ def _plan(
             try:
                 if key not in chosen:
                     chosen[key] = choose_data(stores, config, exclude=exclude)
-                training = Training(chosen[key], out / "runs" / name, config, device="cpu")
+                plan = plan_training(chosen[key], out / "runs" / name, config)
                 with torch.device("meta"):  # shapes without memory
-                    n_bytes = sum(
-                        4 * 4 * weight.numel() for weight in new_model(training.data.width, config).parameters()
-                    )
+                    n_bytes = sum(4 * 4 * weight.numel() for weight in new_model(plan.data.width, config).parameters())
             except BadInput as error:
                 raise BadInput(f"{source}: the member {name} cannot be trained: {error}") from None
             settings = {setting: getattr(config, setting) for setting in grid.varied}
-            record = Record(name=name, caches=label, settings=settings, identity=training.identity)
-            planned.append(_Planned(record, config, chosen[key], n_bytes))
+            record = Record(name=name, caches=label, settings=settings, identity=plan.header.identity)
+            planned.append(_Planned(record, plan, n_bytes))
     return planned
 
 
 def _spec(planned: list[_Planned]) -> dict[str, Any]:
-    """What decides the numbers of a sweep."""
+    """Everything that decides the numbers of a sweep; its hash is the identity of the sweep."""
     caches: dict[str, Any] = {}
     for member in planned:
         if member.record.caches not in caches:
@@ -186,7 +221,10 @@ def _spec(planned: list[_Planned]) -> dict[str, Any]:
 
 
 def _passes(waiting: list[_Planned], at_once: int | None, n_bytes: float) -> list[list[_Planned]]:
-    """Who is trained together: in the order of the grid, as many as may be and, where that is not said, as fit."""
+    """Members by pass, in the order of the grid.
+
+    at_once : most members of a pass; None: as many as have weights of at most `n_bytes` together, at least one
+    """
     by_key: dict[tuple[int, int, int], list[list[_Planned]]] = {}
     for member in waiting:
         passes = by_key.setdefault(member.pass_key, [[]])
@@ -200,13 +238,13 @@ def _passes(waiting: list[_Planned], at_once: int | None, n_bytes: float) -> lis
 
 
 def _last_position(members: list[_Planned]) -> int:
-    """Tokens that a pass gathers from its beginning on."""
+    """Tokens that a pass reads if it starts at the beginning."""
     return max(member.config.n_steps(member.data.stream.tokens_per_epoch) for member in members) * (
         members[0].config.batch_tokens
     )
 
 
-def _announced(planned: list[_Planned], waiting: list[_Planned], passes: list[list[_Planned]]) -> str:
+def _summary_line(planned: list[_Planned], waiting: list[_Planned], passes: list[list[_Planned]]) -> str:
     most = max((len(members) for members in passes), default=0)
     done = f" ({len(planned) - len(waiting):,} are finished)" if len(waiting) < len(planned) else ""
     n_bytes = max((sum(member.n_bytes for member in members) for members in passes), default=0)
@@ -221,7 +259,7 @@ def _tell(progress: Progress, before: int, total: int, done: int, state: str) ->
 
 
 def _free_bytes(device: str) -> int:
-    """Memory that is free where the members are to live."""
+    """Free memory on the device, in bytes; on a CPU within the limit of the container."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])
     free = _FREE_IF_UNKNOWN
@@ -249,9 +287,9 @@ class _Pass:
         self._is_to_save, self._best = False, ("", float("-inf"))
 
     def run(self, progress: Callable[[int, str], None]) -> None:
-        """Train them all to their ends; `progress` is told of tokens gathered.
+        """Train all of them to their ends; `progress` is called with the tokens read so far.
 
-        On Ctrl-C, and if a cache cannot be reached any longer, all states are saved.
+        On Ctrl-C, and if a cache cannot be read any longer, all states are saved.
         """
         first = self._members[0]
         stream, batch_tokens = first.data.stream, first.config.batch_tokens
@@ -259,8 +297,8 @@ class _Pass:
             self._begin(stack)
             try:
                 for record, training in list(self._live):
-                    self._end_if_done(record, training)
-                while self._live:
+                    self._finish_if_over(record, training)
+                while self._live:  # members that are behind catch up first: then all share each batch
                     position = min(training.position for _, training in self._live)
                     batches = on_device(stream.batches(batch_tokens, position=position), self._device)
                     while due := [member for member in self._live if member[1].position == position]:
@@ -274,40 +312,40 @@ class _Pass:
                         progress(position - first_position(first.config), self._state())
             except (KeyboardInterrupt, StoreUnreachable):
                 for _, training in self._live:
-                    training.save()
+                    save_training(training)
                 raise
             finally:
                 self._folder.save()
 
     def _begin(self, stack: ExitStack) -> None:
         for member in self._members:
-            folder = self._folder.folder(member.record)
-            training = Training(member.data, folder, member.config, device=self._device, keep_states=self._keep)
-            if training.begin(stack):
-                self._live.append((member.record, training))
-            else:
+            training = begin_training(member.plan, stack, device=self._device, keep_states=self._keep)
+            if training is None:
                 member.record.status = "complete"
+            else:
+                self._live.append((member.record, training))
 
     def _step(self, record: Record, training: Training, tokens: torch.Tensor) -> None:
         began = time.perf_counter()
         try:
-            training.take_step(tokens, lambda done, total, metrics: None)
+            train_step(training, tokens)
         except Diverged as error:
             self._fail(record, training, error)
             return
         finally:
             record.seconds += time.perf_counter() - began
-        self._end_if_done(record, training)
-        if training.step < training.n_steps and training.step % self._checkpoint_every == 0:
-            training.save()
+        self._finish_if_over(record, training)
+        if training.step % self._checkpoint_every == 0 and not training.is_over:
+            save_training(training)
             self._is_to_save = True
 
-    def _end_if_done(self, record: Record, training: Training) -> None:
-        if training.step < training.n_steps:
+    def _finish_if_over(self, record: Record, training: Training) -> None:
+        if not training.is_over:
             return
-        self._live.remove((record, training))  # from now on its weights are no state to go on from
+        # removed first: `finish_training` changes the weights, so they must not be saved as a state any more
+        self._live.remove((record, training))
         try:
-            training.finish()
+            finish_training(training)
         except Diverged as error:
             self._fail(record, training, error)
             return
@@ -330,7 +368,7 @@ class _Pass:
 
 
 def _result(folder: SweepFolder, grid: Grid, *, was_complete: bool) -> SweepResult:
-    """Write what is missing; the sweep is complete when all else is on the disk."""
+    """Write tables and figure; the sweep is marked complete when everything else is on disk."""
     if was_complete:
         members, table, text = folder.tables(grid.varied)
         return SweepResult(folder.root, members, table, text, was_complete)

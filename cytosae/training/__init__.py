@@ -1,4 +1,4 @@
-"""How an SAE learns, and how good it is.
+"""Train an SAE, and evaluate it.
 
 Comes in: token activations and a `TrainConfig`. Goes out: a folder with the SAE, its state and its metrics.
 Open first: `train.py`.

@@ -8,8 +8,16 @@ from .evaluate import Evaluation as Evaluation
 from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight
+from .objective import Objective as Objective
 from .residuals import compare_in_one_pass as compare_in_one_pass
 from .residuals import compare_plainly as compare_plainly
 from .state import new_model as new_model
 from .train import Diverged as Diverged
 from .train import Training as Training
+from .train import TrainPlan as TrainPlan
+from .train import begin_training as begin_training
+from .train import finish_training as finish_training
+from .train import plan_training as plan_training
+from .train import remove_parallel_gradient as remove_parallel_gradient
+from .train import save_training as save_training
+from .train import train_step as train_step

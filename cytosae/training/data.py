@@ -1,4 +1,4 @@
-"""What an SAE is trained on: caches, the order of their tokens, what is held out, and what is learnt before step 0."""
+"""The data of a training run: caches, order of the tokens, held-out images, and estimates before step 0."""
 
 import hashlib
 from collections.abc import Collection, Sequence
@@ -18,7 +18,7 @@ from stores.holdout import Chosen, chosen_images
 from stores.token_mix import TokenMix
 from stores.token_stream import TokenStream
 
-_SAMPLE = 65_536  # tokens that the start of b_dec and the scale of the tokens are computed from
+_SAMPLE = 65_536  # tokens from which the initial b_dec and the scale of the tokens are computed
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class TrainingData:
     stores: list[ActivationStore]
     stream: TokenStream | TokenMix
     chosen: Chosen
-    excluded_sha256: str | None  # of the sorted ids, one per line; None: none are excluded
-    starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)  # b_dec, kept for SAEs that begin alike
+    excluded_sha256: str | None  # of the sorted ids, one per line; None: no image is excluded
+    # initial b_dec by setting, computed once for all SAEs of a sweep that start from the same one
+    starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -37,7 +38,7 @@ class TrainingData:
         return self.stores[0].spec.width
 
     def held_out_table(self) -> pa.Table:
-        """`dataset` and `image_id` of the images that are held out."""
+        """`dataset` and `image_id` of the held-out images."""
         tables = [
             store.images.select(["dataset", "image_id"]).filter(pa.array(mask))
             for store, mask in zip(self.stores, self.chosen.held_out, strict=True)
@@ -45,11 +46,11 @@ class TrainingData:
         return pa.concat_tables(tables)
 
     def trained_on(self) -> list[pa.Table]:
-        """The rows of the image tables that are trained on, one table per cache."""
+        """The rows of the image tables that the SAE is trained on, one table per cache."""
         return [store.images.filter(pa.array(mask)) for store, mask in zip(self.stores, self.chosen.train, strict=True)]
 
     def to_spec(self) -> dict[str, Any]:
-        """What stands of it in `sae.json`."""
+        """The fields of `sae.json` that describe the data."""
         return {
             "tokens": self.stores[0].spec.same_tokens,
             "trained_backbone": self.stores[0].spec.trained,
@@ -83,7 +84,7 @@ def open_data(caches: Sequence[Path | str], config: TrainConfig, *, exclude: Col
 
 
 def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: Collection[str] = ()) -> TrainingData:
-    """The tokens of opened caches that `config` asks for. Raises BadInput as `open_data` does."""
+    """The tokens of opened caches that `config` selects. Raises BadInput as `open_data` does."""
     seed = config.seed if config.order_seed is None else config.order_seed
     if config.mix is not None and len(config.mix) != len(stores):
         raise BadInput(f"mix must have a share for each of the {len(stores)} caches; found {len(config.mix)}")
@@ -115,12 +116,15 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
 
 
 def first_position(config: TrainConfig) -> int:
-    """The token that step 0 begins with: the released median per position has used the first batch up."""
+    """The position in the token stream at which step 0 begins.
+
+    After the first batch for `geometric-median-per-position`: the released code has used that batch for the median.
+    """
     return config.batch_tokens if config.b_dec_init == "geometric-median-per-position" else 0
 
 
 def require_start(data: TrainingData, config: TrainConfig) -> None:
-    """Raise BadInput if the batches of `config` cannot be made of `data`, or its b_dec not begun with one."""
+    """Raise BadInput if `data` is too small for the batches of `config`, or a batch for the initial b_dec."""
     data.stream.batches(config.batch_tokens)
     is_per_position = config.b_dec_init == "geometric-median-per-position"
     if is_per_position and config.batch_tokens < data.stream.tokens_per_image:
@@ -128,7 +132,10 @@ def require_start(data: TrainingData, config: TrainConfig) -> None:
 
 
 def token_scale(data: TrainingData, config: TrainConfig) -> float:
-    """What tokens are multiplied with: for `sqrt-width`, sqrt(width) / mean norm of the first tokens."""
+    """The factor of the tokens, above 0: for `sqrt-width`, sqrt(width) / mean norm of the first tokens.
+
+    Raises BadInput if that mean norm is 0.
+    """
     if config.token_scale == "none":
         return 1.0
     norm = float(_sample(data, config).norm(dim=1).double().mean())
@@ -138,7 +145,10 @@ def token_scale(data: TrainingData, config: TrainConfig) -> float:
 
 
 def initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
-    """(D,): where b_dec begins: the geometric median is the paper's, per position over one batch the released form."""
+    """(D,): the initial b_dec, of unscaled tokens.
+
+    The paper has the geometric median of tokens; the released code takes it per position over one batch.
+    """
     asked = (config.b_dec_init, config.batch_tokens)
     if asked not in data.starts:
         data.starts[asked] = _initial_b_dec(data, config)

@@ -1,15 +1,15 @@
-"""What is done for latents that have fallen silent: ghost gradients, an auxiliary reconstruction, or a new start.
+"""Treatment of dead latents: ghost gradients, an auxiliary reconstruction (auxk), or new weights (resample).
 
 ghost (released; REFERENCE.md 4.2), with r = x - x_hat and K the dead latents:
     g = exp(p[:, K]) W_dec[K],  a = ||r|| / (1e-6 + 2 ||g||),  G = w_r (a g - r)^2;  r, a and w_r detached
     loss = mean(c G),  c = M / (G + 1e-6) element by element (released), or mean(M) / (mean(G) + 1e-6); detached
     w_r = 1 / ||r|| (loss "normed"), D ("eq1") or 1 ("mse")
 
-auxk (Gao et al., arXiv 2406.04093, A.2): the k largest positive pre-activations among K reconstruct what is left over
+auxk (Gao et al., arXiv 2406.04093, A.2): the k largest positive pre-activations among K reconstruct the residual r
     loss = weight * mean(w_x (z_aux W_dec[K] - r)^2);  r detached
 
-resample (Bricken et al. 2023, "Towards Monosemanticity", Neuron Resampling): every so many steps a dead latent starts
-anew at a token that is reconstructed badly, drawn with a probability that goes like its squared loss.
+resample (Bricken et al. 2023, "Towards Monosemanticity", Neuron Resampling): every `resample_every` steps each dead
+latent gets new weights in the direction of a token, drawn with probability proportional to its squared loss.
 
 Shapes: B tokens of a micro-batch, D width, K dead latents.
 """
@@ -22,20 +22,21 @@ from cytosae.sae import SparseAutoencoder, keep_top_k_
 
 from .distributed import Ranks
 from .latent_matrix import add_product
+from .objective import Objective
 
-EPS = 1e-6
-NORM_FLOOR = 1e-12
-_RESAMPLED_ENCODER = 0.2  # of the mean norm of the living
+EPS = 1e-6  # in the denominators of ghost
+NORM_FLOOR = 1e-12  # lower bound of a norm that is divided by
+_RESAMPLED_ENCODER = 0.2  # norm of a resampled encoder column, relative to the mean encoder norm of live latents
 
 
 class DeadGradients(Protocol):
-    """Gradients that dead latents get, summed over micro-batches."""
+    """Gradients of the term for dead latents, summed over micro-batches."""
 
-    latents: torch.Tensor  # (K,)
+    latents: torch.Tensor  # (K,) int64: indices of the dead latents
 
     @property
     def loss(self) -> torch.Tensor | float:
-        """The sum so far; stays on the device."""
+        """This term of the loss, summed so far; on a GPU it stays there."""
 
     def add(
         self,
@@ -47,59 +48,55 @@ class DeadGradients(Protocol):
         *,
         n_values: int,
     ) -> None:
-        """Add one micro-batch's share. p_BK is given away; centred_BD has the type of the products' operands;
-        n_values: tokens of the batch times D.
+        """Add one micro-batch.
+
+        p_BK : pre-activations of the dead latents; overwritten
+        centred_BD : x - b_dec, in the compute dtype
+        r_BD : x - x_hat
+        M_BD : w_x (x_hat - x)^2
+        w_B1 : w_x, (B, 1) or one number
+        n_values : tokens of the whole batch times D
         """
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
-        """Add them to the model's gradients; mse and loss are the whole batch's. Returns the term of the loss."""
+        """Add them to the model's gradients, given mse and `loss` of the whole batch. Returns the term of the loss."""
 
 
 def dead_gradients(
     model: SparseAutoencoder,
     dead_L: torch.Tensor | None,
-    *,
-    method: str,
-    loss: str,
-    ghost_scale: str,
-    k: int | None,
-    weight: float,
-    half: torch.dtype = torch.float32,
+    objective: Objective,
 ) -> DeadGradients | None:
-    """What sums the dead latents' gradients, or None if nothing is dead or nothing is done in a step.
-
-    half : type of the operands of products
-    """
-    if dead_L is None or method not in ("ghost", "auxk"):
+    """An empty sum of gradients for the dead latents, (L,) bool; None if no latent is dead or none gets a gradient."""
+    if dead_L is None or objective.dead_latents not in ("ghost", "auxk"):
         return None
     latents = dead_L.nonzero().squeeze(1)  # waits for the device, once a step
     if not len(latents):
         return None
-    if method == "ghost":
-        return _Ghost(model, latents, loss, half, is_scalar=ghost_scale == "scalar")
-    return _AuxK(model, latents, k or max(1, model.width // 2), weight, half)
+    return _Ghost(model, latents, objective) if objective.dead_latents == "ghost" else _AuxK(model, latents, objective)
 
 
-class _Rows:
-    """Weights of the dead latents, and room for their gradients."""
+class _DeadWeights:
+    """Weights of the dead latents, and their gradients."""
 
-    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, half: torch.dtype) -> None:
-        self.latents, self._half = latents, half
+    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, compute_dtype: torch.dtype) -> None:
+        self.latents, self._compute_dtype = latents, compute_dtype
         W_dec_KD = model.W_dec.detach()[latents]
-        self._W_dec_KD = W_dec_KD.to(half)
+        self._W_dec_KD = W_dec_KD.to(compute_dtype)
         self._of_W_enc_KD, self._of_W_dec_KD = torch.zeros_like(W_dec_KD), torch.zeros_like(W_dec_KD)
         self._of_b_enc_K = torch.zeros_like(model.b_enc.detach()[latents])
 
     def decoded(self, z_BK: torch.Tensor) -> torch.Tensor:
         """(B, D): z W_dec."""
-        return (z_BK.to(self._half) @ self._W_dec_KD).to(z_BK.dtype)
+        return (z_BK.to(self._compute_dtype) @ self._W_dec_KD).to(z_BK.dtype)
 
     def add(self, d_out_BD: torch.Tensor, z_BK: torch.Tensor, dz_dp_BK: torch.Tensor, centred_BD: torch.Tensor) -> None:
-        """Of the term z W_dec, whose gradient is d_out, with dz/dp."""
-        half, d_out_half_BD = self._half, d_out_BD.to(self._half)
-        add_product(self._of_W_dec_KD, z_BK.to(half).T, d_out_half_BD)
-        d_p_BK = (d_out_half_BD @ self._W_dec_KD.T).to(d_out_BD.dtype).mul_(dz_dp_BK)
-        add_product(self._of_W_enc_KD, d_p_BK.to(half).T, centred_BD)
+        """Add the gradients through out = z W_dec, given d_out = dloss/dout and dz/dp."""
+        dtype = self._compute_dtype
+        rounded_d_out_BD = d_out_BD.to(dtype)
+        add_product(self._of_W_dec_KD, z_BK.to(dtype).T, rounded_d_out_BD)
+        d_p_BK = (rounded_d_out_BD @ self._W_dec_KD.T).to(d_out_BD.dtype).mul_(dz_dp_BK)
+        add_product(self._of_W_enc_KD, d_p_BK.to(dtype).T, centred_BD)
         self._of_b_enc_K += d_p_BK.sum(0)
 
     def add_to(self, grads: dict[str, torch.Tensor], factor: float) -> None:
@@ -109,13 +106,11 @@ class _Rows:
 
 
 class _Ghost:
-    """Gradients of ghost (of mean(G), if its factor is a scalar, which is known only after the whole batch)."""
+    """Ghost gradients. A scalar c is known only after the whole batch, so it is multiplied at the end."""
 
-    def __init__(
-        self, model: SparseAutoencoder, latents: torch.Tensor, loss: str, half: torch.dtype, *, is_scalar: bool
-    ) -> None:
-        self.latents, self._loss, self._is_scalar = latents, loss, is_scalar
-        self._rows = _Rows(model, latents, half)
+    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, objective: Objective) -> None:
+        self.latents, self._loss, self._is_scalar = latents, objective.loss, objective.ghost_scale == "scalar"
+        self._weights = _DeadWeights(model, latents, objective.compute_dtype(model.W_dec.dtype))
         self.loss: torch.Tensor | float = 0.0
 
     def add(
@@ -129,33 +124,32 @@ class _Ghost:
         n_values: int,
     ) -> None:
         exp_BK = p_BK.exp_()
-        g_BD = self._rows.decoded(exp_BK)
-        length_B1 = r_BD.norm(dim=1, keepdim=True)
-        a_B1 = length_B1 / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))
-        w_r = {"normed": 1 / length_B1.clamp_min(NORM_FLOOR), "eq1": float(r_BD.shape[1]), "mse": 1.0}[self._loss]
-        rest_BD = a_B1 * g_BD - r_BD
-        G_BD = rest_BD.square() * w_r
-        d_g_BD = rest_BD * (a_B1 * w_r * (2 / n_values))
+        g_BD = self._weights.decoded(exp_BK)
+        r_norm_B1 = r_BD.norm(dim=1, keepdim=True)
+        a_B1 = r_norm_B1 / (EPS + 2 * g_BD.norm(dim=1, keepdim=True))
+        w_r = {"normed": 1 / r_norm_B1.clamp_min(NORM_FLOOR), "eq1": float(r_BD.shape[1]), "mse": 1.0}[self._loss]
+        error_BD = a_B1 * g_BD - r_BD
+        G_BD = error_BD.square() * w_r
+        d_g_BD = error_BD * (a_B1 * w_r * (2 / n_values))
         if not self._is_scalar:
             c_BD = M_BD / (G_BD + EPS)
             G_BD, d_g_BD = c_BD * G_BD, c_BD * d_g_BD
         self.loss += G_BD.sum(dtype=torch.float64) / n_values
-        self._rows.add(d_g_BD, exp_BK, exp_BK, centred_BD)
+        self._weights.add(d_g_BD, exp_BK, exp_BK, centred_BD)
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
         factor = mse / (loss + EPS) if self._is_scalar else 1.0
-        self._rows.add_to(grads, factor)
+        self._weights.add_to(grads, factor)
         return factor * loss
 
 
 class _AuxK:
-    """Gradients of the auxiliary reconstruction of what is left over, by the dead latents alone."""
+    """Gradients of the auxiliary reconstruction of the residual by dead latents only."""
 
-    def __init__(
-        self, model: SparseAutoencoder, latents: torch.Tensor, k: int, weight: float, half: torch.dtype
-    ) -> None:
-        self.latents, self._k, self._weight = latents, k, weight
-        self._rows = _Rows(model, latents, half)
+    def __init__(self, model: SparseAutoencoder, latents: torch.Tensor, objective: Objective) -> None:
+        self.latents, self._weight = latents, objective.auxk_weight
+        self._k = objective.auxk or max(1, model.width // 2)
+        self._weights = _DeadWeights(model, latents, objective.compute_dtype(model.W_dec.dtype))
         self.loss: torch.Tensor | float = 0.0
 
     def add(
@@ -169,12 +163,12 @@ class _AuxK:
         n_values: int,
     ) -> None:
         z_BK = keep_top_k_(p_BK, self._k).relu_()
-        rest_BD = self._rows.decoded(z_BK) - r_BD
-        self.loss += self._weight * (rest_BD.square() * w_B1).sum(dtype=torch.float64) / n_values
-        self._rows.add(rest_BD * w_B1 * (2 * self._weight / n_values), z_BK, z_BK > 0, centred_BD)
+        error_BD = self._weights.decoded(z_BK) - r_BD
+        self.loss += self._weight * (error_BD.square() * w_B1).sum(dtype=torch.float64) / n_values
+        self._weights.add(error_BD * w_B1 * (2 * self._weight / n_values), z_BK, z_BK > 0, centred_BD)
 
     def add_to(self, grads: dict[str, torch.Tensor], *, mse: float, loss: float) -> float:
-        self._rows.add_to(grads, 1.0)
+        self._weights.add_to(grads, 1.0)
         return loss
 
 
@@ -190,30 +184,42 @@ def resample(
     ranks: Ranks,
     micro_batch: int,
 ) -> int:
-    """Give dead latents, (L,) bool, a new start from this rank's part of the batch, (N, D); returns how many.
+    """Give the dead latents new weights, in place, in the directions of badly reconstructed tokens of the batch.
 
-    Token t is drawn with probability proportional to (||x - x_hat||^2)^2. Its x - b_dec, at norm 1, becomes the decoder
-    row; at 0.2 of the mean norm of the living encoder columns, the column; the bias becomes 0, and Adam forgets.
-    What differs from the source: the batch stands for its 819,200 tokens, and b_dec is taken off first.
+    Token t is drawn with probability proportional to (||x - x_hat||^2)^2. The decoder row becomes x - b_dec at norm 1;
+    the encoder column the same at 0.2 times the mean encoder norm of live latents; the bias 0; and Adam's moments of
+    these weights 0. Two differences from Bricken et al.: tokens are drawn from the batch instead of from 819,200
+    tokens, and b_dec is subtracted from the token.
+
+    Parameters
+    ----------
+    dead_L : (L,) bool, equal on all ranks
+    tokens_ND : (N, D), this rank's tokens of the batch, any float type
+    generator : for the draws; equal on all ranks
+    micro_batch : tokens that are reconstructed at a time
+
+    Returns
+    -------
+    The number of latents that got new weights; 0 if none is dead, or if every token is reconstructed exactly.
     """
     dead = dead_L.nonzero().squeeze(1)
     if not len(dead):
         return 0
-    n = ranks.total(len(tokens_ND))
-    mine = ranks.part(n)
+    n = ranks.all_reduce_sum(len(tokens_ND))
+    mine = ranks.local_slice(n)
     loss_N = torch.zeros(n, dtype=torch.float64, device=tokens_ND.device)
     for start in range(0, len(tokens_ND), micro_batch):
         x_BD = tokens_ND[start : start + micro_batch].float() * token_scale
         first = mine.start + start
         loss_N[first : first + len(x_BD)] = (model(x_BD) - x_BD).square().sum(1).double()
-    ranks.sum_(loss_N)
+    ranks.all_reduce_sum_(loss_N)
     if not bool(loss_N.any()):
         return 0
     drawn = torch.multinomial(loss_N.cpu().square(), len(dead), replacement=True, generator=generator).to(dead.device)
     directions_KD = torch.zeros(len(dead), model.width, device=dead.device)
     is_mine = (drawn >= mine.start) & (drawn < mine.stop)
     directions_KD[is_mine] = tokens_ND[drawn[is_mine] - mine.start].float() * token_scale - model.b_dec
-    ranks.sum_(directions_KD)
+    ranks.all_reduce_sum_(directions_KD)
     directions_KD /= directions_KD.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
     norm_L = model.W_enc.norm(dim=0)
     norm = norm_L[~dead_L].mean() if not bool(dead_L.all()) else norm_L.mean()

@@ -1,8 +1,8 @@
-"""What an SAE is worth on a whole cache: error, sparsity, dead latents, decoder, and what the backbone makes of it.
+"""The quality of an SAE on a whole cache: error, sparsity, dead latents, decoder, effect on the backbone's output.
 
-One pass over the tokens of every readable image, summed in float64. Names are those of metrics.parquet where the thing
-is the same; each definition stands once, at its field below. What the backbone makes of a reconstruction needs images,
-which belong to stage one: `cli.py` brings them as a `BackboneSample`.
+One pass over the tokens of every readable image, with sums in float64. Quantities that metrics.parquet has too have the
+same names there; each definition is at its field below. The effect of a reconstruction on the backbone's output needs
+images, which belong to stage one: the caller gives them as a `BackboneSample`.
 Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D width, L latents.
 """
 
@@ -35,16 +35,16 @@ DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training ru
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two
-_DECODER_BLOCK = 4096  # rows; a block of cosines has 64 MiB
+_DECODER_TILE = 4096  # rows; a tile of cosines has 64 MiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSample:
-    """Some images at the cache's block, and the way from there to the end of the backbone.
+    """Some images at the transformer block of the cache, and the rest of the backbone from there.
 
-    outputs : per image the float32 output of the block, (tokens_per_image, D)
-    final_cls : (n, tokens_per_image, D) at the block -> (n, any width), the final CLS embeddings
-    seed : what the images were drawn with
+    outputs : for each image the float32 output of the block, (tokens_per_image, D)
+    final_cls : maps (n, tokens_per_image, D) at the block to the final CLS embeddings, (n, any width)
+    seed : with which the images were drawn
     """
 
     outputs: Iterable[torch.Tensor]
@@ -54,7 +54,7 @@ class BackboneSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """How far the final CLS embedding c' lies from c, the untouched one: means over the images of a sample."""
+    """Distance of the final CLS embedding c' from the original one c: means over the images of a sample."""
 
     cosine: float  # c . c' / (||c|| ||c'||); NaN if any of them is a zero vector
     relative_l2: float  # ||c' - c|| / ||c||
@@ -62,11 +62,11 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Substitution:
-    """The final CLS embedding when the chosen tokens at the block are replaced, the others staying as they are.
+    """Change of the final CLS embedding when the chosen tokens at the block are replaced and the others are not.
 
     A loss recovered is, for language models, (loss(zeros) - loss(reconstruction)) / (loss(zeros) - loss(untouched)):
     zero-ablation (Rajamanoharan et al. 2024, Gated SAEs; SAELens). A feature extractor has no loss of its own: here it
-    is the mean of ||c' - c|| / ||c||, which is 0 when nothing is touched. So
+    is the mean of ||c' - c|| / ||c||, which is 0 when nothing is replaced. So
     recovered = 1 - reconstruction.relative_l2 / zeros.relative_l2: 1 if the reconstruction changes nothing, 0 if it is
     no better than zeros, below 0 if it is worse; NaN if zeros change nothing either. `recovered_from_mean` has
     mean-ablation in place of zeros, `mean_token`: the harder reference where tokens share a large mean.
@@ -83,13 +83,13 @@ class Substitution:
 
 @dataclass(frozen=True, kw_only=True)
 class Coherence:
-    """|cosine| of each decoder row with the row that is nearest to it in this sense; exact, over all pairs of rows.
+    """Largest |cosine| of each decoder row with any other row; exact, over all pairs of rows.
 
     NaN (and no percentiles) where fewer than two rows have a direction.
     """
 
-    n_zero_rows: int  # they have no direction and are left out
-    largest: float  # 1: two latents write the same direction
+    n_zero_rows: int  # left out, since they have no direction
+    largest: float  # 1: two rows are parallel
     mean: float
     percentiles: dict[int, float]
 
@@ -98,7 +98,7 @@ class Coherence:
 class FrequencyHistogram:
     """Number of latents by the log10 of their frequency: bin k is edges[k] <= log10(frequency) < edges[k + 1].
 
-    The last bin holds frequency 1 as well, the first one all that is lower; `n_never` latents are in none.
+    The last bin includes frequency 1, the first one all lower frequencies; `n_never` latents are in no bin.
     """
 
     edges: tuple[float, ...]
@@ -109,23 +109,25 @@ class FrequencyHistogram:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """An SAE on the chosen tokens x of all readable images of a cache; x_hat are their reconstructions.
+    """Results of an SAE on the chosen tokens x of all readable images of a cache; x_hat are their reconstructions.
 
-    A percentile p is the least value that at least p % of the values do not exceed (0: the least, 100: the largest).
+    A percentile p is the smallest value v such that at least p % of the values are <= v (0: minimum, 100: maximum).
     """
 
     sae_sha256: str
     cache_sha256: str
-    assumed_equal: tuple[str, ...]  # what an imported SAE does not say of its tokens, taken to be as in the cache
+    assumed_equal: tuple[
+        str, ...
+    ]  # properties of its tokens that an imported SAE does not name, assumed to be those of the cache
     is_training_cache: bool  # the SAE was trained on tokens of this very cache
-    n_known: int  # images measured on of which it is known whether the SAE trained on them, by the hashes of the files
-    n_trained_on: int  # of these, those that it trained on
+    n_known: int  # images of which the hashes of their files tell whether the SAE trained on them
+    n_trained_on: int  # of these, the images that it trained on
     n_held_out: int  # of these, the others
     trained_backbone: bool  # False: seeded random weights
     token_set: str
     loss: str  # the form of `mse`: that of the training run, `normed` where it is unknown
     n_latents: int
-    n_images: int  # readable ones; all below is about these
+    n_images: int  # readable images; everything below is about these
     n_unreadable: int
     n_tokens: int
     mse: float  # as in training: mean of (x_hat - x)^2 / ||x|| ("normed"), or of D (x_hat - x)^2 ("eq1")
@@ -136,11 +138,11 @@ class Evaluation:
     l0_percentiles: dict[int, int]  # over tokens
     latents_per_image: float  # mean number of latents that are active at any token of an image
     latents_per_image_percentiles: dict[int, int]  # over images
-    dead_fraction_whole: float  # share of latents that are active nowhere
+    dead_fraction_whole: float  # share of latents that are never active
     dead_fraction_window: float  # the same over the last `dead_window_tokens` tokens, in the order of the cache
     dead_window_tokens: int  # whole images
     n_images_active: Int  # (L,) images in which a latent is active
-    n_tokens_active: Int  # (L,) tokens at which it is
+    n_tokens_active: Int  # (L,) tokens at which it is active
     coherence: Coherence
     substitution: Substitution | None  # None: no images were given
 
@@ -166,7 +168,7 @@ class Evaluation:
 
     @property
     def trained_on_line(self) -> str:
-        """In words: on how many of the images measured on the SAE is known to have trained."""
+        """One line: how many of the images the SAE is known to have trained on."""
         cache = "this very cache" if self.is_training_cache else "another cache"
         if not self.n_known:
             return f"{cache}; not known of any of the {self.n_images:,} images: none is called held out"
@@ -206,21 +208,21 @@ def evaluate(
     Parameters
     ----------
     token_set : all, patch or cls; default: what the SAE was trained on
-    dead_window : tokens; rounded up to whole images
+    dead_window : number of last tokens for `dead_fraction_window`, > 0; rounded up to whole images
     only : ids of the images to measure on, for instance those in `held_out.parquet` of a run; None: all
-    sample : for the effect on the backbone's final CLS embedding; read before the pass begins
-    assume_compatible : take an SAE that does not say which tokens it was trained on (an imported one), with a warning
+    sample : images for the effect on the backbone's final CLS embedding; read before the pass begins
+    assume_compatible : accept an imported SAE, which does not say which tokens it was trained on
     micro_batch : tokens at a time; the result depends on it in the last bits only
-    decoder_progress : told of blocks of cosines, done and in all
+    decoder_progress : called with tiles of cosines, done and in all
 
     Raises
     ------
     SpecMismatch
-        If the SAE was trained on another kind of tokens, or does not say.
+        If the SAE was trained on another kind of tokens, or does not say on which.
     BadInput
         If there is no readable image, or the SAE's numbers become NaN or infinite.
     DamagedStore
-        If a token of a readable image is not finite; it is named.
+        If a token of a readable image is NaN or infinite; the message names it.
     """
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
@@ -302,10 +304,14 @@ def evaluate(
 def decoder_coherence(
     decoder_LD: torch.Tensor,
     *,
-    block: int = _DECODER_BLOCK,
+    tile: int = _DECODER_TILE,
     progress: Progress = lambda done, total, state: None,
 ) -> Coherence:
-    """How near decoder rows, (L, D), come to each other. Memory: a block x block of cosines, the decoder once more."""
+    """The largest |cosine| of each decoder row, of (L, D), with any other row.
+
+    Memory: tile x tile cosines, and the decoder once more.
+    progress : called with tiles, done and in all
+    """
     largest_L1 = decoder_LD.abs().amax(1, keepdim=True)
     has_direction = largest_L1[:, 0] > 0
     rows = decoder_LD[has_direction] / largest_L1[has_direction]  # first, so that no square over- or underflows
@@ -314,15 +320,15 @@ def decoder_coherence(
     if len(rows) < 2:
         return Coherence(n_zero_rows=n_zero, largest=math.nan, mean=math.nan, percentiles={})
     nearest = torch.zeros(len(rows), device=rows.device)
-    starts = range(0, len(rows), block)
+    starts = range(0, len(rows), tile)
     pairs = [(first, second) for first in starts for second in starts if first <= second]  # cosines are symmetric
     for n_done, (first, second) in enumerate(pairs, start=1):
-        cosines = (rows[first : first + block] @ rows[second : second + block].T).abs_()
+        cosines = (rows[first : first + tile] @ rows[second : second + tile].T).abs_()
         if first == second:
             cosines.fill_diagonal_(0)  # a row is not its own neighbour
         for begin, found in ((first, cosines.amax(1)), (second, cosines.amax(0))):
-            part = nearest[begin : begin + block]
-            torch.maximum(part, found, out=part)
+            some = nearest[begin : begin + tile]
+            torch.maximum(some, found, out=some)
         progress(n_done, len(pairs), "")
     values = nearest.clamp_max_(1).double().cpu().numpy()  # equal rows differ from 1 in the last bit
     return Coherence(
@@ -343,7 +349,7 @@ class _Sums:
         self.n_tokens_active = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.fired_in_window = torch.zeros(n_latents, dtype=torch.bool, device=device)
         self._activation_L = torch.zeros(n_latents, dtype=torch.float64, device=device)  # summed over tokens
-        # sums about the first token: the plain ones cancel where the tokens hardly vary
+        # sums of x - first token: sums of x would cancel where the tokens vary little
         self._about_D = torch.zeros(0)
         self._shifted_D = torch.zeros(model.width, dtype=torch.float64, device=device)
         self._shifted_square = 0.0
@@ -379,7 +385,7 @@ class _Sums:
             z_BL = self._model.encode(x_BD)
             self._add_tokens(x_BD.double(), self._model.decode(z_BL).double())
             self._activation_L += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1).double().sum(0)
-            z_BL.gt_(0)  # in place, 0 or 1: sums of floats are exact here, and ten times as fast as of booleans
+            z_BL.gt_(0)  # in place, 0 or 1: sums of such floats are exact, and ten times as fast as of booleans
             self.l0_counts += torch.bincount(z_BL.sum(1).long(), minlength=len(self.l0_counts))
             active_NL += z_BL.view(n_images, -1, z_BL.shape[1]).sum(1)
         self.n_tokens_active += active_NL.long().sum(0)
@@ -410,7 +416,7 @@ class _Sums:
 def measure_held_out(
     model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str
 ) -> dict[str, float | int | None]:
-    """The SAE on the images that it was not trained on, by the names of metrics.parquet; tokens are not scaled."""
+    """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN."""
     per_image = data.stream.tokens_per_image
     chosen = TOKEN_SETS[config.token_set]
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
@@ -461,7 +467,7 @@ def _substitute(
     step: int,
     device: str,
 ) -> Substitution:
-    """The whole sample, an image and its three replacements at a time."""
+    """The effect on the final CLS embedding: each image goes through with its three replacements."""
     cosines, distances = [], []
     for tokens_TD in outputs:
         four = tokens_TD.to(device).repeat(4, 1, 1)  # untouched, reconstruction, zeros, mean token
@@ -518,7 +524,7 @@ def _percentiles_of_counts(counts: Int) -> dict[int, int]:
 
 
 def _rank(percent: int, n: int) -> int:
-    """The place, from 1, of a percentile among n ordered values; whole numbers throughout."""
+    """The rank, from 1, of a percentile among n sorted values; computed in integers."""
     return max(1, -(-percent * n // 100))
 
 

@@ -1,7 +1,8 @@
-"""What a training step does with the active latents only, compiled for the CPU. Twin: tests/reference.py.
+"""Kernels of a training step that work on active latents only, for the CPU (numba). Twin: tests/reference.py.
 
-One micro-batch's active latents are kept by latent: those of latent l are tokens[starts[l] : starts[l + 1]], ascending,
-with their values beside them. Every sum runs in that order, so results do not depend on the number of threads.
+The active latents of a micro-batch are stored in compressed sparse columns: latent l is active on the tokens
+tokens[starts[l] : starts[l + 1]], ascending, with the values at the same places. Every sum runs in that order, so
+results do not depend on the number of threads.
 Shapes: B tokens, D width, L latents, A active (token, latent) pairs.
 """
 
@@ -13,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[Any]  # float32, or float64 in tests
-_BLOCK = 16  # latents that are looked at together: most blocks have none that is active
-_MIN_COLUMNS = 64  # of the reconstruction, per thread
+_CHUNK = 16  # latents that are tested together: most chunks have no active latent
+_MIN_COLUMNS = 64  # columns of the reconstruction per thread, at least
 
 
 @dataclass(frozen=True)
 class Active:
-    """The active latents of a micro-batch, by latent."""
+    """The active latents of a micro-batch, in compressed sparse columns."""
 
     n_tokens: int
     starts: npt.NDArray[np.int64]  # (L + 1,)
@@ -28,24 +29,24 @@ class Active:
 
     @property
     def fired(self) -> npt.NDArray[np.bool_]:
-        """(L,): active on any token."""
+        """(L,): True if active on at least one token."""
         return self.starts[1:] > self.starts[:-1]
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """(L,): tokens on which each is active."""
+        """(L,): number of tokens on which each is active."""
         return np.diff(self.starts)
 
 
 def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
-    """(B,): active latents of each token. NaN counts as active, so that it is not lost."""
+    """(B,): number of active latents of each token. NaN counts as active, so that it reaches the loss."""
     counts = np.empty(len(pre_activations_BL), np.int64)
     _count(pre_activations_BL, counts)
     return counts
 
 
 def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> Active:
-    """What is above 0, by latent; `counts_B` from `count_active`. Memory: 16 bytes per active latent."""
+    """The entries above 0, sorted by latent; `counts_B` from `count_active`. Memory: 16 bytes per active entry."""
     starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
     latents = np.empty(starts[-1], np.int32)
     values = np.empty(starts[-1], pre_activations_BL.dtype)
@@ -54,7 +55,7 @@ def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> 
 
 
 def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
-    """out += latents W_dec."""
+    """out += z W_dec."""
     n_parts = max(1, min(numba.get_num_threads(), W_dec_LD.shape[1] // _MIN_COLUMNS))
     _add_decoded(active.starts, active.tokens, active.values, W_dec_LD, out_BD, n_parts)
 
@@ -90,14 +91,14 @@ def add_gradients(
 
 
 def sum_products(active: Active, W_dec_LD: Floats, d_x_hat_BD: Floats) -> Floats:
-    """(L,): sum over the tokens of a latent of <d_x_hat, W_dec row>."""
+    """(L,): sum over the tokens on which a latent is active of <d_x_hat, its W_dec row>."""
     out = np.zeros(len(W_dec_LD), active.values.dtype)
     _sum_products(active.starts, active.tokens, _equal_work(active), W_dec_LD, d_x_hat_BD, out)
     return out
 
 
 def _equal_work(active: Active) -> npt.NDArray[np.int64]:
-    """(threads + 1,): first latents of parts with about equally many active ones."""
+    """(threads + 1,): first latent of each thread, so that all threads get about as many active entries."""
     shares = np.linspace(0, active.starts[-1], numba.get_num_threads() + 1)
     cuts = np.searchsorted(active.starts, shares).astype(np.int64)
     cuts[0], cuts[-1] = 0, len(active.starts) - 1
@@ -117,8 +118,8 @@ def _count(p: Any, counts: Any) -> None:
 def _fill(p: Any, starts: Any, latents: Any, values: Any) -> None:
     for b in numba.prange(p.shape[0]):
         at = starts[b]
-        for first in range(0, p.shape[1], _BLOCK):
-            stop = min(first + _BLOCK, p.shape[1])
+        for first in range(0, p.shape[1], _CHUNK):
+            stop = min(first + _CHUNK, p.shape[1])
             n = 0
             for latent in range(first, stop):
                 n += not p[b, latent] <= 0
@@ -152,7 +153,7 @@ def _by_latent(starts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
 
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
 def _add_decoded(starts: Any, tokens: Any, values: Any, W_dec: Any, out: Any, n_parts: int) -> None:
-    """Each thread owns some columns of the reconstruction: a decoder row is read once for all its tokens."""
+    """Each thread computes some columns of the reconstruction: a decoder row is read once for all its tokens."""
     width = W_dec.shape[1]
     for part in numba.prange(n_parts):
         low, high = part * width // n_parts, (part + 1) * width // n_parts

@@ -1,12 +1,14 @@
-"""What a training step does with the active latents only, compiled for the GPU. Twin: kernels_cpu.py, on the CPU.
+"""Kernels of a training step that work on active latents only, for the GPU (Triton). Twin: kernels_cpu.py.
 
-A micro-batch's active latents are kept twice: by token, for the reconstruction, and by latent, for the gradients. Each
-output row belongs to one program and nothing is added atomically: every sum has a fixed order, so the same input gives
-the same bits. What a latent adds up over more than `PART` tokens is cut into parts, which a second kernel adds up.
-The host waits for the device in `mark_active` only: sizes that hang on more than that count are bounds.
+The active latents of a micro-batch are stored twice: by token (CSR), for the reconstruction, and by latent (CSC), for
+the gradients. Each output row is written by one program, and no atomic additions are used: every sum has a fixed order,
+so the same input gives the same bits. A latent that is active on more than `PART` tokens is cut into parts; a second
+kernel adds the sums of the parts.
+The host waits for the device in `mark_active` only. Sizes that depend on more than the count found there are upper
+bounds.
 
-Rows that are gathered (decoder, the reconstruction's gradient, centred tokens) may be bfloat16, which halves the bytes;
-every sum and every gradient is float32.
+Rows that are gathered (decoder, gradient of the reconstruction, centred tokens) may be bfloat16, which halves the
+traffic; every sum and every gradient is float32.
 Shapes: B tokens, D width, L latents, A active (token, latent) pairs, W words of 32 latents, P parts.
 """
 
@@ -26,17 +28,19 @@ except ImportError:
         f"({torch.__version__}): install a CUDA build of torch, or train with --device cpu"
     ) from None
 
-PART = 1024  # (token, latent) pairs of one latent that one program adds up
-_WORDS = 128  # of a token's latents, 32 in a word, that a program looks at together
-_COLUMNS = 256  # of the reconstruction, per program: 49,152 rows of so many bfloat16 columns fit into an H100's L2
-_ROWS = 8  # decoder rows that it adds up side by side
-_PAIRS = 4  # pairs that a gradient program works on side by side
-_TOKENS = 16  # that one program compares with their reconstructions
+PART = 1024  # (token, latent) pairs of one latent that one program sums
+_WORDS = 128  # words (32 latents each) of a token that a program handles together
+_COLUMNS = (
+    256  # columns of the reconstruction per program: 49,152 rows of so many bfloat16 columns fit into an H100's L2
+)
+_ROWS = 8  # decoder rows that it adds in parallel
+_PAIRS = 4  # pairs that a gradient program handles in parallel
+_TOKENS = 16  # tokens that one program compares with their reconstructions
 
 
 @dataclass(frozen=True)
 class Active:
-    """The active latents of a micro-batch, by latent as in kernels_cpu.py, and by token."""
+    """The active latents of a micro-batch, by latent (as in kernels_cpu.py) and by token."""
 
     starts: torch.Tensor  # (L + 1,) int64: those of latent l are tokens[starts[l] : starts[l + 1]], ascending
     tokens: torch.Tensor  # (A,) int32
@@ -47,13 +51,13 @@ class Active:
 
     @property
     def fired(self) -> torch.Tensor:
-        """(L,) bool: active on any token."""
+        """(L,) bool: active on at least one token."""
         return self.starts[1:] > self.starts[:-1]
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Which latents are active, a bit for each: what is looked for among few need not be read from all again."""
+    """Which latents are active, one bit each: the second pass reads these instead of all pre-activations."""
 
     words: torch.Tensor  # (B, W) int32: bit l % 32 of word l // 32 is latent l
     counts: torch.Tensor  # (B,) int32
@@ -61,7 +65,7 @@ class Marks:
 
 
 def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
-    """Mark what is above 0, in one pass. NaN counts as active, so that it is not lost. Waits for the device."""
+    """Mark the entries above 0, in one pass. NaN counts as active, to reach the loss. Waits for the device."""
     n_tokens, n_latents = pre_activations_BL.shape
     _check_rows(pre_activations_BL)
     n_words = triton.cdiv(n_latents, 32)
@@ -74,7 +78,7 @@ def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
 
 
 def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
-    """What is above 0; `marks` from `mark_active`. Memory: 24 bytes per active latent, 60 while sorting."""
+    """The entries above 0; `marks` from `mark_active`. Memory: 24 bytes per active entry, 60 while sorting."""
     n_tokens, n_latents = pre_activations_BL.shape
     token_starts = _starts(marks.counts)
     latents = marks.counts.new_empty(marks.n_active)
@@ -99,7 +103,7 @@ def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
 
 
 def add_decoded(active: Active, W_dec_LD: torch.Tensor, out_BD: torch.Tensor) -> None:
-    """out += latents W_dec. The decoder may be a bfloat16 copy."""
+    """out += z W_dec. The decoder may be a bfloat16 copy."""
     n_tokens, width = out_BD.shape
     _check_rows(W_dec_LD, out_BD)
     if not len(active.values):
@@ -166,10 +170,12 @@ def add_gradients(
 def compare_tokens(
     x_hat_BD: torch.Tensor, x_BD: torch.Tensor, weights_B: torch.Tensor, factor: float, d_x_hat_BD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write the gradient factor * weight * (x_hat - x), of any float type, and add up, all in one pass.
+    """Write the gradient factor * weight * (x_hat - x) into `d_x_hat_BD`, of any float type, and sum, all in one pass.
 
-    Returns (D,) float32: the gradient's sum over the tokens, before it is rounded; (D,) float64: that of x; and (3,)
-    float64: the sums of weight * error^2, error^2 and x^2.
+    Returns
+    -------
+    (D,) float32: sum of the gradient over the tokens, before rounding; (D,) float64: sum of x over the tokens; and (3,)
+    float64: sums of weight * error^2, error^2 and x^2.
     """
     n_tokens, width = x_BD.shape
     _check_rows(x_hat_BD, x_BD, weights_B, d_x_hat_BD)
@@ -189,16 +195,16 @@ def compare_tokens(
 
 @torch.no_grad()
 def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bool) -> None:
-    """One step of Adam over all parameters, with what surrounds it in a step: W_dec is read and written once.
+    """Projection of W_dec's gradient, one step of Adam over all parameters, and decoder norms: W_dec is read once.
 
-    The same as taking out of each row of W_dec's gradient its part along the row, then `optimizer.step()` and, if
-    `normalise`, `model.normalise_decoder()`. The gradient itself stays as it is; Adam's state keeps its place and form.
+    The same as `remove_parallel_gradient`, then `optimizer.step()` and, if `normalise`, `model.normalise_decoder()`,
+    except that `W_dec.grad` is left unchanged. Adam's state keeps its names and shapes.
     """
     W_dec, grad = model.W_dec, model.W_dec.grad
     (group,) = optimizer.param_groups
     assert grad is not None
     assert not any(group[name] for name in ("weight_decay", "amsgrad", "maximize"))
-    W_dec.grad = None  # so that the optimiser passes over it
+    W_dec.grad = None  # so that the optimizer skips it
     optimizer.step()
     W_dec.grad = grad
     state = optimizer.state[W_dec]
@@ -207,7 +213,7 @@ def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bo
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     state["step"] += 1
     _check_rows(W_dec, grad, state["exp_avg"], state["exp_avg_sq"])
-    betas, n_steps = group["betas"], state["step"].double()  # stays on the device: nobody waits for it
+    betas, n_steps = group["betas"], state["step"].double()  # on the device: the host does not wait for it
     step_size = (group["lr"] / (1 - betas[0] ** n_steps)).float()
     root = (1 - betas[1] ** n_steps).sqrt().float()
     n_latents, width = W_dec.shape
@@ -223,13 +229,13 @@ def step(model: SparseAutoencoder, optimizer: torch.optim.Adam, *, normalise: bo
 
 
 def _starts(counts: torch.Tensor) -> torch.Tensor:
-    """(n + 1,) int64: where each of n stretches of these lengths begins, and where the last one ends."""
+    """(n + 1,) int64: the start of each of n segments of these lengths, and the end of the last one."""
     ends = counts.cumsum(0)
     return torch.cat([ends.new_zeros(1), ends])
 
 
 def _check_rows(*matrices: torch.Tensor) -> None:
-    """The kernels walk through memory row by row."""
+    """The kernels need matrices that are contiguous, row by row."""
     assert all(matrix.is_contiguous() for matrix in matrices)
 
 
@@ -267,7 +273,7 @@ def _take(
     n_words: tl.tensor,
     WORDS: tl.constexpr,
 ) -> None:
-    """One token: of each word bit after bit, the lowest first."""
+    """One token: the set bits of each word, the lowest first."""
     token = tl.program_id(0).to(tl.int64)
     start = tl.load(starts + token)
     for first in range(0, n_words, WORDS):
@@ -289,7 +295,7 @@ def _take(
 
 @triton.jit
 def _count_bits(words: tl.tensor) -> tl.tensor:
-    """Of uint32, in int32: sums of neighbouring fields, twice as wide each time."""
+    """Number of set bits of each uint32, as int32: sums of neighbouring fields, twice as wide each time."""
     pairs = words - ((words >> 1) & 0x55555555)
     fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
     bytes_ = (fours + (fours >> 4)) & 0x0F0F0F0F
@@ -308,7 +314,7 @@ def _add_decoded(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """One token, some columns. The tokens run faster than the columns, which are thus read from the L2 cache."""
+    """One token, some columns. The token is the fast index of the grid, so that these columns stay in the L2 cache."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first, stop = tl.load(starts + token), tl.load(starts + token + 1)
@@ -346,7 +352,7 @@ def _add_gradients(
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One part of one latent: added to its gradients, or put into a slot of `sums` if it has more parts."""
+    """One part of one latent: added to its gradients, or written to a slot of `sums` if there are several."""
     part = tl.program_id(0)
     latent = tl.load(latents_P + part)
     if latent >= n_latents:  # there are fewer parts than programs
@@ -430,7 +436,7 @@ def _compare(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Some tokens, one after the other; the sums over all columns are drawn at the end."""
+    """Some tokens, one after the other; sums over the columns are computed at the end."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
@@ -473,7 +479,7 @@ def _update(
     NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row: the gradient's part along it taken out, Adam, norm 1 (a zero row stays zero)."""
+    """One row: remove the gradient's component along it, Adam, norm 1 (a zero row stays zero)."""
     columns = tl.arange(0, BLOCK)
     in_width = columns < width
     at = tl.program_id(0).to(tl.int64) * width + columns

@@ -1,7 +1,8 @@
-"""The latents of a micro-batch in a training step: as a matrix, or as a list of what is active.
+"""The latents of a micro-batch in a training step, as a dense matrix or in compressed sparse columns (CSC).
 
-Both give the same sums; which one is faster hangs on the density. The lists' work is compiled: kernels_cpu.py for
-the CPU, kernels_gpu.py for the GPU. Weights and rows may be bfloat16 copies (not in the CPU's lists); sums are float32.
+Both give the same sums; which one is faster depends on the density (share of active entries). The work on CSC is
+compiled: kernels_cpu.py for the CPU, kernels_gpu.py for the GPU. Weights and rows may be bfloat16 copies (not on the
+CPU in CSC); sums are float32.
 Shapes: B tokens of a micro-batch, D width, L latents.
 """
 
@@ -13,22 +14,22 @@ from cytosae.sae import use_kernels_with_torch_threads
 
 from . import kernels_cpu
 
-SPARSE_BELOW = 0.08  # density of break-even: 0.10 at 49,152 latents, 0.20 at 6,144 (two cores, docs/log.md)
-SPARSE_BELOW_ON_GPU = 0.01  # an estimate: tensor cores make dense work cheap (docs/log.md)
+SPARSE_BELOW = 0.08  # both take as long at density 0.10 with 49,152 latents, 0.20 with 6,144 (two cores, docs/log.md)
+SPARSE_BELOW_ON_GPU = 0.01  # an estimate, not measured: tensor cores make dense work fast (docs/log.md)
 
 
 class Latents(Protocol):
-    """Latents z (B, L), and what is computed with them."""
+    """Latents z (B, L) >= 0 of a micro-batch, and what a step computes with them. Active: above 0."""
 
-    n_active: int
-    total: torch.Tensor | float  # sum of all values; stays on the device
-    fired: torch.Tensor  # (L,) bool: active on any token
+    n_active: int  # active (token, latent) pairs
+    total: torch.Tensor | float  # sum of all values; on a GPU it stays there
+    fired: torch.Tensor  # (L,) bool: active on at least one token
 
     def count(self) -> torch.Tensor:
-        """(L,): tokens on which each is active."""
+        """(L,): number of tokens on which a latent is active."""
 
     def without_values(self) -> "Latents":
-        """The same ones active, but their values 0, so that the decoder gets no gradient. The old ones are lost."""
+        """The same active pairs with values 0, so that the decoder gets no gradient. Overwrites the values."""
 
     def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
         """(B, D): z W_dec + b_dec."""
@@ -43,51 +44,57 @@ class Latents(Protocol):
         grad_b_enc: torch.Tensor,
         grad_W_dec: torch.Tensor,
     ) -> None:
-        """Of W_enc (D, L), b_enc and W_dec: those of a loss with gradient d_x_hat, and `penalty` at each active one."""
+        """Add the gradients of W_enc (D, L), b_enc (L,) and W_dec (L, D), of a loss whose gradient at x_hat is given.
+
+        penalty : gradient of the sparsity term with respect to each active latent's value
+        """
 
     def add_products(
         self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
     ) -> None:
-        """out += factor * sum over a latent's active tokens of <d_x_hat, W_dec row>."""
+        """out += factor * (sum over the tokens on which a latent is active of <d_x_hat, its W_dec row>)."""
 
 
 def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> Latents:
-    """What is above 0 in a matrix that is given away, in the form that is faster at its density.
+    """The entries above 0 of a matrix, in the form that is faster at its density. The matrix may be overwritten.
 
-    sparse_below : density below which it is a list; 0: never; default: where the two break even
+    values_BL : (B, L), any float type; NaN counts as active
+    sparse_below : density below which the form is CSC; 0: never; default: where both take as long
     """
     device = values_BL.device.type
     if sparse_below is None:
         sparse_below = SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW
     if sparse_below <= 0 or device not in ("cpu", "cuda") or (device == "cpu" and values_BL.dtype == torch.bfloat16):
-        return _Matrix(values_BL)
+        return DenseLatents(values_BL)
     if device == "cpu":
         use_kernels_with_torch_threads()
         counts = kernels_cpu.count_active(values_BL.numpy())
         if counts.sum() < sparse_below * values_BL.numel():
-            return _CpuList(kernels_cpu.take_active(values_BL.numpy(), counts))
-        return _Matrix(values_BL, n_active=int(counts.sum()))
+            return CscLatentsCpu(kernels_cpu.take_active(values_BL.numpy(), counts))
+        return DenseLatents(values_BL, n_active=int(counts.sum()))
     from . import kernels_gpu  # needs triton
 
     marks = kernels_gpu.mark_active(values_BL)
     if marks.n_active < sparse_below * values_BL.numel():
-        return _GpuList(kernels_gpu.take_active(values_BL, marks))
-    return _Matrix(values_BL, n_active=marks.n_active)
+        return CscLatentsGpu(kernels_gpu.take_active(values_BL, marks))
+    return DenseLatents(values_BL, n_active=marks.n_active)
 
 
-class _Matrix:
+class DenseLatents:
+    """All B x L values; products are dense, on any device."""
+
     def __init__(self, values_BL: torch.Tensor, n_active: int | None = None) -> None:
         self._values_BL = values_BL.relu_()
         self._is_on = values_BL > 0
-        self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counting twice costs 2% of a step
-        # all in float64 takes 15 times as long
+        self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counted once: 2% of a step
+        # rows in float32 first: all in float64 takes 15 times as long
         self.total: torch.Tensor | float = values_BL.sum(1).sum(dtype=torch.float64)
         self.fired = values_BL.amax(0) > 0 if len(values_BL) else self._is_on.any(0)
 
     def count(self) -> torch.Tensor:
         return self._is_on.sum(0)
 
-    def without_values(self) -> "_Matrix":
+    def without_values(self) -> "DenseLatents":
         self._values_BL.zero_()
         return self
 
@@ -117,7 +124,9 @@ class _Matrix:
         out_L += factor_L * (d_x_hat_BD @ W_dec.T).mul_(self._is_on).sum(0, dtype=out_L.dtype)
 
 
-class _CpuList:
+class CscLatentsCpu:
+    """The active values, sorted by latent; numba kernels."""
+
     def __init__(self, active: kernels_cpu.Active) -> None:
         self._active = active
         self.n_active = len(active.values)
@@ -127,7 +136,7 @@ class _CpuList:
     def count(self) -> torch.Tensor:
         return torch.from_numpy(self._active.counts)
 
-    def without_values(self) -> "_CpuList":
+    def without_values(self) -> "CscLatentsCpu":
         self._active.values[:] = 0
         return self
 
@@ -164,7 +173,9 @@ class _CpuList:
         out_L += factor_L * torch.from_numpy(products_L)
 
 
-class _GpuList:
+class CscLatentsGpu:
+    """The active values, sorted by latent and by token; Triton kernels."""
+
     def __init__(self, active: Any) -> None:
         self._active = active  # kernels_gpu.Active
         self.n_active = len(active.values)
@@ -175,7 +186,7 @@ class _GpuList:
         counts_L: torch.Tensor = self._active.starts.diff()
         return counts_L
 
-    def without_values(self) -> "_GpuList":
+    def without_values(self) -> "CscLatentsGpu":
         self._active.values.zero_()
         self._active.token_values.zero_()
         return self
@@ -213,14 +224,14 @@ class _GpuList:
     def add_products(
         self, W_dec: torch.Tensor, d_x_hat_BD: torch.Tensor, factor_L: torch.Tensor, out_L: torch.Tensor
     ) -> None:
-        products_L = torch.zeros_like(out_L)  # b_enc's gradient without a penalty; the rest is dropped
-        dropped = [torch.zeros(W_dec.shape, dtype=out_L.dtype, device=out_L.device) for _ in range(2)]
-        self.add_gradients(W_dec, d_x_hat_BD, d_x_hat_BD, 0.0, dropped[0].T, products_L, dropped[1])
+        products_L = torch.zeros_like(out_L)  # the gradient of b_enc without a penalty; the other two are not used
+        unused = [torch.zeros(W_dec.shape, dtype=out_L.dtype, device=out_L.device) for _ in range(2)]
+        self.add_gradients(W_dec, d_x_hat_BD, d_x_hat_BD, 0.0, unused[0].T, products_L, unused[1])
         out_L += factor_L * products_L
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out += left right, whose type is that of `out`, or bfloat16."""
+    """out += left @ right; the operands have the type of `out`, or bfloat16."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
     else:

@@ -1,21 +1,23 @@
-"""The objective and its exact gradients, in micro-batches (REFERENCE.md section 4.2; twin: tests/reference.py).
+"""The training loss and its exact gradients, in micro-batches (REFERENCE.md section 4.2; twin: tests/reference.py).
 
     M = w_x (x_hat - x)^2                w_x = 1 / ||x|| (loss "normed", released), D ("eq1", the paper's), or 1 ("mse")
-    loss = mean(M) + sparsity + what dead_latents.py adds for dead latents
+    loss = mean(M) + sparsity + the term for dead latents (dead_latents.py)
 
     sparsity = l1 * mean_t of            sum_s z (relu), sum_s ReLU(p) (gated), number of active latents (jumprelu);
                                          topk and batchtopk have none
     gated adds mean(w_x (x_gate - x)^2), x_gate = ReLU(p) W_dec + b_dec, both held constant (arXiv 2404.16014, eq. 8)
 
-jumprelu's thresholds t = exp(log_threshold) learn by straight-through estimates with a window of `bandwidth` e
-(arXiv 2407.14435, eq. 11, 12): where |p - t| < e/2, dz/dt = -t/e and d(number of active)/dt = -1/e.
+The thresholds of jumprelu, t = exp(log_threshold), get straight-through estimates of their gradients, with a window of
+width e = `jump_bandwidth` (arXiv 2407.14435, eq. 11, 12): where |p - t| < e/2,
+    dz/dt = -t/e and d(number of active)/dt = -1/e.
 
-Means run over the whole batch, whatever the micro-batch and the number of ranks: gradients are sums.
+Means are over the whole batch, for any size of the micro-batches and any number of ranks: gradients are sums.
 
-The product of the encoder is dense. What follows costs four dense products more, or works on the active latents only:
-each micro-batch takes what is faster at its density (latent_matrix.py). Both give the same sums.
-On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu, gated: twice;
-batchtopk: more), and twice per step: which latents are dead, and all numbers of the loss together.
+The product of the encoder is dense. The other four products are dense, or use the active latents only: for each
+micro-batch the faster way at its density is taken (latent_matrix.py). Both ways compute the same sums.
+
+On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
+twice; batchtopk: more often), and twice per step: for the indices of dead latents, and for all terms of the loss.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
@@ -29,164 +31,192 @@ from cytosae.sae import SparseAutoencoder
 from .dead_latents import dead_gradients
 from .distributed import ALONE, Ranks
 from .latent_matrix import latents_of
-from .residuals import compare_reconstruction
+from .objective import Objective
+from .residuals import Residuals, compare_reconstruction
 
-NORM_FLOOR = 1e-12  # a zero token divides by this, not by zero
+NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
 _MICRO_BATCH_BYTES_ON_GPU = 1 << 30
-_SUMS = ("active", "mse", "sparsity", "gate", "error", "square", "dead")
 
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """The parts of the loss on one batch, and what the log needs. `loss` = mse + l1 + gate + dead."""
+    """The terms of the loss on one batch, and what the log needs. `loss` = mse + l1 + gate + dead."""
 
-    mse: float
-    l1: float  # the sparsity term, whatever it counts
-    gate: float  # gated's second reconstruction
-    dead: float  # what dead latents add: ghost gradients' or auxk's loss
+    mse: float  # mean(M), in the form that the objective asks for
+    l1: float  # the sparsity term of any activation
+    gate: float  # gated: error of the second reconstruction
+    dead: float  # loss of ghost gradients or auxk
     l0: float  # mean number of active latents per token
     explained_variance: float  # 1 - sum ||x - x_hat||^2 / sum ||x - mean(x)||^2
-    explained_variance_uncentered: float  # the same against sum ||x||^2, as the released code logs it
-    fired: torch.Tensor  # (L,) bool: active on any token of the batch
-    threshold: float | None = None  # batchtopk: the least value that was kept
+    explained_variance_uncentered: float  # the same with sum ||x||^2, as in the log of the released code
+    fired: torch.Tensor  # (L,) bool: active on at least one token of the batch
+    threshold: float | None = None  # batchtopk: the smallest pre-activation that was kept
 
     @property
     def loss(self) -> float:
-        """What is minimised."""
+        """The value that is minimised."""
         return self.mse + self.l1 + self.gate + self.dead
 
 
 def loss_and_gradients(
     model: SparseAutoencoder,
     tokens_ND: torch.Tensor,
+    objective: Objective,
     *,
-    loss: str,
     l1: float,
-    dead_L: torch.Tensor | None,
-    dead_latents: str = "ghost",
-    ghost_scale: str = "scalar",
-    auxk: int | None = None,
-    auxk_weight: float = 1 / 32,
-    bandwidth: float = 1e-3,
+    dead_L: torch.Tensor | None = None,
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
     sparse_below: float | None = None,
-    precision: str = "fp32",
 ) -> BatchLosses:
-    """Set `.grad` of the parameters to the gradient of the mean loss over the batch.
+    """Set `.grad` of all parameters to the gradient of the mean loss over the batch; change nothing else.
 
-    Memory: one dense (tokens, L) matrix of a micro-batch; a second one where work is dense, for jumprelu and gated.
+    Memory: one dense (tokens, L) matrix of a micro-batch; for jumprelu and gated a second one where work is dense.
 
     Parameters
     ----------
-    tokens_ND : (N, D) on the model's device, any float type; cast to float32 piece by piece. This rank's part of the
-        batch, if there are several: all ranks get the gradients and losses of the whole
-    dead_L : (L,) bool, the latents that are dead; None or all False: none are
-    dead_latents, ghost_scale, auxk, auxk_weight : what is done for them (dead_latents.py)
-    token_scale : what tokens are multiplied with first
-    micro_batch : tokens at a time; default: as many as keep one dense (tokens, L) matrix below 256 MiB (GPU: 1 GiB)
-    sparse_below : density of active latents in a micro-batch below which work is sparse; default: break-even
-    precision : "fp32", or "bf16": operands of products in bfloat16; weights, gradients and sums stay float32
-    """
-    n, width = ranks.total(len(tokens_ND)), tokens_ND.shape[1]
-    half = torch.bfloat16 if precision == "bf16" else model.W_dec.dtype
-    step = micro_batch or _micro_batch(len(tokens_ND), model, half)
-    b_dec = model.b_dec.detach()
-    W_enc, b_enc, W_dec = (weight.detach().to(half) for weight in (model.W_enc, model.b_enc, model.W_dec))
-    grads = _zeroed_gradients(model)
-    dead = dead_gradients(
-        model, dead_L, method=dead_latents, loss=loss, ghost_scale=ghost_scale, k=auxk, weight=auxk_weight, half=half
-    )
-    threshold = None
-    if model.activation == "batchtopk":
-        threshold = _batch_threshold(model, tokens_ND, token_scale, n, step, ranks)
-    gated = _MagnitudeGradients(model) if model.activation == "gated" else None
-    penalty = l1 / n if model.activation == "relu" else 0.0
-    device = tokens_ND.device
-    numbers = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
-    sums = dict(zip(_SUMS, numbers.unbind(), strict=True))  # what is added to them is added to `numbers`
-    mean_D = torch.zeros(width, dtype=torch.float64, device=device)
-    room_BL = torch.empty(min(step, len(tokens_ND)), model.n_latents, dtype=half, device=device)  # new pages cost time
-    fired = torch.zeros(model.n_latents, dtype=torch.bool, device=device)
+    tokens_ND : (N, D) on the model's device, any float type; converted to float32 per micro-batch. With several ranks,
+        this rank's tokens: every rank gets gradients and losses of the whole batch
+    l1 : weight of the sparsity term in this step, >= 0
+    dead_L : (L,) bool, the dead latents; None: there are none
+    token_scale : factor that tokens are multiplied with first
+    micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: 1 GiB)
+    sparse_below : share of active entries, 0 to 1, below which work is sparse; default: where both ways take as long
 
-    for start in range(0, len(tokens_ND), step):
-        x_BD = tokens_ND[start : start + step].float()
+    Returns
+    -------
+    The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
+    """
+    n, width, device = ranks.all_reduce_sum(len(tokens_ND)), tokens_ND.shape[1], tokens_ND.device
+    compute_dtype = objective.compute_dtype(model.W_dec.dtype)
+    micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, compute_dtype)
+    b_dec = model.b_dec.detach()
+    W_enc, b_enc, W_dec = (weight.detach().to(compute_dtype) for weight in (model.W_enc, model.b_enc, model.W_dec))
+    grads = _zeroed_gradients(model)
+    dead = dead_gradients(model, dead_L, objective)
+    magnitudes = _MagnitudeGradients(model) if model.activation == "gated" else None
+    penalty = l1 / n if model.activation == "relu" else 0.0
+    batch_threshold = None
+    if model.activation == "batchtopk":
+        batch_threshold = _batch_threshold(model, tokens_ND, token_scale, n, micro_batch, ranks)
+    totals = _Totals(n, width, model.n_latents, device)
+    sums = totals.by_name
+    # one buffer for all micro-batches: fresh memory would cost a page fault per page
+    pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=compute_dtype, device=device)
+
+    for start in range(0, len(tokens_ND), micro_batch):
+        # encoder: pre-activations p, then latents z
+        x_BD = tokens_ND[start : start + micro_batch].float()
         if token_scale != 1:
             x_BD = x_BD * token_scale
-        centred_BD = torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=half))  # rounded in the same pass
-        p_BL = torch.addmm(b_enc, centred_BD, W_enc, out=room_BL[: len(x_BD)])
+        centred_BD = torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=compute_dtype))  # rounded in the same pass
+        p_BL = torch.addmm(b_enc, centred_BD, W_enc, out=pre_acts_buffer[: len(x_BD)])
         p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype) if dead is not None else None
-        near = None
+        near = gate = None  # these read p, which becomes z in place
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
-            near = latents_of(((p_BL - threshold_L).abs_() < bandwidth / 2).to(p_BL.dtype), sparse_below)
-        gate = latents_of(p_BL.clone(), sparse_below) if gated is not None else None
+            is_near_BL = (p_BL - threshold_L).abs_() < objective.jump_bandwidth / 2
+            near = latents_of(is_near_BL.to(p_BL.dtype), sparse_below)
+        elif model.activation == "gated":
+            gate = latents_of(p_BL.clone(), sparse_below)
         with torch.no_grad():
-            p_BL = model.keep_active_(p_BL) if threshold is None else p_BL.masked_fill_(p_BL < threshold, 0)
+            if batch_threshold is None:
+                p_BL = model.keep_active_(p_BL)
+            else:
+                p_BL = p_BL.masked_fill_(p_BL < batch_threshold, 0)
         z = latents_of(p_BL, sparse_below)
 
-        x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, loss)
-        found = compare_reconstruction(x_hat_BD, x_BD, w_B1, 2 / (n * width), half)
-        into = grads if gated is None else gated.grads
-        z.add_gradients(W_dec, found.d_x_hat_BD, centred_BD, penalty, into["W_enc"], into["b_enc"], grads["W_dec"])
-        grads["b_dec"] += found.d_sum_D
+        # decoder: reconstruction, its error, and the gradients through z
+        x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, objective.loss)
+        residuals = compare_reconstruction(x_hat_BD, x_BD, w_B1, 2 / (n * width), compute_dtype)
+        d_x_hat_BD = residuals.d_x_hat_BD
+        of_encoder = grads if magnitudes is None else magnitudes.grads
+        z.add_gradients(
+            W_dec, d_x_hat_BD, centred_BD, penalty, of_encoder["W_enc"], of_encoder["b_enc"], grads["W_dec"]
+        )
+        grads["b_dec"] += residuals.d_sum_D
+        totals.add(z.n_active, z.fired, residuals)
+
+        # sparsity, and what it adds to the gradients (relu: `penalty` above)
         if gate is not None:
-            of_gate = compare_reconstruction(gate.decoded(W_dec, b_dec), x_BD, w_B1, 2 / (n * width), half)
+            of_gate = compare_reconstruction(gate.decoded(W_dec, b_dec), x_BD, w_B1, 2 / (n * width), compute_dtype)
             sums["gate"] += of_gate.weighted / (n * width)
             sums["sparsity"] += l1 * gate.total / n
-            gate.without_values().add_gradients(  # the decoder is held constant here
+            gate.without_values().add_gradients(  # without values: the decoder is held constant here
                 W_dec, of_gate.d_x_hat_BD, centred_BD, l1 / n, grads["W_enc"], grads["b_enc"], grads["W_dec"]
             )
         elif near is not None:
+            bandwidth = objective.jump_bandwidth
             # dz/dlog t = t dz/dt
-            near.add_products(W_dec, found.d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
+            near.add_products(W_dec, d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
             grads["log_threshold"] -= threshold_L * near.count() * (l1 / (n * bandwidth))
             sums["sparsity"] += l1 * z.n_active / n
         else:
             sums["sparsity"] += penalty * z.total
+
+        # dead latents
         if dead is not None and p_dead_BK is not None:
             error_BD = x_hat_BD - x_BD
             dead.add(p_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
 
-        fired |= z.fired
-        sums["active"] += z.n_active
-        sums["mse"] += found.weighted / (n * width)
-        sums["error"] += found.error
-        sums["square"] += found.square
-        mean_D += found.x_sum_D / n
-
     if dead is not None:
         sums["dead"] += dead.loss
-    ranks.sum_(numbers, mean_D)
-    ranks.any_(fired)
-    *values, mean_square = torch.cat([numbers, mean_D.square().sum()[None]]).tolist()
-    total = dict(zip(_SUMS, values, strict=True))
-    if gated is not None:
-        gated.add_to(grads)
+    total = totals.reduced(ranks)
+    if magnitudes is not None:
+        magnitudes.add_to(grads)
     if dead is not None:
         total["dead"] = dead.add_to(grads, mse=total["mse"], loss=total["dead"])
     # through x - b_dec in the encoder: the gradient there is -W_enc times that of b_enc
     grads["b_dec"] -= model.W_enc.detach() @ grads["b_enc"]
-    if gated is not None:
+    if magnitudes is not None:
         grads["b_dec"] -= model.W_enc.detach() @ (grads["b_mag"] * model.r_mag.detach().exp())
-    ranks.sum_(*grads.values())
+    ranks.all_reduce_sum_(*grads.values())
     return BatchLosses(
         mse=total["mse"],
         l1=total["sparsity"],
         gate=total["gate"],
         dead=total["dead"],
         l0=total["active"] / n,
-        explained_variance=_explained(total["error"], total["square"] - n * mean_square),
+        explained_variance=_explained(total["error"], total["square"] - n * total["square_of_mean"]),
         explained_variance_uncentered=_explained(total["error"], total["square"]),
-        fired=fired,
-        threshold=threshold,
+        fired=totals.fired,
+        threshold=batch_threshold,
     )
 
 
+class _Totals:
+    """Sums over a batch, in float64. They stay on the device until `reduced` reads all of them at once."""
+
+    NAMES = ("active", "mse", "sparsity", "gate", "error", "square", "dead")
+
+    def __init__(self, n: int, width: int, n_latents: int, device: torch.device) -> None:
+        self._n, self._width = n, width
+        self._values = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.by_name = dict(zip(self.NAMES, self._values.unbind(), strict=True))  # views: `+=` changes `_values`
+        self._mean_D = torch.zeros(width, dtype=torch.float64, device=device)
+        self.fired = torch.zeros(n_latents, dtype=torch.bool, device=device)
+
+    def add(self, n_active: int, fired_L: torch.Tensor, residuals: Residuals) -> None:
+        """Add what every activation has in common, of one micro-batch."""
+        self.fired |= fired_L
+        self.by_name["active"] += n_active
+        self.by_name["mse"] += residuals.weighted / (self._n * self._width)
+        self.by_name["error"] += residuals.error
+        self.by_name["square"] += residuals.square
+        self._mean_D += residuals.x_sum_D / self._n
+
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
+        """The sums over all ranks, and `square_of_mean`, ||mean(x)||^2. Waits for the device."""
+        ranks.all_reduce_sum_(self._values, self._mean_D)
+        ranks.all_reduce_any_(self.fired)
+        values = torch.cat([self._values, self._mean_D.square().sum()[None]]).tolist()
+        return dict(zip((*self.NAMES, "square_of_mean"), values, strict=True))
+
+
 class _MagnitudeGradients:
-    """Gated: gradients through the magnitudes ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc, summed apart.
+    """Gated: gradients through the magnitudes ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc, summed separately.
 
     With d = dloss/dmagnitude: W_enc gets exp(r_mag) d (x - b_dec), b_mag gets d, and r_mag gets exp(r_mag) d u, which
     is exp(r_mag) times <W_enc column, sum of d (x - b_dec)>.
@@ -207,16 +237,16 @@ class _MagnitudeGradients:
         grads["b_mag"] += self.grads["b_enc"]
 
 
-def _micro_batch(n: int, model: SparseAutoencoder, half: torch.dtype) -> int:
-    """Tokens at a time, of n; on a GPU pieces of one size, so that none is too small for it."""
+def _micro_batch(n: int, model: SparseAutoencoder, compute_dtype: torch.dtype) -> int:
+    """Tokens per micro-batch, of n; on a GPU all of equal size, so that none is too small to use the GPU well."""
     is_on_gpu = model.W_enc.device.type == "cuda"
     n_bytes = _MICRO_BATCH_BYTES_ON_GPU if is_on_gpu else _MICRO_BATCH_BYTES
-    most = max(1, n_bytes // (half.itemsize * model.n_latents))
+    most = max(1, n_bytes // (compute_dtype.itemsize * model.n_latents))
     return math.ceil(n / math.ceil(n / most)) if is_on_gpu and n else most
 
 
 def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:
-    """The gradients by parameter, all 0; their memory is kept from step to step."""
+    """The gradients by parameter, all 0; their memory is reused in every step."""
     grads = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
@@ -228,23 +258,23 @@ def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:
 
 
 def _batch_threshold(
-    model: SparseAutoencoder, tokens_ND: torch.Tensor, token_scale: float, n: int, step: int, ranks: Ranks
+    model: SparseAutoencoder, tokens_ND: torch.Tensor, token_scale: float, n: int, micro_batch: int, ranks: Ranks
 ) -> float:
-    """The k x n-th largest positive pre-activation of the batch, or the least positive one if there are fewer.
+    """The (k x n)-th largest positive pre-activation of the batch, or the smallest positive one if there are fewer.
 
-    Costs the encoder's product once more. Memory: the candidates, at most twice k x n.
+    Computes the encoder's product a second time. Memory: the candidates, at most 2 x k x n.
     """
     assert model.k is not None
     wanted = model.k * n
     kept, least = torch.zeros(0, device=tokens_ND.device), 0.0
-    for start in range(0, len(tokens_ND), step):
-        p_BL = model.pre_activations(tokens_ND[start : start + step].float() * token_scale).detach()
+    for start in range(0, len(tokens_ND), micro_batch):
+        p_BL = model.pre_activations(tokens_ND[start : start + micro_batch].float() * token_scale).detach()
         if bool(torch.isnan(p_BL).any()):
             return float("nan")
         kept = _largest(torch.cat([kept, p_BL[p_BL > least]]), wanted)
         if len(kept) == wanted:
             least = float(kept.min())
-    kept = _largest(ranks.gathered(kept, wanted), wanted)
+    kept = _largest(ranks.all_gather(kept, wanted), wanted)
     return float(kept.min()) if len(kept) else 0.0
 
 
@@ -253,10 +283,13 @@ def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def loss_weight(x_BD: torch.Tensor, loss: str) -> torch.Tensor | float:
-    """w_x: what a squared error is multiplied with before the mean over tokens and channels; (B, 1) or one for all."""
+    """w_x, the factor of a token's squared errors in the mean over tokens and channels: (B, 1), or one number for all.
+
+    loss : "normed" (1 / ||x||), "eq1" (D, so that the mean over channels becomes a sum), or "mse" (1)
+    """
     if loss == "normed":
         return 1 / x_BD.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
-    return float(x_BD.shape[1]) if loss == "eq1" else 1.0  # eq1's error is a sum over D, not a mean
+    return float(x_BD.shape[1]) if loss == "eq1" else 1.0
 
 
 def _explained(error: float, total: float) -> float:

@@ -1,4 +1,4 @@
-"""Optional: the metrics also go to TensorBoard or Weights & Biases, where these are installed."""
+"""Optional: send the metrics also to TensorBoard or Weights & Biases, if these are installed."""
 
 import importlib
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ LOGGERS = ("tensorboard", "wandb")
 
 
 class Logger(Protocol):
-    """Takes a row of metrics.parquet."""
+    """Something that takes rows of metrics.parquet."""
 
     def log(self, metrics: Metrics) -> None: ...
 
 
 @contextmanager
 def open_logger(name: str, run: Path, header: Header, *, first_step: int) -> Iterator[Logger]:
-    """A logger until the block ends. TensorBoard's files lie beside the run, in `NAME.tensorboard`.
+    """A logger as a context manager. TensorBoard's files are beside the run, in `NAME.tensorboard`.
 
-    A continued run goes on in the same place; what was logged after `first_step` is withdrawn where that is possible.
+    A continued run logs to the same place; TensorBoard drops what was logged after `first_step`.
 
     Raises
     ------
     BadInput
-        If the program is not installed.
+        If the name is unknown, or the package is not installed.
     """
     check_choice("logger", name, LOGGERS)
     if name == "tensorboard":

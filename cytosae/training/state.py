@@ -1,4 +1,4 @@
-"""What changes from step to step of a training run, in memory and on disk: nothing else is needed to go on."""
+"""The state of a training run between two steps, in memory and on disk: all that is needed to continue it."""
 
 import json
 import logging
@@ -15,25 +15,25 @@ from stores.errors import DamagedStore
 from stores.files import write_atomic
 from stores.tables import read_sealed, sealed_parquet
 
-Metrics = dict[str, float | None]  # a row of metrics.parquet; None: cannot be said yet
+Metrics = dict[str, float | None]  # a row of metrics.parquet; None: not known yet
 _WHOLE = ("step", "tokens", "dead_window_tokens", "n_dead")
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainState:
-    """The order of the tokens is not part of it: that is a function of the step."""
+    """Weights, optimizer and counters. The order of the tokens is not in it: it is a function of the step."""
 
     model: SparseAutoencoder
     optimizer: torch.optim.Adam
-    steps_since_fired: torch.Tensor  # (n_latents,) int64
-    token_scale: float
-    step: int
-    metrics: list[Metrics]
+    steps_since_fired: torch.Tensor  # (n_latents,) int64: steps since each latent was active
+    token_scale: float  # factor of the tokens, above 0 (data.py)
+    step: int  # steps taken
+    metrics: list[Metrics]  # rows of metrics.parquet so far
 
 
 def new_model(width: int, config: TrainConfig) -> SparseAutoencoder:
-    """An SAE as `config` wants it; its weights are not set."""
+    """An SAE with the shape and activation of `config`; its weights are not initialised."""
     return SparseAutoencoder(width, config.expansion * width, config.activation, config.k)
 
 
@@ -48,7 +48,7 @@ def states(root: Path) -> list[Path]:
 
 
 def save_state(root: Path, state: TrainState, *, keep: int) -> None:
-    """Write it, atomically and with a checksum; the last `keep` states stay."""
+    """Write a state, atomically and with a checksum, and remove all but the newest `keep` states."""
     tensors = {f"model.{name}": value.detach() for name, value in state.model.state_dict().items()}
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state.get(parameter, {})
@@ -70,7 +70,7 @@ def remove_states(root: Path) -> None:
 
 
 def load_state(root: Path, width: int, config: TrainConfig, device: str) -> TrainState | None:
-    """The newest saved state that is whole, or None; a damaged one is named and passed over."""
+    """The newest saved state that is undamaged, on `device`, or None. Damaged ones are skipped with a warning."""
     found = _newest(root)
     if found is None:
         return None
@@ -107,7 +107,7 @@ def _newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None
             reason = "its checksum does not fit"
         except (DamagedStore, KeyError, ValueError) as error:
             reason = str(error)
-        _log.warning("%s is damaged (%s); going on from the state before it", path, reason)
+        _log.warning("%s is damaged (%s); continuing from the state before it", path, reason)
     return None
 
 

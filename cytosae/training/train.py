@@ -1,9 +1,11 @@
-"""Train an SAE on cached activations: one flat loop, from the first batch to the finished run.
+"""Train an SAE on cached activations.
 
-A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1 (done at the end of the step before, so that a
-saved state is whole), dead set, loss and gradients, counters, the part of each decoder gradient along its row removed,
-Adam, learning rate. Everything random hangs on the seed: an interrupted and continued run equals an uninterrupted one,
-bit for bit, on the same device, versions and thread count.
+Read from top to bottom: `train` is the loop, `train_step` one step of it, in the order of the released code
+(REFERENCE.md 4.2); then what comes before the first step and after the last one. `cyto sae sweep` calls the same
+functions for its members.
+
+Everything random depends on the seed only: an interrupted and continued run equals an uninterrupted one, bit for bit,
+on the same device, versions and thread count.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,15 @@ from .distributed import ALONE, Ranks, joined_ranks
 from .evaluate import measure_held_out
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
+from .objective import Objective
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
-_THRESHOLD_WEIGHT = (
-    0.1  # of the newest batch in batchtopk's running mean: a batch has k x tokens latents, so it hardly varies
-)
-_MICRO_BATCH = 1_024  # tokens that are looked at together when dead latents start anew
+
+# weight of the newest batch in the running mean of batchtopk's threshold. A batch keeps k x tokens latents, so its
+# smallest kept value varies little from batch to batch
+_THRESHOLD_WEIGHT = 0.1
+_RESAMPLE_MICRO_BATCH = 1_024  # tokens reconstructed at a time when dead latents are resampled
 
 
 class Diverged(BadInput):
@@ -68,339 +73,408 @@ def train(
 ) -> Header:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
-    A cache is given by its path or its URL. Started by torchrun, all processes train one SAE together: each works on
-    its part of every batch, and the first one writes.
-    Memory: the model four times (weights, gradients, Adam), one pool of `pool_chunks` chunks, and dense latents of one
-    micro-batch (a few times 256 MiB).
+    Under torchrun all processes train one SAE together: each works on its slice of every batch, and rank 0 writes.
+    Memory: the weights four times (weights, gradients, Adam's two moments), one pool of `pool_chunks` chunks, and dense
+    latents of one micro-batch (256 MiB to 1 GiB; see `loss_and_gradients`).
 
+    Parameters
+    ----------
+    caches : finished activation stores of the same kind of tokens, by path or URL
     exclude : ids of images that are neither trained on nor held out
-    logger : also send the metrics to tensorboard or wandb
+    checkpoint_every : steps between two saved states
+    keep_states : number of saved states that are kept while the run is unfinished
+    inputs : files that the caller has read, which `run` must not overwrite
+    logger : "tensorboard" or "wandb": also send the metrics there
+    progress : called after every logged step, on rank 0
+
+    Returns
+    -------
+    The header of the finished run (`sae.json`); its summary has the last metrics.
 
     Raises
     ------
     SpecMismatch
-        If the caches do not fit together, or `run` holds something else, a run with other settings, or one at work.
+        If the caches do not hold the same kind of tokens, or `run` holds something else, a run with other settings, or
+        a run that another process is working on.
     IncompleteStore, DamagedStore
-        If a cache is not finished, or lost a chunk.
+        If a cache is unfinished, or a chunk of it is missing or damaged.
     StoreUnreachable
         If a URL cannot be read any longer; the state is saved before.
     Diverged
-        If the loss or a weight stops being finite; the last saved state is kept.
+        If the loss or a weight becomes NaN or infinite; the last saved state is kept.
+    BadInput
+        If the settings do not fit the tokens or the device.
     """
     with joined_ranks(device) as ranks, ExitStack() as stack:
-        data = open_data(caches, config, exclude=exclude)
-        training = Training(data, run, config, device=device, ranks=ranks, keep_states=keep_states)
-        if not training.begin(stack, overwrite=overwrite, inputs=inputs):
-            return load_sae(run).header  # a damaged one is not "already complete"
-        training.log_to(stack, logger)
-        part = ranks.rank, ranks.size
-        batches = on_device(data.stream.batches(config.batch_tokens, position=training.position, part=part), device)
+        plan = plan_training(open_data(caches, config, exclude=exclude), run, config)
+        training = begin_training(
+            plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
+        )
+        if training is None:
+            return load_sae(run).header  # raises DamagedStore if the finished run is damaged
+        if logger is not None and ranks.is_first:
+            opened = open_logger(logger, run, plan.header, first_step=training.step)
+            training.loggers.append(stack.enter_context(opened))
+        local = ranks.rank, ranks.size
+        batches = on_device(
+            plan.data.stream.batches(config.batch_tokens, position=training.position, part=local), device
+        )
         try:
-            while training.step < training.n_steps:
-                training.take_step(next(batches), progress)
-                if training.step % checkpoint_every == 0 and training.step < training.n_steps:
-                    training.save()
+            while not training.is_over:
+                train_step(training, next(batches), progress)
+                if training.step % checkpoint_every == 0 and not training.is_over:
+                    save_training(training)
         except (KeyboardInterrupt, StoreUnreachable):
-            training.save()
+            save_training(training)
             raise
-        return training.finish()
+        return finish_training(training)
 
 
+def train_step(
+    training: "Training", tokens: torch.Tensor, progress: Progress = lambda done, total, metrics: None
+) -> None:
+    """One step of training, on this rank's slice of a batch.
+
+    tokens : (n, D) float16 on the device of the run
+
+    Raises
+    ------
+    Diverged
+        If the loss is NaN or infinite; weights and state are then those of before the step.
+    """
+    plan, state, ranks = training.plan, training.state, training.ranks
+    config, model, optimizer = plan.config, state.model, state.optimizer
+
+    # 1. Loss and gradients. Only `.grad` changes, so that an interrupt up to here leaves the state of the step before.
+    # On a GPU the host waits for the loss in every step, so that no weight is updated from one that is not finite.
+    losses = loss_and_gradients(
+        model,
+        tokens,
+        plan.objective,
+        l1=config.l1_at(state.step),
+        dead_L=state.steps_since_fired > config.dead_after_steps,
+        token_scale=state.token_scale,
+        ranks=ranks,
+    )
+    if not math.isfinite(losses.loss):
+        raise Diverged(
+            f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, term for dead latents "
+            f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train again with another -o, or with "
+            f"--overwrite",
+            state.step,
+        )
+
+    is_last = state.step + 1 == plan.n_steps
+    is_logged = is_last or (state.step + 1) % config.log_every == 0
+    with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
+        # 2. Steps since each latent was active; the running mean of batchtopk's threshold.
+        state.steps_since_fired += 1
+        state.steps_since_fired.masked_fill_(losses.fired, 0)
+        if losses.threshold is not None:
+            threshold = model.threshold
+            threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
+
+        # 3. Adam, on the gradient of the decoder without its component along each row; then rows at norm 1, which the
+        # next step begins with. The norms of the last step are folded into the encoder instead (`finish_training`).
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr_at(state.step, plan.n_steps)
+        if model.W_dec.is_cuda:
+            from . import kernels_gpu  # needs triton
+
+            kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
+        else:
+            remove_parallel_gradient(model)
+            optimizer.step()
+            if not is_last:
+                model.normalise_decoder()
+        state.step += 1
+
+        # 4. New weights for dead latents, with `dead_latents = "resample"`; not in the last `resample_every` steps.
+        is_due = state.step % config.resample_every == 0 and state.step + config.resample_every <= plan.n_steps
+        if config.dead_latents == "resample" and is_due:
+            dead_L = state.steps_since_fired > config.dead_after_steps
+            draws = torch.Generator().manual_seed(_combined_seed(config.seed, state.step))
+            resample(
+                *(model, optimizer, dead_L, tokens, draws),
+                token_scale=state.token_scale,
+                ranks=ranks,
+                micro_batch=_RESAMPLE_MICRO_BATCH,
+            )
+            state.steps_since_fired[dead_L] = 0
+
+        # 5. A row of metrics.
+        if is_logged:
+            n_tokens = (state.step - training.logged_step) * config.batch_tokens
+            rate = n_tokens / (time.perf_counter() - training.logged_at)
+            state.metrics.append(_metrics_row(training, losses, tokens_per_second=rate))
+
+    if is_logged:
+        training.logged_step, training.logged_at = state.step, time.perf_counter()
+        if ranks.is_first:
+            progress(state.step * config.batch_tokens, plan.n_steps * config.batch_tokens, state.metrics[-1])
+            for logger in training.loggers:
+                logger.log(state.metrics[-1])
+
+
+# ------------------------------------------------------------------------------------- before the first step
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What is known of a run before anything is written: data, settings, and what follows from them."""
+
+    data: TrainingData
+    run: Path  # the folder of the run
+    config: TrainConfig
+    objective: Objective
+    n_steps: int
+    header: Header  # of `sae.json`; its identity, a SHA-256 of data and settings, is that of the finished run
+
+
+@dataclass(eq=False)
 class Training:
-    """One SAE in training: begun, taken from step to step, finished."""
+    """A run at work: what `train_step` reads, and the state that it changes."""
 
-    def __init__(
-        self,
-        data: TrainingData,
-        run: Path,
-        config: TrainConfig,
-        *,
-        device: str,
-        ranks: Ranks = ALONE,
-        keep_states: int = 2,
-    ) -> None:
-        """Nothing is read or written yet. Raises BadInput if the settings do not fit the tokens."""
-        require_start(data, config)
-        self.data, self.config, self.device, self._ranks, self._keep = data, config, device, ranks, keep_states
-        self.n_steps = config.n_steps(data.stream.tokens_per_epoch)
-        spec = {
-            "width": data.width,
-            "n_latents": config.expansion * data.width,
-            "activation": config.activation,
-            "k": config.k,
-            **data.to_spec(),
-            "n_steps": self.n_steps,
-            "config": dataclasses.asdict(config),
-            "resolved": config.resolved(data.width, self.n_steps),
-        }
-        self._run, self._header, self._auxk = run, new_header(SAE, spec), spec["resolved"]["auxk"]
-        self._output: Output
-        self._state: TrainState
-        self._loggers: list[Logger] = []
+    plan: TrainPlan
+    device: str
+    ranks: Ranks
+    output: Output  # where the run is written
+    state: TrainState
+    keep_states: int  # saved states that stay on disk
+    logged_step: int  # the step of the last row of metrics,
+    logged_at: float  # and its time.perf_counter(), for tokens per second
+    loggers: list[Logger] = field(default_factory=list)
 
     @property
     def step(self) -> int:
         """Steps taken."""
-        return self._state.step
+        return self.state.step
 
     @property
-    def identity(self) -> str:
-        """SHA-256 of data and settings: that of the finished run."""
-        return self._header.identity
+    def is_over(self) -> bool:
+        """True when all steps are taken."""
+        return self.state.step >= self.plan.n_steps
+
+    @property
+    def position(self) -> int:
+        """The position in the token stream at which the next step begins."""
+        return first_position(self.plan.config) + self.step * self.plan.config.batch_tokens
 
     @property
     def newest(self) -> Metrics | None:
         """The last row of metrics so far."""
-        return self._state.metrics[-1] if self._state.metrics else None
+        return self.state.metrics[-1] if self.state.metrics else None
 
-    @property
-    def position(self) -> int:
-        """The token of the stream that the next step begins with."""
-        return first_position(self.config) + self.step * self.config.batch_tokens
 
-    def begin(self, stack: ExitStack, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> bool:
-        """Open the folder of the run and the newest state in it, or a new one. False if the run is complete already.
+def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPlan:
+    """The plan of a run in the folder `run`; nothing is read or written.
 
-        The run is this process's alone until `stack` is closed. Raises SpecMismatch as `train` does.
-        """
-        precision = self.config.precision
-        if precision != "fp32" and not self.device.startswith("cuda"):
-            raise BadInput(f"precision {precision!r} is for GPUs; found device {self.device!r}. Use precision fp32")
-        if self._ranks.is_first:
-            self._output = self._prepare(stack, overwrite, inputs)
-        self._output = self._ranks.shared(self._output if self._ranks.is_first else None)
-        if self._output.is_complete:
-            return False
-        root = self._output.work
-        self._state = load_state(root, self.data.width, self.config, self.device) or self._new_state()
-        self._last_logged, self._clock = self.step, time.perf_counter()
-        return True
+    Raises
+    ------
+    BadInput
+        If the settings do not fit the tokens.
+    """
+    require_start(data, config)
+    n_steps = config.n_steps(data.stream.tokens_per_epoch)
+    spec = {
+        "width": data.width,
+        "n_latents": config.expansion * data.width,
+        "activation": config.activation,
+        "k": config.k,
+        **data.to_spec(),
+        "n_steps": n_steps,
+        "config": dataclasses.asdict(config),
+        "resolved": config.resolved(data.width, n_steps),
+    }
+    return TrainPlan(data, run, config, Objective.from_config(config), n_steps, new_header(SAE, spec))
 
-    def _prepare(self, stack: ExitStack, overwrite: bool, inputs: tuple[Path, ...]) -> Output:
-        local = [store.root for store in self.data.stores if isinstance(store.root, Path)]
-        output = plan_output(self._run, self._header, overwrite=overwrite, inputs=(*local, *inputs))
-        stack.callback(output.release)
-        if output.is_complete:
-            remove_states(output.work)  # a kill behind the header may have left some
-            output.publish()
-            return output
-        root = output.work
-        root.mkdir(parents=True, exist_ok=True)
-        write_header(root, self._header)
-        (root / "state").mkdir(exist_ok=True)
-        sweep_partials(root)
-        append_run(
-            root,
-            packages=("torch", "numpy", "numba"),
-            caches=[str(store.root) for store in self.data.stores],
-            device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device,
-            threads=torch.get_num_threads(),
-            processes=self._ranks.size,
-        )
+
+def begin_training(
+    plan: TrainPlan,
+    stack: ExitStack,
+    *,
+    device: str,
+    ranks: Ranks = ALONE,
+    keep_states: int = 2,
+    overwrite: bool = False,
+    inputs: tuple[Path, ...] = (),
+) -> Training | None:
+    """Open the folder of the run and its newest state, or make a new one. None if the run is complete already.
+
+    No other process can open the run until `stack` is closed.
+
+    Raises
+    ------
+    BadInput
+        If the precision is not available on the device.
+    SpecMismatch
+        As `train`.
+    """
+    precision = plan.config.precision
+    if precision != "fp32" and not device.startswith("cuda"):
+        raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    output: Output = ranks.broadcast(
+        _open_folder(plan, stack, device, ranks, overwrite, inputs) if ranks.is_first else None
+    )
+    if output.is_complete:
+        return None
+    state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
+    return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter())
+
+
+def _open_folder(
+    plan: TrainPlan, stack: ExitStack, device: str, ranks: Ranks, overwrite: bool, inputs: tuple[Path, ...]
+) -> Output:
+    stores = plan.data.stores
+    local = [store.root for store in stores if isinstance(store.root, Path)]
+    output = plan_output(plan.run, plan.header, overwrite=overwrite, inputs=(*local, *inputs))
+    stack.callback(output.release)
+    if output.is_complete:
+        remove_states(output.work)  # left by a process that was killed after it had written the header
+        output.publish()
         return output
+    root = output.work
+    root.mkdir(parents=True, exist_ok=True)
+    write_header(root, plan.header)
+    (root / "state").mkdir(exist_ok=True)
+    sweep_partials(root)
+    append_run(
+        root,
+        packages=("torch", "numpy", "numba"),
+        caches=[str(store.root) for store in stores],
+        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        threads=torch.get_num_threads(),
+        processes=ranks.size,
+    )
+    return output
 
-    def _new_state(self) -> TrainState:
-        """Step 0: seeded weights, and b_dec from the first tokens of the stream."""
-        scale = token_scale(self.data, self.config)
-        model = new_model(self.data.width, self.config)
-        model.init_weights(torch.Generator().manual_seed(self.config.seed), threshold=self.config.jump_threshold)
-        with torch.no_grad():
-            model.b_dec.copy_(initial_b_dec(self.data, self.config) * scale)
-        model.to(self.device)
-        silent = torch.zeros(model.n_latents, dtype=torch.int64, device=self.device)
-        return TrainState(model, new_optimizer(model, self.config), silent, scale, 0, [])
 
-    def log_to(self, stack: ExitStack, name: str | None) -> None:
-        """Also send the metrics to another program (metric_loggers.py)."""
-        if name is not None and self._ranks.is_first:
-            logger = open_logger(name, self._run, self._header, first_step=self.step)
-            self._loggers.append(stack.enter_context(logger))
+def _initial_state(plan: TrainPlan, device: str) -> TrainState:
+    """Step 0: seeded weights, and b_dec from the first tokens of the stream."""
+    data, config = plan.data, plan.config
+    scale = token_scale(data, config)
+    model = new_model(data.width, config)
+    model.init_weights(torch.Generator().manual_seed(config.seed), threshold=config.jump_threshold)
+    with torch.no_grad():
+        model.b_dec.copy_(initial_b_dec(data, config) * scale)
+    model.to(device)
+    steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
+    return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [])
 
-    def take_step(self, tokens: torch.Tensor, progress: Progress) -> None:
-        """One step on this rank's part of a batch, (n, width) float16 on the device."""
-        losses = self._compute_gradients(tokens)
-        state, config = self._state, self.config
-        is_logged = (state.step + 1) % config.log_every == 0 or state.step + 1 == self.n_steps
-        with _held_signals():  # Ctrl-C finds a step whole or not begun: what it saves is always a state
-            self._update(losses, tokens)
-            if is_logged:
-                rate = (state.step - self._last_logged) * config.batch_tokens / (time.perf_counter() - self._clock)
-                state.metrics.append(self._metrics(losses, rate))
-        if is_logged:
-            self._last_logged, self._clock = state.step, time.perf_counter()
-            if self._ranks.is_first:
-                progress(state.step * config.batch_tokens, self.n_steps * config.batch_tokens, state.metrics[-1])
-                for logger in self._loggers:
-                    logger.log(state.metrics[-1])
 
-    def _compute_gradients(self, tokens: torch.Tensor) -> BatchLosses:
-        """First half of a step: sets the gradients. May be broken off and done again: it changes nothing else.
+# -------------------------------------------------------------------------------------- after the last step
 
-        Raises Diverged if the loss is not finite. On a GPU the host waits for that in every step, so that no weight,
-        and no saved state, comes from such a step; the log's numbers come with it.
-        """
-        state, config = self._state, self.config
-        losses = loss_and_gradients(
-            state.model,
-            tokens,
-            loss=config.loss,
-            l1=config.l1_at(state.step),
-            dead_L=state.steps_since_fired > config.dead_after_steps,
-            dead_latents=config.dead_latents,
-            ghost_scale=config.ghost_scale,
-            auxk=self._auxk,
-            auxk_weight=config.auxk_weight,
-            bandwidth=config.jump_bandwidth,
-            token_scale=state.token_scale,
-            ranks=self._ranks,
-            precision=config.precision,
+
+def save_training(training: Training) -> None:
+    """Write the state, from which `begin_training` continues."""
+    if training.ranks.is_first:
+        save_state(training.output.work, training.state, keep=training.keep_states)
+
+
+def finish_training(training: Training) -> Header:
+    """Fold decoder norms and token scale into the weights, measure on held-out images, and write the finished run.
+
+    Raises
+    ------
+    Diverged
+        If a weight is NaN or infinite.
+    """
+    plan, state, root = training.plan, training.state, training.output.work
+    data, config, model = plan.data, plan.config, state.model
+    require_unchanged(*(store.header for store in data.stores))
+    model.fold_decoder_norm()
+    if state.token_scale != 1:
+        model.fold_token_scale(state.token_scale)
+    if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        raise Diverged(
+            "a weight became NaN or infinite in the last step; lower --lr, and train again with --overwrite", state.step
         )
-        if not math.isfinite(losses.loss):
-            raise Diverged(
-                f"the loss became {losses.loss} at step {state.step:,} (mse {losses.mse:.4g}, dead latents' part "
-                f"{losses.dead:.4g}); lower --lr or lengthen --warmup-steps, and train anew: another -o, or "
-                f"--overwrite",
-                state.step,
-            )
-        return losses
-
-    def _update(self, losses: BatchLosses, tokens: torch.Tensor) -> None:
-        """Second half of a step: counters, weights, step number; whole or not at all."""
-        state, config = self._state, self.config
-        state.steps_since_fired += 1
-        state.steps_since_fired.masked_fill_(losses.fired, 0)
-        if losses.threshold is not None:
-            old, weight = state.model.threshold, _THRESHOLD_WEIGHT if state.step else 1.0
-            old += weight * (losses.threshold - old)
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.lr_at(state.step, self.n_steps)
-        is_last = state.step + 1 == self.n_steps  # its norms are folded into the encoder, in `finish`
-        if state.model.W_dec.is_cuda:
-            from . import kernels_gpu  # needs triton
-
-            kernels_gpu.step(state.model, state.optimizer, normalise=not is_last)
-        else:
-            _remove_parallel_part(state.model)
-            state.optimizer.step()
-            if not is_last:
-                state.model.normalise_decoder()
-        state.step += 1
-        if (
-            config.dead_latents == "resample"
-            and state.step % config.resample_every == 0
-            and state.step + config.resample_every <= self.n_steps
-        ):
-            dead = state.steps_since_fired > config.dead_after_steps
-            draws = torch.Generator().manual_seed(_seed_of(config.seed, state.step))
-            resample(
-                state.model,
-                state.optimizer,
-                dead,
-                tokens,
-                draws,
-                token_scale=state.token_scale,
-                ranks=self._ranks,
-                micro_batch=_MICRO_BATCH,
-            )
-            state.steps_since_fired[dead] = 0
-
-    def _metrics(self, losses: BatchLosses, rate: float) -> Metrics:
-        """One row of metrics.parquet. Dead: silent for over `dead_after_steps` steps; None while there were fewer."""
-        state, config, stream = self._state, self.config, self.data.stream
-        tokens = state.step * config.batch_tokens
-        n_dead = int((state.steps_since_fired > config.dead_after_steps).sum())
-        is_known = state.step > config.dead_after_steps
-        row = {
-            "step": state.step,
-            "tokens": tokens,
-            "images": tokens / stream.tokens_per_image,
-            "epoch": tokens / stream.tokens_per_epoch,
-            "lr": state.optimizer.param_groups[0]["lr"],
-            "loss": losses.loss,
-            "mse": losses.mse,
-            "l1": losses.l1,
-            "gate": losses.gate,
-            "dead_loss": losses.dead,
-            "l0": losses.l0,
-            "explained_variance": losses.explained_variance,
-            "explained_variance_uncentered": losses.explained_variance_uncentered,
-            "n_dead": n_dead if is_known else None,
-            "dead_fraction": n_dead / state.model.n_latents if is_known else None,
-            "dead_window_tokens": config.dead_after_steps * config.batch_tokens,
-            "tokens_per_second": rate,
+    if training.ranks.is_first:
+        write_metrics(root, state.metrics)
+        n_tokens = state.step * config.batch_tokens
+        summary: dict[str, Any] = {
+            "steps": state.step,
+            "tokens": n_tokens,
+            "images": round(n_tokens / data.stream.tokens_per_image),
+            "token_scale": state.token_scale,
+            "final": state.metrics[-1],
+            "trained_on": write_trained_on(root, data.trained_on()),
         }
-        return {name: None if value is None or math.isnan(value) else value for name, value in row.items()}
-
-    def save(self) -> None:
-        """Write the state, from which `begin` goes on."""
-        if self._ranks.is_first:
-            save_state(self._output.work, self._state, keep=self._keep)
-
-    def finish(self) -> Header:
-        """Fold what can be folded into the weights, measure on what was held out, write the run, and call it complete.
-
-        Raises Diverged if a weight is not finite.
-        """
-        state, root = self._state, self._output.work
-        require_unchanged(*(store.header for store in self.data.stores))
-        state.model.fold_decoder_norm()
-        if state.token_scale != 1:
-            state.model.fold_token_scale(state.token_scale)
-        if not all(bool(torch.isfinite(value).all()) for value in state.model.state_dict().values()):
-            raise Diverged(
-                "a weight became NaN or infinite in the last step; lower --lr, and train anew: --overwrite", state.step
-            )
-        if self._ranks.is_first:
-            write_metrics(root, state.metrics)
-            summary: dict[str, Any] = {
-                "steps": state.step,
-                "tokens": state.step * self.config.batch_tokens,
-                "images": round(state.step * self.config.batch_tokens / self.data.stream.tokens_per_image),
-                "token_scale": state.token_scale,
-                "final": state.metrics[-1],
-                "trained_on": write_trained_on(root, self.data.trained_on()),
-            }
-            if any(mask.any() for mask in self.data.chosen.held_out):
-                summary["held_out"] = measure_held_out(state.model, self.data, self.config, device=self.device)
-                write_atomic(root / "held_out.parquet", parquet_bytes(self.data.held_out_table()))
-            save_sae(root, state.model, self._header, summary)
-            sync_tree(root)
-            remove_states(root)
-            self._output.publish()
-        self._ranks.wait()
-        header = find_header(self._run)
-        assert header is not None
-        return header
+        if any(mask.any() for mask in data.chosen.held_out):
+            summary["held_out"] = measure_held_out(model, data, config, device=training.device)
+            write_atomic(root / "held_out.parquet", parquet_bytes(data.held_out_table()))
+        save_sae(root, model, plan.header, summary)
+        sync_tree(root)
+        remove_states(root)
+        training.output.publish()
+    training.ranks.barrier()
+    header = find_header(plan.run)
+    assert header is not None
+    return header
 
 
-def _seed_of(*numbers: int) -> int:
-    """One seed for several numbers."""
+# ------------------------------------------------------------------------------------------- used by a step
+
+
+@torch.no_grad()
+def remove_parallel_gradient(model: SparseAutoencoder) -> None:
+    """Remove from the gradient of each decoder row its component along the row, which normalisation would undo."""
+    assert model.W_dec.grad is not None
+    along_L1 = (model.W_dec.grad * model.W_dec).sum(1, keepdim=True)
+    model.W_dec.grad -= along_L1 * model.W_dec
+
+
+def _metrics_row(training: Training, losses: BatchLosses, *, tokens_per_second: float) -> Metrics:
+    """One row of metrics.parquet, by its columns.
+
+    A latent is dead if it was not active for more than `dead_after_steps` steps; None while there were fewer steps.
+    """
+    state, config, stream = training.state, training.plan.config, training.plan.data.stream
+    tokens = state.step * config.batch_tokens
+    n_dead = int((state.steps_since_fired > config.dead_after_steps).sum())
+    is_known = state.step > config.dead_after_steps
+    row = {
+        "step": state.step,
+        "tokens": tokens,
+        "images": tokens / stream.tokens_per_image,
+        "epoch": tokens / stream.tokens_per_epoch,
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "loss": losses.loss,
+        "mse": losses.mse,
+        "l1": losses.l1,
+        "gate": losses.gate,
+        "dead_loss": losses.dead,
+        "l0": losses.l0,
+        "explained_variance": losses.explained_variance,
+        "explained_variance_uncentered": losses.explained_variance_uncentered,
+        "n_dead": n_dead if is_known else None,
+        "dead_fraction": n_dead / state.model.n_latents if is_known else None,
+        "dead_window_tokens": config.dead_after_steps * config.batch_tokens,
+        "tokens_per_second": tokens_per_second,
+    }
+    return {name: None if value is None or math.isnan(value) else value for name, value in row.items()}
+
+
+def _combined_seed(*numbers: int) -> int:
+    """One seed, below 2^63, from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager
-def _held_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the end of the block (outside the main thread none can arrive)."""
+def _deferred_signals() -> Iterator[None]:
+    """SIGINT (Ctrl-C) and SIGTERM are handled at the end of the block. Other threads than the main one get none."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[int] = []
+    received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not Python's
+    before = {number: handler for number, handler in handlers.items() if handler is not None}  # None: not set in Python
     try:
         for number in before:
-            signal.signal(number, lambda number, frame: held.append(number))
+            signal.signal(number, lambda number, frame: received.append(number))
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for held_back in held:
-            signal.raise_signal(held_back)
-
-
-@torch.no_grad()
-def _remove_parallel_part(model: SparseAutoencoder) -> None:
-    """Take out of each decoder row's gradient its part along the row, which the next normalisation would undo."""
-    assert model.W_dec.grad is not None
-    along_L1 = (model.W_dec.grad * model.W_dec).sum(1, keepdim=True)
-    model.W_dec.grad -= along_L1 * model.W_dec
+        for received_number in received:
+            signal.raise_signal(received_number)
