@@ -262,11 +262,12 @@ def demo(out: Path, seed: int) -> None:
     from cytosae import encode, train
     from cytosae.atlas import AtlasConfig, open_inputs, write_atlas
     from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
-    from cytosae.commands.shared import dask_client, training_line
+    from cytosae.commands.shared import dask_client
     from cytosae.compare import CompareConfig, compare
     from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
     from cytosae.maps import open_sources, plot_reference_images
     from cytosae.sae import TrainConfig
+    from cytosae.training import training_line
     from stores import BarcodeStore, ConceptStore, LatentStore
     from stores.destination import claimed
 

@@ -486,7 +486,7 @@ def test_training_images_are_known_by_their_content(made: Path, tmp_path: Path) 
     spec = ActivationStore(made / "acts.zarr").spec.same_tokens
     assert ActivationStore(tmp_path / "other.zarr").spec.same_tokens == spec
     settings = TrainConfig(tokens=2_000, batch_tokens=500, expansion=1, holdout=0.3)
-    header = train([made / "acts.zarr"], tmp_path / "run", settings)
+    header = train([made / "acts.zarr"], tmp_path / "run", settings).header
     held_out = pq.read_table(tmp_path / "run" / "held_out.parquet")["image_id"].to_pylist()
     path_of = {row["image_id"]: row["path"] for row in rows}
     kept_out = {path_of[name] for name in held_out}

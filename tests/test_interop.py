@@ -198,7 +198,8 @@ def test_a_released_file_is_taken_bit_for_bit_and_its_config_as_plain_values(
     cls = config_class(module)
     path = save_released(tmp_path / "x.pt", {key: released_config(cls), "state_dict": weights})
     before = set(sys.modules)
-    header, was_complete = import_sae(path, tmp_path / "run")
+    done = import_sae(path, tmp_path / "run")
+    header, was_complete = done.header, done.was_complete
     assert not was_complete
     assert not {name for name in set(sys.modules) - before if "sae_training" in name}
     assert_same_bits(tmp_path / "run", weights)
@@ -234,7 +235,7 @@ def test_a_transposed_matrix_is_read_as_it_is_meant(tmp_path: Path) -> None:
 
 def test_a_config_with_numbers_that_json_lacks(tmp_path: Path) -> None:
     content = {"cfg": released_config(lr=float("nan"), seed=float("-inf")), "state_dict": released_weights()}
-    header, _ = import_sae(save_released(tmp_path / "x.pt", content), tmp_path / "run")
+    header = import_sae(save_released(tmp_path / "x.pt", content), tmp_path / "run").header
     assert header.summary is not None
     assert (header.summary["says"]["lr"], header.summary["says"]["seed"]) == ("nan", "-inf")
     assert read_foreign(save_saelens(tmp_path / "x", l1_coefficient=float("inf"))).says["l1_coefficient"] == "inf"
@@ -252,7 +253,7 @@ def test_what_is_beside_the_weights_is_named(tmp_path: Path) -> None:
 def test_a_saelens_folder_gives_the_same_numbers(tmp_path: Path, subtracted: bool) -> None:
     folder = save_saelens(tmp_path / "x", apply_b_dec_to_input=subtracted)
     (folder / "sparsity.safetensors").write_bytes(b"")
-    header, _ = import_sae(folder, tmp_path / "run")
+    header = import_sae(folder, tmp_path / "run").header
     assert_same_numbers(tmp_path / "run", saelens_twin(folder, some_tokens()), some_tokens())
     assert header.summary is not None
     folded = ["b_dec was not subtracted from the input; b_dec W_enc is now in b_enc, so that latents stay equal"]
@@ -271,7 +272,7 @@ def test_the_other_architectures_give_the_same_numbers(tmp_path: Path, architect
         weights["W_dec"] *= torch.linspace(0.2, 3, L)[:, None]
     changes = {"architecture": architecture, "apply_b_dec_to_input": subtracted, **settings}
     folder = save_saelens(tmp_path / "x", weights, **changes)
-    header, _ = import_sae(folder, tmp_path / "run")
+    header = import_sae(folder, tmp_path / "run").header
     model = load_sae(tmp_path / "run").model
     assert (header.spec["activation"], model.activation, model.k) == (architecture, architecture, settings.get("k"))
     assert ("k" in header.spec) == (architecture == "topk")
@@ -292,7 +293,7 @@ def test_a_threshold_at_or_below_zero_is_relu(tmp_path: Path) -> None:
     weights = saelens_weights("jumprelu")
     weights["threshold"][:3] = torch.tensor([0.0, -1.0, -0.0])
     folder = save_saelens(tmp_path / "x", weights, architecture="jumprelu")
-    header, _ = import_sae(folder, tmp_path / "run")
+    header = import_sae(folder, tmp_path / "run").header
     assert (header.summary or {})["notes"] == [
         "3 thresholds are 0 or below, and now 0: latents stay equal, as with ReLU"
     ]
@@ -442,8 +443,8 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["cytosae", "saelens"])
 def test_out_and_in_again_changes_no_bit(made: Path, tmp_path: Path, format: str) -> None:
     out = tmp_path / ("x.pt" if format == "cytosae" else "x")
-    assert export_sae(made / "run", out, format=format) is False
-    header, _ = import_sae(out, tmp_path / "run")
+    assert export_sae(made / "run", out, format=format).was_complete is False
+    header = import_sae(out, tmp_path / "run").header
     sae = load_sae(made / "run")
     assert_same_bits(tmp_path / "run", sae.model.state_dict())
     assert load_sae(tmp_path / "run").sha256 == sae.sha256
@@ -473,7 +474,7 @@ def test_every_activation_has_a_saelens_architecture(tmp_path: Path, activation:
     assert_same_numbers(run, expected, tokens)
     if activation == "batchtopk":
         assert weights["threshold"].tolist() == [2.5] * L
-    assert export_sae(run, out, format="saelens") is True
+    assert export_sae(run, out, format="saelens").was_complete is True
 
     import_sae(out, tmp_path / "again")
     assert_same_numbers(tmp_path / "again", expected, tokens)
@@ -576,9 +577,9 @@ def test_an_export_is_written_once_and_replaces_nothing(made: Path, copied: Path
     import_sae(save_released(tmp_path / "other.pt"), tmp_path / "other")
     for format, name in (("cytosae", "x.pt"), ("saelens", "x")):
         out = tmp_path / "deep" / name
-        assert export_sae(run, out, format=format) is False
+        assert export_sae(run, out, format=format).was_complete is False
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "deep").rglob("*")}
-        assert export_sae(run, out, format=format) is True
+        assert export_sae(run, out, format=format).was_complete is True
         with pytest.raises(SpecMismatch, match=f"{name} is there already, and is not this SAE in the {format} layout"):
             export_sae(tmp_path / "other", out, format=format)
         with pytest.raises(SpecMismatch, match="there already"):
@@ -632,7 +633,7 @@ def test_import_again_is_complete_and_other_sources_are_refused(tmp_path: Path) 
     import_sae(path, tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")}
     renamed = path.rename(tmp_path / "y.pt")  # the content counts, not the name
-    assert import_sae(renamed, tmp_path / "run")[1] is True
+    assert import_sae(renamed, tmp_path / "run").was_complete is True
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").rglob("*")} == before
     other = released_weights(seed=1)
     save_released(tmp_path / "z.pt", {"cfg": released_config(), "state_dict": other})
@@ -653,7 +654,7 @@ def test_an_import_that_was_cut_says_so_and_is_done_again(tmp_path: Path, monkey
             import_sae(path, tmp_path / "run")
     with pytest.raises(IncompleteStore, match="Run the same cyto sae import command again"):
         load_sae(tmp_path / "run")
-    assert import_sae(path, tmp_path / "run")[1] is False
+    assert import_sae(path, tmp_path / "run").was_complete is False
     assert_same_bits(tmp_path / "run", released_weights())
 
 
@@ -1132,7 +1133,7 @@ def test_a_trained_batchtopk_of_sae_lens_is_imported(sae_lens: Any, tmp_path: Pa
     weights["W_dec"] *= torch.linspace(0.2, 3, L)[:, None]
     theirs.load_state_dict({**weights, "topk_threshold": torch.tensor(2.0, dtype=torch.double)})
     theirs.save_inference_model(str(tmp_path / "x"))
-    header, _ = import_sae(tmp_path / "x", tmp_path / "run")
+    header = import_sae(tmp_path / "x", tmp_path / "run").header
     assert header.spec["activation"] == "jumprelu"
     saved, tokens = sae_lens.SAE.load_from_disk(str(tmp_path / "x")), some_tokens()
     with torch.no_grad():

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cytosae.commands.shared import activation_of, training_line
 from stores.console import (
     COUNT,
     FILE,
@@ -22,12 +21,12 @@ from stores.console import (
     progress_line,
     readers_option,
     say_done,
+    tell,
 )
 from stores.devices import resolve_device
-from stores.wording import decimals, describe_latents, printable, size_on_disk, state_of
+from stores.wording import printable, state_of
 
 if TYPE_CHECKING:
-    from cytosae.training import Evaluation
     from stores import Header
 
     from .shared import Bridges
@@ -117,21 +116,21 @@ def sae_train(
     """
     from cytosae import train
     from cytosae.sae import make_config
-    from stores import find_header, read_image_ids
+    from cytosae.training import training_line
+    from stores import read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
     _take_ghost(options, ghost)
     config = make_config(preset=preset, config_file=config_file, options=options)
     if config.warning:
         click.echo(f"warning: {config.warning}", err=True)
-    before = find_header(run)
     with progress_line("train", "token") as progress:
-        header = train(
+        done = train(
             stores,
             run,
             config,
             exclude=read_image_ids(exclude) if exclude else (),
-            device=resolve_device(device),
+            device=device,
             checkpoint_every=checkpoint_every,
             keep_states=keep_states,
             overwrite=overwrite,
@@ -141,8 +140,9 @@ def sae_train(
         )
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
         return
-    say_done(run, before is not None and before.complete and not overwrite)
-    _print_trained(run, header)
+    say_done(run, done.was_complete)
+    for line in done.lines():  # warnings were told before
+        click.echo(line)
 
 
 def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
@@ -151,14 +151,6 @@ def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
         meant = "ghost" if ghost else "none"
         if options.setdefault("dead_latents", meant) != meant:
             raise click.UsageError("--ghost and --no-ghost are short for --dead-latents: give one of them")
-
-
-def _print_trained(run: Path, header: "Header") -> None:
-    summary = header.summary or {}
-    click.echo(f"{run}: {header.spec['n_latents']:,} latents after {summary['tokens']:,} tokens")
-    click.echo(training_line(summary["final"]))
-    if "held_out" in summary:
-        click.echo(f"held out: {_held_out_line(summary['held_out'])}")
 
 
 @click.command("sweep")
@@ -198,7 +190,6 @@ def sae_sweep(
     """
     from cytosae.sweep import sweep
     from stores import read_image_ids
-    from stores.tables import listed
 
     with progress_line("sweep", "token") as progress:
         done = sweep(
@@ -206,7 +197,7 @@ def sae_sweep(
             stores,
             out,
             exclude=read_image_ids(exclude) if exclude else (),
-            device=resolve_device(device),
+            device=device,
             say=lambda line: click.echo(line, err=True),
             progress=progress,
             **settings,
@@ -215,11 +206,11 @@ def sae_sweep(
     if as_json:
         click.echo(json.dumps({"sweep": str(out), "members": done.members, "table": done.table}, indent=1))
     else:
-        click.echo(done.markdown, nl=False)
+        for line in done.lines():
+            click.echo(line)
         click.echo(f"\n{out}: {len(done.members):,} SAEs in runs/, tables, sweep.png", err=True)
-    if done.failed:
-        names = listed([f"{row['name']} at step {row['failed_at_step']:,}" for row in done.failed])
-        click.echo(f"warning: {len(done.failed):,} of {len(done.members):,} SAEs failed: {names}", err=True)
+    for warning in done.warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 @click.command("info")
@@ -243,9 +234,12 @@ def sae_info(run: Path, as_json: bool) -> None:
 
 def _trained_rows(header: "Header") -> dict[str, str]:
     """The page of `cyto sae info`."""
+    from cytosae.sae import activation_text
+    from cytosae.training import held_out_line, training_line
+
     spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
     return {
-        "latents": f"{spec['n_latents']:,} ({activation_of(spec)}) on tokens of width {spec['width']}",
+        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
@@ -259,7 +253,7 @@ def _trained_rows(header: "Header") -> dict[str, str]:
         "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
         f"{spec['images']['excluded']:,} excluded",
         "last batch": training_line(summary["final"]) if summary else "(not finished)",
-        **({"held out": _held_out_line(summary["held_out"])} if "held_out" in summary else {}),
+        **({"held out": held_out_line(summary["held_out"])} if "held_out" in summary else {}),
         "identity": header.identity,
     }
 
@@ -357,56 +351,7 @@ def sae_eval(
         values = found.to_json(per_latent=per_latent)
         click.echo(json.dumps({"sae": str(run), "store": str(store), **values}, indent=1))
     else:
-        _print_evaluation(f"{run} on {store}{'' if found.trained_backbone else ' (UNTRAINED backbone)'}", found)
-
-
-def _print_evaluation(title: str, found: "Evaluation") -> None:
-    window = f"{found.dead_fraction_window:.1%} over the last {found.dead_window_tokens:,} tokens"
-    coherence, substitution = found.coherence, found.substitution
-    rows = {
-        "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
-        f"{found.n_tokens:,} tokens (token set {found.token_set})",
-        "trained on": found.trained_on_line,
-        "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
-        "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
-        f"{_known(found.explained_variance_uncentered)} uncentred",
-        "L0": f"{found.l0:.1f} per token; percentiles {_percentiles(found.l0_percentiles)}",
-        "per image": f"{found.latents_per_image:.1f} different latents; "
-        f"percentiles {_percentiles(found.latents_per_image_percentiles)}",
-        "dead": f"{found.dead_fraction_whole:.1%} of {found.n_latents:,} latents over all tokens, {window}",
-        "decoder": f"nearest other row, |cosine|: mean {_known(coherence.mean)}, "
-        f"percentiles {_percentiles(coherence.percentiles)}"
-        + (f"; {coherence.n_zero_rows:,} rows are zero" if coherence.n_zero_rows else ""),
-    }
-    if substitution:
-        rows["final CLS"] = (
-            f"{_known(substitution.recovered)} recovered against zeros, "
-            f"{_known(substitution.recovered_from_mean)} against the mean token (1: as without the SAE, 0: as with "
-            f"these); {substitution.n_images:,} images, seed {substitution.seed}"
-        )
-        for name, change in {
-            "  SAE": substitution.reconstruction,
-            "  mean": substitution.mean_token,
-            "  zeros": substitution.zeros,
-        }.items():
-            rows[name] = f"cosine {_known(change.cosine, 5)}, changed by {change.relative_l2:.2%} of its length"
-    print_page(title, rows)
-    histogram = found.histogram
-    click.echo(f"  {'frequency':<10} latents by the share of images, and of tokens, in which they are active")
-    click.echo(f"  {'':<10} {'never':<16} {histogram.n_never:>9,} {histogram.n_never:>9,}")
-    for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
-        if by_image or by_token:
-            click.echo(f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}")
-
-
-def _known(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: not defined
-
-
-def _percentiles(values: dict[int, Any]) -> str:
-    """`5: 3, 50: 12, 95: 40, 100: 80`: a selection of the percentiles, on one line."""
-    shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
-    return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"
+        tell(found)
 
 
 @click.command("import")
@@ -425,16 +370,9 @@ def sae_import(file: Path, run: Path, overwrite: bool) -> None:
     """
     from cytosae.sae import import_sae
 
-    header, was_complete = import_sae(file, run, overwrite=overwrite)
-    say_done(run, was_complete)
-    spec = header.spec
-    click.echo(
-        f"{run}: {spec['n_latents']:,} latents ({activation_of(spec)}) on tokens of width {spec['width']}, "
-        f"from {spec['imported']['format']}"
-    )
-    for note in (header.summary or {})["notes"]:
-        click.echo(f"  {note}")
-    click.echo("  which tokens it was trained on is not known: add --assume-compatible where it is used")
+    done = import_sae(file, run, overwrite=overwrite)
+    say_done(run, done.was_complete)
+    tell(done)
 
 
 @click.command("export")
@@ -459,9 +397,9 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
     """
     from cytosae.sae import export_sae
 
-    say_done(out, export_sae(run, out, format=layout))
-    n_bytes = size_on_disk(out) if out.is_dir() else out.stat().st_size
-    click.echo(f"{out}: {run} in the {layout} layout, {n_bytes / 1e6:,.1f} MB")
+    done = export_sae(run, out, format=layout)
+    say_done(out, done.was_complete)
+    tell(done)
 
 
 @click.command("encode")
@@ -513,18 +451,15 @@ def sae_encode(
 
     shard = Shard.parse(shard_text)
     with progress_line("encode", "image") as progress:
-        done = encode(store, run, latents, device=resolve_device(device), shard=shard, progress=progress, **settings)
-    if not done.is_complete:
-        click.echo(
-            f"{latents}: shard {shard} is done, {done.n_readable:,} readable images; other shards are not, or are "
-            f"being joined. The last one completes the store; if all have ended: cyto latents merge {latents}"
-        )
-        return
-    say_done(latents, done.was_complete)
-    click.echo(describe_latents(latents))
+        done = encode(store, run, latents, device=device, shard=shard, progress=progress, **settings)
+    if done.is_complete:
+        say_done(latents, done.was_complete)
+    tell(done)
 
 
 def _imported_rows(header: "Header") -> dict[str, str]:
+    from cytosae.sae import activation_text
+
     spec, summary = header.spec, header.summary or {}
     says = summary.get("says", {})
     names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")
@@ -532,7 +467,7 @@ def _imported_rows(header: "Header") -> dict[str, str]:
     claims = {**(metadata if isinstance(metadata, dict) else {}), **says}
     shown = [f"{name} {printable(str(claims[name]))}" for name in names if claims.get(name) is not None]
     return {
-        "latents": f"{spec['n_latents']:,} ({activation_of(spec)}) on tokens of width {spec['width']}",
+        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
         "imported": f"from {spec['imported']['format']}, sha256 {spec['imported']['files']['weights']}",
         "tokens": f"not known: {', '.join(name for name, value in spec['tokens'].items() if value is None)}",
         "says": ", ".join(shown) or "nothing of where it comes from",
@@ -540,10 +475,3 @@ def _imported_rows(header: "Header") -> dict[str, str]:
         "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
         "identity": header.identity,
     }
-
-
-def _held_out_line(found: dict[str, Any]) -> str:
-    return (
-        f"{found['n_images']:,} images: mse {found['mse']:.4g}, L0 {found['l0']:.1f}, "
-        f"explained variance {decimals(found['explained_variance'])}"
-    )

@@ -10,7 +10,7 @@ import click
 
 from stores.console import COUNT, FILE
 from stores.machine import n_cores
-from stores.wording import counted, decimals, percent, printable
+from stores.wording import counted, printable
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,24 +40,6 @@ def dask_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def activation_of(spec: dict[str, Any]) -> str:
-    """`topk, k 32`"""
-    return f"{spec['activation']}, k {spec['k']}" if spec.get("k") else str(spec["activation"])
-
-
-def training_line(metrics: dict[str, Any]) -> str:
-    """A step's metrics: loss, L0, explained variance, dead latents."""
-    return (
-        f"loss {metrics['loss']:.4g}, L0 {metrics['l0']:.1f}, "
-        f"explained variance {decimals(metrics['explained_variance'])}, "
-        + (
-            f"{metrics['n_dead']:,} dead ({percent(metrics['dead_fraction'])})"
-            if metrics["n_dead"] is not None
-            else "dead n/a"
-        )
-    )
 
 
 def map_options(command: Any) -> Any:

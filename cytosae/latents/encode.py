@@ -21,6 +21,7 @@ from cytosae.sae import SaeRun, SparseAutoencoder, load_sae
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
+from stores.devices import resolve_device
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
     committed_images,
@@ -39,6 +40,7 @@ from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged, stated
 from stores.tables import table_sha256
+from stores.wording import Report, describe_latents
 
 from .sparsify import Compactor, Rounding, SparseRows
 
@@ -51,15 +53,27 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeResult:
+class EncodeResult(Report):
     """Content of the finished latent store, or of a finished shard of it."""
 
+    out: Path  # the store
+    shard: str  # of the command, such as 0/1
     spec: LatentSpec
     nnz: int  # stored values, of the whole store or of the shard
     n_dropped: int  # values that were not stored, since they are below `min_activation`
     n_readable: int  # readable images, of the whole store or of the shard
     was_complete: bool  # True: the store existed already
     is_complete: bool = True  # False: other shards are not finished yet
+
+    def lines(self) -> Iterator[str]:
+        """What the store holds; or that other shards are missing."""
+        if self.is_complete:
+            yield describe_latents(self.out)
+            return
+        yield (
+            f"{self.out}: shard {self.shard} is done, {self.n_readable:,} readable images; other shards are not, or "
+            f"are being joined. The last one completes the store; if all have ended: cyto latents merge {self.out}"
+        )
 
     @property
     def l0(self) -> float:
@@ -80,7 +94,7 @@ def encode(
     value_bits: int = 10,
     min_activation: float = 0.0,
     precision: str = "fp32",
-    device: str = "cpu",
+    device: str = "auto",
     shard: Shard = ONE_WRITER,
     assume_compatible: bool = False,
     overwrite: bool = False,
@@ -115,6 +129,7 @@ def encode(
         raise BadInput(f"min_activation must be a number of at least 0; found {min_activation!r}")
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
+    device = resolve_device(device)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
@@ -127,7 +142,7 @@ def encode(
             complete_latents(output.work)
         output.publish()
         LatentStore(latents)  # a damaged one is not "already complete"
-        return _result(read_header(latents, LATENTS), n_readable, was_complete=True)
+        return _result(latents, shard, read_header(latents, LATENTS), n_readable, was_complete=True)
 
     root = output.work
     facts: dict[str, Any] = {"assumed_equal": assumed} if assumed else {}
@@ -156,6 +171,8 @@ def encode(
     if header is None:
         own = shard_images(spec, shard)
         return EncodeResult(
+            out=latents,
+            shard=str(shard),
             spec=spec,
             nnz=nnz,
             n_dropped=n_dropped,
@@ -164,7 +181,7 @@ def encode(
             is_complete=False,
         )
     output.publish()
-    return _result(header, n_readable, was_complete=False)
+    return _result(latents, shard, header, n_readable, was_complete=False)
 
 
 def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec, *, device: str = "cpu") -> CsrRows:
@@ -330,9 +347,11 @@ def _make_spec(
     )
 
 
-def _result(header: Header, n_readable: int, *, was_complete: bool) -> EncodeResult:
+def _result(out: Path, shard: Shard, header: Header, n_readable: int, *, was_complete: bool) -> EncodeResult:
     summary: dict[str, Any] = header.summary or {}
     return EncodeResult(
+        out=out,
+        shard=str(shard),
         spec=stated(LatentSpec, header.spec, "the latents"),
         nnz=summary["nnz"],
         n_dropped=summary.get("n_dropped", 0),

@@ -6,6 +6,7 @@ from .checkpoint import save_tensors as save_tensors
 from .config import LOSSES as LOSSES
 from .config import PRESETS as PRESETS
 from .config import TrainConfig as TrainConfig
+from .config import activation_text as activation_text
 from .config import checked_settings as checked_settings
 from .config import make_config as make_config
 from .config import overridden as overridden

@@ -290,3 +290,8 @@ def _checked(name: str, value: Any, kind: Any, source: str) -> Any:
 def _check_number(name: str, value: float, *, least: float) -> None:
     if not (math.isfinite(value) and value >= least):
         raise BadInput(f"{name} must be at least {least}; found {value!r}")
+
+
+def activation_text(spec: dict[str, Any]) -> str:
+    """`topk, k 32`, of an SAE's settings."""
+    return f"{spec['activation']}, k {spec['k']}" if spec.get("k") else str(spec["activation"])

@@ -27,9 +27,11 @@ from stores.runlog import append_run
 from stores.spec import SAE, Header, check_choice, find_header, new_header, plain, write_header
 from stores.tables import listed
 from stores.torch_archive import Refused, TorchArchive, one_line, open_archive
+from stores.wording import Report, size_on_disk
 
 from . import saelens
 from .checkpoint import SaeRun, load_sae, load_tensors, save_sae, save_tensors
+from .config import activation_text
 from .model import SparseAutoencoder
 from .saelens import shown
 from .safe_unpickle import Instance, Tensor, plain_config, read_pickle
@@ -63,8 +65,43 @@ class ForeignSae:
     notes: list[str]  # one line for each thing that was changed or left out
 
 
-def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Header, bool]:
-    """Import the SAE at `source` into the folder `run`; returns its header, and True if `run` was complete already.
+@dataclass(frozen=True, kw_only=True)
+class ImportReport(Report):
+    """An SAE of another program, imported."""
+
+    out: Path  # the folder
+    header: Header  # of `sae.json`; its summary has what the file says, and notes
+    was_complete: bool  # True: it was there already
+
+    def lines(self) -> Iterator[str]:
+        """What it is, what was changed or left out, and what is not known."""
+        spec = self.header.spec
+        yield (
+            f"{self.out}: {spec['n_latents']:,} latents ({activation_text(spec)}) on tokens of width "
+            f"{spec['width']}, from {spec['imported']['format']}"
+        )
+        for note in (self.header.summary or {})["notes"]:
+            yield f"  {note}"
+        yield "  which tokens it was trained on is not known: add --assume-compatible where it is used"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(Report):
+    """An SAE of ours, written as another program stores it."""
+
+    out: Path  # the file or folder
+    sae: Path
+    layout: str
+    was_complete: bool  # True: it was there already
+
+    def lines(self) -> Iterator[str]:
+        """The file or folder, and its size."""
+        n_bytes = size_on_disk(self.out) if self.out.is_dir() else self.out.stat().st_size
+        yield f"{self.out}: {self.sae} in the {self.layout} layout, {n_bytes / 1e6:,.1f} MB"
+
+
+def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> ImportReport:
+    """Import the SAE at `source` into the folder `run`.
 
     Weights are not changed (rows of `W_dec` keep their norm). Memory: the source twice.
 
@@ -93,7 +130,7 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Hea
     output = plan_output(run, header, overwrite=overwrite, inputs=(source,))
     if output.is_complete:
         output.publish()
-        return load_sae(run).header, True
+        return ImportReport(out=run, header=load_sae(run).header, was_complete=True)
     root = output.work
     root.mkdir(parents=True, exist_ok=True)
     write_header(root, header)
@@ -103,7 +140,7 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> tuple[Hea
     header = save_sae(root, model, header, {"says": foreign.says, "notes": foreign.notes})
     sync_tree(root)
     output.publish()
-    return header, False
+    return ImportReport(out=run, header=header, was_complete=False)
 
 
 def read_foreign(source: Path) -> ForeignSae:
@@ -127,8 +164,8 @@ def read_foreign(source: Path) -> ForeignSae:
     return foreign
 
 
-def export_sae(run: Path, out: Path, *, format: str) -> bool:
-    """Write the SAE in `run` as another program stores it; True if it was there already.
+def export_sae(run: Path, out: Path, *, format: str) -> ExportReport:
+    """Write the SAE in `run` as another program stores it.
 
     format : cytosae (one file, which PyTorch loads with `weights_only`; relu only) or saelens (a folder)
 
@@ -140,7 +177,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
         If anything else exists at `out`: it is never replaced.
     """
     check_choice("format", format, LAYOUTS)
-    sae, out = load_sae(run), out.absolute()
+    sae, given, out = load_sae(run), out, out.absolute()
     if format == "cytosae" and sae.model.activation != "relu":
         raise BadInput(
             f"{run} has the activation {sae.model.activation}, and the released CytoSAE code computes relu only; "
@@ -158,7 +195,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
         stack.enter_context(claimed(out))
         if out.exists():
             if _is_export(out, sae, format):
-                return True
+                return ExportReport(out=given, sae=run, layout=format, was_complete=True)
             raise SpecMismatch(f"{out} is there already, and is not this SAE in the {format} layout; choose another -o")
         partial = stack.enter_context(_built_beside(out))
         if format == "cytosae":
@@ -172,7 +209,7 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
             save_tensors(partial / "sae_weights.safetensors", stored, {})
             write_json(partial / "cfg.json", config)
             sync_tree(partial)
-    return False
+    return ExportReport(out=given, sae=run, layout=format, was_complete=False)
 
 
 # ---------------------------------------------------------------------------------------------------- in

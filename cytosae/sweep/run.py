@@ -6,7 +6,7 @@ train` makes with its settings. Only the batches are shared: each is read and se
 
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,8 @@ from stores.errors import BadInput, StoreUnreachable
 from stores.files import sha256_json, sweep_partials
 from stores.progress import Progress
 from stores.runlog import append_run
+from stores.tables import listed
+from stores.wording import Report
 
 from .figures import plot_sweep
 from .grid import Grid, read_grid
@@ -56,7 +58,7 @@ _OF_DATA = (
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(Report):
     """A finished sweep; rows are dicts of plain values."""
 
     root: Path
@@ -64,6 +66,18 @@ class SweepResult:
     table: list[Row]  # as in table.parquet
     markdown: str  # as in table.md
     was_complete: bool  # True: nothing had to be trained
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """SAEs that failed."""
+        if not self.failed:
+            return ()
+        names = listed([f"{row['name']} at step {row['failed_at_step']:,}" for row in self.failed])
+        return (f"{len(self.failed):,} of {len(self.members):,} SAEs failed: {names}",)
+
+    def lines(self) -> Iterator[str]:
+        """The table, a row for each setting."""
+        yield from self.markdown.rstrip("\n").split("\n")
 
     @property
     def failed(self) -> list[Row]:
@@ -101,7 +115,7 @@ def sweep(
     out: Path,
     *,
     exclude: Collection[str] = (),
-    device: str = "cpu",
+    device: str = "auto",
     at_once: int | None = None,
     checkpoint_every: int = 500,
     keep_states: int = 2,

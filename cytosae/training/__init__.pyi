@@ -9,6 +9,9 @@ from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight
 from .objective import Objective as Objective
+from .report import TrainReport as TrainReport
+from .report import held_out_line as held_out_line
+from .report import training_line as training_line
 from .residuals import compare_in_one_pass as compare_in_one_pass
 from .residuals import compare_plainly as compare_plainly
 from .state import new_model as new_model

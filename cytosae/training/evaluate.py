@@ -8,7 +8,7 @@ Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D w
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ from cytosae.sae import LOSSES, SparseAutoencoder, TrainConfig, load_sae
 from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
 from stores.content_hashes import find_trained_on
+from stores.devices import resolve_device
 from stores.errors import BadInput, DamagedStore
 from stores.progress import Progress
 from stores.spec import check_choice, require_unchanged
 from stores.tables import column, listed
 from stores.token_sets import TOKEN_SETS, chosen_tokens
+from stores.wording import Report
 
 from .data import TrainingData
 from .losses import loss_weight
+from .report import evaluation_lines
 
 Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
@@ -108,12 +111,14 @@ class FrequencyHistogram:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
+class Evaluation(Report):
     """Results of an SAE on the chosen tokens x of all readable images of a cache; x_hat are their reconstructions.
 
     A percentile p is the smallest value v such that at least p % of the values are <= v (0: minimum, 100: maximum).
     """
 
+    sae: Path  # its folder
+    store: Path | str  # the cache
     sae_sha256: str
     cache_sha256: str
     assumed_equal: tuple[
@@ -177,9 +182,14 @@ class Evaluation:
             f"{self.n_held_out:,} not"
         )
 
+    def lines(self) -> Iterator[str]:
+        """A page of all figures."""
+        return evaluation_lines(self)
+
     def to_json(self, *, per_latent: bool = False) -> dict[str, Any]:
         """Plain JSON values, null for NaN; the two counts of every latent only on request."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("sae", "store")]
+        values = {name: getattr(self, name) for name in names}
         counts = {name: values.pop(name).tolist() for name in ("n_images_active", "n_tokens_active")}
         values["log10_frequency"] = self.histogram
         return {**{name: _plain(value) for name, value in values.items()}, **(counts if per_latent else {})}
@@ -195,7 +205,7 @@ def evaluate(
     only: Collection[str] | None = None,
     sample: BackboneSample | None = None,
     assume_compatible: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     micro_batch: int | None = None,
     progress: Progress = lambda done, total, state: None,
     decoder_progress: Progress = lambda done, total, state: None,
@@ -224,6 +234,7 @@ def evaluate(
     DamagedStore
         If a token of a readable image is NaN or infinite; the message names it.
     """
+    device = resolve_device(device)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     sae.warn_of_precision(store.spec)
@@ -268,6 +279,8 @@ def evaluate(
         substitution = _substitute(model, sample, outputs, mean_D, chosen, step=step, device=device)
     latents_per_image = np.array(sums.latents_per_image, np.int64)
     return Evaluation(
+        sae=run,
+        store=cache,
         sae_sha256=sae.sha256,
         cache_sha256=store.content_sha256,
         assumed_equal=tuple(assumed),

@@ -25,6 +25,7 @@ import torch
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
+from stores.devices import resolve_device
 from stores.errors import BadInput, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
@@ -39,6 +40,7 @@ from .evaluate import measure_held_out
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
+from .report import TrainReport
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
@@ -60,17 +62,17 @@ class Diverged(BadInput):
 def train(
     caches: Sequence[Path | str],
     run: Path,
-    config: TrainConfig,
+    config: TrainConfig | None = None,
     *,
     exclude: Collection[str] = (),
-    device: str = "cpu",
+    device: str = "auto",
     checkpoint_every: int = 500,
     keep_states: int = 2,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     logger: str | None = None,
     progress: Progress = lambda done, total, metrics: None,
-) -> Header:
+) -> TrainReport:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
     Under torchrun all processes train one SAE together: each works on its slice of every batch, and rank 0 writes.
@@ -81,6 +83,7 @@ def train(
     ----------
     caches : finished activation stores of the same kind of tokens, by path or URL
     exclude : ids of images that are neither trained on nor held out
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     checkpoint_every : steps between two saved states
     keep_states : number of saved states that are kept while the run is unfinished
     inputs : files that the caller has read, which `run` must not overwrite
@@ -89,7 +92,7 @@ def train(
 
     Returns
     -------
-    The header of the finished run (`sae.json`); its summary has the last metrics.
+    The finished run; its summary has the last metrics.
 
     Raises
     ------
@@ -105,13 +108,16 @@ def train(
     BadInput
         If the settings do not fit the tokens or the device.
     """
+    config, device = config or TrainConfig(), resolve_device(device)
+    warnings = (config.warning,) if config.warning else ()
     with joined_ranks(device) as ranks, ExitStack() as stack:
         plan = plan_training(open_data(caches, config, exclude=exclude), run, config)
         training = begin_training(
             plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
         )
         if training is None:
-            return load_sae(run).header  # raises DamagedStore if the finished run is damaged
+            found = load_sae(run).header  # raises DamagedStore if the finished run is damaged
+            return TrainReport(out=run, header=found, was_complete=True, warnings=warnings)
         if logger is not None and ranks.is_first:
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
@@ -127,7 +133,7 @@ def train(
         except (KeyboardInterrupt, StoreUnreachable):
             save_training(training)
             raise
-        return finish_training(training)
+        return TrainReport(out=run, header=finish_training(training), was_complete=False, warnings=warnings)
 
 
 def train_step(
