@@ -274,6 +274,18 @@ def test_api_pages_have_all_that_is_public() -> None:
                     assert path in has_entry, f"{package}.{name} returns {path}: add it to a page of docs/api"
 
 
+def test_citations_of_the_reference_lead_to_a_heading() -> None:
+    """`docs/reference/paper.md 4.2` in code: the page has a heading of this number."""
+    pages = {page.name: page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")}
+    n_found = 0
+    for folder in ("stores", "cytocache", "cytosae", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for page, number in re.findall(r"docs/reference/(\w+\.md) (\d+(?:\.\d+)?)", path.read_text()):
+                n_found += 1
+                assert re.search(rf"^#+ {re.escape(number)}\.? ", pages[page], re.MULTILINE), f"{path}: {page} {number}"
+    assert n_found > 15
+
+
 def commands(script: str) -> Iterator[list[str]]:
     """The words of every call of cyto in a script; a variable is taken for a number."""
     for line in re.findall(r"^.*\bcyto .*$", script.replace("\\\n", " "), re.MULTILINE):

@@ -1,4 +1,4 @@
-"""What can be asked of a training run, and the three named ways of asking (REFERENCE.md sections 4 and 5)."""
+"""What can be asked of a training run, and the three named ways of asking (docs/reference/paper.md 4, 5)."""
 
 import dataclasses
 import math

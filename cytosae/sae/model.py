@@ -95,7 +95,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, threshold: float = 1e-3) -> None:
-        """The released start (REFERENCE.md 4.2): Kaiming-uniform with the fans as released, not tied; biases 0.
+        """The released start (docs/reference/paper.md 4.2): Kaiming-uniform, the fans as released, not tied; biases 0.
 
         threshold : where jumprelu's thresholds begin
         """

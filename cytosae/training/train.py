@@ -1,6 +1,7 @@
 """Train an SAE on cached activations: one flat loop, from the first batch to the finished run.
 
-A step, in the released order (REFERENCE.md 4.2): decoder rows to norm 1 (done at the end of the step before, so that a
+A step, in the released order (docs/reference/paper.md 4.2):
+decoder rows to norm 1 (done at the end of the step before, so that a
 saved state is whole), dead set, loss and gradients, counters, the part of each decoder gradient along its row removed,
 Adam, learning rate. Everything random hangs on the seed: an interrupted and continued run equals an uninterrupted one,
 bit for bit, on the same device, versions and thread count.
