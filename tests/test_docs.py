@@ -1,5 +1,6 @@
 """The docs run, the reference is fresh, links lead somewhere, and what the README says is what the program does."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -284,6 +285,24 @@ def test_citations_of_the_reference_lead_to_a_heading() -> None:
                 n_found += 1
                 assert re.search(rf"^#+ {re.escape(number)}\.? ", pages[page], re.MULTILINE), f"{path}: {page} {number}"
     assert n_found > 15
+
+
+def test_messages_of_the_troubleshooting_page_are_real() -> None:
+    """Each quoted message is printed by the code: its words are in one text of the source, in this order."""
+    texts: list[str] = []
+    modules = [path for name in ("stores", "cytocache", "cytosae") for path in (ROOT / name).rglob("*.py")]
+    for path in (ROOT / "cli.py", *modules):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 35
+    for message in messages:
+        words = ".*".join(re.escape(piece.strip()) for piece in message.split("…"))
+        assert any(re.search(words, text, re.DOTALL) for text in texts), message
 
 
 def commands(script: str) -> Iterator[list[str]]:
