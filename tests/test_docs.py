@@ -275,6 +275,18 @@ def test_api_pages_have_all_that_is_public() -> None:
                     assert path in has_entry, f"{package}.{name} returns {path}: add it to a page of docs/api"
 
 
+def test_every_page_says_what_to_read_next_and_has_short_lines() -> None:
+    """The last line begins with "Next:"; a line of prose has at most 300 letters. Made pages and the log apart."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        lines = page.read_text().rstrip().splitlines()
+        if page.name in ("cli.md", "log.md", "notebook.md"):
+            continue
+        assert lines[-1].startswith("Next: "), page.name
+        assert lines[1] == "" and lines[2][0].isalnum(), f"{page.name} does not begin with what it is for"
+        long = [line for line in lines if len(line) > 300 and not line.startswith("|")]
+        assert not long, f"{page.name}: {long[0][:80]}"
+
+
 def test_citations_of_the_reference_lead_to_a_heading() -> None:
     """`docs/reference/paper.md 4.2` in code: the page has a heading of this number."""
     pages = {page.name: page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")}
