@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from stores.console import FILE, SEED, describe_cache, json_option, progress_line, size_on_disk
+from stores.console import FILE, SEED, json_option, progress_line
 from stores.machine import bound_threads, n_cores
+from stores.wording import describe_cache, size_on_disk
 
 # group -> what it is about, and its commands -> the module in which each is the function GROUP_COMMAND
 GROUPS = {

@@ -25,6 +25,7 @@ FULL = {
     "sae_step_gpu": ["--run"],
     "probe": [],
     "probe_intervals": ["--runs", "150"],
+    "patients": [],
 }
 
 

@@ -1,7 +1,6 @@
 """What all commands share: types of options, progress, how numbers and names are printed. Only commands import this."""
 
 import json
-import re
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import click
 
 from stores.machine import n_cores
+from stores.wording import Report, counted, left_out_text, printable
 
 
 class Place(click.Path):
@@ -32,17 +32,9 @@ class Place(click.Path):
 
 
 FILE = Place()
-
-
 STORE = Place(urls=True)  # gives a Path, or the URL as a str
-
-
 COUNT = click.IntRange(min=1)
-
-
 SEED = click.IntRange(min=0, max=2**63 - 1)
-
-
 TOKEN_SETS = click.Choice(["all", "patch", "cls"])
 
 
@@ -75,17 +67,6 @@ def print_left_out(left_out: dict[str, int]) -> None:
     for what, number in left_out.items():
         if number:
             click.echo(f"left out: {left_out_text(number, what)}")
-
-
-def left_out_text(number: int, what: str) -> str:
-    """`1 image without a patient`, of what in the plural: its first noun."""
-    one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
-    return f"{number:,} {printable(one if number == 1 else what)}"
-
-
-def cell(value: float | None, form: str) -> str:
-    """A number in its column; `-` where there is none."""
-    return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
 
 
 @contextmanager
@@ -143,23 +124,6 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         click.echo(err=True)
 
 
-def decimals(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 latent`, `2,000 latents`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.1%}"
-
-
-def rate(part: int, whole: int) -> str:
-    return f"{part / whole:.2e}" if whole else "n/a"
-
-
 def print_problems(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
     problems = []
     with progress_line("verify", "chunk") as progress:
@@ -179,80 +143,20 @@ def print_problems(store: Path, checks: Iterator[Any], total: int, as_json: bool
         raise click.ClickException(f"{store} is damaged: {counted(len(problems), 'problem')}")
 
 
+def tell(report: Report) -> None:
+    """What was done to stdout, warnings to stderr."""
+    for line in report.lines():
+        click.echo(line)
+    for warning in report.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
 def say_done(path: Path, was_complete: bool) -> None:
     if was_complete:
         click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
-
-
-def describe_cache(store: Path) -> str:
-    from stores import ActivationStore
-
-    spec = ActivationStore(store).spec
-    return (
-        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
-        f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
-        f"{size_on_disk(store) / 1e6:,.1f} MB"
-    )
-
-
-def describe_latents(store: Path) -> str:
-    from stores import LatentStore
-
-    latents = LatentStore(store)
-    spec, summary = latents.spec, latents.header.summary or {}
-    dropped = f"; {pruning(spec.min_activation, summary)}" if spec.min_activation else ""
-    return (
-        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
-        f"{latents.nnz:,} nonzeros ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable "
-        f"image{dropped}), {size_on_disk(store) / 1e6:,.1f} MB"
-    )
-
-
-def pruning(min_activation: float, summary: dict[str, Any]) -> str:
-    if not min_activation:
-        return "nothing dropped"
-    n_dropped, nnz = summary.get("n_dropped", 0), summary.get("nnz", 0)
-    counted = f": {n_dropped:,} of {nnz + n_dropped:,}" if summary else ""
-    return f"values below {min_activation:g} dropped{counted}"
-
-
-def unreadable_images(store: Path | str) -> str:
-    """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
-    from stores import ActivationStore
-    from stores.tables import column, listed
-
-    images = ActivationStore(store).images
-    bad = [
-        f"{path}: {error}"
-        for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
-        if error is not None
-    ]
-    return (
-        f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
-        f"they are listed in {store}/images.parquet"
-    )
-
-
-def more_or_fewer(found: int, published: int) -> str:
-    if found == published:
-        return ""
-    return f"<- {abs(found - published):,} {'fewer' if found < published else 'more'}"
-
-
-def printable(name: str) -> str:
-    """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
-    return name if name.isprintable() else ascii(name)
 
 
 def print_page(title: str, rows: dict[str, str]) -> None:
     click.echo(title)
     for name, value in rows.items():
         click.echo(f"  {name:<10} {value}")
-
-
-def state_of(complete: bool) -> str:
-    return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
-
-
-def size_on_disk(root: Path) -> int:
-    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())

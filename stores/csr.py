@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import google_crc32c
 import numpy as np
@@ -31,6 +31,9 @@ from .errors import CytoError, DamagedStore
 from .files import sync_folder, write_atomic
 from .remote import CheckedObjects, reachable
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, group_attributes, read_array, read_group
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
@@ -53,6 +56,12 @@ class CsrRows:
     def n_rows(self) -> int:
         """Number of rows, empty ones included."""
         return len(self.indptr) - 1
+
+    def to_scipy(self, n_columns: int) -> "csr_matrix":
+        """The rows as a scipy.sparse matrix (n_rows, n_columns), which shares their memory where its types allow."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix((self.values, self.indices, self.indptr), shape=(self.n_rows, n_columns))
 
 
 def index_dtype(n_columns: int) -> str:

@@ -21,7 +21,7 @@ from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIE
 from PIL import Image
 
 from cytocache.pictures import Pictures
-from cytosae.atlas.cohort import Row
+from cytosae.atlas.cohort import Groups
 from cytosae.atlas.cohort_pages import _unusual
 from cytosae.atlas.concept_pages import BIN_EDGES
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
@@ -30,7 +30,7 @@ from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import Site, script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
-from cytosae.relations import as_z, standing
+from cytosae.relations.patient_z import as_z, describe_others, standing
 from stores import ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file
@@ -296,13 +296,18 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     # peers are of one dataset: four others here, too few; the z itself is that of `cyto concept patient`
     assert "5 other patients with it in the dataset; here are 4" in " ".join(page.text.split())
     others = np.array([barcodes[other] for other in PATIENTS[:9] if other != name])
-    t = standing(mine, others.mean(axis=0), others.std(axis=0, ddof=1), 8, IMAGES_PER_PATIENT)
-    z = as_z(t, 8)
+    clumps = np.linspace(1, 3, N_LATENTS)
+    z = as_z(standing(mine, describe_others(others, clumps, 3.0), IMAGES_PER_PATIENT), 8)
     everybody = np.vstack([others, mine])
+    logs = np.log1p(3 * everybody)
+    plain, squared, log_plain, log_squared = (
+        values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
+    )
+    groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
     has_page = SimpleNamespace(has_page=lambda latent: True)
-    row = Row(np.arange(N_LATENTS), mine)
-    found = _unusual(row, everybody.sum(0), (everybody**2).sum(0), 8, IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
-    assert [one["z"] for one in found] == pytest.approx(sorted(z, key=abs, reverse=True)[:12], abs=1e-6)
+    found = _unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
+    largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
+    assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
     assert "it needs a disease and 5 other patients with it in the dataset; here are" in " ".join(few.text.split())
 

@@ -317,6 +317,8 @@ def test_layers_and_tables_are_those_worked_out_by_hand(
 
     # nonzeros of the images: 6 + 6 + 2 + 3 + 5 + 1 = 23; above tau, by latent: 8 + 3 + 2 + 3 + 1 + 2 = 19
     assert result == BarcodeResult(
+        out=root,
+        taus=(0.5,),
         n_images=7,
         n_unreadable=2,
         n_without_patient=1,

@@ -20,6 +20,7 @@ TINY = {
     "compare": "--patients 20 --in-a 8 --latents 256 --permutations 500 --loop-permutations 5 --block-permutations 20",
     "calibration": "--cells 2 --runs 2 --latents 20 --permutations 99",
     "probe_intervals": "--runs 3 --repeats 1 --draws 20",
+    "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
 }

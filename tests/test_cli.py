@@ -32,7 +32,12 @@ def fails(words: str, *arguments: object) -> None:
 def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
     if not isinstance(command, click.Group):
         return [(name, command)]
-    return [found for child in command.commands for found in commands(f"{name} {child}", command.commands[child])]
+    context, found = click.Context(command), []
+    for child in command.list_commands(context):
+        inner = command.get_command(context, child)
+        assert inner is not None
+        found += commands(f"{name} {child}", inner)
+    return found
 
 
 @pytest.mark.parametrize(("name", "command"), commands("cyto", cli), ids=lambda value: str(value))
@@ -251,12 +256,12 @@ def test_ctrl_c_in_barcode_is_one_line(made: Path, tmp_path: Path) -> None:
 def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> None:
     """And nothing else: in a process of its own, since pytest has a hook of its own."""
     program = (
-        "import sys, cli, distributed, cytosae.cluster\n"
+        "import sys, distributed, cytosae.cluster, cytosae.commands.shared as shared\n"
         "class Other:\n    def __del__(self): raise AttributeError('said')\n"
         "def leave():\n    Other()\n    distributed.Future.__new__(distributed.Future)\n"
         "def interrupted(*_, **__): raise KeyboardInterrupt\n"
         "cytosae.cluster.open_client = interrupted\n"
-        "try:\n    with cli._dask_client(None, 1, '1GiB'): pass\n"
+        "try:\n    with shared.dask_client(None, 1, '1GiB'): pass\n"
         "except KeyboardInterrupt:\n    leave()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -15,9 +15,9 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.relations import PatientSettings, write_patient_concepts
+from cytosae.relations import PatientSettings, clumps_of, write_patient_concepts
 from cytosae.relations.figures import plot_patient
-from cytosae.relations.patient_concepts import PatientConcepts, compare_patient
+from cytosae.relations.patient_concepts import PatientConcepts, compare_patient, image_spread
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore
 
@@ -27,15 +27,38 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 def compared(
-    images: Floats, others: Floats, *, min_images: int = 1, n_splits: int = 200, seed: int = 0
+    images: Floats,
+    others: Floats,
+    *,
+    clumps: Floats | None = None,
+    min_images: int = 1,
+    n_splits: int = 200,
+    seed: int = 0,
 ) -> PatientConcepts:
-    rng = np.random.default_rng(seed)
     latents = np.arange(images.shape[1]) * 10
     found = compare_patient(
-        latents, ss.csr_matrix(images.astype(np.float32)), others, min_images=min_images, n_splits=n_splits, rng=rng
+        latents,
+        ss.csr_matrix(images.astype(np.float32)),
+        others,
+        clumps=np.ones(len(latents)) if clumps is None else clumps,
+        images_per_patient=float(len(images)),
+        min_images=min_images,
+        n_splits=n_splits,
+        rng=np.random.default_rng(seed),
     )
     assert (np.diff(np.abs(found.z)) <= 0).all()
     return found
+
+
+def z_by_hand(mine: float, theirs: Floats, n_images: int, k: float, clumps: float) -> float:
+    """The definition, a latent at a time: prediction of one more on two scales, the less far one counts."""
+    n, error = len(theirs), np.sqrt(max(clumps * max(mine, theirs.mean()) / n_images, 1 / n_images**2))
+    logs = np.log(theirs + 1 / k)
+    t = (mine - theirs.mean()) / np.sqrt(theirs.var(ddof=1) * (1 + 1 / n) + error**2)
+    log_error = error / (max(mine, theirs.mean()) + 1 / k)
+    t_log = (np.log(mine + 1 / k) - logs.mean()) / np.sqrt(logs.var(ddof=1) * (1 + 1 / n) + log_error**2)
+    t = min(t, t_log, key=abs) if t * t_log > 0 else 0
+    return float(np.sign(t) * norm.isf(student.sf(abs(t), n - 1)))
 
 
 def test_z_by_hand() -> None:
@@ -53,14 +76,13 @@ def test_z_by_hand() -> None:
         ],
         float,
     )
-    found = compared(images, others)
+    clumps = np.array([1, 2, 1.5, 1, 1, 3, 1])
+    found = compared(images, others, clumps=clumps)
     by_latent = {int(latent) // 10: i for i, latent in enumerate(found.latent)}
     assert sorted(by_latent) == [0, 1, 2, 3, 4, 6]  # 5 equals the mean
     for latent, i in by_latent.items():
         mine, theirs = images[:, latent], others[:, latent]
-        own = max(mine.mean(), theirs.mean()) / 4  # of tokens counted by chance
-        t = (mine.mean() - theirs.mean()) / np.sqrt(theirs.var(ddof=1) * (1 + 1 / 5) + max(own, 1 / 16))
-        assert found.z[i] == pytest.approx(np.sign(t) * norm.isf(student.sf(abs(t), 4)))
+        assert found.z[i] == pytest.approx(z_by_hand(mine.mean(), theirs, 4, 4, clumps[latent]))
         assert (found.median[i], found.mad[i]) == (np.median(theirs), np.median(np.abs(theirs - np.median(theirs))))
         assert (found.mean[i], found.sd[i]) == (pytest.approx(theirs.mean()), pytest.approx(theirs.std(ddof=1)))
     columns = ("n_images_active", "n_others_active", "n_others_beyond")
@@ -78,20 +100,59 @@ def test_z_by_hand() -> None:
     assert (some.replicated.tolist(), some.sets_apart.tolist()) == ([0], [False])
 
 
-@pytest.mark.parametrize("n_others", [5, 20])
-def test_exchangeable_patients_are_not_set_apart(n_others: int) -> None:
-    """Patients that differ among themselves, and none more than others; 300 images each, 400 latents."""
-    rng = np.random.default_rng(n_others)
-    far = apart = 0.0
-    n_patients = 6
-    for _ in range(n_patients):
-        level = 0.5 * np.exp(rng.normal(0, 0.2, (n_others + 1, 400)))
-        counts = [rng.poisson(one, (300, 400)).astype(float) for one in level]
-        found = compared(counts[0], np.array([images.mean(0) for images in counts[1:]]), n_splits=40)
-        far += (np.abs(found.z) >= 3).mean()
-        apart += found.sets_apart.mean()
-    assert far / n_patients < 0.005
-    assert apart / n_patients < 0.0027
+def test_clumps_are_the_variance_of_images_over_their_mean() -> None:
+    """Pooled over patients, by their images less one; at least 1, and 1 where nothing is."""
+    rng = np.random.default_rng(0)
+    counts = np.stack([rng.poisson(3, 500), 30 * (rng.random(500) < 0.1), np.zeros(500), np.full(500, 2)], axis=1)
+    patients = [counts[:1], counts[1:50], counts[50:]]
+    spread = np.sum([image_spread(ss.csr_matrix(each.astype(np.float32))) for each in patients], axis=0)
+    slow = [
+        sum(((each[:, s] - each[:, s].mean()) ** 2).sum() for each in patients)
+        / (sum((len(each) - 1) * each[:, s].mean() for each in patients) or np.inf)
+        for s in range(4)
+    ]
+    assert clumps_of(*spread) == pytest.approx(np.maximum(1, slow))
+    assert slow[0] == pytest.approx(1, abs=0.2)
+    assert slow[1] > 20
+
+
+@pytest.mark.parametrize("n_others", [5, 35])
+@pytest.mark.parametrize("sd", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("n_images", "frequency"), [(300, 0.3), (300, 0.01), (20, 0.1)])
+def test_exchangeable_patients_are_not_set_apart(n_others: int, sd: float, n_images: int, frequency: float) -> None:
+    """Levels skewed over patients, tokens in clumps, and a patient with fewer images than the others (300)."""
+    rng = np.random.default_rng([n_others, int(10 * sd), n_images])
+    n_latents, far, apart = 400, 0.0, 0.0
+    rates = np.minimum(1, frequency * np.exp(rng.normal(0, sd, (n_others + 4, n_latents))))
+    made = [clumped(rng, 300, rate) for rate in rates[4:]]
+    others = np.array([images.mean(0) for images in made])
+    for rate in rates[:4]:
+        patient = clumped(rng, n_images, rate)
+        spread = np.sum([image_spread(ss.csr_matrix(images)) for images in (patient, *made)], axis=0)
+        found = compared(patient, others, clumps=clumps_of(*spread), n_splits=20)
+        far += (np.abs(found.z) >= 3).sum() / n_latents / 4
+        apart += found.sets_apart.sum() / n_latents / 4
+    assert far <= 0.0027
+    assert apart <= 0.0027
+
+
+def clumped(rng: np.random.Generator, n_images: int, rates: Floats) -> Floats:
+    """Tokens per image: an image has a latent or not, and then at 1 to 40 tokens."""
+    shape = (n_images, len(rates))
+    return np.where(rng.random(shape) < rates, rng.integers(1, 41, shape), 0).astype(float)
+
+
+def test_nobody_else_is_as_far() -> None:
+    """A latent that few patients have sets none of them apart, however large z is, but the one that has most of it."""
+    others = np.zeros((100, 1))
+    others[0] = 4
+    found = compared(np.full((60, 1), 3.9), others)
+    assert (found.z[0] > 3, found.replicated.tolist()) == (True, [1])
+    assert (found.n_others_beyond.tolist(), found.sets_apart.tolist()) == ([1], [False])
+    assert compared(np.full((60, 1), 4.1), others).sets_apart.tolist() == [True]
+    many = np.zeros((741, 1))  # beyond 3 a normal distribution has 0.135%
+    many[0] = 4
+    assert compared(np.full((60, 1), 3.9), many).sets_apart.tolist() == [True]
 
 
 def test_support_and_least_step() -> None:
@@ -208,10 +269,17 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     is_its = (images.obs["patient"] == "A") & (images.obs["status"] == "ok")
     assert is_its.sum() == 9
     others = patients[(patients.obs["disease"] == "flu") & (patients.obs_names != "A")]
-    by_hand = compared(images.X.toarray()[is_its].astype(float), others.X.toarray().astype(float), min_images=2)
-    assert {row["latent"]: row["z"] for row in mine} == pytest.approx(
-        dict(zip((by_hand.latent // 10).tolist(), by_hand.z, strict=True))
-    )
+    same = set(others.obs["patient_id"]) | {"A"}
+    is_flu = np.array([name in same for name in images.obs["patient"]]) & (images.obs["status"] == "ok")
+    rows = [images.X[(images.obs["patient"] == name).to_numpy() & is_flu.to_numpy()] for name in same]
+    clumps = clumps_of(*np.sum([image_spread(one) for one in rows], axis=0))
+    k = float(np.mean([one.shape[0] for one in rows]))
+    mine_by_hand = images.X.toarray()[is_its].astype(float)
+    by_latent = {row["latent"]: row["z"] for row in mine}
+    expected = [
+        z_by_hand(mine_by_hand[:, s].mean(), others.X.toarray()[:, s].astype(float), 9, k, clumps[s]) for s in by_latent
+    ]
+    assert list(by_latent.values()) == pytest.approx(expected, rel=1e-5)
     for name in ("one/patient_concepts", "all/patients"):
         assert (tmp_path / f"{name}.png").is_file()
         assert (tmp_path / f"{name}.svg").is_file()

@@ -413,6 +413,18 @@ def test_fleiss_by_hand() -> None:
     assert fleiss_kappa(np.empty((0, 3), np.int64)) is None
 
 
+def test_published_values_with_missing_ratings() -> None:
+    """Gwet's example of 4 raters and 12 units, seven ratings missing: irrCAC (R) prints 0.77544 and 0.76117."""
+    said = """1 1 . 1 / 2 2 3 2 / 3 3 3 3 / 3 3 3 3 / 2 2 2 2 / 1 2 3 4 / 4 4 4 4 / 1 1 2 1 / 2 2 2 2 / . 5 5 5 /
+              . . 1 1 / . . 3 ."""
+    counts = np.array([[row.split().count(str(k)) for k in range(1, 6)] for row in said.split("/")])
+    assert counts.sum() == 41
+    assert gwet_ac1(counts) == pytest.approx(0.77544, abs=5e-6)
+    assert fleiss_kappa(counts) == pytest.approx(0.76117, abs=5e-6)
+    assert fleiss_kappa(np.array([[1, 0], [0, 1]])) is None  # nobody judged what another judged
+    assert gwet_ac1(np.array([[1, 0], [0, 1]])) is None
+
+
 def test_ac1_by_hand_where_kappa_fails() -> None:
     """118 of 125 both say yes, 5 and 2 differ (Gwet 2008): kappa is below 0, and AC1 0.94. And pair by pair."""
     pairs = [("y", "y")] * 118 + [("y", "n")] * 5 + [("n", "y")] * 2
@@ -531,21 +543,22 @@ def test_agreement_of_reviewers_who_skipped_some() -> None:
     assert pairs["Ada", "Bob"]["agreement"] == pytest.approx(2 / 3)
     assert pairs["Ada", "Bob"]["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
     assert pairs["Bob", "Cem"]["n_items"] == 2
-    # items 1 and 2 were judged by all: (m, n, m) and (n, n, n); p_e from 2 m and 4 n of 6
-    observed, chance = (2 / 6 + 6 / 6) / 2, (2 / 6) ** 2 + (4 / 6) ** 2
-    by_ac1 = ((2 / 6) * (4 / 6) + (4 / 6) * (2 / 6)) / 2
-    assert question["fleiss"] == {
+    # mm., mnm, nnn, u.m: of the pairs of an item, all, one in three, all and none are equal
+    observed = (1 + 1 / 3 + 1 + 0) / 4
+    shares_of = (1 + 2 / 3 + 0 + 1 / 2) / 4, (1 / 3 + 1) / 4, (1 / 2) / 4
+    chance, by_ac1 = sum(p * p for p in shares_of), sum(p * (1 - p) for p in shares_of) / 2
+    whole = question["fleiss"]
+    assert {name: whole[name] for name in ("n_reviewers", "n_items", "n_left_out", "n_by_all", "kappa", "ac1")} == {
         "n_reviewers": 3,
-        "n_items": 2,
-        "n_left_out": 2,
+        "n_items": 4,
+        "n_left_out": 0,
+        "n_by_all": 2,
         "kappa": pytest.approx((observed - chance) / (1 - chance)),
-        "kappa_low": pytest.approx((1 / 3 - 5 / 9) / (1 - 5 / 9)),  # item 1 twice; item 2 twice has no kappa
-        "kappa_high": pytest.approx((observed - chance) / (1 - chance)),
         "ac1": pytest.approx((observed - by_ac1) / (1 - by_ac1)),
-        "ac1_low": pytest.approx((1 / 3 - 2 / 9) / (1 - 2 / 9)),
-        "ac1_high": 1,
-        "largest_share": pytest.approx(4 / 6),
     }
+    assert whole["largest_share"] == pytest.approx(5 / 10)
+    assert -1 <= whole["kappa_low"] < whole["kappa"] < whole["kappa_high"] == 1
+    assert -1 <= whole["ac1_low"] < whole["ac1"] < whole["ac1_high"] == 1
     shares = {(row["reviewer"], row["cluster"]): row for row in question["meaningful"]}
     assert [shares["Ada", c]["share"] for c in (0, 1, None)] == [1.0, 0.0, 0.5], "unsure is not meaningful"
     assert (shares["Bob", 1]["n"], shares["Bob", 1]["n_items"]) == (1, 2)

@@ -13,23 +13,18 @@ from stores.console import (
     SEED,
     STORE,
     assume_option,
-    counted,
-    describe_cache,
     device_option,
     json_option,
     overwrite_option,
     print_page,
     print_problems,
     progress_line,
-    rate,
     readers_option,
     say_done,
-    size_on_disk,
-    state_of,
     stopping_gently,
-    unreadable_images,
 )
 from stores.devices import resolve_device
+from stores.wording import counted, describe_cache, rate, size_on_disk, state_of, unreadable_images
 
 if TYPE_CHECKING:
     from cytocache.extract import ExtractResult

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stores.console import FILE, json_option, more_or_fewer, overwrite_option, printable, progress_line, say_done
+from stores.console import FILE, json_option, overwrite_option, progress_line, say_done
+from stores.wording import more_or_fewer, printable
 
 if TYPE_CHECKING:
     from cytocache.published_datasets import Index

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cytosae.relations import Others, clumps_of, log_scale
 from stores.barcode_store import BarcodeStore
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
@@ -135,22 +136,59 @@ class Cohort:
         return np.array([number.get(key, -1) for key in keys], np.int64)
 
     @cached_property
-    def moments(self) -> tuple[Floats, Floats, Ints]:
-        """Sums and sums of squares of the patients' barcodes (groups of peers + 1, latents), and how many patients.
-
-        The last row is for patients without a disease.
-        """
-        n_groups = int(self.peers_of.max(initial=-1)) + 2
-        sums, squares = np.zeros((2, n_groups, self.n_latents))
+    def groups(self) -> "Groups":
+        """What the patients of each disease and dataset have in common; reads all images once."""
+        n_groups = int(self.peers_of.max(initial=-1)) + 2  # the last is for patients without a disease
+        n_patients = np.bincount(self.peers_of % n_groups, minlength=n_groups)
+        n_images = np.bincount(self.peers_of % n_groups, self.n_images, minlength=n_groups)
+        per_patient = n_images / np.maximum(1, n_patients)
+        sums, squares, logs, log_squares, levels, spread = np.zeros((6, n_groups, self.n_latents))
         for number, row in self.rows():
-            values = row.values.astype(np.float64)
-            sums[self.peers_of[number], row.latents] += values
-            squares[self.peers_of[number], row.latents] += values**2
-        return sums, squares, np.bincount(self.peers_of % n_groups, minlength=n_groups)
+            values, group = row.values.astype(np.float64), int(self.peers_of[number])
+            log_values = log_scale(values, float(per_patient[group]))
+            sums[group, row.latents] += values
+            squares[group, row.latents] += values**2
+            logs[group, row.latents] += log_values
+            log_squares[group, row.latents] += log_values**2
+            levels[group, row.latents] += (self.n_images[number] - 1) * values
+            spread[group, row.latents] -= self.n_images[number] * values**2
+        for image, row in _rows(self.barcodes, "image", self._tau, "X"):
+            if self.is_readable[image] and self.patient_of[image] >= 0:
+                spread[self.peers_of[self.patient_of[image]], row.latents] += row.values.astype(np.float64) ** 2
+        return Groups(n_patients, per_patient, sums, squares, logs, log_squares, clumps_of(spread, levels))
 
     @cached_property
     def _images(self) -> Any:
         return self.barcodes.read_obs("image", self._tau)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Patients of one disease and dataset each: how many, and of their barcodes, (groups, latents), sums.
+
+    See `standing`: images_per_patient is K, clumps C, logs and log_squares are of `log_scale`.
+    """
+
+    n_patients: Ints
+    images_per_patient: Floats  # (groups,)
+    sums: Floats
+    squares: Floats
+    logs: Floats
+    log_squares: Floats
+    clumps: Floats
+
+    def others(self, group: int, barcode: Floats) -> Others:
+        """The patients of a group but one, whose barcode, (latents,), is given."""
+        n, k = int(self.n_patients[group]) - 1, float(self.images_per_patient[group])
+        mean, sd = _moments(n, self.sums[group], self.squares[group], barcode)
+        log_mean, log_sd = _moments(n, self.logs[group], self.log_squares[group], log_scale(barcode, k))
+        return Others(n, mean, sd, log_mean, log_sd, self.clumps[group], k)
+
+
+def _moments(n: int, sums: Floats, squares: Floats, less: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation (with n - 1) of n values, from the sums of these and one more."""
+    mean = np.maximum(0, sums - less) / n
+    return mean, np.sqrt(np.maximum(0, squares - less**2 - n * mean**2) / (n - 1))
 
 
 def positions(latents: Ints, n_latents: int) -> Ints:

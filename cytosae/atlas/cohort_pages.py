@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cytosae.relations import LEAST_OTHERS, as_z, standing
+from cytosae.relations import LEAST_OTHERS, Others, as_z, standing
 
 from .cohort import Cohort, Floats, Row
 from .concept_pages import disease_name, image_name, pair_of
@@ -23,17 +23,20 @@ def write_patient_pages(
     site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any], *, most: int | None = None
 ) -> Iterator[int]:
     """Write the pages of all patients (or the first `most` of the store); gives how many are written after each."""
-    sums, squares, n_patients = cohort.moments
-    overall = sums.sum(axis=0) / max(1, cohort.n_patients)
+    groups = cohort.groups
+    overall = groups.sums.sum(axis=0) / max(1, cohort.n_patients)
+    is_mean = cohort.barcodes.header.spec["normalize"] == "images"  # other barcodes grow with the number of images
     for n_done, (number, row) in enumerate(cohort.rows(), start=1):
         if most is not None and n_done > most:
             return
         disease = int(cohort.disease_of[number])
         peers = int(cohort.peers_of[number])
-        others = int(n_patients[peers]) - 1
+        n_others = int(groups.n_patients[peers]) - 1
         unusual = None
-        if disease >= 0 and others >= LEAST_OTHERS:
-            unusual = _unusual(row, sums[peers], squares[peers], others, int(cohort.n_images[number]), plan)
+        if is_mean and disease >= 0 and n_others >= LEAST_OTHERS:
+            barcode = np.zeros(cohort.n_latents)
+            barcode[row.latents] = row.values
+            unusual = _unusual(barcode, groups.others(peers, barcode), int(cohort.n_images[number]), plan)
         site.page(
             f"patients/{number}.html",
             "patient.html",
@@ -45,7 +48,8 @@ def write_patient_pages(
             disease_number=disease,
             n_images=int(cohort.n_images[number]),
             n_patients=cohort.n_patients,
-            n_others=others,
+            n_others=n_others,
+            is_mean=is_mean,
             least_others=LEAST_OTHERS,
             before=number - 1 if number else None,
             after=number + 1 if number + 1 < cohort.n_patients else None,
@@ -105,16 +109,12 @@ def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any
     ]
 
 
-def _unusual(row: Row, sums: Floats, squares: Floats, n_others: int, n_images: int, plan: Plan) -> list[dict[str, Any]]:
+def _unusual(barcode: Floats, others: Others, n_images: int, plan: Plan) -> list[dict[str, Any]]:
     """The latents by |z| among the other patients of the disease and dataset: the z of `cyto concept patient`."""
-    values = np.zeros(len(sums))
-    values[row.latents] = row.values
-    mean = np.maximum(0, sums - values) / n_others
-    variance = np.maximum(0, squares - values**2 - n_others * mean**2) / (n_others - 1)
-    z = as_z(standing(values, mean, np.sqrt(variance), n_others, n_images), n_others)
+    z = as_z(standing(barcode, others, n_images), others.n)
     order = np.argsort(-np.abs(z), kind="stable")[:_TOP]
     return [
-        {"latent": latent, "value": float(values[latent]), "mean": float(mean[latent]), "z": float(z[latent])}
+        {"latent": latent, "value": float(barcode[latent]), "mean": float(others.mean[latent]), "z": float(z[latent])}
         | {"has_page": plan.has_page(latent)}
         for latent in order.tolist()
         if z[latent] != 0

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from cytosae.maps import patch_side, token_matrix
+from cytosae.maps import patch_side
 
 from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
@@ -75,7 +75,7 @@ def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_mat
             end += 1
         n_tokens = inputs.stores[number].spec.tokens_per_image
         rows = inputs.stores[number].read_images(row, places[end - 1][1] + 1)
-        together = token_matrix(rows, inputs.n_latents)
+        together = rows.to_scipy(inputs.n_latents)
         for image, (_, at) in zip(images[first:end], places[first:end], strict=True):
             yield image, together[(at - row) * n_tokens : (at - row + 1) * n_tokens]
         first = end

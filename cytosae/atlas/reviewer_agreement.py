@@ -54,24 +54,28 @@ def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
 
 
 def fleiss_kappa(counts: Ints) -> float | None:
-    """Fleiss' kappa of at least two raters; None where chance agreement is 1, or without items.
+    """Fleiss' kappa of two raters or more; None where chance agreement is 1, or no item has two verdicts.
+
+    Raters may have skipped items, as in Gwet (Handbook of Inter-Rater Reliability, 2014, chapter 2): p_o is the mean
+    over items with two verdicts or more of the share of equal pairs, p_e = sum_k pi_k^2, and pi_k the mean over all
+    items with a verdict of the share of verdict k. Where everyone judged every item it is Fleiss' own (1971).
 
     Parameters
     ----------
-    counts : shape (items, verdicts): how many raters said what; each row has the same sum
+    counts : shape (items, verdicts): how many raters said what
     """
-    return _defined(_fleiss_draws(counts[None])[0]) if len(counts) else None
+    return _defined(_fleiss_draws(counts[None])[0])
 
 
 def gwet_ac1(counts: Ints) -> float | None:
-    """Gwet's AC1 (Br. J. Math. Stat. Psychol. 61, 2008) of at least two raters; None without items.
+    """Gwet's AC1 (Br. J. Math. Stat. Psychol. 61, 2008) of two raters or more; None if no item has two verdicts.
 
-    (p_o - p_e) / (1 - p_e), with p_o the share of equal pairs of verdicts, p_e = sum_k pi_k (1 - pi_k) / (K - 1), pi_k
-    the share of verdict k among all verdicts and K the number of verdicts to choose from, also those nobody gave.
+    (p_o - p_e) / (1 - p_e), with p_o and pi_k as of `fleiss_kappa`, p_e = sum_k pi_k (1 - pi_k) / (K - 1), and K the
+    number of verdicts to choose from, also those nobody gave.
 
     counts : as of `fleiss_kappa`, with K columns
     """
-    return _defined(_ac1_draws(counts[None])[0]) if len(counts) else None
+    return _defined(_ac1_draws(counts[None])[0])
 
 
 def _crossed(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> Ints:
@@ -93,24 +97,27 @@ def _cohen(crossed: Ints) -> Floats:
 
 def _fleiss_draws(counts: Ints) -> Floats:
     """(draws, items, K) -> (draws,)."""
-    _, n_items, _ = counts.shape
-    n_raters = int(counts[0, 0].sum())
-    n_equal = (counts * (counts - 1)).sum((1, 2))
-    total = counts.sum(1)
-    # both shares over the common denominator n_items^2 n_raters^2 (n_raters - 1): whole numbers
-    observed = n_equal * n_items * n_raters
-    by_chance = (total**2).sum(1) * (n_raters - 1)
-    return _ratio(observed - by_chance, (n_items * n_raters) ** 2 * (n_raters - 1) - by_chance)
+    observed, share = _observed_and_shares(counts)
+    by_chance = (share**2).sum(1)
+    return _ratio(observed - by_chance, 1 - by_chance)
 
 
 def _ac1_draws(counts: Ints) -> Floats:
     """(draws, items, K) -> (draws,)."""
-    _, n_items, n_verdicts = counts.shape
-    n_raters = int(counts[0, 0].sum())
-    observed = (counts * (counts - 1)).sum((1, 2)) / (n_items * n_raters * (n_raters - 1))
-    share = counts.sum(1) / (n_items * n_raters)
-    by_chance = (share * (1 - share)).sum(1) / (n_verdicts - 1)
+    observed, share = _observed_and_shares(counts)
+    by_chance = (share * (1 - share)).sum(1) / (counts.shape[2] - 1)
     return _ratio(observed - by_chance, 1 - by_chance)
+
+
+def _observed_and_shares(counts: Ints) -> tuple[Floats, Floats]:
+    """(draws,) p_o, NaN without an item with two verdicts, and (draws, K) pi; see `fleiss_kappa`."""
+    n_raters = counts.sum(2)  # (draws, items)
+    n_pairs = n_raters * (n_raters - 1)
+    equal = (counts * (counts - 1)).sum(2) / np.maximum(1, n_pairs)
+    observed = _ratio(equal.sum(1), (n_pairs > 0).sum(1))
+    # whole numbers as far as can be: a share of all is 1 exactly, and chance is then
+    share = (counts / np.maximum(1, n_raters)[:, :, None]).sum(1) / np.maximum(1, (n_raters > 0).sum(1))[:, None]
+    return observed, share
 
 
 def _ratio(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
@@ -201,29 +208,26 @@ def pair_agreement(answers: Answers, first: str, second: str, choices: Sequence[
 
 
 def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
-    """Over the items that every reviewer judged who judged any."""
-    of_any = {item for given in answers.values() for item in given}
-    of_all = sorted(item for item in of_any if all(item in given for given in answers.values()))
+    """Over all items that anyone judged; those that fewer than two judged say only how often verdicts are given."""
+    items = sorted({item for given in answers.values() for item in given})
     counts = np.array(
-        [list(_counted((given[item] for given in answers.values()), choices).values()) for item in of_all], np.int64
-    ).reshape(len(of_all), len(choices))
-    is_defined = len(answers) > 1 and bool(of_all)
-    drawn = (
-        counts[np.random.default_rng(_SEED).integers(len(of_all), size=(_DRAWS, len(of_all)))] if is_defined else None
-    )
+        [
+            list(_counted((given[item] for given in answers.values() if item in given), choices).values())
+            for item in items
+        ],
+        np.int64,
+    ).reshape(len(items), len(choices))
+    n_verdicts = counts.sum(1)
+    n_items = int((n_verdicts > 1).sum())
+    drawn = counts[np.random.default_rng(_SEED).integers(len(items), size=(_DRAWS, len(items)))] if n_items else None
     nothing = np.empty(0)
     return {
         "n_reviewers": len(answers),
-        "n_items": len(of_all),
-        "n_left_out": len(of_any) - len(of_all),
-        **_with_interval(
-            "kappa",
-            fleiss_kappa(counts) if is_defined else None,
-            nothing if drawn is None else _fleiss_draws(drawn),
-        ),
-        **_with_interval(
-            "ac1", gwet_ac1(counts) if is_defined else None, nothing if drawn is None else _ac1_draws(drawn)
-        ),
+        "n_items": n_items,  # judged by two or more
+        "n_left_out": len(items) - n_items,
+        "n_by_all": int((n_verdicts == len(answers)).sum()),
+        **_with_interval("kappa", fleiss_kappa(counts), nothing if drawn is None else _fleiss_draws(drawn)),
+        **_with_interval("ac1", gwet_ac1(counts), nothing if drawn is None else _ac1_draws(drawn)),
         "largest_share": _largest_share(counts),
     }
 

@@ -1,5 +1,4 @@
 from .build import BarcodeConfig as BarcodeConfig
-from .build import BarcodeResult as BarcodeResult
 from .build import write_barcodes as write_barcodes
 from .compatibility import IMAGE_COLUMNS as IMAGE_COLUMNS
 from .compatibility import PATIENT_COLUMNS as PATIENT_COLUMNS
@@ -13,6 +12,8 @@ from .partitions import count_into_parts as count_into_parts
 from .partitions import discard as discard
 from .patients import join_tables as join_tables
 from .patients import regroup as regroup
+from .report import BarcodeResult as BarcodeResult
+from .report import join_lines as join_lines
 from .tasks import Below as Below
 from .tasks import Rows as Rows
 from .tasks import by_part as by_part

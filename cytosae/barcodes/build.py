@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from cytosae.cluster import Watch, cluster_job, prepare_workers
+from cytosae.cluster import Watch, client_or_own, cluster_job, prepare_workers
 from stores import csr_bulk as csr_blocks
 from stores.barcode_store import (
     LEVELS,
@@ -51,6 +51,7 @@ from .compatibility import check_exact, check_one_sae, check_tau, differences
 from .count_kernels import LatentSums
 from .partitions import count_into_parts, discard
 from .patients import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
+from .report import BarcodeResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,28 +91,6 @@ class BarcodeConfig:
     def taus(self) -> tuple[float, ...]:
         """One or more, rising."""
         return tuple(sorted(self.tau)) if isinstance(self.tau, tuple) else (self.tau,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BarcodeResult:
-    """What was counted, and what was left out."""
-
-    n_images: int  # readable
-    n_unreadable: int
-    n_without_patient: int  # readable, but nobody's: in the image store only
-    n_patients: int  # with a readable image
-    n_patients_unreadable: int  # without one: left out
-    n_patients_without_disease: int  # in the patient store only
-    n_diseases: int
-    n_latents: int
-    n_silent_latents: tuple[int, ...]  # latents that exceed tau nowhere, per tau
-    share_above_tau: tuple[float, ...]  # of all stored nonzeros in the token set, per tau
-    was_complete: bool
-    n_unknown_in_table: int = 0  # image ids of --table that no store has
-    unknown_in_table: str = ""  # some of them
-    n_missing_in_table: int = 0  # images that the table does not have: nobody's
-    missing_in_table: str = ""
-    differences: str = ""  # between the stores, in how their latents were made
 
 
 @dataclass(frozen=True)
@@ -162,23 +141,23 @@ class _Level:
 def write_barcodes(
     latents: Path | str | Sequence[Path | str],
     barcodes: Path,
-    config: BarcodeConfig,
+    config: BarcodeConfig = BarcodeConfig(),
     *,
-    client: "Client",
+    client: "Client | None" = None,
     table: Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> BarcodeResult:
     """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
 
-    `client` is connected to a local or remote Dask cluster whose workers see all paths. A continued job takes the
-    parts that are already there, whatever their size. Memory of a worker: the result of one block and two chunks;
-    of this process: the tables, and a few numbers per image.
+    A continued job takes the parts that are already there, whatever their size. Memory of a worker: the result of one
+    block and two chunks; of this process: the tables, and a few numbers per image.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
     barcodes : on a file system that all workers share
+    client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
     table : other patients, diseases or labels for the images (`groups.regroup`)
 
     Raises
@@ -193,6 +172,19 @@ def write_barcodes(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    with client_or_own(client) as working:
+        return _write_barcodes(latents, barcodes, config, working, table, overwrite, progress)
+
+
+def _write_barcodes(
+    latents: Path | str | Sequence[Path | str],
+    barcodes: Path,
+    config: BarcodeConfig,
+    client: "Client",
+    table: Path | None,
+    overwrite: bool,
+    progress: Progress,
+) -> BarcodeResult:
     prepare_workers(client, tasks.get_ready)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
@@ -218,7 +210,7 @@ def write_barcodes(
     if output.is_complete:
         output.publish()
         BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
-        return _result(read_header(barcodes, BARCODES), was_complete=True)
+        return _result(read_header(barcodes, BARCODES), barcodes, config, table, was_complete=True)
 
     root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
@@ -251,7 +243,7 @@ def write_barcodes(
     for left_over in (job.parts, *job.root.glob(".*.removed")):
         discard(left_over)
     output.publish()
-    return _result(header, was_complete=False)
+    return _result(header, barcodes, config, table, was_complete=False)
 
 
 def _tag(job: _Job, level: str) -> str:
@@ -516,11 +508,13 @@ def _one_or_all(values: Sequence[Any]) -> Any:
     return values[0] if len(values) == 1 else list(values)
 
 
-def _result(header: Header, *, was_complete: bool) -> BarcodeResult:
+def _result(
+    header: Header, out: Path, config: BarcodeConfig, table: Path | None, *, was_complete: bool
+) -> BarcodeResult:
     per_tau = ("n_silent_latents", "share_above_tau")
     summary: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else (value,) if name in per_tau else value
         for name, value in (header.summary or {}).items()
         if name not in ("exports", "store_files")
     }
-    return BarcodeResult(**summary, was_complete=was_complete)
+    return BarcodeResult(out=out, taus=config.taus, table=table, **summary, was_complete=was_complete)

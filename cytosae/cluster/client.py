@@ -13,7 +13,7 @@ from distributed import Client, KilledWorker
 from distributed.versions import VersionMismatchWarning
 
 from stores.errors import BadInput
-from stores.machine import open_files
+from stores.machine import n_cores, open_files
 
 from .private import PrivateCluster
 
@@ -24,11 +24,14 @@ _ENVIRONMENT = {
     "ZARR_THREADING__MAX_WORKERS": "2",
 }
 
+MEMORY_LIMIT = "2GiB"  # of a local worker
 _FILES, _FILES_PER_WORKER = 128, 12  # open at once in this process: its own, and for each worker (measured: 9)
 
 
 @contextmanager
-def open_client(scheduler: str | None, *, workers: int, memory_limit: str) -> Iterator[Client]:
+def open_client(
+    scheduler: str | None = None, *, workers: int = n_cores(), memory_limit: str = MEMORY_LIMIT
+) -> Iterator[Client]:
     """A client of the scheduler at this address; None: of a cluster that lives as long as the client.
 
     Only the owner can talk to that cluster. It is started from the main thread only: Ctrl-C is for this process, not
@@ -57,6 +60,16 @@ def open_client(scheduler: str | None, *, workers: int, memory_limit: str) -> It
             f"a worker was ended again and again, most likely for its memory (limit {limit}); "
             f"{remedy} and run the same command again"
         ) from None
+
+
+@contextmanager
+def client_or_own(client: Client | None) -> Iterator[Client]:
+    """The client that was given; None: one of a cluster that is started here, with the defaults of the command line."""
+    if client is not None:
+        yield client
+        return
+    with open_client(None, workers=n_cores(), memory_limit=MEMORY_LIMIT) as own:
+        yield own
 
 
 @contextmanager

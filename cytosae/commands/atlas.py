@@ -8,20 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cytosae.commands.shared import sources_of, warn_of_unseen
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    cell,
-    counted,
-    decimals,
-    json_option,
-    overwrite_option,
-    percent,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done
+from stores.wording import cell, counted, decimals, percent, printable
 
 if TYPE_CHECKING:
     from .shared import Bridges
@@ -225,7 +213,7 @@ def _print_reviewed(found: dict[str, Any]) -> None:
     if all_of["n_reviewers"] > 2:
         click.echo(
             f"  all {all_of['n_reviewers']:,}: Fleiss' kappa {_kappa(all_of, 'kappa')} over {all_of['n_items']:,} "
-            f"concepts that all judged ({all_of['n_left_out']:,} left out), Gwet's AC1 {_kappa(all_of, 'ac1')}"
+            f"concepts that two or more judged (all judged {all_of['n_by_all']:,}), Gwet's AC1 {_kappa(all_of, 'ac1')}"
         )
     if any((each["largest_share"] or 0) >= EXTREME for each in (*found["cohen"], all_of)):
         click.echo(f"  {EXTREME:.0%} or more of the verdicts are one and the same: a kappa says little there, AC1 more")

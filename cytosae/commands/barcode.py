@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cytosae.commands.shared import dask_client, dask_options, print_join
-from stores.console import FILE, STORE, TOKEN_SETS, counted, overwrite_option, print_left_out, progress_line, say_done
+from cytosae.commands.shared import dask_client, dask_options
+from stores.console import FILE, STORE, TOKEN_SETS, overwrite_option, progress_line, say_done, tell
 
 if TYPE_CHECKING:
-    from cytosae.barcodes import BarcodeConfig, BarcodeResult
+    pass
 
 
 @click.command()
@@ -72,31 +72,4 @@ def barcode(
             latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
         )
     say_done(barcodes, done.was_complete)
-    _print_barcodes(barcodes, config, done, table)
-
-
-def _print_barcodes(barcodes: Path, config: "BarcodeConfig", done: "BarcodeResult", table: Path | None) -> None:
-    click.echo(
-        f"{barcodes}: {counted(done.n_images, 'image')}, {counted(done.n_patients, 'patient')}, "
-        f"{counted(done.n_diseases, 'disease')}, {done.n_latents:,} latents, "
-        f"tau {', '.join(f'{tau:g}' for tau in config.taus)}"
-    )
-    left_out = {
-        "unreadable images": done.n_unreadable,
-        "images without a patient (image barcodes only)": done.n_without_patient,
-        "patients without a readable image": done.n_patients_unreadable,
-        "patients without a disease (no disease barcode)": done.n_patients_without_disease,
-    }
-    print_left_out(left_out)
-    print_join(done, table)
-    for tau, share, n_silent in zip(config.taus, done.share_above_tau, done.n_silent_latents, strict=True):
-        which = "tau" if len(config.taus) == 1 else f"tau {tau:g}"
-        click.echo(f"{share:.1%} of the nonzeros exceed {which}; {n_silent:,} of {done.n_latents:,} latents never do")
-        if n_silent == done.n_latents:
-            click.echo(f"warning: no latent exceeds tau {tau:g} anywhere: every barcode is empty", err=True)
-        elif share < 0.01:
-            click.echo(
-                f"warning: almost nothing exceeds tau {tau:g}. 0.2 belongs to the released SAE and means nothing "
-                f"for another: choose a smaller --tau",
-                err=True,
-            )
+    tell(done)

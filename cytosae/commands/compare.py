@@ -6,18 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    cell,
-    counted,
-    json_option,
-    overwrite_option,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done
+from stores.wording import cell, counted, printable
 
 if TYPE_CHECKING:
     from cytosae.compare import CompareConfig, Comparison

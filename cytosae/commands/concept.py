@@ -7,23 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cytosae.commands.shared import dask_client, dask_options, print_join
+from cytosae.commands.shared import dask_client, dask_options
 from stores.console import (
     COUNT,
     FILE,
     SEED,
     STORE,
     TOKEN_SETS,
-    counted,
-    decimals,
     json_option,
     overwrite_option,
-    print_left_out,
     print_page,
-    printable,
     progress_line,
     say_done,
+    tell,
 )
+from stores.wording import counted, decimals, printable
 
 if TYPE_CHECKING:
     from cytosae.concepts import Selection, SelectionConfig
@@ -99,15 +97,7 @@ def concept_stats(
             latents, concepts, config, client=client, table=table, overwrite=overwrite, progress=progress
         )
     say_done(concepts, done.was_complete)
-    click.echo(f"{concepts}: {done.n_latents:,} latents, token set {config.token_set}")
-    for found in done.by_dataset:
-        _print_dataset(found, config.label)
-    for pair in done.agreement:
-        _print_agreement(pair)
-    print_left_out({"images without a dataset": done.n_without_dataset})
-    print_join(done, table)
-    if done.warning:
-        click.echo(f"warning: {done.warning}", err=True)
+    tell(done)
 
 
 @click.command("top")
@@ -222,45 +212,6 @@ def _print_selection(path: Path, config: "SelectionConfig", found: "Selection") 
     for cluster, size in enumerate(found.cluster_sizes):
         drawn = [str(latent) for latent, of in zip(found.latents, clusters, strict=True) if of == cluster]
         click.echo(f"  cluster {cluster} ({counted(size, 'latent')}): {', '.join(drawn)}")
-
-
-def _print_dataset(found: dict[str, Any], label: str) -> None:
-    """What `cyto concept stats` found in one dataset, and what it could not say."""
-    unreadable = f" ({found['n_unreadable']:,} unreadable)" if found["n_unreadable"] else ""
-    click.echo(
-        f"  {printable(found['dataset'])}: {found['n_readable']:,} images{unreadable}, "
-        f"{found['n_labelled']:,} with one of {found['n_labels']:,} labels; "
-        f"{counted(found['n_silent'], 'latent')} never active, "
-        f"{found['n_meaningful']:,} have a mean activation of 0.001 or more"
-    )
-    if not found["n_labelled"]:
-        click.echo(f"    no image has a {label}: label entropies are null")
-        return
-    if "n_divergence_q_05" in found:
-        without = found["n_labelled_without_patient"]
-        click.echo(
-            f"    {counted(found['n_divergence_q_05'], 'latent')} whose top images differ in {label} from the dataset, "
-            f"{found['n_entropy_q_05']:,} with an entropy smaller than by chance (q <= 0.05; {label}s shuffled from "
-            f"patient to patient: {counted(found['n_patients'], 'patient')}"
-            + (f", {counted(without, 'image')} without a patient counted as one each)" if without else ")")
-        )
-    if found["n_without_entropy"]:
-        click.echo(
-            f"    {counted(found['n_without_entropy'], 'latent')} without an entropy: active, too few labelled images"
-        )
-    if found["n_top_unlabelled"]:
-        click.echo(f"    {found['n_top_unlabelled']:,} top images have no {label}: left out of the entropies")
-
-
-def _print_agreement(pair: dict[str, Any]) -> None:
-    names = f"{printable(pair['dataset_a'])} and {printable(pair['dataset_b'])}"
-    if not pair["n_compared"]:
-        click.echo(f"  {names}: no latent has enough images with a label_common in both")
-        return
-    click.echo(
-        f"  {names}: {pair['n_agreeing']:,} of {pair['n_compared']:,} latents ({pair['share']:.1%}) have the same top "
-        f"label_common; by chance {pair['share_expected']:.1%}"
-    )
 
 
 def _print_latent(page: dict[str, Any]) -> None:

@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stores.console import (
-    FILE,
-    describe_latents,
-    json_option,
-    print_page,
-    print_problems,
-    progress_line,
-    pruning,
-    size_on_disk,
-    state_of,
-)
+from stores.console import FILE, json_option, print_page, print_problems, progress_line
+from stores.wording import describe_latents, pruning, size_on_disk, state_of
 
 if TYPE_CHECKING:
     from stores import Header, LatentSpec

@@ -12,16 +12,14 @@ from stores.console import (
     FILE,
     SEED,
     assume_option,
-    counted,
     device_option,
     json_option,
-    left_out_text,
     overwrite_option,
-    printable,
     progress_line,
     say_done,
 )
 from stores.devices import resolve_device
+from stores.wording import counted, left_out_text, printable
 
 if TYPE_CHECKING:
     from cytosae.maps import MapResult, MaskResult, PatchQuery, Sources, Subject

@@ -6,19 +6,9 @@ from typing import Any
 
 import click
 
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    counted,
-    json_option,
-    overwrite_option,
-    print_left_out,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, print_left_out, progress_line, say_done
 from stores.machine import n_cores
+from stores.wording import counted, printable
 
 
 @click.command()

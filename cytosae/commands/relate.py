@@ -9,20 +9,8 @@ from typing import Any
 import click
 
 from cytosae.commands.shared import dask_client, dask_options
-from stores.console import (
-    COUNT,
-    FILE,
-    SEED,
-    STORE,
-    TOKEN_SETS,
-    counted,
-    decimals,
-    json_option,
-    overwrite_option,
-    printable,
-    progress_line,
-    say_done,
-)
+from stores.console import COUNT, FILE, SEED, STORE, TOKEN_SETS, json_option, overwrite_option, progress_line, say_done
+from stores.wording import counted, decimals, printable
 
 
 @click.command("stability")
@@ -210,9 +198,10 @@ def concept_patient(
 ) -> None:
     """Latents that set PATIENT apart from the other patients of its disease, and hold in both halves of its images.
 
-    z predicts one more patient from the others (Student's t, the patient's own error added), at least 5 others of the
-    same disease and dataset. It ranks and describes, without p- or q-values: how many latents set the other patients
-    apart by the same rule is the yardstick.
+    z predicts one more patient from the others (Student's t, the patient's own error added; on the plain and on the
+    logarithmic scale, the smaller counts), at least 5 others of the same disease and dataset. Set apart: |z| of 3 or
+    more in all images and in both halves, and no other patient is as far out. It ranks and describes, without p- or
+    q-values: how many latents set the other patients apart by the same rule is the yardstick.
 
     \b
     Example: cyto concept patient cells.barcodes P07 -o P07.concepts
@@ -251,7 +240,7 @@ def _patient_line(row: dict[str, Any]) -> str:
         f"{name}: {counted(row['n_images'], 'image')} against {row['n_others']:,} others with "
         f"{printable(row['disease'])}; "
         f"{counted(row['n_raised'], 'latent')} raised and {row['n_lowered']:,} lowered (|z| of 3 or more in all "
-        f"images and in both halves) of {row['n_latents']:,} looked at; {usual}; halves correlate "
+        f"images and in both halves, no other as far) of {row['n_latents']:,} looked at; {usual}; halves correlate "
         f"{decimals(row['halves_correlation'])}"
     )
 

@@ -15,20 +15,16 @@ from stores.console import (
     STORE,
     TOKEN_SETS,
     assume_option,
-    decimals,
-    describe_latents,
     device_option,
     json_option,
     overwrite_option,
     print_page,
-    printable,
     progress_line,
     readers_option,
     say_done,
-    size_on_disk,
-    state_of,
 )
 from stores.devices import resolve_device
+from stores.wording import decimals, describe_latents, printable, size_on_disk, state_of
 
 if TYPE_CHECKING:
     from cytosae.training import Evaluation

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from stores.console import COUNT, FILE, counted, decimals, percent, printable
+from stores.console import COUNT, FILE
 from stores.machine import n_cores
+from stores.wording import counted, decimals, percent, printable
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -57,16 +58,6 @@ def training_line(metrics: dict[str, Any]) -> str:
             else "dead n/a"
         )
     )
-
-
-def print_join(done: Any, table: Path | None) -> None:
-    """How several stores, and a table given beside them, fit together."""
-    if done.differences:
-        click.echo(f"the stores were made differently: {done.differences}")
-    if done.n_missing_in_table:
-        click.echo(f"{counted(done.n_missing_in_table, 'image')} without a row in {table}: {done.missing_in_table}")
-    if done.n_unknown_in_table:
-        click.echo(f"{counted(done.n_unknown_in_table, 'row')} of {table} for no image here: {done.unknown_in_table}")
 
 
 def map_options(command: Any) -> Any:

@@ -16,6 +16,7 @@ from stores.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+_LEAST_GIVEN = 10  # labels that a shuffle gives to a patient before it repeats them
 _EQUAL = 1e-9  # nats: sums in another order differ in the last bits
 
 
@@ -161,9 +162,10 @@ def shuffled_labels(labels: npt.ArrayLike, patients: npt.ArrayLike, *, shuffles:
     """Labels after shuffles from patient to patient, (n_images,) each; images without a label keep none.
 
     The patients stand in a ring, in random order, with their labels in random order. Each patient gets those that
-    begin with another's (or, by chance, with its own), as many as it has images; if the other has fewer, it goes on
-    with the next in the ring. So a patient's images get labels that belong together as a patient's do. Without
-    patients, or with one label each, it is a plain shuffle of images, or of patients.
+    begin with another's (or, by chance, with its own), and gets them again and again if the other has fewer; below 10
+    it goes on with the next in the ring first. So a patient's images get labels that belong together as a patient's do,
+    also if it has most of them: a mixture over several patients would be nearer to the average than any real one.
+    Without patients, or with one label each, it is a plain shuffle of images, or of patients.
 
     Parameters
     ----------
@@ -186,8 +188,9 @@ def shuffled_labels(labels: npt.ArrayLike, patients: npt.ArrayLike, *, shuffles:
         in_ring = np.argsort(place)
         begins[in_ring] = np.cumsum(sizes[in_ring]) - sizes[in_ring]
         source = rng.permutation(len(sizes))
+        n_given = np.repeat(np.maximum(sizes[source], _LEAST_GIVEN), sizes)
         shuffled = np.full(len(given), -1, np.int64)
-        shuffled[targets] = ring[(np.repeat(begins[source], sizes) + within) % max(1, len(ring))]
+        shuffled[targets] = ring[(np.repeat(begins[source], sizes) + within % n_given) % max(1, len(ring))]
         yield shuffled
 
 

@@ -10,7 +10,7 @@ blocks, workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from cytosae.barcodes import (
     join_tables,
     regroup,
 )
-from cytosae.cluster import Watch, cluster_job, prepare_workers
+from cytosae.cluster import Watch, client_or_own, cluster_job, prepare_workers
 from stores.concept_store import LATENT_COLUMNS, MEANINGFUL, TOP_COLUMNS, threshold_warning
 from stores.csr_bulk import CHUNK_ENTRIES
 from stores.errors import BadInput
@@ -46,6 +46,7 @@ from stores.token_sets import TOKEN_SETS
 
 from .figures import Panel, plot_scatter, plot_thresholds
 from .label_entropy import label_agreement, label_entropy, label_tests, shuffled_entropy, top_label
+from .report import ConceptResult
 from .tasks import TopImages, sum_images
 
 if TYPE_CHECKING:
@@ -93,23 +94,6 @@ class ConceptConfig:
             raise BadInput(f"block_images must be at least 1; found {self.block_images}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConceptResult:
-    """What was found, and what was left out: the summary of the folder."""
-
-    n_latents: int
-    by_dataset: list[dict[str, Any]]  # dataset, n_readable, n_unreadable, n_labelled, n_silent, n_meaningful, ...
-    agreement: list[dict[str, Any]]  # one for each pair of datasets
-    n_without_dataset: int  # readable images that --table gives no dataset: left out
-    was_complete: bool
-    differences: str = ""  # between the stores, in how their latents were made
-    n_unknown_in_table: int = 0  # image ids of --table that no store has
-    unknown_in_table: str = ""  # some of them
-    n_missing_in_table: int = 0  # images that the table does not have
-    missing_in_table: str = ""
-    warning: str | None = None  # 10^-3 belongs to another SAE
-
-
 @dataclass(frozen=True)
 class _Images:
     """The images of all stores, one below the other, as numbers."""
@@ -148,22 +132,22 @@ class _Images:
 def write_concepts(
     latents: Path | str | Sequence[Path | str],
     concepts: Path,
-    config: ConceptConfig,
+    config: ConceptConfig = ConceptConfig(),
     *,
-    client: "Client",
+    client: "Client | None" = None,
     table: Path | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> ConceptResult:
     """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `concepts`.
 
-    `client` is connected to a local or remote Dask cluster whose workers see all paths. A continued job takes the
-    parts that are counted already. Memory of a worker: the result of one block, or a few numbers per latent; of this
-    process: the tables, and some hundred bytes per latent and dataset.
+    A continued job takes the parts that are counted already. Memory of a worker: the result of one block, or a few
+    numbers per latent; of this process: the tables, and some hundred bytes per latent and dataset.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
+    client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
     table : other datasets or labels for the images (`groups.regroup`)
 
     Raises
@@ -178,6 +162,19 @@ def write_concepts(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    with client_or_own(client) as working:
+        return _write_concepts(latents, concepts, config, working, table, overwrite, progress)
+
+
+def _write_concepts(
+    latents: Path | str | Sequence[Path | str],
+    concepts: Path,
+    config: ConceptConfig,
+    client: "Client",
+    table: Path | None,
+    overwrite: bool,
+    progress: Progress,
+) -> ConceptResult:
     prepare_workers(client, get_ready)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
@@ -204,7 +201,7 @@ def write_concepts(
     packages = ("dask", "distributed", "matplotlib", "numba", "numpy", "scipy")
     writer = begin_results(concepts, CONCEPTS, spec, overwrite=overwrite, inputs=inputs, packages=packages)
     if writer.is_complete:
-        return _result(writer.header.summary or {}, was_complete=True)
+        return _result(writer.header.summary or {}, concepts, config, table, was_complete=True)
 
     writer.watch(*(store.header for store in stores))
     parts = writer.root / "parts"
@@ -230,7 +227,7 @@ def write_concepts(
         ),
     }
     writer.finish(summary)
-    return _result(summary, was_complete=False)
+    return _result(summary, concepts, config, table, was_complete=False)
 
 
 def _refuse_pruned(stores: list[LatentStore]) -> None:
@@ -440,6 +437,9 @@ def _named(names: list[str], numbers: Ints) -> pa.Array:
     return pa.array(names, pa.string()).take(pa.array(numbers, mask=numbers < 0))
 
 
-def _result(summary: dict[str, Any], *, was_complete: bool) -> ConceptResult:
+def _result(
+    summary: dict[str, Any], out: Path, config: ConceptConfig, table: Path | None, *, was_complete: bool
+) -> ConceptResult:
     known = {name: value for name, value in summary.items() if name not in ("files", "figures")}
-    return replace(ConceptResult(**known, was_complete=False), was_complete=was_complete)
+    about: dict[str, Any] = {"out": out, "token_set": config.token_set, "label": config.label, "table": table}
+    return ConceptResult(**about, **known, was_complete=was_complete)

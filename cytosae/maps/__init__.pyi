@@ -13,7 +13,6 @@ from .patch_maps import Pixels as Pixels
 from .patch_maps import patch_map as patch_map
 from .patch_maps import patch_side as patch_side
 from .patch_maps import read_tokens as read_tokens
-from .patch_maps import token_matrix as token_matrix
 from .reference_images import Sources as Sources
 from .reference_images import open_sources as open_sources
 from .reference_images import require_same_sae as require_same_sae

@@ -19,7 +19,7 @@ from stores.spec import MAPS, stated
 from stores.tables import column
 
 from .figures import Style, plot_maps, plot_rows
-from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens, token_matrix
+from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens
 from .reference_images import Frame, Sources, reference_rows, require_same_sae, unseen
 
 
@@ -108,7 +108,7 @@ def new_subject(
     rows = encode_image(tokens, run, latents.spec, device=device)
     return Subject(
         name=file.name,
-        tokens=token_matrix(rows, latents.spec.n_latents),
+        tokens=rows.to_scipy(latents.spec.n_latents),
         picture=picture,
         origin={"sha256": content_hash, "as": latents.identity},
     )

@@ -10,8 +10,12 @@ of the units and used in the other, and the other way round.
 
 Two questions, both two-sided:
 
-    place: is the AUROC other than 0.5? Each unit's distance from 0.5 changes its sign at random. A latent of the middle
-        of the picture passes with the nucleus of centred cells.
+    place: is the AUROC other than 0.5? Two nulls, and the larger p counts. Each unit's distance from 0.5 changes its
+        sign at random: valid however much units differ, if the distances are as often above as below by as much, which
+        they are not where a class or a latent has few patches. And the masks of each unit are moved around within
+        their pictures, all by one random step of 0 to 255 patches (what leaves at the end comes in again at the
+        beginning): their AUROC is 0.5 on average, with all the skewness there is. A latent of the middle of the
+        picture passes with the nucleus of centred cells.
     own mask: does the latent follow the mask of its own image beyond that of another cell? Whole units exchange their
         masks; each statistic is scaled by its mean and spread over all shuffles, the observed among them. What holds
         for any cell, such as the middle, is no finding here.
@@ -44,7 +48,7 @@ from .patch_maps import patch_side
 
 MAX_NONZEROS = 1 << 28  # of the masked images together: about 12 GiB
 LEAST_IMAGES = 5  # in which a latent must be active to be tested; of fewer images: all
-STATISTIC = "within images, averaged over patients; IoU cross-fitted"  # of the header: older folders lack it
+STATISTIC = "within images, averaged over patients; IoU cross-fitted; place by two nulls"  # of the header, older: other
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -142,7 +146,7 @@ def write_mask_agreement(
 ) -> MaskResult:
     """Write `agreement.parquet`, a row per class and latent, and a figure.
 
-    Memory: about 48 bytes for each stored value of the masked images; 16 for each shuffle, class and latent.
+    Memory: about 48 bytes for each stored value of the masked images; 24 for each shuffle, class and latent.
 
     Parameters
     ----------
@@ -372,6 +376,13 @@ def dealt(foreground: Bool, unit_of: Int, order: Int) -> Bool:
     return found
 
 
+def moved_around(foreground: Bool, steps: Int) -> Bool:
+    """(n_images, n_per_image) each mask moved on by its own step, (n_images,), in a ring of all patches in order."""
+    n_per_image = foreground.shape[1]
+    found: Bool = np.take_along_axis(foreground, (np.arange(n_per_image) - steps[:, None]) % n_per_image, axis=1)
+    return found
+
+
 def chance_agreement(
     ranked: RankedValues,
     foreground: Bool,
@@ -387,7 +398,7 @@ def chance_agreement(
     ----------
     foreground : (n_classes, n_images, n_per_image), the images in the order of the patches of `ranked`
     found : the agreement with each class's masks as they are
-    n_shuffles : times that units exchange masks, and that signs are drawn, with `seed`
+    n_shuffles : times that units exchange masks, that masks are moved, and that signs are drawn, with `seed`
     progress : shuffles done, shuffles in all
     """
     n_active = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
@@ -398,17 +409,33 @@ def chance_agreement(
     n_classes = len(foreground)
     # [AUROC, IoU] of the observed and every shuffle
     drawn = np.empty((2, n_shuffles + 1, n_classes, len(tested)), np.float32)
+    moved = np.full((n_shuffles + 1, n_classes, len(tested)), np.nan, np.float32)  # AUROC of masks moved around
+    steps = np.random.default_rng([seed, 3]).integers(ranked.n_per_image, size=(n_shuffles, ranked.n_units))
     for number, one in enumerate(found):
         drawn[0, 0, number], drawn[1, 0, number] = one.auroc, one.iou
+        moved[0, number] = one.auroc
     for n_done in range(n_shuffles):
         order = rng.permutation(ranked.n_units)
         for number, masks in enumerate(foreground):
             one = mask_agreement(ranked, dealt(masks, ranked.unit_of, order), half)
             drawn[0, n_done + 1, number], drawn[1, n_done + 1, number] = one.auroc, one.iou
+            other = moved_around(masks, steps[n_done][ranked.unit_of])
+            nothing = np.zeros((0, 0))
+            _place(
+                ranked.starts,
+                ranked.patches,
+                ranked.ranks,
+                other,
+                ranked.unit_of,
+                0,
+                moved[n_done + 1, number],
+                nothing,
+            )
         progress(n_done + 1, n_shuffles, "shuffling")
     own = [_scaled_p(values, tested) for values in drawn]
     mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
-    p_place, p_any_place = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
+    by_sign = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
+    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(moved, tested), strict=True))
     return Chance(
         mean_auroc=mean[0],
         mean_iou=mean[1],

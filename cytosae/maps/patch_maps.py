@@ -13,7 +13,6 @@ import pyarrow as pa
 import scipy.sparse as ss
 
 from stores.concept_store import ConceptStore
-from stores.csr import CsrRows
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.spec import check_latent
@@ -41,14 +40,9 @@ class PatchQuery:
             raise BadInput(f"n_top must be at least 1; found {self.n_top}")
 
 
-def token_matrix(rows: CsrRows, n_latents: int) -> ss.csr_matrix:
-    """The rows of an image's tokens as a matrix (tokens_per_image, n_latents), CLS first."""
-    return ss.csr_matrix((rows.values, rows.indices, rows.indptr), shape=(rows.n_rows, n_latents))
-
-
 def read_tokens(latents: LatentStore, image_index: int) -> ss.csr_matrix:
     """(tokens_per_image, n_latents) of one image of a store; all empty if the image was unreadable."""
-    return token_matrix(latents.read_images(image_index, image_index + 1), latents.spec.n_latents)
+    return latents.read_images(image_index, image_index + 1).to_scipy(latents.spec.n_latents)
 
 
 def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:

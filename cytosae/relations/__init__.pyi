@@ -1,9 +1,12 @@
 from .coactivation import Coactivation as Coactivation
 from .neighbours import find_neighbours as find_neighbours
 from .neighbours import write_neighbours as write_neighbours
-from .patient_concepts import LEAST_OTHERS as LEAST_OTHERS
 from .patient_concepts import PatientSettings as PatientSettings
-from .patient_concepts import as_z as as_z
-from .patient_concepts import standing as standing
 from .patient_concepts import write_patient_concepts as write_patient_concepts
+from .patient_z import LEAST_OTHERS as LEAST_OTHERS
+from .patient_z import Others as Others
+from .patient_z import as_z as as_z
+from .patient_z import clumps_of as clumps_of
+from .patient_z import log_scale as log_scale
+from .patient_z import standing as standing
 from .stability import write_stability as write_stability

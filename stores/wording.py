@@ -1,0 +1,137 @@
+"""How numbers, names and results are worded, on the screen and in notebooks: plain text, no click.
+
+A call that does something gives back a `Report`: its fields say what was done, `lines()` says so in words.
+"""
+
+import html
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Report:
+    """What a call has done. Frozen dataclasses that inherit from it hold the facts; a command prints `lines()`.
+
+    In a notebook the last value of a cell is shown: the lines, then the warnings.
+    """
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the result doubtful."""
+        return ()
+
+    def lines(self) -> Iterator[str]:
+        """What was done, in words, a line each."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines(), *(f"warning: {printable(warning)}" for warning in self.warnings)])
+
+    def _repr_html_(self) -> str:
+        lines = html.escape("\n".join(self.lines()))
+        warnings = "".join(f"<p><b>warning:</b> {html.escape(printable(each))}</p>" for each in self.warnings)
+        return f"<pre>{lines}</pre>{warnings}"
+
+
+def left_out_text(number: int, what: str) -> str:
+    """`1 image without a patient`, of what in the plural: its first noun."""
+    one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
+    return f"{number:,} {printable(one if number == 1 else what)}"
+
+
+def cell(value: float | None, form: str) -> str:
+    """A number in its column; `-` where there is none."""
+    return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
+
+
+def decimals(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def counted(number: int, what: str) -> str:
+    """`1 latent`, `2,000 latents`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.1%}"
+
+
+def rate(part: int, whole: int) -> str:
+    return f"{part / whole:.2e}" if whole else "n/a"
+
+
+def describe_cache(store: Path) -> str:
+    from stores import ActivationStore
+
+    spec = ActivationStore(store).spec
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
+        f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
+        f"{size_on_disk(store) / 1e6:,.1f} MB"
+    )
+
+
+def describe_latents(store: Path) -> str:
+    from stores import LatentStore
+
+    latents = LatentStore(store)
+    spec, summary = latents.spec, latents.header.summary or {}
+    dropped = f"; {pruning(spec.min_activation, summary)}" if spec.min_activation else ""
+    return (
+        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
+        f"{latents.nnz:,} nonzeros ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable "
+        f"image{dropped}), {size_on_disk(store) / 1e6:,.1f} MB"
+    )
+
+
+def pruning(min_activation: float, summary: dict[str, Any]) -> str:
+    if not min_activation:
+        return "nothing dropped"
+    n_dropped, nnz = summary.get("n_dropped", 0), summary.get("nnz", 0)
+    counted = f": {n_dropped:,} of {nnz + n_dropped:,}" if summary else ""
+    return f"values below {min_activation:g} dropped{counted}"
+
+
+def unreadable_images(store: Path | str) -> str:
+    """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
+    from stores import ActivationStore
+    from stores.tables import column, listed
+
+    images = ActivationStore(store).images
+    bad = [
+        f"{path}: {error}"
+        for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
+        if error is not None
+    ]
+    return (
+        f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
+        f"they are listed in {store}/images.parquet"
+    )
+
+
+def more_or_fewer(found: int, published: int) -> str:
+    if found == published:
+        return ""
+    return f"<- {abs(found - published):,} {'fewer' if found < published else 'more'}"
+
+
+def printable(name: str) -> str:
+    """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
+    return name if name.isprintable() else ascii(name)
+
+
+def state_of(complete: bool) -> str:
+    return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
+
+
+def size_on_disk(root: Path) -> int:
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def left_out_lines(left_out: Mapping[str, int]) -> Iterator[str]:
+    """`left out: 2 unreadable images`, for each kind of which there are any."""
+    for what, number in left_out.items():
+        if number:
+            yield f"left out: {left_out_text(number, what)}"
