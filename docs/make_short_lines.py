@@ -97,7 +97,7 @@ def _clauses(sentence: str, show: Callable[[str], str]) -> list[str]:
 
 def _is_markup(line: str) -> bool:
     """Whether markdown would take the line for an item, a heading or the like."""
-    return re.match(r"(?:[-+*>#|]\s|\d+[.)]\s|#)", line) is not None
+    return re.match(r"(?:[-+*>#|]\s|\\?\||\d+[.)]\s|#)", line) is not None
 
 
 if __name__ == "__main__":
