@@ -173,10 +173,10 @@ def main() -> None:
 def _end_without_native_threads() -> Callable[[object], None]:
     """Have the process end at once when Python has said goodbye to everything, with the code told to the result.
 
-    While the interpreter is taken apart, a thread of Arrow's (or another library's) that lets go of an object of
-    Python's wants its lock, is ended by Python in the middle of C++, and aborts the process: exit code 134 after all
-    is done, in some of a hundred runs of a busy machine. Registered first, so that it comes after all that others do
-    at exit; worker threads of Python's own have been waited for before.
+    While the interpreter is taken apart, a native thread that lets go of an object of Python's wants its lock, is ended
+    by Python in the middle of C++, and aborts the process: exit code 134 after all is done. Arrow's threads did so with
+    tables read from bytes (`stores.tables.parquet_table`); other libraries have threads too. Registered first, so that
+    it comes after all that others do at exit; worker threads of Python's own have been waited for before.
     """
     code: object = None
 
@@ -263,7 +263,9 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.maps import open_sources, plot_reference_images
     from cytosae.sae import TrainConfig
     from stores import BarcodeStore, ConceptStore, LatentStore
+    from stores.destination import claimed
 
+    click.get_current_context().with_resource(claimed(out))
     _claim_demo_folder(out, seed)
     cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
     latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"

@@ -40,6 +40,8 @@ from common import (
 )
 from latent_generator import Block, generate_block
 
+from stores.machine import n_cores
+
 ALL_IMAGES = 171_373
 _COMMIT_IMAGES = 256
 _CHUNKS_PER_TASK = 8  # about as many nonzeros as a block of 256 images
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=N_LATENTS, help="(%(default)s)")
     parser.add_argument("--images-per-patient", type=int, default=430, help="(%(default)s)")
     parser.add_argument("--tau", type=float, default=0.2, help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes (%(default)s)")
+    parser.add_argument("--workers", type=int, default=n_cores(), help="processes (%(default)s)")
     parser.add_argument("--memory-limit", default="2GiB", help="of each worker (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--keep", type=Path, help="generate the store here and keep it; one that is there is used")
@@ -131,13 +133,13 @@ def generate(root: Path, n_images: int, options: Any) -> dict[str, Any]:
 def _blocks(first: int, n_images: int, frequency: Any, options: Any) -> Iterator[tuple[int, Block]]:
     """(end, rows) of every block of images in order, drawn some blocks ahead by one process per core."""
     starts = list(range(first, n_images, _COMMIT_IMAGES))
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as processes:
+    with ProcessPoolExecutor(n_cores(), mp_context=get_context("spawn")) as processes:
         ahead: deque[Any] = deque()
-        for start in starts[: 2 * (os.cpu_count() or 1)]:
+        for start in starts[: 2 * n_cores()]:
             ahead.append(_draw(processes, start, n_images, frequency, options))
         for number, start in enumerate(starts):
             block = ahead.popleft().result()
-            later = number + 2 * (os.cpu_count() or 1)
+            later = number + 2 * n_cores()
             if later < len(starts):
                 ahead.append(_draw(processes, starts[later], n_images, frequency, options))
             yield min(start + _COMMIT_IMAGES, n_images), block

@@ -27,6 +27,8 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
+from stores.machine import n_cores
+
 PROJECT = Path(__file__).resolve().parents[1]
 RELEASED = PROJECT.parent / "shared" / "data" / "released_mll23" / "feature_data.npz"
 DISTINCT_PER_IMAGE = 1_853  # latents active in an average image of the released SAE (docs/reference/paper.md 8)
@@ -185,7 +187,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if torch is not None and device.startswith("cuda") else device
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": n_cores(),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         "load_at_the_end": os.getloadavg()[0],
         "device": name,

@@ -30,6 +30,7 @@ from cytocache.backbones import ARCHITECTURES, load_backbone
 from cytocache.datasets import open_images
 from cytocache.demo_cells import CELL_TYPES, draw_cell
 from cytocache.extract import PRECISIONS, ExtractConfig, extract, resolve_precision
+from stores.machine import n_cores
 
 _DRAWN = 256  # distinct pictures; more files are copies of them, which cost as much to read
 _RESIDENT = 512  # images of the baseline that lie on the device; it goes round among them
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=96, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--chunk-images", type=int, default=16, help="(%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 2, help="processes that read (%(default)s)")
+    parser.add_argument("--workers", type=int, default=n_cores(), help="processes that read (%(default)s)")
     parser.add_argument("--device", default="cpu", help="(%(default)s)")
     parser.add_argument("--precision", default="auto", help="fp32 on a CPU, bf16 on a GPU, or as said")
     options = parser.parse_args()

@@ -16,7 +16,6 @@ pools of as many images out of parts of other sizes, up to whole chunks.
 Full size: python bench/loader.py --images 16384
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -45,6 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stores import token_stream
 from stores.activation_store import ActivationStore
+from stores.machine import n_cores
 from stores.token_stream import TokenStream
 
 Int = npt.NDArray[np.int64]
@@ -303,7 +303,7 @@ def _dataloader(rows: MappedRows, batch_tokens: int, n_batches: int, workers: in
 
 def _worker_counts(batch_bytes: int) -> list[int]:
     """No workers, and one per core where shared memory holds the batches that they read ahead."""
-    cores = os.cpu_count() or 1
+    cores = n_cores()
     shared = Path("/dev/shm")
     needed = 2 * batch_bytes * (2 * cores + 1)
     return [0, cores] if shared.is_dir() and shutil.disk_usage(shared).free > needed else [0]

@@ -8,7 +8,6 @@ LogisticRegression (L-BFGS, at most 1,000 iterations, as in DinoBloom's code) on
 tolerance, earlier than ours.
 """
 
-import os
 import time
 import warnings
 from typing import Any
@@ -21,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, Plan, along_thresholds, divide, run_fold
+from stores.machine import n_cores
 
 N_FOLDS, N_PATIENTS = 5, 100  # patients of the images
 
@@ -58,7 +58,7 @@ def main() -> None:
     ours, theirs = float(np.median(spent)), float(np.median(direct)) * n_fits
     repeats, permutations = REPETITIONS[options.level]
     n_jobs = N_FOLDS * (repeats + permutations)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = n_cores()
     emit(
         "probe",
         ratio=theirs / ours,

@@ -75,13 +75,23 @@ class _Failed(Exception):
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: `$CYTO_CACHE`, or `cyto` in the user's cache folder of this platform."""
+    """Where downloads are kept: `$CYTO_CACHE`, or `cyto` in the user's cache folder of this platform.
+
+    Raises
+    ------
+    BadInput
+        If that is not said, and the user has no home.
+    """
     if chosen := os.environ.get("CYTO_CACHE"):
         return Path(chosen)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "cyto"
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "cyto"  # the XDG rules: ignore a relative one
+    if sys.platform != "darwin" and base.is_absolute():  # the XDG rules: ignore a relative one
+        return base / "cyto"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry in the list of users, as in a container, and without HOME
+        raise BadInput("this user has no home to keep downloads in; set CYTO_CACHE to a folder for them") from None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "cyto"
 
 
 def record_url() -> str:

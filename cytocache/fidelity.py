@@ -15,6 +15,7 @@ import torch
 from stores.activation_store import ActivationStore
 from stores.progress import Progress
 from stores.runlog import read_runs
+from stores.spec import require_unchanged
 
 from .sample import draw_sample, load_backbone_of, read_sample
 
@@ -82,6 +83,7 @@ def measure_fidelity(
             sums.add(full.cpu().numpy(), cached)
             if latents is not None:
                 sums.add_latents(latents(full), latents(torch.from_numpy(cached).to(device)), tau)
+    require_unchanged(cache.header)
     return sums.result()
 
 

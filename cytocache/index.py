@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stores.destination import claimed
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
 from stores.spec import FORMATS, find_header
@@ -47,7 +48,21 @@ def make_index(
     SpecMismatch
         If `out` is something else, or another index and `overwrite` is not set.
     """
-    before = _claim(out)  # first: reading all files may take an hour
+    _find_before(out)  # first: reading all files may take an hour
+    with claimed(out):
+        return _write_index(source, out, _find_before(out), dataset, class_set, compare_files, overwrite, progress)
+
+
+def _write_index(
+    source: Path,
+    out: Path,
+    before: pa.Table | None,
+    dataset: str,
+    class_set: str | None,
+    compare_files: bool,
+    overwrite: bool,
+    progress: Progress,
+) -> tuple[Index, bool]:
     index = index_images(source, dataset, class_set)
     if compare_files:
         index = mark_duplicates(index, progress=progress)
@@ -123,7 +138,7 @@ def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, st
     return replace(index, images=replace(index.images, table=table), findings=tuple(findings))
 
 
-def _claim(out: Path) -> pa.Table | None:
+def _find_before(out: Path) -> pa.Table | None:
     """The index that is at `out`, or None for a free place; refuses what is not an index of ours."""
     if out.suffix.lower() != ".parquet":
         raise BadInput(f"an image table is a .parquet file; found {out}")

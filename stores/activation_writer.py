@@ -28,7 +28,8 @@ from .activation_store import (
     read_spec,
     records_of,
 )
-from .errors import BadInput, DamagedStore, IncompleteStore
+from .destination import claimed
+from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
 from .files import (
     LOCK_SUFFIX,
     append_line,
@@ -207,6 +208,23 @@ def complete_cache(root: Path) -> Header | None:
             if path.name != f"finish{LOCK_SUFFIX}":
                 path.unlink(missing_ok=True)
         return header
+
+
+def merge_cache(store: Path) -> list[Path]:
+    """`complete_cache` of a cache, or of each block's in a folder; gives their places. For who does not write them.
+
+    Raises
+    ------
+    SpecMismatch
+        If another process replaces one of them, or is completing it, at this moment.
+    """
+    places = sorted(store.glob("block*.zarr")) or [store]
+    for place in places:
+        read_header(place, ACTIVATIONS, complete=False)  # before a lock is put beside it
+        with claimed(place, shared=True):
+            if complete_cache(place) is None:
+                raise SpecMismatch(f"{place} is being completed by another process; wait until it ends")
+    return places
 
 
 def left_overs(root: Path) -> list[Path]:

@@ -21,7 +21,7 @@ import zarr
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
 from .files import PARTIAL_SUFFIX, is_dropping, sha256_file
-from .spec import BARCODES, Header, read_header
+from .spec import BARCODES, Header, read_header, require_unchanged
 from .tables import listed
 from .zarr_meta import check_tree, files_below, read_array, read_group
 
@@ -178,6 +178,7 @@ class BarcodeStore:
         for folder in below:
             if self._recorded and folder not in self._whole:
                 for problem in self.file_problems(folder):
+                    require_unchanged(self.header)  # perhaps that is the reason
                     raise DamagedStore(f"{self.root}/{problem}; count again with cyto barcode --overwrite")
                 self._whole.add(folder)
 

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .errors import DamagedStore
 from .files import write_atomic
 from .holdout import read_image_ids
 from .spec import Header
-from .tables import column, parquet_bytes, readable
+from .tables import column, parquet_bytes, parquet_table, readable
 
 FILE = "trained_on.parquet"
 _HEX = frozenset("0123456789abcdef")
@@ -97,7 +96,7 @@ def read_trained_on(root: Path, header: Header) -> frozenset[str] | None:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != said["sha256"]:
             raise ValueError("its SHA-256 is not the one in sae.json")
-        found = pq.read_table(pa.BufferReader(data))["content_hash"].to_pylist()
+        found = parquet_table(data)["content_hash"].to_pylist()
         return frozenset(value.hex() for value in found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:160]

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from .activation_writer import overlapping_writer, writer_lock
 from .csr import CsrCommit, CsrReader, check_chunk
-from .errors import BadInput, DamagedStore, IncompleteStore
+from .destination import claimed
+from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
 from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
 from .latent_store import LatentSpec, LatentWriter, part_folder, read_latent_spec, shard_images
 from .progress import Progress
@@ -171,6 +172,20 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
             header = writer.finish()
         remove_left_overs(root)
         return header
+
+
+def merge_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> None:
+    """`complete_latents` for who does not write the store.
+
+    Raises
+    ------
+    SpecMismatch
+        If another process replaces it, or is completing it, at this moment.
+    """
+    read_header(root, LATENTS, complete=False)  # before a lock is put beside it
+    with claimed(root, shared=True):
+        if complete_latents(root, progress=progress) is None:
+            raise SpecMismatch(f"{root} is being completed by another process; wait until it ends")
 
 
 def require_all_images(root: Path, spec: LatentSpec) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .destination import Output, plan_output
 from .errors import BadInput, CytoError, DamagedStore
@@ -28,7 +27,8 @@ from .files import (
 )
 from .runlog import append_run
 from .seal import Seal
-from .spec import FORMATS, Format, Header, new_header, read_header, seal_of, stated, write_header
+from .spec import FORMATS, Format, Header, new_header, read_header, require_unchanged, seal_of, stated, write_header
+from .tables import parquet_bytes, parquet_table
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
 _UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
@@ -61,9 +61,7 @@ class ResultWriter:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write `name`.parquet; its metadata carries the identity of these results."""
         metadata = {**(table.schema.metadata or {}), b"cyto": self.header.identity.encode()}
-        sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-        write_atomic(self.root / f"{name}.parquet", sink.getvalue().to_pybytes())
+        write_atomic(self.root / f"{name}.parquet", parquet_bytes(table.replace_schema_metadata(metadata)))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `name`.json; NaN is null there, which the caller sees to."""
@@ -170,7 +168,7 @@ class ResultStore:
         """
         data = self._checked(f"{name}.parquet")
         try:
-            return pq.read_table(pa.BufferReader(data))
+            return parquet_table(data)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
 
@@ -235,8 +233,10 @@ class ResultStore:
         try:
             data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
         except (OSError, ValueError):
+            require_unchanged(self.header)  # perhaps that is the reason
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
         if hashlib.sha256(data).hexdigest() != self._files[name]:
+            require_unchanged(self.header)
             raise DamagedStore(
                 f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"
             )

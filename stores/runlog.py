@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .files import append_line, read_lines, write_lines
+from .files import append_line, parse_json, read_lines, read_regular, sha256_json, write_lines
 from .shards import ONE_WRITER, Shard
 
 _FILE = "runs.jsonl"
+_MOST_BYTES = 1 << 30
 _DECISIVE = ("machine", "device", "threads", "processes", "batch_size")
 _log = logging.getLogger(__name__)
 
@@ -24,13 +25,14 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
     Warns if the job goes on from a run with another version, device, thread count or batch size: then it may not
     end bit for bit as an uninterrupted one would have.
     """
-    record = {
+    record: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("cyto", *packages)}},
         **({} if shard.is_only else {"shard": str(shard)}),
         **facts,
     }
+    record["sha256"] = sha256_json(record)
     own = root / (_FILE if shard.is_only else f"runs-{shard.file_part}.jsonl")
     read_lines(own, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
     before = read_runs(root)
@@ -45,6 +47,28 @@ def read_runs(root: Path) -> list[dict[str, Any]]:
     # a crash at the finish may leave a shard's lines in both places
     others = [run for run in read_lines(root / _FILE, skip_damaged=True) if run not in of_shards]
     return sorted([*others, *of_shards], key=lambda run: str(run.get("time")))
+
+
+def damaged_runs(root: Path) -> list[str]:
+    """Lines of the run log that are not what was written, in words. A last one that a crash tore is passed over."""
+    path = root / _FILE
+    try:
+        lines = read_regular(path, most_bytes=_MOST_BYTES).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        return [f"{path} cannot be read ({error})"]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = dict(parse_json(line))
+            said = record.pop("sha256", None)  # an older cyto wrote none
+            is_whole = said is None or said == sha256_json(record)
+        except (TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
+            found.append(f"line {number} of {path} is not what was written; no number rests on it: remove it")
+    return found
 
 
 def shard_logs(root: Path) -> list[Path]:

@@ -5,19 +5,22 @@ three are the outcome of reading the file. A row's position is its `image_index`
 """
 
 import csv
+import hashlib
 import io
+import json
 import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .errors import BadInput
-from .files import decode_text, sha256_json, write_atomic
+from .files import decode_text, write_atomic
 
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
@@ -145,10 +148,48 @@ def write_image_table(table: pa.Table, path: Path) -> None:
 
 
 def parquet_bytes(table: pa.Table) -> memoryview:
-    """A table as the content of a Parquet file."""
+    """A table as the content of a Parquet file, with a checksum of each page."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return memoryview(sink.getvalue())
+
+
+def sealed_parquet(table: pa.Table, **said: Any) -> memoryview:
+    """The same, for a file whose hash stands nowhere else: its metadata hold that of its cells, and what is said."""
+    cyto = {**said, "sha256": table_sha256(table)}
+    return parquet_bytes(table.replace_schema_metadata({b"cyto": json.dumps(cyto).encode()}))
+
+
+def read_sealed(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """A file of `sealed_parquet`: (the table, what was said and `sha256`). An older cyto's may say nothing: {}.
+
+    Raises
+    ------
+    OSError, ValueError, ArrowException
+        If it cannot be read, or its cells are not those that were written.
+    """
+    table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    said = json.loads((table.schema.metadata or {}).get(b"cyto", b"{}"))
+    table = table.replace_schema_metadata(None)
+    if not isinstance(said, dict) or said.get("sha256", table_sha256(table)) != table_sha256(table):
+        raise ValueError("its rows are not the ones that were written")
+    return table, said
+
+
+def parquet_table(data: bytes | bytearray) -> pa.Table:
+    """The table in the content of a Parquet file.
+
+    Arrow gets a copy in memory of its own. Its threads may hold on to the file for a moment after the table is there;
+    an object of Python's, let go by such a thread while the interpreter ends, would abort the process (exit code 134).
+
+    Raises
+    ------
+    OSError, ValueError, ArrowException
+        If it is none, or a page is not what was written.
+    """
+    copy = pa.BufferOutputStream()
+    copy.write(data)
+    return pq.read_table(pa.BufferReader(copy.getvalue()), page_checksum_verification=True)
 
 
 def csv_bytes(table: pa.Table) -> bytes:
@@ -186,7 +227,9 @@ def read_image_table(path: Path) -> pa.Table:
 
 def table_sha256(table: pa.Table) -> str:
     """SHA-256 of names, order and values of all columns; independent of Parquet's own version and layout."""
-    return sha256_json([[name, table[name].to_pylist()] for name in table.column_names])
+    cells = [[name, table[name].to_pylist()] for name in table.column_names]
+    text = json.dumps(cells, separators=(",", ":"), ensure_ascii=False)  # a measured number may be NaN
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def column(table: pa.Table, name: str) -> list[str | None]:
@@ -293,7 +336,7 @@ def _separator(text: str) -> tuple[str, str]:
 def _read_parquet(path: Path, *, strip: bool = False) -> pa.Table:
     """`strip`: a user's table, in which blanks around a name or a cell mean nothing; else exactly what was written."""
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         if strip:
             table = table.rename_columns([name.strip() for name in table.column_names])
             index = [name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)]

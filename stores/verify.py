@@ -16,7 +16,7 @@ from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
 from .latent_store import LatentStore
-from .spec import ACTIVATIONS, read_header
+from .spec import ACTIVATIONS, read_header, require_unchanged
 from .tables import column, listed, read_image_table, table_sha256
 from .zarr_meta import check_tree
 
@@ -77,6 +77,7 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
         rows = spec.chunk_rows(chunk)
         what = _check_chunk(root, spec, chunk, records, table)
         yield Problem(chunk, f"{rows.start:,} to {rows.stop - 1:,}", what) if what else None
+    require_unchanged(header)  # else what was found is of two stores
 
 
 def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem | None]:
@@ -112,6 +113,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
         if all(is_whole[each] for each in needed):
             what = _check_latents(store, start, stop, is_readable[start:stop])
             yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
+    require_unchanged(store.header)
 
 
 def verify_barcodes(root: Path) -> list[str]:

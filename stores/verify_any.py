@@ -3,16 +3,22 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from .barcode_store import BarcodeStore
-from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound
-from .files import sha256_file
+from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound, StoreReplaced
+from .files import sha256_file, sha256_json
 from .progress import Progress
 from .result_folder import LISTED, ResultStore
-from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object
+from .runlog import damaged_runs
+from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object, require_unchanged
+from .tables import read_sealed
 from .verify import verify_activations, verify_barcodes, verify_latents
 
 _WEIGHTS = "sae.safetensors"
+_SELECTION = "selection.parquet"  # added to concepts later, by cyto concept select
 
 
 @dataclass
@@ -44,7 +50,7 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
     if header is None:
         raise StoreNotFound(f"no store or results of cyto at {root}; give the folder that a cyto command has written")
     format = FORMATS[header.kind]
-    read_header(root, format)
+    header = read_header(root, format)
     report = Report(root, format.kind)
     check = {ACTIVATIONS: _activations, LATENTS: _latents, SAE: _sae, BARCODES: _barcodes}.get(format, _results)
     try:
@@ -52,6 +58,10 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
             if problem is not None:
                 report.problems.append(problem)
             progress(0, 0, f"{len(report.problems)} bad" if report.problems else "")
+        report.problems += damaged_runs(root)
+        require_unchanged(header)  # else what was found is of two stores
+    except StoreReplaced:
+        raise
     except (CytoError, OSError) as error:
         report.problems.append(str(error))
     return report
@@ -82,7 +92,8 @@ def _sae(root: Path, report: Report) -> Iterator[str | None]:
     again = f"{'cyto sae import' if 'imported' in header.spec else SAE.command} --overwrite makes it again"
     known = {_WEIGHTS: summary.get("sae_sha256"), **summary.get("files", {})}
     yield from _compared(root, known, again)
-    report.unrecorded = sorted(path.name for path in root.glob("*.parquet") if path.name not in known)
+    for path in sorted(path for path in root.glob("*.parquet") if path.name not in known):
+        yield from _sealed(path, report, "it names the course of training only; remove it")
     left = sorted(path.name for path in (root / "state").glob("state-*"))
     if left:
         yield f"{root / 'state'} holds {len(left)} saved states that a finished run needs no more; remove them"
@@ -94,10 +105,21 @@ def _results(root: Path, report: Report) -> Iterator[str | None]:
     store = ResultStore(root, FORMATS[header.kind])
     yield from store.problems()
     report.unrecorded = store.unrecorded()
+    if (root / _SELECTION).is_file():
+        yield from _sealed(root / _SELECTION, report, "cyto concept select --overwrite makes it again")
     if (root / LISTED).is_file() and LISTED in (header.summary or {}).get("files", {}):
         table = store.table(LISTED.removesuffix(".parquet"))
         known = dict(zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True))
         yield from _compared(root, known, f"{FORMATS[header.kind].command} --overwrite makes it again")
+
+
+def _sealed(path: Path, report: Report, again: str) -> Iterator[str | None]:
+    """Of a table that says its own hash; one of an older cyto may not."""
+    try:
+        if "sha256" not in read_sealed(path)[1]:
+            report.unrecorded.append(path.name)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        yield f"{path} is not the table that was written ({' '.join(str(error).split())[:160]}); {again}"
 
 
 def _compared(root: Path, known: dict[str, str | None], again: str) -> Iterator[str | None]:
@@ -110,13 +132,32 @@ def _compared(root: Path, known: dict[str, str | None], again: str) -> Iterator[
 
 
 def _verify_sweep(root: Path, progress: Progress) -> Report:
-    """Its SAEs; the tables over them are made again by the sweep itself and have no hashes."""
-    report = Report(root, "sweep", unrecorded=sorted(path.name for path in root.glob("*.parquet")))
+    """Its tables and figures, and its SAEs."""
+    report = Report(root, "sweep")
+    record = read_object(root / "sweep.json")
+    if record.get("sha256", sweep_sha256(record)) != sweep_sha256(record):
+        report.problems.append(
+            f"{root / 'sweep.json'} is not the file that was written; choose another -o for a new sweep"
+        )
+    files = record.get("files")
+    known = files if isinstance(files, dict) else {}
+    report.problems += [each for each in _compared(root, known, "the same cyto sae sweep makes it again") if each]
+    report.problems += damaged_runs(root)
+    tables = [*root.glob("*.parquet"), *root.glob("table.md"), *root.glob("sweep.png"), *root.glob("sweep.svg")]
+    report.unrecorded = sorted(path.name for path in tables if path.name not in known)
     for run in sorted((root / "runs").glob("*")):
         try:
-            report.problems += verify(run, progress=progress).problems
+            found = verify(run, progress=progress)
         except IncompleteStore:  # a member that diverged, or is still to come: sweep.json says which
             continue
         except CytoError as error:
             report.problems.append(str(error))
+            continue
+        report.problems += found.problems
+        report.unrecorded += [f"runs/{run.name}/{name}" for name in found.unrecorded]
     return report
+
+
+def sweep_sha256(record: dict[str, Any]) -> str:
+    """Of what `sweep.json` says, without its own hash."""
+    return sha256_json({name: value for name, value in record.items() if name != "sha256"})

@@ -25,6 +25,7 @@ import anndata
 import numpy as np
 import pytest
 from distributed import Client
+from distributed.security import Security
 from object_server import ObjectServer, serving
 from test_barcodes import Row, contents, local_client, random_latents, write_latents
 
@@ -218,6 +219,29 @@ def test_a_cluster_gives_the_same_bytes(cluster: Dask, store: Path, tmp_path: Pa
     assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
     assert "Compute Failed" not in cluster.said()
     assert len(set(re.findall(r"count_block-\S+", cluster.said()))) > 8  # keys that were released
+
+
+@pytest.mark.slow
+def test_tls_as_the_manual_sets_it_up(dask: Dask, store: Path, tmp_path: Path) -> None:
+    """The same bytes with the settings of docs/cluster.md; who has no key, or another one, is told in one line."""
+    (settings,) = re.findall(r"tls.yaml <<EOF\n(.*?)\nEOF\n", (ROOT / "docs" / "cluster.md").read_text(), re.DOTALL)
+    for owner in ("mine", "other"):
+        folder = tmp_path / owner
+        (folder / ".dask-keys").mkdir(parents=True)
+        made = Security.temporary()
+        (folder / ".dask-keys" / "cert.pem").write_text(made.tls_ca_file)
+        (folder / ".dask-keys" / "key.pem").write_text(made.tls_client_key)
+        (folder / "tls.yaml").write_text(settings.replace("$HOME", str(folder)))
+    mine = str(tmp_path / "mine")
+    dask.scheduler(DASK_CONFIG=mine)
+    dask.worker(DASK_CONFIG=mine)
+    assert dask.address.startswith("tls://127.0.0.1:")
+    arguments = ["barcode", latents_of(store), "-o", tmp_path / "barcodes", "--scheduler", dask.address]
+    for strangers in ("", str(tmp_path / "other")):
+        line = said_by(dask.run("cli", *arguments, DASK_CONFIG=strangers), dask, 1)
+        assert re.fullmatch(rf"Error: no Dask scheduler answers at {dask.address} \(.*\); .*", line), line
+    assert said_by(dask.run("cli", *arguments, DASK_CONFIG=mine), dask, 0) == ""
+    assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
 
 
 def test_a_worker_killed_in_mid_job_changes_no_byte(dask: Dask, store: Path, tmp_path: Path) -> None:

@@ -573,6 +573,16 @@ class TestCacheFolder:
         monkeypatch.setenv("CYTO_CACHE", str(tmp_path / "mine"))
         assert cache_folder() == tmp_path / "mine"
 
+    def test_a_user_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        for name in ("CYTO_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(Path, "home", no_home)
+        with pytest.raises(BadInput, match=r"this user has no home .* set CYTO_CACHE to a folder"):
+            cache_folder()
+
 
 class TestLoad:
     def test_auto_is_the_published_file(self, site: Site, folder: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def exchange(root: Path) -> None:
     """As --overwrite does it: another folder takes the name. The same bytes: only the place tells."""
-    shutil.copytree(root, root.with_name("new"))
+    shutil.copytree(root, root.with_name("copy"))
     root.rename(root.with_name("old"))
-    root.with_name("new").rename(root)
+    root.with_name("copy").rename(root)
 
 
 @pytest.fixture

@@ -10,12 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from cli import cli
-from cytosae.training.state import remove_states, states
+from cytosae.sweep.record import RESULTS
+from cytosae.training.state import remove_states, states, write_metrics
 from stores.errors import DamagedStore
 from stores.files import sha256_file
 from stores.result_folder import ResultStore, begin_results
+from stores.runlog import append_run
 from stores.spec import COMPARISON
-from stores.verify_any import verify
+from stores.verify_any import sweep_sha256, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [path.name for path in sorted(GOLDEN.iterdir()) if path.is_dir() and "-v1" in path.name]
@@ -102,6 +104,35 @@ def test_metrics_of_an_sae(tmp_path: Path) -> None:
     assert verify(root).problems == []
     flip(root / "metrics.parquet")
     assert [root.name in problem and "metrics.parquet" in problem for problem in verify(root).problems] == [True]
+
+
+def test_what_says_its_own_hash(tmp_path: Path) -> None:
+    """Metrics, which hold times; a line of the run log; a sweep and its tables. An older cyto says nothing of them."""
+    root = Path(shutil.copytree(GOLDEN / "sae-v1", tmp_path / "sae"))
+    write_metrics(root, [{"step": step, "loss": step / 7} for step in range(50)])
+    append_run(root, packages=("numpy",), device="cpu")
+    assert (verify(root).problems, verify(root).unrecorded) == ([], [])
+    flip(root / "metrics.parquet")
+    log = (root / "runs.jsonl").read_text()
+    (root / "runs.jsonl").write_text(log[:-60].replace('"device":"cpu"', '"device":"cpv"') + log[-60:] + "{")
+    problems = verify(root).problems
+    assert ["metrics.parquet is not the table" in each for each in problems] == [True, False]
+    assert "runs.jsonl is not what was written" in problems[1]
+
+    root = Path(shutil.copytree(GOLDEN / "sweep-v1", tmp_path / "sweep"))
+    assert "table.parquet" in verify(root).unrecorded
+    record = json.loads((root / "sweep.json").read_text())
+    record["files"] = {name: sha256_file(root / name) for name in RESULTS if (root / name).exists()}
+    (root / "sweep.json").write_text(json.dumps({**record, "sha256": sweep_sha256(record)}))
+    whole = verify(root)
+    assert whole.problems == []
+    assert "table.parquet" not in whole.unrecorded
+    flip(root / "table.parquet")
+    record["members"][0]["seconds"] += 1
+    (root / "sweep.json").write_text(json.dumps({**record, "sha256": "0" * 64}))
+    found = "\n".join(verify(root).problems)
+    assert "sweep.json is not the file that was written" in found
+    assert "table.parquet is not the file that was written; the same cyto sae sweep makes it again" in found
 
 
 def test_what_is_not_ours(tmp_path: Path) -> None:

@@ -161,13 +161,9 @@ def cache_merge(store: Path) -> None:
     \b
     Example: cyto cache merge cells.acts.zarr
     """
-    from stores.activation_writer import complete_cache
-    from stores.errors import StoreNotFound
+    from stores.activation_writer import merge_cache
 
-    places = sorted(store.glob("block*.zarr")) or [store]
-    for place in places:
-        if complete_cache(place) is None:
-            raise StoreNotFound(f"{place} is being completed by another process at this moment")
+    for place in merge_cache(store):
         click.echo(describe_cache(place))
 
 

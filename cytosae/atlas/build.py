@@ -82,6 +82,7 @@ def write_atlas(
         inputs=given,
         packages=("numpy", "jinja2", "pillow"),
     )
+    writer.watch(*(header for _, _, header in inputs.headers))
     if pseudonyms is not None:
         images = zip(plan.numbers.tolist(), plan.images.tolist(), strict=True)
         called = [(f"image {number}", inputs.image_ids[image]) for number, image in images]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import append_line, is_dropping, read_lines, sync_folder, write_atomic
 from stores.tables import csv_bytes, parquet_bytes
@@ -179,9 +180,10 @@ def write_verdicts(table: pa.Table, path: Path, *, overwrite: bool = False) -> N
     """
     if path.suffix not in (".csv", ".parquet"):
         raise BadInput(f"{path} must end with .csv or .parquet")
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path} is there already; choose another output, or add --overwrite to replace it")
-    write_atomic(path, csv_bytes(table) if path.suffix == ".csv" else parquet_bytes(table))
+    with claimed(path):
+        if path.exists() and not overwrite:
+            raise BadInput(f"{path} is there already; choose another output, or add --overwrite to replace it")
+        write_atomic(path, csv_bytes(table) if path.suffix == ".csv" else parquet_bytes(table))
 
 
 def _key(found: tuple[Question, Item] | None) -> dict[str, Any]:

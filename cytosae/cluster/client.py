@@ -77,6 +77,11 @@ def _connected(scheduler: str) -> Iterator[Client]:
     with _dask_silent():
         try:
             client = Client(scheduler, timeout="10s")
+        except TypeError:  # what distributed raises where its configuration names no keys
+            raise BadInput(
+                f"no Dask scheduler answers at {scheduler} (tls:// needs keys, and Dask's configuration names none); "
+                f"set distributed.comm.tls as docs/cluster.md says"
+            ) from None
         except (OSError, ValueError) as error:
             reason = str(error).split("\n")[0]
             raise BadInput(f"no Dask scheduler answers at {scheduler} ({reason}); start one: dask scheduler") from None

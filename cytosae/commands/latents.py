@@ -88,11 +88,8 @@ def latents_merge(store: Path) -> None:
     \b
     Example: cyto latents merge cells.latents.zarr
     """
-    from stores.errors import StoreNotFound
-    from stores.latent_shards import complete_latents
+    from stores.latent_shards import merge_latents
 
     with progress_line("join", "image") as progress:
-        header = complete_latents(store, progress=progress)
-    if header is None:
-        raise StoreNotFound(f"{store} is being completed by another process at this moment")
+        merge_latents(store, progress=progress)
     click.echo(describe_latents(store))

@@ -4,21 +4,19 @@ It lies in the folder of concepts that it was drawn from, as `selection.parquet`
 and the identity of those concepts.
 """
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stores.concept_store import MEANINGFUL, ConceptStore, threshold_warning
 from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
-from stores.spec import describe_difference
-from stores.tables import parquet_bytes, table_sha256
+from stores.spec import describe_difference, require_unchanged
+from stores.tables import read_sealed, sealed_parquet
 
 FILE = "selection.parquet"
 _COLUMNS = ("latent", "dataset", "cluster", "mean_activation", "frequency")
@@ -76,6 +74,11 @@ def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite
     DamagedStore
         If the one there was changed.
     """
+    with claimed(concepts.root / FILE):
+        return _select(concepts, config, overwrite=overwrite)
+
+
+def _select(concepts: ConceptStore, config: SelectionConfig, *, overwrite: bool) -> Selection:
     settings = {**asdict(config), "concepts": concepts.identity}
     spec = concepts.header.spec.get("latents_spec", [])
     warning = threshold_warning(spec, config.threshold, "choose another --threshold")
@@ -92,11 +95,9 @@ def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite
         "settings": settings,
         "n_candidates": selection.n_candidates,
         "cluster_sizes": selection.cluster_sizes,
-        "sha256": table_sha256(selection.table),
     }
-    table = selection.table.replace_schema_metadata({b"cyto": json.dumps(metadata).encode()})
-    with claimed(concepts.root / FILE):
-        write_atomic(concepts.root / FILE, parquet_bytes(table))
+    require_unchanged(concepts.header)
+    write_atomic(concepts.root / FILE, sealed_parquet(selection.table, **metadata))
     return selection
 
 
@@ -173,11 +174,8 @@ def _read(concepts: ConceptStore) -> tuple[dict[str, Any], Selection] | None:
     if not path.exists():
         return None
     try:
-        table = pq.read_table(path, partitioning=None)
-        said = json.loads((table.schema.metadata or {})[b"cyto"])
-        table = table.select(_COLUMNS).replace_schema_metadata(None)
-        if said["sha256"] != table_sha256(table):
-            raise ValueError("its rows are not the ones that were written")
+        table, said = read_sealed(path)
+        table = table.select(_COLUMNS)
         sizes = tuple(int(size) for size in said["cluster_sizes"])
         selection = Selection(
             table=table, n_candidates=int(said["n_candidates"]), cluster_sizes=sizes, was_complete=True

@@ -69,6 +69,7 @@ def compare_thresholds(
     writer = begin_results(
         target, THRESHOLDS, spec, overwrite=overwrite, inputs=inputs, packages=("matplotlib", "numpy")
     )
+    writer.watch(*(store.header for store in stores))
     if writer.is_complete:
         return counts, True
     rows = [

@@ -161,6 +161,7 @@ def write_maps(
         "style": asdict(style),
     }
     writer = begin_results(out, MAPS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
+    writer.watch(*sources.headers, *([concepts.header] if concepts else []))
     if writer.is_complete:
         return ResultStore(out, MAPS).result(MapResult, was_complete=True)
 

@@ -186,6 +186,7 @@ def write_mask_agreement(
         "seed": seed,
     }
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
+    writer.watch(latents.header)
     if writer.is_complete:
         return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
 

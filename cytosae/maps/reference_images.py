@@ -14,7 +14,7 @@ from cytosae.stage_one import Picture, StageOne
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
-from stores.spec import check_latent
+from stores.spec import Header, check_latent
 from stores.tables import column, listed
 
 from .patch_maps import Map, Pixels, patch_map, read_tokens
@@ -59,6 +59,11 @@ class Sources:
     def identities(self) -> list[str]:
         """Of the stores, in order."""
         return [store.identity for store in self.stores]
+
+    @property
+    def headers(self) -> list[Header]:
+        """Of the stores, in order."""
+        return [store.header for store in self.stores]
 
     def find(self, image_id: str) -> tuple[int, int]:
         """(store, image_index) of an image.

@@ -82,6 +82,7 @@ def write_sheets(
         "style": asdict(style),
     }
     writer = begin_results(out, SHEETS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
+    writer.watch(concepts.header, *sources.headers)
     if writer.is_complete:
         return ResultStore(out, SHEETS).result(SheetResult, was_complete=True)
 

@@ -140,6 +140,7 @@ def write_probe(
             f"these barcodes are normalised as {normalize}: patients with more images have larger values, so the "
             f"number of images is in every score; cyto barcode without --normalize divides by each patient's own number"
         )
+    sae_headers = [] if sae is None else [read_header(sae, SAE)]
     warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
     spec = {
         "barcodes": store.header.identity,
@@ -152,6 +153,7 @@ def write_probe(
     writer = begin_results(
         out, PROBE, _plain(spec), overwrite=overwrite, inputs=inputs, packages=("numpy", "scipy", "scikit-learn")
     )
+    writer.watch(store.header, *(cache.header for cache in tokens), *sae_headers)
     if writer.is_complete:
         return dict(ResultStore(out, PROBE).json("scores")), True
     null = choose_null(units.labels, units.groups, config.null)

@@ -130,6 +130,7 @@ def write_neighbours(
     writer = begin_results(out, NEIGHBOURS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     if writer.is_complete:
         return True
+    writer.watch(decoder.header, *(store.header for store in stores))
     on_workers = (
         cluster_job(client, writer.root, {store.root: store.journal_sha256 for store in stores}) if client else None
     )

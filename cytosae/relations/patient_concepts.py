@@ -145,6 +145,7 @@ def write_patient_concepts(
         **{**asdict(settings), "tau": cohort.tau},
     }
     writer = begin_results(out, PATIENT_CONCEPTS, spec, overwrite=overwrite, inputs=[barcodes])
+    writer.watch(cohort.store.header)
     if writer.is_complete:
         return _read_result(writer.root, patient)
     tables, rows = [], []

@@ -130,6 +130,7 @@ def write_stability(
     writer = begin_results(
         out, STABILITY, spec, overwrite=overwrite, inputs=[*runs, *concepts], packages=("numpy", "scipy", "numba")
     )
+    writer.watch(*(decoder.header for decoder in decoders), *(store.header for store in of_sae.values()))
     scale = {
         threshold_warning(
             store.header.spec["latents_spec"], min_mean_activation, "choose another --min-mean-activation"

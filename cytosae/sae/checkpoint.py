@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from stores.activation_store import ActivationSpec, require_same_tokens
 from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
-from stores.spec import Header, check_choice, write_header
+from stores.spec import Header, check_choice, require_unchanged, write_header
 
 from .config import ACTIVATIONS
 from .model import SparseAutoencoder
@@ -92,6 +92,7 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise DamagedStore(f"{path} holds weights that are NaN or infinite")
     model.load_state_dict(tensors)
+    require_unchanged(weights.header)
     return SaeRun(root, model.requires_grad_(False).to(device), weights.header, weights.sha256)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import DamagedStore, SpecMismatch
-from stores.spec import check_latent, describe_difference
+from stores.spec import Header, check_latent, describe_difference, require_unchanged
 
 from .weights_file import find_weights, open_tensors
 
@@ -26,6 +26,7 @@ class Decoder:
     rows: npt.NDArray[np.float32]  # (L, D) of norm 1; a row that was zero stays zero
     has_direction: npt.NDArray[np.bool_]  # (L,): False where the row is zero
     seed: int | None  # that its training began from; None: not known (an imported SAE)
+    header: Header
 
     @property
     def n_latents(self) -> int:
@@ -60,7 +61,8 @@ def read_decoder(root: Path) -> Decoder:
     if not all(np.isfinite(part).all() for part in _parts(rows)):
         raise DamagedStore(f"{weights.path} holds weights that are NaN or infinite")
     seed = spec.get("config", {}).get("seed")
-    return Decoder(root, weights.sha256, dict(spec["tokens"]), rows, _to_unit_norm(rows), seed)
+    require_unchanged(weights.header)
+    return Decoder(root, weights.sha256, dict(spec["tokens"]), rows, _to_unit_norm(rows), seed, weights.header)
 
 
 def require_comparable(a: Decoder, b: Decoder, *, assume_compatible: bool = False) -> list[str]:

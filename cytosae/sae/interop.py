@@ -13,7 +13,7 @@ import shutil
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,13 @@ def export_sae(run: Path, out: Path, *, format: str) -> bool:
             raise SpecMismatch(f"{out} is or lies inside {folder}, which holds our own {found.kind}; choose another -o")
     if format == "cytosae" and out.suffix != ".pt":  # by which the released code chooses how to load it
         raise BadInput(f"a CytoSAE file ends in .pt; found {out.name!r}")
-    if out.exists():
-        if _is_export(out, sae, format):
-            return True
-        raise SpecMismatch(f"{out} is there already, and is not this SAE in the {format} layout; choose another -o")
-    with claimed(out), _built_beside(out) as partial:
+    with ExitStack() as stack:
+        stack.enter_context(claimed(out))
+        if out.exists():
+            if _is_export(out, sae, format):
+                return True
+            raise SpecMismatch(f"{out} is there already, and is not this SAE in the {format} layout; choose another -o")
+        partial = stack.enter_context(_built_beside(out))
         if format == "cytosae":
             with partial.open("xb") as file:
                 torch.save(plain(_cytosae_content(sae)), file)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from stores.errors import DamagedStore
 from stores.files import sha256_file
-from stores.spec import SAE, Header, read_header
+from stores.spec import SAE, Header, read_header, require_unchanged
 
 WEIGHTS = "sae.safetensors"
 
@@ -40,12 +40,14 @@ def find_weights(root: Path) -> SaeFile:
     header = read_header(root, SAE)
     path = root / WEIGHTS
     if not path.is_file():
+        require_unchanged(header)  # perhaps that is the reason
         again = (
             "import it again with cyto sae import" if "imported" in header.spec else f"train again with {SAE.command}"
         )
         raise DamagedStore(f"{path} is missing; {again} --overwrite")
     sha256 = sha256_file(path)
     if sha256 != (header.summary or {}).get("sae_sha256"):
+        require_unchanged(header)
         raise DamagedStore(f"{path} was changed: its SHA-256 is not the one in sae.json")
     return SaeFile(path, header, sha256)
 

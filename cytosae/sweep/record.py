@@ -12,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from stores.errors import DamagedStore, SpecMismatch
-from stores.files import is_dropping, sha256_json, write_atomic, write_json
+from stores.files import is_dropping, sha256_file, sha256_json, write_atomic, write_json
 from stores.spec import cyto_version, describe_difference, find_header, read_object
 from stores.tables import listed, parquet_bytes
+from stores.verify_any import sweep_sha256
 
 from .grid import setting_text
 
@@ -56,7 +57,8 @@ class SweepFolder:
             If `root` holds something else, or a sweep of other SAEs.
         """
         self.root, self.records = root, {record.name: record for record in records}
-        self._spec, self._grid, self.is_complete = spec, grid, False
+        self._spec, self._grid = spec, grid
+        self.is_complete, self.is_whole = False, False  # whole: its tables and figures are what was written
         self._claim()
         for record in records:  # a finished run says so itself
             header = find_header(self.folder(record)) if record.status == "unfinished" else None
@@ -87,7 +89,11 @@ class SweepFolder:
             raise SpecMismatch(
                 f"{self.root} holds a sweep of other settings or caches ({difference}); choose another -o"
             )
+        if known.get("sha256", sweep_sha256(known)) != sweep_sha256(known):
+            raise DamagedStore(f"{self.root}/sweep.json was changed by hand, or is damaged. Choose another -o")
+        files = known.get("files")
         self.is_complete = known.get("complete") is True
+        self.is_whole = _are_whole(self.root, files)
         try:
             for entry in known["members"]:
                 record = self.records[entry["name"]]
@@ -116,7 +122,9 @@ class SweepFolder:
             "grid": self._grid,
             "members": [{**asdict(record), "folder": f"runs/{record.name}"} for record in self.records.values()],
         }
-        write_json(self.root / "sweep.json", content)
+        if complete:
+            content["files"] = {name: sha256_file(self.root / name) for name in RESULTS}
+        write_json(self.root / "sweep.json", {**content, "sha256": sweep_sha256(content)})
         self.is_complete = complete
 
     def rows(self) -> list[Row]:
@@ -255,6 +263,12 @@ _KINDS = {
     **{name: pa.int64() for name in ("failed_at_step", "n_latents", "final_step", "final_tokens")},
     **{name: pa.string() for name in ("message", "failures")},
 }
+
+
+def _are_whole(root: Path, files: Any) -> bool:
+    """Are tables and figures what was written? If not, they are made again: all that they need is in the SAEs."""
+    known = dict.fromkeys(RESULTS) if not isinstance(files, dict) else {**dict.fromkeys(RESULTS, ""), **files}
+    return all((root / name).is_file() and sha in (None, sha256_file(root / name)) for name, sha in known.items())
 
 
 def _is_free(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from stores.runlog import append_run
 
 from .figures import plot_sweep
 from .grid import Grid, read_grid
-from .record import RESULTS, Record, Row, SweepFolder, metric_prefix
+from .record import Record, Row, SweepFolder, metric_prefix
 
 MOST_AT_ONCE = 256  # each holds a lock file open
 _MEMORY_SHARE = 0.5  # of what is free; batches, pools and dense latents need the rest
@@ -106,7 +106,7 @@ def sweep(
     with claimed(out):
         folder = SweepFolder(out, _spec(planned), grid.tables, [member.record for member in planned])
         waiting = [member for member in planned if member.record.status == "unfinished"]
-        if folder.is_complete and not waiting and all((out / name).exists() for name in RESULTS):
+        if folder.is_complete and folder.is_whole and not waiting:
             return _result(folder, grid, was_complete=True)
         folder.save()
         sweep_partials(out)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import google_crc32c
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_tensors, save_tensors
 from stores.errors import DamagedStore
 from stores.files import write_atomic
+from stores.tables import read_sealed, sealed_parquet
 
 Metrics = dict[str, float | None]  # a row of metrics.parquet; None: cannot be said yet
 _WHOLE = ("step", "tokens", "dead_window_tokens", "n_dead")
@@ -93,11 +93,9 @@ def load_state(root: Path, width: int, config: TrainConfig, device: str) -> Trai
 
 
 def write_metrics(root: Path, metrics: list[Metrics]) -> None:
-    """`metrics.parquet`: one row per logged step."""
-    sink = pa.BufferOutputStream()
+    """`metrics.parquet`: one row per logged step. It holds times, so its hash stands in it, not in the header."""
     fields = [(name, pa.int64() if name in _WHOLE else pa.float64()) for name in (metrics[0] if metrics else ())]
-    pq.write_table(pa.Table.from_pylist(metrics, pa.schema(fields)), sink)
-    write_atomic(root / "metrics.parquet", memoryview(sink.getvalue()))
+    write_atomic(root / "metrics.parquet", sealed_parquet(pa.Table.from_pylist(metrics, pa.schema(fields))))
 
 
 def _newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
@@ -123,4 +121,12 @@ def _crc(tensors: dict[str, torch.Tensor]) -> str:
 
 def _read_metrics(root: Path) -> Iterator[Metrics]:
     path = root / "metrics.parquet"
-    yield from pq.read_table(path, partitioning=None).to_pylist() if path.exists() else []
+    if not path.exists():
+        return
+    try:
+        yield from read_sealed(path)[0].to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DamagedStore(
+            f"{path} cannot be read ({reason}); remove it to go on without the rows that it held"
+        ) from None
