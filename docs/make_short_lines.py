@@ -61,7 +61,7 @@ def _sentences(text: str) -> list[str]:
 
     text = re.sub(r"\]\([^)]*\)", hide, re.sub(r"`+[^`]*`+", hide, text))
     parts, start = [], 0
-    for found in re.finditer(r"[.?!](?:\*\*|[\"”'])?\s+(?=[A-Z\0\[*“\"])", text):
+    for found in re.finditer(r"[.?!](?:\*\*|[\"”'])?\s+(?=[A-Z0-9\0\[*“\"])", text):
         before = text[start : found.end()]
         is_open = before.count("(") > before.count(")")
         if not is_open and not _ABBREVIATION.search(text[: found.start() + 1]) and len(show(before)) > 20:
