@@ -2,7 +2,8 @@
 
 Cohorts are drawn again and again (Gaussian features, one of which is shifted in each class; rows of a group alike), a
 logistic regression is cross-validated by whole groups, and the interval of each score is held against the mean of that
-score over all cohorts. Prints one line of JSON: coverage by cohort and score, and its target.
+score over all cohorts. Then one fit is tried on cohorts drawn again and again (`cyto probe --test`), against its score
+on a very large one. Prints one line of JSON: coverage by cohort and score, and its target.
 """
 
 import time
@@ -13,13 +14,14 @@ import numpy.typing as npt
 from common import arguments, emit
 from sklearn.linear_model import LogisticRegression
 
-from cytosae.probe import assign_folds, draw_groups, interval, scores_of_draws
+from cytosae.probe import WIDER, assign_folds, draw_groups, interval, scores_of_draws
 
 Floats = npt.NDArray[np.float64]
 COHORTS = (  # groups, classes, shift, rows of a group, folds
     *((40, 2, 1.0, 1, 5), (36, 3, 1.2, 1, 5), (100, 2, 0.7, 1, 5), (60, 3, 1.5, 4, 5), (150, 5, 1.3, 1, 5)),
     *((40, 2, 1.0, 1, 3), (40, 2, 1.0, 1, 10)),
 )
+TESTS = ((20, 2, 1.0, 1), (40, 2, 1.0, 1), (36, 3, 1.2, 1), (60, 3, 1.5, 4), (100, 2, 0.7, 1))  # as above
 SCORES = ("weighted_f1", "balanced_accuracy", "auroc", "auprc", "log_loss", "brier")
 
 
@@ -32,6 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     began = time.monotonic()
     found = [measure(*cohort, options=options) for cohort in COHORTS]
+    tests = [measure_test(*cohort, options=options) for cohort in TESTS]
     seconds = time.monotonic() - began
     rate = {"rate": options.runs * len(COHORTS) / seconds, "unit": "cohorts/s", "seconds": seconds}
     of_f1 = [row["coverage"]["weighted_f1"] for row in found]
@@ -43,6 +46,7 @@ def main() -> None:
         ours=rate | {"mean_coverage": float(np.mean(of_f1)), "least_coverage": min(of_f1)},
         baseline=rate | {"what": "spread over cohorts, in stated spreads: 1 is right", "ratios": unstretched},
         cohorts=found,
+        tests=tests,
         params=vars(options),
     )
 
@@ -75,6 +79,28 @@ def measure(n_groups: int, n_classes: int, shift: float, size: int, n_folds: int
         ratio[name] = float(np.std(observed[name]) / ((ends_of[:, 1] - ends_of[:, 0]).mean() / 3.92))
     what = {"groups": n_groups, "classes": n_classes, "shift": shift, "rows": size, "folds": n_folds}
     return what | {"coverage": coverage, "spread_over_stated": ratio}
+
+
+def measure_test(n_groups: int, n_classes: int, shift: float, size: int, *, options: Any) -> dict[str, Any]:
+    """Coverage of each score of one fit (100 patients) on a cohort, against its score on 2,000 patients of a class."""
+    rng = np.random.default_rng(1)
+    x, labels, _ = cohort(rng, 100, n_classes, shift, 1)
+    fit = LogisticRegression(C=0.1).fit(x, labels)
+
+    def scores(n: int, rows: int, n_draws: int, seed: int) -> dict[str, Floats]:
+        x, labels, groups = cohort(rng, n, n_classes, shift, rows)
+        draws, together = draw_groups(groups, [seed], n_draws), [np.zeros(len(labels), np.int64)]
+        return scores_of_draws([fit.predict_proba(x)], labels, draws, together)
+
+    truth = {name: values[0] for name, values in scores(2000 * n_classes, 1, 1, 0).items()}
+    hits = dict.fromkeys(SCORES, 0)
+    for run in range(options.runs):
+        found = scores(n_groups, size, options.draws, run)
+        for name in SCORES:
+            ends = interval(found[name], WIDER)
+            hits[name] += (ends["low"] or 0.0) <= truth[name] <= (ends["high"] or 0.0)
+    what = {"groups": n_groups, "classes": n_classes, "shift": shift, "rows": size}
+    return what | {"coverage": {name: n / options.runs for name, n in hits.items()}}
 
 
 def cohort(

@@ -59,6 +59,12 @@ def content_hashes(images: pa.Table) -> list[str | None]:
     return [_clean(value) for value in column(images, "content_hash")]
 
 
+def hash_table(hashes: Iterable[str | None]) -> pa.Table:
+    """Each hash once, sorted, as 32 bytes: the table of `trained_on.parquet`."""
+    known = sorted({value for value in hashes if value is not None})
+    return pa.table({"content_hash": pa.array([bytes.fromhex(value) for value in known], pa.binary(32))})
+
+
 def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
     """Write `trained_on.parquet` into the folder of an SAE; gives what its header says of it.
 
@@ -67,14 +73,13 @@ def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
     tables : rows of image tables, of the images that are trained on
     """
     hashes = [value for table in tables for value in content_hashes(table)]
-    known = sorted({value for value in hashes if value is not None})
-    table = pa.table({"content_hash": pa.array([bytes.fromhex(value) for value in known], pa.binary(32))})
+    table = hash_table(hashes)
     data = parquet_bytes(table)
     write_atomic(root / FILE, data)
     n_without = sum(value is None for value in hashes)
     return {
         "n_images": len(hashes),
-        "n_hashes": len(known),
+        "n_hashes": table.num_rows,
         "n_without_hash": n_without,
         "sha256": hashlib.sha256(data).hexdigest(),
     }

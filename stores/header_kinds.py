@@ -75,6 +75,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "mask agreement": {"masks_sha256": str},
     "comparison": {"barcodes": (str, [str]), "a": str, "b": str, "tau": (*_NUMBER, NoneType)},
     "probe": {"barcodes": (str, [str]), "level": str, "target": str, "tau": (*_NUMBER, NoneType)},
+    "probe test": {"barcodes": str, "model": str, "tau": _NUMBER},
     "stability": {"saes": [{"sae_sha256": str, "n_latents": int}]},
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},

@@ -172,6 +172,10 @@ class ResultStore:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
 
+    def content(self, name: str) -> bytes:
+        """Any file of the folder by its whole name, checked in the same way."""
+        return self._checked(name)
+
     def json(self, name: str) -> Any:
         """The value in `name`.json, checked in the same way."""
         try:
@@ -227,7 +231,8 @@ class ResultStore:
         return dict((self.header.summary or {}).get("files", {}))
 
     def _checked(self, name: str) -> bytes:
-        if name not in self._files:
+        known = {**self._figures, **self._files}
+        if name not in known:
             there = ", ".join(self._files) or "nothing"
             raise BadInput(f"{self.root} has no {name}; it holds {there}")
         try:
@@ -235,7 +240,7 @@ class ResultStore:
         except (OSError, ValueError):
             require_unchanged(self.header)  # perhaps that is the reason
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
-        if hashlib.sha256(data).hexdigest() != self._files[name]:
+        if hashlib.sha256(data).hexdigest() != known[name]:
             require_unchanged(self.header)
             raise DamagedStore(
                 f"{self.root / name} is not the file that was written; {self._command} --overwrite makes it again"

@@ -52,6 +52,13 @@ COMPARISON = Format(
     kind="comparison", a_kind="a comparison", version=1, header_file="comparison.json", command="cyto compare"
 )
 PROBE = Format(kind="probe", a_kind="a probe", version=1, header_file="probe.json", command="cyto probe")
+PROBE_TEST = Format(
+    kind="probe test",
+    a_kind="a saved probe's test",
+    version=1,
+    header_file="probe_test.json",
+    command="cyto probe --model",
+)
 STABILITY = Format(
     kind="stability",
     a_kind="a comparison of SAEs",
@@ -90,7 +97,7 @@ FORMATS = {
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
-        *(COMPARISON, PROBE, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
+        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
     )
 }
 

@@ -122,17 +122,21 @@ def test_relations_page(made: Path, tmp_path: Path) -> None:
 
 @pytest.mark.docs
 def test_probe_page(tmp_path: Path) -> None:
-    """Its block runs, on made-up barcodes, and its table names every rule."""
+    """Its blocks run, on made-up barcodes, and its table names every rule."""
     from test_probe import cohort, write_folder
 
     from cytosae.probe.run import REGULARIZATIONS
 
-    write_folder(tmp_path / "cells.barcodes", *cohort())
+    for name, seed in (("cells.barcodes", 0), ("other.barcodes", 1)):
+        table, *more = cohort(seed=seed)
+        table["site"] = ["Munich" if patient < "P04" else "Basel" for patient in table["patient"]]
+        write_folder(tmp_path / name, table, *more)
     page = (ROOT / "docs" / "probe.md").read_text()
-    (script,) = re.findall(
+    probed, tested = re.findall(
         r"^<!-- executed by tests/test_docs.py -->\n```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
     )
-    assert shell(script, tmp_path).count("on the same folds") == 2
+    assert shell(probed, tmp_path).count("on the same folds") == 2
+    assert shell(tested, tmp_path).count("on the test ") == 3
     assert set(REGULARIZATIONS) <= set(re.findall(r"^\| `([a-z-]+)`", page, re.MULTILINE))
 
 

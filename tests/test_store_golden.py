@@ -31,6 +31,7 @@ from cytosae.compare import Comparison
 from cytosae.concepts import read_selection
 from cytosae.maps import MapResult, MaskResult
 from cytosae.maps.reference_sheets import SheetResult
+from cytosae.probe.saved_model import read_model
 from cytosae.sae import load_sae
 from cytosae.sweep.record import VERSION as SWEEP
 from cytosae.sweep.record import Record, SweepFolder
@@ -51,6 +52,7 @@ from stores.spec import (
     NEIGHBOURS,
     PATIENT_CONCEPTS,
     PROBE,
+    PROBE_TEST,
     SHEETS,
     STABILITY,
     THRESHOLDS,
@@ -69,6 +71,8 @@ IDENTITIES = {
     "comparison-v1": "791a8bf38b3f279a107af656a4faf71cf2cd935220b665f47854019040f9aaf6",
     "patient-concepts-v1": "7d186d5fab56619b5972f8e7d7cb6b2631c7f98e5a2def37ade404bcf09b9903",
     "probe-v1": "7a06cce987dc424af8916f1a354c88479d6f614f6bb06369e2fbe327211aa842",
+    "probe-model-v1": "2d66652824599720aaac0a8abea00ef9ef103f215a7d8066b7182819dd699ff6",
+    "probe-test-v1": "5c7e6876e28b145791111555d752aa2d5e48673866677629579427d5cc94938e",
     "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
     "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
@@ -82,6 +86,8 @@ RESULTS = {
     "comparison-v1": COMPARISON,
     "patient-concepts-v1": PATIENT_CONCEPTS,
     "probe-v1": PROBE,
+    "probe-model-v1": PROBE,
+    "probe-test-v1": PROBE_TEST,
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
     "thresholds-v1": THRESHOLDS,
@@ -272,6 +278,20 @@ def test_probe_version_1() -> None:
     folds = store.table("folds").to_pylist()
     assert sorted(row["patient"] for row in folds if row["side"] == "test") == [f"P{n:02d}" for n in range(12)]
     assert all(sum(row["probabilities"]) == pytest.approx(1) for row in store.table("predictions").to_pylist())
+
+
+def test_probe_model_version_1() -> None:
+    """The model reads, and gives the rows of the cohort, which repeat in the test, what it gave on that day."""
+    store, model, seen = read_model(GOLDEN / "probe-model-v1")
+    assert seen == {f"{number:064x}" for number in range(48)}
+    assert (model.card.classes, model.card.n_of_class, model.card.tau) == (["AML", "well"], [6, 6], 0.2)
+    kept = COHORT.mean(1)[:, model.latents].astype(np.float32)
+    p = model.fit.probabilities(kept.astype(np.float64))
+    rows = ResultStore(GOLDEN / "probe-test-v1", PROBE_TEST).table("test_predictions").to_pylist()
+    barcode = [row for row in rows if row["method"] == "barcode"]
+    assert [row["patient"] for row in barcode] == [f"P{n:02d}" for n in range(12)]
+    np.testing.assert_allclose(p, [row["probabilities"] for row in barcode], atol=1e-12)
+    assert store.header.identity == ResultStore(GOLDEN / "probe-test-v1", PROBE_TEST).header.spec["probe"]
 
 
 def test_neighbours_version_1() -> None:

@@ -12,8 +12,24 @@ from stores.wording import counted, printable
 
 
 @click.command()
-@click.argument("barcodes", type=FILE)
+@click.argument("barcodes", type=FILE, required=False)
 @click.option("-o", "--out", type=FILE, required=True, help="Folder of the results.")
+@click.option(
+    "--test", type=FILE, help="Barcodes of another cohort: the model that is fitted on all of BARCODES is tried there."
+)
+@click.option(
+    "--test-where",
+    "test_where",
+    metavar="COLUMN=VALUE",
+    multiple=True,
+    help="Or: patients (images) of BARCODES with this value are kept out of all fitting, and the model is tried on "
+    "them; may repeat, for more values of the column.",
+)
+@click.option(
+    "--model",
+    type=FILE,
+    help="Folder of an earlier probe, in place of BARCODES: its saved model is tried on --test, nothing is fitted.",
+)
 @click.option(
     "--cache",
     "caches",
@@ -92,9 +108,14 @@ from stores.wording import counted, printable
 @click.option("--workers", type=COUNT, default=n_cores(), show_default="cores", help="Threads.")
 @overwrite_option
 @json_option
+@click.pass_context
 def probe(
-    barcodes: Path,
+    context: click.Context,
+    barcodes: Path | None,
     out: Path,
+    test: Path | None,
+    test_where: tuple[str, ...],
+    model: Path | None,
     caches: tuple[Path, ...],
     sae: Path | None,
     thresholds: tuple[float, ...],
@@ -108,9 +129,19 @@ def probe(
 ) -> None:
     """How well barcodes tell diseases (or cell types) apart, on patients that no fit has seen; and what chance gives.
 
+    The model that is fitted on all of BARCODES is saved beside the scores. With --test or --test-where it is tried
+    once on patients that no fold has; with --model and --test at any later time. Images that the model is fitted on
+    (same content hash) are refused in a test.
+
     \b
     Example: cyto probe cells.barcodes -o cells.probe --cache cells.acts.zarr
+             cyto probe --model cells.probe --test other.barcodes -o other.test
     """
+    if model is not None or barcodes is None:
+        scores, was_complete = _apply_saved(context, barcodes, model, test, out, sae=sae, overwrite=overwrite)
+        say_done(out, was_complete)
+        _print_test(out, scores, as_json=as_json)
+        return
     from cytosae.probe import C_FACTORS, REPETITIONS, THRESHOLDS, MilConfig, ProbeConfig, UnitConfig, write_probe
 
     of_units = ("level", "target", "classes", "tau", "group_by", "min_images", "max_images")
@@ -133,6 +164,8 @@ def probe(
             config,
             caches=caches,
             sae=sae,
+            test=test,
+            test_where=_where(test_where),
             workers=workers,
             overwrite=overwrite,
             progress=progress,
@@ -145,6 +178,53 @@ def probe(
         click.echo(json.dumps(scores, indent=1, allow_nan=False))
     else:
         _print_probe(out, scores)
+    if "test" in scores:
+        _print_test(out, scores["test"], as_json=None if as_json else False)
+
+
+def _where(said: tuple[str, ...]) -> Any:
+    """`--test-where COLUMN=VALUE`, once or several times, of one column; None where it is not given."""
+    from cytosae.probe import Where
+    from stores.errors import BadInput
+
+    if not said:
+        return None
+    pairs = [text.partition("=") for text in said]
+    wrong = [text for text, (column, _, value) in zip(said, pairs, strict=True) if not (column.strip() and value)]
+    columns = list(dict.fromkeys(column.strip() for column, _, _ in pairs))
+    if wrong or len(columns) > 1:
+        found = wrong[0] if wrong else " and ".join(columns)
+        raise BadInput(f"--test-where takes COLUMN=VALUE, and one column only; found {found}; e.g. site=Munich")
+    return Where(columns[0], tuple(dict.fromkeys(value.strip() for _, _, value in pairs)))
+
+
+_WITH_MODEL = ("out", "test", "model", "sae", "target", "group_by", "min_images", "seed", "overwrite", "as_json")
+
+
+def _apply_saved(
+    context: click.Context, barcodes: Path | None, model: Path | None, test: Path | None, out: Path, **more: Any
+) -> tuple[dict[str, Any], bool]:
+    """`cyto probe --model`: the options that mean something there, and the saved model on the test."""
+    from cytosae.probe import apply_model
+    from stores.errors import BadInput
+
+    if model is None:
+        raise BadInput("name the BARCODES to fit on, or with --model the folder of an earlier cyto probe")
+    if barcodes is not None or test is None:
+        raise BadInput("a saved model (--model) is tried on --test BARCODES, and on nothing else; name these alone")
+    given = [
+        option
+        for option in context.command.params
+        if context.get_parameter_source(str(option.name)) is click.core.ParameterSource.COMMANDLINE
+    ]
+    idle = [max(option.opts, key=len) for option in given if option.name not in _WITH_MODEL]
+    if idle:
+        raise BadInput(f"{', '.join(idle)}: a saved model (--model) is as it was fitted; leave it out")
+    named = {str(option.name) for option in given}
+    changes = {name: context.params[name] for name in ("target", "group_by", "min_images") if name in named}
+    if changes.get("group_by") == "":
+        changes["group_by"] = None
+    return apply_model(model, test, out, seed=context.params["seed"], **more, **changes)
 
 
 def _print_probe(out: Path, scores: dict[str, Any]) -> None:
@@ -182,3 +262,33 @@ def _print_probe(out: Path, scores: dict[str, Any]) -> None:
 def _span(interval: dict[str, float | None]) -> str:
     """A 95% interval."""
     return "" if interval["low"] is None else f"({interval['low']:.3f} to {interval['high']:.3f})"
+
+
+def _print_test(out: Path, scores: dict[str, Any], *, as_json: bool | None) -> None:
+    """What a fitted model is worth on rows that no fit has seen; `as_json` None: the warnings alone."""
+    for warning in scores["warnings"]:
+        click.echo(f"warning: test: {printable(warning)}", err=True)
+    if as_json:
+        click.echo(json.dumps(scores, indent=1, allow_nan=False))
+    if as_json is not False:
+        return
+    level, model = scores["level"], scores["model"]
+    shown = ", ".join(f"{printable(name)} {n:,}" for name, n in scores["classes"].items())
+    click.echo(
+        f"test ({out}): {scores['n_scored']:,} of {counted(scores['n_units'], level)} scored, in "
+        f"{counted(scores['n_groups'], 'group')}; {printable(scores['target'])}: {shown}"
+    )
+    print_left_out(scores["left_out"])
+    n_training = counted(sum(model["n_training"].values()), level)
+    click.echo(
+        f"fitted once on {n_training}: {counted(model['n_latents_kept'], 'latent')} from a mean activation of "
+        f"{model['threshold']:g}, C = {model['C']:.4g}"
+    )
+    click.echo(
+        f"{'on the test':<18} {'weighted F1, 95% interval':>26} {'AUROC, 95% interval':>26} {'AUPRC':>6} {'Brier':>6}"
+    )
+    for name, found in scores["methods"].items():
+        f1 = f"{found['weighted_f1']:.3f} {_span(found['interval']['weighted_f1'])}"
+        auroc = "" if found["auroc"] is None else f"{found['auroc']:.3f} {_span(found['interval']['auroc'])}"
+        auprc = "" if found["auprc"] is None else f"{found['auprc']:.3f}"
+        click.echo(f"  {name:<16} {f1:>26} {auroc:>26} {auprc:>6} {found['brier']:>6.3f}")

@@ -2,6 +2,8 @@ from .baselines import MilConfig as MilConfig
 from .cross_validation import Plan as Plan
 from .cross_validation import divide as divide
 from .cross_validation import run_fold as run_fold
+from .external import WIDER as WIDER
+from .external import apply_model as apply_model
 from .folds import assign_folds as assign_folds
 from .intervals import draw_groups as draw_groups
 from .intervals import interval as interval
@@ -13,3 +15,4 @@ from .run import ProbeConfig as ProbeConfig
 from .run import along_thresholds as along_thresholds
 from .run import write_probe as write_probe
 from .units import UnitConfig as UnitConfig
+from .units import Where as Where

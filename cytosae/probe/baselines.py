@@ -19,7 +19,7 @@ from stores.progress import Progress
 from stores.tables import column, listed
 
 from .cross_validation import Strength, weighted_f1
-from .logistic_columns import NEWTON_ROWS, fit_columns, fit_gram
+from .logistic_columns import NEWTON_ROWS, ColumnFit, fit_columns, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -103,11 +103,42 @@ def number_of_images(n_images: Ints, n_classes: int, c_factors: Sequence[float])
     """Logistic regression on log(number of images), standardised by the training rows."""
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
-        values = np.log(n_images)[:, None]
-        values = (values - values[training].mean()) / max(float(values[training].std()), 1e-9)
+        mean, sd = _of_log(n_images[training])
+        values = ((np.log(n_images) - mean) / sd)[:, None]
         return features(values, n_classes, lambda n_rows: COUNT_STRENGTH, c_factors)(labels, training, inner_of)
 
     return predict
+
+
+@dataclass(frozen=True)
+class CountFit:
+    """The number of images alone, fitted on all rows."""
+
+    mean: float  # of log(number of images)
+    sd: float
+    fit: ColumnFit
+
+    def probabilities(self, n_images: Ints) -> Float:
+        """(rows, n_classes) of rows with so many images."""
+        return self.fit.probabilities(((np.log(n_images) - self.mean) / self.sd)[:, None])
+
+
+def fit_number_of_images(
+    n_images: Ints, labels: Ints, inner_of: Ints, n_classes: int, c_factors: Sequence[float]
+) -> CountFit:
+    """As `number_of_images`, on all rows, C chosen by the folds `inner_of`."""
+    mean, sd = _of_log(n_images)
+    values = ((np.log(n_images) - mean) / sd)[:, None]
+    factor = _Features(values, n_classes, lambda n_rows: COUNT_STRENGTH, c_factors).choose(
+        labels, np.ones(len(labels), bool), inner_of
+    )
+    return CountFit(mean, sd, fit_columns(values, labels, n_classes, factor * COUNT_STRENGTH))
+
+
+def _of_log(n_images: Ints) -> tuple[float, float]:
+    """Mean and standard deviation of log(number of images)."""
+    values = np.log(n_images)
+    return float(values.mean()), max(float(values.std()), 1e-9)
 
 
 def features(values: Float, n_classes: int, strength: Strength, c_factors: Sequence[float]) -> Predict:
@@ -115,22 +146,36 @@ def features(values: Float, n_classes: int, strength: Strength, c_factors: Seque
 
     That is by the weighted F1 in a cross-validation within the training rows, the smallest C of equals.
     """
-    gram = values @ values.T if len(values) <= NEWTON_ROWS else None
-
-    def fit_predict(labels: Ints, training: Bools, tested: Bools, factor: float) -> Float:
-        c = factor * strength(int(training.sum()))
-        if gram is None:
-            return fit_columns(values[training], labels[training], n_classes, c).probabilities(values[tested])
-        fit = fit_gram(gram[np.ix_(training, training)], labels[training], n_classes, c)
-        return fit.probabilities(gram[np.ix_(tested, training)])
+    fits = _Features(values, n_classes, strength, c_factors)
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
-        predicted = np.zeros((len(c_factors), len(labels)), np.int64)
-        for inner in range(inner_of.max() + 1 if len(c_factors) > 1 else 0):
-            tested = inner_of == inner
-            for k, factor in enumerate(c_factors):
-                predicted[k, tested] = fit_predict(labels, training & ~tested, tested, factor).argmax(1)
-        best = int(np.argmax(weighted_f1(labels[training], predicted[:, training], n_classes)))
-        return fit_predict(labels, training, ~training, c_factors[best])
+        return fits.fit_predict(labels, training, ~training, fits.choose(labels, training, inner_of))
 
     return predict
+
+
+class _Features:
+    """Fits on (n, width) features."""
+
+    def __init__(self, values: Float, n_classes: int, strength: Strength, c_factors: Sequence[float]) -> None:
+        self._values, self._n_classes, self._strength, self._c_factors = values, n_classes, strength, c_factors
+        self._gram = values @ values.T if len(values) <= NEWTON_ROWS else None
+
+    def fit_predict(self, labels: Ints, training: Bools, tested: Bools, factor: float) -> Float:
+        """Probabilities of the tested rows."""
+        c = factor * self._strength(int(training.sum()))
+        if self._gram is None:
+            fit = fit_columns(self._values[training], labels[training], self._n_classes, c)
+            return fit.probabilities(self._values[tested])
+        found = fit_gram(self._gram[np.ix_(training, training)], labels[training], self._n_classes, c)
+        return found.probabilities(self._gram[np.ix_(tested, training)])
+
+    def choose(self, labels: Ints, training: Bools, inner_of: Ints) -> float:
+        """The factor of C."""
+        predicted = np.zeros((len(self._c_factors), len(labels)), np.int64)
+        for inner in range(inner_of.max() + 1 if len(self._c_factors) > 1 else 0):
+            tested = inner_of == inner
+            for k, factor in enumerate(self._c_factors):
+                predicted[k, tested] = self.fit_predict(labels, training & ~tested, tested, factor).argmax(1)
+        best = int(np.argmax(weighted_f1(labels[training], predicted[:, training], self._n_classes)))
+        return self._c_factors[best]

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .folds import assign_folds
+from .logistic_columns import ColumnFit
 from .scores import confusion_matrix, score
 
 Float = npt.NDArray[np.float64]
@@ -60,6 +61,9 @@ class Thresholds(Protocol):
         `strengths` (s, t) are scikit-learn's C: s fits at each of t thresholds.
         """
 
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+        """One fit of all rows on the latents that are `kept`, (m,) booleans; its weights are of these, in order."""
+
 
 @dataclass(frozen=True)
 class Division:
@@ -67,6 +71,28 @@ class Division:
 
     fold_of: Ints  # (n,)
     inner_of: Ints  # (n_folds, n) folds within the training side of each fold; -1 outside
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Threshold and C, chosen within a training side; t thresholds, m latents."""
+
+    levels: Levels  # (m,) thresholds that each latent reaches in the training side
+    threshold: int
+    c_factors: Float  # (t,) for each threshold
+    sweeps: list[Sweep]  # the inner ones
+
+
+@dataclass(frozen=True)
+class Final:
+    """The fit on all rows, for rows to come."""
+
+    fit: ColumnFit  # its weights are of the `kept` latents
+    kept: Bools  # (m,)
+    threshold: int
+    c_factor: float
+    strength: float  # scikit-learn's C: the factor times the rule's
+    inner_of: Ints  # (n,) the folds that chose
 
 
 @dataclass(frozen=True)
@@ -118,11 +144,27 @@ def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> 
 def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, plan: Plan) -> Fold:
     """Predict the rows of one fold.
 
-    Threshold and C are those with the best weighted F1 in a cross-validation within its training side (of equals the
-    smallest C, then the lowest threshold): its latents' means, too, are of the inner training rows alone. Where there
-    is one threshold and one factor of C, nothing is chosen.
+    Threshold and C are chosen within its training side.
     """
-    training, inner_of = division.fold_of != fold, division.inner_of[fold]
+    training = division.fold_of != fold
+    choice = choose_inside(barcodes, labels, training, division.inner_of[fold], plan)
+    strengths = choice.c_factors * plan.strength(int(training.sum()))
+    sweep = barcodes.sweep(choice.levels, labels, training, ~training, plan.n_classes, strengths[None])
+    return Fold(
+        sweep,
+        chosen=choice.threshold,
+        c_factors=choice.c_factors,
+        n_unconverged=sum(each.n_unconverged for each in (*choice.sweeps, sweep)),
+        n_unseen=sum(each.n_unseen for each in (*choice.sweeps, sweep)),
+    )
+
+
+def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of: Ints, plan: Plan) -> Choice:
+    """Choose threshold and C by a cross-validation within the training rows (n,), whose folds are `inner_of`.
+
+    They are those with the best weighted F1 (of equals the smallest C, then the lowest threshold): the latents' means,
+    too, are of the inner training rows alone. Where there is one threshold and one factor of C, nothing is chosen.
+    """
     factors, n_thresholds = np.array(plan.c_factors), barcodes.n_thresholds
     n_inner = plan.n_inner_folds if n_thresholds > 1 or len(factors) > 1 else 0
     sides = np.stack([training, *(training & (inner_of != inner) for inner in range(n_inner))])
@@ -136,15 +178,17 @@ def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, 
         predicted[:, :, tested] = sweeps[-1].probabilities.argmax(3)
     f1 = weighted_f1(labels[training], predicted[:, :, training], plan.n_classes)
     of_threshold = np.argmax(f1, axis=0)
-    strengths = factors[of_threshold] * plan.strength(int(training.sum()))
-    sweeps.append(barcodes.sweep(levels[0], labels, training, ~training, plan.n_classes, strengths[None]))
-    return Fold(
-        sweeps[-1],
-        chosen=int(np.argmax(f1.max(0))),
-        c_factors=factors[of_threshold],
-        n_unconverged=sum(each.n_unconverged for each in sweeps),
-        n_unseen=sum(each.n_unseen for each in sweeps),
-    )
+    return Choice(levels[0], int(np.argmax(f1.max(0))), factors[of_threshold], sweeps)
+
+
+def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Final:
+    """Fit all rows, threshold and C chosen inside as in a fold, whose training side are all rows."""
+    inner_of = assign_folds(labels, groups, plan.n_inner_folds, rng)
+    choice = choose_inside(barcodes, labels, np.ones(len(labels), bool), inner_of, plan)
+    kept, factor = choice.levels > choice.threshold, float(choice.c_factors[choice.threshold])
+    strength = factor * plan.strength(len(labels))
+    fit = barcodes.fit(kept, labels, plan.n_classes, strength)
+    return Final(fit, kept, choice.threshold, factor, strength, inner_of)
 
 
 def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cytosae.plotting import COLORS, new_figure, plain, save_both
 
@@ -70,20 +71,31 @@ def plot_curve(scores: dict[str, Any], path: Path) -> None:
 
 def plot_confusion(scores: dict[str, Any], path: Path) -> None:
     """The barcode's confusion matrix, mean over repeats: shares of the true class, and counts."""
-    counts = np.array(scores["methods"]["barcode"]["confusion"])
+    title = f"{_title(scores)}\nmean over {scores['repeats']} repeats"
+    _draw_confusion(np.array(scores["methods"]["barcode"]["confusion"]), scores, title, path)
+
+
+def plot_test_confusion(scores: dict[str, Any], path: Path) -> None:
+    """The same of a test: the rows whose class the model knows."""
+    title = f"{plain(scores['target'])} of {scores['n_scored']:,} {scores['level']}s that no fit has seen"
+    _draw_confusion(np.array(scores["methods"]["barcode"]["confusion"]), scores, title, path)
+
+
+def _draw_confusion(counts: npt.NDArray[Any], scores: dict[str, Any], title: str, path: Path) -> None:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     names = [plain(name) for name in scores["classes"]]
     size = 2.2 + 0.75 * len(names)
     figure, axes = new_figure(width=size + 1.2, height=size)
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(shares):
-        text = f"{share:.0%}\n{counts[row, column]:.1f}"
+        count = counts[row, column]  # a mean over repeats has a fraction
+        text = f"{share:.0%}\n{count:,}" if counts.dtype.kind == "i" else f"{share:.0%}\n{count:.1f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="black" if share > 0.5 else "white")
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"{_title(scores)}\nmean over {scores['repeats']} repeats", fontsize=8, loc="left")
+    axes.set_title(title, fontsize=8, loc="left")
     figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02).set_label("share of the true class", fontsize=8)
     save_both(figure, path)
 

@@ -66,12 +66,15 @@ def scores_of_draws(
     return {name: np.mean([found[name] for found in of_repeats], axis=0) for name in of_repeats[0]}
 
 
-def interval(scores: Float) -> dict[str, float | None]:
-    """95% interval, `low` and `high`, of a score (1 + draws,) or of a difference of two; None where there is none."""
+def interval(scores: Float, wider: float = _WIDER) -> dict[str, float | None]:
+    """95% interval, `low` and `high`, of a score (1 + draws,) or of a difference of two; None where there is none.
+
+    wider : by how much distances from the score are stretched; other rows would train another fit, unless it is given
+    """
     observed, drawn = scores[0], scores[1:][np.isfinite(scores[1:])]
     if not np.isfinite(observed) or len(drawn) < len(scores[1:]) / 2:
         return {"low": None, "high": None}
-    low, high = observed + _WIDER * (np.quantile(drawn, [0.025, 0.975]) - observed)
+    low, high = observed + wider * (np.quantile(drawn, [0.025, 0.975]) - observed)
     return {"low": float(low), "high": float(high)}
 
 

@@ -106,15 +106,13 @@ def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[
 
 
 def write_report(writer: ResultWriter, found: Found, scores: dict[str, Any]) -> None:
-    """folds.parquet, predictions.parquet, scores.json, three figures; then the folder is complete."""
+    """folds.parquet, predictions.parquet, scores.json, three figures."""
     writer.write_table("folds", _folds_table(found, scores["level"]))
     writer.write_table("predictions", _predictions_table(found, scores["level"]))
     writer.write_json("scores", scores)
     plot_curve(scores, writer.root / "curve")
     plot_confusion(scores, writer.root / "confusion")
     plot_methods(scores, writer.root / "methods")
-    f1 = scores["methods"][BARCODE]["weighted_f1"]
-    writer.finish({"n_units": scores["n_units"], "weighted_f1": {"mean": f1["mean"], "sd": f1["sd"]}})
 
 
 def _folds_table(found: Found, level: str) -> pa.Table:

@@ -3,7 +3,8 @@
     units       patients (or images), their classes, the groups that must stay together: units.py, folds.py
     repeats     folds of whole groups; a fit per threshold; the threshold chosen inside: cross_validation.py
     chance      the first repeat, all of it, on labels shuffled between groups
-    beside it   simpler knowledge on the same folds: baselines.py, attention_mil.py
+    beside it   simpler knowledge on the same folds: probe_baselines.py, mil.py
+    for others  one fit on all rows, saved: probe_model.py; tried on another cohort or left-out sites: probe_external.py
 
 Nothing is standardised and nothing is chosen with the rows that are predicted. No torch here; the attention-MIL head,
 if it is wanted, brings it.
@@ -19,25 +20,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from threadpoolctl import threadpool_limits
 
 from stores.activation_store import ActivationStore, open_caches
 from stores.barcode_store import BarcodeStore
-from stores.content_hashes import find_trained_on
-from stores.errors import BadInput, SpecMismatch
+from stores.errors import BadInput
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
 
 from . import baselines
 from .baselines import MilConfig
-from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, gather, run_fold
+from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, fit_all, gather, run_fold
+from .external import Rows, kept_latents, names_in_both, read_rows, sae_warnings, write_test
 from .folds import NULLS, check_groups, choose_null, shuffle_labels
 from .report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
+from .saved_model import ProbeModel, image_hashes, make_model, said_of_barcodes, write_model
 from .threshold_columns import ThresholdColumns
 from .threshold_grams import ThresholdGrams
-from .units import BY_LOT, LEVELS, UnitConfig, Units, read_units
+from .units import BY_LOT, LEVELS, UnitConfig, Units, Where, read_units
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -94,24 +95,29 @@ def write_probe(
     *,
     caches: Sequence[Path | str] = (),
     sae: Path | None = None,
+    test: Path | str | None = None,
+    test_where: Where | None = None,
     workers: int = 1,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
     token_progress: Progress = lambda done, total, state: None,
 ) -> tuple[dict[str, Any], bool]:
-    """Probe `barcodes` into the folder `out`: folds, predictions, scores, figures; the scores, and were they there?
+    """Probe `barcodes` into the folder `out`: folds, predictions, scores, figures, and the model fitted on all rows.
 
-    The numbers do not depend on `workers` (threads), nor on the order of patients or images.
+    Gives the scores, under `test` those of the test, if there is one; and were they there? The numbers do not depend
+    on `workers` (threads), nor on the order of patients or images.
 
     Parameters
     ----------
     caches : activation caches of the same images, for the baselines on the backbone's tokens
     sae : folder of the SAE, to know whether it was trained on these very images
+    test : barcodes of another cohort, on which the fitted model is tried once
+    test_where : or rows of `barcodes` that are kept out of all fitting, and tried once
 
     Raises
     ------
     BadInput
-        If a column, a class or a group is missing or too small.
+        If a column, a class or a group is missing or too small; or if the test shares an image with the training.
     SpecMismatch
         If caches or SAE are not those of the barcodes, or `out` holds something else.
     DamagedStore
@@ -124,7 +130,9 @@ def write_probe(
     unit_config = replace(config.units, target=target, tau=tau)
     latents_spec = _as_list(store.header.spec["latents_spec"])
     tokens = open_caches(caches) if caches else []
-    units = read_units(store, unit_config, seed=config.seed)
+    if test is not None and test_where is not None:
+        raise BadInput("a test is of other barcodes (--test) or of left-out rows (--test-where), not both; choose one")
+    units = read_units(store, unit_config, seed=config.seed, without=test_where)
     warnings = [*units.warnings]
     warnings += check_groups(
         units.labels,
@@ -142,6 +150,7 @@ def write_probe(
         )
     sae_headers = [] if sae is None else [read_header(sae, SAE)]
     warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
+    card, hashes, rows = _test_rows(store, units, unit_config, test, test_where, sae)
     spec = {
         "barcodes": store.header.identity,
         **{k: v for k, v in asdict(config).items() if k != "units"},
@@ -149,13 +158,18 @@ def write_probe(
         "caches": [cache.content_sha256 for cache in tokens],
         "sae": None if sae is None else latents_spec[0]["sae_sha256"],
     }
-    inputs = tuple(p for p in (Path(barcodes), sae, *(cache.root for cache in tokens)) if isinstance(p, Path))
+    if rows is not None:
+        spec["test"] = card["kept_out"] or {"barcodes": rows.store.header.identity}
+    read = (Path(barcodes), sae, *(cache.root for cache in tokens), None if test is None else Path(test))
+    inputs = tuple(path for path in read if isinstance(path, Path))
     writer = begin_results(
         out, PROBE, _plain(spec), overwrite=overwrite, inputs=inputs, packages=("numpy", "scipy", "scikit-learn")
     )
-    writer.watch(store.header, *(cache.header for cache in tokens), *sae_headers)
+    test_headers = [] if rows is None else [rows.store.header]
+    writer.watch(store.header, *(cache.header for cache in tokens), *sae_headers, *test_headers)
     if writer.is_complete:
-        return dict(ResultStore(out, PROBE).json("scores")), True
+        there = ResultStore(out, PROBE)
+        return dict(there.json("scores")) | ({} if rows is None else {"test": there.json("test_scores")}), True
     null = choose_null(units.labels, units.groups, config.null)
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
@@ -164,6 +178,8 @@ def write_probe(
         repeats, shuffles = _run_all(units, rule, config, null, workers, progress)
         methods = _barcode_methods(repeats, config.thresholds)
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
+        model, kept = _fit_model(units, rule, config, card)
+        progress(_n_steps(config), _n_steps(config), "the model")
     n_training = round(len(units.labels) * (config.folds - 1) / config.folds)
     about = {
         "level": unit_config.level,
@@ -185,7 +201,53 @@ def write_probe(
     found = Found(units, config.thresholds, repeats, shuffles, methods)
     scores = scores_of(found, about, warnings)
     write_report(writer, found, scores)
-    return scores, False
+    write_model(writer, model, hashes)
+    tried = {} if rows is None else {"test": write_test(writer, model, kept_latents(rows, kept), seed=config.seed)}
+    f1 = scores["methods"][BARCODE]["weighted_f1"]
+    writer.finish({"n_units": scores["n_units"], "weighted_f1": {"mean": f1["mean"], "sd": f1["sd"]}})
+    return scores | tried, False
+
+
+def _test_rows(
+    store: BarcodeStore,
+    units: Units,
+    config: UnitConfig,
+    test: Path | str | None,
+    where: Where | None,
+    sae: Path | None,
+) -> tuple[dict[str, Any], list[str | None], Rows | None]:
+    """What the card of the model says without a fit, content hashes of the images it is fitted on, rows of the test."""
+    tau = float(config.tau if config.tau is not None else store.taus[0])
+    hashes = image_hashes(store, tau, units.image_ids)
+    latents_spec = _as_list(store.header.spec["latents_spec"])
+    card = {
+        **said_of_barcodes(store),
+        "tau": tau,
+        "level": config.level,
+        "target": config.target,
+        "group_by": config.group_by,
+        "min_images": config.min_images,
+        "trained": all(spec["cache"]["trained"] for spec in latents_spec),
+        "barcodes": store.header.identity,
+        "kept_out": None if where is None else {"column": where.column, "values": sorted(where.values)},
+        "n_images_without_hash": sum(value is None for value in hashes),
+    }
+    if test is None and where is None:
+        return card, hashes, None
+    other = store if test is None else BarcodeStore(test)
+    if test is not None:
+        other.check()
+        if other.root.resolve() == store.root.resolve():
+            raise BadInput(
+                f"{test} are the very barcodes that the model is fitted on; name those of another cohort, or rows to "
+                f"be left out with --test-where COLUMN=VALUE"
+            )
+    model = {**card, "classes": units.classes, "n_latents": units.n_latents}
+    seen = frozenset(value for value in hashes if value is not None)
+    rows = read_rows(other, config, model, units.latents, seen, where=where, sae=sae)
+    if test is not None:
+        rows.warnings.extend(names_in_both(store, other, tau, [units.image_ids, rows.units.image_ids]))
+    return card, hashes, rows
 
 
 @dataclass(frozen=True)
@@ -219,14 +281,7 @@ def _run_all(
     units: Units, rule: _Rule, config: ProbeConfig, null: str, workers: int, progress: Progress
 ) -> tuple[list[Repeat], list[Shuffle]]:
     """All repeats, and the first repeat on shuffled labels."""
-    n_classes = len(units.classes)
-    plan = Plan(
-        n_folds=config.folds,
-        n_inner_folds=config.inner_folds,
-        n_classes=n_classes,
-        strength=rule.of(units.n_latents),
-        c_factors=config.c_factors,
-    )
+    n_classes, plan = len(units.classes), _plan(units, rule, config)
     barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
 
     def begin(pool: ThreadPoolExecutor, number: int, labels: Ints) -> tuple[Division, list[Future[Fold]]]:
@@ -259,6 +314,33 @@ def _run_all(
             pool.shutdown(cancel_futures=True)
             raise
     return repeats, shuffles
+
+
+def _plan(units: Units, rule: _Rule, config: ProbeConfig) -> Plan:
+    return Plan(
+        n_folds=config.folds,
+        n_inner_folds=config.inner_folds,
+        n_classes=len(units.classes),
+        strength=rule.of(units.n_latents),
+        c_factors=config.c_factors,
+    )
+
+
+def _fit_model(
+    units: Units, rule: _Rule, config: ProbeConfig, card: dict[str, Any]
+) -> tuple[ProbeModel, npt.NDArray[np.bool_]]:
+    """The model of all rows, and which of their latents it keeps."""
+    n_classes = len(units.classes)
+    barcodes = along_thresholds(units.values, units.sums, units.counts, config.thresholds)
+    rng = np.random.default_rng([config.seed, 5])
+    final = fit_all(barcodes, units.labels, units.groups, _plan(units, rule, config), rng)
+    counts = None
+    if config.units.level == "patient":
+        counts = baselines.fit_number_of_images(
+            units.n_images, units.labels, final.inner_of, n_classes, config.c_factors
+        )
+    more = {**card, "threshold": config.thresholds[final.threshold], "regularization": config.regularization}
+    return make_model(final, units, counts, **more), final.kept
 
 
 def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> Thresholds:
@@ -341,7 +423,7 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
 def _n_steps(config: ProbeConfig) -> int:
     """For the progress."""
     n_folds = config.folds * (config.repeats + config.permutations)
-    return n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
+    return 1 + n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
 
 
 def _provenance(
@@ -360,27 +442,7 @@ def _provenance(
     other = [str(cache.root) for cache in caches if cache.content_sha256 not in of_barcodes]
     if other:
         warnings.append(f"the latents were not encoded from {', '.join(other)}: the baselines are of other tokens")
-    if sae is None:
-        return [*warnings, "whether the SAE was trained on these images is not known here: name it with --sae"]
-    header = read_header(sae, SAE)
-    weights = (header.summary or {}).get("sae_sha256")
-    if weights != latents_spec[0]["sae_sha256"]:
-        raise SpecMismatch(
-            f"{sae} is not the SAE of these latents (weights {str(weights)[:12]}…, theirs "
-            f"{latents_spec[0]['sae_sha256'][:12]}…); give the one that they were encoded with"
-        )
-    images = store.read_obs("image", config.tau, needed=("content_hash", "status", "dataset"))
-    images = images.reset_index(names="image_id")
-    images = images[images["image_id"].isin([image_id for ids in units.image_ids for image_id in ids])]
-    table = pa.table({name: [*map(str, images[name])] for name in ("image_id", "dataset", "content_hash", "status")})
-    cache_sha256 = latents_spec[0]["cache_sha256"] if len(latents_spec) == 1 else ""  # of several: by content alone
-    found = find_trained_on(sae, header, table, cache_sha256=cache_sha256)
-    known = f"{found.n_known:,} of the {len(images):,} images are known: {found.n_trained_on:,} trained on"
-    if found.n_trained_on:
-        warnings.append(f"transductive: the SAE has seen images of the test folds, without labels ({known})")
-    elif found.n_known < len(images):
-        warnings.append(f"{sae} does not say of all these images whether it was trained on them ({known})")
-    return warnings
+    return [*warnings, *sae_warnings(store, config.tau, units.image_ids, sae, "of the test folds")]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -53,3 +53,7 @@ class ThresholdColumns:
             n_unconverged=sum(not fit.converged for fit in fits),
             n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
+
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+        """As `Thresholds.fit`."""
+        return fit_columns(self._values[:, np.flatnonzero(kept)], labels, n_classes, strength)

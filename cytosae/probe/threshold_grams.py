@@ -14,7 +14,7 @@ import numpy.typing as npt
 from scipy.sparse import issparse
 
 from .cross_validation import Bools, Levels, Sweep
-from .logistic_columns import fit_gram
+from .logistic_columns import ColumnFit, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -75,6 +75,12 @@ class ThresholdGrams:
             n_unconverged=sum(not fit.converged for fit in fits),
             n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
+
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+        """As `Thresholds.fit`."""
+        found = fit_gram(self._gram(kept), labels, n_classes, strength)
+        weights = found.scale * (self._values[np.flatnonzero(kept)] @ found.dual)
+        return ColumnFit(found.present, weights, found.intercept, n_classes, found.n_steps, found.converged)
 
     def _grams(self, levels: Levels) -> Iterator[tuple[int, Float]]:
         """From the highest threshold down: its number, and (n, n) products of the training rows with all rows.

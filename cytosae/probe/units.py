@@ -1,6 +1,7 @@
 """What a probe tells apart: patients or images of a barcodes folder, their classes, and who belongs together."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,14 @@ class UnitConfig:
 
 
 @dataclass(frozen=True)
+class Where:
+    """Units that are kept out of all fitting: those whose images have one of these values of a column."""
+
+    column: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Units:
     """n patients or images in the order of their names."""
 
@@ -50,7 +59,27 @@ class Units:
     values: Any  # (n, m) barcodes, CSR in float64, a column per latent that is not zero everywhere
     sums: Any  # (n, m) sum of image activations, likewise
     counts: Any  # (n, m) images with any activation, likewise
+    latents: Ints  # (m,) their numbers
     n_latents: int  # all of them
+    left_out: dict[str, int]
+    warnings: list[str]
+
+    @property
+    def n_images(self) -> Ints:
+        """(n,) readable images of each."""
+        return np.array([len(ids) for ids in self.image_ids], np.int64)
+
+
+@dataclass(frozen=True)
+class NewUnits:
+    """n patients or images that a fitted model is tried on, in the order of their names; nothing is fitted on them."""
+
+    names: list[str]
+    true: list[str]  # what the table says; "" where it says nothing
+    labels: Ints  # (n,) in 0..len(classes)-1 of the model; -1 where it has no such class
+    groups: Ints  # (n,) that hang together: intervals draw whole groups
+    image_ids: list[list[str]]
+    values: Any  # (n, k) barcodes of the model's latents, CSR in float64
     left_out: dict[str, int]
     warnings: list[str]
 
@@ -70,16 +99,99 @@ class _Unit:
     n_of_patient: int  # readable images
 
 
-def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Units:
+@dataclass(frozen=True)
+class _All:
+    """Every unit of a folder, labelled or not."""
+
+    units: list[_Unit]
+    left_out: dict[str, int]
+    warnings: list[str]
+
+
+def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0, without: Where | None = None) -> Units:
     """The units of a probe; left out, and counted: those without a class, or with too few images.
 
     Rows are drawn before any is read. Memory: three sparse matrices of them in float64, twice while they are made.
 
+    without : units that are kept for a test
+
     Raises
     ------
     BadInput
-        If a column does not exist, a patient has two values of it, or nothing is left.
+        If a column does not exist, a patient has two values of it, or nothing is left; or if a group has units on
+        both sides of the test.
     """
+    found = _read_all(store, config, without, is_test=False)
+    units, left_out = found.units, found.left_out
+    chosen = [unit for unit in units if unit.label]
+    left_out[f"{config.level}s without {config.target}"] = len(units) - len(chosen)
+    if config.classes:
+        there = {unit.label for unit in chosen}
+        unknown = sorted(set(config.classes) - there)
+        if unknown:
+            raise BadInput(
+                f"no {config.level} has {config.target} {listed(unknown)}; there are {listed(sorted(there), 12)}"
+            )
+        n_labelled = len(chosen)
+        chosen = [unit for unit in chosen if unit.label in config.classes]
+        left_out[f"{config.level}s of other classes"] = n_labelled - len(chosen)
+    chosen = _with_enough(chosen, config, left_out)
+    if config.level == "image" and len(chosen) > config.max_images:
+        drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
+        left_out[BY_LOT] = len(chosen) - config.max_images
+        chosen = [chosen[k] for k in drawn]
+    if not chosen:
+        raise BadInput(f"no {config.level} of {store.root} with {config.target} is left; see its `obs`")
+    return _with_barcodes(store, config, chosen, {what: n for what, n in left_out.items() if n}, found.warnings)
+
+
+def read_test_units(
+    store: BarcodeStore, config: UnitConfig, classes: list[str], latents: Ints, *, where: Where | None = None
+) -> NewUnits:
+    """The units that a model with these classes and latents is tried on: all that `read_units` would not leave out,
+    those without a label and of labels that the model does not know included; no lot is drawn.
+
+    Raises
+    ------
+    BadInput
+        As `read_units`; or if none has a class of the model.
+    """
+    found = _read_all(store, config, where, is_test=True)
+    chosen = _with_enough(found.units, config, found.left_out)
+    labels = np.array([classes.index(unit.label) if unit.label in classes else -1 for unit in chosen], np.int64)
+    if not (labels >= 0).any():
+        there = sorted({unit.label for unit in chosen} - {""})
+        raise BadInput(
+            f"no {config.level} of the test in {store.root} has a {config.target} that the model knows "
+            f"({listed(classes, 12)}); it has {listed(there, 12) or 'none at all'}; name its column with --target, or "
+            f"correct the table"
+        )
+    rows = np.array([unit.row for unit in chosen], np.int64)
+    _check_size(store, config, rows, ("X",))
+    values = _read_rows(store, config, rows, "X")[:, latents].astype(np.float64)
+    values.sort_indices()  # sums in one order, whatever other rows there are
+    return NewUnits(
+        names=[unit.name for unit in chosen],
+        true=[unit.label for unit in chosen],
+        labels=labels,
+        groups=np.unique([unit.group for unit in chosen], return_inverse=True)[1].astype(np.int64),
+        image_ids=[unit.image_ids for unit in chosen],
+        values=values,
+        left_out={what: n for what, n in found.left_out.items() if n},
+        warnings=found.warnings,
+    )
+
+
+def _with_enough(units: list[_Unit], config: UnitConfig, left_out: dict[str, int]) -> list[_Unit]:
+    """Those with enough images, in the order of their names."""
+    chosen = [unit for unit in units if unit.n_of_patient >= config.min_images]
+    whose = "patients with" if config.level == "patient" else "images of patients with"
+    left_out[f"{whose} fewer than {config.min_images} images"] = len(units) - len(chosen)
+    return sorted(chosen, key=lambda unit: unit.name)
+
+
+def _read_all(store: BarcodeStore, config: UnitConfig, where: Where | None, *, is_test: bool) -> _All:
+    """Every unit, or those on one side of `where`."""
     images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS).reset_index(names="image_id")
     columns = [name for name in images.columns if name != "image_id"]
     images["row"] = np.arange(len(images))
@@ -89,34 +201,69 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0) -> Uni
     keys = ["owner", "content_hash", *([] if config.group_by is None else [_checked(config.group_by, columns, store)])]
     images["group"] = connected_groups([[*map(str, images[name])] for name in keys])
     if config.level == "patient":
-        units = _patients(store, config, images, columns)
-        left_out, warnings = dict[str, int](), list[str]()
+        found = _All(_patients(store, config, images, columns), {}, [])
     else:
-        units, left_out, warnings = _images(config, images, _checked(config.target, columns, store))
-    chosen = [unit for unit in units if unit.label]
-    left_out[f"{config.level}s without {config.target}"] = len(units) - len(chosen)
-    if config.classes:
-        found = {unit.label for unit in chosen}
-        unknown = sorted(set(config.classes) - found)
-        if unknown:
-            raise BadInput(
-                f"no {config.level} has {config.target} {listed(unknown)}; there are {listed(sorted(found), 12)}"
-            )
-        n_labelled = len(chosen)
-        chosen = [unit for unit in chosen if unit.label in config.classes]
-        left_out[f"{config.level}s of other classes"] = n_labelled - len(chosen)
-    n_before = len(chosen)
-    chosen = [unit for unit in chosen if unit.n_of_patient >= config.min_images]
-    whose = "patients with" if config.level == "patient" else "images of patients with"
-    left_out[f"{whose} fewer than {config.min_images} images"] = n_before - len(chosen)
-    chosen.sort(key=lambda unit: unit.name)
-    if config.level == "image" and len(chosen) > config.max_images:
-        drawn = np.sort(np.random.default_rng([seed, 2]).choice(len(chosen), config.max_images, replace=False))
-        left_out[BY_LOT] = len(chosen) - config.max_images
-        chosen = [chosen[k] for k in drawn]
-    if not chosen:
-        raise BadInput(f"no {config.level} of {store.root} with {config.target} is left; see its `obs`")
-    return _with_barcodes(store, config, chosen, {what: n for what, n in left_out.items() if n}, warnings)
+        found = _All(*_images(config, images, _checked(config.target, columns, store)))
+    if where is None:
+        return found
+    _checked(where.column, columns, store)
+    is_kept_out = _sides(found.units, images, where, config)
+    units = [unit for unit, kept_out in zip(found.units, is_kept_out, strict=True) if kept_out == is_test]
+    return _All(units, found.left_out if not is_test else {}, found.warnings)
+
+
+def _sides(units: list[_Unit], images: "pd.DataFrame", where: Where, config: UnitConfig) -> list[bool]:
+    """Is each unit kept for the test? No group may have units on both sides."""
+    value_of = dict(zip(images["image_id"], map(str, images[where.column]), strict=True))
+    found = [{value_of[image_id] for image_id in unit.image_ids} for unit in units]
+    there = set[str]().union(*found) - {""}
+    unknown = sorted(set(where.values) - there)
+    if unknown:
+        raise BadInput(
+            f"no {config.level} has {where.column} {listed(unknown)} (--test-where); there are "
+            f"{listed(sorted(there), 12)}"
+        )
+    wanted = set(where.values)
+    torn = [unit.name for unit, values in zip(units, found, strict=True) if values & wanted and values - wanted]
+    if torn:
+        raise BadInput(
+            f"{len(torn):,} patients have images in the test and in the training ({listed(torn)}): {where.column} is "
+            f"no property of patients; correct the image table, or name another column"
+        )
+    is_kept_out = [bool(values & wanted) for values in found]
+    if all(is_kept_out):
+        raise BadInput(f"--test-where keeps every {config.level} out of the fit; name fewer values of {where.column}")
+    sides: dict[int, set[bool]] = {}
+    for unit, kept_out in zip(units, is_kept_out, strict=True):
+        sides.setdefault(unit.group, set()).add(kept_out)
+    crossing = [unit for unit, out in zip(units, is_kept_out, strict=True) if out and len(sides[unit.group]) > 1]
+    if crossing:
+        hash_of = dict(zip(images["image_id"], map(str, images["content_hash"]), strict=True))
+        seen = {
+            hash_of[image_id]
+            for unit, out in zip(units, is_kept_out, strict=True)
+            for image_id in unit.image_ids
+            if not out
+        }
+        ids = [image_id for unit in crossing for image_id in unit.image_ids]
+        shared = [image_id for image_id in ids if hash_of[image_id] and hash_of[image_id] in seen]
+        if shared:
+            raise BadInput(shared_images(len(shared), len(ids), shared, "--test-where"))
+        by = " or ".join(["a patient", *([] if config.group_by is None else [f"a value of {config.group_by}"])])
+        raise BadInput(
+            f"{len(crossing):,} {config.level}s of the test share {by} with the training "
+            f"({listed([unit.name for unit in crossing])}): choose --test-where so that nobody is on both sides"
+        )
+    return is_kept_out
+
+
+def shared_images(n_shared: int, n_images: int, image_ids: list[str], place: object) -> str:
+    """What is said, in one line, of images that lie on both sides of a test."""
+    return (
+        f"{n_shared:,} of {n_images:,} images of the test ({place}) are images that the model is fitted on, by their "
+        f"content ({listed(image_ids)}): a test must not know them; take their patients out (cyto barcode --table, "
+        f"without a patient for them)"
+    )
 
 
 def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", columns: list[str]) -> list[_Unit]:
@@ -165,12 +312,7 @@ def _with_barcodes(
 ) -> Units:
     rows = np.array([unit.row for unit in units], np.int64)
     layers = ("X", "activation_sum", "n_active_images") if config.level == "patient" else ("X", "mean")
-    n_entries = sum(int(store.row_lengths(config.level, rows, config.tau, layer=layer).sum()) for layer in layers)
-    if (n_bytes := _ENTRY_BYTES * n_entries) > _MOST_BYTES:
-        raise BadInput(
-            f"the barcodes of {len(units):,} {config.level}s need {n_bytes / 2**30:.0f} GiB; "
-            f"at most {_MOST_BYTES >> 30} are taken: choose a smaller --max-images or a larger tau"
-        )
+    _check_size(store, config, rows, layers)
     barcodes = _read_rows(store, config, rows, layers[0])
     there = np.unique(barcodes.indices)
     if not len(there):
@@ -187,10 +329,20 @@ def _with_barcodes(
         values=barcodes[:, there].astype(np.float64),
         sums=sums,
         counts=counts[0] if counts else (sums > 0).astype(np.float64),
+        latents=there.astype(np.int64),
         n_latents=barcodes.shape[1],
         left_out=left_out,
         warnings=warnings,
     )
+
+
+def _check_size(store: BarcodeStore, config: UnitConfig, rows: Ints, layers: Sequence[str]) -> None:
+    n_entries = sum(int(store.row_lengths(config.level, rows, config.tau, layer=layer).sum()) for layer in layers)
+    if (n_bytes := _ENTRY_BYTES * n_entries) > _MOST_BYTES:
+        raise BadInput(
+            f"the barcodes of {len(rows):,} {config.level}s need {n_bytes / 2**30:.0f} GiB; "
+            f"at most {_MOST_BYTES >> 30} are taken: choose a smaller --max-images or a larger tau"
+        )
 
 
 def _read_rows(store: BarcodeStore, config: UnitConfig, rows: Ints, layer: str) -> Any:

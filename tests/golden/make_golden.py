@@ -33,6 +33,7 @@ from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, write_concepts
 from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, write_probe
+from cytosae.probe.external import apply_model
 from cytosae.relations import Coactivation, PatientSettings, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.sweep import sweep
@@ -41,7 +42,7 @@ from stores.activation_store import ActivationSpec, ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.latent_store import LatentSpec, LatentStore, LatentWriter
 from stores.runlog import append_run
-from stores.spec import BARCODES, SAE, Header, new_header, write_header
+from stores.spec import BARCODES, SAE, Header, find_header, new_header, write_header
 from stores.tables import image_table, table_sha256, with_outcome
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 3, 5, 4, 8
@@ -50,6 +51,7 @@ RESULTS = ("concepts-v1", "comparison-v1", "patient-concepts-v1", "probe-v1", "n
 FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RESULTS)
 OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
 LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
+OF_MODEL = ("probe-model-v1", "probe-test-v1")
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -240,8 +242,30 @@ def remove_figures(folder: Path, names: Sequence[str]) -> None:
             figure.unlink()
 
 
-def write_cohort(root: Path, latents: LatentStore) -> None:
-    """Barcodes of the twelve patients."""
+def write_of_model_v1(folder: Path) -> None:
+    """A probe of the cohort that saved its model, tried on patients with the same numbers, but other images."""
+    latents = LatentStore(folder / "latents-v1.zarr")
+    for name, first_hash in (("cohort", 0), ("others", 1000)):
+        write_cohort(folder / name, latents, first_hash=first_hash)
+    units = UnitConfig(target="disease")
+    config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
+    write_probe(folder / "cohort", folder / "probe-model-v1", config)
+    apply_model(folder / "probe-model-v1", folder / "others", folder / "probe-test-v1")
+    remove_figures(folder, OF_MODEL)
+    for name in OF_MODEL:  # and from their headers, so that they verify
+        header = find_header(folder / name)
+        assert header is not None
+        assert header.summary is not None
+        figures = {
+            file: sha256 for file, sha256 in header.summary["figures"].items() if (folder / name / file).exists()
+        }
+        write_header(folder / name, replace(header, summary={**header.summary, "figures": figures}))
+    for name in ("cohort", "others"):
+        shutil.rmtree(folder / name)
+
+
+def write_cohort(root: Path, latents: LatentStore, *, first_hash: int = 0) -> None:
+    """Barcodes of the twelve patients; their images have the hashes from this number on."""
     root.mkdir()
     p, i, s = np.ogrid[:12, :4, :N_LATENTS]
     counts = ((5 * p + 3 * i + s) % 7 + 3 * ((p < 6) & (s == 2))).astype(np.float32)
@@ -251,7 +275,7 @@ def write_cohort(root: Path, latents: LatentStore) -> None:
     patients = pd.DataFrame(of_patient, index=pd.Index(names, name="patient"))
     images = pd.DataFrame({"patient": np.repeat(names, 4), "dataset": "golden", "status": "ok"})
     images.index = pd.Index([f"golden/{number}" for number in range(48)], name="image_id")
-    images["content_hash"] = [f"{number:064x}" for number in range(48)]
+    images["content_hash"] = [f"{first_hash + number:064x}" for number in range(48)]
     both = pd.DataFrame({"n_patients": [6, 6]}, index=pd.Index(["AML", "well"], name="disease"))
     var = pd.DataFrame({"latent": np.arange(N_LATENTS)}, index=[str(number) for number in range(N_LATENTS)])
     made_from = {"latents": latents.identity, "latents_spec": latents.spec.to_dict(), "made_up": "cohort"}
@@ -427,7 +451,9 @@ def write_first(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER) if (folder / name).exists()]
+    there = [name for name in (*FIRST, *LATER, *OF_MODEL) if (folder / name).exists()]
+    if there == [*FIRST, *LATER]:
+        return write_of_model_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -437,6 +463,7 @@ def main(folder: Path) -> None:
     write_sweep_v1(folder)
     write_atlas_v1(folder, folder / "made")
     write_reviews_v1(folder)
+    write_of_model_v1(folder)
     shutil.rmtree(folder / "made")
 
 
