@@ -16,6 +16,7 @@ _BREAKS = (  # where a clause may end, and how much an uneven cut is preferred t
     (r": ", 40),
     (r", (?=(?:and|but|so|which|or|as|with|where|while|since|if|because)\b)", 50),
     (r", ", 120),
+    (r" · ", 120),
 )
 
 
