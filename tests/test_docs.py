@@ -310,7 +310,9 @@ def test_messages_of_the_troubleshooting_page_are_real() -> None:
     for path in (ROOT / "cli.py", *modules):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(node.value)
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
