@@ -3,15 +3,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SDIST_TESTS ?= -m "not slow and not gpu and not browser and not docs"
 
-.PHONY: install demo browser test test-docs test-browser test-slow bench docs site wheel-check clean
+.PHONY: install demo browser test test-docs test-browser test-slow test-versions bench docs site wheel-check sdist-check clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyto needs Python 3.11 or later: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,remote]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,dev,docs,remote]'
 	@touch $@
 
 demo: install
@@ -50,10 +51,22 @@ wheel-check: install # a wheel from this checkout, in an empty environment
 	rm -rf $(VENV)-wheel dist build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/cyto-*.whl
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/cytobarcode-*.whl)[torch]"
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --help
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --version
 	rm -rf $(VENV)-wheel dist build
 
+sdist-check: install # the source archive, unpacked elsewhere, passes its own quick tests
+	rm -rf $(VENV)-sdist dist
+	$(BIN)/python -m build --sdist --outdir dist .
+	mkdir $(VENV)-sdist && tar -xzf dist/cytobarcode-*.tar.gz -C $(VENV)-sdist --strip-components 1
+	cd $(VENV)-sdist && $(abspath $(BIN))/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider $(SDIST_TESTS)
+	rm -rf $(VENV)-sdist dist
+
+# stores, barcodes and what else needs no torch: the lowest versions of the ranges, the locked ones, the newest; and the
+# newest on each other Python that is installed
+test-versions:
+	$(PYTHON) tests/run_versions.py $(VENV)-versions
+
 clean:
-	rm -rf $(VENV) $(VENV)-wheel .browser build dist site *.egg-info cyto-demo
+	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sdist $(VENV)-versions .browser build dist site *.egg-info cyto-demo

@@ -21,6 +21,7 @@ import click
 
 from stores.console import FILE, SEED, json_option, progress_line
 from stores.machine import bound_threads, n_cores
+from stores.version import VERSION, missing_package
 from stores.wording import describe_cache, size_on_disk
 
 # group -> what it is about, and its commands -> the module in which each is the function GROUP_COMMAND
@@ -93,6 +94,10 @@ class _Commands(LazyGroup):
             if not isinstance(error, CytoError):
                 raise
             raise click.ClickException(_one_line(str(error))) from None
+        except ModuleNotFoundError as error:
+            if not (advice := missing_package(error.name or "")):
+                raise
+            raise click.ClickException(advice) from None
         except OSError as error:
             if error.errno not in _USERS_DISK:
                 raise
@@ -129,7 +134,7 @@ class Bridges:
     lazy=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-@click.version_option(package_name="cyto", message="cyto %(version)s")
+@click.version_option(VERSION, message="cyto %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Sparse-autoencoder concepts and barcodes of blood-cell images.

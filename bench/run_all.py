@@ -16,7 +16,7 @@ FULL = {
     "cli_help": [],
     "loader": ["--images", "16384"],
     "compare": ["--permutations", "1000000", "--rounds", "1"],
-    "calibration": ["--runs", "400"],
+    "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],
     "barcode": ["--share", "1", "--rounds", "1"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],

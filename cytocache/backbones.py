@@ -19,7 +19,7 @@ from stores.files import sha256_file
 from stores.progress import Progress
 from stores.tables import listed
 
-from .download import PUBLISHED_AT, fetch_published
+from .download import PUBLISHED_AT, fetch_from_hub, fetch_published
 from .preprocess import Preprocess
 from .torchvision_guard import declare_missing_operators
 from .weights_file import read_weights
@@ -62,6 +62,7 @@ class Backbone:
     n_blocks: int
     width: int
     preprocess: Preprocess
+    weights_source: str = ""  # of a download: what to write behind --weights to get the same file again
     tail: nn.Module | None = None  # the blocks behind the last tapped one, and the final norm
 
     def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
@@ -109,7 +110,8 @@ def load_backbone(
     ----------
     name : a key of `ARCHITECTURES`
     weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
-        or `random` (seeded, untrained); `random-vit-tiny` needs none
+        `hf:OWNER/NAME[/FILE][@REVISION]`, from Hugging Face in the same way; or `random` (seeded, untrained);
+        `random-vit-tiny` needs none
     blocks : indices from 0, or from the end if negative; -2 is the second last
     keep_tail : keep what follows the last of them, for `Backbone.final_cls`
     progress : told of bytes done and in all while `auto` downloads
@@ -134,13 +136,19 @@ def load_backbone(
     model = _create(architecture, on="meta")
     n_blocks = len(model.blocks)
     tapped = _tapped(name, blocks, n_blocks)  # before a download of gigabytes
+    source = ""
     if weights in (None, "random"):
         model = _set_random(model)
         digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block
     else:
-        if weights == "auto":
-            file = fetch_published(str(architecture.weights_file), progress=progress)
-            path, digest = file.path, file.sha256
+        if weights == "auto" or str(weights).startswith("hf:"):
+            name_there = str(architecture.weights_file)
+            file = (
+                fetch_published(name_there, progress=progress)
+                if weights == "auto"
+                else fetch_from_hub(str(weights), name_there, progress=progress)
+            )
+            path, digest, source = file.path, file.sha256, file.source
         else:
             path, digest = Path(str(weights)), ""
         _load_strictly(model, _read_checkpoint(path, model), path, name)
@@ -155,6 +163,7 @@ def load_backbone(
         n_blocks=n_blocks,
         width=model.embed_dim,
         preprocess=Preprocess(),
+        weights_source=source,
         tail=tail,
     )
     return backbone

@@ -1,4 +1,4 @@
-"""Get a published file, whole and checked, into the cache folder.
+"""Get a published file, whole and checked, into the cache folder: from a record of Zenodo, or a model on Hugging Face.
 
 The publisher's record names the file's size and checksum; the file counts only once both fit. Everything that
 a server says is checked: it may be down, slow, lying, or somebody else. Standard library only.
@@ -18,9 +18,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from stores.errors import BadInput
 from stores.files import sha256_file, sync_folder, write_json
@@ -29,6 +30,9 @@ from stores.spec import cyto_version
 
 RECORD = "https://zenodo.org/api/records/10908163"
 PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
+HUB = "https://huggingface.co"
+_COMMIT = "[0-9a-f]{40}"
+_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
 MAX_BYTES = 16 << 30  # the giant model in float32 with its heads is below 6 GB
 _MAX_RECORD_BYTES = 4 << 20
 
@@ -49,20 +53,39 @@ class Downloaded:
 
     path: Path
     sha256: str
+    source: str  # what to write behind --weights to get this very file again
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Published:
-    """What the publisher's record says about one file."""
+    """What the publisher's record says about one file: its checksum is an MD5 (Zenodo) or a SHA-256 (Hugging Face)."""
 
     name: str
     size: int
-    md5: str
+    kind: str  # "md5" or "sha256"
+    checksum: str  # hex
     url: str
     source: str  # the record's own address
 
     def identity(self) -> dict[str, Any]:
-        return {"file": self.name, "size": self.size, "md5": self.md5, "source": self.source}
+        return {"file": self.name, "size": self.size, self.kind: self.checksum, "source": self.source}
+
+    def difference(self, md5: str, sha256: str) -> str:
+        """`the MD5 X, expected Y`, or "" if the file that has these is the published one."""
+        found = md5 if self.kind == "md5" else sha256
+        name = "MD5" if self.kind == "md5" else "SHA-256"
+        return "" if found == self.checksum else f"{name} {found}, expected {self.checksum}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """Where the record of a file is, what it says, and what a user is told of it."""
+
+    url: str  # of the record
+    find: Callable[[Any, str, str], _Published]  # record, file, url of the record
+    weights: str  # behind --weights
+    by_hand: str  # where a user gets the file
+    is_mirrored: bool = False  # the file may come from another server; its SHA-256 vouches for it
 
 
 class _Failed(Exception):
@@ -99,14 +122,23 @@ def record_url() -> str:
 
     The record vouches for the file, so it must come over HTTPS, or from this machine itself.
     """
-    url = os.environ.get("CYTO_WEIGHTS_RECORD") or RECORD
+    return _server_of("CYTO_WEIGHTS_RECORD", RECORD)
+
+
+def _server_of(variable: str, usual: str) -> str:
+    url = os.environ.get(variable) or usual
+    if not _is_trusted(url):
+        raise BadInput(f"{variable} must be an https:// address (http:// on this machine only); found {url!r}")
+    return url
+
+
+def _is_trusted(url: str) -> bool:
+    """HTTPS, or this machine itself."""
     try:
         scheme, host, _ = _origin(url)
     except ValueError:
-        scheme, host = "", ""
-    if not host or not (scheme == "https" or (scheme == "http" and host in ("127.0.0.1", "::1", "localhost"))):
-        raise BadInput(f"CYTO_WEIGHTS_RECORD must be an https:// address (http:// on this machine only); found {url!r}")
-    return url
+        return False
+    return bool(host) and (scheme == "https" or (scheme == "http" and host in ("127.0.0.1", "::1", "localhost")))
 
 
 def fetch_published(name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
@@ -121,8 +153,69 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
     BadInput
         If the file cannot be got, or is not the published one; the message says how to get it by hand.
     """
-    source = record_url()
-    path = cache_folder() / "weights" / name
+    source = _Source(url=record_url(), find=_find, weights="auto", by_hand=PUBLISHED_AT)
+    return _fetched(cache_folder() / "weights" / name, source, progress)
+
+
+def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
+    """The weights file of a model on Hugging Face, as `fetch_published` keeps it; checked against its SHA-256 there.
+
+    A revision that is a commit needs no network the second time; of a branch or a tag it is looked up which commit
+    that is now, and `Downloaded.source` names it.
+
+    Parameters
+    ----------
+    address : `hf:OWNER/NAME[/FILE][@REVISION]`; the revision is a commit (40 hex digits), a branch or a tag, `main`
+        if there is none
+    name : the file to take where no FILE is given and the model has it; otherwise its only file of weights
+
+    Raises
+    ------
+    BadInput
+        As `fetch_published`; for an address that is none, and a model with several files of weights or none.
+    """
+    part = "[A-Za-z0-9][A-Za-z0-9._-]*"
+    found = re.fullmatch(rf"hf:({part}/{part})(?:/({part}(?:/{part})*))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
+    if found is None or ".." in address:
+        raise BadInput(
+            f"expected weights hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE; found {address!r}"
+        )
+    model, file, revision = found[1], found[2] or "", found[3] or "main"
+    hub = _server_of("HF_ENDPOINT", HUB).rstrip("/")
+    folder = cache_folder() / "weights" / "hf" / model.replace("/", "--")
+    by_hand = f"{hub}/{model}"
+    if re.fullmatch(_COMMIT, revision) and not file and (folder / revision / f"{name}.json").exists():
+        file = name  # as it was chosen when it was got: nobody need be asked
+    if not re.fullmatch(_COMMIT, revision) or not file:
+        url = f"{hub}/api/models/{model}/revision/{quote(revision, safe='')}?blobs=true"
+        listed_at = _Source(url=url, find=_find, weights=address, by_hand=by_hand)
+        try:
+            revision, file = _retried(lambda: _look_up(url, file, name), folder / (file or name), listed_at, progress)
+        except BadInput as error:
+            known = f"; already here: --weights {kept}" if (kept := _kept(folder, model)) else ""
+            raise BadInput(f"{error}{known}") from None
+    url = f"{hub}/api/models/{model}/revision/{revision}?blobs=true"
+    source = _Source(
+        url=url,
+        find=partial(_find_on_hub, file=file, at=f"{hub}/{model}/resolve/{revision}/{file}"),
+        weights=f"hf:{model}/{file}@{revision}",
+        by_hand=by_hand,
+        is_mirrored=True,
+    )
+    return _fetched(folder / revision / file, source, progress)
+
+
+def _kept(folder: Path, model: str) -> str:
+    """The address of a file of this model that was downloaded and checked before, the newest; "" if there is none."""
+    notes = [path for path in folder.rglob("*.json") if not path.name.endswith(".part.json")]
+    for note in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
+        commit, *file = note.relative_to(folder).with_suffix("").parts
+        return f"hf:{model}/{'/'.join(file)}@{commit}"
+    return ""
+
+
+def _fetched(path: Path, source: _Source, progress: Progress) -> Downloaded:
+    name = path.name
     try:
         if found := _remembered(path, source):  # before anything is written: the folder may be read-only by now
             return found
@@ -136,12 +229,12 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
         ) from None
 
 
-def _remembered(path: Path, source: str) -> Downloaded | None:
+def _remembered(path: Path, source: _Source) -> Downloaded | None:
     """The checked file, if it is still what it was; None if there is none from this record."""
     try:
         note = json.loads(_beside(path, ".json").read_text())
         size, sha256 = note["size"], note["sha256"]
-        is_ours = note["source"] == source and note["file"] == path.name and path.is_file()
+        is_ours = note["source"] == source.url and note["file"] == path.name and path.is_file()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if not is_ours:
@@ -152,29 +245,31 @@ def _remembered(path: Path, source: str) -> Downloaded | None:
             f"{path} has changed since it was downloaded and checked: its SHA-256 was {sha256}, now it is {found}. "
             f"Delete it and run the same command again"
         )
-    return Downloaded(path=path, sha256=sha256)
+    return Downloaded(path=path, sha256=sha256, source=source.weights)
 
 
-def _fetch(path: Path, source: str, progress: Progress) -> Downloaded:
+def _fetch(path: Path, source: _Source, progress: Progress) -> Downloaded:
     part = _beside(path, ".part")
     file = _retried(lambda: _read_record(path.name, source), path, source, progress)
     if path.exists():  # put there by hand, or a crash came before the note was written
         md5, sha256 = _digests(path)
-        if md5 != file.md5:
+        if difference := file.difference(md5, sha256):
             raise BadInput(
-                f"{path} is not {file.name} of {source}: its MD5 is {md5}, expected {file.md5}. "
+                f"{path} is not {file.name} of {source.url}: its {difference.replace(' ', ' is ', 1)}. "
                 f"Move it away and run the same command again"
             )
     else:
-        sha256 = _retried(lambda: _download(file, part, progress), path, source, progress)
+        sha256 = _retried(
+            lambda: _download(file, part, progress, is_mirrored=source.is_mirrored), path, source, progress
+        )
         part.replace(path)
         sync_folder(path.parent)
     _forget(part)
     write_json(_beside(path, ".json"), {**file.identity(), "sha256": sha256})
-    return Downloaded(path=path, sha256=sha256)
+    return Downloaded(path=path, sha256=sha256, source=source.weights)
 
 
-def _retried(once: Callable[[], _T], path: Path, source: str, progress: Progress) -> _T:
+def _retried(once: Callable[[], _T], path: Path, source: _Source, progress: Progress) -> _T:
     """What `once` returns, tried again with growing pauses as long as it fails without bringing much."""
     part, n_failed = _beside(path, ".part"), 0
     while True:
@@ -189,8 +284,8 @@ def _retried(once: Callable[[], _T], path: Path, source: str, progress: Progress
                 tries = "" if failed.is_final else f" ({n_failed} tries)"
                 kept = f" {_size(part):,} bytes are kept: run the same command again to go on." if _size(part) else ""
                 raise BadInput(
-                    f"cannot get {path.name} from {source}: {failed}{tries}.{kept} By hand: get it from "
-                    f"{PUBLISHED_AT} and give it with --weights {path.name}"
+                    f"cannot get {path.name} from {source.url}: {failed}{tries}.{kept} By hand: get it from "
+                    f"{source.by_hand} and give it with --weights {path.name}"
                 ) from None
             progress(_size(part), 0, f"{failed}; trying again")
             time.sleep(max(_DELAYS_S[n_failed - 1], min(failed.wait_s, _MAX_DELAY_S)))
@@ -238,17 +333,65 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ record
 
 
-def _read_record(name: str, source: str) -> _Published:
+def _read_record(name: str, source: _Source) -> _Published:
+    return _said(source.url, lambda record: source.find(record, name, source.url))
+
+
+def _said(url: str, find: Callable[[Any], _T]) -> _T:
+    """What `find` makes of the JSON at an address; it raises ValueError for what it cannot use."""
     raw = bytearray()
-    with _open(source, {"Accept": "application/json"}) as response:
+    with _open(url, {"Accept": "application/json"}) as response:
         for piece in _pieces(response):
             raw += piece
             if len(raw) > _MAX_RECORD_BYTES:
                 raise _Failed(f"this is no record: more than {_MAX_RECORD_BYTES:,} bytes", is_final=True)
     try:
-        return _find(json.loads(bytes(raw)), name, source)
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or what _find says
+        return find(json.loads(bytes(raw)))
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or what `find` says
         raise _Failed(f"the record cannot be used: {error}", is_final=True) from None
+
+
+def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
+    """(commit, file) of a model: the given file, else the usual one, else its only file of weights."""
+
+    def find(record: Any) -> tuple[str, str]:
+        commit, files = record.get("sha") if isinstance(record, dict) else None, _hub_files(record)
+        if not isinstance(commit, str) or not re.fullmatch(_COMMIT, commit):
+            raise ValueError(f"expected a commit of 40 hex digits; found {commit!r:.80}")
+        names = [name for name in files if name.endswith(_WEIGHTS)]
+        for name in (file, usual):
+            if name and name in files:
+                return commit, name
+        if file or len(names) != 1:
+            there = ", ".join(sorted(names)[:8]) or "none"
+            raise ValueError(
+                f"expected {file or usual}, or one file of weights; it has {there}; name one: hf:OWNER/NAME/FILE"
+            )
+        return commit, names[0]
+
+    return _said(url, find)
+
+
+def _hub_files(record: Any) -> dict[str, dict[str, Any]]:
+    """Name -> what a model's record says of the file."""
+    files = record.get("siblings") if isinstance(record, dict) else None
+    if not isinstance(files, list):
+        raise ValueError("it has no list of files")
+    return {str(each["rfilename"]): each for each in files if isinstance(each, dict) and "rfilename" in each}
+
+
+def _find_on_hub(record: Any, name: str, source: str, *, file: str, at: str) -> _Published:
+    """The entry of `file`; `at`: where it is got."""
+    entry = _hub_files(record).get(file)
+    if entry is None:
+        raise ValueError(f"it has no file {file}")
+    lfs = entry.get("lfs")
+    size, checksum = (lfs.get("size"), lfs.get("sha256")) if isinstance(lfs, dict) else (None, None)
+    if type(size) is not int or not 0 < size <= MAX_BYTES:
+        raise ValueError(f"expected a size of 1 to {MAX_BYTES:,} bytes; found {size!r:.40}")
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise ValueError(f"expected the SHA-256 of {file} (64 hex digits); found {checksum!r:.80}")
+    return _Published(name=name, size=size, kind="sha256", checksum=checksum, url=at, source=source)
 
 
 def _find(record: Any, name: str, source: str) -> _Published:
@@ -270,36 +413,36 @@ def _find(record: Any, name: str, source: str) -> _Published:
     url = (links.get("content") or links.get("self")) if isinstance(links, dict) else None
     if not isinstance(url, str) or not re.fullmatch("[!-~]+", url) or not _same_server(url, source):
         raise ValueError(f"expected the file's address on the record's own server; found {url!r:.120}")
-    return _Published(name=name, size=size, md5=checksum.removeprefix("md5:"), url=url, source=source)
+    return _Published(name=name, size=size, kind="md5", checksum=checksum.removeprefix("md5:"), url=url, source=source)
 
 
 # ---------------------------------------------------------------------------------------------- download
 
 
-def _download(file: _Published, part: Path, progress: Progress) -> str:
+def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: bool) -> str:
     """The SHA-256 of the whole, checked part; what it lacks is got first."""
     have, etag = _begun(file, part)
     if have < file.size:
-        _append(file, part, have, etag, progress)
+        _append(file, part, have, etag, progress, is_mirrored=is_mirrored)
     progress(file.size, file.size, "checking")
     with part.open("rb") as written:
         os.fsync(written.fileno())
     md5, sha256 = _digests(part)
-    if md5 != file.md5:
+    if difference := file.difference(md5, sha256):
         raise _Failed(
-            f"what came has the MD5 {md5}, expected {file.md5} as published; it was deleted",
+            f"what came has the {difference} as published; it was deleted",
             is_final=True,
             starts_over=True,
         )
     return sha256
 
 
-def _append(file: _Published, part: Path, have: int, etag: str, progress: Progress) -> None:
+def _append(file: _Published, part: Path, have: int, etag: str, progress: Progress, *, is_mirrored: bool) -> None:
     """Get the bytes behind the first `have`; all of them if the server does not go on exactly there."""
     if (free := shutil.disk_usage(part.parent).free) < file.size - have:
         raise OSError(f"{file.size - have:,} bytes are needed, {free:,} are free")
     asked = {"Range": f"bytes={have}-", **({"If-Range": etag} if etag else {})} if have else {}
-    with _open(file.url, asked) as response:
+    with _open(file.url, asked, is_mirrored=is_mirrored) as response:
         headers = response.headers
         if headers.get("Content-Encoding", "identity") != "identity":
             raise _Failed("the server recodes the file on the way", is_final=True)
@@ -358,10 +501,22 @@ class _OneServer(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class _AnyServer(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to any server over HTTPS: for files whose SHA-256 is known."""
+
+    max_redirections = 5
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str) -> Any:
+        if not _is_trusted(newurl) or (newurl.startswith("http:") and req.full_url.startswith("https:")):
+            fp.close()
+            raise _Failed(f"it leads to an address that is not https://, {newurl!r:.120}", is_final=True)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 @contextlib.contextmanager
-def _open(url: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
+def _open(url: str, headers: dict[str, str], *, is_mirrored: bool = False) -> Iterator[http.client.HTTPResponse]:
     """The answer to a GET, if it is a good one."""
-    handlers: list[Any] = [_OneServer]
+    handlers: list[Any] = [_AnyServer if is_mirrored else _OneServer]
     if url.startswith("http:"):  # this machine: no proxy is between
         handlers.append(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers={"User-Agent": f"cyto/{cyto_version()}", **headers})

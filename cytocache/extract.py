@@ -134,7 +134,7 @@ def extract(
     ]
     with ExitStack() as stack:
         writers = [
-            open_writer(stack, output.work, spec, images, config, shard)
+            open_writer(stack, output.work, spec, images, config, shard, weights=backbone.weights_source)
             for output, spec in zip(outputs, specs, strict=True)
             if not output.is_complete
         ]
@@ -276,11 +276,13 @@ def open_writer(
     config: ExtractConfig,
     shard: Shard,
     *,
+    weights: str = "",
     damaged: list[int] | None = None,
 ) -> ActivationWriter:
     """A writer that nobody else is while `stack` is open, with this run in its log.
 
-    `damaged`: chunks of a complete cache, which is opened again to make just these anew.
+    `weights`: of a download, what gives the very same file again; for the log. `damaged`: chunks of a complete cache,
+    which is opened again to make just these anew.
     """
     root.mkdir(parents=True, exist_ok=True)
     other: Shard | None = shard
@@ -302,6 +304,7 @@ def open_writer(
         device=_device_name(config.device),
         threads=torch.get_num_threads(),
         batch_size=config.batch_size,
+        **({"weights": weights} if weights else {}),
     )
     if damaged is None:
         for row in writer.errors():  # a share that was not mounted, a file that has been copied again

@@ -28,6 +28,8 @@ def cli_reference() -> str:
 
 def _commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
     yield name, command
+    for child, other in getattr(command, "commands", {}).items() if not isinstance(command, click.Group) else ():
+        yield from _commands(f"{name} {child}", other)  # `cyto barcode` is no group, and has one
     if isinstance(command, click.Group):
         context = click.Context(command)
         for child in command.list_commands(context):

@@ -47,13 +47,43 @@ def begin_level(root: Path) -> None:
 
 def write_tables(root: Path, tables: dict[str, Any]) -> None:
     """Write some elements of the AnnData store at `root`, by name: tables, or dicts of plain values."""
-    import anndata
     from anndata.io import write_elem
 
     group = zarr.open_group(root, mode="r+")
-    with anndata.settings.override(auto_shard_zarr_v3=False):  # said, so that anndata does not ask
+    with plain_anndata():
         for name, table in tables.items():
-            write_elem(group, name, table)
+            write_elem(group, name, plain_strings(table))
+
+
+@contextmanager
+def plain_anndata() -> Iterator[None]:
+    """anndata writes as every version of it reads: no shards, texts as `string-array`. Both are said, so that it does
+    not ask; its answer would depend on the versions of anndata and pandas."""
+    import anndata
+
+    with anndata.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=False):
+        yield
+
+
+def plain_strings(table: Any) -> Any:
+    """A table whose texts (columns, index, names of columns) are Python's; anything else as it is.
+
+    pandas 3 makes texts an array type of its own, which anndata 0.12 refuses to write in this way.
+    """
+    import pandas as pd
+
+    if not isinstance(table, pd.DataFrame):
+        return table
+    texts = {name: table[name].astype(object) for name in table if isinstance(table[name].dtype, pd.StringDtype)}
+    found = table.assign(**texts) if texts else table.copy(deep=False)
+    found.index, found.columns = _plain_index(table.index), _plain_index(table.columns)
+    return found
+
+
+def _plain_index(index: "pd.Index") -> "pd.Index":
+    import pandas as pd
+
+    return index.astype(object) if isinstance(index.dtype, pd.StringDtype) else index
 
 
 def level_name(level: str, tau: float, *, is_only: bool) -> str:

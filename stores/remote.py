@@ -24,6 +24,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from .chunk_cache import FORKED
 from .errors import BadInput, CytoError, DamagedStore, StoreUnreachable
 from .files import MOST_JSON_BYTES
+from .version import missing_package
 from .zarr_meta import parse_object
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class RemoteFolder:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
         except ImportError:
-            raise BadInput(f"reading {url} needs the package obstore; install it: pip install 'cyto[remote]'") from None
+            raise BadInput(missing_package("obstore", f"reading {url}")) from None
         if self._process not in (None, os.getpid()):
             raise BadInput(FORKED)
         RemoteFolder._process = os.getpid()

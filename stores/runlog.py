@@ -12,6 +12,7 @@ from typing import Any
 
 from .files import append_line, parse_json, read_lines, read_regular, sha256_json, write_lines
 from .shards import ONE_WRITER, Shard
+from .version import VERSION
 
 _FILE = "runs.jsonl"
 _MOST_BYTES = 1 << 30
@@ -28,7 +29,11 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
     record: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ("cyto", *packages)}},
+        "versions": {
+            "python": platform.python_version(),
+            "cyto": VERSION,
+            **{name: _version(name) for name in packages},
+        },
         **({} if shard.is_only else {"shard": str(shard)}),
         **facts,
     }

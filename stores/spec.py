@@ -7,7 +7,6 @@ that a store can be continued only with the settings that it was begun with.
 
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -15,6 +14,7 @@ from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch, Store
 from .files import read_json, readable_json, sha256_json, write_json, write_new
 from .header_kinds import SPEC_KINDS, SUMMARY_KINDS, check_kinds, fits_hint
 from .seal import Seal
+from .version import VERSION
 
 _T = TypeVar("_T")
 
@@ -138,11 +138,8 @@ def new_header(format: Format, spec: dict[str, Any]) -> Header:
 
 
 def cyto_version() -> str:
-    """The installed version of this program."""
-    try:
-        return version("cyto")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "unknown"
+    """The version of this program."""
+    return VERSION
 
 
 def find_header(root: Path) -> Header | None:

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
-from cytocache.extract import ExtractConfig, extract
-from cytosae.latents.encode import encode
 from cytosae.sae import TrainConfig
-from cytosae.training.train import train
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
@@ -28,6 +24,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images/<label>/<n>.png · images.csv (patients of different size, one image unreadable) · acts.zarr (4 images a
     chunk, so the last one is short) · run (SAE, 2 x 192 latents) · latents.zarr
     """
+    from cytocache.extract import ExtractConfig, extract  # these bring torch, which not every test needs
+    from cytosae.latents.encode import encode
+    from cytosae.training.train import train
+
     root = tmp_path_factory.mktemp("made")
     lines = ["path,label,patient,disease"]
     for n in range(10):
@@ -64,6 +64,8 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Matrices this small are done before a second thread has woken up."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

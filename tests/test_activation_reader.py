@@ -53,7 +53,7 @@ N_IMAGES, CHUNK_IMAGES, N_TOKENS, WIDTH = 11, 3, 5, 8  # four chunks, the last w
 UNREADABLE = (3, 4, 5, 9)
 CHUNK_BYTES = CHUNK_IMAGES * N_TOKENS * WIDTH * 2 + 4
 REMOTE = ("s3", "web")
-NEEDS_OBSTORE = "reading URLs needs the package obstore: pip install 'cyto[remote]'"
+NEEDS_OBSTORE = "reading URLs needs the package obstore: pip install 'cytobarcode[remote]'"
 
 Float16 = npt.NDArray[np.float16]
 Bits = npt.NDArray[np.uint16]
@@ -765,7 +765,9 @@ def test_urls_that_are_refused(given: str, what: str) -> None:
 def test_without_obstore_a_url_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("obstore", "obstore.store", "obstore.exceptions"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BadInput, match=r"reading s3://b/x needs the package obstore; .* pip install 'cyto\[remote\]'"):
+    with pytest.raises(
+        BadInput, match=r"reading s3://b/x needs the package obstore; .* pip install 'cytobarcode\[remote\]'"
+    ):
         ActivationStore("s3://b/x")
     assert ActivationStore(root).read_chunk(0).shape == (3, N_TOKENS, WIDTH)
 

@@ -18,7 +18,7 @@ TINY = {
     "sae_step_gpu": "",
     "encode": "--images 3 --chunk-images 2 --width 32 --latents 256 --l0 10 --micro-batches 128 --rounds 1",
     "compare": "--patients 20 --in-a 8 --latents 256 --permutations 500 --loop-permutations 5 --block-permutations 20",
-    "calibration": "--cells 2 --runs 2 --latents 20 --permutations 99",
+    "calibration": "--cells 1 --runs 2 --latents 20 --permutations 99 --coverage-runs 1 --data-sets 1",
     "probe_intervals": "--runs 3 --repeats 1 --draws 20",
     "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
@@ -61,7 +61,7 @@ def test_run_all_goes_on_and_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_every_benchmark_is_run_by_make_bench_and_tested() -> None:
-    helpers = {"common", "latent_generator", "run_all"}
+    helpers = {"common", "latent_generator", "patient_generator", "run_all"}
     programs = {path.stem for path in BENCH.glob("*.py")} - helpers
     listed = (BENCH / "run_all.py").read_text()
 

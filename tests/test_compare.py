@@ -207,9 +207,10 @@ def test_few_patients_are_enumerated_and_told(barcodes: Path, tmp_path: Path) ->
     four = write_patient_barcodes(tmp_path / "b", drawn()[[0, 1, 20, 19]], [SICK, SICK, WELL, WELL])
     done = compare(four, tmp_path / "four", small())
     assert done.summary["p_floor"] == 2 / 6
-    assert done.summary["warnings"] == [
+    assert done.summary["warnings"][:-1] == [
         "no p can be below 0.33 with 2 against 2 patients: it takes more patients to say more"
     ]
+    assert done.summary["warnings"][-1].startswith(f"{done.summary['n_without_interval']} tested latents are above 0")
 
 
 def test_what_a_q_can_reach_is_told(barcodes: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from barcode_maker import write_image_barcodes
-from scipy import stats
+from scipy import optimize, stats
 
 from cytosae.compare import CompareConfig, Comparison, choose_number, compare
 from cytosae.compare.intervals import intervals
@@ -190,5 +190,49 @@ def test_intervals_cover(tmp_path: Path) -> None:
             if factor == 1:
                 for name, none in (("hedges_g", 0), ("auc", 0.5)):
                     assert ((found[f"{name}_low"] <= none) & (none <= found[f"{name}_high"])).mean() >= 0.93
-    welch = stats.ttest_ind(values[:20, 0], values[20:, 0], equal_var=False).confidence_interval()
-    assert found["difference_low"][0] == pytest.approx(welch.low, rel=0.05)
+    common = np.asarray(rng.normal(50, 3, (40, 5)), np.float64)
+    found = intervals(common, [common], is_a)
+    wider = []
+    for column in range(5):  # nothing is skewed: Welch's, but that no variance is below the pooled one
+        welch = stats.ttest_ind(common[:20, column], common[20:, column], equal_var=False).confidence_interval()
+        wider.append((found["difference_high"] - found["difference_low"])[column] / (welch.high - welch.low))
+    assert 1 <= min(wider)
+    assert np.mean(wider) < 1.15
+
+
+def test_the_interval_of_a_rare_difference_is_newcombes() -> None:
+    """By solving for the limits of each group; where nobody of a group shows it, by what the others' counts vary."""
+    values = np.zeros((30, 3))
+    values[[0, 3, 4, 20, 21], 0] = [0.05, 0.05, 0.15, 0.1, 0.05]
+    values[[2, 5, 6, 9], 1] = [0.2, 0.05, 0.4, 0.1]  # none in B
+    values[[1, 25], 2] = [0.1, 0.3]  # too few
+    is_a = np.arange(30) < 12
+    found = intervals(values, [values], is_a)
+    for column in range(2):
+        groups = values[is_a, column], values[~is_a, column]
+        mean = [group.mean() for group in groups]
+        pooled = sum(((group - group.mean()) ** 2).sum() for group in groups) / 28
+        pooled_mean = (11 * mean[0] + 17 * mean[1]) / 28
+        away = []
+        for group, m in zip(groups, mean, strict=True):
+            floor = min(pooled / pooled_mean * m, pooled)
+            own = group.var(ddof=1)
+            c = pooled / pooled_mean if m == 0 else max(own, floor) / m
+            t = stats.t.ppf(0.975, len(group) - 1 if own > floor else 28)
+
+            def gap(mu: float, m: float = m, c: float = c, t: float = t, size: int = len(group)) -> float:
+                return float((m - mu) ** 2 - t**2 * c * mu / size)
+
+            low = optimize.brentq(gap, 0, m) if m > 0 else 0.0
+            away.append((m - low, optimize.brentq(gap, max(m, 1e-9), 100) - m))
+        down, up = np.hypot(away[0][0], away[1][1]), np.hypot(away[0][1], away[1][0])
+        assert found["difference_low"][column] == pytest.approx(mean[0] - mean[1] - down, rel=1e-6)
+        assert found["difference_high"][column] == pytest.approx(mean[0] - mean[1] + up, rel=1e-6)
+        assert found["hedges_g_low"][column] < found["hedges_g"][column] < found["hedges_g_high"][column]
+    for name in ("difference", "hedges_g"):
+        assert np.isnan([found[f"{name}_low"][2], found[f"{name}_high"][2]]).all()
+        assert np.isfinite(found[name][2])
+    swapped = intervals(values, [values], ~is_a)
+    assert np.allclose(swapped["difference_low"], -found["difference_high"], equal_nan=True)
+    same = intervals(values, [values], is_a, counted=(values, [values]))
+    assert (same["difference_high"][:2] >= found["difference_high"][:2] - 1e-12).all()  # no narrower than Welch's

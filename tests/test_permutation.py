@@ -282,13 +282,38 @@ def test_residuals_are_permuted_as_freedman_and_lane_say() -> None:
 
 
 def test_draws_are_combined() -> None:
-    """Equal draws leave p; a silent draw does not undo the others; the order has no part."""
+    """Equal draws leave p; ties count a half; a silent draw does not undo the others; the order has no part."""
     rng, is_a = np.random.default_rng(5), groups(8, 8)
-    draws = [run(rng.exponential(1, (16, 30)) + is_a[:, None] * 0.6, is_a, 500) for _ in range(5)]
+    draws = [run(rng.poisson(0.4, (16, 30)) + is_a[:, None] * 0.6, is_a, 500) for _ in range(5)]
     assert np.array_equal(combine_draws([draws[0]] * 4).p, draws[0].p)
-    assert np.allclose(combine_draws(draws).p, combine_draws(draws[::-1]).p)
-    by_hand = [
-        0.5 - math.atan(sum(math.tan(math.pi * (0.5 - min(d.p[c], 0.9))) for d in draws) / 5) / math.pi
-        for c in range(30)
-    ]
-    assert np.allclose(combine_draws(draws).p, by_hand)
+    both = combine_draws(draws)
+    assert np.allclose(both.p, combine_draws(draws[::-1]).p)
+    by_hand = [(sum(d.p_mid[c] ** -0.8 for d in draws) / 5) ** (-1 / 0.8) for c in range(30)]
+    assert np.allclose(both.p, by_hand)
+    adjusted = [(sum(d.p_max_t[c] ** -0.8 for d in draws) / 5) ** (-1 / 0.8) for c in range(30)]
+    assert np.allclose(both.p_max_t, adjusted)
+    assert (both.p_max_t >= both.p).all()
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "n"), [(9, 14, 400), (4, 5, 10_000), (4, 4, 10_000)])
+def test_half_of_the_ties_count_in_p_mid(n_a: int, n_b: int, n: int) -> None:
+    """One split after the other, by whole numbers; the residuals' test counts the same ties."""
+    values, is_a = np.random.default_rng(6).poisson(0.5, (n_a + n_b, 40)) * 1.0, groups(n_a, n_b)
+    found = run(values, is_a, n, seed=3)
+    if found.is_exact:
+        masks = [np.isin(np.arange(n_a + n_b), some) for some in combinations(range(n_a + n_b), n_a)]
+    else:
+        shuffles = np.random.default_rng(3)
+        masks = [is_a, *(shuffles.permuted(is_a) for _ in range(n))]
+    for column in range(40):
+        total = round(values[:, column].sum())
+        sizes = [abs((n_a + n_b) * round(values[mask, column].sum()) - n_a * total) for mask in masks]
+        observed = abs((n_a + n_b) * round(values[is_a, column].sum()) - n_a * total)
+        n_above, n_tied = sum(s > observed for s in sizes), sum(s == observed for s in sizes)
+        assert found.p[column] == (n_above + n_tied) / len(masks)
+        assert found.p_mid[column] == max(found.floor, (n_above + (n_tied + 1) / 2) / len(masks))
+    if not found.is_exact:
+        nothing = np.zeros((n_a + n_b, 1))
+        by_residuals = residual_permutation_test(values, is_a, nothing, n_permutations=n, seed=3)
+        assert np.corrcoef(by_residuals.p_mid, found.p_mid)[0, 1] > 0.99
+        assert (by_residuals.p_mid <= by_residuals.p).all()

@@ -36,6 +36,7 @@ from sklearn.metrics import (
 from threadpoolctl import threadpool_limits
 
 from cli import cli
+from cytosae import probe
 from cytosae.probe import (
     MilConfig,
     Plan,
@@ -49,9 +50,7 @@ from cytosae.probe import (
     threshold_grams,
     write_probe,
 )
-from cytosae.probe import run as probe
 from cytosae.probe import units as probe_units
-from cytosae.probe.attention_mil import fit_predict
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
 from cytosae.probe.folds import choose_null, connected_groups, shuffle_labels
@@ -892,6 +891,8 @@ def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
 
 
 def test_attention_finds_the_one_image_that_matters_and_is_seeded() -> None:
+    from cytosae.probe.attention_mil import fit_predict  # brings torch
+
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(120 * 8, 6)), np.arange(120) % 2
     rows_of = np.split(np.arange(120 * 8), 120)

@@ -54,8 +54,9 @@ class Bridges(Protocol):
 )
 @click.option(
     "--weights",
-    metavar="FILE|auto|random",
-    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; 'random': untrained.",
+    metavar="FILE|auto|hf:OWNER/NAME|random",
+    help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; hf:OWNER/NAME[/FILE]"
+    "[@REVISION]: the same from Hugging Face; 'random': untrained.",
 )
 @click.option(
     "--block",

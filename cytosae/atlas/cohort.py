@@ -40,7 +40,7 @@ class Cohort:
         """With `pseudonyms`, patients are numbered in the order of these, and called P0001, P0002, ..."""
         self.barcodes, self.tau = barcodes, tau
         self._tau = tau if len(barcodes.taus) > 1 else None
-        obs = barcodes.read_obs("patient", self._tau)
+        obs = barcodes.read_obs("patient", self._tau, needed=("patient_id", "dataset", "disease", "n_images"))
         stored = [str(name) for name in obs.index]
         order = np.arange(len(obs)) if pseudonyms is None else pseudonyms.order(stored)
         self._rows_of = order  # number of a patient -> row in the store

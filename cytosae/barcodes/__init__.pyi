@@ -6,6 +6,7 @@ from .compatibility import check_one_sae as check_one_sae
 from .compatibility import check_tau as check_tau
 from .compatibility import differences as differences
 from .count_kernels import LatentSums as LatentSums
+from .export import export_h5ad as export_h5ad
 from .figures import characteristic_latents as characteristic_latents
 from .figures import plot_patient_barcodes as plot_patient_barcodes
 from .partitions import count_into_parts as count_into_parts

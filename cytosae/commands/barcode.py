@@ -1,18 +1,52 @@
 """cyto barcode: latents to barcodes of images, patients and diseases."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cytosae.commands.shared import dask_client, dask_options
-from stores.console import FILE, STORE, TOKEN_SETS, overwrite_option, progress_line, say_done, tell
-
-if TYPE_CHECKING:
-    pass
+from stores.console import FILE, SEED, STORE, TOKEN_SETS, overwrite_option, progress_line, say_done, tell
 
 
-@click.command()
+@click.command("export")
+@click.argument("barcodes", type=FILE)
+@click.option("--h5ad", "out", type=FILE, required=True, help="The file to write, .h5ad.")
+@click.option(
+    "--level",
+    type=click.Choice(["image", "patient", "disease"]),
+    default="image",
+    show_default=True,
+    help="Whose barcodes.",
+)
+@click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the two maps.")
+@overwrite_option
+def barcode_export(barcodes: Path, out: Path, level: str, tau: float | None, seed: int, overwrite: bool) -> None:
+    """BARCODES as one .h5ad file for cellxgene and the like: texts as categories, X_pca, and X_umap (with umap-learn).
+
+    \b
+    Example: cyto barcode export cells.barcodes --h5ad cells.h5ad
+    """
+    from cytosae.barcodes import export_h5ad
+
+    tell(export_h5ad(barcodes, out, level=level, tau=tau, seed=seed, overwrite=overwrite))
+
+
+class _Barcode(click.Command):
+    """`cyto barcode LATENTS...` counts; `cyto barcode export` is a command of its own."""
+
+    commands = {"export": barcode_export}  # noqa: RUF012  # as a group has them, for the reference
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and (command := self.commands.get(args[0])):
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+
+@click.command(cls=_Barcode)
 @click.argument("latents", type=STORE, nargs=-1, required=True)
 @click.option(
     "-o",
@@ -59,7 +93,8 @@ def barcode(
 ) -> None:
     """Image, patient and disease barcodes from the stored latents (paths or URLs) of one or more datasets.
 
-    Patients of two datasets are two people, even if they have the same name.
+    Patients of two datasets are two people, even if they have the same name. `cyto barcode export` writes barcodes as
+    one .h5ad file.
 
     \b
     Example: cyto barcode cells.latents.zarr -o cells.barcodes --tau 0.2

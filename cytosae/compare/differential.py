@@ -31,7 +31,7 @@ from stores.tables import STATUS_OK, column, listed, read_table_file
 from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .figures import plot_correlation, plot_patients, plot_scatter
 from .freedman_lane import residual_group, residual_permutation_test
-from .intervals import intervals
+from .intervals import SUPPORT, intervals, is_supported
 from .patient_values import is_uneven, plan_images, read_values
 from .permutation import PermutationTest, combine_draws, in_both_groups, permutation_test
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 REST = "rest"  # as B: all patients with a disease that is not A
 _COLUMNS = 1 << 12  # latents that are worked on in float64 at once
 _BOOTSTRAPS = 64  # that are worked on at once
-_METHOD = 2  # of the numbers: folders made before 2026-11-29 have other settings
+_METHOD = 3  # of the numbers: folders of older versions have another, and so other settings
 _NULLS = 20  # shuffles of the groups for the stability under no effect
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -621,13 +621,18 @@ def differential(
     """
     groups, strata, covariates = prepared.groups, prepared.strata, prepared.covariates
     positive = [(groups.values[some] > 0).sum(0) for some in (groups.is_a, ~groups.is_a)]
-    draws, inflation = prepared.draws, 1.0
+    draws, inflation, counted = prepared.draws, 1.0, None
     if strata is not None or covariates is not None:
         adjusted, inflation = _adjustment(groups.is_a, strata, covariates)
         is_one = len(draws) == 1 and draws[0] is groups.values
+        counted = (groups.values, prepared.draws)
         groups = replace(groups, values=adjusted(groups.values))
         draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
-    columns = _describe(groups, draws, inflation) | {"n_patients_a": positive[0], "n_patients_b": positive[1]}
+    supported = is_supported(prepared.groups.values, prepared.draws)
+    columns = _describe(groups, draws, inflation, counted) | {
+        "n_patients_a": positive[0],
+        "n_patients_b": positive[1],
+    }
     n_a, n_b = int(groups.is_a.sum()), int((~groups.is_a).sum())
     n_latents, tested = len(is_tested), np.flatnonzero(is_tested)
     values = groups.values[:, tested]
@@ -707,21 +712,29 @@ def differential(
         "n_p_max_t_at_most_0.05": int((test.p_max_t <= 0.05).sum()),
         "n_p_step_down_at_most_0.05": int((test.p_step_down <= 0.05).sum()),
         "n_p_crude_at_most_0.05": int((crude_p <= 0.05).sum()),
+        "n_without_interval": int((is_tested & ~supported).sum()),
         "stability_no_effect": [round(float(share), 4) for share in by_rank[:5] if np.isfinite(share)],
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
-        "warnings": _floor_warnings(test, n_a, n_b),
+        "warnings": [*_floor_warnings(test, n_a, n_b), *_support_warnings(is_tested & ~supported)],
     }
 
 
-def _describe(groups: TwoGroups, draws: list[npt.NDArray[np.float32]], inflation: float) -> dict[str, npt.NDArray[Any]]:
+def _describe(
+    groups: TwoGroups,
+    draws: list[npt.NDArray[np.float32]],
+    inflation: float,
+    counted: tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]] | None,
+) -> dict[str, npt.NDArray[Any]]:
     """What can be said of every latent, tested or not."""
     blocks = []
     for first in range(0, groups.values.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
-        values = groups.values[:, some].astype(np.float64)
-        found = intervals(
-            values, [draw[:, some].astype(np.float64) for draw in draws], groups.is_a, inflation=inflation
-        )
+        values, *drawn = (each[:, some].astype(np.float64) for each in (groups.values, *draws))
+        before = None
+        if counted is not None:
+            whole, *of_draws = (each[:, some].astype(np.float64) for each in (counted[0], *counted[1]))
+            before = whole, of_draws
+        found = intervals(values, drawn, groups.is_a, inflation=inflation, counted=before)
         # rounding gives equal values a tiny variance, over which anything would be an enormous effect
         equal = np.ones(values.shape[1], bool)
         for members in (groups.is_a, ~groups.is_a):
@@ -877,6 +890,16 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
         f", or --permutations {n_permutations}, which lets one do" if one_would_do else ""
     )
     return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
+
+
+def _support_warnings(is_rare: Bools) -> list[str]:
+    """Whose intervals are left out."""
+    if not is_rare.any():
+        return []
+    return [
+        f"{int(is_rare.sum()):,} tested latents are above 0 in fewer than {SUPPORT} patients, or after thinning in "
+        f"nearly none: too few for an interval of difference and g, which is left empty"
+    ]
 
 
 def _first(table: pa.Table, rank: str, n: int) -> list[int]:

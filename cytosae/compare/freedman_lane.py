@@ -64,10 +64,11 @@ def residual_permutation_test(
         left = 1 - products[:, 1:].sum(1)
         return np.where(left > 1e-9, products[:, 0] / np.maximum(left, 1e-9), 0)
 
-    bounds = sizes(weights[None])[0] * (1 - _SLACK)
-    order = np.argsort(-bounds, kind="stable")
-    residuals, bounds = np.ascontiguousarray(residuals[:, order]), bounds[order]
-    n_as_extreme, n_max, n_from_here = np.ones((3, len(order)), np.int64)
+    observed = sizes(weights[None])[0]
+    order = np.argsort(-observed, kind="stable")
+    residuals, observed = np.ascontiguousarray(residuals[:, order]), observed[order]
+    bounds, above = observed * (1 - _SLACK), observed * (1 + _SLACK)
+    n_as_extreme, n_above, n_max, n_from_here = np.ones((4, len(order)), np.int64)
     rng = np.random.default_rng(seed)
     for done in range(0, n_permutations, _PERMUTATIONS):
         progress(done, n_permutations, "")
@@ -76,14 +77,18 @@ def residual_permutation_test(
             places[:, block] = rng.permuted(places[:, block], axis=1)
         found = sizes(weights[:, places].transpose(1, 0, 2))
         n_as_extreme += (found >= bounds).sum(0)
+        n_above += (found > above).sum(0)
         from_here = np.maximum.accumulate(found[:, ::-1], axis=1)[:, ::-1]
         n_from_here += (from_here >= bounds).sum(0)
         n_max += (from_here[:, :1] >= bounds).sum(0)
     progress(n_permutations, n_permutations, "")
     back = np.argsort(order)
-    p, p_max_t, step_down = (count / (1 + n_permutations) for count in (n_as_extreme, n_max, n_from_here))
+    p, p_mid, p_max_t, step_down = (
+        count / (1 + n_permutations) for count in (n_as_extreme, (n_as_extreme + n_above) / 2, n_max, n_from_here)
+    )
     return PermutationTest(
         p=p[back],
+        p_mid=p_mid[back],
         p_max_t=p_max_t[back],
         p_step_down=np.maximum.accumulate(step_down)[back],
         n_permutations=n_permutations,

@@ -1,10 +1,18 @@
 """95% intervals over patients of a difference of means, Hedges' g and AUC, for many columns at once.
 
-Chosen by the coverage that bench/calibration.py measures at frequencies from 30% to 0.2%: docs/benchmarks.md. A group
-in which nobody shows a rare latent has no variance of its own, and an interval by it alone is far too narrow. So:
-difference: t of Welch, its variance no smaller than that of the pooled groups. g: influence of each patient on it
-(a skewed latent's mean and spread move together), no smaller than the normal theory's variance. AUC: variance of
-DeLong with two more patients in each group, one below and one above all (Agresti and Caffo's idea), on the logit.
+Chosen by the coverage that bench/calibration.py measures at frequencies from 30% to 0.2%, with and without a
+difference: docs/benchmarks.md. A mean of a rare latent is as skewed as a count of few, and a group in which nobody
+shows it has no variance of its own. So:
+difference: each group's mean has a score interval, its variance taken to be proportional to the mean (as Wilson's for
+shares; at a mean of 0 the upper limit is that of a count of 0), and the two are put together by their squares
+(Newcombe 1998; MOVER of Zou and Donner 2008). Of adjusted values: the same from the values as counted, scaled to the
+variance that adjusting leaves, and no narrower than Welch's t with a variance no smaller than the pooled one.
+g: influence of each patient on it (a skewed latent's mean and spread move together), no narrower than normal theory's,
+nor than that of the difference over the standard deviation.
+AUC: variance of DeLong with one more patient in each group, half of it below and half above all (Agresti and Caffo's
+idea; with two, an AUC near 1 is drawn too far from it), on the logit.
+Of fewer than SUPPORT patients above 0 nothing tells how large the next value may be, and there are no limits of
+difference and g.
 """
 
 from collections.abc import Sequence
@@ -14,31 +22,53 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
+SUPPORT = 3  # patients above 0, of both groups; thinned, a third of them in the mean of the draws
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+def is_supported(values: npt.NDArray[np.floating], draws: Sequence[npt.NDArray[np.floating]]) -> Bools:
+    """(columns,): enough patients are above 0 for limits of difference and g; values as counted, not adjusted."""
+    n_drawn = np.mean([(draw > 0).sum(0) for draw in draws], 0)
+    return np.asarray(((values > 0).sum(0) >= SUPPORT) & (n_drawn >= SUPPORT / 3))
 
 
 def intervals(
-    values: Floats, draws: Sequence[Floats], is_a: npt.NDArray[np.bool_], *, inflation: float = 1.0
+    values: Floats,
+    draws: Sequence[Floats],
+    is_a: Bools,
+    *,
+    inflation: float = 1.0,
+    counted: tuple[Floats, Sequence[Floats]] | None = None,
 ) -> dict[str, Floats]:
     """Estimates and limits, (columns,) each: `difference`, `hedges_g`, `auc`, with `_low` and `_high`.
+
+    Limits of difference and g are NaN where too few patients show a column (`is_supported`); g where no draw varies.
 
     Parameters
     ----------
     values : (patients, columns); the difference is that of their means
     draws : the same from equal numbers of images: g and AUC are means over these, since both depend on the noise
     inflation : of the variance of the difference, by what was adjusted for
+    counted : values and draws before something was taken out of them; None: nothing was
     """
     n_a, n_b = int(is_a.sum()), int((~is_a).sum())
     n = n_a + n_b
+    supported = is_supported(*(counted or (values, draws)))
     difference = values[is_a].mean(0) - values[~is_a].mean(0)
     pooled = np.mean([_pooled(draw, is_a) for draw in draws], 0)
-    parts = values[is_a].var(0, ddof=1) / n_a, values[~is_a].var(0, ddof=1) / n_b
-    welch = parts[0] + parts[1]
-    spread = welch**2 / np.maximum(parts[0] ** 2 / (n_a - 1) + parts[1] ** 2 / (n_b - 1), 1e-300)
-    both = pooled * (1 / n_a + 1 / n_b)
-    freedom = np.where(both > welch * (1 + 1e-9), n - 2, np.clip(spread, min(n_a, n_b) - 1, n - 2))
-    half = student.ppf(0.975, freedom) * np.sqrt(np.maximum(welch, both) * inflation)
-    found = {"difference": difference, "difference_low": difference - half, "difference_high": difference + half}
+    plain = _plain_distance(values, is_a, pooled)
+    if counted is None:
+        skewed = _skewed_distances(values, draws, is_a, pooled)
+        down, up = (np.where(values.min(0) < 0, plain, distance) for distance in skewed)  # counts are not negative
+    else:
+        before = np.mean([_pooled(draw, is_a) for draw in counted[1]], 0)
+        left = np.sqrt(np.divide(pooled, before, out=np.ones_like(pooled), where=before > 0))
+        down, up = (np.maximum(plain, left * far) for far in _skewed_distances(*counted, is_a, before))
+    down, up = down * np.sqrt(inflation), up * np.sqrt(inflation)
+    found = {"difference": difference}
+    found["difference_low"] = np.where(supported, difference - down, np.nan)
+    found["difference_high"] = np.where(supported, difference + up, np.nan)
 
     g, influence = np.zeros(values.shape[1]), np.zeros(values.shape)
     above, below = np.zeros((n_a, values.shape[1])), np.zeros((n_b, values.shape[1]))
@@ -57,13 +87,15 @@ def intervals(
     small = 1 - 3 / (4 * (n - 2) - 1)
     normal = (1 / n_a + 1 / n_b) + g**2 / (2 * n)
     half = student.ppf(0.975, n - 2) * np.sqrt(np.maximum((influence**2).sum(0) * n / (n - 2), normal) * inflation)
-    for name, limit in (("hedges_g", g), ("hedges_g_low", g - half), ("hedges_g_high", g + half)):
-        found[name] = np.where(varies, limit * small, np.nan)
+    sd = np.sqrt(np.where(varies, pooled, np.nan))
+    found["hedges_g"] = np.where(varies, g * small, np.nan)
+    found["hedges_g_low"] = np.where(varies & supported, (g - np.fmax(half, down / sd)) * small, np.nan)
+    found["hedges_g_high"] = np.where(varies & supported, (g + np.fmax(half, up / sd)) * small, np.nan)
 
     auc = above.mean(0)
-    center = ((above.sum(0) + 1) / (n_a + 2) + (below.sum(0) + 1) / (n_b + 2)) / 2
+    center = ((above.sum(0) + 0.5) / (n_a + 1) + (below.sum(0) + 0.5) / (n_b + 1)) / 2
     variance = inflation * sum(
-        (((part - center) ** 2).sum(0) + center**2 + (1 - center) ** 2) / ((len(part) + 1) * (len(part) + 2))
+        (((part - center) ** 2).sum(0) + (center**2 + (1 - center) ** 2) / 2) / (len(part) * (len(part) + 1))
         for part in (above, below)
     )
     logit = np.log(center / (1 - center))
@@ -74,7 +106,45 @@ def intervals(
     return found
 
 
-def _pooled(values: Floats, is_a: npt.NDArray[np.bool_]) -> Floats:
+def _skewed_distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Floats) -> tuple[Floats, Floats]:
+    """(columns,) from the difference of means down and up to its limits.
+
+    A group of mean m has the limits mu of (m - mu)^2 = t^2 c mu, where c is its variance over m, divided by its size.
+    That variance is no smaller than the draws' pooled one, scaled down to m if m is smaller than the draws' mean.
+    """
+    groups = [(members, int(members.sum())) for members in (is_a, ~is_a)]
+    n = len(is_a)
+    shared = sum(
+        ((size - 1) / (n - 2) * np.mean([draw[members].mean(0) for draw in draws], 0) for members, size in groups),
+        np.zeros(values.shape[1]),
+    )
+    ratio = np.divide(pooled, shared, out=np.zeros_like(pooled), where=shared > 0)
+    lower, upper = [], []
+    for members, size in groups:
+        mean, variance = values[members].mean(0), values[members].var(0, ddof=1)
+        floor = np.minimum(ratio * mean, pooled)
+        use = np.maximum(variance, floor)
+        c = np.divide(use, mean, out=ratio.copy(), where=mean > 0) / size
+        t = student.ppf(0.975, np.where(variance > floor, size - 1, n - 2))
+        middle = t**2 * c / 2
+        half = np.sqrt(middle**2 + 2 * middle * np.maximum(mean, 0))
+        lower.append(half - middle)
+        upper.append(half + middle)
+    return np.hypot(lower[0], upper[1]), np.hypot(upper[0], lower[1])
+
+
+def _plain_distance(values: Floats, is_a: Bools, pooled: Floats) -> Floats:
+    """(columns,) half an interval by Welch's t, or by the pooled variance where that is larger."""
+    size_a, size_b = int(is_a.sum()), int((~is_a).sum())
+    n, of_a, of_b = len(is_a), values[is_a].var(0, ddof=1) / size_a, values[~is_a].var(0, ddof=1) / size_b
+    welch = of_a + of_b
+    spread = welch**2 / np.maximum(of_a**2 / (size_a - 1) + of_b**2 / (size_b - 1), 1e-300)
+    both = pooled * (1 / size_a + 1 / size_b)
+    freedom = np.where(both > welch * (1 + 1e-9), n - 2, np.clip(spread, min(size_a, size_b) - 1, n - 2))
+    return np.asarray(student.ppf(0.975, freedom) * np.sqrt(np.maximum(welch, both)), np.float64)
+
+
+def _pooled(values: Floats, is_a: Bools) -> Floats:
     """Variance within groups (n - 2)."""
     squares = sum((((values[some] - values[some].mean(0)) ** 2).sum(0) for some in (is_a, ~is_a)), np.zeros(1))
     return np.asarray(squares / (len(is_a) - 2), np.float64)

@@ -39,7 +39,7 @@ _PIECE = 1 << 11  # of them, at least, that a thread counts at once
 _COLUMNS = 1 << 11  # that are put in steps at once
 _LANES = 64  # columns of a table of sums
 _BYTES = 8  # of a split that are looked up together
-_MOST_P = 0.9  # of one draw, when the draws' p are combined
+_ORDER = -0.8  # of the generalised mean by which the draws' p are combined
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class PermutationTest:
     """What came of it."""
 
     p: npt.NDArray[np.float64]  # (columns,), two-sided
+    p_mid: npt.NDArray[np.float64]  # (columns,): the same, but of other splits that tie with the observed a half counts
     p_max_t: npt.NDArray[np.float64]  # (columns,), adjusted for all columns
     p_step_down: npt.NDArray[np.float64]  # (columns,), adjusted step by step: never above p_max_t
     n_permutations: int  # that were looked at: those asked for, or all splits
@@ -93,12 +94,15 @@ def permutation_test(
     total = n_splits if is_exact else n_permutations
     steps, slack = _to_steps(values, blocks)
     bounds = np.abs(steps[:, : len(is_a)][:, is_a].sum(1, dtype=np.int64))
+    above = bounds.copy()  # of equal sums none reaches it
+    above[:n_columns] += slack + 1
     bounds[:n_columns] -= slack
     order = np.concatenate([np.argsort(-bounds[:n_columns], kind="stable"), np.arange(n_columns, len(steps))])
-    bounds[n_columns:] = np.iinfo(np.int32).max  # that no column of the padding reaches
-    steps, bounds = steps[order], bounds[order].astype(np.int32)
+    most = np.iinfo(np.int32).max
+    bounds[n_columns:] = above[n_columns:] = most  # that no column of the padding reaches
+    steps, bounds, above = steps[order], bounds[order].astype(np.int32), np.minimum(above[order], most).astype(np.int32)
 
-    n_as_extreme, n_max, n_from_here = np.zeros((3, len(steps)), np.int64)
+    n_as_extreme, n_above, n_max, n_from_here = np.zeros((4, len(steps)), np.int64)
     n_threads = n_cores()
     n_done = 0
     progress(0, total, "")
@@ -107,8 +111,11 @@ def permutation_test(
             codes = _to_bytes(masks)
             size = max(_PIECE, -(-len(codes) // n_threads))
             pieces = [codes[first : first + size] for first in range(0, len(codes), size)]
-            for alone, from_here, largest in threads.map(lambda some: _count(steps, some, bounds), pieces):
+            for alone, beyond, from_here, largest in threads.map(
+                lambda some: _count(steps, some, bounds, above), pieces
+            ):
                 n_as_extreme += alone
+                n_above += beyond
                 n_from_here += from_here
                 n_max += len(largest) - np.searchsorted(np.sort(largest), bounds)
             n_done += len(codes)
@@ -117,40 +124,48 @@ def permutation_test(
     drawn = 0 if is_exact else 1  # the observed split counts as one of the permutations
     has_mirror = all(2 * n == len(block) for block, n in zip(blocks, n_of_a, strict=True))
     n_at_least = 2 if is_exact and has_mirror else 1  # groups of one size: every split has its mirror
+    floor = n_at_least / (drawn + total)
     back = np.argsort(order[:n_columns])
-    p, p_max_t, step_down = (
-        ((drawn + count[:n_columns]) / (drawn + total)) for count in (n_as_extreme, n_max, n_from_here)
+    with_half = (drawn + n_as_extreme + n_above + 1) / 2  # of those that tie, but for the observed split
+    p, p_mid, p_max_t, step_down = (
+        count[:n_columns] / (drawn + total)
+        for count in (drawn + n_as_extreme, with_half, drawn + n_max, drawn + n_from_here)
     )
     return PermutationTest(
         p=p[back],
+        p_mid=np.maximum(p_mid, floor)[back],
         p_max_t=p_max_t[back],
         p_step_down=np.maximum.accumulate(step_down)[back],
         n_permutations=total,
         is_exact=is_exact,
-        floor=n_at_least / (drawn + total),
+        floor=floor,
     )
 
 
 def combine_draws(tests: Sequence[PermutationTest]) -> PermutationTest:
-    """One p from those of several draws of the same units, by the bounded Cauchy combination (Liu and Xie 2020).
+    """One p from those of several draws of the same units: their generalised mean of order -0.8 (Vovk and Wang 2020).
 
     A mean of the draws' *values* would bring back what drawing removed: units with more to draw from would have less
-    noise. Each draw's own p is exact, so it is p-values that are combined: the mean of tan(pi (1/2 - p)), put back.
-    Draws that agree leave p as it is, and whatever their dependence, the tail of a Cauchy variable stays nearly the
-    same. A draw's p above 0.9 counts as 0.9, so that none (such as p = 1 of a column that is silent in it) can undo
-    all the others. The rejected means of p are in docs/compare.md, the calibration in docs/benchmarks.md.
+    noise. Each draw's own p holds, so it is p-values that are combined, and draws that agree leave p as it is. The
+    arithmetic mean is too careful, since draws of rare columns are often silent; the harmonic mean, and the mean of
+    Cauchy variables, are a little too bold. The order was chosen between by simulation (docs/benchmarks.md).
+
+    Of ties a half counts in each draw (Lancaster's mid-p): as ties fall otherwise in other draws, that is close to
+    breaking them at random. The adjusted p count all ties, as p of a single draw does.
     """
     if len(tests) == 1:
         return tests[0]
 
     def combined(ps: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
         stacked = np.stack(ps)
-        mean = np.tan(np.pi * (0.5 - np.minimum(stacked, _MOST_P))).mean(0)
-        return np.where((stacked == stacked[0]).all(0), stacked[0], 0.5 - np.arctan(mean) / np.pi)
+        return np.where((stacked == stacked[0]).all(0), stacked[0], (stacked**_ORDER).mean(0) ** (1 / _ORDER))
 
+    agree = (np.stack([test.p for test in tests]) == tests[0].p).all(0)
+    p_mid = combined([test.p_mid for test in tests])
     return replace(
         tests[0],
-        p=combined([test.p for test in tests]),
+        p=np.where(agree, tests[0].p, p_mid),
+        p_mid=p_mid,
         p_max_t=combined([test.p_max_t for test in tests]),
         p_step_down=combined([test.p_step_down for test in tests]),
     )
@@ -228,8 +243,8 @@ def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to type
-    """Per column, how many splits reach its bound, and how many do so in this column or a later one; the largest |sum|.
+def _count(steps, codes, bounds, above):  # type: ignore[no-untyped-def]  # numba's to type
+    """Per column, how many splits reach its bounds, and how many do so here or in a later column; the largest |sum|.
 
     Bounds fall from column to column but for the padding, and columns are taken from the last one on, so that the
     largest |sum| so far is that of the later ones. Once it reaches the largest bound of a table, it does all of them.
@@ -237,9 +252,9 @@ def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to 
     """
     n_bytes = codes.shape[1]
     largest = np.zeros(len(codes), np.int32)
-    n_alone, n_from_here = np.zeros((2, len(steps)), np.int64)
+    n_alone, n_above, n_from_here = np.zeros((3, len(steps)), np.int64)
     table = np.empty((n_bytes, 256, _LANES), np.int32)
-    unit, total, counts, later = np.empty((4, _LANES), np.int32)
+    unit, total, counts, beyond, later = np.empty((5, _LANES), np.int32)
     for group in range(len(steps) // _LANES - 1, -1, -1):
         first = group * _LANES
         for byte in range(n_bytes):
@@ -250,8 +265,9 @@ def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to 
                 for lower in range(1 << bit):
                     for lane in range(_LANES):
                         table[byte, (1 << bit) | lower, lane] = table[byte, lower, lane] + unit[lane]
-        reached = bounds[first : first + _LANES]
+        reached, passed = bounds[first : first + _LANES], above[first : first + _LANES]
         counts[:] = 0
+        beyond[:] = 0
         later[:] = 0
         n_all = 0
         for split in range(len(codes)):
@@ -269,6 +285,7 @@ def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to 
                 size = np.int32(abs(total[lane]))
                 total[lane] = size
                 counts[lane] += np.int32(size >= reached[lane])
+                beyond[lane] += np.int32(size >= passed[lane])
                 most = max(most, size)
             running = largest[split]
             if running >= reached[0]:
@@ -279,5 +296,6 @@ def _count(steps, codes, bounds):  # type: ignore[no-untyped-def]  # numba's to 
                     later[lane] += np.int32(running >= reached[lane])
             largest[split] = max(most, largest[split])
         n_alone[first : first + _LANES] = counts
+        n_above[first : first + _LANES] = beyond
         n_from_here[first : first + _LANES] = later + n_all
-    return n_alone, n_from_here, largest
+    return n_alone, n_above, n_from_here, largest

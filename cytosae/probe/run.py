@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
+from stores.version import missing_package
 
 from . import baselines
 from .baselines import MilConfig
@@ -174,6 +176,8 @@ def write_probe(
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
     config = config if has_mil else replace(config, mil=None)
+    if has_mil and find_spec("torch") is None:  # before the work, not in its middle
+        raise BadInput(f"{missing_package('torch', 'the attention-MIL head')}, or leave it out: --no-mil")
     with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
         repeats, shuffles = _run_all(units, rule, config, null, workers, progress)
         methods = _barcode_methods(repeats, config.thresholds)
