@@ -309,7 +309,7 @@ def test_messages_of_the_troubleshooting_page_are_real() -> None:
     """Each quoted message is printed by the code: its words are in one text of the source, in this order."""
     texts: list[str] = []
     modules = [path for name in ("stores", "cytocache", "cytosae") for path in (ROOT / name).rglob("*.py")]
-    for path in (ROOT / "cli.py", *modules):
+    for path in (ROOT / "cli.py", ROOT / "cyto_start.py", *modules):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 texts.append(
