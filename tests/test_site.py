@@ -29,6 +29,12 @@ def test_site_builds(tmp_path: Path) -> None:
     assert "<table>" in pages["howto/paper.html"]
     assert not [*tmp_path.rglob("make_*.py"), *tmp_path.rglob("docstring_style.py")]
     assert "#stores.SpecMismatch" in pages["api/barcodes.html"]  # types are links
+    for name, text in pages.items():
+        assert not name.startswith("api/") or not re.search(r"^\s*-{5,}$", text, re.MULTILINE), f"{name}: a raw section"
+    of_tau = (
+        pages["api/barcodes.html"].split('id="cytosae.BarcodeConfig.tau"')[1].split('id="cytosae.BarcodeConfig.')[0]
+    )
+    assert "<p>" in of_tau, "the comment behind a field of a dataclass is not shown"
 
 
 @pytest.mark.docs
