@@ -40,9 +40,8 @@ test-slow: install # heavy groups, on request
 bench: install # docs/benchmarks.md says what each line means
 	$(BIN)/python bench/run_all.py
 
-docs: install # the pages that are made from --help texts, docstrings and the notebook
+docs: install # the pages that are made from --help texts and the notebook
 	$(BIN)/python docs/make_cli_reference.py
-	$(BIN)/python docs/make_api_reference.py
 	$(BIN)/python docs/make_notebook_page.py
 
 site: install # docs/ as HTML in site/; a link that leads nowhere is an error

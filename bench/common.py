@@ -31,7 +31,7 @@ from stores.machine import n_cores
 
 PROJECT = Path(__file__).resolve().parents[1]
 RELEASED = PROJECT.parent / "shared" / "data" / "released_mll23" / "feature_data.npz"
-DISTINCT_PER_IMAGE = 1_853  # latents that fire anywhere in an average image of the released SAE (REFERENCE.md 8)
+DISTINCT_PER_IMAGE = 1_853  # latents active in an average image of the released SAE (docs/reference/paper.md 8)
 N_LATENTS = 49_152
 WIDTH = 768
 TOKENS_PER_IMAGE = 257

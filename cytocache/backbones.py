@@ -1,7 +1,7 @@
 """The vision transformers: which there are, how their weights are loaded, and what comes out of a block.
 
 A DinoBloom checkpoint is a published file of somebody else: nothing in it is executed (weights_file.py), and it is
-loaded strictly, so nothing is missing or left over (REFERENCE.md section 3).
+loaded strictly, so nothing is missing or left over (docs/reference/paper.md 3).
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """From a picture to the backbone's input: the released preprocessing, written into every cache.
 
 RGB (alpha dropped), resize to exactly `size` x `size` whatever the aspect ratio, bilinear with antialiasing as Pillow
-does it, [0, 1], ImageNet mean and standard deviation (REFERENCE.md section 3).
+does it, [0, 1], ImageNet mean and standard deviation (docs/reference/paper.md 3).
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,13 @@ import click
 
 from cli import cli
 
-_HEAD = "# Command line\n\nMade by `make docs` from the `--help` texts; a test checks that it is fresh.\n"
+_HEAD = """# Command line
+
+Every command with its options, as `--help` prints them. Made by `make docs`; a test checks that it is fresh.
+"""
+_TAIL = (
+    "\nNext: the [Quickstart](quickstart.md), which has the commands in use; [Troubleshooting](troubleshooting.md).\n"
+)
 
 
 def cli_reference() -> str:
@@ -17,7 +23,7 @@ def cli_reference() -> str:
         settings = {**cli.context_settings, "max_content_width": 100, "terminal_width": 100}
         with click.Context(command, info_name=name, **settings) as context:
             parts.append(f"\n## {name}\n\n```text\n{command.get_help(context)}\n```\n")
-    return "".join(parts)
+    return "".join([*parts, _TAIL])
 
 
 def _commands(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:

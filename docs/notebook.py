@@ -5,7 +5,7 @@
 # so that it runs anywhere in half a minute and downloads nothing. Open [notebook.py](notebook.py) as a notebook
 # (VS Code, PyCharm, Jupytext), or run it: `python docs/notebook.py`. It writes into a new folder where it is started.
 #
-# What each call takes and returns: [Python API](api.md). The same as commands: [Tutorial](tutorial.md).
+# What each call takes and returns: [Python API](api/index.md). The same as commands: [Tutorial](tutorial.md).
 
 # %%
 from pathlib import Path

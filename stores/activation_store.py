@@ -62,7 +62,7 @@ class ActivationSpec:
 
     @property
     def same_tokens(self) -> dict[str, Any]:
-        """The part that must be equal for an SAE trained on one cache to fit another (DESIGN.md section 4)."""
+        """The part that must be equal for an SAE trained on one cache to fit another (docs/reference/design.md 4)."""
         return {name: getattr(self, name) for name in SAME_TOKENS}
 
     @property

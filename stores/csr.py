@@ -1,9 +1,10 @@
 """Sparse rows in Zarr, in AnnData's `csr_matrix` 0.1.0 layout: append, commit, read a range of rows.
 
 What makes rows visible is written last: data and indices, then indptr, then the attribute `shape`. Rows have
-strictly increasing indices and no explicit zeros, so a lost or damaged chunk shows when rows are read (STORAGE.md,
-recipe R5). A missing chunk reads as its fill value, which no valid row contains; only in indices, where the fill is
-column 0 (scipy does not survive one out of range), it could pass in rows of one entry: there the files are looked for.
+strictly increasing indices and no explicit zeros, so a lost or damaged chunk shows when rows are read
+(docs/reference/storage.md 2.2). A missing chunk reads as its fill value, which no valid row contains; only in indices,
+where the fill is column 0 (scipy does not survive one out of range), it could pass in rows of one entry: there the
+files are looked for.
 """
 
 import os
@@ -460,7 +461,7 @@ def _create(path: Path, indices: str) -> dict[str, zarr.Array[Any]]:
 def _codecs(name: str) -> list[Any]:
     if name != "data":
         return [ZstdCodec(level=0, checksum=True)]
-    # bitshuffle removes the bit planes that rounding has emptied (STORAGE.md 1.3)
+    # bitshuffle removes the bit planes that rounding has emptied (docs/reference/storage.md 1.3)
     return [BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()]
 
 

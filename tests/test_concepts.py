@@ -264,7 +264,7 @@ def test_agreement_by_hand_and_against_all_shuffles() -> None:
 
 @pytest.mark.skipif(not RELEASED.exists(), reason="the released MLL23 statistics are not on this machine")
 def test_released_statistics() -> None:
-    """REFERENCE.md, section 8: entropies to 1e-4, latents above each threshold, the noisy ones."""
+    """docs/reference/paper.md 8: entropies to 1e-4, latents above each threshold, the noisy ones."""
     with np.load(RELEASED) as released:
         values, labels, mean = released["top_values"], released["top_label_indices"], released["mean_activation"]
         entropy, frequency = released["top_entropy"], released["frequency"]

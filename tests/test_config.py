@@ -17,7 +17,7 @@ def _toml(folder: Path, text: str) -> Path:
 
 
 def test_the_default_is_the_released_loss_on_shuffled_tokens() -> None:
-    """DESIGN.md section 4: released form, token-level median, scalar ghost; REFERENCE.md 4.1: the released numbers."""
+    """docs/reference/design.md 4: released loss, token median, scalar ghost; paper.md 4.1: the released numbers."""
     config = make_config()
     assert config == TrainConfig()
     assert (config.loss, config.dead_latents, config.ghost_scale) == ("normed", "ghost", "scalar")

@@ -1,5 +1,6 @@
 """The docs run, the reference is fresh, links lead somewhere, and what the README says is what the program does."""
 
+import ast
 import dataclasses
 import importlib
 import json
@@ -239,7 +240,6 @@ def test_readme_transcript(tmp_path: Path) -> None:
     ("page", "maker"),
     [
         ("cli.md", "make_cli_reference.cli_reference"),
-        ("api.md", "make_api_reference.api_reference"),
         ("notebook.md", "make_notebook_page.notebook_page"),
     ],
 )
@@ -251,6 +251,78 @@ def test_made_pages_are_fresh(page: str, maker: str) -> None:
     finally:
         sys.path.pop(0)
     assert (ROOT / "docs" / page).read_text() == made, "run: make docs"
+
+
+def test_api_pages_have_all_that_is_public() -> None:
+    """Each name of the three doors, and each class of ours that such a function returns, has its entry."""
+    griffe = pytest.importorskip("griffe", reason="needs the extra [docs]")
+    entries = [
+        name
+        for page in sorted((ROOT / "docs" / "api").glob("*.md"))
+        for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    ]
+    assert len(entries) == len(set(entries))
+    loader = griffe.GriffeLoader(search_paths=[ROOT])
+    doors = {package: loader.load(package) for package in ("stores", "cytocache", "cytosae")}
+    has_entry = {loader.modules_collection[name].canonical_path for name in entries}
+    for package, door in doors.items():
+        for line in (ROOT / package / "__init__.pyi").read_text().splitlines():
+            name = line.rpartition(" as ")[2]
+            found = door[name]
+            if found.is_module and name in found.members:  # a room with the name of its function: cytosae.compare
+                found = found[name]
+            assert found.canonical_path in has_entry, f"add `::: {package}.{name}` to a page of docs/api"
+            for part in found.returns if found.is_function and found.returns is not None else ():
+                path = getattr(part, "canonical_path", "")
+                if path.startswith(tuple(doors)) and loader.modules_collection[path].is_class:
+                    path = loader.modules_collection[path].canonical_path
+                    assert path in has_entry, f"{package}.{name} returns {path}: add it to a page of docs/api"
+
+
+def test_every_page_says_what_to_read_next_and_has_short_lines() -> None:
+    """The last line begins with "Next:"; a line of prose has at most 300 letters. Made pages and the log apart."""
+    for page in (ROOT / "docs").rglob("*.md"):
+        lines = page.read_text().rstrip().splitlines()
+        if page.name in ("cli.md", "log.md", "notebook.md", "package-index.md", "template.md"):
+            continue
+        if re.match(r"\d{4}-", page.name):  # a record of a decision has a form of its own
+            continue
+        assert lines[-1].startswith("Next: "), page.name
+        assert re.match(r"\n\w", "\n".join(lines[1:3])), f"{page.name} does not begin with what it is for"
+        long = [line for line in lines if len(line) > 300 and not line.startswith("|")]
+        assert not long, f"{page.name}: {long[0][:80]}"
+
+
+def test_citations_of_the_reference_lead_to_a_heading() -> None:
+    """`docs/reference/paper.md 4.2` in code: the page has a heading of this number."""
+    pages = {page.name: page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md")}
+    n_found = 0
+    for folder in ("stores", "cytocache", "cytosae", "tests", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for page, number in re.findall(r"docs/reference/(\w+\.md) (\d+(?:\.\d+)?)", path.read_text()):
+                n_found += 1
+                assert re.search(rf"^#+ {re.escape(number)}\.? ", pages[page], re.MULTILINE), f"{path}: {page} {number}"
+    assert n_found > 15
+
+
+def test_messages_of_the_troubleshooting_page_are_real() -> None:
+    """Each quoted message is printed by the code: its words are in one text of the source, in this order."""
+    texts: list[str] = []
+    modules = [path for name in ("stores", "cytocache", "cytosae") for path in (ROOT / name).rglob("*.py")]
+    for path in (ROOT / "cli.py", ROOT / "cyto_start.py", *modules):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) > 35
+    for message in messages:
+        words = ".*".join(re.escape(piece.strip()) for piece in message.split("…"))
+        assert any(re.search(words, text, re.DOTALL) for text in texts), message
 
 
 def commands(script: str) -> Iterator[list[str]]:

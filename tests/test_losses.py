@@ -22,7 +22,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {  # the twin's name -> our two settings
 WORK = {"dense": 0.0, "sparse": 2.0, "either": 0.5}  # density below which work is sparse; half of ours are active
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 L1 = 1e-2
-EQUAL = 1e-5  # max|difference| / max|reference|, per tensor (DESIGN.md, section 6)
+EQUAL = 1e-5  # max|difference| / max|reference|, per tensor (docs/reference/design.md 6)
 
 
 @dataclass
@@ -162,7 +162,7 @@ def test_all_latents_alive_or_no_dead_set_is_the_same_loss_without_ghost(objecti
 
 @pytest.mark.parametrize("objective", ["default", "paper"])
 def test_the_scalar_ghost_moves_dead_latents_and_b_dec_only(objective: str) -> None:
-    """Its value is that of the squared error; no live row, column or bias feels it (REFERENCE.md 4.2, ii)."""
+    """Its value is that of the squared error; no live row, column or bias feels it (docs/reference/paper.md 4.2, 2)."""
     problem = make_problem(2)
     losses = problem.ours(objective)
     with_ghost, live = problem.gradients(), ~problem.dead

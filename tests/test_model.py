@@ -36,7 +36,7 @@ def _params(model: SparseAutoencoder) -> Params:
 
 
 def test_weights_start_as_released() -> None:
-    """REFERENCE.md 4.2: U(+-sqrt(6 / n_latents)) for the encoder, decoder rows of norm 1, not tied, biases 0."""
+    """docs/reference/paper.md 4.2: U(+-sqrt(6 / n_latents)) in W_enc, decoder rows of norm 1, untied, biases 0."""
     model = _started(0, width=48, n_latents=480)
     bound = math.sqrt(6 / 480)
     assert 0.99 * bound < model.W_enc.abs().max() <= bound

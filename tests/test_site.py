@@ -20,14 +20,21 @@ def test_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
-    assert {"index.html", "tutorial.html", "howto/paper.html", "api.html", "notebook.html"} <= set(pages)
+    assert {"index.html", "tutorial.html", "howto/paper.html", "api/index.html", "notebook.html"} <= set(pages)
     for name, text in pages.items():
         loaded = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"', text)
         assert not loaded, f"{name} loads {loaded}"
         bare = re.findall(r"<p>(?:(?!</p>).)*?\n(?:- |\||```).*", text, re.DOTALL)
         assert not bare, f"{name}: needs an empty line before a list, a table or a block: {bare[0][:200]}"
     assert "<table>" in pages["howto/paper.html"]
-    assert not [*tmp_path.rglob("make_*.py")]
+    assert not [*tmp_path.rglob("make_*.py"), *tmp_path.rglob("docstring_style.py")]
+    assert "#stores.SpecMismatch" in pages["api/barcodes.html"]  # types are links
+    for name, text in pages.items():
+        assert not name.startswith("api/") or not re.search(r"^\s*-{5,}$", text, re.MULTILINE), f"{name}: a raw section"
+    of_tau = (
+        pages["api/barcodes.html"].split('id="cytosae.BarcodeConfig.tau"')[1].split('id="cytosae.BarcodeConfig.')[0]
+    )
+    assert "<p>" in of_tau, "the comment behind a field of a dataclass is not shown"
 
 
 @pytest.mark.docs

@@ -447,7 +447,7 @@ def test_presets_budgets_and_the_seed_of_the_order(tmp_path: Path) -> None:
 
 
 def test_the_grid_in_the_docs_is_the_papers_ablation(tmp_path: Path) -> None:
-    """REFERENCE.md 1.3: everything around the chosen values, three seeds each."""
+    """docs/reference/paper.md 1.3: everything around the chosen values, three seeds each."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     text = re.search(r"^```toml\n(\[base\].*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert text is not None

@@ -73,7 +73,7 @@ class BarcodeConfig:
 
     tau: float | tuple[float, ...] = 0.2  # a latent is active at a token if its stored float32 value is greater
     token_set: str = "all"
-    normalize: str = "images"  # "cytosae-release": divide by n_latents, as released (REFERENCE.md, quirk 19)
+    normalize: str = "images"  # "cytosae-release": divide by n_latents, as released (docs/reference/paper.md 5, 19)
     block_images: int | None = None  # None: as memory allows
 
     def __post_init__(self) -> None:

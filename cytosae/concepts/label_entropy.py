@@ -21,7 +21,7 @@ _EQUAL = 1e-9  # nats: sums in another order differ in the last bits
 
 
 def label_entropy(top_values: npt.ArrayLike, top_labels: npt.ArrayLike, *, min_support: int = 1) -> Floats:
-    """Activation-weighted entropy of the labels of each latent's top images, in nats (REFERENCE.md, section 6).
+    """Activation-weighted entropy of the labels of each latent's top images, in nats (docs/reference/paper.md 6).
 
         p_l = (sum of the values with label l) / (sum of all values),    H = - sum_l p_l ln p_l
 

@@ -4,9 +4,9 @@
     n[s]    = number of readable images with A[i, s] > 0           n / readable images: frequency
     mean activation = sum_i A[i, s] / n[s]                         over the images in which the latent is active
 
-and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; REFERENCE.md, section 6). Blocks of
-images are counted as for barcodes. Their sums are then added up in pieces that follow from the data alone, so blocks,
-workers and memory change no bit. No torch here.
+and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; docs/reference/paper.md 6). Blocks
+of images are counted as for barcodes. Their sums are then added up in pieces that follow from the data alone, so
+blocks, workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ from .units import BY_LOT, LEVELS, UnitConfig, Units, Where, read_units
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the paper
+REGULARIZATIONS = {  # docs/reference/paper.md 7: readings of one sentence of the paper
     "latents": "M c / 100, M features (latents) and c classes: DinoBloom's code",
     "backbone": "W c / 100, W the backbone's width: DinoBloom's code on its own features",
     "samples": "n c / 100, n training rows: the paper's words, as C",

@@ -1,4 +1,4 @@
-"""The settings of a training run, their defaults, and the presets (REFERENCE.md sections 4 and 5)."""
+"""The settings of a training run, their defaults, and the presets (docs/reference/paper.md 4, 5)."""
 
 import dataclasses
 import math

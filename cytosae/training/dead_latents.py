@@ -1,6 +1,6 @@
 """Treatment of dead latents: ghost gradients, an auxiliary reconstruction (auxk), or new weights (resample).
 
-ghost (released; REFERENCE.md 4.2), with r = x - x_hat and K the dead latents:
+ghost (released; docs/reference/paper.md 4.2), with r = x - x_hat and K the dead latents:
     g = exp(p[:, K]) W_dec[K],  a = ||r|| / (1e-6 + 2 ||g||),  G = w_r (a g - r)^2;  r, a and w_r detached
     loss = mean(c G),  c = M / (G + 1e-6) element by element (released), or mean(M) / (mean(G) + 1e-6); detached
     w_r = 1 / ||r|| (loss "normed"), D ("eq1") or 1 ("mse")
