@@ -186,7 +186,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def replace_everywhere(patch: pytest.MonkeyPatch, before: Any, after: Any) -> None:
     """A function of ours, in every module that has it."""
-    for module in [each for name, each in sys.modules.items() if name.startswith(("stores", "cyto"))]:
+    for module in [each for name, each in sys.modules.items() if name.startswith(("stores", "cyto", "cli"))]:
         for name, value in list(vars(module).items()):
             if value is before:
                 patch.setattr(module, name, after)

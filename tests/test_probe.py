@@ -36,7 +36,6 @@ from sklearn.metrics import (
 from threadpoolctl import threadpool_limits
 
 from cli import cli
-from cytosae import probe
 from cytosae.probe import (
     MilConfig,
     Plan,
@@ -50,6 +49,7 @@ from cytosae.probe import (
     threshold_grams,
     write_probe,
 )
+from cytosae.probe import run as probe
 from cytosae.probe import units as probe_units
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat

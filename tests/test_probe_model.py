@@ -30,8 +30,8 @@ from test_probe import THRESHOLDS, cohort, kept_latents, one_thread, quick, writ
 from threadpoolctl import threadpool_limits
 
 from cli import cli
-from cytosae import probe
 from cytosae.probe import ProbeConfig, UnitConfig, assign_folds, logistic_columns, write_probe
+from cytosae.probe import run as probe
 from cytosae.probe.external import apply_model
 from cytosae.probe.saved_model import read_model
 from cytosae.probe.units import Where

@@ -509,7 +509,7 @@ def test_merge(cells: Path, whole: Path, tmp_path: Path) -> None:
         patch.setattr(ActivationWriter, "finish", lambda self: None)  # killed before it
         extract(images, store, config(blocks=(0, 2)), shard=Shard(0, 2))
     with locked(store / "block0.zarr" / "finish.lock"):
-        assert_one_line(run("merge", store), "block0.zarr is being completed by another process at this moment")
+        assert_one_line(run("merge", store), "block0.zarr is being completed by another process; wait until it ends")
     for _ in range(2):  # a second time changes nothing
         result = run("merge", store)
         assert result.exit_code == 0, result.output

@@ -537,12 +537,11 @@ def test_reviews_version_1_agree_as_they_did() -> None:
     # equal in 2 of 3; by chance (2 x 1 + 1 x 2) of 9
     assert (pair["reviewers"], pair["n_items"], pair["agreement"]) == ([OKAFOR, MUELLER], 3, pytest.approx(2 / 3))
     assert pair["kappa"] == pytest.approx((2 / 3 - 4 / 9) / (1 - 4 / 9))
-    fleiss = meaningful["fleiss"]
-    assert (fleiss["n_items"], fleiss["n_left_out"], fleiss["kappa"]) == (
-        3,
-        1,
-        pytest.approx((2 / 3 - 1 / 2) / (1 / 2)),
-    )
+    # of the four items, two thirds equal in the three that both judged; shares of the verdicts over all four: 3/8, 3/8
+    # and 1/4 (latent 3, which one of them judged, counts there; Gwet 2014)
+    fleiss, by_chance = meaningful["fleiss"], 2 * (3 / 8) ** 2 + (1 / 4) ** 2
+    assert (fleiss["n_items"], fleiss["n_left_out"], fleiss["n_by_all"]) == (3, 1, 3)
+    assert fleiss["kappa"] == pytest.approx((2 / 3 - by_chance) / (1 - by_chance))
     assert [(row["reviewer"], row["cluster"], row["n_yes"], row["n"]) for row in meaningful["meaningful"]] == [
         *((OKAFOR, 0, 0, 1), (OKAFOR, 1, 1, 2), (OKAFOR, None, 1, 3)),
         *((MUELLER, 0, 0, 2), (MUELLER, 1, 2, 2), (MUELLER, None, 2, 4)),

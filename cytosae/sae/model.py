@@ -112,7 +112,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, *, threshold: float = 1e-3) -> None:
-        """Initialise in place as the released code does (docs/reference/paper.md 4.2): Kaiming-uniform, biases 0, rows of norm 1.
+        """Initialise in place as the released code does: Kaiming-uniform, biases 0, rows of norm 1.
+
+        Source: docs/reference/paper.md 4.2.
 
         Bounds are sqrt(6 / L) for W_enc and sqrt(6 / D) for W_dec; the two matrices are drawn separately.
 

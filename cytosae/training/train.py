@@ -1,8 +1,8 @@
 """Train an SAE on cached activations.
 
 Read from top to bottom: `train` is the loop, `train_step` one step of it, in the order of the released code
-(docs/reference/paper.md 4.2); then what comes before the first step and after the last one. `cyto sae sweep` calls the same
-functions for its members.
+(docs/reference/paper.md 4.2); then what comes before the first step and after the last one. `cyto sae sweep` calls
+the same functions for its members.
 
 Everything random depends on the seed only: an interrupted and continued run equals an uninterrupted one, bit for bit,
 on the same device, versions and thread count.
