@@ -90,7 +90,7 @@ def install(folder: Path) -> Path:
     (folder / "stores").mkdir(parents=True)
     (folder / "cyto_start.py").write_bytes(Path(cyto_start.__file__).read_bytes())
     (folder / "stores" / "__init__.py").write_text("# open_door\n")
-    (folder / "cli.py").write_text("import cytosae\ndef main(): print('ours')\n")
+    (folder / "cli.py").write_text("# cytosae\ndef main(): print('ours')\n")
     return folder
 
 
