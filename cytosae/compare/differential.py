@@ -28,105 +28,25 @@ from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON
 from stores.tables import STATUS_OK, column, listed, read_table_file
 
+from .config import REST, CompareConfig, describe_left_out
 from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .figures import plot_correlation, plot_patients, plot_scatter
 from .freedman_lane import residual_group, residual_permutation_test
 from .intervals import SUPPORT, intervals, is_supported
 from .patient_values import is_uneven, plan_images, read_values
 from .permutation import PermutationTest, combine_draws, in_both_groups, permutation_test
+from .report import Comparison
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-REST = "rest"  # as B: all patients with a disease that is not A
 _COLUMNS = 1 << 12  # latents that are worked on in float64 at once
 _BOOTSTRAPS = 64  # that are worked on at once
 _METHOD = 3  # of the numbers: folders of older versions have another, and so other settings
 _NULLS = 20  # shuffles of the groups for the stability under no effect
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What to compare."""
-
-    a: str
-    b: str  # a disease, or "rest" where none has that name
-    tau: float | None = None  # needed only for barcodes at several
-    n_permutations: int = 10_000
-    seed: int = 0  # of permutations and bootstraps
-    top: int = 50  # latents of each list
-    min_patients: int = 0  # of both groups together, whose barcode exceeds 0: fewer, and a latent is not tested
-    min_mean: float = 0.0  # of a latent's barcode over the patients of both groups: less, and it is not tested
-    n_bootstraps: int = 1_000
-    images_per_patient: int | str = "auto"  # a number, "all", or "auto"
-    strata: str | None = None  # a column of the image table: patients are permuted within its values
-    adjust: tuple[str, ...] = ()  # columns of the image table: numbers or categories
-    within_label: str | None = None  # only images with this `label` count
-    standardize: str | None = None  # a column of the image table: means of its types, with fixed weights
-
-    def __post_init__(self) -> None:
-        least = {"n_permutations": 1, "seed": 0, "top": 1, "min_patients": 0, "n_bootstraps": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")
-        if not (math.isfinite(self.min_mean) and self.min_mean >= 0):
-            raise BadInput(f"min_mean must be a number of at least 0; found {self.min_mean!r}")
-        asked = str(self.images_per_patient)
-        if asked.isascii() and asked.isdecimal() and 0 < int(asked) < 1 << 31:
-            object.__setattr__(self, "images_per_patient", int(asked))
-        elif asked not in ("all", "auto"):
-            raise BadInput(f"images per patient must be a number of at least 1, all or auto; found {asked!r}")
-        if self.within_label is not None and self.standardize is not None:
-            raise BadInput("within one label there is nothing to standardize: give --within-label or --standardize")
-        if len({*self.adjust}) < len(self.adjust) or self.strata in self.adjust:
-            raise BadInput("a column stands twice in --adjust, or in --adjust and --strata; give each once")
-
-    @property
-    def is_adjusted(self) -> bool:
-        """Something else than the plain means of all images is compared."""
-        return bool(self.strata or self.adjust or self.within_label is not None or self.standardize)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A finished comparison."""
-
-    results: ResultStore
-    was_complete: bool
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What was compared, tested and found, in plain values: docs/formats.md."""
-        return dict(self.results.header.summary or {})
-
-    def top(self, n: int) -> dict[str, list[dict[str, Any]]]:
-        """The first `n` rows of each top list ("a", "b") of `differential.parquet`."""
-        rows = self.results.table("differential").to_pylist()
-        return {
-            group: sorted(
-                (row for row in rows if row[f"rank_{group}"] is not None and row[f"rank_{group}"] <= n),
-                key=lambda row: row[f"rank_{group}"],
-            )
-            for group in ("a", "b")
-        }
-
-    def supported(self, n: int) -> dict[str, list[dict[str, Any]]]:
-        """`n` rows of each side: p_max_t <= 0.05 first, then q, then p, each by rank; then the others by p."""
-        rows = self.results.table("differential").to_pylist()
-        return {
-            group: sorted(
-                (row for row in rows if row[f"rank_{group}"] is not None),
-                key=lambda row: (
-                    *(row[name] > 0.05 for name in ("p_max_t", "q", "p")),
-                    row["p"] if row["p"] > 0.05 else 0,
-                    row[f"rank_{group}"],
-                ),
-            )[:n]
-            for group in ("a", "b")
-        }
 
 
 @dataclass(frozen=True)
@@ -225,7 +145,7 @@ def compare(
     writer = begin_results(out, COMPARISON, spec, overwrite=overwrite, inputs=inputs, packages=packages)
     writer.watch(store.header)
     if writer.is_complete:
-        return Comparison(ResultStore(out, COMPARISON), was_complete=True)
+        return Comparison(out=out, results=ResultStore(out, COMPARISON), was_complete=True)
 
     table, summary = differential(prepared, config, is_tested, progress=progress)
     summary |= {
@@ -251,7 +171,7 @@ def compare(
     plot_patients(groups.values, groups.is_a, shown, titles, writer.root / "patients")
     plot_correlation(correlation, groups.diseases, groups.names, writer.root / "correlation")
     writer.finish(summary)
-    return Comparison(ResultStore(out, COMPARISON), was_complete=False)
+    return Comparison(out=out, results=ResultStore(out, COMPARISON), was_complete=False)
 
 
 # ------------------------------------------------------------------------------------------------- who and what
@@ -770,17 +690,6 @@ def stability_without_effect(
     by_rank = np.full(values.shape[1], np.nan)
     np.divide(sums, times, out=by_rank, where=times > 0)
     return by_rank
-
-
-def describe_left_out(left_out: dict[str, int], config: CompareConfig) -> str:
-    """In words: `5,000 equal in all patients, 12 above 0 in fewer than 3 patients`."""
-    words = {
-        "not_listed": "not in --latents",
-        "equal_in_all": "equal in all patients",
-        "few_patients": f"above 0 in fewer than {config.min_patients:,} patients",
-        "low_mean": f"of a mean below {config.min_mean:g}",
-    }
-    return ", ".join(f"{number:,} {words[reason]}" for reason, number in left_out.items() if number)
 
 
 def _ranks(difference: Floats) -> Floats:
