@@ -28,6 +28,7 @@ from stores.tables import listed
 from .figures import plot_test_confusion
 from .folds import FEW_GROUPS
 from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
+from .result import ProbeTest
 from .saved_model import Card, ProbeModel, check_barcodes, check_unseen, image_hashes, read_model, units_config
 from .scores import METRICS, class_scores, confusion_matrix, score
 from .units import NewUnits, UnitConfig, Where, read_test_units
@@ -81,24 +82,28 @@ def read_rows(
 
 
 def apply_model(
-    model_root: Path,
+    model: Path,
     test: Path | str,
     out: Path,
     *,
+    target: str | None = None,
+    group_by: str | None = None,
+    min_images: int | None = None,
     sae: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    **changes: Any,
-) -> tuple[dict[str, Any], bool]:
-    """Try the model that `cyto probe` saved in `model_root` on the barcodes `test`; the scores, and were they there?
+) -> ProbeTest:
+    """Try the model that a probe saved in the folder `model` on the barcodes `test`; scores into the folder `out`.
 
-    Nothing is fitted. The same numbers, to the bit, as when the probe was told to test these barcodes.
+    Nothing is fitted. The same numbers, to the bit, as when the probe itself was given these barcodes as its test.
 
     Parameters
     ----------
+    target : the column of the test with the classes; None: the model's
+    group_by : the column of the test's images whose values keep units together; "": none; None: the model's
+    min_images : patients of the test with fewer readable images are left out; None: the model's number
     sae : folder of the SAE, to know whether it was trained on images of the test
-    seed : of the draws behind intervals
-    changes : `target`, `group_by` or `min_images` of the test, where they are not those of the model
+    seed : of the bootstrap draws behind the intervals
 
     Raises
     ------
@@ -107,11 +112,15 @@ def apply_model(
     BadInput
         If the test shares an image with the training, or has no class of the model.
     """
-    probe, model, seen = read_model(model_root)
-    store, card = BarcodeStore(test), model.card
+    probe, fitted, seen = read_model(model)
+    store, card = BarcodeStore(test), fitted.card
     store.check()
+    changes = {"target": target or None, "min_images": min_images}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if group_by is not None:
+        changes["group_by"] = group_by or None
     config = units_config(card, **changes)
-    rows = read_rows(store, config, vars(card), model.latents, seen, sae=sae)
+    rows = read_rows(store, config, vars(card), fitted.latents, seen, sae=sae)
     spec = {
         "model": card.weights_sha256,
         "probe": probe.header.identity,
@@ -124,15 +133,15 @@ def apply_model(
         "seed": seed,
         "sae": None if sae is None else card.sae_sha256,
     }
-    inputs = tuple(path for path in (model_root, Path(test), sae) if path is not None)
+    inputs = tuple(path for path in (model, Path(test), sae) if path is not None)
     writer = begin_results(out, PROBE_TEST, spec, overwrite=overwrite, inputs=inputs)
     writer.watch(probe.header, store.header)
     if writer.is_complete:
-        return dict(ResultStore(out, PROBE_TEST).json("test_scores")), True
-    scores = write_test(writer, model, rows, seed=seed)
+        return ProbeTest(out=out, scores=ResultStore(out, PROBE_TEST).json("test_scores"), was_complete=True)
+    scores = write_test(writer, fitted, rows, seed=seed)
     barcode = scores["methods"]["barcode"]
     writer.finish({"n_scored": scores["n_scored"], "weighted_f1": barcode["weighted_f1"]})
-    return scores, False
+    return ProbeTest(out=out, scores=scores, was_complete=False)
 
 
 def write_test(writer: ResultWriter, model: ProbeModel, rows: Rows, *, seed: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from stores.activation_store import ActivationStore, open_caches
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import PROBE, SAE, check_choice, read_header
@@ -37,10 +38,11 @@ from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds
 from .external import Rows, kept_latents, names_in_both, read_rows, sae_warnings, write_test
 from .folds import NULLS, check_groups, choose_null, shuffle_labels
 from .report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
+from .result import ProbeResult, ProbeTest
 from .saved_model import ProbeModel, image_hashes, make_model, said_of_barcodes, write_model
 from .threshold_columns import ThresholdColumns
 from .threshold_grams import ThresholdGrams
-from .units import BY_LOT, LEVELS, UnitConfig, Units, Where, read_units
+from .units import BY_LOT, UnitConfig, Units, Where, read_units
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -51,7 +53,7 @@ REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the p
     "samples": "n c / 100, n training rows: the paper's words, as C",
     "samples-inverse": "100 / (n c): the paper's words, as a penalty",
 }
-REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations of the command, unless it is told
+REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations, unless their numbers are given
 GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
 _DENSE_BYTES = 512 << 20
 C_FACTORS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
@@ -60,13 +62,19 @@ THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """What is asked. The `target` of `units` may be "" for the level's own: disease of patients, label of images."""
+    """What is asked: which units are classified, how often folds are drawn, how strongly fits are regularised.
+
+    Raises
+    ------
+    BadInput
+        If a number is too small, thresholds or factors do not rise, or a rule has no such name.
+    """
 
     units: UnitConfig = field(default_factory=UnitConfig)
     folds: int = 5
     inner_folds: int = 3
-    repeats: int = 10
-    permutations: int = 99
+    repeats: int | None = None  # times that folds are drawn; None: 10, at level image 3
+    permutations: int | None = None  # shuffles of the labels, 0 for none; None: 99, at level image 19
     null: str = "auto"  # how labels are shuffled: folds.NULLS, or by rule
     regularization: str = "latents"
     c_factors: tuple[float, ...] = C_FACTORS  # of the rule's C: one is chosen within each training side
@@ -75,46 +83,58 @@ class ProbeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("level", self.units.level, LEVELS)
         check_choice("regularization", self.regularization, tuple(REGULARIZATIONS))
         check_choice("null", self.null, ("auto", *NULLS))
         factors = self.c_factors
         if not factors or list(factors) != sorted(set(factors)) or not all(0 < f < np.inf for f in factors):
             raise BadInput(f"factors of C must be positive, differ and rise; found {', '.join(map(str, factors))}")
+        numbers = {"folds": self.folds, "inner_folds": self.inner_folds}
+        numbers |= {"repeats": self.n_repeats, "permutations": self.n_permutations}
         for name, low in {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 0}.items():
-            if getattr(self, name) < low:
-                raise BadInput(f"{name} must be at least {low}; found {getattr(self, name)}")
+            if numbers[name] < low:
+                raise BadInput(f"{name} must be at least {low}; found {numbers[name]}")
         if not self.thresholds or not all(0 <= t < np.inf for t in self.thresholds):
             raise BadInput(f"thresholds must be numbers of at least 0; found {', '.join(map(str, self.thresholds))}")
         if list(self.thresholds) != sorted(set(self.thresholds)) or len(self.thresholds) > 100:
             raise BadInput("thresholds must differ, rise, and be at most 100")
 
+    @property
+    def n_repeats(self) -> int:
+        """`repeats`, or those of the level."""
+        return REPETITIONS[self.units.level][0] if self.repeats is None else self.repeats
 
-def write_probe(
+    @property
+    def n_permutations(self) -> int:
+        """`permutations`, or those of the level."""
+        return REPETITIONS[self.units.level][1] if self.permutations is None else self.permutations
+
+
+def probe(
     barcodes: Path | str,
     out: Path,
-    config: ProbeConfig,
+    config: ProbeConfig = ProbeConfig(),
     *,
     caches: Sequence[Path | str] = (),
     sae: Path | None = None,
     test: Path | str | None = None,
-    test_where: Where | None = None,
-    workers: int = 1,
+    test_where: Where | Sequence[str] | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
     token_progress: Progress = lambda done, total, state: None,
-) -> tuple[dict[str, Any], bool]:
-    """Probe `barcodes` into the folder `out`: folds, predictions, scores, figures, and the model fitted on all rows.
+) -> ProbeResult:
+    """Classify `barcodes` in a grouped cross-validation, into the folder `out`.
 
-    Gives the scores, under `test` those of the test, if there is one; and were they there? The numbers do not depend
-    on `workers` (threads), nor on the order of patients or images.
+    Written are folds, predictions, scores, figures, and the model that is fitted on all rows. The numbers do not depend
+    on `workers`, nor on the order of patients or images.
 
     Parameters
     ----------
     caches : activation caches of the same images, for the baselines on the backbone's tokens
     sae : folder of the SAE, to know whether it was trained on these very images
     test : barcodes of another cohort, on which the fitted model is tried once
-    test_where : or rows of `barcodes` that are kept out of all fitting, and tried once
+    test_where : or rows of `barcodes` that are kept out of all fitting, and tried once; also as `["site=Munich"]`
+    workers : threads; None: one per core
 
     Raises
     ------
@@ -127,14 +147,15 @@ def write_probe(
     """
     store = BarcodeStore(barcodes)
     store.check()
-    target = config.units.target or {"patient": "disease", "image": "label"}[config.units.level]
+    where = test_where if isinstance(test_where, Where) else Where.parse(test_where or ())
+    target = config.units.target
     tau = config.units.tau if config.units.tau is not None or len(store.taus) > 1 else store.taus[0]
-    unit_config = replace(config.units, target=target, tau=tau)
+    unit_config = replace(config.units, tau=tau)
     latents_spec = _as_list(store.header.spec["latents_spec"])
     tokens = open_caches(caches) if caches else []
-    if test is not None and test_where is not None:
+    if test is not None and where is not None:
         raise BadInput("a test is of other barcodes (--test) or of left-out rows (--test-where), not both; choose one")
-    units = read_units(store, unit_config, seed=config.seed, without=test_where)
+    units = read_units(store, unit_config, seed=config.seed, without=where)
     warnings = [*units.warnings]
     warnings += check_groups(
         units.labels,
@@ -152,10 +173,12 @@ def write_probe(
         )
     sae_headers = [] if sae is None else [read_header(sae, SAE)]
     warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
-    card, hashes, rows = _test_rows(store, units, unit_config, test, test_where, sae)
+    card, hashes, rows = _test_rows(store, units, unit_config, test, where, sae)
     spec = {
         "barcodes": store.header.identity,
         **{k: v for k, v in asdict(config).items() if k != "units"},
+        "repeats": config.n_repeats,
+        "permutations": config.n_permutations,
         **asdict(unit_config),
         "caches": [cache.content_sha256 for cache in tokens],
         "sae": None if sae is None else latents_spec[0]["sae_sha256"],
@@ -171,7 +194,7 @@ def write_probe(
     writer.watch(store.header, *(cache.header for cache in tokens), *sae_headers, *test_headers)
     if writer.is_complete:
         there = ResultStore(out, PROBE)
-        return dict(there.json("scores")) | ({} if rows is None else {"test": there.json("test_scores")}), True
+        return _result(out, there.json("scores"), None if rows is None else there.json("test_scores"), True)
     null = choose_null(units.labels, units.groups, config.null)
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
@@ -179,7 +202,7 @@ def write_probe(
     if has_mil and find_spec("torch") is None:  # before the work, not in its middle
         raise BadInput(f"{missing_package('torch', 'the attention-MIL head')}, or leave it out: --no-mil")
     with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
-        repeats, shuffles = _run_all(units, rule, config, null, workers, progress)
+        repeats, shuffles = _run_all(units, rule, config, null, workers or n_cores(), progress)
         methods = _barcode_methods(repeats, config.thresholds)
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
         model, kept = _fit_model(units, rule, config, card)
@@ -189,7 +212,7 @@ def write_probe(
         "level": unit_config.level,
         "target": target,
         "folds": config.folds,
-        "repeats": config.repeats,
+        "repeats": config.n_repeats,
         "seed": config.seed,
         "null": {"used": null, "asked": config.null, "what": NULLS[null]},
         "regularization": {
@@ -206,10 +229,18 @@ def write_probe(
     scores = scores_of(found, about, warnings)
     write_report(writer, found, scores)
     write_model(writer, model, hashes)
-    tried = {} if rows is None else {"test": write_test(writer, model, kept_latents(rows, kept), seed=config.seed)}
+    tested = None if rows is None else write_test(writer, model, kept_latents(rows, kept), seed=config.seed)
     f1 = scores["methods"][BARCODE]["weighted_f1"]
     writer.finish({"n_units": scores["n_units"], "weighted_f1": {"mean": f1["mean"], "sd": f1["sd"]}})
-    return scores | tried, False
+    return _result(out, scores, tested, False)
+
+
+write_probe = probe  # its name in earlier versions
+
+
+def _result(out: Path, scores: dict[str, Any], tested: dict[str, Any] | None, was_complete: bool) -> ProbeResult:
+    test = None if tested is None else ProbeTest(out=out, scores=tested, was_complete=was_complete)
+    return ProbeResult(out=out, scores=scores, was_complete=was_complete, test=test)
 
 
 def _test_rows(
@@ -295,11 +326,11 @@ def _run_all(
 
     shuffled = [
         shuffle_labels(units.labels, units.groups, np.random.default_rng([config.seed, 1, number]), null)
-        for number in range(config.permutations)
+        for number in range(config.n_permutations)
     ]
     repeats, shuffles = list[Repeat](), list[Shuffle]()
     with ThreadPoolExecutor(workers) as pool:
-        begun = deque(begin(pool, number, units.labels) for number in range(config.repeats))
+        begun = deque(begin(pool, number, units.labels) for number in range(config.n_repeats))
         begun.extend(begin(pool, 0, labels) for labels in shuffled)
         try:
             for number in range(len(begun)):
@@ -309,10 +340,10 @@ def _run_all(
                     found.append(fold.result())  # raises what it raised
                     progress(number * config.folds + len(found), _n_steps(config), "folds of repeats and permutations")
                 repeat = gather(division, found)
-                if number < config.repeats:
+                if number < config.n_repeats:
                     repeats.append(repeat)
                 else:
-                    labels = shuffled[number - config.repeats]
+                    labels = shuffled[number - config.n_repeats]
                     shuffles.append(keep_shuffle(repeat, labels, units.labels, n_classes))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -411,7 +442,7 @@ def _mil(
             training, seed = repeat.fold_of != fold, (config.seed, 3, number, fold)
             out[~training] = mil.fit_predict(images, rows_of, units.labels, training, n_classes, config.mil, seed=seed)
         found.append(out)
-        n_before = config.folds * (config.repeats + config.permutations)
+        n_before = config.folds * (config.n_repeats + config.n_permutations)
         progress(n_before + number + 1, _n_steps(config), "attention MIL")
     return found
 
@@ -426,8 +457,8 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
 
 def _n_steps(config: ProbeConfig) -> int:
     """For the progress."""
-    n_folds = config.folds * (config.repeats + config.permutations)
-    return 1 + n_folds + (min(config.mil.repeats or config.repeats, config.repeats) if config.mil else 0)
+    n_folds = config.folds * (config.n_repeats + config.n_permutations)
+    return 1 + n_folds + (min(config.mil.repeats or config.n_repeats, config.n_repeats) if config.mil else 0)
 
 
 def _provenance(

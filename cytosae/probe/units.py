@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cytosae.barcodes import IMAGE_COLUMNS, PATIENT_COLUMNS
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
+from stores.spec import check_choice
 from stores.tables import STATUS_OK, listed
 
 from .folds import connected_groups
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 LEVELS = ("patient", "image")
+TARGETS = {"patient": "disease", "image": "label"}  # what is predicted, unless a column is named
 BY_LOT = "images by lot (--max-images)"  # why images are left out
 _MOST_BYTES = 8 << 30  # of barcodes and sums, while they are read
 _ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
@@ -28,15 +30,25 @@ _ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
 
 @dataclass(frozen=True, kw_only=True)
 class UnitConfig:
-    """Which units, and what they are told apart by."""
+    """Which units (patients or images) are classified, and by which column.
+
+    Raises
+    ------
+    BadInput
+        If there is no such level.
+    """
 
     level: str = "patient"
-    target: str = "disease"  # a column of the patients or the images
+    target: str = ""  # a column of the patients or the images; "": disease of patients, label of images
     tau: float | None = None  # None: the only one
     classes: tuple[str, ...] = ()  # keep these only; (): all
-    group_by: str | None = None  # a column of the images: a common value keeps units together
+    group_by: str | None = None  # a column of the images: units with a common value lie on one side of every fold
     min_images: int = 1  # patients with fewer readable images are left out, and their images
     max_images: int = 1000  # of level "image": so many at random
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, LEVELS)
+        object.__setattr__(self, "target", self.target or TARGETS[self.level])
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,25 @@ class Where:
 
     column: str
     values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> "Where | None":
+        """From `COLUMN=VALUE`, once or several times, of one column; None from nothing.
+
+        Raises
+        ------
+        BadInput
+            If a text has another form, or there are two columns.
+        """
+        if not texts:
+            return None
+        pairs = [text.partition("=") for text in texts]
+        wrong = [text for text, (column, _, value) in zip(texts, pairs, strict=True) if not (column.strip() and value)]
+        columns = list(dict.fromkeys(column.strip() for column, _, _ in pairs))
+        if wrong or len(columns) > 1:
+            found = wrong[0] if wrong else " and ".join(columns)
+            raise BadInput(f"--test-where takes COLUMN=VALUE, and one column only; found {found}; e.g. site=Munich")
+        return cls(columns[0], tuple(dict.fromkeys(value.strip() for _, _, value in pairs)))
 
 
 @dataclass(frozen=True)
