@@ -217,45 +217,45 @@ def quick(**changes: Any) -> ProbeConfig:
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "n_classes", "strength"),
+    ("n", "m", "n_classes", "C"),
     [(40, 90, 3, 24.0), (40, 300, 2, 5.0), (60, 10, 3, 1.0), (30, 60, 4, 2000.0), (25, 8, 2, 1e4), (40, 30, 5, 0.1)],
 )
-def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, strength: float) -> None:
+def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, C: float) -> None:
     """Probabilities of new rows to 1e-6, against scikit-learn on all columns; separable or not."""
     rng = np.random.default_rng(n + m)
     x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
     labels = rng.integers(0, n_classes, n)
-    fit = fit_rows(x @ x.T, labels, n_classes, strength)
+    fit = fit_rows(x @ x.T, labels, n_classes, C)
     assert fit.converged
-    direct = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(x, labels)
+    direct = LogisticRegression(C=C, tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(x, labels)
     np.testing.assert_allclose(fit.probabilities(new @ x.T), direct.predict_proba(new), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "n_classes", "strength"),
+    ("n", "m", "n_classes", "C"),
     [(60, 150, 3, 24.0), (60, 300, 2, 5.0), (90, 10, 3, 1.0), (50, 90, 4, 2000.0), (60, 8, 2, 1e4)],
 )
 def test_many_rows_are_fitted_as_few_are(
-    n: int, m: int, n_classes: int, strength: float, monkeypatch: pytest.MonkeyPatch
+    n: int, m: int, n_classes: int, C: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a factor of the Gram matrix, dense and sparse columns: Newton's probabilities."""
     rng = np.random.default_rng(n + m)
     x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
     labels = rng.integers(0, n_classes, n) * 2  # classes 1, 3 ... have no row
-    exact = fit_rows(x @ x.T, labels, 2 * n_classes, strength).probabilities(new @ x.T)
+    exact = fit_rows(x @ x.T, labels, 2 * n_classes, C).probabilities(new @ x.T)
     monkeypatch.setattr(logistic_columns, "NEWTON_ROWS", 0)
     monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
-    factored = fit_gram(x @ x.T, labels, 2 * n_classes, strength)
+    factored = fit_gram(x @ x.T, labels, 2 * n_classes, C)
     assert factored.converged
     np.testing.assert_allclose(factored.probabilities(new @ x.T), exact, atol=1e-5)
     for columns in (x, csr_matrix(x)):
-        fit = fit_columns(columns, labels, 2 * n_classes, strength)
+        fit = fit_columns(columns, labels, 2 * n_classes, C)
         assert fit.converged
         np.testing.assert_allclose(fit.probabilities(new), exact, atol=1e-5)
     monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
     monkeypatch.setattr(logistic_columns, "_MOST_NEWTON_STEPS", 3)
-    assert not fit_columns(x, labels, 2 * n_classes, strength).converged
-    assert not fit_gram(x @ x.T, labels, 2 * n_classes, strength).converged
+    assert not fit_columns(x, labels, 2 * n_classes, C).converged
+    assert not fit_gram(x @ x.T, labels, 2 * n_classes, C).converged
 
 
 def test_few_weights_take_few_steps() -> None:
@@ -271,7 +271,7 @@ def test_few_weights_take_few_steps() -> None:
     assert found.n_steps < 30
     np.testing.assert_allclose(found.probabilities(x), exact, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic_columns, "cho_factor", Mock(side_effect=LinAlgError))
+        patch.setattr(logistic_columns.LogisticRegression, "fit", Mock(side_effect=LinAlgError))
         slow = fit_columns(x, labels, 3, 50.0)
     assert slow.converged
     assert slow.n_steps > 300
@@ -486,8 +486,8 @@ def slow_repeat(
         x = (values * kept_latents(sums, counts, training, threshold)[:, None]).T
         if not x[training].any():
             return np.tile(np.bincount(labels[training], minlength=plan.n_classes) / training.sum(), (tested.sum(), 1))
-        strength = factor * plan.strength(int(training.sum()))
-        model = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky")
+        C = factor * plan.C_of(int(training.sum()))
+        model = LogisticRegression(C=C, tol=1e-10, max_iter=1000, solver="newton-cholesky")
         return model.fit(x[training], labels[training]).predict_proba(x[tested])
 
     for fold in range(plan.n_folds):
@@ -511,7 +511,7 @@ def slow_repeat(
     return Repeat(fold_of, probabilities, np.array(chosen), np.array(factors), np.array(inner_folds), n_kept, 0, 0)
 
 
-PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n, c_factors=(1e-3, 0.1, 1.0))
+PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, C_of=lambda n: 0.1 * n, c_factors=(1e-3, 0.1, 1.0))
 
 
 def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thresholds:
@@ -918,7 +918,7 @@ def test_every_reading_of_the_rule(tmp_path: Path) -> None:
         "samples": 12 * 2 / 100,
         "samples-inverse": 100 / 24,
     }
-    for rule, strength in wanted.items():
+    for rule, C in wanted.items():
         config = replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
         scores = probe(folder, tmp_path / rule, config).scores
-        assert scores["regularization"]["C"] == pytest.approx(strength)
+        assert scores["regularization"]["C"] == pytest.approx(C)

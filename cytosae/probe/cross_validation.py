@@ -19,7 +19,7 @@ Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Levels = npt.NDArray[np.int8]
-Strength = Callable[[int], float]  # number of training rows -> scikit-learn's C
+RuleOfC = Callable[[int], float]  # number of training rows -> scikit-learn's C
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Plan:
     n_folds: int
     n_inner_folds: int
     n_classes: int
-    strength: Strength
+    C_of: RuleOfC
     c_factors: tuple[float, ...] = (1.0,)  # of that C, rising: one is chosen within each training side
 
 
@@ -53,15 +53,13 @@ class Thresholds(Protocol):
     def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans."""
 
-    def sweep(
-        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
-    ) -> Sweep:
+    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
         """Fit the training rows, whose `levels` are given, at every threshold, and predict the tested ones.
 
-        `strengths` (s, t) are scikit-learn's C: s fits at each of t thresholds.
+        `Cs` (s, t) as in scikit-learn: s fits at each of t thresholds.
         """
 
-    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, C: float) -> ColumnFit:
         """One fit of all rows on the latents that are `kept`, (m,) booleans; its weights are of these, in order."""
 
 
@@ -91,7 +89,7 @@ class Final:
     kept: Bools  # (m,)
     threshold: int
     c_factor: float
-    strength: float  # scikit-learn's C: the factor times the rule's
+    C: float  # scikit-learn's C: the factor times the rule's
     inner_of: Ints  # (n,) the folds that chose
 
 
@@ -148,8 +146,8 @@ def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, 
     """
     training = division.fold_of != fold
     choice = choose_inside(barcodes, labels, training, division.inner_of[fold], plan)
-    strengths = choice.c_factors * plan.strength(int(training.sum()))
-    sweep = barcodes.sweep(choice.levels, labels, training, ~training, plan.n_classes, strengths[None])
+    Cs = choice.c_factors * plan.C_of(int(training.sum()))
+    sweep = barcodes.sweep(choice.levels, labels, training, ~training, plan.n_classes, Cs[None])
     return Fold(
         sweep,
         chosen=choice.threshold,
@@ -173,8 +171,8 @@ def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of:
     sweeps = []
     for inner in range(n_inner):
         tested, side = inner_of == inner, sides[1 + inner]
-        strengths = np.tile(factors[:, None] * plan.strength(int(side.sum())), n_thresholds)
-        sweeps.append(barcodes.sweep(levels[1 + inner], labels, side, tested, plan.n_classes, strengths))
+        Cs = np.tile(factors[:, None] * plan.C_of(int(side.sum())), n_thresholds)
+        sweeps.append(barcodes.sweep(levels[1 + inner], labels, side, tested, plan.n_classes, Cs))
         predicted[:, :, tested] = sweeps[-1].probabilities.argmax(3)
     f1 = weighted_f1(labels[training], predicted[:, :, training], plan.n_classes)
     of_threshold = np.argmax(f1, axis=0)
@@ -186,9 +184,9 @@ def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: n
     inner_of = assign_folds(labels, groups, plan.n_inner_folds, rng)
     choice = choose_inside(barcodes, labels, np.ones(len(labels), bool), inner_of, plan)
     kept, factor = choice.levels > choice.threshold, float(choice.c_factors[choice.threshold])
-    strength = factor * plan.strength(len(labels))
-    fit = barcodes.fit(kept, labels, plan.n_classes, strength)
-    return Final(fit, kept, choice.threshold, factor, strength, inner_of)
+    C = factor * plan.C_of(len(labels))
+    fit = barcodes.fit(kept, labels, plan.n_classes, C)
+    return Final(fit, kept, choice.threshold, factor, C, inner_of)
 
 
 def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:

@@ -48,18 +48,18 @@ class RowFit:
         return out
 
 
-def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowFit:
+def fit_rows(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
     """Fit on n rows, given their products with each other.
 
     Parameters
     ----------
     gram : (n, n) X X^T in float64
     labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
-    strength : scikit-learn's C > 0
+    C : as in scikit-learn, > 0
     """
     present = np.unique(labels)
     one_hot = (labels[:, None] == present).astype(np.float64)
-    scale = strength if len(present) > 2 else strength / 2
+    scale = C if len(present) > 2 else C / 2
     if len(present) < 2:
         return RowFit(
             present, np.zeros_like(one_hot), np.zeros(len(present)), scale, n_classes, n_steps=0, converged=True

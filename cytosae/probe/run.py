@@ -10,6 +10,7 @@ Nothing is standardised and nothing is chosen with the rows that are predicted. 
 if it is wanted, brings it.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from stores.activation_store import ActivationStore, open_caches
@@ -34,7 +36,7 @@ from stores.version import missing_package
 
 from . import baselines
 from .baselines import MilConfig
-from .cross_validation import Division, Fold, Plan, Repeat, Strength, Thresholds, divide, fit_all, gather, run_fold
+from .cross_validation import Division, Fold, Plan, Repeat, RuleOfC, Thresholds, divide, fit_all, gather, run_fold
 from .external import Rows, kept_latents, names_in_both, read_rows, sae_warnings, write_test
 from .folds import NULLS, check_groups, choose_null, shuffle_labels
 from .report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
@@ -156,8 +158,8 @@ def probe(
     if test is not None and where is not None:
         raise BadInput("a test is of other barcodes (--test) or of left-out rows (--test-where), not both; choose one")
     units = read_units(store, unit_config, seed=config.seed, without=where)
-    warnings = [*units.warnings]
-    warnings += check_groups(
+    doubts = [*units.warnings]
+    doubts += check_groups(
         units.labels,
         units.groups,
         units.classes,
@@ -167,12 +169,12 @@ def probe(
     )
     normalize = store.header.spec["normalize"]
     if normalize != "images" and unit_config.level == "patient":
-        warnings.append(
+        doubts.append(
             f"these barcodes are normalised as {normalize}: patients with more images have larger values, so the "
             f"number of images is in every score; cyto barcode without --normalize divides by each patient's own number"
         )
     sae_headers = [] if sae is None else [read_header(sae, SAE)]
-    warnings += _provenance(store, units, unit_config, latents_spec, tokens, sae)
+    doubts += _provenance(store, units, unit_config, latents_spec, tokens, sae)
     card, hashes, rows = _test_rows(store, units, unit_config, test, where, sae)
     spec = {
         "barcodes": store.header.identity,
@@ -201,7 +203,10 @@ def probe(
     config = config if has_mil else replace(config, mil=None)
     if has_mil and find_spec("torch") is None:  # before the work, not in its middle
         raise BadInput(f"{missing_package('torch', 'the attention-MIL head')}, or leave it out: --no-mil")
-    with threadpool_limits(1, user_api="blas"):  # threads of our own; and sums in one order
+    # one BLAS thread: folds have threads of their own, and sums keep one order. Warning filters are put back at the
+    # end, since scikit-learn changes them inside threads; fits that do not converge are counted here.
+    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
         repeats, shuffles = _run_all(units, rule, config, null, workers or n_cores(), progress)
         methods = _barcode_methods(repeats, config.thresholds)
         methods += _baselines(units, repeats, config, rule, tokens, progress, token_progress)
@@ -226,7 +231,7 @@ def probe(
         },
     }
     found = Found(units, config.thresholds, repeats, shuffles, methods)
-    scores = scores_of(found, about, warnings)
+    scores = scores_of(found, about, doubts)
     write_report(writer, found, scores)
     write_model(writer, model, hashes)
     tested = None if rows is None else write_test(writer, model, kept_latents(rows, kept), seed=config.seed)
@@ -293,11 +298,11 @@ class _Rule:
     n_classes: int
     width: int
 
-    def of(self, n_features: int) -> Strength:
+    def of(self, n_features: int) -> RuleOfC:
         """scikit-learn's C, by the number of training rows."""
-        return partial(self._strength, n_features)
+        return partial(self._C, n_features)
 
-    def _strength(self, n_features: int, n_rows: int) -> float:
+    def _C(self, n_features: int, n_rows: int) -> float:
         c = self.n_classes
         return {
             "latents": n_features * c / 100,
@@ -356,7 +361,7 @@ def _plan(units: Units, rule: _Rule, config: ProbeConfig) -> Plan:
         n_folds=config.folds,
         n_inner_folds=config.inner_folds,
         n_classes=len(units.classes),
-        strength=rule.of(units.n_latents),
+        C_of=rule.of(units.n_latents),
         c_factors=config.c_factors,
     )
 
@@ -418,9 +423,9 @@ def _baselines(
         ids = [image_id for of_unit in units.image_ids for image_id in of_unit]
         rows_of = np.split(np.arange(len(ids)), np.cumsum(units.n_images)[:-1])
         images = baselines.read_image_tokens(caches, ids, progress=token_progress)
-        strength = rule.of(images.cls.shape[1])
+        C_of = rule.of(images.cls.shape[1])
         for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
-            wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, strength, config.c_factors)
+            wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, C_of, config.c_factors)
         if config.mil is not None:
             methods.append(Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))
     for name, predict in wanted.items():
@@ -471,13 +476,13 @@ def _provenance(
 ) -> list[str]:
     """Warnings on what the scores may owe to the SAE or the caches."""
     of_barcodes = {spec["cache_sha256"] for spec in latents_spec}
-    warnings = []
+    doubts = []
     if not all(spec["cache"]["trained"] for spec in latents_spec):
-        warnings.append("the backbone is UNTRAINED: the scores say nothing about its published weights")
+        doubts.append("the backbone is UNTRAINED: the scores say nothing about its published weights")
     other = [str(cache.root) for cache in caches if cache.content_sha256 not in of_barcodes]
     if other:
-        warnings.append(f"the latents were not encoded from {', '.join(other)}: the baselines are of other tokens")
-    return [*warnings, *sae_warnings(store, config.tau, units.image_ids, sae, "of the test folds")]
+        doubts.append(f"the latents were not encoded from {', '.join(other)}: the baselines are of other tokens")
+    return [*doubts, *sae_warnings(store, config.tau, units.image_ids, sae, "of the test folds")]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -105,7 +105,7 @@ def make_model(final: Final, units: Units, counts: CountFit | None, **more: Any)
         n_of_class=n_of_class.tolist(),
         n_groups=len(np.unique(units.groups)),
         n_images=int(units.n_images.sum()),
-        C=final.strength,
+        C=final.C,
         c_factor=final.c_factor,
         converged=final.fit.converged,
         n_latents=units.n_latents,

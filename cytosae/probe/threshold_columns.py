@@ -30,22 +30,20 @@ class ThresholdColumns:
         """As `ThresholdGrams.levels`."""
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(
-        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
-    ) -> Sweep:
+    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
         """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
-        probabilities = np.zeros((*strengths.shape, int(tested.sum()), n_classes))
+        probabilities = np.zeros((*Cs.shape, int(tested.sum()), n_classes))
         n_kept, fits, known = list[int](), list[ColumnFit](), dict[float, Float]()
         for t in range(self.n_thresholds):
             kept = levels[latents] > t
             if not kept.all():
                 seen, new, latents, known = seen[:, kept], new[:, kept], latents[kept], {}
-            for s, strength in enumerate(strengths[:, t].tolist()):
-                if strength not in known:
-                    fits.append(fit_columns(seen, labels[training], n_classes, strength))
-                    known[strength] = fits[-1].probabilities(new)
-                probabilities[s, t] = known[strength]
+            for s, C in enumerate(Cs[:, t].tolist()):
+                if C not in known:
+                    fits.append(fit_columns(seen, labels[training], n_classes, C))
+                    known[C] = fits[-1].probabilities(new)
+                probabilities[s, t] = known[C]
             n_kept.append(len(latents))
         return Sweep(
             probabilities,
@@ -54,6 +52,6 @@ class ThresholdColumns:
             n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
 
-    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, C: float) -> ColumnFit:
         """As `Thresholds.fit`."""
-        return fit_columns(self._values[:, np.flatnonzero(kept)], labels, n_classes, strength)
+        return fit_columns(self._values[:, np.flatnonzero(kept)], labels, n_classes, C)

@@ -53,22 +53,20 @@ class ThresholdGrams:
         """
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(
-        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
-    ) -> Sweep:
+    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
         """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         n_kept = [int((levels > t).sum()) for t in range(self.n_thresholds)]
-        probabilities, fits = np.zeros((*strengths.shape, int(tested.sum()), n_classes)), []
+        probabilities, fits = np.zeros((*Cs.shape, int(tested.sum()), n_classes)), []
         for t, gram in self._grams(levels):
             known: dict[float, Float] = {}
             if t + 1 < self.n_thresholds and n_kept[t] == n_kept[t + 1]:  # more and more latents: as many are the same
-                known = dict(zip(strengths[:, t + 1].tolist(), probabilities[:, t + 1], strict=True))
+                known = dict(zip(Cs[:, t + 1].tolist(), probabilities[:, t + 1], strict=True))
             among, across = gram[np.ix_(training, training)], gram[np.ix_(tested, training)]
-            for s, strength in enumerate(strengths[:, t].tolist()):
-                if strength not in known:
-                    fits.append(fit_gram(among, labels[training], n_classes, strength))
-                    known[strength] = fits[-1].probabilities(across)
-                probabilities[s, t] = known[strength]
+            for s, C in enumerate(Cs[:, t].tolist()):
+                if C not in known:
+                    fits.append(fit_gram(among, labels[training], n_classes, C))
+                    known[C] = fits[-1].probabilities(across)
+                probabilities[s, t] = known[C]
         return Sweep(
             probabilities,
             n_kept,
@@ -76,9 +74,9 @@ class ThresholdGrams:
             n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
 
-    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, C: float) -> ColumnFit:
         """As `Thresholds.fit`."""
-        found = fit_gram(self._gram(kept), labels, n_classes, strength)
+        found = fit_gram(self._gram(kept), labels, n_classes, C)
         weights = found.scale * (self._values[np.flatnonzero(kept)] @ found.dual)
         return ColumnFit(found.present, weights, found.intercept, n_classes, found.n_steps, found.converged)
 
