@@ -49,11 +49,9 @@ def main() -> None:
             began = time.perf_counter()
             found = run_fold(barcodes, labels, division, number % N_FOLDS, plan)
             spent.append(time.perf_counter() - began)
-            accuracy = (
-                found.sweep.probabilities[0, 0].argmax(1) == labels[division.fold_of == number % N_FOLDS]
-            ).mean()
+            accuracy = (found.fits.probabilities[0, 0].argmax(1) == labels[division.fold_of == number % N_FOLDS]).mean()
             say(f"fold {number + 1} of {options.rounds}: {spent[-1]:.2f} s, accuracy {accuracy:.3f}")
-        n_fits = len(set(found.sweep.n_kept)) * (1 + plan.n_inner_folds * len(C_FACTORS))
+        n_fits = len(set(found.fits.n_kept)) * (1 + plan.n_inner_folds * len(C_FACTORS))
         direct = [direct_fit(values, sums, counts, labels, t, C) for t in range(options.direct)]
     ours, theirs = float(np.median(spent)), float(np.median(direct)) * n_fits
     repeats, permutations = REPETITIONS[options.level]

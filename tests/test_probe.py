@@ -526,7 +526,7 @@ def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thr
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_repeat_is_its_slow_twin(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
-    monkeypatch.setattr(threshold_grams, "_BLOCK", 200)
+    monkeypatch.setattr(threshold_grams, "_CHUNK", 200)
     values, sums, counts, labels, groups = small_problem(seed)
     fast = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
     slow = slow_repeat(values, sums, counts, labels, groups, PLAN, 5)

@@ -406,11 +406,12 @@ def _adjustment(
     def adjusted(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         found = np.empty_like(values)
         for first in range(0, values.shape[1], _COLUMNS):
-            block = values[:, first : first + _COLUMNS].astype(np.float64)
-            left = block - outside @ (outside.T @ block)
-            slope = group @ block / (group @ group)
-            part = block.mean(0) + np.outer(is_a - is_a.mean(), slope) + left - np.outer(group, slope)
-            found[:, first : first + _COLUMNS] = part
+            chunk = values[:, first : first + _COLUMNS].astype(np.float64)
+            left = chunk - outside @ (outside.T @ chunk)
+            slope = group @ chunk / (group @ group)
+            found[:, first : first + _COLUMNS] = (
+                chunk.mean(0) + np.outer(is_a - is_a.mean(), slope) + left - np.outer(group, slope)
+            )
         return found
 
     return adjusted, float(1 / (group @ group) / (1 / is_a.sum() + 1 / (~is_a).sum()))
@@ -646,7 +647,7 @@ def _describe(
     counted: tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]] | None,
 ) -> dict[str, npt.NDArray[Any]]:
     """What can be said of every latent, tested or not."""
-    blocks = []
+    chunks = []
     for first in range(0, groups.values.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
         values, *drawn = (each[:, some].astype(np.float64) for each in (groups.values, *draws))
@@ -662,8 +663,8 @@ def _describe(
             equal &= high - low <= 1e-6 * np.abs(high) if inflation != 1 else high == low
         for name in ("hedges_g", "hedges_g_low", "hedges_g_high"):
             found[name][equal] = np.nan
-        blocks.append({"mean_a": values[groups.is_a].mean(0), "mean_b": values[~groups.is_a].mean(0), **found})
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        chunks.append({"mean_a": values[groups.is_a].mean(0), "mean_b": values[~groups.is_a].mean(0), **found})
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def stability_without_effect(
@@ -734,9 +735,9 @@ def bootstrap_stability(
 
 
 def _products(weights: Floats, values: npt.NDArray[np.floating]) -> Floats:
-    """weights @ values in float64, latents in blocks."""
-    blocks = range(0, values.shape[1], _COLUMNS)
-    return np.hstack([weights @ values[:, first : first + _COLUMNS].astype(np.float64) for first in blocks])
+    """weights @ values in float64, some latents at a time."""
+    starts = range(0, values.shape[1], _COLUMNS)
+    return np.hstack([weights @ values[:, first : first + _COLUMNS].astype(np.float64) for first in starts])
 
 
 def correlate(values: npt.NDArray[np.floating]) -> Floats:

@@ -130,8 +130,8 @@ def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], 
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, extend="both")
     bar.set_label("correlation of the patients' barcodes", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    blocks = [(disease, len(list(members))) for disease, members in groupby(diseases)]
-    edges = np.cumsum([0, *(length for _, length in blocks)])
+    runs = [(disease, len(list(members))) for disease, members in groupby(diseases)]
+    edges = np.cumsum([0, *(length for _, length in runs)])
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
         axes.axvline(edge - 0.5, color="white", linewidth=1.5)
@@ -139,10 +139,10 @@ def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], 
         axes.set_yticks(range(n_patients), [plain(name) for name in names], fontsize=6)
     else:
         axes.set_yticks([])
-    axes.set_xticks((edges[:-1] + edges[1:] - 1) / 2, [plain(disease) for disease, _ in blocks], fontsize=8)
+    axes.set_xticks((edges[:-1] + edges[1:] - 1) / 2, [plain(disease) for disease, _ in runs], fontsize=8)
     for number, tick in enumerate(axes.get_xticklabels()):
         tick.set_color(text_color(number))
-    axes.tick_params(axis="x", length=0, rotation=0 if len(blocks) < 4 else 20)
+    axes.tick_params(axis="x", length=0, rotation=0 if len(runs) < 4 else 20)
     save_both(figure, path)
 
 

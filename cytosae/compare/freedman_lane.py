@@ -49,7 +49,7 @@ def residual_permutation_test(
     used = in_both_groups(strata, is_a)
     values, is_a, covariates, strata = values[used], is_a[used], covariates[used], strata[used]
     group, base = residual_group(is_a, covariates, strata)
-    blocks = [np.flatnonzero(strata == name) for name in np.unique(strata)]
+    members = [np.flatnonzero(strata == name) for name in np.unique(strata)]
     residuals = _within(values.astype(np.float64), strata)
     before = np.sqrt((residuals**2).sum(0))
     residuals -= base @ (base.T @ residuals)
@@ -73,8 +73,8 @@ def residual_permutation_test(
     for done in range(0, n_permutations, _PERMUTATIONS):
         progress(done, n_permutations, "")
         places = np.tile(np.arange(len(is_a)), (min(_PERMUTATIONS, n_permutations - done), 1))
-        for block in blocks:
-            places[:, block] = rng.permuted(places[:, block], axis=1)
+        for rows in members:
+            places[:, rows] = rng.permuted(places[:, rows], axis=1)
         found = sizes(weights[:, places].transpose(1, 0, 2))
         n_as_extreme += (found >= bounds).sum(0)
         n_above += (found > above).sum(0)

@@ -156,7 +156,7 @@ def read_values(
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
     """(patients kept, latents) from all images, and from each draw (none if patients are not thinned).
 
-    Images are read once, in blocks of 256. Memory: a patients x latents matrix for each draw and one more.
+    Images are read once, 256 at a time. Memory: a patients x latents matrix for each draw and one more.
 
     Raises
     ------
@@ -178,8 +178,8 @@ def read_values(
         one = plan.weights / plan.per_type if len(plan.types) > 1 else np.ones(1)
         layers += [np.where(_drawn(plan, rng), one[plan.kind], 0) for _ in range(DRAWS)]
     sums = np.zeros((len(layers), int(plan.kept.sum()), n_latents), np.float32)
-    for block in np.unique(np.flatnonzero(used) // _ROWS):
-        first, last = int(block) * _ROWS, min((int(block) + 1) * _ROWS, n_images)
+    for first in (np.unique(np.flatnonzero(used) // _ROWS) * _ROWS).tolist():
+        last = min(first + _ROWS, n_images)
         images = np.arange(first, last)[used[first:last]]
         matrix = store.read_rows("image", images, tau)
         patients, local = np.unique(row[images], return_inverse=True)

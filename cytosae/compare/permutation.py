@@ -86,13 +86,13 @@ def permutation_test(
         if not used.any():
             raise ValueError("no stratum has members of both groups")
         values, is_a, strata = values[used], is_a[used], strata[used]
-    blocks = [np.arange(len(is_a))] if strata is None else [np.flatnonzero(strata == s) for s in np.unique(strata)]
+    members = [np.arange(len(is_a))] if strata is None else [np.flatnonzero(strata == s) for s in np.unique(strata)]
     n_columns = values.shape[1]
-    n_of_a = [int(is_a[block].sum()) for block in blocks]
-    n_splits = math.prod(math.comb(len(block), n) for block, n in zip(blocks, n_of_a, strict=True))
+    n_of_a = [int(is_a[rows].sum()) for rows in members]
+    n_splits = math.prod(math.comb(len(rows), n) for rows, n in zip(members, n_of_a, strict=True))
     is_exact = n_splits <= n_permutations
     total = n_splits if is_exact else n_permutations
-    steps, slack = _to_steps(values, blocks)
+    steps, slack = _quantise(values, members)
     bounds = np.abs(steps[:, : len(is_a)][:, is_a].sum(1, dtype=np.int64))
     above = bounds.copy()  # of equal sums none reaches it
     above[:n_columns] += slack + 1
@@ -107,7 +107,7 @@ def permutation_test(
     n_done = 0
     progress(0, total, "")
     with ThreadPoolExecutor(n_threads, thread_name_prefix="permutation") as threads:
-        for masks in _all_splits(blocks, n_of_a) if is_exact else _random_splits(is_a, blocks, total, seed):
+        for masks in _all_splits(members, n_of_a) if is_exact else _random_splits(is_a, members, total, seed):
             codes = _to_bytes(masks)
             size = max(_PIECE, -(-len(codes) // n_threads))
             pieces = [codes[first : first + size] for first in range(0, len(codes), size)]
@@ -122,7 +122,7 @@ def permutation_test(
             progress(n_done, total, "")
 
     drawn = 0 if is_exact else 1  # the observed split counts as one of the permutations
-    has_mirror = all(2 * n == len(block) for block, n in zip(blocks, n_of_a, strict=True))
+    has_mirror = all(2 * n == len(rows) for rows, n in zip(members, n_of_a, strict=True))
     n_at_least = 2 if is_exact and has_mirror else 1  # groups of one size: every split has its mirror
     floor = n_at_least / (drawn + total)
     back = np.argsort(order[:n_columns])
@@ -176,8 +176,8 @@ def in_both_groups(strata: npt.NDArray[np.int64], is_a: npt.NDArray[np.bool_]) -
     return np.isin(strata, np.intersect1d(strata[is_a], strata[~is_a]))
 
 
-def _to_steps(
-    values: npt.NDArray[np.floating], blocks: list[npt.NDArray[np.int64]]
+def _quantise(
+    values: npt.NDArray[np.floating], members: list[npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """z of each column in steps (padded columns, padded units), and up to which difference two sums are equal.
 
@@ -188,17 +188,17 @@ def _to_steps(
     steps = np.zeros((_padded(n_columns, _LANES), _padded(n_units, 8 * _BYTES)), np.int32)
     slack = np.empty(n_columns, np.int64)
     for first in range(0, n_columns, _COLUMNS):
-        block = np.ascontiguousarray(values[:, first : first + _COLUMNS].T, np.float64)
-        centred, varies = block.copy(), np.zeros(len(block), bool)
-        for stratum in blocks:
-            part = block[:, stratum]
-            centred[:, stratum] -= part.mean(1, keepdims=True)
-            varies |= part.min(1) < part.max(1)
-        per_step = np.zeros(len(block))
+        chunk = np.ascontiguousarray(values[:, first : first + _COLUMNS].T, np.float64)
+        centred, varies = chunk.copy(), np.zeros(len(chunk), bool)
+        for rows in members:
+            of_stratum = chunk[:, rows]
+            centred[:, rows] -= of_stratum.mean(1, keepdims=True)
+            varies |= of_stratum.min(1) < of_stratum.max(1)
+        per_step = np.zeros(len(chunk))
         np.divide(_RANGE / n_units, np.sqrt((centred**2).mean(1)), out=per_step, where=varies)
-        steps[first : first + len(block), :n_units] = np.rint(centred * per_step[:, None])
-        rounding = 2 * np.finfo(values.dtype).eps * np.abs(block).sum(1) * per_step
-        slack[first : first + len(block)] = n_units + np.ceil(np.minimum(rounding, _RANGE))
+        steps[first : first + len(chunk), :n_units] = np.rint(centred * per_step[:, None])
+        rounding = 2 * np.finfo(values.dtype).eps * np.abs(chunk).sum(1) * per_step
+        slack[first : first + len(chunk)] = n_units + np.ceil(np.minimum(rounding, _RANGE))
     return steps, slack
 
 
@@ -207,33 +207,33 @@ def _padded(size: int, unit: int) -> int:
 
 
 def _random_splits(
-    is_a: npt.NDArray[np.bool_], blocks: list[npt.NDArray[np.int64]], total: int, seed: int
+    is_a: npt.NDArray[np.bool_], members: list[npt.NDArray[np.int64]], total: int, seed: int
 ) -> Iterator[npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
     for done in range(0, total, _SPLITS):
         masks = np.tile(is_a.astype(np.uint8), (min(_SPLITS, total - done), 1))
-        for block in blocks:
-            masks[:, block] = rng.permuted(masks[:, block], axis=1)
+        for rows in members:
+            masks[:, rows] = rng.permuted(masks[:, rows], axis=1)
         yield masks
 
 
-def _all_splits(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-    splits = _ways(blocks, n_of_a)
-    n_units, n_a = sum(map(len, blocks)), sum(n_of_a)
+def _all_splits(members: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    splits = _ways(members, n_of_a)
+    n_units, n_a = sum(map(len, members)), sum(n_of_a)
     while some := list(islice(splits, _SPLITS)):
         masks = np.zeros((len(some), n_units), np.uint8)
         np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_a), 1, 1)
         yield masks
 
 
-def _ways(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
-    """Every choice of so many units of each block; none is held."""
-    first = combinations(blocks[0].tolist(), n_of_a[0])
-    if len(blocks) == 1:
+def _ways(members: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
+    """Every choice of `n_of_a` units of each stratum, one after the other: they are never held together."""
+    first = combinations(members[0].tolist(), n_of_a[0])
+    if len(members) == 1:
         yield from first
         return
     for some in first:
-        yield from (some + others for others in _ways(blocks[1:], n_of_a[1:]))
+        yield from (some + others for others in _ways(members[1:], n_of_a[1:]))
 
 
 def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

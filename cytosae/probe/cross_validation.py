@@ -34,7 +34,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ThresholdFits:
     """Fits on one training side; s values of C, t thresholds, c classes."""
 
     probabilities: Float  # (s, t, tested rows, c)
@@ -48,12 +48,14 @@ class Thresholds(Protocol):
 
     @property
     def n_thresholds(self) -> int:
-        """How many fits a sweep has."""
+        """Number of thresholds."""
 
     def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans."""
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
+    def fit_predict(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
+    ) -> ThresholdFits:
         """Fit the training rows, whose `levels` are given, at every threshold, and predict the tested ones.
 
         `Cs` (s, t) as in scikit-learn: s fits at each of t thresholds.
@@ -78,7 +80,7 @@ class Choice:
     levels: Levels  # (m,) thresholds that each latent reaches in the training side
     threshold: int
     c_factors: Float  # (t,) for each threshold
-    sweeps: list[Sweep]  # the inner ones
+    inner_fits: list[ThresholdFits]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Final:
 class Fold:
     """What one fold found."""
 
-    sweep: Sweep  # its rows, predicted by the others
+    fits: ThresholdFits  # of its rows, predicted by the others
     chosen: int  # threshold chosen within the training side
     c_factors: Float  # (t,) factor of C chosen there for each threshold
     n_unconverged: int  # of all its fits, the inner ones included
@@ -126,7 +128,7 @@ class Repeat:
 def run_repeat(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Repeat:
     """Predict every row at every threshold, by fits on the other folds."""
     division = divide(labels, groups, plan, rng)
-    return gather(division, [run_fold(barcodes, labels, division, fold, plan) for fold in range(plan.n_folds)])
+    return join_folds(division, [run_fold(barcodes, labels, division, fold, plan) for fold in range(plan.n_folds)])
 
 
 def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Division:
@@ -147,13 +149,13 @@ def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, 
     training = division.fold_of != fold
     choice = choose_inside(barcodes, labels, training, division.inner_of[fold], plan)
     Cs = choice.c_factors * plan.C_of(int(training.sum()))
-    sweep = barcodes.sweep(choice.levels, labels, training, ~training, plan.n_classes, Cs[None])
+    fits = barcodes.fit_predict(choice.levels, labels, training, ~training, plan.n_classes, Cs[None])
     return Fold(
-        sweep,
+        fits,
         chosen=choice.threshold,
         c_factors=choice.c_factors,
-        n_unconverged=sum(each.n_unconverged for each in (*choice.sweeps, sweep)),
-        n_unseen=sum(each.n_unseen for each in (*choice.sweeps, sweep)),
+        n_unconverged=sum(each.n_unconverged for each in (*choice.inner_fits, fits)),
+        n_unseen=sum(each.n_unseen for each in (*choice.inner_fits, fits)),
     )
 
 
@@ -168,15 +170,15 @@ def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of:
     sides = np.stack([training, *(training & (inner_of != inner) for inner in range(n_inner))])
     levels = barcodes.levels(sides)
     predicted = np.zeros((len(factors), n_thresholds, len(labels)), np.int64)
-    sweeps = []
+    inner_fits = []
     for inner in range(n_inner):
         tested, side = inner_of == inner, sides[1 + inner]
         Cs = np.tile(factors[:, None] * plan.C_of(int(side.sum())), n_thresholds)
-        sweeps.append(barcodes.sweep(levels[1 + inner], labels, side, tested, plan.n_classes, Cs))
-        predicted[:, :, tested] = sweeps[-1].probabilities.argmax(3)
+        inner_fits.append(barcodes.fit_predict(levels[1 + inner], labels, side, tested, plan.n_classes, Cs))
+        predicted[:, :, tested] = inner_fits[-1].probabilities.argmax(3)
     f1 = weighted_f1(labels[training], predicted[:, :, training], plan.n_classes)
     of_threshold = np.argmax(f1, axis=0)
-    return Choice(levels[0], int(np.argmax(f1.max(0))), factors[of_threshold], sweeps)
+    return Choice(levels[0], int(np.argmax(f1.max(0))), factors[of_threshold], inner_fits)
 
 
 def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Final:
@@ -196,19 +198,19 @@ def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:
     return np.round(np.array(found).reshape(predicted.shape[:-1]), 12)
 
 
-def gather(division: Division, folds: Sequence[Fold]) -> Repeat:
+def join_folds(division: Division, folds: Sequence[Fold]) -> Repeat:
     """The folds of a division, put together."""
-    _, n_thresholds, _, n_classes = folds[0].sweep.probabilities.shape
+    _, n_thresholds, _, n_classes = folds[0].fits.probabilities.shape
     probabilities = np.zeros((n_thresholds, len(division.fold_of), n_classes))
     for number, fold in enumerate(folds):
-        probabilities[:, division.fold_of == number] = fold.sweep.probabilities[0]
+        probabilities[:, division.fold_of == number] = fold.fits.probabilities[0]
     return Repeat(
         division.fold_of,
         probabilities,
         chosen=np.array([fold.chosen for fold in folds]),
         c_factors=np.array([fold.c_factors for fold in folds]),
         inner_of=division.inner_of,
-        n_kept=np.array([fold.sweep.n_kept for fold in folds]),
+        n_kept=np.array([fold.fits.n_kept for fold in folds]),
         n_unconverged=sum(fold.n_unconverged for fold in folds),
         n_unseen=sum(fold.n_unseen for fold in folds),
     )

@@ -66,7 +66,7 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
         )
     # rows from their mean: the free intercept makes up for it, and the problem is far better posed
     kernel = scale * (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
-    dual, intercept = _beginning(kernel, one_hot)
+    dual, intercept = _warm_start(kernel, one_hot)
     pull = kernel @ dual  # logits without the intercept
     value = _objective(pull + intercept, dual, pull, one_hot)
     converged, n_steps, before, moved = False, 0, 1.0, np.inf
@@ -118,7 +118,7 @@ def residuals(logits: Float, one_hot: Float) -> tuple[Float, Float]:
     return residual, p
 
 
-def _beginning(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
+def _warm_start(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
     """Ridge regression of the classes, at the best of some scales, or nothing: decides the time, not the result.
 
     Where rows are fewer than columns the minimum lies far out, near where all training logits are equal; Newton's

@@ -36,7 +36,7 @@ from stores.version import missing_package
 
 from . import baselines
 from .baselines import MilConfig
-from .cross_validation import Division, Fold, Plan, Repeat, RuleOfC, Thresholds, divide, fit_all, gather, run_fold
+from .cross_validation import Division, Fold, Plan, Repeat, RuleOfC, Thresholds, divide, fit_all, join_folds, run_fold
 from .external import Rows, kept_latents, names_in_both, read_rows, sae_warnings, write_test
 from .folds import NULLS, check_groups, choose_null, shuffle_labels
 from .report import BARCODE, Found, Method, Shuffle, keep_shuffle, scores_of, write_report
@@ -344,7 +344,7 @@ def _run_all(
                 for fold in folds:
                     found.append(fold.result())  # raises what it raised
                     progress(number * config.folds + len(found), _n_steps(config), "folds of repeats and permutations")
-                repeat = gather(division, found)
+                repeat = join_folds(division, found)
                 if number < config.n_repeats:
                     repeats.append(repeat)
                 else:

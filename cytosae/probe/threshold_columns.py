@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cross_validation import Bools, Levels, Sweep
+from .cross_validation import Bools, Levels, ThresholdFits
 from .logistic_columns import ColumnFit, fit_columns
 from .threshold_grams import reached
 
@@ -23,14 +23,16 @@ class ThresholdColumns:
 
     @property
     def n_thresholds(self) -> int:
-        """How many fits a sweep has."""
+        """Number of thresholds."""
         return len(self._thresholds)
 
     def levels(self, training: Bools) -> Levels:
         """As `ThresholdGrams.levels`."""
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
+    def fit_predict(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
+    ) -> ThresholdFits:
         """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
         probabilities = np.zeros((*Cs.shape, int(tested.sum()), n_classes))
@@ -45,7 +47,7 @@ class ThresholdColumns:
                     known[C] = fits[-1].probabilities(new)
                 probabilities[s, t] = known[C]
             n_kept.append(len(latents))
-        return Sweep(
+        return ThresholdFits(
             probabilities,
             n_kept,
             n_unconverged=sum(not fit.converged for fit in fits),

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import issparse
 
-from .cross_validation import Bools, Levels, Sweep
+from .cross_validation import Bools, Levels, ThresholdFits
 from .logistic_columns import ColumnFit, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_BLOCK = 1 << 24  # numbers that lie dense in memory at a time
+_CHUNK = 1 << 24  # numbers that lie dense in memory at a time
 
 
 class ThresholdGrams:
@@ -43,7 +43,7 @@ class ThresholdGrams:
 
     @property
     def n_thresholds(self) -> int:
-        """How many fits a sweep has."""
+        """Number of thresholds."""
         return len(self._thresholds)
 
     def levels(self, training: Bools) -> Levels:
@@ -53,7 +53,9 @@ class ThresholdGrams:
         """
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float) -> Sweep:
+    def fit_predict(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
+    ) -> ThresholdFits:
         """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
         n_kept = [int((levels > t).sum()) for t in range(self.n_thresholds)]
         probabilities, fits = np.zeros((*Cs.shape, int(tested.sum()), n_classes)), []
@@ -67,7 +69,7 @@ class ThresholdGrams:
                     fits.append(fit_gram(among, labels[training], n_classes, C))
                     known[C] = fits[-1].probabilities(across)
                 probabilities[s, t] = known[C]
-        return Sweep(
+        return ThresholdFits(
             probabilities,
             n_kept,
             n_unconverged=sum(not fit.converged for fit in fits),
@@ -96,7 +98,7 @@ class ThresholdGrams:
     def _gram(self, latents: Bools) -> Float:
         """(n, n) products over some latents."""
         n = self._values.shape[1]
-        gram, chosen, step = np.zeros((n, n)), np.flatnonzero(latents), max(1, _BLOCK // n)
+        gram, chosen, step = np.zeros((n, n)), np.flatnonzero(latents), max(1, _CHUNK // n)
         for start in range(0, len(chosen), step):
             rows = self._values[chosen[start : start + step]]
             dense = rows.toarray() if issparse(rows) else rows
