@@ -1,7 +1,7 @@
-"""One repeat of the probe: folds of whole groups, fits along thresholds and C, both chosen within the training side.
+"""One repeat of the probe: folds of whole groups, a fit for each threshold, threshold and C chosen within the training.
 
-Everything is a function of the barcodes, the labels, the groups and a seed, so that a permutation test can repeat all
-of it on shuffled labels. Folds are drawn first; then each stands alone, so that threads can share them.
+All of it is a function of barcodes, labels, groups and a seed, so that a permutation test can repeat it on shuffled
+labels. Folds are drawn first and are then independent of each other, so that threads can work on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,18 +24,18 @@ RuleOfC = Callable[[int], float]  # number of training rows -> scikit-learn's C
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every repeat has in common."""
+    """Settings that all repeats share."""
 
     n_folds: int
     n_inner_folds: int
     n_classes: int
     C_of: RuleOfC
-    c_factors: tuple[float, ...] = (1.0,)  # of that C, rising: one is chosen within each training side
+    c_factors: tuple[float, ...] = (1.0,)  # multiples of that C, rising: one is chosen within each training side
 
 
 @dataclass(frozen=True)
 class ThresholdFits:
-    """Fits on one training side; s values of C, t thresholds, c classes."""
+    """Fits on one training side, one for each C and threshold; s values of C, t thresholds, c classes."""
 
     probabilities: Float  # (s, t, tested rows, c)
     n_kept: list[int]  # latents that count
@@ -44,7 +44,7 @@ class ThresholdFits:
 
 
 class Thresholds(Protocol):
-    """Barcodes, and how they are fitted along the thresholds: `threshold_grams.py` or `threshold_columns.py`."""
+    """Barcodes prepared for one fit per threshold: `threshold_grams.py` or `threshold_columns.py`."""
 
     @property
     def n_thresholds(self) -> int:
@@ -67,10 +67,10 @@ class Thresholds(Protocol):
 
 @dataclass(frozen=True)
 class Division:
-    """Who is left out when, by the number of a fold."""
+    """Folds, and the inner folds within the training side of each."""
 
     fold_of: Ints  # (n,)
-    inner_of: Ints  # (n_folds, n) folds within the training side of each fold; -1 outside
+    inner_of: Ints  # (n_folds, n) inner fold of each row of the training side; -1 for the other rows
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,21 @@ class Choice:
 
 @dataclass(frozen=True)
 class Final:
-    """The fit on all rows, for rows to come."""
+    """The fit on all rows, for new rows."""
 
     fit: ColumnFit  # its weights are of the `kept` latents
     kept: Bools  # (m,)
     threshold: int
     c_factor: float
     C: float  # scikit-learn's C: the factor times the rule's
-    inner_of: Ints  # (n,) the folds that chose
+    inner_of: Ints  # (n,) the inner folds by which threshold and C were chosen
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What one fold found."""
+    """The predictions of one fold, and what was chosen for it."""
 
-    fits: ThresholdFits  # of its rows, predicted by the others
+    fits: ThresholdFits  # on the other folds; they predict the rows of this one
     chosen: int  # threshold chosen within the training side
     c_factors: Float  # (t,) factor of C chosen there for each threshold
     n_unconverged: int  # of all its fits, the inner ones included
@@ -108,13 +108,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one repeat found; t thresholds, n rows, c classes."""
+    """The predictions of one repeat; t thresholds, n rows, c classes."""
 
     fold_of: Ints  # (n,)
-    probabilities: Float  # (t, n, c), each row by the fit that has not seen its group
+    probabilities: Float  # (t, n, c), each row by the fit without its group
     chosen: Ints  # (n_folds,) threshold chosen within each training side
     c_factors: Float  # (n_folds, t) factor of C chosen there for each threshold
-    inner_of: Ints  # (n_folds, n) folds within each training side; -1 outside
+    inner_of: Ints  # (n_folds, n) inner fold of each row of the training side; -1 for the other rows
     n_kept: Ints  # (n_folds, t) latents that count
     n_unconverged: int
     n_unseen: int
@@ -142,10 +142,7 @@ def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> 
 
 
 def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, plan: Plan) -> Fold:
-    """Predict the rows of one fold.
-
-    Threshold and C are chosen within its training side.
-    """
+    """Predict the rows of one fold; threshold and C are chosen within its training side."""
     training = division.fold_of != fold
     choice = choose_inside(barcodes, labels, training, division.inner_of[fold], plan)
     Cs = choice.c_factors * plan.C_of(int(training.sum()))
@@ -160,10 +157,11 @@ def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, 
 
 
 def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of: Ints, plan: Plan) -> Choice:
-    """Choose threshold and C by a cross-validation within the training rows (n,), whose folds are `inner_of`.
+    """Choose threshold and C by a cross-validation within the training rows (n,), with the folds `inner_of`.
 
-    They are those with the best weighted F1 (of equals the smallest C, then the lowest threshold): the latents' means,
-    too, are of the inner training rows alone. Where there is one threshold and one factor of C, nothing is chosen.
+    Those with the best weighted F1 are chosen; of equal ones the smallest C, then the lowest threshold. The latents'
+    mean activations, too, are those of the inner training rows alone. With one threshold and one factor of C there is
+    no inner cross-validation.
     """
     factors, n_thresholds = np.array(plan.c_factors), barcodes.n_thresholds
     n_inner = plan.n_inner_folds if n_thresholds > 1 or len(factors) > 1 else 0
@@ -182,7 +180,7 @@ def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of:
 
 
 def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Final:
-    """Fit all rows, threshold and C chosen inside as in a fold, whose training side are all rows."""
+    """Fit all rows; threshold and C are chosen as in a fold whose training side are all rows."""
     inner_of = assign_folds(labels, groups, plan.n_inner_folds, rng)
     choice = choose_inside(barcodes, labels, np.ones(len(labels), bool), inner_of, plan)
     kept, factor = choice.levels > choice.threshold, float(choice.c_factors[choice.threshold])
@@ -192,14 +190,14 @@ def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: n
 
 
 def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:
-    """Weighted F1 of each row of predictions (..., n); rounded, so that equal ones are equal."""
+    """Weighted F1 of each row of predictions (..., n); rounded, so that equal scores compare as equal."""
     rows = predicted.reshape(-1, predicted.shape[-1])
     found = [score(confusion_matrix(true, row, n_classes))["weighted_f1"] for row in rows]
     return np.round(np.array(found).reshape(predicted.shape[:-1]), 12)
 
 
 def join_folds(division: Division, folds: Sequence[Fold]) -> Repeat:
-    """The folds of a division, put together."""
+    """The repeat that the folds of a division form together."""
     _, n_thresholds, _, n_classes = folds[0].fits.probabilities.shape
     probabilities = np.zeros((n_thresholds, len(division.fold_of), n_classes))
     for number, fold in enumerate(folds):

@@ -1,14 +1,16 @@
-"""Logistic regression with L2 where rows are too many for Newton's method on all of them (`logistic.py`).
+"""Logistic regression with L2 where there are too many rows for the row-space method (`logistic.py`).
 
-The same minimum of C * (sum of log losses) + ||w||^2 / 2, on columns: those of sparse barcodes or of dense tokens as
-they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. Few weights are found by
-Newton's method, as scipy's L-BFGS would take up to thousands of steps; more by L-BFGS, which copies nothing. Columns
-count from their mean (the free intercept makes up for it): L-BFGS then takes a half to an eighth of the steps.
+The same minimum of C * (sum of log losses) + ||w||^2 / 2, on columns: those of sparse barcodes or of dense tokens, or
+those of a factor of the Gram matrix. Few weights are fitted by scikit-learn's Newton method, as L-BFGS would take up to
+thousands of steps; more by scipy's L-BFGS, which makes no copy of the columns. Columns are centred (the free intercept
+absorbs their mean): L-BFGS then takes a half to an eighth of the steps.
 
-The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
-whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
-1 in every direction of w, so it lies at most half the square of the slope above it. The slope of the intercepts counts
-in the same way, though where rows part cleanly the objective may bend less along them.
+A fit ends where the objective is within 1e-7 of its minimum, relative to itself or to its decrease from w = 0,
+whichever is less (so that weak signals are fitted, too). This bound needs no knowledge of the minimum: the objective is
+strongly convex in w with constant 1, so it is at most half the squared gradient norm above the minimum. The gradient of
+the intercepts is counted in the same way, although the curvature along them may be smaller where classes are separable.
+scikit-learn's L-BFGS has no such rule: its tolerance on the gradient is absolute, and at the rule's C it stops with
+probabilities that are 0.01 to 0.9 off (docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from .logistic import RowFit, fit_rows, log_losses, residuals, softmax
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-NEWTON_ROWS = 250  # up to here, Newton's method on rows is exact at little cost (docs/log.md)
+NEWTON_ROWS = 250  # up to here, Newton's method in the row space is exact and fast (docs/log.md)
 _GAP = 1e-7  # between the objective and its minimum, relative
 _ROUNDING = 1e-14  # of the objective, relative
 _MOST_STEPS = 5000
@@ -58,12 +60,12 @@ class ColumnFit:
 def fit_columns(x: Any, labels: Ints, n_classes: int, C: float) -> ColumnFit:
     """Fit on n rows.
 
-    Memory, beside `x`: about 65 times the weights; where Newton's method serves, 64 MB and three times dense columns.
+    Memory, beside `x`: about 65 times the weights; with Newton's method up to 100 MB and three times dense columns.
 
     Parameters
     ----------
     x : (n, m) in float64, a numpy array or scipy CSR matrix
-    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
+    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row, nothing is fitted
     C : as in scikit-learn, > 0
     """
     present = np.unique(labels)
@@ -76,9 +78,10 @@ def fit_columns(x: Any, labels: Ints, n_classes: int, C: float) -> ColumnFit:
 
 
 def fit_gram(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
-    """Fit on n rows, given their products (n, n) with each other; otherwise as `fit_rows`, which serves few rows.
+    """Fit on n rows, given their products (n, n) with each other, as `fit_rows`, which is called for few rows.
 
-    With K = Z Z^T, from a Cholesky factorisation that leaves out what is rounding, Z stands for the rows: as exact.
+    For more rows, the columns are those of Z, where K = Z Z^T by a pivoted Cholesky factorisation up to the numerical
+    rank; the minimum is the same.
     """
     present = np.unique(labels)
     if len(labels) <= NEWTON_ROWS or len(present) < 2:
@@ -102,14 +105,15 @@ def _one_hot(labels: Ints, present: Ints) -> Float:
 
 
 def _scale(C: float, present: Ints) -> float:
-    """For two classes scikit-learn has one weight vector, for their difference: that is this form with C / 2."""
+    """C, or C / 2 for two classes: scikit-learn has one weight vector for their difference, which is this form."""
     return C if len(present) > 2 else C / 2
 
 
 class _Search:
-    """The objective at a point (weights (m, c), and a row of intercepts for rows from their mean), and the way down.
+    """The objective at a point (weights (m, c), then a row of intercepts of centred columns), and its minimisation.
 
-    From zero: beginning at the fit of the threshold before saves a fifth of the steps at best (docs/log.md).
+    Every search starts at zero: a start at the fit of the previous threshold saves a fifth of the steps at best
+    (docs/log.md).
     """
 
     def __init__(self, x: Any, one_hot: Float, scale: float) -> None:
@@ -117,7 +121,7 @@ class _Search:
         self.mean: Float = np.asarray(x.mean(0)).ravel()
 
     def run(self) -> tuple[Float, Float, int, bool]:
-        """Weights, intercept, number of steps, and whether the end was reached."""
+        """Weights, intercept, number of steps, and whether the fit converged."""
         begin = np.zeros((self.x.shape[1] + 1, self.one_hot.shape[1]))
         begin[-1] = np.log(self.one_hot.mean(0))
         self._at_zero = self._value(begin.ravel())[0]
@@ -166,7 +170,7 @@ class _Search:
         return self.scale * log_losses(logits, self.one_hot) + float((weights**2).sum()) / 2, slope.ravel()
 
     def _is_near(self, value: float) -> bool:
-        """Whether the point that was looked at last, where the objective was `value`, is near enough to the minimum."""
+        """Whether the last point, where the objective was `value`, is within the tolerance of the minimum."""
         near = max(_GAP * min(value, self._at_zero - value), _ROUNDING * value)
         return float((self._slope**2).sum()) / 2 <= near
 

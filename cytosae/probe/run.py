@@ -1,13 +1,12 @@
-"""Can patients be told apart by their barcodes, and would they be by chance? A leakage-safe linear probe (Fig. 4).
+"""How well do barcodes predict a patient's disease, and how well by chance? A leakage-safe linear probe (Fig. 4).
 
-    units       patients (or images), their classes, the groups that must stay together: units.py, folds.py
-    repeats     folds of whole groups; a fit per threshold; the threshold chosen inside: cross_validation.py
-    chance      the first repeat, all of it, on labels shuffled between groups
-    beside it   simpler knowledge on the same folds: probe_baselines.py, mil.py
-    for others  one fit on all rows, saved: probe_model.py; tried on another cohort or left-out sites: probe_external.py
+    units       patients (or images), their classes, and the groups that folds must not split: units.py, folds.py
+    repeats     grouped cross-validation, a fit per threshold, threshold and C chosen inside: cross_validation.py
+    chance      the whole first repeat on shuffled labels
+    baselines   simpler methods on the same folds: baselines.py, attention_mil.py
+    model       one fit on all rows, saved: saved_model.py; applied to another cohort or to left-out sites: external.py
 
-Nothing is standardised and nothing is chosen with the rows that are predicted. No torch here; the attention-MIL head,
-if it is wanted, brings it.
+Nothing is standardised, and nothing is chosen with rows that are predicted. Only the attention-MIL head imports torch.
 """
 
 import warnings
@@ -49,14 +48,14 @@ from .units import BY_LOT, UnitConfig, Units, Where, read_units
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-REGULARIZATIONS = {  # REFERENCE.md section 7: readings of one sentence of the paper
+REGULARIZATIONS = {  # four readings of one sentence of the paper: docs/probe.md
     "latents": "M c / 100, M features (latents) and c classes: DinoBloom's code",
     "backbone": "W c / 100, W the backbone's width: DinoBloom's code on its own features",
     "samples": "n c / 100, n training rows: the paper's words, as C",
     "samples-inverse": "100 / (n c): the paper's words, as a penalty",
 }
 REPETITIONS = {"patient": (10, 99), "image": (3, 19)}  # repeats and permutations, unless their numbers are given
-GRAM_ROWS = 4000  # units whose Gram matrices fit into memory; for more, columns
+GRAM_ROWS = 4000  # up to here fits use Gram matrices (n x n for every threshold); beyond, sparse columns
 _DENSE_BYTES = 512 << 20
 C_FACTORS = (1e-6, 1e-4, 1e-2, 1.0, 100.0)
 THRESHOLDS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -77,11 +76,11 @@ class ProbeConfig:
     inner_folds: int = 3
     repeats: int | None = None  # times that folds are drawn; None: 10, at level image 3
     permutations: int | None = None  # shuffles of the labels, 0 for none; None: 99, at level image 19
-    null: str = "auto"  # how labels are shuffled: folds.NULLS, or by rule
+    null: str = "auto"  # how labels are shuffled: a key of folds.NULLS, or chosen by rule (folds.choose_null)
     regularization: str = "latents"
-    c_factors: tuple[float, ...] = C_FACTORS  # of the rule's C: one is chosen within each training side
+    c_factors: tuple[float, ...] = C_FACTORS  # multiples of the rule's C: one is chosen within each training side
     thresholds: tuple[float, ...] = THRESHOLDS  # of mean activation
-    mil: MilConfig | None = field(default_factory=MilConfig)  # at level patient, where caches are given
+    mil: MilConfig | None = field(default_factory=MilConfig)  # used at level patient, if caches are given
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -201,7 +200,7 @@ def probe(
     rule = _Rule(config.regularization, len(units.classes), int(latents_spec[0]["cache"]["width"]))
     has_mil = config.mil is not None and bool(tokens) and unit_config.level == "patient"
     config = config if has_mil else replace(config, mil=None)
-    if has_mil and find_spec("torch") is None:  # before the work, not in its middle
+    if has_mil and find_spec("torch") is None:  # told before the work begins
         raise BadInput(f"{missing_package('torch', 'the attention-MIL head')}, or leave it out: --no-mil")
     # one BLAS thread: folds have threads of their own, and sums keep one order. Warning filters are put back at the
     # end, since scikit-learn changes them inside threads; fits that do not converge are counted here.
@@ -225,7 +224,7 @@ def probe(
             "formula": REGULARIZATIONS[config.regularization],
             "C": rule.of(units.n_latents)(n_training),
             "c_factors": list(config.c_factors),
-            "C_chosen": _typical([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
+            "C_chosen": _geometric_mean([r.c_factors[np.arange(len(r.chosen)), r.chosen] for r in repeats])
             * rule.of(units.n_latents)(n_training),
             "n_training_rows": n_training,
         },
@@ -256,7 +255,7 @@ def _test_rows(
     where: Where | None,
     sae: Path | None,
 ) -> tuple[dict[str, Any], list[str | None], Rows | None]:
-    """What the card of the model says without a fit, content hashes of the images it is fitted on, rows of the test."""
+    """What the model card says before the fit, content hashes of the training images, and the rows of the test."""
     tau = float(config.tau if config.tau is not None else store.taus[0])
     hashes = image_hashes(store, tau, units.image_ids)
     latents_spec = _as_list(store.header.spec["latents_spec"])
@@ -292,14 +291,14 @@ def _test_rows(
 
 @dataclass(frozen=True)
 class _Rule:
-    """How strongly to regularise."""
+    """A rule of REGULARIZATIONS: scikit-learn's C."""
 
     name: str
     n_classes: int
     width: int
 
     def of(self, n_features: int) -> RuleOfC:
-        """scikit-learn's C, by the number of training rows."""
+        """C as a function of the number of training rows, for so many features."""
         return partial(self._C, n_features)
 
     def _C(self, n_features: int, n_rows: int) -> float:
@@ -308,12 +307,11 @@ class _Rule:
             "latents": n_features * c / 100,
             "backbone": self.width * c / 100,
             "samples": n_rows * c / 100,
-            "samples-inverse": 100 / (max(1, n_rows) * c),  # without a row nothing is fitted
+            "samples-inverse": 100 / (max(1, n_rows) * c),  # max: without a row there is no fit
         }[self.name]
 
 
-def _typical(factors: list[Float]) -> float:
-    """The geometric mean."""
+def _geometric_mean(factors: list[Float]) -> float:
     return float(np.exp(np.log(np.concatenate(factors)).mean()))
 
 
@@ -384,7 +382,7 @@ def _fit_model(
 
 
 def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> Thresholds:
-    """Barcodes, CSR (n, m) as in `Units`, ready for fits: the way that is faster for so many rows."""
+    """Barcodes, CSR (n, m) as in `Units`, prepared for fits: by Gram matrices for few rows, by columns for many."""
     if values.shape[0] > GRAM_ROWS:
         return ThresholdColumns(values, sums, counts, thresholds)
     is_small = 3 * 8 * values.shape[0] * values.shape[1] <= _DENSE_BYTES
@@ -396,7 +394,7 @@ def along_thresholds(values: Any, sums: Any, counts: Any, thresholds: tuple[floa
 
 
 def _barcode_methods(repeats: list[Repeat], thresholds: tuple[float, ...]) -> list[Method]:
-    """The probe itself, with the threshold chosen inside; then every threshold."""
+    """Predictions with the threshold chosen inside, then those at each threshold."""
     by_threshold = [
         Method(BARCODE, [repeat.probabilities[t] for repeat in repeats], threshold)
         for t, threshold in enumerate(thresholds)
@@ -461,7 +459,7 @@ def _over_folds(repeat: Repeat, labels: Ints, n_classes: int, predict: baselines
 
 
 def _n_steps(config: ProbeConfig) -> int:
-    """For the progress."""
+    """Steps of the progress line: folds of repeats and permutations, repeats of the MIL head, the model."""
     n_folds = config.folds * (config.n_repeats + config.n_permutations)
     return 1 + n_folds + (min(config.mil.repeats or config.n_repeats, config.n_repeats) if config.mil else 0)
 
@@ -474,7 +472,7 @@ def _provenance(
     caches: list[ActivationStore],
     sae: Path | None,
 ) -> list[str]:
-    """Warnings on what the scores may owe to the SAE or the caches."""
+    """Warnings: an untrained backbone, caches of other tokens, an SAE that was trained on these images."""
     of_barcodes = {spec["cache_sha256"] for spec in latents_spec}
     doubts = []
     if not all(spec["cache"]["trained"] for spec in latents_spec):

@@ -1,4 +1,4 @@
-"""Fits along thresholds of mean activation where rows are many: on the sparse barcodes of the latents that count."""
+"""One fit per threshold of mean activation where rows are many: on the sparse barcodes of the latents above it."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class ThresholdColumns:
     """As `ThresholdGrams`, on sparse barcodes. Memory: twice the training rows for every thread that fits."""
 
     def __init__(self, values: Any, sums: Any, counts: Any, thresholds: tuple[float, ...]) -> None:
-        """Take the barcodes: as `ThresholdGrams`, but scipy CSR matrices (n, m), a row per unit."""
+        """Parameters as those of `ThresholdGrams`, but scipy CSR matrices (n, m), a row per unit."""
         self._values, self._sums, self._counts = values, sums.T, counts.T
         self._thresholds = np.array(thresholds)
 
@@ -33,7 +33,7 @@ class ThresholdColumns:
     def fit_predict(
         self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
     ) -> ThresholdFits:
-        """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
+        """As `Thresholds.fit_predict`. Where latents and C are the same, one fit serves for both."""
         seen, new, latents = self._values[training], self._values[tested], np.arange(len(levels))
         probabilities = np.zeros((*Cs.shape, int(tested.sum()), n_classes))
         n_kept, fits, known = list[int](), list[ColumnFit](), dict[float, Float]()
