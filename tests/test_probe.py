@@ -766,6 +766,9 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         ({"folds": 1}, {}, "folds must be at least 2"),
         ({"thresholds": (0.0, float("nan"))}, {}, "thresholds must be numbers"),
         ({"regularization": "guess"}, {}, "regularization must be"),
+        ({"repeats": 0}, {}, "repeats must be at least 1"),
+        ({}, {"level": "cell"}, "level must be"),
+        ({}, {"min_images": 0}, "min_images must be at least 1"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str) -> None:
@@ -922,3 +925,26 @@ def test_every_reading_of_the_rule(tmp_path: Path) -> None:
         config = replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
         scores = probe(folder, tmp_path / rule, config).scores
         assert scores["regularization"]["C"] == pytest.approx(C)
+
+
+def test_what_the_command_knows_python_knows(tmp_path: Path) -> None:
+    """Numbers and columns by level; `--test-where` as text; a result shows itself in a notebook, escaped."""
+    patients, images = ProbeConfig(), ProbeConfig(units=UnitConfig(level="image"))
+    assert (patients.n_repeats, patients.n_permutations, patients.units.target) == (10, 99, "disease")
+    assert (images.n_repeats, images.n_permutations, images.units.target) == (3, 19, "label")
+    assert ProbeConfig(permutations=0).n_permutations == 0
+    assert probe_units.Where.parse(["site=Munich", "site = Ulm"]) == probe_units.Where("site", ("Munich", "Ulm"))
+    assert probe_units.Where.parse([]) is None
+    with pytest.raises(BadInput, match=r"epochs of the attention-MIL head must be at least 1"):
+        MilConfig(epochs=0)
+    table, counts, means = cohort(signal=4.0)
+    table["disease"] = table["disease"].replace("D1", "<b>D1</b>")
+    done = probe(
+        write_folder(tmp_path / "b", table, counts, means), tmp_path / "out", quick(repeats=1, c_factors=(1.0,))
+    )
+    assert str(done).startswith(f"{tmp_path / 'out'}: 16 patients in 16 groups; disease: <b>D1</b> 8, D0 8\n")
+    shown = done._repr_html_()
+    assert "&lt;b&gt;D1&lt;/b&gt;" in shown
+    assert "<b>D1" not in shown
+    assert '<img alt="methods" src="data:image/png;base64,' in shown
+    assert "<td>majority</td>" in shown

@@ -1,4 +1,4 @@
-"""What the probe's scores stand beside: simpler knowledge of the same patients, judged on the same folds.
+"""Baselines of the probe: simpler methods on the same patients and the same folds.
 
 majority        the commonest class of the training rows
 n_images        the number of images alone, as its logarithm: image counts may differ by disease
@@ -27,20 +27,25 @@ Bools = npt.NDArray[np.bool_]
 Predict = Callable[[Ints, Bools, Ints], Float]
 """Labels (n,), training rows, folds within these (n,) (-1 outside) -> (other rows, n_classes) probabilities."""
 _READ_IMAGES = 64  # that are read together
-COUNT_C = 100.0  # C of the number of images: hardly regularised, it is one number
+COUNT_C = 100.0  # C of the regression on the number of images: one feature needs little regularisation
 
 
 @dataclass(frozen=True, kw_only=True)
 class MilConfig:
     """All settings of the attention-MIL head and of its training."""
 
-    repeats: int = 0  # it runs in the first so many repeats; 0: in all of them, as every other method
+    repeats: int = 0  # the head is trained in this many of the first repeats; 0: in all, as every other method
     hidden: int = 64
     epochs: int = 40
     images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
     batch_patients: int = 16
     lr: float = 1e-3
     weight_decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, low in {"repeats": 0, "hidden": 1, "epochs": 1, "images_per_step": 1, "batch_patients": 1}.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"{name} of the attention-MIL head must be at least {low}; found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def of_units(vectors: Float, rows_of: Sequence[Ints]) -> Float:
 
 
 def majority(n_classes: int) -> Predict:
-    """The shares of the classes among the training rows, for everybody."""
+    """Predict the class shares of the training rows, for every row."""
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         shares = np.bincount(labels[training], minlength=n_classes) / training.sum()
@@ -112,14 +117,14 @@ def number_of_images(n_images: Ints, n_classes: int, c_factors: Sequence[float])
 
 @dataclass(frozen=True)
 class CountFit:
-    """The number of images alone, fitted on all rows."""
+    """The regression on the number of images alone, fitted on all rows."""
 
     mean: float  # of log(number of images)
     sd: float
     fit: ColumnFit
 
     def probabilities(self, n_images: Ints) -> Float:
-        """(rows, n_classes) of rows with so many images."""
+        """(rows, n_classes) of rows with these numbers of images."""
         return self.fit.probabilities(((np.log(n_images) - self.mean) / self.sd)[:, None])
 
 
@@ -142,9 +147,9 @@ def _of_log(n_images: Ints) -> tuple[float, float]:
 
 
 def features(values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float]) -> Predict:
-    """The probe's own logistic regression, on (n, width) features as they are, its C chosen as the barcodes' is.
+    """The probe's own logistic regression on (n, width) features; C is chosen as for the barcodes.
 
-    That is by the weighted F1 in a cross-validation within the training rows, the smallest C of equals.
+    That is by the weighted F1 of a cross-validation within the training rows; of equal ones the smallest C.
     """
     fits = _Features(values, n_classes, C_of, c_factors)
 

@@ -1,11 +1,11 @@
 """A fitted probe, tried once on rows that it has not seen: another cohort, or sites that were left out of all fitting.
 
-    read      the rows, refused where they know an image of the training, or mean something else by their numbers
-    predict   every row, those without a class that the model knows included
-    score     the others: all scores of the cross-validation, with intervals over whole groups
+    read      the rows; refused if they share an image with the training, or are barcodes of another kind
+    predict   every row, including those without a class that the model knows
+    score     rows with a known class: all scores of the cross-validation, with intervals over whole groups
 
-The model is given here, not drawn: intervals say how far the scores would move with other patients of the test. They
-are stretched less than those of a cross-validation, whose fits would be others, too.
+The model is fixed here: the intervals are over other patients of the test alone. So they are widened less than those of
+a cross-validation, where other patients would also change the fits.
 """
 
 from collections import Counter
@@ -35,12 +35,12 @@ from .units import NewUnits, UnitConfig, Where, read_test_units
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-WIDER = 1.1  # a bootstrap of few groups is too narrow by as much: coverage in docs/benchmarks.md
+WIDER = 1.1  # intervals of a bootstrap of few groups are too narrow by this factor: docs/benchmarks.md
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model is tried on, and what should be said about it."""
+    """The rows of a test, and warnings about them."""
 
     store: BarcodeStore
     units: NewUnits
@@ -58,12 +58,12 @@ def read_rows(
     where: Where | None = None,
     sae: Path | None = None,
 ) -> Rows:
-    """The rows of a test, if it can be one.
+    """The rows of a test, checked against the model.
 
     Parameters
     ----------
     model : fields of its card: `classes`, `n_images_without_hash`, and those of `check_barcodes`
-    latents : whose barcodes are read
+    latents : (k,) latents whose barcodes are read
     seen : content hashes of the images that the model is fitted on
     where : the rows of the training's own barcodes that were kept out
 
@@ -180,7 +180,7 @@ def names_in_both(training: BarcodeStore, store: BarcodeStore, tau: float, ids: 
 def sae_warnings(
     store: BarcodeStore, tau: float | None, image_ids: list[list[str]], sae: Path | None, whose: str
 ) -> list[str]:
-    """What is to be said of an SAE that may have been trained on the images of units; by content.
+    """Warnings on whether the SAE was trained on the images of these units, by content hash.
 
     Raises
     ------
@@ -238,12 +238,12 @@ def _of_labels(units: NewUnits, config: UnitConfig, classes: list[str]) -> list[
 
 
 def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) -> dict[str, Any]:
-    """Everything, by name; no NaN anywhere."""
+    """test_scores.json: all scores, by name; None instead of NaN."""
     units = rows.units
     is_scored = units.labels >= 0
     labels, groups = units.labels[is_scored], np.unique(units.groups[is_scored], return_inverse=True)[1]
     draws = draw_groups(groups, [seed, 6])
-    together = [np.zeros(len(labels), np.int64)]  # one fit, one scale: all pairs of rows are compared
+    together = [np.zeros(len(labels), np.int64)]  # one fit has one scale: AUROC compares all pairs of rows
     drawn = {name: scores_of_draws([p[is_scored]], labels, draws, together) for name, p in predictions.items()}
     methods = {}
     for name, p in predictions.items():
@@ -317,7 +317,7 @@ def _of_method(p: Float, labels: Ints, classes: list[str], drawn: dict[str, Floa
 
 
 def _within(name: str, ends: dict[str, float | None]) -> dict[str, float | None]:
-    """The part of a stretched interval that a score can reach: from 0, and but for the losses up to 1."""
+    """A widened interval, cut to what a score can reach: at least 0 and, except for losses, at most 1."""
     most = np.inf if name in ("log_loss", "brier") else 1.0
     return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
 

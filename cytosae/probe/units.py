@@ -35,7 +35,7 @@ class UnitConfig:
     Raises
     ------
     BadInput
-        If there is no such level.
+        If there is no such level, or a number is below 1.
     """
 
     level: str = "patient"
@@ -48,6 +48,9 @@ class UnitConfig:
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, LEVELS)
+        for name in ("min_images", "max_images"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
         object.__setattr__(self, "target", self.target or TARGETS[self.level])
 
 
