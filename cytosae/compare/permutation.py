@@ -143,7 +143,7 @@ def permutation_test(
 
 
 def combine_draws(tests: Sequence[PermutationTest]) -> PermutationTest:
-    """One p-value from those of several draws of the same units: their generalised mean of order -0.8 (Vovk, Wang 2020).
+    """One p-value from those of several draws of the same units: a generalised mean of order -0.8 (Vovk, Wang 2020).
 
     Averaging the draws' *values* would undo the thinning: units with more images to draw from would have less noise
     again. The p-value of each draw is valid, so the p-values are combined; draws that agree leave p as it is. The

@@ -126,7 +126,7 @@ class _Search:
         begin[-1] = np.log(self.one_hot.mean(0))
         self._at_zero = self._value(begin.ravel())[0]
         n_rows, n_columns = self.x.shape
-        if begin.size <= _NEWTON_WEIGHTS and 3 * n_columns <= n_rows:
+        if 0 < 3 * n_columns <= n_rows and begin.size <= _NEWTON_WEIGHTS:
             found = self._newton()
             if found is not None:
                 point, n_steps = found
