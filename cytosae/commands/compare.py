@@ -21,7 +21,7 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
     type=COUNT,
     default=10_000,
     show_default=True,
-    help="Of the diseases among the patients; where there are no more ways than that, each is taken once.",
+    help="Permutations of the diseases among the patients; if there are no more different ones, each is taken once.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of permutations and bootstraps.")
 @click.option("--top", type=COUNT, default=50, show_default=True, help="Latents of each top list.")
@@ -40,7 +40,7 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
     help="Test only latents whose mean barcode over the patients of both groups is so large.",
 )
 @click.option(
-    "--latents", type=FILE, help="Test only those in the column `latent` of this CSV or Parquet, made on other data."
+    "--latents", type=FILE, help="Test only those in the column `latent` of this CSV or Parquet, chosen on other data."
 )
 @click.option(
     "--bootstraps",
@@ -48,7 +48,7 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
     type=click.IntRange(min=0),
     default=1_000,
     show_default=True,
-    help="How often patients are drawn anew, to see which latents stay in the top lists.",
+    help="Bootstraps of the patients, for how often a latent stays in its top list.",
 )
 @click.option(
     "--images-per-patient",

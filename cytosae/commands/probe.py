@@ -1,4 +1,4 @@
-"""cyto probe: what a barcode can tell."""
+"""cyto probe: how well barcodes predict diseases or cell types."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 @click.argument("barcodes", type=FILE, required=False)
 @click.option("-o", "--out", type=FILE, required=True, help="Folder of the results.")
 @click.option(
-    "--test", type=FILE, help="Barcodes of another cohort: the model that is fitted on all of BARCODES is tried there."
+    "--test",
+    type=FILE,
+    help="Barcodes of another cohort: the model that is fitted on all of BARCODES is applied to them.",
 )
 @click.option(
     "--test-where",
@@ -42,12 +44,18 @@ if TYPE_CHECKING:
 )
 @click.option("--sae", type=FILE, help="Folder of the SAE: says whether it was trained on these images.")
 @click.option(
-    "--level", type=click.Choice(["patient", "image"]), default="patient", show_default=True, help="What is told apart."
+    "--level",
+    type=click.Choice(["patient", "image"]),
+    default="patient",
+    show_default=True,
+    help="Units that are classified.",
 )
 @click.option("--target", default="", help="Column of classes  [default: disease of patients, label of images].")
 @click.option("--class", "classes", multiple=True, help="Keep this class; may repeat  [default: all].")
 @click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
-@click.option("--group-by", help="Column of the images: patients (images) with a common value stay together.")
+@click.option(
+    "--group-by", help="Column of the images: patients (images) with a common value are never on both sides of a fold."
+)
 @click.option(
     "--min-images", type=COUNT, default=1, show_default=True, help="Leave out patients with fewer readable images."
 )
@@ -56,10 +64,16 @@ if TYPE_CHECKING:
     type=COUNT,
     default=1000,
     show_default=True,
-    help="At level image: so many, drawn at random; a large number for all.",
+    help="At level image: a random sample of so many; a large number for all.",
 )
 @click.option("--folds", type=int, default=5, show_default=True, help="Folds of whole groups.")
-@click.option("--inner-folds", type=int, default=3, show_default=True, help="Folds that choose the threshold inside.")
+@click.option(
+    "--inner-folds",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Folds within each training side, by which threshold and C are chosen.",
+)
 @click.option(
     "--null",
     type=click.Choice(["auto", "within", "between"]),
@@ -104,7 +118,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     default=0,
     show_default="0: all",
-    help="It runs in the first so many repeats.",
+    help="The head is trained in so many of the repeats.",
 )
 @click.option("--mil-epochs", type=COUNT, default=40, show_default=True, help="Its passes over the training patients.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of folds, shuffles and the MIL head.")
@@ -128,10 +142,10 @@ def probe(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """How well barcodes tell diseases (or cell types) apart, on patients that no fit has seen; and what chance gives.
+    """How well barcodes predict diseases (or cell types) of patients that no fit has seen, and how well by chance.
 
-    The model that is fitted on all of BARCODES is saved beside the scores. With --test or --test-where it is tried
-    once on patients that no fold has; with --model and --test at any later time. Images that the model is fitted on
+    The model that is fitted on all of BARCODES is saved beside the scores. With --test or --test-where it is applied
+    once to patients that are in no fold; with --model and --test at any later time. Images that the model is fitted on
     (same content hash) are refused in a test.
 
     \b
@@ -172,6 +186,7 @@ def probe(
 
 
 def _show(out: Path, done: "ProbeResult | ProbeTest", as_json: bool) -> None:
+    """Lines or JSON to stdout, warnings to stderr."""
     say_done(out, done.was_complete)
     if not as_json:
         tell(done)

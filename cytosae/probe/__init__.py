@@ -1,4 +1,4 @@
-"""What a barcode can tell: classifiers, tested on held-out groups.
+"""How well barcodes predict a class: classifiers, tested on held-out groups.
 
 Comes in: barcodes and a column to predict. Goes out: folds, predictions, scores with intervals, figures.
 Open first: `run.py`.
