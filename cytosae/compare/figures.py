@@ -1,4 +1,4 @@
-"""The pictures of a comparison: mean barcodes against each other, patients one by one, patients against patients."""
+"""Figures of a comparison: mean barcodes of B against A, values of single patients, correlation of patients."""
 
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     x, y = (np.asarray(table[name], np.float64) for name in ("mean_a", "mean_b"))
     is_tested = np.asarray(table["is_tested"])
     figure, axes = new_figure(width=6.4, height=6)
-    limit = 1.15 * max(x.max(), y.max()) or 1.0  # numbers stand beside the points
+    limit = 1.15 * max(x.max(), y.max()) or 1.0  # room for the labels beside the points
     axes.set_xscale("function", functions=(_root, np.square))
     axes.set_yscale("function", functions=(_root, np.square))
     axes.set(xlim=(0, limit), ylim=(0, limit))
@@ -64,7 +64,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
 
 
 def _apart(latents: list[int], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:
-    """Those whose number has room beside the numbers before it; positions are shares of the axes."""
+    """Points whose label does not overlap labels before it; positions are fractions of the axes."""
     kept: list[int] = []
     for latent in latents:
         if all(abs(x[latent] - x[other]) > 0.07 or abs(y[latent] - y[other]) > 0.03 for other in kept):
@@ -116,7 +116,7 @@ def _draw_rows(axes: "Axes", values: npt.NDArray[np.floating], is_a: npt.NDArray
 
 
 def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], names: list[str], path: Path) -> None:
-    """Patients against patients, in the order given, with lines between diseases; white where it is not defined.
+    """Correlation of every two patients, in the given order, with lines between diseases; white where undefined.
 
     The colours reach from the lowest fiftieth (one odd patient would take all of them) to the largest of two patients.
     """

@@ -37,7 +37,7 @@ class MilConfig:
     repeats: int = 0  # the head is trained in this many of the first repeats; 0: in all, as every other method
     hidden: int = 64
     epochs: int = 40
-    images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
+    images_per_step: int = 32  # random images of each patient in every step, with replacement where there are fewer
     batch_patients: int = 16
     lr: float = 1e-3
     weight_decay: float = 1e-3

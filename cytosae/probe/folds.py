@@ -86,11 +86,11 @@ def assign_folds(labels: Ints, groups: Ints, n_folds: int, rng: np.random.Genera
     sizes, totals = counts.sum(1), np.maximum(counts.sum(0), 1)
     order = rng.permutation(len(sizes))
     held = np.zeros((n_folds, counts.shape[1]))
-    lot = rng.permutation(n_folds)
+    random_order = rng.permutation(n_folds)
     fold_of = np.zeros(len(sizes), np.int64)
     for group in order[np.argsort(-sizes[order], kind="stable")]:
         rarity = np.round((held * counts[group] / totals).sum(1), 9)  # rounded: equal is equal
-        fold = np.lexsort((lot, held.sum(1), rarity))[0]
+        fold = np.lexsort((random_order, held.sum(1), rarity))[0]
         fold_of[group] = fold
         held[fold] += counts[group]
     return fold_of[groups]
@@ -118,7 +118,7 @@ def choose_null(labels: Ints, groups: Ints, asked: str = "auto") -> str:
 
 
 def free_share(totals: npt.NDArray[np.float64]) -> float:
-    """Expected share of labels that a shuffle of all rows would change, of classes with so many rows."""
+    """Expected share of labels that a shuffle of all rows would change; totals : (n_classes,) rows of each class"""
     return 1 - float(((totals / totals.sum()) ** 2).sum())
 
 

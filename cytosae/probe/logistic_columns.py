@@ -148,7 +148,7 @@ class _Search:
         model = LogisticRegression(solver="newton-cholesky", tol=_NEWTON_TOLERANCE, max_iter=_MOST_NEWTON_STEPS)
         try:
             model.fit((x - self.mean) * root, self.one_hot.argmax(1))
-        except (LinAlgError, Warning):  # rounding; a warning that was made an error, by whoever asked for that
+        except (LinAlgError, Warning):  # rounding; or a warning, where the caller has made warnings errors
             return None
         weights, intercept = root * model.coef_.T, model.intercept_
         if n_classes == 2:  # one weight vector, for the difference of the two

@@ -298,7 +298,7 @@ class _Rule:
     width: int
 
     def of(self, n_features: int) -> RuleOfC:
-        """C as a function of the number of training rows, for so many features."""
+        """C as a function of the number of training rows, for a fit on `n_features` columns."""
         return partial(self._C, n_features)
 
     def _C(self, n_features: int, n_rows: int) -> float:

@@ -44,7 +44,7 @@ class UnitConfig:
     classes: tuple[str, ...] = ()  # keep these only; (): all
     group_by: str | None = None  # a column of the images: units with a common value lie on one side of every fold
     min_images: int = 1  # patients with fewer readable images are left out, and their images
-    max_images: int = 1000  # of level "image": so many at random
+    max_images: int = 1000  # at level "image": size of the random sample
 
     def __post_init__(self) -> None:
         check_choice("level", self.level, LEVELS)
