@@ -271,7 +271,7 @@ def test_few_weights_take_few_steps() -> None:
     assert found.n_steps < 30
     np.testing.assert_allclose(found.probabilities(x), exact, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic_columns.LogisticRegression, "fit", Mock(side_effect=LinAlgError))
+        patch.setattr(LogisticRegression, "fit", Mock(side_effect=LinAlgError))
         slow = fit_columns(x, labels, 3, 50.0)
     assert slow.converged
     assert slow.n_steps > 300
