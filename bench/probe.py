@@ -37,8 +37,8 @@ def main() -> None:
     made = {"patient": synthetic_patients, "image": synthetic_images}[options.level]
     values, sums, counts, labels, groups = made(options.units, options.latents)
     n_classes = int(labels.max()) + 1
-    strength = options.latents * n_classes / 100
-    plan = Plan(n_folds=N_FOLDS, n_inner_folds=3, n_classes=n_classes, strength=lambda n: strength, c_factors=C_FACTORS)
+    C = options.latents * n_classes / 100
+    plan = Plan(n_folds=N_FOLDS, n_inner_folds=3, n_classes=n_classes, C_of=lambda n: C, c_factors=C_FACTORS)
     with threadpool_limits(1, user_api="blas"):
         began = time.perf_counter()
         barcodes = along_thresholds(values, sums, counts, THRESHOLDS)
@@ -49,12 +49,10 @@ def main() -> None:
             began = time.perf_counter()
             found = run_fold(barcodes, labels, division, number % N_FOLDS, plan)
             spent.append(time.perf_counter() - began)
-            accuracy = (
-                found.sweep.probabilities[0, 0].argmax(1) == labels[division.fold_of == number % N_FOLDS]
-            ).mean()
+            accuracy = (found.fits.probabilities[0, 0].argmax(1) == labels[division.fold_of == number % N_FOLDS]).mean()
             say(f"fold {number + 1} of {options.rounds}: {spent[-1]:.2f} s, accuracy {accuracy:.3f}")
-        n_fits = len(set(found.sweep.n_kept)) * (1 + plan.n_inner_folds * len(C_FACTORS))
-        direct = [direct_fit(values, sums, counts, labels, t, strength) for t in range(options.direct)]
+        n_fits = len(set(found.fits.n_kept)) * (1 + plan.n_inner_folds * len(C_FACTORS))
+        direct = [direct_fit(values, sums, counts, labels, t, C) for t in range(options.direct)]
     ours, theirs = float(np.median(spent)), float(np.median(direct)) * n_fits
     repeats, permutations = REPETITIONS[options.level]
     n_jobs = N_FOLDS * (repeats + permutations)
@@ -105,13 +103,13 @@ def synthetic_images(n_images: int, n_latents: int) -> tuple[Any, ...]:
     return *matrices, labels, np.unique(patients, return_inverse=True)[1]
 
 
-def direct_fit(values: Any, sums: Any, counts: Any, labels: np.ndarray, t: int, strength: float) -> float:
+def direct_fit(values: Any, sums: Any, counts: Any, labels: np.ndarray, t: int, C: float) -> float:
     """Seconds of one fit on all columns, those below a threshold left out, of four fifths of the rows."""
     training = np.arange(len(labels)) % 5 != 0
     mean = np.ravel(sums[training].sum(0)) / np.maximum(np.ravel(counts[training].sum(0)), 1)
     x = values[training][:, mean >= THRESHOLDS[2 * t % len(THRESHOLDS)]]
     x = x.toarray() if x.nnz > x.shape[0] * x.shape[1] / 4 else x
-    model = LogisticRegression(C=strength, max_iter=1000)
+    model = LogisticRegression(C=C, max_iter=1000)
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

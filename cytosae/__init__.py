@@ -11,4 +11,4 @@ from . import old_paths
 find_place_for_caches()  # before numba compiles
 old_paths.install()
 
-__getattr__, __dir__, __all__ = open_door(__name__, __file__, callable_modules=("compare", "sweep"))
+__getattr__, __dir__, __all__ = open_door(__name__, __file__, callable_modules=("compare", "probe", "sweep"))

@@ -20,6 +20,8 @@ from .maps import write_mask_agreement as write_mask_agreement
 from .maps import write_sheets as write_sheets
 from .probe import ProbeConfig as ProbeConfig
 from .probe import UnitConfig as UnitConfig
+from .probe import apply_model as apply_model
+from .probe import probe as probe
 from .probe import write_probe as write_probe
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts

@@ -22,7 +22,7 @@ from cytosae import encode, train
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, write_concepts
-from cytosae.probe import ProbeConfig, write_probe
+from cytosae.probe import ProbeConfig, probe
 from cytosae.sae import TrainConfig
 from stores import ActivationStore, ConceptStore, LatentStore
 from stores.machine import n_cores
@@ -125,7 +125,7 @@ comparison = compare(here / "barcodes", here / "comparison", CompareConfig(a="CB
 for group, found in comparison.top(3).items():
     for row in found:
         print(group, f"latent {row['latent']:>3}  difference {row['difference']:7.2f}  p {row['p']:.3f}")
-print("\n".join(comparison.summary["warnings"]))
+print("\n".join(comparison.warnings))
 
 # %% [markdown]
 # ## Do barcodes tell diseases apart?
@@ -135,7 +135,7 @@ print("\n".join(comparison.summary["warnings"]))
 
 # %%
 question = ProbeConfig(folds=2, inner_folds=2, repeats=2, permutations=9)
-scores, was_there = write_probe(here / "barcodes", here / "probe", question)
-for name, method in scores["methods"].items():
+probed = probe(here / "barcodes", here / "probe", question)
+for name, method in probed.scores["methods"].items():
     print(f"{name:>10}  weighted F1 {method['weighted_f1']['mean']:.2f}")
-print("\n".join(scores["warnings"]))
+print("\n".join(probed.warnings))

@@ -405,3 +405,19 @@ def test_ctrl_c_in_the_permutations_is_one_line(barcodes: Path, tmp_path: Path) 
     assert "Traceback" not in errors
     fails("with other settings", *command[3:-1], "100")
     assert run(*command[3:-1], "100", "--overwrite").exit_code == 0
+
+
+def test_a_notebook_shows_what_the_command_prints(compared: Comparison, barcodes: Path) -> None:
+    """The same lines and warnings, the settings, and as HTML both lists and the figure; names are escaped."""
+    command = ("compare", barcodes, SICK, WELL, "-o", compared.out, "--permutations", 500, "--top", 10)
+    done = run(*command, "--bootstraps", 100)
+    assert "already complete" in done.stderr
+    assert [*compared.lines()] == done.stdout.splitlines()
+    assert [f"warning: {warning}" for warning in compared.warnings] == done.stderr.splitlines()[1:]
+    assert str(compared).splitlines() == [*compared.lines(), *(f"warning: {each}" for each in compared.warnings)]
+    assert compared.config == small(tau=0.2)
+    assert json.loads(run(*command, "--bootstraps", 100, "--json").stdout) == compared.as_dict()
+    shown = compared._repr_html_()
+    assert shown.count("<table>") == 2
+    assert '<img alt="scatter" src="data:image/png;base64,' in shown
+    assert "p_max_t &lt;= 0.05" in shown

@@ -45,11 +45,11 @@ from cytosae.probe import (
     draw_groups,
     interval,
     logistic_columns,
+    probe,
     scores_of_draws,
     threshold_grams,
-    write_probe,
 )
-from cytosae.probe import run as probe
+from cytosae.probe import run as probe_run
 from cytosae.probe import units as probe_units
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
@@ -83,7 +83,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As in `write_probe`: two threads of BLAS on a machine that is shared take ten times as long."""
+    """As in `probe`: two threads of BLAS on a machine that is shared take ten times as long."""
     with threadpool_limits(1, user_api="blas"):
         yield
 
@@ -217,45 +217,45 @@ def quick(**changes: Any) -> ProbeConfig:
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "n_classes", "strength"),
+    ("n", "m", "n_classes", "C"),
     [(40, 90, 3, 24.0), (40, 300, 2, 5.0), (60, 10, 3, 1.0), (30, 60, 4, 2000.0), (25, 8, 2, 1e4), (40, 30, 5, 0.1)],
 )
-def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, strength: float) -> None:
+def test_row_space_is_the_direct_fit(n: int, m: int, n_classes: int, C: float) -> None:
     """Probabilities of new rows to 1e-6, against scikit-learn on all columns; separable or not."""
     rng = np.random.default_rng(n + m)
     x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
     labels = rng.integers(0, n_classes, n)
-    fit = fit_rows(x @ x.T, labels, n_classes, strength)
+    fit = fit_rows(x @ x.T, labels, n_classes, C)
     assert fit.converged
-    direct = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(x, labels)
+    direct = LogisticRegression(C=C, tol=1e-10, max_iter=1000, solver="newton-cholesky").fit(x, labels)
     np.testing.assert_allclose(fit.probabilities(new @ x.T), direct.predict_proba(new), atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("n", "m", "n_classes", "strength"),
+    ("n", "m", "n_classes", "C"),
     [(60, 150, 3, 24.0), (60, 300, 2, 5.0), (90, 10, 3, 1.0), (50, 90, 4, 2000.0), (60, 8, 2, 1e4)],
 )
 def test_many_rows_are_fitted_as_few_are(
-    n: int, m: int, n_classes: int, strength: float, monkeypatch: pytest.MonkeyPatch
+    n: int, m: int, n_classes: int, C: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a factor of the Gram matrix, dense and sparse columns: Newton's probabilities."""
     rng = np.random.default_rng(n + m)
     x, new = rng.poisson(2, (n, m)) / 3.0, rng.poisson(2, (15, m)) / 3.0
     labels = rng.integers(0, n_classes, n) * 2  # classes 1, 3 ... have no row
-    exact = fit_rows(x @ x.T, labels, 2 * n_classes, strength).probabilities(new @ x.T)
+    exact = fit_rows(x @ x.T, labels, 2 * n_classes, C).probabilities(new @ x.T)
     monkeypatch.setattr(logistic_columns, "NEWTON_ROWS", 0)
     monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
-    factored = fit_gram(x @ x.T, labels, 2 * n_classes, strength)
+    factored = fit_gram(x @ x.T, labels, 2 * n_classes, C)
     assert factored.converged
     np.testing.assert_allclose(factored.probabilities(new @ x.T), exact, atol=1e-5)
     for columns in (x, csr_matrix(x)):
-        fit = fit_columns(columns, labels, 2 * n_classes, strength)
+        fit = fit_columns(columns, labels, 2 * n_classes, C)
         assert fit.converged
         np.testing.assert_allclose(fit.probabilities(new), exact, atol=1e-5)
     monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
     monkeypatch.setattr(logistic_columns, "_MOST_NEWTON_STEPS", 3)
-    assert not fit_columns(x, labels, 2 * n_classes, strength).converged
-    assert not fit_gram(x @ x.T, labels, 2 * n_classes, strength).converged
+    assert not fit_columns(x, labels, 2 * n_classes, C).converged
+    assert not fit_gram(x @ x.T, labels, 2 * n_classes, C).converged
 
 
 def test_few_weights_take_few_steps() -> None:
@@ -271,7 +271,7 @@ def test_few_weights_take_few_steps() -> None:
     assert found.n_steps < 30
     np.testing.assert_allclose(found.probabilities(x), exact, atol=1e-5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logistic_columns, "cho_factor", Mock(side_effect=LinAlgError))
+        patch.setattr(LogisticRegression, "fit", Mock(side_effect=LinAlgError))
         slow = fit_columns(x, labels, 3, 50.0)
     assert slow.converged
     assert slow.n_steps > 300
@@ -486,8 +486,8 @@ def slow_repeat(
         x = (values * kept_latents(sums, counts, training, threshold)[:, None]).T
         if not x[training].any():
             return np.tile(np.bincount(labels[training], minlength=plan.n_classes) / training.sum(), (tested.sum(), 1))
-        strength = factor * plan.strength(int(training.sum()))
-        model = LogisticRegression(C=strength, tol=1e-10, max_iter=1000, solver="newton-cholesky")
+        C = factor * plan.C_of(int(training.sum()))
+        model = LogisticRegression(C=C, tol=1e-10, max_iter=1000, solver="newton-cholesky")
         return model.fit(x[training], labels[training]).predict_proba(x[tested])
 
     for fold in range(plan.n_folds):
@@ -511,7 +511,7 @@ def slow_repeat(
     return Repeat(fold_of, probabilities, np.array(chosen), np.array(factors), np.array(inner_folds), n_kept, 0, 0)
 
 
-PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, strength=lambda n: 0.1 * n, c_factors=(1e-3, 0.1, 1.0))
+PLAN = Plan(n_folds=3, n_inner_folds=2, n_classes=3, C_of=lambda n: 0.1 * n, c_factors=(1e-3, 0.1, 1.0))
 
 
 def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thresholds:
@@ -526,7 +526,7 @@ def along_thresholds(way: str, values: Array, sums: Array, counts: Array) -> Thr
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_repeat_is_its_slow_twin(way: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logistic_columns, "_GAP", 1e-10)
-    monkeypatch.setattr(threshold_grams, "_BLOCK", 200)
+    monkeypatch.setattr(threshold_grams, "_CHUNK", 200)
     values, sums, counts, labels, groups = small_problem(seed)
     fast = run_repeat(along_thresholds(way, values, sums, counts), labels, groups, PLAN, np.random.default_rng(5))
     slow = slow_repeat(values, sums, counts, labels, groups, PLAN, 5)
@@ -579,10 +579,9 @@ def test_what_is_predicted_has_no_part_in_the_fit(way: str, monkeypatch: pytest.
 
 def test_planted_signal_is_found_and_chance_is_chance(tmp_path: Path) -> None:
     """With the signal the least p there is; without it, scores within chance. No NaN; tables and scores agree."""
-    scores, was_complete = write_probe(
-        write_folder(tmp_path / "b", *cohort(signal=4.0)), tmp_path / "out", quick(permutations=19), workers=2
-    )
-    assert not was_complete
+    done = probe(write_folder(tmp_path / "b", *cohort(signal=4.0)), tmp_path / "out", quick(permutations=19), workers=2)
+    scores = done.scores
+    assert not done.was_complete
     assert scores["methods"]["barcode"]["weighted_f1"]["mean"] > 0.9
     assert scores["permutation"]["weighted_f1"]["p"] == 1 / 20
     assert 0.3 < scores["permutation"]["weighted_f1"]["mean"] < 0.7
@@ -607,14 +606,15 @@ def test_planted_signal_is_found_and_chance_is_chance(tmp_path: Path) -> None:
         for kind in ("png", "svg")
     )
 
-    again, was_complete = write_probe(tmp_path / "b", tmp_path / "out", quick(permutations=19))
-    assert was_complete
-    assert again == scores
+    again = probe(tmp_path / "b", tmp_path / "out", quick(permutations=19))
+    assert again.was_complete
+    assert again.scores == scores
+    assert [*again.lines()] == [*done.lines()]
     with pytest.raises(SpecMismatch, match="other settings"):
-        write_probe(tmp_path / "b", tmp_path / "out", quick(permutations=18))
+        probe(tmp_path / "b", tmp_path / "out", quick(permutations=18))
 
     nothing = write_folder(tmp_path / "n", *cohort(signal=0.0))
-    scores, _ = write_probe(nothing, tmp_path / "chance", quick(permutations=19))
+    scores = probe(nothing, tmp_path / "chance", quick(permutations=19)).scores
     assert scores["permutation"]["weighted_f1"]["p"] > 0.1
     assert scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.75
 
@@ -623,9 +623,7 @@ def test_order_of_patients_and_number_of_threads_change_nothing(tmp_path: Path) 
     made = cohort(signal=1.0)
     tables = []
     for name, order, workers in (("a", [], 1), ("b", np.random.default_rng(0).permutation(16).tolist(), 2)):
-        write_probe(
-            write_folder(tmp_path / name, *made, order=order), tmp_path / f"{name}.out", quick(), workers=workers
-        )
+        probe(write_folder(tmp_path / name, *made, order=order), tmp_path / f"{name}.out", quick(), workers=workers)
         tables.append(pq.read_table(tmp_path / f"{name}.out" / "predictions.parquet").to_pandas())
     assert tables[0].drop(columns="probabilities").equals(tables[1].drop(columns="probabilities"))
     one, other = (np.stack(table["probabilities"]) for table in tables)
@@ -644,7 +642,7 @@ def test_patients_who_share_an_image_are_never_parted(tmp_path: Path) -> None:
     f1 = {}
     for name, folder, group_by in (("honest", honest, None), ("naive", naive, None), ("by field", naive, "field")):
         config = quick(folds=8, repeats=1, thresholds=(0.0,), units=UnitConfig(group_by=group_by))
-        scores, _ = write_probe(folder, tmp_path / f"{name}.out", config)
+        scores = probe(folder, tmp_path / f"{name}.out", config).scores
         f1[name] = scores["methods"]["barcode"]["weighted_f1"]["mean"]
         assert scores["n_groups"] == (48 if name == "naive" else 24)
     assert f1["naive"] > 0.8
@@ -659,7 +657,7 @@ def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
     table.loc[0, "patient"] = ""
     table.loc[1, "status"] = "unreadable"
     folder = write_folder(tmp_path / "b", table, counts, means)
-    scores, _ = write_probe(folder, tmp_path / "out", quick(units=UnitConfig(level="image", target="", max_images=50)))
+    scores = probe(folder, tmp_path / "out", quick(units=UnitConfig(level="image", target="", max_images=50))).scores
     assert (scores["n_units"], scores["target"]) == (50, "label")
     assert scores["n_groups"] <= 16
     assert scores["left_out"]["images without a patient"] == 1
@@ -685,22 +683,22 @@ def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.M
     )
     ways = {"one": (100, 1), "two": (100, 2), "grams": (1000, 1)}
     for name, (most, workers) in ways.items():
-        monkeypatch.setattr(probe, "GRAM_ROWS", most)
-        scores, _ = write_probe(folder, tmp_path / name, config, workers=workers)
+        monkeypatch.setattr(probe_run, "GRAM_ROWS", most)
+        scores = probe(folder, tmp_path / name, config, workers=workers).scores
         assert (scores["n_units"], scores["n_fits_unconverged"]) == (400, 0)
         assert 0.75 < scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.97  # a tenth is mislabelled
     assert read == [400] * 6
     tables = [ResultStore(tmp_path / name, PROBE).table("predictions") for name in ways]
     near = [np.stack(table["probabilities"].to_numpy()) for table in tables[1:]]
     assert np.quantile(np.abs(near[0] - near[1]), 0.99) < 0.01
-    monkeypatch.setattr(probe, "GRAM_ROWS", 100)
+    monkeypatch.setattr(probe_run, "GRAM_ROWS", 100)
     assert tables[0].equals(tables[1])
     monkeypatch.setattr(logistic_columns, "_MOST_STEPS", 3)
-    scores, _ = write_probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,), c_factors=(1.0,)))
+    scores = probe(folder, tmp_path / "three", replace(config, thresholds=(0.0,), c_factors=(1.0,))).scores
     assert any("3 fits did not converge" in warning for warning in scores["warnings"])
     monkeypatch.setattr(probe_units, "_MOST_BYTES", 1 << 10)
     with pytest.raises(BadInput, match=r"barcodes of 400 images need .* GiB; .* choose a smaller --max-images"):
-        write_probe(folder, tmp_path / "four", config)
+        probe(folder, tmp_path / "four", config)
 
 
 @pytest.mark.slow
@@ -720,7 +718,7 @@ def test_twenty_thousand_images_at_full_width(tmp_path: Path) -> None:
 def test_classes_that_were_drawn_too_rarely_are_named(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "b", n_images=200, n_latents=50)
     with pytest.raises(BadInput, match=r"found .*; raise --max-images, or "):
-        write_probe(folder, tmp_path / "out", quick(folds=5, units=UnitConfig(level="image", target="", max_images=14)))
+        probe(folder, tmp_path / "out", quick(folds=5, units=UnitConfig(level="image", target="", max_images=14)))
 
 
 def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
@@ -728,7 +726,7 @@ def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
     table, counts, means = cohort(n_per_class=1, images_each=12)
     folder = write_folder(tmp_path / "b", table, counts, means)
     units = UnitConfig(level="image", target="")
-    scores, _ = write_probe(folder, tmp_path / "out", quick(folds=2, permutations=2, units=units))
+    scores = probe(folder, tmp_path / "out", quick(folds=2, permutations=2, units=units)).scores
     assert scores["n_groups"] == 2
     assert scores["curve"][0]["n_folds_chosen"] == 4
     assert any("a class had no training row" in warning for warning in scores["warnings"])
@@ -739,7 +737,7 @@ def test_the_released_divisor_is_told(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "b", *cohort(), normalize="cytosae-release")
     for level, is_told in (("patient", True), ("image", False)):
         units = UnitConfig(level=level, target="")
-        scores, _ = write_probe(folder, tmp_path / level, quick(repeats=1, thresholds=(0.0,), units=units))
+        scores = probe(folder, tmp_path / level, quick(repeats=1, thresholds=(0.0,), units=units)).scores
         assert any("normalised as cytosae-release" in warning for warning in scores["warnings"]) == is_told
 
 
@@ -750,7 +748,7 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
     )
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     with pytest.raises(DamagedStore, match=r"patient.zarr cannot be read .*count again"):
-        write_probe(folder, tmp_path / "out", quick())
+        probe(folder, tmp_path / "out", quick())
 
 
 @pytest.mark.parametrize(
@@ -768,12 +766,15 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         ({"folds": 1}, {}, "folds must be at least 2"),
         ({"thresholds": (0.0, float("nan"))}, {}, "thresholds must be numbers"),
         ({"regularization": "guess"}, {}, "regularization must be"),
+        ({"repeats": 0}, {}, "repeats must be at least 1"),
+        ({}, {"level": "cell"}, "level must be"),
+        ({}, {"min_images": 0}, "min_images must be at least 1"),
     ],
 )
 def test_mistakes_get_one_line(tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str) -> None:
     folder = write_folder(tmp_path / "b", *cohort())
     with pytest.raises(BadInput, match=words):
-        write_probe(folder, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
+        probe(folder, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -809,7 +810,7 @@ def test_whether_the_sae_has_seen_the_images_is_decided_by_their_content(tmp_pat
         header = new_header(SAE, {"caches": [{"sha256": "e" * 64}], "images": {"excluded": 0}})
         write_header(run, replace(header, complete=True, summary={"sae_sha256": weights, **listed}))
         config = quick(repeats=1, thresholds=(0.0,), c_factors=(1.0,))
-        scores, _ = write_probe(folder, tmp_path / f"out{run.name}", config, sae=run)
+        scores = probe(folder, tmp_path / f"out{run.name}", config, sae=run).scores
         return [text for text in scores["warnings"] if "known" in text]
 
     n = len(table)
@@ -920,8 +921,30 @@ def test_every_reading_of_the_rule(tmp_path: Path) -> None:
         "samples": 12 * 2 / 100,
         "samples-inverse": 100 / 24,
     }
-    for rule, strength in wanted.items():
-        scores, _ = write_probe(
-            folder, tmp_path / rule, replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
-        )
-        assert scores["regularization"]["C"] == pytest.approx(strength)
+    for rule, C in wanted.items():
+        config = replace(quick(repeats=1, thresholds=(0.0,)), regularization=rule)
+        scores = probe(folder, tmp_path / rule, config).scores
+        assert scores["regularization"]["C"] == pytest.approx(C)
+
+
+def test_what_the_command_knows_python_knows(tmp_path: Path) -> None:
+    """Numbers and columns by level; `--test-where` as text; a result shows itself in a notebook, escaped."""
+    patients, images = ProbeConfig(), ProbeConfig(units=UnitConfig(level="image"))
+    assert (patients.n_repeats, patients.n_permutations, patients.units.target) == (10, 99, "disease")
+    assert (images.n_repeats, images.n_permutations, images.units.target) == (3, 19, "label")
+    assert ProbeConfig(permutations=0).n_permutations == 0
+    assert probe_units.Where.parse(["site=Munich", "site = Ulm"]) == probe_units.Where("site", ("Munich", "Ulm"))
+    assert probe_units.Where.parse([]) is None
+    with pytest.raises(BadInput, match=r"epochs of the attention-MIL head must be at least 1"):
+        MilConfig(epochs=0)
+    table, counts, means = cohort(signal=4.0)
+    table["disease"] = table["disease"].replace("D1", "<b>D1</b>")
+    done = probe(
+        write_folder(tmp_path / "b", table, counts, means), tmp_path / "out", quick(repeats=1, c_factors=(1.0,))
+    )
+    assert str(done).startswith(f"{tmp_path / 'out'}: 16 patients in 16 groups; disease: <b>D1</b> 8, D0 8\n")
+    shown = done._repr_html_()
+    assert "&lt;b&gt;D1&lt;/b&gt;" in shown
+    assert "<b>D1" not in shown
+    assert '<img alt="methods" src="data:image/png;base64,' in shown
+    assert "<td>majority</td>" in shown

@@ -7,6 +7,7 @@ import hashlib
 import json
 import runpy
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ from test_probe import THRESHOLDS, cohort, kept_latents, one_thread, quick, writ
 from threadpoolctl import threadpool_limits
 
 from cli import cli
-from cytosae.probe import ProbeConfig, UnitConfig, assign_folds, logistic_columns, write_probe
-from cytosae.probe import run as probe
-from cytosae.probe.external import apply_model
+from cytosae.probe import ProbeConfig, UnitConfig, apply_model, assign_folds, logistic_columns, probe
+from cytosae.probe import run as probe_run
 from cytosae.probe.saved_model import read_model
 from cytosae.probe.units import Where
 from stores import BARCODES, PROBE, PROBE_TEST, BarcodeStore, ResultStore, read_header, write_header
@@ -129,7 +129,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     b = write_folder(root / "b", *hospital("B", seed=2))
     with pytest.MonkeyPatch.context() as patch, threadpool_limits(1, user_api="blas"):
         forget_figures(patch)
-        write_probe(a, root / "out", quick(repeats=1, permutations=2), test=b)
+        probe(a, root / "out", quick(repeats=1, permutations=2), test=b)
     return root
 
 
@@ -141,11 +141,11 @@ def test_the_model_is_the_slow_fit_of_all_rows_and_its_scores_sklearns(
     way: str, seed: int, n_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logistic_columns, "_GAP", 1e-11)
-    monkeypatch.setattr(probe, "GRAM_ROWS", 4000 if way == "grams" else 1)
+    monkeypatch.setattr(probe_run, "GRAM_ROWS", 4000 if way == "grams" else 1)
     here = hospital("A", seed=seed, n_classes=n_classes, signal=1.0)
     there = hospital("B", seed=seed + 50, n_classes=n_classes, n_per_class=9, signal=1.0)
     a, b = write_folder(tmp_path / "a", *here), write_folder(tmp_path / "b", *there)
-    scores, _ = write_probe(a, tmp_path / "out", quick(repeats=1, seed=seed, c_factors=FACTORS), test=b)
+    scores = probe(a, tmp_path / "out", quick(repeats=1, seed=seed, c_factors=FACTORS), test=b).as_dict()
     names, true, values, *_ = of_patients(there)
     threshold, c, wanted = slow_model(here, values, seed, 3)
     tested = scores["test"]
@@ -181,9 +181,10 @@ def test_applied_later_it_is_the_same_to_the_bit(fitted: Path, tmp_path: Path) -
     needed.mkdir()
     for name in ("probe.json", "model.json", "model.safetensors", "trained_on.parquet"):
         shutil.copy(fitted / "out" / name, needed)
-    later, was_there = apply_model(needed, fitted / "b", tmp_path / "later")
-    assert not was_there
-    assert apply_model(needed, fitted / "b", tmp_path / "later") == (later, True)
+    applied = apply_model(needed, fitted / "b", tmp_path / "later")
+    later = applied.scores
+    assert not applied.was_complete
+    assert apply_model(needed, fitted / "b", tmp_path / "later") == replace(applied, was_complete=True)
     before, now = ResultStore(fitted / "out", PROBE), ResultStore(tmp_path / "later", PROBE_TEST)
     assert later == before.json("test_scores") == now.json("test_scores")
     assert before.table("test_predictions").equals(now.table("test_predictions"))
@@ -206,13 +207,13 @@ def test_left_out_sites_are_a_cohort_of_their_own(level: str, fitted: Path, tmp_
     there = hospital("B", seed=2)
     together = write_folder(tmp_path / "ab", *both(hospital("A", seed=1), there))
     config = quick(repeats=1, permutations=2, units=UnitConfig(level=level, target="disease"))
-    alone, _ = write_probe(fitted / "a", tmp_path / "alone", config)
+    alone = probe(fitted / "a", tmp_path / "alone", config).as_dict()
     if level == "patient":
         apart, folder = ResultStore(fitted / "out", PROBE).json("test_scores"), ResultStore(fitted / "out", PROBE)
     else:
-        apart, _ = apply_model(tmp_path / "alone", fitted / "b", tmp_path / "apart")
+        apart = apply_model(tmp_path / "alone", fitted / "b", tmp_path / "apart").scores
         folder = ResultStore(tmp_path / "apart", PROBE_TEST)
-    one, _ = write_probe(together, tmp_path / "one", config, test_where=Where("site", ("B",)))
+    one = probe(together, tmp_path / "one", config, test_where=Where("site", ("B",))).as_dict()
     for name, other in {"folds": "alone", "predictions": "alone", "trained_on": "alone"}.items():
         assert ResultStore(tmp_path / other, PROBE).table(name).equals(ResultStore(tmp_path / "one", PROBE).table(name))
     assert ResultStore(tmp_path / "one", PROBE).table("test_predictions").equals(folder.table("test_predictions"))
@@ -231,7 +232,7 @@ def test_without_a_test_the_scores_are_those_of_before(tmp_path: Path) -> None:
     maker["write_cohort"](tmp_path / "cohort", LatentStore(GOLDEN / "latents-v1.zarr"))
     few: dict[str, Any] = {"folds": 2, "inner_folds": 2, "repeats": 1, "permutations": 2}
     config = ProbeConfig(units=UnitConfig(target="disease"), **few, thresholds=(0.0, 1.0), c_factors=(1.0,))
-    write_probe(tmp_path / "cohort", tmp_path / "out", config)
+    probe(tmp_path / "cohort", tmp_path / "out", config)
     before, now = ResultStore(GOLDEN / "probe-v1", PROBE), ResultStore(tmp_path / "out", PROBE)
     assert before.table("folds").equals(now.table("folds"))
     old, new = (each.table("predictions").to_pandas() for each in (before, now))
@@ -255,17 +256,17 @@ def test_images_that_the_model_knows_are_refused(tmp_path: Path) -> None:
         table.loc[3 : 2 + len(rows), "content_hash"] = [value.upper() if upper else value for value in copied]
         return write_folder(tmp_path / name, table, *there[1:])
 
-    write_probe(a, tmp_path / "out", ONE_FIT, test=with_copies("fine", [*of["AP00"]]))
+    probe(a, tmp_path / "out", ONE_FIT, test=with_copies("fine", [*of["AP00"]]))
     words = rf"2 of {len(there[0])} images of the test \(.*\) are images that the model is fitted on, by their content "
     words += r"\(B\w+, B\w+\): a test must not know them"
     shared = with_copies("shared", [of["AP01"][0], of["AP02"][0]])
     for folder in (shared, with_copies("upper", [of["AP01"][0], of["AP02"][0]], upper=True)):
         with pytest.raises(BadInput, match=words):
-            write_probe(a, tmp_path / "no", ONE_FIT, test=folder)
+            probe(a, tmp_path / "no", ONE_FIT, test=folder)
         with pytest.raises(BadInput, match=words):
             apply_model(tmp_path / "out", folder, tmp_path / "no")
     with pytest.raises(BadInput, match="the very barcodes that the model is fitted on"):
-        write_probe(a, tmp_path / "no", ONE_FIT, test=a)
+        probe(a, tmp_path / "no", ONE_FIT, test=a)
     with pytest.raises(BadInput, match=rf"{len(here[0]) - len(of['AP00'])} of .* are images that the model is fitted"):
         apply_model(tmp_path / "out", a, tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -273,7 +274,7 @@ def test_images_that_the_model_knows_are_refused(tmp_path: Path) -> None:
     table = there[0].copy()
     table.loc[:4, "content_hash"] = ""
     unknown = write_folder(tmp_path / "unknown", table, *there[1:])
-    scores, _ = apply_model(tmp_path / "out", unknown, tmp_path / "unknown.out")
+    scores = apply_model(tmp_path / "out", unknown, tmp_path / "unknown.out").scores
     assert any("(5 of the test): whether training and test share them is not known" in w for w in scores["warnings"])
 
 
@@ -297,7 +298,7 @@ def test_nobody_is_on_both_sides(change: dict[str, str], where: Where, words: st
     folder = write_folder(tmp_path / "ab", table, counts, means)
     config = quick(repeats=1, units=UnitConfig(group_by="field" if "field" in change else None))
     with pytest.raises(BadInput, match=words):
-        write_probe(folder, tmp_path / "out", config, test_where=where)
+        probe(folder, tmp_path / "out", config, test_where=where)
     assert not (tmp_path / "out").exists()
 
 
@@ -309,8 +310,8 @@ def test_labels_that_the_model_does_not_know_are_predicted_named_and_not_scored(
     kinds = {"CP00": "CML", "CP01": "", "CP02": "D9", "CP03": "CML", "CP04": "", "CP05": ""}
     more[0]["disease"] = more[0]["patient"].map(kinds)
     wider = write_folder(tmp_path / "wider", *both(there, more))
-    scores, _ = write_probe(a, tmp_path / "out", ONE_FIT, test=wider)
-    alone, _ = apply_model(tmp_path / "out", plain, tmp_path / "alone")
+    scores = probe(a, tmp_path / "out", ONE_FIT, test=wider).as_dict()
+    alone = apply_model(tmp_path / "out", plain, tmp_path / "alone").scores
     tested = scores["test"]
     assert tested["methods"] == alone["methods"]
     assert (tested["n_units"], tested["n_scored"]) == (22, 16)
@@ -334,7 +335,7 @@ def test_labels_that_the_model_does_not_know_are_predicted_named_and_not_scored(
     ):
         apply_model(tmp_path / "out", none, tmp_path / "no")
     there[0]["disease"] = "D1"
-    scores, _ = apply_model(tmp_path / "out", write_folder(tmp_path / "one", *there), tmp_path / "one.out")
+    scores = apply_model(tmp_path / "out", write_folder(tmp_path / "one", *there), tmp_path / "one.out").scores
     assert scores["methods"]["barcode"]["auroc"] is None
     assert scores["methods"]["barcode"]["interval"]["auroc"] == {"low": None, "high": None}
     assert any("no patient of D0, which the model knows" in warning for warning in scores["warnings"])
@@ -363,7 +364,7 @@ def test_other_barcodes_are_refused_by_name(changes: dict[str, Any], words: str,
     spec["latents_spec"] = {**header.spec["latents_spec"], **changes.get("latents_spec", {})}
     write_header(b, Header(**{**vars(header), "spec": spec, "seal": None}))
     with pytest.raises(SpecMismatch, match=words):
-        write_probe(fitted / "a", tmp_path / "no", quick(repeats=1), test=b)
+        probe(fitted / "a", tmp_path / "no", quick(repeats=1), test=b)
     with pytest.raises(SpecMismatch, match=words):
         apply_model(fitted / "out", b, tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -375,7 +376,7 @@ def test_fewer_latents_are_refused(fitted: Path, tmp_path: Path) -> None:
         patch.setattr("test_probe.N_LATENTS", 39)
         b = write_folder(tmp_path / "b", table, counts[:, :39], means[:, :39])
     with pytest.raises(SpecMismatch, match="it has 39 latents, the model's SAE has 40"):
-        write_probe(fitted / "a", tmp_path / "no", quick(repeats=1), test=b)
+        probe(fitted / "a", tmp_path / "no", quick(repeats=1), test=b)
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -503,7 +504,7 @@ def test_reading_a_model_gives_what_was_saved(fitted: Path, tmp_path: Path) -> N
     np.testing.assert_array_equal(model.fit.intercept, arrays["intercept"])
     assert model.card.n_of_class == [8, 8]
     assert model.card.barcodes == BarcodeStore(fitted / "a").header.identity
-    write_probe(fitted / "a", tmp_path / "again", quick(repeats=1, permutations=2), workers=2)
+    probe(fitted / "a", tmp_path / "again", quick(repeats=1, permutations=2), workers=2)
     for name in ("model.json", "model.safetensors"):
         assert (fitted / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     one, other = (ResultStore(root, PROBE).table("trained_on") for root in (fitted / "out", tmp_path / "again"))

@@ -246,7 +246,8 @@ def test_concepts_version_1() -> None:
 
 
 def test_comparison_version_1() -> None:
-    done = Comparison(ResultStore(GOLDEN / "comparison-v1", COMPARISON), was_complete=True)
+    root = GOLDEN / "comparison-v1"
+    done = Comparison(out=root, results=ResultStore(root, COMPARISON), was_complete=True)
     table, mean = done.results.table("differential"), COHORT.mean(1)
     np.testing.assert_allclose(table["mean_a"], mean[:6].mean(0), rtol=1e-6)
     np.testing.assert_allclose(table["mean_b"], mean[6:].mean(0), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Columns of the image table as properties of patients: strata, covariates, and what differs between two groups."""
+"""Columns of the image table as properties of patients: strata, covariates, and imbalances between two groups."""
 
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
-NUMERIC_LEVELS = 5  # numbers of more different values are a scale; of fewer, categories
-NAMED = 5  # columns of a warning
+NUMERIC_LEVELS = 5  # columns of numbers with more different values are numeric; with fewer, categorical
+NAMED = 5  # most columns that a warning names
 _NO_PROPERTY = {*OUTCOME_COLUMNS, "path", "source", "patient", "patient_id", "disease", "n_images", "n_unreadable"}
 
 
 def is_missing(value: object) -> bool:
-    """Whether a cell of the image table says nothing: caches of an older cyto keep what tables have for that."""
+    """Whether a cell of the image table is missing; caches of an older cyto keep texts such as `NA`."""
     text = str(value).strip()
     return not text or text in ALL_MISSING
 
@@ -38,17 +38,23 @@ def of_patients(column: npt.NDArray[np.object_], owner: Ints, names: list[str], 
     for value, patient in zip(column, owner, strict=True):
         if patient >= 0 and not is_missing(value):
             found[patient].add(str(value).strip())
-    torn = [f"{name} ({listed(sorted(each))})" for name, each in zip(names, found, strict=True) if len(each) > 1]
-    if torn:
+    several = [f"{name} ({listed(sorted(each))})" for name, each in zip(names, found, strict=True) if len(each) > 1]
+    if several:
         raise BadInput(
-            f"column {title!r} differs between images of one patient, so it is none of patients: {len(torn):,} have "
-            f"several values: {listed(torn)}; correct the image table, or give another with cyto barcode --table"
+            f"column {title!r} differs between images of one patient, so it is none of patients: {len(several):,} have "
+            f"several values: {listed(several)}; correct the image table, or give another with cyto barcode --table"
         )
     return [next(iter(each), None) for each in found]
 
 
 def column_of(images: "pd.DataFrame", name: str) -> npt.NDArray[np.object_]:
-    """A column of the image table; BadInput names those that there are."""
+    """A column of the image table.
+
+    Raises
+    ------
+    BadInput
+        If there is none; the message names the columns that exist.
+    """
     if name == "disease" or name not in images.columns:
         there = sorted({*map(str, images.columns)} - {"disease", *OUTCOME_COLUMNS})
         raise BadInput(
@@ -58,7 +64,7 @@ def column_of(images: "pd.DataFrame", name: str) -> npt.NDArray[np.object_]:
 
 
 def numbers(values: list[str | None]) -> Floats | None:
-    """(patients,) NaN where missing; None if they are no numbers of more than NUMERIC_LEVELS values."""
+    """(patients,) as numbers, NaN where missing; None if the column is not numeric (NUMERIC_LEVELS)."""
     try:
         found = np.array([np.nan if value is None else float(value) for value in values])
     except ValueError:
@@ -68,7 +74,7 @@ def numbers(values: list[str | None]) -> Floats | None:
 
 
 def design(columns: dict[str, list[str | None]]) -> Floats:
-    """(patients, k): numbers as they are, categories as indicators of all but the first. None may be missing."""
+    """(patients, k) design matrix: numbers as they are, categories as dummies of all but the first; none missing."""
     parts: list[Floats] = []
     for values in columns.values():
         scale = numbers(values)
@@ -81,12 +87,11 @@ def design(columns: dict[str, list[str | None]]) -> Floats:
 
 
 def imbalances(images: "pd.DataFrame", owner: Ints, names: list[str], is_a: Bools) -> list[str]:
-    """What is known of patients and differs between the groups, the largest first, in words.
+    """Columns that differ between the groups, in words, the largest difference first.
 
-    Numbers: means that are a standard deviation apart, or a quarter of one with p <= 0.05 (Mann and Whitney).
-    Categories, "not known" being one: half of the patients would have to change for equal shares, or a fifth with
-    p <= 0.05 (chi square). Columns that differ within a patient, and names (more than half as many values as patients),
-    are none.
+    Numbers: means that are a standard deviation apart, or a quarter of one with p <= 0.05 (Mann-Whitney). Categories,
+    "not known" being one: a total variation distance of 0.5, or of 0.2 with p <= 0.05 (chi square). Columns that differ
+    within a patient, and identifiers (more than half as many values as patients), are left out.
     """
     found: list[tuple[float, str]] = []
     for name in map(str, images.columns):

@@ -1,10 +1,10 @@
 """Which latents set the patients of one disease apart from those of another? (CytoSAE, Fig. 5)
 
-The unit is the patient: each counts once, however many images there are of one. Beside the difference of mean barcodes
-that the paper ranks latents by stand effect sizes, permutation p-values, their Benjamini-Hochberg q-values and max-T
-adjustment (permutation.py), intervals (intervals.py), and how often a latent stays in the top list when patients are
-drawn anew. Filters see no diseases, so that what they leave keeps its p-values. Which images count for a patient:
-patient_values.py; strata and covariates: covariates.py, freedman_lane.py. Figures: figures.py. No torch.
+The unit is the patient: each counts once, whatever the number of images. For each latent there are the difference of
+mean barcodes (by which the paper ranks latents), effect sizes, permutation p-values, their Benjamini-Hochberg q-values
+and max-T adjustment (permutation.py), intervals (intervals.py), and the share of bootstraps in which the latent stays
+in the top list. Filters do not use the diseases, so that the p-values of the remaining latents stay valid. Which images
+count for a patient: patient_values.py; strata and covariates: covariates.py, freedman_lane.py. Figures: figures.py.
 """
 
 import math
@@ -28,114 +28,34 @@ from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON
 from stores.tables import STATUS_OK, column, listed, read_table_file
 
+from .config import REST, CompareConfig, describe_left_out
 from .covariates import NAMED, column_of, design, imbalances, is_missing, of_patients
 from .figures import plot_correlation, plot_patients, plot_scatter
 from .freedman_lane import residual_group, residual_permutation_test
 from .intervals import SUPPORT, intervals, is_supported
 from .patient_values import is_uneven, plan_images, read_values
 from .permutation import PermutationTest, combine_draws, in_both_groups, permutation_test
+from .report import Comparison
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
-REST = "rest"  # as B: all patients with a disease that is not A
-_COLUMNS = 1 << 12  # latents that are worked on in float64 at once
-_BOOTSTRAPS = 64  # that are worked on at once
-_METHOD = 3  # of the numbers: folders of older versions have another, and so other settings
-_NULLS = 20  # shuffles of the groups for the stability under no effect
+_COLUMNS = 1 << 12  # latents of one chunk in float64
+_BOOTSTRAPS = 64  # bootstraps that are computed together
+_METHOD = 3  # version of the statistics: results of older versions are not taken for these
+_NULLS = 20  # shuffles of the groups behind the stability under no effect
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """What to compare."""
-
-    a: str
-    b: str  # a disease, or "rest" where none has that name
-    tau: float | None = None  # needed only for barcodes at several
-    n_permutations: int = 10_000
-    seed: int = 0  # of permutations and bootstraps
-    top: int = 50  # latents of each list
-    min_patients: int = 0  # of both groups together, whose barcode exceeds 0: fewer, and a latent is not tested
-    min_mean: float = 0.0  # of a latent's barcode over the patients of both groups: less, and it is not tested
-    n_bootstraps: int = 1_000
-    images_per_patient: int | str = "auto"  # a number, "all", or "auto"
-    strata: str | None = None  # a column of the image table: patients are permuted within its values
-    adjust: tuple[str, ...] = ()  # columns of the image table: numbers or categories
-    within_label: str | None = None  # only images with this `label` count
-    standardize: str | None = None  # a column of the image table: means of its types, with fixed weights
-
-    def __post_init__(self) -> None:
-        least = {"n_permutations": 1, "seed": 0, "top": 1, "min_patients": 0, "n_bootstraps": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")
-        if not (math.isfinite(self.min_mean) and self.min_mean >= 0):
-            raise BadInput(f"min_mean must be a number of at least 0; found {self.min_mean!r}")
-        asked = str(self.images_per_patient)
-        if asked.isascii() and asked.isdecimal() and 0 < int(asked) < 1 << 31:
-            object.__setattr__(self, "images_per_patient", int(asked))
-        elif asked not in ("all", "auto"):
-            raise BadInput(f"images per patient must be a number of at least 1, all or auto; found {asked!r}")
-        if self.within_label is not None and self.standardize is not None:
-            raise BadInput("within one label there is nothing to standardize: give --within-label or --standardize")
-        if len({*self.adjust}) < len(self.adjust) or self.strata in self.adjust:
-            raise BadInput("a column stands twice in --adjust, or in --adjust and --strata; give each once")
-
-    @property
-    def is_adjusted(self) -> bool:
-        """Something else than the plain means of all images is compared."""
-        return bool(self.strata or self.adjust or self.within_label is not None or self.standardize)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A finished comparison."""
-
-    results: ResultStore
-    was_complete: bool
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """What was compared, tested and found, in plain values: docs/formats.md."""
-        return dict(self.results.header.summary or {})
-
-    def top(self, n: int) -> dict[str, list[dict[str, Any]]]:
-        """The first `n` rows of each top list ("a", "b") of `differential.parquet`."""
-        rows = self.results.table("differential").to_pylist()
-        return {
-            group: sorted(
-                (row for row in rows if row[f"rank_{group}"] is not None and row[f"rank_{group}"] <= n),
-                key=lambda row: row[f"rank_{group}"],
-            )
-            for group in ("a", "b")
-        }
-
-    def supported(self, n: int) -> dict[str, list[dict[str, Any]]]:
-        """`n` rows of each side: p_max_t <= 0.05 first, then q, then p, each by rank; then the others by p."""
-        rows = self.results.table("differential").to_pylist()
-        return {
-            group: sorted(
-                (row for row in rows if row[f"rank_{group}"] is not None),
-                key=lambda row: (
-                    *(row[name] > 0.05 for name in ("p_max_t", "q", "p")),
-                    row["p"] if row["p"] > 0.05 else 0,
-                    row[f"rank_{group}"],
-                ),
-            )[:n]
-            for group in ("a", "b")
-        }
-
-
 @dataclass(frozen=True)
 class TwoGroups:
-    """The patients of both groups, by disease and name: their order in the store has no part in the numbers."""
+    """The patients of both groups, sorted by disease and name, so that their order in the store has no effect."""
 
     values: npt.NDArray[np.float32]  # (patients, latents)
     names: list[str]
-    ids: list[str]  # as images call them; a name is made longer where two datasets have the same
+    ids: list[str]  # as in the image table; names also say the dataset where two datasets have the same id
     diseases: list[str]
     datasets: list[str]
     n_images: npt.NDArray[np.int64]
@@ -144,7 +64,7 @@ class TwoGroups:
     n_of_others: int  # patients of further diseases: left out
 
     def only(self, kept: Bools) -> "TwoGroups":
-        """Some of the patients."""
+        """The groups with these patients alone; kept : (patients,)"""
         places = np.flatnonzero(kept)
         if len(places) == len(kept):
             return self
@@ -165,10 +85,10 @@ class TwoGroups:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is compared: the patients that are left, their values from all images that count, and from equal numbers."""
+    """What is compared: patients, their values from all images that count, and those from equal numbers of images."""
 
     groups: TwoGroups
-    draws: list[npt.NDArray[np.float32]]  # (patients, latents) each, for p, g and AUC: `groups.values` if not thinned
+    draws: list[npt.NDArray[np.float32]]  # (patients, latents) each, for p, g and AUC; `groups.values` if not thinned
     crude: tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], Bools]  # values, draws, is_a; all images
     strata: npt.NDArray[np.int64] | None = None
     covariates: Floats | None = None
@@ -187,12 +107,13 @@ def compare(
 ) -> Comparison:
     """Compare the patients of two diseases latent by latent, and write tables and figures to the folder `out`.
 
-    Memory: the barcodes of the patients that are compared, dense, three times in float32; 11 more if patients are
-    thinned, and 11 more for p_crude if only some images count.
+    Memory: the barcodes of the patients that are compared, dense in float32, three times; 11 times more if patients are
+    thinned, and another 11 for p_crude if only some images count.
 
     Parameters
     ----------
-    latents : a table with a column `latent`: only these are tested. It must come from other data, or p means nothing
+    latents : a table with a column `latent`: only these are tested. They must be chosen on other data, or p-values are
+        not valid
 
     Raises
     ------
@@ -225,7 +146,7 @@ def compare(
     writer = begin_results(out, COMPARISON, spec, overwrite=overwrite, inputs=inputs, packages=packages)
     writer.watch(store.header)
     if writer.is_complete:
-        return Comparison(ResultStore(out, COMPARISON), was_complete=True)
+        return Comparison(out=out, results=ResultStore(out, COMPARISON), was_complete=True)
 
     table, summary = differential(prepared, config, is_tested, progress=progress)
     summary |= {
@@ -251,7 +172,7 @@ def compare(
     plot_patients(groups.values, groups.is_a, shown, titles, writer.root / "patients")
     plot_correlation(correlation, groups.diseases, groups.names, writer.root / "correlation")
     writer.finish(summary)
-    return Comparison(ResultStore(out, COMPARISON), was_complete=False)
+    return Comparison(out=out, results=ResultStore(out, COMPARISON), was_complete=False)
 
 
 # ------------------------------------------------------------------------------------------------- who and what
@@ -336,7 +257,7 @@ def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
 
 
 def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, config: CompareConfig) -> Prepared:
-    """Leave out who cannot be used, and read the values: of the images that count, and of equal numbers of them.
+    """Leave out patients without a needed column, and read values: from all images that count, from equal numbers.
 
     Raises
     ------
@@ -390,7 +311,7 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
     )
     used: dict[str, Any] = {"per_patient": None, "n_draws": 1, "weights": None, "rule": config.images_per_patient}
     draws: list[npt.NDArray[np.float32]] = []
-    everyones = groups.only(kept)
+    complete = groups.only(kept)
     if thins or not plain:
         n_there = np.bincount(owner[owner >= 0], minlength=len(kept))
         if not np.array_equal(n_there, groups.n_images):
@@ -423,7 +344,7 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
         return replace(left, values=values, n_images=plan.counts[plan.kept].sum(1)), drawn or [values], plan
 
     if thins or not plain:
-        groups, draws, plan = read(everyones, config.within_label, config.standardize is not None)
+        groups, draws, plan = read(complete, config.within_label, config.standardize is not None)
         notes += plan.notes
         used |= {
             "per_patient": None
@@ -433,10 +354,10 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
             "weights": dict(zip(plan.types, plan.weights.tolist(), strict=True)) if config.standardize else None,
         }
     else:
-        groups, draws = everyones, [everyones.values]
+        groups, draws = complete, [complete.values]
     crude = (groups.values, draws, groups.is_a)
     if not plain:
-        whole, whole_draws, _ = read(everyones.only(np.isin(everyones.names, groups.names)), None, False)
+        whole, whole_draws, _ = read(complete.only(np.isin(complete.names, groups.names)), None, False)
         crude = (whole.values, whole_draws, whole.is_a)
     rows = [place[name] for name in groups.names]
     strata = covariates = None
@@ -449,7 +370,7 @@ def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, conf
     if config.adjust:
         covariates = design({name: [known[name][i] for i in rows] for name in config.adjust})
     if strata is not None or covariates is not None:
-        _adjustment(groups.is_a, strata, covariates)  # refuses what cannot be adjusted for
+        _adjustment(groups.is_a, strata, covariates)  # raises if this cannot be adjusted for
     return Prepared(groups, draws, crude, strata, covariates, tuple(notes), used)
 
 
@@ -463,7 +384,7 @@ def _need_two(kept: Bools, is_a: Bools, config: CompareConfig) -> None:
 
 
 def _owners(images: "pd.DataFrame", groups: TwoGroups) -> npt.NDArray[np.int64]:
-    """(images,) the number of the patient among those compared; -1: another's, or not readable."""
+    """(images,) the number of the image's patient; -1: of a patient that is not compared, or not readable."""
     number = {owner: at for at, owner in enumerate(zip(groups.ids, groups.datasets, strict=True))}
     rows = zip(images["patient"], images["dataset"], images["status"], strict=True)
     found = [number.get((str(p), str(d)), -1) if status == STATUS_OK else -1 for p, d, status in rows]
@@ -473,10 +394,15 @@ def _owners(images: "pd.DataFrame", groups: TwoGroups) -> npt.NDArray[np.int64]:
 def _adjustment(
     is_a: Bools, strata: npt.NDArray[np.int64] | None, covariates: Floats | None
 ) -> tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], float]:
-    """What takes strata and covariates out of values (patients, latents), and by how much that inflates the variance.
+    """A function that adjusts values (patients, latents) for strata and covariates, and the variance inflation.
 
-    The difference of the groups' means is then the groups' coefficient in the regression on groups, strata and
-    covariates. Raises BadInput if they leave nothing of the groups.
+    The difference of means of adjusted values is the coefficient of the group in the regression on group, strata and
+    covariates.
+
+    Raises
+    ------
+    BadInput
+        If strata and covariates determine the group.
     """
     strata = np.zeros(len(is_a), np.int64) if strata is None else strata
     group, base = residual_group(is_a, np.zeros((len(is_a), 0)) if covariates is None else covariates, strata)
@@ -486,18 +412,19 @@ def _adjustment(
     def adjusted(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         found = np.empty_like(values)
         for first in range(0, values.shape[1], _COLUMNS):
-            block = values[:, first : first + _COLUMNS].astype(np.float64)
-            left = block - outside @ (outside.T @ block)
-            slope = group @ block / (group @ group)
-            part = block.mean(0) + np.outer(is_a - is_a.mean(), slope) + left - np.outer(group, slope)
-            found[:, first : first + _COLUMNS] = part
+            chunk = values[:, first : first + _COLUMNS].astype(np.float64)
+            left = chunk - outside @ (outside.T @ chunk)
+            slope = group @ chunk / (group @ group)
+            found[:, first : first + _COLUMNS] = (
+                chunk.mean(0) + np.outer(is_a - is_a.mean(), slope) + left - np.outer(group, slope)
+            )
         return found
 
     return adjusted, float(1 / (group @ group) / (1 / is_a.sum() + 1 / (~is_a).sum()))
 
 
 def _warnings(prepared: Prepared, config: CompareConfig, normalize: str) -> list[str]:
-    """What beside the disease may make the groups differ."""
+    """Warnings on other reasons why the groups may differ: numbers of images, normalisation, datasets."""
     found = []
     groups, used = prepared.groups, prepared.images_used or {}
     medians = [float(np.median(groups.n_images[some])) for some in (groups.is_a, ~groups.is_a)]
@@ -533,7 +460,7 @@ def _warnings(prepared: Prepared, config: CompareConfig, normalize: str) -> list
 
 
 def _warn_of_imbalance(groups: TwoGroups, config: CompareConfig, images: "pd.DataFrame") -> list[str]:
-    """Known columns in which the groups differ, but for those that are adjusted for."""
+    """A warning on columns of the image table in which the groups differ and that are not adjusted for."""
     of_a, of_b = ({groups.datasets[i] for i in np.flatnonzero(some)} for some in (groups.is_a, ~groups.is_a))
     names = {config.strata, *config.adjust} | (set() if of_a & of_b else {"dataset"})
     others = images.drop(columns=[name for name in names if name in images.columns])
@@ -548,7 +475,7 @@ def _warn_of_imbalance(groups: TwoGroups, config: CompareConfig, images: "pd.Dat
 
 
 def _warn_of_shared_images(groups: TwoGroups, images: "pd.DataFrame") -> list[str]:
-    """Patients who are one person would count twice."""
+    """A warning on patients with a common image: one person under two names would count twice."""
     compared = dict(zip(zip(groups.ids, groups.datasets, strict=True), groups.names, strict=True))
     owners: dict[str, set[str]] = {}
     columns = (images[name] for name in ("content_hash", "status", "patient", "dataset"))
@@ -571,12 +498,12 @@ def _warn_of_shared_images(groups: TwoGroups, images: "pd.DataFrame") -> list[st
 def choose_tested(
     values: npt.NDArray[np.float32], config: CompareConfig, only: list[int] | None
 ) -> tuple[Bools, dict[str, int]]:
-    """Which latents are tested, and how many are not for which reason, the first that applies; blind to the groups.
+    """Which latents are tested, and how many are left out, by the first reason that applies. Groups are not used.
 
     Parameters
     ----------
     values : shape (patients, latents)
-    only : latents; None for all
+    only : these latents; None: all
 
     Raises
     ------
@@ -725,8 +652,8 @@ def _describe(
     inflation: float,
     counted: tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]] | None,
 ) -> dict[str, npt.NDArray[Any]]:
-    """What can be said of every latent, tested or not."""
-    blocks = []
+    """Means, effect sizes and intervals of every latent, tested or not."""
+    chunks = []
     for first in range(0, groups.values.shape[1], _COLUMNS):
         some = slice(first, first + _COLUMNS)
         values, *drawn = (each[:, some].astype(np.float64) for each in (groups.values, *draws))
@@ -735,23 +662,23 @@ def _describe(
             whole, *of_draws = (each[:, some].astype(np.float64) for each in (counted[0], *counted[1]))
             before = whole, of_draws
         found = intervals(values, drawn, groups.is_a, inflation=inflation, counted=before)
-        # rounding gives equal values a tiny variance, over which anything would be an enormous effect
+        # rounding gives equal values a tiny variance, and an effect size divided by it would be huge
         equal = np.ones(values.shape[1], bool)
         for members in (groups.is_a, ~groups.is_a):
             low, high = values[members].min(0), values[members].max(0)
             equal &= high - low <= 1e-6 * np.abs(high) if inflation != 1 else high == low
         for name in ("hedges_g", "hedges_g_low", "hedges_g_high"):
             found[name][equal] = np.nan
-        blocks.append({"mean_a": values[groups.is_a].mean(0), "mean_b": values[~groups.is_a].mean(0), **found})
-    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        chunks.append({"mean_a": values[groups.is_a].mean(0), "mean_b": values[~groups.is_a].mean(0), **found})
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def stability_without_effect(
     values: npt.NDArray[np.floating], is_a: Bools, *, top: int, n_bootstraps: int, seed: int
 ) -> Floats:
-    """(latents,): by rank, the mean stability of the latents of that rank when the groups are shuffled; NaN without.
+    """(latents,): for each rank, the mean stability of the latents of that rank when groups are shuffled; else NaN.
 
-    Both sides of 20 shuffles, with a twentieth of the bootstraps each: as much work as `bootstrap_stability`.
+    Over both sides of 20 shuffles, with a twentieth of the bootstraps each: it takes as long as `bootstrap_stability`.
     """
     rng = np.random.default_rng([seed, 3])
     sums, times = np.zeros((2, values.shape[1]))
@@ -772,19 +699,8 @@ def stability_without_effect(
     return by_rank
 
 
-def describe_left_out(left_out: dict[str, int], config: CompareConfig) -> str:
-    """In words: `5,000 equal in all patients, 12 above 0 in fewer than 3 patients`."""
-    words = {
-        "not_listed": "not in --latents",
-        "equal_in_all": "equal in all patients",
-        "few_patients": f"above 0 in fewer than {config.min_patients:,} patients",
-        "low_mean": f"of a mean below {config.min_mean:g}",
-    }
-    return ", ".join(f"{number:,} {words[reason]}" for reason, number in left_out.items() if number)
-
-
 def _ranks(difference: Floats) -> Floats:
-    """1 for the largest of the positive ones, and so on; of equal ones the first; NaN where not positive."""
+    """1 for the largest positive difference, and so on; ties in the order of latents; NaN where not positive."""
     order = np.argsort(-difference, kind="stable")
     ranks = np.full(len(difference), np.nan)
     n_positive = int((difference > 0).sum())
@@ -795,16 +711,16 @@ def _ranks(difference: Floats) -> Floats:
 def bootstrap_stability(
     values: npt.NDArray[np.floating], is_a: Bools, *, top: int, n_bootstraps: int, seed: int
 ) -> Floats:
-    """Per latent: the share of bootstraps in which it is among the `top` with the largest difference in its direction.
+    """(latents,) share of bootstraps in which a latent is among the `top` largest differences in its direction.
 
-    Patients are drawn with replacement within each group. Latents that tie for the last place all count; NaN without
-    bootstraps, or where the groups' means are equal.
+    Patients are drawn with replacement within each group. All latents that tie for the last place are counted. NaN
+    without bootstraps, or where the groups' means are equal.
 
     Parameters
     ----------
     values : shape (patients, latents)
     """
-    rng = np.random.default_rng([seed, 1])  # another stream than the permutations'
+    rng = np.random.default_rng([seed, 1])  # independent of the permutations
     n_latents, top = values.shape[1], min(top, values.shape[1])
     observed = np.where(is_a, 1 / is_a.sum(), -1 / (~is_a).sum())
     direction = np.sign(_products(observed[None], values)[0])
@@ -825,9 +741,9 @@ def bootstrap_stability(
 
 
 def _products(weights: Floats, values: npt.NDArray[np.floating]) -> Floats:
-    """weights @ values in float64, latents in blocks."""
-    blocks = range(0, values.shape[1], _COLUMNS)
-    return np.hstack([weights @ values[:, first : first + _COLUMNS].astype(np.float64) for first in blocks])
+    """weights @ values in float64, some latents at a time."""
+    starts = range(0, values.shape[1], _COLUMNS)
+    return np.hstack([weights @ values[:, first : first + _COLUMNS].astype(np.float64) for first in starts])
 
 
 def correlate(values: npt.NDArray[np.floating]) -> Floats:
@@ -854,7 +770,7 @@ def correlate(values: npt.NDArray[np.floating]) -> Floats:
 
 
 def _spread(numbers: Floats, tested: npt.NDArray[np.int64], n_latents: int) -> pa.Array:
-    """A column of all latents from the numbers of the tested ones; null elsewhere, and for NaN."""
+    """A column of all latents from values of the tested ones; null for the others, and for NaN."""
     all_of_them = np.full(n_latents, np.nan)
     all_of_them[tested] = numbers
     return pa.array(all_of_them, from_pandas=True)
@@ -875,7 +791,7 @@ def _about(groups: TwoGroups, members: Bools, name: str) -> dict[str, Any]:
 
 
 def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
-    """What cannot be found however large it is."""
+    """Warnings where so few patients, or permutations, allow no small p or q."""
     n_tested = len(test.p)
     if test.floor > 0.05:
         remedy = "more patients" if test.is_exact else "more --permutations"
@@ -884,16 +800,16 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
     if n_needed == 1:
         return []
     n_permutations = math.ceil(n_tested / 0.05)
-    # with fewer ways to deal than that, each would be taken once, and no p could be so small
-    one_would_do = not test.is_exact and math.comb(n_a + n_b, n_a) > n_permutations
+    # with fewer splits of the patients than that, each is taken once, and no p can be so small
+    one_is_enough = not test.is_exact and math.comb(n_a + n_b, n_a) > n_permutations
     remedy = "fewer latents (--min-patients)" + (
-        f", or --permutations {n_permutations}, which lets one do" if one_would_do else ""
+        f", or --permutations {n_permutations}, which lets one do" if one_is_enough else ""
     )
     return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
 
 
 def _support_warnings(is_rare: Bools) -> list[str]:
-    """Whose intervals are left out."""
+    """A warning on latents without intervals."""
     if not is_rare.any():
         return []
     return [
@@ -910,7 +826,7 @@ def _first(table: pa.Table, rank: str, n: int) -> list[int]:
 
 
 def _patient_table(groups: TwoGroups, latents: list[int]) -> pa.Table:
-    """A line for every chosen latent and patient."""
+    """A row for every chosen latent and patient."""
     n_patients = len(groups.names)
     return pa.table(
         {
@@ -925,7 +841,7 @@ def _patient_table(groups: TwoGroups, latents: list[int]) -> pa.Table:
 
 
 def _correlation_table(groups: TwoGroups, correlation: Floats) -> pa.Table:
-    """A line for every two patients, in the order of the figure."""
+    """A row for every pair of patients, in the order of the figure."""
     n_patients = len(groups.names)
     return pa.table(
         {

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: mean barcodes against each other, patients one by one, patients against patients."""
+"""Figures of a comparison: mean barcodes of B against A, values of single patients, correlation of patients."""
 
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
     x, y = (np.asarray(table[name], np.float64) for name in ("mean_a", "mean_b"))
     is_tested = np.asarray(table["is_tested"])
     figure, axes = new_figure(width=6.4, height=6)
-    limit = 1.15 * max(x.max(), y.max()) or 1.0  # numbers stand beside the points
+    limit = 1.15 * max(x.max(), y.max()) or 1.0  # room for the labels beside the points
     axes.set_xscale("function", functions=(_root, np.square))
     axes.set_yscale("function", functions=(_root, np.square))
     axes.set(xlim=(0, limit), ylim=(0, limit))
@@ -64,7 +64,7 @@ def plot_scatter(table: "pa.Table", shown: Shown, titles: tuple[str, str], path:
 
 
 def _apart(latents: list[int], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> list[int]:
-    """Those whose number has room beside the numbers before it; positions are shares of the axes."""
+    """Points whose label does not overlap labels before it; positions are fractions of the axes."""
     kept: list[int] = []
     for latent in latents:
         if all(abs(x[latent] - x[other]) > 0.07 or abs(y[latent] - y[other]) > 0.03 for other in kept):
@@ -116,7 +116,7 @@ def _draw_rows(axes: "Axes", values: npt.NDArray[np.floating], is_a: npt.NDArray
 
 
 def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], names: list[str], path: Path) -> None:
-    """Patients against patients, in the order given, with lines between diseases; white where it is not defined.
+    """Correlation of every two patients, in the given order, with lines between diseases; white where undefined.
 
     The colours reach from the lowest fiftieth (one odd patient would take all of them) to the largest of two patients.
     """
@@ -130,8 +130,8 @@ def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], 
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.04, extend="both")
     bar.set_label("correlation of the patients' barcodes", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    blocks = [(disease, len(list(members))) for disease, members in groupby(diseases)]
-    edges = np.cumsum([0, *(length for _, length in blocks)])
+    runs = [(disease, len(list(members))) for disease, members in groupby(diseases)]
+    edges = np.cumsum([0, *(length for _, length in runs)])
     for edge in edges[1:-1]:
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
         axes.axvline(edge - 0.5, color="white", linewidth=1.5)
@@ -139,10 +139,10 @@ def plot_correlation(correlation: npt.NDArray[np.float64], diseases: list[str], 
         axes.set_yticks(range(n_patients), [plain(name) for name in names], fontsize=6)
     else:
         axes.set_yticks([])
-    axes.set_xticks((edges[:-1] + edges[1:] - 1) / 2, [plain(disease) for disease, _ in blocks], fontsize=8)
+    axes.set_xticks((edges[:-1] + edges[1:] - 1) / 2, [plain(disease) for disease, _ in runs], fontsize=8)
     for number, tick in enumerate(axes.get_xticklabels()):
         tick.set_color(text_color(number))
-    axes.tick_params(axis="x", length=0, rotation=0 if len(blocks) < 4 else 20)
+    axes.tick_params(axis="x", length=0, rotation=0 if len(runs) < 4 else 20)
     save_both(figure, path)
 
 

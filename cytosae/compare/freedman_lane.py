@@ -1,11 +1,11 @@
-"""Permutation p-values of groups beside other columns of the units: residuals are permuted (Freedman and Lane 1983).
+"""Permutation p-values of groups adjusted for covariates: residuals are permuted (Freedman and Lane 1983).
 
     R = values less their regression on strata and covariates        g = groups less theirs
     f*[c] = (g' P R[c])^2 / (|g|^2 (|R[c]|^2 - |Q' P R[c]|^2))        P permutes units, within strata
 
-Q is an orthonormal base of the covariates within strata, so that f is the partial R^2 of the groups in P R, and rises
+Q is an orthonormal basis of the covariates within strata. So f is the partial R^2 of the groups in P R, and increases
 with |t| of the group in the regression of P R on groups, strata and covariates (Winkler and others 2014). All columns
-are permuted together, so the maxima are those of max-T. Twin: tests/test_permutation.py.
+are permuted together, so that maxima over columns give the max-T adjustment. Twin: tests/test_permutation.py.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ from stores.progress import Progress
 from .permutation import PermutationTest, in_both_groups
 
 Floats = npt.NDArray[np.float64]
-_PERMUTATIONS = 64  # that are worked on at once
-_SLACK = 1e-5  # relative: values come in float32
+_PERMUTATIONS = 64  # permutations that are computed together
+_SLACK = 1e-5  # relative tolerance of ties: values are of float32
 
 
 def residual_permutation_test(
@@ -49,7 +49,7 @@ def residual_permutation_test(
     used = in_both_groups(strata, is_a)
     values, is_a, covariates, strata = values[used], is_a[used], covariates[used], strata[used]
     group, base = residual_group(is_a, covariates, strata)
-    blocks = [np.flatnonzero(strata == name) for name in np.unique(strata)]
+    members = [np.flatnonzero(strata == name) for name in np.unique(strata)]
     residuals = _within(values.astype(np.float64), strata)
     before = np.sqrt((residuals**2).sum(0))
     residuals -= base @ (base.T @ residuals)
@@ -73,8 +73,8 @@ def residual_permutation_test(
     for done in range(0, n_permutations, _PERMUTATIONS):
         progress(done, n_permutations, "")
         places = np.tile(np.arange(len(is_a)), (min(_PERMUTATIONS, n_permutations - done), 1))
-        for block in blocks:
-            places[:, block] = rng.permuted(places[:, block], axis=1)
+        for rows in members:
+            places[:, rows] = rng.permuted(places[:, rows], axis=1)
         found = sizes(weights[:, places].transpose(1, 0, 2))
         n_as_extreme += (found >= bounds).sum(0)
         n_above += (found > above).sum(0)
@@ -100,12 +100,12 @@ def residual_permutation_test(
 def residual_group(
     is_a: npt.NDArray[np.bool_], covariates: Floats, strata: npt.NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
-    """What strata and covariates leave of the groups, (units,), and an orthonormal base of the covariates (units, k).
+    """Residuals of the group on strata and covariates (units,), and an orthonormal basis of the covariates (units, k).
 
     Raises
     ------
     BadInput
-        If they leave nothing, or fewer than two units beyond what is fitted.
+        If strata and covariates determine the group, or leave fewer than two degrees of freedom.
     """
     within = _within(covariates, strata)
     scale = np.sqrt((within**2).sum(0))
@@ -130,7 +130,7 @@ def residual_group(
 
 
 def _within(values: Floats, strata: npt.NDArray[np.int64]) -> Floats:
-    """Less the mean of each stratum."""
+    """Values minus the mean of their stratum."""
     _, number = np.unique(strata, return_inverse=True)
     members = np.eye(number.max() + 1)[number]
     centred: Floats = values - members @ ((members.T @ values) / members.sum(0)[:, None])

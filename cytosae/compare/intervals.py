@@ -1,17 +1,17 @@
 """95% intervals over patients of a difference of means, Hedges' g and AUC, for many columns at once.
 
 Chosen by the coverage that bench/calibration.py measures at frequencies from 30% to 0.2%, with and without a
-difference: docs/benchmarks.md. A mean of a rare latent is as skewed as a count of few, and a group in which nobody
-shows it has no variance of its own. So:
+difference: docs/benchmarks.md. The mean of a rare latent is as skewed as a small count, and a group in which it is 0 in
+every patient has no variance of its own. So:
 difference: each group's mean has a score interval, its variance taken to be proportional to the mean (as Wilson's for
-shares; at a mean of 0 the upper limit is that of a count of 0), and the two are put together by their squares
-(Newcombe 1998; MOVER of Zou and Donner 2008). Of adjusted values: the same from the values as counted, scaled to the
-variance that adjusting leaves, and no narrower than Welch's t with a variance no smaller than the pooled one.
-g: influence of each patient on it (a skewed latent's mean and spread move together), no narrower than normal theory's,
-nor than that of the difference over the standard deviation.
+shares; at a mean of 0 the upper limit is that of a count of 0), and the two are combined by their squares (Newcombe
+1998; MOVER of Zou and Donner 2008). Of adjusted values: the same from the values before adjusting, scaled to the
+variance that remains, and no narrower than Welch's t with a variance no smaller than the pooled one.
+g: by the influence of each patient (mean and SD of a skewed latent are correlated), no narrower than by normal theory,
+nor than the interval of the difference divided by the standard deviation.
 AUC: variance of DeLong with one more patient in each group, half of it below and half above all (Agresti and Caffo's
 idea; with two, an AUC near 1 is drawn too far from it), on the logit.
-Of fewer than SUPPORT patients above 0 nothing tells how large the next value may be, and there are no limits of
+With fewer than SUPPORT patients above 0 the data do not say how large other values may be, and there are no limits of
 difference and g.
 """
 
@@ -22,13 +22,13 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 from scipy.stats import t as student
 
-SUPPORT = 3  # patients above 0, of both groups; thinned, a third of them in the mean of the draws
+SUPPORT = 3  # patients above 0, of both groups; after thinning, a third as many on average over draws
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 
 def is_supported(values: npt.NDArray[np.floating], draws: Sequence[npt.NDArray[np.floating]]) -> Bools:
-    """(columns,): enough patients are above 0 for limits of difference and g; values as counted, not adjusted."""
+    """(columns,): whether enough patients are above 0 for limits of difference and g; by values before adjusting."""
     n_drawn = np.mean([(draw > 0).sum(0) for draw in draws], 0)
     return np.asarray(((values > 0).sum(0) >= SUPPORT) & (n_drawn >= SUPPORT / 3))
 
@@ -49,8 +49,8 @@ def intervals(
     ----------
     values : (patients, columns); the difference is that of their means
     draws : the same from equal numbers of images: g and AUC are means over these, since both depend on the noise
-    inflation : of the variance of the difference, by what was adjusted for
-    counted : values and draws before something was taken out of them; None: nothing was
+    inflation : factor on the variance of the difference, from adjusting
+    counted : values and draws before they were adjusted; None: they are not adjusted
     """
     n_a, n_b = int(is_a.sum()), int((~is_a).sum())
     n = n_a + n_b
@@ -107,7 +107,7 @@ def intervals(
 
 
 def _skewed_distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Floats) -> tuple[Floats, Floats]:
-    """(columns,) from the difference of means down and up to its limits.
+    """(columns,) distances from the difference of means down and up to its limits.
 
     A group of mean m has the limits mu of (m - mu)^2 = t^2 c mu, where c is its variance over m, divided by its size.
     That variance is no smaller than the draws' pooled one, scaled down to m if m is smaller than the draws' mean.
@@ -134,7 +134,7 @@ def _skewed_distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pool
 
 
 def _plain_distance(values: Floats, is_a: Bools, pooled: Floats) -> Floats:
-    """(columns,) half an interval by Welch's t, or by the pooled variance where that is larger."""
+    """(columns,) half width of the interval by Welch's t, or by the pooled variance where that is larger."""
     size_a, size_b = int(is_a.sum()), int((~is_a).sum())
     n, of_a, of_b = len(is_a), values[is_a].var(0, ddof=1) / size_a, values[~is_a].var(0, ddof=1) / size_b
     welch = of_a + of_b

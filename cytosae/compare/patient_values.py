@@ -1,7 +1,8 @@
-"""Values of patients from their images: of one cell type, standardised to one mixture, and thinned to equal numbers.
+"""Values of patients from their images: of one cell type, standardised to one mixture, or thinned to equal numbers.
 
-Few images make noisier and more skewed means, so patients whose images differ in number cannot be exchanged, and no
-permutation test of such means holds. Thinned to n images of each type, drawn anew for each of DRAWS draws, they can.
+Means of few images are noisier and more skewed. So patients with different numbers of images are not exchangeable, and
+a permutation test of their means is not valid. Thinned to n images of each type, in each of DRAWS random draws, they
+are.
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
 from stores.tables import listed
 
-DRAWS = 10  # of images, if patients are thinned
-UNEVEN = 1.25  # ratio of medians, or of harmonic means (noise goes by 1 / images), from which on "auto" thins
-MOST_DROPPED = 0.1  # of the patients of a group: so many may have too few images, or lack a type
+DRAWS = 10  # random draws of images, if patients are thinned
+UNEVEN = 1.25  # ratio of medians, or of harmonic means (variance is 1 / images), above which "auto" thins
+MOST_DROPPED = 0.1  # share of a group's patients that may have too few images, or lack a type
 _ROWS = 256  # images that are read together
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -24,16 +25,16 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """Which images count for whom, and with what weight."""
+    """Which images count for which patient, and with what weight."""
 
-    owner: Ints  # (images,): the patient's number, -1: none of these
-    kind: Ints  # (images,): the number of the cell type, -1: none that counts
+    owner: Ints  # (images,): the patient's number; -1: of another patient
+    kind: Ints  # (images,): the number of the cell type; -1: a type that is not counted
     counts: Ints  # (patients, types)
     weights: npt.NDArray[np.float64]  # (types,), of a patient's mean: they add up to 1
     types: list[str]
     per_type: Ints | None  # (types,) images that each patient is thinned to
     kept: Bools  # (patients,)
-    notes: list[str]  # who and what was left out, and why
+    notes: list[str]  # patients, images and types that were left out, and why
 
 
 def plan_images(
@@ -46,7 +47,7 @@ def plan_images(
     standardize: bool,
     images_per_patient: int | str,
 ) -> ImagePlan:
-    """Decide which images are counted, and to how many of each type patients are thinned.
+    """Decide which images are counted, and to what number of each type patients are thinned.
 
     Parameters
     ----------
@@ -121,11 +122,11 @@ def plan_images(
 def choose_number(
     counts: Ints, is_a: Bools, weights: npt.NDArray[np.float64], images_per_patient: int | str
 ) -> Ints | None:
-    """(types,) images that every patient is thinned to; None: all are counted. Blind to what is in the images.
+    """(types,) images that every patient is thinned to; None: all are counted. Barcodes are not used.
 
     "auto" thins if medians or harmonic means differ by more than UNEVEN in any type, to the largest numbers (a quantile
     over all patients, the same one for each type) that at most MOST_DROPPED of each group's patients do not have.
-    A given number is shared out by the weights of the types, at least one each.
+    A given number is divided between the types by their weights, at least one each.
     """
     if images_per_patient == "all":
         return None
@@ -156,7 +157,7 @@ def read_values(
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
     """(patients kept, latents) from all images, and from each draw (none if patients are not thinned).
 
-    Images are read once, in blocks of 256. Memory: a patients x latents matrix for each draw and one more.
+    Images are read once, 256 at a time. Memory: a patients x latents matrix for each draw and one more.
 
     Raises
     ------
@@ -170,7 +171,7 @@ def read_values(
     order[plan.kept] = np.arange(plan.kept.sum())
     row = np.where(plan.owner >= 0, order[plan.owner], -1)
     used = (row >= 0) & (plan.kind >= 0)
-    # where there is one type, whole numbers are summed, exactly, and divided once at the end
+    # with one type, counts are summed exactly and divided once at the end
     share = plan.weights / np.maximum(plan.counts, 1) if len(plan.types) > 1 else np.ones(plan.counts.shape)
     full = np.where(used, share[plan.owner, plan.kind], 0)
     layers = [full]
@@ -178,8 +179,8 @@ def read_values(
         one = plan.weights / plan.per_type if len(plan.types) > 1 else np.ones(1)
         layers += [np.where(_drawn(plan, rng), one[plan.kind], 0) for _ in range(DRAWS)]
     sums = np.zeros((len(layers), int(plan.kept.sum()), n_latents), np.float32)
-    for block in np.unique(np.flatnonzero(used) // _ROWS):
-        first, last = int(block) * _ROWS, min((int(block) + 1) * _ROWS, n_images)
+    for first in (np.unique(np.flatnonzero(used) // _ROWS) * _ROWS).tolist():
+        last = min(first + _ROWS, n_images)
         images = np.arange(first, last)[used[first:last]]
         matrix = store.read_rows("image", images, tau)
         patients, local = np.unique(row[images], return_inverse=True)

@@ -1,23 +1,23 @@
 """Do two groups of units differ, column by column, by more than groups drawn at random do?
 
-The statistic is the difference of the two means. Each column is centred and divided by its standard deviation over all
-units, whoever they belong to, and put in whole steps, so that the sum over one group stands for the difference:
+The statistic is the difference of the two means. Each column is centred, divided by its standard deviation over all
+units of both groups, and quantised to integers, so that the sum over one group is proportional to the difference:
 
     z[i, c] = (x[i, c] - mean of c) / sd of c        s*[c] = sum of z over the units that a permutation calls A
     p[c]       = (1 + number of permutations with     |s*[c]| >= |s[c]|) / (1 + number of permutations)
     p_max_t[c] = (1 + number of permutations with max_k |s*[k]| >= |s[c]|) / (1 + number of permutations)
 
-|s| rises with the absolute value of the pooled t statistic, the same way in every column: so the two orders are those
-of |t|, and p_max_t is the single-step max-T adjustment of Westfall and Young. p_step_down is their step-down one: the
-maximum is taken over the columns whose |s| is no larger than that of c, and p must not fall from there to smaller |s|.
-Where there are no more splits than permutations asked for, all of them are taken, once each, the observed one included:
-p = number / all.
+|s| is an increasing function of the absolute pooled t statistic, the same function for every column. So ordering by |s|
+is ordering by |t|, and p_max_t is the single-step max-T adjustment of Westfall and Young. p_step_down is their
+step-down adjustment: the maximum is taken over the columns whose |s| is no larger than that of c, and p is made
+non-decreasing towards smaller |s|. If there are no more splits of the units than permutations asked for, each split is
+taken once, the observed one included: p = number / all.
 
-With strata, units are dealt within their stratum only, and z is centred within each: |s| rises with |t| of the group in
-a regression on groups and strata. Units of a stratum that holds one group only have no part.
+With strata, units are permuted within their stratum, and z is centred within each: |s| then increases with |t| of the
+group in a regression on group and strata. Units of a stratum with one group only are left out.
 
-Sums are of int32: exact in any order, so p-values depend on no thread, library or processor. A sum is put together
-from the sums of eight units at a time, of which a table holds all 256. Twin: tests/test_permutation.py.
+Sums are of int32, which is exact in any order: p-values do not depend on threads, libraries or processors. A sum is
+looked up eight units at a time, in tables of the 256 sums of eight units. Twin: tests/test_permutation.py.
 """
 
 import math
@@ -33,26 +33,26 @@ import numpy.typing as npt
 from stores.machine import n_cores
 from stores.progress import Progress
 
-_RANGE = 1 << 30  # steps: no sum is larger, since the absolute z of n units sum to at most n (Cauchy and Schwarz)
-_SPLITS = 1 << 14  # looked at together
-_PIECE = 1 << 11  # of them, at least, that a thread counts at once
-_COLUMNS = 1 << 11  # that are put in steps at once
+_RANGE = 1 << 30  # bound on sums, in steps: the absolute z of n units sum to at most n (Cauchy-Schwarz)
+_SPLITS = 1 << 14  # splits that are generated together
+_PIECE = 1 << 11  # splits, at least, of one thread's task
+_COLUMNS = 1 << 11  # columns that are quantised together
 _LANES = 64  # columns of a table of sums
-_BYTES = 8  # of a split that are looked up together
-_ORDER = -0.8  # of the generalised mean by which the draws' p are combined
+_BYTES = 8  # bytes of a split whose sums are added together
+_ORDER = -0.8  # of the generalised mean that combines the p-values of draws
 
 
 @dataclass(frozen=True)
 class PermutationTest:
-    """What came of it."""
+    """P-values of every column."""
 
     p: npt.NDArray[np.float64]  # (columns,), two-sided
-    p_mid: npt.NDArray[np.float64]  # (columns,): the same, but of other splits that tie with the observed a half counts
+    p_mid: npt.NDArray[np.float64]  # (columns,): the same, with splits that tie with the observed one counted half
     p_max_t: npt.NDArray[np.float64]  # (columns,), adjusted for all columns
     p_step_down: npt.NDArray[np.float64]  # (columns,), adjusted step by step: never above p_max_t
-    n_permutations: int  # that were looked at: those asked for, or all splits
-    is_exact: bool  # all splits
-    floor: float  # no p can be smaller
+    n_permutations: int  # that were counted: those asked for, or all splits
+    is_exact: bool  # all splits were counted, once each
+    floor: float  # the smallest possible p
 
 
 def permutation_test(
@@ -66,15 +66,15 @@ def permutation_test(
 ) -> PermutationTest:
     """Two-sided p-values of the difference of means, for every column at once.
 
-    Sums that differ by less than what rounding leaves open (of the values' own type, and to steps) count as equal,
+    Sums that differ by less than the rounding error (of the values' own type, and of the quantisation) count as equal,
     which can only make a p larger. A column that does not vary has p 1. Memory: another eight bytes per value.
 
     Parameters
     ----------
     values : finite, shape (units, columns)
-    is_a : shape (units,): which group a unit belongs to; both have members
+    is_a : shape (units,): whether a unit is of group A; both groups have members
     n_permutations : at least 1
-    strata : shape (units,): units are dealt within each only; None is one stratum
+    strata : shape (units,): units are permuted within each; None: one stratum
 
     Raises
     ------
@@ -86,13 +86,13 @@ def permutation_test(
         if not used.any():
             raise ValueError("no stratum has members of both groups")
         values, is_a, strata = values[used], is_a[used], strata[used]
-    blocks = [np.arange(len(is_a))] if strata is None else [np.flatnonzero(strata == s) for s in np.unique(strata)]
+    members = [np.arange(len(is_a))] if strata is None else [np.flatnonzero(strata == s) for s in np.unique(strata)]
     n_columns = values.shape[1]
-    n_of_a = [int(is_a[block].sum()) for block in blocks]
-    n_splits = math.prod(math.comb(len(block), n) for block, n in zip(blocks, n_of_a, strict=True))
+    n_of_a = [int(is_a[rows].sum()) for rows in members]
+    n_splits = math.prod(math.comb(len(rows), n) for rows, n in zip(members, n_of_a, strict=True))
     is_exact = n_splits <= n_permutations
     total = n_splits if is_exact else n_permutations
-    steps, slack = _to_steps(values, blocks)
+    steps, slack = _quantise(values, members)
     bounds = np.abs(steps[:, : len(is_a)][:, is_a].sum(1, dtype=np.int64))
     above = bounds.copy()  # of equal sums none reaches it
     above[:n_columns] += slack + 1
@@ -107,7 +107,7 @@ def permutation_test(
     n_done = 0
     progress(0, total, "")
     with ThreadPoolExecutor(n_threads, thread_name_prefix="permutation") as threads:
-        for masks in _all_splits(blocks, n_of_a) if is_exact else _random_splits(is_a, blocks, total, seed):
+        for masks in _all_splits(members, n_of_a) if is_exact else _random_splits(is_a, members, total, seed):
             codes = _to_bytes(masks)
             size = max(_PIECE, -(-len(codes) // n_threads))
             pieces = [codes[first : first + size] for first in range(0, len(codes), size)]
@@ -122,7 +122,7 @@ def permutation_test(
             progress(n_done, total, "")
 
     drawn = 0 if is_exact else 1  # the observed split counts as one of the permutations
-    has_mirror = all(2 * n == len(block) for block, n in zip(blocks, n_of_a, strict=True))
+    has_mirror = all(2 * n == len(rows) for rows, n in zip(members, n_of_a, strict=True))
     n_at_least = 2 if is_exact and has_mirror else 1  # groups of one size: every split has its mirror
     floor = n_at_least / (drawn + total)
     back = np.argsort(order[:n_columns])
@@ -143,15 +143,16 @@ def permutation_test(
 
 
 def combine_draws(tests: Sequence[PermutationTest]) -> PermutationTest:
-    """One p from those of several draws of the same units: their generalised mean of order -0.8 (Vovk and Wang 2020).
+    """One p-value from those of several draws of the same units: a generalised mean of order -0.8 (Vovk, Wang 2020).
 
-    A mean of the draws' *values* would bring back what drawing removed: units with more to draw from would have less
-    noise. Each draw's own p holds, so it is p-values that are combined, and draws that agree leave p as it is. The
-    arithmetic mean is too careful, since draws of rare columns are often silent; the harmonic mean, and the mean of
-    Cauchy variables, are a little too bold. The order was chosen between by simulation (docs/benchmarks.md).
+    Averaging the draws' *values* would undo the thinning: units with more images to draw from would have less noise
+    again. The p-value of each draw is valid, so the p-values are combined; draws that agree leave p as it is. The
+    arithmetic mean is conservative, since in many draws a rare column is zero everywhere; the harmonic mean and the
+    Cauchy combination are slightly anti-conservative. The order between them was chosen by simulation
+    (docs/benchmarks.md).
 
-    Of ties a half counts in each draw (Lancaster's mid-p): as ties fall otherwise in other draws, that is close to
-    breaking them at random. The adjusted p count all ties, as p of a single draw does.
+    In each draw ties are counted half (Lancaster's mid-p): since ties differ between draws, that is close to breaking
+    them at random. The adjusted p-values count all ties, as p of a single draw does.
     """
     if len(tests) == 1:
         return tests[0]
@@ -172,33 +173,33 @@ def combine_draws(tests: Sequence[PermutationTest]) -> PermutationTest:
 
 
 def in_both_groups(strata: npt.NDArray[np.int64], is_a: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """(units,): those whose stratum has members of both groups; the others say nothing about the groups."""
+    """(units,): whether the stratum of a unit has members of both groups; others carry no information."""
     return np.isin(strata, np.intersect1d(strata[is_a], strata[~is_a]))
 
 
-def _to_steps(
-    values: npt.NDArray[np.floating], blocks: list[npt.NDArray[np.int64]]
+def _quantise(
+    values: npt.NDArray[np.floating], members: list[npt.NDArray[np.int64]]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """z of each column in steps (padded columns, padded units), and up to which difference two sums are equal.
+    """z of each column in integer steps (padded columns, padded units), and the tolerance within which sums are equal.
 
-    A step is n_units / _RANGE standard deviations. Rounding to steps moves each of two sums by at most half a step per
-    unit; the rounding that the values have behind them, by half an eps of each value that stands in it, or of the mean.
+    A step is n_units / _RANGE standard deviations. Quantisation changes each of two sums by at most half a step per
+    unit; the rounding of the values themselves by half an eps of each value in the sum, or of the mean.
     """
     n_units, n_columns = values.shape
     steps = np.zeros((_padded(n_columns, _LANES), _padded(n_units, 8 * _BYTES)), np.int32)
     slack = np.empty(n_columns, np.int64)
     for first in range(0, n_columns, _COLUMNS):
-        block = np.ascontiguousarray(values[:, first : first + _COLUMNS].T, np.float64)
-        centred, varies = block.copy(), np.zeros(len(block), bool)
-        for stratum in blocks:
-            part = block[:, stratum]
-            centred[:, stratum] -= part.mean(1, keepdims=True)
-            varies |= part.min(1) < part.max(1)
-        per_step = np.zeros(len(block))
+        chunk = np.ascontiguousarray(values[:, first : first + _COLUMNS].T, np.float64)
+        centred, varies = chunk.copy(), np.zeros(len(chunk), bool)
+        for rows in members:
+            of_stratum = chunk[:, rows]
+            centred[:, rows] -= of_stratum.mean(1, keepdims=True)
+            varies |= of_stratum.min(1) < of_stratum.max(1)
+        per_step = np.zeros(len(chunk))
         np.divide(_RANGE / n_units, np.sqrt((centred**2).mean(1)), out=per_step, where=varies)
-        steps[first : first + len(block), :n_units] = np.rint(centred * per_step[:, None])
-        rounding = 2 * np.finfo(values.dtype).eps * np.abs(block).sum(1) * per_step
-        slack[first : first + len(block)] = n_units + np.ceil(np.minimum(rounding, _RANGE))
+        steps[first : first + len(chunk), :n_units] = np.rint(centred * per_step[:, None])
+        rounding = 2 * np.finfo(values.dtype).eps * np.abs(chunk).sum(1) * per_step
+        slack[first : first + len(chunk)] = n_units + np.ceil(np.minimum(rounding, _RANGE))
     return steps, slack
 
 
@@ -207,48 +208,49 @@ def _padded(size: int, unit: int) -> int:
 
 
 def _random_splits(
-    is_a: npt.NDArray[np.bool_], blocks: list[npt.NDArray[np.int64]], total: int, seed: int
+    is_a: npt.NDArray[np.bool_], members: list[npt.NDArray[np.int64]], total: int, seed: int
 ) -> Iterator[npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
     for done in range(0, total, _SPLITS):
         masks = np.tile(is_a.astype(np.uint8), (min(_SPLITS, total - done), 1))
-        for block in blocks:
-            masks[:, block] = rng.permuted(masks[:, block], axis=1)
+        for rows in members:
+            masks[:, rows] = rng.permuted(masks[:, rows], axis=1)
         yield masks
 
 
-def _all_splits(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
-    splits = _ways(blocks, n_of_a)
-    n_units, n_a = sum(map(len, blocks)), sum(n_of_a)
+def _all_splits(members: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[npt.NDArray[np.uint8]]:
+    splits = _ways(members, n_of_a)
+    n_units, n_a = sum(map(len, members)), sum(n_of_a)
     while some := list(islice(splits, _SPLITS)):
         masks = np.zeros((len(some), n_units), np.uint8)
         np.put_along_axis(masks, np.fromiter(chain.from_iterable(some), np.int64).reshape(len(some), n_a), 1, 1)
         yield masks
 
 
-def _ways(blocks: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
-    """Every choice of so many units of each block; none is held."""
-    first = combinations(blocks[0].tolist(), n_of_a[0])
-    if len(blocks) == 1:
+def _ways(members: list[npt.NDArray[np.int64]], n_of_a: list[int]) -> Iterator[tuple[int, ...]]:
+    """Every choice of `n_of_a` units of each stratum, one after the other: they are never held together."""
+    first = combinations(members[0].tolist(), n_of_a[0])
+    if len(members) == 1:
         yield from first
         return
     for some in first:
-        yield from (some + others for others in _ways(blocks[1:], n_of_a[1:]))
+        yield from (some + others for others in _ways(members[1:], n_of_a[1:]))
 
 
 def _to_bytes(masks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(splits, units) of 0 and 1 as bits, unit 8 k + b being bit b of byte k; padded as the steps are."""
+    """(splits, units) of 0 and 1 as bits: unit 8 k + b is bit b of byte k; padded as the steps are."""
     packed = np.packbits(masks, axis=1, bitorder="little")
     return np.pad(packed, ((0, 0), (0, _padded(packed.shape[1], _BYTES) - packed.shape[1])))
 
 
 @numba.njit(nogil=True, cache=True)
 def _count(steps, codes, bounds, above):  # type: ignore[no-untyped-def]  # numba's to type
-    """Per column, how many splits reach its bounds, and how many do so here or in a later column; the largest |sum|.
+    """For each column: splits that reach its bounds, and those that do so in it or in a later column; largest |sum|s.
 
-    Bounds fall from column to column but for the padding, and columns are taken from the last one on, so that the
-    largest |sum| so far is that of the later ones. Once it reaches the largest bound of a table, it does all of them.
-    Loops over lanes become vector instructions; the eight rows of a line are named so that the compiler sees them.
+    Bounds decrease from column to column except for the padding, and columns are processed from the last to the first,
+    so that the largest |sum| so far is that of later columns. Once it reaches the largest bound of a table, it reaches
+    all of them. Loops over lanes become vector instructions; the eight table rows have names so that the compiler
+    vectorises their sum.
     """
     n_bytes = codes.shape[1]
     largest = np.zeros(len(codes), np.int32)

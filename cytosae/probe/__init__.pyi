@@ -8,11 +8,14 @@ from .folds import assign_folds as assign_folds
 from .intervals import draw_groups as draw_groups
 from .intervals import interval as interval
 from .intervals import scores_of_draws as scores_of_draws
+from .result import ProbeResult as ProbeResult
+from .result import ProbeTest as ProbeTest
 from .run import C_FACTORS as C_FACTORS
 from .run import REPETITIONS as REPETITIONS
 from .run import THRESHOLDS as THRESHOLDS
 from .run import ProbeConfig as ProbeConfig
 from .run import along_thresholds as along_thresholds
+from .run import probe as probe
 from .run import write_probe as write_probe
 from .units import UnitConfig as UnitConfig
 from .units import Where as Where

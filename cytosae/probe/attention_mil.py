@@ -1,7 +1,7 @@
-"""An attention-MIL head: a patient is a bag of images, and attention says which of them decide. For comparison only.
+"""An attention-MIL head, for comparison only: a patient is a bag of images, weighted by attention.
 
 Gated attention (Ilse, Tomczak, Welling 2018), the family of the deep baseline of Hehr et al. An instance is one image's
-mean patch token. Small, seeded, a fixed number of epochs: nothing is chosen by looking at the rows that are predicted.
+mean patch token. The number of epochs is fixed: nothing is chosen with the rows that are predicted.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,8 @@ def fit_predict(
     rows_of : of each patient, the rows of its images
     """
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # bags are small: threads cost more than they bring, and sums keep one order
+    # bags are small, so that threads cost more time than they save; and sums keep one order
+    torch.set_num_threads(1)
     try:
         return _fit_predict(images, rows_of, labels, training, n_classes, config, np.random.default_rng(seed))
     finally:

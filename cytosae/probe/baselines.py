@@ -1,4 +1,4 @@
-"""What the probe's scores stand beside: simpler knowledge of the same patients, judged on the same folds.
+"""Baselines of the probe: simpler methods on the same patients and the same folds.
 
 majority        the commonest class of the training rows
 n_images        the number of images alone, as its logarithm: image counts may differ by disease
@@ -18,7 +18,7 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.tables import column, listed
 
-from .cross_validation import Strength, weighted_f1
+from .cross_validation import RuleOfC, weighted_f1
 from .logistic_columns import NEWTON_ROWS, ColumnFit, fit_columns, fit_gram
 
 Float = npt.NDArray[np.float64]
@@ -27,20 +27,25 @@ Bools = npt.NDArray[np.bool_]
 Predict = Callable[[Ints, Bools, Ints], Float]
 """Labels (n,), training rows, folds within these (n,) (-1 outside) -> (other rows, n_classes) probabilities."""
 _READ_IMAGES = 64  # that are read together
-COUNT_STRENGTH = 100.0  # C of the number of images: hardly regularised, it is one number
+COUNT_C = 100.0  # C of the regression on the number of images: one feature needs little regularisation
 
 
 @dataclass(frozen=True, kw_only=True)
 class MilConfig:
     """All settings of the attention-MIL head and of its training."""
 
-    repeats: int = 0  # it runs in the first so many repeats; 0: in all of them, as every other method
+    repeats: int = 0  # the head is trained in this many of the first repeats; 0: in all, as every other method
     hidden: int = 64
     epochs: int = 40
-    images_per_step: int = 32  # drawn anew from each patient in every step (with replacement where there are fewer)
+    images_per_step: int = 32  # random images of each patient in every step, with replacement where there are fewer
     batch_patients: int = 16
     lr: float = 1e-3
     weight_decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, low in {"repeats": 0, "hidden": 1, "epochs": 1, "images_per_step": 1, "batch_patients": 1}.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"{name} of the attention-MIL head must be at least {low}; found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def of_units(vectors: Float, rows_of: Sequence[Ints]) -> Float:
 
 
 def majority(n_classes: int) -> Predict:
-    """The shares of the classes among the training rows, for everybody."""
+    """Predict the class shares of the training rows, for every row."""
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         shares = np.bincount(labels[training], minlength=n_classes) / training.sum()
@@ -105,21 +110,21 @@ def number_of_images(n_images: Ints, n_classes: int, c_factors: Sequence[float])
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         mean, sd = _of_log(n_images[training])
         values = ((np.log(n_images) - mean) / sd)[:, None]
-        return features(values, n_classes, lambda n_rows: COUNT_STRENGTH, c_factors)(labels, training, inner_of)
+        return features(values, n_classes, lambda n_rows: COUNT_C, c_factors)(labels, training, inner_of)
 
     return predict
 
 
 @dataclass(frozen=True)
 class CountFit:
-    """The number of images alone, fitted on all rows."""
+    """The regression on the number of images alone, fitted on all rows."""
 
     mean: float  # of log(number of images)
     sd: float
     fit: ColumnFit
 
     def probabilities(self, n_images: Ints) -> Float:
-        """(rows, n_classes) of rows with so many images."""
+        """(rows, n_classes) of rows with these numbers of images."""
         return self.fit.probabilities(((np.log(n_images) - self.mean) / self.sd)[:, None])
 
 
@@ -129,10 +134,10 @@ def fit_number_of_images(
     """As `number_of_images`, on all rows, C chosen by the folds `inner_of`."""
     mean, sd = _of_log(n_images)
     values = ((np.log(n_images) - mean) / sd)[:, None]
-    factor = _Features(values, n_classes, lambda n_rows: COUNT_STRENGTH, c_factors).choose(
+    factor = _Features(values, n_classes, lambda n_rows: COUNT_C, c_factors).choose(
         labels, np.ones(len(labels), bool), inner_of
     )
-    return CountFit(mean, sd, fit_columns(values, labels, n_classes, factor * COUNT_STRENGTH))
+    return CountFit(mean, sd, fit_columns(values, labels, n_classes, factor * COUNT_C))
 
 
 def _of_log(n_images: Ints) -> tuple[float, float]:
@@ -141,12 +146,12 @@ def _of_log(n_images: Ints) -> tuple[float, float]:
     return float(values.mean()), max(float(values.std()), 1e-9)
 
 
-def features(values: Float, n_classes: int, strength: Strength, c_factors: Sequence[float]) -> Predict:
-    """The probe's own logistic regression, on (n, width) features as they are, its C chosen as the barcodes' is.
+def features(values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float]) -> Predict:
+    """The probe's own logistic regression on (n, width) features; C is chosen as for the barcodes.
 
-    That is by the weighted F1 in a cross-validation within the training rows, the smallest C of equals.
+    That is by the weighted F1 of a cross-validation within the training rows; of equal ones the smallest C.
     """
-    fits = _Features(values, n_classes, strength, c_factors)
+    fits = _Features(values, n_classes, C_of, c_factors)
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         return fits.fit_predict(labels, training, ~training, fits.choose(labels, training, inner_of))
@@ -157,13 +162,13 @@ def features(values: Float, n_classes: int, strength: Strength, c_factors: Seque
 class _Features:
     """Fits on (n, width) features."""
 
-    def __init__(self, values: Float, n_classes: int, strength: Strength, c_factors: Sequence[float]) -> None:
-        self._values, self._n_classes, self._strength, self._c_factors = values, n_classes, strength, c_factors
+    def __init__(self, values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float]) -> None:
+        self._values, self._n_classes, self._C_of, self._c_factors = values, n_classes, C_of, c_factors
         self._gram = values @ values.T if len(values) <= NEWTON_ROWS else None
 
     def fit_predict(self, labels: Ints, training: Bools, tested: Bools, factor: float) -> Float:
         """Probabilities of the tested rows."""
-        c = factor * self._strength(int(training.sum()))
+        c = factor * self._C_of(int(training.sum()))
         if self._gram is None:
             fit = fit_columns(self._values[training], labels[training], self._n_classes, c)
             return fit.probabilities(self._values[tested])

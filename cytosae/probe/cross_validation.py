@@ -1,7 +1,7 @@
-"""One repeat of the probe: folds of whole groups, fits along thresholds and C, both chosen within the training side.
+"""One repeat of the probe: folds of whole groups, a fit for each threshold, threshold and C chosen within the training.
 
-Everything is a function of the barcodes, the labels, the groups and a seed, so that a permutation test can repeat all
-of it on shuffled labels. Folds are drawn first; then each stands alone, so that threads can share them.
+All of it is a function of barcodes, labels, groups and a seed, so that a permutation test can repeat it on shuffled
+labels. Folds are drawn first and are then independent of each other, so that threads can work on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,23 +19,23 @@ Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Levels = npt.NDArray[np.int8]
-Strength = Callable[[int], float]  # number of training rows -> scikit-learn's C
+RuleOfC = Callable[[int], float]  # number of training rows -> scikit-learn's C
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What every repeat has in common."""
+    """Settings that all repeats share."""
 
     n_folds: int
     n_inner_folds: int
     n_classes: int
-    strength: Strength
-    c_factors: tuple[float, ...] = (1.0,)  # of that C, rising: one is chosen within each training side
+    C_of: RuleOfC
+    c_factors: tuple[float, ...] = (1.0,)  # multiples of that C, rising: one is chosen within each training side
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Fits on one training side; s values of C, t thresholds, c classes."""
+class ThresholdFits:
+    """Fits on one training side, one for each C and threshold; s values of C, t thresholds, c classes."""
 
     probabilities: Float  # (s, t, tested rows, c)
     n_kept: list[int]  # latents that count
@@ -44,33 +44,33 @@ class Sweep:
 
 
 class Thresholds(Protocol):
-    """Barcodes, and how they are fitted along the thresholds: `threshold_grams.py` or `threshold_columns.py`."""
+    """Barcodes prepared for one fit per threshold: `threshold_grams.py` or `threshold_columns.py`."""
 
     @property
     def n_thresholds(self) -> int:
-        """How many fits a sweep has."""
+        """Number of thresholds."""
 
     def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans."""
 
-    def sweep(
-        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
-    ) -> Sweep:
+    def fit_predict(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
+    ) -> ThresholdFits:
         """Fit the training rows, whose `levels` are given, at every threshold, and predict the tested ones.
 
-        `strengths` (s, t) are scikit-learn's C: s fits at each of t thresholds.
+        `Cs` (s, t) as in scikit-learn: s fits at each of t thresholds.
         """
 
-    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, C: float) -> ColumnFit:
         """One fit of all rows on the latents that are `kept`, (m,) booleans; its weights are of these, in order."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """Who is left out when, by the number of a fold."""
+    """Folds, and the inner folds within the training side of each."""
 
     fold_of: Ints  # (n,)
-    inner_of: Ints  # (n_folds, n) folds within the training side of each fold; -1 outside
+    inner_of: Ints  # (n_folds, n) inner fold of each row of the training side; -1 for the other rows
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,26 @@ class Choice:
     levels: Levels  # (m,) thresholds that each latent reaches in the training side
     threshold: int
     c_factors: Float  # (t,) for each threshold
-    sweeps: list[Sweep]  # the inner ones
+    inner_fits: list[ThresholdFits]
 
 
 @dataclass(frozen=True)
 class Final:
-    """The fit on all rows, for rows to come."""
+    """The fit on all rows, for new rows."""
 
     fit: ColumnFit  # its weights are of the `kept` latents
     kept: Bools  # (m,)
     threshold: int
     c_factor: float
-    strength: float  # scikit-learn's C: the factor times the rule's
-    inner_of: Ints  # (n,) the folds that chose
+    C: float  # scikit-learn's C: the factor times the rule's
+    inner_of: Ints  # (n,) the inner folds by which threshold and C were chosen
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What one fold found."""
+    """The predictions of one fold, and what was chosen for it."""
 
-    sweep: Sweep  # its rows, predicted by the others
+    fits: ThresholdFits  # on the other folds; they predict the rows of this one
     chosen: int  # threshold chosen within the training side
     c_factors: Float  # (t,) factor of C chosen there for each threshold
     n_unconverged: int  # of all its fits, the inner ones included
@@ -108,13 +108,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one repeat found; t thresholds, n rows, c classes."""
+    """The predictions of one repeat; t thresholds, n rows, c classes."""
 
     fold_of: Ints  # (n,)
-    probabilities: Float  # (t, n, c), each row by the fit that has not seen its group
+    probabilities: Float  # (t, n, c), each row by the fit without its group
     chosen: Ints  # (n_folds,) threshold chosen within each training side
     c_factors: Float  # (n_folds, t) factor of C chosen there for each threshold
-    inner_of: Ints  # (n_folds, n) folds within each training side; -1 outside
+    inner_of: Ints  # (n_folds, n) inner fold of each row of the training side; -1 for the other rows
     n_kept: Ints  # (n_folds, t) latents that count
     n_unconverged: int
     n_unseen: int
@@ -128,7 +128,7 @@ class Repeat:
 def run_repeat(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Repeat:
     """Predict every row at every threshold, by fits on the other folds."""
     division = divide(labels, groups, plan, rng)
-    return gather(division, [run_fold(barcodes, labels, division, fold, plan) for fold in range(plan.n_folds)])
+    return join_folds(division, [run_fold(barcodes, labels, division, fold, plan) for fold in range(plan.n_folds)])
 
 
 def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Division:
@@ -142,75 +142,73 @@ def divide(labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> 
 
 
 def run_fold(barcodes: Thresholds, labels: Ints, division: Division, fold: int, plan: Plan) -> Fold:
-    """Predict the rows of one fold.
-
-    Threshold and C are chosen within its training side.
-    """
+    """Predict the rows of one fold; threshold and C are chosen within its training side."""
     training = division.fold_of != fold
     choice = choose_inside(barcodes, labels, training, division.inner_of[fold], plan)
-    strengths = choice.c_factors * plan.strength(int(training.sum()))
-    sweep = barcodes.sweep(choice.levels, labels, training, ~training, plan.n_classes, strengths[None])
+    Cs = choice.c_factors * plan.C_of(int(training.sum()))
+    fits = barcodes.fit_predict(choice.levels, labels, training, ~training, plan.n_classes, Cs[None])
     return Fold(
-        sweep,
+        fits,
         chosen=choice.threshold,
         c_factors=choice.c_factors,
-        n_unconverged=sum(each.n_unconverged for each in (*choice.sweeps, sweep)),
-        n_unseen=sum(each.n_unseen for each in (*choice.sweeps, sweep)),
+        n_unconverged=sum(each.n_unconverged for each in (*choice.inner_fits, fits)),
+        n_unseen=sum(each.n_unseen for each in (*choice.inner_fits, fits)),
     )
 
 
 def choose_inside(barcodes: Thresholds, labels: Ints, training: Bools, inner_of: Ints, plan: Plan) -> Choice:
-    """Choose threshold and C by a cross-validation within the training rows (n,), whose folds are `inner_of`.
+    """Choose threshold and C by a cross-validation within the training rows (n,), with the folds `inner_of`.
 
-    They are those with the best weighted F1 (of equals the smallest C, then the lowest threshold): the latents' means,
-    too, are of the inner training rows alone. Where there is one threshold and one factor of C, nothing is chosen.
+    Those with the best weighted F1 are chosen; of equal ones the smallest C, then the lowest threshold. The latents'
+    mean activations, too, are those of the inner training rows alone. With one threshold and one factor of C there is
+    no inner cross-validation.
     """
     factors, n_thresholds = np.array(plan.c_factors), barcodes.n_thresholds
     n_inner = plan.n_inner_folds if n_thresholds > 1 or len(factors) > 1 else 0
     sides = np.stack([training, *(training & (inner_of != inner) for inner in range(n_inner))])
     levels = barcodes.levels(sides)
     predicted = np.zeros((len(factors), n_thresholds, len(labels)), np.int64)
-    sweeps = []
+    inner_fits = []
     for inner in range(n_inner):
         tested, side = inner_of == inner, sides[1 + inner]
-        strengths = np.tile(factors[:, None] * plan.strength(int(side.sum())), n_thresholds)
-        sweeps.append(barcodes.sweep(levels[1 + inner], labels, side, tested, plan.n_classes, strengths))
-        predicted[:, :, tested] = sweeps[-1].probabilities.argmax(3)
+        Cs = np.tile(factors[:, None] * plan.C_of(int(side.sum())), n_thresholds)
+        inner_fits.append(barcodes.fit_predict(levels[1 + inner], labels, side, tested, plan.n_classes, Cs))
+        predicted[:, :, tested] = inner_fits[-1].probabilities.argmax(3)
     f1 = weighted_f1(labels[training], predicted[:, :, training], plan.n_classes)
     of_threshold = np.argmax(f1, axis=0)
-    return Choice(levels[0], int(np.argmax(f1.max(0))), factors[of_threshold], sweeps)
+    return Choice(levels[0], int(np.argmax(f1.max(0))), factors[of_threshold], inner_fits)
 
 
 def fit_all(barcodes: Thresholds, labels: Ints, groups: Ints, plan: Plan, rng: np.random.Generator) -> Final:
-    """Fit all rows, threshold and C chosen inside as in a fold, whose training side are all rows."""
+    """Fit all rows; threshold and C are chosen as in a fold whose training side are all rows."""
     inner_of = assign_folds(labels, groups, plan.n_inner_folds, rng)
     choice = choose_inside(barcodes, labels, np.ones(len(labels), bool), inner_of, plan)
     kept, factor = choice.levels > choice.threshold, float(choice.c_factors[choice.threshold])
-    strength = factor * plan.strength(len(labels))
-    fit = barcodes.fit(kept, labels, plan.n_classes, strength)
-    return Final(fit, kept, choice.threshold, factor, strength, inner_of)
+    C = factor * plan.C_of(len(labels))
+    fit = barcodes.fit(kept, labels, plan.n_classes, C)
+    return Final(fit, kept, choice.threshold, factor, C, inner_of)
 
 
 def weighted_f1(true: Ints, predicted: Ints, n_classes: int) -> Float:
-    """Weighted F1 of each row of predictions (..., n); rounded, so that equal ones are equal."""
+    """Weighted F1 of each row of predictions (..., n); rounded, so that equal scores compare as equal."""
     rows = predicted.reshape(-1, predicted.shape[-1])
     found = [score(confusion_matrix(true, row, n_classes))["weighted_f1"] for row in rows]
     return np.round(np.array(found).reshape(predicted.shape[:-1]), 12)
 
 
-def gather(division: Division, folds: Sequence[Fold]) -> Repeat:
-    """The folds of a division, put together."""
-    _, n_thresholds, _, n_classes = folds[0].sweep.probabilities.shape
+def join_folds(division: Division, folds: Sequence[Fold]) -> Repeat:
+    """The repeat that the folds of a division form together."""
+    _, n_thresholds, _, n_classes = folds[0].fits.probabilities.shape
     probabilities = np.zeros((n_thresholds, len(division.fold_of), n_classes))
     for number, fold in enumerate(folds):
-        probabilities[:, division.fold_of == number] = fold.sweep.probabilities[0]
+        probabilities[:, division.fold_of == number] = fold.fits.probabilities[0]
     return Repeat(
         division.fold_of,
         probabilities,
         chosen=np.array([fold.chosen for fold in folds]),
         c_factors=np.array([fold.c_factors for fold in folds]),
         inner_of=division.inner_of,
-        n_kept=np.array([fold.sweep.n_kept for fold in folds]),
+        n_kept=np.array([fold.fits.n_kept for fold in folds]),
         n_unconverged=sum(fold.n_unconverged for fold in folds),
         n_unseen=sum(fold.n_unseen for fold in folds),
     )

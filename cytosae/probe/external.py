@@ -1,11 +1,11 @@
 """A fitted probe, tried once on rows that it has not seen: another cohort, or sites that were left out of all fitting.
 
-    read      the rows, refused where they know an image of the training, or mean something else by their numbers
-    predict   every row, those without a class that the model knows included
-    score     the others: all scores of the cross-validation, with intervals over whole groups
+    read      the rows; refused if they share an image with the training, or are barcodes of another kind
+    predict   every row, including those without a class that the model knows
+    score     rows with a known class: all scores of the cross-validation, with intervals over whole groups
 
-The model is given here, not drawn: intervals say how far the scores would move with other patients of the test. They
-are stretched less than those of a cross-validation, whose fits would be others, too.
+The model is fixed here: the intervals are over other patients of the test alone. So they are widened less than those of
+a cross-validation, where other patients would also change the fits.
 """
 
 from collections import Counter
@@ -28,18 +28,19 @@ from stores.tables import listed
 from .figures import plot_test_confusion
 from .folds import FEW_GROUPS
 from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
+from .result import ProbeTest
 from .saved_model import Card, ProbeModel, check_barcodes, check_unseen, image_hashes, read_model, units_config
 from .scores import METRICS, class_scores, confusion_matrix, score
 from .units import NewUnits, UnitConfig, Where, read_test_units
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-WIDER = 1.1  # a bootstrap of few groups is too narrow by as much: coverage in docs/benchmarks.md
+WIDER = 1.1  # intervals of a bootstrap of few groups are too narrow by this factor: docs/benchmarks.md
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a model is tried on, and what should be said about it."""
+    """The rows of a test, and warnings about them."""
 
     store: BarcodeStore
     units: NewUnits
@@ -57,12 +58,12 @@ def read_rows(
     where: Where | None = None,
     sae: Path | None = None,
 ) -> Rows:
-    """The rows of a test, if it can be one.
+    """The rows of a test, checked against the model.
 
     Parameters
     ----------
     model : fields of its card: `classes`, `n_images_without_hash`, and those of `check_barcodes`
-    latents : whose barcodes are read
+    latents : (k,) latents whose barcodes are read
     seen : content hashes of the images that the model is fitted on
     where : the rows of the training's own barcodes that were kept out
 
@@ -81,24 +82,28 @@ def read_rows(
 
 
 def apply_model(
-    model_root: Path,
+    model: Path,
     test: Path | str,
     out: Path,
     *,
+    target: str | None = None,
+    group_by: str | None = None,
+    min_images: int | None = None,
     sae: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
-    **changes: Any,
-) -> tuple[dict[str, Any], bool]:
-    """Try the model that `cyto probe` saved in `model_root` on the barcodes `test`; the scores, and were they there?
+) -> ProbeTest:
+    """Try the model that a probe saved in the folder `model` on the barcodes `test`; scores into the folder `out`.
 
-    Nothing is fitted. The same numbers, to the bit, as when the probe was told to test these barcodes.
+    Nothing is fitted. The same numbers, to the bit, as when the probe itself was given these barcodes as its test.
 
     Parameters
     ----------
+    target : the column of the test with the classes; None: the model's
+    group_by : the column of the test's images whose values keep units together; "": none; None: the model's
+    min_images : patients of the test with fewer readable images are left out; None: the model's number
     sae : folder of the SAE, to know whether it was trained on images of the test
-    seed : of the draws behind intervals
-    changes : `target`, `group_by` or `min_images` of the test, where they are not those of the model
+    seed : of the bootstrap draws behind the intervals
 
     Raises
     ------
@@ -107,11 +112,15 @@ def apply_model(
     BadInput
         If the test shares an image with the training, or has no class of the model.
     """
-    probe, model, seen = read_model(model_root)
-    store, card = BarcodeStore(test), model.card
+    probe, fitted, seen = read_model(model)
+    store, card = BarcodeStore(test), fitted.card
     store.check()
+    changes = {"target": target or None, "min_images": min_images}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if group_by is not None:
+        changes["group_by"] = group_by or None
     config = units_config(card, **changes)
-    rows = read_rows(store, config, vars(card), model.latents, seen, sae=sae)
+    rows = read_rows(store, config, vars(card), fitted.latents, seen, sae=sae)
     spec = {
         "model": card.weights_sha256,
         "probe": probe.header.identity,
@@ -124,15 +133,15 @@ def apply_model(
         "seed": seed,
         "sae": None if sae is None else card.sae_sha256,
     }
-    inputs = tuple(path for path in (model_root, Path(test), sae) if path is not None)
+    inputs = tuple(path for path in (model, Path(test), sae) if path is not None)
     writer = begin_results(out, PROBE_TEST, spec, overwrite=overwrite, inputs=inputs)
     writer.watch(probe.header, store.header)
     if writer.is_complete:
-        return dict(ResultStore(out, PROBE_TEST).json("test_scores")), True
-    scores = write_test(writer, model, rows, seed=seed)
+        return ProbeTest(out=out, scores=ResultStore(out, PROBE_TEST).json("test_scores"), was_complete=True)
+    scores = write_test(writer, fitted, rows, seed=seed)
     barcode = scores["methods"]["barcode"]
     writer.finish({"n_scored": scores["n_scored"], "weighted_f1": barcode["weighted_f1"]})
-    return scores, False
+    return ProbeTest(out=out, scores=scores, was_complete=False)
 
 
 def write_test(writer: ResultWriter, model: ProbeModel, rows: Rows, *, seed: int) -> dict[str, Any]:
@@ -171,7 +180,7 @@ def names_in_both(training: BarcodeStore, store: BarcodeStore, tau: float, ids: 
 def sae_warnings(
     store: BarcodeStore, tau: float | None, image_ids: list[list[str]], sae: Path | None, whose: str
 ) -> list[str]:
-    """What is to be said of an SAE that may have been trained on the images of units; by content.
+    """Warnings on whether the SAE was trained on the images of these units, by content hash.
 
     Raises
     ------
@@ -229,12 +238,12 @@ def _of_labels(units: NewUnits, config: UnitConfig, classes: list[str]) -> list[
 
 
 def _scores(predictions: dict[str, Float], card: Card, rows: Rows, seed: int) -> dict[str, Any]:
-    """Everything, by name; no NaN anywhere."""
+    """test_scores.json: all scores, by name; None instead of NaN."""
     units = rows.units
     is_scored = units.labels >= 0
     labels, groups = units.labels[is_scored], np.unique(units.groups[is_scored], return_inverse=True)[1]
     draws = draw_groups(groups, [seed, 6])
-    together = [np.zeros(len(labels), np.int64)]  # one fit, one scale: all pairs of rows are compared
+    together = [np.zeros(len(labels), np.int64)]  # one fit has one scale: AUROC compares all pairs of rows
     drawn = {name: scores_of_draws([p[is_scored]], labels, draws, together) for name, p in predictions.items()}
     methods = {}
     for name, p in predictions.items():
@@ -308,7 +317,7 @@ def _of_method(p: Float, labels: Ints, classes: list[str], drawn: dict[str, Floa
 
 
 def _within(name: str, ends: dict[str, float | None]) -> dict[str, float | None]:
-    """The part of a stretched interval that a score can reach: from 0, and but for the losses up to 1."""
+    """A widened interval, cut to what a score can reach: at least 0 and, except for losses, at most 1."""
     most = np.inf if name in ("log_loss", "brier") else 1.0
     return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
 

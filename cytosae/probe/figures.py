@@ -1,4 +1,4 @@
-"""Pictures of a probe, from its scores: the curve over thresholds (Fig. 4A), confusion matrix, methods and chance."""
+"""Figures of a probe, from its scores: the curve over thresholds (Fig. 4A), confusion matrix, methods and chance."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _METHODS = {
 
 
 def plot_curve(scores: dict[str, Any], path: Path) -> None:
-    """Weighted F1 against the threshold of mean activation, with the latents that are left, and what chance gives."""
+    """Weighted F1 against the threshold of mean activation, with the number of kept latents, and the null band."""
     rows = scores["curve"]
     positions = range(len(rows))  # evenly: 0 has no logarithm
     figure, grid = new_figure(width=6, height=5, rows=2)
@@ -76,7 +76,7 @@ def plot_confusion(scores: dict[str, Any], path: Path) -> None:
 
 
 def plot_test_confusion(scores: dict[str, Any], path: Path) -> None:
-    """The same of a test: the rows whose class the model knows."""
+    """The confusion matrix of a test: rows whose class the model knows."""
     title = f"{plain(scores['target'])} of {scores['n_scored']:,} {scores['level']}s that no fit has seen"
     _draw_confusion(np.array(scores["methods"]["barcode"]["confusion"]), scores, title, path)
 
@@ -101,7 +101,7 @@ def _draw_confusion(counts: npt.NDArray[Any], scores: dict[str, Any], title: str
 
 
 def plot_methods(scores: dict[str, Any], path: Path) -> None:
-    """Weighted F1 of every method on the same folds, and how the barcode scores on shuffled labels."""
+    """Weighted F1 of every method on the same folds, and of the barcode on shuffled labels."""
     methods = [(label, scores["methods"][name]) for name, label in _METHODS.items() if name in scores["methods"]]
     figure, axes = new_figure(width=6.5, height=1.6 + 0.42 * (len(methods) + 1))
     for row, (_, found) in enumerate(methods):

@@ -1,7 +1,8 @@
-"""Who may be told apart from whom: groups that stay together, folds of whole groups, and labels shuffled between them.
+"""Grouped, stratified cross-validation: groups of units, folds of whole groups, and labels shuffled for the null.
 
 A group is a connected component: two patients with an identical image, or with a common value of a column that the
-user names, are one, and so are all that hang together through others. Whatever is fitted, a group lies on one side.
+user names, are in one group, and so are patients that are linked through others. In every fit, all units of a group
+are either in the training side or in the predicted side.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ FEW_CHANGED = 0.4  # share of labels that shuffles change, below which p says li
 
 
 def connected_groups(columns: Sequence[Sequence[str]]) -> Ints:
-    """(n_rows,) numbers from 0: rows that have a value of some column in common are one group; "" is no value."""
+    """(n_rows,) group numbers from 0: rows with a common value in any column are one group; "" is no value."""
     n_rows = len(columns[0])
     rows, values, n_values = [], [], 0
     for column in columns:
@@ -43,7 +44,12 @@ def connected_groups(columns: Sequence[Sequence[str]]) -> Ints:
 def check_groups(
     labels: Ints, groups: Ints, classes: Sequence[str], *, n_folds: int, target: str, were_drawn: bool = False
 ) -> list[str]:
-    """Warnings on what so few groups can say; `were_drawn`: there are more rows than these.
+    """Warnings where classes have few groups.
+
+    Parameters
+    ----------
+    labels, groups : (n,)
+    were_drawn : these rows are a random sample, so that more can be had
 
     Raises
     ------
@@ -70,31 +76,31 @@ def check_groups(
 
 
 def assign_folds(labels: Ints, groups: Ints, n_folds: int, rng: np.random.Generator) -> Ints:
-    """(n,) fold of each row: whole groups, the classes spread evenly.
+    """(n,) fold of each row: whole groups, stratified by class.
 
-    Groups in random order, large ones first; each goes where its classes are rarest, then where there are fewest rows,
-    then by lot. Depends on labels, groups and rng alone.
+    Groups are taken in random order, large ones first. Each goes to the fold where its classes are rarest; of several,
+    to the one with fewest rows; of several, to a random one. Depends on labels, groups and rng alone.
     """
     counts = np.zeros((groups.max() + 1, labels.max() + 1))
     np.add.at(counts, (groups, labels), 1)
     sizes, totals = counts.sum(1), np.maximum(counts.sum(0), 1)
     order = rng.permutation(len(sizes))
     held = np.zeros((n_folds, counts.shape[1]))
-    lot = rng.permutation(n_folds)
+    random_order = rng.permutation(n_folds)
     fold_of = np.zeros(len(sizes), np.int64)
     for group in order[np.argsort(-sizes[order], kind="stable")]:
         rarity = np.round((held * counts[group] / totals).sum(1), 9)  # rounded: equal is equal
-        fold = np.lexsort((lot, held.sum(1), rarity))[0]
+        fold = np.lexsort((random_order, held.sum(1), rarity))[0]
         fold_of[group] = fold
         held[fold] += counts[group]
     return fold_of[groups]
 
 
 def choose_null(labels: Ints, groups: Ints, asked: str = "auto") -> str:
-    """Which labels are exchangeable: "within" groups or "between" them.
+    """Which labels are exchangeable under the null: those "within" a group, or those of whole groups ("between").
 
-    If nothing is asked: within, if that changes at least half as many labels as a shuffle without groups would; else
-    (labels belong to groups, all but a few) between. The rule looks at labels and groups alone, not at any score.
+    With "auto": within, if that changes at least half as many labels as a shuffle without groups would; else (most
+    groups have one label) between. The rule uses labels and groups alone, no score.
 
     Raises
     ------
@@ -112,16 +118,16 @@ def choose_null(labels: Ints, groups: Ints, asked: str = "auto") -> str:
 
 
 def free_share(totals: npt.NDArray[np.float64]) -> float:
-    """Expected share of labels that a shuffle of all rows would change, of classes with so many rows."""
+    """Expected share of labels that a shuffle of all rows would change; totals : (n_classes,) rows of each class"""
     return 1 - float(((totals / totals.sum()) ** 2).sum())
 
 
 def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator, null: str = "between") -> Ints:
-    """(n,) labels as they might as well be if they had nothing to do with the images.
+    """(n,) labels under the null hypothesis that they have nothing to do with the images.
 
-    Within: rows of a group exchange theirs. Between: whole groups exchange the shares of their labels with groups of
-    about their size (`_like_sizes`; else classes would become rarer or commoner than they are, and scores with them);
-    a group of another size takes the shares as nearly as its rows allow, and its rows get them by lot.
+    Within: rows of a group exchange their labels. Between: whole groups exchange the shares of their labels with groups
+    of similar size (`_similar_sizes`; otherwise the frequencies of the classes would change, and scores with them). A
+    group of another size takes the shares as nearly as its number of rows allows, and its rows get them at random.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
@@ -132,10 +138,10 @@ def shuffle_labels(labels: Ints, groups: Ints, rng: np.random.Generator, null: s
             shuffled[rows] = rng.permutation(labels[rows])
         return shuffled
     counts = _compositions(labels, groups)
-    for alike in _like_sizes(counts.sum(1)):
-        for taker, giver in zip(alike, rng.permutation(alike), strict=True):
-            dealt = _apportion(counts[giver], len(rows_of[taker]), rng)
-            shuffled[rows_of[taker]] = rng.permutation(np.repeat(np.arange(len(dealt)), dealt))
+    for similar in _similar_sizes(counts.sum(1)):
+        for to, source in zip(similar, rng.permutation(similar), strict=True):
+            dealt = _apportion(counts[source], len(rows_of[to]), rng)
+            shuffled[rows_of[to]] = rng.permutation(np.repeat(np.arange(len(dealt)), dealt))
     return shuffled
 
 
@@ -147,25 +153,28 @@ def _compositions(labels: Ints, groups: Ints) -> npt.NDArray[np.float64]:
     return counts
 
 
-def _like_sizes(sizes: npt.NDArray[np.float64]) -> list[Ints]:
-    """Groups by size, cut where a group has more than twice the rows of the smallest; one alone joins a neighbour."""
+def _similar_sizes(sizes: npt.NDArray[np.float64]) -> list[Ints]:
+    """Groups sorted by size, in bins: no group has more than twice the rows of the smallest in its bin.
+
+    A bin with one group is merged with its neighbour.
+    """
     order = np.argsort(sizes, kind="stable")
-    parts: list[list[int]] = []
+    bins: list[list[int]] = []
     for group in order.tolist():
-        if not parts or sizes[group] > 2 * sizes[parts[-1][0]]:
-            if parts and len(parts[-1]) == 1:
-                parts[-1].append(group)
+        if not bins or sizes[group] > 2 * sizes[bins[-1][0]]:
+            if bins and len(bins[-1]) == 1:
+                bins[-1].append(group)
                 continue
-            parts.append([])
-        parts[-1].append(group)
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        last = parts.pop()
-        parts[-1] += last
-    return [np.array(part) for part in parts]
+            bins.append([])
+        bins[-1].append(group)
+    if len(bins) > 1 and len(bins[-1]) == 1:
+        last = bins.pop()
+        bins[-1] += last
+    return [np.array(each) for each in bins]
 
 
 def _apportion(counts: npt.NDArray[np.float64], n: int, rng: np.random.Generator) -> Ints:
-    """(n_classes,) rows of each class: n in the shares of `counts`, by largest remainders, equal ones by lot."""
+    """(n_classes,) rows of each class: n in the shares of `counts`, by largest remainders; equal ones at random."""
     exact = counts * n / counts.sum()
     dealt = np.floor(np.round(exact, 9)).astype(np.int64)
     order = np.lexsort((rng.random(len(counts)), -np.round(exact - dealt, 9)))

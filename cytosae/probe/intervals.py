@@ -1,13 +1,14 @@
-"""How far a score would move with other patients: a bootstrap over whole groups, all methods on the same draws.
+"""95% intervals of scores: a bootstrap over whole groups, with the same draws for all methods.
 
     draw b     groups drawn with replacement, as many as there are: a weight for each group, hence for each row
     score      of the weighted rows, averaged over a method's repeats
     interval   the 2.5 and 97.5% quantiles over draws, their distances from the score times 1.3: with other patients
-               the fits would be others, too, which no draw of predictions knows
-    difference the same of barcode minus a method, draw by draw: paired, since both meet the same patients
+               the fits would change, too, and a bootstrap of predictions does not contain that
+    difference barcode minus another method, draw by draw: a paired interval, since both predict the same patients
 
-Predictions are taken as they are: nothing is fitted anew. The factor is empirical (coverage by simulation:
-docs/benchmarks.md). Twin: tests/test_probe.py.
+Nothing is fitted again. The factor is empirical (coverage by simulation: docs/benchmarks.md). The scores of all draws
+are computed together, which takes 0.1 s for a repeat of one method; calls of scikit-learn, draw by draw, take 86 s
+(docs/log.md). Twin with scikit-learn: tests/test_probe.py.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy.typing as npt
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 N_DRAWS = 1000
-_WIDER = 1.3  # spread of a cross-validated score over cohorts, in spreads over draws: 1.14 to 1.38 in simulations
+_WIDER = 1.3  # SD of a cross-validated score over cohorts divided by that over draws: 1.14 to 1.38 in simulations
 _MOST_NUMBERS = 1 << 22  # draws x rows that are worked on at once
 
 
@@ -53,8 +54,9 @@ def scores_of_draws(
 ) -> dict[str, Float]:
     """Each score (1 + draws,), averaged over repeats; NaN where a draw has none.
 
-    AUROC compares pairs of rows within one fold: fits of different folds do not share a scale, and even shares of
-    classes would seem to rank rows (below 0.5, since a class that is rare in a fold is common in its training rows).
+    AUROC compares pairs of rows of the same fold. Fits of different folds have different scales; and even predictions
+    by the shares of the classes would rank rows across folds (below 0.5: a class that is rare in a fold is common in
+    its training rows).
 
     Parameters
     ----------
@@ -69,7 +71,9 @@ def scores_of_draws(
 def interval(scores: Float, wider: float = _WIDER) -> dict[str, float | None]:
     """95% interval, `low` and `high`, of a score (1 + draws,) or of a difference of two; None where there is none.
 
-    wider : by how much distances from the score are stretched; other rows would train another fit, unless it is given
+    Parameters
+    ----------
+    wider : factor on the distances from the score; above 1 since other rows would also change the fit
     """
     observed, drawn = scores[0], scores[1:][np.isfinite(scores[1:])]
     if not np.isfinite(observed) or len(drawn) < len(scores[1:]) / 2:
@@ -79,7 +83,7 @@ def interval(scores: Float, wider: float = _WIDER) -> dict[str, float | None]:
 
 
 def calibration(probabilities: Sequence[Float], labels: Ints, n_bins: int = 10) -> list[dict[str, float]]:
-    """Confidence (the largest probability) against accuracy in bins of equal width, repeats together; no empty bins."""
+    """Confidence (the largest probability) and accuracy in bins of equal width, over all repeats; no empty bins."""
     confidence = np.concatenate([p.max(1) for p in probabilities])
     is_right = np.concatenate([p.argmax(1) == labels for p in probabilities])
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
@@ -125,7 +129,7 @@ def _one_repeat(p: Float, labels: Ints, draws: Draws, fold_of: Ints) -> dict[str
 
 
 def _mean(of_classes: list[Float]) -> Float:
-    """Over the classes that a draw has; NaN where it has none."""
+    """The mean over the classes that a draw has; NaN where it has none."""
     values = np.array(of_classes)
     there = np.isfinite(values)
     total = np.where(there, values, 0).sum(0)
@@ -133,7 +137,7 @@ def _mean(of_classes: list[Float]) -> Float:
 
 
 def _areas_of_folds(score: Float, is_class: npt.NDArray[np.bool_], weights: Float, fold_of: Ints) -> Float:
-    """(draws,) AUROC of one against the rest, over all pairs of rows of one fold."""
+    """(draws,) AUROC of one class against the rest, over all pairs of rows of the same fold."""
     won, pairs = np.zeros((2, len(weights)))
     for fold in np.unique(fold_of):
         mine = fold_of == fold
@@ -143,10 +147,9 @@ def _areas_of_folds(score: Float, is_class: npt.NDArray[np.bool_], weights: Floa
 
 
 def _areas(score: Float, is_class: npt.NDArray[np.bool_], weights: Float) -> tuple[Float, Float, Float]:
-    """One against the rest, weighted: pairs in the right order (ties half), pairs, and average precision; (draws,).
+    """For each draw, one class against the rest: pairs in the right order (ties half), pairs, average precision.
 
-    In order of falling score, rows of one score together: as scikit-learn's `roc_auc_score` and
-    `average_precision_score` with `sample_weight`.
+    As scikit-learn's `roc_auc_score` and `average_precision_score` with `sample_weight`, for all draws at once.
     """
     order = np.argsort(-score, kind="stable")
     levels = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # where rows of one score begin

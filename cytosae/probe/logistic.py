@@ -1,16 +1,20 @@
-"""Logistic regression with L2 in the row space: as exact as on all columns, at the cost of the rows alone.
+"""Logistic regression with L2 in the row space: exact, at a cost that depends on the number of rows alone.
 
 What scikit-learn's LogisticRegression minimises, C * (sum of log losses) + ||w||^2 / 2 with a free intercept, has its
 minimum at w = C X^T a, with one number a[i, k] per training row and class. So it depends on X (n, M) through the Gram
-matrix X X^T (n, n) alone, and with n << M it is cheap to have again and again: for every threshold, fold and
-permutation. For two classes scikit-learn has one weight vector for the difference; that is this form with C / 2.
+matrix X X^T (n, n) alone. With n << M, many fits are cheap: one for every threshold, fold and permutation. For two
+classes scikit-learn has one weight vector for the difference; that is this form with C / 2.
+
+Why not scikit-learn on a factor of the Gram matrix: at the C that the rule gives, classes are separable and its solvers
+stop too early (L-BFGS 0.01 to 0.9 off in probability), or take three to eight times as long (newton-cholesky):
+docs/log.md.
 
 Newton's method, damped. With K = C X X^T, logits f = K a + b and W the Hessian of the log loss, a step solves
 
     (I + W K) da + W 1 db = (y - p) - a ,    1^T (a + da) = 0 for every class
 
 W = diag(p) - P P^T couples the classes; Rasmussen and Williams (Gaussian Processes for Machine Learning, section 3.5)
-take the coupling apart into one n x n inverse per class and one system for their sum.
+split the system into one n x n inverse per class and one system for their sum.
 """
 
 from dataclasses import dataclass
@@ -20,12 +24,12 @@ import numpy.typing as npt
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_DONE = 1e-7  # a full step that moves no logit further ends the search
-_NEAR = 0.3  # after a step that moved no logit further, its matrices serve once more, as long as steps shrink as fast
+_DONE = 1e-7  # largest change of a logit in the last full step
+_NEAR = 0.3  # after a step that changed no logit by more, its Hessian is reused, as long as steps shrink as fast
 _MOST_STEPS = 100
-_SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
+_SUFFICIENT = 1e-4  # Armijo: share of the decrease that the slope predicts
 _ROUNDING = 1e-10  # of the objective, relative
-_SCALES = (2.0, 6.0, 12.0, 18.0)  # logits that a beginning may have
+_SCALES = (2.0, 6.0, 12.0, 18.0)  # sizes of logits that are tried for the warm start
 
 
 @dataclass(frozen=True)
@@ -48,25 +52,25 @@ class RowFit:
         return out
 
 
-def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowFit:
+def fit_rows(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
     """Fit on n rows, given their products with each other.
 
     Parameters
     ----------
     gram : (n, n) X X^T in float64
     labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
-    strength : scikit-learn's C > 0
+    C : as in scikit-learn, > 0
     """
     present = np.unique(labels)
     one_hot = (labels[:, None] == present).astype(np.float64)
-    scale = strength if len(present) > 2 else strength / 2
+    scale = C if len(present) > 2 else C / 2
     if len(present) < 2:
         return RowFit(
             present, np.zeros_like(one_hot), np.zeros(len(present)), scale, n_classes, n_steps=0, converged=True
         )
-    # rows from their mean: the free intercept makes up for it, and the problem is far better posed
+    # rows are centred: the free intercept absorbs their mean, and the problem is better conditioned
     kernel = scale * (gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean())
-    dual, intercept = _beginning(kernel, one_hot)
+    dual, intercept = _warm_start(kernel, one_hot)
     pull = kernel @ dual  # logits without the intercept
     value = _objective(pull + intercept, dual, pull, one_hot)
     converged, n_steps, before, moved = False, 0, 1.0, np.inf
@@ -86,12 +90,12 @@ def fit_rows(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowF
                 break
             length /= 2
         else:
-            break  # no way down: not converged, as the fit says
+            break  # no smaller objective along this step: not converged
         dual, intercept, pull, value = dual + length * step, intercept + length * shift, pull + length * move, new
         before, moved = moved, float(np.abs(move + shift).max()) if length == 1 else np.inf
         converged = moved < _DONE
         n_steps += 1
-    intercept = intercept - (scale * gram @ dual).mean(0)  # for rows as they are, not from their mean
+    intercept = intercept - (scale * gram @ dual).mean(0)  # for rows that are not centred
     return RowFit(present, dual, intercept, scale, n_classes, n_steps=n_steps, converged=converged)
 
 
@@ -103,7 +107,7 @@ def softmax(logits: Float) -> Float:
 
 
 def log_losses(logits: Float, one_hot: Float) -> float:
-    """Their sum; exact for a loss near 0, too."""
+    """Sum of the log losses; accurate for losses near 0, too."""
     above = logits - (logits * one_hot).sum(1, keepdims=True)
     above[one_hot > 0] = -np.inf
     top = above.max(1)
@@ -111,18 +115,18 @@ def log_losses(logits: Float, one_hot: Float) -> float:
 
 
 def residuals(logits: Float, one_hot: Float) -> tuple[Float, Float]:
-    """y - p (rows, classes) without losing what is left of 1 - p, and p."""
+    """y - p (rows, classes), and p; 1 - p is summed from the other classes, which does not cancel near 1."""
     p = softmax(logits)
     residual = -p
     residual[one_hot > 0] = (p * (1 - one_hot)).sum(1)
     return residual, p
 
 
-def _beginning(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
-    """Ridge regression of the classes, at the best of some scales, or nothing: decides the time, not the result.
+def _warm_start(kernel: Float, one_hot: Float) -> tuple[Float, Float]:
+    """A start for Newton's method: ridge regression of the classes at the best of some scales, or zero.
 
-    Where rows are fewer than columns the minimum lies far out, near where all training logits are equal; Newton's
-    method alone takes a step for every unit on the way.
+    It changes the time, not the result. With fewer rows than columns the minimum is far from zero, and Newton's method
+    from zero would take about one step per unit of the logits.
     """
     shares = one_hot.mean(0)
     ridge = np.linalg.solve(kernel + np.eye(len(kernel)), one_hot - shares)
@@ -138,7 +142,7 @@ def _objective(logits: Float, dual: Float, pull: Float, one_hot: Float) -> float
 
 
 class _Inverse:
-    """I + W K at some probabilities, taken apart so that systems with it are cheap to solve."""
+    """I + W K at given probabilities, factored so that systems with it are cheap to solve."""
 
     def __init__(self, kernel: Float, p: Float) -> None:
         root = np.sqrt(p).T  # (c, n)
@@ -150,7 +154,8 @@ class _Inverse:
         self._ones = self._each.sum(2).T  # (n, c)
         self._shared = self._sum_inverse @ self._ones
         self._balance = np.diag(self._ones.sum(0)) - self._ones.T @ self._shared
-        self._balance += self._balance.diagonal().mean()  # singular along equal shifts, which stay at 0 so
+        # singular along equal shifts of all intercepts; this keeps the shift at 0
+        self._balance += self._balance.diagonal().mean()
 
     def solve(self, gap: Float, excess: Float) -> tuple[Float, Float]:
         """Steps of dual (n, c) and intercept (c,) that close `gap` and undo the `excess` (c,) of the dual's sums."""

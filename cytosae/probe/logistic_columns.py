@@ -1,14 +1,16 @@
-"""Logistic regression with L2 where rows are too many for Newton's method on all of them (`logistic.py`).
+"""Logistic regression with L2 where there are too many rows for the row-space method (`logistic.py`).
 
-The same minimum of C * (sum of log losses) + ||w||^2 / 2, on columns: those of sparse barcodes or of dense tokens as
-they are, or, where rows are fewer than nonzeros, those of a factor of the Gram matrix. Few weights are found by
-Newton's method, as scipy's L-BFGS would take up to thousands of steps; more by L-BFGS, which copies nothing. Columns
-count from their mean (the free intercept makes up for it): L-BFGS then takes a half to an eighth of the steps.
+The same minimum of C * (sum of log losses) + ||w||^2 / 2, on columns: those of sparse barcodes or of dense tokens, or
+those of a factor of the Gram matrix. Few weights are fitted by scikit-learn's Newton method, as L-BFGS would take up to
+thousands of steps; more by scipy's L-BFGS, which makes no copy of the columns. Columns are centred (the free intercept
+absorbs their mean): L-BFGS then takes a half to an eighth of the steps.
 
-The search ends where the objective is within 1e-7 of its minimum, relative to itself or to what was gained on w = 0,
-whichever is less (weak signals count, too). That is known without the minimum: the objective bends upwards by at least
-1 in every direction of w, so it lies at most half the square of the slope above it. The slope of the intercepts counts
-in the same way, though where rows part cleanly the objective may bend less along them.
+A fit ends where the objective is within 1e-7 of its minimum, relative to itself or to its decrease from w = 0,
+whichever is less (so that weak signals are fitted, too). This bound needs no knowledge of the minimum: the objective is
+strongly convex in w with constant 1, so it is at most half the squared gradient norm above the minimum. The gradient of
+the intercepts is counted in the same way, although the curvature along them may be smaller where classes are separable.
+scikit-learn's L-BFGS has no such rule: its tolerance on the gradient is absolute, and at the rule's C it stops with
+probabilities that are 0.01 to 0.9 off (docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -16,22 +18,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
+from scipy.linalg import LinAlgError, solve_triangular
 from scipy.linalg.lapack import dpstrf
 from scipy.optimize import OptimizeResult, minimize
 from scipy.sparse import issparse
+from sklearn.linear_model import LogisticRegression
 
 from .logistic import RowFit, fit_rows, log_losses, residuals, softmax
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-NEWTON_ROWS = 250  # up to here, Newton's method on rows is exact at little cost (docs/log.md)
+NEWTON_ROWS = 250  # up to here, Newton's method in the row space is exact and fast (docs/log.md)
 _GAP = 1e-7  # between the objective and its minimum, relative
 _ROUNDING = 1e-14  # of the objective, relative
 _MOST_STEPS = 5000
 _NEWTON_WEIGHTS = 2000  # up to here, and with three rows or more per column, Newton's method is faster (docs/log.md)
 _MOST_NEWTON_STEPS = 200
-_SUFFICIENT = 1e-4  # of the decrease that the slope promises (Armijo)
+_NEWTON_TOLERANCE = 1e-8  # of the gradient
 _MEMORY = 30  # steps that L-BFGS remembers
 
 
@@ -54,35 +57,36 @@ class ColumnFit:
         return out
 
 
-def fit_columns(x: Any, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+def fit_columns(x: Any, labels: Ints, n_classes: int, C: float) -> ColumnFit:
     """Fit on n rows.
 
-    Memory, beside `x`: about 65 times the weights; where Newton's method serves, 64 MB and three times dense columns.
+    Memory, beside `x`: about 65 times the weights; with Newton's method up to 100 MB and three times dense columns.
 
     Parameters
     ----------
     x : (n, m) in float64, a numpy array or scipy CSR matrix
-    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row nothing is learnt
-    strength : scikit-learn's C > 0
+    labels : (n,) in 0..n_classes-1; classes without a row are left out; without any row, nothing is fitted
+    C : as in scikit-learn, > 0
     """
     present = np.unique(labels)
     if len(present) < 2:
         nothing = np.zeros((x.shape[1], len(present)))
         return ColumnFit(present, nothing, np.zeros(len(present)), n_classes, n_steps=0, converged=True)
-    search = _Search(x, _one_hot(labels, present), _scale(strength, present))
+    search = _Search(x, _one_hot(labels, present), _scale(C, present))
     weights, intercept, n_steps, converged = search.run()
     return ColumnFit(present, weights, intercept - search.mean @ weights, n_classes, n_steps, converged)
 
 
-def fit_gram(gram: Float, labels: Ints, n_classes: int, strength: float) -> RowFit:
-    """Fit on n rows, given their products (n, n) with each other; otherwise as `fit_rows`, which serves few rows.
+def fit_gram(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
+    """Fit on n rows, given their products (n, n) with each other, as `fit_rows`, which is called for few rows.
 
-    With K = Z Z^T, from a Cholesky factorisation that leaves out what is rounding, Z stands for the rows: as exact.
+    For more rows, the columns are those of Z, where K = Z Z^T by a pivoted Cholesky factorisation up to the numerical
+    rank; the minimum is the same.
     """
     present = np.unique(labels)
     if len(labels) <= NEWTON_ROWS or len(present) < 2:
-        return fit_rows(gram, labels, n_classes, strength)
-    one_hot, scale = _one_hot(labels, present), _scale(strength, present)
+        return fit_rows(gram, labels, n_classes, C)
+    one_hot, scale = _one_hot(labels, present), _scale(C, present)
     kernel = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     factor, pivots, rank, _ = dpstrf(kernel, lower=1)
     z = np.empty((len(gram), rank))
@@ -100,15 +104,16 @@ def _one_hot(labels: Ints, present: Ints) -> Float:
     return (labels[:, None] == present).astype(np.float64)
 
 
-def _scale(strength: float, present: Ints) -> float:
-    """For two classes scikit-learn has one weight vector, for their difference: that is this form with C / 2."""
-    return strength if len(present) > 2 else strength / 2
+def _scale(C: float, present: Ints) -> float:
+    """C, or C / 2 for two classes: scikit-learn has one weight vector for their difference, which is this form."""
+    return C if len(present) > 2 else C / 2
 
 
 class _Search:
-    """The objective at a point (weights (m, c), and a row of intercepts for rows from their mean), and the way down.
+    """The objective at a point (weights (m, c), then a row of intercepts of centred columns), and its minimisation.
 
-    From zero: beginning at the fit of the threshold before saves a fifth of the steps at best (docs/log.md).
+    Every search starts at zero: a start at the fit of the previous threshold saves a fifth of the steps at best
+    (docs/log.md).
     """
 
     def __init__(self, x: Any, one_hot: Float, scale: float) -> None:
@@ -116,53 +121,41 @@ class _Search:
         self.mean: Float = np.asarray(x.mean(0)).ravel()
 
     def run(self) -> tuple[Float, Float, int, bool]:
-        """Weights, intercept, number of steps, and whether the end was reached."""
+        """Weights, intercept, number of steps, and whether the fit converged."""
         begin = np.zeros((self.x.shape[1] + 1, self.one_hot.shape[1]))
         begin[-1] = np.log(self.one_hot.mean(0))
         self._at_zero = self._value(begin.ravel())[0]
         n_rows, n_columns = self.x.shape
-        if begin.size <= _NEWTON_WEIGHTS and 3 * n_columns <= n_rows:
-            point, n_steps, converged = self._newton(begin)
-            if converged:
+        if 0 < 3 * n_columns <= n_rows and begin.size <= _NEWTON_WEIGHTS:
+            found = self._newton()
+            if found is not None:
+                point, n_steps = found
                 return point[:-1], point[-1], n_steps, True
         options = {"maxiter": _MOST_STEPS, "maxfun": 2 * _MOST_STEPS, "maxcor": _MEMORY, "gtol": 0, "ftol": 0}
-        found = minimize(self._value, begin.ravel(), jac=True, method="L-BFGS-B", callback=self._look, options=options)
-        point = found.x.reshape(begin.shape)
-        return point[:-1], point[-1], int(found.nit), self._is_near(self._value(found.x)[0])
+        end = minimize(self._value, begin.ravel(), jac=True, method="L-BFGS-B", callback=self._look, options=options)
+        point = end.x.reshape(begin.shape)
+        return point[:-1], point[-1], int(end.nit), self._is_near(self._value(end.x)[0])
 
-    def _newton(self, point: Float) -> tuple[Float, int, bool]:
-        """By Newton's method, damped: the point, the number of steps, and whether the end was reached."""
+    def _newton(self) -> tuple[Float, int] | None:
+        """Point and number of steps by scikit-learn's Newton method; None where it does not come near the minimum.
+
+        Columns are scaled by the root of C, and C is 1: the same fit, but then scikit-learn's tolerance, which is
+        absolute, means the same at every C.
+        """
         x = self.x.toarray() if issparse(self.x) else self.x
-        columns = np.column_stack([x - self.mean, np.ones(len(x))])
-        value, slope = self._value(point.ravel())
-        for n_steps in range(_MOST_NEWTON_STEPS):
-            if self._is_near(value):
-                return point, n_steps, True
-            try:
-                step = -cho_solve(cho_factor(self._hessian(columns, point), overwrite_a=True), slope)
-            except LinAlgError:  # rounding
-                break
-            length, promised = 1.0, float(slope @ step)
-            new, new_slope = self._value(point.ravel() + step)
-            while not new <= value + _SUFFICIENT * length * promised + _ROUNDING * value and length > 1e-8:
-                length /= 2
-                new, new_slope = self._value(point.ravel() + length * step)
-            point, value, slope = point + length * step.reshape(point.shape), new, new_slope
-        return point, _MOST_NEWTON_STEPS, False
-
-    def _hessian(self, columns: Float, point: Float) -> Float:
-        """Of the objective, in the order of a raveled point."""
-        p = softmax(columns @ point)
-        n, c = point.shape
-        hessian = np.empty((n, c, n, c))
-        for k in range(c):
-            for other in range(k + 1):
-                weight = p[:, k] * ((k == other) - p[:, other])
-                hessian[:, k, :, other] = hessian[:, other, :, k] = self.scale * ((columns.T * weight) @ columns)
-            hessian[range(n - 1), k, range(n - 1), k] += 1
-        # equal shifts of all intercepts change nothing, and stay at 0 so
-        hessian[-1, :, -1, :] += hessian[-1, :, -1, :].diagonal().mean()
-        return hessian.reshape(n * c, n * c)
+        n_classes = self.one_hot.shape[1]
+        root = np.sqrt(self.scale if n_classes > 2 else 2 * self.scale)
+        model = LogisticRegression(solver="newton-cholesky", tol=_NEWTON_TOLERANCE, max_iter=_MOST_NEWTON_STEPS)
+        try:
+            model.fit((x - self.mean) * root, self.one_hot.argmax(1))
+        except (LinAlgError, Warning):  # rounding; or a warning, where the caller has made warnings errors
+            return None
+        weights, intercept = root * model.coef_.T, model.intercept_
+        if n_classes == 2:  # one weight vector, for the difference of the two
+            weights, intercept = weights * (-0.5, 0.5), intercept * (-0.5, 0.5)
+        point = np.vstack([weights, intercept - intercept.mean()])
+        value = self._value(point.ravel())[0]
+        return (point, int(model.n_iter_.max())) if self._is_near(value) else None
 
     def _value(self, flat: Float) -> tuple[float, Float]:
         point = flat.reshape(-1, self.one_hot.shape[1])
@@ -177,7 +170,7 @@ class _Search:
         return self.scale * log_losses(logits, self.one_hot) + float((weights**2).sum()) / 2, slope.ravel()
 
     def _is_near(self, value: float) -> bool:
-        """Whether the point that was looked at last, where the objective was `value`, is near enough to the minimum."""
+        """Whether the last point, where the objective was `value`, is within the tolerance of the minimum."""
         near = max(_GAP * min(value, self._at_zero - value), _ROUNDING * value)
         return float((self._slope**2).sum()) / 2 <= near
 

@@ -1,4 +1,4 @@
-"""What a probe found: scores by name, tables of folds and predictions, figures."""
+"""The files of a finished probe: scores.json, tables of folds and predictions, figures."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Shuffle:
-    """What is kept of a repeat on shuffled labels."""
+    """The scores of a repeat on shuffled labels."""
 
     scores: list[dict[str, float]]  # with the threshold chosen inside, then at every threshold
     share_changed: float  # of the labels
@@ -43,7 +43,7 @@ class Shuffle:
 
 @dataclass(frozen=True)
 class Found:
-    """All that was computed; `methods[0]` is the barcode with its threshold chosen inside."""
+    """All that was computed; `methods[0]` is the barcode with the threshold chosen inside."""
 
     units: Units
     thresholds: tuple[float, ...]
@@ -53,13 +53,13 @@ class Found:
 
 
 def keep_shuffle(repeat: Repeat, labels: Ints, true: Ints, n_classes: int) -> Shuffle:
-    """Of a repeat on shuffled `labels`: how well they were predicted, never mind by what."""
+    """The scores of a repeat on shuffled `labels`; its predictions are not kept."""
     scores = [score(_confusion(p, labels, n_classes)) for p in (repeat.selected, *repeat.probabilities)]
     return Shuffle(scores, float((labels != true).mean()), repeat.n_unconverged, repeat.n_unseen)
 
 
 def scores_of(found: Found, about: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
-    """Everything, by name, behind what it is `about`; no NaN anywhere."""
+    """scores.json: the fields of `about`, then all scores by name; None instead of NaN."""
     units, repeats = found.units, found.repeats
     all_fits: list[Repeat | Shuffle] = [*repeats, *found.shuffles]
     n_unconverged = sum(each.n_unconverged for each in all_fits)
@@ -116,7 +116,7 @@ def write_report(writer: ResultWriter, found: Found, scores: dict[str, Any]) -> 
 
 
 def _folds_table(found: Found, level: str) -> pa.Table:
-    """A row per repeat, fold and unit: the side on which it lies."""
+    """A row per repeat, fold and unit, with its side: train or test."""
     names, n = pa.array(found.units.names), len(found.units.names)
     return pa.concat_tables(
         pa.table(
@@ -169,7 +169,7 @@ def _by_metric(method: Method, units: Units) -> dict[str, list[float]]:
 
 
 def _method_scores(method: Method, found: Found) -> dict[str, Any]:
-    """Over repeats (all rows of one together); the weighted F1 also over single folds, as others report it."""
+    """Scores over repeats (all folds of a repeat together); weighted F1 also over single folds, as papers report it."""
     units, c = found.units, len(found.units.classes)
     confusions = [_confusion(p, units.labels, c) for p in method.probabilities]
     folds = [
@@ -219,7 +219,7 @@ def _finite(value: Any) -> float | None:
 
 
 def _unchanged_warning(share_changed: float, units: Units, null: str) -> str:
-    """Why shuffles leave most labels as they are."""
+    """The warning where shuffles change few labels."""
     most = free_share(np.bincount(units.labels).astype(np.float64))
     said = f"a shuffle changes only {share_changed:.0%} of the labels, so shuffled labels are much like the true ones"
     if null == "within":

@@ -1,12 +1,12 @@
 """The fitted probe as files, without pickle: fitted once on all rows, saved beside the scores, applied to others later.
 
-    model.json          what it is: level, classes, threshold, C, tau, normalisation, SAE, backbone, where from
-    model.safetensors   latents that count, weights and intercept of every class; class shares and the number of
-                        images alone, to stand beside it
+    model.json          the model card: level, classes, threshold, C, tau, normalisation, SAE, backbone, barcodes
+    model.safetensors   kept latents, weights and intercept of every class; and the two baselines, class shares and a
+                        regression on the number of images
     trained_on.parquet  SHA-256 of the images that it is fitted on, so that no test can use them: stores/content_hashes
 
-Those three and `probe.json`, which has their hashes, are all that is needed to apply it. They name no patient and no
-image.
+These three and `probe.json`, which has their hashes, are all that is needed to apply the model. They contain no name
+of a patient or an image.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 CARD, WEIGHTS, HASHES = "model", "model.safetensors", "trained_on"
 VERSION = 1
-_ENCODER = ("precision", "value_bits", "min_activation")  # that may make equal images differ a little
+_ENCODER = ("precision", "value_bits", "min_activation")  # settings that change barcodes a little
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """`model.json`: what a saved model is, and what barcodes must be to be judged by it."""
+    """`model.json`: what a saved model is, and what barcodes must be so that it can be applied to them."""
 
     version: int
     level: str
@@ -53,7 +53,7 @@ class Card:
     n_of_class: list[int]  # rows that it is fitted on
     n_groups: int
     n_images: int
-    n_images_without_hash: int  # of which no test can know whether it has them
+    n_images_without_hash: int  # a test cannot know whether it shares these
     threshold: float  # of mean activation
     regularization: str
     C: float
@@ -69,7 +69,7 @@ class Card:
     encoder: dict[str, Any]
     trained: bool  # the backbone
     barcodes: str  # identity
-    kept_out: dict[str, Any] | None  # {"column": ..., "values": ...} of rows of the same barcodes
+    kept_out: dict[str, Any] | None  # {"column": ..., "values": ...}: rows of the same barcodes kept for a test
     group_by: str | None
     min_images: int
     weights_sha256: str
@@ -77,7 +77,7 @@ class Card:
 
 @dataclass(frozen=True)
 class ProbeModel:
-    """A probe that is fitted; for level "image" it knows no number of images."""
+    """A fitted probe; at level "image" there is no regression on the number of images."""
 
     card: Card
     latents: Ints  # (k,) rising
@@ -86,7 +86,7 @@ class ProbeModel:
     counts: CountFit | None
 
     def predict(self, units: NewUnits) -> dict[str, Float]:
-        """(n, c) probabilities by method; the barcode first. Each row by itself, whatever rows there are beside it."""
+        """(n, c) probabilities by method, the barcode first. A row's prediction does not depend on other rows."""
         found = {"barcode": self.fit.probabilities(units.values)}
         found["majority"] = np.tile(self.shares, (len(units.names), 1))
         if self.counts is not None:
@@ -95,7 +95,7 @@ class ProbeModel:
 
 
 def make_model(final: Final, units: Units, counts: CountFit | None, **more: Any) -> ProbeModel:
-    """The model out of its fit; `more`: the fields of `Card` that the units do not say."""
+    """The model of a fit; `more`: the fields of `Card` that do not follow from the units."""
     latents, n_classes = units.latents[final.kept], len(units.classes)
     n_of_class = np.bincount(units.labels, minlength=n_classes)
     shares = n_of_class / n_of_class.sum()
@@ -105,7 +105,7 @@ def make_model(final: Final, units: Units, counts: CountFit | None, **more: Any)
         n_of_class=n_of_class.tolist(),
         n_groups=len(np.unique(units.groups)),
         n_images=int(units.n_images.sum()),
-        C=final.strength,
+        C=final.C,
         c_factor=final.c_factor,
         converged=final.fit.converged,
         n_latents=units.n_latents,
@@ -117,7 +117,7 @@ def make_model(final: Final, units: Units, counts: CountFit | None, **more: Any)
 
 
 def said_of_barcodes(store: BarcodeStore) -> dict[str, Any]:
-    """What decides whether two folders of barcodes mean the same by a number; fields of `Card`."""
+    """What must be equal so that barcodes of two folders can be compared; fields of `Card`."""
     spec = store.header.spec
     latents_spec = spec["latents_spec"]
     first = latents_spec[0] if isinstance(latents_spec, list) else latents_spec
@@ -134,7 +134,7 @@ def said_of_barcodes(store: BarcodeStore) -> dict[str, Any]:
 
 
 def image_hashes(store: BarcodeStore, tau: float, image_ids: list[list[str]]) -> list[str | None]:
-    """The content hash of every image of these units; None where it has none."""
+    """The content hash of every image of these units; None for an image without one."""
     images = store.read_obs("image", tau, needed=("content_hash", "status"))
     images = images[images["status"] == STATUS_OK]
     of_image = dict(zip(map(str, images.index), map(str, images["content_hash"]), strict=True))
@@ -184,8 +184,10 @@ def read_model(root: Path) -> tuple[ResultStore, ProbeModel, frozenset[str]]:
 
 
 def check_barcodes(model: dict[str, Any], store: BarcodeStore) -> list[str]:
-    """May a model judge these barcodes? Warnings on what may make equal images differ a little.
+    """Check that a model can be applied to these barcodes; warnings on settings that change barcodes a little.
 
+    Parameters
+    ----------
     model : fields of its card: what `said_of_barcodes` gives, `level`, `tau`, `n_latents`
 
     Raises
@@ -233,7 +235,7 @@ def check_barcodes(model: dict[str, Any], store: BarcodeStore) -> list[str]:
 def check_unseen(
     seen: frozenset[str], n_without: int, hashes: list[str | None], image_ids: list[list[str]], place: Path
 ) -> list[str]:
-    """Does the test know an image that the model is fitted on? Warnings where that cannot be told.
+    """Check that the test shares no image with the training; warnings where that cannot be known.
 
     Parameters
     ----------
@@ -243,7 +245,7 @@ def check_unseen(
     Raises
     ------
     BadInput
-        Naming how many images are shared, and which.
+        If images are shared; the message says how many, and which.
     """
     names = [image_id for ids in image_ids for image_id in ids]
     shared = [name for name, value in zip(names, hashes, strict=True) if value in seen]
@@ -259,7 +261,7 @@ def check_unseen(
 
 
 def units_config(card: Card, **changes: Any) -> UnitConfig:
-    """How units of a test are read."""
+    """How the units of a test are read: as those of the training, but for `changes`."""
     settings = {
         "level": card.level,
         "target": card.target,
@@ -271,7 +273,7 @@ def units_config(card: Card, **changes: Any) -> UnitConfig:
 
 
 def _tensors(latents: Ints, fit: ColumnFit, shares: Float, counts: CountFit | None) -> bytes:
-    """The safetensors file; equal numbers, equal bytes."""
+    """The content of the safetensors file; the same numbers give the same bytes."""
     arrays = {"latents": latents, "weights": fit.weights, "intercept": fit.intercept, "shares": shares}
     if counts is not None:
         arrays |= {

@@ -1,4 +1,8 @@
-"""How good predictions are, from the confusion matrix; a score whose denominator is 0 is 0."""
+"""Scores of predictions from the confusion matrix; a score whose denominator is 0 is 0.
+
+The same numbers as scikit-learn's (tests/test_probe.py). They are computed here since the choice of threshold and C
+scores twenty thousand sets of predictions in a default run, at 0.05 ms each instead of 2.3 ms (docs/log.md).
+"""
 
 from typing import Any
 
@@ -16,7 +20,10 @@ def confusion_matrix(true: Ints, predicted: Ints, n_classes: int) -> Ints:
 
 
 def score(confusion: Ints) -> dict[str, float]:
-    """The METRICS of a confusion matrix. Classes without a true row count in none of them but by their predictions."""
+    """The METRICS of a confusion matrix. Classes without a true row have no score of their own.
+
+    Rows that are predicted to be of such a class still count as wrong.
+    """
     _, recall, f1, support = _by_class(confusion)
     there = support > 0
     return {

@@ -1,9 +1,9 @@
-"""Fits along thresholds of mean activation where rows are few: Gram matrices of the latents that count.
+"""One fit per threshold of mean activation where rows are few: Gram matrices of the latents above the threshold.
 
-A latent's mean activation is that over the images of the training rows, so every training set has latents of its own.
-Most lie between the same two thresholds whatever rows are left out. Hence for each threshold the products of all rows
-over the latents just above it are kept, and only the latents that moved are added or taken away: the same numbers, up
-to rounding, far cheaper.
+A latent's mean activation is that over the images of the training rows, so it differs between training sets. But most
+latents lie between the same two thresholds whichever rows are left out. So the Gram matrix of the latents of each
+interval between thresholds is computed once from all rows; for a training set only latents that change their interval
+are added or subtracted. The result is the same up to rounding, and far cheaper.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,18 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import issparse
 
-from .cross_validation import Bools, Levels, Sweep
+from .cross_validation import Bools, Levels, ThresholdFits
 from .logistic_columns import ColumnFit, fit_gram
 
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_BLOCK = 1 << 24  # numbers that lie dense in memory at a time
+_CHUNK = 1 << 24  # values of a dense copy
 
 
 class ThresholdGrams:
-    """Barcodes (n rows), and what decides which latents count; latents that are zero in every row have no effect.
+    """Barcodes (n rows), and the sums and counts that decide which latents are above a threshold.
+
+    Latents that are zero in every row have no effect.
 
     Memory: n x n for every threshold, and four times that for every thread that fits.
     """
@@ -34,7 +36,7 @@ class ThresholdGrams:
         ----------
         values : (m, n) barcodes in float64, a row per latent; a numpy array or scipy CSR matrix, as the next two
         sums, counts : (m, n) sum of image activations, and number of images with any activation
-        thresholds : rising, at least 0; a latent counts from its mean activation down, and at 0 always
+        thresholds : rising, at least 0; a latent is kept at thresholds up to its mean activation, and always at 0
         """
         self._values, self._sums, self._counts = values, sums, counts
         self._thresholds = np.array(thresholds)
@@ -43,49 +45,51 @@ class ThresholdGrams:
 
     @property
     def n_thresholds(self) -> int:
-        """How many fits a sweep has."""
+        """Number of thresholds."""
         return len(self._thresholds)
 
     def levels(self, training: Bools) -> Levels:
         """(k, m) number of thresholds that each latent reaches in each of k training sets, (k, n) booleans.
 
-        -1 for a latent that no training row has: it is zero there, and so counts for nothing.
+        -1 for a latent that is zero in all training rows: it has no effect there.
         """
         return reached(self._sums, self._counts, self._thresholds, training)
 
-    def sweep(
-        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, strengths: Float
-    ) -> Sweep:
-        """Fit the training rows at every threshold and C, predict the tested ones. Equal latents and C, one fit."""
+    def fit_predict(
+        self, levels: Levels, labels: Ints, training: Bools, tested: Bools, n_classes: int, Cs: Float
+    ) -> ThresholdFits:
+        """As `Thresholds.fit_predict`. Where latents and C are the same, one fit serves for both."""
         n_kept = [int((levels > t).sum()) for t in range(self.n_thresholds)]
-        probabilities, fits = np.zeros((*strengths.shape, int(tested.sum()), n_classes)), []
+        probabilities, fits = np.zeros((*Cs.shape, int(tested.sum()), n_classes)), []
         for t, gram in self._grams(levels):
             known: dict[float, Float] = {}
-            if t + 1 < self.n_thresholds and n_kept[t] == n_kept[t + 1]:  # more and more latents: as many are the same
-                known = dict(zip(strengths[:, t + 1].tolist(), probabilities[:, t + 1], strict=True))
+            # lower thresholds keep all latents of higher ones, so that equal numbers are the same latents
+            if t + 1 < self.n_thresholds and n_kept[t] == n_kept[t + 1]:
+                known = dict(zip(Cs[:, t + 1].tolist(), probabilities[:, t + 1], strict=True))
             among, across = gram[np.ix_(training, training)], gram[np.ix_(tested, training)]
-            for s, strength in enumerate(strengths[:, t].tolist()):
-                if strength not in known:
-                    fits.append(fit_gram(among, labels[training], n_classes, strength))
-                    known[strength] = fits[-1].probabilities(across)
-                probabilities[s, t] = known[strength]
-        return Sweep(
+            for s, C in enumerate(Cs[:, t].tolist()):
+                if C not in known:
+                    fits.append(fit_gram(among, labels[training], n_classes, C))
+                    known[C] = fits[-1].probabilities(across)
+                probabilities[s, t] = known[C]
+        return ThresholdFits(
             probabilities,
             n_kept,
             n_unconverged=sum(not fit.converged for fit in fits),
             n_unseen=sum(len(fit.present) < n_classes for fit in fits),
         )
 
-    def fit(self, kept: Bools, labels: Ints, n_classes: int, strength: float) -> ColumnFit:
+    def fit(self, kept: Bools, labels: Ints, n_classes: int, C: float) -> ColumnFit:
         """As `Thresholds.fit`."""
-        found = fit_gram(self._gram(kept), labels, n_classes, strength)
+        found = fit_gram(self._gram(kept), labels, n_classes, C)
         weights = found.scale * (self._values[np.flatnonzero(kept)] @ found.dual)
         return ColumnFit(found.present, weights, found.intercept, n_classes, found.n_steps, found.converged)
 
     def _grams(self, levels: Levels) -> Iterator[tuple[int, Float]]:
         """From the highest threshold down: its number, and (n, n) products of the training rows with all rows.
 
-        `levels` are those of the training rows; other products than theirs mean nothing. Each is used up by the next.
+        `levels` are those of the training rows; products of two other rows are not valid. The array is overwritten by
+        the next threshold's.
         """
         moved = (levels != self._level_of_all) & (levels >= 0)
         gram = np.zeros_like(self._grams_of_all[0])
@@ -98,7 +102,7 @@ class ThresholdGrams:
     def _gram(self, latents: Bools) -> Float:
         """(n, n) products over some latents."""
         n = self._values.shape[1]
-        gram, chosen, step = np.zeros((n, n)), np.flatnonzero(latents), max(1, _BLOCK // n)
+        gram, chosen, step = np.zeros((n, n)), np.flatnonzero(latents), max(1, _CHUNK // n)
         for start in range(0, len(chosen), step):
             rows = self._values[chosen[start : start + step]]
             dense = rows.toarray() if issparse(rows) else rows

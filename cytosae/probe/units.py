@@ -1,4 +1,4 @@
-"""What a probe tells apart: patients or images of a barcodes folder, their classes, and who belongs together."""
+"""The units of a probe: patients or images of barcodes, their classes, and the groups that folds must not split."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from cytosae.barcodes import IMAGE_COLUMNS, PATIENT_COLUMNS
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
+from stores.spec import check_choice
 from stores.tables import STATUS_OK, listed
 
 from .folds import connected_groups
@@ -21,22 +22,36 @@ if TYPE_CHECKING:
 Float = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 LEVELS = ("patient", "image")
-BY_LOT = "images by lot (--max-images)"  # why images are left out
+TARGETS = {"patient": "disease", "image": "label"}  # what is predicted, unless a column is named
+BY_LOT = "images by lot (--max-images)"  # why images are left out: a random sample is taken
 _MOST_BYTES = 8 << 30  # of barcodes and sums, while they are read
 _ENTRY_BYTES = 24  # of a nonzero: its value and column, twice
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitConfig:
-    """Which units, and what they are told apart by."""
+    """Which units (patients or images) are classified, and by which column.
+
+    Raises
+    ------
+    BadInput
+        If there is no such level, or a number is below 1.
+    """
 
     level: str = "patient"
-    target: str = "disease"  # a column of the patients or the images
+    target: str = ""  # a column of the patients or the images; "": disease of patients, label of images
     tau: float | None = None  # None: the only one
     classes: tuple[str, ...] = ()  # keep these only; (): all
-    group_by: str | None = None  # a column of the images: a common value keeps units together
+    group_by: str | None = None  # a column of the images: units with a common value lie on one side of every fold
     min_images: int = 1  # patients with fewer readable images are left out, and their images
-    max_images: int = 1000  # of level "image": so many at random
+    max_images: int = 1000  # at level "image": size of the random sample
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, LEVELS)
+        for name in ("min_images", "max_images"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+        object.__setattr__(self, "target", self.target or TARGETS[self.level])
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,25 @@ class Where:
     column: str
     values: tuple[str, ...]
 
+    @classmethod
+    def parse(cls, texts: Sequence[str]) -> "Where | None":
+        """From `COLUMN=VALUE`, once or several times, of one column; None from nothing.
+
+        Raises
+        ------
+        BadInput
+            If a text has another form, or there are two columns.
+        """
+        if not texts:
+            return None
+        pairs = [text.partition("=") for text in texts]
+        wrong = [text for text, (column, _, value) in zip(texts, pairs, strict=True) if not (column.strip() and value)]
+        columns = list(dict.fromkeys(column.strip() for column, _, _ in pairs))
+        if wrong or len(columns) > 1:
+            found = wrong[0] if wrong else " and ".join(columns)
+            raise BadInput(f"--test-where takes COLUMN=VALUE, and one column only; found {found}; e.g. site=Munich")
+        return cls(columns[0], tuple(dict.fromkeys(value.strip() for _, _, value in pairs)))
+
 
 @dataclass(frozen=True)
 class Units:
@@ -54,7 +88,7 @@ class Units:
     names: list[str]
     labels: Ints  # (n,) in 0..len(classes)-1
     classes: list[str]
-    groups: Ints  # (n,) that must not be parted
+    groups: Ints  # (n,) units of one group lie on one side of every fold
     image_ids: list[list[str]]  # of each unit's readable images
     values: Any  # (n, m) barcodes, CSR in float64, a column per latent that is not zero everywhere
     sums: Any  # (n, m) sum of image activations, likewise
@@ -77,7 +111,7 @@ class NewUnits:
     names: list[str]
     true: list[str]  # what the table says; "" where it says nothing
     labels: Ints  # (n,) in 0..len(classes)-1 of the model; -1 where it has no such class
-    groups: Ints  # (n,) that hang together: intervals draw whole groups
+    groups: Ints  # (n,) the bootstrap of the intervals draws whole groups
     image_ids: list[list[str]]
     values: Any  # (n, k) barcodes of the model's latents, CSR in float64
     left_out: dict[str, int]
@@ -109,10 +143,14 @@ class _All:
 
 
 def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0, without: Where | None = None) -> Units:
-    """The units of a probe; left out, and counted: those without a class, or with too few images.
+    """The units of a probe. Units without a class or with too few images are left out and counted.
 
-    Rows are drawn before any is read. Memory: three sparse matrices of them in float64, twice while they are made.
+    Rows are sampled before barcodes are read. Memory: three sparse matrices of them in float64, twice while they are
+    made.
 
+    Parameters
+    ----------
+    seed : of the sample of `config.max_images` images
     without : units that are kept for a test
 
     Raises
@@ -148,13 +186,14 @@ def read_units(store: BarcodeStore, config: UnitConfig, *, seed: int = 0, withou
 def read_test_units(
     store: BarcodeStore, config: UnitConfig, classes: list[str], latents: Ints, *, where: Where | None = None
 ) -> NewUnits:
-    """The units that a model with these classes and latents is tried on: all that `read_units` would not leave out,
-    those without a label and of labels that the model does not know included; no lot is drawn.
+    """The units that a model with these classes and latents is tried on.
+
+    Units without a label, or with a label that the model does not know, are included; no random sample is taken.
 
     Raises
     ------
     BadInput
-        As `read_units`; or if none has a class of the model.
+        As `read_units`; or if no unit has a class of the model.
     """
     found = _read_all(store, config, where, is_test=True)
     chosen = _with_enough(found.units, config, found.left_out)
@@ -183,7 +222,7 @@ def read_test_units(
 
 
 def _with_enough(units: list[_Unit], config: UnitConfig, left_out: dict[str, int]) -> list[_Unit]:
-    """Those with enough images, in the order of their names."""
+    """The units with enough images, in the order of their names."""
     chosen = [unit for unit in units if unit.n_of_patient >= config.min_images]
     whose = "patients with" if config.level == "patient" else "images of patients with"
     left_out[f"{whose} fewer than {config.min_images} images"] = len(units) - len(chosen)
@@ -191,7 +230,7 @@ def _with_enough(units: list[_Unit], config: UnitConfig, left_out: dict[str, int
 
 
 def _read_all(store: BarcodeStore, config: UnitConfig, where: Where | None, *, is_test: bool) -> _All:
-    """Every unit, or those on one side of `where`."""
+    """Every unit; with `where`, those of the test or those of the training."""
     images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS).reset_index(names="image_id")
     columns = [name for name in images.columns if name != "image_id"]
     images["row"] = np.arange(len(images))
@@ -213,7 +252,13 @@ def _read_all(store: BarcodeStore, config: UnitConfig, where: Where | None, *, i
 
 
 def _sides(units: list[_Unit], images: "pd.DataFrame", where: Where, config: UnitConfig) -> list[bool]:
-    """Is each unit kept for the test? No group may have units on both sides."""
+    """Whether each unit is kept for the test.
+
+    Raises
+    ------
+    BadInput
+        If a group has units on both sides, or a patient images on both sides.
+    """
     value_of = dict(zip(images["image_id"], map(str, images[where.column]), strict=True))
     found = [{value_of[image_id] for image_id in unit.image_ids} for unit in units]
     there = set[str]().union(*found) - {""}
@@ -224,10 +269,10 @@ def _sides(units: list[_Unit], images: "pd.DataFrame", where: Where, config: Uni
             f"{listed(sorted(there), 12)}"
         )
     wanted = set(where.values)
-    torn = [unit.name for unit, values in zip(units, found, strict=True) if values & wanted and values - wanted]
-    if torn:
+    split = [unit.name for unit, values in zip(units, found, strict=True) if values & wanted and values - wanted]
+    if split:
         raise BadInput(
-            f"{len(torn):,} patients have images in the test and in the training ({listed(torn)}): {where.column} is "
+            f"{len(split):,} patients have images in the test and in the training ({listed(split)}): {where.column} is "
             f"no property of patients; correct the image table, or name another column"
         )
     is_kept_out = [bool(values & wanted) for values in found]
@@ -258,7 +303,7 @@ def _sides(units: list[_Unit], images: "pd.DataFrame", where: Where, config: Uni
 
 
 def shared_images(n_shared: int, n_images: int, image_ids: list[str], place: object) -> str:
-    """What is said, in one line, of images that lie on both sides of a test."""
+    """The error message for images that are in the training and in the test."""
     return (
         f"{n_shared:,} of {n_images:,} images of the test ({place}) are images that the model is fitted on, by their "
         f"content ({listed(image_ids)}): a test must not know them; take their patients out (cyto barcode --table, "
@@ -275,10 +320,10 @@ def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", c
     else:
         name = _checked(config.target, columns, store)
         values = [sorted({*map(str, images_of[owner][name])} - {""}) for owner in owners]
-        torn = [str(obs.index[k]) for k, found in enumerate(values) if len(found) > 1]
-        if torn:
+        several = [str(obs.index[k]) for k, found in enumerate(values) if len(found) > 1]
+        if several:
             raise BadInput(
-                f"{len(torn):,} patients have images of several {name} ({listed(torn)}): "
+                f"{len(several):,} patients have images of several {name} ({listed(several)}): "
                 f"it is no class of patients; use --level image"
             )
         labels = [found[0] if found else "" for found in values]
@@ -289,7 +334,7 @@ def _patients(store: BarcodeStore, config: UnitConfig, images: "pd.DataFrame", c
 
 
 def _images(config: UnitConfig, images: "pd.DataFrame", target: str) -> tuple[list[_Unit], dict[str, int], list[str]]:
-    """Images that somebody owns; all of them, with a warning, if nobody owns any."""
+    """Images with a patient; all images, with a warning, if none has a patient."""
     is_owned = images["owner"] != ""
     left_out, warnings = {}, []
     if is_owned.any():

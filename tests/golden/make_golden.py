@@ -32,8 +32,7 @@ from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, write_concepts
 from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
-from cytosae.probe import ProbeConfig, UnitConfig, write_probe
-from cytosae.probe.external import apply_model
+from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
 from cytosae.relations import Coactivation, PatientSettings, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.sweep import sweep
@@ -220,7 +219,7 @@ def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
     write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientSettings(n_splits=20))
     units = UnitConfig(target="disease")
     config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
-    write_probe(cohort, folder / "probe-v1", config)
+    probe(cohort, folder / "probe-v1", config)
     settings = Coactivation(min_images=1, n_top=2)
     write_neighbours(sae, folder / "neighbours-v1", [latents], chosen=[0, 5], settings=settings)
     model = load_sae(sae).model
@@ -249,7 +248,7 @@ def write_of_model_v1(folder: Path) -> None:
         write_cohort(folder / name, latents, first_hash=first_hash)
     units = UnitConfig(target="disease")
     config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
-    write_probe(folder / "cohort", folder / "probe-model-v1", config)
+    probe(folder / "cohort", folder / "probe-model-v1", config)
     apply_model(folder / "probe-model-v1", folder / "others", folder / "probe-test-v1")
     remove_figures(folder, OF_MODEL)
     for name in OF_MODEL:  # and from their headers, so that they verify
