@@ -9,7 +9,9 @@ from .compare import compare as compare
 from .concepts import ConceptConfig as ConceptConfig
 from .concepts import SelectionConfig as SelectionConfig
 from .concepts import compare_thresholds as compare_thresholds
+from .concepts import concept_statistics as concept_statistics
 from .concepts import select_latents as select_latents
+from .concepts import top_images as top_images
 from .concepts import write_concepts as write_concepts
 from .latents.encode import encode as encode
 from .maps import new_subject as new_subject

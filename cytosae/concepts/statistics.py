@@ -52,7 +52,14 @@ from .tasks import TopImages, sum_images
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ConceptConfig", "ConceptResult", "label_entropy", "shuffled_entropy", "write_concepts"]
+__all__ = [
+    "ConceptConfig",
+    "ConceptResult",
+    "concept_statistics",
+    "label_entropy",
+    "shuffled_entropy",
+    "write_concepts",
+]
 
 LABEL_COLUMNS = ("label", "label_common")
 _MOST_DATASETS = 20  # each costs some hundred bytes a latent here, and as many rows in the tables
@@ -129,7 +136,7 @@ class _Images:
         return found
 
 
-def write_concepts(
+def concept_statistics(
     latents: Path | str | Sequence[Path | str],
     concepts: Path,
     config: ConceptConfig = ConceptConfig(),
@@ -163,10 +170,13 @@ def write_concepts(
         If the scheduler goes away. The parts that are finished stay.
     """
     with client_or_own(client) as working:
-        return _write_concepts(latents, concepts, config, working, table, overwrite, progress)
+        return _concept_statistics(latents, concepts, config, working, table, overwrite, progress)
 
 
-def _write_concepts(
+write_concepts = concept_statistics  # its name up to 1.0; one release more
+
+
+def _concept_statistics(
     latents: Path | str | Sequence[Path | str],
     concepts: Path,
     config: ConceptConfig,

@@ -30,7 +30,7 @@ from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, write_concepts
+from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, concept_statistics
 from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, write_probe
 from cytosae.probe.external import apply_model
@@ -214,7 +214,7 @@ def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
     cohort = folder / "cohort"
     write_cohort(cohort, LatentStore(latents))
     with open_client(None, workers=1, memory_limit="2GiB") as client:
-        write_concepts(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
+        concept_statistics(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
         select_latents(ConceptStore(folder / "concepts-v1"), SelectionConfig(dataset="golden", clusters=2))
     compare(cohort, folder / "comparison-v1", CompareConfig(a="AML", b="well", n_permutations=99, n_bootstraps=20))
     write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientSettings(n_splits=20))
@@ -331,7 +331,7 @@ def write_cells(made: Path) -> None:
     (made / "images" / "3.png").unlink()
     with open_client(None, workers=1, memory_limit="2GiB") as client:
         write_barcodes(made / "latents", made / "barcodes", BarcodeConfig(tau=0.2), client=client)
-        write_concepts(made / "latents", made / "concepts", ConceptConfig(min_support=1), client=client)
+        concept_statistics(made / "latents", made / "concepts", ConceptConfig(min_support=1), client=client)
     config = CompareConfig(a="AML", b="none", n_permutations=9, n_bootstraps=2, top=5)
     compare(made / "barcodes", made / "comparison", config)
     select_latents(ConceptStore(made / "concepts"), SelectionConfig(dataset="golden", clusters=2))
