@@ -264,7 +264,7 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
     from cytosae.commands.shared import dask_client, training_line
     from cytosae.compare import CompareConfig, compare
-    from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, concept_statistics
+    from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
     from cytosae.maps import open_sources, plot_reference_images
     from cytosae.sae import TrainConfig
     from stores import BarcodeStore, ConceptStore, LatentStore

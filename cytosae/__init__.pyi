@@ -23,6 +23,9 @@ from .maps import write_sheets as write_sheets
 from .probe import ProbeConfig as ProbeConfig
 from .probe import UnitConfig as UnitConfig
 from .probe import write_probe as write_probe
+from .relations import NeighbourConfig as NeighbourConfig
+from .relations import PatientConfig as PatientConfig
+from .relations import find_neighbours as find_neighbours
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability

@@ -18,7 +18,7 @@ from cli import cli
 from cytocache.demo_cells import draw_cell
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, concept_statistics
+from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
 from stores import ConceptStore, begin_results
 from stores.spec import NEIGHBOURS
 

@@ -458,7 +458,9 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
         concept_statistics(root, tmp_path / "cut", ConceptConfig(block_images=5), client=threads, progress=interrupt)
     assert list((tmp_path / "cut" / "parts").glob("*.part"))
     seen.clear()
-    concept_statistics(root, tmp_path / "cut", ConceptConfig(), client=threads, progress=lambda done, *_: seen.append(done))
+    concept_statistics(
+        root, tmp_path / "cut", ConceptConfig(), client=threads, progress=lambda done, *_: seen.append(done)
+    )
     assert seen[0] >= 20
     one = {name: content for name, content in one.items() if Path(name).suffix not in (".png", ".svg")}
     header = json.loads(one["concepts.json"])
@@ -573,7 +575,9 @@ def test_a_table_regroups_and_says_what_it_leaves_out(tmp_path: Path, threads: C
     root = write_latents(tmp_path / "latents.zarr", dense, [(None, None, True)] * 6)
     lines = ["image_id,dataset", *(f"drawn/{i:04d}.png,{'xy'[i % 2]}" for i in range(5)), "nobody,x"]
     (tmp_path / "table.csv").write_text("\n".join(lines))
-    done = concept_statistics(root, tmp_path / "concepts", ConceptConfig(), client=threads, table=tmp_path / "table.csv")
+    done = concept_statistics(
+        root, tmp_path / "concepts", ConceptConfig(), client=threads, table=tmp_path / "table.csv"
+    )
     assert [(found["dataset"], found["n_readable"]) for found in done.by_dataset] == [("x", 3), ("y", 2)]
     assert (done.n_without_dataset, done.n_missing_in_table, done.n_unknown_in_table) == (1, 1, 1)
     assert done.missing_in_table == "drawn/0005.png"

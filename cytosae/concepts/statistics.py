@@ -173,7 +173,7 @@ def concept_statistics(
         return _concept_statistics(latents, concepts, config, working, table, overwrite, progress)
 
 
-write_concepts = concept_statistics  # its name up to 1.0; one release more
+write_concepts = concept_statistics  # its name in 0.1; stays for one release
 
 
 def _concept_statistics(

@@ -1,6 +1,8 @@
 from .coactivation import Coactivation as Coactivation
+from .coactivation import NeighbourConfig as NeighbourConfig
 from .neighbours import find_neighbours as find_neighbours
 from .neighbours import write_neighbours as write_neighbours
+from .patient_concepts import PatientConfig as PatientConfig
 from .patient_concepts import PatientSettings as PatientSettings
 from .patient_concepts import write_patient_concepts as write_patient_concepts
 from .patient_z import LEAST_OTHERS as LEAST_OTHERS
@@ -9,4 +11,8 @@ from .patient_z import as_z as as_z
 from .patient_z import clumps_of as clumps_of
 from .patient_z import log_scale as log_scale
 from .patient_z import standing as standing
+from .report import Neighbours as Neighbours
+from .report import NeighboursResult as NeighboursResult
+from .report import PatientResult as PatientResult
+from .report import StabilityResult as StabilityResult
 from .stability import write_stability as write_stability

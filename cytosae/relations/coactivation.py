@@ -34,7 +34,7 @@ _GROUP_BYTES = 256 << 20  # of the counts of one group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coactivation:
+class NeighbourConfig:
     """What counts as active together."""
 
     tau: float = 0.0  # a latent is active at a token if its stored value is greater
@@ -51,6 +51,9 @@ class Coactivation:
                 f"min_images must be at least 1, and neighbours 1 to {MOST_NEIGHBOURS:,}; "
                 f"found {self.min_images} and {self.n_top}"
             )
+
+
+Coactivation = NeighbourConfig  # its name in 0.1; stays for one release
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,7 @@ def group_size(n_latents: int) -> int:
 
 
 def count_group(
-    latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], settings: Coactivation
+    latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], config: NeighbourConfig
 ) -> GroupCounts:
     """Count for some latents over all stores, and take the most associated: phi above 0, of equals the lower number.
 
@@ -92,15 +95,15 @@ def count_group(
     """
     counter = _Counter(LatentStore(latents[0], check_files=False).spec.n_latents, chosen)
     for path in latents:
-        counter.add_store(LatentStore(path, check_files=False), settings)
-    top = np.full((len(chosen), settings.n_top), -1, np.int32)
+        counter.add_store(LatentStore(path, check_files=False), config)
+    top = np.full((len(chosen), config.n_top), -1, np.int32)
     for g, latent in enumerate(chosen):
         n_both, images_both = counter.n_both[g], counter.n_images_both[g]
         phi = phi_of(counter.n_all, counter.n_tokens[latent], counter.n_tokens, n_both)
-        counts = (phi > 0) & (images_both >= settings.min_images)
+        counts = (phi > 0) & (images_both >= config.min_images)
         counts[latent] = False
         some = np.flatnonzero(counts)
-        best = some[np.lexsort((some, -phi[some]))][: settings.n_top]  # of equals the lower number
+        best = some[np.lexsort((some, -phi[some]))][: config.n_top]  # of equals the lower number
         top[g, : len(best)] = best
     pairs = np.concatenate([top, also], axis=1)
     there = np.maximum(pairs, 0), np.arange(len(chosen))[:, None]
@@ -141,9 +144,9 @@ class _Counter:
         self._found = np.empty(n_latents, np.int32)
         self._n_images_before = 0
 
-    def add_store(self, store: LatentStore, settings: Coactivation) -> None:
-        per_image, tau = store.spec.tokens_per_image, np.float32(settings.tau)
-        tokens = chosen_tokens(settings.token_set, per_image)
+    def add_store(self, store: LatentStore, config: NeighbourConfig) -> None:
+        per_image, tau = store.spec.tokens_per_image, np.float32(config.tau)
+        tokens = chosen_tokens(config.token_set, per_image)
         self.n_all += int(store.readable().sum()) * len(tokens)
         for images in _blocks(store):
             rows = store.read_images(images.start, images.stop)

@@ -35,6 +35,7 @@ from stores.tables import STATUS_OK, listed
 
 from .figures import plot_all_patients, plot_patient
 from .patient_z import LEAST_OTHERS, Others, as_z, clumps_of, describe_others, own_variance, standing
+from .report import PatientResult
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -50,7 +51,7 @@ _LEAST_DRAWN, _MOST_DRAWN = 12, 40  # latents in the figure
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatientSettings:
+class PatientConfig:
     """What decides the numbers."""
 
     tau: float | None = None  # of barcodes at several tau
@@ -61,6 +62,9 @@ class PatientSettings:
     def __post_init__(self) -> None:
         if min(self.min_images, self.n_splits) < 1:
             raise BadInput(f"min_images and n_splits must be at least 1; found {self.min_images} and {self.n_splits}")
+
+
+PatientSettings = PatientConfig  # its name in 0.1; stays for one release
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,20 +98,11 @@ class PatientConcepts:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatientResult:
-    """Rows of patients.parquet (`skipped`: the reason in words, or None), and the ten largest |z| of a single one."""
-
-    patients: list[dict[str, Any]]
-    top: list[dict[str, Any]]
-    was_complete: bool
-
-
 def write_patient_concepts(
     barcodes: Path,
     patient: str | None,
     out: Path,
-    settings: PatientSettings = PatientSettings(),
+    config: PatientConfig = PatientConfig(),
     *,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
@@ -125,7 +120,7 @@ def write_patient_concepts(
     DamagedStore
         If the barcodes lack a chunk or cannot be read.
     """
-    cohort = _Cohort(BarcodeStore(barcodes), settings)
+    cohort = _Cohort(BarcodeStore(barcodes), config)
     chosen = range(len(cohort.names)) if patient is None else [cohort.number(patient)]
     reasons = [cohort.why_not(number) for number in chosen]
     if all(reasons):
@@ -142,12 +137,12 @@ def write_patient_concepts(
         "barcodes": cohort.store.header.identity,
         "patient": patient,
         "rule": RULE,
-        **{**asdict(settings), "tau": cohort.tau},
+        **{**asdict(config), "tau": cohort.tau},
     }
     writer = begin_results(out, PATIENT_CONCEPTS, spec, overwrite=overwrite, inputs=[barcodes])
     writer.watch(cohort.store.header)
     if writer.is_complete:
-        return _read_result(writer.root, patient)
+        return _read_result(out, patient)
     tables, rows = [], []
     for n_done, (number, reason) in enumerate(zip(chosen, reasons, strict=True)):
         progress(n_done, len(reasons), cohort.names[number])
@@ -169,23 +164,23 @@ def write_patient_concepts(
     if patient is None:
         plot_all_patients([row for row in rows if row["skipped"] is None], writer.root / "patients")
     writer.finish({"n_patients": len(rows), "n_skipped": sum(row["skipped"] is not None for row in rows)})
-    return _result(rows, table, patient, was_complete=False)
+    return _result(out, rows, table, patient, was_complete=False)
 
 
 class _Cohort:
     """The patients of a barcodes folder, and the images of each."""
 
-    def __init__(self, store: BarcodeStore, settings: PatientSettings) -> None:
+    def __init__(self, store: BarcodeStore, config: PatientConfig) -> None:
         if store.header.spec["normalize"] != "images":
             raise BadInput(
                 f"{store.root} is normalised by {store.header.spec['normalize']}: its patients with more images have "
                 f"larger barcodes. Count with cyto barcode --normalize images"
             )
         store.check()
-        self.store, self.settings = store, settings
-        self.tau = store.taus[0] if settings.tau is None else settings.tau
-        obs = store.read_obs("patient", settings.tau, needed=PATIENT_COLUMNS)
-        self._matrix = ss.csr_matrix(store.read_element("patient", "X", settings.tau))
+        self.store, self.config = store, config
+        self.tau = store.taus[0] if config.tau is None else config.tau
+        obs = store.read_obs("patient", config.tau, needed=PATIENT_COLUMNS)
+        self._matrix = ss.csr_matrix(store.read_element("patient", "X", config.tau))
         if not len(obs):
             raise BadInput(
                 f"{store.root} has no patient: no image has one; count again with a column 'patient' (cyto barcode "
@@ -196,7 +191,7 @@ class _Cohort:
             np.asarray(obs[name], object) for name in ("patient_id", "dataset", "disease")
         )
         self._n_images = np.asarray(obs["n_images"], np.int64)
-        self._images = store.read_obs("image", settings.tau, needed=IMAGE_COLUMNS)
+        self._images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)
         self._clumps: dict[tuple[str, str], Floats] = {}
 
     def number(self, patient: str) -> int:
@@ -244,9 +239,9 @@ class _Cohort:
             self._matrix[others][:, latents].toarray().astype(np.float64),
             clumps=self._clumps_of(number)[latents],
             images_per_patient=float(self._n_images[[number, *others]].mean()),
-            min_images=self.settings.min_images,
-            n_splits=self.settings.n_splits,
-            rng=_rng(self.settings.seed, self.names[number]),
+            min_images=self.config.min_images,
+            n_splits=self.config.n_splits,
+            rng=_rng(self.config.seed, self.names[number]),
         )
 
     def _clumps_of(self, number: int) -> Floats:
@@ -270,7 +265,7 @@ class _Cohort:
         is_its = np.asarray(self._images["patient"], object) == self._ids[number]
         is_its &= np.asarray(self._images["dataset"], object) == self._datasets[number]
         is_its &= np.asarray(self._images["status"], object) == STATUS_OK
-        rows = self.store.read_rows("image", np.flatnonzero(is_its), self.settings.tau)
+        rows = self.store.read_rows("image", np.flatnonzero(is_its), self.config.tau)
         mean = np.asarray(rows.sum(axis=0, dtype=np.float64)).ravel() / max(1, rows.shape[0])
         barcode = self._matrix[[number]].toarray().ravel()
         if rows.shape[0] != self._n_images[number] or not np.allclose(mean, barcode, rtol=1e-5, atol=0):
@@ -466,11 +461,14 @@ def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> N
     )
 
 
-def _result(rows: list[dict[str, Any]], table: pa.Table, patient: str | None, *, was_complete: bool) -> PatientResult:
+def _result(
+    out: Path, rows: list[dict[str, Any]], table: pa.Table, patient: str | None, *, was_complete: bool
+) -> PatientResult:
     top = [] if patient is None else table.slice(0, 10).to_pylist()
-    return PatientResult(patients=rows, top=top, was_complete=was_complete)
+    return PatientResult(out=out, patient=patient, patients=rows, top=top, was_complete=was_complete)
 
 
-def _read_result(root: Path, patient: str | None) -> PatientResult:
-    store = ResultStore(root, PATIENT_CONCEPTS)
-    return _result(store.table("patients").to_pylist(), store.table("patient_concepts"), patient, was_complete=True)
+def _read_result(out: Path, patient: str | None) -> PatientResult:
+    store = ResultStore(out, PATIENT_CONCEPTS)
+    tables = store.table("patients").to_pylist(), store.table("patient_concepts")
+    return _result(out, *tables, patient, was_complete=True)

@@ -36,6 +36,7 @@ from stores.tables import listed
 from .assignment import assign
 from .figures import plot_stability
 from .nearest_cosine import nearest
+from .report import StabilityResult
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -65,16 +66,6 @@ class Matching:
     def is_optimal(self) -> bool:
         """The sum of cosines is the largest there is, up to TOLERANCE per row."""
         return self.gap <= TOLERANCE * max(1, len(self.best_of_a), len(self.best_of_b))
-
-
-@dataclass(frozen=True, kw_only=True)
-class StabilityResult:
-    """What was compared: one dict per pair of SAEs, as in pairs.parquet."""
-
-    pairs: list[dict[str, Any]]
-    n_without_direction: list[int]  # per SAE: latents whose decoder row is zero
-    was_complete: bool
-    warnings: list[str]  # pairs that may agree because they began alike; a threshold of another SAE
 
 
 def write_stability(
@@ -142,10 +133,12 @@ def write_stability(
     if writer.is_complete:
         found = ResultStore(out, STABILITY).table("pairs").to_pylist()
         return StabilityResult(
+            out=out,
+            saes=tuple(runs),
             pairs=found,
             n_without_direction=n_without,
             was_complete=True,
-            warnings=scale_warnings + _warnings(runs, found),
+            warnings=(*scale_warnings, *_warnings(runs, found)),
         )
     matches, rows, null_cosines = [], [], []
     passes = _Passes(progress)
@@ -184,7 +177,12 @@ def write_stability(
     plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
     writer.finish({"saes": [run.name for run in runs], "n_without_direction": n_without})
     return StabilityResult(
-        pairs=rows, n_without_direction=n_without, was_complete=False, warnings=scale_warnings + _warnings(runs, rows)
+        out=out,
+        saes=tuple(runs),
+        pairs=rows,
+        n_without_direction=n_without,
+        was_complete=False,
+        warnings=(*scale_warnings, *_warnings(runs, rows)),
     )
 
 

@@ -30,11 +30,11 @@ from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, concept_statistics
+from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
 from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, write_probe
 from cytosae.probe.external import apply_model
-from cytosae.relations import Coactivation, PatientSettings, write_neighbours, write_patient_concepts, write_stability
+from cytosae.relations import NeighbourConfig, PatientConfig, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
@@ -217,12 +217,12 @@ def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
         concept_statistics(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
         select_latents(ConceptStore(folder / "concepts-v1"), SelectionConfig(dataset="golden", clusters=2))
     compare(cohort, folder / "comparison-v1", CompareConfig(a="AML", b="well", n_permutations=99, n_bootstraps=20))
-    write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientSettings(n_splits=20))
+    write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientConfig(n_splits=20))
     units = UnitConfig(target="disease")
     config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
     write_probe(cohort, folder / "probe-v1", config)
-    settings = Coactivation(min_images=1, n_top=2)
-    write_neighbours(sae, folder / "neighbours-v1", [latents], chosen=[0, 5], settings=settings)
+    settings = NeighbourConfig(min_images=1, n_top=2)
+    write_neighbours(sae, folder / "neighbours-v1", settings, latents=latents, chosen=[0, 5])
     model = load_sae(sae).model
     with torch.no_grad():
         model.W_dec.copy_(model.W_dec.flip(0))  # latent s stands at 7 - s
