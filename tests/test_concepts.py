@@ -369,7 +369,7 @@ def twin(root: Path, dense: Float, config: ConceptConfig) -> tuple[list[dict[str
     ("seed", "config"),
     [
         (0, ConceptConfig(min_support=2)),
-        (1, ConceptConfig(token_set="patch", top_k=3, min_support=1, label="label_common", block_images=7)),
+        (1, ConceptConfig(token_set="patch", top_k=3, min_support=1, label="label_common", partition_images=7)),
         (2, ConceptConfig(token_set="cls", top_k=40, min_support=40, shuffles=0)),
     ],
     ids=["all", "patch", "cls"],
@@ -426,7 +426,7 @@ def tables(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(root.glob("*")) if path.name != "runs.jsonl"}
 
 
-def test_blocks_workers_a_break_and_several_stores_change_no_byte(
+def test_partitions_workers_a_break_and_several_stores_change_no_byte(
     tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Sums in many pieces: what they are follows from the data alone. A broken job goes on from its parts."""
@@ -438,14 +438,14 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
     rows = [(None, None, True)] * 60
     root = write_latents(tmp_path / "latents.zarr", dense, rows, further=further, value_bits=23)
     concept_statistics(root, tmp_path / "one", ConceptConfig(), client=threads)
-    concept_statistics(root, tmp_path / "seven", ConceptConfig(block_images=7), client=threads)
+    concept_statistics(root, tmp_path / "seven", ConceptConfig(partition_images=7), client=threads)
     one = tables(tmp_path / "one")
     assert tables(tmp_path / "seven") == one
     assert {"latents.parquet", "top_images.parquet", "agreement.parquet", "scatter.png", "thresholds.svg"} <= set(one)
     assert "parts" not in one
     request.getfixturevalue("no_figures")
     with local_client(2, 1, processes=True) as processes:
-        concept_statistics(root, tmp_path / "processes", ConceptConfig(block_images=13), client=processes)
+        concept_statistics(root, tmp_path / "processes", ConceptConfig(partition_images=13), client=processes)
 
     seen: list[int] = []
 
@@ -455,7 +455,9 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        concept_statistics(root, tmp_path / "cut", ConceptConfig(block_images=5), client=threads, progress=interrupt)
+        concept_statistics(
+            root, tmp_path / "cut", ConceptConfig(partition_images=5), client=threads, progress=interrupt
+        )
     assert list((tmp_path / "cut" / "parts").glob("*.part"))
     seen.clear()
     concept_statistics(
@@ -561,7 +563,7 @@ def test_what_is_refused(tmp_path: Path, threads: Client, monkeypatch: pytest.Mo
         "top_k=3": "min_support must be 1 to top_k, which is 3: no latent has more images; found 5",
         "min_support=0": "min_support must be 1 to top_k, which is 10",
         "shuffles=-1": "shuffles must be at least 0; found -1",
-        "block_images=0": "block_images must be at least 1",
+        "partition_images=0": "partition_images must be at least 1",
         "label='patient'": "label must be one of label, label_common; found 'patient'",
         "token_set='no'": "token_set must be one of all, patch, cls",
     }.items():

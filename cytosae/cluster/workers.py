@@ -192,7 +192,7 @@ class Watch:
             yield future, result
             looked = time.monotonic()
 
-    def gather(self, futures: "Sequence[Future]") -> list[Any]:
+    def results(self, futures: "Sequence[Future]") -> list[Any]:
         """All results, in the order of the futures."""
         found = {future.key: result for future, result in self.completed(futures)}
         return [found[future.key] for future in futures]

@@ -10,7 +10,7 @@ workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ import pyarrow as pa
 from scipy.stats import false_discovery_control
 
 from cytosae.barcodes import (
-    Below,
     LatentSums,
-    Rows,
+    LevelParts,
+    PartSummary,
     check_one_sae,
     count_into_parts,
     differences,
@@ -73,18 +73,34 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptConfig:
-    """What to work out. `block_images` decides speed and memory only."""
+    """What to work out.
+
+    Attributes
+    ----------
+    token_set : tokens that count: all, patch or cls
+    top_k : images kept of a latent, in each dataset; 1 to 100
+    label : column of the image table that entropies are of: label or label_common
+    min_support : fewest labelled top images that give an entropy; 1 to `top_k`
+    shuffles : of the labels, for the entropy expected by chance; 0: none
+    patient_shuffles : of the labels from patient to patient, for the p-value of an entropy; 0: none
+    seed : of the shuffles
+    partition_images : images that one task counts; None: as memory allows. Decides speed and memory only
+    block_images : its name in 0.1; stays for one release
+    """
 
     token_set: str = "all"
-    top_k: int = 10  # images kept of a latent, in each dataset
-    label: str = "label"  # column of the image table that entropies are of
-    min_support: int = 5  # labelled top images, below which an entropy is null
-    shuffles: int = 100  # of the labels, for the entropy expected by chance; 0: none
-    patient_shuffles: int = 999  # of the labels from patient to patient, for the p of an entropy; 0: none
-    seed: int = 0  # of the shuffles
-    block_images: int | None = None  # None: as memory allows
+    top_k: int = 10
+    label: str = "label"
+    min_support: int = 5
+    shuffles: int = 100
+    patient_shuffles: int = 999
+    seed: int = 0
+    partition_images: int | None = None
+    block_images: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, block_images: int | None) -> None:
+        if block_images is not None:
+            object.__setattr__(self, "partition_images", block_images)
         check_choice("token_set", self.token_set, TOKEN_SETS)
         check_choice("label", self.label, LABEL_COLUMNS)
         if not 1 <= self.top_k <= _MOST_TOP:
@@ -97,8 +113,8 @@ class ConceptConfig:
         for name in ("shuffles", "patient_shuffles", "seed"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name} must be at least 0; found {getattr(self, name)}")
-        if self.block_images is not None and self.block_images < 1:
-            raise BadInput(f"block_images must be at least 1; found {self.block_images}")
+        if self.partition_images is not None and self.partition_images < 1:
+            raise BadInput(f"partition_images must be at least 1; found {self.partition_images}")
 
 
 @dataclass(frozen=True)
@@ -201,7 +217,7 @@ def _concept_statistics(
             f"expected images of 1 to {_MOST_DATASETS} datasets; found {len(images.datasets):,}. Correct the column "
             f"'dataset' of the image table, or give another with --table"
         )
-    settings = {name: value for name, value in asdict(config).items() if name != "block_images"}
+    settings = {name: value for name, value in asdict(config).items() if name != "partition_images"}
     spec = {
         "latents": [store.identity for store in stores],
         "latents_spec": [store.spec.to_dict() for store in stores],
@@ -262,7 +278,7 @@ def _count(
 ) -> list[tuple[LatentSums, TopImages]]:
     """Sums and largest activations of every dataset."""
     tag = sha256_json({"concepts": writer.header.identity, "level": "image"})
-    rows: list[Rows] = []
+    parts: list[PartSummary] = []
     count_into_parts(
         watch,
         stores,
@@ -270,12 +286,12 @@ def _count(
         tag,
         taus=(0.0,),
         token_set=config.token_set,
-        block_images=config.block_images,
-        each=rows.append,
+        partition_images=config.partition_images,
+        each=parts.append,
     )
     watch.tell(len(images.ids), len(images.ids), "joining")
-    below = Below.of(rows, tag)
-    lengths = np.concatenate([np.empty(0, np.int32), *(part.lengths for part in rows)])
+    below = LevelParts.of(parts)
+    lengths = np.concatenate([np.empty(0, np.int32), *(part.lengths for part in parts)])
     found = []
     for number in range(len(images.datasets)):
         sums = LatentSums.zeros(1, stores[0].spec.n_latents)
@@ -288,7 +304,7 @@ def _count(
                 )
                 for piece in pieces[wave : wave + _WAVE]
             ]
-            for more_sums, more_top in watch.gather(futures):  # in order
+            for more_sums, more_top in watch.results(futures):  # in order
                 sums.add(more_sums)
                 top.add(more_top)
         found.append((sums, top))
