@@ -44,9 +44,9 @@ from stores import (
     LatentStore,
     LatentWriter,
     SpecMismatch,
+    csr_bulk,
     read_runs,
 )
-from stores import csr_bulk
 from stores.tables import image_table, table_sha256, with_outcome
 from stores.verify import verify_barcodes
 from stores.verify_any import verify
@@ -580,7 +580,7 @@ def test_every_byte_is_the_same_whoever_counts(
 def test_a_killed_job_continues_from_its_parts(
     many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str
 ) -> None:
-    """Broken off, at once repeated on the same cluster, and again; cancelled tasks may still be at the same partitions."""
+    """Broken off, at once repeated on the same cluster, and again; cancelled tasks may still run."""
     client, seen = request.getfixturevalue(workers), []
 
     def interrupt(done: int, total: int, state: str) -> None:
@@ -658,7 +658,7 @@ def test_parts_of_any_size_are_used_and_gaps_are_filled(
 def test_damaged_parts_are_counted_anew(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torn, empty, flipped, of another job, without a header, of a shape that no memory holds: each its own partition."""
+    """Torn, empty, flipped, of another job, without a header, of a shape that no memory holds: a partition each."""
     for name, tau in {"barcodes": 0.2, "other": 0.5}.items():
         config = BarcodeConfig(tau=tau, partition_images=40)
         with pytest.raises(KeyboardInterrupt):
@@ -687,7 +687,7 @@ def stop_when_counted(done: int, total: int, state: str) -> None:
 def test_many_small_pieces_give_the_same_numbers(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of seven entries, tasks of few groups, waves and a tree of many levels: partitions still change no byte."""
+    """Chunks of seven entries, tasks of few groups, waves, a tree of many levels: partitions still change no byte."""
     monkeypatch.setattr(csr_bulk, "CHUNK_ENTRIES", 7 * 512)
     monkeypatch.setattr(barcodes_module, "_FILL_CHUNKS", 1)
     for name, value in {"_GROUP_ENTRIES": 300, "_WAVE": 5, "_FAN_IN": 2}.items():

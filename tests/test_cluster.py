@@ -1,7 +1,8 @@
 """Barcodes on a cluster for real: `dask scheduler`, `dask worker` and `cyto barcode` as processes of their own.
 
 Workers, the scheduler, files and packages go away in mid-job; what then is written must be the same bytes, and what is
-said one line. A preload file holds workers at their fourth partition until a file is removed, so nothing hangs on timing.
+said one line. A preload file holds workers at their fourth partition until a file is removed, so no test
+depends on timing.
 """
 
 import json
