@@ -343,8 +343,8 @@ def test_workers_that_come_later_and_are_the_only_ones_are_named(
     dask: Dask, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str, words: str
 ) -> None:
     """The one that fitted is killed. It says that it waits for workers, then what is wrong with the one that came."""
-    monkeypatch.setattr(workers, "_LOOK_EVERY", 0.2)
-    monkeypatch.setattr(workers, "_ALONE", 5.0)
+    monkeypatch.setattr(workers, "_CHECK_EVERY", 0.2)
+    monkeypatch.setattr(workers, "_MOST_WITHOUT_WORKER", 5.0)
     dask.scheduler()
     first = dask.worker(HOLD)
     (dask.folder / "hold").touch()
@@ -383,7 +383,7 @@ def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_p
 @pytest.mark.slow
 def test_a_worker_that_sees_other_files_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
     """As on a node without the shared disk: here a worker for which a folder's name means another."""
-    elsewhere = "import pathlib, cytosae.cluster.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
+    elsewhere = "import pathlib, cytosae.cluster.workers as w\nw._FILE_WAIT = 0.2\ninner = w.Path\n"
     dask.scheduler()
     for words, hidden in {
         r"does not see \S+zarr.json: latents and output must lie where all workers": store,

@@ -116,7 +116,7 @@ def test_equals_the_twin(
     """Two stores; blocks of a few images, groups of two latents."""
     sae, stores, images = made
     if pieces == "many":
-        monkeypatch.setattr(coactivation, "_BLOCK_ENTRIES", 40)
+        monkeypatch.setattr(coactivation, "_CHUNK_ENTRIES", 40)
         monkeypatch.setattr(coactivation, "_GROUP_BYTES", 2 * 16 * N_LATENTS)
     found = find_neighbours(sae, config, latents=stores)
     n_tokens = sum(len(each) for each in images) * len(range(4)[TOKEN_SETS[config.token_set]])

@@ -15,7 +15,7 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.relations import PatientConfig, clumps_of, write_patient_concepts
+from cytosae.relations import PatientConfig, dispersion_of, write_patient_concepts
 from cytosae.relations.figures import plot_patient
 from cytosae.relations.patient_concepts import PatientConcepts, compare_patient, image_spread
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
@@ -40,7 +40,7 @@ def compared(
         latents,
         ss.csr_matrix(images.astype(np.float32)),
         others,
-        clumps=np.ones(len(latents)) if clumps is None else clumps,
+        dispersion=np.ones(len(latents)) if clumps is None else clumps,
         images_per_patient=float(len(images)),
         min_images=min_images,
         n_splits=n_splits,
@@ -111,7 +111,7 @@ def test_clumps_are_the_variance_of_images_over_their_mean() -> None:
         / (sum((len(each) - 1) * each[:, s].mean() for each in patients) or np.inf)
         for s in range(4)
     ]
-    assert clumps_of(*spread) == pytest.approx(np.maximum(1, slow))
+    assert dispersion_of(*spread) == pytest.approx(np.maximum(1, slow))
     assert slow[0] == pytest.approx(1, abs=0.2)
     assert slow[1] > 20
 
@@ -129,7 +129,7 @@ def test_exchangeable_patients_are_not_set_apart(n_others: int, sd: float, n_ima
     for rate in rates[:4]:
         patient = clumped(rng, n_images, rate)
         spread = np.sum([image_spread(ss.csr_matrix(images)) for images in (patient, *made)], axis=0)
-        found = compared(patient, others, clumps=clumps_of(*spread), n_splits=20)
+        found = compared(patient, others, clumps=dispersion_of(*spread), n_splits=20)
         far += (np.abs(found.z) >= 3).sum() / n_latents / 4
         apart += found.sets_apart.sum() / n_latents / 4
     assert far <= 0.0027
@@ -272,7 +272,7 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     same = set(others.obs["patient_id"]) | {"A"}
     is_flu = np.array([name in same for name in images.obs["patient"]]) & (images.obs["status"] == "ok")
     rows = [images.X[(images.obs["patient"] == name).to_numpy() & is_flu.to_numpy()] for name in same]
-    clumps = clumps_of(*np.sum([image_spread(one) for one in rows], axis=0))
+    clumps = dispersion_of(*np.sum([image_spread(one) for one in rows], axis=0))
     k = float(np.mean([one.shape[0] for one in rows]))
     mine_by_hand = images.X.toarray()[is_its].astype(float)
     by_latent = {row["latent"]: row["z"] for row in mine}

@@ -91,8 +91,8 @@ def test_assignment_is_the_best_and_its_prices_prove_it(kind: str) -> None:
         assert (found.row_prices[row] + found.column_prices[column] >= weights[row, column] - 1e-12).all()
 
 
-@pytest.mark.parametrize("block", [(1, 1), (3, 4), (100, 100)], ids=str)
-def test_nearest_equals_a_sort(block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("chunk", [(1, 1), (3, 4), (100, 100)], ids=str)
+def test_nearest_equals_a_sort(chunk: tuple[int, int]) -> None:
     """Exact products (small whole numbers), so ties are many: the lower number comes first. Both ways, with prices."""
     rng = np.random.default_rng(1)
     a, b = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (7, 10))
@@ -100,7 +100,7 @@ def test_nearest_equals_a_sort(block: tuple[int, int]) -> None:
     products = (a @ b.T - prices).astype(np.float64)
     products[np.arange(7)[skip >= 0], skip[skip >= 0]] = -np.inf
     for k in (1, 4, 12):
-        of_a, of_b = nearest(a, b, k, prices=prices, skip=skip, block=block)
+        of_a, of_b = nearest(a, b, k, prices=prices, skip=skip, chunk=chunk)
         for found, values in ((of_a, products), (of_b, products.T)):
             for i, row in enumerate(values):
                 expected = [j for j in sorted(range(len(row)), key=lambda j: (-row[j], j)) if row[j] > -np.inf][:k]

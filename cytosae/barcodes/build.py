@@ -73,7 +73,7 @@ NORMALIZATIONS = ("images", "cytosae-release")
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
-_WAVE = 64  # leaves of the tree that are under way at once
+_WAVE = 64  # leaves of the tree that are submitted at once
 _LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Ints = npt.NDArray[np.int64]
@@ -120,7 +120,7 @@ class BarcodeConfig:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all steps need to know."""
+    """What all steps of the job share."""
 
     stores: list[LatentStore]
     root: Path
@@ -226,15 +226,15 @@ def write_barcodes(
 ) -> BarcodeResult:
     """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
 
-    A continued job takes the parts that are already there, whatever their size. Memory of a worker: the result of one
-    block and two chunks; of this process: the tables, and a few numbers per image.
+    A job that is continued keeps the parts that are there, whatever their size. Memory of a worker: the result of one
+    partition and two chunks; of this process: the tables, and a few numbers per image.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
     barcodes : on a file system that all workers share
     client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
-    table : other patients, diseases or labels for the images (`groups.regroup`)
+    table : other patients, diseases or labels for the images (image_id and the columns to replace)
 
     Raises
     ------
@@ -364,7 +364,7 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
             ]
             if len(carry) == 1:
                 break
-        for part in job.watch.results(parts):  # and no more than a wave is under way
+        for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
                 patients.add(part)
     (sums,) = job.watch.results(carry) or [LatentSums.zeros(n_taus, job.n_latents)]

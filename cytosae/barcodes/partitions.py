@@ -1,7 +1,7 @@
 """Partitions of images, each counted by one Dask task into a part that a continued job finds again.
 
 How the images are cut follows the memory of the workers and what is already there, so no number may depend on it:
-whoever adds up parts does so in an order of their own (`barcodes.py`, `concepts.py`).
+code that adds up parts does so in an order that does not depend on them (`build.py`, and `statistics.py` of concepts).
 """
 
 import re
@@ -40,9 +40,9 @@ def count_into_parts(
 
     Parameters
     ----------
-    tag : whose parts these are; those of another job are made again
+    tag : says to which job a part belongs; parts of another job are counted again
     partition_images : None: as the memory of the workers allows
-    meanwhile : done here once the tasks are under way
+    meanwhile : done here once the tasks are submitted
     """
     client = watch.client
     parts.mkdir(exist_ok=True)
@@ -71,7 +71,7 @@ def count_into_parts(
                 n_done += partition.stop - partition.start
                 watch.tell(n_done, n_images, "counting")
     finally:
-        if client.status == "running":  # else there is nobody to tell
+        if client.status == "running":  # else the scheduler is gone
             client.cancel(list(futures))
 
 
@@ -114,7 +114,7 @@ def plan_partitions(
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
+    """Remove a folder; a task of a job that was interrupted may still write into it."""
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

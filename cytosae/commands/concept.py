@@ -1,4 +1,4 @@
-"""cyto concept stats, top, thresholds and select: what a latent answers to."""
+"""cyto concept stats, top, thresholds and select: what a latent responds to."""
 
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,14 @@ from stores.console import (
     type=click.IntRange(min=0),
     default=100,
     show_default=True,
-    help="Of the labels, for the entropy that chance would give.",
+    help="Shuffles of the labels, for the entropy expected by chance.",
 )
 @click.option(
     "--patient-shuffles",
     type=click.IntRange(min=0),
     default=999,
     show_default=True,
-    help="Of the labels from patient to patient, for the p of an entropy.",
+    help="Shuffles of the labels from patient to patient, for the p-value of an entropy.",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the shuffles.")
 @click.option(
@@ -77,7 +77,7 @@ def concept_stats(
     """Statistics of every latent in every dataset: frequency, mean activation, top images and their labels.
 
     LATENTS are the stored latents (paths or URLs) of one SAE. Also draws the paper's Fig. 2A, and says whether latents
-    answer to the same cell type in different datasets.
+    respond to the same cell type in different datasets.
 
     \b
     Example: cyto concept stats cells.latents.zarr -o cells.concepts
@@ -137,11 +137,13 @@ def concept_thresholds(
 
 @click.command("select")
 @click.argument("concepts", type=FILE)
-@click.option("--dataset", help="Whose statistics decide  [default: the only one].")
-@click.option("--threshold", default=1e-3, show_default=True, help="Least mean activation of a latent that takes part.")
+@click.option("--dataset", help="Dataset whose statistics are used  [default: the only one].")
+@click.option(
+    "--threshold", default=1e-3, show_default=True, help="Smallest mean activation of a latent that can be drawn."
+)
 @click.option("--clusters", type=COUNT, default=10, show_default=True, help="Clusters of KMeans.")
 @click.option("--per-cluster", type=COUNT, default=5, show_default=True, help="Latents drawn from each.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of clusters and draws.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of KMeans and of the draws.")
 @click.option("--as-released", is_flag=True, help="Cluster mean activation and frequency as they are, without log10.")
 @overwrite_option
 @json_option

@@ -1,4 +1,4 @@
-"""cyto concept stability, neighbours and patient: latents beside latents, a patient beside others."""
+"""cyto concept stability, neighbours and patient: latents compared with latents, a patient with others."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +26,7 @@ from stores.console import COUNT, FILE, SEED, STORE, TOKEN_SETS, json_option, ov
     metavar="X",
     help="With --concepts: mean activation from which a latent counts, in some dataset.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of what chance gives.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the matchings expected by chance.")
 @click.option(
     "--assume-compatible", is_flag=True, help="Take imported SAEs, which do not say which tokens they were trained on."
 )
@@ -41,7 +41,7 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     """Do SAEs agree? Match the latents of every two RUNs one to one by the cosine of their decoder rows.
 
     The matching has the largest possible sum of cosines. Beside it stands what chance gives: random directions, and
-    each decoder matched with itself. Directions alone are compared: the SAEs may differ in the number of latents, in
+    each decoder matched with itself. Only directions are compared: the SAEs may differ in the number of latents, in
     the scale of their tokens and in their centre. Train them from different seeds.
 
     \b
@@ -49,7 +49,7 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     """
     from cytosae.relations import write_stability
 
-    with progress_line("match", "block") as progress:
+    with progress_line("match", "chunk") as progress:
         done = write_stability(runs, out, progress=progress, **settings)
     say_done(out, done.was_complete)
     tell_or_json(done, {"saes": [str(run) for run in runs], "pairs": done.pairs}, as_json=as_json)
@@ -66,7 +66,12 @@ def concept_stability(runs: tuple[Path, ...], out: Path, as_json: bool, **settin
     help="Latent store (path or URL) by this SAE: also tells which latents are active together. May repeat.",
 )
 @click.option(
-    "--latent", "chosen", type=int, multiple=True, metavar="N", help="Of this latent; may repeat  [default: all]."
+    "--latent",
+    "chosen",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Neighbours of this latent; may repeat  [default: all].",
 )
 @click.option("--top", "n_top", type=COUNT, default=10, show_default=True, help="Neighbours of each kind.")
 @click.option("--tau", default=0.0, show_default=True, help="Active at a token: stored value above this.")
@@ -140,7 +145,7 @@ def concept_neighbours(
     help="Of the patient's images in which a raised latent must be above tau.",
 )
 @click.option("--splits", "n_splits", type=COUNT, default=200, show_default=True, help="Times the images are halved.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the splits.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the splits.")
 @overwrite_option
 @json_option
 def concept_patient(
@@ -151,7 +156,7 @@ def concept_patient(
     z predicts one more patient from the others (Student's t, the patient's own error added; on the plain and on the
     logarithmic scale, the smaller counts), at least 5 others of the same disease and dataset. Set apart: |z| of 3 or
     more in all images and in both halves, and no other patient is as far out. It ranks and describes, without p- or
-    q-values: how many latents set the other patients apart by the same rule is the yardstick.
+    q-values: compare with how many latents set the other patients apart by the same rule.
 
     \b
     Example: cyto concept patient cells.barcodes P07 -o P07.concepts

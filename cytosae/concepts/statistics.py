@@ -1,12 +1,12 @@
-"""What each latent answers to, in numbers: from latent stores to statistics per latent and dataset, with Dask.
+"""What each latent responds to, in numbers: from latent stores to statistics per latent and dataset, with Dask.
 
     A[i, s] = mean over the tokens of image i of h[s]              image activation
     n[s]    = number of readable images with A[i, s] > 0           n / readable images: frequency
     mean activation = sum_i A[i, s] / n[s]                         over the images in which the latent is active
 
-and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; REFERENCE.md, section 6). Blocks of
-images are counted as for barcodes. Their sums are then added up in pieces that follow from the data alone, so blocks,
-workers and memory change no bit. No torch here.
+and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; REFERENCE.md, section 6). Partitions
+of images are counted as for barcodes. Their sums are then added up in pieces that depend on the data only, so
+partitions, workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ LABEL_COLUMNS = ("label", "label_common")
 _MOST_DATASETS = 20  # each costs some hundred bytes a latent here, and as many rows in the tables
 _MOST_TOP = 100
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task adds up; fixed, since sums depend on it
-_WAVE = 16  # such tasks under way at once
+_WAVE = 16  # such tasks submitted at once
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -119,7 +119,7 @@ class ConceptConfig:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of all stores, one below the other, as numbers."""
+    """The images of all stores, store by store, as numbers."""
 
     ids: list[str]
     by_id: Ints  # (n_images,) the image that comes n-th by its id
@@ -164,14 +164,14 @@ def concept_statistics(
 ) -> ConceptResult:
     """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `concepts`.
 
-    A continued job takes the parts that are counted already. Memory of a worker: the result of one block, or a few
+    A continued job takes the parts that are counted already. Memory of a worker: the result of one partition, or a few
     numbers per latent; of this process: the tables, and some hundred bytes per latent and dataset.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
     client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
-    table : other datasets or labels for the images (`groups.regroup`)
+    table : other datasets or labels for the images (image_id and the columns to replace)
 
     Raises
     ------
@@ -312,7 +312,7 @@ def _count(
 
 
 def _pieces(members: Ints, lengths: npt.NDArray[np.int32]) -> list[Ints]:
-    """Consecutive images of about _GROUP_ENTRIES entries: by the data alone, never by blocks, workers or memory."""
+    """Consecutive images of about _GROUP_ENTRIES entries: by the data alone, never by partitions, workers or memory."""
     entries = np.cumsum(lengths[members], dtype=np.int64) - lengths[members]
     cuts = [0, *(np.flatnonzero(np.diff(entries // _GROUP_ENTRIES)) + 1), len(members)] if len(members) else [0]
     return [members[low:high] for low, high in pairwise(cuts)]
@@ -422,7 +422,7 @@ def _q(p: Floats) -> Floats:
 
 
 def _compare(found: list[_Described], images: _Images, config: ConceptConfig) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Does a latent answer to the same cell type in every dataset? Per latent, and per pair of datasets."""
+    """Does a latent respond to the same cell type in every dataset? Per latent, and per pair of datasets."""
     common = np.stack([each.common for each in found])
     has_label = common >= 0
     n_datasets = has_label.sum(axis=0)

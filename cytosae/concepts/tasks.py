@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 class TopImages:
     """Per latent its largest image activations, falling; of equal ones the image of the smaller number comes first.
 
-    A total order: whichever way images are divided among tasks, the same ones stay.
+    A total order: the same images stay, however images are divided among tasks.
     """
 
     value: npt.NDArray[np.float32]  # (n_latents, top_k); 0 where there is no image

@@ -8,9 +8,9 @@ from .patient_concepts import write_patient_concepts as write_patient_concepts
 from .patient_z import LEAST_OTHERS as LEAST_OTHERS
 from .patient_z import Others as Others
 from .patient_z import as_z as as_z
-from .patient_z import clumps_of as clumps_of
+from .patient_z import dispersion_of as dispersion_of
 from .patient_z import log_scale as log_scale
-from .patient_z import standing as standing
+from .patient_z import prediction_t as prediction_t
 from .report import Neighbours as Neighbours
 from .report import NeighboursResult as NeighboursResult
 from .report import PatientResult as PatientResult

@@ -52,7 +52,7 @@ def find_neighbours(
 
     Parameters
     ----------
-    latents : paths or URLs of latent stores by this SAE; none: neighbours by direction alone
+    latents : paths or URLs of latent stores by this SAE; none: neighbours by direction only
     client : of a Dask cluster whose workers see the stores; None: counted in this process
 
     Raises
@@ -211,7 +211,7 @@ def _count_on_workers(
             found[futures[future]] = counts
             progress(len(found), len(groups), "passes over the latents")
     finally:
-        if client.status == "running":  # else there is nobody to tell
+        if client.status == "running":  # else the scheduler is gone
             client.cancel(list(futures))
     return [found[n] for n in range(len(groups))]
 

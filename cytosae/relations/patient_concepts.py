@@ -1,4 +1,4 @@
-"""What is special about a patient: latents whose barcode is far from that of the other patients of the disease.
+"""What sets a patient apart: latents whose barcode is far from that of the other patients of the disease.
 
 The score is z of `patient_z.py`, against the others of the same disease and dataset (at least 5); the atlas
 shows the same. A latent sets a patient apart if
@@ -9,8 +9,8 @@ shows the same. A latent sets a patient apart if
   Whatever the distribution, of n + 1 exchangeable patients one is the highest and one the lowest: so at most
   2 / (n + 1) of the latents set one of them apart, and where levels spread as in docs/benchmarks.md far fewer.
 
-No p- or q-values of the patient. The yardstick are the other patients: how many latents set each of THEM apart, under
-the same rule against the rest. A stain or a scanner can make a patient special too.
+No p- or q-values of the patient. What is usual is shown by the other patients: how many latents set each of
+THEM apart, by the same rule. A stain or a scanner can set a patient apart too.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from stores.spec import PATIENT_CONCEPTS
 from stores.tables import STATUS_OK, listed
 
 from .figures import plot_all_patients, plot_patient
-from .patient_z import LEAST_OTHERS, Others, as_z, clumps_of, describe_others, own_variance, standing
+from .patient_z import LEAST_OTHERS, Others, as_z, describe_others, dispersion_of, own_variance, prediction_t
 from .report import PatientResult
 
 Ints = npt.NDArray[np.int64]
@@ -52,10 +52,18 @@ _LEAST_DRAWN, _MOST_DRAWN = 12, 40  # latents in the figure
 
 @dataclass(frozen=True, kw_only=True)
 class PatientConfig:
-    """What decides the numbers."""
+    """How a patient is compared with the others.
 
-    tau: float | None = None  # of barcodes at several tau
-    min_images: int = 3  # of the patient's in which a latent must be above tau, to be called raised
+    Attributes
+    ----------
+    tau : which barcodes, where there are several; None: the smallest
+    min_images : fewest images of the patient in which a latent must be above tau, to be called raised
+    n_splits : times that the patient's images are split into halves
+    seed : of the splits
+    """
+
+    tau: float | None = None
+    min_images: int = 3
     n_splits: int = 200
     seed: int = 0
 
@@ -109,14 +117,19 @@ def write_patient_concepts(
 ) -> PatientResult:
     """patient_concepts.parquet, patients.parquet and a figure for one patient, or for all (None), in the folder `out`.
 
-    The images of everybody of the disease are read, one patient at a time. Memory: the patient barcodes, sparse; dense
-    those of the patient's disease, for the latents that somebody there has.
+    The images of all patients of the disease are read, one patient at a time. Memory: the patient barcodes, sparse;
+    dense those of the patient's disease, for the latents that any of them has.
+
+    Parameters
+    ----------
+    barcodes : a folder of `cyto barcode`
+    patient : its name, as in the index of the patient barcodes; None: every patient
 
     Raises
     ------
     BadInput
         If there is no such patient, or none at all; if it has no disease, fewer than 4 readable images or fewer than 5
-        others (of all patients: if nobody has enough).
+        others (of all patients: if none can be compared).
     DamagedStore
         If the barcodes lack a chunk or cannot be read.
     """
@@ -192,7 +205,7 @@ class _Cohort:
         )
         self._n_images = np.asarray(obs["n_images"], np.int64)
         self._images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)
-        self._clumps: dict[tuple[str, str], Floats] = {}
+        self._dispersions: dict[tuple[str, str], Floats] = {}
 
     def number(self, patient: str) -> int:
         """The row of a patient."""
@@ -209,7 +222,7 @@ class _Cohort:
         return np.flatnonzero(same)
 
     def why_not(self, number: int) -> str | None:
-        """What stands against comparing this patient, in words."""
+        """Why this patient cannot be compared; None if it can."""
         if not self._diseases[number]:
             return "no disease"
         if self._n_images[number] < LEAST_IMAGES:
@@ -218,7 +231,7 @@ class _Cohort:
         return f"{n_others} others with {self._diseases[number]}" if n_others < LEAST_OTHERS else None
 
     def describe(self, number: int) -> dict[str, Any]:
-        """Who it is, and whom it is compared with."""
+        """Name, dataset and disease of a patient, and the numbers of its images and of the others."""
         return {
             "patient": self.names[number],
             "dataset": str(self._datasets[number]),
@@ -231,30 +244,30 @@ class _Cohort:
         """Compare one patient with the others, latent by latent."""
         others = self.others(number)
         images = self._images_of(number)
-        # latents that nobody here has cannot differ
+        # latents that none of these patients has cannot differ
         latents = np.union1d(self._matrix[others].indices, np.unique(images.indices)).astype(np.int64)
         return compare_patient(
             latents,
             images[:, latents],
             self._matrix[others][:, latents].toarray().astype(np.float64),
-            clumps=self._clumps_of(number)[latents],
+            dispersion=self._dispersion_of(number)[latents],
             images_per_patient=float(self._n_images[[number, *others]].mean()),
             min_images=self.config.min_images,
             n_splits=self.config.n_splits,
             rng=_rng(self.config.seed, self.names[number]),
         )
 
-    def _clumps_of(self, number: int) -> Floats:
-        """(n_latents,) C of `standing`, of all patients of this one's disease and dataset."""
+    def _dispersion_of(self, number: int) -> Floats:
+        """(n_latents,) C of `prediction_t`, of all patients of this one's disease and dataset."""
         key = (str(self._datasets[number]), str(self._diseases[number]))
-        if key not in self._clumps:
+        if key not in self._dispersions:
             squares, levels = np.zeros((2, self._matrix.shape[1]))
             for member in (number, *self.others(number)):
                 squared, level = image_spread(self._images_of(int(member)))
                 squares += squared
                 levels += level
-            self._clumps[key] = clumps_of(squares, levels)
-        return self._clumps[key]
+            self._dispersions[key] = dispersion_of(squares, levels)
+        return self._dispersions[key]
 
     def counts_of(self, number: int) -> dict[str, Any]:
         """How many latents set a patient apart, by `n_raised` and `n_lowered`."""
@@ -277,9 +290,9 @@ class _Cohort:
 
 
 def image_spread(images: Any) -> tuple[Floats, Floats]:
-    """What one patient adds to the two sums of `clumps_of`, (L,) each; images (N, L) scipy CSR, N of 1 or more."""
+    """What one patient adds to the two sums of `dispersion_of`, (L,) each; images (N, L) scipy CSR, N of 1 or more."""
     n_images = images.shape[0]
-    counts = images.astype(np.float64)  # whole numbers: their sums are exact
+    counts = images.astype(np.float64)  # integers: their sums are exact
     total = np.asarray(counts.sum(axis=0)).ravel()
     squares = np.asarray(counts.multiply(counts).sum(axis=0)).ravel() - total**2 / n_images
     return np.maximum(0, squares), (n_images - 1) * total / n_images
@@ -290,7 +303,7 @@ def compare_patient(
     images: Any,
     others: Floats,
     *,
-    clumps: Floats,
+    dispersion: Floats,
     images_per_patient: float,
     min_images: int,
     n_splits: int,
@@ -303,8 +316,8 @@ def compare_patient(
     latents : (n,) their numbers
     images : (N_p, n) scipy CSR: tokens above tau in each of the patient's images, N_p of 2 or more
     others : (n_others, n) barcodes, in mean tokens above tau per image
-    clumps : (n,) C of `standing`, of the patient and the others
-    images_per_patient : K of `standing`
+    dispersion : (n,) C of `prediction_t`, of the patient and the others
+    images_per_patient : K of `prediction_t`
     min_images : of the patient's images in which a raised latent must be above tau
     n_splits : times that the images are halved, drawn from `rng`
     """
@@ -312,8 +325,8 @@ def compare_patient(
     total = np.asarray(images.sum(axis=0, dtype=np.float64)).ravel()
     barcode, median = total / n_images, np.median(others, axis=0)
     mad = np.median(np.abs(others - median), axis=0)
-    among = describe_others(others, clumps, images_per_patient)
-    t = standing(barcode, among, n_images)
+    among = describe_others(others, dispersion, images_per_patient)
+    t = prediction_t(barcode, among, n_images)
     side, n_active = _side(barcode, among.mean), images.getnnz(axis=0)
     far = float(stats.t.isf(stats.norm.sf(Z_FROM), n_others - 1))  # the t of a z of 3
     both = np.zeros(len(latents), np.int64)
@@ -324,8 +337,8 @@ def compare_patient(
         sum_first = np.asarray(images[np.sort(first)].sum(axis=0, dtype=np.float64)).ravel()
         n_first, n_second = len(first), n_images - len(first)
         halves = (
-            standing(sum_first / n_first, among, n_first),
-            standing((total - sum_first) / n_second, among, n_second),
+            prediction_t(sum_first / n_first, among, n_first),
+            prediction_t((total - sum_first) / n_second, among, n_second),
         )
         both += (halves[0] * side >= far) & (halves[1] * side >= far)
         correlations.append(_correlation(*(half[others_have] for half in halves)))
@@ -348,14 +361,14 @@ def compare_patient(
         n_others_beyond=beyond[kept],
         replicated=both[kept] / n_splits,
         others=others[:, kept],
-        others_z=as_z(standing(others[:, kept], _of(among, kept), n_images), n_others),
+        others_z=as_z(prediction_t(others[:, kept], _of(among, kept), n_images), n_others),
         halves_correlation=float(np.mean(correlations)),
     )
 
 
 def _of(others: Others, latents: Ints) -> Others:
     """Some of the latents."""
-    names = ("mean", "sd", "log_mean", "log_sd", "clumps")
+    names = ("mean", "sd", "log_mean", "log_sd", "dispersion")
     return replace(others, **{name: getattr(others, name)[latents] for name in names})
 
 
@@ -393,7 +406,7 @@ def _correlation(a: Floats, b: Floats) -> float:
 
 
 def _rng(seed: int, name: str) -> np.random.Generator:
-    """Of the patient alone, so that it is split in the same way whoever else is looked at."""
+    """Depends on the seed and the patient only: the splits are the same whichever patients are compared."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
 
 
@@ -443,16 +456,16 @@ def _table(name: str, found: PatientConcepts) -> pa.Table:
 def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> None:
     """The latents with the largest |z|: all that set the patient apart, or some."""
     some = np.arange(len(found.latent))[: min(_MOST_DRAWN, max(_LEAST_DRAWN, int(found.sets_apart.sum())))]
-    who = cohort.describe(number)
+    about = cohort.describe(number)
     names = [
         f"{latent}: {barcode:.3g} against {mean:.3g} tokens per image, in {n_active} images"
         for latent, barcode, mean, n_active in zip(
             found.latent[some], found.barcode[some], found.mean[some], found.n_images_active[some], strict=True
         )
     ]
-    compared = f"against {who['n_others']} others with {plain(who['disease'])}"
+    compared = f"against {about['n_others']} others with {plain(about['disease'])}"
     plot_patient(
-        f"{plain(who['patient'])}: {who['n_images']} images, {compared}",
+        f"{plain(about['patient'])}: {about['n_images']} images, {compared}",
         names,
         found.z[some],
         found.others_z[:, some],
