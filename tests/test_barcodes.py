@@ -1115,6 +1115,7 @@ def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_p
         ({"token_set": "patches"}, "token_set must be one of all, patch, cls; found 'patches'"),
         ({"normalize": "none"}, "normalize must be one of images, cytosae-release; found 'none'"),
         ({"partition_images": 0}, "partition_images must be at least 1; found 0"),
+        ({"block_images": 0}, "partition_images must be at least 1; found 0"),
         ({"tau": (0.2, 0.5, 0.2)}, "several tau must differ, as float32 too; found 0.2, 0.2, 0.5"),
         ({"tau": (0.2, 0.2 + 1e-12)}, "several tau must differ"),
     ],

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_barcodes import local_client, write_latents
 
 from cli import cli
-from cytosae.concepts import ConceptConfig, concept_statistics
+from cytosae.concepts import ConceptConfig, compare_thresholds, concept_statistics, top_images
 from cytosae.concepts import statistics as concepts_module
 from cytosae.concepts.figures import Panel, latents_above, plot_scatter, plot_thresholds
 from cytosae.concepts.label_entropy import label_agreement, label_divergence, label_tests, top_label
@@ -666,6 +666,7 @@ def test_commands(tmp_path: Path) -> None:
     page = cyto("concept", "top", out, 1, "--dataset", "mixed").stdout
     assert "latent 1 in mixed" in page
     assert re.search(r"^    1  0.5 +id-\d+", page, re.MULTILINE)
+    assert page.splitlines() == list(top_images(out, 1, dataset="mixed").lines())
     found = json.loads(cyto("concept", "top", out, 1, "--json").stdout)
     assert [each["dataset"] for each in found["by_dataset"]] == ["blank", "mixed", "plain"]
     assert [row["rank"] for row in found["by_dataset"][1]["top_images"]] == list(range(1, 11))
@@ -682,6 +683,10 @@ def test_commands(tmp_path: Path) -> None:
     both = (out, tmp_path / "wide.concepts")
     shown = cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed")
     assert shown.exit_code == 0, shown.output
+    compared = compare_thresholds(both, tmp_path / "widths", dataset="mixed")
+    assert compared.was_complete
+    assert shown.stdout.splitlines() == list(compared.lines())
+    assert "data:image/png;base64," in compared._repr_html_()
     rows = json.loads(
         cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed", "--json").stdout
     )

@@ -209,12 +209,16 @@ def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> 
     assert "latent 0, active at" in printed
     assert "phi 1.000" in printed
     assert "nearest direction: none" in printed  # of latent 4
+    assert printed.splitlines() == list(find_neighbours(sae, latents=stores, chosen=[4, 0]).lines())
     rows = json.loads(run(*command, "--latent", 0, "--json").stdout)
     assert rows == find_neighbours(sae, NeighbourConfig(), latents=stores, chosen=[0]).table.to_pylist()
     assert "active at the same tokens" not in run("concept", "neighbours", sae, "--latent", 0).stdout
     done = run(*command, "-o", tmp_path / "out", "--workers", 1)
     assert "neighbours of 12 latents by direction and activity at 220 tokens of 55 images" in done.stdout
     assert "1 latent without a direction" in done.stdout
+    found = write_neighbours(sae, tmp_path / "out", latents=stores)
+    assert found.was_complete
+    assert done.stdout.splitlines() == list(found.lines())
     assert "already complete" in run(*command, "-o", tmp_path / "out", "--workers", 1).stderr
     assert run(*command).exit_code == 2
     fails("no latent 99", *command, "--latent", 99)

@@ -382,6 +382,7 @@ def test_command(saes: list[Path], tmp_path: Path) -> None:
     printed = run(*command).stdout
     assert "b: 2 latents left out: without a direction" in printed
     assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (by chance 0." in printed
+    assert printed.splitlines() == list(write_stability(saes[:2], tmp_path / "out").lines())
     again = run(*command, "--json")
     assert "already complete" in again.stderr
     assert '"n_matched": 5' in again.stdout

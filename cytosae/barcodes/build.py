@@ -216,7 +216,7 @@ class _Level:
 
 def write_barcodes(
     latents: Path | str | Sequence[Path | str],
-    barcodes: Path,
+    out: Path,
     config: BarcodeConfig = BarcodeConfig(),
     *,
     client: "Client | None" = None,
@@ -224,7 +224,7 @@ def write_barcodes(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> BarcodeResult:
-    """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
+    """Count the latents of one or more stores into `out/image.zarr`, `patient.zarr` and `disease.zarr`.
 
     A job that is continued keeps the parts that are there, whatever their size. Memory of a worker: the result of one
     partition and two chunks; of this process: the tables, and a few numbers per image.
@@ -232,7 +232,7 @@ def write_barcodes(
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
-    barcodes : on a file system that all workers share
+    out : the folder, on a file system that all workers share
     client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
     table : other patients, diseases or labels for the images (image_id and the columns to replace)
 
@@ -249,12 +249,12 @@ def write_barcodes(
         If the scheduler goes away. The parts that are finished stay.
     """
     with client_or_own(client) as working:
-        return _write_barcodes(latents, barcodes, config, working, table, overwrite, progress)
+        return _write_barcodes(latents, out, config, working, table, overwrite, progress)
 
 
 def _write_barcodes(
     latents: Path | str | Sequence[Path | str],
-    barcodes: Path,
+    out: Path,
     config: BarcodeConfig,
     client: "Client",
     table: Path | None,
@@ -282,11 +282,11 @@ def _write_barcodes(
     } | ({"table": table_sha256(images)} if table is not None else {})
     header = new_header(BARCODES, spec)
     inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
-    output = plan_output(barcodes, header, overwrite=overwrite, inputs=inputs)
+    output = plan_output(out, header, overwrite=overwrite, inputs=inputs)
     if output.is_complete:
         output.publish()
-        BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
-        return _result(read_header(barcodes, BARCODES), barcodes, config, table, was_complete=True)
+        BarcodeStore(out).check()  # damaged ones are not "already complete"
+        return _result(read_header(out, BARCODES), out, config, table, was_complete=True)
 
     root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
@@ -319,7 +319,7 @@ def _write_barcodes(
     for left_over in (job.parts, *job.root.glob(".*.removed")):
         discard(left_over)
     output.publish()
-    return _result(header, barcodes, config, table, was_complete=False)
+    return _result(header, out, config, table, was_complete=False)
 
 
 def _tag(job: _Job, level: str) -> str:

@@ -154,7 +154,7 @@ class _Images:
 
 def concept_statistics(
     latents: Path | str | Sequence[Path | str],
-    concepts: Path,
+    out: Path,
     config: ConceptConfig = ConceptConfig(),
     *,
     client: "Client | None" = None,
@@ -162,7 +162,7 @@ def concept_statistics(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> ConceptResult:
-    """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `concepts`.
+    """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `out`.
 
     A continued job takes the parts that are counted already. Memory of a worker: the result of one partition, or a few
     numbers per latent; of this process: the tables, and some hundred bytes per latent and dataset.
@@ -179,14 +179,14 @@ def concept_statistics(
         If a store was pruned (its means and frequencies are not those of the SAE), image ids clash, no image has a
         dataset, or there are more than 20; if a worker lacks this version of the package or sees other files.
     SpecMismatch
-        If the stores hold latents of different SAEs, or `concepts` holds something else.
+        If the stores hold latents of different SAEs, or `out` holds something else.
     DamagedStore
         If a chunk of the latents is lost or damaged.
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
     with client_or_own(client) as working:
-        return _concept_statistics(latents, concepts, config, working, table, overwrite, progress)
+        return _concept_statistics(latents, out, config, working, table, overwrite, progress)
 
 
 write_concepts = concept_statistics  # its name in 0.1; stays for one release
@@ -194,7 +194,7 @@ write_concepts = concept_statistics  # its name in 0.1; stays for one release
 
 def _concept_statistics(
     latents: Path | str | Sequence[Path | str],
-    concepts: Path,
+    out: Path,
     config: ConceptConfig,
     client: "Client",
     table: Path | None,
@@ -225,9 +225,9 @@ def _concept_statistics(
     } | ({"table": table_sha256(joined)} if table is not None else {})
     inputs = [path for path in (*(store.root for store in stores), table) if isinstance(path, Path)]
     packages = ("dask", "distributed", "matplotlib", "numba", "numpy", "scipy")
-    writer = begin_results(concepts, CONCEPTS, spec, overwrite=overwrite, inputs=inputs, packages=packages)
+    writer = begin_results(out, CONCEPTS, spec, overwrite=overwrite, inputs=inputs, packages=packages)
     if writer.is_complete:
-        return _result(writer.header.summary or {}, concepts, config, table, was_complete=True)
+        return _result(writer.header.summary or {}, out, config, table, was_complete=True)
 
     writer.watch(*(store.header for store in stores))
     parts = writer.root / "parts"
@@ -253,7 +253,7 @@ def _concept_statistics(
         ),
     }
     writer.finish(summary)
-    return _result(summary, concepts, config, table, was_complete=False)
+    return _result(summary, out, config, table, was_complete=False)
 
 
 def _refuse_pruned(stores: list[LatentStore]) -> None:
