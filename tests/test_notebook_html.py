@@ -1,4 +1,4 @@
-"""How results look in a notebook: nothing that a name on a disk says becomes HTML, and no more is shown than asked for."""
+"""How results look in a notebook: no name from a disk becomes HTML, and no more is shown than asked for."""
 
 import base64
 from pathlib import Path

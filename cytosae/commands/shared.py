@@ -127,11 +127,11 @@ def dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Itera
         with open_client(scheduler, workers=workers, memory_limit=memory_limit) as client:
             yield client
     except KeyboardInterrupt:
-        sys.unraisablehook = _say_unless_of_dask
+        sys.unraisablehook = _print_unless_from_dask
         raise
 
 
-def _say_unless_of_dask(unraisable: Any) -> None:
+def _print_unless_from_dask(unraisable: Any) -> None:
     """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
     name = getattr(unraisable.object, "__qualname__", "")
     if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):

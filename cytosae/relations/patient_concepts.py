@@ -56,7 +56,7 @@ class PatientConfig:
 
     Attributes
     ----------
-    tau : which barcodes, where there are several; None: the smallest
+    tau : which barcodes, where there are several; None: the only ones
     min_images : fewest images of the patient in which a latent must be above tau, to be called raised
     n_splits : times that the patient's images are split into halves
     seed : of the splits
