@@ -1,6 +1,6 @@
 """Partitions of images, each counted by one Dask task into a part that a continued job finds again.
 
-How the images are cut follows the memory of the workers and what is already there, so no number may depend on it:
+How the images are divided depends on the memory of the workers and on the parts that are there, so no number may:
 code that adds up parts does so in an order that does not depend on them (`build.py`, and `statistics.py` of concepts).
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PARTITION_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a partition, unless memory is small or the end is near
 _LAST_ENTRIES = 4 * CHUNK_ENTRIES  # of the smallest partitions
-_PARTITIONS_LEFT = 3  # for every thread, at least: with smaller partitions to the end all of them end together
+_PARTITIONS_LEFT = 3  # for every thread, at least: the last partitions are small, so that all threads end together
 
 
 def count_into_parts(
@@ -36,37 +36,37 @@ def count_into_parts(
     each: Callable[[tasks.PartSummary], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Count all images of the stores into the folder `parts`, and tell `each` what every part holds, in order.
+    """Count all images of the stores into the folder `parts`.
 
     Parameters
     ----------
+    each : called with the summary of every part, in the order of the images
     tag : says to which job a part belongs; parts of another job are counted again
     partition_images : None: as the memory of the workers allows
-    meanwhile : done here once the tasks are submitted
+    meanwhile : called once the tasks are submitted, while workers count
     """
     client = watch.client
     parts.mkdir(exist_ok=True)
     partitions = list(plan_partitions(stores, parts, client, n_taus=len(taus), partition_images=partition_images))
     n_images = sum(store.spec.n_images for store in stores)
     there = [partition for partition in partitions if (parts / partition.name).exists()]
-    n_done = sum(
-        partition.stop - partition.start for partition in there
-    )  # as their names say; the tasks look into them
+    # as the names of the parts say; the tasks check their content
+    n_done = sum(partition.stop - partition.start for partition in there)
     watch.tell(n_done, n_images, "counting")
     futures = {
         client.submit(tasks.count_partition, partition, str(parts), tag, taus, token_set, pure=False): number
         for number, partition in enumerate(partitions)
     }
     found: dict[int, tasks.PartSummary] = {}
-    n_told = 0
+    n_given = 0
     try:
         meanwhile()
-        for future, rows in watch.completed(list(futures)):
+        for future, part in watch.completed(list(futures)):
             partition = partitions[futures[future]]
-            found[futures[future]] = rows
-            while n_told in found:
-                each(found.pop(n_told))
-                n_told += 1
+            found[futures[future]] = part
+            while n_given in found:
+                each(found.pop(n_given))
+                n_given += 1
             if partition not in there:
                 n_done += partition.stop - partition.start
                 watch.tell(n_done, n_images, "counting")

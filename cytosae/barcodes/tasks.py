@@ -110,7 +110,7 @@ def count_partition(
         pass
     try:
         counts = _count(partition, taus, token_set)
-    finally:  # also where it is missing or damaged: that has its reason then
+    finally:  # also after an error: an exchanged store is then the reason
         if partition.seal is not None:
             partition.seal.check()
     arrays = {
