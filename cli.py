@@ -264,7 +264,7 @@ def demo(out: Path, seed: int) -> None:
     from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
     from cytosae.commands.shared import dask_client
     from cytosae.compare import CompareConfig, compare
-    from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
+    from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
     from cytosae.maps import open_sources, plot_reference_images
     from cytosae.sae import TrainConfig
     from cytosae.training import training_line
@@ -312,7 +312,7 @@ def demo(out: Path, seed: int) -> None:
         )
         click.echo(f"\n$ cyto concept stats {latents} -o {concepts}")
         with progress_line("concepts", "image") as progress:
-            write_concepts(latents, concepts, ConceptConfig(), client=client, progress=progress)
+            concept_statistics(latents, concepts, ConceptConfig(), client=client, progress=progress)
     click.echo(f"{concepts}: {ConceptStore(concepts).n_latents} latents")
 
     click.echo(f"\n$ cyto concept select {concepts}")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import scipy.sparse as ss
 from common import arguments, emit
 
-from cytosae.relations import clumps_of
+from cytosae.relations import dispersion_of
 from cytosae.relations.patient_concepts import compare_patient, image_spread
 from cytosae.relations.patient_z import as_z
 
@@ -127,14 +127,14 @@ def looked_at(
 ) -> tuple[float, float]:
     """Shares of all latents with |z| of 3 or more, and that set the patient apart.
 
-    n_images, sums : images of each other patient, and what they all add to `clumps_of`
+    n_images, sums : images of each other patient, and what they all add to `dispersion_of`
     """
     n_others, n_latents = others.shape
     found = compare_patient(
         np.arange(n_latents),
         patient,
         others,
-        clumps=clumps_of(*(sums + image_spread(patient))),
+        dispersion=dispersion_of(*(sums + image_spread(patient))),
         images_per_patient=(n_others * n_images + patient.shape[0]) / (n_others + 1),
         min_images=3,
         n_splits=n_splits,

@@ -9,7 +9,9 @@ from .compare import compare as compare
 from .concepts import ConceptConfig as ConceptConfig
 from .concepts import SelectionConfig as SelectionConfig
 from .concepts import compare_thresholds as compare_thresholds
+from .concepts import concept_statistics as concept_statistics
 from .concepts import select_latents as select_latents
+from .concepts import top_images as top_images
 from .concepts import write_concepts as write_concepts
 from .latents.encode import encode as encode
 from .maps import new_subject as new_subject
@@ -23,6 +25,9 @@ from .probe import UnitConfig as UnitConfig
 from .probe import apply_model as apply_model
 from .probe import probe as probe
 from .probe import write_probe as write_probe
+from .relations import NeighbourConfig as NeighbourConfig
+from .relations import PatientConfig as PatientConfig
+from .relations import find_neighbours as find_neighbours
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability

@@ -21,7 +21,7 @@ from cytocache.extract import ExtractConfig, extract
 from cytosae import encode, train
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, write_concepts
+from cytosae.concepts import ConceptConfig, concept_statistics
 from cytosae.probe import ProbeConfig, probe
 from cytosae.sae import TrainConfig
 from stores import ActivationStore, ConceptStore, LatentStore
@@ -88,7 +88,7 @@ figure.savefig(here / "map.png")
 # %%
 with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as client:
     counted = write_barcodes(here / "latents.zarr", here / "barcodes", BarcodeConfig(tau=0.2), client=client)
-    write_concepts(here / "latents.zarr", here / "concepts", ConceptConfig(), client=client)
+    concept_statistics(here / "latents.zarr", here / "concepts", ConceptConfig(), client=client)
 print(counted.n_patients, "patients,", counted.n_diseases, "diseases;", f"{counted.share_above_tau[0]:.0%} above tau")
 
 # %%

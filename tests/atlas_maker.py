@@ -18,7 +18,7 @@ from cli import cli
 from cytocache.demo_cells import draw_cell
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, SelectionConfig, select_latents, write_concepts
+from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
 from stores import ConceptStore, begin_results
 from stores.spec import NEIGHBOURS
 
@@ -89,7 +89,7 @@ def make_cohort(root: Path) -> Cohort:
     )
     with local_client(1, 2) as client, without_figures():
         write_barcodes(root / "latents", root / "barcodes", BarcodeConfig(tau=0.2), client=client)
-        write_concepts(root / "latents", root / "concepts", ConceptConfig(min_support=1), client=client)
+        concept_statistics(root / "latents", root / "concepts", ConceptConfig(min_support=1), client=client)
         compare(root / "barcodes", root / "compare", CompareConfig(a=DISEASES[0], b=DISEASES[1], top=5))
     select_latents(ConceptStore(root / "concepts"), SelectionConfig(dataset=DATASETS[0], clusters=3, per_cluster=3))
     write_neighbours(root / "neighbours")

@@ -30,7 +30,7 @@ from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
 from cytosae.atlas.site import Site, script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
-from cytosae.relations.patient_z import as_z, describe_others, standing
+from cytosae.relations.patient_z import as_z, describe_others, prediction_t
 from stores import ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file
@@ -297,7 +297,7 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     assert "5 other patients with it in the dataset; here are 4" in " ".join(page.text.split())
     others = np.array([barcodes[other] for other in PATIENTS[:9] if other != name])
     clumps = np.linspace(1, 3, N_LATENTS)
-    z = as_z(standing(mine, describe_others(others, clumps, 3.0), IMAGES_PER_PATIENT), 8)
+    z = as_z(prediction_t(mine, describe_others(others, clumps, 3.0), IMAGES_PER_PATIENT), 8)
     everybody = np.vstack([others, mine])
     logs = np.log1p(3 * everybody)
     plain, squared, log_plain, log_squared = (

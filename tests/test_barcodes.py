@@ -30,10 +30,10 @@ from zarr.codecs import GzipCodec
 from cli import cli
 from cytosae.barcodes import BarcodeConfig, BarcodeResult, write_barcodes
 from cytosae.barcodes import build as barcodes_module
-from cytosae.barcodes import partitions as blocks_module
+from cytosae.barcodes import partitions as partitions_module
 from cytosae.barcodes import tasks as barcode_tasks
 from cytosae.barcodes.count_kernels import ImageCounter
-from cytosae.barcodes.partitions import plan_blocks
+from cytosae.barcodes.partitions import plan_partitions
 from cytosae.barcodes.patients import group_images
 from stores import (
     BadInput,
@@ -44,9 +44,9 @@ from stores import (
     LatentStore,
     LatentWriter,
     SpecMismatch,
+    csr_bulk,
     read_runs,
 )
-from stores import csr_bulk as csr_blocks
 from stores.tables import image_table, table_sha256, with_outcome
 from stores.verify import verify_barcodes
 from stores.verify_any import verify
@@ -479,7 +479,7 @@ def test_rows_that_break_a_promise_are_never_counted(
     share=st.sampled_from([0.0, 0.3, 1.0]),
     tau=st.sampled_from([0.0, 0.2, 1.0]),
     token_set=st.sampled_from(["all", "patch", "cls"]),
-    block_images=st.integers(1, 13),
+    partition_images=st.integers(1, 13),
 )
 def test_barcodes_equal_the_twins(
     tmp_path_factory: pytest.TempPathFactory,
@@ -491,14 +491,14 @@ def test_barcodes_equal_the_twins(
     share: float,
     tau: float,
     token_set: str,
-    block_images: int,
+    partition_images: int,
 ) -> None:
     """Any store, whatever is empty in it: counts, largest and mean activations, patients, diseases."""
     n_tokens += token_set == "patch"
     dense = random_latents(seed, (len(rows), n_tokens, n_latents), rows, share=share)
     root = tmp_path_factory.mktemp("twin")
     write_latents(root / "latents.zarr", dense, rows)
-    config = BarcodeConfig(tau=tau, token_set=token_set, block_images=block_images)
+    config = BarcodeConfig(tau=tau, token_set=token_set, partition_images=partition_images)
     write_barcodes(root / "latents.zarr", root / "barcodes", config, client=threads)
     found = read_levels(root / "barcodes")
 
@@ -546,7 +546,7 @@ def test_denormal_latents_stay_active(tmp_path: Path, threads: Client) -> None:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory, threads: Client) -> Path:
-    """latents.zarr: 260 images (more than are added up at a time), 9 patients; barcodes: what one block gives."""
+    """latents.zarr: 260 images (more than are added up at a time), 9 patients; barcodes: what one partition gives."""
     root = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
     rows: list[Row] = []
@@ -554,19 +554,19 @@ def many(tmp_path_factory: pytest.TempPathFactory, threads: Client) -> Path:
         patient = int(rng.integers(10))
         rows.append((f"P{patient}" if patient else None, f"D{patient % 3}" if patient else None, i % 41 != 0))
     write_latents(root / "latents.zarr", random_latents(1, (260, 5, 30), rows), rows)
-    write_barcodes(root / "latents.zarr", root / "barcodes", BarcodeConfig(block_images=260), client=threads)
+    write_barcodes(root / "latents.zarr", root / "barcodes", BarcodeConfig(partition_images=260), client=threads)
     return root
 
 
 @pytest.mark.parametrize(
-    ("workers", "block_images"),
+    ("workers", "partition_images"),
     [("processes", 7), ("threads", 4), ("one thread", 256)],
 )
 def test_every_byte_is_the_same_whoever_counts(
-    many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str, block_images: int
+    many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str, partition_images: int
 ) -> None:
     """Blocks of any size, one or two workers, processes or threads: integers, and sums in a fixed order."""
-    config = BarcodeConfig(block_images=block_images)
+    config = BarcodeConfig(partition_images=partition_images)
     if workers == "one thread":
         with local_client(1, 1) as client:
             write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=client)
@@ -580,7 +580,7 @@ def test_every_byte_is_the_same_whoever_counts(
 def test_a_killed_job_continues_from_its_parts(
     many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str
 ) -> None:
-    """Broken off, at once repeated on the same cluster, and again; cancelled tasks may still be at the same blocks."""
+    """Broken off, at once repeated on the same cluster, and again; cancelled tasks may still run."""
     client, seen = request.getfixturevalue(workers), []
 
     def interrupt(done: int, total: int, state: str) -> None:
@@ -588,14 +588,14 @@ def test_a_killed_job_continues_from_its_parts(
         if len(seen) > 2 or state == "joining":  # by the third time all may be there
             raise KeyboardInterrupt
 
-    config = BarcodeConfig(block_images=10)
+    config = BarcodeConfig(partition_images=10)
     for _ in range(3):
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
             write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=client, progress=interrupt)
         with pytest.raises(IncompleteStore, match="Run the same cyto barcode command again"):
             BarcodeStore(tmp_path / "barcodes")
-    assert seen[0] >= 40  # two blocks in each of the runs before
+    assert seen[0] >= 40  # two partitions in each of the runs before
     seen.clear()
     write_barcodes(
         many / "latents.zarr",
@@ -610,28 +610,28 @@ def test_a_killed_job_continues_from_its_parts(
     assert len(read_runs(tmp_path / "barcodes")) == 4
 
 
-def interrupted(many: Path, barcodes: Path, client: Client, block_images: int, n_blocks: int) -> Path:
-    """A job that was broken off after so many blocks of its parts; where they lie."""
+def interrupted(many: Path, barcodes: Path, client: Client, partition_images: int, n_partitions: int) -> Path:
+    """A job that was broken off after so many partitions of its parts; where they lie."""
     seen: list[int] = []
 
     def interrupt(done: int, total: int, state: str) -> None:
         seen.append(done)
-        if len(seen) > n_blocks:
+        if len(seen) > n_partitions:
             raise KeyboardInterrupt
 
-    config = BarcodeConfig(block_images=block_images)
+    config = BarcodeConfig(partition_images=partition_images)
     with pytest.raises(KeyboardInterrupt):
         write_barcodes(many / "latents.zarr", barcodes, config, client=client, progress=interrupt)
     return barcodes / "parts"
 
 
-def counted_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """A list that fills with the images of every block that is counted from here on, in this process."""
+def counted_partitions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """A list that fills with the images of every partition that is counted from here on, in this process."""
     counted: list[tuple[int, int]] = []
 
-    def noted(path: Path, *, shape: tuple[int, int], start: int, stop: int) -> csr_blocks.EntryReader:
+    def noted(path: Path, *, shape: tuple[int, int], start: int, stop: int) -> csr_bulk.EntryReader:
         counted.append((start // 5, stop // 5))
-        return csr_blocks.EntryReader(path, shape=shape, start=start, stop=stop)
+        return csr_bulk.EntryReader(path, shape=shape, start=start, stop=stop)
 
     monkeypatch.setattr(barcode_tasks, "EntryReader", noted)
     return counted
@@ -640,15 +640,15 @@ def counted_blocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_parts_of_any_size_are_used_and_gaps_are_filled(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A job may go on with other blocks (more memory, say): what is counted stays counted."""
-    parts = interrupted(many, tmp_path / "barcodes", threads, block_images=10, n_blocks=5)
+    """A job may go on with other partitions (more memory, say): what is counted stays counted."""
+    parts = interrupted(many, tmp_path / "barcodes", threads, partition_images=10, n_partitions=5)
     time.sleep(0.2)  # cancelled tasks may still be at it
     there = sorted(path.name for path in parts.glob("*.part"))
     assert len(there) >= 5
     (parts / there[2]).unlink()
     n_there = len(list(parts.glob("*.part")))
-    counted = counted_blocks(monkeypatch)
-    config = BarcodeConfig(block_images=64)
+    counted = counted_partitions(monkeypatch)
+    config = BarcodeConfig(partition_images=64)
     write_barcodes(many / "latents.zarr", tmp_path / "barcodes", config, client=threads)
     assert sum(stop - start for start, stop in counted) == 260 - 10 * n_there
     assert (20, 30) in counted
@@ -658,9 +658,9 @@ def test_parts_of_any_size_are_used_and_gaps_are_filled(
 def test_damaged_parts_are_counted_anew(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torn, empty, flipped, of another job, without a header, of a shape that no memory holds: each its own block."""
+    """Torn, empty, flipped, of another job, without a header, of a shape that no memory holds: a partition each."""
     for name, tau in {"barcodes": 0.2, "other": 0.5}.items():
-        config = BarcodeConfig(tau=tau, block_images=40)
+        config = BarcodeConfig(tau=tau, partition_images=40)
         with pytest.raises(KeyboardInterrupt):
             write_barcodes(many / "latents.zarr", tmp_path / name, config, client=threads, progress=stop_when_counted)
     parts = sorted((tmp_path / "barcodes" / "parts").glob("*.part"))
@@ -673,7 +673,7 @@ def test_damaged_parts_are_counted_anew(
     shutil.copy(tmp_path / "other" / "parts" / parts[3].name, parts[3])
     parts[4].write_bytes(b"x" * len(raw[4]))
     parts[5].write_bytes(raw[5].replace(b"[41]", b"[9e9]", 1))
-    counted = counted_blocks(monkeypatch)
+    counted = counted_partitions(monkeypatch)
     write_barcodes(many / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
     assert sorted(counted) == [(start, start + 40) for start in range(0, 240, 40)]
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
@@ -687,14 +687,14 @@ def stop_when_counted(done: int, total: int, state: str) -> None:
 def test_many_small_pieces_give_the_same_numbers(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of seven entries, tasks of few groups, waves and a tree of many levels: blocks still change no byte."""
-    monkeypatch.setattr(csr_blocks, "CHUNK_ENTRIES", 7 * 512)
+    """Chunks of seven entries, tasks of few groups, waves, a tree of many levels: partitions still change no byte."""
+    monkeypatch.setattr(csr_bulk, "CHUNK_ENTRIES", 7 * 512)
     monkeypatch.setattr(barcodes_module, "_FILL_CHUNKS", 1)
     for name, value in {"_GROUP_ENTRIES": 300, "_WAVE": 5, "_FAN_IN": 2}.items():
         monkeypatch.setattr(barcodes_module, name, value)
-    for block in (7, 260):
-        config = BarcodeConfig(block_images=block)
-        write_barcodes(many / "latents.zarr", tmp_path / f"{block}", config, client=threads)
+    for partition in (7, 260):
+        config = BarcodeConfig(partition_images=partition)
+        write_barcodes(many / "latents.zarr", tmp_path / f"{partition}", config, client=threads)
     assert contents(tmp_path / "7") == contents(tmp_path / "260")
     found, expected = read_levels(tmp_path / "7"), read_levels(many / "barcodes")
     for level in LEVELS:
@@ -730,8 +730,8 @@ def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> N
     assert peak < 200e6
 
 
-def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> None:
-    """A block's result has at most an entry per nonzero: half the memory, half the block."""
+def test_partitions_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> None:
+    """A partition's result has at most an entry per nonzero: half the memory, half the partition."""
     sizes = {}
     for limit in (1 << 16, 1 << 15, 0):
 
@@ -740,17 +740,17 @@ def test_blocks_follow_the_memory_of_the_workers(many: Path, tmp_path: Path) -> 
                 return {"workers": {"a": {"memory_limit": limit, "nthreads": 1}}}  # noqa: B023
 
         cluster: Any = Cluster()
-        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
-        assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
-        assert (blocks[0].start, blocks[-1].stop) == (0, 260)
-        sizes[limit] = blocks[0].stop
+        partitions = list(plan_partitions([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
+        assert [partition.start for partition in partitions[1:]] == [partition.stop for partition in partitions[:-1]]
+        assert (partitions[0].start, partitions[-1].stop) == (0, 260)
+        sizes[limit] = partitions[0].stop
     assert sizes[0] == 260  # no limit
     assert 1 <= sizes[1 << 15] < sizes[1 << 16] < 260
 
 
-def test_blocks_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that all threads end together; every image in one block, whatever their number."""
-    monkeypatch.setattr(blocks_module, "_LAST_BLOCKS", 500)
+def test_partitions_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that all threads end together; every image in one partition, whatever their number."""
+    monkeypatch.setattr(partitions_module, "_LAST_ENTRIES", 500)
     for n_threads in (1, 2, 1000):
 
         class Cluster:
@@ -758,13 +758,13 @@ def test_blocks_become_smaller_to_the_end(many: Path, tmp_path: Path, monkeypatc
                 return {"workers": {"a": {"memory_limit": 0, "nthreads": n_threads}}}  # noqa: B023
 
         cluster: Any = Cluster()
-        blocks = list(plan_blocks([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
-        assert [block.start for block in blocks[1:]] == [block.stop for block in blocks[:-1]]
-        assert (blocks[0].start, blocks[-1].stop) == (0, 260)
-        sizes = [block.stop - block.start for block in blocks]
+        partitions = list(plan_partitions([LatentStore(many / "latents.zarr")], tmp_path, cluster, n_taus=1))
+        assert [partition.start for partition in partitions[1:]] == [partition.stop for partition in partitions[:-1]]
+        assert (partitions[0].start, partitions[-1].stop) == (0, 260)
+        sizes = [partition.stop - partition.start for partition in partitions]
         assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
         assert sizes[-1] <= 260 * 500 // LatentStore(many / "latents.zarr").nnz + 1
-        assert len(blocks) >= min(3 * n_threads, 20)
+        assert len(partitions) >= min(3 * n_threads, 20)
         if n_threads == 1:
             assert 80 <= sizes[0] <= 90  # a third
 
@@ -777,7 +777,7 @@ def test_row_starts_are_never_those_of_a_store_that_was_there_before(tmp_path: P
         shutil.rmtree(tmp_path / "l.zarr", ignore_errors=True)
         write_latents(tmp_path / "l.zarr", dense, [("P", "D", True)] * 4)
         for _ in range(2):
-            reader = csr_blocks.EntryReader(tmp_path / "l.zarr" / "X", shape=(8, 5), start=2, stop=8)
+            reader = csr_bulk.EntryReader(tmp_path / "l.zarr" / "X", shape=(8, 5), start=2, stop=8)
             assert reader.row_starts.tolist() == [n_nonzero * row for row in range(2, 9)]
 
 
@@ -801,7 +801,7 @@ def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, t
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
     (latents / "X" / "data" / "c" / "1").unlink()
     with pytest.raises(DamagedStore, match=r"X/data/c/1 is missing"):
-        list(csr_blocks.EntryReader(latents / "X", shape=(1300, 30), start=0, stop=1300).entries())
+        list(csr_bulk.EntryReader(latents / "X", shape=(1300, 30), start=0, stop=1300).entries())
 
 
 def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, threads: Client) -> None:
@@ -810,7 +810,7 @@ def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, thr
     again = write_barcodes(
         hand,
         barcodes,
-        BarcodeConfig(block_images=5),  # decides speed only: the same settings
+        BarcodeConfig(partition_images=5),  # decides speed only: the same settings
         client=threads,
         progress=lambda *_: pytest.fail("it counted"),
     )
@@ -905,7 +905,7 @@ def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_two_datasets_side_by_side(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
     """Rows one after the other; a "1" here and a "1" there are two people; a disease is the same everywhere."""
-    result = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(block_images=2), client=threads)
+    result = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(partition_images=2), client=threads)
     assert (result.n_images, result.n_patients, result.n_diseases, result.n_without_patient) == (6, 4, 2, 1)
     found = read_levels(tmp_path / "barcodes")
     assert found["image"].obs_names.tolist() == [f"{d}/{i:04d}.png" for d in ("north", "south") for i in range(3)]
@@ -1114,7 +1114,8 @@ def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_p
         ({"tau": float("nan")}, "tau must be a number of at least 0; found nan"),
         ({"token_set": "patches"}, "token_set must be one of all, patch, cls; found 'patches'"),
         ({"normalize": "none"}, "normalize must be one of images, cytosae-release; found 'none'"),
-        ({"block_images": 0}, "block_images must be at least 1; found 0"),
+        ({"partition_images": 0}, "partition_images must be at least 1; found 0"),
+        ({"block_images": 0}, "partition_images must be at least 1; found 0"),
         ({"tau": (0.2, 0.5, 0.2)}, "several tau must differ, as float32 too; found 0.2, 0.2, 0.5"),
         ({"tau": (0.2, 0.2 + 1e-12)}, "several tau must differ"),
     ],

@@ -1,7 +1,8 @@
 """Barcodes on a cluster for real: `dask scheduler`, `dask worker` and `cyto barcode` as processes of their own.
 
 Workers, the scheduler, files and packages go away in mid-job; what then is written must be the same bytes, and what is
-said one line. A preload file holds workers at their fourth block until a file is removed, so nothing hangs on timing.
+said one line. A preload file holds workers at their fourth partition until a file is removed, so no test
+depends on timing.
 """
 
 import json
@@ -39,9 +40,9 @@ from stores.tables import image_table, table_sha256, with_outcome
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0  # seconds, for anything that is waited for
-SMALL_BLOCKS = 57_344  # bytes of a worker's memory: a block is then about 20 of the images below
+SMALL_PARTITIONS = 57_344  # bytes of a worker's memory: a partition is then about 20 of the images below
 
-# a worker counts three blocks, then waits while the file "hold" is there, and leaves a file to say so
+# a worker counts three partitions, then waits while the file "hold" is there, and leaves a file to say so
 HOLD = """
 import os, pathlib, time
 import cytosae.barcodes.tasks as tasks
@@ -106,7 +107,7 @@ class Dask:
         return process
 
     def worker(
-        self, preload: str = "", *, memory: int = SMALL_BLOCKS, nanny: bool = False, **environment: str
+        self, preload: str = "", *, memory: int = SMALL_PARTITIONS, nanny: bool = False, **environment: str
     ) -> subprocess.Popen[bytes]:
         options = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0", "--nthreads", "1"]
         options += [
@@ -166,7 +167,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dask]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """bucket/x.latents.zarr: 260 images of 5 tokens; barcodes: what a local run in one block gives."""
+    """bucket/x.latents.zarr: 260 images of 5 tokens; barcodes: what a local run in one partition gives."""
     root = tmp_path_factory.mktemp("store")
     rng = np.random.default_rng(0)
     patients = [int(rng.integers(10)) for _ in range(260)]
@@ -176,7 +177,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bucket").mkdir()
     write_latents(latents_of(root), random_latents(1, (260, 5, 30), rows), rows)
     with local_client(1, 1) as client:
-        write_barcodes(latents_of(root), root / "barcodes", BarcodeConfig(block_images=260), client=client)
+        write_barcodes(latents_of(root), root / "barcodes", BarcodeConfig(partition_images=260), client=client)
     return root
 
 
@@ -214,11 +215,11 @@ def refusal(latents: object, barcodes: Path, dask: Dask) -> str:
 
 
 def test_a_cluster_gives_the_same_bytes(cluster: Dask, store: Path, tmp_path: Path) -> None:
-    """In many small blocks; nothing of the check of the workers is left over."""
+    """In many small partitions; nothing of the check of the workers is left over."""
     assert said_by(command(latents_of(store), tmp_path / "barcodes", cluster), cluster, 0) == ""
     assert contents(tmp_path / "barcodes") == contents(store / "barcodes")
     assert "Compute Failed" not in cluster.said()
-    assert len(set(re.findall(r"count_block-\S+", cluster.said()))) > 8  # keys that were released
+    assert len(set(re.findall(r"count_partition-\S+", cluster.said()))) > 8  # keys that were released
 
 
 @pytest.mark.slow
@@ -245,7 +246,7 @@ def test_tls_as_the_manual_sets_it_up(dask: Dask, store: Path, tmp_path: Path) -
 
 
 def test_a_worker_killed_in_mid_job_changes_no_byte(dask: Dask, store: Path, tmp_path: Path) -> None:
-    """Two hold the job; one is killed with a block in its hands, and with results that only it had."""
+    """Two hold the job; one is killed with a partition in its hands, and with results that only it had."""
     dask.scheduler()
     workers = [dask.worker(HOLD), dask.worker(HOLD)]
     (dask.folder / "hold").touch()
@@ -261,7 +262,7 @@ def test_a_worker_killed_in_mid_job_changes_no_byte(dask: Dask, store: Path, tmp
 
 
 def test_a_scheduler_that_goes_away_is_one_line_and_the_job_goes_on(dask: Dask, store: Path, tmp_path: Path) -> None:
-    """Finished blocks stay; the next run, elsewhere and with other blocks, begins behind them."""
+    """Finished partitions stay; the next run, elsewhere and with other partitions, begins behind them."""
     barcodes = tmp_path / "barcodes"
     scheduler = dask.scheduler()
     worker = dask.worker(HOLD)
@@ -282,10 +283,10 @@ def test_a_scheduler_that_goes_away_is_one_line_and_the_job_goes_on(dask: Dask, 
     worker.kill()
     worker.wait()
     n_images = sum(int(path.stem[10:]) - int(path.stem[:9]) for path in (barcodes / "parts").glob("*.part"))
-    assert 40 <= n_images <= 80  # three blocks
+    assert 40 <= n_images <= 80  # three partitions
     seen: list[int] = []
     with local_client(1, 2) as client:
-        config = BarcodeConfig(block_images=50)
+        config = BarcodeConfig(partition_images=50)
         write_barcodes(
             latents_of(store), barcodes, config, client=client, progress=lambda done, total, state: seen.append(done)
         )
@@ -342,8 +343,8 @@ def test_workers_that_come_later_and_are_the_only_ones_are_named(
     dask: Dask, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preload: str, words: str
 ) -> None:
     """The one that fitted is killed. It says that it waits for workers, then what is wrong with the one that came."""
-    monkeypatch.setattr(workers, "_LOOK_EVERY", 0.2)
-    monkeypatch.setattr(workers, "_ALONE", 5.0)
+    monkeypatch.setattr(workers, "_CHECK_EVERY", 0.2)
+    monkeypatch.setattr(workers, "_MOST_WITHOUT_WORKER", 5.0)
     dask.scheduler()
     first = dask.worker(HOLD)
     (dask.folder / "hold").touch()
@@ -382,7 +383,7 @@ def test_a_scheduler_without_the_package_is_named(dask: Dask, store: Path, tmp_p
 @pytest.mark.slow
 def test_a_worker_that_sees_other_files_is_named(dask: Dask, store: Path, tmp_path: Path) -> None:
     """As on a node without the shared disk: here a worker for which a folder's name means another."""
-    elsewhere = "import pathlib, cytosae.cluster.workers as w\nw._PATIENCE = 0.2\ninner = w.Path\n"
+    elsewhere = "import pathlib, cytosae.cluster.workers as w\nw._FILE_WAIT = 0.2\ninner = w.Path\n"
     dask.scheduler()
     for words, hidden in {
         r"does not see \S+zarr.json: latents and output must lie where all workers": store,

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from test_barcodes import local_client, write_latents
 
 from cli import cli
-from cytosae.concepts import ConceptConfig, write_concepts
+from cytosae.concepts import ConceptConfig, compare_thresholds, concept_statistics, top_images
 from cytosae.concepts import statistics as concepts_module
 from cytosae.concepts.figures import Panel, latents_above, plot_scatter, plot_thresholds
 from cytosae.concepts.label_entropy import label_agreement, label_divergence, label_tests, top_label
@@ -369,7 +369,7 @@ def twin(root: Path, dense: Float, config: ConceptConfig) -> tuple[list[dict[str
     ("seed", "config"),
     [
         (0, ConceptConfig(min_support=2)),
-        (1, ConceptConfig(token_set="patch", top_k=3, min_support=1, label="label_common", block_images=7)),
+        (1, ConceptConfig(token_set="patch", top_k=3, min_support=1, label="label_common", partition_images=7)),
         (2, ConceptConfig(token_set="cls", top_k=40, min_support=40, shuffles=0)),
     ],
     ids=["all", "patch", "cls"],
@@ -378,7 +378,7 @@ def test_every_statistic_equals_its_slow_twin(
     tmp_path: Path, threads: Client, seed: int, config: ConceptConfig
 ) -> None:
     root, dense = write_difficult(tmp_path / "latents.zarr", seed)
-    done = write_concepts(root, tmp_path / "concepts", config, client=threads)
+    done = concept_statistics(root, tmp_path / "concepts", config, client=threads)
     store = ConceptStore(tmp_path / "concepts")
     latents, top = twin(root, dense, config)
     found = store.latents().to_pylist()
@@ -404,7 +404,7 @@ def test_the_entropy_by_chance_is_that_of_the_dataset(tmp_path: Path, threads: C
     """Labels are drawn from the readable images of the same dataset only: each other image could be told."""
     root, _ = write_difficult(tmp_path / "latents.zarr")
     config = ConceptConfig(min_support=2, shuffles=9, seed=4)
-    write_concepts(root, tmp_path / "concepts", config, client=threads)
+    concept_statistics(root, tmp_path / "concepts", config, client=threads)
     store, images = ConceptStore(tmp_path / "concepts"), LatentStore(root).images.to_pylist()
     known = sorted({image["label"] for image in images if image["label"]})
     labels = [
@@ -426,7 +426,7 @@ def tables(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(root.glob("*")) if path.name != "runs.jsonl"}
 
 
-def test_blocks_workers_a_break_and_several_stores_change_no_byte(
+def test_partitions_workers_a_break_and_several_stores_change_no_byte(
     tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Sums in many pieces: what they are follows from the data alone. A broken job goes on from its parts."""
@@ -437,15 +437,15 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
     further: dict[str, list[str | None]] = {"dataset": ["ab"[i % 2] for i in range(60)]}
     rows = [(None, None, True)] * 60
     root = write_latents(tmp_path / "latents.zarr", dense, rows, further=further, value_bits=23)
-    write_concepts(root, tmp_path / "one", ConceptConfig(), client=threads)
-    write_concepts(root, tmp_path / "seven", ConceptConfig(block_images=7), client=threads)
+    concept_statistics(root, tmp_path / "one", ConceptConfig(), client=threads)
+    concept_statistics(root, tmp_path / "seven", ConceptConfig(partition_images=7), client=threads)
     one = tables(tmp_path / "one")
     assert tables(tmp_path / "seven") == one
     assert {"latents.parquet", "top_images.parquet", "agreement.parquet", "scatter.png", "thresholds.svg"} <= set(one)
     assert "parts" not in one
     request.getfixturevalue("no_figures")
     with local_client(2, 1, processes=True) as processes:
-        write_concepts(root, tmp_path / "processes", ConceptConfig(block_images=13), client=processes)
+        concept_statistics(root, tmp_path / "processes", ConceptConfig(partition_images=13), client=processes)
 
     seen: list[int] = []
 
@@ -455,10 +455,14 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_concepts(root, tmp_path / "cut", ConceptConfig(block_images=5), client=threads, progress=interrupt)
+        concept_statistics(
+            root, tmp_path / "cut", ConceptConfig(partition_images=5), client=threads, progress=interrupt
+        )
     assert list((tmp_path / "cut" / "parts").glob("*.part"))
     seen.clear()
-    write_concepts(root, tmp_path / "cut", ConceptConfig(), client=threads, progress=lambda done, *_: seen.append(done))
+    concept_statistics(
+        root, tmp_path / "cut", ConceptConfig(), client=threads, progress=lambda done, *_: seen.append(done)
+    )
     assert seen[0] >= 20
     one = {name: content for name, content in one.items() if Path(name).suffix not in (".png", ".svg")}
     header = json.loads(one["concepts.json"])
@@ -476,7 +480,7 @@ def test_blocks_workers_a_break_and_several_stores_change_no_byte(
             "label": [f"type {i % 3}" for i in range(60)][part],
         }
         halves.append(write_latents(tmp_path / f"half{k}.zarr", dense[part], rows[part], further=own, value_bits=23))
-    write_concepts(halves, tmp_path / "halves", ConceptConfig(), client=threads)
+    concept_statistics(halves, tmp_path / "halves", ConceptConfig(), client=threads)
     for name in ("latents", "top_images", "agreement"):
         assert pq.read_table(tmp_path / "halves" / f"{name}.parquet").equals(
             pq.read_table(tmp_path / "one" / f"{name}.parquet")
@@ -520,7 +524,7 @@ def test_agreement_of_planted_latents(tmp_path: Path, threads: Client) -> None:
         dense[i, 0, 4] = names[i] == "a"
     further: dict[str, list[str | None]] = {"dataset": [*names], "label": [None] * 60, "label_common": [*common]}
     root = write_latents(tmp_path / "latents.zarr", dense, [(None, None, True)] * 60, further=further)
-    done = write_concepts(root, tmp_path / "concepts", ConceptConfig(), client=threads)
+    done = concept_statistics(root, tmp_path / "concepts", ConceptConfig(), client=threads)
     (pair,) = done.agreement
     assert (pair["dataset_a"], pair["dataset_b"], pair["n_compared"], pair["n_agreeing"]) == ("a", "b", 4, 3)
     assert pair["share_expected"] == pytest.approx((2 * 1 + 1 * 2 + 1 * 1) / 16)  # 0: 2 and 1, 1: 1 and 2, 2: 1 and 1
@@ -543,23 +547,23 @@ def test_what_is_refused(tmp_path: Path, threads: Client, monkeypatch: pytest.Mo
     with pytest.raises(
         BadInput, match=r"was pruned below 0.1, 0 values are missing: .* encode without --min-activation"
     ):
-        write_concepts(pruned, tmp_path / "out", ConceptConfig(), client=threads)
+        concept_statistics(pruned, tmp_path / "out", ConceptConfig(), client=threads)
     whole = write_latents(tmp_path / "whole.zarr", dense, rows)
     other = write_latents(tmp_path / "other.zarr", dense, rows, sae_sha256="9" * 64, dataset="else")
     with pytest.raises(SpecMismatch, match="hold latents of different SAEs"):
-        write_concepts([whole, other], tmp_path / "out", ConceptConfig(), client=threads)
+        concept_statistics([whole, other], tmp_path / "out", ConceptConfig(), client=threads)
     with pytest.raises(BadInput, match=r"4 image ids of .* are also in"):
-        write_concepts([whole, whole], tmp_path / "out", ConceptConfig(), client=threads)
+        concept_statistics([whole, whole], tmp_path / "out", ConceptConfig(), client=threads)
     monkeypatch.setattr(concepts_module, "_MOST_DATASETS", 0)
     with pytest.raises(BadInput, match=r"images of 1 to 0 datasets; found 1. Correct the column 'dataset'"):
-        write_concepts(whole, tmp_path / "out", ConceptConfig(), client=threads)
+        concept_statistics(whole, tmp_path / "out", ConceptConfig(), client=threads)
     assert not (tmp_path / "out").exists()
     for setting, words in {
         "top_k=0": "top_k must be 1 to 100; found 0",
         "top_k=3": "min_support must be 1 to top_k, which is 3: no latent has more images; found 5",
         "min_support=0": "min_support must be 1 to top_k, which is 10",
         "shuffles=-1": "shuffles must be at least 0; found -1",
-        "block_images=0": "block_images must be at least 1",
+        "partition_images=0": "partition_images must be at least 1",
         "label='patient'": "label must be one of label, label_common; found 'patient'",
         "token_set='no'": "token_set must be one of all, patch, cls",
     }.items():
@@ -573,7 +577,9 @@ def test_a_table_regroups_and_says_what_it_leaves_out(tmp_path: Path, threads: C
     root = write_latents(tmp_path / "latents.zarr", dense, [(None, None, True)] * 6)
     lines = ["image_id,dataset", *(f"drawn/{i:04d}.png,{'xy'[i % 2]}" for i in range(5)), "nobody,x"]
     (tmp_path / "table.csv").write_text("\n".join(lines))
-    done = write_concepts(root, tmp_path / "concepts", ConceptConfig(), client=threads, table=tmp_path / "table.csv")
+    done = concept_statistics(
+        root, tmp_path / "concepts", ConceptConfig(), client=threads, table=tmp_path / "table.csv"
+    )
     assert [(found["dataset"], found["n_readable"]) for found in done.by_dataset] == [("x", 3), ("y", 2)]
     assert (done.n_without_dataset, done.n_missing_in_table, done.n_unknown_in_table) == (1, 1, 1)
     assert done.missing_in_table == "drawn/0005.png"
@@ -583,7 +589,7 @@ def test_a_table_regroups_and_says_what_it_leaves_out(tmp_path: Path, threads: C
 def test_a_changed_folder_is_told(tmp_path: Path, threads: Client) -> None:
     """Also one whose maker gave it fitting checksums: fewer rows than latents, a column less, no summary."""
     root = write_latents(tmp_path / "latents.zarr", np.full((4, 2, 3), 0.5, np.float32), [(None, None, True)] * 4)
-    write_concepts(root, tmp_path / "whole", ConceptConfig(), client=threads)
+    concept_statistics(root, tmp_path / "whole", ConceptConfig(), client=threads)
     table = pq.read_table(tmp_path / "whole" / "latents.parquet")
     for name, changed, words in [
         ("short", table.slice(1), "does not have one row for each of 3 latents and 1 datasets"),
@@ -660,6 +666,7 @@ def test_commands(tmp_path: Path) -> None:
     page = cyto("concept", "top", out, 1, "--dataset", "mixed").stdout
     assert "latent 1 in mixed" in page
     assert re.search(r"^    1  0.5 +id-\d+", page, re.MULTILINE)
+    assert page.splitlines() == list(top_images(out, 1, dataset="mixed").lines())
     found = json.loads(cyto("concept", "top", out, 1, "--json").stdout)
     assert [each["dataset"] for each in found["by_dataset"]] == ["blank", "mixed", "plain"]
     assert [row["rank"] for row in found["by_dataset"][1]["top_images"]] == list(range(1, 11))
@@ -676,6 +683,10 @@ def test_commands(tmp_path: Path) -> None:
     both = (out, tmp_path / "wide.concepts")
     shown = cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed")
     assert shown.exit_code == 0, shown.output
+    compared = compare_thresholds(both, tmp_path / "widths", dataset="mixed")
+    assert compared.was_complete
+    assert shown.stdout.splitlines() == list(compared.lines())
+    assert "data:image/png;base64," in compared._repr_html_()
     rows = json.loads(
         cyto("concept", "thresholds", *both, "-o", tmp_path / "widths", "--dataset", "mixed", "--json").stdout
     )

@@ -163,7 +163,7 @@ def test_review_page(tmp_path: Path) -> None:
 
     from cytosae.barcodes import BarcodeConfig, write_barcodes
     from cytosae.compare import CompareConfig, compare
-    from cytosae.concepts import ConceptConfig, write_concepts
+    from cytosae.concepts import ConceptConfig, concept_statistics
 
     rng = np.random.default_rng(0)
     dense = rng.gamma(1, 0.5, (20, 257, 40)) * (rng.random((20, 257, 40)) < 0.2)
@@ -174,7 +174,7 @@ def test_review_page(tmp_path: Path) -> None:
     write_latents(latents, dense, of_patients)
     with local_client(1, 1) as client, without_figures():
         write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client)
-        write_concepts(latents, tmp_path / "cells.concepts", ConceptConfig(min_support=1), client=client)
+        concept_statistics(latents, tmp_path / "cells.concepts", ConceptConfig(min_support=1), client=client)
         compare(barcodes, tmp_path / "a_against_b", CompareConfig(a="CBFB", b="PML", top=5))
     build, serve, say = (text for _, text in blocks(ROOT / "docs" / "review.md"))
     assert "index.html" in shell(build, tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cytosae.barcodes.tasks import Block, count_block
+from cytosae.barcodes.tasks import Partition, count_partition
 from stores.errors import StoreReplaced
 from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore, begin_results
@@ -29,9 +29,9 @@ def latents(tmp_path: Path) -> Path:
     return Path(shutil.copytree(found, tmp_path / "l.zarr"))
 
 
-def block_of(store: LatentStore) -> Block:
+def partition_of(store: LatentStore) -> Partition:
     spec = store.spec
-    return Block(
+    return Partition(
         latents=str(store.root),
         start=0,
         stop=spec.n_images,
@@ -48,15 +48,15 @@ def test_a_worker_that_comes_behind_the_exchange_counts_nothing(latents: Path, t
     store = LatentStore(latents)
     parts = tmp_path / "parts"
     parts.mkdir()
-    block = block_of(store)
-    assert count_block(block, str(parts), "tag", (0.0,), "all").lengths.sum() > 0
-    (parts / block.name).unlink()
+    partition = partition_of(store)
+    assert count_partition(partition, str(parts), "tag", (0.0,), "all").lengths.sum() > 0
+    (parts / partition.name).unlink()
     if is_gone:
         shutil.rmtree(latents)
     else:
         exchange(latents)
     with pytest.raises(StoreReplaced, match=r"l\.zarr was replaced or changed .* Run the same command again"):
-        count_block(block, str(parts), "tag", (0.0,), "all")
+        count_partition(partition, str(parts), "tag", (0.0,), "all")
     assert [*parts.iterdir()] == []
 
 

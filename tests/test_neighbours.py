@@ -14,7 +14,7 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 from test_stability import directions, write_sae
 
-from cytosae.relations import Coactivation, coactivation, find_neighbours, write_neighbours
+from cytosae.relations import NeighbourConfig, coactivation, find_neighbours, write_neighbours
 from stores import NEIGHBOURS, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_file
@@ -58,9 +58,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], li
     return sae, stores, images
 
 
-def twin(decoder: Float, images: list[Float], settings: Coactivation) -> list[dict[str, Any]]:
+def twin(decoder: Float, images: list[Float], config: NeighbourConfig) -> list[dict[str, Any]]:
     """Every number by definition: pair by pair, token by token."""
-    is_on = np.concatenate(images)[:, TOKEN_SETS[settings.token_set]] > np.float32(settings.tau)
+    is_on = np.concatenate(images)[:, TOKEN_SETS[config.token_set]] > np.float32(config.tau)
     tokens = [{(i, t) for i, t in np.argwhere(is_on[..., s])} for s in range(N_LATENTS)]
     n = is_on.shape[0] * is_on.shape[1]
     rows = []
@@ -85,10 +85,10 @@ def twin(decoder: Float, images: list[Float], settings: Coactivation) -> list[di
             )
         near = [pair for pair in pairs if pair["cosine"] is not None]
         near.sort(key=lambda pair: (-round(pair["cosine"], 6), pair["neighbour"]))
-        often = [pair for pair in pairs if (pair["phi"] or 0) > 0 and pair["n_images_both"] >= settings.min_images]
+        often = [pair for pair in pairs if (pair["phi"] or 0) > 0 and pair["n_images_both"] >= config.min_images]
         often.sort(key=lambda pair: (-round(pair["phi"], 9), pair["neighbour"]))
         for by, some in (("direction", near), ("tokens", often)):
-            for rank, pair in enumerate(some[: settings.n_top], start=1):
+            for rank, pair in enumerate(some[: config.n_top], start=1):
                 rows.append({"latent": a, "by": by, "rank": rank, **pair})
     return rows
 
@@ -100,38 +100,38 @@ def assert_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 
 
 CASES = [
-    Coactivation(),
-    Coactivation(n_top=3, tau=0.2, min_images=1),
-    Coactivation(token_set="patch", tau=0.15, min_images=9),
-    Coactivation(token_set="cls", n_top=20),
-    Coactivation(tau=0.45),
+    NeighbourConfig(),
+    NeighbourConfig(n_top=3, tau=0.2, min_images=1),
+    NeighbourConfig(token_set="patch", tau=0.15, min_images=9),
+    NeighbourConfig(token_set="cls", n_top=20),
+    NeighbourConfig(tau=0.45),
 ]
 
 
-@pytest.mark.parametrize("settings", CASES, ids=str)
+@pytest.mark.parametrize("config", CASES, ids=str)
 @pytest.mark.parametrize("pieces", ["one", "many"])
 def test_equals_the_twin(
-    made: tuple[Path, list[Path], list[Float]], settings: Coactivation, pieces: str, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, list[Path], list[Float]], config: NeighbourConfig, pieces: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two stores; blocks of a few images, groups of two latents."""
     sae, stores, images = made
     if pieces == "many":
-        monkeypatch.setattr(coactivation, "_BLOCK_ENTRIES", 40)
+        monkeypatch.setattr(coactivation, "_CHUNK_ENTRIES", 40)
         monkeypatch.setattr(coactivation, "_GROUP_BYTES", 2 * 16 * N_LATENTS)
-    found = find_neighbours(sae, stores, settings=settings)
-    n_tokens = sum(len(each) for each in images) * len(range(4)[TOKEN_SETS[settings.token_set]])
+    found = find_neighbours(sae, config, latents=stores)
+    n_tokens = sum(len(each) for each in images) * len(range(4)[TOKEN_SETS[config.token_set]])
     assert (found.n_latents, found.n_tokens, found.n_images) == (N_LATENTS, n_tokens, 27 + 28)
     decoder = directions(N_LATENTS, 5, 0)
     decoder[4], decoder[7] = 0, decoder[2]
-    assert_equal(found.table.to_pylist(), twin(decoder, images, settings))
-    some = find_neighbours(sae, stores, chosen=[9, 4, 9], settings=settings).table.to_pylist()
+    assert_equal(found.table.to_pylist(), twin(decoder, images, config))
+    some = find_neighbours(sae, config, latents=stores, chosen=[9, 4, 9]).table.to_pylist()
     assert some == [row for row in found.table.to_pylist() if row["latent"] in (4, 9)]
 
 
 def test_the_twins_are_found(made: tuple[Path, list[Path], list[Float]]) -> None:
     """Latent 9 is 0 again: phi 1. Latent 10 is always active: phi undefined, so nobody's neighbour. 11 never is."""
     sae, stores, _ = made
-    rows = find_neighbours(sae, stores, settings=Coactivation()).table.to_pylist()
+    rows = find_neighbours(sae, NeighbourConfig(), latents=stores).table.to_pylist()
     first = {row["latent"]: row for row in rows if row["by"] == "tokens" and row["rank"] == 1}
     assert (first[0]["neighbour"], first[0]["phi"], first[0]["jaccard"]) == (9, pytest.approx(1), 1)
     assert first[1]["neighbour"] == 0  # and 9 as much: the lower number
@@ -151,19 +151,19 @@ def test_workers_write_what_this_process_finds(
     made: tuple[Path, list[Path], list[Float]], threads: Client, tmp_path: Path
 ) -> None:
     sae, stores, _ = made
-    settings, out = Coactivation(), tmp_path / "out"
-    assert not write_neighbours(sae, out, stores, settings=settings, client=threads)
-    assert write_neighbours(sae, out, stores, settings=settings, client=threads)
+    config, out = NeighbourConfig(), tmp_path / "out"
+    assert not write_neighbours(sae, out, config, latents=stores, client=threads).was_complete
+    assert write_neighbours(sae, out, config, latents=stores, client=threads).was_complete
     table = ResultStore(out, NEIGHBOURS).table("neighbours")
-    assert table.to_pylist() == find_neighbours(sae, stores, settings=settings).table.to_pylist()
+    assert table.to_pylist() == find_neighbours(sae, config, latents=stores).table.to_pylist()
     with pytest.raises(SpecMismatch, match="with other settings"):
-        write_neighbours(sae, out, stores, settings=Coactivation(tau=0.1), client=threads)
+        write_neighbours(sae, out, NeighbourConfig(tau=0.1), latents=stores, client=threads)
 
 
 def test_by_direction_alone(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> None:
     sae, stores, _ = made
-    both = find_neighbours(sae, stores, settings=Coactivation()).table.to_pylist()
-    assert not write_neighbours(sae, tmp_path / "out", settings=Coactivation())
+    both = find_neighbours(sae, NeighbourConfig(), latents=stores).table.to_pylist()
+    assert not write_neighbours(sae, tmp_path / "out").was_complete
     alone = ResultStore(tmp_path / "out", NEIGHBOURS).table("neighbours").to_pylist()
     names = ("latent", "rank", "neighbour", "cosine")
     assert [[row[name] for name in names] for row in alone] == [
@@ -182,24 +182,24 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
     foreign = write_latents(tmp_path / "foreign.zarr", dense, readable)
     nothing = write_latents(tmp_path / "nothing.zarr", 0 * dense, [("P", "d", False)] * len(dense), sae_sha256=sha256)
     with pytest.raises(BadInput, match=r"no latent 12 in .*: it has 12 latents, counted from 0; give 0 to 11"):
-        find_neighbours(sae, chosen=[12], settings=Coactivation())
+        find_neighbours(sae, chosen=[12])
     with pytest.raises(BadInput, match="no latent -1 in"):
-        find_neighbours(sae, chosen=[-1], settings=Coactivation())
+        find_neighbours(sae, chosen=[-1])
     with pytest.raises(BadInput, match=r"pruned below 0.2: tau 0 would count too few; choose a larger --tau"):
-        find_neighbours(sae, [pruned], settings=Coactivation())
-    assert find_neighbours(sae, [pruned], settings=Coactivation(tau=0.2)).n_images == 27
+        find_neighbours(sae, NeighbourConfig(), latents=[pruned])
+    assert find_neighbours(sae, NeighbourConfig(tau=0.2), latents=[pruned]).n_images == 27
     with pytest.raises(SpecMismatch, match=r"foreign.zarr holds latents of another SAE"):
-        find_neighbours(sae, [foreign], settings=Coactivation())
+        find_neighbours(sae, NeighbourConfig(), latents=[foreign])
     with pytest.raises(BadInput, match=r"3[01] image ids of .* are also in .*each store once"):
-        find_neighbours(sae, [made[1][0]] * 2, settings=Coactivation())
+        find_neighbours(sae, latents=[made[1][0]] * 2)
     with pytest.raises(BadInput, match="no readable image in"):
-        find_neighbours(sae, [nothing], settings=Coactivation())
+        find_neighbours(sae, NeighbourConfig(), latents=[nothing])
     with pytest.raises(BadInput, match="tau must be a number of at least 0"):
-        Coactivation(tau=math.nan)
+        NeighbourConfig(tau=math.nan)
     with pytest.raises(BadInput, match=r"neighbours 1 to 1,000; found 5 and 1001"):
-        Coactivation(n_top=1001)
+        NeighbourConfig(n_top=1001)
     with pytest.raises(BadInput, match="token_set must be one of all, patch, cls; found 'image'"):
-        Coactivation(token_set="image")
+        NeighbourConfig(token_set="image")
 
 
 def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> None:
@@ -209,12 +209,16 @@ def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> 
     assert "latent 0, active at" in printed
     assert "phi 1.000" in printed
     assert "nearest direction: none" in printed  # of latent 4
+    assert printed.splitlines() == list(find_neighbours(sae, latents=stores, chosen=[4, 0]).lines())
     rows = json.loads(run(*command, "--latent", 0, "--json").stdout)
-    assert rows == find_neighbours(sae, stores, chosen=[0], settings=Coactivation()).table.to_pylist()
+    assert rows == find_neighbours(sae, NeighbourConfig(), latents=stores, chosen=[0]).table.to_pylist()
     assert "active at the same tokens" not in run("concept", "neighbours", sae, "--latent", 0).stdout
     done = run(*command, "-o", tmp_path / "out", "--workers", 1)
     assert "neighbours of 12 latents by direction and activity at 220 tokens of 55 images" in done.stdout
     assert "1 latent without a direction" in done.stdout
+    found = write_neighbours(sae, tmp_path / "out", latents=stores)
+    assert found.was_complete
+    assert done.stdout.splitlines() == list(found.lines())
     assert "already complete" in run(*command, "-o", tmp_path / "out", "--workers", 1).stderr
     assert run(*command).exit_code == 2
     fails("no latent 99", *command, "--latent", 99)

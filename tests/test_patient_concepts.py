@@ -15,7 +15,7 @@ from test_barcodes import Row, local_client, write_latents
 from test_cli import fails, run
 
 from cytosae.barcodes import BarcodeConfig, write_barcodes
-from cytosae.relations import PatientSettings, clumps_of, write_patient_concepts
+from cytosae.relations import PatientConfig, dispersion_of, write_patient_concepts
 from cytosae.relations.figures import plot_patient
 from cytosae.relations.patient_concepts import PatientConcepts, compare_patient, image_spread
 from stores import PATIENT_CONCEPTS, BarcodeStore, ResultStore
@@ -40,7 +40,7 @@ def compared(
         latents,
         ss.csr_matrix(images.astype(np.float32)),
         others,
-        clumps=np.ones(len(latents)) if clumps is None else clumps,
+        dispersion=np.ones(len(latents)) if clumps is None else clumps,
         images_per_patient=float(len(images)),
         min_images=min_images,
         n_splits=n_splits,
@@ -111,7 +111,7 @@ def test_clumps_are_the_variance_of_images_over_their_mean() -> None:
         / (sum((len(each) - 1) * each[:, s].mean() for each in patients) or np.inf)
         for s in range(4)
     ]
-    assert clumps_of(*spread) == pytest.approx(np.maximum(1, slow))
+    assert dispersion_of(*spread) == pytest.approx(np.maximum(1, slow))
     assert slow[0] == pytest.approx(1, abs=0.2)
     assert slow[1] > 20
 
@@ -129,7 +129,7 @@ def test_exchangeable_patients_are_not_set_apart(n_others: int, sd: float, n_ima
     for rate in rates[:4]:
         patient = clumped(rng, n_images, rate)
         spread = np.sum([image_spread(ss.csr_matrix(images)) for images in (patient, *made)], axis=0)
-        found = compared(patient, others, clumps=clumps_of(*spread), n_splits=20)
+        found = compared(patient, others, clumps=dispersion_of(*spread), n_splits=20)
         far += (np.abs(found.z) >= 3).sum() / n_latents / 4
         apart += found.sets_apart.sum() / n_latents / 4
     assert far <= 0.0027
@@ -235,7 +235,7 @@ def barcodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     """And what they say is what `compare` says of the images; those who cannot be compared are named."""
-    settings = PatientSettings(min_images=2)
+    settings = PatientConfig(min_images=2)
     one = write_patient_concepts(barcodes, "A", tmp_path / "one", settings)
     assert one.top[0]["latent"] == 3
     assert one.top[0]["z"] == pytest.approx(norm.isf(student.sf(6 / np.sqrt(6 / 9), 5)))
@@ -272,7 +272,7 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     same = set(others.obs["patient_id"]) | {"A"}
     is_flu = np.array([name in same for name in images.obs["patient"]]) & (images.obs["status"] == "ok")
     rows = [images.X[(images.obs["patient"] == name).to_numpy() & is_flu.to_numpy()] for name in same]
-    clumps = clumps_of(*np.sum([image_spread(one) for one in rows], axis=0))
+    clumps = dispersion_of(*np.sum([image_spread(one) for one in rows], axis=0))
     k = float(np.mean([one.shape[0] for one in rows]))
     mine_by_hand = images.X.toarray()[is_its].astype(float)
     by_latent = {row["latent"]: row["z"] for row in mine}
@@ -289,7 +289,7 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
 
 
 def test_who_cannot_be_compared(barcodes: Path, tmp_path: Path) -> None:
-    out, settings = tmp_path / "out", PatientSettings()
+    out, settings = tmp_path / "out", PatientConfig()
     words = "need a disease, 4 readable images and 5 other patients of the same disease and dataset"
     for patient, reason in (
         ("lone", "'lone' has 0 others with cold in"),
@@ -305,9 +305,9 @@ def test_who_cannot_be_compared(barcodes: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"holds barcodes at several tau: choose one of 0.5, 2"):
         write_patient_concepts(barcodes.with_name("several"), "A", out, settings)
     with pytest.raises(BadInput, match="min_images and n_splits must be at least 1; found 3 and 0"):
-        PatientSettings(n_splits=0)
+        PatientConfig(n_splits=0)
     assert not out.exists()
-    write_patient_concepts(barcodes.with_name("several"), "A", out, PatientSettings(tau=0.5))
+    write_patient_concepts(barcodes.with_name("several"), "A", out, PatientConfig(tau=0.5))
     found = pq.read_table(out / "patient_concepts.parquet")
     write_patient_concepts(barcodes, "A", tmp_path / "single", settings)
     assert found.equals(pq.read_table(tmp_path / "single" / "patient_concepts.parquet"))
@@ -320,10 +320,10 @@ def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> 
     shutil.rmtree(mixed / "image.zarr" / "X")
     shutil.copytree(barcodes.with_name("several") / "image_tau2.zarr" / "X", mixed / "image.zarr" / "X")
     with pytest.raises(DamagedStore, match=r"image\.zarr/X/.* (is missing|bytes|checksum)"):
-        write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
+        write_patient_concepts(mixed, "A", tmp_path / "out", PatientConfig())
     forget_files(mixed)
     with pytest.raises(DamagedStore, match="the images of patient 'A' do not give its barcode; count again"):
-        write_patient_concepts(mixed, "A", tmp_path / "out", PatientSettings())
+        write_patient_concepts(mixed, "A", tmp_path / "out", PatientConfig())
 
 
 def forget_files(barcodes: Path) -> None:

@@ -138,3 +138,19 @@ def test_mistakes(tmp_path: Path) -> None:
     assert done.exit_code == 1
     assert "holds blood, marrow; say which with --dataset" in done.stderr
     assert not (concepts.root / FILE).exists()
+
+
+def test_python_says_what_the_command_prints(tmp_path: Path) -> None:
+    """A path and no settings are enough; the last value of a notebook's cell shows lines, warnings and latents."""
+    values = {"frequency": [0.5, 0.5, 0.001], "mean_activation": [0.1, 0.1, 0.01]}
+    root = make_concepts(tmp_path / "c", {"<d>": values}).root
+    found = select_latents(root)
+    assert (found.out, found.config.dataset, found.was_complete) == (root / FILE, "<d>", False)
+    done = CliRunner().invoke(cli, ["concept", "select", str(root)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == list(found.lines())
+    assert f"warning: {found.warnings[0]}\n" in done.stderr
+    shown = found._repr_html_()
+    assert "of &lt;d&gt; with a mean activation" in shown
+    assert "<d>" not in shown
+    assert read_selection(ConceptStore(root)).config == found.config

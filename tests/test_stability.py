@@ -91,8 +91,8 @@ def test_assignment_is_the_best_and_its_prices_prove_it(kind: str) -> None:
         assert (found.row_prices[row] + found.column_prices[column] >= weights[row, column] - 1e-12).all()
 
 
-@pytest.mark.parametrize("block", [(1, 1), (3, 4), (100, 100)], ids=str)
-def test_nearest_equals_a_sort(block: tuple[int, int]) -> None:
+@pytest.mark.parametrize("chunk", [(1, 1), (3, 4), (100, 100)], ids=str)
+def test_nearest_equals_a_sort(chunk: tuple[int, int]) -> None:
     """Exact products (small whole numbers), so ties are many: the lower number comes first. Both ways, with prices."""
     rng = np.random.default_rng(1)
     a, b = (rng.integers(-2, 3, (n, 3)).astype(np.float32) for n in (7, 10))
@@ -100,7 +100,7 @@ def test_nearest_equals_a_sort(block: tuple[int, int]) -> None:
     products = (a @ b.T - prices).astype(np.float64)
     products[np.arange(7)[skip >= 0], skip[skip >= 0]] = -np.inf
     for k in (1, 4, 12):
-        of_a, of_b = nearest(a, b, k, prices=prices, skip=skip, block=block)
+        of_a, of_b = nearest(a, b, k, prices=prices, skip=skip, chunk=chunk)
         for found, values in ((of_a, products), (of_b, products.T)):
             for i, row in enumerate(values):
                 expected = [j for j in sorted(range(len(row)), key=lambda j: (-row[j], j)) if row[j] > -np.inf][:k]
@@ -382,6 +382,7 @@ def test_command(saes: list[Path], tmp_path: Path) -> None:
     printed = run(*command).stdout
     assert "b: 2 latents left out: without a direction" in printed
     assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (by chance 0." in printed
+    assert printed.splitlines() == list(write_stability(saes[:2], tmp_path / "out").lines())
     again = run(*command, "--json")
     assert "already complete" in again.stderr
     assert '"n_matched": 5' in again.stdout

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cytosae.relations import Others, clumps_of, log_scale
+from cytosae.relations import Others, dispersion_of, log_scale
 from stores.barcode_store import BarcodeStore
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
@@ -155,7 +155,7 @@ class Cohort:
         for image, row in _rows(self.barcodes, "image", self._tau, "X"):
             if self.is_readable[image] and self.patient_of[image] >= 0:
                 spread[self.peers_of[self.patient_of[image]], row.latents] += row.values.astype(np.float64) ** 2
-        return Groups(n_patients, per_patient, sums, squares, logs, log_squares, clumps_of(spread, levels))
+        return Groups(n_patients, per_patient, sums, squares, logs, log_squares, dispersion_of(spread, levels))
 
     @cached_property
     def _images(self) -> Any:
@@ -166,7 +166,7 @@ class Cohort:
 class Groups:
     """Patients of one disease and dataset each: how many, and of their barcodes, (groups, latents), sums.
 
-    See `standing`: images_per_patient is K, clumps C, logs and log_squares are of `log_scale`.
+    See `prediction_t`: images_per_patient is K, clumps C, logs and log_squares are of `log_scale`.
     """
 
     n_patients: Ints

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cytosae.relations import LEAST_OTHERS, Others, as_z, standing
+from cytosae.relations import LEAST_OTHERS, Others, as_z, prediction_t
 
 from .cohort import Cohort, Floats, Row
 from .concept_pages import disease_name, image_name, pair_of
@@ -111,7 +111,7 @@ def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any
 
 def _unusual(barcode: Floats, others: Others, n_images: int, plan: Plan) -> list[dict[str, Any]]:
     """The latents by |z| among the other patients of the disease and dataset: the z of `cyto concept patient`."""
-    z = as_z(standing(barcode, others, n_images), others.n)
+    z = as_z(prediction_t(barcode, others, n_images), others.n)
     order = np.argsort(-np.abs(z), kind="stable")[:_TOP]
     return [
         {"latent": latent, "value": float(barcode[latent]), "mean": float(others.mean[latent]), "z": float(z[latent])}

@@ -15,8 +15,8 @@ from .patients import join_tables as join_tables
 from .patients import regroup as regroup
 from .report import BarcodeResult as BarcodeResult
 from .report import join_lines as join_lines
-from .tasks import Below as Below
-from .tasks import Rows as Rows
+from .tasks import LevelParts as LevelParts
+from .tasks import PartSummary as PartSummary
 from .tasks import by_part as by_part
 from .tasks import get_ready as get_ready
 from .tasks import opener as opener

@@ -4,17 +4,29 @@
     a_p[s] = 1/N_p sum over the N_p readable images of patient p of a_i[s]     patient      (Eq. 3)
     a_d[s] = 1/N_d sum over the N_d patients of disease d of a_p[s]            disease
 
-One Dask task per block of images counts into a part of its own. Knowing how many entries each part has, further tasks
-add up groups of patients, and fill the stores piece by piece; this process only plans, and writes the tables. Counts
-are integers, and every sum of activations has an order that blocks, workers and memory have no part in. No torch here:
-this runs on a laptop that has never seen it.
+How the work is divided (a part: a file that one task writes, with the barcodes of consecutive images or groups; a
+level: images, patients or diseases):
+
+    latent stores --> partitions of images --> parts of images -----> image.zarr
+                      one task each            |
+                                               +--> parts of patients ----> patient.zarr, .parquet
+                                               |    one task per some patients
+                                               |                  |
+                                               |                  +--> parts of diseases --> disease.zarr, .parquet
+                                               +--> sums over all images --> table of latents of each store
+
+A task gives back how many entries each row of its part has (`PartSummary`). So it is known where in a store every entry
+will lie, and further tasks fill the stores a few chunks each, while parts still come in (`_Level`). A task of the next
+level knows where the parts lie (`LevelParts`) and which rows make a group (`GroupTask`). This process plans, and writes
+the tables. Counts are integers, and every sum of activations has a fixed order, whatever the partitions, workers and
+memory. No torch here.
 """
 
 import bisect
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.cluster import Watch, client_or_own, cluster_job, prepare_workers
-from stores import csr_bulk as csr_blocks
+from stores import csr_bulk
 from stores.barcode_store import (
     LEVELS,
     NOTHING_ELSE,
@@ -61,7 +73,7 @@ NORMALIZATIONS = ("images", "cytosae-release")
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
-_WAVE = 64  # leaves of the tree that are under way at once
+_WAVE = 64  # leaves of the tree that are submitted at once
 _LAYERS = {"image": ("max", "mean"), "patient": ("activation_sum", "n_active_images"), "disease": ()}
 
 Ints = npt.NDArray[np.int64]
@@ -69,14 +81,27 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class BarcodeConfig:
-    """What to count. `block_images` decides speed and memory only."""
+    """What to count.
 
-    tau: float | tuple[float, ...] = 0.2  # a latent is active at a token if its stored float32 value is greater
+    Attributes
+    ----------
+    tau : one or several, 0 or more; a latent is active at a token if its stored float32 value is greater
+    token_set : tokens that count: all, patch or cls
+    normalize : images: mean over a patient's readable images; cytosae-release: divide by the number of latents, as the
+        released code does
+    partition_images : images that one task counts; None: as memory allows. Decides speed and memory only
+    block_images : its name in 0.1; stays for one release
+    """
+
+    tau: float | tuple[float, ...] = 0.2
     token_set: str = "all"
-    normalize: str = "images"  # "cytosae-release": divide by n_latents, as released (docs/reference/paper.md 5, 19)
-    block_images: int | None = None  # None: as memory allows
+    normalize: str = "images"
+    partition_images: int | None = None
+    block_images: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, block_images: int | None) -> None:
+        if block_images is not None:
+            object.__setattr__(self, "partition_images", block_images)
         check_choice("token_set", self.token_set, TOKEN_SETS)
         check_choice("normalize", self.normalize, NORMALIZATIONS)
         for tau in self.taus:
@@ -84,8 +109,8 @@ class BarcodeConfig:
                 raise BadInput(f"tau must be a number of at least 0; found {tau!r}")
         if not self.taus or len({np.float32(tau) for tau in self.taus}) < len(self.taus):
             raise BadInput(f"several tau must differ, as float32 too; found {', '.join(map(tau_text, self.taus))}")
-        if self.block_images is not None and self.block_images < 1:
-            raise BadInput(f"block_images must be at least 1; found {self.block_images}")
+        if self.partition_images is not None and self.partition_images < 1:
+            raise BadInput(f"partition_images must be at least 1; found {self.partition_images}")
 
     @property
     def taus(self) -> tuple[float, ...]:
@@ -95,7 +120,7 @@ class BarcodeConfig:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all steps need to know."""
+    """What all steps of the job share."""
 
     stores: list[LatentStore]
     root: Path
@@ -118,29 +143,80 @@ class _Job:
         return self.root / f"{name}.zarr"
 
 
-@dataclass(frozen=True)
 class _Level:
-    """One level as the parts that hold its rows, in order."""
+    """Images, patients or diseases: the parts with their barcodes, and the tasks that fill the stores from these.
 
-    name: str
-    parts: list[tasks.Rows]
-    layers: tuple[str, ...]
+    Parts come in one by one, in order. As soon as they hold a few full chunks of entries, a task writes these.
+    """
+
+    def __init__(self, job: _Job, name: str) -> None:
+        """Begin the stores of the level; what lies there is replaced."""
+        self.name, self.tag, self.layers = name, _tag(job, name), _LAYERS[name]
+        self.parts: list[tasks.PartSummary] = []
+        self.futures: list[Future] = []
+        self._client = job.client
+        self.stores = [job.path(name, tau) for tau in job.config.taus]
+        for store in self.stores:
+            begin_level(store)
+            create_matrix(store / "X")
+            for layer in self.layers:
+                create_matrix(store / "layers" / layer)
+        # For the layers, then for the counts at each tau (they have entries of their own): number of the first entry of
+        # every part and of the end, and how many entries have their task
+        self._begins = [[0] for _ in range(1 + len(self.stores))]
+        self._n_submitted = [0] * len(self._begins)
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
+        """(n_rows,) entries of each row, in the layers."""
         return np.concatenate([np.empty(0, np.int32), *(part.lengths for part in self.parts)])
 
     def n_above(self, tau: int) -> npt.NDArray[np.int32]:
+        """(n_rows,) entries of each row with a count at tau number `tau`."""
         return np.concatenate([np.empty(0, np.int32), *(part.n_above[tau] for part in self.parts)])
 
-    def below(self, tag: str) -> tasks.Below:
-        """As what the level above reads."""
-        return tasks.Below.of(self.parts, tag)
+    def add(self, part: tasks.PartSummary) -> None:
+        """The next part is written."""
+        self.parts.append(part)
+        self._begins[0].append(self._begins[0][-1] + int(part.lengths.sum(dtype=np.int64)))
+        for begins, n_above in zip(self._begins[1:], part.n_above, strict=True):
+            begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
+        self._submit(only_full=True)
+
+    def end(self) -> None:
+        """There are no more parts: the last entries, too, get their tasks."""
+        self._submit(only_full=False)
+
+    def finish_matrices(self, n_latents: int) -> None:
+        """Write what makes the filled matrices readable."""
+        for number, store in enumerate(self.stores):
+            finish_matrix(store / "X", self.n_above(number), n_latents)
+            for layer in self.layers:
+                finish_matrix(store / "layers" / layer, self.lengths, n_latents)
+
+    def _submit(self, *, only_full: bool) -> None:
+        size = _FILL_CHUNKS * csr_bulk.CHUNK_ENTRIES
+        for pattern, begins in enumerate(self._begins):
+            while self._n_submitted[pattern] + (size if only_full else 1) <= begins[-1]:
+                first = self._n_submitted[pattern]
+                last = self._n_submitted[pattern] = min(first + size, begins[-1])
+                low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
+                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
+                # before partitions that wait: the disk is to have work from the beginning
+                submit = partial(self._client.submit, pure=False, priority=1)
+                if pattern:
+                    matrix = str(self.stores[pattern - 1] / "X")
+                    self.futures.append(submit(tasks.fill_counts, rows, self.tag, pattern - 1, first, last, matrix))
+                elif self.layers:
+                    matrices = {
+                        layer: [str(store / "layers" / layer) for store in self.stores] for layer in self.layers
+                    }
+                    self.futures.append(submit(tasks.fill_layers, rows, self.tag, first, last, matrices))
 
 
 def write_barcodes(
     latents: Path | str | Sequence[Path | str],
-    barcodes: Path,
+    out: Path,
     config: BarcodeConfig = BarcodeConfig(),
     *,
     client: "Client | None" = None,
@@ -148,17 +224,17 @@ def write_barcodes(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> BarcodeResult:
-    """Count the latents of one or more stores into `barcodes/image.zarr`, `patient.zarr` and `disease.zarr`.
+    """Count the latents of one or more stores into `out/image.zarr`, `patient.zarr` and `disease.zarr`.
 
-    A continued job takes the parts that are already there, whatever their size. Memory of a worker: the result of one
-    block and two chunks; of this process: the tables, and a few numbers per image.
+    A job that is continued keeps the parts that are there, whatever their size. Memory of a worker: the result of one
+    partition and two chunks; of this process: the tables, and a few numbers per image.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
-    barcodes : on a file system that all workers share
+    out : the folder, on a file system that all workers share
     client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
-    table : other patients, diseases or labels for the images (`groups.regroup`)
+    table : other patients, diseases or labels for the images (image_id and the columns to replace)
 
     Raises
     ------
@@ -173,12 +249,12 @@ def write_barcodes(
         If the scheduler goes away. The parts that are finished stay.
     """
     with client_or_own(client) as working:
-        return _write_barcodes(latents, barcodes, config, working, table, overwrite, progress)
+        return _write_barcodes(latents, out, config, working, table, overwrite, progress)
 
 
 def _write_barcodes(
     latents: Path | str | Sequence[Path | str],
-    barcodes: Path,
+    out: Path,
     config: BarcodeConfig,
     client: "Client",
     table: Path | None,
@@ -206,11 +282,11 @@ def _write_barcodes(
     } | ({"table": table_sha256(images)} if table is not None else {})
     header = new_header(BARCODES, spec)
     inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
-    output = plan_output(barcodes, header, overwrite=overwrite, inputs=inputs)
+    output = plan_output(out, header, overwrite=overwrite, inputs=inputs)
     if output.is_complete:
         output.publish()
-        BarcodeStore(barcodes).check()  # damaged ones are not "already complete"
-        return _result(read_header(barcodes, BARCODES), barcodes, config, table, was_complete=True)
+        BarcodeStore(out).check()  # damaged ones are not "already complete"
+        return _result(read_header(out, BARCODES), out, config, table, was_complete=True)
 
     root = output.work.absolute()
     root.mkdir(parents=True, exist_ok=True)
@@ -224,60 +300,62 @@ def _write_barcodes(
                 packages=("dask", "distributed", "numba", "numpy", "anndata"),
                 latents=_one_or_all([str(store.root) for store in stores]),
             )
-            filling = {level: _Filling(job, level, layers) for level, layers in _LAYERS.items()}
+            levels = [_Level(job, name) for name in LEVELS]
             count_into_parts(
                 watch,
                 stores,
                 job.parts,
-                _tag(job, "image"),
+                levels[0].tag,
                 taus=config.taus,
                 token_set=config.token_set,
-                block_images=config.block_images,
-                each=filling["image"].add,
+                partition_images=config.partition_images,
+                each=levels[0].add,
                 meanwhile=lambda: _write_known_tables(job, images),
             )
-            header = _join(job, filling, notes, watch.tell)
+            header = _join(job, levels, notes, watch.tell)
     finally:
         if not any(root.iterdir()):  # refused before anything was written
             root.rmdir()
     for left_over in (job.parts, *job.root.glob(".*.removed")):
         discard(left_over)
     output.publish()
-    return _result(header, barcodes, config, table, was_complete=False)
+    return _result(header, out, config, table, was_complete=False)
 
 
 def _tag(job: _Job, level: str) -> str:
-    """Whose part it is."""
+    """Of the parts of a level: a part with another tag belongs to another job."""
     return sha256_json({"barcodes": job.header.identity, "level": level})
 
 
 # ------------------------------------------------------------------------------------------- images to groups
 
 
-def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
-    """Tasks of whole patients, and of images that are nobody's; the sums over all images, by a tree."""
+def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
+    """Add up the images of every patient: parts for `patients`. Also the sums over all readable images, by a tree.
+
+    Images without a patient count in the sums over all images only.
+    """
     groups, n_patients = job.groups, len(job.groups.names)
     divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
     lengths = images.lengths
-    owned = np.flatnonzero(groups.patient_of_image >= 0)
-    members = owned[np.argsort(groups.patient_of_image[owned], kind="stable")]
+    with_patient = np.flatnonzero(groups.patient_of_image >= 0)
+    members = with_patient[np.argsort(groups.patient_of_image[with_patient], kind="stable")]
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(groups.n_images)])
     plan = _plan_groups(job, "patient", members, starts, divisor, lengths)
-    nobodys = np.flatnonzero((groups.patient_of_image < 0) & groups.is_readable)
-    edges = np.arange(len(nobodys) + 1)  # may be cut anywhere; a task then takes its own as one group
+    without = np.flatnonzero((groups.patient_of_image < 0) & groups.is_readable)
+    edges = np.arange(len(without) + 1)  # may be cut anywhere; a task then takes its own as one group
     plan += [
-        replace(part, starts=np.array([0, len(part.members)]), divisors=np.zeros(1, np.int64))
-        for part in _plan_groups(job, "nobody", nobodys, edges, np.zeros(len(nobodys), np.int64), lengths)
+        replace(some, starts=np.array([0, len(some.members)]), divisors=np.zeros(1, np.int64))
+        for some in _plan_groups(job, "no-patient", without, edges, np.zeros(len(without), np.int64), lengths)
     ]
-    n_taus = len(job.config.taus)
-    below, tag = images.below(_tag(job, "image")), _tag(job, "patient")
+    n_taus, below = len(job.config.taus), tasks.LevelParts.of(images.parts)
     carry: list[Future] = []
     for wave in range(0, len(plan), _WAVE):
         leaves = [
-            job.client.submit(tasks.sum_patients, part, below, tag, n_taus, job.n_latents, pure=False)
-            for part in plan[wave : wave + _WAVE]
+            job.client.submit(tasks.sum_patients, some, below, patients.tag, n_taus, job.n_latents, pure=False)
+            for some in plan[wave : wave + _WAVE]
         ]
-        rows = [job.client.submit(tasks.only_rows, leaf, pure=False) for leaf in leaves]
+        parts = [job.client.submit(tasks.only_part, leaf, pure=False) for leaf in leaves]
         carry = carry + leaves
         while True:
             carry = [
@@ -286,39 +364,42 @@ def _sum_patients(job: _Job, images: _Level, filling: "_Filling") -> LatentSums:
             ]
             if len(carry) == 1:
                 break
-        for part in job.watch.gather(rows):  # and no more than a wave is under way
+        for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
-                filling.add(part)
-    (sums,) = job.watch.gather(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
+                patients.add(part)
+    (sums,) = job.watch.results(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
-def _average_patients(job: _Job, patients: _Level, filling: "_Filling") -> None:
-    """Diseases from the rows of their patients, each patient once however many images."""
+def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
+    """Average the barcodes of the patients of every disease, each patient once: parts for `diseases`."""
     of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
     known = np.flatnonzero(of_patient >= 0)
     members = known[np.argsort(of_patient[known], kind="stable")]
     sizes = np.bincount(of_patient[known], minlength=n_diseases)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     plan = _plan_groups(job, "disease", members, starts, sizes, patients.lengths)
-    below, tag = patients.below(_tag(job, "patient")), _tag(job, "disease")
+    n_taus, below = len(job.config.taus), tasks.LevelParts.of(patients.parts)
     futures = [
-        job.client.submit(tasks.average_patients, part, below, tag, len(job.config.taus), job.n_latents, pure=False)
-        for part in plan
+        job.client.submit(tasks.average_patients, some, below, diseases.tag, n_taus, job.n_latents, pure=False)
+        for some in plan
     ]
-    for rows in job.watch.gather(futures):
-        filling.add(rows)
+    for part in job.watch.results(futures):
+        diseases.add(part)
 
 
 def _plan_groups(
     job: _Job, name: str, members: Ints, starts: Ints, divisors: Ints, lengths: npt.NDArray[np.int32]
-) -> list[tasks.GroupsPart]:
-    """Consecutive groups into tasks of about _GROUP_ENTRIES entries: by the data alone, never by workers or memory."""
+) -> list[tasks.GroupTask]:
+    """Consecutive groups into tasks of about _GROUP_ENTRIES entries: by the data alone, never by workers or memory.
+
+    Group g has the rows members[starts[g]:starts[g + 1]]; `lengths`: entries of every row of the level below.
+    """
     entries = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[members], dtype=np.int64)])[starts[:-1]]
     task_of = entries // _GROUP_ENTRIES
     cuts = [0, *(np.flatnonzero(np.diff(task_of)) + 1), len(divisors)] if len(divisors) else [0]
     return [
-        tasks.GroupsPart(
+        tasks.GroupTask(
             path=str(job.parts / f"{name}-{low:09d}.groups"),
             members=members[starts[low] : starts[high]],
             starts=starts[low : high + 1] - starts[low],
@@ -350,37 +431,35 @@ def _copy_tables(paths: list[Path], names: list[str]) -> None:
             shutil.copytree(first / name, other / name)
 
 
-def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], progress: Progress) -> Header:
-    """Parts to patients and diseases, and all of them to stores; then the folder is complete."""
-    n_images, taus = len(job.groups.is_readable), job.config.taus
+def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Progress) -> Header:
+    """From the parts of all images to patients and diseases, and from all parts to stores; then the header."""
+    images, patients, diseases = levels
+    n_images = len(job.groups.is_readable)
     progress(n_images, n_images, "joining")
-    image_level = filling["image"].close()
-    sums = _sum_patients(job, image_level, filling["patient"])
-    patients = filling["patient"].close()
+    images.end()
+    sums = _sum_patients(job, images, patients)
+    patients.end()
     exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
-    _average_patients(job, patients, filling["disease"])
-    diseases = filling["disease"].close()
+    _average_patients(job, patients, diseases)
+    diseases.end()
     exports += _export(job, diseases, job.groups.diseases)
-    futures = [future for each in filling.values() for future in each.futures]
+    futures = [future for level in levels for future in level.futures]
     n_readable = int(job.groups.is_readable.sum())
-    for number, tau in enumerate(taus):
+    for number, tau in enumerate(job.config.taus):
         paths = [job.path(level, tau) for level in LEVELS]
         write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)})
         _copy_tables(paths, ["var"])
-    job.watch.gather(futures)
-    for each in filling.values():
-        each.futures.clear()  # a worker that dies from here on must not have them done again
+    job.watch.results(futures)
+    for level in levels:
+        level.futures.clear()  # a worker that dies from here on must not have them done again
     del futures
-    for filled in (image_level, patients, diseases):
-        for number, tau in enumerate(taus):
-            finish_matrix(job.path(filled.name, tau) / "X", filled.n_above(number), job.n_latents)
-            for layer in filled.layers:
-                finish_matrix(job.path(filled.name, tau) / "layers" / layer, filled.lengths, job.n_latents)
+    for level in levels:
+        level.finish_matrices(job.n_latents)
     for place in job.root.glob("*.zarr"):  # while the workers still export
         sync_tree(place)
-    sha256 = dict(job.watch.gather(exports))
+    sha256 = dict(job.watch.results(exports))
     del exports
-    n_values = sum(part.n_values for part in image_level.parts)
+    n_values = sum(part.n_values for part in images.parts)
     summary = {
         **job.groups.left_out,
         **notes,
@@ -402,68 +481,18 @@ def _join(job: _Job, filling: "dict[str, _Filling]", notes: dict[str, Any], prog
     return header
 
 
-class _Filling:
-    """Submits the tasks that write a level's entries, a few chunks each, while its parts come in, in order."""
-
-    def __init__(self, job: _Job, name: str, layers: tuple[str, ...]) -> None:
-        """Begin the stores of the level; what lies there is replaced."""
-        self.name, self.layers, self.parts = name, layers, list[tasks.Rows]()
-        self.futures: list[Future] = []
-        self._job, self._tag = job, _tag(job, name)
-        stores = [job.path(name, tau) for tau in job.config.taus]
-        for store in stores:
-            begin_level(store)
-            create_matrix(store / "X")
-            for layer in layers:
-                create_matrix(store / "layers" / layer)
-        self._counts = [str(store / "X") for store in stores]
-        self._layers = {layer: [str(store / "layers" / layer) for store in stores] for layer in layers}
-        # number of the first entry of every part, in the layers and in the counts at each tau, and how far tasks are
-        self._begins = [[0] for _ in range(1 + len(stores))]
-        self._submitted = [0] * len(self._begins)
-
-    def add(self, part: tasks.Rows) -> None:
-        """The next part is there."""
-        self.parts.append(part)
-        self._begins[0].append(self._begins[0][-1] + int(part.lengths.sum(dtype=np.int64)))
-        for begins, n_above in zip(self._begins[1:], part.n_above, strict=True):
-            begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
-        self._submit(only_full=True)
-
-    def close(self) -> _Level:
-        """All parts are there: the last entries, too, get their tasks."""
-        self._submit(only_full=False)
-        return _Level(self.name, self.parts, self.layers)
-
-    def _submit(self, *, only_full: bool) -> None:
-        size = _FILL_CHUNKS * csr_blocks.CHUNK_ENTRIES
-        for pattern, begins in enumerate(self._begins):
-            while self._submitted[pattern] + (size if only_full else 1) <= begins[-1]:
-                first = self._submitted[pattern]
-                last = self._submitted[pattern] = min(first + size, begins[-1])
-                low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
-                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
-                # before blocks that wait: the disk is to have work from the beginning
-                submit = partial(self._job.client.submit, pure=False, priority=1)
-                if pattern:
-                    matrix = self._counts[pattern - 1]
-                    self.futures.append(submit(tasks.fill_counts, rows, self._tag, pattern - 1, first, last, matrix))
-                elif self._layers:
-                    self.futures.append(submit(tasks.fill_layers, rows, self._tag, first, last, self._layers))
-
-
 def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
     """The tasks that write a level as Parquet beside its stores."""
-    rows, tag = [part.path for part in level.parts], _tag(job, level.name)
+    paths = [part.path for part in level.parts]
     return [
         job.client.submit(
             tasks.export_rows,
-            *(rows, tag, number, names, level.name, level.layers),
-            str(job.path(level.name, tau).with_suffix(".parquet")),
+            *(paths, level.tag, number, names, level.name, level.layers),
+            str(store.with_suffix(".parquet")),
             pure=False,
             priority=2,
         )
-        for number, tau in enumerate(job.config.taus)
+        for number, store in enumerate(level.stores)
     ]
 
 

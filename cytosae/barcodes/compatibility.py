@@ -1,4 +1,4 @@
-"""May these latent stores be counted together, exactly, and what should be said about it?"""
+"""Checks that latent stores may be counted together, and exactly; and how the stores differ."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ from stores.spec import describe_difference
 
 from .patients import Groups
 
-# what is read of the tables of barcodes, to say whose images are whose
+# columns of the tables of barcodes that say which images belong to which patient
 IMAGE_COLUMNS = ("patient", "dataset", "status", "content_hash")
 PATIENT_COLUMNS = ("patient_id", "dataset", "disease", "n_images")
-_EXACT = 1 << 24  # whole numbers up to here are exact in float32
+_EXACT = 1 << 24  # integers up to here are exact in float32
 
 
 def check_one_sae(stores: Sequence[LatentStore]) -> None:
@@ -71,7 +71,7 @@ def differences(stores: Sequence[LatentStore]) -> str:
 
 
 def check_exact(stores: list[LatentStore], groups: Groups) -> None:
-    """Counts are stored as float32, column numbers as int32: refuse what would not be exact there."""
+    """Counts are stored as float32, column numbers as int32: refuse numbers that would not be exact."""
     most = {"tokens per image": stores[0].spec.tokens_per_image, "images of a patient": groups.n_images.max(initial=0)}
     for what, number in most.items():
         if number > _EXACT:

@@ -1,7 +1,7 @@
 """Counting latents, compiled: tokens to images in one pass over the nonzeros, images to groups in another.
 
 One thread; Dask runs several processes. Sums over the tokens of an image run in token order, sums over the images of a
-group in the order given, so nothing depends on how the work was cut. Twins: tests/reference.py.
+group in the order given, so no number depends on how the work was divided. Twins: tests/reference.py.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from stores.errors import DamagedStore
 from stores.token_sets import chosen_tokens
 
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
-_WORD = 8  # bytes that are looked at together in search of the latents of an image
+_WORD = 8  # bytes that are tested together for the latents of an image
 _CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
 _SUM = np.dtype([("activation", "f8"), ("max", "f4"), ("n_active", "i4")])  # of a latent in some images
 
@@ -32,7 +32,7 @@ class ImageCounts:
     max: npt.NDArray[np.float32]  # (entries,) over the tokens of the set
     mean: npt.NDArray[np.float32]  # (entries,) over all tokens of the set; never 0
     n_above: npt.NDArray[np.int32]  # (n_taus, n_images): latents with a count
-    n_values: int  # nonzeros that were looked at
+    n_values: int  # stored nonzeros that were counted
 
 
 class ImageCounter:
@@ -65,9 +65,9 @@ class ImageCounter:
             for token in (chosen.start, chosen.stop, tokens_per_image)
         )
         self._n_set = len(chosen)
-        # of the image under way: what a latent needs lies together, in one line of the processor's cache
+        # of the current image; the numbers of one latent lie in one cache line
         self._cells = np.zeros(n_latents, _CELL)
-        self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and those behind it
+        self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and later ones
         self._is_there = np.zeros(n_latents + -n_latents % _WORD, np.uint8)
         self._found = np.empty(len(self._is_there) + 1, np.int32)
         self._busy = np.empty(len(self._is_there) // _WORD + 1, np.int32)
@@ -85,7 +85,7 @@ class ImageCounter:
         )
 
     def add(self, first: int, indices: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> None:
-        """Count the next entries, number `first` and those behind it.
+        """Count the next entries, from number `first` on.
 
         Raises
         ------
@@ -138,7 +138,7 @@ class ImageCounter:
 class LatentSums:
     """Per latent, over some images: images with any activation, summed and largest image activation, tokens."""
 
-    cells: npt.NDArray[np.void]  # (n_latents,) of _SUM: what an image adds to lies together
+    cells: npt.NDArray[np.void]  # (n_latents,) of _SUM: the numbers of one latent lie in one cache line
     tokens: Ints  # (n_taus, n_latents): tokens above tau
 
     @staticmethod
@@ -162,7 +162,7 @@ class LatentSums:
         return self.cells["max"]
 
     def move(self, other: "LatentSums", latents: Ints) -> None:
-        """Add the images of another one, active in `latents` only, and clear it: a group costs what it has."""
+        """Add the images of another one, active in `latents` only, and clear it. Time: that of `latents`."""
         self._add(other, latents)
         other.cells[latents] = 0
         other.tokens[:, latents] = 0
@@ -241,7 +241,7 @@ def _count(
             cell.max = max(cell.max, value)
             cell.count += value > tau
             is_there[latent] = 1
-        if n_taus > 1:  # a loop of its own: inside the one above it would cost even where it has no turns
+        if n_taus > 1:  # a separate loop: inside the one above it would cost time also with one tau
             for k in range(low - first, high - first):
                 for t in range(1, n_taus):
                     above[indices[k], t] += values[k] > taus[t]
@@ -251,7 +251,7 @@ def _count(
             break
         n_found, n_busy = 0, 0  # all tokens of the image are in: emit it, latents rising
         for w in range(len(words)):
-            busy[n_busy] = w  # counts only if the next line says so: no branch to guess wrongly
+            busy[n_busy] = w  # kept only if the next line counts it: no branch that could be mispredicted
             n_busy += words[w] != 0
         for b in range(n_busy):
             for latent in range(busy[b] * _WORD, busy[b] * _WORD + _WORD):

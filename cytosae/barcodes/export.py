@@ -51,7 +51,7 @@ def export_h5ad(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the AnnData of one level as `out`: the same X, layers, obs, var and `uns["cyto"]`, and what viewers want.
+    """Write the AnnData of one level as `out`: the same X, layers, obs, var and `uns["cyto"]`, and what viewers read.
 
     Texts of obs become categories, but for those that differ in every row (ids stay texts). `obsm["X_pca"]` is a PCA of
     log(1 + X), of at most 50 components; `obsm["X_umap"]` rests on it, where the package umap-learn is installed. Both
@@ -180,7 +180,7 @@ def _random_state(seed: int) -> np.random.RandomState:
 
 
 def _write(table: Any, out: Path) -> None:
-    """Whole or not at all."""
+    """Atomically."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:

@@ -1,4 +1,4 @@
-"""The picture of patients by latents, and the choice of latents to look at."""
+"""The figure of patients by latents, and the choice of latents to show."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

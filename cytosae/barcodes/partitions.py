@@ -1,7 +1,7 @@
-"""Blocks of images, each counted by one Dask task into a part that a continued job finds again.
+"""Partitions of images, each counted by one Dask task into a part that a continued job finds again.
 
-How the images are cut follows the memory of the workers and what is already there, so no number may depend on it:
-whoever adds up parts does so in an order of their own (`barcodes.py`, `concepts.py`).
+How the images are divided depends on the memory of the workers and on the parts that are there, so no number may:
+code that adds up parts does so in an order that does not depend on them (`build.py`, and `statistics.py` of concepts).
 """
 
 import re
@@ -19,9 +19,9 @@ from . import tasks
 if TYPE_CHECKING:
     from distributed import Client
 
-_BLOCK_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a block, unless memory is small or the end is near
-_LAST_BLOCKS = 4 * CHUNK_ENTRIES  # of the smallest blocks
-_BLOCKS_LEFT = 3  # for every thread, at least: with smaller blocks to the end all of them end together
+_PARTITION_ENTRIES = 32 * CHUNK_ENTRIES  # nonzeros of a partition, unless memory is small or the end is near
+_LAST_ENTRIES = 4 * CHUNK_ENTRIES  # of the smallest partitions
+_PARTITIONS_LEFT = 3  # for every thread, at least: the last partitions are small, so that all threads end together
 
 
 def count_into_parts(
@@ -32,71 +32,73 @@ def count_into_parts(
     *,
     taus: tuple[float, ...],
     token_set: str,
-    block_images: int | None,
-    each: Callable[[tasks.Rows], None],
+    partition_images: int | None,
+    each: Callable[[tasks.PartSummary], None],
     meanwhile: Callable[[], None] = lambda: None,
 ) -> None:
-    """Count all images of the stores into the folder `parts`, and tell `each` what every part holds, in order.
+    """Count all images of the stores into the folder `parts`.
 
     Parameters
     ----------
-    tag : whose parts these are; those of another job are made again
-    block_images : None: as the memory of the workers allows
-    meanwhile : done here once the tasks are under way
+    each : called with the summary of every part, in the order of the images
+    tag : says to which job a part belongs; parts of another job are counted again
+    partition_images : None: as the memory of the workers allows
+    meanwhile : called once the tasks are submitted, while workers count
     """
     client = watch.client
     parts.mkdir(exist_ok=True)
-    blocks = list(plan_blocks(stores, parts, client, n_taus=len(taus), block_images=block_images))
+    partitions = list(plan_partitions(stores, parts, client, n_taus=len(taus), partition_images=partition_images))
     n_images = sum(store.spec.n_images for store in stores)
-    there = [block for block in blocks if (parts / block.name).exists()]
-    n_done = sum(block.stop - block.start for block in there)  # as their names say; the tasks look into them
+    there = [partition for partition in partitions if (parts / partition.name).exists()]
+    # as the names of the parts say; the tasks check their content
+    n_done = sum(partition.stop - partition.start for partition in there)
     watch.tell(n_done, n_images, "counting")
     futures = {
-        client.submit(tasks.count_block, block, str(parts), tag, taus, token_set, pure=False): number
-        for number, block in enumerate(blocks)
+        client.submit(tasks.count_partition, partition, str(parts), tag, taus, token_set, pure=False): number
+        for number, partition in enumerate(partitions)
     }
-    found: dict[int, tasks.Rows] = {}
-    n_told = 0
+    found: dict[int, tasks.PartSummary] = {}
+    n_given = 0
     try:
         meanwhile()
-        for future, rows in watch.completed(list(futures)):
-            block = blocks[futures[future]]
-            found[futures[future]] = rows
-            while n_told in found:
-                each(found.pop(n_told))
-                n_told += 1
-            if block not in there:
-                n_done += block.stop - block.start
+        for future, part in watch.completed(list(futures)):
+            partition = partitions[futures[future]]
+            found[futures[future]] = part
+            while n_given in found:
+                each(found.pop(n_given))
+                n_given += 1
+            if partition not in there:
+                n_done += partition.stop - partition.start
                 watch.tell(n_done, n_images, "counting")
     finally:
-        if client.status == "running":  # else there is nobody to tell
+        if client.status == "running":  # else the scheduler is gone
             client.cancel(list(futures))
 
 
-def plan_blocks(
-    stores: Sequence[LatentStore], parts: Path, client: "Client", *, n_taus: int, block_images: int | None = None
-) -> Iterator[tasks.Block]:
+def plan_partitions(
+    stores: Sequence[LatentStore], parts: Path, client: "Client", *, n_taus: int, partition_images: int | None = None
+) -> Iterator[tasks.Partition]:
     """All images in order, cut at the edges of stores, around the parts that are already there.
 
-    block_images : None: as memory allows, smaller to the end
+    partition_images : None: as memory allows, smaller to the end
     """
     taken = sorted(_parts_there(parts))
-    # a block's result is at most one entry per nonzero, and is held twice while it grows
+    # a partition's result is at most one entry per nonzero, and is held twice while it grows
     fits = _worker_memory(client) // 4 // (12 + 2 * n_taus)
-    most, n_threads = max(1, min(_BLOCK_ENTRIES, fits)), _n_threads(client)
+    most, n_threads = max(1, min(_PARTITION_ENTRIES, fits)), _n_threads(client)
     n_left, first = sum(store.nnz for store in stores), 0
     for store in stores:
         end = first + store.spec.n_images
         at = first
         while at < end:
-            entries = min(most, max(_LAST_BLOCKS, n_left // (_BLOCKS_LEFT * n_threads)))
-            size = block_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
+            entries = min(most, max(_LAST_ENTRIES, n_left // (_PARTITIONS_LEFT * n_threads)))
+            size = partition_images or max(1, entries * store.spec.n_images // max(1, store.nnz))
             ready = next((stop for start, stop in taken if start == at and stop <= end), None)
             if ready is None:
                 next_there = min((start for start, stop in taken if at < start and stop <= end), default=end)
                 ready = min(at + size, next_there)
             n_left -= int(store.image_indptr[ready - first] - store.image_indptr[at - first])
-            yield tasks.Block(
+            yield tasks.Partition(
                 latents=str(store.root),
                 start=at - first,
                 stop=ready - first,
@@ -112,7 +114,7 @@ def plan_blocks(
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; a task of a job that was broken off may still write into it while we do."""
+    """Remove a folder; a task of a job that was interrupted may still write into it."""
     for _ in range(3):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

@@ -1,7 +1,7 @@
-"""Whose images are whose: image tables of one or more latent stores, patients, diseases, and the tables of barcodes.
+"""Which images belong to which patient and disease: image tables of latent stores, and the tables of barcodes.
 
-A patient is a name within a dataset: a "1" in two datasets are two people. Named in full ("dataset/patient") is only
-who shares a name. A disease is the same in every dataset.
+A patient is a name within a dataset: a "1" in each of two datasets are two people. Patients that share a name are
+called "dataset/patient". A disease is the same in every dataset.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ class Groups:
 
     names: list[str]  # of the patients, each once; those with a readable image
     patients: list[tuple[str, str]]  # (patient, dataset)
-    patient_of_image: Ints  # (n_images,), -1: nobody's, or unreadable
+    patient_of_image: Ints  # (n_images,), -1: without a patient, or unreadable
     is_readable: npt.NDArray[np.bool_]  # (n_images,)
     diseases: list[str]
     disease_of_patient: Ints  # (n_patients,), -1: unknown
@@ -41,7 +41,7 @@ class Groups:
 
 
 def join_tables(stores: Sequence[LatentStore]) -> pa.Table:
-    """The image tables one below the other; a column that one does not have is null there.
+    """The image tables, one appended to the other; a column that one does not have is null there.
 
     Raises
     ------
@@ -133,11 +133,12 @@ def group_images(images: pa.Table) -> Groups:
     for owner, found in zip(owners, column(images, "disease"), strict=True):
         if owner is not None:
             diseases_of.setdefault(owner, set()).update([found] if found is not None else [])
-    torn = sorted(owner for owner, found in diseases_of.items() if len(found) > 1)
-    if torn:
+    conflicting = sorted(owner for owner, found in diseases_of.items() if len(found) > 1)
+    if conflicting:
         raise BadInput(
-            f"{len(torn):,} patients have images of two diseases ({listed([name for name, _ in torn])}: "
-            f"{' and '.join(sorted(diseases_of[torn[0]]))}); correct the image table, or give another with --table"
+            f"{len(conflicting):,} patients have images of two diseases ({listed([name for name, _ in conflicting])}: "
+            f"{' and '.join(sorted(diseases_of[conflicting[0]]))}); correct the image table, or give another with "
+            "--table"
         )
     patients = sorted({owner for owner, ok in zip(owners, is_readable, strict=True) if ok and owner is not None})
     number = {owner: i for i, owner in enumerate(patients)}
@@ -200,11 +201,11 @@ def disease_rows(groups: Groups) -> "pd.DataFrame":
     return pd.DataFrame({"n_patients": n_patients, "n_images": n_images}, index=index)
 
 
-def _names(patients: list[tuple[str, str]], everybody: Any) -> list[str]:
-    """The patient's name, or `dataset/name` where somebody in another dataset has the same one (read or not)."""
-    times = Counter(name for name, _ in everybody)
+def _names(patients: list[tuple[str, str]], all_patients: Any) -> list[str]:
+    """The patient's name, or `dataset/name` where a patient of another dataset has the same one (readable or not)."""
+    times = Counter(name for name, _ in all_patients)
     names = [name if times[name] == 1 else f"{dataset}/{name}" for name, dataset in patients]
-    if len(set(names)) < len(names):  # somebody is called like another's full name
+    if len(set(names)) < len(names):  # a patient's name is another one's full name
         names = [f"{dataset}/{name}" for name, dataset in patients]
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:

@@ -16,7 +16,7 @@ class BarcodeResult(Report):
     taus: tuple[float, ...]
     n_images: int  # readable
     n_unreadable: int
-    n_without_patient: int  # readable, but nobody's: in the image store only
+    n_without_patient: int  # readable, but without a patient: in the image barcodes only
     n_patients: int  # with a readable image
     n_patients_unreadable: int  # without one: left out
     n_patients_without_disease: int  # in the patient store only
@@ -28,7 +28,7 @@ class BarcodeResult(Report):
     table: Path | None = None  # that was given beside the stores
     n_unknown_in_table: int = 0  # image ids of --table that no store has
     unknown_in_table: str = ""  # some of them
-    n_missing_in_table: int = 0  # images that the table does not have: nobody's
+    n_missing_in_table: int = 0  # images that the table does not have: without a patient
     missing_in_table: str = ""
     differences: str = ""  # between the stores, in how their latents were made
 

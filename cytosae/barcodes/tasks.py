@@ -1,4 +1,4 @@
-"""What Dask's workers do for barcodes: count a block, add up groups, fill pieces of the stores.
+"""What Dask's workers do for barcodes: count a partition, add up groups, fill chunks of the stores.
 
 Every task is a function of paths and plain values, finds its input on the disk that all share, writes its output there
 atomically, and can be done twice. What comes back is small.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stores import csr_bulk as csr_blocks
+from stores import csr_bulk
 from stores.csr_bulk import EntryReader, share_entries, write_entries
 from stores.errors import BadInput, DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file
@@ -29,7 +29,7 @@ _MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of t
 
 
 @dataclass(frozen=True)
-class Block:
+class Partition:
     """Images to be counted together: rows start..stop of one latent store, images first.. of the barcodes."""
 
     latents: str  # path or URL
@@ -49,25 +49,25 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What a part holds, in numbers: enough to know where each of its entries will lie."""
+class PartSummary:
+    """How many entries each row of a part has: enough to know where in a store each of them will lie."""
 
     path: str
-    tag: str
+    tag: str  # whose part it is: identity of the job, and level
     lengths: npt.NDArray[np.int32]  # (n_rows,) entries
     n_above: npt.NDArray[np.int32]  # (n_taus, n_rows) entries with a count
-    n_values: int = 0  # nonzeros that were looked at
+    n_values: int = 0  # stored nonzeros that were counted
     was_there: bool = False
 
 
 @dataclass(frozen=True)
-class GroupsPart:
-    """Groups that one task adds up; group g has members[starts[g]:starts[g + 1]], and is divided by divisors[g]."""
+class GroupTask:
+    """Groups that one task adds up: group g has members[starts[g]:starts[g + 1]], and is divided by divisors[g]."""
 
-    path: str
-    members: Ints  # rows of the level below, numbered through all parts
+    path: str  # of the part that it writes
+    members: Ints  # row numbers of the level below, counted through all of its parts
     starts: Ints
-    divisors: Ints  # 0: added to the sums over all, but no row of its own
+    divisors: Ints  # 0: added to the sums over all images, but no row of its own
 
     def group(self, number: int) -> Ints:
         """The members of a group, in order."""
@@ -75,17 +75,21 @@ class GroupsPart:
 
 
 @dataclass(frozen=True)
-class Below:
-    """The parts of the level below: their paths, and the number of the first row of each (and the end)."""
+class LevelParts:
+    """Where the rows of one level lie, as tasks of the next level read them: its parts, in order.
+
+    Much smaller than the summaries of the parts, since every task gets it.
+    """
 
     paths: Sequence[str]
     tag: str
-    bounds: Ints
+    bounds: Ints  # (n_parts + 1,) number of the first row of each part, and the number of rows
 
     @staticmethod
-    def of(parts: Sequence[Rows], tag: str) -> "Below":
+    def of(parts: Sequence[PartSummary]) -> "LevelParts":
         """These parts, in order."""
-        return Below([part.path for part in parts], tag, np.cumsum([0, *(len(part.lengths) for part in parts)]))
+        bounds = np.cumsum([0, *(len(part.lengths) for part in parts)])
+        return LevelParts([part.path for part in parts], parts[0].tag if parts else "", bounds)
 
 
 def get_ready() -> None:
@@ -95,18 +99,20 @@ def get_ready() -> None:
     counter.finish()
 
 
-def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], token_set: str) -> Rows:
-    """Count the images of one block into a part of `folder`; one that is there and whole is taken as it is."""
-    path = Path(folder) / block.name
+def count_partition(
+    partition: Partition, folder: str, tag: str, taus: tuple[float, ...], token_set: str
+) -> PartSummary:
+    """Count the images of one partition into a part of `folder`; one that is there and whole is taken as it is."""
+    path = Path(folder) / partition.name
     try:
-        return _image_rows(open_part(path, tag, verify=True), path, tag, was_there=True)
+        return _summary_of(open_part(path, tag, verify=True), path, tag, was_there=True)
     except DamagedStore:
         pass
     try:
-        counts = _count(block, taus, token_set)
-    finally:  # also where it is missing or damaged: that has its reason then
-        if block.seal is not None:
-            block.seal.check()
+        counts = _count(partition, taus, token_set)
+    finally:  # also after an error: an exchanged store is then the reason
+        if partition.seal is not None:
+            partition.seal.check()
     arrays = {
         "indptr": counts.indptr,
         "latent": counts.latent,
@@ -117,21 +123,21 @@ def count_block(block: Block, folder: str, tag: str, taus: tuple[float, ...], to
         "n_values": np.array([counts.n_values]),
     }
     write_part(path, tag, arrays)
-    return _image_rows(Part(tag, arrays), path, tag, was_there=False)
+    return _summary_of(Part(tag, arrays), path, tag, was_there=False)
 
 
-def _count(block: Block, taus: tuple[float, ...], token_set: str) -> ImageCounts:
-    tokens = block.tokens_per_image
-    start, stop = block.start * tokens, block.stop * tokens
-    shape = (block.n_images * tokens, block.n_latents)
-    if block.journal_sha256:
-        objects = remote_rows(block.latents, block.journal_sha256)
-        reader = EntryReader(f"{block.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
+def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+    tokens = partition.tokens_per_image
+    start, stop = partition.start * tokens, partition.stop * tokens
+    shape = (partition.n_images * tokens, partition.n_latents)
+    if partition.journal_sha256:
+        objects = remote_rows(partition.latents, partition.journal_sha256)
+        reader = EntryReader(f"{partition.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
     else:
-        reader = EntryReader(Path(block.latents) / "X", shape=shape, start=start, stop=stop)
+        reader = EntryReader(Path(partition.latents) / "X", shape=shape, start=start, stop=stop)
     counter = ImageCounter(
         reader.row_starts,
-        n_latents=block.n_latents,
+        n_latents=partition.n_latents,
         tokens_per_image=tokens,
         taus=taus,
         token_set=token_set,
@@ -143,24 +149,24 @@ def _count(block: Block, taus: tuple[float, ...], token_set: str) -> ImageCounts
 
 
 def sum_patients(
-    part: GroupsPart, images: Below, tag: str, n_taus: int, n_latents: int
-) -> tuple[Rows | None, LatentSums]:
+    groups: GroupTask, images: LevelParts, tag: str, n_taus: int, n_latents: int
+) -> tuple[PartSummary | None, LatentSums]:
     """Add up the images of some patients: their rows become a part; also the sums over all of these images."""
     opened = opener(images)
     total, sums = LatentSums.zeros(n_taus, n_latents), LatentSums.zeros(n_taus, n_latents)
-    rows = _RowsOut(n_taus, n_latents, ("activation_sum", "n_active_images"))
-    for group, divisor in enumerate(part.divisors):
-        for number, local in by_part(part.group(group), images.bounds):
+    rows = _PartBuilder(n_taus, n_latents, ("activation_sum", "n_active_images"))
+    for group, divisor in enumerate(groups.divisors):
+        for number, local in by_part(groups.group(group), images.bounds):
             sums.add_images(opened(number), local)
         latent = np.flatnonzero(sums.n_active)
         if divisor:
             mean = sums.tokens[:, latent] / np.float64(divisor)
             rows.append(latent, mean, activation_sum=sums.activation[latent], n_active_images=sums.n_active[latent])
         total.move(sums, latent)
-    return rows.write(Path(part.path), tag) if part.divisors.any() else None, total
+    return rows.write(Path(groups.path), tag) if groups.divisors.any() else None, total
 
 
-def add_sums(sums: list[tuple[Rows | None, LatentSums] | LatentSums]) -> LatentSums:
+def add_sums(sums: list[tuple[PartSummary | None, LatentSums] | LatentSums]) -> LatentSums:
     """A node of the tree: the sums over all images, added in the order given."""
     given = [item if isinstance(item, LatentSums) else item[1] for item in sums]
     total = replace(given[0], **{name: array.copy() for name, array in vars(given[0]).items()})
@@ -169,22 +175,22 @@ def add_sums(sums: list[tuple[Rows | None, LatentSums] | LatentSums]) -> LatentS
     return total
 
 
-def only_rows(result: tuple[Rows | None, LatentSums]) -> Rows | None:
+def only_part(result: tuple[PartSummary | None, LatentSums]) -> PartSummary | None:
     """What `sum_patients` says of its part, without the sums."""
     return result[0]
 
 
-def average_patients(part: GroupsPart, patients: Below, tag: str, n_taus: int, n_latents: int) -> Rows:
+def average_patients(groups: GroupTask, patients: LevelParts, tag: str, n_taus: int, n_latents: int) -> PartSummary:
     """Mean barcodes of some diseases over their patients."""
     opened = opener(patients)
-    rows, sums = _RowsOut(n_taus, n_latents, ()), np.zeros((n_taus, n_latents))
-    for group, divisor in enumerate(part.divisors):
-        for number, local in by_part(part.group(group), patients.bounds):
+    rows, sums = _PartBuilder(n_taus, n_latents, ()), np.zeros((n_taus, n_latents))
+    for group, divisor in enumerate(groups.divisors):
+        for number, local in by_part(groups.group(group), patients.bounds):
             add_rows(opened(number), local, sums)
         latent = np.flatnonzero(sums.any(axis=0))
         rows.append(latent, sums[:, latent] / np.float64(divisor))
         sums.fill(0)
-    return rows.write(Path(part.path), tag)
+    return rows.write(Path(groups.path), tag)
 
 
 def fill_layers(
@@ -197,8 +203,8 @@ def fill_layers(
     """
     parts = [(open_part(Path(path), tag), begin) for path, begin in rows]
     everywhere = [Path(path) for paths in matrices.values() for path in paths]
-    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):  # memory of one chunk, which the next one takes over
-        stop = min(start + csr_blocks.CHUNK_ENTRIES, last)
+    for start in range(first, last, csr_bulk.CHUNK_ENTRIES):  # memory of one chunk, which the next one takes over
+        stop = min(start + csr_bulk.CHUNK_ENTRIES, last)
         write_entries(everywhere[0], "indices", start, _entries(parts, "latent", start, stop, np.int32))
         for name, paths in matrices.items():
             values = _entries(parts, name, start, stop, np.float32)
@@ -228,8 +234,8 @@ def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int,
     """Write entries first..last of `X` at tau number `tau`; `rows` as in `fill_layers`, counting these entries only."""
     parts = [open_part(Path(path), tag) for path, _ in rows]
     number, at, skip = 0, 0, first - rows[0][1]  # the part we are in, its entry, entries with a count to leave out
-    for start in range(first, last, csr_blocks.CHUNK_ENTRIES):
-        size, n_taken = min(csr_blocks.CHUNK_ENTRIES, last - start), 0
+    for start in range(first, last, csr_bulk.CHUNK_ENTRIES):
+        size, n_taken = min(csr_bulk.CHUNK_ENTRIES, last - start), 0
         indices, values = np.empty(size, np.int32), np.empty(size, np.float32)
         while True:
             latent, count = parts[number]["latent"], parts[number]["X"][tau]
@@ -277,8 +283,8 @@ def export_rows(
     return target.name, sha256
 
 
-class _RowsOut:
-    """Rows of a part, appended one by one."""
+class _PartBuilder:
+    """A part of groups: rows are appended one by one, then written."""
 
     def __init__(self, n_taus: int, n_latents: int, layers: tuple[str, ...]) -> None:
         self._kind = np.uint16 if n_latents <= 1 << 16 else np.uint32
@@ -297,7 +303,7 @@ class _RowsOut:
         self._n_above.append((x != 0).sum(axis=1))
         self._lengths.append(len(latent))
 
-    def write(self, path: Path, tag: str) -> Rows:
+    def write(self, path: Path, tag: str) -> PartSummary:
         lengths, n_above = np.array(self._lengths, np.int32), np.stack(self._n_above, axis=1).astype(np.int32)
         arrays = {
             "indptr": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
@@ -306,18 +312,18 @@ class _RowsOut:
             **{name: np.concatenate(values) for name, values in self._layers.items()},
         }
         write_part(path, tag, arrays)
-        return Rows(str(path), tag, lengths, n_above)
+        return PartSummary(str(path), tag, lengths, n_above)
 
 
-def _image_rows(part: Part, path: Path, tag: str, *, was_there: bool) -> Rows:
+def _summary_of(part: Part, path: Path, tag: str, *, was_there: bool) -> PartSummary:
     lengths = np.diff(part["indptr"]).astype(np.int32)
-    return Rows(str(path), tag, lengths, np.array(part["n_above"]), int(part["n_values"][0]), was_there)
+    return PartSummary(str(path), tag, lengths, np.array(part["n_above"]), int(part["n_values"][0]), was_there)
 
 
-def opener(below: Below) -> Any:
+def opener(level: LevelParts) -> Any:
     """Number of a part -> the part; some stay open."""
-    largest = max((Path(path).stat().st_size for path in below.paths), default=1)
-    return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(below.paths[number]), below.tag))
+    largest = max((Path(path).stat().st_size for path in level.paths), default=1)
+    return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(level.paths[number]), level.tag))
 
 
 def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:

@@ -106,7 +106,7 @@ def _started(workers: int, memory_limit: str) -> Iterator[Client]:
         )
     settings = {
         "distributed.nanny.pre-spawn-environ": _ENVIRONMENT,
-        "distributed.worker.profile.enabled": False,  # nobody looks at it, and it interrupts every thread all the time
+        "distributed.worker.profile.enabled": False,  # it is not used here, and interrupts every thread again and again
     }
     scratch = tempfile.TemporaryDirectory(
         prefix="cyto-", dir=dask.config.get("temporary-directory"), ignore_cleanup_errors=True
@@ -125,7 +125,7 @@ def _started(workers: int, memory_limit: str) -> Iterator[Client]:
 
 @contextmanager
 def _dask_silent() -> Iterator[None]:
-    """What goes wrong is told in our own words: other versions, a scheduler that goes away."""
+    """Silence Dask's own messages: errors are reported by ours (other versions, a lost scheduler)."""
     loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client", "tornado.application")]
     before = [logger.level for logger in loggers]
     with warnings.catch_warnings():

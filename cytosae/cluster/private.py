@@ -1,6 +1,6 @@
-"""A Dask cluster on this machine that nobody but its owner can talk to. Workers import this first: only Dask in here.
+"""A Dask cluster on this machine that only its owner can connect to. Workers import this first: only Dask in here.
 
-Whoever reaches a Dask process can run code as its owner, and 127.0.0.1 is open to everybody on the machine. So all
+Every user who connects to a Dask process can run code as its owner, and 127.0.0.1 is open to all users. So all
 processes speak TLS only, and both sides show a key that was made for this cluster; it lies on a disk for as long as
 OpenSSL takes to read it, in a folder of the owner's. None of them listens for HTTP. Workers import from their scratch
 folder and unpickle what they find there, so it lies where only the owner can enter.

@@ -1,4 +1,4 @@
-"""Can the workers of a running Dask cluster do a job of ours? Asked before anything is submitted, and when it fails.
+"""Checks that the workers of a running Dask cluster can do a job, before anything is submitted and when it fails.
 
 A worker imports our tasks by name, reads and writes by path, and must give the same bytes as every other. So: the same
 package, the same versions of what decides the numbers or the compressed bytes, and the same files.
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 _PACKAGES = ("dask", "distributed", "numba", "numcodecs", "numpy", "zarr")
-_PATIENCE = 3.0  # seconds for a new file to be seen through a network file system
-_LOOK_EVERY = 5.0  # seconds without a result
-_ALONE = 20.0  # seconds without a worker, after which those are named that came and went within as many
+_FILE_WAIT = 3.0  # seconds until a new file must be seen through a network file system
+_CHECK_EVERY = 5.0  # seconds without a result
+_MOST_WITHOUT_WORKER = 20.0  # seconds; then a worker that came and went within as many is named
 
 
 def describe() -> dict[str, str]:
@@ -46,13 +46,13 @@ def describe() -> dict[str, str]:
 
 
 async def look(seen: dict[str, str], urls: dict[str, str], folder: str) -> str:
-    """On a worker: what it does not see, in words, or the name of a file that it leaves in `folder`.
+    """On a worker: what it does not see, as a message, or the name of a file that it leaves in `folder`.
 
     seen : path -> SHA-256 of a file that must be there
     urls : URL of a latent store -> SHA-256 of its journal
     """
     for path, sha256 in seen.items():
-        for _ in range(int(_PATIENCE / 0.1)):
+        for _ in range(int(_FILE_WAIT / 0.1)):
             found = _sha256(Path(path))
             if found == sha256:
                 break
@@ -74,13 +74,15 @@ async def look(seen: dict[str, str], urls: dict[str, str], folder: str) -> str:
 
 @contextmanager
 def cluster_job(client: "Client", folder: Path, latents: Mapping[Path | str, str]) -> Iterator[None]:
-    """A job on the workers of `client`, which writes to `folder`; raises as `require_workers`, before and behind it.
+    """A job on the workers of `client`, which writes to `folder`. Checks the workers before it, and if it fails.
 
     A worker that comes later is looked at when a task has failed. A cluster that this process started itself has its
     files and its environment.
 
     Raises
     ------
+    BadInput
+        As `require_workers`.
     ClusterLost
         If the scheduler goes away.
     """
@@ -159,7 +161,7 @@ class Watch:
     def __init__(self, client: "Client", progress: Progress) -> None:
         """What is told through `tell` goes to `progress`, which also hears that no worker is there."""
         self.client, self._progress, self._told = client, progress, (0, 0)
-        self._began, self._alone_since = time.time(), 0.0
+        self._began, self._without_since = time.time(), 0.0
         self._fitting = set(client.scheduler_info()["workers"])  # were looked at before the job began
 
     def tell(self, done: int, total: int, state: str) -> None:
@@ -179,7 +181,7 @@ class Watch:
 
         coming, looked = as_completed(list(futures), with_results=True), time.monotonic()
         while not coming.is_empty():
-            if not coming.has_ready() and time.monotonic() - looked > _LOOK_EVERY:
+            if not coming.has_ready() and time.monotonic() - looked > _CHECK_EVERY:
                 self._look()
                 looked = time.monotonic()
             if not coming.has_ready():
@@ -192,7 +194,7 @@ class Watch:
             yield future, result
             looked = time.monotonic()
 
-    def gather(self, futures: "Sequence[Future]") -> list[Any]:
+    def results(self, futures: "Sequence[Future]") -> list[Any]:
         """All results, in the order of the futures."""
         found = {future.key: result for future, result in self.completed(futures)}
         return [found[future.key] for future in futures]
@@ -200,16 +202,16 @@ class Watch:
     def _look(self) -> None:
         there = set(self.client.scheduler_info()["workers"])
         late = there - self._fitting
-        if there and not there - late:  # nobody else is there: are they any good?
+        if there and not there - late:  # all workers are new: check that they fit
             found = self.client.run(describe, workers=list(late), on_error="return")
             _require_equal("worker", found, describe())
             self._fitting |= set(found)
         if there:
-            self._alone_since = 0.0
+            self._without_since = 0.0
             return
         self._progress(*self._told, "waiting for workers")
-        self._alone_since = self._alone_since or time.time()
-        if time.time() - self._alone_since > _ALONE and (gone := self._came_and_went()):
+        self._without_since = self._without_since or time.time()
+        if time.time() - self._without_since > _MOST_WITHOUT_WORKER and (gone := self._came_and_went()):
             raise BadInput(
                 f"no worker is left, and the worker at {gone} ended soon after it came, as one does that lacks cyto or "
                 f"has another version (its log says why): start workers in the environment that this command runs in, "
@@ -224,7 +226,7 @@ class Watch:
             worker = event.get("worker", "")
             if event.get("action") == "add-worker" and at > self._began:
                 came[worker] = at
-            elif event.get("action") == "remove-worker" and at - came.get(worker, 0.0) < _ALONE:
+            elif event.get("action") == "remove-worker" and at - came.get(worker, 0.0) < _MOST_WITHOUT_WORKER:
                 gone = worker
         return gone
 

@@ -17,10 +17,10 @@ from stores.console import FILE, SEED, STORE, TOKEN_SETS, overwrite_option, prog
     type=click.Choice(["image", "patient", "disease"]),
     default="image",
     show_default=True,
-    help="Whose barcodes.",
+    help="Level of the barcodes.",
 )
 @click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the two maps.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the two maps.")
 @overwrite_option
 def barcode_export(barcodes: Path, out: Path, level: str, tau: float | None, seed: int, overwrite: bool) -> None:
     """BARCODES as one .h5ad file for cellxgene and the like: texts as categories, X_pca, and X_umap (with umap-learn).
@@ -34,7 +34,7 @@ def barcode_export(barcodes: Path, out: Path, level: str, tau: float | None, see
 
 
 class _Barcode(click.Command):
-    """`cyto barcode LATENTS...` counts; `cyto barcode export` is a command of its own."""
+    """`cyto barcode LATENTS...` counts; `cyto barcode export` is a separate command."""
 
     commands = {"export": barcode_export}  # noqa: RUF012  # as a group has them, for the reference
 

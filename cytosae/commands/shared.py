@@ -1,5 +1,6 @@
 """What several commands of stage two share: a Dask cluster, images of latent stores, how maps are drawn."""
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import click
 
 from stores.console import COUNT, FILE
 from stores.machine import n_cores
-from stores.wording import counted, printable
+from stores.wording import Report, counted, printable
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,6 +41,14 @@ def dask_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def tell_or_json(done: Report, facts: Any, *, as_json: bool) -> None:
+    """What was done, in words or (`as_json`) its `facts` as JSON, to stdout; its warnings to stderr in both cases."""
+    for line in [json.dumps(facts, indent=1)] if as_json else done.lines():
+        click.echo(line)
+    for warning in done.warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
 
 
 def map_options(command: Any) -> Any:
@@ -100,11 +109,11 @@ def dask_client(scheduler: str | None, workers: int, memory_limit: str) -> Itera
         with open_client(scheduler, workers=workers, memory_limit=memory_limit) as client:
             yield client
     except KeyboardInterrupt:
-        sys.unraisablehook = _say_unless_of_dask
+        sys.unraisablehook = _print_unless_from_dask
         raise
 
 
-def _say_unless_of_dask(unraisable: Any) -> None:
+def _print_unless_from_dask(unraisable: Any) -> None:
     """Ctrl-C inside distributed's Future.__init__ leaves one that is half made; its __del__ then complains."""
     name = getattr(unraisable.object, "__qualname__", "")
     if not (name == "Future.__del__" and isinstance(unraisable.exc_value, AttributeError)):

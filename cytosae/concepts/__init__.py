@@ -1,4 +1,4 @@
-"""What a latent answers to.
+"""What a latent responds to.
 
 Comes in: latent stores. Goes out: statistics of every latent, its images with the largest values, and a selection.
 Open first: `statistics.py`.

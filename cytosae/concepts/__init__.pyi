@@ -1,9 +1,14 @@
+from .latent_summary import TopImagesResult as TopImagesResult
+from .latent_summary import top_images as top_images
+from .report import ConceptResult as ConceptResult
 from .selection import FILE as FILE
 from .selection import Selection as Selection
 from .selection import SelectionConfig as SelectionConfig
 from .selection import read_selection as read_selection
 from .selection import select_latents as select_latents
 from .statistics import ConceptConfig as ConceptConfig
+from .statistics import concept_statistics as concept_statistics
 from .statistics import write_concepts as write_concepts
 from .thresholds import LOG10_THRESHOLDS as LOG10_THRESHOLDS
+from .thresholds import ThresholdResult as ThresholdResult
 from .thresholds import compare_thresholds as compare_thresholds

@@ -25,7 +25,7 @@ def label_entropy(top_values: npt.ArrayLike, top_labels: npt.ArrayLike, *, min_s
 
         p_l = (sum of the values with label l) / (sum of all values),    H = - sum_l p_l ln p_l
 
-    Padding (value 0 or label -1) is ignored. 0 means one label only, which one image alone has by necessity.
+    Padding (value 0 or label -1) is ignored. 0 means one label only, which a single image always has.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def label_tests(
     seed: int,
     min_support: int = 1,
 ) -> LabelTests:
-    """How often labels that know nothing of a latent suit it as well as its own: p of its entropy and its divergence.
+    """Permutation test of the labels of each latent's top images: p-values of their entropy and of their divergence.
 
     Images of one patient are not independent: a latent may stand for the patient, and the patient has few labels. So
     labels move from patient to patient (`shuffled_labels`). A latent whose top images are all of one patient is
@@ -137,7 +137,7 @@ def label_tests(
     """
     images, given = np.asarray(top_images), np.asarray(labels, np.int64)
     shares = np.bincount(given[given >= 0]) / max(1, int((given >= 0).sum()))
-    shares[shares == 0] = 1  # nobody has it
+    shares[shares == 0] = 1  # no image has it
 
     surprise = -np.log(shares)
     of_top = np.where(images >= 0, given[images], -1)
@@ -218,7 +218,7 @@ def label_agreement(first: npt.ArrayLike, second: npt.ArrayLike, *, shuffles: in
     """Compare the top labels of latents in two datasets, (S,) each; -1 in either: not compared.
 
     Expected by chance: with n_1(l) and n_2(l) latents of label l, sum_l n_1(l) n_2(l) / n^2. Latents are not
-    independent of each other (several may answer to the same thing), so this is no test.
+    independent of each other (several may respond to the same thing), so this is no test.
     """
     a, b = np.asarray(first, np.int64), np.asarray(second, np.int64)
     is_compared = (a >= 0) & (b >= 0)
@@ -281,7 +281,7 @@ def _weigh(values: Any, labels: Any) -> Any:
             for other in range(values.shape[1]):
                 if labels[s, other] == label:
                     if other < k and values[s, other] > 0:
-                        weight = 0.0  # this label has had its turn
+                        weight = 0.0  # this label was counted already
                         break
                     weight += values[s, other]
             share = weight / total

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cytosae.barcodes import join_lines
+from stores.notebook import figure_html
 from stores.wording import Report, counted, left_out_lines, printable
 
 
@@ -43,6 +44,9 @@ class ConceptResult(Report):
             yield from _agreement_lines(pair)
         yield from left_out_lines({"images without a dataset": self.n_without_dataset})
         yield from join_lines(self)
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + figure_html(self.out / "scatter.png")
 
 
 def _dataset_lines(found: dict[str, Any], label: str) -> Iterator[str]:

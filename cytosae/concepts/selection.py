@@ -4,7 +4,9 @@ It lies in the folder of concepts that it was drawn from, as `selection.parquet`
 and the identity of those concepts.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,10 @@ from stores.concept_store import MEANINGFUL, ConceptStore, threshold_warning
 from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
+from stores.notebook import table_html
 from stores.spec import describe_difference, require_unchanged
 from stores.tables import read_sealed, sealed_parquet
+from stores.wording import Report, counted
 
 FILE = "selection.parquet"
 _COLUMNS = ("latent", "dataset", "cluster", "mean_activation", "frequency")
@@ -26,10 +30,20 @@ Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionConfig:
-    """How latents are drawn. `as_released`: KMeans on mean activation and frequency as they are, without log10."""
+    """How latents are drawn.
 
-    dataset: str
-    threshold: float = MEANINGFUL  # of the mean activation; a latent that equals it takes part
+    Attributes
+    ----------
+    dataset : whose statistics decide; None: the only dataset of the concepts
+    threshold : smallest mean activation of a candidate, 0 or more; a latent that equals it is a candidate
+    clusters : number of clusters of KMeans
+    per_cluster : latents drawn from each cluster
+    seed : of KMeans and of the draws
+    as_released : cluster mean activation and frequency as they are, without log10, as the released code does
+    """
+
+    dataset: str | None = None
+    threshold: float = MEANINGFUL
     clusters: int = 10
     per_cluster: int = 5
     seed: int = 0
@@ -44,38 +58,79 @@ class SelectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Selection:
-    """The drawn latents, ordered by cluster and number, and the sizes that they were drawn from."""
+class Selection(Report):
+    """The latents that were drawn, and how many each cluster has."""
 
+    out: Path  # the file
+    config: SelectionConfig  # with the dataset that was chosen
     table: pa.Table  # latent, dataset, cluster (from 0, the largest mean activation first), mean_activation, frequency
-    n_candidates: int  # latents above the threshold
-    cluster_sizes: tuple[int, ...]
+    n_candidates: int  # latents at or above the threshold
+    cluster_sizes: tuple[int, ...]  # candidates in each cluster
     was_complete: bool = False
     warning: str | None = None  # the threshold belongs to another SAE
 
     @property
     def latents(self) -> list[int]:
-        """Their numbers, in the table's order."""
+        """Numbers of the drawn latents, ordered by cluster, then by number, as in the table."""
         return [int(latent) for latent in self.table["latent"].to_pylist()]
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A threshold that belongs to another SAE."""
+        return (self.warning,) if self.warning else ()
 
-def select_latents(concepts: ConceptStore, config: SelectionConfig, *, overwrite: bool = False) -> Selection:
-    """Draw latents for experts to look at, and write them into the folder of `concepts`.
+    def lines(self) -> Iterator[str]:
+        """How many were drawn, and which from each cluster."""
+        config, sizes = self.config, self.cluster_sizes
+        yield (
+            f"{self.out}: {len(self.latents):,} of {self.n_candidates:,} latents of {config.dataset} with a mean "
+            f"activation of at least {config.threshold:g}, from {len(sizes)} clusters (seed {config.seed})"
+        )
+        if len(sizes) < config.clusters:
+            yield f"fewer clusters than {config.clusters}: the latents have only so many different values"
+        small = [size for size in sizes if size < config.per_cluster]
+        if small:
+            yield (
+                f"all latents taken of {len(small)} clusters with fewer than {config.per_cluster} "
+                f"({', '.join(map(str, small))})"
+            )
+        clusters = self.table["cluster"].to_pylist()
+        for cluster, size in enumerate(sizes):
+            drawn = [str(latent) for latent, of in zip(self.latents, clusters, strict=True) if of == cluster]
+            yield f"  cluster {cluster} ({counted(size, 'latent')}): {', '.join(drawn)}"
 
-    A cluster with fewer latents than wanted gives all it has. There are fewer clusters than wanted where fewer latents
-    differ in the two features.
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + table_html(self.table.slice(0, 50).to_pylist(), most=50)
+
+
+def select_latents(
+    concepts: ConceptStore | Path | str, config: SelectionConfig = SelectionConfig(), *, overwrite: bool = False
+) -> Selection:
+    """Draw latents for experts to look at, and write them into the folder of concepts as `selection.parquet`.
+
+    Latents with a mean activation of at least `config.threshold` are clustered by KMeans on log10 mean activation and
+    log10 frequency; `config.per_cluster` are drawn from each cluster (CytoSAE, the sample that experts reviewed). A
+    cluster with fewer latents gives all of them. There are fewer clusters than asked for where fewer latents differ in
+    the two features.
+
+    Parameters
+    ----------
+    concepts : a folder of `cyto concept stats`, or the folder opened
 
     Raises
     ------
     BadInput
-        If there is no such dataset, or no latent above the threshold.
+        If there is no such dataset, no dataset is named and there are several, or no latent reaches the threshold.
     SpecMismatch
         If a selection with other settings is there (and not `overwrite`).
     DamagedStore
         If the one there was changed.
     """
-    with claimed(concepts.root / FILE):
-        return _select(concepts, config, overwrite=overwrite)
+    store = concepts if isinstance(concepts, ConceptStore) else ConceptStore(concepts)
+    chosen = replace(config, dataset=store.choose_dataset(config.dataset))
+    with claimed(store.root / FILE):
+        found = _select(store, chosen, overwrite=overwrite)
+    return found if isinstance(concepts, ConceptStore) else replace(found, out=Path(concepts) / FILE)
 
 
 def _select(concepts: ConceptStore, config: SelectionConfig, *, overwrite: bool) -> Selection:
@@ -90,7 +145,7 @@ def _select(concepts: ConceptStore, config: SelectionConfig, *, overwrite: bool)
                 f"({describe_difference(found[0], settings)}); add --overwrite to replace it"
             )
         return replace(found[1], warning=warning)
-    selection = replace(draw(concepts.latents(config.dataset), config), warning=warning)
+    selection = replace(draw(concepts.latents(config.dataset), config, concepts.root / FILE), warning=warning)
     metadata = {
         "settings": settings,
         "n_candidates": selection.n_candidates,
@@ -121,8 +176,8 @@ def read_selection(concepts: ConceptStore) -> Selection:
     return found[1]
 
 
-def draw(latents: pa.Table, config: SelectionConfig) -> Selection:
-    """The sample out of one dataset's rows of `latents.parquet`.
+def draw(latents: pa.Table, config: SelectionConfig, out: Path) -> Selection:
+    """The sample out of one dataset's rows of `latents.parquet`; `out`: the file that it is for.
 
     Raises
     ------
@@ -152,7 +207,7 @@ def draw(latents: pa.Table, config: SelectionConfig) -> Selection:
             "frequency": frequency[rows],
         }
     )
-    return Selection(table=table, n_candidates=len(chosen), cluster_sizes=tuple(sizes.tolist()))
+    return Selection(out=out, config=config, table=table, n_candidates=len(chosen), cluster_sizes=tuple(sizes.tolist()))
 
 
 def _clusters(features: Float, n_clusters: int, seed: int) -> Int:
@@ -177,11 +232,18 @@ def _read(concepts: ConceptStore) -> tuple[dict[str, Any], Selection] | None:
         table, said = read_sealed(path)
         table = table.select(_COLUMNS)
         sizes = tuple(int(size) for size in said["cluster_sizes"])
+        settings = dict(said["settings"])
+        config = SelectionConfig(**{each.name: settings[each.name] for each in fields(SelectionConfig)})
         selection = Selection(
-            table=table, n_candidates=int(said["n_candidates"]), cluster_sizes=sizes, was_complete=True
+            out=path,
+            config=config,
+            table=table,
+            n_candidates=int(said["n_candidates"]),
+            cluster_sizes=sizes,
+            was_complete=True,
         )
-        return dict(said["settings"]), selection
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException) as error:
+        return settings, selection
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException, BadInput) as error:
         reason = " ".join(str(error).split())[:160]
         raise DamagedStore(
             f"{path} is not a selection ({reason}); cyto concept select --overwrite makes it again"

@@ -1,16 +1,16 @@
-"""What each latent answers to, in numbers: from latent stores to statistics per latent and dataset, with Dask.
+"""What each latent responds to, in numbers: from latent stores to statistics per latent and dataset, with Dask.
 
     A[i, s] = mean over the tokens of image i of h[s]              image activation
     n[s]    = number of readable images with A[i, s] > 0           n / readable images: frequency
     mean activation = sum_i A[i, s] / n[s]                         over the images in which the latent is active
 
-and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; docs/reference/paper.md 6). Blocks
-of images are counted as for barcodes. Their sums are then added up in pieces that follow from the data alone, so
-blocks, workers and memory change no bit. No torch here.
+and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; docs/reference/paper.md 6).
+Partitions of images are counted as for barcodes. Their sums are then added up in pieces that depend on the data only, so
+partitions, workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,9 @@ import pyarrow as pa
 from scipy.stats import false_discovery_control
 
 from cytosae.barcodes import (
-    Below,
     LatentSums,
-    Rows,
+    LevelParts,
+    PartSummary,
     check_one_sae,
     count_into_parts,
     differences,
@@ -52,13 +52,20 @@ from .tasks import TopImages, sum_images
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["ConceptConfig", "ConceptResult", "label_entropy", "shuffled_entropy", "write_concepts"]
+__all__ = [
+    "ConceptConfig",
+    "ConceptResult",
+    "concept_statistics",
+    "label_entropy",
+    "shuffled_entropy",
+    "write_concepts",
+]
 
 LABEL_COLUMNS = ("label", "label_common")
 _MOST_DATASETS = 20  # each costs some hundred bytes a latent here, and as many rows in the tables
 _MOST_TOP = 100
 _GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task adds up; fixed, since sums depend on it
-_WAVE = 16  # such tasks under way at once
+_WAVE = 16  # such tasks submitted at once
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -66,18 +73,34 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptConfig:
-    """What to work out. `block_images` decides speed and memory only."""
+    """What to work out.
+
+    Attributes
+    ----------
+    token_set : tokens that count: all, patch or cls
+    top_k : images kept of a latent, in each dataset; 1 to 100
+    label : column of the image table that entropies are of: label or label_common
+    min_support : fewest labelled top images that give an entropy; 1 to `top_k`
+    shuffles : of the labels, for the entropy expected by chance; 0: none
+    patient_shuffles : of the labels from patient to patient, for the p-value of an entropy; 0: none
+    seed : of the shuffles
+    partition_images : images that one task counts; None: as memory allows. Decides speed and memory only
+    block_images : its name in 0.1; stays for one release
+    """
 
     token_set: str = "all"
-    top_k: int = 10  # images kept of a latent, in each dataset
-    label: str = "label"  # column of the image table that entropies are of
-    min_support: int = 5  # labelled top images, below which an entropy is null
-    shuffles: int = 100  # of the labels, for the entropy expected by chance; 0: none
-    patient_shuffles: int = 999  # of the labels from patient to patient, for the p of an entropy; 0: none
-    seed: int = 0  # of the shuffles
-    block_images: int | None = None  # None: as memory allows
+    top_k: int = 10
+    label: str = "label"
+    min_support: int = 5
+    shuffles: int = 100
+    patient_shuffles: int = 999
+    seed: int = 0
+    partition_images: int | None = None
+    block_images: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, block_images: int | None) -> None:
+        if block_images is not None:
+            object.__setattr__(self, "partition_images", block_images)
         check_choice("token_set", self.token_set, TOKEN_SETS)
         check_choice("label", self.label, LABEL_COLUMNS)
         if not 1 <= self.top_k <= _MOST_TOP:
@@ -90,13 +113,13 @@ class ConceptConfig:
         for name in ("shuffles", "patient_shuffles", "seed"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{name} must be at least 0; found {getattr(self, name)}")
-        if self.block_images is not None and self.block_images < 1:
-            raise BadInput(f"block_images must be at least 1; found {self.block_images}")
+        if self.partition_images is not None and self.partition_images < 1:
+            raise BadInput(f"partition_images must be at least 1; found {self.partition_images}")
 
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of all stores, one below the other, as numbers."""
+    """The images of all stores, store by store, as numbers."""
 
     ids: list[str]
     by_id: Ints  # (n_images,) the image that comes n-th by its id
@@ -129,9 +152,9 @@ class _Images:
         return found
 
 
-def write_concepts(
+def concept_statistics(
     latents: Path | str | Sequence[Path | str],
-    concepts: Path,
+    out: Path,
     config: ConceptConfig = ConceptConfig(),
     *,
     client: "Client | None" = None,
@@ -139,16 +162,16 @@ def write_concepts(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> ConceptResult:
-    """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `concepts`.
+    """Statistics of every latent in every dataset of one or more latent stores, with figures, in the folder `out`.
 
-    A continued job takes the parts that are counted already. Memory of a worker: the result of one block, or a few
+    A continued job takes the parts that are counted already. Memory of a worker: the result of one partition, or a few
     numbers per latent; of this process: the tables, and some hundred bytes per latent and dataset.
 
     Parameters
     ----------
     latents : paths or URLs; the rows of the stores follow each other; all by the same SAE
     client : of a local or remote Dask cluster whose workers see all paths; None: one is started for this call
-    table : other datasets or labels for the images (`groups.regroup`)
+    table : other datasets or labels for the images (image_id and the columns to replace)
 
     Raises
     ------
@@ -156,19 +179,22 @@ def write_concepts(
         If a store was pruned (its means and frequencies are not those of the SAE), image ids clash, no image has a
         dataset, or there are more than 20; if a worker lacks this version of the package or sees other files.
     SpecMismatch
-        If the stores hold latents of different SAEs, or `concepts` holds something else.
+        If the stores hold latents of different SAEs, or `out` holds something else.
     DamagedStore
         If a chunk of the latents is lost or damaged.
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
     with client_or_own(client) as working:
-        return _write_concepts(latents, concepts, config, working, table, overwrite, progress)
+        return _concept_statistics(latents, out, config, working, table, overwrite, progress)
 
 
-def _write_concepts(
+write_concepts = concept_statistics  # its name in 0.1; stays for one release
+
+
+def _concept_statistics(
     latents: Path | str | Sequence[Path | str],
-    concepts: Path,
+    out: Path,
     config: ConceptConfig,
     client: "Client",
     table: Path | None,
@@ -191,7 +217,7 @@ def _write_concepts(
             f"expected images of 1 to {_MOST_DATASETS} datasets; found {len(images.datasets):,}. Correct the column "
             f"'dataset' of the image table, or give another with --table"
         )
-    settings = {name: value for name, value in asdict(config).items() if name != "block_images"}
+    settings = {name: value for name, value in asdict(config).items() if name != "partition_images"}
     spec = {
         "latents": [store.identity for store in stores],
         "latents_spec": [store.spec.to_dict() for store in stores],
@@ -199,9 +225,9 @@ def _write_concepts(
     } | ({"table": table_sha256(joined)} if table is not None else {})
     inputs = [path for path in (*(store.root for store in stores), table) if isinstance(path, Path)]
     packages = ("dask", "distributed", "matplotlib", "numba", "numpy", "scipy")
-    writer = begin_results(concepts, CONCEPTS, spec, overwrite=overwrite, inputs=inputs, packages=packages)
+    writer = begin_results(out, CONCEPTS, spec, overwrite=overwrite, inputs=inputs, packages=packages)
     if writer.is_complete:
-        return _result(writer.header.summary or {}, concepts, config, table, was_complete=True)
+        return _result(writer.header.summary or {}, out, config, table, was_complete=True)
 
     writer.watch(*(store.header for store in stores))
     parts = writer.root / "parts"
@@ -227,7 +253,7 @@ def _write_concepts(
         ),
     }
     writer.finish(summary)
-    return _result(summary, concepts, config, table, was_complete=False)
+    return _result(summary, out, config, table, was_complete=False)
 
 
 def _refuse_pruned(stores: list[LatentStore]) -> None:
@@ -252,7 +278,7 @@ def _count(
 ) -> list[tuple[LatentSums, TopImages]]:
     """Sums and largest activations of every dataset."""
     tag = sha256_json({"concepts": writer.header.identity, "level": "image"})
-    rows: list[Rows] = []
+    parts: list[PartSummary] = []
     count_into_parts(
         watch,
         stores,
@@ -260,12 +286,12 @@ def _count(
         tag,
         taus=(0.0,),
         token_set=config.token_set,
-        block_images=config.block_images,
-        each=rows.append,
+        partition_images=config.partition_images,
+        each=parts.append,
     )
     watch.tell(len(images.ids), len(images.ids), "joining")
-    below = Below.of(rows, tag)
-    lengths = np.concatenate([np.empty(0, np.int32), *(part.lengths for part in rows)])
+    below = LevelParts.of(parts)
+    lengths = np.concatenate([np.empty(0, np.int32), *(part.lengths for part in parts)])
     found = []
     for number in range(len(images.datasets)):
         sums = LatentSums.zeros(1, stores[0].spec.n_latents)
@@ -278,7 +304,7 @@ def _count(
                 )
                 for piece in pieces[wave : wave + _WAVE]
             ]
-            for more_sums, more_top in watch.gather(futures):  # in order
+            for more_sums, more_top in watch.results(futures):  # in order
                 sums.add(more_sums)
                 top.add(more_top)
         found.append((sums, top))
@@ -286,7 +312,7 @@ def _count(
 
 
 def _pieces(members: Ints, lengths: npt.NDArray[np.int32]) -> list[Ints]:
-    """Consecutive images of about _GROUP_ENTRIES entries: by the data alone, never by blocks, workers or memory."""
+    """Consecutive images of about _GROUP_ENTRIES entries: by the data alone, never by partitions, workers or memory."""
     entries = np.cumsum(lengths[members], dtype=np.int64) - lengths[members]
     cuts = [0, *(np.flatnonzero(np.diff(entries // _GROUP_ENTRIES)) + 1), len(members)] if len(members) else [0]
     return [members[low:high] for low, high in pairwise(cuts)]
@@ -396,7 +422,7 @@ def _q(p: Floats) -> Floats:
 
 
 def _compare(found: list[_Described], images: _Images, config: ConceptConfig) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Does a latent answer to the same cell type in every dataset? Per latent, and per pair of datasets."""
+    """Does a latent respond to the same cell type in every dataset? Per latent, and per pair of datasets."""
     common = np.stack([each.common for each in found])
     has_label = common >= 0
     n_datasets = has_label.sum(axis=0)

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from cytosae.barcodes import Below, LatentSums, by_part, opener
+from cytosae.barcodes import LatentSums, LevelParts, by_part, opener
 
 Ints = npt.NDArray[np.int64]
 
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 class TopImages:
     """Per latent its largest image activations, falling; of equal ones the image of the smaller number comes first.
 
-    A total order: whichever way images are divided among tasks, the same ones stay.
+    A total order: the same images stay, however images are divided among tasks.
     """
 
     value: npt.NDArray[np.float32]  # (n_latents, top_k); 0 where there is no image
@@ -39,7 +39,9 @@ class TopImages:
         _add(other.value, other.image, self.value, self.image)
 
 
-def sum_images(images: Ints, numbers: Ints, below: Below, n_latents: int, top_k: int) -> tuple[LatentSums, TopImages]:
+def sum_images(
+    images: Ints, numbers: Ints, below: LevelParts, n_latents: int, top_k: int
+) -> tuple[LatentSums, TopImages]:
     """Sums over some images, in the order given, and their largest activations.
 
     Parameters

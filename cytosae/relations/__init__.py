@@ -1,4 +1,4 @@
-"""Latents beside latents, and a patient beside other patients.
+"""Latents compared with latents, and a patient with other patients.
 
 Comes in: decoders, latent stores, barcodes. Goes out: tables of agreement, neighbours and what sets a patient apart.
 Open first: `stability.py`.

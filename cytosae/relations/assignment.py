@@ -1,9 +1,12 @@
-"""The one-to-one assignment with the largest sum, over a sparse list of pairs, with the prices that prove it.
+"""The one-to-one assignment with the largest sum, over a sparse list of pairs, with the dual prices that prove it.
 
-Shortest augmenting paths (Jonker and Volgenant, Computing 38, 1987) on lists of pairs; a row may stay alone, which is
-worth 0. The prices u of rows and v of columns are at least 0, and u + v >= weight for every pair in the list, so the
-sum of all prices is a bound on every assignment, and equal to the sum of this one. Twin: scipy's dense
+Shortest augmenting paths (Jonker and Volgenant, Computing 38, 1987) on lists of pairs; a row may stay unmatched, which
+is worth 0. The dual prices u of rows and v of columns are at least 0, and u + v >= weight for every pair in the list,
+so the sum of all prices is a bound on every assignment, and equal to the sum of this one. Twin: scipy's dense
 linear_sum_assignment, in tests/test_stability.py.
+
+scipy's min_weight_full_bipartite_matching finds the same sums, but is 4 to 24 times slower on sparse candidates and
+does not return the prices, which `stability.py` needs (measured: docs/log.md).
 """
 
 from dataclasses import dataclass
@@ -14,14 +17,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-_PASSES = 2  # of the cheap beginning
+_PASSES = 2  # of the auction that comes first, since it is cheap
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Who belongs to whom, and what everybody is worth."""
+    """A one-to-one assignment and its dual prices."""
 
-    column_of_row: npt.NDArray[np.int64]  # (n_rows,); -1: stays alone
+    column_of_row: npt.NDArray[np.int64]  # (n_rows,); -1: unmatched
     row_prices: npt.NDArray[np.float64]  # (n_rows,)
     column_prices: npt.NDArray[np.float64]  # (n_columns,)
 
@@ -52,13 +55,13 @@ def assign(
 def _bid(
     starts: Any, columns: Any, weights: Any, free: Any, column_of_row: Any, row_of_column: Any, u: Any, v: Any
 ) -> Any:
-    """Each free row takes its best column, at a price that leaves it as well off as its second best would.
+    """One pass of an auction: each free row takes its best column, at a price that makes its second best as good.
 
-    Gives the rows that are free afterwards: those whose column was taken from them.
+    Returns the rows that lost their column to another row, and are free again.
     """
     left = [np.int64(0) for _ in range(0)]
     for i in free:
-        best, second, at = 0.0, 0.0, -1  # staying alone is worth 0
+        best, second, at = 0.0, 0.0, -1  # staying unmatched is worth 0
         for k in range(starts[i], starts[i + 1]):
             worth = weights[k] - v[columns[k]]
             if worth > best:
@@ -81,7 +84,7 @@ def _bid(
 def _augment(
     starts: Any, columns: Any, weights: Any, free: Any, column_of_row: Any, row_of_column: Any, u: Any, v: Any
 ) -> None:
-    """Bring in the free rows one by one, each by the path that costs the least (Dijkstra, with a heap)."""
+    """Match the free rows one by one, each along the augmenting path of least cost (Dijkstra, with a heap)."""
     distance = np.full(len(v), np.inf)
     came_from = np.full(len(v), -1)  # row from which a column is reached
     is_done = np.zeros(len(v), np.bool_)
@@ -93,7 +96,7 @@ def _augment(
         seen = [np.int64(0) for _ in range(0)]
         done = [np.int64(0) for _ in range(0)]
         row, so_far = f, 0.0
-        end, end_row, least = -1, f, u[f]  # the row itself stays alone
+        end, end_row, least = -1, f, u[f]  # the row itself stays unmatched
         while True:
             for k in range(starts[row], starts[row + 1]):
                 j = columns[k]
@@ -118,7 +121,7 @@ def _augment(
             is_done[j] = True
             done.append(j)
             row = row_of_column[j]
-            if so_far + u[row] < least:  # this row stays alone instead
+            if so_far + u[row] < least:  # this row stays unmatched instead
                 end, end_row, least = -1, row, so_far + u[row]
         u[f] -= least
         for j in done:

@@ -1,7 +1,7 @@
 """Which latents are active at the same tokens: exact counts for chosen latents against all others, compiled.
 
-A task takes a group of chosen latents and goes once over all stores, so nothing is added up between tasks and the
-numbers cannot depend on blocks or workers. Association is phi, the correlation of two latents' being active: with n
+A task takes a group of chosen latents and reads all stores once, so nothing is added up between tasks, and the numbers
+cannot depend on the groups or the workers. Association is phi, the correlation of two latents' being active: with n
 tokens in all, n_a and n_b with one of them, n_ab with both,
 
     phi = (n n_ab - n_a n_b) / sqrt(n_a n_b (n - n_a) (n - n_b))        0 by chance, 1: always together
@@ -29,17 +29,25 @@ from stores.token_sets import TOKEN_SETS, chosen_tokens
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 MOST_NEIGHBOURS = 1000
-_BLOCK_ENTRIES = 4 << 20  # nonzeros that are read together
+_CHUNK_ENTRIES = 4 << 20  # nonzeros that are read together
 _GROUP_BYTES = 256 << 20  # of the counts of one group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coactivation:
-    """What counts as active together."""
+class NeighbourConfig:
+    """How many neighbours, and what counts as active together.
 
-    tau: float = 0.0  # a latent is active at a token if its stored value is greater
+    Attributes
+    ----------
+    tau : 0 or more; a latent is active at a token if its stored value is greater
+    token_set : tokens that count: all, patch or cls
+    min_images : fewest images in which two latents must be active at one token, to be neighbours by activity
+    n_top : neighbours of each kind, 1 to 1,000
+    """
+
+    tau: float = 0.0
     token_set: str = "all"
-    min_images: int = 5  # in which a pair must be active together at a token
+    min_images: int = 5
     n_top: int = 10
 
     def __post_init__(self) -> None:
@@ -51,6 +59,9 @@ class Coactivation:
                 f"min_images must be at least 1, and neighbours 1 to {MOST_NEIGHBOURS:,}; "
                 f"found {self.min_images} and {self.n_top}"
             )
+
+
+Coactivation = NeighbourConfig  # its name in 0.1; stays for one release
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +84,11 @@ def group_size(n_latents: int) -> int:
 
 
 def count_group(
-    latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], settings: Coactivation
+    latents: Sequence[Path | str], chosen: Ints, also: npt.NDArray[np.int32], config: NeighbourConfig
 ) -> GroupCounts:
     """Count for some latents over all stores, and take the most associated: phi above 0, of equals the lower number.
 
-    Memory: 16 bytes for every pair of a chosen latent and any other, and a block of a store.
+    Memory: 16 bytes for every pair of a chosen latent and any other, and a chunk of a store.
 
     Parameters
     ----------
@@ -92,15 +103,15 @@ def count_group(
     """
     counter = _Counter(LatentStore(latents[0], check_files=False).spec.n_latents, chosen)
     for path in latents:
-        counter.add_store(LatentStore(path, check_files=False), settings)
-    top = np.full((len(chosen), settings.n_top), -1, np.int32)
+        counter.add_store(LatentStore(path, check_files=False), config)
+    top = np.full((len(chosen), config.n_top), -1, np.int32)
     for g, latent in enumerate(chosen):
         n_both, images_both = counter.n_both[g], counter.n_images_both[g]
         phi = phi_of(counter.n_all, counter.n_tokens[latent], counter.n_tokens, n_both)
-        counts = (phi > 0) & (images_both >= settings.min_images)
+        counts = (phi > 0) & (images_both >= config.min_images)
         counts[latent] = False
         some = np.flatnonzero(counts)
-        best = some[np.lexsort((some, -phi[some]))][: settings.n_top]  # of equals the lower number
+        best = some[np.lexsort((some, -phi[some]))][: config.n_top]  # of equals the lower number
         top[g, : len(best)] = best
     pairs = np.concatenate([top, also], axis=1)
     there = np.maximum(pairs, 0), np.arange(len(chosen))[:, None]
@@ -141,11 +152,11 @@ class _Counter:
         self._found = np.empty(n_latents, np.int32)
         self._n_images_before = 0
 
-    def add_store(self, store: LatentStore, settings: Coactivation) -> None:
-        per_image, tau = store.spec.tokens_per_image, np.float32(settings.tau)
-        tokens = chosen_tokens(settings.token_set, per_image)
+    def add_store(self, store: LatentStore, config: NeighbourConfig) -> None:
+        per_image, tau = store.spec.tokens_per_image, np.float32(config.tau)
+        tokens = chosen_tokens(config.token_set, per_image)
         self.n_all += int(store.readable().sum()) * len(tokens)
-        for images in _blocks(store):
+        for images in _chunks(store):
             rows = store.read_images(images.start, images.stop)
             first = self._n_images_before + images.start
             counts = self.n_tokens, self.n_images, self.n_both, self.n_images_both
@@ -155,11 +166,11 @@ class _Counter:
         self._n_images_before += store.spec.n_images
 
 
-def _blocks(store: LatentStore) -> Iterator[range]:
-    """Images whose nonzeros are read together."""
+def _chunks(store: LatentStore) -> Iterator[range]:
+    """Consecutive images whose nonzeros are read together."""
     starts, at = store.image_indptr, 0
     while at < store.spec.n_images:
-        stop = int(np.searchsorted(starts, starts[at] + _BLOCK_ENTRIES, side="right")) - 1
+        stop = int(np.searchsorted(starts, starts[at] + _CHUNK_ENTRIES, side="right")) - 1
         stop = min(max(stop, at + 1), store.spec.n_images)
         yield range(at, stop)
         at = stop

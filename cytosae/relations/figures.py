@@ -1,4 +1,4 @@
-"""Pictures of how latents relate: between SAEs, and of a patient to the others."""
+"""Figures of how latents relate: between SAEs, and of a patient to the others."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def plot_stability(cosines: Sequence[Floats], null: Sequence[Floats], path: Path
         axes.hist(matched, _BINS, weights=weights, color=color, alpha=0.35)
         axes.hist(matched, _BINS, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
     axes.set_xlim(0, 1)
-    axes.set_yscale("log")  # or a few latents in agreement would not be seen beside many that are not
+    axes.set_yscale("log")  # otherwise a few latents that agree could not be seen beside many that do not
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("cosine of matched decoder rows")
     axes.set_ylabel("share of matched pairs")

@@ -1,4 +1,4 @@
-"""The nearest directions of two sets, by cosine, without the matrix of all cosines: products in blocks, the best kept.
+"""The nearest directions of two sets, by cosine, by chunks of products instead of the matrix of all.
 
 Twin: a dense product and a sort, in tests/test_stability.py.
 """
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from stores.progress import Progress
 
 Rows = npt.NDArray[np.float32]
-_BLOCK = (1024, 8192)  # rows of a and of b: 32 MiB of products
+_CHUNK = (1024, 8192)  # rows of a and of b: 32 MiB of products
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +31,13 @@ def nearest(
     *,
     prices: npt.NDArray[np.float64] | None = None,
     skip: npt.NDArray[Any] | None = None,
-    block: tuple[int, int] = _BLOCK,
+    chunk: tuple[int, int] = _CHUNK,
     progress: Progress = lambda done, total, state: None,
 ) -> tuple[Nearest, Nearest]:
     """For each row of `a` the rows of `b` with the largest product, and the other way round.
 
-    Memory: a block of products, and the result. Products are float32; how they are cut may move their last bit.
+    Memory: a chunk of products, and the result. Products are float32; their last bit may depend on the size of the
+    chunks.
 
     Parameters
     ----------
@@ -45,8 +46,8 @@ def nearest(
     skip : (n_a,): a row of `b` that does not count for this row of `a`
     """
     of_a, of_b = (_none_yet(len(rows), k) for rows in (a, b))
-    height, width = block
-    n_blocks = -(-len(a) // height) * -(-len(b) // width)
+    height, width = chunk
+    n_chunks = -(-len(a) // height) * -(-len(b) // width)
     n_done = 0
     for first_b in range(0, len(b), width):
         columns = b[first_b : first_b + width].T
@@ -62,7 +63,7 @@ def nearest(
             _keep_of_rows(products, first_a, first_b, of_a.value, of_a.index)
             _keep_of_columns(products, first_a, first_b, of_b.value, of_b.index)
             n_done += 1
-            progress(n_done, n_blocks, "")
+            progress(n_done, n_chunks, "")
     return of_a, of_b
 
 
@@ -72,7 +73,7 @@ def _none_yet(n: int, k: int) -> Nearest:
 
 @numba.njit(cache=True)
 def _insert(value: Any, number: int, values: Any, numbers: Any) -> None:
-    """Into a falling list, behind its equals; the last one falls out."""
+    """Insert into a list sorted from large to small, after equal values; the last one is dropped."""
     at = len(values) - 1
     while at > 0 and values[at - 1] < value:
         values[at] = values[at - 1]

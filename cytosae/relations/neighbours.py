@@ -5,8 +5,7 @@ The two need not agree: latents of one direction often share the tokens between 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cytosae.barcodes import check_one_sae, check_tau, join_tables
-from cytosae.cluster import cluster_job
+from cytosae.cluster import client_or_own, cluster_job
 from cytosae.sae import Decoder, pair_cosines, read_decoder
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
@@ -25,43 +24,35 @@ from stores.spec import NEIGHBOURS
 from stores.token_sets import chosen_tokens
 
 from . import coactivation
-from .coactivation import Coactivation, GroupCounts
+from .coactivation import GroupCounts, NeighbourConfig
 from .nearest_cosine import nearest
+from .report import Neighbours, NeighboursResult
 
 if TYPE_CHECKING:
     from distributed import Client
 
 Ints = npt.NDArray[np.int64]
+_DEFAULTS = NeighbourConfig()
 _COUNTS = ("n_tokens", "n_tokens_neighbour", "n_tokens_both", "n_images_both")
 _MEASURES = ("phi", "lift", "jaccard")
 
 
-@dataclass(frozen=True, eq=False)
-class Neighbours:
-    """The neighbours of some latents of an SAE, as a table (docs/formats.md), and what was looked at."""
-
-    table: pa.Table
-    n_latents: int  # asked for
-    n_tokens: int | None  # looked at; None: without latent stores
-    n_images: int | None
-
-
 def find_neighbours(
     run: Path,
-    latents: Sequence[Path | str] = (),
+    config: NeighbourConfig = _DEFAULTS,
     *,
+    latents: Path | str | Sequence[Path | str] = (),
     chosen: Sequence[int] = (),
-    settings: Coactivation,
     client: "Client | None" = None,
     progress: Progress = lambda done, total, state: None,
 ) -> Neighbours:
-    """The `settings.n_top` neighbours of the `chosen` latents (none: of all) of the SAE at `run`.
+    """The `config.n_top` neighbours of the `chosen` latents (none: of all) of the SAE at `run`, as a table in memory.
 
-    Memory: the decoder, and in a worker 256 MiB of counts and a block of the store.
+    Memory: the decoder, and in a worker 256 MiB of counts and a chunk of the store.
 
     Parameters
     ----------
-    latents : paths or URLs of latent stores by this SAE; none: neighbours by direction alone
+    latents : paths or URLs of latent stores by this SAE; none: neighbours by direction only
     client : of a Dask cluster whose workers see the stores; None: counted in this process
 
     Raises
@@ -73,77 +64,89 @@ def find_neighbours(
         If a store holds latents of another SAE, or of another kind of tokens than the others.
     """
     decoder = read_decoder(run)
-    return _find(decoder, _open(decoder, latents, settings), _chosen(decoder, chosen), settings, client, progress)
+    return _find(decoder, _open(decoder, latents, config), _chosen(decoder, chosen), config, client, progress)
 
 
 def _find(
     decoder: Decoder,
     stores: list[LatentStore],
     numbers: Ints,
-    settings: Coactivation,
+    config: NeighbourConfig,
     client: "Client | None",
     progress: Progress,
 ) -> Neighbours:
-    near = _by_direction(decoder, numbers, settings.n_top, progress)
+    near = _by_direction(decoder, numbers, config.n_top, progress)
     if not stores:
-        return Neighbours(_table(decoder, numbers, near, None, 0), len(numbers), None, None)
+        return Neighbours(latents=numbers, table=_table(decoder, numbers, near, None, 0))
     n_workers = len(client.scheduler_info()["workers"]) if client else 1
     groups = list(_groups(numbers, near, n_workers, decoder.n_latents))
     paths = [store.root for store in stores]
     if client:
-        counts = _count_on_workers(client, paths, groups, settings, progress)
+        counts = _count_on_workers(client, paths, groups, config, progress)
     else:
-        counts = [coactivation.count_group(paths, *group, settings) for group in groups]
+        counts = [coactivation.count_group(paths, *group, config) for group in groups]
     n_images = sum(int(store.readable().sum()) for store in stores)
-    n_tokens = n_images * len(chosen_tokens(settings.token_set, stores[0].spec.tokens_per_image))
-    return Neighbours(_table(decoder, numbers, near, counts, n_tokens), len(numbers), n_tokens, n_images)
+    n_tokens = n_images * len(chosen_tokens(config.token_set, stores[0].spec.tokens_per_image))
+    table = _table(decoder, numbers, near, counts, n_tokens)
+    return Neighbours(latents=numbers, table=table, n_tokens=n_tokens, n_images=n_images)
 
 
 def write_neighbours(
     run: Path,
     out: Path,
-    latents: Sequence[Path | str] = (),
+    config: NeighbourConfig = _DEFAULTS,
     *,
+    latents: Path | str | Sequence[Path | str] = (),
     chosen: Sequence[int] = (),
-    settings: Coactivation,
     client: "Client | None" = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
-) -> bool:
-    """neighbours.parquet in the folder `out`; True if it was there already. Otherwise as `find_neighbours`.
+) -> NeighboursResult:
+    """The neighbours of `find_neighbours` as neighbours.parquet in the folder `out`.
+
+    Parameters
+    ----------
+    latents, chosen : as of `find_neighbours`
+    client : of a Dask cluster whose workers see the stores and `out`; None: one is started for this call if there are
+        latent stores
 
     Raises
     ------
+    BadInput
+        As `find_neighbours`.
     SpecMismatch
-        Also if `out` holds neighbours with other settings (and not `overwrite`), or something else.
+        As `find_neighbours`, and if `out` holds neighbours with other settings (and not `overwrite`), or something
+        else.
     """
     decoder = read_decoder(run)
-    stores = _open(decoder, latents, settings)
+    stores = _open(decoder, latents, config)
+    numbers = _chosen(decoder, chosen)
     spec = {
         "sae_sha256": decoder.sae_sha256,
         "latents": [store.identity for store in stores],
-        "chosen": [int(latent) for latent in _chosen(decoder, chosen)] if chosen else "all",
-        "n_top": settings.n_top,
-        **({name: getattr(settings, name) for name in ("tau", "token_set", "min_images")} if stores else {}),
+        "chosen": [int(latent) for latent in numbers] if len(chosen) else "all",
+        "n_top": config.n_top,
+        **({name: getattr(config, name) for name in ("tau", "token_set", "min_images")} if stores else {}),
     }
     inputs = [run, *(store.root for store in stores if isinstance(store.root, Path))]
     writer = begin_results(out, NEIGHBOURS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     if writer.is_complete:
-        return True
+        return NeighboursResult(out=out, summary=writer.header.summary or {}, was_complete=True)
     writer.watch(decoder.header, *(store.header for store in stores))
-    on_workers = (
-        cluster_job(client, writer.root, {store.root: store.journal_sha256 for store in stores}) if client else None
-    )
-    with on_workers or nullcontext():
-        found = _find(decoder, stores, _chosen(decoder, chosen), settings, client, progress)
+    with ExitStack() as stack:
+        if stores:
+            client = stack.enter_context(client_or_own(client))
+            journals = {store.root: store.journal_sha256 for store in stores}
+            stack.enter_context(cluster_job(client, writer.root, journals))
+        found = _find(decoder, stores, numbers, config, client, progress)
     writer.write_table("neighbours", found.table)
     summary = {"n_latents": found.n_latents, "n_tokens": found.n_tokens, "n_images": found.n_images}
-    writer.finish({**summary, "n_without_direction": int((~decoder.has_direction).sum())})
-    return False
+    header = writer.finish({**summary, "n_without_direction": int((~decoder.has_direction).sum())})
+    return NeighboursResult(out=out, summary=header.summary or {}, was_complete=False)
 
 
-def _open(decoder: Decoder, latents: Sequence[Path | str], settings: Coactivation) -> list[LatentStore]:
-    stores = [LatentStore(path) for path in latents]
+def _open(decoder: Decoder, latents: Path | str | Sequence[Path | str], config: NeighbourConfig) -> list[LatentStore]:
+    stores = [LatentStore(path) for path in ([latents] if isinstance(latents, Path | str) else latents)]
     for store in stores:
         if store.spec.sae_sha256 != decoder.sae_sha256:
             raise SpecMismatch(
@@ -152,7 +155,7 @@ def _open(decoder: Decoder, latents: Sequence[Path | str], settings: Coactivatio
             )
     if stores:
         check_one_sae(stores)
-        check_tau(stores, settings.tau)
+        check_tau(stores, config.tau)
         join_tables(stores)  # no image twice
         if not any(store.readable().any() for store in stores):
             raise BadInput(f"no readable image in {', '.join(str(store.root) for store in stores)}")
@@ -162,7 +165,7 @@ def _open(decoder: Decoder, latents: Sequence[Path | str], settings: Coactivatio
 def _chosen(decoder: Decoder, chosen: Sequence[int]) -> Ints:
     for latent in chosen:
         decoder.check_latent(latent)
-    return np.unique(np.array(chosen, np.int64)) if chosen else np.arange(decoder.n_latents)
+    return np.unique(np.array(chosen, np.int64)) if len(chosen) else np.arange(decoder.n_latents)
 
 
 def _by_direction(decoder: Decoder, numbers: Ints, n_top: int, progress: Progress) -> npt.NDArray[np.int32]:
@@ -190,15 +193,14 @@ def _count_on_workers(
     client: "Client",
     paths: list[Path | str],
     groups: list[tuple[Ints, npt.NDArray[np.int32]]],
-    settings: Coactivation,
+    config: NeighbourConfig,
     progress: Progress,
 ) -> list[GroupCounts]:
     """One task per group of latents, in order."""
     from distributed import CancelledError, as_completed
 
     futures = {
-        client.submit(coactivation.count_group, paths, *group, settings, pure=False): n
-        for n, group in enumerate(groups)
+        client.submit(coactivation.count_group, paths, *group, config, pure=False): n for n, group in enumerate(groups)
     }
     found: dict[int, GroupCounts] = {}
     progress(0, len(groups), "passes over the latents")
@@ -209,7 +211,7 @@ def _count_on_workers(
             found[futures[future]] = counts
             progress(len(found), len(groups), "passes over the latents")
     finally:
-        if client.status == "running":  # else there is nobody to tell
+        if client.status == "running":  # else the scheduler is gone
             client.cancel(list(futures))
     return [found[n] for n in range(len(groups))]
 

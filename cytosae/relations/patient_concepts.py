@@ -1,4 +1,4 @@
-"""What is special about a patient: latents whose barcode is far from that of the other patients of the disease.
+"""What sets a patient apart: latents whose barcode is far from that of the other patients of the disease.
 
 The score is z of `patient_z.py`, against the others of the same disease and dataset (at least 5); the atlas
 shows the same. A latent sets a patient apart if
@@ -9,8 +9,8 @@ shows the same. A latent sets a patient apart if
   Whatever the distribution, of n + 1 exchangeable patients one is the highest and one the lowest: so at most
   2 / (n + 1) of the latents set one of them apart, and where levels spread as in docs/benchmarks.md far fewer.
 
-No p- or q-values of the patient. The yardstick are the other patients: how many latents set each of THEM apart, under
-the same rule against the rest. A stain or a scanner can make a patient special too.
+No p- or q-values of the patient. What is usual is shown by the other patients: how many latents set each of
+THEM apart, by the same rule. A stain or a scanner can set a patient apart too.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ from stores.spec import PATIENT_CONCEPTS
 from stores.tables import STATUS_OK, listed
 
 from .figures import plot_all_patients, plot_patient
-from .patient_z import LEAST_OTHERS, Others, as_z, clumps_of, describe_others, own_variance, standing
+from .patient_z import LEAST_OTHERS, Others, as_z, describe_others, dispersion_of, own_variance, prediction_t
+from .report import PatientResult
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -50,17 +51,28 @@ _LEAST_DRAWN, _MOST_DRAWN = 12, 40  # latents in the figure
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatientSettings:
-    """What decides the numbers."""
+class PatientConfig:
+    """How a patient is compared with the others.
 
-    tau: float | None = None  # of barcodes at several tau
-    min_images: int = 3  # of the patient's in which a latent must be above tau, to be called raised
+    Attributes
+    ----------
+    tau : which barcodes, where there are several; None: the only ones
+    min_images : fewest images of the patient in which a latent must be above tau, to be called raised
+    n_splits : times that the patient's images are split into halves
+    seed : of the splits
+    """
+
+    tau: float | None = None
+    min_images: int = 3
     n_splits: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.min_images, self.n_splits) < 1:
             raise BadInput(f"min_images and n_splits must be at least 1; found {self.min_images} and {self.n_splits}")
+
+
+PatientSettings = PatientConfig  # its name in 0.1; stays for one release
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,38 +106,34 @@ class PatientConcepts:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatientResult:
-    """Rows of patients.parquet (`skipped`: the reason in words, or None), and the ten largest |z| of a single one."""
-
-    patients: list[dict[str, Any]]
-    top: list[dict[str, Any]]
-    was_complete: bool
-
-
 def write_patient_concepts(
     barcodes: Path,
     patient: str | None,
     out: Path,
-    settings: PatientSettings = PatientSettings(),
+    config: PatientConfig = PatientConfig(),
     *,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> PatientResult:
     """patient_concepts.parquet, patients.parquet and a figure for one patient, or for all (None), in the folder `out`.
 
-    The images of everybody of the disease are read, one patient at a time. Memory: the patient barcodes, sparse; dense
-    those of the patient's disease, for the latents that somebody there has.
+    The images of all patients of the disease are read, one patient at a time. Memory: the patient barcodes, sparse;
+    dense those of the patient's disease, for the latents that any of them has.
+
+    Parameters
+    ----------
+    barcodes : a folder of `cyto barcode`
+    patient : its name, as in the index of the patient barcodes; None: every patient
 
     Raises
     ------
     BadInput
         If there is no such patient, or none at all; if it has no disease, fewer than 4 readable images or fewer than 5
-        others (of all patients: if nobody has enough).
+        others (of all patients: if none can be compared).
     DamagedStore
         If the barcodes lack a chunk or cannot be read.
     """
-    cohort = _Cohort(BarcodeStore(barcodes), settings)
+    cohort = _Cohort(BarcodeStore(barcodes), config)
     chosen = range(len(cohort.names)) if patient is None else [cohort.number(patient)]
     reasons = [cohort.why_not(number) for number in chosen]
     if all(reasons):
@@ -142,12 +150,12 @@ def write_patient_concepts(
         "barcodes": cohort.store.header.identity,
         "patient": patient,
         "rule": RULE,
-        **{**asdict(settings), "tau": cohort.tau},
+        **{**asdict(config), "tau": cohort.tau},
     }
     writer = begin_results(out, PATIENT_CONCEPTS, spec, overwrite=overwrite, inputs=[barcodes])
     writer.watch(cohort.store.header)
     if writer.is_complete:
-        return _read_result(writer.root, patient)
+        return _read_result(out, patient)
     tables, rows = [], []
     for n_done, (number, reason) in enumerate(zip(chosen, reasons, strict=True)):
         progress(n_done, len(reasons), cohort.names[number])
@@ -169,23 +177,23 @@ def write_patient_concepts(
     if patient is None:
         plot_all_patients([row for row in rows if row["skipped"] is None], writer.root / "patients")
     writer.finish({"n_patients": len(rows), "n_skipped": sum(row["skipped"] is not None for row in rows)})
-    return _result(rows, table, patient, was_complete=False)
+    return _result(out, rows, table, patient, was_complete=False)
 
 
 class _Cohort:
     """The patients of a barcodes folder, and the images of each."""
 
-    def __init__(self, store: BarcodeStore, settings: PatientSettings) -> None:
+    def __init__(self, store: BarcodeStore, config: PatientConfig) -> None:
         if store.header.spec["normalize"] != "images":
             raise BadInput(
                 f"{store.root} is normalised by {store.header.spec['normalize']}: its patients with more images have "
                 f"larger barcodes. Count with cyto barcode --normalize images"
             )
         store.check()
-        self.store, self.settings = store, settings
-        self.tau = store.taus[0] if settings.tau is None else settings.tau
-        obs = store.read_obs("patient", settings.tau, needed=PATIENT_COLUMNS)
-        self._matrix = ss.csr_matrix(store.read_element("patient", "X", settings.tau))
+        self.store, self.config = store, config
+        self.tau = store.taus[0] if config.tau is None else config.tau
+        obs = store.read_obs("patient", config.tau, needed=PATIENT_COLUMNS)
+        self._matrix = ss.csr_matrix(store.read_element("patient", "X", config.tau))
         if not len(obs):
             raise BadInput(
                 f"{store.root} has no patient: no image has one; count again with a column 'patient' (cyto barcode "
@@ -196,8 +204,8 @@ class _Cohort:
             np.asarray(obs[name], object) for name in ("patient_id", "dataset", "disease")
         )
         self._n_images = np.asarray(obs["n_images"], np.int64)
-        self._images = store.read_obs("image", settings.tau, needed=IMAGE_COLUMNS)
-        self._clumps: dict[tuple[str, str], Floats] = {}
+        self._images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)
+        self._dispersions: dict[tuple[str, str], Floats] = {}
 
     def number(self, patient: str) -> int:
         """The row of a patient."""
@@ -214,7 +222,7 @@ class _Cohort:
         return np.flatnonzero(same)
 
     def why_not(self, number: int) -> str | None:
-        """What stands against comparing this patient, in words."""
+        """Why this patient cannot be compared; None if it can."""
         if not self._diseases[number]:
             return "no disease"
         if self._n_images[number] < LEAST_IMAGES:
@@ -223,7 +231,7 @@ class _Cohort:
         return f"{n_others} others with {self._diseases[number]}" if n_others < LEAST_OTHERS else None
 
     def describe(self, number: int) -> dict[str, Any]:
-        """Who it is, and whom it is compared with."""
+        """Name, dataset and disease of a patient, and the numbers of its images and of the others."""
         return {
             "patient": self.names[number],
             "dataset": str(self._datasets[number]),
@@ -236,30 +244,30 @@ class _Cohort:
         """Compare one patient with the others, latent by latent."""
         others = self.others(number)
         images = self._images_of(number)
-        # latents that nobody here has cannot differ
+        # latents that none of these patients has cannot differ
         latents = np.union1d(self._matrix[others].indices, np.unique(images.indices)).astype(np.int64)
         return compare_patient(
             latents,
             images[:, latents],
             self._matrix[others][:, latents].toarray().astype(np.float64),
-            clumps=self._clumps_of(number)[latents],
+            dispersion=self._dispersion_of(number)[latents],
             images_per_patient=float(self._n_images[[number, *others]].mean()),
-            min_images=self.settings.min_images,
-            n_splits=self.settings.n_splits,
-            rng=_rng(self.settings.seed, self.names[number]),
+            min_images=self.config.min_images,
+            n_splits=self.config.n_splits,
+            rng=_rng(self.config.seed, self.names[number]),
         )
 
-    def _clumps_of(self, number: int) -> Floats:
-        """(n_latents,) C of `standing`, of all patients of this one's disease and dataset."""
+    def _dispersion_of(self, number: int) -> Floats:
+        """(n_latents,) C of `prediction_t`, of all patients of this one's disease and dataset."""
         key = (str(self._datasets[number]), str(self._diseases[number]))
-        if key not in self._clumps:
+        if key not in self._dispersions:
             squares, levels = np.zeros((2, self._matrix.shape[1]))
             for member in (number, *self.others(number)):
                 squared, level = image_spread(self._images_of(int(member)))
                 squares += squared
                 levels += level
-            self._clumps[key] = clumps_of(squares, levels)
-        return self._clumps[key]
+            self._dispersions[key] = dispersion_of(squares, levels)
+        return self._dispersions[key]
 
     def counts_of(self, number: int) -> dict[str, Any]:
         """How many latents set a patient apart, by `n_raised` and `n_lowered`."""
@@ -270,7 +278,7 @@ class _Cohort:
         is_its = np.asarray(self._images["patient"], object) == self._ids[number]
         is_its &= np.asarray(self._images["dataset"], object) == self._datasets[number]
         is_its &= np.asarray(self._images["status"], object) == STATUS_OK
-        rows = self.store.read_rows("image", np.flatnonzero(is_its), self.settings.tau)
+        rows = self.store.read_rows("image", np.flatnonzero(is_its), self.config.tau)
         mean = np.asarray(rows.sum(axis=0, dtype=np.float64)).ravel() / max(1, rows.shape[0])
         barcode = self._matrix[[number]].toarray().ravel()
         if rows.shape[0] != self._n_images[number] or not np.allclose(mean, barcode, rtol=1e-5, atol=0):
@@ -282,9 +290,9 @@ class _Cohort:
 
 
 def image_spread(images: Any) -> tuple[Floats, Floats]:
-    """What one patient adds to the two sums of `clumps_of`, (L,) each; images (N, L) scipy CSR, N of 1 or more."""
+    """What one patient adds to the two sums of `dispersion_of`, (L,) each; images (N, L) scipy CSR, N of 1 or more."""
     n_images = images.shape[0]
-    counts = images.astype(np.float64)  # whole numbers: their sums are exact
+    counts = images.astype(np.float64)  # integers: their sums are exact
     total = np.asarray(counts.sum(axis=0)).ravel()
     squares = np.asarray(counts.multiply(counts).sum(axis=0)).ravel() - total**2 / n_images
     return np.maximum(0, squares), (n_images - 1) * total / n_images
@@ -295,7 +303,7 @@ def compare_patient(
     images: Any,
     others: Floats,
     *,
-    clumps: Floats,
+    dispersion: Floats,
     images_per_patient: float,
     min_images: int,
     n_splits: int,
@@ -308,8 +316,8 @@ def compare_patient(
     latents : (n,) their numbers
     images : (N_p, n) scipy CSR: tokens above tau in each of the patient's images, N_p of 2 or more
     others : (n_others, n) barcodes, in mean tokens above tau per image
-    clumps : (n,) C of `standing`, of the patient and the others
-    images_per_patient : K of `standing`
+    dispersion : (n,) C of `prediction_t`, of the patient and the others
+    images_per_patient : K of `prediction_t`
     min_images : of the patient's images in which a raised latent must be above tau
     n_splits : times that the images are halved, drawn from `rng`
     """
@@ -317,8 +325,8 @@ def compare_patient(
     total = np.asarray(images.sum(axis=0, dtype=np.float64)).ravel()
     barcode, median = total / n_images, np.median(others, axis=0)
     mad = np.median(np.abs(others - median), axis=0)
-    among = describe_others(others, clumps, images_per_patient)
-    t = standing(barcode, among, n_images)
+    among = describe_others(others, dispersion, images_per_patient)
+    t = prediction_t(barcode, among, n_images)
     side, n_active = _side(barcode, among.mean), images.getnnz(axis=0)
     far = float(stats.t.isf(stats.norm.sf(Z_FROM), n_others - 1))  # the t of a z of 3
     both = np.zeros(len(latents), np.int64)
@@ -329,8 +337,8 @@ def compare_patient(
         sum_first = np.asarray(images[np.sort(first)].sum(axis=0, dtype=np.float64)).ravel()
         n_first, n_second = len(first), n_images - len(first)
         halves = (
-            standing(sum_first / n_first, among, n_first),
-            standing((total - sum_first) / n_second, among, n_second),
+            prediction_t(sum_first / n_first, among, n_first),
+            prediction_t((total - sum_first) / n_second, among, n_second),
         )
         both += (halves[0] * side >= far) & (halves[1] * side >= far)
         correlations.append(_correlation(*(half[others_have] for half in halves)))
@@ -353,14 +361,14 @@ def compare_patient(
         n_others_beyond=beyond[kept],
         replicated=both[kept] / n_splits,
         others=others[:, kept],
-        others_z=as_z(standing(others[:, kept], _of(among, kept), n_images), n_others),
+        others_z=as_z(prediction_t(others[:, kept], _of(among, kept), n_images), n_others),
         halves_correlation=float(np.mean(correlations)),
     )
 
 
 def _of(others: Others, latents: Ints) -> Others:
     """Some of the latents."""
-    names = ("mean", "sd", "log_mean", "log_sd", "clumps")
+    names = ("mean", "sd", "log_mean", "log_sd", "dispersion")
     return replace(others, **{name: getattr(others, name)[latents] for name in names})
 
 
@@ -398,7 +406,7 @@ def _correlation(a: Floats, b: Floats) -> float:
 
 
 def _rng(seed: int, name: str) -> np.random.Generator:
-    """Of the patient alone, so that it is split in the same way whoever else is looked at."""
+    """Depends on the seed and the patient only: the splits are the same whichever patients are compared."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
 
 
@@ -448,16 +456,16 @@ def _table(name: str, found: PatientConcepts) -> pa.Table:
 def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> None:
     """The latents with the largest |z|: all that set the patient apart, or some."""
     some = np.arange(len(found.latent))[: min(_MOST_DRAWN, max(_LEAST_DRAWN, int(found.sets_apart.sum())))]
-    who = cohort.describe(number)
+    about = cohort.describe(number)
     names = [
         f"{latent}: {barcode:.3g} against {mean:.3g} tokens per image, in {n_active} images"
         for latent, barcode, mean, n_active in zip(
             found.latent[some], found.barcode[some], found.mean[some], found.n_images_active[some], strict=True
         )
     ]
-    compared = f"against {who['n_others']} others with {plain(who['disease'])}"
+    compared = f"against {about['n_others']} others with {plain(about['disease'])}"
     plot_patient(
-        f"{plain(who['patient'])}: {who['n_images']} images, {compared}",
+        f"{plain(about['patient'])}: {about['n_images']} images, {compared}",
         names,
         found.z[some],
         found.others_z[:, some],
@@ -466,11 +474,14 @@ def _draw(cohort: _Cohort, number: int, found: PatientConcepts, path: Path) -> N
     )
 
 
-def _result(rows: list[dict[str, Any]], table: pa.Table, patient: str | None, *, was_complete: bool) -> PatientResult:
+def _result(
+    out: Path, rows: list[dict[str, Any]], table: pa.Table, patient: str | None, *, was_complete: bool
+) -> PatientResult:
     top = [] if patient is None else table.slice(0, 10).to_pylist()
-    return PatientResult(patients=rows, top=top, was_complete=was_complete)
+    return PatientResult(out=out, patient=patient, patients=rows, top=top, was_complete=was_complete)
 
 
-def _read_result(root: Path, patient: str | None) -> PatientResult:
-    store = ResultStore(root, PATIENT_CONCEPTS)
-    return _result(store.table("patients").to_pylist(), store.table("patient_concepts"), patient, was_complete=True)
+def _read_result(out: Path, patient: str | None) -> PatientResult:
+    store = ResultStore(out, PATIENT_CONCEPTS)
+    tables = store.table("patients").to_pylist(), store.table("patient_concepts")
+    return _result(out, *tables, patient, was_complete=True)

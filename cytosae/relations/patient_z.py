@@ -1,4 +1,4 @@
-"""Where a patient's barcode stands among those of the other patients of its disease and dataset: one z for all pages.
+"""How far a patient's barcode is from those of the other patients of its disease and dataset: one z for all pages.
 
 For patient p and latent s, with the n others (at least 5), of mean m and standard deviation sd, and N_p images of the
 patient:
@@ -8,17 +8,17 @@ patient:
     z     : as far out in a normal distribution as the smaller of |t| and |t_log| is in Student's with n - 1 degrees of
             freedom; 0 where the two are on different sides
 
-That is the prediction of one more patient from n: with 5 others |z| = 3 is |t| = 6.6. Both scales, since nobody knows
-how levels spread over patients: on the plain one a spread in ratios (log-normal) has too many large values, on the
-logarithmic one a plain spread has too many small ones. K is the mean number of images of the group's patients, the
+That is the prediction of one more patient from n: with 5 others |z| = 3 is |t| = 6.6. Both scales, since it is not
+known how levels spread over patients: on the plain one a spread in ratios (log-normal) has too many large values, on
+the logarithmic one a plain spread has too many small ones. K is the mean number of images of the group's patients, the
 patient included, so 1 / K is one token in all images of such a patient.
 
-e is the error of a mean over the patient's own images: e^2 = C max(a_p[s], m) / N_p, at least 1 / N_p^2. C is how much
-more the images of one patient differ than tokens that fall one by one (Poisson) would: the variance over images of one
-patient divided by their mean, over the whole group, at least 1. Where a latent takes many patches of few images, few
-images say little.
+e is the error of a mean over the patient's own images: e^2 = C max(a_p[s], m) / N_p, at least 1 / N_p^2. C is
+the index of dispersion: the variance over the images of one patient divided by their mean, over the whole group, at
+least 1 (tokens that are independent of each other, Poisson, have 1). Where a latent is active at many patches of few
+images, few images say little.
 
-Simulated where nobody is special: docs/benchmarks.md, bench/patients.py.
+Simulated where no patient differs from the others: docs/benchmarks.md, bench/patients.py.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Others:
 
     mean, sd : of the others' barcodes; sd with n - 1
     log_mean, log_sd : of their `log_scale`
-    clumps : C, see the module
+    dispersion : C, the index of dispersion; see the module
     """
 
     n: int
@@ -45,7 +45,7 @@ class Others:
     sd: Floats
     log_mean: Floats
     log_sd: Floats
-    clumps: Floats
+    dispersion: Floats
     images_per_patient: float  # K, of the whole group
 
 
@@ -55,7 +55,7 @@ def log_scale(barcodes: Floats, images_per_patient: float) -> Floats:
     return found
 
 
-def describe_others(barcodes: Floats, clumps: Floats, images_per_patient: float) -> Others:
+def describe_others(barcodes: Floats, dispersion: Floats, images_per_patient: float) -> Others:
     """From the barcodes of the others themselves, (n, L)."""
     logs = log_scale(barcodes, images_per_patient)
     return Others(
@@ -64,13 +64,13 @@ def describe_others(barcodes: Floats, clumps: Floats, images_per_patient: float)
         barcodes.std(axis=0, ddof=1),
         logs.mean(axis=0),
         logs.std(axis=0, ddof=1),
-        clumps,
+        dispersion,
         images_per_patient,
     )
 
 
-def clumps_of(squares: Floats, levels: Floats) -> Floats:
-    """C of each latent.
+def dispersion_of(squares: Floats, levels: Floats) -> Floats:
+    """(L,) C, the index of dispersion of each latent, at least 1.
 
     Parameters
     ----------
@@ -83,12 +83,12 @@ def clumps_of(squares: Floats, levels: Floats) -> Floats:
 
 def own_variance(value: Floats, others: Others, n_images: int) -> Floats:
     """e^2, see the module."""
-    found: Floats = np.maximum(others.clumps * np.maximum(value, others.mean) / n_images, 1 / n_images**2)
+    found: Floats = np.maximum(others.dispersion * np.maximum(value, others.mean) / n_images, 1 / n_images**2)
     return found
 
 
-def standing(value: Floats, others: Others, n_images: int) -> Floats:
-    """(L,) t or t_log of one patient's barcode, the one nearer to 0; `as_z` makes it z.
+def prediction_t(value: Floats, others: Others, n_images: int) -> Floats:
+    """(L,) t of the prediction of one more patient: t or t_log of its barcode, the one nearer to 0; `as_z` makes it z.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def standing(value: Floats, others: Others, n_images: int) -> Floats:
 
 
 def as_z(t: Floats, n_others: int) -> Floats:
-    """What a t with n_others - 1 degrees of freedom is in a normal distribution, with the same sign."""
+    """The z with the same tail probability and sign as a t with n_others - 1 degrees of freedom."""
     tail = np.maximum(stats.t.sf(np.abs(t), n_others - 1), 1e-300)
     found: Floats = np.where(t == 0, 0, np.sign(t) * stats.norm.isf(tail))
     return found

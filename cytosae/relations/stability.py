@@ -1,18 +1,21 @@
 """Do several SAEs find the same concepts? Their decoder rows matched one to one by cosine (`cyto concept stability`).
 
-The matching has the largest sum of cosines of all one-to-one matchings, and proves it: prices u and v with
+The matching has the largest sum of cosines of all one-to-one matchings, and proves it: dual prices u and v with
 u[i] + v[j] >= cosine for *every* pair bound every matching by their sum. It is found among the pairs of nearest rows;
-then all products are looked at once more in blocks, and pairs that break the bound are added, until there are none.
+then all products are computed once more, chunk by chunk, and pairs that break the bound are added, until there are
+none.
 So no S x S matrix is ever held. A pair with a cosine of 0 or less is no match.
 
 Beside each pair of SAEs stands what chance gives, matched in the same way, and of the three the largest 99th percentile
 counts (`chance`):
 
-- `directions`: Gaussian rows with the mean and the covariance of each decoder. Too weak alone: tokens lie in clusters,
-  which no mean and covariance know, and decoders of nothing but random tokens have half their rows above it.
+- `directions`: Gaussian rows with the mean and the covariance of each decoder. Too weak by itself: tokens lie in
+  clusters, which mean and covariance do not describe, and decoders of nothing but random tokens have half their rows
+  above it.
 - `within a`, `within b`: each decoder against itself, no row with itself: two different latents of one SAE, so all the
   geometry of the rows stays. If the rows of two decoders are draws from one source, they are as near to each other as
-  the rows of one are among themselves. Too weak alone where a decoder's rows keep apart (an orthonormal one).
+  the rows of one are among themselves. Too weak by itself for a decoder with rows far from each other (an
+  orthonormal one).
 """
 
 from collections.abc import Sequence
@@ -36,6 +39,7 @@ from stores.tables import listed
 from .assignment import assign
 from .figures import plot_stability
 from .nearest_cosine import nearest
+from .report import StabilityResult
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -67,16 +71,6 @@ class Matching:
         return self.gap <= TOLERANCE * max(1, len(self.best_of_a), len(self.best_of_b))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StabilityResult:
-    """What was compared: one dict per pair of SAEs, as in pairs.parquet."""
-
-    pairs: list[dict[str, Any]]
-    n_without_direction: list[int]  # per SAE: latents whose decoder row is zero
-    was_complete: bool
-    warnings: list[str]  # pairs that may agree because they began alike; a threshold of another SAE
-
-
 def write_stability(
     runs: Sequence[Path],
     out: Path,
@@ -97,7 +91,7 @@ def write_stability(
         activation is at least `min_mean_activation` in one of the folder's datasets
     seed : of what chance gives
     assume_compatible : take imported SAEs, which do not say what they were trained on
-    allow_same_seed : compare SAEs of one seed all the same, with a warning
+    allow_same_seed : compare SAEs of one seed nevertheless, with a warning
 
     Raises
     ------
@@ -142,10 +136,12 @@ def write_stability(
     if writer.is_complete:
         found = ResultStore(out, STABILITY).table("pairs").to_pylist()
         return StabilityResult(
+            out=out,
+            saes=tuple(runs),
             pairs=found,
             n_without_direction=n_without,
             was_complete=True,
-            warnings=scale_warnings + _warnings(runs, found),
+            warnings=(*scale_warnings, *_warnings(runs, found)),
         )
     matches, rows, null_cosines = [], [], []
     passes = _Passes(progress)
@@ -184,12 +180,17 @@ def write_stability(
     plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
     writer.finish({"saes": [run.name for run in runs], "n_without_direction": n_without})
     return StabilityResult(
-        pairs=rows, n_without_direction=n_without, was_complete=False, warnings=scale_warnings + _warnings(runs, rows)
+        out=out,
+        saes=tuple(runs),
+        pairs=rows,
+        n_without_direction=n_without,
+        was_complete=False,
+        warnings=(*scale_warnings, *_warnings(runs, rows)),
     )
 
 
 class _Passes:
-    """Blocks of cosines over all passes so far; how many passes there will be is not known before."""
+    """Progress in chunks of cosines, over all passes so far; the number of passes is not known before."""
 
     def __init__(self, progress: Progress) -> None:
         self.state = ""
@@ -211,7 +212,7 @@ def match_directions(
 ) -> Matching:
     """The one-to-one matching of rows of norm 1, (n_a, D) and (n_b, D), with the largest sum of cosines.
 
-    Memory: some `n_candidates` pairs per row, and a block of products. Equally good matchings exist where rows are
+    Memory: some `n_candidates` pairs per row, and a chunk of products. Equally good matchings exist where rows are
     equal; which of them is found is not promised.
 
     skip : (n_a,): a row of b that this row of a may not be matched with
@@ -223,7 +224,7 @@ def match_directions(
     for _ in range(_ROUNDS):
         found = assign(*np.divmod(pairs, len(b)), weights, len(a), len(b))
         over, _ = nearest(a, b, of_a.value.shape[1], prices=found.column_prices, skip=skip, progress=progress)
-        # a row's price must reach every product less the column's price, not those of the candidates alone
+        # the bound must hold for all pairs, not only for the candidates
         short = np.maximum(0, over.value[:, 0] - found.row_prices)
         bound = float(found.row_prices.sum() + found.column_prices.sum() + short.sum())
         breaks = over.value > found.row_prices[:, None] + TOLERANCE

@@ -30,10 +30,10 @@ from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
-from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, select_latents, write_concepts
+from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
 from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
-from cytosae.relations import Coactivation, PatientSettings, write_neighbours, write_patient_concepts, write_stability
+from cytosae.relations import NeighbourConfig, PatientConfig, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
@@ -213,15 +213,15 @@ def write_results_v1(folder: Path, sae: Path, latents: Path) -> None:
     cohort = folder / "cohort"
     write_cohort(cohort, LatentStore(latents))
     with open_client(None, workers=1, memory_limit="2GiB") as client:
-        write_concepts(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
+        concept_statistics(latents, folder / "concepts-v1", ConceptConfig(min_support=1), client=client)
         select_latents(ConceptStore(folder / "concepts-v1"), SelectionConfig(dataset="golden", clusters=2))
     compare(cohort, folder / "comparison-v1", CompareConfig(a="AML", b="well", n_permutations=99, n_bootstraps=20))
-    write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientSettings(n_splits=20))
+    write_patient_concepts(cohort, "P00", folder / "patient-concepts-v1", PatientConfig(n_splits=20))
     units = UnitConfig(target="disease")
     config = ProbeConfig(units=units, folds=2, inner_folds=2, repeats=1, permutations=2, thresholds=(0.0, 1.0))
     probe(cohort, folder / "probe-v1", config)
-    settings = Coactivation(min_images=1, n_top=2)
-    write_neighbours(sae, folder / "neighbours-v1", [latents], chosen=[0, 5], settings=settings)
+    settings = NeighbourConfig(min_images=1, n_top=2)
+    write_neighbours(sae, folder / "neighbours-v1", settings, latents=latents, chosen=[0, 5])
     model = load_sae(sae).model
     with torch.no_grad():
         model.W_dec.copy_(model.W_dec.flip(0))  # latent s stands at 7 - s
@@ -330,7 +330,7 @@ def write_cells(made: Path) -> None:
     (made / "images" / "3.png").unlink()
     with open_client(None, workers=1, memory_limit="2GiB") as client:
         write_barcodes(made / "latents", made / "barcodes", BarcodeConfig(tau=0.2), client=client)
-        write_concepts(made / "latents", made / "concepts", ConceptConfig(min_support=1), client=client)
+        concept_statistics(made / "latents", made / "concepts", ConceptConfig(min_support=1), client=client)
     config = CompareConfig(a="AML", b="none", n_permutations=9, n_bootstraps=2, top=5)
     compare(made / "barcodes", made / "comparison", config)
     select_latents(ConceptStore(made / "concepts"), SelectionConfig(dataset="golden", clusters=2))
