@@ -1,6 +1,12 @@
 from .atlas import AtlasConfig as AtlasConfig
+from .atlas import ServeConfig as ServeConfig
+from .atlas import build_atlas as build_atlas
+from .atlas import estimate_atlas as estimate_atlas
 from .atlas import open_inputs as open_inputs
+from .atlas import open_server as open_server
+from .atlas import review_agreement as review_agreement
 from .atlas import write_atlas as write_atlas
+from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
 from .barcodes import write_barcodes as write_barcodes
 from .cluster import open_client as open_client
@@ -12,6 +18,8 @@ from .concepts import compare_thresholds as compare_thresholds
 from .concepts import select_latents as select_latents
 from .concepts import write_concepts as write_concepts
 from .latents.encode import encode as encode
+from .maps import PatchQuery as PatchQuery
+from .maps import Style as Style
 from .maps import new_subject as new_subject
 from .maps import open_sources as open_sources
 from .maps import stored_subject as stored_subject

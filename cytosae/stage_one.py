@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stores.errors import BadInput
 from stores.progress import Progress
 
 if TYPE_CHECKING:
@@ -58,3 +59,16 @@ class StageOne(Protocol):
         progress: Progress,
     ) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
         """(shares of the patches by image_index, classes as (name, values), what was left out: names by reason)."""
+
+
+def require_stage_one(stage_one: StageOne | None) -> StageOne:
+    """What was given; without it, neither images nor a backbone can be had.
+
+    Raises
+    ------
+    BadInput
+        If nothing was given.
+    """
+    if stage_one is None:
+        raise BadInput("images are read by stage one: give stage_one=cytocache.bridge (import cytocache)")
+    return stage_one

@@ -1,7 +1,8 @@
 """Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
 
+import html
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import numpy as np
 
 from cytosae.concepts import read_selection
-from cytosae.maps import patch_side
+from cytosae.maps import Places, Sources, as_sources, patch_side, unseen_warnings
+from cytosae.stage_one import StageOne
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
+from stores.wording import Report, counted
 
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, image_name, write_concept_pages
 from .config import AtlasConfig
 from .image_pages import write_images
-from .inputs import Inputs
+from .inputs import Inputs, open_inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
@@ -34,30 +37,144 @@ _EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active 
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtlasResult:
+class AtlasResult(Report):
     """What was built, or would be."""
 
+    out: Path | None  # the folder; of an estimate perhaps None
+    is_written: bool  # False of an estimate
+    pseudonyms: bool  # are patients called by pseudonyms?
     counts: dict[str, int]  # pages by kind
     n_files: int
     n_bytes: int  # an estimate, if nothing was written
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """What `cyto atlas build --json` prints."""
+        return {
+            "atlas": str(self.out),
+            "written": self.is_written,
+            **self.stored(),
+            "was_complete": self.was_complete,
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """What the header of the folder says of the result."""
+        return {name: getattr(self, name) for name in ("counts", "n_files", "n_bytes", "unseen")}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be shown."""
+        return unseen_warnings(self.unseen, "--images")
+
+    def lines(self) -> Iterator[str]:
+        """Pages, files and bytes; where the key of the pseudonyms is, and what to open."""
+        counts = ", ".join(counted(number, kind.removesuffix("s")) for kind, number in self.counts.items())
+        about = "" if self.is_written else "about "
+        size = f"{about}{self.n_files:,} files, {about}{self.n_bytes / 1e6:,.1f} MB"
+        yield f"{self.out or 'atlas'}: pages of {counts}; {size}"
+        if not self.is_written or self.out is None:
+            yield "nothing was written"
+            return
+        if self.pseudonyms:
+            key = pseudonyms_file(self.out)
+            yield f"who is who, and the key: {key}; keep it, and never give it away with the atlas"
+        yield f"open {self.address}"
+
+    @property
+    def address(self) -> str:
+        """Of the first page, for a browser; empty of an estimate."""
+        return (self.out / "index.html").absolute().as_uri() if self.is_written and self.out is not None else ""
+
+    def _repr_html_(self) -> str:
+        link = html.escape(self.address)
+        return super()._repr_html_() + (f'<p><a href="{link}">{link}</a></p>' if link else "")
+
+
+def build_atlas(
+    barcodes: Path | str,
+    concepts: Path | str,
+    latents: Sources | Places,
+    out: Path | str,
+    config: AtlasConfig | None = None,
+    *,
+    comparisons: Sequence[Path | str] = (),
+    neighbours: Path | str | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> AtlasResult:
+    """Write the atlas to the folder `out`: web pages of concepts, images, patients and diseases, read without a server.
+
+    With pseudonyms, `out`.pseudonyms.csv beside it says who is who. If that file exists already, it decides the
+    pseudonyms: an atlas that is built again keeps them.
+
+    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+
+    Parameters
+    ----------
+    barcodes : a folder of `write_barcodes`
+    concepts : a folder of `concept_statistics`
+    latents : the latent stores that both were made from, in the same order: paths (then with `stage_one`), or opened
+        by `open_sources`
+    config : which latents have pages, how many images, pseudonyms; None: `AtlasConfig()`
+    comparisons : folders of `compare`
+    neighbours : a folder of `write_neighbours`
+    stage_one : `cytocache.bridge`, which reads the images
+    roots : where the images of each latent store lie now, one each; none: where they lay
+    progress : pages written, pages in all
+
+    Raises
+    ------
+    StoreNotFound
+        If an input does not exist, or the pages of selected latents are wanted and none were selected.
+    SpecMismatch
+        If the inputs were not made from the same latents; if `out` holds another atlas (and not `overwrite`), or
+        something else; or `out`.pseudonyms.csv is not ours.
+    BadInput
+        If the barcodes hold several tau and none was chosen, or two comparisons are of the same diseases.
+    DamagedStore
+        If an input is damaged.
+    """
+    config = config or AtlasConfig()
+    sources = as_sources(latents, stage_one, roots)
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
+    given = [barcodes, concepts, *sources.places, *comparisons, *([neighbours] if neighbours is not None else [])]
+    return write_atlas(
+        inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
+    )
+
+
+def _open(
+    barcodes: Path | str,
+    concepts: Path | str,
+    sources: Sources,
+    config: AtlasConfig,
+    *,
+    comparisons: Sequence[Path | str],
+    neighbours: Path | str | None,
+) -> Inputs:
+    return open_inputs(
+        Path(barcodes),
+        Path(concepts),
+        sources,
+        comparisons=[Path(each) for each in comparisons],
+        neighbours=None if neighbours is None else Path(neighbours),
+        tau=config.tau,
+    )
+
 
 def write_atlas(
     inputs: Inputs,
     out: Path,
-    config: AtlasConfig,
+    config: AtlasConfig | None = None,
     *,
     overwrite: bool = False,
     given: Sequence[Path] = (),
     progress: Progress = lambda done, total, state: None,
 ) -> AtlasResult:
-    """Write the atlas to the folder `out`; with pseudonyms also `out`.pseudonyms.csv, who is who, beside it.
-
-    That file, if it is there, also decides the pseudonyms: an atlas that is built anew keeps them.
-
-    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+    """Write the atlas of inputs that are open; `build_atlas` opens them from paths, and says more.
 
     Parameters
     ----------
@@ -65,13 +182,10 @@ def write_atlas(
 
     Raises
     ------
-    StoreNotFound
-        If the pages of selected latents are wanted and none were selected.
-    SpecMismatch
-        If `out` holds another atlas (and not `overwrite`), or something else; or `out`.pseudonyms.csv is not ours.
-    DamagedStore
-        If an input is damaged.
+    StoreNotFound, SpecMismatch, DamagedStore
+        As `build_atlas`.
     """
+    config = config or AtlasConfig()
     pseudonyms = read_pseudonyms(pseudonyms_file(out)) if config.pseudonyms else None
     cohort, plan = _prepare(inputs, config, pseudonyms)
     writer = begin_results(
@@ -89,7 +203,9 @@ def write_atlas(
         patients = zip(cohort.names, cohort.real_names, strict=True)
         write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
     if writer.is_complete:
-        return ResultStore(out, ATLAS).result(AtlasResult, was_complete=True)
+        return ResultStore(out, ATLAS).result(
+            AtlasResult, out=out, is_written=True, pseudonyms=config.pseudonyms, was_complete=True
+        )
 
     began = time.time_ns()
     site = Site(writer.root)
@@ -115,6 +231,9 @@ def write_atlas(
     if pseudonyms is not None:
         hide_order(writer.root, began)
     result = AtlasResult(
+        out=out,
+        is_written=True,
+        pseudonyms=config.pseudonyms,
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
         n_bytes=site.n_bytes(),
@@ -123,16 +242,34 @@ def write_atlas(
             for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
         ],
     )
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"result": kept, "latents": plan.latents.tolist(), "selection": list(plan.selection)})
+    writer.finish({"result": result.stored(), "latents": plan.latents.tolist(), "selection": list(plan.selection)})
     return result
 
 
-def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
-    """What `write_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
+def estimate_atlas(
+    barcodes: Path | str,
+    concepts: Path | str,
+    latents: Sources | Places,
+    out: Path | str | None = None,
+    config: AtlasConfig | None = None,
+    *,
+    comparisons: Sequence[Path | str] = (),
+    neighbours: Path | str | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
+) -> AtlasResult:
+    """What `build_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
 
-    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly.
+    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly. Arguments and
+    errors are those of `build_atlas`; `out` is only named in the result.
     """
+    config = config or AtlasConfig()
+    sources = as_sources(latents, stage_one, roots)
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
+    return _estimate(inputs, None if out is None else Path(out), config)
+
+
+def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
     cohort, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
     site, shared = Site(None), _shared(inputs, config)
     few = (
@@ -167,7 +304,15 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
     of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
-    return AtlasResult(counts=counts, n_files=n_files + of_review[0], n_bytes=n_bytes + of_review[1], unseen=[])
+    return AtlasResult(
+        out=out,
+        is_written=False,
+        pseudonyms=config.pseudonyms,
+        counts=counts,
+        n_files=n_files + of_review[0],
+        n_bytes=n_bytes + of_review[1],
+        unseen=[],
+    )
 
 
 def _n_values(inputs: Inputs, images: Any) -> int:

@@ -27,10 +27,19 @@ from urllib.parse import unquote_to_bytes
 
 from stores.errors import BadInput, CytoError
 from stores.files import locked
+from stores.wording import printable
 
 from .questions import Review, read_review, sent
 from .review_items import FILE, PICTURES
-from .reviews import current, new_verdict, read_verdicts, read_verdicts_of, reviewer_name, save_verdict
+from .reviews import (
+    current,
+    default_reviews,
+    new_verdict,
+    read_verdicts,
+    read_verdicts_of,
+    reviewer_name,
+    save_verdict,
+)
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Cyto-Token"
@@ -74,7 +83,8 @@ class AtlasServer(ThreadingHTTPServer):
 
     def __init__(self, site: Path, reviews: Path, review: Review, config: ServeConfig) -> None:
         """Bind to the port; the caller holds the lock of `reviews`."""
-        self.site, self.reviews, self.review, self.config = site.resolve(), reviews, review, config
+        self.named, self.site = site, site.resolve()  # as it was given, and the place that files are served from
+        self.reviews, self.review, self.config = reviews, review, config
         self.token = secrets.token_hex(32)
         self._began: dict[Any, float] = {}  # open connection -> when it came
         self.writing = threading.Lock()
@@ -90,6 +100,13 @@ class AtlasServer(ThreadingHTTPServer):
         """Without the look-up of this machine's name that http.server makes."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
+
+    def lines(self) -> Iterator[str]:
+        """Where to look, what is asked, and where the verdicts go."""
+        asked = ", ".join(f"{question.title} ({len(question.items):,})" for question in self.review.questions)
+        yield f"{self.named}: {self.address}  review: {self.address}review.html  (Ctrl-C stops)"
+        yield f"asked: {printable(asked) or 'nothing; the atlas was built without a selection and comparisons'}"
+        yield f"verdicts: {self.reviews}"
 
     @property
     def address(self) -> str:
@@ -123,8 +140,16 @@ class AtlasServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def open_server(site: Path, reviews: Path, config: ServeConfig) -> Iterator[AtlasServer]:
+def open_server(
+    site: Path | str, reviews: Path | str | None = None, config: ServeConfig = ServeConfig()
+) -> Iterator[AtlasServer]:
     """A server of the atlas in the folder `site` that keeps verdicts in the folder `reviews`.
+
+    It listens on this machine only; `serve_forever` answers until it is interrupted.
+
+    Parameters
+    ----------
+    reviews : None: `site`.reviews, beside the atlas
 
     Raises
     ------
@@ -133,7 +158,9 @@ def open_server(site: Path, reviews: Path, config: ServeConfig) -> Iterator[Atla
     BadInput
         If another server is at work on `reviews`, or the port is taken.
     """
+    site = Path(site)
     review = read_review(site)
+    reviews = default_reviews(site) if reviews is None else Path(reviews)
     reviews.mkdir(parents=True, exist_ok=True)
     with locked(reviews / "serve.lock") as is_ours:
         if not is_ours:

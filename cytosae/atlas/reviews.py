@@ -112,6 +112,12 @@ def journal(folder: Path, reviewer: str) -> Path:
     return folder / f"{hashlib.sha256(reviewer.encode()).hexdigest()[:32]}.jsonl"
 
 
+def default_reviews(site: Path) -> Path:
+    """Where verdicts on an atlas lie unless another folder is named: beside it, so that a new atlas keeps them."""
+    site = site.absolute()
+    return site.with_name(f"{site.name}.reviews")
+
+
 def save_verdict(folder: Path, verdict: Verdict) -> None:
     """Append a verdict to its reviewer's journal; when this returns, it is on the disk. One process at a time.
 
@@ -170,7 +176,7 @@ def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = Fa
     return pa.Table.from_pylist(rows, pa.schema(list(_COLUMNS.items())))
 
 
-def write_verdicts(table: pa.Table, path: Path, *, overwrite: bool = False) -> None:
+def write_verdict_table(table: pa.Table, path: Path, *, overwrite: bool = False) -> None:
     """Write the table as .csv, in which no text is taken for a formula, or as .parquet.
 
     Raises

@@ -10,12 +10,11 @@ import click
 
 from stores.console import COUNT, FILE
 from stores.machine import n_cores
-from stores.wording import counted, decimals, percent, printable
+from stores.wording import decimals, percent
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from cytosae.maps import Sources
     from cytosae.stage_one import StageOne
 
 
@@ -85,27 +84,11 @@ def map_options(command: Any) -> Any:
     return command
 
 
-def sources_of(
-    stage_one: "StageOne", stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root"
-) -> "Sources":
-    """Latent stores, and the pictures of their images."""
-    from cytosae.maps import open_sources
-
+def require_roots(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> None:
+    """Folders of images are given for all latent stores, or for none."""
     if roots and len(roots) != len(stores):
         raise click.UsageError(
             f"give {option} once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
-        )
-    return open_sources(stores, stage_one, roots=roots)
-
-
-def warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
-    from stores.tables import listed
-
-    if unseen:
-        click.echo(
-            f"warning: {counted(len(unseen), 'image')} could not be shown "
-            f"({listed([printable(name) for name in unseen])}); say where they are with {option}, and add --overwrite",
-            err=True,
         )
 
 

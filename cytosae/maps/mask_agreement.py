@@ -25,8 +25,8 @@ Both keep every map and every mask as they are, so neighbouring patches may be a
 of false finds: tests/test_masks.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cytosae.plotting import COLORS, new_figure, plain, save_both
+from cytosae.stage_one import StageOne, require_stage_one
 from stores.errors import BadInput
 from stores.files import sha256_json
 from stores.latent_store import LatentStore
+from stores.notebook import figure_html
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import MASKS
-from stores.tables import column
+from stores.tables import column, listed
+from stores.wording import Report, counted, left_out_text, printable
 
 from .patch_maps import patch_side
 
@@ -52,6 +55,7 @@ STATISTIC = "within images, averaged over patients; IoU cross-fitted; place by t
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+_ONE_CLASS = (("mask", ("above 0",)),)
 _TOP = 5  # latents named in the figure
 _CELLS = 1 << 22  # of units x latents that are dense at a time
 
@@ -113,9 +117,12 @@ class Chance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskResult:
-    """What was compared, and the latents that agree most. The fields with defaults are missing in older folders."""
+class MaskResult(Report):
+    """What was compared, and the latents that agree most. Counts with the default None are missing in older folders."""
 
+    out: Path  # the folder
+    n_latents: int  # of the SAE
+    left_out: Mapping[str, Sequence[str]]  # kind -> names of the masks that were not used
     n_images: int
     n_patches: int
     n_foreground: int  # of the patches, in any class that is not made of the value 0 alone
@@ -130,18 +137,68 @@ class MaskResult:
     unit: str | None = None  # patient or image
     was_complete: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """What `cyto concept masks --json` prints: `left_out` counted, and what the folder itself says."""
+        counts = {what: len(names) for what, names in self.left_out.items()}
+        return {"out": str(self.out), "left_out": counts, **self.stored(), "was_complete": self.was_complete}
+
+    def stored(self) -> dict[str, Any]:
+        """What the header of the folder says of the result."""
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if field.name not in _NOT_STORED}
+
+    def lines(self) -> Iterator[str]:
+        """What was left out, the images and units, then the best latents of each class beside chance."""
+        for what, names in self.left_out.items():
+            if names:
+                yield (f"left out: {left_out_text(len(names), what)} ({listed([printable(name) for name in names])})")
+        n_units, classes = self.n_units or 0, self.classes or []
+        who = "" if self.unit == "image" else f" of {counted(n_units, 'unit')} (patients, and images without one)"
+        yield (
+            f"{self.out}: {counted(self.n_images, 'image')} with masks{who}, "
+            f"{self.n_foreground / self.n_patches:.1%} of the patches are foreground; {self.n_silent:,} of "
+            f"{self.n_latents:,} latents are active at none"
+        )
+        for one in classes:
+            yield from _class_lines(one, self.n_patches)
+        if all(one["expected_max_auroc"] is None for one in classes):
+            yield "  no p-values: nothing was shuffled (one image, --shuffles 0, or no latent active in enough images)"
+        elif self.unit == "image":
+            yield "  p-values take each image for a patient: no two patients are known, and those of one are alike"
+        elif n_units < 6:
+            yield f"  {n_units} patients: p-values cannot be small, however well a latent agrees"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + figure_html(self.out / "agreement.png")
+
+
+_NOT_STORED = ("out", "n_latents", "left_out", "was_complete")
+
+
+def _class_lines(one: dict[str, Any], n_patches: int) -> Iterator[str]:
+    """A class of the masks: how much it covers, and the best latents by AUROC and by IoU."""
+    values = ", ".join(one["values"])
+    yield f"  {printable(one['name'])} (value {values}), {one['n_patches'] / n_patches:.1%} of the patches"
+    for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
+        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in one[f"best_by_{name}"])
+        chance = one[f"expected_max_{name}"]
+        by_chance = "" if chance is None else f"; the best under exchanged masks: {chance:.3f}"
+        yield f"  {words:<6} latents {top or '(none)'}{by_chance}"
+
 
 def write_mask_agreement(
-    latents: LatentStore,
-    shares: dict[int, Float],
-    out: Path,
+    latents: LatentStore | Path | str,
+    masks: Path | str | Mapping[int, Float],
+    out: Path | str,
     *,
-    classes: Sequence[tuple[str, Sequence[str]]] = (("mask", ("above 0",)),),
+    classes: str | Sequence[tuple[str, Sequence[str]]] | None = None,
     min_share: float = 0.5,
     n_shuffles: int = 200,
     seed: int = 0,
+    stage_one: StageOne | None = None,
+    root: Path | str | None = None,
     overwrite: bool = False,
-    inputs: Sequence[Path] = (),
+    reading_progress: Progress = lambda done, total, state: None,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskResult:
     """Write `agreement.parquet`, a row per class and latent, and a figure.
@@ -150,34 +207,61 @@ def write_mask_agreement(
 
     Parameters
     ----------
-    shares : image_index -> (n_classes, side, side) share of each patch that each class covers
-    classes : (name, values of the masks that it is made of), for each
+    latents : a latent store, or its path
+    masks : a table with image_id and mask (a path), or a folder of files named like the images, which `stage_one`
+        reads; or what was read: image_index -> (n_classes, side, side) share of each patch that each class covers
+    classes : as `--classes` of `cyto concept masks`: `1=cytoplasm,2=nucleus`, or `any`; None: each value is a class,
+        where that is clear. With shares: (name, values of the masks that it is made of), for each
     min_share : a patch is of a class from this share on
     n_shuffles : of either kind; 0: no p-values
+    stage_one : `cytocache.bridge`, which reads masks
+    root : what paths in a table of masks are relative to; None: the table's folder
+    reading_progress : masks read, masks in all
+    progress : images ranked, then shuffles done, of all
 
     Raises
     ------
     BadInput
-        If there is no mask, a class is nowhere or everywhere, or the masked images hold too many values.
+        If there is no mask, one cannot be understood, a class is nowhere or everywhere, or the masked images hold too
+        many values.
     SpecMismatch
         If `out` holds something else, also an agreement of an older Cyto.
     """
     if not 0 < min_share <= 1:
         raise BadInput(f"min_share must be above 0 and at most 1; found {min_share!r}")
-    side = patch_side(latents.spec.tokens_per_image)
+    out = Path(out)
+    latents = latents if isinstance(latents, LatentStore) else LatentStore(latents)
+    side, left_out = patch_side(latents.spec.tokens_per_image), dict[str, list[str]]()
+    inputs = [Path(latents.root)]
+    if isinstance(masks, Path | str):
+        if not isinstance(classes, str | None):
+            raise BadInput(f"with masks that are read, classes must be a text such as '1=nucleus'; found {classes!r}")
+        inputs += [Path(each) for each in (masks, root) if each]
+        shares, named, left_out = require_stage_one(stage_one).read_masks(
+            Path(masks),
+            latents,
+            side,
+            root=None if root is None else Path(root),
+            classes=classes,
+            progress=reading_progress,
+        )
+    elif isinstance(classes, str):
+        raise BadInput(f"with shares, classes must be a list of (name, values); found {classes!r}")
+    else:
+        shares, named = dict(masks), [(name, tuple(values)) for name, values in classes or _ONE_CLASS]
     if not shares:
         raise BadInput("no readable image has a mask: there is nothing to compare")
     images, unit_of, n_without = _units(latents, sorted(shares))
     covered = np.array([shares[image] >= min_share for image in images]).reshape(len(images), -1, side * side)
     foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, 256)
-    for (name, _), mask in zip(classes, foreground, strict=True):
+    for (name, _), mask in zip(named, foreground, strict=True):
         _check_class(name, mask, min_share)
     names, n_units = column(latents.images, "image_id"), int(unit_of[-1]) + 1
     n_shuffles = n_shuffles if n_units > 1 else 0  # one unit can have no other mask
     spec = {
         "latents": latents.identity,
         "statistic": STATISTIC,
-        "classes": [[name, list(values)] for name, values in classes],
+        "classes": [[name, list(values)] for name, values in named],
         "masks_sha256": sha256_json(
             [[names[image], mask.tolist()] for image, mask in zip(images, foreground.transpose(1, 0, 2), strict=True)]
         ),
@@ -187,8 +271,9 @@ def write_mask_agreement(
     }
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     writer.watch(latents.header)
+    known: dict[str, Any] = {"out": out, "n_latents": latents.spec.n_latents, "left_out": left_out}
     if writer.is_complete:
-        return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
+        return ResultStore(out, MASKS).result(MaskResult, was_complete=True, **known)
 
     ranked = read_ranked(latents, images, unit_of, progress=progress)
     half = halves(n_units, seed)
@@ -196,7 +281,7 @@ def write_mask_agreement(
     chance = chance_agreement(ranked, foreground, found, n_shuffles=n_shuffles, seed=seed, progress=progress)
     tables = [
         _table(name, ranked, one, chance, number)
-        for number, ((name, _), one) in enumerate(zip(classes, found, strict=True))
+        for number, ((name, _), one) in enumerate(zip(named, found, strict=True))
     ]
     writer.write_table("agreement", pa.concat_tables(tables))
     said: list[dict[str, Any]] = [
@@ -209,12 +294,11 @@ def write_mask_agreement(
             "best_by_auroc": _best(tables[number], "auroc"),
             "best_by_iou": _best(tables[number], "iou"),
         }
-        for number, ((name, values), mask) in enumerate(zip(classes, foreground, strict=True))
+        for number, ((name, values), mask) in enumerate(zip(named, foreground, strict=True))
     ]
-    inside = [
-        mask for (_, values), mask in zip(classes, foreground, strict=True) if not set(values) <= {"0", "#000000"}
-    ]
+    inside = [mask for (_, values), mask in zip(named, foreground, strict=True) if not set(values) <= {"0", "#000000"}]
     result = MaskResult(
+        **known,
         n_images=len(images),
         n_patches=foreground[0].size,
         n_foreground=int(np.any(inside or foreground, axis=0).sum()),
@@ -230,8 +314,7 @@ def write_mask_agreement(
     )
     for number, table in enumerate(tables):
         _plot(table, result, said[number], writer.root / ("agreement" if not number else f"agreement_{number}"))
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"result": kept})
+    writer.finish({"result": result.stored()})
     return result
 
 

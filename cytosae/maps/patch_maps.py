@@ -26,7 +26,7 @@ class PatchQuery:
     """Which latents speak for a patch: the largest values there, without latents that would name any patch."""
 
     patch: int
-    dataset: str  # whose statistics decide
+    dataset: str | None = None  # whose statistics decide; None: the image's own, or the only one
     n_top: int = 2
     shared: float = 1.0  # passed over from this frequency on; 1: active in every readable image, above 1: none is
     noisy: float = 0.1  # passed over above this mean activation; the released code's, for the released SAE
@@ -100,7 +100,7 @@ def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: Concept
     Raises
     ------
     BadInput
-        If there is no such patch or dataset.
+        If there is no such patch or dataset, or no dataset is named and there are several.
     """
     side = patch_side(tokens.shape[0])
     if not 0 <= query.patch < side * side:
@@ -110,7 +110,7 @@ def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: Concept
     row = tokens[query.patch + 1].tocoo()
     order = np.lexsort((row.col, -row.data))
     latent, value = row.col[order], row.data[order]
-    statistics = concepts.latents(query.dataset)
+    statistics = concepts.latents(concepts.choose_dataset(query.dataset))
     frequency = statistics["frequency"].to_numpy()[latent]
     mean_activation = statistics["mean_activation"].to_numpy()[latent]
     is_shared, is_noisy = frequency >= query.shared, mean_activation > query.noisy

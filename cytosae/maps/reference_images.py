@@ -10,14 +10,17 @@ from functools import cached_property
 from pathlib import Path
 
 from cytosae.barcodes import check_one_sae
-from cytosae.stage_one import Picture, StageOne
+from cytosae.stage_one import Picture, StageOne, require_stage_one
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.spec import Header, check_latent
 from stores.tables import column, listed
+from stores.wording import counted, printable
 
 from .patch_maps import Map, Pixels, patch_map, read_tokens
+
+Places = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Sources:
 
     stores: Sequence[LatentStore]
     pictures: Sequence[Picture]  # one per store
+    roots: Sequence[Path] = ()  # where the images lie now, one per store; none: where they lay
 
     def __post_init__(self) -> None:
         check_one_sae(self.stores)
@@ -64,6 +68,11 @@ class Sources:
     def headers(self) -> list[Header]:
         """Of the stores, in order."""
         return [store.header for store in self.stores]
+
+    @property
+    def places(self) -> list[Path]:
+        """The folders that are read, which an output must not contain."""
+        return [*(Path(store.root) for store in self.stores), *self.roots]
 
     def find(self, image_id: str) -> tuple[int, int]:
         """(store, image_index) of an image.
@@ -130,11 +139,12 @@ def unseen(rows: Sequence[FrameRow]) -> list[str]:
     ]
 
 
-def open_sources(stores: Sequence[Path], stage_one: StageOne, *, roots: Sequence[Path] = ()) -> Sources:
+def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | str] = ()) -> Sources:
     """Open latent stores together with the pictures of their images.
 
     Parameters
     ----------
+    stores : the path of one latent store, or of several
     stage_one : `cytocache.bridge`
     roots : where the images of each store lie now, one each; none: where they lay
 
@@ -145,12 +155,43 @@ def open_sources(stores: Sequence[Path], stage_one: StageOne, *, roots: Sequence
     SpecMismatch
         If the stores are not of one SAE.
     """
-    if roots and len(roots) != len(stores):
-        raise BadInput(f"give a folder of images once for each store, or none; found {len(roots)} for {len(stores)}")
-    opened = [LatentStore(store) for store in stores]
-    return Sources(
-        opened,
-        [stage_one.pictures(store, root) for store, root in zip(opened, roots or (None,) * len(opened), strict=True)],
+    paths = [stores] if isinstance(stores, Path | str) else list(stores)
+    folders = [Path(root) for root in roots]
+    if folders and len(folders) != len(paths):
+        raise BadInput(f"give a folder of images once for each store, or none; found {len(folders)} for {len(paths)}")
+    opened = [LatentStore(path) for path in paths]
+    pictures = [
+        stage_one.pictures(store, root) for store, root in zip(opened, folders or (None,) * len(opened), strict=True)
+    ]
+    return Sources(opened, pictures, folders)
+
+
+def as_sources(stores: Sources | Places, stage_one: StageOne | None, roots: Sequence[Path | str] = ()) -> Sources:
+    """`Sources` as they are, or opened from paths, which needs `stage_one`.
+
+    Raises
+    ------
+    BadInput, SpecMismatch
+        As `open_sources`; also if there is no `stage_one`.
+    """
+    if isinstance(stores, Sources):
+        return stores
+    return open_sources(stores, require_stage_one(stage_one), roots=roots)
+
+
+def as_concepts(concepts: ConceptStore | Path | str) -> ConceptStore:
+    """The store as it is, or opened from its path."""
+    return concepts if isinstance(concepts, ConceptStore) else ConceptStore(Path(concepts))
+
+
+def unseen_warnings(unseen: Sequence[str], option: str) -> tuple[str, ...]:
+    """That images could not be shown, and which option says where they are."""
+    if not unseen:
+        return ()
+    names = listed([printable(name) for name in unseen])
+    return (
+        f"{counted(len(unseen), 'image')} could not be shown ({names}); say where they are with {option}, "
+        f"and add --overwrite",
     )
 
 
