@@ -29,6 +29,10 @@ from .maps import write_sheets as write_sheets
 from .probe import ProbeConfig as ProbeConfig
 from .probe import UnitConfig as UnitConfig
 from .probe import write_probe as write_probe
+from .reading import ActivationStore as ActivationStore
+from .reading import BarcodeStore as BarcodeStore
+from .reading import ConceptStore as ConceptStore
+from .reading import LatentStore as LatentStore
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability
