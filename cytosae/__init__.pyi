@@ -8,6 +8,7 @@ from .atlas import review_agreement as review_agreement
 from .atlas import write_atlas as write_atlas
 from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
+from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig

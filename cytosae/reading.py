@@ -1,4 +1,4 @@
-"""The stores that stage two reads, at its door: `cytosae.BarcodeStore(path).read("patient")`. Their home is `stores`."""
+"""The stores that stage two reads, at its door: `cytosae.BarcodeStore(path).read("patient")`. They live in `stores`."""
 
 import stores
 

@@ -69,9 +69,9 @@ meaningful[["latent", "frequency", "mean_activation", "label_entropy", "label_en
 # %% [markdown]
 # ## Where in the cell
 #
-# Maps of two latents over one image, and the reference images of both. Images are read by stage one, so these calls take
-# `stage_one=cytocache.bridge`. A new image that is in no store is mapped in the same way: give `file` and `sae` instead
-# of `image_id`.
+# Maps of two latents over one image, and the reference images of both. Images are read by stage one, so these calls
+# take `stage_one=cytocache.bridge`. A new image that is in no store is mapped in the same way: give `file` and `sae`
+# instead of `image_id`.
 
 # %%
 latents = meaningful["latent"].iloc[:2].tolist()
