@@ -89,7 +89,7 @@ cytosae.write_maps(
 cytosae.write_maps(
     here / "latents.zarr",
     here / "new_map",
-    file=sorted(here.rglob("*.png"))[0],
+    file=here / "images" / "P001" / "000.png",
     sae=here / "sae",
     latents=latents,
     stage_one=cytocache.bridge,

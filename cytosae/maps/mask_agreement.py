@@ -1,28 +1,29 @@
 """Does a latent's map agree with a segmentation? Place within images (AUROC) and overlap (IoU), per latent and class.
 
-AUROC of an image: the chance that a patch of the class has the larger value than another patch of the SAME image, ties
-counting half. Images of a unit (a patient; an image that has none) are averaged with their numbers of pairs as weights,
-then the units, each counting once; only images in which the latent is active, since a silent one says nothing of place.
-So how large a class is, and how often a latent is active, do not move it from 0.5.
+AUROC of an image: the probability that a patch of the class has a larger value than another patch of the SAME image;
+ties count half. Within a unit (a patient, or an image without a patient) images are averaged, weighted by their number
+of pairs; then the units are averaged with equal weights. Only images in which the latent is active are used, since an
+inactive latent says nothing about place. So neither the size of a class nor the frequency of a latent moves the AUROC
+away from 0.5.
 
-IoU: the patches at or above a threshold against the class, summed over all images. The threshold is chosen on one half
-of the units and used in the other, and the other way round.
+IoU: the patches at or above a threshold against the patches of the class, summed over all images. The threshold is
+cross-fitted: it is chosen on one half of the units and applied to the other half, and the other way round.
 
-Two questions, both two-sided:
+Two questions, both with two-sided tests:
 
-    place: is the AUROC other than 0.5? Two nulls, and the larger p counts. Each unit's distance from 0.5 changes its
-        sign at random: valid however much units differ, if the distances are as often above as below by as much, which
-        they are not where a class or a latent has few patches. And the masks of each unit are moved around within
-        their pictures, all by one random step of 0 to 255 patches (what leaves at the end comes in again at the
-        beginning): their AUROC is 0.5 on average, with all the skewness there is. A latent of the middle of the
-        picture passes with the nucleus of centred cells.
-    own mask: does the latent follow the mask of its own image beyond that of another cell? Whole units exchange their
-        masks; each statistic is scaled by its mean and spread over all shuffles, the observed among them. What holds
-        for any cell, such as the middle, is no finding here.
+    place: does the AUROC differ from 0.5? There are two null distributions, and the larger p counts. (1) Sign flips:
+        the distance of each unit from 0.5 changes its sign at random. This is valid for any spread between units if
+        the distances are symmetric around 0, which they are not where a class or a latent has few patches. (2) Shifts:
+        the masks of a unit are all shifted by one random step of 0 to 255 patches, with wrap-around. Their mean AUROC
+        is 0.5, with the skewness of the data. A latent that marks the centre of the picture passes this test for the
+        nucleus of centred cells.
+    own mask: does the latent follow the mask of its own image more than that of another cell? Units exchange their
+        masks as a whole. Each statistic is scaled by its mean and standard deviation over all shuffles, the observed
+        one included. An effect that is the same for all cells, such as the centre, is not significant here.
 
-Both keep every map and every mask as they are, so neighbouring patches may be alike, and images of a patient too.
-`p_any` is of the largest absolute scaled value among all tested latents and classes of a shuffle. Twins, and the share
-of false finds: tests/test_masks.py.
+Both tests keep every map and every mask as it is, so neighbouring patches, and images of one patient, may be
+correlated. `p_any` (family-wise) uses the largest absolute scaled value among all tested latents and classes of a
+shuffle. Slow reference code and measured false positive rates: tests/test_masks.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,16 +63,16 @@ _CELLS = 1 << 22  # of units x latents that are dense at a time
 
 @dataclass(frozen=True)
 class RankedValues:
-    """The stored values of all latents at some patches, in two orders; patches of an image follow one another.
+    """The stored values of all latents at some patches, in two orders; the patches of an image are contiguous.
 
-    `n_per_image` patches make an image, and images of a unit (`unit_of`, rising from 0) follow one another.
+    An image has `n_per_image` patches. The images of a unit are contiguous (`unit_of` increases from 0).
     """
 
     n_per_image: int
     unit_of: Int  # (n_images,)
-    starts: Int  # (n_latents + 1,) where the values of each latent begin, in both orders
+    starts: Int  # (n_latents + 1,) first entry of each latent, in both orders
     patches: npt.NDArray[np.int32]  # (nnz,) by latent, then image
-    ranks: npt.NDArray[np.float32]  # (nnz,) of these, among the patches of their image, from 1; ties averaged
+    ranks: npt.NDArray[np.float32]  # (nnz,) rank of each among the patches of its image, from 1; ties get the mean rank
     by_value: npt.NDArray[np.float32]  # (nnz,) by latent, then value rising
     patches_by_value: npt.NDArray[np.int32]  # (nnz,) of these
 
@@ -88,9 +89,9 @@ class RankedValues:
 
 @dataclass(frozen=True)
 class MaskAgreement:
-    """Per latent, (n_latents,); NaN where it cannot be said.
+    """Per latent, (n_latents,); NaN where it is not defined.
 
-    auroc : chance that a patch of the class has the larger value than another of the same image
+    auroc : probability that a patch of the class has a larger value than another patch of the same image
     iou : intersection over union of the class with the patches at or above a threshold of the other half
     threshold : the stored value that is best over all images (the largest, if several are)
     """
@@ -102,7 +103,7 @@ class MaskAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """(n_classes, n_latents) what chance gives; NaN where a latent was not tested."""
+    """Null means and p-values, (n_classes, n_latents); NaN for latents that were not tested."""
 
     mean_auroc: Float  # under exchanged masks
     mean_iou: Float
@@ -321,8 +322,8 @@ def write_mask_agreement(
 def _units(latents: LatentStore, images: Sequence[int]) -> tuple[list[int], Int, int]:
     """The images in the order of their units, the unit of each, and how many have no patient.
 
-    A patient is one of its dataset. If all images are of one patient, each is a unit: then p-values are about that
-    patient alone, which `MaskResult.unit` says.
+    Patients of two datasets are two patients. If all images are of one patient, each image is a unit: p-values are then
+    about that patient alone, and `MaskResult.unit` is `image`.
     """
     patients = column(latents.images, "patient") if "patient" in latents.images.column_names else []
     datasets = column(latents.images, "dataset")
@@ -403,19 +404,19 @@ def rank(
     unit_of : (n_images,) rising
     """
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(indices, minlength=n_latents))])
-    # floats above 0 are ordered as their bits are
+    # positive floats have the same order as their bit patterns
     order = np.argsort(indices.astype(np.uint64) << np.uint64(32) | values.view(np.uint32), kind="stable")
     by_value, patches_by_value = values[order], patches[order]
     run = indices[order].astype(np.int64) * len(unit_of) + patches_by_value // n_per_image
-    order = np.argsort(run, kind="stable")  # within a run values stay rising
+    order = np.argsort(run, kind="stable")  # stable: within a run values still increase
     run, own = run[order], by_value[order]
     is_first = np.ones(len(run), bool)
     is_first[1:] = run[1:] != run[:-1]
-    place, length = _places(is_first)
+    position, length = _positions(is_first)
     is_new = is_first.copy()
     is_new[1:] |= own[1:] != own[:-1]
-    tie_place, ties = _places(is_new)
-    ranks = n_per_image - length + place - tie_place + (ties - 1) / 2 + 1
+    tie_position, ties = _positions(is_new)
+    ranks = n_per_image - length + position - tie_position + (ties - 1) / 2 + 1
     return RankedValues(
         n_per_image,
         unit_of,
@@ -427,8 +428,8 @@ def rank(
     )
 
 
-def _places(is_first: Bool) -> tuple[Int, Int]:
-    """For entries in runs: the place of each in its run, from 0, and the length of that."""
+def _positions(is_first: Bool) -> tuple[Int, Int]:
+    """For entries in runs: the position of each in its run, from 0, and the length of the run."""
     first = np.flatnonzero(is_first)
     length = np.diff(np.append(first, len(is_first)))
     return np.arange(len(is_first)) - np.repeat(first, length), np.repeat(length, length)
@@ -445,23 +446,23 @@ def mask_agreement(ranked: RankedValues, foreground: Bool, half: Int) -> MaskAgr
     n_latents = len(ranked.starts) - 1
     auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
     nothing = np.zeros((0, 0))
-    _place(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
-    _overlap(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
+    _fill_auroc(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
+    _fill_iou(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
     return MaskAgreement(auroc, iou if half.any() else np.full(n_latents, np.nan), threshold)
 
 
-def dealt(foreground: Bool, unit_of: Int, order: Int) -> Bool:
-    """(n_images, n_per_image) the masks when unit u gets those of unit order[u], again and again if these are fewer."""
+def exchanged_masks(foreground: Bool, unit_of: Int, order: Int) -> Bool:
+    """(n_images, n_per_image): the masks after unit u received those of unit order[u], repeated if these are fewer."""
     first = np.searchsorted(unit_of, np.arange(len(order)))
     count = np.bincount(unit_of, minlength=len(order))
     within = np.arange(len(unit_of)) - first[unit_of]
-    giver = order[unit_of]
-    found: Bool = foreground[first[giver] + within % count[giver]]
+    source = order[unit_of]
+    found: Bool = foreground[first[source] + within % count[source]]
     return found
 
 
-def moved_around(foreground: Bool, steps: Int) -> Bool:
-    """(n_images, n_per_image) each mask moved on by its own step, (n_images,), in a ring of all patches in order."""
+def shifted_masks(foreground: Bool, steps: Int) -> Bool:
+    """(n_images, n_per_image): each mask shifted by its own step, (n_images,), with wrap-around over all patches."""
     n_per_image = foreground.shape[1]
     found: Bool = np.take_along_axis(foreground, (np.arange(n_per_image) - steps[:, None]) % n_per_image, axis=1)
     return found
@@ -476,13 +477,13 @@ def chance_agreement(
     seed: int,
     progress: Progress = lambda done, total, state: None,
 ) -> Chance | None:
-    """What chance gives; None without shuffles, or where no latent is tested.
+    """Null distributions and p-values; None without shuffles, or if no latent is tested.
 
     Parameters
     ----------
     foreground : (n_classes, n_images, n_per_image), the images in the order of the patches of `ranked`
     found : the agreement with each class's masks as they are
-    n_shuffles : times that units exchange masks, that masks are moved, and that signs are drawn, with `seed`
+    n_shuffles : number of exchanges of masks, of shifts, and of sign flips, each drawn with `seed`
     progress : shuffles done, shuffles in all
     """
     n_active = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
@@ -493,33 +494,33 @@ def chance_agreement(
     n_classes = len(foreground)
     # [AUROC, IoU] of the observed and every shuffle
     drawn = np.empty((2, n_shuffles + 1, n_classes, len(tested)), np.float32)
-    moved = np.full((n_shuffles + 1, n_classes, len(tested)), np.nan, np.float32)  # AUROC of masks moved around
+    shifted = np.full((n_shuffles + 1, n_classes, len(tested)), np.nan, np.float32)  # AUROC under shifted masks
     steps = np.random.default_rng([seed, 3]).integers(ranked.n_per_image, size=(n_shuffles, ranked.n_units))
     for number, one in enumerate(found):
         drawn[0, 0, number], drawn[1, 0, number] = one.auroc, one.iou
-        moved[0, number] = one.auroc
+        shifted[0, number] = one.auroc
     for n_done in range(n_shuffles):
         order = rng.permutation(ranked.n_units)
         for number, masks in enumerate(foreground):
-            one = mask_agreement(ranked, dealt(masks, ranked.unit_of, order), half)
+            one = mask_agreement(ranked, exchanged_masks(masks, ranked.unit_of, order), half)
             drawn[0, n_done + 1, number], drawn[1, n_done + 1, number] = one.auroc, one.iou
-            other = moved_around(masks, steps[n_done][ranked.unit_of])
+            other = shifted_masks(masks, steps[n_done][ranked.unit_of])
             nothing = np.zeros((0, 0))
-            _place(
+            _fill_auroc(
                 ranked.starts,
                 ranked.patches,
                 ranked.ranks,
                 other,
                 ranked.unit_of,
                 0,
-                moved[n_done + 1, number],
+                shifted[n_done + 1, number],
                 nothing,
             )
         progress(n_done + 1, n_shuffles, "shuffling")
     own = [_scaled_p(values, tested) for values in drawn]
     mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
     by_sign = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
-    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(moved, tested), strict=True))
+    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested), strict=True))
     return Chance(
         mean_auroc=mean[0],
         mean_iou=mean[1],
@@ -548,7 +549,7 @@ def _mean_and_largest(shuffled: Any, tested: Bool) -> tuple[Float, Float]:
 def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
     """p and p_any (n_classes, n_latents) of the first of (1 + n_shuffles, n_classes, n_latents), two-sided.
 
-    All 1 + n_shuffles are treated alike, so the place of the observed among them is exact where they are exchangeable.
+    All 1 + n_shuffles are treated alike, so the rank of the observed one is exact if they are exchangeable.
     """
     n_drawn, shape = len(drawn), drawn.shape[1:]
     p, p_any = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -557,7 +558,7 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
         values = drawn[:, number].astype(np.float64)
         distance = np.abs(_scaled(values))
         usable = tested & ~np.isnan(values[0])
-        # a hair of slack: equal masks give equal values up to rounding
+        # tolerance: equal masks give equal values only up to rounding
         p[number, usable] = (distance >= distance[0] - 1e-6).sum(axis=0)[usable] / n_drawn
         largest = np.maximum(largest, distance[:, usable].max(axis=1, initial=0))
     for number in range(shape[0]):
@@ -569,7 +570,7 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
 
 
 def _scaled(values: Float) -> Float:
-    """Each column less its mean, in its standard deviations; 0 where it does not vary, or a value is unknown."""
+    """Each column minus its mean, divided by its standard deviation; 0 if it does not vary, or a value is unknown."""
     known = ~np.isnan(values)
     n = np.maximum(1, known.sum(axis=0))
     centred = np.where(known, values - np.where(known, values, 0).sum(axis=0) / n, 0)
@@ -581,10 +582,10 @@ def _scaled(values: Float) -> Float:
 def _place_p(
     ranked: RankedValues, foreground: Bool, tested: Bool, *, n_shuffles: int, seed: int
 ) -> tuple[Float, Float]:
-    """p and p_any (n_classes, n_latents) of an AUROC of 0.5, by signs of the units' distances from it.
+    """p and p_any (n_classes, n_latents) of the hypothesis that the AUROC is 0.5, by sign flips of the units' distances.
 
-    The statistic |sum of d| / sqrt(sum of d^2) over the units rises with that of a one-sample t test, and its
-    denominator knows no signs: so it has the same scale for latents of few and of many units.
+    The statistic |sum of d| / sqrt(sum of d^2) over the units is a monotone function of that of a one-sample t test.
+    Its denominator does not depend on signs, so it has one scale for latents of few and of many units.
     """
     rng = np.random.default_rng([seed, 2])
     signs = rng.choice(np.array([-1.0, 1.0]), (n_shuffles, ranked.n_units))
@@ -596,7 +597,9 @@ def _place_p(
             stop = min(first + step, len(tested))
             units = np.full((stop - first, ranked.n_units), 0.5)
             starts = ranked.starts[first : stop + 1]
-            _place(starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units)
+            _fill_auroc(
+                starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units
+            )
             distance = units - 0.5
             scale = np.sqrt((distance**2).sum(axis=1))
             use = np.flatnonzero(tested[first:stop] & (scale > 1e-9))
@@ -611,7 +614,7 @@ def _place_p(
     p_any = np.full(shape, np.nan)
     n_any = n_shuffles - np.searchsorted(np.sort(largest), observed[known] - 1e-9)
     p_any[known] = (1 + n_any) / (1 + n_shuffles)
-    exactly_half = tested & ~known  # 0.5 in every unit: nothing is less of a finding
+    exactly_half = tested & ~known  # 0.5 in every unit: p is 1
     p[exactly_half] = p_any[exactly_half] = 1
     return p, p_any
 
@@ -631,12 +634,12 @@ def _count_images(starts: Any, patches: Any, n_per_image: int) -> Any:
 
 
 @numba.njit(cache=True)
-def _place(
+def _fill_auroc(
     starts: Any, patches: Any, ranks: Any, foreground: Any, unit_of: Any, first_latent: int, auroc: Any, units: Any
 ) -> None:
-    """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; what is unknown is left as it is.
+    """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; unknown entries stay unchanged.
 
-    The entries of a latent lie by image, and so by unit: one pass.
+    The entries of a latent are sorted by image, and so by unit: one pass.
     """
     n_per_image = foreground.shape[1]
     n_inside = np.zeros(len(foreground), np.int64)
@@ -662,7 +665,7 @@ def _place(
                     rank_sum += ranks[k]
                 k += 1
             inside = n_inside[image]
-            rank_sum += (inside - n_hit) * (n_per_image - (k - begin) + 1) / 2  # those of zeros
+            rank_sum += (inside - n_hit) * (n_per_image - (k - begin) + 1) / 2  # the zeros share a mean rank
             won += rank_sum - inside * (inside + 1) / 2
             pairs += inside * (n_per_image - inside)
         if pairs > 0:
@@ -675,8 +678,8 @@ def _place(
 
 
 @numba.njit(cache=True)
-def _overlap(starts: Any, values: Any, patches: Any, foreground: Any, half_of: Any, iou: Any, threshold: Any) -> None:
-    """Fill iou and threshold (n_latents,); latents without a value keep what is there."""
+def _fill_iou(starts: Any, values: Any, patches: Any, foreground: Any, half_of: Any, iou: Any, threshold: Any) -> None:
+    """Fill iou and threshold (n_latents,); entries of latents without a value stay unchanged."""
     n_per_image = foreground.shape[1]
     n_inside = np.zeros(2, np.int64)
     for image in range(len(foreground)):
@@ -687,13 +690,13 @@ def _overlap(starts: Any, values: Any, patches: Any, foreground: Any, half_of: A
         if first == stop:
             continue
         n_hit, n_on = np.zeros(2, np.int64), np.zeros(2, np.int64)
-        best, at = np.zeros(2), np.full(2, np.inf)  # of each half; where none overlaps, nothing is chosen
+        best, at = np.zeros(2), np.full(2, np.inf)  # of each half; without an overlap no patch is chosen
         best_of_all, at_of_all = -1.0, 0.0
         for k in range(stop - 1, first - 1, -1):  # from the largest value down
             image = patches[k] // n_per_image
             n_on[half_of[image]] += 1
             n_hit[half_of[image]] += foreground[image, patches[k] % n_per_image]
-            if k == first or values[k - 1] != values[k]:  # ties fall on one side of a threshold together
+            if k == first or values[k - 1] != values[k]:  # equal values are on the same side of a threshold
                 for half in range(2):
                     union = n_inside[half] + n_on[half] - n_hit[half]
                     if union > 0 and n_hit[half] / union > best[half]:
@@ -751,7 +754,7 @@ def _table(name: str, ranked: RankedValues, found: MaskAgreement, chance: Chance
 
 
 def _best(table: pa.Table, name: str) -> list[dict[str, Any]]:
-    """The largest, those of latents that were tested first."""
+    """The rows with the largest values; latents that were tested come first."""
     known = table.filter(table[name].is_valid())
     not_tested = known["n_active_images"].to_numpy() < LEAST_IMAGES
     order = np.lexsort((known["latent"].to_numpy(), -known[name].to_numpy(), not_tested))[:_TOP]
