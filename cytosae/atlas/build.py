@@ -1,4 +1,4 @@
-"""Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
+"""From stores to a folder of web pages; or an estimate of its pages and bytes without writing."""
 
 import html
 import time
@@ -32,7 +32,7 @@ from .review_items import FILE as REVIEW
 from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
 from .site import Site, copy_static
 
-_SAMPLE = 8  # pages of a kind that an estimate writes into memory
+_SAMPLE = 8  # pages of each kind that an estimate renders in memory
 _EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active latent
 
 
@@ -122,7 +122,7 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     stage_one : `cytocache.bridge`, which reads the images
-    roots : where the images of each latent store lie now, one each; none: where they lay
+    roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
 
     Raises
@@ -221,7 +221,7 @@ def write_atlas(
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_few(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
@@ -280,7 +280,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
-    _write_few(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
@@ -296,7 +296,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         n_there = site.n_files(folder)
         n_bytes += round(site.n_bytes(folder) * (n_wanted / n_there - 1)) if n_there else 0
         n_files += n_wanted - n_there if n_there else 0
-    if few is not None:  # a thumbnail's share of its sheet; tokens take space by their nonzeros
+    if few is not None:  # thumbnails scale with their number, token data with the number of nonzeros
         thumb = site.n_bytes("sprites/") / len(few)
         n_bytes += round(thumb * len(plan.images)) - round(site.n_bytes("sprites/") * wanted["sprites/"])
         of_few, n_in_few = site.n_bytes("data/image-"), _n_values(inputs, few)
@@ -349,7 +349,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
 
 
 def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
-    """What every page knows."""
+    """Template variables of all pages."""
     return {
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
@@ -368,8 +368,8 @@ def _maps(inputs: Inputs, plan: Plan) -> Maps:
     return Maps(len(plan.references.image), patch_side(inputs.stores[0].spec.tokens_per_image) ** 2)
 
 
-def _write_few(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
-    """The pages that there are few of."""
+def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+    """The pages whose number does not grow with images or patients."""
     write_overview(site, inputs, cohort, plan, shared)
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
@@ -383,7 +383,7 @@ def _write_provenance(
     stores = [
         {
             "what": what,
-            "name": "" if shared["pseudonyms"] else name,  # folders may be called after patients
+            "name": "" if shared["pseudonyms"] else name,  # a folder name may contain a patient's name
             "identity": header.identity,
             "created_by": header.created_by,
             "spec": header.spec,
@@ -395,17 +395,17 @@ def _write_provenance(
 
 
 def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
-    """What `cyto atlas serve` asks experts, and its pictures; nothing in it names a patient or an image."""
+    """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
         inputs.concepts,
         inputs.sources,
         folder,
         **_asked(inputs, plan, config),
-    ).content  # images that cannot be shown are told with the pages
+    ).content  # images that cannot be shown are already listed for the pages
 
 
 def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
-    """What the review is about."""
+    """The arguments that the review and its estimate share."""
     return {
         "config": ReviewConfig(seed=config.seed),
         "selection": read_selection(inputs.concepts) if plan.selection else None,
@@ -414,7 +414,7 @@ def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of the files that a header names."""
+    """File -> SHA-256, as recorded in a header."""
     found = {
         str(name): str(sha256) for key in ("files", "exports") for name, sha256 in (summary.get(key) or {}).items()
     }
@@ -434,6 +434,6 @@ def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
 
 
 def _run(steps: Iterable[int]) -> None:
-    """To the end, with nobody to tell."""
+    """Exhaust a generator of progress steps."""
     for _ in steps:
         pass

@@ -1,4 +1,4 @@
-"""Maps of one image: of latents that are named, or of those that speak for one of its patches (Fig. 3 of the paper)."""
+"""Maps of one image: of given latents, or of the latents that characterise a patch (CytoSAE, Fig. 3)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,12 +38,12 @@ from .reference_images import (
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The image that is looked at, from a store or a file of its own."""
+    """The image whose maps are drawn, from a store or from a new file."""
 
     name: str
     tokens: ss.csr_matrix  # (tokens_per_image, n_latents), CLS first
-    picture: Pixels | str  # a str says why there is nothing to see
-    origin: dict[str, Any]  # what decides `tokens`; plain JSON values
+    picture: Pixels | str  # a str is the reason why it cannot be shown
+    origin: dict[str, Any]  # what determines `tokens`; plain JSON values
     dataset: str | None = None  # of an image of a store
 
 
@@ -85,7 +85,7 @@ class MapResult(Report):
 
 
 def stored_subject(sources: Sources, image_id: str) -> Subject:
-    """An image of one of the stores, to look at.
+    """An image of one of the stores.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def write_maps(
     n_images : reference images of each dataset, at most
     style : how maps are drawn over images; None: `Style()`
     stage_one : `cytocache.bridge`, which reads images and runs the backbone
-    roots : where the images of each store lie now, one each; none: where they lay
+    roots : folder of the images of each store; none: as recorded when the caches were made
     assume_compatible : with `file`: take an imported SAE, which does not say which tokens it was trained on
     device : with `file`: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     progress : with `file`: bytes of the weights downloaded, bytes in all

@@ -582,7 +582,7 @@ def _scaled(values: Float) -> Float:
 def _place_p(
     ranked: RankedValues, foreground: Bool, tested: Bool, *, n_shuffles: int, seed: int
 ) -> tuple[Float, Float]:
-    """p and p_any (n_classes, n_latents) of the hypothesis that the AUROC is 0.5, by sign flips of the units' distances.
+    """p and p_any (n_classes, n_latents) of the null hypothesis AUROC = 0.5, by sign flips of the units' distances.
 
     The statistic |sum of d| / sqrt(sum of d^2) over the units is a monotone function of that of a one-sample t test.
     Its denominator does not depend on signs, so it has one scale for latents of few and of many units.

@@ -1,7 +1,7 @@
-"""Reference images: for one latent, the top images of each dataset, with where in the image it is active and pixels.
+"""Reference images: the top images of a latent in each dataset, with its map over patches and the pixels.
 
-They bring three things together: concepts (which images), latent stores (which patches), and a function that the
-caller gives (which pixels); the images themselves belong to stage one.
+Three inputs are combined: concepts (which images), latent stores (which patches), and functions from stage one that
+read the pixels.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ class Frame:
     """One image of a figure."""
 
     caption: str
-    picture: Pixels | str  # a str says why there is nothing to see
+    picture: Pixels | str  # a str is the reason why it cannot be shown
     patches: Map
     image_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameRow:
-    """Images that belong together, under one heading; `largest` is the value at the top of their scale."""
+    """One row of images with a heading; `largest` is the upper end of their common colour scale."""
 
     heading: Sequence[str]  # lines
     frames: Sequence[Frame]
@@ -45,11 +45,11 @@ class FrameRow:
 
 @dataclass(frozen=True)
 class Sources:
-    """Latent stores of one SAE, and the pictures of each, to find any of their images by name."""
+    """Latent stores of one SAE and the pixels of their images; an image is found by its `image_id`."""
 
     stores: Sequence[LatentStore]
     pictures: Sequence[Picture]  # one per store
-    roots: Sequence[Path] = ()  # where the images lie now, one per store; none: where they lay
+    roots: Sequence[Path] = ()  # folder of the images of each store; none: as recorded when the caches were made
 
     def __post_init__(self) -> None:
         check_one_sae(self.stores)
@@ -90,7 +90,7 @@ class Sources:
         return found[0]
 
     def frame(self, at: tuple[int, int], latent: int, caption: str) -> Frame:
-        """An image of a store, and where a latent is active in it."""
+        """An image of a store, with the map of a latent."""
         number, image_index = at
         return Frame(
             caption=caption,
@@ -146,7 +146,7 @@ def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | 
     ----------
     stores : the path of one latent store, or of several
     stage_one : `cytocache.bridge`
-    roots : where the images of each store lie now, one each; none: where they lay
+    roots : folder of the images of each store; none: as recorded when the caches were made
 
     Raises
     ------
@@ -196,7 +196,7 @@ def unseen_warnings(unseen: Sequence[str], option: str) -> tuple[str, ...]:
 
 
 def require_same_sae(concepts: ConceptStore, sources: Sources) -> None:
-    """Refuse concepts of another SAE than that of the latents: the numbers of latents would mean something else.
+    """Refuse concepts of another SAE than that of the latents: equal latent numbers would be different latents.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Reference sheets: a figure per latent, its top images from each dataset, with the patches that carry it (Fig. 2B)."""
+"""Reference sheets: one figure per latent with its top images of each dataset and their maps (CytoSAE, Fig. 2B)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -50,7 +50,7 @@ class SheetResult(Report):
     out: Path  # the folder
     latents: tuple[int, ...]  # in the order of the call
     n_latents: int
-    n_images: int  # shown or not
+    n_images: int  # in all sheets, including those that could not be shown
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
 
@@ -86,7 +86,7 @@ def write_sheets(
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> SheetResult:
-    """Write `latent<N>.png` and .svg for each latent, and `images.parquet`: which image is active where.
+    """Write `latent<N>.png` and .svg for each latent, and `images.parquet` with the most active patch of each image.
 
     Parameters
     ----------
@@ -95,10 +95,10 @@ def write_sheets(
     latents : each is drawn once
     selected : also those of `select_latents`
     datasets : rows of a figure; none: all datasets of `concepts`
-    n_images : at most so many of each dataset
+    n_images : number of images per dataset, at most
     style : how maps are drawn over images; None: `Style()`
     stage_one : `cytocache.bridge`, which reads the images
-    roots : where the images of each store lie now, one each; none: where they lay
+    roots : folder of the images of each store; none: as recorded when the caches were made
     progress : latents done, latents in all
 
     Raises
