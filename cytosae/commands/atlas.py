@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "roots",
     type=FILE,
     multiple=True,
-    help="Where the images lie now, once for each of --latents  [default: where they lay].",
+    help="Folder of the images, once for each of --latents  [default: as recorded in the cache].",
 )
 @click.option("--compare", "comparisons", type=FILE, multiple=True, help="Folder of cyto compare; may repeat.")
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
@@ -40,24 +40,28 @@ if TYPE_CHECKING:
     type=click.Choice(["selected", "top", "all"]),
     default="selected",
     show_default=True,
-    help="Latents with a page: those of cyto concept select and in the comparisons' top lists, the --top largest "
-    "mean activations, or all. The scatter and the table show every latent.",
+    help="Latents with a page. selected: of cyto concept select and the top lists of --compare; top: the --top "
+    "largest mean activations; all. The scatter plot and the table show all latents.",
 )
-@click.option("--top", type=COUNT, default=200, show_default=True, help="With --pages top: how many.")
+@click.option("--top", type=COUNT, default=200, show_default=True, help="With --pages top: number of latents.")
 @click.option("--n-images", type=COUNT, default=10, show_default=True, help="Reference images per latent and dataset.")
 @click.option(
-    "--patient-images", type=click.IntRange(min=0), default=12, show_default=True, help="Cells shown of each patient."
+    "--patient-images",
+    type=click.IntRange(min=0),
+    default=12,
+    show_default=True,
+    help="Images per patient, drawn at random.",
 )
 @click.option("--pixels", type=click.IntRange(min=32), default=256, show_default=True, help="Longer side of a picture.")
 @click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option(
     "--pseudonyms",
     is_flag=True,
-    help="Call patients P0001, P0002, ... and images by number, in an order that only the key in DIR.pseudonyms.csv "
-    "tells; that file, beside DIR, also says who is who.",
+    help="Name patients P0001, P0002, ... and images by number, in a secret order; DIR.pseudonyms.csv, beside DIR, has "
+    "the key and the real names.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the patients' cells and the decoys.")
-@click.option("--dry-run", is_flag=True, help="Say how many pages and bytes it would be, and write nothing.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the patients' images and the decoys.")
+@click.option("--dry-run", is_flag=True, help="Estimate the number of pages and bytes; write nothing.")
 @overwrite_option
 @json_option
 @click.pass_obj
@@ -75,9 +79,9 @@ def atlas_build(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Write web pages of concepts, images, patients and diseases, to be opened from the disk or any web server.
+    """Write web pages of concepts, images, patients and diseases, for a browser without a server or any web server.
 
-    Nothing in them asks a network for anything.
+    They load nothing from the network.
 
     \b
     Example: cyto atlas build --barcodes cells.barcodes --concepts cells.concepts --latents cells.latents.zarr -o atlas
@@ -107,12 +111,12 @@ def atlas_build(
     "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port to listen on; 0: any free one."
 )
 @click.option("--show-labels", is_flag=True, help="In the review, show latents, datasets and labels of images.")
-@click.option("--review-only", is_flag=True, help="Serve the review page, not the atlas, in which labels can be seen.")
+@click.option("--review-only", is_flag=True, help="Serve the review page only, not the atlas, which shows labels.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of each reviewer's order of concepts.")
 def atlas_serve(site: Path, reviews: Path | None, review_only: bool, show_labels: bool, port: int, seed: int) -> None:
-    """Serve an atlas to a browser on this machine, and take reviews of its concepts.
+    """Serve an atlas to a browser on this machine, and save reviews of its concepts.
 
-    Every verdict is on the disk before the page says so; give your name again to go on where you stopped. Ctrl-C stops.
+    A verdict is on disk before the page confirms it. Enter the same name again to continue a review. Ctrl-C stops.
 
     \b
     Example: cyto atlas serve cells.atlas
@@ -135,7 +139,7 @@ def atlas_serve(site: Path, reviews: Path | None, review_only: bool, show_labels
 @click.option("--history", is_flag=True, help="Also verdicts that a later one of the same reviewer replaced.")
 @overwrite_option
 def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, overwrite: bool) -> None:
-    """The verdicts of all reviewers as one table, with what was hidden from them.
+    """The verdicts of all reviewers as one table, with the answers that were hidden from them.
 
     \b
     Example: cyto atlas export cells.atlas -o reviews.csv
@@ -150,7 +154,7 @@ def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, ove
 @click.option("--reviews", type=FILE, help="Folder of the verdicts  [default: DIR.reviews].")
 @json_option
 def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
-    """Do reviewers agree, which share of concepts is meaningful, and are those of a disease told from decoys?
+    """Agreement of reviewers, the share of meaningful concepts, and verdicts on listed latents against decoys.
 
     \b
     Example: cyto atlas agreement cells.atlas

@@ -48,7 +48,7 @@ def concept_sheet(
     nearest: bool,
     released: bool,
 ) -> None:
-    """A figure per latent: its top images from each dataset beside each other, with the patches that carry it.
+    """A figure per latent: its top images of each dataset, with maps of where it is active.
 
     LATENTS are the stores that CONCEPTS was made from.
 
@@ -85,21 +85,25 @@ def concept_sheet(
 @click.option("--sae", "run", type=FILE, help="With --file: the SAE that LATENTS were made with.")
 @click.option("--weights", help="With --file: the weights of the backbone; an untrained one needs none.")
 @click.option("--latent", "latents", type=int, multiple=True, help="A latent to draw; repeat it for several.")
-@click.option("--patch", type=int, help="Or a patch, 0 to 255 row by row: the latents that speak for it are drawn.")
-@click.option("--concepts", "concepts", type=FILE, help="Statistics and reference images; needed with --patch.")
+@click.option("--patch", type=int, help="Or a patch, 0 to 255 row by row: maps of its most active latents.")
+@click.option(
+    "--concepts", "concepts", type=FILE, help="Folder of cyto concept stats, for reference images; needed with --patch."
+)
 @click.option("--top", "n_top", type=COUNT, default=2, show_default=True, help="With --patch: latents to draw.")
-@click.option("--dataset", help="With --patch: whose statistics --shared and --noisy mean  [default: the image's].")
+@click.option(
+    "--dataset", help="With --patch: dataset of the statistics for --shared and --noisy  [default: the image's]."
+)
 @click.option(
     "--shared",
     default=1.0,
     show_default=True,
-    help="With --patch: pass over latents of this frequency or more; 1: active in every readable image, above 1: none.",
+    help="With --patch: leave out latents of this frequency or more; 1: active in every readable image, above 1: none.",
 )
 @click.option(
     "--noisy",
     default=0.1,
     show_default=True,
-    help="With --patch: pass over latents whose mean activation is above this; 0.1 is made for the released SAE.",
+    help="With --patch: leave out latents with a mean activation above this; 0.1 was chosen for the released SAE.",
 )
 @map_options
 @assume_option
@@ -127,10 +131,10 @@ def concept_map(
     overwrite: bool,
     **chosen: Any,
 ) -> None:
-    """Where in an image latents are active: maps of given latents, or of those that speak for one of its patches.
+    """Where in an image latents are active: maps of given latents, or of the most active latents of a patch.
 
-    With --patch: its active latents without the shared and the noisy ones, the largest values first. With --concepts,
-    the reference images of each latent too, from all its datasets.
+    With --patch: its active latents without shared and noisy ones, the largest values first. With --concepts, also the
+    reference images of each latent, from all datasets.
 
     \b
     Example: cyto concept map cells.latents.zarr -o map --image cells/a.png --patch 57 --concepts cells.concepts
@@ -178,7 +182,7 @@ def concept_map(
     "--classes",
     metavar="VALUE=NAME,...|any",
     help="Which values of the masks count, and their names, such as 1=cytoplasm,2=nucleus or #ff0000=nucleus; one name "
-    "for two values unites them; any: all above 0 together  [default: each value a class, where that is clear].",
+    "for two values joins them; any: all values above 0 are one class  [default: one class per value].",
 )
 @click.option(
     "--min-share", default=0.5, show_default=True, help="A patch is of a class that covers this share of it or more."
@@ -189,9 +193,9 @@ def concept_map(
     type=click.IntRange(min=0),
     default=200,
     show_default=True,
-    help="Times that patients exchange their masks, and that signs are drawn; 0: no p-values.",
+    help="Number of random exchanges of masks between patients, of shifts, and of sign flips; 0: no p-values.",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the shuffles, and of the two halves.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the shuffles and of the two halves.")
 @overwrite_option
 @json_option
 @click.pass_obj
@@ -203,7 +207,7 @@ def concept_masks(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """How well the map of each latent agrees with segmentation masks: AUROC within images, IoU, and chance.
+    """How well the map of each latent agrees with segmentation masks: AUROC within images, IoU, and p-values.
 
     MASKS is a .csv or .parquet table with the columns image_id and mask (a path), or a folder of files named like the
     images. PNG, TIFF or BMP of any size, read by value: 0 is background, every other value a class. The shuffles know

@@ -60,14 +60,14 @@ def training_line(metrics: dict[str, Any]) -> str:
 
 
 def map_options(command: Any) -> Any:
-    """How maps are drawn, and where the images lie."""
+    """How maps are drawn, and the folders of the images."""
     options = (
         click.option(
             "--root",
             "roots",
             type=FILE,
             multiple=True,
-            help="Where the images lie now, once for each of LATENTS  [default: where they lay].",
+            help="Folder of the images, once for each of LATENTS  [default: as recorded in the cache].",
         ),
         click.option(
             "--n-images", type=click.IntRange(1, 10), default=6, show_default=True, help="Reference images per dataset."
@@ -76,7 +76,9 @@ def map_options(command: Any) -> Any:
             "--nearest", is_flag=True, help="Draw patches as squares, instead of bilinear between their centres."
         ),
         click.option(
-            "--released", is_flag=True, help="The released code's rendering: dark and bright patches, no scale."
+            "--released",
+            is_flag=True,
+            help="Draw as the released code: dark and bright patches, without a colour scale.",
         ),
     )
     for option in reversed(options):
