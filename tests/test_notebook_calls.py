@@ -60,7 +60,18 @@ def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     assert "data:image/png;base64," in done._repr_html_()
 
     patch = int(dense_tokens(store, 1)[1:].sum(1).argmax())
-    words = ("--image", name, "--patch", patch, "--concepts", concepts.root, "--noisy", 9, "--dataset", "other")
+    words: tuple[object, ...] = (
+        "--image",
+        name,
+        "--patch",
+        patch,
+        "--concepts",
+        concepts.root,
+        "--noisy",
+        9,
+        "--dataset",
+        "other",
+    )
     by_command = printed("concept", "map", latents, "-o", tmp_path / "p", *words)
     query = cytosae.PatchQuery(patch=patch, dataset="other", noisy=9)
     done = cytosae.write_maps(
