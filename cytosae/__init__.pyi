@@ -1,7 +1,14 @@
 from .atlas import AtlasConfig as AtlasConfig
+from .atlas import ServeConfig as ServeConfig
+from .atlas import build_atlas as build_atlas
+from .atlas import estimate_atlas as estimate_atlas
 from .atlas import open_inputs as open_inputs
+from .atlas import open_server as open_server
+from .atlas import review_agreement as review_agreement
 from .atlas import write_atlas as write_atlas
+from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
+from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
@@ -14,6 +21,8 @@ from .concepts import select_latents as select_latents
 from .concepts import top_images as top_images
 from .concepts import write_concepts as write_concepts
 from .latents.encode import encode as encode
+from .maps import PatchQuery as PatchQuery
+from .maps import Style as Style
 from .maps import new_subject as new_subject
 from .maps import open_sources as open_sources
 from .maps import stored_subject as stored_subject
@@ -25,6 +34,10 @@ from .probe import UnitConfig as UnitConfig
 from .probe import apply_model as apply_model
 from .probe import probe as probe
 from .probe import write_probe as write_probe
+from .reading import ActivationStore as ActivationStore
+from .reading import BarcodeStore as BarcodeStore
+from .reading import ConceptStore as ConceptStore
+from .reading import LatentStore as LatentStore
 from .relations import NeighbourConfig as NeighbourConfig
 from .relations import PatientConfig as PatientConfig
 from .relations import find_neighbours as find_neighbours

@@ -1,7 +1,7 @@
-"""Modules that have moved into rooms: `from cytosae.train import train` still works, and says where it is now.
+"""Old import paths: `from cytosae.train import train` still works, with a DeprecationWarning that names the new path.
 
-For one release (CHANGELOG). Rooms that have the name of an old module (barcodes, concepts, compare, ...) need none of
-this: their doors have what the module had.
+For one release (CHANGELOG). Packages with the name of an old module (barcodes, concepts, compare, ...) need no entry,
+since they export the names that the module had.
 """
 
 import importlib
@@ -82,13 +82,13 @@ MOVED = {
 
 
 class _Moved(ModuleType):
-    """Everything is asked of, and set in, the module at its new place; called, it is the function of its own name."""
+    """Forwards attributes to the module at its new path; a call goes to the function with its own name."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_target"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("__"):  # what the import system sets
+        if name.startswith("__"):  # set by the import system
             super().__setattr__(name, value)
         else:
             setattr(self.__dict__["_target"], name, value)
@@ -110,10 +110,10 @@ class _Finder(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: it has been executed at its new place."""
+        """Nothing to do: the module at the new path has been executed."""
 
 
 def install() -> None:
-    """Let old paths be found, after all that exists."""
+    """Register the finder for old paths, after all other finders."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

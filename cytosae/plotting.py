@@ -1,6 +1,6 @@
-"""What all figures share: colours that everybody can tell apart, a canvas without a display, PNG and SVG.
+"""What all figures share: colours for colour-blind readers, figures without a display, PNG and SVG files.
 
-matplotlib reads `$` as the beginning of mathematics: a name from the data goes through `plain` before it is drawn.
+matplotlib parses text between `$` as mathematics, so names from the data go through `plain` before they are drawn.
 """
 
 from pathlib import Path
@@ -13,14 +13,14 @@ _LONGEST_NAME = 40
 
 def new_figure(*, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure of this size in inches (at most 24 x 40), and its axes: one, or an array (rows, columns)."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    from matplotlib.figure import Figure  # not pyplot, which has global state and may need a display
 
     figure = Figure(figsize=(min(width, 24), min(height, 40)), dpi=150, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=rows * columns == 1)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write the figure in the format that the name ends with (.png, .svg), atomically; equal figures, equal bytes."""
+    """Write the figure atomically, in the format of the suffix (.png, .svg); equal figures give equal bytes."""
     import matplotlib
 
     partial = path.with_name(f"{path.name}.partial")
@@ -37,7 +37,7 @@ def save_both(figure: Any, path: Path) -> None:
 
 
 def plain(name: object) -> str:
-    """A name from the data as text that is drawn as it stands: one line, not too long, no mathematics."""
+    """A name from the data as literal text for matplotlib: one line, at most 40 characters, `$` escaped."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(name))
     if len(text) > _LONGEST_NAME:
         text = f"{text[: _LONGEST_NAME - 1]}…"
@@ -45,5 +45,5 @@ def plain(name: object) -> str:
 
 
 def text_color(number: int) -> str:
-    """A colour for text: the list's without those too light to read."""
+    """A colour for text: `COLORS` without yellow and black."""
     return COLORS[:6][number % 6]

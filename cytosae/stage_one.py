@@ -1,6 +1,7 @@
-"""What stage two asks of stage one. `cytocache.bridge` is one; the two packages do not import each other.
+"""The functions of stage one that stage two calls, as a protocol. `cytocache.bridge` implements it.
 
-A command is handed it by cli.py; a notebook passes the module: `stage_one=cytocache.bridge`.
+The two packages do not import each other: cli.py passes the module to commands, and a notebook passes
+`stage_one=cytocache.bridge`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stores.errors import BadInput
 from stores.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,19 +20,19 @@ if TYPE_CHECKING:
     from stores import ActivationSpec, LatentStore
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
-Picture = Callable[[int], Pixels | str]  # image_index -> pixels, or a few words on why there are none
+Picture = Callable[[int], Pixels | str]  # image_index -> pixels, or the reason why there are none
 
 
 class StageOne(Protocol):
-    """Images and the backbone; the docstrings of `cytocache.bridge` say more."""
+    """Access to images and the backbone; for details see the docstrings of `cytocache.bridge`."""
 
     def pictures(self, latents: "LatentStore", root: Path | None = None) -> Picture:
-        """The pictures of a latent store's images, by `image_index`."""
+        """The images of a latent store as pixels, by `image_index`."""
 
     def new_image(
         self, file: Path, spec: "ActivationSpec", cache: str, *, weights: str | None, device: str, progress: Progress
     ) -> tuple[npt.NDArray[np.float16], Pixels, str]:
-        """(tokens as a cache of `spec` would hold them, picture, SHA-256 of the file) of an image in no store."""
+        """(tokens as in a cache of `spec`, pixels, SHA-256 of the file) of an image that is in no store."""
 
     def backbone_sample(
         self,
@@ -45,7 +47,7 @@ class StageOne(Protocol):
         download_progress: Progress,
         progress: Progress,
     ) -> "tuple[Iterator[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]":
-        """(outputs of the cached block for a sample of images, way from there to the final CLS embeddings)."""
+        """(block outputs for a sample of images, function from there to the final CLS embeddings)."""
 
     def read_masks(
         self,
@@ -57,4 +59,17 @@ class StageOne(Protocol):
         classes: str | None,
         progress: Progress,
     ) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
-        """(shares of the patches by image_index, classes as (name, values), what was left out: names by reason)."""
+        """(shares of the patches by image_index, classes as (name, values), masks left out: names by reason)."""
+
+
+def require_stage_one(stage_one: StageOne | None) -> StageOne:
+    """`stage_one`, which is needed to read images or run the backbone.
+
+    Raises
+    ------
+    BadInput
+        If nothing was given.
+    """
+    if stage_one is None:
+        raise BadInput("images are read by stage one: give stage_one=cytocache.bridge (import cytocache)")
+    return stage_one

@@ -382,7 +382,7 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
         return read(store, start, stop)
 
     monkeypatch.setattr(LatentStore, "read_images", spy)
-    monkeypatch.setattr("cytosae.atlas.image_pages._TOGETHER", 40_000)
+    monkeypatch.setattr("cytosae.atlas.image_pages._NONZEROS_PER_READ", 40_000)
     done = cyto(*cohort.build, out, "--pseudonyms")
     assert done.exit_code == 0, done.output
     n_images = len(cohort.image_ids)

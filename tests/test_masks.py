@@ -18,7 +18,15 @@ from cytocache.extract import ExtractConfig, extract
 from cytocache.masks import MaskFiles, MaskShares, _shares, find_masks, read_all_shares
 from cytosae.latents.encode import encode
 from cytosae.maps import patch_map, read_tokens, write_mask_agreement
-from cytosae.maps.mask_agreement import RankedValues, chance_agreement, dealt, halves, mask_agreement, rank, read_ranked
+from cytosae.maps.mask_agreement import (
+    RankedValues,
+    chance_agreement,
+    exchanged_masks,
+    halves,
+    mask_agreement,
+    rank,
+    read_ranked,
+)
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import MASKS, LatentStore, ResultStore
@@ -135,7 +143,7 @@ def test_chance_equals_exchanging_by_hand() -> None:
     raw = np.zeros_like(z)
     for row, order in enumerate(orders):
         given = np.concatenate([np.resize(members[order[unit]], len(members[unit])) for unit in range(4)])
-        assert (dealt(masks, UNITS, order) == masks[given]).all()
+        assert (exchanged_masks(masks, UNITS, order) == masks[given]).all()
         for place, s in enumerate(tested):
             raw[row, :, place] = [slow_auroc(dense[:, :, s], mask[given], UNITS) for mask in both]
     z = np.abs(raw - raw.mean(0)) / raw.std(0)

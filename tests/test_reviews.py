@@ -22,7 +22,7 @@ from sklearn.metrics import cohen_kappa_score
 from test_cli import fails, run
 
 from cytocache.pictures import Pictures
-from cytosae.atlas import read_review, read_verdicts, verdict_table, write_verdicts
+from cytosae.atlas import read_review, read_verdicts, verdict_table
 from cytosae.atlas.questions import Item, Question, Review, sent
 from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
 from cytosae.atlas.reviewer_agreement import (
@@ -35,7 +35,7 @@ from cytosae.atlas.reviewer_agreement import (
     weighted_share,
     wilson,
 )
-from cytosae.atlas.reviews import Verdict, current, journal, new_verdict, save_verdict
+from cytosae.atlas.reviews import Verdict, current, journal, new_verdict, save_verdict, write_verdict_table
 from cytosae.maps import Sources
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch
 from stores.tables import csv_bytes
@@ -348,7 +348,7 @@ def test_export(review: Review, tmp_path: Path) -> None:
     said += [say(review, "Bob", item.item, "a", name=text) for item, text in zip(pair.items, texts[::-1], strict=False)]
     said.append(replace(said[-1], item="gone"))
     table = verdict_table(said, review)
-    write_verdicts(table, tmp_path / "r.parquet")
+    write_verdict_table(table, tmp_path / "r.parquet")
     rows = pq.read_table(tmp_path / "r.parquet").to_pylist()
     assert len(rows) == len(said) - 1 == verdict_table(said, review, history=True).num_rows - 1
     assert all(row["is_current"] for row in rows)
@@ -361,16 +361,16 @@ def test_export(review: Review, tmp_path: Path) -> None:
     assert [row["notes"] for row in rows if row["reviewer"] == "=Ada"] == [
         text.strip() for text in texts[: len(first.items)]
     ]
-    write_verdicts(table, tmp_path / "r.csv")
+    write_verdict_table(table, tmp_path / "r.csv")
     cells = list(csv.reader(io.StringIO((tmp_path / "r.csv").read_text("utf-8-sig"))))
     assert cells[0] == table.column_names
     assert len(cells) == len(rows) + 1
     assert not [cell for row in cells for cell in row if cell.lstrip()[:1] in {"=", "+", "-", "@", "\uff1d"} and cell]
     assert {row[0] for row in cells[1:]} == {"'=Ada", "Bob"}
     with pytest.raises(BadInput, match=r"r\.csv is there already; choose another output, or add --overwrite"):
-        write_verdicts(table, tmp_path / "r.csv")
+        write_verdict_table(table, tmp_path / "r.csv")
     with pytest.raises(BadInput, match=r"r\.xlsx must end with \.csv or \.parquet"):
-        write_verdicts(table, tmp_path / "r.xlsx")
+        write_verdict_table(table, tmp_path / "r.xlsx")
 
 
 def test_csv_cells() -> None:

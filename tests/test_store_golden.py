@@ -347,7 +347,9 @@ def test_maps_version_1() -> None:
     assert two["mean_activation"] == pytest.approx((3.25 + 11.25 + 15.25) / 5 / 2)
     summary = store.header.summary or {}
     assert summary["image"] == "golden/c.png"
-    result = MapResult(**summary["result"])  # as the command reads it that finds its folder complete
+    result = store.result(
+        MapResult, out=store.root, name=summary["image"]
+    )  # as the command reads it that finds its folder complete
     assert (result.latents, result.largest, result.n_active, result.n_noisy) == ([2], [15.25], 2, 1)
 
 
@@ -359,7 +361,8 @@ def test_sheets_version_1() -> None:
         (0, "golden", 1, "golden/c.png", 1, 1, 13),
         (0, "golden", 2, "golden/Zellen/größte.png", 1, 3, 5),
     ]
-    assert SheetResult(**(store.header.summary or {})["result"]) == SheetResult(n_latents=2, n_images=4, unseen=[])
+    result = store.result(SheetResult, out=store.root, latents=(3, 0))
+    assert result == SheetResult(out=store.root, latents=(3, 0), n_latents=2, n_images=4, unseen=[])
 
 
 def test_masks_version_1() -> None:
@@ -377,7 +380,7 @@ def test_masks_version_1() -> None:
     assert (rows[0]["iou"], rows[0]["threshold"], rows[0]["iou_null"]) == (pytest.approx(1 / 3), 13, 0.25)
     assert (rows[0]["auroc_p"], rows[0]["auroc_p_any"]) == (pytest.approx((1 + 3) / (1 + 4)), 1)
     assert [row["auroc"] for row in rows] == pytest.approx([0.6, 8 / 15, 0.3, 0.6] * 2)
-    result = MaskResult(**(store.header.summary or {})["result"])
+    result = store.result(MaskResult, out=store.root, n_latents=8, left_out={})
     assert (result.n_images, result.n_patches, result.n_foreground, result.n_silent) == (2, 8, 3, 0)
     assert [row["latent"] for row in result.best_by_auroc] == [0, 3, 4, 7, 1]
 

@@ -1,8 +1,7 @@
-"""The atlas: one run as a folder of web pages that an expert opens without a server, and the review of its concepts.
+"""The atlas: the results of one run as a folder of web pages, and the review of its concepts by experts. No torch.
 
-Reading order: config, inputs, cohort, plan, then build.py, which writes what the pages modules describe. The review:
-review_items (what is asked), questions (what may be seen), review_server, reviews, agreement. No torch.
-
+Comes in: barcodes, concepts, latents, comparisons. Goes out: pages that open without a server; verdicts, agreement.
+Open first: `build.py` for the pages, `review_items.py` (what is asked) and `review_report.py` for the review.
 """
 
 from stores.doors import open_door

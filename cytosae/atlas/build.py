@@ -1,7 +1,8 @@
-"""Stores -> a folder of web pages; or, beforehand, how many pages and bytes it would be."""
+"""From stores to a folder of web pages; or an estimate of its pages and bytes without writing."""
 
+import html
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,21 @@ from typing import Any
 import numpy as np
 
 from cytosae.concepts import read_selection
-from cytosae.maps import patch_side
+from cytosae.maps import Places, Sources, as_sources, patch_side, unseen_warnings
+from cytosae.stage_one import StageOne
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
+from stores.wording import Report, counted
 
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, image_name, write_concept_pages
 from .config import AtlasConfig
 from .image_pages import write_images
-from .inputs import Inputs
+from .inputs import Inputs, open_inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
@@ -29,35 +32,149 @@ from .review_items import FILE as REVIEW
 from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
 from .site import Site, copy_static
 
-_SAMPLE = 8  # pages of a kind that an estimate writes into memory
+_SAMPLE = 8  # pages of each kind that an estimate renders in memory
 _EMPTY_IMAGE = 310  # bytes of data/image-<n>.js of an image without any active latent
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtlasResult:
+class AtlasResult(Report):
     """What was built, or would be."""
 
+    out: Path | None  # the folder; of an estimate perhaps None
+    is_written: bool  # False of an estimate
+    pseudonyms: bool  # are patients called by pseudonyms?
     counts: dict[str, int]  # pages by kind
     n_files: int
     n_bytes: int  # an estimate, if nothing was written
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """What `cyto atlas build --json` prints."""
+        return {
+            "atlas": str(self.out),
+            "written": self.is_written,
+            **self.stored(),
+            "was_complete": self.was_complete,
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """What the header of the folder says of the result."""
+        return {name: getattr(self, name) for name in ("counts", "n_files", "n_bytes", "unseen")}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be shown."""
+        return unseen_warnings(self.unseen, "--images")
+
+    def lines(self) -> Iterator[str]:
+        """Pages, files and bytes; where the key of the pseudonyms is, and what to open."""
+        counts = ", ".join(counted(number, kind.removesuffix("s")) for kind, number in self.counts.items())
+        about = "" if self.is_written else "about "
+        size = f"{about}{self.n_files:,} files, {about}{self.n_bytes / 1e6:,.1f} MB"
+        yield f"{self.out or 'atlas'}: pages of {counts}; {size}"
+        if not self.is_written or self.out is None:
+            yield "nothing was written"
+            return
+        if self.pseudonyms:
+            key = pseudonyms_file(self.out)
+            yield f"who is who, and the key: {key}; keep it, and never give it away with the atlas"
+        yield f"open {self.address}"
+
+    @property
+    def address(self) -> str:
+        """Of the first page, for a browser; empty of an estimate."""
+        return (self.out / "index.html").absolute().as_uri() if self.is_written and self.out is not None else ""
+
+    def _repr_html_(self) -> str:
+        link = html.escape(self.address)
+        return super()._repr_html_() + (f'<p><a href="{link}">{link}</a></p>' if link else "")
+
+
+def build_atlas(
+    barcodes: Path | str,
+    concepts: Path | str,
+    latents: Sources | Places,
+    out: Path | str,
+    config: AtlasConfig | None = None,
+    *,
+    comparisons: Sequence[Path | str] = (),
+    neighbours: Path | str | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> AtlasResult:
+    """Write the atlas to the folder `out`: web pages of concepts, images, patients and diseases, read without a server.
+
+    With pseudonyms, `out`.pseudonyms.csv beside it says who is who. If that file exists already, it decides the
+    pseudonyms: an atlas that is built again keeps them.
+
+    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+
+    Parameters
+    ----------
+    barcodes : a folder of `write_barcodes`
+    concepts : a folder of `concept_statistics`
+    latents : the latent stores that both were made from, in the same order: paths (then with `stage_one`), or opened
+        by `open_sources`
+    config : which latents have pages, how many images, pseudonyms; None: `AtlasConfig()`
+    comparisons : folders of `compare`
+    neighbours : a folder of `write_neighbours`
+    stage_one : `cytocache.bridge`, which reads the images
+    roots : folder of the images of each latent store; none: as recorded when the caches were made
+    progress : pages written, pages in all
+
+    Raises
+    ------
+    StoreNotFound
+        If an input does not exist, or the pages of selected latents are wanted and none were selected.
+    SpecMismatch
+        If the inputs were not made from the same latents; if `out` holds another atlas (and not `overwrite`), or
+        something else; or `out`.pseudonyms.csv is not ours.
+    BadInput
+        If the barcodes hold several tau and none was chosen, or two comparisons are of the same diseases.
+    DamagedStore
+        If an input is damaged.
+    """
+    config = config or AtlasConfig()
+    sources = as_sources(latents, stage_one, roots)
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
+    given = [barcodes, concepts, *sources.places, *comparisons, *([neighbours] if neighbours is not None else [])]
+    return write_atlas(
+        inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
+    )
+
+
+def _open(
+    barcodes: Path | str,
+    concepts: Path | str,
+    sources: Sources,
+    config: AtlasConfig,
+    *,
+    comparisons: Sequence[Path | str],
+    neighbours: Path | str | None,
+) -> Inputs:
+    return open_inputs(
+        Path(barcodes),
+        Path(concepts),
+        sources,
+        comparisons=[Path(each) for each in comparisons],
+        neighbours=None if neighbours is None else Path(neighbours),
+        tau=config.tau,
+    )
+
 
 def write_atlas(
     inputs: Inputs,
     out: Path,
-    config: AtlasConfig,
+    config: AtlasConfig | None = None,
     *,
     overwrite: bool = False,
     given: Sequence[Path] = (),
     progress: Progress = lambda done, total, state: None,
 ) -> AtlasResult:
-    """Write the atlas to the folder `out`; with pseudonyms also `out`.pseudonyms.csv, who is who, beside it.
-
-    That file, if it is there, also decides the pseudonyms: an atlas that is built anew keeps them.
-
-    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+    """Write the atlas of inputs that are open; `build_atlas` opens them from paths, and says more.
 
     Parameters
     ----------
@@ -65,13 +182,10 @@ def write_atlas(
 
     Raises
     ------
-    StoreNotFound
-        If the pages of selected latents are wanted and none were selected.
-    SpecMismatch
-        If `out` holds another atlas (and not `overwrite`), or something else; or `out`.pseudonyms.csv is not ours.
-    DamagedStore
-        If an input is damaged.
+    StoreNotFound, SpecMismatch, DamagedStore
+        As `build_atlas`.
     """
+    config = config or AtlasConfig()
     pseudonyms = read_pseudonyms(pseudonyms_file(out)) if config.pseudonyms else None
     cohort, plan = _prepare(inputs, config, pseudonyms)
     writer = begin_results(
@@ -89,7 +203,9 @@ def write_atlas(
         patients = zip(cohort.names, cohort.real_names, strict=True)
         write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
     if writer.is_complete:
-        return ResultStore(out, ATLAS).result(AtlasResult, was_complete=True)
+        return ResultStore(out, ATLAS).result(
+            AtlasResult, out=out, is_written=True, pseudonyms=config.pseudonyms, was_complete=True
+        )
 
     began = time.time_ns()
     site = Site(writer.root)
@@ -105,7 +221,7 @@ def write_atlas(
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_few(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
@@ -115,6 +231,9 @@ def write_atlas(
     if pseudonyms is not None:
         hide_order(writer.root, began)
     result = AtlasResult(
+        out=out,
+        is_written=True,
+        pseudonyms=config.pseudonyms,
         counts=_counts(inputs, cohort, plan),
         n_files=site.n_files(),
         n_bytes=site.n_bytes(),
@@ -123,16 +242,34 @@ def write_atlas(
             for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
         ],
     )
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"result": kept, "latents": plan.latents.tolist(), "selection": list(plan.selection)})
+    writer.finish({"result": result.stored(), "latents": plan.latents.tolist(), "selection": list(plan.selection)})
     return result
 
 
-def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
-    """What `write_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
+def estimate_atlas(
+    barcodes: Path | str,
+    concepts: Path | str,
+    latents: Sources | Places,
+    out: Path | str | None = None,
+    config: AtlasConfig | None = None,
+    *,
+    comparisons: Sequence[Path | str] = (),
+    neighbours: Path | str | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
+) -> AtlasResult:
+    """What `build_atlas` would write: pages are counted, bytes extrapolated from a few pages that are made in memory.
 
-    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly.
+    The latents of the images' tokens, which are most of an atlas with many images, are counted exactly. Arguments and
+    errors are those of `build_atlas`; `out` is only named in the result.
     """
+    config = config or AtlasConfig()
+    sources = as_sources(latents, stage_one, roots)
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
+    return _estimate(inputs, None if out is None else Path(out), config)
+
+
+def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
     cohort, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
     site, shared = Site(None), _shared(inputs, config)
     few = (
@@ -143,7 +280,7 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
-    _write_few(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, shared)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
@@ -159,7 +296,7 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
         n_there = site.n_files(folder)
         n_bytes += round(site.n_bytes(folder) * (n_wanted / n_there - 1)) if n_there else 0
         n_files += n_wanted - n_there if n_there else 0
-    if few is not None:  # a thumbnail's share of its sheet; tokens take space by their nonzeros
+    if few is not None:  # thumbnails scale with their number, token data with the number of nonzeros
         thumb = site.n_bytes("sprites/") / len(few)
         n_bytes += round(thumb * len(plan.images)) - round(site.n_bytes("sprites/") * wanted["sprites/"])
         of_few, n_in_few = site.n_bytes("data/image-"), _n_values(inputs, few)
@@ -167,7 +304,15 @@ def estimate_atlas(inputs: Inputs, config: AtlasConfig) -> AtlasResult:
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
     of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
-    return AtlasResult(counts=counts, n_files=n_files + of_review[0], n_bytes=n_bytes + of_review[1], unseen=[])
+    return AtlasResult(
+        out=out,
+        is_written=False,
+        pseudonyms=config.pseudonyms,
+        counts=counts,
+        n_files=n_files + of_review[0],
+        n_bytes=n_bytes + of_review[1],
+        unseen=[],
+    )
 
 
 def _n_values(inputs: Inputs, images: Any) -> int:
@@ -204,7 +349,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
 
 
 def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
-    """What every page knows."""
+    """Template variables of all pages."""
     return {
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
@@ -223,8 +368,8 @@ def _maps(inputs: Inputs, plan: Plan) -> Maps:
     return Maps(len(plan.references.image), patch_side(inputs.stores[0].spec.tokens_per_image) ** 2)
 
 
-def _write_few(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
-    """The pages that there are few of."""
+def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+    """The pages whose number does not grow with images or patients."""
     write_overview(site, inputs, cohort, plan, shared)
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
@@ -238,7 +383,7 @@ def _write_provenance(
     stores = [
         {
             "what": what,
-            "name": "" if shared["pseudonyms"] else name,  # folders may be called after patients
+            "name": "" if shared["pseudonyms"] else name,  # a folder name may contain a patient's name
             "identity": header.identity,
             "created_by": header.created_by,
             "spec": header.spec,
@@ -250,17 +395,17 @@ def _write_provenance(
 
 
 def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
-    """What `cyto atlas serve` asks experts, and its pictures; nothing in it names a patient or an image."""
+    """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
         inputs.concepts,
         inputs.sources,
         folder,
         **_asked(inputs, plan, config),
-    ).content  # images that cannot be shown are told with the pages
+    ).content  # images that cannot be shown are already listed for the pages
 
 
 def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
-    """What the review is about."""
+    """The arguments that the review and its estimate share."""
     return {
         "config": ReviewConfig(seed=config.seed),
         "selection": read_selection(inputs.concepts) if plan.selection else None,
@@ -269,7 +414,7 @@ def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of the files that a header names."""
+    """File -> SHA-256, as recorded in a header."""
     found = {
         str(name): str(sha256) for key in ("files", "exports") for name, sha256 in (summary.get(key) or {}).items()
     }
@@ -289,6 +434,6 @@ def _counts(inputs: Inputs, cohort: Cohort, plan: Plan) -> dict[str, int]:
 
 
 def _run(steps: Iterable[int]) -> None:
-    """To the end, with nobody to tell."""
+    """Exhaust a generator of progress steps."""
     for _ in steps:
         pass

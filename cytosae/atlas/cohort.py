@@ -1,7 +1,7 @@
-"""Who the images are of: patients and diseases as the atlas numbers and names them, and their barcodes.
+"""Patients and diseases: their numbers and names in the atlas, and their barcodes.
 
-Barcodes are read in blocks of patients. Nothing here is ever patients x latents: what is kept dense is diseases x
-latents, and patients x some latents.
+Barcodes are read in chunks of patients. A dense patients x latents array is never held: dense are diseases x latents,
+and patients x some latents.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from stores.tables import STATUS_OK
 
 from .pseudonyms import Pseudonyms
 
-_ROWS = 256  # patients, or images, that are read together
+_ROWS = 256  # patients, or images, per read
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -27,17 +27,17 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Row:
-    """Some latents of one patient or image: those that are not zero."""
+    """The nonzero latents of one patient or image, and their values."""
 
     latents: npt.NDArray[Any]
     values: Values
 
 
 class Cohort:
-    """The patients and diseases of a barcodes folder. Both are known by a number, which their pages are called by."""
+    """The patients and diseases of a barcodes folder; each has a number, which is also in the name of its page."""
 
     def __init__(self, barcodes: BarcodeStore, tau: float, *, pseudonyms: Pseudonyms | None) -> None:
-        """With `pseudonyms`, patients are numbered in the order of these, and called P0001, P0002, ..."""
+        """With `pseudonyms`, patients are numbered in the order that these give, and named P0001, P0002, ..."""
         self.barcodes, self.tau = barcodes, tau
         self._tau = tau if len(barcodes.taus) > 1 else None
         obs = barcodes.read_obs("patient", self._tau, needed=("patient_id", "dataset", "disease", "n_images"))
@@ -61,24 +61,24 @@ class Cohort:
 
     @property
     def n_patients(self) -> int:
-        """Patients with a readable image."""
+        """Number of patients with a readable image."""
         return len(self.names)
 
     @cached_property
     def patient_of(self) -> Ints:
-        """(n_images,) number of each image's patient; -1 for none."""
+        """(n_images,) number of the patient of each image; -1 without a patient."""
         datasets, patients = (np.asarray(self._images[name], object) for name in ("dataset", "patient"))
         pairs = zip(datasets, patients, strict=True)
         return np.array([self._by_key.get((str(dataset), str(patient)), -1) for dataset, patient in pairs], np.int64)
 
     @cached_property
     def is_readable(self) -> npt.NDArray[np.bool_]:
-        """(n_images,)."""
+        """(n_images,) could the image be read?"""
         return np.asarray(np.asarray(self._images["status"], object) == STATUS_OK, bool)
 
     @cached_property
     def labels(self) -> list[str]:
-        """(n_images,) label of each image; "" where it has none."""
+        """(n_images,) label of each image; "" without a label."""
         return [str(label) for label in np.asarray(self._images["label"], object)]
 
     @cached_property
@@ -87,7 +87,7 @@ class Cohort:
         return [str(name) for name in np.asarray(self._images["dataset"], object)]
 
     def cells(self, n_images: int, *, seed: int) -> list[list[int]]:
-        """Per patient: image indices of at most `n_images` of its readable images, drawn at random, rising."""
+        """Per patient: increasing indices of at most `n_images` readable images, drawn at random."""
         members: list[list[int]] = [[] for _ in self.names]
         for image in np.flatnonzero((self.patient_of >= 0) & self.is_readable):
             members[self.patient_of[image]].append(int(image))
@@ -107,7 +107,7 @@ class Cohort:
         return _rows(self.barcodes, "image", self._tau, "mean")
 
     def values(self, latents: Ints) -> Values:
-        """(patients, latents) barcodes at some latents."""
+        """(n_patients, len(latents)) barcode values of some latents."""
         found = np.zeros((self.n_patients, len(latents)), np.float32)
         position = positions(latents, self.n_latents)
         for number, row in self.rows():
@@ -117,7 +117,7 @@ class Cohort:
 
     @cached_property
     def disease_means(self) -> Values:
-        """(diseases, latents) disease barcodes."""
+        """(n_diseases, n_latents) disease barcodes."""
         means = np.zeros((len(self.diseases), self.n_latents), np.float32)
         for number, row in _rows(self.barcodes, "disease", self._tau, "X"):
             means[number, row.latents] = row.values
@@ -137,7 +137,7 @@ class Cohort:
 
     @cached_property
     def groups(self) -> "Groups":
-        """What the patients of each disease and dataset have in common; reads all images once."""
+        """Sums over the patients of each disease and dataset; reads all images once."""
         n_groups = int(self.peers_of.max(initial=-1)) + 2  # the last is for patients without a disease
         n_patients = np.bincount(self.peers_of % n_groups, minlength=n_groups)
         n_images = np.bincount(self.peers_of % n_groups, self.n_images, minlength=n_groups)
@@ -164,9 +164,9 @@ class Cohort:
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Patients of one disease and dataset each: how many, and of their barcodes, (groups, latents), sums.
+    """For each disease and dataset: the number of patients, and sums over their barcodes, (n_groups, n_latents).
 
-    See `prediction_t`: images_per_patient is K, clumps C, logs and log_squares are of `log_scale`.
+    Symbols of `prediction_t`: images_per_patient is K, clumps is C; logs and log_squares are sums on `log_scale`.
     """
 
     n_patients: Ints
@@ -178,7 +178,7 @@ class Groups:
     clumps: Floats
 
     def others(self, group: int, barcode: Floats) -> Others:
-        """The patients of a group but one, whose barcode, (latents,), is given."""
+        """Statistics of a group without one of its patients, whose barcode, (n_latents,), is given."""
         n, k = int(self.n_patients[group]) - 1, float(self.images_per_patient[group])
         mean, sd = _moments(n, self.sums[group], self.squares[group], barcode)
         log_mean, log_sd = _moments(n, self.logs[group], self.log_squares[group], log_scale(barcode, k))
@@ -186,13 +186,13 @@ class Groups:
 
 
 def _moments(n: int, sums: Floats, squares: Floats, less: Floats) -> tuple[Floats, Floats]:
-    """Mean and standard deviation (with n - 1) of n values, from the sums of these and one more."""
+    """Mean and standard deviation (ddof 1) of n values, from sums over n + 1 values and the value to leave out."""
     mean = np.maximum(0, sums - less) / n
     return mean, np.sqrt(np.maximum(0, squares - less**2 - n * mean**2) / (n - 1))
 
 
 def positions(latents: Ints, n_latents: int) -> Ints:
-    """(n_latents,) the place of each latent among some; -1 for the others."""
+    """(n_latents,) position of each latent in `latents`; -1 for the others."""
     found = np.full(n_latents, -1, np.int64)
     found[latents] = np.arange(len(latents))
     return found

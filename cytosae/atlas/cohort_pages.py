@@ -22,10 +22,12 @@ _PAIR_COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g")
 def write_patient_pages(
     site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any], *, most: int | None = None
 ) -> Iterator[int]:
-    """Write the pages of all patients (or the first `most` of the store); gives how many are written after each."""
+    """Write the pages of all patients (or the first `most` of the store); yields the number written so far."""
     groups = cohort.groups
     overall = groups.sums.sum(axis=0) / max(1, cohort.n_patients)
-    is_mean = cohort.barcodes.header.spec["normalize"] == "images"  # other barcodes grow with the number of images
+    is_mean = (
+        cohort.barcodes.header.spec["normalize"] == "images"
+    )  # the other normalization grows with the number of images
     for n_done, (number, row) in enumerate(cohort.rows(), start=1):
         if most is not None and n_done > most:
             return
@@ -98,7 +100,7 @@ def _cell(inputs: Inputs, cohort: Cohort, plan: Plan, image: int, shared: dict[s
 
 
 def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any]]:
-    """The latents by how much the patient's barcode exceeds the mean of all patients."""
+    """The latents whose barcode value exceeds the mean of all patients most."""
     excess = row.values - overall[row.latents]
     order = np.lexsort((row.latents, -excess))[:_TOP]
     return [
@@ -110,7 +112,7 @@ def _characteristic(row: Row, overall: Floats, plan: Plan) -> list[dict[str, Any
 
 
 def _unusual(barcode: Floats, others: Others, n_images: int, plan: Plan) -> list[dict[str, Any]]:
-    """The latents by |z| among the other patients of the disease and dataset: the z of `cyto concept patient`."""
+    """Latents with the largest |z| against other patients of the disease and dataset (as `cyto concept patient`)."""
     z = as_z(prediction_t(barcode, others, n_images), others.n)
     order = np.argsort(-np.abs(z), kind="stable")[:_TOP]
     return [
@@ -148,7 +150,7 @@ def write_disease_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, 
 
 
 def write_pair_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
-    """Write a page for every comparison, and its columns as data, which the filters of other pages read too."""
+    """Write a page for each comparison, and its columns as data, which the filters of other pages also use."""
     for number, comparison in enumerate(inputs.comparisons):
         table, pair = inputs.comparison_table(number), pair_of(inputs, cohort, number)
         columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _PAIR_COLUMNS}

@@ -15,13 +15,13 @@ from .inputs import Inputs
 from .plan import Ints, Plan
 from .site import Site
 
-_BATCH = 1024  # latents whose patients' barcodes are in memory together
+_BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
 _LISTED_PATIENTS = 20
-BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; what lies beyond counts in the outermost bins
+BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; values outside are counted in the outermost bins
 
 
 class Maps:
-    """The patch map of every reference image, as shares of its own largest value, in 256 steps."""
+    """The patch map of each reference image, quantised to 8 bits relative to its own largest value."""
 
     def __init__(self, n_references: int, n_patches: int) -> None:
         self.shares = np.zeros((n_references, n_patches), np.uint8)
@@ -29,18 +29,18 @@ class Maps:
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
 
     def set(self, number: int, patches: npt.NDArray[np.float32]) -> None:
-        """Keep the map of one reference image."""
+        """Store the map of one reference image."""
         largest = patches.max(initial=0)
         self.largest[number] = largest
         self.shares[number] = np.round(patches / (largest or 1) * 255)
 
     def packed(self, number: int) -> str:
-        """A map as base64, a byte for each patch."""
+        """A map as base64, one byte per patch."""
         return base64.b64encode(self.shares[number].tobytes()).decode()
 
 
 def activation_histograms(inputs: Inputs, cohort: Cohort, latents: Ints) -> npt.NDArray[np.int32]:
-    """(datasets, latents, bins): images by image activation, those with none left out. One pass over all images."""
+    """(n_datasets, n_latents, n_bins): counts of images by image activation above 0. One pass over all images."""
     n_bins = len(BIN_EDGES) - 1
     codes = {name: number for number, name in enumerate(inputs.concepts.datasets)}
     dataset_of = [codes.get(name, -1) for name in cohort.image_datasets]
@@ -51,7 +51,7 @@ def activation_histograms(inputs: Inputs, cohort: Cohort, latents: Ints) -> npt.
         is_shown = at >= 0
         bins = np.searchsorted(BIN_EDGES, np.log10(row.values[is_shown]), side="right") - 1
         if dataset_of[image] >= 0:
-            counts[dataset_of[image], at[is_shown], np.clip(bins, 0, n_bins - 1)] += 1  # each latent once in an image
+            counts[dataset_of[image], at[is_shown], np.clip(bins, 0, n_bins - 1)] += 1  # a latent occurs once per image
     return counts
 
 
@@ -65,7 +65,7 @@ def write_concept_pages(
     *,
     most: int | None = None,
 ) -> Iterator[int]:
-    """Write the pages of all latents of the plan (or the first `most`); gives how many are written, now and then."""
+    """Write the pages of all latents of the plan (or the first `most`); yields the number written so far."""
     latents = plan.latents if most is None else plan.latents[:most]
     histograms = activation_histograms(inputs, cohort, latents)
     statistics = {name: inputs.concepts.latents(name).to_pydict() for name in inputs.concepts.datasets}
@@ -142,7 +142,7 @@ def _reference_rows(inputs: Inputs, plan: Plan, maps: Maps, numbers: range, shar
 
 
 def image_name(inputs: Inputs, plan: Plan, image: int, *, is_hidden: bool) -> str:
-    """What an image is called on a page; its id often holds the patient's name, so it may be hidden."""
+    """The name of an image on a page; its id often contains the patient's name, so it can be hidden."""
     return f"image {plan.number_of[image]}" if is_hidden else inputs.image_ids[image]
 
 
@@ -173,7 +173,7 @@ class _Neighbours:
             raise DamagedStore(f"{inputs.neighbours.root} names latents that the SAE does not have")
 
     def of(self, latent: int, plan: Plan) -> dict[str, list[dict[str, Any]]]:
-        """Its nearest and co-active latents: a list for each kind."""
+        """The nearest and the co-active latents of a latent: kind -> list."""
         if not self.is_given:
             return {}
         first, last = np.searchsorted(self._latents, [latent, latent + 1])
@@ -184,7 +184,7 @@ class _Neighbours:
 
 
 def _strip(cohort: Cohort, values: Values, latent: int) -> dict[str, Any]:
-    """The barcode values of a latent: every patient as a point, by disease; and the largest as a table."""
+    """The barcode values of a latent: one point per patient, by disease, and a table of the largest values."""
     groups = [(name, number) for number, name in enumerate(cohort.diseases)]
     groups += [("no disease stated", -1)] if (cohort.disease_of == -1).any() else []
     largest = float(values.max(initial=0))
@@ -207,7 +207,7 @@ def _strip(cohort: Cohort, values: Values, latent: int) -> dict[str, Any]:
 
 
 def disease_name(cohort: Cohort, patient: int) -> str:
-    """The disease of a patient; "" for none."""
+    """The disease of a patient; "" without one."""
     number = int(cohort.disease_of[patient])
     return "" if number < 0 else cohort.diseases[number]
 
@@ -217,7 +217,7 @@ def _comparison(inputs: Inputs, cohort: Cohort, number: int) -> tuple[dict[str, 
 
 
 def pair_of(inputs: Inputs, cohort: Cohort, number: int) -> dict[str, str]:
-    """The names of a comparison's sides, and what its page is called."""
+    """The names of the two groups of a comparison, and the file name of its page."""
     spec = inputs.comparisons[number].header.spec
     sides = [str(spec["a"]), "rest" if spec["b_is_rest"] else str(spec["b"])]
     known = [str(cohort.diseases.index(name)) if name in cohort.diseases else "" for name in sides]

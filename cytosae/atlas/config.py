@@ -1,4 +1,4 @@
-"""What an atlas shows: which latents have pages, how many images, how large."""
+"""What an atlas shows: which latents have pages, how many images, in which size."""
 
 from dataclasses import dataclass
 
@@ -10,16 +10,16 @@ PAGES = ("selected", "top", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
-    """The choices of an atlas. All of them stand in `atlas.json`."""
+    """The settings of an atlas; `atlas.json` records all of them."""
 
-    pages: str = "selected"  # latents with a page: those drawn for experts and the comparisons' lists, `top`, or all
-    top: int = 200  # with `pages="top"`: so many, the largest mean activation in any dataset first
+    pages: str = "selected"  # latents with a page: selected (selection and top lists of the comparisons), top, or all
+    top: int = 200  # with `pages="top"`: how many, by the largest mean activation in any dataset
     n_images: int = 10  # reference images of a latent, in each dataset
     patient_images: int = 12  # of each patient, drawn at random
-    pixels: int = 256  # of a picture, along its longer side
-    tau: float | None = None  # of barcodes at several
-    seed: int = 0  # of the patients' images, and of the review's decoys
-    pseudonyms: bool = False
+    pixels: int = 256  # longer side of a picture
+    tau: float | None = None  # which barcodes; needed if they were counted at several tau
+    seed: int = 0  # of the random draws: patients' images, decoys of the review
+    pseudonyms: bool = False  # patients and images are numbered instead of named
 
     def __post_init__(self) -> None:
         check_choice("pages", self.pages, PAGES)

@@ -1,4 +1,4 @@
-"""Small drawings as numbers for SVG: bars of a histogram, points of patients, stripes of a barcode. No HTML here."""
+"""Coordinates of small SVG drawings: bars of a histogram, points of patients, stripes of a barcode. No HTML here."""
 
 import base64
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-WIDTH, HEIGHT = 560, 120  # of a histogram, without its axis
+WIDTH, HEIGHT = 560, 120  # of a histogram without its axis, pixels
 STRIP_WIDTH, STRIP_HEIGHT = 560, 26
-_MOST_POINTS = 300  # of a disease; of more, so many evenly by rank
+_MOST_POINTS = 300  # per disease; of more patients, this many at even ranks
 _STRIPES = 1024
 
 
@@ -56,7 +56,7 @@ def histogram_bars(counts: npt.NDArray[np.int32], edges: npt.NDArray[np.float64]
 
 
 def strip_of(values: npt.NDArray[np.float32], names: Sequence[str], largest: float) -> Strip:
-    """The points of one disease; the height means nothing, it parts points of equal value."""
+    """The points of one disease. The y position carries no information; it separates points of equal value."""
     order = np.argsort(values, kind="stable")
     if len(order) > _MOST_POINTS:
         order = order[np.linspace(0, len(order) - 1, _MOST_POINTS).round().astype(int)]
@@ -73,7 +73,7 @@ def strip_of(values: npt.NDArray[np.float32], names: Sequence[str], largest: flo
 
 
 def stripes(latents: npt.NDArray[Any], values: npt.NDArray[np.float32], n_latents: int) -> dict[str, Any]:
-    """A barcode as at most 1,024 stripes: the largest of neighbouring latents, as the root of its share, in a byte."""
+    """A barcode as at most 1,024 stripes: maximum over neighbouring latents, square root of its share, 8 bits."""
     n_stripes = min(_STRIPES, n_latents)
     heights = np.zeros(n_stripes)
     np.maximum.at(heights, latents.astype(np.int64) * n_stripes // n_latents, values)

@@ -1,4 +1,4 @@
-"""One pass over the images that pages refer to: their pictures, thumbnails, pages, and the latents of their tokens."""
+"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens."""
 
 from collections.abc import Iterator
 from tempfile import SpooledTemporaryFile
@@ -18,8 +18,8 @@ from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
 from .plan import Plan
 from .site import Site, packed
 
-_TOGETHER = 1 << 21  # nonzeros of images that are read together
-_HIDDEN = "its file is missing or cannot be read"  # the reason may hold a path, and a path a patient's name
+_NONZEROS_PER_READ = 1 << 21
+_HIDDEN = "its file is missing or cannot be read"  # the full reason may contain a path with a patient's name
 
 
 def write_images(
@@ -33,18 +33,18 @@ def write_images(
     *,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
-    """Write all files of the images of the plan, in the order of the stores; gives how many are done after each.
+    """Write all files of the images of the plan, in the order of the stores; yields the number written so far.
 
-    Fills `maps`. Memory: the tokens of some images, and a sheet of thumbnails. With pseudonyms, thumbnails come in an
-    order unlike that of their sheets, and up to all of them wait on the disk of the site, 27 kB each.
+    Fills `maps`. Memory: the tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images
+    differs from that of the sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
 
-    chosen : only these images (an estimate); thumbnails are then not where the pages look for them
+    chosen : only these images (for an estimate); the positions of thumbnails are then wrong
     """
     images = plan.images if chosen is None else chosen
     order = np.argsort(images)
     references = _by_image(plan)
     folder = None if site.root is None else str(site.root)
-    with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # has no name, so a crash leaves nothing
+    with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # an unnamed file: a crash leaves nothing behind
         sheets = Sheets(site, len(images), scratch)
         in_order = zip(order.tolist(), _tokens(inputs, images[order].tolist()), strict=True)
         for n_done, (thumb, (image, tokens)) in enumerate(in_order, start=1):
@@ -65,13 +65,17 @@ def write_images(
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
-    """(image_index, its tokens) of rising indices; images close to each other are read together: they share chunks."""
+    """(image_index, tokens) for increasing indices; images of the same chunks are read in one call."""
     places = [inputs.place(image) for image in images]
     first = 0
     while first < len(images):
         number, row = places[first]
         starts, end = inputs.stores[number].image_indptr, first + 1
-        while end < len(images) and places[end][0] == number and starts[places[end][1] + 1] - starts[row] <= _TOGETHER:
+        while (
+            end < len(images)
+            and places[end][0] == number
+            and starts[places[end][1] + 1] - starts[row] <= _NONZEROS_PER_READ
+        ):
             end += 1
         n_tokens = inputs.stores[number].spec.tokens_per_image
         rows = inputs.stores[number].read_images(row, places[end - 1][1] + 1)
@@ -82,7 +86,7 @@ def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_mat
 
 
 def _by_image(plan: Plan) -> dict[int, list[int]]:
-    """Image index -> which reference images it is."""
+    """Image index -> its positions in `plan.references`."""
     found: dict[int, list[int]] = {}
     for number, image in enumerate(plan.references.image.tolist()):
         found.setdefault(image, []).append(number)
@@ -127,7 +131,7 @@ def _write_page(
 
 
 def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> dict[str, Any]:
-    """Every value of an image, as a share of its largest in half precision: its patches by latent, and CLS apart."""
+    """All values of an image relative to its largest, as float16: patches sorted by latent, CLS separately."""
     counts = np.diff(patches.indptr)
     latents, cls = np.flatnonzero(counts), tokens[0]
     either = np.union1d(latents, cls.indices).tolist()

@@ -1,4 +1,4 @@
-"""The stores that an atlas is made from, and whether they belong together."""
+"""The stores that an atlas is made from, and the checks that they belong together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from stores.tables import column
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Everything that the pages speak of. An image is known by its place in all latent stores, one below the other."""
+    """The inputs of all pages. The index of an image counts through all latent stores, in their order."""
 
     concepts: ConceptStore
     barcodes: BarcodeStore
@@ -127,12 +127,12 @@ def open_inputs(
 
 
 def _tau(barcodes: BarcodeStore, tau: float | None) -> float:
-    barcodes.path("patient", tau)  # says which there are
+    barcodes.path("patient", tau)  # raises, and names those that exist
     return barcodes.taus[0] if tau is None else tau
 
 
 def _check_latents(inputs: Inputs) -> None:
-    """All of the same latents, in the same order: image indices mean nothing otherwise."""
+    """All inputs must have the same latent stores in the same order, since image indices depend on it."""
     given = inputs.sources.identities
     for root, header in (
         (inputs.concepts.root, inputs.concepts.header),

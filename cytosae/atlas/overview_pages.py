@@ -46,14 +46,14 @@ def _dataset_data(inputs: Inputs, dataset: str) -> dict[str, Any]:
     numbers = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _NUMBERS}
     return {
         "n_images": packed(table["n_images"].to_numpy().astype(np.uint32)),
-        **{name: packed(values) for name, values in numbers.items()},  # an entropy that is null is NaN
+        **{name: packed(values) for name, values in numbers.items()},  # a null entropy becomes NaN
         "top_label": packed(codes),
         "labels": [plain_text(name) for name in names],
     }
 
 
 def _built_data(inputs: Inputs, plan: Plan) -> dict[str, Any]:
-    """Which latents have a page, the cluster of each that was selected, and the thumbnail of its first image."""
+    """The latents with a page; for each its cluster (-1: none) and the thumbnail of its first image (-1: none)."""
     references = plan.references
     first = np.searchsorted(references.latent, plan.latents)
     last = np.searchsorted(references.latent, plan.latents, side="right")

@@ -1,4 +1,4 @@
-"""Pictures of a site: each image once for its page, and once as a thumbnail on a sheet that many share."""
+"""Pictures of a site: each image as a file for its page, and as a thumbnail on a sheet of 256."""
 
 import io
 from typing import IO
@@ -11,27 +11,27 @@ from cytosae.maps import Pixels
 
 from .site import Site
 
-THUMB = 96  # pixels, of a side
+THUMB = 96  # side of a thumbnail, pixels
 ACROSS = 16  # thumbnails in each direction of a sheet
 _PER_SHEET = ACROSS * ACROSS
 _THUMB_BYTES = THUMB * THUMB * 3
 SHEET_BYTES = _PER_SHEET * _THUMB_BYTES  # uncompressed
 _QUALITY = 88
-_EMPTY = 236  # the grey of a thumbnail that cannot be shown
+_EMPTY = 236  # grey level of the thumbnail of an image that cannot be shown
 
 
 class Sheets:
-    """Sheets of thumbnails, which may come in any order: number k is at (k % 16, k // 16 % 16) of sheet k // 256.
+    """Sheets of thumbnails, added in any order: number k is at (k % 16, k // 16 % 16) of sheet k // 256.
 
-    A sheet is written as soon as it is full. Until then its thumbnails wait, raw, in a scratch file that takes as many
-    sheets as are begun at a time: one, if thumbnails come in order.
+    A sheet is written when it is full. Until then its thumbnails are kept uncompressed in a scratch file, whose size is
+    that of all incomplete sheets: one sheet, if thumbnails are added in order.
     """
 
     def __init__(self, site: Site, n_thumbs: int, scratch: IO[bytes]) -> None:
-        """`n_thumbs`: how many will come, each number below it once."""
+        """`n_thumbs`: number of thumbnails; each number below it must be added once."""
         self._site, self._n_thumbs, self._scratch = site, n_thumbs, scratch
-        self._places: dict[int, int] = {}  # in the scratch file, of the sheets that are begun
-        self._free: list[int] = []  # those of sheets that are written
+        self._places: dict[int, int] = {}  # incomplete sheet -> its slot in the scratch file
+        self._free: list[int] = []  # slots of sheets that have been written
         self._n_missing: dict[int, int] = {}
 
     def add(self, number: int, picture: Pixels | str) -> None:
@@ -60,7 +60,7 @@ class Sheets:
 
 
 def thumb_place(number: int, n_thumbs: int) -> dict[str, int]:
-    """Where a thumbnail is: sheet, x and y there, and the size of that sheet; pixels."""
+    """Position of a thumbnail: sheet, x and y on it, and the size of that sheet, in pixels."""
     sheet, at = divmod(number, _PER_SHEET)
     n_rows = -(-_n_on(sheet, n_thumbs) // ACROSS)
     place = {"sheet": sheet, "x": at % ACROSS * THUMB, "y": at // ACROSS * THUMB}
@@ -68,23 +68,23 @@ def thumb_place(number: int, n_thumbs: int) -> dict[str, int]:
 
 
 def _n_on(sheet: int, n_thumbs: int) -> int:
-    """Thumbnails on a sheet, of so many in all."""
+    """Number of thumbnails on a sheet."""
     return min(_PER_SHEET, n_thumbs - sheet * _PER_SHEET)
 
 
 def reduced(picture: Pixels, pixels: int) -> Image.Image:
-    """A picture at most so many pixels long, in its own aspect; never enlarged."""
+    """A picture with a longer side of at most `pixels`, same aspect ratio; never enlarged."""
     image = Image.fromarray(picture)
     image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
     return image
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """A picture as JPEG, colours unhalved: a stain is a colour."""
+    """A picture as JPEG without chroma subsampling, since stains differ in colour."""
     raw = io.BytesIO()
     try:
         image.save(raw, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
-    except OSError:  # noise, for which pillow has too small a buffer when it optimizes
+    except OSError:  # pillow's buffer is too small for optimize=True on noisy pictures
         raw = io.BytesIO()
         image.save(raw, "JPEG", quality=_QUALITY, subsampling=0)
     return raw.getvalue()

@@ -1,4 +1,4 @@
-"""Which pages an atlas has: the latents, their reference images, the patients' cells, and the images of both."""
+"""Which pages an atlas has: latents, their reference images, the cells of patients, and all these images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,29 +29,29 @@ class References:
     rank: Ints
     image: Ints  # image_index
     value: npt.NDArray[np.float64]  # image activation
-    label: Sequence[str]  # "" for none
+    label: Sequence[str]  # "" without a label
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is built."""
+    """The latents and images that have pages, and their order."""
 
-    latents: Ints  # with a page, rising
-    selection: Sequence[int]  # those drawn for experts, in the selection's order; empty where none were
-    clusters: dict[int, int]  # of the selection
+    latents: Ints  # with a page, increasing
+    selection: Sequence[int]  # latents of `select_latents`, in its order; empty without a selection
+    clusters: dict[int, int]  # latent -> its cluster, of the selection
     references: References
-    cells: Sequence[Sequence[int]]  # per patient
-    images: Ints  # image indices with a page, those that concepts and patients show, in the order of their thumbnails
-    numbers: Ints  # what the pages of these are called by: the index again, or a pseudonym
+    cells: Sequence[Sequence[int]]  # per patient: image indices
+    images: Ints  # image indices with a page (shown by concepts or patients), in the order of their thumbnails
+    numbers: Ints  # number in the name of the page of each: the index, or a pseudonym
 
     @cached_property
     def thumb_of(self) -> dict[int, int]:
-        """Image index -> its place on the sheets of thumbnails."""
+        """Image index -> number of its thumbnail."""
         return {image: number for number, image in enumerate(self.images.tolist())}
 
     @cached_property
     def number_of(self) -> dict[int, int]:
-        """Image index -> what its page is called by."""
+        """Image index -> number in the name of its page."""
         return dict(zip(self.images.tolist(), self.numbers.tolist(), strict=True))
 
     @cached_property
@@ -101,7 +101,7 @@ def _latents(inputs: Inputs, config: AtlasConfig, selection: Sequence[int]) -> I
         return np.arange(inputs.n_latents)
     if config.pages == "top":
         means = inputs.concepts.latents()["mean_activation"].to_numpy().reshape(-1, inputs.n_latents).max(axis=0)
-        order = np.argsort(-means, kind="stable")[: config.top]  # of equals the lower number
+        order = np.argsort(-means, kind="stable")[: config.top]  # ties: the lower number first
         return np.sort(order[means[order] > 0])
     chosen = set(selection)
     for number in range(len(inputs.comparisons)):

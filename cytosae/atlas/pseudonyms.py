@@ -1,8 +1,8 @@
-"""What patients and images are called where no name may be shown; a secret key, kept beside the atlas, decides.
+"""Pseudonyms of patients and images, from a secret key that is kept beside the atlas.
 
-Numbers that follow the order of a table, or that a stated seed shuffles, tell who is who to anybody with the list of
-names. So the order is that of the names' keyed hashes: with the key always the same, without it any. Files are written
-in the order of the stores all the same, so none may tell when it was written.
+Numbers in the order of a table, or shuffled with a published seed, could be reversed by anybody who has the list of
+names. So the order is that of keyed hashes (HMAC-SHA256) of the names: fixed for a given key, unpredictable without
+it. Files are written in the order of the stores, so their times must not reveal it (`hide_order`).
 """
 
 import csv
@@ -33,23 +33,23 @@ class Pseudonyms:
     key: str  # 64 hex digits
 
     def order(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
-        """(n,) places of the names, in the order in which they are numbered."""
+        """(n,) indices of the names, in the order of their pseudonyms."""
         hashes = [hmac.digest(self.key.encode(), name.encode("utf-8", "replace"), "sha256") for name in names]
         return np.array(sorted(range(len(names)), key=hashes.__getitem__), np.int64)
 
     @property
     def fingerprint(self) -> str:
-        """What the atlas may state of the key."""
+        """SHA-256 of the key, which the atlas records."""
         return hashlib.sha256(self.key.encode()).hexdigest()
 
 
 def pseudonyms_file(site: Path) -> Path:
-    """Who is who in the atlas at `site`: beside it, never in it."""
+    """The file that maps pseudonyms to names: beside the atlas at `site`, never in it."""
     return site.absolute().with_name(f"{site.absolute().name}.pseudonyms.csv")
 
 
 def read_pseudonyms(path: Path) -> Pseudonyms:
-    """Those of an earlier build; new ones where there is no such file.
+    """The pseudonyms of an earlier build, or new ones if there is no such file.
 
     Raises
     ------
@@ -69,23 +69,23 @@ def read_pseudonyms(path: Path) -> Pseudonyms:
 
 
 def write_pseudonyms(path: Path, pseudonyms: Pseudonyms, rows: Iterable[tuple[str, str]]) -> None:
-    """Write the key and (pseudonym, original) of everybody, as CSV that a spreadsheet does not execute."""
+    """Write the key and all (pseudonym, original) pairs as CSV; no cell is taken for a formula by a spreadsheet."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerows([("pseudonym", "original"), ("key", pseudonyms.key)])
     writer.writerows((shown, f"'{real}" if real[:1] in "=+-@\t\r" else real) for shown, real in rows)
     write_atomic(path, text.getvalue().encode())
-    path.chmod(0o600)  # for who made the atlas alone
+    path.chmod(0o600)  # readable by the owner only
 
 
 def hide_order(site: Path, time_ns: int) -> None:
-    """Take from the files of a site what tells in which order they were written, and an archive or a copy would keep.
+    """Remove what reveals the order in which the files of a site were written, also from copies and archives of it.
 
-    Each gets the time `time_ns`, and enters a new folder, by name: many file systems list a folder by order of entry.
-    The time of change, which nobody can set, follows the names as well.
+    All files get the modification time `time_ns` and are moved to a new folder in the order of their names, since many
+    file systems list a folder in order of creation. Inode change times, which cannot be set, then follow the names.
     """
     old = site / f"unsorted{PARTIAL_SUFFIX}"
-    if old.exists():  # left by a build that was cut here
+    if old.exists():  # left by an interrupted build
         shutil.rmtree(old)
     for path in sorted(site.iterdir()):
         if path.is_dir():

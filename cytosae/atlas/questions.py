@@ -1,4 +1,4 @@
-"""What is a reviewer asked, in which order, and how much of it may be seen? Reads the review.json of an atlas."""
+"""The questions of a review: their order, and which fields a reviewer may see. Reads review.json of an atlas."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _CHOICES = {"meaningful": ("meaningful", "not", "unsure"), "specific": (*LISTED,
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A latent that is asked about; `group` is the answer that nobody sees: the top list that it stands in."""
+    """A latent that is asked about; `group` is the hidden answer: the top list that contains it."""
 
     item: str
     latent: int
@@ -43,25 +43,25 @@ class Question:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The verdicts that a reviewer chooses from."""
+        """The possible verdicts."""
         return _CHOICES[self.question]
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """A short title."""
         return "Meaningful concepts" if self.question == "meaningful" else f"{self.a} against {self.b}"
 
 
 @dataclass(frozen=True)
 class Review:
-    """The review that an atlas asks for."""
+    """All questions of the review of an atlas."""
 
     atlas: str  # identity
     questions: tuple[Question, ...]
     evidence: dict[int, dict[str, Any]]  # by latent, as in review.json
 
     def find(self, item: str) -> tuple[Question, Item] | None:
-        """An item by its name; None if it is not asked about."""
+        """An item by its id; None if the atlas does not ask about it."""
         return self._by_name.get(item)
 
     @cached_property
@@ -70,7 +70,7 @@ class Review:
 
 
 def read_review(site: Path) -> Review:
-    """What the atlas in the folder `site` asks; no questions if it was built without any.
+    """The review of the atlas in the folder `site`; without questions if it was built without any.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def read_review(site: Path) -> Review:
         evidence = {int(latent): found for latent, found in content["latents"].items()}
         review = Review(results.header.identity, questions, evidence)
         for question in questions:
-            sent(review, question, "", seed=0, shows_labels=True)  # all that will be needed is there
+            sent(review, question, "", seed=0, shows_labels=True)  # raises if a field is missing
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedStore(
             f"{results.root / FILE}.json is not a review ({error!r}); cyto atlas build --overwrite makes it again"
@@ -97,11 +97,11 @@ def read_review(site: Path) -> Review:
 
 
 def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_labels: bool) -> dict[str, Any]:
-    """What the page of this reviewer gets of a question: plain JSON values, the items in this reviewer's order.
+    """The part of a question that is sent to the page of a reviewer: plain JSON values, items in this reviewer's order.
 
-    The order is random, but the same whenever the reviewer comes back, and new items leave that of the others as it is.
-    Without labels, nothing tells the latent, its cluster or list, the names of datasets or labels of images; those of
-    the two diseases are part of the question.
+    The order is a keyed hash: random, but equal at every visit, and new items do not change the order of the others.
+    Without labels, latent, cluster, list, names of datasets and labels of images are not sent. The names of the two
+    diseases are, as part of the question.
     """
     items = sorted(
         question.items, key=lambda item: hashlib.sha256(f"{seed}\0{reviewer}\0{item.item}".encode()).digest()

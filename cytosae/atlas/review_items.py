@@ -1,7 +1,7 @@
-"""Which latents are experts asked about, and what are they shown? Made with an atlas: review.json and review/*.jpg.
+"""The latents that experts are asked about and the pictures they see: review.json and review/*.jpg of an atlas.
 
-`review.json` holds the key as well (cluster, list, labels); what a reviewer may see of it is for questions.py to say.
-Pictures are named after their content: a name tells nothing of a label, and never shows another picture.
+`review.json` also contains the answers (cluster, list, labels); questions.py decides which fields a reviewer may see.
+Pictures are named by the hash of their content, so a name reveals no label.
 """
 
 import base64
@@ -37,12 +37,12 @@ Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewConfig:
-    """What goes into a review."""
+    """The number of images, listed latents and decoys of a review."""
 
-    n_images: int = 6  # reference images of a latent, in each dataset
+    n_images: int = 6  # reference images per latent and dataset
     n_top: int = 50  # latents of each top list of a comparison
-    n_decoys: int = 50  # latents of no list, among them
-    seed: int = 0  # of the decoys
+    n_decoys: int = 50  # latents that are in neither top list, mixed with them
+    seed: int = 0  # of the draw of decoys
 
     def __post_init__(self) -> None:
         for name, least in (("n_images", 1), ("n_top", 1), ("n_decoys", 0), ("seed", 0)):
@@ -68,14 +68,14 @@ def make_review(
     comparisons: Sequence[ResultStore] = (),
     progress: Progress = lambda done, total, state: None,
 ) -> ReviewFile:
-    """What experts are asked: is each selected latent a concept; of which disease is each of a comparison's latents?
+    """The questions of a review: is a selected latent a meaningful concept; for which disease is a latent specific?
 
-    Writes the pictures into `folder`/review; the content is for the caller to write, as `folder`/review.json. Each
-    image is read once, whatever the number of latents that it stands for.
+    Writes the pictures to `folder`/review; the caller writes the content to `folder`/review.json. Each image is read
+    once, even if it is a reference image of several latents.
 
     Parameters
     ----------
-    folder : of the atlas
+    folder : the folder of the atlas
     comparisons : folders of `cyto compare`, of the same SAE
 
     Raises
@@ -102,7 +102,7 @@ def estimate_pictures(
     comparisons: Sequence[ResultStore] = (),
     most: int,
 ) -> tuple[int, int]:
-    """How many pictures `make_review` would write, and their bytes, from `most` of them; nothing is written."""
+    """(number, bytes) of the pictures that `make_review` would write, estimated from `most` of them."""
     latents = _latents(_questions(concepts, config, selection, comparisons))
     images = sorted({sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)})
     if not images:
@@ -124,7 +124,7 @@ def _questions(
 
 
 def _latents(questions: Sequence[dict[str, Any]]) -> list[int]:
-    """Those that are asked about, rising."""
+    """The latents of all questions, increasing."""
     return sorted({item["latent"] for question in questions for item in question["items"]})
 
 
@@ -164,25 +164,25 @@ def _specific(concepts: ConceptStore, comparison: ResultStore, config: ReviewCon
 
 
 def item_id(question: dict[str, Any], latent: int) -> str:
-    """The name of a latent in a question: it stays if the atlas is built anew, and says nothing about the answer."""
+    """The id of a latent in a question: equal when the atlas is built again, and independent of the answer."""
     asked = [question[name] for name in ("question", "concepts", "comparison")]
     return sha256_json([*asked, latent])[:16]
 
 
 def choose_decoys(table: pa.Table, n_images: Int, listed: Int, n_decoys: int, *, seed: int) -> Int:
-    """Latents of neither top list that look as frequent as the listed ones, and differ by next to nothing.
+    """Latents of neither top list, matched to the listed ones in frequency, with a difference near zero.
 
-    To each of `n_decoys` listed latents, in random order, goes the latent nearest to it in log10 of the number of
-    images, of equally near ones any; each is taken once. Fewer where there are not as many.
+    For each of `n_decoys` listed latents, in random order, the nearest latent in log10 of the number of images is drawn
+    without replacement; ties are broken at random. Fewer decoys if there are not enough latents.
 
     Parameters
     ----------
     table : differential.parquet, row i latent i
-    n_images : shape (latents,): images in which each is active; without any, it is no decoy
+    n_images : shape (n_latents,): images in which each is active; a latent with 0 is no decoy
 
     Returns
     -------
-    Latents, rising.
+    The latents, increasing.
     """
     g = table["hedges_g"].to_numpy(zero_copy_only=False).astype(np.float64)  # NaN: equal within each group
     is_near_zero = np.where(np.isnan(g), table["difference"].to_numpy() == 0, np.abs(g) < NEGLIGIBLE)
@@ -198,13 +198,13 @@ def choose_decoys(table: pa.Table, n_images: Int, listed: Int, n_decoys: int, *,
 
 
 def _images_by_latent(concepts: ConceptStore) -> Int:
-    """(n_latents,) images in which each latent is active, in all datasets together."""
+    """(n_latents,) number of images in which each latent is active, over all datasets."""
     found = concepts.latents()["n_images"].to_numpy()
     return np.asarray(found.reshape(-1, concepts.n_latents).sum(0), np.int64)
 
 
 def _top(table: pa.Table, rank: str, n_top: int) -> Int:
-    """The latents of the first ranks, the first one first."""
+    """The latents with ranks 1 to `n_top`, in this order."""
     ranks = table[rank].to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where there is none
     chosen = np.flatnonzero(ranks <= n_top)
     return chosen[np.argsort(ranks[chosen])]
@@ -221,7 +221,7 @@ def _evidence(
     n_images: int,
     progress: Progress,
 ) -> tuple[dict[str, Evidence], list[str]]:
-    """Of each latent its reference images with maps; the images that cannot be shown."""
+    """Reference images with maps, by latent; and the images that cannot be shown, with reasons."""
     top = _top_images(concepts, latents, n_images)
     by_image: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (store, image_index): rows of `top`
     for row in top:
@@ -267,7 +267,7 @@ def _as_json(top: list[dict[str, Any]]) -> Evidence:
 
 
 def write_picture(pixels: Pixels, folder: Path) -> str:
-    """Write a JPEG of at most 360 pixels along its longer side; its name, which is made from its content."""
+    """Write a JPEG with a longer side of at most 360 pixels; returns its name, a hash of its content."""
     data = _jpeg(pixels)
     name = f"{hashlib.sha256(data).hexdigest()[:32]}.jpg"
     (folder / name).write_bytes(data)
@@ -285,6 +285,6 @@ def _jpeg(pixels: Pixels) -> bytes:
 
 
 def encode_map(patches: Map, largest: float) -> str:
-    """Base64 of a byte per patch, row by row: 255 for `largest`, 0 only where the latent is not active."""
+    """Base64 of one byte per patch, row by row: 255 is `largest`; 0 only if the latent is inactive (rounded up)."""
     shares = patches.ravel() / largest if largest > 0 else np.zeros(patches.size)
     return base64.b64encode(np.ceil(np.clip(shares, 0, 1) * 255).astype(np.uint8).tobytes()).decode()

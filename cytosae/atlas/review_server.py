@@ -1,9 +1,8 @@
-"""The server of an atlas on this machine: its files, the review page, and verdicts in.
+"""The local server of an atlas: it sends files and the review page, and receives verdicts.
 
-It listens on 127.0.0.1 only. A web page elsewhere may make a browser send requests here, so: every request must name
-this server as its Host (DNS rebinding), and one that asks for items or writes must come from a page of ours (Origin)
-and bring the token of this start, which is in the review page and nowhere on the disk. Files come from the atlas's
-folder alone, never through a link.
+It listens on 127.0.0.1 only. Other web pages can make a browser send requests to it, so each request must name this
+server as its Host (against DNS rebinding), and each POST must have the Origin of our page and the token of this start,
+which is in the review page and not on disk. Only files in the folder of the atlas are sent, never through a link.
 """
 
 import hmac
@@ -27,17 +26,26 @@ from urllib.parse import unquote_to_bytes
 
 from stores.errors import BadInput, CytoError
 from stores.files import locked
+from stores.wording import printable
 
 from .questions import Review, read_review, sent
 from .review_items import FILE, PICTURES
-from .reviews import current, new_verdict, read_verdicts, read_verdicts_of, reviewer_name, save_verdict
+from .reviews import (
+    current,
+    default_reviews,
+    new_verdict,
+    read_verdicts,
+    read_verdicts_of,
+    reviewer_name,
+    save_verdict,
+)
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Cyto-Token"
 _LONGEST_BODY = 1 << 16  # bytes of a POST
-_TIMEOUT = 30  # seconds that a connection may be silent
-_LONGEST_REQUEST = 120  # seconds that it may take, however it dribbles in
-_MOST_CONNECTIONS = 64  # at a time: each has a thread
+_TIMEOUT = 30  # seconds without data after which a connection is closed
+_LONGEST_REQUEST = 120  # seconds for a whole request, even if data keeps arriving slowly
+_MOST_CONNECTIONS = 64  # open at a time; each has a thread
 _OWN = {name: f"static/{name}" for name in ("review.html", "review.js", "review.css")}  # of this package
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -49,7 +57,7 @@ _TYPES = {
     ".webp": "image/webp",
     ".svg": "image/svg+xml",
 }
-# The review page alone may send requests, and only here; no page may load anything from elsewhere or be framed
+# Only the review page may send requests, only to this server; no page may load from other hosts or be framed
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; {connect}"
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -59,22 +67,23 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """How an atlas is served."""
+    """Port, order of items, and what reviewers may see."""
 
     port: int = 8765  # 0: any that is free
-    seed: int = 0  # of the order of items
-    shows_labels: bool = False  # in the review
-    is_review_only: bool = False  # the atlas itself is not served
+    seed: int = 0  # of each reviewer's order of items
+    shows_labels: bool = False  # show latents, datasets and labels in the review
+    is_review_only: bool = False  # serve the review page only, not the atlas
 
 
 class AtlasServer(ThreadingHTTPServer):
-    """A server that is listening; `serve_forever` answers."""
+    """A server that is bound to its port; `serve_forever` answers requests."""
 
-    daemon_threads = True  # a connection that hangs does not keep the program from ending
+    daemon_threads = True  # an open connection does not keep the program from ending
 
     def __init__(self, site: Path, reviews: Path, review: Review, config: ServeConfig) -> None:
         """Bind to the port; the caller holds the lock of `reviews`."""
-        self.site, self.reviews, self.review, self.config = site.resolve(), reviews, review, config
+        self.named, self.site = site, site.resolve()  # as it was given, and the place that files are served from
+        self.reviews, self.review, self.config = reviews, review, config
         self.token = secrets.token_hex(32)
         self._began: dict[Any, float] = {}  # open connection -> when it came
         self.writing = threading.Lock()
@@ -87,17 +96,24 @@ class AtlasServer(ThreadingHTTPServer):
         self.hosts = {f"{name}:{self.server_address[1]}" for name in (HOST, "localhost")}
 
     def server_bind(self) -> None:
-        """Without the look-up of this machine's name that http.server makes."""
+        """As in http.server, but without the slow DNS look-up of this machine's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = HOST, self.server_address[1]
 
+    def lines(self) -> Iterator[str]:
+        """Where to look, what is asked, and where the verdicts go."""
+        asked = ", ".join(f"{question.title} ({len(question.items):,})" for question in self.review.questions)
+        yield f"{self.named}: {self.address}  review: {self.address}review.html  (Ctrl-C stops)"
+        yield f"asked: {printable(asked) or 'nothing; the atlas was built without a selection and comparisons'}"
+        yield f"verdicts: {self.reviews}"
+
     @property
     def address(self) -> str:
-        """Of the first page to open: the atlas, or the review if nothing else is served."""
+        """URL of the first page: the atlas, or the review if only that is served."""
         return f"http://{HOST}:{self.server_port}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start to answer, unless too many wait already: then the connection is closed."""
+        """Answer in a thread; if too many connections are open, close this one."""
         if len(self._began) >= _MOST_CONNECTIONS:
             self.shutdown_request(request)
             return
@@ -105,35 +121,45 @@ class AtlasServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """The end of every connection."""
+        """Called at the end of each connection."""
         self._began.pop(request, None)
         super().shutdown_request(request)
 
     def service_actions(self) -> None:
-        """Twice a second: end what takes too long; its thread finds the connection closed."""
+        """Called twice a second: close connections whose request takes too long."""
         for request, began in list(self._began.items()):
             if time.monotonic() - began > _LONGEST_REQUEST:
-                with suppress(OSError):  # it came to its own end meanwhile
+                with suppress(OSError):  # it has been closed meanwhile
                     request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away is nobody's error; anything else is ours, and shown as such."""
+        """Ignore connections that the browser closed; show any other error, which is a bug."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 @contextmanager
-def open_server(site: Path, reviews: Path, config: ServeConfig) -> Iterator[AtlasServer]:
+def open_server(
+    site: Path | str, reviews: Path | str | None = None, config: ServeConfig = ServeConfig()
+) -> Iterator[AtlasServer]:
     """A server of the atlas in the folder `site` that keeps verdicts in the folder `reviews`.
+
+    It listens on this machine only; `serve_forever` answers until it is interrupted.
+
+    Parameters
+    ----------
+    reviews : None: `site`.reviews, beside the atlas
 
     Raises
     ------
     StoreNotFound, IncompleteStore, SpecMismatch, DamagedStore
         If `site` is no atlas, or `reviews` holds what is no review.
     BadInput
-        If another server is at work on `reviews`, or the port is taken.
+        If another server uses `reviews`, or the port is in use.
     """
+    site = Path(site)
     review = read_review(site)
+    reviews = default_reviews(site) if reviews is None else Path(reviews)
     reviews.mkdir(parents=True, exist_ok=True)
     with locked(reviews / "serve.lock") as is_ours:
         if not is_ours:
@@ -143,7 +169,7 @@ def open_server(site: Path, reviews: Path, config: ServeConfig) -> Iterator[Atla
             try:
                 yield server
             finally:
-                server.writing.acquire()  # what is being written comes first; nothing is after
+                server.writing.acquire()  # wait for a verdict that is being written; no later one is accepted
 
 
 class _Refused(Exception):
@@ -166,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Silent: a line for every picture would hide what matters."""
+        """No log line per request."""
 
     # ------------------------------------------------------------------------------------------------- answers
 
@@ -184,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def end_headers(self) -> None:
-        """What every answer says, also one that http.server gives by itself."""
+        """Add our headers to every response, including errors that http.server sends."""
         connect = "connect-src 'self'; " if self._name() == "review.html" else ""
         self.send_header("Content-Security-Policy", _POLICY.format(connect=connect))
         self.send_header("X-Content-Type-Options", "nosniff")
@@ -210,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         return _TYPES.get(Path(name).suffix, "application/octet-stream"), body
 
     def _name(self) -> str:
-        """The path that is asked for, below the atlas's folder; "" if it is none."""
+        """The requested path relative to the folder of the atlas; "" if it is not valid."""
         path = getattr(self, "path", "").partition("?")[0]
         try:
             name = unquote_to_bytes(path).decode()
@@ -221,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
         return name[1:] if name.startswith("/") else ""
 
     def _read(self, name: str) -> bytes:
-        """A plain file of the atlas: itself and not by a link, which no part of its path is either."""
+        """The content of a regular file of the atlas; no part of its path may be a link."""
         parts = name.split("/")
         is_plain = not any(part.startswith(".") or part == "" for part in parts) and not set(name) & {"\0", "\\", ":"}
         is_served = name != f"{FILE}.json" and (parts[0] == PICTURES or not self.server.config.is_review_only)
@@ -229,7 +255,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if is_plain and is_served and path.resolve() == path and path.is_file():
                 return path.read_bytes()
-        except (OSError, RuntimeError):  # a name too long, a file that went away; a loop of links
+        except (OSError, RuntimeError):  # a name too long, a file removed meanwhile, a loop of links
             pass
         raise _Refused(HTTPStatus.NOT_FOUND, "no such page in this atlas")
 
@@ -250,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "application/json", json.dumps(found).encode()
 
     def _begin(self, said: dict[str, Any]) -> dict[str, Any]:
-        """All questions for a reviewer, and the reviewer's verdicts so far."""
+        """All questions for a reviewer, and the current verdicts of this reviewer."""
         server, reviewer = self.server, reviewer_name(said.get("reviewer"))
         with server.writing:
             verdicts = current(read_verdicts_of(server.reviews, reviewer))

@@ -1,9 +1,12 @@
-"""Do reviewers agree, and what did they find? Kappas, the share of meaningful concepts, answers against decoys.
+"""Agreement of reviewers (kappas), the share of meaningful concepts, and verdicts on listed latents against decoys.
 
-Only the verdict that counts is used: each reviewer's last on an item. `unsure` is a verdict like any other for a
-kappa; for a share it is not meaningful. Where nearly all verdicts are one and the same, chance agreement is nearly 1
-and a kappa is near 0 or not defined however well the reviewers agree (Feinstein and Cicchetti 1990); Gwet's AC1 stands
-beside it. Intervals are of a bootstrap over the items: they speak of other latents, not of other reviewers.
+The last verdict of a reviewer on an item is used. For a kappa, `unsure` is a category like the others; for a share it
+counts as not meaningful. If nearly all verdicts are equal, chance agreement is nearly 1, and a kappa is near 0 or not
+defined even if reviewers agree (Feinstein and Cicchetti 1990); so Gwet's AC1 is given, too. Intervals are from a
+bootstrap over items: they generalise to other latents, not to other reviewers.
+
+Cohen's kappa equals `sklearn.metrics.cohen_kappa_score` (tests/test_reviews.py); the array form here computes the
+2,000 bootstrap draws in about a millisecond. scikit-learn has neither Fleiss' kappa nor AC1.
 """
 
 import math
@@ -22,30 +25,30 @@ from .reviews import Verdict, current
 Answers = dict[str, dict[str, str]]  # reviewer -> item -> verdict
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
-_DRAWS = 2_000  # of a bootstrap
-_SEED = 0  # of it
-_LEAST_DEFINED = 0.5  # of the draws: below, there is no interval
-EXTREME = 0.8  # share of one verdict from which a kappa says little, and AC1 is shown
+_DRAWS = 2_000  # bootstrap draws
+_SEED = 0  # of the bootstrap
+_LEAST_DEFINED = 0.5  # share of draws in which a value must be defined to have an interval
+EXTREME = 0.8  # share of one verdict from which a kappa is hard to interpret, and AC1 is shown
 
 
 def agreement(verdicts: Sequence[Verdict], review: Review) -> dict[str, Any]:
-    """What `cyto atlas agreement --json` prints: counts, kappas and shares, in plain values; docs/review.md.
+    """Counts, kappas and shares as plain values: the JSON of `cyto atlas agreement`; keys: docs/review.md.
 
-    A kappa, share or p that is not defined is None.
+    A kappa, share or p that is not defined is None. `review_agreement` reads verdicts and review from an atlas.
     """
     counting = current(verdicts)
     is_asked = [review.find(item) is not None for _, item in counting]
     return {
         "n_verdicts": len(counting),
         "n_superseded": len(verdicts) - len(counting),
-        "n_not_asked": len(counting) - sum(is_asked),  # the atlas does not ask about the item (any more): left out
+        "n_not_asked": len(counting) - sum(is_asked),  # left out: the atlas does not ask about the item (any more)
         "n_seen_with_labels": sum(not verdict.is_blinded for verdict in counting.values()),
         "questions": [_question(question, counting) for question in review.questions],
     }
 
 
 def cohen_kappa(pairs: Sequence[tuple[str, str]]) -> float | None:
-    """Cohen's kappa of two raters, from their verdicts on the same items; None where chance agreement is 1, or nothing.
+    """Cohen's kappa from the verdicts (first, second) on each item; None if chance agreement is 1, or without items.
 
     (p_o - p_e) / (1 - p_e), with p_o the share of equal verdicts, p_e that of chance, from each rater's own shares.
     """
@@ -57,8 +60,8 @@ def fleiss_kappa(counts: Ints) -> float | None:
     """Fleiss' kappa of two raters or more; None where chance agreement is 1, or no item has two verdicts.
 
     Raters may have skipped items, as in Gwet (Handbook of Inter-Rater Reliability, 2014, chapter 2): p_o is the mean
-    over items with two verdicts or more of the share of equal pairs, p_e = sum_k pi_k^2, and pi_k the mean over all
-    items with a verdict of the share of verdict k. Where everyone judged every item it is Fleiss' own (1971).
+    share of equal pairs over items with two or more verdicts, p_e = sum_k pi_k^2, and pi_k is the mean share of verdict
+    k over all items with a verdict. Without skipped items this is Fleiss (1971).
 
     Parameters
     ----------
@@ -71,7 +74,7 @@ def gwet_ac1(counts: Ints) -> float | None:
     """Gwet's AC1 (Br. J. Math. Stat. Psychol. 61, 2008) of two raters or more; None if no item has two verdicts.
 
     (p_o - p_e) / (1 - p_e), with p_o and pi_k as of `fleiss_kappa`, p_e = sum_k pi_k (1 - pi_k) / (K - 1), and K the
-    number of verdicts to choose from, also those nobody gave.
+    number of possible verdicts, including those that nobody gave.
 
     counts : as of `fleiss_kappa`, with K columns
     """
@@ -79,7 +82,7 @@ def gwet_ac1(counts: Ints) -> float | None:
 
 
 def _crossed(pairs: Sequence[tuple[str, str]], names: Sequence[str]) -> Ints:
-    """(K, K): how many items have these two verdicts."""
+    """(K, K) contingency table: items by the verdicts of the two raters."""
     number = {name: at for at, name in enumerate(names)}
     crossed = np.zeros((len(names), len(names)), np.int64)
     for a, b in pairs:
@@ -91,7 +94,7 @@ def _cohen(crossed: Ints) -> Floats:
     """(draws, K, K) -> (draws,); NaN where it is not defined."""
     n = crossed.sum((1, 2))
     n_equal = np.trace(crossed, axis1=1, axis2=2)
-    by_chance = (crossed.sum(1) * crossed.sum(2)).sum(1)  # whole numbers: exact
+    by_chance = (crossed.sum(1) * crossed.sum(2)).sum(1)  # integers: exact
     return _ratio(n_equal * n - by_chance, n * n - by_chance)
 
 
@@ -115,7 +118,7 @@ def _observed_and_shares(counts: Ints) -> tuple[Floats, Floats]:
     n_pairs = n_raters * (n_raters - 1)
     equal = (counts * (counts - 1)).sum(2) / np.maximum(1, n_pairs)
     observed = _ratio(equal.sum(1), (n_pairs > 0).sum(1))
-    # whole numbers as far as can be: a share of all is 1 exactly, and chance is then
+    # integers as long as possible: a share of all is exactly 1, and chance agreement with it
     share = (counts / np.maximum(1, n_raters)[:, :, None]).sum(1) / np.maximum(1, (n_raters > 0).sum(1))[:, None]
     return observed, share
 
@@ -129,7 +132,7 @@ def _defined(value: float) -> float | None:
 
 
 def _with_interval(name: str, value: float | None, draws: Floats) -> dict[str, Any]:
-    """The value, and 2.5% to 97.5% of the draws in which it is defined; none where few are, or all are equal."""
+    """The value and the 2.5% and 97.5% quantiles of the defined draws; None if few are defined, or all are equal."""
     found = draws[~np.isnan(draws)]
     has_one = value is not None and len(found) > _LEAST_DEFINED * len(draws) and np.ptp(found) > 0
     low, high = np.quantile(found, [0.025, 0.975]).tolist() if has_one else (None, None)
@@ -180,13 +183,13 @@ def _counted(verdicts: Any, choices: Sequence[str]) -> dict[str, int]:
 
 
 def pair_agreement(answers: Answers, first: str, second: str, choices: Sequence[str]) -> dict[str, Any]:
-    """Kappa and AC1 of two reviewers over what both judged, with their 95% intervals."""
+    """Kappa and AC1 of two reviewers over the items that both judged, with 95% intervals."""
     a, b = answers[first], answers[second]
     pairs = [(a[item], b[item]) for item in a if item in b]
     n = len(pairs)
     crossed = _crossed(pairs, choices)
     counts = np.array([[(x, y).count(name) for name in choices] for x, y in pairs], np.int64).reshape(n, len(choices))
-    # to draw items with replacement is to draw how many have which two verdicts
+    # drawing items with replacement is the same as drawing the contingency table from a multinomial
     drawn = (
         np.random.default_rng(_SEED)
         .multinomial(n, crossed.ravel() / max(1, n), size=_DRAWS if n else 0)
@@ -208,7 +211,7 @@ def pair_agreement(answers: Answers, first: str, second: str, choices: Sequence[
 
 
 def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
-    """Over all items that anyone judged; those that fewer than two judged say only how often verdicts are given."""
+    """Over all items with a verdict; items with a single verdict contribute to chance agreement only."""
     items = sorted({item for given in answers.values() for item in given})
     counts = np.array(
         [
@@ -233,7 +236,7 @@ def _fleiss(answers: Answers, choices: Sequence[str]) -> dict[str, Any]:
 
 
 def _largest_share(counts: Ints) -> float | None:
-    """Of the verdict that was given most; None without any."""
+    """The share of the most frequent verdict; None without verdicts."""
     return float(counts.sum(0).max() / counts.sum()) if counts.size else None
 
 
@@ -241,7 +244,7 @@ def _largest_share(counts: Ints) -> float | None:
 
 
 def _meaningful(question: Question, answers: Answers) -> list[dict[str, Any]]:
-    """Shares by reviewer and cluster; cluster None is all, reviewer None what most of several said."""
+    """Shares by reviewer and cluster; cluster None: all clusters; reviewer None: the majority of several reviewers."""
     voters: list[tuple[str | None, dict[str, str]]] = [*answers.items()]
     voters += [(None, _majority(answers))] if len(answers) > 1 else []
     clusters = sorted({item.cluster for item in question.items if item.cluster is not None})
@@ -257,12 +260,12 @@ def _meaningful(question: Question, answers: Answers) -> list[dict[str, Any]]:
 
 
 def weighted_share(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict[str, Any]:
-    """The share among all latents that the selection was drawn from: each cluster counts by its number of latents.
+    """The share among all latents that the selection was drawn from: clusters are weighted by their number of latents.
 
-    Clusters give equally many latents whatever their size, so the plain share is that of no population. Interval:
-    Wilson's, for as many latents as would tell as much if all weighed the same (Kish's effective number, 1 / sum of
-    W_c^2 / n_c with the weights W_c and n_c judged). Clusters of which nothing was judged are left out, and `covers`
-    says which share of the latents the others hold. All None where sizes are not known (an atlas of an older version).
+    The selection has equally many latents of each cluster, whatever its size, so the unweighted share describes no
+    population. Interval: Wilson, with Kish's effective sample size 1 / sum(W_c^2 / n_c), for weights W_c and n_c judged
+    latents. Clusters without a judged latent are left out; `covers` is the share of latents in the other clusters. All
+    values are None if cluster sizes are not known (an atlas of an older version).
     """
     judged = [row for row in rows if row["n"] and row["cluster"] < len(sizes)]
     of_judged = sum(sizes[row["cluster"]] for row in judged)
@@ -277,14 +280,14 @@ def weighted_share(rows: Sequence[dict[str, Any]], sizes: Sequence[int]) -> dict
 
 
 def _wilson_bounds(share: float, n: float) -> tuple[float, float]:
-    """95%, for a number that need not be whole."""
+    """The 95% Wilson interval; n may be fractional."""
     z = float(norm.ppf(0.975))
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 def _majority(answers: Answers) -> dict[str, str]:
-    """`meaningful` where more than half of those who judged an item say so, else `not`."""
+    """`meaningful` if more than half of the verdicts on an item say so, else `not`."""
     votes: dict[str, list[bool]] = {}
     for given in answers.values():
         for item, verdict in given.items():
@@ -296,11 +299,11 @@ def _majority(answers: Answers) -> dict[str, str]:
 
 
 def _specific(question: Question, given: dict[str, str]) -> dict[str, Any]:
-    """How often a reviewer, not knowing where a latent stood, called it as the comparison did.
+    """How often a blinded reviewer gave a latent the disease of its top list.
 
-    Fisher's exact test, one-sided, because lists differ in length and reviewers in how often they say what: the margins
-    are taken as given. `p_lists` of a list: its disease is named more often there than for decoys. `p_sides`: of the
-    latents of both lists for which a disease was named, it is the right one more often than by chance.
+    One-sided Fisher's exact tests, which condition on the lengths of the lists and on how often a reviewer gives each
+    verdict. `p_lists`: the disease of a list is named more often for its latents than for decoys. `p_sides`: among
+    listed latents for which a disease was named, it is the disease of the list more often than by chance.
     """
     said = {
         group: _counted(
@@ -326,7 +329,7 @@ def _specific(question: Question, given: dict[str, str]) -> dict[str, Any]:
 
 
 def fisher(yes: int, no: int, other_yes: int, other_no: int) -> float | None:
-    """P of a share of `yes` at least as large beside that of the others, the margins given; None if a row is empty."""
+    """One-sided p: share of `yes` larger than in the other row, given the margins; None if a row is empty."""
     if not (yes + no and other_yes + other_no):
         return None
     return float(fisher_exact([[yes, no], [other_yes, other_no]], alternative="greater").pvalue)

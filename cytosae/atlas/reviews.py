@@ -1,7 +1,7 @@
-"""Verdicts on disk: a journal per reviewer, beside the atlas, so that no rebuilt atlas takes them along.
+"""Verdicts on disk: one journal per reviewer, in a folder beside the atlas, so that a new atlas keeps them.
 
-Append-only JSON lines, each synced before anybody is told that it is saved. The last verdict of a reviewer on an item
-counts; the earlier ones stay. Format "reviews", version 1: docs/formats.md.
+Append-only JSON lines; each is synced to disk before the page confirms it. The last verdict of a reviewer on an item
+counts; earlier ones are kept. Format "reviews", version 1: docs/formats.md.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from stores.tables import csv_bytes, parquet_bytes
 from .questions import Item, Question, Review
 
 VERSION = 1
-_LONGEST = {"reviewer": 80, "name": 200, "notes": 10_000}  # letters
+_LONGEST = {"reviewer": 80, "name": 200, "notes": 10_000}  # characters
 _COLUMNS = {
     **{name: pa.string() for name in ("reviewer", "question", "a", "b", "item")},
     "latent": pa.int64(),
@@ -38,7 +38,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one reviewer said of one item at one time, and of what: a line of a journal."""
+    """The verdict of one reviewer on one item at one time, with the context of the question: a line of a journal."""
 
     time: str  # ISO 8601, UTC
     reviewer: str
@@ -52,18 +52,18 @@ class Verdict:
     atlas: str
     is_blinded: bool
     verdict: str
-    name: str  # what it is, in the reviewer's words
+    name: str  # the reviewer's name for the concept
     notes: str
     confidence: int | None  # 1 (a guess) to 5 (certain)
 
 
 def new_verdict(said: dict[str, Any], review: Review, *, is_blinded: bool) -> Verdict:
-    """What a page sent, checked and put together with what was asked.
+    """A checked verdict from what a page sent, with the context of the question.
 
     Raises
     ------
     BadInput
-        If something in it is not as it must be.
+        If a field is missing or not valid.
     """
     found = review.find(str(said.get("item")))
     if found is None:
@@ -94,7 +94,7 @@ def new_verdict(said: dict[str, Any], review: Review, *, is_blinded: bool) -> Ve
 
 
 def reviewer_name(said: object) -> str:
-    """A reviewer's name in its one spelling: letters composed (NFC), single blanks.
+    """The normalized name of a reviewer: Unicode NFC, single spaces.
 
     Raises
     ------
@@ -108,37 +108,43 @@ def reviewer_name(said: object) -> str:
 
 
 def journal(folder: Path, reviewer: str) -> Path:
-    """Where the verdicts of a reviewer lie: named by a hash, since a name may be no name for a file."""
+    """The journal of a reviewer, named by a hash, since not every name is a valid file name."""
     return folder / f"{hashlib.sha256(reviewer.encode()).hexdigest()[:32]}.jsonl"
 
 
+def default_reviews(site: Path) -> Path:
+    """Where verdicts on an atlas lie unless another folder is named: beside it, so that a new atlas keeps them."""
+    site = site.absolute()
+    return site.with_name(f"{site.name}.reviews")
+
+
 def save_verdict(folder: Path, verdict: Verdict) -> None:
-    """Append a verdict to its reviewer's journal; when this returns, it is on the disk. One process at a time.
+    """Append a verdict to its reviewer's journal, synced to disk. Only one process may write at a time.
 
     Raises
     ------
     OSError
-        If it is not on the disk: full, gone, read-only.
+        If it could not be written: disk full, read-only or lost.
     """
     if not folder.exists():
         folder.mkdir(parents=True)
         sync_folder(folder.parent)
     path = journal(folder, verdict.reviewer)
-    read_lines(path, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
+    read_lines(path, mend=True, skip_damaged=True)  # an incomplete last line, from a crash, must not corrupt this one
     append_line(path, {"version": VERSION, **asdict(verdict)})
 
 
 def read_verdicts(folder: Path) -> list[Verdict]:
-    """All verdicts of all reviewers, earlier ones too, each reviewer's in the order of saving.
+    """All verdicts of all reviewers, including replaced ones; for each reviewer in the order of saving.
 
     Raises
     ------
     StoreNotFound
         If there is no such folder.
     DamagedStore
-        If a journal holds what no server wrote; a last line that a crash tore is left out.
+        If a journal contains a line that is no verdict; an incomplete last line is left out.
     SpecMismatch
-        If a newer program wrote it.
+        If a newer version of cyto wrote it.
     """
     if not folder.is_dir():
         raise StoreNotFound(f"no reviews at {folder}; cyto atlas serve takes some")
@@ -147,19 +153,19 @@ def read_verdicts(folder: Path) -> list[Verdict]:
 
 
 def read_verdicts_of(folder: Path, reviewer: str) -> list[Verdict]:
-    """The verdicts of one reviewer, the same way."""
+    """The verdicts of one reviewer; see `read_verdicts`."""
     return _read_journal(journal(folder, reviewer), folder)
 
 
 def current(verdicts: Iterable[Verdict]) -> dict[tuple[str, str], Verdict]:
-    """(reviewer, item) -> the verdict that counts: the last one."""
+    """(reviewer, item) -> the last verdict, the one that counts."""
     return {(verdict.reviewer, verdict.item): verdict for verdict in verdicts}
 
 
 def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = False) -> pa.Table:
-    """The verdicts that count, or with `history` all, with what the reviewers did not see beside each; docs/review.md.
+    """The current verdicts, or with `history` all, joined with the hidden answers; columns: docs/review.md.
 
-    Ordered by reviewer; an item that the atlas does not ask about (any more) has `is_asked` false.
+    Ordered by reviewer; `is_asked` is false if the atlas does not ask about the item (any more).
     """
     counting = current(verdicts)
     rows = []
@@ -170,8 +176,8 @@ def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = Fa
     return pa.Table.from_pylist(rows, pa.schema(list(_COLUMNS.items())))
 
 
-def write_verdicts(table: pa.Table, path: Path, *, overwrite: bool = False) -> None:
-    """Write the table as .csv, in which no text is taken for a formula, or as .parquet.
+def write_verdict_table(table: pa.Table, path: Path, *, overwrite: bool = False) -> None:
+    """Write the table as .csv (cells that look like formulas are escaped) or .parquet.
 
     Raises
     ------

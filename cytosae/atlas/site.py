@@ -1,6 +1,6 @@
-"""The files of a site: pages from templates, data as scripts, and a list of all with their hashes.
+"""The files of a site: pages from templates, data as scripts, and a list of all files with their hashes.
 
-Data travels in scripts, as a browser fetches nothing from file://. Each script is one call, `CYTO.add("<name>", ...)`.
+Data is in scripts, since browsers do not fetch files from file:// pages. Each is one call, `CYTO.add("<name>", ...)`.
 """
 
 import base64
@@ -18,22 +18,22 @@ import pyarrow as pa
 
 from stores.files import is_dropping, sha256_file
 
-_NONE = "\N{EN DASH}"  # what is not defined
+_NONE = "\N{EN DASH}"  # shown for undefined values
 _HERE = Path(__file__).parent
 _KINDS = {"float32": "f4", "float16": "f2", "uint32": "u4", "uint16": "u2", "uint8": "u1", "int32": "i4"}
-# what could end a script element, or a line of JavaScript
+# characters that could end a script element or a line of JavaScript
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
 class Site:
-    """A folder that a site is written into, and what was written. With no folder, files are only measured."""
+    """The folder of a site and a record of its files. Without a folder, files are only measured."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
         self._files: dict[str, tuple[int, str]] = {}
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one file; `name` is its path below the root, of our own making, never from the data."""
+        """Write one file; `name` is its path below the root, never taken from the data."""
         assert ".." not in name
         assert name not in self._files
         if self.root is not None:
@@ -43,7 +43,7 @@ class Site:
         self._files[name] = (len(content), hashlib.sha256(content).hexdigest())
 
     def take_in(self, folder: str) -> None:
-        """Files that somebody else wrote into a folder of the site."""
+        """Record the files that were written to a folder of the site by other code."""
         assert self.root is not None
         for path in sorted((self.root / folder).iterdir()):
             if is_dropping(path.name):
@@ -60,11 +60,11 @@ class Site:
         self.write(f"data/{name}.js", script_data(name, value))
 
     def n_bytes(self, prefix: str = "") -> int:
-        """Size of the files below a folder."""
+        """Bytes of all files whose name starts with `prefix`."""
         return sum(size for name, (size, _) in self._files.items() if name.startswith(prefix))
 
     def n_files(self, prefix: str = "") -> int:
-        """Number of them."""
+        """Number of files whose name starts with `prefix`."""
         return sum(name.startswith(prefix) for name in self._files)
 
     def table(self) -> pa.Table:
@@ -75,20 +75,20 @@ class Site:
 
 
 def script_data(name: str, value: Any) -> bytes:
-    """A script that hands `value` (plain JSON values, `packed` arrays) to the pages; it can end no element."""
+    """A script with `value` (plain JSON values, `packed` arrays) for the pages, safe inside a script element."""
     text = f"CYTO.add({json.dumps(name)},{json.dumps(value, separators=(',', ':'), allow_nan=False)});\n"
     return text.translate(_ESCAPES).encode()
 
 
 def packed(values: npt.NDArray[Any]) -> dict[str, str]:
-    """An array as little-endian bytes in base64, which a page reads far quicker than numbers in JSON."""
+    """An array as base64 of little-endian bytes, which a page reads much faster than numbers in JSON."""
     kind = _KINDS[values.dtype.name]
     raw = np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
     return {"dtype": kind, "b64": base64.b64encode(raw).decode()}
 
 
 def copy_static(site: Site) -> None:
-    """The style sheet and the script; those of the review page belong to its server."""
+    """Copy the style sheet and the script of the pages; the server has those of the review page."""
     for name in ("atlas.css", "atlas.js"):
         site.write(f"assets/{name}", (_HERE / "static" / name).read_bytes())
 
@@ -109,12 +109,12 @@ def _templates() -> jinja2.Environment:
 
 
 def _clean(value: Any) -> Any:
-    """What a template prints: a name from the data goes through `plain_text`; it is escaped afterwards."""
+    """Finalize of the templates: each text goes through `plain_text` before it is escaped."""
     return plain_text(value) if type(value) is str else value
 
 
 def short(value: float | None) -> str:
-    """Three significant digits; a dash for what is not defined."""
+    """Three significant digits; a dash if undefined."""
     return _NONE if value is None or value != value else f"{value:.3g}"
 
 
@@ -129,13 +129,13 @@ def whole(value: int | None) -> str:
 
 
 def readable(value: Mapping[str, Any]) -> str:
-    """JSON for people."""
+    """Indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
 def plain_text(name: str) -> str:
-    """A name from the data as it is shown: what cannot be printed becomes the replacement character.
+    """A name from the data for display: characters that are not printable become the replacement character.
 
-    Among it are the marks that turn the direction of writing, with which a name could disguise what follows it.
+    This includes bidirectional control characters, with which a name could disguise the text after it.
     """
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in name)

@@ -11,12 +11,11 @@ import click
 
 from stores.console import COUNT, FILE
 from stores.machine import n_cores
-from stores.wording import Report, counted, printable
+from stores.wording import Report, printable
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from cytosae.maps import Sources
     from cytosae.stage_one import StageOne
 
 
@@ -52,14 +51,14 @@ def tell_or_json(done: Report, facts: Any, *, as_json: bool) -> None:
 
 
 def map_options(command: Any) -> Any:
-    """How maps are drawn, and where the images lie."""
+    """How maps are drawn, and the folders of the images."""
     options = (
         click.option(
             "--root",
             "roots",
             type=FILE,
             multiple=True,
-            help="Where the images lie now, once for each of LATENTS  [default: where they lay].",
+            help="Folder of the images, once for each of LATENTS  [default: as recorded in the cache].",
         ),
         click.option(
             "--n-images", type=click.IntRange(1, 10), default=6, show_default=True, help="Reference images per dataset."
@@ -68,7 +67,9 @@ def map_options(command: Any) -> Any:
             "--nearest", is_flag=True, help="Draw patches as squares, instead of bilinear between their centres."
         ),
         click.option(
-            "--released", is_flag=True, help="The released code's rendering: dark and bright patches, no scale."
+            "--released",
+            is_flag=True,
+            help="Draw as the released code: dark and bright patches, without a colour scale.",
         ),
     )
     for option in reversed(options):
@@ -76,27 +77,11 @@ def map_options(command: Any) -> Any:
     return command
 
 
-def sources_of(
-    stage_one: "StageOne", stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root"
-) -> "Sources":
-    """Latent stores, and the pictures of their images."""
-    from cytosae.maps import open_sources
-
+def require_roots(stores: tuple[Path, ...], roots: tuple[Path, ...], option: str = "--root") -> None:
+    """Folders of images are given for all latent stores, or for none."""
     if roots and len(roots) != len(stores):
         raise click.UsageError(
             f"give {option} once for each of LATENTS, or not at all; found {len(roots)} for {len(stores)}"
-        )
-    return open_sources(stores, stage_one, roots=roots)
-
-
-def warn_of_unseen(unseen: list[str], option: str = "--root") -> None:
-    from stores.tables import listed
-
-    if unseen:
-        click.echo(
-            f"warning: {counted(len(unseen), 'image')} could not be shown "
-            f"({listed([printable(name) for name in unseen])}); say where they are with {option}, and add --overwrite",
-            err=True,
         )
 
 

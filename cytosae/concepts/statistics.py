@@ -5,8 +5,8 @@
     mean activation = sum_i A[i, s] / n[s]                         over the images in which the latent is active
 
 and the images of the largest A with the entropy of their labels (CytoSAE, Fig. 2A; docs/reference/paper.md 6).
-Partitions of images are counted as for barcodes. Their sums are then added up in pieces that depend on the data only, so
-partitions, workers and memory change no bit. No torch here.
+Partitions of images are counted as for barcodes. Their sums are then added up in pieces that depend on the data only,
+so partitions, workers and memory change no bit. No torch here.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,11 @@ from .patch_maps import Pixels as Pixels
 from .patch_maps import patch_map as patch_map
 from .patch_maps import patch_side as patch_side
 from .patch_maps import read_tokens as read_tokens
+from .reference_images import Places as Places
 from .reference_images import Sources as Sources
+from .reference_images import as_sources as as_sources
 from .reference_images import open_sources as open_sources
 from .reference_images import require_same_sae as require_same_sae
+from .reference_images import unseen_warnings as unseen_warnings
+from .reference_sheets import SheetResult as SheetResult
 from .reference_sheets import write_sheets as write_sheets

@@ -1,7 +1,7 @@
-"""Pictures of where latents are active: maps over an image, and reference images beside each other.
+"""Figures of where latents are active: maps over an image, and rows of reference images.
 
-The image is drawn in grey under the map: colour and opacity both follow the activation, so what is not active shows the
-cell. An image that cannot be shown is an empty frame with the reason in it, its map all the same.
+The image is drawn in grey below the map. Colour and opacity of the map both increase with the activation, so the cell
+is visible where the latent is inactive. An image that cannot be shown is an empty frame with the reason and its map.
 """
 
 import textwrap
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
 
-RELEASED_DARK = 30 / 255  # of the brightness, where a map has its minimum (src/demo/core.py of the released code)
-_OPACITY = 0.9  # of the largest value
+RELEASED_DARK = 30 / 255  # brightness of patches at the minimum of a map (src/demo/core.py of the released code)
+_OPACITY = 0.9  # of the map at its largest value
 _EMPTY_SIDE = 224  # pixels, of the frame of an image that cannot be shown
 _GAP = 0.04  # between a picture and its map, in widths of the picture
 
@@ -42,7 +42,8 @@ class Style:
 def released_rendering(pixels: Pixels, patches: Map) -> Pixels:
     """The image with the patches that hold the map's minimum darkened to 30/255, all others at full brightness.
 
-    As released, binary: how active a patch is cannot be seen, and where all patches are active the least looks silent.
+    Binary, as in the released code: activation values are not visible, and if all patches are active, the least active
+    patch is drawn like an inactive one.
     """
     is_lit = (patches > patches.min()).astype(np.float32)
     brightness = np.where(stretched(is_lit, *pixels.shape[:2], is_smooth=False) > 0, 1, RELEASED_DARK)
@@ -52,7 +53,7 @@ def released_rendering(pixels: Pixels, patches: Map) -> Pixels:
 def plot_maps(
     pixels: Pixels | str, frames: Sequence[Frame], path: Path, *, title: str, style: Style, patch: int | None = None
 ) -> None:
-    """`path`.png and .svg: an image, then the map of each latent over it, each with a scale in the latent's own unit.
+    """`path`.png and .svg: the image, then the map of each latent over it, with a colour scale in the latent's unit.
 
     patch : outlined everywhere, if given
     """
@@ -79,12 +80,12 @@ def plot_maps(
 
 
 def plot_rows(rows: Sequence[FrameRow], path: Path, *, title: str, style: Style) -> None:
-    """`path`.png and .svg: rows of images, each with its map beside it, on one scale in the latent's own unit."""
+    """`path`.png and .svg: rows of images, each with its map on the right, all on one colour scale."""
     save_both(_draw_rows(rows, title=title, style=style, in_shares=False), path)
 
 
 def _draw_rows(rows: Sequence[FrameRow], *, title: str, style: Style, in_shares: bool) -> Any:
-    """The figure. `in_shares`: each row has a scale of its own, and the colours show shares of its largest value."""
+    """The figure. `in_shares`: colours show shares of the row's largest value, so each row has its own scale."""
     n_images = max([1, *(len(row.frames) for row in rows)])
     figure, grid = new_figure(
         width=2.2 * n_images + 1.8, height=1.25 * len(rows) + 0.7, rows=len(rows), columns=n_images
@@ -171,7 +172,7 @@ def _draw_empty(axes: "Axes", extent: tuple[float, float, float, float]) -> None
 
 
 def _outline(axes: "Axes", picture: Pixels | str, patch: int, *, side: int) -> None:
-    """The square of one patch, black on white so that it shows on any ground."""
+    """The outline of a patch, black on white so that it is visible on any background."""
     height, width = _size(picture)
     top, left = (patch // side) * height / side, (patch % side) * width / side
     across, down = width / side, height / side
@@ -203,7 +204,7 @@ def _add_scale(figure: Any, axes: Any, largest: float, label: str, *, fraction: 
 
 
 def _heat(on: float | None = None) -> "Colormap":
-    """Colours from clear to opaque; for a scale, as they look `on` a grey."""
+    """Colours from transparent to opaque; for a colour bar, blended with the grey `on`."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 

@@ -1,7 +1,7 @@
-"""Maps of one image: of latents that are named, or of those that speak for one of its patches (Fig. 3 of the paper)."""
+"""Maps of one image: of given latents, or of the latents that characterise a patch (CytoSAE, Fig. 3)."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +9,52 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as ss
 
-from cytosae.stage_one import StageOne
+from cytosae.stage_one import StageOne, require_stage_one
 from stores.activation_store import ActivationSpec
 from stores.concept_store import ConceptStore
+from stores.devices import resolve_device
 from stores.errors import BadInput
+from stores.notebook import figure_html
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import MAPS, stated
 from stores.tables import column
+from stores.wording import Report
 
 from .figures import Style, plot_maps, plot_rows
 from .patch_maps import PatchQuery, Pixels, latents_of_patch, patch_map, read_tokens
-from .reference_images import Frame, Sources, reference_rows, require_same_sae, unseen
+from .reference_images import (
+    Frame,
+    Places,
+    Sources,
+    as_concepts,
+    as_sources,
+    reference_rows,
+    require_same_sae,
+    unseen,
+    unseen_warnings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The image that is looked at, from a store or a file of its own."""
+    """The image whose maps are drawn, from a store or from a new file."""
 
     name: str
     tokens: ss.csr_matrix  # (tokens_per_image, n_latents), CLS first
-    picture: Pixels | str  # a str says why there is nothing to see
-    origin: dict[str, Any]  # what decides `tokens`; plain JSON values
+    picture: Pixels | str  # a str is the reason why it cannot be shown
+    origin: dict[str, Any]  # what determines `tokens`; plain JSON values
     dataset: str | None = None  # of an image of a store
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapResult:
+class MapResult(Report):
     """What was drawn."""
 
+    out: Path  # the folder
+    name: str  # of the image
+    query: PatchQuery | None = None  # the patch that was asked about
+    has_references: bool = False  # are the reference images of each latent drawn, too?
     latents: list[int]
     largest: list[float]  # value of each latent at a patch of the image
     n_active: int  # at the patch, if one was asked for
@@ -46,9 +63,29 @@ class MapResult:
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be shown."""
+        return unseen_warnings(self.unseen, "--root")
+
+    def lines(self) -> Iterator[str]:
+        """The active latents of the patch, the largest value of each latent that is drawn, and the files."""
+        if self.query is not None:
+            yield (
+                f"patch {self.query.patch} of {self.name}: {self.n_active:,} active latents; passed over: "
+                f"{self.n_shared:,} shared (frequency of at least {self.query.shared:g} in {self.query.dataset}), "
+                f"{self.n_noisy:,} noisy (mean activation above {self.query.noisy:g})"
+            )
+        for latent, largest in zip(self.latents, self.largest, strict=True):
+            yield f"  latent {latent}: largest value {largest:.4g}"
+        yield f"{self.out}: map.png and .svg{', latent<N>.png and .svg' if self.has_references else ''}"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + figure_html(self.out / "map.png")
+
 
 def stored_subject(sources: Sources, image_id: str) -> Subject:
-    """An image of one of the stores, to look at.
+    """An image of one of the stores.
 
     Raises
     ------
@@ -70,12 +107,12 @@ def stored_subject(sources: Sources, image_id: str) -> Subject:
 
 def new_subject(
     sources: Sources,
-    file: Path,
-    sae: Path,
+    file: Path | str,
+    sae: Path | str,
     stage_one: StageOne,
     *,
     weights: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     assume_compatible: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Subject:
@@ -86,6 +123,7 @@ def new_subject(
     sae : the SAE that the store was made with
     stage_one : `cytocache.bridge`
     weights : the file of the trained backbone; an untrained one needs none
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     progress : bytes of the weights downloaded, bytes in all
 
     Raises
@@ -98,9 +136,10 @@ def new_subject(
     from cytosae.latents import encode_image  # brings torch
     from cytosae.sae import load_sae
 
+    file, device = Path(file), resolve_device(device)
     latents = sources.stores[0]
     cache, spec = f"the cache of {latents.root}", stated(ActivationSpec, latents.spec.cache, latents.root)
-    run = load_sae(sae, device=device)
+    run = load_sae(Path(sae), device=device)
     run.require_tokens(spec, cache, assume_compatible=assume_compatible)
     tokens, picture, content_hash = stage_one.new_image(
         file, spec, cache, weights=weights, device=device, progress=progress
@@ -115,38 +154,110 @@ def new_subject(
 
 
 def write_maps(
-    subject: Subject,
-    out: Path,
+    stores: Sources | Places,
+    out: Path | str,
     *,
+    image_id: str | None = None,
+    file: Path | str | None = None,
+    sae: Path | str | None = None,
+    weights: str | None = None,
     latents: Sequence[int] = (),
     query: PatchQuery | None = None,
-    concepts: ConceptStore | None = None,
-    sources: Sources,
+    concepts: ConceptStore | Path | str | None = None,
     n_images: int = 6,
-    style: Style,
+    style: Style | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
+    assume_compatible: bool = False,
+    device: str = "auto",
     overwrite: bool = False,
-    inputs: Sequence[Path] = (),
+    progress: Progress = lambda done, total, state: None,
 ) -> MapResult:
     """Write `map.png`, `patches.parquet`, and with `concepts` the reference images of each latent, `latent<N>.png`.
 
+    The image is one of the stores (`image_id`), or a new file that is encoded as their images were (`file`, `sae`).
+    The map of a latent is (16, 16), row by row from the top left, in the latent's own unit; CLS is left out.
+
     Parameters
     ----------
+    stores : latent stores of one SAE, as paths (then with `stage_one`) or opened by `open_sources`
+    image_id : a value of the column image_id
+    file, sae : a new image file, and the SAE that the stores were made with; `stage_one` is needed
+    weights : with `file`: the file of the trained backbone; an untrained one needs none
     latents : to be shown; or none, and `query` chooses those of a patch, which needs `concepts`
-    sources : where the reference images are found
+    concepts : a folder of `concept_statistics`
     n_images : reference images of each dataset, at most
+    style : how maps are drawn over images; None: `Style()`
+    stage_one : `cytocache.bridge`, which reads images and runs the backbone
+    roots : folder of the images of each store; none: as recorded when the caches were made
+    assume_compatible : with `file`: take an imported SAE, which does not say which tokens it was trained on
+    device : with `file`: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    progress : with `file`: bytes of the weights downloaded, bytes in all
 
     Raises
     ------
     BadInput
-        If there is no such latent, patch or dataset, or the query leaves no latent.
+        If there is no such image, latent, patch or dataset, or the query leaves no latent; if not exactly one of
+        `image_id` and `file`, or of `latents` and `query`, is given.
     SpecMismatch
-        If the concepts are of another SAE, or `out` holds something else.
+        If the stores, the concepts, the SAE or the backbone do not belong together, or `out` holds something else.
     """
+    if (query is None) == (not latents):
+        raise BadInput("give latents, or a query for those that are active at a patch")
+    if query is not None and concepts is None:
+        raise BadInput("a query needs concepts, whose statistics say which latents are shared or noisy")
+    out, sources = Path(out), as_sources(stores, stage_one, roots)
+    concepts = None if concepts is None else as_concepts(concepts)
+    if image_id is not None and file is None and sae is None:
+        subject = stored_subject(sources, image_id)
+    elif image_id is None and file is not None and sae is not None:
+        subject = new_subject(
+            sources,
+            file,
+            sae,
+            require_stage_one(stage_one),
+            weights=weights,
+            device=device,
+            assume_compatible=assume_compatible,
+            progress=progress,
+        )
+    else:
+        raise BadInput("give image_id; or file and sae, for an image that is in no store")
+    if query is not None and concepts is not None:
+        known = query.dataset or (subject.dataset if subject.dataset in concepts.datasets else None)
+        query = replace(query, dataset=concepts.choose_dataset(known))
+    inputs = [*sources.places, *([concepts.root] if concepts else []), *(Path(each) for each in (file, sae) if each)]
+    return _write_maps(
+        subject,
+        out,
+        latents=latents,
+        query=query,
+        concepts=concepts,
+        sources=sources,
+        n_images=n_images,
+        style=style or Style(),
+        overwrite=overwrite,
+        inputs=inputs,
+    )
+
+
+def _write_maps(
+    subject: Subject,
+    out: Path,
+    *,
+    latents: Sequence[int],
+    query: PatchQuery | None,
+    concepts: ConceptStore | None,
+    sources: Sources,
+    n_images: int,
+    style: Style,
+    overwrite: bool,
+    inputs: Sequence[Path],
+) -> MapResult:
     active = None
     if concepts is not None:
         require_same_sae(concepts, sources)
-    if query is not None:
-        assert concepts is not None
+    if query is not None and concepts is not None:
         active = latents_of_patch(subject.tokens, query, concepts)
         latents = _best(active, query, subject.name)
     latents, patch = list(dict.fromkeys(latents)), None if query is None else query.patch
@@ -162,8 +273,14 @@ def write_maps(
     }
     writer = begin_results(out, MAPS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
     writer.watch(*sources.headers, *([concepts.header] if concepts else []))
+    known: dict[str, Any] = {
+        "out": out,
+        "name": subject.name,
+        "query": query,
+        "has_references": concepts is not None,
+    }
     if writer.is_complete:
-        return ResultStore(out, MAPS).result(MapResult, was_complete=True)
+        return ResultStore(out, MAPS).result(MapResult, was_complete=True, **known)
 
     plot_maps(subject.picture, frames, writer.root / "map", title=subject.name, style=style, patch=patch)
     writer.write_table("patches", _patch_table(latents, frames))
@@ -175,17 +292,16 @@ def write_maps(
             rows = reference_rows(concepts, sources, latent, n_images=n_images)
             plot_rows(rows, writer.root / f"latent{latent}", title=f"Latent {latent}", style=style)
             not_shown += unseen(rows)
-    result = MapResult(
-        latents=latents,
-        largest=[float(frame.patches.max()) for frame in frames],
-        n_active=0 if active is None else active.num_rows,
-        n_shared=0 if active is None else _count(active, "is_shared"),
-        n_noisy=0 if active is None else _count(active, "is_noisy"),
-        unseen=list(dict.fromkeys(not_shown)),
-    )
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"image": subject.name, "result": kept})
-    return result
+    found: dict[str, Any] = {
+        "latents": latents,
+        "largest": [float(frame.patches.max()) for frame in frames],
+        "n_active": 0 if active is None else active.num_rows,
+        "n_shared": 0 if active is None else _count(active, "is_shared"),
+        "n_noisy": 0 if active is None else _count(active, "is_noisy"),
+        "unseen": list(dict.fromkeys(not_shown)),
+    }
+    writer.finish({"image": subject.name, "result": found})
+    return MapResult(**known, **found)
 
 
 def _best(active: pa.Table, query: PatchQuery, name: str) -> list[int]:

@@ -1,32 +1,33 @@
 """Does a latent's map agree with a segmentation? Place within images (AUROC) and overlap (IoU), per latent and class.
 
-AUROC of an image: the chance that a patch of the class has the larger value than another patch of the SAME image, ties
-counting half. Images of a unit (a patient; an image that has none) are averaged with their numbers of pairs as weights,
-then the units, each counting once; only images in which the latent is active, since a silent one says nothing of place.
-So how large a class is, and how often a latent is active, do not move it from 0.5.
+AUROC of an image: the probability that a patch of the class has a larger value than another patch of the SAME image;
+ties count half. Within a unit (a patient, or an image without a patient) images are averaged, weighted by their number
+of pairs; then the units are averaged with equal weights. Only images in which the latent is active are used, since an
+inactive latent says nothing about place. So neither the size of a class nor the frequency of a latent moves the AUROC
+away from 0.5.
 
-IoU: the patches at or above a threshold against the class, summed over all images. The threshold is chosen on one half
-of the units and used in the other, and the other way round.
+IoU: the patches at or above a threshold against the patches of the class, summed over all images. The threshold is
+cross-fitted: it is chosen on one half of the units and applied to the other half, and the other way round.
 
-Two questions, both two-sided:
+Two questions, both with two-sided tests:
 
-    place: is the AUROC other than 0.5? Two nulls, and the larger p counts. Each unit's distance from 0.5 changes its
-        sign at random: valid however much units differ, if the distances are as often above as below by as much, which
-        they are not where a class or a latent has few patches. And the masks of each unit are moved around within
-        their pictures, all by one random step of 0 to 255 patches (what leaves at the end comes in again at the
-        beginning): their AUROC is 0.5 on average, with all the skewness there is. A latent of the middle of the
-        picture passes with the nucleus of centred cells.
-    own mask: does the latent follow the mask of its own image beyond that of another cell? Whole units exchange their
-        masks; each statistic is scaled by its mean and spread over all shuffles, the observed among them. What holds
-        for any cell, such as the middle, is no finding here.
+    place: does the AUROC differ from 0.5? There are two null distributions, and the larger p counts. (1) Sign flips:
+        the distance of each unit from 0.5 changes its sign at random. This is valid for any spread between units if
+        the distances are symmetric around 0, which they are not where a class or a latent has few patches. (2) Shifts:
+        the masks of a unit are all shifted by one random step of 0 to 255 patches, with wrap-around. Their mean AUROC
+        is 0.5, with the skewness of the data. A latent that marks the centre of the picture passes this test for the
+        nucleus of centred cells.
+    own mask: does the latent follow the mask of its own image more than that of another cell? Units exchange their
+        masks as a whole. Each statistic is scaled by its mean and standard deviation over all shuffles, the observed
+        one included. An effect that is the same for all cells, such as the centre, is not significant here.
 
-Both keep every map and every mask as they are, so neighbouring patches may be alike, and images of a patient too.
-`p_any` is of the largest absolute scaled value among all tested latents and classes of a shuffle. Twins, and the share
-of false finds: tests/test_masks.py.
+Both tests keep every map and every mask as it is, so neighbouring patches, and images of one patient, may be
+correlated. `p_any` (family-wise) uses the largest absolute scaled value among all tested latents and classes of a
+shuffle. Slow reference code and measured false positive rates: tests/test_masks.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cytosae.plotting import COLORS, new_figure, plain, save_both
+from cytosae.stage_one import StageOne, require_stage_one
 from stores.errors import BadInput
 from stores.files import sha256_json
 from stores.latent_store import LatentStore
+from stores.notebook import figure_html
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import MASKS
-from stores.tables import column
+from stores.tables import column, listed
+from stores.wording import Report, counted, left_out_text, printable
 
 from .patch_maps import patch_side
 
@@ -52,22 +56,23 @@ STATISTIC = "within images, averaged over patients; IoU cross-fitted; place by t
 Float = npt.NDArray[np.float64]
 Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+_ONE_CLASS = (("mask", ("above 0",)),)
 _TOP = 5  # latents named in the figure
 _CELLS = 1 << 22  # of units x latents that are dense at a time
 
 
 @dataclass(frozen=True)
 class RankedValues:
-    """The stored values of all latents at some patches, in two orders; patches of an image follow one another.
+    """The stored values of all latents at some patches, in two orders; the patches of an image are contiguous.
 
-    `n_per_image` patches make an image, and images of a unit (`unit_of`, rising from 0) follow one another.
+    An image has `n_per_image` patches. The images of a unit are contiguous (`unit_of` increases from 0).
     """
 
     n_per_image: int
     unit_of: Int  # (n_images,)
-    starts: Int  # (n_latents + 1,) where the values of each latent begin, in both orders
+    starts: Int  # (n_latents + 1,) first entry of each latent, in both orders
     patches: npt.NDArray[np.int32]  # (nnz,) by latent, then image
-    ranks: npt.NDArray[np.float32]  # (nnz,) of these, among the patches of their image, from 1; ties averaged
+    ranks: npt.NDArray[np.float32]  # (nnz,) rank of each among the patches of its image, from 1; ties get the mean rank
     by_value: npt.NDArray[np.float32]  # (nnz,) by latent, then value rising
     patches_by_value: npt.NDArray[np.int32]  # (nnz,) of these
 
@@ -84,9 +89,9 @@ class RankedValues:
 
 @dataclass(frozen=True)
 class MaskAgreement:
-    """Per latent, (n_latents,); NaN where it cannot be said.
+    """Per latent, (n_latents,); NaN where it is not defined.
 
-    auroc : chance that a patch of the class has the larger value than another of the same image
+    auroc : probability that a patch of the class has a larger value than another patch of the same image
     iou : intersection over union of the class with the patches at or above a threshold of the other half
     threshold : the stored value that is best over all images (the largest, if several are)
     """
@@ -98,7 +103,7 @@ class MaskAgreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Chance:
-    """(n_classes, n_latents) what chance gives; NaN where a latent was not tested."""
+    """Null means and p-values, (n_classes, n_latents); NaN for latents that were not tested."""
 
     mean_auroc: Float  # under exchanged masks
     mean_iou: Float
@@ -113,9 +118,12 @@ class Chance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskResult:
-    """What was compared, and the latents that agree most. The fields with defaults are missing in older folders."""
+class MaskResult(Report):
+    """What was compared, and the latents that agree most. Counts with the default None are missing in older folders."""
 
+    out: Path  # the folder
+    n_latents: int  # of the SAE
+    left_out: Mapping[str, Sequence[str]]  # kind -> names of the masks that were not used
     n_images: int
     n_patches: int
     n_foreground: int  # of the patches, in any class that is not made of the value 0 alone
@@ -130,18 +138,68 @@ class MaskResult:
     unit: str | None = None  # patient or image
     was_complete: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """What `cyto concept masks --json` prints: `left_out` counted, and what the folder itself says."""
+        counts = {what: len(names) for what, names in self.left_out.items()}
+        return {"out": str(self.out), "left_out": counts, **self.stored(), "was_complete": self.was_complete}
+
+    def stored(self) -> dict[str, Any]:
+        """What the header of the folder says of the result."""
+        values = asdict(self)
+        return {field.name: values[field.name] for field in fields(self) if field.name not in _NOT_STORED}
+
+    def lines(self) -> Iterator[str]:
+        """What was left out, the images and units, then the best latents of each class beside chance."""
+        for what, names in self.left_out.items():
+            if names:
+                yield (f"left out: {left_out_text(len(names), what)} ({listed([printable(name) for name in names])})")
+        n_units, classes = self.n_units or 0, self.classes or []
+        who = "" if self.unit == "image" else f" of {counted(n_units, 'unit')} (patients, and images without one)"
+        yield (
+            f"{self.out}: {counted(self.n_images, 'image')} with masks{who}, "
+            f"{self.n_foreground / self.n_patches:.1%} of the patches are foreground; {self.n_silent:,} of "
+            f"{self.n_latents:,} latents are active at none"
+        )
+        for one in classes:
+            yield from _class_lines(one, self.n_patches)
+        if all(one["expected_max_auroc"] is None for one in classes):
+            yield "  no p-values: nothing was shuffled (one image, --shuffles 0, or no latent active in enough images)"
+        elif self.unit == "image":
+            yield "  p-values take each image for a patient: no two patients are known, and those of one are alike"
+        elif n_units < 6:
+            yield f"  {n_units} patients: p-values cannot be small, however well a latent agrees"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + figure_html(self.out / "agreement.png")
+
+
+_NOT_STORED = ("out", "n_latents", "left_out", "was_complete")
+
+
+def _class_lines(one: dict[str, Any], n_patches: int) -> Iterator[str]:
+    """A class of the masks: how much it covers, and the best latents by AUROC and by IoU."""
+    values = ", ".join(one["values"])
+    yield f"  {printable(one['name'])} (value {values}), {one['n_patches'] / n_patches:.1%} of the patches"
+    for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
+        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in one[f"best_by_{name}"])
+        chance = one[f"expected_max_{name}"]
+        by_chance = "" if chance is None else f"; the best under exchanged masks: {chance:.3f}"
+        yield f"  {words:<6} latents {top or '(none)'}{by_chance}"
+
 
 def write_mask_agreement(
-    latents: LatentStore,
-    shares: dict[int, Float],
-    out: Path,
+    latents: LatentStore | Path | str,
+    masks: Path | str | Mapping[int, Float],
+    out: Path | str,
     *,
-    classes: Sequence[tuple[str, Sequence[str]]] = (("mask", ("above 0",)),),
+    classes: str | Sequence[tuple[str, Sequence[str]]] | None = None,
     min_share: float = 0.5,
     n_shuffles: int = 200,
     seed: int = 0,
+    stage_one: StageOne | None = None,
+    root: Path | str | None = None,
     overwrite: bool = False,
-    inputs: Sequence[Path] = (),
+    reading_progress: Progress = lambda done, total, state: None,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskResult:
     """Write `agreement.parquet`, a row per class and latent, and a figure.
@@ -150,34 +208,61 @@ def write_mask_agreement(
 
     Parameters
     ----------
-    shares : image_index -> (n_classes, side, side) share of each patch that each class covers
-    classes : (name, values of the masks that it is made of), for each
+    latents : a latent store, or its path
+    masks : a table with image_id and mask (a path), or a folder of files named like the images, which `stage_one`
+        reads; or what was read: image_index -> (n_classes, side, side) share of each patch that each class covers
+    classes : as `--classes` of `cyto concept masks`: `1=cytoplasm,2=nucleus`, or `any`; None: each value is a class,
+        where that is clear. With shares: (name, values of the masks that it is made of), for each
     min_share : a patch is of a class from this share on
     n_shuffles : of either kind; 0: no p-values
+    stage_one : `cytocache.bridge`, which reads masks
+    root : what paths in a table of masks are relative to; None: the table's folder
+    reading_progress : masks read, masks in all
+    progress : images ranked, then shuffles done, of all
 
     Raises
     ------
     BadInput
-        If there is no mask, a class is nowhere or everywhere, or the masked images hold too many values.
+        If there is no mask, one cannot be understood, a class is nowhere or everywhere, or the masked images hold too
+        many values.
     SpecMismatch
         If `out` holds something else, also an agreement of an older Cyto.
     """
     if not 0 < min_share <= 1:
         raise BadInput(f"min_share must be above 0 and at most 1; found {min_share!r}")
-    side = patch_side(latents.spec.tokens_per_image)
+    out = Path(out)
+    latents = latents if isinstance(latents, LatentStore) else LatentStore(latents)
+    side, left_out = patch_side(latents.spec.tokens_per_image), dict[str, list[str]]()
+    inputs = [Path(latents.root)]
+    if isinstance(masks, Path | str):
+        if not isinstance(classes, str | None):
+            raise BadInput(f"with masks that are read, classes must be a text such as '1=nucleus'; found {classes!r}")
+        inputs += [Path(each) for each in (masks, root) if each]
+        shares, named, left_out = require_stage_one(stage_one).read_masks(
+            Path(masks),
+            latents,
+            side,
+            root=None if root is None else Path(root),
+            classes=classes,
+            progress=reading_progress,
+        )
+    elif isinstance(classes, str):
+        raise BadInput(f"with shares, classes must be a list of (name, values); found {classes!r}")
+    else:
+        shares, named = dict(masks), [(name, tuple(values)) for name, values in classes or _ONE_CLASS]
     if not shares:
         raise BadInput("no readable image has a mask: there is nothing to compare")
     images, unit_of, n_without = _units(latents, sorted(shares))
     covered = np.array([shares[image] >= min_share for image in images]).reshape(len(images), -1, side * side)
     foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, 256)
-    for (name, _), mask in zip(classes, foreground, strict=True):
+    for (name, _), mask in zip(named, foreground, strict=True):
         _check_class(name, mask, min_share)
     names, n_units = column(latents.images, "image_id"), int(unit_of[-1]) + 1
     n_shuffles = n_shuffles if n_units > 1 else 0  # one unit can have no other mask
     spec = {
         "latents": latents.identity,
         "statistic": STATISTIC,
-        "classes": [[name, list(values)] for name, values in classes],
+        "classes": [[name, list(values)] for name, values in named],
         "masks_sha256": sha256_json(
             [[names[image], mask.tolist()] for image, mask in zip(images, foreground.transpose(1, 0, 2), strict=True)]
         ),
@@ -187,8 +272,9 @@ def write_mask_agreement(
     }
     writer = begin_results(out, MASKS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "numba"))
     writer.watch(latents.header)
+    known: dict[str, Any] = {"out": out, "n_latents": latents.spec.n_latents, "left_out": left_out}
     if writer.is_complete:
-        return ResultStore(out, MASKS).result(MaskResult, was_complete=True)
+        return ResultStore(out, MASKS).result(MaskResult, was_complete=True, **known)
 
     ranked = read_ranked(latents, images, unit_of, progress=progress)
     half = halves(n_units, seed)
@@ -196,7 +282,7 @@ def write_mask_agreement(
     chance = chance_agreement(ranked, foreground, found, n_shuffles=n_shuffles, seed=seed, progress=progress)
     tables = [
         _table(name, ranked, one, chance, number)
-        for number, ((name, _), one) in enumerate(zip(classes, found, strict=True))
+        for number, ((name, _), one) in enumerate(zip(named, found, strict=True))
     ]
     writer.write_table("agreement", pa.concat_tables(tables))
     said: list[dict[str, Any]] = [
@@ -209,12 +295,11 @@ def write_mask_agreement(
             "best_by_auroc": _best(tables[number], "auroc"),
             "best_by_iou": _best(tables[number], "iou"),
         }
-        for number, ((name, values), mask) in enumerate(zip(classes, foreground, strict=True))
+        for number, ((name, values), mask) in enumerate(zip(named, foreground, strict=True))
     ]
-    inside = [
-        mask for (_, values), mask in zip(classes, foreground, strict=True) if not set(values) <= {"0", "#000000"}
-    ]
+    inside = [mask for (_, values), mask in zip(named, foreground, strict=True) if not set(values) <= {"0", "#000000"}]
     result = MaskResult(
+        **known,
         n_images=len(images),
         n_patches=foreground[0].size,
         n_foreground=int(np.any(inside or foreground, axis=0).sum()),
@@ -230,16 +315,15 @@ def write_mask_agreement(
     )
     for number, table in enumerate(tables):
         _plot(table, result, said[number], writer.root / ("agreement" if not number else f"agreement_{number}"))
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"result": kept})
+    writer.finish({"result": result.stored()})
     return result
 
 
 def _units(latents: LatentStore, images: Sequence[int]) -> tuple[list[int], Int, int]:
     """The images in the order of their units, the unit of each, and how many have no patient.
 
-    A patient is one of its dataset. If all images are of one patient, each is a unit: then p-values are about that
-    patient alone, which `MaskResult.unit` says.
+    Patients of two datasets are two patients. If all images are of one patient, each image is a unit: p-values are then
+    about that patient alone, and `MaskResult.unit` is `image`.
     """
     patients = column(latents.images, "patient") if "patient" in latents.images.column_names else []
     datasets = column(latents.images, "dataset")
@@ -320,19 +404,19 @@ def rank(
     unit_of : (n_images,) rising
     """
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(indices, minlength=n_latents))])
-    # floats above 0 are ordered as their bits are
+    # positive floats have the same order as their bit patterns
     order = np.argsort(indices.astype(np.uint64) << np.uint64(32) | values.view(np.uint32), kind="stable")
     by_value, patches_by_value = values[order], patches[order]
     run = indices[order].astype(np.int64) * len(unit_of) + patches_by_value // n_per_image
-    order = np.argsort(run, kind="stable")  # within a run values stay rising
+    order = np.argsort(run, kind="stable")  # stable: within a run values still increase
     run, own = run[order], by_value[order]
     is_first = np.ones(len(run), bool)
     is_first[1:] = run[1:] != run[:-1]
-    place, length = _places(is_first)
+    position, length = _positions(is_first)
     is_new = is_first.copy()
     is_new[1:] |= own[1:] != own[:-1]
-    tie_place, ties = _places(is_new)
-    ranks = n_per_image - length + place - tie_place + (ties - 1) / 2 + 1
+    tie_position, ties = _positions(is_new)
+    ranks = n_per_image - length + position - tie_position + (ties - 1) / 2 + 1
     return RankedValues(
         n_per_image,
         unit_of,
@@ -344,8 +428,8 @@ def rank(
     )
 
 
-def _places(is_first: Bool) -> tuple[Int, Int]:
-    """For entries in runs: the place of each in its run, from 0, and the length of that."""
+def _positions(is_first: Bool) -> tuple[Int, Int]:
+    """For entries in runs: the position of each in its run, from 0, and the length of the run."""
     first = np.flatnonzero(is_first)
     length = np.diff(np.append(first, len(is_first)))
     return np.arange(len(is_first)) - np.repeat(first, length), np.repeat(length, length)
@@ -362,23 +446,23 @@ def mask_agreement(ranked: RankedValues, foreground: Bool, half: Int) -> MaskAgr
     n_latents = len(ranked.starts) - 1
     auroc, iou, threshold = (np.full(n_latents, np.nan) for _ in range(3))
     nothing = np.zeros((0, 0))
-    _place(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
-    _overlap(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
+    _fill_auroc(ranked.starts, ranked.patches, ranked.ranks, foreground, ranked.unit_of, 0, auroc, nothing)
+    _fill_iou(ranked.starts, ranked.by_value, ranked.patches_by_value, foreground, half[ranked.unit_of], iou, threshold)
     return MaskAgreement(auroc, iou if half.any() else np.full(n_latents, np.nan), threshold)
 
 
-def dealt(foreground: Bool, unit_of: Int, order: Int) -> Bool:
-    """(n_images, n_per_image) the masks when unit u gets those of unit order[u], again and again if these are fewer."""
+def exchanged_masks(foreground: Bool, unit_of: Int, order: Int) -> Bool:
+    """(n_images, n_per_image): the masks after unit u received those of unit order[u], repeated if these are fewer."""
     first = np.searchsorted(unit_of, np.arange(len(order)))
     count = np.bincount(unit_of, minlength=len(order))
     within = np.arange(len(unit_of)) - first[unit_of]
-    giver = order[unit_of]
-    found: Bool = foreground[first[giver] + within % count[giver]]
+    source = order[unit_of]
+    found: Bool = foreground[first[source] + within % count[source]]
     return found
 
 
-def moved_around(foreground: Bool, steps: Int) -> Bool:
-    """(n_images, n_per_image) each mask moved on by its own step, (n_images,), in a ring of all patches in order."""
+def shifted_masks(foreground: Bool, steps: Int) -> Bool:
+    """(n_images, n_per_image): each mask shifted by its own step, (n_images,), with wrap-around over all patches."""
     n_per_image = foreground.shape[1]
     found: Bool = np.take_along_axis(foreground, (np.arange(n_per_image) - steps[:, None]) % n_per_image, axis=1)
     return found
@@ -393,13 +477,13 @@ def chance_agreement(
     seed: int,
     progress: Progress = lambda done, total, state: None,
 ) -> Chance | None:
-    """What chance gives; None without shuffles, or where no latent is tested.
+    """Null distributions and p-values; None without shuffles, or if no latent is tested.
 
     Parameters
     ----------
     foreground : (n_classes, n_images, n_per_image), the images in the order of the patches of `ranked`
     found : the agreement with each class's masks as they are
-    n_shuffles : times that units exchange masks, that masks are moved, and that signs are drawn, with `seed`
+    n_shuffles : number of exchanges of masks, of shifts, and of sign flips, each drawn with `seed`
     progress : shuffles done, shuffles in all
     """
     n_active = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
@@ -410,33 +494,33 @@ def chance_agreement(
     n_classes = len(foreground)
     # [AUROC, IoU] of the observed and every shuffle
     drawn = np.empty((2, n_shuffles + 1, n_classes, len(tested)), np.float32)
-    moved = np.full((n_shuffles + 1, n_classes, len(tested)), np.nan, np.float32)  # AUROC of masks moved around
+    shifted = np.full((n_shuffles + 1, n_classes, len(tested)), np.nan, np.float32)  # AUROC under shifted masks
     steps = np.random.default_rng([seed, 3]).integers(ranked.n_per_image, size=(n_shuffles, ranked.n_units))
     for number, one in enumerate(found):
         drawn[0, 0, number], drawn[1, 0, number] = one.auroc, one.iou
-        moved[0, number] = one.auroc
+        shifted[0, number] = one.auroc
     for n_done in range(n_shuffles):
         order = rng.permutation(ranked.n_units)
         for number, masks in enumerate(foreground):
-            one = mask_agreement(ranked, dealt(masks, ranked.unit_of, order), half)
+            one = mask_agreement(ranked, exchanged_masks(masks, ranked.unit_of, order), half)
             drawn[0, n_done + 1, number], drawn[1, n_done + 1, number] = one.auroc, one.iou
-            other = moved_around(masks, steps[n_done][ranked.unit_of])
+            other = shifted_masks(masks, steps[n_done][ranked.unit_of])
             nothing = np.zeros((0, 0))
-            _place(
+            _fill_auroc(
                 ranked.starts,
                 ranked.patches,
                 ranked.ranks,
                 other,
                 ranked.unit_of,
                 0,
-                moved[n_done + 1, number],
+                shifted[n_done + 1, number],
                 nothing,
             )
         progress(n_done + 1, n_shuffles, "shuffling")
     own = [_scaled_p(values, tested) for values in drawn]
     mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
     by_sign = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
-    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(moved, tested), strict=True))
+    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested), strict=True))
     return Chance(
         mean_auroc=mean[0],
         mean_iou=mean[1],
@@ -465,7 +549,7 @@ def _mean_and_largest(shuffled: Any, tested: Bool) -> tuple[Float, Float]:
 def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
     """p and p_any (n_classes, n_latents) of the first of (1 + n_shuffles, n_classes, n_latents), two-sided.
 
-    All 1 + n_shuffles are treated alike, so the place of the observed among them is exact where they are exchangeable.
+    All 1 + n_shuffles are treated alike, so the rank of the observed one is exact if they are exchangeable.
     """
     n_drawn, shape = len(drawn), drawn.shape[1:]
     p, p_any = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -474,7 +558,7 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
         values = drawn[:, number].astype(np.float64)
         distance = np.abs(_scaled(values))
         usable = tested & ~np.isnan(values[0])
-        # a hair of slack: equal masks give equal values up to rounding
+        # tolerance: equal masks give equal values only up to rounding
         p[number, usable] = (distance >= distance[0] - 1e-6).sum(axis=0)[usable] / n_drawn
         largest = np.maximum(largest, distance[:, usable].max(axis=1, initial=0))
     for number in range(shape[0]):
@@ -486,7 +570,7 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
 
 
 def _scaled(values: Float) -> Float:
-    """Each column less its mean, in its standard deviations; 0 where it does not vary, or a value is unknown."""
+    """Each column minus its mean, divided by its standard deviation; 0 if it does not vary, or a value is unknown."""
     known = ~np.isnan(values)
     n = np.maximum(1, known.sum(axis=0))
     centred = np.where(known, values - np.where(known, values, 0).sum(axis=0) / n, 0)
@@ -498,10 +582,10 @@ def _scaled(values: Float) -> Float:
 def _place_p(
     ranked: RankedValues, foreground: Bool, tested: Bool, *, n_shuffles: int, seed: int
 ) -> tuple[Float, Float]:
-    """p and p_any (n_classes, n_latents) of an AUROC of 0.5, by signs of the units' distances from it.
+    """p and p_any (n_classes, n_latents) of the null hypothesis AUROC = 0.5, by sign flips of the units' distances.
 
-    The statistic |sum of d| / sqrt(sum of d^2) over the units rises with that of a one-sample t test, and its
-    denominator knows no signs: so it has the same scale for latents of few and of many units.
+    The statistic |sum of d| / sqrt(sum of d^2) over the units is a monotone function of that of a one-sample t test.
+    Its denominator does not depend on signs, so it has one scale for latents of few and of many units.
     """
     rng = np.random.default_rng([seed, 2])
     signs = rng.choice(np.array([-1.0, 1.0]), (n_shuffles, ranked.n_units))
@@ -513,7 +597,9 @@ def _place_p(
             stop = min(first + step, len(tested))
             units = np.full((stop - first, ranked.n_units), 0.5)
             starts = ranked.starts[first : stop + 1]
-            _place(starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units)
+            _fill_auroc(
+                starts, ranked.patches, ranked.ranks, masks, ranked.unit_of, first, np.empty(stop - first), units
+            )
             distance = units - 0.5
             scale = np.sqrt((distance**2).sum(axis=1))
             use = np.flatnonzero(tested[first:stop] & (scale > 1e-9))
@@ -528,7 +614,7 @@ def _place_p(
     p_any = np.full(shape, np.nan)
     n_any = n_shuffles - np.searchsorted(np.sort(largest), observed[known] - 1e-9)
     p_any[known] = (1 + n_any) / (1 + n_shuffles)
-    exactly_half = tested & ~known  # 0.5 in every unit: nothing is less of a finding
+    exactly_half = tested & ~known  # 0.5 in every unit: p is 1
     p[exactly_half] = p_any[exactly_half] = 1
     return p, p_any
 
@@ -548,12 +634,12 @@ def _count_images(starts: Any, patches: Any, n_per_image: int) -> Any:
 
 
 @numba.njit(cache=True)
-def _place(
+def _fill_auroc(
     starts: Any, patches: Any, ranks: Any, foreground: Any, unit_of: Any, first_latent: int, auroc: Any, units: Any
 ) -> None:
-    """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; what is unknown is left as it is.
+    """Fill auroc (n_latents,), and units (n_latents, n_units) unless that is empty; unknown entries stay unchanged.
 
-    The entries of a latent lie by image, and so by unit: one pass.
+    The entries of a latent are sorted by image, and so by unit: one pass.
     """
     n_per_image = foreground.shape[1]
     n_inside = np.zeros(len(foreground), np.int64)
@@ -579,7 +665,7 @@ def _place(
                     rank_sum += ranks[k]
                 k += 1
             inside = n_inside[image]
-            rank_sum += (inside - n_hit) * (n_per_image - (k - begin) + 1) / 2  # those of zeros
+            rank_sum += (inside - n_hit) * (n_per_image - (k - begin) + 1) / 2  # the zeros share a mean rank
             won += rank_sum - inside * (inside + 1) / 2
             pairs += inside * (n_per_image - inside)
         if pairs > 0:
@@ -592,8 +678,8 @@ def _place(
 
 
 @numba.njit(cache=True)
-def _overlap(starts: Any, values: Any, patches: Any, foreground: Any, half_of: Any, iou: Any, threshold: Any) -> None:
-    """Fill iou and threshold (n_latents,); latents without a value keep what is there."""
+def _fill_iou(starts: Any, values: Any, patches: Any, foreground: Any, half_of: Any, iou: Any, threshold: Any) -> None:
+    """Fill iou and threshold (n_latents,); entries of latents without a value stay unchanged."""
     n_per_image = foreground.shape[1]
     n_inside = np.zeros(2, np.int64)
     for image in range(len(foreground)):
@@ -604,13 +690,13 @@ def _overlap(starts: Any, values: Any, patches: Any, foreground: Any, half_of: A
         if first == stop:
             continue
         n_hit, n_on = np.zeros(2, np.int64), np.zeros(2, np.int64)
-        best, at = np.zeros(2), np.full(2, np.inf)  # of each half; where none overlaps, nothing is chosen
+        best, at = np.zeros(2), np.full(2, np.inf)  # of each half; without an overlap no patch is chosen
         best_of_all, at_of_all = -1.0, 0.0
         for k in range(stop - 1, first - 1, -1):  # from the largest value down
             image = patches[k] // n_per_image
             n_on[half_of[image]] += 1
             n_hit[half_of[image]] += foreground[image, patches[k] % n_per_image]
-            if k == first or values[k - 1] != values[k]:  # ties fall on one side of a threshold together
+            if k == first or values[k - 1] != values[k]:  # equal values are on the same side of a threshold
                 for half in range(2):
                     union = n_inside[half] + n_on[half] - n_hit[half]
                     if union > 0 and n_hit[half] / union > best[half]:
@@ -668,7 +754,7 @@ def _table(name: str, ranked: RankedValues, found: MaskAgreement, chance: Chance
 
 
 def _best(table: pa.Table, name: str) -> list[dict[str, Any]]:
-    """The largest, those of latents that were tested first."""
+    """The rows with the largest values; latents that were tested come first."""
     known = table.filter(table[name].is_valid())
     not_tested = known["n_active_images"].to_numpy() < LEAST_IMAGES
     order = np.lexsort((known["latent"].to_numpy(), -known[name].to_numpy(), not_tested))[:_TOP]

@@ -1,7 +1,7 @@
-"""Where in an image a latent is active: its map of patches, and the latents of one patch. Numbers only, no drawing.
+"""Where in an image a latent is active: its map over patches, and the active latents of a patch. Numbers, no drawing.
 
-Patch k of 256 sits at row k // 16, column k % 16 of the image, which was resized to a square without cropping. CLS has
-no place on the cell, so it is in no map.
+Patch k of 256 is at row k // 16, column k % 16 of the image, which was resized to a square without cropping. The CLS
+token has no position in the image, so it is in no map.
 """
 
 import math
@@ -23,13 +23,15 @@ Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
 
 @dataclass(frozen=True, kw_only=True)
 class PatchQuery:
-    """Which latents speak for a patch: the largest values there, without latents that would name any patch."""
+    """Which latents characterise a patch: those with the largest values there, except shared and noisy latents."""
 
     patch: int
-    dataset: str  # whose statistics decide
+    dataset: str | None = None  # whose statistics decide; None: the image's own, or the only one
     n_top: int = 2
-    shared: float = 1.0  # passed over from this frequency on; 1: active in every readable image, above 1: none is
-    noisy: float = 0.1  # passed over above this mean activation; the released code's, for the released SAE
+    shared: float = (
+        1.0  # a latent of at least this frequency is left out; 1: active in every readable image; above 1: none
+    )
+    noisy: float = 0.1  # a latent above this mean activation is left out; value of the released code
 
     def __post_init__(self) -> None:
         for name in ("shared", "noisy"):
@@ -59,7 +61,7 @@ def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:
 
 
 def patch_side(tokens_per_image: int) -> int:
-    """Patches along each side of the image.
+    """Number of patches along each side of the image.
 
     Raises
     ------
@@ -75,7 +77,7 @@ def patch_side(tokens_per_image: int) -> int:
 def stretched(patches: Map, height: int, width: int, *, is_smooth: bool) -> Map:
     """The map at (height, width) pixels, stretched as the image was: bilinear between centres of patches, or nearest.
 
-    At the centre of a patch the value is the patch's own; beyond the outermost centres it stays as it is there.
+    At the centre of a patch the value is that of the patch; beyond the outermost centres it is constant.
     """
     side = len(patches)
     if not is_smooth:
@@ -86,7 +88,7 @@ def stretched(patches: Map, height: int, width: int, *, is_smooth: bool) -> Map:
 
 
 def _weights(n: int, side: int) -> npt.NDArray[np.float64]:
-    """(n, side): how much of each patch is in each pixel along one side."""
+    """(n, side): weight of each patch for each pixel, along one side."""
     at = np.clip((np.arange(n) + 0.5) * side / n - 0.5, 0, side - 1)
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(side)))
 
@@ -100,7 +102,7 @@ def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: Concept
     Raises
     ------
     BadInput
-        If there is no such patch or dataset.
+        If there is no such patch or dataset, or no dataset is named and there are several.
     """
     side = patch_side(tokens.shape[0])
     if not 0 <= query.patch < side * side:
@@ -110,7 +112,7 @@ def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: Concept
     row = tokens[query.patch + 1].tocoo()
     order = np.lexsort((row.col, -row.data))
     latent, value = row.col[order], row.data[order]
-    statistics = concepts.latents(query.dataset)
+    statistics = concepts.latents(concepts.choose_dataset(query.dataset))
     frequency = statistics["frequency"].to_numpy()[latent]
     mean_activation = statistics["mean_activation"].to_numpy()[latent]
     is_shared, is_noisy = frequency >= query.shared, mean_activation > query.noisy

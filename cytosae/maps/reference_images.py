@@ -1,7 +1,7 @@
-"""Reference images: for one latent, the top images of each dataset, with where in the image it is active and pixels.
+"""Reference images: the top images of a latent in each dataset, with its map over patches and the pixels.
 
-They bring three things together: concepts (which images), latent stores (which patches), and a function that the
-caller gives (which pixels); the images themselves belong to stage one.
+Three inputs are combined: concepts (which images), latent stores (which patches), and functions from stage one that
+read the pixels.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,17 @@ from functools import cached_property
 from pathlib import Path
 
 from cytosae.barcodes import check_one_sae
-from cytosae.stage_one import Picture, StageOne
+from cytosae.stage_one import Picture, StageOne, require_stage_one
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.spec import Header, check_latent
 from stores.tables import column, listed
+from stores.wording import counted, printable
 
 from .patch_maps import Map, Pixels, patch_map, read_tokens
+
+Places = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +28,14 @@ class Frame:
     """One image of a figure."""
 
     caption: str
-    picture: Pixels | str  # a str says why there is nothing to see
+    picture: Pixels | str  # a str is the reason why it cannot be shown
     patches: Map
     image_id: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameRow:
-    """Images that belong together, under one heading; `largest` is the value at the top of their scale."""
+    """One row of images with a heading; `largest` is the upper end of their common colour scale."""
 
     heading: Sequence[str]  # lines
     frames: Sequence[Frame]
@@ -42,10 +45,11 @@ class FrameRow:
 
 @dataclass(frozen=True)
 class Sources:
-    """Latent stores of one SAE, and the pictures of each, to find any of their images by name."""
+    """Latent stores of one SAE and the pixels of their images; an image is found by its `image_id`."""
 
     stores: Sequence[LatentStore]
     pictures: Sequence[Picture]  # one per store
+    roots: Sequence[Path] = ()  # folder of the images of each store; none: as recorded when the caches were made
 
     def __post_init__(self) -> None:
         check_one_sae(self.stores)
@@ -65,6 +69,11 @@ class Sources:
         """Of the stores, in order."""
         return [store.header for store in self.stores]
 
+    @property
+    def places(self) -> list[Path]:
+        """The folders that are read, which an output must not contain."""
+        return [*(Path(store.root) for store in self.stores), *self.roots]
+
     def find(self, image_id: str) -> tuple[int, int]:
         """(store, image_index) of an image.
 
@@ -81,7 +90,7 @@ class Sources:
         return found[0]
 
     def frame(self, at: tuple[int, int], latent: int, caption: str) -> Frame:
-        """An image of a store, and where a latent is active in it."""
+        """An image of a store, with the map of a latent."""
         number, image_index = at
         return Frame(
             caption=caption,
@@ -130,13 +139,14 @@ def unseen(rows: Sequence[FrameRow]) -> list[str]:
     ]
 
 
-def open_sources(stores: Sequence[Path], stage_one: StageOne, *, roots: Sequence[Path] = ()) -> Sources:
+def open_sources(stores: Places, stage_one: StageOne, *, roots: Sequence[Path | str] = ()) -> Sources:
     """Open latent stores together with the pictures of their images.
 
     Parameters
     ----------
+    stores : the path of one latent store, or of several
     stage_one : `cytocache.bridge`
-    roots : where the images of each store lie now, one each; none: where they lay
+    roots : folder of the images of each store; none: as recorded when the caches were made
 
     Raises
     ------
@@ -145,17 +155,48 @@ def open_sources(stores: Sequence[Path], stage_one: StageOne, *, roots: Sequence
     SpecMismatch
         If the stores are not of one SAE.
     """
-    if roots and len(roots) != len(stores):
-        raise BadInput(f"give a folder of images once for each store, or none; found {len(roots)} for {len(stores)}")
-    opened = [LatentStore(store) for store in stores]
-    return Sources(
-        opened,
-        [stage_one.pictures(store, root) for store, root in zip(opened, roots or (None,) * len(opened), strict=True)],
+    paths = [stores] if isinstance(stores, Path | str) else list(stores)
+    folders = [Path(root) for root in roots]
+    if folders and len(folders) != len(paths):
+        raise BadInput(f"give a folder of images once for each store, or none; found {len(folders)} for {len(paths)}")
+    opened = [LatentStore(path) for path in paths]
+    pictures = [
+        stage_one.pictures(store, root) for store, root in zip(opened, folders or (None,) * len(opened), strict=True)
+    ]
+    return Sources(opened, pictures, folders)
+
+
+def as_sources(stores: Sources | Places, stage_one: StageOne | None, roots: Sequence[Path | str] = ()) -> Sources:
+    """`Sources` as they are, or opened from paths, which needs `stage_one`.
+
+    Raises
+    ------
+    BadInput, SpecMismatch
+        As `open_sources`; also if there is no `stage_one`.
+    """
+    if isinstance(stores, Sources):
+        return stores
+    return open_sources(stores, require_stage_one(stage_one), roots=roots)
+
+
+def as_concepts(concepts: ConceptStore | Path | str) -> ConceptStore:
+    """The store as it is, or opened from its path."""
+    return concepts if isinstance(concepts, ConceptStore) else ConceptStore(Path(concepts))
+
+
+def unseen_warnings(unseen: Sequence[str], option: str) -> tuple[str, ...]:
+    """That images could not be shown, and which option says where they are."""
+    if not unseen:
+        return ()
+    names = listed([printable(name) for name in unseen])
+    return (
+        f"{counted(len(unseen), 'image')} could not be shown ({names}); say where they are with {option}, "
+        f"and add --overwrite",
     )
 
 
 def require_same_sae(concepts: ConceptStore, sources: Sources) -> None:
-    """Refuse concepts of another SAE than that of the latents: the numbers of latents would mean something else.
+    """Refuse concepts of another SAE than that of the latents: equal latent numbers would be different latents.
 
     Raises
     ------

@@ -1,19 +1,36 @@
-"""Reference sheets: a figure per latent, its top images from each dataset, with the patches that carry it (Fig. 2B)."""
+"""Reference sheets: one figure per latent with its top images of each dataset and their maps (CytoSAE, Fig. 2B)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from cytosae.concepts import read_selection
+from cytosae.stage_one import StageOne
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
+from stores.notebook import figure_html
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import SHEETS
+from stores.wording import Report, counted
 
 from .figures import Style, plot_rows
-from .reference_images import FrameRow, Sources, reference_rows, require_same_sae, unseen
+from .reference_images import (
+    FrameRow,
+    Places,
+    Sources,
+    as_concepts,
+    as_sources,
+    reference_rows,
+    require_same_sae,
+    unseen,
+    unseen_warnings,
+)
+
+_SHOWN = 3  # sheets that a notebook shows
 
 _COLUMNS = {
     "latent": pa.int64(),
@@ -27,35 +44,61 @@ _COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class SheetResult:
+class SheetResult(Report):
     """What was drawn."""
 
+    out: Path  # the folder
+    latents: tuple[int, ...]  # in the order of the call
     n_latents: int
-    n_images: int  # shown or not
+    n_images: int  # in all sheets, including those that could not be shown
     unseen: list[str]  # images that could not be shown, and why
     was_complete: bool = False
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be shown."""
+        return unseen_warnings(self.unseen, "--root")
+
+    def lines(self) -> Iterator[str]:
+        """How many latents and images, and the names of the files."""
+        yield (
+            f"{self.out}: {counted(self.n_latents, 'latent')}, {counted(self.n_images, 'image')}, "
+            f"latent<N>.png and .svg"
+        )
+
+    def _repr_html_(self) -> str:
+        figures = [figure_html(self.out / f"latent{latent}.png") for latent in self.latents[:_SHOWN]]
+        return super()._repr_html_() + "".join(figures)
+
 
 def write_sheets(
-    concepts: ConceptStore,
-    sources: Sources,
-    out: Path,
+    concepts: ConceptStore | Path | str,
+    stores: Sources | Places,
+    out: Path | str,
     *,
-    latents: Sequence[int],
+    latents: Sequence[int] = (),
+    selected: bool = False,
     datasets: Sequence[str] = (),
     n_images: int = 6,
-    style: Style,
+    style: Style | None = None,
+    stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
     overwrite: bool = False,
-    inputs: Sequence[Path] = (),
     progress: Progress = lambda done, total, state: None,
 ) -> SheetResult:
-    """Write `latent<N>.png` and .svg for each latent, and `images.parquet`: which image is active where.
+    """Write `latent<N>.png` and .svg for each latent, and `images.parquet` with the most active patch of each image.
 
     Parameters
     ----------
+    concepts : a folder of `concept_statistics`
+    stores : the latent stores that it was made from, as paths (then with `stage_one`) or opened by `open_sources`
     latents : each is drawn once
+    selected : also those of `select_latents`
     datasets : rows of a figure; none: all datasets of `concepts`
-    n_images : at most so many of each dataset
+    n_images : number of images per dataset, at most
+    style : how maps are drawn over images; None: `Style()`
+    stage_one : `cytocache.bridge`, which reads the images
+    roots : folder of the images of each store; none: as recorded when the caches were made
     progress : latents done, latents in all
 
     Raises
@@ -65,7 +108,10 @@ def write_sheets(
     SpecMismatch
         If the concepts are of another SAE, or `out` holds something else.
     """
+    out, concepts, sources = Path(out), as_concepts(concepts), as_sources(stores, stage_one, roots)
+    style = style or Style()
     require_same_sae(concepts, sources)
+    latents = (*latents, *(read_selection(concepts).latents if selected else ()))
     latents, datasets = list(dict.fromkeys(latents)), list(dict.fromkeys(datasets)) or concepts.datasets
     if not latents:
         raise BadInput("no latent to draw a sheet of; name some with --latent, or draw a sample: cyto concept select")
@@ -81,10 +127,11 @@ def write_sheets(
         "n_images": n_images,
         "style": asdict(style),
     }
+    inputs = (concepts.root, *sources.places)
     writer = begin_results(out, SHEETS, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "matplotlib"))
     writer.watch(concepts.header, *sources.headers)
     if writer.is_complete:
-        return ResultStore(out, SHEETS).result(SheetResult, was_complete=True)
+        return ResultStore(out, SHEETS).result(SheetResult, out=out, latents=tuple(latents), was_complete=True)
 
     table: list[dict[str, object]] = []
     not_shown: list[str] = []
@@ -96,10 +143,13 @@ def write_sheets(
         not_shown += unseen(rows)
     progress(len(latents), len(latents), "")
     writer.write_table("images", pa.Table.from_pylist(table, pa.schema(list(_COLUMNS.items()))))
-    result = SheetResult(n_latents=len(latents), n_images=len(table), unseen=list(dict.fromkeys(not_shown)))
-    kept = {name: value for name, value in asdict(result).items() if name != "was_complete"}
-    writer.finish({"result": kept})
-    return result
+    found: dict[str, Any] = {
+        "n_latents": len(latents),
+        "n_images": len(table),
+        "unseen": list(dict.fromkeys(not_shown)),
+    }
+    writer.finish({"result": found})
+    return SheetResult(out=out, latents=tuple(latents), **found)
 
 
 def _describe(latent: int, rows: Sequence[FrameRow]) -> list[dict[str, object]]:

@@ -31,7 +31,7 @@ from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
-from cytosae.maps import PatchQuery, Sources, Style, stored_subject, write_maps, write_mask_agreement, write_sheets
+from cytosae.maps import PatchQuery, Sources, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
 from cytosae.relations import NeighbourConfig, PatientConfig, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
@@ -301,11 +301,9 @@ def write_of_concepts_v1(folder: Path, made: Path) -> None:
     concepts, latents = ConceptStore(folder / "concepts-v1"), LatentStore(folder / "latents-v1.zarr")
     sources = Sources([latents], [lambda image: np.full((8, 8, 3), 255, np.uint8)])
     compare_thresholds([concepts.root, made / "concepts"], folder / "thresholds-v1")
-    subject = stored_subject(sources, "golden/c.png")
     query = PatchQuery(patch=3, dataset="golden", shared=2, noisy=3)
-    style = Style()
-    write_maps(subject, folder / "maps-v1", query=query, concepts=concepts, sources=sources, style=style)
-    write_sheets(concepts, sources, folder / "sheets-v1", latents=[3, 0], style=style)
+    write_maps(sources, folder / "maps-v1", image_id="golden/c.png", query=query, concepts=concepts)
+    write_sheets(concepts, sources, folder / "sheets-v1", latents=[3, 0])
     shares = {0: np.array([[1, 0.25], [0, 0]]), 2: np.array([[0.5, 1], [0, 0]])}
     write_mask_agreement(latents, shares, folder / "masks-v1", n_shuffles=4, seed=1)
     remove_figures(folder, OF_CONCEPTS)

@@ -1,0 +1,195 @@
+"""A call in Python does what its command does, with the same defaults, and shows its result in a notebook.
+
+Each test lets the command write a folder, then makes the call with the same inputs: it finds the folder complete, so
+all settings were equal; and its lines are what the command printed.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from atlas_maker import Cohort, cyto, make_cohort
+from concept_folders import concepts_of, dense_tokens
+from PIL import Image
+from review_site import make_site
+
+import cytocache
+import cytosae
+from cytosae.atlas.questions import read_review
+from cytosae.atlas.reviews import default_reviews, new_verdict, save_verdict
+from stores import ConceptStore, LatentStore
+from stores.errors import BadInput
+from stores.tables import column
+from stores.wording import Report
+
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
+
+
+@pytest.fixture(scope="module")
+def concepts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> ConceptStore:
+    return concepts_of(LatentStore(made / "latents.zarr"), tmp_path_factory.mktemp("concepts") / "c", fires_above=0.05)
+
+
+def printed(*words: object) -> str:
+    """What a command prints to stdout."""
+    done = cyto(*map(str, words))
+    assert done.exit_code == 0, done.output
+    return done.stdout.strip()
+
+
+def says(report: Report, text: str) -> None:
+    """The report's lines are `text`, and a notebook shows them."""
+    assert "\n".join(report.lines()).strip() == text
+    assert report._repr_html_().startswith("<pre>")
+    assert text.splitlines()[0].split(":")[0] in str(report)
+
+
+def busiest(store: LatentStore, image_index: int) -> int:
+    return int(dense_tokens(store, image_index)[1:].sum(0).argmax())
+
+
+def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
+    latents, bridge = made / "latents.zarr", cytocache.bridge
+    store = LatentStore(latents)
+    name, latent = str(column(store.images, "image_id")[1]), busiest(store, 1)
+    by_command = printed("concept", "map", latents, "-o", tmp_path / "m", "--image", name, "--latent", latent)
+    done = cytosae.write_maps(latents, tmp_path / "m", image_id=name, latents=[latent], stage_one=bridge)
+    assert done.was_complete
+    says(done, by_command)
+    assert "data:image/png;base64," in done._repr_html_()
+
+    patch = int(dense_tokens(store, 1)[1:].sum(1).argmax())
+    words: tuple[object, ...] = (
+        "--image",
+        name,
+        "--patch",
+        patch,
+        "--concepts",
+        concepts.root,
+        "--noisy",
+        9,
+        "--dataset",
+        "other",
+    )
+    by_command = printed("concept", "map", latents, "-o", tmp_path / "p", *words)
+    query = cytosae.PatchQuery(patch=patch, dataset="other", noisy=9)
+    done = cytosae.write_maps(
+        str(latents), str(tmp_path / "p"), image_id=name, query=query, concepts=concepts.root, stage_one=bridge
+    )
+    assert done.was_complete
+    says(done, by_command)
+
+    file, sae = made / str(column(store.images, "path")[0]), made / "run"
+    words = ("--file", file, "--sae", sae, "--latent", latent)
+    by_command = printed("concept", "map", latents, "-o", tmp_path / "n", *words)
+    done = cytosae.write_maps(
+        [latents], tmp_path / "n", file=str(file), sae=str(sae), latents=[latent], stage_one=bridge
+    )
+    assert done.was_complete
+    says(done, by_command)
+
+
+def test_what_maps_need(made: Path, tmp_path: Path) -> None:
+    latents, out = made / "latents.zarr", tmp_path / "out"
+    bridge, query = cytocache.bridge, cytosae.PatchQuery(patch=1)
+    with pytest.raises(BadInput, match=r"give stage_one=cytocache\.bridge"):
+        cytosae.write_maps(latents, out, image_id="x", latents=[1])
+    with pytest.raises(BadInput, match="give latents, or a query"):
+        cytosae.write_maps(latents, out, image_id="x", stage_one=bridge)
+    with pytest.raises(BadInput, match="give latents, or a query"):
+        cytosae.write_maps(latents, out, image_id="x", latents=[1], query=query, stage_one=bridge)
+    with pytest.raises(BadInput, match="a query needs concepts"):
+        cytosae.write_maps(latents, out, image_id="x", query=query, stage_one=bridge)
+    wrong: list[dict[str, Any]] = [{}, {"file": "x"}, {"image_id": "x", "file": "y", "sae": "z"}]
+    for given in wrong:
+        with pytest.raises(BadInput, match="give image_id; or file and sae"):
+            cytosae.write_maps(latents, out, latents=[1], stage_one=bridge, **given)
+    with pytest.raises(BadInput, match="once for each store, or none; found 2 for 1"):
+        cytosae.write_maps(latents, out, image_id="x", latents=[1], stage_one=bridge, roots=[made, made])
+    assert not out.exists()
+
+
+def test_sheets(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
+    latents = made / "latents.zarr"
+    latent = busiest(LatentStore(latents), 0)
+    by_command = printed("concept", "sheet", concepts.root, latents, "-o", tmp_path / "s", "--latent", latent)
+    done = cytosae.write_sheets(concepts.root, latents, tmp_path / "s", latents=[latent], stage_one=cytocache.bridge)
+    assert done.was_complete
+    says(done, by_command)
+    assert "data:image/png;base64," in done._repr_html_()
+
+
+def test_masks(made: Path, tmp_path: Path) -> None:
+    latents, masks = made / "latents.zarr", tmp_path / "masks"
+    half = np.zeros((8, 8), np.uint8)
+    half[:, :4] = 1
+    for path in column(LatentStore(latents).images, "path")[:3]:
+        (masks / str(path)).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(half).save(masks / str(path))
+    Image.fromarray(half).save(masks / "nobody.png")
+    by_command = printed("concept", "masks", latents, masks, "-o", tmp_path / "m")
+    done = cytosae.write_mask_agreement(latents, masks, tmp_path / "m", stage_one=cytocache.bridge)
+    assert done.was_complete
+    says(done, by_command)
+    assert done.left_out["masks of no image here"] == ["nobody.png"]
+    with pytest.raises(BadInput, match=r"give stage_one=cytocache\.bridge"):
+        cytosae.write_mask_agreement(latents, masks, tmp_path / "m")
+    with pytest.raises(BadInput, match="classes must be a text"):
+        cytosae.write_mask_agreement(latents, masks, tmp_path / "m", classes=[("mask", ("1",))])
+    with pytest.raises(BadInput, match="classes must be a list"):
+        cytosae.write_mask_agreement(latents, {0: np.ones((1, 16, 16))}, tmp_path / "m", classes="any")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+def test_atlas(cohort: Cohort, tmp_path: Path) -> None:
+    out, root = tmp_path / "atlas", cohort.root
+    by_command = printed(*cohort.build, out)
+    given: dict[str, Any] = {name: str(root / name) for name in ("barcodes", "concepts", "latents", "neighbours")}
+    given |= {"comparisons": [root / "compare"], "roots": [root / "images"], "stage_one": cytocache.bridge}
+    done = cytosae.build_atlas(out=out, **given)
+    assert done.was_complete
+    says(done, by_command)
+    assert f'<a href="{(out / "index.html").as_uri()}">' in done._repr_html_()
+    assert ["1 image could not be shown" in warning for warning in done.warnings] == [True]
+    estimate = cytosae.estimate_atlas(**given)
+    assert not estimate.is_written
+    assert estimate.counts == done.counts
+    assert list(estimate.lines())[-1] == "nothing was written"
+
+
+def test_reviews(made: Path, tmp_path: Path) -> None:
+    make_site(made, tmp_path)
+    site = tmp_path / "atlas"
+    review = read_review(site)
+    for reviewer, verdict in (("<b>Ada</b>", "meaningful"), ("Bob", "not")):
+        for item in review.questions[0].items:
+            said = {"reviewer": reviewer, "item": item.item, "verdict": verdict}
+            save_verdict(default_reviews(site), new_verdict(said, review, is_blinded=True))
+    by_command = printed("atlas", "export", site, "-o", tmp_path / "out.csv")
+    done = cytosae.write_verdicts(site, tmp_path / "out.csv", overwrite=True)
+    says(done, by_command)
+    assert done.table.num_rows == 2 * len(review.questions[0].items)
+    assert "<td>&lt;b&gt;Ada&lt;/b&gt;</td>" in done._repr_html_()
+    with pytest.raises(BadInput, match="is there already"):
+        cytosae.write_verdicts(site, tmp_path / "out.csv")
+    agreement = cytosae.review_agreement(str(site))
+    says(agreement, printed("atlas", "agreement", site))
+    assert "<b>Ada" not in agreement._repr_html_()
+    assert "<th>Cohen&#x27;s kappa (95%)</th>" in agreement._repr_html_()
+    with cytosae.open_server(site, config=cytosae.ServeConfig(port=0)) as server:
+        assert list(server.lines())[2] == f"verdicts: {default_reviews(site)}"
+
+
+def test_the_old_name_of_build_atlas(cohort: Cohort, tmp_path: Path) -> None:
+    """`write_atlas`, of inputs that are open."""
+    root = cohort.root
+    sources = cytosae.open_sources([root / "latents"], cytocache.bridge, roots=[root / "images"])
+    inputs = cytosae.open_inputs(root / "barcodes", root / "concepts", sources)
+    config = cytosae.AtlasConfig(pages="top", top=1, patient_images=0, n_images=1)
+    done = cytosae.write_atlas(inputs, tmp_path / "atlas", config)
+    assert done.counts["concepts"] == 1
