@@ -19,10 +19,10 @@ from typing import Any
 
 import click
 
-from stores.console import FILE, SEED, json_option, progress_line
+from stores.console import FILE, SEED, json_option, progress_line, tell
 from stores.machine import bound_threads, n_cores
 from stores.version import VERSION, missing_package
-from stores.wording import describe_cache, size_on_disk
+from stores.wording import size_on_disk
 
 # group -> what it is about, and its commands -> the module in which each is the function GROUP_COMMAND
 GROUPS = {
@@ -117,16 +117,12 @@ class Bridges:
 
         return cytocache.bridge
 
-    def encoder(
-        self, sae: Path, store: Path, device: str, assume_compatible: bool
-    ) -> tuple[Callable[[Any], Any], list[str]]:
-        """What turns the tokens of a cache into latents, and what had to be assumed of them."""
+    def load_sae(self, sae: Path, device: str) -> Any:
+        """An SAE, for commands of stage one (`cytocache.fidelity.Sae`)."""
         from cytosae.sae import load_sae
-        from stores import ActivationStore
+        from stores.devices import resolve_device
 
-        run = load_sae(sae, device=device)
-        spec = ActivationStore(store).spec
-        return run.model.encode, run.require_tokens(spec, f"the cache {store}", assume_compatible=assume_compatible)
+        return load_sae(sae, device=resolve_device(device))
 
 
 @click.group(
@@ -224,20 +220,15 @@ def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
     \b
     Example: cyto verify cells.acts.zarr run cells.latents.zarr barcodes concepts comparison
     """
-    from stores.verify_any import verify
+    from stores import verify_folder
 
     with progress_line("verify", "part") as progress:
-        reports = [verify(place, progress=progress) for place in places]
+        reports = [verify_folder(place, progress=progress) for place in places]
     if as_json:
-        found = [{**vars(report), "root": str(report.root), "ok": not report.problems} for report in reports]
-        click.echo(json.dumps(found, indent=1))
-    for report in [] if as_json else reports:
-        for problem in report.problems:
-            click.echo(problem)
-        if report.unrecorded:
-            click.echo(f"{report.root}: no hash recorded, so not checked: {', '.join(report.unrecorded)}")
-        if not report.problems:
-            click.echo(f"{report.root}: {'no damage found' if report.unrecorded else 'whole'} ({report.kind})")
+        click.echo(json.dumps([report.to_json() for report in reports], indent=1))
+    else:
+        for report in reports:
+            tell(report)
     damaged = [str(report.root) for report in reports if report.problems]
     if damaged:
         raise click.ClickException(f"damaged: {', '.join(damaged)}")
@@ -282,8 +273,8 @@ def demo(out: Path, seed: int) -> None:
 
     click.echo(f"\n$ cyto cache extract {cells} {acts}")
     with progress_line("extract", "image") as progress:
-        extract(images, acts, ExtractConfig(workers=n_cores()), progress=progress)
-    click.echo(describe_cache(acts))
+        extracted = extract(images, acts, ExtractConfig(device="cpu"), progress=progress)
+    tell(extracted)
 
     # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
     settings = {"expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30, "batch_tokens": 4096, "tokens": 1_000_000}

@@ -5,4 +5,4 @@ The names of `__init__.pyi` are the Python interface, each loaded when it is ask
 
 from stores.doors import open_door
 
-__getattr__, __dir__, __all__ = open_door(__name__, __file__, callable_modules=("extract",))
+__getattr__, __dir__, __all__ = open_door(__name__, __file__, callable_modules=("extract", "repair"))

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.activation_store import ActivationSpec, ActivationStore
+from stores.devices import resolve_device
 from stores.latent_store import LatentStore
+from stores.machine import n_cores
 from stores.progress import Progress
 
 from .masks import find_masks, read_all_shares
@@ -40,7 +42,7 @@ def new_image(
     cache: str,
     *,
     weights: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Progress = _silent,
 ) -> tuple[npt.NDArray[np.float16], Pixels, str]:
     """The tokens of an image that is in no store, (257, width), its picture, and the SHA-256 of its file.
@@ -50,6 +52,7 @@ def new_image(
     spec : of the cache whose tokens they must be like
     cache : what to call that cache in an error
     weights : the file of the trained backbone; an untrained one needs none
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     progress : bytes downloaded, bytes in all
 
     Raises
@@ -61,6 +64,7 @@ def new_image(
     """
     from .sample import load_backbone_as, read_new_image
 
+    device = resolve_device(device)
     backbone = load_backbone_as(spec, cache, weights=weights, device=device, progress=progress)
     tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
     return tokens, to_pixels(picture), content_hash
@@ -71,10 +75,10 @@ def backbone_sample(
     root: Path,
     *,
     weights: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     n_images: int = 64,
     seed: int = 0,
-    workers: int = 2,
+    workers: int | None = None,
     download_progress: Progress = _silent,
     progress: Progress = _silent,
 ) -> "tuple[Iterator[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]":
@@ -85,7 +89,9 @@ def backbone_sample(
     store : the activation cache, a path or a URL
     root : where its images lie now
     weights : the file of the trained backbone; an untrained one needs none
-    n_images, seed : how many, and what they are drawn with
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    n_images, seed : how many, and the seed of the draw
+    workers : processes that read images; None: one for each core
     progress : images read, images in all
 
     Returns
@@ -100,7 +106,7 @@ def backbone_sample(
     """
     from .sample import draw_sample, load_backbone_of, read_sample
 
-    cache = ActivationStore(store)
+    cache, device = ActivationStore(store), resolve_device(device)
     backbone = load_backbone_of(cache, weights=weights, device=device, keep_tail=True, progress=download_progress)
 
     def outputs() -> "Iterator[torch.Tensor]":
@@ -110,7 +116,7 @@ def backbone_sample(
             backbone,
             root=root,
             device=device,
-            workers=workers,
+            workers=workers or n_cores(),
             root_option="--images",
             progress=progress,
         )

@@ -1,7 +1,7 @@
 """From what the user has (a folder, a CSV, a Parquet table) to an image table: which images, in which order."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ from stores.errors import BadInput, CytoError
 from stores.files import is_dropping
 from stores.spec import FORMATS, find_header, read_object
 from stores.tables import column, image_table, listed, read_table_file
+from stores.wording import counted
 
 from .images import IMAGE_SUFFIXES
 
@@ -20,14 +21,27 @@ class Images:
 
     table: pa.Table  # the manifest: stores/tables.py
     root: Path
-    n_skipped: int = 0  # files below a folder that are no images by their name
-    passed_over: tuple[str, ...] = ()  # folders below it that hold no cells: droppings, hidden ones, results of ours
+    n_skipped: int = 0  # files below a folder whose names are not those of images
+    passed_over: tuple[str, ...] = ()  # folders below it without cells: hidden, of a system, or results of Cyto
+    source: Path | None = None  # the folder or file that they were opened from
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in words."""
+        found = []
+        if self.passed_over:
+            said = f"{counted(len(self.passed_over), 'folder')} passed over ({listed(list(self.passed_over))})"
+            found.append(f"{said}: hidden, of a network disk or system, or results of Cyto: no cells")
+        if self.n_skipped:
+            place = self.source or self.root
+            found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+        return tuple(found)
 
 
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
-def open_images(source: Path, *, root: Path | None = None) -> Images:
+def open_images(source: Path | str, *, root: Path | None = None) -> Images:
     """The images that `source` names.
 
     Parameters
@@ -41,10 +55,11 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
     BadInput
         If there is no such source, no image in it, a faulty manifest, or none of its files is there.
     """
+    source = Path(source)
     if source.is_dir():
         if root is not None:
             raise BadInput(f"--root belongs to a manifest; {source} is a folder, and its own root")
-        return _list_folder(source)
+        return replace(_list_folder(source), source=source)
     if not source.exists():
         raise BadInput(f"no images at {source}: expected a folder, or a .csv or .parquet manifest")
     root = (root or source.parent).absolute()
@@ -54,7 +69,7 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
         columns["path"] = [_below(path, root) for path in columns["path"]]
     table = image_table(columns, source=str(source), dataset=source.stem)
     _check_some_exist(table, root, source)
-    return Images(table, root)
+    return Images(table, root, source=source)
 
 
 def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:

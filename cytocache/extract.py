@@ -7,10 +7,10 @@ edges, so an interrupted and continued cache equals an uninterrupted one, byte f
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +26,20 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
+from stores.devices import resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
 from stores.tables import column, table_sha256
+from stores.wording import Report, describe_cache, unreadable_images
 
 from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
-from .datasets import Images
+from .datasets import Images, open_images
 from .images import MAX_FILE_BYTES
 from .readers import ImageReaders
 
@@ -47,35 +50,68 @@ _FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to run. Device, batch size and workers change speed only; they go to the run log, not into the identity."""
+    """What to run. Device, batch size and workers change speed only; they go to the run log, not into the identity.
+
+    Raises BadInput for a precision that there is not, a number below 1, or no block.
+    """
 
     backbone: str = "random-vit-tiny"
     weights: str | None = None  # a DinoBloom .pth file, "auto" (download it) or "random"
     blocks: tuple[int, ...] = (-2,)  # several: one pass, and a store for each
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
-    device: str = "cpu"
-    batch_size: int = 32
-    workers: int = 2  # processes that read and resize images
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    batch_size: int | None = None  # images per forward pass; None: 128 on a GPU, else 32
+    workers: int = field(default_factory=n_cores)  # processes that read and resize images
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         for name in ("chunk_images", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1; found {value}")
         if not self.blocks:
             raise BadInput("blocks must name at least one block; found none")
 
+    @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass, once `device` is resolved."""
+        return self.batch_size or (32 if self.device == "cpu" else 128)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractResult:
+class ExtractResult(Report):
     """What was done: of the whole cache, or of this writer's shard as long as other shards are missing."""
 
-    stores: tuple[Path, ...]  # one for each block, ascending
+    out: Path
+    stores: tuple[Path, ...]  # `out`, or with several blocks a cache for each in it, ascending
     n_readable: int
     n_unreadable: int
     is_complete: bool  # False: other shards are not there yet
     was_complete: bool  # nothing had to be done
+    shard: Shard = field(default=ONE_WRITER, compare=False)
+    described: tuple[str, ...] = field(default=(), compare=False)  # each finished cache in one line
+    unreadable: str = field(default="", compare=False)  # which images could not be read, in words
+    left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that are no images, in words
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Files and folders below the images that were passed over."""
+        return self.left_out
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be read."""
+        return (self.unreadable,) if self.unreadable else ()
+
+    def lines(self) -> Iterator[str]:
+        """A line for each finished cache; before that, what is still missing."""
+        if not self.is_complete:
+            yield (
+                f"{self.out}: shard {self.shard} is done, {self.n_readable + self.n_unreadable:,} images; other shards "
+                f"are not. The last one completes the store; if all have ended: cyto cache merge {self.out}"
+            )
+        yield from self.described
 
 
 @dataclass(frozen=True)
@@ -92,10 +128,11 @@ class _Chunk:
 
 
 def extract(
-    images: Images,
-    store: Path,
-    config: ExtractConfig,
+    images: Images | Path | str,
+    out: Path | str,
+    config: ExtractConfig | None = None,
     *,
+    root: Path | None = None,
     shard: Shard = ONE_WRITER,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
@@ -103,14 +140,19 @@ def extract(
     download_progress: Progress = lambda done, total, state: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ExtractResult:
-    """Write (or continue) the activation cache of `images` at `store`; with several blocks, `store/block<k>.zarr`.
+    """Write (or continue) the activation cache of `images` at `out`; with several blocks, `out/block<k>.zarr`.
 
-    An unreadable image is listed with its error in the cache's image table, keeps a NaN block and does not end the job.
+    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job.
     Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, and a few batches of pixels.
 
     Parameters
     ----------
-    shard : the part that this process writes; the last one to end completes the cache
+    images : as of `open_images`, or what it opens: a folder, a .csv or .parquet table
+    config : None: the defaults of `ExtractConfig`
+    root : as of `open_images`
+    shard : the share of the images that this process writes; the last one to end completes the cache
+    overwrite : replace a cache with other settings; the old one stays until the new one is complete
+    inputs : further files that must not be overwritten
     progress : images done (those of the chunk in flight are not yet on the disk), images in all
     download_progress : told of bytes while weights are downloaded ("auto")
     stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
@@ -121,13 +163,18 @@ def extract(
         For settings or weights that cannot be used, if a token of a readable image does not fit float16, if no image
         at all could be read, or if another process writes the same shard.
     SpecMismatch
-        If `store` holds something else, or a cache with other settings (and not `overwrite`).
+        If `out` holds something else, or a cache with other settings (and not `overwrite`).
     """
+    config, out = config or ExtractConfig(), Path(out)
+    images = images if isinstance(images, Images) else open_images(images, root=root)
+    config = replace(config, device=resolve_device(config.device))
+    known = (images.source, images.root, Path(config.weights) if config.weights else None)
+    inputs = (*inputs, *(path for path in known if path is not None and path.exists()))
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
-    places = [store] if len(specs) == 1 else [store / f"block{spec.block}.zarr" for spec in specs]
+    places = [out] if len(specs) == 1 else [out / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
         plan_output(place, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
         for place, spec in zip(places, specs, strict=True)
@@ -152,12 +199,18 @@ def extract(
     else:
         n_images, n_unreadable = writers[0].counts()
         n_readable = n_images - n_unreadable
+    some_unreadable = is_complete and n_unreadable
     return ExtractResult(
+        out=out,
         stores=tuple(places),
         n_readable=n_readable,
         n_unreadable=n_unreadable,
         is_complete=is_complete,
         was_complete=not writers,
+        shard=shard,
+        described=tuple(describe_cache(place) for place in places) if is_complete else (),
+        unreadable=unreadable_images(places[0]) if some_unreadable else "",
+        left_out=images.notes,
     )
 
 
@@ -191,7 +244,7 @@ def fill(
     on_gpu = device.type == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions are not float32 but nearly
     backbone.model.to(device)
-    batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.batch_size)]
+    batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
         if on_gpu:  # else events are recorded, and host memory is pinned, on GPU 0
@@ -211,7 +264,7 @@ def fill(
             largest = [torch.empty(len(rows), pin_memory=on_gpu) for _ in writers]
             content_hash: list[str | None] = []
             errors: list[str | None] = []
-            for batch in _batches(range(len(rows)), config.batch_size):
+            for batch in _batches(range(len(rows)), config.images_per_pass):
                 pictures = next(reading)
                 pixels = torch.from_numpy(pictures.pixels)
                 pixels = (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=True)
@@ -303,7 +356,7 @@ def open_writer(
         images_root=os.fspath(images.root),
         device=_device_name(config.device),
         threads=torch.get_num_threads(),
-        batch_size=config.batch_size,
+        batch_size=config.images_per_pass,
         **({"weights": weights} if weights else {}),
     )
     if damaged is None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,24 +23,28 @@ DUPLICATE_OF = "duplicate_of"  # the column: image_id of the first image with th
 _MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: who wrote the file
 
 
-def make_index(
-    source: Path,
-    out: Path,
+def index_images(
+    source: Path | str,
+    out: Path | str | None = None,
     *,
     dataset: str = "folder",
     class_set: str | None = None,
     compare_files: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
-) -> tuple[Index, bool]:
-    """(the index of `source`, now in the Parquet file `out`; was it there already, equal in every cell?)
+) -> Index:
+    """The image table of `source`, one row per image, and how it compares with the published dataset.
 
-    Nothing but `out` is written, atomically.
+    Nothing but `out` is written, atomically; without it, nothing at all.
 
     Parameters
     ----------
-    dataset, class_set : see `index_images`
+    source : the unpacked dataset, or a folder above it
+    out : the Parquet file to write
+    dataset : a published dataset (`INDEXERS`), or "folder": one sub-folder per class
+    class_set : of acevedo: "13" (default), "11" (the paper's) or "10" (DinoBloom's)
     compare_files : read the files, and mark those that are byte-identical to an earlier one
+    progress : files compared, files in all
 
     Raises
     ------
@@ -48,9 +53,20 @@ def make_index(
     SpecMismatch
         If `out` is something else, or another index and `overwrite` is not set.
     """
+    source = Path(source)
+    if out is None:
+        index = index_dataset(source, dataset, class_set)
+        return mark_duplicates(index, progress=progress) if compare_files else index
+    out = Path(out)
     _find_before(out)  # first: reading all files may take an hour
     with claimed(out):
         return _write_index(source, out, _find_before(out), dataset, class_set, compare_files, overwrite, progress)
+
+
+def make_index(source: Path, out: Path, **settings: Any) -> tuple[Index, bool]:
+    """The old name of `index_images`, with its old result: (index, was `out` there already, equal in every cell?)."""
+    index = index_images(source, out, **settings)
+    return index, index.was_complete
 
 
 def _write_index(
@@ -62,8 +78,8 @@ def _write_index(
     compare_files: bool,
     overwrite: bool,
     progress: Progress,
-) -> tuple[Index, bool]:
-    index = index_images(source, dataset, class_set)
+) -> Index:
+    index = replace(index_dataset(source, dataset, class_set), out=out)
     if compare_files:
         index = mark_duplicates(index, progress=progress)
     table = index.images.table
@@ -71,20 +87,20 @@ def _write_index(
     if before is not None:
         difference = _difference(before, table)
         if not difference:
-            return index, True
+            return replace(index, was_complete=True)
         if not overwrite:
             raise SpecMismatch(
                 f"{out} holds another index: {difference}; choose another output, or add --overwrite to replace it"
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image_table(table.replace_schema_metadata({_MARK: json.dumps(mark)}), out)
-    return index, False
+    return index
 
 
-def index_images(source: Path, dataset: str = "folder", class_set: str | None = None) -> Index:
+def index_dataset(source: Path, dataset: str = "folder", class_set: str | None = None) -> Index:
     """The image table of a published dataset (`INDEXERS`), or of any folder with one sub-folder per class.
 
-    Paths are relative to the folder that holds the class folders, wherever at or above it `source` is.
+    Paths are relative to the folder that holds the class folders, which lies at or below `source`. Only names are read.
 
     Raises
     ------
@@ -92,7 +108,7 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
         If there is no such folder, dataset or class set, or no image in it.
     """
     if dataset in INDEXERS:
-        return INDEXERS[dataset](source, class_set)
+        return replace(INDEXERS[dataset](source, class_set), source=source)
     if dataset != "folder":
         raise BadInput(f"unknown dataset {dataset!r}; known: {', '.join(INDEXERS)}, folder")
     if class_set is not None:
@@ -107,7 +123,7 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
     others = tuple(list_files(images.root)[1]) if images.n_skipped else ()
     findings: tuple[Finding, ...] = (Finding(NOT_AN_IMAGE, others),) if others else ()
     findings += (Finding(NO_CELLS, images.passed_over),) if images.passed_over else ()
-    return Index("folder", None, images, "images", tuple(counts), findings=findings)
+    return Index("folder", None, images, "images", tuple(counts), findings=findings, source=source)
 
 
 def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, state: None) -> Index:

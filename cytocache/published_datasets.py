@@ -8,13 +8,16 @@ import csv
 import io
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from stores.errors import BadInput
 from stores.tables import column, image_table, listed
+from stores.wording import Report, more_or_fewer, printable
 
 from .datasets import Images, is_leaving, list_files, refuse_loop, refuse_unlistable
 from .published_classes import (
@@ -63,7 +66,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(Report):
     """An image table made from a folder, and everything that the user should know about it."""
 
     dataset: str
@@ -74,6 +77,68 @@ class Index:
     stated: tuple[Stated, ...] = ()
     findings: tuple[Finding, ...] = ()
     known_duplicates: int | None = None  # groups of byte-identical files that others have reported
+    source: Path | None = None  # the folder that was given
+    out: Path | None = None  # the table's file; None: not written
+    was_complete: bool = False  # it was there already, equal in every cell
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to, named by way of `source`."""
+        return self.source / self.images.root.relative_to(self.source.absolute()) if self.source else self.images.root
+
+    @property
+    def next_command(self) -> str:
+        """The command that makes a cache of the images; empty without `out`."""
+        if self.out is None:
+            return ""
+        command = ["cyto", "cache", "extract", self.out, self.out.with_suffix(".acts.zarr")]
+        command += [] if self.images.root == self.out.absolute().parent else ["--root", self.root]
+        return shlex.join(str(word) for word in command)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values, but for the table itself."""
+        return {
+            "dataset": self.dataset,
+            "class_set": self.class_set,
+            "n_images": self.images.table.num_rows,
+            "unit": self.unit,
+            "counts": [vars(count) for count in self.counts],
+            "stated": [vars(stated) for stated in self.stated],
+            "findings": [
+                {"what": finding.what, "n": len(finding.names), "names": finding.names} for finding in self.findings
+            ],
+            "root": str(self.root),
+            "table": str(self.out),
+            "next": self.next_command,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Found and published counts side by side, each difference in words; then what is odd."""
+        class_set = f", class set {self.class_set}" if self.class_set else ""
+        n_images = self.images.table.num_rows
+        yield f"{self.dataset}{class_set}: {n_images:,} images in {printable(str(self.root))}"
+        rows = [(printable(count.name), count.found, count.published) for count in self.counts]
+        published = [number for _, _, number in rows if number is not None]
+        rows.append(("total", sum(found for _, found, _ in rows), sum(published) if published else None))
+        width = max(len(name) for name, _, _ in rows)
+        yield f"  {'':<{width}}  {self.unit:>9}{'  published' if published else ''}"
+        for name, found, number in rows:
+            beside = "" if number is None else f"  {number:>9,}  {more_or_fewer(found, number)}"
+            yield f"  {name:<{width}}  {found:>9,}{beside}".rstrip()
+        for stated in self.stated:
+            yield f"  stated elsewhere: {stated.n:,} ({stated.source})"
+        for finding in self.findings:
+            yield f"  {finding.what}: {len(finding.names):,} ({listed([printable(name) for name in finding.names])})"
+        if any(len(finding.names) > 3 for finding in self.findings):
+            yield "  (--json names all of them)"
+        groups = {
+            kind: len({value for value in column(self.images.table, name) if value is not None})
+            for name, kind in (("label", "classes"), ("patient", "patients"), ("disease", "diseases"))
+        }
+        words = ", ".join([f"{n_images:,} images", *(f"{n:,} {kind}" for kind, n in groups.items() if n)])
+        yield f"{self.out}: {words}" if self.out else words
+        if self.next_command:
+            yield f"next: {printable(self.next_command)}"
 
 
 _ClassOf = Callable[[PurePosixPath], CellClass | None]

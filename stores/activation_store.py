@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from .spec import ACTIVATIONS, Header, describe_difference, read_header, require
 from .tables import read_image_table, readable, table_sha256
 from .token_stream import TokenStream
 from .zarr_meta import array_meta, read_array
+
+if TYPE_CHECKING:
+    from .info import CacheInfo
 
 Float16 = npt.NDArray[np.float16]
 CRC_BYTES = 4
@@ -136,6 +139,15 @@ class ActivationStore:
 
     content_sha256: str
     """SHA-256 of the identity and of every chunk's checksum: equal only if the tokens are equal."""
+
+    def describe(self) -> "CacheInfo":
+        """What is in the cache: the facts and the page of `cyto cache info`."""
+        from .info import cache_info
+
+        return cache_info(self.root)
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
 
     def readable(self) -> npt.NDArray[np.bool_]:
         """(n_images,) bool: False where the image could not be read and the tokens are NaN."""

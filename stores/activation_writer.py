@@ -9,6 +9,8 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from .tables import (
     without_outcome,
     write_image_table,
 )
+from .wording import Report, describe_cache
 
 _SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 
@@ -210,21 +213,44 @@ def complete_cache(root: Path) -> Header | None:
         return header
 
 
-def merge_cache(store: Path) -> list[Path]:
-    """`complete_cache` of a cache, or of each block's in a folder; gives their places. For who does not write them.
+@dataclass(frozen=True, kw_only=True)
+class MergeResult(Report):
+    """Stores that are complete now."""
+
+    out: Path
+    stores: tuple[Path, ...]  # `out`, or the cache of each block in it
+    was_complete: bool  # nothing had to be done
+    described: tuple[str, ...]  # each store in one line
+
+    def lines(self) -> Iterator[str]:
+        """A line for each store."""
+        yield from self.described
+
+
+def merge_cache(store: Path | str) -> MergeResult:
+    """Complete an activation cache whose shards have all ended (`complete_cache`), or each block's cache in a folder.
 
     Raises
     ------
+    IncompleteStore
+        If chunks are missing.
     SpecMismatch
-        If another process replaces one of them, or is completing it, at this moment.
+        If another process replaces or completes one of them at this moment.
     """
+    store = Path(store)
     places = sorted(store.glob("block*.zarr")) or [store]
+    was_complete = True
     for place in places:
-        read_header(place, ACTIVATIONS, complete=False)  # before a lock is put beside it
+        was_complete &= read_header(place, ACTIVATIONS, complete=False).complete  # before a lock is put beside it
         with claimed(place, shared=True):
             if complete_cache(place) is None:
                 raise SpecMismatch(f"{place} is being completed by another process; wait until it ends")
-    return places
+    return MergeResult(
+        out=store,
+        stores=tuple(places),
+        was_complete=was_complete,
+        described=tuple(describe_cache(place) for place in places),
+    )
 
 
 def left_overs(root: Path) -> list[Path]:

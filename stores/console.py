@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stores.machine import n_cores
-from stores.wording import Report, counted, left_out_text, printable
+from stores.wording import Report, counted, left_out_text, page_lines, printable
+
+if TYPE_CHECKING:
+    from stores.verify import CheckReport
 
 
 class Place(click.Path):
@@ -124,27 +127,20 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         click.echo(err=True)
 
 
-def print_problems(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
-    problems = []
-    with progress_line("verify", "chunk") as progress:
-        for n_done, problem in enumerate(checks, start=1):
-            if problem is not None:
-                problems.append(problem)
-            progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+def print_check(report: "CheckReport", as_json: bool) -> None:
+    """The problems of a store, and exit code 1 if there is one."""
     if as_json:
-        found = [{"chunk": problem.chunk, "images": problem.images, "what": problem.what} for problem in problems]
-        click.echo(json.dumps({"store": str(store), "ok": not problems, "problems": found}, indent=1))
+        click.echo(json.dumps(report.to_json(), indent=1))
     else:
-        for problem in problems:
-            click.echo(str(problem))
-        if not problems:
-            click.echo(f"{store}: whole ({counted(total, 'chunk')} checked)")
-    if problems:
-        raise click.ClickException(f"{store} is damaged: {counted(len(problems), 'problem')}")
+        tell(report)
+    if report.problems:
+        raise click.ClickException(f"{report.store} is damaged: {counted(len(report.problems), 'problem')}")
 
 
 def tell(report: Report) -> None:
-    """What was done to stdout, warnings to stderr."""
+    """What was done to stdout; notes before it and warnings after it to stderr."""
+    for note in report.notes:
+        click.echo(printable(note), err=True)
     for line in report.lines():
         click.echo(line)
     for warning in report.warnings:
@@ -152,11 +148,12 @@ def tell(report: Report) -> None:
 
 
 def say_done(path: Path, was_complete: bool) -> None:
+    """A line on stderr if there was nothing to do."""
     if was_complete:
         click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
 
 
 def print_page(title: str, rows: dict[str, str]) -> None:
-    click.echo(title)
-    for name, value in rows.items():
-        click.echo(f"  {name:<10} {value}")
+    """A title and named values to stdout."""
+    for line in page_lines(title, rows):
+        click.echo(line)

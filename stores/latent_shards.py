@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .activation_writer import overlapping_writer, writer_lock
+from .activation_writer import MergeResult, overlapping_writer, writer_lock
 from .csr import CsrCommit, CsrReader, check_chunk
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
@@ -26,6 +26,7 @@ from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
+from .wording import describe_latents
 
 
 @dataclass(frozen=True)
@@ -174,18 +175,24 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
         return header
 
 
-def merge_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> None:
-    """`complete_latents` for who does not write the store.
+def merge_latents(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> MergeResult:
+    """Complete a latent store whose shards have all ended (`complete_latents`). No GPU, SAE or cache is needed.
+
+    progress : images joined, images in all
 
     Raises
     ------
+    IncompleteStore
+        If rows of some images are not there.
     SpecMismatch
-        If another process replaces it, or is completing it, at this moment.
+        If another process replaces or completes the store at this moment.
     """
-    read_header(root, LATENTS, complete=False)  # before a lock is put beside it
+    root = Path(root)
+    was_complete = read_header(root, LATENTS, complete=False).complete  # before a lock is put beside it
     with claimed(root, shared=True):
         if complete_latents(root, progress=progress) is None:
             raise SpecMismatch(f"{root} is being completed by another process; wait until it ends")
+    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(describe_latents(root),))
 
 
 def require_all_images(root: Path, spec: LatentSpec) -> None:

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from .shards import ONE_WRITER, Shard
 from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, stated, write_header
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, read_array
+
+if TYPE_CHECKING:
+    from .info import LatentsInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,15 @@ class LatentStore:
         changed = check_files and table_sha256(self.images) != self.spec.images_sha256
         if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
+
+    def describe(self) -> "LatentsInfo":
+        """What is in the store: the facts and the page of `cyto latents info`."""
+        from .info import latents_info
+
+        return latents_info(self.root)
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return travelling(self)

@@ -15,12 +15,15 @@ from .barcode_store import LEVELS, BarcodeStore
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
-from .latent_store import LatentStore
-from .spec import ACTIVATIONS, read_header, require_unchanged
+from .latent_store import LatentStore, read_latent_spec
+from .progress import Progress
+from .spec import ACTIVATIONS, LATENTS, read_header, require_unchanged
 from .tables import column, listed, read_image_table, table_sha256
+from .wording import Report, counted
 from .zarr_meta import check_tree
 
 _FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
+_IMAGES_AT_ONCE = 256  # of a latent store
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,58 @@ class Problem:
     def __str__(self) -> str:
         place = "store" if self.chunk is None else f"chunk {self.chunk} (images {self.images})"
         return f"{place}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckReport(Report):
+    """What a check of every byte of a cache or latent store has found."""
+
+    store: Path
+    n_checked: int  # chunks of a cache; groups of 256 images of a latent store
+    problems: tuple[Problem, ...]  # empty: no damage
+
+    @property
+    def is_whole(self) -> bool:
+        """No damage was found."""
+        return not self.problems
+
+    def lines(self) -> Iterator[str]:
+        """A line for each problem, or that there is none."""
+        yield from map(str, self.problems)
+        if not self.problems:
+            yield f"{self.store}: whole ({counted(self.n_checked, 'chunk')} checked)"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {"store": str(self.store), "ok": self.is_whole, "problems": [vars(each) for each in self.problems]}
+
+
+def check_cache(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> CheckReport:
+    """Read every byte of the activation cache at `root`, and list what is damaged (`verify_activations`).
+
+    Memory: one chunk. Raises StoreNotFound, IncompleteStore or SpecMismatch if there is no finished cache.
+    """
+    root = Path(root)
+    return _checked(root, verify_activations(root), read_spec(read_header(root, ACTIVATIONS), root).n_chunks, progress)
+
+
+def check_latents(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> CheckReport:
+    """Read every byte and every index of the latent store at `root`, and list what is damaged (`verify_latents`).
+
+    Memory: the rows of 256 images. Raises StoreNotFound, IncompleteStore or SpecMismatch if there is no finished store.
+    """
+    root = Path(root)
+    n_images = read_latent_spec(read_header(root, LATENTS), root).n_images
+    return _checked(root, verify_latents(root), -(-n_images // _IMAGES_AT_ONCE), progress)
+
+
+def _checked(root: Path, checks: Iterator[Problem | None], total: int, progress: Progress) -> CheckReport:
+    problems: list[Problem] = []
+    for n_done, problem in enumerate(checks, start=1):
+        if problem is not None:
+            problems.append(problem)
+        progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+    return CheckReport(store=root, n_checked=total, problems=tuple(problems))
 
 
 def verify_activations(root: Path) -> Iterator[Problem | None]:
@@ -80,8 +135,8 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     require_unchanged(header)  # else what was found is of two stores
 
 
-def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem | None]:
-    """Check every byte and every index of a latent store; yields None for each block of images that is whole.
+def verify_latents(root: Path, *, images_at_once: int = _IMAGES_AT_ONCE) -> Iterator[Problem | None]:
+    """Check every byte and every index of a latent store; yields None for each group of images that is whole.
 
     Found are: missing, empty, torn, changed or swapped chunk files, by the checksums in the journal; files that do not
     belong there; indices out of range, not increasing or twice in a row; values that are not finite, not above 0 or
@@ -100,8 +155,8 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
     yield from (Problem(None, "all", what) for what in problems)
     is_readable, starts = store.readable(), store.image_indptr
     is_whole: dict[tuple[str, int], bool] = {}
-    for block, start in enumerate(range(0, spec.n_images, block_images)):
-        stop = min(start + block_images, spec.n_images)
+    for group, start in enumerate(range(0, spec.n_images, images_at_once)):
+        stop = min(start + images_at_once, spec.n_images)
         rows = range(start * spec.tokens_per_image, stop * spec.tokens_per_image)
         needed = store.rows.chunks_of(range(int(starts[start]), int(starts[stop])), rows)
         for name, chunk in needed:
@@ -112,7 +167,7 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
                     yield Problem(chunk, _chunk_images(store, name, chunk), f"X/{name}/c/{chunk} {what}")
         if all(is_whole[each] for each in needed):
             what = _check_latents(store, start, stop, is_readable[start:stop])
-            yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
+            yield Problem(group, f"{start:,} to {stop - 1:,}", what) if what else None
     require_unchanged(store.header)
 
 

@@ -13,8 +13,13 @@ from typing import Any
 class Report:
     """What a call has done. Frozen dataclasses that inherit from it hold the facts; a command prints `lines()`.
 
-    In a notebook the last value of a cell is shown: the lines, then the warnings.
+    In a notebook the last value of a cell is shown: the notes, the lines, then the warnings.
     """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about the inputs, and does not make the result doubtful."""
+        return ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -26,10 +31,11 @@ class Report:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), *(f"warning: {printable(warning)}" for warning in self.warnings)])
+        warnings = (f"warning: {printable(warning)}" for warning in self.warnings)
+        return "\n".join([*map(printable, self.notes), *self.lines(), *warnings])
 
     def _repr_html_(self) -> str:
-        lines = html.escape("\n".join(self.lines()))
+        lines = html.escape("\n".join([*map(printable, self.notes), *self.lines()]))
         warnings = "".join(f"<p><b>warning:</b> {html.escape(printable(each))}</p>" for each in self.warnings)
         return f"<pre>{lines}</pre>{warnings}"
 
@@ -62,7 +68,24 @@ def rate(part: int, whole: int) -> str:
     return f"{part / whole:.2e}" if whole else "n/a"
 
 
+def page_lines(title: str, rows: Mapping[str, str]) -> Iterator[str]:
+    """A title, and a line for each named value."""
+    yield title
+    for name, value in rows.items():
+        yield f"  {name:<10} {value}"
+
+
+def page_html(title: str, rows: Mapping[str, str]) -> str:
+    """The same as an HTML table."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}</td>"
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
 def describe_cache(store: Path) -> str:
+    """A finished cache in one line: its size, and what its tokens are."""
     from stores import ActivationStore
 
     spec = ActivationStore(store).spec
@@ -74,6 +97,7 @@ def describe_cache(store: Path) -> str:
 
 
 def describe_latents(store: Path) -> str:
+    """A finished latent store in one line: its size, nonzeros, and what was dropped."""
     from stores import LatentStore
 
     latents = LatentStore(store)
@@ -124,6 +148,10 @@ def printable(name: str) -> str:
 
 def state_of(complete: bool) -> str:
     return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
+
+
+def megabytes(n_bytes: int | None) -> str:
+    return "n/a" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB"
 
 
 def size_on_disk(root: Path) -> int:
