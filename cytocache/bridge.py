@@ -1,7 +1,7 @@
-"""What stage two asks of stage one: pictures, masks, the tokens of a new image, and the way to the backbone's end.
+"""What stage two needs of stage one: pixels, masks, the tokens of a new image, the later blocks of the backbone.
 
-`cytosae.stage_one` says the same as a protocol. A notebook passes this module: `stage_one=cytocache.bridge`.
-torch is imported by those functions that need it.
+`cytosae.stage_one` declares the same functions as a protocol. In a notebook pass this module:
+`stage_one=cytocache.bridge`. Only the functions that need torch import it.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,9 +29,9 @@ def _silent(done: int, total: int, state: str) -> None:
 
 
 def pictures(latents: LatentStore, root: Path | None = None) -> Pictures:
-    """The pictures of a latent store's images, by `image_index`.
+    """The images of a latent store as pixels, by `image_index`.
 
-    root : where the images lie now; None: where they lay when the cache was made, if that can be told
+    root : folder of the images now; None: as recorded when the cache was made, if it was
     """
     return Pictures(latents, root)
 
@@ -45,12 +45,12 @@ def new_image(
     device: str = "auto",
     progress: Progress = _silent,
 ) -> tuple[npt.NDArray[np.float16], Pixels, str]:
-    """The tokens of an image that is in no store, (257, width), its picture, and the SHA-256 of its file.
+    """For an image that is in no store: its tokens, (257, width) float16, its pixels, and the SHA-256 of its file.
 
     Parameters
     ----------
-    spec : of the cache whose tokens they must be like
-    cache : what to call that cache in an error
+    spec : of the cache that the tokens must be compatible with
+    cache : name of that cache in errors
     weights : the file of the trained backbone; an untrained one needs none
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     progress : bytes downloaded, bytes in all
@@ -82,12 +82,12 @@ def backbone_sample(
     download_progress: Progress = _silent,
     progress: Progress = _silent,
 ) -> "tuple[Iterator[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]":
-    """Some images of a cache at its block, read when they are asked for, and the way on to the backbone's end.
+    """Block outputs for a sample of a cache's images, computed lazily, and a function that runs the later blocks.
 
     Parameters
     ----------
     store : the activation cache, a path or a URL
-    root : where its images lie now
+    root : folder of its images now
     weights : the file of the trained backbone; an untrained one needs none
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     n_images, seed : how many, and the seed of the draw
@@ -96,13 +96,13 @@ def backbone_sample(
 
     Returns
     -------
-    Per image the float32 output of the block, (tokens_per_image, D); and (n, tokens_per_image, D) -> final CLS
-    embeddings (n, width).
+    An iterator over images: the float32 output of the block, (tokens_per_image, width). And a function: (n,
+    tokens_per_image, width) -> final CLS embeddings, (n, width).
 
     Raises
     ------
     BadInput, SpecMismatch
-        If the weights are missing or not those of the cache; while iterating, if an image is another than was cached.
+        If the weights are missing or not those of the cache; while iterating, if an image file has changed.
     """
     from .sample import draw_sample, load_backbone_of, read_sample
 
@@ -133,7 +133,7 @@ def read_masks(
     classes: str | None = None,
     progress: Progress = _silent,
 ) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
-    """Segmentation masks of a latent store's images, as shares of side x side patches.
+    """Segmentation masks of a latent store's images, as fractions of side x side patches, 0 to 1.
 
     Parameters
     ----------
@@ -144,8 +144,8 @@ def read_masks(
 
     Returns
     -------
-    By image_index the share of each patch that each class covers, (n_classes, side, side); the classes, as (name,
-    values); and what was left out, names by reason.
+    By image_index the fraction of each patch that each class covers, (n_classes, side, side); the classes, as (name,
+    values); and the masks that were left out, names by reason.
 
     Raises
     ------

@@ -1,8 +1,9 @@
-"""Stage one: images through the backbone, once, into activation caches. The only file that writes one.
+"""Stage one: runs the backbone once over all images and writes their tokens into activation caches.
 
-The loop reads as a story: plan what is missing, and per chunk read, forward, save. Processes read ahead, threads save
-behind, both by a bounded number of steps, so memory does not depend on the number of images. Batches end at chunk
-edges, so an interrupted and continued cache equals an uninterrupted one, byte for byte (same device and versions).
+The loop in `fill`: find the missing chunks; for each chunk read its images, run the backbone, save. Processes read ahead
+and threads save in the background, both a bounded number of steps, so memory does not depend on the number of images.
+No batch crosses a chunk's end, so a cache that was interrupted and continued equals one made in a single run, byte for
+byte (same device and versions).
 """
 
 import os
@@ -44,20 +45,22 @@ from .images import MAX_FILE_BYTES
 from .readers import ImageReaders
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAVING_AT_ONCE = 4  # chunks: one that waits for the disk's fsync does not hold up the next
-_FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
+_SAVING_AT_ONCE = 4  # chunks: while one waits for fsync, the next is saved
+_FLOAT16_LIMIT = 65_520.0  # a float16 value of this magnitude rounds to infinity
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to run. Device, batch size and workers change speed only; they go to the run log, not into the identity.
+    """Settings of `extract`. Device, batch size and workers change speed only: they are logged, not part of the identity.
 
-    Raises BadInput for a precision that there is not, a number below 1, or no block.
+    Raises BadInput for an unknown precision, a number below 1, or no block.
     """
 
     backbone: str = "random-vit-tiny"
-    weights: str | None = None  # a DinoBloom .pth file, "auto" (download it) or "random"
-    blocks: tuple[int, ...] = (-2,)  # several: one pass, and a store for each
+    weights: str | None = None  # see `load_backbone`
+    blocks: tuple[int, ...] = (
+        -2,
+    )  # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
@@ -81,18 +84,18 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractResult(Report):
-    """What was done: of the whole cache, or of this writer's shard as long as other shards are missing."""
+    """What was done: for the whole cache, or for this shard while other shards are missing."""
 
     out: Path
     stores: tuple[Path, ...]  # `out`, or with several blocks a cache for each in it, ascending
     n_readable: int
     n_unreadable: int
-    is_complete: bool  # False: other shards are not there yet
+    is_complete: bool  # False: other shards are still missing
     was_complete: bool  # nothing had to be done
     shard: Shard = field(default=ONE_WRITER, compare=False)
     described: tuple[str, ...] = field(default=(), compare=False)  # each finished cache in one line
     unreadable: str = field(default="", compare=False)  # which images could not be read, in words
-    left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that are no images, in words
+    left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that were passed over, in words
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -105,7 +108,7 @@ class ExtractResult(Report):
         return (self.unreadable,) if self.unreadable else ()
 
     def lines(self) -> Iterator[str]:
-        """A line for each finished cache; before that, what is still missing."""
+        """A line for each finished cache, or that other shards are still missing."""
         if not self.is_complete:
             yield (
                 f"{self.out}: shard {self.shard} is done, {self.n_readable + self.n_unreadable:,} images; other shards "
@@ -116,15 +119,15 @@ class ExtractResult(Report):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk on its way to the disk."""
+    """One chunk that is to be saved."""
 
     number: int
     image_ids: list[str]
-    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in the host's memory
-    largest: list[torch.Tensor]  # per block (images,): largest magnitude before the rounding to float16
+    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in host memory
+    largest: list[torch.Tensor]  # per block (images,): largest magnitude before rounding to float16
     content_hash: list[str | None]
     errors: list[str | None]
-    copied: "torch.cuda.Event | None"  # when the GPU has filled them
+    copied: "torch.cuda.Event | None"  # recorded after the copies from the GPU
 
 
 def extract(
@@ -153,9 +156,9 @@ def extract(
     shard : the share of the images that this process writes; the last one to end completes the cache
     overwrite : replace a cache with other settings; the old one stays until the new one is complete
     inputs : further files that must not be overwritten
-    progress : images done (those of the chunk in flight are not yet on the disk), images in all
-    download_progress : told of bytes while weights are downloaded ("auto")
-    stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
+    progress : images done (including those of chunks that are not saved yet), images in all
+    download_progress : bytes of the weights downloaded, bytes in all
+    stop : called before each chunk; once True, chunks in flight are saved and KeyboardInterrupt is raised
 
     Raises
     ------
@@ -224,7 +227,7 @@ def fill(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> None:
-    """Write every chunk that the writers (one for each block, of the same shard) are missing."""
+    """Write every missing chunk of the writers (one writer for each block, all of the same shard)."""
     spec, paths, names = writers[0].spec, column(images.table, "path"), column(images.table, "image_id")
     blocks = [backbone.blocks.index(writer.spec.block) for writer in writers]
     missing = [set(writer.missing_chunks()) for writer in writers]
@@ -242,12 +245,12 @@ def fill(
         return
     device, low = torch.device(config.device), PRECISIONS[spec.precision]
     on_gpu = device.type == "cuda"
-    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions are not float32 but nearly
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU are less precise than float32
     backbone.model.to(device)
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
-        if on_gpu:  # else events are recorded, and host memory is pinned, on GPU 0
+        if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
             ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
@@ -280,7 +283,7 @@ def fill(
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
-            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread takes no core
+            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread uses no core
             if copied is not None:
                 copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]
@@ -296,7 +299,7 @@ def fill(
 
 
 def make_spec(backbone: Backbone, images: Images, config: ExtractConfig, block: int) -> ActivationSpec:
-    """What the cache of `block` will hold."""
+    """The spec of the cache of `block`."""
     return ActivationSpec(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
@@ -332,10 +335,10 @@ def open_writer(
     weights: str = "",
     damaged: list[int] | None = None,
 ) -> ActivationWriter:
-    """A writer that nobody else is while `stack` is open, with this run in its log.
+    """The only writer of this shard while `stack` is open; this run is added to the log.
 
-    `weights`: of a download, what gives the very same file again; for the log. `damaged`: chunks of a complete cache,
-    which is opened again to make just these anew.
+    weights : of a download, the value of --weights that gives the same file again; for the log
+    damaged : chunks of a complete cache, which is opened again to make only these anew
     """
     root.mkdir(parents=True, exist_ok=True)
     other: Shard | None = shard
@@ -347,7 +350,7 @@ def open_writer(
     if damaged is not None:
         reopen(root, damaged)
     writer = ActivationWriter(root, spec, images.table, shard)
-    for folder in (root, *root.parents)[1:3]:  # a new store's own name, and that of the folder of several
+    for folder in (root, *root.parents)[1:3]:  # so that a new store's name is durable, and that of its parent folder
         sync_folder(folder)
     append_run(
         root,
@@ -360,7 +363,7 @@ def open_writer(
         **({"weights": weights} if weights else {}),
     )
     if damaged is None:
-        for row in writer.errors():  # a share that was not mounted, a file that has been copied again
+        for row in writer.errors():  # such a file may be readable now: a disk was mounted, a file copied again
             writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
     return writer
 
@@ -370,7 +373,7 @@ def _batches(rows: range, batch_size: int) -> list[range]:
 
 
 def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
-    """In a thread: check what came out of the backbone, and write it for each block whose cache lacks it."""
+    """In a saving thread: check the tokens of a chunk, and write them for each block whose cache lacks the chunk."""
     if chunk.copied is not None:
         chunk.copied.synchronize()
     for writer, tokens, largest in zip(owners, chunk.tokens, chunk.largest, strict=True):
@@ -383,14 +386,14 @@ def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
             elif not magnitudes[position] < _FLOAT16_LIMIT:
                 raise BadInput(
                     f"the tokens of image {chunk.image_ids[position]} do not fit float16: largest magnitude "
-                    f"{magnitudes[position]:.4g} behind block {writer.spec.block}, expected at most 65,504. "
+                    f"{magnitudes[position]:.4g} after block {writer.spec.block}, expected at most 65,504. "
                     f"Choose another --block, or check the weights"
                 )
         writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors)
 
 
 def hash_image_file(path: Path) -> str | None:
-    """SHA-256 of an image file; None where there is none that would be read."""
+    """SHA-256 of an image file; None if it is missing, too large or cannot be read."""
     try:
         return sha256_file(path) if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else None
     except OSError:

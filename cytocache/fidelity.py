@@ -1,7 +1,7 @@
-"""What did float16, and the precision of the forward pass, cost? A sample of images goes through the backbone again.
+"""Measures the error that float16, and the precision of the forward pass, bring into a cache.
 
-The float32 tokens of today are compared with the cached ones: the unexplained share of their variance, the largest
-magnitude, and, given an SAE, how many latents are active on one side only.
+A sample of images is run through the backbone again in float32. Its tokens are compared with the cached ones: fraction
+of variance unexplained (FVU), largest magnitude, and, with an SAE, how many latents are active in only one of the two.
 """
 
 import math
@@ -50,12 +50,12 @@ class Fidelity(Report):
     n_tokens: int
     fvu: float
     fvu_cls: float  # over CLS tokens alone
-    largest_magnitude: float  # of the float32 tokens; float16 ends at 65,504
+    largest_magnitude: float  # of the float32 tokens; the largest float16 number is 65,504
     largest_difference: float
     n_active: int = 0  # (token, latent) pairs that are active in float32
-    n_cross_zero: int = 0  # pairs that are active on one side only
+    n_cross_zero: int = 0  # pairs that are active in one of the two only
     n_above_tau: int = 0
-    n_cross_tau: int = 0  # pairs that exceed tau on one side only
+    n_cross_tau: int = 0  # pairs that exceed tau in one of the two only
     store: Path = Path()
     seed: int = 0  # of the sample
     tau: float = 0.2
@@ -120,7 +120,7 @@ def measure_fidelity(
         n_latents float32, twice
     assume_compatible : take an imported SAE, which does not say which tokens it was trained on
     latents : instead of `sae`, the function that encodes tokens
-    root : where the images lie now; default: where they lay when the cache was written
+    root : folder of the images now; default: as recorded when the cache was written
     weights : the file of the trained backbone; an untrained one needs none
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     workers : processes that read images; default: one for each core

@@ -1,4 +1,4 @@
-"""`cyto data index`: an image table from a folder, its byte-identical files marked, written where nothing is lost."""
+"""`cyto data index`: makes an image table from a folder, marks byte-identical files, and writes it atomically."""
 
 import json
 from collections import Counter
@@ -20,7 +20,7 @@ from .duplicates import find_duplicates
 from .published_datasets import INDEXERS, NO_CELLS, NOT_AN_IMAGE, Count, Finding, Index
 
 DUPLICATE_OF = "duplicate_of"  # the column: image_id of the first image with the same bytes, else null
-_MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: who wrote the file
+_MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: the program that wrote the file
 
 
 def index_images(
@@ -49,7 +49,7 @@ def index_images(
     Raises
     ------
     BadInput
-        If there is nothing to index, or `out` has another ending than .parquet, by which a manifest is known.
+        If there is nothing to index, or the name of `out` does not end in .parquet.
     SpecMismatch
         If `out` is something else, or another index and `overwrite` is not set.
     """
@@ -127,7 +127,7 @@ def index_dataset(source: Path, dataset: str = "folder", class_set: str | None =
 
 
 def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, state: None) -> Index:
-    """Read the files, and add the column `duplicate_of` and what was found. Every image stays a row."""
+    """Read the files, add the column `duplicate_of`, and report the duplicates. Every image stays in the table."""
     table = index.images.table
     ids, paths = ([str(value) for value in column(table, name)] for name in ("image_id", "path"))
     compared = find_duplicates(index.images.root, paths, progress=progress)
@@ -155,7 +155,7 @@ def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, st
 
 
 def _find_before(out: Path) -> pa.Table | None:
-    """The index that is at `out`, or None for a free place; refuses what is not an index of ours."""
+    """The index at `out`, or None if nothing is there; refuses a file that is not an index made by Cyto."""
     if out.suffix.lower() != ".parquet":
         raise BadInput(f"an image table is a .parquet file; found {out}")
     for folder in out.absolute().parents:
@@ -181,7 +181,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _difference(before: pa.Table, table: pa.Table) -> str:
-    """In what two image tables differ, in a few words; empty if they are equal."""
+    """How two image tables differ, in a few words; empty if they are equal."""
     if before.num_rows != table.num_rows:
         return f"{before.num_rows:,} images against {table.num_rows:,}"
     names = [name for name in dict.fromkeys([*before.column_names, *table.column_names])]

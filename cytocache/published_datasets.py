@@ -1,7 +1,7 @@
-"""From the folder of a published dataset to an image table: one function per dataset, each knows its layout.
+"""Makes an image table from the folder of a published dataset: one function per dataset, which knows its layout.
 
-Only names are read, and AML Hehr's metadata file; nothing is moved or deleted. Whatever is left out, or differs from
-what was published (published_classes.py), is a `Count` or a `Finding` with names.
+Only file names are read, and AML Hehr's metadata file; nothing is moved or deleted. What is left out, or differs from
+the publication (published_classes.py), is reported as a `Count` or a `Finding` with names.
 """
 
 import csv
@@ -19,7 +19,7 @@ from stores.errors import BadInput
 from stores.tables import column, image_table, listed
 from stores.wording import Report, more_or_fewer, printable
 
-from .datasets import Images, is_leaving, list_files, refuse_loop, refuse_unlistable
+from .datasets import Images, is_hidden_or_system, list_files, refuse_loop, refuse_unlistable
 from .published_classes import (
     ACEVEDO,
     ACEVEDO_FOLDERS,
@@ -34,15 +34,15 @@ from .published_classes import (
 
 NOT_AN_IMAGE = "files that are no images by their name, left out"
 NO_CELLS = "folders that are hidden, of a network disk or system, or results of Cyto, passed over"
-MAX_LEVELS = 4  # below the given folder: Matek19 from Kaggle nests data/data
-MAX_FOLDERS = 10_000  # looked into for the class folders; more is somebody's home, not a dataset
+MAX_LEVELS = 4  # searched below the given folder: Matek19 from Kaggle nests data/data
+MAX_FOLDERS = 10_000  # searched for the class folders; with more, the given folder is no dataset
 MAX_METADATA_BYTES = 16 << 20  # AML Hehr's own has 189 lines
 MAX_METADATA_COLUMNS = 64  # each becomes a string per image
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many of something are here, and how many were published (None: no such figure)."""
+    """How many images or patients of one class were found, and how many were published (None: not stated)."""
 
     name: str
     found: int
@@ -51,7 +51,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Stated:
-    """A total as somebody states it; printed beside what was found, and never checked: the sources contradict."""
+    """A total that a source states. It is printed for comparison and not checked, since the sources contradict."""
 
     n: int
     source: str
@@ -59,7 +59,7 @@ class Stated:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd, and the files, patients or classes that it is true of."""
+    """Something unexpected, and the names of the files, patients or classes concerned."""
 
     what: str
     names: tuple[str, ...]
@@ -67,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Index(Report):
-    """An image table made from a folder, and everything that the user should know about it."""
+    """An image table made from a folder, its counts compared with the published ones, and what is unexpected."""
 
     dataset: str
     class_set: str | None
@@ -83,7 +83,7 @@ class Index(Report):
 
     @property
     def root(self) -> Path:
-        """The folder that paths are relative to, named by way of `source`."""
+        """The folder that paths are relative to, written as a path from `source`."""
         return self.source / self.images.root.relative_to(self.source.absolute()) if self.source else self.images.root
 
     @property
@@ -165,9 +165,9 @@ def index_acevedo(source: Path, class_set: str | None = None) -> Index:
 
     def class_of(path: PurePosixPath) -> CellClass | None:
         codes = folders.get(_key(path.parts[0]), ())
-        if len(codes) == 1:  # the folder says it; not every copy's prefixes are known
+        if len(codes) == 1:  # the folder decides; not every copy has known prefixes
             return by_code[codes[0]]
-        prefix = path.name.split("_")[0].upper()  # all of it: MY is inside MMY and PMY
+        prefix = path.name.split("_")[0].upper()  # the whole prefix: MY is part of MMY and PMY
         return by_code[prefix] if prefix in codes else None
 
     return _index_cells(
@@ -184,7 +184,7 @@ def index_matek19(source: Path, class_set: str | None = None) -> Index:
 def index_bmc(source: Path, class_set: str | None = None) -> Index:
     """BMC, TCIA AXH3-T579: `<CLASS>/<0001-1000>/<CLASS>_<nnnnn>.jpg`.
 
-    Images reported as broken stay rows: whether one can be read is for `cyto cache extract` to find out.
+    Images reported as broken stay in the table: `cyto cache extract` tells whether each can be read.
     """
     stated = (
         Stated(171_374, "the classes"),
@@ -205,7 +205,7 @@ def index_bmc(source: Path, class_set: str | None = None) -> Index:
 def index_aml_hehr(source: Path, class_set: str | None = None) -> Index:
     """AML Hehr, TCIA 6ppe-4020: `data/<disease>/<patient>/*.tif`, and `metadata.csv` beside `data`.
 
-    A cell has no class here, so `label` is null. What metadata.csv knows of the patient travels along in the columns
+    Cells have no class, so `label` is null. What metadata.csv says of a patient is kept in the columns
     `patient_sex`, `patient_age`, `patient_leucocytes_per_ul` and `patient_pb_*` (differential count, percent).
 
     Raises
@@ -279,7 +279,7 @@ def _index_cells(
     folders: tuple[str, ...] = (),
     known_duplicates: int | None = None,
 ) -> Index:
-    """A dataset of labelled cells: every image file to which `class_of` gives a class of the set is a row."""
+    """A dataset of labelled cells: a row for every image file to which `class_of` gives a class of the class set."""
     class_set, excluded = _class_set(dataset, class_set)
     root, passed_over = _find_root(source, dataset, folders or tuple(cell.code for cell in classes))
     files, others, leavings = list_files(root)
@@ -327,7 +327,7 @@ def _by_folder(classes: tuple[CellClass, ...]) -> _ClassOf:
 
 
 def _class_named(classes: tuple[CellClass, ...]) -> Callable[[str], str | None]:
-    """path -> the code of the class that the file name begins with; the longest, as codes of MLL23 begin alike."""
+    """path -> the longest class code that the file name begins with (some codes of MLL23 are prefixes of others)."""
     prefixes = sorted(((_key(cell.code) + "_", cell.code) for cell in classes), key=lambda item: -len(item[0]))
 
     def named(path: str) -> str | None:
@@ -338,7 +338,7 @@ def _class_named(classes: tuple[CellClass, ...]) -> Callable[[str], str | None]:
 
 
 def _key(name: str) -> str:
-    """How folder names are compared: copies differ in case, and in what stands between the words."""
+    """Folder names in the form in which they are compared: without case and separators, which differ between copies."""
     return re.sub(r"[\W_]+", "_", name.casefold())
 
 
@@ -351,7 +351,7 @@ def _class_set(dataset: str, name: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tuple[Path, list[str]]:
-    """(the one folder at or below `source` that holds the class folders, the `augmented` folders met on the way)."""
+    """(the one folder at or below `source` that holds the class folders, the `augmented` folders that were found)."""
     if not source.is_dir():
         raise BadInput(f"no folder at {source}: expected {dataset}, unpacked")
     source = source.absolute()
@@ -394,7 +394,7 @@ def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tu
 def _folders_in(place: Path) -> list[str]:
     try:
         with os.scandir(place) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_leaving(entry.name))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden_or_system(entry.name))
     except OSError as error:
         refuse_unlistable(error)
         raise
@@ -429,7 +429,7 @@ def _read_hehr_metadata(path: Path) -> dict[str, dict[str, str | None]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")  # never fails; only the micro sign of one column name is at stake
+        text = raw.decode("latin-1")  # cannot fail; at most the micro sign of one column name is wrong
     try:
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
@@ -460,7 +460,7 @@ def _read_hehr_metadata(path: Path) -> dict[str, dict[str, str | None]]:
 
 def _hehr_column(name: str) -> str | None:
     """What a column of metadata.csv is called in the image table; None for one that is not AML Hehr's."""
-    if name.startswith("leucocytes_per_"):  # the micro sign after it comes in many encodings, some of them broken
+    if name.startswith("leucocytes_per_"):  # followed by a micro sign, in many encodings, some of them invalid
         return "patient_leucocytes_per_ul"
     if re.fullmatch(r"pb_[a-z0-9_]+", name):
         return f"patient_{name}"
@@ -471,7 +471,7 @@ def _hehr_column(name: str) -> str | None:
 def _hehr_differences(
     rows: list[tuple[str, str | None, str]], metadata: dict[str, dict[str, str | None]], diseases: dict[str, str]
 ) -> list[tuple[str, list[str]]]:
-    """Where folders and metadata.csv do not say the same."""
+    """Where folders and metadata.csv disagree."""
     n_images = Counter(patient for _, patient, _ in rows if patient is not None)
     disease_of = {patient: disease for _, patient, disease in rows if patient is not None}
     both = [patient for patient in sorted(n_images) if patient in metadata]

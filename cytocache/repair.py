@@ -1,8 +1,8 @@
 """Makes the damaged chunks of a finished cache again, from the same images with the same weights.
 
-The store is verified, and the image files of its damaged chunks are compared with their recorded hashes. Then the cache
-is made an incomplete one that lacks these chunks, and is filled and finished like one that was interrupted: so a
-repair that is itself interrupted is continued by the same command.
+The cache is verified, and the image files of its damaged chunks are compared with their recorded hashes. Then the cache
+is marked incomplete without these chunks, and continued like an interrupted one. If the repair itself is interrupted,
+the same command continues it.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,13 +33,13 @@ from .extract import ExtractConfig, fill, hash_image_file, make_spec, open_write
 
 @dataclass(frozen=True, kw_only=True)
 class RepairResult(Report):
-    """What was wrong, and what became of it."""
+    """The problems that were found, and the chunks that were made again."""
 
     out: Path  # the cache
     problems: list[Problem]  # empty if nothing was wrong, or if an interrupted repair was continued
-    chunks: list[int]  # that were made again
-    other_bits: list[int]  # those among them that differ from what the journal had named
-    other_images: bool = False  # the image table is not what it was: other files, or other ones that can be read
+    chunks: list[int]  # made again
+    other_bits: list[int]  # of these, chunks whose checksum differs from the journal's
+    other_images: bool = False  # the image table has changed: other files, or others of them can be read
 
     @property
     def was_complete(self) -> bool:
@@ -48,7 +48,7 @@ class RepairResult(Report):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Tokens or images that are not those that were there before."""
+        """Tokens or images that differ from those before the damage."""
         found = []
         if self.other_bits:
             found.append(
@@ -88,10 +88,10 @@ def repair(
     Parameters
     ----------
     images : what the cache was made from (see `open_images`); needed only if its own image table was changed or lost
-    root : where the images lie now; default: where they lay when the cache was written
+    root : folder of the images now; default: as recorded when the cache was written
     weights : the file of the trained backbone; an untrained one needs none
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-    batch_size : default: that of the run which wrote the cache, so that the last bits come out equal
+    batch_size : default: that of the run that wrote the cache, so that the last bits are equal
     workers : processes that read images; default: one for each core
 
     Raises
@@ -170,7 +170,7 @@ def _verify(store: Path, spec: ActivationSpec, progress: Progress, stop: Callabl
 def _find_images(
     store: Path, spec: ActivationSpec, given: Images | None, root: Path | None, runs: list[dict[str, Any]]
 ) -> Images:
-    """The images of the cache: from what was given, else from its own image table and run log."""
+    """The images of the cache: the given ones, else by its own image table and run log."""
     if given is None:
         given = Images(_own_manifest(store), root or Path(str((runs or [{}])[-1].get("images_root", "."))))
     if table_sha256(given.table) != spec.manifest_sha256:
@@ -194,7 +194,7 @@ def _batch_size(runs: list[dict[str, Any]]) -> int:
 
 
 def _first_crcs(store: Path) -> dict[int, str]:
-    """Chunk -> the checksum that the journal names, or named before it was opened again."""
+    """Chunk -> its checksum by the journal, also where a started repair has withdrawn it."""
     found: dict[int, str] = {}
     for record in records_of(store, skip_damaged=True):
         crc = record.get("crc32c") or record.get("crc32c_before")
@@ -204,9 +204,9 @@ def _first_crcs(store: Path) -> dict[int, str]:
 
 
 def _recorded_hashes(store: Path, spec: ActivationSpec, header: Header) -> list[str | None]:
-    """Per image the hash of its file when it was cached; None where it is not known, or there was no file.
+    """The hash of each image file when it was cached; None where it is unknown, or there was no file.
 
-    The image table knows, if it is the one in the header; else the journal does, as far as it is whole.
+    From the image table, if its hash is the one in the header; else from the undamaged lines of the journal.
     """
     try:
         table = read_image_table(store / "images.parquet")
@@ -225,7 +225,7 @@ def _recorded_hashes(store: Path, spec: ActivationSpec, header: Header) -> list[
 
 
 def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int], recorded: list[str | None]) -> None:
-    """A changed image would make other tokens under the same name; a missing one, NaN."""
+    """Raise BadInput if an image file of the damaged chunks is missing or has changed."""
     paths = column(images.table, "path")
     rows = [row for chunk in damaged for row in spec.chunk_rows(chunk)]
     changed = [

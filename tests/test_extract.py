@@ -202,7 +202,7 @@ class TestTokens:
         (tmp_path / "m.csv").write_text("\n".join(["path,image_id", *rows]) + "\n")
         settings = config(backbone="dinobloom-s", weights=str(tmp_path / "steep.pth"), chunk_images=2)
         words = (
-            r"the tokens of image cell 3 do not fit float16: largest magnitude 1\.\d+e\+05 behind block 0, .* --block"
+            r"the tokens of image cell 3 do not fit float16: largest magnitude 1\.\d+e\+05 after block 0, .* --block"
         )
         with pytest.raises(BadInput, match=words):
             extract(open_images(tmp_path / "m.csv"), tmp_path / "a.zarr", settings)
