@@ -1,6 +1,6 @@
 """Stage one: images to activations.
 
-The names of `__init__.pyi` are the Python interface, each loaded when it is asked for. Open first: `extract.py`.
+The names in `__init__.pyi` are the Python interface; each is imported on first use. Open first: `extract.py`.
 """
 
 from stores.doors import open_door

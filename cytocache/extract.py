@@ -1,7 +1,7 @@
 """Stage one: runs the backbone once over all images and writes their tokens into activation caches.
 
-The loop in `fill`: find the missing chunks; for each chunk read its images, run the backbone, save. Processes read ahead
-and threads save in the background, both a bounded number of steps, so memory does not depend on the number of images.
+The loop in `fill`: find the missing chunks; for each chunk read its images, run the backbone, save. Processes read
+ahead and threads save in the background, both a bounded number of steps, so memory does not grow with the images.
 No batch crosses a chunk's end, so a cache that was interrupted and continued equals one made in a single run, byte for
 byte (same device and versions).
 """
@@ -51,7 +51,7 @@ _FLOAT16_LIMIT = 65_520.0  # a float16 value of this magnitude rounds to infinit
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """Settings of `extract`. Device, batch size and workers change speed only: they are logged, not part of the identity.
+    """Settings of `extract`. Device, batch size and workers change speed only; they are logged and not in the identity.
 
     Raises BadInput for an unknown precision, a number below 1, or no block.
     """

@@ -96,7 +96,7 @@ def decode_image(raw: bytes) -> Image.Image:
 
 
 def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
-    """((height, width) value of each pixel of a mask file, whether these are colours); or the reason if it cannot be read.
+    """For a mask file: ((height, width) value of each pixel, are these colours?); or the reason if it cannot be read.
 
     Values are as stored: 1 in a 16-bit file or a palette is 1. Colours are 65536 R + 256 G + B; alpha is dropped.
     JPEG is refused, since lossy compression changes the values.

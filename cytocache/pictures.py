@@ -29,7 +29,7 @@ class Pictures:
         self._errors = column(latents.images, "error")
 
     def __call__(self, image_index: int) -> Pixels | str:
-        """(height, width, 3) RGB with the image's aspect ratio, at most 512 pixels long; or the reason if it cannot be shown."""
+        """(height, width, 3) RGB in the image's aspect ratio, at most 512 pixels long; or why it cannot be shown."""
         if self.root is None:
             return "where the images lie is not known"
         if self._errors[image_index] is not None:

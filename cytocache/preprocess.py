@@ -14,7 +14,7 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How pixels become the backbone's input. Images are resized on the CPU in uint8; the rest is done on the device."""
+    """How pixels become the backbone's input. Images are resized on the CPU in uint8; the rest is on the device."""
 
     size: int = 224
     interpolation: str = "bilinear"

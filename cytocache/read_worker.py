@@ -1,4 +1,4 @@
-"""The program of one reader process: it gets image paths on stdin, and writes pixels to shared memory, outcomes to stdout.
+"""The program of a reader process: image paths come on stdin; pixels go to shared memory, outcomes to stdout.
 
 It is a process of its own because image files are untrusted: if a decoder crashes or hangs, one image is lost and not
 the job. It does not import torch or zarr, so it starts in a tenth of a second. A request is one line of JSON; the

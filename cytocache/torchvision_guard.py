@@ -2,7 +2,7 @@
 
 timm imports torchvision, and torchvision declares shapes for its operators `nms` and `qnms` when it is imported. With a
 CPU-only torch beside a CUDA-built torchvision, the library that defines them does not load, and the import ends
-with "operator torchvision::nms does not exist". It is enough to declare the two schemas first, since they are never called.
+with "operator torchvision::nms does not exist". It is enough to declare the two schemas first: they are never called.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What all commands share: types of options, progress, how numbers and names are printed. Only commands import this."""
+"""Shared by all commands: option types, progress lines, printing of results. Only commands import this module."""
 
 import json
 import signal
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Place(click.Path):
-    """A local path; a URL is refused (as a path it would lose a slash and mean a folder here), or taken as it is."""
+    """A local path. A URL is refused (as a path it would name a local folder), or with `urls` given as a str."""
 
     def __init__(self, *, urls: bool = False) -> None:
         super().__init__(path_type=Path)
@@ -35,7 +35,7 @@ class Place(click.Path):
 
 
 FILE = Place()
-STORE = Place(urls=True)  # gives a Path, or the URL as a str
+STORE = Place(urls=True)  # a Path, or a URL as a str
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(min=0, max=2**63 - 1)
 TOKEN_SETS = click.Choice(["all", "patch", "cls"])
@@ -74,7 +74,7 @@ def print_left_out(left_out: dict[str, int]) -> None:
 
 @contextmanager
 def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the job to stop behind what is in flight, the second stops it at once."""
+    """The first Ctrl-C or SIGTERM lets the job finish what is in flight; the second stops it at once."""
     asked = False
 
     def ask(signum: int, frame: object) -> None:
@@ -94,7 +94,7 @@ def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
+    """A progress line on stderr: updated in place in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
     began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
@@ -104,7 +104,7 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         nonlocal shown, last, at_start, began
         now = time.monotonic()
         if at_start < 0:
-            at_start, began = done, now  # the rate is that of this run, not of what was there before
+            at_start, began = done, now  # the rate counts this run only
         elif (done, state) == last or (done == total == last[0]):
             return
         elif done < total and now - shown < (0.2 if in_terminal else 10):

@@ -1,4 +1,4 @@
-"""Does a store keep its own promises? Every byte is read; every broken promise is named, by chunk and by image."""
+"""Checks every byte of a store against its format; each problem names its chunk and images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _IMAGES_AT_ONCE = 256  # of a latent store
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken promise: the chunk it lies in (None: the whole store), its images, and what is wrong."""
+    """One violation of the format: its chunk (None: the whole store), its images, and what is wrong."""
 
     chunk: int | None
     images: str
@@ -92,9 +92,9 @@ def _checked(root: Path, checks: Iterator[Problem | None], total: int, progress:
 
 
 def verify_activations(root: Path) -> Iterator[Problem | None]:
-    """Check every byte of an activation cache; yields None for each chunk that is whole, so progress can be shown.
+    """Check every byte of an activation cache; yields None for each undamaged chunk, so progress can be shown.
 
-    Found are: missing, empty, truncated or too long chunk files; flipped bits; chunks that were swapped or do not
+    Detected: missing, empty, truncated or too long chunk files; flipped bits; chunks that were swapped or do not
     fit the journal; NaN or infinity in a readable image; a changed image table; a wrong layout.
     """
     header = read_header(root, ACTIVATIONS)
@@ -104,7 +104,7 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     except DamagedStore as error:
         yield Problem(None, "all", str(error))
 
-    table = None  # stays so if it is damaged: then there is nothing to compare the journal with
+    table = None  # stays None if it is damaged: then the journal is not compared with it
     try:
         images = read_image_table(root / "images.parquet")
         if table_sha256(images) == summary.get("images_sha256"):
@@ -132,16 +132,16 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
         rows = spec.chunk_rows(chunk)
         what = _check_chunk(root, spec, chunk, records, table)
         yield Problem(chunk, f"{rows.start:,} to {rows.stop - 1:,}", what) if what else None
-    require_unchanged(header)  # else what was found is of two stores
+    require_unchanged(header)  # else the problems are of two stores
 
 
 def verify_latents(root: Path, *, images_at_once: int = _IMAGES_AT_ONCE) -> Iterator[Problem | None]:
-    """Check every byte and every index of a latent store; yields None for each group of images that is whole.
+    """Check every byte and every index of a latent store; yields None for each undamaged group of images.
 
-    Found are: missing, empty, torn, changed or swapped chunk files, by the checksums in the journal; files that do not
-    belong there; indices out of range, not increasing or twice in a row; values that are not finite, not above 0 or
-    below `min_activation`; an indptr or image_indptr that falls, ends elsewhere or disagrees; latents of an unreadable
-    image; a changed image table or journal.
+    Detected: missing, empty, truncated, changed or swapped chunk files, by the checksums in the journal; foreign files;
+    indices out of range, not increasing or repeated; values that are not finite, not above 0 or below
+    `min_activation`; an indptr or image_indptr that decreases or has a wrong end; latents of an unreadable image; a
+    changed image table or journal.
     """
     try:
         store = LatentStore(root, check_files=False)
@@ -172,10 +172,10 @@ def verify_latents(root: Path, *, images_at_once: int = _IMAGES_AT_ONCE) -> Iter
 
 
 def verify_barcodes(root: Path) -> list[str]:
-    """Check every byte of the barcodes in a folder: a line for each thing that is wrong, none if they are whole.
+    """Check every byte of the barcodes in a folder: a line for each problem, none if they are undamaged.
 
-    Found are: files of a level or exports that are missing, changed, exchanged or do not belong there; rows that break
-    an invariant. Barcodes of an older cyto do not say what their files were: there, only matrices and exports.
+    Detected: missing, changed, swapped or foreign files of a level, missing or changed exports, rows that violate an
+    invariant. Barcodes of an older cyto have no checksums of files: there, only matrices and exports are checked.
     """
     try:
         store = BarcodeStore(root)
@@ -207,9 +207,9 @@ def verify_barcodes(root: Path) -> list[str]:
 
 
 def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:
-    """(size and checksum of every chunk file by the journal, what is wrong with it); None: it names none.
+    """(size and checksum of every chunk file by the journal, or None; problems of the journal).
 
-    A store of a cyto that did not write checksums yet says so by the lack of a journal hash in its header.
+    A store of an older cyto, without checksums, has no journal hash in its header.
     """
     summary, journal = store.header.summary or {}, root / "journal.jsonl"
     if "journal_sha256" not in summary:
@@ -234,7 +234,7 @@ def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[
 def _check_latent_chunk(
     root: Path, name: str, chunk: int, files: dict[str, list[tuple[int, str]]] | None
 ) -> str | None:
-    """What is wrong with the file of one chunk, as a whole; None if nothing is."""
+    """What is wrong with the file of one chunk, or None."""
     path = root / "X" / name / "c" / str(chunk)
     if files is None:
         return None if path.is_file() and path.stat().st_size else "is missing or empty"

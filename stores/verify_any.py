@@ -1,4 +1,4 @@
-"""Any folder of ours, checked byte by byte: what it is stands in its header, what it must hold as well."""
+"""Checks every byte of any store or folder of results that Cyto has written; its kind is in its header."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,7 +57,7 @@ def verify_folder(root: Path | str, *, progress: Progress = lambda done, total, 
     Raises
     ------
     StoreNotFound
-        If nothing of ours is there.
+        If there is no store or folder of results of Cyto.
     IncompleteStore, SpecMismatch
         If it is not finished, or of a newer program.
     """
@@ -80,7 +80,7 @@ def verify_folder(root: Path | str, *, progress: Progress = lambda done, total, 
                 report.problems.append(problem)
             progress(0, 0, f"{len(report.problems)} bad" if report.problems else "")
         report.problems.extend(damaged_runs(root))
-        require_unchanged(header)  # else what was found is of two stores
+        require_unchanged(header)  # else the problems are of two stores
     except StoreReplaced:
         raise
     except (CytoError, OSError) as error:
@@ -105,7 +105,7 @@ def _latents(root: Path, report: VerifyReport) -> Iterator[str | None]:
 
 def _barcodes(root: Path, report: VerifyReport) -> Iterator[str | None]:
     yield from verify_barcodes(root)
-    if not BarcodeStore(root).records_files:  # of an older cyto: chunks are there, and nothing says what was in them
+    if not BarcodeStore(root).records_files:  # of an older cyto, without checksums of chunks
         report.unrecorded.extend(sorted(path.name for path in root.glob("*.zarr")))
 
 
@@ -137,7 +137,7 @@ def _results(root: Path, report: VerifyReport) -> Iterator[str | None]:
 
 
 def _sealed(path: Path, report: VerifyReport, again: str) -> Iterator[str | None]:
-    """Of a table that says its own hash; one of an older cyto may not."""
+    """Check a table that holds its own hash; one of an older cyto may have none."""
     try:
         if "sha256" not in read_sealed(path)[1]:
             report.unrecorded.append(path.name)
@@ -155,7 +155,7 @@ def _compared(root: Path, known: dict[str, str | None], again: str) -> Iterator[
 
 
 def _verify_sweep(root: Path, progress: Progress) -> VerifyReport:
-    """Its tables and figures, and its SAEs."""
+    """Check the tables and figures of a sweep, and its SAEs."""
     report = VerifyReport(root, "sweep")
     record = read_object(root / "sweep.json")
     if record.get("sha256", sweep_sha256(record)) != sweep_sha256(record):
@@ -172,7 +172,7 @@ def _verify_sweep(root: Path, progress: Progress) -> VerifyReport:
     for run in sorted((root / "runs").glob("*")):
         try:
             member = verify_folder(run, progress=progress)
-        except IncompleteStore:  # a member that diverged, or is still to come: sweep.json says which
+        except IncompleteStore:  # an SAE that diverged, or was not trained yet: sweep.json says which
             continue
         except CytoError as error:
             report.problems.append(str(error))
@@ -183,5 +183,5 @@ def _verify_sweep(root: Path, progress: Progress) -> VerifyReport:
 
 
 def sweep_sha256(record: dict[str, Any]) -> str:
-    """Of what `sweep.json` says, without its own hash."""
+    """The hash of the content of `sweep.json`, without the entry `sha256`."""
     return sha256_json({name: value for name, value in record.items() if name != "sha256"})

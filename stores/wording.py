@@ -1,6 +1,6 @@
-"""How numbers, names and results are worded, on the screen and in notebooks: plain text, no click.
+"""Text for numbers, names and results, on the screen and in notebooks; without click.
 
-A call that does something gives back a `Report`: its fields say what was done, `lines()` says so in words.
+Functions return a `Report`: its fields hold what was done, `lines()` gives it in words.
 """
 
 import html
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class Report:
-    """What a call has done. Frozen dataclasses that inherit from it hold the facts; a command prints `lines()`.
+    """Base of result objects: frozen dataclasses whose fields hold what was done. A command prints `lines()`.
 
-    In a notebook the last value of a cell is shown: the notes, the lines, then the warnings.
+    A notebook shows notes, lines and warnings.
     """
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth knowing about the inputs, and does not make the result doubtful."""
+        """Remarks on the inputs that do not make the result doubtful."""
         return ()
 
     @property
@@ -27,7 +27,7 @@ class Report:
         return ()
 
     def lines(self) -> Iterator[str]:
-        """What was done, in words, a line each."""
+        """What was done, in words, line by line."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -41,13 +41,13 @@ class Report:
 
 
 def left_out_text(number: int, what: str) -> str:
-    """`1 image without a patient`, of what in the plural: its first noun."""
+    """`1 image without a patient`; `what` is given in the plural: `images without a patient`."""
     one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
     return f"{number:,} {printable(one if number == 1 else what)}"
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number in its column; `-` where there is none."""
+    """A number formatted for its column; `-` if there is none."""
     return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
 
 
@@ -142,7 +142,7 @@ def more_or_fewer(found: int, published: int) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
+    """A name from a file or disk, safe to print: without escape sequences or invalid UTF-8."""
     return name if name.isprintable() else ascii(name)
 
 
@@ -159,7 +159,7 @@ def size_on_disk(root: Path) -> int:
 
 
 def left_out_lines(left_out: Mapping[str, int]) -> Iterator[str]:
-    """`left out: 2 unreadable images`, for each kind of which there are any."""
+    """`left out: 2 unreadable images`, for each kind with a number above 0."""
     for what, number in left_out.items():
         if number:
             yield f"left out: {left_out_text(number, what)}"
