@@ -74,9 +74,8 @@ class CsrCommit:
 
     n_rows: int
     nnz: int
-    chunks: dict[
-        str, list[tuple[int, str]]
-    ]  # array -> (size, CRC-32) of the chunk files filled since the previous commit
+    # array -> (size in bytes, CRC-32) of each chunk file filled since the previous commit
+    chunks: dict[str, list[tuple[int, str]]]
     tail: str | None  # CRC-32 of the file with entries that do not fill a chunk; None: the rows are finished
 
     def to_json(self) -> dict[str, Any]:

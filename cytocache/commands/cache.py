@@ -37,7 +37,7 @@ class Bridges(Protocol):
 @click.command("extract")
 @click.argument("images", type=FILE)
 @click.argument("store", type=FILE)
-@click.option("--root", type=FILE, help="What paths in a manifest are relative to [default: the manifest's folder].")
+@click.option("--root", type=FILE, help="Folder that paths in a manifest are relative to  [default: the manifest's].")
 @click.option(
     "--backbone",
     default="random-vit-tiny",
@@ -65,7 +65,7 @@ class Bridges(Protocol):
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="Of the forward pass; auto: bf16 on a GPU, else fp32.",
+    help="Precision of the forward pass; auto: bf16 on a GPU, else fp32.",
 )
 @click.option("--batch-size", type=COUNT, help="Images per forward pass  [default: 128 on a GPU, else 32].")
 @readers_option
@@ -75,7 +75,7 @@ class Bridges(Protocol):
     "shard_text",
     metavar="I/N",
     default="0/1",
-    help="Write part I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
+    help="Write shard I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
     "end completes the store.",
 )
 @overwrite_option
@@ -87,7 +87,7 @@ def cache_extract(
     overwrite: bool,
     **settings: Any,
 ) -> None:
-    """Run a backbone once over IMAGES and keep its tokens in STORE.
+    """Run a backbone once over IMAGES and write its tokens to STORE.
 
     IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
     image_id, label, patient, disease, dataset.
@@ -171,14 +171,18 @@ def cache_verify(store: Path, as_json: bool) -> None:
 
 @click.command("repair")
 @click.argument("store", type=FILE)
-@click.option("--images", type=FILE, help="What STORE was made from; needed if its own image table is damaged.")
-@click.option("--root", type=FILE, help="Where the images lie now  [default: where they lay].")
-@click.option("--weights", help="The file of weights that STORE was made with; an untrained backbone needs none.")
+@click.option(
+    "--images",
+    type=FILE,
+    help="The folder or table that STORE was made from; needed if its own image table is damaged.",
+)
+@click.option("--root", type=FILE, help="Folder of the images now  [default: as recorded in STORE].")
+@click.option("--weights", help="The weights that STORE was made with; an untrained backbone needs none.")
 @device_option
 @click.option("--batch-size", type=COUNT, help="Images per forward pass  [default: as STORE was made].")
 @readers_option
 def cache_repair(store: Path, **settings: Any) -> None:
-    """Verify STORE, and make just its damaged chunks again, from the same images with the same weights.
+    """Verify STORE, and make only its damaged chunks again, from the same images with the same weights.
 
     \b
     Example: cyto cache repair cells.acts.zarr --weights DinoBloom-B.pth
@@ -204,9 +208,9 @@ def cache_repair(store: Path, **settings: Any) -> None:
 
 @click.command("fidelity")
 @click.argument("store", type=FILE)
-@click.option("--root", type=FILE, help="Where the images lie now  [default: where they lay].")
-@click.option("--weights", help="The file of weights that STORE was made with; an untrained backbone needs none.")
-@click.option("--sae", "run", type=FILE, help="An SAE: count the latents that cross zero or tau.")
+@click.option("--root", type=FILE, help="Folder of the images now  [default: as recorded in STORE].")
+@click.option("--weights", help="The weights that STORE was made with; an untrained backbone needs none.")
+@click.option("--sae", "run", type=FILE, help="An SAE: count the latents that change across zero or tau.")
 @click.option("--tau", type=float, default=0.2, show_default=True, help="Threshold of activity, with --sae.")
 @click.option("--sample", "n_images", type=COUNT, default=64, show_default=True, help="Images to compare.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the sample.")
@@ -223,7 +227,7 @@ def cache_fidelity(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """What float16 and the precision of the forward pass cost: STORE against float32 tokens of a sample of its images.
+    """The error of float16 and of the forward pass: STORE against float32 tokens of a sample of its images.
 
     \b
     Example: cyto cache fidelity cells.acts.zarr --weights DinoBloom-B.pth --sae cells.sae

@@ -16,9 +16,9 @@ from stores.console import FILE, json_option, overwrite_option, progress_line, s
     type=click.Choice(["mll23", "acevedo", "matek19", "bmc", "aml-hehr", "folder"]),
     default="folder",
     show_default=True,
-    help="Whose layout SOURCE has; folder: one sub-folder per class.",
+    help="The dataset whose layout SOURCE has; folder: one sub-folder per class.",
 )
-@click.option("--class-set", help="Of acevedo: 13 (default), 11 (the paper's) or 10 (DinoBloom's).")
+@click.option("--class-set", help="Class set of acevedo: 13 (default), 11 (the paper's) or 10 (DinoBloom's).")
 @click.option("--no-hash", is_flag=True, help="Do not read the files to find those that are byte-identical.")
 @overwrite_option
 @json_option
