@@ -58,9 +58,8 @@ class ExtractConfig:
 
     backbone: str = "random-vit-tiny"
     weights: str | None = None  # see `load_backbone`
-    blocks: tuple[int, ...] = (
-        -2,
-    )  # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
+    # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
+    blocks: tuple[int, ...] = (-2,)
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one

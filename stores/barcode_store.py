@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 _CRC_BYTES = 4
 LEVELS = ("image", "patient", "disease")
 _READ_ROWS = 256  # read at a time
-NOTHING_ELSE: dict[str, Any] = {
-    name: {} for name in ("obsm", "varm", "obsp", "varp")
-}  # empty elements, which every AnnData store has
+# empty elements, which every AnnData store has
+NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}
 
 
 def begin_level(root: Path) -> None:
@@ -318,8 +317,8 @@ class BarcodeStore:
         shape = reader.shape
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
         with _told_as_damage(self.path(level, tau)):
-            for block in np.unique(rows // _READ_ROWS):
-                first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])
+            for number in np.unique(rows // _READ_ROWS):
+                first, last = int(number) * _READ_ROWS, min((int(number) + 1) * _READ_ROWS, shape[0])
                 found = reader.read_rows(first, last)
                 whole = csr_matrix((found.values, found.indices, found.indptr), shape=(last - first, shape[1]))
                 pieces.append(whole[rows[(rows >= first) & (rows < last)] - first])

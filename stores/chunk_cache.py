@@ -171,7 +171,6 @@ class ReadAhead:
             return self._chunks[chunk], is_new
 
     def _check_process(self) -> None:
-        if (
-            os.getpid() != self._process
-        ):  # a forked process has no threads of ours or of obstore, and would wait forever
+        # a forked process has no threads of ours or of obstore, and would wait forever
+        if os.getpid() != self._process:
             raise BadInput(FORKED)

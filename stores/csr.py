@@ -311,9 +311,8 @@ class CsrReader:
         """Chunk files of a local group that are missing or empty: the first thousand."""
         missing: list[Path] = []
         for name, array in self._arrays.items():
-            there = _files_with_content(
-                Path(self.path) / name / "c"
-            )  # one listing of the folder, instead of a look at each file
+            # one listing of the folder, instead of a look at each file
+            there = _files_with_content(Path(self.path) / name / "c")
             size, folder = array.chunks[0], Path(self.path) / name / "c"
             for chunk in range(-(-array.shape[0] // size)):  # a false length may be huge
                 if len(missing) == _MOST_MISSING:

@@ -222,9 +222,8 @@ def _finish_swap(target: Path, kind: str) -> bool:
         is_new = _holds(work, kind, complete=True)
         (work if is_new else old).rename(target)
         sync_folder(target.parent)
-    if not old.exists() or not _holds(
-        target, kind, complete=True
-    ):  # the old one stays unless it is replaced by a complete one
+    # the old one stays unless it is replaced by a complete one
+    if not old.exists() or not _holds(target, kind, complete=True):
         return False
     _remove(old, target)
     return True

@@ -66,9 +66,8 @@ def open_part(path: Path, tag: str, *, verify: bool = False) -> Part:
         If it is missing, truncated, or belongs to another job (`tag`).
     """
     try:
-        raw = np.memmap(path, np.uint8, mode="c").view(
-            np.ndarray
-        )  # "c": copy-on-write, since compiled code expects a writable array
+        # "c": copy-on-write, since compiled code expects a writable array
+        raw = np.memmap(path, np.uint8, mode="c").view(np.ndarray)
         head = bytes(raw[: 1 << 16])
         head = head[: head.index(b"\n") + 1]
         stated = json.loads(head)

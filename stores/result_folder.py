@@ -31,10 +31,11 @@ from .spec import FORMATS, Format, Header, new_header, read_header, require_unch
 from .tables import parquet_bytes, parquet_table
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and image
+# the log, and a table that cyto concept select adds later, which has its own hash
 _UNRECORDED = (
     "runs.jsonl",
     "selection.parquet",
-)  # the log, and a table that cyto concept select adds later, which has its own hash
+)
 _MOST_BYTES = 1 << 36  # of a table
 _T = TypeVar("_T")
 

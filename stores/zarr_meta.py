@@ -112,9 +112,8 @@ def array_meta(found: dict[str, Any], place: object) -> ArrayMeta:
     _require(dimensions is None or is_list, place, "a name for each dimension", dimensions)
     meta = ArrayMeta(tuple(shape), tuple(chunks), data_type, tuple(names), dict(attributes))
     size = math.prod(chunks) * (8 if data_type == "string" else np.dtype(data_type).itemsize)
-    most = (
-        1 << 36 if not names or names == ["crc32c"] else MOST_CHUNK_BYTES
-    )  # without compression, the file has the same size
+    # without compression, the file has the same size
+    most = 1 << 36 if not names or names == ["crc32c"] else MOST_CHUNK_BYTES
     _require(size <= most, place, f"chunks of at most {most:,} bytes", chunks)
     return meta
 
@@ -185,9 +184,8 @@ def check_tree(folder: Path) -> None:
             _check_encoding(group_attributes(found, file), place)
             continue
         meta = array_meta(found, file)
-        if (
-            place.name not in ("indices", "data", "indptr") or meta.attributes
-        ):  # the group of a sparse matrix has it for its arrays
+        # the group of a sparse matrix has it for its arrays
+        if place.name not in ("indices", "data", "indptr") or meta.attributes:
             _check_encoding(meta.attributes, place)
         chunks = [*files_below(place / "c")] if meta.shape else [place / "c"]
         grid = math.prod(-(-n // size) for n, size in zip(meta.shape, meta.chunks, strict=True))

@@ -70,7 +70,7 @@ def test_pages_checks_and_merges(made: Path, tmp_path: Path) -> None:
     assert printed("latents", "info", latents) == lines(sparse.describe())
     assert json.loads(printed("cache", "info", acts, "--json")) == json.loads(json.dumps(cache.describe().to_json()))
     for store in (cache, sparse):
-        assert "<th style='text-align:left'>identity</th>" in store._repr_html_()  # type: ignore[attr-defined]
+        assert "<th style='text-align:left'>identity</th>" in store._repr_html_()
     assert printed("cache", "verify", acts) == lines(stores.check_cache(acts))
     assert printed("latents", "verify", latents) == lines(stores.check_latents(latents))
     both = [stores.verify_folder(each) for each in (acts, latents)]
@@ -106,13 +106,13 @@ def test_an_index_is_a_report(cells: Path, tmp_path: Path) -> None:
 
 
 def test_fidelity_takes_an_sae(made: Path) -> None:
-    acts, settings = made / "acts.zarr", {"n_images": 2, "root": made}
-    found = cytocache.measure_fidelity(acts, sae=cytosae.load_sae(made / "run"), **settings)
+    acts = made / "acts.zarr"
+    found = cytocache.measure_fidelity(acts, sae=cytosae.load_sae(made / "run"), n_images=2, root=made)
     command = ("cache", "fidelity", acts, "--sample", 2, "--root", made)
     assert printed(*command, "--sae", made / "run") == lines(found)
     assert json.loads(printed(*command, "--sae", made / "run", "--json")) == found.to_json()
     assert found.assumed_equal == ()
-    plain = cytocache.measure_fidelity(acts, **settings)
+    plain = cytocache.measure_fidelity(acts, n_images=2, root=made)
     assert printed(*command) == lines(plain)
     assert "assumed_equal" not in plain.to_json()
     assert "<caption>" in plain._repr_html_()
