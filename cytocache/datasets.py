@@ -87,7 +87,7 @@ def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     passed_over: list[str] = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse_unlistable):
         refuse_loop(Path(place), folder)
-        if _HEADER_FILES & {*names} and (what := _a_result(Path(place))):
+        if _HEADER_FILES & {*names} and (what := _result_of_cyto(Path(place))):
             if Path(place) == folder:
                 raise BadInput(f"{folder} holds {what}, and no images of cells; give the folder of the images")
             passed_over.append(Path(place).relative_to(folder).as_posix())
@@ -109,7 +109,7 @@ def is_hidden_or_system(name: str) -> bool:
     return name.startswith(".") or is_dropping(name)
 
 
-def _a_result(place: Path) -> str | None:
+def _result_of_cyto(place: Path) -> str | None:
     """Which result of Cyto a folder holds, with its article ("an SAE"); None if there is none."""
     try:
         header = find_header(place)

@@ -154,7 +154,7 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
         If the download fails, or the file is not the published one; the message says how to get it by hand.
     """
     source = _Source(url=record_url(), find=_find, weights="auto", by_hand=PUBLISHED_AT)
-    return _fetched(cache_folder() / "weights" / name, source, progress)
+    return _downloaded(cache_folder() / "weights" / name, source, progress)
 
 
 def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
@@ -192,7 +192,7 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
         try:
             revision, file = _retried(lambda: _look_up(url, file, name), folder / (file or name), listed_at, progress)
         except BadInput as error:
-            known = f"; already here: --weights {kept}" if (kept := _kept(folder, model)) else ""
+            known = f"; already here: --weights {kept}" if (kept := _newest_download(folder, model)) else ""
             raise BadInput(f"{error}{known}") from None
     url = f"{hub}/api/models/{model}/revision/{revision}?blobs=true"
     source = _Source(
@@ -202,10 +202,10 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
         by_hand=by_hand,
         is_mirrored=True,
     )
-    return _fetched(folder / revision / file, source, progress)
+    return _downloaded(folder / revision / file, source, progress)
 
 
-def _kept(folder: Path, model: str) -> str:
+def _newest_download(folder: Path, model: str) -> str:
     """The address of the newest downloaded and checked file of this model; "" if there is none."""
     notes = [path for path in folder.rglob("*.json") if not path.name.endswith(".part.json")]
     for note in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
@@ -214,14 +214,14 @@ def _kept(folder: Path, model: str) -> str:
     return ""
 
 
-def _fetched(path: Path, source: _Source, progress: Progress) -> Downloaded:
+def _downloaded(path: Path, source: _Source, progress: Progress) -> Downloaded:
     name = path.name
     try:
-        if found := _remembered(path, source):  # before anything is written: the folder may be read-only
+        if found := _checked_before(path, source):  # before anything is written: the folder may be read-only
             return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path, progress):
-            return _remembered(path, source) or _fetch(path, source, progress)
+            return _checked_before(path, source) or _fetch(path, source, progress)
     except OSError as error:
         raise BadInput(
             f"cannot keep {name} in {path.parent} ({error.strerror or error}); "
@@ -229,7 +229,7 @@ def _fetched(path: Path, source: _Source, progress: Progress) -> Downloaded:
         ) from None
 
 
-def _remembered(path: Path, source: _Source) -> Downloaded | None:
+def _checked_before(path: Path, source: _Source) -> Downloaded | None:
     """The checked file, if it has not changed; None if there is none of this record."""
     try:
         note = json.loads(_beside(path, ".json").read_text())
@@ -334,10 +334,10 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _read_record(name: str, source: _Source) -> _Published:
-    return _said(source.url, lambda record: source.find(record, name, source.url))
+    return _read_json(source.url, lambda record: source.find(record, name, source.url))
 
 
-def _said(url: str, find: Callable[[Any], _T]) -> _T:
+def _read_json(url: str, find: Callable[[Any], _T]) -> _T:
     """The result of `find` on the JSON at an address; `find` raises ValueError for a record that it cannot use."""
     raw = bytearray()
     with _open(url, {"Accept": "application/json"}) as response:
@@ -369,7 +369,7 @@ def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
             )
         return commit, names[0]
 
-    return _said(url, find)
+    return _read_json(url, find)
 
 
 def _hub_files(record: Any) -> dict[str, dict[str, Any]]:
@@ -421,7 +421,7 @@ def _find(record: Any, name: str, source: str) -> _Published:
 
 def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: bool) -> str:
     """Download the missing bytes of `part`, check the file, and return its SHA-256."""
-    have, etag = _begun(file, part)
+    have, etag = _partial_download(file, part)
     if have < file.size:
         _append(file, part, have, etag, progress, is_mirrored=is_mirrored)
     progress(file.size, file.size, "checking")
@@ -474,7 +474,7 @@ def _append(file: _Published, part: Path, have: int, etag: str, progress: Progre
         raise _Failed(f"the connection ended after {have:,} of {file.size:,} bytes")
 
 
-def _begun(file: _Published, part: Path) -> tuple[int, str]:
+def _partial_download(file: _Published, part: Path) -> tuple[int, str]:
     """(bytes to keep, their ETag) of an earlier download of the same file; (0, "") if there is none."""
     try:
         note = json.loads(_beside(part, ".json").read_text())

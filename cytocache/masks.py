@@ -100,7 +100,7 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     indices = {name: index for index, name in enumerate(column(images, "image_id"))}
     pairs = list(zip(column(checked, "image_id"), column(checked, "path"), strict=True))
     found = {indices[name]: root / str(path) for name, path in pairs if name in indices}
-    return _some(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
+    return _not_empty(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
 
 
 def parse_classes(text: str | None) -> list[MaskClass] | str | None:
@@ -338,14 +338,14 @@ def _of_folder(folder: Path, images: pa.Table) -> MaskFiles:
                 f"the columns image_id and mask"
             )
         found[images_so_called[0]] = folder / file
-    return _some(MaskFiles(found, unknown), folder)
+    return _not_empty(MaskFiles(found, unknown), folder)
 
 
 def _stem(path: str) -> str:
     return PurePosixPath(path).with_suffix("").as_posix()
 
 
-def _some(masks: MaskFiles, source: Path) -> MaskFiles:
+def _not_empty(masks: MaskFiles, source: Path) -> MaskFiles:
     if not masks.paths:
         raise BadInput(
             f"none of the {len(masks.unknown):,} masks of {source} is of an image here ({listed(masks.unknown)}); "

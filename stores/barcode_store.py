@@ -252,7 +252,7 @@ class BarcodeStore:
         path = self.path(level, tau)
         self.check_files(path.name)
         check_tree(path)
-        with _told_as_damage(path), _silent_about_droppings():
+        with _errors_as_damage(path), _without_foreign_file_warnings():
             return anndata.read_zarr(path)
 
     def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
@@ -266,7 +266,7 @@ class BarcodeStore:
         self.check_files(f"{path.name}/{element}", f"{path.name}/zarr.json")
         read_group(path)
         check_tree(path / element)
-        with _told_as_damage(path), _silent_about_droppings():
+        with _errors_as_damage(path), _without_foreign_file_warnings():
             return read_elem(zarr.open_group(path, mode="r")[element])
 
     def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
@@ -316,7 +316,7 @@ class BarcodeStore:
         reader = self.matrix(level, tau, layer)
         shape = reader.shape
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
-        with _told_as_damage(self.path(level, tau)):
+        with _errors_as_damage(self.path(level, tau)):
             for number in np.unique(rows // _READ_ROWS):
                 first, last = int(number) * _READ_ROWS, min((int(number) + 1) * _READ_ROWS, shape[0])
                 found = reader.read_rows(first, last)
@@ -329,7 +329,7 @@ class BarcodeStore:
     ) -> npt.NDArray[np.int64]:
         """(len(rows),) number of nonzeros in some rows, as `read_rows` would return. Raises DamagedStore."""
         reader = self.matrix(level, tau, layer)
-        with _told_as_damage(self.path(level, tau)):
+        with _errors_as_damage(self.path(level, tau)):
             lengths: npt.NDArray[np.int64] = np.diff(reader.row_starts(0, reader.shape[0] + 1))[rows]
         return lengths
 
@@ -343,7 +343,7 @@ def _content_crc(path: Path) -> str:
 
 
 @contextmanager
-def _silent_about_droppings() -> Iterator[None]:
+def _without_foreign_file_warnings() -> Iterator[None]:
     """Hide zarr's warnings about foreign files in a group, such as .DS_Store."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
@@ -355,7 +355,7 @@ def _is_layer(path: Path) -> bool:
 
 
 @contextmanager
-def _told_as_damage(path: Path) -> Iterator[None]:
+def _errors_as_damage(path: Path) -> Iterator[None]:
     """Turn errors of zarr, its codecs and anndata into a DamagedStore in one line."""
     try:
         yield

@@ -137,7 +137,7 @@ class CsrWriter:
         self._threads = ThreadPoolExecutor(n_cores(), thread_name_prefix="chunk")
         # a writer that is dropped must not go on writing while the next one does
         self.close = weakref.finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
-        self._on_the_way: deque[tuple[str, Future[tuple[int, str]]]] = deque()
+        self._pending: deque[tuple[str, Future[tuple[int, str]]]] = deque()
         self._written: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
         self._unsynced: list[Path] = []
 
@@ -226,14 +226,14 @@ class CsrWriter:
         path = self.path / name / "c" / str(self._n_sent[name])
         self._n_sent[name] += 1
         self._unsynced.append(path)
-        self._on_the_way.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
+        self._pending.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
         self._collect(2 * n_cores())
 
     def _collect(self, n_left: int) -> None:
-        while len(self._on_the_way) > n_left:
-            name, chunk = self._on_the_way[0]
+        while len(self._pending) > n_left:
+            name, chunk = self._pending[0]
             self._written[name].append(chunk.result())
-            self._on_the_way.popleft()  # only now: a chunk that was not written must make every later commit fail
+            self._pending.popleft()  # only now: a chunk that was not written must make every later commit fail
 
     def _commit(self, *, tail: str | None) -> CsrCommit:
         self._collect(0)

@@ -57,7 +57,7 @@ class Output:
 
     def release(self) -> None:
         """Release the lock, as also happens when the object is deleted."""
-        _let_go((self.target, threading.get_ident()))
+        _release_lock((self.target, threading.get_ident()))
 
 
 @contextmanager
@@ -116,22 +116,22 @@ def plan_output(
     target = target.absolute()
     _refuse_place(target, FORMATS[header.kind].a_kind, inputs)
     if not any(lock.exists() for lock in _locks(target)):  # no writer: if nothing is to be done, no lock file is made
-        settled = _settled(target, header, overwrite=overwrite)
+        settled = _decided_without_writing(target, header, overwrite=overwrite)
         if settled is not None:
             return settled
     key = (target, threading.get_ident())
-    _let_go(key)  # an earlier try of this thread, which failed and is kept alive by its traceback
+    _release_lock(key)  # an earlier try of this thread, which failed and is kept alive by its traceback
     with ExitStack() as stack:
         stack.enter_context(claimed(target, shared=shared and not overwrite))
         output = _decide(target, header, overwrite=overwrite)
         if output.is_complete and output.work == target:
             return output  # nothing will be written
         _claims[key] = stack.pop_all()
-    weakref.finalize(output, _let_go, key, _claims[key])
+    weakref.finalize(output, _release_lock, key, _claims[key])
     return output
 
 
-def _let_go(key: tuple[Path, int], only: ExitStack | None = None) -> None:
+def _release_lock(key: tuple[Path, int], only: ExitStack | None = None) -> None:
     if key in _claims and only in (None, _claims[key]):
         _claims.pop(key).close()
 
@@ -154,24 +154,24 @@ def _decide(target: Path, header: Header, *, overwrite: bool) -> Output:
     was_swapped = _finish_swap(target, header.kind)
     if _is_free(target, header.kind):
         return Output(target, target)
-    found = _ours(target, header.kind)
+    found = _existing_header(target, header.kind)
     if overwrite and not (was_swapped and found.identity == header.identity):
         return _replacement(target, header)
     return _continued(target, found, header)
 
 
-def _settled(target: Path, header: Header, *, overwrite: bool) -> Output | None:
+def _decided_without_writing(target: Path, header: Header, *, overwrite: bool) -> Output | None:
     """The decision if nothing is to be written (complete, or an error is raised); None if something may be."""
     if _old_place(target).exists() or any(_removed(target)) or _is_free(target, header.kind):
         return None
-    found = _ours(target, header.kind)
+    found = _existing_header(target, header.kind)
     if overwrite:
         return None
     output = _continued(target, found, header)
     return output if output.is_complete else None
 
 
-def _ours(target: Path, kind: str) -> Header:
+def _existing_header(target: Path, kind: str) -> Header:
     """The header at `target`; raises SpecMismatch if something else is there."""
     found = find_header(target)
     if found is None or found.kind != kind:
