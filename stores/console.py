@@ -4,7 +4,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,10 +137,12 @@ def print_check(report: "CheckReport", as_json: bool) -> None:
         raise click.ClickException(f"{report.store} is damaged: {counted(len(report.problems), 'problem')}")
 
 
-def tell(report: Report) -> None:
-    """What was done to stdout; notes before it and warnings after it to stderr."""
+def tell(report: Report, *, were_complete: Sequence[Path] = ()) -> None:
+    """Print what was done to stdout; notes (and outputs that were complete before) and warnings go to stderr."""
     for note in report.notes:
         click.echo(printable(note), err=True)
+    for path in were_complete:
+        say_done(path, True)
     for line in report.lines():
         click.echo(line)
     for warning in report.warnings:

@@ -44,8 +44,8 @@ def test_extract_knows_what_its_command_knows(cells: Path, tmp_path: Path) -> No
     result = CliRunner().invoke(cli, ["cache", "extract", str(cells), str(tmp_path / "acts.zarr")])
     assert result.stdout == lines(done)
     assert result.stderr.splitlines() == [
-        f"{tmp_path / 'acts.zarr'} is already complete with these settings; nothing to do",
         *done.notes,
+        f"{tmp_path / 'acts.zarr'} is already complete with these settings; nothing to do",
         *(f"warning: {warning}" for warning in done.warnings),
     ]
     assert done.notes == (f"1 file passed over in {cells}: not images by their name",)

@@ -18,7 +18,6 @@ from stores.console import (
     print_check,
     progress_line,
     readers_option,
-    say_done,
     stopping_gently,
     tell,
 )
@@ -115,9 +114,7 @@ def cache_extract(
             download_progress=downloading,
             stop=stop,
         )
-    for place in done.stores:
-        say_done(place, done.was_complete)
-    tell(done)
+    tell(done, were_complete=done.stores if done.was_complete else ())
 
 
 @click.command("merge")
