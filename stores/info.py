@@ -147,7 +147,7 @@ def cache_info(store: Path | str, *, header_only: bool = False) -> CacheInfo:
     """
     from . import ActivationStore
 
-    store = store_root(store)
+    store = store_root(store) if isinstance(store, str) else store
     is_url = isinstance(store, str)
     with small_files(store) as folder:
         header = read_header(folder, ACTIVATIONS, complete=is_url)
@@ -181,7 +181,7 @@ def latents_info(store: Path | str, *, header_only: bool = False) -> LatentsInfo
     StoreNotFound, SpecMismatch, DamagedStore
         If there is no latent store that this program reads.
     """
-    store = store_root(store)
+    store = store_root(store) if isinstance(store, str) else store
     is_url = isinstance(store, str)
     with small_files(store) as folder:
         header = read_header(folder, LATENTS, complete=is_url)
