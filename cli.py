@@ -1,8 +1,8 @@
-"""The command line: which command lives where, and what one stage needs of the other.
+"""The command line: the table of commands, error messages, and what one stage needs of the other.
 
-Commands live beside their stage (cytocache/commands, cytosae/commands) and are imported when they are called, so
-`cyto --help` stays quick. Data goes to stdout, progress to stderr; exit code 0 is done, 1 an expected failure in one
-line, 2 wrong usage, 130 interrupted.
+Commands are beside their stage (cytocache/commands, cytosae/commands) and are imported on call, so `cyto --help` stays
+quick. Data goes to stdout, progress to stderr. Exit codes: 0 done, 1 an expected error in one line, 2 wrong usage, 130
+interrupted.
 """
 
 import atexit
@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from stores.console import FILE, SEED, json_option, progress_line
+from stores.console import FILE, SEED, json_option, progress_line, tell
 from stores.machine import bound_threads, n_cores
 from stores.version import VERSION, missing_package
-from stores.wording import describe_cache, size_on_disk
+from stores.wording import size_on_disk
 
-# group -> what it is about, and its commands -> the module in which each is the function GROUP_COMMAND
+# group -> (help text, command -> module with the function GROUP_COMMAND)
 GROUPS = {
     "data": ("Stage one: image tables.", {"index": "cytocache.commands.data"}),
     "cache": (
@@ -49,13 +49,13 @@ GROUPS = {
         dict.fromkeys(("build", "serve", "export", "agreement"), "cytosae.commands.atlas"),
     ),
 }
-# commands of their own -> module and function
+# commands without a group -> (module, function)
 COMMANDS = {
     "barcode": ("cytosae.commands.barcode", "barcode"),
     "compare": ("cytosae.commands.compare", "compare_diseases"),
     "probe": ("cytosae.commands.probe", "probe"),
 }
-# what a user can put right about a place on the disk: full, forbidden, below a file, a name too long
+# errors of a path that the user can correct: disk full, no permission, below a file, name too long
 _USERS_DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
@@ -63,7 +63,7 @@ _USERS_DISK = (
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are asked for."""
+    """A group whose commands are imported on first use."""
 
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]] | None = None, **settings: Any) -> None:
         """lazy : command -> (module, function)"""
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
         return sorted({*self.commands, *self._lazy})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported now if need be; None if there is none of this name."""
+        """The command of this name, imported if needed; None if there is none."""
         if cmd_name in self._lazy and cmd_name not in self.commands:
             module, function = self._lazy[cmd_name]
             self.add_command(getattr(importlib.import_module(module), function), cmd_name)
@@ -83,7 +83,7 @@ class LazyGroup(click.Group):
 
 
 class _Commands(LazyGroup):
-    """Turns what a user can put right into one clean line; anything else keeps its traceback: it is our bug."""
+    """Prints errors that the user can correct as one line; any other error keeps its traceback, since it is a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -108,7 +108,7 @@ class _Commands(LazyGroup):
 
 
 class Bridges:
-    """What one stage needs of the other; handed to commands as click's context object, loaded when it is asked for."""
+    """What one stage needs of the other: click's context object, imported on first use."""
 
     @property
     def stage_one(self) -> Any:
@@ -117,16 +117,12 @@ class Bridges:
 
         return cytocache.bridge
 
-    def encoder(
-        self, sae: Path, store: Path, device: str, assume_compatible: bool
-    ) -> tuple[Callable[[Any], Any], list[str]]:
-        """What turns the tokens of a cache into latents, and what had to be assumed of them."""
+    def load_sae(self, sae: Path, device: str) -> Any:
+        """An SAE, for commands of stage one (`cytocache.fidelity.Sae`)."""
         from cytosae.sae import load_sae
-        from stores import ActivationStore
+        from stores.devices import resolve_device
 
-        run = load_sae(sae, device=device)
-        spec = ActivationStore(store).spec
-        return run.model.encode, run.require_tokens(spec, f"the cache {store}", assume_compatible=assume_compatible)
+        return load_sae(sae, device=resolve_device(device))
 
 
 @click.group(
@@ -154,7 +150,7 @@ for _group, (_about, _modules) in GROUPS.items():
 
 
 def _one_line(text: str) -> str:
-    """A message without what a terminal would obey: names out of a damaged file may hold escape sequences."""
+    """A message without escape sequences, which names from a damaged file may contain."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
@@ -162,8 +158,8 @@ def main() -> None:
     """Entry point of the console script."""
     end = _end_without_native_threads()
     bound_threads()
-    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's stop is treated like Ctrl-C
-    for name in ("stores", "cytocache", "cytosae"):  # ours only: Dask has much to say
+    signal.signal(signal.SIGTERM, _interrupt)  # a scheduler's SIGTERM is treated like Ctrl-C
+    for name in ("stores", "cytocache", "cytosae"):  # not Dask's loggers
         logging.getLogger(name).addHandler(_warnings_to_stderr())
     try:
         cli()
@@ -176,12 +172,12 @@ def main() -> None:
 
 
 def _end_without_native_threads() -> Callable[[object], None]:
-    """Have the process end at once when Python has said goodbye to everything, with the code told to the result.
+    """End the process directly after all exit handlers of Python; the result sets the exit code.
 
-    While the interpreter is taken apart, a native thread that lets go of an object of Python's wants its lock, is ended
-    by Python in the middle of C++, and aborts the process: exit code 134 after all is done. Arrow's threads did so with
-    tables read from bytes (`stores.tables.parquet_table`); other libraries have threads too. Registered first, so that
-    it comes after all that others do at exit; worker threads of Python's own have been waited for before.
+    While the interpreter is finalised, a native thread that releases a Python object needs the GIL, is ended by Python
+    in the middle of C++ code, and aborts the process: exit code 134 after a finished command. Arrow's threads did so
+    with tables read from bytes (`stores.tables.parquet_table`), and other libraries have threads, too. The handler is
+    registered first, so it runs last; Python has joined its own worker threads by then.
     """
     code: object = None
 
@@ -195,7 +191,7 @@ def _end_without_native_threads() -> Callable[[object], None]:
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except (OSError, ValueError):  # as Python does where nobody reads any more
+            except (OSError, ValueError):  # as Python does if stdout is closed
                 status = status or 120
         os._exit(status)
 
@@ -219,25 +215,20 @@ def _interrupt(signum: int, frame: object) -> None:
 def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
     """Check every byte of any folder that cyto has written: caches, SAEs, latents, barcodes, results, an atlas.
 
-    A line per problem, and exit code 1 if there is one. Files of which an older cyto recorded no hash are named.
+    Prints a line per problem; exit code 1 if there is one. Files without a recorded hash (of an older cyto) are named.
 
     \b
     Example: cyto verify cells.acts.zarr run cells.latents.zarr barcodes concepts comparison
     """
-    from stores.verify_any import verify
+    from stores import verify_folder
 
     with progress_line("verify", "part") as progress:
-        reports = [verify(place, progress=progress) for place in places]
+        reports = [verify_folder(place, progress=progress) for place in places]
     if as_json:
-        found = [{**vars(report), "root": str(report.root), "ok": not report.problems} for report in reports]
-        click.echo(json.dumps(found, indent=1))
-    for report in [] if as_json else reports:
-        for problem in report.problems:
-            click.echo(problem)
-        if report.unrecorded:
-            click.echo(f"{report.root}: no hash recorded, so not checked: {', '.join(report.unrecorded)}")
-        if not report.problems:
-            click.echo(f"{report.root}: {'no damage found' if report.unrecorded else 'whole'} ({report.kind})")
+        click.echo(json.dumps([report.to_json() for report in reports], indent=1))
+    else:
+        for report in reports:
+            tell(report)
     damaged = [str(report.root) for report in reports if report.problems]
     if damaged:
         raise click.ClickException(f"damaged: {', '.join(damaged)}")
@@ -283,8 +274,8 @@ def demo(out: Path, seed: int) -> None:
 
     click.echo(f"\n$ cyto cache extract {cells} {acts}")
     with progress_line("extract", "image") as progress:
-        extract(images, acts, ExtractConfig(workers=n_cores()), progress=progress)
-    click.echo(describe_cache(acts))
+        extracted = extract(images, acts, ExtractConfig(device="cpu"), progress=progress)
+    tell(extracted)
 
     # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
     settings = {"expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30, "batch_tokens": 4096, "tokens": 1_000_000}

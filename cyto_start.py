@@ -1,6 +1,6 @@
-"""The start of the command `cyto`, under a name that no other package has: are `cli` and `stores` ours?
+"""Starts the command `cyto`, after a check that the packages `cli` and `stores` are those of Cyto.
 
-Only the standard library, and nothing of ours before the answer.
+Standard library only; no module of Cyto is imported before the check. The name of this module is unique.
 """
 
 import importlib.util
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def start() -> None:
-    """Entry point of the console script: `cli.main`, if `cli` and `stores` are ours; otherwise one line, exit code 1.
+    """Entry point of the console script: `cli.main` if `cli` and `stores` are Cyto's; else an error, exit code 1.
 
-    Both are common names. A package of the same name that is installed into the same environment takes the place of
-    ours, and its removal deletes ours.
+    Both names are common. Another package of the same name in the same environment replaces Cyto's files, and its
+    removal deletes them.
     """
     if foreign := foreign_packages():
         names, place = " and ".join(foreign), Path(sys.prefix)
@@ -27,9 +27,9 @@ def start() -> None:
 
 
 def foreign_packages(here: Path | None = None) -> list[str]:
-    """Which of `cli` and `stores` would not be imported from beside this file, or are not ours there; imports neither.
+    """Which of `cli` and `stores` would be imported from elsewhere, or were overwritten; imports neither.
 
-    A word of ours near their beginning tells them from files that were written over them.
+    An overwritten file is recognised by a word that Cyto's file has near its beginning.
     """
     here = (here or Path(__file__).parent).resolve()
     expected = {"cli": (here / "cli.py", b"cytosae"), "stores": (here / "stores" / "__init__.py", b"open_door")}

@@ -169,13 +169,13 @@ def shuffle_quality(folder: Path, options: Any) -> dict[str, Any]:
     )["ours"]
     by_class["parts_of"] = {}
     for part_images in sorted({1, 8, 16, 32, chunk_images}):
-        with mock.patch.object(token_stream, "PART_IMAGES", part_images):
+        with mock.patch.object(token_stream, "SEGMENT_IMAGES", part_images):
             found = streamed_quality(folder, options, in_order, _ALIKE, pool_chunks=pool, is_compared=False)
         by_class["parts_of"][str(part_images)] = found["ours"]
     return {
         "images": n_images,
         "images_per_pool": min(n_images, pool * chunk_images),
-        "part_images": token_stream.PART_IMAGES,
+        "part_images": token_stream.SEGMENT_IMAGES,
         "classes": int(in_order[-1]) + 1,
         "any_order": streamed_quality(folder, options, anyhow, 0.0, pool_chunks=pool),
         "sorted_by_class": by_class,
@@ -196,7 +196,7 @@ def streamed_quality(
     is_compared : also of batches out of a perfect shuffle, and of stretches of the cache as it is
     """
     n_images, n_tokens, root = len(class_of), options.batch_tokens, folder / "quality.acts.zarr"
-    chunk_images, part_images = options.chunk_images, token_stream.PART_IMAGES
+    chunk_images, part_images = options.chunk_images, token_stream.SEGMENT_IMAGES
     say(f"shuffle quality of {n_images:,} images: pools of {pool_chunks} chunks in parts of {part_images}")
     blocks = _numbered_blocks(chunk_sizes(n_images, chunk_images), class_of, alike)
     write_cache(root, blocks, n_images=n_images, width=_QUALITY_WIDTH, chunk_images=chunk_images)

@@ -5,9 +5,14 @@ from .datasets import Images as Images
 from .datasets import open_images as open_images
 from .demo_cells import write_demo_images as write_demo_images
 from .extract import ExtractConfig as ExtractConfig
+from .extract import ExtractResult as ExtractResult
 from .extract import extract as extract
+from .fidelity import Fidelity as Fidelity
 from .fidelity import measure_fidelity as measure_fidelity
 from .index import index_images as index_images
 from .index import make_index as make_index
 from .pictures import Pictures as Pictures
+from .published_datasets import Index as Index
 from .reading import ActivationStore as ActivationStore
+from .repair import RepairResult as RepairResult
+from .repair import repair as repair

@@ -1,7 +1,7 @@
-"""The vision transformers: which there are, how their weights are loaded, and what comes out of a block.
+"""The vision transformers: their architectures, how weights are loaded, and the output of each transformer block.
 
-A DinoBloom checkpoint is a published file of somebody else: nothing in it is executed (weights_file.py), and it is
-loaded strictly, so nothing is missing or left over (docs/reference/paper.md 3).
+A DinoBloom checkpoint is an untrusted file from the internet: nothing in it is executed (weights_file.py). It is loaded
+strictly: every weight of the model must be in the file, and nothing else (docs/reference/paper.md 3).
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from .weights_file import read_weights
 TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
 TOKENS_PER_IMAGE = 257
 _RANDOM_SEED = 0
-_MAX_HEADS_BYTES = 2 << 30  # of training, beside the backbone in a published file
+_MAX_HEADS_BYTES = 2 << 30  # the training heads, which a published file also holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,29 +46,29 @@ ARCHITECTURES = {
     "dinobloom-g": Architecture(timm_name="vit_giant_patch14_dinov2", options={}, weights_file="DinoBloom-G.pth"),
     "random-vit-tiny": Architecture(
         timm_name="vit_small_patch14_dinov2", options={"embed_dim": 192, "num_heads": 3, "depth": 4}
-    ),  # DINOv2's small model at the width of ViT-Ti, four blocks deep
+    ),  # DINOv2's small model, with the width of ViT-Ti and four blocks
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A loaded model, cut behind the block whose output is wanted; the rest of it is kept apart, or not at all."""
+    """A loaded model, cut after the last block that is cached; later blocks are kept in `tail`, or dropped."""
 
     name: str
     model: nn.Module  # pixels (B, 3, 224, 224) float, normalised -> tokens (B, 257, width)
     weights_sha256: str
     trained: bool
-    blocks: tuple[int, ...]  # the tapped ones, indices from 0, ascending
+    blocks: tuple[int, ...]  # whose output is returned: indices from 0, ascending
     n_blocks: int
     width: int
     preprocess: Preprocess
-    weights_source: str = ""  # of a download: what to write behind --weights to get the same file again
-    tail: nn.Module | None = None  # the blocks behind the last tapped one, and the final norm
+    weights_source: str = ""  # of a download: the value of --weights that gives the same file again
+    tail: nn.Module | None = None  # the blocks after the last of `blocks`, and the final norm
 
     def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 224, 224, 3) uint8 on the model's device -> per tapped block its residual stream, (B, 257, width).
+        """(B, 224, 224, 3) uint8 on the model's device -> the residual stream after each of `blocks`, (B, 257, width).
 
-        Normalisation happens here, in float32, on the device: a quarter of the bytes travel.
+        Pixels are normalised here, in float32 on the device, so that only uint8 is copied to it.
         """
         mean = torch.tensor(self.preprocess.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.preprocess.std, device=pixels.device).view(3, 1, 1)
@@ -86,10 +86,10 @@ class Backbone:
         return [*tapped, last]
 
     def final_cls(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the model's end makes of tokens behind the last tapped block: (B, 257, width) -> CLS, (B, width).
+        """Runs the later blocks and the final norm: tokens after the last of `blocks`, (B, 257, width) -> (B, width).
 
-        For the tokens that `tokens` gives this is the whole model's CLS embedding, behind the final norm. Needs a
-        backbone that was loaded with `keep_tail`.
+        For the tokens that `tokens` gives, this is the CLS embedding of the whole model. Needs a backbone that was
+        loaded with `keep_tail`.
         """
         assert self.tail is not None, "loaded without its tail"
         embedding: torch.Tensor = self.tail(tokens)[:, 0]
@@ -104,7 +104,7 @@ def load_backbone(
     keep_tail: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
-    """A backbone, ready to give the tokens behind some of its blocks; what follows the last of them is not run.
+    """A backbone that gives the tokens after some of its blocks; blocks after the last of these are not run.
 
     Parameters
     ----------
@@ -112,9 +112,9 @@ def load_backbone(
     weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
         `hf:OWNER/NAME[/FILE][@REVISION]`, from Hugging Face in the same way; or `random` (seeded, untrained);
         `random-vit-tiny` needs none
-    blocks : indices from 0, or from the end if negative; -2 is the second last
-    keep_tail : keep what follows the last of them, for `Backbone.final_cls`
-    progress : told of bytes done and in all while `auto` downloads
+    blocks : indices of transformer blocks from 0, or from the end if negative; -2 is the second last
+    keep_tail : keep the later blocks and the final norm, for `Backbone.final_cls`
+    progress : bytes downloaded, bytes in all
 
     Raises
     ------
@@ -135,7 +135,7 @@ def load_backbone(
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
     model = _create(architecture, on="meta")
     n_blocks = len(model.blocks)
-    tapped = _tapped(name, blocks, n_blocks)  # before a download of gigabytes
+    tapped = _tapped(name, blocks, n_blocks)  # checked before gigabytes are downloaded
     source = ""
     if weights in (None, "random"):
         model = _set_random(model)
@@ -211,7 +211,7 @@ def _set_random(model: Any) -> Any:
 
 def _initial_spread(name: str) -> tuple[float, float]:
     """(constant, standard deviation) of one parameter before training."""
-    if name.endswith("gamma"):  # LayerScale as DINOv2 begins
+    if name.endswith("gamma"):  # LayerScale, with DINOv2's initial value
         return 1e-5, 0
     if "norm" in name and name.endswith("weight"):
         return 1, 0
@@ -223,7 +223,7 @@ def _initial_spread(name: str) -> tuple[float, float]:
 
 
 def _cut(model: Any, block: int) -> Any:
-    """Drop the blocks behind the tap and the final norm, so that the model's features are that block's output."""
+    """Drop the blocks after `block` and the final norm, so that the model returns the output of `block`."""
     model.blocks = model.blocks[: block + 1]
     model.norm = nn.Identity()
     model.forward = model.forward_features
@@ -284,7 +284,7 @@ def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name:
 
 
 def _listed(keys: list[Any]) -> str:
-    """Some keys of a file that is not trusted, fit for one line of a terminal."""
+    """Some keys of an untrusted file, safe to print in one line."""
     return listed(
         [(key if key.isprintable() else repr(key))[:60] if isinstance(key, str) else type(key).__name__ for key in keys]
     )
@@ -295,7 +295,7 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def _sha256_state(model: Any) -> str:
-    """Hash of names and values, for weights that have no file."""
+    """Hash of names and values, for weights that were not read from a file."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
         digest.update(key.encode())

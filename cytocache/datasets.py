@@ -1,7 +1,7 @@
-"""From what the user has (a folder, a CSV, a Parquet table) to an image table: which images, in which order."""
+"""Makes an image table from a folder, a CSV or a Parquet file: which images there are, in which order."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 import pyarrow as pa
@@ -10,6 +10,7 @@ from stores.errors import BadInput, CytoError
 from stores.files import is_dropping
 from stores.spec import FORMATS, find_header, read_object
 from stores.tables import column, image_table, listed, read_table_file
+from stores.wording import counted
 
 from .images import IMAGE_SUFFIXES
 
@@ -20,14 +21,27 @@ class Images:
 
     table: pa.Table  # the manifest: stores/tables.py
     root: Path
-    n_skipped: int = 0  # files below a folder that are no images by their name
-    passed_over: tuple[str, ...] = ()  # folders below it that hold no cells: droppings, hidden ones, results of ours
+    n_skipped: int = 0  # files below a folder whose names are not those of images
+    passed_over: tuple[str, ...] = ()  # folders below it without cells: hidden, of a system, or results of Cyto
+    source: Path | None = None  # the folder or file that they were opened from
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out, in words."""
+        found = []
+        if self.passed_over:
+            said = f"{counted(len(self.passed_over), 'folder')} passed over ({listed(list(self.passed_over))})"
+            found.append(f"{said}: hidden, of a network disk or system, or results of Cyto: no cells")
+        if self.n_skipped:
+            place = self.source or self.root
+            found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+        return tuple(found)
 
 
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
-def open_images(source: Path, *, root: Path | None = None) -> Images:
+def open_images(source: Path | str, *, root: Path | None = None) -> Images:
     """The images that `source` names.
 
     Parameters
@@ -41,10 +55,11 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
     BadInput
         If there is no such source, no image in it, a faulty manifest, or none of its files is there.
     """
+    source = Path(source)
     if source.is_dir():
         if root is not None:
             raise BadInput(f"--root belongs to a manifest; {source} is a folder, and its own root")
-        return _list_folder(source)
+        return replace(_list_folder(source), source=source)
     if not source.exists():
         raise BadInput(f"no images at {source}: expected a folder, or a .csv or .parquet manifest")
     root = (root or source.parent).absolute()
@@ -54,33 +69,33 @@ def open_images(source: Path, *, root: Path | None = None) -> Images:
         columns["path"] = [_below(path, root) for path in columns["path"]]
     table = image_table(columns, source=str(source), dataset=source.stem)
     _check_some_exist(table, root, source)
-    return Images(table, root)
+    return Images(table, root, source=source)
 
 
 def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """(image files, other files, folders passed over) below an absolute `folder`: sorted relative paths.
 
-    Passed over, with all that is in them: hidden folders, those that a network disk or a system made, results of ours.
+    Passed over, with all their content: hidden folders, folders of a network disk or system, results of Cyto.
 
     Raises
     ------
     BadInput
-        If a link leads back up, a folder cannot be listed, or the name of an image is not UTF-8.
+        If a link leads to a folder above it, a folder cannot be listed, or an image's name is not UTF-8.
     """
     images: list[str] = []
     others: list[str] = []
     passed_over: list[str] = []
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse_unlistable):
         refuse_loop(Path(place), folder)
-        if _HEADER_FILES & {*names} and (what := _a_result(Path(place))):
+        if _HEADER_FILES & {*names} and (what := _result_of_cyto(Path(place))):
             if Path(place) == folder:
                 raise BadInput(f"{folder} holds {what}, and no images of cells; give the folder of the images")
             passed_over.append(Path(place).relative_to(folder).as_posix())
             folders.clear()
             continue
-        leavings = [name for name in folders if is_leaving(name)]
-        passed_over += [(Path(place) / name).relative_to(folder).as_posix() for name in leavings]
-        folders[:] = sorted({*folders} - {*leavings})
+        ignored = [name for name in folders if is_hidden_or_system(name)]
+        passed_over += [(Path(place) / name).relative_to(folder).as_posix() for name in ignored]
+        folders[:] = sorted({*folders} - {*ignored})
         for name in names:
             is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
             (images if is_image else others).append((Path(place) / name).relative_to(folder).as_posix())
@@ -89,13 +104,13 @@ def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
     return images, sorted(others), sorted(passed_over)
 
 
-def is_leaving(name: str) -> bool:
-    """A folder that a system, a network disk or another program left, or that is hidden."""
+def is_hidden_or_system(name: str) -> bool:
+    """Is this a hidden folder, or one that a system, a network disk or another program has made?"""
     return name.startswith(".") or is_dropping(name)
 
 
-def _a_result(place: Path) -> str | None:
-    """What of ours a folder holds, with its article; None if nothing."""
+def _result_of_cyto(place: Path) -> str | None:
+    """Which result of Cyto a folder holds, with its article ("an SAE"); None if there is none."""
     try:
         header = find_header(place)
     except CytoError:
@@ -120,18 +135,18 @@ def _list_folder(folder: Path) -> Images:
 
 
 def refuse_loop(place: Path, folder: Path) -> None:
-    """Links to image folders are welcome; a link back to a folder above itself would list for ever."""
+    """Links to image folders are followed; a link to a folder above itself would be listed without end."""
     if place != folder and place.is_symlink() and place.resolve() in (parent.resolve() for parent in place.parents):
         raise BadInput(f"{place} links back to a folder that contains it; remove the link")
 
 
 def refuse_unlistable(error: OSError) -> None:
-    """A folder that may not be read would otherwise be left out without a word."""
+    """Raise an error for a folder that cannot be read, which `os.walk` would leave out silently."""
     raise BadInput(f"the folder {error.filename} cannot be listed: {error.strerror}; make it readable, or move it")
 
 
 def _refuse_undecodable(paths: list[str], folder: Path) -> None:
-    """A name that is not UTF-8 (an old archive, unpacked) cannot be written into a table."""
+    """A name that is not UTF-8 (from an old archive) cannot be written into a table."""
     bad = [path for path in paths if path.encode(errors="ignore").decode() != path]
     if bad:
         raise BadInput(
@@ -140,7 +155,7 @@ def _refuse_undecodable(paths: list[str], folder: Path) -> None:
 
 
 def _below(path: str | None, root: Path) -> str | None:
-    """An absolute path inside `root` becomes relative; others stay as they are, to be checked."""
+    """An absolute path inside `root` becomes relative; others stay as they are and are checked later."""
     for base in (root, root.resolve()):  # the root may have been given through a link or with `..`
         if path and PurePath(path).is_absolute() and PurePath(path).is_relative_to(base):
             return PurePath(path).relative_to(base).as_posix()

@@ -57,13 +57,13 @@ These mixtures are invented for a demonstration and say nothing about medicine.
 """
 
 _CROP_UM = 24.0
-_MELT_UM = 0.3  # how far neighbouring capsules flow into each other
+_MELT_UM = 0.3  # width over which neighbouring capsules are blended
 _SPOT_SUPERSAMPLING = 4  # granules are about one pixel wide: drawn larger, then averaged down
 _SLIDE: _Rgb = (240, 228, 224)
 _RED_CELL: _Rgb = (219, 160, 155)
 _PALLOR: _Rgb = (236, 206, 199)
 _OVAL: _Capsules = np.array([[-0.06, 0.0, 0.06, 0.0, 0.95]])
-_CONCENTRATION = 30.0  # of the Dirichlet around a disease's mixture: patients alike, never the same
+_CONCENTRATION = 30.0  # of the Dirichlet distribution around a disease's mixture: patients are similar, never equal
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Look:
     nucleus_shape: Callable[[np.random.Generator], _Capsules]  # for a cell of radius 1 at the origin
     chromatin: float  # contrast of the nuclear texture, 0-1
     clump: float  # its coarseness, micrometres
-    ragged: float  # how far the nuclear outline strays, micrometres
+    ragged: float  # roughness of the nuclear outline, micrometres
     spots: tuple[_Spots, ...] = ()
 
 
@@ -212,7 +212,7 @@ def _depth(shape: _Capsules, pose: _Pose, size: int) -> _Field:
 
 
 def _rim(depth: _Field) -> _Field:
-    """One on the edge of a shape, fading within a third of a micrometre: edges take up more stain."""
+    """1 on the edge of a shape, falling to 0 within a third of a micrometre: edges are stained more."""
     return np.asarray(np.exp(-np.abs(depth) / 0.35), np.float32)
 
 
@@ -227,8 +227,8 @@ def _paint(picture: _Field, cover: _Field, colour: _Rgb, shade: _Field | None = 
     picture += cover[..., None] * ((ink if shade is None else shade[..., None] * ink) - picture)
 
 
-def _strew(spots: _Spots, pose: _Pose, size: int, rng: np.random.Generator) -> _Field:
-    """Opacity 0-1 of spots strewn evenly over a disc, some fainter than others (out of focus)."""
+def _scatter(spots: _Spots, pose: _Pose, size: int, rng: np.random.Generator) -> _Field:
+    """Opacity 0-1 of spots spread uniformly over a disc, some fainter than others (out of focus)."""
     n = int(rng.integers(*spots.count, endpoint=True))
     angle, far = rng.uniform(0, 2 * np.pi, n), spots.reach * pose.radius * np.sqrt(rng.random(n))
     x, y, r = pose.x + far * np.cos(angle), pose.y + far * np.sin(angle), rng.uniform(*spots.radius, n)
@@ -272,11 +272,11 @@ def _paint_leukocyte(picture: _Field, look: _Look, pose: _Pose, rng: np.random.G
     _paint(picture, nucleus, look.nucleus, shade)
     for spots in look.spots:
         opacity = spots.on_cytoplasm + np.float32(spots.on_nucleus - spots.on_cytoplasm) * nucleus
-        _paint(picture, cell * opacity * _strew(spots, pose, len(picture), rng), spots.colour)
+        _paint(picture, cell * opacity * _scatter(spots, pose, len(picture), rng), spots.colour)
 
 
 def _develop(picture: _Field, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Apply what varies between slides and cameras: stain strength and hue, light, sensor noise."""
+    """Apply variation between slides and cameras: stain strength and hue, light, sensor noise."""
     size = len(picture)
     stain = rng.uniform(0.85, 1.15) * rng.normal(1, 0.03, 3)  # a power of transmission: optical density
     angle, axis = rng.uniform(0, 2 * np.pi), np.linspace(-1, 1, size)
@@ -326,7 +326,7 @@ def draw_cell(cell_type: str, rng: np.random.Generator, *, size: int = 96) -> np
 
 
 def _replace_file(path: Path, content: bytes) -> None:
-    """Write so that a reader sees the old file or the new one, never half of it."""
+    """Replace a file atomically: a reader sees the old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

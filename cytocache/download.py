@@ -1,7 +1,7 @@
-"""Get a published file, whole and checked, into the cache folder: from a record of Zenodo, or a model on Hugging Face.
+"""Downloads a published file into the cache folder, from a Zenodo record or a Hugging Face model, and checks it.
 
-The publisher's record names the file's size and checksum; the file counts only once both fit. Everything that
-a server says is checked: it may be down, slow, lying, or somebody else. Standard library only.
+The publisher's record states size and checksum; the file is used only if both agree. Every answer of a server is
+checked, since it may be slow, wrong or malicious. Standard library only; docs/log.md says why pooch is not used.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
 HUB = "https://huggingface.co"
 _COMMIT = "[0-9a-f]{40}"
 _WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
-MAX_BYTES = 16 << 30  # the giant model in float32 with its heads is below 6 GB
+MAX_BYTES = 16 << 30  # the giant model in float32, with its heads, is below 6 GB
 _MAX_RECORD_BYTES = 4 << 20
 
-_TIMEOUT_S = 30.0  # without a single byte
-_WINDOW_S, _SLOWEST = 60.0, 1024  # less than this many bytes per second over a window counts as a lost connection
-_DELAYS_S = (1.0, 4.0, 15.0)  # before another try; from the first again once a try has brought _PROGRESS bytes
-_MAX_DELAY_S = 60.0  # whatever a server asks for
+_TIMEOUT_S = 30.0  # seconds without a byte, after which the connection is given up
+_WINDOW_S, _SLOWEST = 60.0, 1024  # below this rate (bytes per second, over a window) a connection counts as lost
+_DELAYS_S = (1.0, 4.0, 15.0)  # pauses before tries; from the first again after a try that brought _PROGRESS bytes
+_MAX_DELAY_S = 60.0  # upper limit, whatever a server asks for
 _PROGRESS = 1 << 20
 _PIECE = 1 << 18
 _LOCK_POLL_S = 0.5
@@ -49,16 +49,16 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class Downloaded:
-    """A file in the cache folder that has just been found equal to the published one."""
+    """A file in the cache folder that was checked to equal the published one."""
 
     path: Path
     sha256: str
-    source: str  # what to write behind --weights to get this very file again
+    source: str  # the value of --weights that gives this file again
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Published:
-    """What the publisher's record says about one file: its checksum is an MD5 (Zenodo) or a SHA-256 (Hugging Face)."""
+    """One file by the publisher's record. The checksum is an MD5 (Zenodo) or a SHA-256 (Hugging Face)."""
 
     name: str
     size: int
@@ -71,7 +71,7 @@ class _Published:
         return {"file": self.name, "size": self.size, self.kind: self.checksum, "source": self.source}
 
     def difference(self, md5: str, sha256: str) -> str:
-        """`the MD5 X, expected Y`, or "" if the file that has these is the published one."""
+        """`the MD5 X, expected Y`, or "" if the checksum agrees."""
         found = md5 if self.kind == "md5" else sha256
         name = "MD5" if self.kind == "md5" else "SHA-256"
         return "" if found == self.checksum else f"{name} {found}, expected {self.checksum}"
@@ -79,17 +79,17 @@ class _Published:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """Where the record of a file is, what it says, and what a user is told of it."""
+    """Where the record of a file is, how it is read, and how it is named to the user."""
 
     url: str  # of the record
     find: Callable[[Any, str, str], _Published]  # record, file, url of the record
-    weights: str  # behind --weights
-    by_hand: str  # where a user gets the file
-    is_mirrored: bool = False  # the file may come from another server; its SHA-256 vouches for it
+    weights: str  # the value of --weights
+    by_hand: str  # where a user can get the file by hand
+    is_mirrored: bool = False  # the file may come from another server, since its SHA-256 is known
 
 
 class _Failed(Exception):
-    """A try that brought no file: worth another one, unless the reason is final."""
+    """A try that failed; it is repeated unless the reason is final."""
 
     def __init__(self, reason: object, *, is_final: bool = False, starts_over: bool = False, wait_s: float = 0) -> None:
         text = " ".join(str(reason).split())[:300]
@@ -103,24 +103,24 @@ def cache_folder() -> Path:
     Raises
     ------
     BadInput
-        If that is not said, and the user has no home.
+        If $CYTO_CACHE is not set and the user has no home folder.
     """
     if chosen := os.environ.get("CYTO_CACHE"):
         return Path(chosen)
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if sys.platform != "darwin" and base.is_absolute():  # the XDG rules: ignore a relative one
+    if sys.platform != "darwin" and base.is_absolute():  # by the XDG rules a relative path is ignored
         return base / "cyto"
     try:
         home = Path.home()
-    except RuntimeError:  # a user without an entry in the list of users, as in a container, and without HOME
+    except RuntimeError:  # no HOME, and no entry for this user, as in some containers
         raise BadInput("this user has no home to keep downloads in; set CYTO_CACHE to a folder for them") from None
     return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "cyto"
 
 
 def record_url() -> str:
-    """The publisher's record, or the one that `$CYTO_WEIGHTS_RECORD` names: a mirror, a server in a test.
+    """URL of the publisher's record, or `$CYTO_WEIGHTS_RECORD` (a mirror, or a server in a test).
 
-    The record vouches for the file, so it must come over HTTPS, or from this machine itself.
+    The record holds the checksum of the file, so it must come over HTTPS, or from this machine.
     """
     return _server_of("CYTO_WEIGHTS_RECORD", RECORD)
 
@@ -133,7 +133,7 @@ def _server_of(variable: str, usual: str) -> str:
 
 
 def _is_trusted(url: str) -> bool:
-    """HTTPS, or this machine itself."""
+    """Is the URL HTTPS, or of this machine?"""
     try:
         scheme, host, _ = _origin(url)
     except ValueError:
@@ -142,37 +142,37 @@ def _is_trusted(url: str) -> bool:
 
 
 def fetch_published(name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
-    """The published file `name` in the cache folder: downloaded if it is not there, continued if it is there in part.
+    """The published file `name` in the cache folder: downloaded if missing, continued if incomplete.
 
-    A file that was checked once is found again without a network, by the hash that was taken then. Several
-    processes may ask at once: one downloads, the others wait. Memory: a few hundred kilobytes. `progress` is told of
-    bytes; of 0 in all while that is unknown.
+    A file that was checked once is later used without a network, by its recorded hash. Several processes may call this
+    at once: one downloads, the others wait. Memory: a few hundred kilobytes. `progress` gets bytes done and bytes in
+    all (0 while unknown).
 
     Raises
     ------
     BadInput
-        If the file cannot be got, or is not the published one; the message says how to get it by hand.
+        If the download fails, or the file is not the published one; the message says how to get it by hand.
     """
     source = _Source(url=record_url(), find=_find, weights="auto", by_hand=PUBLISHED_AT)
-    return _fetched(cache_folder() / "weights" / name, source, progress)
+    return _downloaded(cache_folder() / "weights" / name, source, progress)
 
 
 def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
-    """The weights file of a model on Hugging Face, as `fetch_published` keeps it; checked against its SHA-256 there.
+    """The weights file of a model on Hugging Face, kept as by `fetch_published`, checked by the SHA-256 stated there.
 
-    A revision that is a commit needs no network the second time; of a branch or a tag it is looked up which commit
-    that is now, and `Downloaded.source` names it.
+    A commit as revision needs no network the second time. For a branch or tag, its present commit is looked up;
+    `Downloaded.source` names it.
 
     Parameters
     ----------
-    address : `hf:OWNER/NAME[/FILE][@REVISION]`; the revision is a commit (40 hex digits), a branch or a tag, `main`
-        if there is none
-    name : the file to take where no FILE is given and the model has it; otherwise its only file of weights
+    address : `hf:OWNER/NAME[/FILE][@REVISION]`; the revision is a commit (40 hex digits), a branch or a tag
+        (default: `main`)
+    name : if no FILE is given, the file to use if the model has it; otherwise the model's only file of weights
 
     Raises
     ------
     BadInput
-        As `fetch_published`; for an address that is none, and a model with several files of weights or none.
+        As `fetch_published`; also for a malformed address, or a model without exactly one file of weights.
     """
     part = "[A-Za-z0-9][A-Za-z0-9._-]*"
     found = re.fullmatch(rf"hf:({part}/{part})(?:/({part}(?:/{part})*))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
@@ -185,14 +185,14 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
     folder = cache_folder() / "weights" / "hf" / model.replace("/", "--")
     by_hand = f"{hub}/{model}"
     if re.fullmatch(_COMMIT, revision) and not file and (folder / revision / f"{name}.json").exists():
-        file = name  # as it was chosen when it was got: nobody need be asked
+        file = name  # as chosen when it was downloaded: no request is needed
     if not re.fullmatch(_COMMIT, revision) or not file:
         url = f"{hub}/api/models/{model}/revision/{quote(revision, safe='')}?blobs=true"
         listed_at = _Source(url=url, find=_find, weights=address, by_hand=by_hand)
         try:
             revision, file = _retried(lambda: _look_up(url, file, name), folder / (file or name), listed_at, progress)
         except BadInput as error:
-            known = f"; already here: --weights {kept}" if (kept := _kept(folder, model)) else ""
+            known = f"; already here: --weights {kept}" if (kept := _newest_download(folder, model)) else ""
             raise BadInput(f"{error}{known}") from None
     url = f"{hub}/api/models/{model}/revision/{revision}?blobs=true"
     source = _Source(
@@ -202,11 +202,11 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
         by_hand=by_hand,
         is_mirrored=True,
     )
-    return _fetched(folder / revision / file, source, progress)
+    return _downloaded(folder / revision / file, source, progress)
 
 
-def _kept(folder: Path, model: str) -> str:
-    """The address of a file of this model that was downloaded and checked before, the newest; "" if there is none."""
+def _newest_download(folder: Path, model: str) -> str:
+    """The address of the newest downloaded and checked file of this model; "" if there is none."""
     notes = [path for path in folder.rglob("*.json") if not path.name.endswith(".part.json")]
     for note in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
         commit, *file = note.relative_to(folder).with_suffix("").parts
@@ -214,14 +214,14 @@ def _kept(folder: Path, model: str) -> str:
     return ""
 
 
-def _fetched(path: Path, source: _Source, progress: Progress) -> Downloaded:
+def _downloaded(path: Path, source: _Source, progress: Progress) -> Downloaded:
     name = path.name
     try:
-        if found := _remembered(path, source):  # before anything is written: the folder may be read-only by now
+        if found := _checked_before(path, source):  # before anything is written: the folder may be read-only
             return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path, progress):
-            return _remembered(path, source) or _fetch(path, source, progress)
+            return _checked_before(path, source) or _fetch(path, source, progress)
     except OSError as error:
         raise BadInput(
             f"cannot keep {name} in {path.parent} ({error.strerror or error}); "
@@ -229,8 +229,8 @@ def _fetched(path: Path, source: _Source, progress: Progress) -> Downloaded:
         ) from None
 
 
-def _remembered(path: Path, source: _Source) -> Downloaded | None:
-    """The checked file, if it is still what it was; None if there is none from this record."""
+def _checked_before(path: Path, source: _Source) -> Downloaded | None:
+    """The checked file, if it has not changed; None if there is none of this record."""
     try:
         note = json.loads(_beside(path, ".json").read_text())
         size, sha256 = note["size"], note["sha256"]
@@ -251,7 +251,7 @@ def _remembered(path: Path, source: _Source) -> Downloaded | None:
 def _fetch(path: Path, source: _Source, progress: Progress) -> Downloaded:
     part = _beside(path, ".part")
     file = _retried(lambda: _read_record(path.name, source), path, source, progress)
-    if path.exists():  # put there by hand, or a crash came before the note was written
+    if path.exists():  # put there by hand, or its note was not written before a crash
         md5, sha256 = _digests(path)
         if difference := file.difference(md5, sha256):
             raise BadInput(
@@ -270,7 +270,7 @@ def _fetch(path: Path, source: _Source, progress: Progress) -> Downloaded:
 
 
 def _retried(once: Callable[[], _T], path: Path, source: _Source, progress: Progress) -> _T:
-    """What `once` returns, tried again with growing pauses as long as it fails without bringing much."""
+    """The result of `once`, repeated with growing pauses while it fails without much progress."""
     part, n_failed = _beside(path, ".part"), 0
     while True:
         before = _size(part)
@@ -305,7 +305,7 @@ def _forget(part: Path) -> None:
 
 
 def _digests(path: Path) -> tuple[str, str]:
-    """(MD5, SHA-256) of a file, read once. The MD5 is what Zenodo publishes; it shows damage, not an attack."""
+    """(MD5, SHA-256) of a file, read once. Zenodo publishes the MD5, which shows damage but no manipulation."""
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -316,8 +316,8 @@ def _digests(path: Path) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    import fcntl  # here, so that the module can be imported where there is none
+    """Only one process at a time; the lock ends with its process."""
+    import fcntl  # imported here, since not every platform has it
 
     with _beside(path, ".lock").open("a") as lock:
         while True:
@@ -334,11 +334,11 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
 
 
 def _read_record(name: str, source: _Source) -> _Published:
-    return _said(source.url, lambda record: source.find(record, name, source.url))
+    return _read_json(source.url, lambda record: source.find(record, name, source.url))
 
 
-def _said(url: str, find: Callable[[Any], _T]) -> _T:
-    """What `find` makes of the JSON at an address; it raises ValueError for what it cannot use."""
+def _read_json(url: str, find: Callable[[Any], _T]) -> _T:
+    """The result of `find` on the JSON at an address; `find` raises ValueError for a record that it cannot use."""
     raw = bytearray()
     with _open(url, {"Accept": "application/json"}) as response:
         for piece in _pieces(response):
@@ -347,12 +347,12 @@ def _said(url: str, find: Callable[[Any], _T]) -> _T:
                 raise _Failed(f"this is no record: more than {_MAX_RECORD_BYTES:,} bytes", is_final=True)
     try:
         return find(json.loads(bytes(raw)))
-    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or what `find` says
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, or from `find`
         raise _Failed(f"the record cannot be used: {error}", is_final=True) from None
 
 
 def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
-    """(commit, file) of a model: the given file, else the usual one, else its only file of weights."""
+    """(commit, file) of a model: the given file, else the usual one, else its only weights file."""
 
     def find(record: Any) -> tuple[str, str]:
         commit, files = record.get("sha") if isinstance(record, dict) else None, _hub_files(record)
@@ -369,11 +369,11 @@ def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
             )
         return commit, names[0]
 
-    return _said(url, find)
+    return _read_json(url, find)
 
 
 def _hub_files(record: Any) -> dict[str, dict[str, Any]]:
-    """Name -> what a model's record says of the file."""
+    """File name -> its entry in the record of a model."""
     files = record.get("siblings") if isinstance(record, dict) else None
     if not isinstance(files, list):
         raise ValueError("it has no list of files")
@@ -381,7 +381,7 @@ def _hub_files(record: Any) -> dict[str, dict[str, Any]]:
 
 
 def _find_on_hub(record: Any, name: str, source: str, *, file: str, at: str) -> _Published:
-    """The entry of `file`; `at`: where it is got."""
+    """The entry of `file`; `at`: the URL of the file."""
     entry = _hub_files(record).get(file)
     if entry is None:
         raise ValueError(f"it has no file {file}")
@@ -395,7 +395,7 @@ def _find_on_hub(record: Any, name: str, source: str, *, file: str, at: str) -> 
 
 
 def _find(record: Any, name: str, source: str) -> _Published:
-    """The one entry of this name: in Zenodo's list, or in InvenioRDM's `entries`, where the link is named `content`."""
+    """The entry of this name: in Zenodo's list, or in InvenioRDM's `entries`, where the link is called `content`."""
     files = record.get("files") if isinstance(record, dict) else None
     if isinstance(files, dict):
         entries = files.get("entries")
@@ -420,8 +420,8 @@ def _find(record: Any, name: str, source: str) -> _Published:
 
 
 def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: bool) -> str:
-    """The SHA-256 of the whole, checked part; what it lacks is got first."""
-    have, etag = _begun(file, part)
+    """Download the missing bytes of `part`, check the file, and return its SHA-256."""
+    have, etag = _partial_download(file, part)
     if have < file.size:
         _append(file, part, have, etag, progress, is_mirrored=is_mirrored)
     progress(file.size, file.size, "checking")
@@ -438,7 +438,7 @@ def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: 
 
 
 def _append(file: _Published, part: Path, have: int, etag: str, progress: Progress, *, is_mirrored: bool) -> None:
-    """Get the bytes behind the first `have`; all of them if the server does not go on exactly there."""
+    """Download the bytes after the first `have`; all of them if the server does not continue exactly there."""
     if (free := shutil.disk_usage(part.parent).free) < file.size - have:
         raise OSError(f"{file.size - have:,} bytes are needed, {free:,} are free")
     asked = {"Range": f"bytes={have}-", **({"If-Range": etag} if etag else {})} if have else {}
@@ -454,7 +454,7 @@ def _append(file: _Published, part: Path, have: int, etag: str, progress: Progre
             if (length := headers.get("Content-Length", str(file.size))) != str(file.size):
                 raise _Failed(f"the server has {length[:20]} bytes, the record says {file.size:,}", is_final=True)
             have = 0
-            part.write_bytes(b"")  # before the note, which must never speak of other bytes
+            part.write_bytes(b"")  # before the note, which must not describe other bytes
             write_json(_beside(part, ".json"), {**file.identity(), "etag": headers.get("ETag", "")})
         else:
             raise _Failed(f"the server answers {response.status} and not with the file", starts_over=True)
@@ -474,8 +474,8 @@ def _append(file: _Published, part: Path, have: int, etag: str, progress: Progre
         raise _Failed(f"the connection ended after {have:,} of {file.size:,} bytes")
 
 
-def _begun(file: _Published, part: Path) -> tuple[int, str]:
-    """(bytes to keep, ETag they came with) of an earlier download of this very file; (0, "") if there is none."""
+def _partial_download(file: _Published, part: Path) -> tuple[int, str]:
+    """(bytes to keep, their ETag) of an earlier download of the same file; (0, "") if there is none."""
     try:
         note = json.loads(_beside(part, ".json").read_text())
         have = part.stat().st_size
@@ -515,9 +515,9 @@ class _AnyServer(urllib.request.HTTPRedirectHandler):
 
 @contextlib.contextmanager
 def _open(url: str, headers: dict[str, str], *, is_mirrored: bool = False) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a GET, if it is a good one."""
+    """The response to a GET request; raises `_Failed` for an error status."""
     handlers: list[Any] = [_AnyServer if is_mirrored else _OneServer]
-    if url.startswith("http:"):  # this machine: no proxy is between
+    if url.startswith("http:"):  # this machine: without a proxy
         handlers.append(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers={"User-Agent": f"cyto/{cyto_version()}", **headers})
     try:
@@ -529,7 +529,7 @@ def _open(url: str, headers: dict[str, str], *, is_mirrored: bool = False) -> It
             raise _Failed(
                 f"the server answers {error.code} {error.reason}",
                 is_final=not may_pass,
-                starts_over=error.code == 416,  # there is nothing behind what we have
+                starts_over=error.code == 416,  # range not satisfiable: no bytes after those that are here
                 wait_s=float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 0,
             ) from None
     except (OSError, http.client.HTTPException) as error:
@@ -541,12 +541,12 @@ def _open(url: str, headers: dict[str, str], *, is_mirrored: bool = False) -> It
 
 
 def _pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body as it comes; a server that only drips counts as lost."""
+    """The body in pieces; a connection that is too slow counts as lost."""
     began, n_bytes = time.monotonic(), 0
     while True:
         try:
             piece = response.read1(_PIECE)
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a torn chunk header
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an invalid chunk header
             raise _Failed(str(error) or type(error).__name__) from None
         if not piece:
             return

@@ -1,4 +1,4 @@
-"""Which files are byte-identical? By size first, then by SHA-256: no file is read twice, those of unique size never."""
+"""Finds byte-identical files, by size and then by SHA-256. A file is read at most once; one of unique size, never."""
 
 import stat
 from collections import Counter
@@ -12,8 +12,8 @@ from stores.progress import Progress
 
 from .images import MAX_FILE_BYTES
 
-N_THREADS = 8  # on a network disk the time goes into waiting
-_SLICE = 512  # files handed to the threads at once: Ctrl-C waits for no more
+N_THREADS = 8  # most of the time on a network disk is waiting
+_SLICE = 512  # files given to the threads at once: Ctrl-C waits for these only
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ def find_duplicates(
 ) -> Duplicates:
     """Compare the files `root / path`. Memory: a size and, where two sizes agree, a hash per file; 1 MiB per thread.
 
-    What is no regular file (a pipe would block for ever), is empty, too large to be an image, or cannot be read is not
-    compared.
+    Not compared are files that are not regular (a pipe would block), empty, too large for an image, or unreadable.
     """
     sizes: list[int] = []
     not_compared: dict[int, str] = {}

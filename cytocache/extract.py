@@ -1,16 +1,17 @@
-"""Stage one: images through the backbone, once, into activation caches. The only file that writes one.
+"""Stage one: runs the backbone once over all images and writes their tokens into activation caches.
 
-The loop reads as a story: plan what is missing, and per chunk read, forward, save. Processes read ahead, threads save
-behind, both by a bounded number of steps, so memory does not depend on the number of images. Batches end at chunk
-edges, so an interrupted and continued cache equals an uninterrupted one, byte for byte (same device and versions).
+The loop in `fill`: find the missing chunks; for each chunk read its images, run the backbone, save. Processes read
+ahead and threads save in the background, both a bounded number of steps, so memory does not grow with the images.
+No batch crosses a chunk's end, so a cache that was interrupted and continued equals one made in a single run, byte for
+byte (same device and versions).
 """
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,76 +27,114 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
+from stores.devices import resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sha256_file, sync_folder
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
 from stores.tables import column, table_sha256
+from stores.wording import Report, describe_cache, unreadable_images
 
 from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
-from .datasets import Images
+from .datasets import Images, open_images
 from .images import MAX_FILE_BYTES
 from .readers import ImageReaders
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SAVING_AT_ONCE = 4  # chunks: one that waits for the disk's fsync does not hold up the next
-_FLOAT16_LIMIT = 65_520.0  # what is as large as this rounds to infinity
+_SAVING_AT_ONCE = 4  # chunks: while one waits for fsync, the next is saved
+_FLOAT16_LIMIT = 65_520.0  # a float16 value of this magnitude rounds to infinity
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """What to run. Device, batch size and workers change speed only; they go to the run log, not into the identity."""
+    """Settings of `extract`. Device, batch size and workers change speed only; they are logged and not in the identity.
+
+    Raises BadInput for an unknown precision, a number below 1, or no block.
+    """
 
     backbone: str = "random-vit-tiny"
-    weights: str | None = None  # a DinoBloom .pth file, "auto" (download it) or "random"
-    blocks: tuple[int, ...] = (-2,)  # several: one pass, and a store for each
+    weights: str | None = None  # see `load_backbone`
+    # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
+    blocks: tuple[int, ...] = (-2,)
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
-    device: str = "cpu"
-    batch_size: int = 32
-    workers: int = 2  # processes that read and resize images
+    device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    batch_size: int | None = None  # images per forward pass; None: 128 on a GPU, else 32
+    workers: int = field(default_factory=n_cores)  # processes that read and resize images
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         for name in ("chunk_images", "batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1; found {value}")
         if not self.blocks:
             raise BadInput("blocks must name at least one block; found none")
 
+    @property
+    def images_per_pass(self) -> int:
+        """Images per forward pass, once `device` is resolved."""
+        return self.batch_size or (32 if self.device == "cpu" else 128)
+
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractResult:
-    """What was done: of the whole cache, or of this writer's shard as long as other shards are missing."""
+class ExtractResult(Report):
+    """What was done: for the whole cache, or for this shard while other shards are missing."""
 
-    stores: tuple[Path, ...]  # one for each block, ascending
+    out: Path
+    stores: tuple[Path, ...]  # `out`, or with several blocks a cache for each in it, ascending
     n_readable: int
     n_unreadable: int
-    is_complete: bool  # False: other shards are not there yet
+    is_complete: bool  # False: other shards are still missing
     was_complete: bool  # nothing had to be done
+    shard: Shard = field(default=ONE_WRITER, compare=False)
+    described: tuple[str, ...] = field(default=(), compare=False)  # each finished cache in one line
+    unreadable: str = field(default="", compare=False)  # which images could not be read, in words
+    left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that were passed over, in words
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Files and folders below the images that were passed over."""
+        return self.left_out
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Images that could not be read."""
+        return (self.unreadable,) if self.unreadable else ()
+
+    def lines(self) -> Iterator[str]:
+        """A line for each finished cache, or that other shards are still missing."""
+        if not self.is_complete:
+            yield (
+                f"{self.out}: shard {self.shard} is done, {self.n_readable + self.n_unreadable:,} images; other shards "
+                f"are not. The last one completes the store; if all have ended: cyto cache merge {self.out}"
+            )
+        yield from self.described
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One chunk on its way to the disk."""
+    """One chunk that is to be saved."""
 
     number: int
     image_ids: list[str]
-    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in the host's memory
-    largest: list[torch.Tensor]  # per block (images,): largest magnitude before the rounding to float16
+    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in host memory
+    largest: list[torch.Tensor]  # per block (images,): largest magnitude before rounding to float16
     content_hash: list[str | None]
     errors: list[str | None]
-    copied: "torch.cuda.Event | None"  # when the GPU has filled them
+    copied: "torch.cuda.Event | None"  # recorded after the copies from the GPU
 
 
 def extract(
-    images: Images,
-    store: Path,
-    config: ExtractConfig,
+    images: Images | Path | str,
+    out: Path | str,
+    config: ExtractConfig | None = None,
     *,
+    root: Path | None = None,
     shard: Shard = ONE_WRITER,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
@@ -103,17 +142,22 @@ def extract(
     download_progress: Progress = lambda done, total, state: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ExtractResult:
-    """Write (or continue) the activation cache of `images` at `store`; with several blocks, `store/block<k>.zarr`.
+    """Write (or continue) the activation cache of `images` at `out`; with several blocks, `out/block<k>.zarr`.
 
-    An unreadable image is listed with its error in the cache's image table, keeps a NaN block and does not end the job.
+    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job.
     Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, and a few batches of pixels.
 
     Parameters
     ----------
-    shard : the part that this process writes; the last one to end completes the cache
-    progress : images done (those of the chunk in flight are not yet on the disk), images in all
-    download_progress : told of bytes while weights are downloaded ("auto")
-    stop : asked before each chunk; once True, what is in flight is saved and KeyboardInterrupt raised
+    images : as of `open_images`, or what it opens: a folder, a .csv or .parquet table
+    config : None: the defaults of `ExtractConfig`
+    root : as of `open_images`
+    shard : the share of the images that this process writes; the last one to end completes the cache
+    overwrite : replace a cache with other settings; the old one stays until the new one is complete
+    inputs : further files that must not be overwritten
+    progress : images done (including those of chunks that are not saved yet), images in all
+    download_progress : bytes of the weights downloaded, bytes in all
+    stop : called before each chunk; once True, chunks in flight are saved and KeyboardInterrupt is raised
 
     Raises
     ------
@@ -121,13 +165,18 @@ def extract(
         For settings or weights that cannot be used, if a token of a readable image does not fit float16, if no image
         at all could be read, or if another process writes the same shard.
     SpecMismatch
-        If `store` holds something else, or a cache with other settings (and not `overwrite`).
+        If `out` holds something else, or a cache with other settings (and not `overwrite`).
     """
+    config, out = config or ExtractConfig(), Path(out)
+    images = images if isinstance(images, Images) else open_images(images, root=root)
+    config = replace(config, device=resolve_device(config.device))
+    known = (images.source, images.root, Path(config.weights) if config.weights else None)
+    inputs = (*inputs, *(path for path in known if path is not None and path.exists()))
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
-    places = [store] if len(specs) == 1 else [store / f"block{spec.block}.zarr" for spec in specs]
+    places = [out] if len(specs) == 1 else [out / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
         plan_output(place, new_header(ACTIVATIONS, spec.to_dict()), overwrite=overwrite, inputs=inputs, shared=True)
         for place, spec in zip(places, specs, strict=True)
@@ -152,12 +201,18 @@ def extract(
     else:
         n_images, n_unreadable = writers[0].counts()
         n_readable = n_images - n_unreadable
+    some_unreadable = is_complete and n_unreadable
     return ExtractResult(
+        out=out,
         stores=tuple(places),
         n_readable=n_readable,
         n_unreadable=n_unreadable,
         is_complete=is_complete,
         was_complete=not writers,
+        shard=shard,
+        described=tuple(describe_cache(place) for place in places) if is_complete else (),
+        unreadable=unreadable_images(places[0]) if some_unreadable else "",
+        left_out=images.notes,
     )
 
 
@@ -171,7 +226,7 @@ def fill(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> None:
-    """Write every chunk that the writers (one for each block, of the same shard) are missing."""
+    """Write every missing chunk of the writers (one writer for each block, all of the same shard)."""
     spec, paths, names = writers[0].spec, column(images.table, "path"), column(images.table, "image_id")
     blocks = [backbone.blocks.index(writer.spec.block) for writer in writers]
     missing = [set(writer.missing_chunks()) for writer in writers]
@@ -189,12 +244,12 @@ def fill(
         return
     device, low = torch.device(config.device), PRECISIONS[spec.precision]
     on_gpu = device.type == "cuda"
-    torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions are not float32 but nearly
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU are less precise than float32
     backbone.model.to(device)
-    batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.batch_size)]
+    batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
-        if on_gpu:  # else events are recorded, and host memory is pinned, on GPU 0
+        if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
             ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
@@ -211,7 +266,7 @@ def fill(
             largest = [torch.empty(len(rows), pin_memory=on_gpu) for _ in writers]
             content_hash: list[str | None] = []
             errors: list[str | None] = []
-            for batch in _batches(range(len(rows)), config.batch_size):
+            for batch in _batches(range(len(rows)), config.images_per_pass):
                 pictures = next(reading)
                 pixels = torch.from_numpy(pictures.pixels)
                 pixels = (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=True)
@@ -227,7 +282,7 @@ def fill(
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
-            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread takes no core
+            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread uses no core
             if copied is not None:
                 copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]
@@ -243,7 +298,7 @@ def fill(
 
 
 def make_spec(backbone: Backbone, images: Images, config: ExtractConfig, block: int) -> ActivationSpec:
-    """What the cache of `block` will hold."""
+    """The spec of the cache of `block`."""
     return ActivationSpec(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
@@ -279,10 +334,10 @@ def open_writer(
     weights: str = "",
     damaged: list[int] | None = None,
 ) -> ActivationWriter:
-    """A writer that nobody else is while `stack` is open, with this run in its log.
+    """The only writer of this shard while `stack` is open; this run is added to the log.
 
-    `weights`: of a download, what gives the very same file again; for the log. `damaged`: chunks of a complete cache,
-    which is opened again to make just these anew.
+    weights : of a download, the value of --weights that gives the same file again; for the log
+    damaged : chunks of a complete cache, which is opened again to make only these anew
     """
     root.mkdir(parents=True, exist_ok=True)
     other: Shard | None = shard
@@ -294,7 +349,7 @@ def open_writer(
     if damaged is not None:
         reopen(root, damaged)
     writer = ActivationWriter(root, spec, images.table, shard)
-    for folder in (root, *root.parents)[1:3]:  # a new store's own name, and that of the folder of several
+    for folder in (root, *root.parents)[1:3]:  # so that a new store's name is durable, and that of its parent folder
         sync_folder(folder)
     append_run(
         root,
@@ -303,11 +358,11 @@ def open_writer(
         images_root=os.fspath(images.root),
         device=_device_name(config.device),
         threads=torch.get_num_threads(),
-        batch_size=config.batch_size,
+        batch_size=config.images_per_pass,
         **({"weights": weights} if weights else {}),
     )
     if damaged is None:
-        for row in writer.errors():  # a share that was not mounted, a file that has been copied again
+        for row in writer.errors():  # such a file may be readable now: a disk was mounted, a file copied again
             writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
     return writer
 
@@ -317,7 +372,7 @@ def _batches(rows: range, batch_size: int) -> list[range]:
 
 
 def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
-    """In a thread: check what came out of the backbone, and write it for each block whose cache lacks it."""
+    """In a saving thread: check the tokens of a chunk, and write them for each block whose cache lacks the chunk."""
     if chunk.copied is not None:
         chunk.copied.synchronize()
     for writer, tokens, largest in zip(owners, chunk.tokens, chunk.largest, strict=True):
@@ -330,14 +385,14 @@ def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
             elif not magnitudes[position] < _FLOAT16_LIMIT:
                 raise BadInput(
                     f"the tokens of image {chunk.image_ids[position]} do not fit float16: largest magnitude "
-                    f"{magnitudes[position]:.4g} behind block {writer.spec.block}, expected at most 65,504. "
+                    f"{magnitudes[position]:.4g} after block {writer.spec.block}, expected at most 65,504. "
                     f"Choose another --block, or check the weights"
                 )
         writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors)
 
 
 def hash_image_file(path: Path) -> str | None:
-    """SHA-256 of an image file; None where there is none that would be read."""
+    """SHA-256 of an image file; None if it is missing, too large or cannot be read."""
     try:
         return sha256_file(path) if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else None
     except OSError:

@@ -1,21 +1,26 @@
-"""What did float16, and the precision of the forward pass, cost? A sample of images goes through the backbone again.
+"""Measures the error that float16, and the precision of the forward pass, bring into a cache.
 
-The float32 tokens of today are compared with the cached ones: the unexplained share of their variance, the largest
-magnitude, and, given an SAE, how many latents are active on one side only.
+A sample of images is run through the backbone again in float32. Its tokens are compared with the cached ones: fraction
+of variance unexplained (FVU), largest magnitude, and, with an SAE, how many latents are active in only one of the two.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationStore
+from stores.activation_store import ActivationSpec, ActivationStore
+from stores.devices import resolve_device
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.spec import require_unchanged
+from stores.wording import Report, page_html, page_lines, rate
 
 from .sample import draw_sample, load_backbone_of, read_sample
 
@@ -23,8 +28,19 @@ from .sample import draw_sample, load_backbone_of, read_sample
 Latents = Callable[[torch.Tensor], torch.Tensor]
 
 
+class Sae(Protocol):
+    """What is needed of an SAE; `cytosae.load_sae` gives one."""
+
+    @property
+    def model(self) -> Any:
+        """`model.encode` gives the latents of (n, width) float32 tokens."""
+
+    def require_tokens(self, spec: ActivationSpec, place: str, *, assume_compatible: bool = False) -> list[str]:
+        """Refuse tokens of another kind than it was trained on; gives what had to be assumed."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Fidelity:
+class Fidelity(Report):
     """Cached tokens against float32 ones, over a sample. Latent counts are 0 without an SAE.
 
     FVU: sum of squared differences / sum of squared distances from the mean token; NaN if the tokens do not vary.
@@ -34,25 +50,65 @@ class Fidelity:
     n_tokens: int
     fvu: float
     fvu_cls: float  # over CLS tokens alone
-    largest_magnitude: float  # of the float32 tokens; float16 ends at 65,504
+    largest_magnitude: float  # of the float32 tokens; the largest float16 number is 65,504
     largest_difference: float
     n_active: int = 0  # (token, latent) pairs that are active in float32
-    n_cross_zero: int = 0  # pairs that are active on one side only
+    n_cross_zero: int = 0  # pairs that are active in one of the two only
     n_above_tau: int = 0
-    n_cross_tau: int = 0  # pairs that exceed tau on one side only
+    n_cross_tau: int = 0  # pairs that exceed tau in one of the two only
+    store: Path = Path()
+    seed: int = 0  # of the sample
+    tau: float = 0.2
+    with_latents: bool = False  # latents were counted
+    assumed_equal: tuple[str, ...] | None = None  # what an imported SAE does not say of its tokens; None without an SAE
+
+    def rows(self) -> dict[str, str]:
+        """The named values of the page."""
+        fvu_cls = "n/a (it does not vary)" if math.isnan(self.fvu_cls) else f"{self.fvu_cls:.2e}"
+        rows = {
+            "sample": f"{self.n_images:,} images, {self.n_tokens:,} tokens (seed {self.seed})",
+            "FVU": f"{self.fvu:.2e} of the float32 tokens' variance is lost; of CLS alone {fvu_cls}",
+            "magnitude": f"largest {self.largest_magnitude:.4g}; largest difference {self.largest_difference:.3g}",
+        }
+        if self.with_latents:
+            zero, tau = rate(self.n_cross_zero, self.n_active), rate(self.n_cross_tau, self.n_above_tau)
+            rows["latents"] = f"{self.n_active:,} are active in float32; {self.n_cross_zero:,} cross zero ({zero})"
+            rows["tau"] = f"{self.n_above_tau:,} exceed {self.tau:g}; {self.n_cross_tau:,} cross it ({tau})"
+        return rows
+
+    @property
+    def _title(self) -> str:
+        return f"{self.store}: cached float16 against float32"
+
+    def lines(self) -> Iterator[str]:
+        """The page of `cyto cache fidelity`."""
+        yield from page_lines(self._title, self.rows())
+
+    def _repr_html_(self) -> str:
+        return page_html(self._title, self.rows())
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain JSON values; null where one is not defined."""
+        named = [name for name in vars(self) if name not in ("store", "seed", "tau", "with_latents", "assumed_equal")]
+        values = {name: getattr(self, name) for name in named}
+        facts = {} if self.assumed_equal is None else {"assumed_equal": list(self.assumed_equal)}
+        numbers = {name: None if math.isnan(value) else value for name, value in values.items()}
+        return {"store": str(self.store), "tau": self.tau, **facts, **numbers}
 
 
 def measure_fidelity(
-    store: Path,
+    store: Path | str,
     *,
-    root: Path | None = None,
-    weights: str | None = None,
-    device: str = "cpu",
-    workers: int = 2,
-    n_images: int = 64,
-    seed: int = 0,
+    sae: Sae | None = None,
+    assume_compatible: bool = False,
     latents: Latents | None = None,
     tau: float = 0.2,
+    root: Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    n_images: int = 64,
+    seed: int = 0,
     progress: Progress = lambda done, total, state: None,
     download_progress: Progress = lambda done, total, state: None,
 ) -> Fidelity:
@@ -60,22 +116,33 @@ def measure_fidelity(
 
     Parameters
     ----------
-    root : where the images lie now; default: where they lay when the cache was written
+    sae : counts the latents that cross zero or `tau`: `cytosae.load_sae(...)` on the same device. Its memory: 257 x
+        n_latents float32, twice
+    assume_compatible : take an imported SAE, which does not say which tokens it was trained on
+    latents : instead of `sae`, the function that encodes tokens
+    root : folder of the images now; default: as recorded when the cache was written
     weights : the file of the trained backbone; an untrained one needs none
-    latents : encodes tokens under an SAE; its memory is 257 x n_latents float32, twice
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    workers : processes that read images; default: one for each core
 
     Raises
     ------
     BadInput
         If no image of the sample can be read, or its file is not the one that was cached.
     SpecMismatch
-        If the weights are not those of the cache.
+        If the weights are not those of the cache, or the SAE was trained on other tokens.
     """
+    store, device, assumed = Path(store), resolve_device(device), None
     cache = ActivationStore(store)
+    if sae is not None:
+        assumed = tuple(sae.require_tokens(cache.spec, f"the cache {store}", assume_compatible=assume_compatible))
+        latents = sae.model.encode
     backbone = load_backbone_of(cache, weights=weights, device=device, progress=download_progress)
     rows = draw_sample(cache, n_images=n_images, seed=seed)
     root = root or Path(str((read_runs(store) or [{}])[-1].get("images_root", ".")))
-    sample = read_sample(cache, rows, backbone, root=root, device=device, workers=workers, progress=progress)
+    sample = read_sample(
+        cache, rows, backbone, root=root, device=device, workers=workers or n_cores(), progress=progress
+    )
     sums = _Sums(cache.spec.width)
     for row, full in zip(rows, sample, strict=True):
         with torch.inference_mode():
@@ -84,7 +151,9 @@ def measure_fidelity(
             if latents is not None:
                 sums.add_latents(latents(full), latents(torch.from_numpy(cached).to(device)), tau)
     require_unchanged(cache.header)
-    return sums.result()
+    return replace(
+        sums.result(), store=store, seed=seed, tau=tau, with_latents=latents is not None, assumed_equal=assumed
+    )
 
 
 class _Sums:

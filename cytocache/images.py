@@ -1,6 +1,6 @@
-"""Read one image file, or say exactly why not. Image files are untrusted: few formats, bounded memory, no guessing.
+"""Reads one image file, or says why it cannot be read. Files are untrusted: few formats, bounded memory, no guessing.
 
-Light to import: the processes that read images load this, `metadata` and `preprocess`, and neither torch nor zarr.
+Quick to import: the processes that read images import this, `metadata` and `preprocess`, but not torch or zarr.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from .metadata import check_scans, tiff_layout, without_metadata
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
-FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # decoders that a file may reach, whatever its name
-MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million; more is a mistake or an attack
-MAX_SIDE = 65_535  # JPEG's own limit; resizing a row of 100 million pixels would take gigabytes for its coefficients
+FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # Pillow's decoders that may be used, whatever a file's name
+MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million
+MAX_SIDE = 65_535  # JPEG's limit; to resize a row of 100 million pixels would take gigabytes of coefficients
 MAX_RLE_PIXELS = 16_000_000  # Pillow unpacks a run-length coded BMP in Python, byte by byte
 MAX_FILE_BYTES = 1 << 30
-# Pillow's names for numbers in the order of the file's bytes -> of this machine's
+# Pillow's raw modes: byte order of the file -> byte order of this machine
 _NATIVE = {
     **{"I;16S": "I;16NS", "I;16BS": "I;16NS", "I;32S": "I;32NS", "I;32BS": "I;32NS", "I;32B": "I;32N"},
     **{"F;32F": "F;32NF", "F;32BF": "F;32NF"},
@@ -33,14 +33,14 @@ _Decoded = TypeVar("_Decoded")
 
 
 class UnreadableImage(ValueError):
-    """One image file cannot be turned into pixels; the text says why. Never leaves `read_image`."""
+    """An image file cannot be decoded; the text says why. Caught inside this module."""
 
 
 class _PillowSilenced:
-    """Hides Pillow's warnings about odd metadata while any thread is inside; pixels or an error are what counts.
+    """Hides Pillow's warnings about unusual metadata while any thread is inside.
 
-    Python keeps one list of filters for all threads: with a `warnings.catch_warnings` of its own, each reader thread
-    would put back what another had set, and the process would end up with the wrong filters for good.
+    Python has one list of warning filters for all threads. If each reader thread used `warnings.catch_warnings`, one
+    would restore what another had set, and the process would keep the wrong filters.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ pillow_silenced = _PillowSilenced()
 
 
 def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
-    """(RGB picture, SHA-256 of the file, None), or (None, hash if the bytes could be read, why not).
+    """(RGB picture, SHA-256 of the file, None), or (None, hash if the bytes could be read, reason).
 
     Memory: twice the file, at most `MAX_FILE_BYTES`, and about 8 bytes for each of at most `MAX_PIXELS` pixels.
     """
@@ -83,8 +83,9 @@ def decode_image(raw: bytes) -> Image.Image:
 
     Alpha is dropped, not blended (colours multiplied by it are divided again); palettes, grey, CMYK, YCbCr and LAB are
     converted; grey of 12 or 16 bits is scaled to 0..255 and rounded, of 16-bit colours the high byte is taken;
-    floating-point grey must lie in [0, 1]. The orientation tag of a TIFF is applied, that in the EXIF of other
-    files is not: both as in the released code. Colour profiles and gamma are ignored. What would be misread is refused.
+    floating-point grey must lie in [0, 1]. The orientation tag of a TIFF is applied; that in the EXIF of
+    other files is not (both as in the released code). Colour profiles and gamma are ignored. Layouts that Pillow
+    would misread are refused.
 
     Raises
     ------
@@ -95,10 +96,10 @@ def decode_image(raw: bytes) -> Image.Image:
 
 
 def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
-    """((height, width) value of each pixel of a mask file, whether these are colours); or why it cannot be read.
+    """For a mask file: ((height, width) value of each pixel, are these colours?); or the reason if it cannot be read.
 
-    Values are as they are stored, so 1 in a 16-bit file or a palette is 1; colours are 65536 R + 256 G + B; alpha is
-    dropped. JPEG is refused: its losses would make values that nobody drew.
+    Values are as stored: 1 in a 16-bit file or a palette is 1. Colours are 65536 R + 256 G + B; alpha is dropped.
+    JPEG is refused, since lossy compression changes the values.
     """
     try:
         return _decode(_read_bytes(path), _to_labels)
@@ -107,7 +108,7 @@ def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
 
 
 def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
-    """What `convert` makes of the loaded picture; whatever goes wrong is an `UnreadableImage`."""
+    """The result of `convert` on the decoded image; every error becomes an `UnreadableImage`."""
     try:
         with pillow_silenced:
             bare = without_metadata(raw)
@@ -129,13 +130,13 @@ def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
 
 
 def _one_line(error: Exception) -> str:
-    """What a decoder says, which may quote the file, fit for a table and a terminal."""
+    """A decoder's error message, which may quote the file, safe for a table and a terminal."""
     text = " ".join(str(error).split())[:160] or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _check_size(picture: Image.Image, raw: bytes) -> None:
-    """Raise `UnreadableImage` for what would take too much memory or time, told by the headers alone."""
+    """Raise `UnreadableImage` for an image that would take too much memory or time, by its headers alone."""
     width, height, n_pixels = picture.width, picture.height, picture.width * picture.height
     if n_pixels > MAX_PIXELS:
         raise UnreadableImage(f"{width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} that are allowed")
@@ -151,7 +152,7 @@ def _check_size(picture: Image.Image, raw: bytes) -> None:
 
 
 def _check_tiff(picture: Image.Image) -> None:
-    """Refuse by name the layouts that Pillow misreads, and mend those that it only has to be told about."""
+    """Refuse the TIFF layouts that Pillow misreads, and correct the raw mode of those where that is enough."""
     tags = picture.tag_v2  # type: ignore[attr-defined]  # of a TIFF
     bits, photometric, n_samples = tags.get(258, (1,)), tags.get(262, 0), tags.get(277, 1)
     signs, is_planar = tags.get(339, (1,)), tags.get(284, 1) == 2
@@ -166,7 +167,7 @@ def _check_tiff(picture: Image.Image) -> None:
     tiles = getattr(picture, "tile", [])
     if is_planar and picture.mode in ("LA", "PA", "YCbCr") and all(tile[0] != "libtiff" for tile in tiles):
         raise UnreadableImage(f"an uncompressed TIFF of {n_samples} planes apart; save it as 8-bit RGB")
-    if any(tile[0] == "libtiff" for tile in tiles):  # which gives numbers in the order of this machine's bytes
+    if any(tile[0] == "libtiff" for tile in tiles):  # which gives numbers in this machine's byte order
         tiles = [_with_raw_mode(tile, _NATIVE.get(tile[3][0], tile[3][0])) for tile in tiles]
     elif photometric == 6 and n_samples == 3 and tuple(tags.get(530, (2, 2))) != (1, 1):
         raise UnreadableImage("an uncompressed TIFF of YCbCr with fewer colours than pixels; save it as 8-bit RGB")
@@ -189,7 +190,7 @@ def _with_raw_mode(tile: ImageFile._Tile, mode: str) -> ImageFile._Tile:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if not path.is_file():  # a pipe or a device would block for ever
+        if not path.is_file():  # a pipe or a device would block
             raise UnreadableImage("not a file" if path.exists() else "no such file")
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:

@@ -1,9 +1,10 @@
-"""`cyto data index`: an image table from a folder, its byte-identical files marked, written where nothing is lost."""
+"""`cyto data index`: makes an image table from a folder, marks byte-identical files, and writes it atomically."""
 
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,38 +20,53 @@ from .duplicates import find_duplicates
 from .published_datasets import INDEXERS, NO_CELLS, NOT_AN_IMAGE, Count, Finding, Index
 
 DUPLICATE_OF = "duplicate_of"  # the column: image_id of the first image with the same bytes, else null
-_MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: who wrote the file
+_MARK, _MADE_BY = b"cyto", "cyto data index"  # in the Parquet metadata: the program that wrote the file
 
 
-def make_index(
-    source: Path,
-    out: Path,
+def index_images(
+    source: Path | str,
+    out: Path | str | None = None,
     *,
     dataset: str = "folder",
     class_set: str | None = None,
     compare_files: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
-) -> tuple[Index, bool]:
-    """(the index of `source`, now in the Parquet file `out`; was it there already, equal in every cell?)
+) -> Index:
+    """The image table of `source`, one row per image, and how it compares with the published dataset.
 
-    Nothing but `out` is written, atomically.
+    Nothing but `out` is written, atomically; without it, nothing at all.
 
     Parameters
     ----------
-    dataset, class_set : see `index_images`
+    source : the unpacked dataset, or a folder above it
+    out : the Parquet file to write
+    dataset : a published dataset (`INDEXERS`), or "folder": one sub-folder per class
+    class_set : of acevedo: "13" (default), "11" (the paper's) or "10" (DinoBloom's)
     compare_files : read the files, and mark those that are byte-identical to an earlier one
+    progress : files compared, files in all
 
     Raises
     ------
     BadInput
-        If there is nothing to index, or `out` has another ending than .parquet, by which a manifest is known.
+        If there is nothing to index, or the name of `out` does not end in .parquet.
     SpecMismatch
         If `out` is something else, or another index and `overwrite` is not set.
     """
+    source = Path(source)
+    if out is None:
+        index = index_dataset(source, dataset, class_set)
+        return mark_duplicates(index, progress=progress) if compare_files else index
+    out = Path(out)
     _find_before(out)  # first: reading all files may take an hour
     with claimed(out):
         return _write_index(source, out, _find_before(out), dataset, class_set, compare_files, overwrite, progress)
+
+
+def make_index(source: Path, out: Path, **settings: Any) -> tuple[Index, bool]:
+    """The old name of `index_images`, with its old result: (index, was `out` there already, equal in every cell?)."""
+    index = index_images(source, out, **settings)
+    return index, index.was_complete
 
 
 def _write_index(
@@ -62,8 +78,8 @@ def _write_index(
     compare_files: bool,
     overwrite: bool,
     progress: Progress,
-) -> tuple[Index, bool]:
-    index = index_images(source, dataset, class_set)
+) -> Index:
+    index = replace(index_dataset(source, dataset, class_set), out=out)
     if compare_files:
         index = mark_duplicates(index, progress=progress)
     table = index.images.table
@@ -71,20 +87,20 @@ def _write_index(
     if before is not None:
         difference = _difference(before, table)
         if not difference:
-            return index, True
+            return replace(index, was_complete=True)
         if not overwrite:
             raise SpecMismatch(
                 f"{out} holds another index: {difference}; choose another output, or add --overwrite to replace it"
             )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image_table(table.replace_schema_metadata({_MARK: json.dumps(mark)}), out)
-    return index, False
+    return index
 
 
-def index_images(source: Path, dataset: str = "folder", class_set: str | None = None) -> Index:
+def index_dataset(source: Path, dataset: str = "folder", class_set: str | None = None) -> Index:
     """The image table of a published dataset (`INDEXERS`), or of any folder with one sub-folder per class.
 
-    Paths are relative to the folder that holds the class folders, wherever at or above it `source` is.
+    Paths are relative to the folder that holds the class folders, which lies at or below `source`. Only names are read.
 
     Raises
     ------
@@ -92,7 +108,7 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
         If there is no such folder, dataset or class set, or no image in it.
     """
     if dataset in INDEXERS:
-        return INDEXERS[dataset](source, class_set)
+        return replace(INDEXERS[dataset](source, class_set), source=source)
     if dataset != "folder":
         raise BadInput(f"unknown dataset {dataset!r}; known: {', '.join(INDEXERS)}, folder")
     if class_set is not None:
@@ -107,11 +123,11 @@ def index_images(source: Path, dataset: str = "folder", class_set: str | None = 
     others = tuple(list_files(images.root)[1]) if images.n_skipped else ()
     findings: tuple[Finding, ...] = (Finding(NOT_AN_IMAGE, others),) if others else ()
     findings += (Finding(NO_CELLS, images.passed_over),) if images.passed_over else ()
-    return Index("folder", None, images, "images", tuple(counts), findings=findings)
+    return Index("folder", None, images, "images", tuple(counts), findings=findings, source=source)
 
 
 def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, state: None) -> Index:
-    """Read the files, and add the column `duplicate_of` and what was found. Every image stays a row."""
+    """Read the files, add the column `duplicate_of`, and report the duplicates. Every image stays in the table."""
     table = index.images.table
     ids, paths = ([str(value) for value in column(table, name)] for name in ("image_id", "path"))
     compared = find_duplicates(index.images.root, paths, progress=progress)
@@ -139,7 +155,7 @@ def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, st
 
 
 def _find_before(out: Path) -> pa.Table | None:
-    """The index that is at `out`, or None for a free place; refuses what is not an index of ours."""
+    """The index at `out`, or None if nothing is there; refuses a file that is not an index made by Cyto."""
     if out.suffix.lower() != ".parquet":
         raise BadInput(f"an image table is a .parquet file; found {out}")
     for folder in out.absolute().parents:
@@ -165,7 +181,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _difference(before: pa.Table, table: pa.Table) -> str:
-    """In what two image tables differ, in a few words; empty if they are equal."""
+    """How two image tables differ, in a few words; empty if they are equal."""
     if before.num_rows != table.num_rows:
         return f"{before.num_rows:,} images against {table.num_rows:,}"
     names = [name for name in dict.fromkeys([*before.column_names, *table.column_names])]

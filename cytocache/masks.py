@@ -1,7 +1,7 @@
-"""Segmentation masks of images: which file belongs to which image, and how much of each patch each class covers.
+"""Segmentation masks of images: which file belongs to which image, and what fraction of each patch each class covers.
 
-A mask is read by value: 0 is background, and every other value (a number, a palette entry, a colour) is a class of its
-own. What could be meant in two ways is refused until `--classes` says which: see `_choose`.
+A mask is read by value: 0 is background, and every other value (a number, a palette entry, a colour) is one class.
+Ambiguous masks are refused until `--classes` names the classes: see `_choose`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ from .images import read_labels
 
 Float = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
-MOST_CLASSES = 12  # told from the values alone: more are rather single objects, or an image that is no mask
-_MOST_VALUES = 256  # of a file, that are looked at one by one
-_LEAST_INSIDE = 0.05  # share of a value's pixels that have four neighbours of it: less is the blurred edge of others
+MOST_CLASSES = 12  # found by value alone: more are probably single objects, or an image that is no mask
+_MOST_VALUES = 256  # of a file, of which each is examined
+_LEAST_INSIDE = 0.05  # of a value's pixels with four equal neighbours: fewer mean a blurred edge between other values
 ANY = "any"
 _GREY = 0x010101  # a grey as a colour, in steps of brightness
 
@@ -37,7 +37,7 @@ class MaskFiles:
 
 @dataclass(frozen=True)
 class MaskClass:
-    """One class of the masks: its name, and the values it is made of, as `--classes` writes them."""
+    """One class of the masks: its name and its pixel values, written as in `--classes`."""
 
     name: str
     values: tuple[str, ...]
@@ -45,23 +45,23 @@ class MaskClass:
 
 @dataclass(frozen=True)
 class MaskShares:
-    """What the masks of images cover, and those that say nothing."""
+    """What the masks of images cover, and the masks that were left out."""
 
     classes: list[MaskClass]
-    shares: dict[int, Float]  # by image_index: (n_classes, side, side) share of each patch that each class covers
+    shares: dict[int, Float]  # by image_index: (n_classes, side, side) fraction of each patch that each class covers
     unreadable: list[str]  # names of mask files, each with the reason
     of_unreadable_images: list[str]  # names of mask files, which were not looked at
 
 
 @dataclass(frozen=True)
 class _MaskFile:
-    """Of one file: what each value covers. `shares` is empty where there are too many values."""
+    """One mask file: what each value covers. `shares` is empty if there are too many values."""
 
     name: str
-    mode: str  # number, grey (colours, all of them greys, whose number is their brightness) or color
+    mode: str  # number, grey (only grey colours, whose number is the brightness) or color
     shares: dict[int, Float]  # by value, 0 included
     above_zero: Float
-    pixels: dict[int, tuple[int, int]]  # by value: pixels, and those of them with four neighbours of the same value
+    pixels: dict[int, tuple[int, int]]  # by value: pixels, and pixels with four neighbours of the same value
 
 
 def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> MaskFiles:
@@ -76,8 +76,8 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     Raises
     ------
     BadInput
-        If there is no such source, a column or every image is missing, a path leaves `root`, or two masks or images
-        cannot be told apart.
+        If there is no such source, a column or every image is missing, a path leads out of `root`, or names are
+        ambiguous.
     """
     if source.is_dir():
         if root is not None:
@@ -92,7 +92,7 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
             f"{source} has no column {missing[0]!r} (found: {', '.join(table.column_names)}); "
             f"expected the columns image_id and mask"
         )
-    # a mask's path obeys the rules of an image's
+    # the path of a mask follows the same rules as that of an image
     checked = image_table(
         {"image_id": column(table, "image_id"), "path": column(table, "mask")}, source=str(source), dataset=""
     )
@@ -100,7 +100,7 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     indices = {name: index for index, name in enumerate(column(images, "image_id"))}
     pairs = list(zip(column(checked, "image_id"), column(checked, "path"), strict=True))
     found = {indices[name]: root / str(path) for name, path in pairs if name in indices}
-    return _some(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
+    return _not_empty(MaskFiles(found, [str(name) for name, _ in pairs if name not in indices]), source)
 
 
 def parse_classes(text: str | None) -> list[MaskClass] | str | None:
@@ -109,7 +109,7 @@ def parse_classes(text: str | None) -> list[MaskClass] | str | None:
     Raises
     ------
     BadInput
-        If it is none of these, or a value is given twice.
+        If the text has another form, or a value is given twice.
     """
     if text is None or text.strip() == ANY:
         return None if text is None else ANY
@@ -148,12 +148,12 @@ def read_all_shares(
     *,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskShares:
-    """What each class covers of side x side patches, one file after the other.
+    """The fraction of each of side x side patches that each class covers, read file by file.
 
     Parameters
     ----------
     is_readable : (n_images,); the mask of an image that could not be read is left out
-    classes : see `parse_classes`; None: every value of its own, where that is clear
+    classes : see `parse_classes`; None: every value is a class, unless that is ambiguous
     progress : masks done, masks in all
 
     Raises
@@ -228,7 +228,7 @@ def _read_file(path: Path, side: int) -> _MaskFile | str:
 
 
 def _unify(files: dict[int, _MaskFile]) -> bool:
-    """Whether the masks are of colours; if so, greys in them become colours too, so that one value is one thing."""
+    """Are the masks coloured? If so, grey values become colours too, so that equal values mean the same."""
     if not any(file.mode == "color" for file in files.values()):
         return False
     for at, file in files.items():
@@ -263,7 +263,7 @@ def _order(shown: str) -> tuple[bool, int]:
 
 
 def _choose(files: list[_MaskFile], is_color: bool) -> list[MaskClass]:
-    """The classes where nobody named them: 0, and every other value of its own; refused where that is not clear."""
+    """The classes if none are named: 0, and each other value as one class; ambiguous masks are refused."""
     crowded = [file.name for file in files if not file.pixels]
     pixels = dict[int, list[int]]()
     for file in files:
@@ -307,13 +307,13 @@ def _background(pixels: dict[int, list[int]], is_color: bool) -> list[MaskClass]
 
 
 def _shares(mask: npt.NDArray[np.bool_], side: int) -> Float:
-    """Exact areas: pixels on the edge between two patches count in parts."""
+    """(side, side) exact fractions: a pixel that two patches share counts proportionally."""
     down, right = (_overlap(n, side) for n in mask.shape)
     return (down @ mask @ right.T) * (side * side / mask.size)
 
 
 def _overlap(n: int, side: int) -> Float:
-    """(side, n) length of each pixel, 1 long, that lies in each patch along one side."""
+    """(side, n) length of each pixel (of length 1) inside each patch, along one axis."""
     edges = np.arange(side + 1) * n / side
     low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(1, n + 1))
     return np.maximum(0, high - low)
@@ -338,14 +338,14 @@ def _of_folder(folder: Path, images: pa.Table) -> MaskFiles:
                 f"the columns image_id and mask"
             )
         found[images_so_called[0]] = folder / file
-    return _some(MaskFiles(found, unknown), folder)
+    return _not_empty(MaskFiles(found, unknown), folder)
 
 
 def _stem(path: str) -> str:
     return PurePosixPath(path).with_suffix("").as_posix()
 
 
-def _some(masks: MaskFiles, source: Path) -> MaskFiles:
+def _not_empty(masks: MaskFiles, source: Path) -> MaskFiles:
     if not masks.paths:
         raise BadInput(
             f"none of the {len(masks.unknown):,} masks of {source} is of an image here ({listed(masks.unknown)}); "

@@ -1,24 +1,24 @@
-"""Of an encoded image only what decides its pixels: what else a file carries never reaches a decoder.
+"""Removes metadata from an encoded image, so that a decoder sees only what decides the pixels.
 
-Comments, profiles, EXIF, thumbnails and further pages are where a hostile file hides its bombs (a flood of empty
-segments, text that inflates, values that overlap), and they change no pixel. What remains is checked for amounts that
-no honest file has. A file too broken to follow is passed on as it is from there: the decoder says what is wrong.
+Malicious files attack decoders through comments, profiles, EXIF, thumbnails and further pages (very many empty
+segments, compressed text, overlapping values), and none of these changes a pixel. The rest is checked for sizes that no
+ordinary file has. Where a file is too damaged to parse, the remaining bytes are kept: the decoder reports the error.
 """
 
 import re
 import struct
 
-MAX_SEGMENTS = 10_000  # of a JPEG; an honest one has below 300
+MAX_SEGMENTS = 10_000  # of a JPEG; ordinary ones have below 300
 MAX_CHUNKS = 250_000  # of a PNG; 100 million pixels in pieces of 8 KiB have below 100,000
-MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: 20 scans of the largest picture allowed
+MAX_SCANNED_PIXELS = 2_000_000_000  # pixels x scans of a progressive JPEG: 20 scans of the largest allowed image
 MAX_TAGS = 1_000  # of a TIFF directory
-MAX_PADDING = 16  # a TIFF's tiles may be larger than its picture: at most this many times, above _SMALL pixels
+MAX_PADDING = 16  # largest ratio of a TIFF's tile to its image, in pixels, for tiles above _SMALL
 _SMALL = 4_000_000
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # without tRNS: transparency is dropped anyway
-_JPEG_DROPPED = {0xFE, *range(0xE0, 0xF0)} - {0xE0, 0xEE}  # JFIF and Adobe tell how the colours are coded
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither an escaped 255, nor fill, nor a restart within a scan
+_JPEG_DROPPED = {0xFE, *range(0xE0, 0xF0)} - {0xE0, 0xEE}  # JFIF and Adobe say how colours are encoded
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # not an escaped 255, a fill byte or a restart marker
 _SCAN, _END, _WITHOUT_CONTENT = 0xDA, 0xD9, (0x01, 0xD8)
 _TIFF_UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _IMAGE_WIDTH, _IMAGE_LENGTH, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 322, 323
@@ -29,9 +29,9 @@ _PHOTOMETRIC = {
 
 
 def without_metadata(raw: bytes) -> bytes:
-    """The same picture in as little as decides its pixels; raises ValueError for amounts that no honest file has.
+    """The encoded image without metadata; raises ValueError for sizes that no ordinary file has.
 
-    A TIFF is only checked: its parts lie anywhere. Memory: once the file.
+    A TIFF is checked but not changed, since its content may lie anywhere. Memory: a copy of the file.
     """
     if raw.startswith(b"\xff\xd8\xff"):
         return _bare_jpeg(raw)
@@ -43,8 +43,8 @@ def without_metadata(raw: bytes) -> bytes:
 
 
 def check_scans(raw: bytes, n_pixels: int) -> None:
-    """Raise ValueError for a JPEG that goes over its picture again and again: each scan costs a whole pass."""
-    n_scans = raw.count(b"\xff\xda")  # without metadata these bytes are hardly anything else
+    """Raise ValueError for a JPEG with too many scans, each of which takes a pass over all pixels."""
+    n_scans = raw.count(b"\xff\xda")  # without metadata, these bytes rarely mean anything else
     if n_scans * n_pixels > MAX_SCANNED_PIXELS:
         raise ValueError(f"{n_scans:,} scans of {n_pixels:,} pixels")
 
@@ -53,7 +53,7 @@ def _bare_jpeg(raw: bytes) -> bytes:
     view, at, is_in_scan = memoryview(raw), 2, False
     kept: list[bytes | memoryview] = [raw[:2]]
     for _ in range(MAX_SEGMENTS):
-        found = _MARKER.search(raw, at)  # what lies before it is coded pixels behind the start of a scan, else rubbish
+        found = _MARKER.search(raw, at)  # bytes before it are encoded pixels after the start of a scan, else garbage
         if is_in_scan:
             kept.append(view[at : found.start()] if found else view[at:])
         if found is None:
@@ -86,7 +86,7 @@ def _bare_png(raw: bytes) -> bytes:
 
 
 def _check_tiff(raw: bytes) -> None:
-    """Of the first page: the number of tags, the room their values take, the size of tiles."""
+    """Checks, of the first page, the number of tags, the size of their values, and the size of tiles."""
     n_bytes, values = _tiff_tags(raw)
     if n_bytes > len(raw):
         raise ValueError(f"TIFF tags claim {n_bytes:,} bytes of a file of {len(raw):,}")
@@ -97,7 +97,7 @@ def _check_tiff(raw: bytes) -> None:
 
 
 def tiff_layout(raw: bytes) -> str | None:
-    """How the first page of a TIFF is laid out, in words; None if it is none, or too broken to tell."""
+    """The layout of the first page of a TIFF, in words; None if it is no TIFF, or too damaged to parse."""
     if raw[:2] not in (b"II", b"MM"):
         return None
     _, values = _tiff_tags(raw)

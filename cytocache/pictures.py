@@ -1,6 +1,6 @@
-"""Pixels of images that stage two wants to show, or a few words on why there are none.
+"""Pixels of images for the figures of stage two, or the reason why an image cannot be shown.
 
-Only the very file that was cached is shown: a map laid over another image would be wrong and look right.
+An image is shown only if its file is the one that was cached: a map drawn over another image would be wrong.
 """
 
 from pathlib import Path, PurePosixPath
@@ -15,7 +15,7 @@ from stores.tables import column
 
 from .images import read_image
 
-_MOST_PIXELS = 512  # along the longer side: more than a figure resolves
+_MOST_PIXELS = 512  # along the longer side: enough for a figure
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
 
 
@@ -23,13 +23,13 @@ class Pictures:
     """The images of a latent store, by `image_index`."""
 
     def __init__(self, latents: LatentStore, root: Path | None = None) -> None:
-        """`root`: where the images lie now; default: where they lay when the cache was made, if that can be told."""
+        """`root`: folder of the images now; default: as recorded when the cache was made, if it was."""
         self.root = root or _recorded_root(latents)
         self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
         self._errors = column(latents.images, "error")
 
     def __call__(self, image_index: int) -> Pixels | str:
-        """(height, width, 3) RGB in the image's own aspect, at most 512 pixels long; or why there is none."""
+        """(height, width, 3) RGB in the image's aspect ratio, at most 512 pixels long; or why it cannot be shown."""
         if self.root is None:
             return "where the images lie is not known"
         if self._errors[image_index] is not None:
@@ -46,7 +46,7 @@ class Pictures:
 
 
 def to_pixels(picture: Image.Image) -> Pixels:
-    """A picture as an array, reduced to at most 512 pixels along its longer side; its aspect stays."""
+    """An image as an array, at most 512 pixels along its longer side, with the same aspect ratio."""
     scale = _MOST_PIXELS / max(picture.size)
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in picture.size)
@@ -55,7 +55,7 @@ def to_pixels(picture: Image.Image) -> Pixels:
 
 
 def _recorded_root(latents: LatentStore) -> Path | None:
-    """Where the images lay, by the run logs of the latents and of their cache; None if one of them is silent."""
+    """Folder of the images by the run logs of the latents and of their cache; None if one of them does not say it."""
     runs = read_runs(latents.root) if isinstance(latents.root, Path) else []
     cache = (runs or [{}])[-1].get("cache")
     root = (read_runs(Path(cache)) or [{}])[-1].get("images_root") if isinstance(cache, str) and cache else None

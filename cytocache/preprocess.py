@@ -1,4 +1,4 @@
-"""From a picture to the backbone's input: the released preprocessing, written into every cache.
+"""From an image to the backbone's input: the released preprocessing, recorded in every cache.
 
 RGB (alpha dropped), resize to exactly `size` x `size` whatever the aspect ratio, bilinear with antialiasing as Pillow
 does it, [0, 1], ImageNet mean and standard deviation (docs/reference/paper.md 3).
@@ -14,7 +14,7 @@ from PIL import Image
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How pixels become the backbone's input. Resizing happens on the CPU in uint8, the rest on the device."""
+    """How pixels become the backbone's input. Images are resized on the CPU in uint8; the rest is on the device."""
 
     size: int = 224
     interpolation: str = "bilinear"

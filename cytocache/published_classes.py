@@ -1,6 +1,6 @@
-"""What was published about the five datasets of the CytoSAE paper: classes, counts, and what is known to be odd.
+"""What was published about the five datasets of the CytoSAE paper: classes, counts, known irregularities.
 
-The images come from public archives (docs/datasets.md); nothing here is read from them.
+The images come from public archives (docs/datasets.md); these tables were not made from them.
 """
 
 from dataclasses import dataclass

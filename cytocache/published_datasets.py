@@ -1,22 +1,25 @@
-"""From the folder of a published dataset to an image table: one function per dataset, each knows its layout.
+"""Makes an image table from the folder of a published dataset: one function per dataset, which knows its layout.
 
-Only names are read, and AML Hehr's metadata file; nothing is moved or deleted. Whatever is left out, or differs from
-what was published (published_classes.py), is a `Count` or a `Finding` with names.
+Only file names are read, and AML Hehr's metadata file; nothing is moved or deleted. What is left out, or differs from
+the publication (published_classes.py), is reported as a `Count` or a `Finding` with names.
 """
 
 import csv
 import io
 import os
 import re
+import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from stores.errors import BadInput
 from stores.tables import column, image_table, listed
+from stores.wording import Report, more_or_fewer, printable
 
-from .datasets import Images, is_leaving, list_files, refuse_loop, refuse_unlistable
+from .datasets import Images, is_hidden_or_system, list_files, refuse_loop, refuse_unlistable
 from .published_classes import (
     ACEVEDO,
     ACEVEDO_FOLDERS,
@@ -31,15 +34,15 @@ from .published_classes import (
 
 NOT_AN_IMAGE = "files that are no images by their name, left out"
 NO_CELLS = "folders that are hidden, of a network disk or system, or results of Cyto, passed over"
-MAX_LEVELS = 4  # below the given folder: Matek19 from Kaggle nests data/data
-MAX_FOLDERS = 10_000  # looked into for the class folders; more is somebody's home, not a dataset
+MAX_LEVELS = 4  # searched below the given folder: Matek19 from Kaggle nests data/data
+MAX_FOLDERS = 10_000  # searched for the class folders; with more, the given folder is no dataset
 MAX_METADATA_BYTES = 16 << 20  # AML Hehr's own has 189 lines
 MAX_METADATA_COLUMNS = 64  # each becomes a string per image
 
 
 @dataclass(frozen=True)
 class Count:
-    """How many of something are here, and how many were published (None: no such figure)."""
+    """How many images or patients of one class were found, and how many were published (None: not stated)."""
 
     name: str
     found: int
@@ -48,7 +51,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Stated:
-    """A total as somebody states it; printed beside what was found, and never checked: the sources contradict."""
+    """A total that a source states. It is printed for comparison and not checked, since the sources contradict."""
 
     n: int
     source: str
@@ -56,15 +59,15 @@ class Stated:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something odd, and the files, patients or classes that it is true of."""
+    """Something unexpected, and the names of the files, patients or classes concerned."""
 
     what: str
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Index:
-    """An image table made from a folder, and everything that the user should know about it."""
+class Index(Report):
+    """An image table made from a folder, its counts compared with the published ones, and what is unexpected."""
 
     dataset: str
     class_set: str | None
@@ -74,6 +77,68 @@ class Index:
     stated: tuple[Stated, ...] = ()
     findings: tuple[Finding, ...] = ()
     known_duplicates: int | None = None  # groups of byte-identical files that others have reported
+    source: Path | None = None  # the folder that was given
+    out: Path | None = None  # the table's file; None: not written
+    was_complete: bool = False  # it was there already, equal in every cell
+
+    @property
+    def root(self) -> Path:
+        """The folder that paths are relative to, written as a path from `source`."""
+        return self.source / self.images.root.relative_to(self.source.absolute()) if self.source else self.images.root
+
+    @property
+    def next_command(self) -> str:
+        """The command that makes a cache of the images; empty without `out`."""
+        if self.out is None:
+            return ""
+        command = ["cyto", "cache", "extract", self.out, self.out.with_suffix(".acts.zarr")]
+        command += [] if self.images.root == self.out.absolute().parent else ["--root", self.root]
+        return shlex.join(str(word) for word in command)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values, but for the table itself."""
+        return {
+            "dataset": self.dataset,
+            "class_set": self.class_set,
+            "n_images": self.images.table.num_rows,
+            "unit": self.unit,
+            "counts": [vars(count) for count in self.counts],
+            "stated": [vars(stated) for stated in self.stated],
+            "findings": [
+                {"what": finding.what, "n": len(finding.names), "names": finding.names} for finding in self.findings
+            ],
+            "root": str(self.root),
+            "table": str(self.out),
+            "next": self.next_command,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Found and published counts side by side, each difference in words; then what is odd."""
+        class_set = f", class set {self.class_set}" if self.class_set else ""
+        n_images = self.images.table.num_rows
+        yield f"{self.dataset}{class_set}: {n_images:,} images in {printable(str(self.root))}"
+        rows = [(printable(count.name), count.found, count.published) for count in self.counts]
+        published = [number for _, _, number in rows if number is not None]
+        rows.append(("total", sum(found for _, found, _ in rows), sum(published) if published else None))
+        width = max(len(name) for name, _, _ in rows)
+        yield f"  {'':<{width}}  {self.unit:>9}{'  published' if published else ''}"
+        for name, found, number in rows:
+            beside = "" if number is None else f"  {number:>9,}  {more_or_fewer(found, number)}"
+            yield f"  {name:<{width}}  {found:>9,}{beside}".rstrip()
+        for stated in self.stated:
+            yield f"  stated elsewhere: {stated.n:,} ({stated.source})"
+        for finding in self.findings:
+            yield f"  {finding.what}: {len(finding.names):,} ({listed([printable(name) for name in finding.names])})"
+        if any(len(finding.names) > 3 for finding in self.findings):
+            yield "  (--json names all of them)"
+        groups = {
+            kind: len({value for value in column(self.images.table, name) if value is not None})
+            for name, kind in (("label", "classes"), ("patient", "patients"), ("disease", "diseases"))
+        }
+        words = ", ".join([f"{n_images:,} images", *(f"{n:,} {kind}" for kind, n in groups.items() if n)])
+        yield f"{self.out}: {words}" if self.out else words
+        if self.next_command:
+            yield f"next: {printable(self.next_command)}"
 
 
 _ClassOf = Callable[[PurePosixPath], CellClass | None]
@@ -100,9 +165,9 @@ def index_acevedo(source: Path, class_set: str | None = None) -> Index:
 
     def class_of(path: PurePosixPath) -> CellClass | None:
         codes = folders.get(_key(path.parts[0]), ())
-        if len(codes) == 1:  # the folder says it; not every copy's prefixes are known
+        if len(codes) == 1:  # the folder decides; not every copy has known prefixes
             return by_code[codes[0]]
-        prefix = path.name.split("_")[0].upper()  # all of it: MY is inside MMY and PMY
+        prefix = path.name.split("_")[0].upper()  # the whole prefix: MY is part of MMY and PMY
         return by_code[prefix] if prefix in codes else None
 
     return _index_cells(
@@ -119,7 +184,7 @@ def index_matek19(source: Path, class_set: str | None = None) -> Index:
 def index_bmc(source: Path, class_set: str | None = None) -> Index:
     """BMC, TCIA AXH3-T579: `<CLASS>/<0001-1000>/<CLASS>_<nnnnn>.jpg`.
 
-    Images reported as broken stay rows: whether one can be read is for `cyto cache extract` to find out.
+    Images reported as broken stay in the table: `cyto cache extract` tells whether each can be read.
     """
     stated = (
         Stated(171_374, "the classes"),
@@ -140,7 +205,7 @@ def index_bmc(source: Path, class_set: str | None = None) -> Index:
 def index_aml_hehr(source: Path, class_set: str | None = None) -> Index:
     """AML Hehr, TCIA 6ppe-4020: `data/<disease>/<patient>/*.tif`, and `metadata.csv` beside `data`.
 
-    A cell has no class here, so `label` is null. What metadata.csv knows of the patient travels along in the columns
+    Cells have no class, so `label` is null. What metadata.csv says of a patient is kept in the columns
     `patient_sex`, `patient_age`, `patient_leucocytes_per_ul` and `patient_pb_*` (differential count, percent).
 
     Raises
@@ -214,7 +279,7 @@ def _index_cells(
     folders: tuple[str, ...] = (),
     known_duplicates: int | None = None,
 ) -> Index:
-    """A dataset of labelled cells: every image file to which `class_of` gives a class of the set is a row."""
+    """A dataset of labelled cells: a row for every image file to which `class_of` gives a class of the class set."""
     class_set, excluded = _class_set(dataset, class_set)
     root, passed_over = _find_root(source, dataset, folders or tuple(cell.code for cell in classes))
     files, others, leavings = list_files(root)
@@ -262,7 +327,7 @@ def _by_folder(classes: tuple[CellClass, ...]) -> _ClassOf:
 
 
 def _class_named(classes: tuple[CellClass, ...]) -> Callable[[str], str | None]:
-    """path -> the code of the class that the file name begins with; the longest, as codes of MLL23 begin alike."""
+    """path -> the longest class code that the file name begins with (some codes of MLL23 are prefixes of others)."""
     prefixes = sorted(((_key(cell.code) + "_", cell.code) for cell in classes), key=lambda item: -len(item[0]))
 
     def named(path: str) -> str | None:
@@ -273,7 +338,7 @@ def _class_named(classes: tuple[CellClass, ...]) -> Callable[[str], str | None]:
 
 
 def _key(name: str) -> str:
-    """How folder names are compared: copies differ in case, and in what stands between the words."""
+    """Folder names in the form in which they are compared: without case and separators, which differ between copies."""
     return re.sub(r"[\W_]+", "_", name.casefold())
 
 
@@ -286,7 +351,7 @@ def _class_set(dataset: str, name: str | None) -> tuple[str, tuple[str, ...]]:
 
 
 def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tuple[Path, list[str]]:
-    """(the one folder at or below `source` that holds the class folders, the `augmented` folders met on the way)."""
+    """(the one folder at or below `source` that holds the class folders, the `augmented` folders that were found)."""
     if not source.is_dir():
         raise BadInput(f"no folder at {source}: expected {dataset}, unpacked")
     source = source.absolute()
@@ -329,7 +394,7 @@ def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tu
 def _folders_in(place: Path) -> list[str]:
     try:
         with os.scandir(place) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not is_leaving(entry.name))
+            return sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden_or_system(entry.name))
     except OSError as error:
         refuse_unlistable(error)
         raise
@@ -364,7 +429,7 @@ def _read_hehr_metadata(path: Path) -> dict[str, dict[str, str | None]]:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("latin-1")  # never fails; only the micro sign of one column name is at stake
+        text = raw.decode("latin-1")  # cannot fail; at most the micro sign of one column name is wrong
     try:
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
@@ -395,7 +460,7 @@ def _read_hehr_metadata(path: Path) -> dict[str, dict[str, str | None]]:
 
 def _hehr_column(name: str) -> str | None:
     """What a column of metadata.csv is called in the image table; None for one that is not AML Hehr's."""
-    if name.startswith("leucocytes_per_"):  # the micro sign after it comes in many encodings, some of them broken
+    if name.startswith("leucocytes_per_"):  # followed by a micro sign, in many encodings, some of them invalid
         return "patient_leucocytes_per_ul"
     if re.fullmatch(r"pb_[a-z0-9_]+", name):
         return f"patient_{name}"
@@ -406,7 +471,7 @@ def _hehr_column(name: str) -> str | None:
 def _hehr_differences(
     rows: list[tuple[str, str | None, str]], metadata: dict[str, dict[str, str | None]], diseases: dict[str, str]
 ) -> list[tuple[str, list[str]]]:
-    """Where folders and metadata.csv do not say the same."""
+    """Where folders and metadata.csv disagree."""
     n_images = Counter(patient for _, patient, _ in rows if patient is not None)
     disease_of = {patient: disease for _, patient, disease in rows if patient is not None}
     both = [patient for patient in sorted(n_images) if patient in metadata]

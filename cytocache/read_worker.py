@@ -1,13 +1,13 @@
-"""The program of one reader process: image paths in on stdin, pixels out into shared memory, outcomes out on stdout.
+"""The program of a reader process: image paths come on stdin; pixels go to shared memory, outcomes to stdout.
 
-A process of its own, because image files are untrusted: a decoder that crashes or hangs costs one image, not the job.
-It imports neither torch nor zarr, so it is up in a tenth of a second. A request is one line of JSON, and has one line
-as its answer for each image:
+It is a process of its own because image files are untrusted: if a decoder crashes or hangs, one image is lost and not
+the job. It does not import torch or zarr, so it starts in a tenth of a second. A request is one line of JSON; the
+answer is one line for each image:
 
     [offset in the shared memory, [path, ...]]   ->   [SHA-256 of the file or null, error or null]
 
-Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE SECONDS`; ends when stdin ends, or in
-an image that takes longer than SECONDS: so a hung one does not outlive a parent that was killed.
+Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE SECONDS`; ends when stdin ends, or
+when an image takes longer than SECONDS, so that a hung process does not outlive a killed parent.
 """
 
 import json
@@ -25,12 +25,12 @@ from .preprocess import Preprocess
 
 def main() -> None:
     """Answer requests until there are no more."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # a signal to the whole group is for the parent to act upon
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the parent reacts to a signal to the process group
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even inside a decoder in C
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIGALRM ends the process, even inside a decoder in C
     descriptor, preprocess, seconds = int(sys.argv[1]), Preprocess(size=int(sys.argv[2])), float(sys.argv[3])
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints, in Python or in C, must not be taken for an answer
+    os.dup2(2, 1)  # what a library prints must not be read as an answer
     image_bytes = preprocess.size**2 * 3
     with answers, mmap.mmap(descriptor, 0) as shared:
         answers.write(b"ready\n")

@@ -1,7 +1,7 @@
-"""Reads and resizes images in worker processes, ahead of whoever asks for them, in order.
+"""Reads and resizes images in worker processes, ahead of their use, and gives them in order.
 
-A worker that crashes or does not answer is replaced, and the image that it was at is tried once more: if it brings the
-fresh worker down too, it is listed as unreadable. Linux and macOS.
+A worker that crashes or does not answer is replaced, and its image is tried once more; if the new worker crashes too,
+the image is listed as unreadable. Linux and macOS.
 """
 
 import json
@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from stores.errors import CytoError
 
-SECONDS_PER_IMAGE = 60.0  # decoding the largest image that is allowed takes two
-_SECONDS_TO_START = 120.0  # on a node whose Python lies on a slow share
+SECONDS_PER_IMAGE = 60.0  # the largest allowed image takes two
+_SECONDS_TO_START = 120.0  # of a process; long for a Python on a slow network disk
 _GROUP = 16  # images per request, at most
 _PACKAGE_ROOT = os.fspath(Path(__file__).resolve().parents[1])
 
@@ -36,7 +36,7 @@ Outcome = tuple[str | None, str | None]  # SHA-256 of the file, error; each None
 
 @dataclass(frozen=True)
 class ReadPictures:
-    """A batch of images as the backbone takes them, and what became of each file."""
+    """A batch of resized images, and for each file its hash or error."""
 
     pixels: npt.NDArray[np.uint8]  # (n, size, size, 3), shared memory; zeros where unreadable
     content_hash: list[str | None]
@@ -80,7 +80,7 @@ class ImageReaders:
         self._memory.close()
 
     def read(self, batches: Iterable[list[Path]]) -> Iterator[ReadPictures]:
-        """The images of each batch, in order. The pixels of a batch hold until the next one is asked for."""
+        """The images of each batch, in order. The pixels of a batch are valid until the next batch is requested."""
         coming, free = iter(batches), deque(range(len(self._slots)))
         waiting: deque[tuple[int, list[Future[list[Outcome]]]]] = deque()
         while True:
@@ -103,7 +103,7 @@ class ImageReaders:
         ]
 
     def _read(self, offset: int, paths: list[Path]) -> list[Outcome]:
-        """In a thread: have an idle worker read a group of images."""
+        """In a thread: let an idle worker read a group of images."""
         worker, outcomes, n_tries = self._idle.get(), list[Outcome](), 0
         try:
             while len(outcomes) < len(paths):
@@ -113,11 +113,11 @@ class ImageReaders:
                 if failure is None:
                     break
                 worker.restart()
-                if self._closed:  # asked after the restart: the new process is either killed by `__exit__`, or here
+                if self._closed:  # checked after the restart, so that the new process is killed by `__exit__` or here
                     worker.kill()
                     raise RuntimeError("the readers were closed")
                 n_tries = 1 if done else n_tries + 1
-                if n_tries == 2:  # it was this image's fault
+                if n_tries == 2:  # this image is the cause
                     at = offset + len(outcomes) * self._image_bytes
                     self._slots.reshape(-1)[at : at + self._image_bytes] = 0
                     outcomes.append((None, failure))
@@ -135,12 +135,12 @@ class _Worker:
         self._start()
 
     def ask(self, offset: int, paths: list[Path], seconds: float) -> tuple[list[Outcome], str | None]:
-        """The outcomes of all images; or of those before the one that brought the process down, and how it did.
+        """The outcomes of all images; or of those before the image at which the process ended, and how it ended.
 
         Raises
         ------
         CytoError
-            If the process did not even start.
+            If the process did not start.
         """
         if not self._is_ready:
             self._wait_until_ready()
@@ -165,7 +165,7 @@ class _Worker:
         self._start()
 
     def kill(self) -> None:
-        """End the process now; whoever waits for its answer sees an end of file."""
+        """End the process now; a thread that waits for its answer sees the end of the file."""
         self._process.kill()
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ class _Worker:
                 [*_python(), "-m", "cytocache.read_worker", *self._arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # decoders in C talk there about every odd file
+                stderr=subprocess.DEVNULL,  # decoders in C print warnings there
                 bufsize=0,
                 pass_fds=[self._descriptor],
                 env=_environment(),
@@ -199,7 +199,7 @@ class _Worker:
     def _wait_until_ready(self) -> None:
         try:
             while self._line(_SECONDS_TO_START) != b"ready":
-                pass  # what Python's own start-up files print
+                pass  # output of Python's start-up files
         except TimeoutError:
             raise CytoError(
                 f"a process that reads images did not start within {_SECONDS_TO_START:.0f} seconds"
@@ -209,9 +209,9 @@ class _Worker:
         self._is_ready = True
 
     def _line(self, seconds: float) -> bytes:
-        """The next line of the process's answers, without its end.
+        """The next line of the process's answers, without its newline.
 
-        Raises TimeoutError if none comes within `seconds`, EOFError if none will ever come.
+        Raises TimeoutError if none comes within `seconds`, EOFError if the process has ended.
         """
         while b"\n" not in self._unread:
             if not self._poll.poll(seconds * 1000):
@@ -225,7 +225,7 @@ class _Worker:
 
 
 def _python() -> list[str]:
-    return [sys.executable, "-P"]  # -P: the current folder may hold somebody's numpy.py
+    return [sys.executable, "-P"]  # -P: do not import from the current folder
 
 
 def _environment() -> dict[str, str]:
@@ -234,7 +234,7 @@ def _environment() -> dict[str, str]:
 
 
 def _why_not() -> str:
-    """The last words of a process that does nothing but import."""
+    """The last line of the error of a process that only imports the worker's module."""
     try:
         again = subprocess.run(
             [*_python(), "-c", "import cytocache.read_worker"],
@@ -255,7 +255,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _shared_file(n_bytes: int) -> IO[bytes]:
-    """A file without a name that processes share; in memory where the system can."""
+    """An unnamed file that processes share; in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         file: IO[bytes] = os.fdopen(os.memfd_create("cyto-pixels"), "w+b", buffering=0)
     else:

@@ -1,11 +1,11 @@
 """Makes the damaged chunks of a finished cache again, from the same images with the same weights.
 
-The store is verified, and the image files of its damaged chunks are compared with their recorded hashes. Then the cache
-is made an incomplete one that lacks these chunks, and is filled and finished like one that was interrupted: so a
-repair that is itself interrupted is continued by the same command.
+The cache is verified, and the image files of its damaged chunks are compared with their recorded hashes. Then the cache
+is marked incomplete without these chunks, and continued like an interrupted one. If the repair itself is interrupted,
+the same command continues it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,38 +14,70 @@ from typing import Any
 from stores.activation_store import ActivationSpec, read_spec, records_of
 from stores.activation_writer import written_records
 from stores.destination import claimed
+from stores.devices import resolve_device
+from stores.doors import make_callable
 from stores.errors import BadInput, SpecMismatch
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER
 from stores.spec import ACTIVATIONS, Header, describe_difference, read_header
 from stores.tables import column, listed, read_image_table, table_sha256, without_outcome
 from stores.verify import Problem, verify_activations
+from stores.wording import Report, counted
 
 from .backbones import load_backbone
-from .datasets import Images
+from .datasets import Images, open_images
 from .extract import ExtractConfig, fill, hash_image_file, make_spec, open_writer
 
 
 @dataclass(frozen=True, kw_only=True)
-class RepairResult:
-    """What was wrong, and what became of it."""
+class RepairResult(Report):
+    """The problems that were found, and the chunks that were made again."""
 
+    out: Path  # the cache
     problems: list[Problem]  # empty if nothing was wrong, or if an interrupted repair was continued
-    chunks: list[int]  # that were made again
-    other_bits: list[int]  # those among them that differ from what the journal had named
-    other_images: bool = False  # the image table is not what it was: other files, or other ones that can be read
+    chunks: list[int]  # made again
+    other_bits: list[int]  # of these, chunks whose checksum differs from the journal's
+    other_images: bool = False  # the image table has changed: other files, or others of them can be read
+
+    @property
+    def was_complete(self) -> bool:
+        """Nothing was damaged."""
+        return not self.problems and not self.chunks
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Tokens or images that differ from those before the damage."""
+        found = []
+        if self.other_bits:
+            found.append(
+                f"{len(self.other_bits):,} of them differ in the last bits from what was there (another device, "
+                f"version, thread count or batch size): SAEs trained on this cache before name other numbers"
+            )
+        if self.other_images:
+            found.append("other image files are there, or can be read, than when the cache was made")
+        return tuple(found)
+
+    def lines(self) -> Iterator[str]:
+        """Each problem, and how much was made again."""
+        for problem in self.problems:
+            yield f"was: {problem}"
+        if self.was_complete:
+            yield f"{self.out}: whole; nothing to repair"
+        else:
+            yield f"{self.out}: repaired; {counted(len(self.chunks), 'chunk')} made again"
 
 
 def repair(
-    store: Path,
+    store: Path | str,
     *,
-    images: Images | None = None,
+    images: Images | Path | str | None = None,
     root: Path | None = None,
     weights: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     batch_size: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     verify_progress: Progress = lambda done, total, state: None,
     progress: Progress = lambda done, total, state: None,
     download_progress: Progress = lambda done, total, state: None,
@@ -55,10 +87,12 @@ def repair(
 
     Parameters
     ----------
-    images : what the cache was made from; needed only if its own image table was changed or lost
-    root : where the images lie now; default: where they lay when the cache was written
+    images : what the cache was made from (see `open_images`); needed only if its own image table was changed or lost
+    root : folder of the images now; default: as recorded when the cache was written
     weights : the file of the trained backbone; an untrained one needs none
-    batch_size : default: that of the run which wrote the cache, so that the last bits come out equal
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    batch_size : default: that of the run that wrote the cache, so that the last bits are equal
+    workers : processes that read images; default: one for each core
 
     Raises
     ------
@@ -69,19 +103,21 @@ def repair(
     IncompleteStore, StoreNotFound
         If there is no finished cache.
     """
+    store, device = Path(store), resolve_device(device)
+    given = open_images(images, root=root) if isinstance(images, Path | str) else images
     header = read_header(store, ACTIVATIONS, complete=False)
     spec, problems = read_spec(header, store), list[Problem]()
     if header.complete or header.summary is None:
         problems = _verify(store, spec, verify_progress, stop)
         damaged = sorted({problem.chunk for problem in problems if problem.chunk is not None})
         if not problems:
-            return RepairResult(problems=[], chunks=[], other_bits=[])
+            return RepairResult(out=store, problems=[], chunks=[], other_bits=[])
     else:  # a repair was interrupted
         whole = written_records(store, spec, range(spec.n_chunks))
         damaged = [chunk for chunk in range(spec.n_chunks) if chunk not in whole]
 
     runs = read_runs(store)
-    found = _find_images(store, spec, images, root, runs)
+    found = _find_images(store, spec, given, root, runs)
     before = _first_crcs(store)
     _refuse_other_files(spec, found, damaged, _recorded_hashes(store, spec, header))
     config = ExtractConfig(
@@ -92,7 +128,7 @@ def repair(
         chunk_images=spec.chunk_images,
         device=device,
         batch_size=batch_size or _batch_size(runs),
-        workers=workers,
+        workers=workers or n_cores(),
     )
     backbone = (
         load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
@@ -112,6 +148,7 @@ def repair(
         repaired = writer.finish()
     after = _first_crcs(store)
     return RepairResult(
+        out=store,
         problems=problems,
         chunks=damaged,
         other_bits=[chunk for chunk in damaged if before.get(chunk) not in (None, after.get(chunk))],
@@ -133,7 +170,7 @@ def _verify(store: Path, spec: ActivationSpec, progress: Progress, stop: Callabl
 def _find_images(
     store: Path, spec: ActivationSpec, given: Images | None, root: Path | None, runs: list[dict[str, Any]]
 ) -> Images:
-    """The images of the cache: from what was given, else from its own image table and run log."""
+    """The images of the cache: the given ones, else by its own image table and run log."""
     if given is None:
         given = Images(_own_manifest(store), root or Path(str((runs or [{}])[-1].get("images_root", "."))))
     if table_sha256(given.table) != spec.manifest_sha256:
@@ -157,7 +194,7 @@ def _batch_size(runs: list[dict[str, Any]]) -> int:
 
 
 def _first_crcs(store: Path) -> dict[int, str]:
-    """Chunk -> the checksum that the journal names, or named before it was opened again."""
+    """Chunk -> its checksum by the journal, also where a started repair has withdrawn it."""
     found: dict[int, str] = {}
     for record in records_of(store, skip_damaged=True):
         crc = record.get("crc32c") or record.get("crc32c_before")
@@ -167,9 +204,9 @@ def _first_crcs(store: Path) -> dict[int, str]:
 
 
 def _recorded_hashes(store: Path, spec: ActivationSpec, header: Header) -> list[str | None]:
-    """Per image the hash of its file when it was cached; None where it is not known, or there was no file.
+    """The hash of each image file when it was cached; None where it is unknown, or there was no file.
 
-    The image table knows, if it is the one in the header; else the journal does, as far as it is whole.
+    From the image table, if its hash is the one in the header; else from the undamaged lines of the journal.
     """
     try:
         table = read_image_table(store / "images.parquet")
@@ -188,7 +225,7 @@ def _recorded_hashes(store: Path, spec: ActivationSpec, header: Header) -> list[
 
 
 def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int], recorded: list[str | None]) -> None:
-    """A changed image would make other tokens under the same name; a missing one, NaN."""
+    """Raise BadInput if an image file of the damaged chunks is missing or has changed."""
     paths = column(images.table, "path")
     rows = [row for chunk in damaged for row in spec.chunk_rows(chunk)]
     changed = [
@@ -199,3 +236,6 @@ def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int]
             f"{len(changed):,} image files of the damaged chunks are missing below {images.root} or are not those that "
             f"were cached ({listed(changed)}); put them back, or say where they are with --root"
         )
+
+
+make_callable(__name__, "repair")  # cytocache.repair(...)

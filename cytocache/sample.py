@@ -1,6 +1,6 @@
-"""Some images of a cache go through its backbone again: for what the cached tokens alone cannot tell.
+"""Runs images of a cache through its backbone again, for what cannot be computed from the cached tokens.
 
-An image counts only if its file is the very one that was cached, and the backbone only with the very weights.
+Image files and weights must be the ones that were cached, by their hashes.
 """
 
 from collections.abc import Iterator
@@ -32,12 +32,12 @@ def load_backbone_of(
     keep_tail: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
-    """The backbone that `cache` was made with, up to its block, on `device`; float32 is float32 there.
+    """The backbone that `cache` was made with, up to its block, on `device`, without TF32.
 
     Parameters
     ----------
     weights : the file of the trained backbone; an untrained one needs none
-    keep_tail : as of `load_backbone`
+    keep_tail : see `load_backbone`
 
     Raises
     ------
@@ -60,7 +60,7 @@ def load_backbone_as(
     keep_tail: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
-    """As `load_backbone_of`, where a cache's spec is known, but not the cache; `made`: what to call it in an error."""
+    """As `load_backbone_of`, by the spec of a cache; `made`: name of the cache in errors."""
     backbone = load_backbone(
         spec.backbone,
         weights=weights if spec.trained else "random",
@@ -83,7 +83,7 @@ def load_backbone_as(
 def read_new_image(
     path: Path, spec: ActivationSpec, backbone: Backbone, *, device: str
 ) -> tuple[npt.NDArray[np.float16], Image.Image, str]:
-    """((257, width) tokens as a cache of `spec` would hold them, the picture, SHA-256 of the file) of an image file.
+    """For an image file: ((257, width) tokens as in a cache of `spec`, the decoded image, SHA-256 of the file).
 
     Raises
     ------
@@ -104,7 +104,7 @@ def read_new_image(
 
 
 def draw_sample(cache: ActivationStore, *, n_images: int, seed: int) -> Rows:
-    """The image indices, ascending, of `n_images` readable images drawn with `seed`; all, if there are no more."""
+    """Image indices, ascending, of `n_images` readable images drawn with `seed`; all if there are fewer."""
     readable = np.flatnonzero(cache.readable())
     return np.sort(np.random.default_rng(seed).permutation(readable)[:n_images])
 
@@ -120,9 +120,9 @@ def read_sample(
     root_option: str = "--root",
     progress: Progress = lambda done, total, state: None,
 ) -> Iterator[torch.Tensor]:
-    """The float32 tokens of these images behind the cache's block, (257, width) each, on `device`.
+    """The float32 tokens of these images after the cache's block, (257, width) each, on `device`.
 
-    root : where the images lie now; root_option : what the user says that with
+    root : folder of the images now; root_option : the command's option for it, for errors
 
     Raises
     ------

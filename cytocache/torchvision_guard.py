@@ -2,7 +2,7 @@
 
 timm imports torchvision, and torchvision declares shapes for its operators `nms` and `qnms` when it is imported. With a
 CPU-only torch beside a CUDA-built torchvision, the library that defines them does not load, and the import ends
-with "operator torchvision::nms does not exist". Declaring the two schemas first is enough: we never call them.
+with "operator torchvision::nms does not exist". It is enough to declare the two schemas first: they are never called.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-_declared: list[torch.library.Library] = []  # a Library withdraws its schemas when it is collected
+_declared: list[torch.library.Library] = []  # kept: a Library removes its schemas when it is garbage-collected
 
 
 def declare_missing_operators() -> None:

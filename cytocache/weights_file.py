@@ -1,8 +1,8 @@
-"""What a weights file of somebody else holds, without trusting it: plain tensors, or one line why not.
+"""Reads an untrusted weights file: plain tensors, or an error in one line.
 
-Before PyTorch sees a `.pth` file, all that makes it cost more than its own size is ruled out: an archive that is not
-laid out as torch.save does (stores/torch_archive.py), a pickle that asks for anything but plain tensors, a record that
-fails its checksum (PyTorch maps the file and checks none). Nothing in it is executed.
+Checked before PyTorch opens a `.pth` file: the archive has the layout that torch.save writes
+(stores/torch_archive.py), the pickle refers to nothing but plain tensors, and every record has its checksum (PyTorch
+maps the file without checking it). So loading takes no more memory than the file, and nothing in it is executed.
 """
 
 import pickle
@@ -17,7 +17,7 @@ from stores.errors import BadInput
 from stores.torch_archive import Refused, one_line, open_archive
 
 MAX_PICKLE_BYTES = 1 << 20  # tens of kilobytes in the small model
-MAX_TUPLES = 20_000  # nested some 100,000 deep, hashing them overflows C's stack; the giant model has below 5,000
+MAX_TUPLES = 20_000  # hashing 100,000 nested tuples overflows C's stack; the giant model has below 5,000
 _STORAGES = {  # bytes per number
     **{f"torch {kind}Storage": 1 for kind in ("Byte", "Char", "Bool")},
     **{f"torch {kind}Storage": 2 for kind in ("Half", "BFloat16", "Short")},
@@ -35,7 +35,7 @@ def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
     Raises
     ------
     BadInput
-        With `expected` as its last words.
+        Its message ends with `expected`.
     """
     try:
         with open_archive(path, max_bytes=max_bytes, max_pickle_bytes=MAX_PICKLE_BYTES, what="this model") as archive:
@@ -48,20 +48,20 @@ def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
         raise BadInput(f"{path} is no whole archive of torch.save ({one_line(error)}); {expected}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own words advise to load the file unsafely
+    except pickle.UnpicklingError:  # not torch's message: it advises to load the file unsafely
         raise BadInput(f"{path} is refused: it holds more than plain tensors; {expected}") from None
-    except Exception as error:  # a hostile file raises almost anything
+    except Exception as error:  # a malicious file can raise almost any error
         raise BadInput(f"{path} cannot be loaded as weights ({one_line(error)}); {expected}") from None
 
 
 def _storages(pickled: bytes) -> Iterator[tuple[str, int]]:
-    """(record, bytes) of every storage that the pickle asks for; refuses a pickle that asks for anything else.
+    """(record, bytes) of every storage that the pickle refers to; a pickle that refers to anything else is refused.
 
-    Follows the pickle as PyTorch's unpickler will, as far as names and numbers go: a storage is a tuple of
-    "storage", its type, its record, its device and its length, all given in place or taken from the memo.
+    Follows names and numbers through the pickle as PyTorch's unpickler does. A storage is a tuple of "storage", its
+    type, its record, its device and its length, each given in place or taken from the memo.
     """
     n_tuples, memo, last = 0, dict[Any, Any](), None
-    pushed: list[Any] = []  # since the last mark; None for what is no name or number
+    pushed: list[Any] = []  # since the last mark; None for anything but a name or number
     for code, argument, _ in pickletools.genops(pickled):
         if code.name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = last

@@ -1,6 +1,6 @@
-"""What is on disk: formats, writers, readers, checks. numpy, zarr and pyarrow; no torch, no dask, no click.
+"""The stores on disk: formats, writers, readers, checks. Needs numpy, zarr and pyarrow; no torch, Dask or click.
 
-The names of `__init__.pyi` are what others may use; each is loaded when it is asked for. Open first: `spec.py`.
+Other packages use the names in `__init__.pyi`; each is imported on first use. Open first: `spec.py`.
 """
 
 from .doors import open_door

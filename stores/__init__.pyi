@@ -2,6 +2,8 @@ from .activation_store import ActivationSpec as ActivationSpec
 from .activation_store import ActivationStore as ActivationStore
 from .activation_store import open_caches as open_caches
 from .activation_writer import ActivationWriter as ActivationWriter
+from .activation_writer import MergeResult as MergeResult
+from .activation_writer import merge_cache as merge_cache
 from .barcode_store import BarcodeStore as BarcodeStore
 from .concept_store import ConceptStore as ConceptStore
 from .csr import CsrReader as CsrReader
@@ -20,6 +22,11 @@ from .errors import StoreUnreachable as StoreUnreachable
 from .holdout import Chosen as Chosen
 from .holdout import chosen_images as chosen_images
 from .holdout import read_image_ids as read_image_ids
+from .info import CacheInfo as CacheInfo
+from .info import LatentsInfo as LatentsInfo
+from .info import cache_info as cache_info
+from .info import latents_info as latents_info
+from .latent_shards import merge_latents as merge_latents
 from .latent_store import LatentSpec as LatentSpec
 from .latent_store import LatentStore as LatentStore
 from .latent_store import LatentWriter as LatentWriter
@@ -52,6 +59,11 @@ from .spec import read_header as read_header
 from .spec import write_header as write_header
 from .token_mix import TokenMix as TokenMix
 from .token_stream import TokenStream as TokenStream
+from .verify import CheckReport as CheckReport
 from .verify import Problem as Problem
+from .verify import check_cache as check_cache
+from .verify import check_latents as check_latents
 from .verify import verify_activations as verify_activations
 from .verify import verify_latents as verify_latents
+from .verify_any import VerifyReport as VerifyReport
+from .verify_any import verify_folder as verify_folder

@@ -1,9 +1,8 @@
-"""The activation cache: the tokens of every image at one block, as raw float16 chunks that can be memory-mapped.
+"""The activation cache: the tokens of every image after one transformer block, as float16 chunks to be memory-mapped.
 
-Format "activation cache", version 1: docs/formats.md. Here are its settings and its reader, for a local path and for a
-URL; it checks the cheap promises once, when it opens (complete, all chunks there, of the right size and, where that
-is cheap, the ones that the journal names). `stores/activation_writer.py` writes it, `stores/verify.py` checks every
-byte.
+Format "activation cache", version 1: docs/formats.md. This module has its settings and its reader, for a local path or
+a URL. On opening, the reader makes the cheap checks: the cache is complete, all chunks exist with the right size and
+(locally) the checksum in the journal. `stores/activation_writer.py` writes it, `stores/verify.py` checks every byte.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,9 @@ from .tables import read_image_table, readable, table_sha256
 from .token_stream import TokenStream
 from .zarr_meta import array_meta, read_array
 
+if TYPE_CHECKING:
+    from .info import CacheInfo
+
 Float16 = npt.NDArray[np.float16]
 CRC_BYTES = 4
 SAME_TOKENS = ("backbone", "weights_sha256", "block", "transform", "token_layout", "tokens_per_image", "width")
@@ -40,14 +42,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
-    """What the numbers in a cache are; hashed into its identity. Two caches are compatible if `same_tokens` agree."""
+    """All settings that decide the numbers in a cache; its identity is their hash. See also `same_tokens`."""
 
     backbone: str
     weights_sha256: str
-    trained: bool  # False: seeded random weights, marked so everywhere
+    trained: bool  # False: seeded random weights, which every output says
     block: int  # index from 0 of the transformer block whose output is stored
     n_blocks: int  # of the backbone
-    transform: dict[str, Any]  # how pixels became the backbone's input
+    transform: dict[str, Any]  # from pixels to the backbone's input
     precision: str  # of the forward pass: fp32, bf16, fp16
     token_layout: str  # order of the tokens of an image
     n_images: int
@@ -62,7 +64,7 @@ class ActivationSpec:
 
     @property
     def same_tokens(self) -> dict[str, Any]:
-        """The part that must be equal for an SAE trained on one cache to fit another (docs/reference/design.md 4)."""
+        """The settings that must be equal for an SAE of one cache to fit another (docs/reference/design.md 4)."""
         return {name: getattr(self, name) for name in SAME_TOKENS}
 
     @property
@@ -88,23 +90,23 @@ class ActivationSpec:
 class ActivationStore:
     """A complete activation cache, open for reading; `root` is a local path or a URL.
 
-    Pickles as its path or URL, and is opened and checked again where it is unpickled. May be read by several threads.
-    Memory: what is asked for. A local chunk is a memory map. A chunk of a URL is held whole, checksum verified, and so
-    are those fetched ahead (`prefetch`), with twice the size while they arrive.
+    Pickled as its path or URL; unpickling opens and checks it again. Several threads may read. Memory: what is read. A
+    local chunk is a memory map. A chunk of a URL is kept whole, its checksum verified; so are prefetched chunks, which
+    take twice their size while they arrive.
     """
 
     def __init__(self, root: Path | str) -> None:
-        """Open the cache and check what is cheap: complete, layout, and each chunk's presence, size and name.
+        """Open the cache and make the cheap checks: complete, layout, and each chunk's presence, size and checksum.
 
-        The name is the checksum that the journal has for the chunk: compared here for a local cache, for a URL when
-        the chunk is fetched.
+        The checksum at the end of a chunk file is compared with the journal: here for a local cache, for a URL when
+        the chunk is fetched. The content is not read.
 
         Raises
         ------
         StoreNotFound, IncompleteStore, SpecMismatch
             If there is no finished activation cache of a version that this program reads.
         DamagedStore
-            If a chunk is missing, has a wrong size, or is another one than the journal names.
+            If a chunk is missing, has a wrong size, or another checksum than in the journal.
         StoreUnreachable
             If a URL cannot be read, after some retries.
         """
@@ -113,7 +115,7 @@ class ActivationStore:
             self.header = read_header(folder, ACTIVATIONS)
             self.spec = read_spec(self.header, folder)
             self.images = read_image_table(folder / "images.parquet")
-            if self.images.num_rows != self.spec.n_images:  # before any loop over what the header merely claims
+            if self.images.num_rows != self.spec.n_images:  # before loops over numbers that only the header states
                 raise DamagedStore(
                     f"{folder}/images.parquet has {self.images.num_rows:,} rows, "
                     f"the cache holds {self.spec.n_images:,} images"
@@ -123,7 +125,7 @@ class ActivationStore:
             crcs = _crcs(folder, self.spec)
             self.content_sha256 = _content_sha256(self.header, folder)
         if not isinstance(self.root, Path):
-            self.header = replace(self.header, seal=None)  # of a copy that is gone
+            self.header = replace(self.header, seal=None)  # of the temporary copy, which is deleted
         self._chunks = _open_chunks(self.root, self.spec, crcs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -137,6 +139,15 @@ class ActivationStore:
     content_sha256: str
     """SHA-256 of the identity and of every chunk's checksum: equal only if the tokens are equal."""
 
+    def describe(self) -> "CacheInfo":
+        """Size, settings and runs of the cache, as `cyto cache info` prints them."""
+        from .info import cache_info
+
+        return cache_info(self.root)
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
+
     def readable(self) -> npt.NDArray[np.bool_]:
         """(n_images,) bool: False where the image could not be read and the tokens are NaN."""
         return np.array(readable(self.images))
@@ -144,40 +155,40 @@ class ActivationStore:
     def read_chunk(self, chunk: int) -> Float16:
         """Chunk `chunk`, read-only: (its images, tokens_per_image, width) float16.
 
-        Of a local cache a memory map: nothing is read before it is touched, and the checksum is bypassed
-        (`cyto cache verify` checks it). Of a URL the decoded chunk, its checksum verified.
+        For a local cache a memory map, which is read on access, without a check of its checksum (`cyto cache verify`
+        checks it). For a URL the decoded chunk, its checksum verified.
 
         Raises
         ------
         DamagedStore
-            If it is missing, has a wrong size, is another chunk, or (URL) fails its checksum.
+            If it is missing, has a wrong size, another checksum than in the journal, or (URL) fails its checksum.
         """
         if not 0 <= chunk < self.spec.n_chunks:
             raise IndexError(f"chunk {chunk} outside 0..{self.spec.n_chunks - 1}")
         try:
             return self._chunks.get(chunk)
         except DamagedStore:
-            require_unchanged(self.header)  # perhaps that is the reason
+            require_unchanged(self.header)  # the store may have been replaced
             raise
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Announce what is read next. Of a URL these chunks are fetched meanwhile; each costs a chunk of memory."""
+        """Announce the chunks that are read next. For a URL they are fetched in the background; each takes memory."""
         self._chunks.prefetch(chunks)
 
     def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
         """Begin to read some consecutive images of a chunk; `rows`: their positions inside it.
 
-        The future gives (len(rows), tokens_per_image, width) float16, read-only, and alone keeps them. Of a local cache
-        a view of the map, that the system is asked to read from the disk meanwhile. Of a URL these bytes only are
-        fetched, and no checksum covers them; where they are the whole chunk it is verified. Cancel what is no longer
-        wanted.
+        The future gives (len(rows), tokens_per_image, width) float16, read-only, and holds the only reference to them.
+        For a local cache it is a view of the map, and the system is asked to read it from the disk. For a URL only
+        these bytes are fetched, without a check of a checksum unless they are the whole chunk. Cancel futures that are
+        not needed.
 
         Raises
         ------
         IndexError
             Outside of the chunk.
         DamagedStore, StoreUnreachable
-            By the future, or at once: as `read_chunk`.
+            From the future, or at once: as `read_chunk`.
         """
         images = len(self.spec.chunk_rows(chunk)) if 0 <= chunk < self.spec.n_chunks else 0
         if rows.step != 1 or not 0 <= rows.start < rows.stop <= images:
@@ -185,9 +196,9 @@ class ActivationStore:
         return self._chunks.begin_rows(chunk, rows)
 
     def iter_chunks(self, *, first: int = 0, ahead: int = 2) -> Iterator[tuple[range, Float16]]:
-        """(image indices, tokens as of `read_chunk`) of every chunk from `first` on, in order.
+        """(image indices, tokens as from `read_chunk`) of every chunk from `first` on, in order.
 
-        ahead : chunks of a URL that are fetched meanwhile
+        ahead : chunks of a URL that are fetched in advance
         """
         for chunk, tokens in self._in_order(range(first, self.spec.n_chunks), ahead=ahead):
             yield self.spec.chunk_rows(chunk), tokens
@@ -195,7 +206,7 @@ class ActivationStore:
     def read_images(self, image_indices: npt.ArrayLike) -> Float16:
         """The tokens of chosen images in the given order, (len, tokens_per_image, width) float16, copied.
 
-        An image may be named twice. Raises IndexError outside 0..n_images - 1 (nothing counts from the end).
+        An image may be named twice. Raises IndexError outside 0..n_images - 1 (negative indices are not allowed).
         """
         indices = np.asarray(image_indices)
         if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
@@ -213,8 +224,8 @@ class ActivationStore:
     def read_rows(self, start: int, stop: int) -> Float16:
         """Images `start` to `stop` - 1, (stop - start, tokens_per_image, width) float16, read-only.
 
-        A view where they lie in one chunk (of a local cache, then, nothing is read yet), else a copy. Raises
-        IndexError unless 0 <= start <= stop <= n_images.
+        A view if they lie in one chunk (for a local cache, nothing is read yet), else a copy. Raises IndexError
+        unless 0 <= start <= stop <= n_images.
         """
         start, stop, size = operator.index(start), operator.index(stop), self.spec.chunk_images
         if not 0 <= start <= stop <= self.spec.n_images:
@@ -241,9 +252,9 @@ class ActivationStore:
     ) -> Iterator[Float16]:
         """Endless shuffled batches of the readable images' tokens, (batch_tokens, width) float16, as in training.
 
-        Pools out of parts of many chunks, as large as `pool_chunks` chunks, are read and shuffled; each token comes
-        once per epoch, and every epoch has an order of its own. `position` (in tokens) enters anywhere: epoch e begins
-        at e * `TokenStream.tokens_per_epoch`.
+        Pools of the size of `pool_chunks` chunks, from segments of many chunks, are read and shuffled. Each token comes
+        once per epoch; every epoch has another order. The stream starts at token `position`: epoch e begins at
+        e * `TokenStream.tokens_per_epoch`.
         """
         stream = TokenStream([self], token_set=token_set, pool_chunks=pool_chunks, seed=seed)
         return stream.batches(batch_tokens, position=position)
@@ -287,15 +298,15 @@ def require_same_tokens(
     *,
     assume_compatible: bool = False,
 ) -> list[str]:
-    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each); gives what had to be assumed.
+    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each); returns the names of assumed settings.
 
-    The first may be an imported SAE, of which some is unknown (None). With `assume_compatible` this is taken to fit,
-    with a warning that names it; what is known must be equal all the same.
+    The first may be an imported SAE, of which some settings are unknown (None). With `assume_compatible` these are
+    assumed to be equal, with a warning that names them; known settings must be equal in any case.
 
     Raises
     ------
     SpecMismatch
-        Naming what differs, or what is not known.
+        If settings differ or are unknown; the message names them.
     """
     unknown = [name for name, value in first.items() if value is None]
     known, held = ({name: spec[name] for name in spec if name not in unknown} for spec in (first, second))
@@ -316,7 +327,7 @@ def require_same_tokens(
 
 
 def journals_of(root: Path) -> list[Path]:
-    """The journal of a finished cache, and then those of its writers, which are newer; as far as they are there."""
+    """The existing journals of a cache: first that of the finished cache, then those of its writers (newer)."""
     return sorted(root.glob("journal*.jsonl"), key=lambda path: (path.name != "journal.jsonl", path.name))
 
 
@@ -332,7 +343,7 @@ def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]
 
 
 def chunks_written(root: Path, spec: ActivationSpec) -> list[int]:
-    """The chunks of a cache that are there, complete or not, as its journals say; damaged lines are passed over."""
+    """The written chunks of a cache, complete or not, by its journals; damaged lines are skipped."""
     named = [record.get("chunk") for record in records_of(root, skip_damaged=True) if record.get("crc32c")]
     return sorted({chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks})
 
@@ -343,7 +354,7 @@ def chunk_path(root: Path, chunk: int) -> Path:
 
 
 def file_crc(path: Path, size: int) -> str:
-    """The checksum that a chunk file carries at its end (hex), after checking presence and size.
+    """The checksum at the end of a chunk file (hex), after a check of presence and size.
 
     Raises
     ------
@@ -362,19 +373,19 @@ def file_crc(path: Path, size: int) -> str:
 
 
 def read_spec(header: Header, root: Path) -> ActivationSpec:
-    """The spec in a header. Raises DamagedStore if it has other fields, or sizes that no cache has."""
+    """The spec in a header. Raises DamagedStore if it has other fields, or impossible sizes."""
     return stated(ActivationSpec, header.spec, root, positive=("n_images", "tokens_per_image", "width", "chunk_images"))
 
 
 def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects | None = None) -> zarr.Array[Any]:
-    """The array of tokens, unless its shape, type, byte order, codecs, chunks or their names are not the format's.
+    """The array of tokens, after a check of its shape, type, byte order, codecs, chunks and chunk names.
 
-    store : where zarr reads from, if not from the local path `root`
+    store : the store that zarr reads from; default: the local path `root`
 
     Raises
     ------
     DamagedStore
-        If it is so (a memory map would misread it), or if there is no array at all.
+        If one is not as in the format (a memory map would misread the chunks), or there is no array.
     """
     wrong = f"{root}/tokens does not have the layout that its header states; make the cache again"
     try:
@@ -434,7 +445,7 @@ def _local_chunks(root: Path, spec: ActivationSpec, crcs: list[str]) -> OpenMaps
 
 def _map_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> Float16:
     _check_chunk(root, spec, crcs, chunk)
-    images = len(spec.chunk_rows(chunk))  # behind them lies the padding of the last chunk
+    images = len(spec.chunk_rows(chunk))  # the last chunk ends with padding, which is not mapped
     mapped = map_file(chunk_path(root, chunk), images * spec.image_bytes)
     return mapped.view("<f2").reshape(images, spec.tokens_per_image, spec.width)
 
@@ -491,7 +502,7 @@ def _fetch_rows(
     content = objects.get_range(names[chunk], rows.start * spec.image_bytes, rows.stop * spec.image_bytes)
     tokens: Float16 = np.frombuffer(memoryview(content), "<f2")
     tokens = tokens.reshape(len(rows), spec.tokens_per_image, spec.width)
-    if tokens.ctypes.data % 8:  # where the copying code expects it; rare
+    if tokens.ctypes.data % 8:  # `gather_rows` needs aligned tokens; rare
         tokens = tokens.copy()
     tokens.flags.writeable = False
     return tokens

@@ -1,14 +1,16 @@
-"""Writes an activation cache: each chunk durable before its journal line, the header complete last of all.
+"""Writes an activation cache: each chunk is durable before its journal line; the header is marked complete at the end.
 
-Format "activation cache", version 1: docs/formats.md. One writer owns a chunk; what its journal line names is on
-disk, durable, with that size and checksum. Several writers (`Shard`) share no file: the files that are there from
-the beginning are written by whoever comes first, and whoever comes last completes the cache.
+Format "activation cache", version 1: docs/formats.md. Each chunk has one writer. A chunk named by a journal line is
+durable on the disk, with the size and checksum in the line. Several writers (`Shard`) share no file: the first one
+writes the initial files, and the last one completes the cache.
 """
 
 import re
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from .tables import (
     without_outcome,
     write_image_table,
 )
+from .wording import Report, describe_cache
 
 _SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 
@@ -62,12 +65,12 @@ _SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 class ActivationWriter:
     """Writes the chunks of one shard of a cache, in any order and from any thread, and completes the cache.
 
-    Opening it on a half-written cache with the same spec continues: `missing_chunks` tells what is left to do, whoever
-    wrote the rest. Memory: the chunks that are being written, given by the caller.
+    Opened on an incomplete cache with the same spec, it continues: `missing_chunks` lists the chunks to write, whoever
+    wrote the others. Memory: the chunks that are being written, which the caller holds.
     """
 
     def __init__(self, root: Path, spec: ActivationSpec, manifest: pa.Table, shard: Shard = ONE_WRITER) -> None:
-        """No other process may write the same shard meanwhile (`writer_lock`)."""
+        """The caller must hold the lock of the shard (`writer_lock`)."""
         self.root, self.spec, self.chunks = root, spec, shard.chunks(spec.n_chunks)
         self._journal = root / f"journal-{shard.file_part}.jsonl"
         self._lock = threading.Lock()
@@ -80,7 +83,7 @@ class ActivationWriter:
         self._records = written_records(root, spec, self.chunks)
 
     def missing_chunks(self) -> list[int]:
-        """Own chunks that no journal names, or whose file has not the size and checksum that it names."""
+        """Chunks of this shard that no journal names, or whose file has another size or checksum."""
         self._records = written_records(self.root, self.spec, self.chunks, among=[*self._records.values()])
         return [chunk for chunk in self.chunks if chunk not in self._records]
 
@@ -91,7 +94,7 @@ class ActivationWriter:
 
         Parameters
         ----------
-        tokens : (rows of the chunk, tokens_per_image, width) float16, C order; NaN blocks for unreadable images
+        tokens : (rows of the chunk, tokens_per_image, width) float16, C order; NaN for unreadable images
         content_hash : per image, SHA-256 of its file; None if the file could not be opened
         errors : per image, None or why it could not be read
         """
@@ -126,16 +129,16 @@ class ActivationWriter:
             self._records[chunk] = record
 
     def counts(self) -> tuple[int, int]:
-        """(own images written so far, unreadable ones among them)."""
+        """(written images of this shard, unreadable ones among them)."""
         records = self._records.values()
         return sum(r["n_images"] for r in records), sum(len(r["errors"]) for r in records)
 
     def errors(self) -> dict[int, str]:
-        """Image index -> why it could not be read, of the own images written so far."""
+        """Image index -> why it could not be read, for the written images of this shard."""
         return _errors(self._records.values())
 
     def read_again(self, image_index: int, content_hash: str | None) -> None:
-        """Forget the chunk of an unreadable image if its file is another one now than when it was tried."""
+        """Mark the chunk of an unreadable image as missing if the image file has changed since it was tried."""
         chunk = image_index // self.spec.chunk_images
         record = self._records.get(chunk)
         if record and record["content_hash"][image_index - record["first_image"]] != content_hash:
@@ -143,10 +146,10 @@ class ActivationWriter:
             del self._records[chunk]
 
     def finish(self) -> Header | None:
-        """Complete the cache; None if chunks of other shards are not there yet: their last writer completes it.
+        """Complete the cache; None if chunks of other shards are missing: the last of their writers completes it.
 
-        If another writer is at it, wait: it may have looked before our last chunk was there, and then nobody would
-        complete the cache.
+        Waits while another writer tries to complete it: that one may have looked before our last chunk was written,
+        and then neither would complete the cache.
         """
         missing = self.missing_chunks()
         assert not missing, f"finish called with {len(missing)} chunks missing"
@@ -168,9 +171,9 @@ def writer_lock(root: Path, shard: Shard) -> Path:
 
 
 def overlapping_writer(root: Path, shard: Shard, n_chunks: int) -> Shard | None:
-    """A writer at work at this moment that owns chunks of `shard` too, as one of another N does.
+    """A running writer whose chunks overlap with those of `shard` (of another number of shards), or None.
 
-    Both would write the same files, one perhaps with other last bits after the other completed the cache.
+    Both would write the same files, perhaps with other last bits after the cache was completed.
     """
     for path in root.glob(f"writer-*{LOCK_SUFFIX}"):
         named = re.fullmatch(rf"writer-(\d+)-of-(\d+){re.escape(LOCK_SUFFIX)}", path.name)
@@ -183,21 +186,20 @@ def overlapping_writer(root: Path, shard: Shard, n_chunks: int) -> Shard | None:
 
 
 def complete_cache(root: Path) -> Header | None:
-    """The finishing step: final image table and journal, everything synced, and only then the header complete.
+    """Complete a cache: write the final image table and journal, sync all files, then mark the header complete.
 
-    Every step can be repeated, so a crash anywhere is mended by calling it again. None if another process is
-    completing the cache at this moment.
+    Every step can be repeated, so after a crash it is called again. None if another process is completing the cache.
 
     Raises
     ------
     IncompleteStore
         If chunks are missing.
     BadInput
-        If not one image could be read.
+        If no image could be read.
     DamagedStore
-        If the image table is not the manifest that the cache was begun with.
+        If the image table is not the manifest that the cache was started with.
     """
-    read_header(root, ACTIVATIONS, complete=False)  # before anything is touched: is it ours?
+    read_header(root, ACTIVATIONS, complete=False)  # refuse anything else before a file is written
     with locked(root / f"finish{LOCK_SUFFIX}") as is_ours:
         if not is_ours:
             return None
@@ -210,34 +212,57 @@ def complete_cache(root: Path) -> Header | None:
         return header
 
 
-def merge_cache(store: Path) -> list[Path]:
-    """`complete_cache` of a cache, or of each block's in a folder; gives their places. For who does not write them.
+@dataclass(frozen=True, kw_only=True)
+class MergeResult(Report):
+    """Stores that are complete now."""
+
+    out: Path
+    stores: tuple[Path, ...]  # `out`, or the cache of each block in it
+    was_complete: bool  # nothing had to be done
+    described: tuple[str, ...]  # each store in one line
+
+    def lines(self) -> Iterator[str]:
+        """A line for each store."""
+        yield from self.described
+
+
+def merge_cache(store: Path | str) -> MergeResult:
+    """Complete an activation cache whose shards have all ended (`complete_cache`), or each block's cache in a folder.
 
     Raises
     ------
+    IncompleteStore
+        If chunks are missing.
     SpecMismatch
-        If another process replaces one of them, or is completing it, at this moment.
+        If another process replaces or completes one of them at this moment.
     """
+    store = Path(store)
     places = sorted(store.glob("block*.zarr")) or [store]
+    was_complete = True
     for place in places:
-        read_header(place, ACTIVATIONS, complete=False)  # before a lock is put beside it
+        was_complete &= read_header(place, ACTIVATIONS, complete=False).complete  # before a lock file is made
         with claimed(place, shared=True):
             if complete_cache(place) is None:
                 raise SpecMismatch(f"{place} is being completed by another process; wait until it ends")
-    return places
+    return MergeResult(
+        out=store,
+        stores=tuple(places),
+        was_complete=was_complete,
+        described=tuple(describe_cache(place) for place in places),
+    )
 
 
 def left_overs(root: Path) -> list[Path]:
-    """What a complete cache no longer needs: there only if its last writer was killed just before its end."""
+    """Files that a complete cache no longer needs; they exist if its last writer was killed just before its end."""
     journals = [path for path in journals_of(root) if path.name != "journal.jsonl"]
     return [*journals, *shard_logs(root), *root.glob(f"writer-*{LOCK_SUFFIX}"), *root.glob(f"finish{LOCK_SUFFIX}")]
 
 
 def reopen(root: Path, damaged: list[int]) -> None:
-    """Make a complete cache an incomplete one that lacks the damaged chunks, so that a writer can make them again.
+    """Mark a complete cache as incomplete, without the damaged chunks, so that a writer can make them again.
 
-    The damaged files go first: were the header the first, a crash behind it would leave a flipped bit that the
-    journal seems to bear out. The summary stays in the header: it says that the cache was complete once.
+    The damaged files are deleted before the header is changed: otherwise a crash between the two would leave a damaged
+    chunk that the journal names as written. The summary stays in the header: it shows that the cache was complete.
     """
     for chunk in damaged:
         path = chunk_path(root, chunk)
@@ -245,7 +270,7 @@ def reopen(root: Path, damaged: list[int]) -> None:
         if path.parent.is_dir():
             sync_folder(path.parent)
     records = [
-        # without its checksum, a record cannot vouch for the chunk that is made again, but still tells the file hashes
+        # without its checksum, a record does not count for the new chunk, but still has the file hashes
         {**record, "crc32c": None, "crc32c_before": record.get("crc32c") or record.get("crc32c_before")}
         if record.get("chunk") in damaged
         else record
@@ -259,10 +284,10 @@ def reopen(root: Path, damaged: list[int]) -> None:
 def written_records(
     root: Path, spec: ActivationSpec, chunks: range, *, among: list[dict[str, Any]] | None = None
 ) -> dict[int, dict[str, Any]]:
-    """Chunk -> the journal record that its file bears out, of `chunks`; a chunk without one is missing.
+    """Chunk -> the journal record that agrees with its file, for `chunks`; a chunk without one is missing.
 
-    Several records of a chunk are all right: it was written again, or by two writers that overlapped. The last one
-    counts: unreadable images are NaN whatever their file and error. A damaged line is passed over.
+    A chunk may have several records, if it was written again or by two overlapping writers; the last one counts.
+    Damaged lines are skipped.
     """
     found: dict[int, dict[str, Any]] = {}
     crcs: dict[int, str | None] = {}
@@ -281,7 +306,7 @@ def written_records(
 
 
 def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
-    """Is it such a record as `write_chunk` makes of its chunk? Another may be a damaged one."""
+    """Is it a valid record of `write_chunk`? Otherwise the line may be damaged."""
     rows, hashes, errors = spec.chunk_rows(record["chunk"]), record.get("content_hash"), record.get("errors")
     named = (record.get("first_image"), record.get("n_images"), record.get("size"))
     return (
@@ -340,7 +365,7 @@ def _errors(records: Any) -> dict[int, str]:
 
 
 def _begin(root: Path, spec: ActivationSpec, manifest: pa.Table) -> None:
-    """What is there from the beginning; the same bytes from every writer, whoever comes first."""
+    """Write the initial files, unless another writer has; every writer makes the same bytes."""
     root.mkdir(parents=True, exist_ok=True)
     begin_header(root, new_header(ACTIVATIONS, spec.to_dict()))
     table = root / "images.parquet"
@@ -364,7 +389,7 @@ def _array_metadata(spec: ActivationSpec) -> bytes:
     """`tokens/zarr.json`, as zarr writes it."""
     with tempfile.TemporaryDirectory() as folder:
         zarr.create_array(
-            Path(folder),  # as a text it would be a chained URL where TMPDIR has "::" in its name
+            Path(folder),  # as a str, a TMPDIR with "::" in its name would be read as a chained URL
             shape=(spec.n_images, spec.tokens_per_image, spec.width),
             dtype="float16",
             chunks=(spec.chunk_images, spec.tokens_per_image, spec.width),

@@ -1,4 +1,4 @@
-"""Barcodes on disk: one folder with whole AnnData stores (image, patient, disease), in Zarr v3.
+"""Barcodes on disk: a folder of AnnData stores (image, patient, disease), in Zarr v3.
 
 Format "barcodes", version 1: docs/formats.md. `anndata.read_zarr` opens each of them: int32 indices, float32
 values, `obs` the images, patients or diseases, `var` one row per latent.
@@ -30,15 +30,16 @@ if TYPE_CHECKING:
 
 _CRC_BYTES = 4
 LEVELS = ("image", "patient", "disease")
-_READ_ROWS = 256  # that are read together
-NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}  # but a whole AnnData has them
+_READ_ROWS = 256  # read at a time
+# empty elements, which every AnnData store has
+NOTHING_ELSE: dict[str, Any] = {name: {} for name in ("obsm", "varm", "obsp", "varp")}
 
 
 def begin_level(root: Path) -> None:
-    """An empty AnnData store at `root`, with room for layers; a half-written one that lies there is replaced."""
+    """Make an empty AnnData store with layers at `root`; an incomplete one there is replaced."""
     if root.is_dir() and not root.is_symlink():
         doomed = root.with_name(f".{root.name}.{uuid.uuid4().hex}.removed")
-        root.rename(doomed)  # a task of a job that was broken off may still write into it
+        root.rename(doomed)  # a task of an interrupted job may still write into it
         shutil.rmtree(doomed, ignore_errors=True)
     group = zarr.open_group(root, mode="w-", zarr_format=3)
     group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
@@ -57,8 +58,10 @@ def write_tables(root: Path, tables: dict[str, Any]) -> None:
 
 @contextmanager
 def plain_anndata() -> Iterator[None]:
-    """anndata writes as every version of it reads: no shards, texts as `string-array`. Both are said, so that it does
-    not ask; its answer would depend on the versions of anndata and pandas."""
+    """Let anndata write what all its versions can read: no Zarr shards, strings as `string-array`.
+
+    Both are set explicitly: the defaults depend on the versions of anndata and pandas.
+    """
     import anndata
 
     with anndata.settings.override(auto_shard_zarr_v3=False, allow_write_nullable_strings=False):
@@ -66,9 +69,9 @@ def plain_anndata() -> Iterator[None]:
 
 
 def plain_strings(table: Any) -> Any:
-    """A table whose texts (columns, index, names of columns) are Python's; anything else as it is.
+    """A table whose strings (columns, index, column names) are Python objects; any other value unchanged.
 
-    pandas 3 makes texts an array type of its own, which anndata 0.12 refuses to write in this way.
+    pandas 3 has an array type for strings, which anndata 0.12 refuses to write as `string-array`.
     """
     import pandas as pd
 
@@ -87,23 +90,23 @@ def _plain_index(index: "pd.Index") -> "pd.Index":
 
 
 def level_name(level: str, tau: float, *, is_only: bool) -> str:
-    """What the store of a level is called: `image`, or `image_tau0.2` where there are several taus."""
+    """The name of a level's store: `image`, or `image_tau0.2` if there are several taus."""
     return level if is_only else f"{level}_tau{tau_text(tau)}"
 
 
 def tau_text(tau: float) -> str:
-    """The shortest text that means this number: 0.2, 1, 1e-05."""
+    """The shortest text of this number: 0.2, 1, 1e-05."""
     return repr(float(tau)).removesuffix(".0")
 
 
 def recorded_files(root: Path) -> dict[str, list[Any]]:
-    """What every file of the levels below `root` is: path -> [size, checksum], for the header.
+    """Every file of the levels below `root`: path -> [size, checksum], for the header.
 
-    The checksum of a chunk that ends with its own CRC32C is that one (8 hex digits): a reader that decodes the chunk
-    compares it with the content, so nothing is read twice. Of any other file, all small, it is the SHA-256.
+    For a chunk that ends with its own CRC32C, this is the checksum (8 hex digits): decoding compares it with the
+    content, so no chunk is read twice. For all other files, which are small, it is the SHA-256.
     """
     found: dict[str, list[Any]] = {}
-    has_crc: dict[Path, bool] = {}  # of a folder of chunks: there are thousands in one
+    has_crc: dict[Path, bool] = {}  # by folder, which may hold thousands of chunks
     for store in sorted(root.glob("*.zarr")):
         for path in _files_below(store):
             if path.parent not in has_crc:
@@ -147,16 +150,16 @@ class BarcodeStore:
         """
         self.root = Path(root).absolute()
         self.header: Header = read_header(self.root, BARCODES)
-        self._whole: set[str] = set()  # folders whose files are the ones that were written
+        self._whole: set[str] = set()  # folders that were checked
 
     @property
     def taus(self) -> tuple[float, ...]:
-        """The thresholds that were counted at, rising."""
+        """The thresholds, ascending."""
         tau = self.header.spec["tau"]
         return tuple(tau) if isinstance(tau, list) else (tau,)
 
     def path(self, level: str, tau: float | None = None) -> Path:
-        """Where the AnnData store of a level lies; `tau` need be given only if there are several.
+        """The folder of a level's AnnData store; `tau` is needed only if there are several.
 
         Raises
         ------
@@ -174,7 +177,7 @@ class BarcodeStore:
         return self.root / f"{name}.zarr"
 
     def check(self) -> None:
-        """Raise DamagedStore if a level, a chunk or an export is missing, or is not what was written."""
+        """Raise DamagedStore if a level, a chunk or an export is missing, or has changed."""
         names = [level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus]
         self.check_files(*(f"{name}.zarr" for name in names))
         for name in (level_name(level, tau, is_only=len(self.taus) == 1) for level in LEVELS for tau in self.taus):
@@ -191,29 +194,29 @@ class BarcodeStore:
 
     @property
     def records_files(self) -> bool:
-        """Does the header say what every file of the levels is? Not in barcodes of an older cyto."""
+        """Does the header have checksums of all files? Not in barcodes of an older cyto."""
         return bool(self._recorded)
 
     @property
     def _recorded(self) -> dict[str, list[Any]]:
-        """What the header says of every file of the levels; empty in barcodes of an older cyto."""
+        """Size and checksum of every file by the header; empty in barcodes of an older cyto."""
         return dict((self.header.summary or {}).get("store_files", {}))
 
     def check_files(self, *below: str) -> None:
-        """Raise DamagedStore if a file below these folders of the barcodes is not the one that was written.
+        """Raise DamagedStore if a file below these folders of the barcodes is missing or has changed.
 
-        The end of a chunk is compared, not its content: that is compared with its end when it is decoded. Barcodes of
-        an older cyto do not say what was written, and pass. What was found whole is not looked at again.
+        For a chunk only the checksum at its end is compared here; decoding compares it with the content. Barcodes of
+        an older cyto have no recorded checksums, and pass. Folders that passed are not checked again.
         """
         for folder in below:
             if self._recorded and folder not in self._whole:
                 for problem in self.file_problems(folder):
-                    require_unchanged(self.header)  # perhaps that is the reason
+                    require_unchanged(self.header)  # the store may have been replaced
                     raise DamagedStore(f"{self.root}/{problem}; count again with cyto barcode --overwrite")
                 self._whole.add(folder)
 
     def file_problems(self, folder: str, *, all_bytes: bool = False) -> Iterator[str]:
-        """`NAME is missing` and the like, of every file below a folder of the barcodes, as the header has it."""
+        """`NAME is missing` and the like, for every file that the header names below a folder of the barcodes."""
         expected = {name: what for name, what in self._recorded.items() if f"{name}/".startswith(f"{folder}/")}
         place = self.root / folder
         there = [place] if place.is_file() else _files_below(place)
@@ -231,7 +234,7 @@ class BarcodeStore:
                 yield f"{name} fails its checksum: bits have changed"
 
     def _check_matrix(self, path: Path) -> None:
-        """All that decides what the rows of a matrix are: its files, and which store it is in."""
+        """Check the files of a matrix, and that the store was not replaced."""
         place = path.relative_to(self.root)
         self.check_files(place.as_posix(), f"{place.parts[0]}/zarr.json")
 
@@ -241,15 +244,15 @@ class BarcodeStore:
         Raises
         ------
         DamagedStore
-            If it cannot be read, or a file is not the one that was written. Of barcodes of an older cyto, which say
-            nothing of their files, a lost chunk reads as zeros: only `check` finds it.
+            If it cannot be read, or a file has changed. In barcodes of an older cyto, which have no recorded
+            checksums, a lost chunk reads as zeros; only `check` finds it.
         """
         import anndata
 
         path = self.path(level, tau)
         self.check_files(path.name)
         check_tree(path)
-        with _told_as_damage(path), _silent_about_droppings():
+        with _errors_as_damage(path), _without_foreign_file_warnings():
             return anndata.read_zarr(path)
 
     def read_element(self, level: str, element: str, tau: float | None = None) -> Any:
@@ -263,11 +266,11 @@ class BarcodeStore:
         self.check_files(f"{path.name}/{element}", f"{path.name}/zarr.json")
         read_group(path)
         check_tree(path / element)
-        with _told_as_damage(path), _silent_about_droppings():
+        with _errors_as_damage(path), _without_foreign_file_warnings():
             return read_elem(zarr.open_group(path, mode="r")[element])
 
     def read_obs(self, level: str, tau: float | None = None, *, needed: Sequence[str] = ()) -> "pd.DataFrame":
-        """The table of images, patients or diseases alone; it has the columns `needed`. Otherwise as `read`.
+        """Only the table of images, patients or diseases, which must have the columns `needed`. Otherwise as `read`.
 
         Raises
         ------
@@ -284,7 +287,7 @@ class BarcodeStore:
         return table
 
     def matrix(self, level: str, tau: float | None = None, layer: str = "X") -> CsrReader:
-        """`X` of one level, or a layer of it, to be read in ranges of rows.
+        """A reader for ranges of rows of a level's `X`, or of a layer.
 
         Raises
         ------
@@ -299,9 +302,9 @@ class BarcodeStore:
         return CsrReader(path, shape=_stated_shape(path))
 
     def read_rows(self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X") -> Any:
-        """Some rows of `X` or a layer, rising, as a scipy CSR matrix in float32; checked.
+        """Some rows of `X` or a layer, given in ascending order, as a scipy CSR matrix in float32; checked.
 
-        Memory: the rows twice, and a block.
+        Memory: twice the rows, and 256 further rows.
 
         Raises
         ------
@@ -313,9 +316,9 @@ class BarcodeStore:
         reader = self.matrix(level, tau, layer)
         shape = reader.shape
         pieces = [csr_matrix((0, shape[1]), dtype=np.float32)]
-        with _told_as_damage(self.path(level, tau)):
-            for block in np.unique(rows // _READ_ROWS):
-                first, last = int(block) * _READ_ROWS, min((int(block) + 1) * _READ_ROWS, shape[0])
+        with _errors_as_damage(self.path(level, tau)):
+            for number in np.unique(rows // _READ_ROWS):
+                first, last = int(number) * _READ_ROWS, min((int(number) + 1) * _READ_ROWS, shape[0])
                 found = reader.read_rows(first, last)
                 whole = csr_matrix((found.values, found.indices, found.indptr), shape=(last - first, shape[1]))
                 pieces.append(whole[rows[(rows >= first) & (rows < last)] - first])
@@ -324,9 +327,9 @@ class BarcodeStore:
     def row_lengths(
         self, level: str, rows: npt.NDArray[np.int64], tau: float | None = None, *, layer: str = "X"
     ) -> npt.NDArray[np.int64]:
-        """(len(rows),) nonzeros of some rows: what `read_rows` would hold. Raises DamagedStore."""
+        """(len(rows),) number of nonzeros in some rows, as `read_rows` would return. Raises DamagedStore."""
         reader = self.matrix(level, tau, layer)
-        with _told_as_damage(self.path(level, tau)):
+        with _errors_as_damage(self.path(level, tau)):
             lengths: npt.NDArray[np.int64] = np.diff(reader.row_starts(0, reader.shape[0] + 1))[rows]
         return lengths
 
@@ -340,8 +343,8 @@ def _content_crc(path: Path) -> str:
 
 
 @contextmanager
-def _silent_about_droppings() -> Iterator[None]:
-    """zarr warns of every file in a group that is none of its own, such as .DS_Store."""
+def _without_foreign_file_warnings() -> Iterator[None]:
+    """Hide zarr's warnings about foreign files in a group, such as .DS_Store."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Object at .* is not recognized as a component of a Zarr hierarchy")
         yield
@@ -352,8 +355,8 @@ def _is_layer(path: Path) -> bool:
 
 
 @contextmanager
-def _told_as_damage(path: Path) -> Iterator[None]:
-    """What zarr, its codecs and anndata raise, in one line."""
+def _errors_as_damage(path: Path) -> Iterator[None]:
+    """Turn errors of zarr, its codecs and anndata into a DamagedStore in one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -362,7 +365,7 @@ def _told_as_damage(path: Path) -> Iterator[None]:
 
 
 def _stated_shape(matrix: Path) -> tuple[int, int]:
-    """What the attributes of a CSR group say."""
+    """The shape in the attributes of a CSR group."""
     try:
         n_rows, n_columns = read_group(matrix)["shape"]
         if min(n_rows, n_columns) < 0 or not type(n_rows) is type(n_columns) is int:

@@ -1,4 +1,4 @@
-"""Which chunks stay at hand: memory maps, or chunks of a URL fetched ahead in threads."""
+"""A cache of open chunks: memory maps of local chunks, or chunks of a URL, prefetched in threads."""
 
 import errno
 import os
@@ -20,15 +20,15 @@ from .errors import BadInput
 
 FORKED = "a store of a URL cannot be read in a forked process; start processes with spawn"
 Float16 = npt.NDArray[np.float16]
-_MOST_MAPS = 2_048  # Linux allows a process 65,530; the tables of a touched map take 1/500 of its size
-_READERS = 8  # threads of one store, at most; they start as they are needed
+_MOST_MAPS = 2_048  # Linux allows 65,530 for a process; the page tables of a map in use take 1/500 of its size
+_READERS = 8  # most threads of one store; started when needed
 _ADVISED, _LOOKED_AT = 1 << 17, 1 << 20  # bytes
 
 
 class OpenMaps:
-    """Memory maps by chunk; the last used ones stay, 2,048 of all stores of a process. No file is kept open.
+    """Memory maps by chunk; the 2,048 last used ones of all stores in a process are kept. No file is kept open.
 
-    A map lives as long as it has a view. May be used by several threads.
+    A map exists as long as an array uses it. May be used by several threads.
     """
 
     _all: ClassVar[WeakSet["OpenMaps"]] = WeakSet()
@@ -40,7 +40,7 @@ class OpenMaps:
         self._all.add(self)
 
     def get(self, chunk: int) -> Float16:
-        """The map of a chunk, opened if need be.
+        """The map of a chunk, opened if it is not.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class OpenMaps:
             return self._maps[chunk]
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Ask the system to read these chunks from the disk meanwhile."""
+        """Ask the system to read these chunks from the disk in the background."""
         for chunk in chunks:
             read_ahead(self._path_of(chunk), 0, self.get(chunk).nbytes)
 
@@ -82,24 +82,24 @@ class OpenMaps:
 
 
 def map_file(path: Path, n_bytes: int) -> npt.NDArray[np.uint8]:
-    """The first bytes of a file as a read-only memory map, which lives as long as it has a view.
+    """The first bytes of a file as a read-only memory map, which exists as long as an array uses it.
 
-    By Arrow, since Python's own map keeps its file open, and a pool may need thousands of them.
+    Made by Arrow, since Python's `mmap` keeps its file open, and a pool may need thousands of maps.
     """
     with pa.memory_map(os.fspath(path)) as file:
         return np.frombuffer(file.read_buffer(n_bytes), np.uint8)
 
 
 def read_ahead(path: Path, start: int, n_bytes: int) -> None:
-    """Ask the system to read a stretch of a file from the disk; what is in memory already is mostly passed over.
+    """Ask the system to read a range of a file from the disk, mostly without pages that are in memory.
 
-    Linux reads no further for one request than the device likes (128 KiB unless set otherwise), hence many; each costs
-    as much as reading from memory, hence the look whether the pages are there.
+    Linux reads at most the device's read-ahead size per request (128 KiB by default), so many requests are made. Each
+    costs as much as reading from memory, so pages are checked first.
     """
-    if not hasattr(os, "posix_fadvise"):  # not on macOS and Windows: there the pages come as they are touched
+    if not hasattr(os, "posix_fadvise"):  # not on macOS and Windows, where pages are read on access
         return
     stop = start + n_bytes
-    with suppress(OSError):  # what is wrong with the file shows when it is read
+    with suppress(OSError):  # reading the file will raise the error
         file = os.open(path, os.O_RDONLY)
         try:
             for at in range(start, stop, _LOOKED_AT):
@@ -111,20 +111,20 @@ def read_ahead(path: Path, start: int, n_bytes: int) -> None:
 
 
 def _is_in_memory(file: int, at: int) -> bool:
-    """Whether the page there is; False where the system does not tell."""
+    """Is this page in memory? False if the system does not tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     try:
         os.preadv(file, [bytearray(1)], at, os.RWF_NOWAIT)
-    except OSError:  # EAGAIN: it would have to wait for the disk
+    except OSError:  # EAGAIN: it would wait for the disk
         return False
     return True
 
 
 class ReadAhead:
-    """Fetched chunks; the last used ones are kept, and what is announced is fetched in threads meanwhile.
+    """Fetched chunks: the two last used ones are kept, and announced ones are fetched in threads.
 
-    Memory: two chunks, and twice those announced at once. May be used by several threads.
+    Memory: two chunks, and twice the announced ones. May be used by several threads.
     """
 
     def __init__(self, fetch: Callable[[int], Float16], fetch_rows: Callable[[int, range], Float16]) -> None:
@@ -135,31 +135,31 @@ class ReadAhead:
         self._process = os.getpid()
 
     def get(self, chunk: int) -> Float16:
-        """A chunk; waits until it is there. What `fetch` raises is raised here, and the next call tries anew."""
+        """A chunk; waits until it is fetched. Raises the errors of `fetch`; the next call tries again."""
         while True:
             future, is_ours = self._begin(chunk)
             try:
                 return future.result()
-            except Exception:  # whatever `fetch` raises, which is kept by the future
+            except Exception:  # an error of `fetch`, which the future keeps
                 with self._lock:
                     if self._chunks.get(chunk) is future:
                         del self._chunks[chunk]
-                if is_ours:  # else it was announced earlier, and that it failed then says nothing about now
+                if is_ours:  # else it was announced earlier and may succeed now
                     raise
 
     def prefetch(self, chunks: Sequence[int]) -> None:
-        """Begin to fetch these chunks. They are kept, and those announced before them too."""
+        """Begin to fetch these chunks; they and those announced before are kept."""
         self._kept = max(self._kept, 2 * len(chunks) + 2)
         for chunk in chunks:
             self._begin(chunk)
 
     def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
-        """Begin to fetch some consecutive images of a chunk. They are kept by the future alone."""
+        """Begin to fetch some consecutive images of a chunk; only the future keeps them."""
         self._check_process()
         return self._threads.submit(self._fetch_rows, chunk, rows)
 
     def _begin(self, chunk: int) -> tuple[Future[Float16], bool]:
-        """The chunk to come, and whether it is asked for only now."""
+        """The future of the chunk, and whether its fetch was started by this call."""
         self._check_process()
         with self._lock:
             is_new = chunk not in self._chunks
@@ -167,9 +167,10 @@ class ReadAhead:
                 self._chunks[chunk] = self._threads.submit(self._fetch, chunk)
             self._chunks.move_to_end(chunk)
             while len(self._chunks) > self._kept:
-                self._chunks.popitem(last=False)  # not cancelled: another thread may wait for it
+                self._chunks.popitem(last=False)  # not cancelled, since another thread may wait for it
             return self._chunks[chunk], is_new
 
     def _check_process(self) -> None:
-        if os.getpid() != self._process:  # a fork has neither our threads nor obstore's, and would wait for ever
+        # a forked process has no threads of ours or of obstore, and would wait forever
+        if os.getpid() != self._process:
             raise BadInput(FORKED)

@@ -1,4 +1,4 @@
-"""Concepts on disk: what each latent answers to, per dataset, as tables in one folder of results.
+"""Concepts on disk: statistics and top images of each latent, per dataset, as tables in one folder of results.
 
 Format "concepts", version 1: docs/formats.md. `latents.parquet` has one row per latent and dataset,
 `top_images.parquet` one per latent, dataset and rank; both are ordered by dataset, then latent (then rank).
@@ -17,21 +17,21 @@ from .errors import BadInput, DamagedStore
 from .result_folder import ResultStore
 from .spec import CONCEPTS, check_latent
 
-MEANINGFUL = 1e-3  # mean activation from which on the paper looks at a latent; one that equals it counts
+MEANINGFUL = 1e-3  # smallest mean activation of the latents that the paper examines (inclusive)
 LATENT_COLUMNS = {
     "latent": pa.int64(),
     "dataset": pa.string(),
     "n_images": pa.int64(),  # readable images in which the latent is active
-    "frequency": pa.float64(),  # their share of the readable images
+    "frequency": pa.float64(),  # their fraction of the readable images
     "mean_activation": pa.float64(),  # of the image activation, over the images in which it is active; 0 for none
     "max_activation": pa.float32(),  # the largest value of a single token; the largest image activation is rank 1's
     "n_labelled": pa.int64(),  # of the top images
     "label_entropy": pa.float64(),  # nats; null below the minimum support
-    "label_entropy_null": pa.float64(),  # its mean under shuffled labels
-    "label_entropy_p": pa.float64(),  # of an entropy as small, labels moved from patient to patient
+    "label_entropy_null": pa.float64(),  # its mean with shuffled labels
+    "label_entropy_p": pa.float64(),  # of an entropy as small or smaller, with labels shuffled between patients
     "label_entropy_q": pa.float64(),  # Benjamini-Hochberg over the latents of the dataset that have a p
-    "label_divergence": pa.float64(),  # nats; of the top images' labels from those of the dataset
-    "label_divergence_p": pa.float64(),  # of a divergence as large, under the same shuffles
+    "label_divergence": pa.float64(),  # nats; of the labels of the top images from those of the dataset
+    "label_divergence_p": pa.float64(),  # of a divergence as large or larger, with the same shuffles
     "label_divergence_q": pa.float64(),
     "top_label": pa.string(),  # the label with the largest share of the top images' activation
     "n_labelled_common": pa.int64(),
@@ -44,7 +44,7 @@ TOP_COLUMNS = {
     "dataset": pa.string(),
     "rank": pa.int64(),  # from 1
     "image_id": pa.string(),
-    "image_index": pa.int64(),  # row in the image tables of the latent stores, one below the other
+    "image_index": pa.int64(),  # row in the concatenated image tables of the latent stores
     "value": pa.float32(),  # image activation
     "label": pa.string(),
     "label_common": pa.string(),
@@ -52,14 +52,14 @@ TOP_COLUMNS = {
 
 
 def threshold_warning(latents_spec: Sequence[dict[str, Any]], threshold: float, option: str) -> str | None:
-    """What to say where a mean activation of `MEANINGFUL` is used with an SAE that it was not chosen for; else None.
+    """A warning if the threshold `MEANINGFUL` is used with an SAE that it was not chosen for; else None.
 
-    A mean activation has the scale of an SAE's tokens, training and penalty, so the number means nothing elsewhere.
+    The scale of mean activations depends on tokens, training and penalty, so the number fits only one SAE.
 
     Parameters
     ----------
     latents_spec : as in the header of concepts
-    option : what to give another threshold with
+    option : the words that tell how to give another threshold
     """
     spec = latents_spec[0] if latents_spec else {}
     found = {**spec.get("cache", {}), "n_latents": spec.get("n_latents")}
@@ -72,7 +72,7 @@ def threshold_warning(latents_spec: Sequence[dict[str, Any]], threshold: float, 
 
 
 class ConceptStore:
-    """A complete folder of concepts, open for reading. A table is read once, when it is first asked for."""
+    """A complete folder of concepts, open for reading. A table is read once, on first use."""
 
     def __init__(self, root: Path | str) -> None:
         """Open the folder at `root`.
@@ -82,7 +82,7 @@ class ConceptStore:
         StoreNotFound, IncompleteStore, SpecMismatch
             If there are no finished concepts of a version that this program reads.
         DamagedStore
-            If the header lacks what every such folder says.
+            If the header does not list latents and datasets.
         """
         self._results = ResultStore(root, CONCEPTS)
         self.root, self.header = self._results.root, self._results.header
@@ -102,7 +102,7 @@ class ConceptStore:
         return self.header.identity
 
     def latents(self, dataset: str | None = None) -> pa.Table:
-        """`LATENT_COLUMNS` of one dataset, row i latent i; or of all datasets, one below the other.
+        """`LATENT_COLUMNS` of one dataset, row i for latent i; or of all datasets, concatenated.
 
         Raises
         ------

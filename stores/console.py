@@ -1,22 +1,25 @@
-"""What all commands share: types of options, progress, how numbers and names are printed. Only commands import this."""
+"""Shared by all commands: option types, progress lines, printing of results. Only commands import this module."""
 
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stores.machine import n_cores
-from stores.wording import Report, counted, left_out_text, printable
+from stores.wording import Report, counted, left_out_text, page_lines, printable
+
+if TYPE_CHECKING:
+    from stores.verify import CheckReport
 
 
 class Place(click.Path):
-    """A local path; a URL is refused (as a path it would lose a slash and mean a folder here), or taken as it is."""
+    """A local path. A URL is refused (as a path it would name a local folder), or with `urls` given as a str."""
 
     def __init__(self, *, urls: bool = False) -> None:
         super().__init__(path_type=Path)
@@ -32,7 +35,7 @@ class Place(click.Path):
 
 
 FILE = Place()
-STORE = Place(urls=True)  # gives a Path, or the URL as a str
+STORE = Place(urls=True)  # a Path, or a URL as a str
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(min=0, max=2**63 - 1)
 TOKEN_SETS = click.Choice(["all", "patch", "cls"])
@@ -71,7 +74,7 @@ def print_left_out(left_out: dict[str, int]) -> None:
 
 @contextmanager
 def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM asks the job to stop behind what is in flight, the second stops it at once."""
+    """The first Ctrl-C or SIGTERM lets the job finish what is in flight; the second stops it at once."""
     asked = False
 
     def ask(signum: int, frame: object) -> None:
@@ -91,7 +94,7 @@ def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress line on stderr: rewritten in a terminal, one line every ten seconds in a log."""
+    """A progress line on stderr: updated in place in a terminal, one line every ten seconds in a log."""
     from tqdm import tqdm
 
     began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
@@ -101,7 +104,7 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         nonlocal shown, last, at_start, began
         now = time.monotonic()
         if at_start < 0:
-            at_start, began = done, now  # the rate is that of this run, not of what was there before
+            at_start, began = done, now  # the rate counts this run only
         elif (done, state) == last or (done == total == last[0]):
             return
         elif done < total and now - shown < (0.2 if in_terminal else 10):
@@ -124,27 +127,22 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         click.echo(err=True)
 
 
-def print_problems(store: Path, checks: Iterator[Any], total: int, as_json: bool) -> None:
-    problems = []
-    with progress_line("verify", "chunk") as progress:
-        for n_done, problem in enumerate(checks, start=1):
-            if problem is not None:
-                problems.append(problem)
-            progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+def print_check(report: "CheckReport", as_json: bool) -> None:
+    """The problems of a store, and exit code 1 if there is one."""
     if as_json:
-        found = [{"chunk": problem.chunk, "images": problem.images, "what": problem.what} for problem in problems]
-        click.echo(json.dumps({"store": str(store), "ok": not problems, "problems": found}, indent=1))
+        click.echo(json.dumps(report.to_json(), indent=1))
     else:
-        for problem in problems:
-            click.echo(str(problem))
-        if not problems:
-            click.echo(f"{store}: whole ({counted(total, 'chunk')} checked)")
-    if problems:
-        raise click.ClickException(f"{store} is damaged: {counted(len(problems), 'problem')}")
+        tell(report)
+    if report.problems:
+        raise click.ClickException(f"{report.store} is damaged: {counted(len(report.problems), 'problem')}")
 
 
-def tell(report: Report) -> None:
-    """What was done to stdout, warnings to stderr."""
+def tell(report: Report, *, were_complete: Sequence[Path] = ()) -> None:
+    """Print what was done to stdout; notes (and outputs that were complete before) and warnings go to stderr."""
+    for note in report.notes:
+        click.echo(printable(note), err=True)
+    for path in were_complete:
+        say_done(path, True)
     for line in report.lines():
         click.echo(line)
     for warning in report.warnings:
@@ -152,11 +150,12 @@ def tell(report: Report) -> None:
 
 
 def say_done(path: Path, was_complete: bool) -> None:
+    """A line on stderr if there was nothing to do."""
     if was_complete:
         click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
 
 
 def print_page(title: str, rows: dict[str, str]) -> None:
-    click.echo(title)
-    for name, value in rows.items():
-        click.echo(f"  {name:<10} {value}")
+    """A title and named values to stdout."""
+    for line in page_lines(title, rows):
+        click.echo(line)

@@ -1,7 +1,7 @@
-"""Which images did an SAE train on? Told by the SHA-256 of the image files, whatever cache or name they come under.
+"""Finds the images that an SAE was trained on, by the SHA-256 of the image files, in any cache and under any name.
 
-A trained SAE's folder holds `trained_on.parquet`, the hashes of the images that its training drew from; its SHA-256 is
-in `sae.json`. A copy of an image that was saved again (other bytes) has another hash and cannot be recognised.
+The folder of a trained SAE holds `trained_on.parquet`, the hashes of its training images; the SHA-256 of this file is
+in `sae.json`. An image that was saved again (with other bytes) has another hash and is not recognised.
 """
 
 import hashlib
@@ -27,50 +27,50 @@ Bool = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class TrainedOn:
-    """What is known of some images, one entry each."""
+    """For each of some images: is it known whether the SAE was trained on it, and was it?"""
 
-    is_known: Bool  # it can be said whether the SAE trained on the image
-    is_trained_on: Bool  # and it did; False where it is not known
+    is_known: Bool  # it is known whether the SAE was trained on the image
+    is_trained_on: Bool  # it was; False if not known
 
     @property
     def n_known(self) -> int:
-        """Images of which it is known."""
+        """Number of images for which it is known."""
         return int(self.is_known.sum())
 
     @property
     def n_trained_on(self) -> int:
-        """Images that the SAE is known to have trained on."""
+        """Number of images that the SAE was trained on."""
         return int(self.is_trained_on.sum())
 
     @property
     def n_held_out(self) -> int:
-        """Images that the SAE is known not to have trained on."""
+        """Number of images that the SAE was not trained on."""
         return self.n_known - self.n_trained_on
 
     def of(self, chosen: Bool) -> "TrainedOn":
-        """The same of the `chosen` images only."""
+        """The same for the `chosen` images only."""
         return TrainedOn(self.is_known[chosen], self.is_trained_on[chosen])
 
 
 def content_hashes(images: pa.Table) -> list[str | None]:
-    """The SHA-256 (64 lower-case hex digits) of the file of each row of an image table; None where there is none."""
+    """For each row of an image table the SHA-256 of the file (64 lower-case hex digits), or None."""
     if "content_hash" not in images.column_names:
         return [None] * images.num_rows
     return [_clean(value) for value in column(images, "content_hash")]
 
 
 def hash_table(hashes: Iterable[str | None]) -> pa.Table:
-    """Each hash once, sorted, as 32 bytes: the table of `trained_on.parquet`."""
+    """The table of `trained_on.parquet`: each hash once, sorted, as 32 bytes."""
     known = sorted({value for value in hashes if value is not None})
     return pa.table({"content_hash": pa.array([bytes.fromhex(value) for value in known], pa.binary(32))})
 
 
 def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
-    """Write `trained_on.parquet` into the folder of an SAE; gives what its header says of it.
+    """Write `trained_on.parquet` into the folder of an SAE; returns its entry for the header.
 
-    Each hash stands once, sorted, as 32 bytes: some 32 MB per million images.
+    Each hash once, sorted, as 32 bytes: some 32 MB per million images.
 
-    tables : rows of image tables, of the images that are trained on
+    tables : rows of image tables, for the training images
     """
     hashes = [value for table in tables for value in content_hashes(table)]
     table = hash_table(hashes)
@@ -86,12 +86,12 @@ def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
 
 
 def read_trained_on(root: Path, header: Header) -> frozenset[str] | None:
-    """Hashes of the image files that an SAE trained on; None where it does not say (an older or an imported one).
+    """Hashes of the image files that an SAE was trained on; None if not recorded (an older or imported SAE).
 
     Raises
     ------
     DamagedStore
-        If the file is missing, or not the one that training wrote.
+        If the file is missing or has changed.
     """
     said = (header.summary or {}).get("trained_on")
     if said is None:
@@ -112,15 +112,15 @@ def read_trained_on(root: Path, header: Header) -> frozenset[str] | None:
 
 
 def find_trained_on(root: Path, header: Header, images: pa.Table, *, cache_sha256: str) -> TrainedOn:
-    """What is known of each readable row of an image table: did the SAE in the folder `root` train on this image?
+    """For each readable row of an image table: was the SAE in the folder `root` trained on this image?
 
-    The hash decides. Where it cannot (an SAE made before training listed its images, images without a hash), names do,
-    if this is the very cache that was trained on: what `held_out.parquet` names was not, the others were. Where images
-    were also excluded, whose names the SAE does not hold, the others are not known.
+    Decided by hash. Without one (an older SAE, or images without a hash) it is decided by name, if this is the cache
+    that was trained on: images in `held_out.parquet` were held out, the others were trained on. If images were also
+    excluded, whose names the SAE does not record, the others are unknown.
 
     Parameters
     ----------
-    images : of the cache with the content hash `cache_sha256`; unreadable rows are not known
+    images : image table of the cache with the content hash `cache_sha256`; unreadable rows are unknown
 
     Raises
     ------
@@ -130,10 +130,10 @@ def find_trained_on(root: Path, header: Header, images: pa.Table, *, cache_sha25
     hashes = content_hashes(images)
     listed = read_trained_on(root, header)
     by_name = _by_name(root, header, images, cache_sha256)
-    if listed is None:  # the images that are known by name stand for their hashes
+    if listed is None:  # use the hashes of the images that are known by name
         named = np.flatnonzero(by_name.is_trained_on)
         listed, is_whole = frozenset(value for row in named if (value := hashes[row]) is not None), False
-    else:  # an image that was trained on without a hash may be any other
+    else:  # a training image without a hash could be any of these
         is_whole = not (header.summary or {})["trained_on"]["n_without_hash"]
     is_listed = np.array([value in listed for value in hashes], bool)
     by_hash = is_listed | (np.array([value is not None for value in hashes], bool) & is_whole)

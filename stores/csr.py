@@ -1,10 +1,10 @@
 """Sparse rows in Zarr, in AnnData's `csr_matrix` 0.1.0 layout: append, commit, read a range of rows.
 
-What makes rows visible is written last: data and indices, then indptr, then the attribute `shape`. Rows have
-strictly increasing indices and no explicit zeros, so a lost or damaged chunk shows when rows are read
-(docs/reference/storage.md 2.2). A missing chunk reads as its fill value, which no valid row contains; only in indices,
-where the fill is column 0 (scipy does not survive one out of range), it could pass in rows of one entry: there the
-files are looked for.
+Written in this order: data and indices, indptr, the attribute `shape`, so rows become visible when complete. Rows have
+strictly increasing indices and no explicit zeros, so reading rows detects a lost or damaged chunk
+(docs/reference/storage.md 2.2). Zarr reads a missing chunk as its fill value, which no valid row contains. The
+exception is indices, whose fill value is column 0 (an index out of range would crash scipy): there, the existence of
+the files is checked.
 """
 
 import os
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 CHUNK_ENTRIES = 1 << 20  # per chunk of all three arrays
 _NAMES = ("indices", "data", "indptr")
 _INDEX_KINDS = ("uint16", "uint32", "int32")
-_POINTER_KINDS = ("int64", "int32")  # of indptr; barcodes have int32 where it is enough
+_POINTER_KINDS = ("int64", "int32")  # types of indptr; barcodes use int32 if it is large enough
 _FILLS = {"indices": 0, "data": float("nan"), "indptr": -1}
-_MOST_MISSING = 1000  # chunk files that are listed
+_MOST_MISSING = 1000  # missing chunk files that are listed
 _BEGIN_AGAIN = ", so the job cannot go on from it; begin again with --overwrite"
 
 
@@ -65,20 +65,19 @@ class CsrRows:
 
 
 def index_dtype(n_columns: int) -> str:
-    """The narrowest unsigned type that holds every column number."""
+    """The smallest unsigned type that holds every column number."""
     return "uint16" if n_columns <= 1 << 16 else "uint32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CsrCommit:
-    """What a commit has made durable: this, recorded, is all that is needed to continue behind it."""
+    """The state after a commit, which is recorded in the journal; all that is needed to continue from there."""
 
     n_rows: int
     nnz: int
-    chunks: dict[
-        str, list[tuple[int, str]]
-    ]  # array -> (size, CRC-32) of the chunk files filled since the commit before
-    tail: str | None  # CRC-32 of the file with what fills no chunk yet; None: the rows are finished, there is none
+    # array -> (size in bytes, CRC-32) of each chunk file filled since the previous commit
+    chunks: dict[str, list[tuple[int, str]]]
+    tail: str | None  # CRC-32 of the file with entries that do not fill a chunk; None: the rows are finished
 
     def to_json(self) -> dict[str, Any]:
         """The commit as plain JSON values."""
@@ -86,12 +85,12 @@ class CsrCommit:
 
     @classmethod
     def from_json(cls, records: Sequence[dict[str, Any]]) -> Self:
-        """The commits of a journal, from its first on, as a single one.
+        """All commits of a journal, joined into one.
 
         Raises
         ------
         DamagedStore
-            If a record is not one of these, or they do not follow each other.
+            If a record is invalid, or records do not follow each other.
         """
         chunks: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
         n_rows = nnz = 0
@@ -108,13 +107,13 @@ class CsrCommit:
 
 
 class CsrWriter:
-    """Appends rows to one CSR group. Whole chunks are compressed and written in threads, each once and for all.
+    """Appends rows to one CSR group. Full chunks are compressed and written in threads, each once.
 
-    Memory: the entries of one unfinished chunk per array, and of two chunks per core on their way to the disk.
+    Memory: the entries of one unfinished chunk per array, and of two chunks per core that are being written.
     """
 
     def __init__(self, path: Path, *, n_columns: int, indices: str, at: CsrCommit | None = None) -> None:
-        """Create the group, or continue it behind the commit `at` (all since the beginning, `CsrCommit.from_json`).
+        """Create the group, or continue it after the commit `at` (all commits joined, `CsrCommit.from_json`).
 
         Raises
         ------
@@ -137,16 +136,16 @@ class CsrWriter:
                 self._read_tail(at)
         self._size = self._arrays["data"].chunks[0]
         self._threads = ThreadPoolExecutor(n_cores(), thread_name_prefix="chunk")
-        # a writer that is dropped in the middle must not go on writing behind the back of the next one
+        # a writer that is dropped must not go on writing while the next one does
         self.close = weakref.finalize(self, self._threads.shutdown, wait=True, cancel_futures=True)
-        self._on_the_way: deque[tuple[str, Future[tuple[int, str]]]] = deque()
+        self._pending: deque[tuple[str, Future[tuple[int, str]]]] = deque()
         self._written: dict[str, list[tuple[int, str]]] = {name: [] for name in _NAMES}
         self._unsynced: list[Path] = []
 
     def append(self, indices: npt.NDArray[Any], values: npt.NDArray[np.float32], row_lengths: npt.NDArray[Any]) -> None:
         """Append `len(row_lengths)` rows. The arrays are kept until they are written: do not change them.
 
-        The caller vouches for the order: strictly increasing indices in each row, no zeros, all finite.
+        The caller guarantees strictly increasing indices in each row, no zeros, and finite values.
         """
         assert len(indices) == len(values) == int(row_lengths.sum())
         assert not self.is_finished
@@ -160,20 +159,20 @@ class CsrWriter:
                 self._send_whole_chunks(name)
 
     def commit(self) -> CsrCommit:
-        """Make everything appended so far durable. What fills no chunk goes, as it is, to a file of its own."""
+        """Make all appended rows durable. Entries that do not fill a chunk go, uncompressed, to a separate file."""
         tails = [self._tail(name).tobytes() for name in _NAMES]
         path = self.path / f"tail-{self.n_rows}"
         write_atomic(path, *tails)
         for older in tail_files(self.path):
-            if older not in (path, self._last_tail):  # the last one is still named by the last record
+            if older not in (path, self._last_tail):  # the last record still names the last one
                 older.unlink()
         self._last_tail = path
         return self._commit(tail=crc32(b"".join(tails)))
 
     def finish(self) -> CsrCommit:
-        """Write the short last chunks, then the arrays' exact length, then the shape, all durable. Can be repeated.
+        """Write the short last chunks, then the exact lengths of the arrays, then the shape, all durable. Repeatable.
 
-        The files of the tail stay (`tail_files`) until this last commit is recorded.
+        The tail files (`tail_files`) stay until this last commit is recorded.
         """
         if not self.is_finished:
             for name in _NAMES:
@@ -192,7 +191,7 @@ class CsrWriter:
         return commit
 
     def _read_tail(self, at: CsrCommit) -> None:
-        """Into the buffers what the tail file of a commit holds."""
+        """Read the tail file of a commit into the buffers."""
         self._last_tail = self.path / f"tail-{at.n_rows}"
         try:
             raw = self._last_tail.read_bytes()
@@ -211,7 +210,7 @@ class CsrWriter:
             raise DamagedStore(f"{self._last_tail} is missing or damaged{_BEGIN_AGAIN}")
 
     def _tail(self, name: str) -> npt.NDArray[Any]:
-        """What fills no chunk yet."""
+        """The entries that do not fill a chunk yet."""
         parts = self._buffers[name] or [np.empty(0, self._arrays[name].dtype)]
         self._buffers[name] = [np.concatenate(parts) if len(parts) > 1 else parts[0]]
         return self._buffers[name][0]
@@ -224,18 +223,18 @@ class CsrWriter:
         self._buffers[name] = [values[whole:].copy()]  # a view would keep all of it in memory
 
     def _send(self, name: str, values: npt.NDArray[Any]) -> None:
-        """Give one chunk to a thread; wait where too many are on their way."""
+        """Give one chunk to a thread; wait if too many are being written."""
         path = self.path / name / "c" / str(self._n_sent[name])
         self._n_sent[name] += 1
         self._unsynced.append(path)
-        self._on_the_way.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
+        self._pending.append((name, self._threads.submit(_write_chunk, path, name, values, self._size)))
         self._collect(2 * n_cores())
 
     def _collect(self, n_left: int) -> None:
-        while len(self._on_the_way) > n_left:
-            name, chunk = self._on_the_way[0]
+        while len(self._pending) > n_left:
+            name, chunk = self._pending[0]
             self._written[name].append(chunk.result())
-            self._on_the_way.popleft()  # not before: a chunk that could not be written must stop every later commit
+            self._pending.popleft()  # only now: a chunk that was not written must make every later commit fail
 
     def _commit(self, *, tail: str | None) -> CsrCommit:
         self._collect(0)
@@ -250,12 +249,12 @@ class CsrWriter:
 
 
 class CsrReader:
-    """Reads ranges of rows of one CSR group. Memory: the rows asked for, and the chunks they lie in."""
+    """Reads ranges of rows of one CSR group. Memory: the requested rows, and their chunks."""
 
     def __init__(self, path: Path | str, *, shape: tuple[int, int], objects: CheckedObjects | None = None) -> None:
-        """Open the group; `shape` is what the store that owns it promises.
+        """Open the group; `shape` is the one that its store states.
 
-        objects : where `path` is a URL, what lies at the URL of the store; the group is the last name of `path`
+        objects : if `path` is a URL, the objects at the URL of the store; the group is the last name of `path`
 
         Raises
         ------
@@ -293,7 +292,7 @@ class CsrReader:
         self.nnz = lengths["data"]
 
     def _read_layout(self) -> tuple[dict[str, Any], dict[str, ArrayMeta]]:
-        """The group's attributes and the arrays' layouts, checked before zarr allocates what they say."""
+        """The group's attributes and the arrays' layouts, checked before zarr allocates memory for them."""
         if self.objects is None:
             folders = {name: Path(self.path) / name for name in _NAMES}
             attributes, metas = read_group(Path(self.path)), {name: read_array(folders[name]) for name in _NAMES}
@@ -310,12 +309,13 @@ class CsrReader:
         return [self.name, *(f"{self.name}/{name}" for name in _NAMES)]
 
     def missing_chunks(self) -> list[Path]:
-        """Chunk files of a local group that should be there and are not, or are empty: the first thousand."""
+        """Chunk files of a local group that are missing or empty: the first thousand."""
         missing: list[Path] = []
         for name, array in self._arrays.items():
-            there = _files_with_content(Path(self.path) / name / "c")  # one look at a folder, not one at each file
+            # one listing of the folder, instead of a look at each file
+            there = _files_with_content(Path(self.path) / name / "c")
             size, folder = array.chunks[0], Path(self.path) / name / "c"
-            for chunk in range(-(-array.shape[0] // size)):  # a length that is a lie may be without end
+            for chunk in range(-(-array.shape[0] // size)):  # a false length may be huge
                 if len(missing) == _MOST_MISSING:
                     break
                 if str(chunk) not in there:
@@ -327,7 +327,7 @@ class CsrReader:
         return {name: -(-array.shape[0] // array.chunks[0]) for name, array in self._arrays.items()}
 
     def chunk_entries(self, name: str, chunk: int) -> range:
-        """Which entries of an array a chunk holds."""
+        """The entries of an array that a chunk holds."""
         array = self._arrays[name]
         return range(chunk * array.chunks[0], min((chunk + 1) * array.chunks[0], array.shape[0]))
 
@@ -341,7 +341,7 @@ class CsrReader:
         ]
 
     def row_starts(self, start: int, stop: int, step: int = 1) -> npt.NDArray[np.int64]:
-        """`indptr[start:stop:step]`, read in pieces, so that a long indptr never lies in memory whole."""
+        """`indptr[start:stop:step]`, read in pieces, so that a long indptr is never whole in memory."""
         piece = CHUNK_ENTRIES * step // np.gcd(CHUNK_ENTRIES, step)
         self._check_chunk_headers("indptr", start, stop)
         with self._reachable():
@@ -357,7 +357,7 @@ class CsrReader:
         Raises
         ------
         DamagedStore
-            If a chunk is damaged or missing, or the rows break an invariant; nothing wrong is ever returned.
+            If a chunk is damaged or missing, or the rows break an invariant; wrong rows are never returned.
         """
         place = f"rows {start:,} to {stop - 1:,} of {self.path}"
         try:
@@ -380,9 +380,9 @@ class CsrReader:
         return rows
 
     def _check_chunk_headers(self, name: str, start: int, stop: int) -> None:
-        """Of a local group: the files of these entries are there, and decode to what a chunk holds.
+        """For a local group, check that the chunk files of these entries exist and decode to the size of a chunk.
 
-        A missing one would be read as its fill value; a promised object that is lost raises by itself.
+        Zarr would read a missing one as its fill value. For a URL, `CheckedObjects` raises an error for it.
         """
         if self.objects is None:
             for path in self._chunk_files(name, start, stop):
@@ -412,14 +412,14 @@ def _check_rows(rows: CsrRows, n_columns: int, place: str) -> None:
     if not len(rows.indices):
         return
     starts = np.zeros(len(rows.indices) + 1, bool)
-    starts[rows.indptr] = True  # where a row begins, the index may step down
+    starts[rows.indptr] = True  # between two rows, the index may decrease
     rising = rows.indices[1:] > rows.indices[:-1]
     if int(rows.indices.max()) >= n_columns or not (rising | starts[1:-1]).all():
         raise DamagedStore(f"{place}: indices out of range or not increasing; a chunk of indices is lost or damaged")
 
 
 def check_chunk(path: Path, size: int, crc: str) -> str | None:
-    """What is wrong with a chunk file that a commit names, in words; None if nothing is."""
+    """What is wrong with a chunk file that a commit names, in words; None if it is whole."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -432,12 +432,12 @@ def check_chunk(path: Path, size: int, crc: str) -> str | None:
 
 
 def crc32(raw: bytes) -> str:
-    """CRC-32 (hex) of a whole chunk file. Not CRC32C: of a file that ends with its own CRC32C, that is a constant."""
+    """CRC-32 (hex) of a whole chunk file. (The CRC32C of a file that ends with its own CRC32C is a constant.)"""
     return f"{zlib.crc32(raw):08x}"
 
 
 def tail_files(path: Path) -> list[Path]:
-    """What an unfinished group keeps of its unfinished chunks: no part of a finished one."""
+    """The files with entries of unfinished chunks; a finished group has none."""
     return sorted(path.glob("tail-*"))
 
 
@@ -466,10 +466,10 @@ def _codecs(name: str) -> list[Any]:
 
 
 def _write_chunk(path: Path, name: str, values: npt.NDArray[Any], size: int) -> tuple[int, str]:
-    """Write one chunk as the codecs of `_codecs` say; its (size in bytes, CRC-32). Twin: zarr, in tests/test_csr.py.
+    """Write one chunk with the codecs of `_codecs`; returns (size in bytes, CRC-32). Tested against zarr.
 
-    In a thread: numcodecs then compresses in this thread alone, which makes the bytes the same every time. A file that
-    a kill has torn is named by no commit, and is written again.
+    Runs in a thread, where numcodecs compresses with one thread, so the bytes are always the same. A file that was cut
+    off by a kill is in no commit, and is written again.
     """
     if len(values) < size:  # Zarr stores the last chunk at full size
         values = np.concatenate([values, np.full(size - len(values), _FILLS[name], values.dtype)])
@@ -485,7 +485,7 @@ def _write_chunk(path: Path, name: str, values: npt.NDArray[Any], size: int) -> 
 
 
 def _open_to_continue(path: Path, at: CsrCommit) -> dict[str, zarr.Array[Any]]:
-    """The arrays of an unfinished group. What was committed and is not there must not go on as fill values."""
+    """The arrays of an unfinished group. Raises DamagedStore if a committed chunk is missing or damaged."""
     for name, files in at.chunks.items():
         for number, (size, _) in enumerate(files):
             chunk = path / name / "c" / str(number)

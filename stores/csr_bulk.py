@@ -1,8 +1,8 @@
 """Sparse rows in bulk: read a range of rows chunk by chunk, or let many processes fill one matrix.
 
-Reading hands out whole chunks as they are decoded, so memory is one or two chunks whatever the range; who counts them
-checks them. Filling: each process writes chunks of its own, in any order; what makes the rows visible (the lengths of
-the arrays, indptr, then `shape`) comes last.
+Reading gives whole chunks as they are decoded, so memory is one or two chunks for any range; the caller checks the
+entries. Filling: each process writes its own chunks, in any order; then the lengths of the arrays, indptr and `shape`
+are written, which makes the rows visible.
 """
 
 import os
@@ -28,10 +28,10 @@ from .errors import DamagedStore, StoreUnreachable
 from .files import PARTIAL_SUFFIX
 from .remote import CheckedObjects
 
-CHUNK_ENTRIES = 1 << 20  # of a matrix that is filled here
+CHUNK_ENTRIES = 1 << 20  # per chunk of a matrix that is filled here
 _CRC_BYTES = 4
 _ANNOUNCED_AHEAD = 4  # chunks, some 2 MB each
-# dtype, fill value, and the shuffle that costs the least for the size (docs/log.md)
+# dtype, fill value, and the fastest shuffle with a small size (docs/log.md)
 _LAYOUT: dict[str, tuple[str, float, str]] = {
     "indices": ("int32", 0, "shuffle"),
     "data": ("float32", float("nan"), "bitshuffle"),
@@ -39,17 +39,17 @@ _LAYOUT: dict[str, tuple[str, float, str]] = {
 
 
 class EntryReader:
-    """Reads a range of rows of one CSR group chunk by chunk, decoding each chunk once, into the same memory."""
+    """Reads a range of rows of one CSR group chunk by chunk; each chunk is decoded once, into the same buffer."""
 
     def __init__(
         self, path: Path | str, *, shape: tuple[int, int], start: int, stop: int, objects: CheckedObjects | None = None
     ) -> None:
-        """Open the group at `path` for rows start..stop, and read where they begin; `objects` as in `CsrReader`.
+        """Open the group at `path` for rows start..stop, and read their row starts; `objects` as in `CsrReader`.
 
         Raises
         ------
         DamagedStore
-            If the group is damaged, or the row starts do not rise or leave the entries.
+            If the group is damaged, or the row starts decrease or are out of range.
         StoreUnreachable
             If a URL cannot be read, here or later.
         """
@@ -66,7 +66,7 @@ class EntryReader:
             raise DamagedStore(f"{path}: indices and data have chunks of different sizes")
 
     def entries(self) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float32]]]:
-        """The rows' entries: (number of the first, indices, values), unchecked, valid until the next are asked for.
+        """The rows' entries: (number of the first entry, indices, values), unchecked, valid until the next iteration.
 
         Raises
         ------
@@ -96,7 +96,7 @@ class EntryReader:
 
 
 def _row_starts(group: CsrReader, number: int) -> npt.NDArray[Any]:
-    """A chunk of a local indptr: neighbouring blocks share one, and it takes 10 ms to decode (others 1)."""
+    """A chunk of a local indptr, cached: neighbouring partitions share one, and decoding takes 10 ms (others: 1)."""
     state = _chunk_file(Path(group.path) / "indptr", number).stat()
     return _row_starts_as_of(Path(group.path), group.shape, number, (state.st_ino, state.st_mtime_ns, state.st_size))
 
@@ -107,11 +107,11 @@ def _row_starts_as_of(path: Path, shape: tuple[int, int], number: int, state: tu
 
 
 def _chunk_reader(group: CsrReader, name: str, numbers: range) -> Callable[[int], npt.NDArray[Any]]:
-    """Number of a chunk -> its values; into one buffer again and again where we can decode it ourselves.
+    """A function: number of a chunk -> its values, decoded into one reused buffer if the codec is known.
 
-    numbers : the chunks that will be asked for, in order
+    numbers : the chunks that will be read, in order
 
-    zarr needs twice the time of decoding for a chunk of 2^20 entries (docs/log.md).
+    For a chunk of 2^20 entries, zarr takes twice the time of the decoding (docs/log.md).
     """
     array = group._arrays[name]
     size = array.chunks[0]
@@ -138,7 +138,7 @@ def _chunk_reader(group: CsrReader, name: str, numbers: range) -> Callable[[int]
                 raise ValueError(f"the checksum of {group.path}/{name}/c/{number} does not fit")
         last.fill(0xFF)
         decode(raw, out=buffer)
-        if (last == 0xFF).all():  # perhaps less came than a chunk: NaN or an index out of range shall be there then
+        if (last == 0xFF).all():  # the chunk may be shorter: then the rest shall be NaN, or an index out of range
             buffer.view(np.uint8).fill(0xFF)
             decode(raw, out=buffer)
         return buffer
@@ -147,9 +147,9 @@ def _chunk_reader(group: CsrReader, name: str, numbers: range) -> Callable[[int]
 
 
 class _FileReader:
-    """Reads chunk files into the same memory again and again: fresh memory costs more than the copy.
+    """Reads chunk files into one reused buffer, since page faults of new memory cost more than the copy.
 
-    The disk is told some chunks ahead what will be read, so that it works while we decode.
+    The system is asked to read some chunks ahead, so that the disk works during decoding.
     """
 
     def __init__(self, folder: Path, numbers: range) -> None:
@@ -169,14 +169,14 @@ class _FileReader:
 
 
 def _will_read(path: Path) -> None:
-    """Let the disk begin to read a file, without waiting; one that is not there is missed by who reads it."""
+    """Ask the system to read a file, without waiting; if it is missing, the later read raises the error."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), path.open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 class _ReadAhead:
-    """Fetches a chunk of a URL while the one before it is counted: one, compressed, at a time."""
+    """Fetches the next chunk of a URL while the one before is processed: one compressed chunk at a time."""
 
     def __init__(self, group: CsrReader, name: str, numbers: range) -> None:
         self._group, self._name, self._numbers = group, name, numbers
@@ -197,7 +197,7 @@ class _ReadAhead:
 
 def _through_zarr(group: CsrReader, name: str, number: int) -> npt.NDArray[Any]:
     file = _chunk_file(Path(group.path) / name, number)
-    if group.objects is None and not file.is_file():  # would read as its fill value
+    if group.objects is None and not file.is_file():  # zarr would read it as its fill value
         raise FileNotFoundError(f"{file} is missing")
     array = group._arrays[name]
     size = array.chunks[0]
@@ -220,7 +220,7 @@ def create_matrix(path: Path) -> None:
 
 
 def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -> None:
-    """Write entries of `indices` or `data` from `start`, on a chunk edge, to the end of a chunk or of all."""
+    """Write entries of `indices` or `data` from `start`, where a chunk begins, to the end of a chunk or of all."""
     dtype, fill, shuffle = _LAYOUT[name]
     codec = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE if shuffle == "bitshuffle" else Blosc.SHUFFLE)
     for at in range(0, len(values), CHUNK_ENTRIES):
@@ -239,7 +239,7 @@ def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -
 
 
 def share_entries(source: Path, target: Path, name: str, start: int, stop: int) -> None:
-    """Give `target` the chunk files of `source` for entries start..stop: the same file where links can be made."""
+    """Give `target` the chunk files of `source` for entries start..stop, as hard links if possible, else as copies."""
     for chunk in range(start // CHUNK_ENTRIES, -(-stop // CHUNK_ENTRIES)):
         given, wanted = (_chunk_file(matrix / name, chunk) for matrix in (source, target))
         partial = wanted.with_name(f"{wanted.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -250,17 +250,17 @@ def share_entries(source: Path, target: Path, name: str, start: int, stop: int) 
                 shutil.copyfile(given, partial)
             partial.replace(wanted)
         finally:
-            partial.unlink(missing_ok=True)  # renaming a link onto another of the same file leaves both
+            partial.unlink(missing_ok=True)  # a rename onto a link to the same file leaves both
 
 
 def _begin_to_sync(descriptor: int) -> None:
-    """Let the disk begin with a file, without waiting: who syncs everything at the end will find little left to do."""
+    """Begin to write a file to the disk, without waiting, so that the final sync takes little time."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> None:
-    """All entries are there: say how many, write the row starts, then state the shape."""
+    """When all entries are written: set the array lengths, write the row starts, then the shape."""
     group = zarr.open_group(path, mode="r+")
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths, dtype=np.int64)])
     for name in _LAYOUT:
@@ -268,11 +268,11 @@ def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> 
     array = group.create_array(
         "indptr",
         shape=indptr.shape,
-        # scipy works in place only where indptr and indices are of one type, so int64 only where it must be
+        # scipy works without a copy only if indptr and indices have one type, so int64 only if needed
         dtype="int32" if indptr[-1] <= np.iinfo(np.int32).max else "int64",
         chunks=(CHUNK_ENTRIES,),
         compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
         fill_value=-1,
     )
-    array[:] = indptr  # never all fill values, so zarr leaves no chunk out
+    array[:] = indptr  # no chunk has fill values only, so zarr writes all
     group.attrs["shape"] = [len(row_lengths), n_columns]

@@ -1,10 +1,10 @@
-"""Where a command may write: new, continued, already complete, or refused. Nothing of the user's is ever lost.
+"""Decides about an output: new, continued, already complete, or refused. Files that are not Cyto's are never removed.
 
-`--overwrite` builds the new artefact beside the old one (`.NAME.new`) and swaps them when the new one is complete. A
-crash may cut the swap anywhere; the next command finishes it, or undoes it where no complete new one is left.
+`--overwrite` builds the new artefact beside the old one (`.NAME.new`) and swaps them when the new one is complete. If a
+crash interrupts the swap, the next command finishes it, or undoes it if there is no complete new artefact.
 
-Whoever writes an artefact holds `.NAME.lock` beside it from before anything is looked at until it is in its place, so
-that a second command is told and touches nothing. Several shards of one store share that lock; --overwrite does not.
+A writer of an artefact holds the lock `.NAME.lock` beside it, from before the first check until the artefact is in
+place, so that a second command stops with an error. Shards of one store share the lock; --overwrite does not.
 """
 
 import errno
@@ -22,24 +22,26 @@ from .errors import SpecMismatch
 from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, is_dropping, lock_holder, locked, sync_folder
 from .spec import FORMATS, Header, describe_difference, find_header
 
-_LOCK_INSIDE = f".cyto{LOCK_SUFFIX}"  # where the folder that holds the artefact belongs to somebody else
+_LOCK_INSIDE = f".cyto{LOCK_SUFFIX}"  # the lock, if the parent folder is not writable
 _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
-_claims: dict[tuple[Path, int], ExitStack] = {}  # of this process: (artefact, thread) -> what lets its lock go
+_claims: dict[
+    tuple[Path, int], ExitStack
+] = {}  # of this process: (artefact, thread) -> the stack that releases its lock
 
 
 @dataclass(frozen=True)
 class Output:
-    """A decided place: build at `work`; it is `target` itself, unless an old artefact is to be replaced at the end.
+    """The decision: write to `work`, which is `target` itself unless an old artefact is replaced at the end.
 
-    While it exists, and until it is published or released, no other process writes there.
+    Until it is published or released, or the object is deleted, no other process writes there.
     """
 
     target: Path
     work: Path
-    is_complete: bool = False  # nothing to do: `target` holds the result of these very settings
+    is_complete: bool = False  # nothing to do: `target` holds the result with the same settings
 
     def publish(self) -> None:
-        """Put the complete artefact at `target`, remove the old one, and let others write there again."""
+        """Move the complete artefact to `target`, remove the old one, and release the lock."""
         try:
             if self.work == self.target:
                 return
@@ -54,32 +56,32 @@ class Output:
             self.release()
 
     def release(self) -> None:
-        """Let others write there again. Happens by itself when the object goes."""
-        _let_go((self.target, threading.get_ident()))
+        """Release the lock, as also happens when the object is deleted."""
+        _release_lock((self.target, threading.get_ident()))
 
 
 @contextmanager
 def claimed(target: Path, *, shared: bool = False) -> Iterator[None]:
-    """Inside, no other process writes `target` (or, shared, none but those that share it).
+    """While this context is open, no other process writes `target` (`shared`: only others that share it).
 
     Raises
     ------
     SpecMismatch
-        If another process does, naming it.
+        If another process is writing it; the message names the process.
     """
     target = target.absolute()
     with ExitStack() as stack:
         for parent in reversed(target.parents):
             if not parent.exists():
                 parent.mkdir(exist_ok=True)
-                stack.callback(_remove_empty, parent)  # a command that was refused leaves nothing behind
+                stack.callback(_remove_empty, parent)  # a refused command leaves no folder
         for lock in _locks(target):
             try:
                 is_ours = stack.enter_context(locked(lock, shared=shared))
             except OSError as error:
                 if error.errno not in (*_NOT_OURS, errno.ENOENT, errno.ENOTDIR):
                     raise
-                continue  # a place where nothing can be written: what tries to will say so
+                continue  # not writable: the first write will raise the error
             if not is_ours:
                 raise SpecMismatch(
                     f"{target} is being written by another process ({lock_holder(lock)}); wait until it ends, stop it, "
@@ -101,9 +103,9 @@ def _remove_empty(folder: Path) -> None:
 def plan_output(
     target: Path, header: Header, *, overwrite: bool = False, inputs: tuple[Path, ...] = (), shared: bool = False
 ) -> Output:
-    """Claim the place of the artefact that `header` describes, and decide where it is built.
+    """Lock the place of the artefact that `header` describes, and decide where it is written.
 
-    shared : writers of other parts of it may be at work, unless it is to be replaced
+    shared : writers of other shards may be running, unless the artefact is to be replaced
 
     Raises
     ------
@@ -113,23 +115,23 @@ def plan_output(
     """
     target = target.absolute()
     _refuse_place(target, FORMATS[header.kind].a_kind, inputs)
-    if not any(lock.exists() for lock in _locks(target)):  # nobody writes: what needs no writing touches nothing
-        settled = _settled(target, header, overwrite=overwrite)
+    if not any(lock.exists() for lock in _locks(target)):  # no writer: if nothing is to be done, no lock file is made
+        settled = _decided_without_writing(target, header, overwrite=overwrite)
         if settled is not None:
             return settled
     key = (target, threading.get_ident())
-    _let_go(key)  # an earlier try of this very thread that ended with an error, and is kept by its traceback
+    _release_lock(key)  # an earlier try of this thread, which failed and is kept alive by its traceback
     with ExitStack() as stack:
         stack.enter_context(claimed(target, shared=shared and not overwrite))
         output = _decide(target, header, overwrite=overwrite)
         if output.is_complete and output.work == target:
             return output  # nothing will be written
         _claims[key] = stack.pop_all()
-    weakref.finalize(output, _let_go, key, _claims[key])
+    weakref.finalize(output, _release_lock, key, _claims[key])
     return output
 
 
-def _let_go(key: tuple[Path, int], only: ExitStack | None = None) -> None:
+def _release_lock(key: tuple[Path, int], only: ExitStack | None = None) -> None:
     if key in _claims and only in (None, _claims[key]):
         _claims.pop(key).close()
 
@@ -152,25 +154,25 @@ def _decide(target: Path, header: Header, *, overwrite: bool) -> Output:
     was_swapped = _finish_swap(target, header.kind)
     if _is_free(target, header.kind):
         return Output(target, target)
-    found = _ours(target, header.kind)
+    found = _existing_header(target, header.kind)
     if overwrite and not (was_swapped and found.identity == header.identity):
         return _replacement(target, header)
     return _continued(target, found, header)
 
 
-def _settled(target: Path, header: Header, *, overwrite: bool) -> Output | None:
-    """The result if it is complete already, or the refusal, raised; None where something may have to be written."""
+def _decided_without_writing(target: Path, header: Header, *, overwrite: bool) -> Output | None:
+    """The decision if nothing is to be written (complete, or an error is raised); None if something may be."""
     if _old_place(target).exists() or any(_removed(target)) or _is_free(target, header.kind):
         return None
-    found = _ours(target, header.kind)
+    found = _existing_header(target, header.kind)
     if overwrite:
         return None
     output = _continued(target, found, header)
     return output if output.is_complete else None
 
 
-def _ours(target: Path, kind: str) -> Header:
-    """The header of what lies there; refused if that is something else."""
+def _existing_header(target: Path, kind: str) -> Header:
+    """The header at `target`; raises SpecMismatch if something else is there."""
     found = find_header(target)
     if found is None or found.kind != kind:
         what = FORMATS[found.kind].a_kind if found else "a folder that is not ours"
@@ -179,7 +181,7 @@ def _ours(target: Path, kind: str) -> Header:
 
 
 def _continued(target: Path, found: Header, header: Header) -> Output:
-    """What lies there, continued or complete; refused if it has other settings."""
+    """The existing artefact, to be continued or complete; raises SpecMismatch for other settings."""
     if found.identity == header.identity:
         return Output(target, target, is_complete=found.complete)
     versions = f"version {found.version} against {header.version}"
@@ -191,7 +193,7 @@ def _continued(target: Path, found: Header, header: Header) -> Output:
 
 
 def _replacement(target: Path, header: Header) -> Output:
-    """A replacement with the same settings is continued, or just swapped in if complete; any other begins anew."""
+    """A replacement with the same settings is continued, or swapped in if complete; any other is started again."""
     work, old = _new_place(target), _old_place(target)
     if work.is_symlink():
         raise SpecMismatch(f"{work} is a link, and the place where the replacement would be built; remove it")
@@ -209,7 +211,7 @@ def _replacement(target: Path, header: Header) -> Output:
 
 
 def _finish_swap(target: Path, kind: str) -> bool:
-    """Finish or undo a swap that was cut, and sweep; True if `target` is what the cut command had built."""
+    """Finish or undo an interrupted swap, and remove its remains; True if `target` is what that command had written."""
     for left_over in _removed(target):
         if left_over.is_dir() and not left_over.is_symlink():
             shutil.rmtree(left_over)
@@ -220,21 +222,22 @@ def _finish_swap(target: Path, kind: str) -> bool:
         is_new = _holds(work, kind, complete=True)
         (work if is_new else old).rename(target)
         sync_folder(target.parent)
-    if not old.exists() or not _holds(target, kind, complete=True):  # what is not replaced by a whole one stays
+    # the old one stays unless it is replaced by a complete one
+    if not old.exists() or not _holds(target, kind, complete=True):
         return False
     _remove(old, target)
     return True
 
 
 def _remove(root: Path, target: Path) -> None:
-    """Remove an artefact of ours. It loses its name first: no crash leaves half of one where a whole one counts."""
+    """Remove an artefact. It is renamed first, so that a crash never leaves half of it under its name."""
     doomed = target.with_name(f".{target.name}.{uuid.uuid4().hex}.removed")
     root.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _is_free(place: Path, kind: str) -> bool:
-    """Nothing is there, or an empty folder, or one whose writers have not come as far as its header."""
+    """Is nothing there, or an empty folder, or one whose writers have not written the header yet?"""
     if not place.is_dir() or place.is_symlink():
         return not place.exists()
     header_file = FORMATS[kind].header_file
@@ -248,13 +251,13 @@ def _is_free(place: Path, kind: str) -> bool:
 
 
 def _holds(root: Path, kind: str, *, complete: bool = False) -> bool:
-    """Is an artefact of this kind there, itself and not by a link?"""
+    """Is there an artefact of this kind, not through a link?"""
     found = None if root.is_symlink() else find_header(root)
     return found is not None and found.kind == kind and (found.complete or not complete)
 
 
 def _removed(target: Path) -> Iterator[Path]:
-    """What a killed command had begun to remove."""
+    """Artefacts that a killed command had begun to remove."""
     return target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.removed")
 
 

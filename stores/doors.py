@@ -1,8 +1,8 @@
-"""Doors of packages: public names are loaded when they are asked for, from the places that `__init__.pyi` says.
+"""Lazy packages ("doors"): the public names listed in `__init__.pyi` are imported on first use.
 
-A package gets an attribute for every submodule that is imported. Where a public function has the name of a submodule
-(`cytosae.compare`), which of the two a notebook finds would depend on what was imported before. So such a module can
-be called: `cytosae.compare(...)` beside `cytosae.compare.CompareConfig`.
+Python gives a package an attribute for every imported submodule. If a public function has the name of a submodule
+(`cytosae.compare`), the meaning of that name would depend on earlier imports. Therefore such a module is made callable:
+`cytosae.compare(...)` works beside `cytosae.compare.CompareConfig`.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def open_door(
 
 
 def make_callable(module: str, function: str) -> None:
-    """Let the module of this name, which is being imported, be called as its function."""
+    """Make a module callable: a call of the module calls this function of it. To be called at the module's end."""
     found = sys.modules[module]
     found.__dict__["_function"] = function
     found.__class__ = _CallableModule

@@ -1,15 +1,15 @@
-"""The errors that a user can put right. Everything else that is raised is a bug of ours.
+"""Errors that a user can correct. Any other exception is a bug.
 
-A message says what was expected, what was found, where, and what to type next, in one line.
+A message says in one line what was expected, what was found, where, and what to do next.
 """
 
 
 class CytoError(ValueError):
-    """Something the user can put right; `cyto` prints it as one line and exits with code 1."""
+    """An error that the user can correct; `cyto` prints it as one line and exits with code 1."""
 
 
 class BadInput(CytoError):
-    """A setting, a table or a file given by the user does not hold what it must."""
+    """A setting, table or file given by the user is invalid."""
 
 
 class StoreNotFound(CytoError, FileNotFoundError):
@@ -21,11 +21,11 @@ class IncompleteStore(CytoError):
 
 
 class DamagedStore(CytoError):
-    """The store breaks a promise of its own format: a missing, torn or flipped chunk, an index out of range."""
+    """A store violates its format: a missing, truncated or changed chunk, an index out of range."""
 
 
 class StoreReplaced(CytoError):
-    """Another command exchanged a store while it was read: numbers of two stores would have been mixed."""
+    """Another command replaced a store while it was read: numbers of two stores would have been mixed."""
 
 
 class SpecMismatch(CytoError):
@@ -33,7 +33,7 @@ class SpecMismatch(CytoError):
 
 
 class ClusterLost(CytoError):
-    """The Dask cluster that was at the job is gone. What it had finished stays, and the next run goes on from it."""
+    """The Dask cluster was lost during the job. Finished work is kept, and the next run continues from it."""
 
 
 class StoreUnreachable(CytoError):

@@ -1,4 +1,4 @@
-"""How a file gets onto the disk whole: atomic writes, fsync, hashes, journals.
+"""Safe writing of files: atomic writes, fsync, hashes, journals.
 
 A file is either absent or complete: it is written under a temporary name, synced, then renamed.
 """
@@ -27,7 +27,7 @@ except ImportError:  # not on Windows
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_SUFFIX = ".lock"
-# what network disks, Windows, macOS and NFS put into any folder, in small letters: nothing of ours, and no damage
+# files and folders of network disks, Windows, macOS and NFS, in lower case: ignored, and no damage
 _DROPPINGS = {
     *(
         "@eadir",
@@ -50,26 +50,26 @@ _DROPPINGS_BEGIN = ("._", ".nfs", ".fuse_hidden", ".smbdelete", ".afpdeleted", "
 MOST_JSON_BYTES = 16 << 20  # of a header or another file that is one JSON value
 _MOST_JOURNAL_BYTES = 1 << 30
 _MOST_NESTED = 64  # objects and lists inside each other
-_SYNCING_AT_ONCE = 8  # files: a disk's flush is for all that wait for one
+_SYNCING_AT_ONCE = 8  # files: one flush of the disk serves all that wait for it
 _log = logging.getLogger(__name__)
 
 
 def is_dropping(name: str) -> bool:
-    """Is a file or folder of this name what a disk, a system or a file manager left, wherever it lies?"""
+    """Is this the name of a file or folder that a disk, a system or a file manager puts anywhere?"""
     folded = name.casefold()
     return folded in _DROPPINGS or folded.startswith(_DROPPINGS_BEGIN)
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON spelling of a value: sorted keys, no blanks, UTF-8, NaN refused. Hashes are taken of it."""
+    """The canonical JSON of a value, for hashes: sorted keys, no blanks, UTF-8, NaN refused."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode()
 
 
 def decode_text(raw: bytes) -> str:
-    """A text file of a user's: UTF-8 with or without a byte order mark, or UTF-16 with one, as Excel writes them.
+    """The content of a text file: UTF-8 with or without a byte order mark, or UTF-16 with one, as Excel writes them.
 
-    Raises UnicodeDecodeError for anything else: which of the many older encodings it is cannot be known.
+    Raises UnicodeDecodeError for anything else, since older encodings cannot be told apart.
     """
     return raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
@@ -89,7 +89,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
-    """Write the pieces one after the other to `path`, so that a crash leaves the old file or the new one, durable."""
+    """Write the pieces to `path`, atomically and durably: after a crash there is the old file or the new one."""
     for is_last_try in (False, True):
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
@@ -100,7 +100,7 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
                 os.fsync(file.fileno())
             partial.replace(path)
             break
-        except FileNotFoundError:  # another writer of the store swept it, where the file system knows no locks
+        except FileNotFoundError:  # another writer removed it, on a file system without locks
             if is_last_try:
                 raise
         except BaseException:
@@ -110,14 +110,14 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 def write_new(path: Path, *pieces: bytes | memoryview) -> bool:
-    """Like `write_atomic`, but never replaces: False if the file is there, or if another process was quicker."""
+    """Like `write_atomic`, but never replaces a file: False if it exists, or another process was faster."""
     if path.exists():
         return False
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         write_atomic(partial, *pieces)
         try:
-            path.hardlink_to(partial)  # unlike a rename, this fails where the name is taken
+            path.hardlink_to(partial)  # unlike a rename, this fails if the name exists
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
@@ -130,13 +130,12 @@ def write_new(path: Path, *pieces: bytes | memoryview) -> bool:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Inside, True if this process alone holds the lock file at `path`; False at once if another one does.
+    """Try to hold the lock file at `path` while the context is open: True if held, False at once if another holds it.
 
-    The system lets the lock go when its process ends, however it ends: a file that a kill left behind holds nothing.
-    While it is held, the file names machine and process (`lock_holder`). It is True where a file system knows no
-    locks.
+    The system releases the lock when the process ends in any way, so the file of a killed process locks nothing. While
+    the lock is held, the file names machine and process (`lock_holder`). True on a file system without locks.
 
-    shared : others may hold it as well, if they share it too; the last of them removes the file
+    shared : other processes may hold it, too, if they also share it; the last of them removes the file
     """
     kind = None if fcntl is None else fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with ExitStack() as stack:
@@ -154,21 +153,21 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
                     path.parent,
                     error.strerror,
                 )
-            if _is_at(path, file.fileno()):  # else its last holder removed it between our opening and our locking
+            if _is_at(path, file.fileno()):  # else its last holder removed the file before it was locked here
                 break
-        with suppress(OSError):  # somebody else's file, or a full disk: the lock holds all the same
+        with suppress(OSError):  # another user's file, or a full disk: the lock is held all the same
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
         try:
             yield True
         finally:
             if not shared or _is_last(file.fileno()):
-                with suppress(OSError):  # a folder that was made read-only meanwhile
+                with suppress(OSError):  # the folder may have become read-only
                     path.unlink(missing_ok=True)
 
 
 def lock_holder(path: Path) -> str:
-    """Who holds the lock at `path`, in words: `process 123 on host`."""
+    """The holder of the lock at `path`, in words: `process 123 on host`."""
     try:
         return path.read_bytes()[:200].decode(errors="replace") or "another process"
     except OSError:
@@ -181,11 +180,11 @@ def _open_lock(path: Path) -> BinaryIO:
     except PermissionError:
         if not path.exists():
             raise
-        return path.open("rb")  # left by another user: its lock can be taken without writing to it
+        return path.open("rb")  # of another user: it can be locked without writing to it
 
 
 def _is_last(descriptor: int) -> bool:
-    """Does nobody else share this lock?"""
+    """Is this the only process that shares the lock?"""
     if fcntl is None:
         return True
     try:
@@ -205,7 +204,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def readable_json(value: Any) -> bytes:
-    """JSON for a file that people look into."""
+    """Indented JSON, for people to read."""
     return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -215,7 +214,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_regular(path: Path, *, most_bytes: int) -> bytes:
-    """The content of a file of at most so many bytes; a pipe or a device, which could block for ever, is not opened.
+    """The content of a regular file of at most `most_bytes`; pipes and devices, which could block, are not opened.
 
     Raises
     ------
@@ -236,13 +235,13 @@ def read_regular(path: Path, *, most_bytes: int) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """One JSON value of which everything that follows can be sure: what `canonical_json` could have written.
+    """One strictly checked JSON value: one that `canonical_json` could have written.
 
     Raises
     ------
     ValueError
-        If it is no JSON in UTF-8, names a key twice, holds a number beyond 64 bits, NaN or infinity, text that UTF-8
-        cannot spell, or more than 64 objects and lists inside each other.
+        If it is no JSON in UTF-8, or has a repeated key, a number beyond 64 bits, NaN or infinity, text that is not
+        valid Unicode, or more than 64 nested objects and lists.
     """
     try:
         value = json.loads(
@@ -256,7 +255,7 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
     if raw.count(b"[") + raw.count(b"{") > _MOST_NESTED:
         _check_nesting(value)
-    if b"\\ud" in raw or b"\\uD" in raw:  # half a surrogate pair is no text
+    if b"\\ud" in raw or b"\\uD" in raw:  # half a surrogate pair is not valid Unicode
         json.dumps(value, ensure_ascii=False).encode()
     return value
 
@@ -302,7 +301,7 @@ def sync_folder(folder: Path) -> None:
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # somebody else's, into which one may write but not look
+    except PermissionError:  # a folder that may be written but not read
         return
     try:
         os.fsync(descriptor)
@@ -314,9 +313,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """fsync every file and folder below `root`: before a store is called complete, its bytes are on the disk.
+    """fsync every file and folder below `root`, so that a store is on the disk before it is marked complete.
 
-    Lock files and droppings are left out: they are no part of a store, and may be removed at any moment.
+    Lock files and files of the system are left out: they do not belong to a store, and may vanish at any time.
     """
     folders, files = [], []
     for folder, below, names in os.walk(root):
@@ -331,13 +330,13 @@ def sync_tree(root: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """fsync a file that somebody else wrote."""
+    """fsync a file that other code has written."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sweep_partials(root: Path) -> int:
-    """Delete what killed writers left under `root`; returns how many files went."""
+    """Delete the temporary files of killed writers below `root`; returns their number."""
     left_over = [path for path in root.rglob(f"*{PARTIAL_SUFFIX}") if path.is_file()]
     for path in left_over:
         path.unlink()
@@ -345,7 +344,7 @@ def sweep_partials(root: Path) -> int:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line and sync it. A crash can tear this line only, never an earlier one."""
+    """Append one JSON line and sync it. A crash can truncate this line, but no earlier one."""
     is_new = not path.exists()
     with path.open("ab") as file:
         file.write(canonical_json(record) + b"\n")
@@ -358,8 +357,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 def read_lines(path: Path, *, mend: bool = False, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Read a journal written by `append_line`; [] where there is none.
 
-    A last line without its newline was torn by a crash: it is left out, and with `mend` cut off the file, so that
-    the next line can be appended.
+    A last line without newline was truncated by a crash: it is left out, and with `mend` also removed from the file,
+    so that the next line can be appended.
 
     Raises
     ------

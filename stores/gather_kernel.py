@@ -1,6 +1,6 @@
-"""Copies tokens from where they lie to their places in a batch, and checks them on the way. Compiled, without the GIL.
+"""Copies tokens of many images into a batch and checks that they are finite. Compiled by numba, without the GIL.
 
-One call gathers a batch out of any number of memory maps, since it goes by the addresses of images.
+One call reads from any number of memory maps, since images are given by their addresses.
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ def gather_rows(
     out: npt.NDArray[np.float16],
     places: npt.NDArray[np.integer[Any]],
 ) -> int:
-    """out[places[i]] = token `order[i]` of the images, counted through them all; gives the first i that is not finite.
+    """out[places[i]] = token `order[i]`, numbered over all images; returns the first i whose token is not finite.
 
-    Four numbers are moved and checked at a time where the width allows: twice as fast as one.
+    If the width is a multiple of four, four numbers are copied and checked at a time: twice as fast.
 
     Parameters
     ----------
-    images : (n,) the address of each one's first token; the others follow it, width float16 each. What lies there
-        must be kept by the caller, aligned to 8 bytes; this is not checked
+    images : (n,) address of the first token of each image; the others follow it, width float16 each. The memory must
+        be kept by the caller and aligned to 8 bytes, which is not checked
     order : (k,) from 0 to n * tokens_per_image - 1; this is not checked
     out : (m, width) float16, C order
     places : (k,) inside `out`; this is not checked
@@ -44,7 +44,7 @@ def gather_rows(
 
 
 @intrinsic
-def _pointer(typing, address, word):  # type: ignore[no-untyped-def]  # numba's to type
+def _pointer(typing, address, word):  # type: ignore[no-untyped-def]  # typed by numba
     """The address as a pointer to words of this type; numba makes an array of it (`carray`)."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]  # the same

@@ -1,7 +1,7 @@
-"""What type the values in a header have, as far as a command rests on them: one table for each kind of artefact.
+"""The expected types of values in a header, as far as commands use them: one table for each kind of artefact.
 
-A pattern is a type, a tuple of patterns (any of them), `[pattern]` (a list of such), `{"name": pattern}` (an object; a
-name that is not there is missed only by who asks for it, and other names may be anything) or `{"*": pattern}`.
+A pattern is a type, a tuple of patterns (any of them), `[pattern]` (a list of such), `{"name": pattern}` (an object;
+names may be missing, and other names may have any value) or `{"*": pattern}`.
 """
 
 from types import NoneType, UnionType
@@ -12,7 +12,7 @@ from .errors import DamagedStore
 Pattern = Any
 _NUMBER = (int, float)
 _WHOLE: Pattern = "a whole number above 0"
-_NAMES: Pattern = "file names"  # an object whose keys are names of files in this very folder
+_NAMES: Pattern = "file names"  # an object whose keys are names of files in the same folder
 
 _TOKENS: Pattern = {
     **{name: (str, NoneType) for name in ("backbone", "weights_sha256", "token_layout")},
@@ -120,7 +120,7 @@ SUMMARY_KINDS: dict[str, Pattern] = {
 
 
 def check_kinds(value: Any, pattern: Pattern, name: str, place: object) -> None:
-    """Raise DamagedStore if a value in a header is of another type than the pattern says; names it and its place."""
+    """Raise DamagedStore, with name and place, if a value in a header does not have the type of the pattern."""
     found = _misfit(value, pattern, name)
     if found is not None:
         where, wrong, expected = found
@@ -133,7 +133,7 @@ def check_kinds(value: Any, pattern: Pattern, name: str, place: object) -> None:
 
 
 def fits_hint(value: Any, hint: Any) -> bool:
-    """Is a JSON value what the type of a dataclass' field says? A whole number is a float, too; a tuple is a list."""
+    """Does a JSON value fit the type of a dataclass field? An integer fits float; a list fits tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -155,7 +155,7 @@ def fits_hint(value: Any, hint: Any) -> bool:
 
 
 def _words(pattern: Pattern) -> str:
-    """What a pattern takes."""
+    """The values that fit a pattern, in words."""
     if isinstance(pattern, tuple):
         return " or ".join(dict.fromkeys(map(_words, pattern)))
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}
@@ -167,12 +167,12 @@ def _words(pattern: Pattern) -> str:
 
 
 def _misfit(value: Any, pattern: Pattern, name: str) -> tuple[str, Any, Pattern] | None:
-    """(where, what, what was expected there) of the first thing that does not fit; None if all does."""
+    """(name, value, expected pattern) of the first value that does not fit; None if all fit."""
     if isinstance(pattern, tuple):
         found = [_misfit(value, each, name) for each in pattern]
         if None in found:
             return None
-        # of several patterns the one that got further in tells more
+        # of several patterns, report the one that fits further
         deepest = max((each for each in found if each), key=lambda each: len(each[0]), default=None)
         return (name, value, pattern) if deepest is None or deepest[0] == name else deepest
     if isinstance(pattern, list):
@@ -195,7 +195,7 @@ def _misfit(value: Any, pattern: Pattern, name: str) -> tuple[str, Any, Pattern]
 
 
 def is_file_name(name: str) -> bool:
-    """The name of a file in this very folder: no way out of it."""
+    """Is this the name of a file in the same folder, and no path that leads out of it?"""
     return name not in ("", ".", "..") and not {"/", "\\", "\0"} & {*name}
 
 

@@ -1,7 +1,7 @@
-"""Which images an SAE is trained on, which are kept for checking it, and which are left out altogether.
+"""Divides images into training images, held-out images and excluded images.
 
-The choice hangs on names alone: whoever has the same seed and the same images gets the same choice, whatever their
-order, the chunks or the caches they lie in. What an image or a patient is called is in the image table.
+The division depends only on the seed and on the names in the image table: it does not change with the order of images,
+the chunks or the caches.
 """
 
 import logging
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 Bool = npt.NDArray[np.bool_]
 Group = tuple[str, str | None, str]  # (image or patient, dataset, name)
-_MOST_BYTES = 64 << 20  # of a list of image ids: a million long ones
+_MOST_BYTES = 64 << 20  # of a list of image ids: a million long names
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +36,9 @@ class Chosen:
 
     train: list[Bool]  # per cache (n_images,)
     held_out: list[Bool]  # per cache (n_images,)
-    n_excluded: int  # readable images that were left out by name
-    n_without_patient: int  # images that had to count as a patient each; 0 where patients were not asked for
-    n_groups: int  # images, or patients, that were chosen from; 0 where nothing was to be held out
+    n_excluded: int  # readable images that were excluded by name
+    n_without_patient: int  # images that count as a patient each; 0 unless held out by patient
+    n_groups: int  # images or patients to choose from; 0 if nothing is held out
     n_groups_held_out: int
 
     @property
@@ -60,22 +60,22 @@ def chosen_images(
     seed: int = 0,
     exclude: Collection[str] = (),
 ) -> Chosen:
-    """Hold out a fraction of the readable images, by image or by patient, and leave out named ones.
+    """Hold out a fraction of the readable images, by image or by patient, and exclude named images.
 
-    Images, or patients, are held out in an order that (seed, name) decides, until the fraction is reached (the last
-    patient may take it beyond) or one is left. What has the same dataset and name in two caches is the same image or
-    patient; an image without a patient counts as a patient by itself, which a warning tells.
+    Images or patients are held out in an order given by a hash of (seed, name), until the fraction is reached (the last
+    patient may exceed it) or only one is left. Equal dataset and name in two caches mean the same image or patient. An
+    image without a patient counts as a patient of its own, with a warning.
 
     Parameters
     ----------
     holdout : fraction of the readable images that are not excluded, from 0 to below 1
-    exclude : `image_id`s, wherever they occur
+    exclude : `image_id`s, in any cache
 
     Raises
     ------
     BadInput
-        If an excluded image is in no cache, nothing is left to train on or to hold out, two caches name different
-        patients for one image, or patients are asked for and none is known.
+        If an excluded image is in no cache, no image is left to train on or to hold out, two caches name different
+        patients for one image, or images are held out by patient and no patient is known.
     """
     check_choice("by", by, ("image", "patient"))
     if not 0 <= holdout < 1:
@@ -127,7 +127,7 @@ def chosen_images(
 def read_image_ids(path: Path) -> list[str]:
     """The `image_id`s in a text file, one per line, or in that column of a Parquet file.
 
-    In a text file, blank lines and blanks around an id do not count.
+    In a text file, blank lines and blanks around an id are ignored.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def _lines(path: Path, expected: str) -> list[str]:
 
 
 def _has_header(path: Path) -> bool:
-    """Is a text file a table with a column image_id, and more than that column?"""
+    """Is a text file a table with a column image_id and further columns?"""
     with path.open("rb") as file:
         begin = file.read(1 << 16)
     text = begin.decode("utf-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", errors="replace")
@@ -172,7 +172,7 @@ def _has_header(path: Path) -> bool:
 
 
 def _unquoted(text: str) -> str:
-    """As R and spreadsheets quote: a quote within is written twice."""
+    """Without quotes as of R and spreadsheets, where a quote inside is doubled."""
     is_quoted = len(text) > 1 and text[0] == text[-1] == '"'
     return text[1:-1].replace('""', '"') if is_quoted else text
 
@@ -190,7 +190,7 @@ def _excluded(ids: list[list[str | None]], exclude: Collection[str]) -> list[Boo
 
 
 def _image_groups(stores: list["ActivationStore"], left: list[Bool]) -> list[Group]:
-    """The group of every image in `left`, cache by cache: the image itself."""
+    """The group of every image in `left`, cache by cache: the image as a group of its own."""
     groups: list[Group] = []
     for store, mask in zip(stores, left, strict=True):
         for dataset, name in zip(_cells(store, "dataset", mask), _cells(store, "image_id", mask), strict=True):
@@ -201,8 +201,8 @@ def _image_groups(stores: list["ActivationStore"], left: list[Bool]) -> list[Gro
 
 
 def _patient_groups(stores: list["ActivationStore"], left: list[Bool], excluded: list[Bool]) -> list[Group]:
-    """The group of every image that is left, cache by cache: its patient, if any of the caches knows one."""
-    named = [~out for out in excluded]  # the unreadable ones too: an image may be readable in another cache
+    """The group of every image in `left`, cache by cache: its patient, if one of the caches names one."""
+    named = [~out for out in excluded]  # also unreadable ones: an image may be readable in another cache
     patients = [name for store, mask in zip(stores, named, strict=True) for name in _cells(store, "patient", mask)]
     known: dict[Group, str] = {}
     for image, patient in zip(_image_groups(stores, named), patients, strict=True):
@@ -215,7 +215,7 @@ def _patient_groups(stores: list["ActivationStore"], left: list[Bool], excluded:
 
 
 def _first_of(n_of: dict[Group, int], n_wanted: Fraction, seed: int) -> set[Group]:
-    """Groups in their order by hash, until they have so many images; never all."""
+    """The first groups, ordered by hash, that together have `n_wanted` images; never all groups."""
     taken: set[Group] = set()
     n_taken = 0
     for group in sorted(n_of, key=lambda group: sha256_json([seed, *group]))[:-1]:
@@ -236,5 +236,5 @@ def _name(group: Group) -> str:
 
 
 def _short(name: str | None) -> str:
-    """A name out of a file, fit for a terminal."""
+    """A name from a file, safe to print."""
     return repr(name if name is None or len(name) <= 60 else name[:59] + "…")

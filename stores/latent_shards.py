@@ -1,8 +1,8 @@
-"""Several writers of one latent store: each makes the rows of its own images, and joining them needs no model.
+"""Several writers of one latent store: each writes the rows of its own images; joining them needs no model.
 
-A part is `part-I-of-N/` in the store: rows and a journal of their own. Chunks of the whole lie elsewhere than those of
-the parts, so joining decodes and encodes every row once, with the checks of a reader; the result is, byte for byte,
-what one writer would have made. A part whose rows are committed to the whole is removed.
+A writer's part is the folder `part-I-of-N/` in the store, with rows and a journal of its own. Chunk boundaries of the
+whole store differ from those of the parts, so joining decodes, checks and encodes every row once. The result equals,
+byte for byte, that of a single writer. A part is removed when its rows are committed to the whole store.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .activation_writer import overlapping_writer, writer_lock
+from .activation_writer import MergeResult, overlapping_writer, writer_lock
 from .csr import CsrCommit, CsrReader, check_chunk
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
@@ -26,33 +26,34 @@ from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
+from .wording import describe_latents
 
 
 @dataclass(frozen=True)
 class LatentPart:
-    """The finished rows of some neighbouring images."""
+    """The finished rows of some consecutive images."""
 
     folder: Path
     images: range
-    records: list[dict[str, Any]]  # of its journal, one per commit
+    records: list[dict[str, Any]]  # the journal's, one per commit
 
 
 def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard) -> LatentWriter:
-    """A writer that nobody else is while `stack` is open.
+    """The only writer of this shard while `stack` is open.
 
     Raises
     ------
     BadInput
         If another process is writing the same images, or joining the parts.
     DamagedStore
-        If what was committed is not there any more.
+        If committed rows are missing or damaged.
     """
     root.mkdir(parents=True, exist_ok=True)
     other: Shard | None = shard
     if stack.enter_context(locked(writer_lock(root, shard))):
         other = overlapping_writer(root, shard, -(-spec.n_images // int(spec.cache["chunk_images"])))
     what = root if other is None or other.is_only else f"shard {other} of {root}"
-    # who makes the rows of the whole store is alone with it: they are also what parts are joined to
+    # a writer of all rows excludes joining, which writes the same rows
     is_free = stack.enter_context(locked(_finish_lock(root))) if shard.is_only else _is_free(_finish_lock(root))
     if other is not None or not is_free:
         raise BadInput(f"another process is writing {what} at this moment; wait until it ends, or stop it")
@@ -69,7 +70,7 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
 
 
 def finished_parts(root: Path, spec: LatentSpec) -> list[LatentPart]:
-    """The parts whose writers came to their end, in the order of their images."""
+    """The parts whose writers have finished, in the order of their images."""
     parts = []
     for journal in root.glob("part-*-of-*/journal.jsonl"):
         records = read_lines(journal, skip_damaged=True)
@@ -80,13 +81,13 @@ def finished_parts(root: Path, spec: LatentSpec) -> list[LatentPart]:
 
 
 def committed_images(root: Path) -> int:
-    """How many images, from the first on, have their rows in the whole store."""
+    """How many images, counted from the first, have their rows in the whole store."""
     records = read_lines(root / "journal.jsonl", skip_damaged=True)
     return int(records[-1]["n_images"]) if records else 0
 
 
 def missing_images(root: Path, spec: LatentSpec) -> list[range]:
-    """Images whose rows are neither in the whole store yet nor in a finished part."""
+    """Images whose rows are neither in the whole store nor in a finished part."""
     done, missing = committed_images(root), []
     for part in finished_parts(root, spec):
         if part.images.start > done:
@@ -96,7 +97,7 @@ def missing_images(root: Path, spec: LatentSpec) -> list[range]:
 
 
 def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
-    """Append to the whole store what it lacks of the part, a commit for each of the part's; yields the images done.
+    """Append the missing rows of a part to the whole store, one commit for each of the part's; yields images done.
 
     Raises
     ------
@@ -112,7 +113,7 @@ def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
                 if what := check_chunk(part.folder / "X" / name / "c" / str(chunk), size, crc):
                     raise DamagedStore(f"{part.folder}/X/{name}/c/{chunk} {what}")
         n_dropped = 0
-        for record in part.records[:-1]:  # the last one closes the rows and has none of its own
+        for record in part.records[:-1]:  # the last one ends the part and has no rows
             stop = int(record["n_images"])
             if stop > writer.n_images:
                 rows = reader.read_rows((writer.n_images - first) * tokens, (stop - first) * tokens)
@@ -126,32 +127,32 @@ def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
 
 
 def remove_part(part: LatentPart) -> None:
-    """Remove a part. Its journal goes first: without one, it is no part."""
+    """Remove a part, its journal first: a folder without journal is not a part."""
     (part.folder / "journal.jsonl").unlink()
     sync_folder(part.folder)
     shutil.rmtree(part.folder)
 
 
 def next_part(root: Path, writer: LatentWriter) -> LatentPart | None:
-    """The finished part that holds the next images of the whole store, or else the first one behind them."""
-    behind = [part for part in finished_parts(root, writer.spec) if part.images.stop > writer.n_images]
-    return behind[0] if behind else None
+    """The finished part with the next images of the whole store, or else the first part after them."""
+    later = [part for part in finished_parts(root, writer.spec) if part.images.stop > writer.n_images]
+    return later[0] if later else None
 
 
 def complete_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> Header | None:
-    """Join the parts, and complete the store. Can be repeated after a crash anywhere.
+    """Join the parts, and complete the store. After a crash it can be called again.
 
-    None if another process is at it at this moment. Memory: the rows of one chunk of the cache, and those on their way
-    to the disk. Disk: the largest part's size on top of the result's.
+    None if another process is joining them. Memory: the rows of one chunk of the cache, and those that are being
+    written. Disk: the size of the result and of the largest part.
 
     Raises
     ------
     IncompleteStore
-        If a writer has not come to its end; nothing is changed then.
+        If a writer has not finished; then nothing is changed.
     DamagedStore
         If a part is damaged.
     """
-    read_header(root, LATENTS, complete=False)  # before anything is touched: is it ours?
+    read_header(root, LATENTS, complete=False)  # refuse anything else before a file is written
     with ExitStack() as stack:
         if not stack.enter_context(locked(_finish_lock(root))):
             return None
@@ -174,18 +175,24 @@ def complete_latents(root: Path, *, progress: Progress = lambda done, total, sta
         return header
 
 
-def merge_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> None:
-    """`complete_latents` for who does not write the store.
+def merge_latents(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> MergeResult:
+    """Complete a latent store whose shards have all ended (`complete_latents`). No GPU, SAE or cache is needed.
+
+    progress : images joined, images in all
 
     Raises
     ------
+    IncompleteStore
+        If rows of some images are not there.
     SpecMismatch
-        If another process replaces it, or is completing it, at this moment.
+        If another process replaces or completes the store at this moment.
     """
-    read_header(root, LATENTS, complete=False)  # before a lock is put beside it
+    root = Path(root)
+    was_complete = read_header(root, LATENTS, complete=False).complete  # before a lock file is made
     with claimed(root, shared=True):
         if complete_latents(root, progress=progress) is None:
             raise SpecMismatch(f"{root} is being completed by another process; wait until it ends")
+    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(describe_latents(root),))
 
 
 def require_all_images(root: Path, spec: LatentSpec) -> None:
@@ -201,13 +208,13 @@ def require_all_images(root: Path, spec: LatentSpec) -> None:
 
 
 def left_overs(root: Path) -> list[Path]:
-    """What a complete store no longer needs."""
+    """Files and folders that a complete store no longer needs."""
     locks = [path for path in root.glob(f"writer-*{LOCK_SUFFIX}") if path.is_file()]
     return [*root.glob("part-*-of-*"), *shard_logs(root), *locks, *root.glob(f"finish{LOCK_SUFFIX}")]
 
 
 def remove_left_overs(root: Path) -> None:
-    """Remove them, but for the lock that the caller holds."""
+    """Remove them, except the lock that the caller holds."""
     for path in left_overs(root):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -216,7 +223,7 @@ def remove_left_overs(root: Path) -> None:
 
 
 def _images_of(folder: Path, spec: LatentSpec) -> range | None:
-    """The images of a part, by its name; None for a folder that is none (ours has a name that `Shard` gives)."""
+    """The images of a part, by its folder name; None if it is not the folder of a part."""
     try:
         index, count = folder.name.removeprefix("part-").split("-of-")
         shard = Shard.parse(f"{index}/{count}")
@@ -230,7 +237,7 @@ def _finish_lock(root: Path) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    """Does nobody hold this lock?"""
+    """Is this lock held by no process?"""
     if not path.exists():
         return True
     with locked(path) as is_free:

@@ -1,8 +1,8 @@
 """The latent store: the sparse latents of every token, one CSR row per token, and the image table.
 
 Format "latent store", version 1: docs/formats.md. Row `i * tokens_per_image + t` is token t of image i (CLS first);
-an unreadable image has empty rows. Values are float32 rounded to `value_bits` mantissa bits; a latent is zero or
-not before rounding, and every threshold is compared with the stored value.
+an unreadable image has empty rows. Values are float32, rounded to `value_bits` mantissa bits. Whether a latent is zero
+is decided before rounding; thresholds are compared with the stored, rounded value.
 """
 
 import shutil
@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,21 +29,24 @@ from .spec import LATENTS, Header, begin_header, new_header, read_header, requir
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, read_array
 
+if TYPE_CHECKING:
+    from .info import LatentsInfo
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpec:
-    """What the numbers in a latent store are; hashed into its identity."""
+    """All settings that decide the numbers in a latent store; its identity is their hash."""
 
     sae_sha256: str  # of sae.safetensors
     cache_sha256: str  # of the activation cache's identity and chunk checksums
-    cache: dict[str, Any]  # the cache's whole spec: what stage one did
-    images_sha256: str  # of the image table, outcome included
+    cache: dict[str, Any]  # the spec of the cache
+    images_sha256: str  # of the image table, with the outcome columns
     n_images: int
     tokens_per_image: int
     n_latents: int
     precision: str  # of the encoder product
     value_bits: int  # mantissa bits kept: 10 or 23
-    min_activation: float  # stored values below it were dropped; 0: none were
+    min_activation: float  # smaller values were dropped; 0: none
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as plain JSON values."""
@@ -56,23 +59,23 @@ class LatentSpec:
 
 
 def read_latent_spec(header: Header, root: Path) -> LatentSpec:
-    """The spec in a header. Raises DamagedStore if it has other fields, other types, or sizes that no store has."""
+    """The spec in a header. Raises DamagedStore if it has other fields, other types, or impossible sizes."""
     return stated(LatentSpec, header.spec, root, positive=("n_images", "tokens_per_image", "n_latents"))
 
 
 class LatentWriter:
-    """Appends the latents of images in order; what `commit` has recorded survives a crash.
+    """Appends the latents of images in order; committed rows survive a crash.
 
-    One of several writers (`Shard`) makes its images' rows in a folder of its own; `latent_shards.py` joins them.
+    One of several writers (`Shard`) writes its rows into a folder of its own; `latent_shards.py` joins them.
     """
 
     def __init__(self, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard = ONE_WRITER) -> None:
-        """Create the store, or continue it behind its last commit (`n_images` says where that is).
+        """Create the store, or continue it after its last commit (at image `n_images`).
 
         Raises
         ------
         DamagedStore
-            If what was committed is not there any more.
+            If committed rows are missing or damaged.
         """
         self.root, self.spec, self.images = root, spec, shard_images(spec, shard)
         self._folder = root if shard.is_only else part_folder(root, shard)
@@ -109,7 +112,7 @@ class LatentWriter:
     ) -> None:
         """Append the rows of some tokens, in order; indices strictly increasing in each row, values rounded.
 
-        n_dropped : values of these tokens that `min_activation` has kept out
+        n_dropped : values of these tokens that were below `min_activation`
         """
         self._rows.append(indices, values, row_lengths)
         self.n_dropped += n_dropped
@@ -121,9 +124,9 @@ class LatentWriter:
         self._record(self._rows.commit())
 
     def finish(self) -> Header | None:
-        """State the shape of the rows; of the whole store also the row starts of the images, and mark it complete.
+        """Write the shape of the rows; for the whole store also the row starts of the images, and mark it complete.
 
-        None for a shard: its part is finished, the store is not.
+        None for a shard: its part is finished, but not the store.
         """
         assert self.n_images == self.images.stop
         was_finished = self._rows.is_finished
@@ -156,12 +159,12 @@ class LatentWriter:
         return header
 
     def close(self) -> None:
-        """Let the threads go; what was not committed is lost."""
+        """End the threads; rows that were not committed are lost."""
         self._rows.close()
 
     def _sync_and_tidy(self) -> None:
         sync_tree(self._folder)
-        for path in tail_files(self._folder / "X"):  # no record that could count names one any more
+        for path in tail_files(self._folder / "X"):  # no valid record names one any more
             path.unlink()
 
     def _record(self, commit: CsrCommit) -> None:
@@ -169,12 +172,12 @@ class LatentWriter:
 
 
 def part_folder(root: Path, shard: Shard) -> Path:
-    """Where one of several writers makes its rows, until they are joined."""
+    """The folder of one of several writers, until the parts are joined."""
     return root / f"part-{shard.file_part}"
 
 
 def shard_images(spec: LatentSpec, shard: Shard) -> range:
-    """The images that a writer owns: whole chunks of the cache, neighbours."""
+    """The images of a shard: consecutive whole chunks of the cache."""
     if shard.is_only:
         return range(spec.n_images)
     size = int(spec.cache["chunk_images"])
@@ -183,9 +186,9 @@ def shard_images(spec: LatentSpec, shard: Shard) -> range:
 
 
 class LatentStore:
-    """A complete latent store, open for reading; `root` is a local path or a URL. Pickles as that.
+    """A complete latent store, open for reading; `root` is a local path or a URL. Pickled as its path or URL.
 
-    Memory: what is asked for. A chunk of a URL is checked against the journal's checksum whenever it is read.
+    Memory: what is read. A chunk of a URL is checked against the journal's checksum whenever it is read.
     """
 
     def __init__(self, root: Path | str, *, check_files: bool = True) -> None:
@@ -205,7 +208,7 @@ class LatentStore:
             self.header = read_header(folder, LATENTS)
             self.spec = read_latent_spec(self.header, folder)
             if not isinstance(self.root, Path):
-                self.header = replace(self.header, seal=None)  # of a copy that is gone
+                self.header = replace(self.header, seal=None)  # of the temporary copy, which is deleted
                 self.images = read_image_table(folder / "images.parquet")
         shape = (self.spec.n_rows, self.spec.n_latents)
         if isinstance(self.root, Path):
@@ -227,6 +230,15 @@ class LatentStore:
         changed = check_files and table_sha256(self.images) != self.spec.images_sha256
         if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
+
+    def describe(self) -> "LatentsInfo":
+        """Size, settings and runs of the store, as `cyto latents info` prints them."""
+        from .info import latents_info
+
+        return latents_info(self.root)
+
+    def _repr_html_(self) -> str:
+        return self.describe()._repr_html_()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return travelling(self)
@@ -271,7 +283,7 @@ class LatentStore:
         try:
             return self._rows.read_rows(start * tokens, stop * tokens)
         except DamagedStore:
-            require_unchanged(self.header)  # perhaps that is the reason
+            require_unchanged(self.header)  # the store may have been replaced
             raise
 
     def _read_image_indptr(self) -> npt.NDArray[np.int64]:
@@ -306,16 +318,16 @@ class LatentStore:
         return meta
 
 
-@lru_cache(maxsize=16)  # the tasks of a worker that read one store
+@lru_cache(maxsize=16)  # shared by the tasks of a worker that read one store
 def remote_rows(url: str, journal_sha256: str) -> CheckedObjects:
-    """The rows of a latent store behind a URL, every chunk file promised by the journal that has this hash.
+    """The rows of a latent store at a URL; chunk files are checked by the journal, which must have this hash.
 
     Raises
     ------
     SpecMismatch
         If the store is older than the checksums.
     DamagedStore
-        If the journal there is another one.
+        If the journal has another hash.
     StoreUnreachable
         If the URL cannot be read, after some retries.
     """
@@ -343,7 +355,7 @@ def remote_rows(url: str, journal_sha256: str) -> CheckedObjects:
 
 
 def _begin(root: Path, spec: LatentSpec, images: pa.Table) -> None:
-    """What is there from the beginning; the same bytes from every writer, whoever comes first."""
+    """Write the initial files, unless another writer has; every writer makes the same bytes."""
     root.mkdir(parents=True, exist_ok=True)
     begin_header(root, new_header(LATENTS, spec.to_dict()))
     table = root / "images.parquet"

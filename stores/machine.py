@@ -1,6 +1,6 @@
-"""What this process may use of the machine that it runs on: cores, open files, a place for what libraries cache.
+"""The limits of this process on its machine: cores, open files, a folder for the caches of libraries.
 
-Only the standard library, so that the command line and every package can ask: `cyto --help` stays quick.
+Standard library only, so that it can be imported everywhere and `cyto --help` stays quick.
 """
 
 import atexit
@@ -10,13 +10,13 @@ import stat
 import sys
 from pathlib import Path
 
-_MANY_FILES = 65_536  # no more is asked for: some programs walk through all numbers up to their limit
+_MANY_FILES = 65_536  # largest limit to set: some programs loop over all numbers up to their limit
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def n_cores() -> int:
-    """How many processors this process is given: by its affinity (taskset, SLURM) and its cgroups (docker --cpus).
+    """How many processors this process may use: by its affinity (taskset, SLURM) and its cgroups (docker --cpus).
 
     A quota of one and a half processors counts as two; at least 1.
     """
@@ -28,7 +28,7 @@ def n_cores() -> int:
 def cgroup_quota(root: Path = _CGROUPS, groups: Path = _OWN_GROUPS) -> float | None:
     """Processors that the cgroups of this process grant (cpu.max; cpu.cfs_quota_us of version 1); None: no limit.
 
-    Every group above its own counts too. In a container the own group is the root that is seen there, whatever
+    The limits of parent groups count, too. In a container the process's own group is the visible root, whatever
     `groups` says.
 
     Parameters
@@ -75,9 +75,9 @@ def _quota_1(group: Path) -> float | None:
 
 
 def bound_threads() -> None:
-    """Let BLAS, OpenMP and numba start no more threads than a cgroup grants; they look at the affinity only.
+    """Limit the threads of BLAS, OpenMP and numba to the cgroup's quota; they look at the affinity only.
 
-    To be called before any of them is loaded. What the user has set stays.
+    To be called before any of them is imported. Settings of the user are kept.
     """
     if (quota := cgroup_quota()) is not None:
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
@@ -85,7 +85,7 @@ def bound_threads() -> None:
 
 
 def open_files() -> int:
-    """How many files and connections this process may hold open, after asking for as many as it may have."""
+    """How many files and connections this process may open, after raising its limit as far as allowed."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -97,16 +97,16 @@ def open_files() -> int:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
-        except (OSError, ValueError):  # macOS: less than the hard limit says
+        except (OSError, ValueError):  # macOS allows less than its hard limit
             pass
     return _MANY_FILES if soft == unlimited else soft
 
 
 def find_place_for_caches() -> None:
-    """Where neither the install nor a home may be written to, libraries keep their caches in a private folder.
+    """If neither the installation nor a home folder is writable, let libraries keep their caches in a private folder.
 
-    numba keeps compiled code beside ours or in the home, and raises an error where it can do neither; matplotlib and
-    triton want a home, too. What the user has set stays. Child processes take it from the environment.
+    numba caches compiled code beside the package or in the home folder, and raises an error if neither is writable;
+    matplotlib and triton need a home folder, too. Settings of the user are kept. Child processes inherit the setting.
 
     Raises
     ------
@@ -114,14 +114,14 @@ def find_place_for_caches() -> None:
         If there is no folder for temporary files either.
     """
     here = Path(__file__).parents[1]
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home raises where the user has none
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111  # Path.home raises if there is none
     if "NUMBA_CACHE_DIR" not in os.environ:
         is_installed_for_us = all(_may_write(here / name / "__pycache__") for name in ("stores", "cytosae"))
         if not is_installed_for_us and not _may_write(
             Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache", "numba")
         ):
             os.environ["NUMBA_CACHE_DIR"] = str(_private() / "numba")
-            if "numba" in sys.modules:  # it has read its environment before
+            if "numba" in sys.modules:  # it has already read its environment
                 sys.modules["numba"].config.CACHE_DIR = os.environ["NUMBA_CACHE_DIR"]
     if "MPLCONFIGDIR" not in os.environ:
         places = [os.environ.get("XDG_CACHE_HOME") or home, os.environ.get("XDG_CONFIG_HOME") or home]
@@ -132,7 +132,7 @@ def find_place_for_caches() -> None:
 
 
 def _may_write(folder: Path) -> bool:
-    """Whether files can be made in a folder; it is made where it is not there."""
+    """Can files be made in this folder? It is made if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -141,12 +141,12 @@ def _may_write(folder: Path) -> bool:
 
 
 def _private() -> Path:
-    """A folder for temporary files that belongs to this user and that nobody else can enter.
+    """A folder for temporary files that belongs to this user and that no other user can enter.
 
-    It is used again by later runs. Where somebody has put something else in its place, a new one is made for this run:
-    compiled code is loaded from there, and who could put it there could run code as this user.
+    Later runs use it again. If something else has its name, a new folder is made for this run: compiled code is loaded
+    from it, so another user who could write there could run code as this user.
     """
-    import tempfile  # not above: few need it, and all wait for it
+    import tempfile  # imported here, since it is slow and rarely needed
 
     try:
         uid = os.getuid() if hasattr(os, "getuid") else 0

@@ -1,8 +1,8 @@
-"""Part files: named arrays that one task leaves for a later one, checked by a CRC and by whose job they belong to.
+"""Part files: named arrays that one task writes for a later one, with a CRC and the tag of their job.
 
-A part is one file: a line of JSON (tag, names, types, shapes), the arrays' bytes, 4 bytes of CRC32C. It is renamed into
-place whole, but not synced: a part that a power cut tore is found by its CRC and made again, which costs less than
-waiting for the disk. Parts are read by mapping them, so a slice costs only its own pages.
+A part is one file: a line of JSON (tag, names, types, shapes), the bytes of the arrays, 4 bytes of CRC32C. It is
+renamed into place, but not synced: a part that was truncated by a power failure is found by its CRC and made again,
+which costs less than waiting for the disk. Parts are read through memory maps, so a slice reads only its own pages.
 """
 
 import json
@@ -19,14 +19,14 @@ import numpy.typing as npt
 from .errors import DamagedStore
 from .files import PARTIAL_SUFFIX, canonical_json
 
-_ALIGNMENT = 64  # bytes; of the first array, and so of every page that it is read by
+_ALIGNMENT = 64  # bytes; of the first array
 _CRC_BYTES = 4
-_KINDS = "iuf"  # integers and floats; nothing that could hold an object
+_KINDS = "iuf"  # integers and floats; no objects
 
 
 @dataclass(frozen=True)
 class Part:
-    """The arrays of one part, mapped into memory: writing to them changes no file."""
+    """The arrays of one part, as copy-on-write memory maps: writing to them does not change the file."""
 
     tag: str
     arrays: dict[str, npt.NDArray[Any]]
@@ -36,7 +36,7 @@ class Part:
 
 
 def write_part(path: Path, tag: str, arrays: dict[str, npt.NDArray[Any]]) -> None:
-    """Write the arrays to `path`, which appears whole or not at all; another writer of the same part may be at it."""
+    """Write the arrays to `path`, atomically; several processes may write the same part at once."""
     layout = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
     head = canonical_json({"tag": tag, "arrays": layout}) + b"\n"
     pieces: list[Any] = [head + b"\0" * (-len(head) % _ALIGNMENT)]
@@ -63,10 +63,11 @@ def open_part(path: Path, tag: str, *, verify: bool = False) -> Part:
     Raises
     ------
     DamagedStore
-        If it is missing, torn, or belongs to another job (`tag`).
+        If it is missing, truncated, or belongs to another job (`tag`).
     """
     try:
-        raw = np.memmap(path, np.uint8, mode="c").view(np.ndarray)  # "c": a plain writable array for compiled code
+        # "c": copy-on-write, since compiled code expects a writable array
+        raw = np.memmap(path, np.uint8, mode="c").view(np.ndarray)
         head = bytes(raw[: 1 << 16])
         head = head[: head.index(b"\n") + 1]
         stated = json.loads(head)

@@ -1,5 +1,5 @@
-"""How a long call tells how far it has come. What is shown of it, and how often, is for `cli.py` to say."""
+"""The type of progress callbacks. The caller decides what is shown, and how often."""
 
 from collections.abc import Callable
 
-Progress = Callable[[int, int, str], None]  # done, in all, a word on the state; of what: the function's docstring
+Progress = Callable[[int, int, str], None]  # done, total, state in words; the function's docstring gives the unit

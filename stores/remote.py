@@ -1,7 +1,7 @@
-"""A store behind a URL, read through obstore: its small files are copied once, its chunks go through zarr, checked.
+"""Reads a store at a URL through obstore: small files are copied once, chunks are read by zarr and checked.
 
-Where to (endpoint, region) and as whom (keys) stand in the environment, as for other tools of that storage
-(AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, ...), never in the URL: a URL may be logged and pickled.
+Endpoint, region and keys come from the environment, as for other tools (AWS_ENDPOINT_URL, AWS_REGION,
+AWS_ACCESS_KEY_ID, ...), never from the URL: a URL is logged and pickled.
 """
 
 import os
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "https", "http")
 _SMALL_FILES = ("zarr.json", "images.parquet", "journal.jsonl", "runs.jsonl")
-# of one request that is refused, cut off, or answered with 5xx; with growing pauses, 13 s in all
+# of a request that is refused, interrupted or answered with 5xx; with growing pauses, 13 s in all
 _RETRY: "RetryConfig" = {"max_retries": 6, "retry_timeout": timedelta(seconds=60)}
-# `timeout` is for a whole answer, and a chunk of 100 MB may come slowly; `read_timeout` is for silence
+# `timeout` limits the whole response, which may be a slow chunk of 100 MB; `read_timeout`, a silent connection
 _CLIENT: "ClientConfig" = {"allow_http": True, "connect_timeout": "10s", "read_timeout": "30s", "timeout": "15m"}
-_KEY_SERVICE = "169.254.169.254"  # inside a cloud it gives keys; obstore asks it where the environment has none
+_KEY_SERVICE = "169.254.169.254"  # gives keys inside a cloud; obstore asks it if the environment has none
 _COPY_AGAIN = "Copy the store there again"
 
 
@@ -66,9 +66,9 @@ def store_root(root: Path | str) -> Path | str:
 
 @contextmanager
 def small_files(root: Path | str) -> Iterator[Path]:
-    """A folder with everything of a store but its chunks: `root` itself, or a temporary copy of a URL's files.
+    """A folder with all files of a store except its chunks: `root` itself, or a temporary copy of those at a URL.
 
-    Inside, an error that names the copy names the URL instead.
+    In error messages inside this context, the URL replaces the path of the copy.
     """
     if isinstance(root, Path):
         yield root
@@ -78,7 +78,7 @@ def small_files(root: Path | str) -> Iterator[Path]:
         remote = RemoteFolder(root)
         for name in _SMALL_FILES:
             remote.copy(name, folder / name)
-            if not folder.exists():  # no header: as where nothing is
+            if not folder.exists():  # no header: no store
                 break
         try:
             yield folder
@@ -87,12 +87,12 @@ def small_files(root: Path | str) -> Iterator[Path]:
 
 
 class RemoteFolder:
-    """What lies below a URL. Only one process of a family of forks may read URLs: the first that did."""
+    """The objects below a URL. Of a process and its forks, only the first that reads a URL may do so."""
 
     _process: ClassVar[int | None] = None
 
     def __init__(self, url: str) -> None:
-        """Contacts nobody yet. Raises BadInput if obstore is not installed, does not take the URL, or would hang."""
+        """Opens no connection. Raises BadInput if obstore is missing, refuses the URL, or would hang (after a fork)."""
         try:
             from obstore.exceptions import BaseError
             from obstore.store import from_url
@@ -108,7 +108,7 @@ class RemoteFolder:
             raise BadInput(f"{url} cannot be read: {_first_line(error)}") from None
 
     def copy(self, name: str, path: Path) -> None:
-        """Copy one object to a file, with its folder; nothing happens if there is no such object."""
+        """Copy one object to a file, whose folder is made; nothing happens if there is no such object."""
         import obstore
 
         try:
@@ -124,14 +124,14 @@ class RemoteFolder:
             return
 
     def sizes(self, names: list[str], *, prefix: str) -> dict[str, int]:
-        """The sizes (bytes) of those of these objects that are there; all their names begin with `prefix`."""
+        """The sizes (bytes) of the existing objects among `names`, all of which begin with `prefix`."""
         import obstore
 
         with reachable(self.url):
             if not isinstance(self.objects, obstore.store.HTTPStore):
                 batches = obstore.list(self.objects, prefix)
                 return {item["path"]: item["size"] for batch in batches for item in batch}
-            with ThreadPoolExecutor(16) as threads:  # a web server does not list
+            with ThreadPoolExecutor(16) as threads:  # a web server has no listing
                 sizes = threads.map(self.size, names)
                 return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 
@@ -146,25 +146,25 @@ class RemoteFolder:
 
 
 class CheckedObjects(zarr.storage.ObjectStore[Any]):
-    """Zarr's store of a remote folder, where a promised object that is missing or is another one is an error.
+    """A zarr store of a remote folder in which a missing or changed chunk is an error.
 
-    Zarr alone reads a missing chunk as the fill value.
+    Zarr itself reads a missing chunk as the fill value. The expected ("promised") objects come from the journal.
     """
 
     def __init__(self, folder: RemoteFolder, promised: dict[str, tuple[int, bytes | int]]) -> None:
-        """promised : by name, the size of an object in bytes, and how it ends (bytes) or its CRC-32 (a number)."""
+        """promised : name -> (size of the object in bytes, its last bytes or its CRC-32 as a number)."""
         super().__init__(folder.objects, read_only=True)
         self.url, self._folder, self._promised = folder.url, folder, promised
-        self._named: set[str] = set()  # of those read by ranges: objects whose end was seen
+        self._named: set[str] = set()  # objects read by ranges whose last bytes were checked
 
     def check_sizes(self, *, prefix: str) -> None:
-        """Raises DamagedStore if a promised object, all of whose names begin so, is missing or has a wrong size."""
+        """Raises DamagedStore if a promised object is missing or has a wrong size; all names begin with `prefix`."""
         sizes = self._folder.sizes(list(self._promised), prefix=prefix)
         for name in self._promised:
             self._check_size(name, sizes.get(name))
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        """What zarr asks for. Raises DamagedStore if a promised object is not the one."""
+        """An object for zarr. Raises DamagedStore if a promised object is missing or has changed."""
         if key not in self._promised:
             return await super().get(key, prototype, byte_range)
         import obstore
@@ -178,17 +178,17 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         self._check_size(key, answer.meta["size"])  # before its bytes are fetched
         content = await answer.bytes_async()
         self._check_content(key, memoryview(content))
-        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's own buffer
+        return prototype.buffer.from_bytes(content)  # type: ignore[arg-type]  # obstore's buffer type
 
     def get_range(self, name: str, start: int, stop: int) -> "Bytes":
-        """Some bytes of a promised object. The first time, how it ends is looked at too; its size is every time.
+        """A range of bytes of a promised object. Its size is always checked; its last bytes, the first time.
 
         Raises
         ------
         DamagedStore
-            If it is missing or not the one.
+            If it is missing or has changed.
         StoreUnreachable
-            If it cannot be read, or the server does not give parts of a file.
+            If it cannot be read, or the server does not support HTTP ranges.
         """
         from obstore.exceptions import BaseError, NotSupportedError
 
@@ -209,7 +209,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
             ) from None
         except BaseError:
             with reachable(self._folder.url):
-                self._check_size(name, self._folder.size(name))  # a file that is too short has no such range
+                self._check_size(name, self._folder.size(name))  # the file may be too short for the range
                 raise
 
     def _range(self, name: str, start: int, stop: int) -> "Bytes":
@@ -220,7 +220,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         return answer.bytes()
 
     def read(self, name: str) -> memoryview:
-        """A promised object, whole, without zarr. Raises DamagedStore if it is not the one, StoreUnreachable."""
+        """A whole promised object, without zarr. Raises DamagedStore if it has changed, or StoreUnreachable."""
         import obstore
 
         self.require_promised([name])
@@ -237,7 +237,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
         return content
 
     def small_object(self, name: str) -> dict[str, Any]:
-        """The JSON object at a name of the store, of at most 16 MiB. Raises DamagedStore, StoreUnreachable."""
+        """The JSON in a file of the store, of at most 16 MiB. Raises DamagedStore, StoreUnreachable."""
         import obstore
 
         try:
@@ -256,7 +256,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
                 raise DamagedStore(f"{self.url}/{name} is not named in the journal. {_COPY_AGAIN}")
 
     def _check_content(self, name: str, content: memoryview) -> None:
-        """`content`: all of it, or its end where that is what was promised."""
+        """Compare `content` (the whole object, or its last bytes if these are promised) with the journal."""
         _, promised = self._promised[name]
         if isinstance(promised, int):
             is_promised = zlib.crc32(content) == promised
@@ -277,7 +277,7 @@ class CheckedObjects(zarr.storage.ObjectStore[Any]):
 
 @contextmanager
 def reachable(url: str) -> Iterator[None]:
-    """Turns what obstore raises when it has tried often enough into one line; not found stays FileNotFoundError."""
+    """Turns errors of obstore, after its retries, into one line; a missing object stays a FileNotFoundError."""
     from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
     try:

@@ -1,7 +1,7 @@
-"""Folders of results: tables, JSON and figures that one command makes together, and a header that says from what.
+"""Folders of results: the tables, JSON and figures of one command, and a header with its settings and inputs.
 
-The header comes last and names the SHA-256 of every file, so a folder is either whole or incomplete. A
-command that is repeated with the same settings finds its folder complete; one that was cut writes it again.
+The header is written last and holds the SHA-256 of every file, so a folder is either complete or marked incomplete. A
+repeated command with the same settings finds its folder complete; an interrupted one writes it again.
 """
 
 import hashlib
@@ -30,50 +30,54 @@ from .seal import Seal
 from .spec import FORMATS, Format, Header, new_header, read_header, require_unchanged, seal_of, stated, write_header
 from .tables import parquet_bytes, parquet_table
 
-LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and picture
-_UNRECORDED = ("runs.jsonl", "selection.parquet")  # a log, and what cyto concept select adds later, with its own hash
+LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and image
+# the log, and a table that cyto concept select adds later, which has its own hash
+_UNRECORDED = (
+    "runs.jsonl",
+    "selection.parquet",
+)
 _MOST_BYTES = 1 << 36  # of a table
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class ResultWriter:
-    """A folder of results that is being made; nothing of it counts before `finish`."""
+    """A folder of results that is being written; it is complete after `finish`."""
 
     output: Output
     header: Header
-    seals: list[Seal] = field(default_factory=list)  # of what is read, looked at once more before it counts
+    seals: list[Seal] = field(default_factory=list)  # of the inputs, checked again at the end
 
     @property
     def root(self) -> Path:
-        """Where to write; not where it will lie, if an old folder is to be replaced."""
+        """The folder to write to; a temporary one if an old folder is to be replaced."""
         return self.output.work
 
     @property
     def is_complete(self) -> bool:
-        """These very results are there already."""
+        """The same results exist already."""
         return self.output.is_complete
 
     def watch(self, *headers: Header) -> None:
-        """These stores were opened before the results were begun: they, too, must be the same at the end."""
+        """Add stores that were opened before the results were started: they must be unchanged at the end, too."""
         self.seals.extend(header.seal for header in headers if header.seal is not None)
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write `name`.parquet; its metadata carries the identity of these results."""
+        """Write `name`.parquet, with the identity of these results in its metadata."""
         metadata = {**(table.schema.metadata or {}), b"cyto": self.header.identity.encode()}
         write_atomic(self.root / f"{name}.parquet", parquet_bytes(table.replace_schema_metadata(metadata)))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write `name`.json; NaN is null there, which the caller sees to."""
+        """Write `name`.json; the caller must have replaced NaN by None."""
         write_atomic(self.root / f"{name}.json", readable_json(value))
 
     def finish(self, summary: dict[str, Any]) -> Header:
-        """State what was found, with a checksum for each table and JSON file, and put the folder in its place.
+        """Write the header with the summary and the checksums of all files, and move the folder into place.
 
         Raises
         ------
         StoreReplaced
-            If what was read was exchanged meanwhile.
+            If an input was replaced in the meantime.
         """
         for seal in self.seals:
             seal.check()
@@ -81,7 +85,7 @@ class ResultWriter:
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
         figures = {}
-        if LISTED not in files:  # an atlas lists its thousands of files there
+        if LISTED not in files:  # an atlas lists its thousands of files in this table
             figures = {name: sha256_file(self.root / name) for name in other_files(self.root, own) if name not in files}
         sync_tree(self.root)
         header = replace(self.header, complete=True, summary={**summary, "files": files, "figures": figures})
@@ -103,20 +107,20 @@ def begin_results(
     inputs: Sequence[Path] = (),
     packages: Sequence[str] = ("numpy", "scipy"),
 ) -> ResultWriter:
-    """Decide where the results with these settings go, and begin their folder unless it is complete already.
+    """Decide about the folder of these results (see `plan_output`), and start it unless it is complete.
 
     Parameters
     ----------
-    spec : all that decides the numbers, the identities of the inputs included; plain JSON values
-    inputs : what this command reads, which `target` must not contain
-    packages : whose versions the run log (runs.jsonl) names
+    spec : all settings that decide the numbers, with the identities of the inputs; plain JSON values
+    inputs : files and folders that this command reads, which `target` must not contain
+    packages : the packages whose versions the run log (runs.jsonl) records
 
     Raises
     ------
     SpecMismatch
         If `target` holds other settings (and not `overwrite`), or something else.
     DamagedStore
-        If it is complete, but a file of it was changed or lost.
+        If it is complete, but one of its files has changed or is missing.
     """
     header = new_header(format, spec)
     output = plan_output(target, header, overwrite=overwrite, inputs=tuple(inputs))
@@ -133,7 +137,7 @@ def begin_results(
 
 
 def other_files(root: Path, header_file: str) -> list[str]:
-    """Names of all files of a folder of results but its header, its run log, locks, and what is added later."""
+    """Names of all files in a folder of results, without header, run log, locks and later additions."""
     places = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
     names = (
         path.relative_to(root).as_posix()
@@ -164,7 +168,7 @@ class ResultStore:
         Raises
         ------
         DamagedStore
-            If it is lost, or is not the file that the command wrote.
+            If it is missing or has changed.
         """
         data = self._checked(f"{name}.parquet")
         try:
@@ -173,7 +177,7 @@ class ResultStore:
             raise DamagedStore(f"{self.root / name}.parquet cannot be read ({error})") from None
 
     def content(self, name: str) -> bytes:
-        """Any file of the folder by its whole name, checked in the same way."""
+        """The content of any file of the folder, by its full name, checked in the same way."""
         return self._checked(name)
 
     def json(self, name: str) -> Any:
@@ -188,22 +192,22 @@ class ResultStore:
             ) from None
 
     def result(self, cls: type[_T], **more: Any) -> _T:
-        """What the header says that was found, as the command's own result; `more`: fields it does not say.
+        """The result object of the command, from the summary in the header; `more`: fields that it does not hold.
 
         Raises
         ------
         DamagedStore
-            If it does not say so, or says something of another type.
+            If the summary lacks a field, or has another type.
         """
         return stated(cls, dict(self.header.summary or {}).get("result"), self.root, **more)
 
     def check(self) -> None:
-        """Raise DamagedStore if a table, a JSON file or a figure was changed or lost."""
+        """Raise DamagedStore if a table, a JSON file or a figure has changed or is missing."""
         for problem in self.problems():
             raise DamagedStore(problem)
 
     def problems(self) -> Iterator[str]:
-        """What `check` would raise, of every file. Memory: one table."""
+        """The messages that `check` would raise, for every file. Memory: one table."""
         for name in self._files:
             try:
                 self._checked(name)
@@ -217,7 +221,7 @@ class ResultStore:
                 yield f"{path} is not the file that was written; {self._command} --overwrite makes it again"
 
     def unrecorded(self) -> list[str]:
-        """Files whose hash is not known: those of an older cyto, which recorded tables and JSON files only."""
+        """Files without a recorded hash: an older cyto recorded tables and JSON files only."""
         known = {*self._files, *self._figures}
         listed = {LISTED} & known
         return [] if listed else [name for name in other_files(self.root, self._own) if name not in known]
@@ -238,7 +242,7 @@ class ResultStore:
         try:
             data = read_regular(self.root / name, most_bytes=_MOST_BYTES)
         except (OSError, ValueError):
-            require_unchanged(self.header)  # perhaps that is the reason
+            require_unchanged(self.header)  # the store may have been replaced
             raise DamagedStore(f"{self.root / name} is missing; {self._command} --overwrite makes it again") from None
         if hashlib.sha256(data).hexdigest() != known[name]:
             require_unchanged(self.header)

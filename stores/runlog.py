@@ -1,6 +1,6 @@
-"""The run log of an artefact: when, where and with which versions it was made. It is outside the identity.
+"""The run log of an artefact: when, where and with which versions it was made. It is not part of the identity.
 
-A shard has a log of its own, `runs-I-of-N.jsonl`; the finished store holds all lines in `runs.jsonl`.
+Each shard has its own log, `runs-I-of-N.jsonl`; the finished store has all lines in `runs.jsonl`.
 """
 
 import logging
@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRITER, **facts: Any) -> None:
     """Add a line: time, versions of Python and of `packages`, and the given facts (device, threads, paths).
 
-    Warns if the job goes on from a run with another version, device, thread count or batch size: then it may not
-    end bit for bit as an uninterrupted one would have.
+    Warns if the job continues a run with another version, device, thread count or batch size: then the last bits may
+    differ from those of an uninterrupted run.
     """
     record: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -39,7 +39,7 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
     }
     record["sha256"] = sha256_json(record)
     own = root / (_FILE if shard.is_only else f"runs-{shard.file_part}.jsonl")
-    read_lines(own, mend=True, skip_damaged=True)  # a line that a crash tore must not take this one along
+    read_lines(own, mend=True, skip_damaged=True)  # remove a truncated line, so that this one is not joined to it
     before = read_runs(root)
     if before:
         _warn_of_changes(root, before[-1], record)
@@ -47,15 +47,15 @@ def append_run(root: Path, *, packages: tuple[str, ...], shard: Shard = ONE_WRIT
 
 
 def read_runs(root: Path) -> list[dict[str, Any]]:
-    """The run log, oldest first; [] where there is none. A damaged line is left out: nothing rests on it."""
+    """The run log, oldest first; [] where there is none. Damaged lines are left out: no number depends on them."""
     of_shards = [run for path in shard_logs(root) for run in read_lines(path, skip_damaged=True)]
-    # a crash at the finish may leave a shard's lines in both places
+    # after a crash at the end, a shard's lines may be in both files
     others = [run for run in read_lines(root / _FILE, skip_damaged=True) if run not in of_shards]
     return sorted([*others, *of_shards], key=lambda run: str(run.get("time")))
 
 
 def damaged_runs(root: Path) -> list[str]:
-    """Lines of the run log that are not what was written, in words. A last one that a crash tore is passed over."""
+    """The changed lines of the run log, in words. A truncated last line is skipped."""
     path = root / _FILE
     try:
         lines = read_regular(path, most_bytes=_MOST_BYTES).split(b"\n")[:-1]
@@ -82,7 +82,7 @@ def shard_logs(root: Path) -> list[Path]:
 
 
 def join_runs(root: Path) -> None:
-    """All lines into `runs.jsonl`; the shards' own logs stay."""
+    """Copy all lines into `runs.jsonl`; the logs of the shards stay."""
     if shard_logs(root):
         write_lines(root / _FILE, read_runs(root))
 

@@ -1,4 +1,4 @@
-"""Was a store exchanged while it was read? Its header file tells: every replacement and repair writes a new one."""
+"""Detects that a store was replaced while it was read: every replacement or repair writes a new header file."""
 
 import os
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from .errors import StoreReplaced
 
 @dataclass(frozen=True)
 class Seal:
-    """The header file of a store as it was when the store was opened. Costs one small look at the disk."""
+    """The state of a store's header file when the store was opened. Costs one `fstat`."""
 
     path: Path
-    state: tuple[int, int, int]  # inode, time of change in ns, bytes; no device: it differs between machines
+    state: tuple[int, int, int]  # inode, time of change in ns, bytes; not the device, which differs between machines
 
     @staticmethod
     def of(header_file: Path) -> "Seal | None":
-        """The seal of a store now; None where there is no such file."""
+        """The present seal of a store; None if there is no such file."""
         state = _state(header_file)
         return None if state is None else Seal(header_file.absolute(), state)
 
     def check(self) -> None:
-        """Raise StoreReplaced if another store lies there now, or none."""
+        """Raise StoreReplaced if the store was replaced or removed."""
         if _state(self.path) != self.state:
             raise StoreReplaced(
                 f"{self.path.parent} was replaced or changed by another command while it was read; nothing was "
@@ -31,13 +31,13 @@ class Seal:
 
 
 def travelling(store: Any) -> tuple[Any, ...]:
-    """What `__reduce__` of a store with `root` and `header` gives: its place, and the state of its header file."""
+    """The result of `__reduce__` of a store with `root` and `header`: its place, and the state of its header file."""
     seal = store.header.seal
     return _reopen, (type(store), store.root, *(() if seal is None else (seal.path.name, *seal.state)))
 
 
 def _reopen(kind: Any, root: Path | str, *seal: Any) -> Any:
-    """In another process: the same store, or StoreReplaced."""
+    """Open the same store in another process, or raise StoreReplaced."""
     if seal:
         Seal((Path(root) / seal[0]).absolute(), seal[1:]).check()
     return kind(root)
@@ -45,7 +45,7 @@ def _reopen(kind: Any, root: Path | str, *seal: Any) -> Any:
 
 def _state(path: Path) -> tuple[int, int, int] | None:
     try:
-        with path.open("rb") as file:  # opened: a network file system then asks its server
+        with path.open("rb") as file:  # opened, so that a network file system asks its server
             found = os.fstat(file.fileno())
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Which part of a store one of several writers makes: shard I of N, counted from 0."""
+"""The share of one of several writers of a store: shard I of N, counted from 0."""
 
 import re
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from .errors import BadInput
 
 @dataclass(frozen=True)
 class Shard:
-    """Writer `index` of `count`. Shards own disjoint runs of chunks, which together are all chunks."""
+    """Writer `index` of `count`. Shards own disjoint ranges of chunks, which together are all chunks."""
 
     index: int = 0
     count: int = 1
@@ -39,14 +39,14 @@ class Shard:
 
     @property
     def file_part(self) -> str:
-        """`0-of-4`, as it stands in the names of this writer's own files."""
+        """`0-of-4`, as in the names of this writer's files."""
         return f"{self.index}-of-{self.count}"
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
     def chunks(self, n_chunks: int) -> range:
-        """The chunks that this writer owns: neighbours, so that it reads neighbouring images."""
+        """The chunks of this writer: consecutive ones, so that it reads consecutive images."""
         return range(self.index * n_chunks // self.count, (self.index + 1) * n_chunks // self.count)
 
 

@@ -1,8 +1,8 @@
-"""What every artefact says about itself: kind, version, identity, settings, whether it is complete.
+"""The header of every artefact: kind, version, identity, settings, whether it is complete.
 
 The header is one JSON object. A Zarr store keeps it as the attribute `cyto` of its root group (file `zarr.json`), a
-folder artefact as a file of its own (`sae.json`, `barcodes.json`). The identity is the SHA-256 of the spec, so
-that a store can be continued only with the settings that it was begun with.
+folder artefact as a separate file (`sae.json`, `barcodes.json`). The identity is the SHA-256 of the spec, so that a
+store can be continued only with the settings that it was started with.
 """
 
 from collections.abc import Collection
@@ -24,7 +24,7 @@ class Format:
     """One kind of artefact: its name, the version this program writes, its header file, the command that makes it."""
 
     kind: str
-    a_kind: str  # with its article, for sentences
+    a_kind: str  # with article, for sentences
     version: int
     header_file: str
     command: str
@@ -110,7 +110,7 @@ class Header:
     version: int
     spec: dict[str, Any]
     complete: bool = False
-    summary: dict[str, Any] | None = None  # known only at the end: counts, hashes of what was written
+    summary: dict[str, Any] | None = None  # known at the end: counts, hashes of files
     created_by: str = ""
     seal: Seal | None = field(default=None, compare=False, repr=False)  # of the file it was read from
 
@@ -120,7 +120,7 @@ class Header:
         return sha256_json({"format": self.kind, "format_version": self.version, "spec": self.spec})
 
     def to_json(self) -> dict[str, Any]:
-        """The header as it stands on disk."""
+        """The header as written to disk."""
         return {
             "format": self.kind,
             "format_version": self.version,
@@ -133,7 +133,7 @@ class Header:
 
 
 def new_header(format: Format, spec: dict[str, Any]) -> Header:
-    """The header of an artefact that is about to be begun."""
+    """The header of a new artefact."""
     return Header(kind=format.kind, version=format.version, spec=spec, created_by=f"cyto {cyto_version()}")
 
 
@@ -143,12 +143,12 @@ def cyto_version() -> str:
 
 
 def find_header(root: Path) -> Header | None:
-    """The header of the artefact at `root`, whatever its kind; None where nothing of ours lies.
+    """The header of the artefact at `root`, of any kind; None if there is none.
 
     Raises
     ------
     DamagedStore
-        If the header is ours, but says an identity that its own spec does not have.
+        If the identity in the header is not that of its spec.
     """
     for name in dict.fromkeys(format.header_file for format in FORMATS.values()):
         raw = read_object(root / name)
@@ -170,11 +170,11 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
     SpecMismatch
         If it was written by a newer program.
     IncompleteStore
-        If `complete` is asked for and the job has not finished.
+        If `complete` and the job has not finished.
     """
     if not root.exists():
         raise StoreNotFound(f"no {format.kind} at {root}: nothing is there. Make one with {format.command}")
-    seal = Seal.of(root / format.header_file)  # before it is read: what comes between the two is noticed
+    seal = Seal.of(root / format.header_file)  # before the header is read, so that a later change is noticed
     header = find_header(root)
     if header is None and (reason := _why_unreadable(root / format.header_file)):
         raise DamagedStore(f"{root / format.header_file} cannot be read: {reason}. Make it again with {format.command}")
@@ -206,20 +206,20 @@ def read_header(root: Path, format: Format, *, complete: bool = True) -> Header:
 
 
 def require_unchanged(*headers: Header) -> None:
-    """Raise StoreReplaced if one of the stores that these headers were read from is not there as it was."""
+    """Raise StoreReplaced if one of the stores with these headers was replaced or changed."""
     for header in headers:
         if header.seal is not None:
             header.seal.check()
 
 
 def seal_of(root: Path) -> Seal | None:
-    """The seal of whatever artefact of ours lies at `root` now; None where there is none."""
+    """The present seal of the artefact at `root`, of any kind; None if there is none."""
     found = find_header(root) if root.is_dir() else None
     return None if found is None else Seal.of(root / FORMATS[found.kind].header_file)
 
 
 def begin_header(root: Path, header: Header) -> None:
-    """Write the header of a new artefact, unless another writer of it already has."""
+    """Write the header of a new artefact, unless another writer has."""
     write_new(root / FORMATS[header.kind].header_file, readable_json(_header_content(root, header)))
 
 
@@ -237,26 +237,26 @@ def describe_difference(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
-    """Refuse a value outside its closed list, always with the same words."""
+    """Raise BadInput if a value is not one of the allowed ones."""
     if value not in allowed:
         raise BadInput(f"{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
 
 
 def check_latent(latent: int, n_latents: int, place: object) -> None:
-    """Refuse a number that no latent has, always with the same words; `place`: what has these latents."""
+    """Raise BadInput if there is no latent of this number; `place`: the artefact with these latents."""
     if not 0 <= latent < n_latents:
         numbers = f"{n_latents:,} latents, counted from 0; give 0 to {n_latents - 1:,}"
         raise BadInput(f"no latent {latent:,} in {place}: it has {numbers}")
 
 
-class Said(dict[str, Any]):
-    """An object of a header as read. To ask for what it does not say is an error in one line, not a KeyError."""
+class HeaderObject(dict[str, Any]):
+    """An object of a header as read. A missing key raises DamagedStore in one line, not a KeyError."""
 
     place: str = ""
 
     @classmethod
     def of(cls, value: Any, place: object) -> Any:
-        """The same value with every object in it made one of these."""
+        """The same value with every object in it converted."""
         if isinstance(value, dict):
             said = cls({name: cls.of(inner, place) for name, inner in value.items()})
             said.place = str(place)
@@ -271,19 +271,19 @@ class Said(dict[str, Any]):
 
 
 def plain(value: Any) -> Any:
-    """The same value with every `Said` in it a dict again, for files that others unpickle."""
+    """The same value with every `HeaderObject` converted to a dict, for files that other programs unpickle."""
     if isinstance(value, dict):
         return {name: plain(inner) for name, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def stated(cls: type[_T], said: Any, place: object, *, positive: Collection[str] = (), **more: Any) -> _T:
-    """The dataclass `cls` from what a header says of its fields, in their types; `more`: fields it does not say.
+    """The dataclass `cls` from an object in a header, with a check of types; `more`: fields that are not in it.
 
     Raises
     ------
     DamagedStore
-        Naming the field that is missing, unknown, of another type, or (of `positive`) below 1.
+        If a field is missing, unknown, of another type, or (in `positive`) below 1; the message names it.
     """
     hints = {name: hint for name, hint in get_type_hints(cls).items() if name not in more}
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]  # a dataclass
@@ -316,7 +316,7 @@ def _hint(hint: Any) -> str:
 def _parse_header(raw: dict[str, Any], root: Path) -> Header:
     try:
         format_version = int(raw["format_version"])
-        if format_version > FORMATS[raw["format"]].version:  # only a newer program knows what the rest must look like
+        if format_version > FORMATS[raw["format"]].version:  # only a newer program knows the rest of the format
             return Header(kind=raw["format"], version=format_version, spec={})
         spec, summary = raw["spec"], raw.get("summary")
         if not isinstance(spec, dict) or not isinstance(summary, dict | None):
@@ -324,9 +324,9 @@ def _parse_header(raw: dict[str, Any], root: Path) -> Header:
         header = Header(
             kind=raw["format"],
             version=format_version,
-            spec=Said.of(spec, root),
+            spec=HeaderObject.of(spec, root),
             complete=raw["complete"] is True,
-            summary=None if summary is None else Said.of(summary, root),
+            summary=None if summary is None else HeaderObject.of(summary, root),
             created_by=str(raw.get("created_by", "")),
         )
         identity = header.identity
@@ -357,7 +357,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _why_unreadable(path: Path) -> str | None:
-    """What keeps a header file from being read; None if there is none, or it holds JSON."""
+    """Why a header file cannot be read; None if there is no file, or it holds JSON."""
     try:
         value = read_json(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,7 +1,7 @@
-"""The image table: one row per image, what it is, whose it is, and whether it could be read.
+"""The image table: one row per image, with path, label, patient and disease, and whether it could be read.
 
-The first seven columns are the manifest; extra columns of the user's manifest travel along as strings. The last
-three are the outcome of reading the file. A row's position is its `image_index`, in every store.
+The first seven columns are the manifest; extra columns of the user's manifest are kept as strings. The last three are
+the outcome of reading the file. The position of a row is its `image_index`, in every store.
 """
 
 import csv
@@ -25,35 +25,35 @@ from .files import decode_text, write_atomic
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
 STATUS_OK, STATUS_UNREADABLE = "ok", "unreadable"
-_FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # full-width ones too
+_FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also the full-width forms
 _BREAKS = ("\t", "\r", "\n")
 _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _SEPARATORS = ",;\t"
-_NAMES_A_FILE = ("image_id", "path", "mask", "latent")  # in these columns, "NA" may well be a name
-_OURS = (*MANIFEST_COLUMNS, *OUTCOME_COLUMNS, "mask")  # a column that means one of these in another spelling is it
+_NAMES_A_FILE = ("image_id", "path", "mask", "latent")  # columns in which "NA" may be a name
+_OURS = (*MANIFEST_COLUMNS, *OUTCOME_COLUMNS, "mask")  # known columns, also in other spellings
 _WHOLE_NUMBERS = ("image_id", "patient", "disease", "label", "label_common", "dataset")
-# what R, SPSS, SAS, pandas, SQL and spreadsheets write for a missing value. Only what nobody takes for a name: "none",
-# "unknown", "healthy" and "0" are left as they are, for they may be a disease or a label
+# what R, SPSS, SAS, pandas, SQL and spreadsheets write for a missing value. Not "none", "unknown", "healthy" and "0",
+# which may be a disease or a label
 MISSING = ("NA", "N/A", "n/a", "#N/A", "#N/A N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "#NULL!", "None")
 MISSING_SIGNS = (".", "-", "--", "?")
 ALL_MISSING = frozenset({*MISSING, *MISSING_SIGNS})
-MAX_NAME_BYTES = 255  # of a file, on the usual disks: a column becomes a folder of that name in an AnnData store
+MAX_NAME_BYTES = 255  # of a file name, on usual disks: a column becomes a folder in an AnnData store
 _log = logging.getLogger(__name__)
 
 
 def read_table_file(path: Path) -> pa.Table:
-    """A user's CSV or Parquet table, every column as strings; empty cells, NaN and `MISSING` become null.
+    """A CSV or Parquet table of the user, every column as strings; empty cells, NaN and `MISSING` become null.
 
-    The same from both: no blanks around names and cells; a column of ours in another case or with blanks (`Patient`,
-    `Image ID`) gets its name; whole numbers that pandas made floats (7.0) lose the ".0" in columns that name something.
-    CSV: separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Cleared rows, empty
-    columns at the end, and row names that R or pandas put first are left out. What was changed is told as a warning.
+    The same from both formats: blanks around names and cells are removed; known columns in another spelling (`Patient`,
+    `Image ID`) get their name; in columns of names, integers that pandas made floats (7.0) lose the ".0". CSV: fields
+    separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Empty rows, empty columns at
+    the end, and row names of R or pandas in the first column are left out. Changes are reported as warnings.
 
     Raises
     ------
     BadInput
-        If the file is missing, of another format or encoding, a CSV line has a wrong number of fields, or two columns
-        have names that are equal but for case and blanks.
+        If the file is missing, of another format or encoding, a CSV line has a wrong number of fields, or the names of
+        two columns differ only in case and blanks.
     """
     if not path.is_file():
         raise BadInput(f"no table at {path}: expected a .csv or .parquet file")
@@ -65,17 +65,17 @@ def read_table_file(path: Path) -> pa.Table:
 
 
 def folded(name: str) -> str:
-    """A column's name without regard to case, blanks, hyphens and points: `Image ID` and `image.id` are `image_id`."""
+    """A column's name in the form for comparison: `Image ID` and `image.id` become `image_id`."""
     return re.sub(r"[\s\-._]+", "_", unicodedata.normalize("NFKC", name).casefold().strip()).strip("_")
 
 
 def check_column_names(names: Iterable[str], source: str) -> None:
-    """Refuse names that AnnData, Zarr or a disk cannot store: a later stage would fail after hours of work.
+    """Refuse names that AnnData, Zarr or a disk cannot store, before a later stage fails on them.
 
     Raises
     ------
     BadInput
-        With the name, shortened.
+        For such a name, which the message shows shortened.
     """
     for name in names:
         shown = repr(name if len(name) <= 60 else f"{name[:59]}…")
@@ -93,17 +93,17 @@ def check_column_names(names: Iterable[str], source: str) -> None:
 def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: str) -> pa.Table:
     """A checked manifest: the seven columns in order, then the user's extra ones; outcome columns are dropped.
 
-    Where `dataset` is empty it becomes the argument `dataset`, an empty `image_id` becomes `dataset/path`.
+    An empty cell of `dataset` becomes the argument `dataset`; an empty `image_id` becomes `dataset/path`.
 
     Parameters
     ----------
     columns : at least `path`: relative to the images' root, `/` between folders
-    source : what to call this table in an error
+    source : name of this table in errors
 
     Raises
     ------
     BadInput
-        Without `path`, without rows, or with an empty or escaping path or a repeated `image_id`.
+        If there is no `path` or no row, a path is empty or leads out of the root, or an `image_id` is repeated.
     """
     if "path" not in columns:
         found = ", ".join(columns) or "no columns"
@@ -120,7 +120,7 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
     known: dict[str, list[str | None]] = {name: columns.get(name, nothing) for name in MANIFEST_COLUMNS}
     known |= {"image_id": [*ids], "path": [*clean], "dataset": [*datasets]}
     extra = {name: columns[name] for name in columns if name not in known and name not in OUTCOME_COLUMNS}
-    is_ours = {*OUTCOME_COLUMNS} <= {*columns}  # the image table of a cache, given as a manifest
+    is_ours = {*OUTCOME_COLUMNS} <= {*columns}  # the image table of a cache was given as the manifest
     for name in columns:
         if name in OUTCOME_COLUMNS and not is_ours:
             raise BadInput(f"{source} has a column {name!r}, which is ours to write; rename it")
@@ -138,7 +138,7 @@ def with_outcome(table: pa.Table, content_hash: list[str | None], errors: list[s
 
 
 def without_outcome(table: pa.Table) -> pa.Table:
-    """The manifest of an image table: what is hashed into a cache's identity."""
+    """The manifest of an image table, whose hash is part of a cache's identity."""
     return table.select([name for name in table.column_names if name not in OUTCOME_COLUMNS])
 
 
@@ -155,18 +155,18 @@ def parquet_bytes(table: pa.Table) -> memoryview:
 
 
 def sealed_parquet(table: pa.Table, **said: Any) -> memoryview:
-    """The same, for a file whose hash stands nowhere else: its metadata hold that of its cells, and what is said."""
+    """The same, with the hash of the cells and the values `said` in the metadata, for files without another record."""
     cyto = {**said, "sha256": table_sha256(table)}
     return parquet_bytes(table.replace_schema_metadata({b"cyto": json.dumps(cyto).encode()}))
 
 
 def read_sealed(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """A file of `sealed_parquet`: (the table, what was said and `sha256`). An older cyto's may say nothing: {}.
+    """A file of `sealed_parquet`: (the table, the values `said` and `sha256`); {} for files of an older cyto.
 
     Raises
     ------
     OSError, ValueError, ArrowException
-        If it cannot be read, or its cells are not those that were written.
+        If it cannot be read, or its cells have changed.
     """
     table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
     said = json.loads((table.schema.metadata or {}).get(b"cyto", b"{}"))
@@ -179,13 +179,13 @@ def read_sealed(path: Path) -> tuple[pa.Table, dict[str, Any]]:
 def parquet_table(data: bytes | bytearray) -> pa.Table:
     """The table in the content of a Parquet file.
 
-    Arrow gets a copy in memory of its own. Its threads may hold on to the file for a moment after the table is there;
-    an object of Python's, let go by such a thread while the interpreter ends, would abort the process (exit code 134).
+    Arrow gets a copy in its own memory. Its threads may keep the file for a moment after the table is read; if such a
+    thread released a Python object while the interpreter ends, the process would abort (exit code 134).
 
     Raises
     ------
     OSError, ValueError, ArrowException
-        If it is none, or a page is not what was written.
+        If it is no Parquet file, or a page has changed.
     """
     copy = pa.BufferOutputStream()
     copy.write(data)
@@ -193,16 +193,16 @@ def parquet_table(data: bytes | bytearray) -> pa.Table:
 
 
 def csv_bytes(table: pa.Table) -> bytes:
-    """A table as the content of a CSV file that a spreadsheet may open: no text in it is taken for a formula.
+    """A table as the content of a CSV file, safe for spreadsheets: no text in it is read as a formula.
 
-    A text that begins with one of `= + - @` (blanks before it aside), a tab or a line break gets an apostrophe first.
+    An apostrophe is put before a text that begins with `= + - @` (also after blanks), a tab or a line break.
     """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow([_not_a_formula(name) for name in table.column_names])
     for row in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
         writer.writerow([_not_a_formula(cell) for cell in row])
-    return text.getvalue().encode("utf-8-sig")  # -sig: else Excel takes UTF-8 for something else
+    return text.getvalue().encode("utf-8-sig")  # -sig: else Excel does not read it as UTF-8
 
 
 def _not_a_formula(cell: object) -> object:
@@ -228,17 +228,17 @@ def read_image_table(path: Path) -> pa.Table:
 def table_sha256(table: pa.Table) -> str:
     """SHA-256 of names, order and values of all columns; independent of Parquet's own version and layout."""
     cells = [[name, table[name].to_pylist()] for name in table.column_names]
-    text = json.dumps(cells, separators=(",", ":"), ensure_ascii=False)  # a measured number may be NaN
+    text = json.dumps(cells, separators=(",", ":"), ensure_ascii=False)  # NaN is allowed for measured numbers
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def column(table: pa.Table, name: str) -> list[str | None]:
-    """One column as Python strings; all None where the table does not have it."""
+    """One column as Python strings; all None if the table lacks it."""
     return table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
 
 
 def readable(table: pa.Table) -> list[bool]:
-    """Per row: was the image read? False as long as the outcome is unknown."""
+    """Per row: was the image read? False if the outcome is unknown."""
     return [status == STATUS_OK for status in column(table, "status")]
 
 
@@ -249,7 +249,7 @@ def listed(items: list[str], limit: int = 3) -> str:
 
 
 def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
-    """The table with our names for columns that mean ours, and null for what only says that a value is missing."""
+    """The table with standard names for known columns, and null for words that mean a missing value."""
     seen: dict[str, str] = {}
     for name in table.column_names:
         key = folded(name)
@@ -296,7 +296,7 @@ def _read_csv(path: Path) -> pa.Table:
     header = [name.strip() for name in numbered[0][1]]
     body = [(number, [cell.strip() or None for cell in row]) for number, row in numbered[1:]]
     while header and not header[-1] and not any(cell for _, row in body for cell in row[len(header) - 1 :]):
-        header.pop()  # columns that were cleared, or a separator at the end of each line
+        header.pop()  # cleared columns, or a separator at the end of each line
     if body and header and header[0] and all(len(row) == len(header) + 1 for _, row in body):
         if any(row[-1] for _, row in body):  # R's write.table
             header = ["", *header]
@@ -312,9 +312,9 @@ def _read_csv(path: Path) -> pa.Table:
 
 
 def _separator(text: str) -> tuple[str, str]:
-    """(what separates the fields, the text): the one by which the header has a column of ours, else the most frequent.
+    """(separator, text): the separator with which the header has a known column, else the most frequent one.
 
-    A first line `sep=;`, which Excel reads and writes, says it and is cut off.
+    A first line `sep=;`, as of Excel, gives the separator and is removed.
     """
     said = re.match(r'"?sep=([,;\t])"?[,;\t]*(?:\r\n|\r|\n)', text, re.IGNORECASE)
     if said:
@@ -334,7 +334,7 @@ def _separator(text: str) -> tuple[str, str]:
 
 
 def _read_parquet(path: Path, *, strip: bool = False) -> pa.Table:
-    """`strip`: a user's table, in which blanks around a name or a cell mean nothing; else exactly what was written."""
+    """`strip`: remove blanks around names and cells, for tables of users."""
     try:
         table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
         if strip:
@@ -345,7 +345,7 @@ def _read_parquet(path: Path, *, strip: bool = False) -> pa.Table:
                 table = table.drop_columns(index)
         _check_header(table.column_names, path)
         table = pa.table({name: _as_strings(table[name], strip=strip) for name in table.column_names})
-        table.validate(full=True)  # that texts are UTF-8, for one: a damaged file may hold anything
+        table.validate(full=True)  # for instance that strings are UTF-8, which a damaged file may violate
         return table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a Parquet table of plain columns: {error}") from None
@@ -354,7 +354,7 @@ def _read_parquet(path: Path, *, strip: bool = False) -> pa.Table:
 def _as_strings(values: pa.ChunkedArray, *, strip: bool = False) -> pa.Array:
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if pa.types.is_floating(values.type):  # pandas turns whole numbers with gaps into floats: 7.0 was 7
+    if pa.types.is_floating(values.type):  # pandas makes integers with missing values floats: 7.0 was 7
         return pa.array([_from_float(value) for value in values.to_pylist()], pa.string())
     texts = values.cast(pa.string()).combine_chunks()
     texts = pc.utf8_trim_whitespace(texts) if strip else texts
@@ -374,11 +374,11 @@ def _check_header(names: list[str], path: Path) -> None:
 
 
 def _check_path(path: str | None, row: int, source: str) -> str:
-    """A relative path with `/`, that stays below the root whatever the system that reads it."""
+    """A relative path with `/` that stays below the root on every operating system."""
     if not path:
         raise BadInput(f"row {row:,} of {source} has an empty path")
     posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    # for Windows a backslash separates too, and `C:` or a leading backslash leaves the root
+    # on Windows a backslash separates, too, and `C:` or a leading backslash leaves the root
     if posix.is_absolute() or windows.anchor or ".." in windows.parts or "\0" in path:
         raise BadInput(
             f"row {row:,} of {source}: path {path!r} does not lie below the images' root; "

@@ -1,8 +1,8 @@
-"""Which tokens come next where each cache has a weight of its own, instead of counting by its size.
+"""The order of training tokens if each cache has a weight, instead of counting by its size.
 
-Each cache is a stream by itself (`TokenStream`), which gives each of its tokens once per pass of its own: a small cache
-with a great weight comes round more often. A batch takes so many tokens from each that after any number of batches
-every cache has given its share, to less than one token; inside a batch they are shuffled.
+Each cache has its own stream (`TokenStream`) with its own epochs, so a small cache with a large weight is repeated more
+often. After any number of batches, every cache has given its weighted share of tokens, up to less than one token.
+Inside a batch, tokens are shuffled.
 """
 
 import math
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class TokenMix:
-    """The training tokens of several caches, mixed by weights; a pure function of (caches, weights, settings, seed).
+    """The training tokens of several caches, mixed by weights; determined by (caches, weights, settings, seed).
 
-    The order in which the caches are given is of no account. Memory: as of `TokenStream`, with two pools per cache.
+    The order in which the caches are given does not matter. Memory: as `TokenStream`, with two pools per cache.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class TokenMix:
         threads: int = 2,
         images: Sequence[Bool] | None = None,
     ) -> None:
-        """`weights`: one per cache, above 0, in any unit; the rest is as of `TokenStream`.
+        """`weights`: one per cache, above 0, in any unit; for the other parameters see `TokenStream`.
 
         Raises
         ------
         BadInput
-            If a weight is missing or not above 0, for whole images in order, or if a cache has no image to give.
+            If a weight is missing or not above 0, for order `images`, or if a cache has no eligible image.
         """
         if len(weights) != len(stores) or not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise BadInput(
@@ -79,19 +79,19 @@ class TokenMix:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Tokens of all caches: the length of a pass if the weights are in proportion to the sizes."""
+        """Number of tokens of all caches: the length of an epoch if weights are proportional to sizes."""
         return sum(stream.tokens_per_epoch for stream in self._streams)
 
     def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
 
-        Entering at a position reads a pool of each cache, not what came before. `part` is as of `TokenStream.batches`.
+        To start at a position, one pool of each cache is read. For `part` see `TokenStream.batches`.
 
         Raises
         ------
         BadInput
-            As `TokenStream.batches`; if `position` is not the beginning of a batch; and if a weight is so small that
-            its cache would give less than a token to a batch.
+            As `TokenStream.batches`; also if `position` is not the first token of a batch, or a weight is so small that
+            its cache would give less than one token to a batch.
         """
         rows = rows_of_part(batch_tokens, part)
         if position < 0 or position % batch_tokens:
@@ -125,21 +125,21 @@ class TokenMix:
             yield after - before
 
     def _given(self, number: int, n_tokens: int) -> int:
-        """Of the first `n_tokens` those of cache `number`: its weighted share, to less than one token.
+        """How many of the first `n_tokens` tokens are of cache `number`: its weighted share, up to less than one token.
 
-        The borders between the caches are rounded, so all add up to `n_tokens` without a rule for ties. Between two
-        batches this cannot fall, as long as the cache's share of a batch is one token or more.
+        The borders between caches are rounded, so all numbers add up to `n_tokens`. The number does not decrease from
+        batch to batch, as long as the share of a batch is at least one token.
         """
         return math.floor(self._borders[number + 1] * n_tokens) - math.floor(self._borders[number] * n_tokens)
 
 
 def store_seed(seed: int, store: "ActivationStore") -> int:
-    """Each cache is shuffled by a seed of its own, that does not depend on its place among the caches."""
+    """The seed of one cache, which does not depend on its position among the caches."""
     return int(sha256_json([seed, store.identity])[:16], 16)
 
 
 def _gather_shuffled(pieces: list[Tokens], seeds: list[int], rows: range, width: int) -> Float16:
-    """The rows `rows` of a batch: the tokens of `pieces` in an order that `seeds` decide."""
+    """The rows `rows` of a batch: the tokens of `pieces`, shuffled with `seeds`."""
     places: npt.NDArray[np.int64] = np.random.default_rng(seeds).permutation(sum(map(len, pieces)))
     is_wanted = (places >= rows.start) & (places < rows.stop)
     wanted, first = [], 0

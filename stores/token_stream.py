@@ -1,10 +1,10 @@
-"""Which tokens come next: an endless stream, a pure function of (caches, settings, seed), that can be entered anywhere.
+"""The order of training tokens: an endless stream that can start at any position, determined by caches, settings, seed.
 
-Order `tokens`: chunks are cut into parts of some images; in every epoch the parts are permuted, pools of parts are
-read, as large as `pool_chunks` chunks, and the tokens of a pool are permuted. So a pool mixes also a cache that is
-sorted by class. Order `images`: whole images, permuted once, the same in every pass (released). Each token comes once
-per epoch; a batch may reach into the next pool or epoch. Tokens of unreadable images never come, nor those of images
-left out. Several ranks share a batch by its rows.
+Order `tokens`: chunks are divided into segments of up to 8 images. In every epoch the segments are permuted; pools of
+segments, of the size of `pool_chunks` chunks, are read, and the tokens of a pool are permuted. So tokens are mixed well
+also in a cache that is sorted by class. Order `images`: whole images, permuted once, the same in every epoch (as
+released). Each token comes once per epoch; a batch may continue into the next pool or epoch. Only eligible images are
+used: readable ones that were chosen for training. Several ranks share a batch by its rows.
 """
 
 from collections import deque
@@ -29,7 +29,7 @@ Int = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
 Job = Callable[[], Float16]  # gathers one batch
-PART_IMAGES = 8  # a part is at most so many images of a chunk, side by side: docs/log.md says why 8
+SEGMENT_IMAGES = 8  # most images of a segment, which are neighbours in a chunk: docs/log.md says why 8
 _MOST_TOKENS = 2**31 - 1  # of a pool: `Tokens.order` has 32 bits
 
 
@@ -46,7 +46,7 @@ class TokenShape(Protocol):
 
     @property
     def chunk_images(self) -> int:
-        """Images of a chunk, the last one's excepted."""
+        """Images per chunk, except in the last one."""
 
 
 class TokenSource(Protocol):
@@ -54,7 +54,7 @@ class TokenSource(Protocol):
 
     @property
     def root(self) -> Path | str:
-        """Where it lies, for error messages."""
+        """Its path or URL, for error messages."""
 
     @property
     def spec(self) -> TokenShape:
@@ -68,53 +68,53 @@ class TokenSource(Protocol):
 
 
 @dataclass(frozen=True)
-class PoolPart:
+class PoolSegment:
     """Eligible images of one chunk of one cache, close together; their read is scheduled."""
 
     store: TokenSource
     chunk: int
-    rows: Int  # positions inside the chunk, rising
-    block: Future[Float16]  # the images from the first row to the last
+    rows: Int  # positions inside the chunk, ascending
+    future: Future[Float16]  # all images from the first to the last of `rows`
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The images whose tokens are shuffled together, and of each the tokens that may come."""
+    """The images whose tokens are shuffled together, and the positions of the tokens that are used."""
 
-    parts: list[PoolPart]
+    segments: list[PoolSegment]
     tokens: range
 
     @cached_property
     def images(self) -> npt.NDArray[np.uintp]:
-        """(n_images,) where each one's first token that may come lies in memory; waits until all are there.
+        """(n_images,) memory address of the first used token of each image; waits until all images are read.
 
-        Raises what reading them raises. They lie there as long as the pool is kept.
+        Raises the errors of reading them. The addresses are valid as long as the pool exists.
         """
-        return np.concatenate([self._addresses(part) for part in self.parts])
+        return np.concatenate([self._addresses(segment) for segment in self.segments])
 
-    def _addresses(self, part: PoolPart) -> npt.NDArray[np.uintp]:
-        block = part.block.result()
-        image_bytes, token_bytes = block.strides[:2]
-        first = block.ctypes.data + self.tokens.start * token_bytes
-        return np.array((part.rows - part.rows[0]) * image_bytes + first, np.uintp)
+    def _addresses(self, segment: PoolSegment) -> npt.NDArray[np.uintp]:
+        tokens = segment.future.result()
+        image_bytes, token_bytes = tokens.strides[:2]
+        first = tokens.ctypes.data + self.tokens.start * token_bytes
+        return np.array((segment.rows - segment.rows[0]) * image_bytes + first, np.uintp)
 
-    def part_of(self, image: int) -> PoolPart:
-        """The part that an image of the pool is in."""
-        ends = np.cumsum([len(part.rows) for part in self.parts])
-        return self.parts[int(np.searchsorted(ends, image, side="right"))]
+    def segment_of(self, image: int) -> PoolSegment:
+        """The segment of an image of the pool."""
+        ends = np.cumsum([len(segment.rows) for segment in self.segments])
+        return self.segments[int(np.searchsorted(ends, image, side="right"))]
 
-    def give_up(self) -> None:
-        """Nobody will ask for it any more: what is not yet being read need not be."""
-        for part in self.parts:
-            part.block.cancel()
+    def cancel(self) -> None:
+        """Cancel the reads that have not started: the pool is not needed any more."""
+        for segment in self.segments:
+            segment.future.cancel()
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a pool, or some of them, in the order in which they come."""
+    """The tokens of a pool, or some of them, in training order."""
 
     pool: Pool
-    order: Int32  # (n,) counted through the images of the pool and their tokens that may come
+    order: Int32  # (n,) number of each token, counted over the images of the pool and their used tokens
 
     def chosen(self, which: slice | Bool) -> "Tokens":
         """Some of them, in the same order."""
@@ -130,7 +130,7 @@ _NO_TOKENS = Tokens(Pool([], range(0)), np.zeros(0, np.int32))
 class TokenStream:
     """The training tokens of one or several caches, in order.
 
-    Memory: `threads` + 1 batches, and the page cache's share of two pools; of a URL the two pools themselves. A pool
+    Memory: `threads` + 1 batches, and two pools: in the page cache for local caches, in this process for URLs. A pool
     has as many images as `pool_chunks` chunks.
     """
 
@@ -149,8 +149,8 @@ class TokenStream:
 
         Parameters
         ----------
-        threads : batches that are gathered ahead, each in one
-        images : per cache (n_images,) bool: those that may come, if they are readable; None: all (`chosen_images`)
+        threads : batches that are gathered in advance, one in each thread
+        images : per cache (n_images,) bool: the images to use, if they are readable; None: all (see `chosen_images`)
 
         Raises
         ------
@@ -165,16 +165,16 @@ class TokenStream:
         self._threads = threads
         self._tokens = chosen_tokens(token_set, stores[0].spec.tokens_per_image)
         self.tokens_per_image = len(self._tokens)
-        self._images = np.concatenate(list(_images(stores, _may_come(stores, images))))
+        self._images = np.concatenate(list(_images(stores, _eligible(stores, images))))
         if not len(self._images):
             chosen = "readable" if images is None else "readable and chosen"
             raise BadInput(f"no {chosen} image in the given caches: there is nothing to train on")
-        of_part = self._images // [1, 1, PART_IMAGES]
-        begins = (of_part[1:] != of_part[:-1]).any(axis=1)
-        self._borders = np.array([0, *(np.flatnonzero(begins) + 1), len(self._images)])  # part i: from i to i + 1
-        n_chunks = 1 + int((of_part[1:, :2] != of_part[:-1, :2]).any(axis=1).sum())
+        of_segment = self._images // [1, 1, SEGMENT_IMAGES]
+        begins = (of_segment[1:] != of_segment[:-1]).any(axis=1)
+        self._borders = np.array([0, *(np.flatnonzero(begins) + 1), len(self._images)])  # segment i: from i to i + 1
+        n_chunks = 1 + int((of_segment[1:, :2] != of_segment[:-1, :2]).any(axis=1).sum())
         self._n_pools = -(-n_chunks // pool_chunks)
-        largest = -(-(len(self._borders) - 1) // self._n_pools) * PART_IMAGES * self.tokens_per_image
+        largest = -(-(len(self._borders) - 1) // self._n_pools) * SEGMENT_IMAGES * self.tokens_per_image
         if largest > _MOST_TOKENS:
             raise BadInput(f"pools of {pool_chunks:,} chunks have up to {largest:,} tokens; take pool_chunks smaller")
 
@@ -186,17 +186,17 @@ class TokenStream:
     def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
 
-        Entering at a position reads one pool, not what came before.
+        To start at a position, one pool is read.
 
         Parameters
         ----------
-        part : (rank, number of ranks): of every batch only the rows that `rows_of_part` names are gathered and given;
-            those of all ranks, one behind the other, are the batch
+        part : (rank, number of ranks): of every batch only the rows of this rank (`rows_of_part`) are gathered; the
+            rows of all ranks, concatenated, are the batch
 
         Raises
         ------
         BadInput
-            For an empty batch, a position before the first token or a rank that is not there, at once.
+            For an empty batch, a negative position or an unknown rank, at the call.
         """
         if batch_tokens < 1 or position < 0:
             raise BadInput(f"batch_tokens must be above 0 and position not below; found {batch_tokens}, {position}")
@@ -208,14 +208,15 @@ class TokenStream:
             yield partial(gather, _within(pieces, rows), np.arange(len(rows)), self._stores[0].spec.width)
 
     def plan(self, reader: ThreadPoolExecutor, sizes: Iterable[int], position: int) -> Iterator[list[Tokens]]:
-        """What each of the next batches, of these sizes, is made of: tokens of one pool, or of the end of one and the
-        beginning of the next. In `reader` the next pool is made ready meanwhile.
+        """The tokens of each of the next batches, which have these sizes: from one pool, or from two neighbouring ones.
+
+        The next pool is prepared in `reader` in the meantime.
         """
         pools = self._pools(position)
         tokens, at, following = _NO_TOKENS, 0, None
         try:
             for size in sizes:
-                pieces: list[Tokens] = []  # lets go of a pool that is used up, before the next but one is read
+                pieces: list[Tokens] = []  # releases a used pool before the next but one is read
                 while size:
                     following = following or reader.submit(self._begin, *next(pools))
                     if at == len(tokens):
@@ -225,43 +226,43 @@ class TokenStream:
                     size -= len(pieces[-1])
                 yield pieces
         finally:
-            tokens.pool.give_up()
+            tokens.pool.cancel()
             if following and not following.cancel() and not following.exception():
-                following.result().pool.give_up()
+                following.result().pool.cancel()
 
     def _pools(self, position: int) -> Iterator[tuple[list[Int], list[int], int]]:
-        """(images of each part of a pool, seeds of its order, tokens of it to pass over), from `position` on."""
+        """(images of each segment of a pool, seed of its order, number of its tokens to skip), from `position` on."""
         epoch, skip = divmod(position, self.tokens_per_epoch)
         while True:
-            for number, parts in enumerate(self._pool_order(epoch), start=1):
-                n_tokens = sum(map(len, parts)) * self.tokens_per_image
+            for number, segments in enumerate(self._pool_order(epoch), start=1):
+                n_tokens = sum(map(len, segments)) * self.tokens_per_image
                 if skip < n_tokens:
-                    yield parts, [self._seed, epoch, number], skip
+                    yield segments, [self._seed, epoch, number], skip
                 skip = max(0, skip - n_tokens)
             epoch += 1
 
-    def _begin(self, parts: list[Int], seeds: list[int], skip: int) -> Tokens:
-        """Begin to read a pool; its tokens in the order in which they come, without the first `skip`."""
-        pool = Pool([self._begin_part(images) for images in parts], self._tokens)
-        order = np.arange(sum(map(len, parts)) * self.tokens_per_image, dtype=np.int32)
+    def _begin(self, segments: list[Int], seeds: list[int], skip: int) -> Tokens:
+        """Begin to read a pool; returns its tokens in training order, without the first `skip`."""
+        pool = Pool([self._begin_segment(images) for images in segments], self._tokens)
+        order = np.arange(sum(map(len, segments)) * self.tokens_per_image, dtype=np.int32)
         if self._order == "tokens":
             order = np.random.default_rng(seeds).permutation(order)
         return Tokens(pool, order[skip:])
 
-    def _begin_part(self, images: Int) -> PoolPart:
+    def _begin_segment(self, images: Int) -> PoolSegment:
         number, chunk, first = images[0].tolist()
         store, rows = self._stores[number], images[:, 2]
-        return PoolPart(store, chunk, rows, store.begin_rows(chunk, range(first, int(rows[-1]) + 1)))
+        return PoolSegment(store, chunk, rows, store.begin_rows(chunk, range(first, int(rows[-1]) + 1)))
 
     def _pool_order(self, epoch: int) -> Iterator[list[Int]]:
-        """The pools of an epoch, in order: of each part the images, (n, 3) number of the cache, chunk, row."""
+        """The pools of an epoch, in order: for each segment its images, (n, 3) number of the cache, chunk, row."""
         if self._order == "images":
             order = np.random.default_rng([self._seed, 0]).permutation(len(self._images))
             for start in range(0, len(order), 64):
                 yield [self._images[image, None] for image in order[start : start + 64]]
             return
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._borders) - 1)
-        for pool in np.array_split(order, self._n_pools):  # of equal size: a short last pool would be shuffled badly
+        for pool in np.array_split(order, self._n_pools):  # of equal size, since a small last pool would be mixed less
             yield [
                 self._images[start:end] for start, end in zip(self._borders[pool], self._borders[pool + 1], strict=True)
             ]
@@ -273,7 +274,7 @@ def rows_of_part(batch_tokens: int, part: tuple[int, int]) -> range:
     Raises
     ------
     BadInput
-        For an empty batch, or a rank that is not there.
+        For an empty batch, or an unknown rank.
     """
     rank, n_ranks = part
     if batch_tokens < 1:
@@ -284,9 +285,9 @@ def rows_of_part(batch_tokens: int, part: tuple[int, int]) -> range:
 
 
 def gather_ahead(jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threads: int) -> Iterator[Float16]:
-    """What the jobs give, in their order; some are done ahead in threads. What they give does not depend on that.
+    """The results of the jobs, in order; `n_threads` of them run in advance, which does not change the results.
 
-    `jobs_of` gets a thread of its own, for what comes before the jobs.
+    `jobs_of` gets an extra thread, for work that precedes the jobs.
     """
     with (
         ThreadPoolExecutor(1, thread_name_prefix="pool") as reader,
@@ -305,11 +306,11 @@ def gather_ahead(jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threa
 
 
 def gather(pieces: list[Tokens], places: npt.NDArray[np.integer[Any]], width: int) -> Float16:
-    """(tokens of the pieces, width) float16: token i of them all in row `places[i]`; all rows must be named.
+    """(number of tokens, width) float16: token i of the pieces in row `places[i]`, a permutation of all rows.
 
-    Raises DamagedStore if one is not finite, and what reading them raises.
+    Raises DamagedStore if a token is not finite, and the errors of reading.
     """
-    from .gather_kernel import gather_rows  # compiling takes a moment, once per machine
+    from .gather_kernel import gather_rows  # imported here: compiling takes a moment, once per machine
 
     out = np.empty((len(places), width), np.float16)
     first = 0
@@ -317,9 +318,9 @@ def gather(pieces: list[Tokens], places: npt.NDArray[np.integer[Any]], width: in
         pool, per_image = piece.pool, len(piece.pool.tokens)
         bad = gather_rows(pool.images, piece.order, per_image, out, places[first : first + len(piece)])
         if bad >= 0:
-            part = pool.part_of(int(piece.order[bad]) // per_image)
+            segment = pool.segment_of(int(piece.order[bad]) // per_image)
             raise DamagedStore(
-                f"{part.store.root} holds NaN or infinity in a readable image of chunk {part.chunk}. "
+                f"{segment.store.root} holds NaN or infinity in a readable image of chunk {segment.chunk}. "
                 f"cyto cache verify names it"
             )
         first += len(piece)
@@ -327,7 +328,7 @@ def gather(pieces: list[Tokens], places: npt.NDArray[np.integer[Any]], width: in
 
 
 def _within(pieces: list[Tokens], rows: range) -> list[Tokens]:
-    """Of the tokens of a batch those in `rows`."""
+    """The tokens of a batch that are in `rows`."""
     kept, first = [], 0
     for piece in pieces:
         kept.append(piece.chosen(slice(max(0, rows.start - first), max(0, rows.stop - first))))
@@ -335,7 +336,7 @@ def _within(pieces: list[Tokens], rows: range) -> list[Tokens]:
     return [piece for piece in kept if len(piece)]
 
 
-def _may_come(stores: Sequence[TokenSource], images: Sequence[Bool] | None) -> list[Bool]:
+def _eligible(stores: Sequence[TokenSource], images: Sequence[Bool] | None) -> list[Bool]:
     readable = [store.readable() for store in stores]
     if images is None:
         return readable
@@ -348,8 +349,8 @@ def _may_come(stores: Sequence[TokenSource], images: Sequence[Bool] | None) -> l
     return [mask & chosen for mask, chosen in zip(readable, images, strict=True)]
 
 
-def _images(stores: Sequence[TokenSource], may_come: list[Bool]) -> Iterator[Int]:
-    """Of each cache (n, 3): its number, and chunk and row of each image that may come."""
-    for number, (store, mask) in enumerate(zip(stores, may_come, strict=True)):
+def _images(stores: Sequence[TokenSource], eligible: list[Bool]) -> Iterator[Int]:
+    """For each cache (n, 3): its number, and chunk and row of each eligible image."""
+    for number, (store, mask) in enumerate(zip(stores, eligible, strict=True)):
         chunk, row = np.divmod(np.flatnonzero(mask), store.spec.chunk_images)
         yield np.stack([np.full_like(chunk, number), chunk, row], axis=1)

@@ -1,8 +1,8 @@
-"""The outside of a file that `torch.save` wrote: a zip archive with one pickle and one raw record per storage.
+"""Checks the zip archive of a file that `torch.save` wrote: one pickle, and one raw record per storage.
 
-Before anybody reads such a file of somebody else's, all that makes it cost more than its own size is ruled out here:
-compressed, overlapping or repeated records, a directory that hides a second one. What the pickle may ask for is
-decided by whoever reads it; nothing is executed here, and PyTorch is not needed.
+The file is untrusted. Refused are archives whose reading could take more memory than their size: compressed,
+overlapping or repeated records, or a second, hidden directory. The pickle is checked by the caller. Nothing is executed
+here, and PyTorch is not needed.
 """
 
 import struct
@@ -21,7 +21,7 @@ _NOT_OURS = "is cut off, or was not written by torch.save of PyTorch 1.6 or newe
 
 
 class Refused(Exception):
-    """Why a file is not read, as the rest of a sentence that begins with its path."""
+    """The reason why a file is refused, as the end of a sentence that begins with its path."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TorchArchive:
     storages: dict[str, zipfile.ZipInfo]
 
     def check_storage(self, key: str, n_bytes: int) -> zipfile.ZipInfo:
-        """The record `key`; refused unless it has just the size that the pickle says."""
+        """The record `key`; refused unless it has exactly the size that the pickle states."""
         record = self.storages.get(key)
         if record is None or record.file_size != n_bytes:
             found = "nothing" if record is None else f"{record.file_size:,} bytes"
@@ -41,7 +41,7 @@ class TorchArchive:
         return record
 
     def check_sums(self) -> None:
-        """Read every record once; raises zipfile.BadZipFile where a checksum does not fit."""
+        """Read every record once; raises zipfile.BadZipFile if a checksum is wrong."""
         for entry in self.zip.infolist():
             with self.zip.open(entry) as record:
                 while record.read(1 << 20):  # raises at the end
@@ -50,16 +50,16 @@ class TorchArchive:
 
 @contextmanager
 def open_archive(path: Path, *, max_bytes: int, max_pickle_bytes: int, what: str) -> Iterator[TorchArchive]:
-    """Open the archive at `path`, all but its records checked.
+    """Open the archive at `path` and check everything except the content of its records.
 
-    what : a model, an SAE: what has no need of more bytes than these
+    what : "a model" or "an SAE", for errors about sizes
 
     Raises
     ------
     Refused
-        If it is larger, or not laid out as torch.save does.
+        If it is larger, or has another layout than torch.save writes.
     zipfile.BadZipFile, OSError, ...
-        If it is damaged: zipfile raises almost anything.
+        If it is damaged: zipfile can raise almost any error.
     """
     size = path.stat().st_size
     if size > max_bytes:
@@ -80,13 +80,13 @@ def open_archive(path: Path, *, max_bytes: int, max_pickle_bytes: int, what: str
 
 
 def one_line(error: Exception) -> str:
-    """The words of an error over a hostile file: short, printable, on one line."""
+    """The message of an error about an untrusted file: short, printable, in one line."""
     text = " ".join(str(error).split())[:120] or type(error).__name__
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _check_end(path: Path, size: int) -> None:
-    """The archive must end as torch.save ends it: no comment in which a second, different directory could hide."""
+    """The archive must end as torch.save ends it, without a comment, which could hide a second directory."""
     with path.open("rb") as file:
         file.seek(max(0, size - _END_OF_ARCHIVE.size - _LOCATOR_64.size))
         tail = file.read()
@@ -109,7 +109,7 @@ def _check_end(path: Path, size: int) -> None:
 def _check_entries(archive: zipfile.ZipFile, max_pickle_bytes: int, what: str) -> zipfile.ZipInfo:
     """The entry of the one pickle."""
     entries = archive.infolist()
-    names = [entry.filename.lower() for entry in entries]  # PyTorch looks names up without regard to case
+    names = [entry.filename.lower() for entry in entries]  # PyTorch ignores case in names
     pickles = [entry for entry in entries if entry.filename.lower().endswith("/data.pkl")]
     if len({*names}) < len(names) or len(entries) > MAX_ENTRIES:
         raise Refused("lists the same record twice")

@@ -1,4 +1,4 @@
-"""Does a store keep its own promises? Every byte is read; every broken promise is named, by chunk and by image."""
+"""Checks every byte of a store against its format; each problem names its chunk and images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +15,20 @@ from .barcode_store import LEVELS, BarcodeStore
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
-from .latent_store import LatentStore
-from .spec import ACTIVATIONS, read_header, require_unchanged
+from .latent_store import LatentStore, read_latent_spec
+from .progress import Progress
+from .spec import ACTIVATIONS, LATENTS, read_header, require_unchanged
 from .tables import column, listed, read_image_table, table_sha256
+from .wording import Report, counted
 from .zarr_meta import check_tree
 
 _FINITE_BELOW = 0x7C00  # float16 bits without the sign: exponents below all-ones
+_IMAGES_AT_ONCE = 256  # of a latent store
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken promise: the chunk it lies in (None: the whole store), its images, and what is wrong."""
+    """One violation of the format: its chunk (None: the whole store), its images, and what is wrong."""
 
     chunk: int | None
     images: str
@@ -36,10 +39,62 @@ class Problem:
         return f"{place}: {self.what}"
 
 
-def verify_activations(root: Path) -> Iterator[Problem | None]:
-    """Check every byte of an activation cache; yields None for each chunk that is whole, so progress can be shown.
+@dataclass(frozen=True, kw_only=True)
+class CheckReport(Report):
+    """What a check of every byte of a cache or latent store has found."""
 
-    Found are: missing, empty, truncated or too long chunk files; flipped bits; chunks that were swapped or do not
+    store: Path
+    n_checked: int  # chunks of a cache; groups of 256 images of a latent store
+    problems: tuple[Problem, ...]  # empty: no damage
+
+    @property
+    def is_whole(self) -> bool:
+        """No damage was found."""
+        return not self.problems
+
+    def lines(self) -> Iterator[str]:
+        """A line for each problem, or that there is none."""
+        yield from map(str, self.problems)
+        if not self.problems:
+            yield f"{self.store}: whole ({counted(self.n_checked, 'chunk')} checked)"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {"store": str(self.store), "ok": self.is_whole, "problems": [vars(each) for each in self.problems]}
+
+
+def check_cache(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> CheckReport:
+    """Read every byte of the activation cache at `root`, and list what is damaged (`verify_activations`).
+
+    Memory: one chunk. Raises StoreNotFound, IncompleteStore or SpecMismatch if there is no finished cache.
+    """
+    root = Path(root)
+    return _checked(root, verify_activations(root), read_spec(read_header(root, ACTIVATIONS), root).n_chunks, progress)
+
+
+def check_latents(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> CheckReport:
+    """Read every byte and every index of the latent store at `root`, and list what is damaged (`verify_latents`).
+
+    Memory: the rows of 256 images. Raises StoreNotFound, IncompleteStore or SpecMismatch if there is no finished store.
+    """
+    root = Path(root)
+    n_images = read_latent_spec(read_header(root, LATENTS), root).n_images
+    return _checked(root, verify_latents(root), -(-n_images // _IMAGES_AT_ONCE), progress)
+
+
+def _checked(root: Path, checks: Iterator[Problem | None], total: int, progress: Progress) -> CheckReport:
+    problems: list[Problem] = []
+    for n_done, problem in enumerate(checks, start=1):
+        if problem is not None:
+            problems.append(problem)
+        progress(min(n_done, total), total, f"{len(problems)} bad" if problems else "")
+    return CheckReport(store=root, n_checked=total, problems=tuple(problems))
+
+
+def verify_activations(root: Path) -> Iterator[Problem | None]:
+    """Check every byte of an activation cache; yields None for each undamaged chunk, so progress can be shown.
+
+    Detected: missing, empty, truncated or too long chunk files; flipped bits; chunks that were swapped or do not
     fit the journal; NaN or infinity in a readable image; a changed image table; a wrong layout.
     """
     header = read_header(root, ACTIVATIONS)
@@ -49,7 +104,7 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
     except DamagedStore as error:
         yield Problem(None, "all", str(error))
 
-    table = None  # stays so if it is damaged: then there is nothing to compare the journal with
+    table = None  # stays None if it is damaged: then the journal is not compared with it
     try:
         images = read_image_table(root / "images.parquet")
         if table_sha256(images) == summary.get("images_sha256"):
@@ -77,16 +132,16 @@ def verify_activations(root: Path) -> Iterator[Problem | None]:
         rows = spec.chunk_rows(chunk)
         what = _check_chunk(root, spec, chunk, records, table)
         yield Problem(chunk, f"{rows.start:,} to {rows.stop - 1:,}", what) if what else None
-    require_unchanged(header)  # else what was found is of two stores
+    require_unchanged(header)  # else the problems are of two stores
 
 
-def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem | None]:
-    """Check every byte and every index of a latent store; yields None for each block of images that is whole.
+def verify_latents(root: Path, *, images_at_once: int = _IMAGES_AT_ONCE) -> Iterator[Problem | None]:
+    """Check every byte and every index of a latent store; yields None for each undamaged group of images.
 
-    Found are: missing, empty, torn, changed or swapped chunk files, by the checksums in the journal; files that do not
-    belong there; indices out of range, not increasing or twice in a row; values that are not finite, not above 0 or
-    below `min_activation`; an indptr or image_indptr that falls, ends elsewhere or disagrees; latents of an unreadable
-    image; a changed image table or journal.
+    Detected: missing, empty, truncated, changed or swapped chunk files, by the checksums in the journal; foreign files;
+    indices out of range, not increasing or repeated; values that are not finite, not above 0 or below
+    `min_activation`; an indptr or image_indptr that decreases or has a wrong end; latents of an unreadable image; a
+    changed image table or journal.
     """
     try:
         store = LatentStore(root, check_files=False)
@@ -100,8 +155,8 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
     yield from (Problem(None, "all", what) for what in problems)
     is_readable, starts = store.readable(), store.image_indptr
     is_whole: dict[tuple[str, int], bool] = {}
-    for block, start in enumerate(range(0, spec.n_images, block_images)):
-        stop = min(start + block_images, spec.n_images)
+    for group, start in enumerate(range(0, spec.n_images, images_at_once)):
+        stop = min(start + images_at_once, spec.n_images)
         rows = range(start * spec.tokens_per_image, stop * spec.tokens_per_image)
         needed = store.rows.chunks_of(range(int(starts[start]), int(starts[stop])), rows)
         for name, chunk in needed:
@@ -112,15 +167,15 @@ def verify_latents(root: Path, *, block_images: int = 256) -> Iterator[Problem |
                     yield Problem(chunk, _chunk_images(store, name, chunk), f"X/{name}/c/{chunk} {what}")
         if all(is_whole[each] for each in needed):
             what = _check_latents(store, start, stop, is_readable[start:stop])
-            yield Problem(block, f"{start:,} to {stop - 1:,}", what) if what else None
+            yield Problem(group, f"{start:,} to {stop - 1:,}", what) if what else None
     require_unchanged(store.header)
 
 
 def verify_barcodes(root: Path) -> list[str]:
-    """Check every byte of the barcodes in a folder: a line for each thing that is wrong, none if they are whole.
+    """Check every byte of the barcodes in a folder: a line for each problem, none if they are undamaged.
 
-    Found are: files of a level or exports that are missing, changed, exchanged or do not belong there; rows that break
-    an invariant. Barcodes of an older cyto do not say what their files were: there, only matrices and exports.
+    Detected: missing, changed, swapped or foreign files of a level, missing or changed exports, rows that violate an
+    invariant. Barcodes of an older cyto have no checksums of files: there, only matrices and exports are checked.
     """
     try:
         store = BarcodeStore(root)
@@ -152,9 +207,9 @@ def verify_barcodes(root: Path) -> list[str]:
 
 
 def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[int, str]]] | None, list[str]]:
-    """(size and checksum of every chunk file by the journal, what is wrong with it); None: it names none.
+    """(size and checksum of every chunk file by the journal, or None; problems of the journal).
 
-    A store of a cyto that did not write checksums yet says so by the lack of a journal hash in its header.
+    A store of an older cyto, without checksums, has no journal hash in its header.
     """
     summary, journal = store.header.summary or {}, root / "journal.jsonl"
     if "journal_sha256" not in summary:
@@ -179,7 +234,7 @@ def _named_chunks(root: Path, store: LatentStore) -> tuple[dict[str, list[tuple[
 def _check_latent_chunk(
     root: Path, name: str, chunk: int, files: dict[str, list[tuple[int, str]]] | None
 ) -> str | None:
-    """What is wrong with the file of one chunk, as a whole; None if nothing is."""
+    """What is wrong with the file of one chunk, or None."""
     path = root / "X" / name / "c" / str(chunk)
     if files is None:
         return None if path.is_file() and path.stat().st_size else "is missing or empty"

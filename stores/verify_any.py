@@ -1,4 +1,4 @@
-"""Any folder of ours, checked byte by byte: what it is stands in its header, what it must hold as well."""
+"""Checks every byte of any store or folder of results that Cyto has written; its kind is in its header."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,50 +16,71 @@ from .runlog import damaged_runs
 from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object, require_unchanged
 from .tables import read_sealed
 from .verify import verify_activations, verify_barcodes, verify_latents
+from .wording import Report
 
 _WEIGHTS = "sae.safetensors"
 _SELECTION = "selection.parquet"  # added to concepts later, by cyto concept select
 
 
-@dataclass
-class Report:
+@dataclass(frozen=True)
+class VerifyReport(Report):
     """What was found in one folder."""
 
     root: Path
-    kind: str
-    problems: list[str] = field(default_factory=list)  # empty: whole
-    unrecorded: list[str] = field(default_factory=list)  # files that an older cyto wrote no hash of: not checked
+    kind: str  # of the store or results; `unknown` if its header cannot be read
+    problems: list[str] = field(default_factory=list)  # empty: no damage
+    unrecorded: list[str] = field(default_factory=list)  # files without a recorded hash (of an older cyto): not checked
+
+    @property
+    def is_whole(self) -> bool:
+        """No damage was found."""
+        return not self.problems
+
+    def lines(self) -> Iterator[str]:
+        """A line for each problem, or that there is none, and what could not be checked."""
+        yield from self.problems
+        if self.unrecorded:
+            yield f"{self.root}: no hash recorded, so not checked: {', '.join(self.unrecorded)}"
+        if not self.problems:
+            yield f"{self.root}: {'no damage found' if self.unrecorded else 'whole'} ({self.kind})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain JSON values."""
+        return {**vars(self), "root": str(self.root), "ok": self.is_whole}
 
 
-def verify(root: Path, *, progress: Progress = lambda done, total, state: None) -> Report:
+def verify_folder(root: Path | str, *, progress: Progress = lambda done, total, state: None) -> VerifyReport:
     """Check every byte of the store or folder of results at `root`, of whatever kind.
+
+    Memory: one chunk or one table. Order of the problems: as found.
 
     Raises
     ------
     StoreNotFound
-        If nothing of ours is there.
+        If there is no store or folder of results of Cyto.
     IncompleteStore, SpecMismatch
         If it is not finished, or of a newer program.
     """
+    root = Path(root)
     if read_object(root / "sweep.json").get("format") == "sweep":
         return _verify_sweep(root, progress)
     try:
         header = find_header(root)
     except DamagedStore as error:
-        return Report(root, "unknown", [str(error)])
+        return VerifyReport(root, "unknown", [str(error)])
     if header is None:
         raise StoreNotFound(f"no store or results of cyto at {root}; give the folder that a cyto command has written")
     format = FORMATS[header.kind]
     header = read_header(root, format)
-    report = Report(root, format.kind)
+    report = VerifyReport(root, format.kind)
     check = {ACTIVATIONS: _activations, LATENTS: _latents, SAE: _sae, BARCODES: _barcodes}.get(format, _results)
     try:
         for problem in check(root, report):
             if problem is not None:
                 report.problems.append(problem)
             progress(0, 0, f"{len(report.problems)} bad" if report.problems else "")
-        report.problems += damaged_runs(root)
-        require_unchanged(header)  # else what was found is of two stores
+        report.problems.extend(damaged_runs(root))
+        require_unchanged(header)  # else the problems are of two stores
     except StoreReplaced:
         raise
     except (CytoError, OSError) as error:
@@ -67,26 +88,28 @@ def verify(root: Path, *, progress: Progress = lambda done, total, state: None) 
     return report
 
 
-Check = Callable[[Path, Report], Iterator[str | None]]
+verify = verify_folder  # the old name
+
+Check = Callable[[Path, VerifyReport], Iterator[str | None]]
 
 
-def _activations(root: Path, report: Report) -> Iterator[str | None]:
+def _activations(root: Path, report: VerifyReport) -> Iterator[str | None]:
     for problem in verify_activations(root):
         yield None if problem is None else str(problem)
 
 
-def _latents(root: Path, report: Report) -> Iterator[str | None]:
+def _latents(root: Path, report: VerifyReport) -> Iterator[str | None]:
     for problem in verify_latents(root):
         yield None if problem is None else str(problem)
 
 
-def _barcodes(root: Path, report: Report) -> Iterator[str | None]:
+def _barcodes(root: Path, report: VerifyReport) -> Iterator[str | None]:
     yield from verify_barcodes(root)
-    if not BarcodeStore(root).records_files:  # of an older cyto: chunks are there, and nothing says what was in them
-        report.unrecorded = sorted(path.name for path in root.glob("*.zarr"))
+    if not BarcodeStore(root).records_files:  # of an older cyto, without checksums of chunks
+        report.unrecorded.extend(sorted(path.name for path in root.glob("*.zarr")))
 
 
-def _sae(root: Path, report: Report) -> Iterator[str | None]:
+def _sae(root: Path, report: VerifyReport) -> Iterator[str | None]:
     header = read_header(root, SAE)
     summary = header.summary or {}
     again = f"{'cyto sae import' if 'imported' in header.spec else SAE.command} --overwrite makes it again"
@@ -99,12 +122,12 @@ def _sae(root: Path, report: Report) -> Iterator[str | None]:
         yield f"{root / 'state'} holds {len(left)} saved states that a finished run needs no more; remove them"
 
 
-def _results(root: Path, report: Report) -> Iterator[str | None]:
+def _results(root: Path, report: VerifyReport) -> Iterator[str | None]:
     header = find_header(root)
     assert header is not None
     store = ResultStore(root, FORMATS[header.kind])
     yield from store.problems()
-    report.unrecorded = store.unrecorded()
+    report.unrecorded.extend(store.unrecorded())
     if (root / _SELECTION).is_file():
         yield from _sealed(root / _SELECTION, report, "cyto concept select --overwrite makes it again")
     if (root / LISTED).is_file() and LISTED in (header.summary or {}).get("files", {}):
@@ -113,8 +136,8 @@ def _results(root: Path, report: Report) -> Iterator[str | None]:
         yield from _compared(root, known, f"{FORMATS[header.kind].command} --overwrite makes it again")
 
 
-def _sealed(path: Path, report: Report, again: str) -> Iterator[str | None]:
-    """Of a table that says its own hash; one of an older cyto may not."""
+def _sealed(path: Path, report: VerifyReport, again: str) -> Iterator[str | None]:
+    """Check a table that holds its own hash; one of an older cyto may have none."""
     try:
         if "sha256" not in read_sealed(path)[1]:
             report.unrecorded.append(path.name)
@@ -131,9 +154,9 @@ def _compared(root: Path, known: dict[str, str | None], again: str) -> Iterator[
             yield None if sha256_file(path) == sha256 else f"{path} is not the file that was written; {again}"
 
 
-def _verify_sweep(root: Path, progress: Progress) -> Report:
-    """Its tables and figures, and its SAEs."""
-    report = Report(root, "sweep")
+def _verify_sweep(root: Path, progress: Progress) -> VerifyReport:
+    """Check the tables and figures of a sweep, and its SAEs."""
+    report = VerifyReport(root, "sweep")
     record = read_object(root / "sweep.json")
     if record.get("sha256", sweep_sha256(record)) != sweep_sha256(record):
         report.problems.append(
@@ -141,23 +164,24 @@ def _verify_sweep(root: Path, progress: Progress) -> Report:
         )
     files = record.get("files")
     known = files if isinstance(files, dict) else {}
-    report.problems += [each for each in _compared(root, known, "the same cyto sae sweep makes it again") if each]
-    report.problems += damaged_runs(root)
+    found = _compared(root, known, "the same cyto sae sweep makes it again")
+    report.problems.extend(each for each in found if each)
+    report.problems.extend(damaged_runs(root))
     tables = [*root.glob("*.parquet"), *root.glob("table.md"), *root.glob("sweep.png"), *root.glob("sweep.svg")]
-    report.unrecorded = sorted(path.name for path in tables if path.name not in known)
+    report.unrecorded.extend(sorted(path.name for path in tables if path.name not in known))
     for run in sorted((root / "runs").glob("*")):
         try:
-            found = verify(run, progress=progress)
-        except IncompleteStore:  # a member that diverged, or is still to come: sweep.json says which
+            member = verify_folder(run, progress=progress)
+        except IncompleteStore:  # an SAE that diverged, or was not trained yet: sweep.json says which
             continue
         except CytoError as error:
             report.problems.append(str(error))
             continue
-        report.problems += found.problems
-        report.unrecorded += [f"runs/{run.name}/{name}" for name in found.unrecorded]
+        report.problems.extend(member.problems)
+        report.unrecorded.extend(f"runs/{run.name}/{name}" for name in member.unrecorded)
     return report
 
 
 def sweep_sha256(record: dict[str, Any]) -> str:
-    """Of what `sweep.json` says, without its own hash."""
+    """The hash of the content of `sweep.json`, without the entry `sha256`."""
     return sha256_json({name: value for name, value in record.items() if name != "sha256"})

@@ -1,6 +1,6 @@
-"""How numbers, names and results are worded, on the screen and in notebooks: plain text, no click.
+"""Text for numbers, names and results, on the screen and in notebooks; without click.
 
-A call that does something gives back a `Report`: its fields say what was done, `lines()` says so in words.
+Functions return a `Report`: its fields hold what was done, `lines()` gives it in words.
 """
 
 import html
@@ -11,10 +11,15 @@ from typing import Any
 
 
 class Report:
-    """What a call has done. Frozen dataclasses that inherit from it hold the facts; a command prints `lines()`.
+    """Base of result objects: frozen dataclasses whose fields hold what was done. A command prints `lines()`.
 
-    In a notebook the last value of a cell is shown: the lines, then the warnings.
+    A notebook shows notes, lines and warnings.
     """
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks on the inputs that do not make the result doubtful."""
+        return ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -22,26 +27,27 @@ class Report:
         return ()
 
     def lines(self) -> Iterator[str]:
-        """What was done, in words, a line each."""
+        """What was done, in words, line by line."""
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), *(f"warning: {printable(warning)}" for warning in self.warnings)])
+        warnings = (f"warning: {printable(warning)}" for warning in self.warnings)
+        return "\n".join([*map(printable, self.notes), *self.lines(), *warnings])
 
     def _repr_html_(self) -> str:
-        lines = html.escape("\n".join(self.lines()))
+        lines = html.escape("\n".join([*map(printable, self.notes), *self.lines()]))
         warnings = "".join(f"<p><b>warning:</b> {html.escape(printable(each))}</p>" for each in self.warnings)
         return f"<pre>{lines}</pre>{warnings}"
 
 
 def left_out_text(number: int, what: str) -> str:
-    """`1 image without a patient`, of what in the plural: its first noun."""
+    """`1 image without a patient`; `what` is given in the plural: `images without a patient`."""
     one = re.sub(r"\b(image|patient|mask)s\b", r"\1", what, count=1)
     return f"{number:,} {printable(one if number == 1 else what)}"
 
 
 def cell(value: float | None, form: str) -> str:
-    """A number in its column; `-` where there is none."""
+    """A number formatted for its column; `-` if there is none."""
     return "-".rjust(int(form.split(".")[0] or 0)) if value is None else format(value, form)
 
 
@@ -62,7 +68,24 @@ def rate(part: int, whole: int) -> str:
     return f"{part / whole:.2e}" if whole else "n/a"
 
 
+def page_lines(title: str, rows: Mapping[str, str]) -> Iterator[str]:
+    """A title, and a line for each named value."""
+    yield title
+    for name, value in rows.items():
+        yield f"  {name:<10} {value}"
+
+
+def page_html(title: str, rows: Mapping[str, str]) -> str:
+    """The same as an HTML table."""
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}</td>"
+        for name, value in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
+
+
 def describe_cache(store: Path) -> str:
+    """A finished cache in one line: its size, and what its tokens are."""
     from stores import ActivationStore
 
     spec = ActivationStore(store).spec
@@ -74,6 +97,7 @@ def describe_cache(store: Path) -> str:
 
 
 def describe_latents(store: Path) -> str:
+    """A finished latent store in one line: its size, nonzeros, and what was dropped."""
     from stores import LatentStore
 
     latents = LatentStore(store)
@@ -118,7 +142,7 @@ def more_or_fewer(found: int, published: int) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a disk, safe to print: no escape sequences, nothing that is not UTF-8."""
+    """A name from a file or disk, safe to print: without escape sequences or invalid UTF-8."""
     return name if name.isprintable() else ascii(name)
 
 
@@ -126,12 +150,16 @@ def state_of(complete: bool) -> str:
     return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
 
 
+def megabytes(n_bytes: int | None) -> str:
+    return "n/a" if n_bytes is None else f"{n_bytes / 1e6:,.1f} MB"
+
+
 def size_on_disk(root: Path) -> int:
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
 
 def left_out_lines(left_out: Mapping[str, int]) -> Iterator[str]:
-    """`left out: 2 unreadable images`, for each kind of which there are any."""
+    """`left out: 2 unreadable images`, for each kind with a number above 0."""
     for what, number in left_out.items():
         if number:
             yield f"left out: {left_out_text(number, what)}"

@@ -1,7 +1,7 @@
-"""What a `zarr.json` of ours says, checked before zarr sees it: no number in it may hang, fill or fool a reader.
+"""Checks a `zarr.json` before zarr reads it, so that a damaged one can neither hang a reader nor exhaust its memory.
 
-Zarr takes any layout, allocates what a shape says, and reads a chunk that is not there as its fill value. Here an
-array has one of a few types and codecs, chunks of bounded size, and chunk files that decode to just that size.
+Zarr accepts any layout, allocates what a shape states, and reads a missing chunk as its fill value. The arrays allowed
+here have one of a few types and codecs, chunks of bounded size, and chunk files that decode to exactly that size.
 """
 
 import math
@@ -20,7 +20,7 @@ from .files import MOST_JSON_BYTES, is_dropping, parse_json, read_json
 
 MOST_CHUNK_BYTES = 1 << 28
 _MOST_ENTRIES = 1 << 48  # of an array
-_MOST_FILES = 100_000  # below one element of an AnnData store, chunks aside
+_MOST_FILES = 100_000  # below one element of an AnnData store, without chunks
 _NUMBERS = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 _TYPES = (*_NUMBERS, "float16", "float32", "float64", "string")
 _ARRAY_KEYS = {
@@ -28,7 +28,7 @@ _ARRAY_KEYS = {
     *("node_type", "storage_transformers", "dimension_names"),
 }
 _GROUP_KEYS = {"attributes", "zarr_format", "node_type", "consolidated_metadata"}
-# what anndata makes of a group or array of the stores that we write, and the versions of it that it reads
+# AnnData's encoding types in the stores that Cyto writes, and their versions
 _ENCODINGS = {
     **dict.fromkeys(("anndata", "dict", "csr_matrix"), ("0.1.0",)),
     **dict.fromkeys(("array", "string-array", "string", "numeric-scalar", "categorical"), ("0.2.0",)),
@@ -49,22 +49,22 @@ class ArrayMeta:
 
     @property
     def chunk_bytes(self) -> int:
-        """Size of a decoded chunk; of texts, which have none, 0."""
+        """Size of a decoded chunk; 0 for strings, which have no fixed size."""
         return 0 if self.data_type == "string" else math.prod(self.chunks) * np.dtype(self.data_type).itemsize
 
 
 def read_array(folder: Path) -> ArrayMeta:
-    """The layout of the array in a folder. Raises DamagedStore if it is missing, or not one of those that are read."""
+    """The layout of the array in a folder. Raises DamagedStore if it is missing or not allowed."""
     return array_meta(_object(folder), folder / "zarr.json")
 
 
 def read_group(folder: Path) -> dict[str, Any]:
-    """The attributes of the group in a folder. Raises DamagedStore if it is none, or holds other groups' metadata."""
+    """The attributes of the group in a folder. Raises DamagedStore if it is no group, or has consolidated metadata."""
     return group_attributes(_object(folder), folder / "zarr.json")
 
 
 def parse_object(raw: bytes, place: object) -> dict[str, Any]:
-    """The JSON object in the bytes of a `zarr.json` that did not come from a file here. Raises DamagedStore."""
+    """The JSON object in the bytes of a remote `zarr.json`. Raises DamagedStore."""
     try:
         value = parse_json(raw) if len(raw) <= MOST_JSON_BYTES else None
     except ValueError as error:
@@ -100,7 +100,7 @@ def array_meta(found: dict[str, Any], place: object) -> ArrayMeta:
     chunks: Any = setting["chunk_shape"] if setting.keys() == {"chunk_shape"} else None
     is_shape = isinstance(chunks, list) and all(type(n) is int and n > 0 for n in chunks) and len(chunks) == len(shape)
     _require(is_shape, place, "a regular chunk grid of whole numbers above 0", grid)
-    # Zarr's default separator is this one, and may be left out
+    # / is Zarr's default separator, and may be left out
     is_default = _is_named(keys, "default") and keys.get("configuration", {}) in ({}, {"separator": "/"})
     _require(is_default, place, "chunk keys with /", keys)
     names = _codecs(found.get("codecs"), data_type, place)
@@ -112,18 +112,19 @@ def array_meta(found: dict[str, Any], place: object) -> ArrayMeta:
     _require(dimensions is None or is_list, place, "a name for each dimension", dimensions)
     meta = ArrayMeta(tuple(shape), tuple(chunks), data_type, tuple(names), dict(attributes))
     size = math.prod(chunks) * (8 if data_type == "string" else np.dtype(data_type).itemsize)
-    most = 1 << 36 if not names or names == ["crc32c"] else MOST_CHUNK_BYTES  # without compression the file is as large
+    # without compression, the file has the same size
+    most = 1 << 36 if not names or names == ["crc32c"] else MOST_CHUNK_BYTES
     _require(size <= most, place, f"chunks of at most {most:,} bytes", chunks)
     return meta
 
 
 def check_chunk_header(path: Path, meta: ArrayMeta) -> None:
-    """Raise DamagedStore if a chunk file is missing, or says that it decodes to another size than the array's chunks.
+    """Raise DamagedStore if a chunk file is missing, or states another decoded size than that of the array's chunks.
 
-    A few bytes are read. A compressed file of some KB may otherwise have its reader allocate gigabytes.
+    Reads a few bytes. Otherwise a compressed file of some KB could make the reader allocate gigabytes.
     """
     try:
-        size = path.stat().st_size  # not opened unless it is a file: a pipe would block
+        size = path.stat().st_size  # opened only if it is a file: a pipe would block
         if not path.is_file() or not size:
             raise DamagedStore(f"{path} is missing or empty")
         with path.open("rb", buffering=0) as file:
@@ -131,19 +132,19 @@ def check_chunk_header(path: Path, meta: ArrayMeta) -> None:
     except OSError as error:
         raise DamagedStore(f"{path} is missing or cannot be read ({error.strerror})") from None
     compressors = [name for name in meta.codecs if name != "crc32c"]
-    if compressors == ["gzip"]:  # not ours, and it states no size that one could trust
+    if compressors == ["gzip"]:  # not written by Cyto, and its stated size is not reliable
         if _gzip_bytes(path, most=max(meta.chunk_bytes, MOST_CHUNK_BYTES if not meta.chunk_bytes else 0)) is None:
             raise DamagedStore(f"{path} is damaged: it does not decode to the {meta.chunk_bytes:,} bytes of a chunk")
         return
     found = decoded_bytes(head, compressors[0]) if compressors else size - 4 * len(meta.codecs)
-    # texts have no size that the array knows
+    # strings have no size that is known from the array
     fits = found == meta.chunk_bytes if meta.chunk_bytes else found is not None and found <= MOST_CHUNK_BYTES
     if not fits:
         raise DamagedStore(f"{path} is damaged: it does not decode to the {meta.chunk_bytes:,} bytes of a chunk")
 
 
 def _gzip_bytes(path: Path, *, most: int) -> int | None:
-    """How many bytes a gzip file decodes to; None if it is none, or they are more than `most`."""
+    """How many bytes a gzip file decodes to; None if it is no gzip file, or has more than `most`."""
     n_bytes, decoder = 0, zlib.decompressobj(31)
     try:
         with path.open("rb") as file:
@@ -170,10 +171,10 @@ def decoded_bytes(head: bytes, codec: str) -> int | None:
 
 
 def check_tree(folder: Path) -> None:
-    """Raise DamagedStore unless everything below an element of an AnnData store is what we write, of bounded size.
+    """Raise DamagedStore unless everything below an element of an AnnData store has Cyto's layout and bounded size.
 
-    For the small parts, that anndata reads: tables and plain values. A chunk that is not there is not found here, since
-    Zarr leaves out those that hold fill values only.
+    For the small elements that anndata reads: tables and plain values. A missing chunk is not detected, since Zarr does
+    not write chunks with fill values only.
     """
     for n_seen, (place, found) in enumerate(_nodes(folder), start=1):
         if n_seen > _MOST_FILES:
@@ -183,12 +184,13 @@ def check_tree(folder: Path) -> None:
             _check_encoding(group_attributes(found, file), place)
             continue
         meta = array_meta(found, file)
-        if place.name not in ("indices", "data", "indptr") or meta.attributes:  # a sparse matrix says it for its arrays
+        # the group of a sparse matrix has it for its arrays
+        if place.name not in ("indices", "data", "indptr") or meta.attributes:
             _check_encoding(meta.attributes, place)
         chunks = [*files_below(place / "c")] if meta.shape else [place / "c"]
         grid = math.prod(-(-n // size) for n, size in zip(meta.shape, meta.chunks, strict=True))
         _require(len(chunks) <= grid, place, f"at most {grid:,} chunk files", len(chunks))
-        # of an array without a single chunk only the shape says how large it gets
+        # the size of an array without chunk files is only stated by its shape
         _require(math.prod(meta.shape) <= 1 << 28, place, "fewer entries", meta.shape)
         for chunk in chunks:
             if meta.shape or chunk.exists():
@@ -205,7 +207,7 @@ def _nodes(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, links not followed, but what a disk or a system left there."""
+    """Every file below a folder, without following links, and without files of the disk or system."""
     for place, names, files in os.walk(folder):
         names[:] = [name for name in names if not is_dropping(name)]
         yield from (Path(place) / name for name in files if not is_dropping(name))
@@ -227,7 +229,7 @@ def _check_encoding(attributes: dict[str, Any], place: Path) -> None:
 
 
 def _check_texts(path: Path, meta: ArrayMeta) -> None:
-    """The number of texts that a chunk states is what its reader allocates."""
+    """Check the number of strings that a chunk states, for which the reader allocates memory."""
     raw: Any = path.read_bytes()
     try:
         for codec in meta.codecs[::-1]:
@@ -240,7 +242,7 @@ def _check_texts(path: Path, meta: ArrayMeta) -> None:
 
 
 def _codecs(codecs: Any, data_type: Any, place: object) -> list[str]:
-    """The names of the codecs behind the first, which makes bytes of values."""
+    """The names of the codecs after the first, which converts values to bytes."""
     is_list = isinstance(codecs, list) and 1 <= len(codecs) <= 3 and all(isinstance(codec, dict) for codec in codecs)
     _require(is_list, place, "a list of one to three codecs", codecs)
     first, names = codecs[0], [codec.get("name") for codec in codecs[1:]]
@@ -309,7 +311,7 @@ def _object(folder: Path) -> dict[str, Any]:
 
 
 def _is_named(value: Any, name: str) -> bool:
-    """Is it {"name": name, "configuration": {...}}, and no more?"""
+    """Is it exactly {"name": name, "configuration": {...}}?"""
     is_plain = isinstance(value, dict) and value.keys() <= {"name", "configuration"} and value.get("name") == name
     return is_plain and isinstance(value.get("configuration", {}), dict)
 

@@ -657,7 +657,7 @@ def test_chunks_are_fetched_ahead_each_once(root: Path, s3: ObjectServer) -> Non
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> int:
     """Parts of two images, so that a chunk has two."""
-    monkeypatch.setattr("stores.token_stream.PART_IMAGES", 2)
+    monkeypatch.setattr("stores.token_stream.SEGMENT_IMAGES", 2)
     return 2 * N_TOKENS * WIDTH * 2  # bytes
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cytocache.datasets import list_files, open_images
-from cytocache.index import index_images
+from cytocache.index import index_dataset
 from cytosae.atlas import read_verdicts
 from stores import BarcodeStore, LatentStore, plan_output
 from stores.errors import BadInput
@@ -44,7 +44,7 @@ def test_folders_of_disks_and_systems_hold_no_cells(tmp_path: Path) -> None:
     assert len(others) == 5 * len(DROPPINGS)
     assert len(passed_over) == 5 * len(FOLDERS)
     assert open_images(tmp_path).passed_over == tuple(passed_over)
-    assert any("network disk" in finding.what for finding in index_images(tmp_path).findings)
+    assert any("network disk" in finding.what for finding in index_dataset(tmp_path).findings)
 
 
 def test_results_below_the_images_hold_no_cells_and_none_is_taken_for_images(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ class TestTokens:
         (tmp_path / "m.csv").write_text("\n".join(["path,image_id", *rows]) + "\n")
         settings = config(backbone="dinobloom-s", weights=str(tmp_path / "steep.pth"), chunk_images=2)
         words = (
-            r"the tokens of image cell 3 do not fit float16: largest magnitude 1\.\d+e\+05 behind block 0, .* --block"
+            r"the tokens of image cell 3 do not fit float16: largest magnitude 1\.\d+e\+05 after block 0, .* --block"
         )
         with pytest.raises(BadInput, match=words):
             extract(open_images(tmp_path / "m.csv"), tmp_path / "a.zarr", settings)
@@ -327,7 +327,7 @@ class TestResuming:
         assert len(before) >= n_images / 3 - 1  # one chunk may have been in flight
         done = extract(open_images(cells), store, config(workers=3))
         assert done == ExtractResult(
-            stores=(store,), n_readable=10, n_unreadable=1, is_complete=True, was_complete=False
+            out=store, stores=(store,), n_readable=10, n_unreadable=1, is_complete=True, was_complete=False
         )
         assert contents(store) == contents(whole)
         assert before.items() <= times(store).items()  # what was there is not done again
@@ -511,7 +511,7 @@ class TestResuming:
             progress=lambda *call: calls.append(call),
         )
         assert done == ExtractResult(
-            stores=(store,), n_readable=10, n_unreadable=1, is_complete=True, was_complete=True
+            out=store, stores=(store,), n_readable=10, n_unreadable=1, is_complete=True, was_complete=True
         )
         assert times(tmp_path) == before
         assert calls == []

@@ -18,7 +18,7 @@ from cytocache import published_datasets
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
 from cytocache.duplicates import find_duplicates
-from cytocache.index import DUPLICATE_OF, index_images, make_index, mark_duplicates
+from cytocache.index import DUPLICATE_OF, index_dataset, index_images, mark_duplicates
 from cytocache.published_classes import ACEVEDO, AML_HEHR, BMC, CLASS_SETS, MATEK19, MLL23
 from cytocache.published_datasets import INDEXERS, Index
 from stores.activation_store import ActivationStore
@@ -106,7 +106,7 @@ class TestMll23:
         return root
 
     def test_labels_common_labels_and_counts(self, root: Path) -> None:
-        index = index_images(root, "mll23")
+        index = index_dataset(root, "mll23")
         assert rows(index, "label", "label_common", "dataset", "image_id") == {
             f"{folder}/{name}": (label, common, "mll23", f"mll23/{folder}/{name}")
             for folder, name, label, common in [
@@ -132,9 +132,9 @@ class TestMll23:
 
     @pytest.mark.parametrize("level", [".", "..", "../.."])
     def test_ids_do_not_depend_on_the_level_of_the_folder(self, root: Path, level: str) -> None:
-        index = index_images(root / level, "mll23")
+        index = index_dataset(root / level, "mll23")
         assert index.images.root.resolve() == root
-        assert index.images.table.equals(index_images(root, "mll23").images.table)
+        assert index.images.table.equals(index_dataset(root, "mll23").images.table)
 
 
 class TestAcevedo:
@@ -151,7 +151,7 @@ class TestAcevedo:
         return write(tmp_path / "PBC_dataset_normal_DIB", *self.PATHS)
 
     def test_the_whole_prefix_tells_the_class(self, root: Path) -> None:
-        index = index_images(root, "acevedo")
+        index = index_dataset(root, "acevedo")
         labels = {path: label for path, (label,) in rows(index, "label").items()}
         assert labels == {
             "basophil/BA_1.jpg": "basophil",
@@ -176,7 +176,7 @@ class TestAcevedo:
 
     @pytest.mark.parametrize(("class_set", "gone"), [("11", 2), ("10", 4)])
     def test_what_a_class_set_leaves_out_is_counted_by_class(self, root: Path, class_set: str, gone: int) -> None:
-        index = index_images(root, "acevedo", class_set)
+        index = index_dataset(root, "acevedo", class_set)
         assert index.images.table.num_rows == 15 - gone
         assert len(index.counts) == int(class_set)
         named = [finding.names for finding in index.findings if f"not in class set {class_set}" in finding.what]
@@ -189,11 +189,11 @@ class TestAcevedo:
         """Its arrange_dataset.py moves five prefixes into folders of their own."""
         moved = {"MMY": "metamyelocyte", "MY": "myelocyte", "PMY": "promyelocyte"}
         moved |= {"BNE": "neutrophil_band", "SNE": "neutrophil_segmented"}
-        published = index_images(root, "acevedo")
+        published = index_dataset(root, "acevedo")
         paths = [str(path) for path in values(published, "path")]
         by_prefix = [(moved.get(Path(path).name.split("_")[0]), path) for path in paths]
         write(tmp_path / "arranged", *(f"{new}/{Path(path).name}" if new else path for new, path in by_prefix))
-        assert found(index_images(tmp_path / "arranged", "acevedo")) == found(published)
+        assert found(index_dataset(tmp_path / "arranged", "acevedo")) == found(published)
 
 
 class TestMatek19:
@@ -205,7 +205,7 @@ class TestMatek19:
         write(root / inner, *self.PATHS, "augmented/BAS/BAS_0001_flip.tiff", "annotations.dat")
         write(root / "augmented", "BAS/BAS_0001_turned.tiff")
         write(root, "abbreviations.txt")
-        index = index_images(root, "matek19")
+        index = index_dataset(root, "matek19")
         assert index.images.root == root / inner
         assert rows(index, "label", "label_common") == {
             "BAS/BAS_0001.tiff": ("basophil", "basophil"),
@@ -223,7 +223,7 @@ class TestBmc:
         root = tmp_path / "bone_marrow_cell_dataset"
         write(root, "BLA/0001-1000/BLA_00001.jpg", "BLA/1001-2000/BLA_01001.jpg", "ABE/ABE_00001.jpg")
         write(root, "MYB/5001-6000/MYB_05527.jpg", "NGS/18001-19000/NGS_18642.jpg", "ART/0001-1000/ART_00001.jpg")
-        index = index_images(tmp_path, "bmc")
+        index = index_dataset(tmp_path, "bmc")
         assert rows(index, "label", "label_common", "image_id")["MYB/5001-6000/MYB_05527.jpg"] == (
             *("myelocyte", "myelocyte", "bmc/MYB/5001-6000/MYB_05527.jpg"),
         )
@@ -237,7 +237,7 @@ class TestBmc:
 
     def test_the_flat_arrangement_of_the_released_code(self, tmp_path: Path) -> None:
         write(tmp_path / "bmc", "BLA/BLA_00001.jpg", "MYB/MYB_00001.jpg")
-        index = index_images(tmp_path / "bmc", "bmc")
+        index = index_dataset(tmp_path / "bmc", "bmc")
         assert found(index) == {"blast": 1, "myelocyte": 1}
         assert "MYB_05527" in finding(index, "and not here")
 
@@ -262,7 +262,7 @@ class TestAmlHehr:
         return inner
 
     def test_patients_diseases_and_what_is_known_of_them(self, root: Path) -> None:
-        index = index_images(root, "aml-hehr")
+        index = index_dataset(root, "aml-hehr")
         known = ("patient", "disease", "patient_sex", "patient_age", "patient_leucocytes_per_ul")
         assert rows(index, *known, "patient_pb_myeloblast", "patient_pb_other") == {
             "NPM1/loose.tif": (None, "NPM1", None, None, None, None, None),
@@ -285,7 +285,7 @@ class TestAmlHehr:
         assert index.unit == "patients"
 
     def test_where_folders_and_metadata_differ(self, root: Path) -> None:
-        index = index_images(root, "aml-hehr")
+        index = index_dataset(root, "aml-hehr")
         assert finding(index, "in metadata.csv without an image") == ("JKL",)
         assert finding(index, "who are not in metadata.csv") == ("XYZ",)
         assert finding(index, "differ in number from instance_count") == ("GHI: 1 here, 7 stated",)
@@ -293,13 +293,13 @@ class TestAmlHehr:
         assert finding(index, "in no patient's") == ("NPM1/loose.tif",)
         assert finding(index, "images of no class") == ("other/QQQ/1.tif",)
         write(root / "data", "NPM1/ABC/1.tif")
-        assert finding(index_images(root, "aml-hehr"), "two diseases") == ("ABC",)
+        assert finding(index_dataset(root, "aml-hehr"), "two diseases") == ("ABC",)
 
     @pytest.mark.parametrize("level", ["..", ".", "data"])
     def test_any_level_finds_the_metadata(self, root: Path, level: str) -> None:
-        index = index_images(root / level, "aml-hehr")
+        index = index_dataset(root / level, "aml-hehr")
         assert index.images.root.resolve() == root / "data"
-        assert index.images.table.equals(index_images(root, "aml-hehr").images.table)
+        assert index.images.table.equals(index_dataset(root, "aml-hehr").images.table)
 
     @pytest.mark.parametrize(
         "raw",
@@ -315,13 +315,13 @@ class TestAmlHehr:
         ],
     )
     def test_the_micro_sign_in_any_encoding(self, root: Path, raw: bytes) -> None:
-        expected = index_images(root, "aml-hehr").images.table
+        expected = index_dataset(root, "aml-hehr").images.table
         (root / "metadata.csv").write_bytes(b"\r\n".join([raw, *(line.encode() for line in HEHR_LINES), b""]))
-        assert index_images(root, "aml-hehr").images.table.equals(expected)
+        assert index_dataset(root, "aml-hehr").images.table.equals(expected)
 
     def test_without_metadata_the_folders_are_enough(self, root: Path) -> None:
         (root / "metadata.csv").unlink()
-        index = index_images(root, "aml-hehr")
+        index = index_dataset(root, "aml-hehr")
         assert index.images.table.column_names == list(MANIFEST_COLUMNS)
         assert finding(index, "expected beside") == ("metadata.csv",)
 
@@ -343,7 +343,7 @@ class TestAmlHehr:
     def test_a_metadata_file_that_is_not_the_published_one_is_refused(self, root: Path, raw: bytes, words: str) -> None:
         (root / "metadata.csv").write_bytes(raw)
         with pytest.raises(BadInput, match=words):
-            index_images(root, "aml-hehr")
+            index_dataset(root, "aml-hehr")
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ class TestAmlHehr:
 )
 def test_a_file_in_the_folder_of_another_class_is_named(tmp_path: Path, dataset: str, right: str, wrong: str) -> None:
     write(tmp_path, right, wrong, f"{Path(right).parent}/any other name.tiff")
-    index = index_images(tmp_path, dataset)
+    index = index_dataset(tmp_path, dataset)
     assert finding(index, "begins with another class") == (wrong,)
     assert index.images.table.num_rows == 3 - (dataset == "acevedo")  # SNE needs its prefix
 
@@ -367,43 +367,43 @@ class TestFindingTheFolder:
         write(tmp_path / "cats", "tabby/1.jpg")
         words = r"no class folders of bmc in .*cats or 4 levels .*: expected ABE, ART, BAS and 18 more; found 'tabby'$"
         with pytest.raises(BadInput, match=words):
-            index_images(tmp_path / "cats", "bmc")
+            index_dataset(tmp_path / "cats", "bmc")
         with pytest.raises(BadInput, match=r"no folder at .*mll23.zip: expected mll23, unpacked"):
-            index_images(tmp_path / "mll23.zip", "mll23")
+            index_dataset(tmp_path / "mll23.zip", "mll23")
 
     def test_one_class_is_not_the_dataset(self, tmp_path: Path) -> None:
         write(tmp_path, "BAS/BAS_0001.tiff")
         with pytest.raises(BadInput, match="looks like one class: give the folder above"):
-            index_images(tmp_path / "BAS", "matek19")
+            index_dataset(tmp_path / "BAS", "matek19")
 
     def test_two_copies_are_not_mixed(self, tmp_path: Path) -> None:
         write(tmp_path, "a/BAS/BAS_0001.tiff", "b/c/BAS/BAS_0001.tiff")
         with pytest.raises(BadInput, match=r"in 2 places \(.*a, .*c\); give one of them"):
-            index_images(tmp_path, "matek19")
+            index_dataset(tmp_path, "matek19")
 
     def test_class_folders_without_images(self, tmp_path: Path) -> None:
         write(tmp_path, "BAS/notes.txt", "other/1.tiff")
         with pytest.raises(BadInput, match=r"no images in the class folders of .*; found 1 images outside"):
-            index_images(tmp_path, "matek19")
+            index_dataset(tmp_path, "matek19")
 
     def test_somebodys_whole_disk_is_not_searched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write(tmp_path, *(f"{i}/1.txt" for i in range(6)), "0/BAS/BAS_0001.tiff")
         monkeypatch.setattr(published_datasets, "MAX_FOLDERS", 5)
         with pytest.raises(BadInput, match="more than 5 folders; give the folder of matek19 itself"):
-            index_images(tmp_path, "matek19")
+            index_dataset(tmp_path, "matek19")
 
     @pytest.mark.parametrize("place", ["", "BAS", "junk"])
     def test_a_link_that_loops_is_named(self, tmp_path: Path, place: str) -> None:
         root = write(tmp_path / "matek", "BAS/BAS_0001.tiff", "junk/1.txt")
         (root / place / "back").symlink_to(root)
         with pytest.raises(BadInput, match="back links back to a folder that contains it"):
-            index_images(root, "matek19")
+            index_dataset(root, "matek19")
 
     def test_a_link_to_a_dataset_elsewhere_is_followed(self, tmp_path: Path) -> None:
         write(tmp_path / "store", "BAS/BAS_0001.tiff")
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "matek").symlink_to(tmp_path / "store")
-        assert values(index_images(tmp_path / "mine", "matek19"), "image_id") == ["matek19/BAS/BAS_0001.tiff"]
+        assert values(index_dataset(tmp_path / "mine", "matek19"), "image_id") == ["matek19/BAS/BAS_0001.tiff"]
 
     @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
     @pytest.mark.parametrize("raw", [b"BAS/Gr\xfc\xdfe.tiff", b"Gr\xfc\xdfe/1.tiff"])
@@ -417,18 +417,18 @@ class TestFindingTheFolder:
         except OSError:
             pytest.skip("this file system refuses such names itself")
         with pytest.raises(BadInput, match=r"1 file names in .* are not UTF-8 \('.*Gr\\udcfc\\udcdfe.*'\); rename"):
-            index_images(tmp_path, "matek19")
+            index_dataset(tmp_path, "matek19")
 
     def test_unknown_names_list_the_known_ones(self, tmp_path: Path) -> None:
         write(tmp_path, "basophil/BA_1.jpg")
         with pytest.raises(BadInput, match="acevedo has no class set '12'; known: 13, 11, 10"):
-            index_images(tmp_path, "acevedo", "12")
+            index_dataset(tmp_path, "acevedo", "12")
         with pytest.raises(BadInput, match="mll23 has no class set '11'; known: 18"):
-            index_images(tmp_path, "mll23", "11")
+            index_dataset(tmp_path, "mll23", "11")
         with pytest.raises(BadInput, match=r"a class set belongs to a published dataset .*; found '11'"):
-            index_images(tmp_path, "folder", "11")
+            index_dataset(tmp_path, "folder", "11")
         with pytest.raises(BadInput, match=r"unknown dataset 'imagenet'; known: mll23, .*, folder"):
-            index_images(tmp_path, "imagenet")
+            index_dataset(tmp_path, "imagenet")
 
 
 class TestDuplicates:
@@ -436,7 +436,7 @@ class TestDuplicates:
         root = write(tmp_path, "eosinophil/EO_1.jpg", "eosinophil/EO_225902.jpg", "neutrophil/BNE_191112.jpg")
         (root / "neutrophil/BNE_191112.jpg").write_bytes((root / "eosinophil/EO_225902.jpg").read_bytes())
         (root / "neutrophil/SNE_1.jpg").write_bytes((root / "eosinophil/EO_225902.jpg").read_bytes())
-        index = mark_duplicates(index_images(root, "acevedo"))
+        index = mark_duplicates(index_dataset(root, "acevedo"))
         assert rows(index, DUPLICATE_OF) == {
             "eosinophil/EO_1.jpg": (None,),
             "eosinophil/EO_225902.jpg": (None,),
@@ -452,7 +452,7 @@ class TestDuplicates:
     def test_one_image_under_two_patients_is_told(self, tmp_path: Path) -> None:
         root = write(tmp_path, "control/ABC/1.tif", "control/DEF/1.tif", "control/DEF/2.tif")
         (root / "control/DEF/1.tif").write_bytes((root / "control/ABC/1.tif").read_bytes())
-        index = mark_duplicates(index_images(root, "aml-hehr"))
+        index = mark_duplicates(index_dataset(root, "aml-hehr"))
         assert finding(index, "under two patients") == ("control/DEF/1.tif DEF = control/ABC/1.tif ABC",)
         assert not finding(index, "under two diseases")
         assert not finding(index, "under two labels")
@@ -551,7 +551,7 @@ class TestCommand:
         assert column(images, "label_common") == ["eosinophil", "eosinophil", "promyelocyte", "neutrophil_band"]
         assert column(images, DUPLICATE_OF) == [None, None, None, "acevedo/eosinophil/EO_1.jpg"]
         manifest = open_images(Path("tables/acevedo.parquet"), root=acevedo)
-        assert manifest.table.equals(mark_duplicates(index_images(acevedo, "acevedo", "11")).images.table)
+        assert manifest.table.equals(mark_duplicates(index_dataset(acevedo, "acevedo", "11")).images.table)
         assert snapshot(acevedo) == before
 
     def test_an_index_beside_the_images_needs_no_root(self, acevedo: Path) -> None:
@@ -638,7 +638,7 @@ class TestCommand:
         self, acevedo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         out = tmp_path / "a.parquet"
-        make_index(acevedo, out, dataset="acevedo")
+        index_images(acevedo, out, dataset="acevedo")
         before = snapshot(tmp_path)
 
         def full(descriptor: int) -> None:
@@ -646,7 +646,7 @@ class TestCommand:
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
-            make_index(acevedo, out, dataset="acevedo", class_set="11", overwrite=True)
+            index_images(acevedo, out, dataset="acevedo", class_set="11", overwrite=True)
         assert snapshot(tmp_path) == before
 
     def test_common_mistakes(self, tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_after_any_damage_the_store_is_what_it_was(name: str, made: Path, store:
 def test_a_whole_store_is_left_alone(store: Path) -> None:
     """Not even the images are needed, or looked at."""
     before = everything(store)
-    assert repair(store, root=Path("/nowhere")) == RepairResult(problems=[], chunks=[], other_bits=[])
+    assert repair(store, root=Path("/nowhere")) == RepairResult(out=store, problems=[], chunks=[], other_bits=[])
     assert everything(store) == before
 
 
@@ -365,7 +365,7 @@ def test_interrupted_gently_it_is_continued(made: Path, store: Path) -> None:
     with pytest.raises(IncompleteStore):
         ActivationStore(store)
     done = repair(store, workers=1)
-    assert done == RepairResult(problems=[], chunks=[1, 3], other_bits=[])
+    assert done == RepairResult(out=store, problems=[], chunks=[1, 3], other_bits=[])
     assert contents(store) == before
 
 

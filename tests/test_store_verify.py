@@ -58,7 +58,7 @@ def problems(root: Path) -> list[str]:
 
 
 def latent_problems(root: Path) -> list[str]:
-    return [str(problem) for problem in verify_latents(root, block_images=4) if problem]
+    return [str(problem) for problem in verify_latents(root, images_at_once=4) if problem]
 
 
 def edit_journal(root: Path, edit: Callable[[list[dict[str, object]]], list[dict[str, object]]]) -> None:
@@ -89,7 +89,7 @@ def rewrite(root: Path, chunk: int, change: Callable[[npt.NDArray[np.uint16]], N
 def test_whole_stores_have_no_problem(cache: Path, latents: Path, made: Path) -> None:
     """Neither the tiny ones nor those of the real pipeline; one None for each chunk or block shows the progress."""
     assert list(verify_activations(cache)) == [None] * 3
-    assert list(verify_latents(latents, block_images=4)) == [None] * 3
+    assert list(verify_latents(latents, images_at_once=4)) == [None] * 3
     assert list(verify_activations(made / "acts.zarr")) == [None] * 3
     assert list(verify_latents(made / "latents.zarr")) == [None]
 
