@@ -1,7 +1,7 @@
 """Makes an image table from a folder, a CSV or a Parquet file: which images there are, in which order."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ class Images:
     root: Path
     n_skipped: int = 0  # files below a folder whose names are not those of images
     passed_over: tuple[str, ...] = ()  # folders below it without cells: hidden, of a system, or results of Cyto
-    source: Path | None = None  # the folder or file that they were opened from
+    source: Path | None = field(default=None, compare=False)  # the folder or file that they were opened from
 
     @property
     def notes(self) -> tuple[str, ...]:
