@@ -66,7 +66,7 @@ def test_notebook_runs(tmp_path: Path) -> None:
     notebook = ROOT / "docs" / "notebook.py"
     begin, to_table = cells(notebook.read_text())[:2]
     assert len([line for line in f"{begin}\n{to_table}".splitlines() if line.strip()]) <= 15
-    assert to_table.splitlines()[-1].startswith("patients.to_df()")
+    assert to_table.strip().splitlines()[-1].startswith("patients.to_df()")
     command = [sys.executable, "-W", "error", str(ROOT / "tests" / "notebook_runner.py"), str(notebook)]
     environment = {**os.environ, "MPLBACKEND": "agg"}
     first, again = (

@@ -266,7 +266,7 @@ def write_mask_agreement(
         "masks_sha256": sha256_json(
             [[names[image], mask.tolist()] for image, mask in zip(images, foreground.transpose(1, 0, 2), strict=True)]
         ),
-        "min_share": min_share,
+        "min_share": float(min_share),  # 1 and 1.0 are the same settings
         "n_shuffles": n_shuffles,
         "seed": seed,
     }

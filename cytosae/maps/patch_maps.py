@@ -38,6 +38,7 @@ class PatchQuery:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise BadInput(f"{name} must be a number of at least 0; found {value!r}")
+            object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same settings
         if self.n_top < 1:
             raise BadInput(f"n_top must be at least 1; found {self.n_top}")
 
