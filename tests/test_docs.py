@@ -417,3 +417,14 @@ def test_no_machine_path_and_no_registry_host() -> None:
         if path.is_file() and path.suffix in {".py", ".md", ".toml", ".txt", ".json", ".yml", ""}:
             found = re.search(f"{hosts}|{places}", path.read_text(errors="replace"))
             assert not found, f"{name} names {found and found[0]}"
+
+
+def test_the_four_questions_of_contributing_are_answered() -> None:
+    """Every answer names a file and a piece of a line that stands in it exactly once."""
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("### Find your way")[1].split("\n## ")[0]
+    answers = re.findall(r"`([\w/]+\.py)`: `([^`]+)`", page)
+    assert len(answers) == 4
+    for name, piece in answers:
+        assert (ROOT / name).read_text().count(piece) == 1, (name, piece)
+    (who,) = re.findall(r"`(CLICK = [^`]+)`", page)
+    assert who in (ROOT / "tests" / "test_imports.py").read_text()
