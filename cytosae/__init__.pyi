@@ -51,5 +51,6 @@ from .sae import import_sae as import_sae
 from .sae import load_sae as load_sae
 from .sweep import sweep as sweep
 from .training import BackboneSample as BackboneSample
+from .training import sae_info as sae_info
 from .training.evaluate import evaluate as evaluate
 from .training.train import train as train

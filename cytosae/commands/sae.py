@@ -17,18 +17,14 @@ from stores.console import (
     device_option,
     json_option,
     overwrite_option,
-    print_page,
     progress_line,
     readers_option,
     say_done,
     tell,
 )
 from stores.devices import resolve_device
-from stores.wording import printable, state_of
 
 if TYPE_CHECKING:
-    from stores import Header
-
     from .shared import Bridges
 
 
@@ -222,40 +218,13 @@ def sae_info(run: Path, as_json: bool) -> None:
     \b
     Example: cyto sae info cells.sae
     """
-    from stores import SAE, read_header, read_runs
+    from cytosae import sae_info as info_of
 
-    header = read_header(run, SAE, complete=False)
+    info = info_of(run)
     if as_json:
-        click.echo(json.dumps({**header.to_json(), "runs": read_runs(run)}, indent=1))
-        return
-    rows = _imported_rows(header) if "imported" in header.spec else _trained_rows(header)
-    print_page(f"{run}: {header.kind}, version {header.version}, {state_of(header.complete)}", rows)
-
-
-def _trained_rows(header: "Header") -> dict[str, str]:
-    """The page of `cyto sae info`."""
-    from cytosae.sae import activation_text
-    from cytosae.training import held_out_line, training_line
-
-    spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
-    return {
-        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
-        "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
-        f"block {spec['tokens']['block']}",
-        "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
-        "objective": f"loss {config['loss']}, "
-        + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
-        + f"dead latents: {config['dead_latents']}"
-        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
-        "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
-        f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
-        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
-        "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
-        f"{spec['images']['excluded']:,} excluded",
-        "last batch": training_line(summary["final"]) if summary else "(not finished)",
-        **({"held out": held_out_line(summary["held_out"])} if "held_out" in summary else {}),
-        "identity": header.identity,
-    }
+        click.echo(json.dumps(info.to_json(), indent=1))
+    else:
+        tell(info)
 
 
 @click.command("eval")
@@ -455,23 +424,3 @@ def sae_encode(
     if done.is_complete:
         say_done(latents, done.was_complete)
     tell(done)
-
-
-def _imported_rows(header: "Header") -> dict[str, str]:
-    from cytosae.sae import activation_text
-
-    spec, summary = header.spec, header.summary or {}
-    says = summary.get("says", {})
-    names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")
-    metadata = says.get("metadata")
-    claims = {**(metadata if isinstance(metadata, dict) else {}), **says}
-    shown = [f"{name} {printable(str(claims[name]))}" for name in names if claims.get(name) is not None]
-    return {
-        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
-        "imported": f"from {spec['imported']['format']}, sha256 {spec['imported']['files']['weights']}",
-        "tokens": f"not known: {', '.join(name for name, value in spec['tokens'].items() if value is None)}",
-        "says": ", ".join(shown) or "nothing of where it comes from",
-        "notes": "; ".join(summary.get("notes", [])) or "none",
-        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
-        "identity": header.identity,
-    }

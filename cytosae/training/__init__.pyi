@@ -5,6 +5,8 @@ from .device_prefetch import on_device as on_device
 from .evaluate import DEAD_WINDOW as DEAD_WINDOW
 from .evaluate import BackboneSample as BackboneSample
 from .evaluate import Evaluation as Evaluation
+from .info import SaeInfo as SaeInfo
+from .info import sae_info as sae_info
 from .losses import BatchLosses as BatchLosses
 from .losses import loss_and_gradients as loss_and_gradients
 from .losses import loss_weight as loss_weight

@@ -1,0 +1,80 @@
+"""What an SAE is and what it was trained on: the page of `cyto sae info`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cytosae.sae import activation_text
+from stores.info import StoreInfo
+from stores.runlog import read_runs
+from stores.spec import SAE, Header, read_header
+from stores.wording import printable, size_on_disk
+
+from .report import held_out_line, training_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaeInfo(StoreInfo):
+    """What an SAE is and what it was trained on."""
+
+    def rows(self) -> dict[str, str]:
+        """The named values of the page, in order."""
+        return _imported_rows(self.header) if "imported" in self.header.spec else _trained_rows(self.header)
+
+    def to_json(self) -> dict[str, Any]:
+        """Header and runs as plain JSON values."""
+        return {**self.header.to_json(), "runs": list(self.runs)}
+
+
+def sae_info(run: Path) -> SaeInfo:
+    """What is in the folder of an SAE, finished or not. Reads the header and the run log, not the weights; no torch.
+
+    Raises
+    ------
+    StoreNotFound, SpecMismatch, DamagedStore
+        If there is no SAE of a version that this program reads, or its header is damaged.
+    """
+    header = read_header(run, SAE, complete=False)
+    return SaeInfo(store=run, header=header, n_bytes=size_on_disk(run), runs=tuple(read_runs(run)))
+
+
+def _trained_rows(header: Header) -> dict[str, str]:
+    """The page of an SAE that was trained here."""
+    spec, summary, config = header.spec, header.summary or {}, header.spec["config"]
+    return {
+        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
+        "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
+        f"block {spec['tokens']['block']}",
+        "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
+        "objective": f"loss {config['loss']}, "
+        + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
+        + f"dead latents: {config['dead_latents']}"
+        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
+        "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
+        f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
+        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
+        f"{spec['images']['excluded']:,} excluded",
+        "last batch": training_line(summary["final"]) if summary else "(not finished)",
+        **({"held out": held_out_line(summary["held_out"])} if "held_out" in summary else {}),
+        "identity": header.identity,
+    }
+
+
+def _imported_rows(header: Header) -> dict[str, str]:
+
+    spec, summary = header.spec, header.summary or {}
+    says = summary.get("says", {})
+    names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")
+    metadata = says.get("metadata")
+    claims = {**(metadata if isinstance(metadata, dict) else {}), **says}
+    shown = [f"{name} {printable(str(claims[name]))}" for name in names if claims.get(name) is not None]
+    return {
+        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
+        "imported": f"from {spec['imported']['format']}, sha256 {spec['imported']['files']['weights']}",
+        "tokens": f"not known: {', '.join(name for name, value in spec['tokens'].items() if value is None)}",
+        "says": ", ".join(shown) or "nothing of where it comes from",
+        "notes": "; ".join(summary.get("notes", [])) or "none",
+        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "identity": header.identity,
+    }
