@@ -33,10 +33,8 @@ def test_site_builds(tmp_path: Path) -> None:
     assert "#stores.SpecMismatch" in pages["api/barcodes.html"]  # types are links
     for name, text in pages.items():
         assert not name.startswith("api/") or not re.search(r"^\s*-{5,}$", text, re.MULTILINE), f"{name}: a raw section"
-    of_tau = (
-        pages["api/barcodes.html"].split('id="cytosae.BarcodeConfig.tau"')[1].split('id="cytosae.BarcodeConfig.')[0]
-    )
-    assert "<p>" in of_tau, "the comment behind a field of a dataclass is not shown"
+    of_precision = pages["api/cytocache.html"].split('id="cytocache.ExtractConfig.precision"')[1]
+    assert "<p>" in of_precision.split('id="cytocache.ExtractConfig.')[0], "the comment behind a field of a dataclass is not shown"
 
 
 @pytest.mark.docs
