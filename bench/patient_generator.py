@@ -2,7 +2,7 @@
 
 Of each patient and latent only the images that show it are drawn, one after the other (the gap to the next one is
 geometric), with their count of patches, and added to the sums of the draws that hold this image. The law is that of
-images made one by one and thinned at random (tests/test_calibration.py), the work that of the images shown.
+images made one by one and thinned at random (test_calibration.py), the work that of the images shown.
 """
 
 import math

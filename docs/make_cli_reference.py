@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the --help texts; tests/test_docs.py checks that it is fresh."""
+"""Writes docs/cli.md from the --help texts; tests/project/test_docs.py checks that it is fresh."""
 
 from collections.abc import Iterator
 from pathlib import Path

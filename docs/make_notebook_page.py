@@ -1,10 +1,10 @@
-"""Writes docs/notebook.md from the cells of docs/notebook.py; tests/test_docs.py checks that it is fresh."""
+"""Writes docs/notebook.md from the cells of docs/notebook.py; tests/project/test_docs.py checks that it is fresh."""
 
 import re
 from pathlib import Path
 
 _PLACE = Path(__file__).parent
-_RUN = "<!-- executed by tests/test_site.py -->"
+_RUN = "<!-- executed by tests/project/test_site.py -->"
 
 
 def notebook_page() -> str:

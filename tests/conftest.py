@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_runs import tiny_config
 
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
-from cytosae.sae import TrainConfig
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
 
 
@@ -70,9 +69,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def tiny_config(**changes: object) -> TrainConfig:
-    """A training run of a second or two."""
-    settings = {"expansion": 2, "batch_tokens": 256, "tokens": 256 * 12, "warmup_steps": 4, "log_every": 4, **changes}
-    return TrainConfig(**settings)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ counts as not meaningful. If nearly all verdicts are equal, chance agreement is 
 defined even if reviewers agree (Feinstein and Cicchetti 1990); so Gwet's AC1 is given, too. Intervals are from a
 bootstrap over items: they generalise to other latents, not to other reviewers.
 
-Cohen's kappa equals `sklearn.metrics.cohen_kappa_score` (tests/test_reviews.py); the array form here computes the
+Cohen's kappa equals `sklearn.metrics.cohen_kappa_score` (test_reviews.py); the array form here computes the
 2,000 bootstrap draws in about a millisecond. scikit-learn has neither Fleiss' kappa nor AC1.
 """
 

@@ -1,7 +1,7 @@
 """Counting latents, compiled: tokens to images in one pass over the nonzeros, images to groups in another.
 
 One thread; Dask runs several processes. Sums over the tokens of an image run in token order, sums over the images of a
-group in the order given, so no number depends on how the work was divided. Twins: tests/reference.py.
+group in the order given, so no number depends on how the work was divided. Twins: tests/support/reference.py.
 """
 
 from dataclasses import dataclass

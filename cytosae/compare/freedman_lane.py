@@ -5,7 +5,7 @@
 
 Q is an orthonormal basis of the covariates within strata. So f is the partial R^2 of the groups in P R, and increases
 with |t| of the group in the regression of P R on groups, strata and covariates (Winkler and others 2014). All columns
-are permuted together, so that maxima over columns give the max-T adjustment. Twin: tests/test_permutation.py.
+are permuted together, so that maxima over columns give the max-T adjustment. Twin: test_permutation.py.
 """
 
 import numpy as np

@@ -17,7 +17,7 @@ With strata, units are permuted within their stratum, and z is centred within ea
 group in a regression on group and strata. Units of a stratum with one group only are left out.
 
 Sums are of int32, which is exact in any order: p-values do not depend on threads, libraries or processors. A sum is
-looked up eight units at a time, in tables of the 256 sums of eight units. Twin: tests/test_permutation.py.
+looked up eight units at a time, in tables of the 256 sums of eight units. Twin: test_permutation.py.
 """
 
 import math

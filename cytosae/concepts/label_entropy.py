@@ -1,7 +1,7 @@
 """What the labels of a latent's top images say: how mixed they are, which weighs most, and what chance would give.
 
 Pure functions of arrays. A label is a number from 0, -1 where there is none; each top image weighs as much as its image
-activation. Twins: tests/test_concepts.py.
+activation. Twins: test_concepts.py.
 """
 
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ Two questions, both with two-sided tests:
 
 Both tests keep every map and every mask as it is, so neighbouring patches, and images of one patient, may be
 correlated. `p_any` (family-wise) uses the largest absolute scaled value among all tested latents and classes of a
-shuffle. Slow reference code and measured false positive rates: tests/test_masks.py.
+shuffle. Slow reference code and measured false positive rates: test_masks.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,7 +8,7 @@
 
 Nothing is fitted again. The factor is empirical (coverage by simulation: docs/benchmarks.md). The scores of all draws
 are computed together, which takes 0.1 s for a repeat of one method; calls of scikit-learn, draw by draw, take 86 s
-(docs/log.md). Twin with scikit-learn: tests/test_probe.py.
+(docs/log.md). Twin with scikit-learn: test_probe.py.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Scores of predictions from the confusion matrix; a score whose denominator is 0 is 0.
 
-The same numbers as scikit-learn's (tests/test_probe.py). They are computed here since the choice of threshold and C
+The same numbers as scikit-learn's (test_probe.py). They are computed here since the choice of threshold and C
 scores twenty thousand sets of predictions in a default run, at 0.05 ms each instead of 2.3 ms (docs/log.md).
 """
 

@@ -3,7 +3,7 @@
 Shortest augmenting paths (Jonker and Volgenant, Computing 38, 1987) on lists of pairs; a row may stay unmatched, which
 is worth 0. The dual prices u of rows and v of columns are at least 0, and u + v >= weight for every pair in the list,
 so the sum of all prices is a bound on every assignment, and equal to the sum of this one. Twin: scipy's dense
-linear_sum_assignment, in tests/test_stability.py.
+linear_sum_assignment, in test_stability.py.
 
 scipy's min_weight_full_bipartite_matching finds the same sums, but is 4 to 24 times slower on sparse candidates and
 does not return the prices, which `stability.py` needs (measured: docs/log.md).

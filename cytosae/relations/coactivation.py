@@ -9,7 +9,7 @@ tokens in all, n_a and n_b with one of them, n_ab with both,
     jaccard = n_ab / (n_a + n_b - n_ab)
 
 Tokens of one image are alike, so a pair counts only if it is active together in `min_images` images or more; there is
-no p-value. Twin: tests/test_neighbours.py.
+no p-value. Twin: test_neighbours.py.
 """
 
 from collections.abc import Iterator, Sequence

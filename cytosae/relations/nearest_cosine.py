@@ -1,6 +1,6 @@
 """The nearest directions of two sets, by cosine, by chunks of products instead of the matrix of all.
 
-Twin: a dense product and a sort, in tests/test_stability.py.
+Twin: a dense product and a sort, in test_stability.py.
 """
 
 from dataclasses import dataclass

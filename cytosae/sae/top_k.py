@@ -1,4 +1,4 @@
-"""The k largest values of each token, in place: compiled on the CPU, torch elsewhere. Twin: tests/reference.py."""
+"""The k largest values of each token, in place: compiled on the CPU, torch elsewhere. Twin: support/reference.py."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Kernels of a training step that work on active latents only, for the CPU (numba). Twin: tests/reference.py.
+"""Kernels of a training step that work on active latents only, for the CPU (numba). Twin: tests/support/reference.py.
 
 The active latents of a micro-batch are stored in compressed sparse columns: latent l is active on the tokens
 tokens[starts[l] : starts[l + 1]], ascending, with the values at the same places. Every sum runs in that order, so

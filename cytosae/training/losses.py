@@ -1,4 +1,6 @@
-"""The training loss and its exact gradients, in micro-batches (docs/reference/paper.md 4.2). Twin: tests/reference.py.
+"""The training loss and its exact gradients, in micro-batches (docs/reference/paper.md 4.2).
+
+Twin: tests/support/reference.py.
 
     M = w_x (x_hat - x)^2                w_x = 1 / ||x|| (loss "normed", released), D ("eq1", the paper's), or 1 ("mse")
     loss = mean(M) + sparsity + the term for dead latents (dead_latents.py)

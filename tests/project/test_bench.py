@@ -1,0 +1,70 @@
+"""Every benchmark runs at its smallest size and prints one JSON line; what it measures there means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+BENCH = ROOT / "bench"
+TINY = {
+    "cli_help": "--rounds 1",
+    "extract": "--backbone random-vit-tiny --images 4 --batch-size 2 --chunk-images 2 --rounds 1",
+    "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
+    "--quality-images 24 --dataloader-batches 2 --rounds 1",
+    "sae_step": "--tokens 64 --width 32 --latents 256 --l0 10 --sweep --micro-batches 32,64 --rounds 1",
+    "sae_run": "--images 6 --width 32 --expansion 4 --batch-tokens 257 --steps 4",
+    "sae_step_gpu": "",
+    "encode": "--images 3 --chunk-images 2 --width 32 --latents 256 --l0 10 --micro-batches 128 --rounds 1",
+    "compare": "--patients 20 --in-a 8 --latents 256 --permutations 500 --loop-permutations 5 --block-permutations 20",
+    "calibration": "--cells 1 --runs 2 --latents 20 --permutations 99 --coverage-runs 1 --data-sets 1",
+    "probe_intervals": "--runs 3 --repeats 1 --draws 20",
+    "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
+    "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
+    "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
+}
+KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
+    folder = ["--folder", str(tmp_path)] if name in ("extract", "loader", "encode", "barcode", "sae_run") else []
+    command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    assert found["bench"] == name
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+    if "skipped" in found:
+        assert name == "sae_step_gpu"
+        return
+    assert found.keys() >= KEYS
+    assert found["ratio"] > 0
+    assert {"rate", "unit", "seconds"} <= found["ours"].keys() & found["baseline"].keys()
+    assert {"cpu", "cores", "torch", "zarr", "python", "device", "date"} <= found["machine"].keys()
+
+
+@pytest.mark.slow
+def test_run_all_goes_on_and_names_what_failed(tmp_path: Path) -> None:
+    for name, body in {"cli_help": "raise SystemExit('no')", "loader": "print('{}')"}.items():
+        (tmp_path / f"{name}.py").write_text(body)
+    (tmp_path / "run_all.py").write_text((BENCH / "run_all.py").read_text())
+    command = [sys.executable, str(tmp_path / "run_all.py"), "cli_help", "loader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (1, "{}\n")
+    assert done.stderr.endswith("failed: cli_help\n")
+
+
+def test_every_benchmark_is_run_by_make_bench_and_tested() -> None:
+    helpers = {"common", "latent_generator", "patient_generator", "run_all"}
+    programs = {path.stem for path in BENCH.glob("*.py")} - helpers
+    listed = (BENCH / "run_all.py").read_text()
+
+    assert programs == set(TINY)
+    assert all(f'"{name}": [' in listed for name in programs)

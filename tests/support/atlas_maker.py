@@ -1,0 +1,120 @@
+"""A small cohort with hostile names, from which an atlas is built: real files, invented latents."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+from latent_stores import local_client, write_latents
+from PIL import Image
+
+from cli import cli
+from cytocache.demo_cells import draw_cell
+from cytosae.barcodes import BarcodeConfig, write_barcodes
+from cytosae.compare import CompareConfig, compare
+from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
+from stores import ConceptStore, begin_results
+from stores.spec import NEIGHBOURS
+
+SCRIPT = "<script>document.title='owned'</script>"
+QUOTES = "\" onmouseover='alert(1)' x=\""
+PATIENTS = [SCRIPT, QUOTES, "=cmd|' /C calc'!A0", "Müller, J.", *(f"Quentin {n:02d}" for n in range(10))]
+DISEASES = ["AML </title><b>& co", "control"]  # the first nine patients have the first
+LABELS = ["neutrophil", "<img src=x onerror=alert(2)>", None]
+DATASETS = ["cells", "</script><b>other"]
+N_LATENTS, IMAGES_PER_PATIENT = 40, 3
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Where everything lies, and the latents as they were made: (images, 257, 40)."""
+
+    root: Path
+    dense: npt.NDArray[np.float32]
+    patient_of: list[str | None]
+    disease_of: list[str | None]
+    image_ids: list[str]
+
+    @property
+    def build(self) -> list[str]:
+        """Options of `cyto atlas build` with everything; the last word is missing: where to."""
+        folders = {name: self.root / name for name in ("barcodes", "concepts", "latents", "images", "neighbours")}
+        options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+        return ["atlas", "build", *options, "--compare", str(self.root / "compare"), "-o"]
+
+
+def cyto(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def make_cohort(root: Path) -> Cohort:
+    """14 patients of two diseases and an image of nobody; two datasets; image 4 is unreadable, image 7 is lost."""
+    rng = np.random.default_rng(0)
+    n_images = len(PATIENTS) * IMAGES_PER_PATIENT + 1
+    patients: list[str | None] = [*np.repeat(PATIENTS, IMAGES_PER_PATIENT).tolist(), None]
+    diseases = [None if name is None else DISEASES[PATIENTS.index(name) >= 9] for name in patients]
+    strength = rng.gamma(1, 0.5, (n_images, 1, N_LATENTS)) * 10 ** rng.uniform(-2, 0.5, N_LATENTS)
+    strength[: 9 * IMAGES_PER_PATIENT, :, 3] += 2  # sets the diseases apart
+    strength[:, :, 39] = 0  # never active
+    dense = (strength * (rng.random((n_images, 257, N_LATENTS)) < rng.uniform(0.05, 0.7, N_LATENTS))).astype(np.float32)
+    dense = dense.astype(np.float16).astype(np.float32)  # what a store of 10 bits keeps
+    dense[4] = 0
+    (root / "images").mkdir(parents=True)
+    hashes = []
+    for n in range(n_images):
+        path = root / "images" / f"{n:04d}.png"
+        Image.fromarray(draw_cell("lymphocyte", rng, size=64)[: 64 - 8 * (n % 3)]).save(path)
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    (root / "images" / "0007.png").unlink()
+    paths: list[str | None] = [f"{n:04d}.png" for n in range(n_images)]
+    paths[7] = "Secret, S./0007.png"  # a name in a path
+    ids = [f"{patients[n] or 'nobody'}/{n}" for n in range(n_images)]  # ids that hold the patient's name
+    write_latents(
+        root / "latents",
+        dense,
+        [(patient, disease, n != 4) for n, (patient, disease) in enumerate(zip(patients, diseases, strict=True))],
+        hashes=hashes,
+        further={
+            "image_id": [*ids],
+            "path": paths,
+            "label": [LABELS[n % 3] for n in range(n_images)],
+            "dataset": [DATASETS[(n // IMAGES_PER_PATIENT) % 2] for n in range(n_images)],
+        },
+    )
+    with local_client(1, 2) as client, without_figures():
+        write_barcodes(root / "latents", root / "barcodes", BarcodeConfig(tau=0.2), client=client)
+        concept_statistics(root / "latents", root / "concepts", ConceptConfig(min_support=1), client=client)
+        compare(root / "barcodes", root / "compare", CompareConfig(a=DISEASES[0], b=DISEASES[1], top=5))
+    select_latents(ConceptStore(root / "concepts"), SelectionConfig(dataset=DATASETS[0], clusters=3, per_cluster=3))
+    write_neighbours(root / "neighbours")
+    return Cohort(root, dense, patients, diseases, ids)
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Drawing takes longer than all else here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("statistics.plot_scatter", "statistics.plot_thresholds"):
+            patch.setattr(f"cytosae.concepts.{name}", lambda panels, path: None)
+        for name in ("plot_correlation", "plot_patients", "plot_scatter"):
+            patch.setattr(f"cytosae.compare.differential.{name}", lambda *args, **settings: None)
+        yield
+
+
+def write_neighbours(out: Path) -> None:
+    """Made-up neighbours of every latent, in the format of `cyto concept neighbours`."""
+    rows = [
+        {"latent": latent, "by": by, "rank": 1, "neighbour": (latent + step) % N_LATENTS, "cosine": 0.5}
+        | {"n_tokens_both": 7, "phi": 0.25, "lift": None}
+        for latent in range(N_LATENTS)
+        for by, step in (("direction", 1), ("tokens", 2))
+    ]
+    writer = begin_results(out, NEIGHBOURS, {"sae_sha256": "1" * 64})
+    writer.write_table("neighbours", pa.Table.from_pylist(rows))
+    writer.finish({})
