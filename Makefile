@@ -20,7 +20,7 @@ demo: install
 
 browser: install # what the tests in a real browser need, where it is missing; without it they are skipped
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
-	$(BIN)/python tests/install_browser.py
+	$(BIN)/python tests/support/install_browser.py
 
 test: install
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """What wrote the golden artefacts beside this file, kept as a record: one tiny finished artefact per format version.
 
 They must be readable for ever, so they are never written anew: a new format version gets a new function and a new
-folder, and tests/stores/test_store_golden.py reads old and new. Run it as `PYTHONPATH=.:tests python
+folder, and tests/stores/test_store_golden.py reads old and new. Run it as `PYTHONPATH=.:tests/support python
 tests/golden/make_golden.py FOLDER`; in a folder that holds the FIRST ones it makes the LATER ones from them, and it
 refuses one that holds any of these.
 """

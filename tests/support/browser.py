@@ -1,6 +1,6 @@
 """A headless Chromium for tests, and axe-core, an accessibility checker; where one is missing, the reason to skip.
 
-`make browser` brings what is missing into `.browser`: tests/install_browser.py. $CYTO_CHROMIUM, $CYTO_AXE name others.
+`make browser` brings what is missing into `.browser`: install_browser.py. $CYTO_CHROMIUM, $CYTO_AXE name others.
 """
 
 import os
