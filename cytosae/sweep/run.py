@@ -33,6 +33,7 @@ from cytosae.training import (
 )
 from stores.activation_store import ActivationStore, used_together
 from stores.destination import claimed
+from stores.devices import resolve_device
 from stores.errors import BadInput, StoreUnreachable
 from stores.files import sha256_json, sweep_partials
 from stores.progress import Progress
@@ -152,6 +153,7 @@ def sweep(
         raise BadInput("a sweep runs in one process; start it without torchrun, or one sweep per GPU (--device cuda:N)")
     if at_once is not None and not 1 <= at_once <= MOST_AT_ONCE:
         raise BadInput(f"at_once must be from 1 to {MOST_AT_ONCE}; found {at_once}")
+    device = resolve_device(device)
     grid = read_grid(grid_file)
     planned = _plan(grid, _grouped(caches), out, frozenset(exclude), grid_file)
     with claimed(out):

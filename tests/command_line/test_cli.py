@@ -182,12 +182,12 @@ def test_choices_are_those_of_the_library() -> None:
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
     """Only errors that the user can put right become one line."""
-    import stores
+    from cytosae.training import info
 
     def broken(*arguments: object, **options: object) -> None:
         raise ValueError("our own bug")
 
-    monkeypatch.setattr(stores, "read_header", broken)
+    monkeypatch.setattr(info, "read_header", broken)
     done = run("sae", "info", made / "run")
     assert isinstance(done.exception, ValueError)
     assert not isinstance(done.exception, SystemExit)

@@ -419,4 +419,4 @@ def test_the_four_questions_of_contributing_are_answered() -> None:
     for name, piece in answers:
         assert (ROOT / name).read_text().count(piece) == 1, (name, piece)
     (who,) = re.findall(r"`(CLICK = [^`]+)`", page)
-    assert who in (ROOT / "tests" / "test_imports.py").read_text()
+    assert who in (ROOT / "tests" / "project" / "test_imports.py").read_text()

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 from distributed import Client, LocalCluster
 
 from stores import (
@@ -82,20 +81,6 @@ def local_client(workers: int, threads: int, *, processes: bool = False) -> Iter
         ) as cluster,
         Client(cluster) as client,
     ):
-        yield client
-
-
-@pytest.fixture(scope="module")
-def threads() -> Iterator[Client]:
-    """Two threads in this process."""
-    with local_client(1, 2) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Client]:
-    """Two worker processes of one thread, as `cyto barcode` starts them."""
-    with local_client(2, 1, processes=True) as client:
         yield client
 
 

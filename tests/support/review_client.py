@@ -11,25 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from places import ROOT
-from review_site import make_site
 
 from cytosae.atlas import ServeConfig, open_server
 from cytosae.atlas.review_server import AtlasServer
-
-
-@pytest.fixture(scope="module")
-def site(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    make_site(made, folder)
-    return folder / "atlas"
-
-
-@pytest.fixture
-def server(site: Path, tmp_path: Path) -> Iterator[AtlasServer]:
-    with running(site, tmp_path / "reviews") as server:
-        yield server
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,25 @@ from typing import Any
 import pytest
 from places import ROOT
 from review_client import ask, post, running, start, token_of
+from review_site import make_site
 
 from cytosae.atlas import ServeConfig, open_server, read_verdicts
 from cytosae.atlas.review_server import AtlasServer
 from cytosae.atlas.reviews import journal
 from stores import BadInput
+
+
+@pytest.fixture(scope="module")
+def site(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    make_site(made, folder)
+    return folder / "atlas"
+
+
+@pytest.fixture
+def server(site: Path, tmp_path: Path) -> Iterator[AtlasServer]:
+    with running(site, tmp_path / "reviews") as server:
+        yield server
 
 
 def test_serves_the_atlas_and_the_review_page(server: AtlasServer, site: Path) -> None:

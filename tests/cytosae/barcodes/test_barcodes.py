@@ -55,6 +55,20 @@ from stores.verify_any import verify
 LEVELS = ("image", "patient", "disease")
 
 
+@pytest.fixture(scope="module")
+def threads() -> Iterator[Client]:
+    """Two threads in this process."""
+    with local_client(1, 2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Client]:
+    """Two worker processes of one thread, as `cyto barcode` starts them."""
+    with local_client(2, 1, processes=True) as client:
+        yield client
+
+
 def layers_of(table: anndata.AnnData) -> dict[Any, Any]:
     """Its layers by name; newer versions of anndata list X among them, as None."""
     return {name: matrix for name, matrix in table.layers.items() if name is not None}

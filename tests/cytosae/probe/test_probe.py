@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from cohorts import N_LATENTS, THRESHOLDS, Array, cohort, fill, finished, kept_latents, quick, write_folder
+from cohorts import N_LATENTS, THRESHOLDS, Array, cohort, fill, finished, kept_latents, one_thread, quick, write_folder
 from scipy.linalg import LinAlgError
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
@@ -66,6 +66,8 @@ from stores.activation_writer import ActivationWriter
 from stores.content_hashes import write_trained_on
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.tables import image_table, table_sha256, with_outcome
+
+__all__ = ["one_thread"]  # a fixture that every test here uses
 
 MEASURED = """
 import resource, sys
