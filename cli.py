@@ -62,27 +62,38 @@ _USERS_DISK = (
 )
 
 
+class _Commands(dict[str, click.Command]):
+    """The commands of a group by name, each imported when it is asked for."""
+
+    def __init__(self, places: dict[str, tuple[str, str]]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __missing__(self, name: str) -> click.Command:
+        module, function = self.places[name]
+        self[name] = getattr(importlib.import_module(module), function)
+        return self[name]
+
+
 class LazyGroup(click.Group):
-    """A group whose commands are imported on first use."""
+    """A group whose commands are imported when they are asked for."""
 
     def __init__(self, *args: Any, lazy: dict[str, tuple[str, str]] | None = None, **settings: Any) -> None:
         """lazy : command -> (module, function)"""
         super().__init__(*args, **settings)
-        self._lazy = lazy or {}
+        self.commands: _Commands = _Commands(lazy or {})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """All names, sorted."""
-        return sorted({*self.commands, *self._lazy})
+        return sorted({*self.commands, *self.commands.places})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of this name, imported if needed; None if there is none."""
-        if cmd_name in self._lazy and cmd_name not in self.commands:
-            module, function = self._lazy[cmd_name]
-            self.add_command(getattr(importlib.import_module(module), function), cmd_name)
-        return self.commands.get(cmd_name)
+        """The command, imported now if need be; None if there is none of this name."""
+        is_known = cmd_name in self.commands or cmd_name in self.commands.places
+        return self.commands[cmd_name] if is_known else None
 
 
-class _Commands(LazyGroup):
+class _Entry(LazyGroup):
     """Prints errors that the user can correct as one line; any other error keeps its traceback, since it is a bug."""
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -126,7 +137,7 @@ class Bridges:
 
 
 @click.group(
-    cls=_Commands,
+    cls=_Entry,
     lazy=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
