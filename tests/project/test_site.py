@@ -68,7 +68,7 @@ def test_notebook_runs(tmp_path: Path) -> None:
     begin, to_table = cells(notebook.read_text())[:2]
     assert len([line for line in f"{begin}\n{to_table}".splitlines() if line.strip()]) <= 15
     assert to_table.strip().splitlines()[-1].startswith("patients.to_df()")
-    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "notebook_runner.py"), str(notebook)]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / "support" / "notebook_runner.py"), str(notebook)]
     environment = {**os.environ, "MPLBACKEND": "agg"}
     first, again = (
         subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
