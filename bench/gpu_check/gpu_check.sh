@@ -55,8 +55,8 @@ run)
     cd "$project" || exit 1
     stage probe 120 python3 bench/gpu_check/probe.py "$out" --device "$device" "${probe[@]}"
     stage pytest 75 python3 -m pytest -q -n 6 -p no:cacheprovider -o filterwarnings=ignore -o addopts= --timeout 60 \
-        --continue-on-collection-errors tests/test_gpu_kernels.py tests/test_device_batches.py \
-        tests/test_encode.py::test_a_gpu_compacts_as_the_cpu_does > "$out/pytest.txt" 2>&1 < /dev/null
+        --continue-on-collection-errors tests/cytosae/training/test_gpu_kernels.py tests/cytosae/training/test_device_batches.py \
+        tests/cytosae/latents/test_encode.py::test_a_gpu_compacts_as_the_cpu_does > "$out/pytest.txt" 2>&1 < /dev/null
     tail -30 "$out/pytest.txt"
     stage pipeline 90 python3 bench/gpu_check/pipeline.py "$out" --device "$device" "${pipeline[@]}"
     [ "$device" = cpu ] && exit 0
