@@ -193,6 +193,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, made: Path) 
     assert not isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.stress
 def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of training: state saved, one line, exit code 130, and the same command ends the job."""
     command = [sys.executable, "-m", "cli", "sae", "train", made / "acts.zarr", "-o", tmp_path / "sae"]
@@ -254,6 +255,7 @@ def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> N
     assert "Future.__del__" not in done.stderr
 
 
+@pytest.mark.stress
 def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:
     """A finished output that has since lost a file is not "already complete", and the way out is named."""
     barcodes = tmp_path / "b"

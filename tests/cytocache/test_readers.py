@@ -188,6 +188,7 @@ def test_a_process_that_dies_once_costs_nothing(in_child: Path, tmp_path: Path) 
     assert len(list(tmp_path.glob("mark*"))) == 2
 
 
+@pytest.mark.stress
 @linux
 def test_processes_killed_from_outside_are_replaced(in_child: Path, tmp_path: Path) -> None:
     """All of them, between two batches: whether idle or at work."""
@@ -246,6 +247,7 @@ class Mistake(BaseException):
     """Like Ctrl-C, it is no `Exception`."""
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.parametrize("how", ["end", "error", "hung", "at once"])
 def test_no_process_file_or_memory_is_left(how: str, in_child: Path, tmp_path: Path) -> None:
@@ -289,6 +291,7 @@ with ImageReaders(3, batch_size=1, size=8, seconds_per_image=1) as readers:
 """
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.parametrize("word", ["", "hang"])
 def test_when_the_parent_is_killed_the_children_end_by_themselves(word: str, in_child: Path, tmp_path: Path) -> None:

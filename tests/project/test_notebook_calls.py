@@ -49,6 +49,7 @@ def busiest(store: LatentStore, image_index: int) -> int:
     return int(dense_tokens(store, image_index)[1:].sum(0).argmax())
 
 
+@pytest.mark.stress
 def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     latents, bridge = made / "latents.zarr", cytocache.bridge
     store = LatentStore(latents)

@@ -838,6 +838,7 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.stress
 def test_training_goes_on_after_the_network_failed(
     tmp_path: Path, s3: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

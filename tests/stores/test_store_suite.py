@@ -251,6 +251,7 @@ def test_equal_settings_have_equal_identity_and_files(kind: Kind, finished: dict
 # ------------------------------------------------------------------------------------------- interrupt, continue
 
 
+@pytest.mark.stress
 @every_kind
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_interrupted_and_continued_equals_uninterrupted(

@@ -290,6 +290,7 @@ def test_patients_with_an_image_in_common_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.stress
 def test_hostile_names_and_undefined_correlations_are_drawn(figures: None, tmp_path: Path) -> None:
     """Mathematics and control characters in the names; a patient without any count."""
     bad = "$\\frac{\x1b[31m"
@@ -392,6 +393,7 @@ def test_mistakes_get_one_line(barcodes: Path, tmp_path: Path) -> None:
     assert run("compare", two, SICK, WELL, "-o", out, "--tau", 0.1, "--permutations", 50).exit_code == 0
 
 
+@pytest.mark.stress
 def test_ctrl_c_in_the_permutations_is_one_line(barcodes: Path, tmp_path: Path) -> None:
     """And the half folder is made whole by the next run."""
     out = tmp_path / "out"

@@ -201,6 +201,7 @@ def test_applied_later_it_is_the_same_to_the_bit(fitted: Path, tmp_path: Path) -
     assert "AP0" not in text  # nothing that is sent names a patient
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("level", ["patient", "image"])
 def test_left_out_sites_are_a_cohort_of_their_own(level: str, fitted: Path, tmp_path: Path) -> None:
     """As if they lay in another folder: no fold, no shuffle and no fit has them."""
@@ -243,6 +244,7 @@ def test_without_a_test_the_scores_are_those_of_before(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- what a test must not know
 
 
+@pytest.mark.stress
 def test_images_that_the_model_knows_are_refused(tmp_path: Path) -> None:
     """By content, whatever they are called; named and counted, nothing is written. Others may be."""
     here, there = hospital("A", seed=1), hospital("B", seed=2)
@@ -278,6 +280,7 @@ def test_images_that_the_model_knows_are_refused(tmp_path: Path) -> None:
     assert any("(5 of the test): whether training and test share them is not known" in w for w in scores["warnings"])
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("change", "where", "words"),
     [
@@ -302,6 +305,7 @@ def test_nobody_is_on_both_sides(change: dict[str, str], where: Where, words: st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.stress
 def test_labels_that_the_model_does_not_know_are_predicted_named_and_not_scored(tmp_path: Path) -> None:
     here, there = hospital("A", seed=1), hospital("B", seed=2)
     plain = write_folder(tmp_path / "plain", *there)
@@ -344,6 +348,7 @@ def test_labels_that_the_model_does_not_know_are_predicted_named_and_not_scored(
 # ------------------------------------------------------------------------------------------- what it must not judge
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -447,6 +452,7 @@ def test_a_damaged_model_is_one_line(fitted: Path, tmp_path: Path) -> None:
     assert "holds no fitted model: an older cyto saved none" in told(GOLDEN / "probe-v1")
 
 
+@pytest.mark.stress
 def test_of_the_command(tmp_path: Path) -> None:
     """The two ways on the command line, and options that have no part in the second."""
     here, there = hospital("A", seed=1), hospital("B", seed=2)
