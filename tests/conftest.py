@@ -52,9 +52,12 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """fsync does nothing: for modules that ask for no crash."""
+    """fsync does nothing: no test switches the machine off, and thousands of small files would wait milliseconds each.
+
+    Child processes do wait. Tests that count or order these calls put their own function in its place.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

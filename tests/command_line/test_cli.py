@@ -211,6 +211,7 @@ def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     assert "INCOMPLETE" in run("sae", "info", tmp_path / "sae").stdout
 
 
+@pytest.mark.stress
 def test_stderr_of_barcode_is_progress_only(made: Path, tmp_path: Path) -> None:
     """As a real process, where Dask's own words would reach the terminal."""
     command = [sys.executable, "-m", "cli", "barcode", made / "latents.zarr", "-o", tmp_path / "b", "--tau", "0.01"]

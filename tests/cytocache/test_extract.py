@@ -413,6 +413,7 @@ class TestResuming:
         assert contents(store) == contents(tmp_path / "whole.zarr")
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
+    @pytest.mark.stress
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
     @pytest.mark.parametrize("n_moments", [6, pytest.param(70, marks=pytest.mark.slow)])
     def test_killed_before_any_system_call_and_continued_equals_uninterrupted(

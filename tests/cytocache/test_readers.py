@@ -160,6 +160,7 @@ def test_no_images_no_batches() -> None:
         ("hang", "cannot be decoded: not done after 1 seconds"),
     ],
 )
+@pytest.mark.stress
 def test_an_image_that_brings_its_process_down_costs_only_itself(
     word: str, error: str, in_child: Path, tmp_path: Path
 ) -> None:
@@ -320,6 +321,7 @@ def slow_start(in_child: Path) -> None:
     in_child.write_text(in_child.read_text() + wait)
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.usefixtures("slow_start")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

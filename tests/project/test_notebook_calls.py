@@ -23,8 +23,6 @@ from stores.errors import BadInput
 from stores.tables import column
 from stores.wording import Report
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 
 @pytest.fixture(scope="module")
 def concepts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> ConceptStore:

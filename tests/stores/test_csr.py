@@ -92,6 +92,7 @@ def contents(root: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------- round trips
 
 
+@pytest.mark.stress
 @settings(max_examples=40, deadline=None)
 @given(rows=some_rows, data=st.data())
 def test_rows_survive_commits_and_interruptions_anywhere(

@@ -74,9 +74,6 @@ def layers_of(table: anndata.AnnData) -> dict[Any, Any]:
     return {name: matrix for name, matrix in table.layers.items() if name is not None}
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 def read_levels(root: Path) -> dict[str, anndata.AnnData]:
     """The three stores, opened as anybody would."""
     return {level: anndata.read_zarr(root / f"{level}.zarr") for level in LEVELS}

@@ -44,9 +44,6 @@ def same(found: npt.ArrayLike, wanted: npt.ArrayLike, rtol: float = 1e-12) -> No
     np.testing.assert_allclose(np.asarray(found, float), np.asarray(wanted, float), rtol=rtol, atol=1e-12)
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Client]:
     with local_client(1, 2) as client:

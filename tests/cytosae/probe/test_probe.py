@@ -653,6 +653,12 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         probe(folder, tmp_path / "out", quick())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Barcodes of the cohort, read only."""
+    return write_folder(tmp_path_factory.mktemp("whole") / "b", *cohort())
+
+
 @pytest.mark.parametrize(
     ("changes", "units", "words"),
     [
@@ -673,10 +679,11 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         ({}, {"min_images": 0}, "min_images must be at least 1"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str) -> None:
-    folder = write_folder(tmp_path / "b", *cohort())
+def test_mistakes_get_one_line(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BadInput, match=words):
-        probe(folder, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
+        probe(whole, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
     assert not (tmp_path / "out").exists()
 
 

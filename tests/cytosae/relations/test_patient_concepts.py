@@ -23,8 +23,6 @@ from stores.errors import BadInput, DamagedStore
 
 Floats = npt.NDArray[np.float64]
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 
 def compared(
     images: Floats,

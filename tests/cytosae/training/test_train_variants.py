@@ -167,6 +167,7 @@ def test_a_run_at_work_is_not_trained_by_a_second_process(caches: list[Path], tm
         "resample",
     ],
 )
+@pytest.mark.stress
 def test_two_processes_train_what_one_does(name: str, caches: list[Path], tmp_path: Path) -> None:
     """Under torchrun, with gloo: the same weights as one process with the same global batch, to float tolerance."""
     config = settings(name)
