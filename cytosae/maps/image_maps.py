@@ -144,7 +144,7 @@ def new_subject(
     tokens, picture, content_hash = stage_one.new_image(
         file, spec, cache, weights=weights, device=device, progress=progress
     )
-    rows = encode_image(tokens, run, latents.spec, device=device)
+    rows = encode_image(tokens, run, latents.spec)
     return Subject(
         name=file.name,
         tokens=rows.to_scipy(latents.spec.n_latents),

@@ -131,3 +131,17 @@ def test_defaults_are_compared() -> None:
         if any(OTHER_NAMES.get(option.name or "", option.name or "") in defaults_of(at_door(name)) for name in names)
     }
     assert len(shared) > 60
+
+
+@pytest.mark.parametrize("package", ["cytocache", "cytosae"])
+def test_every_device_is_chosen_alike(package: str) -> None:
+    """Two calls with defaults work on the same device: an SAE is loaded where `measure_fidelity` puts the tokens."""
+    door = importlib.import_module(package)
+    calls = {name: getattr(door, name) for name in door.__all__ if callable(getattr(door, name))}
+    found = {name: defaults_of(call).get("device") for name, call in calls.items() if _has_device(call)}
+    assert len(found) > 2
+    assert {*found.values()} == {"auto"}, found
+
+
+def _has_device(call: Any) -> bool:
+    return "device" in inspect.signature(call).parameters
