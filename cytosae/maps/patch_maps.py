@@ -15,7 +15,7 @@ import scipy.sparse as ss
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
-from stores.spec import check_latent
+from stores.spec import as_floats, check_latent
 
 Map = npt.NDArray[np.float32]  # (side, side), row by row from the top left
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
@@ -28,19 +28,17 @@ class PatchQuery:
     patch: int
     dataset: str | None = None  # whose statistics decide; None: the image's own, or the only one
     n_top: int = 2
-    shared: float = (
-        1.0  # a latent of at least this frequency is left out; 1: active in every readable image; above 1: none
-    )
-    noisy: float = 0.1  # a latent above this mean activation is left out; value of the released code
+    shared: float = 1.0  # frequency from which on a latent is left out; 1: active in every readable image
+    noisy: float = 0.1  # mean activation above which a latent is left out; value of the released code
 
     def __post_init__(self) -> None:
         for name in ("shared", "noisy"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise BadInput(f"{name} must be a number of at least 0; found {value!r}")
-            object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same settings
         if self.n_top < 1:
             raise BadInput(f"n_top must be at least 1; found {self.n_top}")
+        as_floats(self, "shared", "noisy")
 
 
 def read_tokens(latents: LatentStore, image_index: int) -> ss.csr_matrix:
