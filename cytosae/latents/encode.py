@@ -22,6 +22,7 @@ from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
 from stores.devices import resolve_device
+from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
     committed_images,
@@ -361,3 +362,6 @@ def _result(out: Path, shard: Shard, header: Header, n_readable: int, *, was_com
         n_readable=n_readable,
         was_complete=was_complete,
     )
+
+
+make_callable(__name__, "encode")  # cytosae.latents.encode(...)
