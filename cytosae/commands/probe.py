@@ -191,7 +191,7 @@ def _show(out: Path, done: "ProbeResult | ProbeTest", as_json: bool) -> None:
     if not as_json:
         tell(done)
         return
-    click.echo(json.dumps(done.as_dict(), indent=1, allow_nan=False))
+    click.echo(json.dumps(done.to_json(), indent=1, allow_nan=False))
     for warning in done.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
