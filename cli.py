@@ -294,17 +294,13 @@ def demo(out: Path, seed: int) -> None:
     with progress_line("train", "token") as progress:
         config = TrainConfig(**settings)  # type: ignore[arg-type]
         header = train(
-            [acts],
-            run,
-            config,
-            device="cpu",
-            progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
+            [acts], run, config, progress=lambda done, total, metrics: progress(done, total, training_line(metrics))
         )
     click.echo(f"{run}: {header.spec['n_latents']} latents; {training_line((header.summary or {})['final'])}")
 
     click.echo(f"\n$ cyto sae encode {acts} {run} -o {latents}")
     with progress_line("encode", "image") as progress:
-        encoded = encode(acts, run, latents, device="cpu", progress=progress)
+        encoded = encode(acts, run, latents, progress=progress)
     click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {size_on_disk(latents) / 1e6:.1f} MB")
 
     with dask_client(None, n_cores(), "2GiB") as client:
