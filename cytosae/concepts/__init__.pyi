@@ -8,6 +8,7 @@ from .selection import Selection as Selection
 from .selection import SelectionConfig as SelectionConfig
 from .selection import read_selection as read_selection
 from .selection import select_latents as select_latents
+from .statistics import LABEL_COLUMNS as LABEL_COLUMNS
 from .statistics import ConceptConfig as ConceptConfig
 from .statistics import concept_statistics as concept_statistics
 from .statistics import write_concepts as write_concepts
