@@ -15,7 +15,7 @@ import scipy.sparse as ss
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
-from stores.spec import as_floats, check_latent
+from stores.spec import check_latent
 
 Map = npt.NDArray[np.float32]  # (side, side), row by row from the top left
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
@@ -36,9 +36,9 @@ class PatchQuery:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise BadInput(f"{name} must be a number of at least 0; found {value!r}")
+            object.__setattr__(self, name, float(value))  # 1 and 1.0 are the same settings
         if self.n_top < 1:
             raise BadInput(f"n_top must be at least 1; found {self.n_top}")
-        as_floats(self, "shared", "noisy")
 
 
 def read_tokens(latents: LatentStore, image_index: int) -> ss.csr_matrix:
