@@ -10,10 +10,19 @@ import pytest
 from PIL import Image
 from tiny_runs import tiny_config
 
+import stores.devices
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
 
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_the_cpu() -> Iterator[None]:
+    """`device="auto"` means the CPU, also beside a GPU: tests compare bits. Tests of a GPU name their device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores.devices, "_has_gpu", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

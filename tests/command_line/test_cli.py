@@ -15,8 +15,9 @@ from cli import cli
 
 
 def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        return [(name, command)]
+    if not isinstance(command, click.Group):  # `cyto barcode` counts, and has `export` below it
+        below = getattr(command, "commands", {})
+        return [(name, command), *((f"{name} {child}", inner) for child, inner in below.items())]
     context, found = click.Context(command), []
     for child in command.list_commands(context):
         inner = command.get_command(context, child)
@@ -145,6 +146,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
     from cytosae.training.metric_loggers import LOGGERS
+    from stores.barcode_store import LEVELS as BARCODE_LEVELS
     from stores.token_sets import TOKEN_SETS
 
     offered = {
@@ -174,6 +176,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): tuple(TOKEN_SETS),
         ("cyto barcode", "normalize"): NORMALIZATIONS,
+        ("cyto barcode export", "level"): BARCODE_LEVELS,
         ("cyto concept stats", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept stats", "label"): LABEL_COLUMNS,
         ("cyto concept neighbours", "token_set"): tuple(TOKEN_SETS),

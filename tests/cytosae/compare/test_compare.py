@@ -418,7 +418,7 @@ def test_a_notebook_shows_what_the_command_prints(compared: Comparison, barcodes
     assert [f"warning: {warning}" for warning in compared.warnings] == done.stderr.splitlines()[1:]
     assert str(compared).splitlines() == [*compared.lines(), *(f"warning: {each}" for each in compared.warnings)]
     assert compared.config == small(tau=0.2)
-    assert json.loads(run(*command, "--bootstraps", 100, "--json").stdout) == compared.as_dict()
+    assert json.loads(run(*command, "--bootstraps", 100, "--json").stdout) == compared.to_json()
     shown = compared._repr_html_()
     assert shown.count("<table>") == 2
     assert '<img alt="scatter" src="data:image/png;base64,' in shown
