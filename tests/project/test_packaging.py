@@ -77,6 +77,12 @@ def test_forms_and_hooks_can_be_read() -> None:
     assert {hook["id"] for hook in hooks} == {"ruff-format", "ruff-check", "mypy"}
 
 
+def test_containers_name_no_shared_folder_for_compiled_code() -> None:
+    """Apptainer mounts the /tmp of the host: numba would load what another user has put there."""
+    for path in (ROOT / "workflows" / "containers").iterdir():
+        assert not re.search("(NUMBA_CACHE_DIR|MPLCONFIGDIR)=", path.read_text()), path.name
+
+
 def test_the_page_of_the_index_leads_nowhere_inside_the_repository() -> None:
     text = (ROOT / PROJECT["project"]["readme"]).read_text()
     assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")] == []
