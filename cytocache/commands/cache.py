@@ -139,9 +139,15 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     \b
     Example: cyto cache info cells.acts.zarr
     """
+    from stores import DamagedStore
     from stores import cache_info as info_of
 
-    info = info_of(store, header_only=as_json)
+    try:
+        info = info_of(store, header_only=as_json)
+    except DamagedStore:  # what its header says is needed to repair it
+        if not as_json:
+            tell(info_of(store, header_only=True))
+        raise
     if as_json:
         click.echo(json.dumps(info.to_json(), indent=1))
     else:
