@@ -94,20 +94,21 @@ def cache_extract(
     \b
     Example: cyto cache extract cells/ cells.acts.zarr --backbone dinobloom-b --weights DinoBloom-B.pth
     """
+    from cytocache.datasets import open_images
     from cytocache.extract import ExtractConfig, extract
     from stores.shards import Shard
 
     shard = Shard.parse(shard_text)
+    found = open_images(images, root=root)  # before: nothing is in flight, so the first Ctrl-C stops at once
     with (
         stopping_gently("the chunk") as stop,
         progress_line("download", "byte") as downloading,
         progress_line("extract", "image") as progress,
     ):
         done = extract(
-            images,
+            found,
             store,
             ExtractConfig(**settings),
-            root=root,
             shard=shard,
             overwrite=overwrite,
             progress=progress,
@@ -184,14 +185,16 @@ def cache_verify(store: Path, as_json: bool) -> None:
 @device_option
 @click.option("--batch-size", type=COUNT, help="Images per forward pass  [default: as STORE was made].")
 @readers_option
-def cache_repair(store: Path, **settings: Any) -> None:
+def cache_repair(store: Path, images: Path | None, root: Path | None, **settings: Any) -> None:
     """Verify STORE, and make only its damaged chunks again, from the same images with the same weights.
 
     \b
     Example: cyto cache repair cells.acts.zarr --weights DinoBloom-B.pth
     """
+    from cytocache.datasets import open_images
     from cytocache.repair import repair
 
+    found = open_images(images, root=root) if images else None  # before: the first Ctrl-C stops at once
     with (
         stopping_gently("the chunk") as stop,
         progress_line("verify", "chunk") as verifying,
@@ -200,6 +203,8 @@ def cache_repair(store: Path, **settings: Any) -> None:
     ):
         done = repair(
             store,
+            images=found,
+            root=root,
             verify_progress=verifying,
             progress=progress,
             download_progress=downloading,
