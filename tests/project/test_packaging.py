@@ -142,6 +142,22 @@ def test_foreign_packages_are_noticed_before_they_are_imported(tmp_path: Path, d
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_no_place_for_caches_is_one_line() -> None:
+    """Neither a home nor a folder for temporary files; `stores` is imported before any command."""
+    code = (
+        "import sys, tempfile; tempfile.tempdir = '/dev/null/tmp'; sys.argv = ['cyto', '--version']; "
+        "import cyto_start; cyto_start.start()"
+    )
+    names = ("MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"HOME": "/dev/null/home"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Error: cannot use TMPDIR: no folder for temporary files can be written to; set TMPDIR to one\n"
+    )
+
+
 def test_ours_are_ours() -> None:
     assert foreign_packages() == []
     assert PROJECT["project"]["scripts"] == {"cyto": "cyto_start:start"}
