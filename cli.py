@@ -282,25 +282,30 @@ def demo(out: Path, seed: int) -> None:
     images = open_images(cells)
     click.echo(f"{cells}: {images.table.num_rows} drawn cells of 18 invented patients with 3 invented diseases")
 
-    click.echo(f"\n$ cyto cache extract {cells} {acts}")
+    device = "cpu"  # also with a GPU, so that the numbers do not depend on the machine
+    click.echo(f"\n$ cyto cache extract {cells} {acts} --device {device}")
     with progress_line("extract", "image") as progress:
-        extracted = extract(images, acts, ExtractConfig(device="cpu"), progress=progress)
+        extracted = extract(images, acts, ExtractConfig(device=device), progress=progress)
     tell(extracted)
 
     # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
     settings = {"expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30, "batch_tokens": 4096, "tokens": 1_000_000}
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-    click.echo(f"\n$ cyto sae train {acts} -o {run} {options}")
+    click.echo(f"\n$ cyto sae train {acts} -o {run} {options} --device {device}")
     with progress_line("train", "token") as progress:
         config = TrainConfig(**settings)  # type: ignore[arg-type]
         header = train(
-            [acts], run, config, progress=lambda done, total, metrics: progress(done, total, training_line(metrics))
+            [acts],
+            run,
+            config,
+            device=device,
+            progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
         )
     click.echo(f"{run}: {header.spec['n_latents']} latents; {training_line((header.summary or {})['final'])}")
 
-    click.echo(f"\n$ cyto sae encode {acts} {run} -o {latents}")
+    click.echo(f"\n$ cyto sae encode {acts} {run} -o {latents} --device {device}")
     with progress_line("encode", "image") as progress:
-        encoded = encode(acts, run, latents, progress=progress)
+        encoded = encode(acts, run, latents, device=device, progress=progress)
     click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {size_on_disk(latents) / 1e6:.1f} MB")
 
     with dask_client(None, n_cores(), "2GiB") as client:
