@@ -68,7 +68,7 @@ def new_image(
     device = resolve_device(device)
     backbone = load_backbone_as(spec, cache, weights=weights, device=device, progress=progress)
     tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
-    return tokens, to_pixels(picture, Preprocess.from_dict(spec.transform)), content_hash
+    return tokens, to_pixels(picture, Preprocess.seen_in(spec.transform)), content_hash
 
 
 def backbone_sample(
@@ -159,7 +159,7 @@ def read_masks(
         If a table or mask cannot be understood (see `find_masks`, `read_all_shares`).
     """
     found = find_masks(masks, latents.images, root=root)
-    preprocess = Preprocess.from_dict(latents.spec.cache.get("transform") or {})
+    preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))
     read = read_all_shares(found, latents.readable(), side, classes, preprocess=preprocess, progress=progress)
     left_out = {
         "masks of no image here": found.unknown,

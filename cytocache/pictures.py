@@ -28,7 +28,7 @@ class Pictures:
         self.root = root or _recorded_root(latents)
         self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
         self._errors = column(latents.images, "error")
-        self._preprocess = Preprocess.from_dict(latents.spec.cache.get("transform") or {})
+        self._preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))
 
     def __call__(self, image_index: int) -> Pixels | str:
         """(height, width, 3) RGB in the image's aspect ratio, at most 512 pixels long; or why it cannot be shown.

@@ -76,6 +76,12 @@ class Preprocess:
                 known[name] = tuple(known[name])
         return cls(**known)
 
+    @classmethod
+    def seen_in(cls, transform: Mapping[str, Any] | None) -> "Preprocess":
+        """For a cache's `transform`, also one that this version does not know: what is needed for `view`."""
+        said = transform or {}
+        return cls.from_dict({name: said[name] for name in ("size", *_WHOLE) if name in said and "crop_mode" in said})
+
     @property
     def cut_off(self) -> str:
         """What of an image the backbone does not see, in words; "" if it sees all of it."""
