@@ -232,14 +232,14 @@ def test_a_model_is_got_with_its_description_and_used_offline_by_its_commit(
 def test_a_description_that_is_not_the_one_of_the_record_is_not_kept(hub: Hub, tmp_path: Path) -> None:
     give_model(hub)
     hub.small = {"blobId": "0" * 40}
-    with pytest.raises(BadInput, match="what came has the git hash .*, expected 0{40} as published; it was deleted"):
+    with pytest.raises(BadInput, match=r"what came has the git hash .*, expected 0{40} as published; it was deleted"):
         load_backbone("hf-hub:marr/bloom")
     assert not [*tmp_path.rglob("config.json")]
     hub.small = {"size": 5 << 20}
     with pytest.raises(BadInput, match="expected a size of 1 to 4,194,304 bytes"):
         load_backbone("hf-hub:marr/bloom")
     del hub.files["config.json"]
-    with pytest.raises(BadInput, match="it has no file config.json"):
+    with pytest.raises(BadInput, match=r"it has no file config\.json"):
         load_backbone("hf-hub:marr/bloom")
 
 
