@@ -57,9 +57,9 @@ def test_sets_are_by_name() -> None:
     }
     old = cls_first(257)
     assert [chosen_tokens(name, old) for name in ("all", "patch", "cls")] == [range(257), range(1, 257), range(1)]
-    with pytest.raises(BadInput, match="here have no registers: .* give --token-set all or patch or cls"):
+    with pytest.raises(BadInput, match=r"here have no registers: .* give --token-set all or patch or cls"):
         chosen_tokens("register", old, "here")
-    with pytest.raises(BadInput, match="no CLS token: their backbone has none; give --token-set all or patch$"):
+    with pytest.raises(BadInput, match=r"no CLS token: their backbone has none; give --token-set all or patch$"):
         chosen_tokens("cls", LAYOUTS["14x14 patches, row-major"])
 
 
