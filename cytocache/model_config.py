@@ -36,13 +36,16 @@ def read_model_config(path: Path) -> ModelConfig:
         If it is none of timm's, or has a value that is not known here.
     """
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise BadInput(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes: it is no config of a model")
-        said = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise BadInput(
             f"{path} cannot be read ({error.strerror}): a folder in timm's layout has config.json and model.safetensors"
         ) from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise BadInput(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes: it is no config of a model")
+    try:
+        said = json.loads(raw)
     except (ValueError, RecursionError):
         raise BadInput(f"{path} is no JSON; expected a config.json as timm writes it") from None
     if not isinstance(said, dict) or not isinstance(said.get("architecture"), str):
@@ -73,7 +76,10 @@ def timm_config(name: str) -> ModelConfig:
     import timm
 
     architecture = name.partition(".")[0]
-    known = timm.get_pretrained_cfg(name) if timm.is_model(architecture) else None
+    try:
+        known = timm.get_pretrained_cfg(name) if timm.is_model(architecture) else None
+    except RuntimeError:  # the architecture is there, the tag is not
+        known = None
     if known is None:
         _refuse_unknown(name)
     preprocess = _preprocess_of(known.to_dict(), f"timm:{name}")

@@ -57,8 +57,9 @@ class Family:
         ).eval()
 
     def state(self) -> State:
-        """The weights of the tests."""
-        return {key: value.contiguous() for key, value in _lively_state(self.timm()).items()}
+        """The weights of the tests, under which every block matters (EVA's scale of layers is called gamma_1)."""
+        state = _lively_state(self.timm())
+        return {key: value.contiguous() + float(".gamma_" in key) for key, value in state.items()}
 
     def hooked(
         self, pixels: torch.Tensor, *, size: int | None = None, state: State | None = None
