@@ -113,7 +113,7 @@ def chain(
     model = family.write(root / "model")
     config = ExtractConfig(backbone=str(model), chunk_images=4, batch_size=3, device="cpu", workers=1)
     extract(images / "images.csv", root / "acts", config)
-    train([root / "acts"], root / "sae", tiny_config(batch_tokens=128, tokens=128 * 12, device="cpu"))
+    train([root / "acts"], root / "sae", tiny_config(batch_tokens=128, tokens=128 * 12))
     encode(root / "acts", root / "sae", root / "latents", device="cpu")
     with without_figures():
         write_barcodes(root / "latents", root / "barcodes", BarcodeConfig(tau=TAU), client=client)
