@@ -31,7 +31,7 @@ def describe_file(state: State, path: Path, asked: dict[str, Any]) -> ModelConfi
         If the weights are not those of a plain vision transformer, or the number of heads is not known.
     """
     embedding, positions = state["patch_embed.proj.weight"], state.get("pos_embed")
-    blocks = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d{1,6})\.", key))}
+    blocks = {int(block[1]) for key in state if (block := re.match(r"blocks\.(\d{1,6})\.", key))}
     first, second, is_gated = _mlp(state)
     is_plain = (
         embedding.ndim == 4

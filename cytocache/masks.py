@@ -310,10 +310,13 @@ def _background(pixels: dict[int, list[int]], is_color: bool) -> list[MaskClass]
     return [MaskClass("background", (_shown(0, is_color),))] if 0 in pixels else []
 
 
-def _shares(mask: npt.NDArray[np.bool_], side: int, view: Box) -> Float:
-    """(side, side) exact fractions: a pixel that two patches share counts proportionally. `view`: all patches."""
+def _shares(mask: npt.NDArray[np.bool_], side: int, view: Box | None = None) -> Float:
+    """(side, side) exact fractions: a pixel that two patches share counts proportionally.
+
+    view : the part of the mask that the patches divide; None: all of it
+    """
     height, width = mask.shape
-    left, top, right, bottom = view
+    left, top, right, bottom = view or (0.0, 0.0, float(width), float(height))
     down, across = _overlap(height, side, top, bottom), _overlap(width, side, left, right)
     return (down @ mask @ across.T) * (side * side / ((bottom - top) * (right - left)))
 

@@ -50,10 +50,10 @@ class MilConfig:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Vectors of images, (n_images, width): the mean of the patch tokens, and the CLS token where there is one."""
+    """Two vectors per image, (n_images, width) each: the mean of its patch tokens, and its CLS token."""
 
     patches: Float
-    cls: Float | None
+    cls: Float  # (n_images, 0) if the backbone has no CLS token
 
 
 def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Progress) -> ImageTokens:
@@ -76,8 +76,7 @@ def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], 
         )
     width = stores[0].spec.width
     layout = stores[0].spec.layout
-    cls = np.zeros((len(wanted), width)) if layout.n_cls else None
-    found = ImageTokens(np.zeros((len(wanted), width)), cls)
+    found = ImageTokens(np.zeros((len(wanted), width)), np.zeros((len(wanted), width * layout.n_cls)))
     n_done = 0
     for number, store in enumerate(stores):
         mine = sorted((place[image_id][1], k) for k, image_id in enumerate(wanted) if place[image_id][0] == number)
@@ -86,8 +85,7 @@ def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], 
             for tokens, (_, k) in zip(store.read_images([index for index, _ in some]), some, strict=True):
                 image = tokens.astype(np.float64)
                 found.patches[k] = image[layout.first_patch :].mean(0)
-                if cls is not None:
-                    cls[k] = image[0]
+                found.cls[k] = image[: layout.n_cls].ravel()
             n_done += len(some)
             progress(n_done, len(wanted), "tokens")
     return found

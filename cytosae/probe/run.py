@@ -423,7 +423,7 @@ def _baselines(
         images = baselines.read_image_tokens(caches, ids, progress=token_progress)
         C_of = rule.of(images.patches.shape[1])
         for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
-            if vectors is None:
+            if not vectors.shape[1]:  # the backbone has no CLS token
                 continue
             wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, C_of, config.c_factors)
         if config.mil is not None:

@@ -84,7 +84,7 @@ class Family:
         """(B, 3, S, S) by timm's own evaluation transform."""
         declare_missing_operators()
         from PIL import Image
-        from timm.data import create_transform
+        from timm.data.transforms_factory import create_transform
 
         cfg = self.config["pretrained_cfg"]
         transform = create_transform(
