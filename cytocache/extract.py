@@ -39,7 +39,7 @@ from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
 from stores.tables import column, table_sha256
 from stores.wording import Report, describe_cache, unreadable_images
 
-from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
+from .backbones import CROPS, Backbone, load_backbone
 from .datasets import Images, open_images
 from .images import MAX_FILE_BYTES
 from .readers import ImageReaders
@@ -60,6 +60,8 @@ class ExtractConfig:
     weights: str | None = None  # see `load_backbone`
     # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
     blocks: tuple[int, ...] = (-2,)
+    image_size: int | None = None  # pixels along each side of the model's input; None: what it was trained on
+    crop: str = "own"  # own: as the model's preprocessing; none: the whole image, as a square
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
@@ -68,7 +70,8 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
-        for name in ("chunk_images", "batch_size", "workers"):
+        check_choice("crop", self.crop, CROPS)
+        for name in ("chunk_images", "batch_size", "workers", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1; found {value}")
@@ -95,11 +98,12 @@ class ExtractResult(Report):
     described: tuple[str, ...] = field(default=(), compare=False)  # each finished cache in one line
     unreadable: str = field(default="", compare=False)  # which images could not be read, in words
     left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that were passed over, in words
+    cropped: str = field(default="", compare=False)  # what of each image the backbone does not see, in words
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Files and folders below the images that were passed over."""
-        return self.left_out
+        """Files and folders below the images that were passed over; that borders of the images are cut off."""
+        return (*self.left_out, *([self.cropped] if self.cropped else ()))
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -170,11 +174,18 @@ def extract(
     config, out = config or ExtractConfig(), Path(out)
     images = images if isinstance(images, Images) else open_images(images, root=root)
     config = replace(config, device=resolve_device(config.device))
-    known = (images.source, images.root, Path(config.weights) if config.weights else None)
+    known = (images.source, images.root, *(Path(each) for each in (config.weights, config.backbone) if each))
     inputs = (*inputs, *(path for path in known if path is not None and path.exists()))
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights,
+        blocks=config.blocks,
+        image_size=config.image_size,
+        crop=config.crop,
+        progress=download_progress,
+    )
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
     places = [out] if len(specs) == 1 else [out / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
@@ -213,6 +224,7 @@ def extract(
         described=tuple(describe_cache(place) for place in places) if is_complete else (),
         unreadable=unreadable_images(places[0]) if some_unreadable else "",
         left_out=images.notes,
+        cropped=backbone.preprocess.cut_off,
     )
 
 
@@ -252,7 +264,12 @@ def fill(
         if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
-            ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
+            ImageReaders(
+                config.workers,
+                batch_size=batch_size,
+                size=backbone.preprocess.size,
+                preprocess=backbone.preprocess,
+            )
         )
         savers = stack.enter_context(ThreadPoolExecutor(_SAVING_AT_ONCE, thread_name_prefix="save"))
         reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
@@ -307,9 +324,9 @@ def make_spec(backbone: Backbone, images: Images, config: ExtractConfig, block: 
         n_blocks=backbone.n_blocks,
         transform=backbone.preprocess.to_dict(),
         precision=resolve_precision(config.precision, config.device),
-        token_layout=TOKEN_LAYOUT,
+        token_layout=backbone.layout.text,
         n_images=images.table.num_rows,
-        tokens_per_image=TOKENS_PER_IMAGE,
+        tokens_per_image=backbone.layout.tokens_per_image,
         width=backbone.width,
         chunk_images=min(config.chunk_images, images.table.num_rows),
         manifest_sha256=table_sha256(images.table),

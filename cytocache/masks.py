@@ -17,6 +17,7 @@ from stores.tables import column, image_table, listed, read_table_file
 
 from .datasets import list_files
 from .images import read_labels
+from .preprocess import Box, Preprocess
 
 Float = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -146,6 +147,7 @@ def read_all_shares(
     side: int,
     classes: str | None = None,
     *,
+    preprocess: Preprocess | None = None,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskShares:
     """The fraction of each of side x side patches that each class covers, read file by file.
@@ -154,6 +156,7 @@ def read_all_shares(
     ----------
     is_readable : (n_images,); the mask of an image that could not be read is left out
     classes : see `parse_classes`; None: every value is a class, unless that is ambiguous
+    preprocess : of the backbone, which may cut off a border before it cuts the image into patches; None: it does not
     progress : masks done, masks in all
 
     Raises
@@ -166,7 +169,7 @@ def read_all_shares(
     for n_done, (image_index, path) in enumerate(sorted(masks.paths.items()), start=1):
         if not is_readable[image_index]:
             of_unreadable.append(path.name)
-        elif isinstance(found := _read_file(path, side), str):
+        elif isinstance(found := _read_file(path, side, preprocess or Preprocess()), str):
             unreadable.append(f"{path.name}: {found}")
         else:
             files[image_index] = found
@@ -197,7 +200,7 @@ def read_all_shares(
     return MaskShares(asked, shares, unreadable, of_unreadable)
 
 
-def _read_file(path: Path, side: int) -> _MaskFile | str:
+def _read_file(path: Path, side: int, preprocess: Preprocess) -> _MaskFile | str:
     found = read_labels(path)
     if isinstance(found, str):
         return found
@@ -206,7 +209,8 @@ def _read_file(path: Path, side: int) -> _MaskFile | str:
     if is_color and (labels == (labels & 255) * _GREY).all():
         labels, mode = labels & 255, "grey"
     values, counts = np.unique(labels, return_counts=True)
-    above_zero = _shares(labels > 0, side)
+    view = preprocess.view(labels.shape[1], labels.shape[0])
+    above_zero = _shares(labels > 0, side, view)
     if len(values) > _MOST_VALUES:
         return _MaskFile(path.name, mode, {}, above_zero, {})
     is_inside = np.zeros(labels.shape, bool)
@@ -221,7 +225,7 @@ def _read_file(path: Path, side: int) -> _MaskFile | str:
     return _MaskFile(
         path.name,
         mode,
-        {int(value): _shares(labels == value, side) for value in values},
+        {int(value): _shares(labels == value, side, view) for value in values},
         above_zero,
         {int(value): (int(n), int(inside.get(value, 0))) for value, n in zip(values, counts, strict=True)},
     )
@@ -306,15 +310,20 @@ def _background(pixels: dict[int, list[int]], is_color: bool) -> list[MaskClass]
     return [MaskClass("background", (_shown(0, is_color),))] if 0 in pixels else []
 
 
-def _shares(mask: npt.NDArray[np.bool_], side: int) -> Float:
-    """(side, side) exact fractions: a pixel that two patches share counts proportionally."""
-    down, right = (_overlap(n, side) for n in mask.shape)
-    return (down @ mask @ right.T) * (side * side / mask.size)
+def _shares(mask: npt.NDArray[np.bool_], side: int, view: Box | None = None) -> Float:
+    """(side, side) exact fractions: a pixel that two patches share counts proportionally.
+
+    view : the part of the mask that the patches divide; None: all of it
+    """
+    height, width = mask.shape
+    left, top, right, bottom = view or (0.0, 0.0, float(width), float(height))
+    down, across = _overlap(height, side, top, bottom), _overlap(width, side, left, right)
+    return (down @ mask @ across.T) * (side * side / ((bottom - top) * (right - left)))
 
 
-def _overlap(n: int, side: int) -> Float:
-    """(side, n) length of each pixel (of length 1) inside each patch, along one axis."""
-    edges = np.arange(side + 1) * n / side
+def _overlap(n: int, side: int, first: float, last: float) -> Float:
+    """(side, n) length of each pixel (of length 1) inside each patch, along one axis; patches: `first` to `last`."""
+    edges = first + np.arange(side + 1) * (last - first) / side
     low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(1, n + 1))
     return np.maximum(0, high - low)
 

@@ -6,8 +6,9 @@ answer is one line for each image:
 
     [offset in the shared memory, [path, ...]]   ->   [SHA-256 of the file or null, error or null]
 
-Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR SIZE SECONDS`; ends when stdin ends, or
-when an image takes longer than SECONDS, so that a hung process does not outlive a killed parent.
+Run by `cytocache/readers.py` as `python -m cytocache.read_worker DESCRIPTOR PREPROCESS SECONDS` (PREPROCESS is JSON);
+ends when stdin ends, or when an image takes longer than SECONDS, so that a hung process does not outlive a killed
+parent.
 """
 
 import json
@@ -28,7 +29,8 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):  # the parent reacts to a signal to the process group
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # SIGALRM ends the process, even inside a decoder in C
-    descriptor, preprocess, seconds = int(sys.argv[1]), Preprocess(size=int(sys.argv[2])), float(sys.argv[3])
+    descriptor, seconds = int(sys.argv[1]), float(sys.argv[3])
+    preprocess = Preprocess.from_dict(json.loads(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be read as an answer
     image_bytes = preprocess.size**2 * 3

@@ -16,7 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import CytoError
+
+from .preprocess import Preprocess
 
 SECONDS_PER_IMAGE = 60.0  # the largest allowed image takes two
 _SECONDS_TO_START = 120.0  # of a process; long for a Python on a slow network disk
@@ -49,8 +51,24 @@ class ImageReaders:
     Memory: `n_slots` batches of pixels, shared between all processes; each process holds one decoded image.
     """
 
-    def __init__(self, n_workers: int, *, batch_size: int, size: int, seconds_per_image: float = SECONDS_PER_IMAGE):
-        """`size`: pixels along each side after resizing; `batch_size`: of the largest batch that will be read."""
+    def __init__(
+        self,
+        n_workers: int,
+        *,
+        batch_size: int,
+        size: int,
+        preprocess: Preprocess | None = None,
+        seconds_per_image: float = SECONDS_PER_IMAGE,
+    ):
+        """Start the processes.
+
+        Parameters
+        ----------
+        batch_size : of the largest batch that will be read
+        size : pixels along each side after resizing
+        preprocess : how images get this size; None: as for DinoBloom
+        """
+        preprocess = replace(preprocess or Preprocess(), size=size)
         self._seconds = seconds_per_image
         self._group = max(1, min(_GROUP, batch_size // n_workers))
         n_slots = 2 + -(-4 * n_workers * self._group // batch_size)  # four requests ahead for every worker
@@ -59,7 +77,7 @@ class ImageReaders:
         mapped = mmap.mmap(self._memory.fileno(), 0)
         self._slots = np.frombuffer(mapped, np.uint8).reshape(n_slots, batch_size, size, size, 3)
         self._size, self._closed = size, False
-        self._workers = [_Worker(self._memory.fileno(), size, seconds_per_image) for _ in range(n_workers)]
+        self._workers = [_Worker(self._memory.fileno(), preprocess, seconds_per_image) for _ in range(n_workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -130,8 +148,9 @@ class ImageReaders:
 class _Worker:
     """One reader process and the pipes to it."""
 
-    def __init__(self, descriptor: int, size: int, seconds: float) -> None:
-        self._arguments, self._descriptor = [str(descriptor), str(size), str(2 * seconds)], descriptor
+    def __init__(self, descriptor: int, preprocess: Preprocess, seconds: float) -> None:
+        said = json.dumps(preprocess.to_dict())
+        self._arguments, self._descriptor = [str(descriptor), said, str(2 * seconds)], descriptor
         self._start()
 
     def ask(self, offset: int, paths: list[Path], seconds: float) -> tuple[list[Outcome], str | None]:

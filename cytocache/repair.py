@@ -26,9 +26,9 @@ from stores.tables import column, listed, read_image_table, table_sha256, withou
 from stores.verify import Problem, verify_activations
 from stores.wording import Report, counted
 
-from .backbones import load_backbone
 from .datasets import Images, open_images
 from .extract import ExtractConfig, fill, hash_image_file, make_spec, open_writer
+from .sample import load_for_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +130,7 @@ def repair(
         batch_size=batch_size or _batch_size(runs),
         workers=workers or n_cores(),
     )
-    backbone = (
-        load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
-        if damaged
-        else None
-    )
+    backbone = load_for_spec(spec, str(store), weights=weights, progress=download_progress) if damaged else None
     wanted = make_spec(backbone, found, config, spec.block) if backbone else spec
     if wanted != spec:
         difference = describe_difference(spec.to_dict(), wanted.to_dict())

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from .errors import BadInput, DamagedStore
 from .spec import check_choice
+from .token_layout import TokenLayout
 from .token_sets import TOKEN_SETS, chosen_tokens
 
 Float16 = npt.NDArray[np.float16]
@@ -39,6 +40,10 @@ class TokenShape(Protocol):
     @property
     def tokens_per_image(self) -> int:
         """T: tokens of an image."""
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token of an image is what."""
 
     @property
     def width(self) -> int:
@@ -163,7 +168,7 @@ class TokenStream:
             raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
         self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
-        self._tokens = chosen_tokens(token_set, stores[0].spec.tokens_per_image)
+        self._tokens = chosen_tokens(token_set, stores[0].spec.layout, f"the tokens of {stores[0].root}")
         self.tokens_per_image = len(self._tokens)
         self._images = np.concatenate(list(_images(stores, _eligible(stores, images))))
         if not len(self._images):

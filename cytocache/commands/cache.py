@@ -41,13 +41,26 @@ class Bridges(Protocol):
     "--backbone",
     default="random-vit-tiny",
     show_default=True,
-    help="dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, needs no download.",
+    help="dinobloom-s, -b, -l or -g; timm:NAME, hf-hub:OWNER/NAME, a folder in timm's layout or a file of weights: any "
+    "other vision transformer (docs/howto/other-backbones.md); or random-vit-tiny: small, untrained, no download.",
 )
 @click.option(
     "--weights",
     metavar="FILE|auto|hf:OWNER/NAME|random",
     help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; hf:OWNER/NAME[/FILE]"
-    "[@REVISION]: the same from Hugging Face; 'random': untrained.",
+    "[@REVISION]: the same from Hugging Face; 'random': untrained. Of another model a file or folder.",
+)
+@click.option(
+    "--image-size",
+    type=COUNT,
+    help="Pixels along each side of the backbone's input, a multiple of its patches  [default: as it was trained].",
+)
+@click.option(
+    "--crop",
+    type=click.Choice(["own", "none"]),
+    default="own",
+    show_default=True,
+    help="own: what the model's own preprocessing cuts off of an image is cut off; none: the whole image, as a square.",
 )
 @click.option(
     "--block",

@@ -59,7 +59,7 @@ from stores.tables import table_sha256
 from stores.token_sets import TOKEN_SETS
 
 from . import tasks
-from .compatibility import check_exact, check_one_sae, check_tau, differences
+from .compatibility import check_exact, check_one_sae, check_tau, check_token_set, differences
 from .count_kernels import LatentSums
 from .partitions import count_into_parts, discard
 from .patients import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
@@ -86,7 +86,7 @@ class BarcodeConfig:
     Attributes
     ----------
     tau : one or several, 0 or more; a latent is active at a token if its stored float32 value is greater
-    token_set : tokens that count: all, patch or cls
+    token_set : tokens that count: all, patch, cls or register
     normalize : images: mean over a patient's readable images; cytosae-release: divide by the number of latents, as the
         released code does
     partition_images : images that one task counts; None: as memory allows. Decides speed and memory only
@@ -266,6 +266,7 @@ def _write_barcodes(
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)
     check_tau(stores, config.taus[0])
+    check_token_set(stores, config.token_set)
     images = join_tables(stores)
     notes: dict[str, Any] = {"differences": differences(stores)}
     if table is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import DamagedStore
+from stores.token_layout import TokenLayout, cls_first
 from stores.token_sets import chosen_tokens
 
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
@@ -40,9 +41,10 @@ class ImageCounter:
 
     Parameters
     ----------
-    row_starts : (n_rows + 1,) numbers of the rows' first entries; rising; `tokens_per_image` rows an image, CLS first
+    row_starts : (n_rows + 1,) numbers of the rows' first entries; rising; `tokens_per_image` rows an image
     taus : rising; a latent is active at a token if its value is greater than tau, both float32
     place : what an error calls these rows
+    layout : which token of an image is what; None: CLS first, then patches
     """
 
     def __init__(
@@ -54,11 +56,12 @@ class ImageCounter:
         taus: tuple[float, ...],
         token_set: str,
         place: str,
+        layout: TokenLayout | None = None,
     ) -> None:
         n_images = (len(row_starts) - 1) // tokens_per_image
         assert n_images * tokens_per_image == len(row_starts) - 1
         self._row_starts, self._place, self._taus = row_starts, place, np.array(taus, np.float32)
-        chosen = chosen_tokens(token_set, tokens_per_image)
+        chosen = chosen_tokens(token_set, layout or cls_first(tokens_per_image), place)
         # entries of every image: those that count, and where it ends
         self._lows, self._highs, self._ends = (
             np.ascontiguousarray(row_starts[token::tokens_per_image][:n_images])

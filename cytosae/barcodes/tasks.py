@@ -21,6 +21,7 @@ from stores.files import PARTIAL_SUFFIX, sha256_file
 from stores.latent_store import remote_rows
 from stores.part_files import Part, open_part, write_part
 from stores.seal import Seal
+from stores.token_layout import TokenLayout
 
 from .count_kernels import ImageCounter, ImageCounts, LatentSums, add_rows, take_nonzero
 
@@ -41,6 +42,7 @@ class Partition:
     n_latents: int
     journal_sha256: str = ""  # of a URL: what its chunk files are checked by
     seal: Seal | None = None  # of a path: the store that was planned for, and no other
+    layout: TokenLayout | None = None  # which token of an image is what; None: CLS first, then patches
 
     @property
     def name(self) -> str:
@@ -142,6 +144,7 @@ def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> Ima
         taus=taus,
         token_set=token_set,
         place=reader.place,
+        layout=partition.layout,
     )
     for first, indices, values in reader.entries():
         counter.add(first, indices, values)

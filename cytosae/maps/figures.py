@@ -114,7 +114,7 @@ def _draw_rows(rows: Sequence[FrameRow], *, title: str, style: Style, in_shares:
 def plot_reference_images(
     latents: LatentStore, images: "AnnData", chosen: dict[str, int], picture: Picture, path: Path, *, n_images: int = 6
 ) -> None:
-    """The images in which each chosen latent is most active, each with its map beside it (16 x 16 patches, no CLS).
+    """The images in which each chosen latent is most active, each with its map beside it (patches only, no CLS).
 
     Ties go to the image that comes first; fewer images are shown where fewer are active.
     """
@@ -127,7 +127,7 @@ def plot_reference_images(
             Frame(
                 caption=str(images.obs["label"].iloc[index]),
                 picture=picture(int(index)),
-                patches=patch_map(read_tokens(latents, int(index)), latent),
+                patches=patch_map(read_tokens(latents, int(index)), latent, latents.layout),
             )
             for index in top
         ]

@@ -59,7 +59,7 @@ class TrainConfig:
     epochs: float | None = None
     """Budget in passes over the chosen tokens; excludes `tokens`."""
     token_set: str = "all"
-    """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), or `cls`."""
+    """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), `cls`, or `register`."""
     loss: str = "normed"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
     mean over channels (`mse`)."""

@@ -217,7 +217,7 @@ def evaluate(
 
     Parameters
     ----------
-    token_set : all, patch or cls; default: what the SAE was trained on
+    token_set : all, patch, cls or register; default: what the SAE was trained on
     dead_window : number of last tokens for `dead_fraction_window`, > 0; rounded up to whole images
     only : ids of the images to measure on, for instance those in `held_out.parquet` of a run; None: all
     sample : images for the effect on the backbone's final CLS embedding; read before the pass begins
@@ -245,8 +245,8 @@ def evaluate(
     check_choice("loss", loss, LOSSES)
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
-    chosen = TOKEN_SETS[token_set]
-    per_image = len(chosen_tokens(token_set, store.spec.tokens_per_image))
+    positions = chosen_tokens(token_set, store.spec.layout, f"the tokens of {cache}")
+    per_image, chosen = len(positions), slice(positions.start, positions.stop)
     is_readable = store.readable()
     if only is not None:
         is_readable &= _named(store, only)
@@ -431,7 +431,8 @@ def measure_held_out(
 ) -> dict[str, float | int | None]:
     """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN."""
     per_image = data.stream.tokens_per_image
-    chosen = TOKEN_SETS[config.token_set]
+    positions = chosen_tokens(config.token_set, data.stores[0].spec.layout)
+    chosen = slice(positions.start, positions.stop)
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
     for store, mask in zip(data.stores, data.chosen.held_out, strict=True):
