@@ -5,7 +5,6 @@ A `Member` says where the bytes of one file lie, so that another process can rea
 """
 
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,6 @@ FREE_BYTES = 16 << 20  # up to this size, any ratio is allowed
 
 TWICE = "a name that the archive holds twice"
 LINK = "a link"
-_DRIVE = re.compile(r"[A-Za-z]:")
 
 
 class BadArchive(ValueError):
@@ -107,7 +105,8 @@ def clean_name(raw: str | bytes) -> str:
     if "\0" in name:
         raise BadArchive("a name with a zero byte")
     as_windows = name.replace("\\", "/")
-    if as_windows.startswith("/") or _DRIVE.match(name) or ".." in as_windows.split("/"):
+    pieces = as_windows.split("/")
+    if pieces[0] == "" or any(piece == ".." or piece[1:2] == ":" for piece in pieces):
         raise BadArchive("a name that leads out of the archive")
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if not parts:

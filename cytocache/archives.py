@@ -31,6 +31,11 @@ def without_suffix(name: str) -> str:
     return name[: len(name) - len(suffix)] if suffix else name
 
 
+def as_unpacked(path: str) -> str:
+    """`a/class.zip::b/c.tif` -> `a/class/b/c.tif`: the path as if each archive were a folder without its suffix."""
+    return _INTO.sub(lambda found: "/" if found[0].endswith(SEPARATOR) else found[0], path)
+
+
 def split_path(path: Path | str) -> tuple[Path, str] | None:
     """(archive, path inside it, "" for all of it) for a path into an archive that is there; None for any other path.
 

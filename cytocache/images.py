@@ -23,7 +23,6 @@ from .image_files import UnreadableImage as UnreadableImage
 from .image_files import read_file
 from .metadata import check_scans, tiff_layout, without_metadata
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # Pillow's decoders that may be used, whatever a file's name
 MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million
 MAX_SIDE = 65_535  # JPEG's limit; to resize a row of 100 million pixels would take gigabytes of coefficients
