@@ -165,11 +165,10 @@ def _list_folder(folder: Path, suffixes: Sequence[str]) -> Images:
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
-    remarks = _about_masks(found)
+    remarks: tuple[str, ...] = ()
     if archives:
-        remarks += (
-            f"of these, {counted(len(archives), 'archive')} ({listed(archives)}): the folder has images itself",
-        )
+        named = f"{counted(len(archives), 'archive')} ({listed(archives)})"
+        remarks = (f"among these files {named}: not looked into, since the folder has images itself",)
     return Images(
         table,
         folder,
