@@ -76,7 +76,9 @@ def images_of_archives(folder: Path, archives: list[str], *, suffixes: Sequence[
         for path in inside:
             paths.append(f"{name}{SEPARATOR}{path}")
             labels.append(own if is_of_classes else _first(path[len(common[name]) :]))
-    what = "each archive is a class" if is_of_classes else "the folders inside the archives are the classes"
+    what = f"each of the {len(held):,} archives is a class"
+    if not is_of_classes:
+        what = "the folders inside the archives are the classes"
     return Archived(
         folder,
         paths,
