@@ -15,6 +15,7 @@ MAX_NAME_BYTES = 4_096  # of one name: the longest path of Linux
 MAX_RATIO = 200  # unpacked to packed; JPEG and PNG hardly shrink, an uncompressed image of one colour does
 FREE_BYTES = 16 << 20  # up to this size, any ratio is allowed
 
+_UNPACKED_PER_SECOND = 20e6  # bytes, on a slow machine whose cores are all busy
 TWICE = "a name that the archive holds twice"
 LINK = "a link"
 
@@ -38,6 +39,11 @@ class Member:
     packed: int = 0  # zip: bytes in the archive
     crc: int = 0  # zip
     is_deflated: bool = False  # zip
+
+    @property
+    def seconds_to_reach(self) -> float:
+        """How long it may take at most to come to its bytes, which in a compressed tar means to unpack all before."""
+        return self.offset / _UNPACKED_PER_SECOND if self.kind == "gzip" else 0.0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from stores.spec import FORMATS, find_header, read_object
 from stores.tables import column, image_table, listed, read_table_file
 from stores.wording import counted, printable
 
+from .archive_member import BadArchive
 from .archived_images import Archived, images_of_archive, images_of_archives
-from .archives import ARCHIVE_SUFFIXES, is_archive_name, split_path, without_suffix
+from .archives import ARCHIVE_SUFFIXES, is_archive_name, locate, split_path, without_suffix
 from .image_files import is_there
 from .image_names import IMAGE_SUFFIXES, is_image_name
 from .image_names import is_hidden_or_system as is_hidden_or_system
@@ -226,8 +227,14 @@ def _below(path: str | None, root: Path) -> str | None:
 
 def _check_some_exist(table: pa.Table, root: Path, source: Path) -> None:
     paths = [str(path) for path in column(table, "path")]
-    if not any(is_there(root / path) for path in paths):
-        raise BadInput(
-            f"none of the {len(paths):,} files that {source} lists is below {root} ({listed(paths)}); "
-            f"say where they are with --root"
-        )
+    if any(is_there(root / path) for path in paths):
+        return
+    why = ""
+    try:
+        locate(root / paths[0])
+    except BadArchive as error:
+        why = f": {error}"
+    raise BadInput(
+        f"none of the {len(paths):,} files that {source} lists is below {root} ({listed(paths)}{why}); "
+        f"say where they are with --root"
+    )

@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,8 +42,10 @@ def main() -> None:
         answers.flush()
         for request in sys.stdin.buffer:
             offset, places = json.loads(request)
-            for number, place in enumerate(places):
-                signal.setitimer(signal.ITIMER_REAL, seconds)
+            for number, said in enumerate(places):
+                place = said if not isinstance(said, list) else Member(said[0], tuple(said[1]), *said[2:])
+                more = place.seconds_to_reach if isinstance(place, Member) else 0.0
+                signal.setitimer(signal.ITIMER_REAL, seconds + more)
                 pixels, found = read_and_resize(place, preprocess, allow_truncated=allow_truncated)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 at = offset + number * image_bytes
@@ -54,13 +55,12 @@ def main() -> None:
 
 
 def read_and_resize(
-    place: str | list[Any] | dict[str, str], preprocess: Preprocess, *, allow_truncated: bool = False
+    place: str | Member | dict[str, str], preprocess: Preprocess, *, allow_truncated: bool = False
 ) -> tuple[np.ndarray | None, ReadImage]:
     """((size, size, 3) uint8, or None if it cannot be read; what was read)."""
     if isinstance(place, dict):
         return None, ReadImage(None, None, place["error"])
-    where = Path(place) if isinstance(place, str) else Member(place[0], tuple(place[1]), *place[2:])
-    found = read_image_file(where, allow_truncated=allow_truncated)
+    found = read_image_file(Path(place) if isinstance(place, str) else place, allow_truncated=allow_truncated)
     return (None if found.picture is None else preprocess.resize(found.picture)), found
 
 

@@ -19,14 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from stores.errors import CytoError
 
-from .archive_member import BadArchive
+from .archive_member import BadArchive, Member
 from .archives import locate
 
 SECONDS_PER_IMAGE = 60.0  # the largest allowed image takes two
@@ -164,14 +164,17 @@ class _Worker:
         """
         if not self._is_ready:
             self._wait_until_ready()
-        request = json.dumps([offset, [_place(path) for path in paths]])
+        places = [_place(path) for path in paths]
+        request = json.dumps([offset, [astuple(place) if isinstance(place, Member) else place for place in places]])
         outcomes: list[Outcome] = []
         try:
             rest = memoryview(request.encode() + b"\n")
             while rest:  # a pipe may take less than it is given
                 rest = rest[self._pipe_in.write(rest) or 0 :]
             while len(outcomes) < len(paths):
-                content_hash, error, cut_off = json.loads(self._line(seconds))
+                place = places[len(outcomes)]
+                more = place.seconds_to_reach if isinstance(place, Member) else 0.0
+                content_hash, error, cut_off = json.loads(self._line(seconds + more))
                 outcomes.append((content_hash, error, cut_off))
         except TimeoutError:
             return outcomes, f"cannot be decoded: not done after {seconds:.0f} seconds"
@@ -244,13 +247,13 @@ class _Worker:
         return line
 
 
-def _place(path: Path) -> str | tuple[Any, ...] | dict[str, str]:
+def _place(path: Path) -> str | Member | dict[str, str]:
     """Where a worker finds an image: archives are listed here, once for all workers."""
     try:
         member = locate(path)
     except BadArchive as error:
         return {"error": str(error)}
-    return os.fspath(path) if member is None else astuple(member)
+    return os.fspath(path) if member is None else member
 
 
 def _python() -> list[str]:

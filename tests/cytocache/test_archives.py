@@ -146,6 +146,15 @@ def test_a_compressed_tar_is_read_at_any_place_from_states_that_are_kept(
     assert len(unpacked._points) == n_points
 
 
+def test_time_to_come_to_a_member_counts_in_a_compressed_tar_only(tmp_path: Path) -> None:
+    """Else a reader process would be ended while it unpacks what comes before."""
+    for kind, seconds in (("cells.zip", 0.0), ("cells.tar", 0.0), ("cells.tar.gz", (3 << 20) / 20e6)):
+        archive = pack(tmp_path / kind, {"before.png": bytes((3 << 20) - 1024), "1.png": b"1"})
+        member = locate(archive / "1.png")
+        assert member is not None
+        assert member.seconds_to_reach == pytest.approx(seconds, rel=0.01)
+
+
 def test_a_path_into_an_archive_and_one_that_only_looks_so(tmp_path: Path) -> None:
     pack(tmp_path / "a.zip", {"b/1.png": b"1"})
     assert split_path(tmp_path / "a.zip::b/1.png") == (tmp_path / "a.zip", "b/1.png")
