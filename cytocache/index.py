@@ -20,7 +20,7 @@ from stores.progress import Progress
 from stores.spec import FORMATS, find_header
 from stores.tables import column, listed, read_image_table, write_image_table
 
-from .archives import split_path
+from .archives import SEPARATOR, split_path
 from .datasets import Images, open_images
 from .duplicates import find_duplicates
 from .image_names import is_image_name
@@ -185,7 +185,7 @@ def index_dataset(
         tuple(counts),
         findings=tuple(findings),
         source=source,
-        shows_rows=names != _Names() or not (source.is_dir() and images.root.is_dir()),
+        shows_rows=names != _Names() or not source.is_dir() or any(SEPARATOR in path for path in taken),
     )
 
 
@@ -195,7 +195,7 @@ def _with_masks(images: Images, masks: dict[str, str]) -> Images:
     paths = [str(path) for path in column(images.table, "path")]
     table = images.table.filter(pa.array([path not in masks for path in paths]))
     kept = [of_image.get(path) for path in paths if path not in masks]
-    return replace(images, table=table.append_column("mask", pa.array(kept, pa.string())))
+    return replace(images, table=table.append_column("mask", pa.array(kept, pa.string())), masks=())
 
 
 def _with_columns(images: Images, patterns: list[NamePattern]) -> tuple[Images, dict[str, list[str]]]:

@@ -17,12 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stores.errors import BadInput
-from stores.tables import MANIFEST_COLUMNS, OUTCOME_COLUMNS, check_column_names, listed
+from stores.tables import MANIFEST_COLUMNS, OUTCOME_COLUMNS, TRUNCATED, check_column_names, listed
 
 from .archives import as_unpacked
 
 _REGEX = "regex:"
-_NOT_FROM_NAMES = ("path", "image_id", *OUTCOME_COLUMNS)
+_NOT_FROM_NAMES = ("path", "image_id", "mask", "duplicate_of", TRUNCATED, *OUTCOME_COLUMNS)
 _PIECE = re.compile(r"\{([^{}]*)\}|(/?\*\*/?)|(\*)|([^{}*]+|[{}])")
 
 
