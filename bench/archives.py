@@ -49,7 +49,7 @@ def main() -> None:
         with ImageReaders(options.workers, batch_size=options.batch_size, size=224) as readers:
             plain, *packed = alternate(
                 lambda: read(folder / "images"),
-                *(lambda kind=kind: read(folder / kind) for kind in KINDS),  # type: ignore[misc]  # bound now
+                *(lambda kind=kind: read(folder / kind) for kind in KINDS),  # bound now
                 rounds=options.rounds,
             )
     n = options.images

@@ -57,8 +57,8 @@ def images_of_archive(archive: Path, inside: str = "", *, suffixes: Sequence[str
 def images_of_archives(folder: Path, archives: list[str], *, suffixes: Sequence[str] = ()) -> Archived:
     """The images of the archives `folder / name`, which together are one data set.
 
-    One archive for each class: the class is the first folder of the path, where an archive counts as a folder called
-    like it without suffix. If archives hold folders of several classes, these are the classes.
+    An archive in a folder below `folder` is of the class of that folder. Else each archive is a class, called like it
+    without suffix; but if archives hold folders of several classes, these are the classes.
 
     Raises
     ------
@@ -67,17 +67,19 @@ def images_of_archives(folder: Path, archives: list[str], *, suffixes: Sequence[
     """
     found = {name: _list(folder / name, "", suffixes) for name in sorted(archives)}
     held = {name: each.paths for name, each in found.items() if each.paths}
-    common = {name: _common_folder(paths) for name, paths in held.items()}
-    is_of_classes = _is_one_for_each_class(held, common)
+    at_top = {name: paths for name, paths in held.items() if "/" not in name}
+    common = {name: _common_folder(paths) for name, paths in at_top.items()}
+    is_of_classes = _is_one_for_each_class(at_top, common)
     paths: list[str] = []
     labels: list[str | None] = []
     for name, inside in held.items():
-        own = _first(name) or without_suffix(name)
-        for path in inside:
-            paths.append(f"{name}{SEPARATOR}{path}")
-            labels.append(own if is_of_classes else _first(path[len(common[name]) :]))
-    what = f"each of the {len(held):,} archives is a class"
-    if not is_of_classes:
+        own = _first(name) or (without_suffix(name) if is_of_classes else None)
+        paths += [f"{name}{SEPARATOR}{path}" for path in inside]
+        labels += [own or _first(path[len(common.get(name, "")) :]) for path in inside]
+    what = f"each of the {len(at_top):,} archives is a class"
+    if not at_top:
+        what = "the folders of the archives are the classes"
+    elif not is_of_classes:
         what = "the folders inside the archives are the classes"
     return Archived(
         folder,
@@ -92,7 +94,7 @@ def images_of_archives(folder: Path, archives: list[str], *, suffixes: Sequence[
 
 def _is_one_for_each_class(held: dict[str, list[str]], common: dict[str, str]) -> bool:
     """Is there an archive for each class, or do archives hold several?"""
-    if len(held) == 1 or any(len({_first(path) for path in paths}) > 1 for paths in held.values()):
+    if len(held) == 1 or any(len({_first(path) for path in paths} - {None}) > 1 for paths in held.values()):
         return False
     folders = {*common.values()}
     return not (len(folders) == 1 and folders != {""})  # not parts of one folder, packed separately

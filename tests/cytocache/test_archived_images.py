@@ -25,9 +25,9 @@ from cytocache.readers import ImageReaders
 from cytocache.repair import repair
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.concepts import ConceptConfig, concept_statistics
-from cytosae.latents import encode
+from cytosae.latents.encode import encode
 from cytosae.sae import TrainConfig
-from cytosae.training import train
+from cytosae.training.train import train
 from stores import ActivationStore, LatentStore
 from stores.activation_store import chunk_path
 from stores.errors import BadInput
@@ -287,7 +287,7 @@ def test_from_an_archive_to_an_atlas_with_its_pictures(folder: Path, tmp_path: P
         write_barcodes(tmp_path / "latents", tmp_path / "barcodes", BarcodeConfig(tau=0.0), client=client)
         concept_statistics(tmp_path / "latents", tmp_path / "concepts", ConceptConfig(min_support=1), client=client)
     stores = [word for name in ("barcodes", "concepts", "latents") for word in (f"--{name}", tmp_path / name)]
-    built = cyto("atlas", "build", *stores, "-o", tmp_path / "atlas")
+    built = cyto("atlas", "build", *stores, "--pages", "top", "-o", tmp_path / "atlas")
     assert built.exit_code == 0, built.output
     assert "could not be shown" not in built.output
     latents = LatentStore(tmp_path / "latents")

@@ -190,7 +190,7 @@ def test_patterns_belong_to_ones_own_data(tmp_path: Path) -> None:
     ],
 )
 def test_which_files_are_masks_of_which_images(mask: str, image: str | None) -> None:
-    pairs = {
+    pairs: dict[str, dict[str, str]] = {
         "A/1_nucleus_mask.png": {},
         "labels/1.png": {},
         "mask.png": {},
@@ -207,7 +207,7 @@ def test_a_mask_of_two_images_is_of_none() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_masks_are_named_and_with_the_option_left_out_and_kept_by_name(packed: bool, tmp_path: Path) -> None:
     """As far as `cyto concept masks` reads them: the table that is written is the one that it takes."""
-    files = {}
+    files: dict[str, bytes] = {}
     for name in ("NGS/1.png", "NGS/2.png", "NGS/1_mask.png", "BAS/3.png", "masks/BAS/3.png"):
         (tmp_path / "cells" / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(len(files)).integers(0, 2, (8, 8), np.uint8)

@@ -17,9 +17,9 @@ from cytocache import bridge
 from cytocache.extract import ExtractConfig, extract
 from cytocache.images import UnreadableImage, decode_image, read_image, read_image_file
 from cytocache.repair import repair
-from cytosae.latents import encode
+from cytosae.latents.encode import encode
 from cytosae.sae import TrainConfig
-from cytosae.training import train
+from cytosae.training.train import train
 from stores import ActivationStore, LatentStore
 from stores.activation_store import chunk_path
 from stores.errors import BadInput, SpecMismatch
