@@ -188,8 +188,8 @@ def _checked_number(block: bytes) -> int:
     """The size in a header, after a check of the header's sum."""
     stated = _whole(block[148:156].strip(b"\0 ") or b"0", 8)
     blank = block[:148] + b" " * 8 + block[156:]
-    sums = (sum(blank), sum(blank) - 256 * sum(byte > 127 for byte in blank))  # old programs add signed bytes
-    if stated not in sums:
+    unsigned = sum(blank)
+    if stated != unsigned and stated != unsigned - 256 * sum(byte > 127 for byte in blank):  # of signed bytes, as once
         raise BadArchive("it is no tar archive, or damaged: the checksum of a header is wrong; get it again")
     field = block[124:136]
     if field[0] == 0x80:  # GNU: a number in base 256
