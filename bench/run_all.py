@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FULL = {
     "cli_help": [],
+    "archives": ["--images", "20000"],
     "loader": ["--images", "16384"],
     "compare": ["--permutations", "1000000", "--rounds", "1"],
     "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],

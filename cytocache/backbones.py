@@ -130,9 +130,10 @@ def load_backbone(
 ) -> Backbone:
     """A backbone that gives the tokens after some of its blocks; blocks after the last of these are not run.
 
-    Parameters ---------- name : a key of `ARCHITECTURES`; `timm:NAME`; `hf-hub:OWNER/NAME[@REVISION]`, which is
-    downloaded once; a folder with
-        config.json and weights; or a file of weights of a DINOv2-like model, also as training writes it. Behind a
+    Parameters
+    ----------
+    name : a key of `ARCHITECTURES`; `timm:NAME`; `hf-hub:OWNER/NAME[@REVISION]`, which is downloaded once; a folder
+        with config.json and weights; or a file of weights of a DINOv2-like model, also as training writes it. Behind a
         question mark settings of the architecture, `timm:vit_base_patch16_224?reg_tokens=4`
     weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
         `hf:OWNER/NAME[/FILE][@REVISION]`, from Hugging Face in the same way; or `random` (seeded, untrained);

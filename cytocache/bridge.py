@@ -32,7 +32,7 @@ def _silent(done: int, total: int, state: str) -> None:
 def pictures(latents: LatentStore, root: Path | None = None) -> Pictures:
     """The images of a latent store as pixels, by `image_index`.
 
-    root : folder of the images now; None: as recorded when the cache was made, if it was
+    root : folder or archive of the images now; None: as recorded when the cache was made, if it was
     """
     return Pictures(latents, root)
 
@@ -143,7 +143,7 @@ def read_masks(
 
     Parameters
     ----------
-    masks : a table with image_id and mask (a path), or a folder of files named like the images
+    masks : a table with image_id and mask (a path), or a folder or archive of files named like the images
     root : what paths in the table are relative to; None: the table's folder
     classes : as `--classes` of cyto concept masks
     progress : masks read, masks in all

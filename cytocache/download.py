@@ -183,9 +183,7 @@ def fetch_from_hub(
         As `fetch_published`; also for a malformed address, or a model without exactly one file of weights.
     """
     names = (name,) if isinstance(name, str) else tuple(name)
-    found = re.fullmatch(
-        rf"(?:hf|hf-hub):({_NAME}/{_NAME})(?:/({_FILE}))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address
-    )
+    found = re.fullmatch(rf"(?:hf|hf-hub):({_NAME}/{_NAME})(?:/({_FILE}))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
     if found is None or ".." in address:
         raise BadInput(
             f"expected weights hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE; found {address!r}"

@@ -15,6 +15,8 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.tables import column, image_table, listed, read_table_file
 
+from .archived_images import images_of_archive
+from .archives import as_unpacked, split_path
 from .datasets import list_files
 from .images import read_labels
 from .preprocess import Box, Preprocess
@@ -70,8 +72,9 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
 
     Parameters
     ----------
-    source : a .csv or .parquet table with the columns `image_id` and `mask` (a path), or a folder of masks that are
-        named like the images: `a/b.png` for the image `a/b.jpg`, or just `b.png` if only one image is called `b`
+    source : a .csv or .parquet table with the columns `image_id` and `mask` (a path; rows without are left out), or a
+        folder or archive of masks that are named like the images: `a/b.png` for the image `a/b.jpg`, or just `b.png`
+        if only one image is called `b`
     root : what paths in a table are relative to; default: the table's folder
 
     Raises
@@ -83,7 +86,11 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     if source.is_dir():
         if root is not None:
             raise BadInput(f"--root belongs to a table of masks; {source} is a folder, and its own root")
-        return _of_folder(source.absolute(), images)
+        return _of_folder(source.absolute(), list_files(source.absolute())[0], images)
+    packed = split_path(source.absolute())
+    if packed is not None:
+        found_in = images_of_archive(*packed)
+        return _of_folder(found_in.root, found_in.paths, images)
     if not source.exists():
         raise BadInput(f"no masks at {source}: expected a folder, or a .csv or .parquet table")
     table = read_table_file(source)
@@ -93,9 +100,11 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
             f"{source} has no column {missing[0]!r} (found: {', '.join(table.column_names)}); "
             f"expected the columns image_id and mask"
         )
-    # the path of a mask follows the same rules as that of an image
+    # the path of a mask follows the same rules as that of an image; some images have none
+    rows = [*zip(column(table, "image_id"), column(table, "mask"), strict=True)]
+    rows = [row for row in rows if row[1]] or rows
     checked = image_table(
-        {"image_id": column(table, "image_id"), "path": column(table, "mask")}, source=str(source), dataset=""
+        {"image_id": [name for name, _ in rows], "path": [mask for _, mask in rows]}, source=str(source), dataset=""
     )
     root = (root or source.parent).absolute()
     indices = {name: index for index, name in enumerate(column(images, "image_id"))}
@@ -328,12 +337,12 @@ def _overlap(n: int, side: int, first: float, last: float) -> Float:
     return np.maximum(0, high - low)
 
 
-def _of_folder(folder: Path, images: pa.Table) -> MaskFiles:
-    files, _, _ = list_files(folder)
+def _of_folder(folder: Path, files: list[str], images: pa.Table) -> MaskFiles:
     by_path, by_name = dict[str, list[int]](), dict[str, list[int]]()
     for index, path in enumerate(column(images, "path")):
-        by_path.setdefault(_stem(str(path)), []).append(index)
-        by_name.setdefault(PurePosixPath(str(path)).stem, []).append(index)
+        unpacked = as_unpacked(str(path))
+        by_path.setdefault(_stem(unpacked), []).append(index)
+        by_name.setdefault(PurePosixPath(unpacked).stem, []).append(index)
     found, unknown = dict[int, Path](), list[str]()
     for file in files:
         images_so_called = by_path.get(_stem(file)) or by_name.get(PurePosixPath(file).stem, [])

@@ -162,7 +162,10 @@ def read_sample(
         If an image cannot be read, or its file is not the one that was cached.
     """
     paths, hashes = column(cache.images, "path"), column(cache.images, "content_hash")
-    with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size, preprocess=backbone.preprocess) as readers:
+    preprocess, allowed = backbone.preprocess, cache.spec.allow_truncated
+    with ImageReaders(
+        workers, batch_size=1, size=preprocess.size, preprocess=preprocess, allow_truncated=allowed
+    ) as readers:
         reading = readers.read([root / str(paths[row])] for row in rows)
         for n_done, (row, pictures) in enumerate(zip(rows, reading, strict=True), start=1):
             if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:

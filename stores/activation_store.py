@@ -58,10 +58,11 @@ class ActivationSpec:
     width: int
     chunk_images: int
     manifest_sha256: str  # of the manifest columns of the image table
+    allow_truncated: bool = False  # are images taken that are cut off?
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return dict(vars(self))
+        """The spec as plain JSON values; without settings that older versions do not know, unless they are used."""
+        return {name: value for name, value in vars(self).items() if name != "allow_truncated" or value}
 
     @property
     def same_tokens(self) -> dict[str, Any]:

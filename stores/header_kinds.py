@@ -25,6 +25,7 @@ _CACHE: Pattern = {
     **dict.fromkeys(("block", "n_blocks"), int),
     "trained": bool,
     "transform": dict,
+    "allow_truncated": bool,
 }
 _LATENTS: Pattern = {
     **dict.fromkeys(("sae_sha256", "cache_sha256", "images_sha256", "precision"), str),
@@ -84,7 +85,7 @@ SPEC_KINDS: dict[str, Pattern] = {
 _WITH_FILES: Pattern = {"files": (_NAMES,)}
 SUMMARY_KINDS: dict[str, Pattern] = {
     **{kind: _WITH_FILES for kind in SPEC_KINDS},
-    "activation cache": {"images_sha256": str, "n_readable": int, "n_unreadable": int},
+    "activation cache": {"images_sha256": str, "n_readable": int, "n_unreadable": int, "n_truncated": int},
     "latent store": {"nnz": int, "n_dropped": int, "journal_sha256": str, "files": {"*": str}},
     "SAE": {
         **dict.fromkeys(("steps", "tokens", "images"), int),

@@ -36,7 +36,11 @@ class Bridges(Protocol):
 @click.command("extract")
 @click.argument("images", type=FILE)
 @click.argument("store", type=FILE)
-@click.option("--root", type=FILE, help="Folder that paths in a manifest are relative to  [default: the manifest's].")
+@click.option(
+    "--root",
+    type=FILE,
+    help="Folder or archive that paths in a manifest are relative to  [default: the manifest's folder].",
+)
 @click.option(
     "--backbone",
     default="random-vit-tiny",
@@ -90,6 +94,12 @@ class Bridges(Protocol):
     help="Write shard I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
     "end completes the store.",
 )
+@click.option(
+    "--allow-truncated",
+    is_flag=True,
+    help="Take images whose files are cut off as far as they go, instead of leaving them out; the store's column "
+    "`truncated` names them.",
+)
 @overwrite_option
 def cache_extract(
     images: Path,
@@ -101,8 +111,9 @@ def cache_extract(
 ) -> None:
     """Run a backbone once over IMAGES and write its tokens to STORE.
 
-    IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
-    image_id, label, patient, disease, dataset.
+    IMAGES is a folder (one sub-folder per class); a .zip or .tar(.gz) with the same inside, which is not unpacked; a
+    folder of such archives; or a .csv or .parquet table with a column `path` (also class.zip::a/b.tif) and, where
+    known, image_id, label, patient, disease, dataset.
 
     \b
     Example: cyto cache extract cells/ cells.acts.zarr --backbone dinobloom-b --weights DinoBloom-B.pth

@@ -11,6 +11,7 @@ from places import ROOT
 BENCH = ROOT / "bench"
 TINY = {
     "cli_help": "--rounds 1",
+    "archives": "--images 12 --batch-size 4 --workers 1 --rounds 1",
     "extract": "--backbone random-vit-tiny --images 4 --batch-size 2 --chunk-images 2 --rounds 1",
     "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
     "--quality-images 24 --dataloader-batches 2 --rounds 1",
@@ -31,7 +32,9 @@ KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
-    folder = ["--folder", str(tmp_path)] if name in ("extract", "loader", "encode", "barcode", "sae_run") else []
+    folder = (
+        ["--folder", str(tmp_path)] if name in ("archives", "extract", "loader", "encode", "barcode", "sae_run") else []
+    )
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]
     done = subprocess.run(command, capture_output=True, text=True)
 
