@@ -1,6 +1,7 @@
 """The settings of a training run, their defaults, and the presets (docs/reference/paper.md 4, 5)."""
 
 import dataclasses
+import itertools
 import math
 import tomllib
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from stores.spec import check_choice
 from stores.tables import listed
 from stores.token_sets import TOKEN_SETS
 
+from .chosen_defaults import BY_ACTIVATION, RELEASED
+
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
+INITS = ("kaiming", "transpose")
 DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
 SCHEDULES = ("constant", "cosine", "linear")
 TOKEN_SCALES = ("none", "sqrt-width")
@@ -60,9 +64,18 @@ class TrainConfig:
     """Budget in passes over the chosen tokens; excludes `tokens`."""
     token_set: str = "all"
     """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), or `cls`."""
-    loss: str = "normed"
+    loss: str = "auto"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
-    mean over channels (`mse`)."""
+    mean over channels (`mse`). `auto`: by activation (chosen_defaults.py); read back, it is the choice."""
+    init: str = "auto"
+    """Initial matrices: both drawn separately (`kaiming`, released), or the encoder as the decoder's `transpose`.
+    `auto`: by activation."""
+    clip_norm: float | None = None
+    """Gradients of all weights together are scaled down to this norm, where they are longer; 0: never. None: by
+    activation."""
+    nested: tuple[float, ...] | None = None
+    """Matryoshka: the loss is the mean over reconstructions from the first share of the latents, for each of these
+    shares and for all of them (arXiv 2503.17547). Ascending, above 0, below 1; relu, topk and batchtopk."""
     token_scale: str = "none"
     """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
     dead_latents: str = "ghost"
@@ -104,10 +117,14 @@ class TrainConfig:
     """Steps between two rows of metrics.parquet."""
 
     def __post_init__(self) -> None:
+        check_choice("activation", self.activation, ACTIVATIONS)
+        for name, value in BY_ACTIVATION[self.activation].items():
+            if getattr(self, name) in ("auto", None):
+                object.__setattr__(self, name, value)  # frozen: from here on nothing is left to choose
         for name, choices in (
-            ("activation", ACTIVATIONS),
             ("token_set", TOKEN_SETS),
             ("loss", LOSSES),
+            ("init", INITS),
             ("token_scale", TOKEN_SCALES),
             ("dead_latents", DEAD_LATENTS),
             ("ghost_scale", GHOST_SCALES),
@@ -120,7 +137,7 @@ class TrainConfig:
             check_choice(name, getattr(self, name), choices)
         for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every", "resample_every"):
             _check_number(name, getattr(self, name), least=1)
-        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight"):
+        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight", "clip_norm"):
             _check_number(name, getattr(self, name), least=0)
         for name in ("k", "auxk", "decay_steps"):
             if getattr(self, name) is not None:
@@ -141,6 +158,8 @@ class TrainConfig:
                 if self.k is not None
                 else f"activation {self.activation!r} needs k, the number of active latents per token (--k 64)"
             )
+        if self.nested is not None:
+            self._check_nested(self.nested)
         if self.tokens is not None and self.epochs is not None:
             raise BadInput("give the budget once: either tokens or epochs")
         if self.b_dec_init == "geometric-median-per-position" and self.order != "images":
@@ -149,6 +168,32 @@ class TrainConfig:
             )
         if self.order == "images" and (self.token_set != "all" or self.mix is not None):
             raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
+
+    def _check_nested(self, nested: tuple[float, ...]) -> None:
+        if self.activation not in ("relu", "topk", "batchtopk"):
+            raise BadInput(
+                f"nested dictionaries are for relu, topk and batchtopk; found activation {self.activation!r}"
+            )
+        bounds = (0.0, *nested, 1.0)
+        if not nested or not all(low < high for low, high in itertools.pairwise(bounds)):
+            raise BadInput(f"nested must be ascending shares of the latents above 0 and below 1; found {list(nested)}")
+
+    def to_spec(self) -> dict[str, Any]:
+        """All settings, as `sae.json` keeps them.
+
+        Settings of later versions are left out where they change nothing, so that runs of before keep their identity.
+        """
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in RELEASED or value != RELEASED[name]
+        }
+
+    @classmethod
+    def from_spec(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The settings that `to_spec` wrote, also one of an earlier version; lists of JSON become tuples."""
+        given = RELEASED | values
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def n_steps(self, tokens_per_epoch: int) -> int:
         """Number of steps, at least one: the budget rounded to whole batches.
@@ -204,9 +249,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ghost_scale": "elementwise",
         "b_dec_init": "geometric-median-per-position",
         "tokens": 257_000_000,
+        "loss": "normed",
+        **RELEASED,
     },
     # Eq. 1 as printed; its squared error is about 768 x ||x|| times the released one, so 8e-5 is that much weaker
-    "paper": {"loss": "eq1"},
+    "paper": {"loss": "eq1", **RELEASED},
 }
 
 

@@ -8,7 +8,6 @@ Everything random depends on the seed only: an interrupted and continued run equ
 on the same device, versions and thread count.
 """
 
-import dataclasses
 import math
 import signal
 import threading
@@ -32,6 +31,7 @@ from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
+from .clipping import clip_gradients_
 from .data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
@@ -180,16 +180,21 @@ def train_step(
             threshold = model.threshold
             threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
 
-        # 3. Adam, on the gradient of the decoder without its component along each row; then rows at norm 1, which the
-        # next step begins with. The norms of the last step are folded into the encoder instead (`finish_training`).
+        # 3. Adam, on the gradient of the decoder without its component along each row, and all clipped to a norm if so
+        # wanted; then rows at norm 1, which the next step begins with. The norms of the last step are folded into the
+        # encoder instead (`finish_training`).
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(state.step, plan.n_steps)
+        if config.clip_norm:
+            remove_parallel_gradient(model)
+            clip_gradients_(model, config.clip_norm)
         if model.W_dec.is_cuda:
             from . import kernels_gpu  # needs triton
 
             kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
         else:
-            remove_parallel_gradient(model)
+            if not config.clip_norm:
+                remove_parallel_gradient(model)
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
@@ -289,7 +294,7 @@ def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPl
         "k": config.k,
         **data.to_spec(),
         "n_steps": n_steps,
-        "config": dataclasses.asdict(config),
+        "config": config.to_spec(),
         "resolved": config.resolved(data.width, n_steps),
     }
     return TrainPlan(data, run, config, Objective.from_config(config), n_steps, new_header(SAE, spec))
@@ -360,7 +365,8 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
     data, config = plan.data, plan.config
     scale = token_scale(data, config)
     model = new_model(data.width, config)
-    model.init_weights(torch.Generator().manual_seed(config.seed), threshold=config.jump_threshold)
+    draws = torch.Generator().manual_seed(config.seed)
+    model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
     with torch.no_grad():
         model.b_dec.copy_(initial_b_dec(data, config) * scale)
     model.to(device)
