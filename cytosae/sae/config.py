@@ -18,6 +18,7 @@ from .chosen_defaults import BY_ACTIVATION, RELEASED
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
+BACKGROUNDS = ("keep", "first-component")
 INITS = ("kaiming", "transpose")
 DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -106,6 +107,8 @@ class TrainConfig:
     """Fraction of the images, 0 to below 1, that is not trained on; the SAE is measured on it at the end."""
     holdout_by: str = "image"
     """`image`: images are held out one by one; `patient`: all images of a patient together."""
+    background: str = "keep"
+    """`first-component`: leave out patch tokens that this rule calls background (training/background.py)."""
     seed: int = 0
     """Seed of the initial weights, the order of the tokens, held-out images and resampling."""
     order_seed: int | None = None
@@ -125,6 +128,7 @@ class TrainConfig:
             ("token_set", TOKEN_SETS),
             ("loss", LOSSES),
             ("init", INITS),
+            ("background", BACKGROUNDS),
             ("token_scale", TOKEN_SCALES),
             ("dead_latents", DEAD_LATENTS),
             ("ghost_scale", GHOST_SCALES),
@@ -168,6 +172,10 @@ class TrainConfig:
             )
         if self.order == "images" and (self.token_set != "all" or self.mix is not None):
             raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
+        if self.background != "keep" and (self.order == "images" or self.token_set == "cls"):
+            raise BadInput(
+                "background is left out of patch tokens: it needs order 'tokens', and token_set all or patch"
+            )
 
     def _check_nested(self, nested: tuple[float, ...]) -> None:
         if self.activation not in ("relu", "topk", "batchtopk"):
@@ -258,22 +266,40 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(
-    *, preset: str | None = None, config_file: Path | None = None, options: dict[str, Any] | None = None
+    *,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    options: dict[str, Any] | None = None,
+    start: dict[str, Any] | None = None,
 ) -> TrainConfig:
     """Defaults, then the preset, then the TOML file, then single options; later ones win.
+
+    start : settings of an SAE to go on from (`cytosae.training.start_settings`), which are used where nothing else is
+        given
 
     Raises
     ------
     BadInput
-        For an unknown preset or key, or a value that cannot be used.
+        For an unknown preset or key, or a value that cannot be used, or one that differs from that of `start`.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(start or {})
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
     for given in (checked_settings(read_toml(config_file), str(config_file)) if config_file else {}, options or {}):
         values = overridden(values, given)
+    require_same_shape(values, start or {})
     return TrainConfig(**values)
+
+
+def require_same_shape(values: dict[str, Any], start: dict[str, Any]) -> None:
+    """Raise BadInput if settings ask for another SAE than the one to go on from; k may differ."""
+    for name in ("activation", "expansion"):
+        if name in start and values[name] != start[name]:
+            raise BadInput(
+                f"the SAE to go on from has {name} {start[name]}; found {name} {values[name]}. Leave it out, or train "
+                f"from the start, without --init-from"
+            )
 
 
 def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
