@@ -99,7 +99,7 @@ def test_the_first_latents_reconstruct_better_alone_than_without_nesting(tmp_pat
     for name, nested in (("plain", None), ("nested", (0.25, 0.5))):
         options = {**SETTINGS, "tokens": 300 * BATCH, "activation": "topk", "k": 4, "lr": 1e-2, "nested": nested}
         header = train([cache], tmp_path / name, make_config(options=options)).header
-        assert header.spec["config"].get("nested") == nested
+        assert header.spec["config"].get("nested") == (list(nested) if nested else None)
         model = load_sae(tmp_path / name).model
         with torch.no_grad():
             z = model.encode(x)[:, :16]
