@@ -93,6 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=2_048, help="tokens per step (%(default)s)")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="(%(default)s)")
+    parser.add_argument("--every", type=int, default=1, help="measure on every n-th token only (%(default)s)")
     parser.add_argument("--raw", action="store_true", help="tokens as they are cached, not scaled")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=JSON", help="a setting of all of ours, as in --config"
@@ -108,6 +109,7 @@ def _jobs(options: argparse.Namespace, width: int, deviation: float) -> list[Row
     """Every training of the comparison."""
     common = {"steps": options.steps, "batch": options.batch, "n_latents": options.expansion * width}
     common |= {"warmup": max(1, options.steps // 20), "dead_after": 64, "nested": NESTED}
+    common |= {"every": options.every}
     common |= {"decay": options.steps // 5 if options.schedule == "linear" else 0}
     channel = deviation / math.sqrt(width)
     common |= {"threshold": 0.1 * channel, "bandwidth": 0.1 * channel, "penalty": deviation**2}
@@ -168,7 +170,7 @@ def _ours(folder: Path, cache: Path, job: Row, factor: float) -> Row:
     model = load_sae(run).model
     tokens = {name: torch.from_numpy(np.load(folder / f"{name}.npy")).float() for name in ("train", "test")}
     model.fold_token_scale(1 / factor)
-    found = measure(model.encode, model.decode, tokens["train"], tokens["test"])
+    found = measure(model.encode, model.decode, *(tokens[name][:: job["every"]] for name in ("train", "test")))
     say(f"ours {method} {job['at']:g} lr {job['lr']:g} seed {job['seed']}: {found} {seconds:.0f} s")
     return job | found | {"seconds": seconds}
 

@@ -40,7 +40,7 @@ def main() -> None:
                 began = time.perf_counter()
                 encode, decode = TRAINERS[job["library"]](train, job)
                 seconds = time.perf_counter() - began
-                found = measure(encode, decode, train, test)
+                found = measure(encode, decode, train[:: job["every"]], test[:: job["every"]])
         except Exception as error:  # of a library that is not ours: said, and the others go on
             print(json.dumps(job | {"not_run": f"{type(error).__name__}: {error}"[:300]}), flush=True)
             continue

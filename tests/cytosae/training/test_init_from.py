@@ -56,8 +56,8 @@ def test_it_begins_where_the_other_ended(kind: str, scale: str, caches: list[Pat
     assert after.header.spec["init_from"] == {"identity": before.header.identity, "sae_sha256": before.sha256}
 
     config = small(kind, token_scale=scale)
-    anew = train(caches[1:], tmp_path / "anew", config)
-    on = train(caches[1:], tmp_path / "on", config, init_from=tmp_path / "first")
+    anew = train(caches[:1], tmp_path / "anew", config)
+    on = train(caches[:1], tmp_path / "on", config, init_from=tmp_path / "first")
     losses = [pq.read_table(tmp_path / name / "metrics.parquet")["loss"].to_pylist() for name in ("anew", "on")]
     assert losses[1][0] < losses[0][0]
     assert anew.identity != on.identity
@@ -124,7 +124,7 @@ def test_the_command_takes_the_shape_of_the_sae(caches: list[Path], tmp_path: Pa
     spec = json.loads((tmp_path / "run" / "sae.json").read_text())["spec"]
     assert (spec["activation"], spec["k"], spec["n_latents"]) == ("topk", 3, 64)
     page = CliRunner().invoke(cli, ["sae", "info", str(tmp_path / "run")]).stdout
-    assert f"begun from   sha256 {load_sae(tmp_path / 'first').sha256}" in page
+    assert f"begun from sha256 {load_sae(tmp_path / 'first').sha256}" in page
     same = CliRunner().invoke(cli, ["sae", "train", str(caches[0]), "-o", str(tmp_path / "first"), "--overwrite",
         "--init-from", str(tmp_path / "first"), "--tokens", "40", "--batch-tokens", "10"])  # fmt: skip
     assert same.exit_code == 1
