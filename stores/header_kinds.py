@@ -38,6 +38,9 @@ _CONFIG: Pattern = {
     **dict.fromkeys(("loss", "dead_latents", "ghost_scale", "order", "token_set", "activation"), (str, NoneType)),
     **dict.fromkeys(("l1", "lr"), _NUMBER),
     **dict.fromkeys(("batch_tokens", "seed"), int),
+    **dict.fromkeys(("init", "background"), str),
+    "clip_norm": _NUMBER,
+    "nested": ([_NUMBER], NoneType),
 }
 _OF_STEP: Pattern = dict.fromkeys(
     (
@@ -61,6 +64,12 @@ SPEC_KINDS: dict[str, Pattern] = {
         "config": _CONFIG,
         "images": {"*": (int, str, NoneType, list, dict)},
         "imported": {"format": str, "files": {"*": str}},
+        "init_from": {"identity": str, "sae_sha256": str},
+        "background": {
+            **dict.fromkeys(("rule", "sha256"), str),
+            **dict.fromkeys(("patches", "left_out"), int),
+            **dict.fromkeys(("threshold", "explained", "share_at_rim", "share_elsewhere"), _NUMBER),
+        },
     },
     "barcodes": {
         "latents": (str, [str]),

@@ -52,6 +52,33 @@ if TYPE_CHECKING:
     type=click.Choice(["constant", "cosine", "linear"]),
     help="Learning rate after the warm-up  [default: constant].",
 )
+@click.option(
+    "--loss",
+    type=click.Choice(["normed", "eq1", "mse"]),
+    help="Squared error over the token's norm, summed over channels, or its mean  [default: by activation].",
+)
+@click.option(
+    "--init",
+    type=click.Choice(["kaiming", "transpose"]),
+    help="Initial matrices: drawn separately, or the encoder as the decoder's transpose  [default: by activation].",
+)
+@click.option(
+    "--clip-norm", type=float, help="Largest norm of the gradients of a step; 0: any  [default: by activation]."
+)
+@click.option(
+    "--nested",
+    type=float,
+    multiple=True,
+    help="Matryoshka: share of the latents that must also reconstruct alone; give it once for each share.",
+)
+@click.option(
+    "--init-from", type=FILE, help="Folder of a finished or imported SAE to go on from, with its weights and settings."
+)
+@click.option(
+    "--background",
+    type=click.Choice(["keep", "first-component"]),
+    help="Leave out patch tokens that this rule calls background  [default: keep].",
+)
 @click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
 @click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
@@ -87,6 +114,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep.")
 @click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics to this program.")
+@assume_option
 @overwrite_option
 def sae_train(
     stores: tuple[Path | str, ...],
@@ -94,6 +122,8 @@ def sae_train(
     preset: str | None,
     config_file: Path | None,
     exclude: Path | None,
+    init_from: Path | None,
+    assume_compatible: bool,
     ghost: bool | None,
     device: str,
     checkpoint_every: int,
@@ -112,12 +142,13 @@ def sae_train(
     """
     from cytosae import train
     from cytosae.sae import make_config
-    from cytosae.training import training_line
+    from cytosae.training import start_settings, training_line
     from stores import read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
     _take_ghost(options, ghost)
-    config = make_config(preset=preset, config_file=config_file, options=options)
+    start = start_settings(init_from) if init_from else None
+    config = make_config(preset=preset, config_file=config_file, options=options, start=start)
     if config.warning:
         click.echo(f"warning: {config.warning}", err=True)
     with progress_line("train", "token") as progress:
@@ -126,6 +157,8 @@ def sae_train(
             run,
             config,
             exclude=read_image_ids(exclude) if exclude else (),
+            init_from=init_from,
+            assume_compatible=assume_compatible,
             device=device,
             checkpoint_every=checkpoint_every,
             keep_states=keep_states,
@@ -137,8 +170,11 @@ def sae_train(
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
         return
     say_done(run, done.was_complete)
-    for line in done.lines():  # warnings were told before
+    for line in done.lines():
         click.echo(line)
+    for warning in done.warnings:
+        if warning != config.warning:  # which was told before
+            click.echo(f"warning: {warning}", err=True)
 
 
 def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:

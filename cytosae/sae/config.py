@@ -1,6 +1,7 @@
 """The settings of a training run, their defaults, and the presets (docs/reference/paper.md 4, 5)."""
 
 import dataclasses
+import itertools
 import math
 import tomllib
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ from stores.spec import check_choice
 from stores.tables import listed
 from stores.token_sets import TOKEN_SETS
 
+from .chosen_defaults import BY_ACTIVATION, RELEASED
+
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
+BACKGROUNDS = ("keep", "first-component")
+INITS = ("kaiming", "transpose")
 DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
 SCHEDULES = ("constant", "cosine", "linear")
 TOKEN_SCALES = ("none", "sqrt-width")
@@ -60,9 +65,18 @@ class TrainConfig:
     """Budget in passes over the chosen tokens; excludes `tokens`."""
     token_set: str = "all"
     """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), `cls`, or `register`."""
-    loss: str = "normed"
+    loss: str = "auto"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
-    mean over channels (`mse`)."""
+    mean over channels (`mse`). `auto`: by activation (chosen_defaults.py); read back, it is the choice."""
+    init: str = "auto"
+    """Initial matrices: both drawn separately (`kaiming`, released), or the encoder as the decoder's `transpose`.
+    `auto`: by activation."""
+    clip_norm: float | None = None
+    """Gradients of all weights together are scaled down to this norm, where they are longer; 0: never. None: by
+    activation."""
+    nested: tuple[float, ...] | None = None
+    """Matryoshka: the loss is the mean over reconstructions from the first share of the latents, for each of these
+    shares and for all of them (arXiv 2503.17547). Ascending, above 0, below 1; relu, topk and batchtopk."""
     token_scale: str = "none"
     """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
     dead_latents: str = "ghost"
@@ -93,6 +107,8 @@ class TrainConfig:
     """Fraction of the images, 0 to below 1, that is not trained on; the SAE is measured on it at the end."""
     holdout_by: str = "image"
     """`image`: images are held out one by one; `patient`: all images of a patient together."""
+    background: str = "keep"
+    """`first-component`: leave out patch tokens that this rule calls background (training/background.py)."""
     seed: int = 0
     """Seed of the initial weights, the order of the tokens, held-out images and resampling."""
     order_seed: int | None = None
@@ -104,10 +120,15 @@ class TrainConfig:
     """Steps between two rows of metrics.parquet."""
 
     def __post_init__(self) -> None:
+        check_choice("activation", self.activation, ACTIVATIONS)
+        for name, value in BY_ACTIVATION[self.activation].items():
+            if getattr(self, name) in ("auto", None):
+                object.__setattr__(self, name, value)  # frozen: from here on nothing is left to choose
         for name, choices in (
-            ("activation", ACTIVATIONS),
             ("token_set", TOKEN_SETS),
             ("loss", LOSSES),
+            ("init", INITS),
+            ("background", BACKGROUNDS),
             ("token_scale", TOKEN_SCALES),
             ("dead_latents", DEAD_LATENTS),
             ("ghost_scale", GHOST_SCALES),
@@ -120,7 +141,7 @@ class TrainConfig:
             check_choice(name, getattr(self, name), choices)
         for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every", "resample_every"):
             _check_number(name, getattr(self, name), least=1)
-        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight"):
+        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight", "clip_norm"):
             _check_number(name, getattr(self, name), least=0)
         for name in ("k", "auxk", "decay_steps"):
             if getattr(self, name) is not None:
@@ -141,6 +162,8 @@ class TrainConfig:
                 if self.k is not None
                 else f"activation {self.activation!r} needs k, the number of active latents per token (--k 64)"
             )
+        if self.nested is not None:
+            self._check_nested(self.nested)
         if self.tokens is not None and self.epochs is not None:
             raise BadInput("give the budget once: either tokens or epochs")
         if self.b_dec_init == "geometric-median-per-position" and self.order != "images":
@@ -149,6 +172,36 @@ class TrainConfig:
             )
         if self.order == "images" and (self.token_set != "all" or self.mix is not None):
             raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
+        if self.background != "keep" and (self.order == "images" or self.token_set == "cls"):
+            raise BadInput(
+                "background is left out of patch tokens: it needs order 'tokens', and token_set all or patch"
+            )
+
+    def _check_nested(self, nested: tuple[float, ...]) -> None:
+        if self.activation not in ("relu", "topk", "batchtopk"):
+            raise BadInput(
+                f"nested dictionaries are for relu, topk and batchtopk; found activation {self.activation!r}"
+            )
+        bounds = (0.0, *nested, 1.0)
+        if not nested or not all(low < high for low, high in itertools.pairwise(bounds)):
+            raise BadInput(f"nested must be ascending shares of the latents above 0 and below 1; found {list(nested)}")
+
+    def to_spec(self) -> dict[str, Any]:
+        """All settings, as `sae.json` keeps them.
+
+        Settings of later versions are left out where they change nothing, so that runs of before keep their identity.
+        """
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in RELEASED or value != RELEASED[name]
+        }
+
+    @classmethod
+    def from_spec(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The settings that `to_spec` wrote, also one of an earlier version; lists of JSON become tuples."""
+        given = RELEASED | values
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     def n_steps(self, tokens_per_epoch: int) -> int:
         """Number of steps, at least one: the budget rounded to whole batches.
@@ -204,29 +257,49 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ghost_scale": "elementwise",
         "b_dec_init": "geometric-median-per-position",
         "tokens": 257_000_000,
+        "loss": "normed",
+        **RELEASED,
     },
     # Eq. 1 as printed; its squared error is about 768 x ||x|| times the released one, so 8e-5 is that much weaker
-    "paper": {"loss": "eq1"},
+    "paper": {"loss": "eq1", **RELEASED},
 }
 
 
 def make_config(
-    *, preset: str | None = None, config_file: Path | None = None, options: dict[str, Any] | None = None
+    *,
+    preset: str | None = None,
+    config_file: Path | None = None,
+    options: dict[str, Any] | None = None,
+    start: dict[str, Any] | None = None,
 ) -> TrainConfig:
     """Defaults, then the preset, then the TOML file, then single options; later ones win.
+
+    start : settings of an SAE to go on from (`cytosae.training.start_settings`), which are used where nothing else is
+        given
 
     Raises
     ------
     BadInput
-        For an unknown preset or key, or a value that cannot be used.
+        For an unknown preset or key, or a value that cannot be used, or one that differs from that of `start`.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(start or {})
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
     for given in (checked_settings(read_toml(config_file), str(config_file)) if config_file else {}, options or {}):
         values = overridden(values, given)
+    require_same_shape(values, start or {})
     return TrainConfig(**values)
+
+
+def require_same_shape(values: dict[str, Any], start: dict[str, Any]) -> None:
+    """Raise BadInput if settings ask for another SAE than the one to go on from; k may differ."""
+    for name in ("activation", "expansion"):
+        if name in start and values[name] != start[name]:
+            raise BadInput(
+                f"the SAE to go on from has {name} {start[name]}; found {name} {values[name]}. Leave it out, or train "
+                f"from the start, without --init-from"
+            )
 
 
 def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ _OF_DATA = (
     "mix",
     "holdout",
     "holdout_by",
+    "background",
 )  # settings that choose tokens and order
 
 

@@ -1,3 +1,4 @@
+from .background import find_background as find_background
 from .data import TrainingData as TrainingData
 from .data import choose_data as choose_data
 from .data import first_position as first_position
@@ -16,6 +17,7 @@ from .report import held_out_line as held_out_line
 from .report import training_line as training_line
 from .residuals import compare_in_one_pass as compare_in_one_pass
 from .residuals import compare_plainly as compare_plainly
+from .start import start_settings as start_settings
 from .state import new_model as new_model
 from .train import Diverged as Diverged
 from .train import Training as Training

@@ -18,6 +18,8 @@ from stores.holdout import Chosen, chosen_images
 from stores.token_mix import TokenMix
 from stores.token_stream import TokenStream
 
+from .background import Background, find_background
+
 _SAMPLE = 65_536  # tokens from which the initial b_dec and the scale of the tokens are computed
 
 
@@ -29,6 +31,7 @@ class TrainingData:
     stream: TokenStream | TokenMix
     chosen: Chosen
     excluded_sha256: str | None  # of the sorted ids, one per line; None: no image is excluded
+    background: Background | None = None  # None: all tokens are used
     # initial b_dec by setting, computed once for all SAEs of a sweep that start from the same one
     starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
@@ -65,6 +68,7 @@ class TrainingData:
                 "excluded": self.chosen.n_excluded,
                 "excluded_sha256": self.excluded_sha256,
             },
+            **({"background": self.background.to_spec()} if self.background else {}),
         }
 
 
@@ -89,6 +93,8 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
     if config.mix is not None and len(config.mix) != len(stores):
         raise BadInput(f"mix must have a share for each of the {len(stores)} caches; found {len(config.mix)}")
     chosen = chosen_images(stores, holdout=config.holdout, by=config.holdout_by, seed=seed, exclude=frozenset(exclude))
+    background = None if config.background == "keep" else find_background(stores, config.background)
+    keep = background.keep if background else None
     stream: TokenStream | TokenMix
     if config.mix is None:
         stream = TokenStream(
@@ -98,6 +104,7 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
             pool_chunks=config.pool_chunks,
             seed=seed,
             images=chosen.train,
+            keep=keep,
         )
     else:
         stream = TokenMix(
@@ -108,11 +115,12 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
             pool_chunks=config.pool_chunks,
             seed=seed,
             images=chosen.train,
+            keep=keep,
         )
     excluded = (
         hashlib.sha256("".join(f"{name}\n" for name in sorted(exclude)).encode()).hexdigest() if exclude else None
     )
-    return TrainingData(stores, stream, chosen, excluded)
+    return TrainingData(stores, stream, chosen, excluded, background)
 
 
 def first_position(config: TrainConfig) -> int:

@@ -435,7 +435,8 @@ def measure_held_out(
     chosen = slice(positions.start, positions.stop)
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
-    for store, mask in zip(data.stores, data.chosen.held_out, strict=True):
+    keep = data.background.keep if data.background else [None] * len(data.stores)
+    for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
         for chunk in range(store.spec.n_chunks):
             rows = store.spec.chunk_rows(chunk)
             images = np.flatnonzero(mask[rows.start : rows.stop])
@@ -445,7 +446,15 @@ def measure_held_out(
             for some in np.array_split(images, -(-len(images) * per_image // step)):
                 x_NTD = tokens[some][:, chosen]
                 _check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
-                sums.add(torch.from_numpy(x_NTD).to(device).float())
+                x_here = torch.from_numpy(x_NTD).to(device).float()
+                if kept is None:
+                    sums.add(x_here)
+                    continue
+                for x_TD, is_kept in zip(x_here, kept[some + rows.start][:, chosen], strict=True):
+                    if is_kept.any():  # of an image that is all background nothing is measured
+                        sums.add(x_TD[torch.from_numpy(is_kept)][None])
+    if not sums.n_tokens:
+        raise BadInput("the held-out images are all background: hold out more, or leave --background out")
     found: dict[str, float | int | None] = _plain(
         {
             "n_images": sums.n_images,

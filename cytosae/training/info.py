@@ -10,7 +10,7 @@ from stores.runlog import read_runs
 from stores.spec import SAE, Header, read_header
 from stores.wording import printable, size_on_disk
 
-from .report import held_out_line, training_line
+from .report import background_line, held_out_line, training_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,12 @@ def _trained_rows(header: Header) -> dict[str, str]:
         "objective": f"loss {config['loss']}, "
         + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
         + f"dead latents: {config['dead_latents']}"
-        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
+        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else "")
+        + (f", init {config['init']}" if "init" in config else "")
+        + (f", gradients clipped to {config['clip_norm']:g}" if config.get("clip_norm") else "")
+        + (f", nested at {', '.join(map(str, config['nested']))}" if config.get("nested") else ""),
+        **({"begun from": f"sha256 {spec['init_from']['sae_sha256']}"} if "init_from" in spec else {}),
+        **({"background": background_line(spec["background"])[12:]} if "background" in spec else {}),
         "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
         f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
         "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",

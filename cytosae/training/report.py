@@ -39,6 +39,10 @@ class TrainReport(Report):
     def lines(self) -> Iterator[str]:
         """Latents and tokens, the last batch, the held-out images."""
         yield f"{self.out}: {self.spec['n_latents']:,} latents after {self.summary['tokens']:,} tokens"
+        if "init_from" in self.spec:
+            yield f"went on from the SAE with the weights sha256 {self.spec['init_from']['sae_sha256'][:16]}..."
+        if "background" in self.spec:
+            yield background_line(self.spec["background"])
         yield training_line(self.summary["final"])
         if "held_out" in self.summary:
             yield f"held out: {held_out_line(self.summary['held_out'])}"
@@ -54,6 +58,15 @@ def training_line(metrics: dict[str, Any]) -> str:
             if metrics["n_dead"] is not None
             else "dead n/a"
         )
+    )
+
+
+def background_line(found: dict[str, Any]) -> str:
+    """Background that was left out, from what `Background.to_spec` wrote."""
+    return (
+        f"background: {found['left_out']:,} of {found['patches']:,} patch tokens left out "
+        f"({found['left_out'] / max(1, found['patches']):.0%}) by the rule {found['rule']}; at the rim of images "
+        f"{found['share_at_rim']:.0%} are background, elsewhere {found['share_elsewhere']:.0%}"
     )
 
 

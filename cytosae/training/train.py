@@ -8,7 +8,6 @@ Everything random depends on the seed only: an interrupted and continued run equ
 on the same device, versions and thread count.
 """
 
-import dataclasses
 import math
 import signal
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
+from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
 from stores.devices import resolve_device
@@ -32,6 +31,7 @@ from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
+from .clipping import clip_gradients_
 from .data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
@@ -41,6 +41,7 @@ from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
 from .report import TrainReport
+from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
@@ -65,6 +66,8 @@ def train(
     config: TrainConfig | None = None,
     *,
     exclude: Collection[str] = (),
+    init_from: Path | None = None,
+    assume_compatible: bool = False,
     device: str = "auto",
     checkpoint_every: int = 500,
     keep_states: int = 2,
@@ -83,6 +86,8 @@ def train(
     ----------
     caches : finished activation stores of the same kind of tokens, by path or URL
     exclude : ids of images that are neither trained on nor held out
+    init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
+    assume_compatible : accept an imported SAE there, which does not say on which tokens it was trained
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     checkpoint_every : steps between two saved states
     keep_states : number of saved states that are kept while the run is unfinished
@@ -111,7 +116,14 @@ def train(
     config, device = config or TrainConfig(), resolve_device(device)
     warnings = (config.warning,) if config.warning else ()
     with joined_ranks(device) as ranks, ExitStack() as stack:
-        plan = plan_training(open_data(caches, config, exclude=exclude), run, config)
+        data = open_data(caches, config, exclude=exclude)
+        start = None
+        if init_from is not None:
+            start = open_start(init_from, data, config, assume_compatible=assume_compatible)
+            inputs = (*inputs, init_from)
+            if n_seen := seen_before(start, data):
+                warnings += (f"{n_seen:,} held-out images were trained on by the SAE that this one goes on from",)
+        plan = plan_training(data, run, config, start=start)
         training = begin_training(
             plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
         )
@@ -180,16 +192,21 @@ def train_step(
             threshold = model.threshold
             threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
 
-        # 3. Adam, on the gradient of the decoder without its component along each row; then rows at norm 1, which the
-        # next step begins with. The norms of the last step are folded into the encoder instead (`finish_training`).
+        # 3. Adam, on the gradient of the decoder without its component along each row, and all clipped to a norm if so
+        # wanted; then rows at norm 1, which the next step begins with. The norms of the last step are folded into the
+        # encoder instead (`finish_training`).
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(state.step, plan.n_steps)
+        if config.clip_norm:
+            remove_parallel_gradient(model)
+            clip_gradients_(model, config.clip_norm)
         if model.W_dec.is_cuda:
             from . import kernels_gpu  # needs triton
 
             kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
         else:
-            remove_parallel_gradient(model)
+            if not config.clip_norm:
+                remove_parallel_gradient(model)
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
@@ -235,6 +252,7 @@ class TrainPlan:
     objective: Objective
     n_steps: int
     header: Header  # of `sae.json`; its identity, a SHA-256 of data and settings, is that of the finished run
+    start: SaeRun | None = None  # the SAE that it goes on from
 
 
 @dataclass(eq=False)
@@ -272,8 +290,10 @@ class Training:
         return self.state.metrics[-1] if self.state.metrics else None
 
 
-def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPlan:
+def plan_training(data: TrainingData, run: Path, config: TrainConfig, *, start: SaeRun | None = None) -> TrainPlan:
     """The plan of a run in the folder `run`; nothing is read or written.
+
+    start : the SAE that it goes on from, which fits (`open_start`)
 
     Raises
     ------
@@ -289,10 +309,11 @@ def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPl
         "k": config.k,
         **data.to_spec(),
         "n_steps": n_steps,
-        "config": dataclasses.asdict(config),
+        "config": config.to_spec(),
         "resolved": config.resolved(data.width, n_steps),
+        **({"init_from": start_spec(start)} if start else {}),
     }
-    return TrainPlan(data, run, config, Objective.from_config(config), n_steps, new_header(SAE, spec))
+    return TrainPlan(data, run, config, Objective.from_config(config), n_steps, new_header(SAE, spec), start)
 
 
 def begin_training(
@@ -356,13 +377,17 @@ def _open_folder(
 
 
 def _initial_state(plan: TrainPlan, device: str) -> TrainState:
-    """Step 0: seeded weights, and b_dec from the first tokens of the stream."""
+    """Step 0: seeded weights, and b_dec from the first tokens of the stream; or the SAE that the run goes on from."""
     data, config = plan.data, plan.config
     scale = token_scale(data, config)
     model = new_model(data.width, config)
-    model.init_weights(torch.Generator().manual_seed(config.seed), threshold=config.jump_threshold)
-    with torch.no_grad():
-        model.b_dec.copy_(initial_b_dec(data, config) * scale)
+    if plan.start is not None:
+        take_weights_(model, plan.start, scale)
+    else:
+        draws = torch.Generator().manual_seed(config.seed)
+        model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
+        with torch.no_grad():
+            model.b_dec.copy_(initial_b_dec(data, config) * scale)
     model.to(device)
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [])
@@ -387,7 +412,7 @@ def finish_training(training: Training) -> Header:
     """
     plan, state, root = training.plan, training.state, training.output.work
     data, config, model = plan.data, plan.config, state.model
-    require_unchanged(*(store.header for store in data.stores))
+    require_unchanged(*(store.header for store in data.stores), *([plan.start.header] if plan.start else []))
     model.fold_decoder_norm()
     if state.token_scale != 1:
         model.fold_token_scale(state.token_scale)
@@ -401,10 +426,12 @@ def finish_training(training: Training) -> Header:
         summary: dict[str, Any] = {
             "steps": state.step,
             "tokens": n_tokens,
-            "images": round(n_tokens / data.stream.tokens_per_image),
+            "images": round(n_tokens / data.stream.mean_tokens_per_image),
             "token_scale": state.token_scale,
             "final": state.metrics[-1],
-            "trained_on": write_trained_on(root, data.trained_on()),
+            "trained_on": write_trained_on(
+                root, data.trained_on(), before=trained_on_before(plan.start) if plan.start else frozenset()
+            ),
         }
         if any(mask.any() for mask in data.chosen.held_out):
             summary["held_out"] = measure_held_out(model, data, config, device=training.device)
@@ -442,7 +469,7 @@ def _metrics_row(training: Training, losses: BatchLosses, *, tokens_per_second: 
     row = {
         "step": state.step,
         "tokens": tokens,
-        "images": tokens / stream.tokens_per_image,
+        "images": tokens / stream.mean_tokens_per_image,
         "epoch": tokens / stream.tokens_per_epoch,
         "lr": state.optimizer.param_groups[0]["lr"],
         "loss": losses.loss,

@@ -25,6 +25,7 @@ from training_runs import BATCH, SETTINGS, TOKENS, WIDTH, _metrics, _what_was_tr
 
 from cli import cli
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, load_tensors, make_config
+from cytosae.sae.chosen_defaults import RELEASED
 from cytosae.training.train import train
 from stores import (
     SAE,
@@ -505,7 +506,8 @@ def test_sae_json_says_what_was_trained_on_what(cache: Path, tmp_path: Path) -> 
     assert spec["tokens"] == store.spec.same_tokens
     assert spec["trained_backbone"] is False
     assert spec["caches"] == [{"identity": store.identity, "sha256": store.content_sha256, "precision": "fp32"}]
-    assert spec["config"] == dataclasses.asdict(config)
+    assert TrainConfig.from_spec(spec["config"]) == config
+    assert RELEASED | spec["config"] == dataclasses.asdict(config)
     assert (summary["steps"], summary["tokens"], summary["images"]) == (12, 120, 24)
     assert {key: value for key, value in summary["final"].items() if key != "tokens_per_second"} == _metrics(
         tmp_path / "run"
