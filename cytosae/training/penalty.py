@@ -1,0 +1,124 @@
+"""`target_l0`: the weight of the sparsity term is steered until the running mean of L0 is what was asked, then held.
+
+L0 falls when the weight rises, but only after the SAE's weights have followed, some hundred steps later. So the law
+looks ahead: where L0 falls already, the weight does not rise any more. In every step, with K the wanted L0 and L0 that
+of the batch,
+
+    mean   += (L0 - mean) / 50                       the running mean
+    recent += (L0 - recent) / 10
+    gap     = log(recent / K) + LOOK_AHEAD log(recent / mean)
+    weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
+
+pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either. The
+weight is held when both means have been near K for `STEADY` steps, and steered again when the running mean has left the
+wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
+
+The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
+it can gain. So the same law serves every loss, activation and width.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cytosae.sae import TrainConfig
+
+from .losses import loss_weight
+
+MEAN_STEPS, RECENT_STEPS = 50, 10  # time constants of the two means
+LOOK_AHEAD = 2.0  # the means are 40 steps apart in age: so much, times 40 steps
+GAIN, MOST = 0.01, 0.03  # per step, of the logarithm of the weight
+HOLD_WITHIN, RELEASE_BEYOND = 0.03, 0.07  # of |log(mean / K)|: well inside the promised 10%
+STEADY = 20  # steps near K before the weight is held
+FIRST_SHARE = 0.05  # the released weight, 8e-5, is about this share on DinoBloom's tokens
+_LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
+_FIELDS = ("target", "weight", "mean", "recent", "n_near", "held_since", "n_releases")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """A steered weight between two steps. `after` gives the next one; nothing changes in place."""
+
+    target: float  # K
+    weight: float  # of the sparsity term in the next step
+    mean: float | None = None  # running mean of L0; None: no step was taken
+    recent: float | None = None
+    n_near: int = 0  # steps in a row with both means near K
+    held_since: int | None = None  # the step since which it is held; None: it is steered
+    n_releases: int = 0  # how often it was held and steered again
+
+    @property
+    def is_held(self) -> bool:
+        """True while the weight stays as it is."""
+        return self.held_since is not None
+
+    def after(self, l0: float, *, step: int, pace: float) -> "Penalty":
+        """The penalty behind a step with this L0 of the batch.
+
+        step : steps taken, that one included
+        pace : its learning rate as a share of the largest one, 0 to 1
+        """
+        l0 = max(l0, _LEAST_L0 * self.target)
+        # plain means while there are fewer steps
+        mean = l0 if self.mean is None else self.mean + (l0 - self.mean) / min(step, MEAN_STEPS)
+        recent = l0 if self.recent is None else self.recent + (l0 - self.recent) / min(step, RECENT_STEPS)
+        off, off_now = math.log(mean / self.target), math.log(recent / self.target)
+        is_near = abs(off) <= HOLD_WITHIN and abs(off_now) <= 2 * HOLD_WITHIN
+        found = replace(self, mean=mean, recent=recent, n_near=self.n_near + 1 if is_near else 0)
+        if self.is_held:
+            is_released = abs(off) > RELEASE_BEYOND
+            return replace(found, held_since=None, n_releases=self.n_releases + 1) if is_released else found
+        if found.n_near >= STEADY:
+            return replace(found, held_since=step)
+        gap = off_now + LOOK_AHEAD * (off_now - off)
+        return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST, GAIN * gap))))
+
+    def to_tensor(self) -> torch.Tensor:
+        """All of it as float64, exactly, for the saved state; NaN for None."""
+        return torch.tensor([_number(getattr(self, name)) for name in _FIELDS], dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: torch.Tensor) -> "Penalty":
+        """What `to_tensor` wrote."""
+        found: dict[str, Any] = dict(zip(_FIELDS, values.tolist(), strict=True))
+        found = {name: None if math.isnan(value) else value for name, value in found.items()}
+        whole = {name: int(found[name]) for name in ("n_near", "held_since", "n_releases") if found[name] is not None}
+        return cls(**{**found, **whole})
+
+    def to_summary(self, metrics: list[dict[str, float | None]]) -> dict[str, Any]:
+        """What `sae.json` says of it, with its course: at most 100 rows of the metrics, evenly over the run."""
+        every = max(1, -(-len(metrics) // 100))
+        rows = [row for number, row in enumerate(metrics, start=1) if number % every == 0 or number == len(metrics)]
+        return {
+            "target_l0": self.target,
+            "l1": self.weight,
+            "running_mean_l0": self.mean,
+            "held_since_step": self.held_since,
+            "n_releases": self.n_releases,
+            "course": [{name: row[name] for name in ("step", "l1_weight", "l0", "l0_mean")} for row in rows],
+        }
+
+
+def first_penalty(config: TrainConfig, tokens_ND: torch.Tensor, b_dec_D: torch.Tensor) -> Penalty:
+    """The penalty of step 0.
+
+    A latent that takes over the part c of a token's residual r gains at most 2 w ||r|| / D per unit of activation, and
+    w ||r||^2 / D in all, with w the weight of the loss. relu and gated pay per unit, jumprelu per latent.
+
+    tokens_ND : (N, D) some tokens, scaled as in training; b_dec_D : (D,) where the residual begins
+    """
+    assert config.target_l0 is not None
+    assert config.target_l0 != "auto"
+    residual_N1 = (tokens_ND - b_dec_D).norm(dim=1, keepdim=True).double()
+    weight = loss_weight(tokens_ND, config.loss)
+    if config.activation == "jumprelu":
+        gain = (weight * residual_N1.square()).mean() * FIRST_SHARE**2
+    else:
+        gain = (weight * residual_N1).mean() * 2 * FIRST_SHARE
+    return Penalty(target=float(config.target_l0), weight=max(float(gain) / tokens_ND.shape[1], 1e-30))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
