@@ -47,7 +47,7 @@ def _trained_rows(header: Header) -> dict[str, str]:
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
         "objective": f"loss {config['loss']}, "
-        + _sparsity(config, summary)
+        + _sparsity(spec, summary)
         + f"dead latents: {config['dead_latents']}"
         + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
         "training": f"{_steps(spec, summary)} of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
@@ -61,9 +61,10 @@ def _trained_rows(header: Header) -> dict[str, str]:
     }
 
 
-def _sparsity(config: dict[str, Any], summary: dict[str, Any]) -> str:
+def _sparsity(spec: dict[str, Any], summary: dict[str, Any]) -> str:
     """The weight of the sparsity term, or what it was steered to."""
-    if config["activation"] in ("topk", "batchtopk"):
+    config = spec["config"]
+    if spec["activation"] in ("topk", "batchtopk"):
         return ""
     if config.get("target_l0") is None:
         return f"l1 {config['l1']:g}, "

@@ -14,7 +14,9 @@ weight is held when both means have been near K for `STEADY` steps, and steered 
 wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
 The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
-it can gain. So the same law serves every loss, activation and width.
+it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by at most the
+learning rate per step and in proportion; so they start where K latents per token are active, and the window of their
+gradient is as wide, beside them, as the settings say (`jump_bandwidth / jump_threshold`).
 """
 
 import math
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from cytosae.sae import TrainConfig
+from cytosae.sae import SparseAutoencoder, TrainConfig
 
 from .losses import loss_weight
 
@@ -33,8 +35,10 @@ GAIN, MOST = 0.01, 0.03  # per step, of the logarithm of the weight
 HOLD_WITHIN, RELEASE_BEYOND = 0.03, 0.07  # of |log(mean / K)|: well inside the promised 10%
 STEADY = 20  # steps near K before the weight is held
 FIRST_SHARE = 0.05  # the released weight, 8e-5, is about this share on DinoBloom's tokens
+_LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
-_FIELDS = ("target", "weight", "mean", "recent", "n_near", "held_since", "n_releases")
+_THRESHOLD_TOKENS = 1_024  # from which the first thresholds are taken
+_FIELDS = ("target", "weight", "bandwidth", "mean", "recent", "n_near", "held_since", "n_releases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class Penalty:
 
     target: float  # K
     weight: float  # of the sparsity term in the next step
+    bandwidth: float | None = None  # jumprelu: the width of the window
     mean: float | None = None  # running mean of L0; None: no step was taken
     recent: float | None = None
     n_near: int = 0  # steps in a row with both means near K
@@ -101,23 +106,32 @@ class Penalty:
         }
 
 
-def first_penalty(config: TrainConfig, tokens_ND: torch.Tensor, b_dec_D: torch.Tensor) -> Penalty:
-    """The penalty of step 0.
+@torch.no_grad()
+def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: torch.Tensor) -> Penalty:
+    """The penalty of step 0; jumprelu also gets its first thresholds, in place.
 
     A latent that takes over the part c of a token's residual r gains at most 2 w ||r|| / D per unit of activation, and
     w ||r||^2 / D in all, with w the weight of the loss. relu and gated pay per unit, jumprelu per latent.
 
-    tokens_ND : (N, D) some tokens, scaled as in training; b_dec_D : (D,) where the residual begins
+    model : with its first weights
+    tokens_ND : (N, D) some tokens, scaled as in training
     """
     assert config.target_l0 is not None
     assert config.target_l0 != "auto"
-    residual_N1 = (tokens_ND - b_dec_D).norm(dim=1, keepdim=True).double()
-    weight = loss_weight(tokens_ND, config.loss)
+    residual_N1 = (tokens_ND - model.b_dec).norm(dim=1, keepdim=True).double()
+    of_loss = loss_weight(tokens_ND, config.loss)
+    bandwidth = None
     if config.activation == "jumprelu":
-        gain = (weight * residual_N1.square()).mean() * FIRST_SHARE**2
+        gain = (of_loss * residual_N1.square()).mean() * FIRST_SHARE**2
+        some_ND = tokens_ND[:_THRESHOLD_TOKENS]
+        n_active = max(1, round(config.target_l0 * len(some_ND)))
+        threshold = float(model.pre_activations(some_ND).flatten().topk(n_active).values[-1])
+        model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
+        bandwidth = max(threshold, config.jump_threshold) * config.jump_bandwidth / config.jump_threshold
     else:
-        gain = (weight * residual_N1).mean() * 2 * FIRST_SHARE
-    return Penalty(target=float(config.target_l0), weight=max(float(gain) / tokens_ND.shape[1], 1e-30))
+        gain = (of_loss * residual_N1).mean() * 2 * FIRST_SHARE
+    weight = max(float(gain) / tokens_ND.shape[1], _LEAST_WEIGHT)
+    return Penalty(target=float(config.target_l0), weight=weight, bandwidth=bandwidth)
 
 
 def _number(value: float | None) -> float:

@@ -42,7 +42,7 @@ from .evaluate import measure_held_out
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
-from .penalty import first_penalty
+from .penalty import begin_steering
 from .report import TrainReport
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
 
@@ -177,7 +177,7 @@ def train_step(
     losses = loss_and_gradients(
         model,
         tokens,
-        plan.objective,
+        training.objective,
         l1=config.l1_at(state.step, None if state.penalty is None else state.penalty.weight),
         dead_L=state.steps_since_fired > config.dead_after_steps,
         token_scale=state.token_scale,
@@ -285,6 +285,14 @@ class Training:
     logged_at: float  # and its time.perf_counter(), for tokens per second
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
+
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises; a steered jumprelu has a window of its own."""
+        penalty = self.state.penalty
+        if penalty is None or penalty.bandwidth is None:
+            return self.plan.objective
+        return dataclasses.replace(self.plan.objective, jump_bandwidth=penalty.bandwidth)
 
     @property
     def n_steps(self) -> int:
@@ -414,9 +422,7 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
     model.init_weights(torch.Generator().manual_seed(config.seed), threshold=config.jump_threshold)
     with torch.no_grad():
         model.b_dec.copy_(initial_b_dec(data, config) * scale)
-    penalty = (
-        first_penalty(config, first_tokens(data, config) * scale, model.b_dec.detach()) if config.is_steered else None
-    )
+    penalty = begin_steering(model, config, first_tokens(data, config) * scale) if config.is_steered else None
     model.to(device)
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)
