@@ -1,17 +1,18 @@
 """`target_l0`: the weight of the sparsity term is steered until the running mean of L0 is what was asked, then held.
 
-L0 falls when the weight rises, but only after the SAE's weights have followed, some hundred steps later. So the law
+L0 falls when the weight rises, but only after the SAE's weights have followed, some dozens of steps later. So the law
 looks ahead: where L0 falls already, the weight does not rise any more. In every step, with K the wanted L0 and L0 that
 of the batch,
 
     mean   += (L0 - mean) / 50                       the running mean
-    recent += (L0 - recent) / 10
-    gap     = log(recent / K) + LOOK_AHEAD log(recent / mean)
+    recent += (log L0 - recent) / 10
+    before += (log L0 - before) / 30
+    gap     = recent - log K + LOOK_AHEAD (recent - before)
     weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
 
 pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either. The
-weight is held when both means have been near K for `STEADY` steps, and steered again when the running mean has left the
-wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
+weight is held when `mean` and `recent` have been near K for `STEADY` steps, and steered again when the running mean has
+left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
 The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
 it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by at most the
@@ -29,16 +30,17 @@ from cytosae.sae import SparseAutoencoder, TrainConfig
 
 from .losses import loss_weight
 
-MEAN_STEPS, RECENT_STEPS = 50, 10  # time constants of the two means
-LOOK_AHEAD = 2.0  # the means are 40 steps apart in age: so much, times 40 steps
-GAIN, MOST = 0.01, 0.03  # per step, of the logarithm of the weight
-HOLD_WITHIN, RELEASE_BEYOND = 0.03, 0.07  # of |log(mean / K)|: well inside the promised 10%
+MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 10, 30  # time constants of the means
+LOOK_AHEAD = 3.0  # the two means of the logarithm are 20 steps apart in age: so much, times 20 steps
+GAIN, MOST = 0.02, 0.03  # per step, of the logarithm of the weight
+HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|: inside the promised 10%
+_HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held
-FIRST_SHARE = 0.05  # the released weight, 8e-5, is about this share on DinoBloom's tokens
+FIRST_SHARE = 0.02  # the weight grows faster than latents that it has killed come back: rather too low at first
 _LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
 _THRESHOLD_TOKENS = 1_024  # from which the first thresholds are taken
-_FIELDS = ("target", "weight", "bandwidth", "mean", "recent", "n_near", "held_since", "n_releases")
+_FIELDS = ("target", "weight", "bandwidth", "mean", "recent", "before", "n_near", "held_since", "n_releases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,8 @@ class Penalty:
     weight: float  # of the sparsity term in the next step
     bandwidth: float | None = None  # jumprelu: the width of the window
     mean: float | None = None  # running mean of L0; None: no step was taken
-    recent: float | None = None
+    recent: float | None = None  # means of log L0
+    before: float | None = None
     n_near: int = 0  # steps in a row with both means near K
     held_since: int | None = None  # the step since which it is held; None: it is steered
     n_releases: int = 0  # how often it was held and steered again
@@ -66,18 +69,18 @@ class Penalty:
         pace : its learning rate as a share of the largest one, 0 to 1
         """
         l0 = max(l0, _LEAST_L0 * self.target)
-        # plain means while there are fewer steps
-        mean = l0 if self.mean is None else self.mean + (l0 - self.mean) / min(step, MEAN_STEPS)
-        recent = l0 if self.recent is None else self.recent + (l0 - self.recent) / min(step, RECENT_STEPS)
-        off, off_now = math.log(mean / self.target), math.log(recent / self.target)
-        is_near = abs(off) <= HOLD_WITHIN and abs(off_now) <= 2 * HOLD_WITHIN
-        found = replace(self, mean=mean, recent=recent, n_near=self.n_near + 1 if is_near else 0)
+        mean = _nearer(self.mean, l0, step, MEAN_STEPS)
+        recent = _nearer(self.recent, math.log(l0), step, RECENT_STEPS)
+        before = _nearer(self.before, math.log(l0), step, BEFORE_STEPS)
+        off, off_now = math.log(mean / self.target), recent - math.log(self.target)
+        is_near = abs(off) <= HOLD_WITHIN and abs(off_now) <= _HOLD_RECENT_WITHIN
+        found = replace(self, mean=mean, recent=recent, before=before, n_near=self.n_near + 1 if is_near else 0)
         if self.is_held:
             is_released = abs(off) > RELEASE_BEYOND
             return replace(found, held_since=None, n_releases=self.n_releases + 1) if is_released else found
         if found.n_near >= STEADY:
             return replace(found, held_since=step)
-        gap = off_now + LOOK_AHEAD * (off_now - off)
+        gap = off_now + LOOK_AHEAD * (recent - before)
         return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST, GAIN * gap))))
 
     def to_tensor(self) -> torch.Tensor:
@@ -132,6 +135,11 @@ def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: tor
         gain = (of_loss * residual_N1).mean() * 2 * FIRST_SHARE
     weight = max(float(gain) / tokens_ND.shape[1], _LEAST_WEIGHT)
     return Penalty(target=float(config.target_l0), weight=weight, bandwidth=bandwidth)
+
+
+def _nearer(mean: float | None, value: float, step: int, steps: int) -> float:
+    """The running mean over about so many steps, with one more value; a plain mean while there are fewer."""
+    return value if mean is None else mean + (value - mean) / min(step, steps)
 
 
 def _number(value: float | None) -> float:

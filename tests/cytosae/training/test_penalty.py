@@ -21,15 +21,16 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
     found, near, is_held = [], 0, False
     for step in range(1, len(l0) + 1):
         seen = [max(value, 0.01 * target) for value in l0[:step]]
-        mean, recent = _decaying_mean(seen, 50), _decaying_mean(seen, 10)
-        off, off_now = math.log(mean / target), math.log(recent / target)
-        near = near + 1 if abs(off) <= 0.03 and abs(off_now) <= 0.06 else 0
+        logs = [math.log(value) for value in seen]
+        mean, recent, before = _decaying_mean(seen, 50), _decaying_mean(logs, 10), _decaying_mean(logs, 30)
+        off, off_now = math.log(mean / target), recent - math.log(target)
+        near = near + 1 if abs(off) <= 0.05 and abs(off_now) <= 0.08 else 0
         if is_held:
-            is_held = abs(off) <= 0.07
+            is_held = abs(off) <= 0.08
         elif near >= 20:
             is_held = True
         else:
-            wanted = 0.01 * (off_now + 2 * math.log(recent / mean))
+            wanted = 0.02 * (off_now + 3 * (recent - before))
             weight *= math.exp(paces[step - 1] * min(0.03, max(-0.03, wanted)))
         found.append((weight, is_held))
     return found
@@ -47,7 +48,7 @@ def test_the_law_equals_its_slow_twin() -> None:
     """L0 comes down from far above, overshoots to 0, stays near, and leaves again: steered, held, steered, held."""
     rng = np.random.default_rng(0)
     course = np.concatenate(
-        [np.geomspace(4000, 8, 80), np.zeros(4), np.full(150, 16.0), np.full(60, 19.0), np.full(160, 16.1)]
+        [np.geomspace(4000, 8, 80), np.zeros(4), np.full(400, 16.0), np.full(60, 19.0), np.full(260, 16.1)]
     )
     l0 = (course * rng.normal(1, 0.01, len(course))).tolist()
     paces = [min(1.0, (step + 1) / 20) for step in range(len(l0))]
@@ -106,7 +107,7 @@ def test_the_start_is_in_the_unit_of_loss_and_tokens() -> None:
         assert first(activation, tokens / 2, "mse").weight == pytest.approx(plain.weight / 2**power)
         assert first(activation, tokens, "eq1").weight == pytest.approx(plain.weight * 24)
     norms = tokens.norm(dim=1)
-    assert first("relu", tokens, "normed").weight == pytest.approx(float(2 * 0.05 * (norms / norms).mean() / 24))
+    assert first("relu", tokens, "normed").weight == pytest.approx(float(2 * 0.02 * (norms / norms).mean() / 24))
     half, whole = first("jumprelu", tokens / 2, "mse"), first("jumprelu", tokens, "mse")
     assert half.bandwidth is not None
     assert whole.bandwidth == pytest.approx(2 * half.bandwidth)
