@@ -5,8 +5,8 @@ looks ahead: where L0 falls already, the weight does not rise any more. In every
 of the batch,
 
     mean   += (L0 - mean) / 50                       the running mean
-    recent += (log L0 - recent) / 10
-    before += (log L0 - before) / 30
+    recent += (log L0 - recent) / 6
+    before += (log L0 - before) / 24
     gap     = recent - log K + LOOK_AHEAD (recent - before)
     weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
 
@@ -30,9 +30,9 @@ from cytosae.sae import SparseAutoencoder, TrainConfig
 
 from .losses import loss_weight
 
-MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 10, 30  # time constants of the means
-LOOK_AHEAD = 3.0  # the two means of the logarithm are 20 steps apart in age: so much, times 20 steps
-GAIN, MOST = 0.02, 0.03  # per step, of the logarithm of the weight
+MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
+LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
+GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
 HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|: inside the promised 10%
 _HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held

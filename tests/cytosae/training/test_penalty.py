@@ -22,7 +22,7 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
     for step in range(1, len(l0) + 1):
         seen = [max(value, 0.01 * target) for value in l0[:step]]
         logs = [math.log(value) for value in seen]
-        mean, recent, before = _decaying_mean(seen, 50), _decaying_mean(logs, 10), _decaying_mean(logs, 30)
+        mean, recent, before = _decaying_mean(seen, 50), _decaying_mean(logs, 6), _decaying_mean(logs, 24)
         off, off_now = math.log(mean / target), recent - math.log(target)
         near = near + 1 if abs(off) <= 0.05 and abs(off_now) <= 0.08 else 0
         if is_held:
@@ -30,7 +30,7 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
         elif near >= 20:
             is_held = True
         else:
-            wanted = 0.02 * (off_now + 3 * (recent - before))
+            wanted = 0.04 * (off_now + 3 * (recent - before))
             weight *= math.exp(paces[step - 1] * min(0.03, max(-0.03, wanted)))
         found.append((weight, is_held))
     return found
@@ -63,9 +63,9 @@ def test_the_law_equals_its_slow_twin() -> None:
     assert penalty.n_releases == 1
 
 
-@pytest.mark.parametrize("target", [8, 32, 128])
-@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("delay", [30, 100, 200])
+@pytest.mark.parametrize("target", [8, 128])
+@pytest.mark.parametrize("slope", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("delay", [15, 40, 120])
 def test_it_settles_on_saes_that_answer_late(target: int, slope: float, delay: int) -> None:
     """L0 follows weight^-slope with a time constant of `delay` steps, from 3,000 down, with a noise of 2%."""
     rng = np.random.default_rng(1)
