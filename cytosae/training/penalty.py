@@ -15,9 +15,10 @@ weight is held when `mean` and `recent` have been near K for `STEADY` steps, and
 left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
 The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
-it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by at most the
-learning rate per step and in proportion; so they start where K latents per token are active, and the window of their
-gradient is as wide, beside them, as the settings say (`jump_bandwidth / jump_threshold`).
+it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by about the
+learning rate per step, in proportion, and a penalty can only raise them, while L0 falls by itself as latents learn. So
+they start where `FIRST_L0` x K latents per token are active; the window of their gradient is as wide, beside them, as
+the settings say (`jump_bandwidth / jump_threshold`).
 """
 
 import math
@@ -37,6 +38,7 @@ HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|: inside the promi
 _HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held
 FIRST_SHARE = 0.02  # the weight grows faster than latents that it has killed come back: rather too low at first
+FIRST_L0 = 8  # jumprelu, in K, but at most half of the latents
 _LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
 _THRESHOLD_TOKENS = 1_024  # from which the first thresholds are taken
@@ -127,7 +129,7 @@ def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: tor
     if config.activation == "jumprelu":
         gain = (of_loss * residual_N1.square()).mean() * FIRST_SHARE**2
         some_ND = tokens_ND[:_THRESHOLD_TOKENS]
-        n_active = max(1, round(config.target_l0 * len(some_ND)))
+        n_active = max(1, round(min(FIRST_L0 * config.target_l0, model.n_latents / 2) * len(some_ND)))
         threshold = float(model.pre_activations(some_ND).flatten().topk(n_active).values[-1])
         model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
         bandwidth = max(threshold, config.jump_threshold) * config.jump_bandwidth / config.jump_threshold

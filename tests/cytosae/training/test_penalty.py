@@ -99,7 +99,7 @@ def test_the_start_is_in_the_unit_of_loss_and_tokens() -> None:
         penalty = begin_steering(model, config, tokens)
         if activation == "jumprelu":
             active = (model.encode(tokens) > 0).sum(1).double().mean()
-            assert float(active) == pytest.approx(6.0, abs=0.1)
+            assert float(active) == pytest.approx(6.0 * 8, abs=0.1)
         return penalty
 
     for activation, power in {"relu": 1, "gated": 1, "jumprelu": 2}.items():
@@ -142,12 +142,12 @@ def test_training_comes_to_the_wanted_l0(
     planted: Path, tmp_path: Path, activation: str, target: float, settings: dict[str, Any]
 ) -> None:
     """Within 10%, on the tokens of training and on held-out ones, and every row of the metrics has the weight."""
-    config = TrainConfig(
-        **{"activation": activation, "target_l0": target, "loss": "mse", "expansion": 4, "lr": 3e-3}
-        | {"batch_tokens": 512, "tokens": 1200 * 512, "warmup_steps": 50, "dead_after_steps": 50, "schedule": "linear"}
-        | {"holdout": 0.1, "log_every": 50}
-        | settings
-    )
+    common: dict[str, Any] = {
+        **{"activation": activation, "target_l0": target, "loss": "mse", "expansion": 4, "lr": 3e-3},
+        **{"batch_tokens": 512, "tokens": 1200 * 512, "warmup_steps": 50, "dead_after_steps": 50},
+        **{"schedule": "linear", "holdout": 0.1, "log_every": 50},
+    }
+    config = TrainConfig(**common | settings)
     done = train([planted], tmp_path / "run", config)
     penalty = done.summary["penalty"]
     assert penalty["running_mean_l0"] == pytest.approx(target, rel=0.1)
