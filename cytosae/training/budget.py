@@ -6,10 +6,10 @@ The run has settled when, over the last quarter of its steps against the quarter
 
     the mean error has fallen by less than `LEAST_GAIN`, and the mean L0 has changed by less than `L0_CHANGE`,
 
-and a steered penalty is held (penalty.py). Quarters grow with the run, so the rule asks: does half as much training
-again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run ends. A run that never
-settles ends, decayed, at the largest budget. The decision depends on the steps only, never on time: a run that is
-continued decides the same, and so does every rank.
+and a steered L0 is within 10% of what is wanted (penalty.py), or has not come there in `GIVE_UP` steps. Quarters grow
+with the run, so the rule asks: does half as much training again bring anything? Then the learning rate decays
+(`TrainConfig.end_after`), and the run ends. A run that never settles ends, decayed, at the largest budget. The decision
+depends on the steps only, never on time: a run that is continued decides the same, and so does every rank.
 """
 
 import math
@@ -31,6 +31,7 @@ from .losses import loss_weight
 _SHORTEST_INTERVAL, _SHORT_UNTIL = 20, 1_280  # steps between two checks, and until when they are so few
 WATCHED_TOKENS = 8_192
 LEAST_STEPS = 200  # behind the warm-up, before the first decision
+GIVE_UP = 1_500  # behind the warm-up: by then a wanted L0 is reached, or never
 LEAST_GAIN, L0_CHANGE = 0.01, 0.05
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix
 
@@ -61,10 +62,11 @@ class Budget:
         """With one more check; `end` is known once they have settled.
 
         most : the largest number of steps
-        is_steady : False while the penalty is steered
+        is_steady : False while a steered L0 is not where it is wanted
         """
         found = replace(self, checks=(*self.checks, check))
-        if self.end is not None or not is_steady or not has_settled(found.checks, first_step(config)):
+        is_ready = is_steady or check.step >= first_step(config) + GIVE_UP
+        if self.end is not None or not is_ready or not has_settled(found.checks, first_step(config)):
             return found
         return replace(found, end=config.end_after(check.step, most), settled_at=check.step)
 

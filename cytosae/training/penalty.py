@@ -34,7 +34,8 @@ from .losses import loss_weight
 MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
 LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
 GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
-HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|: inside the promised 10%
+PROMISED_WITHIN = 0.1  # of |mean / K - 1|
+HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|
 _HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held
 FIRST_SHARE = 0.02  # the weight grows faster than latents that it has killed come back: rather too low at first
@@ -63,6 +64,11 @@ class Penalty:
     def is_held(self) -> bool:
         """True while the weight stays as it is."""
         return self.held_since is not None
+
+    @property
+    def is_reached(self) -> bool:
+        """True if the running mean of L0 is within 10% of K."""
+        return self.mean is not None and abs(self.mean / self.target - 1) <= PROMISED_WITHIN
 
     def after(self, l0: float, *, step: int, pace: float) -> "Penalty":
         """The penalty behind a step with this L0 of the batch.

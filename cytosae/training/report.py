@@ -40,6 +40,8 @@ class TrainReport(Report):
         """Latents and tokens, the last batch, the held-out images."""
         yield f"{self.out}: {self.spec['n_latents']:,} latents after {self.summary['tokens']:,} tokens"
         yield training_line(self.summary["final"])
+        if "penalty" in self.summary:
+            yield penalty_line(self.summary["penalty"])
         if "held_out" in self.summary:
             yield f"held out: {held_out_line(self.summary['held_out'])}"
 
@@ -55,6 +57,15 @@ def training_line(metrics: dict[str, Any]) -> str:
             else "dead n/a"
         )
     )
+
+
+def penalty_line(found: dict[str, Any]) -> str:
+    """Where the steering of L0 has come to."""
+    wanted, mean = found["target_l0"], found["running_mean_l0"]
+    text = f"L0 steered to {wanted:g}: running mean {mean:.1f} at l1 {found['l1']:.3g}"
+    if abs(mean / wanted - 1) <= 0.1:
+        return text
+    return f"{text}; not within 10%. Train longer (--tokens auto), or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:

@@ -169,7 +169,7 @@ def train_step(
     # 0. With tokens "auto", every few steps: the held-out images. Once they have settled, the end of the run is known.
     if training.watch is not None and state.budget.is_due(state.step):
         check = training.watch.check(model, state.step, state.token_scale)
-        is_steady = state.penalty is None or state.penalty.is_held
+        is_steady = state.penalty is None or state.penalty.is_reached
         state.budget = state.budget.after(check, config, most=plan.n_steps, is_steady=is_steady)
 
     # 1. Loss and gradients. Only `.grad` changes, so that an interrupt up to here leaves the state of the step before.
