@@ -28,6 +28,24 @@ if TYPE_CHECKING:
     from .shared import Bridges
 
 
+class NumberOrAuto(click.ParamType):
+    """A number, or the word auto."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+        self.name = "integer|auto" if kind is int else "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        try:
+            return self._kind(value)
+        except ValueError:
+            self.fail(
+                f"{value!r} is neither {'a whole number' if self._kind is int else 'a number'} nor auto", param, ctx
+            )
+
+
 @click.command("train")
 @click.argument("stores", type=STORE, nargs=-1, required=True)
 @click.option("-o", "--out", "run", type=FILE, required=True, help="Folder of the run.")
@@ -37,20 +55,43 @@ if TYPE_CHECKING:
     help="cytosae (settings of the released run) or paper (Eq. 1 as printed).",
 )
 @click.option("--config", "config_file", type=FILE, help="TOML file with settings; options override it.")
-@click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
+@click.option(
+    "--expansion",
+    type=NumberOrAuto(int),
+    help="Latents per channel; auto: from the number of tokens and their width  [default: auto; presets: 64].",
+)
 @click.option(
     "--activation",
     type=click.Choice(["relu", "topk", "batchtopk", "jumprelu", "gated"]),
     help="Activation function: what makes a latent active  [default: relu].",
 )
 @click.option("--k", type=COUNT, help="Active latents per token, for topk and batchtopk.")
-@click.option("--l1", type=float, help="Weight of the sparsity term  [default: 8e-5].")
-@click.option("--lr", type=float, help="Learning rate of Adam  [default: 4e-4].")
-@click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 500].")
+@click.option(
+    "--target-l0",
+    type=NumberOrAuto(float),
+    help="Wanted number of active latents per token: the weight of the sparsity term is steered to it; for topk and "
+    "batchtopk it is k; auto: from the width of the tokens  [default: auto; presets: none].",
+)
+@click.option(
+    "--l1", type=float, help="Weight of the sparsity term, instead of --target-l0  [default: none; presets: 8e-5]."
+)
+@click.option("--lr", type=float, help="Learning rate of Adam  [default: 1e-3 with --tokens auto, else 4e-4].")
+@click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 100 with --tokens auto, else 500].")
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "cosine", "linear"]),
-    help="Learning rate after the warm-up  [default: constant].",
+    help="Learning rate after the warm-up  [default: linear with --tokens auto, else constant].",
+)
+@click.option(
+    "--batch-tokens",
+    type=int,
+    help="Tokens per step  [default: 4096 with --tokens auto, else 16448, which is 64 images].",
+)
+@click.option(
+    "--tokens",
+    type=NumberOrAuto(int),
+    help="Budget in tokens; auto: until error and L0 of held-out images have settled, at most 257000000  [default: "
+    "auto; presets: 257000000].",
 )
 @click.option(
     "--loss",
@@ -79,14 +120,14 @@ if TYPE_CHECKING:
     type=click.Choice(["keep", "first-component"]),
     help="Leave out patch tokens that this rule calls background  [default: keep].",
 )
-@click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
-@click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
 @click.option("--token-set", type=TOKEN_SETS, help="Tokens of an image to train on  [default: all].")
 @click.option("--mix", type=float, multiple=True, help="Share of tokens from a cache; give it once for each STORE.")
 @click.option("--exclude", type=FILE, help="Parquet or text file with ids of images to leave out.")
 @click.option(
-    "--holdout", type=float, help="Fraction of the images that is only measured on, not trained on  [default: 0]."
+    "--holdout",
+    type=float,
+    help="Fraction of the images that is only measured on, not trained on  [default: 0.1 with --tokens auto, else 0].",
 )
 @click.option(
     "--holdout-by",
@@ -135,10 +176,11 @@ def sae_train(
     """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
 
     STORES are paths or URLs (s3://, gs://, https://, ...). Settings that have no option go into --config
-    (docs/training.md lists all settings). On several GPUs: torchrun --nproc-per-node 4 --no-python cyto sae train ...
+    (docs/training.md lists all settings). Without a preset, budget, width and L0 fit the data. On several GPUs:
+    torchrun --nproc-per-node 4 --no-python cyto sae train ...
 
     \b
-    Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
+    Example: cyto sae train cells.acts.zarr -o cells.sae
     """
     from cytosae import train
     from cytosae.sae import make_config
@@ -149,8 +191,6 @@ def sae_train(
     _take_ghost(options, ghost)
     start = start_settings(init_from) if init_from else None
     config = make_config(preset=preset, config_file=config_file, options=options, start=start)
-    if config.warning:
-        click.echo(f"warning: {config.warning}", err=True)
     with progress_line("train", "token") as progress:
         done = train(
             stores,
@@ -165,6 +205,7 @@ def sae_train(
             overwrite=overwrite,
             inputs=tuple(path for path in (config_file, exclude) if path),
             logger=logger,
+            say=lambda line: click.echo(line, err=True),
             progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
         )
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks

@@ -3,7 +3,13 @@
 from typing import Any
 
 # what a run of before these settings did; the presets keep it with every activation
-RELEASED: dict[str, Any] = {"init": "kaiming", "clip_norm": 0.0, "nested": None, "background": "keep"}
+RELEASED: dict[str, Any] = {
+    "init": "kaiming",
+    "clip_norm": 0.0,
+    "nested": None,
+    "background": "keep",
+    "target_l0": None,
+}
 
 _RELEASED: dict[str, Any] = {"loss": "normed", "init": "kaiming", "clip_norm": 0.0}
 BY_ACTIVATION: dict[str, dict[str, Any]] = {

@@ -255,13 +255,16 @@ def _arrow(rows: Sequence[Row]) -> pa.Table:
     columns = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if any(isinstance(value, tuple | list) for value in values):
+        if any(isinstance(value, tuple | list) for value in values) or (
+            name in _MAY_BE_AUTO and any(isinstance(value, str) for value in values)
+        ):
             values = [setting_text(value) for value in values]
         is_number = name in METRICS or name.endswith(("_mean", "_sd"))
         columns[name] = pa.array(values, _KINDS.get(name) or (pa.float64() if is_number else None))
     return pa.table(columns)
 
 
+_MAY_BE_AUTO = ("expansion", "tokens", "target_l0")  # settings that are a number, or the word auto
 _KINDS = {
     **{name: pa.int64() for name in ("failed_at_step", "n_latents", "final_step", "final_tokens")},
     **{name: pa.string() for name in ("message", "failures")},

@@ -169,9 +169,8 @@ def sweep(
             out, packages=("torch", "numpy"), caches=[str(cache) for cache in caches], device=device, threads=threads
         )
         passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device))
-        for warning in dict.fromkeys(member.config.warning for member in waiting):
-            if warning:
-                say(f"warning: {warning}")
+        for warning in dict.fromkeys(warning for member in waiting for warning in member.plan.choices.warnings):
+            say(f"warning: {warning}")
         if waiting:
             say(_summary_line(planned, waiting, passes))
         totals = [_last_position(members) for members in passes]
@@ -214,7 +213,8 @@ def _plan(
                     chosen[key] = choose_data(stores, config, exclude=exclude)
                 plan = plan_training(chosen[key], out / "runs" / name, config)
                 with torch.device("meta"):  # shapes without memory
-                    n_bytes = sum(4 * 4 * weight.numel() for weight in new_model(plan.data.width, config).parameters())
+                    model = new_model(plan.data.width, plan.config)
+                    n_bytes = sum(4 * 4 * weight.numel() for weight in model.parameters())
             except BadInput as error:
                 raise BadInput(f"{source}: the member {name} cannot be trained: {error}") from None
             settings = {setting: getattr(config, setting) for setting in grid.varied}

@@ -34,6 +34,8 @@ class TrainingData:
     background: Background | None = None  # None: all tokens are used
     # initial b_dec by setting, computed once for all SAEs of a sweep that start from the same one
     starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    # tokens of held-out images by token set, read once in the same way (budget.py)
+    watched: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -146,7 +148,7 @@ def token_scale(data: TrainingData, config: TrainConfig) -> float:
     """
     if config.token_scale == "none":
         return 1.0
-    norm = float(_sample(data, config).norm(dim=1).double().mean())
+    norm = float(first_tokens(data, config).norm(dim=1).double().mean())
     if norm == 0:
         raise BadInput("token_scale 'sqrt-width' divides by the tokens' mean norm, which is 0")
     return data.width**0.5 / norm
@@ -171,11 +173,12 @@ def _initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
         per_image = data.stream.tokens_per_image
         whole = len(sample) - len(sample) % per_image
         return geometric_median(sample[:whole].reshape(-1, per_image, data.width)).mean(0)
-    sample = _sample(data, config)
+    sample = first_tokens(data, config)
     return sample.mean(0) if config.b_dec_init == "mean" else geometric_median(sample)
 
 
-def _sample(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+def first_tokens(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    """(N, D) float32: the tokens, the first ones of the stream, from which what a run starts with is estimated."""
     n_tokens = min(_SAMPLE, data.stream.tokens_per_epoch)
     return _first(data, config.batch_tokens if config.order == "images" else n_tokens)
 

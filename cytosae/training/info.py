@@ -47,7 +47,7 @@ def _trained_rows(header: Header) -> dict[str, str]:
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
         "objective": f"loss {config['loss']}, "
-        + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
+        + _sparsity(spec, summary)
         + f"dead latents: {config['dead_latents']}"
         + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else "")
         + (f", init {config['init']}" if "init" in config else "")
@@ -55,7 +55,7 @@ def _trained_rows(header: Header) -> dict[str, str]:
         + (f", nested at {', '.join(map(str, config['nested']))}" if config.get("nested") else ""),
         **({"begun from": f"sha256 {spec['init_from']['sae_sha256']}"} if "init_from" in spec else {}),
         **({"background": background_line(spec["background"])[12:]} if "background" in spec else {}),
-        "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
+        "training": f"{_steps(spec, summary)} of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
         f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
         "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
         "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
@@ -66,8 +66,28 @@ def _trained_rows(header: Header) -> dict[str, str]:
     }
 
 
-def _imported_rows(header: Header) -> dict[str, str]:
+def _sparsity(spec: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The weight of the sparsity term, or what it was steered to."""
+    config = spec["config"]
+    if spec["activation"] in ("topk", "batchtopk"):
+        return ""
+    if config.get("target_l0") is None:
+        return f"l1 {config['l1']:g}, "
+    steered = summary.get("penalty")
+    return f"L0 steered to {config['target_l0']:g}" + (f" (l1 {steered['l1']:.3g}), " if steered else ", ")
 
+
+def _steps(spec: dict[str, Any], summary: dict[str, Any]) -> str:
+    """How many steps the run took, and what ended it."""
+    if spec["config"].get("tokens") != "auto":
+        return f"{spec['n_steps']:,} steps"
+    if "budget" not in summary:
+        return f"at most {spec['n_steps']:,} steps"
+    settled = summary["budget"]["settled_at_step"]
+    return f"{summary['steps']:,} steps ({'settled' if settled is not None else 'never settled'})"
+
+
+def _imported_rows(header: Header) -> dict[str, str]:
     spec, summary = header.spec, header.summary or {}
     says = summary.get("says", {})
     names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")

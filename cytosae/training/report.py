@@ -44,6 +44,8 @@ class TrainReport(Report):
         if "background" in self.spec:
             yield background_line(self.spec["background"])
         yield training_line(self.summary["final"])
+        if "penalty" in self.summary:
+            yield penalty_line(self.summary["penalty"])
         if "held_out" in self.summary:
             yield f"held out: {held_out_line(self.summary['held_out'])}"
 
@@ -68,6 +70,15 @@ def background_line(found: dict[str, Any]) -> str:
         f"({found['left_out'] / max(1, found['patches']):.0%}) by the rule {found['rule']}; at the rim of images "
         f"{found['share_at_rim']:.0%} are background, elsewhere {found['share_elsewhere']:.0%}"
     )
+
+
+def penalty_line(found: dict[str, Any]) -> str:
+    """Where the steering of L0 has come to."""
+    wanted, mean = found["target_l0"], found["running_mean_l0"]
+    text = f"L0 steered to {wanted:g}: running mean {mean:.1f} at l1 {found['l1']:.3g}"
+    if abs(mean / wanted - 1) <= 0.1:
+        return text
+    return f"{text}; not within 10%. Train longer (--tokens auto), or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:

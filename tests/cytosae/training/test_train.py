@@ -60,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _released_run(cache: Path, config: TrainConfig, objective: str, n_steps: int) -> tuple[Params, list[int]]:
     """The twin's weights after `n_steps` steps, folded, and the number of dead latents at each of them."""
-    model = SparseAutoencoder(WIDTH, config.expansion * WIDTH)
+    model = SparseAutoencoder(WIDTH, int(config.expansion) * WIDTH)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     stream = TokenStream(open_caches([cache]), order=config.order, seed=config.seed)
     if config.b_dec_init == "geometric-median-per-position":  # on the first batch, which is not trained on
