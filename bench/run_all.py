@@ -26,6 +26,7 @@ FULL = {
     "probe": [],
     "probe_intervals": ["--runs", "150"],
     "patients": [],
+    "tau": [],
 }
 
 

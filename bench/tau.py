@@ -117,6 +117,22 @@ def mixture(ordered: Floats) -> float:
     return float(np.exp(logs[between].min())) if between.any() and mean[1] > mean[0] else 0.0
 
 
+def keeping(encoded: Encoded, share: float) -> Taus:
+    """The largest tau that this share of the living latents exceed somewhere."""
+    largest = np.sort(encoded.latents.max(axis=0).toarray().ravel())
+    largest = largest[largest > 0]
+    below = largest[max(0, int(np.ceil((1 - share) * len(largest))) - 1)] if len(largest) else 0.0
+    return np.full(encoded.latents.shape[1], np.nextafter(np.float32(below), np.float32(0)), np.float32)
+
+
+def sparser(encoded: Encoded, most: float, *, by_latent: bool) -> Taus:
+    """The quantile above which a token has at most `most` active latents on average; 0 if it has no more anyway."""
+    share = 1 - most / (encoded.latents.nnz / encoded.latents.shape[0])
+    if share <= 0:
+        return np.zeros(encoded.latents.shape[1], np.float32)
+    return (_per_latent if by_latent else _per_sae)(encoded, quantile(share))
+
+
 RULES: dict[str, Callable[[Encoded], Taus]] = {
     "0": lambda each: np.zeros(each.latents.shape[1], np.float32),
     "0.2, released": lambda each: np.full(each.latents.shape[1], 0.2, np.float32),
@@ -125,6 +141,14 @@ RULES: dict[str, Callable[[Encoded], Taus]] = {
         for share in (0.25, 0.5, 0.75, 0.9)
     },
     "Otsu, SAE": lambda each: _per_sae(each, otsu),
+    **{f"keeps {share} of the latents": (lambda each, share=share: keeping(each, share)) for share in (0.5, 0.9, 0.99)},
+    **{
+        f"L0 at most {most}, {'latent' if by_latent else 'SAE'}": (
+            lambda each, most=most, by_latent=by_latent: sparser(each, most, by_latent=by_latent)
+        )
+        for by_latent in (False, True)
+        for most in (4, 8, 16, 32)
+    },
     **{
         f"quantile {share}, latent": (lambda each, share=share: _per_latent(each, quantile(share)))
         for share in (0.25, 0.5, 0.75, 0.9)
@@ -420,8 +444,7 @@ PLANTED_SAES: tuple[dict[str, Any], ...] = (
 REAL_SAES: tuple[dict[str, Any], ...] = (
     {"expansion": 8, "activation": "relu", "l1": 2e-4},
     {"expansion": 8, "activation": "relu", "l1": 5e-3},
-    {"expansion": 8, "activation": "topk", "k": 16},
-    {"expansion": 8, "activation": "topk", "k": 64},
+    *({"expansion": 8, "activation": "topk", "k": k} for k in (4, 16, 64, 128)),
 )
 
 

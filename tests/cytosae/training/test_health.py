@@ -169,7 +169,7 @@ def test_each_figure_alone_is_found_out_of_range(changes: dict[str, Any], name: 
     assert list(bad) == [name]
     assert words in bad[name].says
     assert "cyto " in bad[name].next
-    assert [line for line in health.lines() if line.startswith("  OUT")][0].split("OUT ")[1].startswith(name)
+    assert next(line for line in health.lines() if line.startswith("  OUT")).split("OUT ")[1].startswith(name)
 
 
 def test_what_cannot_be_said_is_not_judged() -> None:
