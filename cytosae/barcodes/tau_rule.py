@@ -23,13 +23,14 @@ from stores.token_sets import chosen_tokens
 
 from . import tasks
 from .partitions import plan_partitions
-from .value_counts import ValueCounts
+from .value_counts import SHIFT, ValueCounts, lower_edges
 
 if TYPE_CHECKING:
     from distributed import Client
 
 AUTO = "auto"
-RULE: dict[str, Any] = {"name": "pending", "version": 1}
+DIGITS = 3  # of the tau: short enough to be typed
+RULE: dict[str, Any] = {"name": "otsu of logarithms, one for the SAE", "version": 1, "digits": DIGITS}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,40 @@ class TauChoice:
 
 
 def choose_tau(counts: ValueCounts) -> TauChoice:
-    raise NotImplementedError
+    """The number between the two groups of values whose logarithms differ most (Otsu 1979); 0 if all are alike.
+
+    Weak activations, which an SAE makes at nearly every token, and clear ones differ by a factor, not by a distance:
+    so logarithms. Of all places to cut, it is where the variance between the groups' means is largest: sizes n1, n2
+    and means m1, m2 of the logarithms, n1 n2 / (n1 + n2)^2 (m1 - m2)^2. The number is the largest one of three digits
+    below the upper group.
+
+    counts : of at least one value
+    """
+    there = np.flatnonzero(counts.bins)
+    middle = ((there.astype(np.uint32) << np.uint32(SHIFT)) + np.uint32(1 << (SHIFT - 1))).view(np.float32)
+    logs, share = np.log(middle.astype(np.float64)), counts.bins[there] / counts.n_values
+    mean = float((share * logs).sum())
+    variance = float((share * (logs - mean) ** 2).sum())
+    tau, between = 0.0, 0.0
+    if len(there) > 1:
+        low = np.cumsum(share)[:-1]
+        apart = (mean * low - np.cumsum(share * logs)[:-1]) ** 2 / (low * (1 - low))
+        cut = int(np.argmax(apart))
+        between = float(apart[cut]) / variance
+        tau = below(float(lower_edges()[there[cut + 1]]), DIGITS)
+    n_remaining = counts.n_remaining(tau)
+    counted = {
+        "n_values": counts.n_values,
+        "n_tokens": counts.n_tokens,
+        "n_latents_alive": counts.n_alive,
+        "n_latents_remaining": n_remaining,
+        "share_of_variance_between": float(f"{between:.6g}"),
+    }
+    words = (
+        f"{tau:g} parts the {counts.n_values:,} values into weak and clear ones (Otsu's cut of their logarithms; "
+        f"{between:.0%} of the variance lies between the two); {n_remaining:,} of {counts.n_alive:,} latents exceed it"
+    )
+    return TauChoice(tau, {**RULE, **counted, "words": words})
 
 
 def tau_of(

@@ -1,6 +1,7 @@
 """tau from the latents alone: exact counts, the same for any partitions and workers, and what is written of it."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from latent_stores import Row, contents, local_client, random_latents, write_lat
 from cli import cli
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.barcodes.tau_rule import RULE, below, choose_tau, count_values, smaller_taus
-from cytosae.barcodes.value_counts import N_BINS, ValueScanner, lower_edges
+from cytosae.barcodes.value_counts import N_BINS, ValueCounts, ValueScanner, lower_edges
 from stores import BadInput, BarcodeStore, DamagedStore, LatentStore, SpecMismatch, verify_folder
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -292,3 +293,66 @@ def test_a_tau_that_leaves_most_latents_out_says_which_would_not(
     assert again.warnings == done.warnings
     fine = write_barcodes(latents, tmp_path / "c", BarcodeConfig(tau=0.001), client=threads)
     assert (fine.would_keep, fine.warnings) == ((), ())
+
+
+# ------------------------------------------------------------------------------------------- the rule
+
+
+def otsu_twin(values: list[float]) -> tuple[float, float]:
+    """(largest value of the lower group, smallest of the upper one): every cut tried, means by hand."""
+    ordered = sorted(values)
+    logs = [math.log(value) for value in ordered]
+    best, found = -1.0, (0.0, 0.0)
+    for cut in range(1, len(ordered)):
+        if ordered[cut - 1] == ordered[cut]:
+            continue
+        low, high = logs[:cut], logs[cut:]
+        between = len(low) * len(high) * (sum(low) / len(low) - sum(high) / len(high)) ** 2
+        if between > best * (1 + 1e-9):
+            best, found = between, (ordered[cut - 1], ordered[cut])
+    return found
+
+
+def counted(values: Any, n_latents: int = 1) -> ValueCounts:
+    """Counts of these values, all of one latent."""
+    values = np.asarray(values, np.float32)
+    rows = np.arange(len(values) + 1)
+    scanner = ValueScanner(rows, n_latents=n_latents, tokens_per_image=1, token_set="all", place="")
+    scanner.add(0, np.zeros(len(values), np.uint16), values)
+    found = scanner.finish().whole()
+    return ValueCounts(found.bins, found.largest, len(values))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), n=st.integers(2, 60), spread=st.floats(0.1, 6))
+def test_the_cut_equals_the_twin(seed: int, n: int, spread: float) -> None:
+    """Values with ten mantissa bits, as they are stored: tau lies below the upper group, by less than three digits."""
+    values = reference.round_mantissa(np.random.default_rng(seed).lognormal(-2, spread, n).astype(np.float32), 10)
+    low, high = otsu_twin(values.tolist())
+    tau = choose_tau(counted(values)).tau
+    assert tau < high
+    assert tau >= min(low, high * 0.99) * (1 - 1e-6)
+    assert float(f"{tau:.3g}") == tau
+
+
+def test_weak_and_clear_values_are_parted() -> None:
+    """A thousand about 0.01 and a hundred about 1: tau lies between, and says how much lies between the groups."""
+    rng = np.random.default_rng(0)
+    weak, clear = np.exp(rng.normal(np.log(0.01), 0.3, 1000)), np.exp(rng.normal(0, 0.3, 100))
+    found = choose_tau(counted(np.concatenate([weak, clear])))
+    assert weak.max() * 0.99 < found.tau < clear.min()
+    assert found.rule["n_values"] == 1100
+    assert found.rule["share_of_variance_between"] > 0.9
+    assert found.rule["words"].startswith(f"{found.tau:g} parts the 1,100 values into weak and clear ones")
+
+
+def test_values_that_are_all_alike_are_not_parted() -> None:
+    found = choose_tau(counted([0.5] * 7))
+    assert (found.tau, found.rule["n_latents_remaining"], found.rule["share_of_variance_between"]) == (0.0, 1, 0.0)
+
+
+def test_a_scale_of_the_latents_scales_tau() -> None:
+    """tau is in the unit of the SAE: latents 8 times as large have a tau 8 times as large, to its three digits."""
+    values = np.random.default_rng(1).lognormal(-3, 2, 500)
+    one, eight = (choose_tau(counted(values * factor)).tau for factor in (1, 8))
+    assert eight == pytest.approx(8 * one, rel=0.02)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from sparse_tokens import write_sae
 from token_caches import write_cache
 from training_runs import SETTINGS, tokens_of_cells
 
 from cli import cli
-from cytosae.sae import TrainConfig, load_sae
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae
 from cytosae.training import Health, assess_health, healthy_l0, read_health, sae_info, write_health
 from cytosae.training.evaluate import Substitution, evaluate
 from cytosae.training.health import FILE
@@ -56,12 +57,20 @@ def slow_figures(cache: Path, run: Path, images: list[int]) -> dict[str, Any]:
     }
 
 
+def fewer_active(model: SparseAutoencoder) -> None:
+    """L0 2.3, a quarter of the latents dead."""
+    model.b_dec.fill_(3)
+    model.b_enc.sub_(1)
+
+
 def test_figures_equal_the_slow_twin(made: Path) -> None:
     """Of the evaluation, and of the end of training: its images are the trained and held-out ones, no others."""
     readable = [image for image in range(24) if image != 3]
-    found = evaluate(made / "acts.zarr", made / "run")
-    twin = slow_figures(made / "acts.zarr", made / "run", readable)
+    drawn = write_sae(made / "drawn", made / "acts.zarr", n_latents=64, change=fewer_active)
+    found = evaluate(made / "acts.zarr", drawn)
+    twin = slow_figures(made / "acts.zarr", drawn, readable)
     assert 0 < twin["n_pca"] < 8
+    assert 0 in twin["n_images_active"]
     assert found.l0 == pytest.approx(twin["l0"])
     assert (found.n_pca, found.width, found.activation) == (twin["n_pca"], 8, "relu")
     assert found.pca_explained_variance == pytest.approx(twin["pca"], rel=1e-9)
