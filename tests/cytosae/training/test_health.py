@@ -295,7 +295,7 @@ def test_commands_say_and_keep_it(made: Path, tmp_path: Path) -> None:
     assert "health: not measured; cyto sae eval RUN STORE --keep" in run("sae", "info", sae).stdout
     page = run("sae", "eval", sae, made / "acts.zarr").stdout
     assert "health: " in page
-    assert "  PCA        0." in page
+    assert "  PCA        1.000 of the variance by the first 8 principal components" in page
     assert not (sae / FILE).exists()
     done = run("sae", "eval", sae, made / "acts.zarr", "--keep", "--json")
     assert done.exit_code == 0, done.output
