@@ -57,18 +57,36 @@ class Encoded:
 # ------------------------------------------------------------------------------------------- the rules
 
 
-def _per_latent(encoded: Encoded, rule: Callable[[Floats], float]) -> Taus:
-    by_latent = encoded.latents.tocsc()
-    found = np.zeros(by_latent.shape[1], np.float32)
-    for latent, (low, high) in enumerate(pairwise(by_latent.indptr)):
-        if high > low:
-            found[latent] = rule(np.sort(by_latent.data[low:high]).astype(np.float64))
-    return found
+Rule = Callable[[Encoded], Taus]
 
 
-def _per_sae(encoded: Encoded, rule: Callable[[Floats], float]) -> Taus:
-    values = np.sort(encoded.latents.data).astype(np.float64)
-    return np.full(encoded.latents.shape[1], rule(values) if len(values) else 0.0, np.float32)
+def per_latent(rule: Callable[[Floats], float]) -> Rule:
+    """Of each latent's values, sorted; 0 for a latent without any."""
+
+    def choose(encoded: Encoded) -> Taus:
+        by_latent = encoded.latents.tocsc()
+        found = np.zeros(by_latent.shape[1], np.float32)
+        for latent, (low, high) in enumerate(pairwise(by_latent.indptr)):
+            if high > low:
+                found[latent] = rule(np.sort(by_latent.data[low:high]).astype(np.float64))
+        return found
+
+    return choose
+
+
+def per_sae(rule: Callable[[Floats], float]) -> Rule:
+    """Of all values of the SAE, sorted: the same for every latent."""
+
+    def choose(encoded: Encoded) -> Taus:
+        values = np.sort(encoded.latents.data).astype(np.float64)
+        return np.full(encoded.latents.shape[1], rule(values) if len(values) else 0.0, np.float32)
+
+    return choose
+
+
+def always(tau: float) -> Rule:
+    """The same number whatever the SAE."""
+    return lambda encoded: np.full(encoded.latents.shape[1], tau, np.float32)
 
 
 def quantile(share: float) -> Callable[[Floats], float]:
@@ -112,48 +130,40 @@ def mixture(ordered: Floats) -> float:
     return float(np.exp(logs[between].min())) if between.any() and mean[1] > mean[0] else 0.0
 
 
-def keeping(encoded: Encoded, share: float) -> Taus:
+def keeping(share: float) -> Rule:
     """The largest tau that this share of the living latents exceed somewhere."""
-    largest = np.sort(encoded.latents.max(axis=0).toarray().ravel())
-    largest = largest[largest > 0]
-    below = largest[max(0, int(np.ceil((1 - share) * len(largest))) - 1)] if len(largest) else 0.0
-    return np.full(encoded.latents.shape[1], np.nextafter(np.float32(below), np.float32(0)), np.float32)
+
+    def choose(encoded: Encoded) -> Taus:
+        largest = np.sort(encoded.latents.max(axis=0).toarray().ravel())
+        largest = largest[largest > 0]
+        least = largest[max(0, int(np.ceil((1 - share) * len(largest))) - 1)] if len(largest) else 0.0
+        return np.full(encoded.latents.shape[1], np.nextafter(np.float32(least), np.float32(0)), np.float32)
+
+    return choose
 
 
-def sparser(encoded: Encoded, most: float, *, by_latent: bool) -> Taus:
+def sparser(most: float, by: Callable[[Callable[[Floats], float]], Rule]) -> Rule:
     """The quantile above which a token has at most `most` active latents on average; 0 if it has no more anyway."""
-    share = 1 - most / (encoded.latents.nnz / encoded.latents.shape[0])
-    if share <= 0:
-        return np.zeros(encoded.latents.shape[1], np.float32)
-    return (_per_latent if by_latent else _per_sae)(encoded, quantile(share))
+
+    def choose(encoded: Encoded) -> Taus:
+        share = 1 - most / (encoded.latents.nnz / encoded.latents.shape[0])
+        return (by(quantile(share)) if share > 0 else always(0.0))(encoded)
+
+    return choose
 
 
-RULES: dict[str, Callable[[Encoded], Taus]] = {
-    "0": lambda each: np.zeros(each.latents.shape[1], np.float32),
-    "0.2, released": lambda each: np.full(each.latents.shape[1], 0.2, np.float32),
-    **{
-        f"quantile {share} of the nonzeros": (lambda each, share=share: _per_sae(each, quantile(share)))
-        for share in (0.5, 0.9)
-    },
-    "Otsu, SAE": lambda each: _per_sae(each, otsu),
-    **{f"keeps {share} of the latents": (lambda each, share=share: keeping(each, share)) for share in (0.9,)},
-    **{
-        f"L0 at most {most}, {'latent' if by_latent else 'SAE'}": (
-            lambda each, most=most, by_latent=by_latent: sparser(each, most, by_latent=by_latent)
-        )
-        for by_latent in (False, True)
-        for most in (8, 16)
-    },
-    **{
-        f"quantile {share}, latent": (lambda each, share=share: _per_latent(each, quantile(share)))
-        for share in (0.5, 0.9)
-    },
-    **{
-        f"{share} of the largest, latent": (lambda each, share=share: _per_latent(each, share_of_largest(share)))
-        for share in (0.1, 0.2)
-    },
-    "Otsu of logs, latent": lambda each: _per_latent(each, otsu),
-    "mixture of logs, latent": lambda each: _per_latent(each, mixture),
+RULES: dict[str, Rule] = {
+    "0": always(0.0),
+    "0.2, released": always(0.2),
+    **{f"quantile {share} of the nonzeros": per_sae(quantile(share)) for share in (0.5, 0.9)},
+    "Otsu, SAE": per_sae(otsu),
+    "keeps 0.9 of the latents": keeping(0.9),
+    **{f"L0 at most {most}, SAE": sparser(most, per_sae) for most in (8, 16)},
+    **{f"L0 at most {most}, latent": sparser(most, per_latent) for most in (8, 16)},
+    **{f"quantile {share}, latent": per_latent(quantile(share)) for share in (0.5, 0.9)},
+    **{f"{share} of the largest, latent": per_latent(share_of_largest(share)) for share in (0.1, 0.2)},
+    "Otsu of logs, latent": per_latent(otsu),
+    "mixture of logs, latent": per_latent(mixture),
 }
 
 
@@ -290,7 +300,7 @@ def measure(encoded: list[Encoded], *, n_cohorts: int) -> dict[str, list[dict[st
                 )
                 apart.append(distances(counts, each))
             seen = [float(spearmanr(a, b).statistic) for i, a in enumerate(apart) for b in apart[:i]]
-            means = {key: _mean([row[key] for row in rows]) for key in rows[0]}
+            means: dict[str, Any] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
             l0 = _mean([each.latents.nnz / each.latents.shape[0] for each in seeds])
             means |= {"sae": sae, "seeds": _mean(seen), "l0": l0}
             table.setdefault(name, []).append(means)

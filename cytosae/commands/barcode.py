@@ -113,7 +113,8 @@ def barcode(
 
     if "auto" in taus and len(taus) > 1:
         raise click.UsageError("--tau auto is one tau: give it alone, or numbers")
-    config = BarcodeConfig(tau=taus if len(taus) > 1 else taus[0], **settings)
+    numbers = tuple(tau for tau in taus if not isinstance(tau, str))
+    config = BarcodeConfig(tau=(numbers if len(numbers) > 1 else numbers[0]) if numbers else "auto", **settings)
     with dask_client(scheduler, workers, memory_limit) as client, progress_line("barcode", "image") as progress:
         done = write_barcodes(
             latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress
