@@ -268,7 +268,7 @@ def test_below_is_the_next_short_number(value: float, digits: int) -> None:
 
 def test_smaller_taus_by_hand() -> None:
     """Ten living latents of 1 to 10 (times 0.01), two dead: half of them exceed 0.059, nine 0.019, all 0.0099."""
-    largest = np.array([0, *range(1, 11), 0], np.float32) / 100
+    largest = (np.array([0, *range(1, 11), 0]) / 100).astype(np.float32)
     assert smaller_taus(largest, 0.2, 0.0) == [[0.059, 5], [0.019, 9], [0.0099, 10], [0.0, 10]]
     assert smaller_taus(largest, 0.065, 0.3) == [[0.059, 5], [0.019, 9], [0.0099, 10], [0.0, 10]]  # 4 of 10 remain
     assert smaller_taus(largest, 0.055, 0.3) == []  # 5 remain
