@@ -142,6 +142,11 @@ def keeping(share: float) -> Rule:
     return choose
 
 
+def at_most(rule: Rule, other: Rule) -> Rule:
+    """The smaller of two."""
+    return lambda encoded: np.minimum(rule(encoded), other(encoded))
+
+
 def sparser(most: float, by: Callable[[Callable[[Floats], float]], Rule]) -> Rule:
     """The quantile above which a token has at most `most` active latents on average; 0 if it has no more anyway."""
 
@@ -157,6 +162,7 @@ RULES: dict[str, Rule] = {
     "0.2, released": always(0.2),
     **{f"quantile {share} of the nonzeros": per_sae(quantile(share)) for share in (0.5, 0.9)},
     "Otsu, SAE": per_sae(otsu),
+    "auto: Otsu, SAE, but 0.9 of the latents": at_most(per_sae(otsu), keeping(0.9)),
     "keeps 0.9 of the latents": keeping(0.9),
     **{f"L0 at most {most}, SAE": sparser(most, per_sae) for most in (8, 16)},
     **{f"L0 at most {most}, latent": sparser(most, per_latent) for most in (8, 16)},

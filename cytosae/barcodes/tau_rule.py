@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DIGITS = 3  # of the tau: short enough to be typed
-RULE: dict[str, Any] = {"name": "otsu of logarithms, one for the SAE", "version": 1, "digits": DIGITS}
+KEEPS = 0.9  # of the latents that have any value: at least so many exceed tau
+RULE: dict[str, Any] = {
+    "name": "otsu of logarithms, at least a share of the latents",
+    "version": 1,
+    "digits": DIGITS,
+    "keeps": KEEPS,
+}
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,14 @@ class TauChoice:
 
 
 def choose_tau(counts: ValueCounts) -> TauChoice:
-    """The number between the two groups of values whose logarithms differ most (Otsu 1979); 0 if all are alike.
+    """What parts weak from clear values, but never so much that more than a tenth of the latents is left out.
 
-    Weak activations, which an SAE makes at nearly every token, and clear ones differ by a factor, not by a distance:
-    so logarithms. Of all places to cut, it is where the variance between the groups' means is largest: sizes n1, n2
-    and means m1, m2 of the logarithms, n1 n2 / (n1 + n2)^2 (m1 - m2)^2. The number is the largest one of three digits
-    below the upper group.
+    The number between the two groups of values whose logarithms differ most (Otsu 1979); 0 if all are alike. Weak
+    activations, which an SAE makes at nearly every token, and clear ones differ by a factor, not by a distance: so
+    logarithms. Of all places to cut, it is where the variance between the groups' means is largest: sizes n1, n2 and
+    means m1, m2 of the logarithms, n1 n2 / (n1 + n2)^2 (m1 - m2)^2. The number is the largest one of three digits
+    below the upper group. A few latents may have most of the large values, and alone exceed it: then the largest
+    number of three digits is taken that `KEEPS` of the latents with any value exceed.
 
     counts : of at least one value
     """
@@ -56,24 +64,32 @@ def choose_tau(counts: ValueCounts) -> TauChoice:
     logs, share = np.log(middle.astype(np.float64)), counts.bins[there] / counts.n_values
     mean = float((share * logs).sum())
     variance = float((share * (logs - mean) ** 2).sum())
-    tau, between = 0.0, 0.0
+    cut, between = 0.0, 0.0
     if len(there) > 1:
         low = np.cumsum(share)[:-1]
         apart = (mean * low - np.cumsum(share * logs)[:-1]) ** 2 / (low * (1 - low))
-        cut = int(np.argmax(apart))
-        between = float(apart[cut]) / variance
-        tau = below(float(lower_edges()[there[cut + 1]]), DIGITS)
-    n_remaining = counts.n_remaining(tau)
+        place = int(np.argmax(apart))
+        between = float(apart[place]) / variance
+        cut = below(float(lower_edges()[there[place + 1]]), DIGITS)
+    alive = np.sort(counts.largest[counts.largest > 0])[::-1]
+    most = below(float(alive[math.ceil(KEEPS * len(alive)) - 1]), DIGITS)
+    tau = min(cut, most)
     counted = {
         "n_values": counts.n_values,
         "n_tokens": counts.n_tokens,
         "n_latents_alive": counts.n_alive,
-        "n_latents_remaining": n_remaining,
+        "n_latents_remaining": counts.n_remaining(tau),
+        "cut": cut,
         "share_of_variance_between": float(f"{between:.6g}"),
     }
+    parts = (
+        f"parts the {counts.n_values:,} values into weak and clear ones (Otsu's cut of their logarithms; "
+        f"{between:.0%} of the variance lies between the two)"
+    )
+    instead = f"is the largest that {KEEPS:.0%} of the latents exceed; {cut:g} {parts}, but for few latents"
     words = (
-        f"{tau:g} parts the {counts.n_values:,} values into weak and clear ones (Otsu's cut of their logarithms; "
-        f"{between:.0%} of the variance lies between the two); {n_remaining:,} of {counts.n_alive:,} latents exceed it"
+        f"{tau:g} {parts if tau == cut else instead}; {counts.n_remaining(tau):,} of {counts.n_alive:,} latents "
+        f"exceed {tau:g}"
     )
     return TauChoice(tau, {**RULE, **counted, "words": words})
 

@@ -429,7 +429,8 @@ class _Sums:
         about_mean_DD = self._shifted_DD - torch.outer(self._shifted_D, self._shifted_D) / self.n_tokens
         rising = torch.linalg.eigvalsh(about_mean_DD.cpu()).clamp_min(0)
         total = rising.sum().item()
-        return rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
+        explained = rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
+        return float(f"{explained:.9g}")  # the last bits of eigenvalues depend on how memory is aligned
 
     def add(self, x_NTD: torch.Tensor) -> None:
         """Add whole images, (N, T, D) float32, `step` tokens of each at a time if it has more."""

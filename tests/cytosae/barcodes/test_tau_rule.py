@@ -351,6 +351,21 @@ def test_values_that_are_all_alike_are_not_parted() -> None:
     assert (found.tau, found.rule["n_latents_remaining"], found.rule["share_of_variance_between"]) == (0.0, 1, 0.0)
 
 
+def test_a_loud_latent_does_not_silence_the_others() -> None:
+    """Nine latents of about 0.01 and one of about 10: cut between them, one of ten would remain; nine do at least."""
+    rng = np.random.default_rng(2)
+    values = np.exp(rng.normal(np.log([0.01] * 9 + [10.0]), 0.2, (300, 10))).astype(np.float32)
+    rows, indices = np.arange(0, 3001, 10), np.tile(np.arange(10, dtype=np.uint16), 300)
+    scanner = ValueScanner(rows, n_latents=12, tokens_per_image=1, token_set="all", place="")
+    scanner.add(0, indices, values.ravel())
+    found = choose_tau(scanner.finish().whole())
+    largest = values.max(axis=0)
+    assert (largest > np.float32(found.rule["cut"])).sum() == 1
+    assert found.rule["n_latents_remaining"] == (largest > np.float32(found.tau)).sum() == 9
+    assert (largest > np.float32(found.tau * 1.02)).sum() < 9  # it is the largest such number, to its digits
+    assert f"{found.tau:g} is the largest that 90% of the latents exceed" in found.rule["words"]
+
+
 def test_a_scale_of_the_latents_scales_tau() -> None:
     """tau is in the unit of the SAE: latents 8 times as large have a tau 8 times as large, to its three digits."""
     values = np.random.default_rng(1).lognormal(-3, 2, 500)
