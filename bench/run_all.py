@@ -27,6 +27,7 @@ FULL = {
     "probe": [],
     "probe_intervals": ["--runs", "150"],
     "patients": [],
+    "tau": [],
     "frontier": ["--steps", "2000"],
 }
 ON_REQUEST = ("frontier",)  # hours, and libraries in an environment of their own: run_all.py frontier

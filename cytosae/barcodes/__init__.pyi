@@ -23,3 +23,6 @@ from .tasks import PartSummary as PartSummary
 from .tasks import by_part as by_part
 from .tasks import get_ready as get_ready
 from .tasks import opener as opener
+from .tau_rule import choose_tau as choose_tau
+from .tau_rule import count_values as count_values
+from .value_counts import ValueCounts as ValueCounts

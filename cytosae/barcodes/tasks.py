@@ -24,6 +24,7 @@ from stores.seal import Seal
 from stores.token_layout import TokenLayout
 
 from .count_kernels import ImageCounter, ImageCounts, LatentSums, add_rows, take_nonzero
+from .value_counts import SparseCounts, ValueScanner
 
 Ints = npt.NDArray[np.int64]
 _MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
@@ -128,19 +129,42 @@ def count_partition(
     return _summary_of(Part(tag, arrays), path, tag, was_there=False)
 
 
-def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+def scan_partition(partition: Partition, token_set: str) -> SparseCounts:
+    """How large the values of one partition are."""
+    try:
+        reader = _reader(partition)
+        scanner = ValueScanner(
+            reader.row_starts,
+            n_latents=partition.n_latents,
+            tokens_per_image=partition.tokens_per_image,
+            token_set=token_set,
+            place=reader.place,
+            layout=partition.layout,
+        )
+        for first, indices, values in reader.entries():
+            scanner.add(first, indices, values)
+        return scanner.finish()
+    finally:  # also after an error: an exchanged store is then the reason
+        if partition.seal is not None:
+            partition.seal.check()
+
+
+def _reader(partition: Partition) -> EntryReader:
     tokens = partition.tokens_per_image
     start, stop = partition.start * tokens, partition.stop * tokens
     shape = (partition.n_images * tokens, partition.n_latents)
     if partition.journal_sha256:
         objects = remote_rows(partition.latents, partition.journal_sha256)
-        reader = EntryReader(f"{partition.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
-    else:
-        reader = EntryReader(Path(partition.latents) / "X", shape=shape, start=start, stop=stop)
+        return EntryReader(f"{partition.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
+    return EntryReader(Path(partition.latents) / "X", shape=shape, start=start, stop=stop)
+
+
+def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+    reader = _reader(partition)
     counter = ImageCounter(
         reader.row_starts,
         n_latents=partition.n_latents,
-        tokens_per_image=tokens,
+        tokens_per_image=partition.tokens_per_image,
         taus=taus,
         token_set=token_set,
         place=reader.place,

@@ -339,6 +339,11 @@ def sae_info(run: Path, as_json: bool) -> None:
     is_flag=True,
     help="With --json: also the numbers of images and tokens in which each latent is active.",
 )
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the health in RUN/health.json, for cyto sae info and the report; not with --only.",
+)
 @json_option
 @click.pass_obj
 def sae_eval(
@@ -348,6 +353,7 @@ def sae_eval(
     images: Path | None,
     device: str,
     per_latent: bool,
+    keep: bool,
     as_json: bool,
     token_set: str | None,
     dead_window: int | None,
@@ -357,15 +363,18 @@ def sae_eval(
 ) -> None:
     """Measure the SAE in RUN on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
 
-    Writes nothing. With --images, a sample of them also passes through the backbone, with and without the SAE.
+    The last lines say whether the SAE is fit for barcodes. Writes nothing, but with --keep. With --images, a sample of
+    them also passes through the backbone, with and without the SAE.
 
     \b
     Example: cyto sae eval cells.sae cells.acts.zarr --json
     """
     from cytosae import evaluate
-    from cytosae.training import DEAD_WINDOW, BackboneSample
+    from cytosae.training import DEAD_WINDOW, BackboneSample, write_health
     from stores import read_image_ids
 
+    if keep and only:
+        raise click.UsageError("--keep is for all images of STORE; leave out --only")
     if sampling["weights"] and not images:
         raise click.UsageError("--weights is of use only with --images, which says where the images lie")
     device = resolve_device(device)
@@ -393,6 +402,8 @@ def sae_eval(
             progress=progress,
             decoder_progress=comparing,
         )
+    if keep:
+        write_health(run, found.health)
     if as_json:
         values = found.to_json(per_latent=per_latent)
         click.echo(json.dumps({"sae": str(run), "store": str(store), **values}, indent=1))

@@ -6,6 +6,12 @@ from .device_prefetch import on_device as on_device
 from .evaluate import DEAD_WINDOW as DEAD_WINDOW
 from .evaluate import BackboneSample as BackboneSample
 from .evaluate import Evaluation as Evaluation
+from .health import Health as Health
+from .health import HealthRow as HealthRow
+from .health import assess_health as assess_health
+from .health import healthy_l0 as healthy_l0
+from .health import read_health as read_health
+from .health import write_health as write_health
 from .info import SaeInfo as SaeInfo
 from .info import sae_info as sae_info
 from .losses import BatchLosses as BatchLosses

@@ -10,7 +10,6 @@ Memory: one chunk, the sample, and a byte for each token of the caches. Twin: te
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput
+from stores.token_layout import TokenLayout
 
 Bool = npt.NDArray[np.bool_]
 Float = npt.NDArray[np.float64]
@@ -27,7 +27,6 @@ Float = npt.NDArray[np.float64]
 _SAMPLE = 65_536  # tokens
 _BINS = 256
 _LEAST_DIFFERENCE = 0.1  # of the shares of background at the rim and elsewhere
-_MOST_OTHERS = 16  # tokens of an image that are no patches: CLS and registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
     DamagedStore, StoreUnreachable
         If a cache cannot be read.
     """
-    side, first = _patches(stores[0].spec.tokens_per_image)
+    side, first = _patches(stores[0].spec.layout)
     is_rim = np.ones((side, side), bool)
     is_rim[1:-1, 1:-1] = False
     sample_NPD = _sample(stores, first)
@@ -128,16 +127,15 @@ def otsu(values: npt.NDArray[np.floating[Any]]) -> float:
     return float(edges[1 + int(between.argmax())])
 
 
-def _patches(tokens_per_image: int) -> tuple[int, int]:
+def _patches(layout: TokenLayout) -> tuple[int, int]:
     """(side, first): an image ends with side x side patches, from token `first` on."""
-    side = math.isqrt(tokens_per_image)
-    first = tokens_per_image - side**2
-    if first > _MOST_OTHERS:
+    try:
+        return layout.side, layout.first_patch
+    except BadInput:
         raise BadInput(
-            f"background is a matter of patches in a square; found {tokens_per_image} tokens per image, which are not "
-            f"a square and at most {_MOST_OTHERS} others"
-        )
-    return side, first
+            f"background is a matter of patches in a square; found {layout.tokens_per_image} tokens per image, of "
+            f"which {layout.n_patches} are patches"
+        ) from None
 
 
 def _sample(stores: Sequence[ActivationStore], first: int) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ import torch
 
 from cytosae.sae import SparseAutoencoder, TrainConfig
 from stores.errors import DamagedStore
-from stores.token_sets import TOKEN_SETS
+from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
 from .distributed import Ranks
@@ -162,20 +162,26 @@ def _watched_tokens(data: TrainingData, config: TrainConfig) -> torch.Tensor:
     if config.token_set not in data.watched:
         every = data.chosen.n_held_out / max(1, WATCHED_TOKENS // data.stream.tokens_per_image)
         tokens, first = [], 0  # `first`: held-out images of the caches before
-        for store, mask in zip(data.stores, data.chosen.held_out, strict=True):
+        keep = data.background.keep if data.background else [None] * len(data.stores)
+        chosen = chosen_tokens(config.token_set, data.stores[0].spec.layout)
+        for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
             images = np.flatnonzero(mask)
             is_taken = np.floor((first + np.arange(len(images)) + 1) / max(1.0, every)) > np.floor(
                 (first + np.arange(len(images))) / max(1.0, every)
             )
-            tokens.append(store.read_images(images[is_taken])[:, TOKEN_SETS[config.token_set]])
+            here_NTD = store.read_images(images[is_taken])[:, chosen.start : chosen.stop]
+            if kept is not None:
+                tokens.append(here_NTD[kept[images[is_taken]][:, chosen.start : chosen.stop]])
+            else:
+                tokens.append(here_NTD.reshape(-1, data.width))
             first += len(images)
-        tokens_NTD = np.concatenate(tokens)
-        if not np.isfinite(tokens_NTD).all():
+        tokens_ND = np.concatenate(tokens)
+        if not np.isfinite(tokens_ND).all():
             raise DamagedStore(
                 "a token of a held-out image is NaN or infinite, and the image is a readable one. cyto cache verify "
                 "lists every bad chunk"
             )
-        data.watched[config.token_set] = torch.from_numpy(tokens_NTD.reshape(-1, data.width))
+        data.watched[config.token_set] = torch.from_numpy(tokens_ND)
     return data.watched[config.token_set]
 
 

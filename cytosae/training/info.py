@@ -1,15 +1,18 @@
 """What an SAE is and what it was trained on: the page of `cyto sae info`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cytosae.sae import activation_text
+from stores.errors import DamagedStore
 from stores.info import StoreInfo
 from stores.runlog import read_runs
 from stores.spec import SAE, Header, read_header
 from stores.wording import printable, size_on_disk
 
+from .health import Health, read_health
 from .report import background_line, held_out_line, training_line
 
 
@@ -17,13 +20,25 @@ from .report import background_line, held_out_line, training_line
 class SaeInfo(StoreInfo):
     """What an SAE is and what it was trained on."""
 
+    health: Health | None = None  # what was measured last; None: nothing of these weights is kept, or
+    no_health: str = ""  # it cannot be read
+
+    def lines(self) -> Iterator[str]:
+        """The page of `cyto sae info`."""
+        yield from super().lines()
+        if self.health is not None:
+            yield from self.health.lines()
+        elif self.header.complete:
+            yield f"health: not measured{printable(self.no_health)}; cyto sae eval RUN STORE --keep measures it"
+
     def rows(self) -> dict[str, str]:
         """The named values of the page, in order."""
         return _imported_rows(self.header) if "imported" in self.header.spec else _trained_rows(self.header)
 
     def to_json(self) -> dict[str, Any]:
         """Header and runs as plain JSON values."""
-        return {**self.header.to_json(), "runs": list(self.runs)}
+        health = None if self.health is None else self.health.to_json()
+        return {**self.header.to_json(), "runs": list(self.runs), "health": health}
 
 
 def sae_info(run: Path) -> SaeInfo:
@@ -35,7 +50,13 @@ def sae_info(run: Path) -> SaeInfo:
         If there is no SAE of a version that this program reads, or its header is damaged.
     """
     header = read_header(run, SAE, complete=False)
-    return SaeInfo(store=run, header=header, n_bytes=size_on_disk(run), runs=tuple(read_runs(run)))
+    health, no_health = None, ""
+    try:
+        health = read_health(run, sae_sha256=(header.summary or {}).get("sae_sha256", ""))
+    except DamagedStore as error:
+        no_health = f" ({error})"
+    runs = tuple(read_runs(run))
+    return SaeInfo(store=run, header=header, n_bytes=size_on_disk(run), runs=runs, health=health, no_health=no_health)
 
 
 def _trained_rows(header: Header) -> dict[str, str]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stores.spec import Header
-from stores.wording import Report, decimals, percent
+from stores.wording import Report, decimals, percent, printable
+
+from .health import Health
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -20,6 +22,8 @@ class TrainReport(Report):
     header: Header  # of `sae.json`; its summary has the last metrics
     was_complete: bool  # True: nothing had to be trained
     warnings: tuple[str, ...] = ()  # about settings that do not go well together
+    health: Health | None = None  # is the SAE fit for barcodes? None: not measured, and
+    no_health: str = ""  # why
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -48,6 +52,10 @@ class TrainReport(Report):
             yield penalty_line(self.summary["penalty"])
         if "held_out" in self.summary:
             yield f"held out: {held_out_line(self.summary['held_out'])}"
+        if self.health is not None:
+            yield from self.health.lines()
+        elif self.no_health:
+            yield f"health: not measured ({printable(self.no_health)}); cyto sae eval --keep measures it"
 
 
 def training_line(metrics: dict[str, Any]) -> str:
@@ -100,6 +108,8 @@ def evaluation_lines(found: "Evaluation") -> Iterator[str]:
         "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
         "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
         f"{_known(found.explained_variance_uncentered)} uncentred",
+        "PCA": f"{_known(found.pca_explained_variance)} of the variance by the first {found.n_pca:,} principal "
+        "components of these tokens, as many as L0",
         "L0": f"{found.l0:.1f} per token; percentiles {_percentiles(found.l0_percentiles)}",
         "per image": f"{found.latents_per_image:.1f} different latents; "
         f"percentiles {_percentiles(found.latents_per_image_percentiles)}",
@@ -130,6 +140,7 @@ def evaluation_lines(found: "Evaluation") -> Iterator[str]:
     for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
         if by_image or by_token:
             yield f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}"
+    yield from found.health.lines()
 
 
 def _known(value: float, digits: int = 3) -> str:

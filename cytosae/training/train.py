@@ -26,7 +26,7 @@ from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_c
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
 from stores.devices import resolve_device
-from stores.errors import BadInput, StoreUnreachable
+from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
@@ -40,6 +40,7 @@ from .dead_latents import resample
 from .device_prefetch import on_device
 from .distributed import ALONE, Ranks, joined_ranks
 from .evaluate import measure_held_out
+from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
@@ -138,7 +139,7 @@ def train(
         )
         if training is None:
             found = load_sae(run).header  # raises DamagedStore if the finished run is damaged
-            return TrainReport(out=run, header=found, was_complete=True, warnings=warnings)
+            return _report(plan, found, device, ranks, warnings, was_complete=True)
         if logger is not None and ranks.is_first:
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
@@ -163,7 +164,7 @@ def train(
             save_training(training)
             raise
         header = finish_training(training)
-        return TrainReport(out=run, header=header, was_complete=False, warnings=warnings)
+    return _report(plan, header, device, ranks, warnings, was_complete=False)
 
 
 def train_step(
@@ -513,6 +514,26 @@ def finish_training(training: Training) -> Header:
     header = find_header(plan.run)
     assert header is not None
     return header
+
+
+def _report(
+    plan: TrainPlan, header: Header, device: str, ranks: Ranks, warnings: tuple[str, ...], *, was_complete: bool
+) -> TrainReport:
+    """The finished run, and on rank 0 the health of its SAE; a run is no worse for a health that cannot be had."""
+    health, reason = None, ""
+    try:
+        if ranks.is_first:
+            health = health_of_run(plan.run, plan.data, plan.config, n_steps=plan.n_steps, device=device)
+    except (CytoError, OSError) as error:
+        reason = str(error)
+    return TrainReport(
+        out=plan.run,
+        header=header,
+        was_complete=was_complete,
+        warnings=warnings,
+        health=health,
+        no_health=reason,
+    )
 
 
 # ------------------------------------------------------------------------------------------- used by a step

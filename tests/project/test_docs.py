@@ -86,6 +86,16 @@ def test_concepts_page(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.docs
+def test_tau_page(made: Path, tmp_path: Path) -> None:
+    """Its block runs, on a small latent store, and says which tau came of it."""
+    shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
+    page = (ROOT / "docs" / "barcode_tau.md").read_text()
+    marked = r"^<!-- executed by tests/project/test_docs.py -->\n```bash\n(.*?)^```$"
+    (script,) = re.findall(marked, page, re.MULTILINE | re.DOTALL)
+    assert "tau auto: " in shell(script, tmp_path)
+
+
+@pytest.mark.docs
 def test_comparison_page(tmp_path: Path) -> None:
     """Its blocks run, on made-up barcodes, and its table names every column."""
     rng = np.random.default_rng(0)
