@@ -229,8 +229,9 @@ class TrainConfig:
     @classmethod
     def from_spec(cls, values: dict[str, Any]) -> "TrainConfig":
         """The settings that `to_spec` wrote, also one of an earlier version; lists of JSON become tuples."""
-        given = RELEASED | values
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        given: dict[str, Any] = RELEASED | values
+        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        return cls(**given)
 
     def n_steps(self, tokens_per_epoch: int) -> int:
         """Number of steps, at least one: the budget rounded to whole batches; with tokens `auto` the largest number.
