@@ -54,6 +54,8 @@ COMMANDS = {
     "barcode": ("cytosae.commands.barcode", "barcode"),
     "compare": ("cytosae.commands.compare", "compare_diseases"),
     "probe": ("cytosae.commands.probe", "probe"),
+    "run": ("cytosae.commands.run", "run_all"),
+    "report": ("cytosae.commands.run", "run_report"),
 }
 # errors of a path that the user can correct: disk full, no permission, below a file, name too long
 _USERS_DISK = (
