@@ -19,6 +19,8 @@ from stores.console import (
 )
 
 if TYPE_CHECKING:
+    from cytosae.pipeline import RunConfig
+
     from .shared import Bridges
 
 
@@ -77,7 +79,7 @@ def run_all(
     Example: cyto run cells/ -o out --backbone dinobloom-b --weights auto
              cyto run out/recipe.toml
     """
-    from cytosae.pipeline import RunConfig, run_pipeline
+    from cytosae.pipeline import RunConfig
     from stores.shards import Shard
 
     asked = {name: options.pop(name) for name in ("root", "backbone", "weights", "block", "sae", "stability", "seed")}
@@ -86,18 +88,23 @@ def run_all(
         _refuse_beside_recipe(context, source)
         config = None
     bridges: Bridges = context.obj
+    tell_run(source, out, config, stage_one=bridges.stage_one, shard=Shard.parse(shard_text), **options)
+
+
+def tell_run(source: Path, out: Path | None, config: "RunConfig | None", **settings: Any) -> None:
+    """The plan, one progress line over all stages, the result."""
+    from cytosae.pipeline import run_pipeline
+
     with progress_line("download", "byte") as downloading, progress_line("run", "step") as progress:
         done = run_pipeline(
             source,
             out,
             config,
-            stage_one=bridges.stage_one,
-            shard=Shard.parse(shard_text),
             tell_plan=tell,
             progress=progress,
             download_progress=downloading,
             gently=lambda: stopping_gently("the chunk"),
-            **options,
+            **settings,
         )
     say_done(done.out, done.was_complete)
     tell(done)

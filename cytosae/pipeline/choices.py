@@ -17,13 +17,14 @@ from stores.spec import SAE, find_header
 
 from .cohort import CohortFacts, possible_comparisons, possible_probes
 from .config import RunConfig
-from .recipe import Recipe, Section, checked_section
+from .recipe import Recipe, Section, checked_recipe, checked_section
 
 _TOKENS_PER_LATENT = 50
 _EXPANSIONS = (1, 2, 4, 8, 16, 32, 64)
-_PROBE = {  # fewer draws than `cyto probe` on its own, for a first answer
-    "patient": {"repeats": 10, "permutations": 99},
-    "image": {"repeats": 3, "permutations": 19, "max_images": 1000},
+_FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+_PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer in a minute
+    "patient": {"repeats": 5, "permutations": 39, **_FEW},
+    "image": {"repeats": 2, "permutations": 19, "max_images": 600, **_FEW},
 }
 
 
@@ -50,9 +51,10 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
         sections["stability"] = {"seed": config.seed + 1}
         why["stability.seed"] = "a second SAE from another seed: latents that both find are no accident of the seed"
     given = {name: dict(values) for name, values in config.settings.items()}
+    of_all = {name: checked_section(name, given.pop(name), "--set") for name in ("compare", "probe") if name in given}
     for name, values in given.items():
         if name not in sections or name == "images":
-            known = ", ".join(each for each in sections if each != "images")
+            known = ", ".join(each for each in (*sections, "compare", "probe") if each != "images")
             raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {known}")
         checked = checked_section(name, values, "--set")
         replaced = {"epochs": "tokens", "tokens": "epochs"} if name == "sae" else {}
@@ -66,10 +68,10 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
     probe, not_probed = possible_probes(facts)
     if config.sae and config.stability:
         left_out["stability"] = "the SAE was given, not trained: there is no second seed"
-    return Recipe(
+    return checked_recipe(
         **sections,
-        compare=tuple(_comparison(each, config.seed) for each in compare),
-        probe=tuple(_probe(each, config.seed) for each in probe),
+        compare=tuple({**_comparison(each, config.seed), **of_all.get("compare", {})} for each in compare),
+        probe=tuple({**_probe(each, config.seed), **of_all.get("probe", {})} for each in probe),
         why=why,
         left_out={**left_out, **not_probed},
     )

@@ -15,6 +15,14 @@ class Prose:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heading:
+    """Of a part of a section."""
+
+    text: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """Names and values."""
 
@@ -107,7 +115,7 @@ class Files:
     kind: str = "files"
 
 
-Block = Prose | Facts | Table | Figure | Caveats | Concepts | Verdicts | Files
+Block = Prose | Heading | Facts | Table | Figure | Caveats | Concepts | Verdicts | Files
 
 
 @dataclass(kw_only=True)

@@ -37,7 +37,7 @@ def concept_section(run: RunFolder) -> Section | None:
     rows = _reference_rows(run, store, chosen)
     section.blocks.append(
         Prose(
-            text="For each latent the images in which it is most active: left as they are, right in grey with the "
+            text="For each latent the images in which it is most active: above as they are, below in grey with the "
             "place where it is active. A latent is a hypothesis: only an expert's blinded review (cyto atlas serve) "
             "says whether it is a concept."
         )
@@ -103,7 +103,7 @@ def choose_shown(run: RunFolder, store: ConceptStore) -> dict[int, str]:
         of_label = np.flatnonzero((top == name) & (n_images >= _LEAST_IMAGES) & (divergence > 0))
         if len(of_label):
             best = of_label[np.lexsort((of_label, -mean[of_label], -np.round(divergence[of_label], 6)))][0]
-            chosen.setdefault(int(best), f"its top images are {name}, more purely than those of any other latent")
+            chosen.setdefault(int(best), f"of the latents whose top images are mostly {name}, the purest")
     for latent, why in _drawn(run, store, mean):
         if len(chosen) >= _SHOWN:
             break

@@ -14,7 +14,7 @@ from stores.wording import counted, size_on_disk
 
 from . import stages
 from .cohort import counts_text, read_cohort
-from .page_blocks import Block, Caveats, Facts, Figure, Files, Prose, Section, Table, Verdict, Verdicts
+from .page_blocks import Block, Caveats, Facts, Figure, Files, Heading, Prose, Section, Table, Verdict, Verdicts
 from .page_concepts import concept_section
 from .page_inputs import RunFolder
 from .page_pictures import figure_picture
@@ -281,6 +281,7 @@ def _comparison_section(run: RunFolder) -> Section | None:
 def _comparison_blocks(config: dict[str, Any], comparison: Any, *, with_picture: bool) -> Iterator[Block]:
     found = comparison.summary
     a, b = str(found["a"]["name"]), str(found["b"]["name"])
+    yield Heading(text=f"{a} against {b}")
     if with_picture:
         yield Figure(
             picture=figure_picture(comparison.results.content("scatter.png")),
@@ -308,7 +309,7 @@ def _comparison_blocks(config: dict[str, Any], comparison: Any, *, with_picture:
     ]
     if rows:
         yield Table(
-            caption=f"{a} against {b}: the best supported latents",
+            caption=f"The best supported latents; A is {a}, B is {b}",
             head=("latent", "higher in", "mean A", "mean B", "g", "95% interval", "AUC", "p", "q", "p (max-T)"),
             rows=rows,
             text=(1,),
@@ -330,16 +331,18 @@ def _probe_section(run: RunFolder) -> Section | None:
         said = f"by chance {chance['weighted_f1']['mean']:.2f}, p = {chance['weighted_f1']['p']:.2g}" if chance else ""
         run.short.append(
             f"Barcodes tell the {scores['target']} of {scores['n_units']:,} {scores['level']}s with a weighted F1 of "
-            f"{best:.2f} ({said})."
+            f"{best:.2f}{f' ({said})' if said else ''}."
         )
     return section
 
 
 def _probe_blocks(config: dict[str, Any], store: ResultStore, scores: dict[str, Any]) -> Iterator[Block]:
     classes = counts_text(scores["classes"])
+    yield Heading(text=f"{scores['target']} of {scores['level']}s")
     yield Prose(
-        text=f"{scores['target']} of {scores['n_units']:,} {scores['level']}s in {scores['n_groups']:,} independent "
-        f"groups ({classes}); {scores['folds']} folds that no group crosses, drawn {scores['repeats']} times."
+        text=f"The {scores['target']} of {scores['n_units']:,} {scores['level']}s in {scores['n_groups']:,} "
+        f"independent groups ({classes}); {scores['folds']} folds that no group crosses, drawn {scores['repeats']} "
+        f"times."
     )
     chance = scores["permutation"]
     null = ""

@@ -174,7 +174,18 @@ def parse_recipe(raw: Mapping[str, Any], source: str) -> Recipe:
             if not isinstance(value, dict):
                 raise BadInput(f"{source}: {name} must be a section, [{name}]; found {value!r}")
             read[name] = checked_section(name, value, source)
-    recipe = Recipe(**read)
+    return checked_recipe(source, **read)
+
+
+def checked_recipe(source: str = "the recipe", /, **sections: Any) -> Recipe:
+    """A recipe whose sections are taken by the settings of their commands; `source` names it in errors.
+
+    Raises
+    ------
+    BadInput
+        For a value out of range, or settings that exclude each other.
+    """
+    recipe = Recipe(**sections)
     _check_values(recipe, source)
     return recipe
 

@@ -136,7 +136,9 @@ def run_pipeline(
     SpecMismatch
         If `out` holds something else, or a run with other settings (and not `overwrite`), or is being written.
     """
-    bridge = require_stage_one(stage_one)
+    from stores.devices import resolve_device  # torch: where it is missing, that is told before anything is begun
+
+    bridge, resolved = require_stage_one(stage_one), resolve_device(device)
     place, config_of = _places(Path(source), None if out is None else Path(out), config)
     looking = {"device": device, "workers": workers, "download_progress": download_progress}
     with ExitStack() as stack:
@@ -154,8 +156,6 @@ def run_pipeline(
         look = asked.look
         if look is None and content_of(place / CACHE) is None:
             look = _look(bridge, asked.images, asked.recipe.extract, looking)
-        from stores.devices import resolve_device  # torch, which nothing above needs
-
         plan = make_plan(
             asked.recipe,
             stages,
@@ -163,7 +163,7 @@ def run_pipeline(
             asked.facts,
             look,
             out=place,
-            device=resolve_device(device),
+            device=resolved,
             images_content=content,
             notes=asked.images.notes,
         )

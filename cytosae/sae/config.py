@@ -224,9 +224,19 @@ def make_config(
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
-    for given in (checked_settings(read_toml(config_file), str(config_file)) if config_file else {}, options or {}):
+    for given in (_settings_of(config_file) if config_file else {}, options or {}):
         values = overridden(values, given)
     return TrainConfig(**values)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file; of a recipe of `cyto run` those of its section `sae`."""
+    values = read_toml(path)
+    if values.get("format") == "cyto recipe":
+        section = values.get("sae")
+        values = dict(section) if isinstance(section, dict) else {}
+        values.pop("assume_compatible", None)
+    return checked_settings(values, str(path))
 
 
 def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -193,6 +193,10 @@ def test_there_is_no_circle() -> None:
             {"torch", "cytocache", "dask", "sklearn"},
         ),
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
+        (
+            "cytosae.pipeline.run, cytosae.pipeline.page",
+            {"torch", "timm", "cytocache", "dask", "click", "anndata", "sklearn"},
+        ),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
         ("cytosae.atlas.review_server, cytosae.atlas.reviewer_agreement", {"torch", "cytocache", "dask", "matplotlib"}),
         ("stores.latent_store, stores.verify_any", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
