@@ -120,7 +120,16 @@ class RunFolder:
         """Latents with the pixels of their images; None without stage one."""
         if self.stage_one is None or self.latents is None:
             return None
-        return open_sources([self.root / stages.LATENTS], self.stage_one)
+        folder = self._images_folder()
+        return open_sources([self.root / stages.LATENTS], self.stage_one, roots=[] if folder is None else [folder])
+
+    def _images_folder(self) -> Path | None:
+        """The folder of the images by the recipe, so that a run that was moved finds them; None: as recorded."""
+        source = self.root / self.recipe.images["source"]
+        if source.is_dir():
+            return source
+        is_table = source.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet") and source.is_file()
+        return self.root / self.recipe.images.get("root", source.parent) if is_table else None
 
     @property
     def is_trained(self) -> bool:

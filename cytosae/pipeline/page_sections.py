@@ -1,6 +1,7 @@
 """The sections of the report, each from the stores that it speaks of."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -159,9 +160,7 @@ def _health_section(run: RunFolder) -> Section | None:
 
 def _verdicts(run: RunFolder) -> list[Verdict]:
     """The health that was kept with the SAE; figures of the concepts where none was."""
-    import cytosae.training
-
-    read = getattr(cytosae.training, "read_health", None)
+    read = getattr(import_module("cytosae.training"), "read_health", None)
     health = None if read is None else read(run.sae_folder)
     if health is None:
         return []

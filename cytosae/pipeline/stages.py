@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cytosae.stage_one import ImageList, StageOne
 from stores.progress import Progress
@@ -15,9 +15,6 @@ from stores.wording import Report
 
 from .commands_text import options, training_options, words
 from .recipe import FILE, Recipe, Section, compare_config, plain_values, probe_config
-
-if TYPE_CHECKING:
-    from distributed import Client
 
 # names below the folder of a run
 CACHE, SAE_FOLDER, LATENTS = "cells.acts.zarr", "cells.sae", "cells.latents.zarr"
@@ -50,7 +47,7 @@ class Workshop:
     resources: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
-    def client(self) -> "Client":
+    def client(self) -> Any:
         """A Dask client, opened when the first stage needs it and closed with `resources`."""
         from cytosae.cluster import open_client
 

@@ -24,6 +24,7 @@ ROOMS = sorted(path.parent.name for path in (ROOT / "cytosae").glob("*/__init__.
 TORCH = {  # files that name torch (or timm), or rooms; a laptop without torch runs all else
     *("cytocache/backbones.py", "cytocache/bridge.py", "cytocache/extract.py", "cytocache/fidelity.py"),
     *("cytocache/sample.py", "cytocache/torchvision_guard.py", "cytocache/weights_file.py"),
+    *("cytocache/first_look.py", "cytosae/pipeline/costs.py"),
     *("cytosae/sae", "cytosae/training", "cytosae/sweep", "cytosae/latents", "cytosae/probe/attention_mil.py"),
     *("cytosae/stage_one.py", "stores/devices.py"),
 }
@@ -195,7 +196,7 @@ def test_there_is_no_circle() -> None:
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
         (
             "cytosae.pipeline.run, cytosae.pipeline.page",
-            {"torch", "timm", "cytocache", "dask", "click", "anndata", "sklearn"},
+            {"torch", "timm", "cytocache", "anndata", "matplotlib"},
         ),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
         ("cytosae.atlas.review_server, cytosae.atlas.reviewer_agreement", {"torch", "cytocache", "dask", "matplotlib"}),

@@ -18,17 +18,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, one_cluster():
         patch.setattr(os, "fsync", lambda descriptor: None)
         torch.set_num_threads(1)
-        run_small(draw_cohort(root), root / "out")
+        run_small(draw_cohort(root / "out"), root / "out")
     torch.set_num_threads(before)
     return root / "out"
 
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the run and its images, to be changed; its recipe names the images of the copy."""
-    shutil.copytree(finished.parent, tmp_path / "all")
-    out = tmp_path / "all" / "out"
-    path = out / "recipe.toml"
-    path.write_text(path.read_text().replace(str(finished.parent), str(tmp_path / "all")))
+    """A copy of the run and its images, which lie in its folder, to be changed."""
     with one_cluster():
-        yield out
+        yield Path(shutil.copytree(finished, tmp_path / "copy" / "out"))

@@ -123,7 +123,7 @@ def test_a_run_that_is_not_finished_has_a_page(copied: Path) -> None:
 
 
 def test_without_the_images_it_says_so(copied: Path) -> None:
-    shutil.rmtree(copied.parent / "cells")
+    shutil.rmtree(copied / "cells")
     write_run_report(copied, stage_one=cytocache.bridge)
     page = Page((copied / "report.html").read_text())
     assert "no picture" in page.texts
