@@ -3,10 +3,12 @@
 import os
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small_runs import draw_cohort, one_cluster, run_small
 
 
@@ -21,6 +23,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_small(draw_cohort(root / "out"), root / "out")
     torch.set_num_threads(before)
     return root / "out"
+
+
+@pytest.fixture
+def quick_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are one small picture, for tests that do not look at them."""
+    content = BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, **more: Path(path).write_bytes(content.getvalue())
+    )
 
 
 @pytest.fixture

@@ -78,6 +78,7 @@ def test_all_is_there_and_whole(finished: Path) -> None:
     assert recipe.why["sae.expansion"] == "asked for"
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_a_repeat_does_nothing(copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     for source, out in ((copied / "recipe.toml", None), (copied / "cells.csv", copied)):
@@ -90,12 +91,12 @@ def test_a_repeat_does_nothing(copied: Path) -> None:
         assert now.keys() == before.keys()
 
 
+@pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize(
     ("section", "name", "value", "stage"),
     [
         ("[atlas]", "n_images", "3", "atlas"),
         ("[[compare]]", "top", "3", "compare"),
-        ("[select]", "clusters", "2", "select"),
         ("[[probe]]", "permutations", "3", "probe disease"),
         ("[barcode]", "tau", "0.01", "barcode"),
         ("[sae]", "lr", "0.002", "train"),
@@ -210,6 +211,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert [each.stage.name for each in done.plan.to_do][:3] == ["extract", "train", "encode"]
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path: Path) -> None:
     done = run_small(
         copied / "cells.csv",
@@ -223,6 +225,7 @@ def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path
     assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
 
 
+@pytest.mark.usefixtures("quick_figures")
 def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
     """Each is run until nothing is left; the second never does what cannot be shared."""
     out, table = tmp_path / "shared", copied / "cells.csv"
