@@ -126,10 +126,10 @@ class RunFolder:
     def _images_folder(self) -> Path | None:
         """The folder of the images by the recipe, so that a run that was moved finds them; None: as recorded."""
         source = self.root / self.recipe.images["source"]
-        if source.is_dir():
-            return source
-        is_table = source.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet") and source.is_file()
-        return self.root / self.recipe.images.get("root", source.parent) if is_table else None
+        is_table = source.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet")
+        if is_table:
+            source = self.root / self.recipe.images.get("root", source.parent)
+        return source if source.exists() else None
 
     @property
     def is_trained(self) -> bool:

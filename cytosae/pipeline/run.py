@@ -146,7 +146,7 @@ def run_pipeline(
             stack.enter_context(claimed(place, shared=not shard.is_only))
         _refuse_foreign(place)
         asked = (
-            _from_recipe(Path(source), place, bridge)
+            _from_recipe(Path(source), place, bridge, overwrite=overwrite)
             if config_of is None
             else _from_data(Path(source), place, config_of, bridge, looking, overwrite=overwrite)
         )
@@ -224,11 +224,14 @@ def _refuse_foreign(out: Path) -> None:
         raise SpecMismatch(f"{out} holds {there[0]} but no {FILE}: something else than a run; choose another -o")
 
 
-def _from_recipe(source: Path, out: Path, bridge: StageOne) -> _Asked:
+def _from_recipe(source: Path, out: Path, bridge: StageOne, *, overwrite: bool) -> _Asked:
     recipe = read_recipe(source)
     if source.parent.resolve() != out.resolve():  # its paths are relative to its own folder
         moved = {name: str((source.parent / value).absolute()) for name, value in recipe.images.items()}
-        recipe = replace(recipe, images=moved)
+        used = recipe.uses_sae
+        sae = recipe.sae if used is None else {**recipe.sae, "use": str((source.parent / used).absolute())}
+        recipe = replace(recipe, images=moved, sae=sae)
+        _refuse_other(recipe, out, overwrite=overwrite)
     root = recipe.images.get("root")
     images = bridge.open_images(out / recipe.images["source"], root=None if root is None else out / root)
     return _Asked(recipe, images, read_cohort(images.table), None)
@@ -243,15 +246,20 @@ def _from_data(
     extract = {"backbone": config.backbone, "weights": config.weights, "block": config.block}
     look = _look(bridge, images, {name: value for name, value in extract.items() if value is not None}, looking)
     recipe = resolve(config, source, out, facts, look)
-    if (out / FILE).is_file() and not overwrite:
-        there = read_recipe(out / FILE)
-        if found := differences(there, recipe):
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            raise SpecMismatch(
-                f"{out / FILE} has other settings ({', '.join(found[:3])}{more}); cyto run {out / FILE} goes on with "
-                f"those, --overwrite takes the new ones, or choose another -o"
-            )
+    _refuse_other(recipe, out, overwrite=overwrite)
     return _Asked(recipe, images, facts, look)
+
+
+def _refuse_other(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
+    """A folder with a recipe keeps its settings, unless `overwrite` says that new ones are meant."""
+    if not (out / FILE).is_file() or overwrite:
+        return
+    if found := differences(read_recipe(out / FILE), recipe):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise SpecMismatch(
+            f"{out / FILE} has other settings ({', '.join(found[:3])}{more}); cyto run {out / FILE} goes on with "
+            f"those, --overwrite takes the new ones, or choose another -o"
+        )
 
 
 def _look(bridge: StageOne, images: ImageList, extract: dict[str, object], looking: dict[str, object]) -> FirstLook:
