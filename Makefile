@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SDIST_TESTS ?= -m "not slow and not gpu and not browser and not docs"
+QUICK := not slow and not gpu and not browser and not docs and not stress
+SDIST_TESTS ?= -m "$(QUICK)"
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
 
-.PHONY: install demo browser test test-docs test-browser test-slow test-versions bench docs site wheel-check sdist-check clean
+.PHONY: install demo browser test test-stress test-docs test-browser test-slow coverage test-versions bench docs site wheel-check sdist-check clean
 
 install: $(VENV)/.installed
 
@@ -26,16 +28,22 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu and not browser and not docs"
+	$(PYTEST) -m "$(QUICK)"
+
+test-stress: install # killed processes, damaged and hostile files, clusters, commands at once
+	$(PYTEST) -m "stress and not slow and not gpu"
 
 test-docs: install # the demo, and every page of the docs that can run
-	$(BIN)/pytest -n auto --dist worksteal -m docs
+	$(PYTEST) -m docs
 
 test-browser: install # the atlas and the review in Chromium; skipped where `make browser` brought nothing
-	$(BIN)/pytest -n auto --dist worksteal -m browser
+	$(PYTEST) -m browser
 
 test-slow: install # heavy groups, on request
 	$(BIN)/pytest -m "slow or gpu"
+
+coverage: install # which lines the quick and the stress tests run, by file
+	$(PYTEST) -m "not slow and not gpu and not browser and not docs" -o timeout=1200 --cov=stores --cov=cytocache --cov=cytosae --cov=cli --cov-report=term
 
 bench: install # docs/benchmarks.md says what each line means
 	$(BIN)/python bench/run_all.py

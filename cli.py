@@ -132,9 +132,8 @@ class Bridges:
     def load_sae(self, sae: Path, device: str) -> Any:
         """An SAE, for commands of stage one (`cytocache.fidelity.Sae`)."""
         from cytosae.sae import load_sae
-        from stores.devices import resolve_device
 
-        return load_sae(sae, device=resolve_device(device))
+        return load_sae(sae, device=device)
 
 
 @click.group(

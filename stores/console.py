@@ -92,12 +92,19 @@ def stopping_gently(what: str) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+_in_place: list[object] = []  # in a terminal: the progress line that the cursor is on, if any
+
+
 @contextmanager
 def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress line on stderr: updated in place in a terminal, one line every ten seconds in a log."""
+    """A progress line on stderr: updated in place in a terminal, one line every ten seconds in a log.
+
+    Several may be open, for jobs that follow one another: the line of a job stays when the next one begins.
+    """
     from tqdm import tqdm
 
     began, shown, last, at_start = time.monotonic(), 0.0, (-1, ""), -1
+    own = object()
     in_terminal = sys.stderr.isatty()
 
     def show(done: int, total: int, state: str) -> None:
@@ -110,6 +117,8 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         elif done < total and now - shown < (0.2 if in_terminal else 10):
             return
         shown, last = now, (done, state)
+        if in_terminal:
+            _end_line_of_other(own)
         line = tqdm.format_meter(
             done,
             total,
@@ -122,9 +131,18 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
         )
         click.echo(f"\r\x1b[2K{line}" if in_terminal else line, err=True, nl=not in_terminal)
 
-    yield show
-    if in_terminal and shown:
+    try:
+        yield show
+    finally:
+        if own in _in_place:
+            _in_place.clear()
+            click.echo(err=True)
+
+
+def _end_line_of_other(own: object) -> None:
+    if _in_place and own not in _in_place:
         click.echo(err=True)
+    _in_place[:] = [own]
 
 
 def print_check(report: "CheckReport", as_json: bool) -> None:

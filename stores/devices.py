@@ -18,10 +18,16 @@ def resolve_device(device: str) -> str:
     from stores.errors import BadInput
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if _has_gpu() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

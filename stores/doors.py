@@ -1,4 +1,4 @@
-"""Lazy packages ("doors"): the public names listed in `__init__.pyi` are imported on first use.
+"""Lazy packages ("doors"): the public names listed in `__init__.pyi` are imported on first use; so are rooms below.
 
 Python gives a package an attribute for every imported submodule. If a public function has the name of a submodule
 (`cytosae.compare`), the meaning of that name would depend on earlier imports. Therefore such a module is made callable:
@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,8 @@ def open_door(
     load, list_names, names = lazy_loader.attach_stub(package, file)
 
     def load_name(name: str) -> Any:
-        return importlib.import_module(f"{package}.{name}") if name in callable_modules else load(name)
+        is_module = name in callable_modules or (Path(file).parent / name / "__init__.pyi").is_file()  # a room
+        return importlib.import_module(f"{package}.{name}") if is_module else load(name)
 
     return load_name, list_names, names
 

@@ -124,7 +124,7 @@ def chosen_images(
     )
 
 
-def read_image_ids(path: Path) -> list[str]:
+def read_image_ids(path: Path | str) -> list[str]:
     """The `image_id`s in a text file, one per line, or in that column of a Parquet file.
 
     In a text file, blank lines and blanks around an id are ignored.
@@ -135,6 +135,7 @@ def read_image_ids(path: Path) -> list[str]:
         If there is no such file, or it is neither, larger than 64 MiB, or without a single id.
     """
     expected = "expected a text file with one image_id per line, or a Parquet file with that column"
+    path = Path(path)
     if not path.is_file():
         raise BadInput(f"no list of images at {path}: {expected}")
     if path.suffix.lower() == ".parquet" or (path.suffix.lower() in (".csv", ".tsv") and _has_header(path)):

@@ -242,6 +242,13 @@ def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
         raise BadInput(f"{name} must be one of {', '.join(map(str, allowed))}; found {value!r}")
 
 
+def as_floats(config: object, *names: str) -> None:
+    """Turn settings of a frozen dataclass into floats, except None: 1 and 1.0 are the same settings."""
+    for name in names:
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, float(getattr(config, name)))
+
+
 def check_latent(latent: int, n_latents: int, place: object) -> None:
     """Raise BadInput if there is no latent of this number; `place`: the artefact with these latents."""
     if not 0 <= latent < n_latents:

@@ -10,10 +10,19 @@ import pytest
 from PIL import Image
 from tiny_runs import tiny_config
 
+import stores.devices
 from cytocache.datasets import open_images
 from cytocache.demo_cells import draw_cell
 
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_the_cpu() -> Iterator[None]:
+    """`device="auto"` means the CPU, also beside a GPU: tests compare bits. Tests of a GPU name their device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores.devices, "_has_gpu", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +61,12 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """fsync does nothing: for modules that ask for no crash."""
+    """fsync does nothing: no test switches the machine off, and thousands of small files would wait milliseconds each.
+
+    Child processes do wait. Tests that count or order these calls put their own function in its place.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -3,6 +3,7 @@ from .build import build_atlas as build_atlas
 from .build import estimate_atlas as estimate_atlas
 from .build import write_atlas as write_atlas
 from .config import AtlasConfig as AtlasConfig
+from .inputs import Inputs as Inputs
 from .inputs import open_inputs as open_inputs
 from .pseudonyms import pseudonyms_file as pseudonyms_file
 from .questions import read_review as read_review
@@ -10,6 +11,7 @@ from .review_report import AgreementResult as AgreementResult
 from .review_report import VerdictsResult as VerdictsResult
 from .review_report import review_agreement as review_agreement
 from .review_report import write_verdicts as write_verdicts
+from .review_server import AtlasServer as AtlasServer
 from .review_server import ServeConfig as ServeConfig
 from .review_server import open_server as open_server
 from .reviewer_agreement import EXTREME as EXTREME

@@ -166,7 +166,7 @@ class Cohort:
 class Groups:
     """For each disease and dataset: the number of patients, and sums over their barcodes, (n_groups, n_latents).
 
-    Symbols of `prediction_t`: images_per_patient is K, clumps is C; logs and log_squares are sums on `log_scale`.
+    Symbols of `prediction_t`: images_per_patient is K, dispersion is C; logs and log_squares are sums on `log_scale`.
     """
 
     n_patients: Ints
@@ -175,14 +175,14 @@ class Groups:
     squares: Floats
     logs: Floats
     log_squares: Floats
-    clumps: Floats
+    dispersion: Floats
 
     def others(self, group: int, barcode: Floats) -> Others:
         """Statistics of a group without one of its patients, whose barcode, (n_latents,), is given."""
         n, k = int(self.n_patients[group]) - 1, float(self.images_per_patient[group])
         mean, sd = _moments(n, self.sums[group], self.squares[group], barcode)
         log_mean, log_sd = _moments(n, self.logs[group], self.log_squares[group], log_scale(barcode, k))
-        return Others(n, mean, sd, log_mean, log_sd, self.clumps[group], k)
+        return Others(n, mean, sd, log_mean, log_sd, self.dispersion[group], k)
 
 
 def _moments(n: int, sums: Floats, squares: Floats, less: Floats) -> tuple[Floats, Floats]:

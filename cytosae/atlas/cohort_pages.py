@@ -25,9 +25,8 @@ def write_patient_pages(
     """Write the pages of all patients (or the first `most` of the store); yields the number written so far."""
     groups = cohort.groups
     overall = groups.sums.sum(axis=0) / max(1, cohort.n_patients)
-    is_mean = (
-        cohort.barcodes.header.spec["normalize"] == "images"
-    )  # the other normalization grows with the number of images
+    # the other normalization grows with the number of images
+    is_mean = cohort.barcodes.header.spec["normalize"] == "images"
     for n_done, (number, row) in enumerate(cohort.rows(), start=1):
         if most is not None and n_done > most:
             return

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stores.errors import BadInput
-from stores.spec import check_choice
+from stores.spec import as_floats, check_choice
 
 PAGES = ("selected", "top", "all")
 
@@ -27,3 +27,4 @@ class AtlasConfig:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")
+        as_floats(self, "tau")

@@ -1,3 +1,4 @@
+from .build import NORMALIZATIONS as NORMALIZATIONS
 from .build import BarcodeConfig as BarcodeConfig
 from .build import write_barcodes as write_barcodes
 from .compatibility import IMAGE_COLUMNS as IMAGE_COLUMNS
@@ -6,6 +7,7 @@ from .compatibility import check_one_sae as check_one_sae
 from .compatibility import check_tau as check_tau
 from .compatibility import differences as differences
 from .count_kernels import LatentSums as LatentSums
+from .export import Exported as Exported
 from .export import export_h5ad as export_h5ad
 from .figures import characteristic_latents as characteristic_latents
 from .figures import plot_patient_barcodes as plot_patient_barcodes

@@ -43,8 +43,8 @@ class Exported(Report):
 
 
 def export_h5ad(
-    barcodes: Path,
-    out: Path,
+    barcodes: Path | str,
+    out: Path | str,
     *,
     level: str = "image",
     tau: float | None = None,
@@ -70,7 +70,7 @@ def export_h5ad(
     DamagedStore
         If the barcodes are not what was written.
     """
-    store = BarcodeStore(barcodes)
+    store, out = BarcodeStore(barcodes), Path(out)
     if out.suffix != ".h5ad":
         raise BadInput(f"{out} must end with .h5ad")
     if out.absolute().is_relative_to(store.root) or out.resolve().is_relative_to(store.root.resolve()):

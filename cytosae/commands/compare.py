@@ -85,6 +85,6 @@ def compare_diseases(
         done = compare(barcodes, out, config, latents=latents, overwrite=overwrite, progress=progress)
     say_done(out, done.was_complete)
     if as_json:
-        click.echo(json.dumps(done.as_dict(), indent=1))
+        click.echo(json.dumps(done.to_json(), indent=1))
     else:
         tell(done)

@@ -142,7 +142,7 @@ def concept_map(
     from cytosae.maps import PatchQuery, Style, write_maps
 
     if (patch is None) == (not latents):
-        raise click.UsageError("give --latent (it may repeat), or --patch for the latents that speak for it")
+        raise click.UsageError("give --latent (it may repeat), or --patch for its most active latents")
     if patch is not None and concepts is None:
         raise click.UsageError("--patch needs --concepts, whose statistics say which latents are shared or noisy")
     if (image_id is None) != (file is not None and run is not None) or (file is None) != (run is None):

@@ -191,7 +191,7 @@ def _show(out: Path, done: "ProbeResult | ProbeTest", as_json: bool) -> None:
     if not as_json:
         tell(done)
         return
-    click.echo(json.dumps(done.as_dict(), indent=1, allow_nan=False))
+    click.echo(json.dumps(done.to_json(), indent=1, allow_nan=False))
     for warning in done.warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
 
@@ -204,12 +204,13 @@ def _apply_saved(
 ) -> "ProbeTest":
     """`cyto probe --model`: refuses options that change nothing there, and applies the saved model to the test."""
     from cytosae.probe import apply_model
-    from stores.errors import BadInput
 
     if model is None:
-        raise BadInput("name the BARCODES to fit on, or with --model the folder of an earlier cyto probe")
+        raise click.UsageError("name the BARCODES to fit on, or with --model the folder of an earlier cyto probe")
     if barcodes is not None or test is None:
-        raise BadInput("a saved model (--model) is tried on --test BARCODES, and on nothing else; name these alone")
+        raise click.UsageError(
+            "a saved model (--model) is tried on --test BARCODES, and on nothing else; name these alone"
+        )
     given = {
         str(option.name): max(option.opts, key=len)
         for option in context.command.params
@@ -217,6 +218,6 @@ def _apply_saved(
     }
     idle = [option for name, option in given.items() if name not in _WITH_MODEL]
     if idle:
-        raise BadInput(f"{', '.join(idle)}: a saved model (--model) is as it was fitted; leave it out")
+        raise click.UsageError(f"{', '.join(idle)}: a saved model (--model) is as it was fitted; leave it out")
     changes = {name: context.params[name] for name in ("target", "group_by", "min_images") if name in given}
     return apply_model(model, test, out, seed=context.params["seed"], **more, **changes)

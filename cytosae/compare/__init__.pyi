@@ -1,3 +1,4 @@
+from .config import REST as REST
 from .config import CompareConfig as CompareConfig
 from .config import describe_left_out as describe_left_out
 from .differential import compare as compare

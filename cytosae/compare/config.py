@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from stores.errors import BadInput
+from stores.spec import as_floats
 
 REST = "rest"  # as B: all patients with a disease that is not A
 
@@ -43,6 +44,7 @@ class CompareConfig:
             raise BadInput("within one label there is nothing to standardize: give --within-label or --standardize")
         if len({*self.adjust}) < len(self.adjust) or self.strata in self.adjust:
             raise BadInput("a column stands twice in --adjust, or in --adjust and --strata; give each once")
+        as_floats(self, "tau", "min_mean")
 
     @property
     def is_adjusted(self) -> bool:

@@ -97,11 +97,11 @@ class Prepared:
 
 
 def compare(
-    barcodes: Path,
-    out: Path,
+    barcodes: Path | str,
+    out: Path | str,
     config: CompareConfig,
     *,
-    latents: Path | None = None,
+    latents: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> Comparison:
@@ -124,6 +124,8 @@ def compare(
     SpecMismatch
         If `out` holds a comparison with other settings (and not `overwrite`), or something else.
     """
+    barcodes, out = Path(barcodes), Path(out)
+    latents = None if latents is None else Path(latents)
     store = BarcodeStore(barcodes)
     patients = _read_patients(store, config.tau)
     images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)

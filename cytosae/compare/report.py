@@ -66,7 +66,7 @@ class Comparison(Report):
             for group in ("a", "b")
         }
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The summary and the first five rows of each list, in plain values: what `--json` prints."""
         return {"comparison": str(self.out), **self.summary, "top": self.top(5), "supported": self.supported(5)}
 

@@ -1,3 +1,5 @@
+from .label_entropy import label_entropy as label_entropy
+from .label_entropy import shuffled_entropy as shuffled_entropy
 from .latent_summary import TopImagesResult as TopImagesResult
 from .latent_summary import top_images as top_images
 from .report import ConceptResult as ConceptResult
@@ -6,6 +8,7 @@ from .selection import Selection as Selection
 from .selection import SelectionConfig as SelectionConfig
 from .selection import read_selection as read_selection
 from .selection import select_latents as select_latents
+from .statistics import LABEL_COLUMNS as LABEL_COLUMNS
 from .statistics import ConceptConfig as ConceptConfig
 from .statistics import concept_statistics as concept_statistics
 from .statistics import write_concepts as write_concepts

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from stores.doors import make_callable
 from stores.errors import BadInput
 
 Ints = npt.NDArray[np.int64]
@@ -290,3 +291,6 @@ def _weigh(values: Any, labels: Any) -> Any:
                 if weight > largest or (weight == largest and label < heaviest[s]):
                     largest, heaviest[s] = weight, label
     return entropy, heaviest
+
+
+make_callable(__name__, "label_entropy")  # cytosae.concepts.label_entropy(...)

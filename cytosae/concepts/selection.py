@@ -18,7 +18,7 @@ from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import write_atomic
 from stores.notebook import table_html
-from stores.spec import describe_difference, require_unchanged
+from stores.spec import as_floats, describe_difference, require_unchanged
 from stores.tables import read_sealed, sealed_parquet
 from stores.wording import Report, counted
 
@@ -55,6 +55,7 @@ class SelectionConfig:
         for name in ("clusters", "per_cluster"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
+        as_floats(self, "threshold")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,11 +154,11 @@ class _Images:
 
 def concept_statistics(
     latents: Path | str | Sequence[Path | str],
-    out: Path,
+    out: Path | str,
     config: ConceptConfig = ConceptConfig(),
     *,
     client: "Client | None" = None,
-    table: Path | None = None,
+    table: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> ConceptResult:
@@ -185,6 +185,7 @@ def concept_statistics(
     ClusterLost
         If the scheduler goes away. The parts that are finished stay.
     """
+    out, table = Path(out), None if table is None else Path(table)
     with client_or_own(client) as working:
         return _concept_statistics(latents, out, config, working, table, overwrite, progress)
 

@@ -54,7 +54,7 @@ class ThresholdResult(Report):
 
 
 def compare_thresholds(
-    concepts: Path | Sequence[Path], out: Path, *, dataset: str | None = None, overwrite: bool = False
+    concepts: Path | str | Sequence[Path | str], out: Path | str, *, dataset: str | None = None, overwrite: bool = False
 ) -> ThresholdResult:
     """Count the latents with a mean activation above each of `LOG10_THRESHOLDS`: a table and figures in `out`.
 
@@ -70,7 +70,7 @@ def compare_thresholds(
     SpecMismatch
         If `out` holds other settings (and not `overwrite`), or something else.
     """
-    concepts = [concepts] if isinstance(concepts, Path | str) else concepts
+    concepts, out = [concepts] if isinstance(concepts, Path | str) else concepts, Path(out)
     stores = [ConceptStore(root) for root in concepts]
     names = _names([store.root for store in stores])
     chosen = [

@@ -6,4 +6,4 @@ Open first: `encode.py`.
 
 from stores.doors import open_door
 
-__getattr__, __dir__, __all__ = open_door(__name__, __file__)
+__getattr__, __dir__, __all__ = open_door(__name__, __file__, callable_modules=("encode",))

@@ -22,6 +22,7 @@ from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
 from stores.devices import resolve_device
+from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
     committed_images,
@@ -88,8 +89,8 @@ class EncodeResult(Report):
 
 def encode(
     cache: Path | str,
-    run: Path,
-    latents: Path,
+    run: Path | str,
+    latents: Path | str,
     *,
     value_bits: int = 10,
     min_activation: float = 0.0,
@@ -130,6 +131,7 @@ def encode(
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     device = resolve_device(device)
+    run, latents, min_activation = Path(run), Path(latents), float(min_activation)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
@@ -184,10 +186,11 @@ def encode(
     return _result(latents, shard, header, n_readable, was_complete=False)
 
 
-def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec, *, device: str = "cpu") -> CsrRows:
+def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec) -> CsrRows:
     """The rows of a latent store with `spec` for one image, tokens (T, D): same precision, rounding and pruning.
 
-    Equal to the stored rows up to the last bits, which depend on the number of tokens that are encoded together.
+    Equal to the stored rows up to the last bits, which depend on the number of tokens that are encoded together, and on
+    the device, which is that of `sae`.
 
     Raises
     ------
@@ -201,7 +204,8 @@ def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec,
             f"the latents were made with the SAE of sha256 {spec.sae_sha256[:12]}…, found {sae.sha256[:12]}…; give the "
             f"folder of the run that they were encoded with"
         )
-    with _Encoder(sae.model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device) as encoder:
+    device, rounding = str(sae.model.W_enc.device), Rounding(spec.value_bits, spec.min_activation)
+    with _Encoder(sae.model, rounding, spec.precision, device) as encoder:
         rows = encoder.rows(tokens[None], np.ones(1, bool))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.lengths)])
     return CsrRows(rows.indices, rows.values, indptr)
@@ -358,3 +362,6 @@ def _result(out: Path, shard: Shard, header: Header, n_readable: int, *, was_com
         n_readable=n_readable,
         was_complete=was_complete,
     )
+
+
+make_callable(__name__, "encode")  # cytosae.latents.encode(...)

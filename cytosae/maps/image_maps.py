@@ -72,7 +72,7 @@ class MapResult(Report):
         """The active latents of the patch, the largest value of each latent that is drawn, and the files."""
         if self.query is not None:
             yield (
-                f"patch {self.query.patch} of {self.name}: {self.n_active:,} active latents; passed over: "
+                f"patch {self.query.patch} of {self.name}: {self.n_active:,} active latents; left out: "
                 f"{self.n_shared:,} shared (frequency of at least {self.query.shared:g} in {self.query.dataset}), "
                 f"{self.n_noisy:,} noisy (mean activation above {self.query.noisy:g})"
             )
@@ -144,7 +144,7 @@ def new_subject(
     tokens, picture, content_hash = stage_one.new_image(
         file, spec, cache, weights=weights, device=device, progress=progress
     )
-    rows = encode_image(tokens, run, latents.spec, device=device)
+    rows = encode_image(tokens, run, latents.spec)
     return Subject(
         name=file.name,
         tokens=rows.to_scipy(latents.spec.n_latents),

@@ -28,10 +28,8 @@ class PatchQuery:
     patch: int
     dataset: str | None = None  # whose statistics decide; None: the image's own, or the only one
     n_top: int = 2
-    shared: float = (
-        1.0  # a latent of at least this frequency is left out; 1: active in every readable image; above 1: none
-    )
-    noisy: float = 0.1  # a latent above this mean activation is left out; value of the released code
+    shared: float = 1.0  # frequency from which on a latent is left out; 1: active in every readable image
+    noisy: float = 0.1  # mean activation above which a latent is left out; value of the released code
 
     def __post_init__(self) -> None:
         for name in ("shared", "noisy"):

@@ -11,6 +11,7 @@ from .intervals import scores_of_draws as scores_of_draws
 from .result import ProbeResult as ProbeResult
 from .result import ProbeTest as ProbeTest
 from .run import C_FACTORS as C_FACTORS
+from .run import REGULARIZATIONS as REGULARIZATIONS
 from .run import REPETITIONS as REPETITIONS
 from .run import THRESHOLDS as THRESHOLDS
 from .run import ProbeConfig as ProbeConfig

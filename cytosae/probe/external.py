@@ -82,14 +82,14 @@ def read_rows(
 
 
 def apply_model(
-    model: Path,
+    model: Path | str,
     test: Path | str,
-    out: Path,
+    out: Path | str,
     *,
     target: str | None = None,
     group_by: str | None = None,
     min_images: int | None = None,
-    sae: Path | None = None,
+    sae: Path | str | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> ProbeTest:
@@ -112,6 +112,7 @@ def apply_model(
     BadInput
         If the test shares an image with the training, or has no class of the model.
     """
+    model, out, sae = Path(model), Path(out), None if sae is None else Path(sae)
     probe, fitted, seen = read_model(model)
     store, card = BarcodeStore(test), fitted.card
     store.check()

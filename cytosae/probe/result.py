@@ -22,7 +22,7 @@ class ProbeTest(Report):
         """Classes, images and labels that make the test say less than it seems to."""
         return tuple(f"test: {warning}" for warning in self.scores["warnings"])
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The scores, in plain values: what `--json` prints."""
         return dict(self.scores)
 
@@ -81,9 +81,9 @@ class ProbeResult(Report):
         """What makes the scores doubtful; then the same of the test."""
         return (*self.scores["warnings"], *(self.test.warnings if self.test is not None else ()))
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The scores, under `test` those of the test, in plain values: what `--json` prints."""
-        return dict(self.scores) | ({} if self.test is None else {"test": self.test.as_dict()})
+        return dict(self.scores) | ({} if self.test is None else {"test": self.test.to_json()})
 
     def lines(self) -> Iterator[str]:
         """Rows and classes, what was left out, C, a line of scores for each method, chance; then the test."""

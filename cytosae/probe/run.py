@@ -98,6 +98,8 @@ class ProbeConfig:
             raise BadInput(f"thresholds must be numbers of at least 0; found {', '.join(map(str, self.thresholds))}")
         if list(self.thresholds) != sorted(set(self.thresholds)) or len(self.thresholds) > 100:
             raise BadInput("thresholds must differ, rise, and be at most 100")
+        for name in ("c_factors", "thresholds"):  # 1 and 1.0 are the same settings
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
 
     @property
     def n_repeats(self) -> int:
@@ -112,11 +114,11 @@ class ProbeConfig:
 
 def probe(
     barcodes: Path | str,
-    out: Path,
+    out: Path | str,
     config: ProbeConfig = ProbeConfig(),
     *,
     caches: Sequence[Path | str] = (),
-    sae: Path | None = None,
+    sae: Path | str | None = None,
     test: Path | str | None = None,
     test_where: Where | Sequence[str] | None = None,
     workers: int | None = None,
@@ -146,6 +148,7 @@ def probe(
     DamagedStore
         If the barcodes lack a chunk or a column, or hold what is not finite.
     """
+    out, sae = Path(out), None if sae is None else Path(sae)
     store = BarcodeStore(barcodes)
     store.check()
     where = test_where if isinstance(test_where, Where) else Where.parse(test_where or ())

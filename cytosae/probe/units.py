@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cytosae.barcodes import IMAGE_COLUMNS, PATIENT_COLUMNS
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
-from stores.spec import check_choice
+from stores.spec import as_floats, check_choice
 from stores.tables import STATUS_OK, listed
 
 from .folds import connected_groups
@@ -52,6 +52,7 @@ class UnitConfig:
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
         object.__setattr__(self, "target", self.target or TARGETS[self.level])
+        as_floats(self, "tau")
 
 
 @dataclass(frozen=True)

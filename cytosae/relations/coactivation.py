@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
-from stores.spec import check_choice
+from stores.spec import as_floats, check_choice
 from stores.token_sets import TOKEN_SETS, chosen_tokens
 
 Ints = npt.NDArray[np.int64]
@@ -59,6 +59,7 @@ class NeighbourConfig:
                 f"min_images must be at least 1, and neighbours 1 to {MOST_NEIGHBOURS:,}; "
                 f"found {self.min_images} and {self.n_top}"
             )
+        as_floats(self, "tau")
 
 
 Coactivation = NeighbourConfig  # its name in 0.1; stays for one release

@@ -38,7 +38,7 @@ _MEASURES = ("phi", "lift", "jaccard")
 
 
 def find_neighbours(
-    run: Path,
+    run: Path | str,
     config: NeighbourConfig = _DEFAULTS,
     *,
     latents: Path | str | Sequence[Path | str] = (),
@@ -92,8 +92,8 @@ def _find(
 
 
 def write_neighbours(
-    run: Path,
-    out: Path,
+    run: Path | str,
+    out: Path | str,
     config: NeighbourConfig = _DEFAULTS,
     *,
     latents: Path | str | Sequence[Path | str] = (),
@@ -118,6 +118,7 @@ def write_neighbours(
         As `find_neighbours`, and if `out` holds neighbours with other settings (and not `overwrite`), or something
         else.
     """
+    run, out = Path(run), Path(out)
     decoder = read_decoder(run)
     stores = _open(decoder, latents, config)
     numbers = _chosen(decoder, chosen)

@@ -30,7 +30,7 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
-from stores.spec import PATIENT_CONCEPTS
+from stores.spec import PATIENT_CONCEPTS, as_floats
 from stores.tables import STATUS_OK, listed
 
 from .figures import plot_all_patients, plot_patient
@@ -70,6 +70,7 @@ class PatientConfig:
     def __post_init__(self) -> None:
         if min(self.min_images, self.n_splits) < 1:
             raise BadInput(f"min_images and n_splits must be at least 1; found {self.min_images} and {self.n_splits}")
+        as_floats(self, "tau")
 
 
 PatientSettings = PatientConfig  # its name in 0.1; stays for one release
@@ -107,9 +108,9 @@ class PatientConcepts:
 
 
 def write_patient_concepts(
-    barcodes: Path,
+    barcodes: Path | str,
     patient: str | None,
-    out: Path,
+    out: Path | str,
     config: PatientConfig = PatientConfig(),
     *,
     overwrite: bool = False,
@@ -133,6 +134,7 @@ def write_patient_concepts(
     DamagedStore
         If the barcodes lack a chunk or cannot be read.
     """
+    barcodes, out = Path(barcodes), Path(out)
     cohort = _Cohort(BarcodeStore(barcodes), config)
     chosen = range(len(cohort.names)) if patient is None else [cohort.number(patient)]
     reasons = [cohort.why_not(number) for number in chosen]

@@ -72,10 +72,10 @@ class Matching:
 
 
 def write_stability(
-    runs: Sequence[Path],
-    out: Path,
+    runs: Sequence[Path | str],
+    out: Path | str,
     *,
-    concepts: Sequence[Path] = (),
+    concepts: Sequence[Path | str] = (),
     min_mean_activation: float = MEANINGFUL,
     seed: int = 0,
     assume_compatible: bool = False,
@@ -101,7 +101,8 @@ def write_stability(
     SpecMismatch
         If the SAEs were trained on different kinds of tokens, or concepts belong to none of them.
     """
-    decoders = [read_decoder(run) for run in runs]
+    saes, of_concepts, out = [Path(run) for run in runs], [Path(folder) for folder in concepts], Path(out)
+    decoders = [read_decoder(sae) for sae in saes]
     if len(decoders) < 2:
         raise BadInput(f"stability needs two SAEs or more; found {len(decoders)}")
     _refuse_twice(decoders)
@@ -111,18 +112,18 @@ def write_stability(
     unknown: set[str] = set()
     for a, b in pairs_of:
         unknown.update(require_comparable(decoders[a], decoders[b], assume_compatible=assume_compatible))
-    of_sae = _concepts_of(decoders, concepts)
+    of_sae = _concepts_of(decoders, of_concepts)
     chosen = [_chosen(decoder, of_sae.get(number), min_mean_activation) for number, decoder in enumerate(decoders)]
     spec = {
         "saes": [{"sae_sha256": each.sae_sha256, "n_latents": each.n_latents} for each in decoders],
         "concepts": [store.header.identity for _, store in sorted(of_sae.items())],
-        "min_mean_activation": min_mean_activation if of_sae else None,
+        "min_mean_activation": float(min_mean_activation) if of_sae else None,
         "assumed_equal": sorted(unknown),
         "seed": seed,
         "chance": "directions, within",
     }
     writer = begin_results(
-        out, STABILITY, spec, overwrite=overwrite, inputs=[*runs, *concepts], packages=("numpy", "scipy", "numba")
+        out, STABILITY, spec, overwrite=overwrite, inputs=[*saes, *of_concepts], packages=("numpy", "scipy", "numba")
     )
     writer.watch(*(decoder.header for decoder in decoders), *(store.header for store in of_sae.values()))
     scale = {
@@ -137,11 +138,11 @@ def write_stability(
         found = ResultStore(out, STABILITY).table("pairs").to_pylist()
         return StabilityResult(
             out=out,
-            saes=tuple(runs),
+            saes=tuple(saes),
             pairs=found,
             n_without_direction=n_without,
             was_complete=True,
-            warnings=(*scale_warnings, *_warnings(runs, found)),
+            warnings=(*scale_warnings, *_warnings(saes, found)),
         )
     matches, rows, null_cosines = [], [], []
     passes = _Passes(progress)
@@ -178,14 +179,14 @@ def write_stability(
     writer.write_table("matches", _match_table(pairs_of, matches, chosen))
     writer.write_table("stability", _latent_table(decoders, pairs_of, matches, chosen))
     plot_stability([each.cosine for each in matches], null_cosines, writer.root / "stability")
-    writer.finish({"saes": [run.name for run in runs], "n_without_direction": n_without})
+    writer.finish({"saes": [sae.name for sae in saes], "n_without_direction": n_without})
     return StabilityResult(
         out=out,
-        saes=tuple(runs),
+        saes=tuple(saes),
         pairs=rows,
         n_without_direction=n_without,
         was_complete=False,
-        warnings=(*scale_warnings, *_warnings(runs, rows)),
+        warnings=(*scale_warnings, *_warnings(saes, rows)),
     )
 
 

@@ -15,6 +15,8 @@ from .decoder import Decoder as Decoder
 from .decoder import pair_cosines as pair_cosines
 from .decoder import read_decoder as read_decoder
 from .decoder import require_comparable as require_comparable
+from .interop import ExportReport as ExportReport
+from .interop import ImportReport as ImportReport
 from .interop import export_sae as export_sae
 from .interop import import_sae as import_sae
 from .model import SparseAutoencoder as SparseAutoencoder

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stores.activation_store import ActivationSpec, require_same_tokens
+from stores.devices import resolve_device
 from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder
 from stores.spec import Header, check_choice, require_unchanged, write_header
@@ -76,8 +77,8 @@ def save_sae(root: Path, model: SparseAutoencoder, header: Header, summary: dict
     return header
 
 
-def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
-    """The finished SAE at `root`, on `device`.
+def load_sae(root: Path | str, *, device: str = "auto") -> SaeRun:
+    """The finished SAE at `root`, on `device`: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.
 
     Raises
     ------
@@ -85,7 +86,10 @@ def load_sae(root: Path, *, device: str = "cpu") -> SaeRun:
         If there is no finished SAE of a version that this program reads.
     DamagedStore
         If the weights are missing, were changed, have other shapes, or are NaN or infinite.
+    BadInput
+        If there is no such device.
     """
+    root, device = Path(root), resolve_device(device)
     weights = find_weights(root)
     path, spec = weights.path, weights.header.spec
     activation = spec.get("activation", "relu")

@@ -38,7 +38,7 @@ class Decoder:
         check_latent(latent, self.n_latents, self.root)
 
 
-def read_decoder(root: Path) -> Decoder:
+def read_decoder(root: Path | str) -> Decoder:
     """The decoder of the finished SAE at `root`. Memory: its rows once.
 
     Raises
@@ -48,6 +48,7 @@ def read_decoder(root: Path) -> Decoder:
     DamagedStore
         If the weights are missing, were changed, have other shapes, or are NaN or infinite.
     """
+    root = Path(root)
     weights = find_weights(root)
     spec = weights.header.spec
     shape = (spec["n_latents"], spec["width"])

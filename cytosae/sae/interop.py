@@ -100,7 +100,7 @@ class ExportReport(Report):
         yield f"{self.out}: {self.sae} in the {self.layout} layout, {n_bytes / 1e6:,.1f} MB"
 
 
-def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> ImportReport:
+def import_sae(source: Path | str, run: Path | str, *, overwrite: bool = False) -> ImportReport:
     """Import the SAE at `source` into the folder `run`.
 
     Weights are not changed (rows of `W_dec` keep their norm). Memory: the source twice.
@@ -114,6 +114,7 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> ImportRep
     SpecMismatch
         If `run` holds something else.
     """
+    source, run = Path(source), Path(run)
     foreign = read_foreign(source)
     width, n_latents = foreign.weights["W_enc"].shape
     spec: dict[str, Any] = {
@@ -130,7 +131,7 @@ def import_sae(source: Path, run: Path, *, overwrite: bool = False) -> ImportRep
     output = plan_output(run, header, overwrite=overwrite, inputs=(source,))
     if output.is_complete:
         output.publish()
-        return ImportReport(out=run, header=load_sae(run).header, was_complete=True)
+        return ImportReport(out=run, header=load_sae(run, device="cpu").header, was_complete=True)
     root = output.work
     root.mkdir(parents=True, exist_ok=True)
     write_header(root, header)
@@ -164,7 +165,7 @@ def read_foreign(source: Path) -> ForeignSae:
     return foreign
 
 
-def export_sae(run: Path, out: Path, *, format: str) -> ExportReport:
+def export_sae(run: Path | str, out: Path | str, *, format: str) -> ExportReport:
     """Write the SAE in `run` as another program stores it.
 
     format : cytosae (one file, which PyTorch loads with `weights_only`; relu only) or saelens (a folder)
@@ -177,7 +178,8 @@ def export_sae(run: Path, out: Path, *, format: str) -> ExportReport:
         If anything else exists at `out`: it is never replaced.
     """
     check_choice("format", format, LAYOUTS)
-    sae, given, out = load_sae(run), out, out.absolute()
+    run, given, out = Path(run), Path(out), Path(out).absolute()
+    sae = load_sae(run, device="cpu")
     if format == "cytosae" and sae.model.activation != "relu":
         raise BadInput(
             f"{run} has the activation {sae.model.activation}, and the released CytoSAE code computes relu only; "

@@ -15,6 +15,8 @@ from stores.files import locked
 from stores.result_folder import begin_results
 from stores.spec import COMPARISON, write_header
 
+pytestmark = pytest.mark.stress
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -15,8 +15,9 @@ from cli import cli
 
 
 def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
-    if not isinstance(command, click.Group):
-        return [(name, command)]
+    if not isinstance(command, click.Group):  # `cyto barcode` counts, and has `export` below it
+        below = getattr(command, "commands", {})
+        return [(name, command), *((f"{name} {child}", inner) for child, inner in below.items())]
     context, found = click.Context(command), []
     for child in command.list_commands(context):
         inner = command.get_command(context, child)
@@ -145,6 +146,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
     from cytosae.training.metric_loggers import LOGGERS
+    from stores.barcode_store import LEVELS as BARCODE_LEVELS
     from stores.token_sets import TOKEN_SETS
 
     offered = {
@@ -174,6 +176,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae export", "layout"): LAYOUTS,
         ("cyto barcode", "token_set"): tuple(TOKEN_SETS),
         ("cyto barcode", "normalize"): NORMALIZATIONS,
+        ("cyto barcode export", "level"): BARCODE_LEVELS,
         ("cyto concept stats", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept stats", "label"): LABEL_COLUMNS,
         ("cyto concept neighbours", "token_set"): tuple(TOKEN_SETS),
@@ -193,6 +196,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, made: Path) 
     assert not isinstance(done.exception, SystemExit)
 
 
+@pytest.mark.stress
 def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle of training: state saved, one line, exit code 130, and the same command ends the job."""
     command = [sys.executable, "-m", "cli", "sae", "train", made / "acts.zarr", "-o", tmp_path / "sae"]
@@ -210,6 +214,7 @@ def test_interrupt_says_how_to_continue(made: Path, tmp_path: Path) -> None:
     assert "INCOMPLETE" in run("sae", "info", tmp_path / "sae").stdout
 
 
+@pytest.mark.stress
 def test_stderr_of_barcode_is_progress_only(made: Path, tmp_path: Path) -> None:
     """As a real process, where Dask's own words would reach the terminal."""
     command = [sys.executable, "-m", "cli", "barcode", made / "latents.zarr", "-o", tmp_path / "b", "--tau", "0.01"]
@@ -254,6 +259,7 @@ def test_what_dask_says_of_a_future_that_ctrl_c_left_half_made_is_dropped() -> N
     assert "Future.__del__" not in done.stderr
 
 
+@pytest.mark.stress
 def test_complete_is_said_only_of_what_is_whole(copied: Path, tmp_path: Path) -> None:
     """A finished output that has since lost a file is not "already complete", and the way out is named."""
     barcodes = tmp_path / "b"

@@ -36,7 +36,7 @@ from stores import destination as output
 from stores.spec import BARCODES, read_header, write_header
 from stores.verify_any import verify
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread")
+pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("one_thread")]
 
 LONG = ("demo ", "run ")
 GRID = "[base]\nexpansion = 2\nbatch_tokens = 256\ntokens = 512\nwarmup_steps = 1\n[grid]\nseed = [1]\n"

@@ -114,6 +114,7 @@ class TestTap:
         for block, following in itertools.pairwise(outputs):
             assert (block - following).abs().max() > 0.1
 
+    @pytest.mark.stress
     @pytest.mark.parametrize(
         ("name", "blocks"), [("random-vit-tiny", (-1, -2, 0)), ("dinobloom-s", (-2,)), ("dinobloom-b", (-2,))]
     )
@@ -175,6 +176,7 @@ class TestTap:
 
 
 class TestRandomWeights:
+    @pytest.mark.stress
     def test_two_processes_draw_the_same_and_the_block_does_not_matter(self) -> None:
         code = "from cytocache.backbones import load_backbone; print(load_backbone('random-vit-tiny').weights_sha256)"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

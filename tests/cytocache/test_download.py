@@ -585,6 +585,7 @@ class TestCacheFolder:
 
 
 class TestLoad:
+    @pytest.mark.stress
     def test_auto_is_the_published_file(self, site: Site, folder: Path, tmp_path: Path) -> None:
         torch.save(_published(_lively_state(_timm("dinobloom-s"))), tmp_path / "x.pth")
         site.content = (tmp_path / "x.pth").read_bytes()

@@ -307,6 +307,7 @@ def _twice(root: Path) -> Images:
 
 
 class TestResuming:
+    @pytest.mark.stress
     @pytest.mark.parametrize("workers", [1, 7])
     def test_the_number_of_workers_does_not_change_a_byte(
         self, cells: Path, whole: Path, tmp_path: Path, workers: int
@@ -314,6 +315,7 @@ class TestResuming:
         extract(open_images(cells), tmp_path / "elsewhere.zarr", config(workers=workers))
         assert contents(tmp_path / "elsewhere.zarr") == contents(whole)
 
+    @pytest.mark.stress
     @pytest.mark.parametrize("n_images", [0, 3, 6, 9, 11])
     def test_interrupted_at_any_chunk_and_continued_equals_uninterrupted(
         self, cells: Path, whole: Path, tmp_path: Path, n_images: int
@@ -332,6 +334,7 @@ class TestResuming:
         assert contents(store) == contents(whole)
         assert before.items() <= times(store).items()  # what was there is not done again
 
+    @pytest.mark.stress
     def test_interrupted_at_every_chunk_in_turn_equals_uninterrupted(
         self, cells: Path, whole: Path, tmp_path: Path
     ) -> None:
@@ -341,6 +344,7 @@ class TestResuming:
         extract(open_images(cells), tmp_path / "a.zarr", config())
         assert contents(tmp_path / "a.zarr") == contents(whole)
 
+    @pytest.mark.stress
     def test_chunks_that_were_damaged_meanwhile_are_made_again(self, cells: Path, whole: Path, tmp_path: Path) -> None:
         """A missing file, a torn one, one of another checksum, a torn journal line, a killed writer's leavings."""
         store = tmp_path / "a.zarr"
@@ -367,6 +371,7 @@ class TestResuming:
         assert times(store / "tokens") == before
         assert contents(store) == contents(whole)
 
+    @pytest.mark.stress
     def test_a_real_process_killed_at_random_moments_and_repeated_equals_uninterrupted(self, tmp_path: Path) -> None:
         """SIGKILL, and once SIGTERM, which says how to go on. The moments differ from run to run, on purpose."""
         for n in range(24):
@@ -408,6 +413,7 @@ class TestResuming:
         assert contents(store) == contents(tmp_path / "whole.zarr")
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
+    @pytest.mark.stress
     @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
     @pytest.mark.parametrize("n_moments", [6, pytest.param(70, marks=pytest.mark.slow)])
     def test_killed_before_any_system_call_and_continued_equals_uninterrupted(
@@ -460,6 +466,7 @@ class TestResuming:
         assert CliRunner().invoke(cli, arguments).exit_code == 0
         assert contents(store) == contents(whole)
 
+    @pytest.mark.stress
     def test_a_damaged_journal_line_costs_its_chunk(self, cells: Path, whole: Path, tmp_path: Path) -> None:
         """What a crash of the machine may leave: zeros, half a line amid others; or somebody's editor."""
         store = tmp_path / "a.zarr"
@@ -625,6 +632,7 @@ class TestOutput:
             config(**changes)
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     """Beyond what fills all buffers: kept in memory, 512 more images' tokens would be 51 MB, their pixels 77 MB."""

@@ -134,6 +134,7 @@ def test_damage_by_hand_is_measured_exactly(
     assert found.fvu_cls > 10 * found.fvu
 
 
+@pytest.mark.stress
 def test_the_sample_is_readable_repeatable_and_each_image_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[int]] = []
     real = ActivationStore.read_images

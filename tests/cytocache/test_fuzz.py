@@ -45,6 +45,8 @@ from cytocache.torchvision_guard import declare_missing_operators
 from stores import ActivationStore
 from stores.files import sha256_json
 
+pytestmark = pytest.mark.stress
+
 # ------------------------------------------------------------------------------------------ valid files
 
 

@@ -86,6 +86,7 @@ def test_every_cut_is_left_to_the_decoder(name: str) -> None:
         ("lines of 25 million.bmp", "5,000 x 5,000 pixels in a run-length coded BMP are too many"),
     ],
 )
+@pytest.mark.stress
 def test_what_no_honest_file_has_is_refused_by_name(name: str, words: str) -> None:
     with pytest.raises(UnreadableImage, match=words):
         decode_image(nasty()[name])

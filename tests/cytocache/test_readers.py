@@ -160,6 +160,7 @@ def test_no_images_no_batches() -> None:
         ("hang", "cannot be decoded: not done after 1 seconds"),
     ],
 )
+@pytest.mark.stress
 def test_an_image_that_brings_its_process_down_costs_only_itself(
     word: str, error: str, in_child: Path, tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_process_that_dies_once_costs_nothing(in_child: Path, tmp_path: Path) 
     assert len(list(tmp_path.glob("mark*"))) == 2
 
 
+@pytest.mark.stress
 @linux
 def test_processes_killed_from_outside_are_replaced(in_child: Path, tmp_path: Path) -> None:
     """All of them, between two batches: whether idle or at work."""
@@ -246,6 +248,7 @@ class Mistake(BaseException):
     """Like Ctrl-C, it is no `Exception`."""
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.parametrize("how", ["end", "error", "hung", "at once"])
 def test_no_process_file_or_memory_is_left(how: str, in_child: Path, tmp_path: Path) -> None:
@@ -289,6 +292,7 @@ with ImageReaders(3, batch_size=1, size=8, seconds_per_image=1) as readers:
 """
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.parametrize("word", ["", "hang"])
 def test_when_the_parent_is_killed_the_children_end_by_themselves(word: str, in_child: Path, tmp_path: Path) -> None:
@@ -317,6 +321,7 @@ def slow_start(in_child: Path) -> None:
     in_child.write_text(in_child.read_text() + wait)
 
 
+@pytest.mark.stress
 @linux
 @pytest.mark.usefixtures("slow_start")
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

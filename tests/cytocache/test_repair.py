@@ -36,9 +36,6 @@ from stores.verify import verify_activations
 N_IMAGES, TORN, GONE = 7, 2, 6  # chunks (0, 1), (2, 3), (4, 5), (6)
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """images.csv, its images (one torn, one not there) and their cache; read-only."""
@@ -189,6 +186,7 @@ ALIKE |= {"another first image", "no chunk at all", "a line twice", "garbled tab
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in DAMAGES]
 )
+@pytest.mark.stress
 def test_after_any_damage_the_store_is_what_it_was(name: str, made: Path, store: Path) -> None:
     """Only the damaged chunks are made again; the others are not touched."""
     damage, chunks, needs_images = DAMAGES[name]

@@ -271,6 +271,25 @@ def test_api_pages_have_all_that_is_public() -> None:
                     assert path in has_entry, f"{package}.{name} returns {path}: add it to a page of docs/api"
 
 
+def test_the_barcode_job_is_told_by_the_names_that_it_has() -> None:
+    """The page for developers names only classes and functions that are there, and all that tasks and client share."""
+    page = (ROOT / "docs" / "barcode_job.md").read_text()
+    folder, parts = ROOT / "cytosae" / "barcodes", ROOT / "stores" / "part_files.py"
+    there = {
+        node.name
+        for path in [*folder.glob("*.py"), parts]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+    named = set(re.findall(r"(?:tasks|partitions)\.(?!py)(\w+)|^\| `(\w+)` \|", page, re.MULTILINE))
+    names = {name for pair in named for name in pair if name}
+    assert len(names) > 12
+    assert names <= there, names - there
+    of_tasks = ast.parse((folder / "tasks.py").read_text()).body
+    public = {node.name for node in of_tasks if isinstance(node, ast.ClassDef) and not node.name.startswith("_")}
+    assert public <= names
+
+
 def test_every_page_says_what_to_read_next_and_has_short_lines() -> None:
     """The last line begins with "Next:"; a line of prose has at most 300 letters. Made pages and the log apart."""
     for page in (ROOT / "docs").rglob("*.md"):

@@ -133,3 +133,31 @@ def test_defaults_are_compared() -> None:
         if any(OTHER_NAMES.get(option.name or "", option.name or "") in defaults_of(at_door(name)) for name in names)
     }
     assert len(shared) > 60
+
+
+@pytest.mark.parametrize("package", ["cytocache", "cytosae"])
+def test_every_device_is_chosen_alike(package: str) -> None:
+    """Two calls with defaults work on the same device: an SAE is loaded where `measure_fidelity` puts the tokens."""
+    door = importlib.import_module(package)
+    calls = {name: getattr(door, name) for name in door.__all__ if callable(getattr(door, name))}
+    found = {name: defaults_of(call).get("device") for name, call in calls.items() if _has_device(call)}
+    assert len(found) > 2
+    assert {*found.values()} == {"auto"}, found
+
+
+def _has_device(call: Any) -> bool:
+    return "device" in inspect.signature(call).parameters
+
+
+def test_results_have_a_name_at_the_door_of_their_room() -> None:
+    """What a call returns can be named in a program's types without a path into the room."""
+    cytosae = importlib.import_module("cytosae")
+    n_found = 0
+    for name in cytosae.__all__:
+        call = getattr(cytosae, name)
+        kind = inspect.signature(call).return_annotation if inspect.isfunction(call) else None
+        if inspect.isclass(kind) and kind.__module__.startswith("cytosae."):
+            room = importlib.import_module(".".join(kind.__module__.split(".")[:2]))
+            assert kind.__name__ in room.__all__, f"{name} returns {kind}"
+            n_found += 1
+    assert n_found > 20

@@ -4,6 +4,8 @@ Each test lets the command write a folder, then makes the call with the same inp
 all settings were equal; and its lines are what the command printed.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,10 @@ import cytosae
 from cytosae.atlas.questions import read_review
 from cytosae.atlas.reviews import default_reviews, new_verdict, save_verdict
 from stores import ConceptStore, LatentStore
-from stores.errors import BadInput
+from stores.errors import BadInput, StoreNotFound
+from stores.files import sha256_json
 from stores.tables import column
 from stores.wording import Report
-
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ def busiest(store: LatentStore, image_index: int) -> int:
     return int(dense_tokens(store, image_index)[1:].sum(0).argmax())
 
 
+@pytest.mark.stress
 def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     latents, bridge = made / "latents.zarr", cytocache.bridge
     store = LatentStore(latents)
@@ -193,3 +195,53 @@ def test_the_old_name_of_build_atlas(cohort: Cohort, tmp_path: Path) -> None:
     config = cytosae.AtlasConfig(pages="top", top=1, patient_images=0, n_images=1)
     done = cytosae.write_atlas(inputs, tmp_path / "atlas", config)
     assert done.counts["concepts"] == 1
+
+
+def test_a_path_may_be_a_text(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
+    """Of what is read and of what is written; a report has it as a path."""
+    sae, out = str(made / "run"), str(tmp_path / "out")
+    assert cytosae.load_sae(sae).root == made / "run"
+    exported = cytosae.export_sae(sae, f"{out}.pt", format="cytosae")
+    imported = cytosae.import_sae(exported.out.as_posix(), f"{out}.sae")
+    encoded = cytosae.encode(str(made / "acts.zarr"), sae, f"{out}.latents")
+    neighbours = cytosae.write_neighbours(sae, f"{out}.neighbours", chosen=[1])
+    thresholds = cytosae.compare_thresholds(str(concepts.root), f"{out}.thresholds")
+    for done in (exported, imported, encoded, neighbours, thresholds):
+        assert done.out.exists()
+        assert done._repr_html_()
+    with pytest.raises(BadInput, match="are the same SAE; give each SAE once"):
+        cytosae.write_stability([sae, f"{out}.sae"], f"{out}.stability")
+    pair = cytosae.CompareConfig(a="a", b="b")
+    calls: list[Callable[[], object]] = [
+        lambda: cytosae.compare("no", out, pair),
+        lambda: cytosae.probe("no", out),
+        lambda: cytosae.apply_model("no", "no", out),
+        lambda: cytosae.write_patient_concepts("no", None, out),
+        lambda: cytosae.export_h5ad("no", out),
+    ]
+    for call in calls:
+        with pytest.raises(StoreNotFound, match="nothing is there"):
+            call()
+
+
+def test_a_whole_number_is_the_same_setting() -> None:
+    """`tau=1` is `--tau 1`, so a folder that the command wrote is complete for the call."""
+    pairs: list[tuple[Any, Any]] = [
+        (cytosae.SelectionConfig(threshold=1), cytosae.SelectionConfig(threshold=1.0)),
+        (cytosae.NeighbourConfig(tau=1), cytosae.NeighbourConfig(tau=1.0)),
+        (cytosae.PatientConfig(tau=1), cytosae.PatientConfig(tau=1.0)),
+        (cytosae.UnitConfig(tau=1), cytosae.UnitConfig(tau=1.0)),
+        (cytosae.AtlasConfig(tau=1), cytosae.AtlasConfig(tau=1.0)),
+        (cytosae.PatchQuery(patch=0, noisy=1, shared=2), cytosae.PatchQuery(patch=0, noisy=1.0, shared=2.0)),
+        (
+            cytosae.CompareConfig(a="a", b="b", tau=1, min_mean=1),
+            cytosae.CompareConfig(a="a", b="b", tau=1.0, min_mean=1.0),
+        ),
+        (
+            cytosae.ProbeConfig(c_factors=(1,), thresholds=(0, 1)),
+            cytosae.ProbeConfig(c_factors=(1.0,), thresholds=(0.0, 1.0)),
+        ),
+    ]
+    for whole, number in pairs:
+        assert sha256_json(dataclasses.asdict(whole)) == sha256_json(dataclasses.asdict(number))
+    assert cytosae.UnitConfig().tau is None

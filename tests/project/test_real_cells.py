@@ -19,6 +19,7 @@ from cli import cli
 CELLS = SHARED / "bccd_cells"
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not CELLS.is_dir(), reason="the real crops of ../shared are not here")
 def test_real_cells_to_disease_barcodes(tmp_path: Path) -> None:
     """Barcodes of 180 real crops, from an SAE trained on them, tell white cells, red cells and platelets apart."""

@@ -16,6 +16,7 @@ from places import ROOT
 EXECUTED = r"^<!-- executed by tests/project/test_site.py -->\n```(bash|python)\n(.*?)^```$"
 
 
+@pytest.mark.stress
 def test_site_builds(tmp_path: Path) -> None:
     """Strictly: a page outside the navigation, a link or an anchor that leads nowhere is an error."""
     pytest.importorskip("mkdocs", reason="the site needs mkdocs: pip install '.[docs]'")

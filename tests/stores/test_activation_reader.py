@@ -370,6 +370,7 @@ except BadInput as error:
 """
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs a POSIX limit of open files")
 def test_1500_chunks_with_64_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a process of its own; where no file can be opened or mapped at all it is said what to do."""
@@ -594,6 +595,7 @@ def test_a_passing_failure_is_not_seen(root: Path, s3: ObjectServer, name: str, 
     assert s3.failing == {name: []}
 
 
+@pytest.mark.stress
 def test_a_lasting_failure_is_one_line(
     url: str, root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -838,6 +840,7 @@ def test_a_url_where_none_is_taken_is_wrong_usage(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.stress
 def test_training_goes_on_after_the_network_failed(
     tmp_path: Path, s3: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,14 @@ from stores import (
 )
 from stores.gather_kernel import gather_rows
 
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """11 images of 5 tokens, 3 a chunk (the last is short); a whole chunk (3, 4, 5) and image 9 are unreadable."""
+    root = tmp_path_factory.mktemp("batches") / "cache.zarr"
+    return ActivationStore(write_cache(root, tagged(0, 11, 5), unreadable=(3, 4, 5, 9), chunk_images=3))
+
+
 READABLE = {0, 1, 2, 6, 7, 8, 10}
 
 

@@ -92,6 +92,7 @@ def contents(root: Path) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------- round trips
 
 
+@pytest.mark.stress
 @settings(max_examples=40, deadline=None)
 @given(rows=some_rows, data=st.data())
 def test_rows_survive_commits_and_interruptions_anywhere(
@@ -192,6 +193,7 @@ def damages(raw: bytes) -> Iterator[tuple[str, bytes | None]]:
             yield f"bit {bit} of byte {position} flipped", raw[:position] + bytes([flipped]) + raw[position + 1 :]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("name", "rows"), [*((name, MIXED) for name in NAMES), ("indices", SINGLE)])
 def test_a_damaged_chunk_is_never_read_as_numbers(name: str, rows: Rows, tmp_path: Path) -> None:
     """Whatever happens to a chunk file, `read_rows` gives exactly the right rows or a DamagedStore, and no other error.

@@ -15,6 +15,8 @@ from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import COMPARISON, PROBE, require_unchanged
 
+pytestmark = pytest.mark.stress
+
 
 @pytest.fixture
 def latents(tmp_path: Path) -> Path:

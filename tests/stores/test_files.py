@@ -49,6 +49,7 @@ while True:
 """
 
 
+@pytest.mark.stress
 def test_a_killed_writer_leaves_whole_files(tmp_path: Path) -> None:
     """SIGKILL at ten random moments: the file is one whole version, the journal is whole up to a torn last line."""
     package = Path(stores.__file__).parent

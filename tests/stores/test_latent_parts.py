@@ -203,6 +203,7 @@ def kill_everywhere(
             return
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_writer_killed_at_any_call_and_continued(every: int, single: dict[str, bytes], tmp_path: Path) -> None:
@@ -212,6 +213,7 @@ def test_one_writer_killed_at_any_call_and_continued(every: int, single: dict[st
         assert kept(store) == single
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("every", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_last_shard_killed_at_any_call_and_continued(every: int, single: dict[str, bytes], tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def ports() -> list[int]:
     return [one.laddr.port for one in listening if one.status == psutil.CONN_LISTEN]
 
 
+@pytest.mark.stress
 def test_nobody_else_can_talk_to_the_cluster_of_a_run(tmp_path: Path) -> None:
     """No key, another key, another user, HTTP: none gets an answer from scheduler, nannies or workers."""
     others_before = set(ports())

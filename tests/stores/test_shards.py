@@ -41,11 +41,8 @@ from stores.verify import verify_activations
 CHUNKS = {"chunk_images": 2}  # five of them
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 @pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory, no_waiting_for_the_disk: None) -> dict[str, bytes]:
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of the tiny cache that one writer made."""
     root = tmp_path_factory.mktemp("single") / "acts.zarr"
     write(root, ONE_WRITER)
@@ -251,6 +248,7 @@ def kill_everywhere(root: Path, shard: Shard, prepare: Callable[[Path], object],
             return
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_call_and_continued_equals_uninterrupted(
@@ -266,6 +264,7 @@ def test_killed_at_any_call_and_continued_equals_uninterrupted(
         assert contents(store) == single
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_last_shard_that_is_killed_is_continued_or_merged(

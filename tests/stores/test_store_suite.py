@@ -251,6 +251,7 @@ def test_equal_settings_have_equal_identity_and_files(kind: Kind, finished: dict
 # ------------------------------------------------------------------------------------------- interrupt, continue
 
 
+@pytest.mark.stress
 @every_kind
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_interrupted_and_continued_equals_uninterrupted(
@@ -281,6 +282,7 @@ class Crash(BaseException):
 
 
 # one kind of results stands for all: they have one writer
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", [*KINDS[:2], RESULT_KINDS[0]], ids=lambda kind: kind.format.kind)
 def test_a_crash_at_any_point_costs_no_byte(
     kind: Kind, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -314,6 +314,7 @@ def test_a_layout_that_a_map_would_misread_is_found(cache: Path) -> None:
 # ------------------------------------------------------------------------------------------------ latent store
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", ["X/indices", "X/data", "X/indptr", "image_indptr"])
 def test_a_damaged_chunk_of_latents_is_found(name: str, latents: Path) -> None:
     """Deleted, emptied, cut, longer, or with one bit flipped: a problem that names images or files, never a crash."""
@@ -352,6 +353,7 @@ def chunk_images(latents: Path, name: str, chunk: int) -> str:
     return f"{owners[chunk * 7]} to {owners[min(chunk * 7 + 6, len(owners) - 1)]}"
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", ["indices", "data", "indptr"])
 def test_every_damaged_chunk_is_named_with_its_images(name: str, latents: Path) -> None:
     """Each chunk in turn, with what is wrong with it; and nothing else is called damaged."""

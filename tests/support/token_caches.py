@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
 from stores import (
     ActivationSpec,
-    ActivationStore,
     ActivationWriter,
     TokenStream,
 )
@@ -86,10 +84,3 @@ def taken(stream: TokenStream, n_tokens: int, *, batch_tokens: int = 7, position
 
 def all_tags(cache: int, images: set[int], tokens: range) -> list[Tag]:
     return sorted((cache, image, token) for image in images for token in tokens)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    """11 images of 5 tokens, 3 a chunk (the last is short); a whole chunk (3, 4, 5) and image 9 are unreadable."""
-    root = tmp_path_factory.mktemp("batches") / "cache.zarr"
-    return ActivationStore(write_cache(root, tagged(0, 11, 5), unreadable=(3, 4, 5, 9), chunk_images=3))

@@ -262,6 +262,7 @@ def test_a_second_server_is_refused(server: AtlasServer, site: Path, tmp_path: P
         pass
 
 
+@pytest.mark.stress
 def test_a_killed_server_loses_nothing(site: Path, tmp_path: Path) -> None:
     """kill -9 right after the answer: the verdict is there, the folder is free again, the old page is told so."""
     site = Path(shutil.copytree(site, tmp_path / "atlas"))

@@ -74,9 +74,6 @@ def layers_of(table: anndata.AnnData) -> dict[Any, Any]:
     return {name: matrix for name, matrix in table.layers.items() if name is not None}
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 def read_levels(root: Path) -> dict[str, anndata.AnnData]:
     """The three stores, opened as anybody would."""
     return {level: anndata.read_zarr(root / f"{level}.zarr") for level in LEVELS}
@@ -497,6 +494,7 @@ def test_every_byte_is_the_same_whoever_counts(
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("workers", ["threads", "processes"])
 def test_a_killed_job_continues_from_its_parts(
     many: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: str
@@ -576,6 +574,7 @@ def test_parts_of_any_size_are_used_and_gaps_are_filled(
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
 
 
+@pytest.mark.stress
 def test_damaged_parts_are_counted_anew(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -628,6 +627,7 @@ def test_many_small_pieces_give_the_same_numbers(
     np.testing.assert_allclose(found["image"].var["mean_activation"], expected["image"].var["mean_activation"])
 
 
+@pytest.mark.stress
 def test_many_patients_cost_what_they_have(tmp_path: Path, threads: Client) -> None:
     """3,000 patients of one image and 49,152 latents: 1.2 GB if any step held a number for each pair."""
     n, n_latents = 3000, 49_152
@@ -746,6 +746,7 @@ def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, thr
 # ----------------------------------------------------------------------------- several taus, stores, tables
 
 
+@pytest.mark.stress
 def test_several_taus_in_one_pass_equal_single_ones(many: Path, tmp_path: Path, threads: Client) -> None:
     """Each tau has whole stores of its own, the very bytes (but for the hash) that a job of its own would give."""
     result = write_barcodes(many / "latents.zarr", tmp_path / "all", BarcodeConfig(tau=(1.0, 0.2)), client=threads)
@@ -871,6 +872,7 @@ def test_latents_of_other_tokens_are_refused(two_datasets: list[Path], tmp_path:
         assert not (tmp_path / "barcodes").exists()
 
 
+@pytest.mark.stress
 def test_stores_that_were_made_differently_are_told(
     two_datasets: list[Path], tmp_path: Path, threads: Client, scheduler: str
 ) -> None:
@@ -1002,6 +1004,7 @@ def test_a_sum_that_float32_cannot_hold_is_an_error(tmp_path: Path, threads: Cli
         BarcodeStore(tmp_path / "b")
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("array", ["data", "indices", "indptr"])
 def test_a_damaged_chunk_gives_an_error_and_no_result(
     many: Path, tmp_path: Path, processes: Client, array: str
@@ -1085,6 +1088,7 @@ def test_a_running_scheduler_gives_the_same_bytes_as_the_local_run(many: Path, t
     assert contents(tmp_path / "barcodes") == contents(many / "barcodes")
 
 
+@pytest.mark.stress
 def test_no_scheduler_there_is_one_clear_line(many: Path, tmp_path: Path) -> None:
     arguments = ["barcode", str(many / "latents.zarr"), "-o", str(tmp_path / "barcodes")]
     result = CliRunner().invoke(cli, [*arguments, "--scheduler", "tcp://127.0.0.1:9"])
@@ -1114,6 +1118,7 @@ def _damages(root: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         path.write_bytes(raw)
 
 
+@pytest.mark.stress
 def test_every_single_damage_of_barcodes_is_found(hand: Path, threads: Client, tmp_path: Path) -> None:
     """By the files' own check always; whole verification and the readers of a level are tried on every eleventh."""
     root = tmp_path / "barcodes"

@@ -39,6 +39,8 @@ from stores.errors import SpecMismatch, StoreNotFound, StoreUnreachable
 from stores.latent_store import remote_rows
 from stores.tables import image_table, table_sha256, with_outcome
 
+pytestmark = pytest.mark.stress
+
 PATIENCE = 60.0  # seconds, for anything that is waited for
 SMALL_PARTITIONS = 57_344  # bytes of a worker's memory: a partition is then about 20 of the images below
 

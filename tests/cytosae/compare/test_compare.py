@@ -290,6 +290,7 @@ def test_patients_with_an_image_in_common_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.stress
 def test_hostile_names_and_undefined_correlations_are_drawn(figures: None, tmp_path: Path) -> None:
     """Mathematics and control characters in the names; a patient without any count."""
     bad = "$\\frac{\x1b[31m"
@@ -392,6 +393,7 @@ def test_mistakes_get_one_line(barcodes: Path, tmp_path: Path) -> None:
     assert run("compare", two, SICK, WELL, "-o", out, "--tau", 0.1, "--permutations", 50).exit_code == 0
 
 
+@pytest.mark.stress
 def test_ctrl_c_in_the_permutations_is_one_line(barcodes: Path, tmp_path: Path) -> None:
     """And the half folder is made whole by the next run."""
     out = tmp_path / "out"
@@ -416,7 +418,7 @@ def test_a_notebook_shows_what_the_command_prints(compared: Comparison, barcodes
     assert [f"warning: {warning}" for warning in compared.warnings] == done.stderr.splitlines()[1:]
     assert str(compared).splitlines() == [*compared.lines(), *(f"warning: {each}" for each in compared.warnings)]
     assert compared.config == small(tau=0.2)
-    assert json.loads(run(*command, "--bootstraps", 100, "--json").stdout) == compared.as_dict()
+    assert json.loads(run(*command, "--bootstraps", 100, "--json").stdout) == compared.to_json()
     shown = compared._repr_html_()
     assert shown.count("<table>") == 2
     assert '<img alt="scatter" src="data:image/png;base64,' in shown

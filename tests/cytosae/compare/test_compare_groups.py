@@ -104,6 +104,7 @@ def test_the_number_of_images_is_chosen_by_the_rule() -> None:
     assert choose_number(lopsided[:, None], is_a, np.ones(1), "auto") == [10]
 
 
+@pytest.mark.stress
 def test_a_site_is_taken_out(tmp_path: Path) -> None:
     """18 + 2 against 2 + 18 patients with an effect of the laboratory only; then of age only."""
     rng = np.random.default_rng(3)

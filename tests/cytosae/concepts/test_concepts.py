@@ -44,9 +44,6 @@ def same(found: npt.ArrayLike, wanted: npt.ArrayLike, rtol: float = 1e-12) -> No
     np.testing.assert_allclose(np.asarray(found, float), np.asarray(wanted, float), rtol=rtol, atol=1e-12)
 
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
-
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Client]:
     with local_client(1, 2) as client:
@@ -426,6 +423,7 @@ def tables(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(root.glob("*")) if path.name != "runs.jsonl"}
 
 
+@pytest.mark.stress
 def test_partitions_workers_a_break_and_several_stores_change_no_byte(
     tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -612,6 +610,7 @@ def test_a_changed_folder_is_told(tmp_path: Path, threads: Client) -> None:
 # ------------------------------------------------------------------------------------------- figures
 
 
+@pytest.mark.stress
 def test_figures_of_odd_latents(tmp_path: Path) -> None:
     """None that fires, none with an entropy, more panels than are drawn, a name that looks like mathematics."""
     nothing = Panel("no $latent$ fires", np.zeros(5), np.zeros(5), np.full(5, np.nan))
@@ -636,6 +635,7 @@ def test_latents_above_is_strict() -> None:
 # ------------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.stress
 def test_commands(tmp_path: Path) -> None:
     root, _ = write_difficult(tmp_path / "latents.zarr")
     out = tmp_path / "cells.concepts"

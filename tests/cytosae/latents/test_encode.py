@@ -379,6 +379,7 @@ def test_interrupted_again_and_again_is_the_same_store(wide: Path, tmp_path: Pat
     assert _contents(latents) == _contents(wide / "never.zarr")
 
 
+@pytest.mark.stress
 def test_a_command_killed_at_random_moments_and_repeated_gives_the_same_store(tmp_path: Path) -> None:
     """SIGKILL of real processes, each behind some commits of its own; the same command again completes it."""
     cache = write_cache(tmp_path / "acts.zarr", random_tokens(60, 17), unreadable=(2, 37), chunk_images=1)

@@ -153,6 +153,7 @@ def test_map_of_latents(made: Path, latents: LatentStore, tmp_path: Path) -> Non
     assert (tmp_path / "m" / "map.png").read_bytes() != before
 
 
+@pytest.mark.stress
 def test_map_of_a_patch_with_reference_images(
     made: Path, latents: LatentStore, concepts: ConceptStore, tmp_path: Path
 ) -> None:
@@ -183,6 +184,7 @@ def test_map_of_a_patch_with_reference_images(
     assert not (tmp_path / "n").exists()
 
 
+@pytest.mark.stress
 def test_a_new_image_file_gives_what_was_stored(made: Path, latents: LatentStore, tmp_path: Path) -> None:
     """The file of image 0, as if it were new, moved and renamed: the same map, up to the rounding of values."""
     shutil.copy(made / str(column(latents.images, "path")[0]), tmp_path / "new.png")

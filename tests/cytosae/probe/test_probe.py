@@ -474,6 +474,7 @@ def test_what_is_predicted_has_no_part_in_the_fit(way: str, monkeypatch: pytest.
 # ------------------------------------------------------------------------------------------- the whole probe
 
 
+@pytest.mark.stress
 def test_planted_signal_is_found_and_chance_is_chance(tmp_path: Path) -> None:
     """With the signal the least p there is; without it, scores within chance. No NaN; tables and scores agree."""
     done = probe(write_folder(tmp_path / "b", *cohort(signal=4.0)), tmp_path / "out", quick(permutations=19), workers=2)
@@ -516,6 +517,7 @@ def test_planted_signal_is_found_and_chance_is_chance(tmp_path: Path) -> None:
     assert scores["methods"]["barcode"]["weighted_f1"]["mean"] < 0.75
 
 
+@pytest.mark.stress
 def test_order_of_patients_and_number_of_threads_change_nothing(tmp_path: Path) -> None:
     made = cohort(signal=1.0)
     tables = []
@@ -527,6 +529,7 @@ def test_order_of_patients_and_number_of_threads_change_nothing(tmp_path: Path) 
     np.testing.assert_allclose(one, other, atol=1e-9)
 
 
+@pytest.mark.stress
 def test_patients_who_share_an_image_are_never_parted(tmp_path: Path) -> None:
     """Everybody has a copy under another name. Parted, the copies give everything away; kept together, nothing."""
     table, counts, means = cohort(signal=0.0, n_per_class=12, seed=3)
@@ -564,6 +567,7 @@ def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
     assert (folds.groupby(["repeat", "fold", of_patient])["side"].nunique() == 1).all()
 
 
+@pytest.mark.stress
 def test_many_images_are_probed_on_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those that are drawn are read; the same by any number of threads, and nearly the same by Gram matrices."""
     read = []
@@ -638,6 +642,7 @@ def test_the_released_divisor_is_told(tmp_path: Path) -> None:
         assert any("normalised as cytosae-release" in warning for warning in scores["warnings"]) == is_told
 
 
+@pytest.mark.stress
 def test_damage_is_one_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "b", *cohort())
     chunk = next(
@@ -646,6 +651,12 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     with pytest.raises(DamagedStore, match=r"patient.zarr cannot be read .*count again"):
         probe(folder, tmp_path / "out", quick())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Barcodes of the cohort, read only."""
+    return write_folder(tmp_path_factory.mktemp("whole") / "b", *cohort())
 
 
 @pytest.mark.parametrize(
@@ -668,10 +679,11 @@ def test_damage_is_one_line(tmp_path: Path) -> None:
         ({}, {"min_images": 0}, "min_images must be at least 1"),
     ],
 )
-def test_mistakes_get_one_line(tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str) -> None:
-    folder = write_folder(tmp_path / "b", *cohort())
+def test_mistakes_get_one_line(
+    whole: Path, tmp_path: Path, changes: dict[str, Any], units: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BadInput, match=words):
-        probe(folder, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
+        probe(whole, tmp_path / "out", quick(units=UnitConfig(**units), **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -689,6 +701,7 @@ def test_patients_without_a_disease_are_left_out_and_counted(tmp_path: Path) -> 
         read_units(BarcodeStore(nothing), UnitConfig())
 
 
+@pytest.mark.stress
 def test_whether_the_sae_has_seen_the_images_is_decided_by_their_content(tmp_path: Path) -> None:
     """Not by the cache: from another one, under other names, a file is the same file; and it says how many."""
     table, counts, means = cohort(images_each=3)
@@ -754,6 +767,7 @@ def write_small_cache(root: Path, image_ids: Sequence[str], tokens: Array) -> Ac
     return ActivationStore(root)
 
 
+@pytest.mark.stress
 def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
     """Tokens that know the disease, counts that do not, through the command line; an image that is missing is named."""
     table, counts, means = cohort(n_per_class=6)
@@ -788,6 +802,7 @@ def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
     assert f1["cls_token"]["mean"] < 0.9
 
 
+@pytest.mark.stress
 def test_attention_finds_the_one_image_that_matters_and_is_seeded() -> None:
     from cytosae.probe.attention_mil import fit_predict  # brings torch
 
@@ -809,6 +824,7 @@ def test_attention_finds_the_one_image_that_matters_and_is_seeded() -> None:
     assert untouched == np.flatnonzero(~training)[0]
 
 
+@pytest.mark.stress
 def test_every_reading_of_the_rule(tmp_path: Path) -> None:
     """M c / 100, W c / 100, n c / 100 and 100 / (n c); 16 patients in 4 folds, so n = 12."""
     folder = write_folder(tmp_path / "b", *cohort())

@@ -202,6 +202,7 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
         NeighbourConfig(token_set="image")
 
 
+@pytest.mark.stress
 def test_command(made: tuple[Path, list[Path], list[Float]], tmp_path: Path) -> None:
     sae, stores, _ = made
     command = ("concept", "neighbours", sae, "--latents", stores[0], "--latents", stores[1])

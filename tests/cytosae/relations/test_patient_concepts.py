@@ -23,8 +23,6 @@ from stores.errors import BadInput, DamagedStore
 
 Floats = npt.NDArray[np.float64]
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
-
 
 def compared(
     images: Floats,
@@ -116,6 +114,7 @@ def test_clumps_are_the_variance_of_images_over_their_mean() -> None:
     assert slow[1] > 20
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("n_others", [5, 35])
 @pytest.mark.parametrize("sd", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("n_images", "frequency"), [(300, 0.3), (300, 0.01), (20, 0.1)])
@@ -333,6 +332,7 @@ def forget_files(barcodes: Path) -> None:
     (barcodes / "barcodes.json").write_text(json.dumps(header))
 
 
+@pytest.mark.stress
 def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
     """A lost chunk would read as zeros; a changed one is told; and without patients there is nobody to compare."""
     for name, words, older in (

@@ -963,6 +963,7 @@ print(json.dumps([name for name in sys.modules if "sae_training" in name]))
 """
 
 
+@pytest.mark.stress
 def test_hostile_files_are_refused_by_name_and_none_is_executed(tmp_path: Path) -> None:
     """In a process of its own, with little memory to spare: each costs seconds and megabytes at most."""
     canary = tmp_path / "canary"

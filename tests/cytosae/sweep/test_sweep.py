@@ -136,6 +136,7 @@ def test_each_member_equals_the_one_trained_alone(
     assert not done.failed
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("stop_after", "then_at_once", "n_finished"), [(3, None, 0), (6, 1, 2), (13, None, 6)])
 def test_an_interrupted_sweep_goes_on_and_equals_one_that_was_not(
     cache: Path,
@@ -166,6 +167,7 @@ def time_written(run: Path) -> int:
     return (run / "sae.safetensors").stat().st_mtime_ns
 
 
+@pytest.mark.stress
 def test_a_killed_command_that_is_repeated_equals_one_that_was_not(cache: Path, tmp_path: Path) -> None:
     """A real process, killed after the first states lie on the disk."""
     text = BASE.replace("tokens = 120", "tokens = 2000") + '[grid]\nseed = [0, 1]\nb_dec_init = ["zeros", "mean"]'

@@ -418,6 +418,7 @@ def substituted(found: Evaluation) -> Substitution:
     return found.substitution
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("block", "token_set"), [(-2, "all"), (-2, "patch"), (-3, "cls"), (-1, "all")])
 def test_substitution_equals_the_unmodified_model_with_a_hook(
     made: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, token_set: str

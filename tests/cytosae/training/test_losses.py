@@ -241,6 +241,7 @@ def test_what_is_not_finite_is_never_lost(value: float, work: str) -> None:
     assert not np.isfinite(problem.ours("default", None, work).loss)
 
 
+@pytest.mark.stress
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     """Of what is sparse; torch's own products may. Latents with no, one and many tokens, more parts than latents."""
     rng = np.random.default_rng(8)

@@ -213,6 +213,7 @@ def _signal_at_line(number: int) -> Callable[[FrameType, str, Any], Any]:
     return trace
 
 
+@pytest.mark.stress
 def test_ctrl_c_at_any_line_of_a_step_leaves_no_trace(
     cache: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -266,6 +267,7 @@ def long_run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     return arguments, _what_was_trained(root / "run")
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_killed_command_that_is_repeated_equals_one_that_was_not(
     long_run: tuple[list[str], dict[str, Any]], tmp_path: Path, number: signal.Signals

@@ -102,6 +102,7 @@ def dictionary(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
     return root, torch.from_numpy(atoms).float()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", DICTIONARY)
 def test_the_true_atoms_are_found_again(name: str, dictionary: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     """relu with L1 and topk find at least 95% of them at cosine 0.95; all explain what is stated above."""
@@ -127,6 +128,7 @@ def _what_was_trained(run: Path) -> dict[str, Any]:
     return {"weights": (run / "sae.safetensors").read_bytes(), "metrics": rows, "header": header}
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", VARIANTS)
 def test_interrupted_and_continued_equals_never_stopped(name: str, caches: list[Path], tmp_path: Path) -> None:
     config = settings(name)
@@ -165,6 +167,7 @@ def test_a_run_at_work_is_not_trained_by_a_second_process(caches: list[Path], tm
         "resample",
     ],
 )
+@pytest.mark.stress
 def test_two_processes_train_what_one_does(name: str, caches: list[Path], tmp_path: Path) -> None:
     """Under torchrun, with gloo: the same weights as one process with the same global batch, to float tolerance."""
     config = settings(name)

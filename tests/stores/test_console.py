@@ -1,0 +1,55 @@
+"""Progress lines, as a terminal and as a log get them."""
+
+import io
+import re
+
+import pytest
+
+from stores.console import progress_line
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal, or a log."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        super().__init__()
+        self.is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def lines(self) -> list[str]:
+        """What is to be seen in the end: what follows the last `clear this line` of each line."""
+        return [line.rpartition("\x1b[2K")[2] for line in self.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
+def test_lines_of_jobs_that_follow_one_another_all_stay(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both are opened at once, as for reading and comparing masks; and no empty line is left."""
+    stderr = Terminal(is_terminal=is_terminal)
+    monkeypatch.setattr("sys.stderr", stderr)
+    with progress_line("read", "mask") as read, progress_line("unused", "mask"), progress_line("masks", "step") as rank:
+        read(0, 2, "")
+        read(2, 2, "")
+        rank(0, 3, "")
+        rank(3, 3, "")
+    with progress_line("next", "step") as after:
+        after(1, 1, "")
+    *shown, end = stderr.lines()
+    assert end == ""
+    jobs = [re.split(":", line)[0] for line in shown]
+    assert jobs == (["read", "masks", "next"] if is_terminal else ["read", "read", "masks", "masks", "next"])
+
+
+def test_an_error_begins_on_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Terminal(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", stderr)
+
+    def job() -> None:
+        with progress_line("extract", "image") as progress:
+            progress(1, 2, "")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        job()
+    assert stderr.getvalue().endswith("\n")
