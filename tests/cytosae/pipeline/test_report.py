@@ -23,6 +23,8 @@ from stores.errors import DamagedStore, StoreNotFound
 from stores.result_folder import ResultStore
 from stores.spec import COMPARISON
 
+pytestmark = pytest.mark.timeout(900)  # seconds of work, on a machine that may be busy
+
 
 class Page(HTMLParser):
     """What a browser would make of a page: elements with their attributes, and the text."""

@@ -25,7 +25,10 @@ from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
 from stores.verify_any import verify_folder
 
-pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread"),
+    pytest.mark.timeout(900),  # seconds of work, on a machine that may be busy
+]
 
 STORES = ("cells.acts.zarr", "cells.sae", "cells.latents.zarr", "cells.barcodes", "cells.concepts", "atlas")
 # what each stage reads, said again: the twin of the journal
