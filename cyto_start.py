@@ -21,7 +21,10 @@ def start() -> None:
             f"{Path(__file__).parent}. Give cyto an environment of its own: python3 -m venv cyto-env && "
             f"cyto-env/bin/pip install cytobarcode"
         )
-    from cli import main
+    try:
+        from cli import main
+    except OSError as error:  # `stores` looks for a folder for the caches of libraries, and may find none
+        sys.exit(f"Error: cannot use {error.filename or 'a file of cyto'}: {error.strerror or error}")
 
     main()
 

@@ -32,6 +32,8 @@ RECORD = "https://zenodo.org/api/records/10908163"
 PUBLISHED_AT = "Zenodo record 10908163 (doi 10.5281/zenodo.10908163)"
 HUB = "https://huggingface.co"
 _COMMIT = "[0-9a-f]{40}"
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"  # of an owner, a model, a file or a folder: never a way out of a folder
+_FILE = f"{_NAME}(?:/{_NAME})*"
 _WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
 MAX_BYTES = 16 << 30  # the giant model in float32, with its heads, is below 6 GB
 _MAX_RECORD_BYTES = 4 << 20
@@ -160,8 +162,8 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
 def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
     """The weights file of a model on Hugging Face, kept as by `fetch_published`, checked by the SHA-256 stated there.
 
-    A commit as revision needs no network the second time. For a branch or tag, its present commit is looked up;
-    `Downloaded.source` names it.
+    A commit as revision needs no network the second time, if FILE is given or is `name`. For a branch or tag, its
+    present commit is looked up; `Downloaded.source` names it.
 
     Parameters
     ----------
@@ -174,8 +176,7 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
     BadInput
         As `fetch_published`; also for a malformed address, or a model without exactly one file of weights.
     """
-    part = "[A-Za-z0-9][A-Za-z0-9._-]*"
-    found = re.fullmatch(rf"hf:({part}/{part})(?:/({part}(?:/{part})*))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
+    found = re.fullmatch(rf"hf:({_NAME}/{_NAME})(?:/({_FILE}))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
     if found is None or ".." in address:
         raise BadInput(
             f"expected weights hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE; found {address!r}"
@@ -208,6 +209,7 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
 def _newest_download(folder: Path, model: str) -> str:
     """The address of the newest downloaded and checked file of this model; "" if there is none."""
     notes = [path for path in folder.rglob("*.json") if not path.name.endswith(".part.json")]
+    notes = [path for path in notes if path.with_suffix("").is_file()]
     for note in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
         commit, *file = note.relative_to(folder).with_suffix("").parts
         return f"hf:{model}/{'/'.join(file)}@{commit}"
@@ -352,21 +354,20 @@ def _read_json(url: str, find: Callable[[Any], _T]) -> _T:
 
 
 def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
-    """(commit, file) of a model: the given file, else the usual one, else its only weights file."""
+    """(commit, file) of a model: the given file; without one the usual file, else its only file of weights."""
 
     def find(record: Any) -> tuple[str, str]:
         commit, files = record.get("sha") if isinstance(record, dict) else None, _hub_files(record)
         if not isinstance(commit, str) or not re.fullmatch(_COMMIT, commit):
             raise ValueError(f"expected a commit of 40 hex digits; found {commit!r:.80}")
-        names = [name for name in files if name.endswith(_WEIGHTS)]
-        for name in (file, usual):
-            if name and name in files:
-                return commit, name
-        if file or len(names) != 1:
-            there = ", ".join(sorted(names)[:8]) or "none"
-            raise ValueError(
-                f"expected {file or usual}, or one file of weights; it has {there}; name one: hf:OWNER/NAME/FILE"
-            )
+        names = [name for name in files if name.endswith(_WEIGHTS) and re.fullmatch(_FILE, name)]
+        there = ", ".join(sorted(names)[:8]) or "none"
+        if (file or usual) in files:
+            return commit, file or usual
+        if file:  # not the usual one in its place: that would be other weights than were asked for
+            raise ValueError(f"it has no file {file}; its files of weights: {there}")
+        if len(names) != 1:
+            raise ValueError(f"expected {usual}, or one file of weights; it has {there}; name one: hf:OWNER/NAME/FILE")
         return commit, names[0]
 
     return _read_json(url, find)

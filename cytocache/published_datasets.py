@@ -108,7 +108,7 @@ class Index(Report):
                 {"what": finding.what, "n": len(finding.names), "names": finding.names} for finding in self.findings
             ],
             "root": str(self.root),
-            "table": str(self.out),
+            "table": None if self.out is None else str(self.out),
             "next": self.next_command,
         }
 

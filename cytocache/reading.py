@@ -1,4 +1,4 @@
-"""The store that stage one writes, at its door: `cytocache.ActivationStore(path)`. Its home is `stores`."""
+"""`cytocache.ActivationStore` is `stores.ActivationStore`, the reader of what stage one writes."""
 
 import stores
 

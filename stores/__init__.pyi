@@ -18,6 +18,7 @@ from .errors import DamagedStore as DamagedStore
 from .errors import IncompleteStore as IncompleteStore
 from .errors import SpecMismatch as SpecMismatch
 from .errors import StoreNotFound as StoreNotFound
+from .errors import StoreReplaced as StoreReplaced
 from .errors import StoreUnreachable as StoreUnreachable
 from .holdout import Chosen as Chosen
 from .holdout import chosen_images as chosen_images
@@ -35,6 +36,7 @@ from .result_folder import ResultWriter as ResultWriter
 from .result_folder import begin_results as begin_results
 from .runlog import append_run as append_run
 from .runlog import read_runs as read_runs
+from .shards import Shard as Shard
 from .spec import ACTIVATIONS as ACTIVATIONS
 from .spec import ATLAS as ATLAS
 from .spec import BARCODES as BARCODES

@@ -131,7 +131,7 @@ def _checksum(path: Path, *, by_end: bool) -> str:
 
 
 def _ends_with_crc(path: Path) -> bool:
-    """Is it a chunk of a sparse matrix that we wrote (`csr_blocks`)?"""
+    """Is it a chunk of a sparse matrix that Cyto wrote (`csr_bulk`)?"""
     if path.parent.name != "c" or path.parent.parent.name not in ("indices", "data", "indptr"):
         return False
     return read_array(path.parent.parent).codecs[-1:] == ("crc32c",)

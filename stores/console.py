@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stores.machine import n_cores
-from stores.wording import Report, counted, left_out_text, page_lines, printable
+from stores.wording import Report, counted, printable
 
 if TYPE_CHECKING:
     from stores.verify import CheckReport
@@ -64,12 +64,6 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 readers_option = click.option(
     "--workers", type=COUNT, default=n_cores(), show_default="cores", help="Processes that read images."
 )
-
-
-def print_left_out(left_out: dict[str, int]) -> None:
-    for what, number in left_out.items():
-        if number:
-            click.echo(f"left out: {left_out_text(number, what)}")
 
 
 @contextmanager
@@ -171,9 +165,3 @@ def say_done(path: Path, was_complete: bool) -> None:
     """A line on stderr if there was nothing to do."""
     if was_complete:
         click.echo(f"{path} is already complete with these settings; nothing to do", err=True)
-
-
-def print_page(title: str, rows: dict[str, str]) -> None:
-    """A title and named values to stdout."""
-    for line in page_lines(title, rows):
-        click.echo(line)

@@ -1,5 +1,6 @@
 """What is in a cache or latent store, complete or not: facts, a page in words, and JSON."""
 
+import html
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,6 +87,9 @@ class CacheInfo(StoreInfo):
         yield from super().lines()
         if self.unreadable:
             yield f"  {self.unreadable}"
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + (f"<p>{html.escape(self.unreadable)}</p>" if self.unreadable else "")
 
     def to_json(self) -> dict[str, Any]:
         """Header, images written, bytes and runs as plain JSON values."""

@@ -174,6 +174,8 @@ def _verify_sweep(root: Path, progress: Progress) -> VerifyReport:
             member = verify_folder(run, progress=progress)
         except IncompleteStore:  # an SAE that diverged, or was not trained yet: sweep.json says which
             continue
+        except StoreReplaced:
+            raise
         except CytoError as error:
             report.problems.append(str(error))
             continue

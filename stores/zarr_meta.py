@@ -18,6 +18,11 @@ from numcodecs import blosc, zstd
 from .errors import DamagedStore
 from .files import MOST_JSON_BYTES, is_dropping, parse_json, read_json
 
+if not __debug__:  # python -O. Here, since every module of Cyto that uses zarr imports this one
+    from .without_asserts import mend_zarr
+
+    mend_zarr()
+
 MOST_CHUNK_BYTES = 1 << 28
 _MOST_ENTRIES = 1 << 48  # of an array
 _MOST_FILES = 100_000  # below one element of an AnnData store, without chunks

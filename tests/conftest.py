@@ -49,9 +49,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torn.write_bytes(torn.read_bytes()[:200])
     (root / "images.csv").write_text("\n".join(lines) + "\n")
 
-    extract(open_images(root / "images.csv"), root / "acts.zarr", ExtractConfig(chunk_images=4, batch_size=3))
-    train([root / "acts.zarr"], root / "run", tiny_config())
-    encode(root / "acts.zarr", root / "run", root / "latents.zarr")
+    config = ExtractConfig(chunk_images=4, batch_size=3, device="cpu")  # where there is a GPU, too
+    extract(open_images(root / "images.csv"), root / "acts.zarr", config)
+    train([root / "acts.zarr"], root / "run", tiny_config(), device="cpu")
+    encode(root / "acts.zarr", root / "run", root / "latents.zarr", device="cpu")
     return root
 
 

@@ -94,20 +94,21 @@ def cache_extract(
     \b
     Example: cyto cache extract cells/ cells.acts.zarr --backbone dinobloom-b --weights DinoBloom-B.pth
     """
+    from cytocache.datasets import open_images
     from cytocache.extract import ExtractConfig, extract
     from stores.shards import Shard
 
     shard = Shard.parse(shard_text)
+    found = open_images(images, root=root)  # before: nothing is in flight, so the first Ctrl-C stops at once
     with (
         stopping_gently("the chunk") as stop,
         progress_line("download", "byte") as downloading,
         progress_line("extract", "image") as progress,
     ):
         done = extract(
-            images,
+            found,
             store,
             ExtractConfig(**settings),
-            root=root,
             shard=shard,
             overwrite=overwrite,
             progress=progress,
@@ -139,9 +140,15 @@ def cache_info(store: Path | str, as_json: bool) -> None:
     \b
     Example: cyto cache info cells.acts.zarr
     """
+    from stores import DamagedStore
     from stores import cache_info as info_of
 
-    info = info_of(store, header_only=as_json)
+    try:
+        info = info_of(store, header_only=as_json)
+    except DamagedStore:  # what its header says is needed to repair it
+        if not as_json:
+            tell(info_of(store, header_only=True))
+        raise
     if as_json:
         click.echo(json.dumps(info.to_json(), indent=1))
     else:
@@ -178,14 +185,16 @@ def cache_verify(store: Path, as_json: bool) -> None:
 @device_option
 @click.option("--batch-size", type=COUNT, help="Images per forward pass  [default: as STORE was made].")
 @readers_option
-def cache_repair(store: Path, **settings: Any) -> None:
+def cache_repair(store: Path, images: Path | None, root: Path | None, **settings: Any) -> None:
     """Verify STORE, and make only its damaged chunks again, from the same images with the same weights.
 
     \b
     Example: cyto cache repair cells.acts.zarr --weights DinoBloom-B.pth
     """
+    from cytocache.datasets import open_images
     from cytocache.repair import repair
 
+    found = open_images(images, root=root) if images else None  # before: the first Ctrl-C stops at once
     with (
         stopping_gently("the chunk") as stop,
         progress_line("verify", "chunk") as verifying,
@@ -194,6 +203,8 @@ def cache_repair(store: Path, **settings: Any) -> None:
     ):
         done = repair(
             store,
+            images=found,
+            root=root,
             verify_progress=verifying,
             progress=progress,
             download_progress=downloading,

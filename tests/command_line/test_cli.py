@@ -12,6 +12,8 @@ import pytest
 from command_line import fails, run
 
 from cli import cli
+from cytocache import datasets
+from stores import BadInput
 
 
 def commands(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
@@ -32,6 +34,22 @@ def test_every_command_has_help_and_an_example(name: str, command: click.Command
     assert f"Example: {name}" in command.help
     options = [option for option in command.params if isinstance(option, click.Option)]
     assert all(option.help for option in options)
+
+
+def test_ctrl_c_while_images_are_listed_stops_at_once(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No chunk is in flight that could be finished first."""
+    images, handlers = made / "images.csv", []
+
+    def listing(source: Path, *, root: Path | None = None) -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        raise BadInput(f"listed {source} below {root}")
+
+    monkeypatch.setattr(datasets, "open_images", listing)
+    fails(f"listed {images} below r", "cache", "extract", images, tmp_path / "a.zarr", "--root", "r")
+    fails(f"listed {images} below r", "cache", "repair", made / "acts.zarr", "--images", images, "--root", "r")
+    assert handlers == [signal.getsignal(signal.SIGINT)] * 2
 
 
 def test_chain_through_the_command_line(made: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cli import cli
+from stores import read_runs
 
 
 @pytest.mark.docs
@@ -49,6 +50,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         again = CliRunner().invoke(cli, command)
         assert again.exit_code == 0, again.output
         assert "already complete" in again.stderr
+
+    for name in ("cells.acts.zarr", "cells.sae", "cells.latents.zarr"):  # a GPU would change the last bits
+        assert {run["device"] for run in read_runs(out / name)} == {"cpu"}
 
     shutil.rmtree(out / "cells.barcodes")
     repeated = CliRunner().invoke(cli, ["demo", "--out", str(out)])

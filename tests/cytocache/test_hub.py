@@ -129,6 +129,15 @@ def test_a_branch_is_looked_up_each_time(hub: Hub) -> None:
     assert hub.asked == ["/api/models/marr/bloom/revision/main?blobs=true"]
     hub.revisions.clear()
     refusal("hf:marr/bloom", rf"the server answers 404 .* already here: --weights {first.source}$")
+    first.path.unlink()
+    refusal("hf:marr/bloom", r"the server answers 404 .* --weights DinoBloom-S\.pth$")  # only its note is here
+
+
+def test_a_file_that_is_named_is_not_replaced_by_the_usual_one(hub: Hub) -> None:
+    hub.files["other.pth"] = CONTENT
+    assert fetch_from_hub("hf:marr/bloom/other.pth@main", NAME).path.name == "other.pth"
+    for revision in ("", "@main", f"@{COMMIT}"):
+        refusal(f"hf:marr/bloom/typo.pth{revision}", "it has no file typo.pth")
 
 
 def test_a_name_with_a_slash_is_one_revision(hub: Hub) -> None:
@@ -143,8 +152,18 @@ def test_another_name_is_taken_if_it_is_the_only_one(hub: Hub) -> None:
     refusal(
         "hf:marr/bloom", rf"expected {NAME}, or one file of weights; it has a.pth, b.pth; name one: hf:OWNER/NAME/FILE"
     )
-    refusal("hf:marr/bloom/c.pth", "expected c.pth, or one file of weights; it has a.pth, b.pth")
+    refusal("hf:marr/bloom/c.pth", "it has no file c.pth; its files of weights: a.pth, b.pth")
     assert fetch_from_hub("hf:marr/bloom/b.pth", NAME).path.name == "b.pth"
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_taken(hub: Hub, tmp_path: Path) -> None:
+    """The only file of weights is taken by the name that a server gives it."""
+    for name in ("../../../evil.pth", "/evil.pth", "a/../../evil.pth", ".evil.pth", "e\x1b[2Jvil.pth"):
+        hub.files = {name: CONTENT}
+        refusal("hf:marr/bloom", f"expected {NAME}, or one file of weights; it has none")
+    assert not [*tmp_path.rglob("*evil*")]
+    hub.files = {"a/b.pth": CONTENT}
+    assert fetch_from_hub("hf:marr/bloom", NAME).path.read_bytes() == CONTENT
 
 
 def test_what_is_not_the_file_of_the_record_is_not_kept(hub: Hub, tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_forms_and_hooks_can_be_read() -> None:
     assert {hook["id"] for hook in hooks} == {"ruff-format", "ruff-check", "mypy"}
 
 
+def test_containers_name_no_shared_folder_for_compiled_code() -> None:
+    """Apptainer mounts the /tmp of the host: numba would load what another user has put there."""
+    for path in (ROOT / "workflows" / "containers").iterdir():
+        assert not re.search("(NUMBA_CACHE_DIR|MPLCONFIGDIR)=", path.read_text()), path.name
+
+
 def test_the_page_of_the_index_leads_nowhere_inside_the_repository() -> None:
     text = (ROOT / PROJECT["project"]["readme"]).read_text()
     assert [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("https://")] == []
@@ -134,6 +140,22 @@ def test_foreign_packages_are_noticed_before_they_are_imported(tmp_path: Path, d
     assert done.stderr.startswith(f"Error: another package has taken the place of {named} of cyto in ")
     assert f"python3 -m venv cyto-env && cyto-env/bin/pip install {DISTRIBUTION}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_place_for_caches_is_one_line() -> None:
+    """Neither a home nor a folder for temporary files; `stores` is imported before any command."""
+    code = (
+        "import sys, tempfile; tempfile.tempdir = '/dev/null/tmp'; sys.argv = ['cyto', '--version']; "
+        "import cyto_start; cyto_start.start()"
+    )
+    names = ("MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | {"HOME": "/dev/null/home"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "Error: cannot use TMPDIR: no folder for temporary files can be written to; set TMPDIR to one\n"
+    )
 
 
 def test_ours_are_ours() -> None:

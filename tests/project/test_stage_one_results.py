@@ -69,6 +69,7 @@ def test_pages_checks_and_merges(made: Path, tmp_path: Path) -> None:
     assert printed("cache", "info", acts) == lines(cache.describe())
     assert printed("latents", "info", latents) == lines(sparse.describe())
     assert json.loads(printed("cache", "info", acts, "--json")) == json.loads(json.dumps(cache.describe().to_json()))
+    assert "<p>1 of 10 images could not be read (images/" in cache._repr_html_()
     for store in (cache, sparse):
         assert "<th style='text-align:left'>identity</th>" in store._repr_html_()
     assert printed("cache", "verify", acts) == lines(stores.check_cache(acts))
@@ -89,6 +90,9 @@ def test_pages_checks_and_merges(made: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["cache", "verify", str(acts), "--json"])
     assert (result.exit_code, json.loads(result.stdout)) == (1, stores.check_cache(acts).to_json())
     assert "activation cache" in printed("cache", "info", acts, "--json")  # the header alone is enough
+    result = CliRunner().invoke(cli, ["cache", "info", str(acts)])  # what it was made from, and then what is wrong
+    assert (result.exit_code, result.stdout) == (1, lines(stores.cache_info(acts, header_only=True)))
+    assert result.stderr.startswith("Error: ")
 
 
 def test_an_index_is_a_report(cells: Path, tmp_path: Path) -> None:
@@ -101,7 +105,7 @@ def test_an_index_is_a_report(cells: Path, tmp_path: Path) -> None:
     again, was_complete = cytocache.make_index(cells, out)
     assert (was_complete, again.images.table.equals(index.images.table)) == (True, True)
     unwritten = cytocache.index_images(cells)
-    assert (unwritten.out, unwritten.next_command) == (None, "")
+    assert (unwritten.out, unwritten.next_command, unwritten.to_json()["table"]) == (None, "", None)
     assert [*unwritten.lines()][-1] == "4 images, 1 classes"
 
 

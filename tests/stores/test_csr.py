@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import Blosc, Zstd
 
-from stores import csr
-from stores import csr_bulk as csr_blocks
+from stores import csr, csr_bulk
 from stores.csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
 from stores.errors import DamagedStore
 
@@ -375,11 +374,11 @@ def test_a_chunk_that_holds_less_than_its_entries_leaves_nothing_of_the_one_befo
     raw = Blosc(cname="lz4").encode(short) if name == "data" else Zstd(checksum=True).encode(short)
     crc = google_crc32c.value(raw).to_bytes(4, "little") if name == "data" else b""
     (tmp_path / "X" / name / "c" / "1").write_bytes(raw + crc)
-    reader = csr_blocks.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
+    reader = csr_bulk.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
     with pytest.raises(DamagedStore, match=rf"X/{name}/c/1 is damaged: it does not decode to the"):
         list(reader.entries())
     monkeypatch.setattr(csr, "check_chunk_header", lambda path, meta: None)  # one that states a size that it lacks
-    reader = csr_blocks.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
+    reader = csr_bulk.EntryReader(tmp_path / "X", shape=(3, N_COLUMNS), start=0, stop=3)
     found = [(indices.tolist(), values.tolist()) for _, indices, values in reader.entries()]
     assert found[0] == (rows.indices[:5].tolist(), rows.values[:5].tolist()), "the whole one before it is read as it is"
     if name == "data":

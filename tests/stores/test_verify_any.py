@@ -13,11 +13,12 @@ from places import GOLDEN
 from cli import cli
 from cytosae.sweep.record import RESULTS
 from cytosae.training.state import remove_states, states, write_metrics
-from stores.errors import DamagedStore
+from stores import verify_any
+from stores.errors import DamagedStore, StoreReplaced
 from stores.files import sha256_file
 from stores.result_folder import ResultStore, begin_results
 from stores.runlog import append_run
-from stores.spec import COMPARISON
+from stores.spec import COMPARISON, Header
 from stores.verify_any import sweep_sha256, verify
 
 FOLDERS = [path.name for path in sorted(GOLDEN.iterdir()) if path.is_dir() and "-v1" in path.name]
@@ -133,6 +134,16 @@ def test_what_says_its_own_hash(tmp_path: Path) -> None:
     found = "\n".join(verify(root).problems)
     assert "sweep.json is not the file that was written" in found
     assert "table.parquet is not the file that was written; the same cyto sae sweep makes it again" in found
+
+
+def test_an_sae_of_a_sweep_that_is_replaced_meanwhile_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def replaced(*headers: Header) -> None:
+        raise StoreReplaced("it was replaced")
+
+    monkeypatch.setattr(verify_any, "require_unchanged", replaced)
+    for name in ("sae-v1", "sweep-v1"):
+        with pytest.raises(StoreReplaced):
+            verify(GOLDEN / name)
 
 
 def test_what_is_not_ours(tmp_path: Path) -> None:

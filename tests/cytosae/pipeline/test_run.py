@@ -81,7 +81,6 @@ def test_all_is_there_and_whole(finished: Path) -> None:
     assert recipe.why["sae.expansion"] == "asked for"
 
 
-@pytest.mark.usefixtures("quick_figures")
 def test_a_repeat_does_nothing(copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     for source, out in ((copied / "recipe.toml", None), (copied / "cells.csv", copied)):
@@ -148,8 +147,8 @@ def test_commands_by_hand_make_the_same(copied: Path, monkeypatch: pytest.Monkey
         shutil.copy(copied / name, by_hand / name)
     monkeypatch.chdir(by_hand)
     subprocess.run(["sh", "-n", "commands.sh"], check=True)
-    lines = (by_hand / "commands.sh").read_text()
-    commands = [shlex.split(line) for line in joined_lines(lines) if line.startswith("cyto ")]
+    lines = (by_hand / "commands.sh").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("cyto ")]
     assert len(commands) == len(kinds_of(copied)) + 1  # and the report
     for command in commands:
         done = CliRunner().invoke(cli, command[1:])
@@ -157,17 +156,6 @@ def test_commands_by_hand_make_the_same(copied: Path, monkeypatch: pytest.Monkey
     made, expected = contents(by_hand), contents(copied)
     assert made.keys() == expected.keys()
     assert [name for name in made if made[name] != expected[name]] == []
-
-
-def joined_lines(text: str) -> list[str]:
-    """Lines of a script; those within quotes belong together."""
-    found: list[str] = []
-    for line in text.splitlines():
-        if found and found[-1].count("'") % 2:
-            found[-1] += f"\n{line}"
-        else:
-            found.append(line)
-    return found
 
 
 def kinds_of(out: Path) -> list[str]:
@@ -214,7 +202,6 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert [each.stage.name for each in done.plan.to_do][:3] == ["extract", "train", "encode"]
 
 
-@pytest.mark.usefixtures("quick_figures")
 def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path: Path) -> None:
     done = run_small(
         copied / "cells.csv",
