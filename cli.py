@@ -20,9 +20,8 @@ from typing import Any
 import click
 
 from stores.console import FILE, SEED, json_option, progress_line, tell
-from stores.machine import bound_threads, n_cores
+from stores.machine import bound_threads
 from stores.version import VERSION, missing_package
-from stores.wording import size_on_disk
 
 # group -> (help text, command -> module with the function GROUP_COMMAND)
 GROUPS = {
@@ -54,6 +53,8 @@ COMMANDS = {
     "barcode": ("cytosae.commands.barcode", "barcode"),
     "compare": ("cytosae.commands.compare", "compare_diseases"),
     "probe": ("cytosae.commands.probe", "probe"),
+    "run": ("cytosae.commands.run", "run_all"),
+    "report": ("cytosae.commands.run", "run_report"),
 }
 # errors of a path that the user can correct: disk full, no permission, below a file, name too long
 _USERS_DISK = (
@@ -248,7 +249,7 @@ def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
 @click.option("--out", type=FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the drawn cells.")
 def demo(out: Path, seed: int) -> None:
-    """The whole pipeline on drawn cells, up to an atlas: no download, about a minute on two cores.
+    """`cyto run` on drawn cells, up to an atlas and a report: no download, about a minute on two cores.
 
     Cells, patients and diseases are invented, and the backbone is untrained: this shows the machinery, not medicine.
 
@@ -256,107 +257,29 @@ def demo(out: Path, seed: int) -> None:
     Example: cyto demo --out cyto-demo
     """
     import cytocache.bridge
-    from cytocache.datasets import open_images
     from cytocache.demo_cells import write_demo_images
-    from cytocache.extract import ExtractConfig, extract
-    from cytocache.images import read_image
-    from cytosae import encode, train
-    from cytosae.atlas import AtlasConfig, open_inputs, write_atlas
-    from cytosae.barcodes import BarcodeConfig, characteristic_latents, plot_patient_barcodes, write_barcodes
-    from cytosae.commands.shared import dask_client
-    from cytosae.compare import CompareConfig, compare
-    from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
-    from cytosae.maps import open_sources, plot_reference_images
-    from cytosae.sae import TrainConfig
-    from cytosae.training import training_line
-    from stores import BarcodeStore, ConceptStore, LatentStore
+    from cytosae.commands.run import tell_run
+    from cytosae.pipeline import RunConfig
     from stores.destination import claimed
+    from stores.devices import resolve_device
 
-    click.get_current_context().with_resource(claimed(out))
-    _claim_demo_folder(out, seed)
-    cells, acts, run = out / "images.csv", out / "cells.acts.zarr", out / "cells.sae"
-    latents, barcodes = out / "cells.latents.zarr", out / "cells.barcodes"
-    concepts, pair, site = out / "cells.concepts", out / "compare", out / "atlas"
-
-    write_demo_images(out, seed=seed)
-    images = open_images(cells)
-    click.echo(f"{cells}: {images.table.num_rows} drawn cells of 18 invented patients with 3 invented diseases")
-
-    device = "cpu"  # also with a GPU, so that the numbers do not depend on the machine
-    click.echo(f"\n$ cyto cache extract {cells} {acts} --device {device}")
-    with progress_line("extract", "image") as progress:
-        extracted = extract(images, acts, ExtractConfig(device=device), progress=progress)
-    tell(extracted)
-
-    # chosen on this backbone, whose token norms and density are not DinoBloom's (docs/log.md)
-    settings = {"expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30, "batch_tokens": 4096, "tokens": 1_000_000}
-    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-    click.echo(f"\n$ cyto sae train {acts} -o {run} {options} --device {device}")
-    with progress_line("train", "token") as progress:
-        config = TrainConfig(**settings)  # type: ignore[arg-type]
-        header = train(
-            [acts],
-            run,
-            config,
-            device=device,
-            progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
-        )
-    click.echo(f"{run}: {header.spec['n_latents']} latents; {training_line((header.summary or {})['final'])}")
-
-    click.echo(f"\n$ cyto sae encode {acts} {run} -o {latents} --device {device}")
-    with progress_line("encode", "image") as progress:
-        encoded = encode(acts, run, latents, device=device, progress=progress)
-    click.echo(f"{latents}: {encoded.nnz:,} nonzeros, {encoded.l0:.1f} per token, {size_on_disk(latents) / 1e6:.1f} MB")
-
-    with dask_client(None, n_cores(), "2GiB") as client:
-        click.echo(f"\n$ cyto barcode {latents} -o {barcodes} --tau 0.2")
-        with progress_line("barcode", "image") as progress:
-            counted = write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, progress=progress)
-        click.echo(
-            f"{barcodes}: {counted.n_images} images, {counted.n_patients} patients, {counted.n_diseases} diseases; "
-            f"{counted.share_above_tau[0]:.0%} of the nonzeros exceed tau"
-        )
-        click.echo(f"\n$ cyto concept stats {latents} -o {concepts}")
-        with progress_line("concepts", "image") as progress:
-            concept_statistics(latents, concepts, ConceptConfig(), client=client, progress=progress)
-    click.echo(f"{concepts}: {ConceptStore(concepts).n_latents} latents")
-
-    click.echo(f"\n$ cyto concept select {concepts}")
-    config_of_draw = SelectionConfig(dataset=ConceptStore(concepts).datasets[0])
-    click.echo(
-        f"{len(select_latents(ConceptStore(concepts), config_of_draw).latents)} latents for an expert to look at"
-    )
-
-    store = BarcodeStore(barcodes)
-    a, b = store.read_obs("disease").index[:2]
-    click.echo(f"\n$ cyto compare {barcodes} {a} {b} -o {pair}")
-    compared = compare(barcodes, pair, CompareConfig(a=a, b=b)).summary
-    click.echo(f"{pair}: {compared['n_tested']} latents tested, {compared['n_q_at_most_0.05']} with q of at most 0.05")
-
-    options = f"--barcodes {barcodes} --concepts {concepts} --latents {latents} --compare {pair}"
-    click.echo(f"\n$ cyto atlas build {options} -o {site}")
-    inputs = open_inputs(barcodes, concepts, open_sources([latents], cytocache.bridge, roots=[out]), comparisons=[pair])
-    with progress_line("atlas", "page") as progress:
-        built = write_atlas(inputs, site, AtlasConfig(), progress=progress)
-    click.echo(f"{site}: {built.counts['concepts']} concepts, {built.counts['images']} images")
-
-    by_image = store.read("image")
-    paths = [out / str(path) for path in by_image.obs["path"]]
-    plot_patient_barcodes(store.read("patient"), out / "patients_by_latents.png")
-    plot_reference_images(
-        LatentStore(latents),
-        by_image,
-        characteristic_latents(by_image, group="label"),
-        lambda index: _pixels(read_image(paths[index])[0]),
-        out / "reference_images.png",
-    )
+    resolve_device("cpu")  # where torch is missing, that is told before anything is begun
+    with claimed(out):
+        _claim_demo_folder(out, seed)
+        write_demo_images(out, seed=seed)
+    click.echo(f"{out / 'images.csv'}: drawn cells of 18 invented patients with 3 invented diseases")
+    click.echo(f"\n$ cyto run {out / 'images.csv'} -o {out} --device cpu")
+    tell_run(out / "images.csv", out, RunConfig(), stage_one=cytocache.bridge, device="cpu")
     click.echo(
         f"\nLook at:\n"
+        f"  {out / 'report.html'}   what went in, what was found, what speaks against it\n"
+        f"  {out / 'atlas' / 'index.html'}   every latent, image and patient\n"
         f"  {out / 'patients_by_latents.png'}   which latents tell the patients apart\n"
         f"  {out / 'reference_images.png'}      the cells that a latent answers to, and where in the cell\n"
-        f"  {barcodes / 'patient.zarr'}   anndata.read_zarr opens it, scanpy takes it\n"
-        f"Next: the same commands on your own images, README.md\n"
-        f"The atlas, for a browser: {(site / 'index.html').absolute().as_uri()}"
+        f"  {out / 'cells.barcodes' / 'patient.zarr'}   anndata.read_zarr opens it, scanpy takes it\n"
+        f"  {out / 'commands.sh'}   the same by hand\n"
+        f"Next: cyto run on your own images, README.md\n"
+        f"The atlas, for a browser: {(out / 'atlas' / 'index.html').absolute().as_uri()}"
     )
 
 
@@ -375,12 +298,6 @@ def _claim_demo_folder(out: Path, seed: int) -> None:
             raise SpecMismatch(f"{out} holds a demo with other settings ({found}); give another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(marker, claim)
-
-
-def _pixels(picture: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(picture)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What stage two needs of stage one: pixels, masks, the tokens of a new image, the later blocks of the backbone.
+"""What stage two needs of stage one: pixels, masks, the tokens of a new image, the later blocks, a whole cache.
 
 `cytosae.stage_one` declares the same functions as a protocol. In a notebook pass this module:
 `stage_one=cytocache.bridge`. Only the functions that need torch import it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,19 @@ from stores.devices import resolve_device
 from stores.latent_store import LatentStore
 from stores.machine import n_cores
 from stores.progress import Progress
+from stores.shards import ONE_WRITER, Shard
 
+from .datasets import Images
+from .datasets import open_images as open_images
 from .masks import find_masks, read_all_shares
 from .pictures import Pictures, Pixels, to_pixels
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch
+
+    from .extract import ExtractConfig, ExtractResult
+    from .first_look import FirstLook
 
 
 def _silent(done: int, total: int, state: str) -> None:
@@ -167,3 +173,76 @@ def read_masks(
         "masks of unreadable images": read.of_unreadable_images,
     }
     return read.shares, [(one.name, one.values) for one in read.classes], left_out
+
+
+def first_look(
+    images: Images,
+    settings: Mapping[str, Any],
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    n_images: int = 32,
+    download_progress: Progress = _silent,
+) -> "FirstLook":
+    """Some images through the backbone, before anything is extracted; see `cytocache.first_look`.
+
+    Parameters
+    ----------
+    settings : as of `extract`
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    workers : processes that read images; None: one for each core
+
+    Raises
+    ------
+    BadInput
+        For settings or weights that cannot be used, or if none of these images can be read.
+    """
+    from .first_look import first_look as look
+
+    config = _extract_config(settings, device=resolve_device(device), workers=workers)
+    return look(images, config, n_images=n_images, progress=download_progress)
+
+
+def extract(
+    images: Images,
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    shard: Shard = ONE_WRITER,
+    overwrite: bool = False,
+    progress: Progress = _silent,
+    download_progress: Progress = _silent,
+    stop: Callable[[], bool] = lambda: False,
+) -> "ExtractResult":
+    """Write (or continue) the activation cache of `images` at `out`; see `cytocache.extract`.
+
+    settings : backbone, weights, block, precision, chunk_images; those that are missing have their defaults
+
+    Raises
+    ------
+    BadInput, SpecMismatch
+        As `cytocache.extract`.
+    """
+    from .extract import extract as run
+
+    config = _extract_config(settings, device=device, workers=workers)
+    return run(
+        images,
+        out,
+        config,
+        shard=shard,
+        overwrite=overwrite,
+        progress=progress,
+        download_progress=download_progress,
+        stop=stop,
+    )
+
+
+def _extract_config(settings: Mapping[str, Any], *, device: str, workers: int | None) -> "ExtractConfig":
+    from .extract import ExtractConfig
+
+    given = {name: value for name, value in settings.items() if name != "block"}
+    blocks = (int(settings["block"]),) if "block" in settings else (-2,)
+    return ExtractConfig(**given, blocks=blocks, device=device, workers=workers or n_cores())

@@ -29,6 +29,9 @@ from .maps import stored_subject as stored_subject
 from .maps import write_maps as write_maps
 from .maps import write_mask_agreement as write_mask_agreement
 from .maps import write_sheets as write_sheets
+from .pipeline import RunConfig as RunConfig
+from .pipeline import run_pipeline as run_pipeline
+from .pipeline import write_run_report as write_run_report
 from .probe import ProbeConfig as ProbeConfig
 from .probe import UnitConfig as UnitConfig
 from .probe import apply_model as apply_model

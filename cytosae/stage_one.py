@@ -4,7 +4,7 @@ The two packages do not import each other: cli.py passes the module to commands,
 `stage_one=cytocache.bridge`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,14 +13,77 @@ import numpy.typing as npt
 
 from stores.errors import BadInput
 from stores.progress import Progress
+from stores.shards import Shard
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import torch
 
     from stores import ActivationSpec, LatentStore
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
 Picture = Callable[[int], Pixels | str]  # image_index -> pixels, or the reason why there are none
+
+
+class ImageList(Protocol):
+    """The images of a folder or a table (`cytocache.Images`)."""
+
+    @property
+    def table(self) -> "pa.Table":
+        """The image table."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that its paths are relative to."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over, in words."""
+
+
+class FirstLook(Protocol):
+    """Some images through the backbone (`cytocache.first_look.FirstLook`)."""
+
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def trained(self) -> bool: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def tokens_per_image(self) -> int: ...
+    @property
+    def tokens(self) -> npt.NDArray[np.float16]: ...
+    @property
+    def n_read(self) -> int: ...
+    @property
+    def unreadable(self) -> tuple[str, ...]: ...
+    @property
+    def seconds_per_image(self) -> float: ...
+    @property
+    def seconds_to_start(self) -> float: ...
+
+
+class Extraction(Protocol):
+    """A cache that was written (`cytocache.ExtractResult`)."""
+
+    @property
+    def is_complete(self) -> bool:
+        """No shard is missing."""
+
+    @property
+    def was_complete(self) -> bool:
+        """There was nothing to do."""
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+    def lines(self) -> Iterator[str]: ...
 
 
 class StageOne(Protocol):
@@ -60,6 +123,37 @@ class StageOne(Protocol):
         progress: Progress,
     ) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
         """(shares of the patches by image_index, classes as (name, values), masks left out: names by reason)."""
+
+    def open_images(self, source: Path | str, *, root: Path | None) -> ImageList:
+        """The images of a folder or a table."""
+
+    def first_look(
+        self,
+        images: Any,
+        settings: Mapping[str, Any],
+        *,
+        device: str,
+        workers: int | None,
+        n_images: int,
+        download_progress: Progress,
+    ) -> FirstLook:
+        """Some images through the backbone: the form of the tokens, and what they cost."""
+
+    def extract(
+        self,
+        images: Any,
+        out: Path,
+        settings: Mapping[str, Any],
+        *,
+        device: str,
+        workers: int | None,
+        shard: Shard,
+        overwrite: bool,
+        progress: Progress,
+        download_progress: Progress,
+        stop: Callable[[], bool],
+    ) -> Extraction:
+        """Write (or continue) the activation cache of `images`, as `open_images` gave them."""
 
 
 def require_stage_one(stage_one: StageOne | None) -> StageOne:

@@ -14,6 +14,7 @@ from .figures import characteristic_latents as characteristic_latents
 from .figures import plot_patient_barcodes as plot_patient_barcodes
 from .partitions import count_into_parts as count_into_parts
 from .partitions import discard as discard
+from .patients import group_images as group_images
 from .patients import join_tables as join_tables
 from .patients import regroup as regroup
 from .report import BarcodeResult as BarcodeResult

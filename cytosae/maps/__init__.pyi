@@ -1,4 +1,5 @@
 from .figures import Style as Style
+from .figures import plot_concepts as plot_concepts
 from .figures import plot_reference_images as plot_reference_images
 from .image_maps import MapResult as MapResult
 from .image_maps import Subject as Subject
@@ -13,10 +14,13 @@ from .patch_maps import Pixels as Pixels
 from .patch_maps import patch_map as patch_map
 from .patch_maps import patch_side as patch_side
 from .patch_maps import read_tokens as read_tokens
+from .patch_maps import stretched as stretched
+from .reference_images import FrameRow as FrameRow
 from .reference_images import Places as Places
 from .reference_images import Sources as Sources
 from .reference_images import as_sources as as_sources
 from .reference_images import open_sources as open_sources
+from .reference_images import reference_rows as reference_rows
 from .reference_images import require_same_sae as require_same_sae
 from .reference_images import unseen_warnings as unseen_warnings
 from .reference_sheets import SheetResult as SheetResult

@@ -111,6 +111,12 @@ def _draw_rows(rows: Sequence[FrameRow], *, title: str, style: Style, in_shares:
     return figure
 
 
+def plot_concepts(rows: Sequence[FrameRow], path: Path) -> None:
+    """`path`: a row of images for each latent, each image with its map on the right, each row on its own scale."""
+    title = "Reference images: the cells in which a latent is most active, and where in the cell"
+    save_figure(_draw_rows(rows, title=title, style=Style(), in_shares=True), path)
+
+
 def plot_reference_images(
     latents: LatentStore, images: "AnnData", chosen: dict[str, int], picture: Picture, path: Path, *, n_images: int = 6
 ) -> None:

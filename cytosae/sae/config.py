@@ -340,7 +340,7 @@ def make_config(
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
-    for given in (checked_settings(read_toml(config_file), str(config_file)) if config_file else {}, options or {}):
+    for given in (_settings_of(config_file) if config_file else {}, options or {}):
         if {"l1", "target_l0"} <= given.keys():
             raise BadInput("give the sparsity once: either l1, a fixed weight, or target_l0, which it is steered to")
         values = overridden(values, given)
@@ -368,6 +368,16 @@ def require_same_shape(values: dict[str, Any], start: dict[str, Any]) -> None:
                 f"the SAE to go on from has {name} {start[name]}; found {name} {values[name]}. Leave it out, or train "
                 f"from the start, without --init-from"
             )
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """Settings from a TOML file; of a recipe of `cyto run` those of its section `sae`."""
+    values = read_toml(path)
+    if values.get("format") == "cyto recipe":
+        section = values.get("sae")
+        values = dict(section) if isinstance(section, dict) else {}
+        values.pop("assume_compatible", None)
+    return checked_settings(values, str(path))
 
 
 def overridden(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

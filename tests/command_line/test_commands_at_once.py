@@ -29,6 +29,7 @@ from tiny_runs import tiny_config
 
 import cli
 from cytosae.concepts import selection
+from cytosae.pipeline.recipe import parse_recipe, recipe_text
 from cytosae.training.train import train
 from stores import console, files
 from stores import destination as output
@@ -37,6 +38,7 @@ from stores.verify_any import verify
 
 pytestmark = [pytest.mark.stress, pytest.mark.usefixtures("one_thread")]
 
+LONG = ("demo ", "run ")
 GRID = "[base]\nexpansion = 2\nbatch_tokens = 256\ntokens = 512\nwarmup_steps = 1\n[grid]\nseed = [1]\n"
 TRAIN = "--expansion 2 --batch-tokens 256 --tokens 512 --warmup-steps 1"
 COMPARE = f"compare cohort/barcodes '{DISEASES[0]}' {DISEASES[1]} -o new --permutations 19 --bootstraps 5"
@@ -69,6 +71,8 @@ WRITING = {
     "concept masks latents.zarr masks -o new --shuffles 3": "claim",
     "atlas export cohort/atlas -o new.csv --reviews reviews": "claim",
     "demo --out new": "claim",
+    "run images -o new": "claim",
+    "report begun": "claim",
     **dict.fromkeys((COMPARE, PROBE, ATLAS, MAP, SHEET, NEIGHBOURS), "claim"),
 }
 # a command line -> the stores that it reads, each of which is exchanged once
@@ -127,7 +131,15 @@ def chain(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         assert cyto("sae export run --format cytosae -o released.pt").exit_code == 0
     (root / "reviews").mkdir()
+    (root / "begun").mkdir()
+    (root / "begun" / "recipe.toml").write_text(recipe_of(root / "images"))
     return root
+
+
+def recipe_of(images: Path) -> str:
+    """Of a run that has only begun."""
+    sections = {key: {} for key in ("extract", "sae", "encode", "barcode", "concepts", "select", "atlas")}
+    return recipe_text(parse_recipe({"images": {"source": str(images)}, **sections}, "a test"))
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +234,7 @@ def test_the_second_of_two_is_told(line: str, here: Path, monkeypatch: pytest.Mo
                 thread.join()
                 after = contents(here)
                 torn.extend(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-                if line.startswith("demo"):
+                if line.startswith(LONG):
                     raise KeyboardInterrupt  # it would take a minute
             yield is_ours
 
@@ -237,7 +249,7 @@ def test_the_second_of_two_is_told(line: str, here: Path, monkeypatch: pytest.Mo
         importlib.import_module(module)
     replace_everywhere(monkeypatch, real, held_up)
     first = cyto(line)
-    assert first.exit_code == (130 if line.startswith("demo") else 0), first.output
+    assert first.exit_code == (130 if line.startswith(LONG) else 0), first.output
     ((code, said),) = told
     assert code == 1
     (error,) = [each for each in said.splitlines() if each.startswith("Error")]
@@ -246,7 +258,7 @@ def test_the_second_of_two_is_told(line: str, here: Path, monkeypatch: pytest.Mo
     gc.collect()
     assert not [*here.rglob("*.lock")]
     made = here / next(word for word in ("damaged.zarr", "new.zarr", "new") if word in line.split() or word == "new")
-    if made.is_dir() and not re.match("demo|sae export", line):
+    if made.is_dir() and not re.match("demo|run|sae export", line):
         assert verify(made).problems == []
 
 

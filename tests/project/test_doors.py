@@ -49,6 +49,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "atlas export": ("cytosae.write_verdicts",),
     "atlas agreement": ("cytosae.review_agreement",),
     "verify": ("stores.verify_folder",),
+    "run": ("cytosae.run_pipeline", "cytosae.RunConfig"),
+    "report": ("cytosae.write_run_report",),
 }
 OTHER_NAMES = {"taus": "tau", "show_labels": "shows_labels", "review_only": "is_review_only"}  # option -> in Python
 NOT_COMPARED = {("probe", "mil")}  # a switch on the command line, a config in Python

@@ -26,6 +26,7 @@ TORCH = {  # files that name torch (or timm), or rooms; a laptop without torch r
     *("cytocache/sample.py", "cytocache/torchvision_guard.py", "cytocache/weights_file.py"),
     *("cytocache/checkpoint_state.py", "cytocache/file_architecture.py", "cytocache/model_config.py"),
     *("cytocache/model_options.py", "cytocache/random_weights.py", "cytocache/vit.py"),
+    *("cytocache/first_look.py", "cytosae/pipeline/costs.py"),
     *("cytosae/sae", "cytosae/training", "cytosae/sweep", "cytosae/latents", "cytosae/probe/attention_mil.py"),
     *("cytosae/stage_one.py", "stores/devices.py"),
 }
@@ -195,6 +196,10 @@ def test_there_is_no_circle() -> None:
             {"torch", "cytocache", "dask", "sklearn"},
         ),
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
+        (
+            "cytosae.pipeline.run, cytosae.pipeline.page",
+            {"torch", "timm", "cytocache", "anndata", "matplotlib"},
+        ),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
         ("cytosae.atlas.review_server, cytosae.atlas.reviewer_agreement", {"torch", "cytocache", "dask", "matplotlib"}),
         ("stores.latent_store, stores.verify_any", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),

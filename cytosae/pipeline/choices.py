@@ -1,0 +1,185 @@
+"""The one place where settings are chosen from the data: from the table of images and a first look at tokens."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cytosae.atlas import AtlasConfig
+from cytosae.barcodes import BarcodeConfig
+from cytosae.compare import CompareConfig
+from cytosae.concepts import ConceptConfig, SelectionConfig
+from cytosae.probe import ProbeConfig, UnitConfig
+from cytosae.sae import TrainConfig
+from cytosae.stage_one import FirstLook
+from stores.errors import BadInput
+from stores.spec import SAE, find_header
+
+from .cohort import CohortFacts, possible_comparisons, possible_probes
+from .config import RunConfig
+from .recipe import Recipe, Section, checked_recipe, checked_section
+
+_TOKENS_PER_LATENT = 50
+_EXPANSIONS = (1, 2, 4, 8, 16, 32, 64)
+_FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+_PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer in a minute
+    "patient": {"repeats": 5, "permutations": 39, **_FEW},
+    "image": {"repeats": 2, "permutations": 19, "max_images": 600, **_FEW},
+}
+
+
+def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look: FirstLook) -> Recipe:
+    """The recipe for these images: every setting, and why it has this value.
+
+    Raises
+    ------
+    BadInput
+        If a setting that was asked for does not exist or cannot be used.
+    """
+    why: dict[str, str] = {}
+    sections: dict[str, Section] = {
+        "images": {"source": _relative(source, out), **({"root": _relative(config.root, out)} if config.root else {})},
+        "extract": _extract_settings(config, look, why),
+        "sae": _given_sae(config.sae, out, why) if config.sae else _sae_settings(config, facts, look, why),
+        "encode": {"value_bits": 10, "min_activation": 0.0, "precision": "fp32"},
+        "barcode": _barcode_settings(why),
+        "concepts": _defaults(ConceptConfig(seed=config.seed), without=("partition_images",)),
+        "select": _selection_settings(config, facts, why),
+        "atlas": _defaults(AtlasConfig(seed=config.seed), without=("tau",)),
+    }
+    if config.stability and not config.sae:
+        sections["stability"] = {"seed": config.seed + 1}
+        why["stability.seed"] = "a second SAE from another seed: latents that both find are no accident of the seed"
+    given = {name: dict(values) for name, values in config.settings.items()}
+    of_all = {name: checked_section(name, given.pop(name), "--set") for name in ("compare", "probe") if name in given}
+    for name, values in given.items():
+        if name not in sections or name == "images":
+            known = ", ".join(each for each in (*sections, "compare", "probe") if each != "images")
+            raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {known}")
+        checked = checked_section(name, values, "--set")
+        replaced = {"epochs": "tokens", "tokens": "epochs"} if name == "sae" else {}
+        kept = {key: value for key, value in sections[name].items() if replaced.get(key) not in checked}
+        sections[name] = {**kept, **checked}
+        why |= {f"{name}.{key}": "asked for" for key in checked}
+        for key in sections[name].keys() ^ kept.keys():
+            if key not in sections[name]:
+                why.pop(f"{name}.{key}", None)
+    compare, left_out = possible_comparisons(facts)
+    probe, not_probed = possible_probes(facts)
+    if config.sae and config.stability:
+        left_out["stability"] = "the SAE was given, not trained: there is no second seed"
+    return checked_recipe(
+        **sections,
+        compare=tuple({**_comparison(each, config.seed), **of_all.get("compare", {})} for each in compare),
+        probe=tuple({**_probe(each, config.seed), **of_all.get("probe", {})} for each in probe),
+        why=why,
+        left_out={**left_out, **not_probed},
+    )
+
+
+def _extract_settings(config: RunConfig, look: FirstLook, why: dict[str, str]) -> Section:
+    why["extract.precision"] = "bf16 on a GPU, fp32 on the CPU"
+    why["extract.backbone"] = "asked for" if look.trained else "UNTRAINED: it shows the machinery, not medicine"
+    return {
+        "backbone": config.backbone,
+        **({"weights": _weights(config.weights)} if config.weights else {}),
+        "block": config.block,
+        "precision": look.precision,
+        "chunk_images": 256,
+    }
+
+
+def _weights(weights: str) -> str:
+    """A file with its whole path, since a recipe is read from another folder; other words as they are."""
+    return os.path.abspath(weights) if Path(weights).exists() else weights  # noqa: PTH100  # links stay as they are
+
+
+def _given_sae(sae: Path, out: Path, why: dict[str, str]) -> Section:
+    """An SAE that is there, or a file of another program."""
+    if not sae.exists():
+        raise BadInput(f"no SAE at {sae}: expected a folder of cyto sae train or import, or a file of another program")
+    header = find_header(sae) if sae.is_dir() else None
+    is_ours = header is not None and header.kind == SAE.kind
+    is_foreign = not is_ours or "imported" in (header.spec if header else {})
+    why["sae.use"] = "given, so none is trained"
+    if is_foreign:
+        why["sae.assume_compatible"] = "an imported SAE does not say which tokens it was trained on; you vouch for them"
+    return {"use": _relative(sae, out), "assume_compatible": is_foreign}
+
+
+def _sae_settings(config: RunConfig, facts: CohortFacts, look: FirstLook, why: dict[str, str]) -> Section:
+    """Width, sparsity and budget of a new SAE."""
+    n_tokens = facts.n_images * look.tokens_per_image
+    expansion = max([1, *(each for each in _EXPANSIONS if each * look.width * _TOKENS_PER_LATENT <= n_tokens)])
+    expansion = min(expansion, 8)
+    k = 16 if look.width < 384 else 32
+    batch = min(4096, max(256, n_tokens // 64))
+    tokens = min(257_000_000, max(400 * batch, min(4 * n_tokens, 1_500_000)))
+    n_steps = round(tokens / batch)
+    why |= {
+        "sae.expansion": f"{expansion * look.width:,} latents for {n_tokens:,} tokens of width {look.width}: at least "
+        f"{_TOKENS_PER_LATENT} tokens a latent",
+        "sae.activation": "a set number of active latents per token: nothing to tune",
+        "sae.k": f"for tokens of width {look.width}",
+        "sae.tokens": f"{tokens / n_tokens:.1f} passes over the tokens, {n_steps:,} steps",
+        "sae.holdout": "a tenth of the images is only measured on",
+        "sae.seed": "asked for" if config.seed else "the default",
+    }
+    return _defaults(
+        TrainConfig(
+            expansion=expansion,
+            activation="topk",
+            k=k,
+            lr=1e-3,
+            warmup_steps=min(100, n_steps // 10),
+            batch_tokens=batch,
+            tokens=tokens,
+            holdout=0.1 if facts.n_images >= 50 else 0.0,
+            seed=config.seed,
+        )
+    )
+
+
+def _barcode_settings(why: dict[str, str]) -> Section:
+    why["barcode.tau"] = "every latent that a token activates counts"
+    return _defaults(BarcodeConfig(tau=0.0), without=("partition_images", "block_images"))
+
+
+def _selection_settings(config: RunConfig, facts: CohortFacts, why: dict[str, str]) -> Section:
+    """The draw of latents, from the statistics of the largest dataset."""
+    section = _defaults(SelectionConfig(seed=config.seed, threshold=0.0))
+    why["select.threshold"] = "all latents that are active anywhere; 0.001 belongs to the released SAE"
+    if len(facts.datasets) > 1:
+        section["dataset"] = next(iter(facts.datasets))
+        why["select.dataset"] = "the largest of the datasets"
+    return section
+
+
+def _comparison(section: Section, seed: int) -> Section:
+    """All settings of one comparison."""
+    config = CompareConfig(a=section["a"], b=section["b"], seed=seed)
+    return {"name": section["name"], **_defaults(config, without=("tau",))}
+
+
+def _probe(section: Section, seed: int) -> Section:
+    """All settings of one probe, with few draws."""
+    more = {**_PROBE[section["level"]], **section, "seed": seed}
+    units = UnitConfig(**{name: more.pop(name) for name in [*more] if name in UnitConfig.__dataclass_fields__})
+    name = more.pop("name")
+    return {
+        "name": name,
+        **_defaults(units, without=("tau",)),
+        **_defaults(ProbeConfig(units=units, **more, mil=None), without=("units",)),
+    }
+
+
+def _defaults(config: Any, *, without: tuple[str, ...] = ()) -> Section:
+    """The settings of a config, without those that are None."""
+    values: Mapping[str, Any] = vars(config)
+    return {name: value for name, value in values.items() if value is not None and name not in without}
+
+
+def _relative(path: Path, out: Path) -> str:
+    """A path as the recipe in `out` names it: below `out`, or absolute."""
+    whole, base = Path(os.path.abspath(path)), Path(os.path.abspath(out))  # noqa: PTH100  # links stay as they are
+    return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else os.fspath(whole)

@@ -1,0 +1,405 @@
+"""`cyto run`: images (or a recipe) to an atlas and a report, in one folder. Read from top to bottom.
+
+1. What is asked: a recipe that is there, or one that is chosen from the data (choices.py).
+2. What is to be done: stage by stage, by settings and by what each reads (journal.py); what it costs (costs.py).
+3. The stages, each of which continues by itself where it was interrupted (stages.py).
+4. The page (page.py).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cytosae.stage_one import FirstLook, ImageList, StageOne, require_stage_one
+from stores.destination import claimed
+from stores.errors import BadInput, CytoError, IncompleteStore, SpecMismatch, StoreNotFound
+from stores.files import is_dropping, write_atomic
+from stores.machine import n_cores
+from stores.progress import Progress
+from stores.shards import ONE_WRITER, Shard
+from stores.spec import find_header
+from stores.tables import table_sha256
+from stores.wording import Report, printable
+
+from .choices import resolve
+from .cohort import CohortFacts, read_cohort
+from .commands_text import script, words
+from .config import RunConfig
+from .journal import FILE as JOURNAL
+from .journal import Journal, content_of
+from .page import REPORT, write_run_report
+from .plan import RunPlan, inputs_of, make_plan
+from .recipe import FILE, Recipe, differences, read_recipe, write_recipe
+from .stages import ATLAS, CACHE, COMPARE, PROBE, Stage, Workshop, stages_of
+
+COMMANDS = "commands.sh"
+_LOOKED_AT = 32  # images of the first look
+_STEPS = 1000  # of the one progress line
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult(Report):
+    """What a run has done; of a dry run its plan."""
+
+    out: Path
+    plan: RunPlan
+    is_dry: bool = False
+    made: tuple[str, ...] = ()  # stages that were done
+    unchanged: tuple[str, ...] = ()  # stages that were done before
+    left_out: dict[str, str]  # analysis -> why it was not made
+    said: tuple[str, ...] = ()  # a few lines of what the stages found
+    doubts: tuple[str, ...] = ()
+    waits_for: str = ""  # what other shards must do first, in words
+
+    @property
+    def was_complete(self) -> bool:
+        """Nothing had to be done."""
+        return not self.is_dry and not self.made and not self.waits_for
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the results doubtful, of the stages that were done now."""
+        return self.doubts
+
+    def lines(self) -> Iterator[str]:
+        """What was made, and where it is."""
+        if self.is_dry:
+            yield "nothing was written"
+            return
+        yield from self.said
+        if self.waits_for:
+            yield self.waits_for
+            return
+        for name, reason in self.left_out.items():
+            yield f"left out: {printable(name)}: {printable(reason)}"
+        yield f"{self.out / FILE}   every setting; change a line and run cyto run {self.out / FILE}"
+        yield f"{self.out / COMMANDS}   the same by hand"
+        if find_header(self.out / ATLAS) is not None:
+            yield f"atlas: {(self.out / ATLAS / 'index.html').absolute().as_uri()}"
+        yield f"report: {(self.out / REPORT).absolute().as_uri()}"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a run begins with: a recipe, its images, a first look if one was needed."""
+
+    recipe: Recipe
+    images: ImageList
+    facts: CohortFacts
+    look: FirstLook | None
+
+
+def run_pipeline(
+    source: Path | str,
+    out: Path | str | None = None,
+    config: RunConfig | None = None,
+    *,
+    stage_one: StageOne | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    scheduler: str | None = None,
+    memory_limit: str = "2GiB",
+    shard: Shard = ONE_WRITER,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    tell_plan: Callable[[RunPlan], None] = lambda plan: None,
+    progress: Progress = lambda done, total, state: None,
+    download_progress: Progress = lambda done, total, state: None,
+    gently: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
+) -> RunResult:
+    """From images (or a recipe) to a folder with all stores, results, an atlas and a report; the same call continues.
+
+    A stage is done again if its settings or what it reads have changed, and not otherwise. Memory: that of the stages.
+
+    Parameters
+    ----------
+    source : as of `cytocache.open_images`; or the `recipe.toml` of a run
+    out : the folder; of a recipe None: its own
+    config : what is asked; with a recipe None, which says everything
+    stage_one : `cytocache.bridge`
+    device, workers : of extraction, training and encoding; processes that read images, and of a cluster started here
+    scheduler, memory_limit : as of `cytosae.open_client`
+    shard : the share of the images that this process extracts and encodes; shard 0 does what cannot be shared
+    dry_run : look, choose and plan; write nothing
+    overwrite : take new settings for a folder that has a recipe with others
+    tell_plan : called once, before anything is written
+    progress : thousandths of all stages done, 1000
+    download_progress : bytes of the weights downloaded, bytes in all
+    gently : a context around the extraction that says whether it is to stop after the chunk in flight
+
+    Raises
+    ------
+    BadInput
+        If images, recipe or a setting cannot be used.
+    SpecMismatch
+        If `out` holds something else, or a run with other settings (and not `overwrite`), or is being written.
+    """
+    from stores.devices import resolve_device  # torch: where it is missing, that is told before anything is begun
+
+    bridge, resolved = require_stage_one(stage_one), resolve_device(device)
+    place, config_of = _places(Path(source), None if out is None else Path(out), config)
+    looking = {"device": device, "workers": workers, "download_progress": download_progress}
+    with ExitStack() as stack:
+        if not dry_run:
+            stack.enter_context(claimed(place, shared=not shard.is_only))
+        _refuse_foreign(place)
+        asked = (
+            _from_recipe(Path(source), place, bridge, overwrite=overwrite)
+            if config_of is None
+            else _from_data(Path(source), place, config_of, bridge, looking, overwrite=overwrite)
+        )
+        content = table_sha256(asked.images.table)
+        stages = stages_of(asked.recipe, place, device=device)
+        journal = Journal.read(place)
+        look = asked.look
+        if look is None and content_of(place / CACHE) is None:
+            look = _look(bridge, asked.images, asked.recipe.extract, looking)
+        plan = make_plan(
+            asked.recipe,
+            stages,
+            journal,
+            asked.facts,
+            look,
+            out=place,
+            device=resolved,
+            images_content=content,
+            notes=asked.images.notes,
+        )
+        tell_plan(plan)
+        if dry_run:
+            return RunResult(out=place, plan=plan, is_dry=True, left_out=dict(asked.recipe.left_out))
+        place.mkdir(parents=True, exist_ok=True)
+        write_recipe_of(asked.recipe, place, Path(source))
+        shop = Workshop(
+            out=place,
+            recipe=asked.recipe,
+            images=asked.images,
+            stage_one=bridge,
+            device=device,
+            workers=workers or n_cores(),
+            scheduler=scheduler,
+            memory_limit=memory_limit,
+            shard=shard,
+            gently=gently,
+            download_progress=download_progress,
+            resources=stack,
+        )
+        return _run(plan, shop, journal, content, progress)
+
+
+# ------------------------------------------------------------------------------------------------ what is asked
+
+
+def _places(source: Path, out: Path | None, config: RunConfig | None) -> tuple[Path, RunConfig | None]:
+    """The folder of the run, and what is asked; None of a recipe, which says everything."""
+    if source.suffix == ".toml":
+        if config is not None:
+            raise BadInput(f"{source} says every setting; change its lines, and leave the options out")
+        return out or source.parent, None
+    if (source / FILE).is_file():
+        raise BadInput(f"{source} is the folder of a run; go on with cyto run {source / FILE}")
+    if out is None:
+        raise BadInput(f"give the folder of the run: cyto run {source} -o DIR")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise BadInput(
+            f"{out} lies in the folder of the images, and its pictures would be taken for cells; choose another -o"
+        )
+    return out, config or RunConfig()
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Nothing that a run would write may be there, unless a run wrote it."""
+    if out.exists() and not out.is_dir():
+        raise SpecMismatch(f"{out} is a file, and not the folder of a run; choose another -o")
+    if find_header(out) is not None:
+        raise SpecMismatch(f"{out} is a store of cyto's own; choose another -o")
+    if not out.is_dir() or (out / FILE).is_file():
+        return
+    ours = (CACHE, COMMANDS, REPORT, JOURNAL, ATLAS, COMPARE, PROBE)
+    there = [path.name for path in out.iterdir() if path.name in ours or path.name.startswith("cells.")]
+    there = [name for name in there if not is_dropping(name) and name != "cells.csv"]
+    if there:
+        raise SpecMismatch(f"{out} holds {there[0]} but no {FILE}: something else than a run; choose another -o")
+
+
+def _from_recipe(source: Path, out: Path, bridge: StageOne, *, overwrite: bool) -> _Asked:
+    recipe = read_recipe(source)
+    if source.parent.resolve() != out.resolve():  # its paths are relative to its own folder
+        moved = {name: str((source.parent / value).absolute()) for name, value in recipe.images.items()}
+        used = recipe.uses_sae
+        sae = recipe.sae if used is None else {**recipe.sae, "use": str((source.parent / used).absolute())}
+        recipe = replace(recipe, images=moved, sae=sae)
+        _refuse_other(recipe, out, overwrite=overwrite)
+    root = recipe.images.get("root")
+    images = bridge.open_images(out / recipe.images["source"], root=None if root is None else out / root)
+    return _Asked(recipe, images, read_cohort(images.table), None)
+
+
+def _from_data(
+    source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, object], *, overwrite: bool
+) -> _Asked:
+    """A recipe chosen from the data, which must be that of the folder, if it has one."""
+    images = bridge.open_images(source, root=config.root)
+    facts = read_cohort(images.table)
+    extract = {"backbone": config.backbone, "weights": config.weights, "block": config.block}
+    look = _look(bridge, images, {name: value for name, value in extract.items() if value is not None}, looking)
+    recipe = resolve(config, source, out, facts, look)
+    _refuse_other(recipe, out, overwrite=overwrite)
+    return _Asked(recipe, images, facts, look)
+
+
+def _refuse_other(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
+    """A folder with a recipe keeps its settings, unless `overwrite` says that new ones are meant."""
+    if not (out / FILE).is_file() or overwrite:
+        return
+    if found := differences(read_recipe(out / FILE), recipe):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise SpecMismatch(
+            f"{out / FILE} has other settings ({', '.join(found[:3])}{more}); cyto run {out / FILE} goes on with "
+            f"those, --overwrite takes the new ones, or choose another -o"
+        )
+
+
+def _look(bridge: StageOne, images: ImageList, extract: dict[str, object], looking: dict[str, object]) -> FirstLook:
+    return bridge.first_look(images, extract, n_images=_LOOKED_AT, **looking)  # type: ignore[arg-type]
+
+
+def write_recipe_of(recipe: Recipe, out: Path, source: Path) -> None:
+    """Write the recipe into the folder of the run, unless it was read from there."""
+    if source.absolute() != (out / FILE).absolute():
+        write_recipe(recipe, out / FILE)
+
+
+# --------------------------------------------------------------------------------------------------- the stages
+
+
+class _Overall:
+    """One progress over all stages, each with its share of the expected time."""
+
+    def __init__(self, plan: RunPlan, progress: Progress) -> None:
+        self._progress = progress
+        seconds = {each.stage.out: max(0.5, each.cost.seconds) if each.why else 0.0 for each in plan.stages}
+        total = sum(seconds.values()) + 2.0  # the report
+        self._share = {name: value / total for name, value in seconds.items()}
+        self._done = 0.0
+        self._at, self._n, self._name, self._out = 0, len(plan.to_do), "", ""
+
+    def begin(self, stage: Stage) -> None:
+        self._at, self._name, self._out = self._at + 1, stage.name, stage.out
+        self.show(0, 1, "")
+
+    def show(self, done: int, total: int, state: str) -> None:
+        within = min(1.0, done / total) if total > 0 else 0.0
+        share = self._done + within * self._share.get(self._out, 0.0)
+        said = f"{self._at} of {max(self._n, self._at)} {printable(self._name)}"
+        self._progress(round(_STEPS * min(share, 1.0)), _STEPS, f"{said}, {state}" if state else said)
+
+    def end(self, stage: Stage) -> None:
+        self._done += self._share.get(stage.out, 0.0)
+
+
+def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress) -> RunResult:
+    """All stages in order, then the commands and the report."""
+    overall = _Overall(plan, progress)
+    shop.progress = overall.show
+    made: list[str] = []
+    unchanged: list[str] = []
+    said: list[str] = []
+    doubts: list[str] = []
+    left_out: dict[str, str] = {}
+    for stage in (each.stage for each in plan.stages):
+        inputs = inputs_of(stage, shop.out, images_content)
+        there = content_of(shop.out / stage.out)
+        if not journal.why_stale(stage, inputs, there):
+            unchanged.append(stage.name)
+            continue
+        if waits_for := _must_wait(stage, shop, there):
+            return _result(plan, shop, made, unchanged, left_out, said, doubts, waits_for)
+        overall.begin(stage)
+        began = time.perf_counter()
+        try:
+            done = _do(stage, shop)
+        except CytoError as error:
+            if not (stage.is_optional and isinstance(error, BadInput | StoreNotFound | IncompleteStore)):
+                raise
+            left_out[stage.name] = journal.left_out[stage.name] = str(error)
+            journal.write()
+            overall.end(stage)
+            continue
+        overall.end(stage)
+        if getattr(done, "is_complete", True) is False:  # a shard of a store
+            return _result(
+                plan, shop, made, unchanged, left_out, said, doubts, next(iter(done.lines()), "other shards")
+            )
+        journal.left_out.pop(stage.name, None)
+        journal.record(stage, inputs, content_of(shop.out / stage.out), seconds=time.perf_counter() - began)
+        journal.write()
+        made.append(stage.name)
+        said += [*done.lines()][:1] if not stage.is_optional else []
+        doubts += [f"{printable(stage.name)}: {warning}" for warning in done.warnings]
+    write_commands(shop.out, shop.recipe, {**shop.recipe.left_out, **left_out}, device=shop.device)
+    progress(_STEPS - 1, _STEPS, "the report")
+    write_run_report(shop.out, stage_one=shop.stage_one)
+    progress(_STEPS, _STEPS, "done")
+    return _result(plan, shop, made, unchanged, left_out, said, doubts, "")
+
+
+def _result(
+    plan: RunPlan,
+    shop: Workshop,
+    made: list[str],
+    unchanged: list[str],
+    left_out: dict[str, str],
+    said: list[str],
+    doubts: list[str],
+    waits_for: str,
+) -> RunResult:
+    return RunResult(
+        out=shop.out,
+        plan=plan,
+        made=tuple(made),
+        unchanged=tuple(unchanged),
+        left_out={**shop.recipe.left_out, **left_out},
+        said=tuple(said),
+        doubts=tuple(dict.fromkeys(doubts)),
+        waits_for=waits_for,
+    )
+
+
+def _do(stage: Stage, shop: Workshop) -> Report:
+    """The stage; what a run made with other settings is replaced, once the new one is complete."""
+    try:
+        return stage.do(shop, False)
+    except SpecMismatch:
+        place = shop.out / stage.out
+        if not place.exists() or not shop.shard.is_only:
+            raise
+        return stage.do(shop, True)
+
+
+def _must_wait(stage: Stage, shop: Workshop, there: str | None) -> str:
+    """Of several shards the first does what cannot be shared; the others say so, and end."""
+    if stage.is_shared or shop.shard.index == 0 or there is not None:
+        return ""
+    return (
+        f"{shop.out}: shard {shop.shard} has done its share; {stage.name} is for shard 0 of {shop.shard.count}. "
+        f"Run the same commands again when it is done"
+    )
+
+
+def write_commands(out: Path, recipe: Recipe, left_out: dict[str, str], *, device: str = "auto") -> None:
+    """Write `commands.sh`, without the analyses that the data do not allow."""
+    missing = {each.out for each in stages_of(recipe, out) if each.name in left_out}
+    made = replace(
+        recipe,
+        compare=tuple(each for each in recipe.compare if f"{COMPARE}/{each['name']}" not in missing),
+        probe=tuple(each for each in recipe.probe if f"{PROBE}/{each['name']}" not in missing),
+    )
+    stages = [each for each in stages_of(made, out, device=device) if each.out not in missing]
+    commands = [*(each.command for each in stages), words("report", ".")]
+    content = script(commands, left_out).encode()
+    path = out / COMMANDS
+    if not path.is_file() or path.read_bytes() != content:
+        write_atomic(path, content)

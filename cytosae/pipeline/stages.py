@@ -1,0 +1,393 @@
+"""The stages of a run: each is one call of another room's public function, and one command that does the same."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cytosae.stage_one import ImageList, StageOne
+from stores.progress import Progress
+from stores.shards import ONE_WRITER, Shard
+from stores.spec import SAE, find_header
+from stores.wording import Report
+
+from .commands_text import options, training_options, words
+from .recipe import FILE, Recipe, Section, compare_config, plain_values, probe_config
+
+# names below the folder of a run
+CACHE, SAE_FOLDER, LATENTS = "cells.acts.zarr", "cells.sae", "cells.latents.zarr"
+BARCODES, CONCEPTS, ATLAS = "cells.barcodes", "cells.concepts", "atlas"
+SELECTION = f"{CONCEPTS}/selection.parquet"
+COMPARE, PROBE, SECOND_SAE, STABILITY = "compare", "probe", "second_seed.sae", "stability"
+
+
+def _silent(done: int, total: int, state: str) -> None:
+    pass
+
+
+@dataclass(kw_only=True)
+class Workshop:
+    """What the stages of a run share: folder, images, machine."""
+
+    out: Path
+    recipe: Recipe
+    images: ImageList
+    stage_one: StageOne
+    device: str = "auto"
+    workers: int = 1
+    scheduler: str | None = None
+    memory_limit: str = "2GiB"
+    shard: Shard = ONE_WRITER
+    # around the extraction: a context that says whether it is to stop after the chunk in flight
+    gently: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False)
+    download_progress: Progress = _silent
+    progress: Progress = _silent  # of the stage at work
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    @cached_property
+    def client(self) -> Any:
+        """A Dask client, opened when the first stage needs it and closed with `resources`."""
+        from cytosae.cluster import open_client
+
+        return self.resources.enter_context(
+            open_client(self.scheduler, workers=self.workers, memory_limit=self.memory_limit)
+        )
+
+    def path(self, name: str) -> Path:
+        """The place of an output or input; absolute names stay."""
+        return self.out / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a run.
+
+    Attributes
+    ----------
+    name : as plans and errors call it
+    out : its output, below the folder of the run
+    inputs : outputs of other stages, or absolute paths, that it reads
+    settings : what decides its numbers, in plain values
+    command : the words of the command line that does the same, in the folder of the run
+    do : makes the output; the second argument says whether one with other settings is replaced
+    is_optional : the data may not allow it: then it is left out, and the rest goes on
+    is_shared : several shards may work at it at the same time
+    """
+
+    name: str
+    out: str
+    inputs: tuple[str, ...]
+    settings: Mapping[str, Any]
+    command: tuple[str, ...]
+    do: Callable[[Workshop, bool], Report]
+    is_optional: bool = False
+    is_shared: bool = False
+
+
+def stages_of(recipe: Recipe, out: Path, *, device: str = "auto") -> list[Stage]:
+    """The stages of a recipe, in the order in which they run; the report is not among them.
+
+    device : of the commands, if it is not auto
+    """
+    on = () if device == "auto" else ("--device", device)
+    return [*_to_latents(recipe, out, on), *_counts(recipe), *_analyses(recipe, on), _atlas(recipe)]
+
+
+def sae_place(recipe: Recipe, out: Path) -> str:
+    """Where the SAE of a run lies: below its folder, or an absolute path if a folder of one was given."""
+    given = recipe.uses_sae
+    if given is None:
+        return SAE_FOLDER
+    header = find_header(out / given) if (out / given).is_dir() else None
+    return given if header is not None and header.kind == SAE.kind else SAE_FOLDER
+
+
+def _to_latents(recipe: Recipe, out: Path, on: tuple[str, ...]) -> Iterator[Stage]:
+    source, sae = str(recipe.images["source"]), sae_place(recipe, out)
+    root = recipe.images.get("root")
+    yield Stage(
+        name="extract",
+        out=CACHE,
+        inputs=(),
+        settings=plain_values(recipe.extract),
+        command=words(
+            "cache extract", source, CACHE, *options(recipe.extract), *(("--root", root) if root else ()), *on
+        ),
+        do=_extract,
+        is_shared=True,
+    )
+    if recipe.uses_sae is None:
+        settings = {name: value for name, value in recipe.sae.items() if name != "assume_compatible"}
+        yield Stage(
+            name="train",
+            out=SAE_FOLDER,
+            inputs=(CACHE,),
+            settings=plain_values(settings),
+            command=_train_command(settings, SAE_FOLDER, on),
+            do=lambda shop, overwrite: _train(shop, SAE_FOLDER, overwrite=overwrite),
+        )
+    elif sae == SAE_FOLDER:
+        given = recipe.uses_sae
+        yield Stage(
+            name="import",
+            out=SAE_FOLDER,
+            inputs=(given,),
+            settings={},
+            command=words("sae import", given, "-o", SAE_FOLDER),
+            do=lambda shop, overwrite: _import_sae(shop, given, overwrite=overwrite),
+        )
+    assume = bool(recipe.sae.get("assume_compatible"))
+    yield Stage(
+        name="encode",
+        out=LATENTS,
+        inputs=(CACHE, sae),
+        settings={**plain_values(recipe.encode), "assume_compatible": assume},
+        command=words(
+            "sae encode", CACHE, sae, "-o", LATENTS, *options({**recipe.encode, "assume_compatible": assume}), *on
+        ),
+        do=lambda shop, overwrite: _encode(shop, sae, assume=assume, overwrite=overwrite),
+        is_shared=True,
+    )
+
+
+def _counts(recipe: Recipe) -> Iterator[Stage]:
+    yield Stage(
+        name="barcode",
+        out=BARCODES,
+        inputs=(LATENTS,),
+        settings=plain_values(recipe.barcode),
+        command=words("barcode", LATENTS, "-o", BARCODES, *options(recipe.barcode)),
+        do=_barcode,
+    )
+    yield Stage(
+        name="concepts",
+        out=CONCEPTS,
+        inputs=(LATENTS,),
+        settings=plain_values(recipe.concepts),
+        command=words("concept stats", LATENTS, "-o", CONCEPTS, *options(recipe.concepts)),
+        do=_concepts,
+    )
+    yield Stage(
+        name="select",
+        out=SELECTION,
+        inputs=(CONCEPTS,),
+        settings=plain_values(recipe.select),
+        command=words("concept select", CONCEPTS, *options(recipe.select)),
+        do=_select,
+        is_optional=True,
+    )
+
+
+def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
+    for section in recipe.compare:
+        place = f"{COMPARE}/{section['name']}"
+        given = {name: value for name, value in section.items() if name not in ("name", "a", "b")}
+        names = [BARCODES, str(section["a"]), str(section["b"])]
+        yield Stage(
+            name=f"compare {section['a']} against {section['b']}",
+            out=place,
+            inputs=(BARCODES,),
+            settings=plain_values(section),
+            command=words("compare", "-o", place, *options(given), *_names(names)),
+            do=lambda shop, overwrite, section=section, place=place: _compare(shop, section, place, overwrite),
+            is_optional=True,
+        )
+    for section in recipe.probe:
+        place = f"{PROBE}/{section['name']}"
+        given = {name: value for name, value in section.items() if name != "name"}
+        more = ("--cache", CACHE, "--no-mil", *(() if recipe.uses_sae else ("--sae", SAE_FOLDER)))
+        yield Stage(
+            name=f"probe {section['name']}",
+            out=place,
+            inputs=(BARCODES, CACHE),
+            settings=plain_values(section),
+            command=words("probe", BARCODES, "-o", place, *options(given), *more),
+            do=lambda shop, overwrite, section=section, place=place: _probe(shop, section, place, overwrite),
+            is_optional=True,
+        )
+    if recipe.stability is not None and recipe.uses_sae is None:
+        seed = recipe.stability["seed"]
+        settings = {name: value for name, value in recipe.sae.items() if name != "assume_compatible"} | {"seed": seed}
+        yield Stage(
+            name=f"train again, seed {seed}",
+            out=SECOND_SAE,
+            inputs=(CACHE,),
+            settings=plain_values(settings),
+            command=_train_command(settings, SECOND_SAE, on),
+            do=lambda shop, overwrite: _train(shop, SECOND_SAE, seed=seed, overwrite=overwrite),
+        )
+        yield Stage(
+            name="stability",
+            out=STABILITY,
+            inputs=(SAE_FOLDER, SECOND_SAE),
+            settings={},
+            command=words("concept stability", SAE_FOLDER, SECOND_SAE, "-o", STABILITY),
+            do=_stability,
+            is_optional=True,
+        )
+
+
+def _atlas(recipe: Recipe) -> Stage:
+    places = [f"{COMPARE}/{section['name']}" for section in recipe.compare]
+    return Stage(
+        name="atlas",
+        out=ATLAS,
+        inputs=(LATENTS, BARCODES, CONCEPTS, SELECTION, *places),
+        settings=plain_values(recipe.atlas),
+        command=words(
+            *("atlas build", "--barcodes", BARCODES, "--concepts", CONCEPTS, "--latents", LATENTS),
+            *(word for place in places for word in ("--compare", place)),
+            *("-o", ATLAS, *options(recipe.atlas)),
+        ),
+        do=_build_atlas,
+        is_optional=True,
+    )
+
+
+def _names(names: list[str]) -> list[str]:
+    """Arguments; after `--` if one of them looks like an option."""
+    return ["--", *names] if any(name.startswith("-") for name in names) else names
+
+
+# --------------------------------------------------------------------------------------------------- the calls
+
+
+def _extract(shop: Workshop, overwrite: bool) -> Report:
+    with shop.gently() as stop:
+        done: Any = shop.stage_one.extract(
+            shop.images,
+            shop.path(CACHE),
+            {name: value for name, value in shop.recipe.extract.items() if value is not None},
+            device=shop.device,
+            workers=shop.workers,
+            shard=shop.shard,
+            overwrite=overwrite,
+            progress=shop.progress,
+            download_progress=shop.download_progress,
+            stop=stop,
+        )
+    found: Report = done
+    return found
+
+
+def _train_command(settings: Section, place: str, on: tuple[str, ...]) -> tuple[str, ...]:
+    return words("sae train", CACHE, "-o", place, *training_options(settings, FILE), *on)
+
+
+def _train(shop: Workshop, place: str, *, overwrite: bool, seed: int | None = None) -> Report:
+    from cytosae import train
+    from cytosae.training import training_line
+
+    config = shop.recipe.train_config
+    return train(
+        [shop.path(CACHE)],
+        shop.path(place),
+        config if seed is None else replace(config, seed=seed),
+        device=shop.device,
+        overwrite=overwrite,
+        progress=lambda done, total, metrics: shop.progress(done, total, training_line(metrics)),
+    )
+
+
+def _import_sae(shop: Workshop, given: str, *, overwrite: bool) -> Report:
+    from cytosae.sae import import_sae
+
+    return import_sae(shop.path(given), shop.path(SAE_FOLDER), overwrite=overwrite)
+
+
+def _encode(shop: Workshop, sae: str, *, assume: bool, overwrite: bool) -> Report:
+    from cytosae import encode
+
+    return encode(
+        shop.path(CACHE),
+        shop.path(sae),
+        shop.path(LATENTS),
+        **shop.recipe.encode,
+        assume_compatible=assume,
+        device=shop.device,
+        shard=shop.shard,
+        overwrite=overwrite,
+        progress=shop.progress,
+    )
+
+
+def _barcode(shop: Workshop, overwrite: bool) -> Report:
+    from cytosae.barcodes import write_barcodes
+
+    return write_barcodes(
+        shop.path(LATENTS),
+        shop.path(BARCODES),
+        shop.recipe.barcode_config,
+        client=shop.client,
+        overwrite=overwrite,
+        progress=shop.progress,
+    )
+
+
+def _concepts(shop: Workshop, overwrite: bool) -> Report:
+    from cytosae.concepts import concept_statistics
+
+    return concept_statistics(
+        shop.path(LATENTS),
+        shop.path(CONCEPTS),
+        shop.recipe.concept_config,
+        client=shop.client,
+        overwrite=overwrite,
+        progress=shop.progress,
+    )
+
+
+def _select(shop: Workshop, overwrite: bool) -> Report:
+    from cytosae.concepts import select_latents
+
+    return select_latents(shop.path(CONCEPTS), shop.recipe.selection_config, overwrite=overwrite)
+
+
+def _compare(shop: Workshop, section: Section, place: str, overwrite: bool) -> Report:
+    from cytosae.compare import compare
+
+    return compare(
+        shop.path(BARCODES), shop.path(place), compare_config(section), overwrite=overwrite, progress=shop.progress
+    )
+
+
+def _probe(shop: Workshop, section: Section, place: str, overwrite: bool) -> Report:
+    from cytosae.probe import probe
+
+    return probe(
+        shop.path(BARCODES),
+        shop.path(place),
+        probe_config(section),
+        caches=[shop.path(CACHE)],
+        sae=None if shop.recipe.uses_sae else shop.path(SAE_FOLDER),
+        workers=shop.workers,
+        overwrite=overwrite,
+        progress=shop.progress,
+        token_progress=shop.progress,
+    )
+
+
+def _stability(shop: Workshop, overwrite: bool) -> Report:
+    from cytosae.relations import write_stability
+
+    runs = [shop.path(SAE_FOLDER), shop.path(SECOND_SAE)]
+    return write_stability(runs, shop.path(STABILITY), overwrite=overwrite, progress=shop.progress)
+
+
+def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
+    from cytosae.atlas import build_atlas
+
+    places = [shop.path(f"{COMPARE}/{section['name']}") for section in shop.recipe.compare]
+    return build_atlas(
+        shop.path(BARCODES),
+        shop.path(CONCEPTS),
+        [shop.path(LATENTS)],
+        shop.path(ATLAS),
+        shop.recipe.atlas_config,
+        comparisons=[place for place in places if find_header(place) is not None],
+        stage_one=shop.stage_one,
+        overwrite=overwrite,
+        progress=shop.progress,
+    )

@@ -1,0 +1,280 @@
+"""cyto run: a repeat does nothing, a changed line redoes its dependants, a kill costs nothing, hands do the same."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from places import ROOT
+from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
+
+from cli import cli
+from cytosae.pipeline import RunConfig, read_recipe
+from cytosae.pipeline.recipe import recipe_text, write_recipe
+from stores.errors import BadInput, SpecMismatch
+from stores.shards import Shard
+from stores.verify_any import verify_folder
+
+pytestmark = [
+    pytest.mark.usefixtures("no_waiting_for_the_disk", "one_thread"),
+    pytest.mark.timeout(900),  # seconds of work, on a machine that may be busy
+]
+
+STORES = ("cells.acts.zarr", "cells.sae", "cells.latents.zarr", "cells.barcodes", "cells.concepts", "atlas")
+# what each stage reads, said again: the twin of the journal
+READS = {
+    "extract": (),
+    "train": ("extract",),
+    "encode": ("extract", "train"),
+    "barcode": ("encode",),
+    "concepts": ("encode",),
+    "select": ("concepts",),
+    "compare": ("barcode",),
+    "probe disease": ("barcode", "extract"),
+    "probe label": ("barcode", "extract"),
+    "atlas": ("encode", "barcode", "concepts", "select", "compare"),
+}
+
+
+def dependants(stage: str) -> set[str]:
+    """The stage and all that depend on it."""
+    found = {stage}
+    while more := {name for name, reads in READS.items() if found & {*reads}} - found:
+        found |= more
+    return found
+
+
+def kinds(names: tuple[str, ...]) -> set[str]:
+    """Names of stages, comparisons without their diseases."""
+    return {"compare" if name.startswith("compare") else name for name in names}
+
+
+def change_line(out: Path, section: str, name: str, value: str) -> None:
+    """Change one line of the recipe, as a person would."""
+    text = (out / "recipe.toml").read_text()
+    before, head, after = text.partition(f"\n{section}\n")
+    assert head
+    changed, n = re.subn(rf"^{name} = .*$", f"{name} = {value}", after, count=1, flags=re.MULTILINE)
+    assert n == 1
+    assert changed != after
+    (out / "recipe.toml").write_text(before + head + changed)
+
+
+def test_all_is_there_and_whole(finished: Path) -> None:
+    for name in (*STORES, *(path.relative_to(finished) for path in (finished / "compare").iterdir())):
+        assert verify_folder(finished / name).problems == []
+    for level in ("disease", "label"):
+        assert (finished / "probe" / level / "scores.json").is_file()
+    recipe = read_recipe(finished / "recipe.toml")
+    assert recipe.train_config.expansion == FEW["sae"]["expansion"]
+    assert (recipe.compare[0]["a"], recipe.compare[0]["b"]) == tuple(sorted(DISEASES))
+    assert recipe.why["sae.expansion"] == "asked for"
+
+
+def test_a_repeat_does_nothing(copied: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    for source, out in ((copied / "recipe.toml", None), (copied / "cells.csv", copied)):
+        done = run_small(source, out)
+        assert done.was_complete
+        assert not done.made
+        now = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+        pictures = {path for path in now if path.suffix == ".png" and path.parent == copied}  # the report draws them
+        assert {path for path in now if now[path] != before.get(path)} <= pictures
+        assert now.keys() == before.keys()
+
+
+@pytest.mark.usefixtures("quick_figures")
+@pytest.mark.parametrize(
+    ("section", "name", "value", "stage"),
+    [
+        ("[atlas]", "n_images", "3", "atlas"),
+        ("[[compare]]", "top", "3", "compare"),
+        ("[[probe]]", "permutations", "3", "probe disease"),
+        ("[barcode]", "tau", "0.01", "barcode"),
+        ("[sae]", "lr", "0.002", "train"),
+    ],
+)
+def test_a_changed_line_redoes_what_depends_on_it(
+    copied: Path, section: str, name: str, value: str, stage: str
+) -> None:
+    """And nothing else, nor is anything else written; the line that is changed back gives what was there before."""
+    before = contents(copied)
+    change_line(copied, section, name, value)
+    plans = []
+    done = run_small(copied / "recipe.toml", None, tell_plan=plans.append)
+    assert kinds(done.made) == dependants(stage)
+    planned = {each.stage.name: each.why for each in plans[0].to_do}
+    assert kinds(tuple(planned)) == dependants(stage)
+    told = next(why for each, why in planned.items() if kinds((each,)) == {stage})
+    assert told.startswith(f"again: {name} ")
+    after = contents(copied)
+    touched = {path.split("/")[0] for path in before if before[path] != after.get(path)}
+    tops = {"train": "cells.sae", "barcode": "cells.barcodes", "select": "cells.concepts"}
+    tops |= {"compare": "compare", "atlas": "atlas"}
+    assert stage not in tops or tops[stage] in touched
+    untouched = {"extract": "cells.acts.zarr", "train": "cells.sae", "encode": "cells.latents.zarr"}
+    assert not {untouched[each] for each in untouched.keys() - dependants(stage)} & touched
+    shutil.copy(copied / "recipe.toml", copied / "changed")
+    recipe = read_recipe(copied / "recipe.toml")
+    assert tomllib.loads(recipe_text(recipe)) == tomllib.loads((copied / "recipe.toml").read_text())
+
+
+def test_changed_back_is_as_before(copied: Path) -> None:
+    before = contents(copied)
+    original = (copied / "recipe.toml").read_bytes()
+    change_line(copied, "[barcode]", "tau", "0.01")
+    run_small(copied / "recipe.toml", None)
+    (copied / "recipe.toml").write_bytes(original)
+    run_small(copied / "recipe.toml", None)
+    assert contents(copied) == before
+
+
+def test_commands_by_hand_make_the_same(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each line of commands.sh, with names that a shell would take apart, in a folder with images and recipe alone."""
+    by_hand = tmp_path / "by hand" / "out"
+    shutil.copytree(copied / "cells", by_hand / "cells")
+    for name in ("recipe.toml", "commands.sh", "cells.csv"):
+        shutil.copy(copied / name, by_hand / name)
+    monkeypatch.chdir(by_hand)
+    subprocess.run(["sh", "-n", "commands.sh"], check=True)
+    lines = (by_hand / "commands.sh").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("cyto ")]
+    assert len(commands) == len(kinds_of(copied)) + 1  # and the report
+    for command in commands:
+        done = CliRunner().invoke(cli, command[1:])
+        assert done.exit_code == 0, (command, done.output)
+    made, expected = contents(by_hand), contents(copied)
+    assert made.keys() == expected.keys()
+    assert [name for name in made if made[name] != expected[name]] == []
+
+
+def kinds_of(out: Path) -> list[str]:
+    """The stages that a run has recorded."""
+    return list(json.loads((out / "stages.json").read_text())["stages"])
+
+
+@pytest.mark.slow  # a minute: processes that are killed, and their cluster
+def test_killed_and_continued_is_the_same(finished: Path, tmp_path: Path) -> None:
+    """SIGKILL in the extraction, in the training and while barcodes are counted."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "cells", out / "cells")
+    for name in ("recipe.toml", "cells.csv"):
+        shutil.copy(finished / name, out / name)
+    code = "from cyto_start import start; start()"
+    command = [sys.executable, "-c", code, "run", str(out / "recipe.toml"), "--device", "cpu", "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for sign in ("cells.acts.zarr", "cells.sae", "cells.barcodes", "atlas"):
+        process = subprocess.Popen(
+            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        began = time.monotonic()
+        while not (out / sign).exists() and process.poll() is None and time.monotonic() - began < 120:
+            time.sleep(0.02)
+        assert process.poll() is None, f"ended before it was killed at {sign}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here, there = contents(out), contents(finished)
+    assert here.keys() == there.keys()
+    assert [name for name in here if here[name] != there[name]] == []
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    table = draw_cohort(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = run_small(table, tmp_path / "out", dry_run=True)
+    text = "\n".join(done.plan.lines())
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "in all about" in text
+    assert "40 images" in text
+    assert "nothing was written" in str(done)
+    assert [each.stage.name for each in done.plan.to_do][:3] == ["extract", "train", "encode"]
+
+
+def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path: Path) -> None:
+    done = run_small(
+        copied / "cells.csv",
+        tmp_path / "given",
+        config=RunConfig(sae=copied / "cells.sae", settings={key: FEW[key] for key in FEW if key != "sae"}),
+    )
+    assert "train" not in done.made
+    assert not (tmp_path / "given" / "cells.sae").exists()
+    made, expected = contents(tmp_path / "given"), contents(copied)
+    stores = ("cells.latents.zarr/", "cells.barcodes/", "cells.concepts/")
+    assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
+    """Each is run until nothing is left; the second never does what cannot be shared."""
+    out, table = tmp_path / "shared", copied / "cells.csv"
+    first, second = Shard(0, 2), Shard(1, 2)
+    told = run_small(table, out, shard=second)
+    assert "other shards are not" in told.waits_for
+    assert "train" in run_small(table, out, shard=first).made
+    again = run_small(table, out, shard=second)
+    assert "is for shard 0 of 2" in again.waits_for or again.made == ("encode",)
+    done = run_small(table, out, shard=first)
+    assert not done.waits_for
+    made, expected = contents(out), contents(copied)
+    stores = ("cells.acts.zarr/tokens", "cells.barcodes/")
+    assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
+
+
+def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
+    table = copied / "cells.csv"
+    with pytest.raises(SpecMismatch, match=r"recipe.toml has other settings \(sae.expansion 2 against 4\); cyto run"):
+        run_small(table, copied, config=RunConfig(settings={**FEW, "sae": {**FEW["sae"], "expansion": 4}}))
+    with pytest.raises(BadInput, match="lies in the folder of the images"):
+        run_small(copied / "cells", copied / "cells" / "out")
+    with pytest.raises(BadInput, match=r"no such section; there are extract, sae"):
+        run_small(table, tmp_path / "new", config=RunConfig(settings={"sea": {"k": 3}}))
+    with pytest.raises(BadInput, match=r"sets kk, which is no setting"):
+        run_small(table, tmp_path / "new", config=RunConfig(settings={"sae": {"kk": 3}}))
+    (tmp_path / "thesis" / "cells.sae").mkdir(parents=True)
+    with pytest.raises(SpecMismatch, match=r"holds cells.sae but no recipe.toml"):
+        run_small(table, tmp_path / "thesis")
+    with pytest.raises(BadInput, match=r"is the folder of a run; go on with cyto run .*recipe.toml"):
+        run_small(copied, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    done = CliRunner().invoke(cli, ["run", str(copied / "recipe.toml"), "--backbone", "dinobloom-b"])
+    assert done.exit_code == 2
+    assert "leave out --backbone" in done.output
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[sea]\nk = 3", "section sea, which no recipe has"),
+        ("[[compare]]\nname = '../../etc'\na = 'x'\nb = 'y'", r"needs a name of its own.*found '../../etc'"),
+        ("[stability]\nseed = 'one'", "stability.seed must be int; found 'one'"),
+        ("[stability]\nsead = 1", "stability.sead is no setting; there are seed"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used(copied: Path, line: str, words: str) -> None:
+    path = copied / "recipe.toml"
+    path.write_text(f"{path.read_text()}\n{line}\n")
+    with pytest.raises(BadInput, match=words):
+        read_recipe(path)
+
+
+def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
+    """Also texts that TOML must escape."""
+    recipe = read_recipe(finished / "recipe.toml")
+    strange = 'a "b"\\ \n\t\x7f\x01 \N{RIGHT-TO-LEFT OVERRIDE} $x = [y] # \N{SNOWMAN}'
+    changed = replace(recipe, images={"source": strange}, why={strange: strange}, compare=(), probe=())
+    write_recipe(changed, tmp_path / "recipe.toml")
+    again = read_recipe(tmp_path / "recipe.toml")
+    assert again == changed
+    assert again.why == {strange: strange}
