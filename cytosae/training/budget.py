@@ -7,9 +7,9 @@ The run has settled when, over the last quarter of its steps against the quarter
     the mean error has fallen by less than `LEAST_GAIN`, and the mean L0 has changed by less than `L0_CHANGE`,
 
 and a steered L0 is within 10% of what is wanted (penalty.py). What is said of L0 counts for the first `GIVE_UP` steps
-only, so that one that cannot be reached, or that jumps about, ends nothing. Quarters grow with the run, so the rule
-asks: does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the
-run ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
+only, so that a run also ends where L0 cannot come there, or jumps about. Quarters grow with the run, so the rule asks:
+does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run
+ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
 time: a run that is continued decides the same, and so does every rank.
 """
 
