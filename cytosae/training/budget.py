@@ -6,10 +6,11 @@ The run has settled when, over the last quarter of its steps against the quarter
 
     the mean error has fallen by less than `LEAST_GAIN`, and the mean L0 has changed by less than `L0_CHANGE`,
 
-and a steered L0 is within 10% of what is wanted (penalty.py), or has not come there in `GIVE_UP` steps. Quarters grow
-with the run, so the rule asks: does half as much training again bring anything? Then the learning rate decays
-(`TrainConfig.end_after`), and the run ends. A run that never settles ends, decayed, at the largest budget. The decision
-depends on the steps only, never on time: a run that is continued decides the same, and so does every rank.
+and a steered L0 is within 10% of what is wanted (penalty.py). What is said of L0 counts for the first `GIVE_UP` steps
+only, so that a run also ends where L0 cannot come there, or jumps about. Quarters grow with the run, so the rule asks:
+does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run
+ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
+time: a run that is continued decides the same, and so does every rank.
 """
 
 import math
@@ -31,7 +32,7 @@ from .losses import loss_weight
 _SHORTEST_INTERVAL, _SHORT_UNTIL = 20, 1_280  # steps between two checks, and until when they are so few
 WATCHED_TOKENS = 8_192
 LEAST_STEPS = 200  # behind the warm-up, before the first decision
-GIVE_UP = 1_500  # behind the warm-up: by then a wanted L0 is reached, or never
+GIVE_UP = 1_500  # behind the warm-up: L0 is where it can be, and only the error counts
 LEAST_GAIN, L0_CHANGE = 0.01, 0.05
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix
 
@@ -65,8 +66,9 @@ class Budget:
         is_steady : False while a steered L0 is not where it is wanted
         """
         found = replace(self, checks=(*self.checks, check))
-        is_ready = is_steady or check.step >= first_step(config) + GIVE_UP
-        if self.end is not None or not is_ready or not has_settled(found.checks, first_step(config)):
+        first = first_step(config)
+        is_ready = is_steady or check.step >= first + GIVE_UP
+        if self.end is not None or not is_ready or not has_settled(found.checks, first):
             return found
         return replace(found, end=config.end_after(check.step, most), settled_at=check.step)
 
@@ -88,8 +90,7 @@ class Budget:
 
     def to_summary(self) -> dict[str, Any]:
         """What `sae.json` says of it: the rule with its numbers, and at most 100 checks, evenly over the run."""
-        every = max(1, -(-len(self.checks) // 100))
-        kept = [check for number, check in enumerate(self.checks, start=1) if number % every == 0]
+        kept = self.checks[:: max(1, -(-len(self.checks) // 100))]
         return {
             "rule": f"error of held-out images fell by less than {LEAST_GAIN:.0%} over the last quarter of the steps, "
             f"and L0 changed by less than {L0_CHANGE:.0%}",
@@ -111,7 +112,7 @@ def has_settled(checks: Sequence[Check], first_step: int) -> bool:
     before = [check for check in checks if now - 2 * quarter < check.step <= now - quarter]
     gain = 1 - _mean([check.error for check in last]) / _mean([check.error for check in before])
     change = _mean([check.l0 for check in last]) / max(1e-9, _mean([check.l0 for check in before])) - 1
-    return gain < LEAST_GAIN and abs(change) < L0_CHANGE
+    return gain < LEAST_GAIN and (abs(change) < L0_CHANGE or steps >= GIVE_UP)
 
 
 def first_step(config: TrainConfig) -> int:

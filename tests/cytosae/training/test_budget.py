@@ -16,7 +16,7 @@ from token_caches import write_cache
 from training_runs import SETTINGS, _what_was_trained, tokens_of_cells
 
 from cli import cli
-from cytosae.sae import TrainConfig, load_sae, make_config
+from cytosae.sae import TrainConfig, load_sae
 from cytosae.sweep import sweep
 from cytosae.training.budget import Budget, Check, check_interval, fewest_steps, has_settled
 from cytosae.training.choices import StepClock, auto_expansion, auto_l0, duration
@@ -25,10 +25,16 @@ from stores import BadInput
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-AUTO: dict[str, Any] = {**SETTINGS, "tokens": "auto", "lr": 1e-2, "dead_after_steps": 20, "log_every": 15}
+AUTO: dict[str, Any] = {
+    **{name: value for name, value in SETTINGS.items() if name != "l1"},
+    "tokens": "auto",
+    "lr": 1e-2,
+    "dead_after_steps": 20,
+    "log_every": 15,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "steered": {"target_l0": 6.0},
-    "constant": {"schedule": "constant"},
+    "constant": {"schedule": "constant", "l1": 1e-2},
     "cosine": {"activation": "topk", "target_l0": 5.0, "schedule": "cosine", "decay_steps": 33},
     "jumprelu": {"activation": "jumprelu", "target_l0": 6.0, "token_scale": "sqrt-width"},
 }
@@ -60,6 +66,9 @@ def test_the_rule_by_hand() -> None:
     assert has_settled(checks_of(falls + [1.2] * 10), 0)  # held-out images only get worse
     assert not has_settled(checks_of(falls + [1.0] * 10, [10.0] * 30 + [10.6] * 10), 0)  # L0 still moves
     assert has_settled(checks_of(falls + [1.0] * 10, [10.0] * 30 + [9.6] * 10), 0)
+    jumps = [10.0 + 5 * (number % 30 < 15) for number in range(100)]
+    assert not has_settled(checks_of([1.0] * 74, jumps[:74]), 0)
+    assert has_settled(checks_of([1.0] * 75, jumps[:75]), 0)  # 1,500 steps: L0 does not count any more
     assert not has_settled(checks_of([1.0] * 9), 0)  # 180 steps are too few
     assert has_settled(checks_of([1.0] * 10), 0)
     assert not has_settled(checks_of([1.0] * 14), 100)  # of which 100 are the warm-up
@@ -145,9 +154,7 @@ def test_two_processes_decide_the_same(cache: Path, tmp_path: Path) -> None:
     """Under torchrun, with gloo; ranks that disagree would wait for each other for ever."""
     one = train([cache], tmp_path / "one", auto("steered"))
     settings = tmp_path / "settings.toml"
-    settings.write_text(
-        "".join(f"{key} = {json.dumps(value)}\n" for key, value in (AUTO | KINDS["steered"]).items() if key != "l1")
-    )
+    settings.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in (AUTO | KINDS["steered"]).items()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "cli.py"), "sae", "train", str(cache), "-o", str(tmp_path / "two")]
     command += ["--config", str(settings), "--device", "cpu"]
@@ -167,14 +174,12 @@ def test_two_processes_decide_the_same(cache: Path, tmp_path: Path) -> None:
 def test_members_of_a_sweep_stop_by_themselves(cache: Path, tmp_path: Path) -> None:
     """Each equals the one trained alone, though they share batches and stop at different steps."""
     grid = tmp_path / "grid.toml"
-    lines = [f"{name} = {json.dumps(value)}" for name, value in AUTO.items() if name not in ("l1", "expansion")]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in AUTO.items() if name != "expansion"]
     grid.write_text("\n".join(["[base]", *lines, '[grid]\nexpansion = [8, "auto"]', "target_l0 = [3.0, 6.0]", ""]))
     done = sweep(grid, [cache], tmp_path / "sweep")
     assert not done.failed
     for target in (3.0, 6.0):
-        alone = train(
-            [cache], tmp_path / f"{target}", make_config(options={**AUTO, "target_l0": target} | {"l1": 8e-5})
-        )
+        alone = train([cache], tmp_path / f"{target}", TrainConfig(**AUTO, target_l0=target, order_seed=0))
         member = tmp_path / "sweep" / "runs" / f"expansion=8-target_l0={target}"
         assert _what_was_trained(member) == _what_was_trained(tmp_path / f"{target}")
         assert alone.summary["budget"]["settled_at_step"] is not None

@@ -99,7 +99,7 @@ def test_the_start_is_in_the_unit_of_loss_and_tokens() -> None:
         penalty = begin_steering(model, config, tokens)
         if activation == "jumprelu":
             active = (model.encode(tokens) > 0).sum(1).double().mean()
-            assert float(active) == pytest.approx(6.0 * 8, abs=0.1)
+            assert float(active) == pytest.approx(6.0 * 4, abs=0.1)
         return penalty
 
     for activation, power in {"relu": 1, "gated": 1, "jumprelu": 2}.items():
