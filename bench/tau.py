@@ -235,17 +235,18 @@ def diseases(counts: Floats, encoded: Encoded, *, n_cohorts: int) -> float:
 
 
 def halves(counts: Floats, encoded: Encoded, *, n_splits: int = 5) -> float:
-    """Mean correlation of a patient's two halves, about the mean of all patients."""
+    """Mean correlation of a patient's two halves, about the mean of all patients with two images or more."""
     found = []
     column = np.array(encoded.patient)
+    several = [name for name in sorted({*encoded.patient} - {""}) if (column == name).sum() > 1]
     for split in range(n_splits):
         rng = np.random.default_rng([3, split])
-        side = np.zeros(len(column), int)
-        for name in sorted({*encoded.patient} - {""}):
+        sides: list[list[Floats]] = [[], []]
+        for name in several:
             mine = rng.permutation(np.flatnonzero(column == name))
-            side[mine[len(mine) // 2 :]] = 1
-        both = [patient_means(counts[side == which], column[side == which].tolist())[1] for which in (0, 1)]
-        about = [rows - rows.mean(0) for rows in both]
+            for side, some in zip(sides, (mine[: len(mine) // 2], mine[len(mine) // 2 :]), strict=True):
+                side.append(np.log1p(counts[some].mean(0)))
+        about = [np.stack(rows) - np.mean(rows, axis=0) for rows in sides]
         found += [float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) for a, b in zip(*about, strict=True)]
     return float(np.mean(found))
 
