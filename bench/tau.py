@@ -235,17 +235,18 @@ def diseases(counts: Floats, encoded: Encoded, *, n_cohorts: int) -> float:
 
 
 def halves(counts: Floats, encoded: Encoded, *, n_splits: int = 5) -> float:
-    """Mean correlation of a patient's two halves, about the mean of all patients."""
+    """Mean correlation of a patient's two halves, about the mean of all patients with two images or more."""
     found = []
     column = np.array(encoded.patient)
+    several = [name for name in sorted({*encoded.patient} - {""}) if (column == name).sum() > 1]
     for split in range(n_splits):
         rng = np.random.default_rng([3, split])
-        side = np.zeros(len(column), int)
-        for name in sorted({*encoded.patient} - {""}):
+        sides: list[list[Floats]] = [[], []]
+        for name in several:
             mine = rng.permutation(np.flatnonzero(column == name))
-            side[mine[len(mine) // 2 :]] = 1
-        both = [patient_means(counts[side == which], column[side == which].tolist())[1] for which in (0, 1)]
-        about = [rows - rows.mean(0) for rows in both]
+            for side, some in zip(sides, (mine[: len(mine) // 2], mine[len(mine) // 2 :]), strict=True):
+                side.append(np.log1p(counts[some].mean(0)))
+        about = [np.stack(rows) - np.mean(rows, axis=0) for rows in sides]
         found += [float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12)) for a, b in zip(*about, strict=True)]
     return float(np.mean(found))
 
@@ -407,9 +408,11 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="real cells: a folder with cells.csv and simulated_cohort.csv")
     parser.add_argument("--backbone", default="random-vit-tiny", help="of the real cells (%(default)s)")
     parser.add_argument("--planted", type=int, default=900, help="planted images (%(default)s); 0: none")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="to train an SAE on (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=400_000, help="to train an SAE of planted cells on; real ones 5/8 (%(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="SAEs of each settings (%(default)s)")
-    parser.add_argument("--cohorts", type=int, default=6, help="that patients are drawn into (%(default)s)")
+    parser.add_argument("--cohorts", type=int, default=4, help="that patients are drawn into (%(default)s)")
     parser.add_argument("--keep", type=Path, help="caches, SAEs and latents stay here, and are used again")
     options = parser.parse_args()
     with scratch(options.folder) as folder:
@@ -429,7 +432,8 @@ def main() -> None:
             cohort = read_cohort(options.images)
             for settings in REAL_SAES:
                 for seed in range(options.seeds):
-                    encoded.append(read_encoded(cache, keep, {**plain, **settings}, seed, cohort, None))
+                    given = {**plain, "tokens": options.tokens * 5 // 8, **settings}
+                    encoded.append(read_encoded(cache, keep, given, seed, cohort, None))
         table = measure(encoded, n_cohorts=options.cohorts)
         fixed, auto, nnz = timed(sorted(keep.glob("*.latents.zarr"))[0], folder, rounds=options.rounds)
     means = means_over_saes(table)
@@ -450,9 +454,12 @@ PLANTED_SAES: tuple[dict[str, Any], ...] = (
     {"expansion": 4, "activation": "relu", "l1": 2e-3},
     {"expansion": 4, "activation": "topk", "k": 8},
 )
-REAL_SAES: tuple[dict[str, Any], ...] = (
-    {"expansion": 8, "activation": "relu", "l1": 2e-4},
-    *({"expansion": 8, "activation": "topk", "k": k} for k in (4, 16, 64)),
+REAL_SAES: tuple[dict[str, Any], ...] = tuple(
+    {"expansion": 4, "lr": 2e-3, "warmup_steps": 10, **settings}
+    for settings in (
+        {"activation": "relu", "l1": 2e-4},
+        *({"activation": "topk", "k": k} for k in (4, 16, 64)),
+    )
 )
 
 

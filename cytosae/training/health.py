@@ -43,6 +43,9 @@ class HealthRow:
     is_healthy: bool | None  # None: not known
     says: str  # the figure in words, and what it means
     next: str  # what to type where it is out of range; else empty
+    is_needed: bool = (
+        True  # False: out of range it is a waste, or could be better, and barcodes may be good all the same
+    )
 
     @property
     def healthy(self) -> str:
@@ -74,14 +77,15 @@ class Health(Report):
                 **dict.fromkeys(("name", "says", "next"), str),
                 **dict.fromkeys(("value", "low", "high"), (int, float, NoneType)),
                 "is_healthy": (bool, NoneType),
+                "is_needed": bool,
             }
         ],
     }
 
     @property
     def is_fit(self) -> bool:
-        """No figure that is known is out of its range."""
-        return not self.out_of_range
+        """No needed figure that is known is out of its range."""
+        return not any(row.is_needed for row in self.out_of_range)
 
     @property
     def out_of_range(self) -> tuple[HealthRow, ...]:
@@ -93,16 +97,19 @@ class Health(Report):
         """That it is not fit, and for what reason."""
         if self.is_fit:
             return ()
-        return (f"this SAE is not fit for barcodes: {', '.join(row.name for row in self.out_of_range)} out of range",)
+        bad = [printable(row.name) for row in self.out_of_range if row.is_needed]
+        return (f"this SAE is not fit for barcodes: {', '.join(bad)} out of range",)
 
     def lines(self) -> Iterator[str]:
         """The verdict, then a line for each figure, and below it what to type next."""
-        n_bad, n_known = len(self.out_of_range), sum(row.is_healthy is not None for row in self.rows)
-        verdict = "fit for barcodes" if self.is_fit else f"NOT fit for barcodes, {n_bad} of {n_known} out of range"
+        n_bad = sum(row.is_needed for row in self.out_of_range)
+        verdict = "fit for barcodes" if self.is_fit else f"NOT fit for barcodes, {n_bad} out of range"
+        if n_better := len(self.out_of_range) - n_bad:
+            verdict += f", {n_better} could be better"
         of = f" of {self.n_images_in_all:,}" if self.n_images < self.n_images_in_all else ""
         yield f"health: {verdict} (measured on {self.n_images:,}{of} images, {self.n_tokens:,} tokens)"
         for row in self.rows:
-            mark = {True: "ok ", False: "OUT", None: "?  "}[row.is_healthy]
+            mark = {True: "ok ", False: "OUT" if row.is_needed else "!  ", None: "?  "}[row.is_healthy]
             yield f"  {mark} {printable(row.name):<12} {printable(row.says)}; healthy: {row.healthy}"
             if row.next:
                 yield f"      {'':<12} next: {printable(row.next)}"
@@ -203,13 +210,27 @@ class _Settings:
 
 
 def _row(
-    name: str, value: float, says: str, next: str, *, low: float | None = None, high: float | None = None
+    name: str,
+    value: float,
+    says: str,
+    next: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    is_needed: bool = True,
 ) -> HealthRow:
-    if math.isnan(value):
-        return HealthRow(name=name, value=None, low=low, high=high, is_healthy=None, says="not known", next="")
-    is_healthy = (low is None or value >= low) and (high is None or value <= high)
+    is_healthy = None
+    if not math.isnan(value):
+        is_healthy = (low is None or value >= low) and (high is None or value <= high)
     return HealthRow(
-        name=name, value=value, low=low, high=high, is_healthy=is_healthy, says=says, next="" if is_healthy else next
+        name=name,
+        value=None if is_healthy is None else value,
+        low=low,
+        high=high,
+        is_healthy=is_healthy,
+        says="not known" if is_healthy is None else says,
+        next=next if is_healthy is False else "",
+        is_needed=is_needed,
     )
 
 
@@ -235,7 +256,7 @@ def _dead(found: Figures) -> HealthRow:
     share = float((found.n_images_active == 0).mean())
     says = f"{share:.1%} of {found.n_latents:,} latents are active nowhere"
     next = "cyto sae train with a smaller --expansion, more --tokens, or --dead-latents auxk, a new -o"
-    return _row("dead", share, says, next, high=MOST_DEAD)
+    return _row("dead", share, says, next, high=MOST_DEAD, is_needed=False)
 
 
 def _explained(found: Figures, how: _Settings) -> HealthRow:
@@ -250,7 +271,8 @@ def _pca(found: Figures, how: _Settings) -> HealthRow:
     says = f"{found.explained_variance:.3f} against {low:.3f} of PCA with L0 components ({n:,})"
     next = f"cyto sae train with more --tokens, a larger --lr, or {how.option.removeprefix('cyto sae train with ')}"
     value = math.nan if math.isnan(low) else found.explained_variance
-    return _row("against PCA", value, says, f"{next}, a new -o", low=None if math.isnan(low) else low)
+    low_or_none = None if math.isnan(low) else low
+    return _row("against PCA", value, says, f"{next}, a new -o", low=low_or_none, is_needed=False)
 
 
 def _final_cls(recovered: float) -> HealthRow:
