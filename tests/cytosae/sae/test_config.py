@@ -118,7 +118,7 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"token_set": "cells"}, "token_set must be one of all, patch, cls; found 'cells'"),
+        ({"token_set": "cells"}, "token_set must be one of all, patch, cls, register; found 'cells'"),
         ({"loss": "l2"}, "loss must be one of normed, eq1, mse; found 'l2'"),
         ({"ghost_scale": "none"}, "ghost_scale must be one of scalar, elementwise; found 'none'"),
         ({"b_dec_init": "median"}, "b_dec_init must be one of geometric-median, .*; found 'median'"),
