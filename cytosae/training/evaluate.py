@@ -8,7 +8,7 @@ Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D w
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -478,7 +478,9 @@ def measure_held_out(
     positions = chosen_tokens(config.token_set, data.stores[0].spec.layout)
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
-    keep = data.background.keep if data.background else [None] * len(data.stores)
+    keep: Sequence[npt.NDArray[np.bool_] | None] = [None] * len(data.stores)
+    if data.background:
+        keep = data.background.keep
     for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
         for images, x_NTD in images_of(store, mask, config.token_set, range(store.spec.n_chunks), step=step):
             x_here = x_NTD.to(device).float()
