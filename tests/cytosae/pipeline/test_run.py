@@ -42,6 +42,8 @@ READS = {
     "compare": ("barcode",),
     "probe disease": ("barcode", "extract"),
     "probe label": ("barcode", "extract"),
+    "train again, seed 1": ("extract", "train"),  # the same settings
+    "stability": ("train", "train again, seed 1"),
     "atlas": ("encode", "barcode", "concepts", "select", "compare"),
 }
 
@@ -234,8 +236,9 @@ def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
 
 def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
     table = copied / "cells.csv"
+    other = {**FEW, "sae": {**FEW["sae"], "expansion": 4}}
     with pytest.raises(SpecMismatch, match=r"recipe.toml has other settings \(sae.expansion 2 against 4\); cyto run"):
-        run_small(table, copied, config=RunConfig(settings={**FEW, "sae": {**FEW["sae"], "expansion": 4}}))
+        run_small(table, copied, config=RunConfig(settings=other, stability=True))
     with pytest.raises(BadInput, match="lies in the folder of the images"):
         run_small(copied / "cells", copied / "cells" / "out")
     with pytest.raises(BadInput, match=r"no such section; there are extract, sae"):
@@ -264,7 +267,8 @@ def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
 )
 def test_a_recipe_that_cannot_be_used(copied: Path, line: str, words: str) -> None:
     path = copied / "recipe.toml"
-    path.write_text(f"{path.read_text()}\n{line}\n")
+    text = path.read_text().replace("[stability]\nseed = 1\n", "")
+    path.write_text(f"{text}\n{line}\n")
     with pytest.raises(BadInput, match=words):
         read_recipe(path)
 
