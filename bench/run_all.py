@@ -14,6 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FULL = {
     "cli_help": [],
+    "archives": ["--images", "20000"],
     "loader": ["--images", "16384"],
     "compare": ["--permutations", "1000000", "--rounds", "1"],
     "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],
@@ -26,7 +27,10 @@ FULL = {
     "probe": [],
     "probe_intervals": ["--runs", "150"],
     "patients": [],
+    "tau": [],
+    "frontier": ["--steps", "2000"],
 }
+ON_REQUEST = ("frontier",)  # hours, and libraries in an environment of their own: run_all.py frontier
 
 
 def main() -> int:
@@ -39,7 +43,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(FULL)}")
     failed = []
-    for name in options.names or FULL:
+    for name in options.names or [name for name in FULL if name not in ON_REQUEST]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         began = time.monotonic()
         command = [sys.executable, str(HERE / f"{name}.py"), *(FULL[name] if options.full else [])]

@@ -12,6 +12,7 @@ from .fidelity import measure_fidelity as measure_fidelity
 from .index import index_images as index_images
 from .index import make_index as make_index
 from .pictures import Pictures as Pictures
+from .preprocess import Preprocess as Preprocess
 from .published_datasets import Index as Index
 from .reading import ActivationStore as ActivationStore
 from .repair import RepairResult as RepairResult

@@ -1,32 +1,37 @@
 """The vision transformers: their architectures, how weights are loaded, and the output of each transformer block.
 
-A DinoBloom checkpoint is an untrusted file from the internet: nothing in it is executed (weights_file.py). It is loaded
-strictly: every weight of the model must be in the file, and nothing else (docs/reference/paper.md 3).
+DinoBloom's are built in (docs/reference/paper.md 3); any other one of timm comes by `other_models.py`. A checkpoint is
+an untrusted file from the internet: nothing in it is executed (weights_file.py). It is loaded strictly: every weight of
+the model must be in the file, and nothing else.
 """
 
-import hashlib
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from stores.errors import BadInput
 from stores.files import sha256_file
 from stores.progress import Progress
-from stores.tables import listed
+from stores.spec import check_choice
+from stores.token_layout import TokenLayout, cls_first
 
+from .checkpoint_state import load_strictly
 from .download import PUBLISHED_AT, fetch_from_hub, fetch_published
-from .preprocess import Preprocess
+from .model_names import FORMS, parse_model_name
+from .other_models import LoadedModel, load_model
+from .preprocess import MAX_SIZE, Preprocess
+from .random_weights import set_random, sha256_state
 from .torchvision_guard import declare_missing_operators
+from .vit import Tail, cut, layout_of, set_image_size
 from .weights_file import read_weights
 
-TOKEN_LAYOUT = "1 CLS + 16x16 patches, row-major"
-TOKENS_PER_IMAGE = 257
-_RANDOM_SEED = 0
+TOKENS_PER_IMAGE = 257  # of the published models, at their own picture size
+CROPS = ("own", "none")
+_SIZE, _PATCH = 224, 14  # pixels, of the published models
 _MAX_HEADS_BYTES = 2 << 30  # the training heads, which a published file also holds
 
 
@@ -55,7 +60,7 @@ class Backbone:
     """A loaded model, cut after the last block that is cached; later blocks are kept in `tail`, or dropped."""
 
     name: str
-    model: nn.Module  # pixels (B, 3, 224, 224) float, normalised -> tokens (B, 257, width)
+    model: nn.Module  # pixels (B, 3, size, size) float, normalised -> tokens (B, T, width)
     weights_sha256: str
     trained: bool
     blocks: tuple[int, ...]  # whose output is returned: indices from 0, ascending
@@ -64,11 +69,13 @@ class Backbone:
     preprocess: Preprocess
     weights_source: str = ""  # of a download: the value of --weights that gives the same file again
     tail: nn.Module | None = None  # the blocks after the last of `blocks`, and the final norm
+    layout: TokenLayout = field(default_factory=lambda: cls_first(TOKENS_PER_IMAGE))  # which token is what
 
     def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 224, 224, 3) uint8 on the model's device -> the residual stream after each of `blocks`, (B, 257, width).
+        """(B, size, size, 3) uint8 on the model's device -> the residual stream after each of `blocks`, (B, T, width).
 
-        Pixels are normalised here, in float32 on the device, so that only uint8 is copied to it.
+        Pixels are normalised here, in float32 on the device, so that only uint8 is copied to it. T tokens of an image:
+        `layout` says which is what.
         """
         mean = torch.tensor(self.preprocess.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.preprocess.std, device=pixels.device).view(3, 1, 1)
@@ -86,14 +93,29 @@ class Backbone:
         return [*tapped, last]
 
     def final_cls(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Runs the later blocks and the final norm: tokens after the last of `blocks`, (B, 257, width) -> (B, width).
+        """Runs the later blocks and the final norm: tokens after the last of `blocks`, (B, T, width) -> (B, width).
 
         For the tokens that `tokens` gives, this is the CLS embedding of the whole model. Needs a backbone that was
         loaded with `keep_tail`.
+
+        Raises
+        ------
+        BadInput
+            If the model has no CLS token.
         """
         assert self.tail is not None, "loaded without its tail"
+        require_cls(self.layout, self.name)
         embedding: torch.Tensor = self.tail(tokens)[:, 0]
         return embedding
+
+
+def require_cls(layout: TokenLayout, name: str) -> None:
+    """Raise BadInput if a backbone has no CLS token."""
+    if not layout.n_cls:
+        raise BadInput(
+            f"the backbone {name} has no CLS token ({layout.text}), so there is no final CLS embedding; "
+            f"leave out --images"
+        )
 
 
 def load_backbone(
@@ -102,18 +124,24 @@ def load_backbone(
     weights: str | None = None,
     blocks: tuple[int, ...] = (-2,),
     keep_tail: bool = False,
+    image_size: int | None = None,
+    crop: str = "own",
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
     """A backbone that gives the tokens after some of its blocks; blocks after the last of these are not run.
 
     Parameters
     ----------
-    name : a key of `ARCHITECTURES`
+    name : a key of `ARCHITECTURES`; `timm:NAME`; `hf-hub:OWNER/NAME[@REVISION]`, which is downloaded once; a folder
+        with config.json and weights; or a file of weights of a DINOv2-like model, also as training writes it. Behind a
+        question mark settings of the architecture, `timm:vit_base_patch16_224?reg_tokens=4`
     weights : path of a DinoBloom `.pth` file; `auto`, the published file, downloaded once and checked (download.py);
         `hf:OWNER/NAME[/FILE][@REVISION]`, from Hugging Face in the same way; or `random` (seeded, untrained);
-        `random-vit-tiny` needs none
+        `random-vit-tiny` needs none. For other models a file or folder; models that bring theirs need none
     blocks : indices of transformer blocks from 0, or from the end if negative; -2 is the second last
     keep_tail : keep the later blocks and the final norm, for `Backbone.final_cls`
+    image_size : pixels along each side of the model's input, a multiple of its patches; None: what it was trained on
+    crop : `own`: what the model's own preprocessing cuts off is cut off; `none`: the whole image, as a square
     progress : bytes downloaded, bytes in all
 
     Raises
@@ -122,8 +150,56 @@ def load_backbone(
         For an unknown name, an unknown or repeated block, missing weights, a file that is not this checkpoint, or
         a download that fails.
     """
-    if name not in ARCHITECTURES:
-        raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}")
+    check_choice("crop", crop, CROPS)
+    if image_size is not None and not 1 <= image_size <= MAX_SIZE:
+        raise BadInput(f"the image size must be 1 to {MAX_SIZE:,} pixels; found {image_size:,}")
+    asked = None if name in ARCHITECTURES else parse_model_name(name)
+
+    def check_blocks(called: str, n_blocks: int) -> tuple[int, ...]:
+        return _tapped(called, blocks, n_blocks)
+
+    if asked is not None:
+        loaded = load_model(
+            asked,
+            name,
+            weights=weights,
+            image_size=image_size,
+            check_blocks=check_blocks,
+            progress=progress,
+        )
+    elif name in ARCHITECTURES:
+        loaded = _load_published(name, weights, image_size, check_blocks, progress)
+    else:
+        raise BadInput(f"no backbone {name!r}; there are {', '.join(ARCHITECTURES)}; and {FORMS}")
+    preprocess = loaded.preprocess
+    if crop == "none":
+        preprocess = replace(preprocess, crop_mode="squash", crop_pct=1.0)
+    model, tapped = loaded.model, check_blocks(name, len(loaded.model.blocks))
+    n_blocks = len(model.blocks)
+    tail = Tail(model, tapped[-1], preprocess.size) if keep_tail else None
+    return Backbone(
+        name=loaded.name,
+        model=cut(model, tapped[-1]),
+        weights_sha256=loaded.weights_sha256,
+        trained=loaded.trained,
+        blocks=tapped,
+        n_blocks=n_blocks,
+        width=model.embed_dim,
+        preprocess=preprocess,
+        weights_source=loaded.weights_source,
+        tail=tail,
+        layout=loaded.layout,
+    )
+
+
+def _load_published(
+    name: str,
+    weights: str | None,
+    image_size: int | None,
+    check_blocks: Callable[[str, int], object],
+    progress: Progress,
+) -> LoadedModel:
+    """One of `ARCHITECTURES`: DinoBloom's file of this size, or seeded weights."""
     architecture = ARCHITECTURES[name]
     if weights is None and architecture.weights_file:
         raise BadInput(
@@ -133,15 +209,21 @@ def load_backbone(
         )
     if weights not in (None, "random") and not architecture.weights_file:
         raise BadInput(f"{name} is untrained and takes no --weights; found {weights!r}")
+    size = image_size or _SIZE
+    if size % _PATCH:
+        lower = size - size % _PATCH
+        raise BadInput(
+            f"{size} pixels are no multiple of the patches of {name}, which have {_PATCH}; take --image-size "
+            f"{lower + _PATCH}"
+        )
     model = _create(architecture, on="meta")
-    n_blocks = len(model.blocks)
-    tapped = _tapped(name, blocks, n_blocks)  # checked before gigabytes are downloaded
+    check_blocks(name, len(model.blocks))  # before gigabytes are downloaded
     source = ""
     if weights in (None, "random"):
-        model = _set_random(model)
-        digest = _sha256_state(model)  # of the whole model, so that it does not depend on the block
+        model = set_random(model)
+        digest = sha256_state(model)  # of the whole model, so that it does not depend on the block
     else:
-        if weights == "auto" or str(weights).startswith("hf:"):
+        if weights == "auto" or str(weights).startswith(("hf:", "hf-hub:")):
             name_there = str(architecture.weights_file)
             file = (
                 fetch_published(name_there, progress=progress)
@@ -151,22 +233,19 @@ def load_backbone(
             path, digest, source = file.path, file.sha256, file.source
         else:
             path, digest = Path(str(weights)), ""
-        _load_strictly(model, _read_checkpoint(path, model), path, name)
+        _load_checkpoint(model, path, name)
         digest = digest or sha256_file(path)
-    tail = nn.Sequential(*model.blocks[tapped[-1] + 1 :], model.norm) if keep_tail else None
-    backbone = Backbone(
+    if size != _SIZE:
+        set_image_size(model, size, name)
+    return LoadedModel(
         name=name,
-        model=_cut(model, tapped[-1]),
+        model=model,
+        layout=layout_of(model, name),
+        preprocess=Preprocess(size=size),
         weights_sha256=digest,
         trained=weights not in (None, "random"),
-        blocks=tapped,
-        n_blocks=n_blocks,
-        width=model.embed_dim,
-        preprocess=Preprocess(),
         weights_source=source,
-        tail=tail,
     )
-    return backbone
 
 
 def _tapped(name: str, blocks: tuple[int, ...], n_blocks: int) -> tuple[int, ...]:
@@ -190,44 +269,6 @@ def _create(architecture: Architecture, *, on: str) -> Any:
         return timm.create_model(
             architecture.timm_name, pretrained=False, img_size=224, num_classes=0, **architecture.options
         ).eval()
-
-
-def _set_random(model: Any) -> Any:
-    """Seeded weights with the spread of timm's initialisation, equal on every machine and with every torch version.
-
-    Uniform numbers from numpy: torch's normal numbers depend on the processor.
-    """
-    model = model.to_empty(device="cpu")
-    rng = np.random.default_rng(_RANDOM_SEED)
-    for name, parameter in model.named_parameters():
-        constant, std = _initial_spread(name)
-        values = np.full(parameter.shape, constant, np.float32)
-        if std:
-            half_width = np.float32(std * math.sqrt(3))
-            values += half_width * (2 * rng.random(parameter.shape, np.float32) - 1)
-        parameter.data = torch.from_numpy(values)
-    return model
-
-
-def _initial_spread(name: str) -> tuple[float, float]:
-    """(constant, standard deviation) of one parameter before training."""
-    if name.endswith("gamma"):  # LayerScale, with DINOv2's initial value
-        return 1e-5, 0
-    if "norm" in name and name.endswith("weight"):
-        return 1, 0
-    if name.startswith("patch_embed"):  # PyTorch's default for a convolution of 3 x 14 x 14
-        return 0, 1 / math.sqrt(3 * 3 * 14 * 14)
-    if name.endswith("bias"):
-        return 0, 0
-    return 0, 1e-6 if name == "cls_token" else 0.02
-
-
-def _cut(model: Any, block: int) -> Any:
-    """Drop the blocks after `block` and the final norm, so that the model returns the output of `block`."""
-    model.blocks = model.blocks[: block + 1]
-    model.norm = nn.Identity()
-    model.forward = model.forward_features
-    return model
 
 
 def _read_checkpoint(path: Path, model: Any) -> dict[str, torch.Tensor]:
@@ -255,49 +296,12 @@ def _read_checkpoint(path: Path, model: Any) -> dict[str, torch.Tensor]:
     return {key.replace("mlp.w12.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2."): state[key] for key in state}
 
 
-def _load_strictly(model: Any, state: dict[str, torch.Tensor], path: Path, name: str) -> None:
+def _load_checkpoint(model: Any, path: Path, name: str) -> None:
+    state = _read_checkpoint(path, model)
     width = state["pos_embed"].shape[2]
     if width != model.embed_dim:
         raise BadInput(
             f"{path} holds a model of width {width}, {name} has width {model.embed_dim}; "
             f"give the matching --backbone (s 384, b 768, l 1024, g 1536)"
         )
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state]
-    unexpected = [key for key in state if key not in wanted]
-    misshaped = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
-    mistyped = [key for key in state if not _is_plain(state[key])]
-    for what, keys in {
-        "missing": missing,
-        "unexpected": unexpected,
-        "of another shape": misshaped,
-        "that are no plain floating-point tensors": mistyped,
-    }.items():
-        if keys:
-            raise BadInput(f"{path} does not fit {name}: {len(keys)} weights {what} ({_listed(keys)})")
-    state = {key: value.float() for key, value in state.items()}
-    not_finite = [key for key in state if not torch.isfinite(state[key]).all()]
-    if not_finite:
-        raise BadInput(f"{path} does not fit {name}: {len(not_finite)} weights not finite ({_listed(not_finite)})")
-    model.load_state_dict(state, strict=True, assign=True)
-    model.requires_grad_(False)
-
-
-def _listed(keys: list[Any]) -> str:
-    """Some keys of an untrusted file, safe to print in one line."""
-    return listed(
-        [(key if key.isprintable() else repr(key))[:60] if isinstance(key, str) else type(key).__name__ for key in keys]
-    )
-
-
-def _is_plain(value: torch.Tensor) -> bool:
-    return value.dtype.is_floating_point and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _sha256_state(model: Any) -> str:
-    """Hash of names and values, for weights that were not read from a file."""
-    digest = hashlib.sha256()
-    for key, value in model.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    load_strictly(model, state, path, name)

@@ -22,6 +22,7 @@ from .datasets import Images
 from .datasets import open_images as open_images
 from .masks import find_masks, read_all_shares
 from .pictures import Pictures, Pixels, to_pixels
+from .preprocess import Preprocess
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ def _silent(done: int, total: int, state: str) -> None:
 def pictures(latents: LatentStore, root: Path | None = None) -> Pictures:
     """The images of a latent store as pixels, by `image_index`.
 
-    root : folder of the images now; None: as recorded when the cache was made, if it was
+    root : folder or archive of the images now; None: as recorded when the cache was made, if it was
     """
     return Pictures(latents, root)
 
@@ -51,7 +52,7 @@ def new_image(
     device: str = "auto",
     progress: Progress = _silent,
 ) -> tuple[npt.NDArray[np.float16], Pixels, str]:
-    """For an image that is in no store: its tokens, (257, width) float16, its pixels, and the SHA-256 of its file.
+    """For an image that is in no store: its tokens, (T, width) float16, its pixels, and the SHA-256 of its file.
 
     Parameters
     ----------
@@ -73,7 +74,7 @@ def new_image(
     device = resolve_device(device)
     backbone = load_backbone_as(spec, cache, weights=weights, device=device, progress=progress)
     tokens, picture, content_hash = read_new_image(file, spec, backbone, device=device)
-    return tokens, to_pixels(picture), content_hash
+    return tokens, to_pixels(picture, Preprocess.seen_in(spec.transform)), content_hash
 
 
 def backbone_sample(
@@ -108,11 +109,14 @@ def backbone_sample(
     Raises
     ------
     BadInput, SpecMismatch
-        If the weights are missing or not those of the cache; while iterating, if an image file has changed.
+        If the weights are missing or not those of the cache, or the backbone has no CLS token; while iterating, if an
+        image file has changed.
     """
+    from .backbones import require_cls
     from .sample import draw_sample, load_backbone_of, read_sample
 
     cache, device = ActivationStore(store), resolve_device(device)
+    require_cls(cache.spec.layout, cache.spec.backbone)
     backbone = load_backbone_of(cache, weights=weights, device=device, keep_tail=True, progress=download_progress)
 
     def outputs() -> "Iterator[torch.Tensor]":
@@ -141,9 +145,11 @@ def read_masks(
 ) -> tuple[dict[int, Any], list[tuple[str, tuple[str, ...]]], dict[str, list[str]]]:
     """Segmentation masks of a latent store's images, as fractions of side x side patches, 0 to 1.
 
+    The patches are those that the backbone saw: what its preprocessing cuts off of the images is cut off here, too.
+
     Parameters
     ----------
-    masks : a table with image_id and mask (a path), or a folder of files named like the images
+    masks : a table with image_id and mask (a path), or a folder or archive of files named like the images
     root : what paths in the table are relative to; None: the table's folder
     classes : as `--classes` of cyto concept masks
     progress : masks read, masks in all
@@ -159,7 +165,8 @@ def read_masks(
         If a table or mask cannot be understood (see `find_masks`, `read_all_shares`).
     """
     found = find_masks(masks, latents.images, root=root)
-    read = read_all_shares(found, latents.readable(), side, classes, progress=progress)
+    preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))
+    read = read_all_shares(found, latents.readable(), side, classes, preprocess=preprocess, progress=progress)
     left_out = {
         "masks of no image here": found.unknown,
         "unreadable masks": read.unreadable,

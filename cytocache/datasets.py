@@ -1,18 +1,24 @@
-"""Makes an image table from a folder, a CSV or a Parquet file: which images there are, in which order."""
+"""Makes an image table from a folder, an archive, a CSV or a Parquet file: which images there are, in which order."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 import pyarrow as pa
 
 from stores.errors import BadInput, CytoError
-from stores.files import is_dropping
 from stores.spec import FORMATS, find_header, read_object
 from stores.tables import column, image_table, listed, read_table_file
-from stores.wording import counted
+from stores.wording import counted, printable
 
-from .images import IMAGE_SUFFIXES
+from .archive_member import BadArchive
+from .archived_images import Archived, images_of_archive, images_of_archives
+from .archives import ARCHIVE_SUFFIXES, is_archive_name, locate, split_path, without_suffix
+from .image_files import is_there
+from .image_names import IMAGE_SUFFIXES, is_image_name
+from .image_names import is_hidden_or_system as is_hidden_or_system
+from .masks_beside import find_masks_beside
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,13 @@ class Images:
     """An image table and the folder that its paths are relative to."""
 
     table: pa.Table  # the manifest: stores/tables.py
-    root: Path
+    root: Path  # may be an archive, or a folder inside one
     n_skipped: int = 0  # files below a folder whose names are not those of images
+    skipped: tuple[str, ...] = ()  # these
     passed_over: tuple[str, ...] = ()  # folders below it without cells: hidden, of a system, or results of Cyto
+    refused: tuple[str, ...] = ()  # members of archives that are not read, each with the reason
+    masks: tuple[str, ...] = ()  # images of the table that are masks of others by their names
+    remarks: tuple[str, ...] = ()  # how the table was made, where that could be another way, in words
     source: Path | None = field(default=None, compare=False)  # the folder or file that they were opened from
 
     @property
@@ -35,33 +45,54 @@ class Images:
         if self.n_skipped:
             place = self.source or self.root
             found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+        if self.refused:
+            said = listed([printable(each) for each in self.refused])
+            found.append(f"{counted(len(self.refused), 'file')} of the archives not read: {said}")
+        found += self.remarks
+        if self.masks:
+            found.append(
+                f"{counted(len(self.masks), 'file')} may be masks of other images ({listed([*self.masks])}), and are "
+                f"taken as images; cyto data index --masks makes a table without them"
+            )
         return tuple(found)
 
 
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
-def open_images(source: Path | str, *, root: Path | None = None) -> Images:
+def open_images(source: Path | str, *, root: Path | None = None, suffixes: Sequence[str] = ()) -> Images:
     """The images that `source` names.
 
     Parameters
     ----------
-    source : a folder (one sub-folder per class; the first folder below it is the label), or a .csv or .parquet
-        manifest with a column `path`
-    root : what paths in a manifest are relative to; default: the manifest's own folder
+    source : a folder (one sub-folder per class; the first folder below it is the label); a .zip or .tar(.gz) with the
+        same inside; a folder of such archives (`images_of_archives`); or a .csv or .parquet manifest with a column
+        `path`, whose paths may lead into archives (`class.zip::a/b.tif`)
+    root : what paths in a manifest are relative to, a folder or an archive; default: the manifest's own folder
+    suffixes : of a folder or archives only the files whose names end so; none: all names of images
 
     Raises
     ------
     BadInput
-        If there is no such source, no image in it, a faulty manifest, or none of its files is there.
+        If there is no such source, no image in it, a faulty manifest, or none of its files is there; if an archive
+        cannot be read.
     """
     source = Path(source)
-    if source.is_dir():
+    packed = split_path(source.absolute())
+    if source.is_dir() or packed is not None:
         if root is not None:
-            raise BadInput(f"--root belongs to a manifest; {source} is a folder, and its own root")
-        return replace(_list_folder(source), source=source)
+            what = "a folder" if packed is None else "an archive"
+            raise BadInput(f"--root belongs to a manifest; {source} is {what}, and its own root")
+        if packed is None:
+            images = _list_folder(source, suffixes)
+        else:
+            images = _of_archives(images_of_archive(*packed, suffixes=suffixes), source)
+        return replace(images, source=source)
     if not source.exists():
-        raise BadInput(f"no images at {source}: expected a folder, or a .csv or .parquet manifest")
+        raise BadInput(
+            f"no images at {source}: expected a folder, or a .csv or .parquet manifest, or an archive "
+            f"({', '.join(ARCHIVE_SUFFIXES)})"
+        )
     root = (root or source.parent).absolute()
     raw = read_table_file(source)
     columns = {name: column(raw, name) for name in raw.column_names}
@@ -72,9 +103,10 @@ def open_images(source: Path | str, *, root: Path | None = None) -> Images:
     return Images(table, root, source=source)
 
 
-def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
+def list_files(folder: Path, suffixes: Sequence[str] = ()) -> tuple[list[str], list[str], list[str]]:
     """(image files, other files, folders passed over) below an absolute `folder`: sorted relative paths.
 
+    suffixes : see `is_image_name`
     Passed over, with all their content: hidden folders, folders of a network disk or system, results of Cyto.
 
     Raises
@@ -97,16 +129,12 @@ def list_files(folder: Path) -> tuple[list[str], list[str], list[str]]:
         passed_over += [(Path(place) / name).relative_to(folder).as_posix() for name in ignored]
         folders[:] = sorted({*folders} - {*ignored})
         for name in names:
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-            (images if is_image else others).append((Path(place) / name).relative_to(folder).as_posix())
+            (images if is_image_name(name, suffixes) else others).append(
+                (Path(place) / name).relative_to(folder).as_posix()
+            )
     images.sort()
     _refuse_undecodable(images, folder)
     return images, sorted(others), sorted(passed_over)
-
-
-def is_hidden_or_system(name: str) -> bool:
-    """Is this a hidden folder, or one that a system, a network disk or another program has made?"""
-    return name.startswith(".") or is_dropping(name)
 
 
 def _result_of_cyto(place: Path) -> str | None:
@@ -120,18 +148,53 @@ def _result_of_cyto(place: Path) -> str | None:
     return "a sweep" if read_object(place / "sweep.json").get("format") == "sweep" else None
 
 
-def _list_folder(folder: Path) -> Images:
+def _list_folder(folder: Path, suffixes: Sequence[str]) -> Images:
     folder = folder.absolute()
-    found, others, passed_over = list_files(folder)
+    found, others, passed_over = list_files(folder, suffixes)
+    archives = [path for path in others if is_archive_name(path) and not path.rsplit("/", 1)[-1].startswith(".")]
     if not found:
+        if archives:
+            archived = images_of_archives(folder, archives, suffixes=suffixes)
+            if archived.paths:
+                others = [path for path in others if path not in {*archives}] + archived.others
+                archived = replace(archived, others=others, passed_over=passed_over + archived.passed_over)
+                return _of_archives(archived, folder)
         raise BadInput(
-            f"no images in {folder}: expected files ending in {', '.join(IMAGE_SUFFIXES)}; "
+            f"no images in {folder}: expected files ending in {', '.join(suffixes or IMAGE_SUFFIXES)}; "
             f"found {len(others):,} other files"
         )
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
     table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
-    return Images(table, folder, len(others), tuple(passed_over))
+    remarks: tuple[str, ...] = ()
+    if archives:
+        named = f"{counted(len(archives), 'archive')} ({listed(archives)})"
+        remarks = (f"among these files {named}: not looked into, since the folder has images itself",)
+    return Images(
+        table,
+        folder,
+        len(others),
+        tuple(others),
+        tuple(passed_over),
+        masks=tuple(find_masks_beside(found)),
+        remarks=remarks,
+    )
+
+
+def _of_archives(found: Archived, source: Path) -> Images:
+    name = found.root.name if found.root.is_dir() else without_suffix(found.root.name)
+    paths: list[str | None] = [*found.paths]
+    table = image_table({"path": paths, "label": found.labels}, source=str(source), dataset=name)
+    return Images(
+        table,
+        found.root,
+        len(found.others),
+        tuple(found.others),
+        tuple(found.passed_over),
+        refused=tuple(found.refused),
+        masks=tuple(find_masks_beside(found.paths)),
+        remarks=(found.note,) if found.note else (),
+    )
 
 
 def refuse_loop(place: Path, folder: Path) -> None:
@@ -164,8 +227,14 @@ def _below(path: str | None, root: Path) -> str | None:
 
 def _check_some_exist(table: pa.Table, root: Path, source: Path) -> None:
     paths = [str(path) for path in column(table, "path")]
-    if not any((root / path).is_file() for path in paths):
-        raise BadInput(
-            f"none of the {len(paths):,} files that {source} lists is below {root} ({listed(paths)}); "
-            f"say where they are with --root"
-        )
+    if any(is_there(root / path) for path in paths):
+        return
+    why = ""
+    try:
+        locate(root / paths[0])
+    except BadArchive as error:
+        why = f": {error}"
+    raise BadInput(
+        f"none of the {len(paths):,} files that {source} lists is below {root} ({listed(paths)}{why}); "
+        f"say where they are with --root"
+    )

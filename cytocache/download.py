@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,8 @@ HUB = "https://huggingface.co"
 _COMMIT = "[0-9a-f]{40}"
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]*"  # of an owner, a model, a file or a folder: never a way out of a folder
 _FILE = f"{_NAME}(?:/{_NAME})*"
-_WEIGHTS = (".pth", ".pt", ".bin", ".ckpt")
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_MAX_SMALL_BYTES = 4 << 20  # of a file that Hugging Face keeps in its repository, and not as a large one
 MAX_BYTES = 16 << 30  # the giant model in float32, with its heads, is below 6 GB
 _MAX_RECORD_BYTES = 4 << 20
 
@@ -60,11 +61,14 @@ class Downloaded:
 
 @dataclass(frozen=True, kw_only=True)
 class _Published:
-    """One file by the publisher's record. The checksum is an MD5 (Zenodo) or a SHA-256 (Hugging Face)."""
+    """One file by the publisher's record.
+
+    The checksum is an MD5 (Zenodo), a SHA-256 (large files of Hugging Face), or git's name of the content (small ones).
+    """
 
     name: str
     size: int
-    kind: str  # "md5" or "sha256"
+    kind: str  # "md5", "sha256" or "git"
     checksum: str  # hex
     url: str
     source: str  # the record's own address
@@ -72,10 +76,9 @@ class _Published:
     def identity(self) -> dict[str, Any]:
         return {"file": self.name, "size": self.size, self.kind: self.checksum, "source": self.source}
 
-    def difference(self, md5: str, sha256: str) -> str:
+    def difference(self, digests: dict[str, str]) -> str:
         """`the MD5 X, expected Y`, or "" if the checksum agrees."""
-        found = md5 if self.kind == "md5" else sha256
-        name = "MD5" if self.kind == "md5" else "SHA-256"
+        found, name = digests[self.kind], {"md5": "MD5", "sha256": "SHA-256", "git": "git hash"}[self.kind]
         return "" if found == self.checksum else f"{name} {found}, expected {self.checksum}"
 
 
@@ -159,7 +162,9 @@ def fetch_published(name: str, *, progress: Progress = lambda done, total, state
     return _downloaded(cache_folder() / "weights" / name, source, progress)
 
 
-def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done, total, state: None) -> Downloaded:
+def fetch_from_hub(
+    address: str, name: str | Sequence[str], *, progress: Progress = lambda done, total, state: None
+) -> Downloaded:
     """The weights file of a model on Hugging Face, kept as by `fetch_published`, checked by the SHA-256 stated there.
 
     A commit as revision needs no network the second time, if FILE is given or is `name`. For a branch or tag, its
@@ -169,14 +174,16 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
     ----------
     address : `hf:OWNER/NAME[/FILE][@REVISION]`; the revision is a commit (40 hex digits), a branch or a tag
         (default: `main`)
-    name : if no FILE is given, the file to use if the model has it; otherwise the model's only file of weights
+    name : if no FILE is given, the file to use if the model has it, or several, the best first; otherwise the model's
+        only file of weights. A file with another suffix than weights have, such as config.json, is found only by name
 
     Raises
     ------
     BadInput
         As `fetch_published`; also for a malformed address, or a model without exactly one file of weights.
     """
-    found = re.fullmatch(rf"hf:({_NAME}/{_NAME})(?:/({_FILE}))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
+    names = (name,) if isinstance(name, str) else tuple(name)
+    found = re.fullmatch(rf"(?:hf|hf-hub):({_NAME}/{_NAME})(?:/({_FILE}))?(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?", address)
     if found is None or ".." in address:
         raise BadInput(
             f"expected weights hf:OWNER/NAME, hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE; found {address!r}"
@@ -185,13 +192,15 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
     hub = _server_of("HF_ENDPOINT", HUB).rstrip("/")
     folder = cache_folder() / "weights" / "hf" / model.replace("/", "--")
     by_hand = f"{hub}/{model}"
-    if re.fullmatch(_COMMIT, revision) and not file and (folder / revision / f"{name}.json").exists():
-        file = name  # as chosen when it was downloaded: no request is needed
+    if re.fullmatch(_COMMIT, revision) and not file:  # as chosen when it was downloaded: no request is needed
+        file = next((each for each in names if (folder / revision / f"{each}.json").exists()), "")
     if not re.fullmatch(_COMMIT, revision) or not file:
         url = f"{hub}/api/models/{model}/revision/{quote(revision, safe='')}?blobs=true"
         listed_at = _Source(url=url, find=_find, weights=address, by_hand=by_hand)
         try:
-            revision, file = _retried(lambda: _look_up(url, file, name), folder / (file or name), listed_at, progress)
+            revision, file = _retried(
+                lambda: _look_up(url, file, names), folder / (file or names[0]), listed_at, progress
+            )
         except BadInput as error:
             known = f"; already here: --weights {kept}" if (kept := _newest_download(folder, model)) else ""
             raise BadInput(f"{error}{known}") from None
@@ -201,7 +210,7 @@ def fetch_from_hub(address: str, name: str, *, progress: Progress = lambda done,
         find=partial(_find_on_hub, file=file, at=f"{hub}/{model}/resolve/{revision}/{file}"),
         weights=f"hf:{model}/{file}@{revision}",
         by_hand=by_hand,
-        is_mirrored=True,
+        is_mirrored=file.endswith(_WEIGHTS),
     )
     return _downloaded(folder / revision / file, source, progress)
 
@@ -254,15 +263,19 @@ def _fetch(path: Path, source: _Source, progress: Progress) -> Downloaded:
     part = _beside(path, ".part")
     file = _retried(lambda: _read_record(path.name, source), path, source, progress)
     if path.exists():  # put there by hand, or its note was not written before a crash
-        md5, sha256 = _digests(path)
-        if difference := file.difference(md5, sha256):
+        digests = _digests(path)
+        sha256 = digests["sha256"]
+        if difference := file.difference(digests):
             raise BadInput(
                 f"{path} is not {file.name} of {source.url}: its {difference.replace(' ', ' is ', 1)}. "
                 f"Move it away and run the same command again"
             )
     else:
         sha256 = _retried(
-            lambda: _download(file, part, progress, is_mirrored=source.is_mirrored), path, source, progress
+            lambda: _download(file, part, progress, is_mirrored=source.is_mirrored and file.kind == "sha256"),
+            path,
+            source,
+            progress,
         )
         part.replace(path)
         sync_folder(path.parent)
@@ -306,14 +319,18 @@ def _forget(part: Path) -> None:
     _beside(part, ".json").unlink(missing_ok=True)
 
 
-def _digests(path: Path) -> tuple[str, str]:
-    """(MD5, SHA-256) of a file, read once. Zenodo publishes the MD5, which shows damage but no manipulation."""
-    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+def _digests(path: Path) -> dict[str, str]:
+    """MD5, SHA-256 and git's hash of a file, read once. MD5 and git's SHA-1 show damage, but no manipulation.
+
+    Both come by the publisher's own server over HTTPS; the file itself may come from another one only by its SHA-256.
+    """
+    found = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
+    found["git"] = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
-            md5.update(piece)
-            sha256.update(piece)
-    return md5.hexdigest(), sha256.hexdigest()
+            for digest in found.values():
+                digest.update(piece)
+    return {kind: digest.hexdigest() for kind, digest in found.items()}
 
 
 @contextlib.contextmanager
@@ -353,8 +370,8 @@ def _read_json(url: str, find: Callable[[Any], _T]) -> _T:
         raise _Failed(f"the record cannot be used: {error}", is_final=True) from None
 
 
-def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
-    """(commit, file) of a model: the given file; without one the usual file, else its only file of weights."""
+def _look_up(url: str, file: str, usual: Sequence[str]) -> tuple[str, str]:
+    """(commit, file) of a model: the given file; without one the first usual file, else its only file of weights."""
 
     def find(record: Any) -> tuple[str, str]:
         commit, files = record.get("sha") if isinstance(record, dict) else None, _hub_files(record)
@@ -362,12 +379,16 @@ def _look_up(url: str, file: str, usual: str) -> tuple[str, str]:
             raise ValueError(f"expected a commit of 40 hex digits; found {commit!r:.80}")
         names = [name for name in files if name.endswith(_WEIGHTS) and re.fullmatch(_FILE, name)]
         there = ", ".join(sorted(names)[:8]) or "none"
-        if (file or usual) in files:
-            return commit, file or usual
+        for name in (file,) if file else usual:
+            if name in files:
+                return commit, name
         if file:  # not the usual one in its place: that would be other weights than were asked for
             raise ValueError(f"it has no file {file}; its files of weights: {there}")
+        wanted = " or ".join(usual)
+        if not wanted.endswith(_WEIGHTS):
+            raise ValueError(f"it has no file {wanted}")
         if len(names) != 1:
-            raise ValueError(f"expected {usual}, or one file of weights; it has {there}; name one: hf:OWNER/NAME/FILE")
+            raise ValueError(f"expected {wanted}, or one file of weights; it has {there}; name one: hf:OWNER/NAME/FILE")
         return commit, names[0]
 
     return _read_json(url, find)
@@ -386,7 +407,12 @@ def _find_on_hub(record: Any, name: str, source: str, *, file: str, at: str) -> 
     entry = _hub_files(record).get(file)
     if entry is None:
         raise ValueError(f"it has no file {file}")
-    lfs = entry.get("lfs")
+    lfs, blob = entry.get("lfs"), entry.get("blobId")
+    if not isinstance(lfs, dict) and isinstance(blob, str) and re.fullmatch("[0-9a-f]{40}", blob):
+        size = entry.get("size")
+        if type(size) is not int or not 0 < size <= _MAX_SMALL_BYTES:
+            raise ValueError(f"expected a size of 1 to {_MAX_SMALL_BYTES:,} bytes; found {size!r:.40}")
+        return _Published(name=name, size=size, kind="git", checksum=blob, url=at, source=source)
     size, checksum = (lfs.get("size"), lfs.get("sha256")) if isinstance(lfs, dict) else (None, None)
     if type(size) is not int or not 0 < size <= MAX_BYTES:
         raise ValueError(f"expected a size of 1 to {MAX_BYTES:,} bytes; found {size!r:.40}")
@@ -428,14 +454,14 @@ def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: 
     progress(file.size, file.size, "checking")
     with part.open("rb") as written:
         os.fsync(written.fileno())
-    md5, sha256 = _digests(part)
-    if difference := file.difference(md5, sha256):
+    digests = _digests(part)
+    if difference := file.difference(digests):
         raise _Failed(
             f"what came has the {difference} as published; it was deleted",
             is_final=True,
             starts_over=True,
         )
-    return sha256
+    return digests["sha256"]
 
 
 def _append(file: _Published, part: Path, have: int, etag: str, progress: Progress, *, is_mirrored: bool) -> None:
@@ -521,14 +547,19 @@ def _open(url: str, headers: dict[str, str], *, is_mirrored: bool = False) -> It
     if url.startswith("http:"):  # this machine: without a proxy
         handlers.append(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers={"User-Agent": f"cyto/{cyto_version()}", **headers})
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if re.fullmatch("[!-~]+", token) and _same_server(url, os.environ.get("HF_ENDPOINT") or HUB):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # a redirect leads to other servers
     try:
         response = urllib.request.build_opener(*handlers).open(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as error:
         with error:
             may_pass = error.code in (408, 416, 425, 429) or error.code >= 500
             wait = error.headers.get("Retry-After", "")
+            is_gated = error.code in (401, 403) and _same_server(url, os.environ.get("HF_ENDPOINT") or HUB)
+            hint = " (accept the model's terms on its page, and set HF_TOKEN to your access token)" if is_gated else ""
             raise _Failed(
-                f"the server answers {error.code} {error.reason}",
+                f"the server answers {error.code} {error.reason}{hint}",
                 is_final=not may_pass,
                 starts_over=error.code == 416,  # range not satisfiable: no bytes after those that are here
                 wait_s=float(wait) if re.fullmatch("[0-9]{1,6}", wait) else 0,

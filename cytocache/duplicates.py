@@ -1,16 +1,14 @@
 """Finds byte-identical files, by size and then by SHA-256. A file is read at most once; one of unique size, never."""
 
-import stat
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from stores.files import sha256_file
 from stores.progress import Progress
 
-from .images import MAX_FILE_BYTES
+from .image_files import MAX_FILE_BYTES, hash_of, size_of
 
 N_THREADS = 8  # most of the time on a network disk is waiting
 _SLICE = 512  # files given to the threads at once: Ctrl-C waits for these only
@@ -57,15 +55,10 @@ _WHY_NOT = {_NO_FILE: "no file", _EMPTY: "empty", _TOO_LARGE: f"more than {MAX_F
 
 
 def _size(path: Path) -> int:
-    try:
-        found = path.stat()
-    except OSError:
-        return _NO_FILE
-    return min(found.st_size, _TOO_LARGE) if stat.S_ISREG(found.st_mode) else _NO_FILE
+    found = size_of(path)
+    return _NO_FILE if found is None else min(found, _TOO_LARGE)
 
 
 def _digest(path: Path) -> bytes | None:
-    try:
-        return bytes.fromhex(sha256_file(path))
-    except OSError:
-        return None
+    found = hash_of(path)
+    return None if found is None else bytes.fromhex(found)

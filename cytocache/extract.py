@@ -30,18 +30,18 @@ from stores.destination import plan_output
 from stores.devices import resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
-from stores.files import locked, sha256_file, sync_folder
+from stores.files import locked, sync_folder
 from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
-from stores.tables import column, table_sha256
-from stores.wording import Report, describe_cache, unreadable_images
+from stores.tables import TRUNCATED, column, table_sha256
+from stores.wording import Report, describe_cache, truncated_images, unreadable_images
 
-from .backbones import TOKEN_LAYOUT, TOKENS_PER_IMAGE, Backbone, load_backbone
+from .backbones import CROPS, Backbone, load_backbone
 from .datasets import Images, open_images
-from .images import MAX_FILE_BYTES
+from .image_files import hash_of
 from .readers import ImageReaders
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,15 +60,19 @@ class ExtractConfig:
     weights: str | None = None  # see `load_backbone`
     # transformer blocks, see `load_backbone`; with several, a store for each, in one pass
     blocks: tuple[int, ...] = (-2,)
+    image_size: int | None = None  # pixels along each side of the model's input; None: what it was trained on
+    crop: str = "own"  # own: as the model's preprocessing; none: the whole image, as a square
     precision: str = "auto"  # auto: bf16 on a GPU, fp32 on the CPU
     chunk_images: int = 256
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     batch_size: int | None = None  # images per forward pass; None: 128 on a GPU, else 32
     workers: int = field(default_factory=n_cores)  # processes that read and resize images
+    allow_truncated: bool = False  # take images that are cut off as far as they go, and mark them; in the identity
 
     def __post_init__(self) -> None:
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
-        for name in ("chunk_images", "batch_size", "workers"):
+        check_choice("crop", self.crop, CROPS)
+        for name in ("chunk_images", "batch_size", "workers", "image_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1; found {value}")
@@ -94,17 +98,20 @@ class ExtractResult(Report):
     shard: Shard = field(default=ONE_WRITER, compare=False)
     described: tuple[str, ...] = field(default=(), compare=False)  # each finished cache in one line
     unreadable: str = field(default="", compare=False)  # which images could not be read, in words
+    n_truncated: int = 0  # images that are cut off and were taken; known once the cache is complete
+    truncated: str = field(default="", compare=False)  # these, in words
     left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that were passed over, in words
+    cropped: str = field(default="", compare=False)  # what of each image the backbone does not see, in words
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Files and folders below the images that were passed over."""
-        return self.left_out
+        """Files and folders below the images that were passed over; that borders of the images are cut off."""
+        return (*self.left_out, *([self.cropped] if self.cropped else ()))
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Images that could not be read."""
-        return (self.unreadable,) if self.unreadable else ()
+        """Images that could not be read, or not to their end."""
+        return tuple(words for words in (self.unreadable, self.truncated) if words)
 
     def lines(self) -> Iterator[str]:
         """A line for each finished cache, or that other shards are still missing."""
@@ -126,6 +133,7 @@ class _Chunk:
     largest: list[torch.Tensor]  # per block (images,): largest magnitude before rounding to float16
     content_hash: list[str | None]
     errors: list[str | None]
+    cut_off: list[str | None]
     copied: "torch.cuda.Event | None"  # recorded after the copies from the GPU
 
 
@@ -144,12 +152,13 @@ def extract(
 ) -> ExtractResult:
     """Write (or continue) the activation cache of `images` at `out`; with several blocks, `out/block<k>.zarr`.
 
-    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job.
+    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job. So
+    is an image whose file is cut off, unless `config.allow_truncated`.
     Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, and a few batches of pixels.
 
     Parameters
     ----------
-    images : as of `open_images`, or what it opens: a folder, a .csv or .parquet table
+    images : as of `open_images`, or what it opens: a folder, an archive, a .csv or .parquet table
     config : None: the defaults of `ExtractConfig`
     root : as of `open_images`
     shard : the share of the images that this process writes; the last one to end completes the cache
@@ -170,11 +179,20 @@ def extract(
     config, out = config or ExtractConfig(), Path(out)
     images = images if isinstance(images, Images) else open_images(images, root=root)
     config = replace(config, device=resolve_device(config.device))
-    known = (images.source, images.root, Path(config.weights) if config.weights else None)
+    known = (images.source, images.root, *(Path(each) for each in (config.weights, config.backbone) if each))
     inputs = (*inputs, *(path for path in known if path is not None and path.exists()))
+    if config.allow_truncated and TRUNCATED in images.table.column_names:
+        raise BadInput(f"{images.source or 'the table'} has a column {TRUNCATED!r}, which is ours to write; rename it")
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights,
+        blocks=config.blocks,
+        image_size=config.image_size,
+        crop=config.crop,
+        progress=download_progress,
+    )
     specs = [make_spec(backbone, images, config, block) for block in backbone.blocks]
     places = [out] if len(specs) == 1 else [out / f"block{spec.block}.zarr" for spec in specs]
     outputs = [
@@ -198,7 +216,9 @@ def extract(
             output.publish()
         summary = read_header(places[0], ACTIVATIONS).summary or {}
         n_readable, n_unreadable = summary["n_readable"], summary["n_unreadable"]
+        n_truncated = summary.get("n_truncated", 0)
     else:
+        n_truncated = 0
         n_images, n_unreadable = writers[0].counts()
         n_readable = n_images - n_unreadable
     some_unreadable = is_complete and n_unreadable
@@ -212,7 +232,10 @@ def extract(
         shard=shard,
         described=tuple(describe_cache(place) for place in places) if is_complete else (),
         unreadable=unreadable_images(places[0]) if some_unreadable else "",
+        n_truncated=n_truncated,
+        truncated=truncated_images(places[0]) if n_truncated else "",
         left_out=images.notes,
+        cropped=backbone.preprocess.cut_off,
     )
 
 
@@ -252,7 +275,13 @@ def fill(
         if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
-            ImageReaders(config.workers, batch_size=batch_size, size=backbone.preprocess.size)
+            ImageReaders(
+                config.workers,
+                batch_size=batch_size,
+                size=backbone.preprocess.size,
+                preprocess=backbone.preprocess,
+                allow_truncated=config.allow_truncated,
+            )
         )
         savers = stack.enter_context(ThreadPoolExecutor(_SAVING_AT_ONCE, thread_name_prefix="save"))
         reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
@@ -266,6 +295,7 @@ def fill(
             largest = [torch.empty(len(rows), pin_memory=on_gpu) for _ in writers]
             content_hash: list[str | None] = []
             errors: list[str | None] = []
+            cut_off: list[str | None] = []
             for batch in _batches(range(len(rows)), config.images_per_pass):
                 pictures = next(reading)
                 pixels = torch.from_numpy(pictures.pixels)
@@ -279,6 +309,7 @@ def fill(
                     largest[own][where].copy_(magnitude, non_blocking=True)
                 content_hash += pictures.content_hash
                 errors += pictures.errors
+                cut_off += pictures.cut_off
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
@@ -286,7 +317,7 @@ def fill(
             if copied is not None:
                 copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]
-            done = _Chunk(chunk, ids, tokens, largest, content_hash, errors, copied)
+            done = _Chunk(chunk, ids, tokens, largest, content_hash, errors, cut_off, copied)
             owners = [writer if chunk in own else None for writer, own in zip(writers, missing, strict=True)]
             saved.append(savers.submit(_save, done, owners))
             while saved and (saved[0].done() or len(saved) > _SAVING_AT_ONCE):
@@ -307,12 +338,13 @@ def make_spec(backbone: Backbone, images: Images, config: ExtractConfig, block: 
         n_blocks=backbone.n_blocks,
         transform=backbone.preprocess.to_dict(),
         precision=resolve_precision(config.precision, config.device),
-        token_layout=TOKEN_LAYOUT,
+        token_layout=backbone.layout.text,
         n_images=images.table.num_rows,
-        tokens_per_image=TOKENS_PER_IMAGE,
+        tokens_per_image=backbone.layout.tokens_per_image,
         width=backbone.width,
         chunk_images=min(config.chunk_images, images.table.num_rows),
         manifest_sha256=table_sha256(images.table),
+        allow_truncated=config.allow_truncated,
     )
 
 
@@ -363,7 +395,7 @@ def open_writer(
     )
     if damaged is None:
         for row in writer.errors():  # such a file may be readable now: a disk was mounted, a file copied again
-            writer.read_again(row, hash_image_file(images.root / str(images.table["path"][row])))
+            writer.read_again(row, hash_of(images.root / str(images.table["path"][row])))
     return writer
 
 
@@ -388,15 +420,7 @@ def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
                     f"{magnitudes[position]:.4g} after block {writer.spec.block}, expected at most 65,504. "
                     f"Choose another --block, or check the weights"
                 )
-        writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors)
-
-
-def hash_image_file(path: Path) -> str | None:
-    """SHA-256 of an image file; None if it is missing, too large or cannot be read."""
-    try:
-        return sha256_file(path) if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES else None
-    except OSError:
-        return None
+        writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors, chunk.cut_off)
 
 
 def _device_name(device: str) -> str:

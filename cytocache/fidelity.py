@@ -20,6 +20,7 @@ from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import read_runs
 from stores.spec import require_unchanged
+from stores.token_layout import TokenLayout
 from stores.wording import Report, page_html, page_lines, rate
 
 from .sample import draw_sample, load_backbone_of, read_sample
@@ -49,7 +50,7 @@ class Fidelity(Report):
     n_images: int
     n_tokens: int
     fvu: float
-    fvu_cls: float  # over CLS tokens alone
+    fvu_cls: float  # over CLS tokens alone; NaN if the backbone has none
     largest_magnitude: float  # of the float32 tokens; the largest float16 number is 65,504
     largest_difference: float
     n_active: int = 0  # (token, latent) pairs that are active in float32
@@ -60,11 +61,13 @@ class Fidelity(Report):
     seed: int = 0  # of the sample
     tau: float = 0.2
     with_latents: bool = False  # latents were counted
+    has_cls: bool = True
     assumed_equal: tuple[str, ...] | None = None  # what an imported SAE does not say of its tokens; None without an SAE
 
     def rows(self) -> dict[str, str]:
         """The named values of the page."""
-        fvu_cls = "n/a (it does not vary)" if math.isnan(self.fvu_cls) else f"{self.fvu_cls:.2e}"
+        why_not = "it does not vary" if self.has_cls else "the backbone has none"
+        fvu_cls = f"n/a ({why_not})" if math.isnan(self.fvu_cls) else f"{self.fvu_cls:.2e}"
         rows = {
             "sample": f"{self.n_images:,} images, {self.n_tokens:,} tokens (seed {self.seed})",
             "FVU": f"{self.fvu:.2e} of the float32 tokens' variance is lost; of CLS alone {fvu_cls}",
@@ -89,7 +92,11 @@ class Fidelity(Report):
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON values; null where one is not defined."""
-        named = [name for name in vars(self) if name not in ("store", "seed", "tau", "with_latents", "assumed_equal")]
+        named = [
+            name
+            for name in vars(self)
+            if name not in ("store", "seed", "tau", "with_latents", "has_cls", "assumed_equal")
+        ]
         values = {name: getattr(self, name) for name in named}
         facts = {} if self.assumed_equal is None else {"assumed_equal": list(self.assumed_equal)}
         numbers = {name: None if math.isnan(value) else value for name, value in values.items()}
@@ -116,8 +123,8 @@ def measure_fidelity(
 
     Parameters
     ----------
-    sae : counts the latents that cross zero or `tau`: `cytosae.load_sae(...)` on the same device. Its memory: 257 x
-        n_latents float32, twice
+    sae : counts the latents that cross zero or `tau`: `cytosae.load_sae(...)` on the same device. Its memory: the
+        latents of one image in float32, twice
     assume_compatible : take an imported SAE, which does not say which tokens it was trained on
     latents : instead of `sae`, the function that encodes tokens
     root : folder of the images now; default: as recorded when the cache was written
@@ -143,7 +150,7 @@ def measure_fidelity(
     sample = read_sample(
         cache, rows, backbone, root=root, device=device, workers=workers or n_cores(), progress=progress
     )
-    sums = _Sums(cache.spec.width)
+    sums = _Sums(cache.spec.width, cache.spec.layout)
     for row, full in zip(rows, sample, strict=True):
         with torch.inference_mode():
             cached = cache.read_images([row])[0].astype(np.float32)
@@ -159,7 +166,8 @@ def measure_fidelity(
 class _Sums:
     """Running sums in float64."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layout: TokenLayout) -> None:
+        self._cls = slice(layout.cls.start, layout.cls.stop)
         self._n_images = self._n_tokens = 0
         self._error, self._square = np.zeros(2), np.zeros(2)  # all tokens, CLS
         self._sum = np.zeros((2, width))
@@ -170,7 +178,7 @@ class _Sums:
         self._n_images += 1
         self._n_tokens += len(full)
         difference = full.astype(np.float64) - cached
-        for which, rows in enumerate((slice(None), slice(0, 1))):
+        for which, rows in enumerate((slice(None), self._cls)):
             self._error[which] += (difference[rows] ** 2).sum()
             self._square[which] += (full[rows].astype(np.float64) ** 2).sum()
             self._sum[which] += full[rows].sum(0, dtype=np.float64)
@@ -194,6 +202,7 @@ class _Sums:
             n_tokens=self._n_tokens,
             fvu=float(fvu[0]),
             fvu_cls=float(fvu[1]),
+            has_cls=self._cls.stop > 0,
             largest_magnitude=self._magnitude,
             largest_difference=self._difference,
             n_active=active,

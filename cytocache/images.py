@@ -7,7 +7,9 @@ import hashlib
 import io
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,14 +17,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from .archive_member import Member
+from .image_files import MAX_FILE_BYTES as MAX_FILE_BYTES
+from .image_files import UnreadableImage as UnreadableImage
+from .image_files import read_file
 from .metadata import check_scans, tiff_layout, without_metadata
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF")  # Pillow's decoders that may be used, whatever a file's name
 MAX_PIXELS = 100_000_000  # a cell crop has 0.1 million
 MAX_SIDE = 65_535  # JPEG's limit; to resize a row of 100 million pixels would take gigabytes of coefficients
 MAX_RLE_PIXELS = 16_000_000  # Pillow unpacks a run-length coded BMP in Python, byte by byte
-MAX_FILE_BYTES = 1 << 30
+_CUT_OFF = "image file is truncated"  # how Pillow's error begins
+_FILLED_IN = (0, 128)  # by decoders, where pixels are missing: black, in a JPEG grey
 # Pillow's raw modes: byte order of the file -> byte order of this machine
 _NATIVE = {
     **{"I;16S": "I;16NS", "I;16BS": "I;16NS", "I;32S": "I;32NS", "I;32BS": "I;32NS", "I;32B": "I;32N"},
@@ -32,8 +38,14 @@ _ONE_PLANE = {"I;16": ("I;16", "I;16"), "I;16B": ("I;16B", "I;16B"), "F": ("F;32
 _Decoded = TypeVar("_Decoded")
 
 
-class UnreadableImage(ValueError):
-    """An image file cannot be decoded; the text says why. Caught inside this module."""
+@dataclass(frozen=True)
+class ReadImage:
+    """An image file that was read, or why not."""
+
+    picture: Image.Image | None  # RGB
+    content_hash: str | None  # SHA-256 of the file, if its bytes could be read
+    error: str | None = None
+    cut_off: str | None = None  # what is missing of a file that ends too early; see `read_image_file`
 
 
 class _PillowSilenced:
@@ -44,7 +56,7 @@ class _PillowSilenced:
     """
 
     def __init__(self) -> None:
-        self._lock, self._n_inside = threading.Lock(), 0
+        self._lock, self._n_inside = threading.Condition(), 0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -59,6 +71,19 @@ class _PillowSilenced:
             self._n_inside -= 1
             if self._n_inside == 0:
                 self._before.__exit__(None, None, None)
+                self._lock.notify_all()
+
+    @contextmanager
+    def accepting_cut_off(self) -> Iterator[None]:
+        """Pillow accepts files that end too early; no other thread is inside meanwhile, since the setting is global."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._n_inside == 0)
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                with self:  # the lock can be taken again by this thread
+                    yield
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 pillow_silenced = _PillowSilenced()
@@ -69,13 +94,46 @@ def read_image(path: Path) -> tuple[Image.Image | None, str | None, str | None]:
 
     Memory: twice the file, at most `MAX_FILE_BYTES`, and about 8 bytes for each of at most `MAX_PIXELS` pixels.
     """
+    found = read_image_file(path)
+    return found.picture, found.content_hash, found.error
+
+
+def read_image_file(place: Path | Member, *, allow_truncated: bool = False) -> ReadImage:
+    """Read an image file, in a folder or an archive. Memory: as `read_image`.
+
+    allow_truncated : take a file that ends too early as far as it goes, if a row of pixels is left; the rest is black,
+        in a JPEG grey, and `cut_off` says how much
+    """
     content_hash = None
     try:
-        raw = _read_bytes(path)
+        raw = read_file(place)
         content_hash = hashlib.sha256(raw).hexdigest()
-        return decode_image(raw), content_hash, None
+        try:
+            return ReadImage(decode_image(raw), content_hash)
+        except UnreadableImage as error:
+            if not (allow_truncated and str(error).startswith(f"cannot be decoded: {_CUT_OFF}")):
+                raise
+            picture = _decode(raw, _to_rgb, is_cut_off=True)
+            return ReadImage(picture, content_hash, cut_off=_what_is_missing(picture))
     except UnreadableImage as error:
-        return None, content_hash, str(error)
+        return ReadImage(None, content_hash, str(error))
+
+
+def _what_is_missing(picture: Image.Image) -> str:
+    """How many rows, from an edge on, have only the colour that decoders fill in.
+
+    Raises UnreadableImage if these are all.
+    """
+    pixels = np.asarray(picture)
+    n_rows = 0
+    for rows in (pixels, pixels[::-1]):  # a BMP is stored from below
+        colour = rows[0, 0]
+        if any((colour == filled).all() for filled in _FILLED_IN):
+            is_left = (rows != colour).any((1, 2))
+            if not is_left.any():
+                raise UnreadableImage("cannot be decoded: it is cut off, and no row of pixels is left")
+            n_rows = max(n_rows, int(is_left.argmax()))
+    return f"its end is missing: {n_rows:,} of {len(pixels):,} rows are empty" if n_rows else "its end is missing"
 
 
 def decode_image(raw: bytes) -> Image.Image:
@@ -102,15 +160,15 @@ def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
     JPEG is refused, since lossy compression changes the values.
     """
     try:
-        return _decode(_read_bytes(path), _to_labels)
+        return _decode(read_file(path), _to_labels)
     except UnreadableImage as error:
         return str(error)
 
 
-def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded]) -> _Decoded:
+def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded], *, is_cut_off: bool = False) -> _Decoded:
     """The result of `convert` on the decoded image; every error becomes an `UnreadableImage`."""
     try:
-        with pillow_silenced:
+        with pillow_silenced.accepting_cut_off() if is_cut_off else pillow_silenced:
             bare = without_metadata(raw)
             picture = Image.open(io.BytesIO(bare), formats=FORMATS)
             _check_size(picture, bare)
@@ -186,22 +244,6 @@ def _check_tiff(picture: Image.Image) -> None:
 
 def _with_raw_mode(tile: ImageFile._Tile, mode: str) -> ImageFile._Tile:
     return ImageFile._Tile(tile[0], tile[1], tile[2], (mode, *tile[3][1:]))  # type: ignore[index]  # never a bare name
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        if not path.is_file():  # a pipe or a device would block
-            raise UnreadableImage("not a file" if path.exists() else "no such file")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UnreadableImage(f"{size:,} bytes, more than the {MAX_FILE_BYTES:,} that are allowed")
-        with path.open("rb") as file:
-            raw = file.read(size + 1)
-        if len(raw) > size:
-            raise UnreadableImage("grew while it was read")
-        return raw
-    except OSError as error:
-        raise UnreadableImage(f"cannot be read: {error.strerror or error}") from None
 
 
 def _to_labels(picture: Image.Image) -> tuple[npt.NDArray[np.int64], bool]:

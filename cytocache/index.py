@@ -1,8 +1,13 @@
-"""`cyto data index`: makes an image table from a folder, marks byte-identical files, and writes it atomically."""
+"""`cyto data index`: makes an image table from a folder or archives, and writes it atomically.
+
+Columns may come from folder and file names (`name_patterns`); masks beside the images are named, and byte-identical
+files marked.
+"""
 
 import json
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,12 @@ from stores.progress import Progress
 from stores.spec import FORMATS, find_header
 from stores.tables import column, listed, read_image_table, write_image_table
 
-from .datasets import list_files, open_images
+from .archives import SEPARATOR, split_path
+from .datasets import Images, open_images
 from .duplicates import find_duplicates
+from .image_names import is_image_name
+from .masks_beside import find_masks_beside
+from .name_patterns import NamePattern, columns_from_names, parse_pattern
 from .published_datasets import INDEXERS, NO_CELLS, NOT_AN_IMAGE, Count, Finding, Index
 
 DUPLICATE_OF = "duplicate_of"  # the column: image_id of the first image with the same bytes, else null
@@ -29,6 +38,10 @@ def index_images(
     *,
     dataset: str = "folder",
     class_set: str | None = None,
+    patient_from: str | None = None,
+    label_from: str | None = None,
+    suffixes: Sequence[str] = (),
+    masks: bool = False,
     compare_files: bool = True,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
@@ -39,28 +52,50 @@ def index_images(
 
     Parameters
     ----------
-    source : the unpacked dataset, or a folder above it
+    source : the dataset, unpacked or in archives, or a folder above it
     out : the Parquet file to write
     dataset : a published dataset (`INDEXERS`), or "folder": one sub-folder per class
     class_set : of acevedo: "13" (default), "11" (the paper's) or "10" (DinoBloom's)
+    patient_from, label_from : patterns that say where in a path patient and label are, such as `{patient}/*`; they may
+        name further columns (`name_patterns`). Without, the first folder is the label, unless a pattern takes it
+    suffixes : only files whose names end so, such as `.tif` or `_rgb.png`; none: all names of images
+    masks : leave out files that are masks of others by their names, and write them in the column `mask`
     compare_files : read the files, and mark those that are byte-identical to an earlier one
     progress : files compared, files in all
 
     Raises
     ------
     BadInput
-        If there is nothing to index, or the name of `out` does not end in .parquet.
+        If there is nothing to index, a pattern fits no path, or the name of `out` does not end in .parquet.
     SpecMismatch
         If `out` is something else, or another index and `overwrite` is not set.
     """
-    source = Path(source)
-    if out is None:
-        index = index_dataset(source, dataset, class_set)
+    source, names = Path(source), _Names(patient_from, label_from, tuple(suffixes), masks)
+
+    def make() -> Index:
+        index = index_dataset(source, dataset, class_set, names)
         return mark_duplicates(index, progress=progress) if compare_files else index
+
+    if out is None:
+        return make()
     out = Path(out)
     _find_before(out)  # first: reading all files may take an hour
     with claimed(out):
-        return _write_index(source, out, _find_before(out), dataset, class_set, compare_files, overwrite, progress)
+        return _write_index(make, out, _find_before(out), overwrite)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What names of folders and files say: the options of the same name of `index_images`."""
+
+    patient_from: str | None = None
+    label_from: str | None = None
+    suffixes: tuple[str, ...] = ()
+    masks: bool = False
+
+    def patterns(self) -> list[NamePattern]:
+        given = (("--patient-from", "patient", self.patient_from), ("--label-from", "label", self.label_from))
+        return [parse_pattern(text, option, column) for option, column, text in given if text is not None]
 
 
 def make_index(source: Path, out: Path, **settings: Any) -> tuple[Index, bool]:
@@ -69,19 +104,8 @@ def make_index(source: Path, out: Path, **settings: Any) -> tuple[Index, bool]:
     return index, index.was_complete
 
 
-def _write_index(
-    source: Path,
-    out: Path,
-    before: pa.Table | None,
-    dataset: str,
-    class_set: str | None,
-    compare_files: bool,
-    overwrite: bool,
-    progress: Progress,
-) -> Index:
-    index = replace(index_dataset(source, dataset, class_set), out=out)
-    if compare_files:
-        index = mark_duplicates(index, progress=progress)
+def _write_index(make: Callable[[], Index], out: Path, before: pa.Table | None, overwrite: bool) -> Index:
+    index = replace(make(), out=out)
     table = index.images.table
     mark = {"made_by": _MADE_BY, "dataset": index.dataset, "class_set": index.class_set}
     if before is not None:
@@ -97,8 +121,10 @@ def _write_index(
     return index
 
 
-def index_dataset(source: Path, dataset: str = "folder", class_set: str | None = None) -> Index:
-    """The image table of a published dataset (`INDEXERS`), or of any folder with one sub-folder per class.
+def index_dataset(
+    source: Path, dataset: str = "folder", class_set: str | None = None, names: _Names | None = None
+) -> Index:
+    """The image table of a published dataset (`INDEXERS`), or of any folder or archive with one sub-folder per class.
 
     Paths are relative to the folder that holds the class folders, which lies at or below `source`. Only names are read.
 
@@ -107,23 +133,83 @@ def index_dataset(source: Path, dataset: str = "folder", class_set: str | None =
     BadInput
         If there is no such folder, dataset or class set, or no image in it.
     """
+    names = names or _Names()
     if dataset in INDEXERS:
+        if names != _Names():
+            raise BadInput(
+                f"{dataset} has a layout that is known; --patient-from, --label-from, --suffix and --masks belong to "
+                f"--dataset folder"
+            )
         return replace(INDEXERS[dataset](source, class_set), source=source)
     if dataset != "folder":
         raise BadInput(f"unknown dataset {dataset!r}; known: {', '.join(INDEXERS)}, folder")
     if class_set is not None:
         raise BadInput(f"a class set belongs to a published dataset ({', '.join(INDEXERS)}); found {class_set!r}")
-    if not source.is_dir():
-        raise BadInput(f"no folder at {source}: expected one sub-folder per class (a manifest needs no index)")
-    images = open_images(source)
+    if not source.is_dir() and split_path(source.absolute()) is None:
+        raise BadInput(
+            f"no folder at {source}: expected one sub-folder per class, or a .zip or .tar with them (a manifest needs "
+            f"no index)"
+        )
+    patterns = names.patterns()
+    images = open_images(source, suffixes=names.suffixes)
+    taken = {str(path): None for path in column(images.table, "path")}
+    others = [path for path in images.skipped if is_image_name(path.rsplit("/", 1)[-1])]  # of another --suffix
+    beside = {mask: image for mask, image in find_masks_beside([*taken, *others]).items() if image in taken}
+    images, unfit = _with_columns(_with_masks(images, beside) if names.masks and beside else images, patterns)
     found = Counter(column(images.table, "label"))
-    counts = [
-        Count(label or "(no sub-folder)", n) for label, n in sorted(found.items(), key=lambda item: item[0] or "")
+    nothing = "(no label)" if patterns else "(no sub-folder)"
+    counts = [Count(label or nothing, n) for label, n in sorted(found.items(), key=lambda item: item[0] or "")]
+    findings = [
+        Finding(f"paths that {pattern!r} does not fit; kept, without its columns", (*paths,))
+        for pattern, paths in unfit.items()
     ]
-    others = tuple(list_files(images.root)[1]) if images.n_skipped else ()
-    findings: tuple[Finding, ...] = (Finding(NOT_AN_IMAGE, others),) if others else ()
-    findings += (Finding(NO_CELLS, images.passed_over),) if images.passed_over else ()
-    return Index("folder", None, images, "images", tuple(counts), findings=findings, source=source)
+    if beside:
+        done = "not taken"
+        if names.masks:
+            done = "left out; the column mask names them"
+        elif {*beside} & {*taken}:
+            done = "taken as images; --masks leaves them out"
+        named = tuple(f"{mask} of {image}" for mask, image in beside.items())
+        findings.append(Finding(f"files that are masks of others by their names, {done}", named))
+    if images.n_skipped:
+        findings.append(Finding(NOT_AN_IMAGE, images.skipped))
+    if images.passed_over:
+        findings.append(Finding(NO_CELLS, images.passed_over))
+    if images.refused:
+        findings.append(Finding("files of archives that are not read", images.refused))
+    return Index(
+        "folder",
+        None,
+        images,
+        "images",
+        tuple(counts),
+        findings=tuple(findings),
+        source=source,
+        shows_rows=names != _Names() or not source.is_dir() or any(SEPARATOR in path for path in taken),
+    )
+
+
+def _with_masks(images: Images, masks: dict[str, str]) -> Images:
+    """Without the images that are masks of others, which are in the column `mask` of these."""
+    of_image = {image: mask for mask, image in masks.items()}
+    paths = [str(path) for path in column(images.table, "path")]
+    table = images.table.filter(pa.array([path not in masks for path in paths]))
+    kept = [of_image.get(path) for path in paths if path not in masks]
+    return replace(images, table=table.append_column("mask", pa.array(kept, pa.string())), masks=())
+
+
+def _with_columns(images: Images, patterns: list[NamePattern]) -> tuple[Images, dict[str, list[str]]]:
+    """With the columns that patterns read from the paths; and by pattern the paths that it does not fit."""
+    if not patterns:
+        return images, {}
+    table = images.table
+    found = columns_from_names([str(path) for path in column(table, "path")], patterns)
+    labels = [None if taken else label for taken, label in zip(found.takes_folder, column(table, "label"), strict=True)]
+    for name, values in {"label": labels, **found.columns}.items():
+        values_of = pa.array(values, pa.string())
+        at = table.column_names.index(name) if name in table.column_names else None
+        table = table.append_column(name, values_of) if at is None else table.set_column(at, name, values_of)
+    return replace(images, table=table), found.unfit
 
 
 def mark_duplicates(index: Index, *, progress: Progress = lambda done, total, state: None) -> Index:

@@ -15,8 +15,11 @@ from stores.errors import BadInput
 from stores.progress import Progress
 from stores.tables import column, image_table, listed, read_table_file
 
+from .archived_images import images_of_archive
+from .archives import as_unpacked, split_path
 from .datasets import list_files
 from .images import read_labels
+from .preprocess import Box, Preprocess
 
 Float = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -69,8 +72,9 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
 
     Parameters
     ----------
-    source : a .csv or .parquet table with the columns `image_id` and `mask` (a path), or a folder of masks that are
-        named like the images: `a/b.png` for the image `a/b.jpg`, or just `b.png` if only one image is called `b`
+    source : a .csv or .parquet table with the columns `image_id` and `mask` (a path; rows without are left out), or a
+        folder or archive of masks that are named like the images: `a/b.png` for the image `a/b.jpg`, or just `b.png`
+        if only one image is called `b`
     root : what paths in a table are relative to; default: the table's folder
 
     Raises
@@ -82,7 +86,11 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
     if source.is_dir():
         if root is not None:
             raise BadInput(f"--root belongs to a table of masks; {source} is a folder, and its own root")
-        return _of_folder(source.absolute(), images)
+        return _of_folder(source.absolute(), list_files(source.absolute())[0], images)
+    packed = split_path(source.absolute())
+    if packed is not None:
+        found_in = images_of_archive(*packed)
+        return _of_folder(found_in.root, found_in.paths, images)
     if not source.exists():
         raise BadInput(f"no masks at {source}: expected a folder, or a .csv or .parquet table")
     table = read_table_file(source)
@@ -92,9 +100,11 @@ def find_masks(source: Path, images: pa.Table, *, root: Path | None = None) -> M
             f"{source} has no column {missing[0]!r} (found: {', '.join(table.column_names)}); "
             f"expected the columns image_id and mask"
         )
-    # the path of a mask follows the same rules as that of an image
+    # the path of a mask follows the same rules as that of an image; some images have none
+    rows = [*zip(column(table, "image_id"), column(table, "mask"), strict=True)]
+    rows = [row for row in rows if row[1]] or rows
     checked = image_table(
-        {"image_id": column(table, "image_id"), "path": column(table, "mask")}, source=str(source), dataset=""
+        {"image_id": [name for name, _ in rows], "path": [mask for _, mask in rows]}, source=str(source), dataset=""
     )
     root = (root or source.parent).absolute()
     indices = {name: index for index, name in enumerate(column(images, "image_id"))}
@@ -146,6 +156,7 @@ def read_all_shares(
     side: int,
     classes: str | None = None,
     *,
+    preprocess: Preprocess | None = None,
     progress: Progress = lambda done, total, state: None,
 ) -> MaskShares:
     """The fraction of each of side x side patches that each class covers, read file by file.
@@ -154,6 +165,7 @@ def read_all_shares(
     ----------
     is_readable : (n_images,); the mask of an image that could not be read is left out
     classes : see `parse_classes`; None: every value is a class, unless that is ambiguous
+    preprocess : of the backbone, which may cut off a border before it cuts the image into patches; None: it does not
     progress : masks done, masks in all
 
     Raises
@@ -166,7 +178,7 @@ def read_all_shares(
     for n_done, (image_index, path) in enumerate(sorted(masks.paths.items()), start=1):
         if not is_readable[image_index]:
             of_unreadable.append(path.name)
-        elif isinstance(found := _read_file(path, side), str):
+        elif isinstance(found := _read_file(path, side, preprocess or Preprocess()), str):
             unreadable.append(f"{path.name}: {found}")
         else:
             files[image_index] = found
@@ -197,7 +209,7 @@ def read_all_shares(
     return MaskShares(asked, shares, unreadable, of_unreadable)
 
 
-def _read_file(path: Path, side: int) -> _MaskFile | str:
+def _read_file(path: Path, side: int, preprocess: Preprocess) -> _MaskFile | str:
     found = read_labels(path)
     if isinstance(found, str):
         return found
@@ -206,7 +218,8 @@ def _read_file(path: Path, side: int) -> _MaskFile | str:
     if is_color and (labels == (labels & 255) * _GREY).all():
         labels, mode = labels & 255, "grey"
     values, counts = np.unique(labels, return_counts=True)
-    above_zero = _shares(labels > 0, side)
+    view = preprocess.view(labels.shape[1], labels.shape[0])
+    above_zero = _shares(labels > 0, side, view)
     if len(values) > _MOST_VALUES:
         return _MaskFile(path.name, mode, {}, above_zero, {})
     is_inside = np.zeros(labels.shape, bool)
@@ -221,7 +234,7 @@ def _read_file(path: Path, side: int) -> _MaskFile | str:
     return _MaskFile(
         path.name,
         mode,
-        {int(value): _shares(labels == value, side) for value in values},
+        {int(value): _shares(labels == value, side, view) for value in values},
         above_zero,
         {int(value): (int(n), int(inside.get(value, 0))) for value, n in zip(values, counts, strict=True)},
     )
@@ -306,25 +319,30 @@ def _background(pixels: dict[int, list[int]], is_color: bool) -> list[MaskClass]
     return [MaskClass("background", (_shown(0, is_color),))] if 0 in pixels else []
 
 
-def _shares(mask: npt.NDArray[np.bool_], side: int) -> Float:
-    """(side, side) exact fractions: a pixel that two patches share counts proportionally."""
-    down, right = (_overlap(n, side) for n in mask.shape)
-    return (down @ mask @ right.T) * (side * side / mask.size)
+def _shares(mask: npt.NDArray[np.bool_], side: int, view: Box | None = None) -> Float:
+    """(side, side) exact fractions: a pixel that two patches share counts proportionally.
+
+    view : the part of the mask that the patches divide; None: all of it
+    """
+    height, width = mask.shape
+    left, top, right, bottom = view or (0.0, 0.0, float(width), float(height))
+    down, across = _overlap(height, side, top, bottom), _overlap(width, side, left, right)
+    return (down @ mask @ across.T) * (side * side / ((bottom - top) * (right - left)))
 
 
-def _overlap(n: int, side: int) -> Float:
-    """(side, n) length of each pixel (of length 1) inside each patch, along one axis."""
-    edges = np.arange(side + 1) * n / side
+def _overlap(n: int, side: int, first: float, last: float) -> Float:
+    """(side, n) length of each pixel (of length 1) inside each patch, along one axis; patches: `first` to `last`."""
+    edges = first + np.arange(side + 1) * (last - first) / side
     low, high = np.maximum(edges[:-1, None], np.arange(n)), np.minimum(edges[1:, None], np.arange(1, n + 1))
     return np.maximum(0, high - low)
 
 
-def _of_folder(folder: Path, images: pa.Table) -> MaskFiles:
-    files, _, _ = list_files(folder)
+def _of_folder(folder: Path, files: list[str], images: pa.Table) -> MaskFiles:
     by_path, by_name = dict[str, list[int]](), dict[str, list[int]]()
     for index, path in enumerate(column(images, "path")):
-        by_path.setdefault(_stem(str(path)), []).append(index)
-        by_name.setdefault(PurePosixPath(str(path)).stem, []).append(index)
+        unpacked = as_unpacked(str(path))
+        by_path.setdefault(_stem(unpacked), []).append(index)
+        by_name.setdefault(PurePosixPath(unpacked).stem, []).append(index)
     found, unknown = dict[int, Path](), list[str]()
     for file in files:
         images_so_called = by_path.get(_stem(file)) or by_name.get(PurePosixPath(file).stem, [])

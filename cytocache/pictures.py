@@ -11,9 +11,10 @@ from PIL import Image
 
 from stores.latent_store import LatentStore
 from stores.runlog import read_runs
-from stores.tables import column
+from stores.tables import column, cut_off_images
 
-from .images import read_image
+from .images import read_image_file
+from .preprocess import Preprocess
 
 _MOST_PIXELS = 512  # along the longer side: enough for a figure
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
@@ -23,13 +24,17 @@ class Pictures:
     """The images of a latent store, by `image_index`."""
 
     def __init__(self, latents: LatentStore, root: Path | None = None) -> None:
-        """`root`: folder of the images now; default: as recorded when the cache was made, if it was."""
+        """`root`: folder or archive of the images now; default: as recorded when the cache was made, if it was."""
         self.root = root or _recorded_root(latents)
         self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
-        self._errors = column(latents.images, "error")
+        self._errors, self._cut_off = column(latents.images, "error"), cut_off_images(latents.images)
+        self._preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))
 
     def __call__(self, image_index: int) -> Pixels | str:
-        """(height, width, 3) RGB in the image's aspect ratio, at most 512 pixels long; or why it cannot be shown."""
+        """(height, width, 3) RGB in the image's aspect ratio, at most 512 pixels long; or why it cannot be shown.
+
+        What the backbone's preprocessing cuts off is left out, so that maps of patches fit over it.
+        """
         if self.root is None:
             return "where the images lie is not known"
         if self._errors[image_index] is not None:
@@ -37,16 +42,23 @@ class Pictures:
         path = str(self._paths[image_index])
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             return "its path leaves the folder of the images"
-        picture, content_hash, error = read_image(self.root / path)
-        if picture is None:
-            return str(error)
-        if content_hash != self._hashes[image_index]:
+        found = read_image_file(self.root / path, allow_truncated=self._cut_off[image_index] is not None)
+        if found.picture is None:
+            return str(found.error)
+        if found.content_hash != self._hashes[image_index]:
             return "another file than the one that was cached"
-        return to_pixels(picture)
+        return to_pixels(found.picture, self._preprocess)
 
 
-def to_pixels(picture: Image.Image) -> Pixels:
-    """An image as an array, at most 512 pixels along its longer side, with the same aspect ratio."""
+def to_pixels(picture: Image.Image, preprocess: Preprocess | None = None) -> Pixels:
+    """What a backbone sees of an image, with the same aspect ratio, at most 512 pixels along its longer side.
+
+    preprocess : of the backbone; None: it sees the whole image
+    """
+    left, top, right, bottom = (preprocess or Preprocess()).view(*picture.size)
+    box = (round(left), round(top), max(round(left) + 1, round(right)), max(round(top) + 1, round(bottom)))
+    if box != (0, 0, *picture.size):
+        picture = picture.crop(box)
     scale = _MOST_PIXELS / max(picture.size)
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in picture.size)

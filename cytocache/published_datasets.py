@@ -15,10 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import pyarrow as pa
+
 from stores.errors import BadInput
 from stores.tables import column, image_table, listed
 from stores.wording import Report, more_or_fewer, printable
 
+from .archived_images import Archived, images_of_archive, images_of_archives
+from .archives import as_unpacked, is_archive_name, split_path, without_suffix
 from .datasets import Images, is_hidden_or_system, list_files, refuse_loop, refuse_unlistable
 from .published_classes import (
     ACEVEDO,
@@ -36,6 +40,9 @@ NOT_AN_IMAGE = "files that are no images by their name, left out"
 NO_CELLS = "folders that are hidden, of a network disk or system, or results of Cyto, passed over"
 MAX_LEVELS = 4  # searched below the given folder: Matek19 from Kaggle nests data/data
 MAX_FOLDERS = 10_000  # searched for the class folders; with more, the given folder is no dataset
+ROWS_SHOWN = 5  # of a table that was made from names
+MAX_SHOWN = 48  # characters of a cell of these
+_NOT_SHOWN = ("image_id", "dataset", "duplicate_of")
 MAX_METADATA_BYTES = 16 << 20  # AML Hehr's own has 189 lines
 MAX_METADATA_COLUMNS = 64  # each becomes a string per image
 
@@ -80,6 +87,7 @@ class Index(Report):
     source: Path | None = None  # the folder that was given
     out: Path | None = None  # the table's file; None: not written
     was_complete: bool = False  # it was there already, equal in every cell
+    shows_rows: bool = False  # `lines` has the first rows: what was read from names is to be looked at
 
     @property
     def root(self) -> Path:
@@ -125,6 +133,10 @@ class Index(Report):
         for name, found, number in rows:
             beside = "" if number is None else f"  {number:>9,}  {more_or_fewer(found, number)}"
             yield f"  {name:<{width}}  {found:>9,}{beside}".rstrip()
+        if self.shows_rows:
+            yield from _first_rows(self.images.table)
+        for remark in self.images.remarks if self.shows_rows else ():
+            yield f"  {printable(remark)}"
         for stated in self.stated:
             yield f"  stated elsewhere: {stated.n:,} ({stated.source})"
         for finding in self.findings:
@@ -139,6 +151,25 @@ class Index(Report):
         yield f"{self.out}: {words}" if self.out else words
         if self.next_command:
             yield f"next: {printable(self.next_command)}"
+
+
+def _first_rows(table: pa.Table) -> Iterator[str]:
+    """The first rows, with the columns that have values, aligned."""
+    names = [name for name in table.column_names if name not in _NOT_SHOWN and any(column(table, name))]
+    cells = [names, *(["-" if cell is None else cell for cell in row] for row in _rows(table, names))]
+    shown = [[_shortened(printable(cell)) for cell in row] for row in cells]
+    widths = [max(map(len, each)) for each in zip(*shown, strict=True)]
+    yield "  first rows:"
+    for row in shown:
+        yield "    " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _rows(table: pa.Table, names: list[str]) -> Iterator[tuple[str | None, ...]]:
+    yield from zip(*(column(table.slice(0, ROWS_SHOWN), name) for name in names), strict=True)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"…{text[1 - MAX_SHOWN :]}"
 
 
 _ClassOf = Callable[[PurePosixPath], CellClass | None]
@@ -281,13 +312,14 @@ def _index_cells(
 ) -> Index:
     """A dataset of labelled cells: a row for every image file to which `class_of` gives a class of the class set."""
     class_set, excluded = _class_set(dataset, class_set)
-    root, passed_over = _find_root(source, dataset, folders or tuple(cell.code for cell in classes))
-    files, others, leavings = list_files(root)
+    files_of = _files_of(source, dataset, folders or tuple(cell.code for cell in classes))
+    root, passed_over, files, others, leavings, refused = files_of
     rows: list[tuple[str, CellClass]] = []
     outside: list[str] = []
     unwanted: dict[str, list[str]] = {}
     for path in files:
-        cell = class_of(PurePosixPath(path)) if "/" in path else None
+        unpacked = as_unpacked(path)
+        cell = class_of(PurePosixPath(unpacked)) if "/" in unpacked else None
         if cell is None:
             outside.append(path)
         elif cell.code in excluded:
@@ -311,12 +343,13 @@ def _index_cells(
         known_duplicates=None if excluded else known_duplicates,
     )
     named = _class_named(classes)
-    misplaced = [path for path, cell in rows if (named(path) or cell.code) != cell.code]
+    misplaced = [path for path, cell in rows if (named(as_unpacked(path)) or cell.code) != cell.code]
     outside_set = [(f"{label}: not in class set {class_set}, left out", paths) for label, paths in unwanted.items()]
     return _found(
         index,
         *outside_set,
         *_left_out(others, outside, passed_over, leavings),
+        ("files of archives that are not read", refused),
         ("images whose file name begins with another class than their folder's, which is taken", misplaced),
     )
 
@@ -348,6 +381,66 @@ def _class_set(dataset: str, name: str | None) -> tuple[str, tuple[str, ...]]:
     if name not in sets:
         raise BadInput(f"{dataset} has no class set {name!r}; known: {', '.join(sets)}")
     return name, sets[name]
+
+
+def _files_of(
+    source: Path, dataset: str, class_folders: tuple[str, ...]
+) -> tuple[Path, list[str], list[str], list[str], list[str], list[str]]:
+    """Where the class folders are, and the files in them, also in archives: one for all classes, or one for each.
+
+    Returns
+    -------
+    Root, `augmented` folders, images, other files, folders passed over, and members of archives that are refused.
+    """
+    wanted = {_key(name) for name in class_folders}
+    packed = split_path(source.absolute())
+    if packed is not None:
+        return _files_of_archive(images_of_archive(*packed), source, dataset, class_folders)
+    try:
+        root, augmented = _find_root(source, dataset, class_folders)
+    except NoClassFolders:
+        archives: dict[Path, list[str]] = {}
+        for place, folders, names in os.walk(source.absolute()):
+            folders[:] = [name for name in folders if not is_hidden_or_system(name)]
+            of_classes = [each for each in names if is_archive_name(each) and _key(without_suffix(each)) in wanted]
+            if of_classes:
+                archives[Path(place)] = of_classes
+            if len(Path(place).relative_to(source.absolute()).parts) >= MAX_LEVELS:
+                folders.clear()
+        if len(archives) != 1:
+            raise
+        ((root, names),) = archives.items()
+        found = images_of_archives(root, names)
+        others = [name for name in list_files(root)[1] if name not in {*names}]
+        return root, [], found.paths, others + found.others, found.passed_over, found.refused
+    return root, augmented, *list_files(root), []
+
+
+def _files_of_archive(
+    found: Archived, source: Path, dataset: str, class_folders: tuple[str, ...]
+) -> tuple[Path, list[str], list[str], list[str], list[str], list[str]]:
+    """The same for one archive, inside which the class folders may lie at any depth."""
+    wanted = {_key(name) for name in class_folders}
+    before: set[str] = set()
+    for path in found.paths:
+        folders = path.split("/")[:-1]
+        at = next((n for n, folder in enumerate(folders) if _key(folder) in wanted), None)
+        if at is not None:
+            before.add("".join(f"{folder}/" for folder in folders[:at]))
+    if not before:
+        raise NoClassFolders(f"no class folders of {dataset} in {source}: expected {listed(list(class_folders))}")
+    if len(before) > 1:
+        places = listed([str(found.root / each) for each in sorted(before)])
+        raise BadInput(f"{source} holds class folders of {dataset} in {len(before)} places ({places}); unpack it")
+    (start,) = before
+    inside = [path[len(start) :] for path in found.paths if path.startswith(start)]
+    outside = [f"{path} (outside {start})" for path in found.paths if not path.startswith(start)]
+    root = Path(found.root, *start.split("/"))
+    return root, [], inside, found.others + outside, found.passed_over, found.refused
+
+
+class NoClassFolders(BadInput):
+    """A dataset's class folders are not there, as far as was searched."""
 
 
 def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tuple[Path, list[str]]:
@@ -384,7 +477,7 @@ def _find_root(source: Path, dataset: str, class_folders: tuple[str, ...]) -> tu
     if not roots:
         hint = "; this looks like one class: give the folder above" if _key(source.name) in wanted else ""
         met = listed([ascii(name) for name in seen]) or "no folders"
-        raise BadInput(
+        raise NoClassFolders(
             f"no class folders of {dataset} in {source} or {MAX_LEVELS} levels below it: "
             f"expected {listed(list(class_folders))}; found {met}{hint}"
         )

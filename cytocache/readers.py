@@ -16,7 +16,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -26,12 +26,16 @@ import numpy.typing as npt
 
 from stores.errors import CytoError
 
+from .archive_member import BadArchive, Member
+from .archives import locate
+from .preprocess import Preprocess
+
 SECONDS_PER_IMAGE = 60.0  # the largest allowed image takes two
 _SECONDS_TO_START = 120.0  # of a process; long for a Python on a slow network disk
 _GROUP = 16  # images per request, at most
 _PACKAGE_ROOT = os.fspath(Path(__file__).resolve().parents[1])
 
-Outcome = tuple[str | None, str | None]  # SHA-256 of the file, error; each None where there is none
+Outcome = tuple[str | None, str | None, str | None]  # SHA-256 of the file, error, what is cut off; None: there is none
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class ReadPictures:
     pixels: npt.NDArray[np.uint8]  # (n, size, size, 3), shared memory; zeros where unreadable
     content_hash: list[str | None]
     errors: list[str | None]
+    cut_off: list[str | None] = field(default_factory=list)  # what is missing of files that end too early
 
 
 class ImageReaders:
@@ -49,8 +54,26 @@ class ImageReaders:
     Memory: `n_slots` batches of pixels, shared between all processes; each process holds one decoded image.
     """
 
-    def __init__(self, n_workers: int, *, batch_size: int, size: int, seconds_per_image: float = SECONDS_PER_IMAGE):
-        """`size`: pixels along each side after resizing; `batch_size`: of the largest batch that will be read."""
+    def __init__(
+        self,
+        n_workers: int,
+        *,
+        batch_size: int,
+        size: int,
+        preprocess: Preprocess | None = None,
+        seconds_per_image: float = SECONDS_PER_IMAGE,
+        allow_truncated: bool = False,
+    ):
+        """Start the processes.
+
+        Parameters
+        ----------
+        batch_size : of the largest batch that will be read
+        size : pixels along each side after resizing
+        preprocess : how images get this size; None: as for DinoBloom
+        allow_truncated : see `read_image_file`
+        """
+        preprocess = replace(preprocess or Preprocess(), size=size)
         self._seconds = seconds_per_image
         self._group = max(1, min(_GROUP, batch_size // n_workers))
         n_slots = 2 + -(-4 * n_workers * self._group // batch_size)  # four requests ahead for every worker
@@ -59,7 +82,9 @@ class ImageReaders:
         mapped = mmap.mmap(self._memory.fileno(), 0)
         self._slots = np.frombuffer(mapped, np.uint8).reshape(n_slots, batch_size, size, size, 3)
         self._size, self._closed = size, False
-        self._workers = [_Worker(self._memory.fileno(), size, seconds_per_image) for _ in range(n_workers)]
+        self._workers = [
+            _Worker(self._memory.fileno(), preprocess, seconds_per_image, allow_truncated) for _ in range(n_workers)
+        ]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -91,8 +116,8 @@ class ImageReaders:
                 return
             slot, reading = waiting.popleft()
             outcomes = [outcome for group in reading for outcome in group.result()]
-            hashes, errors = [hash for hash, _ in outcomes], [error for _, error in outcomes]
-            yield ReadPictures(self._slots[slot, : len(outcomes)], hashes, errors)
+            hashes, errors, cut_off = ([outcome[n] for outcome in outcomes] for n in range(3))
+            yield ReadPictures(self._slots[slot, : len(outcomes)], hashes, errors, cut_off)
             free.append(slot)
 
     def _submit(self, slot: int, paths: list[Path]) -> list[Future[list[Outcome]]]:
@@ -120,7 +145,7 @@ class ImageReaders:
                 if n_tries == 2:  # this image is the cause
                     at = offset + len(outcomes) * self._image_bytes
                     self._slots.reshape(-1)[at : at + self._image_bytes] = 0
-                    outcomes.append((None, failure))
+                    outcomes.append((None, failure, None))
                     n_tries = 0
             return outcomes
         finally:
@@ -130,8 +155,10 @@ class ImageReaders:
 class _Worker:
     """One reader process and the pipes to it."""
 
-    def __init__(self, descriptor: int, size: int, seconds: float) -> None:
-        self._arguments, self._descriptor = [str(descriptor), str(size), str(2 * seconds)], descriptor
+    def __init__(self, descriptor: int, preprocess: Preprocess, seconds: float, allow_truncated: bool) -> None:
+        said = json.dumps(preprocess.to_dict())
+        self._arguments = [str(descriptor), said, str(2 * seconds), str(int(allow_truncated))]
+        self._descriptor = descriptor
         self._start()
 
     def ask(self, offset: int, paths: list[Path], seconds: float) -> tuple[list[Outcome], str | None]:
@@ -144,15 +171,18 @@ class _Worker:
         """
         if not self._is_ready:
             self._wait_until_ready()
-        request = json.dumps([offset, [os.fspath(path) for path in paths]])
+        places = [_place(path) for path in paths]
+        request = json.dumps([offset, [astuple(place) if isinstance(place, Member) else place for place in places]])
         outcomes: list[Outcome] = []
         try:
             rest = memoryview(request.encode() + b"\n")
             while rest:  # a pipe may take less than it is given
                 rest = rest[self._pipe_in.write(rest) or 0 :]
             while len(outcomes) < len(paths):
-                content_hash, error = json.loads(self._line(seconds))
-                outcomes.append((content_hash, error))
+                place = places[len(outcomes)]
+                more = place.seconds_to_reach if isinstance(place, Member) else 0.0
+                content_hash, error, cut_off = json.loads(self._line(seconds + more))
+                outcomes.append((content_hash, error, cut_off))
         except TimeoutError:
             return outcomes, f"cannot be decoded: not done after {seconds:.0f} seconds"
         except (EOFError, BrokenPipeError):
@@ -222,6 +252,15 @@ class _Worker:
             self._unread += piece
         line, self._unread = self._unread.split(b"\n", 1)
         return line
+
+
+def _place(path: Path) -> str | Member | dict[str, str]:
+    """Where a worker finds an image: archives are listed here, once for all workers."""
+    try:
+        member = locate(path)
+    except BadArchive as error:
+        return {"error": str(error)}
+    return os.fspath(path) if member is None else member
 
 
 def _python() -> list[str]:

@@ -26,9 +26,10 @@ from stores.tables import column, listed, read_image_table, table_sha256, withou
 from stores.verify import Problem, verify_activations
 from stores.wording import Report, counted
 
-from .backbones import load_backbone
 from .datasets import Images, open_images
-from .extract import ExtractConfig, fill, hash_image_file, make_spec, open_writer
+from .extract import ExtractConfig, fill, make_spec, open_writer
+from .image_files import hash_of
+from .sample import load_for_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +130,9 @@ def repair(
         device=device,
         batch_size=batch_size or _batch_size(runs),
         workers=workers or n_cores(),
+        allow_truncated=spec.allow_truncated,
     )
-    backbone = (
-        load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=download_progress)
-        if damaged
-        else None
-    )
+    backbone = load_for_spec(spec, str(store), weights=weights, progress=download_progress) if damaged else None
     wanted = make_spec(backbone, found, config, spec.block) if backbone else spec
     if wanted != spec:
         difference = describe_difference(spec.to_dict(), wanted.to_dict())
@@ -228,9 +226,7 @@ def _refuse_other_files(spec: ActivationSpec, images: Images, damaged: list[int]
     """Raise BadInput if an image file of the damaged chunks is missing or has changed."""
     paths = column(images.table, "path")
     rows = [row for chunk in damaged for row in spec.chunk_rows(chunk)]
-    changed = [
-        str(paths[row]) for row in rows if recorded[row] not in (None, hash_image_file(images.root / str(paths[row])))
-    ]
+    changed = [str(paths[row]) for row in rows if recorded[row] not in (None, hash_of(images.root / str(paths[row])))]
     if changed:
         raise BadInput(
             f"{len(changed):,} image files of the damaged chunks are missing below {images.root} or are not those that "

@@ -4,6 +4,7 @@ Image files and weights must be the ones that were cached, by their hashes.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from stores.tables import column
 from .backbones import Backbone, load_backbone
 from .extract import PRECISIONS
 from .images import read_image
+from .preprocess import Preprocess
 from .readers import ImageReaders
 
 Rows = npt.NDArray[np.int64]
@@ -61,13 +63,7 @@ def load_backbone_as(
     progress: Progress = lambda done, total, state: None,
 ) -> Backbone:
     """As `load_backbone_of`, by the spec of a cache; `made`: name of the cache in errors."""
-    backbone = load_backbone(
-        spec.backbone,
-        weights=weights if spec.trained else "random",
-        blocks=(spec.block,),
-        keep_tail=keep_tail,
-        progress=progress,
-    )
+    backbone = load_for_spec(spec, made, weights=weights, keep_tail=keep_tail, progress=progress)
     if backbone.weights_sha256 != spec.weights_sha256:
         raise SpecMismatch(
             f"{made} was made with weights of sha256 {spec.weights_sha256[:12]}…, found "
@@ -80,10 +76,44 @@ def load_backbone_as(
     return backbone
 
 
+def load_for_spec(
+    spec: ActivationSpec,
+    made: str,
+    *,
+    weights: str | None,
+    keep_tail: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> Backbone:
+    """The backbone of a cache with the cache's own preprocessing, on the CPU; its weights are not compared.
+
+    Raises
+    ------
+    BadInput
+        If the weights are missing or cannot be read.
+    SpecMismatch
+        If this version computes other tokens than the cache holds.
+    """
+    preprocess = Preprocess.from_dict(spec.transform)
+    backbone = load_backbone(
+        spec.backbone,
+        weights=weights if spec.trained else "random",
+        blocks=(spec.block,),
+        keep_tail=keep_tail,
+        image_size=preprocess.size,
+        progress=progress,
+    )
+    if (backbone.layout, backbone.width) != (spec.layout, spec.width):
+        raise SpecMismatch(
+            f"{made} holds tokens {spec.token_layout} of {spec.width} channels; the backbone gives "
+            f"{backbone.layout.text} of {backbone.width}; give the weights that it was made with: --weights"
+        )
+    return replace(backbone, preprocess=preprocess)
+
+
 def read_new_image(
     path: Path, spec: ActivationSpec, backbone: Backbone, *, device: str
 ) -> tuple[npt.NDArray[np.float16], Image.Image, str]:
-    """For an image file: ((257, width) tokens as in a cache of `spec`, the decoded image, SHA-256 of the file).
+    """For an image file: ((T, width) tokens as in a cache of `spec`, the decoded image, SHA-256 of the file).
 
     Raises
     ------
@@ -120,7 +150,9 @@ def read_sample(
     root_option: str = "--root",
     progress: Progress = lambda done, total, state: None,
 ) -> Iterator[torch.Tensor]:
-    """The float32 tokens of these images after the cache's block, (257, width) each, on `device`.
+    """The float32 tokens of these images after the cache's block, (tokens_per_image, width) each.
+
+    They are on `device`.
 
     root : folder of the images now; root_option : the command's option for it, for errors
 
@@ -130,7 +162,10 @@ def read_sample(
         If an image cannot be read, or its file is not the one that was cached.
     """
     paths, hashes = column(cache.images, "path"), column(cache.images, "content_hash")
-    with ImageReaders(workers, batch_size=1, size=backbone.preprocess.size) as readers:
+    preprocess, allowed = backbone.preprocess, cache.spec.allow_truncated
+    with ImageReaders(
+        workers, batch_size=1, size=preprocess.size, preprocess=preprocess, allow_truncated=allowed
+    ) as readers:
         reading = readers.read([root / str(paths[row])] for row in rows)
         for n_done, (row, pictures) in enumerate(zip(rows, reading, strict=True), start=1):
             if pictures.errors[0] is not None or pictures.content_hash[0] != hashes[row]:

@@ -1,8 +1,9 @@
 """Reads an untrusted weights file: plain tensors, or an error in one line.
 
-Checked before PyTorch opens a `.pth` file: the archive has the layout that torch.save writes
-(stores/torch_archive.py), the pickle refers to nothing but plain tensors, and every record has its checksum (PyTorch
-maps the file without checking it). So loading takes no more memory than the file, and nothing in it is executed.
+A `.safetensors` file is a list of names, shapes and numbers; there is nothing in it that could be executed. Checked
+before PyTorch opens a `.pth` file: the archive has the layout that torch.save writes (stores/torch_archive.py), the
+pickle refers to nothing but plain tensors, and every record has its checksum (PyTorch maps the file without checking
+it). So loading takes no more memory than the file, and nothing in it is executed.
 """
 
 import pickle
@@ -28,7 +29,7 @@ _PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._
 
 
 def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
-    """The content of a file that `torch.save` wrote: containers and plain tensors, mapped from the file.
+    """The content of a file: of `.safetensors` its tensors by name, else what `torch.save` wrote. Mapped from the file.
 
     Memory: a few times `MAX_PICKLE_BYTES`; tensors are read as they are used.
 
@@ -37,6 +38,8 @@ def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
     BadInput
         Its message ends with `expected`.
     """
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, max_bytes=max_bytes, expected=expected)
     try:
         with open_archive(path, max_bytes=max_bytes, max_pickle_bytes=MAX_PICKLE_BYTES, what="this model") as archive:
             archive.check_sums()
@@ -52,6 +55,19 @@ def read_weights(path: Path, *, max_bytes: int, expected: str) -> Any:
         raise BadInput(f"{path} is refused: it holds more than plain tensors; {expected}") from None
     except Exception as error:  # a malicious file can raise almost any error
         raise BadInput(f"{path} cannot be loaded as weights ({one_line(error)}); {expected}") from None
+
+
+def _read_safetensors(path: Path, *, max_bytes: int, expected: str) -> dict[str, torch.Tensor]:
+    """Name -> tensor. The library checks that every tensor lies inside the file, and that no two overlap."""
+    from safetensors.torch import load_file
+
+    if (size := path.stat().st_size) > max_bytes:
+        raise BadInput(f"{path} has {size:,} bytes, more than the {max_bytes:,} that this model can need; {expected}")
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path, device="cpu")
+    except Exception as error:  # a malicious file can raise almost any error
+        raise BadInput(f"{path} is no whole safetensors file ({one_line(error)}); {expected}") from None
+    return tensors
 
 
 def _storages(pickled: bytes) -> Iterator[tuple[str, int]]:

@@ -59,6 +59,7 @@ from .spec import find_header as find_header
 from .spec import new_header as new_header
 from .spec import read_header as read_header
 from .spec import write_header as write_header
+from .token_layout import TokenLayout as TokenLayout
 from .token_mix import TokenMix as TokenMix
 from .token_stream import TokenStream as TokenStream
 from .verify import CheckReport as CheckReport

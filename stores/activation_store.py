@@ -28,6 +28,7 @@ from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_
 from .seal import travelling
 from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged, stated
 from .tables import read_image_table, readable, table_sha256
+from .token_layout import TokenLayout, read_layout
 from .token_stream import TokenStream
 from .zarr_meta import array_meta, read_array
 
@@ -57,15 +58,21 @@ class ActivationSpec:
     width: int
     chunk_images: int
     manifest_sha256: str  # of the manifest columns of the image table
+    allow_truncated: bool = False  # are images taken that are cut off?
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return dict(vars(self))
+        """The spec as plain JSON values; without settings that older versions do not know, unless they are used."""
+        return {name: value for name, value in vars(self).items() if name != "allow_truncated" or value}
 
     @property
     def same_tokens(self) -> dict[str, Any]:
         """The settings that must be equal for an SAE of one cache to fit another (docs/reference/design.md 4)."""
         return {name: getattr(self, name) for name in SAME_TOKENS}
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token is what, by `token_layout`. Raises DamagedStore if that does not fit `tokens_per_image`."""
+        return read_layout(self.token_layout, self.tokens_per_image, f"a cache of {self.backbone}")
 
     @property
     def n_chunks(self) -> int:

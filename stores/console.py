@@ -38,7 +38,7 @@ FILE = Place()
 STORE = Place(urls=True)  # a Path, or a URL as a str
 COUNT = click.IntRange(min=1)
 SEED = click.IntRange(min=0, max=2**63 - 1)
-TOKEN_SETS = click.Choice(["all", "patch", "cls"])
+TOKEN_SETS = click.Choice(["all", "patch", "cls", "register"])
 
 
 device_option = click.option(

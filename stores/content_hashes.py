@@ -65,15 +65,18 @@ def hash_table(hashes: Iterable[str | None]) -> pa.Table:
     return pa.table({"content_hash": pa.array([bytes.fromhex(value) for value in known], pa.binary(32))})
 
 
-def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
+def write_trained_on(
+    root: Path, tables: Iterable[pa.Table], *, before: frozenset[str] | None = frozenset()
+) -> dict[str, Any]:
     """Write `trained_on.parquet` into the folder of an SAE; returns its entry for the header.
 
     Each hash once, sorted, as 32 bytes: some 32 MB per million images.
 
     tables : rows of image tables, for the training images
+    before : hashes of images that the SAE, from which this one went on, was trained on; None: not all are known
     """
     hashes = [value for table in tables for value in content_hashes(table)]
-    table = hash_table(hashes)
+    table = hash_table([*hashes, *(before or ())])
     data = parquet_bytes(table)
     write_atomic(root / FILE, data)
     n_without = sum(value is None for value in hashes)
@@ -82,6 +85,7 @@ def write_trained_on(root: Path, tables: Iterable[pa.Table]) -> dict[str, Any]:
         "n_hashes": table.num_rows,
         "n_without_hash": n_without,
         "sha256": hashlib.sha256(data).hexdigest(),
+        **({} if before is not None else {"before_unknown": True}),
     }
 
 
@@ -134,7 +138,8 @@ def find_trained_on(root: Path, header: Header, images: pa.Table, *, cache_sha25
         named = np.flatnonzero(by_name.is_trained_on)
         listed, is_whole = frozenset(value for row in named if (value := hashes[row]) is not None), False
     else:  # a training image without a hash could be any of these
-        is_whole = not (header.summary or {})["trained_on"]["n_without_hash"]
+        said = (header.summary or {})["trained_on"]
+        is_whole = not (said["n_without_hash"] or said.get("before_unknown"))
     is_listed = np.array([value in listed for value in hashes], bool)
     by_hash = is_listed | (np.array([value is not None for value in hashes], bool) & is_whole)
     is_readable = np.array(readable(images), bool)
@@ -151,6 +156,8 @@ def _by_name(root: Path, header: Header, images: pa.Table, cache_sha256: str) ->
     path = root / "held_out.parquet"
     names = set(read_image_ids(path)) if path.exists() else set()
     is_held_out = np.array([name in names for name in column(images, "image_id")], bool)
+    if "init_from" in header.spec:  # the SAE before it may have been trained on what was held out here
+        return TrainedOn(~is_held_out & (not header.spec["images"]["excluded"]), ~is_held_out)
     has_excluded = bool(header.spec.get("images", {}).get("excluded"))
     return TrainedOn(is_held_out | (not has_excluded), ~is_held_out & (not has_excluded))
 

@@ -25,6 +25,7 @@ _CACHE: Pattern = {
     **dict.fromkeys(("block", "n_blocks"), int),
     "trained": bool,
     "transform": dict,
+    "allow_truncated": bool,
 }
 _LATENTS: Pattern = {
     **dict.fromkeys(("sae_sha256", "cache_sha256", "images_sha256", "precision"), str),
@@ -37,6 +38,9 @@ _CONFIG: Pattern = {
     **dict.fromkeys(("loss", "dead_latents", "ghost_scale", "order", "token_set", "activation"), (str, NoneType)),
     **dict.fromkeys(("l1", "lr"), _NUMBER),
     **dict.fromkeys(("batch_tokens", "seed"), int),
+    **dict.fromkeys(("init", "background"), str),
+    "clip_norm": _NUMBER,
+    "nested": ([_NUMBER], NoneType),
 }
 _OF_STEP: Pattern = dict.fromkeys(
     (
@@ -60,6 +64,12 @@ SPEC_KINDS: dict[str, Pattern] = {
         "config": _CONFIG,
         "images": {"*": (int, str, NoneType, list, dict)},
         "imported": {"format": str, "files": {"*": str}},
+        "init_from": {"identity": str, "sae_sha256": str},
+        "background": {
+            **dict.fromkeys(("rule", "sha256"), str),
+            **dict.fromkeys(("patches", "left_out"), int),
+            **dict.fromkeys(("threshold", "explained", "share_at_rim", "share_elsewhere"), _NUMBER),
+        },
     },
     "barcodes": {
         "latents": (str, [str]),
@@ -67,6 +77,7 @@ SPEC_KINDS: dict[str, Pattern] = {
         "tau": (*_NUMBER, [_NUMBER]),
         "token_set": str,
         "normalize": str,
+        "tau_rule": {"name": str, "version": int, "words": str},
     },
     "concepts": {"latents": [str], "latents_spec": [_LATENTS], "token_set": str, "label": str, "top_k": int},
     "thresholds": {"concepts": [{"name": str, "identity": str}], "log10_thresholds": [_NUMBER]},
@@ -84,7 +95,7 @@ SPEC_KINDS: dict[str, Pattern] = {
 _WITH_FILES: Pattern = {"files": (_NAMES,)}
 SUMMARY_KINDS: dict[str, Pattern] = {
     **{kind: _WITH_FILES for kind in SPEC_KINDS},
-    "activation cache": {"images_sha256": str, "n_readable": int, "n_unreadable": int},
+    "activation cache": {"images_sha256": str, "n_readable": int, "n_unreadable": int, "n_truncated": int},
     "latent store": {"nnz": int, "n_dropped": int, "journal_sha256": str, "files": {"*": str}},
     "SAE": {
         **dict.fromkeys(("steps", "tokens", "images"), int),
@@ -98,6 +109,7 @@ SUMMARY_KINDS: dict[str, Pattern] = {
         **dict.fromkeys(("n_images", "n_unreadable", "n_patients", "n_diseases", "n_latents"), int),
         "n_silent_latents": [int],
         "share_above_tau": [_NUMBER],
+        "would_keep": [[_NUMBER]],
         "exports": (_NAMES,),
         "store_files": {"*": [(int, str)]},
     },

@@ -14,7 +14,17 @@ from .remote import small_files, store_root
 from .runlog import read_runs
 from .spec import ACTIVATIONS, LATENTS, Header, read_header
 from .tables import column
-from .wording import Report, megabytes, page_html, page_lines, pruning, size_on_disk, state_of, unreadable_images
+from .wording import (
+    Report,
+    megabytes,
+    page_html,
+    page_lines,
+    pruning,
+    size_on_disk,
+    state_of,
+    truncated_images,
+    unreadable_images,
+)
 
 _RUNS_SHOWN = 5  # the last ones
 _GROUPS_SHOWN = 12
@@ -55,6 +65,7 @@ class CacheInfo(StoreInfo):
     groups: dict[str, dict[str, int]]  # column (label, disease) -> value -> images; empty until complete
     n_patients: int  # 0 where none is known
     unreadable: str  # how many images could not be read, in words; else empty
+    truncated: str = ""  # how many images are cut off, in words; else empty
 
     def rows(self) -> dict[str, str]:
         """The named values of the page; of the runs the last five."""
@@ -87,6 +98,8 @@ class CacheInfo(StoreInfo):
         yield from super().lines()
         if self.unreadable:
             yield f"  {self.unreadable}"
+        if self.truncated:
+            yield f"  {self.truncated}"
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + (f"<p>{html.escape(self.unreadable)}</p>" if self.unreadable else "")
@@ -172,6 +185,7 @@ def cache_info(store: Path | str, *, header_only: bool = False) -> CacheInfo:
         groups={name: counts[name] for name in ("label", "disease") if counts[name]},
         n_patients=len(counts["patient"]),
         unreadable=unreadable_images(store) if is_open and (header.summary or {}).get("n_unreadable") else "",
+        truncated=truncated_images(store) if is_open and (header.summary or {}).get("n_truncated") else "",
     )
 
 

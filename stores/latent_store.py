@@ -27,6 +27,7 @@ from .seal import travelling
 from .shards import ONE_WRITER, Shard
 from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, stated, write_header
 from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
+from .token_layout import TokenLayout, read_layout
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, read_array
 
 if TYPE_CHECKING:
@@ -247,6 +248,11 @@ class LatentStore:
     def identity(self) -> str:
         """SHA-256 of everything that decides the numbers."""
         return self.header.identity
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token of an image is what. Raises DamagedStore if the cache's layout does not fit the rows."""
+        return read_layout(self.spec.cache.get("token_layout"), self.spec.tokens_per_image, self.root)
 
     @property
     def journal_sha256(self) -> str:

@@ -1,7 +1,8 @@
 """The image table: one row per image, with path, label, patient and disease, and whether it could be read.
 
 The first seven columns are the manifest; extra columns of the user's manifest are kept as strings. The last three are
-the outcome of reading the file. The position of a row is its `image_index`, in every store.
+the outcome of reading the file; a fourth, `truncated`, is there only where images were taken that are cut off. The
+position of a row is its `image_index`, in every store.
 """
 
 import csv
@@ -24,6 +25,7 @@ from .files import decode_text, write_atomic
 
 MANIFEST_COLUMNS = ("image_id", "path", "label", "label_common", "patient", "disease", "dataset")
 OUTCOME_COLUMNS = ("content_hash", "status", "error")
+TRUNCATED = "truncated"  # what is missing of an image that was taken as far as its file goes, else null
 STATUS_OK, STATUS_UNREADABLE = "ok", "unreadable"
 _FORMULA_SIGNS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also the full-width forms
 _BREAKS = ("\t", "\r", "\n")
@@ -37,7 +39,9 @@ _WHOLE_NUMBERS = ("image_id", "patient", "disease", "label", "label_common", "da
 MISSING = ("NA", "N/A", "n/a", "#N/A", "#N/A N/A", "<NA>", "NaN", "nan", "-nan", "NULL", "null", "#NULL!", "None")
 MISSING_SIGNS = (".", "-", "--", "?")
 ALL_MISSING = frozenset({*MISSING, *MISSING_SIGNS})
+_INTO_ARCHIVE = re.compile(r"(?<=\.zip)::|(?<=\.tar)::|(?<=\.tar\.gz)::|(?<=\.tgz)::", re.IGNORECASE)
 MAX_NAME_BYTES = 255  # of a file name, on usual disks: a column becomes a folder in an AnnData store
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _log = logging.getLogger(__name__)
 
 
@@ -46,7 +50,8 @@ def read_table_file(path: Path) -> pa.Table:
 
     The same from both formats: blanks around names and cells are removed; known columns in another spelling (`Patient`,
     `Image ID`) get their name; in columns of names, integers that pandas made floats (7.0) lose the ".0". CSV: fields
-    separated by commas, semicolons or tabs, in UTF-8, or UTF-16 with a byte order mark. Empty rows, empty columns at
+    separated by commas, semicolons or tabs, in UTF-8, UTF-16 with a byte order mark, or Windows-1252 (Latin-1), as
+    spreadsheets export them. Numbers stay as they are written (007). Empty rows, empty columns at
     the end, and row names of R or pandas in the first column are left out. Changes are reported as warnings.
 
     Raises
@@ -119,7 +124,8 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
     _check_unique(ids, source)
     known: dict[str, list[str | None]] = {name: columns.get(name, nothing) for name in MANIFEST_COLUMNS}
     known |= {"image_id": [*ids], "path": [*clean], "dataset": [*datasets]}
-    extra = {name: columns[name] for name in columns if name not in known and name not in OUTCOME_COLUMNS}
+    users = _without_truncated([*columns])
+    extra = {name: columns[name] for name in users if name not in known and name not in OUTCOME_COLUMNS}
     is_ours = {*OUTCOME_COLUMNS} <= {*columns}  # the image table of a cache was given as the manifest
     for name in columns:
         if name in OUTCOME_COLUMNS and not is_ours:
@@ -128,18 +134,39 @@ def image_table(columns: dict[str, list[str | None]], *, source: str, dataset: s
     return pa.table({name: pa.array(values, pa.string()) for name, values in {**known, **extra}.items()})
 
 
-def with_outcome(table: pa.Table, content_hash: list[str | None], errors: list[str | None]) -> pa.Table:
-    """The manifest with its outcome columns: `status` is `ok` where `errors` is None, else `unreadable`."""
+def with_outcome(
+    table: pa.Table,
+    content_hash: list[str | None],
+    errors: list[str | None],
+    cut_off: list[str | None] | None = None,
+) -> pa.Table:
+    """The manifest with its outcome columns: `status` is `ok` where `errors` is None, else `unreadable`.
+
+    cut_off : per image what is missing of its file; the column `truncated`, which is left out if nothing is
+    """
     table = without_outcome(table)
     status = [STATUS_OK if error is None else STATUS_UNREADABLE for error in errors]
     for name, values in zip(OUTCOME_COLUMNS, (content_hash, status, errors), strict=True):
         table = table.append_column(name, pa.array(values, pa.string()))
+    if cut_off is not None and any(cut_off):
+        table = table.append_column(TRUNCATED, pa.array(cut_off, pa.string()))
     return table
 
 
 def without_outcome(table: pa.Table) -> pa.Table:
     """The manifest of an image table, whose hash is part of a cache's identity."""
-    return table.select([name for name in table.column_names if name not in OUTCOME_COLUMNS])
+    return table.select([name for name in _without_truncated(table.column_names) if name not in OUTCOME_COLUMNS])
+
+
+def cut_off_images(table: pa.Table) -> list[str | None]:
+    """Per row what is missing of an image that was taken as far as its file goes; None for whole images."""
+    is_there = _without_truncated(table.column_names) != table.column_names
+    return column(table, TRUNCATED) if is_there else [None] * table.num_rows
+
+
+def _without_truncated(names: list[str]) -> list[str]:
+    """Without our column `truncated`, which comes after all others; a user's own of that name stays."""
+    return names[:-1] if names[-2:] == [OUTCOME_COLUMNS[-1], TRUNCATED] else names
 
 
 def write_image_table(table: pa.Table, path: Path) -> None:
@@ -283,13 +310,14 @@ _WHOLE = re.compile(r"\d+\.0+")
 
 def _read_csv(path: Path) -> pa.Table:
     try:
-        text = decode_text(path.read_bytes())
+        text = _decoded(path)
         separator, text = _separator(text)
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(
             f"{path} cannot be read as a UTF-8 CSV file: {error}; in Excel, save it as 'CSV UTF-8'"
         ) from None
+    _tell_of_blanks(rows, path)
     numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(cell.strip() for cell in row)]
     if not numbered:
         raise BadInput(f"{path} is empty; expected a header line with a column 'path'")
@@ -309,6 +337,38 @@ def _read_csv(path: Path) -> pa.Table:
     _check_header(header, path)
     values = {name: [row[i] for _, row in body] for i, name in enumerate(header)}
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in values.items()})
+
+
+def _decoded(path: Path) -> str:
+    """The text of a CSV file. What is not UTF-8 is read as Windows-1252, which is Latin-1 but for 0x80 to 0x9F.
+
+    Raises UnicodeDecodeError for what neither is.
+    """
+    raw = path.read_bytes()
+    try:
+        return decode_text(raw)
+    except UnicodeDecodeError:
+        if raw[:2] in _UTF_16 or b"\0" in raw:  # another encoding of two bytes for a letter
+            raise
+        try:
+            text = raw.decode("cp1252")
+        except UnicodeDecodeError:
+            pass
+        else:
+            words = dict.fromkeys(re.findall(r"\w*[^\x00-\x7f][^\x00-\x7f\w]*\w*", text))
+            told = listed([repr(word) for word in words])
+            _log.warning("%s: not UTF-8, read as Windows-1252 (Latin-1); look whether these are right: %s", path, told)
+            return text
+        raise
+
+
+def _tell_of_blanks(rows: list[list[str]], path: Path) -> None:
+    """Report blanks around names and cells, which are removed: another program may take them for other names."""
+    told = [repr(cell) for row in rows for cell in row if cell != cell.strip() and cell.strip()]
+    if told:
+        names = listed([*dict.fromkeys(told)])
+        n = f"{len(told):,} {'cells' if len(told) > 1 else 'cell'}"
+        _log.warning("%s: blanks at the ends of %s are removed: %s", path, n, names)
 
 
 def _separator(text: str) -> tuple[str, str]:
@@ -379,7 +439,9 @@ def _check_path(path: str | None, row: int, source: str) -> str:
         raise BadInput(f"row {row:,} of {source} has an empty path")
     posix, windows = PurePosixPath(path), PureWindowsPath(path)
     # on Windows a backslash separates, too, and `C:` or a leading backslash leaves the root
-    if posix.is_absolute() or windows.anchor or ".." in windows.parts or "\0" in path:
+    inside = [PureWindowsPath(piece) for piece in _INTO_ARCHIVE.split(path)[1:]]
+    leaves = any(each.anchor or ".." in each.parts for each in (windows, *inside))
+    if posix.is_absolute() or leaves or "\0" in path:
         raise BadInput(
             f"row {row:,} of {source}: path {path!r} does not lie below the images' root; "
             f"give paths relative to it (option --root)"

@@ -41,6 +41,7 @@ class TokenMix:
         seed: int = 0,
         threads: int = 2,
         images: Sequence[Bool] | None = None,
+        keep: Sequence[Bool] | None = None,
     ) -> None:
         """`weights`: one per cache, above 0, in any unit; for the other parameters see `TokenStream`.
 
@@ -70,6 +71,7 @@ class TokenMix:
                 pool_chunks=pool_chunks,
                 seed=store_seed(seed, stores[number]),
                 images=None if images is None else [images[number]],
+                keep=None if keep is None else [keep[number]],
             )
             for number in by_name
         ]
@@ -81,6 +83,12 @@ class TokenMix:
     def tokens_per_epoch(self) -> int:
         """Number of tokens of all caches: the length of an epoch if weights are proportional to sizes."""
         return sum(stream.tokens_per_epoch for stream in self._streams)
+
+    @property
+    def mean_tokens_per_image(self) -> float:
+        """Tokens of all caches by their images; fewer than `tokens_per_image` where some are left out."""
+        n_images = sum(stream.tokens_per_epoch / stream.mean_tokens_per_image for stream in self._streams)
+        return self.tokens_per_epoch / round(n_images)
 
     def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from .errors import BadInput, DamagedStore
 from .spec import check_choice
+from .token_layout import TokenLayout
 from .token_sets import TOKEN_SETS, chosen_tokens
 
 Float16 = npt.NDArray[np.float16]
@@ -39,6 +40,10 @@ class TokenShape(Protocol):
     @property
     def tokens_per_image(self) -> int:
         """T: tokens of an image."""
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token of an image is what."""
 
     @property
     def width(self) -> int:
@@ -144,6 +149,7 @@ class TokenStream:
         seed: int = 0,
         threads: int = 2,
         images: Sequence[Bool] | None = None,
+        keep: Sequence[Bool] | None = None,
     ) -> None:
         """Open the stream; nothing is read yet.
 
@@ -151,6 +157,7 @@ class TokenStream:
         ----------
         threads : batches that are gathered in advance, one in each thread
         images : per cache (n_images,) bool: the images to use, if they are readable; None: all (see `chosen_images`)
+        keep : per cache (n_images, tokens of an image) bool: the tokens to use, of those in `token_set`; None: all
 
         Raises
         ------
@@ -163,12 +170,16 @@ class TokenStream:
             raise BadInput(f"pool_chunks must be above 0; found {pool_chunks}")
         self._stores, self._order, self._seed = stores, order, seed
         self._threads = threads
-        self._tokens = chosen_tokens(token_set, stores[0].spec.tokens_per_image)
+        self._tokens = chosen_tokens(token_set, stores[0].spec.layout, f"the tokens of {stores[0].root}")
         self.tokens_per_image = len(self._tokens)
         self._images = np.concatenate(list(_images(stores, _eligible(stores, images))))
         if not len(self._images):
             chosen = "readable" if images is None else "readable and chosen"
             raise BadInput(f"no {chosen} image in the given caches: there is nothing to train on")
+        self._keep = None if keep is None else [mask[:, self._tokens.start : self._tokens.stop] for mask in keep]
+        self._n_tokens = self._count(self._images)
+        if not self._n_tokens:
+            raise BadInput("no token of the given caches is left to train on: all are left out")
         of_segment = self._images // [1, 1, SEGMENT_IMAGES]
         begins = (of_segment[1:] != of_segment[:-1]).any(axis=1)
         self._borders = np.array([0, *(np.flatnonzero(begins) + 1), len(self._images)])  # segment i: from i to i + 1
@@ -181,7 +192,27 @@ class TokenStream:
     @property
     def tokens_per_epoch(self) -> int:
         """Tokens in one pass over the caches."""
-        return len(self._images) * self.tokens_per_image
+        return self._n_tokens
+
+    @property
+    def mean_tokens_per_image(self) -> float:
+        """Tokens in one pass by the number of images: `tokens_per_image`, or fewer where some are left out."""
+        return self._n_tokens / len(self._images)
+
+    def _count(self, images: Int) -> int:
+        """Tokens that are used, of images given by cache, chunk and row."""
+        return len(images) * self.tokens_per_image if self._keep is None else int(self._kept(images).sum())
+
+    def _kept(self, images: Int) -> Bool:
+        """(n, tokens of an image): is the token used?"""
+        assert self._keep is not None
+        found = np.empty((len(images), self.tokens_per_image), bool)
+        rows = images[:, 1] * [self._stores[number].spec.chunk_images for number in images[:, 0].tolist()]
+        rows += images[:, 2]
+        for number, mask in enumerate(self._keep):
+            is_here = images[:, 0] == number
+            found[is_here] = mask[rows[is_here]]
+        return found
 
     def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
@@ -235,7 +266,7 @@ class TokenStream:
         epoch, skip = divmod(position, self.tokens_per_epoch)
         while True:
             for number, segments in enumerate(self._pool_order(epoch), start=1):
-                n_tokens = sum(map(len, segments)) * self.tokens_per_image
+                n_tokens = sum(map(self._count, segments))
                 if skip < n_tokens:
                     yield segments, [self._seed, epoch, number], skip
                 skip = max(0, skip - n_tokens)
@@ -245,6 +276,8 @@ class TokenStream:
         """Begin to read a pool; returns its tokens in training order, without the first `skip`."""
         pool = Pool([self._begin_segment(images) for images in segments], self._tokens)
         order = np.arange(sum(map(len, segments)) * self.tokens_per_image, dtype=np.int32)
+        if self._keep is not None:
+            order = order[self._kept(np.concatenate(segments)).ravel()]
         if self._order == "tokens":
             order = np.random.default_rng(seeds).permutation(order)
         return Tokens(pool, order[skip:])

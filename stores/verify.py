@@ -18,7 +18,7 @@ from .files import is_dropping, read_lines, sha256_file
 from .latent_store import LatentStore, read_latent_spec
 from .progress import Progress
 from .spec import ACTIVATIONS, LATENTS, read_header, require_unchanged
-from .tables import column, listed, read_image_table, table_sha256
+from .tables import column, cut_off_images, listed, read_image_table, table_sha256
 from .wording import Report, counted
 from .zarr_meta import check_tree
 
@@ -311,6 +311,9 @@ def _check_chunk(
             return "the journal and images.parquet disagree about which images could be read"
         if hashes != column(part, "content_hash"):
             return "the journal and images.parquet disagree about the hashes of its images"
+        cut_off = zip(rows, cut_off_images(part), strict=True)
+        if record.get("truncated", {}) != {str(row): what for row, what in cut_off if what is not None}:
+            return "the journal and images.parquet disagree about which images are cut off"
     bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
     for position, row in enumerate(rows):
         if str(row) not in errors and (bits[position] >= _FINITE_BELOW).any():

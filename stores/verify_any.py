@@ -19,6 +19,7 @@ from .verify import verify_activations, verify_barcodes, verify_latents
 from .wording import Report
 
 _WEIGHTS = "sae.safetensors"
+_HEALTH = "health.json"  # beside the weights, by cyto sae train or eval --keep
 _SELECTION = "selection.parquet"  # added to concepts later, by cyto concept select
 
 
@@ -117,6 +118,9 @@ def _sae(root: Path, report: VerifyReport) -> Iterator[str | None]:
     yield from _compared(root, known, again)
     for path in sorted(path for path in root.glob("*.parquet") if path.name not in known):
         yield from _sealed(path, report, "it names the course of training only; remove it")
+    health = read_object(root / _HEALTH)
+    if (root / _HEALTH).exists() and health.pop("sha256", None) != sha256_json(health):
+        yield f"{root / _HEALTH} is not what was written; remove it, or cyto sae eval --keep measures it again"
     left = sorted(path.name for path in (root / "state").glob("state-*"))
     if left:
         yield f"{root / 'state'} holds {len(left)} saved states that a finished run needs no more; remove them"

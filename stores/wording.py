@@ -135,6 +135,23 @@ def unreadable_images(store: Path | str) -> str:
     )
 
 
+def truncated_images(store: Path | str) -> str:
+    """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
+    from stores import ActivationStore
+    from stores.tables import column, cut_off_images, listed
+
+    images = ActivationStore(store).images
+    cut_off = [
+        f"{path}: {what}"
+        for path, what in zip(column(images, "path"), cut_off_images(images), strict=True)
+        if what is not None
+    ]
+    return (
+        f"{len(cut_off):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
+        f"({listed(cut_off)}); the column truncated of {store}/images.parquet names them"
+    )
+
+
 def more_or_fewer(found: int, published: int) -> str:
     if found == published:
         return ""

@@ -36,18 +36,35 @@ class Bridges(Protocol):
 @click.command("extract")
 @click.argument("images", type=FILE)
 @click.argument("store", type=FILE)
-@click.option("--root", type=FILE, help="Folder that paths in a manifest are relative to  [default: the manifest's].")
+@click.option(
+    "--root",
+    type=FILE,
+    help="Folder or archive that paths in a manifest are relative to  [default: the manifest's folder].",
+)
 @click.option(
     "--backbone",
     default="random-vit-tiny",
     show_default=True,
-    help="dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, needs no download.",
+    help="dinobloom-s, -b, -l or -g; timm:NAME, hf-hub:OWNER/NAME, a folder in timm's layout or a file of weights: any "
+    "other vision transformer (docs/howto/other-backbones.md); or random-vit-tiny: small, untrained, no download.",
 )
 @click.option(
     "--weights",
     metavar="FILE|auto|hf:OWNER/NAME|random",
     help="A DinoBloom .pth file; 'auto': the published one, downloaded once and checked; hf:OWNER/NAME[/FILE]"
-    "[@REVISION]: the same from Hugging Face; 'random': untrained.",
+    "[@REVISION]: the same from Hugging Face; 'random': untrained. Of another model a file or folder.",
+)
+@click.option(
+    "--image-size",
+    type=COUNT,
+    help="Pixels along each side of the backbone's input, a multiple of its patches  [default: as it was trained].",
+)
+@click.option(
+    "--crop",
+    type=click.Choice(["own", "none"]),
+    default="own",
+    show_default=True,
+    help="own: what the model's own preprocessing cuts off of an image is cut off; none: the whole image, as a square.",
 )
 @click.option(
     "--block",
@@ -77,6 +94,12 @@ class Bridges(Protocol):
     help="Write shard I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
     "end completes the store.",
 )
+@click.option(
+    "--allow-truncated",
+    is_flag=True,
+    help="Take images whose files are cut off as far as they go, instead of leaving them out; the store's column "
+    "`truncated` names them.",
+)
 @overwrite_option
 def cache_extract(
     images: Path,
@@ -88,8 +111,9 @@ def cache_extract(
 ) -> None:
     """Run a backbone once over IMAGES and write its tokens to STORE.
 
-    IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
-    image_id, label, patient, disease, dataset.
+    IMAGES is a folder (one sub-folder per class); a .zip or .tar(.gz) with the same inside, which is not unpacked; a
+    folder of such archives; or a .csv or .parquet table with a column `path` (also class.zip::a/b.tif) and, where
+    known, image_id, label, patient, disease, dataset.
 
     \b
     Example: cyto cache extract cells/ cells.acts.zarr --backbone dinobloom-b --weights DinoBloom-B.pth

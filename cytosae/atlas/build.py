@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.concepts import read_selection
-from cytosae.maps import Places, Sources, as_sources, patch_side, unseen_warnings
+from cytosae.maps import Places, Sources, as_sources, unseen_warnings
 from cytosae.stage_one import StageOne
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
@@ -359,13 +359,14 @@ def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
 
 
 def _unit(inputs: Inputs) -> str:
-    tokens = {"all": "tokens", "patch": "patches", "cls": "CLS tokens"}[inputs.barcodes.header.spec["token_set"]]
+    words = {"all": "tokens", "patch": "patches", "cls": "CLS tokens", "register": "registers"}
+    tokens = words[inputs.barcodes.header.spec["token_set"]]
     per = "image" if inputs.barcodes.header.spec["normalize"] == "images" else "latent (as released)"
     return f"{tokens} above {inputs.tau:g} per {per}"
 
 
 def _maps(inputs: Inputs, plan: Plan) -> Maps:
-    return Maps(len(plan.references.image), patch_side(inputs.stores[0].spec.tokens_per_image) ** 2)
+    return Maps(len(plan.references.image), inputs.stores[0].layout.n_patches)
 
 
 def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
@@ -374,7 +375,7 @@ def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, s
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
     write_pair_pages(site, inputs, cohort, plan, shared)
-    site.page("words.html", "words.html", **shared, side=patch_side(inputs.stores[0].spec.tokens_per_image))
+    site.page("words.html", "words.html", **shared, layout=inputs.stores[0].layout)
 
 
 def _write_provenance(

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from cytosae.maps import patch_side
+from stores.token_layout import TokenLayout
 
 from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
@@ -49,7 +49,8 @@ def write_images(
         in_order = zip(order.tolist(), _tokens(inputs, images[order].tolist()), strict=True)
         for n_done, (thumb, (image, tokens)) in enumerate(in_order, start=1):
             number, row = inputs.place(image)
-            patches = tokens[1:].tocsc()
+            layout = inputs.stores[number].layout
+            patches = tokens[layout.first_patch :].tocsc()
             picture = inputs.sources.pictures[number](row)
             sheets.add(thumb, picture)
             if isinstance(picture, str):
@@ -60,7 +61,7 @@ def write_images(
             for reference in its:
                 latent = int(plan.references.latent[reference])
                 maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
-            _write_page(site, inputs, cohort, plan, image, tokens, patches, maps.unseen.get(image), its, shared)
+            _write_page(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its, shared)
             yield n_done
 
 
@@ -101,13 +102,14 @@ def _write_page(
     image: int,
     tokens: ss.csr_matrix,
     patches: ss.csc_matrix,
+    layout: TokenLayout,
     unseen: str | None,
     references: list[int],
     shared: dict[str, Any],
 ) -> None:
     patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
-    site.data(f"image-{called}", _token_data(tokens, patches, plan))
+    site.data(f"image-{called}", _token_data(tokens, patches, layout, plan))
     site.page(
         f"images/{called}.html",
         "image.html",
@@ -120,7 +122,7 @@ def _write_page(
         disease="" if patient < 0 else disease_name(cohort, patient),
         disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
         unseen=unseen,
-        side=patch_side(tokens.shape[0]),
+        layout=layout,
         n_active=int((tokens.getnnz(axis=0) > 0).sum()),
         references=[
             {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}
@@ -130,11 +132,15 @@ def _write_page(
     )
 
 
-def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> dict[str, Any]:
-    """All values of an image relative to its largest, as float16: patches sorted by latent, CLS separately."""
+def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, layout: TokenLayout, plan: Plan) -> dict[str, Any]:
+    """All values of an image relative to its largest, as float16: patches sorted by latent; CLS, registers apart.
+
+    Of registers, which have no place in the image, the sum.
+    """
     counts = np.diff(patches.indptr)
-    latents, cls = np.flatnonzero(counts), tokens[0]
-    either = np.union1d(latents, cls.indices).tolist()
+    latents, cls = np.flatnonzero(counts), _sum_of(tokens, layout.cls)
+    registers = _sum_of(tokens, layout.registers)
+    either = np.union1d(np.union1d(latents, cls.indices), registers.indices).astype(np.int64).tolist()
     largest = float(tokens.data.max(initial=0))
     number = np.uint16 if tokens.shape[1] <= 1 << 16 else np.uint32
     return {
@@ -145,5 +151,23 @@ def _token_data(tokens: ss.csr_matrix, patches: ss.csc_matrix, plan: Plan) -> di
         "values": packed((patches.data / (largest or 1)).astype(np.float16)),
         "cls_latents": packed(cls.indices.astype(number)),
         "cls_values": packed((cls.data / (largest or 1)).astype(np.float16)),
+        **(
+            {
+                "register_latents": packed(registers.indices.astype(number)),
+                "register_values": packed((registers.data / (largest or 1)).astype(np.float16)),
+            }
+            if layout.n_registers
+            else {}
+        ),
         "has_page": packed(np.array([*filter(plan.has_page, either)], number)),
     }
+
+
+def _sum_of(tokens: ss.csr_matrix, positions: range) -> ss.csr_matrix:
+    """(1, n_latents): the values at these tokens, added up; of one token its values as they are."""
+    if not positions:
+        return ss.csr_matrix((1, tokens.shape[1]), dtype=np.float32)
+    if len(positions) == 1:
+        return tokens[positions.start]
+    total = tokens[positions.start : positions.stop].sum(axis=0)
+    return ss.csr_matrix(np.asarray(total, np.float32).reshape(1, tokens.shape[1]))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cytosae.maps import Sources, patch_side
+from cytosae.maps import Sources
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
@@ -115,7 +115,7 @@ def open_inputs(
     _check_latents(inputs)
     _check_comparisons(inputs)
     for store in inputs.stores:
-        patch_side(store.spec.tokens_per_image)
+        _ = store.layout.side  # raises where maps cannot be drawn
     if inputs.neighbours is not None:
         stated = inputs.neighbours.header.spec["sae_sha256"]
         if stated != inputs.stores[0].spec.sae_sha256:

@@ -235,9 +235,9 @@ def _evidence(
         file = None if isinstance(picture, str) else write_picture(picture, folder)
         if isinstance(picture, str):
             unseen.append(f"{rows[0]['image_id']}: {picture}")
-        tokens = read_tokens(sources.stores[number], image_index)
+        tokens, layout = read_tokens(sources.stores[number], image_index), sources.stores[number].layout
         for row in rows:
-            row |= {"file": file, "map": patch_map(tokens, row["latent"])}
+            row |= {"file": file, "map": patch_map(tokens, row["latent"], layout)}
     progress(len(by_image), len(by_image), "")
 
     of_latent: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}

@@ -5,6 +5,7 @@ from .compatibility import IMAGE_COLUMNS as IMAGE_COLUMNS
 from .compatibility import PATIENT_COLUMNS as PATIENT_COLUMNS
 from .compatibility import check_one_sae as check_one_sae
 from .compatibility import check_tau as check_tau
+from .compatibility import check_token_set as check_token_set
 from .compatibility import differences as differences
 from .count_kernels import LatentSums as LatentSums
 from .export import Exported as Exported
@@ -23,3 +24,6 @@ from .tasks import PartSummary as PartSummary
 from .tasks import by_part as by_part
 from .tasks import get_ready as get_ready
 from .tasks import opener as opener
+from .tau_rule import choose_tau as choose_tau
+from .tau_rule import count_values as count_values
+from .value_counts import ValueCounts as ValueCounts

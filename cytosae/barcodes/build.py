@@ -59,11 +59,12 @@ from stores.tables import table_sha256
 from stores.token_sets import TOKEN_SETS
 
 from . import tasks
-from .compatibility import check_exact, check_one_sae, check_tau, differences
+from .compatibility import check_exact, check_one_sae, check_tau, check_token_set, differences
 from .count_kernels import LatentSums
 from .partitions import count_into_parts, discard
 from .patients import Groups, disease_rows, group_images, image_rows, join_tables, patient_rows, regroup
 from .report import BarcodeResult
+from .tau_rule import AUTO, TauChoice, smaller_taus, tau_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,15 +86,16 @@ class BarcodeConfig:
 
     Attributes
     ----------
-    tau : one or several, 0 or more; a latent is active at a token if its stored float32 value is greater
-    token_set : tokens that count: all, patch or cls
+    tau : one or several, 0 or more; a latent is active at a token if its stored float32 value is greater. Or "auto":
+        one that follows from the latents alone (tau_rule.py), for which they are read once more
+    token_set : tokens that count: all, patch, cls or register
     normalize : images: mean over a patient's readable images; cytosae-release: divide by the number of latents, as the
         released code does
     partition_images : images that one task counts; None: as memory allows. Decides speed and memory only
     block_images : its name in 0.1; stays for one release
     """
 
-    tau: float | tuple[float, ...] = 0.2
+    tau: float | tuple[float, ...] | str = 0.2
     token_set: str = "all"
     normalize: str = "images"
     partition_images: int | None = None
@@ -104,17 +106,26 @@ class BarcodeConfig:
             object.__setattr__(self, "partition_images", block_images)
         check_choice("token_set", self.token_set, TOKEN_SETS)
         check_choice("normalize", self.normalize, NORMALIZATIONS)
+        if isinstance(self.tau, str) and self.tau != AUTO:
+            raise BadInput(f"tau must be one or several numbers, or {AUTO!r}; found {self.tau!r}")
         for tau in self.taus:
             if not (math.isfinite(tau) and tau >= 0):
                 raise BadInput(f"tau must be a number of at least 0; found {tau!r}")
-        if not self.taus or len({np.float32(tau) for tau in self.taus}) < len(self.taus):
+        if not (self.is_auto or self.taus) or len({np.float32(tau) for tau in self.taus}) < len(self.taus):
             raise BadInput(f"several tau must differ, as float32 too; found {', '.join(map(tau_text, self.taus))}")
         if self.partition_images is not None and self.partition_images < 1:
             raise BadInput(f"partition_images must be at least 1; found {self.partition_images}")
 
     @property
+    def is_auto(self) -> bool:
+        """tau is not chosen yet."""
+        return self.tau == AUTO
+
+    @property
     def taus(self) -> tuple[float, ...]:
-        """One or more, rising."""
+        """One or more, rising; none with "auto"."""
+        if isinstance(self.tau, str):
+            return ()
         return tuple(sorted(self.tau)) if isinstance(self.tau, tuple) else (self.tau,)
 
 
@@ -265,9 +276,14 @@ def _write_barcodes(
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)
-    check_tau(stores, config.taus[0])
+    check_token_set(stores, config.token_set)
     images = join_tables(stores)
     notes: dict[str, Any] = {"differences": differences(stores)}
+    chosen: TauChoice | None = None
+    if config.is_auto:
+        chosen = tau_of(stores, client, out, config.token_set, config.partition_images, progress)
+        config = replace(config, tau=chosen.tau)
+    check_tau(stores, config.taus[0])
     if table is not None:
         images, found = regroup(images, table)
         notes |= found
@@ -279,7 +295,9 @@ def _write_barcodes(
         "tau": _one_or_all(config.taus),
         "token_set": config.token_set,
         "normalize": config.normalize,
-    } | ({"table": table_sha256(images)} if table is not None else {})
+    }
+    spec |= {"table": table_sha256(images)} if table is not None else {}
+    spec |= {"tau_rule": chosen.rule} if chosen is not None else {}
     header = new_header(BARCODES, spec)
     inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
     output = plan_output(out, header, overwrite=overwrite, inputs=inputs)
@@ -471,6 +489,8 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
         "share_above_tau": [int(tokens.sum()) / max(1, n_values) for tokens in sums.tokens],
         "exports": sha256,
     }
+    if would_keep := smaller_taus(sums.max, job.config.taus[0], summary["share_above_tau"][0]):
+        summary["would_keep"] = would_keep
     sweep_partials(job.root)
     summary["store_files"] = recorded_files(job.root)
     for name in sha256:
@@ -528,6 +548,7 @@ def _provenance(job: _Job, tau: float) -> dict[str, Any]:
         "backbone_trained": bool(first.cache["trained"]),
         "block": int(first.cache["block"]),
         "value_bits": min(store.spec.value_bits for store in job.stores),
+        **({"tau_rule": spec["tau_rule"]["words"]} if "tau_rule" in spec else {}),
         "created_by": job.header.created_by,
     }
 
@@ -546,4 +567,6 @@ def _result(
         for name, value in (header.summary or {}).items()
         if name not in ("exports", "store_files")
     }
-    return BarcodeResult(out=out, taus=config.taus, table=table, **summary, was_complete=was_complete)
+    summary["would_keep"] = tuple((float(tau), int(n)) for tau, n in summary.get("would_keep", ()))
+    rule = header.spec.get("tau_rule")
+    return BarcodeResult(out=out, taus=config.taus, table=table, **summary, tau_rule=rule, was_complete=was_complete)

@@ -11,6 +11,7 @@ from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.runlog import read_runs
 from stores.spec import describe_difference
+from stores.token_sets import chosen_tokens
 
 from .patients import Groups
 
@@ -47,6 +48,11 @@ def check_tau(stores: Sequence[LatentStore], least_tau: float) -> None:
                 f"{store.root} was pruned below {store.spec.min_activation:g}: tau {least_tau:g} would count "
                 f"too few; choose a larger --tau, or encode without pruning"
             )
+
+
+def check_token_set(stores: Sequence[LatentStore], token_set: str) -> None:
+    """Raise BadInput if the backbone of these tokens has none of the set: no CLS, or no registers."""
+    chosen_tokens(token_set, stores[0].layout, f"the tokens of {stores[0].root}")
 
 
 def differences(stores: Sequence[LatentStore]) -> str:

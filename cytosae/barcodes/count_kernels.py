@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.errors import DamagedStore
+from stores.token_layout import TokenLayout, cls_first
 from stores.token_sets import chosen_tokens
 
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
@@ -35,14 +36,43 @@ class ImageCounts:
     n_values: int  # stored nonzeros that were counted
 
 
+class EntryChecker:
+    """Checks entries of rows, given in pieces and in order, before compiled code uses their indices."""
+
+    def __init__(self, row_starts: Ints, *, n_latents: int, place: str) -> None:
+        """`row_starts` and `place` as of `ImageCounter`."""
+        self._row_starts, self._place, self._n_latents = row_starts, place, n_latents
+        self._before = -1  # the index of the last entry given
+
+    def check(self, first: int, indices: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> None:
+        """The next entries, at least one, from number `first` on.
+
+        Raises
+        ------
+        DamagedStore
+            If indices do not rise within a row or leave the latents, or a value is not positive and finite.
+        """
+        if not _are_positive(values.view(np.uint32)):
+            raise DamagedStore(
+                f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
+            )
+        low, high = np.searchsorted(self._row_starts, (first, first + len(indices)))
+        if not _are_rising(first, indices, self._before, self._row_starts[low:high], self._n_latents):
+            raise DamagedStore(
+                f"{self._place}: indices out of range or not increasing; a chunk of indices is lost or damaged"
+            )
+        self._before = int(indices[-1])
+
+
 class ImageCounter:
     """Counts the token rows of whole images, given in pieces. Memory: its result, and a few numbers per latent.
 
     Parameters
     ----------
-    row_starts : (n_rows + 1,) numbers of the rows' first entries; rising; `tokens_per_image` rows an image, CLS first
+    row_starts : (n_rows + 1,) numbers of the rows' first entries; rising; `tokens_per_image` rows an image
     taus : rising; a latent is active at a token if its value is greater than tau, both float32
     place : what an error calls these rows
+    layout : which token of an image is what; None: CLS first, then patches
     """
 
     def __init__(
@@ -54,11 +84,13 @@ class ImageCounter:
         taus: tuple[float, ...],
         token_set: str,
         place: str,
+        layout: TokenLayout | None = None,
     ) -> None:
         n_images = (len(row_starts) - 1) // tokens_per_image
         assert n_images * tokens_per_image == len(row_starts) - 1
-        self._row_starts, self._place, self._taus = row_starts, place, np.array(taus, np.float32)
-        chosen = chosen_tokens(token_set, tokens_per_image)
+        self._row_starts, self._taus = row_starts, np.array(taus, np.float32)
+        self._checker = EntryChecker(row_starts, n_latents=n_latents, place=place)
+        chosen = chosen_tokens(token_set, layout or cls_first(tokens_per_image), place)
         # entries of every image: those that count, and where it ends
         self._lows, self._highs, self._ends = (
             np.ascontiguousarray(row_starts[token::tokens_per_image][:n_images])
@@ -72,7 +104,6 @@ class ImageCounter:
         self._found = np.empty(len(self._is_there) + 1, np.int32)
         self._busy = np.empty(len(self._is_there) // _WORD + 1, np.int32)
         self._state = np.array([0, row_starts[0], 0, 0], np.int64)  # see _count
-        self._before = -1  # the index of the last entry given
         self._indptr = np.zeros(n_images + 1, np.int64)
         self._n_above = np.zeros((len(taus), n_images), np.int32)
         kind = np.uint16 if n_latents <= 1 << 16 else np.uint32
@@ -93,7 +124,7 @@ class ImageCounter:
             If indices do not rise within a row or leave the latents, or a value is not positive and finite.
         """
         if len(indices):
-            self._check(first, indices, values)
+            self._checker.check(first, indices, values)
         scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._busy, self._found)
         images = (self._lows, self._highs, self._ends, self._n_set, self._taus)
         while (
@@ -109,18 +140,6 @@ class ImageCounter:
         assert n_images == len(self._lows)
         latent, count, largest, mean = (array[..., :n_out] for array in self._out)
         return ImageCounts(self._indptr, latent, count, largest, mean, self._n_above, n_values)
-
-    def _check(self, first: int, indices: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> None:
-        if not _are_positive(values.view(np.uint32)):
-            raise DamagedStore(
-                f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
-            )
-        low, high = np.searchsorted(self._row_starts, (first, first + len(indices)))
-        if not _are_rising(first, indices, self._before, self._row_starts[low:high], len(self._cells)):
-            raise DamagedStore(
-                f"{self._place}: indices out of range or not increasing; a chunk of indices is lost or damaged"
-            )
-        self._before = int(indices[-1])
 
     def _grow(self) -> None:
         """Room for what the images so far make likely, and for one image more than there is."""

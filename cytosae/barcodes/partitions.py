@@ -108,6 +108,7 @@ def plan_partitions(
                 n_latents=store.spec.n_latents,
                 journal_sha256=store.journal_sha256 if isinstance(store.root, str) else "",
                 seal=store.header.seal if isinstance(store.root, Path) else None,
+                layout=store.layout,
             )
             at = ready
         first = end

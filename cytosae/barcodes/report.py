@@ -1,11 +1,11 @@
 """What cyto barcode has counted and left out, as facts and in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from stores.wording import Report, counted, left_out_lines
+from stores.wording import Report, counted, left_out_lines, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,10 @@ class BarcodeResult(Report):
     n_missing_in_table: int = 0  # images that the table does not have: without a patient
     missing_in_table: str = ""
     differences: str = ""  # between the stores, in how their latents were made
+    tau_rule: Mapping[str, Any] | None = None  # with tau "auto": the rule in `words`, its parameters, what was counted
+    would_keep: tuple[
+        tuple[float, int], ...
+    ] = ()  # smaller tau, and how many latents exceed it; where tau is too large
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -44,7 +48,20 @@ class BarcodeResult(Report):
                     f"almost nothing exceeds tau {tau:g}. 0.2 belongs to the released SAE and means nothing for "
                     f"another: choose a smaller --tau"
                 )
+            elif self.would_keep and 2 * (self.n_latents - n_silent) < self.n_alive:
+                found.append(
+                    f"only {self.n_latents - n_silent:,} of {self.n_alive:,} latents that are ever active exceed tau "
+                    f"{tau:g}: the others are in no barcode"
+                )
+        if found and self.would_keep:
+            kept = ", ".join(f"{n:,} latents exceed tau {tau:g}" for tau, n in self.would_keep)
+            found[-1] += f"; {kept}; --tau auto chooses one without looking at labels"
         return tuple(found)
+
+    @property
+    def n_alive(self) -> int:
+        """Latents with any value, where `would_keep` says so; else all."""
+        return max((n for _, n in self.would_keep), default=self.n_latents)
 
     def lines(self) -> Iterator[str]:
         """Counts, what was left out, and how much exceeds tau."""
@@ -53,6 +70,8 @@ class BarcodeResult(Report):
             f"{counted(self.n_diseases, 'disease')}, {self.n_latents:,} latents, "
             f"tau {', '.join(f'{tau:g}' for tau in self.taus)}"
         )
+        if self.tau_rule is not None:
+            yield f"tau auto: {printable(str(self.tau_rule.get('words', '')))}"
         yield from left_out_lines(
             {
                 "unreadable images": self.n_unreadable,

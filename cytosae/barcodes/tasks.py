@@ -21,8 +21,10 @@ from stores.files import PARTIAL_SUFFIX, sha256_file
 from stores.latent_store import remote_rows
 from stores.part_files import Part, open_part, write_part
 from stores.seal import Seal
+from stores.token_layout import TokenLayout
 
 from .count_kernels import ImageCounter, ImageCounts, LatentSums, add_rows, take_nonzero
+from .value_counts import SparseCounts, ValueScanner
 
 Ints = npt.NDArray[np.int64]
 _MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
@@ -41,6 +43,7 @@ class Partition:
     n_latents: int
     journal_sha256: str = ""  # of a URL: what its chunk files are checked by
     seal: Seal | None = None  # of a path: the store that was planned for, and no other
+    layout: TokenLayout | None = None  # which token of an image is what; None: CLS first, then patches
 
     @property
     def name(self) -> str:
@@ -126,22 +129,46 @@ def count_partition(
     return _summary_of(Part(tag, arrays), path, tag, was_there=False)
 
 
-def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+def scan_partition(partition: Partition, token_set: str) -> SparseCounts:
+    """How large the values of one partition are."""
+    try:
+        reader = _reader(partition)
+        scanner = ValueScanner(
+            reader.row_starts,
+            n_latents=partition.n_latents,
+            tokens_per_image=partition.tokens_per_image,
+            token_set=token_set,
+            place=reader.place,
+            layout=partition.layout,
+        )
+        for first, indices, values in reader.entries():
+            scanner.add(first, indices, values)
+        return scanner.finish()
+    finally:  # also after an error: an exchanged store is then the reason
+        if partition.seal is not None:
+            partition.seal.check()
+
+
+def _reader(partition: Partition) -> EntryReader:
     tokens = partition.tokens_per_image
     start, stop = partition.start * tokens, partition.stop * tokens
     shape = (partition.n_images * tokens, partition.n_latents)
     if partition.journal_sha256:
         objects = remote_rows(partition.latents, partition.journal_sha256)
-        reader = EntryReader(f"{partition.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
-    else:
-        reader = EntryReader(Path(partition.latents) / "X", shape=shape, start=start, stop=stop)
+        return EntryReader(f"{partition.latents}/X", shape=shape, start=start, stop=stop, objects=objects)
+    return EntryReader(Path(partition.latents) / "X", shape=shape, start=start, stop=stop)
+
+
+def _count(partition: Partition, taus: tuple[float, ...], token_set: str) -> ImageCounts:
+    reader = _reader(partition)
     counter = ImageCounter(
         reader.row_starts,
         n_latents=partition.n_latents,
-        tokens_per_image=tokens,
+        tokens_per_image=partition.tokens_per_image,
         taus=taus,
         token_set=token_set,
         place=reader.place,
+        layout=partition.layout,
     )
     for first, indices, values in reader.entries():
         counter.add(first, indices, values)

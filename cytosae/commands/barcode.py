@@ -33,6 +33,15 @@ def barcode_export(barcodes: Path, out: Path, level: str, tau: float | None, see
     tell(export_h5ad(barcodes, out, level=level, tau=tau, seed=seed, overwrite=overwrite))
 
 
+class _Tau(click.ParamType):
+    """A number, or auto."""
+
+    name = "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        return "auto" if value == "auto" else click.FLOAT.convert(value, param, ctx)
+
+
 class _Barcode(click.Command):
     """`cyto barcode LATENTS...` counts; `cyto barcode export` is a separate command."""
 
@@ -59,11 +68,12 @@ class _Barcode(click.Command):
 @click.option(
     "--tau",
     "taus",
-    type=float,
+    type=_Tau(),
     multiple=True,
     default=(0.2,),
     help="A latent is active above this value (strictly)  [default: 0.2]. Repeat it for several in one pass: each gets "
-    "its own stores, image_tau0.2.zarr and so on.",
+    "its own stores, image_tau0.2.zarr and so on. auto: a value that follows from the latents, not from labels; it is "
+    "written into the barcodes with its rule.",
 )
 @click.option("--token-set", type=TOKEN_SETS, default="all", show_default=True, help="Tokens that count.")
 @click.option(
@@ -83,7 +93,7 @@ class _Barcode(click.Command):
 def barcode(
     latents: tuple[Path | str, ...],
     barcodes: Path,
-    taus: tuple[float, ...],
+    taus: tuple[float | str, ...],
     table: Path | None,
     scheduler: str | None,
     workers: int,
@@ -101,7 +111,10 @@ def barcode(
     """
     from cytosae.barcodes import BarcodeConfig, write_barcodes
 
-    config = BarcodeConfig(tau=taus if len(taus) > 1 else taus[0], **settings)
+    if "auto" in taus and len(taus) > 1:
+        raise click.UsageError("--tau auto is one tau: give it alone, or numbers")
+    numbers = tuple(tau for tau in taus if not isinstance(tau, str))
+    config = BarcodeConfig(tau=(numbers if len(numbers) > 1 else numbers[0]) if numbers else "auto", **settings)
     with dask_client(scheduler, workers, memory_limit) as client, progress_line("barcode", "image") as progress:
         done = write_barcodes(
             latents, barcodes, config, client=client, table=table, overwrite=overwrite, progress=progress

@@ -209,9 +209,9 @@ def concept_masks(
 ) -> None:
     """How well the map of each latent agrees with segmentation masks: AUROC within images, IoU, and p-values.
 
-    MASKS is a .csv or .parquet table with the columns image_id and mask (a path), or a folder of files named like the
-    images. PNG, TIFF or BMP of any size, read by value: 0 is background, every other value a class. The shuffles know
-    the patients.
+    MASKS is a .csv or .parquet table with the columns image_id and mask (a path), or a folder or archive of files named
+    like the images. PNG, TIFF or BMP of any size, read by value: 0 is background, every other value a class. The
+    shuffles know the patients.
 
     \b
     Example: cyto concept masks cells.latents.zarr nuclei/ -o cells.nuclei

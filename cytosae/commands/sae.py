@@ -28,6 +28,24 @@ if TYPE_CHECKING:
     from .shared import Bridges
 
 
+class NumberOrAuto(click.ParamType):
+    """A number, or the word auto."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self._kind = kind
+        self.name = "integer|auto" if kind is int else "float|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        try:
+            return self._kind(value)
+        except ValueError:
+            self.fail(
+                f"{value!r} is neither {'a whole number' if self._kind is int else 'a number'} nor auto", param, ctx
+            )
+
+
 @click.command("train")
 @click.argument("stores", type=STORE, nargs=-1, required=True)
 @click.option("-o", "--out", "run", type=FILE, required=True, help="Folder of the run.")
@@ -37,29 +55,79 @@ if TYPE_CHECKING:
     help="cytosae (settings of the released run) or paper (Eq. 1 as printed).",
 )
 @click.option("--config", "config_file", type=FILE, help="TOML file with settings; options override it.")
-@click.option("--expansion", type=int, help="Latents per channel  [default: 64].")
+@click.option(
+    "--expansion",
+    type=NumberOrAuto(int),
+    help="Latents per channel; auto: from the number of tokens and their width  [default: auto; presets: 64].",
+)
 @click.option(
     "--activation",
     type=click.Choice(["relu", "topk", "batchtopk", "jumprelu", "gated"]),
     help="Activation function: what makes a latent active  [default: relu].",
 )
 @click.option("--k", type=COUNT, help="Active latents per token, for topk and batchtopk.")
-@click.option("--l1", type=float, help="Weight of the sparsity term  [default: 8e-5].")
-@click.option("--lr", type=float, help="Learning rate of Adam  [default: 4e-4].")
-@click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 500].")
+@click.option(
+    "--target-l0",
+    type=NumberOrAuto(float),
+    help="Wanted number of active latents per token: the weight of the sparsity term is steered to it; for topk and "
+    "batchtopk it is k; auto: from the width of the tokens  [default: auto; presets: none].",
+)
+@click.option(
+    "--l1", type=float, help="Weight of the sparsity term, instead of --target-l0  [default: none; presets: 8e-5]."
+)
+@click.option("--lr", type=float, help="Learning rate of Adam  [default: 1e-3 with --tokens auto, else 4e-4].")
+@click.option("--warmup-steps", type=int, help="Steps of linear warm-up  [default: 100 with --tokens auto, else 500].")
 @click.option(
     "--schedule",
     type=click.Choice(["constant", "cosine", "linear"]),
-    help="Learning rate after the warm-up  [default: constant].",
+    help="Learning rate after the warm-up  [default: linear with --tokens auto, else constant].",
 )
-@click.option("--batch-tokens", type=int, help="Tokens per step  [default: 16448, which is 64 images].")
-@click.option("--tokens", type=int, help="Budget in tokens  [default: 257000000].")
+@click.option(
+    "--batch-tokens",
+    type=int,
+    help="Tokens per step  [default: 4096 with --tokens auto, else 16448, which is 64 images].",
+)
+@click.option(
+    "--tokens",
+    type=NumberOrAuto(int),
+    help="Budget in tokens; auto: until error and L0 of held-out images have settled, at most 257000000  [default: "
+    "auto; presets: 257000000].",
+)
+@click.option(
+    "--loss",
+    type=click.Choice(["normed", "eq1", "mse"]),
+    help="Squared error over the token's norm, summed over channels, or its mean  [default: by activation].",
+)
+@click.option(
+    "--init",
+    type=click.Choice(["kaiming", "transpose"]),
+    help="Initial matrices: drawn separately, or the encoder as the decoder's transpose  [default: by activation].",
+)
+@click.option(
+    "--clip-norm", type=float, help="Largest norm of the gradients of a step; 0: any  [default: by activation]."
+)
+@click.option(
+    "--nested",
+    type=float,
+    multiple=True,
+    help="Matryoshka: share of the latents that must also reconstruct alone; give it once for each share.",
+)
+@click.option(
+    "--init-from", type=FILE, help="Folder of a finished or imported SAE to go on from, with its weights and settings."
+)
+@click.option(
+    "--background",
+    type=click.Choice(["keep", "first-component"]),
+    help="Leave out patch tokens that this rule calls background  [default: keep].",
+)
 @click.option("--epochs", type=float, help="Budget in passes over the caches, instead of --tokens.")
 @click.option("--token-set", type=TOKEN_SETS, help="Tokens of an image to train on  [default: all].")
 @click.option("--mix", type=float, multiple=True, help="Share of tokens from a cache; give it once for each STORE.")
 @click.option("--exclude", type=FILE, help="Parquet or text file with ids of images to leave out.")
 @click.option(
-    "--holdout", type=float, help="Fraction of the images that is only measured on, not trained on  [default: 0]."
+    "--holdout",
+    type=float,
+    help="Fraction of the images that is only measured on, not trained on  [default: 0.1 with --tokens auto, else 0].",
 )
 @click.option(
     "--holdout-by",
@@ -87,6 +155,7 @@ if TYPE_CHECKING:
 @click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
 @click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep.")
 @click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics to this program.")
+@assume_option
 @overwrite_option
 def sae_train(
     stores: tuple[Path | str, ...],
@@ -94,6 +163,8 @@ def sae_train(
     preset: str | None,
     config_file: Path | None,
     exclude: Path | None,
+    init_from: Path | None,
+    assume_compatible: bool,
     ghost: bool | None,
     device: str,
     checkpoint_every: int,
@@ -105,40 +176,46 @@ def sae_train(
     """Train a sparse autoencoder on one or several activation caches. The same command again resumes.
 
     STORES are paths or URLs (s3://, gs://, https://, ...). Settings that have no option go into --config
-    (docs/training.md lists all settings). On several GPUs: torchrun --nproc-per-node 4 --no-python cyto sae train ...
+    (docs/training.md lists all settings). Without a preset, budget, width and L0 fit the data. On several GPUs:
+    torchrun --nproc-per-node 4 --no-python cyto sae train ...
 
     \b
-    Example: cyto sae train cells.acts.zarr -o cells.sae --expansion 16 --tokens 20000000
+    Example: cyto sae train cells.acts.zarr -o cells.sae
     """
     from cytosae import train
     from cytosae.sae import make_config
-    from cytosae.training import training_line
+    from cytosae.training import start_settings, training_line
     from stores import read_image_ids
 
     options = {name: value for name, value in options.items() if value not in (None, ())}
     _take_ghost(options, ghost)
-    config = make_config(preset=preset, config_file=config_file, options=options)
-    if config.warning:
-        click.echo(f"warning: {config.warning}", err=True)
+    start = start_settings(init_from) if init_from else None
+    config = make_config(preset=preset, config_file=config_file, options=options, start=start)
     with progress_line("train", "token") as progress:
         done = train(
             stores,
             run,
             config,
             exclude=read_image_ids(exclude) if exclude else (),
+            init_from=init_from,
+            assume_compatible=assume_compatible,
             device=device,
             checkpoint_every=checkpoint_every,
             keep_states=keep_states,
             overwrite=overwrite,
             inputs=tuple(path for path in (config_file, exclude) if path),
             logger=logger,
+            say=lambda line: click.echo(line, err=True),
             progress=lambda done, total, metrics: progress(done, total, training_line(metrics)),
         )
     if os.environ.get("RANK", "0") != "0":  # of several processes, which torchrun numbers, the first one speaks
         return
     say_done(run, done.was_complete)
-    for line in done.lines():  # warnings were told before
+    for line in done.lines():
         click.echo(line)
+    for warning in done.warnings:
+        if warning != config.warning:  # which was told before
+            click.echo(f"warning: {warning}", err=True)
 
 
 def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
@@ -262,6 +339,11 @@ def sae_info(run: Path, as_json: bool) -> None:
     is_flag=True,
     help="With --json: also the numbers of images and tokens in which each latent is active.",
 )
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the health in RUN/health.json, for cyto sae info and the report; not with --only.",
+)
 @json_option
 @click.pass_obj
 def sae_eval(
@@ -271,6 +353,7 @@ def sae_eval(
     images: Path | None,
     device: str,
     per_latent: bool,
+    keep: bool,
     as_json: bool,
     token_set: str | None,
     dead_window: int | None,
@@ -280,15 +363,18 @@ def sae_eval(
 ) -> None:
     """Measure the SAE in RUN on every readable image of STORE (a path or a URL): error, sparsity, dead latents.
 
-    Writes nothing. With --images, a sample of them also passes through the backbone, with and without the SAE.
+    The last lines say whether the SAE is fit for barcodes. Writes nothing, but with --keep. With --images, a sample of
+    them also passes through the backbone, with and without the SAE.
 
     \b
     Example: cyto sae eval cells.sae cells.acts.zarr --json
     """
     from cytosae import evaluate
-    from cytosae.training import DEAD_WINDOW, BackboneSample
+    from cytosae.training import DEAD_WINDOW, BackboneSample, write_health
     from stores import read_image_ids
 
+    if keep and only:
+        raise click.UsageError("--keep is for all images of STORE; leave out --only")
     if sampling["weights"] and not images:
         raise click.UsageError("--weights is of use only with --images, which says where the images lie")
     device = resolve_device(device)
@@ -316,6 +402,8 @@ def sae_eval(
             progress=progress,
             decoder_progress=comparing,
         )
+    if keep:
+        write_health(run, found.health)
     if as_json:
         values = found.to_json(per_latent=per_latent)
         click.echo(json.dumps({"sae": str(run), "store": str(store), **values}, indent=1))

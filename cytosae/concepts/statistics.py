@@ -25,6 +25,7 @@ from cytosae.barcodes import (
     LevelParts,
     PartSummary,
     check_one_sae,
+    check_token_set,
     count_into_parts,
     differences,
     discard,
@@ -77,7 +78,7 @@ class ConceptConfig:
 
     Attributes
     ----------
-    token_set : tokens that count: all, patch or cls
+    token_set : tokens that count: all, patch, cls or register
     top_k : images kept of a latent, in each dataset; 1 to 100
     label : column of the image table that entropies are of: label or label_common
     min_support : fewest labelled top images that give an entropy; 1 to `top_k`
@@ -206,6 +207,7 @@ def _concept_statistics(
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)
+    check_token_set(stores, config.token_set)
     _refuse_pruned(stores)
     joined = join_tables(stores)
     notes: dict[str, Any] = {"differences": differences(stores)}

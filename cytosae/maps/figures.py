@@ -120,7 +120,7 @@ def plot_concepts(rows: Sequence[FrameRow], path: Path) -> None:
 def plot_reference_images(
     latents: LatentStore, images: "AnnData", chosen: dict[str, int], picture: Picture, path: Path, *, n_images: int = 6
 ) -> None:
-    """The images in which each chosen latent is most active, each with its map beside it (16 x 16 patches, no CLS).
+    """The images in which each chosen latent is most active, each with its map beside it (patches only, no CLS).
 
     Ties go to the image that comes first; fewer images are shown where fewer are active.
     """
@@ -133,7 +133,7 @@ def plot_reference_images(
             Frame(
                 caption=str(images.obs["label"].iloc[index]),
                 picture=picture(int(index)),
-                patches=patch_map(read_tokens(latents, int(index)), latent),
+                patches=patch_map(read_tokens(latents, int(index)), latent, latents.layout),
             )
             for index in top
         ]

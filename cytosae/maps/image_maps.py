@@ -19,6 +19,7 @@ from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import MAPS, stated
 from stores.tables import column
+from stores.token_layout import TokenLayout
 from stores.wording import Report
 
 from .figures import Style, plot_maps, plot_rows
@@ -41,10 +42,11 @@ class Subject:
     """The image whose maps are drawn, from a store or from a new file."""
 
     name: str
-    tokens: ss.csr_matrix  # (tokens_per_image, n_latents), CLS first
+    tokens: ss.csr_matrix  # (tokens_per_image, n_latents)
     picture: Pixels | str  # a str is the reason why it cannot be shown
     origin: dict[str, Any]  # what determines `tokens`; plain JSON values
     dataset: str | None = None  # of an image of a store
+    layout: TokenLayout | None = None  # of the tokens; None: CLS first, then patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ def stored_subject(sources: Sources, image_id: str) -> Subject:
         picture=sources.pictures[number](image_index),
         origin={"latents": store.identity, "image_id": image_id},
         dataset=column(store.images, "dataset")[image_index],
+        layout=store.layout,
     )
 
 
@@ -150,6 +153,7 @@ def new_subject(
         tokens=rows.to_scipy(latents.spec.n_latents),
         picture=picture,
         origin={"sha256": content_hash, "as": latents.identity},
+        layout=latents.layout,
     )
 
 
@@ -176,7 +180,7 @@ def write_maps(
     """Write `map.png`, `patches.parquet`, and with `concepts` the reference images of each latent, `latent<N>.png`.
 
     The image is one of the stores (`image_id`), or a new file that is encoded as their images were (`file`, `sae`).
-    The map of a latent is (16, 16), row by row from the top left, in the latent's own unit; CLS is left out.
+    The map of a latent has the patches row by row from the top left, (16, 16) for DinoBloom, in the latent's own unit.
 
     Parameters
     ----------
@@ -258,7 +262,7 @@ def _write_maps(
     if concepts is not None:
         require_same_sae(concepts, sources)
     if query is not None and concepts is not None:
-        active = latents_of_patch(subject.tokens, query, concepts)
+        active = latents_of_patch(subject.tokens, query, concepts, subject.layout)
         latents = _best(active, query, subject.name)
     latents, patch = list(dict.fromkeys(latents)), None if query is None else query.patch
     frames = [_frame(subject, latent, patch) for latent in latents]
@@ -321,7 +325,7 @@ def _count(active: pa.Table, name: str) -> int:
 
 
 def _frame(subject: Subject, latent: int, patch: int | None) -> Frame:
-    patches = patch_map(subject.tokens, latent)
+    patches = patch_map(subject.tokens, latent, subject.layout)
     at_patch = "" if patch is None else f", {patches.ravel()[patch]:.3g} at patch {patch}"
     is_active = bool(patches.any())
     caption = f"latent {latent}{at_patch if is_active else ': active at no patch'}"

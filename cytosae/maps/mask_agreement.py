@@ -48,8 +48,6 @@ from stores.spec import MASKS
 from stores.tables import column, listed
 from stores.wording import Report, counted, left_out_text, printable
 
-from .patch_maps import patch_side
-
 MAX_NONZEROS = 1 << 28  # of the masked images together: about 12 GiB
 LEAST_IMAGES = 5  # in which a latent must be active to be tested; of fewer images: all
 STATISTIC = "within images, averaged over patients; IoU cross-fitted; place by two nulls"  # of the header, older: other
@@ -232,7 +230,7 @@ def write_mask_agreement(
         raise BadInput(f"min_share must be above 0 and at most 1; found {min_share!r}")
     out = Path(out)
     latents = latents if isinstance(latents, LatentStore) else LatentStore(latents)
-    side, left_out = patch_side(latents.spec.tokens_per_image), dict[str, list[str]]()
+    side, left_out = latents.layout.side, dict[str, list[str]]()
     inputs = [Path(latents.root)]
     if isinstance(masks, Path | str):
         if not isinstance(classes, str | None):
@@ -254,7 +252,7 @@ def write_mask_agreement(
         raise BadInput("no readable image has a mask: there is nothing to compare")
     images, unit_of, n_without = _units(latents, sorted(shares))
     covered = np.array([shares[image] >= min_share for image in images]).reshape(len(images), -1, side * side)
-    foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, 256)
+    foreground = np.ascontiguousarray(covered.transpose(1, 0, 2))  # (n_classes, n_images, n_patches)
     for (name, _), mask in zip(named, foreground, strict=True):
         _check_class(name, mask, min_share)
     names, n_units = column(latents.images, "image_id"), int(unit_of[-1]) + 1
@@ -353,7 +351,7 @@ def read_ranked(
     *,
     progress: Progress = lambda done, total, state: None,
 ) -> RankedValues:
-    """The values at all patches of these images, patch p of the i-th at number i * 256 + p; CLS is left out.
+    """The values at all patches of these images, patch p of the i-th at number i * n_patches + p; others are left out.
 
     Raises
     ------
@@ -365,14 +363,14 @@ def read_ranked(
         raise BadInput(
             f"the {len(images):,} masked images hold {nnz:,} values, more than {MAX_NONZEROS:,}; take fewer masks"
         )
-    n_patches = latents.spec.tokens_per_image - 1
+    n_patches, first_patch = latents.layout.n_patches, latents.layout.first_patch
     indices, values, patches = [], [], []
     for number, image in enumerate(images):
         rows = latents.read_images(image, image + 1)
-        after_cls = int(rows.indptr[1])
-        of_image = np.repeat(np.arange(n_patches), np.diff(rows.indptr[1:]))
-        indices.append(rows.indices[after_cls:])
-        values.append(rows.values[after_cls:])
+        begin = int(rows.indptr[first_patch])
+        of_image = np.repeat(np.arange(n_patches), np.diff(rows.indptr[first_patch:]))
+        indices.append(rows.indices[begin:])
+        values.append(rows.values[begin:])
         patches.append((number * n_patches + of_image).astype(np.int32))
         progress(number + 1, len(images), "reading")
     return rank(

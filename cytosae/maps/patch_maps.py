@@ -1,7 +1,7 @@
 """Where in an image a latent is active: its map over patches, and the active latents of a patch. Numbers, no drawing.
 
-Patch k of 256 is at row k // 16, column k % 16 of the image, which was resized to a square without cropping. The CLS
-token has no position in the image, so it is in no map.
+With S x S patches, patch k is at row k // S, column k % S of what the backbone saw of the image (16 x 16 for DinoBloom,
+which sees the whole image resized to a square). CLS and registers have no position in the image, so they are in no map.
 """
 
 import math
@@ -16,6 +16,7 @@ from stores.concept_store import ConceptStore
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.spec import check_latent
+from stores.token_layout import TokenLayout, cls_first
 
 Map = npt.NDArray[np.float32]  # (side, side), row by row from the top left
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3) RGB
@@ -46,8 +47,10 @@ def read_tokens(latents: LatentStore, image_index: int) -> ss.csr_matrix:
     return latents.read_images(image_index, image_index + 1).to_scipy(latents.spec.n_latents)
 
 
-def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:
-    """(16, 16) activation of a latent at the patches of an image, in the latent's own unit; CLS is left out.
+def patch_map(tokens: ss.csr_matrix, latent: int, layout: TokenLayout | None = None) -> Map:
+    """(side, side) activation of a latent at the patches of an image, in the latent's own unit.
+
+    layout : of the tokens (`LatentStore.layout`); None: CLS first, then patches
 
     Raises
     ------
@@ -55,22 +58,20 @@ def patch_map(tokens: ss.csr_matrix, latent: int) -> Map:
         If there is no such latent, or the patches do not fill a square.
     """
     check_latent(latent, tokens.shape[1], "the SAE of these tokens")
-    side = patch_side(tokens.shape[0])
-    return tokens[1:, [latent]].toarray().astype(np.float32).reshape(side, side)
+    layout = layout or cls_first(tokens.shape[0])
+    side = layout.side
+    return tokens[layout.first_patch :, [latent]].toarray().astype(np.float32).reshape(side, side)
 
 
 def patch_side(tokens_per_image: int) -> int:
-    """Number of patches along each side of the image.
+    """Number of patches along each side of the image, of tokens that are CLS and patches; else `TokenLayout.side`.
 
     Raises
     ------
     BadInput
         If the tokens are not CLS and a square of patches.
     """
-    side = round(max(0, tokens_per_image - 1) ** 0.5)
-    if side < 1 or side * side != tokens_per_image - 1:
-        raise BadInput(f"a map needs CLS and a square of patches; this store has {tokens_per_image} tokens per image")
-    return side
+    return cls_first(tokens_per_image).side
 
 
 def stretched(patches: Map, height: int, width: int, *, is_smooth: bool) -> Map:
@@ -92,23 +93,28 @@ def _weights(n: int, side: int) -> npt.NDArray[np.float64]:
     return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(side)))
 
 
-def latents_of_patch(tokens: ss.csr_matrix, query: PatchQuery, concepts: ConceptStore) -> pa.Table:
+def latents_of_patch(
+    tokens: ss.csr_matrix, query: PatchQuery, concepts: ConceptStore, layout: TokenLayout | None = None
+) -> pa.Table:
     """All active latents of a patch, the largest value first (ties: the lower number).
 
     Columns: latent, value, frequency, mean_activation (of `query.dataset`), is_shared, is_noisy, rank (from 1 among
     those that are neither; else null).
+
+    layout : of the tokens (`LatentStore.layout`); None: CLS first, then patches
 
     Raises
     ------
     BadInput
         If there is no such patch or dataset, or no dataset is named and there are several.
     """
-    side = patch_side(tokens.shape[0])
+    layout = layout or cls_first(tokens.shape[0])
+    side = layout.side
     if not 0 <= query.patch < side * side:
         raise BadInput(
             f"patches are numbered 0 to {side * side - 1:,}, row by row from the top left; found {query.patch:,}"
         )
-    row = tokens[query.patch + 1].tocoo()
+    row = tokens[layout.patches[query.patch]].tocoo()
     order = np.lexsort((row.col, -row.data))
     latent, value = row.col[order], row.data[order]
     statistics = concepts.latents(concepts.choose_dataset(query.dataset))

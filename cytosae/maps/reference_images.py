@@ -95,7 +95,7 @@ class Sources:
         return Frame(
             caption=caption,
             picture=self.pictures[number](image_index),
-            patches=patch_map(read_tokens(self.stores[number], image_index), latent),
+            patches=patch_map(read_tokens(self.stores[number], image_index), latent, self.stores[number].layout),
             image_id=str(column(self.stores[number].images, "image_id")[image_index]),
         )
 

@@ -3,7 +3,7 @@
 majority        the commonest class of the training rows
 n_images        the number of images alone, as its logarithm: image counts may differ by disease
 mean_tokens     the backbone's patch tokens, averaged over a unit's images
-cls_token       the CLS tokens, likewise
+cls_token       the CLS tokens, likewise, if the backbone has one
 attention_mil   one instance per image, `cytosae/probe/attention_mil.py`: the family of the deep baseline
 """
 
@@ -53,7 +53,7 @@ class ImageTokens:
     """Two vectors per image, (n_images, width) each: the mean of its patch tokens, and its CLS token."""
 
     patches: Float
-    cls: Float
+    cls: Float  # (n_images, 0) if the backbone has no CLS token
 
 
 def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], *, progress: Progress) -> ImageTokens:
@@ -75,7 +75,8 @@ def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], 
             f"({listed(missing)}); give all caches that the latents were encoded from"
         )
     width = stores[0].spec.width
-    found = ImageTokens(np.zeros((len(wanted), width)), np.zeros((len(wanted), width)))
+    layout = stores[0].spec.layout
+    found = ImageTokens(np.zeros((len(wanted), width)), np.zeros((len(wanted), width * layout.n_cls)))
     n_done = 0
     for number, store in enumerate(stores):
         mine = sorted((place[image_id][1], k) for k, image_id in enumerate(wanted) if place[image_id][0] == number)
@@ -83,7 +84,8 @@ def read_image_tokens(stores: Sequence[ActivationStore], wanted: Sequence[str], 
             some = mine[start : start + _READ_IMAGES]
             for tokens, (_, k) in zip(store.read_images([index for index, _ in some]), some, strict=True):
                 image = tokens.astype(np.float64)
-                found.cls[k], found.patches[k] = image[0], image[1:].mean(0)
+                found.patches[k] = image[layout.first_patch :].mean(0)
+                found.cls[k] = image[: layout.n_cls].ravel()
             n_done += len(some)
             progress(n_done, len(wanted), "tokens")
     return found

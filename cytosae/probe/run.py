@@ -424,8 +424,10 @@ def _baselines(
         ids = [image_id for of_unit in units.image_ids for image_id in of_unit]
         rows_of = np.split(np.arange(len(ids)), np.cumsum(units.n_images)[:-1])
         images = baselines.read_image_tokens(caches, ids, progress=token_progress)
-        C_of = rule.of(images.cls.shape[1])
+        C_of = rule.of(images.patches.shape[1])
         for name, vectors in (("mean_tokens", images.patches), ("cls_token", images.cls)):
+            if not vectors.shape[1]:  # the backbone has no CLS token
+                continue
             wanted[name] = baselines.features(baselines.of_units(vectors, rows_of), c, C_of, config.c_factors)
         if config.mil is not None:
             methods.append(Method("attention_mil", _mil(images.patches, rows_of, units, repeats, config, progress)))

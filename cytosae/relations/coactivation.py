@@ -40,7 +40,7 @@ class NeighbourConfig:
     Attributes
     ----------
     tau : 0 or more; a latent is active at a token if its stored value is greater
-    token_set : tokens that count: all, patch or cls
+    token_set : tokens that count: all, patch, cls or register
     min_images : fewest images in which two latents must be active at one token, to be neighbours by activity
     n_top : neighbours of each kind, 1 to 1,000
     """
@@ -155,7 +155,7 @@ class _Counter:
 
     def add_store(self, store: LatentStore, config: NeighbourConfig) -> None:
         per_image, tau = store.spec.tokens_per_image, np.float32(config.tau)
-        tokens = chosen_tokens(config.token_set, per_image)
+        tokens = chosen_tokens(config.token_set, store.layout, f"the tokens of {store.root}")
         self.n_all += int(store.readable().sum()) * len(tokens)
         for images in _chunks(store):
             rows = store.read_images(images.start, images.stop)

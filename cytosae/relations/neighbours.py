@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cytosae.barcodes import check_one_sae, check_tau, join_tables
+from cytosae.barcodes import check_one_sae, check_tau, check_token_set, join_tables
 from cytosae.cluster import client_or_own, cluster_job
 from cytosae.sae import Decoder, pair_cosines, read_decoder
 from stores.errors import BadInput, SpecMismatch
@@ -86,7 +86,7 @@ def _find(
     else:
         counts = [coactivation.count_group(paths, *group, config) for group in groups]
     n_images = sum(int(store.readable().sum()) for store in stores)
-    n_tokens = n_images * len(chosen_tokens(config.token_set, stores[0].spec.tokens_per_image))
+    n_tokens = n_images * len(chosen_tokens(config.token_set, stores[0].layout))
     table = _table(decoder, numbers, near, counts, n_tokens)
     return Neighbours(latents=numbers, table=table, n_tokens=n_tokens, n_images=n_images)
 
@@ -157,6 +157,7 @@ def _open(decoder: Decoder, latents: Path | str | Sequence[Path | str], config: 
     if stores:
         check_one_sae(stores)
         check_tau(stores, config.tau)
+        check_token_set(stores, config.token_set)
         join_tables(stores)  # no image twice
         if not any(store.readable().any() for store in stores):
             raise BadInput(f"no readable image in {', '.join(str(store.root) for store in stores)}")

@@ -11,6 +11,7 @@ from .config import checked_settings as checked_settings
 from .config import make_config as make_config
 from .config import overridden as overridden
 from .config import read_toml as read_toml
+from .config import require_same_shape as require_same_shape
 from .decoder import Decoder as Decoder
 from .decoder import pair_cosines as pair_cosines
 from .decoder import read_decoder as read_decoder

@@ -111,7 +111,7 @@ class SparseAutoencoder(nn.Module):
         return self.decode(self.encode(tokens_BD))
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator, *, threshold: float = 1e-3) -> None:
+    def init_weights(self, generator: torch.Generator, *, threshold: float = 1e-3, init: str = "kaiming") -> None:
         """Initialise in place as the released code does: Kaiming-uniform, biases 0, rows of norm 1.
 
         Source: docs/reference/paper.md 4.2.
@@ -119,6 +119,8 @@ class SparseAutoencoder(nn.Module):
         Bounds are sqrt(6 / L) for W_enc and sqrt(6 / D) for W_dec; the two matrices are drawn separately.
 
         threshold : initial threshold of jumprelu, > 0
+        init : "transpose": W_enc is then the transpose of W_dec, so that a latent looks for what it stands for
+            (Gao et al., arXiv 2406.04093, 2.4)
         """
         for weight, fan_in in ((self.W_enc, self.n_latents), (self.W_dec, self.width)):
             bound = math.sqrt(6 / fan_in)
@@ -127,6 +129,8 @@ class SparseAutoencoder(nn.Module):
         if self.activation == "jumprelu":
             self.log_threshold.fill_(math.log(threshold))
         self.normalise_decoder()
+        if init == "transpose":
+            self.W_enc.copy_(self.W_dec.T)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

@@ -1,4 +1,4 @@
-"""The figure of a sweep: explained variance against L0."""
+"""The figure of a sweep: explained variance against L0, with the frontier that no other setting lies above."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cytosae.plotting import COLORS, MARKERS, new_figure, save_figure
+
+from .recommend import bands_of, is_on_frontier
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +22,8 @@ def plot_sweep(
     """Draw explained variance against L0, one point per row of a sweep's table: mean and standard deviation over seeds.
 
     One panel per setting that varies. All panels show the same points, with colours and markers by the setting of the
-    panel. Rows without a finished SAE are not shown; the title says how many there are.
+    panel. Rows without a finished SAE are not shown; the title says how many there are. The line is the frontier of
+    each kind of caches: no other setting explains as much with fewer active latents. A ring marks what is recommended.
 
     table : rows of table.parquet
     settings : names of the settings that vary
@@ -39,6 +42,7 @@ def plot_sweep(
     for axes, setting in zip(all_axes, panels, strict=False):
         if len(spread) == len(shown) and spread and max(spread) > 10 * min(spread):
             _scale_by_log(axes)
+        _draw_frontier(axes, shown, x, y)
         _draw_sweep(axes, shown, setting, x, y)
         axes.set_xlabel("L0: active latents per token", fontsize=8)
         axes.set_ylabel("explained variance", fontsize=8)
@@ -46,9 +50,24 @@ def plot_sweep(
         axes.grid(alpha=0.25, linewidth=0.5)
     measured = "held-out images" if x.startswith("held_out_") else "last batch of training"
     missing = f"; not shown: {len(table) - len(shown)} without a finished SAE" if len(shown) < len(table) else ""
-    figure.suptitle(f"{len(shown)} settings, mean and standard deviation over seeds ({measured}){missing}", fontsize=9)
+    ringed = "; ring: recommended" if any(band.is_recommended for band in bands_of(shown)) else ""
+    title = f"{len(shown)} settings, mean and standard deviation over seeds ({measured}){missing}"
+    figure.suptitle(f"{title}; line: frontier{ringed}", fontsize=9)
     for path in paths:
         save_figure(figure, path)
+
+
+def _draw_frontier(axes: "Axes", rows: Sequence[dict[str, Any]], x: str, y: str) -> None:
+    for caches in dict.fromkeys(row["caches"] for row in rows):
+        mine = [row for row in rows if row["caches"] == caches]
+        best = [row for row in mine if is_on_frontier(row, mine, x=f"{x}_mean", y=f"{y}_mean")]
+        best.sort(key=lambda row: row[f"{x}_mean"])
+        places = [[row[f"{name}_mean"] for row in best] for name in (x, y)]
+        axes.plot(*places, color="0.6", linewidth=1, zorder=0, gid="frontier")
+    if x.startswith("held_out_"):
+        ringed = [band.best for band in bands_of(rows) if band.is_recommended]
+        places = [[row[f"{name}_mean"] for row in ringed] for name in (x, y)]
+        axes.plot(*places, "o", color="none", markeredgecolor="black", markersize=11, gid="recommended")
 
 
 def _draw_sweep(axes: "Axes", rows: Sequence[dict[str, Any]], setting: str, x: str, y: str) -> None:

@@ -18,6 +18,7 @@ from stores.tables import listed, parquet_bytes
 from stores.verify_any import sweep_sha256
 
 from .grid import setting_text
+from .recommend import recommendation
 
 Row = dict[str, Any]
 FORMAT, VERSION = "sweep", 1
@@ -145,6 +146,7 @@ class SweepFolder:
             "failed_at_step": record.failed_at_step,
             "message": record.message,
             "n_latents": header.spec["n_latents"] if header else None,
+            "width": header.spec["width"] if header else None,
             "final_step": summary.get("steps"),
             "final_tokens": summary.get("tokens"),
             **{f"final_{name}": final.get(name) for name in _OF_TRAINING},
@@ -158,7 +160,7 @@ class SweepFolder:
         """Rows of members.parquet, rows of table.parquet, and the text of table.md."""
         members = self.rows()
         table = means_over_seeds(members, varied)
-        return members, table, as_markdown(table, varied)
+        return members, table, as_markdown(table, varied) + recommendation(table, varied)
 
     def write_tables(self, varied: Sequence[str]) -> tuple[list[Row], list[Row], str]:
         """Write members.parquet, table.parquet and table.md; returns the same as `tables`."""
@@ -185,6 +187,7 @@ def means_over_seeds(members: Sequence[Row], varied: Sequence[str]) -> list[Row]
         failed = [member for member in group if member["status"] == "failed"]
         row: Row = dict(zip(["caches", *names], key, strict=True))
         row |= {"n": len(done), "n_failed": len(failed), "n_unfinished": len(group) - len(done) - len(failed)}
+        row |= {name: next((member.get(name) for member in done), None) for name in ("width", "n_latents")}
         row["failures"] = f"failed at step {listed([_failure(member) for member in failed])}" if failed else None
         for metric in METRICS:
             values = [float(member[metric]) for member in done if member[metric] is not None]
@@ -255,15 +258,18 @@ def _arrow(rows: Sequence[Row]) -> pa.Table:
     columns = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if any(isinstance(value, tuple | list) for value in values):
+        if any(isinstance(value, tuple | list) for value in values) or (
+            name in _MAY_BE_AUTO and any(isinstance(value, str) for value in values)
+        ):
             values = [setting_text(value) for value in values]
         is_number = name in METRICS or name.endswith(("_mean", "_sd"))
         columns[name] = pa.array(values, _KINDS.get(name) or (pa.float64() if is_number else None))
     return pa.table(columns)
 
 
+_MAY_BE_AUTO = ("expansion", "tokens", "target_l0")  # settings that are a number, or the word auto
 _KINDS = {
-    **{name: pa.int64() for name in ("failed_at_step", "n_latents", "final_step", "final_tokens")},
+    **{name: pa.int64() for name in ("failed_at_step", "n_latents", "width", "final_step", "final_tokens")},
     **{name: pa.string() for name in ("message", "failures")},
 }
 

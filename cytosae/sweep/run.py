@@ -43,6 +43,7 @@ from stores.wording import Report
 
 from .figures import plot_sweep
 from .grid import Grid, read_grid
+from .recommend import Band, bands_of
 from .record import Record, Row, SweepFolder, metric_prefix
 
 MOST_AT_ONCE = 256  # members in one pass; each keeps a lock file open
@@ -55,6 +56,7 @@ _OF_DATA = (
     "mix",
     "holdout",
     "holdout_by",
+    "background",
 )  # settings that choose tokens and order
 
 
@@ -79,6 +81,16 @@ class SweepResult(Report):
     def lines(self) -> Iterator[str]:
         """The table, a row for each setting."""
         yield from self.markdown.rstrip("\n").split("\n")
+
+    @property
+    def bands(self) -> list[Band]:
+        """Rows of the table by comparable L0, the least held-out error first; empty without held-out images."""
+        return bands_of(self.table)
+
+    @property
+    def recommended(self) -> list[Row]:
+        """The row of the table to take for barcodes, one for each kind of caches; none if none is healthy."""
+        return [band.best for band in self.bands if band.is_recommended]
 
     @property
     def failed(self) -> list[Row]:
@@ -168,9 +180,8 @@ def sweep(
             out, packages=("torch", "numpy"), caches=[str(cache) for cache in caches], device=device, threads=threads
         )
         passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device))
-        for warning in dict.fromkeys(member.config.warning for member in waiting):
-            if warning:
-                say(f"warning: {warning}")
+        for warning in dict.fromkeys(warning for member in waiting for warning in member.plan.choices.warnings):
+            say(f"warning: {warning}")
         if waiting:
             say(_summary_line(planned, waiting, passes))
         totals = [_last_position(members) for members in passes]
@@ -213,7 +224,8 @@ def _plan(
                     chosen[key] = choose_data(stores, config, exclude=exclude)
                 plan = plan_training(chosen[key], out / "runs" / name, config)
                 with torch.device("meta"):  # shapes without memory
-                    n_bytes = sum(4 * 4 * weight.numel() for weight in new_model(plan.data.width, config).parameters())
+                    model = new_model(plan.data.width, plan.config)
+                    n_bytes = sum(4 * 4 * weight.numel() for weight in model.parameters())
             except BadInput as error:
                 raise BadInput(f"{source}: the member {name} cannot be trained: {error}") from None
             settings = {setting: getattr(config, setting) for setting in grid.varied}
@@ -300,7 +312,7 @@ class _Pass:
         self._folder, self._members, self._device = folder, members, device
         self._checkpoint_every, self._keep = checkpoint_every, keep_states
         self._live: list[tuple[Record, Training]] = []
-        self._is_to_save, self._best = False, ("", float("-inf"))
+        self._is_to_save = False
 
     def run(self, progress: Callable[[int, str], None]) -> None:
         """Train all of them to their ends; `progress` is called with the tokens read so far.
@@ -375,12 +387,11 @@ class _Pass:
         self._is_to_save = True
 
     def _state(self) -> str:
-        for record, training in self._live:
-            variance = (training.newest or {}).get("explained_variance")
-            if variance is not None and variance > self._best[1]:
-                self._best = record.name, variance
-        best = f", best explained variance {self._best[1]:.3f} ({self._best[0][:40]})" if self._best[0] else ""
-        return f"{len(self._live)} SAEs{best}"
+        """Where the SAEs are between sparse and dense; which is best, only held-out images at comparable L0 can say."""
+        newest = [training.newest for _, training in self._live if training.newest]
+        l0s = [float(metrics["l0"]) for metrics in newest if metrics["l0"] is not None]
+        said = f", L0 {min(l0s):.1f} to {max(l0s):.1f}" if l0s else ""
+        return f"{len(self._live)} SAEs{said}"
 
 
 def _result(folder: SweepFolder, grid: Grid, *, was_complete: bool) -> SweepResult:

@@ -1,3 +1,4 @@
+from .background import find_background as find_background
 from .data import TrainingData as TrainingData
 from .data import choose_data as choose_data
 from .data import first_position as first_position
@@ -5,6 +6,12 @@ from .device_prefetch import on_device as on_device
 from .evaluate import DEAD_WINDOW as DEAD_WINDOW
 from .evaluate import BackboneSample as BackboneSample
 from .evaluate import Evaluation as Evaluation
+from .health import Health as Health
+from .health import HealthRow as HealthRow
+from .health import assess_health as assess_health
+from .health import healthy_l0 as healthy_l0
+from .health import read_health as read_health
+from .health import write_health as write_health
 from .info import SaeInfo as SaeInfo
 from .info import sae_info as sae_info
 from .losses import BatchLosses as BatchLosses
@@ -16,6 +23,7 @@ from .report import held_out_line as held_out_line
 from .report import training_line as training_line
 from .residuals import compare_in_one_pass as compare_in_one_pass
 from .residuals import compare_plainly as compare_plainly
+from .start import start_settings as start_settings
 from .state import new_model as new_model
 from .train import Diverged as Diverged
 from .train import Training as Training

@@ -18,6 +18,8 @@ from stores.holdout import Chosen, chosen_images
 from stores.token_mix import TokenMix
 from stores.token_stream import TokenStream
 
+from .background import Background, find_background
+
 _SAMPLE = 65_536  # tokens from which the initial b_dec and the scale of the tokens are computed
 
 
@@ -29,8 +31,11 @@ class TrainingData:
     stream: TokenStream | TokenMix
     chosen: Chosen
     excluded_sha256: str | None  # of the sorted ids, one per line; None: no image is excluded
+    background: Background | None = None  # None: all tokens are used
     # initial b_dec by setting, computed once for all SAEs of a sweep that start from the same one
     starts: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    # tokens of held-out images by token set, read once in the same way (budget.py)
+    watched: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -65,6 +70,7 @@ class TrainingData:
                 "excluded": self.chosen.n_excluded,
                 "excluded_sha256": self.excluded_sha256,
             },
+            **({"background": self.background.to_spec()} if self.background else {}),
         }
 
 
@@ -89,6 +95,8 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
     if config.mix is not None and len(config.mix) != len(stores):
         raise BadInput(f"mix must have a share for each of the {len(stores)} caches; found {len(config.mix)}")
     chosen = chosen_images(stores, holdout=config.holdout, by=config.holdout_by, seed=seed, exclude=frozenset(exclude))
+    background = None if config.background == "keep" else find_background(stores, config.background)
+    keep = background.keep if background else None
     stream: TokenStream | TokenMix
     if config.mix is None:
         stream = TokenStream(
@@ -98,6 +106,7 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
             pool_chunks=config.pool_chunks,
             seed=seed,
             images=chosen.train,
+            keep=keep,
         )
     else:
         stream = TokenMix(
@@ -108,11 +117,12 @@ def choose_data(stores: list[ActivationStore], config: TrainConfig, *, exclude: 
             pool_chunks=config.pool_chunks,
             seed=seed,
             images=chosen.train,
+            keep=keep,
         )
     excluded = (
         hashlib.sha256("".join(f"{name}\n" for name in sorted(exclude)).encode()).hexdigest() if exclude else None
     )
-    return TrainingData(stores, stream, chosen, excluded)
+    return TrainingData(stores, stream, chosen, excluded, background)
 
 
 def first_position(config: TrainConfig) -> int:
@@ -138,7 +148,7 @@ def token_scale(data: TrainingData, config: TrainConfig) -> float:
     """
     if config.token_scale == "none":
         return 1.0
-    norm = float(_sample(data, config).norm(dim=1).double().mean())
+    norm = float(first_tokens(data, config).norm(dim=1).double().mean())
     if norm == 0:
         raise BadInput("token_scale 'sqrt-width' divides by the tokens' mean norm, which is 0")
     return data.width**0.5 / norm
@@ -163,11 +173,12 @@ def _initial_b_dec(data: TrainingData, config: TrainConfig) -> torch.Tensor:
         per_image = data.stream.tokens_per_image
         whole = len(sample) - len(sample) % per_image
         return geometric_median(sample[:whole].reshape(-1, per_image, data.width)).mean(0)
-    sample = _sample(data, config)
+    sample = first_tokens(data, config)
     return sample.mean(0) if config.b_dec_init == "mean" else geometric_median(sample)
 
 
-def _sample(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+def first_tokens(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    """(N, D) float32: the tokens, the first ones of the stream, from which what a run starts with is estimated."""
     n_tokens = min(_SAMPLE, data.stream.tokens_per_epoch)
     return _first(data, config.batch_tokens if config.order == "images" else n_tokens)
 

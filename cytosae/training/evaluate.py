@@ -30,6 +30,7 @@ from stores.token_sets import TOKEN_SETS, chosen_tokens
 from stores.wording import Report
 
 from .data import TrainingData
+from .health import Health, assess_health
 from .losses import loss_weight
 from .report import evaluation_lines
 
@@ -150,6 +151,15 @@ class Evaluation(Report):
     n_tokens_active: Int  # (L,) tokens at which it is active
     coherence: Coherence
     substitution: Substitution | None  # None: no images were given
+    activation: str = "relu"
+    width: int = 0  # of a token
+    n_pca: int = 0  # L0, rounded, at most the width: components of
+    pca_explained_variance: float = math.nan  # a PCA of these very tokens, and the variance that they explain
+
+    @property
+    def health(self) -> Health:
+        """Is the SAE fit for barcodes? Each figure with its healthy range."""
+        return assess_health(self)
 
     @property
     def frequency(self) -> npt.NDArray[np.float64]:
@@ -192,6 +202,7 @@ class Evaluation(Report):
         values = {name: getattr(self, name) for name in names}
         counts = {name: values.pop(name).tolist() for name in ("n_images_active", "n_tokens_active")}
         values["log10_frequency"] = self.histogram
+        values["health"] = self.health.to_json()
         return {**{name: _plain(value) for name, value in values.items()}, **(counts if per_latent else {})}
 
 
@@ -217,7 +228,7 @@ def evaluate(
 
     Parameters
     ----------
-    token_set : all, patch or cls; default: what the SAE was trained on
+    token_set : all, patch, cls or register; default: what the SAE was trained on
     dead_window : number of last tokens for `dead_fraction_window`, > 0; rounded up to whole images
     only : ids of the images to measure on, for instance those in `held_out.parquet` of a run; None: all
     sample : images for the effect on the backbone's final CLS embedding; read before the pass begins
@@ -245,8 +256,8 @@ def evaluate(
     check_choice("loss", loss, LOSSES)
     if dead_window < 1:
         raise BadInput(f"the window of dead latents must be at least 1 token; found {dead_window:,}")
-    chosen = TOKEN_SETS[token_set]
-    per_image = len(chosen_tokens(token_set, store.spec.tokens_per_image))
+    positions = chosen_tokens(token_set, store.spec.layout, f"the tokens of {cache}")
+    per_image, chosen = len(positions), slice(positions.start, positions.stop)
     is_readable = store.readable()
     if only is not None:
         is_readable &= _named(store, only)
@@ -260,7 +271,7 @@ def evaluate(
     trained_on = find_trained_on(run, sae.header, store.images, cache_sha256=store.content_sha256).of(is_readable)
     outputs = [tokens.cpu() for tokens in sample.outputs] if sample else []
     coherence = decoder_coherence(model.W_dec, progress=decoder_progress)
-    sums = _Sums(model, loss=loss, step=step, window_begins=n_images - n_window)
+    sums = _Sums(model, loss=loss, step=step, window_begins=n_images - n_window, with_pca=True)
     n_together = max(1, step // per_image)
     for rows, tokens in store.iter_chunks():
         for start in range(0, len(rows), n_together):
@@ -297,7 +308,7 @@ def evaluate(
         n_tokens=sums.n_tokens,
         mse=sums.scaled_error / (sums.n_tokens * model.width),
         mse_plain=sums.error / (sums.n_tokens * model.width),
-        explained_variance=_explained(sums.error, sums.variance),
+        explained_variance=sums.explained_variance,
         explained_variance_uncentered=_explained(sums.error, sums.square),
         l0=sums.l0,
         l0_percentiles=_percentiles_of_counts(sums.l0_counts.cpu().numpy()),
@@ -310,6 +321,10 @@ def evaluate(
         n_tokens_active=sums.n_tokens_active.cpu().numpy(),
         coherence=coherence,
         substitution=substitution,
+        activation=model.activation,
+        width=model.width,
+        n_pca=sums.n_pca,
+        pca_explained_variance=sums.pca_explained_variance,
     )
 
 
@@ -350,9 +365,14 @@ def decoder_coherence(
 
 
 class _Sums:
-    """Running sums of the pass: float64, and int64 for what is counted."""
+    """Running sums of the pass: float64, and int64 for what is counted.
 
-    def __init__(self, model: SparseAutoencoder, *, loss: str, step: int, window_begins: int) -> None:
+    with_pca : also the products of channels, (D, D), for the variance that principal components explain
+    """
+
+    def __init__(
+        self, model: SparseAutoencoder, *, loss: str, step: int, window_begins: int, with_pca: bool = False
+    ) -> None:
         self.n_tokens = self.n_images = 0
         self.error = self.scaled_error = self.square = 0.0
         self.latents_per_image: list[int] = []
@@ -366,6 +386,8 @@ class _Sums:
         self._about_D = torch.zeros(0)
         self._shifted_D = torch.zeros(model.width, dtype=torch.float64, device=device)
         self._shifted_square = 0.0
+        side = model.width if with_pca else 0
+        self._shifted_DD = torch.zeros(side, side, dtype=torch.float64, device=device)
         self._model, self._loss, self._step, self._window_begins = model, loss, step, window_begins
 
     @property
@@ -388,6 +410,27 @@ class _Sums:
     def variance(self) -> float:
         """Sum of squared distances from the mean token."""
         return self._shifted_square - self._shifted_D.square().sum().item() / self.n_tokens
+
+    @property
+    def explained_variance(self) -> float:
+        """Share of the variance about the mean token; NaN if the tokens do not vary."""
+        return _explained(self.error, self.variance)
+
+    @property
+    def n_pca(self) -> int:
+        """L0 as a number of components."""
+        return min(round(self.l0), self._model.width)
+
+    @property
+    def pca_explained_variance(self) -> float:
+        """The variance that the first `n_pca` components of the tokens explain; NaN if the tokens do not vary."""
+        if not self.variance > 0:
+            return math.nan
+        about_mean_DD = self._shifted_DD - torch.outer(self._shifted_D, self._shifted_D) / self.n_tokens
+        rising = torch.linalg.eigvalsh(about_mean_DD.cpu()).clamp_min(0)
+        total = rising.sum().item()
+        explained = rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
+        return float(f"{explained:.9g}")  # the last bits of eigenvalues depend on how memory is aligned
 
     def add(self, x_NTD: torch.Tensor) -> None:
         """Add whole images, (N, T, D) float32, `step` tokens of each at a time if it has more."""
@@ -424,39 +467,66 @@ class _Sums:
         self.square += square_B.sum().item()
         self._shifted_D += shifted_BD.sum(0)
         self._shifted_square += shifted_BD.square().sum().item()
+        if len(self._shifted_DD):
+            self._shifted_DD += shifted_BD.T @ shifted_BD
 
 
 def measure_held_out(
     model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str
 ) -> dict[str, float | int | None]:
     """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN."""
-    per_image = data.stream.tokens_per_image
-    chosen = TOKEN_SETS[config.token_set]
+    positions = chosen_tokens(config.token_set, data.stores[0].spec.layout)
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
-    for store, mask in zip(data.stores, data.chosen.held_out, strict=True):
-        for chunk in range(store.spec.n_chunks):
-            rows = store.spec.chunk_rows(chunk)
-            images = np.flatnonzero(mask[rows.start : rows.stop])
-            if not len(images):
+    keep = data.background.keep if data.background else [None] * len(data.stores)
+    for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
+        for images, x_NTD in images_of(store, mask, config.token_set, range(store.spec.n_chunks), step=step):
+            x_here = x_NTD.to(device).float()
+            if kept is None:
+                sums.add(x_here)
                 continue
-            tokens = store.read_chunk(chunk)
-            for some in np.array_split(images, -(-len(images) * per_image // step)):
-                x_NTD = tokens[some][:, chosen]
-                _check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
-                sums.add(torch.from_numpy(x_NTD).to(device).float())
+            for x_TD, is_kept in zip(x_here, kept[images][:, positions.start : positions.stop], strict=True):
+                if is_kept.any():  # of an image that is all background nothing is measured
+                    sums.add(x_TD[torch.from_numpy(is_kept)][None])
+    if not sums.n_tokens:
+        raise BadInput("the held-out images are all background: hold out more, or leave --background out")
     found: dict[str, float | int | None] = _plain(
         {
             "n_images": sums.n_images,
             "n_tokens": sums.n_tokens,
             "mse": sums.scaled_error / (sums.n_tokens * model.width),
-            "explained_variance": _explained(sums.error, sums.variance),
+            "explained_variance": sums.explained_variance,
             "explained_variance_uncentered": _explained(sums.error, sums.square),
             "l0": sums.l0,
             "n_meaningful": sums.n_meaningful(),
         }
     )
     return found
+
+
+def images_of(
+    store: ActivationStore, mask: npt.NDArray[np.bool_], token_set: str, chunks: Iterable[int], *, step: int
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
+    """Images in `mask` (n_images,) chunk by chunk, about `step` tokens each: (N,) their indices in the store, and their
+    chosen tokens (N, T, D) float16.
+
+    Raises
+    ------
+    DamagedStore
+        If a token is NaN or infinite.
+    """
+    positions = chosen_tokens(token_set, store.spec.layout)
+    per_image, chosen = len(positions), slice(positions.start, positions.stop)
+    for chunk in chunks:
+        rows = store.spec.chunk_rows(chunk)
+        images = np.flatnonzero(mask[rows.start : rows.stop])
+        if not len(images):
+            continue
+        tokens = store.read_chunk(chunk)
+        for some in np.array_split(images, -(-len(images) * per_image // step)):
+            x_NTD = tokens[some][:, chosen]
+            _check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
+            yield some + rows.start, torch.from_numpy(x_NTD)
 
 
 def _named(store: ActivationStore, only: Collection[str]) -> npt.NDArray[np.bool_]:

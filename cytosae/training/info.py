@@ -1,21 +1,35 @@
 """What an SAE is and what it was trained on: the page of `cyto sae info`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cytosae.sae import activation_text
+from stores.errors import DamagedStore
 from stores.info import StoreInfo
 from stores.runlog import read_runs
 from stores.spec import SAE, Header, read_header
 from stores.wording import printable, size_on_disk
 
-from .report import held_out_line, training_line
+from .health import Health, read_health
+from .report import background_line, held_out_line, training_line
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaeInfo(StoreInfo):
     """What an SAE is and what it was trained on."""
+
+    health: Health | None = None  # what was measured last; None: nothing of these weights is kept, or
+    no_health: str = ""  # it cannot be read
+
+    def lines(self) -> Iterator[str]:
+        """The page of `cyto sae info`."""
+        yield from super().lines()
+        if self.health is not None:
+            yield from self.health.lines()
+        elif self.header.complete:
+            yield f"health: not measured{printable(self.no_health)}; cyto sae eval RUN STORE --keep measures it"
 
     def rows(self) -> dict[str, str]:
         """The named values of the page, in order."""
@@ -23,7 +37,8 @@ class SaeInfo(StoreInfo):
 
     def to_json(self) -> dict[str, Any]:
         """Header and runs as plain JSON values."""
-        return {**self.header.to_json(), "runs": list(self.runs)}
+        health = None if self.health is None else self.health.to_json()
+        return {**self.header.to_json(), "runs": list(self.runs), "health": health}
 
 
 def sae_info(run: Path) -> SaeInfo:
@@ -35,7 +50,13 @@ def sae_info(run: Path) -> SaeInfo:
         If there is no SAE of a version that this program reads, or its header is damaged.
     """
     header = read_header(run, SAE, complete=False)
-    return SaeInfo(store=run, header=header, n_bytes=size_on_disk(run), runs=tuple(read_runs(run)))
+    health, no_health = None, ""
+    try:
+        health = read_health(run, sae_sha256=(header.summary or {}).get("sae_sha256", ""))
+    except DamagedStore as error:
+        no_health = f" ({error})"
+    runs = tuple(read_runs(run))
+    return SaeInfo(store=run, header=header, n_bytes=size_on_disk(run), runs=runs, health=health, no_health=no_health)
 
 
 def _trained_rows(header: Header) -> dict[str, str]:
@@ -47,10 +68,15 @@ def _trained_rows(header: Header) -> dict[str, str]:
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
         "objective": f"loss {config['loss']}, "
-        + (f"l1 {config['l1']:g}, " if spec["activation"] not in ("topk", "batchtopk") else "")
+        + _sparsity(spec, summary)
         + f"dead latents: {config['dead_latents']}"
-        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else ""),
-        "training": f"{spec['n_steps']:,} steps of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
+        + (f" ({config['ghost_scale']})" if config["dead_latents"] == "ghost" else "")
+        + (f", init {config['init']}" if "init" in config else "")
+        + (f", gradients clipped to {config['clip_norm']:g}" if config.get("clip_norm") else "")
+        + (f", nested at {', '.join(map(str, config['nested']))}" if config.get("nested") else ""),
+        **({"begun from": f"sha256 {spec['init_from']['sae_sha256']}"} if "init_from" in spec else {}),
+        **({"background": background_line(spec["background"])[12:]} if "background" in spec else {}),
+        "training": f"{_steps(spec, summary)} of {config['batch_tokens']:,} tokens, lr {config['lr']:g}, "
         f"order {config['order']}, token set {config['token_set']}, seed {config['seed']}",
         "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
         "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
@@ -61,8 +87,28 @@ def _trained_rows(header: Header) -> dict[str, str]:
     }
 
 
-def _imported_rows(header: Header) -> dict[str, str]:
+def _sparsity(spec: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The weight of the sparsity term, or what it was steered to."""
+    config = spec["config"]
+    if spec["activation"] in ("topk", "batchtopk"):
+        return ""
+    if config.get("target_l0") is None:
+        return f"l1 {config['l1']:g}, "
+    steered = summary.get("penalty")
+    return f"L0 steered to {config['target_l0']:g}" + (f" (l1 {steered['l1']:.3g}), " if steered else ", ")
 
+
+def _steps(spec: dict[str, Any], summary: dict[str, Any]) -> str:
+    """How many steps the run took, and what ended it."""
+    if spec["config"].get("tokens") != "auto":
+        return f"{spec['n_steps']:,} steps"
+    if "budget" not in summary:
+        return f"at most {spec['n_steps']:,} steps"
+    settled = summary["budget"]["settled_at_step"]
+    return f"{summary['steps']:,} steps ({'settled' if settled is not None else 'never settled'})"
+
+
+def _imported_rows(header: Header) -> dict[str, str]:
     spec, summary = header.spec, header.summary or {}
     says = summary.get("says", {})
     names = ("model_name", "block_layer", "module_name", "class_token", "hook_name", "dataset_path", "l1_coefficient")

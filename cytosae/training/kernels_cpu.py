@@ -37,20 +37,39 @@ class Active:
         """(L,): number of tokens on which each is active."""
         return np.diff(self.starts)
 
+    def part(self, low: int, high: int) -> "Active":
+        """Those of the latents from `low` to before `high`, which are counted from 0 on then."""
+        first, last = self.starts[low], self.starts[high]
+        return Active(
+            self.n_tokens, self.starts[low : high + 1] - first, self.tokens[first:last], self.values[first:last]
+        )
 
-def count_active(pre_activations_BL: Floats) -> npt.NDArray[np.int64]:
-    """(B,): number of active latents of each token. NaN counts as active, so that it reaches the loss."""
+    def at_least(self, bound: float) -> "Active":
+        """Those with a value of at least `bound`, or NaN."""
+        is_kept = ~(self.values < bound)
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
+        return Active(self.n_tokens, before[self.starts], self.tokens[is_kept], self.values[is_kept])
+
+    def to_dense(self) -> Floats:
+        """(B, L), 0 where a latent is not active."""
+        dense = np.zeros((self.n_tokens, len(self.starts) - 1), self.values.dtype)
+        dense[self.tokens, np.repeat(np.arange(len(self.counts)), self.counts)] = self.values
+        return dense
+
+
+def count_active(pre_activations_BL: Floats, above: float = 0.0) -> npt.NDArray[np.int64]:
+    """(B,): number of entries above `above` of each token. NaN counts as active, so that it reaches the loss."""
     counts = np.empty(len(pre_activations_BL), np.int64)
-    _count(pre_activations_BL, counts)
+    _count(pre_activations_BL, pre_activations_BL.dtype.type(above), counts)
     return counts
 
 
-def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64]) -> Active:
-    """The entries above 0, sorted by latent; `counts_B` from `count_active`. Memory: 16 bytes per active entry."""
+def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64], above: float = 0.0) -> Active:
+    """The entries above `above`, by latent; `counts_B` from `count_active`. Memory: 16 bytes per active entry."""
     starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
     latents = np.empty(starts[-1], np.int32)
     values = np.empty(starts[-1], pre_activations_BL.dtype)
-    _fill(pre_activations_BL, starts, latents, values)
+    _fill(pre_activations_BL, pre_activations_BL.dtype.type(above), starts, latents, values)
     return Active(len(counts_B), *_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
 
 
@@ -106,26 +125,26 @@ def _equal_work(active: Active) -> npt.NDArray[np.int64]:
 
 
 @numba.njit(parallel=True, cache=True)
-def _count(p: Any, counts: Any) -> None:
+def _count(p: Any, above: Any, counts: Any) -> None:
     for b in numba.prange(p.shape[0]):
         n = 0
         for latent in range(p.shape[1]):
-            n += not p[b, latent] <= 0
+            n += not p[b, latent] <= above
         counts[b] = n
 
 
 @numba.njit(parallel=True, cache=True)
-def _fill(p: Any, starts: Any, latents: Any, values: Any) -> None:
+def _fill(p: Any, above: Any, starts: Any, latents: Any, values: Any) -> None:
     for b in numba.prange(p.shape[0]):
         at = starts[b]
         for first in range(0, p.shape[1], _CHUNK):
             stop = min(first + _CHUNK, p.shape[1])
             n = 0
             for latent in range(first, stop):
-                n += not p[b, latent] <= 0
+                n += not p[b, latent] <= above
             if n > 0:
                 for latent in range(first, stop):
-                    if not p[b, latent] <= 0:
+                    if not p[b, latent] <= above:
                         latents[at] = latent
                         values[at] = p[b, latent]
                         at += 1

@@ -6,6 +6,8 @@ CPU in CSC); sums are float32.
 Shapes: B tokens of a micro-batch, D width, L latents.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +65,7 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
     """
     device = values_BL.device.type
     if sparse_below is None:
-        sparse_below = SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW
+        sparse_below = default_sparse_below(device)
     if sparse_below <= 0 or device not in ("cpu", "cuda") or (device == "cpu" and values_BL.dtype == torch.bfloat16):
         return DenseLatents(values_BL)
     if device == "cpu":
@@ -78,6 +80,27 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
     if marks.n_active < sparse_below * values_BL.numel():
         return CscLatentsGpu(kernels_gpu.take_active(values_BL, marks))
     return DenseLatents(values_BL, n_active=marks.n_active)
+
+
+def parts_of(values_BL: torch.Tensor, edges: Sequence[int], sparse_below: float | None = None) -> list[Latents]:
+    """`latents_of` for each range of latents between two edges; [0, L] gives one matrix."""
+    if len(edges) == 2:
+        return [latents_of(values_BL, sparse_below)]
+    return [latents_of(values_BL[:, low:high].contiguous(), sparse_below) for low, high in pairwise(edges)]
+
+
+def latents_of_active(active: kernels_cpu.Active, sparse_below: float | None = None) -> Latents:
+    """The same, on the CPU, of entries that were taken already."""
+    if sparse_below is None:
+        sparse_below = default_sparse_below("cpu")
+    if len(active.values) < sparse_below * active.n_tokens * (len(active.starts) - 1):
+        return CscLatentsCpu(active)
+    return DenseLatents(torch.from_numpy(active.to_dense()))
+
+
+def default_sparse_below(device: str) -> float:
+    """The density below which the form is CSC, on a kind of device."""
+    return SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW
 
 
 class DenseLatents:

@@ -7,6 +7,7 @@ Twin: tests/support/reference.py.
 
     sparsity = l1 * mean_t of            sum_s z (relu), sum_s ReLU(p) (gated), number of active latents (jumprelu);
                                          topk and batchtopk have none
+    with `nested`, mean(M) is a mean over several reconstructions (nested.py)
     gated adds mean(w_x (x_gate - x)^2), x_gate = ReLU(p) W_dec + b_dec, both held constant (arXiv 2404.16014, eq. 8)
 
 The thresholds of jumprelu, t = exp(log_threshold), get straight-through estimates of their gradients, with a window of
@@ -19,7 +20,7 @@ The product of the encoder is dense. The other four products are dense, or use t
 micro-batch the faster way at its density is taken (latent_matrix.py). Both ways compute the same sums.
 
 On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
-twice; batchtopk: more often), and twice per step: for the indices of dead latents, and for all terms of the loss.
+twice; batchtopk: four times), and twice per step: for the indices of dead latents, and for all terms of the loss.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
@@ -30,9 +31,11 @@ import torch
 
 from cytosae.sae import SparseAutoencoder
 
+from .batch_top_k import choose_largest
 from .dead_latents import dead_gradients
 from .distributed import ALONE, Ranks
-from .latent_matrix import latents_of
+from .latent_matrix import latents_of, parts_of
+from .nested import add_nested, nested_edges
 from .objective import Objective
 from .residuals import Residuals, compare_reconstruction
 
@@ -100,22 +103,39 @@ def loss_and_gradients(
     dead = dead_gradients(model, dead_L, objective)
     magnitudes = _MagnitudeGradients(model) if model.activation == "gated" else None
     penalty = l1 / n if model.activation == "relu" else 0.0
-    batch_threshold = None
-    if model.activation == "batchtopk":
-        batch_threshold = _batch_threshold(model, tokens_ND, token_scale, n, micro_batch, ranks)
     totals = _Totals(n, width, model.n_latents, device)
     sums = totals.by_name
     # one buffer for all micro-batches: fresh memory would cost a page fault per page
     pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=compute_dtype, device=device)
+    edges = nested_edges(objective.nested, model.n_latents)
+    starts = range(0, len(tokens_ND), micro_batch)
 
-    for start in range(0, len(tokens_ND), micro_batch):
-        # encoder: pre-activations p, then latents z
-        x_BD = tokens_ND[start : start + micro_batch].float()
+    def centred(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens x of a micro-batch, and x - b_dec."""
+        x_BD = tokens_ND[starts[number] : starts[number] + micro_batch].float()
         if token_scale != 1:
             x_BD = x_BD * token_scale
-        centred_BD = torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=compute_dtype))  # rounded in the same pass
-        p_BL = torch.addmm(b_enc, centred_BD, W_enc, out=pre_acts_buffer[: len(x_BD)])
-        p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype) if dead is not None else None
+        return x_BD, torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=compute_dtype))  # rounded in the same pass
+
+    def encoded(centred_BD: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(b_enc, centred_BD, W_enc, out=pre_acts_buffer[: len(centred_BD)])
+
+    largest = None
+    if model.activation == "batchtopk":
+        assert model.k is not None
+        largest = choose_largest(lambda i: encoded(centred(i)[1]), len(starts), k=model.k, n=n, ranks=ranks)
+        if largest is None:
+            return _not_finite(totals.fired)
+
+    for number in range(len(starts)):
+        # encoder: pre-activations p, then latents z
+        x_BD, centred_BD = centred(number)
+        p_BL = encoded(centred_BD) if largest is None else pre_acts_buffer[: len(x_BD)]
+        p_dead_BK = None
+        if dead is not None and (largest is None or len(starts) == 1):
+            p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype)
+        elif dead is not None:  # of the others the largest are known
+            p_dead_BK = torch.addmm(b_enc[dead.latents], centred_BD, W_enc[:, dead.latents]).to(b_dec.dtype)
         near = gate = None  # these read p, which becomes z in place
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
@@ -123,23 +143,36 @@ def loss_and_gradients(
             near = latents_of(is_near_BL.to(p_BL.dtype), sparse_below)
         elif model.activation == "gated":
             gate = latents_of(p_BL.clone(), sparse_below)
-        with torch.no_grad():
-            if batch_threshold is None:
+        if largest is None:
+            with torch.no_grad():
                 p_BL = model.keep_active_(p_BL)
-            else:
-                p_BL = p_BL.masked_fill_(p_BL < batch_threshold, 0)
-        z = latents_of(p_BL, sparse_below)
+            parts = parts_of(p_BL, edges, sparse_below)
+        else:
+            parts = largest.latents(number, edges, sparse_below)
 
         # decoder: reconstruction, its error, and the gradients through z
-        x_hat_BD, w_B1 = z.decoded(W_dec, b_dec), loss_weight(x_BD, objective.loss)
-        residuals = compare_reconstruction(x_hat_BD, x_BD, w_B1, 2 / (n * width), compute_dtype)
+        w_B1, factor = loss_weight(x_BD, objective.loss), 2 / (n * width)
+        if len(parts) == 1:
+            z = parts[0]
+            x_hat_BD = z.decoded(W_dec, b_dec)
+            residuals = compare_reconstruction(x_hat_BD, x_BD, w_B1, factor, compute_dtype)
+            of_encoder = grads if magnitudes is None else magnitudes.grads
+            z.add_gradients(
+                *(W_dec, residuals.d_x_hat_BD, centred_BD, penalty),
+                *(of_encoder["W_enc"], of_encoder["b_enc"], grads["W_dec"]),
+            )
+        else:
+            x_hat_BD, residuals = add_nested(
+                *(parts, edges, W_dec, b_dec, x_BD, w_B1, centred_BD),
+                factor=factor,
+                penalty=penalty,
+                compute_dtype=compute_dtype,
+                grads=grads,
+            )
         d_x_hat_BD = residuals.d_x_hat_BD
-        of_encoder = grads if magnitudes is None else magnitudes.grads
-        z.add_gradients(
-            W_dec, d_x_hat_BD, centred_BD, penalty, of_encoder["W_enc"], of_encoder["b_enc"], grads["W_dec"]
-        )
         grads["b_dec"] += residuals.d_sum_D
-        totals.add(z.n_active, z.fired, residuals)
+        n_active = sum(part.n_active for part in parts)
+        totals.add(n_active, torch.cat([part.fired for part in parts]), residuals)
 
         # sparsity, and what it adds to the gradients (relu: `penalty` above)
         if gate is not None:
@@ -154,9 +187,10 @@ def loss_and_gradients(
             # dz/dlog t = t dz/dt
             near.add_products(W_dec, d_x_hat_BD, -(threshold_L.square()) / bandwidth, grads["log_threshold"])
             grads["log_threshold"] -= threshold_L * near.count() * (l1 / (n * bandwidth))
-            sums["sparsity"] += l1 * z.n_active / n
+            sums["sparsity"] += l1 * n_active / n
         else:
-            sums["sparsity"] += penalty * z.total
+            for part in parts:
+                sums["sparsity"] += penalty * part.total
 
         # dead latents
         if dead is not None and p_dead_BK is not None:
@@ -184,7 +218,7 @@ def loss_and_gradients(
         explained_variance=_explained(total["error"], total["square"] - n * total["square_of_mean"]),
         explained_variance_uncentered=_explained(total["error"], total["square"]),
         fired=totals.fired,
-        threshold=batch_threshold,
+        threshold=None if largest is None else largest.threshold,
     )
 
 
@@ -259,29 +293,20 @@ def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:
     return grads
 
 
-def _batch_threshold(
-    model: SparseAutoencoder, tokens_ND: torch.Tensor, token_scale: float, n: int, micro_batch: int, ranks: Ranks
-) -> float:
-    """The (k x n)-th largest positive pre-activation of the batch, or the smallest positive one if there are fewer.
-
-    Computes the encoder's product a second time. Memory: the candidates, at most 2 x k x n.
-    """
-    assert model.k is not None
-    wanted = model.k * n
-    kept, least = torch.zeros(0, device=tokens_ND.device), 0.0
-    for start in range(0, len(tokens_ND), micro_batch):
-        p_BL = model.pre_activations(tokens_ND[start : start + micro_batch].float() * token_scale).detach()
-        if bool(torch.isnan(p_BL).any()):
-            return float("nan")
-        kept = _largest(torch.cat([kept, p_BL[p_BL > least]]), wanted)
-        if len(kept) == wanted:
-            least = float(kept.min())
-    kept = _largest(ranks.all_gather(kept, wanted), wanted)
-    return float(kept.min()) if len(kept) else 0.0
-
-
-def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
-    return values if len(values) <= n else values.topk(n, sorted=False).values
+def _not_finite(fired: torch.Tensor) -> BatchLosses:
+    """The losses of a batch with a pre-activation that is NaN."""
+    nan = math.nan
+    return BatchLosses(
+        mse=nan,
+        l1=0.0,
+        gate=0.0,
+        dead=0.0,
+        l0=nan,
+        explained_variance=nan,
+        explained_variance_uncentered=nan,
+        fired=fired,
+        threshold=nan,
+    )
 
 
 def loss_weight(x_BD: torch.Tensor, loss: str) -> torch.Tensor | float:

@@ -21,6 +21,7 @@ class Objective:
     auxk: int | None = None  # None: half the width of the tokens
     auxk_weight: float = 1 / 32
     jump_bandwidth: float = 1e-3
+    nested: tuple[float, ...] | None = None
     precision: str = "fp32"
 
     @classmethod
@@ -33,6 +34,7 @@ class Objective:
             auxk=config.auxk,
             auxk_weight=config.auxk_weight,
             jump_bandwidth=config.jump_bandwidth,
+            nested=config.nested,
             precision=config.precision,
         )
 

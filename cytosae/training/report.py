@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stores.spec import Header
-from stores.wording import Report, decimals, percent
+from stores.wording import Report, decimals, percent, printable
+
+from .health import Health
 
 if TYPE_CHECKING:
     from .evaluate import Evaluation
@@ -20,6 +22,8 @@ class TrainReport(Report):
     header: Header  # of `sae.json`; its summary has the last metrics
     was_complete: bool  # True: nothing had to be trained
     warnings: tuple[str, ...] = ()  # about settings that do not go well together
+    health: Health | None = None  # is the SAE fit for barcodes? None: not measured, and
+    no_health: str = ""  # why
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -39,9 +43,19 @@ class TrainReport(Report):
     def lines(self) -> Iterator[str]:
         """Latents and tokens, the last batch, the held-out images."""
         yield f"{self.out}: {self.spec['n_latents']:,} latents after {self.summary['tokens']:,} tokens"
+        if "init_from" in self.spec:
+            yield f"went on from the SAE with the weights sha256 {self.spec['init_from']['sae_sha256'][:16]}..."
+        if "background" in self.spec:
+            yield background_line(self.spec["background"])
         yield training_line(self.summary["final"])
+        if "penalty" in self.summary:
+            yield penalty_line(self.summary["penalty"])
         if "held_out" in self.summary:
             yield f"held out: {held_out_line(self.summary['held_out'])}"
+        if self.health is not None:
+            yield from self.health.lines()
+        elif self.no_health:
+            yield f"health: not measured ({printable(self.no_health)}); cyto sae eval --keep measures it"
 
 
 def training_line(metrics: dict[str, Any]) -> str:
@@ -55,6 +69,24 @@ def training_line(metrics: dict[str, Any]) -> str:
             else "dead n/a"
         )
     )
+
+
+def background_line(found: dict[str, Any]) -> str:
+    """Background that was left out, from what `Background.to_spec` wrote."""
+    return (
+        f"background: {found['left_out']:,} of {found['patches']:,} patch tokens left out "
+        f"({found['left_out'] / max(1, found['patches']):.0%}) by the rule {found['rule']}; at the rim of images "
+        f"{found['share_at_rim']:.0%} are background, elsewhere {found['share_elsewhere']:.0%}"
+    )
+
+
+def penalty_line(found: dict[str, Any]) -> str:
+    """Where the steering of L0 has come to."""
+    wanted, mean = found["target_l0"], found["running_mean_l0"]
+    text = f"L0 steered to {wanted:g}: running mean {mean:.1f} at l1 {found['l1']:.3g}"
+    if abs(mean / wanted - 1) <= 0.1:
+        return text
+    return f"{text}; not within 10%. Train longer (--tokens auto), or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:
@@ -76,6 +108,8 @@ def evaluation_lines(found: "Evaluation") -> Iterator[str]:
         "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
         "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
         f"{_known(found.explained_variance_uncentered)} uncentred",
+        "PCA": f"{_known(found.pca_explained_variance)} of the variance by the first {found.n_pca:,} principal "
+        "components of these tokens, as many as L0",
         "L0": f"{found.l0:.1f} per token; percentiles {_percentiles(found.l0_percentiles)}",
         "per image": f"{found.latents_per_image:.1f} different latents; "
         f"percentiles {_percentiles(found.latents_per_image_percentiles)}",
@@ -106,6 +140,7 @@ def evaluation_lines(found: "Evaluation") -> Iterator[str]:
     for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
         if by_image or by_token:
             yield f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}"
+    yield from found.health.lines()
 
 
 def _known(value: float, digits: int = 3) -> str:

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import google_crc32c
@@ -14,6 +14,9 @@ from cytosae.sae import SparseAutoencoder, TrainConfig, load_tensors, save_tenso
 from stores.errors import DamagedStore
 from stores.files import write_atomic
 from stores.tables import read_sealed, sealed_parquet
+
+from .budget import Budget
+from .penalty import Penalty
 
 Metrics = dict[str, float | None]  # a row of metrics.parquet; None: not known yet
 _WHOLE = ("step", "tokens", "dead_window_tokens", "n_dead")
@@ -30,10 +33,13 @@ class TrainState:
     token_scale: float  # factor of the tokens, above 0 (data.py)
     step: int  # steps taken
     metrics: list[Metrics]  # rows of metrics.parquet so far
+    penalty: Penalty | None = None  # the steered weight of the sparsity term; None: it is given
+    budget: Budget = field(default_factory=Budget)  # tokens "auto": what is known of the end
 
 
 def new_model(width: int, config: TrainConfig) -> SparseAutoencoder:
     """An SAE with the shape and activation of `config`; its weights are not initialised."""
+    assert config.expansion != "auto"  # choices.py
     return SparseAutoencoder(width, config.expansion * width, config.activation, config.k)
 
 
@@ -55,6 +61,10 @@ def save_state(root: Path, state: TrainState, *, keep: int) -> None:
         tensors |= {f"adam.{key}.{name}": value for key, value in moments.items()}
     tensors["steps_since_fired"] = state.steps_since_fired
     tensors["token_scale"] = torch.tensor(state.token_scale, dtype=torch.float64)
+    if state.penalty is not None:
+        tensors["penalty"] = state.penalty.to_tensor()
+    if state.budget.checks:
+        tensors["budget"] = state.budget.to_tensor()
     tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
     write_metrics(root, state.metrics)
     metadata = {"cyto": json.dumps({"step": state.step, "crc32c": _crc(tensors)})}
@@ -89,7 +99,9 @@ def load_state(root: Path, width: int, config: TrainConfig, device: str) -> Trai
             optimizer.state[parameter][key.split(".")[1]] = value
     metrics = [row for row in _read_metrics(root) if int(row["step"] or 0) <= step]
     silent = tensors["steps_since_fired"].to(device)
-    return TrainState(model, optimizer, silent, float(tensors["token_scale"]), step, metrics)
+    penalty = Penalty.from_tensor(tensors["penalty"]) if "penalty" in tensors else None
+    budget = Budget.from_tensor(tensors["budget"]) if "budget" in tensors else Budget()
+    return TrainState(model, optimizer, silent, float(tensors["token_scale"]), step, metrics, penalty, budget)
 
 
 def write_metrics(root: Path, metrics: list[Metrics]) -> None:

@@ -22,25 +22,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
+from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_config, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
 from stores.devices import resolve_device
-from stores.errors import BadInput, StoreUnreachable
+from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
-from .data import TrainingData, first_position, initial_b_dec, open_data, require_start, token_scale
+from .budget import Watch, fewest_steps
+from .choices import Choices, StepClock, choose_settings, plan_lines
+from .clipping import clip_gradients_
+from .data import TrainingData, first_position, first_tokens, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
 from .distributed import ALONE, Ranks, joined_ranks
 from .evaluate import measure_held_out
+from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
+from .penalty import begin_steering
 from .report import TrainReport
+from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
@@ -48,6 +54,7 @@ Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, th
 # weight of the newest batch in the running mean of batchtopk's threshold. A batch keeps k x tokens latents, so its
 # smallest kept value varies little from batch to batch
 _THRESHOLD_WEIGHT = 0.1
+_NO_CHECK: Metrics = {"held_out_mse": None, "held_out_l0": None}  # before the first check of tokens "auto"
 _RESAMPLE_MICRO_BATCH = 1_024  # tokens reconstructed at a time when dead latents are resampled
 
 
@@ -65,12 +72,15 @@ def train(
     config: TrainConfig | None = None,
     *,
     exclude: Collection[str] = (),
+    init_from: Path | None = None,
+    assume_compatible: bool = False,
     device: str = "auto",
     checkpoint_every: int = 500,
     keep_states: int = 2,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     logger: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total, metrics: None,
 ) -> TrainReport:
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
@@ -82,12 +92,16 @@ def train(
     Parameters
     ----------
     caches : finished activation stores of the same kind of tokens, by path or URL
+    config : default: budget, width and L0 from the data (`make_config`)
     exclude : ids of images that are neither trained on nor held out
+    init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
+    assume_compatible : accept an imported SAE there, which does not say on which tokens it was trained
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
     checkpoint_every : steps between two saved states
     keep_states : number of saved states that are kept while the run is unfinished
     inputs : files that the caller has read, which `run` must not overwrite
     logger : "tensorboard" or "wandb": also send the metrics there
+    say : called with lines of text, on rank 0: the plan before the first step, the expected time after a few
     progress : called after every logged step, on rank 0
 
     Returns
@@ -108,32 +122,49 @@ def train(
     BadInput
         If the settings do not fit the tokens or the device.
     """
-    config, device = config or TrainConfig(), resolve_device(device)
-    warnings = (config.warning,) if config.warning else ()
+    config, device = config or make_config(), resolve_device(device)
     with joined_ranks(device) as ranks, ExitStack() as stack:
-        plan = plan_training(open_data(caches, config, exclude=exclude), run, config)
+        data = open_data(caches, config, exclude=exclude)
+        start: SaeRun | None = None
+        warnings: tuple[str, ...] = ()
+        if init_from is not None:
+            start = open_start(init_from, data, config, assume_compatible=assume_compatible)
+            inputs = (*inputs, init_from)
+            if n_seen := seen_before(start, data):
+                warnings = (f"{n_seen:,} held-out images were trained on by the SAE that this one goes on from",)
+        plan = plan_training(data, run, config, start=start)
+        warnings = (*plan.choices.warnings, *warnings)
         training = begin_training(
             plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
         )
         if training is None:
             found = load_sae(run).header  # raises DamagedStore if the finished run is damaged
-            return TrainReport(out=run, header=found, was_complete=True, warnings=warnings)
+            return _report(plan, found, device, ranks, warnings, was_complete=True)
         if logger is not None and ranks.is_first:
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
-        local = ranks.rank, ranks.size
+        say = say if ranks.is_first else lambda line: None
+        for line in plan.lines():
+            say(line)
+        clock = StepClock(plan.config, training.step, plan.n_steps)
         batches = on_device(
-            plan.data.stream.batches(config.batch_tokens, position=training.position, part=local), device
+            plan.data.stream.batches(
+                plan.config.batch_tokens, position=training.position, part=(ranks.rank, ranks.size)
+            ),
+            device,
         )
         try:
             while not training.is_over:
                 train_step(training, next(batches), progress)
+                for line in clock.lines(training.step):
+                    say(line)
                 if training.step % checkpoint_every == 0 and not training.is_over:
                     save_training(training)
         except (KeyboardInterrupt, StoreUnreachable):
             save_training(training)
             raise
-        return TrainReport(out=run, header=finish_training(training), was_complete=False, warnings=warnings)
+        header = finish_training(training)
+    return _report(plan, header, device, ranks, warnings, was_complete=False)
 
 
 def train_step(
@@ -151,13 +182,19 @@ def train_step(
     plan, state, ranks = training.plan, training.state, training.ranks
     config, model, optimizer = plan.config, state.model, state.optimizer
 
+    # 0. With tokens "auto", every few steps: the held-out images. Once they have settled, the end of the run is known.
+    if training.watch is not None and state.budget.is_due(state.step):
+        check = training.watch.check(model, state.step, state.token_scale)
+        is_steady = state.penalty is None or state.penalty.is_reached
+        state.budget = state.budget.after(check, config, most=plan.n_steps, is_steady=is_steady)
+
     # 1. Loss and gradients. Only `.grad` changes, so that an interrupt up to here leaves the state of the step before.
     # On a GPU the host waits for the loss in every step, so that no weight is updated from one that is not finite.
     losses = loss_and_gradients(
         model,
         tokens,
-        plan.objective,
-        l1=config.l1_at(state.step),
+        training.objective,
+        l1=config.l1_at(state.step, None if state.penalty is None else state.penalty.weight),
         dead_L=state.steps_since_fired > config.dead_after_steps,
         token_scale=state.token_scale,
         ranks=ranks,
@@ -170,33 +207,41 @@ def train_step(
             state.step,
         )
 
-    is_last = state.step + 1 == plan.n_steps
+    is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0
     with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
-        # 2. Steps since each latent was active; the running mean of batchtopk's threshold.
+        # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
         state.steps_since_fired.masked_fill_(losses.fired, 0)
         if losses.threshold is not None:
             threshold = model.threshold
             threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
+        lr = config.lr_at(state.step, training.n_steps)
+        if state.penalty is not None:
+            state.penalty = state.penalty.after(losses.l0, step=state.step + 1, pace=lr / config.lr)
 
-        # 3. Adam, on the gradient of the decoder without its component along each row; then rows at norm 1, which the
-        # next step begins with. The norms of the last step are folded into the encoder instead (`finish_training`).
+        # 3. Adam, on the gradient of the decoder without its component along each row, and all clipped to a norm if so
+        # wanted; then rows at norm 1, which the next step begins with. The norms of the last step are folded into the
+        # encoder instead (`finish_training`).
         for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(state.step, plan.n_steps)
+            group["lr"] = lr
+        if config.clip_norm:
+            remove_parallel_gradient(model)
+            clip_gradients_(model, config.clip_norm)
         if model.W_dec.is_cuda:
             from . import kernels_gpu  # needs triton
 
             kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
         else:
-            remove_parallel_gradient(model)
+            if not config.clip_norm:
+                remove_parallel_gradient(model)
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
         state.step += 1
 
         # 4. New weights for dead latents, with `dead_latents = "resample"`; not in the last `resample_every` steps.
-        is_due = state.step % config.resample_every == 0 and state.step + config.resample_every <= plan.n_steps
+        is_due = state.step % config.resample_every == 0 and state.step + config.resample_every <= training.n_steps
         if config.dead_latents == "resample" and is_due:
             dead_L = state.steps_since_fired > config.dead_after_steps
             draws = torch.Generator().manual_seed(_combined_seed(config.seed, state.step))
@@ -217,7 +262,7 @@ def train_step(
     if is_logged:
         training.logged_step, training.logged_at = state.step, time.perf_counter()
         if ranks.is_first:
-            progress(state.step * config.batch_tokens, plan.n_steps * config.batch_tokens, state.metrics[-1])
+            progress(state.step * config.batch_tokens, training.steps_ahead * config.batch_tokens, state.metrics[-1])
             for logger in training.loggers:
                 logger.log(state.metrics[-1])
 
@@ -231,10 +276,21 @@ class TrainPlan:
 
     data: TrainingData
     run: Path  # the folder of the run
-    config: TrainConfig
+    choices: Choices
     objective: Objective
-    n_steps: int
+    n_steps: int  # with tokens "auto" the largest number
     header: Header  # of `sae.json`; its identity, a SHA-256 of data and settings, is that of the finished run
+    start: SaeRun | None = None  # the SAE that it goes on from
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings, with numbers where they were `auto`, except for tokens."""
+        return self.choices.config
+
+    def lines(self) -> Iterator[str]:
+        """Tokens, passes and steps, the reasons for what was chosen, and what is doubtful."""
+        yield from plan_lines(self.choices, self.data, self.n_steps)
+        yield from (f"warning: {warning}" for warning in self.choices.warnings)
 
 
 @dataclass(eq=False)
@@ -249,7 +305,28 @@ class Training:
     keep_states: int  # saved states that stay on disk
     logged_step: int  # the step of the last row of metrics,
     logged_at: float  # and its time.perf_counter(), for tokens per second
+    watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
+
+    @property
+    def objective(self) -> Objective:
+        """What a step minimises; a steered jumprelu has a window of its own."""
+        penalty = self.state.penalty
+        if penalty is None or penalty.bandwidth is None:
+            return self.plan.objective
+        return dataclasses.replace(self.plan.objective, jump_bandwidth=penalty.bandwidth)
+
+    @property
+    def n_steps(self) -> int:
+        """Steps in all; with tokens "auto", until the run has settled, the largest number."""
+        return self.plan.n_steps if self.state.budget.end is None else self.state.budget.end
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps in all, as far as can be foreseen: with tokens "auto", until it has settled, the fewest possible."""
+        if self.watch is None or self.state.budget.end is not None:
+            return self.n_steps
+        return fewest_steps(self.plan.config, self.step, self.n_steps)
 
     @property
     def step(self) -> int:
@@ -259,7 +336,7 @@ class Training:
     @property
     def is_over(self) -> bool:
         """True when all steps are taken."""
-        return self.state.step >= self.plan.n_steps
+        return self.state.step >= self.n_steps
 
     @property
     def position(self) -> int:
@@ -272,8 +349,10 @@ class Training:
         return self.state.metrics[-1] if self.state.metrics else None
 
 
-def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPlan:
+def plan_training(data: TrainingData, run: Path, config: TrainConfig, *, start: SaeRun | None = None) -> TrainPlan:
     """The plan of a run in the folder `run`; nothing is read or written.
+
+    start : the SAE that it goes on from, which fits (`open_start`)
 
     Raises
     ------
@@ -281,6 +360,9 @@ def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPl
         If the settings do not fit the tokens.
     """
     require_start(data, config)
+    choices = choose_settings(config, data)
+    config = choices.config
+    assert config.expansion != "auto"
     n_steps = config.n_steps(data.stream.tokens_per_epoch)
     spec = {
         "width": data.width,
@@ -289,10 +371,11 @@ def plan_training(data: TrainingData, run: Path, config: TrainConfig) -> TrainPl
         "k": config.k,
         **data.to_spec(),
         "n_steps": n_steps,
-        "config": dataclasses.asdict(config),
+        "config": config.to_spec(),
         "resolved": config.resolved(data.width, n_steps),
+        **({"init_from": start_spec(start)} if start else {}),
     }
-    return TrainPlan(data, run, config, Objective.from_config(config), n_steps, new_header(SAE, spec))
+    return TrainPlan(data, run, choices, Objective.from_config(config), n_steps, new_header(SAE, spec), start)
 
 
 def begin_training(
@@ -325,7 +408,8 @@ def begin_training(
     if output.is_complete:
         return None
     state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
-    return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter())
+    watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
+    return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter(), watch)
 
 
 def _open_folder(
@@ -356,16 +440,23 @@ def _open_folder(
 
 
 def _initial_state(plan: TrainPlan, device: str) -> TrainState:
-    """Step 0: seeded weights, and b_dec from the first tokens of the stream."""
+    """Step 0: seeded weights and b_dec from the first tokens of the stream, or the SAE that the run goes on from; and
+    from these tokens a penalty that is to be steered.
+    """
     data, config = plan.data, plan.config
     scale = token_scale(data, config)
     model = new_model(data.width, config)
-    model.init_weights(torch.Generator().manual_seed(config.seed), threshold=config.jump_threshold)
-    with torch.no_grad():
-        model.b_dec.copy_(initial_b_dec(data, config) * scale)
+    if plan.start is not None:
+        take_weights_(model, plan.start, scale)
+    else:
+        draws = torch.Generator().manual_seed(config.seed)
+        model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
+        with torch.no_grad():
+            model.b_dec.copy_(initial_b_dec(data, config) * scale)
+    penalty = begin_steering(model, config, first_tokens(data, config) * scale) if config.is_steered else None
     model.to(device)
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
-    return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [])
+    return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)
 
 
 # -------------------------------------------------------------------------------------- after the last step
@@ -387,7 +478,7 @@ def finish_training(training: Training) -> Header:
     """
     plan, state, root = training.plan, training.state, training.output.work
     data, config, model = plan.data, plan.config, state.model
-    require_unchanged(*(store.header for store in data.stores))
+    require_unchanged(*(store.header for store in data.stores), *([plan.start.header] if plan.start else []))
     model.fold_decoder_norm()
     if state.token_scale != 1:
         model.fold_token_scale(state.token_scale)
@@ -401,11 +492,17 @@ def finish_training(training: Training) -> Header:
         summary: dict[str, Any] = {
             "steps": state.step,
             "tokens": n_tokens,
-            "images": round(n_tokens / data.stream.tokens_per_image),
+            "images": round(n_tokens / data.stream.mean_tokens_per_image),
             "token_scale": state.token_scale,
             "final": state.metrics[-1],
-            "trained_on": write_trained_on(root, data.trained_on()),
+            "trained_on": write_trained_on(
+                root, data.trained_on(), before=trained_on_before(plan.start) if plan.start else frozenset()
+            ),
         }
+        if state.penalty is not None:
+            summary["penalty"] = state.penalty.to_summary(state.metrics)
+        if training.watch is not None:
+            summary["budget"] = state.budget.to_summary()
         if any(mask.any() for mask in data.chosen.held_out):
             summary["held_out"] = measure_held_out(model, data, config, device=training.device)
             write_atomic(root / "held_out.parquet", parquet_bytes(data.held_out_table()))
@@ -417,6 +514,26 @@ def finish_training(training: Training) -> Header:
     header = find_header(plan.run)
     assert header is not None
     return header
+
+
+def _report(
+    plan: TrainPlan, header: Header, device: str, ranks: Ranks, warnings: tuple[str, ...], *, was_complete: bool
+) -> TrainReport:
+    """The finished run, and on rank 0 the health of its SAE; a run is no worse for a health that cannot be had."""
+    health, reason = None, ""
+    try:
+        if ranks.is_first:
+            health = health_of_run(plan.run, plan.data, plan.config, n_steps=plan.n_steps, device=device)
+    except (CytoError, OSError) as error:
+        reason = str(error)
+    return TrainReport(
+        out=plan.run,
+        header=header,
+        was_complete=was_complete,
+        warnings=warnings,
+        health=health,
+        no_health=reason,
+    )
 
 
 # ------------------------------------------------------------------------------------------- used by a step
@@ -442,7 +559,7 @@ def _metrics_row(training: Training, losses: BatchLosses, *, tokens_per_second: 
     row = {
         "step": state.step,
         "tokens": tokens,
-        "images": tokens / stream.tokens_per_image,
+        "images": tokens / stream.mean_tokens_per_image,
         "epoch": tokens / stream.tokens_per_epoch,
         "lr": state.optimizer.param_groups[0]["lr"],
         "loss": losses.loss,
@@ -458,6 +575,11 @@ def _metrics_row(training: Training, losses: BatchLosses, *, tokens_per_second: 
         "dead_window_tokens": config.dead_after_steps * config.batch_tokens,
         "tokens_per_second": tokens_per_second,
     }
+    if state.penalty is not None:
+        row |= {"l1_weight": state.penalty.weight, "l0_mean": state.penalty.mean}
+    if training.watch is not None:
+        checks = state.budget.checks
+        row |= {"held_out_mse": checks[-1].error, "held_out_l0": checks[-1].l0} if checks else _NO_CHECK
     return {name: None if value is None or math.isnan(value) else value for name, value in row.items()}
 
 

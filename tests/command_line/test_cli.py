@@ -150,6 +150,7 @@ def test_wrong_usage_is_two() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     """The command line lists them itself, so that `cyto --help` imports nothing."""
+    from cytocache.backbones import CROPS
     from cytocache.extract import PRECISIONS
     from cytocache.published_datasets import INDEXERS
     from cytosae.atlas.config import PAGES
@@ -177,6 +178,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto atlas build", "pages"): PAGES,
         ("cyto data index", "dataset"): (*INDEXERS, "folder"),
         ("cyto cache extract", "precision"): ("auto", *PRECISIONS),
+        ("cyto cache extract", "crop"): CROPS,
         ("cyto probe", "level"): LEVELS,
         ("cyto probe", "null"): ("auto", *NULLS),
         ("cyto probe", "regularization"): tuple(REGULARIZATIONS),

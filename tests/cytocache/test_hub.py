@@ -13,8 +13,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from safetensors.torch import save
+from tiny_models import FAMILIES
 
 from cytocache import download
+from cytocache.backbones import load_backbone
 from cytocache.download import fetch_from_hub
 from stores.errors import BadInput
 
@@ -32,6 +35,9 @@ class Hub:
     files: dict[str, bytes] = field(default_factory=lambda: {"README.md": b"# hello", NAME: CONTENT})
     revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT, "pr/1": LATER, COMMIT: COMMIT})
     lfs: dict[str, Any] = field(default_factory=dict)  # overrides
+    small: dict[str, Any] = field(default_factory=dict)  # the same, of files that are no weights
+    token: str = ""  # that small files ask for
+    leaked: bool = False  # a token came where a redirect leads
     redirect: str = "/cdn/{file}"  # relative, or an address
     cut_after: list[int] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
@@ -55,17 +61,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             commit = hub.revisions.get(found[1].replace("%2F", "/"))
             record = {"sha": commit, "siblings": [self.entry(name) for name in hub.files]}
             self.answer(200 if commit else 404, json.dumps(record).encode())
+        elif found := re.fullmatch(rf"/marr/bloom/resolve/{COMMIT}/(.+\.json)", parts.path):
+            if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.answer(401, b"")
+            else:
+                self.file(hub.files[found[1]])
         elif found := re.fullmatch(rf"/marr/bloom/resolve/{COMMIT}/(.+)", parts.path):
             self.answer(302, b"", Location=hub.redirect.format(file=found[1]))
         elif found := re.fullmatch(r"/cdn/(.+)", parts.path):
+            hub.leaked |= "Authorization" in self.headers
             self.file(hub.files[found[1]])
         else:
             self.answer(404, b"")
 
     def entry(self, name: str) -> dict[str, Any]:
         hub, content = self.server.hub, self.server.hub.files[name]
-        if not name.endswith(".pth"):
-            return {"rfilename": name, "size": len(content)}
+        if not name.endswith((".pth", ".safetensors")):  # a small file is not kept apart: git's own hash
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            return {"rfilename": name, "size": len(content), "blobId": blob, **hub.small}
         lfs = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), **hub.lfs}
         return {"rfilename": name, "size": len(content), "lfs": lfs}
 
@@ -200,3 +213,69 @@ def test_what_is_no_address_is_refused_before_anybody_is_asked(hub: Hub, address
 def test_the_endpoint_must_be_safe(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://example.org")
     refusal("hf:marr/bloom", r"HF_ENDPOINT must be an https:// address \(http:// on this machine only\)")
+
+
+MODEL = FAMILIES["DINOv3"]
+
+
+def give_model(hub: Hub) -> bytes:
+    """The hub has a model in timm's layout; its weights."""
+    weights = save(MODEL.state())
+    hub.files = {
+        "README.md": b"# hello",
+        "config.json": json.dumps(MODEL.config).encode(),
+        "model.safetensors": weights,
+        "pytorch_model.bin": b"this is not read",
+    }
+    return weights
+
+
+def test_a_model_is_got_with_its_description_and_used_offline_by_its_commit(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = give_model(hub)
+    backbone = load_backbone("hf-hub:marr/bloom", blocks=(-1,))
+    assert backbone.layout == MODEL.layout
+    assert backbone.name == "timm:vit_small_patch16_dinov3?depth=3&embed_dim=32&num_heads=2"
+    assert backbone.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    assert backbone.weights_source == f"hf:marr/bloom/model.safetensors@{COMMIT}"
+    assert not any("pytorch_model.bin" in asked for asked in hub.asked)
+    hub.asked.clear()
+    again = load_backbone(f"hf-hub:marr/bloom@{COMMIT}", blocks=(-1,))
+    by_name = load_backbone(backbone.name, weights=backbone.weights_source, image_size=64)
+    assert again.weights_sha256 == by_name.weights_sha256 == backbone.weights_sha256
+    assert hub.asked == []
+    assert not load_backbone(f"hf-hub:marr/bloom@{COMMIT}", weights="random").trained
+
+
+def test_a_description_that_is_not_the_one_of_the_record_is_not_kept(hub: Hub, tmp_path: Path) -> None:
+    give_model(hub)
+    hub.small = {"blobId": "0" * 40}
+    with pytest.raises(BadInput, match=r"what came has the git hash .*, expected 0{40} as published; it was deleted"):
+        load_backbone("hf-hub:marr/bloom")
+    assert not [*tmp_path.rglob("config.json")]
+    hub.small = {"size": 5 << 20}
+    with pytest.raises(BadInput, match="expected a size of 1 to 4,194,304 bytes"):
+        load_backbone("hf-hub:marr/bloom")
+    del hub.files["config.json"]
+    with pytest.raises(BadInput, match=r"it has no file config\.json"):
+        load_backbone("hf-hub:marr/bloom")
+
+
+def test_a_gated_model_asks_for_a_token_that_goes_nowhere_else(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_model(hub)
+    hub.token = "hf_secret"
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(BadInput, match=r"answers 401 .* set HF_TOKEN to your access token") as raised:
+        load_backbone("hf-hub:marr/bloom")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert load_backbone("hf-hub:marr/bloom").trained
+    assert not hub.leaked
+    assert hub.token not in str(raised.value)
+
+
+def test_small_weights_may_not_come_from_elsewhere(hub: Hub) -> None:
+    """Git's hash is no protection against another server's file."""
+    hub.files = {"w.bin": b"x"}
+    hub.redirect = "https://example.org/{file}"
+    refusal("hf:marr/bloom", "it leads to another server")

@@ -11,6 +11,7 @@ from places import ROOT
 BENCH = ROOT / "bench"
 TINY = {
     "cli_help": "--rounds 1",
+    "archives": "--images 12 --batch-size 4 --workers 1 --rounds 1",
     "extract": "--backbone random-vit-tiny --images 4 --batch-size 2 --chunk-images 2 --rounds 1",
     "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
     "--quality-images 24 --dataloader-batches 2 --rounds 1",
@@ -23,6 +24,8 @@ TINY = {
     "probe_intervals": "--runs 3 --repeats 1 --draws 20",
     "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
+    "frontier": "--images 10 --width 16 --expansion 4 --sparsities 3 --steps 6 --batch 257 --seeds 0 --lr 1e-3",
+    "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
 }
 KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
@@ -31,7 +34,8 @@ KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
-    folder = ["--folder", str(tmp_path)] if name in ("extract", "loader", "encode", "barcode", "sae_run") else []
+    in_folder = ("archives", "extract", "loader", "encode", "barcode", "sae_run", "frontier", "tau")
+    folder = ["--folder", str(tmp_path)] if name in in_folder else []
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]
     done = subprocess.run(command, capture_output=True, text=True)
 
@@ -62,7 +66,7 @@ def test_run_all_goes_on_and_names_what_failed(tmp_path: Path) -> None:
 
 
 def test_every_benchmark_is_run_by_make_bench_and_tested() -> None:
-    helpers = {"common", "latent_generator", "patient_generator", "run_all"}
+    helpers = {"common", "latent_generator", "patient_generator", "run_all", "frontier_peers", "tau_cells"}
     programs = {path.stem for path in BENCH.glob("*.py")} - helpers
     listed = (BENCH / "run_all.py").read_text()
 

@@ -64,6 +64,14 @@ def test_training_page(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.docs
+def test_other_backbones_page(tmp_path: Path) -> None:
+    """Its block of Python runs, without weights and without a network."""
+    (text,) = (text for language, text in blocks(ROOT / "docs/howto/other-backbones.md") if language == "python")
+    (tmp_path / "block.py").write_text(text)
+    assert shell("python block.py", tmp_path).strip() == "timm:test_vit 1 CLS + 6x6 patches, row-major 0.95"
+
+
+@pytest.mark.docs
 def test_concepts_page(made: Path, tmp_path: Path) -> None:
     """Its blocks run, in order, on a small latent store."""
     shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
@@ -75,6 +83,16 @@ def test_concepts_page(made: Path, tmp_path: Path) -> None:
         if language == "python":
             (tmp_path / "block.py").write_text(text)
         shell("python block.py" if language == "python" else text, tmp_path)
+
+
+@pytest.mark.docs
+def test_tau_page(made: Path, tmp_path: Path) -> None:
+    """Its block runs, on a small latent store, and says which tau came of it."""
+    shutil.copytree(made / "latents.zarr", tmp_path / "cells.latents.zarr")
+    page = (ROOT / "docs" / "barcode_tau.md").read_text()
+    marked = r"^<!-- executed by tests/project/test_docs.py -->\n```bash\n(.*?)^```$"
+    (script,) = re.findall(marked, page, re.MULTILINE | re.DOTALL)
+    assert "tau auto: " in shell(script, tmp_path)
 
 
 @pytest.mark.docs

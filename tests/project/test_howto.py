@@ -5,9 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from archive_maker import pack_folder
 from pages import shell
+from PIL import Image
 from places import ROOT
+
+from cytocache.demo_cells import draw_cell
 
 GOLDEN = ROOT / "tests" / "golden"
 MARK = r"^<!-- executed by tests/project/test_howto.py(?: where (\w+) is installed)? -->\n```(bash|python)\n(.*?)^```$"
@@ -30,3 +36,19 @@ def test_blocks_run(tmp_path: Path, page: str) -> None:
         (tmp_path / "block.py").write_text(text)
         printed = shell("python block.py" if language == "python" else text, tmp_path)
         assert printed.strip()
+
+
+@pytest.mark.docs
+def test_images_where_they_lie(tmp_path: Path) -> None:
+    """In a folder with cells/ and cells.zip: three patients, two classes."""
+    for n in range(6):
+        place = tmp_path / "cells" / ("BAS", "NGS")[n % 2] / f"P0{n // 2}_{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_cell("lymphocyte", np.random.default_rng(n), size=48)).save(place)
+    pack_folder(tmp_path / "cells.zip", tmp_path / "cells", under="cells/")
+    for _, _, text in re.findall(MARK, (ROOT / "docs/howto/images.md").read_text(), re.MULTILINE | re.DOTALL):
+        printed = shell(text, tmp_path)
+        assert "P00" in printed or "6 images" in printed
+    packed, plain = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("zip", "cells"))
+    assert packed.equals(plain)
+    assert packed["patient"].to_pylist() == ["P00", "P01", "P02"] * 2

@@ -24,6 +24,8 @@ ROOMS = sorted(path.parent.name for path in (ROOT / "cytosae").glob("*/__init__.
 TORCH = {  # files that name torch (or timm), or rooms; a laptop without torch runs all else
     *("cytocache/backbones.py", "cytocache/bridge.py", "cytocache/extract.py", "cytocache/fidelity.py"),
     *("cytocache/sample.py", "cytocache/torchvision_guard.py", "cytocache/weights_file.py"),
+    *("cytocache/checkpoint_state.py", "cytocache/file_architecture.py", "cytocache/model_config.py"),
+    *("cytocache/model_options.py", "cytocache/random_weights.py", "cytocache/vit.py"),
     *("cytocache/first_look.py", "cytosae/pipeline/costs.py"),
     *("cytosae/sae", "cytosae/training", "cytosae/sweep", "cytosae/latents", "cytosae/probe/attention_mil.py"),
     *("cytosae/stage_one.py", "stores/devices.py"),

@@ -269,7 +269,7 @@ def test_what_no_cache_holds_is_refused(place: Path | str) -> None:
     for batch, position in ((0, 0), (-1, 0), (5, -1)):
         with pytest.raises(BadInput, match=f"found {batch}, {position}"):
             store.shuffled_tokens(batch, position=position)
-    with pytest.raises(BadInput, match="token_set must be one of all, patch, cls; found 'patches'"):
+    with pytest.raises(BadInput, match="token_set must be one of all, patch, cls, register; found 'patches'"):
         store.shuffled_tokens(5, token_set="patches")
 
 

@@ -87,7 +87,7 @@ def test_a_csv_file_is_read_as_strings(text: str | bytes, expected: dict[str, An
         ('path\n"a.png\n', "cannot be read as a UTF-8 CSV file: unexpected end of data"),
         ('path\n"a"b.png\n', "cannot be read as a UTF-8 CSV file: "),
         ("path\na.png\n".encode("utf-16")[:-1], "cannot be read as a UTF-8 CSV file: .*truncated data"),
-        ("path\ngroß.png\n".encode("latin-1"), "cannot be read as a UTF-8 CSV file: "),
+        (b"path\na\x81\x8d.png\n", "cannot be read as a UTF-8 CSV file: "),  # neither Windows-1252
     ],
 )
 def test_a_faulty_csv_file_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
@@ -133,6 +133,36 @@ def test_what_spreadsheets_and_r_export_means_the_same(
     text = (f"sep={separator}{end}" if kind == "sep=" else "") + end.join(lines) + end
     found = read_csv(tmp_path, text.encode(encoding))
     assert found == {name: [row[i] for row in CELLS] for i, name in enumerate(["path", "patient", "label"])}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_a_western_spreadsheet_of_before_utf_8_is_read_and_told(
+    separator: str, end: str, encoding: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Excel saves "CSV" on a German Windows; leading zeros of patients stay."""
+    rows = [["path", "patient", "label"], ["größe.tif", "007", "Erythroblasten früh"], ["b.tif", "0012", "é"]]
+    found = read_csv(tmp_path, (end.join(separator.join(row) for row in rows) + end).encode(encoding))
+    assert found == {name: [row[n] for row in rows[1:]] for n, name in enumerate(rows[0])}
+    assert "read as Windows-1252 (Latin-1); look whether these are right: 'größe', 'früh', 'é'" in caplog.text
+
+
+def test_a_price_in_euros_is_windows_1252(tmp_path: Path) -> None:
+    assert read_csv(tmp_path, "path,note\na.png,5 €\n".encode("cp1252"))["note"] == ["5 €"]
+
+
+def test_blanks_at_the_ends_of_names_are_removed_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = read_csv(tmp_path, "path;patient;label\na.tif;P1 ;NGS\nb.tif;\u00a0P1;BAS\nc.tif; ;two words\n")
+    assert found == {
+        "path": ["a.tif", "b.tif", "c.tif"],
+        "patient": ["P1", "P1", None],
+        "label": ["NGS", "BAS", "two words"],
+    }
+    assert "blanks at the ends of 2 cells are removed: 'P1 ', '\\xa0P1'" in caplog.text
+    caplog.clear()
+    read_csv(tmp_path, "path,label\na.tif,x\n")
+    assert caplog.text == ""
 
 
 def test_columns_of_ours_are_known_in_another_spelling_from_csv_and_parquet(

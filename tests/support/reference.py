@@ -386,6 +386,19 @@ def image_counts(dense_latents: Array, tau: float, tokens_per_image: int, token_
     return counts
 
 
+def value_counts(dense_latents: Array, tokens_per_image: int, token_set: str) -> tuple[dict[float, int], Float]:
+    """(value -> how often it is stored at a token of the set, (S,) largest value of each latent; 0 where none)."""
+    counts: dict[float, int] = {}
+    largest = np.zeros(np.asarray(dense_latents).shape[1])
+    for image in images_of(dense_latents, tokens_per_image, token_set):
+        for token in image:
+            for s, value in enumerate(token):
+                if value > 0:
+                    counts[float(value)] = counts.get(float(value), 0) + 1
+                    largest[s] = max(largest[s], value)
+    return counts, largest
+
+
 def image_max(dense_latents: Array, tokens_per_image: int, token_set: str) -> Float:
     """dense (n_images*T, S) -> (n_images, S): the largest value over the set's tokens."""
     images = images_of(np.asarray(dense_latents, dtype=np.float64), tokens_per_image, token_set)

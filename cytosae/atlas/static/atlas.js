@@ -192,10 +192,13 @@ async function startImage() {
 
   $("whole").addEventListener("click", listImage);
   $("nomap").addEventListener("click", () => { mapped = -1; draw(); });
-  $("cls").addEventListener("click", () => {
-    chosen = -1;
-    list("CLS token", "Activation", Array.from(columns.cls_latents, (latent, n) => [latent, columns.cls_values[n], latents.indexOf(latent)]));
-  });
+  // Tokens without a place in the image; not every backbone has them.
+  for (const [id, title, measure, kind] of [["cls", "CLS token", "Activation", "cls"], ["registers", "Registers", "Sum over registers", "register"]]) {
+    $(id)?.addEventListener("click", () => {
+      chosen = -1;
+      list(title, measure, Array.from(columns[`${kind}_latents`], (latent, n) => [latent, columns[`${kind}_values`][n], latents.indexOf(latent)]));
+    });
+  }
   canvas.addEventListener("click", (event) => {
     const box = canvas.getBoundingClientRect();
     const [column, row] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height].map((share) => Math.min(Math.floor(share * side), side - 1));

@@ -1036,7 +1036,7 @@ def test_a_missing_chunk_is_noticed_before_anything_is_counted(many: Path, tmp_p
     [
         ({"tau": -0.1}, "tau must be a number of at least 0; found -0.1"),
         ({"tau": float("nan")}, "tau must be a number of at least 0; found nan"),
-        ({"token_set": "patches"}, "token_set must be one of all, patch, cls; found 'patches'"),
+        ({"token_set": "patches"}, "token_set must be one of all, patch, cls, register; found 'patches'"),
         ({"normalize": "none"}, "normalize must be one of images, cytosae-release; found 'none'"),
         ({"partition_images": 0}, "partition_images must be at least 1; found 0"),
         ({"block_images": 0}, "partition_images must be at least 1; found 0"),

@@ -198,7 +198,7 @@ def test_what_is_refused(made: tuple[Path, list[Path], list[Float]], tmp_path: P
         NeighbourConfig(tau=math.nan)
     with pytest.raises(BadInput, match=r"neighbours 1 to 1,000; found 5 and 1001"):
         NeighbourConfig(n_top=1001)
-    with pytest.raises(BadInput, match="token_set must be one of all, patch, cls; found 'image'"):
+    with pytest.raises(BadInput, match="token_set must be one of all, patch, cls, register; found 'image'"):
         NeighbourConfig(token_set="image")
 
 

@@ -1,5 +1,6 @@
 """Settings of a training run: presets, which of several values wins, and what is refused with which words."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,80 @@ def _toml(folder: Path, text: str) -> Path:
     return path
 
 
-def test_the_default_is_the_released_loss_on_shuffled_tokens() -> None:
+def test_a_config_by_itself_is_the_released_loss_on_shuffled_tokens() -> None:
     """docs/reference/design.md 4: released loss, token median, scalar ghost; paper.md 4.1: the released numbers."""
-    config = make_config()
-    assert config == TrainConfig()
+    config = TrainConfig()
     assert (config.loss, config.dead_latents, config.ghost_scale) == ("normed", "ghost", "scalar")
     assert (config.order, config.b_dec_init) == ("tokens", "geometric-median")
     assert (config.expansion, config.l1, config.lr, config.warmup_steps) == (64, 8e-5, 4e-4, 500)
     assert (config.batch_tokens, config.dead_after_steps) == (64 * 257, 64)
     assert config.n_steps(tokens_per_epoch=41_621 * 257) == 15_625
+
+
+def test_without_a_preset_budget_width_and_l0_are_left_to_the_data() -> None:
+    """And everything that goes with such a budget; all else is as it was."""
+    left_open = {"tokens": "auto", "expansion": "auto", "target_l0": "auto"}
+    with_it = {"batch_tokens": 4096, "lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "holdout": 0.1}
+    assert make_config() == dataclasses.replace(TrainConfig(), **left_open, **with_it)  # type: ignore[arg-type]
+    assert make_config() == TrainConfig(**left_open)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"tokens": 100}, {"tokens": 100, "batch_tokens": 16_448, "lr": 4e-4, "warmup_steps": 500, "holdout": 0.0}),
+        ({"epochs": 2.0}, {"tokens": None, "schedule": "constant", "expansion": "auto"}),
+        ({"expansion": 4}, {"expansion": 4, "tokens": "auto", "target_l0": "auto"}),
+        ({"l1": 1e-3}, {"target_l0": None, "l1": 1e-3}),
+        ({"target_l0": 20.0}, {"target_l0": 20.0}),
+        ({"activation": "topk"}, {"target_l0": "auto", "k": None}),
+        ({"activation": "topk", "k": 5}, {"target_l0": None, "k": 5}),
+        ({"lr": 3e-3, "holdout": 0.3, "schedule": "cosine"}, {"lr": 3e-3, "holdout": 0.3, "schedule": "cosine"}),
+    ],
+)
+def test_what_is_given_is_taken_as_it_is(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    config = make_config(options=given)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_l1_and_a_wanted_l0_replace_each_other(tmp_path: Path) -> None:
+    file = _toml(tmp_path, "target_l0 = 20\n")
+    assert make_config(config_file=file).target_l0 == 20.0
+    later = make_config(config_file=file, options={"l1": 1e-3})
+    assert (later.l1, later.target_l0) == (1e-3, None)
+    assert make_config(preset="cytosae", options={"target_l0": "auto"}).target_l0 == "auto"
+    topk = make_config(config_file=file, options={"activation": "topk", "k": 4})
+    assert (topk.k, topk.target_l0) == (4, None)
+    with pytest.raises(BadInput, match="either l1, a fixed weight, or target_l0"):
+        make_config(config_file=_toml(tmp_path, "target_l0 = 20\nl1 = 1e-3"))
+    with pytest.raises(BadInput, match="either k or target_l0"):
+        TrainConfig(activation="topk", k=3, target_l0=3.0)
+    assert make_config(config_file=_toml(tmp_path, 'tokens = "auto"\ntarget_l0 = "auto"')) == make_config()
+    with pytest.raises(BadInput, match=r'target_l0 must be float; found \'some\'. It may also be "auto"'):
+        make_config(config_file=_toml(tmp_path, 'target_l0 = "some"'))
+
+
+@pytest.mark.parametrize("preset", [None, "cytosae", "paper"])
+def test_the_presets_are_what_they_were(preset: str | None) -> None:
+    """Every setting that existed before `auto` did, by hand, of the presets and of a config by itself."""
+    config = TrainConfig() if preset is None else make_config(preset=preset)
+    before = {
+        **{"expansion": 64, "activation": "relu", "k": None, "l1": 8e-5, "l1_warmup_steps": 0, "lr": 4e-4},
+        **{"warmup_steps": 500, "schedule": "constant", "decay_steps": None, "batch_tokens": 16_448, "tokens": None},
+        **{"epochs": None, "token_set": "all", "loss": "normed", "token_scale": "none", "dead_latents": "ghost"},
+        **{"dead_after_steps": 64, "ghost_scale": "scalar", "auxk": None, "auxk_weight": 1 / 32},
+        **{"resample_every": 1000, "jump_threshold": 1e-3, "jump_bandwidth": 1e-3, "b_dec_init": "geometric-median"},
+        **{"order": "tokens", "pool_chunks": 16, "mix": None, "holdout": 0.0, "holdout_by": "image", "seed": 0},
+        **{"order_seed": None, "precision": "fp32", "log_every": 20, "target_l0": None},
+    }
+    released = {"order": "images", "ghost_scale": "elementwise", "b_dec_init": "geometric-median-per-position"}
+    changes: dict[str | None, dict[str, Any]] = {
+        None: {},
+        "cytosae": released | {"tokens": 257_000_000},
+        "paper": {"loss": "eq1"},
+    }
+    assert {name: getattr(config, name) for name in before} == before | changes[preset]
+    assert config.n_steps(tokens_per_epoch=1) == 15_625
 
 
 def test_the_preset_cytosae_is_the_released_run() -> None:
@@ -118,7 +184,7 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"token_set": "cells"}, "token_set must be one of all, patch, cls; found 'cells'"),
+        ({"token_set": "cells"}, "token_set must be one of all, patch, cls, register; found 'cells'"),
         ({"loss": "l2"}, "loss must be one of normed, eq1, mse; found 'l2'"),
         ({"ghost_scale": "none"}, "ghost_scale must be one of scalar, elementwise; found 'none'"),
         ({"b_dec_init": "median"}, "b_dec_init must be one of geometric-median, .*; found 'median'"),
@@ -132,6 +198,8 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
         ({"lr": 0.0}, "lr must be above 0; found 0.0"),
         ({"lr": float("inf")}, "lr must be above 0; found inf"),
         ({"tokens": 0}, "tokens must be above 0; found 0"),
+        ({"expansion": "some"}, "expansion must be at least 1; found 'some'"),
+        ({"target_l0": float("inf")}, "target_l0 must be above 0; found inf"),
         ({"seed": -1}, "seed must be at least 0; found -1"),
         ({"order": "images", "token_set": "patch"}, "'images' trains on whole images, .*: it needs token_set 'all'"),
         ({"order": "images", "mix": (1.0, 1.0)}, "'images' trains on whole images, .* and no mix"),

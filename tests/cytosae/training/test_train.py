@@ -25,6 +25,7 @@ from training_runs import BATCH, SETTINGS, TOKENS, WIDTH, _metrics, _what_was_tr
 
 from cli import cli
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, load_tensors, make_config
+from cytosae.sae.chosen_defaults import RELEASED
 from cytosae.training.train import train
 from stores import (
     SAE,
@@ -59,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _released_run(cache: Path, config: TrainConfig, objective: str, n_steps: int) -> tuple[Params, list[int]]:
     """The twin's weights after `n_steps` steps, folded, and the number of dead latents at each of them."""
-    model = SparseAutoencoder(WIDTH, config.expansion * WIDTH)
+    model = SparseAutoencoder(WIDTH, int(config.expansion) * WIDTH)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     stream = TokenStream(open_caches([cache]), order=config.order, seed=config.seed)
     if config.b_dec_init == "geometric-median-per-position":  # on the first batch, which is not trained on
@@ -505,7 +506,8 @@ def test_sae_json_says_what_was_trained_on_what(cache: Path, tmp_path: Path) -> 
     assert spec["tokens"] == store.spec.same_tokens
     assert spec["trained_backbone"] is False
     assert spec["caches"] == [{"identity": store.identity, "sha256": store.content_sha256, "precision": "fp32"}]
-    assert spec["config"] == dataclasses.asdict(config)
+    assert TrainConfig.from_spec(spec["config"]) == config
+    assert RELEASED | spec["config"] == dataclasses.asdict(config)
     assert (summary["steps"], summary["tokens"], summary["images"]) == (12, 120, 24)
     assert {key: value for key, value in summary["final"].items() if key != "tokens_per_second"} == _metrics(
         tmp_path / "run"

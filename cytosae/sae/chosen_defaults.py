@@ -1,0 +1,21 @@
+"""Settings that follow the activation where they are not given, and their values in the released code."""
+
+from typing import Any
+
+# what a run of before these settings did; the presets keep it with every activation
+RELEASED: dict[str, Any] = {
+    "init": "kaiming",
+    "clip_norm": 0.0,
+    "nested": None,
+    "background": "keep",
+    "target_l0": None,
+}
+
+_RELEASED: dict[str, Any] = {"loss": "normed", "init": "kaiming", "clip_norm": 0.0}
+BY_ACTIVATION: dict[str, dict[str, Any]] = {
+    "relu": _RELEASED,
+    "topk": {"loss": "eq1", "init": "transpose", "clip_norm": 1.0},
+    "batchtopk": {"loss": "eq1", "init": "transpose", "clip_norm": 1.0},
+    "jumprelu": _RELEASED,
+    "gated": _RELEASED,
+}

@@ -1,0 +1,167 @@
+"""Which patch tokens are background, by a rule that needs no masks: they can be left out of training.
+
+The rule `first-component`: patch tokens of a sample of the images (all tokens of evenly spaced images, 65,536 tokens at
+most) are projected on their first principal component. Otsu's threshold (the one with the largest variance between the
+two sides, of 256 bins) cuts the projections in two. Background is the side on which a larger share of the patches at
+the rim of the images lies than of the others: a crop shows its cell in the middle. Where the two shares differ by less
+than a tenth, the rule does not tell background from cells, and is refused. CLS and register tokens always stay.
+
+Memory: one chunk, the sample, and a byte for each token of the caches. Twin: tests/cytosae/training/test_background.py.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.activation_store import ActivationStore
+from stores.errors import BadInput
+from stores.token_layout import TokenLayout
+
+Bool = npt.NDArray[np.bool_]
+Float = npt.NDArray[np.float64]
+
+_SAMPLE = 65_536  # tokens
+_BINS = 256
+_LEAST_DIFFERENCE = 0.1  # of the shares of background at the rim and elsewhere
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """The tokens that stay, and how they were chosen."""
+
+    keep: list[Bool]  # per cache (images, tokens of an image): False for background
+    rule: str
+    threshold: float  # of the projection on `direction`, of float32 tokens minus `mean`
+    explained: float  # share of the sample's variance along the first principal component
+    share_at_rim: float  # of the sample's patches at the rim that are background
+    share_elsewhere: float
+    n_patches: int  # of readable images
+    n_left_out: int
+
+    def to_spec(self) -> dict[str, Any]:
+        """What `sae.json` says; with the hash, a run is continued with the same tokens only."""
+        packed = hashlib.sha256()
+        for mask in self.keep:
+            packed.update(np.packbits(mask).tobytes())
+        return {
+            "rule": self.rule,
+            "threshold": self.threshold,
+            "explained": self.explained,
+            "share_at_rim": self.share_at_rim,
+            "share_elsewhere": self.share_elsewhere,
+            "patches": self.n_patches,
+            "left_out": self.n_left_out,
+            "sha256": packed.hexdigest(),
+        }
+
+
+def find_background(stores: Sequence[ActivationStore], rule: str = "first-component") -> Background:
+    """The background of the readable images of caches with the same kind of tokens. Reads them twice.
+
+    Raises
+    ------
+    BadInput
+        If an image has no square of patches, no image is readable, or the rule does not tell background from cells.
+    DamagedStore, StoreUnreachable
+        If a cache cannot be read.
+    """
+    side, first = _patches(stores[0].spec.layout)
+    is_rim = np.ones((side, side), bool)
+    is_rim[1:-1, 1:-1] = False
+    sample_NPD = _sample(stores, first)
+    mean_D, direction_D, explained = _first_component(sample_NPD.reshape(-1, sample_NPD.shape[2]))
+    projected_NP = (sample_NPD - mean_D) @ direction_D
+    threshold = otsu(projected_NP)
+    if side < 3:
+        raise BadInput(f"background is told by the rim of an image, which {side} x {side} patches do not have")
+    is_high_NP = projected_NP > threshold
+    at_rim, elsewhere = (float(is_high_NP[:, mask.ravel()].mean()) for mask in (is_rim, ~is_rim))
+    if at_rim < elsewhere:  # then the low side is background: turn the direction
+        mean_D, direction_D, threshold = mean_D, -direction_D, -threshold
+        at_rim, elsewhere = 1 - at_rim, 1 - elsewhere
+    if at_rim - elsewhere < _LEAST_DIFFERENCE:
+        raise BadInput(
+            f"the rule {rule} does not tell background from cells here: it would call {at_rim:.0%} of the patches at "
+            f"the rim of images background, and {elsewhere:.0%} of the others; leave --background out"
+        )
+    keep, n_patches, n_left_out = [], 0, 0
+    for store in stores:
+        kept = np.ones((store.spec.n_images, store.spec.tokens_per_image), bool)
+        is_readable = store.readable()
+        for rows, tokens in store.iter_chunks():
+            readable = is_readable[rows.start : rows.stop]
+            x_NPD = tokens[readable][:, first:].astype(np.float32)
+            kept[np.flatnonzero(readable) + rows.start, first:] = (x_NPD - mean_D) @ direction_D <= threshold
+        keep.append(kept)
+        n_patches += int(is_readable.sum()) * side**2
+        n_left_out += int((~kept).sum())
+    return Background(
+        keep=keep,
+        rule=rule,
+        threshold=threshold,
+        explained=explained,
+        share_at_rim=at_rim,
+        share_elsewhere=elsewhere,
+        n_patches=n_patches,
+        n_left_out=n_left_out,
+    )
+
+
+def otsu(values: npt.NDArray[np.floating[Any]]) -> float:
+    """The threshold between two groups of numbers: the edge of 256 equal bins with the largest variance between them.
+
+    Source: Otsu 1979, IEEE Transactions on Systems, Man, and Cybernetics 9, 62.
+    """
+    counts, edges = np.histogram(values, _BINS)
+    centres = (edges[:-1] + edges[1:]) / 2
+    n_low = np.cumsum(counts)[:-1]
+    n_high = counts.sum() - n_low
+    sums = np.cumsum(counts * centres)
+    mean_low = sums[:-1] / np.maximum(1, n_low)
+    mean_high = (sums[-1] - sums[:-1]) / np.maximum(1, n_high)
+    between = n_low * n_high * (mean_low - mean_high) ** 2
+    return float(edges[1 + int(between.argmax())])
+
+
+def _patches(layout: TokenLayout) -> tuple[int, int]:
+    """(side, first): an image ends with side x side patches, from token `first` on."""
+    try:
+        return layout.side, layout.first_patch
+    except BadInput:
+        raise BadInput(
+            f"background is a matter of patches in a square; found {layout.tokens_per_image} tokens per image, of "
+            f"which {layout.n_patches} are patches"
+        ) from None
+
+
+def _sample(stores: Sequence[ActivationStore], first: int) -> npt.NDArray[np.float32]:
+    """(images, patches, D): evenly spaced readable images of all caches, `_SAMPLE` tokens at most."""
+    places = [(number, row) for number, store in enumerate(stores) for row in np.flatnonzero(store.readable())]
+    if not places:
+        raise BadInput("no readable image in the given caches: there is no background to find")
+    n_images = max(1, min(len(places), _SAMPLE // (stores[0].spec.tokens_per_image - first)))
+    chosen = [places[at] for at in np.linspace(0, len(places) - 1, n_images).round().astype(int)]
+    found = []
+    for number, store in enumerate(stores):
+        rows = np.array(sorted({int(row) for which, row in chosen if which == number}), np.int64)
+        for chunk in np.unique(rows // store.spec.chunk_images):
+            inside = rows[rows // store.spec.chunk_images == chunk] - chunk * store.spec.chunk_images
+            found.append(store.read_chunk(int(chunk))[inside, first:].astype(np.float32))
+    return np.concatenate(found)
+
+
+def _first_component(tokens_ND: npt.NDArray[np.float32]) -> tuple[Any, Any, float]:
+    """(mean, direction of norm 1, its share of the variance), float32 and (D,); the sign is any."""
+    mean_D = tokens_ND.mean(0, dtype=np.float64)
+    centred = (tokens_ND - mean_D).astype(np.float32)
+    values, vectors = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    total = float(values.clip(0).sum())
+    return (
+        mean_D.astype(np.float32),
+        vectors[:, -1].astype(np.float32),
+        float(values[-1]) / total if total > 0 else 0.0,
+    )

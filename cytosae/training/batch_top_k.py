@@ -1,0 +1,157 @@
+"""batchtopk in training: the k x N largest pre-activations of a batch of N tokens, with one product of the encoder.
+
+Which values are the largest is known only after the whole batch, whose pre-activations do not fit into memory. So of
+each micro-batch a little more is kept than is needed: the values above a bound, which is estimated from a sample of the
+first micro-batch. If the bound turns out too high, the batch is encoded again with half of it, at last with 0: the
+result does not depend on the bound. Twin: tests/cytosae/training/test_batch_top_k.py.
+
+Memory: at most 2 k x N values with their places, and those of one micro-batch.
+Shapes: B tokens of a micro-batch, N of the batch, L latents.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cytosae.sae import use_kernels_with_torch_threads
+
+from . import kernels_cpu
+from .distributed import Ranks
+from .latent_matrix import Latents, latents_of_active, parts_of
+
+_SAMPLE = 1 << 17  # pre-activations from which the bound is estimated
+_MARGIN = 1.25  # values above the bound, over those that are needed
+
+
+class _Piece(Protocol):
+    """The values of one micro-batch above the bound, with their places."""
+
+    values: torch.Tensor  # (n,)
+
+    def at_least(self, least: float) -> "_Piece":
+        """Those of at least `least`."""
+
+    def latents(self, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        """As latents of the micro-batch, for each range of latents between two edges."""
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The chosen values of a batch."""
+
+    threshold: float  # the smallest one
+    _pieces: list[_Piece]
+
+    def latents(self, number: int, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        """The latents of micro-batch `number`, from 0: a matrix for each range of latents between two edges."""
+        return self._pieces[number].at_least(self.threshold).latents(edges, sparse_below)
+
+
+def choose_largest(
+    encode: Callable[[int], torch.Tensor], n_micro_batches: int, *, k: int, n: int, ranks: Ranks
+) -> BatchTopK | None:
+    """The k x n largest positive pre-activations of a batch, or all positive ones if there are fewer; ties are kept.
+
+    encode : the pre-activations (B, L) of this rank's micro-batch, from 0; the next one may overwrite them
+    n : tokens of all ranks
+
+    Returns
+    -------
+    None if a pre-activation is NaN.
+    """
+    wanted = k * n
+    for attempt in (0.0, 1.0, 2.0):
+        pieces, bound = _above_bound(encode, n_micro_batches, k, wanted, attempt)
+        mine = torch.cat([piece.values for piece in pieces]) if pieces else torch.zeros(0)
+        if ranks.all_reduce_sum(int(torch.isnan(mine).any())):
+            return None
+        kept = _largest(ranks.all_gather(_largest(mine, wanted), wanted), wanted)
+        threshold = float(kept.min()) if len(kept) else 0.0
+        bound = float(ranks.all_gather(torch.tensor([bound]).to(mine), 1).max())
+        if bound == 0 or (len(kept) == wanted and threshold > bound):
+            break
+    return BatchTopK(threshold, pieces)
+
+
+def _above_bound(
+    encode: Callable[[int], torch.Tensor], n_micro_batches: int, k: int, wanted: int, attempt: float
+) -> tuple[list[_Piece], float]:
+    """(pieces with all values above a bound that could be among the largest, the bound); the third attempt has 0."""
+    pieces: list[_Piece] = []
+    bound = least = 0.0
+    for number in range(n_micro_batches):
+        p_BL = encode(number)
+        if not number and attempt < 2:
+            bound = least = _estimated_bound(p_BL, k) / (1 + attempt)
+        pieces.append(_piece_above(p_BL, least))
+        if bool(torch.isnan(pieces[-1].values).any()):
+            break
+        if sum(len(piece.values) for piece in pieces) > 2 * wanted:  # what is smaller than k x n others is not needed
+            so_far = float(_largest(torch.cat([piece.values for piece in pieces]), wanted).min())
+            pieces = [piece.at_least(so_far) for piece in pieces]
+            least = max(least, float(np.nextafter(np.float32(so_far), np.float32(0))))  # ties are kept
+    return pieces, bound
+
+
+def _estimated_bound(p_BL: torch.Tensor, k: int) -> float:
+    """A bound that a few more than k values per token exceed, so likely that it need not be tried again."""
+    values = p_BL.reshape(-1)
+    sample = values[:: max(1, len(values) // _SAMPLE) | 1].float()  # an odd stride meets all latents in turn
+    expected = len(sample) * k / p_BL.shape[1]
+    rank = round(_MARGIN * expected + 3 * expected**0.5) + 3
+    if rank >= len(sample):
+        return 0.0
+    found = float(_largest(sample, rank).min())
+    return found if found > 0 else 0.0  # also for NaN
+
+
+def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
+    """The n largest, in any order; NaN counts as the largest."""
+    if len(values) <= n:
+        return values
+    if values.device.type == "cpu" and values.dtype != torch.bfloat16:
+        return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
+    return values.topk(n, sorted=False).values
+
+
+def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
+    if p_BL.device.type == "cpu" and p_BL.dtype != torch.bfloat16:
+        use_kernels_with_torch_threads()
+        counts = kernels_cpu.count_active(p_BL.numpy(), bound)
+        return _CpuPiece(kernels_cpu.take_active(p_BL.numpy(), counts, bound))
+    places = (~(p_BL <= bound)).view(-1).nonzero().squeeze(1)
+    return _TorchPiece(p_BL.reshape(-1)[places], places, p_BL.shape)
+
+
+class _CpuPiece:
+    """In compressed sparse columns."""
+
+    def __init__(self, active: kernels_cpu.Active) -> None:
+        self._active = active
+        self.values = torch.from_numpy(active.values)
+
+    def at_least(self, least: float) -> "_CpuPiece":
+        return _CpuPiece(self._active.at_least(least))
+
+    def latents(self, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        return [latents_of_active(self._active.part(*ends), sparse_below) for ends in pairwise(edges)]
+
+
+class _TorchPiece:
+    """By places in the matrix: for a GPU, where filling the matrix again takes little time beside the product."""
+
+    def __init__(self, values: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> None:
+        self.values, self._places, self._shape = values, places, shape
+
+    def at_least(self, least: float) -> "_TorchPiece":
+        is_kept = ~(self.values < least)
+        return _TorchPiece(self.values[is_kept], self._places[is_kept], self._shape)
+
+    def latents(self, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        dense_BL = self.values.new_zeros(self._shape)
+        dense_BL.view(-1)[self._places] = self.values
+        return parts_of(dense_BL, edges, sparse_below)

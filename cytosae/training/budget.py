@@ -1,0 +1,190 @@
+"""`tokens = "auto"`: a run ends when the error and L0 of held-out images have settled.
+
+From time to time the SAE is measured on the same `WATCHED_TOKENS` tokens, at most, of held-out images: every 20 steps,
+and half as often whenever the number of steps has doubled (`check_interval`). Steps count from the end of the warm-up.
+The run has settled when, over the last quarter of its steps against the quarter before,
+
+    the mean error has fallen by less than `LEAST_GAIN`, and the mean L0 has changed by less than `L0_CHANGE`,
+
+and a steered L0 is within 10% of what is wanted (penalty.py). What is said of L0 counts for the first `GIVE_UP` steps
+only, so that a run also ends where L0 cannot come there, or jumps about. Quarters grow with the run, so the rule asks:
+does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run
+ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
+time: a run that is continued decides the same, and so does every rank.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cytosae.sae import SparseAutoencoder, TrainConfig
+from stores.errors import DamagedStore
+from stores.token_sets import chosen_tokens
+
+from .data import TrainingData
+from .distributed import Ranks
+from .losses import loss_weight
+
+_SHORTEST_INTERVAL, _SHORT_UNTIL = 20, 1_280  # steps between two checks, and until when they are so few
+WATCHED_TOKENS = 8_192
+LEAST_STEPS = 200  # behind the warm-up, before the first decision
+GIVE_UP = 1_500  # behind the warm-up: L0 is where it can be, and only the error counts
+LEAST_GAIN, L0_CHANGE = 0.01, 0.05
+_MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix
+
+
+@dataclass(frozen=True)
+class Check:
+    """The watched tokens at one step."""
+
+    step: int
+    error: float  # as in training: the mean of w_x (x_hat - x)^2 (losses.py)
+    l0: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far a run goes, as known between two steps. `after` gives the next one; nothing changes in place."""
+
+    end: int | None = None  # the number of steps; None: still open (or given by the settings)
+    settled_at: int | None = None  # the step of the deciding check
+    checks: tuple[Check, ...] = ()
+
+    def is_due(self, step: int) -> bool:
+        """Is there a check before the step that follows `step` steps?"""
+        is_known = bool(self.checks) and self.checks[-1].step == step  # the run was interrupted behind the check
+        return step > 0 and step % check_interval(step) == 0 and not is_known
+
+    def after(self, check: Check, config: TrainConfig, *, most: int, is_steady: bool) -> "Budget":
+        """With one more check; `end` is known once they have settled.
+
+        most : the largest number of steps
+        is_steady : False while a steered L0 is not where it is wanted
+        """
+        found = replace(self, checks=(*self.checks, check))
+        first = first_step(config)
+        is_ready = is_steady or check.step >= first + GIVE_UP
+        if self.end is not None or not is_ready or not has_settled(found.checks, first):
+            return found
+        return replace(found, end=config.end_after(check.step, most), settled_at=check.step)
+
+    def to_tensor(self) -> torch.Tensor:
+        """The checks as float64, exactly, for the saved state; the first row holds what is decided, NaN for None."""
+        decided = [math.nan if value is None else value for value in (self.end, self.settled_at, 0)]
+        rows = [decided, *([check.step, check.error, check.l0] for check in self.checks)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    @classmethod
+    def from_tensor(cls, values: torch.Tensor) -> "Budget":
+        """What `to_tensor` wrote."""
+        (end, settled_at, _), *rows = values.tolist()
+        return cls(
+            end=None if math.isnan(end) else int(end),
+            settled_at=None if math.isnan(settled_at) else int(settled_at),
+            checks=tuple(Check(int(step), error, l0) for step, error, l0 in rows),
+        )
+
+    def to_summary(self) -> dict[str, Any]:
+        """What `sae.json` says of it: the rule with its numbers, and at most 100 checks, evenly over the run."""
+        kept = self.checks[:: max(1, -(-len(self.checks) // 100))]
+        return {
+            "rule": f"error of held-out images fell by less than {LEAST_GAIN:.0%} over the last quarter of the steps, "
+            f"and L0 changed by less than {L0_CHANGE:.0%}",
+            "settled_at_step": self.settled_at,
+            "checks": [vars(check) for check in kept],
+        }
+
+
+def has_settled(checks: Sequence[Check], first_step: int) -> bool:
+    """Have error and L0 settled at the last of these checks?
+
+    first_step : from which steps count
+    """
+    steps = checks[-1].step - first_step
+    if steps < LEAST_STEPS:
+        return False
+    now, quarter = checks[-1].step, steps / 4
+    last = [check for check in checks if check.step > now - quarter]
+    before = [check for check in checks if now - 2 * quarter < check.step <= now - quarter]
+    gain = 1 - _mean([check.error for check in last]) / _mean([check.error for check in before])
+    change = _mean([check.l0 for check in last]) / max(1e-9, _mean([check.l0 for check in before])) - 1
+    return gain < LEAST_GAIN and (abs(change) < L0_CHANGE or steps >= GIVE_UP)
+
+
+def first_step(config: TrainConfig) -> int:
+    """The step at which learning rate and penalty have warmed up."""
+    return max(config.warmup_steps, config.l1_warmup_steps)
+
+
+def fewest_steps(config: TrainConfig, step: int, most: int) -> int:
+    """The smallest number of steps of a run that has not settled after `step` steps.
+
+    most : the largest number
+    """
+    decides = max(first_step(config) + LEAST_STEPS, step + 1)
+    next_check = math.ceil(decides / check_interval(decides)) * check_interval(decides)
+    return config.end_after(min(next_check, most), most)
+
+
+def check_interval(step: int) -> int:
+    """Steps between two checks around this step: 20 below step 1,280, 40 below 2,560, and so on."""
+    return _SHORTEST_INTERVAL * 2 ** max(0, (step // _SHORT_UNTIL).bit_length())
+
+
+class Watch:
+    """The watched tokens. Every rank has its slice of them."""
+
+    def __init__(self, data: TrainingData, config: TrainConfig, device: str, ranks: Ranks) -> None:
+        """Read whole images, evenly over the held-out ones of all caches. Memory: 8,192 tokens, in float16."""
+        tokens_ND = _watched_tokens(data, config)
+        self._n, self._config, self._device, self._ranks = len(tokens_ND), config, device, ranks
+        self._tokens_ND = tokens_ND[ranks.local_slice(len(tokens_ND))]
+
+    @torch.no_grad()
+    def check(self, model: SparseAutoencoder, step: int, token_scale: float) -> Check:
+        """Measure the SAE as it is after `step` steps."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for part_BD in self._tokens_ND.split(max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))):
+            x_BD = part_BD.to(self._device).float() * token_scale
+            z_BL = model.encode(x_BD)
+            error_BD = (model.decode(z_BL) - x_BD).square() * loss_weight(x_BD, self._config.loss)
+            sums += torch.stack([error_BD.sum(dtype=torch.float64), (z_BL > 0).sum().double()])
+        self._ranks.all_reduce_sum_(sums)
+        error, n_active = sums.tolist()
+        return Check(step, error / (self._n * model.width), n_active / self._n)
+
+
+def _watched_tokens(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    """(N, D) float16, read once for all SAEs of a sweep with these images."""
+    if config.token_set not in data.watched:
+        every = data.chosen.n_held_out / max(1, WATCHED_TOKENS // data.stream.tokens_per_image)
+        tokens, first = [], 0  # `first`: held-out images of the caches before
+        keep = data.background.keep if data.background else [None] * len(data.stores)
+        chosen = chosen_tokens(config.token_set, data.stores[0].spec.layout)
+        for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
+            images = np.flatnonzero(mask)
+            is_taken = np.floor((first + np.arange(len(images)) + 1) / max(1.0, every)) > np.floor(
+                (first + np.arange(len(images))) / max(1.0, every)
+            )
+            here_NTD = store.read_images(images[is_taken])[:, chosen.start : chosen.stop]
+            if kept is not None:
+                tokens.append(here_NTD[kept[images[is_taken]][:, chosen.start : chosen.stop]])
+            else:
+                tokens.append(here_NTD.reshape(-1, data.width))
+            first += len(images)
+        tokens_ND = np.concatenate(tokens)
+        if not np.isfinite(tokens_ND).all():
+            raise DamagedStore(
+                "a token of a held-out image is NaN or infinite, and the image is a readable one. cyto cache verify "
+                "lists every bad chunk"
+            )
+        data.watched[config.token_set] = torch.from_numpy(tokens_ND)
+    return data.watched[config.token_set]
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)

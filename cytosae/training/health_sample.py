@@ -1,0 +1,128 @@
+"""The health of an SAE that has just been trained, on images of its caches: all of them, or a sample that is cheap.
+
+`cyto sae eval` measures on all images, and the final CLS too. This is for the end of a training run: at most a
+sixteenth of the tokens that were trained on, in whole chunks that lie evenly over the caches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae
+from stores.activation_store import ActivationStore
+from stores.files import sha256_json
+from stores.spec import require_unchanged
+from stores.token_sets import chosen_tokens
+
+from .data import TrainingData
+from .evaluate import _MICRO_BATCH_BYTES, _Sums, images_of
+from .health import Health, assess_health, read_health, write_health
+
+LEAST_IMAGES = 64  # are measured on, whatever it costs
+SHARE = 16  # of the tokens trained on, one in so many is measured on
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What `assess_health` reads."""
+
+    sae_sha256: str
+    cache_sha256: str
+    token_set: str
+    activation: str
+    width: int
+    n_latents: int
+    n_images: int
+    n_tokens: int
+    l0: float
+    n_images_active: npt.NDArray[np.int64]
+    explained_variance: float
+    n_pca: int
+    pca_explained_variance: float
+    substitution: None = None
+
+
+def caches_sha256(stores: Sequence[ActivationStore]) -> str:
+    """Which caches: the hash of one, as in an evaluation; of several, that of the list of theirs."""
+    hashes = [store.content_sha256 for store in stores]
+    return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
+
+
+def health_of_run(run: Path, data: TrainingData, config: TrainConfig, *, n_steps: int, device: str) -> Health:
+    """What is kept beside the SAE in `run`; if nothing is, it is measured and kept.
+
+    Images that were trained on and held-out ones count, excluded ones do not.
+
+    Raises
+    ------
+    DamagedStore, StoreUnreachable
+        If the SAE, its `health.json` or a cache cannot be read.
+    OSError
+        If `health.json` cannot be written.
+    """
+    sae = load_sae(run, device=device)
+    cache_sha256 = caches_sha256(data.stores)
+    known = read_health(run, sae_sha256=sae.sha256, cache_sha256=cache_sha256)
+    if known is not None:
+        return known
+    masks = [train | held for train, held in zip(data.chosen.train, data.chosen.held_out, strict=True)]
+    most = n_steps * config.batch_tokens // SHARE
+    measured = measure_sample(sae.model, data.stores, masks, config, most_tokens=most, device=device)
+    figures = _Measured(sae_sha256=sae.sha256, cache_sha256=cache_sha256, token_set=config.token_set, **measured)
+    health = assess_health(figures, n_images_in_all=sum(int(mask.sum()) for mask in masks))
+    require_unchanged(sae.header, *(store.header for store in data.stores))
+    write_health(run, health)
+    return health
+
+
+@torch.inference_mode()
+def measure_sample(
+    model: SparseAutoencoder,
+    stores: Sequence[ActivationStore],
+    masks: Sequence[npt.NDArray[np.bool_]],
+    config: TrainConfig,
+    *,
+    most_tokens: int,
+    device: str,
+) -> dict[str, Any]:
+    """Sums over the images in `masks`, or over those of evenly spaced chunks if these have more than `most_tokens`."""
+    per_image = len(chosen_tokens(config.token_set, stores[0].spec.layout))
+    step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
+    sums = _Sums(model, loss=config.loss, step=step, window_begins=0, with_pca=True)
+    chunks = [
+        (store, mask, chunk, int(mask[store.spec.chunk_rows(chunk).start : store.spec.chunk_rows(chunk).stop].sum()))
+        for store, mask in zip(stores, masks, strict=True)
+        for chunk in range(store.spec.n_chunks)
+    ]
+    chunks = [each for each in chunks if each[3]]
+    most_images = max(LEAST_IMAGES, most_tokens // per_image)
+    for number in evenly_spaced([n_images for *_, n_images in chunks], most_images):
+        store, mask, chunk, _ = chunks[number]
+        for _, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
+            sums.add(x_NTD.to(device).float())
+    return {
+        "activation": model.activation,
+        "width": model.width,
+        "n_latents": model.n_latents,
+        "n_images": sums.n_images,
+        "n_tokens": sums.n_tokens,
+        "l0": sums.l0,
+        "n_images_active": sums.n_images_active.cpu().numpy(),
+        "explained_variance": sums.explained_variance,
+        "n_pca": sums.n_pca,
+        "pca_explained_variance": sums.pca_explained_variance,
+    }
+
+
+def evenly_spaced(sizes: Sequence[int], most: int) -> list[int]:
+    """Numbers of some chunks, rising: all if they have at most `most` images together, else every n-th or one."""
+    total = sum(sizes)
+    if total <= most:
+        return list(range(len(sizes)))
+    n = max(1, len(sizes) * most // total)
+    return sorted({(2 * k + 1) * len(sizes) // (2 * n) for k in range(n)})

@@ -1,0 +1,175 @@
+"""Background patches: the rule against a slow twin, and that they are neither trained on nor measured."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from token_caches import write_cache
+from training_runs import SETTINGS
+
+from cli import cli
+from cytosae.sae import load_sae, make_config
+from cytosae.training.background import find_background, otsu
+from cytosae.training.data import open_data
+from cytosae.training.train import train
+from stores import ActivationStore, BadInput, TokenStream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIDE, WIDTH = 6, 8
+OPTIONS: dict[str, Any] = {**SETTINGS, "tokens": 400, "background": "first-component"}
+
+
+def cells(n_images: int = 20, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(tokens (n, 1 + 36, 8), is background (n, 36)): a bright disc of varying size before a dark ground."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    radius = rng.uniform(1.2, 2.6, n_images)
+    is_background = np.hypot(rows, columns).ravel()[None] > radius[:, None]
+    cell, ground = rng.normal(size=(2, WIDTH))
+    patches = np.where(is_background[..., None], ground, cell) + 0.2 * rng.normal(size=(n_images, SIDE**2, WIDTH))
+    cls = rng.normal(size=(n_images, 1, WIDTH))
+    return np.concatenate([cls, patches], 1).astype(np.float16), is_background
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray[Any, Any]]:
+    tokens, is_background = cells()
+    return write_cache(tmp_path_factory.mktemp("cells") / "a.zarr", tokens, unreadable=(4,)), is_background
+
+
+def slow_otsu(values: np.ndarray[Any, Any]) -> float:
+    """The edge of the histogram with the largest weighted distance of the two means, one after the other."""
+    counts, edges = np.histogram(values, 256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    best, at = -1.0, 0.0
+    for cut in range(1, 256):
+        low, high = counts[:cut].sum(), counts[cut:].sum()
+        if low and high:
+            a, b = (counts[:cut] @ centres[:cut]) / low, (counts[cut:] @ centres[cut:]) / high
+            if low * high * (a - b) ** 2 > best:
+                best, at = low * high * (a - b) ** 2, edges[cut]
+    return float(at)
+
+
+def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
+    store, is_background = ActivationStore(drawn[0]), drawn[1]
+    found = find_background([store])
+    readable = store.readable()
+    assert found.keep[0][:, 0].all()  # CLS stays
+    assert (found.keep[0][readable, 1:] == ~is_background[readable]).all()
+    assert found.keep[0][4].all()  # of an unreadable image nothing is said
+    assert (found.n_patches, found.n_left_out) == (19 * 36, int(is_background[readable].sum()))
+
+    patches = np.concatenate([tokens for _, tokens in store.iter_chunks()])[readable, 1:].astype(float)
+    flat = patches.reshape(-1, WIDTH)
+    direction = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][0]
+    projected = (patches - flat.mean(0)) @ direction
+    is_rim = np.ones((SIDE, SIDE), bool)
+    is_rim[1:-1, 1:-1] = False
+    high = projected > slow_otsu(projected)
+    if high[:, is_rim.ravel()].mean() < high[:, ~is_rim.ravel()].mean():
+        high = ~high
+    assert (found.keep[0][readable, 1:] == ~high).all()
+    assert found.share_at_rim == pytest.approx(high[:, is_rim.ravel()].mean())
+    assert found.share_elsewhere == pytest.approx(high[:, ~is_rim.ravel()].mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_otsu_equals_its_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(5, 2, 200 * seed + 10)])
+    assert otsu(values) == slow_otsu(values)
+
+
+def test_the_stream_has_every_other_token_once_per_epoch(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
+    """From any position on, and for two ranks together."""
+    store = ActivationStore(drawn[0])
+    rng = np.random.default_rng(1)
+    keep = rng.random((20, 37)) < 0.4
+    tokens = np.concatenate([tokens for _, tokens in store.iter_chunks()])
+    for token_set, first in (("all", 0), ("patch", 1)):
+        wanted = tokens[store.readable()][:, first:][keep[store.readable()][:, first:]]
+        stream = TokenStream([store], token_set=token_set, pool_chunks=2, keep=[keep], seed=3)
+        assert stream.tokens_per_epoch == len(wanted)
+        assert stream.mean_tokens_per_image == len(wanted) / 19
+        epoch = np.concatenate(list(islice(stream.batches(1), len(wanted))))
+        assert sorted(map(bytes, epoch)) == sorted(map(bytes, wanted))
+        two = np.concatenate(list(islice(stream.batches(1), 2 * len(wanted))))
+        for position in (0, 5, len(wanted) - 1, len(wanted) + 7):
+            some = next(stream.batches(11, position=position))
+            assert (some == two[position : position + 11]).all()
+            parts = [next(stream.batches(11, position=position, part=(rank, 2))) for rank in range(2)]
+            assert (np.concatenate(parts) == some).all()
+
+
+def test_background_is_neither_trained_on_nor_measured(
+    drawn: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    """Other numbers there change neither the weights nor what is measured on held-out images."""
+    cache, is_background = drawn
+    config = make_config(options={**OPTIONS, "holdout": 0.25, "b_dec_init": "mean"})
+    report = train([cache], tmp_path / "run", config)
+    left_out = int(is_background[ActivationStore(cache).readable()].sum())
+    assert report.spec["background"]["left_out"] == left_out
+    assert report.spec["tokens_per_epoch"] == open_data([cache], config).stream.tokens_per_epoch
+    assert f"background: {left_out} of 684 patch tokens left out" in str(report)
+    held_out = pq.read_table(tmp_path / "run" / "held_out.parquet")["image_id"].to_pylist()
+    rows = [i for i in range(20) if any(f"{i:03d}.png" in name for name in held_out)]
+    assert report.summary["held_out"]["n_tokens"] == len(rows) + int((~is_background[rows]).sum())
+
+    tokens, _ = cells()
+    ground = np.concatenate([np.zeros((20, 1), bool), is_background], 1)
+    tokens[ground] += np.float16(3) * (tokens[ground] - tokens[~ground].mean(0))  # further away, in its own direction
+    other = write_cache(tmp_path / "other.zarr", tokens, unreadable=(4,))
+    again = train([other], tmp_path / "other", config)
+    assert again.spec["background"]["sha256"] == report.spec["background"]["sha256"]
+    assert (tmp_path / "other" / "sae.safetensors").read_bytes() == (tmp_path / "run" / "sae.safetensors").read_bytes()
+    assert again.summary["held_out"] == report.summary["held_out"]
+
+
+def test_interrupted_and_continued_equals_never_stopped(
+    drawn: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
+    config = make_config(options=OPTIONS)
+    train(drawn[:1], tmp_path / "whole", config)
+
+    def interrupt(done: int, total: int, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 17:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(drawn[:1], tmp_path / "cut", config, progress=interrupt)
+    train(drawn[:1], tmp_path / "cut", config)
+    assert (tmp_path / "cut" / "sae.safetensors").read_bytes() == (tmp_path / "whole" / "sae.safetensors").read_bytes()
+
+
+def test_the_command_counts_it_and_info_says_it(drawn: tuple[Path, np.ndarray[Any, Any]], tmp_path: Path) -> None:
+    arguments = ["sae", "train", drawn[0], "-o", tmp_path / "run", "--background", "first-component"]
+    arguments += ["--tokens", 100, "--batch-tokens", 20, "--expansion", 2, "--device", "cpu"]
+    done = CliRunner().invoke(cli, [str(part) for part in arguments])
+    assert done.exit_code == 0, done.output
+    assert "patch tokens left out" in done.stdout
+    page = CliRunner().invoke(cli, ["sae", "info", str(tmp_path / "run")]).stdout
+    assert "by the rule first-component; at the rim of images" in page
+    spec = json.loads((tmp_path / "run" / "sae.json").read_text())["spec"]
+    assert spec["config"]["background"] == "first-component"
+    assert load_sae(tmp_path / "run").header.spec["background"]["rule"] == "first-component"
+
+
+def test_what_it_cannot_tell_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(12, 37, WIDTH)).astype(np.float16)
+    cache = write_cache(tmp_path / "noise.zarr", noise)
+    with pytest.raises(BadInput, match="does not tell background from cells here: it would call"):
+        find_background([ActivationStore(cache)])
+    odd = write_cache(tmp_path / "odd.zarr", np.zeros((4, 1200, 2), np.float16))
+    with pytest.raises(BadInput, match="background is a matter of patches in a square; found 1200 tokens"):
+        find_background([ActivationStore(odd)])
+    for changes in ({"order": "images"}, {"token_set": "cls"}):
+        with pytest.raises(BadInput, match="background is left out of patch tokens: it needs"):
+            make_config(options={"background": "first-component", **changes})
