@@ -1,7 +1,6 @@
 """The sections of the report, each from the stores that it speaks of."""
 
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.barcodes import plot_patient_barcodes
+from cytosae.training import read_health
 from stores.result_folder import ResultStore
 from stores.tables import column
 from stores.wording import counted, size_on_disk
@@ -160,8 +160,8 @@ def _health_section(run: RunFolder) -> Section | None:
 
 def _verdicts(run: RunFolder) -> list[Verdict]:
     """The health that was kept with the SAE; figures of the concepts where none was."""
-    read = getattr(import_module("cytosae.training"), "read_health", None)
-    health = None if read is None else read(run.sae_folder)
+    summary = run.sae.summary if run.sae is not None else None
+    health = read_health(run.sae_folder, sae_sha256=str((summary or {}).get("sae_sha256", "")))
     if health is None:
         return []
     return [
@@ -192,6 +192,11 @@ def _patient_section(run: RunFolder) -> Section | None:
                 f"image each latent does, on average over the images of a patient."
             )
         )
+    rule = store.header.spec.get("tau_rule")
+    if isinstance(rule, dict) and rule.get("words"):
+        section.blocks.append(Prose(text=f"How tau was chosen: {rule['words']}"))
+    if len(shares) == 1 and shares[0] < 0.01:
+        run.short.append(f"Almost nothing exceeds tau {tau[0]:g}: the barcodes are nearly empty.")
     patients = store.read("patient", store.taus[0])
     if patients.n_obs < 2:
         section.blocks.append(Prose(text="Fewer than two patients are known, so there is nothing to set side by side."))
