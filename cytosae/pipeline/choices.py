@@ -19,7 +19,7 @@ from .cohort import CohortFacts, possible_comparisons, possible_probes
 from .config import RunConfig
 from .recipe import Recipe, Section, checked_recipe, checked_section
 
-_MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: a first atlas is sooner there, fewer latents are dead
+_MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: sooner done, and fewer latents are dead
 _LEAST_HELD_OUT = 20  # images, of which a tenth can be held out
 _FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 _PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer in a minute
