@@ -79,16 +79,18 @@ def _extract_settings(config: RunConfig, look: FirstLook, why: dict[str, str]) -
     why["extract.precision"] = "bf16 on a GPU, fp32 on the CPU"
     why["extract.backbone"] = "asked for" if look.trained else "UNTRAINED: it shows the machinery, not medicine"
     return {
-        "backbone": config.backbone,
+        "backbone": _weights(config.backbone),
         **({"weights": _weights(config.weights)} if config.weights else {}),
         "block": config.block,
+        "crop": "own",
         "precision": look.precision,
         "chunk_images": 256,
+        "allow_truncated": False,
     }
 
 
 def _weights(weights: str) -> str:
-    """A file with its whole path, since a recipe is read from another folder; other words as they are."""
+    """A file or folder with its whole path, since a recipe is read from another folder; other words as they are."""
     return os.path.abspath(weights) if Path(weights).exists() else weights  # noqa: PTH100  # links stay as they are
 
 
