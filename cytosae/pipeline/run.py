@@ -7,10 +7,11 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cytosae.stage_one import FirstLook, ImageList, StageOne, require_stage_one
 from stores.destination import claimed
@@ -146,7 +147,7 @@ def run_pipeline(
 
     bridge, resolved = require_stage_one(stage_one), resolve_device(device)
     place, config_of = _places(Path(source), None if out is None else Path(out), config)
-    looking = {"device": device, "workers": workers, "download_progress": download_progress}
+    looking: dict[str, Any] = {"device": device, "workers": workers, "download_progress": download_progress}
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(claimed(place, shared=not shard.is_only))
@@ -244,7 +245,7 @@ def _from_recipe(source: Path, out: Path, bridge: StageOne, *, overwrite: bool) 
 
 
 def _from_data(
-    source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, object], *, overwrite: bool
+    source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, Any], *, overwrite: bool
 ) -> _Asked:
     """A recipe chosen from the data, which must be that of the folder, if it has one."""
     images = bridge.open_images(source, root=config.root)
@@ -269,8 +270,8 @@ def _refuse_other(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _look(bridge: StageOne, images: ImageList, extract: dict[str, object], looking: dict[str, object]) -> FirstLook:
-    return bridge.first_look(images, extract, n_images=_LOOKED_AT, **looking)  # type: ignore[arg-type]
+def _look(bridge: StageOne, images: ImageList, extract: Mapping[str, Any], looking: dict[str, Any]) -> FirstLook:
+    return bridge.first_look(images, extract, n_images=_LOOKED_AT, **looking)
 
 
 def write_recipe_of(recipe: Recipe, out: Path, source: Path) -> None:

@@ -19,7 +19,7 @@ from places import ROOT
 from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 
 from cli import cli
-from cytosae.pipeline import RunConfig, read_recipe
+from cytosae.pipeline import RunConfig, RunPlan, read_recipe
 from cytosae.pipeline.recipe import recipe_text, write_recipe
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
@@ -73,8 +73,8 @@ def change_line(out: Path, section: str, name: str, value: str) -> None:
 
 
 def test_all_is_there_and_whole(finished: Path) -> None:
-    for name in (*STORES, *(path.relative_to(finished) for path in (finished / "compare").iterdir())):
-        assert verify_folder(finished / name).problems == []
+    for place in (*(finished / name for name in STORES), *(finished / "compare").iterdir()):
+        assert verify_folder(place).problems == []
     for level in ("disease", "label"):
         assert (finished / "probe" / level / "scores.json").is_file()
     recipe = read_recipe(finished / "recipe.toml")
@@ -112,7 +112,7 @@ def test_a_changed_line_redoes_what_depends_on_it(
     """And nothing else, nor is anything else written; the line that is changed back gives what was there before."""
     before = contents(copied)
     change_line(copied, section, name, value)
-    plans = []
+    plans: list[RunPlan] = []
     done = run_small(copied / "recipe.toml", None, tell_plan=plans.append)
     assert kinds(done.made) == dependants(stage)
     planned = {each.stage.name: each.why for each in plans[0].to_do}
