@@ -154,6 +154,12 @@ def _health_section(run: RunFolder) -> Section | None:
             f"The SAE has {spec['n_latents']:,} latents and is "
             + ("fit for barcodes." if not bad else f"NOT fit for barcodes: {', '.join(bad)} out of range.")
         )
+    else:
+        place = stages.sae_place(run.recipe, run.root)
+        said = (
+            f"Whether it is fit was not measured: cyto sae eval {place} {stages.CACHE} --keep does, then cyto report."
+        )
+        section.blocks.append(Prose(text=said))
     run.numbers.append(("latents", f"{spec['n_latents']:,}"))
     return section
 
