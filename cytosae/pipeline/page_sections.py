@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.barcodes import plot_patient_barcodes
-from cytosae.training import read_health
+from cytosae.training import HealthRow, read_health
 from stores.result_folder import ResultStore
 from stores.tables import column
 from stores.wording import counted, size_on_disk
@@ -149,7 +149,7 @@ def _health_section(run: RunFolder) -> Section | None:
     verdicts = _verdicts(run)
     if verdicts:
         section.blocks.append(Verdicts(rows=verdicts))
-        bad = [each.name for each in verdicts if each.is_healthy is False]
+        bad = [each.name for each in verdicts if each.mark == "bad"]
         run.short.append(
             f"The SAE has {spec['n_latents']:,} latents and is "
             + ("fit for barcodes." if not bad else f"NOT fit for barcodes: {', '.join(bad)} out of range.")
@@ -165,15 +165,23 @@ def _health_section(run: RunFolder) -> Section | None:
 
 
 def _verdicts(run: RunFolder) -> list[Verdict]:
-    """The health that was kept with the SAE; figures of the concepts where none was."""
+    """The health that was kept with the SAE; nothing where none was."""
     summary = run.sae.summary if run.sae is not None else None
     health = read_health(run.sae_folder, sae_sha256=str((summary or {}).get("sae_sha256", "")))
     if health is None:
         return []
     return [
-        Verdict(name=row.name, is_healthy=row.is_healthy, says=row.says, healthy=row.healthy, next=row.next)
+        Verdict(name=row.name, mark=_mark(row), says=row.says, healthy=row.healthy, next=row.next)
         for row in health.rows
     ]
+
+
+def _mark(row: HealthRow) -> str:
+    if row.is_healthy is None:
+        return "unknown"
+    if row.is_healthy:
+        return "good"
+    return "bad" if row.is_needed else "better"
 
 
 # --------------------------------------------------------------------------------------------------- patients
