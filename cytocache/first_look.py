@@ -56,7 +56,14 @@ def first_look(
         For settings or weights that cannot be used, or if none of these images can be read.
     """
     began = time.perf_counter()
-    backbone = load_backbone(config.backbone, weights=config.weights, blocks=config.blocks, progress=progress)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights,
+        blocks=config.blocks,
+        image_size=config.image_size,
+        crop=config.crop,
+        progress=progress,
+    )
     precision = resolve_precision(config.precision, config.device)
     device, low = torch.device(config.device), PRECISIONS[precision]
     backbone.model.to(device)
@@ -65,7 +72,14 @@ def first_look(
     size = min(8 if config.device == "cpu" else config.images_per_pass, len(rows))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     tokens, unreadable, ends = [], [], []
-    with ImageReaders(config.workers, batch_size=size, size=backbone.preprocess.size) as readers:
+    preprocess = backbone.preprocess
+    with ImageReaders(
+        config.workers,
+        batch_size=size,
+        size=preprocess.size,
+        preprocess=preprocess,
+        allow_truncated=config.allow_truncated,
+    ) as readers:
         reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
         for batch, pictures in zip(batches, reading, strict=True):
             with torch.autocast(device.type, low, enabled=low != torch.float32):

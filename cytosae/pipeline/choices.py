@@ -10,7 +10,7 @@ from cytosae.barcodes import BarcodeConfig
 from cytosae.compare import CompareConfig
 from cytosae.concepts import ConceptConfig, SelectionConfig
 from cytosae.probe import ProbeConfig, UnitConfig
-from cytosae.sae import TrainConfig
+from cytosae.sae import TrainConfig, overridden
 from cytosae.stage_one import FirstLook
 from stores.errors import BadInput
 from stores.spec import SAE, find_header
@@ -19,8 +19,8 @@ from .cohort import CohortFacts, possible_comparisons, possible_probes
 from .config import RunConfig
 from .recipe import Recipe, Section, checked_recipe, checked_section
 
-_TOKENS_PER_LATENT = 50
-_EXPANSIONS = (1, 2, 4, 8, 16, 32, 64)
+_MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: sooner done, and fewer latents are dead
+_LEAST_HELD_OUT = 20  # images, of which a tenth can be held out
 _FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 _PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer in a minute
     "patient": {"repeats": 5, "permutations": 39, **_FEW},
@@ -57,13 +57,11 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
             known = ", ".join(each for each in (*sections, "compare", "probe") if each != "images")
             raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {known}")
         checked = checked_section(name, values, "--set")
-        replaced = {"epochs": "tokens", "tokens": "epochs"} if name == "sae" else {}
-        kept = {key: value for key, value in sections[name].items() if replaced.get(key) not in checked}
-        sections[name] = {**kept, **checked}
+        before = sections[name]
+        sections[name] = _with_training(before, checked) if name == "sae" else {**before, **checked}
         why |= {f"{name}.{key}": "asked for" for key in checked}
-        for key in sections[name].keys() ^ kept.keys():
-            if key not in sections[name]:
-                why.pop(f"{name}.{key}", None)
+        for key in before.keys() - sections[name].keys():
+            why.pop(f"{name}.{key}", None)
     compare, left_out = possible_comparisons(facts)
     probe, not_probed = possible_probes(facts)
     if config.sae and config.stability:
@@ -81,16 +79,18 @@ def _extract_settings(config: RunConfig, look: FirstLook, why: dict[str, str]) -
     why["extract.precision"] = "bf16 on a GPU, fp32 on the CPU"
     why["extract.backbone"] = "asked for" if look.trained else "UNTRAINED: it shows the machinery, not medicine"
     return {
-        "backbone": config.backbone,
+        "backbone": _weights(config.backbone),
         **({"weights": _weights(config.weights)} if config.weights else {}),
         "block": config.block,
+        "crop": "own",
         "precision": look.precision,
         "chunk_images": 256,
+        "allow_truncated": False,
     }
 
 
 def _weights(weights: str) -> str:
-    """A file with its whole path, since a recipe is read from another folder; other words as they are."""
+    """A file or folder with its whole path, since a recipe is read from another folder; other words as they are."""
     return os.path.abspath(weights) if Path(weights).exists() else weights  # noqa: PTH100  # links stay as they are
 
 
@@ -108,41 +108,52 @@ def _given_sae(sae: Path, out: Path, why: dict[str, str]) -> Section:
 
 
 def _sae_settings(config: RunConfig, facts: CohortFacts, look: FirstLook, why: dict[str, str]) -> Section:
-    """Width, sparsity and budget of a new SAE."""
-    n_tokens = facts.n_images * look.tokens_per_image
-    expansion = max([1, *(each for each in _EXPANSIONS if each * look.width * _TOKENS_PER_LATENT <= n_tokens)])
-    expansion = min(expansion, 8)
-    k = 16 if look.width < 384 else 32
-    batch = min(4096, max(256, n_tokens // 64))
-    tokens = min(257_000_000, max(400 * batch, min(4 * n_tokens, 1_500_000)))
-    n_steps = round(tokens / batch)
+    """Width, sparsity and budget of a new SAE, by the rules of `cyto sae train`."""
+    from cytosae.training import auto_expansion, auto_l0  # torch
+
+    n_tokens, width = facts.n_images * look.tokens_per_image, look.width
+    expansion = auto_expansion(n_tokens // _MORE_TOKENS, width)
+    n_latents = expansion * width
+    k = min(auto_l0(width), max(1, n_latents // 8))
     why |= {
-        "sae.expansion": f"{expansion * look.width:,} latents for {n_tokens:,} tokens of width {look.width}: at least "
-        f"{_TOKENS_PER_LATENT} tokens a latent",
+        "sae.expansion": f"{n_latents:,} latents for {n_tokens:,} tokens of width {width}: "
+        f"{n_tokens / n_latents:,.0f} tokens a latent",
         "sae.activation": "a set number of active latents per token: nothing to tune",
-        "sae.k": f"for tokens of width {look.width}",
-        "sae.tokens": f"{tokens / n_tokens:.1f} passes over the tokens, {n_steps:,} steps",
-        "sae.holdout": "a tenth of the images is only measured on",
-        "sae.seed": "asked for" if config.seed else "the default",
+        "sae.k": f"active latents per token, from the root of the tokens' width, {width}",
     }
-    return _defaults(
-        TrainConfig(
-            expansion=expansion,
-            activation="topk",
-            k=k,
-            lr=1e-3,
-            warmup_steps=min(100, n_steps // 10),
-            batch_tokens=batch,
-            tokens=tokens,
-            holdout=0.1 if facts.n_images >= 50 else 0.0,
-            seed=config.seed,
-        )
+    if facts.n_images >= _LEAST_HELD_OUT:
+        why["sae.tokens"] = "until the error and L0 of held-out images have settled, 257 million at most"
+        why["sae.holdout"] = "a share of the images is only measured on: by them it is seen when to end"
+        budget: dict[str, Any] = {"tokens": "auto"}
+    else:
+        why["sae.epochs"] = f"{facts.n_images} images are too few to hold some out"
+        budget = {"epochs": 50.0, "batch_tokens": 1024, "lr": 1e-3, "warmup_steps": 20}
+    return _train_section(TrainConfig(expansion=expansion, activation="topk", k=k, seed=config.seed, **budget))
+
+
+def _train_section(config: TrainConfig) -> Section:
+    """All settings of training but those that another one makes idle."""
+    has_no_weight = config.takes_k or config.target_l0 is not None
+    return _defaults(config, without=("l1",) if has_no_weight else ())
+
+
+def _with_training(section: Section, given: Section) -> Section:
+    """Settings of training with others in their place; what another setting replaces goes, and defaults follow it."""
+    if "use" in section:
+        raise BadInput("an SAE is given, and --set sae.* would train one; leave one of them out")
+    follows = ("loss", "init", "clip_norm") if "activation" in given else ()  # the activation decides
+    budget = (
+        ("holdout", "batch_tokens", "lr", "warmup_steps", "schedule") if {"tokens", "epochs"} & given.keys() else ()
     )
+    kept = {name: value for name, value in section.items() if name not in (*follows, *budget)}
+    if given.get("activation", "topk") not in ("topk", "batchtopk") and "k" in kept and "k" not in given:
+        kept["target_l0"] = float(kept.pop("k"))
+    return _train_section(TrainConfig(**overridden(kept, given)))
 
 
 def _barcode_settings(why: dict[str, str]) -> Section:
-    why["barcode.tau"] = "every latent that a token activates counts"
-    return _defaults(BarcodeConfig(tau=0.0), without=("partition_images", "block_images"))
+    why["barcode.tau"] = "a cut that follows from all stored activations, blind to labels; the barcodes say which"
+    return _defaults(BarcodeConfig(tau="auto"), without=("partition_images", "block_images"))
 
 
 def _selection_settings(config: RunConfig, facts: CohortFacts, why: dict[str, str]) -> Section:

@@ -19,6 +19,7 @@ _OPTION_OF = {
 _OF_TRAINING = (
     *("expansion", "activation", "k", "target_l0", "l1", "lr", "warmup_steps", "schedule", "batch_tokens", "tokens"),
     *("epochs", "token_set", "mix", "holdout", "holdout_by", "dead_latents", "b_dec_init", "seed", "precision"),
+    *("loss", "init", "clip_norm", "nested", "background"),
 )
 _HEAD = """\
 #!/bin/sh

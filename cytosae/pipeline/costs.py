@@ -83,14 +83,19 @@ def stage_cost(
 def _training_seconds(recipe: Recipe, n_tokens: int, rate: float) -> float:
     if recipe.uses_sae:
         return 2.0
+    from cytosae.training import fewest_steps  # torch
+
     config = recipe.train_config
-    budget = config.n_steps(n_tokens) * config.batch_tokens
-    return 3 + _TRAIN_PRODUCTS * budget / rate
+    n_steps = config.n_steps(n_tokens)
+    if config.tokens == "auto":
+        n_steps = min(n_steps, 2 * fewest_steps(config, 0, n_steps))
+    return 3 + _TRAIN_PRODUCTS * n_steps * config.batch_tokens / rate
 
 
 def _l0(recipe: Recipe) -> float:
     """Active latents of a token, as far as the recipe says."""
-    return float(recipe.sae.get("k") or recipe.sae.get("target_l0") or 32)
+    wanted = recipe.sae.get("k") or recipe.sae.get("target_l0")
+    return float(wanted) if isinstance(wanted, int | float) else 32.0
 
 
 def n_latents_of(recipe: Recipe, width: int) -> int:

@@ -93,7 +93,7 @@ class Verdict:
     """One figure of the SAE with its healthy range."""
 
     name: str
-    is_healthy: bool | None
+    mark: str  # good, better (could be), bad or unknown
     says: str
     healthy: str
     next: str

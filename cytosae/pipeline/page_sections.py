@@ -1,7 +1,6 @@
 """The sections of the report, each from the stores that it speaks of."""
 
 from collections.abc import Iterator
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.barcodes import plot_patient_barcodes
+from cytosae.training import HealthRow, read_health
 from stores.result_folder import ResultStore
 from stores.tables import column
 from stores.wording import counted, size_on_disk
@@ -149,25 +149,39 @@ def _health_section(run: RunFolder) -> Section | None:
     verdicts = _verdicts(run)
     if verdicts:
         section.blocks.append(Verdicts(rows=verdicts))
-        bad = [each.name for each in verdicts if each.is_healthy is False]
+        bad = [each.name for each in verdicts if each.mark == "bad"]
         run.short.append(
             f"The SAE has {spec['n_latents']:,} latents and is "
             + ("fit for barcodes." if not bad else f"NOT fit for barcodes: {', '.join(bad)} out of range.")
         )
+    else:
+        place = stages.sae_place(run.recipe, run.root)
+        said = (
+            f"Whether it is fit was not measured: cyto sae eval {place} {stages.CACHE} --keep does, then cyto report."
+        )
+        section.blocks.append(Prose(text=said))
     run.numbers.append(("latents", f"{spec['n_latents']:,}"))
     return section
 
 
 def _verdicts(run: RunFolder) -> list[Verdict]:
-    """The health that was kept with the SAE; figures of the concepts where none was."""
-    read = getattr(import_module("cytosae.training"), "read_health", None)
-    health = None if read is None else read(run.sae_folder)
+    """The health that was kept with the SAE; nothing where none was."""
+    summary = run.sae.summary if run.sae is not None else None
+    health = read_health(run.sae_folder, sae_sha256=str((summary or {}).get("sae_sha256", "")))
     if health is None:
         return []
     return [
-        Verdict(name=row.name, is_healthy=row.is_healthy, says=row.says, healthy=row.healthy, next=row.next)
+        Verdict(name=row.name, mark=_mark(row), says=row.says, healthy=row.healthy, next=row.next)
         for row in health.rows
     ]
+
+
+def _mark(row: HealthRow) -> str:
+    if row.is_healthy is None:
+        return "unknown"
+    if row.is_healthy:
+        return "good"
+    return "bad" if row.is_needed else "better"
 
 
 # --------------------------------------------------------------------------------------------------- patients
@@ -192,6 +206,11 @@ def _patient_section(run: RunFolder) -> Section | None:
                 f"image each latent does, on average over the images of a patient."
             )
         )
+    rule = store.header.spec.get("tau_rule")
+    if isinstance(rule, dict) and rule.get("words"):
+        section.blocks.append(Prose(text=f"How tau was chosen: {rule['words']}"))
+    if len(shares) == 1 and shares[0] < 0.01:
+        run.short.append(f"Almost nothing exceeds tau {tau[0]:g}: the barcodes are nearly empty.")
     patients = store.read("patient", store.taus[0])
     if patients.n_obs < 2:
         section.blocks.append(Prose(text="Fewer than two patients are known, so there is nothing to set side by side."))

@@ -49,7 +49,8 @@ def _known_types() -> dict[str, Types]:
     return {
         "images": {"source": str, "root": str},
         "extract": {
-            **{"backbone": str, "weights": str, "block": int, "precision": str, "chunk_images": int},
+            **{"backbone": str, "weights": str, "block": int, "image_size": int, "crop": str, "precision": str},
+            **{"chunk_images": int, "allow_truncated": bool},
         },
         "encode": {"value_bits": int, "min_activation": float, "precision": str},
         "barcode": barcode,

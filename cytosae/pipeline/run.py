@@ -7,10 +7,11 @@
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cytosae.stage_one import FirstLook, ImageList, StageOne, require_stage_one
 from stores.destination import claimed
@@ -31,7 +32,7 @@ from .journal import FILE as JOURNAL
 from .journal import Journal, content_of
 from .page import REPORT, write_run_report
 from .plan import RunPlan, inputs_of, make_plan
-from .recipe import FILE, Recipe, differences, read_recipe, write_recipe
+from .recipe import FILE, Recipe, checked_section, differences, read_recipe, write_recipe
 from .stages import ATLAS, CACHE, COMPARE, PROBE, Stage, Workshop, stages_of
 
 COMMANDS = "commands.sh"
@@ -51,12 +52,18 @@ class RunResult(Report):
     left_out: dict[str, str]  # analysis -> why it was not made
     said: tuple[str, ...] = ()  # a few lines of what the stages found
     doubts: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # of the stages, on what they read
     waits_for: str = ""  # what other shards must do first, in words
 
     @property
     def was_complete(self) -> bool:
         """Nothing had to be done."""
         return not self.is_dry and not self.made and not self.waits_for
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Remarks of the stages that were done now, on what they read."""
+        return self.remarks
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -140,7 +147,7 @@ def run_pipeline(
 
     bridge, resolved = require_stage_one(stage_one), resolve_device(device)
     place, config_of = _places(Path(source), None if out is None else Path(out), config)
-    looking = {"device": device, "workers": workers, "download_progress": download_progress}
+    looking: dict[str, Any] = {"device": device, "workers": workers, "download_progress": download_progress}
     with ExitStack() as stack:
         if not dry_run:
             stack.enter_context(claimed(place, shared=not shard.is_only))
@@ -238,12 +245,13 @@ def _from_recipe(source: Path, out: Path, bridge: StageOne, *, overwrite: bool) 
 
 
 def _from_data(
-    source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, object], *, overwrite: bool
+    source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, Any], *, overwrite: bool
 ) -> _Asked:
     """A recipe chosen from the data, which must be that of the folder, if it has one."""
     images = bridge.open_images(source, root=config.root)
     facts = read_cohort(images.table)
     extract = {"backbone": config.backbone, "weights": config.weights, "block": config.block}
+    extract |= checked_section("extract", config.settings.get("extract", {}), "--set")
     look = _look(bridge, images, {name: value for name, value in extract.items() if value is not None}, looking)
     recipe = resolve(config, source, out, facts, look)
     _refuse_other(recipe, out, overwrite=overwrite)
@@ -262,8 +270,8 @@ def _refuse_other(recipe: Recipe, out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _look(bridge: StageOne, images: ImageList, extract: dict[str, object], looking: dict[str, object]) -> FirstLook:
-    return bridge.first_look(images, extract, n_images=_LOOKED_AT, **looking)  # type: ignore[arg-type]
+def _look(bridge: StageOne, images: ImageList, extract: Mapping[str, Any], looking: dict[str, Any]) -> FirstLook:
+    return bridge.first_look(images, extract, n_images=_LOOKED_AT, **looking)
 
 
 def write_recipe_of(recipe: Recipe, out: Path, source: Path) -> None:
@@ -300,23 +308,54 @@ class _Overall:
         self._done += self._share.get(stage.out, 0.0)
 
 
+@dataclass
+class _Found:
+    """What comes of the stages, one after the other."""
+
+    made: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, stage: Stage, done: Report) -> None:
+        """A stage was done."""
+        name = printable(stage.name)
+        self.made.append(stage.name)
+        self.said += [*done.lines()][:1] if not stage.is_optional else []
+        self.doubts += [f"{name}: {warning}" for warning in done.warnings]
+        self.remarks += [f"{name}: {note}" for note in done.notes]
+
+    def result(self, plan: RunPlan, shop: Workshop, *, waits_for: str = "") -> RunResult:
+        """What the run has done."""
+        told = {f"extract: {note}" for note in plan.notes}  # the plan has said these
+        return RunResult(
+            out=shop.out,
+            plan=plan,
+            made=tuple(self.made),
+            unchanged=tuple(self.unchanged),
+            left_out={**shop.recipe.left_out, **self.left_out},
+            said=tuple(self.said),
+            doubts=tuple(dict.fromkeys(self.doubts)),
+            remarks=tuple(note for note in dict.fromkeys(self.remarks) if note not in told),
+            waits_for=waits_for,
+        )
+
+
 def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress) -> RunResult:
     """All stages in order, then the commands and the report."""
     overall = _Overall(plan, progress)
     shop.progress = overall.show
-    made: list[str] = []
-    unchanged: list[str] = []
-    said: list[str] = []
-    doubts: list[str] = []
-    left_out: dict[str, str] = {}
+    found = _Found()
     for stage in (each.stage for each in plan.stages):
         inputs = inputs_of(stage, shop.out, images_content)
         there = content_of(shop.out / stage.out)
         if not journal.why_stale(stage, inputs, there):
-            unchanged.append(stage.name)
+            found.unchanged.append(stage.name)
             continue
         if waits_for := _must_wait(stage, shop, there):
-            return _result(plan, shop, made, unchanged, left_out, said, doubts, waits_for)
+            return found.result(plan, shop, waits_for=waits_for)
         overall.begin(stage)
         began = time.perf_counter()
         try:
@@ -324,48 +363,22 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
         except CytoError as error:
             if not (stage.is_optional and isinstance(error, BadInput | StoreNotFound | IncompleteStore)):
                 raise
-            left_out[stage.name] = journal.left_out[stage.name] = str(error)
+            found.left_out[stage.name] = journal.left_out[stage.name] = str(error)
             journal.write()
             overall.end(stage)
             continue
         overall.end(stage)
         if getattr(done, "is_complete", True) is False:  # a shard of a store
-            return _result(
-                plan, shop, made, unchanged, left_out, said, doubts, next(iter(done.lines()), "other shards")
-            )
+            return found.result(plan, shop, waits_for=next(iter(done.lines()), "other shards"))
         journal.left_out.pop(stage.name, None)
         journal.record(stage, inputs, content_of(shop.out / stage.out), seconds=time.perf_counter() - began)
         journal.write()
-        made.append(stage.name)
-        said += [*done.lines()][:1] if not stage.is_optional else []
-        doubts += [f"{printable(stage.name)}: {warning}" for warning in done.warnings]
-    write_commands(shop.out, shop.recipe, {**shop.recipe.left_out, **left_out}, device=shop.device)
+        found.add(stage, done)
+    write_commands(shop.out, shop.recipe, {**shop.recipe.left_out, **found.left_out}, device=shop.device)
     progress(_STEPS - 1, _STEPS, "the report")
     write_run_report(shop.out, stage_one=shop.stage_one)
     progress(_STEPS, _STEPS, "done")
-    return _result(plan, shop, made, unchanged, left_out, said, doubts, "")
-
-
-def _result(
-    plan: RunPlan,
-    shop: Workshop,
-    made: list[str],
-    unchanged: list[str],
-    left_out: dict[str, str],
-    said: list[str],
-    doubts: list[str],
-    waits_for: str,
-) -> RunResult:
-    return RunResult(
-        out=shop.out,
-        plan=plan,
-        made=tuple(made),
-        unchanged=tuple(unchanged),
-        left_out={**shop.recipe.left_out, **left_out},
-        said=tuple(said),
-        doubts=tuple(dict.fromkeys(doubts)),
-        waits_for=waits_for,
-    )
+    return found.result(plan, shop)
 
 
 def _do(stage: Stage, shop: Workshop) -> Report:

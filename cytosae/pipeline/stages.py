@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
             inputs=(BARCODES,),
             settings=plain_values(section),
             command=words("compare", "-o", place, *options(given), *_names(names)),
-            do=lambda shop, overwrite, section=section, place=place: _compare(shop, section, place, overwrite),
+            do=partial(_compare, section, place),
             is_optional=True,
         )
     for section in recipe.probe:
@@ -204,7 +204,7 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
             inputs=(BARCODES, CACHE),
             settings=plain_values(section),
             command=words("probe", BARCODES, "-o", place, *options(given), *more),
-            do=lambda shop, overwrite, section=section, place=place: _probe(shop, section, place, overwrite),
+            do=partial(_probe, section, place),
             is_optional=True,
         )
     if recipe.stability is not None and recipe.uses_sae is None:
@@ -345,7 +345,7 @@ def _select(shop: Workshop, overwrite: bool) -> Report:
     return select_latents(shop.path(CONCEPTS), shop.recipe.selection_config, overwrite=overwrite)
 
 
-def _compare(shop: Workshop, section: Section, place: str, overwrite: bool) -> Report:
+def _compare(section: Section, place: str, shop: Workshop, overwrite: bool) -> Report:
     from cytosae.compare import compare
 
     return compare(
@@ -353,7 +353,7 @@ def _compare(shop: Workshop, section: Section, place: str, overwrite: bool) -> R
     )
 
 
-def _probe(shop: Workshop, section: Section, place: str, overwrite: bool) -> Report:
+def _probe(section: Section, place: str, shop: Workshop, overwrite: bool) -> Report:
     from cytosae.probe import probe
 
     return probe(

@@ -1,4 +1,7 @@
 from .background import find_background as find_background
+from .budget import fewest_steps as fewest_steps
+from .choices import auto_expansion as auto_expansion
+from .choices import auto_l0 as auto_l0
 from .data import TrainingData as TrainingData
 from .data import choose_data as choose_data
 from .data import first_position as first_position

@@ -63,7 +63,7 @@ def one_cluster() -> Iterator[None]:
 def run_small(source: Path, out: Path | None, *, config: RunConfig | None = None, **more: Any) -> RunResult:
     """`cyto run` with few of everything; of a recipe as it says."""
     if config is None and source.suffix != ".toml":
-        config = RunConfig(settings=FEW)
+        config = RunConfig(settings=FEW, stability=True)
     return run_pipeline(source, out, config, stage_one=cytocache.bridge, device="cpu", workers=1, **more)
 
 

@@ -71,8 +71,8 @@ def test_probes_leave_out_small_classes_and_say_so() -> None:
     found, left_out = possible_probes(cohort(A=9, B=5, C=4))
     assert [(each["name"], each["folds"], each["classes"]) for each in found] == [("disease", 5, ("A", "B"))]
     assert left_out["probe of disease: C"] == "4 patients: fewer than the 5 folds"
-    (found,), left_out = possible_probes(cohort(A=4, B=3))
-    assert (found["folds"], found["inner_folds"]) == (3, 2)
+    (only,), left_out = possible_probes(cohort(A=4, B=3))
+    assert (only["folds"], only["inner_folds"]) == (3, 2)
     assert "fewer than two classes" in left_out["probe of label"]
     assert not possible_probes(cohort(A=9, B=2))[0]
 

@@ -96,6 +96,7 @@ def test_its_numbers_are_those_of_the_stores(page: Page, finished: Path) -> None
     found = ResultStore(place, COMPARISON).header.summary or {}
     assert f"{found['n_tested']:,} latents tested" in text
     assert all(str(warning) in text for warning in found["warnings"])
+    assert re.search(r"Another seed finds \d+% of the latents again", text)
     assert "Everything below shows that the machinery works" in text  # an untrained backbone
 
 

@@ -19,7 +19,7 @@ from places import ROOT
 from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 
 from cli import cli
-from cytosae.pipeline import RunConfig, read_recipe
+from cytosae.pipeline import RunConfig, RunPlan, read_recipe
 from cytosae.pipeline.recipe import recipe_text, write_recipe
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
@@ -42,6 +42,8 @@ READS = {
     "compare": ("barcode",),
     "probe disease": ("barcode", "extract"),
     "probe label": ("barcode", "extract"),
+    "train again, seed 1": ("extract", "train"),  # the same settings
+    "stability": ("train", "train again, seed 1"),
     "atlas": ("encode", "barcode", "concepts", "select", "compare"),
 }
 
@@ -71,8 +73,8 @@ def change_line(out: Path, section: str, name: str, value: str) -> None:
 
 
 def test_all_is_there_and_whole(finished: Path) -> None:
-    for name in (*STORES, *(path.relative_to(finished) for path in (finished / "compare").iterdir())):
-        assert verify_folder(finished / name).problems == []
+    for place in (*(finished / name for name in STORES), *(finished / "compare").iterdir()):
+        assert verify_folder(place).problems == []
     for level in ("disease", "label"):
         assert (finished / "probe" / level / "scores.json").is_file()
     recipe = read_recipe(finished / "recipe.toml")
@@ -110,7 +112,7 @@ def test_a_changed_line_redoes_what_depends_on_it(
     """And nothing else, nor is anything else written; the line that is changed back gives what was there before."""
     before = contents(copied)
     change_line(copied, section, name, value)
-    plans = []
+    plans: list[RunPlan] = []
     done = run_small(copied / "recipe.toml", None, tell_plan=plans.append)
     assert kinds(done.made) == dependants(stage)
     planned = {each.stage.name: each.why for each in plans[0].to_do}
@@ -234,8 +236,9 @@ def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
 
 def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
     table = copied / "cells.csv"
+    other = {**FEW, "sae": {**FEW["sae"], "expansion": 4}}
     with pytest.raises(SpecMismatch, match=r"recipe.toml has other settings \(sae.expansion 2 against 4\); cyto run"):
-        run_small(table, copied, config=RunConfig(settings={**FEW, "sae": {**FEW["sae"], "expansion": 4}}))
+        run_small(table, copied, config=RunConfig(settings=other, stability=True))
     with pytest.raises(BadInput, match="lies in the folder of the images"):
         run_small(copied / "cells", copied / "cells" / "out")
     with pytest.raises(BadInput, match=r"no such section; there are extract, sae"):
@@ -264,7 +267,8 @@ def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
 )
 def test_a_recipe_that_cannot_be_used(copied: Path, line: str, words: str) -> None:
     path = copied / "recipe.toml"
-    path.write_text(f"{path.read_text()}\n{line}\n")
+    text = path.read_text().replace("[stability]\nseed = 1\n", "")
+    path.write_text(f"{text}\n{line}\n")
     with pytest.raises(BadInput, match=words):
         read_recipe(path)
 
