@@ -454,12 +454,10 @@ PLANTED_SAES: tuple[dict[str, Any], ...] = (
     {"expansion": 4, "activation": "relu", "l1": 2e-3},
     {"expansion": 4, "activation": "topk", "k": 8},
 )
-REAL_SAES: tuple[dict[str, Any], ...] = tuple(
-    {"expansion": 4, "lr": 2e-3, "warmup_steps": 10, **settings}
-    for settings in (
-        {"activation": "relu", "l1": 2e-4},
-        *({"activation": "topk", "k": k} for k in (4, 16, 64)),
-    )
+_REAL: dict[str, Any] = {"expansion": 4, "lr": 2e-3, "warmup_steps": 10}
+REAL_SAES: tuple[dict[str, Any], ...] = (
+    {**_REAL, "activation": "relu", "l1": 2e-4},
+    *({**_REAL, "activation": "topk", "k": k} for k in (4, 16, 64)),
 )
 
 
