@@ -200,8 +200,10 @@ class TrainConfig:
     @classmethod
     def from_spec(cls, values: dict[str, Any]) -> "TrainConfig":
         """The settings that `to_spec` wrote, also one of an earlier version; lists of JSON become tuples."""
-        given = RELEASED | values
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in (RELEASED | values).items()
+        }
+        return cls(**given)
 
     def n_steps(self, tokens_per_epoch: int) -> int:
         """Number of steps, at least one: the budget rounded to whole batches.

@@ -47,7 +47,8 @@ def add_nested(
     factor : as in `compare_reconstruction`, of the mean over g
     """
     n_nested = len(parts)
-    x_hats, zeros_D = [], torch.zeros_like(b_dec)
+    x_hats: list[torch.Tensor] = []
+    zeros_D = torch.zeros_like(b_dec)
     for part, (low, high) in zip(parts, pairwise(edges), strict=True):
         x_hats.append(part.decoded(W_dec[low:high], zeros_D if x_hats else b_dec))
     x_hats = list(accumulate(x_hats))

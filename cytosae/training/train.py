@@ -114,7 +114,7 @@ def train(
         If the settings do not fit the tokens or the device.
     """
     config, device = config or TrainConfig(), resolve_device(device)
-    warnings = (config.warning,) if config.warning else ()
+    warnings: tuple[str, ...] = (config.warning,) if config.warning else ()
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
         start = None

@@ -75,7 +75,7 @@ def test_loss_and_gradients_equal_the_equations(activation: str, loss: str, way:
         assert found.loss == pytest.approx(wanted, rel=1e-6)
         assert found.mse == pytest.approx(mse, rel=1e-6)
         for name, parameter in model.named_parameters():
-            difference = (parameter.grad - grads[name]).abs().max()  # type: ignore[operator]
+            difference = (parameter.grad - grads[name]).abs().max()
             assert difference <= 1e-6 * grads[name].abs().max(), name
 
 
