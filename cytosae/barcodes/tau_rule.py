@@ -86,7 +86,7 @@ def choose_tau(counts: ValueCounts) -> TauChoice:
         f"parts the {counts.n_values:,} values into weak and clear ones (Otsu's cut of their logarithms; "
         f"{between:.0%} of the variance lies between the two)"
     )
-    instead = f"is the largest that {KEEPS:.0%} of the latents exceed; {cut:g} {parts}, but for few latents"
+    instead = f"is the largest that {KEEPS:.0%} of the latents exceed; {cut:g} {parts}, but fewer latents exceed that"
     words = (
         f"{tau:g} {parts if tau == cut else instead}; {counts.n_remaining(tau):,} of {counts.n_alive:,} latents "
         f"exceed {tau:g}"

@@ -70,18 +70,18 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
         If a cache cannot be read.
     """
     side, first = _patches(stores[0].spec.layout)
+    if side < 3:
+        raise BadInput(f"background is told by the rim of an image, which {side} x {side} patches do not have")
     is_rim = np.ones((side, side), bool)
     is_rim[1:-1, 1:-1] = False
     sample_NPD = _sample(stores, first)
     mean_D, direction_D, explained = _first_component(sample_NPD.reshape(-1, sample_NPD.shape[2]))
     projected_NP = (sample_NPD - mean_D) @ direction_D
     threshold = otsu(projected_NP)
-    if side < 3:
-        raise BadInput(f"background is told by the rim of an image, which {side} x {side} patches do not have")
     is_high_NP = projected_NP > threshold
     at_rim, elsewhere = (float(is_high_NP[:, mask.ravel()].mean()) for mask in (is_rim, ~is_rim))
     if at_rim < elsewhere:  # then the low side is background: turn the direction
-        mean_D, direction_D, threshold = mean_D, -direction_D, -threshold
+        direction_D, threshold = -direction_D, -threshold
         at_rim, elsewhere = 1 - at_rim, 1 - elsewhere
     if at_rim - elsewhere < _LEAST_DIFFERENCE:
         raise BadInput(

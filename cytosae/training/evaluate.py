@@ -8,7 +8,7 @@ Shapes: N images and B tokens of a micro-batch, T chosen tokens of an image, D w
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,8 @@ class Evaluation(Report):
         values = {name: getattr(self, name) for name in names}
         counts = {name: values.pop(name).tolist() for name in ("n_images_active", "n_tokens_active")}
         values["log10_frequency"] = self.histogram
-        values["health"] = self.health.to_json()
+        health = self.health.to_json()
+        values["health"] = {name: health[name] for name in ("is_fit", "rows")}  # the rest stands here already
         return {**{name: _plain(value) for name, value in values.items()}, **(counts if per_latent else {})}
 
 
@@ -429,8 +430,7 @@ class _Sums:
         about_mean_DD = self._shifted_DD - torch.outer(self._shifted_D, self._shifted_D) / self.n_tokens
         rising = torch.linalg.eigvalsh(about_mean_DD.cpu()).clamp_min(0)
         total = rising.sum().item()
-        explained = rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
-        return float(f"{explained:.9g}")  # the last bits of eigenvalues depend on how memory is aligned
+        return rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
 
     def add(self, x_NTD: torch.Tensor) -> None:
         """Add whole images, (N, T, D) float32, `step` tokens of each at a time if it has more."""
@@ -478,7 +478,9 @@ def measure_held_out(
     positions = chosen_tokens(config.token_set, data.stores[0].spec.layout)
     step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
-    keep = data.background.keep if data.background else [None] * len(data.stores)
+    keep: Sequence[npt.NDArray[np.bool_] | None] = [None] * len(data.stores)
+    if data.background:
+        keep = data.background.keep
     for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
         for images, x_NTD in images_of(store, mask, config.token_set, range(store.spec.n_chunks), step=step):
             x_here = x_NTD.to(device).float()

@@ -319,9 +319,9 @@ def test_commands_say_and_keep_it(made: Path, tmp_path: Path) -> None:
     said = json.loads(done.stdout)["health"]
     kept = read_health(sae)
     assert kept is not None
-    assert kept.to_json() == said
+    assert {name: kept.to_json()[name] for name in ("is_fit", "rows")} == said
     assert kept.n_images == 23
-    assert json.loads(run("sae", "info", sae, "--json").stdout)["health"] == said
+    assert json.loads(run("sae", "info", sae, "--json").stdout)["health"] == kept.to_json()
     assert "".join(f"{line}\n" for line in kept.lines()) in run("sae", "info", sae).stdout
     refused = run("sae", "eval", sae, made / "acts.zarr", "--keep", "--only", sae / "held_out.parquet")
     assert refused.exit_code == 2

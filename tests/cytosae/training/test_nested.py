@@ -1,6 +1,5 @@
 """Nested (Matryoshka) dictionaries against arXiv 2503.17547, and against an SAE that is cut by hand."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -126,5 +125,4 @@ def test_edges() -> None:
     assert nested_edges(NESTED, 40) == [0, *EDGES]
     assert nested_edges(None, 7) == [0, 7]
     assert nested_edges((0.01, 0.5), 10) == [0, 5, 10]  # a range without latents is left out
-    assert dataclasses.asdict(make_config(options={"nested": [0.5]} | {}))["nested"] is not None
     assert np.diff(nested_edges(NESTED, 40)).min() > 0
