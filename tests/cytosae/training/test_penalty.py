@@ -37,11 +37,9 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
 
 
 def _decaying_mean(values: list[float], time: int) -> float:
-    shares = [1.0]  # of each value: the newest has 1 / min(step, time), the others what is left of theirs
-    for step in range(2, len(values) + 1):
-        newest = 1 / min(step, time)
-        shares = [share * (1 - newest) for share in shares] + [newest]
-    return math.fsum(share * value for share, value in zip(shares, values, strict=True))
+    newest = 1 / np.minimum(np.arange(1, len(values) + 1), time)  # the share of each value when it is the newest one
+    left = np.append(np.cumprod((1 - newest)[:0:-1])[::-1], 1.0)  # what the later values leave of it
+    return float((newest * left * values).sum())
 
 
 def test_the_law_equals_its_slow_twin() -> None:
