@@ -28,9 +28,10 @@ FULL = {
     "probe_intervals": ["--runs", "150"],
     "patients": [],
     "tau": [],
+    "steering": [],
     "frontier": ["--steps", "2000"],
 }
-ON_REQUEST = ("frontier",)  # hours, and libraries in an environment of their own: run_all.py frontier
+ON_REQUEST = ("frontier", "steering")  # hours, and libraries in an environment of their own: run_all.py frontier
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from stores.errors import BadInput
 from stores.files import decode_text
@@ -46,6 +46,9 @@ class TrainConfig:
 
     Raises BadInput for a value that is out of range, or settings that exclude each other.
     """
+
+    FOLLOWING: ClassVar[frozenset[str]] = frozenset({*BY_ACTIVATION["relu"], *_WITH_AUTO})
+    """Settings whose defaults follow the activation, or how the budget is given."""
 
     expansion: int | Auto = 64
     """n_latents = expansion x width of the tokens; `auto`: from the number of tokens and their width (choices.py)."""

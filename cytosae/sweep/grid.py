@@ -66,10 +66,12 @@ def read_grid(path: Path) -> Grid:
         run | dict(zip(grid, point, strict=True)) for run, point in itertools.product(runs, _product(*grid.values()))
     ]
     configs = [_config(base, settings, path) for settings in asked]
+    given = {name for settings in asked for name in settings}
     varied = tuple(
         field.name
         for field in dataclasses.fields(TrainConfig)
-        if any(getattr(config, field.name) != getattr(configs[0], field.name) for config in configs)
+        if (field.name in given or field.name not in TrainConfig.FOLLOWING)
+        and any(getattr(config, field.name) != getattr(configs[0], field.name) for config in configs)
     )
     _check_distinct(configs, asked, path)
     members = tuple(Member(name=_name(config, varied), config=config) for config in configs)

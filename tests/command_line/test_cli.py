@@ -161,7 +161,16 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.probe.run import REGULARIZATIONS
     from cytosae.probe.units import LEVELS
     from cytosae.sae import PRESETS
-    from cytosae.sae.config import ACTIVATIONS, B_DEC_INITS, DEAD_LATENTS, HOLDOUT_BY, SCHEDULES
+    from cytosae.sae.config import (
+        ACTIVATIONS,
+        B_DEC_INITS,
+        BACKGROUNDS,
+        DEAD_LATENTS,
+        HOLDOUT_BY,
+        INITS,
+        LOSSES,
+        SCHEDULES,
+    )
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
     from cytosae.training.metric_loggers import LOGGERS
@@ -187,6 +196,9 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto sae train", "b_dec_init"): B_DEC_INITS,
         ("cyto sae train", "activation"): ACTIVATIONS,
         ("cyto sae train", "schedule"): SCHEDULES,
+        ("cyto sae train", "init"): INITS,
+        ("cyto sae train", "loss"): LOSSES,
+        ("cyto sae train", "background"): BACKGROUNDS,
         ("cyto sae train", "holdout_by"): HOLDOUT_BY,
         ("cyto sae train", "dead_latents"): DEAD_LATENTS,
         ("cyto sae train", "precision"): TRAINING_PRECISIONS,

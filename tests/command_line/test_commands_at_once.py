@@ -138,7 +138,9 @@ def chain(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(images: Path) -> str:
     """Of a run that has only begun."""
-    sections = {key: {} for key in ("extract", "sae", "encode", "barcode", "concepts", "select", "atlas")}
+    sections: dict[str, dict[str, Any]] = {
+        key: {} for key in ("extract", "sae", "encode", "barcode", "concepts", "select", "atlas")
+    }
     return recipe_text(parse_recipe({"images": {"source": str(images)}, **sections}, "a test"))
 
 
