@@ -248,7 +248,7 @@ def verify_any(places: tuple[Path, ...], as_json: bool) -> None:
 # Settings with which the demo ends in a minute; chosen on this backbone and these drawn cells (docs/log.md).
 _DEMO: dict[str, dict[str, Any]] = {
     "sae": {
-        **{"activation": "relu", "expansion": 4, "l1": 2e-4, "lr": 1e-3, "warmup_steps": 30},
+        **{"activation": "topk", "k": 8, "expansion": 4, "lr": 1e-3, "warmup_steps": 30},
         **{"batch_tokens": 4096, "tokens": 1_000_000},
     },
     "probe": {"repeats": 1, "permutations": 3, "max_images": 150, "thresholds": [0.01], "c_factors": [0.01]},
