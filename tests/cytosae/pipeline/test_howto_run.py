@@ -26,7 +26,7 @@ def test_blocks_run(tmp_path: Path) -> None:
     first, repeated, report, by_hand, python = printed
     assert first.count("in all about") == 2
     assert "nothing was written" in first
-    planned = re.findall(r"^  (\S.*?)\s{2,}.*again: n_images 10 against 8$", repeated, re.MULTILINE)
+    planned = re.findall(r"^  (\S.*?) {2,}.*again: n_images 10 against 8$", repeated, re.MULTILINE)
     assert planned == ["atlas"]
     assert "open file://" in report
     assert int(by_hand) > 8
