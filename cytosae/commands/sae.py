@@ -137,7 +137,7 @@ class NumberOrAuto(click.ParamType):
 @click.option(
     "--dead-latents",
     type=click.Choice(["ghost", "auxk", "resample", "none"]),
-    help="Treatment of dead latents, which were not active for many steps  [default: ghost].",
+    help="Treatment of dead latents, which were not active for many steps  [default: by activation].",
 )
 @click.option("--ghost/--no-ghost", default=None, help="Short for --dead-latents ghost and --dead-latents none.")
 @click.option(

@@ -144,7 +144,7 @@ def _with_training(section: Section, given: Section) -> Section:
     """Settings of training with others in their place; what another setting replaces goes, and defaults follow it."""
     if "use" in section:
         raise BadInput("an SAE is given, and --set sae.* would train one; leave one of them out")
-    follows = ("loss", "init", "clip_norm") if "activation" in given else ()  # the activation decides
+    follows = ("loss", "init", "clip_norm", "dead_latents") if "activation" in given else ()  # the activation decides
     budget = (
         ("holdout", "batch_tokens", "lr", "warmup_steps", "schedule") if {"tokens", "epochs"} & given.keys() else ()
     )

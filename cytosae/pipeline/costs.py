@@ -27,6 +27,7 @@ class Cost:
 
     seconds: float
     n_bytes: float
+    is_open: bool = False  # it ends when it has settled: what it takes may be more, and is not known before
 
 
 def products_per_second(look: FirstLook, n_latents: int, *, device: str) -> float:
@@ -77,18 +78,19 @@ def stage_cost(
         "atlas": (3 + 0.012 * min(n_images, 3000), 3e6 + 2.5e4 * min(n_images, 3000)),
     }
     seconds, n_bytes = costs[kind]
-    return Cost(seconds=seconds, n_bytes=n_bytes)
+    is_open = kind in ("cells.sae", "second_seed.sae") and not recipe.uses_sae and recipe.train_config.tokens == "auto"
+    return Cost(seconds=seconds, n_bytes=n_bytes, is_open=is_open)
 
 
 def _training_seconds(recipe: Recipe, n_tokens: int, rate: float) -> float:
     if recipe.uses_sae:
         return 2.0
-    from cytosae.training import fewest_steps  # torch
+    from cytosae.training import foreseen_steps  # torch
 
     config = recipe.train_config
     n_steps = config.n_steps(n_tokens)
     if config.tokens == "auto":
-        n_steps = min(n_steps, 2 * fewest_steps(config, 0, n_steps))
+        n_steps = foreseen_steps([], config, 0.0, 0, n_steps)
     return 3 + _TRAIN_PRODUCTS * n_steps * config.batch_tokens / rate
 
 

@@ -96,11 +96,14 @@ class RunPlan(Report):
             size = size_text(each.cost.n_bytes) if each.why else ""
             name = printable(each.stage.name)
             said = "" if each.why == "to do" else printable(each.why) if each.why else "done"
+            if each.why and each.cost.is_open:
+                said = f"{said}; or more: until it has settled".removeprefix("; ")
             yield f"  {name:<34} {time:>8} {size:>9}  {said}".rstrip()
         for name, reason in self.recipe.left_out.items():
             yield f"  left out: {printable(name)}: {printable(reason)}"
         if self.to_do:
-            yield f"in all about {time_text(self.seconds)} and {size_text(self.n_bytes)}"
+            more = " or more" if any(each.cost.is_open for each in self.to_do) else ""
+            yield f"in all about {time_text(self.seconds)}{more} and {size_text(self.n_bytes)}"
 
 
 def make_plan(

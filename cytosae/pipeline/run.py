@@ -291,7 +291,7 @@ class _Overall:
         seconds = {each.stage.out: max(0.5, each.cost.seconds) if each.why else 0.0 for each in plan.stages}
         total = sum(seconds.values()) + 2.0  # the report
         self._share = {name: value / total for name, value in seconds.items()}
-        self._done = 0.0
+        self._done = self._shown = 0.0
         self._at, self._n, self._name, self._out = 0, len(plan.to_do), "", ""
 
     def begin(self, stage: Stage) -> None:
@@ -301,6 +301,7 @@ class _Overall:
     def show(self, done: int, total: int, state: str) -> None:
         within = min(1.0, done / total) if total > 0 else 0.0
         share = self._done + within * self._share.get(self._out, 0.0)
+        self._shown = share = max(self._shown, share)  # a total that grows on the way does not take back what was shown
         said = f"{self._at} of {max(self._n, self._at)} {printable(self._name)}"
         self._progress(round(_STEPS * min(share, 1.0)), _STEPS, f"{said}, {state}" if state else said)
 

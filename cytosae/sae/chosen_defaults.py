@@ -11,11 +11,12 @@ RELEASED: dict[str, Any] = {
     "target_l0": None,
 }
 
-_RELEASED: dict[str, Any] = {"loss": "normed", "init": "kaiming", "clip_norm": 0.0}
+_RELEASED: dict[str, Any] = {"loss": "normed", "init": "kaiming", "clip_norm": 0.0, "dead_latents": "ghost"}
+_TOP_K: dict[str, Any] = {"loss": "eq1", "init": "transpose", "clip_norm": 1.0, "dead_latents": "auxk"}
 BY_ACTIVATION: dict[str, dict[str, Any]] = {
     "relu": _RELEASED,
-    "topk": {"loss": "eq1", "init": "transpose", "clip_norm": 1.0},
-    "batchtopk": {"loss": "eq1", "init": "transpose", "clip_norm": 1.0},
+    "topk": _TOP_K,
+    "batchtopk": _TOP_K,
     "jumprelu": _RELEASED,
     "gated": _RELEASED,
 }

@@ -97,8 +97,9 @@ class TrainConfig:
     shares and for all of them (arXiv 2503.17547). Ascending, above 0, below 1; relu, topk and batchtopk."""
     token_scale: str = "none"
     """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
-    dead_latents: str = "ghost"
-    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py)."""
+    dead_latents: str = "auto"
+    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py). `auto`: by activation; read back, it is
+    the choice."""
     dead_after_steps: int = 64
     """A latent is dead if it was not active on any token for more than this many steps."""
     ghost_scale: str = "scalar"
@@ -312,11 +313,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "b_dec_init": "geometric-median-per-position",
         "tokens": MOST_TOKENS,
         "loss": "normed",
+        "dead_latents": "ghost",
         **_SIZES,
         **RELEASED,
     },
     # Eq. 1 as printed; its squared error is about 768 x ||x|| times the released one, so 8e-5 is that much weaker
-    "paper": {"loss": "eq1", **_SIZES, **RELEASED},
+    "paper": {"loss": "eq1", "dead_latents": "ghost", **_SIZES, **RELEASED},
 }
 
 

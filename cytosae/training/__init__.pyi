@@ -1,5 +1,4 @@
 from .background import find_background as find_background
-from .budget import fewest_steps as fewest_steps
 from .choices import auto_expansion as auto_expansion
 from .choices import auto_l0 as auto_l0
 from .data import TrainingData as TrainingData

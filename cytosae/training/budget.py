@@ -4,10 +4,12 @@ From time to time the SAE is measured on the same `WATCHED_TOKENS` tokens, at mo
 and half as often whenever the number of steps has doubled (`check_interval`). Steps count from the end of the warm-up.
 The run has settled when, over the last quarter of its steps against the quarter before,
 
-    the mean error has fallen by less than `LEAST_GAIN`, and the mean L0 has changed by less than `L0_CHANGE`,
+    the mean error has fallen by less than `LEAST_GAIN`, or by less than `LEAST_SHARE` of the variance, and
+    the mean L0 has changed by less than `L0_CHANGE`,
 
 and a steered L0 is within 10% of what is wanted (penalty.py). What is said of L0 counts for the first `GIVE_UP` steps
-only, so that a run also ends where L0 cannot come there, or jumps about. Quarters grow with the run, so the rule asks:
+only, so that a run also ends where L0 cannot come there, or jumps about. The variance is the error of the mean token:
+where almost all of it is explained, the small rest may go on falling for hours, and latents die meanwhile. Quarters grow with the run, so the rule asks:
 does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run
 ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
 time: a run that is continued decides the same, and so does every rank.
@@ -34,6 +36,8 @@ WATCHED_TOKENS = 8_192
 LEAST_STEPS = 200  # behind the warm-up, before the first decision
 GIVE_UP = 1_500  # behind the warm-up: L0 is where it can be, and only the error counts
 LEAST_GAIN, L0_CHANGE = 0.01, 0.05
+LEAST_SHARE = 0.002  # more of the variance, which is what 1% of the error is where 80% are explained
+FIRST_GUESS, MOST_FORESEEN = 2, 8  # times the fewest steps, times the steps so far
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix
 
 
@@ -59,16 +63,17 @@ class Budget:
         is_known = bool(self.checks) and self.checks[-1].step == step  # the run was interrupted behind the check
         return step > 0 and step % check_interval(step) == 0 and not is_known
 
-    def after(self, check: Check, config: TrainConfig, *, most: int, is_steady: bool) -> "Budget":
+    def after(self, check: Check, config: TrainConfig, variance: float, *, most: int, is_steady: bool) -> "Budget":
         """With one more check; `end` is known once they have settled.
 
+        variance : of the watched tokens (`Watch.variance`)
         most : the largest number of steps
         is_steady : False while a steered L0 is not where it is wanted
         """
         found = replace(self, checks=(*self.checks, check))
         first = first_step(config)
         is_ready = is_steady or check.step >= first + GIVE_UP
-        if self.end is not None or not is_ready or not has_settled(found.checks, first):
+        if self.end is not None or not is_ready or not has_settled(found.checks, first, variance):
             return found
         return replace(found, end=config.end_after(check.step, most), settled_at=check.step)
 
@@ -92,27 +97,53 @@ class Budget:
         """What `sae.json` says of it: the rule with its numbers, and at most 100 checks, evenly over the run."""
         kept = self.checks[:: max(1, -(-len(self.checks) // 100))]
         return {
-            "rule": f"error of held-out images fell by less than {LEAST_GAIN:.0%} over the last quarter of the steps, "
-            f"and L0 changed by less than {L0_CHANGE:.0%}",
+            "rule": f"error of held-out images fell by less than {LEAST_GAIN:.0%}, or {LEAST_SHARE:.1%} of the "
+            f"variance, over the last quarter of the steps, and L0 changed by less than {L0_CHANGE:.0%}",
             "settled_at_step": self.settled_at,
             "checks": [vars(check) for check in kept],
         }
 
 
-def has_settled(checks: Sequence[Check], first_step: int) -> bool:
+def has_settled(checks: Sequence[Check], first_step: int, variance: float) -> bool:
     """Have error and L0 settled at the last of these checks?
 
     first_step : from which steps count
+    variance : the error of the mean token
     """
     steps = checks[-1].step - first_step
     if steps < LEAST_STEPS:
         return False
+    before, last = _quarters(checks, steps)
+    error_before, error = _mean([check.error for check in before]), _mean([check.error for check in last])
+    is_flat = error_before - error < max(LEAST_GAIN * error_before, LEAST_SHARE * variance)
+    change = _mean([check.l0 for check in last]) / max(1e-9, _mean([check.l0 for check in before])) - 1
+    return is_flat and (abs(change) < L0_CHANGE or steps >= GIVE_UP)
+
+
+def foreseen_steps(checks: Sequence[Check], config: TrainConfig, variance: float, step: int, most: int) -> int:
+    """The number of steps of a run after `step` steps that has not settled, as its error falls now; for progress only.
+
+    An error that falls as steps^-p gains a (s / t)^p-th of the gain at step s at step t > s.
+    """
+    least, first = fewest_steps(config, step, most), first_step(config)
+    steps = checks[-1].step - first if checks else 0
+    if steps < LEAST_STEPS:
+        return min(most, FIRST_GUESS * least)
+    before, last = (_mean([check.error for check in part]) for part in _quarters(checks, steps))
+    wanted = max(LEAST_GAIN * before, LEAST_SHARE * variance)
+    if not before - last > wanted or last <= 0:
+        return least
+    power = math.log(before / last) / math.log(7 / 5)  # the middles of the two quarters
+    times = min(MOST_FORESEEN, ((before - last) / wanted) ** (1 / power))
+    return max(least, config.end_after(min(first + round(times * steps), most), most))
+
+
+def _quarters(checks: Sequence[Check], steps: int) -> tuple[list[Check], list[Check]]:
+    """The checks of the last quarter but one of so many steps, and of the last one."""
     now, quarter = checks[-1].step, steps / 4
     last = [check for check in checks if check.step > now - quarter]
     before = [check for check in checks if now - 2 * quarter < check.step <= now - quarter]
-    gain = 1 - _mean([check.error for check in last]) / _mean([check.error for check in before])
-    change = _mean([check.l0 for check in last]) / max(1e-9, _mean([check.l0 for check in before])) - 1
-    return gain < LEAST_GAIN and (abs(change) < L0_CHANGE or steps >= GIVE_UP)
+    return before, last
 
 
 def first_step(config: TrainConfig) -> int:
@@ -143,6 +174,12 @@ class Watch:
         tokens_ND = _watched_tokens(data, config)
         self._n, self._config, self._device, self._ranks = len(tokens_ND), config, device, ranks
         self._tokens_ND = tokens_ND[ranks.local_slice(len(tokens_ND))]
+        self._variance = _variance(tokens_ND, config)
+
+    def variance(self, token_scale: float) -> float:
+        """The error of the mean token, as `Check.error` counts, which is what an SAE can explain."""
+        # w_x (x - mean)^2 with x scaled: "normed" divides by the norm, and grows as the scale, the others as its square
+        return self._variance * token_scale ** (1 if self._config.loss == "normed" else 2)
 
     @torch.no_grad()
     def check(self, model: SparseAutoencoder, step: int, token_scale: float) -> Check:
@@ -184,6 +221,14 @@ def _watched_tokens(data: TrainingData, config: TrainConfig) -> torch.Tensor:
             )
         data.watched[config.token_set] = torch.from_numpy(tokens_ND)
     return data.watched[config.token_set]
+
+
+def _variance(tokens_ND: torch.Tensor, config: TrainConfig) -> float:
+    """The mean of w_x (x - mean)^2, unscaled; in parts, so that 8,192 tokens are not held a second time as float64."""
+    mean_D = tokens_ND.double().mean(0).float()
+    parts = [part_ND.float() for part_ND in tokens_ND.split(1_024)]
+    sums = [((part - mean_D).square() * loss_weight(part, config.loss)).sum(dtype=torch.float64) for part in parts]
+    return math.fsum(map(float, sums)) / tokens_ND.numel()
 
 
 def _mean(values: list[float]) -> float:

@@ -32,7 +32,7 @@ from stores.runlog import append_run
 from stores.spec import SAE, Header, find_header, new_header, require_unchanged, write_header
 from stores.tables import parquet_bytes
 
-from .budget import Watch, fewest_steps
+from .budget import Watch, foreseen_steps
 from .choices import Choices, StepClock, choose_settings, plan_lines
 from .clipping import clip_gradients_
 from .data import TrainingData, first_position, first_tokens, initial_b_dec, open_data, require_start, token_scale
@@ -186,7 +186,8 @@ def train_step(
     if training.watch is not None and state.budget.is_due(state.step):
         check = training.watch.check(model, state.step, state.token_scale)
         is_steady = state.penalty is None or state.penalty.is_reached
-        state.budget = state.budget.after(check, config, most=plan.n_steps, is_steady=is_steady)
+        variance = training.watch.variance(state.token_scale)
+        state.budget = state.budget.after(check, config, variance, most=plan.n_steps, is_steady=is_steady)
 
     # 1. Loss and gradients. Only `.grad` changes, so that an interrupt up to here leaves the state of the step before.
     # On a GPU the host waits for the loss in every step, so that no weight is updated from one that is not finite.
@@ -323,10 +324,12 @@ class Training:
 
     @property
     def steps_ahead(self) -> int:
-        """Steps in all, as far as can be foreseen: with tokens "auto", until it has settled, the fewest possible."""
-        if self.watch is None or self.state.budget.end is not None:
+        """Steps in all, as far as can be foreseen."""
+        state = self.state
+        if self.watch is None or state.budget.end is not None:
             return self.n_steps
-        return fewest_steps(self.plan.config, self.step, self.n_steps)
+        variance = self.watch.variance(state.token_scale)
+        return foreseen_steps(state.budget.checks, self.plan.config, variance, self.step, self.n_steps)
 
     @property
     def step(self) -> int:
