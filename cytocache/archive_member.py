@@ -158,6 +158,8 @@ class OpenFile:
 
     def read_at(self, offset: int, n_bytes: int) -> bytes:
         """`n_bytes` from `offset`; fewer only at the end of the file."""
+        if offset >= self.size:  # a header may state any number, also one that no file can have
+            return b""
         piece = os.pread(self._descriptor, n_bytes, offset)
         if len(piece) == n_bytes or not piece:
             return piece

@@ -93,7 +93,7 @@ def _above_bound(
         if sum(len(piece.values) for piece in pieces) > 2 * wanted:  # what is smaller than k x n others is not needed
             so_far = float(_largest(torch.cat([piece.values for piece in pieces]), wanted).min())
             pieces = [piece.at_least(so_far) for piece in pieces]
-            least = max(least, float(np.nextafter(np.float32(so_far), np.float32(0))))  # ties are kept
+            least = max(least, _next_below(so_far, p_BL.dtype))  # ties are kept
     return pieces, bound
 
 
@@ -116,6 +116,11 @@ def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
     if values.device.type == "cpu" and values.dtype != torch.bfloat16:
         return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
     return values.topk(n, sorted=False).values
+
+
+def _next_below(value: float, dtype: torch.dtype) -> float:
+    """The largest number of this type below `value` > 0; a nearer one would be rounded to `value` when compared."""
+    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.zeros((), dtype=dtype)))
 
 
 def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:

@@ -114,6 +114,8 @@ def has_settled(checks: Sequence[Check], first_step: int, variance: float) -> bo
     if steps < LEAST_STEPS:
         return False
     before, last = _quarters(checks, steps)
+    if not before:  # late in a run checks are rare: after a long warm-up, a quarter may have none yet
+        return False
     error_before, error = _mean([check.error for check in before]), _mean([check.error for check in last])
     is_flat = error_before - error < max(LEAST_GAIN * error_before, LEAST_SHARE * variance)
     change = _mean([check.l0 for check in last]) / max(1e-9, _mean([check.l0 for check in before])) - 1
@@ -127,9 +129,10 @@ def foreseen_steps(checks: Sequence[Check], config: TrainConfig, variance: float
     """
     least, first = fewest_steps(config, step, most), first_step(config)
     steps = checks[-1].step - first if checks else 0
-    if steps < LEAST_STEPS:
+    quarters = _quarters(checks, steps) if steps >= LEAST_STEPS else ([], [])
+    if not all(quarters):
         return min(most, FIRST_GUESS * least)
-    before, last = (_mean([check.error for check in part]) for part in _quarters(checks, steps))
+    before, last = (_mean([check.error for check in part]) for part in quarters)
     wanted = max(LEAST_GAIN * before, LEAST_SHARE * variance)
     if not before - last > wanted or last <= 0:
         return least

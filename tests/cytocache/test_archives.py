@@ -397,6 +397,17 @@ def test_a_tar_that_is_cut_off_or_damaged_is_told(tmp_path: Path) -> None:
             list_archive(tmp_path / "b.tar.gz")
 
 
+@pytest.mark.parametrize("size", [2**63 - 512, 2**63 + 5, 2**80])
+def test_a_size_that_no_file_can_have_is_told(size: int, tmp_path: Path) -> None:
+    head = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
+    head[124:136] = b"\x80" + size.to_bytes(11, "big")
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    (tmp_path / "huge.tar").write_bytes(bytes(head) + bytes(1024))
+    with pytest.raises(BadArchive, match="it is cut off"):
+        list_archive(tmp_path / "huge.tar")
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_the_bytes_or_a_reason(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -112,3 +112,11 @@ def test_nan_is_noticed(row: int) -> None:
     p[row, 3] = np.nan
     encode = Counted(p, 20)
     assert choose_largest(encode, 3, k=4, n=N, ranks=ALONE) is None
+
+
+def test_ties_are_kept_in_every_micro_batch_also_in_bf16() -> None:
+    """All values alike: more than twice as many as wanted after the first micro-batch, which raises the bound."""
+    found = choose_largest(lambda number: torch.ones(16, 8, dtype=torch.bfloat16), 3, k=1, n=48, ranks=ALONE)
+    assert found is not None
+    assert found.threshold == 1
+    assert [found.latents(number, [0, 8], 0.0)[0].n_active for number in range(3)] == [16 * 8] * 3

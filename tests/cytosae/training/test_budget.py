@@ -87,6 +87,17 @@ def test_the_rule_by_hand() -> None:
     assert not has_settled(checks_of([2.0] * 22 + [1.0] * 9 + [0.985] * 9), 100, 0.0)
 
 
+def test_after_a_long_warm_up_a_quarter_may_have_no_check_yet() -> None:
+    """Warm-up 5,000: a check every 160 steps, and a quarter of 280 steps is 70 steps long."""
+    config, budget, ends = TrainConfig(tokens="auto", warmup_steps=5_000), Budget(), set()
+    for step in range(8_000):
+        if budget.is_due(step):
+            budget = budget.after(Check(step, 1.0, 8.0), config, 2.0, most=60_000, is_steady=True)
+            ends.add(foreseen_steps(budget.checks, config, 2.0, step, 60_000))
+    assert budget.settled_at == 5_440  # quarters of 110 steps: checks at 5,440, and at 5,280 before
+    assert min(ends) > 5_440
+
+
 def test_a_run_that_gains_from_half_as_much_again_goes_on() -> None:
     """error = steps^-0.1 never settles, error = 1 + 5 exp(-steps / 100) does when the rest is small."""
     assert not any(
