@@ -39,17 +39,16 @@ from stores.latent_store import LatentSpec, LatentStore, LatentWriter, shard_ima
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
-from stores.spec import LATENTS, Header, check_choice, new_header, read_header, require_unchanged, stated
+from stores.spec import LATENTS, Header, new_header, read_header, require_unchanged, stated
 from stores.tables import table_sha256
 from stores.wording import Report, describe_latents
 
+from .settings import check_encoding
 from .sparsify import Compactor, Rounding, SparseRows
 
 # size of one dense (tokens, latents) float32 matrix; larger ones are not faster (docs/log.md)
 _MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _MOST_WAITING = 4  # micro-batches of rows that wait to be written
-VALUE_BITS = (10, 23)
-PRECISIONS = ("fp32", "bf16")
 _log = logging.getLogger(__name__)
 
 
@@ -124,10 +123,7 @@ def encode(
     BadInput
         If an argument is out of range, a latent is NaN or infinite, or another process writes the same images.
     """
-    check_choice("value_bits", value_bits, VALUE_BITS)
-    check_choice("precision", precision, PRECISIONS)
-    if not 0 <= min_activation <= float(np.finfo(np.float32).max):
-        raise BadInput(f"min_activation must be a number of at least 0; found {min_activation!r}")
+    check_encoding(value_bits=value_bits, min_activation=min_activation, precision=precision)
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     device = resolve_device(device)

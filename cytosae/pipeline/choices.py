@@ -61,6 +61,11 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
             raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {known}")
         checked = checked_section(name, values, "--set")
         before = sections[name]
+        if name == "sae" and {"tokens", "epochs"} & checked.keys():  # the reasons were those of another budget
+            for key in ("tokens", "epochs", "holdout"):
+                why.pop(f"sae.{key}", None)
+        if name == "extract":
+            checked |= {key: _weights(checked[key]) for key in ("backbone", "weights") if key in checked}
         sections[name] = _with_training(before, checked) if name == "sae" else {**before, **checked}
         why |= {f"{name}.{key}": "asked for" for key in checked}
         for key in before.keys() - sections[name].keys():
@@ -94,7 +99,7 @@ def _extract_settings(config: RunConfig, look: FirstLook, why: dict[str, str]) -
 
 def _weights(weights: str) -> str:
     """A file or folder with its whole path, since a recipe is read from another folder; other words as they are."""
-    return os.path.abspath(weights) if Path(weights).exists() else weights  # noqa: PTH100  # links stay as they are
+    return _written(os.path.abspath(weights)) if Path(weights).exists() else weights  # noqa: PTH100  # links stay
 
 
 def _given_sae(sae: Path, out: Path, why: dict[str, str]) -> Section:
@@ -142,6 +147,11 @@ def _train_section(config: TrainConfig) -> Section:
 
 def _with_training(section: Section, given: Section) -> Section:
     """Settings of training with others in their place; what another setting replaces goes, and defaults follow it."""
+    own = [name for name in ("use", "assume_compatible") if name in given]
+    if "use" in section and [*given] == ["assume_compatible"]:
+        return {**section, **given}
+    if "use" not in section and own:
+        raise BadInput(f"--set sae.{own[0]} is about an SAE that is there; give that SAE with --sae")
     if "use" in section:
         raise BadInput("an SAE is given, and --set sae.* would train one; leave one of them out")
     follows = ("loss", "init", "clip_norm", "dead_latents") if "activation" in given else ()  # the activation decides
@@ -196,4 +206,13 @@ def _defaults(config: Any, *, without: tuple[str, ...] = ()) -> Section:
 def _relative(path: Path, out: Path) -> str:
     """A path as the recipe in `out` names it: below `out`, or absolute."""
     whole, base = Path(os.path.abspath(path)), Path(os.path.abspath(out))  # noqa: PTH100  # links stay as they are
-    return whole.relative_to(base).as_posix() if whole.is_relative_to(base) else os.fspath(whole)
+    return _written(whole.relative_to(base).as_posix() if whole.is_relative_to(base) else os.fspath(whole))
+
+
+def _written(path: str) -> str:
+    """The path, if a recipe can hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"the name of {path!r} is not UTF-8, which a recipe cannot hold; rename it") from None
+    return path

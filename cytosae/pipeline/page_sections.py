@@ -463,7 +463,7 @@ def _files_section(run: RunFolder) -> Section:
     rows: list[tuple[str, str, str, str, str]] = []
     for stage in stages_of(run.recipe, run.root):
         place = run.root / stage.out
-        if not place.exists():
+        if not place.exists() or stage.name in run.left_out:
             continue
         kind = stage.out.split("/")[0]
         what, command = _WHAT.get(stage.out, (f"{stage.name}: tables and figures", f"cyto {kind}"))

@@ -156,23 +156,25 @@ def inputs_of(stage: Stage, out: Path, images_content: str) -> dict[str, str | N
     """What a stage reads -> its content now."""
     found = {name: content_of(out / name) for name in stage.inputs}
     if stage.out == CACHE:
-        weights = stage.settings.get("weights")
         found = {"images": images_content}
-        if isinstance(weights, str) and (out / weights).is_file():
-            found[weights] = content_of(out / weights)
+        for file in (stage.settings.get("weights"), stage.settings.get("backbone")):  # each may be a file of weights
+            if isinstance(file, str) and (out / file).is_file():
+                found[file] = content_of(out / file)
     return found
 
 
 def _why_stale(stages: list[Stage], journal: Journal, out: Path, images_content: str) -> dict[str, str]:
     """Output -> why it is to be made, as far as can be known; what depends on something that is to be made, is, too."""
     found: dict[str, str] = {}
+    left_out: set[str] = set()  # before, and likely again
     for stage in stages:
         why = journal.why_stale(stage, inputs_of(stage, out, images_content), content_of(out / stage.out))
-        above = [name for name in stage.inputs if found.get(name)]
+        above = [name for name in stage.inputs if found.get(name) and name not in left_out]
         if not why and above:
             why = "again: what it reads will have changed"
         if why and stage.name in journal.left_out and not above and content_of(out / stage.out) is None:
             why = f"left out before: {journal.left_out[stage.name]}"
+            left_out.add(stage.out)
         found[stage.out] = why
     return found
 

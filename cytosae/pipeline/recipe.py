@@ -15,6 +15,7 @@ from cytosae.atlas import AtlasConfig
 from cytosae.barcodes import BarcodeConfig
 from cytosae.compare import CompareConfig
 from cytosae.concepts import ConceptConfig, SelectionConfig
+from cytosae.latents import check_encoding
 from cytosae.probe import ProbeConfig, UnitConfig
 from cytosae.sae import TrainConfig, checked_settings, read_toml
 from stores.errors import BadInput, SpecMismatch
@@ -130,6 +131,15 @@ class Recipe:
         }
 
 
+def extract_settings(recipe: Recipe, folder: Path) -> Section:
+    """The settings of the extraction; files that the recipe in `folder` names as below it, with their whole paths."""
+    found = {name: value for name, value in recipe.extract.items() if value is not None}
+    for name in ("backbone", "weights"):
+        if name in found and (folder / found[name]).exists():
+            found[name] = str((folder / found[name]).absolute())
+    return found
+
+
 def compare_config(section: Section) -> CompareConfig:
     """The settings of one comparison."""
     return CompareConfig(**{name: value for name, value in section.items() if name != "name"})
@@ -170,7 +180,6 @@ def parse_recipe(raw: Mapping[str, Any], source: str) -> Recipe:
             if not (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
                 raise BadInput(f"{source}: {name} must be written as [[{name}]], once for each")
             read[name] = tuple(checked_section(name, each, source) for each in value)
-            _check_names(name, read[name], source)
         else:
             if not isinstance(value, dict):
                 raise BadInput(f"{source}: {name} must be a section, [{name}]; found {value!r}")
@@ -244,11 +253,14 @@ def _check_names(section: str, found: Sequence[Section], source: str) -> None:
 
 def _check_values(recipe: Recipe, source: str) -> None:
     """Every section is taken by the settings of its command."""
+    for name, found in (("compare", recipe.compare), ("probe", recipe.probe)):
+        _check_names(name, found, source)
     for name in ("source",):
         if not recipe.images.get(name):
             raise BadInput(f"{source}: images.{name} must say where the images lie")
     makers: list[tuple[str, Any]] = [
         *([] if recipe.uses_sae else [("sae", lambda: recipe.train_config)]),
+        ("encode", lambda: check_encoding(**recipe.encode)),
         ("barcode", lambda: recipe.barcode_config),
         ("concepts", lambda: recipe.concept_config),
         ("select", lambda: recipe.selection_config),

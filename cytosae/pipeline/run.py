@@ -32,8 +32,8 @@ from .journal import FILE as JOURNAL
 from .journal import Journal, content_of
 from .page import REPORT, write_run_report
 from .plan import RunPlan, inputs_of, make_plan
-from .recipe import FILE, Recipe, checked_section, differences, read_recipe, write_recipe
-from .stages import ATLAS, CACHE, COMPARE, PROBE, Stage, Workshop, stages_of
+from .recipe import FILE, Recipe, checked_section, differences, extract_settings, read_recipe, write_recipe
+from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, Stage, Workshop, stages_of
 
 COMMANDS = "commands.sh"
 _LOOKED_AT = 32  # images of the first look
@@ -162,7 +162,7 @@ def run_pipeline(
         journal = Journal.read(place)
         look = asked.look
         if look is None and content_of(place / CACHE) is None:
-            look = _look(bridge, asked.images, asked.recipe.extract, looking)
+            look = _look(bridge, asked.images, extract_settings(asked.recipe, place), looking)
         plan = make_plan(
             asked.recipe,
             stages,
@@ -237,7 +237,7 @@ def _from_recipe(source: Path, out: Path, bridge: StageOne, *, overwrite: bool) 
         moved = {name: str((source.parent / value).absolute()) for name, value in recipe.images.items()}
         used = recipe.uses_sae
         sae = recipe.sae if used is None else {**recipe.sae, "use": str((source.parent / used).absolute())}
-        recipe = replace(recipe, images=moved, sae=sae)
+        recipe = replace(recipe, images=moved, sae=sae, extract=extract_settings(recipe, source.parent))
         _refuse_other(recipe, out, overwrite=overwrite)
     root = recipe.images.get("root")
     images = bridge.open_images(out / recipe.images["source"], root=None if root is None else out / root)
@@ -352,6 +352,7 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
     found = _Found()
     for stage in (each.stage for each in plan.stages):
         inputs = inputs_of(stage, shop.out, images_content)
+        inputs |= dict.fromkeys(inputs.keys() & shop.left_out)  # of these nothing is read, also where an old one lies
         there = content_of(shop.out / stage.out)
         if not journal.why_stale(stage, inputs, there):
             found.unchanged.append(stage.name)
@@ -366,6 +367,9 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
             if not (stage.is_optional and isinstance(error, BadInput | StoreNotFound | IncompleteStore)):
                 raise
             found.left_out[stage.name] = journal.left_out[stage.name] = str(error)
+            shop.left_out.add(stage.out)
+            if stage.out == SELECTION and there is not None and journal.stages.get(stage.out, {}).get("made") == there:
+                (shop.out / SELECTION).unlink()  # of other settings; whoever reads the concepts would take it
             journal.write()
             overall.end(stage)
             continue

@@ -14,7 +14,7 @@ from stores.spec import SAE, find_header
 from stores.wording import Report
 
 from .commands_text import options, training_options, words
-from .recipe import FILE, Recipe, Section, compare_config, plain_values, probe_config
+from .recipe import FILE, Recipe, Section, compare_config, extract_settings, plain_values, probe_config
 
 # names below the folder of a run
 CACHE, SAE_FOLDER, LATENTS = "cells.acts.zarr", "cells.sae", "cells.latents.zarr"
@@ -45,6 +45,9 @@ class Workshop:
     download_progress: Progress = _silent
     progress: Progress = _silent  # of the stage at work
     resources: ExitStack = field(default_factory=ExitStack)
+    left_out: set[str] = field(
+        default_factory=set
+    )  # outputs of stages that the data do not allow; old ones may lie there
 
     @cached_property
     def client(self) -> Any:
@@ -259,7 +262,7 @@ def _extract(shop: Workshop, overwrite: bool) -> Report:
         done: Any = shop.stage_one.extract(
             shop.images,
             shop.path(CACHE),
-            {name: value for name, value in shop.recipe.extract.items() if value is not None},
+            extract_settings(shop.recipe, shop.out),
             device=shop.device,
             workers=shop.workers,
             shard=shop.shard,
@@ -380,7 +383,8 @@ def _stability(shop: Workshop, overwrite: bool) -> Report:
 def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
     from cytosae.atlas import build_atlas
 
-    places = [shop.path(f"{COMPARE}/{section['name']}") for section in shop.recipe.compare]
+    names = [f"{COMPARE}/{section['name']}" for section in shop.recipe.compare]
+    places = [shop.path(name) for name in names if name not in shop.left_out]
     return build_atlas(
         shop.path(BARCODES),
         shop.path(CONCEPTS),

@@ -20,7 +20,7 @@ from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 
 from cli import cli
 from cytosae.pipeline import RunConfig, RunPlan, read_recipe
-from cytosae.pipeline.recipe import recipe_text, write_recipe
+from cytosae.pipeline.recipe import extract_settings, recipe_text, write_recipe
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
 from stores.verify_any import verify_folder
@@ -282,3 +282,77 @@ def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
     again = read_recipe(tmp_path / "recipe.toml")
     assert again == changed
     assert again.why == {strange: strange}
+
+
+# ------------------------------------------------------------------------ settings that would only fail hours later
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sae": {"use": "x.sae"}}, "--set sae.use is about an SAE that is there; give that SAE with --sae"),
+        ({"sae": {"assume_compatible": True}}, "--set sae.assume_compatible is about an SAE that is there"),
+        ({"compare": {"name": "../../out"}}, r"\[\[compare\]\] needs a name of its own"),
+        ({"probe": {"name": "same"}}, r"\[\[probe\]\] needs a name of its own"),  # for both
+        ({"encode": {"value_bits": 99}}, "section encode: value_bits must be one of 10, 23; found 99"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, settings: dict[str, dict[str, object]], words: str
+) -> None:
+    table = draw_cohort(tmp_path)
+    with pytest.raises(BadInput, match=words):
+        run_small(table, tmp_path / "out", config=RunConfig(settings={**FEW, **settings}), dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_is_given_has_no_reasons_of_another_one(tmp_path: Path) -> None:
+    table = draw_cohort(tmp_path)
+    whys = []
+    for budget in ({"tokens": "auto"}, {"tokens": 20_000}, {"epochs": 2.0}):
+        config = RunConfig(settings={**FEW, "sae": {"expansion": 2, **budget}})
+        done = run_small(table, tmp_path / "out", config=config, dry_run=True)
+        whys.append({name for name in done.plan.recipe.why if name in ("sae.tokens", "sae.epochs", "sae.holdout")})
+    assert whys == [{"sae.tokens"}, {"sae.tokens"}, {"sae.epochs"}]
+    chosen = run_small(table, tmp_path / "out", config=RunConfig(), dry_run=True).plan.recipe
+    assert chosen.why["sae.holdout"].startswith("a share of the images")
+    assert chosen.train_config.holdout > 0
+
+
+def test_a_name_that_toml_cannot_hold_is_told(tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"Zelle\xe9")
+    shutil.copytree(draw_cohort(tmp_path).parent / "cells", source)
+    with pytest.raises(BadInput, match="is not UTF-8, which a recipe cannot hold; rename it"):
+        run_small(source, tmp_path / "out", dry_run=True, config=RunConfig())
+
+
+def test_a_file_of_a_recipe_is_looked_for_beside_it(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`weights = "w.pth"` lies in the folder of the run, wherever the command is typed."""
+    (copied / "w.pth").write_bytes(b"no weights")
+    recipe = read_recipe(copied / "recipe.toml")
+    recipe = replace(recipe, extract={**recipe.extract, "weights": "w.pth", "backbone": "dinobloom-s"})
+    assert extract_settings(recipe, copied)["weights"] == str(copied / "w.pth")
+    assert extract_settings(recipe, copied)["backbone"] == "dinobloom-s"
+    write_recipe(recipe, copied / "recipe.toml")
+    monkeypatch.chdir("/")
+    for out in (None, copied.parent / "other"):
+        with pytest.raises(BadInput, match=r"out/w\.pth"):
+            run_small(copied / "recipe.toml", out)
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_what_the_data_do_not_allow_any_more_is_shown_nowhere(copied: Path) -> None:
+    """A comparison and a draw that were made, and cannot be with new settings: atlas and report do not use the old."""
+    change_line(copied, "[select]", "threshold", "1e9")
+    change_line(copied, "[[compare]]", "a", '"nobody"')
+    change_line(copied, "[barcode]", "tau", "0.01")
+    done = run_small(copied / "recipe.toml", None)
+    assert {"select", *(name for name in done.left_out if name.startswith("compare nobody"))} <= done.left_out.keys()
+    assert any(name.startswith("compare nobody") for name in done.left_out)
+    assert not (copied / "cells.concepts" / "selection.parquet").exists()
+    report = (copied / "report.html").read_text()
+    assert 'id="comparisons"' not in report
+    assert "drawn from cluster" not in report
+    plans: list[RunPlan] = []
+    again = run_small(copied / "recipe.toml", None, tell_plan=plans.append)
+    assert again.was_complete
