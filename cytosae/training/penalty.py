@@ -118,7 +118,9 @@ class Penalty:
 
 
 @torch.no_grad()
-def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: torch.Tensor) -> Penalty:
+def begin_steering(
+    model: SparseAutoencoder, config: TrainConfig, tokens_ND: torch.Tensor, *, goes_on: bool = False
+) -> Penalty:
     """The penalty of step 0; jumprelu also gets its first thresholds, in place.
 
     A latent that takes over the part c of a token's residual r gains at most 2 w ||r|| / D per unit of activation, and
@@ -126,6 +128,7 @@ def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: tor
 
     model : with its first weights
     tokens_ND : (N, D) some tokens, scaled as in training
+    goes_on : the weights are those of an SAE that was trained: its thresholds stay
     """
     assert config.target_l0 is not None
     assert config.target_l0 != "auto"
@@ -134,10 +137,13 @@ def begin_steering(model: SparseAutoencoder, config: TrainConfig, tokens_ND: tor
     bandwidth = None
     if config.activation == "jumprelu":
         gain = (of_loss * residual_N1.square()).mean() * FIRST_SHARE**2
-        some_ND = tokens_ND[:_THRESHOLD_TOKENS]
-        n_active = max(1, round(min(FIRST_L0 * config.target_l0, model.n_latents / 2) * len(some_ND)))
-        threshold = float(model.pre_activations(some_ND).flatten().topk(n_active).values[-1])
-        model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
+        if goes_on:
+            threshold = math.exp(float(model.log_threshold.mean()))
+        else:
+            some_ND = tokens_ND[:_THRESHOLD_TOKENS]
+            n_active = max(1, round(min(FIRST_L0 * config.target_l0, model.n_latents / 2) * len(some_ND)))
+            threshold = float(model.pre_activations(some_ND).flatten().topk(n_active).values[-1])
+            model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
         bandwidth = max(threshold, config.jump_threshold) * config.jump_bandwidth / config.jump_threshold
     else:
         gain = (of_loss * residual_N1).mean() * 2 * FIRST_SHARE

@@ -457,7 +457,10 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
         model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
         with torch.no_grad():
             model.b_dec.copy_(initial_b_dec(data, config) * scale)
-    penalty = begin_steering(model, config, first_tokens(data, config) * scale) if config.is_steered else None
+    penalty = None
+    if config.is_steered:
+        tokens_ND = first_tokens(data, config) * scale
+        penalty = begin_steering(model, config, tokens_ND, goes_on=plan.start is not None)
     model.to(device)
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)

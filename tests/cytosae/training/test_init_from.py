@@ -63,6 +63,20 @@ def test_it_begins_where_the_other_ended(kind: str, scale: str, caches: list[Pat
     assert anew.identity != on.identity
 
 
+def test_thresholds_stay_where_l0_is_steered(caches: list[Path], tmp_path: Path) -> None:
+    """A new jumprelu gets its first thresholds from the tokens; one that was trained has its own."""
+    steered = {name: value for name, value in SETTINGS.items() if name != "l1"} | {
+        "activation": "jumprelu",
+        "target_l0": 6.0,
+    }
+    train(caches[:1], tmp_path / "first", make_config(options={**steered, "tokens": 30 * BATCH}))
+    still = make_config(options={**steered, "tokens": BATCH, "lr": 1e-30})
+    train(caches[:1], tmp_path / "still", still, init_from=tmp_path / "first")
+    before, after = (load_sae(tmp_path / name).model.log_threshold for name in ("first", "still"))
+    assert before.std() > 0
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+
+
 def test_interrupted_and_continued_equals_never_stopped(caches: list[Path], tmp_path: Path) -> None:
     train(caches[:1], tmp_path / "first", small("topk"))
     config, first = small("topk"), tmp_path / "first"
