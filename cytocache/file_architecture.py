@@ -16,6 +16,7 @@ from stores.errors import BadInput
 
 from .checkpoint_state import State
 from .model_config import ModelConfig
+from .model_options import checked_options
 from .preprocess import MAX_SIZE, Preprocess
 
 _HEAD = 64  # channels of an attention head
@@ -28,7 +29,8 @@ def describe_file(state: State, path: Path, asked: dict[str, Any]) -> ModelConfi
     Raises
     ------
     BadInput
-        If the weights are not those of a plain vision transformer, or the number of heads is not known.
+        If the weights are not those of a plain vision transformer, or of one that is far too large, or the number of
+        heads is not known.
     """
     embedding, positions = state["patch_embed.proj.weight"], state.get("pos_embed")
     blocks = {int(block[1]) for key in state if (block := re.match(r"blocks\.(\d{1,6})\.", key))}
@@ -76,9 +78,8 @@ def describe_file(state: State, path: Path, asked: dict[str, Any]) -> ModelConfi
         options["qkv_bias"] = False
     if "blocks.0.attn.q_norm.weight" in state:
         options["qk_norm"] = True
-    return ModelConfig(
-        architecture=architecture, options={**options, **asked}, preprocess=Preprocess(size=side * patch)
-    )
+    options = checked_options({**options, **asked}, path)  # a name like blocks.999999. is not yet a million blocks
+    return ModelConfig(architecture=architecture, options=options, preprocess=Preprocess(size=side * patch))
 
 
 def _mlp(state: State) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:

@@ -47,7 +47,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         for name, is_good, expected in (
             ("size", type(self.size) is int and 1 <= self.size <= MAX_SIZE, f"1 to {MAX_SIZE:,} pixels"),
-            ("interpolation", self.interpolation in _FILTERS, f"one of {', '.join(_FILTERS)}"),
+            ("interpolation", self.interpolation in [*_FILTERS], f"one of {', '.join(_FILTERS)}"),
             ("crop_mode", self.crop_mode in ("squash", "center"), "squash or center"),
             ("crop_pct", _is_number(self.crop_pct) and 0.5 <= self.crop_pct <= 1, "0.5 to 1"),
             ("mean", _are_three(self.mean), "three numbers"),

@@ -365,6 +365,7 @@ class TestHostile:
             ({"pretrained_cfg": {"input_size": [3, 224, 448]}}, "takes inputs of .*; expected 3 channels and a square"),
             ({"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, r"size must be 1 to 4,096 pixels"),
             ({"pretrained_cfg": {"interpolation": "magic"}}, "interpolation must be one of nearest"),
+            ({"pretrained_cfg": {"interpolation": ["bicubic"]}}, "interpolation must be one of nearest"),
             ({"pretrained_cfg": {"crop_pct": 1e-9}}, r"crop_pct must be 0.5 to 1"),
             ({"pretrained_cfg": {"std": [0, 1, 1]}}, "std must be three numbers above 0"),
             ({"pretrained_cfg": {"mean": [None, 1, 1]}}, "mean must be three numbers"),
@@ -381,6 +382,12 @@ class TestHostile:
         with pytest.raises(BadInput, match=words) as raised:
             load_backbone(str(folder_of(tmp_path / "m", config)), weights="random")
         assert str(raised.value).isprintable()
+
+    def test_a_name_in_a_file_of_weights_does_not_make_a_million_blocks(self, tmp_path: Path) -> None:
+        state = {**PLAIN.state(), "blocks.999999.norm1.weight": torch.zeros(32)}
+        save_file(state, tmp_path / "deep.safetensors")
+        with pytest.raises(BadInput, match="depth must be a whole number from 1 to 200; found 1000000"):
+            load_backbone(f"{tmp_path / 'deep.safetensors'}?num_heads=2")
 
     def test_a_huge_config_is_not_read(self, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="has more than 4,194,304 bytes"):
