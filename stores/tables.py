@@ -355,7 +355,7 @@ def _decoded(path: Path) -> str:
         except UnicodeDecodeError:
             pass
         else:
-            words = dict.fromkeys(re.findall(r"\w*[^\x00-\x7f][^\x00-\x7f\w]*\w*", text))
+            words = dict.fromkeys(each for each in re.findall(r"(?:\w|[^\x00-\x7f])+", text) if not each.isascii())
             told = listed([repr(word) for word in words])
             _log.warning("%s: not UTF-8, read as Windows-1252 (Latin-1); look whether these are right: %s", path, told)
             return text

@@ -80,7 +80,7 @@ class RunFolder:
         """The comparisons that were made, in the order of the recipe."""
         found = []
         for section in self.recipe.compare:
-            name = f"compare {section['a']} against {section['b']}"
+            name = stages.comparison_stage(self.recipe, section)
             if name in self.left_out:
                 continue
             place = self.root / stages.COMPARE / section["name"]
@@ -152,4 +152,6 @@ def open_run(root: Path, stage_one: StageOne | None) -> RunFolder:
         If its recipe cannot be used.
     """
     recipe = read_recipe(root / FILE)
-    return RunFolder(root, recipe, stage_one, {**recipe.left_out, **Journal.read(root).left_out})
+    names = {stage.name for stage in stages.stages_of(recipe, root)}  # the journal may know of others, of before
+    found = {name: why for name, why in Journal.read(root).left_out.items() if name in names}
+    return RunFolder(root, recipe, stage_one, {**recipe.left_out, **found})

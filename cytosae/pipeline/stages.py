@@ -155,6 +155,13 @@ def _to_latents(recipe: Recipe, out: Path, on: tuple[str, ...]) -> Iterator[Stag
     )
 
 
+def comparison_stage(recipe: Recipe, section: Section) -> str:
+    """The name of the stage of a comparison; of two with the same groups each has its own name behind it."""
+    n_alike = sum((each["a"], each["b"]) == (section["a"], section["b"]) for each in recipe.compare)
+    own = f" ({section['name']})" if n_alike > 1 else ""
+    return f"compare {section['a']} against {section['b']}{own}"
+
+
 def _counts(recipe: Recipe) -> Iterator[Stage]:
     yield Stage(
         name="barcode",
@@ -189,7 +196,7 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
         given = {name: value for name, value in section.items() if name not in ("name", "a", "b")}
         names = [BARCODES, str(section["a"]), str(section["b"])]
         yield Stage(
-            name=f"compare {section['a']} against {section['b']}",
+            name=comparison_stage(recipe, section),
             out=place,
             inputs=(BARCODES,),
             settings=plain_values(section),

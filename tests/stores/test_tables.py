@@ -148,6 +148,13 @@ def test_a_western_spreadsheet_of_before_utf_8_is_read_and_told(
     assert "read as Windows-1252 (Latin-1); look whether these are right: 'größe', 'früh', 'é'" in caplog.text
 
 
+@pytest.mark.timeout(60)
+def test_a_long_cell_is_no_matter_in_windows_1252(tmp_path: Path) -> None:
+    """A hundred thousand letters, as of a picture in base64: time must not grow with its square."""
+    content = b"path,note\na.png," + b"a" * 100_000 + b"\nb.png,fr\xfch\n"
+    assert read_csv(tmp_path, content)["note"][1] == "früh"
+
+
 def test_a_price_in_euros_is_windows_1252(tmp_path: Path) -> None:
     assert read_csv(tmp_path, "path,note\na.png,5 €\n".encode("cp1252"))["note"] == ["5 €"]
 

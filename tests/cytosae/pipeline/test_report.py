@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +18,12 @@ from small_runs import DISEASES, SHOWN, contents
 
 import cytocache.bridge
 from cli import cli
-from cytosae.pipeline import write_run_report
+from cytosae.pipeline import read_recipe, write_run_report
+from cytosae.pipeline.journal import Journal
+from cytosae.pipeline.page_inputs import open_run
 from cytosae.pipeline.page_pictures import figure_picture
+from cytosae.pipeline.recipe import write_recipe
+from cytosae.pipeline.stages import comparison_stage, stages_of
 from stores.errors import DamagedStore, StoreNotFound
 from stores.result_folder import ResultStore
 from stores.spec import COMPARISON
@@ -159,3 +164,19 @@ def test_in_a_browser(finished: Path, width: int) -> None:
             found = tab.evaluate(f"() => {{ {source}; return axe.run() }}")
             assert [(each["id"], [node["html"][:200] for node in each["nodes"]]) for each in found["violations"]] == []
         assert watched.wrong == []
+
+
+def test_two_comparisons_of_the_same_groups_have_names_of_their_own(copied: Path) -> None:
+    """One that is left out does not hide the other; and what the recipe no longer has is not told."""
+    recipe = read_recipe(copied / "recipe.toml")
+    (only,) = recipe.compare
+    both = replace(recipe, compare=(only, {**only, "name": "adjusted"}))
+    names = [stage.name for stage in stages_of(both, copied)]
+    assert len({*names}) == len(names)
+    write_recipe(both, copied / "recipe.toml")
+    journal = Journal.read(copied)
+    journal.left_out = {comparison_stage(both, both.compare[1]): "no ages", "compare X against Y": "of before"}
+    journal.write()
+    run = open_run(copied, None)
+    assert [section["name"] for section, _ in run.comparisons] == [only["name"]]
+    assert {*run.left_out.values()} & {"no ages", "of before"} == {"no ages"}
