@@ -12,7 +12,7 @@ from cytosae.stage_one import StageOne
 from stores.activation_store import ActivationStore
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
-from stores.errors import IncompleteStore, StoreNotFound
+from stores.errors import BadInput, IncompleteStore, StoreNotFound
 from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore
 from stores.spec import ATLAS, COMPARISON, PROBE, SAE, STABILITY, Header, read_header
@@ -130,7 +130,12 @@ class RunFolder:
         is_table = source.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet")
         if is_table:
             source = self.root / self.recipe.images.get("root", source.parent)
-        return source if source.exists() else None
+        if is_table or source.is_dir() or self.stage_one is None:
+            return source if source.exists() else None
+        try:  # an archive, of which one folder may hold all images: their paths are below that
+            return self.stage_one.open_images(source, root=None).root
+        except BadInput:
+            return None
 
     @property
     def has_patients(self) -> bool:

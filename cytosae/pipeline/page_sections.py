@@ -140,6 +140,7 @@ def _health_section(run: RunFolder) -> Section | None:
     held_out, final = summary.get("held_out"), summary.get("final")
     measured = held_out or final or {}
     where = "on held-out images" if held_out else "on the last batch"
+    where += " of its own training" if run.recipe.uses_sae else ""
     for name, key in (("active latents per token (L0)", "l0"), ("explained variance", "explained_variance")):
         value = measured.get(key)
         if value is not None:
@@ -157,7 +158,8 @@ def _health_section(run: RunFolder) -> Section | None:
     else:
         place = stages.sae_place(run.recipe, run.root)
         said = (
-            f"Whether it is fit was not measured: cyto sae eval {place} {stages.CACHE} --keep does, then cyto report."
+            f"Whether it is fit was not measured on these images: cyto sae eval {place} {stages.CACHE} --keep does, "
+            f"then cyto report."
         )
         section.blocks.append(Prose(text=said))
     run.numbers.append(("latents", f"{spec['n_latents']:,}"))
@@ -165,9 +167,12 @@ def _health_section(run: RunFolder) -> Section | None:
 
 
 def _verdicts(run: RunFolder) -> list[Verdict]:
-    """The health that was kept with the SAE; nothing where none was."""
+    """The health on these images that was kept with the SAE; that of other images would say nothing of these."""
     summary = run.sae.summary if run.sae is not None else None
-    health = read_health(run.sae_folder, sae_sha256=str((summary or {}).get("sae_sha256", "")))
+    if run.cache is None:
+        return []
+    sha256 = str((summary or {}).get("sae_sha256", ""))
+    health = read_health(run.sae_folder, sae_sha256=sha256, cache_sha256=run.cache.content_sha256)
     if health is None:
         return []
     return [

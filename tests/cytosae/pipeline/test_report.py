@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archive_maker import pack_folder
 from browser import Watched, axe, chromium
 from click.testing import CliRunner
 from PIL import Image
@@ -24,6 +25,7 @@ from cytosae.pipeline.page_inputs import open_run
 from cytosae.pipeline.page_pictures import figure_picture
 from cytosae.pipeline.recipe import write_recipe
 from cytosae.pipeline.stages import comparison_stage, stages_of
+from cytosae.training import read_health, write_health
 from stores.errors import DamagedStore, StoreNotFound
 from stores.result_folder import ResultStore
 from stores.spec import COMPARISON
@@ -180,3 +182,30 @@ def test_two_comparisons_of_the_same_groups_have_names_of_their_own(copied: Path
     run = open_run(copied, None)
     assert [section["name"] for section, _ in run.comparisons] == [only["name"]]
     assert {*run.left_out.values()} & {"no ages", "of before"} == {"no ages"}
+
+
+def test_the_health_on_other_images_is_not_that_on_these(copied: Path) -> None:
+    """An SAE that was given has the health of its own training beside it."""
+    sae = copied / "cells.sae"
+    health = read_health(sae)
+    assert health is not None
+    write_run_report(copied)
+    assert "Is the SAE fit for barcodes?" in (copied / "report.html").read_text()
+    (sae / "health.json").unlink()
+    write_health(sae, replace(health, cache_sha256="0" * 64))
+    write_run_report(copied)
+    page = (copied / "report.html").read_text()
+    assert "Is the SAE fit for barcodes?" not in page
+    assert "Whether it is fit was not measured on these images" in page
+
+
+def test_images_in_the_one_folder_of_an_archive_are_found(copied: Path) -> None:
+    """`x/cells/1.png` in the archive is `cells/1.png` in the table, as when it was extracted."""
+    pack_folder(copied / "cells.zip", copied / "cells", under="x/cells/")
+    shutil.rmtree(copied / "cells")
+    recipe = read_recipe(copied / "recipe.toml")
+    write_recipe(replace(recipe, images={"source": "cells.zip"}), copied / "recipe.toml")
+    sources = open_run(copied, cytocache.bridge).sources
+    assert sources is not None
+    picture = sources.pictures[0](1)
+    assert not isinstance(picture, str), picture
