@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     "--backbone",
     default="random-vit-tiny",
     show_default=True,
-    help="As of cyto cache extract: dinobloom-s, -b, -l or -g; or random-vit-tiny: small, untrained, no download.",
+    help="As of cyto cache extract: dinobloom-s, -b, -l or -g; another one, such as timm:NAME; or random-vit-tiny: "
+    "small, untrained, no download.",
 )
 @click.option("--weights", metavar="FILE|auto|hf:OWNER/NAME|random", help="As of cyto cache extract.")
 @click.option("--block", type=int, default=-2, show_default=True, help="Transformer block whose output is used.")
@@ -71,8 +72,8 @@ def run_all(
 ) -> None:
     """From a folder of images to an atlas and a report, with settings that fit the data.
 
-    IMAGES is a folder (one sub-folder per class), or a .csv or .parquet table with a column `path` and, where known,
-    label, patient, disease. Or the recipe.toml of a run: then the run is repeated, and what depends on a changed line
+    IMAGES is a folder (one sub-folder per class); a .zip or .tar(.gz) with the same inside; a folder of such archives;
+    or a .csv or .parquet table with a column `path` and, where known, label, patient, disease. Or the recipe.toml of a run: then the run is repeated, and what depends on a changed line
     is done again. Interrupted, the same command continues. DIR/commands.sh says how to do the same by hand.
 
     \b

@@ -1,7 +1,7 @@
 """The health of an SAE that has just been trained, on images of its caches: all of them, or a sample that is cheap.
 
 `cyto sae eval` measures on all images, and the final CLS too. This is for the end of a training run: at most a
-sixteenth of the tokens that were trained on, in whole chunks that lie evenly over the caches.
+sixteenth of the budget (of tokens "auto": of the largest one), in whole chunks that lie evenly over the caches.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .evaluate import _MICRO_BATCH_BYTES, _Sums, images_of
 from .health import Health, assess_health, read_health, write_health
 
 LEAST_IMAGES = 64  # are measured on, whatever it costs
-SHARE = 16  # of the tokens trained on, one in so many is measured on
+SHARE = 16  # as many tokens are measured on as the budget has, divided by this
 
 
 @dataclass(frozen=True)
