@@ -73,8 +73,9 @@ def run_all(
     """From a folder of images to an atlas and a report, with settings that fit the data.
 
     IMAGES is a folder (one sub-folder per class); a .zip or .tar(.gz) with the same inside; a folder of such archives;
-    or a .csv or .parquet table with a column `path` and, where known, label, patient, disease. Or the recipe.toml of a run: then the run is repeated, and what depends on a changed line
-    is done again. Interrupted, the same command continues. DIR/commands.sh says how to do the same by hand.
+    or a .csv or .parquet table with a column `path` and, where known, label, patient, disease. Or the recipe.toml of a
+    run: then the run is repeated, and what depends on a changed line is done again. Interrupted, the same command
+    continues. DIR/commands.sh says how to do the same by hand.
 
     \b
     Example: cyto run cells/ -o out --backbone dinobloom-b --weights auto
