@@ -165,7 +165,8 @@ def _list_folder(folder: Path, suffixes: Sequence[str]) -> Images:
         )
     labels: list[str | None] = [path.split("/")[0] if "/" in path else None for path in found]
     paths: list[str | None] = [*found]
-    table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=folder.resolve().name)
+    name = os.fsencode(folder.resolve().name).decode(errors="replace")  # a table holds UTF-8 only
+    table = image_table({"path": paths, "label": labels}, source=str(folder), dataset=name)
     remarks: tuple[str, ...] = ()
     if archives:
         named = f"{counted(len(archives), 'archive')} ({listed(archives)})"
