@@ -156,7 +156,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.atlas.config import PAGES
     from cytosae.barcodes.build import NORMALIZATIONS
     from cytosae.concepts.statistics import LABEL_COLUMNS
-    from cytosae.latents.encode import PRECISIONS as PRODUCT_PRECISIONS
+    from cytosae.latents.settings import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.probe.folds import NULLS
     from cytosae.probe.run import REGULARIZATIONS
     from cytosae.probe.units import LEVELS
