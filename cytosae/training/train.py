@@ -46,8 +46,18 @@ from .metric_loggers import Logger, open_logger
 from .objective import Objective
 from .penalty import begin_steering
 from .report import TrainReport
+from .saving import MOST_STATE_GB, Saver, SaveRule, space_warnings
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
-from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
+from .state import (
+    Metrics,
+    TrainState,
+    load_state,
+    new_model,
+    new_optimizer,
+    remove_states,
+    state_bytes,
+    write_metrics,
+)
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
@@ -75,8 +85,10 @@ def train(
     init_from: Path | None = None,
     assume_compatible: bool = False,
     device: str = "auto",
-    checkpoint_every: int = 500,
+    save_every: float | None = None,
+    checkpoint_every: int | None = None,
     keep_states: int = 2,
+    most_state_gb: float = MOST_STATE_GB,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     logger: str | None = None,
@@ -86,8 +98,9 @@ def train(
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
     Under torchrun all processes train one SAE together: each works on its slice of every batch, and rank 0 writes.
-    Memory: the weights four times (weights, gradients, Adam's two moments), one pool of `pool_chunks` chunks, and dense
-    latents of one micro-batch (256 MiB to 1 GiB; see `loss_and_gradients`).
+    Memory: the weights four times (weights, gradients, Adam's two moments), and three times more while a state is
+    saved, if there is room (saving.py); one pool of `pool_chunks` chunks, and dense latents of one micro-batch (256 MiB
+    to 1 GiB; see `loss_and_gradients`).
 
     Parameters
     ----------
@@ -97,8 +110,10 @@ def train(
     init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
     assume_compatible : accept an imported SAE there, which does not say on which tokens it was trained
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-    checkpoint_every : steps between two saved states
+    save_every : seconds between two saved states; default: 120, or not by time if `checkpoint_every` is given
+    checkpoint_every : steps between two saved states; default: not by steps
     keep_states : number of saved states that are kept while the run is unfinished
+    most_state_gb : 10^9 bytes that they may take; where they are larger, fewer are kept, at least one
     inputs : files that the caller has read, which `run` must not overwrite
     logger : "tensorboard" or "wandb": also send the metrics there
     say : called with lines of text, on rank 0: the plan before the first step, the expected time after a few
@@ -117,11 +132,14 @@ def train(
         If a cache is unfinished, or a chunk of it is missing or damaged.
     StoreUnreachable
         If a URL cannot be read any longer; the state is saved before.
+    OSError
+        If three states in a row, or the finished run, cannot be written, for instance because the disk is full.
     Diverged
         If the loss or a weight becomes NaN or infinite; the last saved state is kept.
     BadInput
         If the settings do not fit the tokens or the device.
     """
+    rule = SaveRule.of(save_every, checkpoint_every, keep_states, most_state_gb)
     config, device = config or make_config(), resolve_device(device)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
@@ -134,8 +152,10 @@ def train(
                 warnings = (f"{n_seen:,} held-out images were trained on by the SAE that this one goes on from",)
         plan = plan_training(data, run, config, start=start)
         warnings = (*plan.choices.warnings, *warnings)
+        n_bytes = [plan.state_bytes]
+        saver = Saver(rule.within(n_bytes))
         training = begin_training(
-            plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
+            plan, stack, device=device, ranks=ranks, saver=saver, overwrite=overwrite, inputs=inputs
         )
         if training is None:
             found = load_sae(run).header  # raises DamagedStore if the finished run is damaged
@@ -146,6 +166,8 @@ def train(
         say = say if ranks.is_first else lambda line: None
         for line in plan.lines():
             say(line)
+        for warning in space_warnings(run, saver.rule, n_bytes):
+            say(f"warning: {warning}")
         clock = StepClock(plan.config, training.step, plan.n_steps)
         batches = on_device(
             plan.data.stream.batches(
@@ -158,8 +180,8 @@ def train(
                 train_step(training, next(batches), progress)
                 for line in clock.lines(training.step):
                     say(line)
-                if training.step % checkpoint_every == 0 and not training.is_over:
-                    save_training(training)
+                if not training.is_over and is_save_due(training):
+                    begin_save(training)
         except (KeyboardInterrupt, StoreUnreachable):
             save_training(training)
             raise
@@ -288,6 +310,11 @@ class TrainPlan:
         """The settings, with numbers where they were `auto`, except for tokens."""
         return self.choices.config
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a saved state."""
+        return state_bytes(self.data.width, self.config)
+
     def lines(self) -> Iterator[str]:
         """Tokens, passes and steps, the reasons for what was chosen, and what is doubtful."""
         yield from plan_lines(self.choices, self.data, self.n_steps)
@@ -303,9 +330,10 @@ class Training:
     ranks: Ranks
     output: Output  # where the run is written
     state: TrainState
-    keep_states: int  # saved states that stay on disk
+    saver: Saver  # writes the states; the SAEs of a sweep share one
     logged_step: int  # the step of the last row of metrics,
     logged_at: float  # and its time.perf_counter(), for tokens per second
+    saved_at: float  # `saver.now()` when a state was last saved, or the run was opened
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
 
@@ -387,13 +415,13 @@ def begin_training(
     *,
     device: str,
     ranks: Ranks = ALONE,
-    keep_states: int = 2,
+    saver: Saver | None = None,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
 ) -> Training | None:
     """Open the folder of the run and its newest state, or make a new one. None if the run is complete already.
 
-    No other process can open the run until `stack` is closed.
+    No other process can open the run until `stack` is closed; then what `saver` was writing is on the disk.
 
     Raises
     ------
@@ -412,7 +440,9 @@ def begin_training(
         return None
     state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
-    return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter(), watch)
+    saver = saver or Saver()
+    stack.callback(saver.close)  # before the folder is released
+    return Training(plan, device, ranks, output, state, saver, state.step, time.perf_counter(), saver.now(), watch)
 
 
 def _open_folder(
@@ -465,10 +495,28 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
 # -------------------------------------------------------------------------------------- after the last step
 
 
-def save_training(training: Training) -> None:
-    """Write the state, from which `begin_training` continues."""
+def is_save_due(training: Training) -> bool:
+    """Is the state to be saved now? Only on rank 0, which needs nothing of the others for it."""
+    return training.ranks.is_first and training.saver.is_due(training.step, training.saved_at)
+
+
+def begin_save(training: Training) -> None:
+    """Copy the state, which a thread writes while training goes on.
+
+    Raises
+    ------
+    OSError
+        If several states in a row could not be written.
+    """
     if training.ranks.is_first:
-        save_state(training.output.work, training.state, keep=training.keep_states)
+        training.saved_at = training.saver.now()
+        training.saver.begin(training.output.work, training.state)
+
+
+def save_training(training: Training) -> None:
+    """Write the state, from which `begin_training` continues, before this returns."""
+    if training.ranks.is_first:
+        training.saver.save_now(training.output.work, training.state)
 
 
 def finish_training(training: Training) -> Header:
@@ -481,6 +529,7 @@ def finish_training(training: Training) -> Header:
     """
     plan, state, root = training.plan, training.state, training.output.work
     data, config, model = plan.data, plan.config, state.model
+    training.saver.wait(root)
     require_unchanged(*(store.header for store in data.stores), *([plan.start.header] if plan.start else []))
     model.fold_decoder_norm()
     if state.token_scale != 1:
