@@ -272,8 +272,8 @@ class ActivationStore:
             yield chunk, self.read_chunk(chunk)
 
 
-def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:
-    """Open caches that are to be used together.
+def open_caches(roots: Sequence[Path | str] | Path | str) -> list[ActivationStore]:
+    """Open caches that are to be used together; of one cache its path or URL will do.
 
     Raises
     ------
@@ -282,7 +282,12 @@ def open_caches(roots: Sequence[Path | str]) -> list[ActivationStore]:
     BadInput
         If one is given twice.
     """
-    return used_together([ActivationStore(root) for root in roots])
+    return used_together([ActivationStore(root) for root in one_or_more(roots)])
+
+
+def one_or_more(places: Sequence[Path | str] | Path | str) -> Sequence[Path | str]:
+    """A single path or URL as a list of one; it is not read letter by letter."""
+    return [places] if isinstance(places, Path | str) else places
 
 
 def used_together(stores: list[ActivationStore]) -> list[ActivationStore]:

@@ -108,6 +108,10 @@ class BarcodeConfig:
         check_choice("normalize", self.normalize, NORMALIZATIONS)
         if isinstance(self.tau, str) and self.tau != AUTO:
             raise BadInput(f"tau must be one or several numbers, or {AUTO!r}; found {self.tau!r}")
+        if not isinstance(self.tau, str):  # 1 and 1.0 are the same settings
+            as_given = self.tau if isinstance(self.tau, tuple) else (self.tau,)
+            floats = tuple(float(tau) for tau in as_given)
+            object.__setattr__(self, "tau", floats if isinstance(self.tau, tuple) else floats[0])
         for tau in self.taus:
             if not (math.isfinite(tau) and tau >= 0):
                 raise BadInput(f"tau must be a number of at least 0; found {tau!r}")

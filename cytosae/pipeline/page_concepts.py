@@ -51,6 +51,7 @@ def concept_section(run: RunFolder) -> Section | None:
 def _scatter_blocks(run: RunFolder, store: ConceptStore) -> Iterator[Block]:
     results = ResultStore(run.root / stages.CONCEPTS, CONCEPTS)
     said, caveats = [], []
+    of_whom = "from patient to patient" if run.has_patients else "from image to image"
     for found in store.by_dataset:
         table = store.latents(found["dataset"])
         frequency = table["frequency"].to_numpy()
@@ -62,7 +63,7 @@ def _scatter_blocks(run: RunFolder, store: ConceptStore) -> Iterator[Block]:
             f"images or more"
             + (
                 f"; the top images of {found['n_divergence_q_05']:,} differ in label from the rest beyond chance "
-                f"(q ≤ 0.05, labels shuffled from patient to patient)"
+                f"(q ≤ 0.05, labels shuffled {of_whom})"
                 if "n_divergence_q_05" in found and found["n_labelled"]
                 else ""
             )

@@ -18,6 +18,7 @@ from stores.result_folder import ResultStore
 from stores.spec import ATLAS, COMPARISON, PROBE, SAE, STABILITY, Header, read_header
 
 from . import stages
+from .cohort import read_cohort
 from .journal import Journal
 from .recipe import FILE, Recipe, Section, read_recipe
 
@@ -130,6 +131,11 @@ class RunFolder:
         if is_table:
             source = self.root / self.recipe.images.get("root", source.parent)
         return source if source.exists() else None
+
+    @property
+    def has_patients(self) -> bool:
+        """False if no image says whose it is."""
+        return self.cache is not None and read_cohort(self.cache.images).n_patients > 0
 
     @property
     def is_trained(self) -> bool:

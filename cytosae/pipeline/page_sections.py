@@ -359,8 +359,8 @@ def _probe_blocks(config: dict[str, Any], store: ResultStore, scores: dict[str, 
     yield Heading(text=f"{scores['target']} of {scores['level']}s")
     yield Prose(
         text=f"The {scores['target']} of {scores['n_units']:,} {scores['level']}s in {scores['n_groups']:,} "
-        f"independent groups ({classes}); {scores['folds']} folds that no group crosses, drawn {scores['repeats']} "
-        f"times."
+        f"independent groups ({classes}); {scores['folds']} folds that no group crosses, drawn "
+        f"{counted(scores['repeats'], 'time')}."
     )
     chance = scores["permutation"]
     null = ""
@@ -382,7 +382,7 @@ def _probe_blocks(config: dict[str, Any], store: ResultStore, scores: dict[str, 
             (
                 name.replace("_", " "),
                 f"{found['weighted_f1']['mean']:.3f}",
-                _interval(found["interval"]["weighted_f1"]),
+                _interval(found["interval"]["weighted_f1"], within=(0.0, 1.0)),
                 _number(found["auroc"], ".3f"),
                 _paired(found.get("barcode_minus_this", {}).get("weighted_f1")),
             )
@@ -500,8 +500,12 @@ def _number(value: Any, form: str = ".3g") -> str:
     return _NONE if value is None or value != value else format(float(value), form)
 
 
-def _interval(interval: dict[str, Any]) -> str:
-    return _NONE if interval["low"] is None else f"{interval['low']:.3f} to {interval['high']:.3f}"
+def _interval(interval: dict[str, Any], *, within: tuple[float, float] = (-np.inf, np.inf)) -> str:
+    """An interval, cut where no value can lie: it is made from a mean and a standard error."""
+    if interval["low"] is None:
+        return _NONE
+    low, high = (min(max(interval[name], within[0]), within[1]) for name in ("low", "high"))
+    return f"{low:.3f} to {high:.3f}"
 
 
 def _paired(found: dict[str, Any] | None) -> str:

@@ -102,8 +102,8 @@ class RunPlan(Report):
         for name, reason in self.recipe.left_out.items():
             yield f"  left out: {printable(name)}: {printable(reason)}"
         if self.to_do:
-            more = " or more" if any(each.cost.is_open for each in self.to_do) else ""
-            yield f"in all about {time_text(self.seconds)}{more} and {size_text(self.n_bytes)}"
+            or_more = " or more" if any(each.cost.is_open for each in self.to_do) else ""
+            yield f"in all about {time_text(self.seconds)}{or_more} and {size_text(self.n_bytes)}"
 
 
 def make_plan(

@@ -324,7 +324,8 @@ class _Found:
         """A stage was done."""
         name = printable(stage.name)
         self.made.append(stage.name)
-        self.said += [*done.lines()][:1] if not stage.is_optional else []
+        lines = [] if stage.is_optional else [*done.lines()]
+        self.said += [line for at, line in enumerate(lines) if at == 0 or line.startswith("health:")]
         self.doubts += [f"{name}: {warning}" for warning in done.warnings]
         self.remarks += [f"{name}: {note}" for note in done.notes]
 

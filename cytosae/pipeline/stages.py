@@ -329,7 +329,7 @@ def _barcode(shop: Workshop, overwrite: bool) -> Report:
 def _concepts(shop: Workshop, overwrite: bool) -> Report:
     from cytosae.concepts import concept_statistics
 
-    return concept_statistics(
+    done = concept_statistics(
         shop.path(LATENTS),
         shop.path(CONCEPTS),
         shop.recipe.concept_config,
@@ -337,6 +337,7 @@ def _concepts(shop: Workshop, overwrite: bool) -> Report:
         overwrite=overwrite,
         progress=shop.progress,
     )
+    return replace(done, warning=None)  # "choose a threshold for the selection": the recipe has one
 
 
 def _select(shop: Workshop, overwrite: bool) -> Report:

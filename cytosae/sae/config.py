@@ -98,8 +98,8 @@ class TrainConfig:
     token_scale: str = "none"
     """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
     dead_latents: str = "auto"
-    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py). `auto`: by activation; read back, it is
-    the choice."""
+    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py). `auto`: by activation; read back, it
+    is the choice."""
     dead_after_steps: int = 64
     """A latent is dead if it was not active on any token for more than this many steps."""
     ghost_scale: str = "scalar"
@@ -325,7 +325,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def make_config(
     *,
     preset: str | None = None,
-    config_file: Path | None = None,
+    config_file: Path | str | None = None,
     options: dict[str, Any] | None = None,
     start: dict[str, Any] | None = None,
 ) -> TrainConfig:
@@ -345,7 +345,7 @@ def make_config(
     if preset is not None:
         check_choice("preset", preset, tuple(PRESETS))
         values |= PRESETS[preset]
-    for given in (_settings_of(config_file) if config_file else {}, options or {}):
+    for given in (_settings_of(Path(config_file)) if config_file else {}, options or {}):
         if {"l1", "target_l0"} <= given.keys():
             raise BadInput("give the sparsity once: either l1, a fixed weight, or target_l0, which it is steered to")
         values = overridden(values, given)

@@ -39,7 +39,7 @@ from cytosae.training import (
     train_step,
     trim_states,
 )
-from stores.activation_store import ActivationStore, used_together
+from stores.activation_store import ActivationStore, one_or_more, used_together
 from stores.destination import claimed
 from stores.devices import resolve_device
 from stores.errors import BadInput, StoreUnreachable
@@ -130,9 +130,9 @@ class _Planned:
 
 
 def sweep(
-    grid_file: Path,
-    caches: Sequence[Path | str],
-    out: Path,
+    grid_file: Path | str,
+    caches: Sequence[Path | str] | Path | str,
+    out: Path | str,
     *,
     exclude: Collection[str] = (),
     device: str = "auto",
@@ -180,7 +180,7 @@ def sweep(
     if at_once is not None and not 1 <= at_once <= MOST_AT_ONCE:
         raise BadInput(f"at_once must be from 1 to {MOST_AT_ONCE}; found {at_once}")
     rule = SaveRule.of(save_every, checkpoint_every, keep_states, most_state_gb)
-    device = resolve_device(device)
+    device, grid_file, out, caches = resolve_device(device), Path(grid_file), Path(out), one_or_more(caches)
     grid = read_grid(grid_file)
     planned = _plan(grid, _grouped(caches), out, frozenset(exclude), grid_file)
     with claimed(out):

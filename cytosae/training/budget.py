@@ -9,10 +9,10 @@ The run has settled when, over the last quarter of its steps against the quarter
 
 and a steered L0 is within 10% of what is wanted (penalty.py). What is said of L0 counts for the first `GIVE_UP` steps
 only, so that a run also ends where L0 cannot come there, or jumps about. The variance is the error of the mean token:
-where almost all of it is explained, the small rest may go on falling for hours, and latents die meanwhile. Quarters grow with the run, so the rule asks:
-does half as much training again bring anything? Then the learning rate decays (`TrainConfig.end_after`), and the run
-ends. A run that never settles ends, decayed, at the largest budget. The decision depends on the steps only, never on
-time: a run that is continued decides the same, and so does every rank.
+where almost all of it is explained, the small rest may go on falling for hours, and latents die meanwhile. Quarters
+grow with the run, so the rule asks: does half as much training again bring anything? Then the learning rate decays
+(`TrainConfig.end_after`), and the run ends. A run that never settles ends, decayed, at the largest budget. The decision
+depends on the steps only, never on time: a run that is continued decides the same, and so does every rank.
 """
 
 import math

@@ -74,7 +74,9 @@ class TrainingData:
         }
 
 
-def open_data(caches: Sequence[Path | str], config: TrainConfig, *, exclude: Collection[str] = ()) -> TrainingData:
+def open_data(
+    caches: Sequence[Path | str] | Path | str, config: TrainConfig, *, exclude: Collection[str] = ()
+) -> TrainingData:
     """Open `caches` (paths or URLs), without the images whose ids are in `exclude`.
 
     Raises

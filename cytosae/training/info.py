@@ -41,7 +41,7 @@ class SaeInfo(StoreInfo):
         return {**self.header.to_json(), "runs": list(self.runs), "health": health}
 
 
-def sae_info(run: Path) -> SaeInfo:
+def sae_info(run: Path | str) -> SaeInfo:
     """What is in the folder of an SAE, finished or not. Reads the header and the run log, not the weights; no torch.
 
     Raises
@@ -49,6 +49,7 @@ def sae_info(run: Path) -> SaeInfo:
     StoreNotFound, SpecMismatch, DamagedStore
         If there is no SAE of a version that this program reads, or its header is damaged.
     """
+    run = Path(run)
     header = read_header(run, SAE, complete=False)
     health, no_health = None, ""
     try:

@@ -77,12 +77,12 @@ class Diverged(BadInput):
 
 
 def train(
-    caches: Sequence[Path | str],
-    run: Path,
+    caches: Sequence[Path | str] | Path | str,
+    run: Path | str,
     config: TrainConfig | None = None,
     *,
     exclude: Collection[str] = (),
-    init_from: Path | None = None,
+    init_from: Path | str | None = None,
     assume_compatible: bool = False,
     device: str = "auto",
     save_every: float | None = None,
@@ -104,7 +104,7 @@ def train(
 
     Parameters
     ----------
-    caches : finished activation stores of the same kind of tokens, by path or URL
+    caches : finished activation stores of the same kind of tokens, by path or URL; of one, its path will do
     config : default: budget, width and L0 from the data (`make_config`)
     exclude : ids of images that are neither trained on nor held out
     init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
@@ -140,12 +140,13 @@ def train(
         If the settings do not fit the tokens or the device.
     """
     rule = SaveRule.of(save_every, checkpoint_every, keep_states, most_state_gb)
-    config, device = config or make_config(), resolve_device(device)
+    config, device, run = config or make_config(), resolve_device(device), Path(run)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
         start: SaeRun | None = None
         warnings: tuple[str, ...] = ()
         if init_from is not None:
+            init_from = Path(init_from)
             start = open_start(init_from, data, config, assume_compatible=assume_compatible)
             inputs = (*inputs, init_from)
             if n_seen := seen_before(start, data):
@@ -158,7 +159,7 @@ def train(
             plan, stack, device=device, ranks=ranks, saver=saver, overwrite=overwrite, inputs=inputs
         )
         if training is None:
-            found = load_sae(run).header  # raises DamagedStore if the finished run is damaged
+            found = load_sae(run, device="cpu").header  # raises DamagedStore if the finished run is damaged
             return _report(plan, found, device, ranks, warnings, was_complete=True)
         if logger is not None and ranks.is_first:
             opened = open_logger(logger, run, plan.header, first_step=training.step)
