@@ -44,7 +44,7 @@ from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
-from .penalty import begin_steering
+from .penalty import Penalty, begin_steering
 from .report import TrainReport
 from .saving import MOST_STATE_GB, Saver, SaveRule, space_warnings
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
@@ -439,7 +439,7 @@ def begin_training(
     )
     if output.is_complete:
         return None
-    state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
+    state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device, ranks)
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
     saver = saver or Saver()
     stack.callback(saver.close)  # before the folder is released
@@ -473,12 +473,14 @@ def _open_folder(
     return output
 
 
-def _initial_state(plan: TrainPlan, device: str) -> TrainState:
+def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
     """Step 0: seeded weights and b_dec from the first tokens of the stream, or the SAE that the run goes on from; and
     from these tokens a penalty that is to be steered.
+
+    What follows from the tokens is computed on rank 0 only, and told to the others.
     """
     data, config = plan.data, plan.config
-    scale = token_scale(data, config)
+    scale, b_dec = ranks.broadcast(_from_tokens(plan, device) if ranks.is_first else None)
     model = new_model(data.width, config)
     if plan.start is not None:
         take_weights_(model, plan.start, scale)
@@ -486,11 +488,30 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
         draws = torch.Generator().manual_seed(config.seed)
         model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
         with torch.no_grad():
-            model.b_dec.copy_(initial_b_dec(data, config) * scale)
-    penalty = begin_steering(model, config, first_tokens(data, config) * scale) if config.is_steered else None
+            model.b_dec.copy_(b_dec * scale)
     model.to(device)
+    penalty = None
+    if config.is_steered:
+        penalty, thresholds = ranks.broadcast(_first_penalty(plan, model, scale, device) if ranks.is_first else None)
+        if thresholds is not None and not ranks.is_first:
+            model.load_state_dict(thresholds, strict=False)
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)
+
+
+def _from_tokens(plan: TrainPlan, device: str) -> tuple[float, torch.Tensor | None]:
+    """The factor of the tokens, and b_dec unless it comes from another SAE."""
+    b_dec = initial_b_dec(plan.data, plan.config, device) if plan.start is None else None
+    return token_scale(plan.data, plan.config), b_dec
+
+
+def _first_penalty(
+    plan: TrainPlan, model: SparseAutoencoder, scale: float, device: str
+) -> tuple[Penalty, dict[str, torch.Tensor] | None]:
+    """The penalty, and jumprelu's first thresholds, by their name in the model."""
+    penalty = begin_steering(model, plan.config, first_tokens(plan.data, plan.config, device) * scale)
+    thresholds = {"log_threshold": model.log_threshold.detach().cpu()} if model.activation == "jumprelu" else None
+    return penalty, thresholds
 
 
 # -------------------------------------------------------------------------------------- after the last step
@@ -539,6 +560,9 @@ def finish_training(training: Training) -> Header:
         raise Diverged(
             "a weight became NaN or infinite in the last step; lower --lr, and train again with --overwrite", state.step
         )
+    held_out = None
+    if any(mask.any() for mask in data.chosen.held_out):
+        held_out = measure_held_out(model, data, config, device=training.device, ranks=training.ranks)
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
         n_tokens = state.step * config.batch_tokens
@@ -556,8 +580,8 @@ def finish_training(training: Training) -> Header:
             summary["penalty"] = state.penalty.to_summary(state.metrics)
         if training.watch is not None:
             summary["budget"] = state.budget.to_summary()
-        if any(mask.any() for mask in data.chosen.held_out):
-            summary["held_out"] = measure_held_out(model, data, config, device=training.device)
+        if held_out is not None:
+            summary["held_out"] = held_out
             write_atomic(root / "held_out.parquet", parquet_bytes(data.held_out_table()))
         save_sae(root, model, plan.header, summary)
         sync_tree(root)
