@@ -19,7 +19,8 @@ Means are over the whole batch, for any size of the micro-batches and any number
 The product of the encoder is dense. The other four products are dense, or use the active latents only: for each
 micro-batch the faster way at its density is taken (latent_matrix.py). Both ways compute the same sums.
 
-On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
+On a GPU, where a batch is one micro-batch if a sixteenth of the memory holds its dense (tokens, L) matrix, the host
+waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
 twice; batchtopk: four times), and twice per step: for the indices of dead latents, and for all terms of the loss.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
@@ -41,7 +42,8 @@ from .residuals import Residuals, compare_reconstruction
 
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
-_MICRO_BATCH_BYTES_ON_GPU = 1 << 30
+_MICRO_BATCH_BYTES_ON_GPU = 1 << 30  # at least
+_SHARE_OF_GPU = 16  # of its memory; up to four such matrices are there at a time
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def loss_and_gradients(
     l1 : weight of the sparsity term in this step, >= 0
     dead_L : (L,) bool, the dead latents; None: there are none
     token_scale : factor that tokens are multiplied with first
-    micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: 1 GiB)
+    micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: a
+        sixteenth of its memory, at least 1 GiB)
     sparse_below : share of active entries, 0 to 1, below which work is sparse; default: where both ways take as long
 
     Returns
@@ -276,9 +279,18 @@ class _MagnitudeGradients:
 def _micro_batch(n: int, model: SparseAutoencoder, compute_dtype: torch.dtype) -> int:
     """Tokens per micro-batch, of n; on a GPU all of equal size, so that none is too small to use the GPU well."""
     is_on_gpu = model.W_enc.device.type == "cuda"
-    n_bytes = _MICRO_BATCH_BYTES_ON_GPU if is_on_gpu else _MICRO_BATCH_BYTES
+    n_bytes = _micro_batch_bytes_on_gpu(model.W_enc.device) if is_on_gpu else _MICRO_BATCH_BYTES
     most = max(1, n_bytes // (compute_dtype.itemsize * model.n_latents))
     return math.ceil(n / math.ceil(n / most)) if is_on_gpu and n else most
+
+
+def _micro_batch_bytes_on_gpu(device: torch.device) -> int:
+    """A sixteenth of the card's memory, so that a whole batch is one micro-batch where it fits: fewer waits.
+
+    Of all its memory, not of what is free: a run that is continued on such a card must cut its batches in the same way.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(_MICRO_BATCH_BYTES_ON_GPU, total // _SHARE_OF_GPU)
 
 
 def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:

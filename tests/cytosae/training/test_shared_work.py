@@ -1,6 +1,7 @@
 """What one rank, or each rank for its share, does for all: the start of b_dec and the penalty, the held-out images."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -165,7 +166,7 @@ def test_for_a_gpu_the_images_of_several_chunks_are_taken_together(caches: list[
     assert torch.equal(*(torch.cat([piece.flatten(0, 1) for piece in pieces]) for pieces in (apart, together)))
     if background == "keep":
         sizes = [piece.shape[0] * 5 for piece in together]
-        assert all(one + other > step for one, other in zip(sizes, sizes[1:], strict=False))
+        assert all(one + other > step for one, other in itertools.pairwise(sizes))
 
 
 def test_a_gpu_measures_1_gib_of_latents_at_a_time_and_a_cpu_128_mib() -> None:
