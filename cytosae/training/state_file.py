@@ -131,10 +131,10 @@ class _FromGpu:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         n_bytes = rows.numel() * rows.element_size()
-        if len(self._buffer) < n_bytes:
-            self._buffer = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
-        here = self._buffer[:n_bytes].view(rows.dtype)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream):  # also makes its GPU the thread's current one
+            if len(self._buffer) < n_bytes:
+                self._buffer = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
+            here = self._buffer[:n_bytes].view(rows.dtype)
             here.copy_(rows.contiguous().view(-1), non_blocking=True)
             self._arrived.record(self._stream)
         self._arrived.synchronize()  # the interpreter is free meanwhile
