@@ -66,14 +66,25 @@ def dead_gradients(
     model: SparseAutoencoder,
     dead_L: torch.Tensor | None,
     objective: Objective,
+    n_dead: int | None = None,
 ) -> DeadGradients | None:
-    """An empty sum of gradients for the dead latents, (L,) bool; None if no latent is dead or none gets a gradient."""
-    if dead_L is None or objective.dead_latents not in ("ghost", "auxk"):
+    """An empty sum of gradients for the dead latents, (L,) bool; None if no latent is dead or none gets a gradient.
+
+    n_dead : how many there are, if it is known; else the host waits for the device
+    """
+    if n_dead == 0 or dead_L is None or objective.dead_latents not in ("ghost", "auxk"):
         return None
-    latents = dead_L.nonzero().squeeze(1)  # waits for the device, once a step
+    latents = dead_L.nonzero().squeeze(1) if n_dead is None else indices_of(dead_L, n_dead)
     if not len(latents):
         return None
     return _Ghost(model, latents, objective) if objective.dead_latents == "ghost" else _AuxK(model, latents, objective)
+
+
+def indices_of(flags_L: torch.Tensor, n: int) -> torch.Tensor:
+    """(n,) int64, ascending: where the flags are True, of which there are n. As `nonzero`, without waiting."""
+    places_L = torch.where(flags_L, flags_L.cumsum(0) - 1, n)  # of the others all at the end, which is cut off
+    found = places_L.new_zeros(n + 1)
+    return found.scatter_(0, places_L, torch.arange(len(flags_L), device=flags_L.device))[:n]
 
 
 class _DeadWeights:

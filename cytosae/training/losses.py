@@ -21,7 +21,8 @@ micro-batch the faster way at its density is taken (latent_matrix.py). Both ways
 
 On a GPU, where a batch is one micro-batch if a sixteenth of the memory holds its dense (tokens, L) matrix, the host
 waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
-twice; batchtopk: four times), and twice per step: for the indices of dead latents, and for all terms of the loss.
+twice; batchtopk: four times), and once per step for all terms of the loss, with the number of latents that are dead
+behind it; where that number is not given to the next step, once more for their indices.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
@@ -59,6 +60,7 @@ class BatchLosses:
     explained_variance_uncentered: float  # the same with sum ||x||^2, as in the log of the released code
     fired: torch.Tensor  # (L,) bool: active on at least one token of the batch
     threshold: float | None = None  # batchtopk: the smallest pre-activation that was kept
+    n_dead_next: int | None = None  # latents that are dead behind the step, if it was asked for
 
     @property
     def loss(self) -> float:
@@ -73,6 +75,8 @@ def loss_and_gradients(
     *,
     l1: float,
     dead_L: torch.Tensor | None = None,
+    n_dead: int | None = None,
+    silence: tuple[torch.Tensor, int] | None = None,
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
@@ -88,6 +92,9 @@ def loss_and_gradients(
         this rank's tokens: every rank gets gradients and losses of the whole batch
     l1 : weight of the sparsity term in this step, >= 0
     dead_L : (L,) bool, the dead latents; None: there are none
+    n_dead : how many they are, if it is known: then the host need not wait for it
+    silence : ((L,) int64 steps since each latent was active, the most for one that is not dead), both before this step:
+        count the latents that are dead behind it
     token_scale : factor that tokens are multiplied with first
     micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: a
         sixteenth of its memory, at least 1 GiB)
@@ -103,7 +110,7 @@ def loss_and_gradients(
     b_dec = model.b_dec.detach()
     W_enc, b_enc, W_dec = (weight.detach().to(compute_dtype) for weight in (model.W_enc, model.b_enc, model.W_dec))
     grads = _zeroed_gradients(model)
-    dead = dead_gradients(model, dead_L, objective)
+    dead = dead_gradients(model, dead_L, objective, n_dead)
     magnitudes = _MagnitudeGradients(model) if model.activation == "gated" else None
     penalty = l1 / n if model.activation == "relu" else 0.0
     totals = _Totals(n, width, model.n_latents, device)
@@ -202,7 +209,7 @@ def loss_and_gradients(
 
     if dead is not None:
         sums["dead"] += dead.loss
-    total = totals.reduced(ranks)
+    total = totals.reduced(ranks, silence)
     if magnitudes is not None:
         magnitudes.add_to(grads)
     if dead is not None:
@@ -222,6 +229,7 @@ def loss_and_gradients(
         explained_variance_uncentered=_explained(total["error"], total["square"]),
         fired=totals.fired,
         threshold=None if largest is None else largest.threshold,
+        n_dead_next=None if silence is None else int(total["dead_next"]),
     )
 
 
@@ -246,12 +254,19 @@ class _Totals:
         self.by_name["square"] += residuals.square
         self._mean_D += residuals.x_sum_D / self._n
 
-    def reduced(self, ranks: Ranks) -> dict[str, float]:
-        """The sums over all ranks, and `square_of_mean`, ||mean(x)||^2. Waits for the device."""
+    def reduced(self, ranks: Ranks, silence: tuple[torch.Tensor, int] | None = None) -> dict[str, float]:
+        """The sums over all ranks; `square_of_mean`, ||mean(x)||^2; and `dead_next`. Waits for the device, once."""
         ranks.all_reduce_sum_(self._values, self._mean_D)
         ranks.all_reduce_any_(self.fired)
-        values = torch.cat([self._values, self._mean_D.square().sum()[None]]).tolist()
-        return dict(zip((*self.NAMES, "square_of_mean"), values, strict=True))
+        values = torch.cat([self._values, self._mean_D.square().sum()[None], self._dead_next(silence)]).tolist()
+        return dict(zip((*self.NAMES, "square_of_mean", "dead_next")[: len(values)], values, strict=True))
+
+    def _dead_next(self, silence: tuple[torch.Tensor, int] | None) -> torch.Tensor:
+        """(1,): the number of dead latents behind the step; (0,) if it was not asked for."""
+        if silence is None:
+            return self._values[:0]
+        steps_L, most = silence
+        return ((steps_L + 1 > most) & ~self.fired).sum().double()[None]
 
 
 class _MagnitudeGradients:

@@ -220,6 +220,8 @@ def train_step(
         training.objective,
         l1=config.l1_at(state.step, None if state.penalty is None else state.penalty.weight),
         dead_L=state.steps_since_fired > config.dead_after_steps,
+        n_dead=training.n_dead,
+        silence=(state.steps_since_fired, config.dead_after_steps) if _must_wait_for(tokens) else None,
         token_scale=state.token_scale,
         ranks=ranks,
     )
@@ -237,6 +239,7 @@ def train_step(
         # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
         state.steps_since_fired.masked_fill_(losses.fired, 0)
+        training.n_dead = losses.n_dead_next
         if losses.threshold is not None:
             threshold = model.threshold
             threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
@@ -276,6 +279,7 @@ def train_step(
                 micro_batch=_RESAMPLE_MICRO_BATCH,
             )
             state.steps_since_fired[dead_L] = 0
+            training.n_dead = None
 
         # 5. A row of metrics.
         if is_logged:
@@ -335,6 +339,9 @@ class Training:
     logged_step: int  # the step of the last row of metrics,
     logged_at: float  # and its time.perf_counter(), for tokens per second
     saved_at: float  # `saver.now()` when a state was last saved, or the run was opened
+    n_dead: int | None = (
+        None  # dead latents before the next step; None: not known (on a GPU the host would wait for it)
+    )
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
 
@@ -443,7 +450,9 @@ def begin_training(
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
     saver = saver or Saver()
     stack.callback(saver.close)  # before the folder is released
-    return Training(plan, device, ranks, output, state, saver, state.step, time.perf_counter(), saver.now(), watch)
+    return Training(
+        plan, device, ranks, output, state, saver, state.step, time.perf_counter(), saver.now(), watch=watch
+    )
 
 
 def _open_folder(
@@ -614,6 +623,11 @@ def _report(
 
 
 # ------------------------------------------------------------------------------------------- used by a step
+
+
+def _must_wait_for(tokens: torch.Tensor) -> bool:
+    """Does the host wait when it reads a number from the device of these tokens?"""
+    return tokens.is_cuda
 
 
 @torch.no_grad()
