@@ -374,7 +374,7 @@ def test_a_process_that_is_killed_while_it_writes_goes_on(cache: Path, tmp_path:
     code = (  # every write takes long enough to be seen
         "import sys, time; from cytosae.training import state_file; import cli; real = state_file._write_values\n"
         "def slow(*given):\n    time.sleep(0.01)\n    return real(*given)\n"
-        "state_file._write_values = slow; cli.main(sys.argv[1:])"
+        "state_file._write_values = slow; sys.argv[0] = 'cyto'; cli.main()"
     )
     torn = 0
     for _ in range(n_kills):

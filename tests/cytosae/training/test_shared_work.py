@@ -48,17 +48,19 @@ Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps([found, re
 START = """
 import importlib, os, sys
 import cli
+folder = sys.argv[1]
 data, train = (importlib.import_module(f"cytosae.training.{name}") for name in ("data", "train"))
 def counted(place, name):
     real = getattr(place, name)
     def call(*given, **more):
-        with open(os.path.join(sys.argv[1], f"{name}.{os.environ['RANK']}"), "a") as file:
+        with open(os.path.join(folder, f"{name}.{os.environ['RANK']}"), "a") as file:
             file.write("x")
         return real(*given, **more)
     setattr(place, name, call)
 counted(data, "geometric_median")
 counted(train, "begin_steering")
-cli.main(sys.argv[2:])
+sys.argv = ["cyto", *sys.argv[2:]]
+cli.main()
 """
 
 
