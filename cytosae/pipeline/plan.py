@@ -90,7 +90,8 @@ class RunPlan(Report):
             value = sections.get(section, {}).get(key) if isinstance(sections.get(section), dict) else None
             if value is not None:
                 yield f"  {name:<22} {printable(short_value(value)):<12} {printable(reason)}"
-        yield f"stages{'':<34} about"
+        wide = max(34, *(len(printable(each.stage.name)) for each in self.stages))
+        yield f"stages{'':<{wide}} about"
         for each in self.stages:
             time = time_text(each.cost.seconds) if each.why else ""
             size = size_text(each.cost.n_bytes) if each.why else ""
@@ -98,7 +99,7 @@ class RunPlan(Report):
             said = "" if each.why == "to do" else printable(each.why) if each.why else "done"
             if each.why and each.cost.is_open:
                 said = f"{said}; or more: until it has settled".removeprefix("; ")
-            yield f"  {name:<34} {time:>8} {size:>9}  {said}".rstrip()
+            yield f"  {name:<{wide}} {time:>8} {size:>9}  {said}".rstrip()
         for name, reason in self.recipe.left_out.items():
             yield f"  left out: {printable(name)}: {printable(reason)}"
         if self.to_do:

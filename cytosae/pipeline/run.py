@@ -6,6 +6,7 @@
 4. The page (page.py).
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -21,8 +22,8 @@ from stores.machine import n_cores
 from stores.progress import Progress
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import find_header
-from stores.tables import table_sha256
-from stores.wording import Report, printable
+from stores.tables import listed, table_sha256
+from stores.wording import Report, counted, printable
 
 from .choices import resolve
 from .cohort import CohortFacts, read_cohort
@@ -316,7 +317,7 @@ class _Found:
     made: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    doubts: list[tuple[str, str]] = field(default_factory=list)  # stage, warning
     remarks: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -326,7 +327,7 @@ class _Found:
         self.made.append(stage.name)
         lines = [] if stage.is_optional else [*done.lines()]
         self.said += [line for at, line in enumerate(lines) if at == 0 or line.startswith("health:")]
-        self.doubts += [f"{name}: {warning}" for warning in done.warnings]
+        self.doubts += [(name, warning) for warning in done.warnings]
         self.remarks += [f"{name}: {note}" for note in done.notes]
 
     def result(self, plan: RunPlan, shop: Workshop, *, waits_for: str = "") -> RunResult:
@@ -339,10 +340,26 @@ class _Found:
             unchanged=tuple(self.unchanged),
             left_out={**shop.recipe.left_out, **self.left_out},
             said=tuple(self.said),
-            doubts=tuple(dict.fromkeys(self.doubts)),
+            doubts=tuple(_grouped(self.doubts)),
             remarks=tuple(note for note in dict.fromkeys(self.remarks) if note not in told),
             waits_for=waits_for,
         )
+
+
+def _grouped(doubts: list[tuple[str, str]]) -> Iterator[str]:
+    """Warnings that differ in their numbers only are told once, of the first stage, with the number of the others."""
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for stage, warning in doubts:
+        alike.setdefault(re.sub(r"[\d.,]*\d", "#", warning), []).append((stage, warning))
+    for found in alike.values():
+        stages, (first, *others) = (
+            [*dict.fromkeys(stage for stage, _ in found)],
+            dict.fromkeys(text for _, text in found),
+        )
+        if not others:
+            yield f"{listed(stages)}: {first}"
+        else:
+            yield f"{stages[0]}: {first} (and {counted(len(others), 'other stage')}, with other numbers)"
 
 
 def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress) -> RunResult:

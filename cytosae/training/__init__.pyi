@@ -1,4 +1,5 @@
 from .background import find_background as find_background
+from .budget import foreseen_steps as foreseen_steps
 from .choices import auto_expansion as auto_expansion
 from .choices import auto_l0 as auto_l0
 from .data import TrainingData as TrainingData

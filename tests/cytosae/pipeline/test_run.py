@@ -21,6 +21,7 @@ from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 from cli import cli
 from cytosae.pipeline import RunConfig, RunPlan, read_recipe
 from cytosae.pipeline.recipe import recipe_text, write_recipe
+from cytosae.pipeline.run import _grouped
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
 from stores.verify_any import verify_folder
@@ -282,3 +283,19 @@ def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
     again = read_recipe(tmp_path / "recipe.toml")
     assert again == changed
     assert again.why == {strange: strange}
+
+
+def test_warnings_that_differ_in_numbers_only_are_told_once() -> None:
+    doubts = [
+        ("compare a against b", "q <= 0.05 takes 5 latents, or --permutations 45720"),
+        ("compare a against c", "q <= 0.05 takes 5 latents, or --permutations 43,500"),
+        ("probe disease", "the backbone is UNTRAINED"),
+        ("probe label", "the backbone is UNTRAINED"),
+        ("probe label", "the backbone is UNTRAINED"),
+        ("train", "3 images are left out"),
+    ]
+    assert [*_grouped(doubts)] == [
+        "compare a against b: q <= 0.05 takes 5 latents, or --permutations 45720 (and 1 other stage, with other numbers)",
+        "probe disease, probe label: the backbone is UNTRAINED",
+        "train: 3 images are left out",
+    ]
