@@ -73,6 +73,7 @@ def loss_and_gradients(
     dead_L: torch.Tensor | None = None,
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
+    n_tokens: int | None = None,
     micro_batch: int | None = None,
     sparse_below: float | None = None,
 ) -> BatchLosses:
@@ -87,6 +88,7 @@ def loss_and_gradients(
     l1 : weight of the sparsity term in this step, >= 0
     dead_L : (L,) bool, the dead latents; None: there are none
     token_scale : factor that tokens are multiplied with first
+    n_tokens : tokens of all ranks together, which several ranks must say; default: N
     micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: 1 GiB)
     sparse_below : share of active entries, 0 to 1, below which work is sparse; default: where both ways take as long
 
@@ -94,7 +96,7 @@ def loss_and_gradients(
     -------
     The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
     """
-    n, width, device = ranks.all_reduce_sum(len(tokens_ND)), tokens_ND.shape[1], tokens_ND.device
+    n, width, device = n_tokens or len(tokens_ND), tokens_ND.shape[1], tokens_ND.device
     compute_dtype = objective.compute_dtype(model.W_dec.dtype)
     micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, compute_dtype)
     b_dec = model.b_dec.detach()

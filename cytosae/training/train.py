@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_config, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
-from stores.devices import resolve_device
+from stores.devices import is_out_of_memory, memory_told, resolve_device
 from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
@@ -38,7 +39,7 @@ from .clipping import clip_gradients_
 from .data import TrainingData, first_position, first_tokens, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
-from .distributed import ALONE, Ranks, joined_ranks
+from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_steps, joined_ranks
 from .evaluate import measure_held_out
 from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
@@ -48,6 +49,7 @@ from .penalty import begin_steering
 from .report import TrainReport
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
+from .triton_ready import require_triton
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
@@ -66,6 +68,10 @@ class Diverged(BadInput):
         self.step = step
 
 
+@memory_told(
+    "Lower --expansion or --batch-tokens, with another -o, or end what else uses this memory: then the same command "
+    "continues from the last saved state"
+)
 def train(
     caches: Sequence[Path | str] | Path | str,
     run: Path | str,
@@ -117,6 +123,10 @@ def train(
         If a cache is unfinished, or a chunk of it is missing or damaged.
     StoreUnreachable
         If a URL cannot be read any longer; the state is saved before.
+    OtherProcessStopped
+        If another process of torchrun stops; the state is saved before.
+    OutOfMemory
+        If the memory of the GPU or of the machine is not enough; the state is saved before.
     Diverged
         If the loss or a weight becomes NaN or infinite; the last saved state is kept.
     BadInput
@@ -154,15 +164,19 @@ def train(
             ),
             device,
         )
+        # torchrun's signals reach its processes at different places of a step: all of them stop behind it
+        raise_if_interrupted = stack.enter_context(interrupted_between_steps(ranks))
         try:
             while not training.is_over:
+                raise_if_interrupted()
                 train_step(training, next(batches), progress)
                 for line in clock.lines(training.step):
                     say(line)
                 if training.step % checkpoint_every == 0 and not training.is_over:
                     save_training(training)
-        except (KeyboardInterrupt, StoreUnreachable):
-            save_training(training)
+        except BaseException as error:
+            if is_worth_saving(error, training):
+                save_training(training)
             raise
         header = finish_training(training)
     return _report(plan, header, device, ranks, warnings, was_complete=False)
@@ -200,6 +214,7 @@ def train_step(
         dead_L=state.steps_since_fired > config.dead_after_steps,
         token_scale=state.token_scale,
         ranks=ranks,
+        n_tokens=config.batch_tokens,
     )
     if not math.isfinite(losses.loss):
         raise Diverged(
@@ -211,6 +226,7 @@ def train_step(
 
     is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0
+    training.is_whole = False
     with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
         # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
@@ -251,6 +267,7 @@ def train_step(
                 *(model, optimizer, dead_L, tokens, draws),
                 token_scale=state.token_scale,
                 ranks=ranks,
+                n_tokens=config.batch_tokens,
                 micro_batch=_RESAMPLE_MICRO_BATCH,
             )
             state.steps_since_fired[dead_L] = 0
@@ -260,6 +277,7 @@ def train_step(
             n_tokens = (state.step - training.logged_step) * config.batch_tokens
             rate = n_tokens / (time.perf_counter() - training.logged_at)
             state.metrics.append(_metrics_row(training, losses, tokens_per_second=rate))
+        training.is_whole = True
 
     if is_logged:
         training.logged_step, training.logged_at = state.step, time.perf_counter()
@@ -309,6 +327,7 @@ class Training:
     logged_at: float  # and its time.perf_counter(), for tokens per second
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
+    is_whole: bool = True  # False while a step changes the state
 
     @property
     def objective(self) -> Objective:
@@ -406,12 +425,21 @@ def begin_training(
     precision = plan.config.precision
     if precision != "fp32" and not device.startswith("cuda"):
         raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    if device.startswith("cuda"):
+        require_triton(device)
+    if plan.config.batch_tokens < ranks.size:
+        raise BadInput(f"batch_tokens must be at least one for each process; found {plan.config.batch_tokens} tokens")
+    ranks.require_equal(plan.header.identity, "data or settings")
     output: Output = ranks.broadcast(
         _open_folder(plan, stack, device, ranks, overwrite, inputs) if ranks.is_first else None
     )
     if output.is_complete:
         return None
     state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
+    ranks.require_equal(state.step, "saved states, by their steps")
+    if state.step == 0:  # drawn and estimated on each rank, whose processors may round differently
+        ranks.broadcast_(*state.model.state_dict().values())
+        state.token_scale, state.penalty = ranks.broadcast((state.token_scale, state.penalty))
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
     return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter(), watch)
 
@@ -470,6 +498,20 @@ def save_training(training: Training) -> None:
     """Write the state, from which `begin_training` continues."""
     if training.ranks.is_first:
         save_state(training.output.work, training.state, keep=training.keep_states)
+
+
+def is_worth_saving(error: BaseException, training: Training) -> bool:
+    """Has the run been stopped by something that passes, with a state between two steps? Frees the memory of the step.
+
+    Not where the loss is no longer finite: what comes from such a state is not, either.
+    """
+    if is_out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # which hold the matrices of the step
+        if training.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    elif not isinstance(error, KeyboardInterrupt | StoreUnreachable | OtherProcessStopped):
+        return False
+    return training.is_whole
 
 
 def finish_training(training: Training) -> Header:
