@@ -157,7 +157,7 @@ class Ranks:
 
     def _told(self, value: Any) -> list[Any]:
         """The values of all ranks; they are pickled."""
-        values = [None] * self.size
+        values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.hosts)
         return values
 
