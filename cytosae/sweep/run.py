@@ -31,6 +31,7 @@ from cytosae.training import (
     first_position,
     free_bytes,
     is_save_due,
+    is_worth_saving,
     new_model,
     on_device,
     plan_training,
@@ -41,8 +42,8 @@ from cytosae.training import (
 )
 from stores.activation_store import ActivationStore, one_or_more, used_together
 from stores.destination import claimed
-from stores.devices import resolve_device
-from stores.errors import BadInput, StoreUnreachable
+from stores.devices import memory_told, resolve_device
+from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials
 from stores.progress import Progress
 from stores.runlog import append_run
@@ -129,6 +130,10 @@ class _Planned:
         return id(self.data), self.config.batch_tokens, first_position(self.config)
 
 
+@memory_told(
+    "Lower --at-once, or end what else uses this memory, and run the same command again: it continues from the last "
+    "saved states"
+)
 def sweep(
     grid_file: Path | str,
     caches: Sequence[Path | str] | Path | str,
@@ -324,7 +329,7 @@ class _Pass:
     def run(self, progress: Callable[[int, str], None]) -> None:
         """Train all of them to their ends; `progress` is called with the tokens read so far.
 
-        On Ctrl-C, and if a cache cannot be read any longer, all states are saved.
+        On Ctrl-C, if a cache cannot be read any longer and if memory is not enough, all states are saved.
         """
         first = self._members[0]
         stream, batch_tokens = first.data.stream, first.config.batch_tokens
@@ -346,9 +351,10 @@ class _Pass:
                             self._is_to_save = False
                         position += batch_tokens
                         progress(position - first_position(first.config), self._state())
-            except (KeyboardInterrupt, StoreUnreachable):
+            except BaseException as error:
                 for _, training in self._live:
-                    save_training(training)
+                    if is_worth_saving(error, training):
+                        save_training(training)
                 raise
             finally:
                 self._folder.save()

@@ -6,6 +6,7 @@ from .data import TrainingData as TrainingData
 from .data import choose_data as choose_data
 from .data import first_position as first_position
 from .device_prefetch import on_device as on_device
+from .distributed import OtherProcessStopped as OtherProcessStopped
 from .evaluate import DEAD_WINDOW as DEAD_WINDOW
 from .evaluate import BackboneSample as BackboneSample
 from .evaluate import Evaluation as Evaluation
@@ -42,6 +43,7 @@ from .train import begin_save as begin_save
 from .train import begin_training as begin_training
 from .train import finish_training as finish_training
 from .train import is_save_due as is_save_due
+from .train import is_worth_saving as is_worth_saving
 from .train import plan_training as plan_training
 from .train import remove_parallel_gradient as remove_parallel_gradient
 from .train import save_training as save_training

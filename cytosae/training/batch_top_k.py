@@ -9,6 +9,7 @@ Memory: at most 2 k x N values with their places, and those of one micro-batch.
 Shapes: B tokens of a micro-batch, N of the batch, L latents.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -57,6 +58,7 @@ def choose_largest(
     """The k x n largest positive pre-activations of a batch, or all positive ones if there are fewer; ties are kept.
 
     encode : the pre-activations (B, L) of this rank's micro-batch, from 0; the next one may overwrite them
+    n_micro_batches : of this rank, at least one
     n : tokens of all ranks
 
     Returns
@@ -66,15 +68,30 @@ def choose_largest(
     wanted = k * n
     for attempt in (0.0, 1.0, 2.0):
         pieces, bound = _above_bound(encode, n_micro_batches, k, wanted, attempt)
-        mine = torch.cat([piece.values for piece in pieces]) if pieces else torch.zeros(0)
-        if ranks.all_reduce_sum(int(torch.isnan(mine).any())):
-            return None
-        kept = _largest(ranks.all_gather(_largest(mine, wanted), wanted), wanted)
+        mine = _largest(torch.cat([piece.values for piece in pieces]), wanted)
+        kept, bound = _of_all_ranks(mine, bound, wanted, ranks)
         threshold = float(kept.min()) if len(kept) else 0.0
-        bound = float(ranks.all_gather(torch.tensor([bound]).to(mine), 1).max())
+        if math.isnan(threshold):  # a NaN on any rank: then no rank goes on
+            return None
         if bound == 0 or (len(kept) == wanted and threshold > bound):
             break
     return BatchTopK(threshold, pieces)
+
+
+def _of_all_ranks(mine: torch.Tensor, bound: float, wanted: int, ranks: Ranks) -> tuple[torch.Tensor, float]:
+    """(the largest values of all ranks, NaN among them if one has it; the largest bound): one exchange.
+
+    mine : (n,) values above 0 or NaN, the largest of this rank, n <= wanted; n may differ between ranks
+    bound : 0 or more, which the type of `mine` can hold
+    """
+    if ranks.size == 1:
+        return mine, bound
+    sent = torch.zeros(wanted + 1, dtype=mine.dtype, device=mine.device)  # 0 for values that this rank does not have
+    sent[0] = bound
+    sent[1 : len(mine) + 1] = mine
+    of_all = torch.stack(ranks.all_gather(sent))
+    values = of_all[:, 1:].flatten()
+    return _largest(values[~(values <= 0)], wanted), float(of_all[:, 0].max())
 
 
 def _above_bound(

@@ -193,6 +193,7 @@ def resample(
     *,
     token_scale: float = 1.0,
     ranks: Ranks,
+    n_tokens: int | None = None,
     micro_batch: int,
 ) -> int:
     """Give the dead latents new weights, in place, in the directions of badly reconstructed tokens of the batch.
@@ -207,6 +208,7 @@ def resample(
     dead_L : (L,) bool, equal on all ranks
     tokens_ND : (N, D), this rank's tokens of the batch, any float type
     generator : for the draws; equal on all ranks
+    n_tokens : tokens of the batch, of all ranks together, which several ranks must say; default: N
     micro_batch : tokens that are reconstructed at a time
 
     Returns
@@ -216,7 +218,7 @@ def resample(
     dead = dead_L.nonzero().squeeze(1)
     if not len(dead):
         return 0
-    n = ranks.all_reduce_sum(len(tokens_ND))
+    n = n_tokens or len(tokens_ND)
     mine = ranks.local_slice(n)
     loss_N = torch.zeros(n, dtype=torch.float64, device=tokens_ND.device)
     for start in range(0, len(tokens_ND), micro_batch):

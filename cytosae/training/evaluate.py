@@ -21,7 +21,7 @@ from cytosae.sae import LOSSES, SparseAutoencoder, TrainConfig, load_sae
 from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
 from stores.content_hashes import find_trained_on
-from stores.devices import resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.errors import BadInput, DamagedStore
 from stores.progress import Progress
 from stores.spec import check_choice, require_unchanged
@@ -210,6 +210,7 @@ class Evaluation(Report):
         return {**{name: _plain(value) for name, value in values.items()}, **(counts if per_latent else {})}
 
 
+@memory_told("End what else uses this memory, or give --device cpu")
 @torch.inference_mode()
 def evaluate(
     cache: Path | str,

@@ -79,6 +79,7 @@ def loss_and_gradients(
     silence: tuple[torch.Tensor, int] | None = None,
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
+    n_tokens: int | None = None,
     micro_batch: int | None = None,
     sparse_below: float | None = None,
 ) -> BatchLosses:
@@ -96,6 +97,7 @@ def loss_and_gradients(
     silence : ((L,) int64 steps since each latent was active, the most for one that is not dead), both before this step:
         count the latents that are dead behind it
     token_scale : factor that tokens are multiplied with first
+    n_tokens : tokens of all ranks together, which several ranks must say; default: N
     micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: a
         sixteenth of its memory, at least 1 GiB)
     sparse_below : share of active entries, 0 to 1, below which work is sparse; default: where both ways take as long
@@ -104,7 +106,7 @@ def loss_and_gradients(
     -------
     The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
     """
-    n, width, device = ranks.all_reduce_sum(len(tokens_ND)), tokens_ND.shape[1], tokens_ND.device
+    n, width, device = n_tokens or len(tokens_ND), tokens_ND.shape[1], tokens_ND.device
     compute_dtype = objective.compute_dtype(model.W_dec.dtype)
     micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, compute_dtype)
     b_dec = model.b_dec.detach()

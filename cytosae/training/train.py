@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_config, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
-from stores.devices import resolve_device
+from stores.devices import is_out_of_memory, memory_told, resolve_device
 from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
@@ -38,7 +39,7 @@ from .clipping import clip_gradients_
 from .data import TrainingData, first_position, first_tokens, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
-from .distributed import ALONE, Ranks, joined_ranks
+from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_steps, joined_ranks
 from .evaluate import measure_held_out
 from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
@@ -58,6 +59,7 @@ from .state import (
     state_bytes,
     write_metrics,
 )
+from .triton_ready import require_triton
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
@@ -76,6 +78,10 @@ class Diverged(BadInput):
         self.step = step
 
 
+@memory_told(
+    "Lower --expansion or --batch-tokens, with another -o, or end what else uses this memory: then the same command "
+    "continues from the last saved state"
+)
 def train(
     caches: Sequence[Path | str] | Path | str,
     run: Path | str,
@@ -134,6 +140,10 @@ def train(
         If a URL cannot be read any longer; the state is saved before.
     OSError
         If three states in a row, or the finished run, cannot be written, for instance because the disk is full.
+    OtherProcessStopped
+        If another process of torchrun stops; the state is saved before.
+    OutOfMemory
+        If the memory of the GPU or of the machine is not enough; the state is saved before.
     Diverged
         If the loss or a weight becomes NaN or infinite; the last saved state is kept.
     BadInput
@@ -176,15 +186,19 @@ def train(
             ),
             device,
         )
+        # torchrun's signals reach its processes at different places of a step: all of them stop behind it
+        raise_if_interrupted = stack.enter_context(interrupted_between_steps(ranks))
         try:
             while not training.is_over:
+                raise_if_interrupted()
                 train_step(training, next(batches), progress)
                 for line in clock.lines(training.step):
                     say(line)
                 if not training.is_over and is_save_due(training):
                     begin_save(training)
-        except (KeyboardInterrupt, StoreUnreachable):
-            save_training(training)
+        except BaseException as error:
+            if is_worth_saving(error, training):
+                save_training(training)
             raise
         header = finish_training(training)
     return _report(plan, header, device, ranks, warnings, was_complete=False)
@@ -224,6 +238,7 @@ def train_step(
         silence=(state.steps_since_fired, config.dead_after_steps) if _must_wait_for(tokens) else None,
         token_scale=state.token_scale,
         ranks=ranks,
+        n_tokens=config.batch_tokens,
     )
     if not math.isfinite(losses.loss):
         raise Diverged(
@@ -235,6 +250,7 @@ def train_step(
 
     is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0
+    training.is_whole = False
     with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
         # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
@@ -276,6 +292,7 @@ def train_step(
                 *(model, optimizer, dead_L, tokens, draws),
                 token_scale=state.token_scale,
                 ranks=ranks,
+                n_tokens=config.batch_tokens,
                 micro_batch=_RESAMPLE_MICRO_BATCH,
             )
             state.steps_since_fired[dead_L] = 0
@@ -286,6 +303,7 @@ def train_step(
             n_tokens = (state.step - training.logged_step) * config.batch_tokens
             rate = n_tokens / (time.perf_counter() - training.logged_at)
             state.metrics.append(_metrics_row(training, losses, tokens_per_second=rate))
+        training.is_whole = True
 
     if is_logged:
         training.logged_step, training.logged_at = state.step, time.perf_counter()
@@ -344,6 +362,7 @@ class Training:
     )
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
+    is_whole: bool = True  # False while a step changes the state
 
     @property
     def objective(self) -> Objective:
@@ -441,12 +460,19 @@ def begin_training(
     precision = plan.config.precision
     if precision != "fp32" and not device.startswith("cuda"):
         raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    if device.startswith("cuda"):
+        require_triton(device)
+    if plan.config.batch_tokens < ranks.size:
+        raise BadInput(f"batch_tokens must be at least one for each process; found {plan.config.batch_tokens} tokens")
+    ranks.require_equal(plan.header.identity, "data or settings")
     output: Output = ranks.broadcast(
         _open_folder(plan, stack, device, ranks, overwrite, inputs) if ranks.is_first else None
     )
     if output.is_complete:
         return None
-    state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device, ranks)
+    saved = load_state(output.work, plan.data.width, plan.config, device)
+    ranks.require_equal(saved.step if saved else None, "saved states, by their steps")
+    state = saved or _initial_state(plan, device, ranks)
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
     saver = saver or Saver()
     stack.callback(saver.close)  # before the folder is released
@@ -499,11 +525,8 @@ def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
         with torch.no_grad():
             model.b_dec.copy_(b_dec * scale)
     model.to(device)
-    penalty = None
-    if config.is_steered:
-        penalty, thresholds = ranks.broadcast(_first_penalty(plan, model, scale, device) if ranks.is_first else None)
-        if thresholds is not None and not ranks.is_first:
-            model.load_state_dict(thresholds, strict=False)
+    penalty = ranks.broadcast(_first_penalty(plan, model, scale, device) if ranks.is_first else None)
+    ranks.broadcast_(*model.state_dict().values())  # drawn on each rank, whose processors may round differently
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)
 
@@ -514,13 +537,11 @@ def _from_tokens(plan: TrainPlan, device: str) -> tuple[float, torch.Tensor | No
     return token_scale(plan.data, plan.config), b_dec
 
 
-def _first_penalty(
-    plan: TrainPlan, model: SparseAutoencoder, scale: float, device: str
-) -> tuple[Penalty, dict[str, torch.Tensor] | None]:
-    """The penalty, and jumprelu's first thresholds, by their name in the model."""
-    penalty = begin_steering(model, plan.config, first_tokens(plan.data, plan.config, device) * scale)
-    thresholds = {"log_threshold": model.log_threshold.detach().cpu()} if model.activation == "jumprelu" else None
-    return penalty, thresholds
+def _first_penalty(plan: TrainPlan, model: SparseAutoencoder, scale: float, device: str) -> Penalty | None:
+    """The penalty that is to be steered, if so; jumprelu also gets its first thresholds, in place."""
+    if not plan.config.is_steered:
+        return None
+    return begin_steering(model, plan.config, first_tokens(plan.data, plan.config, device) * scale)
 
 
 # -------------------------------------------------------------------------------------- after the last step
@@ -548,6 +569,20 @@ def save_training(training: Training) -> None:
     """Write the state, from which `begin_training` continues, before this returns."""
     if training.ranks.is_first:
         training.saver.save_now(training.output.work, training.state)
+
+
+def is_worth_saving(error: BaseException, training: Training) -> bool:
+    """Has the run been stopped by something that passes, with a state between two steps? Frees the memory of the step.
+
+    Not where the loss is no longer finite: what comes from such a state is not, either.
+    """
+    if is_out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # which hold the matrices of the step
+        if training.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    elif not isinstance(error, KeyboardInterrupt | StoreUnreachable | OtherProcessStopped):
+        return False
+    return training.is_whole
 
 
 def finish_training(training: Training) -> Header:

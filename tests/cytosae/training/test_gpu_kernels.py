@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ if not HAS_GPU:
 pytest.importorskip("triton", reason="triton is not installed (it comes with torch's CUDA builds)")
 
 import test_variants  # noqa: E402
+from gpu_waits import waits_of_the_host  # noqa: E402
 from objectives import L1, NAMES, OBJECTIVES  # noqa: E402
 from reference import Array  # noqa: E402
 from sae_variants import make_model  # noqa: E402
@@ -365,12 +365,6 @@ def test_a_step_on_the_gpu_waits_no_more_often_than_said(monkeypatch: pytest.Mon
         kernels_gpu.step(model, optimizer, normalise=True)
 
     step()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    said = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    with waits_of_the_host() as said:
+        step()
     assert len(said) == 3, said
