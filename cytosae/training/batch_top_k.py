@@ -113,13 +113,13 @@ def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
     """The n largest, in any order; NaN counts as the largest."""
     if len(values) <= n:
         return values
-    if values.device.type == "cpu" and values.dtype != torch.bfloat16:
+    if values.device.type == "cpu" and values.dtype.itemsize > 2:
         return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
     return values.topk(n, sorted=False).values
 
 
 def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
-    if p_BL.device.type == "cpu" and p_BL.dtype != torch.bfloat16:
+    if p_BL.device.type == "cpu" and p_BL.dtype.itemsize > 2:
         use_kernels_with_torch_threads()
         counts = kernels_cpu.count_active(p_BL.numpy(), bound)
         return _CpuPiece(kernels_cpu.take_active(p_BL.numpy(), counts, bound))

@@ -30,15 +30,15 @@ class EncoderProduct:
         if self._is_exact:
             return torch.sub(x_BD, self._b_dec_D)
         operand_BC = x_BD.new_zeros((len(x_BD), self._W_enc_CL.shape[0]), dtype=self._dtypes.encoder)
-        torch.sub(x_BD, self._b_dec_D, out=operand_BC[:, : self._width])  # rounded in the same pass
-        operand_BC[:, self._width : self._width + _PIECES] = 1
+        torch.sub(x_BD, self._b_dec_D, out=operand_BC.narrow(1, 0, self._width))  # rounded in the same pass
+        operand_BC.narrow(1, self._width, _PIECES).fill_(1)
         return operand_BC
 
     def centred(self, x_BD: torch.Tensor, operand_BC: torch.Tensor) -> torch.Tensor:
         """(B, D): x - b_dec, no less exact than the other products take it."""
         if self._dtypes.others.itemsize > self._dtypes.encoder.itemsize:
             return torch.sub(x_BD, self._b_dec_D)
-        return operand_BC[:, : self._width]
+        return operand_BC.narrow(1, 0, self._width)
 
     def pre_activations(self, operand_BC: torch.Tensor, out_BL: torch.Tensor) -> torch.Tensor:
         """p, written into `out`."""
@@ -48,7 +48,7 @@ class EncoderProduct:
 
     def of_latents(self, operand_BC: torch.Tensor, latents_K: torch.Tensor) -> torch.Tensor:
         """(B, K): p of some latents, in the type of the weights."""
-        W_enc_CK = self._W_enc_CL[:, latents_K]
+        W_enc_CK = self._W_enc_CL.index_select(1, latents_K)
         if self._is_exact:
             return torch.addmm(self._b_enc_L[latents_K], operand_BC, W_enc_CK)
         return product(operand_BC, W_enc_CK, self._b_enc_L.dtype)
@@ -59,9 +59,10 @@ def _with_bias(model: SparseAutoencoder, dtype: torch.dtype) -> torch.Tensor:
     width = model.width
     n_columns = -(-(width + _PIECES) // _MULTIPLE) * _MULTIPLE
     rows_LC = model.W_enc.new_zeros((model.n_latents, n_columns), dtype=dtype)
-    rows_LC[:, :width].copy_(model.W_enc.detach().T)
+    rows_LC.narrow(1, 0, width).copy_(model.W_enc.detach().T)
     rest_L = model.b_enc.detach()
     for piece in range(_PIECES):
-        rows_LC[:, width + piece] = rest_L
-        rest_L = rest_L - rows_LC[:, width + piece].to(rest_L.dtype)
+        piece_L = rest_L.to(dtype)
+        rows_LC.select(1, width + piece).copy_(piece_L)
+        rest_L = rest_L - piece_L.to(rest_L.dtype)
     return rows_LC.T

@@ -44,6 +44,7 @@ from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
+from .precision import check_precision
 from .penalty import begin_steering
 from .report import TrainReport
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
@@ -402,9 +403,7 @@ def begin_training(
     SpecMismatch
         As `train`.
     """
-    precision = plan.config.precision
-    if precision != "fp32" and not device.startswith("cuda"):
-        raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    check_precision(plan.config.precision, device)
     output: Output = ranks.broadcast(
         _open_folder(plan, stack, device, ranks, overwrite, inputs) if ranks.is_first else None
     )
