@@ -58,11 +58,10 @@ def _with_bias(model: SparseAutoencoder, dtype: torch.dtype) -> torch.Tensor:
     """(C, L), stored by latent: W_enc, b_enc in pieces, zeros."""
     width = model.width
     n_columns = -(-(width + _PIECES) // _MULTIPLE) * _MULTIPLE
-    rows_LC = model.W_enc.new_zeros((model.n_latents, n_columns), dtype=dtype)
-    rows_LC.narrow(1, 0, width).copy_(model.W_enc.detach().T)
-    rest_L = model.b_enc.detach()
-    for piece in range(_PIECES):
-        piece_L = rest_L.to(dtype)
-        rows_LC.select(1, width + piece).copy_(piece_L)
-        rest_L = rest_L - piece_L.to(rest_L.dtype)
-    return rows_LC.T
+    columns = [model.W_enc.detach().T.to(dtype)]
+    rest_L1 = model.b_enc.detach().unsqueeze(1)
+    for _ in range(_PIECES):
+        columns.append(rest_L1.to(dtype))
+        rest_L1 = rest_L1 - columns[-1].to(rest_L1.dtype)
+    columns.append(columns[0].new_zeros(model.n_latents, n_columns - width - _PIECES))
+    return torch.cat(columns, 1).T

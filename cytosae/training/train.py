@@ -44,8 +44,8 @@ from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
-from .precision import check_precision
 from .penalty import begin_steering
+from .precision import check_precision, precision_lines
 from .report import TrainReport
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
 from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
@@ -145,7 +145,7 @@ def train(
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
         say = say if ranks.is_first else lambda line: None
-        for line in plan.lines():
+        for line in (*plan.lines(), *precision_lines(plan.config.precision, device)):
             say(line)
         clock = StepClock(plan.config, training.step, plan.n_steps)
         batches = on_device(

@@ -183,6 +183,16 @@ def test_bf16_on_a_cpu_rounds_the_encoder_s_operands_only(activation: str) -> No
     assert 0 < (of_sparse - wanted).norm() <= 0.1 * wanted.norm()
 
 
+@pytest.mark.parametrize(("bf16_seconds", "word"), [(0.5, "0.5"), (4.0, "4")])
+def test_the_plan_says_what_bf16_gains_here(bf16_seconds: float, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert precision.seconds_of_product(BF16, rounds=1) > 0
+    monkeypatch.setattr(precision, "seconds_of_product", lambda dtype: 1.0 if dtype == F32 else bf16_seconds)
+    first, *more = precision.precision_lines("bf16", "cpu")
+    assert f"which here takes {word} times as long as in fp32" in first
+    assert any("fp32 is faster here" in line for line in more) == (bf16_seconds > 1)
+    assert not [*precision.precision_lines("fp32", "cpu"), *precision.precision_lines("bf16", "cuda")]
+
+
 def test_a_precision_that_the_device_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tf32", "fp16"):
         with pytest.raises(BadInput, match=f"precision '{name}' is for GPUs; found device 'cpu'. Use precision fp32"):
