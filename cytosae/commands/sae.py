@@ -195,8 +195,9 @@ def saving_options(help_of_keep: str) -> Callable[[Any], Any]:
 @click.option("--seed", type=SEED, help="Seed of initial weights and order of the tokens  [default: 0].")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Operands of matrix products; bf16 needs a GPU  [default: fp32].",
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Operands of matrix products; tf32 and fp16 need a GPU, bf16 a GPU or a processor with AMX or AVX512-BF16  "
+    "[default: fp32].",
 )
 @device_option
 @saving_options("Number of saved states to keep.")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cytosae.sae import use_kernels_with_torch_threads
 
 from . import kernels_cpu
 from .distributed import Ranks
-from .latent_matrix import Latents, latents_of_active, parts_of
+from .latent_matrix import Latents, latents_of_active, latents_of_found, parts_of
 
 _SAMPLE = 1 << 17  # pre-activations from which the bound is estimated
 _MARGIN = 1.25  # values above the bound, over those that are needed
@@ -130,16 +130,21 @@ def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
     """The n largest, in any order; NaN counts as the largest."""
     if len(values) <= n:
         return values
-    if values.device.type == "cpu" and values.dtype != torch.bfloat16:
+    if values.device.type == "cpu" and values.dtype.itemsize > 2:
         return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
     return values.topk(n, sorted=False).values
 
 
 def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
-    if p_BL.device.type == "cpu" and p_BL.dtype != torch.bfloat16:
+    if p_BL.device.type == "cpu" and p_BL.dtype.itemsize > 2:
         use_kernels_with_torch_threads()
         counts = kernels_cpu.count_active(p_BL.numpy(), bound)
         return _CpuPiece(kernels_cpu.take_active(p_BL.numpy(), counts, bound))
+    if p_BL.is_cuda:
+        from . import kernels_gpu  # needs triton
+
+        found = kernels_gpu.take_by_token(p_BL, kernels_gpu.mark_active(p_BL, bound))
+        return _GpuPiece(found, p_BL.shape[1])
     places = (~(p_BL <= bound)).view(-1).nonzero().squeeze(1)
     return _TorchPiece(p_BL.reshape(-1)[places], places, p_BL.shape)
 
@@ -158,8 +163,24 @@ class _CpuPiece:
         return [latents_of_active(self._active.part(*ends), sparse_below) for ends in pairwise(edges)]
 
 
+class _GpuPiece:
+    """By token, as the GPU's kernels find them: the matrix is read once and never filled again."""
+
+    def __init__(self, found: Any, n_latents: int) -> None:
+        self._found, self._n_latents = found, n_latents  # kernels_gpu.ByToken
+        self.values: torch.Tensor = found.values
+
+    def at_least(self, least: float) -> "_GpuPiece":
+        return _GpuPiece(self._found.kept(~(self.values < least)), self._n_latents)
+
+    def latents(self, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        if len(edges) == 2:
+            return [latents_of_found(self._found, self._n_latents, sparse_below)]
+        return [latents_of_found(self._found.part(*ends), ends[1] - ends[0], sparse_below) for ends in pairwise(edges)]
+
+
 class _TorchPiece:
-    """By places in the matrix: for a GPU, where filling the matrix again takes little time beside the product."""
+    """By places in the matrix, for types and devices that no kernel here knows."""
 
     def __init__(self, values: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> None:
         self.values, self._places, self._shape = values, places, shape

@@ -36,9 +36,11 @@ from cytosae.sae import SparseAutoencoder
 from .batch_top_k import choose_largest
 from .dead_latents import dead_gradients
 from .distributed import ALONE, Ranks
+from .encoder_product import EncoderProduct
 from .latent_matrix import latents_of, parts_of
 from .nested import add_nested, nested_edges
 from .objective import Objective
+from .precision import float32_products
 from .residuals import Residuals, compare_reconstruction
 
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
@@ -106,11 +108,44 @@ def loss_and_gradients(
     -------
     The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
     """
+    with float32_products(objective.precision, tokens_ND.device.type):
+        return _loss_and_gradients(
+            model,
+            tokens_ND,
+            objective,
+            l1=l1,
+            dead_L=dead_L,
+            n_dead=n_dead,
+            silence=silence,
+            token_scale=token_scale,
+            ranks=ranks,
+            n_tokens=n_tokens,
+            micro_batch=micro_batch,
+            sparse_below=sparse_below,
+        )
+
+
+def _loss_and_gradients(
+    model: SparseAutoencoder,
+    tokens_ND: torch.Tensor,
+    objective: Objective,
+    *,
+    l1: float,
+    dead_L: torch.Tensor | None,
+    n_dead: int | None,
+    silence: tuple[torch.Tensor, int] | None,
+    token_scale: float,
+    ranks: Ranks,
+    n_tokens: int | None,
+    micro_batch: int | None,
+    sparse_below: float | None,
+) -> BatchLosses:
     n, width, device = n_tokens or len(tokens_ND), tokens_ND.shape[1], tokens_ND.device
-    compute_dtype = objective.compute_dtype(model.W_dec.dtype)
-    micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, compute_dtype)
-    b_dec = model.b_dec.detach()
-    W_enc, b_enc, W_dec = (weight.detach().to(compute_dtype) for weight in (model.W_enc, model.b_enc, model.W_dec))
+    dtypes = objective.dtypes(model)
+    compute_dtype = dtypes.others
+    micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, dtypes.p)
+    b_dec, W_dec = model.b_dec.detach(), model.W_dec.detach().to(compute_dtype)
+    encoder = EncoderProduct(model, dtypes)
     grads = _zeroed_gradients(model)
     dead = dead_gradients(model, dead_L, objective, n_dead)
     magnitudes = _MagnitudeGradients(model) if model.activation == "gated" else None
@@ -118,36 +153,37 @@ def loss_and_gradients(
     totals = _Totals(n, width, model.n_latents, device)
     sums = totals.by_name
     # one buffer for all micro-batches: fresh memory would cost a page fault per page
-    pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=compute_dtype, device=device)
+    pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=dtypes.p, device=device)
     edges = nested_edges(objective.nested, model.n_latents)
     starts = range(0, len(tokens_ND), micro_batch)
 
-    def centred(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens x of a micro-batch, and x - b_dec."""
+    def tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens x of a micro-batch, and the encoder's operand of them."""
         x_BD = tokens_ND[starts[number] : starts[number] + micro_batch].float()
         if token_scale != 1:
             x_BD = x_BD * token_scale
-        return x_BD, torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=compute_dtype))  # rounded in the same pass
+        return x_BD, encoder.operand(x_BD)
 
-    def encoded(centred_BD: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(b_enc, centred_BD, W_enc, out=pre_acts_buffer[: len(centred_BD)])
+    def encoded(operand: torch.Tensor) -> torch.Tensor:
+        return encoder.pre_activations(operand, pre_acts_buffer[: len(operand)])
 
     largest = None
     if model.activation == "batchtopk":
         assert model.k is not None
-        largest = choose_largest(lambda i: encoded(centred(i)[1]), len(starts), k=model.k, n=n, ranks=ranks)
+        largest = choose_largest(lambda i: encoded(tokens(i)[1]), len(starts), k=model.k, n=n, ranks=ranks)
         if largest is None:
             return _not_finite(totals.fired)
 
     for number in range(len(starts)):
         # encoder: pre-activations p, then latents z
-        x_BD, centred_BD = centred(number)
-        p_BL = encoded(centred_BD) if largest is None else pre_acts_buffer[: len(x_BD)]
-        p_dead_BK = None
+        x_BD, operand = tokens(number)
+        centred_BD = encoder.centred(x_BD, operand)
+        p_BL = encoded(operand) if largest is None else pre_acts_buffer[: len(x_BD)]
+        z_dead_BK = None
         if dead is not None and (largest is None or len(starts) == 1):
-            p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype)
+            z_dead_BK = dead.take(p_BL, dead.latents)
         elif dead is not None:  # of the others the largest are known
-            p_dead_BK = torch.addmm(b_enc[dead.latents], centred_BD, W_enc[:, dead.latents]).to(b_dec.dtype)
+            z_dead_BK = dead.take(encoder.of_latents(operand, dead.latents), None)
         near = gate = None  # these read p, which becomes z in place
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
@@ -205,9 +241,9 @@ def loss_and_gradients(
                 sums["sparsity"] += penalty * part.total
 
         # dead latents
-        if dead is not None and p_dead_BK is not None:
+        if dead is not None and z_dead_BK is not None:
             error_BD = x_hat_BD - x_BD
-            dead.add(p_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
+            dead.add(z_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
 
     if dead is not None:
         sums["dead"] += dead.loss
@@ -293,11 +329,11 @@ class _MagnitudeGradients:
         grads["b_mag"] += self.grads["b_enc"]
 
 
-def _micro_batch(n: int, model: SparseAutoencoder, compute_dtype: torch.dtype) -> int:
+def _micro_batch(n: int, model: SparseAutoencoder, p_dtype: torch.dtype) -> int:
     """Tokens per micro-batch, of n; on a GPU all of equal size, so that none is too small to use the GPU well."""
     is_on_gpu = model.W_enc.device.type == "cuda"
     n_bytes = _micro_batch_bytes_on_gpu(model.W_enc.device) if is_on_gpu else _MICRO_BATCH_BYTES
-    most = max(1, n_bytes // (compute_dtype.itemsize * model.n_latents))
+    most = max(1, n_bytes // (p_dtype.itemsize * model.n_latents))
     return math.ceil(n / math.ceil(n / most)) if is_on_gpu and n else most
 
 

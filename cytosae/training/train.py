@@ -46,6 +46,7 @@ from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
 from .penalty import Penalty, begin_steering
+from .precision import check_precision, precision_lines
 from .report import TrainReport
 from .saving import MOST_STATE_GB, Saver, SaveRule, space_warnings
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
@@ -175,7 +176,7 @@ def train(
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
         say = say if ranks.is_first else lambda line: None
-        for line in plan.lines():
+        for line in (*plan.lines(), *precision_lines(plan.config.precision, device)):
             say(line)
         for warning in space_warnings(run, saver.rule, n_bytes):
             say(f"warning: {warning}")
@@ -457,9 +458,7 @@ def begin_training(
     SpecMismatch
         As `train`.
     """
-    precision = plan.config.precision
-    if precision != "fp32" and not device.startswith("cuda"):
-        raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    check_precision(plan.config.precision, device)
     if device.startswith("cuda"):
         require_triton(device)
     if plan.config.batch_tokens < ranks.size:
