@@ -197,11 +197,11 @@ def test_the_median_is_computed_on_the_device_of_the_run(caches: list[Path], mon
     config = held_out_config(0)
     data = open_data(caches, config)
     on_cpu = initial_b_dec(data, config)
-    real_from_numpy = torch.from_numpy
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        monkeypatch.setattr(torch, "from_numpy", lambda values: fake.from_tensor(real_from_numpy(values)))
+    real_from_numpy, copied_to = torch.from_numpy, torch.ops.aten._to_copy  # `.to` would look for a real GPU
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, monkeypatch.context() as patch:
+        patch.setattr(torch, "from_numpy", lambda values: fake.from_tensor(real_from_numpy(values)))
+        patch.setattr(torch.Tensor, "to", lambda tensor, device: copied_to(tensor, device=torch.device(device)))
         assert initial_b_dec(data, config, "cuda").device.type == "cpu"
-    monkeypatch.setattr(torch, "from_numpy", real_from_numpy)
     assert devices == ["cpu", "cuda"]
     assert torch.equal(initial_b_dec(data, config), on_cpu)
     assert devices == ["cpu", "cuda"]
