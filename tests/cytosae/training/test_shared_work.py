@@ -116,12 +116,10 @@ def test_each_rank_measures_on_its_share_of_the_held_out_images(caches: list[Pat
 @pytest.mark.stress
 def test_what_a_run_starts_with_is_computed_on_one_rank(caches: list[Path], tmp_path: Path) -> None:
     """The median and jumprelu's first thresholds; the weights are those of one process."""
-    options = {name: value for name, value in SETTINGS.items() if name != "l1"}
-    config = make_config(
-        options={**options, "tokens": 4 * BATCH, "activation": "jumprelu", "target_l0": 5.0, "holdout": 0.2}
-    )
+    values = {name: value for name, value in SETTINGS.items() if name != "l1"}
+    values |= {"tokens": 4 * BATCH, "activation": "jumprelu", "target_l0": 5.0, "holdout": 0.2}
+    config = make_config(options=values)
     written = tmp_path / "settings.toml"
-    values = {key: value for key, value in dataclasses.asdict(config).items() if value is not None and value != ()}
     written.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
     train(caches[:1], tmp_path / "one", config)
     arguments = ["sae", "train", str(caches[0]), "-o", str(tmp_path / "two"), "--config", str(written)]
