@@ -532,6 +532,7 @@ def finish_training(training: Training) -> Header:
         raise Diverged(
             "a weight became NaN or infinite in the last step; lower --lr, and train again with --overwrite", state.step
         )
+    training.ranks.barrier()  # none of them has found a cache changed
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
         n_tokens = state.step * config.batch_tokens
