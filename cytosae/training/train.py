@@ -606,6 +606,7 @@ def finish_training(training: Training) -> Header:
     held_out = None
     if any(mask.any() for mask in data.chosen.held_out):
         held_out = measure_held_out(model, data, config, device=training.device, ranks=training.ranks)
+    training.ranks.barrier()  # none of them has found a cache changed
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
         n_tokens = state.step * config.batch_tokens

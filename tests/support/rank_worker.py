@@ -25,7 +25,10 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def config_of(case: str) -> TrainConfig:
-    variants = {"nan": {"activation": "batchtopk", "k": 6}, "resample": {"dead_latents": "resample"}}
+    variants: dict[str, dict[str, Any]] = {
+        "nan": {"activation": "batchtopk", "k": 6},
+        "resample": {"dead_latents": "resample"},
+    }
     more = variants.get(case, {}) | ({"resample_every": 3} if case == "resample" else {})
     return make_config(options={**SETTINGS, "tokens": STEPS * BATCH, "holdout": 0.2, **more})
 
@@ -69,6 +72,13 @@ def ended(signum: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return end
 
 
+def with_dead(resample: Callable[..., int]) -> Callable[..., int]:
+    def call(model: Any, optimizer: Any, dead_L: torch.Tensor, *given: Any, **more: Any) -> int:
+        return resample(model, optimizer, dead_L.index_fill(0, torch.tensor([1, 3]), True), *given, **more)
+
+    return call
+
+
 def replaced(case: str) -> Any:
     """What is wrong on this rank in the case of this name."""
     at = sys.modules["cytosae.training.train"]
@@ -89,8 +99,9 @@ def replaced(case: str) -> Any:
     if case == "memory" and RANK == 1:
         real = losses.compare_reconstruction
         return mock.patch.object(losses, "compare_reconstruction", At(real, full, AT))
-    if case == "resample" and RANK == 1:
-        return mock.patch.object(at, "resample", At(at.resample, full, 2))
+    if case == "resample":  # the weights have changed before; in both processes there is a dead latent
+        real = full if RANK == 1 else with_dead(at.resample)
+        return mock.patch.object(at, "resample", At(at.resample, real, 2))
     if case == "measure" and RANK == 0:
         return mock.patch.object(at, "measure_held_out", full)
     if case == "finish" and RANK == 1:
