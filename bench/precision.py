@@ -119,6 +119,7 @@ def run(options: Namespace, activation: str, folder: Path, name: str, seed: int)
         warmup_steps=20,
         holdout=0.1,
         order_seed=0,
+        b_dec_init="mean",
         seed=seed,
         precision=name,
         **sparsity,
