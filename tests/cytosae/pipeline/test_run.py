@@ -295,7 +295,8 @@ def test_warnings_that_differ_in_numbers_only_are_told_once() -> None:
         ("train", "3 images are left out"),
     ]
     assert [*_grouped(doubts)] == [
-        "compare a against b: q <= 0.05 takes 5 latents, or --permutations 45720 (and 1 other stage, with other numbers)",
+        "compare a against b: q <= 0.05 takes 5 latents, or --permutations 45720 (and 1 other stage, with other "
+        "numbers)",
         "probe disease, probe label: the backbone is UNTRAINED",
         "train: 3 images are left out",
     ]
