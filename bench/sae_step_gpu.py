@@ -250,14 +250,14 @@ def fed(case: Case, step_of: Callable[[Case], None], options: Any, sync: Callabl
 
 def waits(step: Callable[[], None]) -> int:
     """Number of times that a step makes the host wait for the device."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            torch.cuda.set_sync_debug_mode("warn")  # warns that it is a prototype, which is not counted
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def project(W_dec: torch.Tensor, grad: torch.Tensor) -> None:

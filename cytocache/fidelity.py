@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationSpec, ActivationStore
-from stores.devices import resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.machine import n_cores
 from stores.progress import Progress
 from stores.runlog import read_runs
@@ -103,6 +103,7 @@ class Fidelity(Report):
         return {"store": str(self.store), "tau": self.tau, **facts, **numbers}
 
 
+@memory_told("End what else uses this memory, or give --device cpu")
 def measure_fidelity(
     store: Path | str,
     *,

@@ -16,6 +16,7 @@ from .errors import ClusterLost as ClusterLost
 from .errors import CytoError as CytoError
 from .errors import DamagedStore as DamagedStore
 from .errors import IncompleteStore as IncompleteStore
+from .errors import OutOfMemory as OutOfMemory
 from .errors import SpecMismatch as SpecMismatch
 from .errors import StoreNotFound as StoreNotFound
 from .errors import StoreReplaced as StoreReplaced

@@ -1,6 +1,13 @@
-"""Resolves the name of a device."""
+"""Which device does the work, and what is said when its memory is not enough."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch, CUDA, cuBLAS, Triton
+_ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)|Unable to allocate (\d[\d.]* ?\w+)")
+_FREE = re.compile(r"total capacity of (\d[\d.]* \w+) of which (\d[\d.]* \w+) is free")
 
 
 def resolve_device(device: str) -> str:
@@ -19,12 +26,50 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         device = "cuda" if _has_gpu() else "cpu"
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if 0 < n_gpus <= int(os.environ["LOCAL_RANK"]):
+            raise BadInput(
+                f"each process of torchrun takes a GPU of its own; found {n_gpus} for "
+                f"{os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes. Give --nproc-per-node {n_gpus}"
+            )
     if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
+
+
+@contextmanager
+def memory_told(lower: str) -> Iterator[None]:
+    """Where memory is not enough in the block, or the function that this decorates, raise OutOfMemory: one line.
+
+    lower : a sentence that says what to lower
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        from stores.errors import OutOfMemory
+
+        raise OutOfMemory(f"{_what_was_asked(error)}. {lower}") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is it an error of torch, CUDA, Triton, numpy or Python that says that memory is not enough?"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
+def _what_was_asked(error: BaseException) -> str:
+    """For instance: out of memory: 2.00 GiB more were asked for, of 79.11 GiB of the GPU 512.00 MiB are free."""
+    text = str(error)
+    asked, free = _ASKED.search(text), _FREE.search(text)
+    more = f": {asked[1] or asked[2]} more were asked for" if asked else ""
+    left = f", of {free[1]} of the GPU {free[2]} are free" if free else ""
+    where = " on the GPU" if not free and "CUDA" in text else ""
+    return f"out of memory{where}{more}{left}"
 
 
 def _has_gpu() -> bool:

@@ -56,10 +56,15 @@ run)
     stage probe 120 python3 bench/gpu_check/probe.py "$out" --device "$device" "${probe[@]}"
     stage pytest 75 python3 -m pytest -q -n 6 -p no:cacheprovider -o filterwarnings=ignore -o addopts= --timeout 60 \
         --continue-on-collection-errors tests/cytosae/training/test_gpu_kernels.py tests/cytosae/training/test_device_batches.py \
+        tests/cytosae/training/test_gpu_told.py \
         tests/cytosae/latents/test_encode.py::test_a_gpu_compacts_as_the_cpu_does > "$out/pytest.txt" 2>&1 < /dev/null
     tail -30 "$out/pytest.txt"
     stage pipeline 90 python3 bench/gpu_check/pipeline.py "$out" --device "$device" "${pipeline[@]}"
     [ "$device" = cpu ] && exit 0
+    gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l)
+    if [ "$gpus" -gt 1 ]; then # several processes: NCCL starts, and a process that is killed does not keep the others
+        stage ranks 180 python3 bench/gpu_check/ranks.py "$out" --processes "$gpus"
+    fi
     stage bench-step 75 sh -c "python3 bench/sae_step_gpu.py --rounds 5 --modes default --fold-b-dec > '$out/bench-step.json'"
     stage bench-extract 60 sh -c "python3 bench/extract.py --device cuda --images 4096 --batch-size 128 \
         --chunk-images 256 --rounds 2 > '$out/bench-extract.json'"

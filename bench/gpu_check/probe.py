@@ -37,6 +37,7 @@ from cytosae.training import (
     loss_and_gradients,
     losses,
     on_device,
+    saving,
     state,
 )
 
@@ -222,9 +223,10 @@ class Probe:
         found["Adam of torch"] = self.ms(optimizer.step)
         silent = torch.zeros(self.o.latents, dtype=torch.int64, device=self.device)
         saved = state.TrainState(case.model, optimizer, silent, 1.0, 1, [])
+        found["copying a state, for which a step waits"] = self.ms(lambda: saving.snapshot(saved), rounds=3, warm_up=1)
         with tempfile.TemporaryDirectory(dir=self.out) as folder:
             (Path(folder) / "state").mkdir()
-            found["saving a state"] = self.ms(
+            found["writing a state, for which none waits"] = self.ms(
                 lambda: state.save_state(Path(folder), saved, keep=2), rounds=1, warm_up=0
             )
         points = torch.randn(65_536 if self.on_gpu else 2_048, self.o.width)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -28,6 +30,22 @@ if TYPE_CHECKING:
     from .shared import Bridges
 
 
+class Duration(click.ParamType):
+    """A time with its unit, such as 90s, 2min or 1.5h; in seconds."""
+
+    name = "time"
+    _UNITS: ClassVar[dict[str, int]] = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds; fails for anything else."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(s|sec|m|min|h)", str(value).strip())
+        if not found or not float(found[1]):
+            self.fail(f"expected a time with its unit, such as 90s, 2min or 1h; found {value!r}", param, ctx)
+        return float(found[1]) * self._UNITS[found[2]]
+
+
 class NumberOrAuto(click.ParamType):
     """A number, or the word auto."""
 
@@ -44,6 +62,35 @@ class NumberOrAuto(click.ParamType):
             self.fail(
                 f"{value!r} is neither {'a whole number' if self._kind is int else 'a number'} nor auto", param, ctx
             )
+
+
+def saving_options(help_of_keep: str) -> Callable[[Any], Any]:
+    """When states are saved from which an interrupted run goes on, and how many stay."""
+    options = (
+        click.option(
+            "--save-every", type=Duration(), help="Time between two saved states, such as 90s or 2min  [default: 2min]."
+        ),
+        click.option(
+            "--checkpoint-every",
+            type=COUNT,
+            help="Steps between two saved states, instead of (or besides) --save-every.",
+        ),
+        click.option("--keep-states", type=COUNT, default=2, show_default=True, help=help_of_keep),
+        click.option(
+            "--most-state-gb",
+            type=click.FloatRange(min=0, min_open=True),
+            default=32.0,
+            show_default=True,
+            help="Fewer states are kept, at least one, where they take more GB.",
+        ),
+    )
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.command("train")
@@ -148,12 +195,12 @@ class NumberOrAuto(click.ParamType):
 @click.option("--seed", type=SEED, help="Seed of initial weights and order of the tokens  [default: 0].")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    help="Operands of matrix products; bf16 needs a GPU  [default: fp32].",
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Operands of matrix products; tf32 and fp16 need a GPU, bf16 a GPU or a processor with AMX or AVX512-BF16  "
+    "[default: fp32].",
 )
 @device_option
-@click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
-@click.option("--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep.")
+@saving_options("Number of saved states to keep.")
 @click.option("--logger", type=click.Choice(["tensorboard", "wandb"]), help="Also send the metrics to this program.")
 @assume_option
 @overwrite_option
@@ -167,8 +214,10 @@ def sae_train(
     assume_compatible: bool,
     ghost: bool | None,
     device: str,
-    checkpoint_every: int,
+    save_every: float | None,
+    checkpoint_every: int | None,
     keep_states: int,
+    most_state_gb: float,
     logger: str | None,
     overwrite: bool,
     **options: Any,
@@ -200,8 +249,10 @@ def sae_train(
             init_from=init_from,
             assume_compatible=assume_compatible,
             device=device,
+            save_every=save_every,
             checkpoint_every=checkpoint_every,
             keep_states=keep_states,
+            most_state_gb=most_state_gb,
             overwrite=overwrite,
             inputs=tuple(path for path in (config_file, exclude) if path),
             logger=logger,
@@ -237,10 +288,7 @@ def _take_ghost(options: dict[str, Any], ghost: bool | None) -> None:
 )
 @click.option("--exclude", type=FILE, help="Parquet or text file with ids of images to leave out.")
 @device_option
-@click.option("--checkpoint-every", type=COUNT, default=500, show_default=True, help="Steps between two saved states.")
-@click.option(
-    "--keep-states", type=COUNT, default=2, show_default=True, help="Number of saved states to keep for each SAE."
-)
+@saving_options("Number of saved states to keep for each SAE.")
 @json_option
 def sae_sweep(
     grid: Path,

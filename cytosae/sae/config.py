@@ -26,7 +26,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 TOKEN_SCALES = ("none", "sqrt-width")
 HOLDOUT_BY = ("image", "patient")
 GHOST_SCALES = ("scalar", "elementwise")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 B_DEC_INITS = ("geometric-median", "geometric-median-per-position", "mean", "zeros")
 ORDERS = ("tokens", "images")
 _MOST_BYTES = 1 << 20  # size of a TOML file with settings, at most
@@ -135,7 +135,8 @@ class TrainConfig:
     """Seed of the order of the tokens and of held-out images; None: `seed`. SAEs of a sweep with the same order share
     a pass over the data."""
     precision: str = "fp32"
-    """`bf16` (GPU only): operands of matrix products in bfloat16; weights, gradients and sums stay float32."""
+    """Operands of matrix products: fp32; tf32 or fp16 (both GPU only) or bf16 (GPU, or a processor that has it); what
+    each rounds is in training/precision.py. Weights, gradients and sums stay float32."""
     log_every: int = 20
     """Steps between two rows of metrics.parquet."""
 

@@ -17,7 +17,7 @@ def keep_top_k_(values_BL: torch.Tensor, k: int) -> torch.Tensor:
     """
     if k >= values_BL.shape[1]:
         return values_BL
-    if values_BL.device.type == "cpu" and values_BL.dtype != torch.bfloat16:
+    if values_BL.device.type == "cpu" and values_BL.dtype.itemsize > 2:
         use_kernels_with_torch_threads()
         _keep_top_k(values_BL.detach().numpy(), k)
         return values_BL

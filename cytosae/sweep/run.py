@@ -17,24 +17,33 @@ import torch
 
 from cytosae.sae import TrainConfig
 from cytosae.training import (
+    MOST_STATE_GB,
     Diverged,
+    Saver,
+    SaveRule,
     Training,
     TrainingData,
     TrainPlan,
+    begin_save,
     begin_training,
     choose_data,
     finish_training,
     first_position,
+    free_bytes,
+    is_save_due,
+    is_worth_saving,
     new_model,
     on_device,
     plan_training,
     save_training,
+    space_warnings,
     train_step,
+    trim_states,
 )
 from stores.activation_store import ActivationStore, one_or_more, used_together
 from stores.destination import claimed
-from stores.devices import resolve_device
-from stores.errors import BadInput, StoreUnreachable
+from stores.devices import memory_told, resolve_device
+from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials
 from stores.progress import Progress
 from stores.runlog import append_run
@@ -48,7 +57,6 @@ from .record import Record, Row, SweepFolder, metric_prefix
 
 MOST_AT_ONCE = 256  # members in one pass; each keeps a lock file open
 _MEMORY_SHARE = 0.5  # of free memory, for weights; batches, pools and dense latents need the rest
-_FREE_IF_UNKNOWN = 4 << 30
 _OF_DATA = (
     "token_set",
     "order",
@@ -122,6 +130,10 @@ class _Planned:
         return id(self.data), self.config.batch_tokens, first_position(self.config)
 
 
+@memory_told(
+    "Lower --at-once, or end what else uses this memory, and run the same command again: it continues from the last "
+    "saved states"
+)
 def sweep(
     grid_file: Path | str,
     caches: Sequence[Path | str] | Path | str,
@@ -130,8 +142,10 @@ def sweep(
     exclude: Collection[str] = (),
     device: str = "auto",
     at_once: int | None = None,
-    checkpoint_every: int = 500,
+    save_every: float | None = None,
+    checkpoint_every: int | None = None,
     keep_states: int = 2,
+    most_state_gb: float = MOST_STATE_GB,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total, state: None,
 ) -> SweepResult:
@@ -146,9 +160,14 @@ def sweep(
     ----------
     grid_file : TOML file (grid.py)
     exclude : ids of images that are neither trained on nor held out
-    at_once : members in one pass, 1 to 256; default: as many as fit in half of the free memory, at least one
-    checkpoint_every : steps of a member between two saved states
+    at_once : members in one pass, 1 to 256; default: as many as fit in half of the free memory, and have their states
+        within `most_state_gb`, at least one
+    save_every : seconds between two saved states of a member; default: 120, or not by time if `checkpoint_every` is
+        given. The members are saved one after the other, each when it is due
+    checkpoint_every : steps of a member between two saved states; default: not by steps
     keep_states : number of saved states that are kept for each unfinished member
+    most_state_gb : 10^9 bytes that the saved states of a pass may take; where two for each member are more, one is
+        kept. A member that has failed keeps one
     say : called with a line of text before the work begins
     progress : called with tokens read by the passes, done and in all
 
@@ -165,6 +184,7 @@ def sweep(
         raise BadInput("a sweep runs in one process; start it without torchrun, or one sweep per GPU (--device cuda:N)")
     if at_once is not None and not 1 <= at_once <= MOST_AT_ONCE:
         raise BadInput(f"at_once must be from 1 to {MOST_AT_ONCE}; found {at_once}")
+    rule = SaveRule.of(save_every, checkpoint_every, keep_states, most_state_gb)
     device, grid_file, out, caches = resolve_device(device), Path(grid_file), Path(out), one_or_more(caches)
     grid = read_grid(grid_file)
     planned = _plan(grid, _grouped(caches), out, frozenset(exclude), grid_file)
@@ -179,15 +199,19 @@ def sweep(
         append_run(
             out, packages=("torch", "numpy"), caches=[str(cache) for cache in caches], device=device, threads=threads
         )
-        passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device))
+        passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device), 1e9 * most_state_gb)
         for warning in dict.fromkeys(warning for member in waiting for warning in member.plan.choices.warnings):
             say(f"warning: {warning}")
         if waiting:
             say(_summary_line(planned, waiting, passes))
+            sizes = [[member.plan.state_bytes for member in members] for members in passes]
+            largest = max(sizes, key=lambda n_bytes: rule.within(n_bytes).most_bytes(n_bytes))
+            for warning in space_warnings(out, rule.within(largest), largest):
+                say(f"warning: {warning}")
         totals = [_last_position(members) for members in passes]
         for number, members in enumerate(passes):
             tell = partial(_tell, progress, sum(totals[:number]), sum(totals))
-            _Pass(folder, members, device, checkpoint_every, keep_states).run(tell)
+            _Pass(folder, members, device, rule).run(tell)
             folder.write_tables(grid.varied)
         return _result(folder, grid, was_complete=False)
 
@@ -248,16 +272,19 @@ def _spec(planned: list[_Planned]) -> dict[str, Any]:
     }
 
 
-def _passes(waiting: list[_Planned], at_once: int | None, n_bytes: float) -> list[list[_Planned]]:
+def _passes(waiting: list[_Planned], at_once: int | None, n_bytes: float, state_bytes: float) -> list[list[_Planned]]:
     """Members by pass, in the order of the grid.
 
-    at_once : most members of a pass; None: as many as have weights of at most `n_bytes` together, at least one
+    at_once : most members of a pass; None: as many as have weights of at most `n_bytes` together, and saved states of
+        at most `state_bytes` with the one that is being written; at least one
     """
     by_key: dict[tuple[int, int, int], list[list[_Planned]]] = {}
     for member in waiting:
         passes = by_key.setdefault(member.pass_key, [[]])
         together = passes[-1]
-        fits = sum(other.n_bytes for other in together) + member.n_bytes <= n_bytes or not together
+        sizes = [other.plan.state_bytes for other in (*together, member)]
+        fits = sum(other.n_bytes for other in together) + member.n_bytes <= n_bytes
+        fits = (fits and sum(sizes) + max(sizes) <= state_bytes) or not together
         if len(together) < (at_once or MOST_AT_ONCE) and (fits or at_once is not None):
             together.append(member)
         else:
@@ -287,37 +314,22 @@ def _tell(progress: Progress, before: int, total: int, done: int, state: str) ->
 
 
 def _free_bytes(device: str) -> int:
-    """Free memory on the device, in bytes; on a CPU within the limit of the container."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = _FREE_IF_UNKNOWN
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) << 10
-    except OSError:  # not Linux
-        pass
-    try:
-        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or "max": without a limit
-        return free
+    return free_bytes(device)
 
 
 class _Pass:
     """Members that share one pass over the data."""
 
-    def __init__(
-        self, folder: SweepFolder, members: list[_Planned], device: str, checkpoint_every: int, keep_states: int
-    ) -> None:
+    def __init__(self, folder: SweepFolder, members: list[_Planned], device: str, rule: SaveRule) -> None:
         self._folder, self._members, self._device = folder, members, device
-        self._checkpoint_every, self._keep = checkpoint_every, keep_states
+        self._saver = Saver(rule.within([member.plan.state_bytes for member in members]))  # one state at a time
         self._live: list[tuple[Record, Training]] = []
         self._is_to_save = False
 
     def run(self, progress: Callable[[int, str], None]) -> None:
         """Train all of them to their ends; `progress` is called with the tokens read so far.
 
-        On Ctrl-C, and if a cache cannot be read any longer, all states are saved.
+        On Ctrl-C, if a cache cannot be read any longer and if memory is not enough, all states are saved.
         """
         first = self._members[0]
         stream, batch_tokens = first.data.stream, first.config.batch_tokens
@@ -333,21 +345,23 @@ class _Pass:
                         tokens = next(batches)
                         for record, training in due:
                             self._step(record, training, tokens)
+                        self._save_due([member for member in due if member in self._live])
                         if self._is_to_save:
                             self._folder.save()
                             self._is_to_save = False
                         position += batch_tokens
                         progress(position - first_position(first.config), self._state())
-            except (KeyboardInterrupt, StoreUnreachable):
+            except BaseException as error:
                 for _, training in self._live:
-                    save_training(training)
+                    if is_worth_saving(error, training):
+                        save_training(training)
                 raise
             finally:
                 self._folder.save()
 
     def _begin(self, stack: ExitStack) -> None:
         for member in self._members:
-            training = begin_training(member.plan, stack, device=self._device, keep_states=self._keep)
+            training = begin_training(member.plan, stack, device=self._device, saver=self._saver)
             if training is None:
                 member.record.status = "complete"
             else:
@@ -363,9 +377,13 @@ class _Pass:
         finally:
             record.seconds += time.perf_counter() - began
         self._finish_if_over(record, training)
-        if training.step % self._checkpoint_every == 0 and not training.is_over:
-            save_training(training)
-            self._is_to_save = True
+
+    def _save_due(self, stepped: list[tuple[Record, Training]]) -> None:
+        """Save which is due of those that took a step: by steps all, by time the one that has waited longest."""
+        for _, training in sorted(stepped, key=lambda member: member[1].saved_at):
+            if is_save_due(training):
+                begin_save(training)
+                self._is_to_save = True
 
     def _finish_if_over(self, record: Record, training: Training) -> None:
         if not training.is_over:
@@ -383,6 +401,8 @@ class _Pass:
     def _fail(self, record: Record, training: Training, error: Diverged) -> None:
         if (record, training) in self._live:
             self._live.remove((record, training))
+        self._saver.wait(training.output.work)
+        trim_states(training.output.work, keep=1)
         record.status, record.failed_at_step, record.message = "failed", error.step, str(error)
         self._is_to_save = True
 

@@ -9,10 +9,11 @@ Memory: at most 2 k x N values with their places, and those of one micro-batch.
 Shapes: B tokens of a micro-batch, N of the batch, L latents.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from cytosae.sae import use_kernels_with_torch_threads
 
 from . import kernels_cpu
 from .distributed import Ranks
-from .latent_matrix import Latents, latents_of_active, parts_of
+from .latent_matrix import Latents, latents_of_active, latents_of_found, parts_of
 
 _SAMPLE = 1 << 17  # pre-activations from which the bound is estimated
 _MARGIN = 1.25  # values above the bound, over those that are needed
@@ -57,6 +58,7 @@ def choose_largest(
     """The k x n largest positive pre-activations of a batch, or all positive ones if there are fewer; ties are kept.
 
     encode : the pre-activations (B, L) of this rank's micro-batch, from 0; the next one may overwrite them
+    n_micro_batches : of this rank, at least one
     n : tokens of all ranks
 
     Returns
@@ -66,15 +68,30 @@ def choose_largest(
     wanted = k * n
     for attempt in (0.0, 1.0, 2.0):
         pieces, bound = _above_bound(encode, n_micro_batches, k, wanted, attempt)
-        mine = torch.cat([piece.values for piece in pieces]) if pieces else torch.zeros(0)
-        if ranks.all_reduce_sum(int(torch.isnan(mine).any())):
-            return None
-        kept = _largest(ranks.all_gather(_largest(mine, wanted), wanted), wanted)
+        mine = _largest(torch.cat([piece.values for piece in pieces]), wanted)
+        kept, bound = _of_all_ranks(mine, bound, wanted, ranks)
         threshold = float(kept.min()) if len(kept) else 0.0
-        bound = float(ranks.all_gather(torch.tensor([bound]).to(mine), 1).max())
+        if math.isnan(threshold):  # a NaN on any rank: then no rank goes on
+            return None
         if bound == 0 or (len(kept) == wanted and threshold > bound):
             break
     return BatchTopK(threshold, pieces)
+
+
+def _of_all_ranks(mine: torch.Tensor, bound: float, wanted: int, ranks: Ranks) -> tuple[torch.Tensor, float]:
+    """(the largest values of all ranks, NaN among them if one has it; the largest bound): one exchange.
+
+    mine : (n,) values above 0 or NaN, the largest of this rank, n <= wanted; n may differ between ranks
+    bound : 0 or more, which the type of `mine` can hold
+    """
+    if ranks.size == 1:
+        return mine, bound
+    sent = torch.zeros(wanted + 1, dtype=mine.dtype, device=mine.device)  # 0 for values that this rank does not have
+    sent[0] = bound
+    sent[1 : len(mine) + 1] = mine
+    of_all = torch.stack(ranks.all_gather(sent))
+    values = of_all[:, 1:].flatten()
+    return _largest(values[~(values <= 0)], wanted), float(of_all[:, 0].max())
 
 
 def _above_bound(
@@ -113,7 +130,7 @@ def _largest(values: torch.Tensor, n: int) -> torch.Tensor:
     """The n largest, in any order; NaN counts as the largest."""
     if len(values) <= n:
         return values
-    if values.device.type == "cpu" and values.dtype != torch.bfloat16:
+    if values.device.type == "cpu" and values.dtype.itemsize > 2:
         return torch.from_numpy(np.partition(values.numpy(), len(values) - n)[len(values) - n :])
     return values.topk(n, sorted=False).values
 
@@ -124,10 +141,15 @@ def _next_below(value: float, dtype: torch.dtype) -> float:
 
 
 def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
-    if p_BL.device.type == "cpu" and p_BL.dtype != torch.bfloat16:
+    if p_BL.device.type == "cpu" and p_BL.dtype.itemsize > 2:
         use_kernels_with_torch_threads()
         counts = kernels_cpu.count_active(p_BL.numpy(), bound)
         return _CpuPiece(kernels_cpu.take_active(p_BL.numpy(), counts, bound))
+    if p_BL.is_cuda:
+        from . import kernels_gpu  # needs triton
+
+        found = kernels_gpu.take_by_token(p_BL, kernels_gpu.mark_active(p_BL, bound))
+        return _GpuPiece(found, p_BL.shape[1])
     places = (~(p_BL <= bound)).view(-1).nonzero().squeeze(1)
     return _TorchPiece(p_BL.reshape(-1)[places], places, p_BL.shape)
 
@@ -146,8 +168,24 @@ class _CpuPiece:
         return [latents_of_active(self._active.part(*ends), sparse_below) for ends in pairwise(edges)]
 
 
+class _GpuPiece:
+    """By token, as the GPU's kernels find them: the matrix is read once and never filled again."""
+
+    def __init__(self, found: Any, n_latents: int) -> None:
+        self._found, self._n_latents = found, n_latents  # kernels_gpu.ByToken
+        self.values: torch.Tensor = found.values
+
+    def at_least(self, least: float) -> "_GpuPiece":
+        return _GpuPiece(self._found.kept(~(self.values < least)), self._n_latents)
+
+    def latents(self, edges: Sequence[int], sparse_below: float | None) -> list[Latents]:
+        if len(edges) == 2:
+            return [latents_of_found(self._found, self._n_latents, sparse_below)]
+        return [latents_of_found(self._found.part(*ends), ends[1] - ends[0], sparse_below) for ends in pairwise(edges)]
+
+
 class _TorchPiece:
-    """By places in the matrix: for a GPU, where filling the matrix again takes little time beside the product."""
+    """By places in the matrix, for types and devices that no kernel here knows."""
 
     def __init__(self, values: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> None:
         self.values, self._places, self._shape = values, places, shape

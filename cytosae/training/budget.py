@@ -177,7 +177,9 @@ class Watch:
         tokens_ND = _watched_tokens(data, config)
         self._n, self._config, self._device, self._ranks = len(tokens_ND), config, device, ranks
         self._tokens_ND = tokens_ND[ranks.local_slice(len(tokens_ND))]
-        self._variance = _variance(tokens_ND, config)
+        self._variance = ranks.broadcast(
+            _variance(tokens_ND, config)
+        )  # processors round differently; ranks decide alike
 
     def variance(self, token_scale: float) -> float:
         """The error of the mean token, as `Check.error` counts, which is what an SAE can explain."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 Float16 = npt.NDArray[np.float16]
+Batch = TypeVar("Batch")
 
 
 def on_device(batches: Iterator[Float16], device: str) -> Iterator[torch.Tensor]:
@@ -20,9 +22,7 @@ def on_device(batches: Iterator[Float16], device: str) -> Iterator[torch.Tensor]
     return one_ahead(batches, _Sender(device).send)
 
 
-def one_ahead(
-    batches: Iterator[Float16], send: Callable[[Float16], Callable[[], torch.Tensor]]
-) -> Iterator[torch.Tensor]:
+def one_ahead(batches: Iterator[Batch], send: Callable[[Batch], Callable[[], torch.Tensor]]) -> Iterator[torch.Tensor]:
     """Read and send each batch in a thread while the caller works on the one before.
 
     send : called in the thread; returns a function that is called in the caller's thread and gives the tensor

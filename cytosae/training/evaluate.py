@@ -21,7 +21,7 @@ from cytosae.sae import LOSSES, SparseAutoencoder, TrainConfig, load_sae
 from stores.activation_store import ActivationStore, Float16
 from stores.concept_store import MEANINGFUL
 from stores.content_hashes import find_trained_on
-from stores.devices import resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.errors import BadInput, DamagedStore
 from stores.progress import Progress
 from stores.spec import check_choice, require_unchanged
@@ -30,6 +30,8 @@ from stores.token_sets import TOKEN_SETS, chosen_tokens
 from stores.wording import Report
 
 from .data import TrainingData
+from .device_prefetch import one_ahead
+from .distributed import ALONE, Ranks
 from .health import Health, assess_health
 from .losses import loss_weight
 from .report import evaluation_lines
@@ -38,7 +40,8 @@ Int = npt.NDArray[np.int64]
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
-_MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; ReLU holds two
+_MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; topk holds two
+_MICRO_BATCH_BYTES_ON_GPU = 1 << 30  # small ones leave a GPU idle
 _DECODER_TILE = 4096  # rows; a tile of cosines has 64 MiB
 
 
@@ -207,6 +210,7 @@ class Evaluation(Report):
         return {**{name: _plain(value) for name, value in values.items()}, **(counts if per_latent else {})}
 
 
+@memory_told("End what else uses this memory, or give --device cpu")
 @torch.inference_mode()
 def evaluate(
     cache: Path | str,
@@ -224,8 +228,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure the SAE in the folder `run` on all readable images of `cache` (a path or a URL). Writes nothing.
 
-    Memory: dense latents of one micro-batch (256 MiB), one chunk of the cache, the decoder once more, and the tokens
-    of the sample.
+    Memory: dense latents of one micro-batch (256 MiB; on a GPU 1 GiB, for topk 2), one chunk of the cache, the decoder
+    once more, and the tokens of the sample.
 
     Parameters
     ----------
@@ -265,7 +269,7 @@ def evaluate(
     n_images = int(is_readable.sum())
     if not n_images * per_image:
         raise BadInput(f"no readable image with {token_set} tokens in {cache}: there is nothing to evaluate")
-    step = micro_batch or max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
+    step = micro_batch or tokens_at_a_time(model)
     n_window = min(n_images, -(-dead_window // per_image))
 
     is_training_cache = store.content_sha256 in [known.get("sha256") for known in sae.header.spec.get("caches", [])]
@@ -432,6 +436,26 @@ class _Sums:
         total = rising.sum().item()
         return rising[len(rising) - self.n_pca :].sum().item() / total if total > 0 else math.nan
 
+    def add_other_ranks(self, ranks: Ranks) -> None:
+        """Add the sums of the other ranks, on all of them; not those of the window and of each image."""
+        if ranks.size == 1:
+            return
+        about = ranks.broadcast(self._about_D.double().cpu() if self.n_tokens else None)  # which all sums are moved to
+        width, device = self._model.width, self._shifted_D.device
+        about_D = torch.zeros(width, dtype=torch.float64, device=device) if about is None else about.to(device)
+        if self.n_tokens:
+            move_D = self._about_D.double() - about_D  # x - about = (x - own about) + move
+            self._shifted_square += (2 * move_D @ self._shifted_D + self.n_tokens * move_D.square().sum()).item()
+            self._shifted_D += self.n_tokens * move_D
+        self._about_D = about_D
+        names = ("n_tokens", "n_images", "error", "scaled_error", "square", "_shifted_square")
+        numbers = torch.tensor([float(getattr(self, name)) for name in names], dtype=torch.float64, device=device)
+        ranks.all_reduce_sum_(
+            *(numbers, self._shifted_D, self._activation_L, self.n_images_active, self.n_tokens_active)
+        )
+        for name, value in zip(names, numbers.tolist(), strict=True):
+            setattr(self, name, round(value) if name.startswith("n_") else value)
+
     def add(self, x_NTD: torch.Tensor) -> None:
         """Add whole images, (N, T, D) float32, `step` tokens of each at a time if it has more."""
         n_images, per_image, width = x_NTD.shape
@@ -471,25 +495,24 @@ class _Sums:
             self._shifted_DD += shifted_BD.T @ shifted_BD
 
 
+def tokens_at_a_time(model: SparseAutoencoder) -> int:
+    """Tokens of one micro-batch of a measurement: 128 MiB of dense latents, on a GPU 1 GiB."""
+    n_bytes = _MICRO_BATCH_BYTES_ON_GPU if model.W_enc.device.type == "cuda" else _MICRO_BATCH_BYTES
+    return max(1, n_bytes // (4 * model.n_latents))
+
+
+@torch.no_grad()
 def measure_held_out(
-    model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str
+    model: SparseAutoencoder, data: TrainingData, config: TrainConfig, *, device: str, ranks: Ranks = ALONE
 ) -> dict[str, float | int | None]:
-    """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN."""
-    positions = chosen_tokens(config.token_set, data.stores[0].spec.layout)
-    step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
-    sums = _Sums(model, loss=config.loss, step=step, window_begins=0)
-    keep: Sequence[npt.NDArray[np.bool_] | None] = [None] * len(data.stores)
-    if data.background:
-        keep = data.background.keep
-    for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True):
-        for images, x_NTD in images_of(store, mask, config.token_set, range(store.spec.n_chunks), step=step):
-            x_here = x_NTD.to(device).float()
-            if kept is None:
-                sums.add(x_here)
-                continue
-            for x_TD, is_kept in zip(x_here, kept[images][:, positions.start : positions.stop], strict=True):
-                if is_kept.any():  # of an image that is all background nothing is measured
-                    sums.add(x_TD[torch.from_numpy(is_kept)][None])
+    """Metrics on the held-out images, by the names of metrics.parquet, of unscaled tokens; None for NaN.
+
+    Called on all ranks: each measures on its share of the chunks, and gets the metrics of all.
+    """
+    sums = _Sums(model, loss=config.loss, step=tokens_at_a_time(model), window_begins=0)
+    for x_NTD in held_out_pieces(data, config, device, step=tokens_at_a_time(model), part=(ranks.rank, ranks.size)):
+        sums.add(x_NTD.to(device).float())
+    sums.add_other_ranks(ranks)
     if not sums.n_tokens:
         raise BadInput("the held-out images are all background: hold out more, or leave --background out")
     found: dict[str, float | int | None] = _plain(
@@ -504,6 +527,58 @@ def measure_held_out(
         }
     )
     return found
+
+
+def held_out_pieces(
+    data: TrainingData, config: TrainConfig, device: str, *, step: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[torch.Tensor]:
+    """Tokens of held-out images, (N, T, D) float16, about `step` tokens at a time; without background.
+
+    On a CPU a piece is of one chunk. For a GPU those of several chunks are taken together, and a thread reads ahead.
+
+    part : (rank, size): of all chunks with a held-out image, only every `size`-th from number `rank` on
+    """
+    keep: Sequence[npt.NDArray[np.bool_] | None] = (
+        data.background.keep if data.background else [None] * len(data.stores)
+    )
+    work = [
+        (store, mask, kept, chunk)
+        for store, mask, kept in zip(data.stores, data.chosen.held_out, keep, strict=True)
+        for chunk in range(store.spec.n_chunks)
+        if mask[store.spec.chunk_rows(chunk).start : store.spec.chunk_rows(chunk).stop].any()
+    ]
+
+    def pieces() -> Iterator[torch.Tensor]:
+        for store, mask, kept, chunk in work[part[0] :: part[1]]:
+            for images, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
+                yield from [x_NTD] if kept is None else _without_background(x_NTD, kept[images], store, config)
+
+    if not device.startswith("cuda"):
+        return pieces()
+    return one_ahead(_together(pieces(), step), lambda x_NTD: lambda: x_NTD)
+
+
+def _without_background(
+    x_NTD: torch.Tensor, kept_NT: npt.NDArray[np.bool_], store: ActivationStore, config: TrainConfig
+) -> Iterator[torch.Tensor]:
+    """The images one by one, (1, T, D) with a T of their own; none of an image that is all background."""
+    positions = chosen_tokens(config.token_set, store.spec.layout)
+    for x_TD, is_kept in zip(x_NTD, kept_NT[:, positions.start : positions.stop], strict=True):
+        if is_kept.any():
+            yield x_TD[torch.from_numpy(is_kept)][None]
+
+
+def _together(pieces: Iterable[torch.Tensor], step: int) -> Iterator[torch.Tensor]:
+    """Images with the same number of tokens that follow each other, together, as long as they have `step` tokens."""
+    waiting: list[torch.Tensor] = []
+    for x_NTD in pieces:
+        n_tokens = sum(piece.shape[0] * piece.shape[1] for piece in (*waiting, x_NTD))
+        if waiting and (n_tokens > step or waiting[0].shape[1] != x_NTD.shape[1]):
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(x_NTD)
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def images_of(

@@ -20,7 +20,7 @@ from stores.spec import require_unchanged
 from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
-from .evaluate import _MICRO_BATCH_BYTES, _Sums, images_of
+from .evaluate import _Sums, images_of, tokens_at_a_time
 from .health import Health, assess_health, read_health, write_health
 
 LEAST_IMAGES = 64  # are measured on, whatever it costs
@@ -92,7 +92,7 @@ def measure_sample(
 ) -> dict[str, Any]:
     """Sums over the images in `masks`, or over those of evenly spaced chunks if these have more than `most_tokens`."""
     per_image = len(chosen_tokens(config.token_set, stores[0].spec.layout))
-    step = max(1, _MICRO_BATCH_BYTES // (4 * model.n_latents))
+    step = tokens_at_a_time(model)
     sums = _Sums(model, loss=config.loss, step=step, window_begins=0, with_pca=True)
     chunks = [
         (store, mask, chunk, int(mask[store.spec.chunk_rows(chunk).start : store.spec.chunk_rows(chunk).stop].sum()))

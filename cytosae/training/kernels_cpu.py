@@ -73,6 +73,22 @@ def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64], abo
     return Active(len(counts_B), *_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
 
 
+def count_active_bfloat16(bits_BL: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+    """`count_active` of bfloat16 numbers, whose bits are given: numpy has no such type."""
+    counts = np.empty(len(bits_BL), np.int64)
+    _count_bits(bits_BL, counts)
+    return counts
+
+
+def take_active_bfloat16(bits_BL: npt.NDArray[np.uint16], counts_B: npt.NDArray[np.int64]) -> Active:
+    """`take_active` of bfloat16 numbers, whose bits are given; the values become float32, exactly."""
+    starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
+    latents = np.empty(starts[-1], np.int32)
+    bits = np.empty(starts[-1], np.uint32)
+    _fill_bits(bits_BL, starts, latents, bits)
+    return Active(len(counts_B), *_by_latent(starts, latents, bits.view(np.float32), bits_BL.shape[1]))
+
+
 def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
     """out += z W_dec."""
     n_parts = max(1, min(numba.get_num_threads(), W_dec_LD.shape[1] // _MIN_COLUMNS))
@@ -147,6 +163,34 @@ def _fill(p: Any, above: Any, starts: Any, latents: Any, values: Any) -> None:
                     if not p[b, latent] <= above:
                         latents[at] = latent
                         values[at] = p[b, latent]
+                        at += 1
+
+
+# Bits of a bfloat16 number above 0, infinity and NaN included: 1 to 0x7fff, and 0xff81 and more for NaN with a sign,
+# which is what an Intel processor makes of infinity - infinity.
+@numba.njit(parallel=True, cache=True)
+def _count_bits(bits: Any, counts: Any) -> None:
+    for b in numba.prange(bits.shape[0]):
+        n = 0
+        for latent in range(bits.shape[1]):
+            n += (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80)
+        counts[b] = n
+
+
+@numba.njit(parallel=True, cache=True)
+def _fill_bits(bits: Any, starts: Any, latents: Any, out: Any) -> None:
+    for b in numba.prange(bits.shape[0]):
+        at = starts[b]
+        for first in range(0, bits.shape[1], _CHUNK):
+            stop = min(first + _CHUNK, bits.shape[1])
+            n = 0
+            for latent in range(first, stop):
+                n += (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80)
+            if n > 0:
+                for latent in range(first, stop):
+                    if (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80):
+                        latents[at] = latent
+                        out[at] = np.uint32(bits[b, latent]) << np.uint32(16)  # float32 begins with these bits
                         at += 1
 
 

@@ -7,9 +7,9 @@ kernel adds the sums of the parts.
 The host waits for the device in `mark_active` only. Sizes that depend on more than the count found there are upper
 bounds.
 
-Rows that are gathered (decoder, gradient of the reconstruction, centred tokens) may be bfloat16, which halves the
-traffic; every sum and every gradient is float32.
-Shapes: B tokens, D width, L latents, A active (token, latent) pairs, W words of 32 latents, P parts.
+Rows that are gathered (decoder, gradient of the reconstruction, centred tokens) may be bfloat16 or float16, which
+halves the traffic; every sum and every gradient is float32.
+Shapes: B tokens, D width, L latents, A active (token, latent) pairs, W words of 32 latents, P parts, K dead latents.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,9 @@ _COLUMNS = (
 _ROWS = 8  # decoder rows that it adds in parallel
 _PAIRS = 4  # pairs that a gradient program handles in parallel
 _TOKENS = 16  # tokens that one program compares with their reconstructions
+_DEAD = 512  # dead latents that a program handles together
+_DEAD_TOKENS = 256  # tokens whose values one program handles, a few at a time
+_DEAD_ROWS = 4  # of them at a time
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,31 @@ class Marks:
     n_active: int
 
 
-def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
-    """Mark the entries above 0, in one pass. NaN counts as active, to reach the loss. Waits for the device."""
+@dataclass(frozen=True)
+class ByToken:
+    """Active latents as they are found: by token, with their values."""
+
+    counts: torch.Tensor  # (B,) int32
+    latents: torch.Tensor  # (A,) int32: those of the first token, ascending, then those of the next
+    values: torch.Tensor  # (A,) float32
+
+    def kept(self, is_kept_A: torch.Tensor) -> "ByToken":
+        """Those where `is_kept`, (A,) bool. Waits for the device."""
+        before = _starts(is_kept_A.int())
+        starts = before[_starts(self.counts)]
+        return ByToken(starts.diff().to(self.counts.dtype), self.latents[is_kept_A], self.values[is_kept_A])
+
+    def part(self, low: int, high: int) -> "ByToken":
+        """Those of the latents from `low` to before `high`, which are counted from 0 on then. Waits for the device."""
+        found = self.kept((self.latents >= low) & (self.latents < high))
+        return ByToken(found.counts, found.latents - low, found.values)
+
+
+def mark_active(pre_activations_BL: torch.Tensor, above: float = 0.0) -> Marks:
+    """Mark the entries above `above` (>= 0), in one pass. NaN counts as active, to reach the loss.
+
+    Waits for the device.
+    """
     n_tokens, n_latents = pre_activations_BL.shape
     _check_rows(pre_activations_BL)
     n_words = triton.cdiv(n_latents, 32)
@@ -73,12 +99,17 @@ def mark_active(pre_activations_BL: torch.Tensor) -> Marks:
     counts = pre_activations_BL.new_empty(n_tokens, dtype=torch.int32)
     if n_tokens:
         with torch.cuda.device_of(pre_activations_BL):
-            _mark[(n_tokens,)](pre_activations_BL, words, counts, n_latents, n_words, WORDS=_WORDS)
+            _mark[(n_tokens,)](pre_activations_BL, words, counts, float(above), n_latents, n_words, WORDS=_WORDS)
     return Marks(words, counts, int(counts.sum()))
 
 
 def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
-    """The entries above 0; `marks` from `mark_active`. Memory: 24 bytes per active entry, 60 while sorting."""
+    """The marked entries; `marks` from `mark_active`. Memory: 24 bytes per active entry, 60 while sorting."""
+    return sorted_by_latent(take_by_token(pre_activations_BL, marks), pre_activations_BL.shape[1])
+
+
+def take_by_token(pre_activations_BL: torch.Tensor, marks: Marks) -> ByToken:
+    """The marked entries, by token only. Memory: 8 bytes per active entry."""
     n_tokens, n_latents = pre_activations_BL.shape
     token_starts = _starts(marks.counts)
     latents = marks.counts.new_empty(marks.n_active)
@@ -89,14 +120,20 @@ def take_active(pre_activations_BL: torch.Tensor, marks: Marks) -> Active:
                 *(pre_activations_BL, marks.words, token_starts, latents, values, n_latents, marks.words.shape[1]),
                 WORDS=4 * _WORDS,
             )
-    tokens = torch.repeat_interleave(marks.counts, output_size=marks.n_active).to(latents.dtype)
+    return ByToken(marks.counts, latents, values)
+
+
+def sorted_by_latent(found: ByToken, n_latents: int) -> Active:
+    """The same entries by latent, too."""
+    latents, values = found.latents, found.values
+    tokens = torch.repeat_interleave(found.counts, output_size=len(latents)).to(latents.dtype)
     by_latent, order = latents.sort(stable=True)
     bounds = torch.arange(n_latents + 1, dtype=by_latent.dtype, device=by_latent.device)
     return Active(
         starts=torch.searchsorted(by_latent, bounds),
         tokens=tokens[order],
         values=values[order],
-        token_starts=token_starts,
+        token_starts=_starts(found.counts),
         latents=latents,
         token_values=values,
     )
@@ -134,16 +171,17 @@ def add_gradients(
 
     Parameters
     ----------
-    W_dec_LD, d_x_hat_BD, centred_BD : float32, or bfloat16 copies
+    W_dec_LD, d_x_hat_BD, centred_BD : float32, bfloat16 or float16, each its own
     d_x_hat_BD : gradient of the loss with respect to the reconstruction
-    centred_BD : x - b_dec
+    centred_BD : x - b_dec; its rows may lie further apart than their length
     penalty : the L1 term's gradient with respect to an active latent
     grad_W_enc_LD : of W_enc, transposed
     """
     if not len(active.values):
         return
     width = W_dec_LD.shape[1]
-    _check_rows(W_dec_LD, d_x_hat_BD, centred_BD, grad_W_enc_LD, grad_W_dec_LD)
+    _check_rows(W_dec_LD, d_x_hat_BD, grad_W_enc_LD, grad_W_dec_LD)
+    assert centred_BD.stride(1) == 1
     block = triton.next_power_of_2(width)
     n_pairs, n_latents = len(active.values), len(W_dec_LD)
     n_parts_L = (active.starts.diff() + PART - 1) // PART
@@ -157,7 +195,7 @@ def add_gradients(
     with torch.cuda.device_of(W_dec_LD):
         _add_gradients[(most_parts,)](
             *(active.starts, active.tokens, active.values, latents_P, part_starts, slot_starts),
-            *(W_dec_LD, d_x_hat_BD, centred_BD, penalty, *grads, sums, n_latents, width),
+            *(W_dec_LD, d_x_hat_BD, centred_BD, penalty, *grads, sums, n_latents, width, centred_BD.stride(0)),
             PART=PART,
             PAIRS=_PAIRS,
             BLOCK=block,
@@ -191,6 +229,51 @@ def compare_tokens(
                 BLOCK=triton.next_power_of_2(width),
             )
     return d_sums.sum(0), x_sums.sum(0), sums.sum(0)
+
+
+def exp_of_columns(
+    p_BN: torch.Tensor, columns_K: torch.Tensor | None, dtype: torch.dtype, n_columns: int
+) -> torch.Tensor:
+    """(B, n_columns): exp(p) of some columns (None: of all), computed in float32 and rounded; 0 in further columns.
+
+    p_BN : any float type; the columns are read where they lie
+    """
+    _check_rows(p_BN)
+    n_tokens, n_all = p_BN.shape
+    if columns_K is None:
+        columns_K = torch.arange(n_all, device=p_BN.device)
+    columns_K = columns_K.to(torch.int32)
+    out = p_BN.new_empty((n_tokens, n_columns), dtype=dtype)
+    if out.numel():
+        with torch.cuda.device_of(p_BN):
+            _exp_of[(triton.cdiv(n_columns, _DEAD), triton.cdiv(n_tokens, _DEAD_TOKENS))](
+                *(p_BN, columns_K, out, n_tokens, n_all, len(columns_K), n_columns),
+                TOKENS=_DEAD_TOKENS,
+                ROWS=_DEAD_ROWS,
+                BLOCK=_DEAD,
+            )
+    return out
+
+
+def times_slope_(d_z_BK: torch.Tensor, z_BK: torch.Tensor, *, is_exp: bool) -> torch.Tensor:
+    """d_z becomes d_p = d_z dz/dp; returns the sums of d_p over the tokens, (K,) float32, from before rounding.
+
+    is_exp : dz/dp is z; False: 1 where z > 0
+    """
+    _check_rows(d_z_BK, z_BK)
+    n_tokens, n_dead = d_z_BK.shape
+    n_parts = triton.cdiv(n_tokens, _DEAD_TOKENS)
+    sums = d_z_BK.new_empty((n_parts, n_dead), dtype=torch.float32)
+    if sums.numel():
+        with torch.cuda.device_of(d_z_BK):
+            _times_slope[(triton.cdiv(n_dead, _DEAD), n_parts)](
+                *(d_z_BK, z_BK, sums, n_tokens, n_dead),
+                IS_EXP=is_exp,
+                TOKENS=_DEAD_TOKENS,
+                ROWS=_DEAD_ROWS,
+                BLOCK=_DEAD,
+            )
+    return sums.sum(0)
 
 
 @torch.no_grad()
@@ -244,6 +327,7 @@ def _mark(
     p: tl.tensor,
     words_out: tl.tensor,
     counts: tl.tensor,
+    above: tl.tensor,
     n_latents: tl.tensor,
     n_words: tl.tensor,
     WORDS: tl.constexpr,
@@ -256,7 +340,7 @@ def _mark(
         words = first + tl.arange(0, WORDS)
         latents = words[:, None] * 32 + bits[None, :]
         values = tl.load(p + token * n_latents + latents, mask=latents < n_latents, other=0)
-        marked = tl.sum(((values <= 0) == 0).to(tl.int32) << bits[None, :], 1)
+        marked = tl.sum(((values.to(tl.float32) <= above) == 0).to(tl.int32) << bits[None, :], 1)
         tl.store(words_out + token * n_words + words, marked, mask=words < n_words)
         n_active += _count_bits(marked.to(tl.uint32, bitcast=True))
     tl.store(counts + token, tl.sum(n_active, 0))
@@ -348,6 +432,7 @@ def _add_gradients(
     sums: tl.tensor,
     n_latents: tl.tensor,
     width: tl.tensor,
+    centred_stride: tl.tensor,
     PART: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -371,10 +456,11 @@ def _add_gradients(
         pairs = k + tl.arange(0, PAIRS)
         token = tl.load(tokens + pairs, mask=pairs < stop, other=0).to(tl.int64)
         value = tl.load(values + pairs, mask=pairs < stop, other=0)
-        at = token[:, None] * width + columns[None, :]
         is_in = (pairs < stop)[:, None] & in_width[None, :]
-        d_out = tl.load(d_x_hat + at, mask=is_in, other=0).to(tl.float32)
-        x = tl.load(centred + at, mask=is_in, other=0).to(tl.float32)
+        d_at = token[:, None] * width + columns[None, :]
+        x_at = token[:, None] * centred_stride + columns[None, :]
+        d_out = tl.load(d_x_hat + d_at, mask=is_in, other=0).to(tl.float32)
+        x = tl.load(centred + x_at, mask=is_in, other=0).to(tl.float32)
         d_z = tl.where(pairs < stop, tl.sum(d_out * row[None, :], 1) + penalty, 0)
         dec += value[:, None] * d_out
         enc += d_z[:, None] * x
@@ -462,6 +548,66 @@ def _compare(
     tl.store(sums + program * 3, tl.sum(weighted, 0))
     tl.store(sums + program * 3 + 1, tl.sum(squares, 0))
     tl.store(sums + program * 3 + 2, tl.sum(x_squares, 0))
+
+
+@triton.jit
+def _exp_of(
+    p: tl.tensor,
+    columns_in: tl.tensor,
+    out: tl.tensor,
+    n_tokens: tl.tensor,
+    n_all: tl.tensor,
+    n_given: tl.tensor,
+    n_columns: tl.tensor,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some columns of some tokens: their places are read once."""
+    to = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_given = to < n_given
+    columns = tl.load(columns_in + to, mask=is_given, other=0)
+    first = tl.program_id(1) * TOKENS
+    for token in range(first, tl.minimum(first + TOKENS, n_tokens), ROWS):
+        tokens = (token + tl.arange(0, ROWS)).to(tl.int64)
+        is_token = tokens < n_tokens
+        from_ = p + tokens[:, None] * n_all + columns[None, :]
+        values = tl.exp(tl.load(from_, mask=is_token[:, None] & is_given[None, :], other=0).to(tl.float32))
+        values = tl.where(is_given[None, :], values, 0)
+        is_out = is_token[:, None] & (to < n_columns)[None, :]
+        tl.store(out + tokens[:, None] * n_columns + to[None, :], values, mask=is_out)
+
+
+@triton.jit
+def _times_slope(
+    d_z: tl.tensor,
+    z: tl.tensor,
+    sums: tl.tensor,
+    n_tokens: tl.tensor,
+    n_dead: tl.tensor,
+    IS_EXP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Some columns of some tokens, and their sums over these tokens."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_column = columns < n_dead
+    sum_ = tl.zeros((ROWS, BLOCK), tl.float32)
+    first = tl.program_id(1) * TOKENS
+    for token in range(first, tl.minimum(first + TOKENS, n_tokens), ROWS):
+        tokens = (token + tl.arange(0, ROWS)).to(tl.int64)
+        at = tokens[:, None] * n_dead + columns[None, :]
+        is_in = (tokens < n_tokens)[:, None] & is_column[None, :]
+        value = tl.load(z + at, mask=is_in, other=0).to(tl.float32)
+        d = tl.load(d_z + at, mask=is_in, other=0).to(tl.float32)
+        if IS_EXP:
+            d *= value
+        else:
+            d = tl.where(value > 0, d, 0)
+        tl.store(d_z + at, d, mask=is_in)
+        sum_ += d
+    tl.store(sums + tl.program_id(1).to(tl.int64) * n_dead + columns, tl.sum(sum_, 0), mask=is_column)
 
 
 @triton.jit

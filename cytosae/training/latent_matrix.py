@@ -1,8 +1,8 @@
 """The latents of a micro-batch in a training step, as a dense matrix or in compressed sparse columns (CSC).
 
 Both give the same sums; which one is faster depends on the density (share of active entries). The work on CSC is
-compiled: kernels_cpu.py for the CPU, kernels_gpu.py for the GPU. Weights and rows may be bfloat16 copies (not on the
-CPU in CSC); sums are float32.
+compiled: kernels_cpu.py for the CPU, kernels_gpu.py for the GPU. Values, weights and rows may have half precision (on
+the CPU: bfloat16 values only); sums are float32.
 Shapes: B tokens of a micro-batch, D width, L latents.
 """
 
@@ -15,6 +15,7 @@ import torch
 from cytosae.sae import use_kernels_with_torch_threads
 
 from . import kernels_cpu
+from .precision import add_product
 
 SPARSE_BELOW = 0.08  # both take as long at density 0.10 with 49,152 latents, 0.20 with 6,144 (two cores, docs/log.md)
 SPARSE_BELOW_ON_GPU = 0.01  # an estimate, not measured: tensor cores make dense work fast (docs/log.md)
@@ -66,13 +67,16 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
     device = values_BL.device.type
     if sparse_below is None:
         sparse_below = default_sparse_below(device)
-    if sparse_below <= 0 or device not in ("cpu", "cuda") or (device == "cpu" and values_BL.dtype == torch.bfloat16):
+    if sparse_below <= 0 or device not in ("cpu", "cuda") or (device == "cpu" and values_BL.dtype == torch.float16):
         return DenseLatents(values_BL)
     if device == "cpu":
         use_kernels_with_torch_threads()
-        counts = kernels_cpu.count_active(values_BL.numpy())
+        is_short = values_BL.dtype == torch.bfloat16  # which numpy does not know
+        values = values_BL.view(torch.uint16).numpy() if is_short else values_BL.numpy()
+        counts = kernels_cpu.count_active_bfloat16(values) if is_short else kernels_cpu.count_active(values)
         if counts.sum() < sparse_below * values_BL.numel():
-            return CscLatentsCpu(kernels_cpu.take_active(values_BL.numpy(), counts))
+            take = kernels_cpu.take_active_bfloat16 if is_short else kernels_cpu.take_active
+            return CscLatentsCpu(take(values, counts))
         return DenseLatents(values_BL, n_active=int(counts.sum()))
     from . import kernels_gpu  # needs triton
 
@@ -98,6 +102,21 @@ def latents_of_active(active: kernels_cpu.Active, sparse_below: float | None = N
     return DenseLatents(torch.from_numpy(active.to_dense()))
 
 
+def latents_of_found(found: Any, n_latents: int, sparse_below: float | None = None) -> Latents:
+    """The same, on a GPU, of entries that were taken already: `kernels_gpu.ByToken`."""
+    from . import kernels_gpu  # needs triton
+
+    if sparse_below is None:
+        sparse_below = default_sparse_below("cuda")
+    n_active, n_tokens = len(found.values), len(found.counts)
+    if n_active < sparse_below * n_tokens * n_latents:
+        return CscLatentsGpu(kernels_gpu.sorted_by_latent(found, n_latents))
+    dense_BL = found.values.new_zeros(n_tokens, n_latents)
+    tokens = torch.repeat_interleave(found.counts, output_size=n_active)
+    dense_BL[tokens, found.latents.long()] = found.values
+    return DenseLatents(dense_BL)
+
+
 def default_sparse_below(device: str) -> float:
     """The density below which the form is CSC, on a kind of device."""
     return SPARSE_BELOW_ON_GPU if device == "cuda" else SPARSE_BELOW
@@ -111,7 +130,8 @@ class DenseLatents:
         self._is_on = values_BL > 0
         self.n_active = int(self._is_on.sum()) if n_active is None else n_active  # counted once: 2% of a step
         # rows in float32 first: all in float64 takes 15 times as long
-        self.total: torch.Tensor | float = values_BL.sum(1).sum(dtype=torch.float64)
+        row_dtype = torch.promote_types(values_BL.dtype, torch.float32)
+        self.total: torch.Tensor | float = values_BL.sum(1, dtype=row_dtype).sum(dtype=torch.float64)
         self.fired = values_BL.amax(0) > 0 if len(values_BL) else self._is_on.any(0)
 
     def count(self) -> torch.Tensor:
@@ -123,7 +143,7 @@ class DenseLatents:
 
     def decoded(self, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
         out_BD = b_dec.repeat(len(self._values_BL), 1)
-        add_product(out_BD, self._values_BL, W_dec)
+        add_product(out_BD, self._values_BL.to(W_dec.dtype), W_dec)
         return out_BD
 
     def add_gradients(
@@ -136,9 +156,9 @@ class DenseLatents:
         grad_b_enc: torch.Tensor,
         grad_W_dec: torch.Tensor,
     ) -> None:
-        add_product(grad_W_dec, self._values_BL.T, d_x_hat_BD)
+        add_product(grad_W_dec, self._values_BL.to(W_dec.dtype).T, d_x_hat_BD)
         d_z_BL = (d_x_hat_BD @ W_dec.T).add_(penalty).mul_(self._is_on)
-        add_product(grad_W_enc, centred_BD.T, d_z_BL)
+        add_product(grad_W_enc, centred_BD.to(d_z_BL.dtype).T, d_z_BL)
         grad_b_enc += d_z_BL.sum(0, dtype=grad_b_enc.dtype)
 
     def add_products(
@@ -251,11 +271,3 @@ class CscLatentsGpu:
         unused = [torch.zeros(W_dec.shape, dtype=out_L.dtype, device=out_L.device) for _ in range(2)]
         self.add_gradients(W_dec, d_x_hat_BD, d_x_hat_BD, 0.0, unused[0].T, products_L, unused[1])
         out_L += factor_L * products_L
-
-
-def add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """out += left @ right; the operands have the type of `out`, or bfloat16."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right)
-    else:
-        out += left @ right

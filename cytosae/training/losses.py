@@ -19,8 +19,10 @@ Means are over the whole batch, for any size of the micro-batches and any number
 The product of the encoder is dense. The other four products are dense, or use the active latents only: for each
 micro-batch the faster way at its density is taken (latent_matrix.py). Both ways compute the same sums.
 
-On a GPU the host waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
-twice; batchtopk: four times), and twice per step: for the indices of dead latents, and for all terms of the loss.
+On a GPU, where a batch is one micro-batch if a sixteenth of the memory holds its dense (tokens, L) matrix, the host
+waits for the device once per micro-batch, for the number of active latents (jumprelu and gated:
+twice; batchtopk: four times), and once per step for all terms of the loss, with the number of latents that are dead
+behind it; where that number is not given to the next step, once more for their indices.
 Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead latents.
 """
 
@@ -34,14 +36,17 @@ from cytosae.sae import SparseAutoencoder
 from .batch_top_k import choose_largest
 from .dead_latents import dead_gradients
 from .distributed import ALONE, Ranks
+from .encoder_product import EncoderProduct
 from .latent_matrix import latents_of, parts_of
 from .nested import add_nested, nested_edges
 from .objective import Objective
+from .precision import float32_products
 from .residuals import Residuals, compare_reconstruction
 
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
-_MICRO_BATCH_BYTES_ON_GPU = 1 << 30
+_MICRO_BATCH_BYTES_ON_GPU = 1 << 30  # at least
+_SHARE_OF_GPU = 16  # of its memory; up to four such matrices are there at a time
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class BatchLosses:
     explained_variance_uncentered: float  # the same with sum ||x||^2, as in the log of the released code
     fired: torch.Tensor  # (L,) bool: active on at least one token of the batch
     threshold: float | None = None  # batchtopk: the smallest pre-activation that was kept
+    n_dead_next: int | None = None  # latents that are dead behind the step, if it was asked for
 
     @property
     def loss(self) -> float:
@@ -71,8 +77,11 @@ def loss_and_gradients(
     *,
     l1: float,
     dead_L: torch.Tensor | None = None,
+    n_dead: int | None = None,
+    silence: tuple[torch.Tensor, int] | None = None,
     token_scale: float = 1.0,
     ranks: Ranks = ALONE,
+    n_tokens: int | None = None,
     micro_batch: int | None = None,
     sparse_below: float | None = None,
 ) -> BatchLosses:
@@ -86,56 +95,95 @@ def loss_and_gradients(
         this rank's tokens: every rank gets gradients and losses of the whole batch
     l1 : weight of the sparsity term in this step, >= 0
     dead_L : (L,) bool, the dead latents; None: there are none
+    n_dead : how many they are, if it is known: then the host need not wait for it
+    silence : ((L,) int64 steps since each latent was active, the most for one that is not dead), both before this step:
+        count the latents that are dead behind it
     token_scale : factor that tokens are multiplied with first
-    micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: 1 GiB)
+    n_tokens : tokens of all ranks together, which several ranks must say; default: N
+    micro_batch : tokens per micro-batch; default: one dense (tokens, L) matrix has at most 256 MiB (GPU: a
+        sixteenth of its memory, at least 1 GiB)
     sparse_below : share of active entries, 0 to 1, below which work is sparse; default: where both ways take as long
 
     Returns
     -------
     The losses; NaN or infinite if the tokens or the weights are (the caller decides what to do).
     """
-    n, width, device = ranks.all_reduce_sum(len(tokens_ND)), tokens_ND.shape[1], tokens_ND.device
-    compute_dtype = objective.compute_dtype(model.W_dec.dtype)
-    micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, compute_dtype)
-    b_dec = model.b_dec.detach()
-    W_enc, b_enc, W_dec = (weight.detach().to(compute_dtype) for weight in (model.W_enc, model.b_enc, model.W_dec))
+    with float32_products(objective.precision, tokens_ND.device.type):
+        return _loss_and_gradients(
+            model,
+            tokens_ND,
+            objective,
+            l1=l1,
+            dead_L=dead_L,
+            n_dead=n_dead,
+            silence=silence,
+            token_scale=token_scale,
+            ranks=ranks,
+            n_tokens=n_tokens,
+            micro_batch=micro_batch,
+            sparse_below=sparse_below,
+        )
+
+
+def _loss_and_gradients(
+    model: SparseAutoencoder,
+    tokens_ND: torch.Tensor,
+    objective: Objective,
+    *,
+    l1: float,
+    dead_L: torch.Tensor | None,
+    n_dead: int | None,
+    silence: tuple[torch.Tensor, int] | None,
+    token_scale: float,
+    ranks: Ranks,
+    n_tokens: int | None,
+    micro_batch: int | None,
+    sparse_below: float | None,
+) -> BatchLosses:
+    n, width, device = n_tokens or len(tokens_ND), tokens_ND.shape[1], tokens_ND.device
+    dtypes = objective.dtypes(model)
+    compute_dtype = dtypes.others
+    micro_batch = micro_batch or _micro_batch(len(tokens_ND), model, dtypes.p)
+    b_dec, W_dec = model.b_dec.detach(), model.W_dec.detach().to(compute_dtype)
+    encoder = EncoderProduct(model, dtypes)
     grads = _zeroed_gradients(model)
-    dead = dead_gradients(model, dead_L, objective)
+    dead = dead_gradients(model, dead_L, objective, n_dead)
     magnitudes = _MagnitudeGradients(model) if model.activation == "gated" else None
     penalty = l1 / n if model.activation == "relu" else 0.0
     totals = _Totals(n, width, model.n_latents, device)
     sums = totals.by_name
     # one buffer for all micro-batches: fresh memory would cost a page fault per page
-    pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=compute_dtype, device=device)
+    pre_acts_buffer = torch.empty(min(micro_batch, len(tokens_ND)), model.n_latents, dtype=dtypes.p, device=device)
     edges = nested_edges(objective.nested, model.n_latents)
     starts = range(0, len(tokens_ND), micro_batch)
 
-    def centred(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens x of a micro-batch, and x - b_dec."""
+    def tokens(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens x of a micro-batch, and the encoder's operand of them."""
         x_BD = tokens_ND[starts[number] : starts[number] + micro_batch].float()
         if token_scale != 1:
             x_BD = x_BD * token_scale
-        return x_BD, torch.sub(x_BD, b_dec, out=torch.empty_like(x_BD, dtype=compute_dtype))  # rounded in the same pass
+        return x_BD, encoder.operand(x_BD)
 
-    def encoded(centred_BD: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(b_enc, centred_BD, W_enc, out=pre_acts_buffer[: len(centred_BD)])
+    def encoded(operand: torch.Tensor) -> torch.Tensor:
+        return encoder.pre_activations(operand, pre_acts_buffer[: len(operand)])
 
     largest = None
     if model.activation == "batchtopk":
         assert model.k is not None
-        largest = choose_largest(lambda i: encoded(centred(i)[1]), len(starts), k=model.k, n=n, ranks=ranks)
+        largest = choose_largest(lambda i: encoded(tokens(i)[1]), len(starts), k=model.k, n=n, ranks=ranks)
         if largest is None:
             return _not_finite(totals.fired)
 
     for number in range(len(starts)):
         # encoder: pre-activations p, then latents z
-        x_BD, centred_BD = centred(number)
-        p_BL = encoded(centred_BD) if largest is None else pre_acts_buffer[: len(x_BD)]
-        p_dead_BK = None
+        x_BD, operand = tokens(number)
+        centred_BD = encoder.centred(x_BD, operand)
+        p_BL = encoded(operand) if largest is None else pre_acts_buffer[: len(x_BD)]
+        z_dead_BK = None
         if dead is not None and (largest is None or len(starts) == 1):
-            p_dead_BK = p_BL[:, dead.latents].to(b_dec.dtype)
+            z_dead_BK = dead.take(p_BL, dead.latents)
         elif dead is not None:  # of the others the largest are known
-            p_dead_BK = torch.addmm(b_enc[dead.latents], centred_BD, W_enc[:, dead.latents]).to(b_dec.dtype)
+            z_dead_BK = dead.take(encoder.of_latents(operand, dead.latents), None)
         near = gate = None  # these read p, which becomes z in place
         if model.activation == "jumprelu":
             threshold_L = model.log_threshold.detach().exp()
@@ -193,13 +241,13 @@ def loss_and_gradients(
                 sums["sparsity"] += penalty * part.total
 
         # dead latents
-        if dead is not None and p_dead_BK is not None:
+        if dead is not None and z_dead_BK is not None:
             error_BD = x_hat_BD - x_BD
-            dead.add(p_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
+            dead.add(z_dead_BK, centred_BD, -error_BD, error_BD.square() * w_B1, w_B1, n_values=n * width)
 
     if dead is not None:
         sums["dead"] += dead.loss
-    total = totals.reduced(ranks)
+    total = totals.reduced(ranks, silence)
     if magnitudes is not None:
         magnitudes.add_to(grads)
     if dead is not None:
@@ -219,6 +267,7 @@ def loss_and_gradients(
         explained_variance_uncentered=_explained(total["error"], total["square"]),
         fired=totals.fired,
         threshold=None if largest is None else largest.threshold,
+        n_dead_next=None if silence is None else int(total["dead_next"]),
     )
 
 
@@ -243,12 +292,19 @@ class _Totals:
         self.by_name["square"] += residuals.square
         self._mean_D += residuals.x_sum_D / self._n
 
-    def reduced(self, ranks: Ranks) -> dict[str, float]:
-        """The sums over all ranks, and `square_of_mean`, ||mean(x)||^2. Waits for the device."""
+    def reduced(self, ranks: Ranks, silence: tuple[torch.Tensor, int] | None = None) -> dict[str, float]:
+        """The sums over all ranks; `square_of_mean`, ||mean(x)||^2; and `dead_next`. Waits for the device, once."""
         ranks.all_reduce_sum_(self._values, self._mean_D)
         ranks.all_reduce_any_(self.fired)
-        values = torch.cat([self._values, self._mean_D.square().sum()[None]]).tolist()
-        return dict(zip((*self.NAMES, "square_of_mean"), values, strict=True))
+        values = torch.cat([self._values, self._mean_D.square().sum()[None], self._dead_next(silence)]).tolist()
+        return dict(zip((*self.NAMES, "square_of_mean", "dead_next")[: len(values)], values, strict=True))
+
+    def _dead_next(self, silence: tuple[torch.Tensor, int] | None) -> torch.Tensor:
+        """(1,): the number of dead latents behind the step; (0,) if it was not asked for."""
+        if silence is None:
+            return self._values[:0]
+        steps_L, most = silence
+        return ((steps_L + 1 > most) & ~self.fired).sum().double()[None]
 
 
 class _MagnitudeGradients:
@@ -273,12 +329,21 @@ class _MagnitudeGradients:
         grads["b_mag"] += self.grads["b_enc"]
 
 
-def _micro_batch(n: int, model: SparseAutoencoder, compute_dtype: torch.dtype) -> int:
+def _micro_batch(n: int, model: SparseAutoencoder, p_dtype: torch.dtype) -> int:
     """Tokens per micro-batch, of n; on a GPU all of equal size, so that none is too small to use the GPU well."""
     is_on_gpu = model.W_enc.device.type == "cuda"
-    n_bytes = _MICRO_BATCH_BYTES_ON_GPU if is_on_gpu else _MICRO_BATCH_BYTES
-    most = max(1, n_bytes // (compute_dtype.itemsize * model.n_latents))
+    n_bytes = _micro_batch_bytes_on_gpu(model.W_enc.device) if is_on_gpu else _MICRO_BATCH_BYTES
+    most = max(1, n_bytes // (p_dtype.itemsize * model.n_latents))
     return math.ceil(n / math.ceil(n / most)) if is_on_gpu and n else most
+
+
+def _micro_batch_bytes_on_gpu(device: torch.device) -> int:
+    """A sixteenth of the card's memory, so that a whole batch is one micro-batch where it fits: fewer waits.
+
+    Of all its memory, not of what is free: a run that is continued on such a card must cut its batches in the same way.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    return max(_MICRO_BATCH_BYTES_ON_GPU, total // _SHARE_OF_GPU)
 
 
 def _zeroed_gradients(model: SparseAutoencoder) -> dict[str, torch.Tensor]:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
+from cytosae.sae import SparseAutoencoder, TrainConfig
 
-from cytosae.sae import TrainConfig
+from .precision import Dtypes, dtypes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,6 @@ class Objective:
             precision=config.precision,
         )
 
-    def compute_dtype(self, weights_dtype: torch.dtype) -> torch.dtype:
-        """Type of the operands of matrix products: bfloat16 for "bf16", otherwise that of the weights."""
-        return torch.bfloat16 if self.precision == "bf16" else weights_dtype
+    def dtypes(self, model: SparseAutoencoder) -> Dtypes:
+        """Types of what a step multiplies, on the device of the model."""
+        return dtypes_of(self.precision, model.activation, model.W_dec.dtype, model.W_dec.device.type)

@@ -1,22 +1,27 @@
-"""The state of a training run between two steps, in memory and on disk: all that is needed to continue it."""
+"""The state of a training run between two steps, in memory and on disk: all that is needed to continue it.
 
+When a state is written, and by whom, is said in saving.py.
+"""
+
+import errno
 import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import pyarrow as pa
 import torch
 
-from cytosae.sae import SparseAutoencoder, TrainConfig, load_tensors, save_tensors
+from cytosae.sae import SparseAutoencoder, TrainConfig, load_tensors
 from stores.errors import DamagedStore
 from stores.files import write_atomic
 from stores.tables import read_sealed, sealed_parquet
 
 from .budget import Budget
 from .penalty import Penalty
+from .state_file import crc_of, n_bytes_of, write_tensors
 
 Metrics = dict[str, float | None]  # a row of metrics.parquet; None: not known yet
 _WHOLE = ("step", "tokens", "dead_window_tokens", "n_dead")
@@ -48,13 +53,35 @@ def new_optimizer(model: SparseAutoencoder, config: TrainConfig) -> torch.optim.
     return torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
 
 
+def state_bytes(width: int, config: TrainConfig) -> int:
+    """Bytes of a saved state: weights and Adam's two moments, and the counters."""
+    with torch.device("meta"):  # shapes without memory
+        model = new_model(width, config)
+    return sum(3 * 4 * weight.numel() for weight in model.parameters()) + 8 * model.n_latents
+
+
 def states(root: Path) -> list[Path]:
     """The saved states of a run, the newest first."""
     return sorted((root / "state").glob("state-*.safetensors"), reverse=True)
 
 
-def save_state(root: Path, state: TrainState, *, keep: int) -> None:
-    """Write a state, atomically and with a checksum, and remove all but the newest `keep` states."""
+@dataclass(frozen=True)
+class Snapshot:
+    """A state at one step, as it is written."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]  # by their names in the file; on any device
+    metrics: list[Metrics]
+    ready: Any = None  # on a GPU the torch.cuda.Event behind which the tensors may be read
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all values."""
+        return n_bytes_of(self.tensors)
+
+
+def look_at(state: TrainState) -> Snapshot:
+    """The state without a copy: the next step changes what is seen."""
     tensors = {f"model.{name}": value.detach() for name, value in state.model.state_dict().items()}
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state.get(parameter, {})
@@ -65,12 +92,48 @@ def save_state(root: Path, state: TrainState, *, keep: int) -> None:
         tensors["penalty"] = state.penalty.to_tensor()
     if state.budget.checks:
         tensors["budget"] = state.budget.to_tensor()
-    tensors = {name: value.contiguous().cpu() for name, value in tensors.items()}
-    write_metrics(root, state.metrics)
-    metadata = {"cyto": json.dumps({"step": state.step, "crc32c": _crc(tensors)})}
-    save_tensors(root / "state" / f"state-{state.step:09d}.safetensors", tensors, metadata)
+    return Snapshot(state.step, tensors, list(state.metrics))
+
+
+def save_state(root: Path, state: TrainState, *, keep: int) -> None:
+    """Write a state, atomically and with a checksum, and remove all but the newest `keep` states."""
+    write_state(root, look_at(state), keep=keep)
+
+
+def write_state(root: Path, found: Snapshot, *, keep: int) -> None:
+    """Write a snapshot as the newest state, atomically and with a checksum, and remove all but the newest `keep`.
+
+    Where the disk is full, all but the newest of the older states go first.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; the newest state before it is still there.
+    """
+    path = root / "state" / f"state-{found.step:09d}.safetensors"
+    for later in (other for other in states(root) if other.name > path.name):
+        later.unlink(missing_ok=True)  # damaged: `load_state` went back behind it
+    try:
+        _write(root, path, found)
+    except OSError as error:
+        spare = [other for other in states(root) if other != path][1:]
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not spare:
+            raise
+        for other in spare:
+            other.unlink(missing_ok=True)
+        _write(root, path, found)
+    trim_states(root, keep=keep)
+
+
+def _write(root: Path, path: Path, found: Snapshot) -> None:
+    write_metrics(root, found.metrics)  # first: a state has all rows up to its step
+    write_tensors(path, found.tensors, {"step": found.step}, found.ready)
+
+
+def trim_states(root: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` states."""
     for path in states(root)[keep:]:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def remove_states(root: Path) -> None:
@@ -114,21 +177,13 @@ def _newest(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None
     for path in states(root):
         try:
             tensors, metadata = load_tensors(path)
-            if json.loads(metadata["cyto"])["crc32c"] == _crc(tensors):
+            if json.loads(metadata["cyto"])["crc32c"] == crc_of(tensors):
                 return tensors, metadata
             reason = "its checksum does not fit"
         except (DamagedStore, KeyError, ValueError) as error:
             reason = str(error)
         _log.warning("%s is damaged (%s); continuing from the state before it", path, reason)
     return None
-
-
-def _crc(tensors: dict[str, torch.Tensor]) -> str:
-    """CRC32C over all values, by name."""
-    crc = 0
-    for name in sorted(tensors):
-        crc = google_crc32c.extend(crc, tensors[name].reshape(-1).numpy())
-    return f"{crc:08x}"
 
 
 def _read_metrics(root: Path) -> Iterator[Metrics]:

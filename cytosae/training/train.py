@@ -13,6 +13,7 @@ import math
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_config, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
-from stores.devices import resolve_device
+from stores.devices import is_out_of_memory, memory_told, resolve_device
 from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
@@ -38,16 +39,28 @@ from .clipping import clip_gradients_
 from .data import TrainingData, first_position, first_tokens, initial_b_dec, open_data, require_start, token_scale
 from .dead_latents import resample
 from .device_prefetch import on_device
-from .distributed import ALONE, Ranks, joined_ranks
+from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_steps, joined_ranks
 from .evaluate import measure_held_out
 from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective
-from .penalty import begin_steering
+from .penalty import Penalty, begin_steering
+from .precision import check_precision, precision_lines
 from .report import TrainReport
+from .saving import MOST_STATE_GB, Saver, SaveRule, space_warnings
 from .start import open_start, seen_before, start_spec, take_weights_, trained_on_before
-from .state import Metrics, TrainState, load_state, new_model, new_optimizer, remove_states, save_state, write_metrics
+from .state import (
+    Metrics,
+    TrainState,
+    load_state,
+    new_model,
+    new_optimizer,
+    remove_states,
+    state_bytes,
+    write_metrics,
+)
+from .triton_ready import require_triton
 
 Progress = Callable[[int, int, Metrics], None]  # tokens done, tokens in all, the newest metrics
 
@@ -66,6 +79,10 @@ class Diverged(BadInput):
         self.step = step
 
 
+@memory_told(
+    "Lower --expansion or --batch-tokens, with another -o, or end what else uses this memory: then the same command "
+    "continues from the last saved state"
+)
 def train(
     caches: Sequence[Path | str] | Path | str,
     run: Path | str,
@@ -75,8 +92,10 @@ def train(
     init_from: Path | str | None = None,
     assume_compatible: bool = False,
     device: str = "auto",
-    checkpoint_every: int = 500,
+    save_every: float | None = None,
+    checkpoint_every: int | None = None,
     keep_states: int = 2,
+    most_state_gb: float = MOST_STATE_GB,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
     logger: str | None = None,
@@ -86,8 +105,9 @@ def train(
     """Train an SAE on `caches` and write it to the folder `run`; the same call continues an interrupted run.
 
     Under torchrun all processes train one SAE together: each works on its slice of every batch, and rank 0 writes.
-    Memory: the weights four times (weights, gradients, Adam's two moments), one pool of `pool_chunks` chunks, and dense
-    latents of one micro-batch (256 MiB to 1 GiB; see `loss_and_gradients`).
+    Memory: the weights four times (weights, gradients, Adam's two moments), and three times more while a state is
+    saved, if there is room (saving.py); one pool of `pool_chunks` chunks, and dense latents of one micro-batch (256 MiB
+    to 1 GiB; see `loss_and_gradients`).
 
     Parameters
     ----------
@@ -97,8 +117,10 @@ def train(
     init_from : folder of a finished or imported SAE, whose weights the run begins with (start.py)
     assume_compatible : accept an imported SAE there, which does not say on which tokens it was trained
     device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
-    checkpoint_every : steps between two saved states
+    save_every : seconds between two saved states; default: 120, or not by time if `checkpoint_every` is given
+    checkpoint_every : steps between two saved states; default: not by steps
     keep_states : number of saved states that are kept while the run is unfinished
+    most_state_gb : 10^9 bytes that they may take; where they are larger, fewer are kept, at least one
     inputs : files that the caller has read, which `run` must not overwrite
     logger : "tensorboard" or "wandb": also send the metrics there
     say : called with lines of text, on rank 0: the plan before the first step, the expected time after a few
@@ -117,11 +139,18 @@ def train(
         If a cache is unfinished, or a chunk of it is missing or damaged.
     StoreUnreachable
         If a URL cannot be read any longer; the state is saved before.
+    OSError
+        If three states in a row, or the finished run, cannot be written, for instance because the disk is full.
+    OtherProcessStopped
+        If another process of torchrun stops; the state is saved before.
+    OutOfMemory
+        If the memory of the GPU or of the machine is not enough; the state is saved before.
     Diverged
         If the loss or a weight becomes NaN or infinite; the last saved state is kept.
     BadInput
         If the settings do not fit the tokens or the device.
     """
+    rule = SaveRule.of(save_every, checkpoint_every, keep_states, most_state_gb)
     config, device, run = config or make_config(), resolve_device(device), Path(run)
     with joined_ranks(device) as ranks, ExitStack() as stack:
         data = open_data(caches, config, exclude=exclude)
@@ -135,8 +164,10 @@ def train(
                 warnings = (f"{n_seen:,} held-out images were trained on by the SAE that this one goes on from",)
         plan = plan_training(data, run, config, start=start)
         warnings = (*plan.choices.warnings, *warnings)
+        n_bytes = [plan.state_bytes]
+        saver = Saver(rule.within(n_bytes))
         training = begin_training(
-            plan, stack, device=device, ranks=ranks, keep_states=keep_states, overwrite=overwrite, inputs=inputs
+            plan, stack, device=device, ranks=ranks, saver=saver, overwrite=overwrite, inputs=inputs
         )
         if training is None:
             found = load_sae(run, device="cpu").header  # raises DamagedStore if the finished run is damaged
@@ -145,8 +176,10 @@ def train(
             opened = open_logger(logger, run, plan.header, first_step=training.step)
             training.loggers.append(stack.enter_context(opened))
         say = say if ranks.is_first else lambda line: None
-        for line in plan.lines():
+        for line in (*plan.lines(), *precision_lines(plan.config.precision, device)):
             say(line)
+        for warning in space_warnings(run, saver.rule, n_bytes):
+            say(f"warning: {warning}")
         clock = StepClock(plan.config, training.step, plan.n_steps)
         batches = on_device(
             plan.data.stream.batches(
@@ -154,15 +187,19 @@ def train(
             ),
             device,
         )
+        # torchrun's signals reach its processes at different places of a step: all of them stop behind it
+        raise_if_interrupted = stack.enter_context(interrupted_between_steps(ranks))
         try:
             while not training.is_over:
+                raise_if_interrupted()
                 train_step(training, next(batches), progress)
                 for line in clock.lines(training.step):
                     say(line)
-                if training.step % checkpoint_every == 0 and not training.is_over:
-                    save_training(training)
-        except (KeyboardInterrupt, StoreUnreachable):
-            save_training(training)
+                if not training.is_over and is_save_due(training):
+                    begin_save(training)
+        except BaseException as error:
+            if is_worth_saving(error, training):
+                save_training(training)
             raise
         header = finish_training(training)
     return _report(plan, header, device, ranks, warnings, was_complete=False)
@@ -198,8 +235,11 @@ def train_step(
         training.objective,
         l1=config.l1_at(state.step, None if state.penalty is None else state.penalty.weight),
         dead_L=state.steps_since_fired > config.dead_after_steps,
+        n_dead=training.n_dead,
+        silence=(state.steps_since_fired, config.dead_after_steps) if _must_wait_for(tokens) else None,
         token_scale=state.token_scale,
         ranks=ranks,
+        n_tokens=config.batch_tokens,
     )
     if not math.isfinite(losses.loss):
         raise Diverged(
@@ -211,10 +251,12 @@ def train_step(
 
     is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0
+    training.is_whole = False
     with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
         # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
         state.steps_since_fired.masked_fill_(losses.fired, 0)
+        training.n_dead = losses.n_dead_next
         if losses.threshold is not None:
             threshold = model.threshold
             threshold += (_THRESHOLD_WEIGHT if state.step else 1.0) * (losses.threshold - threshold)
@@ -251,15 +293,18 @@ def train_step(
                 *(model, optimizer, dead_L, tokens, draws),
                 token_scale=state.token_scale,
                 ranks=ranks,
+                n_tokens=config.batch_tokens,
                 micro_batch=_RESAMPLE_MICRO_BATCH,
             )
             state.steps_since_fired[dead_L] = 0
+            training.n_dead = None
 
         # 5. A row of metrics.
         if is_logged:
             n_tokens = (state.step - training.logged_step) * config.batch_tokens
             rate = n_tokens / (time.perf_counter() - training.logged_at)
             state.metrics.append(_metrics_row(training, losses, tokens_per_second=rate))
+        training.is_whole = True
 
     if is_logged:
         training.logged_step, training.logged_at = state.step, time.perf_counter()
@@ -289,6 +334,11 @@ class TrainPlan:
         """The settings, with numbers where they were `auto`, except for tokens."""
         return self.choices.config
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a saved state."""
+        return state_bytes(self.data.width, self.config)
+
     def lines(self) -> Iterator[str]:
         """Tokens, passes and steps, the reasons for what was chosen, and what is doubtful."""
         yield from plan_lines(self.choices, self.data, self.n_steps)
@@ -304,11 +354,16 @@ class Training:
     ranks: Ranks
     output: Output  # where the run is written
     state: TrainState
-    keep_states: int  # saved states that stay on disk
+    saver: Saver  # writes the states; the SAEs of a sweep share one
     logged_step: int  # the step of the last row of metrics,
     logged_at: float  # and its time.perf_counter(), for tokens per second
+    saved_at: float  # `saver.now()` when a state was last saved, or the run was opened
+    n_dead: int | None = (
+        None  # dead latents before the next step; None: not known (on a GPU the host would wait for it)
+    )
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
+    is_whole: bool = True  # False while a step changes the state
 
     @property
     def objective(self) -> Objective:
@@ -388,13 +443,13 @@ def begin_training(
     *,
     device: str,
     ranks: Ranks = ALONE,
-    keep_states: int = 2,
+    saver: Saver | None = None,
     overwrite: bool = False,
     inputs: tuple[Path, ...] = (),
 ) -> Training | None:
     """Open the folder of the run and its newest state, or make a new one. None if the run is complete already.
 
-    No other process can open the run until `stack` is closed.
+    No other process can open the run until `stack` is closed; then what `saver` was writing is on the disk.
 
     Raises
     ------
@@ -403,17 +458,26 @@ def begin_training(
     SpecMismatch
         As `train`.
     """
-    precision = plan.config.precision
-    if precision != "fp32" and not device.startswith("cuda"):
-        raise BadInput(f"precision {precision!r} is for GPUs; found device {device!r}. Use precision fp32")
+    check_precision(plan.config.precision, device)
+    if device.startswith("cuda"):
+        require_triton(device)
+    if plan.config.batch_tokens < ranks.size:
+        raise BadInput(f"batch_tokens must be at least one for each process; found {plan.config.batch_tokens} tokens")
+    ranks.require_equal(plan.header.identity, "data or settings")
     output: Output = ranks.broadcast(
         _open_folder(plan, stack, device, ranks, overwrite, inputs) if ranks.is_first else None
     )
     if output.is_complete:
         return None
-    state = load_state(output.work, plan.data.width, plan.config, device) or _initial_state(plan, device)
+    saved = load_state(output.work, plan.data.width, plan.config, device)
+    ranks.require_equal(saved.step if saved else None, "saved states, by their steps")
+    state = saved or _initial_state(plan, device, ranks)
     watch = Watch(plan.data, plan.config, device, ranks) if plan.config.tokens == "auto" else None
-    return Training(plan, device, ranks, output, state, keep_states, state.step, time.perf_counter(), watch)
+    saver = saver or Saver()
+    stack.callback(saver.close)  # before the folder is released
+    return Training(
+        plan, device, ranks, output, state, saver, state.step, time.perf_counter(), saver.now(), watch=watch
+    )
 
 
 def _open_folder(
@@ -443,12 +507,14 @@ def _open_folder(
     return output
 
 
-def _initial_state(plan: TrainPlan, device: str) -> TrainState:
+def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
     """Step 0: seeded weights and b_dec from the first tokens of the stream, or the SAE that the run goes on from; and
     from these tokens a penalty that is to be steered.
+
+    What follows from the tokens is computed on rank 0 only, and told to the others.
     """
     data, config = plan.data, plan.config
-    scale = token_scale(data, config)
+    scale, b_dec = ranks.broadcast(_from_tokens(plan, device) if ranks.is_first else None)
     model = new_model(data.width, config)
     if plan.start is not None:
         take_weights_(model, plan.start, scale)
@@ -456,23 +522,67 @@ def _initial_state(plan: TrainPlan, device: str) -> TrainState:
         draws = torch.Generator().manual_seed(config.seed)
         model.init_weights(draws, threshold=config.jump_threshold, init=config.init)
         with torch.no_grad():
-            model.b_dec.copy_(initial_b_dec(data, config) * scale)
-    penalty = None
-    if config.is_steered:
-        tokens_ND = first_tokens(data, config) * scale
-        penalty = begin_steering(model, config, tokens_ND, goes_on=plan.start is not None)
+            model.b_dec.copy_(b_dec * scale)
     model.to(device)
+    penalty = ranks.broadcast(_first_penalty(plan, model, scale, device) if ranks.is_first else None)
+    ranks.broadcast_(*model.state_dict().values())  # drawn on each rank, whose processors may round differently
     steps_since_fired = torch.zeros(model.n_latents, dtype=torch.int64, device=device)
     return TrainState(model, new_optimizer(model, config), steps_since_fired, scale, 0, [], penalty)
+
+
+def _from_tokens(plan: TrainPlan, device: str) -> tuple[float, torch.Tensor | None]:
+    """The factor of the tokens, and b_dec unless it comes from another SAE."""
+    b_dec = initial_b_dec(plan.data, plan.config, device) if plan.start is None else None
+    return token_scale(plan.data, plan.config), b_dec
+
+
+def _first_penalty(plan: TrainPlan, model: SparseAutoencoder, scale: float, device: str) -> Penalty | None:
+    """The penalty that is to be steered, if so; jumprelu also gets its first thresholds, in place."""
+    if not plan.config.is_steered:
+        return None
+    tokens_ND = first_tokens(plan.data, plan.config, device) * scale
+    return begin_steering(model, plan.config, tokens_ND, goes_on=plan.start is not None)
 
 
 # -------------------------------------------------------------------------------------- after the last step
 
 
-def save_training(training: Training) -> None:
-    """Write the state, from which `begin_training` continues."""
+def is_save_due(training: Training) -> bool:
+    """Is the state to be saved now? Only on rank 0, which needs nothing of the others for it."""
+    return training.ranks.is_first and training.saver.is_due(training.step, training.saved_at)
+
+
+def begin_save(training: Training) -> None:
+    """Copy the state, which a thread writes while training goes on.
+
+    Raises
+    ------
+    OSError
+        If several states in a row could not be written.
+    """
     if training.ranks.is_first:
-        save_state(training.output.work, training.state, keep=training.keep_states)
+        training.saved_at = training.saver.now()
+        training.saver.begin(training.output.work, training.state)
+
+
+def save_training(training: Training) -> None:
+    """Write the state, from which `begin_training` continues, before this returns."""
+    if training.ranks.is_first:
+        training.saver.save_now(training.output.work, training.state)
+
+
+def is_worth_saving(error: BaseException, training: Training) -> bool:
+    """Has the run been stopped by something that passes, with a state between two steps? Frees the memory of the step.
+
+    Not where the loss is no longer finite: what comes from such a state is not, either.
+    """
+    if is_out_of_memory(error):
+        traceback.clear_frames(error.__traceback__)  # which hold the matrices of the step
+        if training.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    elif not isinstance(error, KeyboardInterrupt | StoreUnreachable | OtherProcessStopped):
+        return False
+    return training.is_whole
 
 
 def finish_training(training: Training) -> Header:
@@ -485,6 +595,7 @@ def finish_training(training: Training) -> Header:
     """
     plan, state, root = training.plan, training.state, training.output.work
     data, config, model = plan.data, plan.config, state.model
+    training.saver.wait(root)
     require_unchanged(*(store.header for store in data.stores), *([plan.start.header] if plan.start else []))
     model.fold_decoder_norm()
     if state.token_scale != 1:
@@ -493,6 +604,10 @@ def finish_training(training: Training) -> Header:
         raise Diverged(
             "a weight became NaN or infinite in the last step; lower --lr, and train again with --overwrite", state.step
         )
+    held_out = None
+    if any(mask.any() for mask in data.chosen.held_out):
+        held_out = measure_held_out(model, data, config, device=training.device, ranks=training.ranks)
+    training.ranks.barrier()  # none of them has found a cache changed
     if training.ranks.is_first:
         write_metrics(root, state.metrics)
         n_tokens = state.step * config.batch_tokens
@@ -510,8 +625,8 @@ def finish_training(training: Training) -> Header:
             summary["penalty"] = state.penalty.to_summary(state.metrics)
         if training.watch is not None:
             summary["budget"] = state.budget.to_summary()
-        if any(mask.any() for mask in data.chosen.held_out):
-            summary["held_out"] = measure_held_out(model, data, config, device=training.device)
+        if held_out is not None:
+            summary["held_out"] = held_out
             write_atomic(root / "held_out.parquet", parquet_bytes(data.held_out_table()))
         save_sae(root, model, plan.header, summary)
         sync_tree(root)
@@ -544,6 +659,11 @@ def _report(
 
 
 # ------------------------------------------------------------------------------------------- used by a step
+
+
+def _must_wait_for(tokens: torch.Tensor) -> bool:
+    """Does the host wait when it reads a number from the device of these tokens?"""
+    return tokens.is_cuda
 
 
 @torch.no_grad()

@@ -159,3 +159,26 @@ def test_the_pinned_buffer_is_not_written_over_before_its_batch_has_left(monkeyp
     for found, batch in zip(taken_in, given, strict=True):
         assert np.array_equal(found.numpy(), batch)
     assert cuda.log == ["pin"] * 2 + ["wait", "record"] * 5  # one buffer as long as batches are of one size
+
+
+@pytest.mark.parametrize(
+    ("gib", "precision", "wanted"),
+    [(80, "fp32", 16_448), (80, "bf16", 16_448), (24, "bf16", 8_224), (24, "fp32", 5_483), (8, "fp32", 4_112)],
+)
+def test_a_batch_is_one_micro_batch_where_a_sixteenth_of_the_gpu_holds_it(
+    gib: int, precision: str, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all memory, whatever else is on the card; else parts of equal size. On fake CUDA tensors."""
+    from types import SimpleNamespace
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cytosae.sae import SparseAutoencoder
+    from cytosae.training import losses
+
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = SparseAutoencoder(768, 49_152)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        assert losses._micro_batch(16_448, model, dtype) == wanted

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ if not HAS_GPU:
 pytest.importorskip("triton", reason="triton is not installed (it comes with torch's CUDA builds)")
 
 import test_variants  # noqa: E402
+from gpu_waits import waits_of_the_host  # noqa: E402
 from objectives import L1, NAMES, OBJECTIVES  # noqa: E402
 from reference import Array  # noqa: E402
 from sae_variants import make_model  # noqa: E402
@@ -27,10 +27,16 @@ from sae_variants import make_model  # noqa: E402
 from cytosae.sae import SparseAutoencoder  # noqa: E402
 from cytosae.training import (  # noqa: E402
     Objective,
+    batch_top_k,
+    dead_latents,
+    dead_passes,
     kernels_cpu,
     kernels_gpu,
     latent_matrix,
     losses,
+    nested,
+    objective,
+    precision,
     remove_parallel_gradient,
     residuals,
 )
@@ -205,26 +211,34 @@ COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from cytosae import gpu_kernels as g
+from cytosae.training import kernels_gpu as g
 
 def compiled(kernel, types, **constants):
     signature = dict(zip(kernel.arg_names, types.split() + ["constexpr"] * len(constants), strict=True))
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32))
 
-for half in ("*bf16", "*fp32"):
-    compiled(g._mark, f"{half} *i32 *i32 i32 i32", WORDS=g._WORDS)
+def no_spills(kernel):
+    assert ".local" not in kernel.asm["ptx"]  # registers hold all of it
+
+for half in ("*bf16", "*fp16", "*fp32"):
+    compiled(g._mark, f"{half} *i32 *i32 fp32 i32 i32", WORDS=g._WORDS)
     compiled(g._take, f"{half} *i32 *i64 *i32 *fp32 i32 i32", WORDS=4 * g._WORDS)
     compiled(
         g._compare, f"*fp32 *fp32 *fp32 fp32 {half} *fp32 *fp64 *fp64 i32 i32",
         TOKENS=g._TOKENS, BLOCK=1024,
     )
     compiled(g._add_decoded, f"*i64 *i32 *fp32 {half} *fp32 i32", ROWS=g._ROWS, COLUMNS=g._COLUMNS)
+    others = "*fp32" if half == "*fp32" else "*bf16"
     compiled(
         g._add_gradients,
-        f"*i64 *i32 *fp32 *i64 *i64 *i64 {half} {half} {half} fp32 *fp32 *fp32 *fp32 *fp32 i32 i32",
+        f"*i64 *i32 *fp32 *i64 *i64 *i64 {others} {others} {half} fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32",
         PART=g.PART, PAIRS=g._PAIRS, BLOCK=1024,
     )
+    dead = {"TOKENS": g._DEAD_TOKENS, "ROWS": g._DEAD_ROWS, "BLOCK": g._DEAD}
+    no_spills(compiled(g._exp_of, f"{half} *i32 {others} i32 i32 i32 i32", **dead))
+    for is_exp in (True, False):
+        no_spills(compiled(g._times_slope, f"{others} {others} *fp32 i32 i32", IS_EXP=is_exp, **dead))
 compiled(g._add_parts, "*i64 *fp32 *fp32 *fp32 *fp32 i32", BLOCK=1024)
 compiled(
     g._update, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32",
@@ -248,8 +262,95 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> latent_matrix.Latents:
         return latent_matrix.CscLatentsGpu(kernels_gpu.take_active(values_BL, kernels_gpu.mark_active(values_BL)))
 
-    monkeypatch.setattr(losses, "latents_of", latents_of)
-    monkeypatch.setattr(losses, "compare_reconstruction", residuals.compare_in_one_pass)
+    def piece_above(p_BL: torch.Tensor, bound: float) -> batch_top_k._GpuPiece:
+        found = kernels_gpu.take_by_token(p_BL, kernels_gpu.mark_active(p_BL, bound))
+        return batch_top_k._GpuPiece(found, p_BL.shape[1])
+
+    for module in (losses, latent_matrix):
+        monkeypatch.setattr(module, "latents_of", latents_of)
+    for module in (losses, nested):
+        monkeypatch.setattr(module, "compare_reconstruction", residuals.compare_in_one_pass)
+    monkeypatch.setattr(batch_top_k, "_piece_above", piece_above)
+    monkeypatch.setattr(batch_top_k, "_largest", lambda values, n: values.topk(min(n, len(values))).values)
+    monkeypatch.setattr(latent_matrix, "SPARSE_BELOW_ON_GPU", 2.0)
+    monkeypatch.setattr(dead_latents, "exp_of", dead_passes.exp_in_one_pass)
+    monkeypatch.setattr(dead_latents, "times_slope_", dead_passes.times_in_one_pass_)
+    of_gpu = precision.dtypes_of
+    monkeypatch.setattr(
+        objective, "dtypes_of", lambda name, activation, weights, _: of_gpu(name, activation, weights, "cuda")
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(300, 1_100, 703), (1, 5, 1), (257, 513, 513), (0, 9, 4)])
+def test_the_passes_for_dead_latents_at_real_block_sizes(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Several blocks of tokens and columns, the last ones not full: equal to PyTorch's operations, sums to 1e-6."""
+    n_tokens, n_latents, n_dead = size
+    rng = np.random.default_rng(0)
+    p = torch.from_numpy(rng.normal(-1, 2, (n_tokens, n_latents))).to(DEVICE, dtype)
+    columns = torch.from_numpy(np.sort(rng.permutation(n_latents)[:n_dead])).to(DEVICE)
+    n_columns = -(-n_dead // 16) * 16
+    short = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    rounding = {"rtol": 1e-6 if short == torch.float32 else 2**-7, "atol": 0}  # the interpreter cuts, it does not round
+    for given in (columns, None):
+        n_out = n_columns if given is not None else n_latents
+        wanted = dead_passes.exp_plainly(p.clone(), given, torch.float32, n_out)
+        found = dead_passes.exp_in_one_pass(p, given, short, n_out)
+        assert found.dtype == short
+        torch.testing.assert_close(found.float(), wanted, **rounding)
+    z = dead_passes.exp_in_one_pass(p, columns, short, n_columns)
+    for slope, of_z in (("exp", z), ("relu", z - 0.5)):
+        d_z = torch.from_numpy(rng.normal(size=(n_tokens, n_columns))).to(DEVICE, short)
+        exact = d_z.double() * (of_z.double() if slope == "exp" else of_z > 0)
+        given_memory = d_z.data_ptr()
+        d_p, sums = dead_passes.times_in_one_pass_(d_z, of_z, slope)
+        assert d_p.data_ptr() == given_memory
+        torch.testing.assert_close(d_p.double(), exact, **rounding)
+        torch.testing.assert_close(
+            sums.double(), exact.sum(0), rtol=0, atol=1e-6 * float(exact.abs().sum(0).max()) if n_tokens else 0
+        )
+
+
+def test_active_latents_above_a_bound_and_parts_of_them() -> None:
+    """What batchtopk keeps of them, in two steps, and for ranges of latents."""
+    p = pre_activations(37, 70)
+    p[3, 4] = np.nan
+    on_device = torch.from_numpy(p).to(DEVICE)
+    found = kernels_gpu.take_by_token(on_device, kernels_gpu.mark_active(on_device, 0.25))
+    for least, low, high in ((0.25, 0, 70), (0.9, 3, 41), (50.0, 0, 5)):
+        left = found.kept(~(found.values < least)).part(low, high)
+        wanted = ~(p[:, low:high] <= max(0.25, np.nextafter(np.float32(least), np.float32(0))))
+        tokens, latents = np.nonzero(wanted)
+        assert np.array_equal(left.latents.cpu().numpy(), latents)
+        assert np.array_equal(left.values.cpu().numpy(), p[:, low:high][tokens, latents], equal_nan=True)
+        assert np.array_equal(left.counts.cpu().numpy(), wanted.sum(1))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("precision_name", ["bf16", "fp16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_short_operands_stay_near_the_equations(activation: str, precision_name: str) -> None:
+    """The GPU's types through the GPU's kernels. fp16's pre-activations are eight times finer; gradients are bf16."""
+    model = make_model(activation, 3).to(DEVICE)
+    tokens, dead = test_variants.make_tokens(model, 8).to(DEVICE), torch.arange(40, device=DEVICE) % 3 == 0
+
+    def gradients(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+        found = losses.loss_and_gradients(
+            model,
+            tokens,
+            Objective(loss="normed", jump_bandwidth=0.5, precision=name),
+            l1=L1,
+            dead_L=dead,
+            micro_batch=5,
+        )
+        return found.loss, {key: weight.grad.clone() for key, weight in model.named_parameters()}
+
+    loss, wanted = gradients("fp32")
+    short_loss, found = gradients(precision_name)
+    assert short_loss == pytest.approx(loss, rel=0.02)
+    assert short_loss != loss
+    for name, ours in found.items():
+        assert (ours - wanted[name]).norm() <= 0.2 * wanted[name].norm(), name
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -365,12 +466,6 @@ def test_a_step_on_the_gpu_waits_no_more_often_than_said(monkeypatch: pytest.Mon
         kernels_gpu.step(model, optimizer, normalise=True)
 
     step()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    said = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    with waits_of_the_host() as said:
+        step()
     assert len(said) == 3, said

@@ -20,6 +20,7 @@ from training_runs import BATCH, SETTINGS, tokens_of_cells
 
 from cli import cli
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, make_config
+from cytosae.training import precision
 from cytosae.training.dead_latents import resample
 from cytosae.training.distributed import ALONE
 from cytosae.training.evaluate import evaluate
@@ -323,6 +324,23 @@ def test_a_logger_that_is_not_installed_is_one_line(
         train(caches[:1], tmp_path / "run", settings("topk"), logger=name)
 
 
-def test_bf16_is_for_gpus(caches: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="precision 'bf16' is for GPUs; found device 'cpu'"):
-        train(caches[:1], tmp_path / "run", dataclasses.replace(settings("topk"), precision="bf16"))
+@pytest.mark.parametrize("name", ["tf32", "fp16"])
+def test_precisions_for_gpus(name: str, caches: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"precision '{name}' is for GPUs; found device 'cpu'"):
+        train(caches[:1], tmp_path / "run", dataclasses.replace(settings("topk"), precision=name))
+
+
+def test_bf16_on_a_processor_that_has_it(caches: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused on another; torch computes it on any."""
+    config = dataclasses.replace(settings("topk"), precision="bf16")
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)
+    with pytest.raises(BadInput, match="precision 'bf16' needs a GPU, or a processor with AMX or AVX512-BF16"):
+        train(caches[:1], tmp_path / "run", config)
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    done = train(caches[:1], tmp_path / "run", config)
+    exact = train(caches[:1], tmp_path / "exact", dataclasses.replace(config, precision="fp32"))
+    assert done.spec["config"]["precision"] == "bf16"
+    assert done.identity != exact.identity
+    loss, wanted = (report.summary["final"]["loss"] for report in (done, exact))
+    assert loss != wanted
+    assert loss == pytest.approx(wanted, rel=0.05)
