@@ -27,7 +27,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
-from stores.devices import memory_told, resolve_device
+from stores.devices import resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sync_folder
@@ -137,7 +137,6 @@ class _Chunk:
     copied: "torch.cuda.Event | None"  # recorded after the copies from the GPU
 
 
-@memory_told("Lower --batch-size, or end what else uses this memory, and run the same command again to continue")
 def extract(
     images: Images | Path | str,
     out: Path | str,

@@ -21,7 +21,7 @@ from cytosae.sae import SaeRun, SparseAutoencoder, load_sae
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
-from stores.devices import memory_told, resolve_device
+from stores.devices import resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
@@ -86,7 +86,6 @@ class EncodeResult(Report):
         return self.nnz / max(1, self.n_readable * self.spec.tokens_per_image)
 
 
-@memory_told("End what else uses this memory, or give --device cpu, and run the same command again to continue")
 def encode(
     cache: Path | str,
     run: Path | str,
