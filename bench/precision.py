@@ -168,7 +168,7 @@ def step_in(name: str, model: SparseAutoencoder, tokens: torch.Tensor) -> tuple[
         given = Objective(precision=name, dead_latents="none", loss="eq1")
         loss_and_gradients(model, tokens, given, l1=1e-3)
         dtypes = given.dtypes(model)
-        encoder = losses.EncoderProduct(model, dtypes)
+        encoder = (_Tf32Encoder if name == "tf32" else EncoderProduct)(model, dtypes)
         operand = encoder.operand(tokens.float())
         p_NL = encoder.pre_activations(operand, torch.empty(len(tokens), model.n_latents, dtype=dtypes.p))
         with torch.no_grad():
