@@ -1,0 +1,184 @@
+"""Copies to and from a GPU: nothing is read too early, nothing is written over too early, buffers are reused."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from fake_cuda import FakeCuda
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cli import cli
+from cytocache.backbones import Backbone, load_backbone
+from cytocache.demo_cells import draw_cell
+from cytocache.device_copies import ChunkBuffers, PixelSender
+from cytocache.extract import ExtractConfig, extract
+from stores import verify_activations
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def cells(tmp_path: Path) -> Path:
+    """Eleven drawn cells; one of them is torn."""
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for n in range(11):
+        Image.fromarray(draw_cell("lymphocyte", np.random.default_rng(n), size=40 + n)).save(folder / f"{n:02d}.png")
+    torn = folder / "04.png"
+    torn.write_bytes(torn.read_bytes()[:300])
+    return folder
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Every file of a store but the run log."""
+    files = (path for path in store.rglob("*") if path.is_file() and path.name != "runs.jsonl")
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
+
+
+def test_pixels_arrive_whole_though_their_slot_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    sender = PixelSender(CUDA, batch_size=4, size=2)
+    slot = np.empty((4, 2, 2, 3), np.uint8)
+    for number in range(10):
+        n = 3 if number == 9 else 4
+        slot[:] = number
+        there = sender.send(slot[:n])
+        slot[:] = 200  # the readers fill it again
+        assert there.shape == (n, 2, 2, 3)
+        assert there.unique().tolist() == [number]
+    assert cuda.pinned == [48] * 3  # made once
+    assert cuda.n_recorded == 10
+
+
+def test_tokens_are_there_when_they_were_waited_for_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches go on while copies of earlier ones have not begun; a chunk that is used again is whole again."""
+    cuda = FakeCuda()
+    cuda.install(monkeypatch)
+    shape = (5, 3, 2)
+    late, plain = (ChunkBuffers(device, n_chunks=2, n_blocks=2, shape=shape) for device in (CUDA, torch.device("cpu")))
+    taken = []
+    for number in range(6):
+        chunk, twin = late.take(), plain.take()
+        for images in (slice(0, 2), slice(2, 4), slice(4, 5)):
+            full = [
+                torch.randn(images.stop - images.start, 3, 2, generator=torch.Generator().manual_seed(number)) * block
+                for block in (1, 100)
+            ]
+            late.fill(chunk, images, full)
+            plain.fill(twin, images, full)
+        assert not all(map(torch.equal, chunk.tokens, twin.tokens))
+        chunk.wait()
+        assert all(map(torch.equal, chunk.tokens + chunk.largest, twin.tokens + twin.largest))
+        late.give_back(chunk)
+        plain.give_back(twin)
+        taken.append(chunk)
+    assert len({id(chunk) for chunk in taken}) == 2
+    assert len(cuda.pinned) == 2 * 2 * 2
+    assert cuda.n_copies == cuda.n_recorded == 6 * 3 * 4
+
+
+def test_a_chunk_is_filled_again_only_after_it_was_given_back() -> None:
+    buffers = ChunkBuffers(torch.device("cpu"), n_chunks=1, n_blocks=1, shape=(1, 1, 1))
+    chunk = buffers.take()
+    again = threading.Thread(target=buffers.take)
+    again.start()
+    again.join(0.2)
+    assert again.is_alive()
+    buffers.give_back(chunk)
+    again.join(10)
+    assert not again.is_alive()
+
+
+def test_through_a_late_gpu_the_cache_is_the_one_of_the_cpu(
+    cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks, short batches and a short chunk, an image that cannot be read: every file to the byte."""
+    settings: dict[str, Any] = {"blocks": (0, 2), "chunk_images": 4, "batch_size": 3, "workers": 2, "precision": "fp32"}
+    extract(cells, tmp_path / "cpu", ExtractConfig(device="cpu", **settings))
+    cuda = FakeCuda()
+    with monkeypatch.context() as patch:
+        cuda.install(patch)
+        extract(cells, tmp_path / "gpu", ExtractConfig(device="cuda", **settings))
+    assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
+    assert list(verify_activations(tmp_path / "gpu" / "block2.zarr")) == [None]
+    # three batches of pixels, and for each block the tokens and magnitudes of five chunks; nothing for each batch
+    assert len(cuda.pinned) == 3 + 5 * 2 * 2
+
+
+def test_mean_and_std_are_made_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone("random-vit-tiny", blocks=(0,))
+    made = []
+    real = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *given, **more: made.append(more) or real(*given, **more))
+    pixels = torch.zeros(1, 224, 224, 3, dtype=torch.uint8)
+    with torch.inference_mode():
+        first = backbone.tokens(pixels)[0].clone()
+    assert torch.equal(backbone.tokens(pixels)[0], first)  # also outside of inference
+    assert len(made) == 2
+
+
+def test_no_tensor_of_the_host_meets_one_of_the_gpu() -> None:
+    """With torch's fake tensors, which have a device and no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
+        backbone = load_backbone_shapes()
+        full = backbone.tokens(torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="cuda"))
+        assert [tokens.device.type for tokens in full] == ["cuda", "cuda"]
+        assert full[0].shape == (2, 257, 192)
+        again = backbone.tokens(torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="cuda"))
+        assert again[1].device.type == "cuda"
+
+
+def load_backbone_shapes() -> Backbone:
+    """The small backbone on a fake GPU; inside a FakeTensorMode."""
+    import timm
+
+    from cytocache.backbones import ARCHITECTURES
+    from cytocache.preprocess import Preprocess
+    from cytocache.vit import cut
+
+    architecture = ARCHITECTURES["random-vit-tiny"]
+    model = timm.create_model(architecture.timm_name, img_size=224, num_classes=0, **architecture.options).eval()
+    return Backbone(
+        name="shapes",
+        model=cut(model, 2).to("cuda"),
+        weights_sha256="",
+        trained=False,
+        blocks=(0, 2),
+        n_blocks=4,
+        width=192,
+        preprocess=Preprocess(),
+    )
+
+
+def test_too_little_memory_is_one_line_and_a_smaller_batch_goes_on(
+    cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second chunk does not fit: the first one stays, and is not computed again."""
+    real, n_calls = Backbone.tokens, 0
+
+    def tokens(self: Backbone, pixels: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal n_calls
+        n_calls += 1
+        if len(pixels) == 4 and n_calls > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 79 GiB\nmore text")
+        return real(self, pixels)
+
+    monkeypatch.setattr(Backbone, "tokens", tokens)
+    arguments = ["cache", "extract", str(cells), str(tmp_path / "a.zarr"), "--block", "0", "--chunk-images", "4"]
+    failed = CliRunner().invoke(cli, [*arguments, "--batch-size", "4", "--workers", "1"])
+    assert failed.exit_code == 1
+    (line,) = [line for line in failed.output.splitlines() if line.startswith("Error")]
+    assert line == (
+        "Error: the memory of cpu is not enough, where 2.50 GiB were asked for: run the same command with "
+        "--batch-size 2 (now 4); chunks that are written stay"
+    )
+    n_calls = 0
+    done = CliRunner().invoke(cli, [*arguments, "--batch-size", "2", "--workers", "1"])
+    assert done.exit_code == 0, done.output
+    assert n_calls == 4  # of the seven images after the first chunk
