@@ -28,7 +28,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
-from stores.devices import memory_errors, resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sync_folder
@@ -172,9 +172,11 @@ def extract(
     ------
     BadInput
         For settings or weights that cannot be used, if a token of a readable image does not fit float16, if no image
-        at all could be read, if another process writes the same shard, or if memory is not enough for the batch size.
+        at all could be read, or if another process writes the same shard.
     SpecMismatch
         If `out` holds something else, or a cache with other settings (and not `overwrite`).
+    OutOfMemory
+        If memory is not enough for the batch size.
     """
     config, out = config or ExtractConfig(), Path(out)
     images = images if isinstance(images, Images) else open_images(images, root=root)
@@ -271,7 +273,7 @@ def fill(
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
-        stack.enter_context(memory_errors(config.device, _less_memory(config, batch_size)))
+        stack.enter_context(memory_told(_less_memory(batch_size)))
         if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         backbone.model.to(device)
@@ -397,13 +399,13 @@ def _batches(rows: range, batch_size: int) -> list[range]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def _less_memory(config: ExtractConfig, batch_size: int) -> str:
+def _less_memory(batch_size: int) -> str:
     """What to type when memory has run out."""
     if batch_size > 1:
         return (
-            f"run the same command with --batch-size {batch_size // 2} (now {batch_size}); chunks that are written stay"
+            f"Run the same command with --batch-size {batch_size // 2} (now {batch_size}); chunks that are written stay"
         )
-    return "one image at a time does not fit; lower --chunk-images or --workers, or take a smaller --backbone"
+    return "One image at a time does not fit: lower --chunk-images or --workers, or take a smaller --backbone"
 
 
 def _save(chunk: _Chunk, owners: list[ActivationWriter | None], buffers: ChunkBuffers) -> None:

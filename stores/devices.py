@@ -1,15 +1,13 @@
-"""Resolves the name of a device, and says in one line that its memory, or that of the host, is too small."""
+"""Which device does the work, and what is said when its memory is not enough."""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# how torch and the libraries below it say it, where the error has no type of its own
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED", "ALLOC_FAILED")
-
-# how much was asked for, as torch's two allocators and numpy say it
-_ASKED = re.compile(r"(?:ried to allocate|Unable to allocate) ([\d.]+ ?(?:bytes|[KMGT]?i?B))")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch, CUDA, cuBLAS, Triton
+_ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* ?\w+)|Unable to allocate (\d[\d.]* ?\w+)")
+_FREE = re.compile(r"total capacity of (\d[\d.]* \w+) of which (\d[\d.]* \w+) is free")
 
 
 def resolve_device(device: str) -> str:
@@ -28,44 +26,50 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         device = "cuda" if _has_gpu() else "cpu"
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU for each process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if 0 < n_gpus <= int(os.environ["LOCAL_RANK"]):
+            raise BadInput(
+                f"each process of torchrun takes a GPU of its own; found {n_gpus} for "
+                f"{os.environ.get('LOCAL_WORLD_SIZE', 'more')} processes. Give --nproc-per-node {n_gpus}"
+            )
     if device not in ("cpu", *["cuda"][:n_gpus], *(f"cuda:{number}" for number in range(n_gpus))):
         raise BadInput(f"device must be auto, cpu or an available cuda device; found {device!r}")
     return device
 
 
 @contextmanager
-def memory_errors(device: str, advice: str) -> Iterator[None]:
-    """While open, memory that runs out becomes BadInput: one line with what was asked for, and `advice`.
+def memory_told(lower: str) -> Iterator[None]:
+    """Where memory is not enough in the block, or the function that this decorates, raise OutOfMemory: one line.
 
-    For memory of the device (torch, cuBLAS, cuDNN), pinned memory, and memory of the host. Other errors pass as they
-    are.
-
-    advice : what to lower, and what to type next
+    lower : a sentence that says what to lower
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_memory_error(error):
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        from stores.errors import BadInput
+        from stores.errors import OutOfMemory
 
-        asked = _ASKED.search(str(error))
-        wanted = f", where {asked[1]} were asked for" if asked else ""
-        is_host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
-        where = "the memory of this machine" if is_host else f"the memory of {device}"
-        raise BadInput(f"{where} is not enough{wanted}: {advice}") from None
+        raise OutOfMemory(f"{_what_was_asked(error)}. {lower}") from None
 
 
-def is_memory_error(error: BaseException) -> bool:
-    """Does this error of torch, a library below it, or Python say that memory ran out?"""
-    import torch
+def is_out_of_memory(error: BaseException) -> bool:
+    """Is it an error of torch, CUDA, Triton, numpy or Python that says that memory is not enough?"""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+def _what_was_asked(error: BaseException) -> str:
+    """For instance: out of memory: 2.00 GiB more were asked for, of 79.11 GiB of the GPU 512.00 MiB are free."""
+    text = str(error)
+    asked, free = _ASKED.search(text), _FREE.search(text)
+    more = f": {asked[1] or asked[2]} more were asked for" if asked else ""
+    left = f", of {free[1]} of the GPU {free[2]} are free" if free else ""
+    where = " on the GPU" if not free and "CUDA" in text else ""
+    return f"out of memory{where}{more}{left}"
 
 
 def _has_gpu() -> bool:

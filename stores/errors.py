@@ -36,5 +36,9 @@ class ClusterLost(CytoError):
     """The Dask cluster was lost during the job. Finished work is kept, and the next run continues from it."""
 
 
+class OutOfMemory(CytoError):
+    """The memory of the GPU or of the machine is not enough for the settings."""
+
+
 class StoreUnreachable(CytoError):
     """A store behind a URL cannot be read now: no network, no access, or a server that fails again and again."""

@@ -115,7 +115,7 @@ def select_kept(
     """Columns (nnz,) int16 or int32, whose bits are unsigned; and the bits of the rounded values (nnz,) int32."""
     n_latents = p_BL.shape[1]
     where = _positions(is_kept.reshape(-1), nnz)
-    bits = p_BL.reshape(-1)[where].float().view(torch.int32)
+    bits = p_BL.reshape(-1).index_select(0, where).float().view(torch.int32)
     if rounding.drop:
         half, tie = (1 << rounding.drop - 1) - 1, bits.bitwise_right_shift(rounding.drop).bitwise_and(1)
         bits = (bits + half + tie).bitwise_and(~((1 << rounding.drop) - 1)).clamp_min(rounding.least)

@@ -24,7 +24,7 @@ from cytosae.training import on_device
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
-from stores.devices import memory_errors, resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
@@ -129,8 +129,9 @@ def encode(
     DamagedStore
         If a token of a readable image is NaN or infinite, or a chunk of the cache is damaged.
     BadInput
-        If an argument is out of range, a latent is NaN or infinite, another process writes the same images, or memory
-        is not enough.
+        If an argument is out of range, a latent is NaN or infinite, or another process writes the same images.
+    OutOfMemory
+        If memory is not enough for the SAE or the batch size.
     """
     check_choice("value_bits", value_bits, VALUE_BITS)
     check_choice("precision", precision, PRECISIONS)
@@ -142,7 +143,7 @@ def encode(
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     device = resolve_device(device)
     run, latents, min_activation = Path(run), Path(latents), float(min_activation)
-    with memory_errors(device, "the SAE itself does not fit; take a GPU with more free memory, or --device cpu"):
+    with memory_told("The SAE itself does not fit: take a GPU with more free memory, or --device cpu"):
         store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
@@ -291,7 +292,7 @@ def _encode_until(
         writer.append_tokens(made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
 
     with ExitStack() as stack:
-        stack.enter_context(memory_errors(device, _less_memory(n_together)))
+        stack.enter_context(memory_told(_less_memory(n_together)))
         behind = stack.enter_context(_in_order(_MOST_WAITING))
         rounding = Rounding(spec.value_bits, spec.min_activation)
         encoder = stack.enter_context(_Encoder(model, rounding, spec.precision, device, most_rows=most_rows))
@@ -322,10 +323,10 @@ def _less_memory(n_together: int) -> str:
     """What to type when memory has run out."""
     if n_together > 1:
         return (
-            f"run the same command with --batch-size {n_together // 2} (now {n_together}); images that were "
+            f"Run the same command with --batch-size {n_together // 2} (now {n_together}); images that were "
             f"encoded and committed stay"
         )
-    return "the latents of one image do not fit; take a GPU with more free memory, or --device cpu"
+    return "The latents of one image do not fit: take a GPU with more free memory, or --device cpu"
 
 
 def _equal_parts(n: int, at_most: int) -> list[slice]:

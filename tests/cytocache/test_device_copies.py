@@ -13,10 +13,12 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cli import cli
-from cytocache.backbones import Backbone, load_backbone
+from cytocache.backbones import ARCHITECTURES, Backbone, _create, load_backbone
 from cytocache.demo_cells import draw_cell
 from cytocache.device_copies import ChunkBuffers, PixelSender
 from cytocache.extract import ExtractConfig, extract
+from cytocache.preprocess import Preprocess
+from cytocache.vit import cut
 from stores import verify_activations
 
 CUDA = torch.device("cuda")
@@ -124,36 +126,22 @@ def test_mean_and_std_are_made_once_on_each_device(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_tensor_of_the_host_meets_one_of_the_gpu() -> None:
-    """With torch's fake tensors, which have a device and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
-        backbone = load_backbone_shapes()
-        full = backbone.tokens(torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="cuda"))
-        assert [tokens.device.type for tokens in full] == ["cuda", "cuda"]
-        assert full[0].shape == (2, 257, 192)
-        again = backbone.tokens(torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="cuda"))
-        assert again[1].device.type == "cuda"
-
-
-def load_backbone_shapes() -> Backbone:
-    """The small backbone on a fake GPU; inside a FakeTensorMode."""
-    import timm
-
-    from cytocache.backbones import ARCHITECTURES
-    from cytocache.preprocess import Preprocess
-    from cytocache.vit import cut
-
-    architecture = ARCHITECTURES["random-vit-tiny"]
-    model = timm.create_model(architecture.timm_name, img_size=224, num_classes=0, **architecture.options).eval()
-    return Backbone(
-        name="shapes",
-        model=cut(model, 2).to("cuda"),
-        weights_sha256="",
-        trained=False,
-        blocks=(0, 2),
-        n_blocks=4,
-        width=192,
-        preprocess=Preprocess(),
-    )
+    """With torch's fake tensors, which have a device and no memory: so no value is asked for on the host, either."""
+    model = cut(_create(ARCHITECTURES["random-vit-tiny"], on="meta"), 2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        backbone = Backbone(
+            name="shapes",
+            model=model.to_empty(device="cuda"),
+            weights_sha256="",
+            trained=False,
+            blocks=(0, 2),
+            n_blocks=4,
+            width=192,
+            preprocess=Preprocess(),
+        )
+        for _ in range(2):
+            full = backbone.tokens(torch.empty(2, 224, 224, 3, dtype=torch.uint8, device="cuda"))
+            assert [(tokens.device.type, tuple(tokens.shape)) for tokens in full] == [("cuda", (2, 257, 192))] * 2
 
 
 def test_too_little_memory_is_one_line_and_a_smaller_batch_goes_on(
@@ -175,8 +163,8 @@ def test_too_little_memory_is_one_line_and_a_smaller_batch_goes_on(
     assert failed.exit_code == 1
     (line,) = [line for line in failed.output.splitlines() if line.startswith("Error")]
     assert line == (
-        "Error: the memory of cpu is not enough, where 2.50 GiB were asked for: run the same command with "
-        "--batch-size 2 (now 4); chunks that are written stay"
+        "Error: out of memory on the GPU: 2.50 GiB more were asked for. Run the same command with --batch-size 2 "
+        "(now 4); chunks that are written stay"
     )
     n_calls = 0
     done = CliRunner().invoke(cli, [*arguments, "--batch-size", "2", "--workers", "1"])

@@ -20,6 +20,7 @@ from cytosae.latents.encode import encode
 from cytosae.latents.sparsify import INFINITY, Compactor, Rounding, SparseRows
 from cytosae.sae import SparseAutoencoder, load_sae
 from stores import BadInput, DamagedStore, LatentStore, verify_latents
+from stores.errors import OutOfMemory
 
 CUDA = torch.device("cuda")
 ROUNDINGS = [Rounding(10), Rounding(23), Rounding(10, 0.2), Rounding(23, 1.0)]
@@ -192,11 +193,11 @@ def test_an_error_on_the_gpu_leaves_what_was_committed(
         FakeCuda().install(patch)
         patch.setattr(encoding, "load_sae", to_cpu)
         patch.setattr(SparseAutoencoder, "pre_activations", pre_activations)
-        with pytest.raises(BadInput) as found:
+        with pytest.raises(OutOfMemory) as found:
             encode(made / "acts.zarr", made / "run", latents, device="cuda", batch_size=2)
     assert str(found.value) == (
-        "the memory of cuda is not enough, where 512.00 MiB were asked for: run the same command with --batch-size 1 "
-        "(now 2); images that were encoded and committed stay"
+        "out of memory on the GPU: 512.00 MiB more were asked for. Run the same command with --batch-size 1 (now 2); "
+        "images that were encoded and committed stay"
     )
     encode(made / "acts.zarr", made / "run", latents, device="cpu", batch_size=2)
     encode(made / "acts.zarr", made / "run", tmp_path / "never.zarr", device="cpu", batch_size=2)
