@@ -67,6 +67,7 @@ class DeviceCompactor:
 
         return select
 
+    @torch.inference_mode()
     def _select(self, p_BL: torch.Tensor, is_kept: torch.Tensor, found: npt.NDArray[np.int32]) -> SelectedRows:
         n_rows = len(p_BL)
         lengths, (n_active, top, is_finite) = found[:n_rows].astype(np.int64), found[n_rows:].view(np.int64).tolist()
@@ -179,4 +180,5 @@ class HostCopies:
                 return self._free.pop(min(fitting, key=lambda number: len(self._free[number])))
             if self._free:  # too small for what comes now
                 self._free.pop(max(range(len(self._free)), key=lambda number: len(self._free[number])))
-        return torch.empty(n_bytes + n_bytes // 4 + _ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+        with torch.inference_mode(False):  # else it could be written to in that mode only
+            return torch.empty(n_bytes + n_bytes // 4 + _ALIGNMENT, dtype=torch.uint8, pin_memory=True)

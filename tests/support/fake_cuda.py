@@ -80,10 +80,15 @@ class FakeCuda:
                 fake.pinned.append(made.numel() * made.element_size())
             return made
 
+        def copy_now(target: torch.Tensor, source: torch.Tensor) -> None:
+            with torch.inference_mode():  # whoever waits
+                real_copy(target, source)
+
         def begin(target: torch.Tensor, source: torch.Tensor) -> None:
             assert current() is not default, "a copy on the stream that computes"
+            assert torch.is_inference_mode_enabled() or not target.is_inference(), "torch refuses to write to it here"
             fake.n_copies += 1
-            current().jobs.append(lambda: real_copy(target, source))
+            current().jobs.append(lambda: copy_now(target, source))
 
         def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
             if not non_blocking:
