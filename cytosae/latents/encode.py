@@ -276,7 +276,7 @@ def _encode_until(
         for part in _equal_parts(len(rows), n_together)
     ]
 
-    def readable_tokens() -> Iterator[npt.NDArray[np.float16]]:
+    def readable_tokens() -> Generator[npt.NDArray[np.float16], None, None]:
         for rows, tokens in store.iter_chunks(first=first):
             if rows.start >= stop:
                 return

@@ -115,14 +115,19 @@ def test_through_a_late_gpu_the_cache_is_the_one_of_the_cpu(
 
 def test_mean_and_std_are_made_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone("random-vit-tiny", blocks=(0,))
-    made = []
-    real = torch.tensor
-    monkeypatch.setattr(torch, "tensor", lambda *given, **more: made.append(more) or real(*given, **more))
+    n_made, real = 0, torch.tensor
+
+    def tensor(*given: Any, **more: Any) -> torch.Tensor:
+        nonlocal n_made
+        n_made += 1
+        return real(*given, **more)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
     pixels = torch.zeros(1, 224, 224, 3, dtype=torch.uint8)
     with torch.inference_mode():
         first = backbone.tokens(pixels)[0].clone()
     assert torch.equal(backbone.tokens(pixels)[0], first)  # also outside of inference
-    assert len(made) == 2
+    assert n_made == 2
 
 
 def test_no_tensor_of_the_host_meets_one_of_the_gpu() -> None:

@@ -30,7 +30,12 @@ def test_other_threads_can_run_beside_every_whole_piece(monkeypatch: pytest.Monk
     """The library holds them up for anything but bytes of at least 1 MiB; a shorter rest takes microseconds."""
     given: list[Any] = []
     real = google_crc32c.extend
-    monkeypatch.setattr(google_crc32c, "extend", lambda crc, piece: given.append(piece) or real(crc, piece))
+
+    def extend(crc: int, piece: Any) -> int:
+        given.append(piece)
+        return int(real(crc, piece))
+
+    monkeypatch.setattr(google_crc32c, "extend", extend)
     crc32c(np.zeros(5 * MIB + 3, np.uint8))
     assert {type(piece) for piece in given} == {bytes}
     assert [len(piece) for piece in given] == [MIB] * 5 + [3]
