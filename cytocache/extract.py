@@ -276,10 +276,6 @@ def fill(
         stack.enter_context(memory_told(_less_memory(batch_size)))
         if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
-        backbone.model.to(device)
-        sender = PixelSender(device, batch_size=batch_size, size=backbone.preprocess.size)
-        shape = (max(len(spec.chunk_rows(chunk)) for chunk in chunks), spec.tokens_per_image, spec.width)
-        buffers = ChunkBuffers(device, n_chunks=_SAVING_AT_ONCE + 1, n_blocks=len(writers), shape=shape)
         readers = stack.enter_context(
             ImageReaders(
                 config.workers,
@@ -289,6 +285,11 @@ def fill(
                 allow_truncated=config.allow_truncated,
             )
         )
+        backbone.model.to(device)  # meanwhile the readers start
+        sender = PixelSender(device, batch_size=batch_size, size=backbone.preprocess.size)
+        shape = (max(len(spec.chunk_rows(chunk)) for chunk in chunks), spec.tokens_per_image, spec.width)
+        n_buffers = min(_SAVING_AT_ONCE + 1, len(chunks))
+        buffers = ChunkBuffers(device, n_chunks=n_buffers, n_blocks=len(writers), shape=shape)
         savers = stack.enter_context(ThreadPoolExecutor(_SAVING_AT_ONCE, thread_name_prefix="save"))
         reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
         saved: deque[Future[None]] = deque()

@@ -283,7 +283,7 @@ def _encode_until(
             for part in _equal_parts(len(rows), n_together):
                 yield tokens[part][is_readable[rows.start : rows.stop][part]].reshape(-1, store.spec.width)
 
-    n_tokens, most_rows = spec.tokens_per_image, spec.tokens_per_image * max(map(len, jobs), default=0)
+    n_tokens, most_images = spec.tokens_per_image, max(map(len, jobs), default=0)
     nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * n_tokens
     begun: deque[tuple[range, Callable[[], SelectedRows]]] = deque()
 
@@ -292,10 +292,12 @@ def _encode_until(
         writer.append_tokens(made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
 
     with ExitStack() as stack:
-        stack.enter_context(memory_told(_less_memory(n_together)))
+        stack.enter_context(memory_told(_less_memory(most_images)))
         behind = stack.enter_context(_in_order(_MOST_WAITING))
         rounding = Rounding(spec.value_bits, spec.min_activation)
-        encoder = stack.enter_context(_Encoder(model, rounding, spec.precision, device, most_rows=most_rows))
+        encoder = stack.enter_context(
+            _Encoder(model, rounding, spec.precision, device, most_rows=most_images * n_tokens)
+        )
         source = stack.enter_context(closing(readable_tokens()))
         coming = on_device(source, device)
         if isinstance(coming, Generator):  # its thread reads `source`, so it ends first

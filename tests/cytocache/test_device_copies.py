@@ -109,8 +109,8 @@ def test_through_a_late_gpu_the_cache_is_the_one_of_the_cpu(
         extract(cells, tmp_path / "gpu", ExtractConfig(device="cuda", **settings))
     assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
     assert not any(verify_activations(tmp_path / "gpu" / "block2.zarr"))
-    # three batches of pixels, and for each block the tokens and magnitudes of five chunks; nothing for each batch
-    assert len(cuda.pinned) == 3 + 5 * 2 * 2
+    # three batches of pixels, and for each block the tokens and magnitudes of three chunks; nothing for each batch
+    assert len(cuda.pinned) == 3 + 3 * 2 * 2
 
 
 def test_mean_and_std_are_made_once_on_each_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -162,7 +163,7 @@ def test_through_a_late_gpu_the_store_is_the_one_of_the_cpu(
 ) -> None:
     """Unreadable images, a chunk without a readable one, parts of a chunk: every file to the byte."""
     cpu, gpu = tmp_path / "cpu.zarr", tmp_path / "gpu.zarr"
-    settings = {"min_activation": least, "batch_size": batch_size}
+    settings: dict[str, Any] = {"min_activation": least, "batch_size": batch_size}
     plain = encode(made / "acts.zarr", made / "run", cpu, device="cpu", **settings)
     cuda = FakeCuda()
     with monkeypatch.context() as patch:
