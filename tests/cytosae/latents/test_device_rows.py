@@ -47,8 +47,12 @@ def on_cpu(p: torch.Tensor, rounding: Rounding) -> SparseRows:
     compactor = Compactor(p.shape[1], rounding)
     pieces = compactor.rows(p)
     compactor.close()
-    columns = [np.concatenate([getattr(piece, name) for piece in pieces]) for name in ("indices", "values", "lengths")]
-    return SparseRows(*columns, sum(piece.n_dropped for piece in pieces))
+    return SparseRows(
+        np.concatenate([piece.indices for piece in pieces]),
+        np.concatenate([piece.values for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+        sum(piece.n_dropped for piece in pieces),
+    )
 
 
 def require_equal(found: SparseRows, wanted: SparseRows) -> None:
@@ -90,7 +94,7 @@ def test_late_rows_are_those_of_the_cpu(n_latents: int, rounding: Rounding, monk
     cuda.install(monkeypatch)
     compactor = DeviceCompactor(rounding, CUDA)
     selects = [compactor.count(p) for p in batches[:1]]
-    rows = []
+    rows: list[Callable[[], SparseRows]] = []
     for p in [*batches[1:], None]:
         if p is not None:
             selects.append(compactor.count(p))
