@@ -293,6 +293,8 @@ def _encode_until(
 
     with ExitStack() as stack:
         stack.enter_context(memory_told(_less_memory(most_images)))
+        if device != "cpu":  # else pinned memory belongs to GPU 0
+            stack.enter_context(torch.cuda.device(device))
         behind = stack.enter_context(_in_order(_MOST_WAITING))
         rounding = Rounding(spec.value_bits, spec.min_activation)
         encoder = stack.enter_context(
