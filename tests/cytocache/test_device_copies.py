@@ -42,18 +42,25 @@ def contents(store: Path) -> dict[str, bytes]:
     return {path.relative_to(store).as_posix(): path.read_bytes() for path in files}
 
 
-def test_pixels_arrive_whole_though_their_slot_is_filled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda()
+@pytest.mark.parametrize("computes_late", [False, True])
+def test_pixels_arrive_whole_though_their_slot_is_filled_again(
+    computes_late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the GPU is ten batches behind: a pinned buffer waits for its copy before it is filled again."""
+    cuda = FakeCuda(computes_late=computes_late)
     cuda.install(monkeypatch)
     sender = PixelSender(CUDA, batch_size=4, size=2)
-    slot = np.empty((4, 2, 2, 3), np.uint8)
+    slot, sent = np.empty((4, 2, 2, 3), np.uint8), []
     for number in range(10):
         n = 3 if number == 9 else 4
         slot[:] = number
-        there = sender.send(slot[:n])
+        sent.append(sender.send(slot[:n]))
         slot[:] = 200  # the readers fill it again
-        assert there.shape == (n, 2, 2, 3)
-        assert there.unique().tolist() == [number]
+    if computes_late:
+        assert sent[-1].unique().tolist() != [9]
+        cuda.finish()
+    assert [there.unique().tolist() for there in sent] == [[number] for number in range(10)]
+    assert [len(there) for there in sent] == [4] * 9 + [3]
     assert cuda.pinned == [48] * 3  # made once
     assert cuda.n_recorded == 10
 

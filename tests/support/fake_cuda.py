@@ -17,9 +17,15 @@ Job = Callable[[], object]
 
 
 class FakeCuda:
-    """Counts what was done: pinned buffers, copies, `record_stream`."""
+    """Counts what was done: pinned buffers, copies, `record_stream`.
 
-    def __init__(self) -> None:
+    computes_late : what the stream that computes waits for is not run before `finish`, for tests that only look at
+        what arrives
+    """
+
+    def __init__(self, *, computes_late: bool = False) -> None:
+        self.computes_late = computes_late
+        self.finish: Job = lambda: None
         self.pinned: list[int] = []  # bytes of each pinned buffer
         self.n_copies = 0
         self.n_recorded = 0  # tensors whose memory another stream uses
@@ -39,7 +45,7 @@ class FakeCuda:
             def wait_event(self, event: "Event") -> None:
                 assert event.stream is not None, "nothing was recorded"
                 self.jobs.append(event.synchronize)
-                if self is default:  # computation runs at once, so what it waits for must be there
+                if self is default and not fake.computes_late:  # computation runs at once: it must be there
                     self.run_until(len(self.jobs))
 
             def run_until(self, stop: int) -> None:
@@ -62,6 +68,7 @@ class FakeCuda:
                     self.stream.run_until(self.at)
 
         default, lock, of_thread = Stream(), threading.RLock(), threading.local()
+        self.finish = lambda: default.run_until(len(default.jobs))
 
         def current() -> Stream:
             return getattr(of_thread, "stream", default)
