@@ -128,6 +128,13 @@ def main() -> None:
         },
         baseline=parts[lower] | {"what": lower},
         parts=parts,
+        # against the product: what other programs of the machine take changes seconds more than processor time
+        ratio_of_processor_time=None
+        if options.device.startswith("cuda")
+        else multiplying.cpu_seconds / encoding.cpu_seconds,
+        ratio_of_rounds=[
+            one.seconds / other.seconds for one, other in zip(multiplying.rounds, encoding.rounds, strict=True)
+        ],
         l0=nnz / n_tokens,
         bytes_per_nonzero=n_bytes / nnz,
         params={**vars(options), "folder": str(options.folder or "temporary"), "popularity": source},

@@ -70,6 +70,10 @@ class Backbone:
     weights_source: str = ""  # of a download: the value of --weights that gives the same file again
     tail: nn.Module | None = None  # the blocks after the last of `blocks`, and the final norm
     layout: TokenLayout = field(default_factory=lambda: cls_first(TOKENS_PER_IMAGE))  # which token is what
+    # mean and std on each device that pixels came from: making them there anew would wait for the device every time
+    _constants: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def tokens(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """(B, size, size, 3) uint8 on the model's device -> the residual stream after each of `blocks`, (B, T, width).
@@ -77,8 +81,7 @@ class Backbone:
         Pixels are normalised here, in float32 on the device, so that only uint8 is copied to it. T tokens of an image:
         `layout` says which is what.
         """
-        mean = torch.tensor(self.preprocess.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.preprocess.std, device=pixels.device).view(3, 1, 1)
+        mean, std = self._mean_and_std(pixels.device)
         images = pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
         tapped: list[torch.Tensor] = []
         hooks = [
@@ -91,6 +94,17 @@ class Backbone:
             for hook in hooks:
                 hook.remove()
         return [*tapped, last]
+
+    def _mean_and_std(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the preprocessing, (3, 1, 1) float32 each on `device`; made once."""
+        if device not in self._constants:
+            with torch.inference_mode(False):  # else they could not be used outside of it later
+                mean, std = (
+                    torch.tensor(values, device=device).view(3, 1, 1)
+                    for values in (self.preprocess.mean, self.preprocess.std)
+                )
+            self._constants[device] = mean, std
+        return self._constants[device]
 
     def final_cls(self, tokens: torch.Tensor) -> torch.Tensor:
         """Runs the later blocks and the final norm: tokens after the last of `blocks`, (B, T, width) -> (B, width).

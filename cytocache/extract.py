@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from stores.activation_store import ActivationSpec
@@ -27,7 +28,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
-from stores.devices import resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sync_folder
@@ -41,6 +42,7 @@ from stores.wording import Report, describe_cache, truncated_images, unreadable_
 
 from .backbones import CROPS, Backbone, load_backbone
 from .datasets import Images, open_images
+from .device_copies import ChunkBuffers, HostChunk, PixelSender
 from .image_files import hash_of
 from .readers import ImageReaders
 
@@ -129,12 +131,10 @@ class _Chunk:
 
     number: int
     image_ids: list[str]
-    tokens: list[torch.Tensor]  # per block (images, tokens_per_image, width) float16, in host memory
-    largest: list[torch.Tensor]  # per block (images,): largest magnitude before rounding to float16
+    content: HostChunk  # of as many images as the largest chunk has
     content_hash: list[str | None]
     errors: list[str | None]
     cut_off: list[str | None]
-    copied: "torch.cuda.Event | None"  # recorded after the copies from the GPU
 
 
 def extract(
@@ -154,7 +154,7 @@ def extract(
 
     An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job. So
     is an image whose file is cut off, unless `config.allow_truncated`.
-    Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, and a few batches of pixels.
+    Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, pinned for a GPU, and a few batches of pixels.
 
     Parameters
     ----------
@@ -175,6 +175,8 @@ def extract(
         at all could be read, or if another process writes the same shard.
     SpecMismatch
         If `out` holds something else, or a cache with other settings (and not `overwrite`).
+    OutOfMemory
+        If memory is not enough for the batch size.
     """
     config, out = config or ExtractConfig(), Path(out)
     images = images if isinstance(images, Images) else open_images(images, root=root)
@@ -268,10 +270,10 @@ def fill(
     device, low = torch.device(config.device), PRECISIONS[spec.precision]
     on_gpu = device.type == "cuda"
     torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU are less precise than float32
-    backbone.model.to(device)
     batches = [batch for chunk in chunks for batch in _batches(spec.chunk_rows(chunk), config.images_per_pass)]
     batch_size = max(map(len, batches))
     with ExitStack() as stack:
+        stack.enter_context(memory_told(_less_memory(batch_size)))
         if on_gpu:  # else events and pinned memory belong to GPU 0
             stack.enter_context(torch.cuda.device(device))
         readers = stack.enter_context(
@@ -283,6 +285,11 @@ def fill(
                 allow_truncated=config.allow_truncated,
             )
         )
+        backbone.model.to(device)  # meanwhile the readers start
+        sender = PixelSender(device, batch_size=batch_size, size=backbone.preprocess.size)
+        shape = (max(len(spec.chunk_rows(chunk)) for chunk in chunks), spec.tokens_per_image, spec.width)
+        n_buffers = min(_SAVING_AT_ONCE + 1, len(chunks))
+        buffers = ChunkBuffers(device, n_chunks=n_buffers, n_blocks=len(writers), shape=shape)
         savers = stack.enter_context(ThreadPoolExecutor(_SAVING_AT_ONCE, thread_name_prefix="save"))
         reading = readers.read([images.root / str(paths[row]) for row in batch] for batch in batches)
         saved: deque[Future[None]] = deque()
@@ -290,36 +297,26 @@ def fill(
             if stop():
                 break
             rows = spec.chunk_rows(chunk)
-            shape = (len(rows), spec.tokens_per_image, spec.width)
-            tokens = [torch.empty(shape, dtype=torch.float16, pin_memory=on_gpu) for _ in writers]
-            largest = [torch.empty(len(rows), pin_memory=on_gpu) for _ in writers]
+            content = buffers.take()
             content_hash: list[str | None] = []
             errors: list[str | None] = []
             cut_off: list[str | None] = []
             for batch in _batches(range(len(rows)), config.images_per_pass):
                 pictures = next(reading)
-                pixels = torch.from_numpy(pictures.pixels)
-                pixels = (pixels.pin_memory() if on_gpu else pixels).to(device, non_blocking=True)
+                pixels = sender.send(pictures.pixels)
                 with torch.autocast(device.type, low, enabled=low != torch.float32):
                     full = backbone.tokens(pixels)
-                where = slice(batch.start, batch.stop)
-                for own, block in enumerate(blocks):
-                    tokens[own][where].copy_(full[block].to(torch.float16), non_blocking=True)
-                    magnitude = torch.linalg.vector_norm(full[block].float(), torch.inf, dim=(1, 2))
-                    largest[own][where].copy_(magnitude, non_blocking=True)
+                buffers.fill(content, slice(batch.start, batch.stop), [full[block] for block in blocks])
                 content_hash += pictures.content_hash
                 errors += pictures.errors
                 cut_off += pictures.cut_off
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
-            copied = torch.cuda.Event(blocking=True) if on_gpu else None  # blocking: a waiting thread uses no core
-            if copied is not None:
-                copied.record()
             ids = [str(name) for name in names[rows.start : rows.stop]]
-            done = _Chunk(chunk, ids, tokens, largest, content_hash, errors, cut_off, copied)
+            done = _Chunk(chunk, ids, content, content_hash, errors, cut_off)
             owners = [writer if chunk in own else None for writer, own in zip(writers, missing, strict=True)]
-            saved.append(savers.submit(_save, done, owners))
+            saved.append(savers.submit(_save, done, owners, buffers))
             while saved and (saved[0].done() or len(saved) > _SAVING_AT_ONCE):
                 saved.popleft().result()
         for saving in saved:
@@ -403,24 +400,42 @@ def _batches(rows: range, batch_size: int) -> list[range]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def _save(chunk: _Chunk, owners: list[ActivationWriter | None]) -> None:
+def _less_memory(batch_size: int) -> str:
+    """What to type when memory has run out."""
+    if batch_size > 1:
+        return (
+            f"Run the same command with --batch-size {batch_size // 2} (now {batch_size}); chunks that are written stay"
+        )
+    return "One image at a time does not fit: lower --chunk-images or --workers, or take a smaller --backbone"
+
+
+def _save(chunk: _Chunk, owners: list[ActivationWriter | None], buffers: ChunkBuffers) -> None:
     """In a saving thread: check the tokens of a chunk, and write them for each block whose cache lacks the chunk."""
-    if chunk.copied is not None:
-        chunk.copied.synchronize()
-    for writer, tokens, largest in zip(owners, chunk.tokens, chunk.largest, strict=True):
-        if writer is None:
-            continue
-        values, magnitudes = tokens.numpy(), largest.numpy()
-        for position, error in enumerate(chunk.errors):
-            if error is not None:
-                values[position] = np.nan
-            elif not magnitudes[position] < _FLOAT16_LIMIT:
-                raise BadInput(
-                    f"the tokens of image {chunk.image_ids[position]} do not fit float16: largest magnitude "
-                    f"{magnitudes[position]:.4g} after block {writer.spec.block}, expected at most 65,504. "
-                    f"Choose another --block, or check the weights"
-                )
-        writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors, chunk.cut_off)
+    try:
+        chunk.content.wait()
+        for writer, tokens, largest in zip(owners, chunk.content.tokens, chunk.content.largest, strict=True):
+            if writer is not None:
+                n = len(chunk.errors)
+                values = _checked(chunk, tokens[:n].numpy(), largest[:n].numpy(), writer.spec.block)
+                writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors, chunk.cut_off)
+    finally:
+        buffers.give_back(chunk.content)
+
+
+def _checked(
+    chunk: _Chunk, values: npt.NDArray[np.float16], magnitudes: npt.NDArray[np.float32], block: int
+) -> npt.NDArray[np.float16]:
+    """The tokens of a chunk, NaN where an image is unreadable. Raises BadInput where they do not fit float16."""
+    for position, error in enumerate(chunk.errors):
+        if error is not None:
+            values[position] = np.nan
+        elif not magnitudes[position] < _FLOAT16_LIMIT:
+            raise BadInput(
+                f"the tokens of image {chunk.image_ids[position]} do not fit float16: largest magnitude "
+                f"{magnitudes[position]:.4g} after block {block}, expected at most 65,504. "
+                f"Choose another --block, or check the weights"
+            )
+    return values
 
 
 def _device_name(device: str) -> str:

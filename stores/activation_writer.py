@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import zarr
@@ -30,6 +29,7 @@ from .activation_store import (
     read_spec,
     records_of,
 )
+from .checksum import crc32c
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
 from .files import (
@@ -115,7 +115,7 @@ class ActivationWriter:
             padded[: len(rows)] = tokens
             tokens = padded
         tokens = tokens.astype("<f2", copy=False)
-        crc = google_crc32c.value(tokens)  # takes arrays, refuses memoryviews
+        crc = crc32c(tokens)
         path = chunk_path(self.root, chunk)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, tokens.data.cast("B"), crc.to_bytes(CRC_BYTES, "little"))

@@ -6,8 +6,10 @@ byte for byte, that of a single writer. A part is removed when its rows are comm
 """
 
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ import numpy as np
 import pyarrow as pa
 
 from .activation_writer import MergeResult, overlapping_writer, writer_lock
-from .csr import CsrCommit, CsrReader, check_chunk
+from .csr import CsrCommit, CsrReader, CsrRows, check_chunk
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
 from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
 from .latent_store import LatentSpec, LatentWriter, part_folder, read_latent_spec, shard_images
+from .machine import n_cores
 from .progress import Progress
 from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
 from .wording import describe_latents
+
+_MOST_READERS = 4  # threads that read rows which are joined; each holds the rows of one chunk of the cache
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def missing_images(root: Path, spec: LatentSpec) -> list[range]:
 def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
     """Append the missing rows of a part to the whole store, one commit for each of the part's; yields images done.
 
+    Rows are read and checked some commits ahead, in threads: a single one would be slower than several GPUs.
+
     Raises
     ------
     DamagedStore
@@ -108,22 +115,48 @@ def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
     try:
         files = CsrCommit.from_json(part.records).chunks
         reader = CsrReader(part.folder / "X", shape=(len(part.images) * tokens, writer.spec.n_latents))
-        for name, expected in files.items():
-            for chunk, (size, crc) in enumerate(expected):
-                if what := check_chunk(part.folder / "X" / name / "c" / str(chunk), size, crc):
+        named = [(name, chunk, *file) for name, these in files.items() for chunk, file in enumerate(these)]
+        with ThreadPoolExecutor(_n_readers(), thread_name_prefix="check") as threads:
+            found = threads.map(
+                lambda file: check_chunk(part.folder / "X" / file[0] / "c" / str(file[1]), *file[2:]), named
+            )
+            for (name, chunk, *_), what in zip(named, found, strict=True):
+                if what:
                     raise DamagedStore(f"{part.folder}/X/{name}/c/{chunk} {what}")
-        n_dropped = 0
+        n_dropped, at, missing = 0, writer.n_images, list[tuple[range, int]]()
         for record in part.records[:-1]:  # the last one ends the part and has no rows
             stop = int(record["n_images"])
-            if stop > writer.n_images:
-                rows = reader.read_rows((writer.n_images - first) * tokens, (stop - first) * tokens)
-                dropped = int(record["n_dropped"]) - n_dropped
-                writer.append_tokens(rows.indices, rows.values, np.diff(rows.indptr), n_dropped=dropped)
-                writer.commit(stop)
-                yield stop
+            if stop > at:
+                missing.append((range(at, stop), int(record["n_dropped"]) - n_dropped))
+                at = stop
             n_dropped = int(record["n_dropped"])
+        ranges = [((images.start - first) * tokens, (images.stop - first) * tokens) for images, _ in missing]
+        with closing(_rows_ahead(reader, ranges)) as reading:
+            for (images, dropped), rows in zip(missing, reading, strict=True):
+                writer.append_tokens(rows.indices, rows.values, np.diff(rows.indptr), n_dropped=dropped)
+                writer.commit(images.stop)
+                yield images.stop
     except (DamagedStore, KeyError) as error:
         raise DamagedStore(f"{error}. Remove {part.folder} and run its cyto sae encode --shard command again") from None
+
+
+def _rows_ahead(reader: CsrReader, ranges: list[tuple[int, int]]) -> Generator[CsrRows, None, None]:
+    """The rows of each range, in order; meanwhile threads read the next ones."""
+    threads = ThreadPoolExecutor(_n_readers(), thread_name_prefix="join")
+    waiting: deque[Future[CsrRows]] = deque()
+    try:
+        for start, stop in ranges:
+            waiting.append(threads.submit(reader.read_rows, start, stop))
+            if len(waiting) > _n_readers():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _n_readers() -> int:
+    return min(_MOST_READERS, n_cores())
 
 
 def remove_part(part: LatentPart) -> None:
@@ -142,7 +175,7 @@ def next_part(root: Path, writer: LatentWriter) -> LatentPart | None:
 def complete_latents(root: Path, *, progress: Progress = lambda done, total, state: None) -> Header | None:
     """Join the parts, and complete the store. After a crash it can be called again.
 
-    None if another process is joining them. Memory: the rows of one chunk of the cache, and those that are being
+    None if another process is joining them. Memory: the rows of up to six chunks of the cache, and those that are being
     written. Disk: the size of the result and of the largest part.
 
     Raises

@@ -535,6 +535,11 @@ def sae_export(run: Path, layout: str, out: Path) -> None:
     help="Encode shard I of N (I from 0): run N such commands on as many GPUs or nodes, in any order; the last one to "
     "finish joins the shards and completes the store.",
 )
+@click.option(
+    "--batch-size",
+    type=COUNT,
+    help="Images encoded together  [default: what fits 256 MiB of dense latents, on a GPU two times 512].",
+)
 @assume_option
 @device_option
 @overwrite_option

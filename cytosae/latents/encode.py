@@ -1,15 +1,17 @@
 """Encode an activation cache with an SAE into a latent store. Dense latents exist for one micro-batch at a time.
 
-A micro-batch is encoded and made sparse (sparsify.py) on the device of the model. Meanwhile a second thread appends and
-commits the rows of earlier micro-batches, in order, and further threads compress whole chunks (stores/csr.py).
+A micro-batch is encoded and made sparse on the device of the model (sparsify.py; on a GPU device_rows.py, where two
+exist at a time). Meanwhile a second thread appends and commits the rows of earlier micro-batches, in order, and further
+threads compress whole chunks (stores/csr.py).
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ import numpy.typing as npt
 import torch
 
 from cytosae.sae import SaeRun, SparseAutoencoder, load_sae
+from cytosae.training import on_device
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
-from stores.devices import resolve_device
+from stores.devices import memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_shards import (
@@ -43,11 +46,12 @@ from stores.spec import LATENTS, Header, new_header, read_header, require_unchan
 from stores.tables import table_sha256
 from stores.wording import Report, describe_latents
 
+from .device_rows import TOKEN_NOT_FINITE, DeviceCompactor, SelectedRows
 from .settings import check_encoding
 from .sparsify import Compactor, Rounding, SparseRows
 
 # size of one dense (tokens, latents) float32 matrix; larger ones are not faster (docs/log.md)
-_MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+_MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
 _MOST_WAITING = 4  # micro-batches of rows that wait to be written
 _log = logging.getLogger(__name__)
 
@@ -96,14 +100,15 @@ def encode(
     precision: str = "fp32",
     device: str = "auto",
     shard: Shard = ONE_WRITER,
+    batch_size: int | None = None,
     assume_compatible: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total, state: None,
 ) -> EncodeResult:
     """Write (or continue) the latents of every token of `cache` (a path or a URL) under the SAE `run` at `latents`.
 
-    Memory: dense latents of one micro-batch (256 MiB; on a GPU 1 GiB of its memory), one chunk of the cache, the
-    nonzeros of a few micro-batches, and a few chunks of rows.
+    Memory: dense latents of one micro-batch (256 MiB; on a GPU of two, 1 GiB of its memory), one chunk of the cache,
+    the nonzeros of a few micro-batches, and a few chunks of rows.
 
     Parameters
     ----------
@@ -112,6 +117,8 @@ def encode(
     precision : of the encoder product, fp32 or bf16. bf16: operands and results are rounded to bfloat16, sums are
         float32
     shard : the images that this process encodes; the last process to finish joins the shards and completes the store
+    batch_size : images that are encoded together, at least 1; None: as many as fit the memory above. It changes speed
+        and memory, and the last bits of latents; it is logged and not in the identity
     assume_compatible : accept an imported SAE, which does not say which tokens it was trained on
 
     Raises
@@ -122,13 +129,18 @@ def encode(
         If a token of a readable image is NaN or infinite, or a chunk of the cache is damaged.
     BadInput
         If an argument is out of range, a latent is NaN or infinite, or another process writes the same images.
+    OutOfMemory
+        If memory is not enough for the SAE or the batch size.
     """
     check_encoding(value_bits=value_bits, min_activation=min_activation, precision=precision)
+    if batch_size is not None and batch_size < 1:
+        raise BadInput(f"batch_size must be at least 1; found {batch_size}")
     if overwrite and not shard.is_only:
         raise BadInput("a shard cannot overwrite what other shards may be writing; remove the old store, or name a new")
     device = resolve_device(device)
     run, latents, min_activation = Path(run), Path(latents), float(min_activation)
-    store, sae = ActivationStore(cache), load_sae(run, device=device)
+    with memory_told("The SAE itself does not fit: take a GPU with more free memory, or --device cpu"):
+        store, sae = ActivationStore(cache), load_sae(run, device=device)
     assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     spec = _make_spec(store, sae, value_bits, min_activation, precision)
     inputs = (store.root, run) if isinstance(store.root, Path) else (run,)
@@ -155,10 +167,11 @@ def encode(
             sae=str(run.absolute()),
             device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
             threads=torch.get_num_threads(),
+            **({"batch_size": batch_size} if batch_size else {}),
             **facts,
         )
         if shard.is_only or committed_images(root) < writer.images.stop:
-            _fill(writer, store, sae.model, device, progress)
+            _fill(writer, store, sae.model, device, batch_size, progress)
             require_unchanged(sae.header, store.header)
             header = writer.finish()
             nnz, n_dropped = writer.nnz, writer.n_dropped
@@ -201,14 +214,20 @@ def encode_image(tokens: npt.NDArray[np.float16], sae: SaeRun, spec: LatentSpec)
             f"folder of the run that they were encoded with"
         )
     device, rounding = str(sae.model.W_enc.device), Rounding(spec.value_bits, spec.min_activation)
-    with _Encoder(sae.model, rounding, spec.precision, device) as encoder:
-        rows = encoder.rows(tokens[None], np.ones(1, bool))
+    with _Encoder(sae.model, rounding, spec.precision, device, most_rows=len(tokens)) as encoder:
+        x = torch.from_numpy(np.array(tokens)).to(encoder.device)
+        rows = encoder.begin(x, np.ones(1, bool), len(tokens))().rows()
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(rows.lengths)])
     return CsrRows(rows.indices, rows.values, indptr)
 
 
 def _fill(
-    writer: LatentWriter, store: ActivationStore, model: SparseAutoencoder, device: str, progress: Progress
+    writer: LatentWriter,
+    store: ActivationStore,
+    model: SparseAutoencoder,
+    device: str,
+    batch_size: int | None,
+    progress: Progress,
 ) -> None:
     """Append what the writer lacks: rows of parts that other writers have finished, and all the rest encoded."""
     n_own, n_before = len(writer.images), writer.images.start
@@ -221,7 +240,15 @@ def _fill(
             remove_part(part)
         else:
             stop = writer.images.stop if part is None else part.images.start
-            _encode_until(stop, writer, store, model, device, lambda done, word: progress(done - n_before, n_own, word))
+            _encode_until(
+                stop,
+                writer,
+                store,
+                model,
+                device,
+                batch_size,
+                lambda done, word: progress(done - n_before, n_own, word),
+            )
 
 
 def _encode_until(
@@ -230,24 +257,76 @@ def _encode_until(
     store: ActivationStore,
     model: SparseAutoencoder,
     device: str,
+    batch_size: int | None,
     report: Callable[[int, str], None],
 ) -> None:
     """Encode the images up to `stop`, which, as the writer's position, is the first image of a chunk of the cache."""
     spec, is_readable = writer.spec, store.readable()
     n_bytes = 4 * spec.n_latents * spec.tokens_per_image
-    n_together = max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
-    encoder = _Encoder(model, Rounding(spec.value_bits, spec.min_activation), spec.precision, device)
-    nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * spec.tokens_per_image
-    with _in_order(_MOST_WAITING) as behind, encoder:
-        for rows, tokens in store.iter_chunks(first=-(-writer.n_images // store.spec.chunk_images)):
+    n_together = batch_size or max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
+    first = -(-writer.n_images // store.spec.chunk_images)
+    jobs = [
+        range(rows.start + part.start, rows.start + part.stop)
+        for rows in map(store.spec.chunk_rows, range(first, store.spec.n_chunks))
+        if rows.start < stop
+        for part in _equal_parts(len(rows), n_together)
+    ]
+
+    def readable_tokens() -> Generator[npt.NDArray[np.float16], None, None]:
+        for rows, tokens in store.iter_chunks(first=first):
             if rows.start >= stop:
-                break
-            for some in _equal_parts(len(rows), n_together):
-                made = encoder.rows(tokens[some], is_readable[rows.start : rows.stop][some])
-                behind(writer.append_tokens, made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
-                nnz, n_rows = nnz + len(made.values), n_rows + len(made.lengths)
-                report(rows.start + some.stop, f"{nnz / n_rows:.1f} active per token")
-            behind(writer.commit, rows.stop)
+                return
+            for part in _equal_parts(len(rows), n_together):
+                yield tokens[part][is_readable[rows.start : rows.stop][part]].reshape(-1, store.spec.width)
+
+    n_tokens, most_images = spec.tokens_per_image, max(map(len, jobs), default=0)
+    nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * n_tokens
+    begun: deque[tuple[range, Callable[[], SelectedRows]]] = deque()
+
+    def append(selected: SelectedRows) -> None:
+        made = selected.rows()
+        writer.append_tokens(made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
+
+    with ExitStack() as stack:
+        stack.enter_context(memory_told(_less_memory(most_images)))
+        if device != "cpu":  # else pinned memory belongs to GPU 0
+            stack.enter_context(torch.cuda.device(device))
+        behind = stack.enter_context(_in_order(_MOST_WAITING))
+        rounding = Rounding(spec.value_bits, spec.min_activation)
+        encoder = stack.enter_context(
+            _Encoder(model, rounding, spec.precision, device, most_rows=most_images * n_tokens)
+        )
+        source = stack.enter_context(closing(readable_tokens()))
+        coming = on_device(source, device)
+        if isinstance(coming, Generator):  # its thread reads `source`, so it ends first
+            stack.enter_context(closing(coming))
+
+        def take_one() -> None:
+            nonlocal nnz, n_rows
+            images, select = begun.popleft()
+            selected = select()
+            behind(append, selected)
+            nnz, n_rows = nnz + selected.nnz, n_rows + selected.n_rows
+            report(images.stop, f"{nnz / n_rows:.1f} active per token")
+            if images.stop == spec.n_images or images.stop % store.spec.chunk_images == 0:  # the end of a chunk
+                behind(writer.commit, images.stop)
+
+        for images, tokens in zip(jobs, coming, strict=True):
+            begun.append((images, encoder.begin(tokens, is_readable[images.start : images.stop], n_tokens)))
+            if len(begun) > encoder.n_ahead:
+                take_one()
+        while begun:
+            take_one()
+
+
+def _less_memory(n_together: int) -> str:
+    """What to type when memory has run out."""
+    if n_together > 1:
+        return (
+            f"Run the same command with --batch-size {n_together // 2} (now {n_together}); images that were "
+            f"encoded and committed stay"
+        )
+    return "The latents of one image do not fit: take a GPU with more free memory, or --device cpu"
 
 
 def _equal_parts(n: int, at_most: int) -> list[slice]:
@@ -262,42 +341,80 @@ def _equal_parts(n: int, at_most: int) -> list[slice]:
 class _Encoder:
     """Encodes tokens of some images to sparse rows, on one device."""
 
-    def __init__(self, model: SparseAutoencoder, rounding: Rounding, precision: str, device: str) -> None:
-        self._model, self._device, self._is_low = model, torch.device(device), precision == "bf16"
-        self._compactor = Compactor(model.n_latents, rounding)
+    def __init__(
+        self, model: SparseAutoencoder, rounding: Rounding, precision: str, device: str, *, most_rows: int
+    ) -> None:
+        """`most_rows`: the largest number of tokens that are encoded together."""
+        self._model, self.device, self._is_low = model, torch.device(device), precision == "bf16"
+        self._on_gpu = self.device.type != "cpu"
+        # micro-batches that are begun before the one before is selected
+        self.n_ahead = 1 if self._on_gpu else 0
+        self._host = Compactor(model.n_latents, rounding)
+        self._gpu = DeviceCompactor(rounding, self.device)
+        self._dense = None if self._on_gpu or self._is_low else torch.empty(most_rows, model.n_latents)
 
     def __enter__(self) -> "_Encoder":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._compactor.close()
+        self._host.close()
 
     @torch.inference_mode()
-    def rows(self, tokens: npt.NDArray[np.float16], is_readable: npt.NDArray[np.bool_]) -> SparseRows:
-        """The rows of some images, tokens (n, T, D); unreadable images get empty rows.
+    def begin(
+        self, tokens: torch.Tensor, is_readable: npt.NDArray[np.bool_], n_tokens: int
+    ) -> Callable[[], SelectedRows]:
+        """The rows of some images; on a GPU they are only begun, and found by the function that is returned.
 
-        Raises
+        Parameters
+        ----------
+        tokens : of the readable ones among the images, (n * n_tokens, D) float16, on the device
+        is_readable : of every image; unreadable images get empty rows
+
+        Raises (here, or when the returned function is called)
         ------
         DamagedStore
-            If a token of a readable image is not finite.
+            If a token is not finite.
         BadInput
             If a latent is not finite.
         """
-        n_images, n_tokens, width = tokens.shape
-        x = torch.from_numpy(tokens[is_readable].reshape(-1, width)).to(self._device).float()
-        if not bool(torch.isfinite(x).all()):
-            raise DamagedStore("a token of a readable image is NaN or infinite. cyto cache verify names it")
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_low):
-            p = self._model.pre_activations(x)
-        pieces = self._compactor.rows(self._model.keep_active_(p.float()))
-        lengths = np.zeros((n_images, n_tokens), np.int64)
-        lengths[is_readable] = np.concatenate([piece.lengths for piece in pieces]).reshape(-1, n_tokens)
-        return SparseRows(
-            np.concatenate([piece.indices for piece in pieces]),
-            np.concatenate([piece.values for piece in pieces]),
-            lengths.reshape(-1),
-            sum(piece.n_dropped for piece in pieces),
-        )
+        x, n_rows = tokens.float(), len(is_readable) * n_tokens
+        if not len(x):
+            none = SparseRows(np.empty(0, np.uint16), np.empty(0, np.float32), np.zeros(n_rows, np.int64), 0)
+            return lambda: SelectedRows(0, n_rows, lambda: none)
+        if not self._on_gpu and not bool(torch.isfinite(x).all()):
+            raise DamagedStore(TOKEN_NOT_FINITE)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_low):
+            p = self._model.pre_activations(x, out=None if self._dense is None else self._dense[: len(x)])
+        if self._model.activation != "relu" or not self._on_gpu:  # ReLU needs no other type to be told from 0
+            p = p.float()
+        p = self._model.keep_active_(p)
+        if self._on_gpu:
+            select = self._gpu.count(p, x)
+        else:
+            made = _joined(self._host.rows(p))
+            select = partial(SelectedRows, len(made.values), len(made.lengths), lambda: made)
+
+        def all_rows() -> SelectedRows:
+            selected = select()
+            return SelectedRows(selected.nnz, n_rows, lambda: _with_unreadable(selected.rows(), is_readable, n_tokens))
+
+        return all_rows
+
+
+def _joined(pieces: list[SparseRows]) -> SparseRows:
+    return SparseRows(
+        np.concatenate([piece.indices for piece in pieces]),
+        np.concatenate([piece.values for piece in pieces]),
+        np.concatenate([piece.lengths for piece in pieces]),
+        sum(piece.n_dropped for piece in pieces),
+    )
+
+
+def _with_unreadable(rows: SparseRows, is_readable: npt.NDArray[np.bool_], n_tokens: int) -> SparseRows:
+    """The rows of readable images, and empty ones where an image is unreadable."""
+    lengths = np.zeros((len(is_readable), n_tokens), np.int64)
+    lengths[is_readable] = rows.lengths.reshape(-1, n_tokens)
+    return replace(rows, lengths=lengths.reshape(-1))
 
 
 @contextmanager

@@ -17,10 +17,10 @@ import torch
 
 from stores.errors import BadInput
 
-_INFINITY = 0x7F800000  # float32 bits; NaN lies above
+INFINITY = 0x7F800000  # float32 bits; NaN lies above
 _CHUNK = 64  # latents that are tested together: most chunks have no active latent
 _MIN_ENTRIES = 1 << 18  # size of a thread's scratch arrays, at least
-_NOT_FINITE = "a latent became NaN or infinite: the SAE's weights do not fit these tokens"
+NOT_FINITE = "a latent became NaN or infinite: the SAE's weights do not fit these tokens"
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,22 @@ class Rounding:
     def smallest(self) -> int:
         """Bits of the smallest value that is stored."""
         return int(np.float32(self.min_activation).view(np.int32))
+
+    @property
+    def first_kept(self) -> int:
+        """Bits of the smallest value above 0 that is stored once it is rounded: rounding changes no order."""
+        low, high = 1, INFINITY
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.rounded(middle) >= self.smallest else (middle + 1, high)
+        return low
+
+    def rounded(self, bits: int) -> int:
+        """The bits of a rounded value above 0."""
+        if not self.drop:
+            return bits
+        half = (1 << self.drop >> 1) - 1
+        return max((bits + half + (bits >> self.drop & 1)) & ~((1 << self.drop) - 1), self.least)
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ def _rows_between(
             *(indices, values, lengths),
         )
         if end < 0:
-            raise BadInput(_NOT_FINITE)
+            raise BadInput(NOT_FINITE)
         yield SparseRows(indices[:n].copy(), values[:n].view(np.float32).copy(), lengths[: end - at], n_dropped)
         at = end
 
@@ -169,7 +185,7 @@ def _compact(
             for k in range(_CHUNK):  # int32 throughout and of fixed length: a few vector instructions (docs/log.md)
                 bit = chunks[chunk, k]
                 top, largest = max(top, bit), max(largest, np.int32(bit & 0x7FFFFFFF))
-            if top > 0 or largest > _INFINITY:
+            if top > 0 or largest > INFINITY:
                 start = chunk * _CHUNK
                 n, more = _take(row, start, start + _CHUNK, drop, half, tie, least, smallest, indices, values, n)
                 n_dropped += more
@@ -203,7 +219,7 @@ def _take(
         bit = row[k]
         if bit > 0:
             rounded = max((bit + half + (bit >> drop & tie)) & keep, least)
-            if rounded >= _INFINITY:
+            if rounded >= INFINITY:
                 return -1, 0
             if rounded < smallest:
                 n_dropped += 1
@@ -211,33 +227,13 @@ def _take(
                 indices[n] = k
                 values[n] = rounded
                 n += 1
-        elif bit & 0x7FFFFFFF > _INFINITY:
+        elif bit & 0x7FFFFFFF > INFINITY:
             return -1, 0
     return n, n_dropped
 
 
 def _on_device(p_BL: torch.Tensor, rounding: Rounding) -> SparseRows:
-    """The same on a GPU; only indices, values and row lengths go to the host. Memory: one byte per entry of p."""
-    flat = p_BL.flatten()
-    where = (flat > 0).nonzero().squeeze(1)  # int64, ascending: row by row
-    rows = where.div(p_BL.shape[1], rounding_mode="floor")
-    bits = flat[where].view(torch.int32)
-    if rounding.drop:
-        half, tie = (1 << rounding.drop - 1) - 1, bits.bitwise_right_shift(rounding.drop).bitwise_and(1)
-        bits = (bits + half + tie).bitwise_and(~((1 << rounding.drop) - 1)).clamp_min(rounding.least)
-    columns = where - rows * p_BL.shape[1]
-    # NaN is not above 0, so it would look like an inactive latent
-    is_bad = torch.isnan(flat).any() | (bits >= _INFINITY).any()
-    n_active = len(bits)
-    if rounding.smallest > rounding.least:
-        kept = bits >= rounding.smallest
-        rows, columns, bits = rows[kept], columns[kept], bits[kept]
-    lengths = torch.bincount(rows, minlength=len(p_BL))
-    if bool(is_bad):
-        raise BadInput(_NOT_FINITE)
-    return SparseRows(
-        columns.to(torch.int32).cpu().numpy(),
-        bits.view(torch.float32).cpu().numpy(),
-        lengths.cpu().numpy(),
-        n_active - len(bits),
-    )
+    """The same on a GPU; only indices, values and row lengths go to the host."""
+    from .device_rows import DeviceCompactor  # it imports this file
+
+    return DeviceCompactor(rounding, p_BL.device).count(p_BL)().rows()

@@ -73,9 +73,12 @@ class SparseAutoencoder(nn.Module):
         """L: number of latents."""
         return self.W_enc.shape[1]
 
-    def pre_activations(self, tokens_BD: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, D) -> pre-activations p (B, L), before the activation."""
-        return torch.addmm(self.b_enc, tokens_BD - self.b_dec, self.W_enc)
+    def pre_activations(self, tokens_BD: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, D) -> pre-activations p (B, L), before the activation.
+
+        out : (B, L) memory to write them into, without gradients: new memory costs a page fault for each 4 KiB
+        """
+        return torch.addmm(self.b_enc, tokens_BD - self.b_dec, self.W_enc, out=out)
 
     def keep_active_(self, pre_activations_BL: torch.Tensor) -> torch.Tensor:
         """Apply the activation to p (B, L) in place and return it; entries <= 0 afterwards are inactive (`relu_`).

@@ -20,7 +20,7 @@ from token_caches import write_cache
 
 from cli import cli
 from cytosae.latents.encode import encode
-from stores import csr
+from stores import csr, latent_shards
 from stores.activation_writer import writer_lock
 from stores.errors import BadInput, DamagedStore, IncompleteStore
 from stores.files import locked
@@ -114,6 +114,31 @@ def test_in_any_order_the_last_one_completes_the_store(count: int, single: dict[
         assert LatentStore(root).n_dropped == sum(
             latent_rows()[a * 3 : b * 3].nnz // 5 for a, b in [(0, 4), (4, 8), (8, 10)]
         )
+
+
+def test_rows_that_are_read_ahead_are_joined_in_order(
+    single: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads read at once, and the later rows are there first."""
+    real, reading, most_at_once = csr.CsrReader.read_rows, 0, 0
+
+    def read_rows(self: csr.CsrReader, start: int, stop: int) -> csr.CsrRows:
+        nonlocal reading, most_at_once
+        reading += 1
+        most_at_once = max(most_at_once, reading)
+        time.sleep(0.3 if start == 0 else 0.05)
+        rows = real(self, start, stop)
+        reading -= 1
+        return rows
+
+    root = tmp_path / "l.zarr"
+    for index in (1, 0):
+        if index == 0:
+            monkeypatch.setattr(latent_shards, "n_cores", lambda: 2)
+            monkeypatch.setattr(csr.CsrReader, "read_rows", read_rows)
+        write(root, Shard(index, 2))
+    assert contents(root) == single
+    assert most_at_once == 2
 
 
 def test_what_one_writer_lacks_it_takes_from_finished_parts(single: dict[str, bytes], tmp_path: Path) -> None:
