@@ -106,7 +106,7 @@ def _write_values(file: BinaryIO, value: torch.Tensor, fetch: Fetch, crc: int) -
     for piece in _pieces(value, fetch):
         for first in range(0, len(piece), _CRC_PIECE):
             crc = google_crc32c.extend(crc, piece[first : first + _CRC_PIECE])
-        file.write(memoryview(piece))
+        file.write(piece.data)
     return crc
 
 

@@ -78,7 +78,7 @@ def test_a_run_that_is_told_trains_what_one_that_counts_does(
     changes = {"dead_latents": dead_latents, "resample_every": 4, "b_dec_init": "zeros", "tokens": 12 * BATCH}
     config = make_config(options={**SETTINGS, **changes})
     train([cache], tmp_path / "counts", config)
-    told, real = [], train_module.loss_and_gradients
+    told, real = [], loss_and_gradients
 
     def watched(*given: Any, **more: Any) -> Any:
         if more["n_dead"] is not None:

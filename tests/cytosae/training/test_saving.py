@@ -278,7 +278,7 @@ def test_without_memory_for_a_copy_the_state_is_written_on_the_spot(
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool], error: Exception) -> list[int]:
     """Writing the n-th file of a state, from 1, fails where `fails(n)`; the steps that were tried."""
-    tried, real = list[int](), state.write_tensors
+    tried, real = list[int](), write_tensors
 
     def write(path: Path, tensors: Any, facts: dict[str, Any], ready: Any = None) -> None:
         tried.append(facts["step"])
@@ -332,7 +332,7 @@ def test_on_a_full_disk_the_oldest_state_makes_room(tmp_path: Path, monkeypatch:
     found = state_of()
     for found.step in (1, 2, 3):
         state.save_state(tmp_path, found, keep=3)
-    real, most = state.write_tensors, 2
+    real, most = write_tensors, 2
 
     def write(path: Path, *rest: Any) -> None:
         if len(steps_saved(tmp_path)) >= most:

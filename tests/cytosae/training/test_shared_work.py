@@ -17,6 +17,7 @@ from token_caches import write_cache
 from training_runs import BATCH, SETTINGS, tokens_of_cells
 
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, make_config
+from cytosae.sae.model import geometric_median
 from cytosae.training import data as data_module
 from cytosae.training import evaluate as evaluate_module
 from cytosae.training.data import choose_data, initial_b_dec, open_data
@@ -116,7 +117,7 @@ def test_each_rank_measures_on_its_share_of_the_held_out_images(caches: list[Pat
 @pytest.mark.stress
 def test_what_a_run_starts_with_is_computed_on_one_rank(caches: list[Path], tmp_path: Path) -> None:
     """The median and jumprelu's first thresholds; the weights are those of one process."""
-    values = {name: value for name, value in SETTINGS.items() if name != "l1"}
+    values: dict[str, Any] = {name: value for name, value in SETTINGS.items() if name != "l1"}
     values |= {"tokens": 4 * BATCH, "activation": "jumprelu", "target_l0": 5.0, "holdout": 0.2}
     config = make_config(options=values)
     written = tmp_path / "settings.toml"
@@ -183,7 +184,7 @@ def test_the_median_is_computed_on_the_device_of_the_run(caches: list[Path], mon
     """On fake CUDA tensors; it is the CPU's that is kept, once for each device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    devices, real = list[str](), data_module.geometric_median
+    devices, real = list[str](), geometric_median
 
     def watched(points: torch.Tensor) -> torch.Tensor:
         devices.append(points.device.type)
