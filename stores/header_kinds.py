@@ -65,7 +65,7 @@ SPEC_KINDS: dict[str, Pattern] = {
         "images": {"*": (int, str, NoneType, list, dict)},
         "imported": {"format": str, "files": {"*": str}},
         "init_from": {"identity": str, "sae_sha256": str},
-        "baseline": {"kind": str, "like": (str, NoneType), "sample_tokens": int, "seed": int},
+        "baseline": {"kind": str, "like": (str, NoneType), "l0": _NUMBER, "sample_tokens": int, "seed": int},
         "background": {
             **dict.fromkeys(("rule", "sha256"), str),
             **dict.fromkeys(("patches", "left_out"), int),

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cytosae.sae import SparseAutoencoder
@@ -83,7 +84,7 @@ def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weight
     from sklearn.decomposition import FastICA
     from sklearn.exceptions import ConvergenceWarning
 
-    n = min(n, int((torch.linalg.eigvalsh(_moments := second_moments(x_ND)) > 1e-6 * _moments.trace()).sum()))
+    n = min(n, _rank(x_ND))
     fit = FastICA(n, whiten="unit-variance", max_iter=iterations, random_state=seed % 2**32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -98,21 +99,27 @@ def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weight
 
 
 def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weights:
-    """Non-negative factors of the sample (MiniBatchNMF of scikit-learn): `n` latents.
+    """Non-negative factors of the sample: `n` latents, each the projection on a factor's direction.
 
-    Tokens have both signs, so what is factorised is (N, 2 D): what lies above the centre beside what lies below it. A
-    factor's direction is the one part minus the other. Codes of NMF are solved for; here a latent is the projection.
+    A factor's direction is what it has above the centre minus what it has below it (`nmf_factors`). The codes of NMF
+    itself are solved for, token by token; no encoder has them.
+    """
+    factors, width = nmf_factors(x_ND, n, seed=seed, iterations=iterations), x_ND.shape[1]
+    return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]))
+
+
+def nmf_factors(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> npt.NDArray[np.float32]:
+    """(n, 2 D): non-negative factors of what lies above the centre, and what below (MiniBatchNMF of scikit-learn).
+
+    Tokens have both signs, and (N, 2 D) has none below 0.
     """
     from sklearn.decomposition import MiniBatchNMF
 
     x = x_ND.numpy()
     halves = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
-    fit = MiniBatchNMF(
-        n, init="random", batch_size=min(_CHUNK, len(x)), max_iter=iterations, random_state=seed % 2**32
-    ).fit(halves)
-    factors = np.asarray(fit.components_, np.float32)
-    width = x.shape[1]
-    return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]))
+    size = min(_CHUNK, len(x))
+    fit = MiniBatchNMF(n, init="random", batch_size=size, max_iter=iterations, random_state=seed % 2**32)
+    return np.asarray(fit.fit(halves).components_, np.float32)
 
 
 def fit_kmeans(
@@ -162,6 +169,12 @@ def _nearest(x_ND: torch.Tensor, c_LD: torch.Tensor) -> torch.Tensor:
 def _signed(encoder: torch.Tensor, decoder: torch.Tensor, notes: tuple[str, ...] = ()) -> Weights:
     both = torch.cat([encoder, -encoder]), torch.cat([decoder, -decoder])
     return Weights(*both, torch.zeros(len(both[0])), notes)
+
+
+def _rank(x_ND: torch.Tensor) -> int:
+    """Components with more than a millionth of the whole variance, which can be scaled to variance 1."""
+    moments = second_moments(x_ND)
+    return int((torch.linalg.eigvalsh(moments) > 1e-6 * moments.trace()).sum())
 
 
 def second_moments(x_ND: torch.Tensor) -> torch.Tensor:
