@@ -89,7 +89,7 @@ def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weight
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         fit.fit(x_ND.numpy())
-    notes = ()
+    notes: tuple[str, ...] = ()
     if any(issubclass(each.category, ConvergenceWarning) for each in caught):
         notes = (f"FastICA had not settled after {iterations:,} iterations; raise --iterations",)
     mixing = np.asarray(fit.mixing_, np.float32).T  # (n, D)

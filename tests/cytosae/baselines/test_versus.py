@@ -1,6 +1,5 @@
 """SAE minus baseline: a planted dictionary beats every one, an untrained SAE none; figures equal their slow twins."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from token_caches import write_cache
 from cytosae.baselines import KINDS, BaselineConfig, VersusConfig, VersusResult, compare_with_baselines, write_baseline
 from cytosae.baselines import versus as module
 from cytosae.baselines.figures_of_draws import METRICS, figures_of_draws
-from cytosae.baselines.measure import ImageSums
+from cytosae.baselines.measure import ImageSums, measure_images
 from cytosae.training.evaluate import evaluate
 from cytosae.training.train import train
 from stores import read_image_ids
@@ -139,7 +138,6 @@ def test_an_interrupted_comparison_continues(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = [runs["pca 0"], runs["ica 0"]]
-    measure: Callable[..., ImageSums] = module.measure_images
     n_measured = 0
 
     def stop_at_the_third(*args: Any, **settings: Any) -> ImageSums:
@@ -147,7 +145,7 @@ def test_an_interrupted_comparison_continues(
         n_measured += 1
         if n_measured == 3:
             raise KeyboardInterrupt
-        return measure(*args, **settings)
+        return measure_images(*args, **settings)
 
     monkeypatch.setattr(module, "measure_images", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
