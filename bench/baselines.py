@@ -1,8 +1,9 @@
 """What do baselines of a large SAE cost, and an SAE minus a baseline with its intervals?
 
-Ours: `compare_with_baselines` of a random and a `tokens` baseline, two passes over the held-out images and the bootstrap.
-Against: `evaluate` of both on the same images, which is one pass each without intervals. Also: time and peak memory of
-each fit. Invented tokens; an SAE of the released size is not needed, since its settings alone tell what baselines are like.
+Ours: `compare_with_baselines` of a random and a `tokens` baseline, two passes over the held-out images and the
+bootstrap. Against: `evaluate` of both on the same images, one pass each without intervals, but with the nearest decoder
+row of each. Also: time and peak memory of each fit. The tokens are invented; an SAE of the released size is not needed,
+since its settings alone tell what baselines are like.
 """
 
 import resource
