@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from cytosae.concepts import shuffled_labels
 from cytosae.sae import load_sae
-from stores.activation_store import ActivationStore
+from stores.activation_store import ActivationStore, require_same_tokens
 from stores.content_hashes import find_trained_on
 from stores.devices import resolve_device
 from stores.errors import BadInput
@@ -156,8 +158,10 @@ def compare_with_baselines(
             known = figures_of_draws(sums, weights, labels, shuffled, least_images=config.least_images)
             writer.write_table(name, pa.table({"draw": np.arange(len(weights)), **known}))
         found.append(known)
-    differences = _differences(members, found, config)
-    writer.write_table("saes", pa.Table.from_pylist([_row(*each) for each in zip(members, found, strict=True)]))
+    differences = _differences(members, found, config, n_groups)
+    writer.write_table(
+        "saes", pa.Table.from_pylist([_row(*each, n_groups) for each in zip(members, found, strict=True)])
+    )
     writer.write_table("differences", pa.Table.from_pylist(differences))
     plot_differences([row for row in differences if row["metric"] in JUDGED], writer.root / "differences")
     summary = {
@@ -182,8 +186,12 @@ def _open_member(run: Path, store: ActivationStore, is_untrained: bool, assume_c
             f"{store.root} was made with a trained backbone; give it with --baseline, or extract with random weights"
         )
     member = _Member(run, header, store, "untrained backbone" if is_untrained else kind_of(header))
-    load_sae(run, device="cpu").require_tokens(
-        store.spec, f"the cache {store.root}", assume_compatible=assume_compatible
+    require_same_tokens(
+        dict(header.spec["tokens"]),
+        store.spec.same_tokens,
+        f"the SAE {run}",
+        f"the cache {store.root}",
+        assume_compatible=assume_compatible,
     )
     return member
 
@@ -278,20 +286,30 @@ def _kept(writer: ResultWriter, name: str) -> dict[str, Floats] | None:
         return None
 
 
-def _interval(observed: float, drawn: Floats, *, is_share_of_latents: bool) -> tuple[float | None, float | None]:
-    """The 2.5 and 97.5% quantiles; of dead shares, which are larger in every draw, moved to the observed value."""
+def interval_of_draws(
+    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
+) -> tuple[float | None, float | None]:
+    """95% limits: the quantiles over draws, further from the observed value by what few groups need; None without draws.
+
+    Quantiles of a bootstrap over n groups are too near, as a normal quantile in place of Student's t is, and a variance
+    with n in place of n - 1: distances are multiplied by the ratio of both (Hesterberg 2015, the expanded percentile
+    interval, doi 10.1080/00031305.2015.1089789).
+
+    is_moved : for shares of dead latents, which are larger in every draw, as it has fewer images: quantiles are taken
+        about the mean of the draws
+    """
     drawn = drawn[np.isfinite(drawn)]
-    if not np.isfinite(observed) or not len(drawn):
+    if not np.isfinite(observed) or not len(drawn) or n_groups < 2:
         return None, None
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    shift = observed - drawn.mean() if is_share_of_latents else 0.0
-    return float(low + shift), float(high + shift)
+    wider = student.ppf(0.975, n_groups - 1) / normal.ppf(0.975) * np.sqrt(n_groups / (n_groups - 1))
+    away = np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() if is_moved else observed)
+    return float(observed + wider * away[0]), float(observed + wider * away[1])
 
 
-def _row(member: _Member, found: dict[str, Floats]) -> dict[str, Any]:
+def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, Any]:
     """A row of saes.parquet."""
     row: dict[str, Any] = {
-        "run": str(member.run),
+        "run": member.run.name,
         "kind": member.kind,
         "sae_sha256": member.sha256,
         "n_latents": int(member.header.spec["n_latents"]),
@@ -299,13 +317,13 @@ def _row(member: _Member, found: dict[str, Floats]) -> dict[str, Any]:
     }
     for metric in METRICS:
         values = found[metric]
-        low, high = _interval(values[0], values[1:], is_share_of_latents=metric == "dead_share")
+        low, high = interval_of_draws(values[0], values[1:], n_groups, is_moved=metric == "dead_share")
         row |= {metric: _plain(values[0]), f"{metric}_low": low, f"{metric}_high": high}
     return row
 
 
 def _differences(
-    members: Sequence[_Member], found: Sequence[dict[str, Floats]], config: VersusConfig
+    members: Sequence[_Member], found: Sequence[dict[str, Floats]], config: VersusConfig, n_groups: int
 ) -> list[dict[str, Any]]:
     """Rows of differences.parquet: for each kind of baseline and metric the SAE minus it."""
     kinds: dict[str, list[int]] = {}
@@ -320,7 +338,7 @@ def _differences(
             ours, theirs = found[0][metric], np.stack([found[number][metric] for number in numbers])
             drawn = ours[1:] - theirs[which, 1 + np.arange(config.draws)]
             observed = float(ours[0] - theirs[:, 0].mean())
-            low, high = _interval(observed, drawn, is_share_of_latents=metric == "dead_share")
+            low, high = interval_of_draws(observed, drawn, n_groups, is_moved=metric == "dead_share")
             is_judged = metric in JUDGED and low is not None and high is not None
             rows.append(
                 {
