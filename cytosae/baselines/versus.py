@@ -289,7 +289,7 @@ def _kept(writer: ResultWriter, name: str) -> dict[str, Floats] | None:
 def interval_of_draws(
     observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
 ) -> tuple[float | None, float | None]:
-    """95% limits: the quantiles over draws, further from the observed value by what few groups need; None without draws.
+    """95% limits: quantiles over draws, further from the observed value by what few groups need; None without draws.
 
     Quantiles of a bootstrap over n groups are too near, as a normal quantile in place of Student's t is, and a variance
     with n in place of n - 1: distances are multiplied by the ratio of both (Hesterberg 2015, the expanded percentile
