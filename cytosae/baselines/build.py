@@ -51,6 +51,7 @@ from .reference import Reference, frozen_settings, open_reference
 _SAMPLE_NUMBERS = 65_536 * 768  # of the sample of tokens: 200 MB
 _SCALE_TOKENS = 8192  # of the sample, for the factor of the decoder
 _MOST_HELD_OUT = 512  # held-out images that the finished baseline is measured on
+_NEAR = 0.1  # L0 is matched within this share
 _BATCH = 65_536  # tokens that kmeans takes at once, at least as many as latents
 _log = logging.getLogger(__name__)
 _SIGNED = ("pca", "ica", "neurons")
@@ -135,7 +136,11 @@ def write_baseline(
             progress=lambda done, total, metrics: progress(done, total, ""),
         )
         return BaselineReport(
-            out=out, header=done.header, kind=config.kind, was_complete=done.was_complete, warnings=done.warnings
+            out=out,
+            header=done.header,
+            kind=config.kind,
+            was_complete=done.was_complete,
+            warnings=(*done.warnings, *_far_from(reference, done.header)),
         )
 
     job = _Job(reference, config, device, say, progress)
@@ -167,6 +172,14 @@ def write_baseline(
     finally:
         output.release()
     return BaselineReport(out=out, header=header, kind=config.kind, was_complete=False)
+
+
+def _far_from(reference: Reference, header: Header) -> Iterator[str]:
+    """A warning if the L0 of a trained baseline is not within a tenth of that of the SAE."""
+    summary = header.summary or {}
+    l0 = (summary.get("held_out") or summary["final"])["l0"]
+    if abs(l0 / reference.l0 - 1) > _NEAR:
+        yield f"L0 is {l0:.1f}, and that of the SAE {reference.l0:.1f}: its sparsity was not reached in as many tokens"
 
 
 class _Job:

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,16 +83,10 @@ def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weight
     row a_i / ||a_i||, so that latents compare as the lengths that they add.
     """
     from sklearn.decomposition import FastICA
-    from sklearn.exceptions import ConvergenceWarning
 
     n = min(n, _rank(x_ND))
     fit = FastICA(n, whiten="unit-variance", max_iter=iterations, random_state=seed % 2**32)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        fit.fit(x_ND.numpy())
-    notes: tuple[str, ...] = ()
-    if any(issubclass(each.category, ConvergenceWarning) for each in caught):
-        notes = (f"FastICA had not settled after {iterations:,} iterations; raise --iterations",)
+    notes = _fitted(fit, x_ND.numpy(), f"FastICA had not settled after {iterations:,} iterations; raise --iterations")
     mixing = np.asarray(fit.mixing_, np.float32).T  # (n, D)
     norm = np.linalg.norm(mixing, axis=1, keepdims=True)
     encoder, decoder = np.asarray(fit.components_, np.float32) * norm, mixing / norm
@@ -104,14 +99,17 @@ def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weight
     A factor's direction is what it has above the centre minus what it has below it (`nmf_factors`). The codes of NMF
     itself are solved for, token by token; no encoder has them.
     """
-    factors, width = nmf_factors(x_ND, n, seed=seed, iterations=iterations), x_ND.shape[1]
-    return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]))
+    factors, notes = nmf_factors(x_ND, n, seed=seed, iterations=iterations)
+    width = x_ND.shape[1]
+    return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]), notes)
 
 
-def nmf_factors(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> npt.NDArray[np.float32]:
+def nmf_factors(
+    x_ND: torch.Tensor, n: int, *, seed: int, iterations: int
+) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
     """(n, 2 D): non-negative factors of what lies above the centre, and what below (MiniBatchNMF of scikit-learn).
 
-    Tokens have both signs, and (N, 2 D) has none below 0.
+    Tokens have both signs, and (N, 2 D) has none below 0. Also notes.
     """
     from sklearn.decomposition import MiniBatchNMF
 
@@ -119,7 +117,18 @@ def nmf_factors(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> np
     halves = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
     size = min(_CHUNK, len(x))
     fit = MiniBatchNMF(n, init="random", batch_size=size, max_iter=iterations, random_state=seed % 2**32)
-    return np.asarray(fit.fit(halves).components_, np.float32)
+    notes = _fitted(fit, halves, f"NMF had not settled after {iterations:,} passes; raise --iterations")
+    return np.asarray(fit.components_, np.float32), notes
+
+
+def _fitted(fit: Any, x: npt.NDArray[np.float32], note: str) -> tuple[str, ...]:
+    """Fit; `note` if scikit-learn says that it had not settled."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        fit.fit(x)
+    return (note,) if any(issubclass(each.category, ConvergenceWarning) for each in caught) else ()
 
 
 def fit_kmeans(

@@ -76,7 +76,8 @@ def test_a_frozen_matrix_keeps_its_initial_value(
     cache, sae = planted
     like = sae
     if activation == "relu":
-        config = planted_config(activation="relu", k=None, target_l0=6.0, dead_latents="resample", resample_every=100)
+        settings = {"target_l0": 6.0, "dead_latents": "resample", "resample_every": 100, "tokens": 128 * 1200}
+        config = planted_config(activation="relu", k=None, **settings)
         like = train([cache], tmp_path / "relu", config).out
     l0 = (load_sae(like).header.summary or {})["held_out"]["l0"]
     made = write_baseline([cache], tmp_path / "f", BaselineConfig(kind=f"frozen-{frozen}"), like=like)
@@ -93,7 +94,7 @@ def test_a_frozen_matrix_keeps_its_initial_value(
         key: (directions(getattr(trained, key)) * directions(getattr(random, key))).sum(1) for key in (name, other)
     }
     assert cosines[name].min() > 1 - 1e-5  # up to the rounding of rows that are scaled to norm 1
-    assert cosines[other].min() < 0.9
+    assert cosines[other].min() < 0.97
     spec = made.header.spec
     assert spec["config"]["frozen"] == frozen
     assert spec["resolved"]["order_seed"] == 0
@@ -139,7 +140,7 @@ def test_it_is_like_settings_where_there_is_no_sae(planted: tuple[Path, Path], t
 def test_other_data_are_refused(planted: tuple[Path, Path], tmp_path: Path) -> None:
     cache, sae = planted
     tokens = np.random.default_rng(0).normal(2, 1, (40, 8, WIDTH)).astype(np.float16)
-    other = write_cache(tmp_path / "other.zarr", tokens)
+    other = write_cache(tmp_path / "other.zarr", tokens, patients=[f"P{number % 9}" for number in range(40)])
     with pytest.raises(SpecMismatch, match=r"was trained on other data \(.*\); give the caches that it was trained on"):
         write_baseline([other], tmp_path / "b", BaselineConfig(kind="pca"), like=sae)
     with pytest.raises(SpecMismatch, match="the same --exclude"):

@@ -152,7 +152,7 @@ def test_nmf_fits_as_well_as_its_twin() -> None:
     def error(factors: Floats) -> float:
         return sum(nnls(factors.T, row)[1] ** 2 for row in halves) / float((halves**2).sum())
 
-    found = nmf_factors(torch.from_numpy(x).float(), 4, seed=0, iterations=300)
+    found, _ = nmf_factors(torch.from_numpy(x).float(), 4, seed=0, iterations=300)
     assert (found >= 0).all()
     twin = error(slow_nmf(halves, 4, 600))
     assert twin < 0.2
