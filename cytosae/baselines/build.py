@@ -143,7 +143,7 @@ def write_baseline(
             warnings=(*done.warnings, *_far_from(reference, done.header)),
         )
 
-    job = _Job(reference, config, device, say, progress)
+    job = _Job(reference, config, device, progress)
     header = new_header(SAE, job.spec())
     local = [store.root for store in reference.data.stores if isinstance(store.root, Path)]
     output = plan_output(out, header, overwrite=overwrite, inputs=(*local, *([like] if like else [])))
@@ -185,15 +185,8 @@ def _far_from(reference: Reference, header: Header) -> Iterator[str]:
 class _Job:
     """A fit in closed form: what it will be, what it costs, and the fit."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        config: BaselineConfig,
-        device: str,
-        say: Callable[[str], None],
-        progress: Progress,
-    ) -> None:
-        self.reference, self.config, self.device, self.say, self.progress = reference, config, device, say, progress
+    def __init__(self, reference: Reference, config: BaselineConfig, device: str, progress: Progress) -> None:
+        self.reference, self.config, self.device, self.progress = reference, config, device, progress
         self.kind, self.data, self.width = config.kind, reference.data, reference.data.width
         self.seed = reference.config.seed if config.seed is None else config.seed
         n_latents = reference.n_latents
@@ -293,8 +286,6 @@ class _Job:
             )
         if self.k != self.reference.k:
             notes.append(f"{self.kind} has L0 {self.k}; the SAE has {self.reference.l0:.1f}")
-        for note in notes:
-            self.say(f"note: {note}")
         return model, {"tokens": self.n_tokens, "scale": scale}, tuple(notes)
 
     def _weights(self, sample: torch.Tensor, centre: torch.Tensor) -> Weights:

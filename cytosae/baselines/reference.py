@@ -83,12 +83,23 @@ def open_reference(
         data = open_data(caches, config, exclude=exclude)
         sae.require_tokens(data.stores[0].spec, f"the cache {caches[0]}", assume_compatible=assume_compatible)
         return Reference(config, data, spec["n_latents"], _measured_l0(sae, data), sae, like)
-    if "baseline" in spec:
-        raise BadInput(f"{like} is itself a baseline ({spec['baseline']['kind']}); give the SAE that it is like")
+    if (kind := kind_of(sae.header)) != "trained":
+        raise BadInput(f"{like} is itself a baseline ({kind}); give the SAE that it is like")
     config = TrainConfig.from_spec(spec["config"])
     data = open_data(caches, config, exclude=exclude)
     _require_same_data(spec, data.to_spec(), like)
     return Reference(config, data, spec["n_latents"], _known_l0(sae.header) or _measured_l0(sae, data), sae, like)
+
+
+def kind_of(header: Header) -> str:
+    """What an SAE is: the kind of its baseline, `imported`, or `trained`."""
+    spec = header.spec
+    if "baseline" in spec:
+        return str(spec["baseline"]["kind"])
+    frozen = spec.get("config", {}).get("frozen", "none")
+    if frozen != "none":
+        return f"frozen-{frozen}"
+    return "imported" if "imported" in spec else "trained"
 
 
 def frozen_settings(reference: Reference, frozen: str, seed: int | None) -> TrainConfig:

@@ -35,6 +35,7 @@ from .config import VersusConfig
 from .figures import plot_differences
 from .figures_of_draws import METRICS, SHUFFLES, figures_of_draws
 from .measure import Floats, Ints, measure_images
+from .reference import kind_of
 from .report import VersusResult
 
 JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
@@ -194,17 +195,6 @@ def _open_member(run: Path, store: ActivationStore, is_untrained: bool, assume_c
         assume_compatible=assume_compatible,
     )
     return member
-
-
-def kind_of(header: Header) -> str:
-    """What an SAE is: the kind of its baseline, `imported`, or `trained`."""
-    spec = header.spec
-    if "baseline" in spec:
-        return str(spec["baseline"]["kind"])
-    frozen = spec.get("config", {}).get("frozen", "none")
-    if frozen != "none":
-        return f"frozen-{frozen}"
-    return "imported" if "imported" in spec else "trained"
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,9 +379,9 @@ def _warnings(
             found.append(
                 f"one draw of {kind}: its interval does not contain how such baselines differ; make more with --seed"
             )
-    k = members[0]
-    if kind_of(k.header) not in ("trained", "imported"):
-        found.append(f"{k.run} is itself a baseline ({kind_of(k.header)})")
+    ours = members[0]
+    if ours.kind not in ("trained", "imported"):
+        found.append(f"{ours.run.name} is itself a baseline ({ours.kind})")
     return found
 
 

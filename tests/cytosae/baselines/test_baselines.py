@@ -11,7 +11,7 @@ from planted import ACTIVE, N_ATOMS, WIDTH, planted_cache, planted_config, plant
 from token_caches import write_cache
 
 from cytosae.baselines import KINDS, BaselineConfig, write_baseline
-from cytosae.baselines.versus import kind_of
+from cytosae.baselines.reference import kind_of
 from cytosae.latents.encode import encode
 from cytosae.relations import write_stability
 from cytosae.sae import load_sae, make_config, save_sae
