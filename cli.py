@@ -32,7 +32,8 @@ GROUPS = {
     ),
     "sae": (
         "Stage two: sparse autoencoders.",
-        dict.fromkeys(("train", "sweep", "info", "eval", "import", "export", "encode"), "cytosae.commands.sae"),
+        dict.fromkeys(("train", "sweep", "info", "eval", "import", "export", "encode"), "cytosae.commands.sae")
+        | dict.fromkeys(("baseline", "versus"), "cytosae.commands.baselines"),
     ),
     "latents": ("Latent stores.", dict.fromkeys(("info", "verify", "merge"), "cytosae.commands.latents")),
     "concept": (

@@ -23,6 +23,7 @@ FULL = {
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],
     "sae_step": ["--tokens", "16448", "--sweep"],
     "sae_run": ["--steps", "400"],
+    "baselines": [],
     "sae_step_gpu": ["--run"],
     "probe": [],
     "probe_intervals": ["--runs", "150"],

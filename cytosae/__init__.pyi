@@ -10,6 +10,10 @@ from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
 from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
+from .baselines import BaselineConfig as BaselineConfig
+from .baselines import VersusConfig as VersusConfig
+from .baselines import compare_with_baselines as compare_with_baselines
+from .baselines import write_baseline as write_baseline
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
 from .compare import compare as compare

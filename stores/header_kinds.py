@@ -38,7 +38,7 @@ _CONFIG: Pattern = {
     **dict.fromkeys(("loss", "dead_latents", "ghost_scale", "order", "token_set", "activation"), (str, NoneType)),
     **dict.fromkeys(("l1", "lr"), _NUMBER),
     **dict.fromkeys(("batch_tokens", "seed"), int),
-    **dict.fromkeys(("init", "background"), str),
+    **dict.fromkeys(("init", "background", "frozen"), str),
     "clip_norm": _NUMBER,
     "nested": ([_NUMBER], NoneType),
 }
@@ -65,6 +65,7 @@ SPEC_KINDS: dict[str, Pattern] = {
         "images": {"*": (int, str, NoneType, list, dict)},
         "imported": {"format": str, "files": {"*": str}},
         "init_from": {"identity": str, "sae_sha256": str},
+        "baseline": {"kind": str, "like": (str, NoneType), "l0": _NUMBER, "sample_tokens": int, "seed": int},
         "background": {
             **dict.fromkeys(("rule", "sha256"), str),
             **dict.fromkeys(("patches", "left_out"), int),
@@ -90,6 +91,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "stability": {"saes": [{"sae_sha256": str, "n_latents": int}]},
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},
+    "comparison with baselines": {"sae": str, "baselines": [{"sae_sha256": str, "kind": str}], "caches": [str]},
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},
 }
 _WITH_FILES: Pattern = {"files": (_NAMES,)}

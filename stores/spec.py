@@ -91,13 +91,20 @@ MASKS = Format(
     header_file="masks.json",
     command="cyto concept masks",
 )
+VERSUS = Format(
+    kind="comparison with baselines",
+    a_kind="a comparison with baselines",
+    version=1,
+    header_file="versus.json",
+    command="cyto sae versus",
+)
 ATLAS = Format(kind="atlas", a_kind="an atlas", version=1, header_file="atlas.json", command="cyto atlas build")
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
-        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
+        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ATLAS),
     )
 }
 

@@ -1,5 +1,6 @@
 from .label_entropy import label_entropy as label_entropy
 from .label_entropy import shuffled_entropy as shuffled_entropy
+from .label_entropy import shuffled_labels as shuffled_labels
 from .latent_summary import TopImagesResult as TopImagesResult
 from .latent_summary import top_images as top_images
 from .report import ConceptResult as ConceptResult

@@ -15,7 +15,7 @@ from stores.concept_store import ConceptStore
 from stores.errors import BadInput, IncompleteStore, StoreNotFound
 from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore
-from stores.spec import ATLAS, COMPARISON, PROBE, SAE, STABILITY, Header, read_header
+from stores.spec import ATLAS, COMPARISON, PROBE, SAE, STABILITY, VERSUS, Header, read_header
 
 from . import stages
 from .cohort import read_cohort
@@ -108,6 +108,18 @@ class RunFolder:
         if self.recipe.stability is None or "stability" in self.left_out:
             return None
         return self._open("stability", stages.STABILITY, lambda path: ResultStore(path, STABILITY))
+
+    @cached_property
+    def versus(self) -> ResultStore | None:
+        """The SAE beside its baselines; None if nobody made it: no run asks for it."""
+        if not (self.root / stages.VERSUS).is_dir():
+            return None
+        store = self._open("the comparison with baselines", stages.VERSUS, lambda path: ResultStore(path, VERSUS))
+        sae = (self.sae.summary or {}).get("sae_sha256") if self.sae is not None else None
+        if store is not None and store.header.spec["sae"] != sae:
+            self.missing.append(f"the comparison with baselines in {stages.VERSUS}, which is of another SAE")
+            return None
+        return store
 
     @cached_property
     def atlas(self) -> Header | None:

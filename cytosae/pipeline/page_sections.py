@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.barcodes import plot_patient_barcodes
+from cytosae.baselines import difference_text
 from cytosae.training import HealthRow, read_health
 from stores.result_folder import ResultStore
 from stores.tables import column
@@ -34,6 +35,7 @@ def make_sections(run: RunFolder) -> list[Section]:
     made = [
         _input_section(run),
         _health_section(run),
+        _versus_section(run),
         concept_section(run),
         _patient_section(run),
         _comparison_section(run),
@@ -187,6 +189,55 @@ def _mark(row: HealthRow) -> str:
     if row.is_healthy:
         return "good"
     return "bad" if row.is_needed else "better"
+
+
+def _versus_section(run: RunFolder) -> Section | None:
+    """What the SAE has more than baselines, if that was measured."""
+    store = run.versus
+    if store is None:
+        return None
+    said = dict((store.header.summary or {})["result"])
+    section = Section(id="baselines", title="Has the SAE learnt more than a baseline?")
+    saes, differences = store.table("saes").to_pylist(), store.table("differences").to_pylist()
+    section.blocks.append(
+        Table(
+            caption=f"On {said['n_images']:,} {'held-out ' if said['is_held_out'] else ''}images",
+            head=("", "latents", "L0", "dead", "variance explained", "label purity", "by chance"),
+            rows=[
+                (
+                    "the SAE" if row is saes[0] else row["kind"],
+                    f"{row['n_latents']:,}",
+                    f"{row['l0']:.1f}",
+                    f"{row['dead_share']:.1%}",
+                    _number(row["explained_variance"], ".3f"),
+                    _number(row["label_purity"], ".3f"),
+                    _number(row["label_purity_by_chance"], ".3f"),
+                )
+                for row in saes
+            ],
+        )
+    )
+    by_metric = {
+        metric: {row["baseline"]: row for row in differences if row["metric"] == metric and row["low"] is not None}
+        for metric in ("explained_variance", "label_purity_above_chance")
+    }
+    explained, purity = by_metric.values()
+    section.blocks.append(
+        Table(
+            caption=f"SAE minus baseline, with 95% intervals over {counted(said['n_groups'], said['unit'])}",
+            head=("baseline", "variance explained", "label purity above chance"),
+            rows=[
+                (name, difference_text(row), difference_text(purity[name]) if name in purity else _NONE)
+                for name, row in explained.items()
+            ],
+            text=(1, 2),
+        )
+    )
+    if said["warnings"]:
+        section.blocks.append(Caveats(lines=[*map(str, said["warnings"])]))
+    n_better = sum(row["is_better"] for row in explained.values())
+    run.short.append(f"The SAE explains more variance than {n_better} of {counted(len(explained), 'baseline')}.")
+    return section
 
 
 # --------------------------------------------------------------------------------------------------- patients

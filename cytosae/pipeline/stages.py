@@ -21,6 +21,7 @@ CACHE, SAE_FOLDER, LATENTS = "cells.acts.zarr", "cells.sae", "cells.latents.zarr
 BARCODES, CONCEPTS, ATLAS = "cells.barcodes", "cells.concepts", "atlas"
 SELECTION = f"{CONCEPTS}/selection.parquet"
 COMPARE, PROBE, SECOND_SAE, STABILITY = "compare", "probe", "second_seed.sae", "stability"
+VERSUS = "versus"  # no stage: cyto sae versus may write it there, and the report shows it
 
 
 def _silent(done: int, total: int, state: str) -> None:

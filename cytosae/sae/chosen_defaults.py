@@ -8,6 +8,7 @@ RELEASED: dict[str, Any] = {
     "clip_norm": 0.0,
     "nested": None,
     "background": "keep",
+    "frozen": "none",
     "target_l0": None,
 }
 

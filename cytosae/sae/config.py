@@ -21,6 +21,7 @@ ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
 BACKGROUNDS = ("keep", "first-component")
 INITS = ("kaiming", "transpose")
+FROZEN = ("none", "encoder", "decoder")
 DEAD_LATENTS = ("ghost", "auxk", "resample", "none")
 SCHEDULES = ("constant", "cosine", "linear")
 TOKEN_SCALES = ("none", "sqrt-width")
@@ -129,6 +130,9 @@ class TrainConfig:
     """`image`: images are held out one by one; `patient`: all images of a patient together."""
     background: str = "keep"
     """`first-component`: leave out patch tokens that this rule calls background (training/background.py)."""
+    frozen: str = "none"
+    """A matrix that keeps its random initial value, as a baseline: `encoder` (W_enc) or `decoder` (W_dec); biases and
+    thresholds are trained (cytosae/baselines)."""
     seed: int = 0
     """Seed of the initial weights, the order of the tokens, held-out images and resampling."""
     order_seed: int | None = None
@@ -153,6 +157,7 @@ class TrainConfig:
             ("loss", LOSSES),
             ("init", INITS),
             ("background", BACKGROUNDS),
+            ("frozen", FROZEN),
             ("token_scale", TOKEN_SCALES),
             ("dead_latents", DEAD_LATENTS),
             ("ghost_scale", GHOST_SCALES),
@@ -206,6 +211,10 @@ class TrainConfig:
             )
         if self.order == "images" and (self.token_set != "all" or self.mix is not None):
             raise BadInput("order 'images' trains on whole images, in one order: it needs token_set 'all', and no mix")
+        if self.frozen != "none" and self.dead_latents == "resample":
+            raise BadInput(
+                "dead_latents 'resample' gives both matrices new weights, and one is frozen; choose ghost, auxk or none"
+            )
         if self.background != "keep" and (self.order == "images" or self.token_set == "cls"):
             raise BadInput(
                 "background is left out of patch tokens: it needs order 'tokens', and token_set all or patch"

@@ -33,7 +33,9 @@ class SaeInfo(StoreInfo):
 
     def rows(self) -> dict[str, str]:
         """The named values of the page, in order."""
-        return _imported_rows(self.header) if "imported" in self.header.spec else _trained_rows(self.header)
+        if "imported" in self.header.spec:
+            return _imported_rows(self.header)
+        return (_baseline_rows if "baseline" in self.header.spec else _trained_rows)(self.header)
 
     def to_json(self) -> dict[str, Any]:
         """Header and runs as plain JSON values."""
@@ -68,6 +70,7 @@ def _trained_rows(header: Header) -> dict[str, str]:
         "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
         f"block {spec['tokens']['block']}",
         "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
+        **({"baseline": f"frozen {config['frozen']}: it keeps its initial value"} if "frozen" in config else {}),
         "objective": f"loss {config['loss']}, "
         + _sparsity(spec, summary)
         + f"dead latents: {config['dead_latents']}"
@@ -107,6 +110,27 @@ def _steps(spec: dict[str, Any], summary: dict[str, Any]) -> str:
         return f"at most {spec['n_steps']:,} steps"
     settled = summary["budget"]["settled_at_step"]
     return f"{summary['steps']:,} steps ({'settled' if settled is not None else 'never settled'})"
+
+
+def _baseline_rows(header: Header) -> dict[str, str]:
+    """The page of a baseline that was not trained (cytosae/baselines)."""
+    spec, summary = header.spec, header.summary or {}
+    made = spec["baseline"]
+    like = "settings" if made.get("like") is None else f"the SAE sha256 {made['like']}"
+    return {
+        "latents": f"{spec['n_latents']:,} ({activation_text(spec)}) on tokens of width {spec['width']}",
+        "baseline": f"{made['kind']}, not trained, from {made['sample_tokens']:,} training tokens, seed {made['seed']}",
+        "like": f"{like}, L0 {made['l0']:.1f}",
+        "backbone": f"{spec['tokens']['backbone']}{'' if spec['trained_backbone'] else ' (UNTRAINED)'}, "
+        f"block {spec['tokens']['block']}",
+        "caches": ", ".join(cache["identity"][:12] for cache in spec["caches"]),
+        "weights": f"sha256 {summary.get('sae_sha256', '(not finished)')}",
+        "images": f"{spec['images']['trained_on']:,} trained on, {spec['images']['held_out']:,} held out, "
+        f"{spec['images']['excluded']:,} excluded",
+        "notes": "; ".join(summary.get("notes", [])) or "none",
+        **({"held out": held_out_line(summary["held_out"])} if "held_out" in summary else {}),
+        "identity": header.identity,
+    }
 
 
 def _imported_rows(header: Header) -> dict[str, str]:

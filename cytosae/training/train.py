@@ -41,6 +41,7 @@ from .dead_latents import resample
 from .device_prefetch import on_device
 from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_steps, joined_ranks
 from .evaluate import measure_held_out
+from .frozen import drop_frozen_gradient
 from .health_sample import health_of_run
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
@@ -248,6 +249,7 @@ def train_step(
             f"--overwrite",
             state.step,
         )
+    drop_frozen_gradient(model, config.frozen)
 
     is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0

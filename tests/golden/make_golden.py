@@ -28,6 +28,7 @@ from cytosae.atlas.pseudonyms import Pseudonyms, write_pseudonyms
 from cytosae.atlas.questions import Question, Review
 from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
+from cytosae.baselines import VersusConfig, compare_with_baselines
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
@@ -51,6 +52,7 @@ FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RES
 OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
 LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
 OF_MODEL = ("probe-model-v1", "probe-test-v1")
+OF_BASELINES = ("versus-v1",)
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -263,6 +265,25 @@ def write_of_model_v1(folder: Path) -> None:
         shutil.rmtree(folder / name)
 
 
+def write_of_baselines_v1(folder: Path) -> None:
+    """The golden SAE beside itself upside down, whose latents have the directions of others."""
+    sae = folder / "sae-v1"
+    model = load_sae(sae).model
+    with torch.no_grad():
+        model.W_dec.copy_(model.W_dec.flip(0))
+    header = new_header(SAE, {**load_sae(sae).header.spec, "config": {"seed": 1}})
+    (folder / "flipped").mkdir()
+    save_sae(folder / "flipped", model, header, {"steps": 3, "tokens": 30, "images": 6, "final": {"loss": 1.5}})
+    config = VersusConfig(all_images=True, draws=100, least_images=2)
+    compare_with_baselines(sae, folder / "activations-v1.zarr", [folder / "flipped"], folder / "versus-v1", config)
+    shutil.rmtree(folder / "flipped")
+    remove_figures(folder, OF_BASELINES)
+    for name in OF_BASELINES:
+        made = find_header(folder / name)
+        assert made is not None
+        write_header(folder / name, replace(made, summary={**(made.summary or {}), "figures": {}}))
+
+
 def write_cohort(root: Path, latents: LatentStore, *, first_hash: int = 0) -> None:
     """Barcodes of the twelve patients; their images have the hashes from this number on."""
     root.mkdir()
@@ -448,9 +469,11 @@ def write_first(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER, *OF_MODEL) if (folder / name).exists()]
+    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES) if (folder / name).exists()]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL]:
+        return write_of_baselines_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -461,6 +484,7 @@ def main(folder: Path) -> None:
     write_atlas_v1(folder, folder / "made")
     write_reviews_v1(folder)
     write_of_model_v1(folder)
+    write_of_baselines_v1(folder)
     shutil.rmtree(folder / "made")
 
 

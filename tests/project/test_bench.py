@@ -17,6 +17,7 @@ TINY = {
     "--quality-images 24 --dataloader-batches 2 --rounds 1",
     "sae_step": "--tokens 64 --width 32 --latents 256 --l0 10 --sweep --micro-batches 32,64 --rounds 1",
     "sae_run": "--images 6 --width 32 --expansion 4 --batch-tokens 257 --steps 4",
+    "baselines": "--images 20 --width 16 --latents 64",
     "sae_step_gpu": "",
     "encode": "--images 3 --chunk-images 2 --width 32 --latents 256 --l0 10 --micro-batches 128 --rounds 1",
     "compare": "--patients 20 --in-a 8 --latents 256 --permutations 500 --loop-permutations 5 --block-permutations 20",
@@ -35,7 +36,18 @@ KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
-    in_folder = ("archives", "extract", "loader", "encode", "barcode", "sae_run", "frontier", "steering", "tau")
+    in_folder = (
+        "archives",
+        "extract",
+        "loader",
+        "encode",
+        "barcode",
+        "sae_run",
+        "baselines",
+        "frontier",
+        "steering",
+        "tau",
+    )
     folder = ["--folder", str(tmp_path)] if name in in_folder else []
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -27,6 +27,8 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "sae import": ("cytosae.import_sae",),
     "sae export": ("cytosae.export_sae",),
     "sae encode": ("cytosae.encode",),
+    "sae baseline": ("cytosae.write_baseline", "cytosae.BaselineConfig"),
+    "sae versus": ("cytosae.compare_with_baselines", "cytosae.VersusConfig"),
     "latents info": ("stores.latents_info",),
     "latents verify": ("stores.check_latents",),
     "latents merge": ("stores.merge_latents",),

@@ -52,3 +52,22 @@ def test_images_where_they_lie(tmp_path: Path) -> None:
     packed, plain = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("zip", "cells"))
     assert packed.equals(plain)
     assert packed["patient"].to_pylist() == ["P00", "P01", "P02"] * 2
+
+
+@pytest.mark.docs
+def test_baselines(tmp_path: Path) -> None:
+    """With a cache of sixty drawn cells, and an SAE of it that held some out."""
+    kinds = ("lymphocyte", "eosinophil", "neutrophil_segmented")
+    for n in range(60):
+        place = tmp_path / "cells" / kinds[n % 3] / f"{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_cell(kinds[n % 3], np.random.default_rng(n), size=48)).save(place)
+    shell("cyto cache extract cells cells.acts.zarr --backbone random-vit-tiny --chunk-images 8", tmp_path)
+    few = "--expansion 2 --target-l0 8 --batch-tokens 1024 --tokens 60000 --holdout 0.3"
+    shell(f"cyto sae train cells.acts.zarr -o cells.sae {few}", tmp_path)
+    text = (ROOT / "docs/howto/baselines.md").read_text()
+    (_, _, make), (_, _, compare) = re.findall(MARK, text, re.MULTILINE | re.DOTALL)
+    shell(make, tmp_path)
+    printed = shell(compare, tmp_path)
+    assert "explained variance: SAE minus baseline, 95% interval over 18 images" in printed
+    assert {"random", "frozen-decoder", "pca", "kmeans"} <= {*printed.split()}

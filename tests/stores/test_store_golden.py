@@ -57,6 +57,7 @@ from stores.spec import (
     SHEETS,
     STABILITY,
     THRESHOLDS,
+    VERSUS,
     Format,
     find_header,
 )
@@ -75,6 +76,7 @@ IDENTITIES = {
     "probe-test-v1": "5c7e6876e28b145791111555d752aa2d5e48673866677629579427d5cc94938e",
     "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
     "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
+    "versus-v1": "0a7efd293bf743cb5bcbc65e625772622fec0eab45e37546ab679fd0ce595779",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
@@ -90,6 +92,7 @@ RESULTS = {
     "probe-test-v1": PROBE_TEST,
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
+    "versus-v1": VERSUS,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -320,6 +323,21 @@ def test_stability_version_1() -> None:
     assert (pair["n_matched"], pair["is_optimal"], pair["share_above_0.9"]) == (8, True, 1)
     assert pair["mean_cosine"] == pytest.approx(1)
     assert store.table("stability")["mean_matched"].to_pylist() == pytest.approx([1] * 16)
+
+
+def test_versus_version_1() -> None:
+    """One encoder, and its decoder upside down: what latents answer to is equal, and not what they explain."""
+    store = ResultStore(GOLDEN / "versus-v1", VERSUS)
+    ours, theirs = store.table("saes").to_pylist()
+    differences = {row["metric"]: row for row in store.table("differences").to_pylist()}
+    for metric in ("l0", "dead_share", "label_purity", "label_purity_by_chance", "label_purity_above_chance"):
+        assert ours[metric] == theirs[metric]
+        assert (differences[metric]["difference"], differences[metric]["low"], differences[metric]["high"]) == (0, 0, 0)
+    explained = differences["explained_variance"]
+    assert explained["difference"] == pytest.approx(ours["explained_variance"] - theirs["explained_variance"])
+    draws = [store.table(f"draws_00{number}") for number in (0, 1)]
+    assert draws[0]["explained_variance"][0].as_py() == ours["explained_variance"]
+    assert {table.num_rows for table in draws} == {101}
 
 
 def test_thresholds_version_1() -> None:

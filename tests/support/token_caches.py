@@ -25,6 +25,7 @@ def write_cache(
     unreadable: tuple[int, ...] = (),
     chunk_images: int = 4,
     patients: list[str | None] | None = None,
+    labels: list[str | None] | None = None,
     n_chunks: int | None = None,
     **changes: Any,
 ) -> Path:
@@ -34,7 +35,7 @@ def write_cache(
     """
     n_images, tokens_per_image, width = tokens.shape
     names: list[str | None] = [f"{i:03d}.png" for i in range(n_images)]
-    columns = {"path": names} | ({"patient": patients} if patients else {})
+    columns = {"path": names} | ({"patient": patients} if patients else {}) | ({"label": labels} if labels else {})
     table = image_table(columns, source="test", dataset="synthetic")
     settings: dict[str, Any] = {
         "backbone": "none: synthetic tokens",

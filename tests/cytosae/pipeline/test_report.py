@@ -19,6 +19,7 @@ from small_runs import DISEASES, SHOWN, contents
 
 import cytocache.bridge
 from cli import cli
+from cytosae.baselines import BaselineConfig, VersusConfig, compare_with_baselines, write_baseline
 from cytosae.pipeline import read_recipe, write_run_report
 from cytosae.pipeline.journal import Journal
 from cytosae.pipeline.page_inputs import open_run
@@ -130,6 +131,25 @@ def test_a_run_that_is_not_finished_has_a_page(copied: Path) -> None:
         write_run_report(copied, stage_one=cytocache.bridge)
     with pytest.raises(StoreNotFound, match=r"no run at .*: it has no recipe.toml. Make one with cyto run"):
         write_run_report(copied.parent)
+
+
+def test_it_shows_the_comparison_with_baselines(copied: Path) -> None:
+    """In the folder `versus` of the run; one of another SAE is named, not shown."""
+    sae, cache = copied / "cells.sae", copied / "cells.acts.zarr"
+    made = write_baseline([cache], copied / "pca.sae", BaselineConfig(kind="pca"), like=sae)
+    config = VersusConfig(all_images=True, draws=100)
+    found = compare_with_baselines(sae, cache, [made.out], copied / "versus", config)
+    assert not write_run_report(copied, stage_one=cytocache.bridge).missing
+    text = " ".join(" ".join(Page((copied / "report.html").read_text()).texts).split())
+    (row,) = (row for row in found.differences if row["metric"] == "explained_variance")
+    assert "Has the SAE learnt more than a baseline?" in text
+    assert f"{row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" in text
+    assert f"The SAE explains more variance than {int(row['is_better'])} of 1 baseline." in text
+    assert all(warning in text for warning in found.warnings)
+
+    compare_with_baselines(made.out, cache, [sae], copied / "versus", config, overwrite=True)
+    done = write_run_report(copied, stage_one=cytocache.bridge)
+    assert done.missing == ("the comparison with baselines in versus, which is of another SAE",)
 
 
 def test_without_the_images_it_says_so(copied: Path) -> None:

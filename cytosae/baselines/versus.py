@@ -1,0 +1,396 @@
+"""What an SAE has more than baselines, on the same held-out tokens: `cyto sae versus`.
+
+For each SAE one pass over the images (measure.py), and its figures on the same bootstrap draws of patients or images
+(figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Of several baselines of one
+kind, with other seeds, each draw takes one at random: the interval then holds for another draw of such a baseline, too.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import norm as normal
+from scipy.stats import t as student
+
+from cytosae.concepts import shuffled_labels
+from cytosae.sae import load_sae
+from stores.activation_store import ActivationStore, require_same_tokens
+from stores.content_hashes import find_trained_on
+from stores.devices import resolve_device
+from stores.errors import BadInput
+from stores.progress import Progress
+from stores.result_folder import ResultStore, ResultWriter, begin_results
+from stores.spec import SAE, VERSUS, Header, read_header
+from stores.tables import column, parquet_table
+from stores.token_sets import chosen_tokens
+
+from . import costs
+from .config import VersusConfig
+from .figures import plot_differences
+from .figures_of_draws import METRICS, SHUFFLES, figures_of_draws
+from .measure import Floats, Ints, measure_images
+from .reference import kind_of
+from .report import VersusResult
+
+JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
+_DRAWN_KINDS = ("random", "tokens", "frozen-decoder", "frozen-encoder")
+_FEW_GROUPS = 20
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """The SAE, or a baseline, with the cache of its tokens."""
+
+    run: Path
+    header: Header
+    store: ActivationStore
+    kind: str
+
+    @property
+    def sha256(self) -> str:
+        return str((self.header.summary or {}).get("sae_sha256"))
+
+
+def compare_with_baselines(
+    run: Path | str,
+    cache: Path | str,
+    baselines: Sequence[Path | str],
+    out: Path | str,
+    config: VersusConfig | None = None,
+    *,
+    untrained: Sequence[tuple[Path | str, Path | str]] = (),
+    assume_compatible: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = lambda done, total, state: None,
+) -> VersusResult:
+    """Measure an SAE and its baselines on the same held-out images, and write SAE minus baseline to the folder `out`.
+
+    saes.parquet, differences.parquet, draws_*.parquet and a figure. The same call continues an interrupted one.
+    Memory: one SAE, one micro-batch, and the latents of each image, 8 bytes for each that is active there.
+
+    Parameters
+    ----------
+    run : folder of the SAE
+    cache : tokens that neither it nor a baseline was trained on, in part at least; path or URL
+    baselines : folders of SAEs on the same kind of tokens (`write_baseline`); several of a kind: other seeds
+    untrained : an SAE and its cache, each of the same images through an untrained backbone; further rows
+    assume_compatible : take imported SAEs, which do not say on which tokens they were trained
+    device : auto, cpu, cuda or cuda:N
+    say : called with lines of text: the plan, with its time and memory
+    progress : called with images, done and in all, of one SAE after the other
+
+    Raises
+    ------
+    BadInput
+        If no baseline is given, one twice, or no image was held out from all of them.
+    SpecMismatch
+        If a baseline has another kind of tokens.
+    """
+    config, run, out, device = config or VersusConfig(), Path(run), Path(out), resolve_device(device)
+    if not baselines and not untrained:
+        raise BadInput("nothing to compare with: give --baseline RUN; cyto sae baseline makes one")
+    store = ActivationStore(cache)
+    places: list[tuple[Path, ActivationStore, bool]] = [(run, store, False)]
+    places += [(Path(each), store, False) for each in baselines]
+    places += [(Path(each), ActivationStore(its), True) for each, its in untrained]
+    members = [_open_member(*place, assume_compatible) for place in places]
+    seen: dict[str, Path] = {}
+    for member in members:
+        if member.sha256 in seen:
+            raise BadInput(f"{seen[member.sha256]} and {member.run} are the same SAE; give each once")
+        seen[member.sha256] = member.run
+    token_set = str(members[0].header.spec.get("config", {}).get("token_set", "all"))
+    images = _choose_images(members, config)
+    labels, names = _labels(store, images.rows[0], config.label)
+    groups, unit = _groups(store, images.rows[0])
+
+    spec = {
+        "sae": members[0].sha256,
+        "baselines": [{"sae_sha256": each.sha256, "kind": each.kind} for each in members[1:]],
+        "caches": [each.store.content_sha256 for each in members],
+        "images_sha256": images.sha256,
+        "token_set": token_set,
+        "labels": names,
+        "config": asdict(config),
+    }
+    local = [each.store.root for each in members if isinstance(each.store.root, Path)]
+    writer = begin_results(
+        out,
+        VERSUS,
+        spec,
+        overwrite=overwrite,
+        inputs=[*(each.run for each in members), *dict.fromkeys(local)],
+        packages=("numpy", "numba", "torch"),
+    )
+    if writer.is_complete:
+        return _result(out, was_complete=True)
+    writer.watch(*(each.header for each in members), *(each.store.header for each in members))
+    per_image = len(chosen_tokens(token_set, store.spec.layout))
+    say(_plan(members, len(images.rows[0]), per_image, config, device))
+    rng = np.random.default_rng([config.seed, 1])
+    n_groups = int(groups.max()) + 1
+    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws).astype(np.float64)
+    weights = np.vstack([np.ones(n_groups), drawn])[:, groups]
+    shuffled = _shuffled(labels, groups, config.seed)
+    found: list[dict[str, Floats]] = []
+    for number, (member, rows) in enumerate(zip(members, images.rows, strict=True)):
+        name = f"draws_{number:03d}"
+        known = _kept(writer, name)
+        if known is None:
+            sae = load_sae(member.run, device=device)
+            state = f"{member.kind}, {number + 1} of {len(members)}"
+            sums = measure_images(
+                sae.model,
+                member.store,
+                rows,
+                token_set=token_set,
+                device=device,
+                progress=lambda done, total, _, state=state: progress(done, total, state),  # type: ignore[misc]
+            )
+            known = figures_of_draws(sums, weights, labels, shuffled, least_images=config.least_images)
+            writer.write_table(name, pa.table({"draw": np.arange(len(weights)), **known}))
+        found.append(known)
+    differences = _differences(members, found, config, n_groups)
+    writer.write_table(
+        "saes", pa.Table.from_pylist([_row(*each, n_groups) for each in zip(members, found, strict=True)])
+    )
+    writer.write_table("differences", pa.Table.from_pylist(differences))
+    plot_differences([row for row in differences if row["metric"] in JUDGED], writer.root / "differences")
+    summary = {
+        "run": run.name,
+        "n_images": len(images.rows[0]),
+        "n_images_in_all": images.n_in_all,
+        "n_labelled": int((labels >= 0).sum()) if len(names) > 1 else 0,
+        "n_groups": n_groups,
+        "unit": unit,
+        "label": config.label,
+        "is_held_out": not config.all_images,
+        "warnings": list(_warnings(members, config, n_groups, unit, names)),
+    }
+    writer.finish({"result": summary})
+    return _result(out, was_complete=False)
+
+
+def _open_member(run: Path, store: ActivationStore, is_untrained: bool, assume_compatible: bool) -> _Member:
+    header = read_header(run, SAE)
+    if store.spec.trained and is_untrained:
+        raise BadInput(
+            f"{store.root} was made with a trained backbone; give it with --baseline, or extract with random weights"
+        )
+    member = _Member(run, header, store, "untrained backbone" if is_untrained else kind_of(header))
+    require_same_tokens(
+        dict(header.spec["tokens"]),
+        store.spec.same_tokens,
+        f"the SAE {run}",
+        f"the cache {store.root}",
+        assume_compatible=assume_compatible,
+    )
+    return member
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    """The images that all are measured on."""
+
+    rows: list[Ints]  # for each member their places in its cache; the same images in the same order
+    n_in_all: int  # held out from all, of which these may be a sample
+    sha256: str  # of their names
+
+
+def _choose_images(members: Sequence[_Member], config: VersusConfig) -> _Images:
+    """Images that no member was trained on, in all caches, by dataset and name."""
+    places = []
+    for member in members:
+        table = member.store.images
+        names = [*zip(column(table, "dataset"), column(table, "image_id"), strict=True)]
+        kept = member.store.readable()
+        if not config.all_images:
+            known = find_trained_on(member.run, member.header, table, cache_sha256=member.store.content_sha256)
+            kept &= known.is_known & ~known.is_trained_on
+        places.append({names[row]: row for row in np.flatnonzero(kept).tolist()})
+    shared = sorted(set.intersection(*map(set, places)), key=lambda name: (name[0] or "", name[1] or ""))
+    if len(shared) < 2:
+        counts = ", ".join(f"{each.run} {len(place):,}" for each, place in zip(members, places, strict=True))
+        what = "that all caches have and can be read" if config.all_images else "known to be held out from all of them"
+        raise BadInput(
+            f"at least two images are needed {what}; found {len(shared)} (for itself: {counts}). Train with "
+            f"--holdout and make the baselines with --like, or measure on all images (--all-images), which flatters "
+            f"what was trained"
+        )
+    n_in_all = len(shared)
+    if 0 < config.most_images < n_in_all:
+        drawn = np.random.default_rng([config.seed, 0]).choice(n_in_all, config.most_images, replace=False)
+        shared = [shared[number] for number in np.sort(drawn)]
+    rows = [np.array([place[name] for name in shared], np.int64) for place in places]
+    names_text = "".join(f"{dataset}\t{name}\n" for dataset, name in shared)
+    return _Images(rows, n_in_all, hashlib.sha256(names_text.encode()).hexdigest())
+
+
+def _labels(store: ActivationStore, rows: Ints, name: str) -> tuple[Ints, list[str]]:
+    """(n,) numbers, -1 for none, and the names of the labels."""
+    given = column(store.images.take(rows), name)
+    names = sorted({value for value in given if value is not None})
+    number_of = {value: number for number, value in enumerate(names)}
+    return np.array([-1 if value is None else number_of[value] for value in given], np.int64), names
+
+
+def _groups(store: ActivationStore, rows: Ints) -> tuple[Ints, str]:
+    """(n,) numbers of what is drawn, and what it is: patients, or images where fewer than two patients are known."""
+    table = store.images.take(rows)
+    of_patient = [*zip(column(table, "dataset"), column(table, "patient"), strict=True)]
+    patients = sorted({each for each in of_patient if each[1] is not None}, key=str)
+    if len(patients) < 2:
+        return np.arange(len(rows)), "image"
+    number_of: dict[Any, int] = {each: number for number, each in enumerate(patients)}
+    found = [number_of.get(each, -1) for each in of_patient]
+    alone = iter(range(len(patients), len(patients) + len(rows)))
+    return np.array([next(alone) if number < 0 else number for number in found], np.int64), "patient"
+
+
+def _shuffled(labels: Ints, groups: Ints, seed: int) -> Ints:
+    """(SHUFFLES, n): labels shuffled from patient to patient."""
+    if not (labels >= 0).any():
+        return np.tile(labels, (SHUFFLES, 1))
+    return np.stack([*shuffled_labels(labels, groups, shuffles=SHUFFLES, seed=seed)])
+
+
+def _kept(writer: ResultWriter, name: str) -> dict[str, Floats] | None:
+    """The draws of an SAE that this job had finished before it was interrupted."""
+    path = writer.root / f"{name}.parquet"
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        table = parquet_table(path.read_bytes())
+        if metadata.get(b"cyto") != writer.header.identity.encode():
+            return None
+        return {metric: np.array(table[metric], np.float64) for metric in METRICS}
+    except (OSError, ValueError, KeyError, pa.ArrowException):
+        return None
+
+
+def interval_of_draws(
+    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
+) -> tuple[float | None, float | None]:
+    """95% limits: quantiles over draws, further from the observed value by what few groups need; None without draws.
+
+    Quantiles of a bootstrap over n groups are too near, as a normal quantile in place of Student's t is, and a variance
+    with n in place of n - 1: distances are multiplied by the ratio of both (Hesterberg 2015, the expanded percentile
+    interval, doi 10.1080/00031305.2015.1089789).
+
+    is_moved : for shares of dead latents, which are larger in every draw, as it has fewer images: quantiles are taken
+        about the mean of the draws
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(observed) or not len(drawn) or n_groups < 2:
+        return None, None
+    wider = student.ppf(0.975, n_groups - 1) / normal.ppf(0.975) * np.sqrt(n_groups / (n_groups - 1))
+    away = np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() if is_moved else observed)
+    return float(observed + wider * away[0]), float(observed + wider * away[1])
+
+
+def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, Any]:
+    """A row of saes.parquet."""
+    row: dict[str, Any] = {
+        "run": member.run.name,
+        "kind": member.kind,
+        "sae_sha256": member.sha256,
+        "n_latents": int(member.header.spec["n_latents"]),
+        "seed": member.header.spec.get("baseline", member.header.spec.get("config", {})).get("seed"),
+    }
+    for metric in METRICS:
+        values = found[metric]
+        low, high = interval_of_draws(values[0], values[1:], n_groups, is_moved=metric == "dead_share")
+        row |= {metric: _plain(values[0]), f"{metric}_low": low, f"{metric}_high": high}
+    return row
+
+
+def _differences(
+    members: Sequence[_Member], found: Sequence[dict[str, Floats]], config: VersusConfig, n_groups: int
+) -> list[dict[str, Any]]:
+    """Rows of differences.parquet: for each kind of baseline and metric the SAE minus it."""
+    kinds: dict[str, list[int]] = {}
+    for number, member in enumerate(members[1:], start=1):
+        is_kind = member.kind not in ("trained", "imported")
+        kinds.setdefault(member.kind if is_kind else f"{member.kind}: {member.run.name}", []).append(number)
+    rows = []
+    for kind, numbers in kinds.items():
+        rng = np.random.default_rng([config.seed, 2, len(numbers)])
+        which = rng.integers(len(numbers), size=config.draws)
+        for metric in METRICS:
+            ours, theirs = found[0][metric], np.stack([found[number][metric] for number in numbers])
+            drawn = ours[1:] - theirs[which, 1 + np.arange(config.draws)]
+            observed = float(ours[0] - theirs[:, 0].mean())
+            low, high = interval_of_draws(observed, drawn, n_groups, is_moved=metric == "dead_share")
+            is_judged = metric in JUDGED and low is not None and high is not None
+            rows.append(
+                {
+                    "baseline": kind,
+                    "n_baselines": len(numbers),
+                    "metric": metric,
+                    "sae": _plain(ours[0]),
+                    "of_baseline": _plain(theirs[:, 0].mean()),
+                    "difference": _plain(observed),
+                    "low": low,
+                    "high": high,
+                    "is_better": low > 0 if is_judged and low is not None else None,
+                    "is_worse": high < 0 if is_judged and high is not None else None,
+                }
+            )
+    return rows
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _plan(members: Sequence[_Member], n_images: int, per_image: int, config: VersusConfig, device: str) -> str:
+    sizes = [(int(each.header.spec["n_latents"]), int(each.header.spec["width"])) for each in members]
+    work = sum(4.0 * n_images * per_image * n_latents * width for n_latents, width in sizes)
+    n_latents, width = max(sizes)
+    entries = n_images * min(n_latents, per_image * 64)
+    n_bytes = 8 * n_latents * width + 8 * entries + 2 * (128 << 20) + 8 * n_images * (config.draws + width)
+    seconds = work / costs.speed(device) + len(members) * entries * config.draws * 2e-9
+    return (
+        f"plan: {len(members)} SAEs on {n_images:,} images of {per_image} tokens; time: about "
+        f"{max(1, round(seconds)):,} s, memory: at most about {n_bytes / 1e9:.1f} GB"
+    )
+
+
+def _warnings(
+    members: Sequence[_Member], config: VersusConfig, n_groups: int, unit: str, names: Sequence[str]
+) -> list[str]:
+    found = []
+    if config.all_images:
+        found.append("measured on all images, also those that the SAE or a baseline was trained on")
+    if n_groups < _FEW_GROUPS:
+        found.append(f"the intervals are over {n_groups} {unit}s, too few to trust them")
+    if len(names) < 2:
+        found.append(f"the images have no two values of {config.label}: label purity is not measured")
+    for kind in _DRAWN_KINDS:
+        if sum(each.kind == kind for each in members[1:]) == 1:
+            found.append(
+                f"one draw of {kind}: its interval does not contain how such baselines differ; make more with --seed"
+            )
+    ours = members[0]
+    if ours.kind not in ("trained", "imported"):
+        found.append(f"{ours.run.name} is itself a baseline ({ours.kind})")
+    return found
+
+
+def _result(out: Path, *, was_complete: bool) -> VersusResult:
+    store = ResultStore(out, VERSUS)
+    return VersusResult(
+        out=out,
+        saes=store.table("saes").to_pylist(),
+        differences=store.table("differences").to_pylist(),
+        summary=dict((store.header.summary or {})["result"]),
+        was_complete=was_complete,
+    )
