@@ -12,7 +12,9 @@ from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
+from .compare import ReplicateConfig as ReplicateConfig
 from .compare import compare as compare
+from .compare import replicate as replicate
 from .concepts import ConceptConfig as ConceptConfig
 from .concepts import SelectionConfig as SelectionConfig
 from .concepts import compare_thresholds as compare_thresholds
@@ -52,6 +54,11 @@ from .sae import TrainConfig as TrainConfig
 from .sae import export_sae as export_sae
 from .sae import import_sae as import_sae
 from .sae import load_sae as load_sae
+from .search import SearchConfig as SearchConfig
+from .search import SearchEvaluationConfig as SearchEvaluationConfig
+from .search import evaluate_search as evaluate_search
+from .search import search_cells as search_cells
+from .search import search_scale as search_scale
 from .sweep import sweep as sweep
 from .training import BackboneSample as BackboneSample
 from .training import sae_info as sae_info
