@@ -42,6 +42,7 @@ GROUPS = {
             **dict.fromkeys(("stability", "neighbours", "patient"), "cytosae.commands.relate"),
             **dict.fromkeys(("sheet", "map", "masks"), "cytosae.commands.maps"),
             "search": "cytosae.commands.search",
+            "match": "cytosae.commands.match",
         },
     ),
     "atlas": (

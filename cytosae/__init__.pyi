@@ -43,9 +43,12 @@ from .reading import ActivationStore as ActivationStore
 from .reading import BarcodeStore as BarcodeStore
 from .reading import ConceptStore as ConceptStore
 from .reading import LatentStore as LatentStore
+from .relations import MatchConfig as MatchConfig
 from .relations import NeighbourConfig as NeighbourConfig
 from .relations import PatientConfig as PatientConfig
 from .relations import find_neighbours as find_neighbours
+from .relations import match_latents as match_latents
+from .relations import match_scale as match_scale
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability

@@ -171,7 +171,7 @@ def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no disease 'APL' in these barcodes"):
         replicate(discovery, others, tmp_path / "out", settings(a="APL"))
     fewer = write_patient_barcodes(tmp_path / "fewer", draw(1, n_latents=40), DISEASES)
-    with pytest.raises(SpecMismatch, match="has 40 latents, .* 60: another SAE"):
+    with pytest.raises(SpecMismatch, match=r"has 40 latents, .* 60: another SAE"):
         replicate(discovery, fewer, tmp_path / "out", settings())
     summed = write_patient_barcodes(tmp_path / "summed", draw(1), DISEASES, normalize="cytosae-release")
     with pytest.raises(SpecMismatch, match="is normalised as cytosae-release"):
