@@ -155,13 +155,16 @@ def choose_latents(found: Comparison, config: ReplicateConfig) -> list[dict[str,
     BadInput
         If there is none.
     """
-    rows = [row for row in found.results.table("differential").to_pylist() if row["is_tested"] and row["difference"]]
+    table = found.results.table("differential")
+    if config.rule not in table.column_names:
+        raise BadInput(f"{found.out} is of an older cyto and has no {config.rule}; choose another --rule")
+    rows = [row for row in table.to_pylist() if row["is_tested"] and row["difference"]]
     if config.top is not None:
         kept = [row for row in rows if any((row[f"rank_{group}"] or config.top + 1) <= config.top for group in "ab")]
     else:
-        kept = [row for row in rows if row[config.rule] is not None and row[config.rule] <= config.most]
+        kept = [row for row in rows if row[config.rule] <= config.most]
     if not kept:
-        least = min((row[config.rule] for row in rows if row[config.rule] is not None), default=1.0)
+        least = min((row[config.rule] for row in rows), default=1.0)
         raise BadInput(
             f"{found.out} has no latent with {config.rule} of {config.most:g} or less (the smallest is {least:.3g}): "
             f"nothing to replicate; --top 20 takes the first of both top lists, whatever their p"
@@ -182,10 +185,10 @@ def _require_another_cohort(found: Comparison, store: BarcodeStore) -> None:
             f"({', '.join(held):.12}…): equal numbers are not the same latents; encode the cohort with the "
             f"discovery's SAE, or match the two with cyto concept match"
         )
-    if found.summary["normalize"] != store.header.spec["normalize"]:
+    if found.summary.get("normalize", "images") != store.header.spec["normalize"]:
         raise SpecMismatch(
             f"{store.root} is normalised as {store.header.spec['normalize']}, {found.out} as "
-            f"{found.summary['normalize']}; count the barcodes alike"
+            f"{found.summary.get('normalize', 'images')}; count the barcodes alike"
         )
 
 
@@ -227,7 +230,7 @@ def _replicate(
     rows = [
         {
             "latent": int(latent),
-            **{f"discovery_{name}": row[name] for name in _TAKEN},
+            **{f"discovery_{name}": row.get(name) for name in _TAKEN},
             **{f"replication_{name}": _plain(described[name][at]) for name in _COMPUTED},
             "same_sign": bool(agrees[at]),
             "p_one_sided": float(p[at]),

@@ -28,12 +28,13 @@ from review_client import ask, post, running, token_of
 from cytosae.atlas import pseudonyms_file, read_review, reviews
 from cytosae.atlas.pseudonyms import read_pseudonyms
 from cytosae.atlas.review_items import item_id
-from cytosae.compare import Comparison
+from cytosae.compare import Comparison, Replication
 from cytosae.concepts import read_selection
 from cytosae.maps import MapResult, MaskResult
 from cytosae.maps.reference_sheets import SheetResult
 from cytosae.probe.saved_model import read_model
 from cytosae.sae import load_sae
+from cytosae.search.run import read_search
 from cytosae.sweep.record import VERSION as SWEEP
 from cytosae.sweep.record import Record, SweepFolder
 from stores.activation_store import ActivationStore
@@ -50,10 +51,13 @@ from stores.spec import (
     FORMATS,
     MAPS,
     MASKS,
+    MATCH,
     NEIGHBOURS,
     PATIENT_CONCEPTS,
     PROBE,
     PROBE_TEST,
+    REPLICATION,
+    SEARCH,
     SHEETS,
     STABILITY,
     THRESHOLDS,
@@ -90,6 +94,9 @@ RESULTS = {
     "probe-test-v1": PROBE_TEST,
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
+    "search-v1": SEARCH,
+    "replication-v1": REPLICATION,
+    "match-v1": MATCH,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -320,6 +327,44 @@ def test_stability_version_1() -> None:
     assert (pair["n_matched"], pair["is_optimal"], pair["share_above_0.9"]) == (8, True, 1)
     assert pair["mean_cosine"] == pytest.approx(1)
     assert store.table("stability")["mean_matched"].to_pylist() == pytest.approx([1] * 16)
+
+
+def test_search_version_1() -> None:
+    """Image 2 is looked for; of the two others one is unreadable."""
+    found = read_search(GOLDEN / "search-v1")
+    tokens = expected_latents().reshape(3, 5, 8)
+    mean, counts = tokens.mean(1), (tokens > 0.2).sum(1)
+    best = np.lexsort((np.arange(8), -mean[2]))[:4]
+    assert [row["latent"] for row in found.latents] == best.tolist()
+    prints = np.where(np.argsort(np.argsort(-mean[[0, 2]], axis=1, kind="stable"), axis=1) < 4, mean[[0, 2]], 0)
+    for way, (a, b) in {"fingerprint": prints, "barcode": np.log1p(counts[[0, 2]])}.items():
+        (row,) = [row for row in found.images if row["by"] == way]
+        assert row["similarity"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
+        assert (row["image_id"], row["patient"], row["label"], row["rank"]) == (IMAGE_IDS[0], "P1", "neutrophil", 1)
+    assert (found.n_images, found.n_copies, {row["patient"] for row in found.patients}) == (2, 0, {"P1"})
+
+
+def test_replication_version_1() -> None:
+    """The other patients have the numbers of the first: each effect is as large as it was."""
+    store = ResultStore(GOLDEN / "replication-v1", REPLICATION)
+    rows, said = store.table("replication").to_pylist(), store.header.summary or {}
+    assert rows[0]["latent"] == 2
+    assert said["n_same_sign"] == said["n_latents"] == len(rows)
+    assert (said["ratio"], said["correlation"]) == (pytest.approx(1), pytest.approx(1))
+    for row in rows:
+        assert row["replication_difference"] == pytest.approx(row["discovery_difference"])
+        assert 1 / 100 <= row["p_one_sided"] <= row["p_holm"] <= 1
+    assert Replication(out=store.root, rows=rows, summary=dict(said)).warnings
+
+
+def test_match_version_1() -> None:
+    """The two are one, so each latent is matched with one of its own values; 0 and 7 are equal."""
+    store = ResultStore(GOLDEN / "match-v1", MATCH)
+    rows = store.table("matches").to_pylist()
+    assert sorted(row["latent_b"] for row in rows) == list(range(8))
+    assert all(row["correlation"] == pytest.approx(1, abs=1e-6) for row in rows)
+    assert all(row["latent_a"] == row["latent_b"] or {row["latent_a"], row["latent_b"]} <= {0, 7} for row in rows)
+    assert store.table("latents").num_rows == 16
 
 
 def test_thresholds_version_1() -> None:
