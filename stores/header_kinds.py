@@ -90,7 +90,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "stability": {"saes": [{"sae_sha256": str, "n_latents": int}]},
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},
-    "search": {"barcodes": str, "tau": _NUMBER, "k": int, "weights": str, "caches": [str]},
+    "search": {"barcodes": str, "tau": _NUMBER, "k": int, "weigh": str, "caches": [str]},
     "replication": {"discovery": str, "replication": str},
     "latent match": {"a": [str], "b": [str], "by": str, "seed": int},
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},

@@ -48,7 +48,7 @@ class _Patches(click.ParamType):
 @click.option("--top", type=COUNT, default=20, show_default=True, help="Images, and patients, to list.")
 @click.option("--k", type=COUNT, default=32, show_default=True, help="Latents of a fingerprint.")
 @click.option(
-    "--weights",
+    "--weigh",
     type=click.Choice(["rarity", "none"]),
     default="rarity",
     show_default=True,
@@ -63,12 +63,17 @@ class _Patches(click.ParamType):
     "--latents",
     type=STORE,
     multiple=True,
-    help="Latent stores of BARCODES, for --patches and for an image file; may repeat.",
+    help="Latent stores of BARCODES, for --patches, an image file, and with -o a figure of the cells; may repeat.",
+)
+@click.option(
+    "--root",
+    "roots",
+    type=FILE,
+    multiple=True,
+    help="For the figure: folder of the images, once for each of --latents  [default: as recorded in the cache].",
 )
 @click.option("--sae", type=FILE, help="For an image file: the SAE that the latents were made with.")
-@click.option(
-    "--weights-file", help="For an image file: the weights of the trained backbone; an untrained one needs none."
-)
+@click.option("--weights", help="For an image file: the weights of the trained backbone; an untrained one needs none.")
 @click.option(
     "--cache",
     "caches",
@@ -98,8 +103,9 @@ def concept_search(
     image: str | None,
     out: Path | None,
     latents: tuple[Path | str, ...],
+    roots: tuple[Path, ...],
     sae: Path | None,
-    weights_file: str | None,
+    weights: str | None,
     caches: tuple[Path | str, ...],
     keep: Path | None,
     evaluate: bool,
@@ -111,7 +117,7 @@ def concept_search(
     overwrite: bool,
     as_json: bool,
     k: int,
-    weights: str,
+    weigh: str,
     tau: float | None,
     **settings: Any,
 ) -> None:
@@ -130,7 +136,7 @@ def concept_search(
     if evaluate == (image is not None) or (evaluate and out is None):
         raise click.UsageError("name one IMAGE, or give --evaluate with -o DIR")
     done: Any
-    shared: dict[str, Any] = {"k": k, "weights": weights, "tau": tau}
+    shared: dict[str, Any] = {"k": k, "weigh": weigh, "tau": tau}
     config: Any = (
         SearchEvaluationConfig(n_queries=n_queries, n_bootstraps=n_bootstraps, seed=seed, **shared)
         if evaluate
@@ -152,10 +158,11 @@ def concept_search(
                 out=out,
                 latents=latents,
                 sae=sae,
-                weights_file=weights_file,
+                weights=weights,
                 caches=caches,
                 keep=keep,
                 stage_one=bridges.stage_one,
+                roots=roots,
                 device=device,
                 assume_compatible=assume_compatible,
                 overwrite=overwrite,

@@ -256,7 +256,7 @@ def _replicate(
         "n_permutations": config.n_permutations,
         "p_floor": 1 / (1 + config.n_permutations),
         "n_same_sign": n_agree,
-        "p_same_sign": float((1 + ((permuted > 0).sum(1) >= n_agree).sum()) / (1 + len(permuted))),
+        "p_same_sign": float((1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))),
         "n_p_at_most_0.05": int((p <= 0.05).sum()),
         "n_replicated": int((holm <= 0.05).sum()),
         "correlation": _plain(correlation),

@@ -233,7 +233,8 @@ def draw_images(
             )
         common = [name for name in common if name in wanted]
     of_a = np.array([rows[0][name] for name in common], np.int64)
-    keys = [tuple(str(tables[0][name].iloc[row]) for name in ("dataset", *config.strata)) for row in of_a.tolist()]
+    cells = [tables[0][name].astype(str).to_numpy(object)[of_a] for name in ("dataset", *config.strata)]
+    keys = list(zip(*cells, strict=True))
     members: dict[tuple[str, ...], list[int]] = {}
     for place, key in enumerate(keys):
         members.setdefault(key, []).append(place)

@@ -7,7 +7,7 @@ from stores.spec import as_floats, check_choice
 
 FINGERPRINT, BARCODE, REGION, TOKENS, CLS = "fingerprint", "barcode", "region", "tokens", "cls"
 OF_LATENTS, OF_TOKENS = (FINGERPRINT, BARCODE), (TOKENS, CLS)
-WEIGHTS = ("rarity", "none")
+WEIGH = ("rarity", "none")
 LABELS = ("label", "label_common")  # columns of the image table that an evaluation looks at
 
 
@@ -23,13 +23,13 @@ class SearchConfig:
 
     top: int = 20  # images, and patients, of each list
     k: int = 32  # latents of a fingerprint
-    weights: str = "rarity"  # of latents: ln((n + 1) / (images with it + 1)), or none: all count alike
+    weigh: str = "rarity"  # latents by ln((n + 1) / (images with it + 1)), or none: all count alike
     tau: float | None = None  # needed only for barcodes at several
     patches: tuple[int, ...] = ()  # look for this region of the image instead of the whole
     other_patients: bool = False  # leave out images of the image's own patient
 
     def __post_init__(self) -> None:
-        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("weigh", self.weigh, WEIGH)
         for name in ("top", "k"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1; found {getattr(self, name)}")
@@ -54,7 +54,7 @@ class SearchEvaluationConfig:
     """
 
     k: int = 32  # latents of a fingerprint
-    weights: str = "rarity"
+    weigh: str = "rarity"
     tau: float | None = None
     n_queries: int = 200  # images that are looked for; drawn at random
     at: tuple[int, ...] = (1, 5, 10, 20)  # precision at these numbers of images
@@ -62,7 +62,7 @@ class SearchEvaluationConfig:
     seed: int = 0  # of the queries and the bootstraps
 
     def __post_init__(self) -> None:
-        SearchConfig(k=self.k, weights=self.weights)
+        SearchConfig(k=self.k, weigh=self.weigh)
         for name, least in {"n_queries": 2, "n_bootstraps": 1, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"{name} must be at least {least}; found {getattr(self, name)}")

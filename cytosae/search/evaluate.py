@@ -62,7 +62,7 @@ def evaluate_search(
         If a store is damaged.
     """
     config, barcodes, out = config or SearchEvaluationConfig(), Path(barcodes), Path(out)
-    collection = open_collection(barcodes, config.tau, config.weights)
+    collection = open_collection(barcodes, config.tau, config.weigh)
     queries = draw_queries(collection, config)
     spec = {
         "barcodes": collection.store.header.identity,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from cytosae.stage_one import StageOne
+from cytosae.stage_one import Pixels, StageOne
 from stores.activation_store import ActivationSpec
 from stores.devices import resolve_device
 from stores.errors import BadInput, SpecMismatch
@@ -36,6 +36,7 @@ class Query:
     number: int | None  # of the image in the barcodes; None: it is not one of them
     layers: dict[str, Floats]  # "X", "mean", "max": (latents,); of a region only "max"
     content_hash: str  # of the image file; images with the same one are not listed
+    picture: Pixels | None  # of a new file; that of a stored image is found by its latent store
     tokens: dict[str, Floats]  # "tokens", "cls": (width,) of a new file; of a stored image they come from the cache
 
 
@@ -60,7 +61,7 @@ def vector_of(query: Query, way: str, weights: Floats, k: int) -> Floats:
         what = "is above tau" if way == BARCODE else "is active"
         raise BadInput(
             f"no latent of {query.name} {what} and is missing in any other image, so there is nothing to look for; "
-            f"try --weights none, or count barcodes at a smaller tau"
+            f"try --weigh none, or count barcodes at a smaller tau"
         )
     return found if way == REGION else (found / norm).astype(np.float32)
 
@@ -89,6 +90,7 @@ def stored_query(collection: Collection, image_id: str, ways: Sequence[str]) -> 
         number=number,
         layers=layers,
         content_hash=str(collection.columns["content_hash"][number]),
+        picture=None,
         tokens={},
     )
 
@@ -119,6 +121,7 @@ def region_query(collection: Collection, image_id: str, latents: Sequence[Path |
                 number=number,
                 layers=_of_region(rows, store.layout, patches),
                 content_hash=str(collection.columns["content_hash"][number]) if number is not None else "",
+                picture=None,
                 tokens={},
             )
     where = f"none of the given latent stores has {image_id!r}" if latents else "none was given"
@@ -163,7 +166,9 @@ def file_query(
     cache, spec = f"the cache of {store.root}", stated(ActivationSpec, store.spec.cache, store.root)
     run = load_sae(Path(sae), device=device)
     run.require_tokens(spec, cache, assume_compatible=assume_compatible)
-    tokens, _, content_hash = stage_one.new_image(file, spec, cache, weights=weights, device=device, progress=progress)
+    tokens, picture, content_hash = stage_one.new_image(
+        file, spec, cache, weights=weights, device=device, progress=progress
+    )
     rows = encode_image(tokens, run, store.spec).to_scipy(store.spec.n_latents)
     layout, wide = store.layout, tokens.astype(np.float64)
     layers = _of_region(rows, layout, patches) if patches else _whole(collection, rows, layout)
@@ -173,6 +178,7 @@ def file_query(
         number=None,
         layers=layers,
         content_hash=content_hash,
+        picture=picture,
         tokens={
             "tokens": wide[layout.first_patch :].mean(0).astype(np.float32),
             **({"cls": wide[0].astype(np.float32)} if layout.n_cls else {}),

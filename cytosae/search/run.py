@@ -16,13 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from cytosae.plotting import plain
 from cytosae.stage_one import StageOne, require_stage_one
 from stores.errors import BadInput
+from stores.latent_store import LatentStore
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import SEARCH
+from stores.tables import column
 
 from .config import BARCODE, FINGERPRINT, REGION, SearchConfig
+from .figures import SHOWN, plot_found
 from .kernels import barcode_products, fingerprint, fingerprint_products, region_shares
 from .query import Query, file_query, region_query, stored_query, vector_of
 from .report import SearchResult
@@ -43,10 +47,11 @@ def search_cells(
     out: Path | str | None = None,
     latents: Sequence[Path | str] = (),
     sae: Path | str | None = None,
-    weights_file: str | None = None,
+    weights: str | None = None,
     caches: Sequence[Path | str] = (),
     keep: Path | str | None = None,
     stage_one: StageOne | None = None,
+    roots: Sequence[Path | str] = (),
     device: str = "auto",
     assume_compatible: bool = False,
     overwrite: bool = False,
@@ -62,10 +67,11 @@ def search_cells(
     image : an `image_id` of the barcodes, or the path of an image file, which needs `latents`, `sae` and `stage_one`
     latents : latent stores that the barcodes were counted from; needed for a region, and for a file
     sae : the SAE that they were made with
-    weights_file : for a file: the weights of the trained backbone; an untrained one needs none
+    weights : for a file: the weights of the trained backbone; an untrained one needs none
     caches : activation caches that the latents were made from: also compares mean patch tokens and CLS
     keep : folder that keeps these means for the next search; None: they are computed again
-    stage_one : `cytocache.bridge`, for a file
+    stage_one : `cytocache.bridge`, for a file; with `out` and `latents` also for a figure of the cells
+    roots : folder of the images of each of `latents`; none: as recorded when the caches were made
     device : for a file: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
 
     Raises
@@ -81,14 +87,14 @@ def search_cells(
     if config.patches and caches:
         raise BadInput("a region is compared by latents alone: give --patches without --cache")
     barcodes = Path(barcodes)
-    collection = open_collection(barcodes, config.tau, config.weights)
+    collection = open_collection(barcodes, config.tau, config.weigh)
     query = _query(
         collection,
         image,
         config,
         latents=latents,
         sae=sae,
-        weights_file=weights_file,
+        weights=weights,
         stage_one=stage_one,
         device=device,
         assume_compatible=assume_compatible,
@@ -134,6 +140,8 @@ def search_cells(
         writer.write_table("images", pa.Table.from_pylist(images, _IMAGES))
         writer.write_table("patients", pa.Table.from_pylist(patients, _PATIENTS))
         writer.write_table("latents", pa.Table.from_pylist(result.latents, _LATENTS))
+        if latents and stage_one is not None:
+            _draw(result, query, latents, stage_one, roots, writer.root / "found")
         writer.finish(
             {"mode": "query", "name": query.name, **{name: getattr(result, name) for name in ("n_images", "n_copies")},
              "ways": [*result.ways]}
@@ -164,6 +172,44 @@ def read_search(out: Path) -> SearchResult:
     )
 
 
+def _draw(
+    result: SearchResult,
+    query: Query,
+    latents: Sequence[Path | str],
+    stage_one: StageOne,
+    roots: Sequence[Path | str],
+    path: Path,
+) -> None:
+    """The cells of each way, beside the query. Memory: the pictures of one figure."""
+    if roots and len(roots) != len(latents):
+        raise BadInput(f"give a folder of images once for each latent store, or none; found {len(roots)}")
+    pictures: dict[str, Any] = {}
+    wanted = {query.name, *(row["image_id"] for row in result.images)}
+    for place, root in zip(latents, roots or (None,) * len(latents), strict=True):
+        store = LatentStore(place)
+        picture = stage_one.pictures(store, None if root is None else Path(root))
+        for number, name in enumerate(column(store.images, "image_id")):
+            if name in wanted:
+                pictures[str(name)] = picture(number)
+    unknown = "it is in none of the latent stores"
+    shown = [
+        (
+            way,
+            [
+                (
+                    f"{row['similarity']:.2f} {plain(row['label'] or row['label_common'])}",
+                    pictures.get(row["image_id"], unknown),
+                )
+                for row in result.images
+                if row["by"] == way
+            ][:SHOWN],
+        )
+        for way in result.ways
+    ]
+    own = query.picture if query.picture is not None else pictures.get(query.name, unknown)
+    plot_found(query.name, own, shown, path)
+
+
 @contextmanager
 def index_folder(keep: Path | str | None) -> Iterator[Path]:
     """The folder for means of tokens: the one to be kept, or a temporary one."""
@@ -188,7 +234,7 @@ def _query(
     latents: Sequence[Path | str],
     sae: Path | str | None,
     stage_one: StageOne | None,
-    weights_file: str | None,
+    weights: str | None,
     device: str,
     assume_compatible: bool,
     progress: Progress,
@@ -212,7 +258,7 @@ def _query(
         sae,
         require_stage_one(stage_one),
         patches=config.patches,
-        weights=weights_file,
+        weights=weights,
         device=device,
         assume_compatible=assume_compatible,
         progress=progress,

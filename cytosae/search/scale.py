@@ -24,7 +24,7 @@ def search_scale(
     BadInput, DamagedStore
         As the search.
     """
-    collection = open_collection(barcodes, config.tau, config.weights)
+    collection = open_collection(barcodes, config.tau, config.weigh)
     ways = config.ways if isinstance(config, SearchConfig) else OF_LATENTS
     n_queries = 1 if isinstance(config, SearchConfig) else config.n_queries
     seconds, nonzeros = 0.0, {way: reader_of(collection, way).nnz for way in ways}

@@ -59,7 +59,7 @@ class Collection:
         return self.ids.index(image_id) if image_id in self.ids else None
 
 
-def open_collection(barcodes: Any, tau: float | None, weights: str) -> Collection:
+def open_collection(barcodes: Any, tau: float | None, weigh: str) -> Collection:
     """The images of barcodes, with the weights of their latents.
 
     Raises
@@ -94,7 +94,7 @@ def open_collection(barcodes: Any, tau: float | None, weights: str) -> Collectio
         patient_of=np.array(numbers, np.int64),
         dataset_of=np.unique(columns["dataset"], return_inverse=True)[1].astype(np.int64),
         patients=[("" if name.startswith("\0") else name, dataset) for name, dataset in names],
-        weights=(rarity if weights == "rarity" else np.ones(len(rarity))).astype(np.float32),
+        weights=(rarity if weigh == "rarity" else np.ones(len(rarity))).astype(np.float32),
     )
 
 

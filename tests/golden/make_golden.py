@@ -282,7 +282,7 @@ def write_of_others_v1(folder: Path) -> None:
     latents = LatentStore(folder / "latents-v1.zarr")
     for name in ("cohort", "others"):
         write_cohort(folder / name, latents, made_up=name)
-    config = SearchConfig(weights="none", k=4, top=5)
+    config = SearchConfig(weigh="none", k=4, top=5)
     search_cells(folder / "barcodes-v1", IMAGE_IDS[2], config, out=folder / "search-v1")
     asked = ReplicateConfig(top=3, n_permutations=99, n_bootstraps=50)
     replicate(folder / "comparison-v1", folder / "others", folder / "replication-v1", asked)

@@ -13,6 +13,7 @@ import pytest
 from artefacts import write_cache
 from command_line import fails, run
 from latent_stores import local_client
+from PIL import Image
 from search_cells import draw_cells, write_search_barcodes
 
 import cytocache.bridge
@@ -81,12 +82,12 @@ def similarities(cells: Cells, query: int, k: int, weighs: bool) -> dict[str, li
     }
 
 
-@pytest.mark.parametrize(("k", "weights"), [(4, "rarity"), (32, "none"), (500, "rarity")])
-def test_a_search_equals_plain_loops(cells: Cells, barcodes: Path, k: int, weights: str) -> None:
+@pytest.mark.parametrize(("k", "weigh"), [(4, "rarity"), (32, "none"), (500, "rarity")])
+def test_a_search_equals_plain_loops(cells: Cells, barcodes: Path, k: int, weigh: str) -> None:
     """Images and patients, in order, and who is left out."""
     images = cells[3]
-    found = search_cells(barcodes, "i000", SearchConfig(top=50, k=k, weights=weights))
-    expected = similarities(cells, 0, k, weights == "rarity")
+    found = search_cells(barcodes, "i000", SearchConfig(top=50, k=k, weigh=weigh))
+    expected = similarities(cells, 0, k, weigh == "rarity")
     listed = [n for n in range(240) if n not in (0, 7, 20)]
     for way in ("fingerprint", "barcode"):
         rows = [row for row in found.images if row["by"] == way]
@@ -103,7 +104,7 @@ def test_a_search_equals_plain_loops(cells: Cells, barcodes: Path, k: int, weigh
         assert {row["patient"]: row["similarity"] for row in patients} == pytest.approx(means, abs=1e-5)
         assert patients[0]["similarity"] == pytest.approx(max(means.values()))
         assert sum(row["is_own_patient"] for row in patients) == 1
-    w = weights_of(cells[0], 239) if weights == "rarity" else [1.0] * 80
+    w = weights_of(cells[0], 239) if weigh == "rarity" else [1.0] * 80
     assert (found.n_images, found.n_copies) == (239, 1)
     assert [row["latent"] for row in found.latents] == [*list_of(cells[1][0], w, k)]
 
@@ -217,6 +218,11 @@ def test_a_file_is_found_as_its_own_image(made: Path, counted: Path, tmp_path: P
         assert a["similarity"] == pytest.approx(b["similarity"], abs=2e-3)
     with pytest.raises(BadInput, match="give --latents and --sae"):
         search_cells(counted, path)
+    search_cells(counted, name, out=tmp_path / "out", latents=[made / "latents.zarr"], stage_one=cytocache.bridge)
+    with Image.open(tmp_path / "out" / "found.png") as figure:
+        colours = np.asarray(figure.convert("RGB")).reshape(-1, 3)
+    assert (np.ptp(colours, axis=1) > 60).mean() > 0.05  # cells are stained, all else is grey
+    assert not verify_folder(tmp_path / "out").problems
 
 
 def test_tokens_are_compared_by_centred_cosines(made: Path, counted: Path, tmp_path: Path) -> None:
@@ -307,7 +313,7 @@ def test_what_cannot_be_looked_for(barcodes: Path, cells: Cells, tmp_path: Path)
     maxima, means, counts, images = draw_cells(n_images=20)
     counts[3] = 0
     empty = write_search_barcodes(tmp_path / "b", maxima, means, counts, images.assign(label="", label_common=""))
-    with pytest.raises(BadInput, match=r"no latent of i003 is above tau .* --weights none"):
+    with pytest.raises(BadInput, match=r"no latent of i003 is above tau .* --weigh none"):
         search_cells(empty, "i003")
     with pytest.raises(BadInput, match="0 readable images have a label"):
         evaluate_search(empty, tmp_path / "out")
