@@ -211,14 +211,24 @@ def _replicate(
     )
     described = describe_groups(only)
     direction = np.sign([row["difference"] for row in chosen])
-    nulls = [
-        signed_test(
-            draw, groups.is_a, direction, n_permutations=config.n_permutations, seed=config.seed,
-            strata=prepared.strata, covariates=prepared.covariates,
-            progress=lambda done, total, state, n=n: progress(n * total + done, len(only.draws) * total, state),
+    nulls = []
+    for number, draw in enumerate(only.draws):
+
+        def tell(done: int, total: int, state: str, number: int = number) -> None:
+            progress(number * total + done, len(only.draws) * total, state)
+
+        nulls.append(
+            signed_test(
+                draw,
+                groups.is_a,
+                direction,
+                n_permutations=config.n_permutations,
+                seed=config.seed,
+                strata=prepared.strata,
+                covariates=prepared.covariates,
+                progress=tell,
+            )
         )
-        for n, draw in enumerate(only.draws)
-    ]  # fmt: skip
     p = combine_draws([test for test, _, _ in nulls]).p
     p = np.where(np.isfinite(described["difference"]) & (only.groups.values.max(0) > only.groups.values.min(0)), p, 1.0)
     holm = holm_adjusted(p)

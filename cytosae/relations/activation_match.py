@@ -368,7 +368,7 @@ def _match(
         for number, (side, best, values) in enumerate(zip(sides, (found.best_of_a, found.best_of_b), p, strict=True))
     )
     n_smaller = min(len(side.latents) for side in sides)
-    n_counterparts = sum(row["is_counterpart"] for row in matched)
+    n_counterparts = sum(bool(row["is_counterpart"]) for row in matched)
     return table, matched, {
         "n_latents": [side.n_latents for side in sides],
         "n_compared": [len(side.latents) for side in sides],

@@ -119,7 +119,7 @@ def places_of(index: TokenIndex, ids: Sequence[str], is_needed: npt.NDArray[np.b
         there = numbers[(numbers >= 0) & store.readable()]
         seen[there] = True
         found.append(numbers)
-    missing = [ids[number] for number in np.flatnonzero(is_needed & ~seen)]
+    missing = [ids[number] for number in np.flatnonzero(is_needed & ~seen).tolist()]
     if missing:
         raise BadInput(
             f"{len(missing):,} images of the barcodes are not readable in --cache ({listed(missing)}); give all caches "

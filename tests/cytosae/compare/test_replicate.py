@@ -34,7 +34,7 @@ def draw(seed: int, shift: float = 3.0, n_latents: int = 60) -> npt.NDArray[np.f
 @pytest.fixture(scope="module")
 def discovery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("discovery")
-    write_patient_barcodes(folder / "b", draw(0), DISEASES, names=[f"D{n}" for n in range(24)])
+    write_patient_barcodes(folder / "b", draw(0, shift=5), DISEASES, names=[f"D{n}" for n in range(24)])
     compare(folder / "b", folder / "found", CompareConfig(a="AML", b="well", n_permutations=2000, n_bootstraps=20))
     return folder / "found"
 
@@ -113,7 +113,7 @@ def test_effect_size_is_hedges_g() -> None:
 
 def test_planted_latents_return_at_half_the_size(discovery: Path, tmp_path: Path) -> None:
     """Half the shift gives about half the effect, in the same direction; the interval and every p say so."""
-    others = write_patient_barcodes(tmp_path / "b", draw(1, shift=1.5), DISEASES)
+    others = write_patient_barcodes(tmp_path / "b", draw(1, shift=2.5), DISEASES)
     done = replicate(discovery, others, tmp_path / "out", settings())
     said = done.summary
     assert {*PLANTED, *LOWER} <= {row["latent"] for row in done.rows}
