@@ -116,17 +116,17 @@ def replicate(
         **asdict(config),
         "method": 1,
     }
-    packages = ("numpy", "scipy", "numba", "anndata")
-    writer = begin_results(out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes], packages=packages)
-    writer.watch(store.header, found.results.header)
-    if writer.is_complete:
-        return _read(out)
     patients = read_patients(store, asked.tau)
     n_latents = int(found.summary["n_latents"])
     if patients.n_vars != n_latents:
         raise SpecMismatch(f"{barcodes} has {patients.n_vars:,} latents, {discovery} {n_latents:,}: another SAE")
     images = store.read_obs("image", asked.tau, needed=IMAGE_COLUMNS)
     prepared = prepare(store, images, choose_groups(patients, asked.a, asked.b), asked)
+    packages = ("numpy", "scipy", "numba", "anndata")
+    writer = begin_results(out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes], packages=packages)
+    writer.watch(store.header, found.results.header)
+    if writer.is_complete:
+        return _read(out)
     rows, summary = _replicate(prepared, asked, chosen, config, progress)
     summary |= {
         "names": {"a": asked.a, "b": asked.b},

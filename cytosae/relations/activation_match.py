@@ -144,6 +144,11 @@ def match_latents(
         "only": None if ids is None else sorted({*ids}),
         "comparisons": [None if each is None else each.header.identity for each in tested],
     }
+    places, strata, notes = draw_images(stores, config, ids)
+    sides = [
+        read_side(store, rows, strata, config, lambda done, total, n=n: progress(n * total + done, 2 * total, "images"))
+        for n, (store, rows) in enumerate(zip(stores, places, strict=True))
+    ]
     given = [path for path in (a, b, sae_a, sae_b, only, comparison, comparison_b) if path is not None]
     packages = ("numpy", "scipy", "numba", "anndata")
     writer = begin_results(
@@ -153,11 +158,6 @@ def match_latents(
     if writer.is_complete:
         summary = dict(ResultStore(out, MATCH).header.summary or {})
         return MatchResult(out=out, summary=summary, was_complete=True)
-    places, strata, notes = draw_images(stores, config, ids)
-    sides = [
-        read_side(store, rows, strata, config, lambda done, total, n=n: progress(n * total + done, 2 * total, "images"))
-        for n, (store, rows) in enumerate(zip(stores, places, strict=True))
-    ]
     latents, matched, summary = _match(sides, strata, config, progress)
     partner = {int(row["latent_a"]): row for row in matched}
     if sae_a is not None and sae_b is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stores.activation_store import open_caches
 from stores.errors import BadInput
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
@@ -64,12 +65,14 @@ def evaluate_search(
     config, barcodes, out = config or SearchEvaluationConfig(), Path(barcodes), Path(out)
     collection = open_collection(barcodes, config.tau, config.weigh)
     queries = draw_queries(collection, config)
+    stores = open_caches(caches) if caches else []
+    places = places_of(stores, collection.ids, collection.is_readable) if caches else []
     spec = {
         "barcodes": collection.store.header.identity,
         **asdict(config),
         "at": [*config.at],
         "tau": collection.tau,
-        "caches": [store.content_sha256 for store in _open(caches)],
+        "caches": [store.content_sha256 for store in stores],
     }
     inputs = [barcodes, *(Path(cache) for cache in caches if "://" not in str(cache))]
     packages = ("numpy", "scipy", "numba", "anndata")
@@ -89,8 +92,7 @@ def evaluate_search(
             lists.add(way, np.arange(first, first + len(scores)), scores)
     if caches:
         with index_folder(keep) as folder:
-            index = build_index(caches, folder, progress=progress)
-            places = places_of(index, collection.ids, collection.is_readable)
+            index = build_index(stores, folder, progress=progress)
             for way in index.ways:
                 units = np.zeros((len(queries), index.stores[0].spec.width), np.float32)
                 for cache, first, rows in index.blocks(way):
@@ -126,12 +128,6 @@ def _read(out: Path) -> SearchEvaluation:
         notes=tuple(said["notes"]),
         was_complete=True,
     )
-
-
-def _open(caches: Sequence[Path | str]) -> list[Any]:
-    from stores.activation_store import open_caches
-
-    return open_caches(caches) if caches else []
 
 
 def _n_images(collection: Collection) -> int:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from cytosae.plotting import plain
 from cytosae.stage_one import StageOne, require_stage_one
+from stores.activation_store import open_caches
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.progress import Progress
@@ -100,13 +101,19 @@ def search_cells(
         assume_compatible=assume_compatible,
         progress=progress,
     )
+    for way in config.ways:  # what cannot be looked for is told before a folder is begun
+        vector_of(query, way, collection.weights, config.k)
+    stores = open_caches(caches) if caches else []
+    places = places_of(stores, collection.ids, collection.is_readable) if caches else []
+    if roots and len(roots) != len(latents):
+        raise BadInput(f"give a folder of images once for each latent store, or none; found {len(roots)}")
     spec = {
         "barcodes": collection.store.header.identity,
         "query": query.origin,
         **asdict(config),
         "patches": [*config.patches],
         "tau": collection.tau,
-        "caches": [_identity(cache) for cache in caches],
+        "caches": [store.content_sha256 for store in stores],
     }
     writer = None
     if out is not None:
@@ -119,8 +126,8 @@ def search_cells(
     scores = dict(_scores_by_latents(collection, query, config, progress))
     if caches:
         with index_folder(keep) as folder:
-            index = build_index(caches, folder, progress=progress)
-            scores |= _scores_by_tokens(collection, query, index)
+            index = build_index(stores, folder, progress=progress)
+            scores |= _scores_by_tokens(collection, query, index, places)
     listed = _listed(collection, query, config)
     images = [
         row for way, found in scores.items() for row in _image_rows(collection, query, config, way, found, listed)
@@ -181,8 +188,6 @@ def _draw(
     path: Path,
 ) -> None:
     """The cells of each way, beside the query. Memory: the pictures of one figure."""
-    if roots and len(roots) != len(latents):
-        raise BadInput(f"give a folder of images once for each latent store, or none; found {len(roots)}")
     pictures: dict[str, Any] = {}
     wanted = {query.name, *(row["image_id"] for row in result.images)}
     for place, root in zip(latents, roots or (None,) * len(latents), strict=True):
@@ -218,12 +223,6 @@ def index_folder(keep: Path | str | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="cyto-search-") as name:
         yield Path(name)
-
-
-def _identity(cache: Path | str) -> str:
-    from stores.activation_store import ActivationStore
-
-    return ActivationStore(cache).content_sha256
 
 
 def _query(
@@ -298,9 +297,10 @@ def scorer(way: str, queries: Floats, weights: Floats, k: int) -> Any:
     return lambda rows: barcode_products(rows, weights, queries)
 
 
-def _scores_by_tokens(collection: Collection, query: Query, index: TokenIndex) -> dict[str, Floats]:
+def _scores_by_tokens(
+    collection: Collection, query: Query, index: TokenIndex, places: Sequence[Ints]
+) -> dict[str, Floats]:
     """The same by mean patch tokens and CLS: cosines of what is left when the mean image is taken off."""
-    places = places_of(index, collection.ids, collection.is_readable)
     found = {}
     for way in index.ways:
         vector = query.tokens.get(way)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stores.activation_store import ActivationStore, open_caches
+from stores.activation_store import ActivationStore
 from stores.errors import BadInput, DamagedStore
 from stores.files import sha256_json, sweep_partials
 from stores.part_files import Part, open_part, write_part
@@ -64,18 +64,21 @@ class TokenIndex:
 
 
 def build_index(
-    caches: Sequence[Path | str], folder: Path, *, progress: Progress = lambda done, total, state: None
+    stores: list[ActivationStore], folder: Path, *, progress: Progress = lambda done, total, state: None
 ) -> TokenIndex:
     """Read the caches once, or what is left of them; `folder` keeps the parts.
 
+    Parameters
+    ----------
+    stores : caches of one kind of tokens (`open_caches`)
+
     Raises
     ------
-    SpecMismatch, BadInput
-        If the caches do not hold the same kind of tokens, or no image is readable.
+    BadInput
+        If no image is readable.
     DamagedStore
         If a chunk is damaged.
     """
-    stores = open_caches(caches)
     folder.mkdir(parents=True, exist_ok=True)
     sweep_partials(folder)
     layout = stores[0].spec.layout
@@ -104,7 +107,7 @@ def build_index(
     return TokenIndex(folder, stores, parts, {way: total / n_readable for way, total in sums.items()})
 
 
-def places_of(index: TokenIndex, ids: Sequence[str], is_needed: npt.NDArray[np.bool_]) -> list[Ints]:
+def places_of(stores: Sequence[ActivationStore], ids: Sequence[str], is_needed: npt.NDArray[np.bool_]) -> list[Ints]:
     """For each cache (images,) the number in `ids` of its images; -1: not among them.
 
     Raises
@@ -114,7 +117,7 @@ def places_of(index: TokenIndex, ids: Sequence[str], is_needed: npt.NDArray[np.b
     """
     number_of = {name: number for number, name in enumerate(ids)}
     found, seen = [], np.zeros(len(ids), bool)
-    for store in index.stores:
+    for store in stores:
         numbers = np.array([number_of.get(str(name), -1) for name in column(store.images, "image_id")], np.int64)
         there = numbers[(numbers >= 0) & store.readable()]
         seen[there] = True

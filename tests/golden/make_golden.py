@@ -282,8 +282,10 @@ def write_of_others_v1(folder: Path) -> None:
     latents = LatentStore(folder / "latents-v1.zarr")
     for name in ("cohort", "others"):
         write_cohort(folder / name, latents, made_up=name)
+    with open_client(None, workers=1, memory_limit="2GiB") as client:
+        write_barcodes(folder / "latents-v1.zarr", folder / "counted", BarcodeConfig(tau=0.2), client=client)
     config = SearchConfig(weigh="none", k=4, top=5)
-    search_cells(folder / "barcodes-v1", IMAGE_IDS[2], config, out=folder / "search-v1")
+    search_cells(folder / "counted", IMAGE_IDS[2], config, out=folder / "search-v1")
     asked = ReplicateConfig(top=3, n_permutations=99, n_bootstraps=50)
     replicate(folder / "comparison-v1", folder / "others", folder / "replication-v1", asked)
     match = MatchConfig(strata=("patient",), n_permutations=9)
@@ -293,7 +295,7 @@ def write_of_others_v1(folder: Path) -> None:
         header = find_header(folder / name)
         assert header is not None
         write_header(folder / name, replace(header, summary={**(header.summary or {}), "figures": {}}))
-    for name in ("cohort", "others"):
+    for name in ("cohort", "others", "counted"):
         shutil.rmtree(folder / name)
 
 

@@ -179,23 +179,23 @@ def test_differential_latents_and_cosines_stand_beside(tmp_path: Path) -> None:
     a, b = two_saes(2)
     folders: list[Path] = []
     table = images().assign(patient=[f"P{n % 10:03d}" for n in range(N_IMAGES)])
-    diseases = ["AML"] * 5 + ["well"] * 5
+    diseases = ["AML"] * 12 + ["well"] * 12
     for name, values, latents in (("aa", a, (0, 1)), ("bb", b, (N_B - 1, N_B - 2))):
         rng = np.random.default_rng(len(folders))
-        patients = rng.normal(20, 1, (10, values.shape[1])).astype(np.float32)
-        patients[:5, latents] += 30
-        names = [f"{name}{n}" for n in range(10)]
+        patients = rng.normal(20, 1, (24, values.shape[1])).astype(np.float32)
+        patients[:12, latents] += 30
+        names = [f"{name}{n}" for n in range(24)]
         folder = write_patient_barcodes(tmp_path / name, patients, diseases, names=names)
         shutil.rmtree(folder / "image.zarr")
         made = write_search_barcodes(tmp_path / f"{name}.images", values, values, np.ceil(values), table)
         shutil.move(str(made / "image.zarr"), folder / "image.zarr")
         folders.append(folder)
-        config = CompareConfig(a="AML", b="well", n_permutations=300, n_bootstraps=2, images_per_patient="all")
+        config = CompareConfig(a="AML", b="well", n_permutations=2000, n_bootstraps=2, images_per_patient="all")
         compare(folder, tmp_path / f"{name}.compared", config)
     decoders = (("aa", N_A, 0), ("bb", N_B, 1))
     saes = [write_sae(tmp_path / f"{name}.sae", directions(n, 16, seed)) for name, n, seed in decoders]
     done = match_latents(
-        *folders, tmp_path / "out", quick(), sae_a=saes[0], sae_b=saes[1],
+        folders[0], folders[1], tmp_path / "out", quick(), sae_a=saes[0], sae_b=saes[1],
         comparison=tmp_path / "aa.compared", comparison_b=tmp_path / "bb.compared",
     )  # fmt: skip
     said = done.summary["differential"]
@@ -208,7 +208,7 @@ def test_differential_latents_and_cosines_stand_beside(tmp_path: Path) -> None:
     assert row["cosine"] == pytest.approx(float(one[row["latent_a"]] @ other[row["latent_b"]]), abs=1e-5)
     assert row["is_nearest_by_decoder"] == (int((other @ one[row["latent_a"]]).argmax()) == row["latent_b"])
     with pytest.raises(SpecMismatch, match=r"the comparison .*bb.compared is not of .*aa"):
-        match_latents(*folders, tmp_path / "none", quick(), comparison=tmp_path / "bb.compared")
+        match_latents(folders[0], folders[1], tmp_path / "none", quick(), comparison=tmp_path / "bb.compared")
 
 
 # ------------------------------------------------------------------------------------------- bad input
