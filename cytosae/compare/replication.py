@@ -9,8 +9,10 @@ The statistic of the one-sided test is that of Freedman and Lane (freedman_lane.
     s*[c] = g' P R[c] / |P R[c] less its regression on strata and covariates|
 
 p[c] = (1 + number of permutations with d s* >= d s) / (1 + permutations), d the sign of the discovery's difference.
-How many latents agree in sign, and how well the effects correlate, is compared with the same permutations: latents
-move together, so a binomial p would be far too small. Twin: test_replicate.py, in plain loops.
+How many latents agree in sign, and how well the effects correlate, is compared with permutations, too: latents move
+together, so a binomial p would be far too small. There the difference of the groups is taken off first (the residuals
+of the full model, ter Braak 1992): else latents that do differ would agree in most permutations, which are never quite
+balanced. Twin: test_replicate.py, in plain loops.
 """
 
 from collections.abc import Sequence
@@ -250,7 +252,7 @@ def _replicate(
         }
         for at, (latent, row) in enumerate(zip(latents, chosen, strict=True))
     ]
-    observed, permuted = nulls[0][1], nulls[0][2]
+    observed, permuted = nulls[0][1], _without_difference(only, direction, config)
     n_agree = int(agrees.sum())
     correlation = _correlation(g_before[both], g_now[both])
     slope = _slope(g_before[both], g_now[both])
@@ -278,6 +280,17 @@ def _replicate(
         "ratio_high": _limits(slopes)[1],
         "n_without_effect_size": int((~both).sum()),
     }
+
+
+def _without_difference(prepared: Prepared, direction: Floats, config: ReplicateConfig) -> Floats:
+    """(permutations, latents) statistics of `signed_test` when the difference of the groups is taken off before."""
+    values, is_a, strata = prepared.draws[0].astype(np.float64), prepared.groups.is_a, prepared.strata
+    strata = np.zeros(len(is_a), np.int64) if strata is None else strata
+    covariates = np.zeros((len(is_a), 0)) if prepared.covariates is None else prepared.covariates
+    group, _ = residual_group(is_a, covariates, strata)
+    values -= np.outer(group, group @ values / (group @ group))
+    settings = {"n_permutations": config.n_permutations, "seed": config.seed}
+    return signed_test(values, is_a, direction, strata=strata, covariates=covariates, **settings)[2]
 
 
 _TAKEN = ("difference", "hedges_g", "hedges_g_low", "hedges_g_high", "auc", "p", "q", "p_max_t")

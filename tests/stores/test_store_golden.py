@@ -340,10 +340,12 @@ def test_search_version_1() -> None:
     best = np.lexsort((np.arange(8), -mean[2]))[:4]
     assert [row["latent"] for row in found.latents] == best.tolist()
     prints = np.where(np.argsort(np.argsort(-mean[[0, 2]], axis=1, kind="stable"), axis=1) < 4, mean[[0, 2]], 0)
-    for way, (a, b) in {"fingerprint": prints, "barcode": np.log1p(counts[[0, 2]])}.items():
-        (row,) = [row for row in found.images if row["by"] == way]
-        assert row["similarity"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
-        assert (row["image_id"], row["patient"], row["label"], row["rank"]) == (IMAGE_IDS[0], "P1", "neutrophil", 1)
+    assert prints[0] @ prints[1] == 0  # their fingerprints have nothing in common, so there is nothing to list
+    a, b = np.log1p(counts[[0, 2]])
+    (row,) = found.images
+    assert row["similarity"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
+    assert (row["by"], row["rank"]) == ("barcode", 1)
+    assert (row["image_id"], row["patient"], row["label"]) == (IMAGE_IDS[0], "P1", "neutrophil")
     assert (found.n_images, found.n_copies, {row["patient"] for row in found.patients}) == (2, 0, {"P1"})
 
 
