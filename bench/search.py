@@ -6,7 +6,7 @@ than 2 GiB at the peak. `--evaluate Q` also measures `evaluate_search` with Q qu
 
 The barcodes are invented: image.zarr alone, a share of the bone-marrow dataset of 171,373 images, each with about
 1,853 of 49,152 latents, by the released frequencies where they are at hand. The page cache is warm for both, where
-memory holds the store. Full size (some 5 GB, made in some minutes): bench/search.py --share 1 --folder /big/disk
+memory holds the store. Full size (some 3 GB, made in some minutes): bench/search.py --share 1 --folder /big/disk
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def generate(root: Path, n_images: int, options: Any) -> None:
-    """Image barcodes with `mean` and `max`; an image of type t has the latents s with s mod 12 = t thrice as often."""
+    """Image barcodes with the layer `mean`; an image of type t has the latents s with s mod 12 = t thrice as often."""
     import pandas as pd
 
     from stores.barcode_store import NOTHING_ELSE, begin_level, write_tables
@@ -71,7 +71,7 @@ def generate(root: Path, n_images: int, options: Any) -> None:
     begin_level(image)
     writers = {
         name: CsrWriter(image / path, n_columns=options.latents, indices="int32")
-        for name, path in {"X": "X", "mean": "layers/mean", "max": "layers/max"}.items()
+        for name, path in {"X": "X", "mean": "layers/mean"}.items()
     }
     n_active = np.zeros(options.latents, np.int64)
     for first in range(0, n_images, _BLOCK):
@@ -85,7 +85,6 @@ def generate(root: Path, n_images: int, options: Any) -> None:
         n_active += np.bincount(column, minlength=options.latents)
         values = {
             "X": 1 + np.floor(rng.exponential(12, len(column))).clip(0, 256),
-            "max": rng.lognormal(-0.5, 0.6, len(column)),
             "mean": rng.lognormal(-3, 1, len(column)),
         }
         for name, writer in writers.items():

@@ -6,11 +6,11 @@ from pathlib import Path
 from stores.activation_store import ActivationStore
 from stores.machine import n_cores
 
-from .config import BARCODE, FINGERPRINT, OF_LATENTS, SearchConfig, SearchEvaluationConfig
+from .config import BARCODE, FINGERPRINT, OF_LATENTS, REGION, SearchConfig, SearchEvaluationConfig
 from .scan import open_collection, reader_of
 
-_NONZEROS = {FINGERPRINT: 30e6, BARCODE: 30e6, "region": 30e6}  # a second and core: decoded, checked, compared
-_PRODUCTS = 400e6  # a second and core: of an evaluation's queries with the nonzeros of barcodes
+_NONZEROS = {FINGERPRINT: 15e6, BARCODE: 15e6, REGION: 15e6}  # a second and core: decoded, checked, compared
+_PRODUCTS = 300e6  # a second and core: of an evaluation's queries with the nonzeros of barcodes
 _TOKEN_BYTES = 1e9  # a second: of a cache that is read
 
 
