@@ -429,8 +429,8 @@ def _warnings(found: Comparison, store: BarcodeStore, prepared: Prepared) -> Seq
     said = []
     if not found.summary.get("sae_sha256"):
         said.append(
-            "the discovery is of an older cyto and does not say of which SAE it is; equal numbers are taken for the same "
-            "latents"
+            "the discovery is of an older cyto and does not say of which SAE it is; equal numbers are taken for the "
+            "same latents"
         )
     theirs = {*found.results.table("patients")["patient"].to_pylist()}
     shared = sorted(theirs & {*prepared.groups.names})
