@@ -42,6 +42,8 @@ GROUPS = {
             **dict.fromkeys(("stats", "top", "thresholds", "select"), "cytosae.commands.concept"),
             **dict.fromkeys(("stability", "neighbours", "patient"), "cytosae.commands.relate"),
             **dict.fromkeys(("sheet", "map", "masks"), "cytosae.commands.maps"),
+            "search": "cytosae.commands.search",
+            "match": "cytosae.commands.match",
         },
     ),
     "atlas": (

@@ -19,6 +19,7 @@ FULL = {
     "compare": ["--permutations", "1000000", "--rounds", "1"],
     "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],
     "barcode": ["--share", "1", "--rounds", "1"],
+    "search": ["--share", "1", "--rounds", "3", "--evaluate", "200"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],
     "sae_step": ["--tokens", "16448", "--sweep"],

@@ -16,7 +16,9 @@ from .baselines import compare_with_baselines as compare_with_baselines
 from .baselines import write_baseline as write_baseline
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
+from .compare import ReplicateConfig as ReplicateConfig
 from .compare import compare as compare
+from .compare import replicate as replicate
 from .concepts import ConceptConfig as ConceptConfig
 from .concepts import SelectionConfig as SelectionConfig
 from .concepts import compare_thresholds as compare_thresholds
@@ -45,9 +47,12 @@ from .reading import ActivationStore as ActivationStore
 from .reading import BarcodeStore as BarcodeStore
 from .reading import ConceptStore as ConceptStore
 from .reading import LatentStore as LatentStore
+from .relations import MatchConfig as MatchConfig
 from .relations import NeighbourConfig as NeighbourConfig
 from .relations import PatientConfig as PatientConfig
 from .relations import find_neighbours as find_neighbours
+from .relations import match_latents as match_latents
+from .relations import match_scale as match_scale
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability
@@ -56,6 +61,11 @@ from .sae import TrainConfig as TrainConfig
 from .sae import export_sae as export_sae
 from .sae import import_sae as import_sae
 from .sae import load_sae as load_sae
+from .search import SearchConfig as SearchConfig
+from .search import SearchEvaluationConfig as SearchEvaluationConfig
+from .search import evaluate_search as evaluate_search
+from .search import search_cells as search_cells
+from .search import search_scale as search_scale
 from .sweep import sweep as sweep
 from .training import BackboneSample as BackboneSample
 from .training import sae_info as sae_info

@@ -46,11 +46,14 @@ from .spec import CONCEPTS as CONCEPTS
 from .spec import LATENTS as LATENTS
 from .spec import MAPS as MAPS
 from .spec import MASKS as MASKS
+from .spec import MATCH as MATCH
 from .spec import NEIGHBOURS as NEIGHBOURS
 from .spec import PATIENT_CONCEPTS as PATIENT_CONCEPTS
 from .spec import PROBE as PROBE
 from .spec import PROBE_TEST as PROBE_TEST
+from .spec import REPLICATION as REPLICATION
 from .spec import SAE as SAE
+from .spec import SEARCH as SEARCH
 from .spec import SHEETS as SHEETS
 from .spec import STABILITY as STABILITY
 from .spec import THRESHOLDS as THRESHOLDS

@@ -92,6 +92,9 @@ SPEC_KINDS: dict[str, Pattern] = {
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},
     "comparison with baselines": {"sae": str, "baselines": [{"sae_sha256": str, "kind": str}], "caches": [str]},
+    "search": {"barcodes": str, "tau": _NUMBER, "k": int, "weigh": str, "caches": [str]},
+    "replication": {"discovery": str, "replication": str},
+    "latent match": {"a": [str], "b": [str], "by": str, "seed": int},
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},
 }
 _WITH_FILES: Pattern = {"files": (_NAMES,)}

@@ -76,6 +76,21 @@ PATIENT_CONCEPTS = Format(
     header_file="patient_concepts.json",
     command="cyto concept patient",
 )
+SEARCH = Format(kind="search", a_kind="a search", version=1, header_file="search.json", command="cyto concept search")
+REPLICATION = Format(
+    kind="replication",
+    a_kind="a replication",
+    version=1,
+    header_file="replication.json",
+    command="cyto compare replicate",
+)
+MATCH = Format(
+    kind="latent match",
+    a_kind="a match of latents",
+    version=1,
+    header_file="match.json",
+    command="cyto concept match",
+)
 MAPS = Format(kind="patch maps", a_kind="patch maps", version=1, header_file="maps.json", command="cyto concept map")
 SHEETS = Format(
     kind="reference sheets",
@@ -105,6 +120,7 @@ FORMATS = {
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
         *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ATLAS),
+        *(SEARCH, REPLICATION, MATCH),
     )
 }
 

@@ -1,4 +1,4 @@
-"""cyto compare: what differs between two diseases."""
+"""cyto compare: what differs between two diseases; and cyto compare replicate: whether it does in others."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,76 @@ import click
 from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done, tell
 
 
-@click.command("compare")
+@click.command("replicate")
+@click.argument("discovery", type=FILE)
+@click.argument("replication", type=FILE)
+@click.option("-o", "--out", type=FILE, required=True, help="Folder of the replication.")
+@click.option(
+    "--rule",
+    type=click.Choice(["q", "p_max_t", "p_step_down"]),
+    default="q",
+    show_default=True,
+    help="Column of DISCOVERY that says which latents it found.",
+)
+@click.option(
+    "--most",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="Latents with at most this in that column are tested.",
+)
+@click.option("--top", type=COUNT, help="Instead: the first so many of both top lists of DISCOVERY, whatever their p.")
+@click.option("--a", metavar="DISEASE", help="What group A is called in REPLICATION  [default: as in DISCOVERY].")
+@click.option("--b", metavar="DISEASE", help="What group B is called in REPLICATION  [default: as in DISCOVERY].")
+@click.option("--permutations", "n_permutations", type=COUNT, default=10_000, show_default=True)
+@click.option(
+    "--bootstraps",
+    "n_bootstraps",
+    type=COUNT,
+    default=1_000,
+    show_default=True,
+    help="Bootstraps of the patients, for the intervals of correlation and ratio.",
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of permutations and bootstraps.")
+@overwrite_option
+@json_option
+def compare_replicate(
+    discovery: Path, replication: Path, out: Path, overwrite: bool, as_json: bool, **settings: Any
+) -> None:
+    """Do the latents of a comparison differ in another cohort, too, and in the same direction?
+
+    DISCOVERY is a folder of cyto compare, REPLICATION the barcodes of other patients by the same SAE. Only the latents
+    that DISCOVERY found are tested, one-sided, adjusted after Holm; the other settings are those of DISCOVERY.
+
+    \b
+    Example: cyto compare replicate cbfb_against_pml others.barcodes -o cbfb_replicated
+    """
+    from cytosae.compare import ReplicateConfig, replicate
+
+    config = ReplicateConfig(**settings)
+    with progress_line("replicate", "permutation") as progress:
+        done = replicate(discovery, replication, out, config, overwrite=overwrite, progress=progress)
+    say_done(out, done.was_complete)
+    if as_json:
+        click.echo(json.dumps(done.to_json(), indent=1))
+    else:
+        tell(done)
+
+
+class _Compare(click.Command):
+    """`cyto compare BARCODES A B` compares; `cyto compare replicate` is a separate command."""
+
+    commands = {"replicate": compare_replicate}  # noqa: RUF012  # as a group has them, for the reference
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and (command := self.commands.get(args[0])):
+            return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+
+@click.command("compare", cls=_Compare)
 @click.argument("barcodes", type=FILE)
 @click.argument("a")
 @click.argument("b")
@@ -73,7 +142,7 @@ def compare_diseases(
     """Which latents differ between the patients of diseases A and B, by how much, and by more than chance?
 
     A and B are spelled as in disease.zarr; B may be `rest`: all other diseases. The unit is the patient. What the
-    columns and figures mean: docs/compare.md.
+    columns and figures mean: docs/compare.md. `cyto compare replicate` tests what was found in another cohort.
 
     \b
     Example: cyto compare cells.barcodes CBFB::MYH11 PML::RARA -o cbfb_against_pml

@@ -6,4 +6,7 @@ from .patient_values import DRAWS as DRAWS
 from .patient_values import choose_number as choose_number
 from .permutation import combine_draws as combine_draws
 from .permutation import permutation_test as permutation_test
+from .replication import ReplicateConfig as ReplicateConfig
+from .replication import replicate as replicate
+from .replication_report import Replication as Replication
 from .report import Comparison as Comparison

@@ -127,7 +127,7 @@ def compare(
     barcodes, out = Path(barcodes), Path(out)
     latents = None if latents is None else Path(latents)
     store = BarcodeStore(barcodes)
-    patients = _read_patients(store, config.tau)
+    patients = read_patients(store, config.tau)
     images = store.read_obs("image", config.tau, needed=IMAGE_COLUMNS)
     chosen = choose_groups(patients, config.a, config.b)
     prepared = prepare(store, images, chosen, config)
@@ -156,6 +156,7 @@ def compare(
         "left_out": left_out,
         "tau": spec["tau"],
         "normalize": store.header.spec["normalize"],
+        "sae_sha256": sae_of(store),
         "warnings": [
             *_warnings(prepared, config, store.header.spec["normalize"]),
             *_warn_of_imbalance(prepared.groups, config, images),
@@ -245,7 +246,8 @@ def read_latents(path: Path, *, n_latents: int) -> list[int]:
     return sorted({int(cell) for cell in cells if cell})
 
 
-def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
+def read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
+    """The patients' barcodes, checked. Raises DamagedStore if they cannot be read, or hold what no barcode is."""
     store.check()
     store.read_obs("patient", tau, needed=PATIENT_COLUMNS)
     patients = store.read("patient", tau)
@@ -256,6 +258,12 @@ def _read_patients(store: BarcodeStore, tau: float | None) -> "AnnData":
             f"cyto barcode --overwrite"
         )
     return patients
+
+
+def sae_of(store: BarcodeStore) -> list[str]:
+    """SHA-256 of the SAE behind barcodes; empty where the header does not say it."""
+    specs = store.header.spec.get("latents_spec", [])
+    return sorted({str(spec["sae_sha256"]) for spec in (specs if isinstance(specs, list) else [specs])})
 
 
 def prepare(store: BarcodeStore, images: "pd.DataFrame", groups: TwoGroups, config: CompareConfig) -> Prepared:
@@ -548,17 +556,11 @@ def differential(
     is_tested : (latents,), not all False (`choose_tested`)
     progress : permutations done, permutations in all
     """
-    groups, strata, covariates = prepared.groups, prepared.strata, prepared.covariates
-    positive = [(groups.values[some] > 0).sum(0) for some in (groups.is_a, ~groups.is_a)]
-    draws, inflation, counted = prepared.draws, 1.0, None
-    if strata is not None or covariates is not None:
-        adjusted, inflation = _adjustment(groups.is_a, strata, covariates)
-        is_one = len(draws) == 1 and draws[0] is groups.values
-        counted = (groups.values, prepared.draws)
-        groups = replace(groups, values=adjusted(groups.values))
-        draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
+    strata, covariates = prepared.strata, prepared.covariates
+    positive = [(prepared.groups.values[some] > 0).sum(0) for some in (prepared.groups.is_a, ~prepared.groups.is_a)]
     supported = is_supported(prepared.groups.values, prepared.draws)
-    columns = _describe(groups, draws, inflation, counted) | {
+    groups, described = _adjusted_description(prepared)
+    columns = described | {
         "n_patients_a": positive[0],
         "n_patients_b": positive[1],
     }
@@ -646,6 +648,23 @@ def differential(
         "n_higher": {"a": int((difference > 0).sum()), "b": int((difference < 0).sum())},
         "warnings": [*_floor_warnings(test, n_a, n_b), *_support_warnings(is_tested & ~supported)],
     }
+
+
+def describe_groups(prepared: Prepared) -> dict[str, npt.NDArray[Any]]:
+    """Means, effect sizes and limits, (latents,) each, adjusted for strata and covariates if there are any."""
+    return _adjusted_description(prepared)[1]
+
+
+def _adjusted_description(prepared: Prepared) -> tuple[TwoGroups, dict[str, npt.NDArray[Any]]]:
+    """The groups with adjusted values, and what `describe_groups` returns."""
+    groups, draws, inflation, counted = prepared.groups, prepared.draws, 1.0, None
+    if prepared.strata is not None or prepared.covariates is not None:
+        adjusted, inflation = _adjustment(groups.is_a, prepared.strata, prepared.covariates)
+        is_one = len(draws) == 1 and draws[0] is groups.values
+        counted = (groups.values, prepared.draws)
+        groups = replace(groups, values=adjusted(groups.values))
+        draws = [groups.values] if is_one else [adjusted(draw) for draw in draws]
+    return groups, _describe(groups, draws, inflation, counted)
 
 
 def _describe(

@@ -1,5 +1,9 @@
+from .activation_match import MatchConfig as MatchConfig
+from .activation_match import match_latents as match_latents
+from .activation_match import match_scale as match_scale
 from .coactivation import Coactivation as Coactivation
 from .coactivation import NeighbourConfig as NeighbourConfig
+from .match_report import MatchResult as MatchResult
 from .neighbours import find_neighbours as find_neighbours
 from .neighbours import write_neighbours as write_neighbours
 from .patient_concepts import PatientConfig as PatientConfig

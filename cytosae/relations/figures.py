@@ -103,3 +103,23 @@ def plot_all_patients(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title(f"{len(rows):,} patients, each against the others of its disease", fontsize=10, loc="left")
     save_both(figure, path)
+
+
+def plot_match(correlations: Sequence[float], null: Sequence[float], p99: float, path: Path) -> None:
+    """Correlations of matched latents, and of those matched after images are permuted within strata."""
+    figure, axes = new_figure(width=6.4, height=3.8)
+    for values, color, label in (
+        (np.array(null), COLORS[1], "images permuted within strata"),
+        (np.array(correlations), COLORS[0], "the same images"),
+    ):
+        weights = np.full(len(values), 1 / max(1, len(values)))
+        axes.hist(values, _BINS, weights=weights, color=color, alpha=0.35)
+        axes.hist(values, _BINS, weights=weights, histtype="step", color=color, linewidth=1.5, label=label)
+    axes.axvline(p99, color="0.3", linestyle=":", linewidth=0.9, label="99% of the permuted")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("correlation of matched latents over images")
+    axes.set_ylabel("share of matched pairs")
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"Latents matched one to one: {len(correlations):,}", fontsize=10, loc="left")
+    save_both(figure, path)

@@ -30,12 +30,21 @@ from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.baselines import VersusConfig, compare_with_baselines
 from cytosae.cluster import open_client
-from cytosae.compare import CompareConfig, compare
+from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
 from cytosae.maps import PatchQuery, Sources, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
-from cytosae.relations import NeighbourConfig, PatientConfig, write_neighbours, write_patient_concepts, write_stability
+from cytosae.relations import (
+    MatchConfig,
+    NeighbourConfig,
+    PatientConfig,
+    match_latents,
+    write_neighbours,
+    write_patient_concepts,
+    write_stability,
+)
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
+from cytosae.search import SearchConfig, search_cells
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore
@@ -47,12 +56,14 @@ from stores.tables import image_table, table_sha256, with_outcome
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 3, 5, 4, 8
 UNREADABLE = 1
+IMAGE_IDS = ["golden/Zellen/größte.png", "golden/torn.tif", "golden/c.png"]
 RESULTS = ("concepts-v1", "comparison-v1", "patient-concepts-v1", "probe-v1", "neighbours-v1", "stability-v1")
 FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RESULTS)
 OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
 LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
 OF_MODEL = ("probe-model-v1", "probe-test-v1")
 OF_BASELINES = ("versus-v1",)
+OF_OTHERS = ("search-v1", "replication-v1", "match-v1")
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -284,7 +295,32 @@ def write_of_baselines_v1(folder: Path) -> None:
         write_header(folder / name, replace(made, summary={**(made.summary or {}), "figures": {}}))
 
 
-def write_cohort(root: Path, latents: LatentStore, *, first_hash: int = 0) -> None:
+def write_of_others_v1(folder: Path) -> None:
+    """A search for image 2 in the golden barcodes; the golden comparison in other patients; two SAEs that are one.
+
+    The other patients have the numbers of the cohort.
+    """
+    latents = LatentStore(folder / "latents-v1.zarr")
+    for name in ("cohort", "others"):
+        write_cohort(folder / name, latents, made_up=name)
+    with open_client(None, workers=1, memory_limit="2GiB") as client:
+        write_barcodes(folder / "latents-v1.zarr", folder / "counted", BarcodeConfig(tau=0.2), client=client)
+    config = SearchConfig(weigh="none", k=4, top=5)
+    search_cells(folder / "counted", IMAGE_IDS[2], config, out=folder / "search-v1")
+    asked = ReplicateConfig(top=3, n_permutations=99, n_bootstraps=50)
+    replicate(folder / "comparison-v1", folder / "others", folder / "replication-v1", asked)
+    match = MatchConfig(strata=("patient",), n_permutations=9)
+    match_latents(folder / "cohort", folder / "others", folder / "match-v1", match)
+    remove_figures(folder, OF_OTHERS)
+    for name in OF_OTHERS:
+        header = find_header(folder / name)
+        assert header is not None
+        write_header(folder / name, replace(header, summary={**(header.summary or {}), "figures": {}}))
+    for name in ("cohort", "others", "counted"):
+        shutil.rmtree(folder / name)
+
+
+def write_cohort(root: Path, latents: LatentStore, *, first_hash: int = 0, made_up: str = "cohort") -> None:
     """Barcodes of the twelve patients; their images have the hashes from this number on."""
     root.mkdir()
     p, i, s = np.ogrid[:12, :4, :N_LATENTS]
@@ -298,7 +334,7 @@ def write_cohort(root: Path, latents: LatentStore, *, first_hash: int = 0) -> No
     images["content_hash"] = [f"{first_hash + number:064x}" for number in range(48)]
     both = pd.DataFrame({"n_patients": [6, 6]}, index=pd.Index(["AML", "well"], name="disease"))
     var = pd.DataFrame({"latent": np.arange(N_LATENTS)}, index=[str(number) for number in range(N_LATENTS)])
-    made_from = {"latents": latents.identity, "latents_spec": latents.spec.to_dict(), "made_up": "cohort"}
+    made_from = {"latents": latents.identity, "latents_spec": latents.spec.to_dict(), "made_up": made_up}
     header = new_header(BARCODES, {**made_from, "tau": 0.2, "token_set": "all", "normalize": "images"})
     mean = counts.mean(1)
     of_disease = np.stack([mean[:6].mean(0), mean[6:].mean(0)])
@@ -469,11 +505,13 @@ def write_first(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES) if (folder / name).exists()]
+    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS) if (folder / name).exists()]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL]:
         return write_of_baselines_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES]:
+        return write_of_others_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -485,6 +523,7 @@ def main(folder: Path) -> None:
     write_reviews_v1(folder)
     write_of_model_v1(folder)
     write_of_baselines_v1(folder)
+    write_of_others_v1(folder)
     shutil.rmtree(folder / "made")
 
 

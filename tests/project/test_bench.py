@@ -29,6 +29,7 @@ TINY = {
     "steering": "--activations relu --targets 3 --expansion 2 --steps 6 --batch-tokens 64 --images 8 --width 16",
     "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
+    "search": "--share 0.0003 --latents 512 --images-per-patient 5 --evaluate 5 --rounds 1",
 }
 KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 
@@ -42,6 +43,7 @@ def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
         "loader",
         "encode",
         "barcode",
+        "search",
         "sae_run",
         "baselines",
         "frontier",

@@ -104,6 +104,8 @@ def test_comparison_page(tmp_path: Path) -> None:
     values = rng.gamma(2, 10 ** rng.uniform(-2, 2, 150), (20, 150)).astype(np.float32)
     values[:8, 5] += 200
     write_patient_barcodes(tmp_path / "cells.barcodes", values, diseases)
+    others = [f"other {number}" for number in range(20)]
+    write_patient_barcodes(tmp_path / "others.barcodes", values[:, ::-1].copy(), diseases, names=others)
     page = ROOT / "docs" / "compare.md"
     printed = ""
     for language, text in re.findall(

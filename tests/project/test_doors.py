@@ -44,7 +44,13 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "concept stability": ("cytosae.write_stability",),
     "concept neighbours": ("cytosae.write_neighbours", "cytosae.NeighbourConfig"),
     "concept patient": ("cytosae.write_patient_concepts", "cytosae.PatientConfig"),
+    "concept search": (
+        *("cytosae.search_cells", "cytosae.SearchConfig"),
+        *("cytosae.evaluate_search", "cytosae.SearchEvaluationConfig"),
+    ),
+    "concept match": ("cytosae.match_latents", "cytosae.MatchConfig"),
     "compare": ("cytosae.compare", "cytosae.CompareConfig"),
+    "compare replicate": ("cytosae.replicate", "cytosae.ReplicateConfig"),
     "probe": ("cytosae.probe", "cytosae.ProbeConfig", "cytosae.UnitConfig"),
     "atlas build": ("cytosae.build_atlas", "cytosae.AtlasConfig"),
     "atlas serve": ("cytosae.open_server", "cytosae.ServeConfig"),

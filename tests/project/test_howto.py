@@ -17,7 +17,7 @@ from cytocache.demo_cells import draw_cell
 
 GOLDEN = ROOT / "tests" / "golden"
 MARK = r"^<!-- executed by tests/project/test_howto.py(?: where (\w+) is installed)? -->\n```(bash|python)\n(.*?)^```$"
-PAGES = ("cellxgene", "tables", "r")
+PAGES = ("cellxgene", "tables", "r", "search")
 
 
 @pytest.mark.docs

@@ -203,6 +203,8 @@ def test_there_is_no_circle() -> None:
             {"torch", "cytocache", "dask", "sklearn"},
         ),
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
+        ("cytosae.search.run, cytosae.search.scale", {"torch", "timm", "cytocache", "matplotlib", "anndata"}),
+        ("cytosae.compare.replication", {"torch", "cytocache", "dask", "matplotlib"}),
         (
             "cytosae.pipeline.run, cytosae.pipeline.page",
             {"torch", "timm", "cytocache", "anndata", "matplotlib"},

@@ -28,12 +28,13 @@ from review_client import ask, post, running, token_of
 from cytosae.atlas import pseudonyms_file, read_review, reviews
 from cytosae.atlas.pseudonyms import read_pseudonyms
 from cytosae.atlas.review_items import item_id
-from cytosae.compare import Comparison
+from cytosae.compare import Comparison, Replication
 from cytosae.concepts import read_selection
 from cytosae.maps import MapResult, MaskResult
 from cytosae.maps.reference_sheets import SheetResult
 from cytosae.probe.saved_model import read_model
 from cytosae.sae import load_sae
+from cytosae.search.run import read_search
 from cytosae.sweep.record import VERSION as SWEEP
 from cytosae.sweep.record import Record, SweepFolder
 from stores.activation_store import ActivationStore
@@ -50,10 +51,13 @@ from stores.spec import (
     FORMATS,
     MAPS,
     MASKS,
+    MATCH,
     NEIGHBOURS,
     PATIENT_CONCEPTS,
     PROBE,
     PROBE_TEST,
+    REPLICATION,
+    SEARCH,
     SHEETS,
     STABILITY,
     THRESHOLDS,
@@ -77,6 +81,9 @@ IDENTITIES = {
     "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
     "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
     "versus-v1": "0a7efd293bf743cb5bcbc65e625772622fec0eab45e37546ab679fd0ce595779",
+    "search-v1": "bdf3a0c23aaf84f83c31735d296e76151e1eb02634d48636ac1a6b827fcb461c",
+    "replication-v1": "3dd82f6067abb743e5891d29485ebd3fc0f87004afeed9d3524e5c95e3948fd0",
+    "match-v1": "a91e1243ce7c781daa08beb781022339fc2d37bfa165519d7c4817d56998481b",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
@@ -93,6 +100,9 @@ RESULTS = {
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
     "versus-v1": VERSUS,
+    "search-v1": SEARCH,
+    "replication-v1": REPLICATION,
+    "match-v1": MATCH,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -338,6 +348,46 @@ def test_versus_version_1() -> None:
     draws = [store.table(f"draws_00{number}") for number in (0, 1)]
     assert draws[0]["explained_variance"][0].as_py() == ours["explained_variance"]
     assert {table.num_rows for table in draws} == {101}
+
+
+def test_search_version_1() -> None:
+    """Image 2 is looked for; of the two others one is unreadable."""
+    found = read_search(GOLDEN / "search-v1")
+    tokens = expected_latents().reshape(3, 5, 8)
+    mean, counts = tokens.mean(1), (tokens > 0.2).sum(1)
+    best = np.lexsort((np.arange(8), -mean[2]))[:4]
+    assert [row["latent"] for row in found.latents] == best.tolist()
+    prints = np.where(np.argsort(np.argsort(-mean[[0, 2]], axis=1, kind="stable"), axis=1) < 4, mean[[0, 2]], 0)
+    assert prints[0] @ prints[1] == 0  # their fingerprints have nothing in common, so there is nothing to list
+    a, b = np.log1p(counts[[0, 2]])
+    (row,) = found.images
+    assert row["similarity"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), rel=1e-5)
+    assert (row["by"], row["rank"]) == ("barcode", 1)
+    assert (row["image_id"], row["patient"], row["label"]) == (IMAGE_IDS[0], "P1", "neutrophil")
+    assert (found.n_images, found.n_copies, {row["patient"] for row in found.patients}) == (2, 0, {"P1"})
+
+
+def test_replication_version_1() -> None:
+    """The other patients have the numbers of the first: each effect is as large as it was."""
+    store = ResultStore(GOLDEN / "replication-v1", REPLICATION)
+    rows, said = store.table("replication").to_pylist(), store.header.summary or {}
+    assert rows[0]["latent"] == 2
+    assert said["n_same_sign"] == said["n_latents"] == len(rows)
+    assert (said["ratio"], said["correlation"]) == (pytest.approx(1), pytest.approx(1))
+    for row in rows:
+        assert row["replication_difference"] == pytest.approx(row["discovery_difference"])
+        assert 1 / 100 <= row["p_one_sided"] <= row["p_holm"] <= 1
+    assert Replication(out=store.root, rows=rows, summary=dict(said)).warnings
+
+
+def test_match_version_1() -> None:
+    """The two are one, so each latent is matched with one of its own values; 0 and 7 are equal."""
+    store = ResultStore(GOLDEN / "match-v1", MATCH)
+    rows = store.table("matches").to_pylist()
+    assert sorted(row["latent_b"] for row in rows) == list(range(8))
+    assert all(row["correlation"] == pytest.approx(1, abs=1e-6) for row in rows)
+    assert all(row["latent_a"] == row["latent_b"] or {row["latent_a"], row["latent_b"]} <= {0, 7} for row in rows)
+    assert store.table("latents").num_rows == 16
 
 
 def test_thresholds_version_1() -> None:

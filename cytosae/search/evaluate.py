@@ -1,0 +1,323 @@
+"""Does a search find cells of the same type? Precision at k for labels, beside the backbone's tokens and chance.
+
+Images are drawn by lot and looked for among all others. Images of the same patient never count: they were stained,
+photographed and chosen together. `other datasets`: only images of other datasets count, which asks whether latents mean
+the same where the laboratory differs. Only images with a label are listed, so that a missing label is no error.
+Intervals: patients of the queries are drawn anew.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stores.activation_store import open_caches
+from stores.errors import BadInput
+from stores.progress import Progress
+from stores.result_folder import ResultStore, begin_results
+from stores.spec import SEARCH
+
+from .config import BARCODE, FINGERPRINT, LABELS, OF_LATENTS, TOKENS, SearchEvaluationConfig
+from .figures import plot_precision
+from .kernels import fingerprint, keep_best
+from .report import SearchEvaluation
+from .run import index_folder, scorer
+from .scan import LAYERS, Collection, open_collection, reader_of, scan
+from .token_index import build_index, places_of
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+SCOPES = ("other patients", "other datasets")
+
+
+def evaluate_search(
+    barcodes: Path | str,
+    out: Path | str,
+    config: SearchEvaluationConfig | None = None,
+    *,
+    caches: Sequence[Path | str] = (),
+    keep: Path | str | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total, state: None,
+) -> SearchEvaluation:
+    """Precision at k of fingerprints and barcodes, and with `caches` of mean tokens and CLS, in the folder `out`.
+
+    Memory: 8 bytes for each query and latent (79 MB at 200 queries and 49,152 latents), and a few blocks of barcodes.
+
+    Parameters
+    ----------
+    caches : activation caches that the latents were made from
+    keep : folder that keeps the means of their tokens for the next search; None: they are computed again
+
+    Raises
+    ------
+    BadInput
+        If no image has a label, or a type is that of one patient only.
+    SpecMismatch
+        If `out` holds something else.
+    DamagedStore
+        If a store is damaged.
+    """
+    config, barcodes, out = config or SearchEvaluationConfig(), Path(barcodes), Path(out)
+    collection = open_collection(barcodes, config.tau, config.weigh)
+    queries = draw_queries(collection, config)
+    stores = open_caches(caches) if caches else []
+    places = places_of(stores, collection.ids, collection.is_readable) if caches else []
+    spec = {
+        "barcodes": collection.store.header.identity,
+        **asdict(config),
+        "at": [*config.at],
+        "tau": collection.tau,
+        "caches": [store.content_sha256 for store in stores],
+    }
+    inputs = [barcodes, *(Path(cache) for cache in caches if "://" not in str(cache))]
+    packages = ("numpy", "scipy", "numba", "anndata")
+    writer = begin_results(out, SEARCH, spec, overwrite=overwrite, inputs=inputs, packages=packages)
+    writer.watch(collection.store.header)
+    if writer.is_complete:
+        return _read(out)
+    lists = _Lists(collection, queries, max(config.at))
+    for number, way in enumerate(OF_LATENTS):
+        vectors = query_vectors(collection, way, queries, config)
+
+        def tell(done: int, total: int, state: str, n_before: int = number, way: str = way) -> None:
+            progress(n_before * total + done, len(OF_LATENTS) * total, way)
+
+        reader = reader_of(collection, way)
+        for first, scores in scan(reader, scorer(way, vectors, collection.weights, config.k), progress=tell):
+            lists.add(way, np.arange(first, first + len(scores)), scores)
+    if caches:
+        with index_folder(keep) as folder:
+            index = build_index(stores, folder, progress=progress)
+            for way in index.ways:
+                units = np.zeros((len(queries), index.stores[0].spec.width), np.float32)
+                for cache, first, rows in index.blocks(way):
+                    numbers = places[cache][first : first + len(rows)]
+                    for place, query in enumerate(queries):
+                        units[place] = rows[numbers == query][0] if (numbers == query).any() else units[place]
+                for cache, first, rows in index.blocks(way):
+                    numbers = places[cache][first : first + len(rows)]
+                    some = numbers >= 0
+                    lists.add(way, numbers[some], np.ascontiguousarray(rows[some] @ units.T))
+    hits = lists.hits()
+    table = describe(collection, queries, hits, config)
+    if not table:
+        raise BadInput(f"{barcodes}: no image that was drawn has a type that another patient's image has, too")
+    writer.write_table("precision", pa.Table.from_pylist(table))
+    writer.write_table("queries", _query_table(collection, queries, hits, config))
+    plot_precision(table, writer.root / "precision")
+    notes = _notes(collection, hits)
+    writer.finish({"mode": "evaluation", "n_queries": len(queries), "n_images": _n_images(collection), "notes": notes})
+    return SearchEvaluation(
+        out=out, n_queries=len(queries), n_images=_n_images(collection), rows=table, notes=tuple(notes)
+    )
+
+
+def _read(out: Path) -> SearchEvaluation:
+    store = ResultStore(out, SEARCH)
+    said = dict(store.header.summary or {})
+    return SearchEvaluation(
+        out=out,
+        n_queries=int(said["n_queries"]),
+        n_images=int(said["n_images"]),
+        rows=store.table("precision").to_pylist(),
+        notes=tuple(said["notes"]),
+        was_complete=True,
+    )
+
+
+def _n_images(collection: Collection) -> int:
+    return int(collection.is_readable.sum())
+
+
+def draw_queries(collection: Collection, config: SearchEvaluationConfig) -> Ints:
+    """Rising numbers of the images that are looked for: readable, with a label, drawn at random.
+
+    Raises
+    ------
+    BadInput
+        If none has.
+    """
+    has = np.zeros(collection.n_images, bool)
+    for name in LABELS:
+        if name in collection.columns:
+            has |= collection.columns[name] != ""
+    some = np.flatnonzero(has & collection.is_readable)
+    if len(some) < 2:
+        raise BadInput(
+            f"{collection.store.root}: {len(some)} readable images have a label, and precision needs labels; give them "
+            f"with cyto barcode --table"
+        )
+    rng = np.random.default_rng([config.seed, 0])
+    return np.sort(rng.choice(some, min(config.n_queries, len(some)), replace=False))
+
+
+def query_vectors(collection: Collection, way: str, queries: Ints, config: SearchEvaluationConfig) -> Floats:
+    """(latents, queries) of norm 1; a query without any latent to look for is a column of zeros."""
+    found = np.zeros((collection.n_latents, len(queries)), np.float32)
+    matrix = collection.store.read_rows("image", queries, collection.tau, layer=LAYERS[way])
+    for place in range(len(queries)):
+        row = matrix[place]
+        if way == FINGERPRINT:
+            which, values = fingerprint(row.indices, row.data, collection.weights, config.k)
+        else:
+            which, values = row.indices, np.log1p(row.data) * collection.weights[row.indices]
+        norm = float(np.linalg.norm(values.astype(np.float64)))
+        if norm > 0:
+            found[which, place] = values / norm
+    return found
+
+
+class _Lists:
+    """The nearest images of every query: for each way, column of labels, and scope."""
+
+    def __init__(self, collection: Collection, queries: Ints, n: int) -> None:
+        self._collection, self._queries, self._n = collection, queries, n
+        self._columns = [
+            name for name in LABELS if name in collection.columns and (collection.columns[name] != "").any()
+        ]
+        self._found: dict[tuple[str, str, str], tuple[Floats, Ints]] = {}
+
+    def add(self, way: str, numbers: Ints, scores: Floats) -> None:
+        """Scores of some images, (images, queries)."""
+        least = 0 if way in LAYERS else -np.inf  # no latent in common: not listed
+        owners = {SCOPES[0]: self._collection.patient_of, SCOPES[1]: self._collection.dataset_of}
+        for column in self._columns:
+            eligible = self._collection.is_readable[numbers] & (self._collection.columns[column][numbers] != "")
+            for scope, owner in owners.items():
+                if scope == SCOPES[1] and self._collection.dataset_of.max(initial=0) == 0:
+                    continue
+                shape = (len(self._queries), self._n)
+                lists = self._found.setdefault(
+                    (way, column, scope), (np.full(shape, least, np.float32), np.full(shape, -1, np.int64))
+                )
+                keep_best(scores, numbers, owner[numbers], owner[self._queries], eligible, *lists)
+
+    def hits(self) -> dict[tuple[str, str, str], npt.NDArray[np.int8]]:
+        """(queries, n): 1 where the nearest image has the query's label, 0 where not, -1 where there is none."""
+        found = {}
+        for key, (_, indices) in self._found.items():
+            labels = self._collection.columns[key[1]]
+            same = labels[indices] == labels[self._queries][:, None]
+            found[key] = np.where(indices < 0, -1, same).astype(np.int8)
+        return found
+
+
+def describe(
+    collection: Collection,
+    queries: Ints,
+    hits: dict[tuple[str, str, str], npt.NDArray[np.int8]],
+    config: SearchEvaluationConfig,
+) -> list[dict[str, Any]]:
+    """A row for each column, scope, way and k.
+
+    Only queries whose label an eligible image has count: the others could not be found by any search. A list that is
+    shorter than k (too few images) is divided by k nevertheless.
+    """
+    rows = []
+    rng_seed = [config.seed, 1]
+    for column, scope in dict.fromkeys((key[1], key[2]) for key in hits):
+        labels, chance = collection.columns[column], _chance(collection, queries, column, scope)
+        counts = np.flatnonzero((labels[queries] != "") & (chance > 0))
+        if not len(counts):
+            continue
+        owners = np.unique(collection.patient_of[queries[counts]], return_inverse=True)[1]
+        rng = np.random.default_rng(rng_seed)
+        drawn = rng.multinomial(
+            owners.max() + 1, np.full(owners.max() + 1, 1 / (owners.max() + 1)), config.n_bootstraps
+        )
+        weights = drawn[:, owners].astype(np.float64)
+        types = np.unique(labels[queries[counts]], return_inverse=True)[1]
+        for at in config.at:
+            each = {
+                way: (found[counts, :at] == 1).sum(1) / at
+                for (way, c, s), found in hits.items()
+                if (c, s) == (column, scope)
+            }
+            for way, precision in each.items():
+                low, high = _interval(precision, weights)
+                row: dict[str, Any] = {
+                    "column": column,
+                    "scope": scope,
+                    "by": way,
+                    "at": at,
+                    "n_queries": len(counts),
+                    "n_types": int(types.max()) + 1,
+                    "precision": float(precision.mean()),
+                    "low": low,
+                    "high": high,
+                    "precision_macro": float(np.mean([precision[types == t].mean() for t in range(types.max() + 1)])),
+                    "chance": float(chance[counts].mean()),
+                    "difference": None,
+                    "difference_low": None,
+                    "difference_high": None,
+                }
+                if TOKENS in each and way in (FINGERPRINT, BARCODE):
+                    against = precision - each[TOKENS]
+                    limits = _interval(against, weights)
+                    row |= {"difference": float(against.mean())}
+                    row |= {"difference_low": limits[0], "difference_high": limits[1]}
+                rows.append(row)
+    return rows
+
+
+def _interval(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """95% percentile interval of the mean over drawn patients; none of fewer than two patients."""
+    totals = weights.sum(1)
+    means = (weights @ values)[totals > 0] / totals[totals > 0]
+    if (weights != weights[:1]).any():
+        low, high = np.quantile(means, [0.025, 0.975])
+        return float(low), float(high)
+    return None, None
+
+
+def _chance(collection: Collection, queries: Ints, column: str, scope: str) -> npt.NDArray[np.float64]:
+    """(queries,) share of the eligible images that have the query's label: the precision of a list by lot."""
+    labels = collection.columns[column]
+    eligible = np.flatnonzero(collection.is_readable & (labels != ""))
+    owner = collection.patient_of if scope == SCOPES[0] else collection.dataset_of
+    code = np.unique(labels, return_inverse=True)[1]
+    n_of = np.bincount(code[eligible], minlength=code.max() + 1)
+    shares = np.zeros(len(queries))
+    for place, query in enumerate(queries):
+        own = eligible[owner[eligible] == owner[query]]
+        left = len(eligible) - len(own)
+        shares[place] = (n_of[code[query]] - (code[own] == code[query]).sum()) / left if left else 0
+    return shares
+
+
+def _query_table(
+    collection: Collection,
+    queries: Ints,
+    hits: dict[tuple[str, str, str], npt.NDArray[np.int8]],
+    config: SearchEvaluationConfig,
+) -> pa.Table:
+    """A row for each query, column, scope and way: how many of the nearest have its label."""
+    rows = [
+        {
+            "image_id": collection.ids[query],
+            "column": column,
+            "type": str(collection.columns[column][query]),
+            "scope": scope,
+            "by": way,
+            **{f"n_same_at_{at}": int((found[place, :at] == 1).sum()) for at in config.at},
+        }
+        for (way, column, scope), found in hits.items()
+        for place, query in enumerate(queries)
+        if collection.columns[column][query] != ""
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+def _notes(collection: Collection, hits: dict[tuple[str, str, str], Any]) -> list[str]:
+    found = []
+    n_alone = sum(not name for name, _ in collection.patients)
+    if n_alone:
+        found.append(f"{n_alone:,} images have no patient; each counts as a patient of its own")
+    if not any(scope == SCOPES[1] for _, _, scope in hits):
+        found.append("these barcodes are of one dataset: nothing can be said of a search across datasets")
+    return found

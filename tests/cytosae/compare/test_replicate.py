@@ -1,0 +1,200 @@
+"""Replication in another cohort: equal to plain loops, planted latents return, chance is uniform, bad input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from barcode_maker import write_patient_barcodes
+from command_line import fails, run
+from scipy import stats
+
+from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate
+from cytosae.compare.replication import effect_sizes, holm_adjusted, signed_test
+from stores import REPLICATION, ResultStore
+from stores.errors import BadInput, SpecMismatch
+from stores.verify_any import verify_folder
+
+Array = npt.NDArray[Any]
+DISEASES = ["AML"] * 12 + ["well"] * 12
+PLANTED, LOWER = [2, 5, 9], [20, 21]
+
+
+def draw(seed: int, shift: float = 3.0, n_latents: int = 60) -> npt.NDArray[np.float32]:
+    """(patients, latents): PLANTED are higher in AML, LOWER in the others, by `shift` standard deviations."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(20, 1, (len(DISEASES), n_latents))
+    values[:12, PLANTED] += shift
+    values[12:, LOWER] += shift
+    return values.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def discovery(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("discovery")
+    write_patient_barcodes(folder / "b", draw(0, shift=5), DISEASES, names=[f"D{n}" for n in range(24)])
+    compare(folder / "b", folder / "found", CompareConfig(a="AML", b="well", n_permutations=2000, n_bootstraps=20))
+    return folder / "found"
+
+
+def settings(**changes: Any) -> ReplicateConfig:
+    return ReplicateConfig(**{"n_permutations": 1000, "n_bootstraps": 200, **changes})
+
+
+# ------------------------------------------------------------------------------------------- slow twins
+
+
+def slow_p(
+    values: Array, is_a: Array, direction: float, strata: Array, covariates: Array, seed: int, n: int
+) -> tuple[float, float]:
+    """(p, statistic) of one column by least squares: the t of the group, for each permutation of the residuals."""
+    others = np.column_stack([np.eye(strata.max() + 1)[strata], covariates])
+    residuals = values - others @ np.linalg.lstsq(others, values, rcond=None)[0]
+
+    def t_of(y: Array) -> float:
+        x = np.column_stack([is_a.astype(float), others])
+        fit, *_ = np.linalg.lstsq(x, y, rcond=None)
+        left = y - x @ fit
+        spread = np.linalg.pinv(x.T @ x)[0, 0] * (left @ left) / (len(y) - np.linalg.matrix_rank(x))
+        return float(direction * fit[0] / np.sqrt(spread))
+
+    rng = np.random.default_rng([seed, 5])
+    observed, as_far = t_of(residuals), 0
+    places = np.tile(np.arange(len(is_a)), (n, 1))
+    for name in np.unique(strata):
+        rows = np.flatnonzero(strata == name)
+        places[:, rows] = rng.permuted(places[:, rows], axis=1)
+    for order in places:
+        back = np.argsort(order)  # `signed_test` permutes the groups, here the residuals are permuted
+        as_far += t_of(residuals[back]) >= observed - 1e-7
+    return (1 + as_far) / (1 + n), observed
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_p_equals_a_regression_for_every_permutation(adjusted: bool) -> None:
+    rng = np.random.default_rng(1)
+    is_a = np.arange(18) % 3 == 0
+    strata = (np.arange(18) // 6 if adjusted else np.zeros(18)).astype(np.int64)
+    covariates = rng.normal(size=(18, 2)) if adjusted else np.zeros((18, 0))
+    values = rng.normal(size=(18, 4)) + 0.7 * is_a[:, None]
+    direction = np.array([1.0, 1, -1, -1])
+    test, observed, permuted = signed_test(
+        values, is_a, direction, n_permutations=150, seed=3, strata=strata, covariates=covariates
+    )
+    assert permuted.shape == (150, 4)
+    for column in range(4):
+        p, t = slow_p(values[:, column], is_a, direction[column], strata, covariates, 3, 150)
+        assert test.p[column] == pytest.approx(p)
+        assert np.sign(observed[column]) == np.sign(t)
+
+
+def test_holm_is_the_step_down_of_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    p = rng.choice([0.001, 0.01, 0.01, 0.02, 0.3, 1.0], 8)
+    expected: dict[int, float] = {}
+    for rank, index in enumerate(sorted(range(8), key=lambda n: p[n])):
+        expected[index] = max([min(1.0, (8 - rank) * p[index]), *expected.values()])
+    assert holm_adjusted(p).tolist() == pytest.approx([expected[n] for n in range(8)])
+
+
+def test_effect_size_is_hedges_g() -> None:
+    values = draw(4)[:, :3].astype(np.float64)
+    for column, g in enumerate(effect_sizes(values, 12)):
+        one, other = values[:12, column], values[12:, column]
+        t = stats.ttest_ind(one, other).statistic
+        assert g == pytest.approx(t * np.sqrt(1 / 12 + 1 / 12) * (1 - 3 / (4 * 22 - 1)))
+    assert np.isnan(effect_sizes(np.ones((24, 1)), 12)).all()
+
+
+# ------------------------------------------------------------------------------------------- what is found
+
+
+def test_planted_latents_return_at_half_the_size(discovery: Path, tmp_path: Path) -> None:
+    """Half the shift gives about half the effect, in the same direction; the interval and every p say so."""
+    others = write_patient_barcodes(tmp_path / "b", draw(1, shift=2.5), DISEASES)
+    done = replicate(discovery, others, tmp_path / "out", settings())
+    said = done.summary
+    assert {*PLANTED, *LOWER} <= {row["latent"] for row in done.rows}
+    planted = [row for row in done.rows if row["latent"] in (*PLANTED, *LOWER)]
+    assert all(row["same_sign"] and row["is_replicated"] for row in planted)
+    assert said["correlation"] > 0.9
+    assert said["correlation_low"] > 0.8
+    assert 0.3 < said["ratio_low"] < said["ratio"] < said["ratio_high"] < 0.75
+    by_coins = stats.binomtest(said["n_same_sign"], said["n_latents"], alternative="greater").pvalue
+    assert said["p_same_sign"] == pytest.approx(by_coins, abs=0.06)  # these latents are independent
+    again = replicate(discovery, others, tmp_path / "out", settings())
+    assert (again.rows, again.was_complete) == (done.rows, True)
+    assert not verify_folder(tmp_path / "out").problems
+    assert ResultStore(tmp_path / "out", REPLICATION).header.spec["rule"] == "q"
+
+
+def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) -> None:
+    others = write_patient_barcodes(tmp_path / "b", draw(1), [{"AML": "well", "well": "AML"}[d] for d in DISEASES])
+    done = replicate(discovery, others, tmp_path / "out", settings())
+    planted = [row for row in done.rows if row["latent"] in (*PLANTED, *LOWER)]
+    assert not any(row["same_sign"] or row["is_replicated"] for row in planted)
+    assert min(row["p_one_sided"] for row in planted) > 0.9
+    assert done.summary["ratio"] < -0.5
+    turned = replicate(discovery, others, tmp_path / "turned", settings(a="well", b="AML"))
+    assert turned.summary["n_replicated"] >= 5
+
+
+def test_where_nothing_differs_p_is_uniform(discovery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 60 cohorts without any difference: one-sided p, p of the signs and of the correlation; few replicate."""
+    monkeypatch.setattr("cytosae.compare.replication.plot_replication", lambda *given: None)
+    each, signs, correlations, n_any = [], [], [], 0
+    for seed in range(60):
+        root = write_patient_barcodes(tmp_path / f"b{seed}", draw(100 + seed, shift=0), DISEASES)
+        config = settings(n_permutations=199, n_bootstraps=2, top=6)
+        done = replicate(discovery, root, tmp_path / f"out{seed}", config)
+        each += [row["p_one_sided"] for row in done.rows]
+        signs.append(done.summary["p_same_sign"])
+        correlations.append(done.summary["p_correlation"])
+        n_any += done.summary["n_replicated"] > 0
+    for found in (each, correlations):
+        assert stats.kstest(found, "uniform").pvalue > 0.001
+    assert abs(np.mean(each) - 0.5) < 0.05
+    assert np.mean(np.array(signs) <= 0.05) <= 0.15  # of whole numbers, so above the level only by chance
+    assert n_any <= 9
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="that is no replication"):
+        replicate(discovery, discovery.with_name("b"), tmp_path / "out")
+    others = write_patient_barcodes(tmp_path / "b", draw(1), DISEASES)
+    with pytest.raises(BadInput, match=r"no latent with q of 1e-09 or less \(the smallest is .*--top 20"):
+        replicate(discovery, others, tmp_path / "out", settings(most=1e-9))
+    with pytest.raises(BadInput, match="no disease 'APL' in these barcodes"):
+        replicate(discovery, others, tmp_path / "out", settings(a="APL"))
+    fewer = write_patient_barcodes(tmp_path / "fewer", draw(1, n_latents=40), DISEASES)
+    with pytest.raises(SpecMismatch, match=r"has 40 latents, .* 60: another SAE"):
+        replicate(discovery, fewer, tmp_path / "out", settings())
+    summed = write_patient_barcodes(tmp_path / "summed", draw(1), DISEASES, normalize="cytosae-release")
+    with pytest.raises(SpecMismatch, match="is normalised as cytosae-release"):
+        replicate(discovery, summed, tmp_path / "out", settings())
+    same = write_patient_barcodes(tmp_path / "same", draw(1), DISEASES, names=["X", *(f"D{n}" for n in range(1, 24))])
+    done = replicate(discovery, same, tmp_path / "out", settings())
+    assert any("23 patients have names of the discovery's patients" in warning for warning in done.warnings)
+    with pytest.raises(BadInput, match="rule must be one of q, p_max_t, p_step_down"):
+        ReplicateConfig(rule="p")
+
+
+def test_the_command_stands_beside_the_old_one(discovery: Path, tmp_path: Path) -> None:
+    others = write_patient_barcodes(tmp_path / "b", draw(1), DISEASES)
+    done = run("compare", "replicate", discovery, others, "-o", tmp_path / "out", "--permutations", 200)
+    assert done.exit_code == 0, done.output
+    assert "same direction: " in done.stdout
+    assert "winner's curse" in done.stdout
+    assert (tmp_path / "out" / "replication.png").is_file()
+    again = run("compare", "replicate", discovery, others, "-o", tmp_path / "out", "--permutations", 200, "--json")
+    said = json.loads(again.stdout)
+    assert said["n_latents"] == len(said["latents"])
+    fails("no comparison at", "compare", "replicate", others, others, "-o", tmp_path / "none")
+    old = run("compare", others, "AML", "well", "-o", tmp_path / "old", "--permutations", 50, "--bootstraps", 2)
+    assert old.exit_code == 0, old.output
+    assert "higher in AML" in old.stdout
