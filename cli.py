@@ -41,6 +41,7 @@ GROUPS = {
             **dict.fromkeys(("stats", "top", "thresholds", "select"), "cytosae.commands.concept"),
             **dict.fromkeys(("stability", "neighbours", "patient"), "cytosae.commands.relate"),
             **dict.fromkeys(("sheet", "map", "masks"), "cytosae.commands.maps"),
+            "ablate": "cytosae.commands.ablate",
         },
     ),
     "atlas": (

@@ -10,6 +10,8 @@ from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
 from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
+from .causes import AblateConfig as AblateConfig
+from .causes import ablate_latents as ablate_latents
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
 from .compare import compare as compare

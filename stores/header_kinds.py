@@ -90,6 +90,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "stability": {"saes": [{"sae_sha256": str, "n_latents": int}]},
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},
+    "ablation": {"latents": [int], "mode": str, "token_set": str, "sae_sha256": str, "cache_sha256": str},
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},
 }
 _WITH_FILES: Pattern = {"files": (_NAMES,)}

@@ -91,13 +91,16 @@ MASKS = Format(
     header_file="masks.json",
     command="cyto concept masks",
 )
+ABLATION = Format(
+    kind="ablation", a_kind="an ablation", version=1, header_file="ablation.json", command="cyto concept ablate"
+)
 ATLAS = Format(kind="atlas", a_kind="an atlas", version=1, header_file="atlas.json", command="cyto atlas build")
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
-        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
+        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ABLATION, ATLAS),
     )
 }
 

@@ -18,5 +18,7 @@ from .run import ProbeConfig as ProbeConfig
 from .run import along_thresholds as along_thresholds
 from .run import probe as probe
 from .run import write_probe as write_probe
+from .saved_model import ProbeModel as ProbeModel
+from .saved_model import read_model as read_model
 from .units import UnitConfig as UnitConfig
 from .units import Where as Where

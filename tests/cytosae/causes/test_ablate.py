@@ -1,0 +1,324 @@
+"""Ablation: equal to a slow twin that decodes twice, finds what was planted, and finds nothing where nothing is.
+
+The later blocks are those of `planted_causes.py`, whose effects can be computed by hand; a real backbone is at the end.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+import torch
+from planted_causes import N_LATENTS, PER_IMAGE, PLANTED, dense_latents, planted_rest, rows_of, write_planted
+
+from cytosae.causes import AblateConfig, AblateResult, ablate, ablate_latents
+from cytosae.causes import measure as measuring
+from cytosae.causes.effects import holm
+from cytosae.causes.matching import matched_latents
+from cytosae.causes.measure import cls_moves
+from cytosae.causes.places import owners_of, round_the_patients
+from cytosae.latents.encode import encode
+from cytosae.sae import load_sae
+from stores import ABLATION, ActivationStore, BadInput, IncompleteStore, ResultStore, SpecMismatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Float = npt.NDArray[np.float64]
+QUICK: dict[str, Any] = {"n_directions": 2, "n_images": 5, "n_controls": 4, "curve": ()}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """acts.zarr, run and latents.zarr of `planted_causes`."""
+    root = tmp_path_factory.mktemp("planted")
+    write_planted(root)
+    encode(root / "acts.zarr", root / "run", root / "latents.zarr", value_bits=23, device="cpu")
+    return root
+
+
+def run(root: Path, out: Path, *, strength: float = 0.0, stage_one: Any = None, **settings: Any) -> AblateResult:
+    """An ablation of the planted cache; `settings` of the config, and inputs."""
+    names = {field.name for field in dataclasses.fields(AblateConfig)}
+    config = AblateConfig(**{name: value for name, value in settings.items() if name in names})
+    more = {"latents" if name == "stored" else name: value for name, value in settings.items() if name not in names}
+    stage_one = stage_one or planted_rest(root / "run", strength)
+    return ablate_latents(root / "run", root / "acts.zarr", out, config, stage_one=stage_one, device="cpu", **more)
+
+
+# ----------------------------------------------------------------------------------------------------- the slow twin
+
+
+def twin_edit(root: Path, row: dict[str, Any], config: AblateConfig, allowed: list[int], ranked: list[int]) -> Float:
+    """(cls_change, cls_norm, cls_cosine, edit_norm) of one row of images.parquet: latents, decode, error, later blocks.
+
+    All in float64, one image and one token at a time.
+    """
+    store, model = ActivationStore(root / "acts.zarr"), load_sae(root / "run", device="cpu").model
+    ids = store.images["image_id"].to_pylist()
+    tokens = store.read_images(np.arange(len(ids))).astype(np.float64)
+    z_all = np.nan_to_num(dense_latents(root / "run", tokens))
+    w, b = model.W_dec.double().numpy(), model.b_dec.double().numpy()
+    x, z = tokens[ids.index(row["image_id"])], z_all[ids.index(row["image_id"])]
+    new = z.copy()
+    edited = x.copy()
+    if row["edit"] in ("chosen", "control"):
+        readable = [n for n in range(len(ids)) if np.isfinite(tokens[n]).all()]
+        mean = np.mean([z_all[n, t, row["latent"]] for n in readable for t in allowed])
+        for t in allowed:
+            new[t, row["latent"]] = config.new_value(z[t, row["latent"]], mean)
+    elif row["edit"] in ("remove", "keep"):
+        active = [n for n in range(N_LATENTS) if any(z[t, n] > 0 for t in allowed)]
+        size = {n: np.linalg.norm(w[n]) * np.sqrt(sum(z[t, n] ** 2 for t in allowed)) for n in active}
+        order = {"largest": sorted(active, key=lambda n: -size[n]), "chosen": ranked, "all": active}[row["order"]]
+        first = order[: row["number"]] if row["number"] else order
+        for t in allowed:
+            for n in active:
+                if (n in first) == (row["edit"] == "remove"):
+                    new[t, n] = 0
+    error = x - (z @ w + b)  # what the SAE leaves out
+    edited = new @ w + b + error
+    rest = planted_rest(root / "run", 2.0)
+    before, after = (
+        rest.final_cls(torch.from_numpy(each[None]).float()).double().numpy()[0]  # type: ignore[attr-defined]
+        for each in (x, edited)
+    )
+    far = np.linalg.norm(after - before)
+    cosine = after @ before / (np.linalg.norm(after) * np.linalg.norm(before))
+    return np.array([far / np.linalg.norm(before), far, 1 - cosine, np.linalg.norm(edited - x)])
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(("mode", "token_set"), [("zero", "all"), ("mean", "patch"), ("scale:-1.5", "cls")])
+def test_equals_a_twin_that_decodes_twice(
+    planted: Path, tmp_path: Path, mode: str, token_set: str, stored: bool
+) -> None:
+    latents = planted / "latents.zarr" if stored else None
+    settings = {**QUICK, "mode": mode, "token_set": token_set, "curve": (1, 3), "curve_images": 2}
+    done = run(planted, tmp_path / "out", strength=2.0, stored=latents, latents=(PLANTED, 3), **settings)
+    config = AblateConfig(latents=(PLANTED, 3), mode=mode)
+    allowed = {"all": [*range(PER_IMAGE)], "patch": [*range(1, PER_IMAGE)], "cls": [0]}[token_set]
+    effect = {row["latent"]: row["effect"] for row in rows_of(done.effects, quantity="cls_change")}
+    ranked = sorted((PLANTED, 3), key=lambda n: -effect[n])
+    table = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
+    rows = [row for row in table if row["edit"] != "direction" and row["order"] != "random"]
+    assert {row["edit"] for row in rows} == {"chosen", "control", "remove", "keep"}
+    assert {row["order"] for row in rows} == {None, "chosen", "largest", "all"}
+    for row in rows[:: max(1, len(rows) // 60)]:
+        twin = twin_edit(planted, row, config, allowed, ranked)
+        found = np.array([row[name] for name in ("cls_change", "cls_norm", "cls_cosine", "edit_norm")])
+        np.testing.assert_allclose(found, twin, rtol=2e-4, atol=3e-6)
+    assert max(row["cls_change"] for row in rows) > 0.01
+
+
+def test_the_survey_equals_counting(planted: Path, tmp_path: Path) -> None:
+    """Frequencies, norms and sums of every latent, one by one."""
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        taken = ablate.take_survey
+        patch.setattr(ablate, "take_survey", lambda *a, **k: seen.append(taken(*a, **k)) or seen[-1])
+        run(planted, tmp_path / "out", latents=(PLANTED,), token_set="patch", **QUICK)
+    survey = seen[0]
+    store = ActivationStore(planted / "acts.zarr")
+    readable = np.flatnonzero(store.readable())
+    z = dense_latents(planted / "run", store.read_images(readable))[:, 1:]
+    np.testing.assert_array_equal(survey.n_images_active, (z > 0).any(1).sum(0))
+    np.testing.assert_array_equal(survey.n_tokens_active, (z > 0).sum((0, 1)))
+    np.testing.assert_allclose(survey.mean, z.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(survey.square, (z**2).sum((0, 1)), rtol=1e-4, atol=1e-6)
+    order = round_the_patients(readable, owners_of(store.images), [0, 0])
+    for latent in range(N_LATENTS):
+        active = [n for n in order if (z[np.searchsorted(readable, n), :, latent] > 0).any()]
+        assert [n for n in survey.images[latent] if n >= 0] == active[:5]
+
+
+# --------------------------------------------------------------------------------------------------- planted and null
+
+
+def test_a_planted_cause_ranks_first(planted: Path, tmp_path: Path) -> None:
+    done = run(planted, tmp_path / "out", strength=12.0, latents=(3, PLANTED, 90), n_images=20, n_directions=30)
+    (row,) = rows_of(done.effects, latent=PLANTED, quantity="cls_gain")
+    assert row["n_controls"] == 100
+    assert row["p"] == pytest.approx(1 / 101)
+    assert row["p_directions"] == pytest.approx(1 / 31)
+    assert row["difference_low"] > 0
+    assert row["effect"] > 2 * row["control_high"]
+    (first,) = rows_of(done.effects, latent=PLANTED, quantity="cls_change")
+    assert first["p"] == pytest.approx(1 / 101)
+    assert first["low"] < first["effect"] < first["high"]
+    assert all(row["p"] > 0.05 for row in rows_of(done.effects, quantity="cls_gain") if row["latent"] != PLANTED)
+    assert f"latent {PLANTED}: the final CLS moves by" in [*done.lines()][1]
+    assert done.curves is not None
+    shares = {
+        (row["edit"], row["k"]): row["effect"] for row in rows_of(done.curves, order="chosen", quantity="share_of_all")
+    }
+    assert shares["keep", 1] < 1  # the planted one comes first
+    assert shares["remove", 1] > 0.1
+
+
+def test_matched_controls_centre_on_zero(planted: Path, tmp_path: Path) -> None:
+    """Where the later blocks hear no latent more than another, no latent stands out, up or down."""
+    done = run(planted, tmp_path / "out", latents=tuple(range(0, 40)), n_images=40, n_directions=30, curve=())
+    rows = [*rows_of(done.effects, quantity="cls_gain")]
+    difference = np.array([row["difference"] for row in rows])
+    size = np.mean([row["control_mean"] for row in rows])
+    assert abs(difference.mean()) < 3 * difference.std(ddof=1) / np.sqrt(len(rows)) + 1e-12
+    assert abs(difference.mean()) < 0.1 * size
+    p = np.array([row["p"] for row in rows])
+    assert 0.3 < p.mean() < 0.7
+    assert (p < 0.05).mean() < 0.2
+    assert min(row["p_holm"] for row in rows) > 0.05
+    by_lot = np.array([row["effect"] - row["direction_mean"] for row in rows])
+    assert abs(by_lot.mean()) < 0.25 * size
+
+
+def test_editing_nothing_changes_nothing(planted: Path, tmp_path: Path) -> None:
+    """Exactly: such an edit is not run. And if it is run, only rounding is left."""
+    stage_one: Any = planted_rest(planted / "run", 2.0)
+    done = run(planted, tmp_path / "out", stage_one=stage_one, mode="scale:1", latents=(PLANTED,), **QUICK)
+    table = pq.read_table(tmp_path / "out" / "images.parquet")
+    for name in ("cls_change", "cls_norm", "cls_cosine", "edit_norm"):
+        assert not np.any(table[name].to_numpy()), name
+    assert all(row["effect"] == 0 for row in done.effects.to_pylist())
+    x = torch.randn(PER_IMAGE, 24)
+    assert cls_moves(x, torch.zeros(5, PER_IMAGE, 24), stage_one.final_cls).max() < 1e-6
+
+
+def test_keeping_all_changes_nothing_and_removing_all_is_the_whole(planted: Path, tmp_path: Path) -> None:
+    run(planted, tmp_path / "out", latents=(PLANTED,), **{**QUICK, "curve": (N_LATENTS,), "curve_images": 6})
+    table = pq.read_table(tmp_path / "out" / "images.parquet")
+    everything = {row["image_id"]: row["cls_norm"] for row in rows_of(table, edit="remove", order="all")}
+    assert len(everything) == 6
+    for order in ("largest", "random"):
+        for row in rows_of(table, order=order, edit="keep"):
+            assert row["cls_norm"] == 0
+        for row in rows_of(table, order=order, edit="remove"):
+            assert row["cls_norm"] == pytest.approx(everything[row["image_id"]], rel=1e-5)
+
+
+def test_controls_are_the_nearest(planted: Path) -> None:
+    """Twin: all distances, sorted."""
+    rng = np.random.default_rng(0)
+    n_active, norms = rng.integers(0, 50, 300), rng.lognormal(0, 1, 300)
+    n_active[7] = 9
+    chosen = np.array([7, 20])
+    found = matched_latents(7, chosen, n_active, norms, 30, seed=0)
+    some = [n for n in range(300) if n_active[n] > 0 and n not in (7, 20)]
+    a, b = (np.log10(values.astype(float)) for values in (np.maximum(n_active, 1), norms))
+    distance = {n: ((a[n] - a[7]) / a[some].std()) ** 2 + ((b[n] - b[7]) / b[some].std()) ** 2 for n in some}
+    assert {*found.tolist()} == {*sorted(some, key=lambda n: distance[n])[:30]}
+    with pytest.raises(BadInput, match="every other latent is silent"):
+        matched_latents(7, chosen, np.where(np.isin(np.arange(300), chosen), 5, 0), norms, 30, seed=0)
+
+
+def test_images_go_round_the_patients(planted: Path) -> None:
+    images = ActivationStore(planted / "acts.zarr").images
+    owners = owners_of(images)
+    order = round_the_patients(np.arange(40), owners, [1])
+    assert sorted(order.tolist()) == [*range(40)]
+    n_owners = len({*owners.of_image.tolist()})
+    assert len({*owners.of_image[order[:n_owners]].tolist()}) == n_owners
+    assert owners.n_without == 3
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+# ------------------------------------------------------------------------------------------------- patches, resume, words
+
+
+def test_only_the_patches_of_a_table_are_edited(planted: Path, tmp_path: Path) -> None:
+    """The same as by hand on these tokens, and no other image is looked at."""
+    z = dense_latents(planted / "run", ActivationStore(planted / "acts.zarr").read_images(np.arange(40)))
+    places = [(n, t) for n in range(20) for t in range(1, PER_IMAGE) if n != 4 and z[n, t, PLANTED] > 0][:4]
+    lines = [f"{n:03d}.png,{t - 1}" for n, t in places] + ["030.png,2"]
+    (tmp_path / "patches.csv").write_text("\n".join(["image_id,patch", *lines]) + "\n")
+    done = run(planted, tmp_path / "out", strength=2.0, latents=(PLANTED,), patches=tmp_path / "patches.csv", **QUICK)
+    assert done.n_images_surveyed == len({n for n, _ in places}) + 1
+    rows = [*rows_of(pq.read_table(tmp_path / "out" / "images.parquet"), edit="chosen")]
+    assert {row["image_id"] for row in rows} == {f"{n:03d}.png" for n, _ in places}
+    for row in rows:
+        allowed = [t for n, t in places if f"{n:03d}.png" == row["image_id"]]
+        twin = twin_edit(planted, row, AblateConfig(latents=(PLANTED,)), allowed, [])
+        np.testing.assert_allclose([row["cls_change"], row["edit_norm"]], twin[[0, 3]], rtol=2e-4, atol=3e-6)
+
+
+@pytest.mark.parametrize("stop_after", [1, 17, 30, 60])
+def test_an_interrupted_ablation_continues(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    """To the bit, and what was measured is not measured again."""
+    monkeypatch.setattr(measuring, "_IMAGES_PER_PART", 2)
+    settings = {**QUICK, "latents": (PLANTED, 5), "curve": (1, 2)}
+    whole, first, second = (planted_rest(planted / "run", 2.0) for _ in range(3))
+    run(planted, tmp_path / "whole", stage_one=whole, **settings)
+    n_images = 0
+
+    def interrupt(done: int, total: int, state: str) -> None:
+        nonlocal n_images
+        n_images += 1
+        if n_images > stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(planted, tmp_path / "out", stage_one=first, progress=interrupt, **settings)
+    with pytest.raises(IncompleteStore):
+        ResultStore(tmp_path / "out", ABLATION)
+    said: list[str] = []
+    run(planted, tmp_path / "out", stage_one=second, say=said.append, **settings)
+    assert any("survey of 39 images is there already" in line for line in said)
+    for name in ("effects", "controls", "images", "curves"):
+        again, once = (pq.read_table(tmp_path / each / f"{name}.parquet") for each in ("out", "whole"))
+        assert again.equals(once), name
+    assert not (tmp_path / "out" / "parts").exists()
+    n_whole, n_first, n_second = (sum(each.n_rows) for each in (whole, first, second))  # type: ignore[attr-defined]
+    n_timed = sum(whole.n_rows[:2])  # type: ignore[attr-defined]
+    assert n_second - n_timed <= n_whole - n_timed - max(0, (n_first - n_timed) * (stop_after - 4) / (stop_after + 1))
+    assert run(planted, tmp_path / "out", stage_one=second, **settings).was_complete
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"latents": ()}, "no latent to change"),
+        ({"latents": (3, 3)}, "latent 3 is given twice"),
+        ({"latents": (N_LATENTS,)}, f"{N_LATENTS}"),
+        ({"latents": (N_LATENTS - 1,)}, "active in none of 39 images"),
+        ({"mode": "half"}, "mode must be zero, mean or scale:K"),
+        ({"mode": "scale:nan"}, "mode must be zero, mean or scale:K"),
+        ({"curve": (2, 1)}, "curve must be rising"),
+        ({"n_controls": 0}, "n_controls must be at least 1"),
+        ({"token_set": "register"}, "no registers"),
+        ({"stage_one": None}, "stage one"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(planted: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    settings = {**QUICK, "latents": (PLANTED,), **change}
+    with pytest.raises(BadInput, match=words) as raised:
+        if "stage_one" in change:
+            config = AblateConfig(latents=(PLANTED,))
+            ablate_latents(planted / "run", planted / "acts.zarr", tmp_path / "out", config, device="cpu")
+        run(planted, tmp_path / "out", **settings)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["image,patch", "000.png,1"], "must have the columns image_id and patch"),
+        (["image_id,patch", "nobody.png,1"], "1 of 1 images in .* are not in the cache: nobody.png"),
+        (["image_id,patch", "000.png,9"], "patches are numbered 0 to 8; found '9' for 000.png"),
+        (["image_id,patch", "000.png,-1"], "patches are numbered 0 to 8"),
+    ],
+)
+def test_a_table_of_patches_that_does_not_fit(planted: Path, tmp_path: Path, lines: list[str], words: str) -> None:
+    (tmp_path / "p.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadInput, match=words):
+        run(planted, tmp_path / "out", latents=(PLANTED,), patches=tmp_path / "p.csv", **QUICK)
+
+
+def test_other_latents_are_refused(planted: Path, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpecMismatch, match="was not made from the SAE .*leave out --latents"):
+        run(planted, tmp_path / "out", latents=(PLANTED,), stored=made / "latents.zarr", **QUICK)
