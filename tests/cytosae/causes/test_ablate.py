@@ -226,7 +226,7 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
-# ------------------------------------------------------------------------------------------------- patches, resume, words
+# ------------------------------------------------------------------------------------------ patches, resume, words
 
 
 def test_only_the_patches_of_a_table_are_edited(planted: Path, tmp_path: Path) -> None:
@@ -291,17 +291,19 @@ def test_an_interrupted_ablation_continues(
         ({"curve": (2, 1)}, "curve must be rising"),
         ({"n_controls": 0}, "n_controls must be at least 1"),
         ({"token_set": "register"}, "no registers"),
-        ({"stage_one": None}, "stage one"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(planted: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     settings = {**QUICK, "latents": (PLANTED,), **change}
     with pytest.raises(BadInput, match=words) as raised:
-        if "stage_one" in change:
-            config = AblateConfig(latents=(PLANTED,))
-            ablate_latents(planted / "run", planted / "acts.zarr", tmp_path / "out", config, device="cpu")
         run(planted, tmp_path / "out", **settings)
     assert "\n" not in str(raised.value)
+
+
+def test_the_backbone_must_be_given(planted: Path, tmp_path: Path) -> None:
+    config = AblateConfig(latents=(PLANTED,))
+    with pytest.raises(BadInput, match=r"give stage_one=cytocache\.bridge"):
+        ablate_latents(planted / "run", planted / "acts.zarr", tmp_path / "out", config, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -320,5 +322,5 @@ def test_a_table_of_patches_that_does_not_fit(planted: Path, tmp_path: Path, lin
 
 
 def test_other_latents_are_refused(planted: Path, made: Path, tmp_path: Path) -> None:
-    with pytest.raises(SpecMismatch, match="was not made from the SAE .*leave out --latents"):
+    with pytest.raises(SpecMismatch, match=r"was not made from the SAE .*leave out --latents"):
         run(planted, tmp_path / "out", latents=(PLANTED,), stored=made / "latents.zarr", **QUICK)
