@@ -21,6 +21,9 @@ from cytosae.causes.matching import matched_latents
 from cytosae.causes.measure import cls_moves
 from cytosae.causes.places import owners_of, round_the_patients
 from cytosae.latents.encode import encode
+from cytosae.probe import ProbeModel, saved_model
+from cytosae.probe.logistic_columns import ColumnFit
+from cytosae.probe.saved_model import Card, write_model
 from cytosae.sae import load_sae
 from stores import ABLATION, ActivationStore, BadInput, IncompleteStore, ResultStore, SpecMismatch
 
@@ -324,3 +327,157 @@ def test_a_table_of_patches_that_does_not_fit(planted: Path, tmp_path: Path, lin
 def test_other_latents_are_refused(planted: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match=r"was not made from the SAE .*leave out --latents"):
         run(planted, tmp_path / "out", latents=(PLANTED,), stored=made / "latents.zarr", **QUICK)
+
+
+# ----------------------------------------------------------------------------------------------------------- the probe
+
+
+def write_probe(root: Path, cache: Path, run_folder: Path, latents: list[int], **changes: Any) -> ProbeModel:
+    """A finished probe of images whose model reads these latents of this SAE."""
+    rng = np.random.default_rng(5)
+    fit = ColumnFit(
+        np.arange(3), rng.normal(0, 0.3, (len(latents), 3)), rng.normal(0, 1, 3), 3, n_steps=0, converged=True
+    )
+    shares, sae = np.full(3, 1 / 3), load_sae(run_folder, device="cpu")
+    card = {
+        **dict.fromkeys(("n_groups", "n_images", "n_images_without_hash"), 9),
+        **dict.fromkeys(("threshold", "C", "c_factor"), 1.0),
+        **{"version": 1, "level": "image", "target": "label", "classes": ["a", "b", "c"], "n_of_class": [3, 3, 3]},
+        **{"regularization": "fixed", "converged": True, "n_latents": N_LATENTS, "n_latents_kept": len(latents)},
+        **{"tau": 0.1, "token_set": "patch", "normalize": "images", "sae_sha256": sae.sha256, "trained": False},
+        "tokens": {name: plain(ActivationStore(cache).spec.to_dict().get(name)) for name in SAME_TOKENS},
+        **{"encoder": {}, "barcodes": "0" * 64, "kept_out": None, "group_by": None, "min_images": 1},
+        **changes,
+    }
+    tensors = saved_model._tensors(np.array(latents), fit, shares, None)
+    model = ProbeModel(
+        Card(**card, weights_sha256=hashlib.sha256(tensors).hexdigest()), np.array(latents), fit, shares, None
+    )
+    writer = begin_results(root, PROBE, {"barcodes": "0" * 64, "level": "image", "target": "label", "tau": 0.1})
+    write_model(writer, model, [])
+    writer.finish({})
+    return model
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "scale:3"])
+def test_what_a_probe_says_equals_counting_again(planted: Path, tmp_path: Path, mode: str) -> None:
+    """Barcodes of the changed latents by their definition, times the weights; a latent without weight says nothing."""
+    kept = [2, 5, PLANTED, 60, 61, 90]
+    model = write_probe(tmp_path / "probe", planted / "acts.zarr", planted / "run", kept)
+    settings = {**QUICK, "mode": mode, "curve": (2,), "curve_images": 4, "latents": (PLANTED, 3)}
+    done = run(planted, tmp_path / "out", probe=tmp_path / "probe", **settings)
+    store = ActivationStore(planted / "acts.zarr")
+    z = dense_latents(planted / "run", np.nan_to_num(store.read_images(np.arange(40))))
+    mean = z[store.readable()].mean((0, 1))
+    config, ids = AblateConfig(latents=(PLANTED, 3), mode=mode), store.images["image_id"].to_pylist()
+
+    def said(latents: Float) -> tuple[Float, Float]:
+        counts = [sum(1 for t in range(1, PER_IMAGE) if latents[t, n] > 0.1) for n in kept]
+        logits = np.array(counts) @ model.fit.weights + model.fit.intercept
+        return logits, np.exp(logits) / np.exp(logits).sum()
+
+    rows = pq.read_table(tmp_path / "out" / "images.parquet").to_pylist()
+    for row in rows:
+        before = z[ids.index(row["image_id"])]
+        after = before.copy()
+        found = np.array([[row[f"{kind}:{name}"] for name in "abc"] for kind in ("logit", "probability")])
+        if row["edit"] == "direction":
+            assert set(found.ravel().tolist()) == {None}
+            continue
+        if row["edit"] in ("chosen", "control"):
+            for t in range(PER_IMAGE):
+                after[t, row["latent"]] = config.new_value(before[t, row["latent"]], mean[row["latent"]])
+        elif row["order"] == "all":
+            after[:] = 0
+        else:
+            continue
+        expected = [new - old for new, old in zip(said(after), said(before), strict=True)]
+        np.testing.assert_allclose(found.astype(float), expected, atol=1e-9)
+    assert any(row["logit:a"] for row in rows if row["latent"] == PLANTED and row["edit"] == "chosen")
+    assert not any(row["logit:a"] for row in rows if row["latent"] == 3 and row["edit"] == "chosen")
+    (effect,) = rows_of(done.effects, latent=3, quantity="logit:b")
+    assert (effect["effect"], effect["p"], effect["p_directions"]) == (0, 1, None)
+    assert "the probe: probability of" in str(done)
+
+
+def test_a_probe_of_something_else_is_refused(planted: Path, tmp_path: Path) -> None:
+    other = {"sae": {"sae_sha256": "0" * 64}, "tokens": {"tokens": {"backbone": "x"}}}
+    for name, change in other.items():
+        write_probe(tmp_path / name, planted / "acts.zarr", planted / "run", [2], **change)
+    with pytest.raises(SpecMismatch, match="reads latents of another SAE"):
+        run(planted, tmp_path / "out", latents=(PLANTED,), probe=tmp_path / "sae", **QUICK)
+    with pytest.raises(SpecMismatch, match="reads tokens of another kind"):
+        run(planted, tmp_path / "out", latents=(PLANTED,), probe=tmp_path / "tokens", **QUICK)
+
+
+# ------------------------------------------------------------------------------------------- a real backbone, commands
+
+
+def cyto(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, ["concept", "ablate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def frequent(made: Path) -> int:
+    """A latent of `made` that is active in most images."""
+    latents = LatentStore(made / "latents.zarr")
+    rows = latents.read_images(0, latents.spec.n_images)
+    return int(np.bincount(rows.indices, rows.values).argmax())
+
+
+def test_the_command_with_a_real_backbone(made: Path, tmp_path: Path, frequent: int) -> None:
+    """From cached tokens, from images, and by hand through the model's own later blocks."""
+    few = ["--latent", frequent, "--controls", 2, "--directions", 1, "--curve", "", "--n-images", 3]
+    inputs = [made / "run", made / "acts.zarr", "--latents", made / "latents.zarr"]
+    cached = cyto(*inputs, *few, "-o", tmp_path / "cached", "--json")
+    assert cached.exit_code == 0, cached.output
+    said = json.loads(cached.stdout)
+    assert said["n_images_surveyed"] == 9
+    assert "images are read from the latents, about" in cached.stderr
+    assert "run through the later blocks, about" in cached.stderr
+    from_images = cyto(*inputs, *few, "-o", tmp_path / "images", "--images", made, "--workers", 1)
+    assert from_images.exit_code == 0, from_images.output
+    tables = [pq.read_table(tmp_path / name / "images.parquet").to_pylist() for name in ("cached", "images")]
+    for one, other in zip(*tables, strict=True):
+        assert one["image_id"] == other["image_id"]
+        assert one["cls_norm"] == pytest.approx(other["cls_norm"], rel=0.05, abs=1e-5)
+
+    final_cls, none = bridge.backbone_rest(made / "acts.zarr", device="cpu")
+    assert none is None
+    store, model = ActivationStore(made / "acts.zarr"), load_sae(made / "run", device="cpu").model
+    ids = store.images["image_id"].to_pylist()
+    for row in tables[0]:
+        if row["edit"] != "chosen":
+            continue
+        x = torch.from_numpy(store.read_images([ids.index(row["image_id"])])[0]).float()
+        with torch.inference_mode():
+            z = model.encode(x)
+            error = x - model.decode(z)
+            z[:, frequent] = 0
+            embedded = final_cls(torch.stack([x, model.decode(z) + error])).double()
+        assert row["cls_norm"] == pytest.approx(float((embedded[1] - embedded[0]).norm()), rel=2e-2, abs=1e-5)
+        assert row["cls_norm"] > 1e-4
+        with torch.inference_mode():
+            assert cls_moves(x, torch.zeros(3, *x.shape), final_cls).max() < 1e-5
+    again = cyto(*inputs, *few, "-o", tmp_path / "cached")
+    assert "already complete" in again.stderr
+    other = cyto(*inputs, *few, "-o", tmp_path / "cached", "--mode", "mean")
+    assert other.exit_code == 1
+    assert other.stderr.count("\n") == 1
+    wrong = cyto(*inputs, "--latent", frequent, "--curve", "1,x", "-o", tmp_path / "x")
+    assert wrong.exit_code == 2
+    assert "is not a list of numbers such as 1,2,5,10" in wrong.stderr
+
+
+def test_the_cache_is_encoded_where_no_latents_are_given(made: Path, tmp_path: Path, frequent: int) -> None:
+    """The same effects up to the rounding of stored values, also of a sample."""
+    few = ["--latent", frequent, "--controls", 2, "--directions", 0, "--curve", "2", "--curve-images", 2]
+    inputs = [made / "run", made / "acts.zarr"]
+    for name, more in (("encoded", []), ("stored", ["--latents", made / "latents.zarr"])):
+        assert cyto(*inputs, *few, *more, "-o", tmp_path / name).exit_code == 0
+    tables = [pq.read_table(tmp_path / name / "effects.parquet").to_pylist() for name in ("encoded", "stored")]
+    for one, other in zip(*tables, strict=True):
+        assert one["n_images_active"] == other["n_images_active"]
+        assert one["effect"] == pytest.approx(other["effect"], rel=2e-2, abs=1e-5)
+    sampled = cyto(*inputs, *few, "--sample", 4, "-o", tmp_path / "sampled", "--json")
+    assert json.loads(sampled.stdout)["n_images_surveyed"] == 4
