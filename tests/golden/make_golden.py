@@ -28,6 +28,7 @@ from cytosae.atlas.pseudonyms import Pseudonyms, write_pseudonyms
 from cytosae.atlas.questions import Question, Review
 from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
+from cytosae.causes import AblateConfig, ablate_latents
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
@@ -51,6 +52,7 @@ FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RES
 OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
 LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
 OF_MODEL = ("probe-model-v1", "probe-test-v1")
+OF_CAUSES = ("ablation-v1",)
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -446,11 +448,29 @@ def write_first(folder: Path) -> None:
     write_results_v1(folder, sae, latents)
 
 
+class MeanToken:
+    """In the place of stage one: the final CLS embedding is the mean token."""
+
+    def backbone_rest(self, *args: Any, **settings: Any) -> tuple[Any, None]:
+        """As `cytocache.bridge.backbone_rest`, without images."""
+        return lambda tokens: tokens.mean(1), None
+
+
+def write_ablation_v1(folder: Path) -> None:
+    """Latent 7 of the golden SAE set to 0 at the golden tokens."""
+    config = AblateConfig(latents=(7,), n_controls=2, n_directions=2, curve=(1,), curve_images=2)
+    inputs = (folder / "sae-v1", folder / "activations-v1.zarr")
+    ablate_latents(*inputs, folder / "ablation-v1", config, stage_one=MeanToken(), device="cpu")  # type: ignore[arg-type]
+    remove_figures(folder, OF_CAUSES)
+
+
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER, *OF_MODEL) if (folder / name).exists()]
+    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_CAUSES) if (folder / name).exists()]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL]:
+        return write_ablation_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -461,6 +481,7 @@ def main(folder: Path) -> None:
     write_atlas_v1(folder, folder / "made")
     write_reviews_v1(folder)
     write_of_model_v1(folder)
+    write_ablation_v1(folder)
     shutil.rmtree(folder / "made")
 
 

@@ -4,6 +4,8 @@ The later blocks are those of `planted_causes.py`, whose effects can be computed
 """
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from planted_causes import N_LATENTS, PER_IMAGE, PLANTED, dense_latents, planted_rest, rows_of, write_planted
 
+import cytocache.bridge as bridge
+from cli import cli
 from cytosae.causes import AblateConfig, AblateResult, ablate, ablate_latents
 from cytosae.causes import measure as measuring
 from cytosae.causes.effects import holm
@@ -25,7 +30,19 @@ from cytosae.probe import ProbeModel, saved_model
 from cytosae.probe.logistic_columns import ColumnFit
 from cytosae.probe.saved_model import Card, write_model
 from cytosae.sae import load_sae
-from stores import ABLATION, ActivationStore, BadInput, IncompleteStore, ResultStore, SpecMismatch
+from stores import (
+    ABLATION,
+    PROBE,
+    ActivationStore,
+    BadInput,
+    IncompleteStore,
+    LatentStore,
+    ResultStore,
+    SpecMismatch,
+    begin_results,
+)
+from stores.activation_store import SAME_TOKENS
+from stores.spec import plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Float = npt.NDArray[np.float64]
