@@ -225,6 +225,9 @@ def _run(
     decoder = job.sae.model.W_dec.detach()
     decoder_norms = decoder.double().norm(dim=1).cpu().numpy()
     norms = survey.norms(decoder_norms)
+    empty = [f"{latent:,}" for latent in config.latents if not norms[latent]]
+    if empty:
+        raise BadInput(f"the decoder row of latent {listed(empty)} is zero: it adds nothing to a token; leave it out")
     controls_of = {
         latent: matched_latents(latent, chosen, survey.n_images_active, norms, config.n_controls, config.seed)
         for latent in config.latents
@@ -244,7 +247,7 @@ def _run(
     )
     singles = plan_latents(survey.images, chosen, controls, config.n_directions)
     of_curves = np.sort(images[np.argsort(order[images])][: config.curve_images])
-    curves = plan_curves(of_curves, config.curve, len(chosen)) if config.curve else None
+    curves = plan_curves(of_curves, config.curve, len(chosen)) if config.curve and config.curve_images else None
     say(_cost(job, bench, singles, curves))
     plans = [plan for plan in (singles, curves) if plan is not None]
     n_all, n_before = sum(len(plan.images) for plan in plans), 0
@@ -253,8 +256,10 @@ def _run(
         folder = parts / ("singles", "curves")[number]
         folder.mkdir(exist_ok=True)
 
-        def tell(done: int, total: int, state: str, before: int = n_before) -> None:
-            progress(before + done, n_all, ("latents", "curves")[number])  # noqa: B023  # called in this round only
+        def tell(
+            done: int, total: int, state: str, before: int = n_before, what: str = ("latents", "curves")[number]
+        ) -> None:
+            progress(before + done, n_all, what)
 
         values.append(measure(plan, bench, ranked, folder, identity, progress=tell))
         n_before += len(plan.images)
@@ -399,5 +404,5 @@ def _match(latent: int, controls: Ints, survey: Survey, norms: npt.NDArray[np.fl
         "latent": latent,
         "n_controls": len(controls),
         "frequency_ratio": float(np.median(survey.n_images_active[controls]) / survey.n_images_active[latent]),
-        "norm_ratio": float(np.median(norms[controls]) / norms[latent]) if norms[latent] > 0 else math.inf,
+        "norm_ratio": float(np.median(norms[controls]) / norms[latent]),
     }

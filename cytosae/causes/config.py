@@ -23,7 +23,7 @@ class AblateConfig:
     n_controls : latents of the nearest frequency and norm that are changed in the same way
     n_directions : random directions that are added to the same tokens with the same norms
     curve : how many latents together are removed, or alone are kept; () for no curves
-    curve_images : images of the curves
+    curve_images : images of the curves; 0: no curves
     sample : images that are looked at for frequencies and active images, drawn round the patients; 0: all
     seed : of all draws
 
@@ -55,7 +55,7 @@ class AblateConfig:
         self.new_value(1.0, 0.0)  # raises for an unknown mode
         if self.token_set:
             check_choice("token_set", self.token_set, TOKEN_SETS)
-        least = {"n_images": 1, "n_controls": 1, "n_directions": 0, "curve_images": 1, "sample": 0, "seed": 0}
+        least = {"n_images": 1, "n_controls": 1, "n_directions": 0, "curve_images": 0, "sample": 0, "seed": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")

@@ -75,11 +75,9 @@ def measure(plan: Plan, bench: Bench, ranked: Ints, folder: Path, tag: str, *, p
         some = images[first : first + _IMAGES_PER_PART].tolist()
         mine = slice(plan.of(some[0]).start, plan.of(some[-1]).stop)
         try:
-            values = open_part(_part(folder, some[0]), tag, verify=True)["values"]
-        except DamagedStore:
+            found[mine] = open_part(_part(folder, some[0]), tag, verify=True)["values"].reshape(found[mine].shape)
+        except (DamagedStore, KeyError, ValueError):  # of an older cyto, too
             missing.append(some)
-            continue
-        found[mine] = values
     wanted = np.array([image for some in missing for image in some], np.int64)
     n_done = len(images) - len(wanted)
     progress(n_done, len(images), "")

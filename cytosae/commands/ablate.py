@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from .shared import Bridges
 
 
-def _numbers(context: click.Context, option: click.Parameter, text: str) -> tuple[int, ...]:
-    """1,2,5 as numbers; an empty text: none."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,2,5,10") from None
-
-
 @click.command("ablate")
 @click.argument("run", type=FILE)
 @click.argument("cache", type=STORE)
@@ -80,12 +72,19 @@ def _numbers(context: click.Context, option: click.Parameter, text: str) -> tupl
 )
 @click.option(
     "--curve",
-    default="1,2,5,10,20,50",
+    type=COUNT,
+    multiple=True,
+    default=(1, 2, 5, 10, 20, 50),
     show_default=True,
-    callback=_numbers,
-    help='How many latents together are removed, or alone are kept; "": no curves.',
+    help="How many latents together are removed, or alone are kept; repeat it for several.",
 )
-@click.option("--curve-images", type=COUNT, default=32, show_default=True, help="Images of the curves.")
+@click.option(
+    "--curve-images",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Images of the curves; 0: no curves.",
+)
 @click.option(
     "--sample",
     type=click.IntRange(min=0),

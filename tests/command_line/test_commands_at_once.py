@@ -50,7 +50,7 @@ SHEET = "concept sheet cohort/concepts cohort/latents -o new --latent 3"
 ABLATE = (
     "concept ablate run acts.zarr --latents latents.zarr --latent 1 --controls 1 --directions 1 --n-images 1 -o new"
 )
-ABLATE += " --curve ''"
+ABLATE += " --curve-images 0"
 NEIGHBOURS = "concept neighbours run -o new --latents latents.zarr --latent 1 --workers 1"
 # a command line -> when the first one is held up, so that the second can try: as it claims its place; or, where others
 # may write parts of the same, as the writer of its part, or as who completes it
