@@ -112,7 +112,7 @@ def ablate_latents(
     """
     stage_one, device, out = require_stage_one(stage_one), resolve_device(device), Path(out)
     store, sae = ActivationStore(cache), load_sae(run, device=device)
-    unlike = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
+    assumed = sae.require_tokens(store.spec, f"the cache {cache}", assume_compatible=assume_compatible)
     if not store.spec.layout.n_cls:
         raise BadInput(f"the backbone {store.spec.backbone} has no CLS token, so no edit can be seen in its final CLS")
     for latent in config.latents:
@@ -152,7 +152,7 @@ def ablate_latents(
         download_progress=download_progress,
     )
     job = _Job(config, store, sae, stored, places, owners_of(store.images), readout, rest, device, token_set)
-    return _run(job, writer, out, unlike, say, survey_progress, progress)
+    return _run(job, writer, out, assumed, say, survey_progress, progress)
 
 
 def read_ablation(root: Path | str, *, was_complete: bool = False) -> AblateResult:
@@ -205,7 +205,7 @@ def _run(
     job: _Job,
     writer: ResultWriter,
     out: Path,
-    unlike: Sequence[str],
+    assumed: Sequence[str],
     say: Callable[[str], None],
     survey_progress: Progress,
     progress: Progress,
@@ -280,7 +280,7 @@ def _run(
     shutil.rmtree(parts)
     edited = np.unique(np.concatenate([plan.image for plan in plans]))
     without = np.array([not job.owners.names[owner] for owner in job.owners.of_image[edited]], bool)
-    result = {
+    result: dict[str, Any] = {
         "mode": config.mode,
         "token_set": job.token_set,
         "n_images_surveyed": survey.n_images,
@@ -288,7 +288,7 @@ def _run(
         "n_edits": sum(len(plan) for plan in plans),
         "n_without_patient": int(without.sum()),
         "matches": [_match(latent, controls, survey, norms) for latent, controls in controls_of.items()],
-        "unlike": list(unlike),
+        "assumed_equal": list(assumed),
     }
     writer.finish({"result": result})
     return AblateResult(out=out, effects=effects, curves=table, was_complete=False, **result)

@@ -30,7 +30,7 @@ class AblateResult(Report):
     effects: pa.Table  # effects.parquet
     curves: pa.Table | None  # curves.parquet; None: no curves were asked for
     matches: list[dict[str, Any]]  # latent, n_controls, and how far frequency and norm of the controls' median are off
-    unlike: list[str]  # properties of its tokens that an imported SAE does not name
+    assumed_equal: list[str]  # properties of its tokens that an imported SAE does not name
     was_complete: bool
 
     @property
@@ -54,6 +54,8 @@ class AblateResult(Report):
             )
         if self.n_without_patient:
             found.append(f"{counted(self.n_without_patient, 'image')} without a patient, each counted as a patient")
+        if self.assumed_equal:
+            found.append(f"assumed, since the imported SAE does not say it: equal {', '.join(self.assumed_equal)}")
         return tuple(found)
 
     def lines(self) -> Iterator[str]:

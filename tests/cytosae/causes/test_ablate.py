@@ -19,8 +19,10 @@ from planted_causes import N_LATENTS, PER_IMAGE, PLANTED, dense_latents, planted
 
 import cytocache.bridge as bridge
 from cli import cli
-from cytosae.causes import AblateConfig, AblateResult, ablate, ablate_latents
+from cytosae.causes import AblateConfig, AblateResult, ablate_latents
+from cytosae.causes import ablate as ablating
 from cytosae.causes import measure as measuring
+from cytosae.causes import survey as surveying
 from cytosae.causes.effects import holm
 from cytosae.causes.matching import matched_latents
 from cytosae.causes.measure import cls_moves
@@ -138,14 +140,14 @@ def test_equals_a_twin_that_decodes_twice(
 def test_the_survey_equals_counting(planted: Path, tmp_path: Path) -> None:
     """Frequencies, norms and sums of every latent, one by one."""
     seen: list[Any] = []
-    taken = ablate.take_survey
+    taken = surveying.take_survey
 
     def take(*arguments: Any, **settings: Any) -> Any:
         seen.append(taken(*arguments, **settings))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablate, "take_survey", take)
+        patch.setattr(ablating, "take_survey", take)
         run(planted, tmp_path / "out", latents=(PLANTED,), token_set="patch", **QUICK)
     survey = seen[0]
     store = ActivationStore(planted / "acts.zarr")
@@ -378,7 +380,7 @@ def write_probe(root: Path, cache: Path, run_folder: Path, latents: list[int], *
         np.arange(3), rng.normal(0, 0.3, (len(latents), 3)), rng.normal(0, 1, 3), 3, n_steps=0, converged=True
     )
     shares, sae = np.full(3, 1 / 3), load_sae(run_folder, device="cpu")
-    card = {
+    card: dict[str, Any] = {
         **dict.fromkeys(("n_groups", "n_images", "n_images_without_hash"), 9),
         **dict.fromkeys(("threshold", "C", "c_factor"), 1.0),
         **{"version": 1, "level": "image", "target": "label", "classes": ["a", "b", "c"], "n_of_class": [3, 3, 3]},
