@@ -20,6 +20,8 @@ _LISTED_PATIENTS = 20
 _CAUSES = {
     "cls_change": "final CLS, share of its norm",
     "cls_gain": "final CLS, per unit of what was changed",
+    "probability": "probability, by the probe of barcodes, of",
+    "cls_probability": "probability, by the probe of the final CLS, of",
 }
 BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; values outside are counted in the outermost bins
 
@@ -194,8 +196,9 @@ def _causes(inputs: Inputs) -> dict[int, list[dict[str, Any]]]:
     found: dict[int, list[dict[str, Any]]] = {}
     if inputs.causes is not None:
         for row in inputs.causes.table("effects").to_pylist():
-            if row["quantity"] in _CAUSES or row["quantity"].startswith("probability:"):
-                name = _CAUSES.get(row["quantity"], "probability of " + row["quantity"].partition(":")[2])
+            kind, _, label = row["quantity"].partition(":")
+            if kind in _CAUSES:
+                name = f"{_CAUSES[kind]} {label}".strip()
                 found.setdefault(int(row["latent"]), []).append({**row, "name": name})
     return found
 

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,13 @@ from stores.tables import listed
 from stores.token_sets import TOKEN_SETS, chosen_tokens
 from stores.wording import counted
 
+from .cls_probe import ClsProbe, Labels, fit_probe, read_labels
 from .config import AblateConfig
 from .effects import control_table, curve_table, effect_table, image_table, rank_latents
 from .encoded import EncodedLatents, cached_tokens
 from .figures import plot_curves, plot_effects
 from .matching import matched_latents
-from .measure import Bench, measure, seconds_per_edit
+from .measure import Bench, embed_images, measure, seconds_per_edit
 from .places import Bools, Ints, Owners, Places, owners_of, read_patches, round_the_patients
 from .plan import CHOSEN, Plan, plan_curves, plan_latents
 from .readout import ProbeReadout, open_probe
@@ -124,6 +125,9 @@ def ablate_latents(
     least = stored.spec.min_activation if stored else 0.0
     readout = None if probe is None else open_probe(Path(probe), store, sae.sha256, sae.model.n_latents, least)
 
+    owners = owners_of(store.images)
+    labels = read_labels(store.images, config.target, owners) if config.target else None
+
     spec = {
         **asdict(config),
         "latents": list(config.latents),
@@ -151,7 +155,7 @@ def ablate_latents(
         workers=workers,
         download_progress=download_progress,
     )
-    job = _Job(config, store, sae, stored, places, owners_of(store.images), readout, rest, device, token_set)
+    job = _Job(config, store, sae, stored, places, owners, readout, rest, device, token_set, labels)
     return _run(job, writer, out, assumed, say, survey_progress, progress)
 
 
@@ -186,6 +190,7 @@ class _Job:
     rest: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Ints], Iterator[torch.Tensor]] | None]
     device: str
     token_set: str
+    labels: Labels | None
 
     @property
     def source(self) -> LatentSource:
@@ -244,7 +249,10 @@ def _run(
         config=config,
         probe=job.probe,
         device=job.device,
+        owner_of=job.owners.of_image,
     )
+    if job.labels is not None:
+        bench = replace(bench, cls_probe=_cls_probe(job, bench, images, order, parts, identity, progress))
     singles = plan_latents(survey.images, chosen, controls, config.n_directions)
     of_curves = np.sort(images[np.argsort(order[images])][: config.curve_images])
     curves = plan_curves(of_curves, config.curve, len(chosen)) if config.curve and config.curve_images else None
@@ -289,6 +297,7 @@ def _run(
         "n_without_patient": int(without.sum()),
         "matches": [_match(latent, controls, survey, norms) for latent, controls in controls_of.items()],
         "assumed_equal": list(assumed),
+        "probe_accuracy": None if bench.cls_probe is None else bench.cls_probe.balanced_accuracy,
     }
     writer.finish({"result": result})
     return AblateResult(out=out, effects=effects, curves=table, was_complete=False, **result)
@@ -305,6 +314,22 @@ def _images(job: _Job) -> tuple[Ints, Ints]:
     order[drawn], order[others] = np.arange(len(drawn)), len(drawn) + np.arange(len(others))
     some = drawn[: job.config.sample] if job.config.sample else drawn
     return np.sort(some), order
+
+
+def _cls_probe(
+    job: _Job, bench: Bench, images: Ints, order: Ints, parts: Path, tag: str, progress: Progress
+) -> ClsProbe:
+    """The probe of the final CLS embedding; the embeddings are kept until the tables are written."""
+    assert job.labels is not None
+    labelled = images[job.labels.of_image[images] >= 0]
+    some = np.sort(labelled[np.argsort(order[labelled])][: job.config.probe_images])
+    path = parts / "cls.part"
+    try:
+        embedded = np.array(open_part(path, tag, verify=True)["embedded"])
+    except DamagedStore:
+        embedded = embed_images(some, bench, progress)
+        write_part(path, tag, {"embedded": embedded})
+    return fit_probe(embedded, some, job.labels, job.owners, job.config.seed)
 
 
 def _survey(

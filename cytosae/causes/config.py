@@ -25,6 +25,8 @@ class AblateConfig:
     curve : how many latents together are removed, or alone are kept; () for no curves
     curve_images : images of the curves; 0: no curves
     sample : images that are looked at for frequencies and active images, drawn round the patients; 0: all
+    target : a column of the image table, such as label: a probe of the final CLS embedding is fitted to it; "": none
+    probe_images : images that it is fitted to, drawn round the patients
     seed : of all draws
 
     Raises
@@ -42,6 +44,8 @@ class AblateConfig:
     curve: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     curve_images: int = 32
     sample: int = 0
+    target: str = ""
+    probe_images: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +59,15 @@ class AblateConfig:
         self.new_value(1.0, 0.0)  # raises for an unknown mode
         if self.token_set:
             check_choice("token_set", self.token_set, TOKEN_SETS)
-        least = {"n_images": 1, "n_controls": 1, "n_directions": 0, "curve_images": 0, "sample": 0, "seed": 0}
+        least = {
+            "n_images": 1,
+            "n_controls": 1,
+            "n_directions": 0,
+            "curve_images": 0,
+            "sample": 0,
+            "seed": 0,
+            "probe_images": 1,
+        }
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")

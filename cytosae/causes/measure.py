@@ -18,6 +18,7 @@ from stores.errors import BadInput, DamagedStore
 from stores.part_files import open_part, write_part
 from stores.progress import Progress
 
+from .cls_probe import ClsProbe
 from .config import AblateConfig
 from .edits import Subject, is_removed, is_single, new_column, random_direction
 from .places import Bools, Ints, Places
@@ -47,6 +48,8 @@ class Bench:
     config: AblateConfig
     probe: ProbeReadout | None
     device: str
+    owner_of: Ints  # (n_images,) the patient of each image
+    cls_probe: ClsProbe | None = None
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -54,10 +57,15 @@ class Bench:
 
         cls_change: ||c' - c|| / ||c||; cls_norm: ||c' - c||; cls_cosine: 1 - cosine of c and c'; edit_norm: the norm
         of what is added to the tokens; cls_gain: cls_norm / edit_norm (0 of no edit), which does not depend on how well
-        the norms of controls match; then of each class of the probe the change of its logit and its probability.
+        the norms of controls match; then of each class of the probe the change of its logit and its probability,
+        and the same of the probe of the final CLS embedding (`cls_logit`, `cls_probability`).
         """
-        classes = self.probe.classes if self.probe else []
-        return (*CLS, *(f"logit:{name}" for name in classes), *(f"probability:{name}" for name in classes))
+        return (*CLS, *_of_classes("", self.probe), *_of_classes("cls_", self.cls_probe))
+
+
+def _of_classes(before: str, probe: ProbeReadout | ClsProbe | None) -> list[str]:
+    classes = probe.classes if probe else []
+    return [f"{before}{what}:{name}" for what in ("logit", "probability") for name in classes]
 
 
 def measure(plan: Plan, bench: Bench, ranked: Ints, folder: Path, tag: str, *, progress: Progress) -> Values:
@@ -110,12 +118,18 @@ def edit_image(
     size = max(1, _batch_images(x_TD, bench.device) - 1)
     waiting: list[tuple[int, torch.Tensor]] = []
 
+    owner, cls_probe = int(bench.owner_of[image]), bench.cls_probe
+    of_cls = len(bench.quantities) - (2 * len(cls_probe.classes) if cls_probe else 0)  # the first column of its classes
+
     def run() -> None:
         if waiting:
-            moved = cls_moves(x_TD, torch.stack([change for _, change in waiting]), bench.final_cls)
             some = [row for row, _ in waiting]
-            values[some, :3] = moved
+            embedded = embed_edits(x_TD, torch.stack([change for _, change in waiting]), bench.final_cls)
+            values[some, :3] = moved = cls_moves(embedded)
             values[some, 4] = moved[:, 1] / values[some, 3]
+            if cls_probe:
+                logits = cls_probe.logits(owner, embedded)
+                values[some, of_cls:] = _moves_of_classes(logits[:1], logits[1:])
             waiting.clear()
 
     before = bench.probe.logits(subject, subject.rows.values) if bench.probe else None
@@ -123,14 +137,20 @@ def edit_image(
         change_TD, after = _change(image, subject, plan, at, bench, ranked)
         norm = float(change_TD.double().norm())
         values[row, : len(CLS)] = 0, 0, 0, norm, 0
+        values[row, of_cls:] = 0
         if before is not None and after is not None:
-            values[row, len(CLS) :] = np.concatenate([after - before, _softmax(after) - _softmax(before)])
+            values[row, len(CLS) : of_cls] = _moves_of_classes(before[None], after[None])[0]
         if norm > 0:
             waiting.append((row, change_TD))
         if len(waiting) == size:
             run()
     run()
     return values
+
+
+def _moves_of_classes(before: Floats, after: Floats) -> Floats:
+    """(n, 2 classes): changes of logits, then of probabilities."""
+    return np.concatenate([after - before, _softmax(after) - _softmax(before)], 1)
 
 
 def _change(
@@ -167,25 +187,40 @@ def _decoded(subject: Subject, some: Bools, bench: Bench) -> torch.Tensor:
     )
 
 
-def cls_moves(
+def embed_edits(
     x_TD: torch.Tensor, changes_NTD: torch.Tensor, final_cls: Callable[[torch.Tensor], torch.Tensor]
 ) -> Values:
-    """(N, 3): ||c' - c|| / ||c||, ||c' - c|| and 1 - cosine of the final CLS embeddings c of x and c' of x + change.
+    """(1 + N, width) float64: the final CLS embeddings of x, and of x + each change.
 
     Raises
     ------
     BadInput
         If an embedding is NaN or infinite.
     """
-    batch = torch.cat([x_TD[None], x_TD + changes_NTD])
-    embedded = final_cls(batch).double().cpu()
+    embedded = final_cls(torch.cat([x_TD[None], x_TD + changes_NTD])).double().cpu()
     if not bool(torch.isfinite(embedded).all()):
         raise BadInput("a final CLS embedding became NaN or infinite: the edit is too large for the backbone")
-    untouched, others = embedded[0], embedded[1:]
-    far = (others - untouched).norm(dim=1)
-    length = untouched.norm()
-    cosine = (others @ untouched) / (others.norm(dim=1) * length)
-    return torch.stack([far / length, far, 1 - cosine], 1).numpy()
+    return np.asarray(embedded.numpy())
+
+
+def cls_moves(embedded: Values) -> Values:
+    """(N, 3): ||c' - c|| / ||c||, ||c' - c|| and 1 - cosine of c and c', of (1 + N, width): c, and the others."""
+    c, others = embedded[0], embedded[1:]
+    far, length = np.linalg.norm(others - c, axis=1), float(np.linalg.norm(c))
+    cosine = others @ c / (np.linalg.norm(others, axis=1) * length)
+    found: Values = np.stack([far / length, far, 1 - cosine], 1)
+    return found
+
+
+@torch.inference_mode()
+def embed_images(images: Ints, bench: Bench, progress: Progress) -> Values:
+    """(n, width): the final CLS embeddings of images that are not edited."""
+    found = []
+    for n_done, (_, tokens) in enumerate(bench.outputs(images), start=1):
+        x_TD = torch.as_tensor(np.asarray(tokens, np.float32), device=bench.device)
+        found.append(embed_edits(x_TD, x_TD.new_zeros(0, *x_TD.shape), bench.final_cls)[0])
+        progress(n_done, len(images), "probe")
+    return np.array(found)
 
 
 def _batch_images(x_TD: torch.Tensor, device: str) -> int:
@@ -194,15 +229,17 @@ def _batch_images(x_TD: torch.Tensor, device: str) -> int:
 
 
 def _softmax(logits: Floats) -> Floats:
-    shares: Floats = np.exp(logits - logits.max())
-    return shares / shares.sum()
+    """(n, classes)."""
+    shares: Floats = np.exp(logits - logits.max(1, keepdims=True))
+    found: Floats = shares / shares.sum(1, keepdims=True)
+    return found
 
 
 def seconds_per_edit(x_TD: torch.Tensor, final_cls: Callable[[torch.Tensor], torch.Tensor], device: str) -> float:
     """How long the later blocks take for one edit: a batch is run twice, and the second time is measured."""
     changes = torch.zeros(_batch_images(x_TD, device) - 1, *x_TD.shape, device=x_TD.device)
     with torch.inference_mode():
-        cls_moves(x_TD, changes, final_cls)
+        embed_edits(x_TD, changes, final_cls)
         began = time.perf_counter()
-        cls_moves(x_TD, changes, final_cls)
+        embed_edits(x_TD, changes, final_cls)
     return (time.perf_counter() - began) / len(changes)

@@ -32,6 +32,7 @@ class AblateResult(Report):
     matches: list[dict[str, Any]]  # latent, n_controls, and how far frequency and norm of the controls' median are off
     assumed_equal: list[str]  # properties of its tokens that an imported SAE does not name
     was_complete: bool
+    probe_accuracy: float | None = None  # balanced accuracy of the probe of the final CLS, on patients left out
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -64,6 +65,8 @@ class AblateResult(Report):
             f"{self.out}: {self.mode}, token set {self.token_set}; {self.n_edits:,} edits of "
             f"{self.n_images_edited:,} images, of {self.n_images_surveyed:,} looked at"
         )
+        if self.probe_accuracy is not None:
+            yield f"  the probe of the final CLS: balanced accuracy {self.probe_accuracy:.3g} on patients left out"
         rows = [row for row in self.effects.to_pylist() if row["quantity"] == "cls_change"]
         rows.sort(key=lambda row: -row["effect"])
         for row in rows[:_LISTED]:
@@ -83,23 +86,25 @@ class AblateResult(Report):
         return {
             "ablation": str(self.out),
             **{name: getattr(self, name) for name in names},
+            "probe_accuracy": self.probe_accuracy,
             "effects": self.effects.to_pylist(),
             "curves": None if self.curves is None else self.curves.to_pylist(),
         }
 
     def _class_lines(self, latent: int) -> Iterator[str]:
-        rows = [
-            row
-            for row in self.effects.to_pylist()
-            if row["latent"] == latent and row["quantity"].startswith("probability:")
-        ]
-        if rows:
-            row = max(rows, key=lambda row: abs(row["effect"]))
-            name = printable(row["quantity"].partition(":")[2])
-            yield (
-                f"    the probe: probability of {name} {row['effect']:+.3g}{_between(row)}; matched latents "
-                f"{row['control_mean']:+.3g}, p {row['p']:.2g}"
-            )
+        for before, what in (("", "the probe"), ("cls_", "the probe of the final CLS")):
+            rows = [
+                row
+                for row in self.effects.to_pylist()
+                if row["latent"] == latent and row["quantity"].startswith(f"{before}probability:")
+            ]
+            if rows:
+                row = max(rows, key=lambda row: abs(row["effect"]))
+                name = printable(row["quantity"].partition(":")[2])
+                yield (
+                    f"    {what}: probability of {name} {row['effect']:+.3g}{_between(row)}; matched latents "
+                    f"{row['control_mean']:+.3g}, p {row['p']:.2g}"
+                )
 
     def _curve_lines(self) -> Iterator[str]:
         if self.curves is None:

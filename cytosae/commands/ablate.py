@@ -47,6 +47,15 @@ if TYPE_CHECKING:
 )
 @click.option("--weights", help="The weights that CACHE was made with; an untrained backbone needs none.")
 @click.option("--probe", type=FILE, help="Folder of cyto probe: also say how its logits and probabilities change.")
+@click.option(
+    "--target",
+    default="",
+    metavar="COLUMN",
+    help="A column of the image table, such as label: fit a probe of it to the final CLS, and say how that changes.",
+)
+@click.option(
+    "--probe-images", type=COUNT, default=1000, show_default=True, help="With --target: images that it is fitted to."
+)
 @click.option("--token-set", type=TOKEN_SETS, help="Tokens that are edited  [default: those that RUN was trained on].")
 @click.option(
     "--patches", type=FILE, help="Table with image_id and patch (0 at the top left, row by row): edit these only."

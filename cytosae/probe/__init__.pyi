@@ -8,6 +8,8 @@ from .folds import assign_folds as assign_folds
 from .intervals import draw_groups as draw_groups
 from .intervals import interval as interval
 from .intervals import scores_of_draws as scores_of_draws
+from .logistic_columns import ColumnFit as ColumnFit
+from .logistic_columns import fit_columns as fit_columns
 from .result import ProbeResult as ProbeResult
 from .result import ProbeTest as ProbeTest
 from .run import C_FACTORS as C_FACTORS

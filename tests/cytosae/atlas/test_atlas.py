@@ -230,7 +230,7 @@ def test_effects_of_an_ablation_stand_on_the_page(atlas: Path) -> None:
         "final CLS, share of its norm",
         "0.5",
         "0.0099",
-        f"probability of {SCRIPT}",
+        f"by the probe of barcodes, of {SCRIPT}",
     ):
         assert words in page.text
     assert "logit" not in page.text

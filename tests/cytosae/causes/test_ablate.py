@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from planted_causes import N_LATENTS, PER_IMAGE, PLANTED, dense_latents, planted_rest, rows_of, write_planted
+from sklearn.linear_model import LogisticRegression
 
 import cytocache.bridge as bridge
 from cli import cli
@@ -23,9 +25,10 @@ from cytosae.causes import AblateConfig, AblateResult, ablate_latents
 from cytosae.causes import ablate as ablating
 from cytosae.causes import measure as measuring
 from cytosae.causes import survey as surveying
+from cytosae.causes.cls_probe import Labels, fit_probe, read_labels
 from cytosae.causes.effects import holm
 from cytosae.causes.matching import matched_latents
-from cytosae.causes.measure import cls_moves
+from cytosae.causes.measure import cls_moves, embed_edits
 from cytosae.causes.places import owners_of, round_the_patients
 from cytosae.latents.encode import encode
 from cytosae.probe import ProbeModel, saved_model
@@ -220,7 +223,7 @@ def test_editing_nothing_changes_nothing(planted: Path, tmp_path: Path) -> None:
         assert not np.any(table[name].to_numpy()), name
     assert all(row["effect"] == 0 for row in done.effects.to_pylist())
     x = torch.randn(PER_IMAGE, 24)
-    assert cls_moves(x, torch.zeros(5, PER_IMAGE, 24), stage_one.final_cls).max() < 1e-6
+    assert cls_moves(embed_edits(x, torch.zeros(5, PER_IMAGE, 24), stage_one.final_cls)).max() < 1e-6
 
 
 def test_keeping_all_changes_nothing_and_removing_all_is_the_whole(planted: Path, tmp_path: Path) -> None:
@@ -451,6 +454,68 @@ def test_a_probe_of_something_else_is_refused(planted: Path, tmp_path: Path) -> 
         run(planted, tmp_path / "out", latents=(PLANTED,), probe=tmp_path / "tokens", **QUICK)
 
 
+def test_a_probe_of_the_final_cls_is_fitted_without_the_patient(planted: Path) -> None:
+    """Against scikit-learn, image by image: the fit that reads an image saw none of its patient."""
+    store = ActivationStore(planted / "acts.zarr")
+    owners = owners_of(store.images)
+    kinds: list[str | None] = ["odd" if n % 3 else "even" for n in range(40)]
+    kinds[7] = None
+    table = store.images.append_column("kind", pa.array(kinds, pa.string()))
+    labels = read_labels(table, "kind", owners)
+    images = np.flatnonzero(store.readable() & (labels.of_image >= 0))
+    final_cls = planted_rest(planted / "run", 2.0).final_cls  # type: ignore[attr-defined]
+    embedded = final_cls(torch.from_numpy(store.read_images(images)).float()).double().numpy()
+    probe = fit_probe(embedded, images, labels, owners, seed=0)
+    x = (embedded - embedded.mean(0)) / embedded.std(0)
+    folds = probe.fold_of[owners.of_image[images]]
+    for n, image in enumerate(images.tolist()):
+        training = folds != folds[n]
+        assert owners.of_image[image] not in owners.of_image[images[training]]
+        twin = LogisticRegression(C=1.0, tol=1e-10, max_iter=1000, solver="newton-cholesky")
+        twin.fit(x[training], labels.of_image[images[training]])
+        logits = probe.logits(int(owners.of_image[image]), embedded[[n]])[0]
+        assert logits[1] - logits[0] == pytest.approx(float(twin.decision_function(x[[n]])[0]), rel=1e-2, abs=1e-2)
+    with pytest.raises(BadInput, match="has no column 'nothing'"):
+        read_labels(table, "nothing", owners)
+    with pytest.raises(BadInput, match="needs two classes with images of two patients each"):
+        read_labels(table, "image_id", owners)
+
+
+def test_classes_are_read_off_the_edited_cls(planted: Path, tmp_path: Path) -> None:
+    """`cls_logit` is the change of the fit's logits between the two embeddings, of an edit by hand."""
+    seen: list[Any] = []
+    edit = measuring.edit_image
+
+    def look(image: int, tokens: Any, subject: Any, plan: Any, bench: Any, ranked: Any) -> Any:
+        found = edit(image, tokens, subject, plan, bench, ranked)
+        seen.append((image, np.array(tokens, np.float32), plan, bench, found))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "edit_image", look)
+        patch.setattr(ablating, "read_labels", lambda images, target, owners: Labels(np.arange(40) % 2, ["a", "b"]))
+        done = run(planted, tmp_path / "out", strength=2.0, latents=(PLANTED,), target="any", **QUICK)
+    decoder = load_sae(planted / "run", device="cpu").model.W_dec
+    assert done.probe_accuracy is not None
+    n_seen = 0
+    for image, tokens, plan, bench, found in seen:
+        z = dense_latents(planted / "run", tokens[None])[0, :, PLANTED]
+        for row, at in enumerate(range(plan.of(image).start, plan.of(image).stop)):
+            if plan.role[at] != 0:
+                continue
+            x = torch.from_numpy(tokens)
+            both = torch.stack([x, x - torch.outer(torch.from_numpy(z).float(), decoder[PLANTED])])
+            embedded = bench.final_cls(both).double().numpy()
+            logits = bench.cls_probe.logits(int(bench.owner_of[image]), embedded)
+            shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            expected = np.concatenate([logits[1] - logits[0], shares[1] - shares[0]])
+            np.testing.assert_allclose(found[row, -4:], expected, atol=1e-4)
+            n_seen += 1
+    assert n_seen == 5
+    assert {row["quantity"] for row in done.effects.to_pylist()} >= {"cls_logit:a", "cls_probability:b"}
+    assert "the probe of the final CLS: probability of" in str(done)
+
+
 # ------------------------------------------------------------------------------------------- a real backbone, commands
 
 
@@ -499,7 +564,7 @@ def test_the_command_with_a_real_backbone(made: Path, tmp_path: Path, frequent: 
         assert row["cls_norm"] == pytest.approx(float((embedded[1] - embedded[0]).norm()), rel=2e-2, abs=1e-5)
         assert row["cls_norm"] > 1e-4
         with torch.inference_mode():
-            assert cls_moves(x, torch.zeros(3, *x.shape), final_cls).max() < 1e-5
+            assert cls_moves(embed_edits(x, torch.zeros(3, *x.shape), final_cls)).max() < 1e-5
     again = cyto(*inputs, *few, "-o", tmp_path / "cached")
     assert "already complete" in again.stderr
     other = cyto(*inputs, *few, "-o", tmp_path / "cached", "--mode", "mean")
