@@ -377,8 +377,7 @@ def _memory(job: _Job) -> int:
     weights = sum(each.numel() * each.element_size() for each in model.state_dict().values())
     survey = model.n_latents * 8 * (4 + 2 * job.config.n_images)
     image = 4 * spec.tokens_per_image * model.n_latents * 2
-    n_blocks = max(0, spec.n_blocks - (0 if job.rest[1] is not None else spec.block + 1))
-    backbone = 4 * 12 * spec.width**2 * n_blocks
+    backbone = 4 * 12 * spec.width**2 * spec.n_blocks  # all blocks are loaded, also where only the later ones run
     return weights + survey + spec.chunk_bytes + image + backbone + (700 << 20)
 
 
