@@ -462,6 +462,9 @@ def write_ablation_v1(folder: Path) -> None:
     inputs = (folder / "sae-v1", folder / "activations-v1.zarr")
     ablate_latents(*inputs, folder / "ablation-v1", config, stage_one=MeanToken(), device="cpu")  # type: ignore[arg-type]
     remove_figures(folder, OF_CAUSES)
+    header = find_header(folder / "ablation-v1")
+    assert header is not None and header.summary is not None
+    write_header(folder / "ablation-v1", replace(header, summary={**header.summary, "figures": {}}))
 
 
 def main(folder: Path) -> None:
