@@ -67,7 +67,9 @@ def main() -> None:
         nonzeros = write_stores(folder, options)
         rest = LaterBlocks(options.width)
         latents = LatentStore(folder / "latents.zarr")
-        frequent = np.argsort(-latent_frequency(options.latents)[0], kind="stable")[5 : 5 + options.chosen]
+        some = latents.read_images(0, min(64, options.images))  # the chosen ones are active, whatever the size
+        active = np.bincount(some.indices.astype(np.int64), minlength=options.latents)
+        frequent = np.argsort(-active, kind="stable")[: options.chosen]
         config = AblateConfig(
             latents=tuple(frequent.tolist()), n_controls=options.controls, n_images=options.n_images, curve_images=8
         )

@@ -463,7 +463,8 @@ def write_ablation_v1(folder: Path) -> None:
     ablate_latents(*inputs, folder / "ablation-v1", config, stage_one=MeanToken(), device="cpu")  # type: ignore[arg-type]
     remove_figures(folder, OF_CAUSES)
     header = find_header(folder / "ablation-v1")
-    assert header is not None and header.summary is not None
+    assert header is not None
+    assert header.summary is not None
     write_header(folder / "ablation-v1", replace(header, summary={**header.summary, "figures": {}}))
 
 
