@@ -120,11 +120,11 @@ def open_inputs(
     _check_comparisons(inputs)
     for store in inputs.stores:
         _ = store.layout.side  # raises where maps cannot be drawn
-    for what, store in (("neighbours", inputs.neighbours), ("an ablation", inputs.causes)):
-        stated = None if store is None else store.header.spec["sae_sha256"]
-        if store is not None and stated != inputs.stores[0].spec.sae_sha256:
+    for what, folder in (("neighbours", inputs.neighbours), ("an ablation", inputs.causes)):
+        stated = None if folder is None else folder.header.spec["sae_sha256"]
+        if folder is not None and stated != inputs.stores[0].spec.sae_sha256:
             raise SpecMismatch(
-                f"{store.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
+                f"{folder.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
                 f"({inputs.stores[0].spec.sae_sha256:.12}…); give {what} of the SAE that the latents were made with"
             )
     return inputs

@@ -445,7 +445,7 @@ def test_what_a_probe_says_equals_counting_again(planted: Path, tmp_path: Path, 
 
 
 def test_a_probe_of_something_else_is_refused(planted: Path, tmp_path: Path) -> None:
-    other = {"sae": {"sae_sha256": "0" * 64}, "tokens": {"tokens": {"backbone": "x"}}}
+    other: dict[str, dict[str, Any]] = {"sae": {"sae_sha256": "0" * 64}, "tokens": {"tokens": {"backbone": "x"}}}
     for name, change in other.items():
         write_probe(tmp_path / name, planted / "acts.zarr", planted / "run", [2], **change)
     with pytest.raises(SpecMismatch, match="reads latents of another SAE"):
