@@ -44,6 +44,7 @@ GROUPS = {
             **dict.fromkeys(("sheet", "map", "masks"), "cytosae.commands.maps"),
             "search": "cytosae.commands.search",
             "match": "cytosae.commands.match",
+            "ablate": "cytosae.commands.ablate",
         },
     ),
     "atlas": (

@@ -31,6 +31,7 @@ FULL = {
     "patients": [],
     "tau": [],
     "steering": [],
+    "ablate": ["--images", "171373", "--tokens", "17", "--width", "64", "--latents", "49152"],
     "frontier": ["--steps", "2000"],
 }
 ON_REQUEST = ("frontier", "steering")  # hours, and libraries in an environment of their own: run_all.py frontier

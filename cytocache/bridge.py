@@ -134,6 +134,58 @@ def backbone_sample(
     return outputs(), backbone.final_cls
 
 
+def backbone_rest(
+    store: Path | str,
+    *,
+    root: Path | None = None,
+    weights: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    download_progress: Progress = _silent,
+) -> "tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Iterator[torch.Tensor]] | None]":
+    """A function that runs the blocks after that of a cache, and one that runs its images up to there.
+
+    Parameters
+    ----------
+    store : the activation cache, a path or a URL
+    root : folder of its images now; None: no image is read, and there is no second function
+    weights : the file of the trained backbone; an untrained one needs none
+    device : auto, cpu, cuda or cuda:N; auto takes a GPU if there is one
+    workers : processes that read images; None: one for each core
+
+    Returns
+    -------
+    (n, tokens_per_image, width) -> final CLS embeddings, (n, width). And: image indices -> an iterator over the float32
+    outputs of the block, (tokens_per_image, width), computed lazily.
+
+    Raises
+    ------
+    BadInput, SpecMismatch
+        If the weights are missing or not those of the cache, or the backbone has no CLS token; while iterating, if an
+        image file has changed.
+    """
+    from .backbones import require_cls
+    from .sample import load_backbone_of, read_sample
+
+    cache, device = ActivationStore(store), resolve_device(device)
+    require_cls(cache.spec.layout, cache.spec.backbone)
+    backbone = load_backbone_of(cache, weights=weights, device=device, keep_tail=True, progress=download_progress)
+
+    def outputs(images: Any) -> "Iterator[torch.Tensor]":
+        assert root is not None
+        yield from read_sample(
+            cache,
+            np.asarray(images, np.int64),
+            backbone,
+            root=root,
+            device=device,
+            workers=workers or n_cores(),
+            root_option="--images",
+        )
+
+    return backbone.final_cls, None if root is None else outputs
+
+
 def read_masks(
     masks: Path,
     latents: LatentStore,

@@ -14,6 +14,8 @@ from .baselines import BaselineConfig as BaselineConfig
 from .baselines import VersusConfig as VersusConfig
 from .baselines import compare_with_baselines as compare_with_baselines
 from .baselines import write_baseline as write_baseline
+from .causes import AblateConfig as AblateConfig
+from .causes import ablate_latents as ablate_latents
 from .cluster import open_client as open_client
 from .compare import CompareConfig as CompareConfig
 from .compare import ReplicateConfig as ReplicateConfig

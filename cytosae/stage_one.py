@@ -112,6 +112,18 @@ class StageOne(Protocol):
     ) -> "tuple[Iterator[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]":
         """(block outputs for a sample of images, function from there to the final CLS embeddings)."""
 
+    def backbone_rest(
+        self,
+        store: Path | str,
+        *,
+        root: Path | None,
+        weights: str | None,
+        device: str,
+        workers: int | None,
+        download_progress: Progress,
+    ) -> "tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[Any], Iterator[torch.Tensor]] | None]":
+        """(function from block outputs to the final CLS embeddings, function from image indices to block outputs)."""
+
     def read_masks(
         self,
         masks: Path,

@@ -38,6 +38,7 @@ from .result_folder import begin_results as begin_results
 from .runlog import append_run as append_run
 from .runlog import read_runs as read_runs
 from .shards import Shard as Shard
+from .spec import ABLATION as ABLATION
 from .spec import ACTIVATIONS as ACTIVATIONS
 from .spec import ATLAS as ATLAS
 from .spec import BARCODES as BARCODES

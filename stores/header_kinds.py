@@ -95,6 +95,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "search": {"barcodes": str, "tau": _NUMBER, "k": int, "weigh": str, "caches": [str]},
     "replication": {"discovery": str, "replication": str},
     "latent match": {"a": [str], "b": [str], "by": str, "seed": int},
+    "ablation": {"latents": [int], "mode": str, "token_set": str, "sae_sha256": str, "cache_sha256": str},
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},
 }
 _WITH_FILES: Pattern = {"files": (_NAMES,)}

@@ -113,13 +113,16 @@ VERSUS = Format(
     header_file="versus.json",
     command="cyto sae versus",
 )
+ABLATION = Format(
+    kind="ablation", a_kind="an ablation", version=1, header_file="ablation.json", command="cyto concept ablate"
+)
 ATLAS = Format(kind="atlas", a_kind="an atlas", version=1, header_file="atlas.json", command="cyto atlas build")
 FORMATS = {
     format.kind: format
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
-        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ATLAS),
+        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ABLATION, ATLAS),
         *(SEARCH, REPLICATION, MATCH),
     )
 }

@@ -100,6 +100,7 @@ def build_atlas(
     *,
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
+    causes: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -121,6 +122,7 @@ def build_atlas(
     config : which latents have pages, how many images, pseudonyms; None: `AtlasConfig()`
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
+    causes : a folder of `ablate_latents`
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -139,8 +141,9 @@ def build_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
-    given = [barcodes, concepts, *sources.places, *comparisons, *([neighbours] if neighbours is not None else [])]
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
+    more = [each for each in (neighbours, causes) if each is not None]
+    given = [barcodes, concepts, *sources.places, *comparisons, *more]
     return write_atlas(
         inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
     )
@@ -154,6 +157,7 @@ def _open(
     *,
     comparisons: Sequence[Path | str],
     neighbours: Path | str | None,
+    causes: Path | str | None,
 ) -> Inputs:
     return open_inputs(
         Path(barcodes),
@@ -161,6 +165,7 @@ def _open(
         sources,
         comparisons=[Path(each) for each in comparisons],
         neighbours=None if neighbours is None else Path(neighbours),
+        causes=None if causes is None else Path(causes),
         tau=config.tau,
     )
 
@@ -255,6 +260,7 @@ def estimate_atlas(
     *,
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
+    causes: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -265,7 +271,7 @@ def estimate_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours)
+    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
@@ -342,6 +348,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "latents": inputs.sources.identities,
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
+        **({} if inputs.causes is None else {"causes": inputs.causes.header.identity}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),

@@ -17,6 +17,12 @@ from .site import Site
 
 _BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
 _LISTED_PATIENTS = 20
+_CAUSES = {
+    "cls_change": "final CLS, share of its norm",
+    "cls_gain": "final CLS, per unit of what was changed",
+    "probability": "probability, by the probe of barcodes, of",
+    "cls_probability": "probability, by the probe of the final CLS, of",
+}
 BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; values outside are counted in the outermost bins
 
 
@@ -70,6 +76,7 @@ def write_concept_pages(
     histograms = activation_histograms(inputs, cohort, latents)
     statistics = {name: inputs.concepts.latents(name).to_pydict() for name in inputs.concepts.datasets}
     neighbours = _Neighbours(inputs)
+    causes = _causes(inputs)
     comparisons = [_comparison(inputs, cohort, number) for number in range(len(inputs.comparisons))]
     starts = np.searchsorted(plan.references.latent, [latents, latents + 1])
     for first in range(0, len(latents), _BATCH):
@@ -92,6 +99,7 @@ def write_concept_pages(
                 **_reference_rows(inputs, plan, maps, range(*starts[:, at].tolist()), shared),
                 neighbours=neighbours.of(latent, plan),
                 has_neighbours=neighbours.is_given,
+                causes=causes.get(latent, []),
                 strip=_strip(cohort, values[:, at - first], latent),
                 comparisons=[{"pair": pair, **table_row(table, latent)} for pair, table in comparisons],
             )
@@ -181,6 +189,18 @@ class _Neighbours:
         for row in self._table.slice(first, last - first).to_pylist():
             found.setdefault(row["by"], []).append({**row, "has_page": plan.has_page(row["neighbour"])})
         return found
+
+
+def _causes(inputs: Inputs) -> dict[int, list[dict[str, Any]]]:
+    """The effects of `cyto concept ablate` by latent: on the final CLS, and on each class of its probe."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    if inputs.causes is not None:
+        for row in inputs.causes.table("effects").to_pylist():
+            kind, _, label = row["quantity"].partition(":")
+            if kind in _CAUSES:
+                name = f"{_CAUSES[kind]} {label}".strip()
+                found.setdefault(int(row["latent"]), []).append({**row, "name": name})
+    return found
 
 
 def _strip(cohort: Cohort, values: Values, latent: int) -> dict[str, Any]:

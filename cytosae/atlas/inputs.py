@@ -15,7 +15,7 @@ from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore
-from stores.spec import COMPARISON, NEIGHBOURS, Header
+from stores.spec import ABLATION, COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
 
@@ -29,6 +29,7 @@ class Inputs:
     sources: Sources
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
+    causes: ResultStore | None = None  # of `cyto concept ablate`
 
     @property
     def n_latents(self) -> int:
@@ -68,6 +69,7 @@ class Inputs:
         found += [("latents", Path(store.root), store.header) for store in self.stores]
         found += [("comparison", each.root, each.header) for each in self.comparisons]
         found += [] if self.neighbours is None else [("neighbours", self.neighbours.root, self.neighbours.header)]
+        found += [] if self.causes is None else [("ablation", self.causes.root, self.causes.header)]
         return [(what, root.name, header) for what, root, header in found]
 
     def comparison_table(self, number: int) -> pa.Table:
@@ -93,6 +95,7 @@ def open_inputs(
     *,
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
+    causes: Path | None = None,
     tau: float | None = None,
 ) -> Inputs:
     """Open the stores of an atlas.
@@ -111,17 +114,18 @@ def open_inputs(
         sources=sources,
         comparisons=[ResultStore(root, COMPARISON) for root in comparisons],
         neighbours=None if neighbours is None else ResultStore(neighbours, NEIGHBOURS),
+        causes=None if causes is None else ResultStore(causes, ABLATION),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)
     for store in inputs.stores:
         _ = store.layout.side  # raises where maps cannot be drawn
-    if inputs.neighbours is not None:
-        stated = inputs.neighbours.header.spec["sae_sha256"]
-        if stated != inputs.stores[0].spec.sae_sha256:
+    for what, folder in (("neighbours", inputs.neighbours), ("an ablation", inputs.causes)):
+        stated = None if folder is None else folder.header.spec["sae_sha256"]
+        if folder is not None and stated != inputs.stores[0].spec.sae_sha256:
             raise SpecMismatch(
-                f"{inputs.neighbours.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
-                f"({inputs.stores[0].spec.sae_sha256:.12}…); give neighbours of the SAE that the latents were made with"
+                f"{folder.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
+                f"({inputs.stores[0].spec.sae_sha256:.12}…); give {what} of the SAE that the latents were made with"
             )
     return inputs
 

@@ -8,6 +8,8 @@ from .folds import assign_folds as assign_folds
 from .intervals import draw_groups as draw_groups
 from .intervals import interval as interval
 from .intervals import scores_of_draws as scores_of_draws
+from .logistic_columns import ColumnFit as ColumnFit
+from .logistic_columns import fit_columns as fit_columns
 from .result import ProbeResult as ProbeResult
 from .result import ProbeTest as ProbeTest
 from .run import C_FACTORS as C_FACTORS
@@ -18,5 +20,7 @@ from .run import ProbeConfig as ProbeConfig
 from .run import along_thresholds as along_thresholds
 from .run import probe as probe
 from .run import write_probe as write_probe
+from .saved_model import ProbeModel as ProbeModel
+from .saved_model import read_model as read_model
 from .units import UnitConfig as UnitConfig
 from .units import Where as Where

@@ -47,6 +47,10 @@ ATLAS = "atlas build --barcodes cohort/barcodes --concepts cohort/concepts --lat
 ATLAS += "cohort/images --neighbours cohort/neighbours --compare cohort/compare --pages top --top 2 -o new"
 MAP = "concept map cohort/latents -o new --image nobody/42 --latent 3 --concepts cohort/concepts"
 SHEET = "concept sheet cohort/concepts cohort/latents -o new --latent 3"
+ABLATE = (
+    "concept ablate run acts.zarr --latents latents.zarr --latent 1 --controls 1 --directions 1 --n-images 1 -o new"
+)
+ABLATE += " --curve-images 0"
 NEIGHBOURS = "concept neighbours run -o new --latents latents.zarr --latent 1 --workers 1"
 # a command line -> when the first one is held up, so that the second can try: as it claims its place; or, where others
 # may write parts of the same, as the writer of its part, or as who completes it
@@ -73,7 +77,7 @@ WRITING = {
     "demo --out new": "claim",
     "run images -o new": "claim",
     "report begun": "claim",
-    **dict.fromkeys((COMPARE, PROBE, ATLAS, MAP, SHEET, NEIGHBOURS), "claim"),
+    **dict.fromkeys((COMPARE, PROBE, ATLAS, MAP, SHEET, NEIGHBOURS, ABLATE), "claim"),
 }
 # a command line -> the stores that it reads, each of which is exchanged once
 READING = {
@@ -95,6 +99,7 @@ READING = {
     MAP: ["cohort/latents", "cohort/concepts"],
     SHEET: ["cohort/latents", "cohort/concepts"],
     NEIGHBOURS: ["latents.zarr", "run"],
+    ABLATE: ["latents.zarr", "run", "acts.zarr"],
     "verify acts.zarr": ["acts.zarr"],
     "verify run": ["run"],
     "cache verify acts.zarr": ["acts.zarr"],

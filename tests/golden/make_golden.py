@@ -29,6 +29,7 @@ from cytosae.atlas.questions import Question, Review
 from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.baselines import VersusConfig, compare_with_baselines
+from cytosae.causes import AblateConfig, ablate_latents
 from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
@@ -64,6 +65,7 @@ LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas
 OF_MODEL = ("probe-model-v1", "probe-test-v1")
 OF_BASELINES = ("versus-v1",)
 OF_OTHERS = ("search-v1", "replication-v1", "match-v1")
+OF_CAUSES = ("ablation-v1",)
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -503,15 +505,39 @@ def write_first(folder: Path) -> None:
     write_results_v1(folder, sae, latents)
 
 
+class MeanToken:
+    """In the place of stage one: the final CLS embedding is the mean token."""
+
+    def backbone_rest(self, *args: Any, **settings: Any) -> tuple[Any, None]:
+        """As `cytocache.bridge.backbone_rest`, without images."""
+        return lambda tokens: tokens.mean(1), None
+
+
+def write_ablation_v1(folder: Path) -> None:
+    """Latent 7 of the golden SAE set to 0 at the golden tokens."""
+    config = AblateConfig(latents=(7,), n_controls=2, n_directions=2, curve=(1,), curve_images=2)
+    inputs = (folder / "sae-v1", folder / "activations-v1.zarr")
+    ablate_latents(*inputs, folder / "ablation-v1", config, stage_one=MeanToken(), device="cpu")  # type: ignore[arg-type]
+    remove_figures(folder, OF_CAUSES)
+    header = find_header(folder / "ablation-v1")
+    assert header is not None
+    assert header.summary is not None
+    write_header(folder / "ablation-v1", replace(header, summary={**header.summary, "figures": {}}))
+
+
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS) if (folder / name).exists()]
+    there = [
+        name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES) if (folder / name).exists()
+    ]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL]:
         return write_of_baselines_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES]:
         return write_of_others_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS]:
+        return write_ablation_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -524,6 +550,7 @@ def main(folder: Path) -> None:
     write_of_model_v1(folder)
     write_of_baselines_v1(folder)
     write_of_others_v1(folder)
+    write_ablation_v1(folder)
     shutil.rmtree(folder / "made")
 
 

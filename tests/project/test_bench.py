@@ -28,6 +28,8 @@ TINY = {
     "frontier": "--images 10 --width 16 --expansion 4 --sparsities 3 --steps 6 --batch 257 --seeds 0 --lr 1e-3",
     "steering": "--activations relu --targets 3 --expansion 2 --steps 6 --batch-tokens 64 --images 8 --width 16",
     "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",
+    "ablate": "--images 12 --tokens 5 --width 16 --latents 64 --l0 4 --chosen 1 --controls 3 --n-images 2 "
+    "--loop-edits 2",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
     "search": "--share 0.0003 --latents 512 --images-per-patient 5 --evaluate 5 --rounds 1",
 }
@@ -49,6 +51,7 @@ def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
         "frontier",
         "steering",
         "tau",
+        "ablate",
     )
     folder = ["--folder", str(tmp_path)] if name in in_folder else []
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]

@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "concept sheet": ("cytosae.write_sheets", "cytosae.Style"),
     "concept map": ("cytosae.write_maps", "cytosae.PatchQuery", "cytosae.Style"),
     "concept masks": ("cytosae.write_mask_agreement",),
+    "concept ablate": ("cytosae.ablate_latents", "cytosae.AblateConfig"),
     "concept stability": ("cytosae.write_stability",),
     "concept neighbours": ("cytosae.write_neighbours", "cytosae.NeighbourConfig"),
     "concept patient": ("cytosae.write_patient_concepts", "cytosae.PatientConfig"),

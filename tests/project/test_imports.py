@@ -27,14 +27,9 @@ TORCH = {  # files that name torch (or timm), or rooms; a laptop without torch r
     *("cytocache/checkpoint_state.py", "cytocache/file_architecture.py", "cytocache/model_config.py"),
     *("cytocache/model_options.py", "cytocache/random_weights.py", "cytocache/vit.py"),
     *("cytocache/first_look.py", "cytosae/pipeline/costs.py"),
-    *(
-        "cytosae/baselines",
-        "cytosae/sae",
-        "cytosae/training",
-        "cytosae/sweep",
-        "cytosae/latents",
-        "cytosae/probe/attention_mil.py",
-    ),
+    *("cytosae/baselines", "cytosae/sae", "cytosae/training", "cytosae/sweep", "cytosae/latents"),
+    *("cytosae/probe/attention_mil.py", "cytosae/causes/ablate.py", "cytosae/causes/encoded.py"),
+    "cytosae/causes/measure.py",
     *("cytosae/stage_one.py", "stores/devices.py"),
 }
 DASK = {"cytosae/cluster", "cytosae/barcodes", "cytosae/concepts", "cytosae/relations", "cytosae/commands"}

@@ -28,6 +28,7 @@ from review_client import ask, post, running, token_of
 from cytosae.atlas import pseudonyms_file, read_review, reviews
 from cytosae.atlas.pseudonyms import read_pseudonyms
 from cytosae.atlas.review_items import item_id
+from cytosae.causes import read_ablation
 from cytosae.compare import Comparison, Replication
 from cytosae.concepts import read_selection
 from cytosae.maps import MapResult, MaskResult
@@ -45,6 +46,7 @@ from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore
 from stores.runlog import read_runs
 from stores.spec import (
+    ABLATION,
     ATLAS,
     COMPARISON,
     CONCEPTS,
@@ -88,6 +90,7 @@ IDENTITIES = {
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
     "masks-v1": "fc823af078f10146472e8a035a6c53ee12e47f7b180742821f78f3c08cb583f8",
+    "ablation-v1": "acdc9fef20b87d6b4ee25207720b6b34a29500602bb4cf49de9808f7ca0bf36d",
     "atlas-v1": "c3f947fc830e5038f2c948df473923c74a47d02fbcd7dfa60cbf0974b7d05ff7",
 }
 RESULTS = {
@@ -107,6 +110,7 @@ RESULTS = {
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
     "masks-v1": MASKS,
+    "ablation-v1": ABLATION,
     "atlas-v1": ATLAS,
 }
 HEADERLESS = {f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews"}  # formats of files that are not stores
@@ -451,6 +455,24 @@ def test_masks_version_1() -> None:
     result = store.result(MaskResult, out=store.root, n_latents=8, left_out={})
     assert (result.n_images, result.n_patches, result.n_foreground, result.n_silent) == (2, 8, 3, 0)
     assert [row["latent"] for row in result.best_by_auroc] == [0, 3, 4, 7, 1]
+
+
+def test_ablation_version_1() -> None:
+    """Latent 7 without its value, by hand: the final CLS embedding was the mean token."""
+    result = read_ablation(GOLDEN / "ablation-v1")
+    cache, model = ActivationStore(GOLDEN / "activations-v1.zarr"), load_sae(GOLDEN / "sae-v1", device="cpu").model
+    rows = ResultStore(GOLDEN / "ablation-v1", ABLATION).table("images").to_pylist()
+    for row, image in zip([row for row in rows if row["edit"] == "chosen"], (0, 2), strict=True):
+        x = cache.read_images([image])[0].astype(np.float64)
+        w_enc, b_enc, w_dec, b_dec = (
+            getattr(model, name).double().numpy() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+        )
+        z = np.maximum((x - b_dec) @ w_enc[:, 7] + b_enc[7], 0)
+        moved = np.linalg.norm(z.mean() * w_dec[7])
+        assert row["cls_norm"] == pytest.approx(moved, rel=1e-5)
+        assert row["cls_change"] == pytest.approx(moved / np.linalg.norm(x.mean(0)), rel=1e-5)
+    assert {row["latent"] for row in result.effects.to_pylist()} == {7}
+    assert (result.n_images_surveyed, result.n_images_edited, result.mode) == (2, 2, "zero")
 
 
 def test_sweep_version_1() -> None:

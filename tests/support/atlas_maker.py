@@ -20,7 +20,7 @@ from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.compare import CompareConfig, compare
 from cytosae.concepts import ConceptConfig, SelectionConfig, concept_statistics, select_latents
 from stores import ConceptStore, begin_results
-from stores.spec import NEIGHBOURS
+from stores.spec import ABLATION, NEIGHBOURS
 
 SCRIPT = "<script>document.title='owned'</script>"
 QUOTES = "\" onmouseover='alert(1)' x=\""
@@ -44,7 +44,9 @@ class Cohort:
     @property
     def build(self) -> list[str]:
         """Options of `cyto atlas build` with everything; the last word is missing: where to."""
-        folders = {name: self.root / name for name in ("barcodes", "concepts", "latents", "images", "neighbours")}
+        folders = {
+            name: self.root / name for name in ("barcodes", "concepts", "latents", "images", "neighbours", "causes")
+        }
         options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
         return ["atlas", "build", *options, "--compare", str(self.root / "compare"), "-o"]
 
@@ -93,6 +95,7 @@ def make_cohort(root: Path) -> Cohort:
         compare(root / "barcodes", root / "compare", CompareConfig(a=DISEASES[0], b=DISEASES[1], top=5))
     select_latents(ConceptStore(root / "concepts"), SelectionConfig(dataset=DATASETS[0], clusters=3, per_cluster=3))
     write_neighbours(root / "neighbours")
+    write_causes(root / "causes")
     return Cohort(root, dense, patients, diseases, ids)
 
 
@@ -105,6 +108,20 @@ def without_figures() -> Iterator[None]:
         for name in ("plot_correlation", "plot_patients", "plot_scatter"):
             patch.setattr(f"cytosae.compare.differential.{name}", lambda *args, **settings: None)
         yield
+
+
+def write_causes(out: Path) -> None:
+    """Made-up effects of latents 0 and 3, in the format of `cyto concept ablate`; the probe has a hostile class."""
+    rows = [
+        {"latent": latent, "quantity": quantity, "effect": 0.125 * (latent + 1), "low": None, "high": None}
+        | {"n_patients": 14, "control_mean": 0.0625, "control_low": 0.03125, "control_high": 0.09375, "p": 0.0099}
+        | {"direction_mean": None}
+        for latent in (0, 3)
+        for quantity in ("cls_change", "cls_norm", "cls_gain", f"logit:{SCRIPT}", f"probability:{SCRIPT}")
+    ]
+    writer = begin_results(out, ABLATION, {"sae_sha256": "1" * 64})
+    writer.write_table("effects", pa.Table.from_pylist(rows))
+    writer.finish({})
 
 
 def write_neighbours(out: Path) -> None:

@@ -222,6 +222,22 @@ def test_statistics_are_the_concepts(atlas: Path, cohort: Cohort) -> None:
     assert built["n_latents"] == N_LATENTS
 
 
+def test_effects_of_an_ablation_stand_on_the_page(atlas: Path) -> None:
+    """Of the latents in its folder; names of classes are text."""
+    page = Page(atlas / "concepts" / "3.html")
+    for words in (
+        "What happens without it",
+        "final CLS, share of its norm",
+        "0.5",
+        "0.0099",
+        f"by the probe of barcodes, of {SCRIPT}",
+    ):
+        assert words in page.text
+    assert "logit" not in page.text
+    others = [latent for latent in shown_latents(atlas) if latent not in (0, 3)]
+    assert "What happens without it" not in (atlas / "concepts" / f"{others[0]}.html").read_text()
+
+
 def test_reference_images_have_the_maps_of_the_store(atlas: Path, cohort: Cohort) -> None:
     """As shares of the page's largest value, in 256 steps of the image's own largest."""
     concepts, latent = ConceptStore(cohort.root / "concepts"), shown_latents(atlas)[0]
