@@ -289,8 +289,13 @@ def _without_difference(prepared: Prepared, direction: Floats, config: Replicate
     covariates = np.zeros((len(is_a), 0)) if prepared.covariates is None else prepared.covariates
     group, _ = residual_group(is_a, covariates, strata)
     values -= np.outer(group, group @ values / (group @ group))
-    settings = {"n_permutations": config.n_permutations, "seed": config.seed}
-    return signed_test(values, is_a, direction, strata=strata, covariates=covariates, **settings)[2]
+    return signed_test(
+        *(values, is_a, direction),
+        n_permutations=config.n_permutations,
+        seed=config.seed,
+        strata=strata,
+        covariates=covariates,
+    )[2]
 
 
 _TAKEN = ("difference", "hedges_g", "hedges_g_low", "hedges_g_high", "auc", "p", "q", "p_max_t")
