@@ -30,7 +30,14 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
 @click.option("--top", type=COUNT, help="Instead: the first so many of both top lists of DISCOVERY, whatever their p.")
 @click.option("--a", metavar="DISEASE", help="What group A is called in REPLICATION  [default: as in DISCOVERY].")
 @click.option("--b", metavar="DISEASE", help="What group B is called in REPLICATION  [default: as in DISCOVERY].")
-@click.option("--permutations", "n_permutations", type=COUNT, default=10_000, show_default=True)
+@click.option(
+    "--permutations",
+    "n_permutations",
+    type=COUNT,
+    default=10_000,
+    show_default=True,
+    help="Permutations of patients; the smallest p is 1 / (this + 1).",
+)
 @click.option(
     "--bootstraps",
     "n_bootstraps",

@@ -33,7 +33,14 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
 )
 @click.option("--per-stratum", type=COUNT, default=16, show_default=True, help="Images of a stratum, at most.")
 @click.option("--min-images", type=COUNT, default=5, show_default=True, help="Images in which a latent must be active.")
-@click.option("--permutations", "n_permutations", type=COUNT, default=99, show_default=True)
+@click.option(
+    "--permutations",
+    "n_permutations",
+    type=COUNT,
+    default=99,
+    show_default=True,
+    help="Permutations of the images of B, which say what chance is.",
+)
 @click.option("--sae-a", type=FILE, help="SAE of A: with --sae-b the cosine of decoder rows stands beside.")
 @click.option("--sae-b", type=FILE, help="SAE of B.")
 @click.option(

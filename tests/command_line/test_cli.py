@@ -52,6 +52,7 @@ def test_ctrl_c_while_images_are_listed_stops_at_once(
     assert handlers == [signal.getsignal(signal.SIGINT)] * 2
 
 
+@pytest.mark.stress
 def test_chain_through_the_command_line(made: Path, tmp_path: Path) -> None:
     """The five commands on a folder of images, as a user types them, and again: nothing is done twice."""
     acts, sae, latents, barcodes = (tmp_path / name for name in ("a.zarr", "sae", "l.zarr", "b"))
@@ -155,11 +156,15 @@ def test_choices_are_those_of_the_library() -> None:
     from cytocache.published_datasets import INDEXERS
     from cytosae.atlas.config import PAGES
     from cytosae.barcodes.build import NORMALIZATIONS
+    from cytosae.baselines.config import KINDS as BASELINE_KINDS
+    from cytosae.baselines.config import LABEL_COLUMNS as BASELINE_LABELS
+    from cytosae.compare.replication import RULES
     from cytosae.concepts.statistics import LABEL_COLUMNS
     from cytosae.latents.settings import PRECISIONS as PRODUCT_PRECISIONS
     from cytosae.probe.folds import NULLS
     from cytosae.probe.run import REGULARIZATIONS
     from cytosae.probe.units import LEVELS
+    from cytosae.relations.activation_match import BY
     from cytosae.sae import PRESETS
     from cytosae.sae.config import (
         ACTIVATIONS,
@@ -173,6 +178,7 @@ def test_choices_are_those_of_the_library() -> None:
     )
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
+    from cytosae.search.config import WEIGH
     from cytosae.training.metric_loggers import LOGGERS
     from stores.barcode_store import LEVELS as BARCODE_LEVELS
     from stores.token_sets import TOKEN_SETS
@@ -212,6 +218,12 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto concept stats", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept stats", "label"): LABEL_COLUMNS,
         ("cyto concept neighbours", "token_set"): tuple(TOKEN_SETS),
+        ("cyto concept ablate", "token_set"): tuple(TOKEN_SETS),
+        ("cyto concept match", "by"): BY,
+        ("cyto concept search", "weigh"): WEIGH,
+        ("cyto compare replicate", "rule"): RULES,
+        ("cyto sae baseline", "kind"): BASELINE_KINDS,
+        ("cyto sae versus", "label"): BASELINE_LABELS,
     }
 
 

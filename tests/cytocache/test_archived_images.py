@@ -274,6 +274,7 @@ def test_another_archive_in_its_place_is_refused(folder: Path, tmp_path: Path) -
         repair(tmp_path / "acts.zarr", device="cpu")
 
 
+@pytest.mark.stress
 def test_from_an_archive_to_an_atlas_with_its_pictures(folder: Path, tmp_path: Path) -> None:
     """The pictures of the atlas are those of the unpacked folder, found by what the stores recorded."""
     archive = pack_folder(tmp_path / "cells.zip", folder, under="cells/")

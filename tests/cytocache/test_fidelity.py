@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def test_other_weights_or_an_unfinished_cache_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*args: Any, **kwargs: Any) -> Backbone:
-        return Backbone(**{**vars(load_backbone(*args, **kwargs)), "weights_sha256": "0" * 64})
+        return replace(load_backbone(*args, **kwargs), weights_sha256="0" * 64)
 
     monkeypatch.setattr(sample_module, "load_backbone", load)
     with pytest.raises(SpecMismatch, match=r"was made with weights of sha256 .*…, found 000000000000…; give the file"):

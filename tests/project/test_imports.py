@@ -26,7 +26,7 @@ TORCH = {  # files that name torch (or timm), or rooms; a laptop without torch r
     *("cytocache/sample.py", "cytocache/torchvision_guard.py", "cytocache/weights_file.py"),
     *("cytocache/checkpoint_state.py", "cytocache/file_architecture.py", "cytocache/model_config.py"),
     *("cytocache/model_options.py", "cytocache/random_weights.py", "cytocache/vit.py"),
-    *("cytocache/first_look.py", "cytosae/pipeline/costs.py"),
+    *("cytocache/device_copies.py", "cytocache/first_look.py", "cytosae/pipeline/costs.py"),
     *("cytosae/baselines", "cytosae/sae", "cytosae/training", "cytosae/sweep", "cytosae/latents"),
     *("cytosae/probe/attention_mil.py", "cytosae/causes/ablate.py", "cytosae/causes/encoded.py"),
     "cytosae/causes/measure.py",

@@ -151,7 +151,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 def test_atlas(cohort: Cohort, tmp_path: Path) -> None:
     out, root = tmp_path / "atlas", cohort.root
     by_command = printed(*cohort.build, out)
-    given: dict[str, Any] = {name: str(root / name) for name in ("barcodes", "concepts", "latents", "neighbours")}
+    given: dict[str, Any] = {
+        name: str(root / name) for name in ("barcodes", "concepts", "latents", "neighbours", "causes")
+    }
     given |= {"comparisons": [root / "compare"], "roots": [root / "images"], "stage_one": cytocache.bridge}
     done = cytosae.build_atlas(out=out, **given)
     assert done.was_complete

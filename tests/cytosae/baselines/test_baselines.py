@@ -144,7 +144,7 @@ def test_other_data_are_refused(planted: tuple[Path, Path], tmp_path: Path) -> N
     with pytest.raises(SpecMismatch, match=r"was trained on other data \(.*\); give the caches that it was trained on"):
         write_baseline([other], tmp_path / "b", BaselineConfig(kind="pca"), like=sae)
     with pytest.raises(SpecMismatch, match="the same --exclude"):
-        write_baseline([cache], tmp_path / "b", BaselineConfig(kind="pca"), like=sae, exclude=["000.png"])
+        write_baseline([cache], tmp_path / "b", BaselineConfig(kind="pca"), like=sae, exclude=["synthetic/000.png"])
     write_baseline([cache], tmp_path / "b", BaselineConfig(kind="pca"), like=sae)
     with pytest.raises(BadInput, match=r"is itself a baseline \(pca\); give the SAE that it is like"):
         write_baseline([cache], tmp_path / "c", BaselineConfig(kind="pca"), like=tmp_path / "b")

@@ -141,6 +141,7 @@ def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) 
     assert turned.summary["n_replicated"] >= 5
 
 
+@pytest.mark.stress
 def test_where_nothing_differs_p_is_uniform(discovery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over 60 cohorts without any difference: one-sided p, p of the signs and of the correlation; few replicate."""
     monkeypatch.setattr("cytosae.compare.replication.plot_replication", lambda *given: None)

@@ -132,6 +132,7 @@ def test_a_changed_line_redoes_what_depends_on_it(
     assert tomllib.loads(recipe_text(recipe)) == tomllib.loads((copied / "recipe.toml").read_text())
 
 
+@pytest.mark.stress
 def test_changed_back_is_as_before(copied: Path) -> None:
     before = contents(copied)
     original = (copied / "recipe.toml").read_bytes()
@@ -142,6 +143,7 @@ def test_changed_back_is_as_before(copied: Path) -> None:
     assert contents(copied) == before
 
 
+@pytest.mark.stress
 def test_commands_by_hand_make_the_same(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each line of commands.sh, with names that a shell would take apart, in a folder with images and recipe alone."""
     by_hand = tmp_path / "by hand" / "out"

@@ -159,6 +159,7 @@ def test_planted_pairs_are_found_and_strata_alone_are_not(tmp_path: Path) -> Non
     assert not verify_folder(tmp_path / "out").problems
 
 
+@pytest.mark.stress
 def test_where_images_are_not_shared_p_is_uniform(tmp_path: Path) -> None:
     """20 pairs of SAEs that have types and patients in common, and nothing else."""
     found, n_counterparts = [], 0

@@ -207,6 +207,7 @@ def test_interrupted_and_continued_decides_the_same(name: str, cache: Path, tmp_
         assert (whole.spec["k"], whole.spec["config"]["k"], whole.spec["config"].get("target_l0")) == (5, 5, None)
 
 
+@pytest.mark.stress
 def test_two_processes_decide_the_same(cache: Path, tmp_path: Path) -> None:
     """Under torchrun, with gloo; ranks that disagree would wait for each other for ever."""
     one = train([cache], tmp_path / "one", auto("steered"))

@@ -187,7 +187,7 @@ ERRORS = {
         1, ["/usr/bin/gcc", "/tmp/x.c"]
     ),
     r"libcuda\.so of the GPU's driver is not found": AssertionError("libcuda.so cannot found!\nPossible files"),
-    "name a folder in TRITON_CACHE_DIR": PermissionError(13, "Permission denied", "/root/.triton"),
+    "name a folder in TRITON_CACHE_DIR": PermissionError(13, "Permission denied", "/var/cache/triton"),
     "ValueError: something new": ValueError("something\nnew"),
 }
 

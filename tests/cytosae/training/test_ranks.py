@@ -23,7 +23,7 @@ from cytosae.training.train import train
 from stores.devices import resolve_device
 from stores.errors import BadInput
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.stress]
 LIMIT = 200  # seconds; two processes that wait for each other would do so for hours
 # what stops: rank, error there, words of it; the newest step that is saved afterwards (None: no state)
 STOPPED: dict[str, tuple[int, str, str, int | None]] = {
