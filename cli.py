@@ -32,7 +32,10 @@ GROUPS = {
     ),
     "sae": (
         "Stage two: sparse autoencoders.",
-        dict.fromkeys(("train", "sweep", "info", "eval", "import", "export", "encode"), "cytosae.commands.sae"),
+        {
+            **dict.fromkeys(("train", "sweep", "info", "eval", "import", "export", "encode"), "cytosae.commands.sae"),
+            "score": "cytosae.commands.score",
+        },
     ),
     "latents": ("Latent stores.", dict.fromkeys(("info", "verify", "merge"), "cytosae.commands.latents")),
     "concept": (

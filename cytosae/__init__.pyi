@@ -52,6 +52,9 @@ from .sae import TrainConfig as TrainConfig
 from .sae import export_sae as export_sae
 from .sae import import_sae as import_sae
 from .sae import load_sae as load_sae
+from .score import ScoreConfig as ScoreConfig
+from .score import plan_score as plan_score
+from .score import score_sae as score_sae
 from .sweep import sweep as sweep
 from .training import BackboneSample as BackboneSample
 from .training import sae_info as sae_info

@@ -50,6 +50,7 @@ from .spec import PATIENT_CONCEPTS as PATIENT_CONCEPTS
 from .spec import PROBE as PROBE
 from .spec import PROBE_TEST as PROBE_TEST
 from .spec import SAE as SAE
+from .spec import SCORECARD as SCORECARD
 from .spec import SHEETS as SHEETS
 from .spec import STABILITY as STABILITY
 from .spec import THRESHOLDS as THRESHOLDS

@@ -76,6 +76,9 @@ PATIENT_CONCEPTS = Format(
     header_file="patient_concepts.json",
     command="cyto concept patient",
 )
+SCORECARD = Format(
+    kind="scorecard", a_kind="a scorecard", version=1, header_file="score.json", command="cyto sae score"
+)
 MAPS = Format(kind="patch maps", a_kind="patch maps", version=1, header_file="maps.json", command="cyto concept map")
 SHEETS = Format(
     kind="reference sheets",
@@ -97,7 +100,7 @@ FORMATS = {
     for format in (
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
-        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, ATLAS),
+        *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, SCORECARD, ATLAS),
     )
 }
 

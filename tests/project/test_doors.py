@@ -27,6 +27,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "sae import": ("cytosae.import_sae",),
     "sae export": ("cytosae.export_sae",),
     "sae encode": ("cytosae.encode",),
+    "sae score": ("cytosae.score_sae", "cytosae.ScoreConfig"),
     "latents info": ("stores.latents_info",),
     "latents verify": ("stores.check_latents",),
     "latents merge": ("stores.merge_latents",),
