@@ -1,6 +1,5 @@
 """What stands beside a scorecard: other scorecards, and how well another seed finds the same latents."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
