@@ -156,7 +156,7 @@ def test_another_encoder_and_another_seed(world: World, tmp_path: Path) -> None:
     assert any("--cache" in note for note in done.notes)
     assert any("--keep" in note for note in done.notes)
     pq.write_table(pa.table(table).slice(0, N - 2), tmp_path / "short.parquet")
-    with pytest.raises(BadInput, match="lacks [12] of 119 images"):
+    with pytest.raises(BadInput, match=r"lacks [12] of 119 images"):
         score_sae(world.sae, tmp_path / "no", CONFIG, latents=[world.latents], embedding=tmp_path / "short.parquet")
 
 
@@ -175,8 +175,8 @@ def test_what_does_not_belong_is_refused(world: World, scored: ScoreResult, tmp_
         score_sae(world.random, tmp_path / "out", CONFIG, latents=[world.latents])
     with pytest.raises(BadInput, match="give each image once"):
         score_sae(world.sae, tmp_path / "out", CONFIG, latents=[world.latents, world.latents])
+    changed = ScoreConfig(ks=(1, 2, 5), folds=3, shuffles=4)
     with pytest.raises(SpecMismatch, match="scored with other folds"):
-        changed = ScoreConfig(ks=(1, 2, 5), folds=3, shuffles=4)
         score_sae(world.sae, tmp_path / "out", changed, latents=[world.latents], baselines=[world.root / "random"])
     with pytest.raises(BadInput, match="differ and rise"):
         ScoreConfig(ks=(2, 1))
