@@ -139,9 +139,9 @@ def score_sae(
     }
     for each in others:
         each.require(spec, asked)
-    inputs = [run, *(place for place in map(Path, map(str, latents)) if "://" not in str(place))]
-    inputs += [place for place in map(Path, map(str, caches)) if "://" not in str(place)]
-    inputs += [each.root for each in others] + [Path(each) for each in (embedding, stability) if each is not None]
+    given = (*_listed(latents), *_listed(caches), embedding, stability)
+    inputs = [run, *(Path(each) for each in given if each is not None and "://" not in str(each))]
+    inputs += [each.root for each in others]
     writer = begin_results(
         out, SCORECARD, spec, overwrite=overwrite, inputs=inputs, packages=("numpy", "scipy", "scikit-learn", "numba")
     )

@@ -35,6 +35,7 @@ from cytosae.maps import PatchQuery, Sources, write_maps, write_mask_agreement, 
 from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
 from cytosae.relations import NeighbourConfig, PatientConfig, write_neighbours, write_patient_concepts, write_stability
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
+from cytosae.score import ScoreConfig, score_sae
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
 from stores.activation_store import ActivationSpec, ActivationStore
@@ -51,6 +52,7 @@ FIRST = ("activations-v1.zarr", "sae-v1", "latents-v1.zarr", "barcodes-v1", *RES
 OF_CONCEPTS = ("thresholds-v1", "maps-v1", "sheets-v1", "masks-v1")
 LATER = (*OF_CONCEPTS, "sweep-v1", "atlas-v1", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews")
 OF_MODEL = ("probe-model-v1", "probe-test-v1")
+OF_SCORE = ("scorecard-v1",)
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -435,6 +437,13 @@ def said(
     return replace(found, time=f"2026-11-21T12:{minute:02d}:00+00:00")
 
 
+def write_scorecard_v1(folder: Path) -> None:
+    """Of the golden SAE on its two readable images, which are too few for labels."""
+    config = ScoreConfig(ks=(1,), folds=3, shuffles=2, min_images=2)
+    sae, latents, cache = (folder / name for name in ("sae-v1", "latents-v1.zarr", "activations-v1.zarr"))
+    score_sae(sae, folder / OF_SCORE[0], config, latents=[latents], caches=[cache])
+
+
 def write_first(folder: Path) -> None:
     """Those of the first day."""
     csr.CHUNK_ENTRIES = 8  # a store tells the size of its own chunks
@@ -448,9 +457,11 @@ def write_first(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
-    there = [name for name in (*FIRST, *LATER, *OF_MODEL) if (folder / name).exists()]
+    there = [name for name in (*FIRST, *LATER, *OF_MODEL, *OF_SCORE) if (folder / name).exists()]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL]:
+        return write_scorecard_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -461,6 +472,7 @@ def main(folder: Path) -> None:
     write_atlas_v1(folder, folder / "made")
     write_reviews_v1(folder)
     write_of_model_v1(folder)
+    write_scorecard_v1(folder)
     shutil.rmtree(folder / "made")
 
 
