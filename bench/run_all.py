@@ -25,6 +25,7 @@ FULL = {
     "sae_run": ["--steps", "400"],
     "sae_step_gpu": ["--run"],
     "probe": [],
+    "score": ["--images", "10000"],
     "probe_intervals": ["--runs", "150"],
     "patients": [],
     "tau": [],

@@ -24,7 +24,7 @@ from cytosae.score.monosemanticity import unit_rows
 def main() -> None:
     """Run, and print one line."""
     parser = arguments(__doc__, rounds=1)
-    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--latents", type=int, default=N_LATENTS)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--width", type=int, default=WIDTH)

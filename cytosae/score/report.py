@@ -60,11 +60,6 @@ class ScoreResult(Report):
     doubts: tuple[str, ...] = ()
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What is not in the table, and why."""
-        return self.said
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         """What makes the figures doubtful."""
         return self.doubts
@@ -83,4 +78,6 @@ class ScoreResult(Report):
                 f"  {MEASURES[row['measure']]:<72} {cell(row['k'], '4')} {cell(row['value'], '8.3f')} "
                 f"{cell(row['null'], '8.3f')} {cell(row['null_high'], '10.3f')}{others}"
             )
+        for each in self.said:
+            yield f"not measured: {printable(each)}"
         yield "read each value beside its null (shuffled labels, embeddings or patches); there is no overall rank"

@@ -153,8 +153,8 @@ def test_another_encoder_and_another_seed(world: World, tmp_path: Path) -> None:
     pair = ResultStore(tmp_path / "stability", STABILITY).table("pairs").to_pylist()[0]
     assert of_all(done.rows, "cosine_over_seeds")["value"] == pair["mean_cosine"]
     assert of_all(done.rows, "matched_over_seeds")["value"] == pair["share_above_null_p99"]
-    assert any("--cache" in note for note in done.notes)
-    assert any("--keep" in note for note in done.notes)
+    assert any("--cache" in note for note in done.said)
+    assert any("--keep" in note for note in done.said)
     pq.write_table(pa.table(table).slice(0, N - 2), tmp_path / "short.parquet")
     with pytest.raises(BadInput, match=r"lacks [12] of 119 images"):
         score_sae(world.sae, tmp_path / "no", CONFIG, latents=[world.latents], embedding=tmp_path / "short.parquet")
