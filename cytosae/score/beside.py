@@ -1,12 +1,13 @@
 """What stands beside a scorecard: other scorecards, and how well another seed finds the same latents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stores.errors import SpecMismatch
+from stores.errors import BadInput, SpecMismatch
 from stores.result_folder import ResultStore
 from stores.spec import SCORECARD, STABILITY
 from stores.tables import listed
@@ -72,3 +73,10 @@ class Baseline:
                 f"the baseline {self.root} was scored with other {listed(differ)}; score it again with the images and "
                 f"settings of this one: cyto sae score"
             )
+
+
+def check_names(others: Sequence[Baseline]) -> None:
+    """Raise BadInput if two have one name, which is that of their column."""
+    names = [each.name for each in others]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadInput(f"two baselines are called {listed(twice)}; each needs a folder of another name")

@@ -27,7 +27,7 @@ from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import SAE, SCORECARD, read_header
 
-from .beside import KEYS, Baseline, open_stability
+from .beside import KEYS, Baseline, check_names, open_stability
 from .card import Card
 from .config import ScoreConfig
 from .images import Chosen, choose_images, open_latents, open_tokens
@@ -121,6 +121,7 @@ def score_sae(
     opened = open_tokens(_listed(caches), stores)
     chosen = choose_images(stores, config)
     others = [Baseline.open(Path(place)) for place in _listed(baselines)]
+    check_names(others)
     health = read_health(run, sae_sha256=sae_sha256)
     seeds = None if stability is None else open_stability(Path(stability), sae_sha256)
     sample = sha256_json([chosen.ids, chosen.labels, chosen.parents, chosen.groups.tolist()])

@@ -178,6 +178,9 @@ def test_what_does_not_belong_is_refused(world: World, scored: ScoreResult, tmp_
     changed = ScoreConfig(ks=(1, 2, 5), folds=3, shuffles=4)
     with pytest.raises(SpecMismatch, match="scored with other folds"):
         score_sae(world.sae, tmp_path / "out", changed, latents=[world.latents], baselines=[world.root / "random"])
+    twice = [world.root / "random"] * 2
+    with pytest.raises(BadInput, match="each needs a folder of another name"):
+        score_sae(world.sae, tmp_path / "out", CONFIG, latents=[world.latents], baselines=twice)
     with pytest.raises(BadInput, match="differ and rise"):
         ScoreConfig(ks=(2, 1))
     assert not (tmp_path / "out").exists()
