@@ -17,8 +17,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from cytosae.probe import assign_folds
-from cytosae.score import monosemanticity, morans_i, single_latents, sparse_probing
-from cytosae.score.monosemanticity import unit_rows
+from cytosae.score.monosemanticity import monosemanticity, unit_rows
+from cytosae.score.morans_i import morans_i
+from cytosae.score.single_latents import single_latents
+from cytosae.score.sparse_probing import sparse_probing
 
 
 def main() -> None:

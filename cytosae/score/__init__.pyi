@@ -1,9 +1,5 @@
 from .config import ScoreConfig as ScoreConfig
-from .monosemanticity import monosemanticity as monosemanticity
-from .morans_i import morans_i as morans_i
 from .report import ScorePlan as ScorePlan
 from .report import ScoreResult as ScoreResult
 from .run import plan_score as plan_score
 from .run import score_sae as score_sae
-from .single_latents import single_latents as single_latents
-from .sparse_probing import sparse_probing as sparse_probing

@@ -9,11 +9,11 @@ from scipy.sparse import csc_matrix, csr_matrix
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
-from cytosae.score import monosemanticity, morans_i, single_latents, sparse_probing
 from cytosae.score.hierarchy import best_threshold, lineages
-from cytosae.score.monosemanticity import mean_cosine, unit_rows
-from cytosae.score.morans_i import shuffled
-from cytosae.score.sparse_probing import area_under_roc, rank_latents
+from cytosae.score.monosemanticity import mean_cosine, monosemanticity, unit_rows
+from cytosae.score.morans_i import morans_i, shuffled
+from cytosae.score.single_latents import single_latents
+from cytosae.score.sparse_probing import area_under_roc, rank_latents, sparse_probing
 
 Floats = npt.NDArray[np.float64]
 
