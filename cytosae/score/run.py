@@ -35,11 +35,13 @@ from .report import MEASURES, ScorePlan, ScoreResult
 from .single_latents import SingleLatents
 
 Place = Path | str
-# figures of one core, measured: docs/benchmarks.md
+# on one core, as bench/score.py measures them: docs/benchmarks.md
 _ENTRIES_PER_SECOND = 1.5e7
 _BYTES_PER_SECOND = 3e8
-_SECONDS_PER_PROBE = 0.25  # of all ks, one label and fold, 10,000 images
+_SECONDS_PER_PROBE = 0.95  # of all ks, one label and fold, 10,000 images
 _SECONDS_PER_DENSE_PROBE = 6.0
+_PRODUCTS_PER_SECOND = 1.3e9  # nonzeros x width, for monosemanticity
+_SINGLE_PER_SECOND = 6e6  # nonzeros x labels
 
 
 def plan_score(run: Place, latents: Sequence[Place], config: ScoreConfig | None = None) -> ScorePlan:
@@ -60,8 +62,8 @@ def _plan(stores: Sequence[LatentStore], chosen: Chosen, config: ScoreConfig) ->
     n_classes = len({label for label in chosen.labels if label is not None})
     n_fits = n_classes * config.folds
     seconds = 2 * entries / _ENTRIES_PER_SECOND + n * stores[0].spec.tokens_per_image * width * 2 / _BYTES_PER_SECOND
-    seconds += most * width * (1 + config.shuffles) / 1e9  # monosemanticity
-    seconds += most * n_classes * (1 + config.shuffles) / 1e7  # one-latent probes
+    seconds += most * width * (1 + config.shuffles) / _PRODUCTS_PER_SECOND
+    seconds += most * n_classes * (1 + config.shuffles) / _SINGLE_PER_SECOND / n_cores()
     per_image = n / 10_000 / n_cores()
     seconds += n_fits * per_image * (_SECONDS_PER_PROBE * (1 + config.shuffles) + 2 * _SECONDS_PER_DENSE_PROBE)
     memory = (
