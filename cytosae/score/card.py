@@ -195,7 +195,7 @@ class Card:
         self.latents["monosemanticity"] = pa.array(found, mask=np.isnan(found))
         n = int(counts.sum())
         if not n:
-            self.said.append(f"monosemanticity: no latent is active in {self.config.min_images} images")
+            self.said.append(f"monosemanticity: no latent is active, and varies, in {self.config.min_images} images")
             return
         rng = np.random.default_rng((self.config.seed, 3))
         means, is_above = [], np.ones(len(found), bool)

@@ -54,6 +54,7 @@ from stores.spec import (
     PATIENT_CONCEPTS,
     PROBE,
     PROBE_TEST,
+    SCORECARD,
     SHEETS,
     STABILITY,
     THRESHOLDS,
@@ -75,6 +76,7 @@ IDENTITIES = {
     "probe-test-v1": "5c7e6876e28b145791111555d752aa2d5e48673866677629579427d5cc94938e",
     "neighbours-v1": "5e04a5d184745cccd37f91db82ac9893577cf01ef2359073d022509af75da5e8",
     "stability-v1": "bb593c840d13144a6026559788f691169701e4aa765cf960bc803a4729bd6d4a",
+    "scorecard-v1": "8ae429e6cb4cca5b0b2f281c7a35c3f6ff087082c43a49f92c9421fff3831d97",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
@@ -90,6 +92,7 @@ RESULTS = {
     "probe-test-v1": PROBE_TEST,
     "neighbours-v1": NEIGHBOURS,
     "stability-v1": STABILITY,
+    "scorecard-v1": SCORECARD,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -320,6 +323,22 @@ def test_stability_version_1() -> None:
     assert (pair["n_matched"], pair["is_optimal"], pair["share_above_0.9"]) == (8, True, 1)
     assert pair["mean_cosine"] == pytest.approx(1)
     assert store.table("stability")["mean_matched"].to_pylist() == pytest.approx([1] * 16)
+
+
+def test_scorecard_version_1() -> None:
+    """Two readable images of 2 x 2 patches: too few for labels."""
+    store = ResultStore(GOLDEN / "scorecard-v1", SCORECARD)
+    rows = store.table("scorecard").to_pylist()
+    assert rows == store.json("scorecard")["rows"]
+    assert [row["measure"] for row in rows] == ["morans_i", "coherent_latents"]
+    patches = expected_latents().reshape(3, 5, 8)[[0, 2], 1:]
+    assert store.table("latents")["n_images"].to_pylist() == (patches.sum(1) > 0).sum(0).tolist()
+    for latent, found in enumerate(store.table("latents")["morans_i"].to_pylist()):
+        expected = []
+        for a, b, c, d in patches[:, :, latent].astype(np.float64):
+            z = np.array([a, b, c, d]) - (a + b + c + d) / 4
+            expected.append((z[0] * z[1] + z[2] * z[3] + z[0] * z[2] + z[1] * z[3]) / (z**2).sum())
+        assert found == pytest.approx(np.mean(expected))
 
 
 def test_thresholds_version_1() -> None:
