@@ -110,8 +110,8 @@ class Card:
         for number, k in enumerate(config.ks):
             mean = nanmean(found.latents[number])
             of_null = [nanmean(each) for each in by_chance[:, number]]
-            about = {"null": nanmean(of_null), "null_high": nanmax(of_null), "k": k}
-            self.add("sparse_probe_auroc", mean, n=n_classes, **about)
+            null, high = nanmean(of_null), nanmax(of_null)
+            self.add("sparse_probe_auroc", mean, null=null, null_high=high, k=k, n=n_classes)
             for c, name in enumerate(self.classes):
                 chance = by_chance[:, number, c]
                 self.add(
@@ -124,16 +124,16 @@ class Card:
                     n=int(sizes[c]),
                 )
             if dense is not None and dense - 0.5 >= _LEAST_ABOVE_CHANCE:
-                share = [(each - 0.5) / (dense - 0.5) for each in (mean, about["null"], about["null_high"])]
+                share = [(each - 0.5) / (dense - 0.5) for each in (mean, null, high)]
                 self.add("share_of_dense", share[0], null=share[1], null_high=share[2], k=k, n=n_classes)
         if found.dense is None:
             self.said.append("the dense tokens' performance needs the caches: --cache")
         else:
-            chance = nulls[0].dense
-            assert chance is not None
-            self.add("dense_probe_auroc", nanmean(found.dense), null=nanmean(chance), n=n_classes)
+            dense_null = nulls[0].dense
+            assert dense_null is not None
+            self.add("dense_probe_auroc", nanmean(found.dense), null=nanmean(dense_null), n=n_classes)
             for c, name in enumerate(self.classes):
-                self.add("dense_probe_auroc", found.dense[c], null=chance[c], label=name, n=int(sizes[c]))
+                self.add("dense_probe_auroc", found.dense[c], null=dense_null[c], label=name, n=int(sizes[c]))
             if dense is not None and dense - 0.5 < _LEAST_ABOVE_CHANCE:
                 self.said.append("the mean token tells no label from others, so there is no share of it to recover")
         self.single = single_latents(self.by_latent, labels, n_classes)
@@ -173,10 +173,11 @@ class Card:
             return
         n = sum(each.n_images for each in found)
         weights = np.array([each.n_images / n for each in found])
-        absorbed = weights @ [each.absorbed for each in found]
-        self.add("absorption", absorbed, null=weights @ [each.absorbed_null for each in found], n=n)
-        of_null = weights @ [each.split_null for each in found]
-        split = weights @ [each.split for each in found]
+        absorbed = float(weights @ np.array([each.absorbed for each in found]))
+        absorbed_null = float(weights @ np.array([each.absorbed_null for each in found]))
+        self.add("absorption", absorbed, null=absorbed_null, n=n)
+        of_null = weights @ np.array([each.split_null for each in found])
+        split = float(weights @ np.array([each.split for each in found]))
         self.add("splitting", split, null=of_null.mean(), null_high=of_null.max(), n=n)
         for each in found:
             name, size = known[each.parent], each.n_images
