@@ -30,6 +30,19 @@ Ints = npt.NDArray[np.int64]
 _LEAST_ABOVE_CHANCE = 0.02  # of the dense tokens' area under ROC, to speak of a share of it
 
 
+class Passes:
+    """Progress in steps over all passes so far; the number of passes is not known before. A pass has its own state."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._n_before, self._n_done, self._state = progress, 0, 0, ""
+
+    def __call__(self, done: int, total: int, state: str) -> None:
+        if state != self._state:
+            self._n_before, self._state = self._n_before + self._n_done, state
+        self._n_done = done
+        self._progress(self._n_before + done, self._n_before + total, state)
+
+
 @dataclass
 class Card:
     """The figures, as they are found."""

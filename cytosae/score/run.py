@@ -28,7 +28,7 @@ from stores.result_folder import ResultStore, begin_results
 from stores.spec import SAE, SCORECARD, read_header
 
 from .beside import KEYS, Baseline, check_names, open_stability
-from .card import Card
+from .card import Card, Passes
 from .config import ScoreConfig
 from .images import Chosen, choose_images, open_latents, open_tokens
 from .report import MEASURES, ScorePlan, ScoreResult
@@ -67,7 +67,7 @@ def _plan(stores: Sequence[LatentStore], chosen: Chosen, config: ScoreConfig) ->
     per_image = n / 10_000 / n_cores()
     seconds += n_fits * per_image * (_SECONDS_PER_PROBE * (1 + config.shuffles) + 2 * _SECONDS_PER_DENSE_PROBE)
     memory = (
-        3e8  # libraries, and the rows that are read together
+        6e8  # libraries, and the rows that are read together
         + 36 * most  # by images, by latents, and the rows of a training side
         + 20 * n * width
         + n_cores() * 24 * n * width
@@ -151,7 +151,7 @@ def score_sae(
     writer.watch(*(store.header for store in stores), *(cache.header for cache in opened))
     if writer.is_complete:
         return _result(out, ResultStore(out, SCORECARD).json("scorecard"), was_complete=True)
-    card = Card(config, stores, chosen, progress)
+    card = Card(config, stores, chosen, Passes(progress))
     card.read(opened, embedding)
     card.label_measures()
     card.look_measures()

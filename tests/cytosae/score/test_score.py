@@ -164,7 +164,15 @@ def test_a_sample_is_drawn_by_its_seed(world: World, tmp_path: Path) -> None:
     config = ScoreConfig(ks=(1,), folds=3, shuffles=1, max_images=60)
     plan = plan_score(world.sae, [world.latents], config)
     assert (plan.n_images, plan.n_candidates) == (60, N - 1)
-    first = score_sae(world.sae, tmp_path / "a", config, latents=[world.latents])
+    steps: list[int] = []
+    first = score_sae(
+        world.sae,
+        tmp_path / "a",
+        config,
+        latents=[world.latents],
+        progress=lambda done, total, state: steps.append(done) if done <= total else steps.append(-1),
+    )
+    assert steps == sorted(steps)  # passes follow one another, and none begins anew
     assert first.n_images == 60
     assert score_sae(world.sae, tmp_path / "a", config, latents=[world.latents]).was_complete
     assert score_sae(world.sae, tmp_path / "b", config, latents=[world.latents]).rows == first.rows
