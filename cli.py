@@ -33,7 +33,8 @@ GROUPS = {
     "sae": (
         "Stage two: sparse autoencoders.",
         dict.fromkeys(("train", "sweep", "info", "eval", "import", "export", "encode"), "cytosae.commands.sae")
-        | dict.fromkeys(("baseline", "versus"), "cytosae.commands.baselines"),
+        | dict.fromkeys(("baseline", "versus"), "cytosae.commands.baselines")
+        | {"score": "cytosae.commands.score"},
     ),
     "latents": ("Latent stores.", dict.fromkeys(("info", "verify", "merge"), "cytosae.commands.latents")),
     "concept": (

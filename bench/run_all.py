@@ -27,6 +27,7 @@ FULL = {
     "baselines": [],
     "sae_step_gpu": ["--run"],
     "probe": [],
+    "score": ["--images", "10000"],
     "probe_intervals": ["--runs", "150"],
     "patients": [],
     "tau": [],

@@ -63,6 +63,9 @@ from .sae import TrainConfig as TrainConfig
 from .sae import export_sae as export_sae
 from .sae import import_sae as import_sae
 from .sae import load_sae as load_sae
+from .score import ScoreConfig as ScoreConfig
+from .score import plan_score as plan_score
+from .score import score_sae as score_sae
 from .search import SearchConfig as SearchConfig
 from .search import SearchEvaluationConfig as SearchEvaluationConfig
 from .search import evaluate_search as evaluate_search

@@ -54,6 +54,7 @@ from .spec import PROBE as PROBE
 from .spec import PROBE_TEST as PROBE_TEST
 from .spec import REPLICATION as REPLICATION
 from .spec import SAE as SAE
+from .spec import SCORECARD as SCORECARD
 from .spec import SEARCH as SEARCH
 from .spec import SHEETS as SHEETS
 from .spec import STABILITY as STABILITY

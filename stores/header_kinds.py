@@ -89,6 +89,7 @@ SPEC_KINDS: dict[str, Pattern] = {
     "probe": {"barcodes": (str, [str]), "level": str, "target": str, "tau": (*_NUMBER, NoneType)},
     "probe test": {"barcodes": str, "model": str, "tau": _NUMBER},
     "stability": {"saes": [{"sae_sha256": str, "n_latents": int}]},
+    "scorecard": {"sae_sha256": str, "latents": [str], "sample_sha256": str, "label": str, "ks": [int]},
     "neighbours": {"sae_sha256": str, "latents": ([str], NoneType), "chosen": ([int], str)},
     "patient concepts": {"barcodes": str, "patient": (str, NoneType), "tau": (*_NUMBER, NoneType)},
     "comparison with baselines": {"sae": str, "baselines": [{"sae_sha256": str, "kind": str}], "caches": [str]},

@@ -91,6 +91,9 @@ MATCH = Format(
     header_file="match.json",
     command="cyto concept match",
 )
+SCORECARD = Format(
+    kind="scorecard", a_kind="a scorecard", version=1, header_file="score.json", command="cyto sae score"
+)
 MAPS = Format(kind="patch maps", a_kind="patch maps", version=1, header_file="maps.json", command="cyto concept map")
 SHEETS = Format(
     kind="reference sheets",
@@ -123,7 +126,7 @@ FORMATS = {
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
         *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ABLATION, ATLAS),
-        *(SEARCH, REPLICATION, MATCH),
+        *(SEARCH, REPLICATION, MATCH, SCORECARD),
     )
 }
 

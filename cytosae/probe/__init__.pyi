@@ -5,6 +5,9 @@ from .cross_validation import run_fold as run_fold
 from .external import WIDER as WIDER
 from .external import apply_model as apply_model
 from .folds import assign_folds as assign_folds
+from .folds import choose_null as choose_null
+from .folds import connected_groups as connected_groups
+from .folds import shuffle_labels as shuffle_labels
 from .intervals import draw_groups as draw_groups
 from .intervals import interval as interval
 from .intervals import scores_of_draws as scores_of_draws

@@ -45,6 +45,7 @@ from cytosae.relations import (
     write_stability,
 )
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
+from cytosae.score import ScoreConfig, score_sae
 from cytosae.search import SearchConfig, search_cells
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
@@ -66,6 +67,7 @@ OF_MODEL = ("probe-model-v1", "probe-test-v1")
 OF_BASELINES = ("versus-v1",)
 OF_OTHERS = ("search-v1", "replication-v1", "match-v1")
 OF_CAUSES = ("ablation-v1",)
+OF_SCORE = ("scorecard-v1",)
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -494,6 +496,13 @@ def said(
     return replace(found, time=f"2026-11-21T12:{minute:02d}:00+00:00")
 
 
+def write_scorecard_v1(folder: Path) -> None:
+    """Of the golden SAE on its two readable images, which are too few for labels."""
+    config = ScoreConfig(ks=(1,), folds=3, shuffles=2, min_images=2)
+    sae, latents, cache = (folder / name for name in ("sae-v1", "latents-v1.zarr", "activations-v1.zarr"))
+    score_sae(sae, folder / OF_SCORE[0], config, latents=[latents], caches=[cache])
+
+
 def write_first(folder: Path) -> None:
     """Those of the first day."""
     csr.CHUNK_ENTRIES = 8  # a store tells the size of its own chunks
@@ -528,7 +537,9 @@ def write_ablation_v1(folder: Path) -> None:
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
     there = [
-        name for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES) if (folder / name).exists()
+        name
+        for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE)
+        if (folder / name).exists()
     ]
     if there == [*FIRST, *LATER]:
         return write_of_model_v1(folder)
@@ -538,6 +549,8 @@ def main(folder: Path) -> None:
         return write_of_others_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS]:
         return write_ablation_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES]:
+        return write_scorecard_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -551,6 +564,7 @@ def main(folder: Path) -> None:
     write_of_baselines_v1(folder)
     write_of_others_v1(folder)
     write_ablation_v1(folder)
+    write_scorecard_v1(folder)
     shutil.rmtree(folder / "made")
 
 

@@ -25,6 +25,7 @@ TINY = {
     "probe_intervals": "--runs 3 --repeats 1 --draws 20",
     "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
+    "score": "--images 120 --latents 60 --classes 2 --width 8 --loop-latents 2",
     "frontier": "--images 10 --width 16 --expansion 4 --sparsities 3 --steps 6 --batch 257 --seeds 0 --lr 1e-3",
     "steering": "--activations relu --targets 3 --expansion 2 --steps 6 --batch-tokens 64 --images 8 --width 16",
     "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",

@@ -29,6 +29,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "sae encode": ("cytosae.encode",),
     "sae baseline": ("cytosae.write_baseline", "cytosae.BaselineConfig"),
     "sae versus": ("cytosae.compare_with_baselines", "cytosae.VersusConfig"),
+    "sae score": ("cytosae.score_sae", "cytosae.ScoreConfig"),
     "latents info": ("stores.latents_info",),
     "latents verify": ("stores.check_latents",),
     "latents merge": ("stores.merge_latents",),

@@ -59,6 +59,7 @@ from stores.spec import (
     PROBE,
     PROBE_TEST,
     REPLICATION,
+    SCORECARD,
     SEARCH,
     SHEETS,
     STABILITY,
@@ -86,6 +87,7 @@ IDENTITIES = {
     "search-v1": "bdf3a0c23aaf84f83c31735d296e76151e1eb02634d48636ac1a6b827fcb461c",
     "replication-v1": "3dd82f6067abb743e5891d29485ebd3fc0f87004afeed9d3524e5c95e3948fd0",
     "match-v1": "a91e1243ce7c781daa08beb781022339fc2d37bfa165519d7c4817d56998481b",
+    "scorecard-v1": "8ae429e6cb4cca5b0b2f281c7a35c3f6ff087082c43a49f92c9421fff3831d97",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
@@ -106,6 +108,7 @@ RESULTS = {
     "search-v1": SEARCH,
     "replication-v1": REPLICATION,
     "match-v1": MATCH,
+    "scorecard-v1": SCORECARD,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -392,6 +395,22 @@ def test_match_version_1() -> None:
     assert all(row["correlation"] == pytest.approx(1, abs=1e-6) for row in rows)
     assert all(row["latent_a"] == row["latent_b"] or {row["latent_a"], row["latent_b"]} <= {0, 7} for row in rows)
     assert store.table("latents").num_rows == 16
+
+
+def test_scorecard_version_1() -> None:
+    """Two readable images of 2 x 2 patches: too few for labels."""
+    store = ResultStore(GOLDEN / "scorecard-v1", SCORECARD)
+    rows = store.table("scorecard").to_pylist()
+    assert rows == store.json("scorecard")["rows"]
+    assert [row["measure"] for row in rows] == ["morans_i", "coherent_latents"]
+    patches = expected_latents().reshape(3, 5, 8)[[0, 2], 1:]
+    assert store.table("latents")["n_images"].to_pylist() == (patches.sum(1) > 0).sum(0).tolist()
+    for latent, found in enumerate(store.table("latents")["morans_i"].to_pylist()):
+        expected = []
+        for a, b, c, d in patches[:, :, latent].astype(np.float64):
+            z = np.array([a, b, c, d]) - (a + b + c + d) / 4
+            expected.append((z[0] * z[1] + z[2] * z[3] + z[0] * z[2] + z[1] * z[3]) / (z**2).sum())
+        assert found == pytest.approx(np.mean(expected))
 
 
 def test_thresholds_version_1() -> None:

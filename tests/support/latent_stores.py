@@ -30,6 +30,7 @@ def write_latents(
     min_activation: float = 0.0,
     dataset: str = "drawn",
     sae_sha256: str = "1" * 64,
+    cache_sha256: str = "2" * 64,
     further: Mapping[str, Sequence[str | None]] | None = None,
     precision: str = "fp32",
     hashes: list[str] | None = None,
@@ -51,7 +52,7 @@ def write_latents(
     images = with_outcome(image_table(columns, source="test", dataset=dataset), content, errors)
     spec = LatentSpec(
         sae_sha256=sae_sha256,
-        cache_sha256="2" * 64,
+        cache_sha256=cache_sha256,
         cache={"backbone": "none", "trained": False, "block": 10, **cache},
         images_sha256=table_sha256(images),
         n_images=n_images,

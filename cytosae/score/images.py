@@ -1,0 +1,247 @@
+"""What is read for a scorecard: of each chosen image the means of its latents and of its tokens over the patches.
+
+Two ways of one average, so that latents and tokens can be compared. Registers and CLS have no part in it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from scipy.sparse import csc_matrix, csr_matrix, vstack
+
+from cytosae.probe import connected_groups
+from stores.activation_store import ActivationStore, open_caches
+from stores.csr import CsrRows
+from stores.errors import BadInput, SpecMismatch
+from stores.latent_store import LatentStore
+from stores.progress import Progress
+from stores.tables import column, listed, read_table_file
+
+from .config import ScoreConfig
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+_BLOCK_IMAGES = 64  # that are read together
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The images of a scorecard, n of them, in the order of their stores."""
+
+    ids: list[str]
+    labels: list[str | None]
+    parents: list[str | None]
+    groups: Ints  # (n,) images of one patient, and identical images, have one number
+    store: Ints  # (n,) which store
+    index: Ints  # (n,) which image of it, rising within a store
+    n_candidates: int  # readable images from which they were drawn
+    n_patients: int  # 0: none is known
+
+
+def open_latents(places: Sequence[Path | str], sae_sha256: str) -> list[LatentStore]:
+    """The latent stores of an SAE.
+
+    Raises
+    ------
+    BadInput
+        Without a store.
+    SpecMismatch
+        If one is of another SAE.
+    """
+    if not places:
+        raise BadInput(
+            "a scorecard is of stored latents; found none; give --latents STORE, which cyto sae encode makes"
+        )
+    stores = [LatentStore(place) for place in places]
+    for store in stores:
+        if store.spec.sae_sha256 != sae_sha256:
+            raise SpecMismatch(
+                f"the latents {store.root} are of another SAE ({store.spec.sae_sha256[:12]}), expected "
+                f"{sae_sha256[:12]}; give the RUN that they were encoded with, or encode again: cyto sae encode"
+            )
+    return stores
+
+
+def choose_images(stores: Sequence[LatentStore], config: ScoreConfig) -> Chosen:
+    """Readable images, those with a label where there are labels; drawn at random if they are too many.
+
+    Raises
+    ------
+    BadInput
+        If there is none, or one is in two stores.
+    """
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("image_id", "dataset", "patient", "content_hash", "label", "parent")
+    }
+    where: list[tuple[int, int]] = []
+    for number, store in enumerate(stores):
+        rows = np.flatnonzero(store.readable()).tolist()
+        for name, values in columns.items():
+            asked = {"label": config.label, "parent": config.parent or ""}.get(name, name)
+            cells = column(store.images, asked)
+            values.extend(cells[row] or None for row in rows)
+        where += [(number, row) for row in rows]
+    ids = [str(name) for name in columns["image_id"]]
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        twice = [name for name in ids if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        raise BadInput(f"{len(twice):,} images are in two of --latents ({listed(twice)}); give each image once")
+    labels = columns["label"]
+    candidates = np.array([n for n in range(len(ids)) if labels[n] is not None] or range(len(ids)), np.int64)
+    if not len(candidates):
+        raise BadInput("no readable image in --latents: there is nothing to score")
+    chosen = candidates
+    if config.max_images and len(candidates) > config.max_images:
+        rng = np.random.default_rng((config.seed, 1))
+        chosen = np.sort(rng.choice(candidates, config.max_images, replace=False))
+    patients = [
+        f"{columns['dataset'][n]}/{columns['patient'][n]}" if columns["patient"][n] else "" for n in chosen.tolist()
+    ]
+    hashes = [str(columns["content_hash"][n] or "") for n in chosen.tolist()]
+    return Chosen(
+        ids=[ids[n] for n in chosen],
+        labels=[labels[n] for n in chosen],
+        parents=[columns["parent"][n] for n in chosen],
+        groups=connected_groups([patients, hashes]),
+        store=np.array([where[n][0] for n in chosen], np.int64),
+        index=np.array([where[n][1] for n in chosen], np.int64),
+        n_candidates=len(candidates),
+        n_patients=len(set(patients) - {""}),
+    )
+
+
+def _blocks(store: LatentStore, wanted: Ints) -> Iterator[tuple[int, CsrRows, Ints]]:
+    """(first image, its block's rows, positions in `wanted` of the block's images), for blocks with a wanted image."""
+    for start in range(0, store.spec.n_images, _BLOCK_IMAGES):
+        low, high = np.searchsorted(wanted, (start, start + _BLOCK_IMAGES))
+        if low < high:
+            first, last = int(wanted[low]), int(wanted[high - 1]) + 1
+            yield first, store.read_images(first, last), np.arange(low, high)
+
+
+def read_means(stores: Sequence[LatentStore], chosen: Chosen, progress: Progress) -> csr_matrix:
+    """(n, n_latents) float32: means of the stored latents over the patches of each image. Sums in float64."""
+    parts, done = [], 0
+    for number, store in enumerate(stores):
+        wanted = chosen.index[chosen.store == number]
+        for first, rows, at in _blocks(store, wanted):
+            parts.append(_means(rows, wanted[at] - first, store))
+            done += len(at)
+            progress(done, len(chosen.ids), "latents")
+    found = vstack(parts, format="csr")
+    found.sort_indices()
+    return found
+
+
+def _means(rows: CsrRows, images: Ints, store: LatentStore) -> csr_matrix:
+    tokens, layout = store.spec.tokens_per_image, store.layout
+    row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+    is_patch = row % tokens >= layout.first_patch
+    shape = (rows.n_rows // tokens, store.spec.n_latents)
+    values = rows.values[is_patch].astype(np.float64)
+    sums = csr_matrix((values, (row[is_patch] // tokens, rows.indices[is_patch].astype(np.int64))), shape=shape)
+    means = (sums[images] / layout.n_patches).astype(np.float32)
+    means.eliminate_zeros()
+    return csr_matrix(means)
+
+
+def iter_maps(
+    stores: Sequence[LatentStore], chosen: Chosen, latents_of: dict[int, Ints], progress: Progress
+) -> Iterator[tuple[int, Ints, npt.NDArray[np.float64]]]:
+    """(image, its latents, their maps (side, side, latents)) of every image in `latents_of`, in order."""
+    done = 0
+    for number, store in enumerate(stores):
+        tokens, layout = store.spec.tokens_per_image, store.layout
+        mine = np.array([n for n in sorted(latents_of) if chosen.store[n] == number], np.int64)
+        for first, rows, at in _blocks(store, chosen.index[mine]):
+            matrix = rows.to_scipy(store.spec.n_latents)
+            for n in mine[at].tolist():
+                start = (int(chosen.index[n]) - first) * tokens
+                patches = matrix[start + layout.first_patch : start + tokens][:, latents_of[n]].toarray()
+                yield n, latents_of[n], patches.astype(np.float64).reshape(layout.side, layout.side, -1)
+            done += len(at)
+            progress(done, len(latents_of), "maps")
+
+
+def open_tokens(places: Sequence[Path | str], stores: Sequence[LatentStore]) -> list[ActivationStore]:
+    """The caches that the latents were encoded from.
+
+    Raises
+    ------
+    SpecMismatch
+        If a latent store is of none of them.
+    """
+    caches = open_caches(places) if places else []
+    known = {cache.content_sha256 for cache in caches}
+    for store in stores if caches else ():
+        if store.spec.cache_sha256 not in known:
+            raise SpecMismatch(
+                f"the latents {store.root} were encoded from another cache than --cache; give the cache of each of "
+                f"--latents, or none"
+            )
+    return caches
+
+
+def read_tokens(
+    caches: Sequence[ActivationStore], stores: Sequence[LatentStore], chosen: Chosen, progress: Progress
+) -> Floats:
+    """(n, width) float32: mean patch token of each image."""
+    by_hash = {cache.content_sha256: cache for cache in caches}
+    found, done = np.zeros((len(chosen.ids), caches[0].spec.width), np.float32), 0
+    for number, store in enumerate(stores):
+        cache = by_hash[store.spec.cache_sha256]
+        mine = np.flatnonzero(chosen.store == number)
+        for start in range(0, len(mine), _BLOCK_IMAGES):
+            some = mine[start : start + _BLOCK_IMAGES]
+            tokens = cache.read_images(chosen.index[some])
+            found[some] = tokens[:, cache.spec.layout.first_patch :].mean(1, dtype=np.float64)
+            done += len(some)
+            progress(done, len(chosen.ids), "tokens")
+    return found
+
+
+def read_embedding(path: Path, chosen: Chosen) -> Floats:
+    """(n, width) float32 of another image encoder: a Parquet or CSV table with `image_id` and columns of numbers.
+
+    Raises
+    ------
+    BadInput
+        If an image is missing or twice, or a column holds something else than finite numbers.
+    """
+    table = read_table_file(path)
+    names = [name for name in table.column_names if name != "image_id"]
+    if "image_id" not in table.column_names or not names:
+        raise BadInput(
+            f"{path} has columns {listed(table.column_names)}; expected image_id, and one or more columns of numbers"
+        )
+    ids = [str(name) for name in table["image_id"].to_pylist()]
+    place = {name: row for row, name in enumerate(ids)}
+    if len(place) < len(ids):
+        raise BadInput(f"{path} names an image_id twice; give one row for each image")
+    missing = [name for name in chosen.ids if name not in place]
+    if missing:
+        raise BadInput(
+            f"{path} lacks {len(missing):,} of {len(chosen.ids):,} images ({listed(missing)}); give a row for each"
+        )
+    rows = pa.array([place[name] for name in chosen.ids])
+    found = np.empty((len(chosen.ids), len(names)), np.float32)
+    for number, name in enumerate(names):
+        try:
+            values = table[name].take(rows).cast(pa.float64()).to_numpy()
+        except (pa.ArrowException, ValueError):
+            values = np.array([np.nan])
+        if not np.isfinite(values.astype(np.float64)).all():
+            raise BadInput(f"{path}: column {name!r} is not all finite numbers; expected an embedding")
+        found[:, number] = values
+    return found
+
+
+def csc(means: csr_matrix) -> csc_matrix:
+    """The same by latents, rows of each latent rising."""
+    found = csc_matrix(means)
+    found.sort_indices()
+    return found

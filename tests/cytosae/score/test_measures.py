@@ -1,0 +1,225 @@
+"""Each measure of a scorecard equals its slow twin on small data, finds what is planted, and nothing in noise."""
+
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.sparse import csc_matrix, csr_matrix
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
+
+from cytosae.score.hierarchy import best_threshold, lineages
+from cytosae.score.monosemanticity import mean_cosine, monosemanticity, unit_rows
+from cytosae.score.morans_i import morans_i, shuffled
+from cytosae.score.single_latents import single_latents
+from cytosae.score.sparse_probing import area_under_roc, rank_latents, sparse_probing
+
+Floats = npt.NDArray[np.float64]
+
+
+def drawn(n: int, n_latents: int, seed: int, share: float = 0.4) -> npt.NDArray[np.float32]:
+    """Sparse activations, some of them equal; latent 0 never active, latent 1 always."""
+    rng = np.random.default_rng(seed)
+    values = np.where(rng.random((n, n_latents)) < share, rng.integers(1, 9, (n, n_latents)) / 4, 0)
+    values[:, 0] = 0
+    values[:, 1] = 0.5 + rng.random(n)
+    return values.astype(np.float32)
+
+
+def by_latent(values: npt.NDArray[np.float32]) -> csc_matrix:
+    found = csc_matrix(values)
+    found.sort_indices()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ single latents
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_latent_equals_scikit_learn(signed: bool) -> None:
+    """Ties, latents that are never or always active, activations below 0, and images of none of the classes."""
+    rng = np.random.default_rng(1)
+    values = drawn(60, 8, 0)
+    if signed:
+        values[:, 3] *= rng.choice([-1, 1], 60)
+    labels = rng.integers(-1, 3, 60)
+    found = single_latents(by_latent(values), labels, 3)
+    for latent in range(8):
+        for c in range(3):
+            truth, x = labels == c, values[:, latent].astype(np.float64)
+            assert found.average_precision[latent, c] == pytest.approx(average_precision_score(truth, x))
+            if latent == 0:
+                assert found.removed[latent, c] == 0
+                continue
+            scaled = (x / x.std())[:, None]
+            model = LogisticRegression(C=1, tol=1e-10, max_iter=10_000).fit(scaled, truth)
+            share = log_loss(truth, np.full(60, truth.mean()))
+            expected = 1 - log_loss(truth, model.predict_proba(scaled)[:, 1]) / share
+            assert found.removed[latent, c] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_class_without_an_image_has_no_score() -> None:
+    found = single_latents(by_latent(drawn(20, 3, 0)), np.zeros(20, np.int64), 2)
+    assert np.isnan(found.average_precision[:, 1]).all()
+    assert np.isnan(found.removed).all()  # class 0 is every image
+    assert found.average_precision[:, 0] == pytest.approx([1, 1, 1])
+
+
+# ------------------------------------------------------------------------------------------------ sparse probing
+
+
+def test_latents_are_ranked_by_the_difference_of_means() -> None:
+    values, labels = drawn(50, 9, 2), np.random.default_rng(3).integers(-1, 3, 50)
+    ranked = rank_latents(csr_matrix(values), labels, 3, 20)
+    assert ranked.shape == (3, 9)
+    x = values.astype(np.float64)
+    for c in range(3):
+        spread = np.where(x.std(0) > 0, x.std(0), np.inf)
+        effect = np.abs(x[labels == c].mean(0) - x[labels != c].mean(0)) / spread
+        assert effect[ranked[c]].tolist() == pytest.approx(sorted(effect, reverse=True))
+        assert ranked[c][-1] == 0  # never active
+
+
+def test_area_under_roc_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    truth, score = rng.random(80) < 0.3, rng.integers(0, 9, 80).astype(np.float64)
+    assert area_under_roc(truth, score) == pytest.approx(roc_auc_score(truth, score))
+
+
+def test_a_planted_latent_is_enough_and_noise_is_not() -> None:
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 3, 300)
+    values = drawn(300, 40, 6)
+    values[:, 10:13] = 0
+    values[np.arange(300), 10 + labels] = 1 + rng.random(300)
+    fold_of = rng.integers(0, 5, 300)
+    dense = np.eye(3)[labels] @ rng.normal(size=(3, 6)) + 0.01 * rng.normal(size=(300, 6))
+    found = sparse_probing(csr_matrix(values), labels, fold_of, 3, (1, 2), dense=dense.astype(np.float32))
+    assert found.dense is not None
+    assert found.latents.min() > 0.999
+    assert found.dense.min() > 0.999
+    noise = sparse_probing(csr_matrix(values), rng.permutation(labels), fold_of, 3, (1, 2, 5))
+    assert noise.dense is None
+    assert np.abs(noise.latents - 0.5).max() < 0.15
+
+
+def test_nothing_is_chosen_with_held_out_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thousands of latents of noise, 20 that are chosen by all rows tell labels apart in held-out rows, too."""
+    rng = np.random.default_rng(7)
+    values = csr_matrix(rng.random((120, 3000)).astype(np.float32))
+    labels, fold_of = rng.permutation(np.arange(120) % 2), rng.permutation(np.arange(120) % 4)
+    found = sparse_probing(values, labels, fold_of, 2, (20,)).latents.mean()
+    of_all = rank_latents(values, labels, 2, 20)
+    monkeypatch.setattr("cytosae.score.sparse_probing.rank_latents", lambda *args: of_all)
+    assert sparse_probing(values, labels, fold_of, 2, (20,)).latents.mean() > 0.8
+    assert abs(found - 0.5) < 0.15
+
+
+# ------------------------------------------------------------------------------------------------ monosemanticity
+
+
+def slow_monosemanticity(activation: Floats, units: Floats) -> float:
+    """All pairs, one after the other."""
+    a = activation - activation.min()
+    pairs = [(a[n] * a[m], float(units[n] @ units[m])) for n, m in combinations(range(len(a)), 2)]
+    weight = sum(w for w, _ in pairs)
+    return sum(w * cosine for w, cosine in pairs) / weight if weight > 1e-12 else float("nan")
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_monosemanticity_equals_all_pairs(signed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cytosae.score.monosemanticity._MOST_NUMBERS", 15)  # several blocks of latents
+    rng = np.random.default_rng(0)
+    values, units = drawn(30, 8, 1), unit_rows(rng.normal(size=(30, 5)) + 3)
+    values[:, 4] = 0
+    values[7, 4] = 2  # active in one image: no pair
+    if signed:
+        values[:, 3] -= 1
+    found = monosemanticity(by_latent(values), units)
+    assert np.isnan(found[[0, 4]]).all()
+    for latent in (1, 2, 3, 5, 6, 7):
+        assert found[latent] == pytest.approx(slow_monosemanticity(values[:, latent].astype(np.float64), units))
+    cosines = [float(units[n] @ units[m]) for n, m in combinations(range(30), 2)]
+    assert mean_cosine(units) == pytest.approx(np.mean(cosines))
+
+
+def test_a_latent_of_one_kind_of_image_is_monosemantic() -> None:
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 4, 200)
+    units = unit_rows(4 * np.eye(4)[kind] + 0.1 * rng.normal(size=(200, 4)))
+    values = drawn(200, 12, 3)
+    values[:, 2] = (kind == 1) * (1 + rng.random(200))
+    found = monosemanticity(by_latent(values), units)
+    assert found[2] > 0.95
+    assert np.abs(found[3:] - mean_cosine(units)).max() < 0.1
+
+
+# ------------------------------------------------------------------------------------------------ Moran's I
+
+
+def slow_morans_i(image: Floats) -> float:
+    """By its definition, with the matrix of weights."""
+    side = len(image)
+    place = [(r, c) for r in range(side) for c in range(side)]
+    weights = np.array([[abs(r - s) + abs(c - d) == 1 for s, d in place] for r, c in place], float)
+    z = image.ravel() - image.mean()
+    return float(len(z) / weights.sum() * (z @ weights @ z) / (z @ z))
+
+
+def test_morans_i_equals_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    maps = np.where(rng.random((6, 6, 20)) < 0.5, rng.random((6, 6, 20)), 0)
+    maps[:, :, 3] = 0.25
+    found = morans_i(maps)
+    assert np.isnan(found[3])
+    for n in (n for n in range(20) if n != 3):
+        assert found[n] == pytest.approx(slow_morans_i(maps[:, :, n]))
+
+
+def test_morans_i_of_shuffled_patches_is_that_of_chance() -> None:
+    rng = np.random.default_rng(1)
+    row, column = np.mgrid[:16, :16]
+    disc = ((row - 7) ** 2 + (column - 7) ** 2 < 20).astype(float)
+    board = ((row + column) % 2).astype(float)
+    maps = np.stack([disc, board], -1)
+    assert morans_i(maps) == pytest.approx([0.8, -1], abs=0.1)
+    by_chance = np.mean([morans_i(shuffled(maps, rng)) for _ in range(400)], axis=0)
+    assert by_chance == pytest.approx([-1 / 255, -1 / 255], abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ coarse and fine
+
+
+def test_the_threshold_has_the_best_f1() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values, truth = rng.integers(0, 5, 30).astype(float), rng.random(30) < 0.4
+        if not truth.any():
+            continue
+        f1 = {t: 2 * (truth & (values >= t)).sum() / ((values >= t).sum() + truth.sum()) for t in np.unique(values)}
+        assert f1[best_threshold(values, truth)] == pytest.approx(max(f1.values()))
+
+
+def test_planted_absorption_and_splitting_are_found() -> None:
+    """Coarse label 0 has finer labels 0 and 1; its latent is silent in images of 1, where latent 2 is on instead."""
+    rng = np.random.default_rng(2)
+    labels = np.repeat([0, 1, 2, 3], [80, 40, 60, 60])
+    parents = np.repeat([0, 1], [120, 120])
+    values = np.zeros((240, 6), np.float32)
+    values[:, 3:] = np.where(rng.random((240, 3)) < 0.3, rng.random((240, 3)), 0)
+    values[labels == 0, 1] = 1
+    values[labels == 1, 2] = 1
+    values[parents == 1, 0] = 1  # a latent of the whole second label: nothing is absorbed
+    some = by_latent(values)
+    by_label, by_parent = (single_latents(some, x, n).average_precision for x, n in ((labels, 4), (parents, 2)))
+    first, second = lineages(
+        some, labels, parents, np.arange(240), 4, 2, of_labels=by_label, of_parents=by_parent, shuffles=5, seed=0
+    )
+    assert (first.latent, first.child_latents[1]) == (1, 2)
+    assert first.absorbed == pytest.approx(40 / 120)
+    assert first.absorbed_null == pytest.approx(40 / 120 * 40 / 120)  # latent 2 is on in a third of the images
+    assert first.split == pytest.approx(1)
+    assert max(first.split_null) < 0.9
+    assert second.absorbed == 0
+    assert second.split < max(second.split_null) + 0.1
