@@ -104,7 +104,7 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
     def show(done: int, total: int, state: str) -> None:
         nonlocal shown, last, at_start, began
         now = time.monotonic()
-        if at_start < 0:
+        if at_start < 0 or done < last[0]:  # fewer than before: the next part of the job counts from its own start
             at_start, began = done, now  # the rate counts this run only
         elif (done, state) == last or (done == total == last[0]):
             return

@@ -38,7 +38,7 @@ def plot_effects(effects: pa.Table, path: Path) -> None:
     axes.set_ylabel("latent")
     axes.set_xlabel("change of the final CLS embedding, share of its norm (mean over patients, 95% interval)")
     axes.grid(alpha=0.25, linewidth=0.5)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     save_both(figure, path)
 
 
@@ -69,5 +69,5 @@ def plot_curves(curves: pa.Table, path: Path) -> None:
         axes.set_title(title, fontsize=10, loc="left")
         axes.grid(alpha=0.25, linewidth=0.5)
     panels.ravel()[0].set_ylabel("change of the final CLS,\nshare of that without any latent")
-    panels.ravel()[0].legend(fontsize=8, frameon=False)
+    panels.ravel()[0].legend(fontsize=8, frameon=False, loc="lower right")
     save_both(figure, path)

@@ -14,6 +14,7 @@ from .config import ENOUGH_CONTROLS
 
 _FAR = 2.0  # factor between a latent and its controls from which on they are no match
 _LISTED = 20
+_ROUNDING = 1e-6  # of the norm of the final CLS: some float32 roundings (6e-8 each) of the later blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,21 @@ class AblateResult(Report):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Too few controls, controls that do not match, images without a patient."""
+        """Effects of nothing but rounding, too few controls, controls that do not match, images without a patient."""
         found = []
-        few = [each["latent"] for each in self.matches if each["n_controls"] < ENOUGH_CONTROLS]
+        moves = [row for row in self.effects.to_pylist() if row["quantity"] == "cls_change"]
+        still = [str(row["latent"]) for row in moves if row["effect"] <= _ROUNDING]
+        if still:
+            found.append(
+                f"latent {', '.join(still[:3])}{', ...' if len(still) > 3 else ''}: the final CLS moves by no more "
+                f"than rounding ({_ROUNDING:g} of its norm): no effect was seen, and interval and p are "
+                "those of rounding"
+            )
+        few = [each["n_controls"] for each in self.matches if each["n_controls"] < ENOUGH_CONTROLS]
         if few:
             found.append(
-                f"{counted(len(few), 'latent')} held against fewer than {ENOUGH_CONTROLS} others: p cannot be small"
+                f"{counted(len(few), 'latent')} held against fewer than {ENOUGH_CONTROLS} others: "
+                f"p cannot be below {1 / (1 + min(few)):.2g}"
             )
         far = [
             str(each["latent"])

@@ -14,6 +14,7 @@ import scipy.sparse as ss
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput
 from stores.tables import listed
+from stores.wording import counted
 
 DRAWS = 10  # random draws of images, if patients are thinned
 UNEVEN = 1.25  # ratio of medians, or of harmonic means (variance is 1 / images), above which "auto" thins
@@ -103,7 +104,9 @@ def plan_images(
         lacking = [
             f"{names[i]} ({listed([types[t] for t in np.flatnonzero(counts[i] == 0)])})" for i in np.flatnonzero(~kept)
         ]
-        notes.append(f"{len(lacking):,} patients lack a label and are left out: {listed(lacking, 20)}")
+        notes.append(
+            f"{counted(len(lacking), 'patient')} without an image of each label, left out: {listed(lacking, 20)}"
+        )
     _need_two(kept, is_a, "an image of each label")
     per_type = choose_number(counts[kept], is_a[kept], weights, images_per_patient)
     if per_type is not None:
@@ -111,7 +114,7 @@ def plan_images(
         few = np.flatnonzero(kept & ~enough)
         if len(few):
             notes.append(
-                f"{len(few):,} patients have fewer images than the others are thinned to and are left out: "
+                f"{counted(len(few), 'patient')} with fewer images than the others are thinned to, left out: "
                 f"{listed([names[i] for i in few], 20)}"
             )
         kept &= enough

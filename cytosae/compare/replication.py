@@ -15,6 +15,7 @@ of the full model, ter Braak 1992): else latents that do differ would agree in m
 balanced. Twin: test_replicate.py, in plain loops.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -266,7 +267,7 @@ def _replicate(
         "rule": f"the first {config.top} of both lists" if config.top else f"{config.rule} <= {config.most:g}",
         "n_patients": {"a": int(groups.is_a.sum()), "b": int((~groups.is_a).sum())},
         "n_permutations": config.n_permutations,
-        "p_floor": 1 / (1 + config.n_permutations),
+        "p_floor": nulls[0][0].floor,
         "n_same_sign": n_agree,
         "p_same_sign": float((1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))),
         "n_p_at_most_0.05": int((p <= 0.05).sum()),
@@ -362,11 +363,14 @@ def signed_test(
     progress(n_permutations, n_permutations, "")
     slack = _SLACK * np.maximum(np.abs(observed), 1e-3)
     as_far, farther = (found >= observed - slack).sum(0), (found > observed + slack).sum(0)
-    p = (1 + as_far) / (1 + n_permutations)
+    # drawn with replacement: with few ways to share out the patients, luck must not give a p that no way has
+    n_ways = math.prod(math.comb(len(rows), int(is_a[rows].sum())) for rows in rows_of)
+    floor = max(1 / (1 + n_permutations), 0.0 if base.shape[1] else 1 / n_ways)
+    p = np.maximum((1 + as_far) / (1 + n_permutations), floor)
+    p_mid = np.maximum((1 + (as_far + farther) / 2) / (1 + n_permutations), floor)
     test = PermutationTest(
-        p=p, p_mid=(1 + (as_far + farther) / 2) / (1 + n_permutations), p_max_t=p, p_step_down=p,
-        n_permutations=n_permutations, is_exact=False, floor=1 / (1 + n_permutations),
-    )  # fmt: skip
+        p=p, p_mid=p_mid, p_max_t=p, p_step_down=p, n_permutations=n_permutations, is_exact=False, floor=floor
+    )
     return test, observed, found
 
 

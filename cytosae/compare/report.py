@@ -12,6 +12,7 @@ from stores.wording import Report, cell, counted, printable
 from .config import CompareConfig, describe_left_out
 
 _SHOWN = ("latent", "mean_a", "mean_b", "difference", "hedges_g", "auc", "p", "q", "p_max_t", "stability")
+_ORDER = "first those with p_max_t, then q, then p of at most 0.05, each by difference"
 _HEAD = "    latent    mean A    mean B       g   (95% interval)    AUC         p         q   p_max_t stable"
 
 
@@ -78,7 +79,7 @@ class Comparison(Report):
         yield from _test_lines(found, self.config)
         for group, rows in self.supported(5).items():
             name = printable(found[group]["name"])
-            yield f"higher in {name}: {found['n_higher'][group]:,}; best supported first"
+            yield f"higher in {name}: {found['n_higher'][group]:,}; {_ORDER}"
             yield _HEAD
             yield from map(_latent_line, rows)
         if found["stability_no_effect"]:
@@ -88,7 +89,7 @@ class Comparison(Report):
 
     def _repr_html_(self) -> str:
         tables = "".join(
-            f"<p>higher in {group.upper()}, best supported first</p>{table_html(rows, _SHOWN)}"
+            f"<p>higher in {group.upper()}, {_ORDER}</p>{table_html(rows, _SHOWN)}"
             for group, rows in self.supported(5).items()
         )
         return super()._repr_html_() + tables + figure_html(self.results.root / "scatter.png")

@@ -53,3 +53,23 @@ def test_an_error_begins_on_its_own_line(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(OSError, match="disk full"):
         job()
     assert stderr.getvalue().endswith("\n")
+
+
+def test_the_next_part_of_a_job_counts_from_its_own_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """967 images of a probe, then 63 of edits, on one line: no negative rate, nor a negative time that is left."""
+    stderr = Terminal(is_terminal=False)
+    monkeypatch.setattr("sys.stderr", stderr)
+    now = 100.0
+    monkeypatch.setattr("stores.console.time.monotonic", lambda: now)
+    with progress_line("ablate", "image") as progress:
+        progress(0, 967, "probe")
+        now += 60
+        progress(967, 967, "probe")
+        now += 20
+        progress(0, 63, "latents")
+        now += 30
+        progress(30, 63, "latents")
+    *_, start, middle, end = stderr.lines()
+    assert "0/63 [00:00<?" in start
+    assert "30/63 [00:30<00:33,  1.00 images/s, latents]" in middle
+    assert end == ""

@@ -572,6 +572,29 @@ def test_the_command_with_a_real_backbone(made: Path, tmp_path: Path, frequent: 
     assert other.stderr.count("\n") == 1
 
 
+def test_rounding_is_not_reported_as_an_effect() -> None:
+    """4.6e-08 of the norm is float32; its p of 0.02 would say that a latent matters which changes nothing."""
+    moves = {"latent": [7, 8], "quantity": ["cls_change"] * 2, "effect": [4.6e-8, 0.02]}
+    matches = [{"latent": n, "n_controls": 40, "frequency_ratio": 1.0, "norm_ratio": 1.0} for n in (7, 8)]
+    done = AblateResult(
+        out=Path("causes"),
+        mode="zero",
+        token_set="all",
+        n_images_surveyed=9,
+        n_images_edited=3,
+        n_edits=9,
+        n_without_patient=0,
+        effects=pa.table(moves),
+        curves=None,
+        matches=matches,
+        assumed_equal=[],
+        was_complete=False,
+    )
+    rounding, few = done.warnings
+    assert rounding.startswith("latent 7: the final CLS moves by no more than rounding (1e-06 of its norm)")
+    assert few == "2 latents held against fewer than 100 others: p cannot be below 0.024"
+
+
 def test_the_cache_is_encoded_where_no_latents_are_given(made: Path, tmp_path: Path, frequent: int) -> None:
     """The same effects up to the rounding of stored values, also of a sample."""
     few = ["--latent", frequent, "--controls", 2, "--directions", 0, "--curve", "2", "--curve-images", 2]

@@ -171,7 +171,7 @@ def test_a_mixture_is_taken_out(tmp_path: Path) -> None:
     labels[patient == 3] = "blast"
     root = write_image_barcodes(tmp_path / "lack", values, patient, ["A"] * 20 + ["B"] * 20, label=labels)
     notes = compare(root, tmp_path / "named", small(standardize="label")).summary["warnings"]
-    assert any("1 patients lack a label and are left out: P003 (lymphocyte)" in each for each in notes)
+    assert any("1 patient without an image of each label, left out: P003 (lymphocyte)" in each for each in notes)
     with pytest.raises(BadInput, match="no image of these patients has the label 'basophil'"):
         compare(root, tmp_path / "no", small(within_label="basophil"))
 

@@ -90,6 +90,21 @@ def test_p_equals_a_regression_for_every_permutation(adjusted: bool) -> None:
         assert np.sign(observed[column]) == np.sign(t)
 
 
+def test_no_p_below_what_the_patients_allow() -> None:
+    """3 against 3: one way of 20 is the observed one, however many permutations are drawn."""
+    is_a = np.array([True] * 3 + [False] * 3)
+    values = np.column_stack([[6.0, 5, 4, 3, 2, 1]] * 50)
+    for seed in range(20):  # drawn with replacement, the observed way comes in fewer than 1 / 20 of half the seeds
+        test, _, _ = signed_test(values, is_a, np.ones(50), n_permutations=400, seed=seed)
+        assert test.floor == 1 / 20
+        assert test.p.min() >= 1 / 20
+    strata = np.array([0, 0, 1, 0, 1, 1])
+    test, _, _ = signed_test(values, is_a, np.ones(50), n_permutations=400, seed=0, strata=strata)
+    assert test.floor == 1 / 9  # 3 ways in each stratum
+    many = signed_test(np.vstack([values] * 4), np.tile(is_a, 4), np.ones(50), n_permutations=400, seed=0)[0]
+    assert many.floor == 1 / 401
+
+
 def test_holm_is_the_step_down_of_its_definition() -> None:
     rng = np.random.default_rng(0)
     p = rng.choice([0.001, 0.01, 0.01, 0.02, 0.3, 1.0], 8)
