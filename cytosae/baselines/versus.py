@@ -39,6 +39,8 @@ from .reference import kind_of
 from .report import VersusResult
 
 JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
+# figures whose draws lie elsewhere than the figure, as they have fewer distinct images
+MOVED, PERHAPS_MOVED = ("dead_share",), ("label_purity", "label_purity_by_chance", "label_purity_above_chance")
 _DRAWN_KINDS = ("random", "tokens", "frozen-decoder", "frozen-encoder")
 _FEW_GROUPS = 20
 Bools = npt.NDArray[np.bool_]
@@ -277,7 +279,7 @@ def _kept(writer: ResultWriter, name: str) -> dict[str, Floats] | None:
 
 
 def interval_of_draws(
-    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
+    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False, is_perhaps_moved: bool = False
 ) -> tuple[float | None, float | None]:
     """95% limits: quantiles over draws, further from the observed value by what few groups need; None without draws.
 
@@ -287,13 +289,22 @@ def interval_of_draws(
 
     is_moved : for shares of dead latents, which are larger in every draw, as it has fewer images: quantiles are taken
         about the mean of the draws
+    is_perhaps_moved : for purities: the hull of the interval about the observed value and of the one about the mean of
+        the draws, since it is not known how much of the shift is the figure's own bias. Rather too wide
     """
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(observed) or not len(drawn) or n_groups < 2:
         return None, None
     wider = student.ppf(0.975, n_groups - 1) / normal.ppf(0.975) * np.sqrt(n_groups / (n_groups - 1))
-    away = np.quantile(drawn, [0.025, 0.975]) - (drawn.mean() if is_moved else observed)
-    return float(observed + wider * away[0]), float(observed + wider * away[1])
+    about_mean, about_observed = is_moved or is_perhaps_moved, not is_moved
+    centres = [float(drawn.mean())] * about_mean + [observed] * about_observed
+    limits = [observed + wider * (np.quantile(drawn, [0.025, 0.975]) - centre) for centre in centres]
+    return float(min(low for low, _ in limits)), float(max(high for _, high in limits))
+
+
+def _where(metric: str) -> dict[str, bool]:
+    """How `interval_of_draws` takes the draws of a figure."""
+    return {"is_moved": metric in MOVED, "is_perhaps_moved": metric in PERHAPS_MOVED}
 
 
 def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, Any]:
@@ -307,7 +318,7 @@ def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, 
     }
     for metric in METRICS:
         values = found[metric]
-        low, high = interval_of_draws(values[0], values[1:], n_groups, is_moved=metric == "dead_share")
+        low, high = interval_of_draws(values[0], values[1:], n_groups, **_where(metric))
         row |= {metric: _plain(values[0]), f"{metric}_low": low, f"{metric}_high": high}
     return row
 
@@ -328,7 +339,7 @@ def _differences(
             ours, theirs = found[0][metric], np.stack([found[number][metric] for number in numbers])
             drawn = ours[1:] - theirs[which, 1 + np.arange(config.draws)]
             observed = float(ours[0] - theirs[:, 0].mean())
-            low, high = interval_of_draws(observed, drawn, n_groups, is_moved=metric == "dead_share")
+            low, high = interval_of_draws(observed, drawn, n_groups, **_where(metric))
             is_judged = metric in JUDGED and low is not None and high is not None
             rows.append(
                 {

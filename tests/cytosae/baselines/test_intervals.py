@@ -41,3 +41,5 @@ def test_few_and_none() -> None:
     assert interval_of_draws(float("nan"), draws, 9) == (None, None)
     moved = interval_of_draws(0.2, draws + 5, 10_000, is_moved=True)  # draws lie elsewhere: only their spread counts
     assert moved == pytest.approx((0.2 - 0.95, 0.2 + 0.95), abs=1e-3)
+    hull = interval_of_draws(0.2, draws + 5, 10_000, is_perhaps_moved=True)  # about both
+    assert hull == pytest.approx((0.2 - 0.95, 5 + 0.95), abs=2e-3)
