@@ -38,6 +38,8 @@ from cytosae.training.train import train
 from stores import ActivationStore, BarcodeStore, LatentStore
 from stores.activation_store import chunk_path
 from stores.errors import BadInput
+
+pytestmark = pytest.mark.stress  # at the size of a chain for every family
 from stores.tables import column
 from stores.verify_any import verify_folder
 

@@ -133,6 +133,7 @@ def test_a_run_that_is_not_finished_has_a_page(copied: Path) -> None:
         write_run_report(copied.parent)
 
 
+@pytest.mark.stress
 def test_it_shows_the_comparison_with_baselines(copied: Path) -> None:
     """In the folder `versus` of the run; one of another SAE is named, not shown."""
     sae, cache = copied / "cells.sae", copied / "cells.acts.zarr"

@@ -207,6 +207,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert [each.stage.name for each in done.plan.to_do][:3] == ["extract", "train", "encode"]
 
 
+@pytest.mark.stress
 def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path: Path) -> None:
     done = run_small(
         copied / "cells.csv",
@@ -220,6 +221,7 @@ def test_an_sae_that_is_given_is_used_and_none_is_trained(copied: Path, tmp_path
     assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
     """Each is run until nothing is left; the second never does what cannot be shared."""

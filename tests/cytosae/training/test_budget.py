@@ -229,6 +229,7 @@ def test_two_processes_decide_the_same(cache: Path, tmp_path: Path) -> None:
     assert two.summary["penalty"]["l1"] == pytest.approx(one.summary["penalty"]["l1"], rel=1e-3)
 
 
+@pytest.mark.stress
 def test_members_of_a_sweep_stop_by_themselves(cache: Path, tmp_path: Path) -> None:
     """Each equals the one trained alone, though they share batches and stop at different steps."""
     grid = tmp_path / "grid.toml"

@@ -423,6 +423,7 @@ def test_a_disk_that_is_too_small_is_said_before(tmp_path: Path) -> None:
     assert space_warnings(tmp_path / "run", SaveRule(), [1]) == ()
 
 
+@pytest.mark.stress
 def test_a_sweep_stays_within_its_bytes(cache: Path, tmp_path: Path) -> None:
     """Six members: two passes of three, with one state each; what is there at any time is counted after each batch."""
     grid, most = tmp_path / "grid.toml", 0
