@@ -38,10 +38,10 @@ from cytosae.training.train import train
 from stores import ActivationStore, BarcodeStore, LatentStore
 from stores.activation_store import chunk_path
 from stores.errors import BadInput
-
-pytestmark = pytest.mark.stress  # at the size of a chain for every family
 from stores.tables import column
 from stores.verify_any import verify_folder
+
+pytestmark = pytest.mark.stress  # at the size of a chain for every family
 
 # positions of CLS, registers and patches in an image's tokens
 POSITIONS = {
