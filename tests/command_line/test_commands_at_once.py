@@ -51,6 +51,10 @@ ABLATE = (
     "concept ablate run acts.zarr --latents latents.zarr --latent 1 --controls 1 --directions 1 --n-images 1 -o new"
 )
 ABLATE += " --curve-images 0"
+BASELINE = "sae baseline acts.zarr -o new --kind random --like run"
+VERSUS = "sae versus run acts.zarr --baseline run2 -o new --all-images --draws 100"
+SCORE = "sae score run --latents latents.zarr --cache acts.zarr -o new"
+SEARCH = "concept search cohort/barcodes nobody/42 -o new --weigh none"
 NEIGHBOURS = "concept neighbours run -o new --latents latents.zarr --latent 1 --workers 1"
 # a command line -> when the first one is held up, so that the second can try: as it claims its place; or, where others
 # may write parts of the same, as the writer of its part, or as who completes it
@@ -78,6 +82,7 @@ WRITING = {
     "run images -o new": "claim",
     "report begun": "claim",
     **dict.fromkeys((COMPARE, PROBE, ATLAS, MAP, SHEET, NEIGHBOURS, ABLATE), "claim"),
+    **dict.fromkeys((BASELINE, VERSUS, SCORE, SEARCH), "claim"),
 }
 # a command line -> the stores that it reads, each of which is exchanged once
 READING = {
@@ -100,13 +105,18 @@ READING = {
     SHEET: ["cohort/latents", "cohort/concepts"],
     NEIGHBOURS: ["latents.zarr", "run"],
     ABLATE: ["latents.zarr", "run", "acts.zarr"],
+    BASELINE: ["acts.zarr", "run"],
+    VERSUS: ["acts.zarr", "run", "run2"],
+    SCORE: ["acts.zarr", "latents.zarr"],  # of the SAE only the hash
+    SEARCH: ["cohort/barcodes"],
     "verify acts.zarr": ["acts.zarr"],
     "verify run": ["run"],
     "cache verify acts.zarr": ["acts.zarr"],
     "latents verify latents.zarr": ["latents.zarr"],
 }
-# one look at a header or at tables that it vouches for; and what a test of its own is for (test_review_server.py)
-NEITHER = {"cache info", "sae info", "latents info", "concept top", "atlas agreement", "atlas serve"}
+# one look at a header or at tables that it vouches for; and what tests of its own are for (test_review_server.py,
+# test_match.py)
+NEITHER = {"cache info", "sae info", "latents info", "concept top", "atlas agreement", "atlas serve", "concept match"}
 
 
 def marked(cases: Iterable[Any]) -> list[Any]:
