@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
     with scratch(options.folder) as folder:
         nonzeros = write_stores(folder, options)
-        rest = LaterBlocks(options.width)
+        rest: Any = LaterBlocks(options.width)  # stage one, as far as an ablation asks it
         latents = LatentStore(folder / "latents.zarr")
         some = latents.read_images(0, min(64, options.images))  # the chosen ones are active, whatever the size
         active = np.bincount(some.indices.astype(np.int64), minlength=options.latents)
@@ -90,7 +90,7 @@ def main() -> None:
                     folder / "out",
                     config,
                     latents=folder / "latents.zarr",
-                    stage_one=rest,  # type: ignore[arg-type]
+                    stage_one=rest,
                     device="cpu",
                     overwrite=True,
                     say=said.append,

@@ -86,7 +86,7 @@ def main() -> None:
 
         def ours() -> None:
             stream = TokenStream([store], pool_chunks=options.pool_chunks)
-            with closing(stream.batches(options.batch_tokens)) as batches:  # type: ignore[type-var]  # a generator
+            with closing(stream.batches(options.batch_tokens)) as batches:
                 for batch in islice(batches, n_batches):
                     assert len(batch) == options.batch_tokens
 
@@ -203,7 +203,7 @@ def streamed_quality(
     store = ActivationStore(root)
     stream = TokenStream([store], pool_chunks=pool_chunks)
     n_batches = max(1, stream.tokens_per_epoch // n_tokens)
-    with closing(stream.batches(n_tokens)) as batches:  # type: ignore[type-var]  # a generator
+    with closing(stream.batches(n_tokens)) as batches:
         found: dict[str, Any] = {"ours": _quality(islice(batches, n_batches), class_of)}
     if is_compared:
         everything = np.concatenate([tokens.reshape(-1, _QUALITY_WIDTH) for _, tokens in store.iter_chunks()])

@@ -6,7 +6,7 @@ Inside a batch, tokens are shuffled.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -90,7 +90,9 @@ class TokenMix:
         n_images = sum(stream.tokens_per_epoch / stream.mean_tokens_per_image for stream in self._streams)
         return self.tokens_per_epoch / round(n_images)
 
-    def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
+    def batches(
+        self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Generator[Float16, None, None]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
 
         To start at a position, one pool of each cache is read. For `part` see `TokenStream.batches`.

@@ -8,7 +8,7 @@ used: readable ones that were chosen for training. Several ranks share a batch b
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -214,7 +214,9 @@ class TokenStream:
             found[is_here] = mask[rows[is_here]]
         return found
 
-    def batches(self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Float16]:
+    def batches(
+        self, batch_tokens: int, *, position: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> Generator[Float16, None, None]:
         """Batches of exactly `batch_tokens` tokens, (batch_tokens, width) float16, from token `position` on.
 
         To start at a position, one pool is read.
@@ -317,7 +319,9 @@ def rows_of_part(batch_tokens: int, part: tuple[int, int]) -> range:
     return range(rank * batch_tokens // n_ranks, (rank + 1) * batch_tokens // n_ranks)
 
 
-def gather_ahead(jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threads: int) -> Iterator[Float16]:
+def gather_ahead(
+    jobs_of: Callable[[ThreadPoolExecutor], Iterator[Job]], n_threads: int
+) -> Generator[Float16, None, None]:
     """The results of the jobs, in order; `n_threads` of them run in advance, which does not change the results.
 
     `jobs_of` gets an extra thread, for work that precedes the jobs.

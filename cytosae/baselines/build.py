@@ -307,7 +307,7 @@ class _Job:
 
     def _sample(self, n_tokens: int) -> torch.Tensor:
         """(n, D) float32: the first tokens of the stream, which come from all over the caches."""
-        with closing(self.data.stream.batches(n_tokens)) as batches:  # type: ignore[type-var]  # a generator
+        with closing(self.data.stream.batches(n_tokens)) as batches:
             found: npt.NDArray[np.float16] = next(batches)
         self.progress(n_tokens, n_tokens, "sample")
         return torch.from_numpy(found).float()
@@ -321,7 +321,7 @@ class _Job:
                 f"the baseline kmeans begins with a token for each of the {self.n_latents:,} clusters; there are "
                 f"{self.n_tokens:,} training tokens. Compare with a smaller SAE (--expansion), or leave it out"
             )
-        with closing(self.data.stream.batches(size)) as batches:  # type: ignore[type-var]  # a generator
+        with closing(self.data.stream.batches(size)) as batches:
             for number, batch in enumerate(islice(batches, n_batches), start=1):
                 yield torch.from_numpy(batch).float()
                 self.progress(number * size, n_batches * size, "clusters")

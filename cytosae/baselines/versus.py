@@ -8,6 +8,7 @@ kind, with other seeds, each draw takes one at random: the interval then holds f
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def compare_with_baselines(
                 rows,
                 token_set=token_set,
                 device=device,
-                progress=lambda done, total, _, state=state: progress(done, total, state),  # type: ignore[misc]
+                progress=partial(_tell, progress, state),
             )
             known = figures_of_draws(sums, weights, labels, shuffled, least_images=config.least_images)
             writer.write_table(name, pa.table({"draw": np.arange(len(weights)), **known}))
@@ -305,6 +306,10 @@ def interval_of_draws(
 def _where(metric: str) -> dict[str, bool]:
     """How `interval_of_draws` takes the draws of a figure."""
     return {"is_moved": metric in MOVED, "is_perhaps_moved": metric in PERHAPS_MOVED}
+
+
+def _tell(progress: Progress, state: str, done: int, total: int, _: str) -> None:
+    progress(done, total, state)
 
 
 def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Two ways of one average, so that latents and tokens can be compared. Registers and CLS have no part in it.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +88,7 @@ def choose_images(stores: Sequence[LatentStore], config: ScoreConfig) -> Chosen:
         where += [(number, row) for row in rows]
     ids = [str(name) for name in columns["image_id"]]
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = [name for name in ids if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+        twice = [name for name, n in Counter(ids).items() if n > 1]
         raise BadInput(f"{len(twice):,} images are in two of --latents ({listed(twice)}); give each image once")
     labels = columns["label"]
     candidates = np.array([n for n in range(len(ids)) if labels[n] is not None] or range(len(ids)), np.int64)

@@ -29,7 +29,7 @@ def require_triton(device: str) -> None:
 
     try:
         kernels_gpu.mark_active(torch.zeros(1, 32, device=device))
-    except Exception as error:
+    except Exception as error:  # a compiler, a driver, a disk and Triton itself raise almost anything
         if isinstance(error, CytoError) or is_out_of_memory(error):
             raise
         raise BadInput(

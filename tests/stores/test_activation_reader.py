@@ -739,7 +739,7 @@ def test_a_stream_that_is_closed_fetches_no_further(
     monkeypatch.setattr("stores.activation_store._fetch_rows", slowly)
     batches = TokenStream([ActivationStore("s3://bucket/a.zarr")], pool_chunks=60).batches(10)
     next(batches)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     goes_on.set()
     time.sleep(0.1)
     assert 60 <= len(fetched) <= 60 + 8  # as many threads

@@ -74,7 +74,7 @@ def test_a_stream_that_is_closed_leaves_no_thread(cache: ActivationStore) -> Non
     batches = TokenStream([cache], threads=3).batches(7)
     next(batches)
     assert threading.active_count() > before
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert threading.active_count() == before
 
 
@@ -219,7 +219,7 @@ def test_a_rank_gathers_its_own_rows_only(cache: ActivationStore, monkeypatch: p
     monkeypatch.setattr("stores.gather_kernel.gather_rows", counting)
     batches = TokenStream([cache], pool_chunks=2, threads=1).batches(30, part=(1, 4))
     assert len(next(batches)) == 8
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert sum(gathered) in (8, 16)  # and perhaps those of the next batch, which is gathered ahead
 
 

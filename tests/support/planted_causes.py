@@ -12,7 +12,6 @@ from sparse_tokens import write_sae
 from token_caches import write_cache
 
 from cytosae.sae import SparseAutoencoder, load_sae
-from cytosae.stage_one import StageOne
 
 N_IMAGES, PER_IMAGE, WIDTH, N_LATENTS = 40, 10, 24, 160
 PLANTED = 17  # the latent that the later blocks listen to
@@ -35,11 +34,11 @@ class Rest:
         return self.final_cls, None
 
 
-def planted_rest(run: Path, strength: float) -> StageOne:
-    """Later blocks that hear the direction of `PLANTED` this much louder than any other one."""
+def planted_rest(run: Path, strength: float) -> Any:
+    """A `Rest` that hears the direction of `PLANTED` this much louder than any other one."""
     direction = load_sae(run, device="cpu").model.W_dec[PLANTED]
     gain = torch.eye(WIDTH) + strength * torch.outer(direction, direction)
-    return Rest(gain, [])  # type: ignore[return-value]
+    return Rest(gain, [])
 
 
 def rare_latents(model: SparseAutoencoder) -> None:

@@ -105,10 +105,7 @@ def twin_edit(root: Path, row: dict[str, Any], config: AblateConfig, allowed: li
     error = x - (z @ w + b)  # what the SAE leaves out
     edited = new @ w + b + error
     rest = planted_rest(root / "run", 2.0)
-    before, after = (
-        rest.final_cls(torch.from_numpy(each[None]).float()).double().numpy()[0]  # type: ignore[attr-defined]
-        for each in (x, edited)
-    )
+    before, after = (rest.final_cls(torch.from_numpy(each[None]).float()).double().numpy()[0] for each in (x, edited))
     far = np.linalg.norm(after - before)
     cosine = after @ before / (np.linalg.norm(after) * np.linalg.norm(before))
     return np.array([far / np.linalg.norm(before), far, 1 - cosine, np.linalg.norm(edited - x)])
@@ -463,7 +460,7 @@ def test_a_probe_of_the_final_cls_is_fitted_without_the_patient(planted: Path) -
     table = store.images.append_column("kind", pa.array(kinds, pa.string()))
     labels = read_labels(table, "kind", owners)
     images = np.flatnonzero(store.readable() & (labels.of_image >= 0))
-    final_cls = planted_rest(planted / "run", 2.0).final_cls  # type: ignore[attr-defined]
+    final_cls = planted_rest(planted / "run", 2.0).final_cls
     embedded = final_cls(torch.from_numpy(store.read_images(images)).float()).double().numpy()
     probe = fit_probe(embedded, images, labels, owners, seed=0)
     x = (embedded - embedded.mean(0)) / embedded.std(0)
