@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from stores.checksum import crc32c
 from stores.files import PARTIAL_SUFFIX, sync_folder
 
 _PIECE = 4 << 20  # bytes on their way at a time
-_CRC_PIECE = 1 << 20  # bytes: the checksum of a piece is computed with the interpreter locked, in 0.1 ms
 _NO_CRC = "0" * 8
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bfloat16: "BF16", torch.float16: "F16"}
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +76,7 @@ def crc_of(tensors: dict[str, torch.Tensor]) -> str:
     """CRC32C (hex) over all values, by name."""
     crc = 0
     for name in sorted(tensors):
-        crc = google_crc32c.extend(crc, tensors[name].reshape(-1).numpy())
+        crc = crc32c(tensors[name].numpy(), crc)
     return f"{crc:08x}"
 
 
@@ -104,8 +103,7 @@ def _header(tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> tuple[by
 def _write_values(file: BinaryIO, value: torch.Tensor, fetch: Fetch, crc: int) -> int:
     """Write the values row by row of the first axis, and return the checksum with them."""
     for piece in _pieces(value, fetch):
-        for first in range(0, len(piece), _CRC_PIECE):
-            crc = google_crc32c.extend(crc, piece[first : first + _CRC_PIECE])
+        crc = crc32c(piece, crc)
         file.write(piece.data)
     return crc
 

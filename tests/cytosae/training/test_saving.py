@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from click.testing import CliRunner
@@ -29,7 +30,7 @@ from cytosae.training.saving import Saver, SaveRule, snapshot, space_warnings
 from cytosae.training.state import TrainState, look_at, new_model, new_optimizer
 from cytosae.training.state_file import crc_of, write_tensors
 from cytosae.training.train import plan_training, train
-from stores import BadInput
+from stores import BadInput, checksum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -84,7 +85,7 @@ def test_a_file_in_pieces_is_the_one_that_safetensors_writes(
 ) -> None:
     """To the byte, for tensors of all layouts; and its checksum is over the values by name."""
     monkeypatch.setattr(state_file, "_PIECE", piece)
-    monkeypatch.setattr(state_file, "_CRC_PIECE", max(1, piece // 2))
+    monkeypatch.setattr(checksum, "_PIECE", max(1, piece // 2))
     tensors = {
         "by latent": torch.randn(5, 7).T,
         "number": torch.tensor(3.5, dtype=torch.float64),
@@ -96,7 +97,9 @@ def test_a_file_in_pieces_is_the_one_that_safetensors_writes(
     write_tensors(tmp_path / "pieces", tensors, {"step": 7})
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     _, metadata = load_tensors(tmp_path / "pieces")
-    assert json.loads(metadata["cyto"]) == {"step": 7, "crc32c": crc_of(contiguous)}
+    by_name = b"".join(contiguous[name].numpy().tobytes() for name in sorted(contiguous))
+    assert json.loads(metadata["cyto"]) == {"step": 7, "crc32c": f"{google_crc32c.value(by_name):08x}"}
+    assert crc_of(contiguous) == f"{google_crc32c.value(by_name):08x}"
     save_file(contiguous, tmp_path / "whole", metadata)
     assert (tmp_path / "pieces").read_bytes() == (tmp_path / "whole").read_bytes()
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
