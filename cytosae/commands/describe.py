@@ -97,7 +97,7 @@ _ASK = ("timeout", "at_once", "batch", "shuffles", "n_bootstraps", "give_up", "u
 )
 @click.option("--labels", is_flag=True, help="Tell the labels of the images in the items.")
 @click.option(
-    "--pixels", type=click.IntRange(32, 512), default=150, show_default=True, help="Side of a picture on a sheet."
+    "--pixels", type=click.IntRange(32, 512), default=120, show_default=True, help="Side of a picture on a sheet."
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the images, the other names, the intervals.")
 @overwrite_option

@@ -8,9 +8,11 @@ goes wrong with one call is one line, `NoAnswer`, and no reason to stop.
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -26,6 +28,9 @@ _MOST_SAID = 2_000  # bytes of stderr that are kept, the last ones
 _SHOWN = 160  # letters of a reason
 _PATIENCE = 2.0  # seconds for the ends of pipes after a command has ended
 _INTERPRETERS = ("python", "python3", "bash", "sh", "node", "Rscript", "perl", "ruby", "env")
+
+
+Function = Callable[[dict[str, Any]], dict[str, Any]]  # a request -> an answer, in a notebook
 
 
 class NoAnswer(Exception):
@@ -50,6 +55,10 @@ class Command:
             raise BadInput(f"the command {self.line!r:.80} cannot be split into words ({error}); quote it") from None
         if not self.words:
             raise BadInput("the command is empty; give a program that reads JSON on stdin and prints JSON")
+        if not self.config.use_shell and shutil.which(self.words[0]) is None:
+            raise BadInput(
+                f"there is no program {self.words[0]!r}; give its path, or with --shell a line for the shell"
+            )
 
     @property
     def name(self) -> str:
@@ -142,6 +151,51 @@ class Command:
                     _kill(process)
                     return
                 said += piece
+
+
+@dataclass(frozen=True)
+class Called:
+    """A function of Python that answers requests, as `Command` does."""
+
+    function: Function
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(getattr(self.function, "__name__", type(self.function).__name__))
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the function returns.
+
+        Raises
+        ------
+        NoAnswer
+            If it raises, or returns something else than a dict.
+        """
+        try:
+            answer = self.function(request)
+        except Exception as error:
+            raise NoAnswer(reason_of(f"{type(error).__name__}: {error}")) from error
+        if not isinstance(answer, dict):
+            raise NoAnswer(f"it returned {type(answer).__name__}, expected a dict")
+        return answer
+
+    def stop(self) -> None:
+        """Nothing: a function ends by itself."""
+
+
+Answerer = Command | Called
+
+
+def answerer(given: str | Function, config: AskConfig) -> Answerer:
+    """Who answers: a command line, or a function.
+
+    Raises
+    ------
+    BadInput
+        If there is no such program.
+    """
+    return Command(given, config) if isinstance(given, str) else Called(given)
 
 
 def reason_of(text: str) -> str:

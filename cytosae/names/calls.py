@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .answers import Unfit
-from .ask import Command, NoAnswer
+from .ask import Answerer, NoAnswer
 from .config import AskConfig
 
 
@@ -34,7 +34,7 @@ class Tally:
 
 
 def ask_all(
-    command: Command, calls: Iterable[Call], config: AskConfig, told: Callable[[Tally], None] = lambda tally: None
+    command: Answerer, calls: Iterable[Call], config: AskConfig, told: Callable[[Tally], None] = lambda tally: None
 ) -> Tally:
     """Make the calls; after `config.give_up` failures in a row no further one is made. `told` hears of each answer.
 

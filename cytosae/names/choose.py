@@ -142,7 +142,10 @@ def choose_images(
         (SHOWN, config.n_shown, config.n_shown // 2, config.n_shown // 2),
         (TEST, -(-config.n_test // 2), config.n_test // 2, config.n_test),
     ):
-        mine = active[(images.side[active] == side) & ~(np.isin(active, known) if side == TEST else False)]
+        is_mine = images.side[active] == side
+        if side == TEST:
+            is_mine &= ~np.isin(active, known)
+        mine = active[is_mine]
         found[side] = len(mine)
         strengths = np.array([value_of[image] for image in mine.tolist()])
         mine = mine[np.lexsort((mine, -strengths))]  # the strongest first

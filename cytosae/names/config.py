@@ -26,7 +26,7 @@ class DescribeConfig:
     min_test: int = 5  # of each, or there is no test
     match: str = PATIENT  # an inactive image is of the same patient as an active one, or of the same label
     labels: bool = False  # the item says which labels the shown images have
-    pixels: int = 150  # side of a picture on the sheet
+    pixels: int = 120  # side of a picture on the sheet
     seed: int = 0
 
     def __post_init__(self) -> None:

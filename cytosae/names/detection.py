@@ -182,37 +182,28 @@ def detection_rows(
     place = {group: n for n, group in enumerate(groups)}
     draws = draw_groups(max(1, len(groups)), config.n_bootstraps, config.seed)
     found: list[dict[str, Any]] = []
-    drawn_of: dict[str, list[tuple[Any, Any]]] = {}
-    values_of: dict[str, list[tuple[float, float]]] = {}
+    tested: dict[str, list[tuple[_Figures, _Null | None]]] = {}
     for answer in named:
         rows = tests.get(answer.latent, ())
         said = known.get(Task(answer.latent, answer.name), {})
         own = _figures(rows, said, place, draws)
-        null = [
-            _figures(rows, known[task], place, draws)
-            for name in others.get((answer.given_by, answer.latent), ())
-            if (task := Task(answer.latent, name)) in known
-        ]
-        null = [each for each in null if each.reason is None]
-        row = {"latent": answer.latent, "given_by": answer.given_by, "name": answer.name, "judge": judge}
         reason = reasons.get(answer.latent) or (own.reason if said else "not tested yet")
+        names = others.get((answer.given_by, answer.latent), ())
+        null = _null_of([_figures(rows, known.get(Task(answer.latent, name), {}), place, draws) for name in names])
+        row = {"latent": answer.latent, "given_by": answer.given_by, "name": answer.name, "judge": judge}
         row |= own.to_row() | {"reason": reason}
-        row |= dict.fromkeys(("shuffled", "shuffled_low", "shuffled_high"))
-        row |= dict.fromkeys(("difference", "difference_low", "difference_high"))
-        if null and reason is None:
-            value, drawn = float(np.mean([each.auc for each in null])), np.mean([each.drawn for each in null], axis=0)
-            row |= {"shuffled": value, "difference": own.auc - value}
+        row |= {f"{what}{end}": None for what in ("shuffled", "difference") for end in ("", "_low", "_high")}
+        if reason is None:
+            tested.setdefault(answer.given_by, []).append((own, null))
+        if reason is None and null is not None:
+            row |= {"shuffled": null.auc, "difference": own.auc - null.auc}
             if own.has_interval:
-                row["shuffled_low"], row["shuffled_high"] = interval(value, drawn, own.n_active, own.n_inactive)
-                limits = drawn_interval(own.drawn - drawn)
-                row["difference_low"], row["difference_high"] = limits or (None, None)
-            drawn_of.setdefault(answer.given_by, []).append((own.drawn, drawn))
-            values_of.setdefault(answer.given_by, []).append((own.auc, value))
+                row["shuffled_low"], row["shuffled_high"] = interval(null.auc, null.drawn, own.n_active, own.n_inactive)
+                row["difference_low"], row["difference_high"] = drawn_interval(own.drawn - null.drawn) or (None, None)
         found.append(row)
-    has_interval = len(groups) >= LEAST_GROUPS
     sources = [
-        _source_row(name, judge, drawn_of[name], values_of[name], found, config, has_interval=has_interval)
-        for name in sorted(drawn_of)
+        _source_row(name, judge, tested[name], [row for row in found if row["given_by"] == name], config)
+        for name in sorted(tested)
     ]
     return found, sources
 
@@ -241,6 +232,14 @@ class _Figures:
         return row
 
 
+@dataclass(frozen=True)
+class _Null:
+    """What other latents' names score on the same images, on average."""
+
+    auc: float
+    drawn: Any
+
+
 def _figures(rows: Sequence[dict[str, Any]], said: Scores, place: Mapping[int, int], draws: Any) -> _Figures:
     judged = [row for row in rows if said.get(row["number"]) is not None]
     scores = np.array([said[row["number"]] for row in judged], np.float64)
@@ -264,29 +263,40 @@ def _figures(rows: Sequence[dict[str, Any]], said: Scores, place: Mapping[int, i
     )
 
 
+def _null_of(figures: Sequence[_Figures]) -> "_Null | None":
+    """The mean over other latents' names; None if none of them was judged."""
+    judged = [each for each in figures if each.reason is None]
+    if not judged:
+        return None
+    return _Null(float(np.mean([each.auc for each in judged])), np.mean([each.drawn for each in judged], axis=0))
+
+
 def _source_row(
     name: str,
     judge: str,
-    drawn: Sequence[tuple[Any, Any]],
-    values: Sequence[tuple[float, float]],
+    tested: Sequence[tuple[_Figures, "_Null | None"]],
     rows: Sequence[dict[str, Any]],
     config: AskConfig,
-    *,
-    has_interval: bool,
 ) -> dict[str, Any]:
     """Means over the latents of a source; intervals from draws of patients and of latents together."""
-    own, null = (np.array([each[n] for each in drawn]) for n in (0, 1))  # (latents, draws)
-    rng = np.random.default_rng([config.seed, 2])
-    picked = rng.integers(len(own), size=(own.shape[1], len(own)))
-    at = np.arange(own.shape[1])[:, None]
-    means = {"auc": own.T[at, picked], "shuffled": null.T[at, picked]}
-    means["difference"] = means["auc"] - means["shuffled"]
-    row: dict[str, Any] = {"given_by": name, "judge": judge, "n_names": len(own)}
-    row["n_supported"] = sum(row_is_supported(each) for each in rows if each["given_by"] == name)
-    totals = np.array(values).mean(0)
-    for what, value in (("auc", totals[0]), ("shuffled", totals[1]), ("difference", totals[0] - totals[1])):
-        low, high = (drawn_interval(_mean(means[what])) if has_interval else None) or (None, None)
-        row |= {what: float(value), f"{what}_low": low, f"{what}_high": high}
+    row: dict[str, Any] = {"given_by": name, "judge": judge, "n_names": len(tested)}
+    row["n_supported"] = sum(map(row_is_supported, rows))
+    pairs = [(own, null) for own, null in tested if null is not None]
+    of = {
+        "auc": [(own.auc, own.drawn) for own, _ in tested],
+        "shuffled": [(null.auc, null.drawn) for _, null in pairs],
+        "difference": [(own.auc - null.auc, own.drawn - null.drawn) for own, null in pairs],
+    }
+    has_interval = all(own.has_interval for own, _ in tested)
+    for what, figures in of.items():
+        row |= dict.fromkeys((what, f"{what}_low", f"{what}_high"))
+        if figures:
+            row[what] = float(np.mean([value for value, _ in figures]))
+        if figures and has_interval:
+            drawn = np.array([each for _, each in figures])  # (latents, draws)
+            picked = np.random.default_rng([config.seed, 2]).integers(len(drawn), size=drawn.T.shape)
+            means = _mean(drawn.T[np.arange(drawn.shape[1])[:, None], picked])
+            row[f"{what}_low"], row[f"{what}_high"] = drawn_interval(means) or (None, None)
     return row
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stores.notebook import figure_html, table_html
-from stores.wording import Report, cell, counted, printable
+from stores.wording import Report, counted, printable
 
 _MOST_REASONS = 3
 
@@ -135,8 +135,11 @@ class DescribeResult(Report):
 
 
 def _limits(row: dict[str, Any], what: str, form: str = ".3f") -> str:
-    low, high = (cell(row[f"{what}_{end}"], form) for end in ("low", "high"))
-    return f"{row[what]:{form}} ({low} to {high})" if row[what] is not None else "n/a"
+    if row[what] is None:
+        return "n/a"
+    low, high = row[f"{what}_low"], row[f"{what}_high"]
+    limits = "no interval" if low is None else f"{low:{form}} to {high:{form}}"
+    return f"{row[what]:{form}} ({limits})"
 
 
 def asked_of(what: str, by: str, tally: Any) -> Asked:

@@ -47,7 +47,7 @@ from .answers import (
     read_table,
     source_name,
 )
-from .ask import Command
+from .ask import Answerer, Function, answerer
 from .calls import Call, Tally, ask_all
 from .choose import SHOWN, SIDES, TEST, Images, choose_images, divide_images
 from .config import AskConfig, DescribeConfig
@@ -109,8 +109,8 @@ def plan_describe(
     *,
     latents: Sequence[int] = (),
     selected: bool = False,
-    command: str | None = None,
-    judge: str | None = None,
+    command: str | Function | None = None,
+    judge: str | Function | None = None,
 ) -> DescribePlan:
     """What `describe_latents` will take, from headers and small tables alone; errors as there."""
     config, ask = config or DescribeConfig(), ask or AskConfig()
@@ -144,10 +144,10 @@ def describe_latents(
     *,
     latents: Sequence[int] = (),
     selected: bool = False,
-    command: str | None = None,
+    command: str | Function | None = None,
     by: str | None = None,
     answers: Sequence[Path | str] = (),
-    judge: str | None = None,
+    judge: str | Function | None = None,
     judge_by: str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
@@ -165,10 +165,11 @@ def describe_latents(
     barcodes, concepts, stores : of the same latents; the barcodes' mean activations say which images are active
     latents : each has an item
     selected : also those of `select_latents`
-    command : a command line that gives names: a JSON request on stdin, a JSON answer on stdout
+    command : a command line that gives names (a JSON request on stdin, a JSON answer on stdout), or a function from one
+        to the other
     by : who gives these names, and those of tables that do not say it; None: the program's name
     answers : tables with names, .csv, .parquet or .json: of a colleague, or of `write_verdicts`
-    judge : a command line that tests all names, of all sources; it may be `command`
+    judge : a command line or function that tests all names, of all sources; it may be `command`
     judge_by : who tests; None: the program's name
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each store; none: as recorded when the caches were made
@@ -187,7 +188,7 @@ def describe_latents(
     store = BarcodeStore(barcodes)
     _require_one_origin(store, concepts, sources)
     chosen = _chosen(concepts, latents, selected)
-    commands = [None if line is None else Command(line, ask) for line in (command, judge)]
+    commands = [None if given is None else answerer(given, ask) for given in (command, judge)]
     namer, tester = _source(by, commands[0], "by"), _source(judge_by, commands[1], "judge_by")
     spec = {
         "concepts": concepts.identity,
@@ -243,7 +244,7 @@ def _chosen(concepts: ConceptStore, latents: Sequence[int], selected: bool) -> l
     return found
 
 
-def _source(given: str | None, command: Command | None, option: str) -> str:
+def _source(given: str | None, command: Answerer | None, option: str) -> str:
     try:
         return source_name(given if given is not None else "?" if command is None else command.name)
     except Unfit as error:
@@ -394,7 +395,7 @@ class _Work:
                     told[answer.latent, answer.given_by] = answer
         return unfit
 
-    def ask_names(self, command: Command, given_by: str) -> Tally:
+    def ask_names(self, command: Answerer, given_by: str) -> Tally:
         """Ask for the names of all items that this source has not answered."""
         told = current(self.answers)
         asked = [
@@ -414,7 +415,7 @@ class _Work:
 
         return self._ask_all(command, calls(), len(asked), "names")
 
-    def ask_judge(self, command: Command, judge: str) -> Tally:
+    def ask_judge(self, command: Answerer, judge: str) -> Tally:
         """Have all current names tested, and the names of other latents on the same images."""
         known = read_scores(self.folder, self.identity, judge)
         named = self._named()
@@ -502,7 +503,7 @@ class _Work:
         picture |= {"path": str(sheet), "base64": base64.b64encode(read_regular(sheet, most_bytes=1 << 26)).decode()}
         return {"task": "name", **said, "picture": picture}
 
-    def _ask_all(self, command: Command, calls: Iterator[Call], total: int, state: str) -> Tally:
+    def _ask_all(self, command: Answerer, calls: Iterator[Call], total: int, state: str) -> Tally:
         self.progress(0, total, state)
         return ask_all(
             command,
