@@ -4,7 +4,9 @@ Patients are divided once for all latents, at random within each dataset: items 
 images of the other. Identical images count as of one patient. Of what a page elsewhere shows (the top images of the
 concepts) none is taken for a test of that latent either, since a name may come from there.
 
-Strong images are the strongest tenth of the active ones on their side, at least as many as are asked for. Images are
+Strong images are the strongest tenth of the active ones on their side, at least as many as are asked for. They and
+weaker ones are held against images in which the latent is not active. Where there are not enough of these, since it is
+active nearly everywhere, against the quarter of least activation; weaker ones are then of the upper half. Images are
 taken patient by patient, so that one patient's slide does not speak for all.
 """
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 from cytosae.probe import connected_groups
 from stores.tables import STATUS_OK
 
-from .config import INACTIVE, LABEL, STRONG, WEAKER, DescribeConfig
+from .config import INACTIVE, LABEL, LEAST, STRONG, WEAKER, DescribeConfig
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -151,17 +153,22 @@ def choose_images(
         mine = mine[np.lexsort((mine, -strengths))]  # the strongest first
         n_pool = max(n_strong, round(_STRONG * len(mine)))
         strong, rest = mine[:n_pool], mine[n_pool:]
+        against, kind = (images.side == side) & ~is_active, INACTIVE
+        if int(against.sum()) < n_inactive:
+            against, kind = _least_active(images, side, active, values), LEAST
+            rest = mine[n_pool : int((images.side == side).sum()) // 2]
+            strong, rest = strong[~against[strong]], rest[~against[rest]]
         if side == SHOWN:
             picked = _spread(strong, images.group)[:n_strong]
         else:
             picked = _spread(rng.permutation(strong), images.group)[:n_strong]
         weaker = _spread(rng.permutation(rest), images.group)[:n_weaker]
         like = np.concatenate([picked, weaker])[:n_inactive] if side == TEST else picked[:n_inactive]
-        inactive = _matched(images, side, like, is_active, config, rng)
+        inactive = _matched(images, side, like, against, config, rng)
         described = [
             *((int(image), STRONG, None) for image in picked),
             *((int(image), WEAKER, None) for image in weaker),
-            *((image, INACTIVE, how) for image, how in inactive),
+            *((image, kind, how) for image, how in inactive),
         ]
         if side == TEST and (len(picked) + len(weaker) < config.min_test or len(inactive) < config.min_test):
             described = []
@@ -189,7 +196,17 @@ def _reason(rows: list[dict[str, Any]], n_active_test: int, config: DescribeConf
         return None
     if n_active_test < config.min_test:
         return f"active in {n_active_test} test images only, {config.min_test} are needed"
-    return "too few test images in which it is not active"
+    return "too few test images to hold the active ones against"
+
+
+def _least_active(images: Images, side: int, active: Ints, values: Floats) -> npt.NDArray[np.bool_]:
+    """(n,) the quarter of the images of a side in which a latent is least active; ties: the later image is left out."""
+    strength = np.zeros(len(images.ids))
+    strength[active] = values
+    members = np.flatnonzero(images.side == side)
+    found = np.zeros(len(images.ids), bool)
+    found[members[np.argsort(strength[members], kind="stable")[: len(members) // 4]]] = True
+    return found
 
 
 def _spread(candidates: Ints, groups: Ints) -> Ints:
@@ -206,11 +223,11 @@ def _matched(
     images: Images,
     side: int,
     like: Ints,
-    is_active: npt.NDArray[np.bool_],
+    against: npt.NDArray[np.bool_],
     config: DescribeConfig,
     rng: np.random.Generator,
 ) -> list[tuple[int, str]]:
-    """For each image of `like` one in which the latent is not active, and what both have in common; none twice."""
+    """For each image of `like` one of those to hold it against, and what both have in common; none twice."""
     used: set[int] = set()
     found: list[tuple[int, str]] = []
     everywhere = np.flatnonzero(images.side == side)
@@ -221,7 +238,7 @@ def _matched(
             ways = [(images.by_group.get((side, int(images.group[image])), everywhere[:0]), "patient"), *ways]
             ways.append((everywhere, "nothing"))
         for members, how in ways:
-            chosen = _draw(members, is_active, used, rng)
+            chosen = _draw(members, against, used, rng)
             if chosen is not None:
                 used.add(chosen)
                 found.append((chosen, how))
@@ -229,10 +246,10 @@ def _matched(
     return found
 
 
-def _draw(members: Ints, is_active: npt.NDArray[np.bool_], used: set[int], rng: np.random.Generator) -> int | None:
-    """One of the members at random that is not active and not used; None if there is none."""
-    for at in rng.integers(len(members), size=_TRIES if len(members) else 0).tolist():  # mostly the first try will do
-        if not is_active[members[at]] and int(members[at]) not in used:
+def _draw(members: Ints, against: npt.NDArray[np.bool_], used: set[int], rng: np.random.Generator) -> int | None:
+    """One of the members at random that is wanted and not used; None if there is none."""
+    for at in rng.integers(len(members), size=_TRIES if len(members) else 0).tolist():  # mostly an early try will do
+        if against[members[at]] and int(members[at]) not in used:
             return int(members[at])
-    free = [one for one in members[~is_active[members]].tolist() if one not in used]
+    free = [one for one in members[against[members]].tolist() if one not in used]
     return free[int(rng.integers(len(free)))] if free else None

@@ -8,7 +8,12 @@ from stores.spec import as_floats, check_choice
 
 PATIENT, LABEL = "patient", "label"
 MATCH = (PATIENT, LABEL)  # of which images the inactive ones are
-STRONG, WEAKER, INACTIVE = "strong", "weaker", "not active"  # rows of an item, and kinds of images of a test
+STRONG, WEAKER = "strong", "weaker"  # rows of an item, and kinds of images of a test
+INACTIVE, LEAST = (
+    "not active",
+    "least active",
+)  # what these are held against; the second where a latent is nearly always
+ACTIVE = (STRONG, WEAKER)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from stores.errors import DamagedStore
 from stores.files import read_lines
 
 from .answers import Answer, Unfit, append_record
-from .config import STRONG, AskConfig
+from .config import ACTIVE, INACTIVE, LEAST, STRONG, AskConfig
 from .scores import LEAST_GROUPS, auc, draw_groups, drawn_auc, drawn_interval, interval, wins
 from .sheet import encoded
 
@@ -192,6 +192,7 @@ def detection_rows(
         null = _null_of([_figures(rows, known.get(Task(answer.latent, name), {}), place, draws) for name in names])
         row = {"latent": answer.latent, "given_by": answer.given_by, "name": answer.name, "judge": judge}
         row |= own.to_row() | {"reason": reason}
+        row["against"] = LEAST if any(each["row"] == LEAST for each in rows) else INACTIVE
         row |= {f"{what}{end}": None for what in ("shuffled", "difference") for end in ("", "_low", "_high")}
         if reason is None:
             tested.setdefault(answer.given_by, []).append((own, null))
@@ -244,7 +245,7 @@ def _figures(rows: Sequence[dict[str, Any]], said: Scores, place: Mapping[int, i
     judged = [row for row in rows if said.get(row["number"]) is not None]
     scores = np.array([said[row["number"]] for row in judged], np.float64)
     group = np.array([place[row["patient_group"]] for row in judged], np.int64)
-    is_active = np.array([row["activation"] > 0 for row in judged], bool)
+    is_active = np.array([row["row"] in ACTIVE for row in judged], bool)
     is_strong = np.array([row["row"] == STRONG for row in judged], bool)
     n_active, n_inactive = int(is_active.sum()), int((~is_active).sum())
     n_groups = len({*group.tolist()})

@@ -19,7 +19,7 @@ from stores.files import read_json, readable_json, write_atomic
 from stores.progress import Progress
 
 from .choose import SHOWN, SIDES, Images
-from .config import INACTIVE, STRONG, WEAKER, DescribeConfig
+from .config import INACTIVE, LEAST, STRONG, WEAKER, DescribeConfig
 from .sheet import Cell, draw_sheet
 
 FOLDER = "items"
@@ -27,9 +27,9 @@ VERSION = 1
 TOGETHER = 64  # latents whose images are read together, in the order of the stores
 QUESTION = (
     "The sheet shows cells under the microscope. Beside each cell, in colour over grey, is where one feature of a "
-    "neural network answers to it. The rows 'strong' and 'weaker' are cells with this feature, the row 'not active' "
-    "cells without it, of the same patients where possible. What do the cells with the feature have in common, at the "
-    "coloured places, that the cells without it lack? Give a short name, as precise as the cells allow (a structure, a "
+    "neural network answers to it. The rows 'strong' and 'weaker' are cells with this feature, the last row "
+    "('not active', or 'least active') cells without it or with the least of it, of the same patients where possible. What do the cells with the feature have in common, at the "
+    "coloured places, that those of the last row lack? Give a short name, as precise as the cells allow (a structure, a "
     "cell type, a stain, an artefact), and one or two sentences on how to recognise it. If you see nothing in common, "
     "give an empty name."
 )
@@ -154,7 +154,7 @@ def _not_shown(root: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _rows(shown: Sequence[dict[str, Any]]) -> Iterator[str]:
     there = {row["row"] for row in shown}
-    yield from (name for name in (STRONG, WEAKER, INACTIVE) if name in there)
+    yield from (name for name in (STRONG, WEAKER, INACTIVE, LEAST) if name in there)
 
 
 def _of_shown(

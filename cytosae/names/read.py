@@ -30,6 +30,7 @@ DETECTION_COLUMNS = {
     **dict.fromkeys(("shuffled", "shuffled_low", "shuffled_high"), pa.float64()),
     **dict.fromkeys(("difference", "difference_low", "difference_high"), pa.float64()),
     "n_failed": pa.int64(),
+    "against": pa.string(),  # not active; or least active, where a latent is active nearly everywhere
     "reason": pa.string(),
 }
 _UNTESTED = float("inf")
@@ -59,6 +60,7 @@ class Detection:
     difference_low: float | None
     difference_high: float | None
     n_failed: int
+    against: str  # not active; or least active, where a latent is active nearly everywhere
     reason: str | None  # there is no score
 
     @property
