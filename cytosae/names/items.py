@@ -27,11 +27,11 @@ VERSION = 1
 TOGETHER = 64  # latents whose images are read together, in the order of the stores
 QUESTION = (
     "The sheet shows cells under the microscope. Beside each cell, in colour over grey, is where one feature of a "
-    "neural network answers to it. The rows 'strong' and 'weaker' are cells with this feature, the last row "
-    "('not active', or 'least active') cells without it or with the least of it, of the same patients where possible. What do the cells with the feature have in common, at the "
-    "coloured places, that those of the last row lack? Give a short name, as precise as the cells allow (a structure, a "
-    "cell type, a stain, an artefact), and one or two sentences on how to recognise it. If you see nothing in common, "
-    "give an empty name."
+    "neural network answers to it. The rows 'strong' and 'weaker' are cells with this feature; the last row ('not "
+    "active', or 'least active') are cells without it or with the least of it, of the same patients where possible. "
+    "What do the cells with the feature have in common, at the coloured places, that those of the last row lack? Give "
+    "a short name, as precise as the cells allow (a structure, a cell type, a stain, an artefact), and one or two "
+    "sentences on how to recognise it. If you see nothing in common, give an empty name."
 )
 ANSWER = {
     "name": "text of at most 200 letters, in one line; empty if there is nothing in common",

@@ -178,6 +178,7 @@ def test_choices_are_those_of_the_library() -> None:
     )
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
+    from cytosae.names.config import MATCH as NAMES_MATCH
     from cytosae.search.config import WEIGH
     from cytosae.training.metric_loggers import LOGGERS
     from stores.barcode_store import LEVELS as BARCODE_LEVELS
@@ -221,6 +222,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto concept ablate", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept match", "by"): BY,
         ("cyto concept search", "weigh"): WEIGH,
+        ("cyto concept describe", "match"): NAMES_MATCH,
         ("cyto compare replicate", "rule"): RULES,
         ("cyto sae baseline", "kind"): BASELINE_KINDS,
         ("cyto sae versus", "label"): BASELINE_LABELS,

@@ -3,6 +3,7 @@
 Latents 0, 1 and 2 are active where a red, green or blue square is; 3 at random; 4 never; 5 in one image alone.
 """
 
+import hashlib
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,10 +45,12 @@ class World:
 
 
 def make_world(root: Path, *, n_patients: int = N_PATIENTS, seed: int = 0) -> World:
-    """160 grey cells of as many patients as are asked for; image 9 is unreadable, image 21 a copy of image 20."""
+    """160 grey cells of as many patients as are asked for; image 9 is unreadable, image 21 a copy of image 20.
+
+    Below `root`: images, latents, barcodes, concepts.
+    """
     rng = np.random.default_rng(seed)
     has = rng.random((N_IMAGES, 3)) < 0.4
-    has[21] = has[20]
     dense = np.zeros((N_IMAGES, 1 + SIDE * SIDE, N_LATENTS), np.float32)
     pictures = []
     for image in range(N_IMAGES):
@@ -61,6 +64,7 @@ def make_world(root: Path, *, n_patients: int = N_PATIENTS, seed: int = 0) -> Wo
                 square[:, :, colour] = 230
                 dense[image, 1 + patch, colour] = rng.uniform(1, 3)
         pictures.append(pixels)
+    pictures[21], dense[21] = pictures[20], dense[20]
     dense[:, 5, 3] = np.where(rng.random(N_IMAGES) < 0.4, rng.uniform(1, 3, N_IMAGES), 0)
     dense[30, 7, 5] = 1
     dense[9] = 0
@@ -68,7 +72,12 @@ def make_world(root: Path, *, n_patients: int = N_PATIENTS, seed: int = 0) -> Wo
     patients = [f"Quentin {n % n_patients:02d}" for n in range(N_IMAGES)]
     datasets = [f"ward {n % n_patients % 2}" for n in range(N_IMAGES)]
     ids = [f"secret/{patients[n]}/{n:03d}" for n in range(N_IMAGES)]
-    hashes = [f"{20 if n == 21 else n:064x}" for n in range(N_IMAGES)]
+    (root / "images").mkdir(parents=True)
+    hashes = []
+    for n in range(N_IMAGES):
+        path = root / "images" / f"{n:04d}.png"
+        Image.fromarray(pictures[20 if n == 21 else n]).save(path)
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
     labels = [f"kind {n % 2}" for n in range(N_IMAGES)]
     write_latents(
         root / "latents",
