@@ -161,6 +161,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.compare.replication import RULES
     from cytosae.concepts.statistics import LABEL_COLUMNS
     from cytosae.latents.settings import PRECISIONS as PRODUCT_PRECISIONS
+    from cytosae.names.config import MATCH as NAMES_MATCH
     from cytosae.probe.folds import NULLS
     from cytosae.probe.run import REGULARIZATIONS
     from cytosae.probe.units import LEVELS
@@ -178,7 +179,6 @@ def test_choices_are_those_of_the_library() -> None:
     )
     from cytosae.sae.config import PRECISIONS as TRAINING_PRECISIONS
     from cytosae.sae.interop import LAYOUTS
-    from cytosae.names.config import MATCH as NAMES_MATCH
     from cytosae.search.config import WEIGH
     from cytosae.training.metric_loggers import LOGGERS
     from stores.barcode_store import LEVELS as BARCODE_LEVELS
