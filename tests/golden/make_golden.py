@@ -538,9 +538,10 @@ def write_ablation_v1(folder: Path) -> None:
 
 
 def write_names_v1(folder: Path) -> None:
-    """Two of the latents of `named_cells.py`, named by a function and by a colleague, tested by one that sees colours."""
+    """Two latents of `named_cells.py`, named by a function and a colleague, tested by one that sees colours."""
     world = make_world(folder / "world")
     table = folder / "world" / "colleague.csv"
+    names = iter(("red square", "green square"))
     table.write_text("latent,name,text,given_by,confidence\n0,rötliches <b>Quadrat</b>,,Ada,4\n")
     describe_latents(
         *world.inputs,
@@ -548,7 +549,7 @@ def write_names_v1(folder: Path) -> None:
         DescribeConfig(n_shown=2, n_test=6, pixels=32),
         AskConfig(n_bootstraps=100),
         latents=[0, 1],
-        command=lambda request: {"name": "red square" if request["statistics"]["n_images"] else "", "text": "a patch"},
+        command=lambda request: {"name": next(names), "text": "a patch"},
         by="a function",
         answers=[table],
         judge=seeing,
