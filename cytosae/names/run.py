@@ -25,7 +25,7 @@ from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch
-from stores.files import read_json, read_regular, write_atomic
+from stores.files import read_json, read_lines, read_regular, write_atomic
 from stores.progress import Progress
 from stores.result_folder import ResultStore, ResultWriter, begin_results
 from stores.spec import NAMES
@@ -41,6 +41,7 @@ from .answers import (
     answer_of,
     current,
     default_answers,
+    journal_file,
     keep,
     now,
     read_answers,
@@ -55,6 +56,7 @@ from .detection import (
     Scores,
     Task,
     batches,
+    detection_file,
     detection_rows,
     keep_scores,
     missing,
@@ -376,6 +378,8 @@ class _Work:
         about = items.table("latents").to_pylist()
         self.latents = [row["latent"] for row in about if row["has_item"]]
         self.reasons = {row["latent"]: row["reason"] for row in about}
+        for path in (journal_file(folder), detection_file(folder)):
+            read_lines(path, mend=True)  # an incomplete last line, from a crash, must not corrupt the next one
         self.tests: dict[int, list[dict[str, Any]]] = {}
         for row in items.table("images").to_pylist():
             if row["side"] == SIDES[TEST]:

@@ -535,6 +535,13 @@ def test_what_was_changed_is_found(world: World, named: Path, tmp_path: Path) ->
         read_names(copy)
     (copy / "names.parquet").unlink()
     assert read_names(copy).of(0) == ()
+    kept = default_answers(named) / "names.jsonl"
+    shutil.copytree(kept.parent, default_answers(copy))
+    with (default_answers(copy) / "names.jsonl").open("a") as file:
+        file.write('{"version":1,"lat')  # a crash in the middle of a line
+    describe(world, copy)
+    assert (default_answers(copy) / "names.jsonl").read_bytes() == kept.read_bytes()
+    assert read_names(copy).of(0) == read_names(named).of(0)
     journal = tmp_path / "x.answers"
     journal.mkdir()
     (journal / "names.jsonl").write_text('{"version":1,"latent":0,"name":"a\\u0007"}\n')
