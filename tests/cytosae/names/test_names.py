@@ -62,6 +62,13 @@ def knowing(world: World, out: Path) -> Any:
     return answer
 
 
+def copy_of(named: Path, tmp_path: Path) -> Path:
+    """The named items with their answers, to be changed."""
+    for source, target in ((named, tmp_path / "copy"), (default_answers(named), default_answers(tmp_path / "copy"))):
+        shutil.copytree(source, target)
+    return tmp_path / "copy"
+
+
 def sheet_of(request: dict[str, Any]) -> bytes:
     return base64.b64decode(request["picture"]["base64"])
 
@@ -172,14 +179,14 @@ def test_inactive_images_of_the_same_label(world: World, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------- what an item says
 
 
-def test_an_item_says_nothing_that_must_not_leave(world: World, named: Path) -> None:
+def test_an_item_says_nothing_that_must_not_leave(world: World, named: Path, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
     def listen(request: dict[str, Any]) -> dict[str, Any]:
         seen.append(request)
         return {"name": ""}
 
-    describe(world, named, command=listen, by="listener")
+    describe(world, copy_of(named, tmp_path), command=listen, by="listener")
     assert len(seen) == 4
     for request in seen:
         assert request["task"] == "name"
@@ -413,7 +420,8 @@ def test_calls_at_once_give_the_same(world: World, named: Path, tmp_path: Path) 
 def test_a_judge_that_does_not_answer_as_asked(
     world: World, named: Path, tmp_path: Path, answer: dict[str, Any], words: str
 ) -> None:
-    done = describe(world, named, judge=lambda request: answer, judge_by="bad", ask=AskConfig(give_up=1))
+    out = copy_of(named, tmp_path)
+    done = describe(world, out, judge=lambda request: answer, judge_by="bad", ask=AskConfig(give_up=1))
     assert words in done.warnings[0]
     row = next(row for row in done.rows if row["judge"] == "bad")
     assert (row["auc"], row["reason"]) == (None, "not tested yet")
@@ -524,8 +532,7 @@ def test_hostile_names_are_refused(bad: object) -> None:
 def test_what_was_changed_is_found(world: World, named: Path, tmp_path: Path) -> None:
     assert verify_folder(named).is_whole
     assert verify_folder(named).unrecorded == []
-    copy = tmp_path / "copy"
-    shutil.copytree(named, copy)
+    copy = copy_of(named, tmp_path)
     table = pq.read_table(copy / "names.parquet")
     rows = table.to_pylist()
     rows[0]["name"] = "another"
@@ -536,7 +543,6 @@ def test_what_was_changed_is_found(world: World, named: Path, tmp_path: Path) ->
     (copy / "names.parquet").unlink()
     assert read_names(copy).of(0) == ()
     kept = default_answers(named) / "names.jsonl"
-    shutil.copytree(kept.parent, default_answers(copy))
     with (default_answers(copy) / "names.jsonl").open("a") as file:
         file.write('{"version":1,"lat')  # a crash in the middle of a line
     describe(world, copy)
