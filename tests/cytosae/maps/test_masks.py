@@ -490,6 +490,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.stress
 def test_a_painted_texture_is_found_where_it_was_painted(painted: Path, tmp_path: Path) -> None:
     """Some latent is active there, and nowhere as active; the table says so, and so does its map, patch by patch."""
     done = run(

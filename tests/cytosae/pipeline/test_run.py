@@ -84,6 +84,7 @@ def test_all_is_there_and_whole(finished: Path) -> None:
     assert recipe.why["sae.expansion"] == "asked for"
 
 
+@pytest.mark.stress
 def test_a_repeat_does_nothing(copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     for source, out in ((copied / "recipe.toml", None), (copied / "cells.csv", copied)):
@@ -96,6 +97,7 @@ def test_a_repeat_does_nothing(copied: Path) -> None:
         assert now.keys() == before.keys()
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize(
     ("section", "name", "value", "stage"),
@@ -311,6 +313,7 @@ def test_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.stress
 def test_a_budget_that_is_given_has_no_reasons_of_another_one(tmp_path: Path) -> None:
     table = draw_cohort(tmp_path)
     whys = []
@@ -331,6 +334,7 @@ def test_a_name_that_toml_cannot_hold_is_told(tmp_path: Path) -> None:
         run_small(source, tmp_path / "out", dry_run=True, config=RunConfig())
 
 
+@pytest.mark.stress
 def test_a_file_of_a_recipe_is_looked_for_beside_it(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`weights = "w.pth"` lies in the folder of the run, wherever the command is typed."""
     (copied / "w.pth").write_bytes(b"no weights")
@@ -345,6 +349,7 @@ def test_a_file_of_a_recipe_is_looked_for_beside_it(copied: Path, monkeypatch: p
             run_small(copied / "recipe.toml", out)
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 def test_what_the_data_do_not_allow_any_more_is_shown_nowhere(copied: Path) -> None:
     """A comparison and a draw that were made, and cannot be with new settings: atlas and report do not use the old."""

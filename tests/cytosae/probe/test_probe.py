@@ -633,6 +633,7 @@ def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
     assert any("a class had no training row" in warning for warning in scores["warnings"])
 
 
+@pytest.mark.stress
 def test_the_released_divisor_is_told(tmp_path: Path) -> None:
     """With it the number of images is in every barcode of a patient, not in those of images."""
     folder = write_folder(tmp_path / "b", *cohort(), normalize="cytosae-release")
