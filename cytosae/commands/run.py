@@ -98,7 +98,7 @@ def tell_run(source: Path, out: Path | None, config: "RunConfig | None", **setti
     """The plan, one progress line over all stages, the result."""
     from cytosae.pipeline import run_pipeline
 
-    with progress_line("download", "byte") as downloading, progress_line("run", "step") as progress:
+    with progress_line("download", "byte") as downloading, progress_line("run", None) as progress:
         done = run_pipeline(
             source,
             out,

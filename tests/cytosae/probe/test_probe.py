@@ -43,6 +43,7 @@ from cytosae.probe import (
     draw_groups,
     interval,
     logistic_columns,
+    possible,
     probe,
     scores_of_draws,
     threshold_grams,
@@ -347,6 +348,9 @@ def test_scores_of_draws_are_sklearns_with_weights() -> None:
     assert interval(found["accuracy"])["low"] < found["accuracy"][0] < interval(found["accuracy"])["high"]
     assert interval(np.full(21, 0.5)) == {"low": 0.5, "high": 0.5}
     assert interval(np.full(21, np.nan)) == {"low": None, "high": None}
+    assert possible("weighted_f1", {"low": -0.1, "high": 1.02}) == {"low": 0.0, "high": 1.0}  # a widened interval
+    assert possible("log_loss", {"low": -0.1, "high": 1.02}) == {"low": 0.0, "high": 1.02}
+    assert possible("auroc", {"low": None, "high": None}) == {"low": None, "high": None}
 
 
 def test_calibration_tells_overconfidence() -> None:
