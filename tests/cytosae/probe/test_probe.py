@@ -43,7 +43,6 @@ from cytosae.probe import (
     draw_groups,
     interval,
     logistic_columns,
-    possible,
     probe,
     scores_of_draws,
     threshold_grams,
@@ -53,7 +52,7 @@ from cytosae.probe import units as probe_units
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
 from cytosae.probe.folds import choose_null, connected_groups, shuffle_labels
-from cytosae.probe.intervals import calibration, calibration_error
+from cytosae.probe.intervals import calibration, calibration_error, possible
 from cytosae.probe.logistic import fit_rows
 from cytosae.probe.logistic_columns import fit_columns, fit_gram
 from cytosae.probe.scores import class_scores, score
