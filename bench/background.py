@@ -1,10 +1,12 @@
 """Does `--background first-component` leave out the patch tokens that masks call background, and no others?
 
 Truth: masks of the same images (`--masks`, as `cyto concept masks` takes them); without them, masks by colour, which
-are made here: a pixel is matter if its darkest channel, smoothed, is below Otsu's threshold of all images, and ground
-otherwise; the labelled cell is the piece of matter that covers most of the middle third, with its holes. That stands
-in for masks by hand: it knows pixels and no tokens, but it takes the pale middle of a red cell in a pile for ground. A
-patch is ground if at most a tenth of it is matter, matter if at least nine tenths are, and otherwise it does not count.
+are made here: the darkest channel of each pixel, smoothed, as a share of its 95% quantile in the image, which is the
+light of the ground; Otsu's threshold of all images parts nuclei from the rest, a second one of the rest parts matter
+from ground. The labelled cell is the piece of matter that covers most of the middle third, with its holes. That stands
+in for masks by hand: it knows pixels and no tokens, and takes neighbours that touch for a part of the cell; look at
+some of them (--keep-masks) before you believe it. A patch is ground if at most a tenth of it is matter, matter if at
+least nine tenths are, and otherwise it does not count.
 
 In all and per label: `ground_left_out` (1 is best), `matter_left_out` and `cell_left_out` (0 is best; of the labelled
 cell only), `left_out`, and `wrongly`, the share of what is left out that is no ground. Ratio: the mean of ground left
@@ -44,12 +46,15 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of images (drawn cells)")
     parser.add_argument("--cache", type=Path, help="their activation cache (extracted)")
     parser.add_argument("--masks", type=Path, help="their masks, 0 for background (made by colour)")
+    parser.add_argument("--keep-masks", type=Path, help="a new folder for the masks by colour (not kept)")
     parser.add_argument("--cells", type=int, default=200, help="drawn cells (%(default)s)")
     options = parser.parse_args()
     with scratch(options.folder) as folder:
         images = options.images or _drawn(folder / "cells", options.cells)
         store = ActivationStore(options.cache or _extracted(images, folder / "cells.acts.zarr"))
-        masks = options.masks or _masks_by_colour(images, [str(path) for path in column(store.images, "path")], folder)
+        masks = options.masks or _masks_by_colour(
+            images, [str(path) for path in column(store.images, "path")], options.keep_masks or folder / "masks"
+        )
         rows, matter_NP, cell_NP = _patches(store, masks, "any" if options.masks else _CLASSES)
         labels = np.array([str(label) for label in column(store.images, "label")])[rows]
         began = now()
@@ -121,21 +126,22 @@ def _masks_by_colour(images: Path, paths: list[str], folder: Path) -> Path:
     """A folder of masks named like the images: 0 ground, 128 matter, 255 the labelled cell."""
     darkest = {path: _darkest(images / path) for path in paths}
     sample = np.concatenate([values[::4, ::4].ravel() for values in darkest.values()])
-    threshold = otsu(sample)
+    threshold = otsu(sample[sample > otsu(sample)])
     for path, values in darkest.items():
         mask = np.where(values < threshold, 128, 0).astype(np.uint8)
         side = min(mask.shape)
         mask[_labelled_cell(mask > 0, side // 3)] = 255
-        place = (folder / "masks" / path).with_suffix(".png")
+        place = (folder / path).with_suffix(".png")
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(place)
-    return folder / "masks"
+    return folder
 
 
 def _darkest(path: Path) -> Floats:
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), np.float64).min(2)
-    return np.asarray(ndimage.gaussian_filter(pixels, _SMOOTH * min(pixels.shape)), np.float64)
+    smooth = ndimage.gaussian_filter(pixels, _SMOOTH * min(pixels.shape))
+    return np.asarray(smooth / max(1.0, np.quantile(smooth, 0.95)), np.float64)
 
 
 def _labelled_cell(matter: Bools, margin: int) -> Bools:
