@@ -45,6 +45,12 @@ class Images:
         if self.n_skipped:
             place = self.source or self.root
             found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+        tables = [printable(name) for name in self.skipped if name.casefold().endswith(_TABLES)]
+        if tables:
+            found.append(
+                f"a folder gives labels only, by its sub-folders; if {' or '.join(tables[:3])} is a table of these "
+                f"images, with patients or diseases, give that file instead"
+            )
         if self.refused:
             said = listed([printable(each) for each in self.refused])
             found.append(f"{counted(len(self.refused), 'file')} of the archives not read: {said}")
@@ -57,6 +63,7 @@ class Images:
         return tuple(found)
 
 
+_TABLES = (".csv", ".tsv", ".parquet")
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 

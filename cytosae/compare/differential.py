@@ -823,10 +823,11 @@ def _floor_warnings(test: PermutationTest, n_a: int, n_b: int) -> list[str]:
     n_permutations = math.ceil(n_tested / 0.05)
     # with fewer splits of the patients than that, each is taken once, and no p can be so small
     one_is_enough = not test.is_exact and math.comb(n_a + n_b, n_a) > n_permutations
-    remedy = "fewer latents (--min-patients)" + (
-        f", or --permutations {n_permutations}, which lets one do" if one_is_enough else ""
-    )
-    return [f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}), or {remedy}"]
+    remedy = (f"--permutations {n_permutations}, or with " if one_is_enough else "") + "fewer tested (--min-patients)"
+    return [
+        f"q <= 0.05 takes {n_needed:,} latents at the smallest p that is possible ({test.floor:.2g}); a single one can "
+        f"have it with {remedy}"
+    ]
 
 
 def _support_warnings(is_rare: Bools) -> list[str]:
