@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits extract, train, encode and barcode, each after the one before: bash submit.sh [SETTINGS.sh]
+# Submits extract, train, encode, then barcode and concepts, each after the one before: bash submit.sh [SETTINGS.sh]
 # Run it again after a failure or a time limit: what is finished ends at once, the rest continues.
 set -euo pipefail
 
@@ -21,4 +21,5 @@ extract=$(submit extract "" --array="0-$last" "${SBATCH_GPU[@]}")
 train=$(submit train "$extract" --requeue "${SBATCH_GPU[@]}")
 encode=$(submit encode "$train" --array="0-$last" "${SBATCH_GPU[@]}")
 barcode=$(submit barcode "$encode" "${SBATCH_CPU[@]}")
-echo "submitted: extract $extract, train $train, encode $encode, barcode $barcode; logs in $OUT/logs"
+concepts=$(submit concepts "$encode" "${SBATCH_CPU[@]}")
+echo "submitted: extract $extract, train $train, encode $encode, barcode $barcode, concepts $concepts; logs in $OUT/logs"
