@@ -11,9 +11,10 @@ mkdir -p "$OUT/logs"
 last=$((SHARDS - 1))
 
 submit() { # NAME DEPENDENCY OPTION...: the number of the job
-    local name=$1 after=$2
+    local name=$1 after=$2 number=%j
     shift 2
-    sbatch --parsable --job-name="cyto-$name" --output="$OUT/logs/$name-%A_%a.log" --signal=B:TERM@120 \
+    [[ "$*" != *--array=* ]] || number=%A_%a # without an array, SLURM writes 4294967294 for %a
+    sbatch --parsable --job-name="cyto-$name" --output="$OUT/logs/$name-$number.log" --signal=B:TERM@120 \
         ${after:+--dependency=afterok:$after} "${SBATCH[@]}" "$@" "$here/job.sh" "$name" "$settings"
 }
 
