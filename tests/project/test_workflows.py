@@ -63,7 +63,7 @@ def test_the_chain_of_slurm(tmp_path: Path) -> None:
         "SBATCH_GPU": "(--cpus-per-task=1)",
         "SBATCH_CPU": "(--cpus-per-task=1)",
     }.items():
-        text, n = re.subn(rf"^{name}=(\(.*?\)|\S+)", lambda _, line=f"{name}={value}": line, text, flags=re.MULTILINE)
+        text, n = re.subn(rf"^{name}=(\(.*?\)|\S+)", f"{name}={value}", text, flags=re.MULTILINE)
         assert n == 1, name
     (tmp_path / "my.sh").write_text(text)
     submit = f"PATH='{place}:'$PATH bash '{ROOT}/workflows/slurm/submit.sh' my.sh"
