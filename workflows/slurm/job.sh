@@ -23,8 +23,11 @@ case $1 in
     barcode)
         exec cyto barcode "$OUT/cells.latents.zarr" -o "$OUT/cells.barcodes" "${BARCODE[@]}" --workers "$cores"
         ;;
+    concepts)
+        exec cyto concept stats "$OUT/cells.latents.zarr" -o "$OUT/cells.concepts" "${CONCEPTS[@]}" --workers "$cores"
+        ;;
     *)
-        echo "expected extract, train, encode or barcode; found $1" >&2
+        echo "expected extract, train, encode, barcode or concepts; found $1" >&2
         exit 2
         ;;
 esac

@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import stats
 
 from cytosae.compare import CompareConfig, Comparison, compare
-from cytosae.compare.differential import bootstrap_stability, correlate
+from cytosae.compare.differential import correlate
+from cytosae.compare.top_list_stability import bootstrap_stability
 from stores import COMPARISON, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 
