@@ -2,6 +2,7 @@
 # One job of submit.sh: job.sh STEP SETTINGS.sh
 set -euo pipefail
 
+CONCEPTS=() # a settings file of before does not have it
 # shellcheck source=settings.sh
 source "$2"
 # shellcheck source=/dev/null
