@@ -61,7 +61,7 @@ def shuffled_names(answers: Sequence[Answer], n: int, seed: int) -> dict[int, li
     ring = sorted(answers, key=key)
     found: dict[int, list[str]] = {}
     for at, answer in enumerate(ring):
-        own, others = {answer.name.casefold()}, []
+        own, others = {answer.name.casefold()}, list[str]()
         for other in ring[at + 1 :] + ring[:at]:
             if len(others) == n:
                 break

@@ -26,6 +26,7 @@ from stores.concept_store import ConceptStore
 from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.files import read_json, read_lines, read_regular, write_atomic
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.result_folder import ResultStore, ResultWriter, begin_results
 from stores.spec import NAMES
@@ -128,7 +129,7 @@ def plan_describe(
         n_passes=len(blocks),
         seconds=len(blocks) * reader.nnz / _NONZEROS_PER_SECOND + len(chosen) * _SECONDS_PER_ITEM,
         memory_bytes=int(
-            5e8 + 24 * BLOCK + 48 * held + 400 * reader.shape[0] + 200 * len(chosen) * (4 * config.n_shown)
+            5e8 + 32 * BLOCK * n_cores() + 48 * held + 400 * reader.shape[0] + 200 * len(chosen) * (4 * config.n_shown)
         ),
         n_name_calls=len(chosen) if command else 0,
         n_judge_calls=len(chosen) * (1 + ask.shuffles) * per_test if judge else 0,
@@ -222,7 +223,10 @@ def describe_latents(
     first = next((latent for latent in chosen if item_files(work.items.root, latent)[0].is_file()), None)
     return DescribeResult(
         out=out,
-        **{name: int(summary[name]) for name in ("n_items", "n_without_item", "n_testable", "n_patients")},
+        n_items=int(summary["n_items"]),
+        n_without_item=int(summary["n_without_item"]),
+        n_testable=int(summary["n_testable"]),
+        n_patients=int(summary["n_patients"]),
         **found,
         asked=tuple(asked),
         unfit=tuple(unfit),

@@ -24,6 +24,7 @@ from cytosae.names import items as items_module
 from cytosae.names.activations import blocks_of_latents, means_of_images, read_activations
 from cytosae.names.answers import Unfit, default_answers, one_line, read_answers
 from cytosae.names.choose import choose_images, divide_images
+from cytosae.names.sheet import draw_sheet
 from stores import CONCEPTS, NAMES, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.verify_any import verify_folder
@@ -214,13 +215,12 @@ def test_statistics_are_those_of_the_pictures(world: World, named: Path) -> None
 def test_items_are_equal_when_made_again_and_after_an_interruption(
     world: World, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, drawn = tmp_path / "again", []
-    draw = items_module.draw_sheet
+    out, drawn = tmp_path / "again", list[bytes]()
 
     def break_off(*arguments: Any, **settings: Any) -> bytes:
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(draw(*arguments, **settings))
+        drawn.append(draw_sheet(*arguments, **settings))
         return bytes(drawn[-1])
 
     monkeypatch.setattr(items_module, "draw_sheet", break_off)
