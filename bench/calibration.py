@@ -29,7 +29,8 @@ from scipy.sparse import csr_matrix
 from scipy.stats import gamma
 
 from cytosae.compare import DRAWS, CompareConfig, choose_number, combine_draws, permutation_test
-from cytosae.compare.differential import TwoGroups, choose_tested, differential, prepare
+from cytosae.compare.differential import choose_tested, differential
+from cytosae.compare.groups import TwoGroups, prepare
 from cytosae.compare.intervals import intervals
 from cytosae.compare.permutation import PermutationTest
 from stores.barcode_store import BarcodeStore

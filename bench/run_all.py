@@ -32,6 +32,7 @@ FULL = {
     "patients": [],
     "tau": [],
     "steering": [],
+    "background": ["--cells", "1000"],
     "ablate": ["--images", "171373", "--tokens", "17", "--width", "64", "--latents", "49152"],
     "frontier": ["--steps", "2000"],
 }

@@ -34,8 +34,9 @@ from stores.spec import COMPARISON, REPLICATION, check_choice
 from stores.tables import listed
 
 from .config import CompareConfig
-from .differential import Prepared, choose_groups, describe_groups, prepare, read_patients, sae_of
+from .differential import describe_groups
 from .freedman_lane import residual_group
+from .groups import Prepared, choose_groups, prepare, read_patients, sae_of
 from .permutation import PermutationTest, combine_draws
 from .replication_figures import plot_replication
 from .replication_report import Replication

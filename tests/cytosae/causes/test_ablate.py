@@ -528,6 +528,7 @@ def frequent(made: Path) -> int:
     return int(np.bincount(rows.indices, rows.values).argmax())
 
 
+@pytest.mark.stress
 def test_the_command_with_a_real_backbone(made: Path, tmp_path: Path, frequent: int) -> None:
     """From cached tokens, from images, and by hand through the model's own later blocks."""
     few = ["--latent", frequent, "--controls", 2, "--directions", 1, "--curve-images", 0, "--n-images", 3]
@@ -592,6 +593,7 @@ def test_rounding_is_not_reported_as_an_effect() -> None:
     assert few == "2 latents held against fewer than 100 others: p cannot be below 0.024"
 
 
+@pytest.mark.stress
 def test_the_cache_is_encoded_where_no_latents_are_given(made: Path, tmp_path: Path, frequent: int) -> None:
     """The same effects up to the rounding of stored values, also of a sample."""
     few = ["--latent", frequent, "--controls", 2, "--directions", 0, "--curve", "2", "--curve-images", 2]

@@ -179,6 +179,7 @@ def test_where_nothing_differs_p_is_uniform(discovery: Path, tmp_path: Path, mon
 # ------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.stress
 def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="that is no replication"):
         replicate(discovery, discovery.with_name("b"), tmp_path / "out")
@@ -200,6 +201,7 @@ def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
         ReplicateConfig(rule="p")
 
 
+@pytest.mark.stress
 def test_the_command_stands_beside_the_old_one(discovery: Path, tmp_path: Path) -> None:
     others = write_patient_barcodes(tmp_path / "b", draw(1), DISEASES)
     done = run("compare", "replicate", discovery, others, "-o", tmp_path / "out", "--permutations", 200)

@@ -18,15 +18,8 @@ from cytocache.extract import ExtractConfig, extract
 from cytocache.masks import MaskFiles, MaskShares, _shares, find_masks, read_all_shares
 from cytosae.latents.encode import encode
 from cytosae.maps import patch_map, read_tokens, write_mask_agreement
-from cytosae.maps.mask_agreement import (
-    RankedValues,
-    chance_agreement,
-    exchanged_masks,
-    halves,
-    mask_agreement,
-    rank,
-    read_ranked,
-)
+from cytosae.maps.mask_chance import chance_agreement, exchanged_masks
+from cytosae.maps.mask_ranks import RankedValues, halves, mask_agreement, rank, read_ranked
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import MASKS, LatentStore, ResultStore
@@ -490,6 +483,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.stress
 def test_a_painted_texture_is_found_where_it_was_painted(painted: Path, tmp_path: Path) -> None:
     """Some latent is active there, and nowhere as active; the table says so, and so does its map, patch by patch."""
     done = run(
@@ -578,7 +572,7 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
 
 def test_too_many_values_are_refused_before_they_are_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = LatentStore(made / "latents.zarr")
-    monkeypatch.setattr("cytosae.maps.mask_agreement.MAX_NONZEROS", 1000)
+    monkeypatch.setattr("cytosae.maps.mask_ranks.MAX_NONZEROS", 1000)
     monkeypatch.setattr(LatentStore, "read_images", None)
     with pytest.raises(BadInput, match=r"the 2 masked images hold [\d,]+ values, more than 1,000; take fewer masks"):
         read_ranked(latents, [0, 1], np.array([0, 1]))

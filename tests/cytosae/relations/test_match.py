@@ -175,6 +175,7 @@ def test_where_images_are_not_shared_p_is_uniform(tmp_path: Path) -> None:
     assert n_counterparts / (20 * N_A) < 0.06
 
 
+@pytest.mark.stress
 def test_differential_latents_and_cosines_stand_beside(tmp_path: Path) -> None:
     """Two of A's latents differ between diseases; their partners in B do, too."""
     a, b = two_saes(2)

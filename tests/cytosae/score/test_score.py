@@ -133,6 +133,7 @@ def test_the_unreadable_image_has_no_part_and_labels_are_all_there(world: World,
     assert not verify_folder(world.root / "planted").problems
 
 
+@pytest.mark.stress
 def test_another_encoder_and_another_seed(world: World, tmp_path: Path) -> None:
     """An embedding from a table is taken in place of the tokens; a stability folder adds its rows."""
     rng = np.random.default_rng(0)

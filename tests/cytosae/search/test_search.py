@@ -116,6 +116,7 @@ def test_a_search_equals_plain_loops(cells: Cells, barcodes: Path, k: int, weigh
     assert [row["latent"] for row in found.latents] == [*list_of(cells[1][0], w, k)]
 
 
+@pytest.mark.stress
 def test_blocks_have_no_effect(barcodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = search_cells(barcodes, "i003")
     reader = scanning.reader_of(scanning.open_collection(barcodes, None, "rarity"), "barcode")
@@ -209,6 +210,7 @@ def image_id(made: Path, number: int) -> str:
     return str(ActivationStore(made / "acts.zarr").images["image_id"][number])
 
 
+@pytest.mark.stress
 def test_a_file_is_found_as_its_own_image(made: Path, counted: Path, tmp_path: Path) -> None:
     """The file of a stored image gives the same similarities, by latents and by tokens, and is not listed itself."""
     name = image_id(made, 0)
