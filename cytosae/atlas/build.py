@@ -27,6 +27,7 @@ from .config import AtlasConfig
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images
 from .inputs import Inputs, open_inputs
+from .opinions import opinions_identity
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
@@ -103,6 +104,7 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -125,6 +127,7 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -143,8 +146,17 @@ def build_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
-    more = [each for each in (neighbours, causes) if each is not None]
+    inputs = _open(
+        barcodes,
+        concepts,
+        sources,
+        config,
+        comparisons=comparisons,
+        neighbours=neighbours,
+        causes=causes,
+        reviews=reviews,
+    )
+    more = [each for each in (neighbours, causes, reviews) if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *more]
     return write_atlas(
         inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
@@ -160,6 +172,7 @@ def _open(
     comparisons: Sequence[Path | str],
     neighbours: Path | str | None,
     causes: Path | str | None,
+    reviews: Path | str | None,
 ) -> Inputs:
     return open_inputs(
         Path(barcodes),
@@ -168,6 +181,7 @@ def _open(
         comparisons=[Path(each) for each in comparisons],
         neighbours=None if neighbours is None else Path(neighbours),
         causes=None if causes is None else Path(causes),
+        reviews=None if reviews is None else Path(reviews),
         tau=config.tau,
     )
 
@@ -265,6 +279,7 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -275,7 +290,16 @@ def estimate_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
+    inputs = _open(
+        barcodes,
+        concepts,
+        sources,
+        config,
+        comparisons=comparisons,
+        neighbours=neighbours,
+        causes=causes,
+        reviews=reviews,
+    )
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
@@ -355,6 +379,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         **({} if inputs.causes is None else {"causes": inputs.causes.header.identity}),
+        **({} if inputs.opinions is None else {"reviews": opinions_identity(inputs.opinions)}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),

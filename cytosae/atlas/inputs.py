@@ -18,6 +18,8 @@ from stores.result_folder import ResultStore
 from stores.spec import ABLATION, COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
+from .opinions import Opinion, read_opinions
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -30,6 +32,7 @@ class Inputs:
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
     causes: ResultStore | None = None  # of `cyto concept ablate`
+    opinions: dict[int, Opinion] | None = None  # of a review, by latent; None: not given
 
     @property
     def n_latents(self) -> int:
@@ -96,6 +99,7 @@ def open_inputs(
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
     causes: Path | None = None,
+    reviews: Path | None = None,
     tau: float | None = None,
 ) -> Inputs:
     """Open the stores of an atlas.
@@ -115,6 +119,7 @@ def open_inputs(
         comparisons=[ResultStore(root, COMPARISON) for root in comparisons],
         neighbours=None if neighbours is None else ResultStore(neighbours, NEIGHBOURS),
         causes=None if causes is None else ResultStore(causes, ABLATION),
+        opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)

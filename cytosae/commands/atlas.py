@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--compare", "comparisons", type=FILE, multiple=True, help="Folder of cyto compare; may repeat.")
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
 @click.option("--causes", type=FILE, help="Folder of cyto concept ablate.")
+@click.option("--reviews", type=FILE, help="Folder of verdicts of cyto atlas serve, shown on the cards of concepts.")
 @click.option(
     "--pages",
     type=click.Choice(["selected", "top", "all"]),
@@ -76,6 +77,7 @@ def atlas_build(
     comparisons: tuple[Path, ...],
     neighbours: Path | None,
     causes: Path | None,
+    reviews: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -91,7 +93,8 @@ def atlas_build(
     from cytosae.atlas import AtlasConfig, build_atlas, estimate_atlas
 
     require_roots(stores, roots, "--images")
-    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
+    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "reviews": reviews}
+    given["roots"] = roots
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)

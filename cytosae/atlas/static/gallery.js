@@ -3,7 +3,7 @@
 
 const MAPS_PER_FILE = 16; // as in gallery.py
 const NEVER = 255;
-const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"];
+const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
 const IS_DIFFERENT = 0.05; // q
 
 // The columns of all concepts, unpacked; undefined is NaN or -1.
@@ -58,7 +58,7 @@ function openGallery(data) {
     if (sides.length) groups.push({ name: "in", title: `Differs between diseases, q at most ${IS_DIFFERENT}`, values: sides.map((one) => [one, one]), of: higher });
   }
   if (data.dataset) groups.push({ name: "dataset", title: "Dataset of the strongest image", values: byCount(data.dataset, data.datasets, NEVER), of: (at) => data.datasets[data.dataset[at]] ?? "" });
-  const verdictOf = (at) => (data.verdict ? VERDICTS[data.verdict[at]] : data.cluster[at] === NEVER ? VERDICTS[0] : VERDICTS[1]);
+  const verdictOf = (at) => VERDICTS[data.verdict[at]];
   const kinds = [...new Set(Array.from({ length: n }, (_, at) => verdictOf(at)))];
   if (kinds.length > 1) groups.push({ name: "verdict", title: "Verdict of experts", values: VERDICTS.filter((one) => kinds.includes(one)).map((one) => [one, one]), of: verdictOf });
   if (data.name.size) groups.push({ name: "named", title: "Name", values: [["yes", "with a name"]], of: (at) => (data.name.has(at) ? "yes" : "") });
@@ -92,7 +92,7 @@ function openGallery(data) {
     const line = card.querySelector(".label");
     line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
     card.querySelector(".bar rect").setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
-    const verdict = data.verdict?.[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
+    const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
     card.querySelector(".often").replaceChildren(data.frequency[at] ? `in ${share(data.frequency[at])} of images` : "never active", ...verdict);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
