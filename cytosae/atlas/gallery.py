@@ -173,7 +173,9 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
     if inputs.comparisons:
         columns["pair"] = np.where(gallery.pair >= 0, gallery.pair, NEVER).astype(np.uint8)
         columns["g"] = (
-            np.nan_to_num(100 * gallery.g, nan=0.0, posinf=32000, neginf=-32000).clip(-32000, 32000).astype(np.int16)
+            np.nan_to_num(np.round(100 * gallery.g), nan=0.0, posinf=32000, neginf=-32000)
+            .clip(-32000, 32000)
+            .astype(np.int16)
         )
         columns["q"] = gallery.q.astype(np.float16)
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
