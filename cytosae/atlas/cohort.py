@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from cytosae.relations import Others, dispersion_of, log_scale
 from stores.barcode_store import BarcodeStore
+from stores.csr import CsrRows
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
 
 from .pseudonyms import Pseudonyms
 
 _ROWS = 256  # patients, or images, per read
+_IMAGES = 1024  # images of a block
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -102,6 +104,25 @@ class Cohort:
         for row, found in _rows(self.barcodes, "patient", self._tau, "X"):
             yield int(self._number_of[row]), found
 
+    def image_blocks(self, matrix: str) -> Iterator[tuple[int, CsrRows]]:
+        """(first image, rows) of all images, in order: `X`, tokens above tau, or `mean`, image activations."""
+        reader = self.barcodes.matrix("image", self._tau, matrix)
+        for start in range(0, reader.shape[0], _IMAGES):
+            yield start, reader.read_rows(start, min(start + _IMAGES, reader.shape[0]))
+
+    @cached_property
+    def rarity(self) -> Values:
+        """(n_latents,) weight of each latent, as `cyto concept search` weighs: 0 if it is in every image."""
+        table = self.barcodes.read_element("image", "var", self._tau)
+        if "n_active_images" in table.columns:
+            with_it = table["n_active_images"].to_numpy(np.float64)
+        else:  # barcodes of an older cyto
+            with_it = np.zeros(self.n_latents)
+            for _, rows in self.image_blocks("X"):
+                with_it += np.bincount(rows.indices, minlength=self.n_latents)
+        weights: Values = np.log((self.is_readable.sum() + 1) / (with_it + 1)).clip(0).astype(np.float32)
+        return weights
+
     def image_activations(self) -> Iterator[tuple[int, Row]]:
         """(image_index, image activations) of every image."""
         return _rows(self.barcodes, "image", self._tau, "mean")
@@ -134,6 +155,10 @@ class Cohort:
         keys = list(zip(self.disease_of.tolist(), self.datasets, strict=True))
         number = {key: n for n, key in enumerate(sorted({key for key in keys if key[0] >= 0}))}
         return np.array([number.get(key, -1) for key in keys], np.int64)
+
+    def groups_of(self, disease: int) -> list[int]:
+        """The groups of `peers_of` that have a disease, one for each dataset."""
+        return sorted({int(group) for group in self.peers_of[self.disease_of == disease]}) if disease >= 0 else []
 
     @cached_property
     def groups(self) -> "Groups":

@@ -16,6 +16,8 @@ class AtlasConfig:
     top: int = 200  # with `pages="top"`: how many, by the largest mean activation in any dataset
     n_images: int = 10  # reference images of a latent, in each dataset
     patient_images: int = 12  # of each patient, drawn at random
+    patient_concepts: int = 6  # characteristic ones of a patient, and unusual ones, with the patient's strongest cells
+    pair_concepts: int = 12  # of each side of a comparison, with the strongest cells of both
     pixels: int = 256  # longer side of a picture
     tau: float | None = None  # which barcodes; needed if they were counted at several tau
     seed: int = 0  # of the random draws: patients' images, decoys of the review
@@ -23,7 +25,15 @@ class AtlasConfig:
 
     def __post_init__(self) -> None:
         check_choice("pages", self.pages, PAGES)
-        least = {"top": 1, "n_images": 1, "patient_images": 0, "pixels": 32, "seed": 0}
+        least = {
+            "top": 1,
+            "n_images": 1,
+            "patient_images": 0,
+            "patient_concepts": 0,
+            "pair_concepts": 0,
+            "pixels": 32,
+            "seed": 0,
+        }
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")

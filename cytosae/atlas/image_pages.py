@@ -10,6 +10,7 @@ import scipy.sparse as ss
 
 from stores.token_layout import TokenLayout
 
+from .cell_maps import Marks
 from .cohort import Cohort
 from .concept_pages import Maps, disease_name, image_name
 from .config import AtlasConfig
@@ -31,6 +32,7 @@ def write_images(
     maps: Maps,
     shared: dict[str, Any],
     *,
+    marks: Marks | None = None,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
     """Write all files of the images of the plan, in the order of the stores; yields the number written so far.
@@ -38,6 +40,7 @@ def write_images(
     Fills `maps`. Memory: the tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images
     differs from that of the sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
 
+    marks : further maps to fill
     chosen : only these images (for an estimate); the positions of thumbnails are then wrong
     """
     images = plan.images if chosen is None else chosen
@@ -61,6 +64,8 @@ def write_images(
             for reference in its:
                 latent = int(plan.references.latent[reference])
                 maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
+            if marks is not None:
+                marks.fill(image, patches)
             _write_page(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its, shared)
             yield n_done
 

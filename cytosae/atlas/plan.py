@@ -60,8 +60,12 @@ class Plan:
         return frozenset(self.latents.tolist()).__contains__
 
 
-def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> Plan:
+def make_plan(
+    inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None, *, further: Sequence[Ints] = ()
+) -> Plan:
     """Choose latents and images. Without pseudonyms, images keep the order of the stores.
+
+    further : indices of images that other pages show
 
     Raises
     ------
@@ -75,7 +79,7 @@ def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: P
     references = _references(inputs, latents, config.n_images)
     cells = cohort.cells(config.patient_images, seed=config.seed)
     of_patients = np.array([image for of_patient in cells for image in of_patient], np.int64)
-    images = np.unique(np.concatenate([references.image, of_patients]))
+    images = np.unique(np.concatenate([references.image, of_patients, *further]))
     if pseudonyms is not None:
         images = images[pseudonyms.order([inputs.image_ids[image] for image in images])]
     return Plan(

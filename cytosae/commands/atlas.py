@@ -53,6 +53,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="Images per patient, drawn at random.",
 )
+@click.option(
+    "--patient-concepts",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Characteristic latents of a patient, and unusual ones, that are shown with the patient's strongest cells.",
+)
+@click.option(
+    "--pair-concepts",
+    type=click.IntRange(min=0),
+    default=12,
+    show_default=True,
+    help="Latents of each side of --compare that are shown with the strongest cells of both sides.",
+)
 @click.option("--pixels", type=click.IntRange(min=32), default=256, show_default=True, help="Longer side of a picture.")
 @click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option(
