@@ -19,13 +19,21 @@ from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 from stores.wording import Report, counted
 
+from .beside_pages import write_beside_pages
+from .cell_choice import CellChoice, choose_cells
+from .cell_maps import Marks
 from .cohort import Cohort
-from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_pages import Maps, image_name, write_concept_pages
+from .concept_table import concept_table
 from .config import AtlasConfig
+from .disease_pages import write_disease_pages, write_families
+from .frames import Frames
 from .image_pages import write_images
 from .inputs import Inputs, open_inputs
+from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
+from .pair_pages import write_pair_pages
+from .patient_pages import write_patient_list, write_patient_pages
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
 from .review_items import FILE as REVIEW
@@ -101,6 +109,8 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    beside: Path | str | None = None,
+    match: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -123,6 +133,9 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    beside : another atlas, whose concepts are shown beside those of this one: of another SAE or layer with `match`, or
+        of the same SAE in other images
+    match : a folder of `match_latents`, from the barcodes of this atlas to those of the other
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -141,8 +154,18 @@ def build_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
-    more = [each for each in (neighbours, causes) if each is not None]
+    inputs = _open(
+        barcodes,
+        concepts,
+        sources,
+        config,
+        comparisons=comparisons,
+        neighbours=neighbours,
+        causes=causes,
+        beside=beside,
+        match=match,
+    )
+    more = [each for each in (neighbours, causes, beside, match) if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *more]
     return write_atlas(
         inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
@@ -158,6 +181,8 @@ def _open(
     comparisons: Sequence[Path | str],
     neighbours: Path | str | None,
     causes: Path | str | None,
+    beside: Path | str | None,
+    match: Path | str | None,
 ) -> Inputs:
     return open_inputs(
         Path(barcodes),
@@ -166,6 +191,8 @@ def _open(
         comparisons=[Path(each) for each in comparisons],
         neighbours=None if neighbours is None else Path(neighbours),
         causes=None if causes is None else Path(causes),
+        beside=None if beside is None else Path(beside),
+        match=None if match is None else Path(match),
         tau=config.tau,
     )
 
@@ -192,7 +219,7 @@ def write_atlas(
     """
     config = config or AtlasConfig()
     pseudonyms = read_pseudonyms(pseudonyms_file(out)) if config.pseudonyms else None
-    cohort, plan = _prepare(inputs, config, pseudonyms)
+    cohort, choice, plan = _prepare(inputs, config, pseudonyms)
     writer = begin_results(
         out,
         ATLAS,
@@ -214,22 +241,23 @@ def write_atlas(
 
     began = time.time_ns()
     site = Site(writer.root)
-    maps = _maps(inputs, plan)
-    shared = _shared(inputs, config)
+    maps, shared = _maps(inputs, plan), _shared(inputs, config)
+    frames = _frames(inputs, cohort, plan, choice, maps, shared)
     n_steps = len(plan.images) + len(plan.latents) + cohort.n_patients
     n_before = 0
     for n_all, steps in (
-        (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
+        (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
-        (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
+        (cohort.n_patients, write_patient_pages(site, frames)),
     ):
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_other_pages(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, frames)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
+    writer.write_table(CONCEPTS, concept_table(frames))
     writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())
@@ -247,7 +275,9 @@ def write_atlas(
             for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
         ],
     )
-    writer.finish({"result": result.stored(), "latents": plan.latents.tolist(), "selection": list(plan.selection)})
+    sae = inputs.stores[0].spec.sae_sha256
+    latents = plan.latents.tolist()
+    writer.finish({"result": result.stored(), "latents": latents, "selection": list(plan.selection), "sae_sha256": sae})
     return result
 
 
@@ -261,6 +291,8 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    beside: Path | str | None = None,
+    match: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -271,22 +303,33 @@ def estimate_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
+    inputs = _open(
+        barcodes,
+        concepts,
+        sources,
+        config,
+        comparisons=comparisons,
+        neighbours=neighbours,
+        causes=causes,
+        beside=beside,
+        match=match,
+    )
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
 def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
-    cohort, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
+    cohort, choice, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
     site, shared = Site(None), _shared(inputs, config)
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
     maps = _maps(inputs, plan)
+    frames = _frames(inputs, cohort, plan, choice, maps, shared)
     if few is not None:
-        _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
+        _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
-    _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
-    _write_other_pages(site, inputs, cohort, plan, shared)
+    _run(write_patient_pages(site, frames, most=_SAMPLE))
+    _write_other_pages(site, frames)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
@@ -331,14 +374,15 @@ def _n_values(inputs: Inputs, images: Any) -> int:
     return n_values
 
 
-def _prepare(inputs: Inputs, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> tuple[Cohort, Plan]:
+def _prepare(inputs: Inputs, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> tuple[Cohort, CellChoice, Plan]:
     cohort = Cohort(inputs.barcodes, inputs.tau, pseudonyms=pseudonyms)
     if len(cohort.patient_of) != inputs.first_images[-1] or cohort.n_latents != inputs.n_latents:
         raise SpecMismatch(
             f"{inputs.barcodes.root} has {len(cohort.patient_of):,} images and {cohort.n_latents:,} latents, "
             f"the latent stores {inputs.first_images[-1]:,} and {inputs.n_latents:,}"
         )
-    return cohort, make_plan(inputs, cohort, config, pseudonyms)
+    choice = choose_cells(inputs, cohort, config)
+    return cohort, choice, make_plan(inputs, cohort, config, pseudonyms, further=[choice.images])
 
 
 def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonyms | None) -> dict[str, Any]:
@@ -349,6 +393,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         **({} if inputs.causes is None else {"causes": inputs.causes.header.identity}),
+        **({} if inputs.other is None else {"beside": inputs.other.identities}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),
@@ -360,6 +405,7 @@ def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
     return {
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
+        "has_other": inputs.other is not None,
         "unit": _unit(inputs),
         "version": cyto_version(),
     }
@@ -376,13 +422,23 @@ def _maps(inputs: Inputs, plan: Plan) -> Maps:
     return Maps(len(plan.references.image), inputs.stores[0].layout.n_patches)
 
 
-def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+def _frames(
+    inputs: Inputs, cohort: Cohort, plan: Plan, choice: CellChoice, maps: Maps, shared: dict[str, Any]
+) -> Frames:
+    marks = Marks(choice.marks, inputs.stores[0].layout.n_patches)
+    return Frames(inputs=inputs, cohort=cohort, plan=plan, choice=choice, marks=marks, maps=maps, shared=shared)
+
+
+def _write_other_pages(site: Site, frames: Frames) -> None:
     """The pages whose number does not grow with images or patients."""
-    write_overview(site, inputs, cohort, plan, shared)
-    write_patient_list(site, cohort, shared)
-    write_disease_pages(site, inputs, cohort, plan, shared)
-    write_pair_pages(site, inputs, cohort, plan, shared)
-    site.page("words.html", "words.html", **shared, layout=inputs.stores[0].layout)
+    write_overview(site, frames.inputs, frames.cohort, frames.plan, frames.shared)
+    write_patient_list(site, frames)
+    write_disease_pages(site, frames)
+    write_families(site, frames)
+    write_pair_pages(site, frames)
+    if frames.inputs.other is not None:
+        write_beside_pages(site, frames, frames.inputs.other)
+    site.page("words.html", "words.html", **frames.shared, layout=frames.inputs.stores[0].layout)
 
 
 def _write_provenance(

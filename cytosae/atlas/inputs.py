@@ -18,6 +18,8 @@ from stores.result_folder import ResultStore
 from stores.spec import ABLATION, COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
+from .other_atlas import OtherAtlas, open_other
+
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -30,6 +32,7 @@ class Inputs:
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
     causes: ResultStore | None = None  # of `cyto concept ablate`
+    other: OtherAtlas | None = None  # an atlas that is shown beside this one
 
     @property
     def n_latents(self) -> int:
@@ -70,6 +73,10 @@ class Inputs:
         found += [("comparison", each.root, each.header) for each in self.comparisons]
         found += [] if self.neighbours is None else [("neighbours", self.neighbours.root, self.neighbours.header)]
         found += [] if self.causes is None else [("ablation", self.causes.root, self.causes.header)]
+        if self.other is not None:
+            found += [("atlas beside", self.other.store.root, self.other.store.header)]
+        if self.other is not None and self.other.match is not None:
+            found += [("match", self.other.match.root, self.other.match.header)]
         return [(what, root.name, header) for what, root, header in found]
 
     def comparison_table(self, number: int) -> pa.Table:
@@ -96,6 +103,8 @@ def open_inputs(
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
     causes: Path | None = None,
+    beside: Path | None = None,
+    match: Path | None = None,
     tau: float | None = None,
 ) -> Inputs:
     """Open the stores of an atlas.
@@ -115,6 +124,7 @@ def open_inputs(
         comparisons=[ResultStore(root, COMPARISON) for root in comparisons],
         neighbours=None if neighbours is None else ResultStore(neighbours, NEIGHBOURS),
         causes=None if causes is None else ResultStore(causes, ABLATION),
+        other=_other(BarcodeStore(barcodes), sources, beside, match),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)
@@ -128,6 +138,15 @@ def open_inputs(
                 f"({inputs.stores[0].spec.sae_sha256:.12}…); give {what} of the SAE that the latents were made with"
             )
     return inputs
+
+
+def _other(barcodes: BarcodeStore, sources: Sources, beside: Path | None, match: Path | None) -> OtherAtlas | None:
+    if beside is None:
+        if match is not None:
+            raise BadInput("a match needs the atlas of its second side: give it with --beside")
+        return None
+    sae = sources.stores[0].spec.sae_sha256
+    return open_other(beside, match, barcodes=barcodes.header.identity, sae_sha256=sae)
 
 
 def _tau(barcodes: BarcodeStore, tau: float | None) -> float:

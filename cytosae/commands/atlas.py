@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
 @click.option("--causes", type=FILE, help="Folder of cyto concept ablate.")
 @click.option(
+    "--beside",
+    type=FILE,
+    help="Another atlas: its concepts are shown beside these, by --match, or of the same SAE in other images.",
+)
+@click.option("--match", type=FILE, help="With --beside: folder of cyto concept match, these barcodes first.")
+@click.option(
     "--pages",
     type=click.Choice(["selected", "top", "all"]),
     default="selected",
@@ -90,6 +96,8 @@ def atlas_build(
     comparisons: tuple[Path, ...],
     neighbours: Path | None,
     causes: Path | None,
+    beside: Path | None,
+    match: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -106,6 +114,7 @@ def atlas_build(
 
     require_roots(stores, roots, "--images")
     given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
+    given |= {"beside": beside, "match": match}
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)
