@@ -23,7 +23,6 @@ def write_beside_pages(site: Site, frames: Frames, other: OtherAtlas) -> None:
             _name(page),
             "beside.html",
             **frames.shared,
-            here="beside",
             **facts,
             n_shown=len(shown),
             pages=[{"name": _name(n), "text": n + 1, "is_here": n == page} for n in range(n_pages)],

@@ -20,6 +20,7 @@ from stores.spec import ATLAS, cyto_version
 from stores.wording import Report, counted
 
 from .beside_pages import write_beside_pages
+from .cards import original_pictures, write_cards, written_pictures
 from .cell_choice import CellChoice, choose_cells
 from .cell_maps import Marks
 from .cohort import Cohort
@@ -28,6 +29,7 @@ from .concept_table import concept_table
 from .config import AtlasConfig
 from .disease_pages import write_disease_pages, write_families
 from .frames import Frames
+from .gallery import Gallery, make_gallery
 from .image_pages import write_images
 from .inputs import Inputs, open_inputs
 from .other_atlas import NAME as CONCEPTS
@@ -243,17 +245,20 @@ def write_atlas(
     site = Site(writer.root)
     maps, shared = _maps(inputs, plan), _shared(inputs, config)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
-    n_steps = len(plan.images) + len(plan.latents) + cohort.n_patients
+    gallery = make_gallery(inputs, cohort, plan)
+    n_steps = len(plan.images) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
+    pictures = written_pictures(writer.root, plan, maps.unseen)
     for n_all, steps in (
         (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
+        (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, frames)),
     ):
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_other_pages(site, frames)
+    _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
@@ -323,13 +328,14 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
-    maps = _maps(inputs, plan)
+    maps, gallery = _maps(inputs, plan), make_gallery(inputs, cohort, plan)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
     if few is not None:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
+    _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, frames, most=_SAMPLE))
-    _write_other_pages(site, frames)
+    _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
@@ -337,6 +343,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         "images/": len(plan.images),
         "pictures/": len(plan.images) * site.n_files("pictures/") // max(1, site.n_files("images/")),
         "sprites/": -(-len(plan.images) // 256),
+        "cards/": sum(len(numbers) > 0 for numbers in gallery.images),
         "concepts/": len(plan.latents),
         "patients/": cohort.n_patients,
     }
@@ -429,9 +436,9 @@ def _frames(
     return Frames(inputs=inputs, cohort=cohort, plan=plan, choice=choice, marks=marks, maps=maps, shared=shared)
 
 
-def _write_other_pages(site: Site, frames: Frames) -> None:
+def _write_other_pages(site: Site, frames: Frames, gallery: Gallery) -> None:
     """The pages whose number does not grow with images or patients."""
-    write_overview(site, frames.inputs, frames.cohort, frames.plan, frames.shared)
+    write_overview(site, frames.inputs, frames.cohort, frames.plan, gallery, frames.maps, frames.shared)
     write_patient_list(site, frames)
     write_disease_pages(site, frames)
     write_families(site, frames)

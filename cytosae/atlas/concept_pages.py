@@ -32,10 +32,12 @@ class Maps:
     def __init__(self, n_references: int, n_patches: int) -> None:
         self.shares = np.zeros((n_references, n_patches), np.uint8)
         self.largest = np.zeros(n_references, np.float32)
+        self.aspect = np.ones(n_references, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
 
-    def set(self, number: int, patches: npt.NDArray[np.float32]) -> None:
+    def set(self, number: int, patches: npt.NDArray[np.float32], *, aspect: float = 1.0) -> None:
         """Store the map of one reference image."""
+        self.aspect[number] = aspect
         largest = patches.max(initial=0)
         self.largest[number] = largest
         self.shares[number] = np.round(patches / (largest or 1) * 255)

@@ -40,7 +40,6 @@ def write_disease_pages(site: Site, frames: Frames) -> None:
             "disease.html",
             **frames.shared,
             **rows[-1],
-            here="diseases",
             n_diseases=len(cohort.diseases),
             barcode=barcode_picture(columns, *sides),
             families=families,
@@ -50,7 +49,7 @@ def write_disease_pages(site: Site, frames: Frames) -> None:
             pairs=[pair for pair in pairs if name in (pair["a"], pair["b"])],
         )
         rows[-1]["faces"] = [each for each in patients if each["portrait"]][:_FACES]
-    site.page("diseases.html", "diseases.html", **frames.shared, here="diseases", diseases=rows, pairs=pairs)
+    site.page("diseases.html", "diseases.html", **frames.shared, diseases=rows, pairs=pairs)
 
 
 def write_families(site: Site, frames: Frames) -> None:
@@ -61,7 +60,6 @@ def write_families(site: Site, frames: Frames) -> None:
         "families.html",
         "families.html",
         **frames.shared,
-        here="families",
         families=frames.families(24),
         n_silent=n_silent,
     )

@@ -1,4 +1,4 @@
-"""Coordinates of small SVG drawings: bars of a histogram, points of patients, stripes of a barcode. No HTML here."""
+"""Coordinates of small SVG drawings: bars of a histogram, points of patients, barcodes, shares. No HTML here."""
 
 import base64
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .composition import Composition
 WIDTH, HEIGHT = 560, 120  # of a histogram without its axis, pixels
 STRIP_WIDTH, STRIP_HEIGHT = 560, 26
 _MOST_POINTS = 300  # per disease; of more patients, this many at even ranks
-_STRIPES = 1024
+_COLUMNS = 1024  # of a barcode
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,6 @@ def strip_of(values: npt.NDArray[np.float32], names: Sequence[str], largest: flo
     return Strip(points, len(values) - len(points))
 
 
-def stripes(latents: npt.NDArray[Any], values: npt.NDArray[np.float32], n_latents: int) -> dict[str, Any]:
-    """A barcode as at most 1,024 stripes: maximum over neighbouring latents, square root of its share, 8 bits."""
-    n_stripes = min(_STRIPES, n_latents)
-    heights = np.zeros(n_stripes)
-    np.maximum.at(heights, latents.astype(np.int64) * n_stripes // n_latents, values)
-    largest = float(heights.max(initial=0))
-    steps = np.round(np.sqrt(heights / (largest or 1)) * 255).astype(np.uint8)
-    return {"packed": base64.b64encode(steps.tobytes()).decode(), "n": n_stripes, "largest": largest}
-
-
 @dataclass(frozen=True, eq=False)
 class Columns:
     """Where each latent stands in the picture of a barcode: alike latents side by side, a family in its own columns."""
@@ -99,7 +89,7 @@ class Columns:
 
 
 def barcode_columns(
-    order: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], n_latents: int, most: int = _STRIPES
+    order: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], n_latents: int, most: int = _COLUMNS
 ) -> Columns:
     """At most about `most` columns for the latents of an order, which is cut into families at `starts`."""
     column_of = np.full(n_latents, -1, np.int64)

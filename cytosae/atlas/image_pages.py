@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
+from cytosae.maps import Pixels
 from stores.token_layout import TokenLayout
 
 from .cell_maps import Marks
@@ -63,11 +64,17 @@ def write_images(
             its = references.get(image, [])
             for reference in its:
                 latent = int(plan.references.latent[reference])
-                maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
+                of_latent = patches[:, [latent]].toarray().astype(np.float32).ravel()
+                maps.set(reference, of_latent, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
             if marks is not None:
                 marks.fill(image, patches)
             _write_page(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its, shared)
             yield n_done
+
+
+def _aspect(picture: Pixels) -> float:
+    """Width by height."""
+    return float(picture.shape[1] / picture.shape[0])
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:

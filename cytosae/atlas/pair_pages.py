@@ -26,7 +26,6 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
             "pair.html",
             **frames.shared,
             **pair,
-            here="diseases",
             summary=summary,
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},

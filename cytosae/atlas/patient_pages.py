@@ -38,7 +38,6 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             f"patients/{number}.html",
             "patient.html",
             **frames.shared,
-            here="patients",
             number=number,
             name=cohort.names[number],
             dataset=cohort.datasets[number],
@@ -86,7 +85,6 @@ def write_patient_list(site: Site, frames: Frames) -> None:
         "patients.html",
         "patients.html",
         **frames.shared,
-        here="patients",
         groups=[group for group in members if group["patients"]],
     )
 
