@@ -86,6 +86,7 @@ def write_patient_list(site: Site, frames: Frames) -> None:
         "patients.html",
         **frames.shared,
         groups=[group for group in members if group["patients"]],
+        several=len({*cohort.datasets}) > 1,
     )
 
 
