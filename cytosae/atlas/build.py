@@ -263,6 +263,7 @@ def write_atlas(
     copy_static(site)
 
     writer.write_table(CONCEPTS, concept_table(frames))
+    site.take_in_file(f"{CONCEPTS}.parquet")
     writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())

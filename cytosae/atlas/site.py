@@ -47,9 +47,13 @@ class Site:
         """Record the files that were written to a folder of the site by other code."""
         assert self.root is not None
         for path in sorted((self.root / folder).iterdir()):
-            if is_dropping(path.name):
-                continue
-            self._files[f"{folder}/{path.name}"] = (path.stat().st_size, sha256_file(path))
+            if not is_dropping(path.name):
+                self.take_in_file(f"{folder}/{path.name}")
+
+    def take_in_file(self, name: str) -> None:
+        """Record one such file."""
+        assert self.root is not None
+        self._files[name] = ((self.root / name).stat().st_size, sha256_file(self.root / name))
 
     def page(self, name: str, template: str, /, **context: Any) -> None:
         """Write a page from a template; names in `context` are escaped there."""
