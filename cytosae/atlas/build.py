@@ -17,6 +17,7 @@ from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
+from stores.tables import parquet_bytes
 from stores.wording import Report, counted
 
 from .beside_pages import write_beside_pages
@@ -339,6 +340,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
+    site.write(f"{CONCEPTS}.parquet", parquet_bytes(concept_table(frames)))  # most of its maps are still empty
     counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),

@@ -18,11 +18,14 @@ from .config import AtlasConfig
 from .inputs import Inputs
 from .latent_lists import characteristic, unusual_of
 from .latent_order import LatentOrder, Sketches, order_latents
+from .plan import LISTED
 
 SHOWN = 3  # cells of a latent on each side
 KINDS = 4  # typical cells of a patient, and as many atypical and unlike ones
 _SUM_BYTES = 1 << 27
 _DISEASE_CONCEPTS = 6
+_SAME = 0.8  # correlation above which two latents would show the same cells
+_SPARE = 3  # times as many latents of a pair are looked at as are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,7 @@ class Beside:
 
     mine: list[int]
     others: list[int]
+    also: list[int]  # further latents of the list that are active in the same images, and not shown by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +87,12 @@ class _Wanted:
     characteristic: list[list[dict[str, Any]]]
     unusual: list[list[dict[str, Any]] | None]
     of_diseases: list[list[dict[str, Any]]]
-    of_pairs: list[list[int]]
-    n_shown: int
+    of_pairs: list[list[list[int]]]  # of A, of B: by rank
     own: list[Ints] = field(init=False)
 
     def __post_init__(self) -> None:
         several = [
-            [row["latent"] for row in (*first[: self.n_shown], *(second or [])[: self.n_shown])]
+            [row["latent"] for row in (*first, *(second or []))]
             for first, second in zip(self.characteristic, self.unusual, strict=True)
         ]
         self.own = [np.unique(np.array(each, np.int64)) for each in several]
@@ -97,8 +100,8 @@ class _Wanted:
     @property
     def latents(self) -> Ints:
         """All of them, rising."""
-        of_diseases = [row["latent"] for rows in self.of_diseases for row in rows[:_DISEASE_CONCEPTS]]
-        of_pairs = [latent for latents in self.of_pairs for latent in latents]
+        of_diseases = [row["latent"] for rows in self.of_diseases for row in rows]
+        of_pairs = [latent for sides in self.of_pairs for side in sides for latent in side]
         return np.unique(np.concatenate([*self.own, np.array([*of_diseases, *of_pairs], np.int64)]))
 
 
@@ -119,6 +122,7 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
         strongest.add(first, rows, patient_of[here], group_of[here])
         own.add(first, rows, patient_of[here])
         sketches.add(first, rows, cohort.is_readable[here])
+    vectors = sketches.vectors()
     alike = likeness(cohort, patient_of)
     images = _images_of(cohort, patient_of)
     every_group = list(range(n_groups))
@@ -127,18 +131,24 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
             characteristic=wanted.characteristic[number],
             unusual=wanted.unusual[number],
             beside={
-                row["latent"]: Beside(
-                    mine=own.of(number, row["latent"]),
-                    others=strongest.of(row["latent"], every_group, SHOWN, without=number),
+                latent: Beside(
+                    mine=own.of(number, latent),
+                    others=strongest.of(latent, every_group, SHOWN, without=number),
+                    also=also,
                 )
-                for row in wanted.characteristic[number][: wanted.n_shown]
+                for latent, also in distinct(
+                    [row["latent"] for row in wanted.characteristic[number]], vectors, config.patient_concepts
+                ).items()
             },
             beside_peers={
-                row["latent"]: Beside(
-                    mine=own.of(number, row["latent"]),
-                    others=strongest.of(row["latent"], [int(cohort.peers_of[number])], SHOWN, without=number),
+                latent: Beside(
+                    mine=own.of(number, latent),
+                    others=strongest.of(latent, [int(cohort.peers_of[number])], SHOWN, without=number),
+                    also=also,
                 )
-                for row in (wanted.unusual[number] or [])[: wanted.n_shown]
+                for latent, also in distinct(
+                    [row["latent"] for row in wanted.unusual[number] or []], vectors, config.patient_concepts
+                ).items()
             },
             typical=_extremes(images[number], alike.to_own, -1),
             atypical=_extremes(images[number], alike.to_own, 1),
@@ -147,13 +157,31 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
         for number in range(cohort.n_patients)
     ]
     return CellChoice(
-        order=order_latents(sketches.vectors(), sketches.is_active),
+        order=order_latents(vectors, sketches.is_active),
         patients=patients,
-        diseases=[_of_disease(cohort, wanted, strongest, number) for number in range(len(cohort.diseases))],
+        diseases=[_of_disease(cohort, wanted, strongest, vectors, number) for number in range(len(cohort.diseases))],
         disease_lists=wanted.of_diseases,
-        pairs=[_of_pair(inputs, cohort, wanted, strongest, number) for number in range(len(inputs.comparisons))],
+        pairs=[
+            _of_pair(inputs, cohort, wanted, strongest, vectors, config.pair_concepts, number)
+            for number in range(len(inputs.comparisons))
+        ],
         portraits=[_portrait(cells, images[number]) for number, cells in enumerate(patients)],
     )
+
+
+def distinct(latents: Sequence[int], vectors: npt.NDArray[np.float32], most: int) -> dict[int, list[int]]:
+    """The first latents of a list that are not active in the same images as one before: latent -> those left to it.
+
+    vectors : (n_latents, n) sketches of norm 1, whose products are correlations
+    """
+    shown: dict[int, list[int]] = {}
+    for latent in latents:
+        same = next((other for other in shown if vectors[latent] @ vectors[other] > _SAME), None)
+        if same is not None:
+            shown[same].append(latent)
+        elif len(shown) < most:
+            shown[latent] = []
+    return shown
 
 
 def likeness(cohort: Cohort, patient_of: Ints) -> Likeness:
@@ -207,17 +235,14 @@ def _wanted(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> _Wanted:
         others = np.delete(means, number, axis=0).mean(axis=0) if len(means) > 1 else np.zeros(means.shape[1])
         latents = np.flatnonzero(means[number])
         of_diseases.append(characteristic(Row(latents, means[number, latents].astype(np.float32)), others))
-    of_pairs = []
+    of_pairs: list[list[list[int]]] = []
+    most = min(LISTED, _SPARE * config.pair_concepts)
     for number in range(len(inputs.comparisons)):
         table = inputs.comparison_table(number)
-        chosen = [
-            np.flatnonzero(table[name].to_numpy(zero_copy_only=False) <= config.pair_concepts)
-            for name in ("rank_a", "rank_b")
-        ]
-        of_pairs.append(sorted({latent for some in chosen for latent in some.tolist()}))
-    return _Wanted(
-        characteristic=lists, unusual=rare, of_diseases=of_diseases, of_pairs=of_pairs, n_shown=config.patient_concepts
-    )
+        ranks = [table[name].to_numpy(zero_copy_only=False) for name in ("rank_a", "rank_b")]
+        chosen = [np.flatnonzero(each <= most) for each in ranks]
+        of_pairs.append([some[np.argsort(each[some])].tolist() for each, some in zip(ranks, chosen, strict=True)])
+    return _Wanted(characteristic=lists, unusual=rare, of_diseases=of_diseases, of_pairs=of_pairs)
 
 
 def _group_of(cohort: Cohort, patient_of: Ints) -> Ints:
@@ -246,23 +271,38 @@ def _portrait(cells: PatientCells, images: Ints) -> int:
     return cells.typical[0][0] if cells.typical else int(images[0]) if len(images) else -1
 
 
-def _of_disease(cohort: Cohort, wanted: _Wanted, strongest: Strongest, number: int) -> dict[int, Beside]:
-    mine, rest = cohort.groups_of(number), [n for other in range(len(cohort.diseases)) if other != number
-                                            for n in cohort.groups_of(other)]  # fmt: skip
-    return {
-        row["latent"]: Beside(
-            mine=strongest.of(row["latent"], mine, SHOWN), others=strongest.of(row["latent"], rest, SHOWN)
-        )
-        for row in wanted.of_diseases[number][:_DISEASE_CONCEPTS]
-    }
+def _of_disease(
+    cohort: Cohort, wanted: _Wanted, strongest: Strongest, vectors: npt.NDArray[np.float32], number: int
+) -> dict[int, Beside]:
+    rest = [n for other in range(len(cohort.diseases)) if other != number for n in cohort.groups_of(other)]
+    latents = [row["latent"] for row in wanted.of_diseases[number]]
+    return _two_sides(strongest, distinct(latents, vectors, _DISEASE_CONCEPTS), cohort.groups_of(number), rest)
 
 
-def _of_pair(inputs: Inputs, cohort: Cohort, wanted: _Wanted, strongest: Strongest, number: int) -> dict[int, Beside]:
+def _of_pair(
+    inputs: Inputs,
+    cohort: Cohort,
+    wanted: _Wanted,
+    strongest: Strongest,
+    vectors: npt.NDArray[np.float32],
+    most: int,
+    number: int,
+) -> dict[int, Beside]:
     spec = inputs.comparisons[number].header.spec
-    a = cohort.diseases.index(str(spec["a"])) if str(spec["a"]) in cohort.diseases else -1
     is_b = [name != spec["a"] if spec["b_is_rest"] else name == str(spec["b"]) for name in cohort.diseases]
-    sides = [cohort.groups_of(a), [n for b, is_one in enumerate(is_b) if is_one for n in cohort.groups_of(b)]]
+    a = [n for at, name in enumerate(cohort.diseases) if name == spec["a"] for n in cohort.groups_of(at)]
+    b = [n for at, is_one in enumerate(is_b) if is_one for n in cohort.groups_of(at)]
+    found: dict[int, Beside] = {}
+    for latents in wanted.of_pairs[number]:
+        found |= _two_sides(strongest, distinct(latents, vectors, most), a, b)
+    return found
+
+
+def _two_sides(
+    strongest: Strongest, latents: dict[int, list[int]], mine: Sequence[int], others: Sequence[int]
+) -> dict[int, Beside]:
+    """Cells of two sets of groups; `latents` as of `distinct`."""
     return {
-        latent: Beside(mine=strongest.of(latent, sides[0], SHOWN), others=strongest.of(latent, sides[1], SHOWN))
-        for latent in wanted.of_pairs[number]
+        latent: Beside(mine=strongest.of(latent, mine, SHOWN), others=strongest.of(latent, others, SHOWN), also=also)
+        for latent, also in latents.items()
     }

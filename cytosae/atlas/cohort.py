@@ -156,6 +156,12 @@ class Cohort:
         number = {key: n for n, key in enumerate(sorted({key for key in keys if key[0] >= 0}))}
         return np.array([number.get(key, -1) for key in keys], np.int64)
 
+    @cached_property
+    def log_k(self) -> float:
+        """K of ln(1 + K a), with which barcodes are drawn: 1 / K is one token in all images of a patient."""
+        is_mean = self.barcodes.header.spec["normalize"] == "images"
+        return max(1.0, float(self.n_images.mean())) if is_mean and self.n_patients else float(self.n_latents)
+
     def groups_of(self, disease: int) -> list[int]:
         """The groups of `peers_of` that have a disease, one for each dataset."""
         return sorted({int(group) for group in self.peers_of[self.disease_of == disease]}) if disease >= 0 else []

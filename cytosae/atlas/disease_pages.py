@@ -41,7 +41,7 @@ def write_disease_pages(site: Site, frames: Frames) -> None:
             **frames.shared,
             **rows[-1],
             n_diseases=len(cohort.diseases),
-            barcode=barcode_picture(columns, *sides),
+            barcode=barcode_picture(columns, sides[0], sides[1], cohort.log_k),
             families=families,
             characteristic=listed_concepts(frames, frames.choice.disease_lists[number], frames.choice.diseases[number]),
             composition=composition_picture(composition, members, others),

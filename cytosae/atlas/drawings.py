@@ -105,11 +105,12 @@ def barcode_picture(
     columns: Columns,
     mine: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
     others: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
+    k: float,
 ) -> dict[str, Any]:
     """Two barcodes, one upwards, one downwards, as bytes in base64: the largest value of each column's latents.
 
-    Heights are square roots of shares of the larger of both largest values, in 8 bits. `latents` says which latent has
-    the largest value of its column: of mine, or of the others where mine is 0.
+    Heights are ln(1 + k value) as shares of that of the larger of both largest values, in 8 bits. `latents` says which
+    latent has the largest value of its column: of mine, or of the others where mine is 0.
 
     Parameters
     ----------
@@ -123,7 +124,7 @@ def barcode_picture(
         order = order[at[order] >= 0]
         heights[side, at[order]] = values[order]  # the largest is written last; of equals the lower number
         named[at[order]] = latents[order]
-    steps = np.round(np.sqrt(heights / (largest or 1)) * 255).astype(np.uint8)
+    steps = np.round(np.log1p(k * heights) / np.log1p(k * (largest or 1)) * 255).astype(np.uint8)
     return {
         "mine": base64.b64encode(steps[0].tobytes()).decode(),
         "others": base64.b64encode(steps[1].tobytes()).decode(),
@@ -131,6 +132,7 @@ def barcode_picture(
         "n": columns.n,
         "starts": columns.starts,
         "largest": largest,
+        "k": k,
     }
 
 

@@ -47,10 +47,11 @@ class Frames:
         return found | {"map": self.marks.packed(image, latent), "largest": self.marks.largest(image, latent)}
 
     def beside(self, latent: int, cells: Beside) -> dict[str, Any]:
-        """A concept's cells on two sides, on one scale: `mine`, `others`, `scale`."""
+        """A concept's cells on two sides, on one scale: `mine`, `others`, `scale`, and `also`, concepts left to it."""
         mine, others = ([self.mapped(image, latent) for image in side] for side in (cells.mine, cells.others))
         scale = max((each["largest"] for each in (*mine, *others)), default=0.0)
-        return {"mine": mine, "others": others, "scale": scale}
+        also = [self.concept(other) for other in cells.also]
+        return {"mine": mine, "others": others, "scale": scale, "also": also}
 
     def concept(self, latent: int) -> dict[str, Any]:
         """A concept as rows of lists name it: number, whether it has a page, its top label, its family."""

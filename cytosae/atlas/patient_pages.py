@@ -52,7 +52,9 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             after=number + 1 if number + 1 < cohort.n_patients else None,
             n_active=len(row.latents),
             against=_against(cohort, number),
-            barcode=barcode_picture(columns, (row.latents, row.values), _mean_of_others(cohort, number, row)),
+            barcode=barcode_picture(
+                columns, (row.latents, row.values), _mean_of_others(cohort, number, row), cohort.log_k
+            ),
             families=families,
             characteristic=listed_concepts(frames, cells.characteristic, cells.beside),
             unusual=None if cells.unusual is None else listed_concepts(frames, cells.unusual, cells.beside_peers),

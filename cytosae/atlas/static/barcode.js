@@ -6,12 +6,12 @@ async function startBarcode() {
   if (!canvas) return;
   const { dataset } = canvas, mine = CYTO.bytes(dataset.mine), others = CYTO.bytes(dataset.others);
   const latents = new Uint32Array(CYTO.bytes(dataset.latents).buffer), starts = dataset.starts.split(",").map(Number);
-  const largest = Number(dataset.largest), n = mine.length, pen = canvas.getContext("2d"), tip = canvas.parentElement.querySelector(".tip");
+  const largest = Number(dataset.largest), k = Number(dataset.k), n = mine.length, pen = canvas.getContext("2d"), tip = canvas.parentElement.querySelector(".tip");
   const familyOf = new Uint8Array(n), said = $("barcode-said");
   for (let k = 0; k + 1 < starts.length; k++) familyOf.fill(k, starts[k], starts[k + 1]);
   let marked = -1, waiting = null, built = null;
 
-  const value = (steps, column) => (steps[column] / 255) ** 2 * largest;
+  const value = (steps, column) => Math.expm1((steps[column] / 255) * Math.log1p(k * largest)) / k;
   const inks = () => {
     const style = getComputedStyle(canvas), ink = (name) => style.getPropertyValue(name).trim();
     return { ground: ink("--card"), quiet: ink("--quiet"), grey: ink("--edge"), ink: ink("--ink"), families: Array.from({ length: starts.length - 1 }, (_, k) => ink(`--f${k}`)) };

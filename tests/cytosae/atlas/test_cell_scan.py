@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as ss
 
+from cytosae.atlas.cell_choice import distinct
 from cytosae.atlas.cell_maps import Marks
 from cytosae.atlas.cell_scan import OwnStrongest, Strongest, add_unit_rows, unit_products
 from cytosae.atlas.composition import OTHER, Composition
@@ -185,6 +186,15 @@ def test_no_latent_or_equal_latents_have_an_order() -> None:
     assert order_latents(np.zeros((20, 8), np.float32), np.ones(20, bool)).n_families == 1
 
 
+def test_latents_of_the_same_images_are_shown_once() -> None:
+    vectors = np.zeros((7, 4), np.float32)
+    for latent, place in enumerate((0, 1, 0, 2, 1, 0, 3)):
+        vectors[latent, place] = 1
+    assert distinct([5, 3, 0, 6, 2, 4, 1], vectors, 3) == {5: [0, 2], 3: [], 6: []}
+    assert distinct([4, 1, 6], vectors, 9) == {4: [1], 6: []}
+    assert distinct([4, 1], vectors, 0) == {}
+
+
 def test_the_picture_of_a_barcode_has_the_largest_of_each_column() -> None:
     rng = np.random.default_rng(7)
     order = rng.permutation(500)[:430]
@@ -198,14 +208,16 @@ def test_the_picture_of_a_barcode_has_the_largest_of_each_column() -> None:
         assert (np.diff(mine) >= 0).all()
     barcodes = [rng.gamma(1, 1, 500) * (rng.random(500) < share) for share in (0.4, 0.8)]
     pairs = [(np.flatnonzero(each), each[each > 0].astype(np.float32)) for each in barcodes]
-    found = barcode_picture(columns, *pairs)
+    found = barcode_picture(columns, pairs[0], pairs[1], 20.0)
     named = np.frombuffer(base64.b64decode(found["latents"]), "<u4")
     largest = max(each[order].max() for each in barcodes)
     for name, values in zip(("mine", "others"), barcodes, strict=True):
         steps = np.frombuffer(base64.b64decode(found[name]), np.uint8)
         for column in range(columns.n):
             members = np.flatnonzero(columns.column_of == column)
-            assert steps[column] == np.round(np.sqrt(np.float32(values[members].max()) / found["largest"]) * 255)
+            assert steps[column] == np.round(
+                np.log1p(20 * float(np.float32(values[members].max()))) / np.log1p(20 * found["largest"]) * 255
+            )
     assert found["largest"] >= largest * (1 - 1e-6)
     for column in range(columns.n):
         members = np.flatnonzero(columns.column_of == column)

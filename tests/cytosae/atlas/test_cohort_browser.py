@@ -102,7 +102,8 @@ def test_the_barcode_says_and_opens_what_it_shows(page: Watched, cohort: Cohort)
             continue
         said = tab.inner_text("#barcode-said")
         assert said.startswith(f"latent {latents[column]}, family ")
-        value = (steps[0][column] / 255) ** 2 * largest
+        k = float(bars.get_attribute("data-k"))
+        value = np.expm1(steps[0][column] / 255 * np.log1p(k * largest)) / k
         assert float(said.split("here ")[1].split(",")[0]) == pytest.approx(value, rel=0.01)
     built = set((ResultStore(page.site, ATLAS).header.summary or {})["latents"])
     wanted = next(n for n in np.argsort(-steps[0].astype(int)).tolist() if int(latents[n]) in built)

@@ -38,7 +38,7 @@ def inputs(cohort: Cohort) -> Inputs:
 
 @pytest.fixture(scope="module")
 def patients(inputs: Inputs) -> Patients:
-    return Patients(inputs.barcodes, inputs.tau)
+    return Patients(inputs.barcodes, inputs.tau, pseudonyms=None)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_both_sides_of_a_disease_and_of_a_pair(cohort: Cohort, inputs: Inputs, c
             assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1 - number]))[:SHOWN]
     table = inputs.comparison_table(0).to_pylist()
     top = [row["latent"] for row in table if (row["rank_a"] or 99) <= 12 or (row["rank_b"] or 99) <= 12]
-    assert [*choice.pairs[0]] == sorted(top)
+    assert sorted(choice.pairs[0]) == sorted(top)
     for latent, beside in choice.pairs[0].items():
         assert beside.mine == one_each(cohort, ranked(cohort, latent, sides[0]))[:SHOWN]
         assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1]))[:SHOWN]
