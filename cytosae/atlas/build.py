@@ -2,7 +2,7 @@
 
 import html
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from stores.wording import Report, counted
 
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
-from .concept_pages import Maps, image_name, write_concept_pages
+from .concept_maps import Maps
+from .concept_pages import image_name, write_concept_pages
 from .config import AtlasConfig
-from .image_pages import write_images
+from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
@@ -101,6 +102,10 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    stability: Path | str | None = None,
+    score: Path | str | None = None,
+    masks: Path | str | None = None,
+    replications: Sequence[Path | str] = (),
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -111,7 +116,8 @@ def build_atlas(
     With pseudonyms, `out`.pseudonyms.csv beside it says who is who. If that file exists already, it decides the
     pseudonyms: an atlas that is built again keeps them.
 
-    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+    Memory: statistics of all latents, examples of those with a page (examples.py), one image, a thousand latents of all
+    patients. Maps of images lie in an unnamed temporary file in `out`.
 
     Parameters
     ----------
@@ -123,6 +129,10 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    stability : a folder of `write_stability`, of this SAE and others
+    score : a folder of `score_sae`
+    masks : a folder of `write_mask_agreement`
+    replications : folders of `replicate`, of the given comparisons
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -141,9 +151,10 @@ def build_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
-    more = [each for each in (neighbours, causes) if each is not None]
-    given = [barcodes, concepts, *sources.places, *comparisons, *more]
+    one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
+    more = [each for each in one.values() if each is not None]
+    given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
     return write_atlas(
         inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
     )
@@ -154,19 +165,18 @@ def _open(
     concepts: Path | str,
     sources: Sources,
     config: AtlasConfig,
-    *,
     comparisons: Sequence[Path | str],
-    neighbours: Path | str | None,
-    causes: Path | str | None,
+    replications: Sequence[Path | str],
+    one: Mapping[str, Path | str | None],
 ) -> Inputs:
     return open_inputs(
         Path(barcodes),
         Path(concepts),
         sources,
-        comparisons=[Path(each) for each in comparisons],
-        neighbours=None if neighbours is None else Path(neighbours),
-        causes=None if causes is None else Path(causes),
         tau=config.tau,
+        comparisons=[Path(each) for each in comparisons],
+        replications=[Path(each) for each in replications],
+        **{name: None if path is None else Path(path) for name, path in one.items()},
     )
 
 
@@ -203,7 +213,7 @@ def write_atlas(
     )
     writer.watch(*(header for _, _, header in inputs.headers))
     if pseudonyms is not None:
-        images = zip(plan.numbers.tolist(), plan.images.tolist(), strict=True)
+        images = sorted((number, image) for image, number in plan.number_of.items())
         called = [(f"image {number}", inputs.image_ids[image]) for number, image in images]
         patients = zip(cohort.names, cohort.real_names, strict=True)
         write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
@@ -214,12 +224,13 @@ def write_atlas(
 
     began = time.time_ns()
     site = Site(writer.root)
-    maps = _maps(inputs, plan)
+    maps = _maps(inputs, plan, site.root)
     shared = _shared(inputs, config)
-    n_steps = len(plan.images) + len(plan.latents) + cohort.n_patients
+    n_steps = len(plan.images) + len(plan.pictured) + len(plan.latents) + cohort.n_patients
     n_before = 0
     for n_all, steps in (
         (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
+        (len(plan.pictured), write_pictured(site, inputs, plan, config)),
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
     ):
@@ -261,6 +272,10 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    stability: Path | str | None = None,
+    score: Path | str | None = None,
+    masks: Path | str | None = None,
+    replications: Sequence[Path | str] = (),
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -271,7 +286,8 @@ def estimate_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(barcodes, concepts, sources, config, comparisons=comparisons, neighbours=neighbours, causes=causes)
+    one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
@@ -281,9 +297,10 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
-    maps = _maps(inputs, plan)
+    maps = _maps(inputs, plan, None)
     if few is not None:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
+    n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, most=_SAMPLE))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
     _write_other_pages(site, inputs, cohort, plan, shared)
@@ -292,7 +309,9 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),
-        "pictures/": len(plan.images) * site.n_files("pictures/") // max(1, site.n_files("images/")),
+        "pictures/": (len(plan.images) + len(plan.pictured))
+        * site.n_files("pictures/")
+        // max(1, site.n_files("images/") + n_pictured),
         "sprites/": -(-len(plan.images) // 256),
         "concepts/": len(plan.latents),
         "patients/": cohort.n_patients,
@@ -348,7 +367,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "latents": inputs.sources.identities,
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
-        **({} if inputs.causes is None else {"causes": inputs.causes.header.identity}),
+        **inputs.evidence.spec,
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),
@@ -372,8 +391,8 @@ def _unit(inputs: Inputs) -> str:
     return f"{tokens} above {inputs.tau:g} per {per}"
 
 
-def _maps(inputs: Inputs, plan: Plan) -> Maps:
-    return Maps(len(plan.references.image), inputs.stores[0].layout.n_patches)
+def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
+    return Maps(len(plan.mapped[0]), inputs.stores[0].layout.n_patches, folder)
 
 
 def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:

@@ -86,6 +86,15 @@ class Cohort:
         """(n_images,) dataset of each image."""
         return [str(name) for name in np.asarray(self._images["dataset"], object)]
 
+    @cached_property
+    def contents(self) -> Ints:
+        """(n_images,) a number for each content of an image file; without a recorded hash every image has its own."""
+        n_images = len(self.labels)
+        if "content_hash" not in self._images.columns:
+            return np.arange(n_images)
+        hashes = [str(text) or f"image {n}" for n, text in enumerate(np.asarray(self._images["content_hash"], object))]
+        return np.unique(hashes, return_inverse=True)[1].astype(np.int64)
+
     def cells(self, n_images: int, *, seed: int) -> list[list[int]]:
         """Per patient: increasing indices of at most `n_images` readable images, drawn at random."""
         members: list[list[int]] = [[] for _ in self.names]

@@ -1,4 +1,7 @@
-"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens."""
+"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens.
+
+A page also shows the images most like this one, by the fingerprints of `cyto concept search`.
+"""
 
 from collections.abc import Iterator
 from tempfile import SpooledTemporaryFile
@@ -8,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
+from cytosae.search import nearest_among
 from stores.token_layout import TokenLayout
 
 from .cohort import Cohort
-from .concept_pages import Maps, disease_name, image_name
+from .concept_maps import Maps
+from .concept_pages import disease_name, image_name
 from .config import AtlasConfig
 from .inputs import Inputs
 from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
@@ -42,7 +47,10 @@ def write_images(
     """
     images = plan.images if chosen is None else chosen
     order = np.argsort(images)
-    references = _by_image(plan)
+    latents, mapped = plan.mapped
+    by_image = np.argsort(mapped, kind="stable")
+    in_order_of_images = mapped[by_image]
+    alike = _Alike(inputs, cohort, plan, config, images)
     folder = None if site.root is None else str(site.root)
     with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # an unnamed file: a crash leaves nothing behind
         sheets = Sheets(site, len(images), scratch)
@@ -57,12 +65,71 @@ def write_images(
                 maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
             else:
                 site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
-            its = references.get(image, [])
-            for reference in its:
-                latent = int(plan.references.latent[reference])
-                maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
-            _write_page(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its, shared)
+            first, last = np.searchsorted(in_order_of_images, [image, image + 1])
+            numbers = by_image[first:last].tolist()
+            for number, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
+                start, stop = patches.indptr[latent : latent + 2]
+                values = np.zeros(layout.n_patches, np.float32)
+                values[patches.indices[start:stop]] = patches.data[start:stop]
+                maps.set(number, values)
+            its = [number for number in numbers if number < len(plan.references.image)]
+            _write_page(
+                *(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its),
+                *(alike.of(image), shared),
+            )
             yield n_done
+
+
+def write_pictured(
+    site: Site, inputs: Inputs, plan: Plan, config: AtlasConfig, *, most: int | None = None
+) -> Iterator[int]:
+    """Write the pictures of images without a page, in the order of the stores; yields the number written so far.
+
+    One that cannot be shown is left out: pages say so where they would show it.
+
+    most : only the first ones (for an estimate)
+    """
+    for n_done, image in enumerate(np.sort(plan.pictured)[:most].tolist(), start=1):
+        number, row = inputs.place(image)
+        picture = inputs.sources.pictures[number](row)
+        if not isinstance(picture, str):
+            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
+        yield n_done
+
+
+class _Alike:
+    """The images of the atlas most like each of some images: of any patient, and of other patients."""
+
+    def __init__(
+        self, inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, images: npt.NDArray[np.int64]
+    ) -> None:
+        self._cohort, self._plan = cohort, plan
+        self._place = {image: place for place, image in enumerate(images.tolist())}
+        queries = np.array([plan.thumb_of[image] for image in images.tolist()], np.int64)
+        self._found, self._cosines = nearest_among(
+            plan.examples.fingerprints.take(plan.images),
+            cohort.patient_of[plan.images],
+            cohort.contents[plan.images],
+            top=config.alike,
+            queries=queries,
+        )
+
+    def of(self, image: int) -> list[list[dict[str, Any]]]:
+        """The two lists of an image: image (the number of its page), label, cosine, is_own: of the same patient."""
+        at, patients = self._place[image], self._cohort.patient_of
+        return [
+            [
+                {
+                    "image": int(self._plan.numbers[place]),
+                    "label": self._cohort.labels[other],
+                    "cosine": float(cosine),
+                    "is_own": bool(patients[other] == patients[image] >= 0),
+                }
+                for place, cosine in zip(places, cosines, strict=True)
+                if place >= 0 and (other := int(self._plan.images[place])) >= 0
+            ]
+            for places, cosines in zip(self._found[at].tolist(), self._cosines[at].tolist(), strict=True)
+        ]
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
@@ -86,14 +153,6 @@ def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_mat
         first = end
 
 
-def _by_image(plan: Plan) -> dict[int, list[int]]:
-    """Image index -> its positions in `plan.references`."""
-    found: dict[int, list[int]] = {}
-    for number, image in enumerate(plan.references.image.tolist()):
-        found.setdefault(image, []).append(number)
-    return found
-
-
 def _write_page(
     site: Site,
     inputs: Inputs,
@@ -105,6 +164,7 @@ def _write_page(
     layout: TokenLayout,
     unseen: str | None,
     references: list[int],
+    alike: list[list[dict[str, Any]]],
     shared: dict[str, Any],
 ) -> None:
     patient, called = int(cohort.patient_of[image]), plan.number_of[image]
@@ -129,6 +189,7 @@ def _write_page(
             | {"dataset": datasets[plan.references.dataset[n]]}
             for n in references
         ],
+        alike=alike,
     )
 
 

@@ -18,6 +18,7 @@ from stores.errors import DamagedStore
 from stores.machine import n_cores
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 _AT_ONCE = 1024  # images that one thread looks for at a time
 
 
@@ -38,7 +39,7 @@ class Fingerprints:
         last = first + rows.n_rows
         _fill(rows.indptr, rows.indices, rows.values, weights, self.latents[first:last], self.values[first:last])
 
-    def take(self, images: npt.NDArray[np.int64]) -> "Fingerprints":
+    def take(self, images: Ints) -> "Fingerprints":
         """Those of some images, in this order."""
         return Fingerprints(self.latents[images], self.values[images])
 
@@ -60,7 +61,7 @@ def rarity(store: BarcodeStore, tau: float | None, n_readable: int) -> Floats:
 
 
 def nearest_among(
-    given: Fingerprints, owner: npt.NDArray[np.int64], content: npt.NDArray[np.int64], *, top: int
+    given: Fingerprints, owner: Ints, content: Ints, *, top: int, queries: Ints | None = None
 ) -> tuple[npt.NDArray[np.int32], Floats]:
     """The most similar of these images for each of them: (images, 2, top) their positions, -1: none, and cosines.
 
@@ -71,23 +72,25 @@ def nearest_among(
     ----------
     owner : (images,) the patient of each; a negative number: nobody's, which is another patient than all
     content : (images,) a number for each content; images of the same content are not listed for each other
+    queries : positions of the images that others are looked for; None: all of them
     """
-    n_images = len(given.latents)
+    queries = np.arange(len(given.latents)) if queries is None else queries
     used = given.latents >= 0
     n_latents = int(given.latents.max(initial=-1)) + 1
     starts = np.r_[0, np.cumsum(np.bincount(given.latents[used], minlength=n_latents))].astype(np.int64)
     order = np.argsort(given.latents[used], kind="stable")
     images = np.nonzero(used)[0][order].astype(np.int32)
     values = given.values[used][order]
-    found = np.full((n_images, 2, top), -1, np.int32)
-    scores = np.zeros((n_images, 2, top), np.float32)
+    found = np.full((len(queries), 2, top), -1, np.int32)
+    scores = np.zeros((len(queries), 2, top), np.float32)
 
     def task(first: int) -> None:
-        last = min(first + _AT_ONCE, n_images)
-        _nearest(first, last, given.latents, given.values, starts, images, values, owner, content, found, scores)
+        some = slice(first, first + _AT_ONCE)
+        lists = found[some], scores[some]
+        _nearest(queries[some], given.latents, given.values, starts, images, values, owner, content, *lists)
 
     with ThreadPoolExecutor(n_cores(), thread_name_prefix="alike") as threads:
-        for _ in threads.map(task, range(0, n_images, _AT_ONCE)):
+        for _ in threads.map(task, range(0, len(queries) if top else 0, _AT_ONCE)):
             pass
     return found, scores
 
@@ -118,12 +121,13 @@ def _fill(indptr: Any, indices: Any, values: Any, weights: Any, which: Any, best
 
 @numba.njit(cache=True, nogil=True)
 def _nearest(
-    first: Any, last: Any, latents: Any, parts: Any, starts: Any, images: Any, values: Any, owner: Any, content: Any,
-    found: Any, scores: Any,
+    queries: Any, latents: Any, parts: Any, starts: Any, images: Any, values: Any, owner: Any, content: Any, found: Any,
+    scores: Any,
 ) -> None:  # fmt: skip
     n_images, k, top = latents.shape[0], latents.shape[1], found.shape[2]
     cosine = np.zeros(n_images, np.float32)
-    for image in range(first, last):
+    for query in range(len(queries)):
+        image = queries[query]
         cosine[:] = 0
         for place in range(k):
             latent = latents[image, place]
@@ -134,19 +138,19 @@ def _nearest(
                 cosine[images[at]] += part * values[at]
         for other in range(n_images):
             score = cosine[other]
-            if score <= scores[image, 1, top - 1] and score <= scores[image, 0, top - 1]:
+            if score <= scores[query, 1, top - 1] and score <= scores[query, 0, top - 1]:
                 continue
             if other == image or content[other] == content[image]:
                 continue
             for kind in range(2):
                 if kind == 1 and owner[image] >= 0 and owner[other] == owner[image]:
                     continue
-                if score <= scores[image, kind, top - 1]:
+                if score <= scores[query, kind, top - 1]:
                     continue
                 at = top - 1
-                while at > 0 and scores[image, kind, at - 1] < score:
-                    scores[image, kind, at] = scores[image, kind, at - 1]
-                    found[image, kind, at] = found[image, kind, at - 1]
+                while at > 0 and scores[query, kind, at - 1] < score:
+                    scores[query, kind, at] = scores[query, kind, at - 1]
+                    found[query, kind, at] = found[query, kind, at - 1]
                     at -= 1
-                scores[image, kind, at] = score
-                found[image, kind, at] = other
+                scores[query, kind, at] = score
+                found[query, kind, at] = other

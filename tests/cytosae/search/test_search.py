@@ -154,6 +154,10 @@ def test_all_images_at_once_find_what_each_finds_alone(
             assert (np.diff(scores[place, kind]) <= 0).all()
             assert [values[at] for at in found[place, kind, :n]] == pytest.approx(scores[place, kind, :n], abs=1e-5)
             assert {*found[place, kind, :n]} <= {*known}
+    of_two = nearest_among(fingerprints.take(some), owner, content, top=5, queries=np.array([8, 3]))
+    assert (of_two[0] == found[[8, 3]]).all()
+    assert (of_two[1] == scores[[8, 3]]).all()
+    assert nearest_among(fingerprints.take(some), owner, content, top=0)[0].shape == (150, 2, 0)
 
 
 def test_blocks_have_no_effect(barcodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
