@@ -19,11 +19,13 @@ from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
 from stores.wording import Report, counted
 
+from .cards import original_pictures, write_cards, written_pictures
 from .cohort import Cohort
 from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_maps import Maps
 from .concept_pages import image_name, write_concept_pages
 from .config import AtlasConfig
+from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .overview_pages import write_overview
@@ -224,20 +226,22 @@ def write_atlas(
 
     began = time.time_ns()
     site = Site(writer.root)
-    maps = _maps(inputs, plan, site.root)
+    maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
     shared = _shared(inputs, config)
-    n_steps = len(plan.images) + len(plan.pictured) + len(plan.latents) + cohort.n_patients
+    n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
+    pictures = written_pictures(writer.root, plan, maps.unseen)
     for n_all, steps in (
-        (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
-        (len(plan.pictured), write_pictured(site, inputs, plan, config)),
+        (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
+        (len(plan.pictured), write_pictured(site, inputs, plan, config, maps)),
+        (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
     ):
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_other_pages(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, gallery, maps, shared)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
@@ -297,13 +301,14 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
-    maps = _maps(inputs, plan, None)
+    maps, gallery = _maps(inputs, plan, None), make_gallery(inputs, cohort, plan)
     if few is not None:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
-    n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, most=_SAMPLE))
+    n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, maps, most=_SAMPLE))
+    _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
-    _write_other_pages(site, inputs, cohort, plan, shared)
+    _write_other_pages(site, inputs, cohort, plan, gallery, maps, shared)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     counts = _counts(inputs, cohort, plan)
@@ -313,6 +318,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         * site.n_files("pictures/")
         // max(1, site.n_files("images/") + n_pictured),
         "sprites/": -(-len(plan.images) // 256),
+        "cards/": sum(len(numbers) > 0 for numbers in gallery.images),
         "concepts/": len(plan.latents),
         "patients/": cohort.n_patients,
     }
@@ -395,9 +401,11 @@ def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
     return Maps(len(plan.mapped[0]), inputs.stores[0].layout.n_patches, folder)
 
 
-def _write_other_pages(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
+def _write_other_pages(
+    site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, gallery: Gallery, maps: Maps, shared: dict[str, Any]
+) -> None:
     """The pages whose number does not grow with images or patients."""
-    write_overview(site, inputs, cohort, plan, shared)
+    write_overview(site, inputs, cohort, plan, gallery, maps, shared)
     write_patient_list(site, cohort, shared)
     write_disease_pages(site, inputs, cohort, plan, shared)
     write_pair_pages(site, inputs, cohort, plan, shared)

@@ -21,22 +21,24 @@ class Maps:
     def __init__(self, n_maps: int, n_patches: int, folder: Path | None = None) -> None:
         """`folder`: where the file lies; None: in the folder of temporary files."""
         self.largest = np.zeros(n_maps, np.float32)
+        self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
-        self._n_patches = n_patches
+        self.n_patches = n_patches
         self._file = tempfile.TemporaryFile(dir=folder)  # closed, and gone, with this object
         self._file.truncate(n_maps * n_patches)
 
-    def set(self, number: int, patches: npt.NDArray[np.float32]) -> None:
+    def set(self, number: int, patches: npt.NDArray[np.float32], *, aspect: float = 1.0) -> None:
         """Store a map."""
+        self.aspect[number] = aspect
         largest = patches.max(initial=0)
         self.largest[number] = largest
         steps = np.round(patches / (largest or 1) * 255).astype(np.uint8)
-        os.pwrite(self._file.fileno(), steps.tobytes(), number * self._n_patches)
+        os.pwrite(self._file.fileno(), steps.tobytes(), number * self.n_patches)
 
     def read(self, first: int, n_maps: int) -> Maps8:
         """(n_maps, n_patches) maps that follow each other."""
-        raw = os.pread(self._file.fileno(), n_maps * self._n_patches, first * self._n_patches)
-        return np.frombuffer(raw, np.uint8).reshape(n_maps, self._n_patches)
+        raw = os.pread(self._file.fileno(), n_maps * self.n_patches, first * self.n_patches)
+        return np.frombuffer(raw, np.uint8).reshape(n_maps, self.n_patches)
 
 
 def packed_map(steps: Maps8) -> str:

@@ -19,7 +19,7 @@ from .examples import BIN_EDGES, DECILES
 from .inputs import Inputs
 from .plan import Plan
 from .sentence import Clause, Facts, place_of, sentence
-from .site import Site
+from .site import Site, short, whole
 
 _BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
 _LISTED_PATIENTS = 20
@@ -67,17 +67,19 @@ def write_concept_pages(
                 before=int(latents[at - 1]) if at else None,
                 after=int(latents[at + 1]) if at + 1 < len(latents) else None,
                 sentence=_sentence(rows, shown, pages.maps_of(at), values[:, at - first], compared, known),
+                facts=_facts(inputs, rows),
                 statistics=rows,
                 histograms=_histograms(inputs, plan.examples.histograms[:, at]),
                 **shown,
                 neighbours=[
-                    {"by": by, "frames": [{**row, "frame": pages.first_frame(row["neighbour"])} for row in found]}
+                    {"by": by, "rows": [{**row, **pages.card(row["neighbour"])} for row in found]}
                     for by, found in neighbours.of(latent).items()
                 ],
                 has_neighbours=neighbours.is_given,
-                strip=_strip(cohort, plan, values[:, at - first], latent, plan.examples.best[at]),
+                strip=_strip(cohort, pages, values[:, at - first], latent, at),
                 comparisons=compared,
                 **known,
+                names=[],
             )
         yield min(first + _BATCH, len(latents))
 
@@ -130,6 +132,9 @@ class _Pages:
         frames = [frame for row in (*rows, *deciles) for frame in row["frames"]]  # type: ignore[attr-defined]
         return {
             "rows": rows,
+            "best": max(
+                (frame for row in rows for frame in row["frames"]), key=lambda frame: frame["value"], default=None
+            ),
             "deciles": [row for row in deciles if row["frames"]],
             "near": near,
             "largest": max((frame["largest"] for frame in frames), default=0.0),
@@ -140,16 +145,16 @@ class _Pages:
         numbers = self._references[at]
         return self._maps.read(numbers.start, len(numbers))
 
-    def first_frame(self, latent: int) -> dict[str, Any] | None:
-        """The reference image with the largest value of any dataset; None for a latent without a page or image."""
-        numbers = self._references[self._place[latent]] if latent in self._place else ()
-        if not numbers:
-            return None
-        values = self._plan.references.value
-        best = max(numbers, key=lambda number: values[number])
-        return self._frame(
-            int(self._plan.references.image[best]), float(values[best]), best, self._maps.read(best, 1)[0]
-        )
+    def card(self, latent: int) -> dict[str, bool]:
+        """Does a latent have a page, and that a picture?"""
+        at = self._place.get(latent)
+        return {"has_page": at is not None, "has_picture": at is not None and len(self._references[at]) > 0}
+
+    def person(self, patient: int, at: int) -> dict[str, Any]:
+        """A patient, and the number of the picture of the patient's own best cell; -1: there is none."""
+        image = int(self._plan.examples.best[at, patient])
+        cell = -1 if image < 0 or image in self._maps.unseen else self._plan.number_of[image]
+        return {"number": patient, "name": self._cohort.names[patient], "cell": cell}
 
     def _frame(self, image: int, value: float, number: int | None = None, steps: Maps8 | None = None) -> dict[str, Any]:
         """What a page says of an image: with the number of its map, the map and its largest value."""
@@ -166,6 +171,18 @@ class _Pages:
             "largest": 0.0 if number is None else float(self._maps.largest[number]),
             "unseen": self._maps.unseen.get(image),
         }
+
+
+def _facts(inputs: Inputs, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of all datasets together: (name, text) of the numbers in large type."""
+    n_active = sum(row["n_images"] for row in rows)
+    n_readable = sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset)
+    mean = sum(row["n_images"] * row["mean_activation"] for row in rows) / max(1, n_active)
+    return [
+        ("images", f"{whole(n_active)} of {whole(n_readable)}"),
+        ("mean activation", short(mean)),
+        ("largest token", short(max(row["max_activation"] for row in rows))),
+    ]
 
 
 def _sentence(
@@ -257,11 +274,8 @@ class _Neighbours:
         return found
 
 
-def _strip(cohort: Cohort, plan: Plan, values: Values, latent: int, best: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """The barcode values of a latent: one point per patient, by disease, and the patients with the largest values.
-
-    Each with the number of the picture of the patient's own best cell, or -1.
-    """
+def _strip(cohort: Cohort, pages: _Pages, values: Values, latent: int, at: int) -> dict[str, Any]:
+    """The barcode values of a latent: one point per patient, by disease, and the patients with the largest values."""
     groups = [(name, number) for number, name in enumerate(cohort.diseases)]
     groups += [("no disease stated", -1)] if (cohort.disease_of == -1).any() else []
     largest = float(values.max(initial=0))
@@ -270,22 +284,18 @@ def _strip(cohort: Cohort, plan: Plan, values: Values, latent: int, best: npt.ND
         members = np.flatnonzero(cohort.disease_of == number)
         drawn: Strip = strip_of(values[members], largest)
         mean = None if number < 0 else float(cohort.disease_means[number, latent])
-        points = [{**point, **_person(cohort, plan, int(members[point["at"]]), best)} for point in drawn.points]
+        points = [{**point, **pages.person(int(members[point["at"]]), at)} for point in drawn.points]
         rows.append(
             {"disease": name, "number": number, "mean": mean, "n_patients": len(members)}
             | {"n_above": int((values[members] > 0).sum()), "points": points, "n_left_out": drawn.n_left_out}
         )
-    order = [int(at) for at in np.argsort(-values, kind="stable")[:_LISTED_PATIENTS] if values[at] > 0]
+    largest_first = np.argsort(-values, kind="stable")[:_LISTED_PATIENTS].tolist()
+    order = [patient for patient in largest_first if values[patient] > 0]
     patients = [
-        {**_person(cohort, plan, at, best), "disease": disease_name(cohort, at), "value": float(values[at])}
-        for at in order
+        {**pages.person(patient, at), "disease": disease_name(cohort, patient), "value": float(values[patient])}
+        for patient in order
     ]
     return {"largest": largest, "groups": rows, "patients": patients}
-
-
-def _person(cohort: Cohort, plan: Plan, patient: int, best: npt.NDArray[np.int32]) -> dict[str, Any]:
-    image = int(best[patient])
-    return {"number": patient, "name": cohort.names[patient], "cell": -1 if image < 0 else plan.number_of[image]}
 
 
 def disease_name(cohort: Cohort, patient: int) -> str:

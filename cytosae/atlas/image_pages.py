@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from cytosae.search import nearest_among
+from cytosae.maps import Pixels
 from stores.token_layout import TokenLayout
 
+from .alike import Alike
 from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import disease_name, image_name
 from .config import AtlasConfig
+from .examples import LATENTS_OF_IMAGE
 from .inputs import Inputs
 from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
 from .plan import Plan
@@ -38,10 +40,11 @@ def write_images(
     *,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
-    """Write all files of the images of the plan, in the order of the stores; yields the number written so far.
+    """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
-    Fills `maps`. Memory: the tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images
-    differs from that of the sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
+    First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps`. Memory: the
+    tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images differs from that of the
+    sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
 
     chosen : only these images (for an estimate); the positions of thumbnails are then wrong
     """
@@ -50,7 +53,7 @@ def write_images(
     latents, mapped = plan.mapped
     by_image = np.argsort(mapped, kind="stable")
     in_order_of_images = mapped[by_image]
-    alike = _Alike(inputs, cohort, plan, config, images)
+    n_active = np.zeros(len(images), np.int64)
     folder = None if site.root is None else str(site.root)
     with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # an unnamed file: a crash leaves nothing behind
         sheets = Sheets(site, len(images), scratch)
@@ -67,69 +70,50 @@ def write_images(
                 site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
             first, last = np.searchsorted(in_order_of_images, [image, image + 1])
             numbers = by_image[first:last].tolist()
-            for number, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
+            for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
                 start, stop = patches.indptr[latent : latent + 2]
                 values = np.zeros(layout.n_patches, np.float32)
                 values[patches.indices[start:stop]] = patches.data[start:stop]
-                maps.set(number, values)
-            its = [number for number in numbers if number < len(plan.references.image)]
-            _write_page(
-                *(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its),
-                *(alike.of(image), shared),
-            )
+                maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
+            site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
+            n_active[thumb] = (tokens.getnnz(axis=0) > 0).sum()
             yield n_done
+    alike = Alike(cohort, plan, images, top=config.alike)
+    for n_done, at in enumerate(order.tolist(), start=len(images) + 1):
+        image = int(images[at])
+        first, last = np.searchsorted(in_order_of_images, [image, image + 1])
+        references = [number for number in by_image[first:last].tolist() if number < len(plan.references.image)]
+        of_image = {
+            "n_fingerprint": LATENTS_OF_IMAGE,
+            "n_active": int(n_active[at]),
+            "alike": alike.of(image, maps.unseen),
+        }
+        _write_page(site, inputs, cohort, plan, image, references, maps.unseen.get(image), shared | of_image)
+        yield n_done
 
 
 def write_pictured(
-    site: Site, inputs: Inputs, plan: Plan, config: AtlasConfig, *, most: int | None = None
+    site: Site, inputs: Inputs, plan: Plan, config: AtlasConfig, maps: Maps, *, most: int | None = None
 ) -> Iterator[int]:
     """Write the pictures of images without a page, in the order of the stores; yields the number written so far.
 
-    One that cannot be shown is left out: pages say so where they would show it.
+    What cannot be shown is added to `maps.unseen`.
 
     most : only the first ones (for an estimate)
     """
     for n_done, image in enumerate(np.sort(plan.pictured)[:most].tolist(), start=1):
         number, row = inputs.place(image)
         picture = inputs.sources.pictures[number](row)
-        if not isinstance(picture, str):
+        if isinstance(picture, str):
+            maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
+        else:
             site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
         yield n_done
 
 
-class _Alike:
-    """The images of the atlas most like each of some images: of any patient, and of other patients."""
-
-    def __init__(
-        self, inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, images: npt.NDArray[np.int64]
-    ) -> None:
-        self._cohort, self._plan = cohort, plan
-        self._place = {image: place for place, image in enumerate(images.tolist())}
-        queries = np.array([plan.thumb_of[image] for image in images.tolist()], np.int64)
-        self._found, self._cosines = nearest_among(
-            plan.examples.fingerprints.take(plan.images),
-            cohort.patient_of[plan.images],
-            cohort.contents[plan.images],
-            top=config.alike,
-            queries=queries,
-        )
-
-    def of(self, image: int) -> list[list[dict[str, Any]]]:
-        """The two lists of an image: image (the number of its page), label, cosine, is_own: of the same patient."""
-        at, patients = self._place[image], self._cohort.patient_of
-        return [
-            [
-                {
-                    "image": int(self._plan.numbers[place]),
-                    "label": self._cohort.labels[other],
-                    "cosine": float(cosine),
-                    "is_own": bool(patients[other] == patients[image] >= 0),
-                }
-                for place, cosine in zip(places, cosines, strict=True)
-                if place >= 0 and (other := int(self._plan.images[place])) >= 0
-            ]
-            for places, cosines in zip(self._found[at].tolist(), self._cosines[at].tolist(), strict=True)
-        ]
+def _aspect(picture: Pixels) -> float:
+    """Width by height."""
+    return float(picture.shape[1] / picture.shape[0])
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
@@ -159,37 +143,30 @@ def _write_page(
     cohort: Cohort,
     plan: Plan,
     image: int,
-    tokens: ss.csr_matrix,
-    patches: ss.csc_matrix,
-    layout: TokenLayout,
-    unseen: str | None,
     references: list[int],
-    alike: list[list[dict[str, Any]]],
-    shared: dict[str, Any],
+    unseen: str | None,
+    further: dict[str, Any],
 ) -> None:
     patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
-    site.data(f"image-{called}", _token_data(tokens, patches, layout, plan))
     site.page(
         f"images/{called}.html",
         "image.html",
-        **shared,
+        **further,
         image=called,
-        name=image_name(inputs, plan, image, is_hidden=shared["pseudonyms"]),
+        name=image_name(inputs, plan, image, is_hidden=further["pseudonyms"]),
         label=cohort.labels[image],
         dataset=cohort.image_datasets[image],
         patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
         disease="" if patient < 0 else disease_name(cohort, patient),
         disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
         unseen=unseen,
-        layout=layout,
-        n_active=int((tokens.getnnz(axis=0) > 0).sum()),
+        layout=inputs.stores[inputs.place(image)[0]].layout,
         references=[
             {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}
             | {"dataset": datasets[plan.references.dataset[n]]}
             for n in references
         ],
-        alike=alike,
     )
 
 
