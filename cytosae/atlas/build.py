@@ -2,7 +2,7 @@
 
 import html
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from .cards import original_pictures, write_cards, written_pictures
 from .cell_choice import CellChoice, choose_cells
 from .cell_maps import Marks
 from .cohort import Cohort
-from .concept_pages import Maps, image_name, write_concept_pages
+from .concept_maps import Maps
+from .concept_pages import image_name, write_concept_pages
 from .concept_table import concept_table
 from .config import AtlasConfig
 from .disease_pages import write_disease_pages, write_families
 from .frames import Frames
 from .gallery import Gallery, make_gallery
-from .image_pages import write_images
+from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
@@ -112,6 +113,10 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    stability: Path | str | None = None,
+    score: Path | str | None = None,
+    masks: Path | str | None = None,
+    replications: Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
     stage_one: StageOne | None = None,
@@ -124,7 +129,8 @@ def build_atlas(
     With pseudonyms, `out`.pseudonyms.csv beside it says who is who. If that file exists already, it decides the
     pseudonyms: an atlas that is built again keeps them.
 
-    Memory: statistics of all latents, the map of every reference image, one image, a thousand latents of all patients.
+    Memory: statistics of all latents, examples of those with a page (examples.py), one image, a thousand latents of all
+    patients. Maps of images lie in an unnamed temporary file in `out`.
 
     Parameters
     ----------
@@ -136,6 +142,10 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    stability : a folder of `write_stability`, of this SAE and others
+    score : a folder of `score_sae`
+    masks : a folder of `write_mask_agreement`
+    replications : folders of `replicate`, of the given comparisons
     beside : another atlas, whose concepts are shown beside those of this one: of another SAE or layer with `match`, or
         of the same SAE in other images
     match : a folder of `match_latents`, from the barcodes of this atlas to those of the other
@@ -157,19 +167,11 @@ def build_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(
-        barcodes,
-        concepts,
-        sources,
-        config,
-        comparisons=comparisons,
-        neighbours=neighbours,
-        causes=causes,
-        beside=beside,
-        match=match,
-    )
-    more = [each for each in (neighbours, causes, beside, match) if each is not None]
-    given = [barcodes, concepts, *sources.places, *comparisons, *more]
+    one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    one |= {"beside": beside, "match": match}
+    inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
+    more = [each for each in one.values() if each is not None]
+    given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
     return write_atlas(
         inputs, Path(out), config, overwrite=overwrite, given=[Path(each) for each in given], progress=progress
     )
@@ -180,23 +182,18 @@ def _open(
     concepts: Path | str,
     sources: Sources,
     config: AtlasConfig,
-    *,
     comparisons: Sequence[Path | str],
-    neighbours: Path | str | None,
-    causes: Path | str | None,
-    beside: Path | str | None,
-    match: Path | str | None,
+    replications: Sequence[Path | str],
+    one: Mapping[str, Path | str | None],
 ) -> Inputs:
     return open_inputs(
         Path(barcodes),
         Path(concepts),
         sources,
-        comparisons=[Path(each) for each in comparisons],
-        neighbours=None if neighbours is None else Path(neighbours),
-        causes=None if causes is None else Path(causes),
-        beside=None if beside is None else Path(beside),
-        match=None if match is None else Path(match),
         tau=config.tau,
+        comparisons=[Path(each) for each in comparisons],
+        replications=[Path(each) for each in replications],
+        **{name: None if path is None else Path(path) for name, path in one.items()},
     )
 
 
@@ -233,7 +230,7 @@ def write_atlas(
     )
     writer.watch(*(header for _, _, header in inputs.headers))
     if pseudonyms is not None:
-        images = zip(plan.numbers.tolist(), plan.images.tolist(), strict=True)
+        images = sorted((number, image) for image, number in plan.number_of.items())
         called = [(f"image {number}", inputs.image_ids[image]) for number, image in images]
         patients = zip(cohort.names, cohort.real_names, strict=True)
         write_pseudonyms(pseudonyms_file(out), pseudonyms, [*patients, *called])
@@ -244,14 +241,15 @@ def write_atlas(
 
     began = time.time_ns()
     site = Site(writer.root)
-    maps, shared = _maps(inputs, plan), _shared(inputs, config)
+    maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
+    shared = _shared(inputs, config)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
-    gallery = make_gallery(inputs, cohort, plan)
-    n_steps = len(plan.images) + 2 * len(plan.latents) + cohort.n_patients
+    n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
     pictures = written_pictures(writer.root, plan, maps.unseen)
     for n_all, steps in (
-        (len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
+        (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
+        (len(plan.pictured), write_pictured(site, inputs, plan, config, maps)),
         (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
         (cohort.n_patients, write_patient_pages(site, frames)),
@@ -298,6 +296,10 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    stability: Path | str | None = None,
+    score: Path | str | None = None,
+    masks: Path | str | None = None,
+    replications: Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
     stage_one: StageOne | None = None,
@@ -310,17 +312,9 @@ def estimate_atlas(
     """
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
-    inputs = _open(
-        barcodes,
-        concepts,
-        sources,
-        config,
-        comparisons=comparisons,
-        neighbours=neighbours,
-        causes=causes,
-        beside=beside,
-        match=match,
-    )
+    one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    one |= {"beside": beside, "match": match}
+    inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
@@ -330,10 +324,11 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
-    maps, gallery = _maps(inputs, plan), make_gallery(inputs, cohort, plan)
+    maps, gallery = _maps(inputs, plan, None), make_gallery(inputs, cohort, plan)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
     if few is not None:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
+    n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, maps, most=_SAMPLE))
     _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
     _run(write_patient_pages(site, frames, most=_SAMPLE))
@@ -344,7 +339,9 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),
-        "pictures/": len(plan.images) * site.n_files("pictures/") // max(1, site.n_files("images/")),
+        "pictures/": (len(plan.images) + len(plan.pictured))
+        * site.n_files("pictures/")
+        // max(1, site.n_files("images/") + n_pictured),
         "sprites/": -(-len(plan.images) // 256),
         "cards/": sum(len(numbers) > 0 for numbers in gallery.images),
         "concepts/": len(plan.latents),
@@ -402,7 +399,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "latents": inputs.sources.identities,
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
-        **({} if inputs.causes is None else {"causes": inputs.causes.header.identity}),
+        **inputs.evidence.spec,
         **({} if inputs.other is None else {"beside": inputs.other.identities}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
@@ -428,8 +425,8 @@ def _unit(inputs: Inputs) -> str:
     return f"{tokens} above {inputs.tau:g} per {per}"
 
 
-def _maps(inputs: Inputs, plan: Plan) -> Maps:
-    return Maps(len(plan.references.image), inputs.stores[0].layout.n_patches)
+def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
+    return Maps(len(plan.mapped[0]), inputs.stores[0].layout.n_patches, folder)
 
 
 def _frames(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.relations import Others, dispersion_of, log_scale
+from cytosae.search import rarity
 from stores.barcode_store import BarcodeStore
 from stores.csr import CsrRows
 from stores.errors import DamagedStore
@@ -88,6 +89,15 @@ class Cohort:
         """(n_images,) dataset of each image."""
         return [str(name) for name in np.asarray(self._images["dataset"], object)]
 
+    @cached_property
+    def contents(self) -> Ints:
+        """(n_images,) a number for each content of an image file; without a recorded hash every image has its own."""
+        n_images = len(self.labels)
+        if "content_hash" not in self._images.columns:
+            return np.arange(n_images)
+        hashes = [str(text) or f"image {n}" for n, text in enumerate(np.asarray(self._images["content_hash"], object))]
+        return np.unique(hashes, return_inverse=True)[1].astype(np.int64)
+
     def cells(self, n_images: int, *, seed: int) -> list[list[int]]:
         """Per patient: increasing indices of at most `n_images` readable images, drawn at random."""
         members: list[list[int]] = [[] for _ in self.names]
@@ -113,15 +123,7 @@ class Cohort:
     @cached_property
     def rarity(self) -> Values:
         """(n_latents,) weight of each latent, as `cyto concept search` weighs: 0 if it is in every image."""
-        table = self.barcodes.read_element("image", "var", self._tau)
-        if "n_active_images" in table.columns:
-            with_it = table["n_active_images"].to_numpy(np.float64)
-        else:  # barcodes of an older cyto
-            with_it = np.zeros(self.n_latents)
-            for _, rows in self.image_blocks("X"):
-                with_it += np.bincount(rows.indices, minlength=self.n_latents)
-        weights: Values = np.log((self.is_readable.sum() + 1) / (with_it + 1)).clip(0).astype(np.float32)
-        return weights
+        return rarity(self.barcodes, self._tau, int(self.is_readable.sum()))
 
     def image_activations(self) -> Iterator[tuple[int, Row]]:
         """(image_index, image activations) of every image."""

@@ -18,7 +18,7 @@ def concept_table(frames: Frames) -> pa.Table:
             {"latent": latent, "label": frames.concept(latent)["label"], **frames.numbers(latent)}
             | {"images": [plan.number_of[int(references.image[at])] for at in some]}
             | {"labels": [references.label[at] for at in some]}
-            | {"maps": [frames.maps.shares[at].tobytes() for at in some]}
+            | {"maps": [frames.maps.read(at, 1).tobytes() for at in some]}
             | {"largest": [float(frames.maps.largest[at]) for at in some]}
         )
     return pa.Table.from_pylist(rows, SCHEMA)

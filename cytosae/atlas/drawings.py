@@ -1,7 +1,6 @@
 """Coordinates of small SVG drawings: bars of a histogram, points of patients, barcodes, shares. No HTML here."""
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -30,7 +29,7 @@ class Bars:
 class Strip:
     """Points of patients in a box of `STRIP_WIDTH` x `STRIP_HEIGHT`."""
 
-    points: list[dict[str, Any]]  # x, y, name, value
+    points: list[dict[str, Any]]  # x, y, at (position in the values), value
     n_left_out: int
 
 
@@ -58,7 +57,7 @@ def histogram_bars(counts: npt.NDArray[np.int32], edges: npt.NDArray[np.float64]
     return Bars(bars, ticks, most)
 
 
-def strip_of(values: npt.NDArray[np.float32], names: Sequence[str], largest: float) -> Strip:
+def strip_of(values: npt.NDArray[np.float32], largest: float) -> Strip:
     """The points of one disease. The y position carries no information; it separates points of equal value."""
     order = np.argsort(values, kind="stable")
     if len(order) > _MOST_POINTS:
@@ -67,7 +66,7 @@ def strip_of(values: npt.NDArray[np.float32], names: Sequence[str], largest: flo
         {
             "x": round(float(values[at]) / (largest or 1) * STRIP_WIDTH, 1),
             "y": round(4 + (n * 0.618034 % 1) * (STRIP_HEIGHT - 8), 1),
-            "name": names[at],
+            "at": at,
             "value": float(values[at]),
         }
         for n, at in enumerate(order.tolist())

@@ -10,7 +10,8 @@ import numpy as np
 from .cell_choice import Beside, CellChoice
 from .cell_maps import Marks
 from .cohort import Cohort
-from .concept_pages import Maps, disease_name, image_name
+from .concept_maps import Maps, packed_map
+from .concept_pages import disease_name, image_name
 from .inputs import Inputs
 from .pictures import thumb_place
 from .plan import Plan
@@ -75,7 +76,7 @@ class Frames:
         some = sorted(range(first, last), key=lambda at: (-references.value[at], references.image[at]))[:most]
         return [
             self.plain(int(references.image[at]))
-            | {"map": self.maps.packed(at), "largest": float(self.maps.largest[at])}
+            | {"map": packed_map(self.maps.read(at, 1)), "largest": float(self.maps.largest[at])}
             for at in some
         ]
 

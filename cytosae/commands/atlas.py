@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 @click.option("--compare", "comparisons", type=FILE, multiple=True, help="Folder of cyto compare; may repeat.")
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
 @click.option("--causes", type=FILE, help="Folder of cyto concept ablate.")
+@click.option("--stability", type=FILE, help="Folder of cyto concept stability, of this SAE and others.")
+@click.option("--score", type=FILE, help="Folder of cyto sae score.")
+@click.option("--masks", type=FILE, help="Folder of cyto concept masks.")
+@click.option(
+    "--replicate", "replications", type=FILE, multiple=True, help="Folder of cyto compare replicate; may repeat."
+)
 @click.option(
     "--beside",
     type=FILE,
@@ -52,6 +58,27 @@ if TYPE_CHECKING:
 )
 @click.option("--top", type=COUNT, default=200, show_default=True, help="With --pages top: number of latents.")
 @click.option("--n-images", type=COUNT, default=10, show_default=True, help="Reference images per latent and dataset.")
+@click.option(
+    "--decile-images",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Examples from each tenth of a latent's activation.",
+)
+@click.option(
+    "--near-misses",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Images that resemble a latent's reference images and lack it.",
+)
+@click.option(
+    "--alike",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Images most like an image, and as many of other patients.",
+)
 @click.option(
     "--patient-images",
     type=click.IntRange(min=0),
@@ -94,8 +121,12 @@ def atlas_build(
     out: Path,
     roots: tuple[Path, ...],
     comparisons: tuple[Path, ...],
+    replications: tuple[Path, ...],
     neighbours: Path | None,
     causes: Path | None,
+    stability: Path | None,
+    score: Path | None,
+    masks: Path | None,
     beside: Path | None,
     match: Path | None,
     dry_run: bool,
@@ -114,6 +145,7 @@ def atlas_build(
 
     require_roots(stores, roots, "--images")
     given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
+    given |= {"stability": stability, "score": score, "masks": masks, "replications": replications}
     given |= {"beside": beside, "match": match}
     given["stage_one"] = bridges.stage_one
     if dry_run:
