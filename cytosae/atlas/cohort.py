@@ -13,13 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.relations import Others, dispersion_of, log_scale
+from cytosae.search import rarity
 from stores.barcode_store import BarcodeStore
+from stores.csr import CsrRows
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
 
 from .pseudonyms import Pseudonyms
 
 _ROWS = 256  # patients, or images, per read
+_IMAGES = 1024  # images of a block
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -86,6 +89,15 @@ class Cohort:
         """(n_images,) dataset of each image."""
         return [str(name) for name in np.asarray(self._images["dataset"], object)]
 
+    @cached_property
+    def contents(self) -> Ints:
+        """(n_images,) a number for each content of an image file; without a recorded hash every image has its own."""
+        n_images = len(self.labels)
+        if "content_hash" not in self._images.columns:
+            return np.arange(n_images)
+        hashes = [str(text) or f"image {n}" for n, text in enumerate(np.asarray(self._images["content_hash"], object))]
+        return np.unique(hashes, return_inverse=True)[1].astype(np.int64)
+
     def cells(self, n_images: int, *, seed: int) -> list[list[int]]:
         """Per patient: increasing indices of at most `n_images` readable images, drawn at random."""
         members: list[list[int]] = [[] for _ in self.names]
@@ -101,6 +113,17 @@ class Cohort:
         """(number, barcode) of every patient, in the order of the store."""
         for row, found in _rows(self.barcodes, "patient", self._tau, "X"):
             yield int(self._number_of[row]), found
+
+    def image_blocks(self, matrix: str) -> Iterator[tuple[int, CsrRows]]:
+        """(first image, rows) of all images, in order: `X`, tokens above tau, or `mean`, image activations."""
+        reader = self.barcodes.matrix("image", self._tau, matrix)
+        for start in range(0, reader.shape[0], _IMAGES):
+            yield start, reader.read_rows(start, min(start + _IMAGES, reader.shape[0]))
+
+    @cached_property
+    def rarity(self) -> Values:
+        """(n_latents,) weight of each latent, as `cyto concept search` weighs: 0 if it is in every image."""
+        return rarity(self.barcodes, self._tau, int(self.is_readable.sum()))
 
     def image_activations(self) -> Iterator[tuple[int, Row]]:
         """(image_index, image activations) of every image."""
@@ -134,6 +157,16 @@ class Cohort:
         keys = list(zip(self.disease_of.tolist(), self.datasets, strict=True))
         number = {key: n for n, key in enumerate(sorted({key for key in keys if key[0] >= 0}))}
         return np.array([number.get(key, -1) for key in keys], np.int64)
+
+    @cached_property
+    def log_k(self) -> float:
+        """K of ln(1 + K a), with which barcodes are drawn: 1 / K is one token in all images of a patient."""
+        is_mean = self.barcodes.header.spec["normalize"] == "images"
+        return max(1.0, float(self.n_images.mean())) if is_mean and self.n_patients else float(self.n_latents)
+
+    def groups_of(self, disease: int) -> list[int]:
+        """The groups of `peers_of` that have a disease, one for each dataset."""
+        return sorted({int(group) for group in self.peers_of[self.disease_of == disease]}) if disease >= 0 else []
 
     @cached_property
     def groups(self) -> "Groups":

@@ -13,7 +13,8 @@ import scipy.sparse as ss
 
 from .cards import card_images
 from .cohort import Cohort
-from .concept_pages import Maps, pair_of
+from .concept_maps import Maps
+from .concept_pages import pair_of
 from .inputs import Inputs
 from .opinions import NOT_ASKED, OPEN, VERDICTS
 from .plan import Ints, Plan
@@ -193,8 +194,8 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
     )
     for first in range(0, len(plan.latents), MAPS_PER_FILE):
         chosen = [int(numbers[0]) if len(numbers) else -1 for numbers in gallery.images[first : first + MAPS_PER_FILE]]
-        blank = np.zeros(maps.shares.shape[1], np.uint8)
-        steps = [maps.shares[n] if n >= 0 else blank for n in chosen]
+        blank = np.zeros(maps.n_patches, np.uint8)
+        steps = [maps.read(n, 1)[0] if n >= 0 else blank for n in chosen]
         shapes = [maps.aspect[n] if n >= 0 else 1.0 for n in chosen]
         site.data(
             f"maps-{first // MAPS_PER_FILE}",

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from .cohort import Cohort
-from .concept_pages import Maps, pair_of
+from .concept_maps import Maps
+from .concept_pages import pair_of
 from .gallery import Gallery, write_gallery_data
 from .inputs import Inputs
 from .plan import Plan

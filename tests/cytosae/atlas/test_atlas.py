@@ -11,7 +11,6 @@ import stat
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ from PIL import Image
 
 from cytocache.pictures import Pictures
 from cytosae.atlas.cohort import Groups
-from cytosae.atlas.cohort_pages import _unusual
 from cytosae.atlas.concept_pages import BIN_EDGES
+from cytosae.atlas.latent_lists import unusual
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
@@ -319,8 +318,7 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
         values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
     )
     groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
-    has_page = SimpleNamespace(has_page=lambda latent: True)
-    found = _unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
+    found = unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT)
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
     assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
@@ -342,7 +340,8 @@ def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:
 
 def test_cells_and_thumbnails(atlas: Path, cohort: Cohort) -> None:
     page = page_of(atlas, PATIENTS[1])
-    cells = [int(Path(str(found["href"])).stem) for found in page.all("a") if "images/" in str(found["href"])]
+    drawn = page.path.read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    cells = [int(number) for number in re.findall(r'<a href="../images/(\d+)\.html"', drawn)]
     assert cells == [3, 5]  # the third is unreadable
     assert thumb_place(300, 301) == {"sheet": 1, "x": 12 * 96, "y": 2 * 96, "width": 1536, "height": 288}
     assert thumb_place(300, 900)["height"] == 1536
@@ -378,8 +377,8 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert sorted(patients.values()) == sorted(PATIENTS)
     assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
     number = [*patients.values()].index(PATIENTS[1])
-    cells = [str(found["href"]) for found in Page(out / "patients" / f"{number}.html").all("a")]
-    shown = {images[Path(cell).stem] for cell in cells if cell.startswith("../images/")}
+    drawn = (out / "patients" / f"{number}.html").read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    shown = {images[cell] for cell in re.findall(r'href="\.\./images/(\d+)\.html"', drawn)}
     assert shown == {cohort.image_ids[n] for n in (3, 5)}  # the one between is unreadable
     assert sorted(map(int, images)) == [*range(len(cohort.image_ids) - 1)]
     for order in (images, patients):
