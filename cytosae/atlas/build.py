@@ -30,6 +30,7 @@ from .concept_pages import image_name, write_concept_pages
 from .concept_table import concept_table
 from .config import AtlasConfig
 from .disease_pages import write_disease_pages, write_families
+from .examples import find_examples
 from .frames import Frames
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
@@ -266,7 +267,7 @@ def write_atlas(
 
     writer.write_table(CONCEPTS, concept_table(frames))
     site.take_in_file(f"{CONCEPTS}.parquet")
-    writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
+    writer.write_json(REVIEW, _review(inputs, cohort, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())
     if pseudonyms is not None:
@@ -363,7 +364,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
-    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
+    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, cohort, plan, config), most=_SAMPLE)
     return AtlasResult(
         out=out,
         is_written=False,
@@ -470,23 +471,35 @@ def _write_provenance(
     site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
 
 
-def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
+def _review(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
     """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
         inputs.concepts,
         inputs.sources,
         folder,
-        **_asked(inputs, plan, config),
+        **_asked(inputs, cohort, plan, config),
     ).content  # images that cannot be shown are already listed for the pages
 
 
-def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
+def _asked(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
     """The arguments that the review and its estimate share."""
     return {
         "config": ReviewConfig(seed=config.seed),
         "selection": read_selection(inputs.concepts) if plan.selection else None,
         "comparisons": inputs.comparisons,
+        "examples": lambda latents: _of_each_tenth(inputs, cohort, config, latents),
     }
+
+
+def _of_each_tenth(inputs: Inputs, cohort: Cohort, config: AtlasConfig, latents: Sequence[int]) -> dict[int, list[int]]:
+    """Latent -> an image of each tenth of its activation, the strongest first; decoys have theirs, too."""
+    if not latents:
+        return {}
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.array(latents, np.int64)
+    found = find_examples(inputs, cohort, rows, nothing, per_decile=1, n_near=0, seed=config.seed)
+    images = found.deciles[:, ::-1, 0].tolist()
+    return {latent: [image for image in some if image >= 0] for latent, some in zip(latents, images, strict=True)}
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:
