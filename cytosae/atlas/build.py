@@ -30,10 +30,12 @@ from .concept_pages import image_name, write_concept_pages
 from .concept_table import concept_table
 from .config import AtlasConfig
 from .disease_pages import write_disease_pages, write_families
+from .examples import find_examples
 from .frames import Frames
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
+from .opinions import opinions_identity
 from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
 from .pair_pages import write_pair_pages
@@ -113,6 +115,7 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
@@ -142,6 +145,7 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
     stability : a folder of `write_stability`, of this SAE and others
     score : a folder of `score_sae`
     masks : a folder of `write_mask_agreement`
@@ -168,7 +172,7 @@ def build_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"beside": beside, "match": match}
+    one |= {"reviews": reviews, "beside": beside, "match": match}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -263,7 +267,7 @@ def write_atlas(
 
     writer.write_table(CONCEPTS, concept_table(frames))
     site.take_in_file(f"{CONCEPTS}.parquet")
-    writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
+    writer.write_json(REVIEW, _review(inputs, cohort, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())
     if pseudonyms is not None:
@@ -296,6 +300,7 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
@@ -313,7 +318,7 @@ def estimate_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"beside": beside, "match": match}
+    one |= {"reviews": reviews, "beside": beside, "match": match}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 
@@ -359,7 +364,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
-    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
+    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, cohort, plan, config), most=_SAMPLE)
     return AtlasResult(
         out=out,
         is_written=False,
@@ -401,6 +406,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         **inputs.evidence.spec,
         **({} if inputs.other is None else {"beside": inputs.other.identities}),
+        **({} if inputs.opinions is None else {"reviews": opinions_identity(inputs.opinions)}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),
@@ -465,23 +471,35 @@ def _write_provenance(
     site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
 
 
-def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
+def _review(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
     """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
         inputs.concepts,
         inputs.sources,
         folder,
-        **_asked(inputs, plan, config),
+        **_asked(inputs, cohort, plan, config),
     ).content  # images that cannot be shown are already listed for the pages
 
 
-def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
+def _asked(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
     """The arguments that the review and its estimate share."""
     return {
         "config": ReviewConfig(seed=config.seed),
         "selection": read_selection(inputs.concepts) if plan.selection else None,
         "comparisons": inputs.comparisons,
+        "examples": lambda latents: _of_each_tenth(inputs, cohort, config, latents),
     }
+
+
+def _of_each_tenth(inputs: Inputs, cohort: Cohort, config: AtlasConfig, latents: Sequence[int]) -> dict[int, list[int]]:
+    """Latent -> an image of each tenth of its activation, the strongest first; decoys have theirs, too."""
+    if not latents:
+        return {}
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.array(latents, np.int64)
+    found = find_examples(inputs, cohort, rows, nothing, per_decile=1, n_near=0, seed=config.seed)
+    images = found.deciles[:, ::-1, 0].tolist()
+    return {latent: [image for image in some if image >= 0] for latent, some in zip(latents, images, strict=True)}
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from stores.spec import COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
 from .evidence import EvidenceStores, open_evidence
+from .opinions import Opinion, read_opinions
 from .other_atlas import OtherAtlas, open_other
 
 
@@ -34,6 +35,7 @@ class Inputs:
     neighbours: ResultStore | None
     evidence: EvidenceStores = field(default_factory=EvidenceStores)
     other: OtherAtlas | None = None  # an atlas that is shown beside this one
+    opinions: dict[int, Opinion] | None = None  # of a review, by latent; None: not given
 
     @property
     def n_latents(self) -> int:
@@ -103,6 +105,7 @@ def open_inputs(
     *,
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
+    reviews: Path | None = None,
     beside: Path | None = None,
     match: Path | None = None,
     tau: float | None = None,
@@ -140,6 +143,7 @@ def open_inputs(
             replications=replications,
         ),
         other=_other(BarcodeStore(barcodes), sources, beside, match),
+        opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)

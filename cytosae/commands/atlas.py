@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--compare", "comparisons", type=FILE, multiple=True, help="Folder of cyto compare; may repeat.")
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
 @click.option("--causes", type=FILE, help="Folder of cyto concept ablate.")
+@click.option("--reviews", type=FILE, help="Folder of verdicts of cyto atlas serve, shown on the cards of concepts.")
 @click.option("--stability", type=FILE, help="Folder of cyto concept stability, of this SAE and others.")
 @click.option("--score", type=FILE, help="Folder of cyto sae score.")
 @click.option("--masks", type=FILE, help="Folder of cyto concept masks.")
@@ -124,6 +125,7 @@ def atlas_build(
     replications: tuple[Path, ...],
     neighbours: Path | None,
     causes: Path | None,
+    reviews: Path | None,
     stability: Path | None,
     score: Path | None,
     masks: Path | None,
@@ -146,7 +148,7 @@ def atlas_build(
     require_roots(stores, roots, "--images")
     given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
     given |= {"stability": stability, "score": score, "masks": masks, "replications": replications}
-    given |= {"beside": beside, "match": match}
+    given |= {"beside": beside, "match": match, "reviews": reviews}
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)

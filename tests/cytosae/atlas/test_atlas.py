@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import json
@@ -20,12 +21,17 @@ from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIE
 from PIL import Image
 
 from cytocache.pictures import Pictures
+from cytosae.atlas import AtlasConfig
+from cytosae.atlas import cohort as atlas_cohort
+from cytosae.atlas.build import _of_each_tenth
 from cytosae.atlas.cohort import Groups
 from cytosae.atlas.concept_pages import BIN_EDGES
+from cytosae.atlas.inputs import open_inputs
 from cytosae.atlas.latent_lists import unusual
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
 from cytosae.atlas.pseudonyms import hide_order
-from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
+from cytosae.atlas.questions import read_review, sent
+from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.atlas.site import Site, script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
@@ -170,7 +176,9 @@ def test_names_from_the_data_stay_names(atlas: Path) -> None:
         assert not {"<", ">", "&", "\u2028", "\u2029"} & {*path.read_text()}
     labels = data(atlas, "latents-1")["labels"]
     assert "<img src=x onerror=alert(2)>" in labels
-    assert DATASETS[1] in Page(atlas / "index.html").text
+    assert DATASETS[1] in Page(atlas / "latents.html").text
+    assert DATASETS[1] in data(atlas, "gallery")["datasets"]
+    assert "<img src=x onerror=alert(2)>" in Page(atlas / "index.html").text
 
 
 def test_script_data_can_end_nothing() -> None:
@@ -520,15 +528,43 @@ def test_pictures_of_the_review_are_counted_beforehand(cohort: Cohort, atlas: Pa
     """With all of them looked at, exactly; one file is lost."""
     latents = LatentStore(cohort.root / "latents")
     images = Pictures(latents, cohort.root / "images")
-    concepts = ConceptStore(cohort.root / "concepts")
+    concepts, sources = ConceptStore(cohort.root / "concepts"), Sources([latents], [images])
+    inputs = open_inputs(cohort.root / "barcodes", cohort.root / "concepts", sources)
+    patients = atlas_cohort.Cohort(inputs.barcodes, inputs.tau, pseudonyms=None)
     asked: dict[str, Any] = {
         "selection": read_selection(concepts),
         "comparisons": [ResultStore(cohort.root / "compare", COMPARISON)],
+        "examples": lambda some: _of_each_tenth(inputs, patients, AtlasConfig(), some),
         "most": 1000,
     }
-    found = estimate_pictures(concepts, Sources([latents], [images]), ReviewConfig(), **asked)
+    found = estimate_pictures(concepts, sources, ReviewConfig(), **asked)
     sizes = [path.stat().st_size for path in (atlas / "review").iterdir()]
     assert found == (len(sizes), sum(sizes))
+
+
+def test_a_review_shows_the_whole_range_of_a_latent(cohort: Cohort, atlas: Path) -> None:
+    """An image of each tenth of its activation, the strongest first, decoys too; and a reviewer is told no dataset."""
+    content = json.loads((atlas / "review.json").read_text())
+    activation = cohort.dense.mean(axis=1)
+    picture_of = {}
+    for n in range(len(cohort.dense)):
+        with Image.open(cohort.root / "images" / f"{n:04d}.png") if n != 7 else Image.new("RGB", (1, 1)) as image:
+            picture_of[hashlib.sha256(_jpeg(np.asarray(image.convert("RGB")))).hexdigest()[:32] + ".jpg"] = n
+    n_ranges = 0
+    for latent, evidence in content["latents"].items():
+        active = np.sort(activation[activation[:, int(latent)] > 0, int(latent)])
+        if len(active) < 20:
+            assert "range" not in evidence
+            continue
+        values = [activation[picture_of.get(one["file"], 7), int(latent)] for one in evidence["range"]]
+        tenths = [int(10 * np.searchsorted(active, value) / len(active)) for value in values]
+        assert tenths == list(range(9, -1, -1))
+        n_ranges += 1
+    assert n_ranges > 10
+    review = read_review(atlas)
+    sets = sent(review, review.questions[0], "Ada", seed=0, shows_labels=False)["items"][0]["rows"]
+    assert [row.get("is_range", False) for row in sets] == [False] * (len(sets) - 1) + [True]
+    assert not any(name in row["title"] for row in sets for name in DATASETS)
 
 
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
