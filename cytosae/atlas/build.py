@@ -28,6 +28,7 @@ from .config import AtlasConfig
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
+from .opinions import opinions_identity
 from .overview_pages import write_overview
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
@@ -108,6 +109,7 @@ def build_atlas(
     score: Path | str | None = None,
     masks: Path | str | None = None,
     replications: Sequence[Path | str] = (),
+    reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -135,6 +137,7 @@ def build_atlas(
     score : a folder of `score_sae`
     masks : a folder of `write_mask_agreement`
     replications : folders of `replicate`, of the given comparisons
+    reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -154,6 +157,7 @@ def build_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    one |= {"reviews": reviews}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -280,6 +284,7 @@ def estimate_atlas(
     score: Path | str | None = None,
     masks: Path | str | None = None,
     replications: Sequence[Path | str] = (),
+    reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -291,6 +296,7 @@ def estimate_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
+    one |= {"reviews": reviews}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 
@@ -374,6 +380,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         **inputs.evidence.spec,
+        **({} if inputs.opinions is None else {"reviews": opinions_identity(inputs.opinions)}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
         **({} if pseudonyms is None else {"pseudonyms_key_sha256": pseudonyms.fingerprint}),

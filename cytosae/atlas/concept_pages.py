@@ -79,6 +79,7 @@ def write_concept_pages(
                 strip=_strip(cohort, pages, values[:, at - first], latent, at),
                 comparisons=compared,
                 **known,
+                opinion=(inputs.opinions or {}).get(latent),
                 names=[],
             )
         yield min(first + _BATCH, len(latents))

@@ -16,6 +16,7 @@ from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
 from .inputs import Inputs
+from .opinions import NOT_ASKED, OPEN, VERDICTS
 from .plan import Ints, Plan
 from .site import Site, packed, plain_text
 
@@ -41,6 +42,8 @@ class Gallery:
     pair: Ints  # number of the comparison with the smallest q; -1: in none, or not tested
     g: npt.NDArray[np.float64]  # Hedges' g there
     q: npt.NDArray[np.float64]
+    verdict: npt.NDArray[np.uint8]  # number in `VERDICTS` of opinions.py
+    names: dict[int, str]  # position -> the name that experts gave
 
 
 def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
@@ -51,8 +54,21 @@ def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
     best = np.array([int(numbers[0]) if len(numbers) else -1 for numbers in images], np.int64)
     dataset = np.where(best >= 0, np.append(plan.references.dataset, -1)[best], -1)
     pair, g, q = _differences(inputs, plan)
+    verdict, names = _opinions(inputs, plan)
     return Gallery(
-        images, frequency, np.where(n_active > 0, mean, 0), labels, label, share, specificity, dataset, pair, g, q
+        images=images,
+        frequency=frequency,
+        mean=np.where(n_active > 0, mean, 0),
+        labels=labels,
+        label=label,
+        share=share,
+        specificity=specificity,
+        dataset=dataset,
+        pair=pair,
+        g=g,
+        q=q,
+        verdict=verdict,
+        names=names,
     )
 
 
@@ -127,6 +143,15 @@ def _differences(inputs: Inputs, plan: Plan) -> tuple[Ints, Any, Any]:
     return pair, g, q
 
 
+def _opinions(inputs: Inputs, plan: Plan) -> tuple[npt.NDArray[np.uint8], dict[int, str]]:
+    """The verdict on each latent, and the names that were given, by position."""
+    latents, opinions = plan.latents.tolist(), inputs.opinions or {}
+    asked = {*plan.selection}
+    said = [opinions[n].verdict if n in opinions else OPEN if n in asked else NOT_ASKED for n in latents]
+    names = {at: opinions[n].name for at, n in enumerate(latents) if n in opinions and opinions[n].name}
+    return np.array([VERDICTS.index(one) for one in said], np.uint8), names
+
+
 def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, gallery: Gallery, maps: Maps) -> None:
     """Write data/gallery.js, and in data/maps-<n>.js the maps of the cards, `MAPS_PER_FILE` in each."""
     largest = float(gallery.mean.max(initial=0))
@@ -138,9 +163,7 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
         "frequency": gallery.frequency.astype(np.float16),
         "mean": (gallery.mean / (largest or 1)).astype(np.float16),
         "has_picture": np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8),
-        "cluster": np.array(
-            [min(plan.clusters.get(latent, NEVER), NEVER) for latent in plan.latents.tolist()], np.uint8
-        ),
+        "verdict": gallery.verdict,
     }
     if gallery.labels:
         columns["label"] = np.where(gallery.label >= 0, gallery.label, no_label).astype(code)
@@ -151,7 +174,9 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
     if inputs.comparisons:
         columns["pair"] = np.where(gallery.pair >= 0, gallery.pair, NEVER).astype(np.uint8)
         columns["g"] = (
-            np.nan_to_num(100 * gallery.g, nan=0.0, posinf=32000, neginf=-32000).clip(-32000, 32000).astype(np.int16)
+            np.nan_to_num(np.round(100 * gallery.g), nan=0.0, posinf=32000, neginf=-32000)
+            .clip(-32000, 32000)
+            .astype(np.int16)
         )
         columns["q"] = gallery.q.astype(np.float16)
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
@@ -164,7 +189,7 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
             "no_label": no_label,
             "datasets": [plain_text(name) for name in inputs.concepts.datasets],
             "pairs": [{key: plain_text(text) for key, text in pair.items()} for pair in pairs],
-            "names": [],
+            "names": [[at, plain_text(name)] for at, name in gallery.names.items()],
         },
     )
     for first in range(0, len(plan.latents), MAPS_PER_FILE):

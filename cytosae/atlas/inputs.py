@@ -19,6 +19,7 @@ from stores.spec import COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
 from .evidence import EvidenceStores, open_evidence
+from .opinions import Opinion, read_opinions
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Inputs:
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
     evidence: EvidenceStores = field(default_factory=EvidenceStores)
+    opinions: dict[int, Opinion] | None = None  # of a review, by latent; None: not given
 
     @property
     def n_latents(self) -> int:
@@ -103,6 +105,7 @@ def open_inputs(
     score: Path | None = None,
     masks: Path | None = None,
     replications: Sequence[Path] = (),
+    reviews: Path | None = None,
 ) -> Inputs:
     """Open the stores of an atlas; `build_atlas` says what each of them is.
 
@@ -131,6 +134,7 @@ def open_inputs(
             masks=masks,
             replications=replications,
         ),
+        opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)

@@ -65,7 +65,7 @@ def _card(plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
     label = int(gallery.label[at])
     return {
         "latent": int(plan.latents[at]),
-        "name": "",
+        "name": gallery.names.get(at, ""),
         "has_picture": len(gallery.images[at]) > 0,
         "label": gallery.labels[label] if label >= 0 else "",
         "share": float(gallery.share[at]) if label >= 0 else None,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--replicate", "replications", type=FILE, multiple=True, help="Folder of cyto compare replicate; may repeat."
 )
+@click.option("--reviews", type=FILE, help="Folder of verdicts of cyto atlas serve, shown on the cards of concepts.")
 @click.option(
     "--pages",
     type=click.Choice(["selected", "top", "all"]),
@@ -107,6 +108,7 @@ def atlas_build(
     stability: Path | None,
     score: Path | None,
     masks: Path | None,
+    reviews: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -122,8 +124,8 @@ def atlas_build(
     from cytosae.atlas import AtlasConfig, build_atlas, estimate_atlas
 
     require_roots(stores, roots, "--images")
-    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
-    given |= {"stability": stability, "score": score, "masks": masks, "replications": replications}
+    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "reviews": reviews}
+    given |= {"stability": stability, "score": score, "masks": masks, "replications": replications, "roots": roots}
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)

@@ -2,7 +2,7 @@
 "use strict";
 
 class Chips {
-  // `groups`: {name, title, values: [[value, text], ...], of: position -> value}; `changed` is called after each press.
+  // `groups`: {name, title, hint, values: [[value, text], ...], of: position -> value}; `changed` is called after each press.
   constructor(root, groups, changed) {
     Object.assign(this, { root, groups, changed, pressed: new Map(groups.map((group) => [group.name, new Set()])), open: new Set() });
     root.addEventListener("click", (event) => {
@@ -43,13 +43,19 @@ class Chips {
     }));
   }
 
+  begin(group) {
+    const list = element("ul", { class: "chips", "data-of": group.name, "aria-label": group.title });
+    this.root.append(element("div", { class: "chip-group" }, element("span", { class: "what", "aria-hidden": "true", title: group.hint ?? "" }, group.title), list));
+    return list;
+  }
+
   // Chips are drawn anew, but for those that stay, so that the focus stays.
   draw(counts) {
     this.counts = counts;
     const SHOWN = 8;
     for (const group of this.groups) {
       const pressed = this.pressed.get(group.name), of = counts.get(group.name), isOpen = this.open.has(group.name);
-      const list = this.root.querySelector(`ul[data-of="${group.name}"]`) ?? this.root.appendChild(element("ul", { class: "chips", "data-of": group.name, "aria-label": group.title }));
+      const list = this.root.querySelector(`ul[data-of="${group.name}"]`) ?? this.begin(group);
       const wanted = group.values.map(([value, text]) => [String(value), text]).filter(([value], n) => isOpen || n < SHOWN || pressed.has(value));
       const there = new Map([...list.querySelectorAll("[data-value]")].map((chip) => [chip.dataset.value, chip.parentElement]));
       const items = wanted.map(([value, text]) => {

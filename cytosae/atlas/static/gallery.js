@@ -3,8 +3,9 @@
 
 const MAPS_PER_FILE = 16; // as in gallery.py
 const NEVER = 255;
-const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"];
+const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
 const IS_DIFFERENT = 0.05; // q
+const COLORED = 7; // labels with a colour of their own, in the plot and on the cards
 
 // The columns of all concepts, unpacked; undefined is NaN or -1.
 async function readGallery() {
@@ -52,15 +53,16 @@ function openGallery(data) {
     return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a - b).map((code) => [names[code], names[code]]);
   };
   const groups = [];
-  if (data.label) groups.push({ name: "label", title: "Top label", values: byCount(data.label, data.labels, data.no_label), of: (at) => data.labels[labelOf(at)] ?? "" });
+  if (data.label) groups.push({ name: "label", title: "Label", values: byCount(data.label, data.labels, data.no_label), of: (at) => data.labels[labelOf(at)] ?? "" });
   if (data.pair) {
     const sides = [...new Set(Array.from({ length: n }, (_, at) => higher(at)))].filter(Boolean).sort();
-    if (sides.length) groups.push({ name: "in", title: `Differs between diseases, q at most ${IS_DIFFERENT}`, values: sides.map((one) => [one, one]), of: higher });
+    if (sides.length) groups.push({ name: "in", title: "Disease", hint: `differs, q at most ${IS_DIFFERENT}`, values: sides.map((one) => [one, one]), of: higher });
   }
-  if (data.dataset) groups.push({ name: "dataset", title: "Dataset of the strongest image", values: byCount(data.dataset, data.datasets, NEVER), of: (at) => data.datasets[data.dataset[at]] ?? "" });
-  const verdictOf = (at) => (data.verdict ? VERDICTS[data.verdict[at]] : data.cluster[at] === NEVER ? VERDICTS[0] : VERDICTS[1]);
+  if (data.dataset) groups.push({ name: "dataset", title: "Dataset", values: byCount(data.dataset, data.datasets, NEVER), of: (at) => data.datasets[data.dataset[at]] ?? "" });
+  const common = data.label ? byCount(data.label, data.labels.map((_, code) => code), data.no_label).map(([code]) => code).slice(0, COLORED) : [];
+  const verdictOf = (at) => VERDICTS[data.verdict[at]];
   const kinds = [...new Set(Array.from({ length: n }, (_, at) => verdictOf(at)))];
-  if (kinds.length > 1) groups.push({ name: "verdict", title: "Verdict of experts", values: VERDICTS.filter((one) => kinds.includes(one)).map((one) => [one, one]), of: verdictOf });
+  if (kinds.length > 1) groups.push({ name: "verdict", title: "Review", values: VERDICTS.slice(1).filter((one) => kinds.includes(one)).map((one) => [one, one]), of: verdictOf });
   if (data.name.size) groups.push({ name: "named", title: "Name", values: [["yes", "with a name"]], of: (at) => (data.name.has(at) ? "yes" : "") });
   const chips = new Chips($("chips"), groups, () => update());
 
@@ -76,7 +78,9 @@ function openGallery(data) {
     }
     if (shot.dataset.at !== String(at) || !mapsOn() || shot.querySelector(".map")) return; // shows another one by now
     const { maps, aspect } = ready.get(file), size = maps.length / aspect.length, place = at % MAPS_PER_FILE;
-    const layer = element("span", { class: "map", "aria-hidden": "true" }, mapCanvas(maps.subarray(place * size, (place + 1) * size), 1));
+    const steps = maps.subarray(place * size, (place + 1) * size), cover = steps.reduce((sum, step) => sum + step, 0) / (255 * size);
+    const layer = element("span", { class: "map", "aria-hidden": "true" }, mapCanvas(steps, 1));
+    layer.firstChild.style.opacity = 1 - 0.45 * cover; // a map that is everywhere must not hide its cell
     const wide = aspect[place], inset = (part) => `${50 - 50 * part}%`; // the picture lies in the middle of its square
     layer.style.inset = wide > 1 ? `${inset(1 / wide)} 0` : `0 ${inset(wide)}`;
     shot.querySelector(".first").append(layer);
@@ -91,8 +95,10 @@ function openGallery(data) {
     card.querySelector(".of").textContent = data.name.has(at) ? latent : "";
     const line = card.querySelector(".label");
     line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
-    card.querySelector(".bar rect").setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
-    const verdict = data.verdict?.[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
+    const bar = card.querySelector(".bar rect");
+    bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
+    bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
+    const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
     card.querySelector(".often").replaceChildren(data.frequency[at] ? `in ${share(data.frequency[at])} of images` : "never active", ...verdict);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
@@ -208,7 +214,6 @@ function openGallery(data) {
       choose: (box) => { state.box = box; update(); },
     });
     if (data.label) {
-      const common = byCount(data.label, data.labels.map((_, code) => code), data.no_label).map(([code]) => code).slice(0, 7);
       plot.colors = [GREY, ...common.map((_, k) => COLORS[k])];
       plot.colorOf = Uint8Array.from({ length: n }, (_, at) => common.indexOf(labelOf(at)) + 1);
       showLegend(plot.canvas, [...common.map((code) => data.labels[code]), "other or none"], [...plot.colors.slice(1), GREY]);

@@ -171,7 +171,9 @@ def test_names_from_the_data_stay_names(atlas: Path) -> None:
         assert not {"<", ">", "&", "\u2028", "\u2029"} & {*path.read_text()}
     labels = data(atlas, "latents-1")["labels"]
     assert "<img src=x onerror=alert(2)>" in labels
-    assert DATASETS[1] in Page(atlas / "index.html").text
+    assert DATASETS[1] in Page(atlas / "latents.html").text
+    assert DATASETS[1] in data(atlas, "gallery")["datasets"]
+    assert "<img src=x onerror=alert(2)>" in Page(atlas / "index.html").text
 
 
 def test_script_data_can_end_nothing() -> None:
