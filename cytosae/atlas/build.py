@@ -108,6 +108,7 @@ def build_atlas(
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
+    names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
     reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
@@ -136,6 +137,7 @@ def build_atlas(
     stability : a folder of `write_stability`, of this SAE and others
     score : a folder of `score_sae`
     masks : a folder of `write_mask_agreement`
+    names : a folder of `describe_latents`; they are free text of others, shown also with pseudonyms
     replications : folders of `replicate`, of the given comparisons
     reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
     stage_one : `cytocache.bridge`, which reads the images
@@ -157,7 +159,7 @@ def build_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews}
+    one |= {"reviews": reviews, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -283,6 +285,7 @@ def estimate_atlas(
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
+    names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
     reviews: Path | str | None = None,
     stage_one: StageOne | None = None,
@@ -296,7 +299,7 @@ def estimate_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews}
+    one |= {"reviews": reviews, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 

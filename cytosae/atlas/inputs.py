@@ -104,6 +104,7 @@ def open_inputs(
     stability: Path | None = None,
     score: Path | None = None,
     masks: Path | None = None,
+    names: Path | None = None,
     replications: Sequence[Path] = (),
     reviews: Path | None = None,
 ) -> Inputs:
@@ -132,6 +133,7 @@ def open_inputs(
             stability=stability,
             score=score,
             masks=masks,
+            names=names,
             replications=replications,
         ),
         opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),

@@ -32,6 +32,7 @@ TINY = {
     "ablate": "--images 12 --tokens 5 --width 16 --latents 64 --l0 4 --chosen 1 --controls 3 --n-images 2 "
     "--loop-edits 2",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
+    "describe": "--share 0.0006 --latents 512 --images-per-patient 5 --items 2 --rounds 1",
     "search": "--share 0.0003 --latents 512 --images-per-patient 5 --evaluate 5 --rounds 1",
 }
 KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
@@ -47,6 +48,7 @@ def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
         "encode",
         "barcode",
         "search",
+        "describe",
         "sae_run",
         "baselines",
         "frontier",
