@@ -105,8 +105,8 @@ def open_evidence(
         stated = str(header.spec["sae_sha256"])
         if stated != sae_sha256:
             raise SpecMismatch(
-                f"{root} is of another SAE ({stated:.12}…) than the latents ({sae_sha256:.12}…); give {what} of the SAE "
-                f"that the latents were made with"
+                f"{root} is of another SAE ({stated:.12}…) than the latents ({sae_sha256:.12}…); give {what} of the "
+                f"SAE that the latents were made with"
             )
     if found.stability is not None and sae_sha256 not in _hashes(found.stability):
         others = ", ".join(f"{each:.12}…" for each in _hashes(found.stability))
