@@ -55,7 +55,7 @@ class Frames:
         return {"mine": mine, "others": others, "scale": scale, "also": also}
 
     def concept(self, latent: int) -> dict[str, Any]:
-        """A concept as rows of lists name it: number, whether it has a page, its name and who gave it, label, family."""
+        """A concept as rows of lists name it: its number, page, name and who gave it, label, family."""
         family = int(self.choice.order.family_of[latent])
         name, named_by = self._name(latent)
         return {
