@@ -187,6 +187,13 @@ def test_shares_of_types_are_of_labelled_images(atlas: Path, cohort: Cohort, pat
     assert shown == [("&lt;img src=x onerror=alert(2)&gt;", "1"), ("neutrophil", "1")], "the third has no label"
 
 
+def test_pages_stay_small(atlas: Path) -> None:
+    """7 kB for each concept with its cells on two sides, 40 kB for all else."""
+    for folder in ("patients", "diseases", "pairs"):
+        for path in (atlas / folder).glob("*.html"):
+            assert path.stat().st_size <= 40_000 + 7_000 * path.read_text().count('<article class="sides"')
+
+
 def test_families_have_all_active_latents(atlas: Path) -> None:
     text = (atlas / "families.html").read_text()
     assert sum(map(int, re.findall(r"(\d+) latents, \d+ with a page", text))) == N_LATENTS - 1
