@@ -1,4 +1,4 @@
-"""The overview in a real Chromium: orders, chips, search, box and address find the right cards; ten thousand are few."""
+"""The overview in a real Chromium: orders, chips, search, box and address find the right cards; 10,000 are few."""
 
 import os
 import re
