@@ -394,7 +394,9 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     plain, squared, log_plain, log_squared = (
         values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
     )
-    groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
+    groups = Groups(
+        np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None], np.zeros(N_LATENTS, int)
+    )
     found = unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT)
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
     assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
