@@ -46,6 +46,7 @@ GROUPS = {
             "search": "cytosae.commands.search",
             "match": "cytosae.commands.match",
             "ablate": "cytosae.commands.ablate",
+            "describe": "cytosae.commands.describe",
         },
     ),
     "atlas": (

@@ -37,6 +37,11 @@ from .maps import stored_subject as stored_subject
 from .maps import write_maps as write_maps
 from .maps import write_mask_agreement as write_mask_agreement
 from .maps import write_sheets as write_sheets
+from .names import AskConfig as AskConfig
+from .names import DescribeConfig as DescribeConfig
+from .names import describe_latents as describe_latents
+from .names import plan_describe as plan_describe
+from .names import read_names as read_names
 from .pipeline import RunConfig as RunConfig
 from .pipeline import run_pipeline as run_pipeline
 from .pipeline import write_run_report as write_run_report

@@ -48,6 +48,7 @@ from .spec import LATENTS as LATENTS
 from .spec import MAPS as MAPS
 from .spec import MASKS as MASKS
 from .spec import MATCH as MATCH
+from .spec import NAMES as NAMES
 from .spec import NEIGHBOURS as NEIGHBOURS
 from .spec import PATIENT_CONCEPTS as PATIENT_CONCEPTS
 from .spec import PROBE as PROBE

@@ -97,6 +97,13 @@ SPEC_KINDS: dict[str, Pattern] = {
     "replication": {"discovery": str, "replication": str},
     "latent match": {"a": [str], "b": [str], "by": str, "seed": int},
     "ablation": {"latents": [int], "mode": str, "token_set": str, "sae_sha256": str, "cache_sha256": str},
+    "latent names": {
+        **dict.fromkeys(("concepts", "barcodes", "sae_sha256", "match"), str),
+        "latents": [str],
+        "chosen": [int],
+        **dict.fromkeys(("n_shown", "n_test", "min_test", "pixels", "seed"), int),
+        "labels": bool,
+    },
     "atlas": {"barcodes": str, "concepts": str, "latents": [str], "comparisons": [str]},
 }
 _WITH_FILES: Pattern = {"files": (_NAMES,)}

@@ -31,11 +31,15 @@ from .spec import FORMATS, Format, Header, new_header, read_header, require_unch
 from .tables import parquet_bytes, parquet_table
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and image
-# the log, and a table that cyto concept select adds later, which has its own hash
-_UNRECORDED = (
-    "runs.jsonl",
-    "selection.parquet",
-)
+# the log, and tables that commands add later, each with its own hash, and what makes them again
+ADDED_LATER = {
+    "selection.parquet": "cyto concept select --overwrite makes it again",
+    **dict.fromkeys(
+        ("names.parquet", "detection.parquet", "sources.parquet"),
+        "remove it: the same cyto concept describe makes it again from the answers",
+    ),
+}
+_UNRECORDED = ("runs.jsonl", *ADDED_LATER)
 _MOST_BYTES = 1 << 36  # of a table
 _T = TypeVar("_T")
 
@@ -220,9 +224,13 @@ class ResultStore:
             elif sha256_file(path) != sha256:
                 yield f"{path} is not the file that was written; {self._command} --overwrite makes it again"
 
+    def recorded(self) -> set[str]:
+        """Files whose hash is in the header."""
+        return {*self._files, *self._figures}
+
     def unrecorded(self) -> list[str]:
         """Files without a recorded hash: an older cyto recorded tables and JSON files only."""
-        known = {*self._files, *self._figures}
+        known = self.recorded()
         listed = {LISTED} & known
         return [] if listed else [name for name in other_files(self.root, self._own) if name not in known]
 

@@ -119,6 +119,9 @@ VERSUS = Format(
 ABLATION = Format(
     kind="ablation", a_kind="an ablation", version=1, header_file="ablation.json", command="cyto concept ablate"
 )
+NAMES = Format(
+    kind="latent names", a_kind="names of latents", version=1, header_file="names.json", command="cyto concept describe"
+)
 ATLAS = Format(kind="atlas", a_kind="an atlas", version=1, header_file="atlas.json", command="cyto atlas build")
 FORMATS = {
     format.kind: format
@@ -126,7 +129,7 @@ FORMATS = {
         *(ACTIVATIONS, LATENTS, SAE, BARCODES),
         *(CONCEPTS, THRESHOLDS, MAPS, SHEETS, MASKS),  # these and below: folders of results, stores/result_folder.py
         *(COMPARISON, PROBE, PROBE_TEST, STABILITY, NEIGHBOURS, PATIENT_CONCEPTS, VERSUS, ABLATION, ATLAS),
-        *(SEARCH, REPLICATION, MATCH, SCORECARD),
+        *(SEARCH, REPLICATION, MATCH, SCORECARD, NAMES),
     )
 }
 

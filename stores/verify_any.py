@@ -11,7 +11,7 @@ from .barcode_store import BarcodeStore
 from .errors import CytoError, DamagedStore, IncompleteStore, StoreNotFound, StoreReplaced
 from .files import sha256_file, sha256_json
 from .progress import Progress
-from .result_folder import LISTED, ResultStore
+from .result_folder import ADDED_LATER, LISTED, ResultStore
 from .runlog import damaged_runs
 from .spec import ACTIVATIONS, BARCODES, FORMATS, LATENTS, SAE, find_header, read_header, read_object, require_unchanged
 from .tables import read_sealed
@@ -20,7 +20,6 @@ from .wording import Report
 
 _WEIGHTS = "sae.safetensors"
 _HEALTH = "health.json"  # beside the weights, by cyto sae train or eval --keep
-_SELECTION = "selection.parquet"  # added to concepts later, by cyto concept select
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,9 @@ def _results(root: Path, report: VerifyReport) -> Iterator[str | None]:
     store = ResultStore(root, FORMATS[header.kind])
     yield from store.problems()
     report.unrecorded.extend(store.unrecorded())
-    if (root / _SELECTION).is_file():
-        yield from _sealed(root / _SELECTION, report, "cyto concept select --overwrite makes it again")
+    for name, again in ADDED_LATER.items():
+        if (root / name).is_file() and name not in store.recorded():
+            yield from _sealed(root / name, report, again)
     if (root / LISTED).is_file() and LISTED in (header.summary or {}).get("files", {}):
         table = store.table(LISTED.removesuffix(".parquet"))
         known = dict(zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True))

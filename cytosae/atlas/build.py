@@ -119,6 +119,7 @@ def build_atlas(
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
+    names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
@@ -149,6 +150,7 @@ def build_atlas(
     stability : a folder of `write_stability`, of this SAE and others
     score : a folder of `score_sae`
     masks : a folder of `write_mask_agreement`
+    names : a folder of `describe_latents`; they are free text of others, shown also with pseudonyms
     replications : folders of `replicate`, of the given comparisons
     beside : another atlas, whose concepts are shown beside those of this one: of another SAE or layer with `match`, or
         of the same SAE in other images
@@ -172,7 +174,7 @@ def build_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews, "beside": beside, "match": match}
+    one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -304,6 +306,7 @@ def estimate_atlas(
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
+    names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
     beside: Path | str | None = None,
     match: Path | str | None = None,
@@ -318,7 +321,7 @@ def estimate_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews, "beside": beside, "match": match}
+    one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.relations import Others, dispersion_of, log_scale
-from cytosae.search import rarity
 from stores.barcode_store import BarcodeStore
 from stores.csr import CsrRows
 from stores.errors import DamagedStore
@@ -122,8 +121,12 @@ class Cohort:
 
     @cached_property
     def rarity(self) -> Values:
-        """(n_latents,) weight of each latent, as `cyto concept search` weighs: 0 if it is in every image."""
-        return rarity(self.barcodes, self._tau, int(self.is_readable.sum()))
+        """(n_latents,) what a latent weighs where images are compared: 0 if it is above tau in every readable image.
+
+        ln((n + 1) / (images with it + 1)), as `cyto concept search` weighs, but of what barcodes count.
+        """
+        weights: Values = np.log((self.is_readable.sum() + 1) / (self.groups.n_images_with + 1)).clip(0)
+        return weights.astype(np.float32)
 
     def image_activations(self) -> Iterator[tuple[int, Row]]:
         """(image_index, image activations) of every image."""
@@ -185,10 +188,15 @@ class Cohort:
             log_squares[group, row.latents] += log_values**2
             levels[group, row.latents] += (self.n_images[number] - 1) * values
             spread[group, row.latents] -= self.n_images[number] * values**2
+        n_images_with = np.zeros(self.n_latents, np.int64)
         for image, row in _rows(self.barcodes, "image", self._tau, "X"):
+            if self.is_readable[image]:
+                n_images_with[row.latents] += 1
             if self.is_readable[image] and self.patient_of[image] >= 0:
                 spread[self.peers_of[self.patient_of[image]], row.latents] += row.values.astype(np.float64) ** 2
-        return Groups(n_patients, per_patient, sums, squares, logs, log_squares, dispersion_of(spread, levels))
+        return Groups(
+            n_patients, per_patient, sums, squares, logs, log_squares, dispersion_of(spread, levels), n_images_with
+        )
 
     @cached_property
     def _images(self) -> Any:
@@ -209,6 +217,7 @@ class Groups:
     logs: Floats
     log_squares: Floats
     dispersion: Floats
+    n_images_with: Ints  # (n_latents,) readable images in which each is above tau, of all groups and of nobody
 
     def others(self, group: int, barcode: Floats) -> Others:
         """Statistics of a group without one of its patients, whose barcode, (n_latents,), is given."""

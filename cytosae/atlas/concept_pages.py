@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cytosae.names import LatentName
 from stores.errors import DamagedStore
 
 from .cohort import Cohort, Values
@@ -79,7 +80,7 @@ def write_concept_pages(
                 strip=_strip(cohort, pages, values[:, at - first], latent, at),
                 comparisons=compared,
                 **known,
-                names=[],
+                opinion=(inputs.opinions or {}).get(latent),
             )
         yield min(first + _BATCH, len(latents))
 
@@ -209,6 +210,7 @@ def _sentence(
             causes=known["causes"],
             morans_i=score.get("morans_i"),
             morans_chance=score.get("morans_i_null_high") or 0.0,
+            name=_name(known["names"]),
         )
     )
 
@@ -246,6 +248,19 @@ def _labels(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
     counts = {name: sum(frame["label"] == name for frame in frames) for name in sums}
     return [{"label": name, "share": value / (total or 1), "n_images": counts[name]} for name, value in ordered]
+
+
+def _name(names: Sequence[LatentName]) -> dict[str, Any] | None:
+    """The first name, for the sentence."""
+    if not names:
+        return None
+    first = names[0]
+    return {
+        "name": first.name,
+        "given_by": first.given_by,
+        "is_tested": first.best is not None,
+        "is_supported": any(score.is_supported for score in first.scores),
+    }
 
 
 class _Neighbours:

@@ -1,4 +1,4 @@
-"""What other commands have found about each latent: causes, stability, score, masks, replications; looked up by latent.
+"""What other commands have found about each latent: causes, stability, score, masks, names, replications; by latent.
 
 Each comes from the folder of a command, if it was given, and must be of the atlas's SAE, latents or comparisons. Twin:
 test_evidence.py.
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from cytosae.names import LatentNames, read_names
 from stores.errors import DamagedStore, SpecMismatch
+from stores.files import sha256_json
 from stores.result_folder import ResultStore
 from stores.spec import ABLATION, MASKS, REPLICATION, SCORECARD, STABILITY, Header
 
@@ -32,6 +34,8 @@ class EvidenceStores:
     stability: ResultStore | None = None  # of `cyto concept stability`
     score: ResultStore | None = None  # of `cyto sae score`
     masks: ResultStore | None = None  # of `cyto concept masks`
+    names: LatentNames | None = None  # of `cyto concept describe`
+    names_root: Path | None = None
     replications: Sequence[ResultStore] = ()  # of `cyto compare replicate`
 
     @property
@@ -46,13 +50,19 @@ class EvidenceStores:
         """Their identities, for the settings of the atlas; what was not given is not named."""
         one = {"causes": self.causes, "stability": self.stability, "score": self.score, "masks": self.masks}
         found: Row = {name: store.header.identity for name, store in one.items() if store is not None}
+        if self.names is not None:  # names are added later, so the folder's identity does not tell them
+            said = [[name.latent, name.name, repr(name)] for each in self.names.by_latent.values() for name in each]
+            found["names"] = sha256_json([self.names.header.identity, sorted(said)])
         more = [store.header.identity for store in self.replications]
         return {**found, **({"replications": more} if more else {})}
 
     @property
     def headers(self) -> list[tuple[str, Path, Header]]:
         """Of each, for the provenance page."""
-        return [(what, store.root, store.header) for what, store in self.given]
+        found = [(what, store.root, store.header) for what, store in self.given]
+        if self.names is not None and self.names_root is not None:
+            found.append(("latent names", self.names_root, self.names.header))
+        return found
 
 
 def open_evidence(
@@ -64,6 +74,7 @@ def open_evidence(
     stability: Path | None = None,
     score: Path | None = None,
     masks: Path | None = None,
+    names: Path | None = None,
     replications: Sequence[Path] = (),
 ) -> EvidenceStores:
     """Open the folders that are given.
@@ -83,11 +94,20 @@ def open_evidence(
         stability=None if stability is None else ResultStore(stability, STABILITY),
         score=None if score is None else ResultStore(score, SCORECARD),
         masks=None if masks is None else ResultStore(masks, MASKS),
+        names=None if names is None else read_names(names),
+        names_root=names,
         replications=[ResultStore(root, REPLICATION) for root in replications],
     )
-    for what, store in (("an ablation", found.causes), ("a scorecard", found.score)):
-        if store is not None and store.header.spec["sae_sha256"] != sae_sha256:
-            raise SpecMismatch(_of_another(store, store.header.spec["sae_sha256"], sae_sha256, what))
+    of_sae = [("an ablation", store.root, store.header) for store in (found.causes,) if store is not None]
+    of_sae += [("a scorecard", store.root, store.header) for store in (found.score,) if store is not None]
+    of_sae += [("names", names, found.names.header)] if names is not None and found.names is not None else []
+    for what, root, header in of_sae:
+        stated = str(header.spec["sae_sha256"])
+        if stated != sae_sha256:
+            raise SpecMismatch(
+                f"{root} is of another SAE ({stated:.12}…) than the latents ({sae_sha256:.12}…); give {what} of the "
+                f"SAE that the latents were made with"
+            )
     if found.stability is not None and sae_sha256 not in _hashes(found.stability):
         others = ", ".join(f"{each:.12}…" for each in _hashes(found.stability))
         raise SpecMismatch(
@@ -104,13 +124,6 @@ def open_evidence(
                 f"{each.root} tests the latents of a comparison that the atlas does not have; give that with --compare"
             )
     return found
-
-
-def _of_another(store: ResultStore, stated: str, wanted: str, what: str) -> str:
-    return (
-        f"{store.root} is of another SAE ({stated:.12}…) than the latents ({wanted:.12}…); give {what} of the SAE that "
-        f"the latents were made with"
-    )
 
 
 def _hashes(stability: ResultStore) -> list[str]:
@@ -135,13 +148,14 @@ class Evidence:
         ]
 
     def of(self, latent: int) -> Row:
-        """causes, masks, replications: rows; stability, score: one row, or None."""
+        """causes, masks, replications: rows; stability, score: one row, or None; names: the best tested first."""
         return {
             "causes": [row for row in map(_cause, self._causes.of(latent)) if row is not None],
             "masks": [row for row in self._masks.of(latent) if row["auroc"] is not None],
             "replications": [{"pair": pair, **row} for pair, rows in self._replications for row in rows.of(latent)],
             "stability": None if self._stability is None else self._stability.of(latent),
             "score": self._score_of(latent),
+            "names": () if self.stores.names is None else self.stores.names.of(latent),
         }
 
     def _score_of(self, latent: int) -> Row | None:

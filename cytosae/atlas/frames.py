@@ -55,15 +55,27 @@ class Frames:
         return {"mine": mine, "others": others, "scale": scale, "also": also}
 
     def concept(self, latent: int) -> dict[str, Any]:
-        """A concept as rows of lists name it: number, whether it has a page, its top label, its family."""
+        """A concept as rows of lists name it: its number, page, name and who gave it, label, family."""
         family = int(self.choice.order.family_of[latent])
+        name, named_by = self._name(latent)
         return {
+            "name": name,
+            "named_by": named_by,
             "latent": latent,
             "has_page": self.plan.has_page(latent),
             "label": self._labels[latent],
             "family": "" if family < 0 else letter(family),
             "family_number": family,
         }
+
+    def _name(self, latent: int) -> tuple[str, str]:
+        """The name that experts gave, or the best of `cyto concept describe`, and who gave it; "" without one."""
+        opinion = (self.inputs.opinions or {}).get(latent)
+        if opinion is not None and opinion.name:
+            return opinion.name, "experts"
+        given = self.inputs.evidence.names
+        names = () if given is None else given.of(latent)
+        return (names[0].name, names[0].given_by) if names else ("", "")
 
     def numbers(self, latent: int) -> dict[str, float]:
         """Largest frequency and largest mean activation of a latent in any dataset."""

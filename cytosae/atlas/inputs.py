@@ -105,7 +105,6 @@ def open_inputs(
     *,
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
-    reviews: Path | None = None,
     beside: Path | None = None,
     match: Path | None = None,
     tau: float | None = None,
@@ -113,7 +112,9 @@ def open_inputs(
     stability: Path | None = None,
     score: Path | None = None,
     masks: Path | None = None,
+    names: Path | None = None,
     replications: Sequence[Path] = (),
+    reviews: Path | None = None,
 ) -> Inputs:
     """Open the stores of an atlas; `build_atlas` says what each of them is.
 
@@ -140,6 +141,7 @@ def open_inputs(
             stability=stability,
             score=score,
             masks=masks,
+            names=names,
             replications=replications,
         ),
         other=_other(BarcodeStore(barcodes), sources, beside, match),

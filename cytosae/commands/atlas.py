@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--stability", type=FILE, help="Folder of cyto concept stability, of this SAE and others.")
 @click.option("--score", type=FILE, help="Folder of cyto sae score.")
 @click.option("--masks", type=FILE, help="Folder of cyto concept masks.")
+@click.option("--names", type=FILE, help="Folder of cyto concept describe.")
 @click.option(
     "--replicate", "replications", type=FILE, multiple=True, help="Folder of cyto compare replicate; may repeat."
 )
@@ -129,6 +130,7 @@ def atlas_build(
     stability: Path | None,
     score: Path | None,
     masks: Path | None,
+    names: Path | None,
     beside: Path | None,
     match: Path | None,
     dry_run: bool,
@@ -148,7 +150,7 @@ def atlas_build(
     require_roots(stores, roots, "--images")
     given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
     given |= {"stability": stability, "score": score, "masks": masks, "replications": replications}
-    given |= {"beside": beside, "match": match, "reviews": reviews}
+    given |= {"beside": beside, "match": match, "reviews": reviews, "names": names}
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)

@@ -1,4 +1,5 @@
 from .figures import Style as Style
+from .figures import blended as blended
 from .figures import plot_concepts as plot_concepts
 from .figures import plot_reference_images as plot_reference_images
 from .image_maps import MapResult as MapResult

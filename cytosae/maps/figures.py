@@ -50,6 +50,18 @@ def released_rendering(pixels: Pixels, patches: Map) -> Pixels:
     return (pixels * brightness[:, :, None]).astype(np.uint8)
 
 
+def blended(pixels: Pixels, patches: Map, largest: float) -> Pixels:
+    """The image in grey with the map in colour over it, pixel by pixel as the figures draw it.
+
+    largest : the value that has the brightest colour
+    """
+    grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) / 255 * 0.75 + 0.25
+    values = stretched(patches, *pixels.shape[:2], is_smooth=True)
+    colours = _heat()(np.clip(values / (largest or 1), 0, 1))
+    opacity = colours[:, :, 3:]
+    return np.asarray(np.round((colours[:, :, :3] * opacity + grey * (1 - opacity)) * 255), np.uint8)
+
+
 def plot_maps(
     pixels: Pixels | str, frames: Sequence[Frame], path: Path, *, title: str, style: Style, patch: int | None = None
 ) -> None:

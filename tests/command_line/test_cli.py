@@ -161,6 +161,7 @@ def test_choices_are_those_of_the_library() -> None:
     from cytosae.compare.replication import RULES
     from cytosae.concepts.statistics import LABEL_COLUMNS
     from cytosae.latents.settings import PRECISIONS as PRODUCT_PRECISIONS
+    from cytosae.names.config import MATCH as NAMES_MATCH
     from cytosae.probe.folds import NULLS
     from cytosae.probe.run import REGULARIZATIONS
     from cytosae.probe.units import LEVELS
@@ -221,6 +222,7 @@ def test_choices_are_those_of_the_library() -> None:
         ("cyto concept ablate", "token_set"): tuple(TOKEN_SETS),
         ("cyto concept match", "by"): BY,
         ("cyto concept search", "weigh"): WEIGH,
+        ("cyto concept describe", "match"): NAMES_MATCH,
         ("cyto compare replicate", "rule"): RULES,
         ("cyto sae baseline", "kind"): BASELINE_KINDS,
         ("cyto sae versus", "label"): BASELINE_LABELS,

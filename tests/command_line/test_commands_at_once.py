@@ -55,6 +55,8 @@ BASELINE = "sae baseline acts.zarr -o new --kind random --like run"
 VERSUS = "sae versus run acts.zarr --baseline run2 -o new --all-images --draws 100"
 SCORE = "sae score run --latents latents.zarr --cache acts.zarr -o new"
 SEARCH = "concept search cohort/barcodes nobody/42 -o new --weigh none"
+DESCRIBE = "concept describe --barcodes cohort/barcodes --concepts cohort/concepts --latents cohort/latents "
+DESCRIBE += "--images cohort/images --latent 3 -o new"
 NEIGHBOURS = "concept neighbours run -o new --latents latents.zarr --latent 1 --workers 1"
 # a command line -> when the first one is held up, so that the second can try: as it claims its place; or, where others
 # may write parts of the same, as the writer of its part, or as who completes it
@@ -82,7 +84,7 @@ WRITING = {
     "run images -o new": "claim",
     "report begun": "claim",
     **dict.fromkeys((COMPARE, PROBE, ATLAS, MAP, SHEET, NEIGHBOURS, ABLATE), "claim"),
-    **dict.fromkeys((BASELINE, VERSUS, SCORE, SEARCH), "claim"),
+    **dict.fromkeys((BASELINE, VERSUS, SCORE, SEARCH, DESCRIBE), "claim"),
 }
 # a command line -> the stores that it reads, each of which is exchanged once
 READING = {
@@ -103,6 +105,7 @@ READING = {
     ATLAS: [f"cohort/{name}" for name in ("barcodes", "concepts", "latents", "neighbours", "compare")],
     MAP: ["cohort/latents", "cohort/concepts"],
     SHEET: ["cohort/latents", "cohort/concepts"],
+    DESCRIBE: [f"cohort/{name}" for name in ("barcodes", "concepts", "latents")],
     NEIGHBOURS: ["latents.zarr", "run"],
     ABLATE: ["latents.zarr", "run", "acts.zarr"],
     BASELINE: ["acts.zarr", "run"],

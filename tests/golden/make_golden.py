@@ -20,6 +20,7 @@ import pandas as pd
 import scipy.sparse as ss
 import torch
 from barcode_writer import BarcodeWriter
+from named_cells import make_world, seeing
 from PIL import Image
 
 from cytocache.pictures import Pictures
@@ -34,6 +35,7 @@ from cytosae.cluster import open_client
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate
 from cytosae.concepts import ConceptConfig, SelectionConfig, compare_thresholds, concept_statistics, select_latents
 from cytosae.maps import PatchQuery, Sources, write_maps, write_mask_agreement, write_sheets
+from cytosae.names import AskConfig, DescribeConfig, describe_latents
 from cytosae.probe import ProbeConfig, UnitConfig, apply_model, probe
 from cytosae.relations import (
     MatchConfig,
@@ -68,6 +70,7 @@ OF_BASELINES = ("versus-v1",)
 OF_OTHERS = ("search-v1", "replication-v1", "match-v1")
 OF_CAUSES = ("ablation-v1",)
 OF_SCORE = ("scorecard-v1",)
+OF_NAMES = ("names-v1", "names-v1.answers")
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -534,11 +537,31 @@ def write_ablation_v1(folder: Path) -> None:
     write_header(folder / "ablation-v1", replace(header, summary={**header.summary, "figures": {}}))
 
 
+def write_names_v1(folder: Path) -> None:
+    """Two of the latents of `named_cells.py`, named by a function and by a colleague, tested by one that sees colours."""
+    world = make_world(folder / "world")
+    table = folder / "world" / "colleague.csv"
+    table.write_text("latent,name,text,given_by,confidence\n0,rötliches <b>Quadrat</b>,,Ada,4\n")
+    describe_latents(
+        *world.inputs,
+        folder / OF_NAMES[0],
+        DescribeConfig(n_shown=2, n_test=6, pixels=32),
+        AskConfig(n_bootstraps=100),
+        latents=[0, 1],
+        command=lambda request: {"name": "red square" if request["statistics"]["n_images"] else "", "text": "a patch"},
+        by="a function",
+        answers=[table],
+        judge=seeing,
+        judge_by="colours",
+    )
+    shutil.rmtree(folder / "world")
+
+
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
     there = [
         name
-        for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE)
+        for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE, *OF_NAMES)
         if (folder / name).exists()
     ]
     if there == [*FIRST, *LATER]:
@@ -551,6 +574,8 @@ def main(folder: Path) -> None:
         return write_ablation_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES]:
         return write_scorecard_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE]:
+        return write_names_v1(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -565,6 +590,7 @@ def main(folder: Path) -> None:
     write_of_others_v1(folder)
     write_ablation_v1(folder)
     write_scorecard_v1(folder)
+    write_names_v1(folder)
     shutil.rmtree(folder / "made")
 
 

@@ -50,6 +50,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
         *("cytosae.search_cells", "cytosae.SearchConfig"),
         *("cytosae.evaluate_search", "cytosae.SearchEvaluationConfig"),
     ),
+    "concept describe": ("cytosae.describe_latents", "cytosae.DescribeConfig", "cytosae.AskConfig"),
     "concept match": ("cytosae.match_latents", "cytosae.MatchConfig"),
     "compare": ("cytosae.compare", "cytosae.CompareConfig"),
     "compare replicate": ("cytosae.replicate", "cytosae.ReplicateConfig"),

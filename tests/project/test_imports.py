@@ -199,6 +199,7 @@ def test_there_is_no_circle() -> None:
         ),
         ("cytosae.probe.run", {"torch", "cytocache", "dask"}),
         ("cytosae.search.run, cytosae.search.scale", {"torch", "timm", "cytocache", "matplotlib", "anndata"}),
+        ("cytosae.names.run", {"torch", "timm", "cytocache", "dask", "sklearn", "anndata"}),
         ("cytosae.compare.replication", {"torch", "cytocache", "dask", "matplotlib"}),
         (
             "cytosae.pipeline.run, cytosae.pipeline.page",

@@ -18,6 +18,7 @@ def make_concepts(
     *,
     top: Sequence[dict[str, Any]] = (),
     sae_sha256: str = "0" * 64,
+    **spec: Any,
 ) -> ConceptStore:
     """Concepts with these columns of `latents.parquet` by dataset, null or 0 in all others."""
     rows: list[dict[str, Any]] = []
@@ -28,7 +29,7 @@ def make_concepts(
             | {name: values[n] for name, values in columns.items()}
             for n in range(n_latents)
         ]
-    writer = begin_results(root, CONCEPTS, {"latents_spec": [{"sae_sha256": sae_sha256}], "n": len(rows)})
+    writer = begin_results(root, CONCEPTS, {"latents_spec": [{"sae_sha256": sae_sha256}], "n": len(rows), **spec})
     writer.write_table("latents", pa.Table.from_pylist(rows, pa.schema(list(LATENT_COLUMNS.items()))))
     writer.write_table("top_images", pa.Table.from_pylist(list(top), pa.schema(list(TOP_COLUMNS.items()))))
     writer.finish({"n_latents": n_latents, "by_dataset": [{"dataset": name} for name in statistics]})

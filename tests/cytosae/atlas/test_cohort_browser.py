@@ -57,8 +57,8 @@ def kinds(atlas: Path) -> list[str]:
 
 
 def test_pages_fit_and_are_photographed_at_three_widths(page: Watched, atlas: Path, tmp_path: Path) -> None:
-    """$CYTO_SHOW keeps the photographs there, to be looked at."""
-    folder = Path(os.environ.get("CYTO_SHOW") or tmp_path)
+    """$CYTO_PHOTOS keeps the photographs there, to be looked at."""
+    folder = Path(os.environ.get("CYTO_PHOTOS") or tmp_path)
     for name in kinds(atlas):
         for width in WIDTHS:
             page.tab.set_viewport_size({"width": width, "height": 1000})

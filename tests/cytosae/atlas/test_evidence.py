@@ -13,6 +13,7 @@ from stores.spec import ABLATION, MASKS, REPLICATION, SCORECARD, STABILITY, Form
 
 OURS, OTHER = "1" * 64, "2" * 64
 N = 4
+NONE = {"causes": [], "masks": [], "replications": [], "stability": None, "score": None, "names": ()}
 
 
 def folder(root: Path, kind: Format, spec: dict[str, Any], **tables: list[dict[str, Any]]) -> Path:
@@ -99,7 +100,7 @@ def test_rows_of_each_latent(paths: dict[str, Any]) -> None:
     stores = opened(**paths)
     found = Evidence(stores, sae_sha256=OURS, n_latents=N, pairs={"compared": {"a": "AML", "b": "CML"}})
     of = [found.of(latent) for latent in range(N)]
-    assert of[3] == {"causes": [], "masks": [], "replications": [], "stability": None, "score": None}
+    assert of[3] == NONE
     assert [row["name"] for row in of[1]["causes"]] == [
         "final CLS, share of its norm",
         "probability, by the probe of barcodes, of blast: B",
@@ -119,7 +120,7 @@ def test_rows_of_each_latent(paths: dict[str, Any]) -> None:
 
 def test_without_folders_there_is_none() -> None:
     found = Evidence(opened(), sae_sha256=OURS, n_latents=N, pairs={})
-    assert found.of(0) == {"causes": [], "masks": [], "replications": [], "stability": None, "score": None}
+    assert found.of(0) == NONE
     assert found.stores.spec == {}
     assert found.stores.headers == []
 

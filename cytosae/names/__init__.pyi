@@ -1,0 +1,10 @@
+from .config import AskConfig as AskConfig
+from .config import DescribeConfig as DescribeConfig
+from .read import Detection as Detection
+from .read import LatentName as LatentName
+from .read import LatentNames as LatentNames
+from .read import read_names as read_names
+from .report import DescribePlan as DescribePlan
+from .report import DescribeResult as DescribeResult
+from .run import describe_latents as describe_latents
+from .run import plan_describe as plan_describe
