@@ -3,6 +3,7 @@
 import base64
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ class Maps:
         self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
         self.n_patches = n_patches
-        self._file = tempfile.TemporaryFile(dir=folder)  # closed, and gone, with this object
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self.close = weakref.finalize(self, self._file.close)  # the file is gone with this object at the latest
         self._file.truncate(n_maps * n_patches)
 
     def set(self, number: int, patches: npt.NDArray[np.float32], *, aspect: float = 1.0) -> None:
