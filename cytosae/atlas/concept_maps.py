@@ -26,7 +26,7 @@ class Maps:
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
         self.n_patches = n_patches
         self._file = tempfile.TemporaryFile(dir=folder)
-        weakref.finalize(self, self._file.close)  # closed, and gone, with this object
+        self.close = weakref.finalize(self, self._file.close)  # the file is gone with this object at the latest
         self._file.truncate(n_maps * n_patches)
 
     def set(self, number: int, patches: npt.NDArray[np.float32], *, aspect: float = 1.0) -> None:

@@ -103,14 +103,14 @@ class _Pages:
         for number, map_ in zip(numbers, steps, strict=True):
             frame = self._frame(int(references.image[number]), float(references.value[number]), number, map_)
             of_dataset[references.dataset[number]].append({**frame, "rank": int(references.rank[number])})
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"dataset": name, "frames": frames, "labels": _labels(frames)}
             for name, frames in zip(self._inputs.concepts.datasets, of_dataset, strict=True)
         ]
         known = plan.decile_maps[at]
         first, n_maps = int(known[known >= 0].min(initial=np.iinfo(np.int64).max)), int((known >= 0).sum())
         of_deciles = self._maps.read(first, n_maps) if n_maps else None
-        deciles = [
+        deciles: list[dict[str, Any]] = [
             {
                 "number": decile + 1,
                 "frames": [
@@ -130,7 +130,7 @@ class _Pages:
             for image, cosine in zip(examples.near[at].tolist(), examples.near_cosines[at].tolist(), strict=True)
             if image >= 0
         ]
-        frames = [frame for row in (*rows, *deciles) for frame in row["frames"]]  # type: ignore[attr-defined]
+        frames = [frame for row in (*rows, *deciles) for frame in row["frames"]]
         return {
             "rows": rows,
             "best": max(

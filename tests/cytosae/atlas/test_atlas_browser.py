@@ -221,6 +221,30 @@ def test_maps_switch_on_and_off(page: Watched, cohort: Cohort) -> None:
     assert tab.locator(".key").is_hidden()
 
 
+def test_the_slider_moves_between_picture_and_map(page: Watched) -> None:
+    tab = page.open("concepts/3.html")
+    assert tab.evaluate("getComputedStyle(document.querySelector('.best .map')).clipPath").endswith("0%)")
+    tab.focus(".best .wipe")
+    for _ in range(40):
+        tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("document.querySelector('.best .frame').style.getPropertyValue('--wipe')") == "40%"
+    assert tab.evaluate("getComputedStyle(document.querySelector('.best .map')).clipPath").endswith("40%)")
+
+
+def test_a_point_of_the_strip_shows_the_patients_own_best_cell(page: Watched) -> None:
+    tab = page.open("concepts/3.html")
+    point = tab.locator(".strip circle[data-cell]").last
+    point.scroll_into_view_if_needed()
+    assert tab.locator(".strips .tip").is_hidden()
+    point.hover(force=True)
+    assert tab.locator(".strips .tip").is_visible()
+    assert tab.get_attribute(".strips .tip img", "src") == f"../pictures/{point.get_attribute('data-cell')}.jpg"
+    assert tab.inner_text(".strips .tip") == point.locator("title").text_content()
+    patient = point.get_attribute("data-patient")
+    point.click(force=True)
+    tab.wait_for_url(f"**/patients/{patient}.html")
+
+
 def test_every_token_of_an_image_tells_its_latents(page: Watched, cohort: Cohort) -> None:
     tab, dense = page.open("images/0.html"), cohort.dense[0]
     tab.wait_for_selector("#list tbody tr")
@@ -374,7 +398,8 @@ def test_maps_of_one_page_are_on_one_scale(page: Watched, cohort: Cohort) -> Non
             return Math.max(...data.filter((_, n) => n % 4 === 3));
         })"""
     )
-    images = [int(str(frame.get_attribute("href")).split("/")[-1][:-5]) for frame in tab.locator(".frame").all()]
+    frames = tab.locator(".frame[data-map]").all()
+    images = [int(str(frame.get_attribute("href")).split("/")[-1][:-5]) for frame in frames]
     largest = cohort.dense[images, 1:, 3].max(axis=1)
     np.testing.assert_allclose(np.array(found) / max(found), largest / largest.max(), atol=0.02)
 

@@ -13,7 +13,7 @@ from stores.spec import ABLATION, MASKS, REPLICATION, SCORECARD, STABILITY, Form
 
 OURS, OTHER = "1" * 64, "2" * 64
 N = 4
-NONE = {"causes": [], "masks": [], "replications": [], "stability": None, "score": None, "names": ()}
+NONE: dict[str, Any] = {"causes": [], "masks": [], "replications": [], "stability": None, "score": None, "names": ()}
 
 
 def folder(root: Path, kind: Format, spec: dict[str, Any], **tables: list[dict[str, Any]]) -> Path:

@@ -91,7 +91,8 @@ def test_place_of_maps() -> None:
     assert place_of(np.zeros((2, 64), np.uint8)) is None
     found = place_of(np.stack([middle.ravel(), np.zeros(64, np.uint8)]))
     assert found is not None
-    assert (found.patches, found.middle) == (4 / 64, pytest.approx(800 / 820))
+    assert found.patches == 4 / 64
+    assert found.middle == pytest.approx(800 / 820)
     assert found.border == pytest.approx(20 / 820)
     assert place_of(border.ravel()[None]) == Place(28 / 64, 0.0, pytest.approx(1))  # type: ignore[arg-type]
     everywhere = place_of(flat.ravel()[None])
