@@ -43,7 +43,7 @@ class Gallery:
     g: npt.NDArray[np.float64]  # Hedges' g there
     q: npt.NDArray[np.float64]
     verdict: npt.NDArray[np.uint8]  # number in `VERDICTS` of opinions.py
-    names: dict[int, str]  # position -> the name that experts gave
+    names: dict[int, str]  # position -> the name that experts gave, or `cyto concept describe` tested
 
 
 def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
@@ -148,7 +148,13 @@ def _opinions(inputs: Inputs, plan: Plan) -> tuple[npt.NDArray[np.uint8], dict[i
     latents, opinions = plan.latents.tolist(), inputs.opinions or {}
     asked = {*plan.selection}
     said = [opinions[n].verdict if n in opinions else OPEN if n in asked else NOT_ASKED for n in latents]
-    names = {at: opinions[n].name for at, n in enumerate(latents) if n in opinions and opinions[n].name}
+    tested = inputs.evidence.names
+    names: dict[int, str] = {}
+    for at, latent in enumerate(latents):
+        given = opinions[latent].name if latent in opinions else ""
+        others = () if tested is None else tested.of(latent)
+        if given or others:
+            names[at] = given or others[0].name  # of experts, else the one that told the images apart best
     return np.array([VERDICTS.index(one) for one in said], np.uint8), names
 
 
