@@ -1,64 +1,29 @@
-"""A page per concept: statistics, histogram, reference images with maps, labels, neighbours, patients and diseases."""
+"""A page per concept: a sentence, reference images with maps, examples of all deciles, near misses, patients, evidence.
 
-import base64
+What is shown is found by `examples.py`, what is said by `sentence.py`, what other commands say by `evidence.py`.
+"""
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cytosae.names import LatentName
 from stores.errors import DamagedStore
 
-from .cohort import Cohort, Values, positions
+from .cohort import Cohort, Values
+from .concept_maps import Maps, Maps8, packed_map
 from .drawings import Bars, Strip, histogram_bars, strip_of
+from .evidence import Evidence
+from .examples import BIN_EDGES, DECILES
 from .inputs import Inputs
-from .plan import Ints, Plan
-from .site import Site
+from .plan import Plan
+from .sentence import Clause, Facts, place_of, sentence
+from .site import Site, short, whole
 
 _BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
 _LISTED_PATIENTS = 20
-_CAUSES = {
-    "cls_change": "final CLS, share of its norm",
-    "cls_gain": "final CLS, per unit of what was changed",
-    "probability": "probability, by the probe of barcodes, of",
-    "cls_probability": "probability, by the probe of the final CLS, of",
-}
-BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; values outside are counted in the outermost bins
-
-
-class Maps:
-    """The patch map of each reference image, quantised to 8 bits relative to its own largest value."""
-
-    def __init__(self, n_references: int, n_patches: int) -> None:
-        self.shares = np.zeros((n_references, n_patches), np.uint8)
-        self.largest = np.zeros(n_references, np.float32)
-        self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
-
-    def set(self, number: int, patches: npt.NDArray[np.float32]) -> None:
-        """Store the map of one reference image."""
-        largest = patches.max(initial=0)
-        self.largest[number] = largest
-        self.shares[number] = np.round(patches / (largest or 1) * 255)
-
-    def packed(self, number: int) -> str:
-        """A map as base64, one byte per patch."""
-        return base64.b64encode(self.shares[number].tobytes()).decode()
-
-
-def activation_histograms(inputs: Inputs, cohort: Cohort, latents: Ints) -> npt.NDArray[np.int32]:
-    """(n_datasets, n_latents, n_bins): counts of images by image activation above 0. One pass over all images."""
-    n_bins = len(BIN_EDGES) - 1
-    codes = {name: number for number, name in enumerate(inputs.concepts.datasets)}
-    dataset_of = [codes.get(name, -1) for name in cohort.image_datasets]
-    position = positions(latents, inputs.n_latents)
-    counts = np.zeros((len(codes), len(latents), n_bins), np.int32)
-    for image, row in cohort.image_activations():
-        at = position[row.latents]
-        is_shown = at >= 0
-        bins = np.searchsorted(BIN_EDGES, np.log10(row.values[is_shown]), side="right") - 1
-        if dataset_of[image] >= 0:
-            counts[dataset_of[image], at[is_shown], np.clip(bins, 0, n_bins - 1)] += 1  # a latent occurs once per image
-    return counts
 
 
 def write_concept_pages(
@@ -73,16 +38,27 @@ def write_concept_pages(
 ) -> Iterator[int]:
     """Write the pages of all latents of the plan (or the first `most`); yields the number written so far."""
     latents = plan.latents if most is None else plan.latents[:most]
-    histograms = activation_histograms(inputs, cohort, latents)
     statistics = {name: inputs.concepts.latents(name).to_pydict() for name in inputs.concepts.datasets}
     neighbours = _Neighbours(inputs)
-    causes = _causes(inputs)
     comparisons = [_comparison(inputs, cohort, number) for number in range(len(inputs.comparisons))]
-    starts = np.searchsorted(plan.references.latent, [latents, latents + 1])
+    evidence = Evidence(
+        inputs.evidence,
+        sae_sha256=inputs.stores[0].spec.sae_sha256,
+        n_latents=inputs.n_latents,
+        pairs={each.header.identity: pair for each, (pair, _) in zip(inputs.comparisons, comparisons, strict=True)},
+    )
+    pages = _Pages(inputs, cohort, plan, maps, is_hidden=shared["pseudonyms"])
     for first in range(0, len(latents), _BATCH):
         batch = latents[first : first + _BATCH]
         values = cohort.values(batch)
         for at, latent in enumerate(batch.tolist(), start=first):
+            rows = [
+                {"dataset": name, **{key: column[latent] for key, column in columns.items() if key != "dataset"}}
+                for name, columns in statistics.items()
+            ]
+            shown = pages.images(at)
+            compared = [{"pair": pair, **table_row(table, latent)} for pair, table in comparisons]
+            known = evidence.of(latent)
             site.page(
                 f"concepts/{latent}.html",
                 "concept.html",
@@ -91,19 +67,152 @@ def write_concept_pages(
                 cluster=plan.clusters.get(latent),
                 before=int(latents[at - 1]) if at else None,
                 after=int(latents[at + 1]) if at + 1 < len(latents) else None,
-                statistics=[
-                    {"dataset": name, **{key: column[latent] for key, column in columns.items() if key != "dataset"}}
-                    for name, columns in statistics.items()
+                sentence=_sentence(rows, shown, pages.maps_of(at), values[:, at - first], compared, known),
+                facts=_facts(inputs, rows),
+                statistics=rows,
+                histograms=_histograms(inputs, plan.examples.histograms[:, at]),
+                **shown,
+                neighbours=[
+                    {"by": by, "rows": [{**row, **pages.card(row["neighbour"])} for row in found]}
+                    for by, found in neighbours.of(latent).items()
                 ],
-                histograms=_histograms(inputs, histograms[:, at]),
-                **_reference_rows(inputs, plan, maps, range(*starts[:, at].tolist()), shared),
-                neighbours=neighbours.of(latent, plan),
                 has_neighbours=neighbours.is_given,
-                causes=causes.get(latent, []),
-                strip=_strip(cohort, values[:, at - first], latent),
-                comparisons=[{"pair": pair, **table_row(table, latent)} for pair, table in comparisons],
+                strip=_strip(cohort, pages, values[:, at - first], latent, at),
+                comparisons=compared,
+                **known,
+                opinion=(inputs.opinions or {}).get(latent),
             )
         yield min(first + _BATCH, len(latents))
+
+
+class _Pages:
+    """The images on the page of each latent, by the latent's position in the plan."""
+
+    def __init__(self, inputs: Inputs, cohort: Cohort, plan: Plan, maps: Maps, *, is_hidden: bool) -> None:
+        self._inputs, self._cohort, self._plan, self._maps, self._is_hidden = inputs, cohort, plan, maps, is_hidden
+        starts = np.searchsorted(plan.references.latent, [plan.latents, plan.latents + 1])
+        self._references = [range(*each) for each in starts.T.tolist()]
+        self._place = {latent: at for at, latent in enumerate(plan.latents.tolist())}
+
+    def images(self, at: int) -> dict[str, Any]:
+        """rows (reference images by dataset, with their labels), deciles, near, and the largest value of all maps."""
+        plan, examples, references = self._plan, self._plan.examples, self._plan.references
+        numbers = self._references[at]
+        steps = self.maps_of(at)
+        of_dataset: list[list[dict[str, Any]]] = [[] for _ in self._inputs.concepts.datasets]
+        for number, map_ in zip(numbers, steps, strict=True):
+            frame = self._frame(int(references.image[number]), float(references.value[number]), number, map_)
+            of_dataset[references.dataset[number]].append({**frame, "rank": int(references.rank[number])})
+        rows: list[dict[str, Any]] = [
+            {"dataset": name, "frames": frames, "labels": _labels(frames)}
+            for name, frames in zip(self._inputs.concepts.datasets, of_dataset, strict=True)
+        ]
+        known = plan.decile_maps[at]
+        first, n_maps = int(known[known >= 0].min(initial=np.iinfo(np.int64).max)), int((known >= 0).sum())
+        of_deciles = self._maps.read(first, n_maps) if n_maps else None
+        deciles: list[dict[str, Any]] = [
+            {
+                "number": decile + 1,
+                "frames": [
+                    self._frame(image, value, number, of_deciles[number - first])
+                    for image, value, number in zip(
+                        *(each[at, decile].tolist() for each in (examples.deciles, examples.values)),
+                        known[decile].tolist(),
+                        strict=True,
+                    )
+                    if image >= 0 and of_deciles is not None
+                ],
+            }
+            for decile in reversed(range(DECILES))
+        ]
+        near = [
+            {**self._frame(image, 0.0), "cosine": cosine}
+            for image, cosine in zip(examples.near[at].tolist(), examples.near_cosines[at].tolist(), strict=True)
+            if image >= 0
+        ]
+        frames = [frame for row in (*rows, *deciles) for frame in row["frames"]]
+        return {
+            "rows": rows,
+            "best": max(
+                (frame for row in rows for frame in row["frames"]), key=lambda frame: frame["value"], default=None
+            ),
+            "deciles": [row for row in deciles if row["frames"]],
+            "near": near,
+            "largest": max((frame["largest"] for frame in frames), default=0.0),
+        }
+
+    def maps_of(self, at: int) -> Maps8:
+        """(images, patches) the maps of its reference images."""
+        numbers = self._references[at]
+        return self._maps.read(numbers.start, len(numbers))
+
+    def card(self, latent: int) -> dict[str, bool]:
+        """Does a latent have a page, and that a picture?"""
+        at = self._place.get(latent)
+        return {"has_page": at is not None, "has_picture": at is not None and len(self._references[at]) > 0}
+
+    def person(self, patient: int, at: int) -> dict[str, Any]:
+        """A patient, and the number of the picture of the patient's own best cell; -1: there is none."""
+        image = int(self._plan.examples.best[at, patient])
+        cell = -1 if image < 0 or image in self._maps.unseen else self._plan.number_of[image]
+        return {"number": patient, "name": self._cohort.names[patient], "cell": cell}
+
+    def _frame(self, image: int, value: float, number: int | None = None, steps: Maps8 | None = None) -> dict[str, Any]:
+        """What a page says of an image: with the number of its map, the map and its largest value."""
+        cohort = self._cohort
+        patient = int(cohort.patient_of[image])
+        return {
+            "image": self._plan.number_of[image],
+            "name": image_name(self._inputs, self._plan, image, is_hidden=self._is_hidden),
+            "value": value,
+            "label": cohort.labels[image],
+            "dataset": cohort.image_datasets[image],
+            "patient": None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
+            "map": None if steps is None else packed_map(steps),
+            "largest": 0.0 if number is None else float(self._maps.largest[number]),
+            "unseen": self._maps.unseen.get(image),
+        }
+
+
+def _facts(inputs: Inputs, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of all datasets together: (name, text) of the numbers in large type."""
+    n_active = sum(row["n_images"] for row in rows)
+    n_readable = sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset)
+    mean = sum(row["n_images"] * row["mean_activation"] for row in rows) / max(1, n_active)
+    return [
+        ("images", f"{whole(n_active)} of {whole(n_readable)}"),
+        ("mean activation", short(mean)),
+        ("largest token", short(max(row["max_activation"] for row in rows))),
+    ]
+
+
+def _sentence(
+    statistics: list[dict[str, Any]],
+    shown: dict[str, Any],
+    maps: Maps8,
+    values: Values,
+    comparisons: list[dict[str, Any]],
+    known: dict[str, Any],
+) -> list[Clause]:
+    score, stability = known["score"] or {}, known["stability"] or {}
+    return sentence(
+        Facts(
+            statistics=statistics,
+            labels=[frame["label"] for row in shown["rows"] for frame in row["frames"]],
+            place=place_of(maps),
+            masks=known["masks"],
+            n_patients=len(values),
+            n_above=int((values > 0).sum()),
+            comparisons=comparisons,
+            replications=known["replications"],
+            n_found=stability.get("n_found"),
+            n_others=stability.get("n_others", 0),
+            causes=known["causes"],
+            morans_i=score.get("morans_i"),
+            morans_chance=score.get("morans_i_null_high") or 0.0,
+            name=_name(known["names"]),
+        )
+    )
 
 
 def table_row(columns: dict[str, list[Any]], row: int) -> dict[str, Any]:
@@ -125,30 +234,6 @@ def _histograms(inputs: Inputs, counts: npt.NDArray[np.int32]) -> list[dict[str,
     return found
 
 
-def _reference_rows(inputs: Inputs, plan: Plan, maps: Maps, numbers: range, shared: dict[str, Any]) -> dict[str, Any]:
-    """The reference images of one latent by dataset, on one scale, and the labels that they have."""
-    references = plan.references
-    rows: list[dict[str, Any]] = []
-    for code, dataset in enumerate(inputs.concepts.datasets):
-        frames = [
-            {
-                "image": plan.number_of[int(references.image[number])],
-                "name": image_name(inputs, plan, int(references.image[number]), is_hidden=shared["pseudonyms"]),
-                "rank": int(references.rank[number]),
-                "value": float(references.value[number]),
-                "label": references.label[number],
-                "map": maps.packed(number),
-                "largest": float(maps.largest[number]),
-                "unseen": maps.unseen.get(int(references.image[number])),
-            }
-            for number in numbers
-            if references.dataset[number] == code
-        ]
-        rows.append({"dataset": dataset, "frames": frames, "labels": _labels(frames)})
-    largest = max((frame["largest"] for row in rows for frame in row["frames"]), default=0.0)
-    return {"rows": rows, "largest": largest}
-
-
 def image_name(inputs: Inputs, plan: Plan, image: int, *, is_hidden: bool) -> str:
     """The name of an image on a page; its id often contains the patient's name, so it can be hidden."""
     return f"image {plan.number_of[image]}" if is_hidden else inputs.image_ids[image]
@@ -163,6 +248,19 @@ def _labels(frames: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ordered = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
     counts = {name: sum(frame["label"] == name for frame in frames) for name in sums}
     return [{"label": name, "share": value / (total or 1), "n_images": counts[name]} for name, value in ordered]
+
+
+def _name(names: Sequence[LatentName]) -> dict[str, Any] | None:
+    """The first name, for the sentence."""
+    if not names:
+        return None
+    first = names[0]
+    return {
+        "name": first.name,
+        "given_by": first.given_by,
+        "is_tested": first.best is not None,
+        "is_supported": any(score.is_supported for score in first.scores),
+    }
 
 
 class _Neighbours:
@@ -180,48 +278,37 @@ class _Neighbours:
         if len(self._latents) and not 0 <= self._latents[0] <= self._latents[-1] < inputs.n_latents:
             raise DamagedStore(f"{inputs.neighbours.root} names latents that the SAE does not have")
 
-    def of(self, latent: int, plan: Plan) -> dict[str, list[dict[str, Any]]]:
+    def of(self, latent: int) -> dict[str, list[dict[str, Any]]]:
         """The nearest and the co-active latents of a latent: kind -> list."""
         if not self.is_given:
             return {}
         first, last = np.searchsorted(self._latents, [latent, latent + 1])
         found: dict[str, list[dict[str, Any]]] = {}
         for row in self._table.slice(first, last - first).to_pylist():
-            found.setdefault(row["by"], []).append({**row, "has_page": plan.has_page(row["neighbour"])})
+            found.setdefault(row["by"], []).append(row)
         return found
 
 
-def _causes(inputs: Inputs) -> dict[int, list[dict[str, Any]]]:
-    """The effects of `cyto concept ablate` by latent: on the final CLS, and on each class of its probe."""
-    found: dict[int, list[dict[str, Any]]] = {}
-    if inputs.causes is not None:
-        for row in inputs.causes.table("effects").to_pylist():
-            kind, _, label = row["quantity"].partition(":")
-            if kind in _CAUSES:
-                name = f"{_CAUSES[kind]} {label}".strip()
-                found.setdefault(int(row["latent"]), []).append({**row, "name": name})
-    return found
-
-
-def _strip(cohort: Cohort, values: Values, latent: int) -> dict[str, Any]:
-    """The barcode values of a latent: one point per patient, by disease, and a table of the largest values."""
+def _strip(cohort: Cohort, pages: _Pages, values: Values, latent: int, at: int) -> dict[str, Any]:
+    """The barcode values of a latent: one point per patient, by disease, and the patients with the largest values."""
     groups = [(name, number) for number, name in enumerate(cohort.diseases)]
     groups += [("no disease stated", -1)] if (cohort.disease_of == -1).any() else []
     largest = float(values.max(initial=0))
     rows = []
     for name, number in groups:
         members = np.flatnonzero(cohort.disease_of == number)
-        of_group = values[members]
-        drawn: Strip = strip_of(of_group, [cohort.names[member] for member in members], largest)
+        drawn: Strip = strip_of(values[members], largest)
         mean = None if number < 0 else float(cohort.disease_means[number, latent])
+        points = [{**point, **pages.person(int(members[point["at"]]), at)} for point in drawn.points]
         rows.append(
             {"disease": name, "number": number, "mean": mean, "n_patients": len(members)}
-            | {"n_above": int((of_group > 0).sum()), "strip": drawn}
+            | {"n_above": int((values[members] > 0).sum()), "points": points, "n_left_out": drawn.n_left_out}
         )
-    order = [int(at) for at in np.argsort(-values, kind="stable")[:_LISTED_PATIENTS] if values[at] > 0]
+    largest_first = np.argsort(-values, kind="stable")[:_LISTED_PATIENTS].tolist()
+    order = [patient for patient in largest_first if values[patient] > 0]
     patients = [
-        {"number": at, "name": cohort.names[at], "disease": disease_name(cohort, at), "value": float(values[at])}
-        for at in order
+        {**pages.person(patient, at), "disease": disease_name(cohort, patient), "value": float(values[patient])}
+        for patient in order
     ]
     return {"largest": largest, "groups": rows, "patients": patients}
 

@@ -1,4 +1,7 @@
-"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens."""
+"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens.
+
+A page also shows the images most like this one, by the fingerprints of `cyto concept search`.
+"""
 
 from collections.abc import Iterator
 from tempfile import SpooledTemporaryFile
@@ -8,11 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
+from cytosae.maps import Pixels
 from stores.token_layout import TokenLayout
 
+from .alike import Alike
+from .cell_maps import Marks
 from .cohort import Cohort
-from .concept_pages import Maps, disease_name, image_name
+from .concept_maps import Maps
+from .concept_pages import disease_name, image_name
 from .config import AtlasConfig
+from .examples import LATENTS_OF_IMAGE
 from .inputs import Inputs
 from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
 from .plan import Plan
@@ -31,18 +39,24 @@ def write_images(
     maps: Maps,
     shared: dict[str, Any],
     *,
+    marks: Marks | None = None,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
-    """Write all files of the images of the plan, in the order of the stores; yields the number written so far.
+    """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
-    Fills `maps`. Memory: the tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images
-    differs from that of the sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
+    First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps`. Memory: the
+    tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images differs from that of the
+    sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
 
+    marks : further maps to fill
     chosen : only these images (for an estimate); the positions of thumbnails are then wrong
     """
     images = plan.images if chosen is None else chosen
     order = np.argsort(images)
-    references = _by_image(plan)
+    latents, mapped = plan.mapped
+    by_image = np.argsort(mapped, kind="stable")
+    in_order_of_images = mapped[by_image]
+    n_active = np.zeros(len(images), np.int64)
     folder = None if site.root is None else str(site.root)
     with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # an unnamed file: a crash leaves nothing behind
         sheets = Sheets(site, len(images), scratch)
@@ -57,12 +71,54 @@ def write_images(
                 maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
             else:
                 site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
-            its = references.get(image, [])
-            for reference in its:
-                latent = int(plan.references.latent[reference])
-                maps.set(reference, patches[:, [latent]].toarray().astype(np.float32).ravel())
-            _write_page(site, inputs, cohort, plan, image, tokens, patches, layout, maps.unseen.get(image), its, shared)
+            first, last = np.searchsorted(in_order_of_images, [image, image + 1])
+            numbers = by_image[first:last].tolist()
+            for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
+                start, stop = patches.indptr[latent : latent + 2]
+                values = np.zeros(layout.n_patches, np.float32)
+                values[patches.indices[start:stop]] = patches.data[start:stop]
+                maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
+            if marks is not None:
+                marks.fill(image, patches)
+            site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
+            n_active[thumb] = (tokens.getnnz(axis=0) > 0).sum()
             yield n_done
+    alike = Alike(cohort, plan, images, top=config.alike)
+    for n_done, at in enumerate(order.tolist(), start=len(images) + 1):
+        image = int(images[at])
+        first, last = np.searchsorted(in_order_of_images, [image, image + 1])
+        references = [number for number in by_image[first:last].tolist() if number < len(plan.references.image)]
+        of_image = {
+            "n_fingerprint": LATENTS_OF_IMAGE,
+            "n_active": int(n_active[at]),
+            "alike": alike.of(image, maps.unseen),
+        }
+        _write_page(site, inputs, cohort, plan, image, references, maps.unseen.get(image), shared | of_image)
+        yield n_done
+
+
+def write_pictured(
+    site: Site, inputs: Inputs, plan: Plan, config: AtlasConfig, maps: Maps, *, most: int | None = None
+) -> Iterator[int]:
+    """Write the pictures of images without a page, in the order of the stores; yields the number written so far.
+
+    What cannot be shown is added to `maps.unseen`.
+
+    most : only the first ones (for an estimate)
+    """
+    for n_done, image in enumerate(np.sort(plan.pictured)[:most].tolist(), start=1):
+        number, row = inputs.place(image)
+        picture = inputs.sources.pictures[number](row)
+        if isinstance(picture, str):
+            maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
+        else:
+            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
+        yield n_done
+
+
+def _aspect(picture: Pixels) -> float:
+    """Width by height."""
+    return float(picture.shape[1] / picture.shape[0])
 
 
 def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_matrix]]:
@@ -86,44 +142,31 @@ def _tokens(inputs: Inputs, images: list[int]) -> Iterator[tuple[int, ss.csr_mat
         first = end
 
 
-def _by_image(plan: Plan) -> dict[int, list[int]]:
-    """Image index -> its positions in `plan.references`."""
-    found: dict[int, list[int]] = {}
-    for number, image in enumerate(plan.references.image.tolist()):
-        found.setdefault(image, []).append(number)
-    return found
-
-
 def _write_page(
     site: Site,
     inputs: Inputs,
     cohort: Cohort,
     plan: Plan,
     image: int,
-    tokens: ss.csr_matrix,
-    patches: ss.csc_matrix,
-    layout: TokenLayout,
-    unseen: str | None,
     references: list[int],
-    shared: dict[str, Any],
+    unseen: str | None,
+    further: dict[str, Any],
 ) -> None:
     patient, called = int(cohort.patient_of[image]), plan.number_of[image]
     datasets = inputs.concepts.datasets
-    site.data(f"image-{called}", _token_data(tokens, patches, layout, plan))
     site.page(
         f"images/{called}.html",
         "image.html",
-        **shared,
+        **further,
         image=called,
-        name=image_name(inputs, plan, image, is_hidden=shared["pseudonyms"]),
+        name=image_name(inputs, plan, image, is_hidden=further["pseudonyms"]),
         label=cohort.labels[image],
         dataset=cohort.image_datasets[image],
         patient=None if patient < 0 else {"number": patient, "name": cohort.names[patient]},
         disease="" if patient < 0 else disease_name(cohort, patient),
         disease_number=-1 if patient < 0 else int(cohort.disease_of[patient]),
         unseen=unseen,
-        layout=layout,
-        n_active=int((tokens.getnnz(axis=0) > 0).sum()),
+        layout=inputs.stores[inputs.place(image)[0]].layout,
         references=[
             {"latent": int(plan.references.latent[n]), "rank": int(plan.references.rank[n])}
             | {"dataset": datasets[plan.references.dataset[n]]}

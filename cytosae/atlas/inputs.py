@@ -1,7 +1,7 @@
 """The stores that an atlas is made from, and the checks that they belong together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,8 +15,12 @@ from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.result_folder import ResultStore
-from stores.spec import ABLATION, COMPARISON, NEIGHBOURS, Header
+from stores.spec import COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
+
+from .evidence import EvidenceStores, open_evidence
+from .opinions import Opinion, read_opinions
+from .other_atlas import OtherAtlas, open_other
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +33,9 @@ class Inputs:
     sources: Sources
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
-    causes: ResultStore | None = None  # of `cyto concept ablate`
+    evidence: EvidenceStores = field(default_factory=EvidenceStores)
+    other: OtherAtlas | None = None  # an atlas that is shown beside this one
+    opinions: dict[int, Opinion] | None = None  # of a review, by latent; None: not given
 
     @property
     def n_latents(self) -> int:
@@ -69,7 +75,11 @@ class Inputs:
         found += [("latents", Path(store.root), store.header) for store in self.stores]
         found += [("comparison", each.root, each.header) for each in self.comparisons]
         found += [] if self.neighbours is None else [("neighbours", self.neighbours.root, self.neighbours.header)]
-        found += [] if self.causes is None else [("ablation", self.causes.root, self.causes.header)]
+        found += self.evidence.headers
+        if self.other is not None:
+            found += [("atlas beside", self.other.store.root, self.other.store.header)]
+        if self.other is not None and self.other.match is not None:
+            found += [("match", self.other.match.root, self.other.match.header)]
         return [(what, root.name, header) for what, root, header in found]
 
     def comparison_table(self, number: int) -> pa.Table:
@@ -95,10 +105,18 @@ def open_inputs(
     *,
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
-    causes: Path | None = None,
+    beside: Path | None = None,
+    match: Path | None = None,
     tau: float | None = None,
+    causes: Path | None = None,
+    stability: Path | None = None,
+    score: Path | None = None,
+    masks: Path | None = None,
+    names: Path | None = None,
+    replications: Sequence[Path] = (),
+    reviews: Path | None = None,
 ) -> Inputs:
-    """Open the stores of an atlas.
+    """Open the stores of an atlas; `build_atlas` says what each of them is.
 
     Raises
     ------
@@ -107,27 +125,48 @@ def open_inputs(
     BadInput
         If the barcodes hold several tau and none was chosen, or two comparisons are of the same diseases.
     """
+    compared = [ResultStore(root, COMPARISON) for root in comparisons]
     inputs = Inputs(
         concepts=ConceptStore(concepts),
         barcodes=BarcodeStore(barcodes),
         tau=_tau(BarcodeStore(barcodes), tau),
         sources=sources,
-        comparisons=[ResultStore(root, COMPARISON) for root in comparisons],
+        comparisons=compared,
         neighbours=None if neighbours is None else ResultStore(neighbours, NEIGHBOURS),
-        causes=None if causes is None else ResultStore(causes, ABLATION),
+        evidence=open_evidence(
+            sae_sha256=sources.stores[0].spec.sae_sha256,
+            latents=sources.identities,
+            comparisons=[each.header.identity for each in compared],
+            causes=causes,
+            stability=stability,
+            score=score,
+            masks=masks,
+            names=names,
+            replications=replications,
+        ),
+        other=_other(BarcodeStore(barcodes), sources, beside, match),
+        opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),
     )
     _check_latents(inputs)
     _check_comparisons(inputs)
     for store in inputs.stores:
         _ = store.layout.side  # raises where maps cannot be drawn
-    for what, folder in (("neighbours", inputs.neighbours), ("an ablation", inputs.causes)):
-        stated = None if folder is None else folder.header.spec["sae_sha256"]
-        if folder is not None and stated != inputs.stores[0].spec.sae_sha256:
-            raise SpecMismatch(
-                f"{folder.root} is of another SAE ({stated:.12}…) than {inputs.stores[0].root} "
-                f"({inputs.stores[0].spec.sae_sha256:.12}…); give {what} of the SAE that the latents were made with"
-            )
+    folder = inputs.neighbours
+    if folder is not None and folder.header.spec["sae_sha256"] != inputs.stores[0].spec.sae_sha256:
+        raise SpecMismatch(
+            f"{folder.root} is of another SAE ({folder.header.spec['sae_sha256']:.12}…) than {inputs.stores[0].root} "
+            f"({inputs.stores[0].spec.sae_sha256:.12}…); give neighbours of the SAE that the latents were made with"
+        )
     return inputs
+
+
+def _other(barcodes: BarcodeStore, sources: Sources, beside: Path | None, match: Path | None) -> OtherAtlas | None:
+    if beside is None:
+        if match is not None:
+            raise BadInput("a match needs the atlas of its second side: give it with --beside")
+        return None
+    sae = sources.stores[0].spec.sae_sha256
+    return open_other(beside, match, barcodes=barcodes.header.identity, sae_sha256=sae)
 
 
 def _tau(barcodes: BarcodeStore, tau: float | None) -> float:

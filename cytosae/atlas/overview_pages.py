@@ -1,39 +1,76 @@
-"""The overview, the table of all latents, and the data behind both."""
+"""The overview (a gallery of concepts), the table of all latents, and the data behind both."""
 
 from typing import Any
 
 import numpy as np
 
 from .cohort import Cohort
+from .concept_maps import Maps
 from .concept_pages import pair_of
+from .gallery import Gallery, write_gallery_data
 from .inputs import Inputs
 from .plan import Plan
 from .site import Site, packed, plain_text
 
 _NUMBERS = ("frequency", "mean_activation", "max_activation", "label_entropy")
+_FIRST = 12  # cards that stand in the page itself: seen at once, and without a script
 
 
-def write_overview(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, shared: dict[str, Any]) -> None:
-    """Write index.html, latents.html, data/latents-<dataset>.js for each dataset and data/built.js."""
+def write_overview(
+    site: Site,
+    inputs: Inputs,
+    cohort: Cohort,
+    plan: Plan,
+    gallery: Gallery,
+    maps: Maps,
+    shared: dict[str, Any],
+) -> None:
+    """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery, maps-<n>."""
     for number, dataset in enumerate(inputs.concepts.datasets):
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
-    site.data("built", _built_data(inputs, plan))
+    site.data("built", _built_data(inputs, plan, gallery))
+    write_gallery_data(site, inputs, cohort, plan, gallery, maps)
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
+    order = first_order(gallery)
     site.page(
         "index.html",
-        "overview.html",
+        "gallery.html",
         **common,
-        summary=[summary[name] for name in inputs.concepts.datasets],
         n_latents=inputs.n_latents,
         n_patients=cohort.n_patients,
         n_diseases=len(cohort.diseases),
         n_images=int(inputs.first_images[-1]),
-        n_image_pages=len(plan.images),
-        n_selected=len(plan.selection),
+        has_labels=bool(gallery.labels),
+        has_selection=bool(plan.selection),
+        cards=[_card(plan, gallery, at) for at in order[:_FIRST].tolist()],
     )
-    site.page("latents.html", "latents.html", **common)
+    site.page("latents.html", "latents.html", **common, summary=[summary[name] for name in inputs.concepts.datasets])
+
+
+def first_order(gallery: Gallery) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions of the concepts as the overview shows them first: most specific to a label, or most activating.
+
+    Undefined last; ties by mean activation, then by number. A concept that is never active has no picture: the end.
+    """
+    key = gallery.specificity.astype(np.float16) if gallery.labels else gallery.mean  # as the page has it
+    key = np.where(np.isnan(key), -1, key)
+    has_picture = np.array([len(numbers) > 0 for numbers in gallery.images])
+    return np.lexsort((np.arange(len(key)), -gallery.mean, -key.astype(np.float64), ~has_picture)).astype(np.int64)
+
+
+def _card(plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
+    """What a card says before its script runs."""
+    label = int(gallery.label[at])
+    return {
+        "latent": int(plan.latents[at]),
+        "name": gallery.names.get(at, ""),
+        "has_picture": len(gallery.images[at]) > 0,
+        "label": gallery.labels[label] if label >= 0 else "",
+        "share": float(gallery.share[at]) if label >= 0 else None,
+        "frequency": float(gallery.frequency[at]),
+    }
 
 
 def _dataset_data(inputs: Inputs, dataset: str) -> dict[str, Any]:
@@ -52,18 +89,11 @@ def _dataset_data(inputs: Inputs, dataset: str) -> dict[str, Any]:
     }
 
 
-def _built_data(inputs: Inputs, plan: Plan) -> dict[str, Any]:
-    """The latents with a page; for each its cluster (-1: none) and the thumbnail of its first image (-1: none)."""
-    references = plan.references
-    first = np.searchsorted(references.latent, plan.latents)
-    last = np.searchsorted(references.latent, plan.latents, side="right")
-    thumbs = [
-        plan.thumb_of[int(references.image[at])] if at < stop else -1 for at, stop in zip(first, last, strict=True)
-    ]
+def _built_data(inputs: Inputs, plan: Plan, gallery: Gallery) -> dict[str, Any]:
+    """The latents with a page; for each its cluster (-1: none) and whether it has a picture."""
     return {
         "n_latents": inputs.n_latents,
         "latents": packed(plan.latents.astype(np.uint32)),
-        "thumbs": packed(np.array(thumbs, np.int32)),
+        "has_picture": packed(np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8)),
         "clusters": packed(np.array([plan.clusters.get(latent, -1) for latent in plan.latents.tolist()], np.int32)),
-        "n_thumbs": len(plan.images),
     }

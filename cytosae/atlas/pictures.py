@@ -79,14 +79,14 @@ def reduced(picture: Pixels, pixels: int) -> Image.Image:
     return image
 
 
-def jpeg(image: Image.Image) -> bytes:
+def jpeg(image: Image.Image, *, quality: int = _QUALITY) -> bytes:
     """A picture as JPEG without chroma subsampling, since stains differ in colour."""
     raw = io.BytesIO()
     try:
-        image.save(raw, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+        image.save(raw, "JPEG", quality=quality, subsampling=0, optimize=True)
     except OSError:  # pillow's buffer is too small for optimize=True on noisy pictures
         raw = io.BytesIO()
-        image.save(raw, "JPEG", quality=_QUALITY, subsampling=0)
+        image.save(raw, "JPEG", quality=quality, subsampling=0)
     return raw.getvalue()
 
 

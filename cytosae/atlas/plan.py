@@ -13,9 +13,11 @@ from stores.errors import DamagedStore, StoreNotFound
 
 from .cohort import Cohort
 from .config import AtlasConfig
+from .examples import Examples, find_examples
 from .inputs import Inputs
 from .pseudonyms import Pseudonyms
 
+_ROWS = 4096  # latents
 LISTED = 50  # of each top list of a comparison: Fig. 5 of the paper
 Ints = npt.NDArray[np.int64]
 
@@ -41,8 +43,12 @@ class Plan:
     clusters: dict[int, int]  # latent -> its cluster, of the selection
     references: References
     cells: Sequence[Sequence[int]]  # per patient: image indices
+    examples: Examples  # of the latents with a page
     images: Ints  # image indices with a page (shown by concepts or patients), in the order of their thumbnails
-    numbers: Ints  # number in the name of the page of each: the index, or a pseudonym
+    pictured: Ints  # image indices with a picture alone: patients' best cells
+    numbers: (
+        Ints  # number in the name of the page of each, then of those with a picture alone: the index or a pseudonym
+    )
 
     @cached_property
     def thumb_of(self) -> dict[int, int]:
@@ -51,8 +57,23 @@ class Plan:
 
     @cached_property
     def number_of(self) -> dict[int, int]:
-        """Image index -> number in the name of its page."""
-        return dict(zip(self.images.tolist(), self.numbers.tolist(), strict=True))
+        """Image index -> number in the name of its page, or of its picture."""
+        return dict(zip([*self.images.tolist(), *self.pictured.tolist()], self.numbers.tolist(), strict=True))
+
+    @cached_property
+    def decile_maps(self) -> Ints:
+        """(latents, 10, each) the number of the map of each example, after those of the reference images; -1: none."""
+        is_shown = self.examples.deciles >= 0
+        numbers = len(self.references.image) + np.cumsum(is_shown, dtype=np.int64).reshape(is_shown.shape) - 1
+        return np.where(is_shown, numbers, -1)
+
+    @cached_property
+    def mapped(self) -> tuple[Ints, Ints]:
+        """Latent and image index of every map."""
+        is_shown = self.examples.deciles >= 0
+        latents = np.repeat(self.latents, is_shown.sum(axis=(1, 2)))
+        images = self.examples.deciles[is_shown].astype(np.int64)
+        return np.concatenate([self.references.latent, latents]), np.concatenate([self.references.image, images])
 
     @cached_property
     def has_page(self) -> Callable[[int], bool]:
@@ -60,8 +81,12 @@ class Plan:
         return frozenset(self.latents.tolist()).__contains__
 
 
-def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> Plan:
+def make_plan(
+    inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None, *, further: Sequence[Ints] = ()
+) -> Plan:
     """Choose latents and images. Without pseudonyms, images keep the order of the stores.
+
+    further : indices of images that other pages show
 
     Raises
     ------
@@ -75,18 +100,41 @@ def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: P
     references = _references(inputs, latents, config.n_images)
     cells = cohort.cells(config.patient_images, seed=config.seed)
     of_patients = np.array([image for of_patient in cells for image in of_patient], np.int64)
-    images = np.unique(np.concatenate([references.image, of_patients]))
+    examples = find_examples(
+        inputs,
+        cohort,
+        latents,
+        (references.latent, references.image),
+        per_decile=config.decile_images,
+        n_near=config.near_misses,
+        seed=config.seed,
+    )
+    shown = [_known(examples.deciles), _known(examples.near)]
+    images = np.unique(np.concatenate([references.image, of_patients, *shown, *further]))
+    pictured = np.setdiff1d(_known(examples.best), images)
     if pseudonyms is not None:
-        images = images[pseudonyms.order([inputs.image_ids[image] for image in images])]
+        images, pictured = (
+            some[pseudonyms.order([inputs.image_ids[image] for image in some])] for some in (images, pictured)
+        )
     return Plan(
         latents=latents,
         selection=selection,
         clusters=clusters,
         references=references,
         cells=cells,
+        examples=examples,
         images=images,
-        numbers=images if pseudonyms is None else np.arange(len(images)),
+        pictured=pictured,
+        numbers=np.concatenate([images, pictured]) if pseudonyms is None else np.arange(len(images) + len(pictured)),
     )
+
+
+def _known(images: npt.NDArray[np.int32]) -> Ints:
+    """The different image indices, without -1; row by row, as there may be more of them than fit the memory."""
+    found = np.zeros(0, np.int64)
+    for first in range(0, len(images), _ROWS):
+        found = np.union1d(found, images[first : first + _ROWS].ravel())
+    return found[found >= 0].astype(np.int64)
 
 
 def _selection(inputs: Inputs) -> tuple[list[int], dict[int, int]]:

@@ -117,13 +117,17 @@ def sent(review: Review, question: Question, reviewer: str, *, seed: int, shows_
 
 
 def _sent_item(item: Item, evidence: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "title": plain_text(str(row["dataset"])) if shows_labels else f"Set {number}",
             "images": [_sent_image(image, shows_labels) for image in row["images"]],
         }
         for number, row in enumerate(evidence["rows"], start=1)
     ]
+    if evidence.get("range"):
+        title = "From its whole range: an image of each tenth of its activation, the strongest first"
+        images = [_sent_image(image, shows_labels) for image in evidence["range"]]
+        rows.append({"title": title, "images": images, "is_range": True})
     latent = item.latent if shows_labels else None
     return {"item": item.item, "latent": latent, "largest": float(evidence["largest"]), "rows": rows}
 

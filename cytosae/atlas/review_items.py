@@ -8,7 +8,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore
+from stores.tables import column
 
 FILE = "review"  # .json in the folder of the atlas
 PICTURES = "review"  # folder of pictures there
 NEGLIGIBLE = 0.2  # |Hedges' g| below which a difference counts as near zero (Cohen's bound of a small effect)
 _LONGEST = 360  # pixels along the longer side of a picture
 _QUALITY = 90  # of JPEG
+Examples = Callable[[Sequence[int]], Mapping[int, Sequence[int]]]
 Evidence = dict[str, Any]  # of one latent, as it stands in review.json
 Int = npt.NDArray[np.int64]
 
@@ -66,6 +68,7 @@ def make_review(
     *,
     selection: Selection | None = None,
     comparisons: Sequence[ResultStore] = (),
+    examples: Examples | None = None,
     progress: Progress = lambda done, total, state: None,
 ) -> ReviewFile:
     """The questions of a review: is a selected latent a meaningful concept; for which disease is a latent specific?
@@ -77,6 +80,8 @@ def make_review(
     ----------
     folder : the folder of the atlas
     comparisons : folders of `cyto compare`, of the same SAE
+    examples : finds images from the whole range of the activation of some latents (increasing numbers): latent -> image
+        indices through all latent stores, the strongest first; None: only reference images are shown
 
     Raises
     ------
@@ -85,7 +90,9 @@ def make_review(
     """
     require_same_sae(concepts, sources)
     questions = _questions(concepts, config, selection, comparisons)
-    evidence, unseen = _evidence(concepts, sources, _latents(questions), folder / PICTURES, config.n_images, progress)
+    latents = _latents(questions)
+    weaker = {} if examples is None else examples(latents)
+    evidence, unseen = _evidence(concepts, sources, latents, weaker, folder / PICTURES, config.n_images, progress)
     for question in questions:
         shown = [item for item in question["items"] if evidence[str(item["latent"])]["rows"]]
         question["n_without_images"] = len(question["items"]) - len(shown)
@@ -100,11 +107,14 @@ def estimate_pictures(
     *,
     selection: Selection | None = None,
     comparisons: Sequence[ResultStore] = (),
+    examples: Examples | None = None,
     most: int,
 ) -> tuple[int, int]:
     """(number, bytes) of the pictures that `make_review` would write, estimated from `most` of them."""
     latents = _latents(_questions(concepts, config, selection, comparisons))
-    images = sorted({sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)})
+    weaker = {} if examples is None else examples(latents)
+    top = {sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)}
+    images = sorted(top | {place for place, _ in _weaker_images(sources, weaker)})
     if not images:
         return 0, 0
     few = [images[at] for at in np.unique(np.linspace(0, len(images) - 1, most).astype(int))]
@@ -217,15 +227,19 @@ def _evidence(
     concepts: ConceptStore,
     sources: Sources,
     latents: Sequence[int],
+    weaker: Mapping[int, Sequence[int]],
     folder: Path,
     n_images: int,
     progress: Progress,
 ) -> tuple[dict[str, Evidence], list[str]]:
-    """Reference images with maps, by latent; and the images that cannot be shown, with reasons."""
+    """Reference images and weaker ones with maps, by latent; and the images that cannot be shown, with reasons."""
     top = _top_images(concepts, latents, n_images)
     by_image: dict[tuple[int, int], list[dict[str, Any]]] = {}  # (store, image_index): rows of `top`
     for row in top:
         by_image.setdefault(sources.find(row["image_id"]), []).append(row)
+    for place, row in _weaker_images(sources, weaker):
+        by_image.setdefault(place, []).append(row)
+        top.append(row)
     folder.mkdir(parents=True, exist_ok=True)
     unseen: list[str] = []
     for n_done, (number, image_index) in enumerate(sorted(by_image)):
@@ -253,16 +267,33 @@ def _top_images(concepts: ConceptStore, latents: Sequence[int], n_images: int) -
     return list(table.filter(pc.and_(is_asked, pc.less_equal(table["rank"], n_images))).to_pylist())
 
 
+def _weaker_images(
+    sources: Sources, weaker: Mapping[int, Sequence[int]]
+) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """((store, row in it), image) of each example, by latent, the strongest first."""
+    firsts = np.cumsum([0, *(store.spec.n_images for store in sources.stores)])
+    columns = [[column(store.images, name) for name in ("image_id", "label")] for store in sources.stores]
+    for latent, images in weaker.items():
+        for image in images:
+            number = int(np.searchsorted(firsts, image, side="right")) - 1
+            row = int(image - firsts[number])
+            ids, labels = columns[number]
+            found = {"latent": latent, "dataset": None, "image_id": str(ids[row]), "label": labels[row] or None}
+            yield (number, row), found
+
+
 def _as_json(top: list[dict[str, Any]]) -> Evidence:
     """The top images of one latent, by dataset, their maps on one scale."""
     largest = max((float(row["map"].max()) for row in top), default=0.0)
-    by_dataset: dict[str, list[dict[str, Any]]] = {}
+    by_dataset: dict[str | None, list[dict[str, Any]]] = {}
     for row in top:
         image = {"file": row["file"], "patches": encode_map(row["map"], largest), "label": row["label"]}
         by_dataset.setdefault(row["dataset"], []).append(image)
+    weaker = by_dataset.pop(None, [])
     return {
         "largest": largest,
         "rows": [{"dataset": dataset, "images": images} for dataset, images in by_dataset.items()],
+        **({"range": weaker} if weaker else {}),
     }
 
 

@@ -38,6 +38,7 @@ from .reviews import (
     read_verdicts_of,
     reviewer_name,
     save_verdict,
+    withdrawal,
 )
 
 HOST = "127.0.0.1"
@@ -47,6 +48,8 @@ _TIMEOUT = 30  # seconds without data after which a connection is closed
 _LONGEST_REQUEST = 120  # seconds for a whole request, even if data keeps arriving slowly
 _MOST_CONNECTIONS = 64  # open at a time; each has a thread
 _OWN = {name: f"static/{name}" for name in ("review.html", "review.js", "review.css")}  # of this package
+_OWN |= {f"review-{name}": f"static/{of}" for name, of in (("design.css", "atlas.css"), ("cyto.js", "cyto.js"))}
+_OWN |= {"review-maps.js": "static/maps.js"}  # the same as of the atlas, which may be of another version
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -263,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> tuple[str, bytes]:
         said = self._checked_body()
-        answers = {"reviews/begin": self._begin, "reviews": self._save}
+        answers = {"reviews/begin": self._begin, "reviews": self._save, "reviews/withdraw": self._withdraw}
         if self._name() not in answers:
             raise _Refused(HTTPStatus.NOT_FOUND, "nothing is taken here")
         try:
@@ -300,6 +303,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.writing:
             save_verdict(self.server.reviews, verdict)
         return {"saved": verdict.item, "time": verdict.time}
+
+    def _withdraw(self, said: dict[str, Any]) -> dict[str, Any]:
+        verdict = withdrawal(said, self.server.review, is_blinded=not self.server.config.shows_labels)
+        with self.server.writing:
+            save_verdict(self.server.reviews, verdict)
+        return {"withdrawn": verdict.item, "time": verdict.time}
 
     def _checked_body(self) -> dict[str, Any]:
         if self.headers.get_all("Origin", []) != [f"http://{self.headers['Host']}"]:

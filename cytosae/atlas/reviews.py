@@ -1,7 +1,8 @@
 """Verdicts on disk: one journal per reviewer, in a folder beside the atlas, so that a new atlas keeps them.
 
 Append-only JSON lines; each is synced to disk before the page confirms it. The last verdict of a reviewer on an item
-counts; earlier ones are kept. Format "reviews", version 1: docs/formats.md.
+counts; earlier ones are kept. A withdrawal is a line with the verdict "": none counts then. Format "reviews", version 2
+(a line is of version 1 unless it is a withdrawal, which a program of version 1 would count): docs/formats.md.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ from stores.tables import csv_bytes, parquet_bytes
 
 from .questions import Item, Question, Review
 
-VERSION = 1
+VERSION = 2  # of a withdrawal
+_VERSION_OF_VERDICT = 1
+WITHDRAWN = ""  # the verdict of a withdrawal
 _LONGEST = {"reviewer": 80, "name": 200, "notes": 10_000}  # characters
 _COLUMNS = {
     **{name: pa.string() for name in ("reviewer", "question", "a", "b", "item")},
@@ -51,7 +54,7 @@ class Verdict:
     b: str
     atlas: str
     is_blinded: bool
-    verdict: str
+    verdict: str  # "" of a withdrawal
     name: str  # the reviewer's name for the concept
     notes: str
     confidence: int | None  # 1 (a guess) to 5 (certain)
@@ -65,32 +68,58 @@ def new_verdict(said: dict[str, Any], review: Review, *, is_blinded: bool) -> Ve
     BadInput
         If a field is missing or not valid.
     """
-    found = review.find(str(said.get("item")))
-    if found is None:
-        raise BadInput("this atlas does not ask about that item; load the page again")
-    question, item = found
+    question, item = _asked(said, review)
     verdict, confidence = said.get("verdict"), said.get("confidence")
     if verdict not in question.choices:
         raise BadInput(f"verdict must be one of {', '.join(question.choices)}; found {str(verdict)[:40]!r}")
     if confidence is not None and (type(confidence) is not int or not 1 <= confidence <= 5):
         raise BadInput(f"confidence must be a whole number from 1 to 5, or null; found {str(confidence)[:40]!r}")
     return Verdict(
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        reviewer=reviewer_name(said.get("reviewer")),
-        item=item.item,
-        question=question.question,
-        latent=item.latent,
-        concepts=question.concepts,
-        comparison=question.comparison,
-        a=question.a,
-        b=question.b,
-        atlas=review.atlas,
-        is_blinded=is_blinded,
+        **_context(said, review, question, item, is_blinded=is_blinded),
         verdict=str(verdict),
         name=_text("name", said.get("name", "")),
         notes=_text("notes", said.get("notes", "")),
         confidence=confidence,
     )
+
+
+def withdrawal(said: dict[str, Any], review: Review, *, is_blinded: bool) -> Verdict:
+    """What takes back the verdict of a reviewer on an item, from what a page sent.
+
+    Raises
+    ------
+    BadInput
+        If the atlas does not ask about that item, or the reviewer has no name.
+    """
+    question, item = _asked(said, review)
+    context = _context(said, review, question, item, is_blinded=is_blinded)
+    return Verdict(**context, verdict=WITHDRAWN, name="", notes="", confidence=None)
+
+
+def _asked(said: dict[str, Any], review: Review) -> tuple[Question, Item]:
+    found = review.find(str(said.get("item")))
+    if found is None:
+        raise BadInput("this atlas does not ask about that item; load the page again")
+    return found
+
+
+def _context(
+    said: dict[str, Any], review: Review, question: Question, item: Item, *, is_blinded: bool
+) -> dict[str, Any]:
+    """When, by whom, about what, and of which atlas."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "reviewer": reviewer_name(said.get("reviewer")),
+        "item": item.item,
+        "question": question.question,
+        "latent": item.latent,
+        "concepts": question.concepts,
+        "comparison": question.comparison,
+        "a": question.a,
+        "b": question.b,
+        "atlas": review.atlas,
+        "is_blinded": is_blinded,
+    }
 
 
 def reviewer_name(said: object) -> str:
@@ -131,7 +160,8 @@ def save_verdict(folder: Path, verdict: Verdict) -> None:
         sync_folder(folder.parent)
     path = journal(folder, verdict.reviewer)
     read_lines(path, mend=True, skip_damaged=True)  # an incomplete last line, from a crash, must not corrupt this one
-    append_line(path, {"version": VERSION, **asdict(verdict)})
+    version = VERSION if verdict.verdict == WITHDRAWN else _VERSION_OF_VERDICT
+    append_line(path, {"version": version, **asdict(verdict)})
 
 
 def read_verdicts(folder: Path) -> list[Verdict]:
@@ -158,8 +188,9 @@ def read_verdicts_of(folder: Path, reviewer: str) -> list[Verdict]:
 
 
 def current(verdicts: Iterable[Verdict]) -> dict[tuple[str, str], Verdict]:
-    """(reviewer, item) -> the last verdict, the one that counts."""
-    return {(verdict.reviewer, verdict.item): verdict for verdict in verdicts}
+    """(reviewer, item) -> the last verdict, the one that counts; nothing of an item whose verdict was withdrawn."""
+    last = {(verdict.reviewer, verdict.item): verdict for verdict in verdicts}
+    return {key: verdict for key, verdict in last.items() if verdict.verdict != WITHDRAWN}
 
 
 def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = False) -> pa.Table:
@@ -170,7 +201,7 @@ def verdict_table(verdicts: list[Verdict], review: Review, *, history: bool = Fa
     counting = current(verdicts)
     rows = []
     for verdict in sorted(verdicts, key=lambda verdict: verdict.reviewer):  # stable: else in the order of saving
-        is_current = counting[verdict.reviewer, verdict.item] is verdict
+        is_current = counting.get((verdict.reviewer, verdict.item)) is verdict
         if history or is_current:
             rows.append(asdict(verdict) | {"is_current": is_current} | _key(review.find(verdict.item)))
     return pa.Table.from_pylist(rows, pa.schema(list(_COLUMNS.items())))

@@ -20,7 +20,8 @@ from stores.files import is_dropping, sha256_file
 
 _NONE = "\N{EN DASH}"  # shown for undefined values
 _HERE = Path(__file__).parent
-_KINDS = {"float32": "f4", "float16": "f2", "uint32": "u4", "uint16": "u2", "uint8": "u1", "int32": "i4"}
+_KINDS = {"float32": "f4", "float16": "f2", "uint32": "u4", "uint16": "u2", "uint8": "u1"}
+_KINDS |= {"int32": "i4", "int16": "i2"}
 # characters that could end a script element or a line of JavaScript
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
@@ -46,14 +47,18 @@ class Site:
         """Record the files that were written to a folder of the site by other code."""
         assert self.root is not None
         for path in sorted((self.root / folder).iterdir()):
-            if is_dropping(path.name):
-                continue
-            self._files[f"{folder}/{path.name}"] = (path.stat().st_size, sha256_file(path))
+            if not is_dropping(path.name):
+                self.take_in_file(f"{folder}/{path.name}")
+
+    def take_in_file(self, name: str) -> None:
+        """Record one such file."""
+        assert self.root is not None
+        self._files[name] = ((self.root / name).stat().st_size, sha256_file(self.root / name))
 
     def page(self, name: str, template: str, /, **context: Any) -> None:
         """Write a page from a template; names in `context` are escaped there."""
-        depth = name.count("/")
-        self.write(name, _templates().get_template(template).render(up="../" * depth, **context).encode())
+        context |= {"up": "../" * name.count("/"), "here": _section(name)}
+        self.write(name, _templates().get_template(template).render(**context).encode())
 
     def data(self, name: str, value: Any) -> None:
         """Write data/`name`.js."""
@@ -87,10 +92,19 @@ def packed(values: npt.NDArray[Any]) -> dict[str, str]:
     return {"dtype": kind, "b64": base64.b64encode(raw).decode()}
 
 
+def _section(name: str) -> str:
+    """The page in the list at the top of each page that one belongs to; "" for images, which belong to several."""
+    folder, _, last = name.rpartition("/")
+    sections = {"concepts": "index", "patients": "patients", "diseases": "diseases", "pairs": "diseases", "images": ""}
+    own = "beside" if last.startswith("beside-") else last.removesuffix(".html")
+    return sections.get(folder, {"families": "diseases"}.get(own, own))
+
+
 def copy_static(site: Site) -> None:
-    """Copy the style sheet and the script of the pages; the server has those of the review page."""
-    for name in ("atlas.css", "atlas.js"):
-        site.write(f"assets/{name}", (_HERE / "static" / name).read_bytes())
+    """Copy the style sheets and scripts of the pages; the server has those of the review page."""
+    for path in sorted((_HERE / "static").iterdir()):
+        if path.suffix in (".css", ".js") and path.stem != "review":
+            site.write(f"assets/{path.name}", path.read_bytes())
 
 
 @lru_cache(maxsize=1)

@@ -5,3 +5,7 @@ from .report import SearchEvaluation as SearchEvaluation
 from .report import SearchResult as SearchResult
 from .run import search_cells as search_cells
 from .scale import search_scale as search_scale
+from .scan import blocks_of as blocks_of
+from .together import Fingerprints as Fingerprints
+from .together import nearest_among as nearest_among
+from .together import rarity as rarity

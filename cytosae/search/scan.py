@@ -16,12 +16,13 @@ import numpy.typing as npt
 from cytosae.barcodes import IMAGE_COLUMNS
 from stores.barcode_store import BarcodeStore
 from stores.csr import CsrReader, CsrRows
-from stores.errors import BadInput, DamagedStore
+from stores.errors import BadInput
 from stores.machine import n_cores
 from stores.progress import Progress
 from stores.tables import STATUS_OK
 
 from .config import BARCODE, FINGERPRINT, REGION
+from .together import rarity
 
 BLOCK = 1 << 22  # nonzeros of a block: 32 MiB, and as much again while it is decoded
 _MOST_ROWS = 1 << 15
@@ -72,9 +73,6 @@ def open_collection(barcodes: Any, tau: float | None, weigh: str) -> Collection:
     store = BarcodeStore(barcodes)
     tau = store.taus[0] if tau is None and len(store.taus) == 1 else tau
     images = store.read_obs("image", tau, needed=IMAGE_COLUMNS)
-    latents = store.read_element("image", "var", tau)
-    if "n_active_images" not in latents.columns:
-        raise DamagedStore(f"{store.path('image', tau)} has no column n_active_images; count again with cyto barcode")
     columns = {str(name): images[name].astype(str).to_numpy(object) for name in images.columns}
     readable = columns["status"] == STATUS_OK
     names: dict[tuple[str, str], int] = {}
@@ -82,8 +80,7 @@ def open_collection(barcodes: Any, tau: float | None, weigh: str) -> Collection:
     for number, (patient, dataset) in enumerate(zip(columns["patient"], columns["dataset"], strict=True)):
         key = (patient, dataset) if patient else (f"\0{number}", dataset)  # of nobody: a patient of its own
         numbers.append(names.setdefault(key, len(names)))
-    with_it = latents["n_active_images"].to_numpy(np.float64)
-    rarity = np.log((readable.sum() + 1) / (with_it + 1)).clip(0)
+    by_rarity = rarity(store, tau, int(readable.sum()))
     assert tau is not None
     return Collection(
         store=store,
@@ -94,7 +91,7 @@ def open_collection(barcodes: Any, tau: float | None, weigh: str) -> Collection:
         patient_of=np.array(numbers, np.int64),
         dataset_of=np.unique(columns["dataset"], return_inverse=True)[1].astype(np.int64),
         patients=[("" if name.startswith("\0") else name, dataset) for name, dataset in names],
-        weights=(rarity if weigh == "rarity" else np.ones(len(rarity))).astype(np.float32),
+        weights=by_rarity if weigh == "rarity" else np.ones(len(by_rarity), np.float32),
     )
 
 

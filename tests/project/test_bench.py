@@ -11,6 +11,7 @@ from places import ROOT
 BENCH = ROOT / "bench"
 TINY = {
     "cli_help": "--rounds 1",
+    "atlas": "--share 0.0003 --latents 512 --images-per-patient 5",
     "archives": "--images 12 --batch-size 4 --workers 1 --rounds 1",
     "extract": "--backbone random-vit-tiny --images 4 --batch-size 2 --chunk-images 2 --rounds 1",
     "loader": "--images 12 --chunk-images 4 --pool-chunks 2 --batch-tokens 514 --epochs 1 --width 32 "
@@ -44,6 +45,7 @@ KEYS = {"bench", "ratio", "target", "ours", "baseline", "params", "machine"}
 def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
     in_folder = (
         "archives",
+        "atlas",
         "extract",
         "loader",
         "encode",

@@ -3,6 +3,7 @@
 `make browser` brings what is missing into `.browser`: install_browser.py. $CYTO_CHROMIUM, $CYTO_AXE name others.
 """
 
+import io
 import os
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
+from PIL import Image
 from places import ROOT
 
 FOLDER = ROOT / ".browser"
+WIDTHS = (390, 1000, 1600)  # a phone, a tablet, a desk
 VIEWPORT = {"width": 1280, "height": 900}
 _NAMES = ("chromium", "chromium-browser", "google-chrome")  # in the path
 _BAD = ("error", "warning")
@@ -99,3 +103,29 @@ class Watched:
     def _keep(self, is_wrong: bool, text: str) -> None:
         if is_wrong:
             self.wrong.append(text)
+
+
+def photograph(page: Watched, name: str, *, scheme: str = "light", widths: tuple[int, ...] = WIDTHS) -> None:
+    """Photograph a page of the site at some widths; it must be as wide as the screen, and not blank.
+
+    A folder named by $CYTO_PHOTOS keeps the photographs, since no test sees what an eye sees.
+    """
+    page.tab.emulate_media(color_scheme=scheme)
+    for width in widths:
+        page.tab.set_viewport_size({"width": width, "height": 900})
+        tab = page.open(name)
+        tab.wait_for_load_state("networkidle")
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+        raw = tab.screenshot(full_page=True)
+        pixels = np.asarray(Image.open(io.BytesIO(raw)).convert("L"))
+        assert pixels.std() > 5, f"{name} at {width} is blank"
+        assert (pixels.mean() < 110) == (scheme == "dark"), f"{name} at {width} is not {scheme}"
+        keep_photograph(raw, f"{name.removesuffix('.html').replace('/', '-')}-{width}-{scheme}")
+
+
+def keep_photograph(raw: bytes, name: str) -> None:
+    """Write a photograph into the folder named by $CYTO_PHOTOS; nothing without one."""
+    folder = os.environ.get("CYTO_PHOTOS")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.png").write_bytes(raw)

@@ -2,7 +2,6 @@
 // "Saved" is shown only when the server has answered that the verdict is on its disk.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const token = document.querySelector('meta[name="cyto-token"]').content;
 const KEYS = { meaningful: "m", not: "n", unsure: "u", a: "a", b: "b", neither: "n" };
 const BLANK = { verdict: "", name: "", notes: "", confidence: null };
@@ -11,6 +10,9 @@ let question = null;
 let at = 0;
 const drafts = new Map(); // item -> what was entered and not saved: going back and forth loses nothing
 let saving = false;
+const saved = []; // what this page saved, the last one last: {question, item, before}, for undo
+const times = []; // when, for the time that is left
+const LONGEST = 300_000; // ms for one concept; longer is a break
 
 async function post(path, content) {
   const headers = { "Content-Type": "application/json", "X-Cyto-Token": token };
@@ -24,10 +26,10 @@ async function post(path, content) {
   return answer.json();
 }
 
-function element(name, text = "", properties = {}) {
-  const made = Object.assign(document.createElement(name), properties);
-  made.textContent = text; // never innerHTML: names come from the data
-  return made;
+function made(name, text = "", properties = {}) {
+  const one = Object.assign(document.createElement(name), properties);
+  one.textContent = text; // never as markup: names come from the data
+  return one;
 }
 
 // ------------------------------------------------------------------------------------------------ begin, choose
@@ -48,7 +50,7 @@ $("begin").addEventListener("submit", async (event) => {
   for (const id of ["who", "asked", "progress", "review"]) $(id).hidden = false;
   $("atlas").hidden = !review.has_atlas;
   $("reviewer").textContent = review.reviewer;
-  $("question").append(...review.questions.map((each, number) => element("option", each.title, { value: number })));
+  $("question").append(...review.questions.map((each, number) => made("option", each.title, { value: number })));
   const open = review.questions.findIndex((each) => each.items.some(isOpen));
   choose(open < 0 ? 0 : open);
   say(Object.keys(review.verdicts).length ? "You go on where you stopped." : "Nothing has been judged under this name yet.");
@@ -59,10 +61,10 @@ $("question").addEventListener("change", () => choose(Number($("question").value
 function choose(number) {
   $("question").value = number;
   question = review.questions[number];
-  $("choices").replaceChildren(element("legend", "Verdict"), ...question.choices.map((value) => radio("choice", value, words(value), KEYS[value])));
+  $("choices").replaceChildren(made("legend", "Verdict"), ...question.choices.map((value) => radio("choice", value, words(value), KEYS[value])));
   $("confidence").replaceChildren(
-    element("legend", "How sure? (1 a guess, 5 certain)"),
-    ...[1, 2, 3, 4, 5].map((value) => radio("sure", String(value), "", String(value)))
+    made("legend", "How sure? (1 a guess, 5 certain)"),
+    ...[1, 2, 3, 4, 5].map((value) => radio("sure", String(value), String(value), ""))
   );
   show(firstOpen(0) ?? 0);
 }
@@ -73,9 +75,9 @@ function words(value) {
 }
 
 function radio(group, value, text, key) {
-  const label = element("label");
-  const input = element("input", "", { type: "radio", name: group, value, id: `${group}-${value}` });
-  label.append(input, ` ${text} `, element("kbd", key));
+  const label = made("label");
+  const input = made("input", "", { type: "radio", name: group, value, id: `${group}-${value}` });
+  label.append(input, ` ${text} `, ...(key ? [made("kbd", key)] : []));
   return label;
 }
 
@@ -102,7 +104,8 @@ function show(number) {
       ? "Is this a meaningful concept, and what is it?"
       : `Is what these images have in common specific to ${question.a} or to ${question.b}?`;
   $("facts").textContent = isOpen(item) ? "" : "Judged. Saving again replaces your verdict.";
-  $("evidence").replaceChildren(scale(item.largest), ...item.rows.flatMap((row) => [element("h3", row.title), images(row)]));
+  $("largest").textContent = item.largest.toPrecision(3);
+  $("evidence").replaceChildren(...item.rows.flatMap((row) => [made("h3", row.title), images(row)]));
   const said = drafts.get(item.item) ?? review.verdicts[item.item] ?? BLANK;
   tick("choice", said.verdict);
   tick("sure", said.confidence);
@@ -111,10 +114,20 @@ function show(number) {
   const judged = items.filter((each) => !isOpen(each)).length;
   Object.assign($("done"), { max: items.length, value: judged });
   $("counted").textContent = `${judged} of ${items.length}`;
+  $("pace").textContent = pace(items.length - judged);
+  $("undo").disabled = !saved.length;
   say(drafts.has(item.item) ? "Not saved yet." : "");
   complain("");
   $("title").focus({ preventScroll: true });
   window.scrollTo(0, 0);
+}
+
+// About how long the rest takes, from the median of the verdicts of this visit; nothing before three.
+function pace(left) {
+  const steps = times.slice(1).map((time, n) => time - times[n]).filter((step) => step < LONGEST).sort((a, b) => a - b);
+  if (steps.length < 3 || !left) return "";
+  const minutes = (left * steps[Math.floor(steps.length / 2)]) / 60_000;
+  return `about ${minutes < 1.5 ? "a minute" : `${Math.round(minutes)} minutes`} left`;
 }
 
 function tick(group, value) {
@@ -122,60 +135,57 @@ function tick(group, value) {
 }
 
 function images(row) {
-  const list = element("ol", "", { className: "images" });
+  const list = made("ol", "", { className: row.is_range ? "images range" : "images" });
   row.images.forEach((image, number) => {
     const caption = image.label ?? "";
-    const alt = `Reference image ${number + 1} of ${row.images.length}${caption && `: ${caption}`}`;
-    const overlaid = frame(image.src, "", "map");
-    overlaid.append(map(image.patches));
-    const pair = element("div", "", { className: "pair" });
-    pair.append(frame(image.src, alt, ""), overlaid);
-    const figure = element("figure");
-    figure.append(pair);
-    if (caption) figure.append(element("figcaption", caption));
-    const entry = element("li");
+    const alt = `${row.is_range ? "Example" : "Reference image"} ${number + 1} of ${row.images.length}${caption && `: ${caption}`}`;
+    const opens = made("button", "", { type: "button", ariaLabel: `${alt}, large` });
+    opens.append(...pair(image, alt, row.is_range));
+    opens.addEventListener("click", () => enlarge(row, number));
+    const figure = made("figure");
+    figure.append(opens);
+    if (caption) figure.append(made("figcaption", caption));
+    const entry = made("li");
     entry.append(figure);
     list.append(entry);
   });
   return list;
 }
 
+// The picture, and beside it the same with its map; of small examples the map alone, or the picture alone without maps.
+function pair(image, alt, isSmall) {
+  const both = made("span", "", { className: "pair-of" }), mapped = frame(image.src, "", "map");
+  mapped.append(mapCanvas(CYTO.bytes(image.patches), 1));
+  const plain = frame(image.src, alt, isSmall ? "plain" : "");
+  both.append(plain, mapped);
+  return [both];
+}
+
 function frame(src, alt, kind) {
-  const made = element("div", "", { className: `frame ${kind} ${src === null ? "empty" : ""}` });
-  made.append(src === null ? element("span", alt && "no picture") : element("img", "", { src, alt }));
-  return made;
+  const one = made("span", "", { className: `frame ${kind} ${src === null ? "empty" : ""}` });
+  one.append(src === null ? made("span", alt && "no picture") : made("img", "", { src, alt }));
+  return one;
 }
 
-// A map is a byte per patch. Colour and opacity follow the activation, as in the reference sheets.
-function map(patches) {
-  const bytes = Uint8Array.from(atob(patches), (letter) => letter.charCodeAt(0));
-  const side = Math.round(Math.sqrt(bytes.length));
-  return paint(side, side, bytes);
+// ------------------------------------------------------------------------------------------------ one image, large
+
+let large = null; // [row, number of the image]
+
+function enlarge(row, number) {
+  large = [row, number];
+  const image = row.images[number];
+  $("large-pair").replaceChildren(...pair(image, `Image ${number + 1} of ${row.images.length}`, false)[0].childNodes);
+  $("large-caption").textContent = [row.title, `${number + 1} of ${row.images.length}`, image.label ?? ""].filter(Boolean).join(", ");
+  $("large-before").disabled = number === 0;
+  $("large-after").disabled = number + 1 === row.images.length;
+  if (!$("large").open) $("large").showModal();
 }
 
-function paint(width, height, bytes) {
-  const canvas = element("canvas", "", { width, height });
-  canvas.setAttribute("aria-hidden", "true");
-  const context = canvas.getContext("2d");
-  const pixels = context.createImageData(width, height);
-  bytes.forEach((value, k) => pixels.data.set([...heat(value / 255), Math.round(value * 0.9)], 4 * k));
-  context.putImageData(pixels, 0, 0);
-  return canvas;
-}
-
-const HEAT = [[87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // of inferno, without its darkest quarter
-
-function heat(share) {
-  const place = Math.min(share * 3, 2.999);
-  const [below, above] = [HEAT[Math.floor(place)], HEAT[Math.floor(place) + 1]];
-  return below.map((value, k) => value + (above[k] - value) * (place % 1));
-}
-
-function scale(largest) {
-  const bar = element("p", "", { className: "scale" });
-  bar.append("activation: 0", paint(256, 1, Uint8Array.from({ length: 256 }, (_, k) => k)), largest.toPrecision(3));
-  return bar;
-}
+const turn = (step) => { if (large[0].images[large[1] + step]) enlarge(large[0], large[1] + step); };
+$("large-before").addEventListener("click", () => turn(-1));
+$("large-after").addEventListener("click", () => turn(1));
+$("large-close").addEventListener("click", () => $("large").close());
+$("large").addEventListener("click", (event) => { if (event.target === $("large")) $("large").close(); }); // beside it
 
 // ------------------------------------------------------------------------------------------------ enter, save
 
@@ -208,6 +218,8 @@ $("verdict").addEventListener("submit", async (event) => {
   } finally {
     wait(false);
   }
+  saved.push({ question, item, before: review.verdicts[item] ?? null });
+  times.push(Date.now());
   review.verdicts[item] = said;
   drafts.delete(item);
   const next = firstOpen(at + 1);
@@ -215,6 +227,32 @@ $("verdict").addEventListener("submit", async (event) => {
   const others = review.questions.filter((each) => each !== question && each.items.some(isOpen)).map((each) => each.title);
   say(next !== null ? "Saved." : `Saved. All ${question.items.length} are judged.${others.length ? ` Still open: ${others.join(", ")}.` : " Thank you."}`);
 });
+
+// Takes back what was saved last: the verdict before it counts again, or none does. The journal keeps all of it.
+async function undo() {
+  const last = saved.at(-1);
+  if (!last || saving) return;
+  const undone = review.verdicts[last.item];
+  wait(true);
+  say("Taking back…");
+  try {
+    if (last.before) await post("reviews", { reviewer: review.reviewer, item: last.item, ...last.before });
+    else await post("reviews/withdraw", { reviewer: review.reviewer, item: last.item });
+  } catch (error) {
+    say("");
+    return complain(`Not taken back: ${error.message}`);
+  } finally {
+    wait(false);
+  }
+  saved.pop();
+  times.pop();
+  if (last.before) review.verdicts[last.item] = last.before;
+  else delete review.verdicts[last.item];
+  drafts.set(last.item, undone); // still in the form, to be changed
+  if (last.question !== question) choose(review.questions.indexOf(last.question));
+  show(question.items.findIndex((each) => each.item === last.item));
+  say("Taken back; it is not saved any more.");
+}
 
 // Until the server has answered, nothing can be entered that its answer would then take for saved.
 function wait(is) {
@@ -229,19 +267,25 @@ const actions = {
   g: () => show(firstOpen(at + 1) ?? at),
   w: () => $("name").focus(),
   o: () => $("notes").focus(),
+  z: () => undo(),
   p: () => {
-    const hidden = $("evidence").classList.toggle("no-maps");
-    $("maps").setAttribute("aria-pressed", String(!hidden));
+    const hidden = document.body.classList.toggle("no-maps");
+    $("with-maps").setAttribute("aria-pressed", String(!hidden));
   },
   Enter: () => $("verdict").requestSubmit(),
 };
-for (const [id, key] of [["back", "ArrowLeft"], ["forward", "ArrowRight"], ["next-open", "g"], ["maps", "p"]]) {
+for (const [id, key] of [["back", "ArrowLeft"], ["forward", "ArrowRight"], ["next-open", "g"], ["with-maps", "p"], ["undo", "z"]]) {
   $(id).addEventListener("click", actions[key]);
 }
 
 document.addEventListener("keydown", (event) => {
   if (!question || saving) return;
   const target = event.target;
+  if ($("large").open) { // a dialog: Escape closes it by itself
+    const act = { ArrowLeft: () => turn(-1), ArrowRight: () => turn(1), p: actions.p }[event.key];
+    if (act) { act(); event.preventDefault(); }
+    return;
+  }
   const isText = target.matches('textarea, select, input:not([type="radio"])');
   if (isText && event.key === "Escape") $("title").focus();
   if (target.id === "notes" && event.key === "Enter" && (event.ctrlKey || event.metaKey)) actions.Enter();

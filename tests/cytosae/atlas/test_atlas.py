@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import json
@@ -11,7 +12,6 @@ import stat
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,22 @@ from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIE
 from PIL import Image
 
 from cytocache.pictures import Pictures
+from cytosae.atlas import AtlasConfig
+from cytosae.atlas import cohort as atlas_cohort
+from cytosae.atlas.build import _of_each_tenth
 from cytosae.atlas.cohort import Groups
-from cytosae.atlas.cohort_pages import _unusual
-from cytosae.atlas.concept_pages import BIN_EDGES
+from cytosae.atlas.examples import BIN_EDGES
+from cytosae.atlas.inputs import open_inputs
+from cytosae.atlas.latent_lists import unusual
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
 from cytosae.atlas.pseudonyms import hide_order
-from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
+from cytosae.atlas.questions import read_review, sent
+from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.atlas.site import Site, script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
 from cytosae.relations.patient_z import as_z, describe_others, prediction_t
+from cytosae.search import SearchConfig, search_cells
 from stores import ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows
 from stores.files import sha256_file
@@ -117,6 +123,17 @@ def who_is_who(path: Path) -> tuple[str, dict[str, str], dict[str, str]]:
     return key[1], {shown: real for shown, real in rows if not shown.startswith("image ")}, images
 
 
+def section(page: Page, name: str) -> str:
+    """The HTML of a section of a page, up to the next one with an id."""
+    return re.split(r'<section id="', page.path.read_text().split(f'<section id="{name}">')[1])[0]
+
+
+def maps_in(text: str) -> list[dict[str, str]]:
+    """The frames with a map in a piece of HTML: href, map, share."""
+    found = re.findall(r'<a href="([^"]+)" class="frame" data-map="([^"]+)" data-share="([^"]+)"', text)
+    return [dict(zip(("href", "map", "share"), one, strict=True)) for one in found]
+
+
 def headed_rows(page: Page, heading: str) -> list[list[str]]:
     """Cells of the first table behind a heading."""
     html = page.path.read_text()
@@ -172,7 +189,9 @@ def test_names_from_the_data_stay_names(atlas: Path) -> None:
         assert not {"<", ">", "&", "\u2028", "\u2029"} & {*path.read_text()}
     labels = data(atlas, "latents-1")["labels"]
     assert "<img src=x onerror=alert(2)>" in labels
-    assert DATASETS[1] in Page(atlas / "index.html").text
+    assert DATASETS[1] in Page(atlas / "latents.html").text
+    assert DATASETS[1] in data(atlas, "gallery")["datasets"]
+    assert "<img src=x onerror=alert(2)>" in Page(atlas / "index.html").text
 
 
 def test_script_data_can_end_nothing() -> None:
@@ -243,15 +262,74 @@ def test_reference_images_have_the_maps_of_the_store(atlas: Path, cohort: Cohort
     """As shares of the page's largest value, in 256 steps of the image's own largest."""
     concepts, latent = ConceptStore(cohort.root / "concepts"), shown_latents(atlas)[0]
     page = Page(atlas / "concepts" / f"{latent}.html")
-    frames = page.all("a", "frame")
+    frames = maps_in(section(page, "references"))
     top = [row for name in concepts.datasets for row in concepts.top_images(latent, name).to_pylist()]
     assert [frame["href"] for frame in frames] == [f"../images/{row['image_index']}.html" for row in top]
-    largest = max(cohort.dense[row["image_index"], 1:, latent].max() for row in top)
-    for frame, row in zip(frames, top, strict=True):
-        steps = np.frombuffer(base64.b64decode(frame["data-map"] or ""), np.uint8)
-        shares = steps / 255 * float(frame["data-share"] or 0)
-        np.testing.assert_allclose(shares, cohort.dense[row["image_index"], 1:, latent] / largest, atol=1 / 500)
-        assert row["label"] is None or row["label"] in page.text
+    more = maps_in(section(page, "deciles"))
+    images = [int(Path(frame["href"]).stem) for frame in (*frames, *more)]
+    largest = max(cohort.dense[image, 1:, latent].max() for image in images)
+    for frame, image in zip([*frames, *more], images, strict=True):
+        steps = np.frombuffer(base64.b64decode(frame["map"]), np.uint8)
+        shares = steps / 255 * float(frame["share"])
+        np.testing.assert_allclose(shares, cohort.dense[image, 1:, latent] / largest, atol=1 / 500)
+    assert all(row["label"] is None or row["label"] in page.text for row in top)
+    best = max(top, key=lambda row: row["value"])
+    assert maps_in(page.path.read_text())[0]["href"] == f"../images/{best['image_index']}.html"
+
+
+def test_examples_come_from_all_deciles_and_near_misses_lack_the_latent(atlas: Path, cohort: Cohort) -> None:
+    activation = cohort.dense.mean(axis=1)
+    n_shown = 0
+    for latent in shown_latents(atlas):
+        page = Page(atlas / "concepts" / f"{latent}.html")
+        active = np.sort(activation[activation[:, latent] > 0, latent])
+        text = page.path.read_text()
+        assert ('<section id="deciles">' in text) == (len(active) >= 20)
+        for part in section(page, "deciles").split("<li>")[1:] if len(active) >= 20 else ():
+            named = re.findall(r"<h3>(\w+)", part)[0]
+            decile = {"strongest": 10, "weakest": 1}.get(named) or int(named)
+            for frame in maps_in(part):
+                value = activation[int(Path(frame["href"]).stem), latent]
+                rank = int(np.searchsorted(active, value * (1 - 1e-6)))
+                assert rank * 10 // len(active) + 1 == decile
+                n_shown += 1
+        if '<section id="near">' in text:
+            near = section(page, "near")
+            assert "data-map" not in near
+            assert not any(activation[int(n), latent] for n in re.findall(r'href="../images/(\d+).html"', near))
+    assert n_shown > 100
+
+
+def test_a_sentence_says_what_the_page_shows(atlas: Path) -> None:
+    """Each of its parts leads to a section of the page."""
+    page = Page(atlas / "concepts" / "3.html")
+    said = " ".join(re.sub("<[^>]+>", "", page.path.read_text().split('sentence">')[1].split("</p>")[0]).split())
+    assert said.startswith("Active in ")
+    for words in ("labelled reference images", "patients", "as much in", "changing it changes the backbone's output"):
+        assert words in said
+    for latent in shown_latents(atlas):
+        found = Page(atlas / "concepts" / f"{latent}.html")
+        ids = {attributes.get("id") for _, attributes in found.elements}
+        links = [link["href"] or "" for link in found.all("a") if (link["href"] or "").startswith("#")]
+        assert len(links) >= 4
+        assert {link[1:] for link in links} <= ids
+
+
+def test_cells_like_one_are_those_of_a_search(atlas: Path, cohort: Cohort) -> None:
+    """Among the images with a page, of any patient and of others; a copy, or the image itself, is not listed."""
+    searched = SearchConfig(top=100)
+    for image in (0, 22):
+        found = search_cells(cohort.root / "barcodes", cohort.image_ids[image], searched).images
+        rows = [row for row in found if row["by"] == "fingerprint"]
+        pages_of = {int(path.stem) for path in (atlas / "images").glob("*.html")}
+        text = (atlas / "images" / f"{image}.html").read_text()
+        lists = text.split('<ul class="cells alike">')[1:]
+        assert len(lists) == 2
+        for part, wanted in zip(lists, (rows, [row for row in rows if not row["is_own_patient"]]), strict=True):
+            numbers = [int(n) for n in re.findall(r'<a href="(\d+).html"', part.split("</ul>")[0])]
+            of = {cohort.image_ids.index(row["image_id"]): row["similarity"] for row in wanted}
+            best = sorted((value for n, value in of.items() if n in pages_of), reverse=True)[:6]
+            assert [of[n] for n in numbers] == pytest.approx(best, abs=1e-5)
 
 
 def test_histograms_count_image_activations(atlas: Path, cohort: Cohort) -> None:
@@ -317,9 +395,10 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     plain, squared, log_plain, log_squared = (
         values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
     )
-    groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
-    has_page = SimpleNamespace(has_page=lambda latent: True)
-    found = _unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
+    groups = Groups(
+        np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None], np.zeros(N_LATENTS, int)
+    )
+    found = unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT)
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
     assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
@@ -331,17 +410,26 @@ def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:
     page = Page(atlas / "concepts" / "3.html")
     titles = re.findall(r"<title>([^<]*): ([\d.]+)</title>", page.path.read_text())
     assert len(titles) == len(PATIENTS)
-    rows = headed_rows(page, "The patients with the largest values")
     best = sorted(PATIENTS, key=lambda name: -barcodes[name][3])
-    assert float(rows[0][2]) == pytest.approx(barcodes[best[0]][3], rel=0.01)
-    assert rows[0][1] == DISEASES[0].replace("<", "&lt;").replace(">", "&gt;").replace("&&", "&&").replace(
-        "& co", "&amp; co"
-    )
+    first = section(page, "patients").split('<ul class="cells people">')[1].split("</li>")[0]
+    shown = " ".join(html.unescape(re.sub("<[^>]+>", " ", first)).split())
+    assert shown.startswith(" ".join(f"{best[0]} {DISEASES[0]}, ".split()))
+    assert float(shown.split()[-1]) == pytest.approx(barcodes[best[0]][3], rel=0.01)
+
+    activation = cohort.dense.mean(axis=1)[:, 3]
+    number = int(re.findall(r"patients/(\d+).html", first)[0])
+    mine = [n for n, name in enumerate(cohort.patient_of) if name == best[0]]
+    own = max(mine, key=lambda n: activation[n])
+    points = dict(re.findall(r'data-patient="(\d+)" data-cell="(\d+)"', page.path.read_text()))
+    assert points[str(number)] == str(own)
+    assert f"../pictures/{own}.jpg" in first
+    assert len(points) == len(PATIENTS)
 
 
 def test_cells_and_thumbnails(atlas: Path, cohort: Cohort) -> None:
     page = page_of(atlas, PATIENTS[1])
-    cells = [int(Path(str(found["href"])).stem) for found in page.all("a") if "images/" in str(found["href"])]
+    drawn = page.path.read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    cells = [int(number) for number in re.findall(r'<a href="../images/(\d+)\.html"', drawn)]
     assert cells == [3, 5]  # the third is unreadable
     assert thumb_place(300, 301) == {"sheet": 1, "x": 12 * 96, "y": 2 * 96, "width": 1536, "height": 288}
     assert thumb_place(300, 900)["height"] == 1536
@@ -377,8 +465,8 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert sorted(patients.values()) == sorted(PATIENTS)
     assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
     number = [*patients.values()].index(PATIENTS[1])
-    cells = [str(found["href"]) for found in Page(out / "patients" / f"{number}.html").all("a")]
-    shown = {images[Path(cell).stem] for cell in cells if cell.startswith("../images/")}
+    drawn = (out / "patients" / f"{number}.html").read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    shown = {images[cell] for cell in re.findall(r'href="\.\./images/(\d+)\.html"', drawn)}
     assert shown == {cohort.image_ids[n] for n in (3, 5)}  # the one between is unreadable
     assert sorted(map(int, images)) == [*range(len(cohort.image_ids) - 1)]
     for order in (images, patients):
@@ -523,15 +611,43 @@ def test_pictures_of_the_review_are_counted_beforehand(cohort: Cohort, atlas: Pa
     """With all of them looked at, exactly; one file is lost."""
     latents = LatentStore(cohort.root / "latents")
     images = Pictures(latents, cohort.root / "images")
-    concepts = ConceptStore(cohort.root / "concepts")
+    concepts, sources = ConceptStore(cohort.root / "concepts"), Sources([latents], [images])
+    inputs = open_inputs(cohort.root / "barcodes", cohort.root / "concepts", sources)
+    patients = atlas_cohort.Cohort(inputs.barcodes, inputs.tau, pseudonyms=None)
     asked: dict[str, Any] = {
         "selection": read_selection(concepts),
         "comparisons": [ResultStore(cohort.root / "compare", COMPARISON)],
+        "examples": lambda some: _of_each_tenth(inputs, patients, AtlasConfig(), some),
         "most": 1000,
     }
-    found = estimate_pictures(concepts, Sources([latents], [images]), ReviewConfig(), **asked)
+    found = estimate_pictures(concepts, sources, ReviewConfig(), **asked)
     sizes = [path.stat().st_size for path in (atlas / "review").iterdir()]
     assert found == (len(sizes), sum(sizes))
+
+
+def test_a_review_shows_the_whole_range_of_a_latent(cohort: Cohort, atlas: Path) -> None:
+    """An image of each tenth of its activation, the strongest first, decoys too; and a reviewer is told no dataset."""
+    content = json.loads((atlas / "review.json").read_text())
+    activation = cohort.dense.mean(axis=1)
+    picture_of = {}
+    for n in range(len(cohort.dense)):
+        with Image.open(cohort.root / "images" / f"{n:04d}.png") if n != 7 else Image.new("RGB", (1, 1)) as image:
+            picture_of[hashlib.sha256(_jpeg(np.asarray(image.convert("RGB")))).hexdigest()[:32] + ".jpg"] = n
+    n_ranges = 0
+    for latent, evidence in content["latents"].items():
+        active = np.sort(activation[activation[:, int(latent)] > 0, int(latent)])
+        if len(active) < 20:
+            assert "range" not in evidence
+            continue
+        values = [activation[picture_of.get(one["file"], 7), int(latent)] for one in evidence["range"]]
+        tenths = [int(10 * np.searchsorted(active, value) / len(active)) for value in values]
+        assert tenths == list(range(9, -1, -1))
+        n_ranges += 1
+    assert n_ranges > 10
+    review = read_review(atlas)
+    sets = sent(review, review.questions[0], "Ada", seed=0, shows_labels=False)["items"][0]["rows"]
+    assert [row.get("is_range", False) for row in sets] == [False] * (len(sets) - 1) + [True]
+    assert not any(name in row["title"] for row in sets for name in DATASETS)
 
 
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
@@ -540,7 +656,8 @@ def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
     silent = Page(tmp_path / "all" / "concepts" / "39.html")
     assert "Never active" in silent.text
     assert "No patient has a barcode above 0" in silent.text
-    assert len(Page(tmp_path / "all" / "concepts" / "0.html").all("a", "frame")) == 4  # two of each dataset
+    first = Page(tmp_path / "all" / "concepts" / "0.html")
+    assert len(maps_in(section(first, "references"))) == 4  # two of each dataset
     assert cyto(*cohort.build, tmp_path / "top", "--pages", "top", "--top", 4, "--patient-images", 0).exit_code == 0
     means = ConceptStore(cohort.root / "concepts").latents()["mean_activation"].to_numpy().reshape(2, -1).max(axis=0)
     assert shown_latents(tmp_path / "top") == sorted(np.argsort(-means, kind="stable")[:4].tolist())
@@ -555,7 +672,7 @@ def test_a_repeated_build_is_complete_and_overwrite_replaces(atlas: Path, cohort
     assert other.exit_code == 1
     assert "holds an atlas with other settings (n_images 10 against 1)" in other.stderr
     assert cyto(*cohort.build, out, "--n-images", 1, "--overwrite").exit_code == 0
-    assert len(Page(out / "concepts" / "3.html").all("a", "frame")) == 2
+    assert len(maps_in(section(Page(out / "concepts" / "3.html"), "references"))) == 2
 
 
 def test_an_atlas_without_anything_optional(cohort: Cohort, tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from atlas_maker import DATASETS, N_LATENTS, Cohort, cyto, make_cohort
-from browser import VIEWPORT, Watched, axe, chromium
+from browser import VIEWPORT, Watched, axe, chromium, photograph
 from PIL import Image
 from places import ROOT
 
-from cytosae.atlas.pictures import thumb_place
 from stores import ConceptStore, ResultStore
 from stores.spec import ATLAS, COMPARISON
 
@@ -111,10 +110,11 @@ def test_every_kind_of_page_opens_without_a_complaint(page: Watched, atlas: Path
         assert width <= 1280, f"{name} is {width} wide"
 
 
-def test_tablet(page: Watched, atlas: Path) -> None:
-    page.tab.set_viewport_size({"width": 768, "height": 1024})
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_photographs(page: Watched, atlas: Path, scheme: str) -> None:
+    """Every kind of page at the widths of a phone, a tablet and a desk; $CYTO_PHOTOS keeps them, to be looked at."""
     for name in kinds(atlas):
-        assert page.open(name).evaluate("document.documentElement.scrollWidth") <= 768, name
+        photograph(page, name, scheme=scheme)
 
 
 def test_filters_search_and_sorting_give_the_right_rows(page: Watched, cohort: Cohort, atlas: Path) -> None:
@@ -164,36 +164,36 @@ def test_filters_search_and_sorting_give_the_right_rows(page: Watched, cohort: C
 
 
 def test_scatter_shows_and_opens_what_is_under_the_pointer(page: Watched, cohort: Cohort, atlas: Path) -> None:
-    tab = page.open("index.html")
-    tab.wait_for_selector("#legend li")
+    tab = page.open("latents.html")
+    tab.wait_for_selector(".legend li")
     built = (ResultStore(atlas, ATLAS).header.summary or {})["latents"]
     tab.check("[name=built]")
     tab.fill("[name=search]", str(built[-1]))
     tab.evaluate(PICTURE)
     x, y = tab.evaluate(FIRST_POINT)
     tab.hover("#scatter", position={"x": x, "y": y})
-    assert tab.inner_text("#tip").startswith(f"latent {built[-1]}")
-    assert tab.locator("#tip image").count() == 1
+    assert tab.inner_text(".tip").startswith(f"latent {built[-1]}")
+    assert tab.locator(".tip img").count() == 1
     before = tab.evaluate(PICTURE)
-    tab.click("#zoom-in")
+    tab.click("[data-zoom=in]")
     assert tab.evaluate(PICTURE) != before
-    tab.click("#zoom-reset")
+    tab.click("[data-zoom=all]")
     assert tab.evaluate(PICTURE) == before
     tab.click("#scatter", position={"x": x, "y": y})
     tab.wait_for_url(f"**/concepts/{built[-1]}.html")
 
 
 @pytest.mark.parametrize(
-    ("name", "title", "scale"), [("index", "frequency", np.log10), ("pairs", "mean in B, ", np.sqrt)]
+    ("name", "title", "scale"), [("latents", "frequency", np.log10), ("pairs", "mean in B, ", np.sqrt)]
 )
 @pytest.mark.parametrize("button", ["in", "out"])
 def test_axes_have_round_numbers_at_their_places_at_every_zoom(
     page: Watched, atlas: Path, name: str, title: str, scale: Callable[[np.ndarray], np.ndarray], button: str
 ) -> None:
     page.tab.add_init_script(WRITTEN)
-    where = "index.html" if name == "index" else f"pairs/{next((atlas / 'pairs').glob('*.html')).name}"
+    where = "latents.html" if name == "latents" else f"pairs/{next((atlas / 'pairs').glob('*.html')).name}"
     tab = page.open(where)
-    tab.wait_for_selector("#legend li")
+    tab.wait_for_selector(".legend li")
     spans = []
     for _ in range(8):
         texts, places = zip(*tab.evaluate(AXIS, title), strict=True)
@@ -202,15 +202,13 @@ def test_axes_have_round_numbers_at_their_places_at_every_zoom(
         line = np.polynomial.Polynomial.fit(values, places, 1)
         np.testing.assert_allclose(line(values), places, atol=0.5)  # pixels
         spans.append(line.deriv()(0))
-        tab.click(f"#zoom-{button}")
+        tab.click(f"[data-zoom={button}]")
     growth = np.divide(spans[1:], spans[:-1])
     np.testing.assert_allclose(growth, 1 / 0.6 if button == "in" else 0.6, rtol=0.01)
 
 
 def test_maps_switch_on_and_off(page: Watched, cohort: Cohort) -> None:
     tab = page.open("concepts/3.html")
-    assert tab.locator(".frame canvas").count() == 0
-    tab.click("#maps")
     frames, canvases = tab.locator(".frame[data-map]").count(), tab.locator(".frame canvas").count()
     assert frames == canvases > 0
     assert tab.get_attribute("#maps", "aria-pressed") == "true"
@@ -221,6 +219,30 @@ def test_maps_switch_on_and_off(page: Watched, cohort: Cohort) -> None:
     tab.keyboard.press("m")
     assert tab.locator(".frame canvas").count() == 0
     assert tab.locator(".key").is_hidden()
+
+
+def test_the_slider_moves_between_picture_and_map(page: Watched) -> None:
+    tab = page.open("concepts/3.html")
+    assert tab.evaluate("getComputedStyle(document.querySelector('.best .map')).clipPath").endswith("0%)")
+    tab.focus(".best .wipe")
+    for _ in range(40):
+        tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("document.querySelector('.best .frame').style.getPropertyValue('--wipe')") == "40%"
+    assert tab.evaluate("getComputedStyle(document.querySelector('.best .map')).clipPath").endswith("40%)")
+
+
+def test_a_point_of_the_strip_shows_the_patients_own_best_cell(page: Watched) -> None:
+    tab = page.open("concepts/3.html")
+    point = tab.locator(".strip circle[data-cell]").last
+    point.scroll_into_view_if_needed()
+    assert tab.locator(".strips .tip").is_hidden()
+    point.hover(force=True)
+    assert tab.locator(".strips .tip").is_visible()
+    assert tab.get_attribute(".strips .tip img", "src") == f"../pictures/{point.get_attribute('data-cell')}.jpg"
+    assert tab.inner_text(".strips .tip") == point.locator("title").text_content()
+    patient = point.get_attribute("data-patient")
+    point.click(force=True)
+    tab.wait_for_url(f"**/patients/{patient}.html")
 
 
 def test_every_token_of_an_image_tells_its_latents(page: Watched, cohort: Cohort) -> None:
@@ -243,16 +265,17 @@ def test_every_token_of_an_image_tells_its_latents(page: Watched, cohort: Cohort
 def test_keys_alone_are_enough(page: Watched) -> None:
     """From the overview to a concept by its number, to its maps, to an image and through its patches."""
     tab = page.open("index.html")
-    tab.wait_for_selector("#latents tbody a")
+    tab.wait_for_selector("#cards .map")
     press_until(tab, "document.activeElement.name === 'search'")
     tab.keyboard.type("3")
-    press_until(tab, "document.activeElement.textContent === '3' && document.activeElement.tagName === 'A'")
+    press_until(tab, "document.activeElement.textContent === 'Latent 3'")
     assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/concepts/3.html")
+    assert tab.locator(".frame canvas").count() > 0
     press_until(tab, "document.activeElement.id === 'maps'")
     tab.keyboard.press("Enter")
-    assert tab.locator(".frame canvas").count() > 0
+    assert tab.locator(".frame canvas").count() == 0
     press_until(tab, "document.activeElement.classList.contains('frame')")
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/images/*.html")
@@ -280,14 +303,14 @@ def place_of(x: np.ndarray, y: np.ndarray, number: int, size: dict[str, float]) 
 def test_a_pair_lies_where_its_means_say(page: Watched, cohort: Cohort) -> None:
     """B to the right, A upwards; the tip's numbers and the colour are those of the table."""
     tab = page.open(f"pairs/{next((page.site / 'pairs').glob('*.html')).name}")
-    tab.wait_for_selector("#legend li")
+    tab.wait_for_selector(".legend li")
     table = ResultStore(cohort.root / "compare", COMPARISON).table("differential")
     a, b, q = (table[name].to_numpy(zero_copy_only=False).astype(float) for name in ("mean_a", "mean_b", "q"))
     assert q[3] <= 0.05
     assert a[3] > b[3]
     x, y = place_of(np.sqrt(b), np.sqrt(a), 3, tab.locator("#pair").bounding_box())
     tab.hover("#pair", position={"x": x + 1, "y": y + 1})
-    told = tab.inner_text("#tip").splitlines()
+    told = tab.inner_text(".tip").splitlines()
     assert told[0] == "latent 3"
     assert [float(number) for number in told[1].replace("A ", "").replace("B ", "").split(", ")] == pytest.approx(
         [a[3], b[3]], rel=0.01
@@ -296,19 +319,16 @@ def test_a_pair_lies_where_its_means_say(page: Watched, cohort: Cohort) -> None:
     assert tab.evaluate(at, [round(x), round(y)])[:3] == pytest.approx([0, 114, 178], abs=2), "higher in A"
 
 
-def test_the_overview_shows_a_latent_where_it_is_with_its_own_picture(page: Watched, cohort: Cohort) -> None:
-    tab = page.open("index.html")
-    tab.wait_for_selector("#legend li")
+def test_the_scatter_shows_a_latent_where_it_is_with_its_own_picture(page: Watched, cohort: Cohort) -> None:
+    tab = page.open("latents.html")
+    tab.wait_for_selector(".legend li")
     first = ConceptStore(cohort.root / "concepts").datasets[0]
     with np.errstate(divide="ignore"):  # one is never active
         x, y = (np.log10(statistics(cohort, first, name)) for name in ("frequency", "mean_activation"))
-    references = ConceptStore(cohort.root / "concepts").top_images(3, first)["image_index"].to_pylist()
-    pages = sorted(int(path.stem) for path in (page.site / "images").glob("*.html"))
     at = place_of(x, y, 3, tab.locator("#scatter").bounding_box())
     tab.hover("#scatter", position={"x": at[0] + 1, "y": at[1] + 1})
-    assert tab.inner_text("#tip").startswith("latent 3\n")
-    thumb = thumb_place(pages.index(references[0]), len(pages))
-    assert tab.get_attribute("#tip svg", "viewBox") == f"{thumb['x']} {thumb['y']} 96 96"
+    assert tab.inner_text(".tip").startswith("latent 3\n")
+    assert str(tab.get_attribute(".tip img", "src")).endswith("cards/3.jpg")
 
 
 def test_undefined_values_come_last_and_clear_clears(page: Watched, cohort: Cohort) -> None:
@@ -372,14 +392,14 @@ def test_an_image_shows_sums_cls_and_the_map_of_the_latent(page: Watched, cohort
 
 def test_maps_of_one_page_are_on_one_scale(page: Watched, cohort: Cohort) -> None:
     tab = page.open("concepts/3.html")
-    tab.click("#maps")
     found = tab.evaluate(
         """() => [...document.querySelectorAll(".frame canvas")].map((canvas) => {
             const { data } = canvas.getContext("2d").getImageData(0, 0, 16, 16);
             return Math.max(...data.filter((_, n) => n % 4 === 3));
         })"""
     )
-    images = [int(str(frame.get_attribute("href")).split("/")[-1][:-5]) for frame in tab.locator(".frame").all()]
+    frames = tab.locator(".frame[data-map]").all()
+    images = [int(str(frame.get_attribute("href")).split("/")[-1][:-5]) for frame in frames]
     largest = cohort.dense[images, 1:, 3].max(axis=1)
     np.testing.assert_allclose(np.array(found) / max(found), largest / largest.max(), atol=0.02)
 
@@ -399,8 +419,6 @@ def test_an_accessibility_checker_finds_nothing(page: Watched, browser: Any, atl
         context = browser.new_context(bypass_csp=True)  # the checker is not the atlas's own script
         tab = context.new_page()
         tab.goto(f"{atlas.as_uri()}/{name}")
-        if tab.locator("#maps").count():
-            tab.click("#maps")
         tab.wait_for_timeout(200)
         tab.evaluate(source)
         found = tab.evaluate("axe.run()")["violations"]
@@ -416,10 +434,10 @@ def test_screenshots(browser: Any, atlas: Path, tmp_path: Path) -> None:
     concept = (ResultStore(site, ATLAS).header.summary or {})["selection"][0]
     watched = Watched(browser, site)
     tab = watched.open("index.html")
-    tab.wait_for_selector("#latents[aria-busy=false]")
+    tab.wait_for_selector("#cards .map")
+    tab.wait_for_load_state("networkidle")
     tab.screenshot(path=tmp_path / "atlas-overview.png")
     tab = watched.open(f"concepts/{concept}.html")
-    tab.click("#maps")
     tab.wait_for_load_state("networkidle")
     tab.screenshot(path=tmp_path / "atlas-concept.png")
     for name in ("atlas-overview.png", "atlas-concept.png"):

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import axe, chromium
+from browser import WIDTHS, axe, chromium, keep_photograph
 from review_client import start
 from review_site import make_site
 
 from cytosae.atlas import read_verdicts
+from cytosae.atlas.reviews import current
 
 pytestmark = pytest.mark.browser
 
@@ -188,7 +189,8 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
             "(c) => [...c.getContext('2d').getImageData(0, 0, 16, 16).data].filter((_, k) => k % 4 === 3)"
         )
         assert alphas == page.evaluate(
-            "(text) => [...atob(text)].map((letter) => Math.round(letter.charCodeAt(0) * 0.9))", item["patches"]
+            "(text) => [...Uint8ClampedArray.from(atob(text), (one) => 255 * 0.85 * (one.charCodeAt(0) / 255))]",
+            item["patches"],
         )
         page.keyboard.press("p")
         assert not canvas.is_visible()
@@ -205,6 +207,88 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         assert answer in ("opaque", "TypeError: Failed to fetch")
         page.troubles.clear()
         assert not list((tmp_path / "atlas.reviews").glob("*.jsonl"))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_undo_takes_back_what_is_on_the_disk(made: Path, tmp_path: Path, page: Any) -> None:
+    """Of a first verdict nothing counts then; of a changed one the verdict before it."""
+    make_site(made, tmp_path)
+    process, port = start(tmp_path / "atlas")
+
+    def counting() -> list[str]:
+        return [verdict.verdict for verdict in current(read_verdicts(tmp_path / "atlas.reviews")).values()]
+
+    try:
+        begin(page, port)
+        assert page.locator("#undo").is_disabled()
+        page.keyboard.press("m")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        assert counting() == ["meaningful"]
+        page.keyboard.press("z")
+        page.get_by_text("Taken back; it is not saved any more.").wait_for()
+        assert page.get_by_role("heading", name="Concept 1 of ").is_visible()
+        assert page.locator("#choice-meaningful").is_checked(), "it can be changed"
+        assert page.locator("#counted").inner_text() == "0 of 6"
+        assert counting() == []
+        page.keyboard.press("n")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("u")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Concept 2 of ").wait_for()
+        assert counting() == ["unsure"]
+        page.keyboard.press("z")
+        page.get_by_text("Taken back; it is not saved any more.").wait_for()
+        assert counting() == ["not"]
+        page.reload()
+        begin(page, port)
+        assert page.get_by_role("heading", name="Concept 2 of ").is_visible(), "the first is judged"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_picture_opens_large_beside_its_map(made: Path, tmp_path: Path, page: Any) -> None:
+    make_site(made, tmp_path)
+    process, port = start(tmp_path / "atlas")
+    try:
+        begin(page, port)
+        page.locator(".images button").first.focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#large").is_visible()
+        assert page.locator("#large-pair canvas").count() == 1
+        first = page.get_attribute("#large-pair img >> nth=0", "src")
+        page.keyboard.press("ArrowRight")
+        assert page.get_attribute("#large-pair img >> nth=0", "src") != first
+        assert page.get_by_role("heading", name="Concept 1 of ", include_hidden=True).count() == 1
+        page.keyboard.press("m")
+        page.keyboard.press("Escape")
+        assert not page.locator("#large").is_visible()
+        assert not page.locator("#choice-meaningful").is_checked(), "keys of the verdict rest meanwhile"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_photographs(made: Path, tmp_path: Path, browser: Any, scheme: str) -> None:
+    """At the widths of a phone, a tablet and a desk: nothing is wider, and on a tablet the verdict is in view."""
+    make_site(made, tmp_path)
+    process, port = start(tmp_path / "atlas")
+    try:
+        for width in WIDTHS:
+            tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            begin(tab, port, f"Ada {width}")
+            tab.wait_for_load_state("networkidle")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            box = tab.locator("#save").bounding_box()
+            assert width < 600 or box["y"] + box["height"] <= 900
+            keep_photograph(tab.screenshot(), f"review-{width}-{scheme}")
+            tab.close()
     finally:
         process.kill()
         process.communicate()

@@ -35,7 +35,15 @@ from cytosae.atlas.reviewer_agreement import (
     weighted_share,
     wilson,
 )
-from cytosae.atlas.reviews import Verdict, current, journal, new_verdict, save_verdict, write_verdict_table
+from cytosae.atlas.reviews import (
+    Verdict,
+    current,
+    journal,
+    new_verdict,
+    save_verdict,
+    withdrawal,
+    write_verdict_table,
+)
 from cytosae.maps import Sources
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch
 from stores.tables import csv_bytes
@@ -258,6 +266,30 @@ def test_journal_round_trip(review: Review, tmp_path: Path) -> None:
     assert (last.verdict, last.name, last.notes, last.confidence) == ("meaningful", "n1", "two\nlines", 5)
 
 
+def test_a_withdrawn_verdict_counts_nowhere_and_stays_in_the_journal(review: Review, tmp_path: Path) -> None:
+    """An older program refuses the journal, since it would count the withdrawal as a verdict."""
+    first, second = (item.item for item in review.questions[0].items[:2])
+    save_verdict(tmp_path, say(review, "Ada", first, "meaningful", name="monocytes"))
+    save_verdict(tmp_path, say(review, "Ada", second, "not"))
+    save_verdict(tmp_path, withdrawal({"reviewer": "Ada", "item": first}, review, is_blinded=True))
+    found = read_verdicts(tmp_path)
+    assert [verdict.verdict for verdict in found] == ["meaningful", "not", ""]
+    assert {item for _, item in current(found)} == {second}
+    lines = [json.loads(line) for line in journal(tmp_path, "Ada").read_text().splitlines()]
+    assert [line["version"] for line in lines] == [1, 1, 2]
+    assert verdict_table(found, review)["item"].to_pylist() == [second]
+    history = verdict_table(found, review, history=True).to_pylist()
+    assert [(row["verdict"], row["is_current"]) for row in history] == [
+        ("meaningful", False),
+        ("not", True),
+        ("", False),
+    ]
+    save_verdict(tmp_path, say(review, "Ada", first, "unsure"))
+    assert current(read_verdicts(tmp_path))["Ada", first].verdict == "unsure"
+    with pytest.raises(BadInput, match="does not ask about that item"):
+        withdrawal({"reviewer": "Ada", "item": "0" * 16}, review, is_blinded=True)
+
+
 def test_a_verdict_is_synced_before_it_counts_as_saved(review: Review, tmp_path: Path, monkeypatch: Any) -> None:
     """The line is in the file when it is synced, and so are the names of file and folder."""
     import os
@@ -304,8 +336,8 @@ def test_journals_that_no_server_wrote(review: Review, tmp_path: Path) -> None:
         path.write_text(good + (line if isinstance(line, str) else json.dumps(line)) + "\n")
         with pytest.raises(DamagedStore, match=words):
             read_verdicts(tmp_path)
-    path.write_text(good + json.dumps({**record, "version": 2}) + "\n")
-    with pytest.raises(SpecMismatch, match=r"reviews version 2 are newer than this cyto; upgrade cyto"):
+    path.write_text(good + json.dumps({**record, "version": 3}) + "\n")
+    with pytest.raises(SpecMismatch, match=r"reviews version 3 are newer than this cyto; upgrade cyto"):
         read_verdicts(tmp_path)
 
 

@@ -19,16 +19,20 @@ from search_cells import draw_cells, write_search_barcodes
 import cytocache.bridge
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.search import (
+    Fingerprints,
     SearchConfig,
     SearchEvaluationConfig,
     SearchResult,
     evaluate_search,
+    nearest_among,
+    rarity,
     search_cells,
     token_index,
 )
 from cytosae.search import scan as scanning
 from cytosae.search.scan import blocks_of
 from stores import SEARCH, ActivationStore, ResultStore
+from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.verify_any import verify_folder
 
@@ -114,6 +118,46 @@ def test_a_search_equals_plain_loops(cells: Cells, barcodes: Path, k: int, weigh
     w = weights_of(cells[0], 239) if weigh == "rarity" else [1.0] * 80
     assert (found.n_images, found.n_copies) == (239, 1)
     assert [row["latent"] for row in found.latents] == [*list_of(cells[1][0], w, k)]
+
+
+@pytest.mark.parametrize("at_once", [7, 1024])
+def test_all_images_at_once_find_what_each_finds_alone(
+    cells: Cells, barcodes: Path, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among some of the images: of any patient, and of other patients; copies are not listed for each other."""
+    monkeypatch.setattr("cytosae.search.together._AT_ONCE", at_once)
+    images, store = cells[3], BarcodeStore(barcodes)
+    weights = rarity(store, None, 239)
+    assert weights == pytest.approx(weights_of(cells[0], 239))
+    fingerprints = Fingerprints.empty(240, 6)
+    reader = store.matrix("image", None, "mean")
+    for first, last in ((0, 100), (100, 240)):
+        fingerprints.fill(first, reader.read_rows(first, last), weights)
+    some = np.random.default_rng(1).permutation(240)[:150]
+    patients = images["patient"].to_numpy(object)[some]
+    owner = np.array([-1 if name == "" else int(name[1:]) for name in patients])
+    content = np.unique(images["content_hash"].to_numpy(str)[some], return_inverse=True)[1]
+    found, scores = nearest_among(fingerprints.take(some), owner, content, top=5)
+    lists = vectors(cells, 6, True)["fingerprint"]
+    for place, image in enumerate(some):
+        values = [cosine(lists[image], lists[other]) for other in some]
+        for kind in range(2):
+            known = [
+                at for at in range(150)
+                if at != place and content[at] != content[place] and values[at] > 1e-9
+                and not (kind and owner[at] == owner[place] >= 0)
+            ]  # fmt: skip
+            known.sort(key=lambda at: (-round(values[at], 6), at))
+            n = int((found[place, kind] >= 0).sum())
+            assert n == min(5, len(known))
+            assert scores[place, kind, :n] == pytest.approx([values[at] for at in known[:n]], abs=1e-5)
+            assert (np.diff(scores[place, kind]) <= 0).all()
+            assert [values[at] for at in found[place, kind, :n]] == pytest.approx(scores[place, kind, :n], abs=1e-5)
+            assert {*found[place, kind, :n]} <= {*known}
+    of_two = nearest_among(fingerprints.take(some), owner, content, top=5, queries=np.array([8, 3]))
+    assert (of_two[0] == found[[8, 3]]).all()
+    assert (of_two[1] == scores[[8, 3]]).all()
+    assert nearest_among(fingerprints.take(some), owner, content, top=0)[0].shape == (150, 2, 0)
 
 
 @pytest.mark.stress

@@ -1,0 +1,48 @@
+"""The patch maps of the images on concept pages: written image by image, read latent by latent, in a file meanwhile."""
+
+import base64
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+Maps8 = npt.NDArray[np.uint8]
+
+
+class Maps:
+    """A map for each image of each latent, quantised to 8 bits relative to its own largest value.
+
+    They lie in an unnamed temporary file, a byte for each patch: 160 MB for 49,152 latents with 10 images of 256
+    patches. A map that was never set is 0.
+    """
+
+    def __init__(self, n_maps: int, n_patches: int, folder: Path | None = None) -> None:
+        """`folder`: where the file lies; None: in the folder of temporary files."""
+        self.largest = np.zeros(n_maps, np.float32)
+        self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
+        self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
+        self.n_patches = n_patches
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self.close = weakref.finalize(self, self._file.close)  # the file is gone with this object at the latest
+        self._file.truncate(n_maps * n_patches)
+
+    def set(self, number: int, patches: npt.NDArray[np.float32], *, aspect: float = 1.0) -> None:
+        """Store a map."""
+        self.aspect[number] = aspect
+        largest = patches.max(initial=0)
+        self.largest[number] = largest
+        steps = np.round(patches / (largest or 1) * 255).astype(np.uint8)
+        os.pwrite(self._file.fileno(), steps.tobytes(), number * self.n_patches)
+
+    def read(self, first: int, n_maps: int) -> Maps8:
+        """(n_maps, n_patches) maps that follow each other."""
+        raw = os.pread(self._file.fileno(), n_maps * self.n_patches, first * self.n_patches)
+        return np.frombuffer(raw, np.uint8).reshape(n_maps, self.n_patches)
+
+
+def packed_map(steps: Maps8) -> str:
+    """A map as base64, one byte for each patch."""
+    return base64.b64encode(steps.tobytes()).decode()

@@ -1,0 +1,209 @@
+"""What the overview says of every concept with a page: one row of short columns each, over all datasets together.
+
+A page of ten thousand cards reads these columns once (some ten bytes for each), and the maps of those in view.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.sparse as ss
+
+from .cards import card_images
+from .cohort import Cohort
+from .concept_maps import Maps
+from .concept_pages import pair_of
+from .inputs import Inputs
+from .opinions import NOT_ASKED, OPEN, VERDICTS
+from .plan import Ints, Plan
+from .site import Site, packed, plain_text
+
+MAPS_PER_FILE = 16  # a card in view brings those of 15 others: some kilobytes
+LEAST_LABELLED = 5  # reference images with a label, below which a concept has no specificity
+NEVER = 255  # in a column of bytes: there is none
+_UNDEFINED = 65535  # in a column of 16 bits
+_MOST_PAIRS = 255
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """Columns with a row for each latent of the plan, in its order."""
+
+    images: list[Ints]  # of `card_images`
+    frequency: npt.NDArray[np.float64]  # share of all readable images in which it is active
+    mean: npt.NDArray[np.float64]  # image activation, over the images in which it is active; 0: never active
+    labels: Sequence[str]  # of all reference images, sorted
+    label: Ints  # number of the label with the largest share of their activation; -1: none has a label
+    share: npt.NDArray[np.float64]  # of that label, of the activation of all reference images
+    specificity: npt.NDArray[np.float64]  # nats, see `specificities`; NaN: too few labels
+    dataset: Ints  # number of the dataset with the strongest image; -1: never active
+    pair: Ints  # number of the comparison with the smallest q; -1: in none, or not tested
+    g: npt.NDArray[np.float64]  # Hedges' g there
+    q: npt.NDArray[np.float64]
+    verdict: npt.NDArray[np.uint8]  # number in `VERDICTS` of opinions.py
+    names: dict[int, str]  # position -> the name that experts gave, or `cyto concept describe` tested
+
+
+def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
+    """The columns of all concepts; memory grows with the concepts, and not with concepts times labels."""
+    images = card_images(plan)
+    n_active, frequency, mean = _activity(inputs, plan)
+    labels, label, share, specificity = _labels(cohort, plan)
+    best = np.array([int(numbers[0]) if len(numbers) else -1 for numbers in images], np.int64)
+    dataset = np.where(best >= 0, np.append(plan.references.dataset, -1)[best], -1)
+    pair, g, q = _differences(inputs, plan)
+    verdict, names = _opinions(inputs, plan)
+    return Gallery(
+        images=images,
+        frequency=frequency,
+        mean=np.where(n_active > 0, mean, 0),
+        labels=labels,
+        label=label,
+        share=share,
+        specificity=specificity,
+        dataset=dataset,
+        pair=pair,
+        g=g,
+        q=q,
+        verdict=verdict,
+        names=names,
+    )
+
+
+def _activity(inputs: Inputs, plan: Plan) -> tuple[Any, Any, Any]:
+    """Images in which each is active, their share of all, and the mean activation in them; over all datasets."""
+    n_readable = sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset)
+    n_active, total = np.zeros((2, len(plan.latents)))
+    for dataset in inputs.concepts.datasets:
+        table = inputs.concepts.latents(dataset)
+        n_images = table["n_images"].to_numpy()[plan.latents]
+        n_active += n_images
+        total += n_images * table["mean_activation"].to_numpy()[plan.latents]
+    return n_active, n_active / max(1, n_readable), total / np.maximum(1, n_active)
+
+
+def _labels(cohort: Cohort, plan: Plan) -> tuple[list[str], Ints, Any, Any]:
+    references, n_latents = plan.references, len(plan.latents)
+    labels = sorted({*references.label} - {""})
+    if not labels:
+        nothing = np.full(n_latents, np.nan)
+        return [], np.full(n_latents, -1, np.int64), nothing, nothing
+    number = {name: n for n, name in enumerate(labels)}
+    code = np.array([number.get(name, -1) for name in references.label], np.int64)
+    at = np.searchsorted(plan.latents, references.latent)
+    is_labelled = code >= 0
+    place = (at[is_labelled], code[is_labelled])
+    weights = ss.csr_matrix((references.value[is_labelled], place), (n_latents, len(labels)))
+    counts = np.bincount(at[is_labelled], minlength=n_latents)
+    base = np.zeros(len(labels))
+    for name, is_readable in zip(cohort.labels, cohort.is_readable.tolist(), strict=True):
+        if is_readable and name in number:
+            base[number[name]] += 1
+    label = np.where(counts > 0, np.asarray(weights.argmax(axis=1)).ravel(), -1)
+    total = np.bincount(at, references.value, n_latents)
+    largest = weights.max(axis=1).toarray().ravel()
+    share = np.divide(largest, total, out=np.full(n_latents, np.nan), where=(total > 0) & (counts > 0))
+    found = specificities(weights, base / max(1.0, base.sum()))
+    found[counts < min(LEAST_LABELLED, int(counts.max(initial=0)))] = np.nan
+    return labels, label.astype(np.int64), share, found
+
+
+def specificities(weights: ss.csr_matrix, base: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How far the labels of each concept's images are from those of all images: Kullback-Leibler divergence, nats.
+
+    0: its images have labels as all images have; the rarer the label that they share, the larger.
+
+    Parameters
+    ----------
+    weights : (concepts, labels) activation of its reference images with each label
+    base : (labels,) share of each label of all readable images with a label
+    """
+    rows = weights.tocsr()
+    total = np.repeat(np.asarray(rows.sum(axis=1)).ravel(), np.diff(rows.indptr))
+    part = np.divide(rows.data, total, out=np.zeros_like(rows.data), where=total > 0)
+    known = (part > 0) & (base[rows.indices] > 0)
+    terms = np.zeros_like(part)
+    terms[known] = part[known] * np.log(part[known] / base[rows.indices][known])
+    owner = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
+    return np.maximum(0, np.bincount(owner, terms, rows.shape[0]))
+
+
+def _differences(inputs: Inputs, plan: Plan) -> tuple[Ints, Any, Any]:
+    """Of each latent the comparison in which its q is smallest; of equal ones that with the larger difference."""
+    pair, g, q = np.full(len(plan.latents), -1, np.int64), *np.full((2, len(plan.latents)), np.nan)
+    for number in range(min(len(inputs.comparisons), _MOST_PAIRS)):
+        table = inputs.comparison_table(number)
+        its_g, its_q = (table[name].to_numpy(zero_copy_only=False)[plan.latents] for name in ("hedges_g", "q"))
+        is_better = ~np.isnan(its_q) & (
+            np.isnan(q) | (its_q < q) | ((its_q == q) & (np.abs(np.nan_to_num(its_g)) > np.abs(np.nan_to_num(g))))
+        )
+        pair[is_better], g[is_better], q[is_better] = number, its_g[is_better], its_q[is_better]
+    return pair, g, q
+
+
+def _opinions(inputs: Inputs, plan: Plan) -> tuple[npt.NDArray[np.uint8], dict[int, str]]:
+    """The verdict on each latent, and the names that were given, by position."""
+    latents, opinions = plan.latents.tolist(), inputs.opinions or {}
+    asked = {*plan.selection}
+    said = [opinions[n].verdict if n in opinions else OPEN if n in asked else NOT_ASKED for n in latents]
+    tested = inputs.evidence.names
+    names: dict[int, str] = {}
+    for at, latent in enumerate(latents):
+        given = opinions[latent].name if latent in opinions else ""
+        others = () if tested is None else tested.of(latent)
+        if given or others:
+            names[at] = given or others[0].name  # of experts, else the one that told the images apart best
+    return np.array([VERDICTS.index(one) for one in said], np.uint8), names
+
+
+def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, gallery: Gallery, maps: Maps) -> None:
+    """Write data/gallery.js, and in data/maps-<n>.js the maps of the cards, `MAPS_PER_FILE` in each."""
+    largest = float(gallery.mean.max(initial=0))
+    number = np.uint16 if inputs.n_latents <= 1 << 16 else np.uint32
+    code = np.uint8 if len(gallery.labels) < NEVER else np.uint16
+    no_label = NEVER if code is np.uint8 else _UNDEFINED
+    columns: dict[str, npt.NDArray[Any]] = {
+        "latents": plan.latents.astype(number),
+        "frequency": gallery.frequency.astype(np.float16),
+        "mean": (gallery.mean / (largest or 1)).astype(np.float16),
+        "has_picture": np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8),
+        "verdict": gallery.verdict,
+    }
+    if gallery.labels:
+        columns["label"] = np.where(gallery.label >= 0, gallery.label, no_label).astype(code)
+        columns["share"] = np.round(254 * np.nan_to_num(gallery.share)).astype(np.uint8)
+        columns["specificity"] = gallery.specificity.astype(np.float16)  # NaN stays
+    if len(inputs.concepts.datasets) > 1:
+        columns["dataset"] = np.where(gallery.dataset >= 0, gallery.dataset, NEVER).clip(0, NEVER).astype(np.uint8)
+    if inputs.comparisons:
+        columns["pair"] = np.where(gallery.pair >= 0, gallery.pair, NEVER).astype(np.uint8)
+        columns["g"] = (
+            np.nan_to_num(np.round(100 * gallery.g), nan=0.0, posinf=32000, neginf=-32000)
+            .clip(-32000, 32000)
+            .astype(np.int16)
+        )
+        columns["q"] = gallery.q.astype(np.float16)
+    pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
+    site.data(
+        "gallery",
+        {
+            **{name: packed(values) for name, values in columns.items()},
+            "largest": largest,
+            "labels": [plain_text(name) for name in gallery.labels],
+            "no_label": no_label,
+            "datasets": [plain_text(name) for name in inputs.concepts.datasets],
+            "pairs": [{key: plain_text(text) for key, text in pair.items()} for pair in pairs],
+            "names": [[at, plain_text(name)] for at, name in gallery.names.items()],
+        },
+    )
+    for first in range(0, len(plan.latents), MAPS_PER_FILE):
+        chosen = [int(numbers[0]) if len(numbers) else -1 for numbers in gallery.images[first : first + MAPS_PER_FILE]]
+        blank = np.zeros(maps.n_patches, np.uint8)
+        steps = [maps.read(n, 1)[0] if n >= 0 else blank for n in chosen]
+        shapes = [maps.aspect[n] if n >= 0 else 1.0 for n in chosen]
+        site.data(
+            f"maps-{first // MAPS_PER_FILE}",
+            {"maps": packed(np.concatenate(steps)), "aspect": packed(np.array(shapes, np.float32))},
+        )

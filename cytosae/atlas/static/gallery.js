@@ -1,0 +1,251 @@
+// The overview: which concepts are shown, in which order, what their cards say, and the plot beside them.
+"use strict";
+
+const MAPS_PER_FILE = 16; // as in gallery.py
+const NEVER = 255;
+const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
+const IS_DIFFERENT = 0.05; // q
+const COLORED = 7; // labels with a colour of their own, in the plot and on the cards
+
+// The columns of all concepts, unpacked; undefined is NaN or -1.
+async function readGallery() {
+  const data = await CYTO.load("gallery"), columns = {};
+  for (const [name, value] of Object.entries(data)) columns[name] = value?.dtype ? CYTO.unpack(value) : value;
+  columns.mean = columns.mean.map((value) => value * data.largest);
+  columns.share = columns.share?.length ? Float32Array.from(columns.share, (value) => value / 254) : null;
+  columns.g = columns.g ? Float32Array.from(columns.g, (value) => value / 100) : null;
+  columns.name = new Map(data.names);
+  return columns;
+}
+
+function startGallery() {
+  if ($("find")) readGallery().then(openGallery);
+}
+
+function openGallery(data) {
+  const form = $("find"), field = form.elements, n = data.latents.length;
+  const state = { box: null, pair: null, shown: [] }; // pair: the columns of a chosen comparison, by position
+  const labelOf = (at) => (data.label && data.label[at] !== data.no_label ? data.label[at] : -1);
+  const titleOf = (at) => data.name.get(at) ?? `Latent ${data.latents[at]}`;
+
+  // ------------------------------------------------------------------------------------------- differences
+  // Of the chosen comparison, or else of the one in which the concept differs most: [q, g, comparison]; null: not tested.
+  function difference(at) {
+    if (state.pair) return Number.isNaN(state.pair.q[at]) ? null : [state.pair.q[at], state.pair.g[at], state.pair.number];
+    return !data.pair || data.pair[at] === NEVER ? null : [data.q[at], data.g[at], data.pair[at]];
+  }
+
+  function side(g, number) {
+    const pair = data.pairs[number];
+    if (pair.b === "all others") return `${g > 0 ? "higher" : "lower"} in ${pair.a}`;
+    return `higher in ${g > 0 ? pair.a : pair.b}`;
+  }
+
+  function higher(at) {
+    if (!data.pair || data.pair[at] === NEVER || !(data.q[at] <= IS_DIFFERENT)) return "";
+    return side(data.g[at], data.pair[at]);
+  }
+
+  // ------------------------------------------------------------------------------------------- chips
+  const byCount = (codes, names, none) => {
+    const counts = new Map();
+    for (const code of codes) if (code !== none) counts.set(code, (counts.get(code) ?? 0) + 1);
+    return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a - b).map((code) => [names[code], names[code]]);
+  };
+  const groups = [];
+  if (data.label) groups.push({ name: "label", title: "Label", values: byCount(data.label, data.labels, data.no_label), of: (at) => data.labels[labelOf(at)] ?? "" });
+  if (data.pair) {
+    const sides = [...new Set(Array.from({ length: n }, (_, at) => higher(at)))].filter(Boolean).sort();
+    if (sides.length) groups.push({ name: "in", title: "Disease", hint: `differs, q at most ${IS_DIFFERENT}`, values: sides.map((one) => [one, one]), of: higher });
+  }
+  if (data.dataset) groups.push({ name: "dataset", title: "Dataset", values: byCount(data.dataset, data.datasets, NEVER), of: (at) => data.datasets[data.dataset[at]] ?? "" });
+  const common = data.label ? byCount(data.label, data.labels.map((_, code) => code), data.no_label).map(([code]) => code).slice(0, COLORED) : [];
+  const verdictOf = (at) => VERDICTS[data.verdict[at]];
+  const kinds = [...new Set(Array.from({ length: n }, (_, at) => verdictOf(at)))];
+  if (kinds.length > 1) groups.push({ name: "verdict", title: "Review", values: VERDICTS.slice(1).filter((one) => kinds.includes(one)).map((one) => [one, one]), of: verdictOf });
+  if (data.name.size) groups.push({ name: "named", title: "Name", values: [["yes", "with a name"]], of: (at) => (data.name.has(at) ? "yes" : "") });
+  const chips = new Chips($("chips"), groups, () => update());
+
+  // ------------------------------------------------------------------------------------------- cards
+  const mapsOn = () => $("maps").getAttribute("aria-pressed") === "true";
+  const ready = new Map(); // file of maps -> its columns, when they are there
+
+  async function showCardMap(shot, at) {
+    const file = Math.floor(at / MAPS_PER_FILE);
+    if (!ready.has(file)) {
+      const found = await CYTO.load(`maps-${file}`);
+      ready.set(file, { maps: CYTO.unpack(found.maps), aspect: CYTO.unpack(found.aspect) });
+    }
+    if (shot.dataset.at !== String(at) || !mapsOn() || shot.querySelector(".map")) return; // shows another one by now
+    const { maps, aspect } = ready.get(file), size = maps.length / aspect.length, place = at % MAPS_PER_FILE;
+    const steps = maps.subarray(place * size, (place + 1) * size), cover = steps.reduce((sum, step) => sum + step, 0) / (255 * size);
+    const layer = element("span", { class: "map", "aria-hidden": "true" }, mapCanvas(steps, 1));
+    layer.firstChild.style.opacity = 1 - 0.45 * cover; // a map that is everywhere must not hide its cell
+    const wide = aspect[place], inset = (part) => `${50 - 50 * part}%`; // the picture lies in the middle of its square
+    layer.style.inset = wide > 1 ? `${inset(1 / wide)} 0` : `0 ${inset(wide)}`;
+    shot.querySelector(".first").append(layer);
+  }
+
+  function fill(card, at) {
+    const latent = data.latents[at], shot = card.querySelector(".shot"), link = card.querySelector("h2 a"), label = labelOf(at);
+    shot.dataset.at = at;
+    shot.replaceChildren(...(data.has_picture[at] ? [element("img", { src: `cards/${latent}.jpg`, alt: "", width: 288, height: 192, decoding: "async" }), element("span", { class: "first" })] : []));
+    link.href = `concepts/${latent}.html`;
+    link.textContent = titleOf(at);
+    card.querySelector(".of").textContent = data.name.has(at) ? latent : "";
+    const line = card.querySelector(".label");
+    line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
+    const bar = card.querySelector(".bar rect");
+    bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
+    bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
+    const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
+    card.querySelector(".often").replaceChildren(data.frequency[at] ? `in ${share(data.frequency[at])} of images` : "never active", ...verdict);
+    card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
+    if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
+  }
+
+  function effect(at) {
+    const found = difference(at);
+    if (!found) return "difference not tested";
+    return found[0] <= IS_DIFFERENT ? `${side(found[1], found[2])}, q ${short(found[0])}` : `no clear difference, q ${short(found[0])}`;
+  }
+
+  const shelf = new Shelf($("cards"), fill);
+  document.addEventListener("maps", () => {
+    for (const layer of document.querySelectorAll("#cards .map")) layer.remove();
+    if (mapsOn()) for (const shot of document.querySelectorAll("#cards .shot")) if (shot.firstChild) showCardMap(shot, Number(shot.dataset.at));
+  });
+
+  // ------------------------------------------------------------------------------------------- order and filters
+  const number = (name, otherwise) => (!field[name] || field[name].value === "" ? otherwise : Number(field[name].value));
+
+  // Smaller first; NaN last.
+  function keys() {
+    const sort = field.sort.value;
+    const of = {
+      specific: (at) => -data.specificity[at],
+      mean: (at) => -data.mean[at],
+      frequency: (at) => -data.frequency[at],
+      mixed: (at) => data.specificity[at],
+      open: (at) => [4, 0, 2, 2, 1, 1][VERDICTS.indexOf(verdictOf(at))],
+      latent: (at) => at,
+    }[sort] ?? ((at) => {
+      const found = difference(at);
+      return found ? found[0] - 1e-4 * Math.min(Math.abs(found[1]), 100) : NaN; // of one q the larger difference
+    });
+    return Float64Array.from({ length: n }, (_, at) => of(at));
+  }
+
+  function passesNumbers(at) {
+    const ranges = [["frequency", data.frequency], ["mean", data.mean], ["share", data.share]];
+    for (const [name, values] of ranges) {
+      const [low, high] = [number(`${name}_min`, -Infinity), number(`${name}_max`, Infinity)];
+      if ((low > -Infinity || high < Infinity) && !(values[at] >= low && values[at] <= high)) return false;
+    }
+    const most = number("q_max", Infinity);
+    return most === Infinity || (difference(at)?.[0] ?? NaN) <= most;
+  }
+
+  function candidates() {
+    const words = field.search.value.trim().toLowerCase(), isNumber = /^\d+$/.test(words), found = [];
+    const labels = data.labels.map((name) => name.toLowerCase().includes(words));
+    for (let at = 0; at < n; at++) {
+      if (words) {
+        const isNamed = data.name.get(at)?.toLowerCase().includes(words);
+        if (!(isNumber ? String(data.latents[at]).startsWith(words) || isNamed : labels[labelOf(at)] || isNamed)) continue;
+      }
+      if (state.box) {
+        const [x, y] = [Math.log10(data.frequency[at]), Math.log10(data.mean[at])], [left, right, bottom, top] = state.box;
+        if (!(x >= left && x <= right && y >= bottom && y <= top)) continue;
+      }
+      if (passesNumbers(at)) found.push(at);
+    }
+    return found;
+  }
+
+  const fields = ["search", "sort", "frequency_min", "frequency_max", "mean_min", "mean_max", "share_min", "share_max", "q_max"].filter((name) => field[name]);
+  const first = { sort: field.sort.options[0].value };
+
+  function update() {
+    const some = candidates(), order = keys();
+    chips.draw(chips.count(some));
+    state.shown = some.filter((at) => chips.passes(at)).sort((a, b) => {
+      const [x, y] = [order[a], order[b]];
+      if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || data.mean[b] - data.mean[a] || a - b;
+      return data.has_picture[b] - data.has_picture[a] || x - y || data.mean[b] - data.mean[a] || a - b;
+    });
+    $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts`;
+    $("none").hidden = state.shown.length > 0;
+    $("cards").hidden = !state.shown.length;
+    if (state.shown.length) shelf.show(state.shown);
+    const changes = Object.fromEntries(fields.map((name) => [name, field[name].value === first[name] ? "" : field[name].value]));
+    for (const group of groups) changes[group.name] = [...chips.pressed.get(group.name)].map(encodeURIComponent).join(",");
+    changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
+    ADDRESS.write(changes);
+    $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
+    if (plot) {
+      plot.shown.fill(0);
+      for (const at of state.shown) plot.shown[at] = 1;
+      plot.boxed = state.box;
+      plot.draw();
+    }
+  }
+
+  async function choosePair() {
+    const wanted = field.sort.value, number = wanted.startsWith("pair-") ? Number(wanted.slice(5)) : -1;
+    if (number < 0) state.pair = null;
+    else {
+      const found = await CYTO.load(`pair-${data.pairs[number].file}`), [q, g] = [CYTO.unpack(found.q), CYTO.unpack(found.hedges_g)];
+      if (field.sort.value !== wanted) return; // chosen again meanwhile
+      state.pair = { number, q: Float32Array.from(data.latents, (latent) => q[latent]), g: Float32Array.from(data.latents, (latent) => g[latent]) };
+    }
+    update();
+  }
+
+  // ------------------------------------------------------------------------------------------- the plot
+  let plot = null;
+  function openPlot() {
+    if (plot || !$("side").open) return;
+    const [x, y] = [data.frequency, data.mean].map((values) => Float32Array.from(values, Math.log10));
+    plot = new Scatter($("scatter"), {
+      x, y, scales: [LOG, LOG], titles: ["share of images", "mean activation"],
+      describe: (at) => tipOf(data.has_picture[at] ? element("img", { src: `cards/${data.latents[at]}.jpg`, alt: "" }) : null, [titleOf(at), labelOf(at) < 0 ? "no label" : `${data.labels[labelOf(at)]} ${share(data.share[at])}`, `in ${share(data.frequency[at])} of images`]),
+      open: (at) => { location.href = `concepts/${data.latents[at]}.html`; },
+      choose: (box) => { state.box = box; update(); },
+    });
+    if (data.label) {
+      plot.colors = [GREY, ...common.map((_, k) => COLORS[k])];
+      plot.colorOf = Uint8Array.from({ length: n }, (_, at) => common.indexOf(labelOf(at)) + 1);
+      showLegend(plot.canvas, [...common.map((code) => data.labels[code]), "other or none"], [...plot.colors.slice(1), GREY]);
+    }
+    update();
+  }
+  $("side").addEventListener("toggle", openPlot);
+  for (const kind of ["pointerover", "focusin"]) {
+    $("cards").addEventListener(kind, (event) => { const shot = event.target.closest("li")?.querySelector(".shot"); if (shot) plot?.mark(Number(shot.dataset.at)); });
+  }
+  $("cards").addEventListener("pointerleave", () => plot?.mark(-1));
+
+  // ------------------------------------------------------------------------------------------- begin
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("input", (event) => (event.target === field.sort ? choosePair() : update()));
+  const clear = () => { chips.clear(); state.box = null; state.pair = null; setTimeout(update); }; // the fields are not reset yet
+  form.addEventListener("reset", clear);
+  $("again").addEventListener("click", () => { form.reset(); });
+
+  function fromAddress() {
+    const said = ADDRESS.read();
+    for (const name of fields) if (said.has(name) || name !== "sort") field[name].value = said.get(name) ?? "";
+    if (!said.has("sort") || field.sort.selectedIndex < 0) field.sort.value = first.sort;
+    chips.clear();
+    for (const group of groups) for (const value of (said.get(group.name) ?? "").split(",").filter(Boolean)) chips.pressed.get(group.name).add(decodeURIComponent(value));
+    const box = (said.get("box") ?? "").split(",").map(Number);
+    state.box = box.length === 4 && box.every(Number.isFinite) ? box : null;
+    choosePair();
+  }
+  addEventListener("hashchange", fromAddress);
+  $("side").open = matchMedia("(min-width: 75rem)").matches;
+  fromAddress();
+}
+
+document.addEventListener("DOMContentLoaded", startGallery);

@@ -1,0 +1,212 @@
+"""The overview's columns and cards against the stores, computed the slow way; and what they cost in bytes."""
+
+import base64
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import scipy.sparse as ss
+from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto, make_cohort
+from PIL import Image
+
+from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
+from cytosae.atlas.gallery import MAPS_PER_FILE, specificities
+from cytosae.atlas.opinions import VERDICTS
+from cytosae.atlas.reviews import Verdict, save_verdict
+from stores import ConceptStore
+
+DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
+CARD_BYTES = 12_000  # of a card's picture
+ROW_BYTES = 24  # of a concept in data/gallery.js
+SCREEN = 24  # cards that a large screen shows before it is scrolled, and the rows around
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All latents have a page, also the one that is never active."""
+    out = tmp_path_factory.mktemp("built") / "atlas"
+    done = cyto(*cohort.build, out, "--pages", "all")
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def data(atlas: Path, name: str) -> dict[str, Any]:
+    text = (atlas / "data" / f"{name}.js").read_text()
+    found = json.loads(text[text.index(",") + 1 : text.rindex(")")])
+    return {key: _unpacked(value) for key, value in found.items()}
+
+
+def _unpacked(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return np.frombuffer(base64.b64decode(value["b64"]), DTYPES[value["dtype"]])
+
+
+def top_rows(cohort: Cohort, latent: int) -> list[dict[str, Any]]:
+    """The reference images of a latent over all datasets, strongest first; ties as the store has them."""
+    rows = ConceptStore(cohort.root / "concepts").top_images(latent).to_pylist()
+    return sorted(rows, key=lambda row: -row["value"])
+
+
+def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
+    found, activation = data(atlas, "gallery"), cohort.dense.mean(axis=1)
+    readable = [n for n in range(len(cohort.dense)) if n != 4]
+    assert found["latents"].tolist() == list(range(N_LATENTS))
+    compared = pq.read_table(cohort.root / "compare" / "differential.parquet")
+    labels_of_all = [found["labels"][n % 3 == 0] for n in readable if n % 3 != 2]  # as atlas_maker gives them
+    assert sorted(found["labels"]) == found["labels"]
+    for latent in range(N_LATENTS):
+        active = [n for n in readable if activation[n, latent] > 0]
+        assert found["frequency"][latent] == pytest.approx(len(active) / len(readable), rel=1e-3)
+        mean = np.mean([activation[n, latent] for n in active]) if active else 0
+        assert found["mean"][latent] * found["largest"] == pytest.approx(mean, rel=2e-3)
+        rows = top_rows(cohort, latent)
+        assert found["has_picture"][latent] == bool(rows)
+        if not rows:
+            assert found["label"][latent] == found["no_label"]
+            continue
+        assert found["datasets"][found["dataset"][latent]] == rows[0]["dataset"]
+        by_label: dict[str, float] = {}
+        for row in rows:
+            if row["label"]:
+                by_label[row["label"]] = by_label.get(row["label"], 0) + row["value"]
+        best = max(by_label, key=by_label.__getitem__)
+        assert found["labels"][found["label"][latent]] == best
+        assert found["share"][latent] / 254 == pytest.approx(
+            by_label[best] / sum(row["value"] for row in rows), abs=1 / 254
+        )
+        divergence = 0.0
+        for label, weight in by_label.items():
+            part, base = weight / sum(by_label.values()), labels_of_all.count(label) / len(labels_of_all)
+            divergence += part * math.log(part / base)
+        assert found["specificity"][latent] == pytest.approx(divergence, abs=2e-3)
+        row = compared.slice(latent, 1).to_pylist()[0]
+        if row["q"] is None or math.isnan(row["q"]):
+            assert found["pair"][latent] == 255
+        else:
+            assert found["pair"][latent] == 0
+            assert found["q"][latent] == pytest.approx(row["q"], rel=1e-3)
+            assert found["g"][latent] / 100 == pytest.approx(row["hedges_g"], abs=0.006)
+
+
+def test_specificity_is_zero_for_labels_as_everywhere_and_grows_with_rarity() -> None:
+    base = np.array([0.7, 0.2, 0.1])
+    rows = ss.csr_matrix(np.array([[7, 2, 1], [1, 0, 0], [0, 0, 3], [0, 0, 0]], float))
+    found = specificities(rows, base)
+    assert found == pytest.approx([0, math.log(1 / 0.7), math.log(10), 0], abs=1e-12)
+
+
+def test_a_card_shows_the_three_strongest_cells(atlas: Path, cohort: Cohort) -> None:
+    for latent in (0, 3, 17):
+        rows = top_rows(cohort, latent)[:3]
+        pictures = []
+        for row in rows:
+            path = atlas / "pictures" / f"{row['image_index']}.jpg"
+            pictures.append(Image.open(path) if path.is_file() else None)
+        wanted = np.asarray(draw_card(pictures), float)
+        with Image.open(atlas / "cards" / f"{latent}.jpg") as card:
+            assert card.size == (WIDTH, HEIGHT)
+            assert np.abs(np.asarray(card, float) - wanted).mean() < 3  # it is a JPEG
+    assert not (atlas / "cards" / "39.jpg").exists(), "it is never active"
+
+
+def test_pictures_of_any_shape_are_whole_on_a_card() -> None:
+    wide, tall = Image.new("RGB", (200, 100), (255, 0, 0)), Image.new("RGB", (50, 200), (0, 0, 255))
+    card = np.asarray(draw_card([wide, None, tall]))
+    red, blue = (np.argwhere((card == color).all(axis=2)) for color in ((255, 0, 0), (0, 0, 255)))
+    assert np.ptp(red, axis=0).tolist() == [95, 191]
+    assert np.ptp(blue, axis=0).tolist() == [94, 23]
+    assert (card[:97, 194:] == 236).all(), "what cannot be shown stays empty"
+
+
+def test_maps_of_the_cards_are_those_of_their_strongest_cells(atlas: Path, cohort: Cohort) -> None:
+    for latent in (0, 3, 17, 38):
+        found, place = data(atlas, f"maps-{latent // MAPS_PER_FILE}"), latent % MAPS_PER_FILE
+        image = top_rows(cohort, latent)[0]["image_index"]
+        steps = found["maps"].reshape(-1, 256)[place]
+        patches = cohort.dense[image, 1:, latent]
+        np.testing.assert_allclose(steps / 255, patches / patches.max(), atol=1 / 500)
+        height = 64 - 8 * (image % 3)
+        assert found["aspect"][place] == pytest.approx(64 / height, rel=0.02)
+
+
+def test_the_first_cards_stand_in_the_page(atlas: Path) -> None:
+    """Without a script: the most specific first, as the script orders them."""
+    found = data(atlas, "gallery")
+    key = np.where(np.isnan(found["specificity"]), -1, found["specificity"].astype(float))
+    order = sorted(range(N_LATENTS), key=lambda n: (not found["has_picture"][n], -key[n], -found["mean"][n], n))
+    page = (atlas / "index.html").read_text()
+    shown = [int(latent) for latent in re.findall(r'<h2><a href="concepts/(\d+)\.html">', page)]
+    assert len(shown) == 12
+    assert [key[n] for n in shown] == [key[n] for n in order[:12]]
+
+
+def test_a_gallery_costs_little(atlas: Path) -> None:
+    """Bytes before anything is scrolled, and bytes per concept: with ten thousand concepts still below a megabyte."""
+    names = re.findall(r'(?:href|src)="((?:assets|data)/[^"]+)"', (atlas / "index.html").read_text())
+    assert "data/gallery.js" in names
+    fixed = sum((atlas / name).stat().st_size for name in ["index.html", *names] if name != "data/gallery.js")
+    per_row = len((atlas / "data" / "gallery.js").read_bytes()) - 900  # names of columns, labels, datasets, pairs
+    assert per_row / N_LATENTS <= ROW_BYTES
+    cards = [path.stat().st_size for path in (atlas / "cards").iterdir()]
+    assert np.mean(cards) <= CARD_BYTES
+    maps = max(path.stat().st_size for path in (atlas / "data").glob("maps-*.js"))
+    seen = fixed + 10_000 * ROW_BYTES + SCREEN * (CARD_BYTES + maps)
+    assert seen < 1_000_000, f"{seen:,} bytes before scrolling"
+
+
+def test_of_several_datasets_the_strongest_cell_decides(atlas: Path, cohort: Cohort) -> None:
+    found = data(atlas, "gallery")
+    assert found["datasets"] == sorted(DATASETS)
+    for latent in (1, 2):
+        image = top_rows(cohort, latent)[0]["image_index"]
+        assert found["datasets"][found["dataset"][latent]] == DATASETS[(image // IMAGES_PER_PATIENT) % 2]
+
+
+def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) -> None:
+    """Of these concepts only; the name that most gave; another verdict makes another atlas."""
+    concepts = ConceptStore(cohort.root / "concepts")
+    selected = pq.read_table(cohort.root / "concepts" / "selection.parquet")["latent"].to_pylist()
+    first, second, third, fourth = selected[:4]
+    build = [*cohort.build, tmp_path / "atlas", "--reviews", tmp_path / "reviews"]
+    said = [
+        ("Ada", first, "meaningful", "lobes"),
+        ("Bob", first, "meaningful", "<i>Lobes"),
+        ("Cem", first, "meaningful", "lobes "),
+        ("Ada", second, "not", "nothing"),
+        ("Ada", third, "meaningful", "granules"),
+        ("Bob", third, "unsure", ""),
+    ]
+    verdict = Verdict(
+        "2026-01-01T00:00:00+00:00", "", "", "meaningful", 0, "", None, "", "", "", True, "", "", "", None
+    )
+    for reviewer, latent, answer, name in said:
+        line = replace(verdict, reviewer=reviewer, item=f"i{latent}", latent=latent, concepts=concepts.identity)
+        save_verdict(tmp_path / "reviews", replace(line, verdict=answer, name=name))
+    other = replace(verdict, reviewer="Ada", item="x", latent=fourth, concepts="0" * 64, verdict="not")
+    save_verdict(tmp_path / "reviews", other)
+    assert cyto(*build).exit_code == 0
+    found = data(tmp_path / "atlas", "gallery")
+    shown = {latent: VERDICTS[code] for latent, code in zip(found["latents"].tolist(), found["verdict"], strict=True)}
+    wanted = ["meaningful", "not meaningful", "verdicts differ", "not yet reviewed"]
+    assert [shown[latent] for latent in selected[:4]] == wanted
+    assert all(shown[latent] == "not asked about" for latent in shown if latent not in selected)
+    names = {int(found["latents"][at]): name for at, name in found["names"]}
+    assert names == {first: "lobes", third: "granules"}
+    line = replace(verdict, reviewer="Bob", item=f"i{second}", latent=second, concepts=concepts.identity)
+    save_verdict(tmp_path / "reviews", replace(line, verdict="not"))
+    again = cyto(*build)
+    assert again.exit_code == 0, "what is shown is the same"
+    save_verdict(tmp_path / "reviews", replace(line, verdict="unsure"))
+    assert "with other settings (reviews" in cyto(*build).stderr

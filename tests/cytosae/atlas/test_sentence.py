@@ -1,0 +1,197 @@
+"""A latent in one sentence: every part from its numbers, and none without them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cytosae.atlas.sentence import Facts, Place, place_of, sentence
+
+
+def row(dataset: str = "cells", frequency: float = 0.12, n: int = 7, q: float | None = None) -> dict[str, Any]:
+    return {"dataset": dataset, "n_images": n, "frequency": frequency, "label_divergence_q": q}
+
+
+SILENT = row("dark", 0.0, 0)
+
+
+def texts(*statistics: dict[str, Any], labels: list[str] | None = None, **facts: Any) -> list[str]:
+    return [part.text for part in sentence(Facts(statistics=statistics or (row(),), labels=labels or [], **facts))]
+
+
+def compared(q: float | None, a: float = 2.0, b: float = 1.0, *names: str) -> dict[str, Any]:
+    a_name, b_name = names or ("CBFB::MYH11", "PML::RARA")
+    return {"pair": {"a": a_name, "b": b_name}, "mean_a": a, "mean_b": b, "q": q}
+
+
+def test_without_artefacts_only_the_activity_is_said() -> None:
+    assert texts() == ["Active in 12% of the images"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([SILENT], "Never active"),
+        ([row(), SILENT], "Active in 12% of the images of cells, in none of the other dataset"),
+        ([row(), SILENT, SILENT], "Active in 12% of the images of cells, in none of the other 2 datasets"),
+        ([row(), row("b", 0.5)], "Active in 12% to 50% of the images in 2 datasets"),
+        ([row(), row("b", 0.12)], "Active in 12% of the images in 2 datasets"),
+        ([row(), row("b", 0.5), SILENT], "Active in 12% to 50% of the images in 2 datasets, and in none of 1 more"),
+    ],
+)
+def test_activity(rows: list[dict[str, Any]], said: str) -> None:
+    assert texts(*rows) == [said]
+
+
+def test_of_a_silent_latent_nothing_else_is_said() -> None:
+    assert texts(SILENT, labels=["a"], n_patients=3, comparisons=[compared(0.001)]) == ["Never active"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "q", "said"),
+    [
+        (["eosinophil"] * 9 + ["blast", ""], None, "almost only eosinophil (9 of 10 labelled reference images)"),
+        (["eosinophil"] * 6 + ["blast"] * 4, None, "mostly eosinophil (6 of 10 labelled reference images)"),
+        (["b", "a", "c"], None, "of several labels, most often a (1 of 3 labelled reference images)"),
+        (["a"] * 9, 0.003, "almost only a (9 of 9 labelled reference images; q 0.003)"),
+        (["a"] * 9, 0.4, "almost only a (9 of 9 labelled reference images; chance may give this as well, q 0.4)"),
+    ],
+)
+def test_labels(labels: list[str], q: float | None, said: str) -> None:
+    assert texts(row(q=q), labels=labels)[1:] == [said]
+
+
+def test_the_best_q_of_the_datasets_counts() -> None:
+    assert "q 0.01" in texts(row(q=0.2), row("b", q=0.01), row("c"), labels=["a"])[1]
+
+
+def test_no_known_label_no_claim() -> None:
+    assert texts(labels=["", ""]) == texts()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (Place(0.7, 0.3, 0.4), "all over the image"),
+        (Place(0.05, 0.6, 0.1), "at a few patches, mostly in the middle"),
+        (Place(0.3, 0.1, 0.8), "at 30% of the patches, mostly at the border"),
+        (Place(0.3, 0.3, 0.4), "at 30% of the patches of the image"),
+    ],
+)
+def test_place(place: Place, said: str) -> None:
+    assert texts(place=place)[1:] == [said]
+
+
+def test_place_of_maps() -> None:
+    """Of 8 x 8 patches: in the middle, at the border, everywhere; maps of zeros say nothing."""
+    middle, border, flat = np.zeros((8, 8), np.uint8), np.full((8, 8), 255, np.uint8), np.full((8, 8), 9, np.uint8)
+    middle[3:5, 3:5] = 200
+    middle[0, 0] = 20  # below a quarter of the largest
+    border[1:7, 1:7] = 0
+    assert place_of(np.zeros((2, 64), np.uint8)) is None
+    found = place_of(np.stack([middle.ravel(), np.zeros(64, np.uint8)]))
+    assert found is not None
+    assert found.patches == 4 / 64
+    assert found.middle == pytest.approx(800 / 820)
+    assert found.border == pytest.approx(20 / 820)
+    assert place_of(border.ravel()[None]) == Place(28 / 64, 0.0, pytest.approx(1))  # type: ignore[arg-type]
+    everywhere = place_of(flat.ravel()[None])
+    assert everywhere == Place(1.0, pytest.approx(0.25), pytest.approx(28 / 64))  # type: ignore[arg-type]
+    both = place_of(np.stack([middle.ravel(), border.ravel()]))
+    assert both is not None
+    assert both.patches == (4 + 28) / 128
+
+
+def test_masks() -> None:
+    rows = [
+        {"class": "nucleus", "auroc": 0.93, "auroc_p_any": 0.01},
+        {"class": "cell", "auroc": 0.99, "auroc_p_any": 0.2},
+        {"class": "platelet", "auroc": None, "auroc_p_any": None},
+        {"class": "plasma", "auroc": 0.2, "auroc_p_any": 0.01},
+    ]
+    assert texts(masks=rows)[1:] == ["on nucleus (area under ROC 0.93, p 0.01)"]
+    assert texts(masks=rows[1:])[1:] == ["on no masked part more than by chance"]
+
+
+def test_patients() -> None:
+    assert texts(n_patients=1200, n_above=7)[1:] == ["in 7 of 1,200 patients"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([compared(0.003)], "twice as much in CBFB::MYH11 as in PML::RARA (q 0.003)"),
+        ([compared(0.003, 1.0, 2.5)], "2.5 times as much in PML::RARA as in CBFB::MYH11 (q 0.003)"),
+        ([compared(0.003, 12.0)], "12 times as much in CBFB::MYH11 as in PML::RARA (q 0.003)"),
+        ([compared(0.003, 12.0, 0.0)], "in CBFB::MYH11 but not in PML::RARA (q 0.003)"),
+        ([compared(0.2), compared(0.03, 3.0, 1.0, "x", "y")], "3 times as much in x as in y (q 0.03)"),
+        ([compared(0.2), compared(0.3)], "no difference between diseases found (smallest q 0.2)"),
+        ([compared(None), compared(0.06)], "no difference between diseases found (smallest q 0.06)"),
+    ],
+)
+def test_diseases(rows: list[dict[str, Any]], said: str) -> None:
+    assert texts(comparisons=rows)[1:] == [said]
+
+
+def test_a_latent_that_was_not_tested_makes_no_claim() -> None:
+    assert texts(comparisons=[compared(None), compared(float("nan"))]) == texts()
+
+
+def test_replication() -> None:
+    rows = [
+        {"p_holm": 0.01, "same_sign": True, "is_replicated": True},
+        {"p_holm": 0.2, "same_sign": True, "is_replicated": False},
+        {"p_holm": 1.0, "same_sign": False, "is_replicated": False},
+    ]
+    assert texts(replications=rows)[1:] == [
+        "the difference is there in another cohort, too (p 0.01)",
+        "in another cohort the difference has the same direction, but chance may give it (p 0.2)",
+        "in another cohort the difference has the other direction",
+    ]
+
+
+def test_stability() -> None:
+    assert texts(n_found=3, n_others=3)[1:] == ["found again in 3 of 3 other SAEs"]
+    assert texts(n_found=0, n_others=1)[1:] == ["found again in 0 of 1 other SAE"]
+    assert texts(n_found=None, n_others=3) == texts()  # not compared
+
+
+def test_cause() -> None:
+    clause = "changing it changes the backbone's output {} than changing latents like it does (p {})"
+    rows = [{"quantity": "cls_gain", "p": 0.5}, {"quantity": "cls_change", "p": 0.01}]
+    assert texts(causes=rows)[1:] == [clause.format("more", "0.01")]
+    assert texts(causes=[{"quantity": "cls_change", "p": 0.4}])[1:] == [clause.format("no more", "0.4")]
+    assert texts(causes=rows[:1]) == texts(causes=[{"quantity": "cls_change", "p": None}]) == texts()
+
+
+def test_maps_in_one_piece() -> None:
+    assert texts(morans_i=0.4, morans_chance=0.1)[1:] == ["its maps are in one piece (Moran's I 0.4)"]
+    assert texts(morans_i=0.1, morans_chance=0.1)[1:] == ["its maps are scattered (Moran's I 0.1)"]
+
+
+def test_name() -> None:
+    name = {"name": "granules", "given_by": "Ann", "is_tested": True, "is_supported": True}
+    assert texts(name=name)[1:] == ["called “granules” by Ann: the name tells its images"]
+    assert texts(name={**name, "is_supported": False})[1].endswith("the name does not tell its images")
+    assert texts(name={**name, "is_tested": False})[1].endswith("the name is not tested")
+
+
+def test_each_part_links_to_its_evidence_in_the_order_of_reading() -> None:
+    facts = Facts(
+        statistics=[row(q=0.01)],
+        labels=["a"],
+        place=Place(0.7, 0.3, 0.4),
+        masks=[{"class": "nucleus", "auroc": 0.93, "auroc_p_any": 0.01}],
+        n_patients=3,
+        comparisons=[compared(0.01)],
+        replications=[{"p_holm": 0.01, "same_sign": True, "is_replicated": True}],
+        n_found=1,
+        n_others=1,
+        causes=[{"quantity": "cls_change", "p": 0.01}],
+        morans_i=0.5,
+        name={"name": "n", "given_by": "g", "is_tested": False, "is_supported": False},
+    )
+    assert [part.link for part in sentence(facts)] == [
+        *("#activation", "#references", "#references", "#masks", "#patients", "#diseases", "#replication"),
+        *("#stability", "#causes", "#score", "#names"),
+    ]
