@@ -42,7 +42,7 @@ from stores.csr import CsrRows
 from stores.files import sha256_file
 from stores.spec import ATLAS, COMPARISON
 
-DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4"}
+DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 VOID = {"meta", "link", "img", "br", "input"}
 
 

@@ -188,8 +188,15 @@ def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) 
         ("Ada", third, "meaningful", "granules"),
         ("Bob", third, "unsure", ""),
     ]
+    texts = dict.fromkeys(("reviewer", "item", "concepts", "a", "b", "atlas", "verdict", "name", "notes"), "")
     verdict = Verdict(
-        "2026-01-01T00:00:00+00:00", "", "", "meaningful", 0, "", None, "", "", "", True, "", "", "", None
+        time="2026-01-01T00:00:00+00:00",
+        question="meaningful",
+        latent=0,
+        comparison=None,
+        is_blinded=True,
+        confidence=None,
+        **texts,
     )
     for reviewer, latent, answer, name in said:
         line = replace(verdict, reviewer=reviewer, item=f"i{latent}", latent=latent, concepts=concepts.identity)
