@@ -114,10 +114,10 @@ def test_a_card_shows_the_three_strongest_cells(atlas: Path, cohort: Cohort) -> 
         for row in rows:
             path = atlas / "pictures" / f"{row['image_index']}.jpg"
             pictures.append(Image.open(path) if path.is_file() else None)
-        wanted = np.asarray(draw_card(pictures), float)
+        wanted = np.asarray(draw_card(pictures), np.float64)
         with Image.open(atlas / "cards" / f"{latent}.jpg") as card:
             assert card.size == (WIDTH, HEIGHT)
-            assert np.abs(np.asarray(card, float) - wanted).mean() < 3  # it is a JPEG
+            assert np.abs(np.asarray(card, np.float64) - wanted).mean() < 3  # it is a JPEG
     assert not (atlas / "cards" / "39.jpg").exists(), "it is never active"
 
 
