@@ -260,9 +260,9 @@ def _images_of(cohort: Cohort, patient_of: Ints) -> list[Ints]:
 
 
 def _extremes(images: Ints, values: npt.NDArray[np.float32], sign: int) -> list[tuple[int, float]]:
-    """At most `KINDS` images, and at most half, with the smallest sign * value; ties: the lower number."""
+    """At most `KINDS` images, and at most half, with the smallest sign * value; ties (to 1e-5): the lower number."""
     known = images[~np.isnan(values[images])]
-    order = np.lexsort((known, sign * values[known]))[: min(KINDS, len(known) // 2)]
+    order = np.lexsort((known, np.round(sign * values[known], 5)))[: min(KINDS, len(known) // 2)]
     return [(int(known[at]), float(values[known[at]])) for at in order]
 
 

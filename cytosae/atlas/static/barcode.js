@@ -106,9 +106,9 @@ async function startBarcode() {
     if (event.key === "Enter") open();
     else if (event.key === "Home" || event.key === "End") mark(event.key === "Home" ? 0 : n - 1);
     else if (steps[event.key]) { // the next bar that is there
-      let column = Math.max(marked, steps[event.key] < 0 ? 0 : -1) + steps[event.key];
-      while (column > 0 && column < n - 1 && !mine[column] && !others[column]) column += steps[event.key];
-      mark(Math.min(Math.max(column, 0), n - 1));
+      let column = (marked < 0 && steps[event.key] < 0 ? n : marked) + steps[event.key];
+      while (column >= 0 && column < n && !mine[column] && !others[column]) column += steps[event.key];
+      if (column >= 0 && column < n) mark(column);
     } else return;
     event.preventDefault();
   });
