@@ -43,6 +43,7 @@ class Gallery:
     g: npt.NDArray[np.float64]  # Hedges' g there
     q: npt.NDArray[np.float64]
     verdict: npt.NDArray[np.uint8]  # number in `VERDICTS` of opinions.py
+    cells: Ints  # number of the set of its three strongest images: concepts with the same picture have the same
     names: dict[int, str]  # position -> the name that experts gave, or `cyto concept describe` tested
 
 
@@ -68,8 +69,18 @@ def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
         g=g,
         q=q,
         verdict=verdict,
+        cells=_cells(plan, images),
         names=names,
     )
+
+
+def _cells(plan: Plan, images: list[Ints]) -> Ints:
+    """Equal numbers for equal strongest images; those without any have a number of their own each."""
+    shown = np.full((len(images), 3), -1, np.int64)
+    for at, numbers in enumerate(images):
+        shown[at, : len(numbers)] = plan.references.image[numbers]
+    shown[shown[:, 0] < 0, 1] = np.flatnonzero(shown[:, 0] < 0)
+    return np.unique(shown, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _activity(inputs: Inputs, plan: Plan) -> tuple[Any, Any, Any]:
@@ -170,6 +181,7 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
         "mean": (gallery.mean / (largest or 1)).astype(np.float16),
         "has_picture": np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8),
         "verdict": gallery.verdict,
+        "cells": gallery.cells.astype(np.uint16 if len(plan.latents) <= 1 << 16 else np.uint32),
     }
     if gallery.labels:
         columns["label"] = np.where(gallery.label >= 0, gallery.label, no_label).astype(code)

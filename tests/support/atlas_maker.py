@@ -64,6 +64,7 @@ def make_cohort(root: Path) -> Cohort:
     strength = rng.gamma(1, 0.5, (n_images, 1, N_LATENTS)) * 10 ** rng.uniform(-2, 0.5, N_LATENTS)
     strength[: 9 * IMAGES_PER_PATIENT, :, 3] += 2  # sets the diseases apart
     strength[:, :, 39] = 0  # never active
+    strength[np.arange(n_images), :, 20 + np.arange(n_images) % 15] = 0  # images differ: each lacks a latent
     dense = (strength * (rng.random((n_images, 257, N_LATENTS)) < rng.uniform(0.05, 0.7, N_LATENTS))).astype(np.float32)
     dense = dense.astype(np.float16).astype(np.float32)  # what a store of 10 bits keeps
     dense[4] = 0

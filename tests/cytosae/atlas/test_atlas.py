@@ -42,7 +42,7 @@ from stores.csr import CsrRows
 from stores.files import sha256_file
 from stores.spec import ATLAS, COMPARISON
 
-DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4"}
+DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 VOID = {"meta", "link", "img", "br", "input"}
 
 
@@ -303,10 +303,12 @@ def test_examples_come_from_all_deciles_and_near_misses_lack_the_latent(atlas: P
 def test_a_sentence_says_what_the_page_shows(atlas: Path) -> None:
     """Each of its parts leads to a section of the page."""
     page = Page(atlas / "concepts" / "3.html")
-    said = " ".join(re.sub("<[^>]+>", "", page.path.read_text().split('sentence">')[1].split("</p>")[0]).split())
+    said = re.sub("<[^>]+>", "", page.path.read_text().split('sentence">')[1].split("</p>")[0])
+    said = " ".join(html.unescape(said).split())
     assert said.startswith("Active in ")
-    for words in ("labelled reference images", "patients", "as much in", "changing it changes the backbone's output"):
+    for words in ("labelled reference images", "patients", "changing it changes the backbone's output"):
         assert words in said
+    assert re.search(r"in AML <.title><b>& co (as|but not) in control \(q 0.0", said)
     for latent in shown_latents(atlas):
         found = Page(atlas / "concepts" / f"{latent}.html")
         ids = {attributes.get("id") for _, attributes in found.elements}

@@ -100,7 +100,7 @@ def test_orders(page: Watched, cohort: Cohort) -> None:
     assert not np.isnan(values[: len(tested)]).any(), "what was not tested comes last"
 
 
-def test_chips_count_and_choose(page: Watched, cohort: Cohort) -> None:
+def test_chips_count_and_choose(page: Watched, browser: Any, cohort: Cohort) -> None:
     """Within a group any, across groups all; counts are what a press would leave."""
     tab, latents = opened(page), built(page)
     concepts = ConceptStore(cohort.root / "concepts")
@@ -123,7 +123,7 @@ def test_chips_count_and_choose(page: Watched, cohort: Cohort) -> None:
     open_ones.click()
     assert len(shown(tab)) == n_open
     address = tab.evaluate("location.hash")
-    again = page.tab.context.new_page()
+    again = browser.new_page()
     again.goto(f"{page.site.as_uri()}/index.html{address}")
     again.wait_for_selector("#cards h2 a")
     again.wait_for_function(f"() => document.querySelector('#count').textContent.startsWith('{n_open} of')")
@@ -144,12 +144,15 @@ def test_search_numbers_and_nothing(page: Watched, cohort: Cohort) -> None:
     assert tab.locator("#none").is_visible()
     tab.click("#again")
     tab.locator("#none").wait_for(state="hidden")
-    frequency, _ = pooled(cohort, latents)
+    _, mean = pooled(cohort, latents)
     tab.click(".numbers summary")
-    bound = float(np.median(frequency))
-    tab.fill("[name=frequency_min]", f"{bound + 0.005:.4f}")
-    place = {latent: n for n, latent in enumerate(latents)}
-    assert all(frequency[place[latent]] > bound for latent in shown(tab))
+    order = np.argsort(mean)
+    bound = float(mean[order[4:6]].mean())  # between two of them
+    tab.fill("[name=mean_min]", repr(bound))
+    assert sorted(shown(tab)) == sorted(latents[n] for n in order[5:])
+    tab.fill("[name=mean_max]", repr(bound))
+    tab.fill("[name=mean_min]", "")
+    assert sorted(shown(tab)) == sorted(latents[n] for n in order[:5])
 
 
 def test_a_box_in_the_plot_chooses_cards(page: Watched, cohort: Cohort) -> None:
