@@ -1,4 +1,4 @@
-"""Settings that follow the activation where they are not given, and their values in the released code."""
+"""Settings that follow the activation and the wanted L0 where they are not given; their values in the released code."""
 
 from typing import Any
 
@@ -21,3 +21,5 @@ BY_ACTIVATION: dict[str, dict[str, Any]] = {
     "jumprelu": _RELEASED,
     "gated": _RELEASED,
 }
+# relu, jumprelu and gated whose penalty is steered to an L0: an L1 weight that would mean something else is not given
+STEERED: dict[str, Any] = {"loss": "eq1", "clip_norm": 1.0}
