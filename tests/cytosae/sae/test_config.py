@@ -31,6 +31,7 @@ def test_without_a_preset_budget_width_and_l0_are_left_to_the_data() -> None:
     """And everything that goes with such a budget; all else is as it was."""
     left_open = {"tokens": "auto", "expansion": "auto", "target_l0": "auto"}
     with_it = {"batch_tokens": 4096, "lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "holdout": 0.1}
+    with_it |= {"loss": "eq1", "clip_norm": 1.0}  # of a steered penalty
     assert make_config() == dataclasses.replace(TrainConfig(), **left_open, **with_it)  # type: ignore[arg-type]
     assert make_config() == TrainConfig(**left_open)  # type: ignore[arg-type]
 
