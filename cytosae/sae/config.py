@@ -150,7 +150,7 @@ class TrainConfig:
         if self.epochs is not None and self.tokens == "auto":
             object.__setattr__(self, "tokens", None)  # a budget in passes is one that is given
         by_budget = _WITH_AUTO if self.tokens == "auto" else _WITH_BUDGET
-        by_sparsity = STEERED if self.is_steered else {}
+        by_sparsity = STEERED.get(self.activation, {}) if self.is_steered else {}
         for name, value in (BY_ACTIVATION[self.activation] | by_sparsity | by_budget).items():
             if getattr(self, name) in ("auto", None):
                 object.__setattr__(self, name, value)  # frozen: from here on nothing is left to choose
