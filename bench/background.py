@@ -28,7 +28,7 @@ from cytocache import bridge
 from cytocache.demo_cells import CELL_TYPES, draw_cell
 from cytocache.masks import find_masks, read_all_shares
 from cytocache.preprocess import Preprocess
-from cytosae.training.background import find_background, otsu
+from cytosae.training.background import find_background
 from stores import ActivationStore
 from stores.tables import column
 
@@ -126,7 +126,7 @@ def _masks_by_colour(images: Path, paths: list[str], folder: Path) -> Path:
     """A folder of masks named like the images: 0 ground, 128 matter, 255 the labelled cell."""
     darkest = {path: _darkest(images / path) for path in paths}
     sample = np.concatenate([values[::4, ::4].ravel() for values in darkest.values()])
-    threshold = otsu(sample[sample > otsu(sample)])
+    threshold = _otsu(sample[sample > _otsu(sample)])
     for path, values in darkest.items():
         mask = np.where(values < threshold, 128, 0).astype(np.uint8)
         side = min(mask.shape)
@@ -135,6 +135,15 @@ def _masks_by_colour(images: Path, paths: list[str], folder: Path) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mask).save(place)
     return folder
+
+
+def _otsu(values: Floats) -> float:
+    """The edge of 256 equal bins with the largest variance between the two sides (Otsu 1979)."""
+    counts, edges = np.histogram(values, 256)
+    centres, n_low = (edges[:-1] + edges[1:]) / 2, np.cumsum(counts)[:-1]
+    sums, n_high = np.cumsum(counts * centres), counts.sum() - n_low
+    between = n_low * n_high * (sums[:-1] / np.maximum(1, n_low) - (sums[-1] - sums[:-1]) / np.maximum(1, n_high)) ** 2
+    return float(edges[1 + int(between.argmax())])
 
 
 def _darkest(path: Path) -> Floats:

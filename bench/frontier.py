@@ -95,6 +95,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="(%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="measure on every n-th token only (%(default)s)")
     parser.add_argument(
+        "--penalties",
+        type=_numbers,
+        help="sparsity terms of relu, jumprelu and gated, for all (a list for each library)",
+    )
+    parser.add_argument(
         "--steer", action="store_true", help="our relu, jumprelu and gated take --sparsities as target_l0, no penalties"
     )
     parser.add_argument("--raw", action="store_true", help="tokens as they are cached, not scaled")
@@ -125,7 +130,7 @@ def _jobs(options: argparse.Namespace, width: int, deviation: float) -> list[Row
             is_steered = library == "ours" and options.steer and method not in BY_K
             if (library, method) in PENALTIES and not is_steered:
                 unit = deviation**2 / width if method == "jumprelu" else channel
-                points = [(share, share * unit) for share in PENALTIES[library, method]]
+                points = [(share, share * unit) for share in options.penalties or PENALTIES[library, method]]
             changes = dict(text.split("=", 1) for text in options.set) if library == "ours" else {}
             jobs += [
                 common
