@@ -71,7 +71,7 @@ _ASK = ("timeout", "at_once", "batch", "shuffles", "n_bootstraps", "give_up", "u
 @click.option(
     "--shuffles",
     type=click.IntRange(min=0),
-    default=1,
+    default=3,
     show_default=True,
     help="Names of other latents that are tested on the same images.",
 )

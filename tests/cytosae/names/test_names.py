@@ -30,7 +30,7 @@ from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.verify_any import verify_folder
 
 LATENTS = [*range(N_LATENTS)]
-QUICK = AskConfig(n_bootstraps=200)
+QUICK = AskConfig(n_bootstraps=200, shuffles=1)
 TRUE = {0: "red square", 1: "green square", 2: "blue square", 3: "ragged rim"}
 
 
@@ -402,7 +402,12 @@ def test_no_shell_unless_asked_for(world: World, tmp_path: Path) -> None:
 def test_calls_at_once_give_the_same(world: World, named: Path, tmp_path: Path) -> None:
     out = tmp_path / "n"
     describe(
-        world, out, command=knowing(world, out), by="Dr. Who", judge=seeing, ask=AskConfig(at_once=3, n_bootstraps=200)
+        world,
+        out,
+        command=knowing(world, out),
+        by="Dr. Who",
+        judge=seeing,
+        ask=AskConfig(at_once=3, n_bootstraps=200, shuffles=1),
     )
     rows = [row for row in pq.read_table(named / "detection.parquet").to_pylist() if row["judge"] == "seeing"]
     assert pq.read_table(out / "detection.parquet").to_pylist() == rows
@@ -587,4 +592,4 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert "nothing to do" in done.stderr
     fails("no latent 99", *command[:-1], "99")
     plan = plan_describe(world.root / "barcodes", world.root / "concepts", latents=[0, 1], judge="x")
-    assert (plan.n_latents, plan.n_passes, plan.n_name_calls, plan.n_judge_calls) == (2, 1, 0, 16)
+    assert (plan.n_latents, plan.n_passes, plan.n_name_calls, plan.n_judge_calls) == (2, 1, 0, 32)
