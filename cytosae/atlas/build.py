@@ -17,19 +17,29 @@ from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import ATLAS, cyto_version
+from stores.tables import parquet_bytes
 from stores.wording import Report, counted
 
+from .beside_pages import write_beside_pages
 from .cards import original_pictures, write_cards, written_pictures
+from .cell_choice import CellChoice, choose_cells
+from .cell_maps import Marks
 from .cohort import Cohort
-from .cohort_pages import write_disease_pages, write_pair_pages, write_patient_list, write_patient_pages
 from .concept_maps import Maps
 from .concept_pages import image_name, write_concept_pages
+from .concept_table import concept_table
 from .config import AtlasConfig
+from .disease_pages import write_disease_pages, write_families
+from .examples import find_examples
+from .frames import Frames
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .opinions import opinions_identity
+from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
+from .pair_pages import write_pair_pages
+from .patient_pages import write_patient_list, write_patient_pages
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
 from .review_items import FILE as REVIEW
@@ -105,12 +115,14 @@ def build_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
     names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
-    reviews: Path | str | None = None,
+    beside: Path | str | None = None,
+    match: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
     overwrite: bool = False,
@@ -134,12 +146,15 @@ def build_atlas(
     comparisons : folders of `compare`
     neighbours : a folder of `write_neighbours`
     causes : a folder of `ablate_latents`
+    reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
     stability : a folder of `write_stability`, of this SAE and others
     score : a folder of `score_sae`
     masks : a folder of `write_mask_agreement`
     names : a folder of `describe_latents`; they are free text of others, shown also with pseudonyms
     replications : folders of `replicate`, of the given comparisons
-    reviews : a folder of verdicts (`open_server`), which the cards of the overview then show
+    beside : another atlas, whose concepts are shown beside those of this one: of another SAE or layer with `match`, or
+        of the same SAE in other images
+    match : a folder of `match_latents`, from the barcodes of this atlas to those of the other
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
     progress : pages written, pages in all
@@ -159,7 +174,7 @@ def build_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews, "names": names}
+    one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     more = [each for each in one.values() if each is not None]
     given = [barcodes, concepts, *sources.places, *comparisons, *replications, *more]
@@ -210,7 +225,7 @@ def write_atlas(
     """
     config = config or AtlasConfig()
     pseudonyms = read_pseudonyms(pseudonyms_file(out)) if config.pseudonyms else None
-    cohort, plan = _prepare(inputs, config, pseudonyms)
+    cohort, choice, plan = _prepare(inputs, config, pseudonyms)
     writer = begin_results(
         out,
         ATLAS,
@@ -234,24 +249,27 @@ def write_atlas(
     site = Site(writer.root)
     maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
     shared = _shared(inputs, config)
+    frames = _frames(inputs, cohort, plan, choice, maps, shared)
     n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
     pictures = written_pictures(writer.root, plan, maps.unseen)
     for n_all, steps in (
-        (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared)),
+        (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
         (len(plan.pictured), write_pictured(site, inputs, plan, config, maps)),
         (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
         (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
-        (cohort.n_patients, write_patient_pages(site, inputs, cohort, plan, shared)),
+        (cohort.n_patients, write_patient_pages(site, frames)),
     ):
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_other_pages(site, inputs, cohort, plan, gallery, maps, shared)
+    _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
-    writer.write_json(REVIEW, _review(inputs, plan, config, writer.root))
+    writer.write_table(CONCEPTS, concept_table(frames))
+    site.take_in_file(f"{CONCEPTS}.parquet")
+    writer.write_json(REVIEW, _review(inputs, cohort, plan, config, writer.root))
     site.take_in(PICTURES)
     writer.write_table("files", site.table())
     if pseudonyms is not None:
@@ -268,7 +286,9 @@ def write_atlas(
             for image in sorted(maps.unseen, key=plan.number_of.__getitem__)
         ],
     )
-    writer.finish({"result": result.stored(), "latents": plan.latents.tolist(), "selection": list(plan.selection)})
+    sae = inputs.stores[0].spec.sae_sha256
+    latents = plan.latents.tolist()
+    writer.finish({"result": result.stored(), "latents": latents, "selection": list(plan.selection), "sae_sha256": sae})
     return result
 
 
@@ -282,12 +302,14 @@ def estimate_atlas(
     comparisons: Sequence[Path | str] = (),
     neighbours: Path | str | None = None,
     causes: Path | str | None = None,
+    reviews: Path | str | None = None,
     stability: Path | str | None = None,
     score: Path | str | None = None,
     masks: Path | str | None = None,
     names: Path | str | None = None,
     replications: Sequence[Path | str] = (),
-    reviews: Path | str | None = None,
+    beside: Path | str | None = None,
+    match: Path | str | None = None,
     stage_one: StageOne | None = None,
     roots: Sequence[Path | str] = (),
 ) -> AtlasResult:
@@ -299,27 +321,29 @@ def estimate_atlas(
     config = config or AtlasConfig()
     sources = as_sources(latents, stage_one, roots)
     one = {"neighbours": neighbours, "causes": causes, "stability": stability, "score": score, "masks": masks}
-    one |= {"reviews": reviews, "names": names}
+    one |= {"reviews": reviews, "beside": beside, "match": match, "names": names}
     inputs = _open(barcodes, concepts, sources, config, comparisons, replications, one)
     return _estimate(inputs, None if out is None else Path(out), config)
 
 
 def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
-    cohort, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
+    cohort, choice, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
     site, shared = Site(None), _shared(inputs, config)
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
     maps, gallery = _maps(inputs, plan, None), make_gallery(inputs, cohort, plan)
+    frames = _frames(inputs, cohort, plan, choice, maps, shared)
     if few is not None:
-        _run(write_images(site, inputs, cohort, plan, config, maps, shared, chosen=few))
+        _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
     n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, maps, most=_SAMPLE))
     _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
     _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
-    _run(write_patient_pages(site, inputs, cohort, plan, shared, most=_SAMPLE))
-    _write_other_pages(site, inputs, cohort, plan, gallery, maps, shared)
+    _run(write_patient_pages(site, frames, most=_SAMPLE))
+    _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
+    site.write(f"{CONCEPTS}.parquet", parquet_bytes(concept_table(frames)))  # most of its maps are still empty
     counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),
@@ -343,7 +367,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few
         n_files += len(plan.images) - len(few)
-    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, plan, config), most=_SAMPLE)
+    of_review = estimate_pictures(inputs.concepts, inputs.sources, **_asked(inputs, cohort, plan, config), most=_SAMPLE)
     return AtlasResult(
         out=out,
         is_written=False,
@@ -365,14 +389,15 @@ def _n_values(inputs: Inputs, images: Any) -> int:
     return n_values
 
 
-def _prepare(inputs: Inputs, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> tuple[Cohort, Plan]:
+def _prepare(inputs: Inputs, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> tuple[Cohort, CellChoice, Plan]:
     cohort = Cohort(inputs.barcodes, inputs.tau, pseudonyms=pseudonyms)
     if len(cohort.patient_of) != inputs.first_images[-1] or cohort.n_latents != inputs.n_latents:
         raise SpecMismatch(
             f"{inputs.barcodes.root} has {len(cohort.patient_of):,} images and {cohort.n_latents:,} latents, "
             f"the latent stores {inputs.first_images[-1]:,} and {inputs.n_latents:,}"
         )
-    return cohort, make_plan(inputs, cohort, config, pseudonyms)
+    choice = choose_cells(inputs, cohort, config)
+    return cohort, choice, make_plan(inputs, cohort, config, pseudonyms, further=[choice.images])
 
 
 def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonyms | None) -> dict[str, Any]:
@@ -383,6 +408,7 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
         "comparisons": [each.header.identity for each in inputs.comparisons],
         "neighbours": None if inputs.neighbours is None else inputs.neighbours.header.identity,
         **inputs.evidence.spec,
+        **({} if inputs.other is None else {"beside": inputs.other.identities}),
         **({} if inputs.opinions is None else {"reviews": opinions_identity(inputs.opinions)}),
         "selection": sha256_json(list(plan.selection)),
         **asdict(replace(config, tau=inputs.tau)),
@@ -395,6 +421,7 @@ def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
     return {
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
+        "has_other": inputs.other is not None,
         "unit": _unit(inputs),
         "version": cyto_version(),
     }
@@ -411,15 +438,23 @@ def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
     return Maps(len(plan.mapped[0]), inputs.stores[0].layout.n_patches, folder)
 
 
-def _write_other_pages(
-    site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, gallery: Gallery, maps: Maps, shared: dict[str, Any]
-) -> None:
+def _frames(
+    inputs: Inputs, cohort: Cohort, plan: Plan, choice: CellChoice, maps: Maps, shared: dict[str, Any]
+) -> Frames:
+    marks = Marks(choice.marks, inputs.stores[0].layout.n_patches)
+    return Frames(inputs=inputs, cohort=cohort, plan=plan, choice=choice, marks=marks, maps=maps, shared=shared)
+
+
+def _write_other_pages(site: Site, frames: Frames, gallery: Gallery) -> None:
     """The pages whose number does not grow with images or patients."""
-    write_overview(site, inputs, cohort, plan, gallery, maps, shared)
-    write_patient_list(site, cohort, shared)
-    write_disease_pages(site, inputs, cohort, plan, shared)
-    write_pair_pages(site, inputs, cohort, plan, shared)
-    site.page("words.html", "words.html", **shared, layout=inputs.stores[0].layout)
+    write_overview(site, frames.inputs, frames.cohort, frames.plan, gallery, frames.maps, frames.shared)
+    write_patient_list(site, frames)
+    write_disease_pages(site, frames)
+    write_families(site, frames)
+    write_pair_pages(site, frames)
+    if frames.inputs.other is not None:
+        write_beside_pages(site, frames, frames.inputs.other)
+    site.page("words.html", "words.html", **frames.shared, layout=frames.inputs.stores[0].layout)
 
 
 def _write_provenance(
@@ -439,23 +474,35 @@ def _write_provenance(
     site.page("provenance.html", "provenance.html", **shared, identity=identity, spec=spec, stores=stores)
 
 
-def _review(inputs: Inputs, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
+def _review(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig, folder: Path) -> dict[str, Any]:
     """The questions of `cyto atlas serve` and their pictures; no patient and no image is named in them."""
     return make_review(
         inputs.concepts,
         inputs.sources,
         folder,
-        **_asked(inputs, plan, config),
+        **_asked(inputs, cohort, plan, config),
     ).content  # images that cannot be shown are already listed for the pages
 
 
-def _asked(inputs: Inputs, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
+def _asked(inputs: Inputs, cohort: Cohort, plan: Plan, config: AtlasConfig) -> dict[str, Any]:
     """The arguments that the review and its estimate share."""
     return {
         "config": ReviewConfig(seed=config.seed),
         "selection": read_selection(inputs.concepts) if plan.selection else None,
         "comparisons": inputs.comparisons,
+        "examples": lambda latents: _of_each_tenth(inputs, cohort, config, latents),
     }
+
+
+def _of_each_tenth(inputs: Inputs, cohort: Cohort, config: AtlasConfig, latents: Sequence[int]) -> dict[int, list[int]]:
+    """Latent -> an image of each tenth of its activation, the strongest first; decoys have theirs, too."""
+    if not latents:
+        return {}
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = np.array(latents, np.int64)
+    found = find_examples(inputs, cohort, rows, nothing, per_decile=1, n_near=0, seed=config.seed)
+    images = found.deciles[:, ::-1, 0].tolist()
+    return {latent: [image for image in some if image >= 0] for latent, some in zip(latents, images, strict=True)}
 
 
 def _hashes(summary: dict[str, Any]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 A card is one file, so that the overview loads what is in view and no more, in whatever order it is sorted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def write_cards(site: Site, plan: Plan, chosen: list[Ints], find: Find, *, most:
         yield n_done
 
 
-def draw_card(pictures: list[Image.Image | None]) -> Image.Image:
+def draw_card(pictures: Sequence[Image.Image | None]) -> Image.Image:
     """One picture of up to three; what is missing stays ground."""
     card = Image.new("RGB", (WIDTH, HEIGHT), _GROUND)
     boxes = [(0, 0, HEIGHT, HEIGHT), *((_SMALL[0], top, *_SMALL[1:]) for top in _SMALL_TOPS)]

@@ -14,12 +14,14 @@ import numpy.typing as npt
 
 from cytosae.relations import Others, dispersion_of, log_scale
 from stores.barcode_store import BarcodeStore
+from stores.csr import CsrRows
 from stores.errors import DamagedStore
 from stores.tables import STATUS_OK
 
 from .pseudonyms import Pseudonyms
 
 _ROWS = 256  # patients, or images, per read
+_IMAGES = 1024  # images of a block
 Floats = npt.NDArray[np.float64]
 Values = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -111,6 +113,21 @@ class Cohort:
         for row, found in _rows(self.barcodes, "patient", self._tau, "X"):
             yield int(self._number_of[row]), found
 
+    def image_blocks(self, matrix: str) -> Iterator[tuple[int, CsrRows]]:
+        """(first image, rows) of all images, in order: `X`, tokens above tau, or `mean`, image activations."""
+        reader = self.barcodes.matrix("image", self._tau, matrix)
+        for start in range(0, reader.shape[0], _IMAGES):
+            yield start, reader.read_rows(start, min(start + _IMAGES, reader.shape[0]))
+
+    @cached_property
+    def rarity(self) -> Values:
+        """(n_latents,) what a latent weighs where images are compared: 0 if it is above tau in every readable image.
+
+        ln((n + 1) / (images with it + 1)), as `cyto concept search` weighs, but of what barcodes count.
+        """
+        weights: Values = np.log((self.is_readable.sum() + 1) / (self.groups.n_images_with + 1)).clip(0)
+        return weights.astype(np.float32)
+
     def image_activations(self) -> Iterator[tuple[int, Row]]:
         """(image_index, image activations) of every image."""
         return _rows(self.barcodes, "image", self._tau, "mean")
@@ -145,6 +162,16 @@ class Cohort:
         return np.array([number.get(key, -1) for key in keys], np.int64)
 
     @cached_property
+    def log_k(self) -> float:
+        """K of ln(1 + K a), with which barcodes are drawn: 1 / K is one token in all images of a patient."""
+        is_mean = self.barcodes.header.spec["normalize"] == "images"
+        return max(1.0, float(self.n_images.mean())) if is_mean and self.n_patients else float(self.n_latents)
+
+    def groups_of(self, disease: int) -> list[int]:
+        """The groups of `peers_of` that have a disease, one for each dataset."""
+        return sorted({int(group) for group in self.peers_of[self.disease_of == disease]}) if disease >= 0 else []
+
+    @cached_property
     def groups(self) -> "Groups":
         """Sums over the patients of each disease and dataset; reads all images once."""
         n_groups = int(self.peers_of.max(initial=-1)) + 2  # the last is for patients without a disease
@@ -161,10 +188,15 @@ class Cohort:
             log_squares[group, row.latents] += log_values**2
             levels[group, row.latents] += (self.n_images[number] - 1) * values
             spread[group, row.latents] -= self.n_images[number] * values**2
+        n_images_with = np.zeros(self.n_latents, np.int64)
         for image, row in _rows(self.barcodes, "image", self._tau, "X"):
+            if self.is_readable[image]:
+                n_images_with[row.latents] += 1
             if self.is_readable[image] and self.patient_of[image] >= 0:
                 spread[self.peers_of[self.patient_of[image]], row.latents] += row.values.astype(np.float64) ** 2
-        return Groups(n_patients, per_patient, sums, squares, logs, log_squares, dispersion_of(spread, levels))
+        return Groups(
+            n_patients, per_patient, sums, squares, logs, log_squares, dispersion_of(spread, levels), n_images_with
+        )
 
     @cached_property
     def _images(self) -> Any:
@@ -185,6 +217,7 @@ class Groups:
     logs: Floats
     log_squares: Floats
     dispersion: Floats
+    n_images_with: Ints  # (n_latents,) readable images in which each is above tau, of all groups and of nobody
 
     def others(self, group: int, barcode: Floats) -> Others:
         """Statistics of a group without one of its patients, whose barcode, (n_latents,), is given."""

@@ -19,6 +19,8 @@ class AtlasConfig:
     near_misses: int = 6  # images that resemble a latent's reference images and lack it
     alike: int = 6  # images most like an image, and as many of other patients
     patient_images: int = 12  # of each patient, drawn at random
+    patient_concepts: int = 6  # characteristic ones of a patient, and unusual ones, with the patient's strongest cells
+    pair_concepts: int = 12  # of each side of a comparison, with the strongest cells of both
     pixels: int = 256  # longer side of a picture
     tau: float | None = None  # which barcodes; needed if they were counted at several tau
     seed: int = 0  # of the random draws: patients' images, decoys of the review
@@ -28,6 +30,7 @@ class AtlasConfig:
         check_choice("pages", self.pages, PAGES)
         least = {"top": 1, "n_images": 1, "pixels": 32}
         least |= dict.fromkeys(("decile_images", "near_misses", "alike", "patient_images", "seed"), 0)
+        least |= dict.fromkeys(("patient_concepts", "pair_concepts"), 0)
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise BadInput(f"{name} must be at least {number}; found {getattr(self, name)}")

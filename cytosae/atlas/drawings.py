@@ -1,16 +1,19 @@
-"""Coordinates of small SVG drawings: bars of a histogram, points of patients, stripes of a barcode. No HTML here."""
+"""Coordinates of small SVG drawings: bars of a histogram, points of patients, barcodes, shares. No HTML here."""
 
 import base64
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .composition import Composition
+
 WIDTH, HEIGHT = 560, 120  # of a histogram without its axis, pixels
 STRIP_WIDTH, STRIP_HEIGHT = 560, 26
 _MOST_POINTS = 300  # per disease; of more patients, this many at even ranks
-_STRIPES = 1024
+_COLUMNS = 1024  # of a barcode
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,87 @@ def strip_of(values: npt.NDArray[np.float32], largest: float) -> Strip:
     return Strip(points, len(values) - len(points))
 
 
-def stripes(latents: npt.NDArray[Any], values: npt.NDArray[np.float32], n_latents: int) -> dict[str, Any]:
-    """A barcode as at most 1,024 stripes: maximum over neighbouring latents, square root of its share, 8 bits."""
-    n_stripes = min(_STRIPES, n_latents)
-    heights = np.zeros(n_stripes)
-    np.maximum.at(heights, latents.astype(np.int64) * n_stripes // n_latents, values)
-    largest = float(heights.max(initial=0))
-    steps = np.round(np.sqrt(heights / (largest or 1)) * 255).astype(np.uint8)
-    return {"packed": base64.b64encode(steps.tobytes()).decode(), "n": n_stripes, "largest": largest}
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Where each latent stands in the picture of a barcode: alike latents side by side, a family in its own columns."""
+
+    column_of: npt.NDArray[np.int64]  # (n_latents,) -1: never active
+    starts: list[int]  # (n_families + 1,) first column of each family
+
+    @property
+    def n(self) -> int:
+        """Columns."""
+        return self.starts[-1]
+
+
+def barcode_columns(
+    order: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], n_latents: int, most: int = _COLUMNS
+) -> Columns:
+    """At most about `most` columns for the latents of an order, which is cut into families at `starts`."""
+    column_of = np.full(n_latents, -1, np.int64)
+    firsts, shrink = [0], max(1.0, len(order) / most)
+    for first, last in pairwise(starts.tolist()):
+        n_columns = max(1, round((last - first) / shrink))
+        column_of[order[first:last]] = firsts[-1] + np.arange(last - first) * n_columns // (last - first)
+        firsts.append(firsts[-1] + n_columns)
+    return Columns(column_of, firsts)
+
+
+def barcode_picture(
+    columns: Columns,
+    mine: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
+    others: tuple[npt.NDArray[Any], npt.NDArray[np.float32]],
+    k: float,
+) -> dict[str, Any]:
+    """Two barcodes, one upwards, one downwards, as bytes in base64: the largest value of each column's latents.
+
+    Heights are ln(1 + k value) as shares of that of the larger of both largest values, in 8 bits. `latents` says which
+    latent has the largest value of its column: of mine, or of the others where mine is 0.
+
+    Parameters
+    ----------
+    mine, others : (latents, values) of what is not 0
+    """
+    largest = float(max(mine[1].max(initial=0), others[1].max(initial=0)))
+    heights, named = np.zeros((2, columns.n)), np.zeros(columns.n, np.int64)
+    for side, (latents, values) in ((1, others), (0, mine)):
+        at = columns.column_of[latents.astype(np.int64)]
+        order = np.lexsort((-latents.astype(np.int64), values))
+        order = order[at[order] >= 0]
+        heights[side, at[order]] = values[order]  # the largest is written last; of equals the lower number
+        named[at[order]] = latents[order]
+    steps = np.round(np.log1p(k * heights) / np.log1p(k * (largest or 1)) * 255).astype(np.uint8)
+    return {
+        "mine": base64.b64encode(steps[0].tobytes()).decode(),
+        "others": base64.b64encode(steps[1].tobytes()).decode(),
+        "latents": base64.b64encode(named.astype("<u4").tobytes()).decode(),
+        "n": columns.n,
+        "starts": columns.starts,
+        "largest": largest,
+        "k": k,
+    }
+
+
+_LABEL_ROW, _LABEL_WIDTH = 34, 360
+
+
+def composition_picture(
+    composition: Composition, members: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """Bars of the shares of labels: of some patients, with the mean and the middle half of others as marks."""
+    rows = composition.of(members, others)
+
+    def at(share: float | None) -> float | None:
+        return None if share is None else round(share * _LABEL_WIDTH, 1)
+
+    return {
+        "width": _LABEL_WIDTH,
+        "height": _LABEL_ROW * len(rows),
+        "n": int(composition.counts[members].sum()),
+        "n_others": int((composition.counts[others].sum(axis=1) > 0).sum()),
+        "rows": [
+            {**row, "y": _LABEL_ROW * number, "x": at(row["share"]), "x_others": at(row["others"])}
+            | {"x_low": at(row["low"]), "x_high": at(row["high"])}
+            for number, row in enumerate(rows)
+        ],
+    }

@@ -43,7 +43,8 @@ class Gallery:
     g: npt.NDArray[np.float64]  # Hedges' g there
     q: npt.NDArray[np.float64]
     verdict: npt.NDArray[np.uint8]  # number in `VERDICTS` of opinions.py
-    names: dict[int, str]  # position -> the name that experts gave
+    cells: Ints  # number of the set of its three strongest images: concepts with the same picture have the same
+    names: dict[int, str]  # position -> the name that experts gave, or `cyto concept describe` tested
 
 
 def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
@@ -68,8 +69,18 @@ def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
         g=g,
         q=q,
         verdict=verdict,
+        cells=_cells(plan, images),
         names=names,
     )
+
+
+def _cells(plan: Plan, images: list[Ints]) -> Ints:
+    """Equal numbers for equal strongest images; those without any have a number of their own each."""
+    shown = np.full((len(images), 3), -1, np.int64)
+    for at, numbers in enumerate(images):
+        shown[at, : len(numbers)] = plan.references.image[numbers]
+    shown[shown[:, 0] < 0, 1] = np.flatnonzero(shown[:, 0] < 0)
+    return np.unique(shown, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def _activity(inputs: Inputs, plan: Plan) -> tuple[Any, Any, Any]:
@@ -148,7 +159,13 @@ def _opinions(inputs: Inputs, plan: Plan) -> tuple[npt.NDArray[np.uint8], dict[i
     latents, opinions = plan.latents.tolist(), inputs.opinions or {}
     asked = {*plan.selection}
     said = [opinions[n].verdict if n in opinions else OPEN if n in asked else NOT_ASKED for n in latents]
-    names = {at: opinions[n].name for at, n in enumerate(latents) if n in opinions and opinions[n].name}
+    tested = inputs.evidence.names
+    names: dict[int, str] = {}
+    for at, latent in enumerate(latents):
+        given = opinions[latent].name if latent in opinions else ""
+        others = () if tested is None else tested.of(latent)
+        if given or others:
+            names[at] = given or others[0].name  # of experts, else the one that told the images apart best
     return np.array([VERDICTS.index(one) for one in said], np.uint8), names
 
 
@@ -164,6 +181,7 @@ def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, g
         "mean": (gallery.mean / (largest or 1)).astype(np.float16),
         "has_picture": np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8),
         "verdict": gallery.verdict,
+        "cells": gallery.cells.astype(np.uint16 if len(plan.latents) <= 1 << 16 else np.uint32),
     }
     if gallery.labels:
         columns["label"] = np.where(gallery.label >= 0, gallery.label, no_label).astype(code)

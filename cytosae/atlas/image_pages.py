@@ -15,6 +15,7 @@ from cytosae.maps import Pixels
 from stores.token_layout import TokenLayout
 
 from .alike import Alike
+from .cell_maps import Marks
 from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import disease_name, image_name
@@ -38,6 +39,7 @@ def write_images(
     maps: Maps,
     shared: dict[str, Any],
     *,
+    marks: Marks | None = None,
     chosen: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[int]:
     """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
@@ -46,6 +48,7 @@ def write_images(
     tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images differs from that of the
     sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
 
+    marks : further maps to fill
     chosen : only these images (for an estimate); the positions of thumbnails are then wrong
     """
     images = plan.images if chosen is None else chosen
@@ -75,6 +78,8 @@ def write_images(
                 values = np.zeros(layout.n_patches, np.float32)
                 values[patches.indices[start:stop]] = patches.data[start:stop]
                 maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
+            if marks is not None:
+                marks.fill(image, patches)
             site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
             n_active[thumb] = (tokens.getnnz(axis=0) > 0).sum()
             yield n_done

@@ -20,6 +20,7 @@ from stores.tables import column
 
 from .evidence import EvidenceStores, open_evidence
 from .opinions import Opinion, read_opinions
+from .other_atlas import OtherAtlas, open_other
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Inputs:
     comparisons: Sequence[ResultStore]
     neighbours: ResultStore | None
     evidence: EvidenceStores = field(default_factory=EvidenceStores)
+    other: OtherAtlas | None = None  # an atlas that is shown beside this one
     opinions: dict[int, Opinion] | None = None  # of a review, by latent; None: not given
 
     @property
@@ -74,6 +76,10 @@ class Inputs:
         found += [("comparison", each.root, each.header) for each in self.comparisons]
         found += [] if self.neighbours is None else [("neighbours", self.neighbours.root, self.neighbours.header)]
         found += self.evidence.headers
+        if self.other is not None:
+            found += [("atlas beside", self.other.store.root, self.other.store.header)]
+        if self.other is not None and self.other.match is not None:
+            found += [("match", self.other.match.root, self.other.match.header)]
         return [(what, root.name, header) for what, root, header in found]
 
     def comparison_table(self, number: int) -> pa.Table:
@@ -99,6 +105,8 @@ def open_inputs(
     *,
     comparisons: Sequence[Path] = (),
     neighbours: Path | None = None,
+    beside: Path | None = None,
+    match: Path | None = None,
     tau: float | None = None,
     causes: Path | None = None,
     stability: Path | None = None,
@@ -136,6 +144,7 @@ def open_inputs(
             names=names,
             replications=replications,
         ),
+        other=_other(BarcodeStore(barcodes), sources, beside, match),
         opinions=None if reviews is None else read_opinions(reviews, ConceptStore(concepts).identity),
     )
     _check_latents(inputs)
@@ -149,6 +158,15 @@ def open_inputs(
             f"({inputs.stores[0].spec.sae_sha256:.12}…); give neighbours of the SAE that the latents were made with"
         )
     return inputs
+
+
+def _other(barcodes: BarcodeStore, sources: Sources, beside: Path | None, match: Path | None) -> OtherAtlas | None:
+    if beside is None:
+        if match is not None:
+            raise BadInput("a match needs the atlas of its second side: give it with --beside")
+        return None
+    sae = sources.stores[0].spec.sae_sha256
+    return open_other(beside, match, barcodes=barcodes.header.identity, sae_sha256=sae)
 
 
 def _tau(barcodes: BarcodeStore, tau: float | None) -> float:

@@ -34,6 +34,7 @@ def write_overview(
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
     order = first_order(gallery)
+    order = order[np.sort(np.unique(gallery.cells[order], return_index=True)[1])]  # the same cells once, as the script
     site.page(
         "index.html",
         "gallery.html",

@@ -81,8 +81,12 @@ class Plan:
         return frozenset(self.latents.tolist()).__contains__
 
 
-def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None) -> Plan:
+def make_plan(
+    inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: Pseudonyms | None, *, further: Sequence[Ints] = ()
+) -> Plan:
     """Choose latents and images. Without pseudonyms, images keep the order of the stores.
+
+    further : indices of images that other pages show
 
     Raises
     ------
@@ -106,7 +110,7 @@ def make_plan(inputs: Inputs, cohort: Cohort, config: AtlasConfig, pseudonyms: P
         seed=config.seed,
     )
     shown = [_known(examples.deciles), _known(examples.near)]
-    images = np.unique(np.concatenate([references.image, of_patients, *shown]))
+    images = np.unique(np.concatenate([references.image, of_patients, *shown, *further]))
     pictured = np.setdiff1d(_known(examples.best), images)
     if pseudonyms is not None:
         images, pictured = (

@@ -25,6 +25,7 @@ from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_json
 from stores.progress import Progress
 from stores.result_folder import ResultStore
+from stores.tables import column
 
 FILE = "review"  # .json in the folder of the atlas
 PICTURES = "review"  # folder of pictures there
@@ -106,11 +107,14 @@ def estimate_pictures(
     *,
     selection: Selection | None = None,
     comparisons: Sequence[ResultStore] = (),
+    examples: Examples | None = None,
     most: int,
 ) -> tuple[int, int]:
     """(number, bytes) of the pictures that `make_review` would write, estimated from `most` of them."""
     latents = _latents(_questions(concepts, config, selection, comparisons))
-    images = sorted({sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)})
+    weaker = {} if examples is None else examples(latents)
+    top = {sources.find(row["image_id"]) for row in _top_images(concepts, latents, config.n_images)}
+    images = sorted(top | {place for place, _ in _weaker_images(sources, weaker)})
     if not images:
         return 0, 0
     few = [images[at] for at in np.unique(np.linspace(0, len(images) - 1, most).astype(int))]
@@ -268,13 +272,13 @@ def _weaker_images(
 ) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """((store, row in it), image) of each example, by latent, the strongest first."""
     firsts = np.cumsum([0, *(store.spec.n_images for store in sources.stores)])
-    columns = [(store.images["image_id"], store.images["label"]) for store in sources.stores]
+    columns = [[column(store.images, name) for name in ("image_id", "label")] for store in sources.stores]
     for latent, images in weaker.items():
         for image in images:
             number = int(np.searchsorted(firsts, image, side="right")) - 1
             row = int(image - firsts[number])
             ids, labels = columns[number]
-            found = {"latent": latent, "dataset": None, "image_id": ids[row].as_py(), "label": labels[row].as_py()}
+            found = {"latent": latent, "dataset": None, "image_id": str(ids[row]), "label": labels[row] or None}
             yield (number, row), found
 
 

@@ -47,9 +47,13 @@ class Site:
         """Record the files that were written to a folder of the site by other code."""
         assert self.root is not None
         for path in sorted((self.root / folder).iterdir()):
-            if is_dropping(path.name):
-                continue
-            self._files[f"{folder}/{path.name}"] = (path.stat().st_size, sha256_file(path))
+            if not is_dropping(path.name):
+                self.take_in_file(f"{folder}/{path.name}")
+
+    def take_in_file(self, name: str) -> None:
+        """Record one such file."""
+        assert self.root is not None
+        self._files[name] = ((self.root / name).stat().st_size, sha256_file(self.root / name))
 
     def page(self, name: str, template: str, /, **context: Any) -> None:
         """Write a page from a template; names in `context` are escaped there."""
@@ -92,7 +96,8 @@ def _section(name: str) -> str:
     """The page in the list at the top of each page that one belongs to; "" for images, which belong to several."""
     folder, _, last = name.rpartition("/")
     sections = {"concepts": "index", "patients": "patients", "diseases": "diseases", "pairs": "diseases", "images": ""}
-    return sections.get(folder, last.removesuffix(".html"))
+    own = "beside" if last.startswith("beside-") else last.removesuffix(".html")
+    return sections.get(folder, {"families": "diseases"}.get(own, own))
 
 
 def copy_static(site: Site) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--compare", "comparisons", type=FILE, multiple=True, help="Folder of cyto compare; may repeat.")
 @click.option("--neighbours", type=FILE, help="Folder of cyto concept neighbours.")
 @click.option("--causes", type=FILE, help="Folder of cyto concept ablate.")
+@click.option("--reviews", type=FILE, help="Folder of verdicts of cyto atlas serve, shown on the cards of concepts.")
 @click.option("--stability", type=FILE, help="Folder of cyto concept stability, of this SAE and others.")
 @click.option("--score", type=FILE, help="Folder of cyto sae score.")
 @click.option("--masks", type=FILE, help="Folder of cyto concept masks.")
@@ -43,7 +44,12 @@ if TYPE_CHECKING:
 @click.option(
     "--replicate", "replications", type=FILE, multiple=True, help="Folder of cyto compare replicate; may repeat."
 )
-@click.option("--reviews", type=FILE, help="Folder of verdicts of cyto atlas serve, shown on the cards of concepts.")
+@click.option(
+    "--beside",
+    type=FILE,
+    help="Another atlas: its concepts are shown beside these, by --match, or of the same SAE in other images.",
+)
+@click.option("--match", type=FILE, help="With --beside: folder of cyto concept match, these barcodes first.")
 @click.option(
     "--pages",
     type=click.Choice(["selected", "top", "all"]),
@@ -82,6 +88,20 @@ if TYPE_CHECKING:
     show_default=True,
     help="Images per patient, drawn at random.",
 )
+@click.option(
+    "--patient-concepts",
+    type=click.IntRange(min=0),
+    default=6,
+    show_default=True,
+    help="Characteristic latents of a patient, and unusual ones, that are shown with the patient's strongest cells.",
+)
+@click.option(
+    "--pair-concepts",
+    type=click.IntRange(min=0),
+    default=12,
+    show_default=True,
+    help="Latents of each side of --compare that are shown with the strongest cells of both sides.",
+)
 @click.option("--pixels", type=click.IntRange(min=32), default=256, show_default=True, help="Longer side of a picture.")
 @click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option(
@@ -106,11 +126,13 @@ def atlas_build(
     replications: tuple[Path, ...],
     neighbours: Path | None,
     causes: Path | None,
+    reviews: Path | None,
     stability: Path | None,
     score: Path | None,
     masks: Path | None,
     names: Path | None,
-    reviews: Path | None,
+    beside: Path | None,
+    match: Path | None,
     dry_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -126,9 +148,9 @@ def atlas_build(
     from cytosae.atlas import AtlasConfig, build_atlas, estimate_atlas
 
     require_roots(stores, roots, "--images")
-    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "reviews": reviews}
+    given: dict[str, Any] = {"comparisons": comparisons, "neighbours": neighbours, "causes": causes, "roots": roots}
     given |= {"stability": stability, "score": score, "masks": masks, "replications": replications}
-    given |= {"names": names, "roots": roots}
+    given |= {"beside": beside, "match": match, "reviews": reviews, "names": names}
     given["stage_one"] = bridges.stage_one
     if dry_run:
         done = estimate_atlas(barcodes, concepts, stores, out, AtlasConfig(**settings), **given)

@@ -24,7 +24,8 @@ function startGallery() {
 
 function openGallery(data) {
   const form = $("find"), field = form.elements, n = data.latents.length;
-  const state = { box: null, pair: null, shown: [] }; // pair: the columns of a chosen comparison, by position
+  // pair: the columns of a chosen comparison, by position; alike: position -> how many with the same cells are not shown
+  const state = { box: null, pair: null, shown: [], alike: new Map() };
   const labelOf = (at) => (data.label && data.label[at] !== data.no_label ? data.label[at] : -1);
   const titleOf = (at) => data.name.get(at) ?? `Latent ${data.latents[at]}`;
 
@@ -92,7 +93,8 @@ function openGallery(data) {
     shot.replaceChildren(...(data.has_picture[at] ? [element("img", { src: `cards/${latent}.jpg`, alt: "", width: 288, height: 192, decoding: "async" }), element("span", { class: "first" })] : []));
     link.href = `concepts/${latent}.html`;
     link.textContent = titleOf(at);
-    card.querySelector(".of").textContent = data.name.has(at) ? latent : "";
+    const more = state.alike.get(at);
+    card.querySelector(".of").textContent = [data.name.has(at) ? latent : "", more ? `+ ${more} alike` : ""].filter(Boolean).join(" ");
     const line = card.querySelector(".label");
     line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
     const bar = card.querySelector(".bar rect");
@@ -174,21 +176,38 @@ function openGallery(data) {
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || data.mean[b] - data.mean[a] || a - b;
       return data.has_picture[b] - data.has_picture[a] || x - y || data.mean[b] - data.mean[a] || a - b;
     });
-    $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts`;
+    const all = state.shown.length;
+    foldAlike();
+    $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts${all > state.shown.length ? `; ${whole(all - state.shown.length)} more show the same cells` : ""}`;
     $("none").hidden = state.shown.length > 0;
     $("cards").hidden = !state.shown.length;
     if (state.shown.length) shelf.show(state.shown);
     const changes = Object.fromEntries(fields.map((name) => [name, field[name].value === first[name] ? "" : field[name].value]));
     for (const group of groups) changes[group.name] = [...chips.pressed.get(group.name)].map(encodeURIComponent).join(",");
+    changes.all = folds() ? "" : "1";
     changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
     ADDRESS.write(changes);
     $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
     if (plot) {
       plot.shown.fill(0);
-      for (const at of state.shown) plot.shown[at] = 1;
+      for (const at of some) if (chips.passes(at)) plot.shown[at] = 1;
       plot.boxed = state.box;
       plot.draw();
     }
+  }
+
+  // Keeps the first of the concepts with the same cells; not of those that somebody searches for.
+  const folds = () => $("fold").getAttribute("aria-pressed") === "true";
+  function foldAlike() {
+    state.alike.clear();
+    if (!folds() || !data.cells || field.search.value.trim()) return;
+    const firsts = new Map();
+    state.shown = state.shown.filter((at) => {
+      const first = firsts.get(data.cells[at]);
+      if (first === undefined) firsts.set(data.cells[at], at);
+      else state.alike.set(first, (state.alike.get(first) ?? 0) + 1);
+      return first === undefined;
+    });
   }
 
   async function choosePair() {
@@ -229,14 +248,16 @@ function openGallery(data) {
   // ------------------------------------------------------------------------------------------- begin
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", (event) => (event.target === field.sort ? choosePair() : update()));
-  const clear = () => { chips.clear(); state.box = null; state.pair = null; setTimeout(update); }; // the fields are not reset yet
+  const clear = () => { chips.clear(); $("fold").setAttribute("aria-pressed", "true"); state.box = null; state.pair = null; setTimeout(update); }; // the fields are not reset yet
   form.addEventListener("reset", clear);
   $("again").addEventListener("click", () => { form.reset(); });
+  $("fold").addEventListener("click", () => { $("fold").setAttribute("aria-pressed", String(!folds())); update(); });
 
   function fromAddress() {
     const said = ADDRESS.read();
     for (const name of fields) if (said.has(name) || name !== "sort") field[name].value = said.get(name) ?? "";
     if (!said.has("sort") || field.sort.selectedIndex < 0) field.sort.value = first.sort;
+    $("fold").setAttribute("aria-pressed", String(!said.has("all")));
     chips.clear();
     for (const group of groups) for (const value of (said.get(group.name) ?? "").split(",").filter(Boolean)) chips.pressed.get(group.name).add(decodeURIComponent(value));
     const box = (said.get("box") ?? "").split(",").map(Number);

@@ -34,8 +34,22 @@ function showMap(frame) {
   if (frame.querySelector(".map")) return;
   const layer = element("span", { class: "map", "aria-hidden": "true" }), picture = frame.querySelector("img");
   if (picture) layer.append(element("img", { src: picture.getAttribute("src"), alt: "", loading: "lazy" }));
-  layer.append(mapCanvas(CYTO.bytes(frame.dataset.map), Number(frame.dataset.share)));
+  const canvas = mapCanvas(CYTO.bytes(frame.dataset.map), Number(frame.dataset.share));
+  layer.append(canvas);
   frame.append(layer);
+  if (picture) fitMap(canvas, picture);
+}
+
+// A picture that is no square lies in the middle of its frame, and its map over it.
+function fitMap(canvas, picture) {
+  if (!picture.naturalWidth) {
+    picture.addEventListener("load", () => fitMap(canvas, picture), { once: true });
+    return;
+  }
+  const wide = picture.naturalWidth / picture.naturalHeight, inset = (part) => `${50 - 50 * part}%`;
+  canvas.style.inset = `${inset(Math.min(1, 1 / wide))} ${inset(Math.min(1, wide))}`;
+  canvas.style.width = `${100 * Math.min(1, wide)}%`;
+  canvas.style.height = `${100 * Math.min(1, 1 / wide)}%`;
 }
 
 // The button #maps (and key m) shows or hides the maps of all frames; it begins as it is pressed in the page.

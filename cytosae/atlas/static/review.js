@@ -64,7 +64,7 @@ function choose(number) {
   $("choices").replaceChildren(made("legend", "Verdict"), ...question.choices.map((value) => radio("choice", value, words(value), KEYS[value])));
   $("confidence").replaceChildren(
     made("legend", "How sure? (1 a guess, 5 certain)"),
-    ...[1, 2, 3, 4, 5].map((value) => radio("sure", String(value), "", String(value)))
+    ...[1, 2, 3, 4, 5].map((value) => radio("sure", String(value), String(value), ""))
   );
   show(firstOpen(0) ?? 0);
 }
@@ -77,7 +77,7 @@ function words(value) {
 function radio(group, value, text, key) {
   const label = made("label");
   const input = made("input", "", { type: "radio", name: group, value, id: `${group}-${value}` });
-  label.append(input, ` ${text} `, made("kbd", key));
+  label.append(input, ` ${text} `, ...(key ? [made("kbd", key)] : []));
   return label;
 }
 

@@ -8,7 +8,8 @@ class Shelf {
     this.model = list.firstElementChild.cloneNode(true);
     const later = () => { this.waiting ??= requestAnimationFrame(() => { this.waiting = null; this.draw(); }); };
     addEventListener("scroll", later, { passive: true });
-    new ResizeObserver(() => { if (this.width !== list.clientWidth) { this.rowHeight = 0; later(); } }).observe(list);
+    addEventListener("resize", later);
+    new ResizeObserver(() => { if (list.clientWidth && this.width !== list.clientWidth) { this.rowHeight = 0; later(); } }).observe(list);
     list.addEventListener("focusin", later);
     addEventListener("beforeprint", () => this.draw(48));
     addEventListener("afterprint", () => this.draw());

@@ -14,6 +14,7 @@ const LABELS_WITH_COLOR = 7;
 async function startLatents() {
   const form = $("filters");
   if (!form) return;
+  if (matchMedia("(max-width: 48rem)").matches) $("more").open = false; // on a phone the points come first
   const built = await readBuilt(), field = form.elements;
   const state = { data: null, q: null, rows: [], page: 0, key: "mean_activation", falling: true };
   const body = $("latents").tBodies[0];

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import html
 import io
 import json
@@ -11,7 +12,6 @@ import stat
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,17 @@ from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIE
 from PIL import Image
 
 from cytocache.pictures import Pictures
+from cytosae.atlas import AtlasConfig
+from cytosae.atlas import cohort as atlas_cohort
+from cytosae.atlas.build import _of_each_tenth
 from cytosae.atlas.cohort import Groups
-from cytosae.atlas.cohort_pages import _unusual
 from cytosae.atlas.examples import BIN_EDGES
+from cytosae.atlas.inputs import open_inputs
+from cytosae.atlas.latent_lists import unusual
 from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
 from cytosae.atlas.pseudonyms import hide_order
-from cytosae.atlas.review_items import ReviewConfig, estimate_pictures
+from cytosae.atlas.questions import read_review, sent
+from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.atlas.site import Site, script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
@@ -391,9 +396,10 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     plain, squared, log_plain, log_squared = (
         values.sum(0)[None] for values in (everybody, everybody**2, logs, logs**2)
     )
-    groups = Groups(np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None])
-    has_page = SimpleNamespace(has_page=lambda latent: True)
-    found = _unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT, has_page)  # type: ignore[arg-type]
+    groups = Groups(
+        np.array([9]), np.array([3.0]), plain, squared, log_plain, log_squared, clumps[None], np.zeros(N_LATENTS, int)
+    )
+    found = unusual(mine, groups.others(0, mine), IMAGES_PER_PATIENT)
     largest = sorted(z[z != 0], key=abs, reverse=True)[:12]
     assert [one["z"] for one in found] == pytest.approx(largest, abs=1e-5)
     few = page_of(atlas, PATIENTS[-1])  # of five controls
@@ -423,7 +429,8 @@ def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:
 
 def test_cells_and_thumbnails(atlas: Path, cohort: Cohort) -> None:
     page = page_of(atlas, PATIENTS[1])
-    cells = [int(Path(str(found["href"])).stem) for found in page.all("a") if "images/" in str(found["href"])]
+    drawn = page.path.read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    cells = [int(number) for number in re.findall(r'<a href="../images/(\d+)\.html"', drawn)]
     assert cells == [3, 5]  # the third is unreadable
     assert thumb_place(300, 301) == {"sheet": 1, "x": 12 * 96, "y": 2 * 96, "width": 1536, "height": 288}
     assert thumb_place(300, 900)["height"] == 1536
@@ -459,8 +466,8 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
     assert sorted(patients.values()) == sorted(PATIENTS)
     assert "'=cmd" in (tmp_path / "hidden.pseudonyms.csv").read_text()
     number = [*patients.values()].index(PATIENTS[1])
-    cells = [str(found["href"]) for found in Page(out / "patients" / f"{number}.html").all("a")]
-    shown = {images[Path(cell).stem] for cell in cells if cell.startswith("../images/")}
+    drawn = (out / "patients" / f"{number}.html").read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
+    shown = {images[cell] for cell in re.findall(r'href="\.\./images/(\d+)\.html"', drawn)}
     assert shown == {cohort.image_ids[n] for n in (3, 5)}  # the one between is unreadable
     assert sorted(map(int, images)) == [*range(len(cohort.image_ids) - 1)]
     for order in (images, patients):
@@ -604,15 +611,43 @@ def test_pictures_of_the_review_are_counted_beforehand(cohort: Cohort, atlas: Pa
     """With all of them looked at, exactly; one file is lost."""
     latents = LatentStore(cohort.root / "latents")
     images = Pictures(latents, cohort.root / "images")
-    concepts = ConceptStore(cohort.root / "concepts")
+    concepts, sources = ConceptStore(cohort.root / "concepts"), Sources([latents], [images])
+    inputs = open_inputs(cohort.root / "barcodes", cohort.root / "concepts", sources)
+    patients = atlas_cohort.Cohort(inputs.barcodes, inputs.tau, pseudonyms=None)
     asked: dict[str, Any] = {
         "selection": read_selection(concepts),
         "comparisons": [ResultStore(cohort.root / "compare", COMPARISON)],
+        "examples": lambda some: _of_each_tenth(inputs, patients, AtlasConfig(), some),
         "most": 1000,
     }
-    found = estimate_pictures(concepts, Sources([latents], [images]), ReviewConfig(), **asked)
+    found = estimate_pictures(concepts, sources, ReviewConfig(), **asked)
     sizes = [path.stat().st_size for path in (atlas / "review").iterdir()]
     assert found == (len(sizes), sum(sizes))
+
+
+def test_a_review_shows_the_whole_range_of_a_latent(cohort: Cohort, atlas: Path) -> None:
+    """An image of each tenth of its activation, the strongest first, decoys too; and a reviewer is told no dataset."""
+    content = json.loads((atlas / "review.json").read_text())
+    activation = cohort.dense.mean(axis=1)
+    picture_of = {}
+    for n in range(len(cohort.dense)):
+        with Image.open(cohort.root / "images" / f"{n:04d}.png") if n != 7 else Image.new("RGB", (1, 1)) as image:
+            picture_of[hashlib.sha256(_jpeg(np.asarray(image.convert("RGB")))).hexdigest()[:32] + ".jpg"] = n
+    n_ranges = 0
+    for latent, evidence in content["latents"].items():
+        active = np.sort(activation[activation[:, int(latent)] > 0, int(latent)])
+        if len(active) < 20:
+            assert "range" not in evidence
+            continue
+        values = [activation[picture_of.get(one["file"], 7), int(latent)] for one in evidence["range"]]
+        tenths = [int(10 * np.searchsorted(active, value) / len(active)) for value in values]
+        assert tenths == list(range(9, -1, -1))
+        n_ranges += 1
+    assert n_ranges > 10
+    review = read_review(atlas)
+    sets = sent(review, review.questions[0], "Ada", seed=0, shows_labels=False)["items"][0]["rows"]
+    assert [row.get("is_range", False) for row in sets] == [False] * (len(sets) - 1) + [True]
+    assert not any(name in row["title"] for row in sets for name in DATASETS)
 
 
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_axes_have_round_numbers_at_their_places_at_every_zoom(
         line = np.polynomial.Polynomial.fit(values, places, 1)
         np.testing.assert_allclose(line(values), places, atol=0.5)  # pixels
         spans.append(line.deriv()(0))
-        tab.click(f"[data-zoom={button}]")
+        tab.click(f"figure:has(#scatter, #pair) [data-zoom={button}]")
     growth = np.divide(spans[1:], spans[:-1])
     np.testing.assert_allclose(growth, 1 / 0.6 if button == "in" else 0.6, rtol=0.01)
 
@@ -310,7 +310,7 @@ def test_a_pair_lies_where_its_means_say(page: Watched, cohort: Cohort) -> None:
     assert a[3] > b[3]
     x, y = place_of(np.sqrt(b), np.sqrt(a), 3, tab.locator("#pair").bounding_box())
     tab.hover("#pair", position={"x": x + 1, "y": y + 1})
-    told = tab.inner_text(".tip").splitlines()
+    told = tab.inner_text(".plot:has(#pair) .tip").splitlines()
     assert told[0] == "latent 3"
     assert [float(number) for number in told[1].replace("A ", "").replace("B ", "").split(", ")] == pytest.approx(
         [a[3], b[3]], rel=0.01

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,14 @@ from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto, m
 from PIL import Image
 
 from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
-from cytosae.atlas.gallery import MAPS_PER_FILE, specificities
+from cytosae.atlas.gallery import MAPS_PER_FILE, _cells, specificities
 from cytosae.atlas.opinions import VERDICTS
 from cytosae.atlas.reviews import Verdict, save_verdict
 from stores import ConceptStore
 
 DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
 CARD_BYTES = 12_000  # of a card's picture
-ROW_BYTES = 24  # of a concept in data/gallery.js
+ROW_BYTES = 28  # of a concept in data/gallery.js
 SCREEN = 24  # cards that a large screen shows before it is scrolled, and the rows around
 
 
@@ -100,6 +101,23 @@ def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
             assert found["g"][latent] / 100 == pytest.approx(row["hedges_g"], abs=0.006)
 
 
+def test_concepts_with_the_same_cells_have_the_same_number(atlas: Path, cohort: Cohort) -> None:
+    found = data(atlas, "gallery")["cells"]
+    sets = [tuple(row["image_index"] for row in top_rows(cohort, latent)[:3]) for latent in range(N_LATENTS)]
+    for one in range(N_LATENTS):
+        for other in range(one):
+            assert (found[one] == found[other]) == (sets[one] == sets[other] and sets[one] != ())
+
+
+def test_cells_of_pictures_that_are_the_same() -> None:
+    """And concepts without any image are not alike."""
+    plan: Any = SimpleNamespace(references=SimpleNamespace(image=np.array([7, 8, 9, 7, 8, 9, 7, 9])))
+    images = [np.array(some, np.int64) for some in ([0, 1, 2], [3, 4, 5], [6, 7], [], [], [2, 1, 0])]
+    found = _cells(plan, images).tolist()
+    assert found[0] == found[1]
+    assert len({*found[1:]}) == 5
+
+
 def test_specificity_is_zero_for_labels_as_everywhere_and_grows_with_rarity() -> None:
     base = np.array([0.7, 0.2, 0.1])
     rows = ss.csr_matrix(np.array([[7, 2, 1], [1, 0, 0], [0, 0, 3], [0, 0, 0]], float))
@@ -114,10 +132,10 @@ def test_a_card_shows_the_three_strongest_cells(atlas: Path, cohort: Cohort) -> 
         for row in rows:
             path = atlas / "pictures" / f"{row['image_index']}.jpg"
             pictures.append(Image.open(path) if path.is_file() else None)
-        wanted = np.asarray(draw_card(pictures), float)
+        wanted = np.asarray(draw_card(pictures), np.float64)
         with Image.open(atlas / "cards" / f"{latent}.jpg") as card:
             assert card.size == (WIDTH, HEIGHT)
-            assert np.abs(np.asarray(card, float) - wanted).mean() < 3  # it is a JPEG
+            assert np.abs(np.asarray(card, np.float64) - wanted).mean() < 3  # it is a JPEG
     assert not (atlas / "cards" / "39.jpg").exists(), "it is never active"
 
 
@@ -188,8 +206,15 @@ def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) 
         ("Ada", third, "meaningful", "granules"),
         ("Bob", third, "unsure", ""),
     ]
+    texts = dict.fromkeys(("reviewer", "item", "concepts", "a", "b", "atlas", "verdict", "name", "notes"), "")
     verdict = Verdict(
-        "2026-01-01T00:00:00+00:00", "", "", "meaningful", 0, "", None, "", "", "", True, "", "", "", None
+        time="2026-01-01T00:00:00+00:00",
+        question="meaningful",
+        latent=0,
+        comparison=None,
+        is_blinded=True,
+        confidence=None,
+        **texts,
     )
     for reviewer, latent, answer, name in said:
         line = replace(verdict, reviewer=reviewer, item=f"i{latent}", latent=latent, concepts=concepts.identity)

@@ -1,0 +1,200 @@
+"""Passes over the barcodes of all images that choose cells: the strongest of a latent, the typical ones of a patient.
+
+Kernels run over blocks of sparse rows; what is kept between blocks is small and dense. Twins in plain loops:
+tests/cytosae/atlas/test_cell_scan.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from stores.csr import CsrRows
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+class Strongest:
+    """Of each wanted latent in each group of images: the images with the largest values, one for each patient.
+
+    Ties: the image of the lower number. Images of nobody (patient -1) or of no group (-1) are left out.
+    """
+
+    def __init__(self, latents: Ints, n_latents: int, n_groups: int, n_kept: int) -> None:
+        """latents: (n,) wanted; n_kept: images kept of each latent and group, each of another patient."""
+        self.latents = latents
+        self._place = np.full(n_latents, -1, np.int64)
+        self._place[latents] = np.arange(len(latents))
+        shape = (n_groups, len(latents), n_kept)
+        self.values = np.zeros(shape, np.float32)
+        self.images = np.full(shape, -1, np.int64)
+        self.patients = np.full(shape, -1, np.int64)
+
+    def add(self, first: int, rows: CsrRows, patient_of: Ints, group_of: Ints) -> None:
+        """Look at images first, first + 1, ..., rows; of each its patient and its group, (images,)."""
+        _strongest(
+            *(rows.indptr, rows.indices, rows.values, first, patient_of, group_of, self._place),
+            *(self.values, self.images, self.patients),
+        )
+
+    def of(self, latent: int, groups: Sequence[int], n: int, *, without: int = -1) -> list[int]:
+        """The `n` strongest images of a latent in some groups, of different patients, strongest first.
+
+        without : a patient whose images are not wanted; `n_kept` must be above n then
+        """
+        at = int(self._place[latent])
+        if at < 0 or not len(groups):
+            return []
+        values, images, patients = (
+            each[list(groups), at].ravel() for each in (self.values, self.images, self.patients)
+        )
+        order = np.lexsort((images, -values))
+        return [int(images[k]) for k in order if images[k] >= 0 and patients[k] != without][:n]
+
+
+class OwnStrongest:
+    """Of each patient's own wanted latents: the patient's images with the largest values."""
+
+    def __init__(self, wanted: Sequence[Ints], n_kept: int) -> None:
+        """wanted: of each patient the latents, rising"""
+        self._starts = np.cumsum([0, *(len(each) for each in wanted)]).astype(np.int64)
+        self._latents = np.concatenate([*wanted, np.empty(0, np.int64)]).astype(np.int64)
+        self.values = np.zeros((len(self._latents), n_kept), np.float32)
+        self.images = np.full((len(self._latents), n_kept), -1, np.int64)
+
+    def add(self, first: int, rows: CsrRows, patient_of: Ints) -> None:
+        """Look at images first, first + 1, ...; `patient_of` (images,), -1: left out."""
+        _own(
+            *(rows.indptr, rows.indices, rows.values, first, patient_of, self._starts, self._latents),
+            *(self.values, self.images),
+        )
+
+    def of(self, patient: int, latent: int) -> list[int]:
+        """The strongest images of a patient, strongest first."""
+        first, last = int(self._starts[patient]), int(self._starts[patient + 1])
+        at = first + int(np.searchsorted(self._latents[first:last], latent))
+        if at >= last or self._latents[at] != latent:
+            return []
+        return [int(image) for image in self.images[at] if image >= 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Likeness:
+    """How alike each image is, on average, to other images; cosines of ln(1 + tokens above tau), weighted by rarity.
+
+    nan: of nobody, unreadable, without a latent, or nothing to compare with.
+    """
+
+    to_own: Floats  # (n_images,) to the other images of its patient
+    to_peers: Floats  # (n_images,) to the images of the other patients of its disease and dataset, each counting once
+
+
+def add_unit_rows(rows: CsrRows, weights: Floats, target_of: Ints, shares: Floats, sums: Floats) -> None:
+    """Add each image's row, weighted and scaled to norm 1, times its share, to the row of `sums` that it belongs to.
+
+    Parameters
+    ----------
+    rows : (images, n_latents) tokens above tau
+    weights : (n_latents,)
+    target_of : (images,) row of `sums`; -1: left out
+    sums : (rows, n_latents)
+    """
+    _add_units(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, shares, sums)
+
+
+def unit_products(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> npt.NDArray[np.float64]:
+    """(images,) product of each image's row of norm 1 with its row of `sums`; nan: no target, or an empty row."""
+    found = np.full(rows.n_rows, np.nan)
+    _products(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, sums, found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+
+
+@numba.njit(cache=True)
+def _strongest(
+    indptr: Any, indices: Any, values: Any, first: int, patient_of: Any, group_of: Any, place: Any,
+    best: Any, images: Any, patients: Any,
+) -> None:  # fmt: skip
+    n_kept = best.shape[2]
+    for row in range(len(indptr) - 1):
+        patient, group = patient_of[row], group_of[row]
+        if patient < 0 or group < 0:
+            continue
+        for at in range(indptr[row], indptr[row + 1]):
+            k, value = place[indices[at]], values[at]
+            if k < 0 or value <= best[group, k, n_kept - 1]:
+                continue
+            end = n_kept - 1  # the place that is given up: the patient's own, or the last
+            for n in range(n_kept):
+                if patients[group, k, n] == patient:
+                    end = n
+                    break
+            if patients[group, k, end] == patient and value <= best[group, k, end]:
+                continue
+            while end > 0 and best[group, k, end - 1] < value:
+                best[group, k, end] = best[group, k, end - 1]
+                images[group, k, end] = images[group, k, end - 1]
+                patients[group, k, end] = patients[group, k, end - 1]
+                end -= 1
+            best[group, k, end], images[group, k, end], patients[group, k, end] = value, first + row, patient
+
+
+@numba.njit(cache=True)
+def _own(
+    indptr: Any, indices: Any, values: Any, first: int, patient_of: Any, starts: Any, latents: Any,
+    best: Any, images: Any,
+) -> None:  # fmt: skip
+    n_kept = best.shape[1]
+    for row in range(len(indptr) - 1):
+        patient = patient_of[row]
+        if patient < 0 or starts[patient] == starts[patient + 1]:
+            continue
+        low, high = starts[patient], starts[patient + 1]
+        for at in range(indptr[row], indptr[row + 1]):
+            k = low + np.searchsorted(latents[low:high], indices[at])
+            if k >= high or latents[k] != indices[at] or values[at] <= best[k, n_kept - 1]:
+                continue
+            end = n_kept - 1
+            while end > 0 and best[k, end - 1] < values[at]:
+                best[k, end] = best[k, end - 1]
+                images[k, end] = images[k, end - 1]
+                end -= 1
+            best[k, end], images[k, end] = values[at], first + row
+
+
+@numba.njit(cache=True)
+def _add_units(indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, shares: Any, sums: Any) -> None:
+    for row in range(len(indptr) - 1):
+        target = target_of[row]
+        if target < 0:
+            continue
+        squares = 0.0
+        for at in range(indptr[row], indptr[row + 1]):
+            squares += (values[at] * weights[indices[at]]) ** 2
+        if squares == 0:
+            continue
+        factor = shares[row] / np.sqrt(squares)
+        for at in range(indptr[row], indptr[row + 1]):
+            sums[target, indices[at]] += values[at] * weights[indices[at]] * factor
+
+
+@numba.njit(cache=True)
+def _products(indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, sums: Any, out: Any) -> None:
+    for row in range(len(indptr) - 1):
+        target = target_of[row]
+        if target < 0:
+            continue
+        squares, product = 0.0, 0.0
+        for at in range(indptr[row], indptr[row + 1]):
+            value = values[at] * weights[indices[at]]
+            squares += value**2
+            product += value * sums[target, indices[at]]
+        if squares > 0:
+            out[row] = product / np.sqrt(squares)

@@ -1,0 +1,153 @@
+"""What a template needs to draw cells: the number of an image's page, its words, its map; concepts with their cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .cell_choice import Beside, CellChoice
+from .cell_maps import Marks
+from .cohort import Cohort
+from .concept_maps import Maps, packed_map
+from .concept_pages import disease_name, image_name
+from .inputs import Inputs
+from .pictures import thumb_place
+from .plan import Plan
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Frames:
+    """All that pages of patients, diseases and pairs are drawn from."""
+
+    inputs: Inputs
+    cohort: Cohort
+    plan: Plan
+    choice: CellChoice
+    marks: Marks
+    maps: Maps  # says which images cannot be shown
+    shared: dict[str, Any]  # template variables of all pages
+
+    def plain(self, image: int) -> dict[str, Any]:
+        """A cell without a map: its page, name, label, patient, thumbnail, and why it cannot be shown."""
+        patient = int(self.cohort.patient_of[image])
+        return {
+            "image": self.plan.number_of[image],
+            "name": image_name(self.inputs, self.plan, image, is_hidden=self.shared["pseudonyms"]),
+            "label": self.cohort.labels[image],
+            "thumb": thumb_place(self.plan.thumb_of[image], len(self.plan.images)),
+            "unseen": self.maps.unseen.get(image),
+            "patient": None if patient < 0 else {"number": patient, "name": self.cohort.names[patient]},
+            "disease": "" if patient < 0 else disease_name(self.cohort, patient),
+        }
+
+    def mapped(self, image: int, latent: int) -> dict[str, Any]:
+        """A cell with the map of a latent, one of the pairs of `marks`."""
+        found = self.plain(image)
+        return found | {"map": self.marks.packed(image, latent), "largest": self.marks.largest(image, latent)}
+
+    def beside(self, latent: int, cells: Beside) -> dict[str, Any]:
+        """A concept's cells on two sides, on one scale: `mine`, `others`, `scale`, and `also`, concepts left to it."""
+        mine, others = ([self.mapped(image, latent) for image in side] for side in (cells.mine, cells.others))
+        scale = max((each["largest"] for each in (*mine, *others)), default=0.0)
+        also = [self.concept(other) for other in cells.also]
+        return {"mine": mine, "others": others, "scale": scale, "also": also}
+
+    def concept(self, latent: int) -> dict[str, Any]:
+        """A concept as rows of lists name it: its number, page, name and who gave it, label, family."""
+        family = int(self.choice.order.family_of[latent])
+        name, named_by = self._name(latent)
+        return {
+            "name": name,
+            "named_by": named_by,
+            "latent": latent,
+            "has_page": self.plan.has_page(latent),
+            "label": self._labels[latent],
+            "family": "" if family < 0 else letter(family),
+            "family_number": family,
+        }
+
+    def _name(self, latent: int) -> tuple[str, str]:
+        """The name that experts gave, or the best of `cyto concept describe`, and who gave it; "" without one."""
+        opinion = (self.inputs.opinions or {}).get(latent)
+        if opinion is not None and opinion.name:
+            return opinion.name, "experts"
+        given = self.inputs.evidence.names
+        names = () if given is None else given.of(latent)
+        return (names[0].name, names[0].given_by) if names else ("", "")
+
+    def numbers(self, latent: int) -> dict[str, float]:
+        """Largest frequency and largest mean activation of a latent in any dataset."""
+        return {"frequency": float(self._frequencies[latent]), "mean_activation": float(self._means[latent])}
+
+    def references(self, latent: int, most: int) -> list[dict[str, Any]]:
+        """The strongest reference images of a latent in all datasets, with their maps."""
+        references = self.plan.references
+        first, last = np.searchsorted(references.latent, [latent, latent + 1]).tolist()
+        some = sorted(range(first, last), key=lambda at: (-references.value[at], references.image[at]))[:most]
+        return [
+            self.plain(int(references.image[at]))
+            | {"map": packed_map(self.maps.read(at, 1)), "largest": float(self.maps.largest[at])}
+            for at in some
+        ]
+
+    def portrait(self, patient: int) -> dict[str, Any] | None:
+        """The most typical cell of a patient."""
+        image = self.choice.portraits[patient]
+        return None if image < 0 else self.plain(image)
+
+    def families(self, most: int = 6) -> list[dict[str, Any]]:
+        """The families of latents: letter, number of latents, top labels by latents, and the strongest with a page."""
+        order, found = self.choice.order, []
+        references = self.plan.references
+        for number in range(order.n_families):
+            members = order.order[order.starts[number] : order.starts[number + 1]]
+            labels, counts = np.unique([self._labels[latent] for latent in members.tolist()], return_counts=True)
+            named = sorted(
+                ((str(label), int(n)) for label, n in zip(labels, counts, strict=True) if label),
+                key=lambda pair: (-pair[1], pair[0]),
+            )
+            built = members[np.isin(members, self.plan.latents)]
+            best = built[np.argsort(-self._means[built], kind="stable")][:most].tolist()
+            firsts = [int(np.searchsorted(references.latent, latent)) for latent in best]
+            found.append(
+                {"number": number, "letter": letter(number), "n": len(members), "n_pages": len(built)}
+                | {"labels": [{"label": label, "share": n / len(members)} for label, n in named[:3]]}
+                | {
+                    "concepts": [
+                        self.concept(latent) | {"cell": self.plain(int(references.image[at]))}
+                        for latent, at in zip(best, firsts, strict=True)
+                        if at < len(references.latent) and references.latent[at] == latent
+                    ]
+                }
+            )
+        return found
+
+    @cached_property
+    def _frequencies(self) -> Any:
+        """(n_latents,) the largest frequency in any dataset."""
+        return self._statistics("frequency").max(axis=0)
+
+    @cached_property
+    def _means(self) -> Any:
+        """(n_latents,) the largest mean activation in any dataset."""
+        return self._statistics("mean_activation").max(axis=0)
+
+    @cached_property
+    def _labels(self) -> Sequence[str]:
+        """(n_latents,) top label in the dataset with the largest mean activation; "" without one."""
+        best = self._statistics("mean_activation").argmax(axis=0).tolist()
+        columns = [
+            self.inputs.concepts.latents(name)["top_label"].to_pylist() for name in self.inputs.concepts.datasets
+        ]
+        return [columns[at][latent] or "" for latent, at in enumerate(best)]
+
+    def _statistics(self, name: str) -> Any:
+        columns = [self.inputs.concepts.latents(each)[name].to_numpy() for each in self.inputs.concepts.datasets]
+        return np.nan_to_num(np.stack(columns).astype(np.float64))
+
+
+def letter(family: int) -> str:
+    """A, B, ... from left to right."""
+    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[family]

@@ -1,0 +1,157 @@
+"""Pages of patients: the barcode, the cells, what is characteristic and unusual, and the list of all patients."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from cytosae.relations import LEAST_OTHERS
+
+from .cell_choice import Beside, PatientCells
+from .cohort import Cohort, Ints, Row
+from .composition import compositions
+from .concept_pages import disease_name
+from .drawings import Columns, barcode_columns, barcode_picture, composition_picture
+from .frames import Frames
+from .latent_lists import n_others
+from .site import Site
+
+
+def columns_of(frames: Frames) -> Columns:
+    """Where latents stand in the barcodes of all pages."""
+    order = frames.choice.order
+    return barcode_columns(order.order, order.starts, len(order.family_of))
+
+
+def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) -> Iterator[int]:
+    """Write the pages of all patients (or the first `most` of the store); yields the number written so far."""
+    cohort = frames.cohort
+    columns, composition = columns_of(frames), compositions(cohort)
+    families = frames.families()
+    is_mean = cohort.barcodes.header.spec["normalize"] == "images"
+    for n_done, (number, row) in enumerate(cohort.rows(), start=1):
+        if most is not None and n_done > most:
+            return
+        peers = _peers(cohort, number)
+        cells = frames.choice.patients[number]
+        site.page(
+            f"patients/{number}.html",
+            "patient.html",
+            **frames.shared,
+            number=number,
+            name=cohort.names[number],
+            dataset=cohort.datasets[number],
+            disease=disease_name(cohort, number),
+            disease_number=int(cohort.disease_of[number]),
+            n_images=int(cohort.n_images[number]),
+            n_patients=cohort.n_patients,
+            n_others=n_others(cohort, number),
+            is_mean=is_mean,
+            least_others=LEAST_OTHERS,
+            before=number - 1 if number else None,
+            after=number + 1 if number + 1 < cohort.n_patients else None,
+            n_active=len(row.latents),
+            against=_against(cohort, number),
+            barcode=barcode_picture(
+                columns, (row.latents, row.values), _mean_of_others(cohort, number, row), cohort.log_k
+            ),
+            families=families,
+            characteristic=listed_concepts(frames, cells.characteristic, cells.beside),
+            unusual=None if cells.unusual is None else listed_concepts(frames, cells.unusual, cells.beside_peers),
+            kinds=[
+                {"title": title, "hint": hint, "cells": [frames.plain(image) | {"alike": cos} for image, cos in some]}
+                for title, hint, some in _kinds(cells, disease_name(cohort, number))
+            ],
+            composition=composition_picture(composition, np.array([number]), peers),
+            cells=[
+                frames.plain(image)
+                for image in sorted(frames.plan.cells[number], key=frames.plan.number_of.__getitem__)
+            ],
+        )
+        yield n_done
+
+
+def write_patient_list(site: Site, frames: Frames) -> None:
+    """Write patients.html."""
+    cohort = frames.cohort
+    groups = [(name, n) for n, name in enumerate(cohort.diseases)] + [("no disease stated", -1)]
+    members = [
+        {
+            "disease": name,
+            "number": n,
+            "patients": [listed_patient(frames, int(p)) for p in np.flatnonzero(cohort.disease_of == n)],
+        }
+        for name, n in groups
+    ]
+    site.page(
+        "patients.html",
+        "patients.html",
+        **frames.shared,
+        groups=[group for group in members if group["patients"]],
+        several=len({*cohort.datasets}) > 1,
+    )
+
+
+def listed_patient(frames: Frames, number: int) -> dict[str, Any]:
+    """A patient as lists show one: number, name, dataset, images, the most typical cell."""
+    cohort = frames.cohort
+    return {
+        "number": number,
+        "name": cohort.names[number],
+        "dataset": cohort.datasets[number],
+        "n_images": int(cohort.n_images[number]),
+        "portrait": frames.portrait(number),
+    }
+
+
+def listed_concepts(frames: Frames, rows: list[dict[str, Any]], beside: dict[int, Beside]) -> list[dict[str, Any]]:
+    """Rows of a list of latents, each with what names the concept, and its cells where these were looked for."""
+    return [
+        {**row, **frames.concept(row["latent"])}
+        | {"cells": frames.beside(row["latent"], beside[row["latent"]]) if row["latent"] in beside else None}
+        for row in rows
+    ]
+
+
+def _kinds(cells: PatientCells, disease: str) -> list[tuple[str, str, list[tuple[int, float]]]]:
+    """Heading, hint and cells: the typical, the atypical, those unlike the other patients' cells."""
+    found = [
+        ("Most typical", "Most alike, on average, to this patient's other cells.", cells.typical),
+        ("Least typical", "Least alike, on average, to this patient's other cells.", cells.atypical),
+        (
+            "Unlike the others",
+            f"Least alike, on average, to the cells of the other patients with {disease} in the dataset.",
+            cells.unlike,
+        ),
+    ]
+    return [each for each in found if each[2]]
+
+
+def _peers(cohort: Cohort, number: int) -> Ints:
+    """The other patients that one is compared with: of the disease and dataset, or all if there are none."""
+    same = (cohort.peers_of == cohort.peers_of[number]) & (cohort.disease_of[number] >= 0)
+    same[number] = False
+    if same.any():
+        return np.flatnonzero(same)
+    return np.delete(np.arange(cohort.n_patients), number)
+
+
+def _against(cohort: Cohort, number: int) -> str:
+    """Whom `_peers` names, in words."""
+    n = n_others(cohort, number)
+    if n:
+        return f"the {n:,} other patients with {disease_name(cohort, number)} in the dataset"
+    n = cohort.n_patients - 1
+    return f"the {n:,} other patients" if n else "no other patient"
+
+
+def _mean_of_others(cohort: Cohort, number: int, row: Row) -> tuple[Ints, Any]:
+    """The mean barcode of `_peers`, as (latents, values)."""
+    groups = cohort.groups
+    n = n_others(cohort, number)
+    sums = groups.sums[cohort.peers_of[number]].copy() if n else groups.sums.sum(axis=0)
+    sums[row.latents] -= row.values
+    mean = np.maximum(0, sums / max(1, n or cohort.n_patients - 1))
+    mean[mean < 1e-6 * mean.max(initial=0)] = 0  # what is left of the patient's own by rounding
+    latents = np.flatnonzero(mean)
+    return latents, mean[latents].astype(np.float32)

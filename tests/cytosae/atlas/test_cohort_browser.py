@@ -1,0 +1,162 @@
+"""Pages of patients, diseases, pairs and of another atlas in a real browser: barcode, boxes, address, three widths."""
+
+import base64
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from atlas_maker import Cohort, cyto, make_cohort
+from browser import Watched, axe, chromium
+from PIL import Image
+
+from stores import ResultStore
+from stores.spec import ATLAS, COMPARISON
+
+pytestmark = pytest.mark.browser
+WIDTHS = (390, 1000, 1600)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cohort(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With another atlas beside it."""
+    root = tmp_path_factory.mktemp("built")
+    few = ("--pages", "top", "--top", 4, "--patient-images", 0)
+    assert cyto(*cohort.build, root / "other", *few).exit_code == 0
+    assert cyto(*cohort.build, root / "atlas", "--beside", root / "other").exit_code == 0
+    return root / "atlas"
+
+
+@pytest.fixture
+def page(browser: Any, atlas: Path) -> Iterator[Watched]:
+    watched = Watched(browser, atlas)
+    yield watched
+    assert watched.wrong == []
+    watched.tab.close()
+
+
+def kinds(atlas: Path) -> list[str]:
+    pair = next((atlas / "pairs").glob("*.html")).name
+    lists = ["patients.html", "diseases.html", "families.html", "beside.html"]
+    return ["patients/0.html", "diseases/0.html", f"pairs/{pair}", *lists]
+
+
+def test_pages_fit_and_are_photographed_at_three_widths(page: Watched, atlas: Path, tmp_path: Path) -> None:
+    """$CYTO_PHOTOS keeps the photographs there, to be looked at."""
+    folder = Path(os.environ.get("CYTO_PHOTOS") or tmp_path)
+    for name in kinds(atlas):
+        for width in WIDTHS:
+            page.tab.set_viewport_size({"width": width, "height": 1000})
+            tab = page.open(name)
+            tab.wait_for_load_state("networkidle")
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"{name} at {width}"
+            picture = folder / f"{name.replace('/', '-').removesuffix('.html')}-{width}.png"
+            tab.screenshot(path=picture)
+            with Image.open(picture) as shown:
+                assert np.asarray(shown.convert("L")).std() > 8, f"{name} at {width} is empty"
+
+
+def test_an_accessibility_checker_finds_nothing(browser: Any, atlas: Path) -> None:
+    source = axe()
+    for name in kinds(atlas):
+        for scheme in ("light", "dark"):
+            context = browser.new_context(bypass_csp=True, color_scheme=scheme)
+            tab = context.new_page()
+            tab.goto(f"{atlas.as_uri()}/{name}")
+            tab.wait_for_timeout(200)
+            tab.evaluate(source)
+            found = tab.evaluate("axe.run()")["violations"]
+            said = [f"{name}, {scheme}: {rule['id']}: {rule['nodes'][0]['html'][:200]}" for rule in found]
+            context.close()
+            assert said == []
+
+
+def test_the_barcode_says_and_opens_what_it_shows(page: Watched, cohort: Cohort) -> None:
+    tab = page.open("patients/0.html")
+    bars = tab.locator("#barcode")
+    steps = [
+        np.frombuffer(base64.b64decode(bars.get_attribute(f"data-{name}")), np.uint8) for name in ("mine", "others")
+    ]
+    latents = np.frombuffer(base64.b64decode(bars.get_attribute("data-latents")), "<u4")
+    largest = float(bars.get_attribute("data-largest"))
+    bars.focus()
+    there = np.flatnonzero((steps[0] > 0) | (steps[1] > 0))
+    for column in there[:3].tolist():
+        tab.keyboard.press("ArrowRight")
+        said = tab.inner_text("#barcode-said")
+        assert said.startswith(f"latent {latents[column]}, family ")
+        k = float(bars.get_attribute("data-k"))
+        value = np.expm1(steps[0][column] / 255 * np.log1p(k * largest)) / k
+        assert float(said.split("here ")[1].split(",")[0]) == pytest.approx(value, rel=0.01)
+    built = set((ResultStore(page.site, ATLAS).header.summary or {})["latents"])
+    wanted = next(n for n in np.argsort(-steps[0].astype(int)).tolist() if int(latents[n]) in built)
+    box = bars.bounding_box()
+    tab.mouse.click(box["x"] + (wanted + 0.5) * box["width"] / len(latents), box["y"] + box["height"] / 2)
+    tab.wait_for_url(f"**/concepts/{latents[wanted]}.html")
+
+
+def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Watched, cohort: Cohort) -> None:
+    pair = next((page.site / "pairs").glob("*.html")).name
+    table = ResultStore(cohort.root / "compare", COMPARISON).table("differential").to_pylist()
+    tab = page.open(f"pairs/{pair}")
+    tab.wait_for_function("document.querySelectorAll('#volcano').length && document.querySelector('#volcano').asSvg")
+    shown = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides").all()]
+    low, high = 0.0, 100.0
+    tab.goto(f"{page.site.as_uri()}/pairs/{pair}#box=volcano,{low},{high},0,100")
+    tab.reload()
+    tab.wait_for_selector("#everything:not([hidden])")
+    inside = [row["latent"] for row in table if row["hedges_g"] is not None and low <= row["hedges_g"] <= high]
+    visible = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides:visible").all()]
+    assert visible == [latent for latent in shown if latent in inside]
+    assert 0 < len(visible) < len(shown)
+    built = set((ResultStore(page.site, ATLAS).header.summary or {})["latents"])
+    cards = [int(link.inner_text()) for link in tab.locator("#others h3 a").all()]
+    assert sorted(cards) == sorted((built & set(inside)) - set(shown))
+    assert tab.inner_text("#chosen").startswith(f"{len(inside)} latents in the box")
+    tab.click("[data-group=side][data-value=b]")
+    assert "side=b" in tab.url
+    assert tab.locator("#beside .sides:visible").count() == 0, "g above 0 is higher in A"
+    tab.click("#everything")
+    assert "box" not in tab.url
+    visible = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides:visible").all()]
+    assert visible == [row["latent"] for row in sorted(table, key=lambda row: row["rank_b"] or 99) if row["rank_b"]]
+
+    tab.click("[data-group=side][data-value='']")
+    tab.locator("#pair").scroll_into_view_if_needed()
+    box = tab.locator("#pair").bounding_box()
+    tab.mouse.move(box["x"] + 70, box["y"] + 12)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] - 50, steps=4)
+    tab.mouse.up()
+    assert "box=means" in tab.url
+    tab.focus("#pair")
+    tab.keyboard.press("Escape")
+    assert "box" not in tab.url
+
+
+def test_figures_are_saved_and_pages_are_printed_whole(page: Watched) -> None:
+    tab = page.open("patients/0.html")
+    for kind in ("svg", "png"):
+        with tab.expect_download() as waiting:
+            tab.locator("figure[data-file=barcode-of-patient-0]").locator(f"[data-save={kind}]").click()
+        assert waiting.value.suggested_filename == f"barcode-of-patient-0.{kind}"
+    tab.evaluate("window.print = () => { window.printed = document.images.length; }")
+    tab.click("[data-print]")
+    tab.wait_for_function("window.printed")
+    assert tab.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
+    assert tab.evaluate("[...document.images].every((each) => each.complete && each.naturalWidth)")

@@ -1,0 +1,243 @@
+"""The overview in a real Chromium: orders, chips, search, box and address find the right cards; thousands are few."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from atlas_maker import Cohort, cyto, make_cohort
+from browser import Watched, chromium
+
+from cytosae.atlas.site import packed, script_data
+from stores import ConceptStore, ResultStore
+from stores.spec import ATLAS, COMPARISON
+
+pytestmark = pytest.mark.browser
+MANY = 10_000
+IN_VIEW = """[...document.querySelectorAll("#cards > li")].filter((card) => {
+    const box = card.getBoundingClientRect();
+    return box.bottom > 0 && box.top < innerHeight;
+}).length"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cohort(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "atlas"
+    assert cyto(*cohort.build, out).exit_code == 0
+    return out
+
+
+@pytest.fixture
+def page(browser: Any, atlas: Path) -> Iterator[Watched]:
+    watched = Watched(browser, atlas)
+    watched.tab.set_viewport_size({"width": 1600, "height": 1000})
+    yield watched
+    assert watched.wrong == []
+    watched.tab.close()
+
+
+def opened(page: Watched, address: str = "") -> Any:
+    tab = page.open(f"index.html{address}")
+    tab.wait_for_selector("#cards .map")
+    return tab
+
+
+def shown(tab: Any) -> list[int]:
+    """Latents of the cards in the page, which are all of them in a small atlas."""
+    tab.set_viewport_size({"width": 1600, "height": 6000})
+    tab.wait_for_timeout(100)
+    return [int(text.removeprefix("Latent ")) for text in tab.locator("#cards h2 a").all_inner_texts()]
+
+
+def built(page: Watched) -> list[int]:
+    return list((ResultStore(page.site, ATLAS).header.summary or {})["latents"])
+
+
+def pooled(cohort: Cohort, latents: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Frequency and mean activation over both datasets, from the values as they were made."""
+    activation = np.delete(cohort.dense.mean(axis=1), 4, axis=0)[:, latents]  # image 4 is unreadable
+    n_active = (activation > 0).sum(axis=0)
+    return n_active / len(activation), activation.sum(axis=0) / np.maximum(1, n_active)
+
+
+def test_orders(page: Watched, cohort: Cohort) -> None:
+    tab, latents = opened(page), built(page)
+    frequency, mean = pooled(cohort, latents)
+    for name, wanted in (
+        ("mean", [latents[n] for n in np.argsort(-mean)]),
+        ("latent", latents),
+    ):
+        tab.select_option("[name=sort]", name)
+        assert shown(tab) == wanted
+    tab.select_option("[name=sort]", "frequency")
+    place = {latent: n for n, latent in enumerate(latents)}
+    found = [frequency[place[latent]] for latent in shown(tab)]
+    assert found == sorted(found, reverse=True)
+    table = ResultStore(cohort.root / "compare", COMPARISON).table("differential")
+    q = table["q"].to_numpy(zero_copy_only=False)
+    tab.select_option("[name=sort]", "pair-0")
+    tab.wait_for_function("() => location.hash.includes('pair-0')")
+    values = [q[latent] for latent in shown(tab)]
+    tested = [value for value in values if not np.isnan(value)]
+    assert tested == pytest.approx(sorted(tested), abs=2e-3)
+    assert not np.isnan(values[: len(tested)]).any(), "what was not tested comes last"
+
+
+def test_chips_count_and_choose(page: Watched, browser: Any, cohort: Cohort) -> None:
+    """Within a group any, across groups all; counts are what a press would leave."""
+    tab, latents = opened(page), built(page)
+    concepts = ConceptStore(cohort.root / "concepts")
+    chips = tab.locator("ul[data-of=label] button[data-value]")
+    counts = {chip.get_attribute("data-value"): int(chip.locator(".n").inner_text()) for chip in chips.all()}
+    assert sum(counts.values()) <= len(latents)
+    names = sorted(counts)
+    tab.click(f'ul[data-of=label] button:has-text("{names[-1]}")')
+    first = shown(tab)
+    assert len(first) == counts[names[-1]]
+    for latent in first:
+        rows = [row for row in concepts.top_images(latent).to_pylist() if row["label"]]
+        by_label = {name: sum(row["value"] for row in rows if row["label"] == name) for name in counts}
+        assert max(by_label, key=by_label.__getitem__) == names[-1]
+    assert f"{len(first)} of {len(latents)}" in tab.inner_text("#count")
+    other = tab.locator("ul[data-of=label] button[data-value]").first
+    assert int(other.locator(".n").inner_text()) == counts[str(other.get_attribute("data-value"))], "of its own group"
+    open_ones = tab.locator('ul[data-of=verdict] button:has-text("not yet reviewed")')
+    n_open = int(open_ones.locator(".n").inner_text())
+    open_ones.click()
+    assert len(shown(tab)) == n_open
+    address = tab.evaluate("location.hash")
+    again = browser.new_page()
+    again.goto(f"{page.site.as_uri()}/index.html{address}")
+    again.wait_for_selector("#cards h2 a")
+    again.wait_for_function(f"() => document.querySelector('#count').textContent.startsWith('{n_open} of')")
+    again.close()
+    tab.click("#clear")
+    tab.locator("#count", has_text=re.compile(f"^{len(latents)} concepts")).wait_for()
+    assert tab.evaluate("location.hash") == ""
+
+
+def test_search_numbers_and_nothing(page: Watched, cohort: Cohort) -> None:
+    tab, latents = opened(page), built(page)
+    tab.fill("[name=search]", "3")
+    assert sorted(shown(tab)) == [latent for latent in latents if str(latent).startswith("3")]
+    tab.fill("[name=search]", "ONERROR")
+    assert 0 < len(shown(tab)) < len(latents)
+    assert all("onerror" in text for text in tab.locator("#cards .label").all_inner_texts())
+    tab.fill("[name=search]", "no such word")
+    assert tab.locator("#none").is_visible()
+    tab.click("#again")
+    tab.locator("#none").wait_for(state="hidden")
+    _, mean = pooled(cohort, latents)
+    tab.click(".numbers summary")
+    order = np.argsort(mean)
+    bound = float(mean[order[4:6]].mean())  # between two of them
+    tab.fill("[name=mean_min]", repr(bound))
+    assert sorted(shown(tab)) == sorted(latents[n] for n in order[5:])
+    tab.fill("[name=mean_max]", repr(bound))
+    tab.fill("[name=mean_min]", "")
+    assert sorted(shown(tab)) == sorted(latents[n] for n in order[:5])
+
+
+def test_a_box_in_the_plot_chooses_cards(page: Watched, cohort: Cohort) -> None:
+    """And the plot shows what the cards are; a link brings the box back."""
+    tab, latents = opened(page), built(page)
+    box = tab.locator("#scatter").bounding_box()
+    tab.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 12)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] * 0.5, steps=4)
+    tab.mouse.up()
+    tab.wait_for_function("() => location.hash.includes('box=')")
+    left, right, bottom, top = (float(word) for word in tab.evaluate("ADDRESS.read().get('box')").split(","))
+    frequency, mean = pooled(cohort, latents)
+    x, y = np.log10(frequency), np.log10(mean)
+    near = 2e-3  # the page has half precision
+    inside = {latents[n] for n in np.flatnonzero((x > left + near) & (x < right) & (y > bottom + near) & (y < top))}
+    outside = {latents[n] for n in np.flatnonzero((x < left - near) | (y < bottom - near))}
+    found = {*shown(tab)}
+    assert inside <= found
+    assert not found & outside
+    assert 0 < len(found) < len(latents)
+    tab.focus("#scatter")
+    tab.keyboard.press("Escape")
+    tab.locator("#count", has_text=re.compile(f"^{len(latents)} concepts")).wait_for()
+
+
+def test_maps_lie_on_the_strongest_cell_and_hide(page: Watched, cohort: Cohort) -> None:
+    tab = opened(page)
+    tab.select_option("[name=sort]", "latent")
+    tab.fill("[name=search]", "3")
+    tab.wait_for_selector("#cards .map canvas")
+    tab.wait_for_timeout(200)
+    card = tab.locator('#cards li:has(a[href="concepts/3.html"])')
+    drawn = card.locator("canvas").evaluate(
+        "(c) => [...c.getContext('2d').getImageData(0, 0, 16, 16).data].filter((_, n) => n % 4 === 3)"
+    )
+    rows = ConceptStore(cohort.root / "concepts").top_images(3).to_pylist()
+    image = max(rows, key=lambda row: row["value"])["image_index"]
+    patches = cohort.dense[image, 1:, 3]
+    np.testing.assert_allclose(np.array(drawn) / 255, 0.85 * patches / patches.max(), atol=0.01)
+    shot, map_ = card.locator(".shot img").bounding_box(), card.locator(".map").bounding_box()
+    height = 64 - 8 * (image % 3)  # a picture that is no square lies in the middle of its square
+    assert map_["width"] == pytest.approx(shot["width"] * 2 / 3, abs=1.5)
+    assert map_["height"] == pytest.approx(shot["height"] * height / 64, abs=2)
+    tab.keyboard.press("Escape")
+    tab.locator("#maps").click()
+    assert tab.locator("#cards .map").count() == 0
+
+
+def test_ten_thousand_cards_are_few_in_the_page(browser: Any, atlas: Path, tmp_path: Path) -> None:
+    """Wherever one is, the right cards are there, and never more than a few rows of them."""
+    site = Path(shutil.copytree(atlas, tmp_path / "atlas"))
+    latents = np.array((ResultStore(site, ATLAS).header.summary or {})["latents"])
+    which = np.arange(MANY) % len(latents)
+    rng = np.random.default_rng(0)
+    frequency = rng.permutation(np.linspace(0.01, 1, MANY)).astype(np.float32)
+    many = {
+        "latents": packed(latents[which].astype(np.uint16)),
+        "frequency": packed(frequency),
+        "mean": packed(np.ones(MANY, np.float16)),
+        "has_picture": packed(np.ones(MANY, np.uint8)),
+        "verdict": packed(np.ones(MANY, np.uint8)),
+        **{"largest": 1.0, "labels": [], "no_label": 255, "datasets": ["cells"], "pairs": [], "names": []},
+    }
+    (site / "data" / "gallery.js").write_bytes(script_data("gallery", many))
+    for n in range(MANY // 16 + 1):
+        maps = {"maps": packed(np.zeros(16 * 256, np.uint8)), "aspect": packed(np.ones(16, np.float32))}
+        (site / "data" / f"maps-{n}.js").write_bytes(script_data(f"maps-{n}", maps))
+    watched = Watched(browser, site)
+    tab = watched.open("index.html#sort=frequency")
+    tab.locator("#count", has_text="10,000 concepts").wait_for()
+    order = np.argsort(-frequency, kind="stable")
+    height = tab.evaluate("document.documentElement.scrollHeight")
+    for part in (0, 0.37, 0.9, 0.2, 1):
+        tab.evaluate(f"scrollTo(0, {part} * document.documentElement.scrollHeight)")
+        tab.wait_for_timeout(120)
+        cards = tab.locator("#cards > li")
+        assert 0 < cards.count() <= 60
+        places = [int(str(card.get_attribute("aria-posinset"))) for card in (cards.first, cards.last)]
+        assert places[1] - places[0] == cards.count() - 1
+        for card, place in ((cards.first, places[0]), (cards.last, places[1])):
+            assert str(card.locator("a").get_attribute("href")) == f"concepts/{latents[which[order[place - 1]]]}.html"
+        assert tab.evaluate("document.documentElement.scrollHeight") == pytest.approx(height, abs=2)
+        in_view = tab.evaluate(IN_VIEW)
+        assert in_view > 0
+    assert int(str(tab.locator("#cards > li").last.get_attribute("aria-posinset"))) == MANY
+    assert watched.wrong == []
+    tab.close()

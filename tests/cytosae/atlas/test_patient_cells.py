@@ -1,0 +1,273 @@
+"""Cells of patients, diseases and pairs in a whole atlas, against plain loops over all images; another atlas beside."""
+
+import base64
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from atlas_maker import DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto, make_cohort
+
+from cytosae.atlas import AtlasConfig, Inputs, open_inputs
+from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
+from cytosae.atlas.cohort import Cohort as Patients
+from cytosae.maps import Sources
+from stores import LatentStore, ResultStore, begin_results
+from stores.spec import ATLAS, MATCH
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    return make_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def atlas(cohort: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("built") / "atlas"
+    done = cyto(*cohort.build, out)
+    assert done.exit_code == 0, done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def inputs(cohort: Cohort) -> Inputs:
+    sources = Sources([LatentStore(cohort.root / "latents")], [lambda row: "not looked at"])
+    root = cohort.root
+    return open_inputs(root / "barcodes", root / "concepts", sources, comparisons=[root / "compare"])
+
+
+@pytest.fixture(scope="module")
+def patients(inputs: Inputs) -> Patients:
+    return Patients(inputs.barcodes, inputs.tau, pseudonyms=None)
+
+
+@pytest.fixture(scope="module")
+def choice(inputs: Inputs, patients: Patients) -> CellChoice:
+    return choose_cells(inputs, patients, AtlasConfig(patient_concepts=4))
+
+
+def readable(cohort: Cohort) -> list[int]:
+    return [n for n in range(len(cohort.dense)) if n != 4]
+
+
+def ranked(cohort: Cohort, latent: int, among: list[int]) -> list[int]:
+    """Images by image activation, the largest first."""
+    values = cohort.dense[:, :, latent].mean(axis=1)
+    return [n for n in sorted(among, key=lambda n: (-values[n], n)) if values[n] > 0]
+
+
+def one_each(cohort: Cohort, images: list[int]) -> list[int]:
+    """The first image of each patient."""
+    seen: dict[object, int] = {}
+    for image in images:
+        seen.setdefault((cohort.patient_of[image], (image // IMAGES_PER_PATIENT) % 2), image)
+    return [*seen.values()]
+
+
+def ordered(images: list[int], values: np.ndarray) -> list[int]:
+    """The smallest first; two images alone are as alike to each other, up to rounding."""
+    return sorted(images, key=lambda n: (round(float(values[n]), 5), n))
+
+
+def test_own_cells_stand_beside_those_of_other_patients(cohort: Cohort, patients: Patients, choice: CellChoice) -> None:
+    for number, name in enumerate(patients.real_names):
+        mine = [n for n in readable(cohort) if cohort.patient_of[n] == name]
+        others = [n for n in readable(cohort) if cohort.patient_of[n] not in (name, None)]
+        cells = choice.patients[number]
+        assert [*cells.beside] == [row["latent"] for row in cells.characteristic[:4]]
+        for latent, beside in cells.beside.items():
+            assert beside.mine == ranked(cohort, latent, mine)[:SHOWN]
+            assert beside.others == one_each(cohort, ranked(cohort, latent, others))[:SHOWN]
+        assert cells.unusual is None, "four others with the disease in the dataset"
+        assert not cells.beside_peers
+
+
+def test_both_sides_of_a_disease_and_of_a_pair(cohort: Cohort, inputs: Inputs, choice: CellChoice) -> None:
+    sides = [[n for n in readable(cohort) if cohort.disease_of[n] == disease] for disease in DISEASES]
+    for number in (0, 1):
+        assert len(choice.diseases[number]) >= 1
+        for latent, beside in choice.diseases[number].items():
+            assert beside.mine == one_each(cohort, ranked(cohort, latent, sides[number]))[:SHOWN]
+            assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1 - number]))[:SHOWN]
+    table = inputs.comparison_table(0).to_pylist()
+    top = [row["latent"] for row in table if (row["rank_a"] or 99) <= 12 or (row["rank_b"] or 99) <= 12]
+    assert sorted(choice.pairs[0]) == sorted(top)
+    for latent, beside in choice.pairs[0].items():
+        assert beside.mine == one_each(cohort, ranked(cohort, latent, sides[0]))[:SHOWN]
+        assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1]))[:SHOWN]
+
+
+def test_typical_and_atypical_cells(
+    cohort: Cohort, patients: Patients, choice: CellChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cytosae.atlas import cell_choice
+
+    counts = (cohort.dense > np.float32(0.2)).sum(axis=1).astype(np.float64)
+    some = readable(cohort)
+    weights = np.log((len(some) + 1) / ((counts[some] > 0).sum(axis=0) + 1)).clip(0)
+    scaled = np.log1p(counts) * weights
+    units = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-30)
+    cosine = units @ units.T
+    to_own, to_peers = np.full((2, len(counts)), np.nan)
+    for image in some:
+        name = cohort.patient_of[image]
+        if name is None or not units[image].any():
+            continue
+        mine = [n for n in some if cohort.patient_of[n] == name and n != image]
+        to_own[image] = np.mean([cosine[image, n] for n in mine])
+        dataset = (image // IMAGES_PER_PATIENT) % 2
+        peers = [
+            other
+            for at, other in enumerate(PATIENTS)
+            if other != name and at % 2 == dataset and (at >= 9) == (PATIENTS.index(name) >= 9)
+        ]
+        of_peers = [
+            np.mean([cosine[image, n] for n in some if cohort.patient_of[n] == other and units[n].any()] or [np.nan])
+            for other in peers
+        ]
+        to_peers[image] = np.mean(of_peers)
+    for bytes_of_sums in (1 << 27, 3 * 4 * N_LATENTS):  # all patients at once, and three at a time
+        monkeypatch.setattr(cell_choice, "_SUM_BYTES", bytes_of_sums)
+        found = cell_choice.likeness(patients, np.where(patients.is_readable, patients.patient_of, -1))
+        np.testing.assert_allclose(found.to_own, to_own, atol=1e-5)
+        np.testing.assert_allclose(found.to_peers, to_peers, atol=1e-5)
+    for number, name in enumerate(patients.real_names):
+        mine = [n for n in some if cohort.patient_of[n] == name]
+        n = min(4, len(mine) // 2)
+        assert [image for image, _ in choice.patients[number].typical] == ordered(mine, -to_own)[:n]
+        assert [image for image, _ in choice.patients[number].atypical] == ordered(mine, to_own)[:n]
+        assert [image for image, _ in choice.patients[number].unlike] == ordered(mine, to_peers)[:n]
+        assert choice.portraits[number] == choice.patients[number].typical[0][0]
+
+
+def test_the_order_has_every_active_latent_once(choice: CellChoice) -> None:
+    assert sorted(choice.order.order) == list(range(N_LATENTS - 1)), "the last is never active"
+    assert choice.order.n_families == 8
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def frames_of(text: str) -> list[tuple[int, np.ndarray, float]]:
+    """(page of the image, its map in 0 to 255, share) of every frame with a map."""
+    found = re.findall(r'href="\.\./images/(\d+)\.html" class="frame" data-map="([^"]+)" data-share="([^"]+)"', text)
+    return [(int(n), np.frombuffer(base64.b64decode(steps), np.uint8), float(share)) for n, steps, share in found]
+
+
+def test_maps_of_a_concept_are_on_one_scale_on_both_sides(atlas: Path, cohort: Cohort, patients: Patients) -> None:
+    number = patients.real_names.index("Quentin 03")
+    text = (atlas / "patients" / f"{number}.html").read_text()
+    rows = text.split('<article class="sides"')[1:]
+    assert len(rows) == 6, "there are too few others with the disease for unusual ones"
+    for row in rows:
+        latent = int(re.search(r'data-latent="(\d+)"', row)[1])  # type: ignore[index]
+        frames = frames_of(row)
+        assert len(frames) > SHOWN
+        largest = max(cohort.dense[image, 1:, latent].max() for image, _, _ in frames)
+        for image, steps, share in frames:
+            np.testing.assert_allclose(
+                steps / 255 * share * largest, cohort.dense[image, 1:, latent], atol=largest / 400
+            )
+
+
+def test_pages_of_pairs_have_both_sides_and_their_numbers(atlas: Path, inputs: Inputs) -> None:
+    (path,) = (atlas / "pairs").glob("*.html")
+    text = path.read_text()
+    rows = text.split('<article class="sides"')[1:]
+    table = inputs.comparison_table(0).to_pylist()
+    top = [
+        row for side in "ab" for row in sorted(table, key=lambda row: row[f"rank_{side}"] or 99) if row[f"rank_{side}"]
+    ]
+    assert [int(re.search(r'data-latent="(\d+)"', row)[1]) for row in rows] == [row["latent"] for row in top]  # type: ignore[index]
+    for row, expected in zip(rows, top, strict=True):
+        numbers = re.findall(r"<dd>([^<]*)</dd>", row)
+        assert float(numbers[2]) == pytest.approx(expected["difference"], rel=0.01)
+        assert float(numbers[3]) == pytest.approx(expected["q"], rel=0.01)
+
+
+def test_shares_of_types_are_of_labelled_images(atlas: Path, cohort: Cohort, patients: Patients) -> None:
+    number = patients.real_names.index(SCRIPT)
+    text = (atlas / "patients" / f"{number}.html").read_text().split('class="shares"')[1].split("</svg>")[0]
+    shown = re.findall(r"<title>([^<]*): (\d+) images</title>", text)
+    assert sorted(shown) == [("&lt;img src=x onerror=alert(2)&gt;", "1"), ("neutrophil", "1")], "the third has no label"
+
+
+def test_pages_stay_small(atlas: Path) -> None:
+    """7 kB for each concept with its cells on two sides, 40 kB for all else."""
+    for folder in ("patients", "diseases", "pairs"):
+        for path in (atlas / folder).glob("*.html"):
+            assert path.stat().st_size <= 40_000 + 7_000 * path.read_text().count('<article class="sides"')
+
+
+def test_families_have_all_active_latents(atlas: Path) -> None:
+    text = (atlas / "families.html").read_text()
+    assert sum(map(int, re.findall(r"(\d+) latents, \d+ with a page", text))) == N_LATENTS - 1
+    assert "1 latent never active belongs to none" in text
+    letters = re.findall(r'class="of-family" id="(\w)"', text)
+    assert letters == [*"ABCDEFGH"]
+    linked = re.findall(r'families\.html#(\w)"', (atlas / "patients" / "0.html").read_text())
+    assert linked == letters
+
+
+# ------------------------------------------------------------------------------------------- another atlas
+
+
+def match_of(a: str, b: str, out: Path, rows: list[dict[str, object]]) -> Path:
+    import pyarrow as pa
+
+    writer = begin_results(out, MATCH, {"a": [a], "b": [b]})
+    writer.write_table("matches", pa.Table.from_pylist(rows))
+    writer.finish({"names": ["<one>", "<other>"], "n_counterparts": 1, "null_p99": 0.25})
+    return out
+
+
+def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
+    """By a match, latent 3 of this one is a latent of the other; pictures and maps are the other's own."""
+    barcodes = ResultStore(atlas, ATLAS).header.spec["barcodes"]
+    shown = ResultStore(atlas, ATLAS).table("concepts").to_pylist()
+    theirs = next(row for row in shown if row["latent"] != 3 and len(row["images"]) == 3)
+    row = {"latent_a": 3, "latent_b": theirs["latent"], "correlation": 0.75, "within_correlation": 0.5, "q": 0.01}
+    lost = {**row, "latent_a": 39, "is_counterpart": False, "cosine": None}
+    match = match_of(barcodes, barcodes, tmp_path / "match", [{**row, "is_counterpart": True, "cosine": None}, lost])
+    out = tmp_path / "both"
+    done = cyto(*cohort.build, out, "--beside", atlas, "--match", match)
+    assert done.exit_code == 0, done.output
+    text = (out / "beside.html").read_text()
+    (article,) = text.split('<article class="sides"')[1:]
+    assert "0.75" in article
+    assert "counterpart" in article
+    assert "&lt;other&gt;" in article
+    for image, steps in zip(theirs["images"], theirs["maps"], strict=True):
+        assert f'src="beside/{image}.jpg"' in article
+        assert base64.b64encode(steps).decode() in article
+        assert (out / "beside" / f"{image}.jpg").read_bytes() == (atlas / "pictures" / f"{image}.jpg").read_bytes()
+    assert '<a href="beside.html"' in (out / "index.html").read_text()
+    assert "beside.html" not in (atlas / "index.html").read_text()
+
+    wrong = match_of(barcodes, "9" * 64, tmp_path / "wrong", [lost])
+    refused = cyto(*cohort.build, tmp_path / "not", "--beside", atlas, "--match", wrong)
+    assert refused.exit_code == 1
+    assert "does not match the barcodes of this atlas with those of" in refused.stderr
+    alone = cyto(*cohort.build, tmp_path / "not", "--match", match)
+    assert "give it with --beside" in alone.stderr
+
+
+def test_without_a_match_the_other_atlas_is_of_the_same_sae(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
+    done = cyto(*cohort.build, tmp_path / "both", "--beside", atlas, "--pages", "top", "--top", 5)
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "both" / "beside.html").read_text()
+    rows = [int(number) for number in re.findall(r'<article class="sides" data-latent="(\d+)"', text)]
+    here, there = (
+        set((ResultStore(each, ATLAS).header.summary or {})["latents"]) for each in (tmp_path / "both", atlas)
+    )
+    assert set(rows) == here & there
+    (atlas / "pictures").mkdir(exist_ok=True)
+    (picture,) = [
+        path for path in sorted((atlas / "pictures").iterdir()) if path.stem in re.findall(r"beside/(\d+)", text)
+    ][:1]
+    before = picture.read_bytes()
+    picture.write_bytes(before + b"more")
+    damaged = cyto(*cohort.build, tmp_path / "not", "--beside", atlas)
+    picture.write_bytes(before)
+    assert damaged.exit_code == 1
+    assert "is not the file that was written" in damaged.stderr
