@@ -307,7 +307,7 @@ def _mean(values: Any) -> Any:
 
 
 def row_is_supported(row: Mapping[str, Any]) -> bool:
-    """Are both lower ends above what guessing and another latent's name give?"""
+    """Are both lower ends above what guessing and other latents' names give?"""
     low, difference = row["auc_low"], row["difference_low"]
     return low is not None and difference is not None and low > 0.5 and difference > 0
 
