@@ -20,6 +20,7 @@ FULL = {
     "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],
     "barcode": ["--share", "1", "--rounds", "1"],
     "search": ["--share", "1", "--rounds", "3", "--evaluate", "200"],
+    "describe": ["--share", "1", "--items", "200"],
     "atlas": ["--share", "1"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],

@@ -123,7 +123,7 @@ RESULTS = {
     "atlas-v1": ATLAS,
 }
 HEADERLESS = {  # formats of files that are not stores
-    *(f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews"),
+    *(f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews", "atlas-v1.reviews-v2"),
     "names-v1.answers",
 }
 IMAGE_IDS = ["golden/Zellen/größte.png", "golden/torn.tif", "golden/c.png"]
@@ -674,6 +674,18 @@ def test_reviews_version_1_are_exported(suffix: str, history: bool, tmp_path: Pa
     assert {row["atlas"] for row in rows} == {IDENTITIES["atlas-v1"], "4" * 64}
 
 
+def test_reviews_version_2_count_no_verdict_that_was_taken_back() -> None:
+    """Ada judged latents 0 and 1, and took the first verdict back; the lines of verdicts are of version 1."""
+    folder = GOLDEN / "atlas-v1.reviews-v2"
+    (journal,) = folder.glob("*.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(line["latent"], line["verdict"], line["version"]) for line in lines] == [
+        *((0, "meaningful", 1), (1, "not", 1), (0, "", 2)),
+    ]
+    counted = reviews.current(reviews.read_verdicts(folder))
+    assert [(each.reviewer, each.latent, each.verdict) for each in counted.values()] == [("Ada", 1, "not")]
+
+
 def test_reviews_version_1_agree_as_they_did() -> None:
     """Müller and Okafor judged latents 0, 1 and 2 both: meaningful twice, then once, then never."""
     done = run("atlas", "agreement", SITE, "--json")
@@ -736,7 +748,7 @@ def test_every_format_has_a_golden_artefact() -> None:
     assert {(header.kind, header.version) for header in headers if header is not None} == {
         (format.kind, version) for format in FORMATS.values() for version in range(1, format.version + 1)
     }
-    journals = [path.read_text() for path in (GOLDEN / "atlas-v1.reviews").glob("*.jsonl")]
+    journals = [path.read_text() for path in GOLDEN.glob("atlas-v1.reviews*/*.jsonl")]
     versions = {json.loads(line)["version"] for text in journals for line in text.splitlines()}
     assert versions == set(range(1, reviews.VERSION + 1))
 
