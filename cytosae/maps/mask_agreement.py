@@ -56,6 +56,7 @@ Int = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 _ONE_CLASS = (("mask", ("above 0",)),)
 _TOP = 5  # latents named in the figure
+_LEVEL = 0.05  # of the p among all latents that a value is needed for
 _CELLS = 1 << 22  # of units x latents that are dense at a time
 
 
@@ -113,6 +114,8 @@ class Chance:
     p_any_place: Float
     expected_max_auroc: Float  # (n_classes,) the best latent's mean over the shuffles
     expected_max_iou: Float
+    needed_auroc: Float  # (n_classes, n_latents) the value from which on p_any is at most 0.05; NaN: none of 1 or less
+    needed_iou: Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,8 @@ class MaskResult(Report):
         )
         for one in classes:
             yield from _class_lines(one, self.n_patches)
+        if any(one["expected_max_auroc"] is not None for one in classes):
+            yield "  p: the mask of its own image, against those of others, and for having looked at all latents"
         if all(one["expected_max_auroc"] is None for one in classes):
             yield "  no p-values: nothing was shuffled (one image, --shuffles 0, or no latent active in enough images)"
         elif self.unit == "image":
@@ -179,10 +184,17 @@ def _class_lines(one: dict[str, Any], n_patches: int) -> Iterator[str]:
     values = ", ".join(one["values"])
     yield f"  {printable(one['name'])} (value {values}), {one['n_patches'] / n_patches:.1%} of the patches"
     for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
-        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in one[f"best_by_{name}"])
-        chance = one[f"expected_max_{name}"]
-        by_chance = "" if chance is None else f"; the best under exchanged masks: {chance:.3f}"
-        yield f"  {words:<6} latents {top or '(none)'}{by_chance}"
+        top = ", ".join(f"{row['latent']} ({row[name]:.3f}{_beside(row, name)})" for row in one[f"best_by_{name}"])
+        yield f"  {words:<6} latents {top or '(none)'}"
+
+
+def _beside(row: dict[str, Any], name: str) -> str:
+    """What the masks of others give, p among all latents, and from which value on it is 0.05: all of this latent."""
+    if row.get(f"{name}_p_any") is None:
+        return ""
+    needed = row.get(f"{name}_needed")
+    enough = "" if needed is None else f", {_LEVEL:g} from {needed:.3f}"
+    return f"; others' masks {row[f'{name}_null']:.3f}, p {row[f'{name}_p_any']:.2g}{enough}"
 
 
 def write_mask_agreement(
@@ -518,7 +530,7 @@ def chance_agreement(
     own = [_scaled_p(values, tested) for values in drawn]
     mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
     by_sign = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
-    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested), strict=True))
+    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested)[:2], strict=True))
     return Chance(
         mean_auroc=mean[0],
         mean_iou=mean[1],
@@ -530,6 +542,8 @@ def chance_agreement(
         p_any_place=p_any_place,
         expected_max_auroc=largest[0],
         expected_max_iou=largest[1],
+        needed_auroc=own[0][2],
+        needed_iou=own[1][2],
     )
 
 
@@ -544,13 +558,15 @@ def _mean_and_largest(shuffled: Any, tested: Bool) -> tuple[Float, Float]:
         return mean, np.where(np.isfinite(largest).all(axis=0), largest.mean(axis=0), np.nan)
 
 
-def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
+def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float, Float]:
     """p and p_any (n_classes, n_latents) of the first of (1 + n_shuffles, n_classes, n_latents), two-sided.
 
     All 1 + n_shuffles are treated alike, so the rank of the observed one is exact if they are exchangeable.
+    Also the value from which on p_any of a latent is at most 0.05: p_any and values have one scale with it, while the
+    largest value of a shuffle is that of whichever latent varies most.
     """
     n_drawn, shape = len(drawn), drawn.shape[1:]
-    p, p_any = np.full(shape, np.nan), np.full(shape, np.nan)
+    p, p_any, needed = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
     largest = np.zeros(n_drawn)
     for number in range(shape[0]):
         values = drawn[:, number].astype(np.float64)
@@ -559,12 +575,21 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
         # tolerance: equal masks give equal values only up to rounding
         p[number, usable] = (distance >= distance[0] - 1e-6).sum(axis=0)[usable] / n_drawn
         largest = np.maximum(largest, distance[:, usable].max(axis=1, initial=0))
+    n_allowed = int(_LEVEL * n_drawn + 1e-9)
     for number in range(shape[0]):
-        distance = np.abs(_scaled(drawn[:, number].astype(np.float64)))[0]
+        values = drawn[:, number].astype(np.float64)
+        distance = np.abs(_scaled(values))[0]
         usable = ~np.isnan(p[number])
         n_beyond = n_drawn - np.searchsorted(np.sort(largest), distance[usable] - 1e-6)
         p_any[number, usable] = n_beyond / n_drawn
-    return p, p_any
+        if n_allowed:
+            known = ~np.isnan(values[:, usable])
+            sizes, held = known.sum(axis=0), np.where(known, values[:, usable], 0)
+            mean = held.sum(axis=0) / sizes
+            sd = np.sqrt((np.where(known, held - mean, 0) ** 2).sum(axis=0) / sizes)
+            from_here = mean + sd * (np.sort(largest)[n_drawn - 1 - n_allowed] + 1e-6)
+            needed[number, usable] = np.where((sd > 1e-6) & (from_here <= 1), from_here, np.nan)
+    return p, p_any, needed
 
 
 def _scaled(values: Float) -> Float:
@@ -738,6 +763,8 @@ def _table(name: str, ranked: RankedValues, found: MaskAgreement, chance: Chance
         "iou_null": chance.mean_iou[number] if chance else nothing,
         "iou_p": chance.p_iou[number] if chance else nothing,
         "iou_p_any": chance.p_any_iou[number] if chance else nothing,
+        "auroc_needed": chance.needed_auroc[number] if chance else nothing,
+        "iou_needed": chance.needed_iou[number] if chance else nothing,
     }
     n_images = _count_images(ranked.starts, ranked.patches, ranked.n_per_image)
     return pa.table(
@@ -760,14 +787,14 @@ def _best(table: pa.Table, name: str) -> list[dict[str, Any]]:
 
 
 def _plot(table: pa.Table, result: MaskResult, said: dict[str, Any], path: Path) -> None:
-    """AUROC and IoU against the number of active patches; the best latents marked, chance as a dashed line."""
+    """AUROC and IoU against the number of active patches; the best latents marked, with what each needs as a dash."""
     figure, grid = new_figure(width=9, height=4, columns=2)
     known = table.filter(table["auroc"].is_valid())
-    for axes, (name, label, best, by_chance) in zip(
+    for axes, (name, label, best) in zip(
         grid[0],
         (
-            ("auroc", "AUROC within images", said["best_by_auroc"], said["expected_max_auroc"]),
-            ("iou", "IoU (threshold from the other half)", said["best_by_iou"], said["expected_max_iou"]),
+            ("auroc", "AUROC within images", said["best_by_auroc"]),
+            ("iou", "IoU (threshold from the other half)", said["best_by_iou"]),
         ),
         strict=True,
     ):
@@ -777,9 +804,11 @@ def _plot(table: pa.Table, result: MaskResult, said: dict[str, Any], path: Path)
         at = [row["n_active_patches"] for row in best], [row[name] for row in best]
         axes.scatter(*at, s=22, facecolors="none", edgecolors=COLORS[5])
         words = ["circles: latents " + ", ".join(str(row["latent"]) for row in best)]
-        if by_chance is not None:
-            axes.axhline(by_chance, color="black", linestyle="--", linewidth=1)
-            words.append(f"dashed: the best latent under exchanged masks, {by_chance:.2f} on average")
+        needing = [row for row in best if row[f"{name}_needed"] is not None]
+        if needing:
+            at = [row["n_active_patches"] for row in needing], [row[f"{name}_needed"] for row in needing]
+            axes.scatter(*at, s=60, marker="_", color="black", linewidth=1)
+            words.append(f"dashes: what each needs for p {_LEVEL:g} among all latents, against masks of other images")
         axes.set_title("\n".join(words), fontsize=7, loc="left")
         axes.set_xlabel("patches in which the latent is active", fontsize=8)
         axes.set_ylabel(label, fontsize=8)

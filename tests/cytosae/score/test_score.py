@@ -133,6 +133,58 @@ def test_the_unreadable_image_has_no_part_and_labels_are_all_there(world: World,
     assert not verify_folder(world.root / "planted").problems
 
 
+def test_values_lie_in_their_intervals(world: World, scored: ScoreResult) -> None:
+    """All that is measured on images has one, over the 12 patients; it is as wide as its few patients make it."""
+    assert scored.unit == "patient"
+    of_others = {"final_cls", "matched_over_seeds", "cosine_over_seeds"}
+    rows = [row for row in scored.rows if row["measure"] not in of_others]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    probe = of_all(scored.rows, "sparse_probe_auroc", 1)
+    assert 0.6 < probe["low"] < 0.95
+    noise = ResultStore(world.root / "random", SCORECARD).json("scorecard")["rows"]
+    row = of_all(noise, "sparse_probe_auroc", 5)
+    assert row["low"] < 0.5 < row["high"]
+    table = ResultStore(world.root / "planted", SCORECARD).table("scorecard")
+    assert table["low"].to_pylist() == [row["low"] for row in scored.rows]
+    assert f"{probe['low']:.3f} to {probe['high']:.3f}" in "\n".join(scored.lines())
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def test_an_interrupted_scorecard_goes_on(world: World, scored: ScoreResult, tmp_path: Path) -> None:
+    """Stopped again and again, each time some passes later: these are not done again, and the result is the same."""
+    passes: list[set[str]] = []
+    stores: dict[str, Any] = {
+        "latents": [world.latents],
+        "caches": [world.cache],
+        "baselines": [world.root / "random"],
+    }
+    for _ in range(40):
+        seen: dict[str, int] = {}
+
+        def stop_in_the_second(done: int, total: int, state: str, seen: dict[str, int] = seen) -> None:
+            seen[state] = seen.get(state, 0) + 1
+            slow = [each for each, n in seen.items() if n > 1]  # a pass that is kept tells of its end only
+            if len(slow) > 2:
+                raise _StoppedError
+
+        try:
+            done = score_sae(world.sae, tmp_path / "out", CONFIG, **stores, progress=stop_in_the_second)
+            break
+        except _StoppedError:
+            passes.append({*seen})
+            assert (tmp_path / "out" / "parts").is_dir()
+    assert len(passes) > 1
+    assert done.rows == scored.rows
+    assert not done.was_complete
+    assert not (tmp_path / "out" / "parts").exists()
+    names = ("latents.parquet", "labels.parquet", "scorecard.parquet", "scorecard.json")
+    for name in names[:2]:
+        assert pq.read_table(tmp_path / "out" / name).equals(pq.read_table(world.root / "planted" / name))
+
+
 def test_another_encoder_and_another_seed(world: World, tmp_path: Path) -> None:
     """An embedding from a table is taken in place of the tokens; a stability folder adds its rows."""
     rng = np.random.default_rng(0)
