@@ -82,11 +82,16 @@ class KeptState:
         """The state of an earlier try."""
         return self.parts.read(self.name) if self.parts is not None else None
 
-    def offer(self, state: Callable[[], Arrays]) -> None:
-        """Keep the state if the last one is old enough."""
-        if self.parts is not None and time.monotonic() - self._last >= self.seconds:
-            self.parts.write(self.name, state())
-            self._last = time.monotonic()
+    @property
+    def is_due(self) -> bool:
+        """The last one is old enough."""
+        return self.parts is not None and time.monotonic() - self._last >= self.seconds
+
+    def write(self, state: Arrays) -> None:
+        """Keep this state in the place of the one before."""
+        if self.parts is not None:
+            self.parts.write(self.name, state)
+        self._last = time.monotonic()
 
 
 @dataclass(frozen=True)

@@ -159,9 +159,9 @@ def fit_kmeans(
         n_L += given_L
         step_LD = (sum_LD - given_L[:, None] * c_LD) / n_L.clamp_min(1)[:, None]
         c_LD += step_LD
-        now = {"clusters": c_LD, "given": n_L}
-        at = {"done": np.array([number + 1])}
-        state.offer(lambda now=now, at=at: at | {name: each.cpu().numpy() for name, each in now.items()})  # type: ignore[misc]  # bound now
+        if state.is_due:
+            arrays = {"clusters": c_LD.cpu().numpy(), "given": n_L.cpu().numpy()}
+            state.write({**arrays, "done": np.array([number + 1])})
     assert c_LD is not None
     c_LD = c_LD.cpu()
     square_L = c_LD.square().sum(1)

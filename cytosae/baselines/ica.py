@@ -41,8 +41,8 @@ def fast_ica(
         new = _orthogonal(rows / len(x) - (slopes / len(x))[:, None] * w)
         is_settled = bool(np.abs(np.abs((new * w).sum(1)) - 1).max() < _SETTLED)
         w, done = new, done + 1
-        now, at = w, np.array([done, is_settled])
-        state.offer(lambda now=now, at=at: {"w": now, "done": at})  # type: ignore[misc]  # bound now
+        if state.is_due:
+            state.write({"w": w, "done": np.array([done, is_settled])})
     return w @ whitening, is_settled
 
 

@@ -58,15 +58,10 @@ def non_negative_factors(x: Rows, n: int, *, seed: int, iterations: int, state: 
             if not is_settled:
                 n_worse, least = (0, cost) if cost < least else (n_worse + 1, least)
                 is_settled = n_worse >= _PATIENCE
-        now = {
-            "factors": factors,
-            "codes": codes,
-            "above": above,
-            "below": below,
-            "costs": np.array([cost, least]),
-            "done": np.array([n_worse, done, int(is_settled)]),
-        }
-        state.offer(lambda now=now: now)  # type: ignore[misc]  # bound now
+        if state.is_due:
+            arrays = {"factors": factors, "codes": codes, "above": above, "below": below}
+            further = {"costs": np.array([cost, least]), "done": np.array([n_worse, done, int(is_settled)])}
+            state.write({**arrays, **further})
     return factors, math.ceil(done / len(batches)) < iterations
 
 

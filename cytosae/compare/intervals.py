@@ -93,7 +93,7 @@ def intervals(
     found["hedges_g_high"] = np.where(varies & supported, (g + np.fmax(half, up / sd)) * small, np.nan)
 
     auc = above.mean(0)
-    variance = sum(part.var(0, ddof=1) / len(part) for part in (above, below))
+    variance = above.var(0, ddof=1) / n_a + below.var(0, ddof=1) / n_b  # DeLong's
     t = float(student.ppf(0.975, n - 2))
     low, high = share_limits(auc, variance, t, min(n_a, n_b), inflation=inflation)
     found["auc"] = auc

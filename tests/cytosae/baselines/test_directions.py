@@ -234,8 +234,8 @@ class Stopping(KeptState):
         super().__init__(KeptParts(folder, "job"), seconds=0.0)
         self.left = after
 
-    def offer(self, state: Callable[[], dict[str, Any]]) -> None:
-        super().offer(state)
+    def write(self, state: dict[str, Any]) -> None:
+        super().write(state)
         self.left -= 1
         if not self.left:
             raise _StoppedError
