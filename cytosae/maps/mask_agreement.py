@@ -184,7 +184,8 @@ def _class_lines(one: dict[str, Any], n_patches: int) -> Iterator[str]:
     values = ", ".join(one["values"])
     yield f"  {printable(one['name'])} (value {values}), {one['n_patches'] / n_patches:.1%} of the patches"
     for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
-        top = ", ".join(f"{row['latent']} ({row[name]:.3f}{_beside(row, name)})" for row in one[f"best_by_{name}"])
+        rows = [(f"{row['latent']} ({row[name]:.3f})", _beside(row, name)) for row in one[f"best_by_{name}"]]
+        top = ("; " if any(beside for _, beside in rows) else ", ").join(map("".join, rows))
         yield f"  {words:<6} latents {top or '(none)'}"
 
 
@@ -194,7 +195,7 @@ def _beside(row: dict[str, Any], name: str) -> str:
         return ""
     needed = row.get(f"{name}_needed")
     enough = "" if needed is None else f", {_LEVEL:g} from {needed:.3f}"
-    return f"; others' masks {row[f'{name}_null']:.3f}, p {row[f'{name}_p_any']:.2g}{enough}"
+    return f" others' masks {row[f'{name}_null']:.3f}, p {row[f'{name}_p_any']:.2g}{enough}"
 
 
 def write_mask_agreement(
