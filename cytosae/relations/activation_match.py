@@ -331,8 +331,8 @@ def _kept_matching(a: Rows, b: Rows, keep: Keep, name: str, progress: Progress) 
         found = match_directions(a, b, progress=progress)
         return {each.name: np.asarray(getattr(found, each.name)) for each in fields(Matching)}
 
-    kept = keep(name, compute)
-    return Matching(**{key: float(value) if not value.ndim else value for key, value in kept.items()})
+    kept: dict[str, Any] = {**keep(name, compute)}
+    return Matching(**kept | {"bound": float(kept["bound"])})
 
 
 def _match(
