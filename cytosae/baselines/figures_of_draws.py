@@ -96,9 +96,9 @@ def purity_without(
 def _per_block(
     begins: Any, latents: Any, values: Any, kept: Any, labels: Any, n_labels: int, is_counted: Any, out: Any
 ) -> None:
-    for at in numba.prange(out.size):
-        which, block = divmod(at, len(kept))
-        out[which, block] = _purity(begins, latents, values, kept[block], labels[which], n_labels, is_counted)
+    for block in numba.prange(len(kept)):
+        for which in range(len(labels)):
+            out[which, block] = _purity(begins, latents, values, kept[block], labels[which], n_labels, is_counted)
 
 
 @numba.njit(parallel=True, cache=True)

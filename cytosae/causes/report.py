@@ -153,5 +153,5 @@ def _directions(row: dict[str, Any]) -> str:
 
 
 def _middle(row: dict[str, Any], name: str) -> float:
-    """The median of controls or directions; of an older cyto, which has none, their mean."""
-    return float(row.get(f"{name}_median", row[f"{name}_mean"]))
+    """The trimmed mean of controls or directions; of an older cyto, which has none, their mean."""
+    return float(row.get(f"{name}_trimmed", row[f"{name}_mean"]))
