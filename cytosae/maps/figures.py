@@ -17,6 +17,7 @@ from cytosae.plotting import COLORS, new_figure, plain, save_both, save_figure
 from cytosae.stage_one import Picture
 from stores.latent_store import LatentStore
 
+from .mask_chance import LEVEL
 from .patch_maps import Map, Pixels, patch_map, read_tokens, stretched
 from .reference_images import Frame, FrameRow
 
@@ -157,17 +158,17 @@ def plot_reference_images(
 
 
 def plot_agreement(table: "pa.Table", said: dict[str, Any], path: Path, *, n_images: int, n_patches: int) -> None:
-    """AUROC and IoU against the number of active patches; the best latents marked, chance as a dashed line.
+    """AUROC and IoU against the number of active patches; the best latents marked, with what each needs as a dash.
 
     said : of a class of masks, as in `MaskResult.classes`; n_images, n_patches : that have masks
     """
     figure, grid = new_figure(width=9, height=4, columns=2)
     known = table.filter(table["auroc"].is_valid())
-    for axes, (name, label, best, by_chance) in zip(
+    for axes, (name, label, best) in zip(
         grid[0],
         (
-            ("auroc", "AUROC within images", said["best_by_auroc"], said["expected_max_auroc"]),
-            ("iou", "IoU (threshold from the other half)", said["best_by_iou"], said["expected_max_iou"]),
+            ("auroc", "AUROC within images", said["best_by_auroc"]),
+            ("iou", "IoU (threshold from the other half)", said["best_by_iou"]),
         ),
         strict=True,
     ):
@@ -177,9 +178,11 @@ def plot_agreement(table: "pa.Table", said: dict[str, Any], path: Path, *, n_ima
         at = [row["n_active_patches"] for row in best], [row[name] for row in best]
         axes.scatter(*at, s=22, facecolors="none", edgecolors=COLORS[5])
         words = ["circles: latents " + ", ".join(str(row["latent"]) for row in best)]
-        if by_chance is not None:
-            axes.axhline(by_chance, color="black", linestyle="--", linewidth=1)
-            words.append(f"dashed: the best latent under exchanged masks, {by_chance:.2f} on average")
+        needing = [row for row in best if row[f"{name}_needed"] is not None]
+        if needing:
+            at = [row["n_active_patches"] for row in needing], [row[f"{name}_needed"] for row in needing]
+            axes.scatter(*at, s=60, marker="_", color="black", linewidth=1)
+            words.append(f"dashes: what each needs for p {LEVEL:g} among all latents, against masks of other images")
         axes.set_title("\n".join(words), fontsize=7, loc="left")
         axes.set_xlabel("patches in which the latent is active", fontsize=8)
         axes.set_ylabel(label, fontsize=8)

@@ -23,7 +23,7 @@ from stores.tables import column, listed
 from stores.wording import Report, counted, left_out_text, printable
 
 from .figures import plot_agreement
-from .mask_chance import LEAST_IMAGES, Chance, chance_agreement
+from .mask_chance import LEAST_IMAGES, LEVEL, Chance, chance_agreement
 from .mask_ranks import Bool, Float, Int, MaskAgreement, RankedValues, count_images, halves, mask_agreement, read_ranked
 
 STATISTIC = "within images, averaged over patients; IoU cross-fitted; place by two nulls"  # of the header, older: other
@@ -76,6 +76,8 @@ class MaskResult(Report):
         )
         for one in classes:
             yield from _class_lines(one, self.n_patches)
+        if any(one["expected_max_auroc"] is not None for one in classes):
+            yield "  p: the mask of its own image, against those of others, and for having looked at all latents"
         if all(one["expected_max_auroc"] is None for one in classes):
             yield "  no p-values: nothing was shuffled (one image, --shuffles 0, or no latent active in enough images)"
         elif self.unit == "image":
@@ -95,10 +97,18 @@ def _class_lines(one: dict[str, Any], n_patches: int) -> Iterator[str]:
     values = ", ".join(one["values"])
     yield f"  {printable(one['name'])} (value {values}), {one['n_patches'] / n_patches:.1%} of the patches"
     for name, words in (("auroc", "AUROC"), ("iou", "IoU")):
-        top = ", ".join(f"{row['latent']} ({row[name]:.3f})" for row in one[f"best_by_{name}"])
-        chance = one[f"expected_max_{name}"]
-        by_chance = "" if chance is None else f"; the best under exchanged masks: {chance:.3f}"
-        yield f"  {words:<6} latents {top or '(none)'}{by_chance}"
+        rows = [(f"{row['latent']} ({row[name]:.3f})", _beside(row, name)) for row in one[f"best_by_{name}"]]
+        top = ("; " if any(beside for _, beside in rows) else ", ").join(map("".join, rows))
+        yield f"  {words:<6} latents {top or '(none)'}"
+
+
+def _beside(row: dict[str, Any], name: str) -> str:
+    """What the masks of others give, p among all latents, and from which value on it is 0.05: all of this latent."""
+    if row.get(f"{name}_p_any") is None:
+        return ""
+    needed = row.get(f"{name}_needed")
+    enough = "" if needed is None else f", {LEVEL:g} from {needed:.3f}"
+    return f" others' masks {row[f'{name}_null']:.3f}, p {row[f'{name}_p_any']:.2g}{enough}"
 
 
 def write_mask_agreement(
@@ -279,6 +289,8 @@ def _table(name: str, ranked: RankedValues, found: MaskAgreement, chance: Chance
         "iou_null": chance.mean_iou[number] if chance else nothing,
         "iou_p": chance.p_iou[number] if chance else nothing,
         "iou_p_any": chance.p_any_iou[number] if chance else nothing,
+        "auroc_needed": chance.needed_auroc[number] if chance else nothing,
+        "iou_needed": chance.needed_iou[number] if chance else nothing,
     }
     n_images = count_images(ranked.starts, ranked.patches, ranked.n_per_image)
     return pa.table(

@@ -26,6 +26,7 @@ from stores.progress import Progress
 from .mask_ranks import Bool, Float, Int, MaskAgreement, RankedValues, count_images, fill_auroc, halves, mask_agreement
 
 LEAST_IMAGES = 5  # in which a latent must be active to be tested; of fewer images: all
+LEVEL = 0.05  # of the p among all latents that a value is needed for
 _CELLS = 1 << 22  # of units x latents that are dense at a time
 
 
@@ -43,6 +44,8 @@ class Chance:
     p_any_place: Float
     expected_max_auroc: Float  # (n_classes,) the best latent's mean over the shuffles
     expected_max_iou: Float
+    needed_auroc: Float  # (n_classes, n_latents) the value from which on p_any is at most 0.05; NaN: none of 1 or less
+    needed_iou: Float
 
 
 def chance_agreement(
@@ -97,7 +100,7 @@ def chance_agreement(
     own = [_scaled_p(values, tested) for values in drawn]
     mean, largest = zip(*(_mean_and_largest(values[1:], tested) for values in drawn), strict=True)
     by_sign = _place_p(ranked, foreground, tested, n_shuffles=n_shuffles, seed=seed)
-    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested), strict=True))
+    p_place, p_any_place = (np.maximum(a, b) for a, b in zip(by_sign, _scaled_p(shifted, tested)[:2], strict=True))
     return Chance(
         mean_auroc=mean[0],
         mean_iou=mean[1],
@@ -109,6 +112,8 @@ def chance_agreement(
         p_any_place=p_any_place,
         expected_max_auroc=largest[0],
         expected_max_iou=largest[1],
+        needed_auroc=own[0][2],
+        needed_iou=own[1][2],
     )
 
 
@@ -140,13 +145,15 @@ def _mean_and_largest(shuffled: Any, tested: Bool) -> tuple[Float, Float]:
         return mean, np.where(np.isfinite(largest).all(axis=0), largest.mean(axis=0), np.nan)
 
 
-def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
+def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float, Float]:
     """p and p_any (n_classes, n_latents) of the first of (1 + n_shuffles, n_classes, n_latents), two-sided.
 
     All 1 + n_shuffles are treated alike, so the rank of the observed one is exact if they are exchangeable.
+    Also the value from which on p_any of a latent is at most 0.05: p_any and values have one scale with it, while the
+    largest value of a shuffle is that of whichever latent varies most.
     """
     n_drawn, shape = len(drawn), drawn.shape[1:]
-    p, p_any = np.full(shape, np.nan), np.full(shape, np.nan)
+    p, p_any, needed = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
     largest = np.zeros(n_drawn)
     for number in range(shape[0]):
         values = drawn[:, number].astype(np.float64)
@@ -155,12 +162,21 @@ def _scaled_p(drawn: Any, tested: Bool) -> tuple[Float, Float]:
         # tolerance: equal masks give equal values only up to rounding
         p[number, usable] = (distance >= distance[0] - 1e-6).sum(axis=0)[usable] / n_drawn
         largest = np.maximum(largest, distance[:, usable].max(axis=1, initial=0))
+    n_allowed = int(LEVEL * n_drawn + 1e-9)
     for number in range(shape[0]):
-        distance = np.abs(_scaled(drawn[:, number].astype(np.float64)))[0]
+        values = drawn[:, number].astype(np.float64)
+        distance = np.abs(_scaled(values))[0]
         usable = ~np.isnan(p[number])
         n_beyond = n_drawn - np.searchsorted(np.sort(largest), distance[usable] - 1e-6)
         p_any[number, usable] = n_beyond / n_drawn
-    return p, p_any
+        if n_allowed:
+            known = ~np.isnan(values[:, usable])
+            sizes, held = known.sum(axis=0), np.where(known, values[:, usable], 0)
+            mean = held.sum(axis=0) / sizes
+            sd = np.sqrt((np.where(known, held - mean, 0) ** 2).sum(axis=0) / sizes)
+            from_here = mean + sd * (np.sort(largest)[n_drawn - 1 - n_allowed] + 1e-6)
+            needed[number, usable] = np.where((sd > 1e-6) & (from_here <= 1), from_here, np.nan)
+    return p, p_any, needed
 
 
 def _scaled(values: Float) -> Float:

@@ -144,6 +144,10 @@ def test_chance_equals_exchanging_by_hand() -> None:
     assert chance.p_auroc[:, tested] == pytest.approx(n / 20)
     assert chance.p_any_auroc[:, tested] == pytest.approx((z.max((1, 2))[:, None, None] >= z[0] - 1e-4).sum(0) / 20)
     assert chance.mean_auroc[:, tested] == pytest.approx(raw[1:].mean(0), abs=1e-6)
+    # the value from which on p_any is 1 of 20: above all but one of the largest distances, in this latent's own unit
+    from_here = raw.mean(0) + raw.std(0) * np.sort(z.max((1, 2)))[-2]
+    from_here[from_here > 1] = np.nan
+    assert chance.needed_auroc[:, tested] == pytest.approx(from_here, abs=1e-4, nan_ok=True)
     assert chance.p_auroc[0] == pytest.approx(chance.p_auroc[1], nan_ok=True)  # a class and its complement
     assert np.isnan(chance.p_place[0, 4])
     signs = np.random.default_rng([3, 2]).choice(np.array([-1.0, 1.0]), (19, 4))
@@ -206,6 +210,10 @@ def test_what_is_true_and_what_is_not() -> None:
     noise = rng.random((*masks.shape, 20)) * masks.sum(axis=1)[:, None, None] ** 2
     dense = np.concatenate([np.stack([masks, ~masks, middle], axis=2), noise], axis=2).astype(np.float32)
     found, chance = agreement_of(dense, masks, unit_of)
+    is_enough = np.nan_to_num(found.auroc, nan=-1) >= np.nan_to_num(chance.needed_auroc[0], nan=2)
+    above = found.auroc > chance.mean_auroc[0]
+    assert is_enough.tolist() == ((chance.p_any_auroc[0] <= 0.05) & above).tolist()  # one scale
+    assert 0 < is_enough.sum() < len(is_enough)
     assert found.auroc[:2].tolist() == [1, 0]
     assert found.iou[:2].tolist() == [1, 0]
     flat = dense[:, :, 3].ravel()
