@@ -55,8 +55,8 @@ def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -
         found.append((rim - other, float(edge)))
     largest = max(abs(difference) for difference, _ in found)
     sign = next(difference for difference, _ in found if abs(difference) == largest)
-    best = [edge for difference, edge in found if difference == sign]
-    return best[(len(best) - 1) // 2], sign > 0
+    equally_good = [edge for difference, edge in found if difference == sign]
+    return equally_good[(len(equally_good) - 1) // 2], sign > 0
 
 
 def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
