@@ -171,8 +171,8 @@ def compare_with_baselines(
         found.append(known)
         without.append(left)
     differences = _differences(members, found, without, config, n_groups)
-    rows = [_row(*each, n_groups) for each in zip(members, found, without, strict=True)]
-    writer.write_table("saes", pa.Table.from_pylist(rows))
+    measured = [_row(*each, n_groups) for each in zip(members, found, without, strict=True)]
+    writer.write_table("saes", pa.Table.from_pylist(measured))
     writer.write_table("differences", pa.Table.from_pylist(differences))
     plot_differences([row for row in differences if row["metric"] in JUDGED], writer.root / "differences")
     summary = {

@@ -181,8 +181,12 @@ class Card:
                 assert dense_without is not None
                 ratio = (without - 0.5) / np.where(dense_without > 0.5, dense_without - 0.5, np.nan)
                 self.add(
-                    *("share_of_dense", share[0]),
-                    **{"null": share[1], "null_high": share[2], "k": k, "n": n_classes},
+                    "share_of_dense",
+                    share[0],
+                    null=share[1],
+                    null_high=share[2],
+                    k=k,
+                    n=n_classes,
                     without=ratio,
                     bounded=False,
                 )
@@ -215,7 +219,7 @@ class Card:
         for measure, name in _SINGLE.items():
             best, nulls_of = getattr(self.single, name).max(0), best_null[name]  # (shuffles, classes)
             of_null = [nanmean(each) for each in nulls_of]
-            means = {"null": nanmean(of_null), "null_high": nanmax(of_null), "n": n_classes}
+            means: dict[str, Any] = {"null": nanmean(of_null), "null_high": nanmax(of_null), "n": n_classes}
             self.add(measure, best.mean(), **means, without=over_classes(of_best[name]))
             for c, label in enumerate(self.classes):
                 null, high = nanmean(nulls_of[:, c]), nanmax(nulls_of[:, c])
@@ -286,8 +290,10 @@ class Card:
             self.add("absorption", each.absorbed, null=each.absorbed_null, without=without, **of_label)
             null = np.array(each.split_null)
             self.add(
-                *("splitting", each.split),
-                **{"null": null.mean(), "null_high": null.max()},
+                "splitting",
+                each.split,
+                null=null.mean(),
+                null_high=null.max(),
                 without=each.split_without,
                 **of_label,
             )
@@ -315,8 +321,11 @@ class Card:
             self.progress(number + 1, self.config.shuffles, "embeddings shuffled")
         without = self.keep("looks_without", partial(self._looks_without, units, counts, largest))
         self.add(
-            *("monosemanticity", found[counts].mean()),
-            **{"null": mean_cosine(units), "null_high": max(means), "n": n},
+            "monosemanticity",
+            found[counts].mean(),
+            null=mean_cosine(units),
+            null_high=max(means),
+            n=n,
             without=without["mean"],
             bounded=False,
         )
@@ -357,27 +366,27 @@ class Card:
             some = {image: np.array(lists[image], np.int64) for image in images[first : first + _MAPS_TOGETHER]}
             measured.append(self.keep(f"maps_{first}", partial(self._maps, some, first, len(images))))
         names = ("image", "latent", "value", "by_chance")
-        image, latent, value, by_chance = (
+        of_image, of_latent, value, by_chance = (
             np.concatenate([np.zeros(0), *(m[name] for m in measured)]) for name in names
         )
         known = ~np.isnan(value)
-        image, latent = image[known].astype(np.int64), latent[known].astype(np.int64)
+        of_image, of_latent = of_image[known].astype(np.int64), of_latent[known].astype(np.int64)
         n_latents = len(self.n_active)
-        n_maps = np.bincount(latent, minlength=n_latents)
+        n_maps = np.bincount(of_latent, minlength=n_latents)
         has_one = n_maps > 0
         n = int(has_one.sum())
         if not n:
             self.said.append("Moran's I: no map of a latent varies")
             return
         found, null = (
-            np.bincount(latent, each[known], n_latents) / np.maximum(1, n_maps) for each in (value, by_chance)
+            np.bincount(of_latent, each[known], n_latents) / np.maximum(1, n_maps) for each in (value, by_chance)
         )
         self.latents |= {"morans_i": pa.array(found, mask=~has_one), "n_maps": n_maps}
         high = float(np.quantile(null[has_one], 0.95))
         without, above = means_without(
-            value[known], latent, self.blocks.of_image[image], n_latents, self.blocks.n, high
+            value[known], of_latent, self.blocks.of_image[of_image], n_latents, self.blocks.n, high
         )
-        means = {"null": null[has_one].mean(), "null_high": high, "n": n}
+        means: dict[str, Any] = {"null": null[has_one].mean(), "null_high": high, "n": n}
         self.add("morans_i", found[has_one].mean(), **means, without=without, bounded=False)
         self.add("coherent_latents", (found[has_one] > high).mean(), null=0.05, n=n, without=above)
 

@@ -64,4 +64,4 @@ def limits(value: float, without: Floats, n: int, *, bounded: bool) -> tuple[flo
         far = t * variance**0.5
         return value - far, value + far
     low, high = share_limits(np.array(value), np.array(variance), t, n)
-    return float(min(low, value)), float(max(high, value))
+    return min(float(low), value), max(float(high), value)

@@ -216,7 +216,10 @@ def test_planted_absorption_and_splitting_are_found() -> None:
     by_label, by_parent = (single_latents(some, x, n).average_precision for x, n in ((labels, 4), (parents, 2)))
     first, second = lineages(
         *(some, labels, parents, np.arange(240), 4, 2),
-        **{"of_labels": by_label, "of_parents": by_parent, "shuffles": 5, "seed": 0},
+        of_labels=by_label,
+        of_parents=by_parent,
+        shuffles=5,
+        seed=0,
         blocks=blocks_of(np.arange(240) // 30, "patient", 0),
     )
     assert (first.latent, first.child_latents[1]) == (1, 2)
@@ -295,7 +298,7 @@ def test_few_and_many_groups() -> None:
     assert limits(0.5, np.array([0.4, np.nan]), 5, bounded=True) == (None, None)
     assert limits(0.5, np.array([0.4, 0.6]), 1, bounded=False) == (None, None)
     all_right = limits(1.0, np.ones(20), 20, bounded=True)  # as of a share: 1 / (1 + t^2 / n)
-    assert all_right == (pytest.approx(1 / (1 + 2.093**2 / 20), abs=1e-4), 1.0)
+    assert all_right == pytest.approx((1 / (1 + 2.093**2 / 20), 1.0), abs=1e-4)
     plain = limits(2.0, np.array([1.0, 3.0]), 2, bounded=False)
     assert plain == pytest.approx((2 - 12.7062, 2 + 12.7062), rel=1e-4)
     few, many = blocks_of(np.array([7, 7, 3]), "patient", 0), blocks_of(np.arange(1000), "image", 0)
