@@ -1,12 +1,12 @@
 """From edits of images to effects of latents: means over patients, intervals, and ranks among controls.
 
 An effect is the mean over patients of the mean over a patient's images, so no patient counts for more than another.
-Intervals are over patients (a bootstrap, as for a probe's scores). A latent is held against the mean of its controls
-without the tenth with the largest and the tenth with the smallest effect: among a hundred there are often one or two
-that matter to the backbone by themselves, and these move a mean to many times what the others do. The median does not
-centre on zero where no latent matters more than another: effects are skewed. A p-value is (1 + controls at least as
-extreme) / (1 + controls), of the size of the change; of logits and probabilities, whose sign means something, of the
-absolute value. Over several chosen latents it is adjusted by Holm's method, for each quantity on its own.
+Intervals are over patients (a bootstrap, as for a probe's scores). Beside the mean of the controls stands that without
+the tenth with the largest and the tenth with the smallest effect: a control that matters by itself moves a plain mean.
+A difference is from the plain mean, which alone centres on zero where no latent matters more than another.
+A p-value is (1 + controls at least as extreme) / (1 + controls), of the size of the change; of logits and
+probabilities, whose sign means something, of the absolute value. Over several chosen latents it is adjusted by Holm's
+method, for each quantity on its own.
 """
 
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def effect_table(
         )
         for at, quantity in enumerate(quantities):
             other = others[:, at]
-            middles = np.append(trim_mean(other, _TRIMMED), trim_mean(other[picks], _TRIMMED, axis=1))
+            means = np.append(other.mean(), other[picks].mean(1))
             signed = quantity not in CLS
             rows.append(
                 {
@@ -93,8 +93,8 @@ def effect_table(
                     "norm": norms[latent],
                     "n_controls": len(other),
                     **_spread(other, "control"),
-                    "difference": draws[0, at] - middles[0],
-                    **_limits(draws[:, at] - middles, n_patients, "difference_"),
+                    "difference": draws[0, at] - means[0],
+                    **_limits(draws[:, at] - means, n_patients, "difference_"),
                     "p": _p_value(draws[0, at], other, signed=signed),
                     **_spread(by_lot[:, at], "direction"),
                     "p_directions": _p_value(draws[0, at], by_lot[:, at], signed=signed),

@@ -208,7 +208,7 @@ def test_matched_controls_centre_on_zero(planted: Path, tmp_path: Path) -> None:
     assert 0.3 < p.mean() < 0.7
     assert (p < 0.05).mean() < 0.2
     assert min(row["p_holm"] for row in rows) > 0.05
-    assert difference.tolist() == [row["effect"] - row["control_trimmed"] for row in rows]
+    assert difference.tolist() == [row["effect"] - row["control_mean"] for row in rows]
     by_lot = np.array([row["effect"] - row["direction_mean"] for row in rows])
     assert abs(by_lot.mean()) < 0.25 * size
 
