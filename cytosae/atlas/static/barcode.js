@@ -90,7 +90,7 @@ async function startBarcode() {
   };
   // Pointing is seldom exact: the largest bar within three pixels.
   const barAt = (event) => {
-    const reach = Math.ceil((3 * n) / canvas.clientWidth), at = columnAt(event);
+    const reach = Math.floor((3 * n) / canvas.clientWidth), at = columnAt(event);
     let best = at;
     for (let column = Math.max(at - reach, 0); column <= Math.min(at + reach, n - 1); column++) {
       if (Math.max(mine[column], others[column]) > Math.max(mine[best], others[best])) best = column;

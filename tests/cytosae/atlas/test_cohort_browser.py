@@ -98,8 +98,11 @@ def test_the_barcode_says_and_opens_what_it_shows(page: Watched, cohort: Cohort)
     there = np.flatnonzero((steps[0] > 0) | (steps[1] > 0))
     for column in there[:3].tolist():
         tab.keyboard.press("ArrowRight")
+        tab.wait_for_function(
+            "start => document.querySelector('#barcode-said').textContent.startsWith(start)",
+            arg=f"latent {latents[column]}, family ",
+        )
         said = tab.inner_text("#barcode-said")
-        assert said.startswith(f"latent {latents[column]}, family ")
         k = float(bars.get_attribute("data-k"))
         value = np.expm1(steps[0][column] / 255 * np.log1p(k * largest)) / k
         assert float(said.split("here ")[1].split(",")[0]) == pytest.approx(value, rel=0.01)
