@@ -538,7 +538,7 @@ def write_ablation_v1(folder: Path) -> None:
 
 
 def write_names_v1(folder: Path) -> None:
-    """Two of the latents of `named_cells.py`, named by a function and by a colleague, tested by one that sees colours."""
+    """Two of the latents of `named_cells.py`, named by a function and by a colleague, tested by what sees colours."""
     world = make_world(folder / "world")
     table = folder / "world" / "colleague.csv"
     table.write_text("latent,name,text,given_by,confidence\n0,rötliches <b>Quadrat</b>,,Ada,4\n")
