@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK := not slow and not gpu and not browser and not docs and not stress
 SDIST_TESTS ?= -m "$(QUICK)"
-PYTEST := $(BIN)/pytest -n auto --dist worksteal
+# a test process for each core, so one thread for each of them and of their children: threads that wait for a core that
+# others use made the pages of the docs take three times as long
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 
 .PHONY: install demo browser test test-stress test-docs test-browser test-slow coverage test-versions bench docs site wheel-check sdist-check clean
 
@@ -68,7 +70,7 @@ sdist-check: install # the source archive, unpacked elsewhere, passes its own qu
 	rm -rf $(VENV)-sdist dist
 	$(BIN)/python -m build --sdist --outdir dist .
 	mkdir $(VENV)-sdist && tar -xzf dist/cytobarcode-*.tar.gz -C $(VENV)-sdist --strip-components 1
-	cd $(VENV)-sdist && $(abspath $(BIN))/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider $(SDIST_TESTS)
+	cd $(VENV)-sdist && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q -n auto --dist worksteal -p no:cacheprovider $(SDIST_TESTS)
 	rm -rf $(VENV)-sdist dist
 
 # stores, barcodes and what else needs no torch: the lowest versions of the ranges, the locked ones, the newest; and the

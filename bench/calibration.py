@@ -29,7 +29,8 @@ from scipy.sparse import csr_matrix
 from scipy.stats import gamma
 
 from cytosae.compare import DRAWS, CompareConfig, choose_number, combine_draws, permutation_test
-from cytosae.compare.differential import TwoGroups, choose_tested, differential, prepare
+from cytosae.compare.differential import choose_tested, differential
+from cytosae.compare.groups import TwoGroups, prepare
 from cytosae.compare.intervals import intervals
 from cytosae.compare.permutation import PermutationTest
 from stores.barcode_store import BarcodeStore
@@ -70,6 +71,9 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=499, help="(%(default)s)")
     parser.add_argument("--cells", type=int, default=1000, help="the first of each part")
     parser.add_argument("--frequency", type=float, action="append", help="only this one (may repeat)")
+    parser.add_argument(
+        "--factor", type=float, action="append", help="of `coverage`, such as 30 for an AUC near 1 (may repeat)"
+    )
     parser.add_argument("--only-ties", action="store_true", help="leave out what has counts of more than 1")
     parser.add_argument("--table", action="store_true", help="Markdown in place of JSON")
     options = parser.parse_args()
@@ -82,7 +86,8 @@ def main() -> None:
         for f in frequencies
         for groups in GROUPS
     ]
-    different = [(groups, f, ties, k) for groups, f, ties in shown for k in FACTORS if f * k <= 1]
+    factors = options.factor or FACTORS
+    different = [(groups, f, ties, k) for groups, f, ties in shown for k in factors if f * k <= 1]
 
     def null(groups: tuple[int, int, int, int], f: float, ties: bool) -> Cell:
         is_even = groups[1] == groups[3]
@@ -338,12 +343,17 @@ def _null_table(cells: list[Cell]) -> list[str]:
     ]
 
 
+_TIMES = {1 / 3: "a third", 1: "as often", 3: "three times", 10: "ten times"}
+
+
 def _coverage_table(cells: list[Cell]) -> list[str]:
     kinds = list(dict.fromkeys(map(_kind, cells)))
-    by_factor = [{_kind(c): c for c in cells if c["factor"] == k} for k in FACTORS]
+    factors = sorted({c["factor"] for c in cells})
+    by_factor = [{_kind(c): c for c in cells if c["factor"] == k} for k in factors]
+    names = " | ".join(_TIMES.get(k, f"{k:g} times") for k in factors)
     return [
-        "| patients x images | frequency | a third | as often | three times | ten times | with limits |",
-        "|---|---|---|---|---|---|---|",
+        f"| patients x images | frequency | {names} | with limits |",
+        "|---|---|" + "---|" * (len(factors) + 1),
         *(
             f"| {kind} | "
             + " | ".join(

@@ -5,8 +5,8 @@ that are never active, for our relu, topk, batchtopk, jumprelu, gated and nested
 SAELens, dictionary_learning and overcomplete. Every side gets the learning rates of --lr; of them the best one by
 mean held-out explained variance counts, for each method and sparsity. Same warm-up (a twentieth of the steps), schedule
 and window of dead latents for all; tokens are scaled to mean norm sqrt(width) for all. Ratio: the smallest, over the
-peers' rows with L0 7 to 140, of the peer's unexplained share over that of our method of the same name at that L0 (above
-1: ours explains more); target 1.
+peers' rows with L0 7 to 140 and within the range of ours, of the peer's unexplained share over that of our method of
+the same name at that L0 (above 1: ours explains more); target 1.
 
 Peers live in an environment of their own, because their dependencies are large and pinned:
 python -m venv peers && peers/bin/pip install sae-lens dictionary-learning overcomplete
@@ -94,6 +94,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2_048, help="tokens per step (%(default)s)")
     parser.add_argument("--schedule", choices=("linear", "constant"), default="linear", help="(%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="measure on every n-th token only (%(default)s)")
+    parser.add_argument(
+        "--penalties",
+        type=_numbers,
+        help="sparsity terms of relu, jumprelu and gated, for all (a list for each library)",
+    )
+    parser.add_argument(
+        "--steer", action="store_true", help="our relu, jumprelu and gated take --sparsities as target_l0, no penalties"
+    )
     parser.add_argument("--raw", action="store_true", help="tokens as they are cached, not scaled")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=JSON", help="a setting of all of ours, as in --config"
@@ -119,14 +127,23 @@ def _jobs(options: argparse.Namespace, width: int, deviation: float) -> list[Row
             if library == "overcomplete" and method not in ("topk", "batchtopk"):
                 continue  # no other architecture there
             points: list[tuple[float, float]] = [(k, k) for k in options.sparsities]  # (label, value)
-            if (library, method) in PENALTIES:
+            is_steered = library == "ours" and options.steer and method not in BY_K
+            if (library, method) in PENALTIES and not is_steered:
                 unit = deviation**2 / width if method == "jumprelu" else channel
-                points = [(share, share * unit) for share in PENALTIES[library, method]]
+                points = [(share, share * unit) for share in options.penalties or PENALTIES[library, method]]
             changes = dict(text.split("=", 1) for text in options.set) if library == "ours" else {}
             jobs += [
                 common
                 | {"changes": {name: json.loads(value) for name, value in changes.items()}}
-                | {"library": library, "method": method, "at": at, "sparsity": value, "lr": lr, "seed": seed}
+                | {
+                    "steered": is_steered,
+                    "library": library,
+                    "method": method,
+                    "at": at,
+                    "sparsity": value,
+                    "lr": lr,
+                    "seed": seed,
+                }
                 for at, value in points
                 for lr in options.lr
                 for seed in options.seeds
@@ -142,7 +159,8 @@ def _ours(folder: Path, cache: Path, job: Row, factor: float) -> Row:
         "activation": "batchtopk" if method == "matryoshka" else method,
         "nested": NESTED if method == "matryoshka" else None,
         "k": int(job["sparsity"]) if method in BY_K else None,
-        "l1": 0.0 if method in BY_K else job["sparsity"],
+        "l1": None if job["steered"] else 0.0 if method in BY_K else job["sparsity"],
+        "target_l0": job["sparsity"] if job["steered"] else None,
         "l1_warmup_steps": job["steps"] // 10,
         "lr": job["lr"],
         "warmup_steps": job["warmup"],
@@ -161,7 +179,7 @@ def _ours(folder: Path, cache: Path, job: Row, factor: float) -> Row:
     }
     settings |= job["changes"]
     config = make_config(options={name: value for name, value in settings.items() if value is not None})
-    if config.loss == "normed" and method not in BY_K:  # the penalty in the unit of this loss
+    if config.loss == "normed" and method not in BY_K and not job["steered"]:  # the penalty in the unit of this loss
         norm = float(np.load(folder / "norm.npy"))
         config = make_config(options={**settings, "l1": settings["l1"] / (norm * load_width(folder))} | {"k": config.k})
     began = time.perf_counter()
@@ -275,7 +293,8 @@ def _ratio(best: list[Row]) -> float:
             for ours in best
             if ours["library"] == "ours" and ours["method"] == row["method"] and "not_run" not in ours
         )
-        if curve and 7 <= row["l0"] <= 140:
+        # beyond the ends of our curve there is nothing to compare with; a k that is kept on average is a little off
+        if curve and 7 <= row["l0"] <= 140 and curve[0][0] / 1.1 <= row["l0"] <= curve[-1][0] * 1.1:
             ours = float(
                 np.interp(math.log(row["l0"]), [math.log(max(1e-9, l0)) for l0, _ in curve], [ev for _, ev in curve])
             )

@@ -163,7 +163,8 @@ def _with_dictionary_learning(train: torch.Tensor, job: dict[str, Any]) -> tuple
         shares = np.diff([0.0, *job["nested"], 1.0]).tolist()
         trainer = MatryoshkaBatchTopKTrainer(**common, **in_use, k=sparsity, group_fractions=shares)
     elif method == "relu":
-        trainer = StandardTrainer(**common, **warmup, l1_penalty=sparsity, resample_steps=job["steps"] // 4)
+        resample = None if job["decay"] else job["steps"] // 4  # it does not take both
+        trainer = StandardTrainer(**common, **warmup, l1_penalty=sparsity, resample_steps=resample)
     elif method == "gated":
         trainer = GatedSAETrainer(**common, **warmup, l1_penalty=sparsity)
     else:

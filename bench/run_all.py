@@ -20,6 +20,7 @@ FULL = {
     "calibration": ["--runs", "400", "--even-runs", "1500", "--coverage-runs", "40"],
     "barcode": ["--share", "1", "--rounds", "1"],
     "search": ["--share", "1", "--rounds", "3", "--evaluate", "200"],
+    "describe": ["--share", "1", "--items", "200"],
     "atlas": ["--share", "1"],
     "encode": ["--images", "256", "--chunk-images", "256"],
     "extract": ["--images", "512", "--batch-size", "32", "--chunk-images", "128"],
@@ -33,6 +34,7 @@ FULL = {
     "patients": [],
     "tau": [],
     "steering": [],
+    "background": ["--cells", "1000"],
     "ablate": ["--images", "171373", "--tokens", "17", "--width", "64", "--latents", "49152"],
     "frontier": ["--steps", "2000"],
 }

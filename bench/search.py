@@ -74,13 +74,18 @@ def generate(root: Path, n_images: int, options: Any) -> None:
         for name, path in {"X": "X", "mean": "layers/mean"}.items()
     }
     n_active = np.zeros(options.latents, np.int64)
+    odds = np.where(own == np.arange(TYPES)[:, None], 3.0, 1 - 2 / (TYPES - 1)) * frequency
+    # a latent that is drawn a Poisson number of times of mean -log(1 - p) is drawn at all with probability p
+    times = np.cumsum(-np.log1p(-np.minimum(odds, 1 - 1e-6)), axis=1)
     for first in range(0, n_images, _BLOCK):
         types = kind[first : first + _BLOCK]
-        odds = np.where(own == types[:, None], 3.0, 1 - 2 / (TYPES - 1)).astype(np.float32) * frequency.astype(
-            np.float32
-        )
-        present = rng.random(odds.shape, np.float32) < odds
-        row, column = np.nonzero(present)
+        drawn = []
+        for t in range(TYPES):
+            rows = np.flatnonzero(types == t)
+            n_of_row = rng.poisson(times[t, -1], len(rows))
+            found = np.searchsorted(times[t], rng.random(int(n_of_row.sum())) * times[t, -1])
+            drawn.append(np.repeat(rows, n_of_row) * options.latents + found)
+        row, column = np.divmod(np.unique(np.concatenate(drawn)), options.latents)
         lengths = np.bincount(row, minlength=len(types))
         n_active += np.bincount(column, minlength=options.latents)
         values = {

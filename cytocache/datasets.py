@@ -45,6 +45,12 @@ class Images:
         if self.n_skipped:
             place = self.source or self.root
             found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+        tables = [printable(name) for name in self.skipped if name.casefold().endswith(_TABLES)]
+        if tables:
+            found.append(
+                f"a folder gives labels only, by its sub-folders; if {' or '.join(tables[:3])} is a table of these "
+                f"images, with patients or diseases, give that file instead"
+            )
         if self.refused:
             said = listed([printable(each) for each in self.refused])
             found.append(f"{counted(len(self.refused), 'file')} of the archives not read: {said}")
@@ -57,6 +63,7 @@ class Images:
         return tuple(found)
 
 
+_TABLES = (".csv", ".tsv", ".parquet")
 _HEADER_FILES = {format.header_file for format in FORMATS.values()} | {"sweep.json"}
 
 
@@ -66,15 +73,15 @@ def open_images(source: Path | str, *, root: Path | None = None, suffixes: Seque
     Parameters
     ----------
     source : a folder (one sub-folder per class; the first folder below it is the label); a .zip or .tar(.gz) with the
-        same inside; a folder of such archives (`images_of_archives`); or a .csv or .parquet manifest with a column
+        same inside; a folder of such archives (`images_of_archives`); or a .csv or .parquet table with a column
         `path`, whose paths may lead into archives (`class.zip::a/b.tif`)
-    root : what paths in a manifest are relative to, a folder or an archive; default: the manifest's own folder
+    root : what paths in a table are relative to, a folder or an archive; default: the table's own folder
     suffixes : of a folder or archives only the files whose names end so; none: all names of images
 
     Raises
     ------
     BadInput
-        If there is no such source, no image in it, a faulty manifest, or none of its files is there; if an archive
+        If there is no such source, no image in it, a faulty table, or none of its files is there; if an archive
         cannot be read.
     """
     source = Path(source)
@@ -82,7 +89,7 @@ def open_images(source: Path | str, *, root: Path | None = None, suffixes: Seque
     if source.is_dir() or packed is not None:
         if root is not None:
             what = "a folder" if packed is None else "an archive"
-            raise BadInput(f"--root belongs to a manifest; {source} is {what}, and its own root")
+            raise BadInput(f"--root belongs to a table of images; {source} is {what}, and its own root")
         if packed is None:
             images = _list_folder(source, suffixes)
         else:
@@ -90,7 +97,7 @@ def open_images(source: Path | str, *, root: Path | None = None, suffixes: Seque
         return replace(images, source=source)
     if not source.exists():
         raise BadInput(
-            f"no images at {source}: expected a folder, or a .csv or .parquet manifest, or an archive "
+            f"no images at {source}: expected a folder, or a .csv or .parquet table, or an archive "
             f"({', '.join(ARCHIVE_SUFFIXES)})"
         )
     root = (root or source.parent).absolute()

@@ -147,7 +147,7 @@ def index_dataset(
         raise BadInput(f"a class set belongs to a published dataset ({', '.join(INDEXERS)}); found {class_set!r}")
     if not source.is_dir() and split_path(source.absolute()) is None:
         raise BadInput(
-            f"no folder at {source}: expected one sub-folder per class, or a .zip or .tar with them (a manifest needs "
+            f"no folder at {source}: expected one sub-folder per class, or a .zip or .tar with them (a table needs "
             f"no index)"
         )
     patterns = names.patterns()

@@ -90,10 +90,12 @@ _in_place: list[object] = []  # in a terminal: the progress line that the cursor
 
 
 @contextmanager
-def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+def progress_line(job: str, unit: str | None) -> Iterator[Callable[[int, int, str], None]]:
     """A progress line on stderr: updated in place in a terminal, one line every ten seconds in a log.
 
     Several may be open, for jobs that follow one another: the line of a job stays when the next one begins.
+
+    unit : of what is counted; None: a share of the job is done, which has no unit and no rate
     """
     from tqdm import tqdm
 
@@ -120,6 +122,7 @@ def progress_line(job: str, unit: str) -> Iterator[Callable[[int, int, str], Non
             prefix=job,
             unit=f" {unit}s",
             unit_scale=total >= 100_000,
+            bar_format=None if unit else "{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]",
             initial=at_start,
             postfix=state,
         )

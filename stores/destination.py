@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import SpecMismatch
+from .errors import OtherSettings, SpecMismatch
 from .files import LOCK_SUFFIX, PARTIAL_SUFFIX, is_dropping, lock_holder, locked, sync_folder
 from .spec import FORMATS, Header, describe_difference, find_header
 
@@ -181,12 +181,12 @@ def _existing_header(target: Path, kind: str) -> Header:
 
 
 def _continued(target: Path, found: Header, header: Header) -> Output:
-    """The existing artefact, to be continued or complete; raises SpecMismatch for other settings."""
+    """The existing artefact, to be continued or complete; raises OtherSettings for other ones."""
     if found.identity == header.identity:
         return Output(target, target, is_complete=found.complete)
     versions = f"version {found.version} against {header.version}"
     difference = describe_difference(found.spec, header.spec) if found.version == header.version else versions
-    raise SpecMismatch(
+    raise OtherSettings(
         f"{target} holds {FORMATS[header.kind].a_kind} with other settings ({difference}); "
         f"choose another output, or add --overwrite to replace it"
     )

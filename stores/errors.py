@@ -32,6 +32,10 @@ class SpecMismatch(CytoError):
     """Two things do not fit: a store and the settings to continue it with, or an SAE and a cache."""
 
 
+class OtherSettings(SpecMismatch):
+    """An output is there that was made with other settings; --overwrite would replace it."""
+
+
 class ClusterLost(CytoError):
     """The Dask cluster was lost during the job. Finished work is kept, and the next run continues from it."""
 

@@ -7,8 +7,11 @@ which costs less than waiting for the disk. Parts are read through memory maps, 
 
 import json
 import math
+import shutil
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,73 @@ from .files import PARTIAL_SUFFIX, canonical_json
 _ALIGNMENT = 64  # bytes; of the first array
 _CRC_BYTES = 4
 _KINDS = "iuf"  # integers and floats; no objects
+
+
+Arrays = dict[str, npt.NDArray[Any]]
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]  # (name, what computes them) -> the arrays, kept or computed now
+
+
+def computed(name: str, compute: Callable[[], Arrays]) -> Arrays:
+    """A `Keep` that keeps nothing."""
+    return compute()
+
+
+@dataclass(frozen=True)
+class KeptParts:
+    """The part files of a job that may be interrupted, in a folder of their own until it has ended."""
+
+    folder: Path
+    tag: str  # of the job: parts of another one are not read
+
+    def __call__(self, name: str, compute: Callable[[], Arrays]) -> Arrays:
+        """The arrays of an earlier try; else they are computed and kept."""
+        found = self.read(name)
+        if found is None:
+            found = compute()
+            self.write(name, found)
+        return found
+
+    def read(self, name: str) -> Arrays | None:
+        """The arrays that were kept under this name, whole and of this job; None if there are none."""
+        try:
+            part = open_part(self.folder / f"{name}.part", self.tag, verify=True)
+        except DamagedStore:
+            return None
+        return {key: np.array(values) for key, values in part.arrays.items()}
+
+    def write(self, name: str, arrays: Arrays) -> None:
+        """Keep the arrays, in the place of those of before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_part(self.folder / f"{name}.part", self.tag, arrays)
+
+    def remove(self) -> None:
+        """Remove all of them."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class KeptState:
+    """Where a loop has come to: kept every few seconds, so that an interrupted one goes on from there."""
+
+    parts: KeptParts | None = None  # None: nothing is kept
+    name: str = "state"
+    seconds: float = 10.0
+    _last: float = field(default_factory=time.monotonic)
+
+    def read(self) -> Arrays | None:
+        """The state of an earlier try."""
+        return self.parts.read(self.name) if self.parts is not None else None
+
+    @property
+    def is_due(self) -> bool:
+        """The last one is old enough."""
+        return self.parts is not None and time.monotonic() - self._last >= self.seconds
+
+    def write(self, state: Arrays) -> None:
+        """Keep this state in the place of the one before."""
+        if self.parts is not None:
+            self.parts.write(self.name, state)
+        self._last = time.monotonic()
 
 
 @dataclass(frozen=True)

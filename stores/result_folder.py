@@ -1,7 +1,8 @@
 """Folders of results: the tables, JSON and figures of one command, and a header with its settings and inputs.
 
 The header is written last and holds the SHA-256 of every file, so a folder is either complete or marked incomplete. A
-repeated command with the same settings finds its folder complete; an interrupted one writes it again.
+repeated command with the same settings finds its folder complete; an interrupted one writes it again, from what it has
+kept in part files (`ResultWriter.parts`).
 """
 
 import hashlib
@@ -25,9 +26,21 @@ from .files import (
     sync_tree,
     write_atomic,
 )
+from .part_files import KeptParts
 from .runlog import append_run
 from .seal import Seal
-from .spec import FORMATS, Format, Header, new_header, read_header, require_unchanged, seal_of, stated, write_header
+from .spec import (
+    FORMATS,
+    Format,
+    Header,
+    find_header,
+    new_header,
+    read_header,
+    require_unchanged,
+    seal_of,
+    stated,
+    write_header,
+)
 from .tables import parquet_bytes, parquet_table
 
 LISTED = "files.parquet"  # of an atlas: name, bytes and sha256 of every page and image
@@ -41,6 +54,7 @@ ADDED_LATER = {
 }
 _UNRECORDED = ("runs.jsonl", *ADDED_LATER)
 _MOST_BYTES = 1 << 36  # of a table
+_PARTS = "parts"  # folder of what an interrupted command has computed so far
 _T = TypeVar("_T")
 
 
@@ -61,6 +75,11 @@ class ResultWriter:
     def is_complete(self) -> bool:
         """The same results exist already."""
         return self.output.is_complete
+
+    @property
+    def parts(self) -> KeptParts:
+        """What this command, if it was interrupted, had computed before; `finish` removes it."""
+        return KeptParts(self.root / _PARTS, self.header.identity)
 
     def watch(self, *headers: Header) -> None:
         """Add stores that were opened before the results were started: they must be unchanged at the end, too."""
@@ -85,6 +104,7 @@ class ResultWriter:
         """
         for seal in self.seals:
             seal.check()
+        self.parts.remove()
         names = sorted(path.name for path in self.root.iterdir() if _is_result(path))
         own = FORMATS[self.header.kind].header_file
         files = {name: sha256_file(self.root / name) for name in names if name != own}
@@ -138,6 +158,17 @@ def begin_results(
     write_header(output.work, header)
     append_run(output.work, packages=tuple(packages))
     return ResultWriter(output, header, seals)
+
+
+def is_finished(target: Path, format: Format, spec: dict[str, Any]) -> bool:
+    """`target` holds these results, complete: then a command need not read its inputs again before `begin_results`."""
+    found = find_header(target.absolute())
+    return found is not None and found.complete and found.identity == new_header(format, spec).identity
+
+
+def kept_before(target: Path, format: Format, spec: dict[str, Any]) -> KeptParts:
+    """What an interrupted command with this spec has kept, for one that reads its inputs before `begin_results`."""
+    return KeptParts(target / _PARTS, new_header(format, spec).identity)
 
 
 def other_files(root: Path, header_file: str) -> list[str]:

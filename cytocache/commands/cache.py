@@ -39,7 +39,7 @@ class Bridges(Protocol):
 @click.option(
     "--root",
     type=FILE,
-    help="Folder or archive that paths in a manifest are relative to  [default: the manifest's folder].",
+    help="Folder or archive that paths in a table are relative to  [default: the table's folder].",
 )
 @click.option(
     "--backbone",

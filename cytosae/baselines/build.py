@@ -27,6 +27,7 @@ from stores.destination import plan_output
 from stores.devices import resolve_device
 from stores.errors import BadInput
 from stores.files import sweep_partials, sync_tree, write_atomic
+from stores.part_files import KeptParts, KeptState
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.spec import SAE, Header, new_header, require_unchanged, write_header
@@ -96,7 +97,8 @@ def write_baseline(
 ) -> BaselineReport:
     """Write a baseline of the SAE `like` to the folder `out`, as an SAE of ours; the same call finds it complete.
 
-    What is fitted in closed form begins anew if interrupted; what is trained continues.
+    The same call continues an interrupted one: from a saved state of what is trained or fitted step by step, and with
+    the sample of tokens as it was read.
 
     Parameters
     ----------
@@ -156,9 +158,10 @@ def write_baseline(
         root.mkdir(parents=True, exist_ok=True)
         write_header(root, header)
         sweep_partials(root)
-        append_run(root, packages=("torch", "numpy", "scikit-learn"), baseline=config.kind)
+        append_run(root, packages=("torch", "numpy"), baseline=config.kind)
         say(job.costs_line())
-        model, summary, notes = job.fit()
+        parts = KeptParts(root / "parts", header.identity)
+        model, summary, notes = job.fit(parts)
         data = reference.data
         require_unchanged(*(store.header for store in data.stores), *([reference.sae.header] if reference.sae else []))
         summary["trained_on"] = write_trained_on(root, data.trained_on())
@@ -166,6 +169,7 @@ def write_baseline(
             few = _few_held_out(data)
             summary["held_out"] = measure_held_out(model.to(device), few, reference.config, device=device)
             write_atomic(root / "held_out.parquet", parquet_bytes(data.held_out_table()))
+        parts.remove()
         header = save_sae(root, model, header, {**summary, "notes": list(notes)})
         sync_tree(root)
         output.publish()
@@ -257,14 +261,15 @@ class _Job:
             f"{costs.memory(self.kind, **sizes) / 1e9:.1f} GB"
         )
 
-    def fit(self) -> tuple[SparseAutoencoder, dict[str, Any], tuple[str, ...]]:
+    def fit(self, parts: KeptParts) -> tuple[SparseAutoencoder, dict[str, Any], tuple[str, ...]]:
         """The SAE, what is to be said of it in its header, and notes."""
-        sample = self._sample(self.n_tokens if self.kind != "kmeans" else min(self.n_tokens, _SCALE_TOKENS))
+        n_sample = self.n_tokens if self.kind != "kmeans" else min(self.n_tokens, _SCALE_TOKENS)
+        sample = torch.from_numpy(parts("sample", lambda: {"tokens": self._sample(n_sample)})["tokens"]).float()
         if self.kind == "random":
             centre = initial_b_dec(self.data, self.reference.config).float()
         else:
             centre = sample.mean(0, dtype=torch.float64).float()
-        found = self._weights(sample, centre)
+        found = self._weights(sample, centre, KeptState(parts, "fit"))
         model = SparseAutoencoder(self.width, len(found.bias), "topk", min(self.k, len(found.bias)))
         with torch.no_grad():
             model.W_enc.copy_(found.encoder.T)
@@ -288,29 +293,29 @@ class _Job:
             notes.append(f"{self.kind} has L0 {self.k}; the SAE has {self.reference.l0:.1f}")
         return model, {"tokens": self.n_tokens, "scale": scale}, tuple(notes)
 
-    def _weights(self, sample: torch.Tensor, centre: torch.Tensor) -> Weights:
+    def _weights(self, sample: torch.Tensor, centre: torch.Tensor, state: KeptState) -> Weights:
         n, seed, iterations = self.n_directions, self.seed, self.config.iterations
         if self.kind == "random":
             return fit_random(self.width, n, init=self.reference.config.init, seed=seed)
         if self.kind == "neurons":
             return fit_neurons(self.width)
         if self.kind == "kmeans":
-            return fit_kmeans(self._batches(), centre, n, seed=seed, device=self.device)
+            return fit_kmeans(self._batches(), centre, n, seed=seed, device=self.device, state=state)
         sample = sample - centre
         if self.kind == "tokens":
             return fit_tokens(sample, n, seed=seed)
         if self.kind == "pca":
             return fit_pca(sample, n)
         if self.kind == "ica":
-            return fit_ica(sample, n, seed=seed, iterations=iterations)
-        return fit_nmf(sample, n, seed=seed, iterations=iterations)
+            return fit_ica(sample, n, seed=seed, iterations=iterations, state=state)
+        return fit_nmf(sample, n, seed=seed, iterations=iterations, state=state)
 
-    def _sample(self, n_tokens: int) -> torch.Tensor:
-        """(n, D) float32: the first tokens of the stream, which come from all over the caches."""
+    def _sample(self, n_tokens: int) -> npt.NDArray[np.float16]:
+        """(n, D): the first tokens of the stream, which come from all over the caches."""
         with closing(self.data.stream.batches(n_tokens)) as batches:
             found: npt.NDArray[np.float16] = next(batches)
         self.progress(n_tokens, n_tokens, "sample")
-        return torch.from_numpy(found).float()
+        return found
 
     def _batches(self) -> Iterator[torch.Tensor]:
         """Tokens for kmeans, in equal batches of at least as many as there are clusters."""

@@ -365,10 +365,28 @@ def _survey_cost(job: _Job, images: Ints) -> str:
             pass
         seconds = time.perf_counter() - began
     how = "read from the latents" if job.stored is not None else "encoded"
+    probe = ""
+    if job.labels is not None:
+        n = min(job.config.probe_images, int((job.labels.of_image[images] >= 0).sum()))
+        probe = (
+            f", and {counted(n, 'image')} for the probe of {job.config.target!r} run through the later blocks, "
+            f"{_duration(n * _seconds_per_image(job, some[:2]))}"
+        )
     return (
-        f"{counted(len(images), 'image')} are {how}, {_duration(seconds / len(some) * len(images))}; memory about "
-        f"{_memory(job) / 1e9:.1f} GB"
+        f"{counted(len(images), 'image')} are {how}, {_duration(seconds / len(some) * len(images))}{probe}; memory "
+        f"about {_memory(job) / 1e9:.1f} GB; the edits are timed after that"
     )
+
+
+@torch.inference_mode()
+def _seconds_per_image(job: _Job, images: Ints) -> float:
+    """To read an image and run it through the later blocks without an edit: the last one counts."""
+    seconds, began = 0.0, time.perf_counter()
+    for _, tokens in job.outputs(images):
+        x_TD = torch.as_tensor(np.asarray(tokens, np.float32), device=job.device)
+        float(job.rest[0](x_TD[None]).sum())
+        seconds, began = time.perf_counter() - began, time.perf_counter()
+    return seconds
 
 
 def _memory(job: _Job) -> int:

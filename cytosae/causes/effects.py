@@ -1,9 +1,12 @@
 """From edits of images to effects of latents: means over patients, intervals, and ranks among controls.
 
 An effect is the mean over patients of the mean over a patient's images, so no patient counts for more than another.
-Intervals are over patients (a bootstrap, as for a probe's scores). A p-value is (1 + controls at least as extreme) /
-(1 + controls), of the size of the change; of logits and probabilities, whose sign means something, of the absolute
-value. Over several chosen latents it is adjusted by Holm's method, for each quantity on its own.
+Intervals are over patients (a bootstrap, as for a probe's scores). A latent is held against the mean of its controls
+without the tenth with the largest and the tenth with the smallest effect: among a hundred there are often one or two
+that matter to the backbone by themselves, and these move a mean to many times what the others do. The median does not
+centre on zero where no latent matters more than another: effects are skewed. A p-value is (1 + controls at least as
+extreme) / (1 + controls), of the size of the change; of logits and probabilities, whose sign means something, of the
+absolute value. Over several chosen latents it is adjusted by Holm's method, for each quantity on its own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from scipy.stats import trim_mean
 
 from cytosae.probe import WIDER, draw_groups, interval
 from stores.tables import column
@@ -21,6 +25,7 @@ from .places import Ints, Owners
 from .plan import CHOSEN, CONTROL, DIRECTION, KEEP, ORDERS, REMOVE, ROLES, Plan
 from .survey import Floats, Survey
 
+_TRIMMED = 0.1  # of the controls that count in no mean, at each end
 SHARE = "share_of_all"  # of a curve: ||c' - c|| over what it is when all latents of the image are removed
 
 
@@ -73,7 +78,7 @@ def effect_table(
         )
         for at, quantity in enumerate(quantities):
             other = others[:, at]
-            means = np.append(other.mean(), other[picks].mean(1))
+            middles = np.append(trim_mean(other, _TRIMMED), trim_mean(other[picks], _TRIMMED, axis=1))
             signed = quantity not in CLS
             rows.append(
                 {
@@ -88,8 +93,8 @@ def effect_table(
                     "norm": norms[latent],
                     "n_controls": len(other),
                     **_spread(other, "control"),
-                    "difference": draws[0, at] - other.mean(),
-                    **_limits(draws[:, at] - means, n_patients, "difference_"),
+                    "difference": draws[0, at] - middles[0],
+                    **_limits(draws[:, at] - middles, n_patients, "difference_"),
                     "p": _p_value(draws[0, at], other, signed=signed),
                     **_spread(by_lot[:, at], "direction"),
                     "p_directions": _p_value(draws[0, at], by_lot[:, at], signed=signed),
@@ -223,12 +228,17 @@ def _limits(draws: npt.NDArray[np.float64], n_patients: int, before: str = "") -
 
 
 def _spread(values: npt.NDArray[np.float64], name: str) -> dict[str, float | None]:
-    """Mean and 95% range of controls or directions."""
+    """Mean, trimmed mean and 95% range of controls or directions."""
     known = values[np.isfinite(values)]
     if not len(known):
-        return {f"{name}_mean": None, f"{name}_low": None, f"{name}_high": None}
+        return {f"{name}_{each}": None for each in ("mean", "trimmed", "low", "high")}
     low, high = np.quantile(known, [0.025, 0.975])
-    return {f"{name}_mean": float(known.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+    return {
+        f"{name}_mean": float(known.mean()),
+        f"{name}_trimmed": float(trim_mean(known, _TRIMMED)),
+        f"{name}_low": float(low),
+        f"{name}_high": float(high),
+    }
 
 
 def _p_value(effect: float, others: npt.NDArray[np.float64], *, signed: bool) -> float | None:

@@ -82,7 +82,7 @@ class AblateResult(Report):
         for row in rows[:_LISTED]:
             yield (
                 f"  latent {row['latent']}: the final CLS moves by {row['effect']:.3g} of its norm{_between(row)}; "
-                f"{counted(row['n_controls'], 'matched latent')} {row['control_mean']:.3g} "
+                f"{counted(row['n_controls'], 'matched latent')} {_middle(row, 'control'):.3g} "
                 f"({row['control_low']:.3g} to {row['control_high']:.3g}), p {row['p']:.2g}{_directions(row)}"
             )
             yield from self._class_lines(row["latent"])
@@ -113,7 +113,7 @@ class AblateResult(Report):
                 name = printable(row["quantity"].partition(":")[2])
                 yield (
                     f"    {what}: probability of {name} {row['effect']:+.3g}{_between(row)}; matched latents "
-                    f"{row['control_mean']:+.3g}, p {row['p']:.2g}"
+                    f"{_middle(row, 'control'):+.3g}, p {row['p']:.2g}"
                 )
 
     def _curve_lines(self) -> Iterator[str]:
@@ -149,4 +149,9 @@ def _between(row: dict[str, Any]) -> str:
 def _directions(row: dict[str, Any]) -> str:
     if row["direction_mean"] is None:
         return ""
-    return f"; random directions {row['direction_mean']:.3g}, p {row['p_directions']:.2g}"
+    return f"; random directions {_middle(row, 'direction'):.3g}, p {row['p_directions']:.2g}"
+
+
+def _middle(row: dict[str, Any], name: str) -> float:
+    """The trimmed mean of controls or directions; of an older cyto, which has none, their mean."""
+    return float(row.get(f"{name}_trimmed", row[f"{name}_mean"]))

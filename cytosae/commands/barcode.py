@@ -19,7 +19,7 @@ from stores.console import FILE, SEED, STORE, TOKEN_SETS, overwrite_option, prog
     show_default=True,
     help="Level of the barcodes.",
 )
-@click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the two maps.")
 @overwrite_option
 def barcode_export(barcodes: Path, out: Path, level: str, tau: float | None, seed: int, overwrite: bool) -> None:

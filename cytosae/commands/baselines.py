@@ -63,7 +63,7 @@ def sae_baseline(
     """Write an SAE that learnt nothing, or less, with the data, latents and L0 of another: what that one must beat.
 
     The folder is that of an ordinary SAE: encode, barcode, concept, compare, probe and versus take it. STORES are those
-    that the SAE was trained on. The same command again finds it complete; frozen ones, which are trained, continue.
+    that the SAE was trained on. The same command again continues it, or finds it complete.
 
     \b
     Example: cyto sae baseline cells.acts.zarr -o pca.sae --kind pca --like cells.sae

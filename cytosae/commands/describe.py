@@ -71,7 +71,7 @@ _ASK = ("timeout", "at_once", "batch", "shuffles", "n_bootstraps", "give_up", "u
 @click.option(
     "--shuffles",
     type=click.IntRange(min=0),
-    default=1,
+    default=3,
     show_default=True,
     help="Names of other latents that are tested on the same images.",
 )
@@ -127,7 +127,7 @@ def concept_describe(
     An item is a contact sheet with maps, statistics and a question, without names of images, patients or latents. Names
     come from a command (--with), from people (--answers), or both: all stand side by side, each with who gave it. The
     test (--judge): from the name alone, tell images with the latent from images without it, of patients that no item
-    shows; beside it the score of another latent's name. The same command again continues, and adds further sources.
+    shows; beside it the score of other latents' names. The same command again continues, and adds further sources.
 
     \b
     Example: cyto concept describe --barcodes b --concepts c --latents l -o names --selected --with "python model.py"

@@ -47,7 +47,7 @@ def latents_verify(store: Path, as_json: bool) -> None:
 @click.command("merge")
 @click.argument("store", type=FILE)
 def latents_merge(store: Path) -> None:
-    """Complete a latent store whose shards are all finished. The last shard does this itself, unless it was killed.
+    """Complete a latent store whose shards have all ended. The last shard does so itself, unless it was killed.
 
     No GPU, SAE or cache is needed: existing rows are joined.
 

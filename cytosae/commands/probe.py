@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option("--target", default="", help="Column of classes  [default: disease of patients, label of images].")
 @click.option("--class", "classes", multiple=True, help="Keep this class; may repeat  [default: all].")
-@click.option("--tau", type=float, help="Which barcodes, where there are several tau.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option(
     "--group-by", help="Column of the images: patients (images) with a common value are never on both sides of a fold."
 )

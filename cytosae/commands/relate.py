@@ -136,7 +136,7 @@ def concept_neighbours(
 @click.argument("patient", required=False)
 @click.option("--all", "is_all", is_flag=True, help="Every patient instead of one.")
 @click.option("-o", "--out", type=FILE, required=True, help="Folder for the tables and the figure.")
-@click.option("--tau", type=float, help="Which barcodes, where there are several.")
+@click.option("--tau", type=float, help="Which barcodes, if BARCODES holds several.")
 @click.option(
     "--min-images",
     type=COUNT,

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     "given",
     metavar="SECTION.NAME=VALUE",
     multiple=True,
-    help="Another value for a setting of the recipe, such as sae.expansion=16 or barcode.tau=0.2; may repeat.",
+    help="Another value for a setting of the recipe, such as sae.expansion=16 or barcode.tau=0.2; may repeat. "
+    "compare.top=5 is for all comparisons, compare.NAME.top=5 for one; probe likewise.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan, with expected time and disk; write nothing.")
 @click.option(
@@ -97,7 +98,7 @@ def tell_run(source: Path, out: Path | None, config: "RunConfig | None", **setti
     """The plan, one progress line over all stages, the result."""
     from cytosae.pipeline import run_pipeline
 
-    with progress_line("download", "byte") as downloading, progress_line("run", "step") as progress:
+    with progress_line("download", "byte") as downloading, progress_line("run", None) as progress:
         done = run_pipeline(
             source,
             out,
@@ -129,7 +130,10 @@ def run_report(bridges: "Bridges", run: Path) -> None:
 
 
 def _settings(given: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """`sae.expansion=16` as {"sae": {"expansion": 16}}; a value is TOML, and a bare word a text."""
+    """`sae.expansion=16` as {"sae": {"expansion": 16}}; a value is TOML, and a bare word a text.
+
+    `compare.NAME.top=5` as {"compare": {NAME: {"top": 5}}}.
+    """
     found: dict[str, dict[str, Any]] = {}
     for text in given:
         name, is_given, value = text.partition("=")
@@ -140,7 +144,13 @@ def _settings(given: tuple[str, ...]) -> dict[str, dict[str, Any]]:
             parsed = tomllib.loads(f"value = {value.strip()}")["value"]
         except tomllib.TOMLDecodeError:
             parsed = value.strip()
-        found.setdefault(section, {})[key] = parsed
+        settings = found.setdefault(section, {})
+        if section in ("compare", "probe") and "." in key:  # of one of several: its name may have dots, too
+            one, _, key = key.rpartition(".")
+            settings = settings.setdefault(one, {})
+            if not isinstance(settings, dict):
+                raise click.UsageError(f"--set {section}.{one} is a setting and cannot be the name of a {section}, too")
+        settings[key] = parsed
     return found
 
 

@@ -2,6 +2,7 @@ from .config import REST as REST
 from .config import CompareConfig as CompareConfig
 from .config import describe_left_out as describe_left_out
 from .differential import compare as compare
+from .intervals import share_limits as share_limits
 from .patient_values import DRAWS as DRAWS
 from .patient_values import choose_number as choose_number
 from .permutation import combine_draws as combine_draws

@@ -5,8 +5,12 @@
 
 Q is an orthonormal basis of the covariates within strata. So f is the partial R^2 of the groups in P R, and increases
 with |t| of the group in the regression of P R on groups, strata and covariates (Winkler and others 2014). All columns
-are permuted together, so that maxima over columns give the max-T adjustment. Twin: test_permutation.py.
+are permuted together, so that maxima over columns give the max-T adjustment. Twin: test_permutation.py. `adjustment`
+takes the same regression out of the values themselves, for means and effect sizes.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,7 @@ from stores.progress import Progress
 from .permutation import PermutationTest, in_both_groups
 
 Floats = npt.NDArray[np.float64]
+_COLUMNS = 1 << 12  # of one chunk in float64
 _PERMUTATIONS = 64  # permutations that are computed together
 _SLACK = 1e-5  # relative tolerance of ties: values are of float32
 
@@ -95,6 +100,38 @@ def residual_permutation_test(
         is_exact=False,
         floor=1 / (1 + n_permutations),
     )
+
+
+def adjustment(
+    is_a: npt.NDArray[np.bool_], strata: npt.NDArray[np.int64] | None, covariates: Floats | None
+) -> tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], float]:
+    """A function that adjusts values (patients, latents) for strata and covariates, and the variance inflation.
+
+    The difference of means of adjusted values is the coefficient of the group in the regression on group, strata and
+    covariates.
+
+    Raises
+    ------
+    BadInput
+        If strata and covariates determine the group.
+    """
+    strata = np.zeros(len(is_a), np.int64) if strata is None else strata
+    group, base = residual_group(is_a, np.zeros((len(is_a), 0)) if covariates is None else covariates, strata)
+    members = np.eye(strata.max() + 1)[strata]
+    outside = np.linalg.qr(np.column_stack([members / np.sqrt(members.sum(0)), base]))[0]
+
+    def adjusted(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        found = np.empty_like(values)
+        for first in range(0, values.shape[1], _COLUMNS):
+            chunk = values[:, first : first + _COLUMNS].astype(np.float64)
+            left = chunk - outside @ (outside.T @ chunk)
+            slope = group @ chunk / (group @ group)
+            found[:, first : first + _COLUMNS] = (
+                chunk.mean(0) + np.outer(is_a - is_a.mean(), slope) + left - np.outer(group, slope)
+            )
+        return found
+
+    return adjusted, float(1 / (group @ group) / (1 / is_a.sum() + 1 / (~is_a).sum()))
 
 
 def residual_group(

@@ -9,8 +9,8 @@ shares; at a mean of 0 the upper limit is that of a count of 0), and the two are
 variance that remains, and no narrower than Welch's t with a variance no smaller than the pooled one.
 g: by the influence of each patient (mean and SD of a skewed latent are correlated), no narrower than by normal theory,
 nor than the interval of the difference divided by the standard deviation.
-AUC: variance of DeLong with one more patient in each group, half of it below and half above all (Agresti and Caffo's
-idea; with two, an AUC near 1 is drawn too far from it), on the logit.
+AUC: Wilson's interval with the variance c AUC (1 - AUC), c from DeLong's variance (`share_limits`). On the logit an AUC
+near 1 had limits as wide as from 0.4 to 1, since a small AUC of the rest, and its error, are divided by 1 - AUC.
 With fewer than SUPPORT patients above 0 the data do not say how large other values may be, and there are no limits of
 difference and g.
 """
@@ -93,17 +93,35 @@ def intervals(
     found["hedges_g_high"] = np.where(varies & supported, (g + np.fmax(half, up / sd)) * small, np.nan)
 
     auc = above.mean(0)
-    center = ((above.sum(0) + 0.5) / (n_a + 1) + (below.sum(0) + 0.5) / (n_b + 1)) / 2
-    variance = inflation * sum(
-        (((part - center) ** 2).sum(0) + (center**2 + (1 - center) ** 2) / 2) / (len(part) * (len(part) + 1))
-        for part in (above, below)
-    )
-    logit = np.log(center / (1 - center))
-    half = student.ppf(0.975, n - 2) * np.sqrt(variance) / (center * (1 - center))
+    variance = above.var(0, ddof=1) / n_a + below.var(0, ddof=1) / n_b  # DeLong's
+    t = float(student.ppf(0.975, n - 2))
+    low, high = share_limits(auc, variance, t, min(n_a, n_b), inflation=inflation)
     found["auc"] = auc
-    found["auc_low"] = np.minimum(auc, 1 / (1 + np.exp(half - logit)))
-    found["auc_high"] = np.maximum(auc, 1 / (1 + np.exp(-half - logit)))
+    found["auc_low"] = np.minimum(auc, low)
+    found["auc_high"] = np.maximum(auc, high)
     return found
+
+
+def share_limits(value: Floats, variance: Floats, t: float, n: int, *, inflation: float = 1.0) -> tuple[Floats, Floats]:
+    """Limits of figures from 0 to 1 that are means over units, such as an AUC over patients: Wilson's interval.
+
+    All v with |value - v| <= t sqrt(c v (1 - v)), where a share of n units has c = 1 / n. Here c is the variance over
+    value (1 - value), drawn to 1 / n, which no mean over units exceeds (for an AUC: Birnbaum), where that is small:
+    near 0 and 1 few units show any variance. With how much weight was chosen by coverage: docs/benchmarks.md.
+
+    Parameters
+    ----------
+    value, variance : of one shape; variances of the values, which may be 0
+    t : how many standard deviations
+    n : units; of two groups the smaller one
+    inflation : factor on c
+    """
+    little = 1 / (4 * (n + 1))
+    c = inflation * (variance + little / n) / (value * (1 - value) + little)
+    middle = t**2 * c / 2
+    half = np.sqrt(t**2 * c * value * (1 - value) + middle**2)
+    width = 1 + 2 * middle
+    return (value + middle - half) / width, (value + middle + half) / width
 
 
 def _skewed_distances(values: Floats, draws: Sequence[Floats], is_a: Bools, pooled: Floats) -> tuple[Floats, Floats]:

@@ -18,6 +18,7 @@ balanced. Twin: test_replicate.py, in plain loops.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ import pyarrow as pa
 from cytosae.barcodes import IMAGE_COLUMNS
 from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, SpecMismatch
+from stores.files import canonical_json, parse_json
+from stores.part_files import Arrays, Keep, KeptParts
 from stores.progress import Progress
-from stores.result_folder import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results, is_finished, kept_before
 from stores.spec import COMPARISON, REPLICATION, check_choice
 from stores.tables import listed
 
 from .config import CompareConfig
-from .differential import Prepared, choose_groups, describe_groups, prepare, read_patients, sae_of
+from .differential import describe_groups
 from .freedman_lane import residual_group
+from .groups import Prepared, TwoGroups, choose_groups, prepare, read_patients, sae_of
 from .permutation import PermutationTest, combine_draws
 from .replication_figures import plot_replication
 from .replication_report import Replication
@@ -90,6 +94,7 @@ def replicate(
 ) -> Replication:
     """Test the latents of a comparison in the barcodes of another cohort; a table and a figure in the folder `out`.
 
+    The same call continues an interrupted one.
     Memory: as `compare`, of the patients that are compared.
 
     Parameters
@@ -119,18 +124,26 @@ def replicate(
         **asdict(config),
         "method": 1,
     }
+    packages = ("numpy", "scipy", "numba", "anndata")
+    begin = partial(begin_results, out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes])
+    if not overwrite and is_finished(out, REPLICATION, spec) and begin(packages=packages).is_complete:
+        return _read(out)
     patients = read_patients(store, asked.tau)
     n_latents = int(found.summary["n_latents"])
     if patients.n_vars != n_latents:
         raise SpecMismatch(f"{barcodes} has {patients.n_vars:,} latents, {discovery} {n_latents:,}: another SAE")
-    images = store.read_obs("image", asked.tau, needed=IMAGE_COLUMNS)
-    prepared = prepare(store, images, choose_groups(patients, asked.a, asked.b), asked)
-    packages = ("numpy", "scipy", "numba", "anndata")
-    writer = begin_results(out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes], packages=packages)
+    prepared = _read_patients(kept_before(out, REPLICATION, spec))
+    if prepared is None:
+        images = store.read_obs("image", asked.tau, needed=IMAGE_COLUMNS)
+        latents = np.array([row["latent"] for row in chosen])
+        prepared = _columns(prepare(store, images, choose_groups(patients, asked.a, asked.b), asked), latents)
+    writer = begin(packages=packages)
     writer.watch(store.header, found.results.header)
     if writer.is_complete:
         return _read(out)
-    rows, summary = _replicate(prepared, asked, chosen, config, progress)
+    parts = writer.parts
+    _keep_patients(parts, prepared)
+    rows, summary = _replicate(prepared, asked, chosen, config, parts, progress)
     summary |= {
         "names": {"a": asked.a, "b": asked.b},
         "discovery": discovery.name,
@@ -195,6 +208,60 @@ def _require_another_cohort(found: Comparison, store: BarcodeStore) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------------------- what is kept
+
+
+def _columns(prepared: Prepared, latents: npt.NDArray[np.int64]) -> Prepared:
+    """The same with these latents alone."""
+    groups = prepared.groups
+    values = groups.values[:, latents]
+    return replace(
+        prepared,
+        groups=replace(groups, values=values),
+        draws=[values if draw is groups.values else draw[:, latents] for draw in prepared.draws],
+        crude=(values, [values], groups.is_a),  # plays no part here
+    )
+
+
+_TEXTS = ("names", "ids", "diseases", "datasets", "n_without_disease", "n_of_others")
+
+
+def _keep_patients(parts: KeptParts, prepared: Prepared) -> None:
+    """Keep what was read of the patients."""
+    groups = prepared.groups
+    said = {name: getattr(groups, name) for name in _TEXTS} | {"notes": [*prepared.notes]}
+    further = {name: getattr(prepared, name) for name in ("strata", "covariates")}
+    parts.write(
+        "patients",
+        {
+            "values": groups.values,
+            "draws": np.stack(prepared.draws),
+            "n_images": groups.n_images,
+            "is_a": groups.is_a.astype(np.uint8),
+            "said": np.frombuffer(canonical_json(said), np.uint8),
+            **{name: values for name, values in further.items() if values is not None},
+        },
+    )
+
+
+def _read_patients(parts: KeptParts) -> Prepared | None:
+    """What an interrupted command had read of them, as `_columns` gives it; None if nothing."""
+    kept = parts.read("patients")
+    if kept is None:
+        return None
+    said = parse_json(kept["said"].tobytes())
+    values, is_a = kept["values"], kept["is_a"].astype(bool)
+    same = len(kept["draws"]) == 1 and np.array_equal(kept["draws"][0], values)
+    return Prepared(
+        groups=TwoGroups(values=values, n_images=kept["n_images"], is_a=is_a, **{name: said[name] for name in _TEXTS}),
+        draws=[values] if same else [*kept["draws"]],
+        crude=(values, [values], is_a),
+        strata=kept.get("strata"),
+        covariates=kept.get("covariates"),
+        notes=tuple(said["notes"]),
+    )
+
+
 # ------------------------------------------------------------------------------------------------- the numbers
 
 
@@ -203,25 +270,22 @@ def _replicate(
     asked: CompareConfig,
     chosen: list[dict[str, Any]],
     config: ReplicateConfig,
+    keep: Keep,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """prepared : with the chosen latents alone."""
     latents = np.array([row["latent"] for row in chosen])
-    groups = prepared.groups
-    only = replace(
-        prepared,
-        groups=replace(groups, values=groups.values[:, latents]),
-        draws=[groups.values[:, latents] if draw is groups.values else draw[:, latents] for draw in prepared.draws],
-    )
+    groups, only = prepared.groups, prepared
     described = describe_groups(only)
     direction = np.sign([row["difference"] for row in chosen])
-    nulls = []
+    nulls, observed = [], np.zeros(0)
     for number, draw in enumerate(only.draws):
 
         def tell(done: int, total: int, state: str, number: int = number) -> None:
             progress(number * total + done, len(only.draws) * total, state)
 
-        nulls.append(
-            signed_test(
+        def compute(draw: npt.NDArray[np.float32] = draw, tell: Progress = tell) -> Arrays:
+            test, seen, _ = signed_test(
                 draw,
                 groups.is_a,
                 direction,
@@ -231,15 +295,19 @@ def _replicate(
                 covariates=prepared.covariates,
                 progress=tell,
             )
-        )
-    p = combine_draws([test for test, _, _ in nulls]).p
+            return {"p": test.p, "p_mid": test.p_mid, "floor": np.array([test.floor]), "observed": seen}
+
+        kept = keep(f"draw_{number}", compute)
+        nulls.append(_one_sided(kept["p"], kept["p_mid"], float(kept["floor"][0]), config.n_permutations))
+        observed = observed if number else kept["observed"]
+    p = combine_draws(nulls).p
     p = np.where(np.isfinite(described["difference"]) & (only.groups.values.max(0) > only.groups.values.min(0)), p, 1.0)
     holm = holm_adjusted(p)
     g_before = np.array([np.nan if row["hedges_g"] is None else row["hedges_g"] for row in chosen], np.float64)
     g_now = described["hedges_g"]
     agrees = np.sign(described["difference"]) == direction
     both = np.isfinite(g_before) & np.isfinite(g_now)
-    bootstraps = bootstrap_effects(only, config)
+    bootstraps = keep("bootstraps", lambda: {"g": bootstrap_effects(only, config)})["g"]
     rows = [
         {
             "latent": int(latent),
@@ -253,7 +321,7 @@ def _replicate(
         }
         for at, (latent, row) in enumerate(zip(latents, chosen, strict=True))
     ]
-    observed, permuted = nulls[0][1], _without_difference(only, direction, config)
+    permuted = _without_difference(only, direction, config)
     n_agree = int(agrees.sum())
     correlation = _correlation(g_before[both], g_now[both])
     slope = _slope(g_before[both], g_now[both])
@@ -267,7 +335,7 @@ def _replicate(
         "rule": f"the first {config.top} of both lists" if config.top else f"{config.rule} <= {config.most:g}",
         "n_patients": {"a": int(groups.is_a.sum()), "b": int((~groups.is_a).sum())},
         "n_permutations": config.n_permutations,
-        "p_floor": nulls[0][0].floor,
+        "p_floor": nulls[0].floor,
         "n_same_sign": n_agree,
         "p_same_sign": float((1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))),
         "n_p_at_most_0.05": int((p <= 0.05).sum()),
@@ -368,10 +436,14 @@ def signed_test(
     floor = max(1 / (1 + n_permutations), 0.0 if base.shape[1] else 1 / n_ways)
     p = np.maximum((1 + as_far) / (1 + n_permutations), floor)
     p_mid = np.maximum((1 + (as_far + farther) / 2) / (1 + n_permutations), floor)
-    test = PermutationTest(
+    return _one_sided(p, p_mid, floor, n_permutations), observed, found
+
+
+def _one_sided(p: Floats, p_mid: Floats, floor: float, n_permutations: int) -> PermutationTest:
+    """Nothing here is adjusted by the largest statistic."""
+    return PermutationTest(
         p=p, p_mid=p_mid, p_max_t=p, p_step_down=p, n_permutations=n_permutations, is_exact=False, floor=floor
     )
-    return test, observed, found
 
 
 def holm_adjusted(p: Floats) -> Floats:

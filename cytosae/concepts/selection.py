@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from stores.concept_store import MEANINGFUL, ConceptStore, threshold_warning
 from stores.destination import claimed
-from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
+from stores.errors import BadInput, DamagedStore, OtherSettings, StoreNotFound
 from stores.files import write_atomic
 from stores.notebook import table_html
 from stores.spec import as_floats, describe_difference, require_unchanged
@@ -141,7 +141,7 @@ def _select(concepts: ConceptStore, config: SelectionConfig, *, overwrite: bool)
     found = None if overwrite else _read(concepts)
     if found is not None:
         if found[0] != settings:
-            raise SpecMismatch(
+            raise OtherSettings(
                 f"{concepts.root / FILE} is a selection with other settings "
                 f"({describe_difference(found[0], settings)}); add --overwrite to replace it"
             )

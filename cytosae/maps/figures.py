@@ -1,4 +1,4 @@
-"""Figures of where latents are active: maps over an image, and rows of reference images.
+"""Figures of where latents are active: maps over an image, rows of reference images, agreement with masks.
 
 The image is drawn in grey below the map. Colour and opacity of the map both increase with the activation, so the cell
 is visible where the latent is inactive. An image that cannot be shown is an empty frame with the reason and its map.
@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import scipy.sparse as ss
 
-from cytosae.plotting import new_figure, plain, save_both, save_figure
+from cytosae.plotting import COLORS, new_figure, plain, save_both, save_figure
 from cytosae.stage_one import Picture
 from stores.latent_store import LatentStore
 
+from .mask_chance import LEVEL
 from .patch_maps import Map, Pixels, patch_map, read_tokens, stretched
 from .reference_images import Frame, FrameRow
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from anndata import AnnData
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
@@ -153,6 +155,44 @@ def plot_reference_images(
         rows.append(FrameRow(heading=(f"latent {latent}", name), frames=frames, largest=largest))
     title = "Reference images: the cells in which a latent is most active, and where in the cell"
     save_figure(_draw_rows(rows, title=title, style=Style(), in_shares=True), path)
+
+
+def plot_agreement(table: "pa.Table", said: dict[str, Any], path: Path, *, n_images: int, n_patches: int) -> None:
+    """AUROC and IoU against the number of active patches; the best latents marked, with what each needs as a dash.
+
+    said : of a class of masks, as in `MaskResult.classes`; n_images, n_patches : that have masks
+    """
+    figure, grid = new_figure(width=9, height=4, columns=2)
+    known = table.filter(table["auroc"].is_valid())
+    for axes, (name, label, best) in zip(
+        grid[0],
+        (
+            ("auroc", "AUROC within images", said["best_by_auroc"]),
+            ("iou", "IoU (threshold from the other half)", said["best_by_iou"]),
+        ),
+        strict=True,
+    ):
+        axes.set_xscale("log")
+        sizes, values = known["n_active_patches"].to_numpy(), known[name].to_numpy()
+        axes.scatter(sizes, values, s=5, color=COLORS[0], alpha=0.5, rasterized=True)
+        at = [row["n_active_patches"] for row in best], [row[name] for row in best]
+        axes.scatter(*at, s=22, facecolors="none", edgecolors=COLORS[5])
+        words = ["circles: latents " + ", ".join(str(row["latent"]) for row in best)]
+        needing = [row for row in best if row[f"{name}_needed"] is not None]
+        if needing:
+            at = [row["n_active_patches"] for row in needing], [row[f"{name}_needed"] for row in needing]
+            axes.scatter(*at, s=60, marker="_", color="black", linewidth=1)
+            words.append(f"dashes: what each needs for p {LEVEL:g} among all latents, against masks of other images")
+        axes.set_title("\n".join(words), fontsize=7, loc="left")
+        axes.set_xlabel("patches in which the latent is active", fontsize=8)
+        axes.set_ylabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(
+        f"{plain(said['name'])}: {known.num_rows:,} latents and the masks of {n_images:,} images "
+        f"({said['n_patches'] / n_patches:.0%} of the patches)",
+        fontsize=9,
+    )
+    save_both(figure, path)
 
 
 def _draw_picture(axes: "Axes", picture: Pixels | str, *, left: float) -> None:

@@ -75,8 +75,8 @@ def read_activations(
     order = np.argsort(of_latent, kind="stable")  # images stay in order
     edges = np.searchsorted(of_latent[order], np.arange(len(latents) + 1))
     for number, latent in enumerate(latents):
-        some = order[edges[number] : edges[number + 1]]
-        yield int(latent), image[some], values[some]
+        mine = order[edges[number] : edges[number + 1]]
+        yield int(latent), image[mine], values[mine]
 
 
 def _blocks(reader: CsrReader) -> list[tuple[int, int]]:

@@ -126,7 +126,6 @@ class Command:
             _kill(process)
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with self._lock:
             if self._is_stopped:
                 raise NoAnswer("stopped")
@@ -135,7 +134,9 @@ class Command:
                     self.line if self.config.use_shell else self.words,
                     shell=self.config.use_shell,
                     start_new_session=os.name == "posix",
-                    **pipes,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                 )
             except OSError as error:
                 raise BadInput(f"cannot start {self.words[0]!r}: {error.strerror or error}; give a program") from None

@@ -59,7 +59,7 @@ class AskConfig:
     timeout: float = 120.0  # seconds of one call
     at_once: int = 1  # calls at the same time
     batch: int = 10  # pictures of one call of a judge
-    shuffles: int = 1  # other latents' names that are tested on the same images
+    shuffles: int = 3  # other latents' names that are tested on the same images
     n_bootstraps: int = 1_000  # of patients, for the intervals
     give_up: int = 5  # failures in a row after which no further call is made
     use_shell: bool = False  # give the command line to the shell, as it stands

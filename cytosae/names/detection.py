@@ -61,7 +61,7 @@ def shuffled_names(answers: Sequence[Answer], n: int, seed: int) -> dict[int, li
     ring = sorted(answers, key=key)
     found: dict[int, list[str]] = {}
     for at, answer in enumerate(ring):
-        own, others = {answer.name.casefold()}, []
+        own, others = {answer.name.casefold()}, list[str]()
         for other in ring[at + 1 :] + ring[:at]:
             if len(others) == n:
                 break
@@ -178,18 +178,15 @@ def detection_rows(
     others : (given_by, latent) -> names of other latents
     tests : latent -> its test images; without those whose picture is lost
     """
-    groups = sorted({row["patient_group"] for rows in tests.values() for row in rows})
-    place = {group: n for n, group in enumerate(groups)}
-    draws = draw_groups(max(1, len(groups)), config.n_bootstraps, config.seed)
     found: list[dict[str, Any]] = []
     tested: dict[str, list[tuple[_Figures, _Null | None]]] = {}
     for answer in named:
         rows = tests.get(answer.latent, ())
         said = known.get(Task(answer.latent, answer.name), {})
-        own = _figures(rows, said, place, draws)
+        own = _figures(rows, said, config)
         reason = reasons.get(answer.latent) or (own.reason if said else "not tested yet")
         names = others.get((answer.given_by, answer.latent), ())
-        null = _null_of([_figures(rows, known.get(Task(answer.latent, name), {}), place, draws) for name in names])
+        null = _null_of([_figures(rows, known.get(Task(answer.latent, name), {}), config) for name in names])
         row = {"latent": answer.latent, "given_by": answer.given_by, "name": answer.name, "judge": judge}
         row |= own.to_row() | {"reason": reason}
         row["against"] = LEAST if any(each["row"] == LEAST for each in rows) else INACTIVE
@@ -241,26 +238,26 @@ class _Null:
     drawn: Any
 
 
-def _figures(rows: Sequence[dict[str, Any]], said: Scores, place: Mapping[int, int], draws: Any) -> _Figures:
+def _figures(rows: Sequence[dict[str, Any]], said: Scores, config: AskConfig) -> _Figures:
     judged = [row for row in rows if said.get(row["number"]) is not None]
     scores = np.array([said[row["number"]] for row in judged], np.float64)
-    group = np.array([place[row["patient_group"]] for row in judged], np.int64)
+    groups, group = np.unique([row["patient_group"] for row in judged], return_inverse=True)
     is_active = np.array([row["row"] in ACTIVE for row in judged], bool)
     is_strong = np.array([row["row"] == STRONG for row in judged], bool)
     n_active, n_inactive = int(is_active.sum()), int((~is_active).sum())
-    n_groups = len({*group.tolist()})
-    counted = _Figures(n_active, n_inactive, n_groups, len(rows) - len(judged))
+    counted = _Figures(n_active, n_inactive, len(groups), len(rows) - len(judged))
     if n_active < 2 or n_inactive < 2:
         why = f"{n_active} active and {n_inactive} inactive images were judged, 2 of each are needed"
         return replace(counted, reason=why)
     won = wins(scores[is_active], scores[~is_active])
+    draws = draw_groups(groups, config.n_bootstraps, config.seed)
     drawn = drawn_auc(won, group[is_active], group[~is_active], draws)
     return replace(
         counted,
         auc=float(won.mean()),
         auc_strong=auc(scores[is_strong], scores[~is_active]) if is_strong.any() else None,
         drawn=drawn,
-        has_interval=n_groups >= LEAST_GROUPS,
+        has_interval=len(groups) >= LEAST_GROUPS,
     )
 
 
@@ -310,7 +307,7 @@ def _mean(values: Any) -> Any:
 
 
 def row_is_supported(row: Mapping[str, Any]) -> bool:
-    """Are both lower ends above what guessing and another latent's name give?"""
+    """Are both lower ends above what guessing and other latents' names give?"""
     low, difference = row["auc_low"], row["difference_low"]
     return low is not None and difference is not None and low > 0.5 and difference > 0
 

@@ -53,7 +53,7 @@ class Detection:
     auc_low: float | None
     auc_high: float | None
     auc_strong: float | None  # of strongly active images only
-    shuffled: float | None  # by another latent's name
+    shuffled: float | None  # by other latents' names, on average
     shuffled_low: float | None
     shuffled_high: float | None
     difference: float | None
@@ -65,7 +65,7 @@ class Detection:
 
     @property
     def is_supported(self) -> bool:
-        """Is it better than guessing and than another latent's name, by the lower ends of both intervals?"""
+        """Is it better than guessing and than other latents' names, by the lower ends of both intervals?"""
         return row_is_supported(vars(self))
 
 

@@ -112,7 +112,7 @@ class DescribeResult(Report):
         for row in self.sources:
             yield (
                 f"  {counted(row['n_names'], 'name')} of {printable(row['given_by'])} tested by "
-                f"{printable(row['judge'])}: AUC {_limits(row, 'auc')}, another latent's name "
+                f"{printable(row['judge'])}: AUC {_limits(row, 'auc')}, other latents' names "
                 f"{_limits(row, 'shuffled')}, difference {_limits(row, 'difference', '+.3f')}; supported one by one: "
                 f"{row['n_supported']:,}"
             )

@@ -25,7 +25,8 @@ from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.destination import claimed
 from stores.errors import BadInput, DamagedStore, SpecMismatch
-from stores.files import read_json, read_regular, write_atomic
+from stores.files import read_json, read_lines, read_regular, write_atomic
+from stores.machine import n_cores
 from stores.progress import Progress
 from stores.result_folder import ResultStore, ResultWriter, begin_results
 from stores.spec import NAMES
@@ -41,6 +42,7 @@ from .answers import (
     answer_of,
     current,
     default_answers,
+    journal_file,
     keep,
     now,
     read_answers,
@@ -55,6 +57,7 @@ from .detection import (
     Scores,
     Task,
     batches,
+    detection_file,
     detection_rows,
     keep_scores,
     missing,
@@ -126,7 +129,7 @@ def plan_describe(
         n_passes=len(blocks),
         seconds=len(blocks) * reader.nnz / _NONZEROS_PER_SECOND + len(chosen) * _SECONDS_PER_ITEM,
         memory_bytes=int(
-            5e8 + 24 * BLOCK + 48 * held + 400 * reader.shape[0] + 200 * len(chosen) * (4 * config.n_shown)
+            5e8 + 32 * BLOCK * n_cores() + 48 * held + 400 * reader.shape[0] + 200 * len(chosen) * (4 * config.n_shown)
         ),
         n_name_calls=len(chosen) if command else 0,
         n_judge_calls=len(chosen) * (1 + ask.shuffles) * per_test if judge else 0,
@@ -220,7 +223,10 @@ def describe_latents(
     first = next((latent for latent in chosen if item_files(work.items.root, latent)[0].is_file()), None)
     return DescribeResult(
         out=out,
-        **{name: int(summary[name]) for name in ("n_items", "n_without_item", "n_testable", "n_patients")},
+        n_items=int(summary["n_items"]),
+        n_without_item=int(summary["n_without_item"]),
+        n_testable=int(summary["n_testable"]),
+        n_patients=int(summary["n_patients"]),
         **found,
         asked=tuple(asked),
         unfit=tuple(unfit),
@@ -376,6 +382,8 @@ class _Work:
         about = items.table("latents").to_pylist()
         self.latents = [row["latent"] for row in about if row["has_item"]]
         self.reasons = {row["latent"]: row["reason"] for row in about}
+        for path in (journal_file(folder), detection_file(folder)):
+            read_lines(path, mend=True)  # an incomplete last line, from a crash, must not corrupt the next one
         self.tests: dict[int, list[dict[str, Any]]] = {}
         for row in items.table("images").to_pylist():
             if row["side"] == SIDES[TEST]:

@@ -2,7 +2,7 @@
 
 AUC         the share of pairs of an active and an inactive image in which the active one has the higher score; a tie
             counts half, so that yes and no as scores give the balanced accuracy
-intervals   95%, from draws of patients with replacement, widened where Newcombe's interval of independent images is
+intervals   95%, from draws of patients (bootstrap), widened where Newcombe's interval of independent images is
             wider: draws of ten perfect answers are all perfect, and the truth need not be (Newcombe 2006, Statistics in
             Medicine 25:559, method 5)
 """
@@ -35,7 +35,7 @@ def drawn_auc(won: Floats, of_active: Ints, of_inactive: Ints, draws: Floats) ->
     Parameters
     ----------
     won : as of `wins`
-    of_active, of_inactive : group of each image
+    of_active, of_inactive : group of each image, as its place in `draws`
     draws : (draws, groups), how often each group was drawn
     """
     left, right = draws[:, of_active], draws[:, of_inactive]
@@ -44,10 +44,21 @@ def drawn_auc(won: Floats, of_active: Ints, of_inactive: Ints, draws: Floats) ->
     return np.divide(hits, pairs, out=np.full(len(draws), np.nan), where=pairs > 0)
 
 
-def draw_groups(n_groups: int, n_draws: int, seed: int) -> Floats:
-    """(draws, groups): how often each group comes when as many are drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_draws).astype(np.float64)
+def draw_groups(groups: Ints, n_draws: int, seed: int) -> Floats:
+    """(draws, groups): how often each group counts in each draw, a Poisson number of mean 1.
+
+    A group has the same numbers wherever it is asked for, so that names of several latents are drawn with the same
+    patients, and no table of all patients is needed. (Poisson bootstrap: Hanley and MacGibbon 2006, Computer Methods
+    and Programs in Biomedicine 83:57.)
+
+    Parameters
+    ----------
+    groups : their numbers, at least 0
+    """
+    found = np.empty((n_draws, len(groups)))
+    for place, group in enumerate(groups.tolist()):
+        found[:, place] = np.random.Generator(np.random.Philox(key=(seed << 64) + group)).poisson(1, n_draws)
+    return found
 
 
 def interval(value: float, drawn: Floats, n_active: int, n_inactive: int) -> tuple[float, float]:

@@ -57,14 +57,20 @@ def draw_sheet(rows: Sequence[tuple[str, Sequence[Cell]]], largest: float, *, pi
     return encoded(sheet, "PNG")
 
 
-def fitted(picture: Pixels, pixels: int) -> npt.NDArray[np.uint8]:
-    """(pixels, pixels, 3): the picture in its own aspect, centred on white; small ones are enlarged."""
+def scaled(picture: Pixels, pixels: int) -> Pixels:
+    """The picture with a longer side of `pixels`, in its own aspect; small ones are enlarged."""
     image = Image.fromarray(picture)
     scale = pixels / max(image.size)
-    small = image.resize(tuple(max(1, round(side * scale)) for side in image.size), Image.Resampling.LANCZOS)  # type: ignore[arg-type]  # two of them
-    tile = Image.new("RGB", (pixels, pixels), "white")
-    tile.paste(small, ((pixels - small.width) // 2, (pixels - small.height) // 2))
-    return np.asarray(tile, np.uint8)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS), np.uint8)
+
+
+def centred(picture: Pixels, pixels: int) -> Pixels:
+    """(pixels, pixels, 3): a picture of at most this size on white."""
+    tile = np.full((pixels, pixels, 3), 255, np.uint8)
+    top, left = (pixels - picture.shape[0]) // 2, (pixels - picture.shape[1]) // 2
+    tile[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return tile
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -86,5 +92,6 @@ def _tiles(cell: Cell, largest: float, pixels: int) -> list[npt.NDArray[np.uint8
     empty = np.full((pixels, pixels, 3), _EMPTY, np.uint8)
     if cell.picture is None:
         return [empty, empty]
-    shown = fitted(cell.picture, pixels)
-    return [shown] if cell.patches is None else [shown, fitted(blended(cell.picture, cell.patches, largest), pixels)]
+    small = scaled(cell.picture, pixels)
+    shown = centred(small, pixels)
+    return [shown] if cell.patches is None else [shown, centred(blended(small, cell.patches, largest), pixels)]

@@ -1,7 +1,7 @@
 """The one place where settings are chosen from the data: from the table of images and a first look at tokens."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cytosae.sae import TrainConfig, overridden
 from cytosae.stage_one import FirstLook
 from stores.errors import BadInput
 from stores.spec import SAE, find_header
+from stores.tables import listed
 
 from .cohort import CohortFacts, possible_comparisons, possible_probes
 from .config import RunConfig
@@ -22,6 +23,8 @@ from .recipe import Recipe, Section, checked_recipe, checked_section
 _MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: sooner done, and fewer latents are dead
 _LEAST_HELD_OUT = 20  # images, of which a tenth can be held out
 _FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
+# of a section that may be there several times: what it is about, so that no two have it in common
+_IDENTITY = {"compare": ("name", "a", "b"), "probe": ("name", "level", "target")}
 _PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer in a minute
     "patient": {"repeats": 5, "permutations": 39, **_FEW},
     "image": {
@@ -54,7 +57,7 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
         sections["stability"] = {"seed": config.seed + 1}
         why["stability.seed"] = "a second SAE from another seed: latents that both find are no accident of the seed"
     given = {name: dict(values) for name, values in config.settings.items()}
-    of_all = {name: checked_section(name, given.pop(name), "--set") for name in ("compare", "probe") if name in given}
+    of_lists = {name: given.pop(name) for name in _IDENTITY if name in given}
     for name, values in given.items():
         if name not in sections or name == "images":
             known = ", ".join(each for each in (*sections, "compare", "probe") if each != "images")
@@ -72,15 +75,42 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
             why.pop(f"{name}.{key}", None)
     compare, left_out = possible_comparisons(facts)
     probe, not_probed = possible_probes(facts)
+    lists = {
+        "compare": [{**_comparison(each, config.seed)} for each in compare],
+        "probe": [{**_probe(each, config.seed)} for each in probe],
+    }
+    for name, values in of_lists.items():
+        lists[name] = [*_with_given(name, lists[name], values)]
     if config.sae and config.stability:
         left_out["stability"] = "the SAE was given, not trained: there is no second seed"
     return checked_recipe(
         **sections,
-        compare=tuple({**_comparison(each, config.seed), **of_all.get("compare", {})} for each in compare),
-        probe=tuple({**_probe(each, config.seed), **of_all.get("probe", {})} for each in probe),
+        compare=tuple(lists["compare"]),
+        probe=tuple(lists["probe"]),
         why=why,
         left_out={**left_out, **not_probed},
     )
+
+
+def _with_given(section: str, found: list[Section], values: Mapping[str, Any]) -> Iterator[Section]:
+    """The comparisons or probes with the settings of `--set`: `{setting: value}` for all, `{name: {...}}` for one."""
+    of_all = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    of_one = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    names = [str(each["name"]) for each in found]
+    for key in (*of_all, *(key for each in of_one.values() for key in each)):
+        if key in _IDENTITY[section]:
+            raise BadInput(
+                f"--set {section}.{key}: each [[{section}]] needs a {key} of its own, and --set gives none; change "
+                f"it in recipe.toml, or add a [[{section}]] there"
+            )
+    for name in of_one:
+        if name not in names:
+            raise BadInput(
+                f"--set {section}.{name}: no [[{section}]] has this name; there are {listed(names) or 'none'}"
+            )
+    for each in found:
+        given = {**of_all, **of_one.get(str(each["name"]), {})}
+        yield {**each, **checked_section(section, given, "--set")}
 
 
 def _extract_settings(config: RunConfig, look: FirstLook, why: dict[str, str]) -> Section:

@@ -25,7 +25,8 @@ class RunConfig:
     sae: Path | None = None  # an SAE to use: a folder of one, or a file that `cyto sae import` takes; None: train one
     stability: bool = False  # also train a second SAE from another seed, and compare the two
     seed: int = 0  # of the SAE, the draws and the folds
-    # settings by section of the recipe, in place of those that would be chosen: {"sae": {"expansion": 16}}
+    # settings by section of the recipe, in place of those that would be chosen: {"sae": {"expansion": 16}};
+    # of all comparisons {"compare": {"top": 5}}, of one {"compare": {"AML-against-control": {"top": 5}}}
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def _input_section(run: RunFolder) -> Section:
     if facts.labels and not facts.n_patients:
         caveats.append(
             "No patients are known, so every image counts as independent. Cells of one smear are not: a column "
-            "`patient` (or another one, as group_by of a probe) makes the scores honest."
+            "patient in the table (or another one, as group_by of a probe) makes the scores honest."
         )
     if caveats:
         section.blocks.append(Caveats(lines=caveats))

@@ -275,6 +275,12 @@ def _check_values(recipe: Recipe, source: str) -> None:
             raise BadInput(f"{source}, section {name}: {error}") from None
         except TypeError as error:
             raise BadInput(f"{source}, section {name} lacks a setting: {error}") from None
+    if recipe.encode.get("min_activation"):
+        raise BadInput(
+            f"{source}: encode.min_activation must be 0 in a run, since tau auto and the statistics of latents look at "
+            f"all values; found {recipe.encode['min_activation']:g}. For a smaller store afterwards: cyto sae encode "
+            f"--min-activation, into another one"
+        )
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -16,7 +16,7 @@ from typing import Any
 
 from cytosae.stage_one import FirstLook, ImageList, StageOne, require_stage_one
 from stores.destination import claimed
-from stores.errors import BadInput, CytoError, IncompleteStore, SpecMismatch, StoreNotFound
+from stores.errors import BadInput, CytoError, IncompleteStore, OtherSettings, SpecMismatch, StoreNotFound
 from stores.files import is_dropping, write_atomic
 from stores.machine import n_cores
 from stores.progress import Progress
@@ -131,7 +131,7 @@ def run_pipeline(
     scheduler, memory_limit : as of `cytosae.open_client`
     shard : the share of the images that this process extracts and encodes; shard 0 does what cannot be shared
     dry_run : look, choose and plan; write nothing
-    overwrite : take new settings for a folder that has a recipe with others
+    overwrite : take new settings for a folder that has a recipe with others, and replace what was made there by hand
     tell_plan : called once, before anything is written
     progress : thousandths of all stages done, 1000
     download_progress : bytes of the weights downloaded, bytes in all
@@ -142,7 +142,8 @@ def run_pipeline(
     BadInput
         If images, recipe or a setting cannot be used.
     SpecMismatch
-        If `out` holds something else, or a run with other settings (and not `overwrite`), or is being written.
+        If `out` holds something else, a run with other settings or stores with other settings that were made by hand
+        (and not `overwrite`), or is being written.
     """
     from stores.devices import resolve_device  # torch: where it is missing, that is told before anything is begun
 
@@ -194,7 +195,7 @@ def run_pipeline(
             download_progress=download_progress,
             resources=stack,
         )
-        return _run(plan, shop, journal, content, progress)
+        return _run(plan, shop, journal, content, progress, overwrite=overwrite)
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
@@ -362,12 +363,15 @@ def _grouped(doubts: list[tuple[str, str]]) -> Iterator[str]:
             yield f"{stages[0]}: {first} (and {counted(len(others), 'other stage')}, with other numbers)"
 
 
-def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress) -> RunResult:
+def _run(
+    plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, progress: Progress, *, overwrite: bool
+) -> RunResult:
     """All stages in order, then the commands and the report."""
     overall = _Overall(plan, progress)
     shop.progress = overall.show
     found = _Found()
     for stage in (each.stage for each in plan.stages):
+        journal.refresh()  # other shards may have done some
         inputs = inputs_of(stage, shop.out, images_content)
         inputs |= dict.fromkeys(inputs.keys() & shop.left_out)  # of these nothing is read, also where an old one lies
         there = content_of(shop.out / stage.out)
@@ -379,13 +383,14 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
         overall.begin(stage)
         began = time.perf_counter()
         try:
-            done = _do(stage, shop)
+            done = _do(stage, shop, may_replace=overwrite or journal.is_made(stage, there))
         except CytoError as error:
             if not (stage.is_optional and isinstance(error, BadInput | StoreNotFound | IncompleteStore)):
                 raise
-            found.left_out[stage.name] = journal.left_out[stage.name] = str(error)
+            found.left_out[stage.name] = str(error)
+            journal.leave_out(stage, str(error))
             shop.left_out.add(stage.out)
-            if stage.out == SELECTION and there is not None and journal.stages.get(stage.out, {}).get("made") == there:
+            if stage.out == SELECTION and there is not None and journal.is_made(stage, there):
                 (shop.out / SELECTION).unlink()  # of other settings; whoever reads the concepts would take it
             journal.write()
             overall.end(stage)
@@ -393,7 +398,6 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
         overall.end(stage)
         if getattr(done, "is_complete", True) is False:  # a shard of a store
             return found.result(plan, shop, waits_for=next(iter(done.lines()), "other shards"))
-        journal.left_out.pop(stage.name, None)
         journal.record(stage, inputs, content_of(shop.out / stage.out), seconds=time.perf_counter() - began)
         journal.write()
         found.add(stage, done)
@@ -404,15 +408,26 @@ def _run(plan: RunPlan, shop: Workshop, journal: Journal, images_content: str, p
     return found.result(plan, shop)
 
 
-def _do(stage: Stage, shop: Workshop) -> Report:
-    """The stage; what a run made with other settings is replaced, once the new one is complete."""
+def _do(stage: Stage, shop: Workshop, *, may_replace: bool) -> Report:
+    """The stage; what a run made with other settings is replaced, once the new one is complete; what hands made is not.
+
+    may_replace : a run made what is there, or --overwrite was given
+    """
     try:
         return stage.do(shop, False)
-    except SpecMismatch:
+    except SpecMismatch as error:
         place = shop.out / stage.out
         if not place.exists() or not shop.shard.is_only:
             raise
-        return stage.do(shop, True)
+        if may_replace:
+            return stage.do(shop, True)
+        if not isinstance(error, OtherSettings):
+            raise
+        said = str(error).split("; ")[0]
+        raise OtherSettings(
+            f"{said}; it was not made by cyto run, which would replace it: write its settings into {shop.out / FILE}, "
+            f"move it elsewhere, or add --overwrite"
+        ) from None
 
 
 def _must_wait(stage: Stage, shop: Workshop, there: str | None) -> str:

@@ -27,7 +27,7 @@ from stores.tables import listed
 
 from .figures import plot_test_confusion
 from .folds import FEW_GROUPS
-from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
+from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
 from .result import ProbeTest
 from .saved_model import Card, ProbeModel, check_barcodes, check_unseen, image_hashes, read_model, units_config
 from .scores import METRICS, class_scores, confusion_matrix, score
@@ -311,16 +311,10 @@ def _of_method(p: Float, labels: Ints, classes: list[str], drawn: dict[str, Floa
         **{key: _finite(drawn[key][0]) for key in ("auroc", "auprc", "log_loss", "brier")},
         "calibration_error": calibration_error(bins),
         "calibration": bins,
-        "interval": {key: _within(key, interval(values, WIDER)) for key, values in drawn.items()},
+        "interval": {key: possible(key, interval(values, WIDER)) for key, values in drawn.items()},
         "per_class": class_scores(confusion, classes),
         "confusion": confusion.tolist(),
     }
-
-
-def _within(name: str, ends: dict[str, float | None]) -> dict[str, float | None]:
-    """A widened interval, cut to what a score can reach: at least 0 and, except for losses, at most 1."""
-    most = np.inf if name in ("log_loss", "brier") else 1.0
-    return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
 
 
 def _predictions_table(predictions: dict[str, Float], card: Card, units: NewUnits) -> pa.Table:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.plotting import COLORS, new_figure, plain, save_both
+from stores.wording import counted
 
 _METHODS = {
     "barcode": "SAE barcode",
@@ -45,7 +46,7 @@ def plot_curve(scores: dict[str, Any], path: Path) -> None:
         marker="o",
         markersize=4,
         capsize=3,
-        label=f"mean and SD over {scores['repeats']} repeats",
+        label=f"mean and SD over {counted(scores['repeats'], 'repeat')}",
     )
     selected = scores["methods"]["barcode"]["weighted_f1"]["mean"]
     axes.axhline(
@@ -71,7 +72,7 @@ def plot_curve(scores: dict[str, Any], path: Path) -> None:
 
 def plot_confusion(scores: dict[str, Any], path: Path) -> None:
     """The barcode's confusion matrix, mean over repeats: shares of the true class, and counts."""
-    title = f"{_title(scores)}\nmean over {scores['repeats']} repeats"
+    title = f"{_title(scores)}\nmean over {counted(scores['repeats'], 'repeat')}"
     _draw_confusion(np.array(scores["methods"]["barcode"]["confusion"]), scores, title, path)
 
 

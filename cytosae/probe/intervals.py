@@ -82,6 +82,12 @@ def interval(scores: Float, wider: float = _WIDER) -> dict[str, float | None]:
     return {"low": float(low), "high": float(high)}
 
 
+def possible(name: str, ends: dict[str, float | None]) -> dict[str, float | None]:
+    """An interval of a score, cut to what a score can reach: at least 0 and, except for losses, at most 1."""
+    most = np.inf if name in ("log_loss", "brier") else 1.0
+    return {key: None if end is None else float(min(max(end, 0.0), most)) for key, end in ends.items()}
+
+
 def calibration(probabilities: Sequence[Float], labels: Ints, n_bins: int = 10) -> list[dict[str, float]]:
     """Confidence (the largest probability) and accuracy in bins of equal width, over all repeats; no empty bins."""
     confidence = np.concatenate([p.max(1) for p in probabilities])

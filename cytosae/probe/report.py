@@ -13,7 +13,7 @@ from stores.result_folder import ResultWriter
 from .cross_validation import Repeat
 from .figures import plot_confusion, plot_curve, plot_methods
 from .folds import FEW_CHANGED, free_share
-from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, scores_of_draws
+from .intervals import N_DRAWS, calibration, calibration_error, draw_groups, interval, possible, scores_of_draws
 from .scores import METRICS, class_scores, confusion_matrix, score, summarize
 from .units import Units, shared_groups
 
@@ -205,7 +205,7 @@ def _with_intervals(methods: dict[str, Any], found: Found, about: dict[str, Any]
         scores |= {key: float(drawn[name][key][0]) for key in ("log_loss", "brier")}
         scores |= {key: _finite(drawn[name][key][0]) for key in ("auroc", "auprc")}
         scores |= {"calibration_error": calibration_error(bins), "calibration": bins, "n_draws": N_DRAWS}
-        scores["interval"] = {key: interval(values) for key, values in drawn[name].items()}
+        scores["interval"] = {key: possible(key, interval(values)) for key, values in drawn[name].items()}
         if name != BARCODE:
             differences = {key: drawn[BARCODE][key] - values for key, values in drawn[name].items()}
             scores["barcode_minus_this"] = {

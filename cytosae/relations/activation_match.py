@@ -15,7 +15,7 @@ Images are drawn stratum by stratum, since a stratum with one image cannot be pe
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,22 @@ from stores.barcode_store import BarcodeStore
 from stores.errors import BadInput, SpecMismatch
 from stores.holdout import read_image_ids
 from stores.machine import n_cores
+from stores.part_files import Arrays, Keep, KeptParts, KeptState
 from stores.progress import Progress
-from stores.result_folder import ResultStore, begin_results
+from stores.result_folder import ResultStore, begin_results, is_finished
 from stores.spec import COMPARISON, MATCH, check_choice
 from stores.tables import STATUS_OK, listed
 
 from .figures import plot_match
 from .match_report import MatchResult
 from .nearest_cosine import nearest
-from .stability import match_directions
+from .stability import Matching, match_directions
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 BY = ("activation", "within")
+_SAVE_SECONDS = 10.0  # between two states of the permutations
 _FLOPS = 3e10  # a second and core: float32 products, and looking for the best of each row and column
 
 
@@ -104,6 +106,7 @@ def match_latents(
 ) -> MatchResult:
     """Match the latents of two SAEs by their activations on the same images; tables and a figure in the folder `out`.
 
+    The same call continues an interrupted one, but for reading the images.
     Memory: 4 bytes for each latent and image of A, twice that of B (1.2 GB at 49,152 latents and 2,000 images), and a
     chunk of products.
 
@@ -144,11 +147,8 @@ def match_latents(
         "only": None if ids is None else sorted({*ids}),
         "comparisons": [None if each is None else each.header.identity for each in tested],
     }
-    places, strata, notes = draw_images(stores, config, ids)
-    sides = [
-        read_side(store, rows, strata, config, lambda done, total, n=n: progress(n * total + done, 2 * total, "images"))
-        for n, (store, rows) in enumerate(zip(stores, places, strict=True))
-    ]
+    # what cannot be matched is told before a folder is begun, and what is complete is not read again
+    read = None if not overwrite and is_finished(out, MATCH, spec) else _read(stores, config, ids, progress)
     given = [path for path in (a, b, sae_a, sae_b, only, comparison, comparison_b) if path is not None]
     packages = ("numpy", "scipy", "numba", "anndata")
     writer = begin_results(
@@ -158,7 +158,8 @@ def match_latents(
     if writer.is_complete:
         summary = dict(ResultStore(out, MATCH).header.summary or {})
         return MatchResult(out=out, summary=summary, was_complete=True)
-    latents, matched, summary = _match(sides, strata, config, progress)
+    sides, strata, notes = read or _read(stores, config, ids, progress)
+    latents, matched, summary = _match(sides, strata, config, writer.parts, progress)
     partner = {int(row["latent_a"]): row for row in matched}
     if sae_a is not None and sae_b is not None:
         notes += _add_cosines(matched, Path(sae_a), Path(sae_b), progress)
@@ -313,25 +314,56 @@ def standardize(rows: Rows, strata: Ints) -> npt.NDArray[np.bool_]:
 # ------------------------------------------------------------------------------------------------- the match
 
 
+def _read(
+    stores: Sequence[BarcodeStore], config: MatchConfig, ids: Sequence[str] | None, progress: Progress
+) -> tuple[list[Side], Ints, list[str]]:
+    """Both sides, the stratum of each image, and notes."""
+    places, strata, notes = draw_images(stores, config, ids)
+    sides = [
+        read_side(store, rows, strata, config, lambda done, total, n=n: progress(n * total + done, 2 * total, "images"))
+        for n, (store, rows) in enumerate(zip(stores, places, strict=True))
+    ]
+    return sides, strata, notes
+
+
+def _kept_matching(a: Rows, b: Rows, keep: Keep, name: str, progress: Progress) -> Matching:
+    def compute() -> Arrays:
+        found = match_directions(a, b, progress=progress)
+        return {each.name: np.asarray(getattr(found, each.name)) for each in fields(Matching)}
+
+    kept: dict[str, Any] = {**keep(name, compute)}
+    return Matching(**kept | {"bound": float(kept["bound"])})
+
+
 def _match(
-    sides: Sequence[Side], strata: Ints, config: MatchConfig, progress: Progress
+    sides: Sequence[Side], strata: Ints, config: MatchConfig, parts: KeptParts, progress: Progress
 ) -> tuple[pa.Table, list[dict[str, Any]], dict[str, Any]]:
     a, b = sides
-    found = match_directions(a.rows, b.rows, progress=lambda done, total, state: progress(done, total, "match"))
+    found = _kept_matching(a.rows, b.rows, parts, "match", lambda done, total, state: progress(done, total, "match"))
     rng = np.random.default_rng([config.seed, 1])
     n_as_large = [np.ones(len(side.latents), np.int64) for side in sides]
     null: Floats = np.empty(0)
+    state = KeptState(parts, "permutations", _SAVE_SECONDS)
+    kept = state.read()
+    n_kept = 0 if kept is None else int(kept["done"][0])
+    if kept is not None:
+        n_as_large, null = [kept["a"], kept["b"]], kept["null"]
     for number in range(config.n_permutations):
         order = permute_within(strata, rng)
+        if number < n_kept:
+            continue
         permuted = np.ascontiguousarray(b.rows[:, order])
         if number == 0:
-            drawn = match_directions(a.rows, permuted)
+            drawn = _kept_matching(a.rows, permuted, parts, "null", lambda done, total, state: None)
             null, best = drawn.cosine[drawn.partner >= 0], (drawn.best_of_a, drawn.best_of_b)
         else:
             of_a, of_b = nearest(a.rows, permuted, 1)
             best = of_a.value[:, 0].astype(np.float64), of_b.value[:, 0].astype(np.float64)
         for count, values, observed in zip(n_as_large, best, (found.best_of_a, found.best_of_b), strict=True):
             count += values >= observed - 1e-6
+        if state.is_due:
+            counts = dict(zip("ab", n_as_large, strict=True))
+            state.write({"done": np.array([number + 1]), **counts, "null": null})
         progress(number + 1, config.n_permutations, "permutations")
     p = [count / (1 + config.n_permutations) for count in n_as_large]
     p99 = float(np.quantile(null, 0.99, method="higher")) if len(null) else 0.0

@@ -12,6 +12,8 @@ import pyarrow as pa
 from stores.notebook import figure_html, table_html
 from stores.wording import Report, counted, decimals, printable
 
+_MOST_PAIRS, _LEAST_PAIRS = 6, 3  # pairs of SAEs from which on they are summed up; and how many are still named
+
 
 @dataclass(frozen=True, kw_only=True)
 class StabilityResult(Report):
@@ -30,7 +32,14 @@ class StabilityResult(Report):
             if n_without:
                 left_out = counted(n_without, "latent")
                 yield f"{sae}: {left_out} left out: without a direction, the decoder row is zero"
-        for pair in self.pairs:
+        shown = sorted(self.pairs, key=lambda pair: pair["share_above_null_p99"])
+        if len(shown) > _MOST_PAIRS:
+            yield _pairs_text(shown)
+            yield f"the {_LEAST_PAIRS} that agree least, all others in pairs.parquet:"
+            shown = shown[:_LEAST_PAIRS]
+        else:
+            shown = self.pairs
+        for pair in shown:
             yield f"{self.saes[pair['sae_a']]} and {self.saes[pair['sae_b']]}: {_matching_text(pair)}"
         yield f"{self.out}: matches, stability of each latent, pairs, figure"
 
@@ -129,12 +138,38 @@ class PatientResult(Report):
 
 
 def _matching_text(pair: dict[str, Any]) -> str:
-    proof = "the best there is" if pair["is_optimal"] else f"the best sum is larger by at most {pair['gap']:.3g}"
+    """What was matched, beside chance; a share of 100% is said once, by the highest threshold that all exceed."""
+    n = min(pair["n_latents_a"], pair["n_latents_b"])
+    matched = f"all {n:,}" if pair["n_matched"] == n else f"{pair['n_matched']:,} of {n:,}"
+    proof = "" if pair["is_optimal"] else f" (the best sum is larger by at most {pair['gap']:.3g})"
+    above = {
+        **{f"{threshold}": (threshold, pair[f"share_above_{threshold}"]) for threshold in (0.7, 0.9)},
+        "99% of those by chance": (pair["null_p99"], pair["share_above_null_p99"]),
+    }
+    least = max((threshold for threshold, share in above.values() if share == 1), default=-1.0)
+    shares = [
+        f"{'all' if share == 1 else f'{share:.1%}'} above {what}"
+        for what, (threshold, share) in above.items()
+        if threshold >= least
+    ]
     return (
-        f"{pair['n_matched']:,} of {min(pair['n_latents_a'], pair['n_latents_b']):,} latents matched ({proof}), "
-        f"mean cosine {pair['mean_cosine']:.3f} (by chance {pair['null_mean_cosine']:.3f}), "
-        f"{pair['share_above_0.7']:.1%} above 0.7, {pair['share_above_0.9']:.1%} above 0.9, "
-        f"{pair['share_above_null_p99']:.1%} above 99% of those by chance ({pair['null_p99']:.3f}, {pair['chance']})"
+        f"{matched} latents matched{proof}, mean cosine {pair['mean_cosine']:.3f} (by chance "
+        f"{pair['null_mean_cosine']:.3f}, 99% of them up to {pair['null_p99']:.3f}, {pair['chance']}), "
+        f"{', '.join(shares)}"
+    )
+
+
+def _pairs_text(pairs: list[dict[str, Any]]) -> str:
+    """Many pairs in one line: least, median and most."""
+
+    def spread(name: str, form: str) -> str:
+        low, middle, high = np.quantile([pair[name] for pair in pairs], [0, 0.5, 1])
+        return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+    return (
+        f"{len(pairs):,} pairs of SAEs, median (least to most): mean cosine {spread('mean_cosine', '.3f')}, by chance "
+        f"{spread('null_mean_cosine', '.3f')}; {spread('share_above_null_p99', '.1%')} of the latents above 99% of "
+        f"those by chance"
     )
 
 

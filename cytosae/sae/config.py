@@ -15,7 +15,7 @@ from stores.spec import check_choice
 from stores.tables import listed
 from stores.token_sets import TOKEN_SETS
 
-from .chosen_defaults import BY_ACTIVATION, RELEASED
+from .chosen_defaults import BY_ACTIVATION, RELEASED, STEERED
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
@@ -86,13 +86,14 @@ class TrainConfig:
     """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), `cls`, or `register`."""
     loss: str = "auto"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
-    mean over channels (`mse`). `auto`: by activation (chosen_defaults.py); read back, it is the choice."""
+    mean over channels (`mse`). `auto`: by activation, and by whether the penalty is steered (chosen_defaults.py); read
+    back, it is the choice."""
     init: str = "auto"
     """Initial matrices: both drawn separately (`kaiming`, released), or the encoder as the decoder's `transpose`.
     `auto`: by activation."""
     clip_norm: float | None = None
     """Gradients of all weights together are scaled down to this norm, where they are longer; 0: never. None: by
-    activation."""
+    activation and `target_l0`."""
     nested: tuple[float, ...] | None = None
     """Matryoshka: the loss is the mean over reconstructions from the first share of the latents, for each of these
     shares and for all of them (arXiv 2503.17547). Ascending, above 0, below 1; relu, topk and batchtopk."""
@@ -149,7 +150,8 @@ class TrainConfig:
         if self.epochs is not None and self.tokens == "auto":
             object.__setattr__(self, "tokens", None)  # a budget in passes is one that is given
         by_budget = _WITH_AUTO if self.tokens == "auto" else _WITH_BUDGET
-        for name, value in (BY_ACTIVATION[self.activation] | by_budget).items():
+        by_sparsity = STEERED.get(self.activation, {}) if self.is_steered else {}
+        for name, value in (BY_ACTIVATION[self.activation] | by_sparsity | by_budget).items():
             if getattr(self, name) in ("auto", None):
                 object.__setattr__(self, name, value)  # frozen: from here on nothing is left to choose
         for name, choices in (

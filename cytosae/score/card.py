@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,27 @@ from cytosae.probe import assign_folds
 from stores.activation_store import ActivationStore
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
+from stores.part_files import Arrays, Keep, computed
 from stores.progress import Progress
 from stores.tables import listed
 
 from .config import ScoreConfig
 from .hierarchy import lineages, shuffled_labels
 from .images import Chosen, csc, iter_maps, read_embedding, read_means, read_tokens
-from .monosemanticity import mean_cosine, monosemanticity, unit_rows
-from .morans_i import morans_i, shuffled
-from .single_latents import SingleLatents, single_latents
+from .intervals import blocks_of, limits
+from .monosemanticity import mean_cosine, monosemanticity, monosemanticity_without, unit_rows
+from .morans_i import means_without, morans_i, shuffled
+from .single_latents import SingleLatents, single_latents, single_without
 from .sparse_probing import sparse_probing
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+_MAPS_TOGETHER = 512  # images whose maps are kept together
 _LEAST_ABOVE_CHANCE = 0.02  # of the dense tokens' area under ROC, to speak of a share of it
+
+
+_SINGLE = {"best_average_precision": "average_precision", "best_one_latent_probe": "removed"}
+_OF_BLOCKS = ("taken_of_block", "images_of_block")
 
 
 class Passes:
@@ -51,6 +60,7 @@ class Card:
     stores: Sequence[LatentStore]
     chosen: Chosen
     progress: Progress
+    keep: Keep = computed
     rows: list[dict[str, Any]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
@@ -60,9 +70,11 @@ class Card:
 
     def read(self, caches: Sequence[ActivationStore], embedding: Path | str | None) -> None:
         """Means of latents and tokens, and the embedding."""
-        self.means: csr_matrix = read_means(self.stores, self.chosen, self.progress)
+        unit = "patient" if self.chosen.n_patients else "image"
+        self.blocks = blocks_of(self.chosen.groups, unit, self.config.seed)
+        self.means: csr_matrix = read_means(self.stores, self.chosen, self.progress, self.keep)
         self.by_latent: csc_matrix = csc(self.means)
-        self.tokens = read_tokens(caches, self.stores, self.chosen, self.progress) if caches else None
+        self.tokens = read_tokens(caches, self.stores, self.chosen, self.progress, self.keep) if caches else None
         self.embedding = self.tokens if embedding is None else read_embedding(Path(embedding), self.chosen)
         self.n_active: Ints = np.asarray(self.by_latent.getnnz(0), np.int64)
         sums = np.asarray(self.by_latent.sum(0, dtype=np.float64)).ravel()
@@ -82,9 +94,21 @@ class Card:
         label: str | None = None,
         k: int | None = None,
         n: int | None = None,
+        without: Floats | None = None,
+        n_blocks: int | None = None,
+        bounded: bool = True,
     ) -> None:
-        """One row; `n`: images of the label, or latents that count."""
-        numbers = {"value": value, "null": null, "null_high": null_high}
+        """One row.
+
+        n : images of the label, or latents that count
+        without : the value without each block of images, for its interval
+        n_blocks : that it rests on, where these are not all
+        bounded : the value lies from 0 to 1
+        """
+        low, high = None, None
+        if without is not None:
+            low, high = limits(value, without, n_blocks or self.blocks.n, bounded=bounded)
+        numbers = {"value": value, "low": low, "high": high, "null": null, "null_high": null_high}
         plain = {name: None if v is None or math.isnan(v) else float(v) for name, v in numbers.items()}
         self.rows.append({"measure": measure, "label": label, "k": k, **plain, "n": n})
 
@@ -103,8 +127,18 @@ class Card:
         folds = np.where(labels >= 0, labels, n_classes)
         fold_of = assign_folds(folds, chosen.groups, config.folds, np.random.default_rng((config.seed, 0)))
         null_labels = shuffled_labels(labels, chosen.groups, config.shuffles, config.seed)
+        has = [labels == c for c in range(n_classes)]
+        n_blocks = [min(self.blocks.having(each), self.blocks.having(~each)) for each in has]
         found = sparse_probing(
-            self.means, labels, fold_of, n_classes, config.ks, dense=self.tokens, progress=self.progress
+            self.means,
+            labels,
+            fold_of,
+            n_classes,
+            config.ks,
+            dense=self.tokens,
+            block_of=self.blocks.of_image,
+            keep=self._kept("probes"),
+            progress=self.progress,
         )
         nulls = [
             sparse_probing(
@@ -114,17 +148,21 @@ class Card:
                 n_classes,
                 config.ks,
                 dense=self.tokens if number == 0 else None,
+                keep=self._kept(f"probes_null_{number}"),
                 progress=self._named(f"null {number + 1} of {config.shuffles}"),
             )
             for number, shuffled in enumerate(null_labels)
         ]
         by_chance = np.stack([null.latents for null in nulls])  # (shuffles, ks, classes)
         dense = None if found.dense is None else nanmean(found.dense)
+        assert found.latents_without is not None
+        dense_without = None if found.dense_without is None else over_classes(found.dense_without)
         for number, k in enumerate(config.ks):
             mean = nanmean(found.latents[number])
+            without = over_classes(found.latents_without[number])
             of_null = [nanmean(each) for each in by_chance[:, number]]
             null, high = nanmean(of_null), nanmax(of_null)
-            self.add("sparse_probe_auroc", mean, null=null, null_high=high, k=k, n=n_classes)
+            self.add("sparse_probe_auroc", mean, null=null, null_high=high, k=k, n=n_classes, without=without)
             for c, name in enumerate(self.classes):
                 chance = by_chance[:, number, c]
                 self.add(
@@ -135,31 +173,77 @@ class Card:
                     label=name,
                     k=k,
                     n=int(sizes[c]),
+                    without=found.latents_without[number, c],
+                    n_blocks=n_blocks[c],
                 )
             if dense is not None and dense - 0.5 >= _LEAST_ABOVE_CHANCE:
                 share = [(each - 0.5) / (dense - 0.5) for each in (mean, null, high)]
-                self.add("share_of_dense", share[0], null=share[1], null_high=share[2], k=k, n=n_classes)
+                assert dense_without is not None
+                ratio = (without - 0.5) / np.where(dense_without > 0.5, dense_without - 0.5, np.nan)
+                self.add(
+                    "share_of_dense",
+                    share[0],
+                    null=share[1],
+                    null_high=share[2],
+                    k=k,
+                    n=n_classes,
+                    without=ratio,
+                    bounded=False,
+                )
         if found.dense is None:
             self.said.append("the dense tokens' performance needs the caches: --cache")
         else:
             dense_null = nulls[0].dense
             assert dense_null is not None
-            self.add("dense_probe_auroc", nanmean(found.dense), null=nanmean(dense_null), n=n_classes)
+            assert found.dense_without is not None
+            mean, null = nanmean(found.dense), nanmean(dense_null)
+            self.add("dense_probe_auroc", mean, null=null, n=n_classes, without=dense_without)
             for c, name in enumerate(self.classes):
-                self.add("dense_probe_auroc", found.dense[c], null=dense_null[c], label=name, n=int(sizes[c]))
+                self.add(
+                    "dense_probe_auroc",
+                    found.dense[c],
+                    null=dense_null[c],
+                    label=name,
+                    n=int(sizes[c]),
+                    without=found.dense_without[c],
+                    n_blocks=n_blocks[c],
+                )
             if dense is not None and dense - 0.5 < _LEAST_ABOVE_CHANCE:
                 self.said.append("the mean token tells no label from others, so there is no share of it to recover")
-        self.single = single_latents(self.by_latent, labels, n_classes)
-        null_single = [single_latents(self.by_latent, shuffled, n_classes) for shuffled in null_labels]
-        for measure, name in (("best_average_precision", "average_precision"), ("best_one_latent_probe", "removed")):
-            best = getattr(self.single, name).max(0)
-            best_null = np.stack([getattr(null, name).max(0) for null in null_single])  # (shuffles, classes)
-            of_null = [nanmean(each) for each in best_null]
-            self.add(measure, best.mean(), null=nanmean(of_null), null_high=nanmax(of_null), n=n_classes)
+        self.single, best_null = self._single(labels, null_labels)
+        of_best = {}
+        for name in _SINGLE.values():
+            latents = getattr(self.single, name).argmax(0)
+            parts = (self.by_latent, labels, self.blocks.of_image, self.blocks.n, latents)
+            of_best[name] = single_without(*parts)[[*_SINGLE.values()].index(name)]
+        for measure, name in _SINGLE.items():
+            best, nulls_of = getattr(self.single, name).max(0), best_null[name]  # (shuffles, classes)
+            of_null = [nanmean(each) for each in nulls_of]
+            means: dict[str, Any] = {"null": nanmean(of_null), "null_high": nanmax(of_null), "n": n_classes}
+            self.add(measure, best.mean(), **means, without=over_classes(of_best[name]))
             for c, label in enumerate(self.classes):
-                null, high = nanmean(best_null[:, c]), nanmax(best_null[:, c])
-                self.add(measure, best[c], null=null, null_high=high, label=label, n=int(sizes[c]))
+                null, high = nanmean(nulls_of[:, c]), nanmax(nulls_of[:, c])
+                of_label: dict[str, Any] = {"label": label, "n": int(sizes[c]), "n_blocks": n_blocks[c]}
+                self.add(measure, best[c], null=null, null_high=high, without=of_best[name][c], **of_label)
         self._hierarchy(labels)
+
+    def _single(self, labels: Ints, null_labels: Sequence[Ints]) -> tuple[SingleLatents, dict[str, Floats]]:
+        """Every latent for every label; and of shuffled labels the best for each, (shuffles, classes)."""
+        n_classes = len(self.classes)
+
+        def one(of_images: Ints) -> Arrays:
+            found = single_latents(self.by_latent, of_images, n_classes)
+            return {name: getattr(found, name) for name in _SINGLE.values()}
+
+        def best_of(of_images: Ints) -> Arrays:
+            return {name: values.max(0) for name, values in one(of_images).items()}
+
+        found = self.keep("single", lambda: one(labels))
+        nulls = []
+        for number, exchanged in enumerate(null_labels):
+            nulls.append(self.keep(f"single_null_{number}", partial(best_of, exchanged)))
+            self.progress(number + 1, len(null_labels), "single latents, shuffled")
+        return SingleLatents(**found), {name: np.stack([null[name] for null in nulls]) for name in _SINGLE.values()}
 
     def _hierarchy(self, labels: Ints) -> None:
         assert self.single is not None
@@ -180,6 +264,8 @@ class Card:
             of_parents=single_latents(self.by_latent, parents, len(known)).average_precision,
             shuffles=self.config.shuffles,
             seed=self.config.seed,
+            blocks=self.blocks,
+            keep=self.keep,
         )
         if not found:
             self.said.append(f"absorption and splitting: no {self.config.parent} has two {self.config.label}s")
@@ -188,15 +274,29 @@ class Card:
         weights = np.array([each.n_images / n for each in found])
         absorbed = float(weights @ np.array([each.absorbed for each in found]))
         absorbed_null = float(weights @ np.array([each.absorbed_null for each in found]))
-        self.add("absorption", absorbed, null=absorbed_null, n=n)
+        without = share_without(*(np.sum([getattr(each, name) for each in found], axis=0) for name in _OF_BLOCKS))
+        self.add("absorption", absorbed, null=absorbed_null, n=n, without=without)
         of_null = weights @ np.array([each.split_null for each in found])
         split = float(weights @ np.array([each.split for each in found]))
-        self.add("splitting", split, null=of_null.mean(), null_high=of_null.max(), n=n)
+        without = weights @ np.array([each.split_without for each in found])
+        self.add("splitting", split, null=of_null.mean(), null_high=of_null.max(), n=n, without=without)
         for each in found:
-            name, size = known[each.parent], each.n_images
-            self.add("absorption", each.absorbed, null=each.absorbed_null, label=name, n=size)
+            of_label: dict[str, Any] = {
+                "label": known[each.parent],
+                "n": each.n_images,
+                "n_blocks": each.n_blocks,
+            }
+            without = share_without(*(getattr(each, name) for name in _OF_BLOCKS))
+            self.add("absorption", each.absorbed, null=each.absorbed_null, without=without, **of_label)
             null = np.array(each.split_null)
-            self.add("splitting", each.split, null=null.mean(), null_high=null.max(), label=name, n=size)
+            self.add(
+                "splitting",
+                each.split,
+                null=null.mean(),
+                null_high=null.max(),
+                without=each.split_without,
+                **of_label,
+            )
 
     def look_measures(self) -> None:
         """Monosemanticity."""
@@ -204,7 +304,7 @@ class Card:
             self.said.append("monosemanticity needs an image encoder: --embedding TABLE, or --cache for the backbone's")
             return
         units = unit_rows(self.embedding)
-        found = monosemanticity(self.by_latent, units)
+        found = self.keep("looks", lambda: {"value": monosemanticity(self.by_latent, units)})["value"]
         counts = (self.n_active >= self.config.min_images) & ~np.isnan(found)
         self.latents["monosemanticity"] = pa.array(found, mask=np.isnan(found))
         n = int(counts.sum())
@@ -212,14 +312,37 @@ class Card:
             self.said.append(f"monosemanticity: no latent is active, and varies, in {self.config.min_images} images")
             return
         rng = np.random.default_rng((self.config.seed, 3))
-        means, is_above = [], np.ones(len(found), bool)
+        means, largest = [], np.full(len(found), -np.inf)
         for number in range(self.config.shuffles):
-            by_chance = monosemanticity(self.by_latent, units[rng.permutation(len(units))])
+            order = rng.permutation(len(units))
+            by_chance = self.keep(f"looks_null_{number}", partial(self._looks, units, order))["value"]
             means.append(by_chance[counts].mean())
-            is_above &= found > by_chance
+            largest = np.fmax(largest, by_chance)
             self.progress(number + 1, self.config.shuffles, "embeddings shuffled")
-        self.add("monosemanticity", found[counts].mean(), null=mean_cosine(units), null_high=max(means), n=n)
-        self.add("monosemantic_latents", is_above[counts].mean(), null=1 / (1 + self.config.shuffles), n=n)
+        without = self.keep("looks_without", partial(self._looks_without, units, counts, largest))
+        self.add(
+            "monosemanticity",
+            found[counts].mean(),
+            null=mean_cosine(units),
+            null_high=max(means),
+            n=n,
+            without=without["mean"],
+            bounded=False,
+        )
+        share = (found > largest)[counts].mean()
+        self.add("monosemantic_latents", share, null=1 / (1 + self.config.shuffles), n=n, without=without["share"])
+
+    def _looks(self, units: Floats, order: Ints) -> Arrays:
+        return {"value": monosemanticity(self.by_latent, units[order])}
+
+    def _looks_without(self, units: Floats, counts: npt.NDArray[np.bool_], largest: Floats) -> Arrays:
+        """Mean over the latents that count, and share of those above all shuffles, without each block of images."""
+        some = csc(csr_matrix(self.by_latent[:, counts]))
+        found = monosemanticity_without(some, units, self.blocks.of_image, self.blocks.n)
+        known = np.isfinite(found)
+        n_known = np.where(known.any(0), known.sum(0), np.nan)
+        is_above = known & (found > largest[counts, None])
+        return {"mean": np.where(known, found, 0).sum(0) / n_known, "share": is_above.sum(0) / n_known}
 
     def place_measures(self) -> None:
         """Moran's I of the maps of each latent's first images."""
@@ -237,24 +360,54 @@ class Card:
             top = np.argsort(-self.by_latent.data[low:high], kind="stable")[:most]
             for image in self.by_latent.indices[low:high][top].tolist():
                 lists.setdefault(image, []).append(latent)
-        sums, n_maps = np.zeros((2, len(self.n_active))), np.zeros(len(self.n_active), np.int64)
-        latents_of = {image: np.array(some, np.int64) for image, some in lists.items()}
-        for image, some, maps in iter_maps(self.stores, self.chosen, latents_of, self.progress):
-            value = morans_i(maps)
-            by_chance = morans_i(shuffled(maps, np.random.default_rng((self.config.seed, 4, image))))
-            known = ~np.isnan(value)
-            sums[:, some[known]] += value[known], by_chance[known]
-            n_maps[some[known]] += 1
+        images = sorted(lists)
+        measured = []
+        for first in range(0, len(images), _MAPS_TOGETHER):
+            some = {image: np.array(lists[image], np.int64) for image in images[first : first + _MAPS_TOGETHER]}
+            measured.append(self.keep(f"maps_{first}", partial(self._maps, some, first, len(images))))
+        names = ("image", "latent", "value", "by_chance")
+        of_image, of_latent, value, by_chance = (
+            np.concatenate([np.zeros(0), *(m[name] for m in measured)]) for name in names
+        )
+        known = ~np.isnan(value)
+        of_image, of_latent = of_image[known].astype(np.int64), of_latent[known].astype(np.int64)
+        n_latents = len(self.n_active)
+        n_maps = np.bincount(of_latent, minlength=n_latents)
         has_one = n_maps > 0
         n = int(has_one.sum())
         if not n:
             self.said.append("Moran's I: no map of a latent varies")
             return
-        found, null = sums / np.maximum(1, n_maps)
+        found, null = (
+            np.bincount(of_latent, each[known], n_latents) / np.maximum(1, n_maps) for each in (value, by_chance)
+        )
         self.latents |= {"morans_i": pa.array(found, mask=~has_one), "n_maps": n_maps}
         high = float(np.quantile(null[has_one], 0.95))
-        self.add("morans_i", found[has_one].mean(), null=null[has_one].mean(), null_high=high, n=n)
-        self.add("coherent_latents", (found[has_one] > high).mean(), null=0.05, n=n)
+        without, above = means_without(
+            value[known], of_latent, self.blocks.of_image[of_image], n_latents, self.blocks.n, high
+        )
+        means: dict[str, Any] = {"null": null[has_one].mean(), "null_high": high, "n": n}
+        self.add("morans_i", found[has_one].mean(), **means, without=without, bounded=False)
+        self.add("coherent_latents", (found[has_one] > high).mean(), null=0.05, n=n, without=above)
+
+    def _maps(self, latents_of: dict[int, Ints], n_before: int, n_in_all: int) -> Arrays:
+        """Moran's I of maps, and of their shuffled patches: (maps,) each, with their image and latent."""
+
+        def tell(done: int, total: int, state: str) -> None:
+            self.progress(n_before + done, n_in_all, state)
+
+        images, latents, values, nulls = [], [], [], []
+        for image, some, maps in iter_maps(self.stores, self.chosen, latents_of, tell):
+            images.append(np.full(len(some), image))
+            latents.append(some)
+            values.append(morans_i(maps))
+            nulls.append(morans_i(shuffled(maps, np.random.default_rng((self.config.seed, 4, image)))))
+        return {
+            "image": np.concatenate(images),
+            "latent": np.concatenate(latents),
+            "value": np.concatenate(values),
+            "by_chance": np.concatenate(nulls),
+        }
 
     def _numbered(self, labels: Sequence[str | None]) -> Ints:
         """(n,) numbers of the labels with enough groups; -1 of others, which are still told apart from."""
@@ -276,8 +429,23 @@ class Card:
         number = {name: i for i, name in enumerate(self.classes)}
         return np.array([number.get(label or "", -1) for label in labels], np.int64)
 
+    def _kept(self, before: str) -> Keep:
+        return lambda name, compute: self.keep(f"{before}_{name}", compute)
+
     def _named(self, name: str) -> Progress:
         return lambda done, total, state: self.progress(done, total, f"{state}, {name}")
+
+
+def over_classes(values: Floats) -> Floats:
+    """(blocks,) means over the classes, (classes, blocks), that are known."""
+    known = np.isfinite(values)
+    return np.where(known.any(0), np.where(known, values, 0).sum(0) / np.maximum(1, known.sum(0)), np.nan)
+
+
+def share_without(counted: Floats, of: Floats) -> Floats:
+    """(blocks,) the share without each block, of what is counted in each, and of how many."""
+    left = of.sum() - of
+    return np.where(left > 0, (counted.sum() - counted) / np.maximum(1, left), np.nan)
 
 
 def nanmean(values: Any) -> float:

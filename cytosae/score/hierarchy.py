@@ -12,14 +12,17 @@ splitting    within the coarse label's images alone, the best average precision 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csc_matrix
 
 from cytosae.probe import choose_null, shuffle_labels
+from stores.part_files import Arrays, Keep, computed
 
-from .single_latents import single_latents
+from .intervals import Blocks
+from .single_latents import single_latents, single_without
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -40,6 +43,10 @@ class Lineage:
     split: float
     split_null: tuple[float, ...]  # one for each shuffle
     n_images: int
+    n_blocks: int  # patients with such an image
+    taken_of_block: Floats  # (blocks,) images that are taken over
+    images_of_block: Floats  # (blocks,)
+    split_without: Floats  # (blocks,) without each block
 
 
 def lineages(
@@ -54,6 +61,8 @@ def lineages(
     of_parents: Floats,
     shuffles: int,
     seed: int,
+    blocks: Blocks,
+    keep: Keep = computed,
 ) -> list[Lineage]:
     """Every coarse label that has two finer ones of LEAST_IMAGES images or more.
 
@@ -62,6 +71,8 @@ def lineages(
     values : (n, n_latents)
     labels, parents, groups : (n,) numbers of the finer and the coarse label (-1: none), and of the group
     of_labels, of_parents : average precision (n_latents, n_labels) and (n_latents, n_parents)
+    blocks : for what each would be without these images
+    keep : the splitting of each coarse label is kept
     """
     found = []
     rows = values.tocsr()
@@ -81,7 +92,7 @@ def lineages(
             on_of[child] = _is_on(values, latent, labels == child) & (latent != own)
         n = int(inside.sum())
         missed = inside & ~is_on
-        absorbed = sum(int((missed & (labels == child) & on).sum()) for child, on in on_of.items())
+        taken = np.any([missed & (labels == child) & on for child, on in on_of.items()], axis=0)
         expected = sum(
             int((missed & (labels == child)).sum()) * float(on[inside].mean()) for child, on in on_of.items()
         )
@@ -92,20 +103,27 @@ def lineages(
         within, finer = csc_matrix(rows[kept]), number_of[labels[kept]]
         within.sort_indices()
         of_groups = np.unique(groups[kept], return_inverse=True)[1].astype(np.int64)
-        split_null = [
-            _best(within, shuffled, len(children)) for shuffled in shuffled_labels(finer, of_groups, shuffles, seed)
-        ]
+        split = keep(
+            f"splitting_{parent}",
+            partial(
+                _splitting, within, finer, of_groups, blocks.of_image[kept], len(children), blocks.n, shuffles, seed
+            ),
+        )
         found.append(
             Lineage(
                 parent=parent,
                 latent=own,
                 children=tuple(children.tolist()),
                 child_latents=tuple(latents),
-                absorbed=absorbed / n,
+                absorbed=int(taken.sum()) / n,
                 absorbed_null=expected / n,
-                split=_best(within, finer, len(children)),
-                split_null=tuple(split_null),
+                split=float(split["value"][0]),
+                split_null=tuple(split["null"].tolist()),
                 n_images=n,
+                n_blocks=blocks.having(inside),
+                taken_of_block=np.bincount(blocks.of_image[taken], minlength=blocks.n).astype(np.float64),
+                images_of_block=np.bincount(blocks.of_image[inside], minlength=blocks.n).astype(np.float64),
+                split_without=split["without"],
             )
         )
     return found
@@ -136,5 +154,27 @@ def _is_on(values: csc_matrix, latent: int, truth: Bools) -> Bools:
     return np.asarray((column >= best_threshold(column, truth)) & (column != 0))
 
 
-def _best(values: csc_matrix, labels: Ints, n_classes: int) -> float:
-    return float(np.nanmean(single_latents(values, labels, n_classes).average_precision.max(0)))
+def _splitting(
+    values: csc_matrix,
+    finer: Ints,
+    groups: Ints,
+    block_of: Ints,
+    n_classes: int,
+    n_blocks: int,
+    shuffles: int,
+    seed: int,
+) -> Arrays:
+    """Mean average precision of the best latents, under the null, and of the same latents without each block."""
+    precision = single_latents(values, finer, n_classes).average_precision
+    null = [
+        float(np.nanmean(single_latents(values, each, n_classes).average_precision.max(0)))
+        for each in shuffled_labels(finer, groups, shuffles, seed)
+    ]
+    without, _ = single_without(values, finer, block_of, n_blocks, precision.argmax(0))
+    known = np.isfinite(without)
+    mean = np.where(known, without, 0).sum(0) / np.maximum(1, known.sum(0))
+    return {
+        "value": np.array([np.nanmean(precision.max(0))]),
+        "null": np.array(null),
+        "without": np.where(known.any(0), mean, np.nan),
+    }

@@ -19,6 +19,7 @@ from stores.activation_store import ActivationStore, open_caches
 from stores.csr import CsrRows
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
+from stores.part_files import Arrays, Keep, computed
 from stores.progress import Progress
 from stores.tables import column, listed, read_table_file
 
@@ -27,6 +28,7 @@ from .config import ScoreConfig
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 _BLOCK_IMAGES = 64  # that are read together
+_PART_IMAGES = 4096  # of a store, of which the means are kept together: a whole number of blocks
 
 
 @dataclass(frozen=True)
@@ -116,25 +118,44 @@ def choose_images(stores: Sequence[LatentStore], config: ScoreConfig) -> Chosen:
 
 def _blocks(store: LatentStore, wanted: Ints) -> Iterator[tuple[int, CsrRows, Ints]]:
     """(first image, its block's rows, positions in `wanted` of the block's images), for blocks with a wanted image."""
-    for start in range(0, store.spec.n_images, _BLOCK_IMAGES):
+    if not len(wanted):
+        return
+    for start in range(int(wanted[0]) // _BLOCK_IMAGES * _BLOCK_IMAGES, int(wanted[-1]) + 1, _BLOCK_IMAGES):
         low, high = np.searchsorted(wanted, (start, start + _BLOCK_IMAGES))
         if low < high:
             first, last = int(wanted[low]), int(wanted[high - 1]) + 1
             yield first, store.read_images(first, last), np.arange(low, high)
 
 
-def read_means(stores: Sequence[LatentStore], chosen: Chosen, progress: Progress) -> csr_matrix:
+def read_means(stores: Sequence[LatentStore], chosen: Chosen, progress: Progress, keep: Keep = computed) -> csr_matrix:
     """(n, n_latents) float32: means of the stored latents over the patches of each image. Sums in float64."""
     parts, done = [], 0
     for number, store in enumerate(stores):
         wanted = chosen.index[chosen.store == number]
-        for first, rows, at in _blocks(store, wanted):
-            parts.append(_means(rows, wanted[at] - first, store))
-            done += len(at)
+        for part in _parts(wanted):
+
+            def compute(part: Ints = part, store: LatentStore = store, done: int = done) -> Arrays:
+                rows = []
+                for first, read, at in _blocks(store, part):
+                    rows.append(_means(read, part[at] - first, store))
+                    progress(done + int(at[-1]) + 1, len(chosen.ids), "latents")
+                found = vstack(rows, format="csr")
+                return {"data": found.data, "indices": found.indices, "indptr": found.indptr.astype(np.int64)}
+
+            kept = keep(f"latents_{number}_{part[0]}", compute)
+            arrays = (kept["data"], kept["indices"], kept["indptr"])
+            parts.append(csr_matrix(arrays, shape=(len(part), store.spec.n_latents)))
+            done += len(part)
             progress(done, len(chosen.ids), "latents")
     found = vstack(parts, format="csr")
     found.sort_indices()
     return found
+
+
+def _parts(wanted: Ints) -> list[Ints]:
+    """The images of a store in parts that are kept together."""
+    ends = np.flatnonzero(np.diff(wanted // _PART_IMAGES)) + 1
+    return [part for part in np.split(wanted, ends) if len(part)]
 
 
 def _means(rows: CsrRows, images: Ints, store: LatentStore) -> csr_matrix:
@@ -187,21 +208,32 @@ def open_tokens(places: Sequence[Path | str], stores: Sequence[LatentStore]) -> 
 
 
 def read_tokens(
-    caches: Sequence[ActivationStore], stores: Sequence[LatentStore], chosen: Chosen, progress: Progress
+    caches: Sequence[ActivationStore],
+    stores: Sequence[LatentStore],
+    chosen: Chosen,
+    progress: Progress,
+    keep: Keep = computed,
 ) -> Floats:
     """(n, width) float32: mean patch token of each image."""
     by_hash = {cache.content_sha256: cache for cache in caches}
-    found, done = np.zeros((len(chosen.ids), caches[0].spec.width), np.float32), 0
+    found, done = [], 0
     for number, store in enumerate(stores):
         cache = by_hash[store.spec.cache_sha256]
-        mine = np.flatnonzero(chosen.store == number)
-        for start in range(0, len(mine), _BLOCK_IMAGES):
-            some = mine[start : start + _BLOCK_IMAGES]
-            tokens = cache.read_images(chosen.index[some])
-            found[some] = tokens[:, cache.spec.layout.first_patch :].mean(1, dtype=np.float64)
-            done += len(some)
+        for part in _parts(chosen.index[chosen.store == number]):
+
+            def compute(part: Ints = part, cache: ActivationStore = cache, done: int = done) -> Arrays:
+                means = np.zeros((len(part), cache.spec.width), np.float32)
+                for start in range(0, len(part), _BLOCK_IMAGES):
+                    tokens = cache.read_images(part[start : start + _BLOCK_IMAGES])
+                    some = tokens[:, cache.spec.layout.first_patch :].mean(1, dtype=np.float64)
+                    means[start : start + len(some)] = some
+                    progress(done + start + len(some), len(chosen.ids), "tokens")
+                return {"means": means}
+
+            found.append(keep(f"tokens_{number}_{part[0]}", compute)["means"])
+            done += len(part)
             progress(done, len(chosen.ids), "tokens")
-    return found
+    return np.concatenate(found)
 
 
 def read_embedding(path: Path, chosen: Chosen) -> Floats:

@@ -12,11 +12,15 @@ for more reasons than one, and the null does not keep patients together: a laten
 it.
 """
 
+from typing import Any
+
+import numba
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csc_matrix, csr_matrix
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 _MOST_NUMBERS = 1 << 22  # latents x width that are summed at once
 
 
@@ -43,16 +47,7 @@ def monosemanticity(values: csc_matrix, units: Floats) -> Floats:
     found = np.full(n_latents, np.nan)
     size = max(1, _MOST_NUMBERS // units.shape[1])
     for start in range(0, n_latents, size):
-        some = csc_matrix(values[:, start : start + size], dtype=np.float64)
-        n_active = np.diff(some.indptr)
-        least = np.zeros(len(n_active))
-        full = np.flatnonzero(n_active > 0)
-        least[full] = np.minimum.reduceat(some.data, some.indptr[full])
-        least[n_active < n] = np.minimum(least[n_active < n], 0)  # not active in an image: 0 is there, too
-        if (least < 0).any():  # a signed activation: every image then has a weight
-            some = csc_matrix(some.toarray() - least)
-        else:
-            some.data -= np.repeat(least, n_active)
+        some = _weights(values[:, start : start + size], n)
         weights = csr_matrix(some.T)
         sums, squares = np.asarray(weights.sum(1)).ravel(), weights.multiply(weights)
         pairs = sums**2 - np.asarray(squares.sum(1)).ravel()
@@ -60,6 +55,76 @@ def monosemanticity(values: csc_matrix, units: Floats) -> Floats:
         is_known = (some.getnnz(0) > 1) & (pairs > 1e-12 * sums**2)
         found[start : start + size][is_known] = top[is_known] / pairs[is_known]
     return found
+
+
+def monosemanticity_without(values: csc_matrix, units: Floats, block_of: Ints, n_blocks: int) -> Floats:
+    """(n_latents, n_blocks): the same without the images of each block, with the same weights and centre.
+
+    block_of : (n,) numbers from 0
+    """
+    n, n_latents = values.shape
+    own = (units**2).sum(1)
+    found = np.full((n_latents, n_blocks), np.nan)
+    size = max(1, _MOST_NUMBERS // units.shape[1])
+    for start in range(0, n_latents, size):
+        some = _weights(values[:, start : start + size], n)
+        _leave_out(some.indptr, some.indices, some.data, units, own, block_of, found[start : start + size])
+    return found
+
+
+@numba.njit(cache=True, parallel=True, fastmath={"reassoc", "contract"})
+def _leave_out(
+    indptr: Any, images: Any, weights: Any, units: Any, own: Any, block_of: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    width = units.shape[1]
+    for latent in numba.prange(len(indptr) - 1):
+        low, high = indptr[latent], indptr[latent + 1]
+        total, far, equal, sums, squares = np.zeros(width), 0.0, 0.0, 0.0, 0.0
+        for k in range(low, high):
+            w, e = weights[k], units[images[k]]
+            for d in range(width):
+                total[d] += w * e[d]
+            equal += w * w * own[images[k]]
+            sums += w
+            squares += w * w
+        for d in range(width):
+            far += total[d] * total[d]
+        order = low + np.argsort(block_of[images[low:high]], kind="mergesort")
+        at = 0
+        for block in range(out.shape[1]):
+            left_far, left_equal, left_sums, left_squares = far, equal, sums, squares
+            n_left = high - low
+            if at < len(order) and block_of[images[order[at]]] == block:
+                part = total.copy()
+                while at < len(order) and block_of[images[order[at]]] == block:
+                    w, e = weights[order[at]], units[images[order[at]]]
+                    for d in range(width):
+                        part[d] -= w * e[d]
+                    left_equal -= w * w * own[images[order[at]]]
+                    left_sums -= w
+                    left_squares -= w * w
+                    n_left -= 1
+                    at += 1
+                left_far = 0.0
+                for d in range(width):
+                    left_far += part[d] * part[d]
+            pairs = left_sums * left_sums - left_squares
+            if n_left > 1 and pairs > 1e-12 * left_sums * left_sums:
+                out[latent, block] = (left_far - left_equal) / pairs
+
+
+def _weights(values: csc_matrix, n: int) -> csc_matrix:
+    """(n, latents) activations less the smallest of their latent, float64."""
+    some = csc_matrix(values, dtype=np.float64)
+    n_active = np.diff(some.indptr)
+    least = np.zeros(len(n_active))
+    full = np.flatnonzero(n_active > 0)
+    least[full] = np.minimum.reduceat(some.data, some.indptr[full])
+    least[n_active < n] = np.minimum(least[n_active < n], 0)  # not active in an image: 0 is there, too
+    if (least < 0).any():  # a signed activation: every image then has a weight
+        return csc_matrix(some.toarray() - least)
+    some.data -= np.repeat(least, n_active)
+    return some
 
 
 def mean_cosine(units: Floats) -> float:

@@ -50,7 +50,7 @@ class ScoreResult(Report):
     """The scorecard: a row for each figure."""
 
     out: Path
-    rows: list[dict[str, Any]]  # measure, label, k, value, null, null_high, n, baseline_...
+    rows: list[dict[str, Any]]  # measure, label, k, value, low, high, null, null_high, n, baseline_...
     baselines: tuple[str, ...]
     n_images: int
     n_patients: int
@@ -58,6 +58,7 @@ class ScoreResult(Report):
     said: tuple[str, ...]  # what could not be measured, and why
     was_complete: bool
     doubts: tuple[str, ...] = ()
+    unit: str = ""  # that intervals are over: patient or image; none: of an older cyto, without intervals
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -69,15 +70,24 @@ class ScoreResult(Report):
         patients = f", {counted(self.n_patients, 'patient')}" if self.n_patients else ", no patients known"
         yield f"{self.out}: {self.n_images:,} images{patients}, {counted(len(self.classes), 'label')}"
         baselines = "".join(f" {printable(name)[:14]:>14}" for name in self.baselines)
-        yield f"  {'':<72} {'k':>4} {'value':>8} {'null':>8} {'null up to':>10}{baselines}"
+        yield f"  {'':<72} {'k':>4} {'value':>8} {'95% interval':>16} {'null':>8} {'null up to':>10}{baselines}"
         for row in self.rows:
             if row["label"] is not None:
                 continue
             others = "".join(f" {cell(row.get(f'baseline_{name}'), '14.3f')}" for name in self.baselines)
             yield (
                 f"  {MEASURES[row['measure']]:<72} {cell(row['k'], '4')} {cell(row['value'], '8.3f')} "
-                f"{cell(row['null'], '8.3f')} {cell(row['null_high'], '10.3f')}{others}"
+                f"{_between(row):>16} {cell(row['null'], '8.3f')} {cell(row['null_high'], '10.3f')}{others}"
+            )
+        if self.unit:
+            yield (
+                f"intervals are over {self.unit}s, with fits and choices as they are: that a latent is the best of "
+                f"many is in the null, not in the interval"
             )
         for each in self.said:
             yield f"not measured: {printable(each)}"
         yield "read each value beside its null (shuffled labels, embeddings or patches); there is no overall rank"
+
+
+def _between(row: dict[str, Any]) -> str:
+    return "" if row.get("low") is None else f"{row['low']:.3f} to {row['high']:.3f}"

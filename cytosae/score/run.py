@@ -98,8 +98,9 @@ def score_sae(
 ) -> ScoreResult:
     """The scorecard of the SAE in `run`, into the folder `out`.
 
-    Written are scorecard.parquet and scorecard.json (a row for each figure, beside its null), latents.parquet (a row
-    for each latent) and labels.parquet (a row for each latent and label).
+    Written are scorecard.parquet and scorecard.json (a row for each figure, with its interval over patients, beside its
+    null), latents.parquet (a row for each latent) and labels.parquet (a row for each latent and label). The same call
+    continues an interrupted one.
 
     Parameters
     ----------
@@ -151,7 +152,7 @@ def score_sae(
     writer.watch(*(store.header for store in stores), *(cache.header for cache in opened))
     if writer.is_complete:
         return _result(out, ResultStore(out, SCORECARD).json("scorecard"), was_complete=True)
-    card = Card(config, stores, chosen, Passes(progress))
+    card = Card(config, stores, chosen, Passes(progress), writer.parts)
     card.read(opened, embedding)
     card.label_measures()
     card.look_measures()
@@ -171,6 +172,8 @@ def score_sae(
         "n_images": len(chosen.ids),
         "n_candidates": chosen.n_candidates,
         "n_patients": chosen.n_patients,
+        "unit": card.blocks.unit,
+        "n_blocks": card.blocks.n,
         "classes": card.classes,
         "said": card.said,
         "doubts": card.doubts,
@@ -194,6 +197,7 @@ def _result(out: Path, facts: dict[str, Any], *, was_complete: bool) -> ScoreRes
         baselines=tuple(facts["baselines"]),
         n_images=facts["n_images"],
         n_patients=facts["n_patients"],
+        unit=facts.get("unit", ""),
         classes=tuple(facts["classes"]),
         said=tuple(facts["said"]),
         doubts=tuple(facts["doubts"]),
@@ -208,7 +212,7 @@ def _with_baselines(row: dict[str, Any], others: Sequence[Baseline]) -> dict[str
 
 def _score_table(rows: list[dict[str, Any]], baselines: Sequence[str]) -> pa.Table:
     kinds = {"measure": pa.string(), "label": pa.string(), "k": pa.int64(), "n": pa.int64()}
-    names = (*KEYS, "value", "null", "null_high", "n", *(f"baseline_{name}" for name in baselines))
+    names = (*KEYS, "value", "low", "high", "null", "null_high", "n", *(f"baseline_{name}" for name in baselines))
     return pa.table({n: pa.array([row[n] for row in rows], kinds.get(n, pa.float64())) for n in names})
 
 

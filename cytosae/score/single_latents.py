@@ -53,6 +53,52 @@ def single_latents(values: csc_matrix, labels: Ints, n_classes: int) -> SingleLa
     return SingleLatents(precision, removed)
 
 
+def single_without(
+    values: csc_matrix, labels: Ints, block_of: Ints, n_blocks: int, latents: Ints
+) -> tuple[Floats, Floats]:
+    """Average precision, and share of the log loss removed, without the images of each block: (n_classes, n_blocks).
+
+    Parameters
+    ----------
+    values, labels : as in `single_latents`
+    block_of : (n,) numbers from 0
+    latents : (n_classes,) which latent for each class
+    """
+    shape = (len(latents), n_blocks)
+    precision, removed = np.full(shape, np.nan), np.full(shape, np.nan)
+    for c, latent in enumerate(latents.tolist()):
+        low, high = values.indptr[latent], values.indptr[latent + 1]
+        images = values.indices[low:high]
+        order = np.argsort(-values.data[low:high].astype(np.float64), kind="stable")
+        value, of_class = values.data[low:high][order].astype(np.float64), labels == c
+        _every_block(
+            *(value, np.where(of_class[images[order]], 0, -1), block_of[images[order]]),
+            *(np.bincount(block_of, minlength=n_blocks), np.bincount(block_of[of_class], minlength=n_blocks)),
+            *(precision[c], removed[c]),
+        )
+    return precision, removed
+
+
+@numba.njit(cache=True, parallel=True)
+def _every_block(
+    value: Any, of: Any, block: Any, n_of: Any, hits_of: Any, precision: Any, removed: Any
+) -> None:  # pragma: no cover - compiled
+    n, hits = n_of.sum(), hits_of.sum()
+    for left_out in numba.prange(len(n_of)):
+        kept = block != left_out
+        totals = np.array([hits - hits_of[left_out]])
+        left = n - n_of[left_out]
+        if totals[0] == 0:
+            continue
+        out = np.zeros(1)
+        _average_precision(value[kept], of[kept], left, totals, out)
+        precision[left_out] = out[0]
+        if totals[0] < left:
+            out[0] = 0.0
+            _one_latent_probe(value[kept], of[kept], left, totals, out)
+            removed[left_out] = out[0]
+
+
 @numba.njit(cache=True, parallel=True)
 def _every_latent(
     indptr: Any, indices: Any, data: Any, labels: Any, totals: Any, precision: Any, removed: Any

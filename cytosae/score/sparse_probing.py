@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from cytosae.probe import fit_columns
 from stores.machine import n_cores
+from stores.part_files import Arrays, Keep, computed
 from stores.progress import Progress
 
 Floats = npt.NDArray[np.float64]
@@ -36,6 +37,8 @@ class ProbeScores:
 
     latents: Floats  # (number of ks, n_classes)
     dense: Floats | None  # (n_classes,)
+    latents_without: Floats | None = None  # (number of ks, n_classes, blocks): the same without each block of images
+    dense_without: Floats | None = None  # (n_classes, blocks)
 
 
 def sparse_probing(
@@ -46,6 +49,8 @@ def sparse_probing(
     ks: Sequence[int],
     *,
     dense: npt.NDArray[np.float32] | None = None,
+    block_of: Ints | None = None,
+    keep: Keep = computed,
     progress: Progress = lambda done, total, state: None,
 ) -> ProbeScores:
     """Probe every class against all other rows with k latents, and with all dense columns.
@@ -58,30 +63,45 @@ def sparse_probing(
     labels : (n,) class 0..n_classes - 1; -1: none of these
     fold_of : (n,) fold of each row; three folds or more, whole groups in one
     dense : (n, width)
+    block_of : (n,) numbers from 0: also score the same fits without the tested rows of each block
+    keep : each fold is kept
     """
-    n_folds = int(fold_of.max()) + 1
-    scores = np.full((len(ks) + 1, n_classes, n_folds), np.nan)
+    n_folds, n_blocks = int(fold_of.max()) + 1, 0 if block_of is None else int(block_of.max()) + 1
+    areas = []
     n_done, n_jobs = 0, n_folds * n_classes
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n_cores()) as pool:
         for fold in range(n_folds):
-            training = fold_of != fold
-            ranked = rank_latents(values[training], labels[training], n_classes, max(ks))
 
-            def probe(c: int, fold: int = fold, training: Bools = training, ranked: Ints = ranked) -> None:
-                truth = labels == c
-                if not (truth & training).any() or not (truth & ~training).any() or (truth | training).all():
-                    return
-                x = values[:, ranked[c]].toarray().astype(np.float64)
-                for number, k in enumerate(ks):
-                    scores[number, c, fold] = _held_out(x[:, :k], truth, fold_of, fold, n_folds)
-                if dense is not None:
-                    scores[-1, c, fold] = _held_out(dense.astype(np.float64), truth, fold_of, fold, n_folds)
+            def one_fold(fold: int = fold, n_done: int = n_done) -> Arrays:
+                training = fold_of != fold
+                ranked = rank_latents(values[training], labels[training], n_classes, max(ks))
+                found = np.full((len(ks) + 1, n_classes, 1 + n_blocks), np.nan)
 
-            for _ in pool.map(probe, range(n_classes)):
-                n_done += 1
-                progress(n_done, n_jobs, "probes")
-    found = _mean(scores)
-    return ProbeScores(found[:-1], None if dense is None else found[-1])
+                def probe(c: int) -> None:
+                    truth = labels == c
+                    if not (truth & training).any() or not (truth & ~training).any() or (truth | training).all():
+                        return
+                    x = values[:, ranked[c]].toarray().astype(np.float64)
+                    for number, k in enumerate(ks):
+                        found[number, c] = _held_out(x[:, :k], truth, fold_of, fold, n_folds, block_of, n_blocks)
+                    if dense is not None:
+                        whole = dense.astype(np.float64)
+                        found[-1, c] = _held_out(whole, truth, fold_of, fold, n_folds, block_of, n_blocks)
+
+                for n_probed, _ in enumerate(pool.map(probe, range(n_classes)), start=n_done + 1):
+                    progress(n_probed, n_jobs, "probes")
+                return {"areas": found}
+
+            areas.append(keep(f"fold_{fold}", one_fold)["areas"])
+            n_done += n_classes
+            progress(n_done, n_jobs, "probes")
+    means = _mean(np.stack(areas, axis=-1))
+    return ProbeScores(
+        means[:-1, :, 0],
+        None if dense is None else means[-1, :, 0],
+        None if block_of is None else means[:-1, :, 1:],
+        None if block_of is None or dense is None else means[-1, :, 1:],
+    )
 
 
 def rank_latents(values: csr_matrix, labels: Ints, n_classes: int, n_top: int) -> Ints:
@@ -115,7 +135,32 @@ def area_under_roc(truth: Bools, score: Floats) -> float:
     return float((rankdata(score)[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * (len(truth) - n_true)))
 
 
-def _held_out(x: Floats, truth: Bools, fold_of: Ints, fold: int, n_folds: int) -> float:
+def areas_without(truth: Bools, score: Floats, block_of: Ints, n_blocks: int) -> Floats:
+    """(1 + n_blocks,) area under the ROC curve of all rows, and without the rows of each block; NaN without pairs.
+
+    From the pairs that each row wins: a block takes with it those of its rows, but pairs of two of its rows only once.
+    """
+    n_true = int(truth.sum())
+    ranks, is_false = rankdata(score), ~truth
+    won = np.zeros(len(score))
+    won[truth] = ranks[truth] - rankdata(score[truth])  # other rows below this one, ties half
+    won[is_false] = n_true - (ranks[is_false] - rankdata(score[is_false]))
+    total = float(won[truth].sum())
+    left = total - np.bincount(block_of, won, n_blocks)
+    of_true = np.bincount(block_of[truth], minlength=n_blocks)
+    of_false = np.bincount(block_of[is_false], minlength=n_blocks)
+    for block in np.flatnonzero((of_true > 0) & (of_false > 0)).tolist():
+        mine = block_of == block
+        left[block] += area_under_roc(truth[mine], score[mine]) * of_true[block] * of_false[block]
+    pairs = (n_true - of_true) * (len(truth) - n_true - of_false)
+    without = np.where(pairs > 0, left / np.maximum(1, pairs), np.nan)
+    return np.concatenate([[total / (n_true * (len(truth) - n_true))], without])
+
+
+def _held_out(
+    x: Floats, truth: Bools, fold_of: Ints, fold: int, n_folds: int, block_of: Ints | None, n_blocks: int
+) -> Floats:
+    """(1 + n_blocks,) areas of the fold: as it is, and without the rows of each block."""
     training, inner = fold_of != fold, fold_of == (fold + 1) % n_folds
     best = PENALTIES[0]
     seen = training & ~inner
@@ -124,8 +169,11 @@ def _held_out(x: Floats, truth: Bools, fold_of: Ints, fold: int, n_folds: int) -
         best = PENALTIES[int(np.argmax(np.round(tried, 9)))]  # of equal ones the strongest penalty
     tested = ~training
     if truth[tested].all():
-        return float("nan")
-    return area_under_roc(truth[tested], _logits(x, truth, training, tested, best))
+        return np.full(1 + n_blocks, np.nan)
+    logits = _logits(x, truth, training, tested, best)
+    if block_of is None:
+        return np.array([area_under_roc(truth[tested], logits)])
+    return areas_without(truth[tested], logits, block_of[tested], n_blocks)
 
 
 def _logits(x: Floats, truth: Bools, training: Bools, tested: Bools, C: float) -> Floats:

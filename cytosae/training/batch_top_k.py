@@ -143,8 +143,9 @@ def _next_below(value: float, dtype: torch.dtype) -> float:
 def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
     if p_BL.device.type == "cpu" and p_BL.dtype.itemsize > 2:
         use_kernels_with_torch_threads()
-        counts = kernels_cpu.count_active(p_BL.numpy(), bound)
-        return _CpuPiece(kernels_cpu.take_active(p_BL.numpy(), counts, bound))
+        _, active = kernels_cpu.find_active(p_BL.numpy(), bound)
+        assert active is not None
+        return _CpuPiece(active)
     if p_BL.is_cuda:
         from . import kernels_gpu  # needs triton
 

@@ -416,6 +416,10 @@ class _Sums:
         """Sum of squared distances from the mean token."""
         return self._shifted_square - self._shifted_D.square().sum().item() / self.n_tokens
 
+    def shifted(self) -> tuple[torch.Tensor, float]:
+        """The sum of the tokens (D,), and of their squares, about the first token."""
+        return self._shifted_D, self._shifted_square
+
     @property
     def explained_variance(self) -> float:
         """Share of the variance about the mean token; NaN if the tokens do not vary."""

@@ -7,7 +7,7 @@ No torch here: `cyto sae info` shows what was stored.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -46,6 +46,7 @@ class HealthRow:
     is_needed: bool = (
         True  # False: out of range it is a waste, or could be better, and barcodes may be good all the same
     )
+    error: float | None = None  # two standard errors of the value, where a sample was measured; None: not known
 
     @property
     def healthy(self) -> str:
@@ -55,6 +56,16 @@ class HealthRow:
         if self.low is not None:
             return f"at least {self.low:.3g}"
         return "not known" if self.high is None else f"at most {self.high:.3g}"
+
+
+@dataclass(frozen=True)
+class SampleErrors:
+    """Two standard errors of what was measured on a sample of the images; NaN for what is not known."""
+
+    l0: float
+    everywhere: float
+    dead: float
+    explained_variance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,7 @@ class Health(Report):
                 **dict.fromkeys(("value", "low", "high"), (int, float, NoneType)),
                 "is_healthy": (bool, NoneType),
                 "is_needed": bool,
+                "error": (int, float, NoneType),  # not there in files of before
             }
         ],
     }
@@ -107,7 +119,8 @@ class Health(Report):
         if n_better := len(self.out_of_range) - n_bad:
             verdict += f", {n_better} could be better"
         of = f" of {self.n_images_in_all:,}" if self.n_images < self.n_images_in_all else ""
-        yield f"health: {verdict} (measured on {self.n_images:,}{of} images, {self.n_tokens:,} tokens)"
+        how = "; ±: two standard errors of this sample" if any(row.error is not None for row in self.rows) else ""
+        yield f"health: {verdict} (measured on {self.n_images:,}{of} images, {self.n_tokens:,} tokens){how}"
         for row in self.rows:
             mark = {True: "ok ", False: "OUT" if row.is_needed else "!  ", None: "?  "}[row.is_healthy]
             yield f"  {mark} {printable(row.name):<12} {printable(row.says)}; healthy: {row.healthy}"
@@ -153,24 +166,24 @@ class Figures(Protocol):
     def substitution(self) -> "Substitution | None": ...
 
 
-def assess_health(found: Figures, *, n_images_in_all: int | None = None) -> Health:
+def assess_health(found: Figures, *, n_images_in_all: int | None = None, errors: SampleErrors | None = None) -> Health:
     """Judge what was measured: L0, latents that are active everywhere, dead latents, what is explained, final CLS.
 
     Parameters
     ----------
     found : of `cytosae.evaluate`; with a `BackboneSample` the final CLS is judged too
     n_images_in_all : readable images, where `found` is of a sample of them
+    errors : of that sample, where they are known
 
     Returns
     -------
     A row for each figure. Ranges: docs/training.md.
     """
-    alive = found.n_images_active > 0
-    n_alive = int(alive.sum())
-    least = math.ceil(round(NEARLY_ALL * found.n_images, 6))
-    everywhere = float((found.n_images_active[alive] >= least).mean()) if n_alive else math.nan
+    everywhere = share_everywhere(found.n_images_active, found.n_images)
     how = _Settings(found.activation, found.width, found.n_latents)
     rows = [_l0(found, how), _everywhere(everywhere, how), _dead(found), _explained(found, how), _pca(found, how)]
+    if errors is not None:
+        rows = [*_with_errors(rows, errors, found.n_images)]
     if found.substitution is not None:
         rows.append(_final_cls(found.substitution.recovered_from_mean))
     return Health(
@@ -182,6 +195,30 @@ def assess_health(found: Figures, *, n_images_in_all: int | None = None) -> Heal
         n_tokens=found.n_tokens,
         rows=tuple(rows),
     )
+
+
+def share_everywhere(n_images_active: npt.NDArray[np.int64], n_images: int) -> float:
+    """The share of the living latents that are active in nearly every image; NaN if none lives."""
+    alive = n_images_active[n_images_active > 0]
+    least = math.ceil(round(NEARLY_ALL * n_images, 6))
+    return float((alive >= least).mean()) if len(alive) else math.nan
+
+
+def _with_errors(rows: list[HealthRow], errors: SampleErrors, n_images: int) -> Iterator[HealthRow]:
+    """The rows with the errors of their figures, in words and for programs."""
+    missed = (
+        f"; a latent that is active in fewer than 1 of {n_images // 3:,} images may be missed"  # 95%: rule of three
+    )
+    of = {
+        "L0": (errors.l0, f" ± {errors.l0:.2g}"),
+        "everywhere": (errors.everywhere, f" ± {errors.everywhere:.1%}"),
+        "dead": (errors.dead, f" ± {errors.dead:.1%}{missed}"),
+        "explained": (errors.explained_variance, f" ± {errors.explained_variance:.2g}"),
+    }
+    for row in rows:
+        error, words = of.get(row.name, (math.nan, ""))
+        is_known = row.value is not None and not math.isnan(error)
+        yield replace(row, says=f"{row.says}{words}", error=error) if is_known else row
 
 
 def healthy_l0(width: int, n_latents: int) -> tuple[float, float]:
@@ -306,7 +343,8 @@ def read_health(run: Path, *, sae_sha256: str | None = None, cache_sha256: str |
             continue
         try:
             rows = tuple(
-                HealthRow(**{name: row[name] for name in HealthRow.__dataclass_fields__}) for row in entry["rows"]
+                HealthRow(**{name: {"error": None, **row}[name] for name in HealthRow.__dataclass_fields__})
+                for row in entry["rows"]
             )
             return Health(**{**{name: entry[name] for name in Health.kinds}, "rows": rows})
         except (KeyError, TypeError):

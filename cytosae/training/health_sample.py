@@ -1,9 +1,13 @@
 """The health of an SAE that has just been trained, on images of its caches: all of them, or a sample that is cheap.
 
 `cyto sae eval` measures on all images, and the final CLS too. This is for the end of a training run: at most a
-sixteenth of the budget (of tokens "auto": of the largest one), in whole chunks that lie evenly over the caches.
+sixteenth of the budget, and at most 2^20 tokens, in whole chunks that lie evenly over the caches. A sample has an
+error, which is told: two standard errors by the delete-one jackknife over at most 16 groups of neighbouring chunks
+(images beside each other are often of the same patient or class, so single images would make it too small).
+Source: Efron and Stein 1981, Annals of Statistics 9, 586. Twin: tests/cytosae/training/test_health.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +25,12 @@ from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
 from .evaluate import _Sums, images_of, tokens_at_a_time
-from .health import Health, assess_health, read_health, write_health
+from .health import Health, SampleErrors, assess_health, read_health, share_everywhere, write_health
 
 LEAST_IMAGES = 64  # are measured on, whatever it costs
 SHARE = 16  # as many tokens are measured on as the budget has, divided by this
+MOST_TOKENS = 1 << 20  # whatever the budget is: 4,080 images of 257 tokens
+_GROUPS = 16  # of chunks, for the jackknife
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class _Measured:
     explained_variance: float
     n_pca: int
     pca_explained_variance: float
+    errors: SampleErrors | None  # None: all images were measured on, or too few chunks to say
     substitution: None = None
 
 
@@ -71,10 +78,10 @@ def health_of_run(run: Path, data: TrainingData, config: TrainConfig, *, n_steps
     if known is not None:
         return known
     masks = [train | held for train, held in zip(data.chosen.train, data.chosen.held_out, strict=True)]
-    most = n_steps * config.batch_tokens // SHARE
+    most = min(n_steps * config.batch_tokens // SHARE, MOST_TOKENS)
     measured = measure_sample(sae.model, data.stores, masks, config, most_tokens=most, device=device)
     figures = _Measured(sae_sha256=sae.sha256, cache_sha256=cache_sha256, token_set=config.token_set, **measured)
-    health = assess_health(figures, n_images_in_all=sum(int(mask.sum()) for mask in masks))
+    health = assess_health(figures, n_images_in_all=sum(int(mask.sum()) for mask in masks), errors=figures.errors)
     require_unchanged(sae.header, *(store.header for store in data.stores))
     write_health(run, health)
     return health
@@ -101,11 +108,17 @@ def measure_sample(
     ]
     chunks = [each for each in chunks if each[3]]
     most_images = max(LEAST_IMAGES, most_tokens // per_image)
-    for number in evenly_spaced([n_images for *_, n_images in chunks], most_images):
-        store, mask, chunk, _ = chunks[number]
-        for _, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
-            sums.add(x_NTD.to(device).float())
+    drawn = evenly_spaced([n_images for *_, n_images in chunks], most_images)
+    groups = [_Group.of(sums)]  # the sums after each group of chunks, so that each one can be left out
+    for numbers in np.array_split(drawn, min(_GROUPS, len(drawn))):
+        for number in numbers:
+            store, mask, chunk, _ = chunks[number]
+            for _, x_NTD in images_of(store, mask, config.token_set, [chunk], step=step):
+                sums.add(x_NTD.to(device).float())
+        groups.append(_Group.of(sums))
+    left = 1 - sums.n_images / sum(n_images for *_, n_images in chunks)
     return {
+        "errors": jackknife(groups, share_left=left) if left > 0 and len(groups) > 2 else None,
         "activation": model.activation,
         "width": model.width,
         "n_latents": model.n_latents,
@@ -117,6 +130,63 @@ def measure_sample(
         "n_pca": sums.n_pca,
         "pca_explained_variance": sums.pca_explained_variance,
     }
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Running sums of a pass: over all tokens so far, or of some left out. D channels, L latents."""
+
+    n_images: int
+    n_tokens: int
+    error: float
+    square: float  # of tokens about a point that stays
+    sum_D: npt.NDArray[np.float64]  # likewise
+    n_images_active: npt.NDArray[np.int64]
+    n_active: int  # latents of tokens
+
+    @classmethod
+    def of(cls, sums: _Sums) -> "_Group":
+        """What the pass has summed so far."""
+        shifted_D, shifted_square = sums.shifted()
+        return cls(
+            n_images=sums.n_images,
+            n_tokens=sums.n_tokens,
+            error=sums.error,
+            square=shifted_square,
+            sum_D=shifted_D.cpu().numpy().copy(),
+            n_images_active=sums.n_images_active.cpu().numpy().copy(),
+            n_active=int(sums.n_tokens_active.sum()),
+        )
+
+    def without(self, before: "_Group", after: "_Group") -> "_Group":
+        """The sums less what was added from `before` to `after`."""
+        return _Group(
+            **{name: value - getattr(after, name) + getattr(before, name) for name, value in vars(self).items()}
+        )
+
+    def figures(self) -> tuple[float, float, float, float]:
+        """L0, share of latents active everywhere, dead share, explained variance; NaN for what is not known."""
+        variance = self.square - float(self.sum_D @ self.sum_D) / self.n_tokens
+        return (
+            self.n_active / self.n_tokens,
+            share_everywhere(self.n_images_active, self.n_images),
+            float((self.n_images_active == 0).mean()),
+            1 - self.error / variance if variance > 0 else math.nan,
+        )
+
+
+def jackknife(running: Sequence[_Group], *, share_left: float) -> SampleErrors:
+    """Two standard errors of each figure of a sample, from the figures without each of its groups.
+
+    Parameters
+    ----------
+    running : sums before the first group, and after each; three or more
+    share_left : share of the images that are not in the sample, in (0, 1)
+    """
+    n, all_of_it = len(running) - 1, running[-1]
+    without = np.array([all_of_it.without(running[k], running[k + 1]).figures() for k in range(n)])
+    error = 2 * np.sqrt(share_left * (n - 1) / n * np.square(without - without.mean(0)).sum(0))
+    return SampleErrors(*map(float, error))
 
 
 def evenly_spaced(sizes: Sequence[int], most: int) -> list[int]:

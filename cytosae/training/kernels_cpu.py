@@ -6,6 +6,7 @@ results do not depend on the number of threads.
 Shapes: B tokens, D width, L latents, A active (token, latent) pairs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[Any]  # float32, or float64 in tests
 _CHUNK = 16  # latents that are tested together: most chunks have no active latent
+_PARTS = 16  # of a matrix, each searched by one thread: more than threads, so that all have about as much to do
 _MIN_COLUMNS = 64  # columns of the reconstruction per thread, at least
 
 
@@ -57,36 +59,42 @@ class Active:
         return dense
 
 
-def count_active(pre_activations_BL: Floats, above: float = 0.0) -> npt.NDArray[np.int64]:
-    """(B,): number of entries above `above` of each token. NaN counts as active, so that it reaches the loss."""
-    counts = np.empty(len(pre_activations_BL), np.int64)
-    _count(pre_activations_BL, pre_activations_BL.dtype.type(above), counts)
-    return counts
+def find_active(matrix_BL: Floats, above: float = 0.0, most: float = math.inf) -> tuple[int, Active | None]:
+    """(number of entries above `above`, these entries by latent; None in their place if they are more than `most`).
 
+    NaN counts as active, so that it reaches the loss. The matrix is read once: it is far larger than any cache.
 
-def take_active(pre_activations_BL: Floats, counts_B: npt.NDArray[np.int64], above: float = 0.0) -> Active:
-    """The entries above `above`, by latent; `counts_B` from `count_active`. Memory: 16 bytes per active entry."""
-    starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
-    latents = np.empty(starts[-1], np.int32)
-    values = np.empty(starts[-1], pre_activations_BL.dtype)
-    _fill(pre_activations_BL, pre_activations_BL.dtype.type(above), starts, latents, values)
-    return Active(len(counts_B), *_by_latent(starts, latents, values, pre_activations_BL.shape[1]))
+    Parameters
+    ----------
+    matrix_BL : pre-activations; or, as uint16, the bits of bfloat16 numbers, a type that numpy does not know: then
+        `above` must be 0, and the values become float32, exactly
 
-
-def count_active_bfloat16(bits_BL: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
-    """`count_active` of bfloat16 numbers, whose bits are given: numpy has no such type."""
-    counts = np.empty(len(bits_BL), np.int64)
-    _count_bits(bits_BL, counts)
-    return counts
-
-
-def take_active_bfloat16(bits_BL: npt.NDArray[np.uint16], counts_B: npt.NDArray[np.int64]) -> Active:
-    """`take_active` of bfloat16 numbers, whose bits are given; the values become float32, exactly."""
-    starts = np.concatenate([np.zeros(1, np.int64), counts_B.cumsum()])
-    latents = np.empty(starts[-1], np.int32)
-    bits = np.empty(starts[-1], np.uint32)
-    _fill_bits(bits_BL, starts, latents, bits)
-    return Active(len(counts_B), *_by_latent(starts, latents, bits.view(np.float32), bits_BL.shape[1]))
+    Memory: about 30 bytes per active entry, at most 8 bytes per entry of the matrix and 16 per active one.
+    """
+    n_tokens, n_latents = matrix_BL.shape
+    n_parts = max(1, min(_PARTS, n_tokens))
+    is_bits = matrix_BL.dtype == np.uint16
+    some = matrix_BL[:: max(1, n_tokens // _PARTS)]  # a guess of the room that is needed
+    counts_of_some = ((some.view(np.int16) > 0) if is_bits else ~(some <= above)).sum(1)
+    room = 3 * int(counts_of_some.max(initial=0)) * -(-n_tokens // n_parts) // 2 + _CHUNK
+    if n_parts * room > 3 * most:
+        room = _CHUNK  # these are too many: they will only be counted
+    starts, counts = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
+    while True:
+        latents = np.empty(n_parts * room, np.int32)
+        values = np.empty(n_parts * room, np.uint32 if is_bits else matrix_BL.dtype)
+        if is_bits:
+            _find_in_bits(matrix_BL, room, starts, counts, latents, values)
+        else:
+            _find(matrix_BL, matrix_BL.dtype.type(above), room, starts, counts, latents, values)
+        n_active = int(counts.sum())
+        if n_active > most:
+            return n_active, None
+        if (starts >= 0).all():
+            found = values.view(np.float32) if is_bits else values
+            return n_active, Active(n_tokens, *_by_latent(starts, counts, latents, found, n_latents))
+        first = np.arange(n_parts) * n_tokens // n_parts
+        room = int(np.add.reduceat(counts, first).max()) + _CHUNK
 
 
 def add_decoded(active: Active, W_dec_LD: Floats, out_BD: Floats) -> None:
@@ -140,73 +148,89 @@ def _equal_work(active: Active) -> npt.NDArray[np.int64]:
     return cuts
 
 
+# Both: the active entries of token b come to starts[b] and behind, counts[b] many; tokens are cut into parts of `room`
+# places each. Where these did not suffice, starts[b] is -1, and counts[b] is right all the same.
+# A chunk with an active entry is copied without branches: an entry that is not active is overwritten by the next.
 @numba.njit(parallel=True, cache=True)
-def _count(p: Any, above: Any, counts: Any) -> None:
-    for b in numba.prange(p.shape[0]):
-        n = 0
-        for latent in range(p.shape[1]):
-            n += not p[b, latent] <= above
-        counts[b] = n
-
-
-@numba.njit(parallel=True, cache=True)
-def _fill(p: Any, above: Any, starts: Any, latents: Any, values: Any) -> None:
-    for b in numba.prange(p.shape[0]):
-        at = starts[b]
-        for first in range(0, p.shape[1], _CHUNK):
-            stop = min(first + _CHUNK, p.shape[1])
-            n = 0
-            for latent in range(first, stop):
-                n += not p[b, latent] <= above
-            if n > 0:
-                for latent in range(first, stop):
-                    if not p[b, latent] <= above:
+def _find(p: Any, above: Any, room: int, starts: Any, counts: Any, latents: Any, values: Any) -> None:
+    n_parts, n_chunked = len(latents) // room, p.shape[1] - p.shape[1] % _CHUNK
+    for part in numba.prange(n_parts):
+        at, end = part * room, (part + 1) * room
+        for b in range(part * p.shape[0] // n_parts, (part + 1) * p.shape[0] // n_parts):
+            starts[b], n_lost = at, 0
+            for first in range(0, n_chunked, _CHUNK):
+                is_any = False
+                for j in range(_CHUNK):  # a constant number, so that the compiler tests all at once
+                    is_any |= not p[b, first + j] <= above
+                if is_any and at + _CHUNK <= end:
+                    for j in range(_CHUNK):
+                        latents[at] = first + j
+                        values[at] = p[b, first + j]
+                        at += not p[b, first + j] <= above
+                elif is_any:
+                    for j in range(_CHUNK):
+                        n_lost += not p[b, first + j] <= above
+            for latent in range(n_chunked, p.shape[1]):
+                if not p[b, latent] <= above:
+                    if at < end:
                         latents[at] = latent
                         values[at] = p[b, latent]
                         at += 1
+                    else:
+                        n_lost += 1
+            counts[b] = at - starts[b] + n_lost
+            if n_lost > 0:
+                starts[b] = -1
 
 
 # Bits of a bfloat16 number above 0, infinity and NaN included: 1 to 0x7fff, and 0xff81 and more for NaN with a sign,
-# which is what an Intel processor makes of infinity - infinity.
+# which is what an Intel processor makes of infinity - infinity. float32 begins with these bits.
 @numba.njit(parallel=True, cache=True)
-def _count_bits(bits: Any, counts: Any) -> None:
-    for b in numba.prange(bits.shape[0]):
-        n = 0
-        for latent in range(bits.shape[1]):
-            n += (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80)
-        counts[b] = n
-
-
-@numba.njit(parallel=True, cache=True)
-def _fill_bits(bits: Any, starts: Any, latents: Any, out: Any) -> None:
-    for b in numba.prange(bits.shape[0]):
-        at = starts[b]
-        for first in range(0, bits.shape[1], _CHUNK):
-            stop = min(first + _CHUNK, bits.shape[1])
-            n = 0
-            for latent in range(first, stop):
-                n += (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80)
-            if n > 0:
-                for latent in range(first, stop):
-                    if (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80):
+def _find_in_bits(bits: Any, room: int, starts: Any, counts: Any, latents: Any, values: Any) -> None:
+    n_parts, n_chunked = len(latents) // room, bits.shape[1] - bits.shape[1] % _CHUNK
+    for part in numba.prange(n_parts):
+        at, end = part * room, (part + 1) * room
+        for b in range(part * bits.shape[0] // n_parts, (part + 1) * bits.shape[0] // n_parts):
+            starts[b], n_lost = at, 0
+            for first in range(0, n_chunked, _CHUNK):
+                is_any = False
+                for j in range(_CHUNK):
+                    is_any |= (0 < bits[b, first + j] < 0x8000) | (bits[b, first + j] > 0xFF80)
+                if is_any and at + _CHUNK <= end:
+                    for j in range(_CHUNK):
+                        latents[at] = first + j
+                        values[at] = np.uint32(bits[b, first + j]) << np.uint32(16)
+                        at += (0 < bits[b, first + j] < 0x8000) | (bits[b, first + j] > 0xFF80)
+                elif is_any:
+                    for j in range(_CHUNK):
+                        n_lost += (0 < bits[b, first + j] < 0x8000) | (bits[b, first + j] > 0xFF80)
+            for latent in range(n_chunked, bits.shape[1]):
+                if (0 < bits[b, latent] < 0x8000) | (bits[b, latent] > 0xFF80):
+                    if at < end:
                         latents[at] = latent
-                        out[at] = np.uint32(bits[b, latent]) << np.uint32(16)  # float32 begins with these bits
+                        values[at] = np.uint32(bits[b, latent]) << np.uint32(16)
                         at += 1
+                    else:
+                        n_lost += 1
+            counts[b] = at - starts[b] + n_lost
+            if n_lost > 0:
+                starts[b] = -1
 
 
 @numba.njit(cache=True)
-def _by_latent(starts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
+def _by_latent(starts_B: Any, counts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
     """Stable counting sort by latent."""
     starts = np.zeros(n_latents + 1, np.int64)
-    for k in range(len(latents)):
-        starts[latents[k] + 1] += 1
+    for b in range(len(starts_B)):
+        for k in range(starts_B[b], starts_B[b] + counts_B[b]):
+            starts[latents[k] + 1] += 1
     for latent in range(n_latents):
         starts[latent + 1] += starts[latent]
     at = starts[:-1].copy()
-    tokens = np.empty(len(latents), np.int32)
-    sorted_values = np.empty_like(values)
-    for b in range(len(starts_B) - 1):
-        for k in range(starts_B[b], starts_B[b + 1]):
+    tokens = np.empty(starts[-1], np.int32)
+    sorted_values = np.empty(starts[-1], values.dtype)
+    for b in range(len(starts_B)):
+        for k in range(starts_B[b], starts_B[b] + counts_B[b]):
             to = at[latents[k]]
             tokens[to] = b
             sorted_values[to] = values[k]

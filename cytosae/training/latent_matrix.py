@@ -6,6 +6,7 @@ the CPU: bfloat16 values only); sums are float32.
 Shapes: B tokens of a micro-batch, D width, L latents.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -73,11 +74,8 @@ def latents_of(values_BL: torch.Tensor, sparse_below: float | None = None) -> La
         use_kernels_with_torch_threads()
         is_short = values_BL.dtype == torch.bfloat16  # which numpy does not know
         values = values_BL.view(torch.uint16).numpy() if is_short else values_BL.numpy()
-        counts = kernels_cpu.count_active_bfloat16(values) if is_short else kernels_cpu.count_active(values)
-        if counts.sum() < sparse_below * values_BL.numel():
-            take = kernels_cpu.take_active_bfloat16 if is_short else kernels_cpu.take_active
-            return CscLatentsCpu(take(values, counts))
-        return DenseLatents(values_BL, n_active=int(counts.sum()))
+        n_active, active = kernels_cpu.find_active(values, most=math.ceil(sparse_below * values_BL.numel()) - 1)
+        return DenseLatents(values_BL, n_active) if active is None else CscLatentsCpu(active)
     from . import kernels_gpu  # needs triton
 
     marks = kernels_gpu.mark_active(values_BL)

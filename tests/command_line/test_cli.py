@@ -36,6 +36,7 @@ def test_every_command_has_help_and_an_example(name: str, command: click.Command
     assert all(option.help for option in options)
 
 
+@pytest.mark.stress
 def test_ctrl_c_while_images_are_listed_stops_at_once(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

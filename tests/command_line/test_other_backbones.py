@@ -134,7 +134,7 @@ def few_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if DRAWN not in request.node.name:
         for name in ("image_maps.plot_maps", "image_maps.plot_rows", "reference_sheets.plot_rows"):
             monkeypatch.setattr(f"cytosae.maps.{name}", lambda *arguments, **settings: None)
-        monkeypatch.setattr("cytosae.maps.mask_agreement._plot", lambda *arguments: None)
+        monkeypatch.setattr("cytosae.maps.mask_agreement.plot_agreement", lambda *arguments, **settings: None)
 
 
 def test_barcodes_of_every_token_set_count_its_tokens_and_no_others(

@@ -249,6 +249,7 @@ def test_readers_in_processes_read_members_of_many_archives(folder: Path, tmp_pa
 # ------------------------------------------------------------------------------------------- finding them again
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", ["cells.zip", "cells.tar.gz"])
 def test_a_cache_is_repaired_from_the_archive(kind: str, folder: Path, store: Path, tmp_path: Path) -> None:
     archive = pack_folder(tmp_path / kind, folder)

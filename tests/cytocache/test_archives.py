@@ -300,6 +300,7 @@ def test_an_extended_header_of_gigabytes_is_refused_unread(tmp_path: Path) -> No
         list_archive(tmp_path / "a.tar")
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_bombs_take_little_memory(tmp_path: Path) -> None:
     """Both bombs of above, in a process that may take 1 GB in all: a member of 1 GiB, and a header of 1 GiB."""

@@ -186,6 +186,7 @@ class TestRandomWeights:
         assert torch.equal(torch.random.get_rng_state(), before)
         assert [backbone.weights_sha256 for backbone in backbones] == [other, other]
 
+    @pytest.mark.stress
     def test_they_are_marked_as_untrained_and_a_file_is_not(self, dinobloom_s: tuple[Path, State]) -> None:
         assert not load_backbone("random-vit-tiny").trained
         assert not load_backbone("random-vit-tiny", weights="random").trained

@@ -57,6 +57,13 @@ class TestFolder:
         assert _column(images, "path") == ["A/1.TIF", "A/2.Png", "A/3.JPG", "A/4.tiff", "A/5.BMP"]
         assert images.n_skipped == 6  # those of the shown folders: .1.png .DS_Store notes.txt Thumbs.db 6.gif png
 
+    def test_a_table_beside_the_images_is_named(self, tmp_path: Path) -> None:
+        """It may hold the patients, and a folder knows none."""
+        _touch(tmp_path, "A/1.png", "cells.CSV", "A/notes.txt")
+        (count, table) = open_images(tmp_path).notes
+        assert count.startswith("2 files passed over")
+        assert "if cells.CSV is a table of these images, with patients or diseases, give that file instead" in table
+
     def test_a_relative_folder_lists_as_its_absolute_path_does(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

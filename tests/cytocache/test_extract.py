@@ -586,6 +586,7 @@ class TestOutput:
                 extract(open_images(cells), target, config(), overwrite=True, inputs=(cells,))
         assert times(cells.parent) == before
 
+    @pytest.mark.stress
     def test_overwrite_keeps_the_old_cache_until_the_new_one_is_complete(
         self, cells: Path, whole: Path, tmp_path: Path
     ) -> None:

@@ -92,6 +92,7 @@ def test_what_no_honest_file_has_is_refused_by_name(name: str, words: str) -> No
         decode_image(nasty()[name])
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     "name", ["exif of 20 MB.jpg", "exif in circles.jpg", "many pictures.jpg", "profile in 255 parts.jpg"]
 )

@@ -220,6 +220,7 @@ LAYOUTS = {
 class TestCheckpoints:
     """The same weights in every layout that training leaves behind give the same tokens."""
 
+    @pytest.mark.stress
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_the_backbone_is_found_in_what_training_writes(self, layout: str, tmp_path: Path) -> None:
         path = tmp_path / "checkpoint.pth"

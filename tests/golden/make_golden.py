@@ -27,7 +27,7 @@ from cytocache.pictures import Pictures
 from cytosae.atlas import AtlasConfig, open_inputs, pseudonyms_file, read_review, write_atlas
 from cytosae.atlas.pseudonyms import Pseudonyms, write_pseudonyms
 from cytosae.atlas.questions import Question, Review
-from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict
+from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict, withdrawal
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.baselines import VersusConfig, compare_with_baselines
 from cytosae.causes import AblateConfig, ablate_latents
@@ -71,6 +71,7 @@ OF_OTHERS = ("search-v1", "replication-v1", "match-v1")
 OF_CAUSES = ("ablation-v1",)
 OF_SCORE = ("scorecard-v1",)
 OF_NAMES = ("names-v1", "names-v1.answers")
+OF_REVIEWS = ("atlas-v1.reviews-v2",)  # of the atlas above: a verdict that is taken back
 GRID = """[base]
 expansion = 2
 batch_tokens = 5
@@ -538,9 +539,10 @@ def write_ablation_v1(folder: Path) -> None:
 
 
 def write_names_v1(folder: Path) -> None:
-    """Two of the latents of `named_cells.py`, named by a function and by a colleague, tested by what sees colours."""
+    """Two latents of `named_cells.py`, named by a function and a colleague, tested by one that sees colours."""
     world = make_world(folder / "world")
     table = folder / "world" / "colleague.csv"
+    names = iter(("red square", "green square"))
     table.write_text("latent,name,text,given_by,confidence\n0,rötliches <b>Quadrat</b>,,Ada,4\n")
     describe_latents(
         *world.inputs,
@@ -548,7 +550,7 @@ def write_names_v1(folder: Path) -> None:
         DescribeConfig(n_shown=2, n_test=6, pixels=32),
         AskConfig(n_bootstraps=100),
         latents=[0, 1],
-        command=lambda request: {"name": "red square" if request["statistics"]["n_images"] else "", "text": "a patch"},
+        command=lambda request: {"name": next(names), "text": "a patch"},
         by="a function",
         answers=[table],
         judge=seeing,
@@ -557,11 +559,35 @@ def write_names_v1(folder: Path) -> None:
     shutil.rmtree(folder / "world")
 
 
+def write_reviews_v2(folder: Path) -> None:
+    """An expert takes a verdict back: none of hers counts then; the one on another item does."""
+    review, reviews = read_review(folder / "atlas-v1"), folder / OF_REVIEWS[0]
+    meaningful = review.questions[0]
+    (first,) = [each for each in meaningful.items if each.latent == 0]
+    for verdict in (
+        said(review, meaningful, 0, "Ada", "meaningful", minute=20, name="blasts"),
+        said(review, meaningful, 1, "Ada", "not", minute=21),
+    ):
+        save_verdict(reviews, verdict)
+    withdrawn = withdrawal({"item": first.item, "reviewer": "Ada"}, review, is_blinded=True)
+    save_verdict(reviews, replace(withdrawn, time="2026-11-29T12:22:00+00:00"))
+
+
 def main(folder: Path) -> None:
     """All artefacts of version 1, each made from those before; where the first ones are there, only the later."""
     there = [
         name
-        for name in (*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE, *OF_NAMES)
+        for name in (
+            *FIRST,
+            *LATER,
+            *OF_MODEL,
+            *OF_BASELINES,
+            *OF_OTHERS,
+            *OF_CAUSES,
+            *OF_SCORE,
+            *OF_NAMES,
+            *OF_REVIEWS,
+        )
         if (folder / name).exists()
     ]
     if there == [*FIRST, *LATER]:
@@ -576,6 +602,8 @@ def main(folder: Path) -> None:
         return write_scorecard_v1(folder)
     if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE]:
         return write_names_v1(folder)
+    if there == [*FIRST, *LATER, *OF_MODEL, *OF_BASELINES, *OF_OTHERS, *OF_CAUSES, *OF_SCORE, *OF_NAMES]:
+        return write_reviews_v2(folder)
     if there not in ([], [*FIRST]):
         sys.exit(f"golden artefacts are never written anew: {', '.join(os.fspath(folder / name) for name in there)}")
     if not there:
@@ -591,6 +619,7 @@ def main(folder: Path) -> None:
     write_ablation_v1(folder)
     write_scorecard_v1(folder)
     write_names_v1(folder)
+    write_reviews_v2(folder)
     shutil.rmtree(folder / "made")
 
 

@@ -32,6 +32,7 @@ TINY = {
     "tau": "--planted 60 --tokens 4000 --seeds 1 --cohorts 1 --rounds 1",
     "ablate": "--images 12 --tokens 5 --width 16 --latents 64 --l0 4 --chosen 1 --controls 3 --n-images 2 "
     "--loop-edits 2",
+    "background": "--cells 16",
     "barcode": "--share 0.00003 --latents 1024 --l0 5 --rounds 1 --workers 1",
     "describe": "--share 0.0006 --latents 512 --images-per-patient 5 --items 2 --rounds 1",
     "search": "--share 0.0003 --latents 512 --images-per-patient 5 --evaluate 5 --rounds 1",
@@ -57,6 +58,7 @@ def test_benchmark_prints_one_json_line(name: str, tmp_path: Path) -> None:
         "steering",
         "tau",
         "ablate",
+        "background",
     )
     folder = ["--folder", str(tmp_path)] if name in in_folder else []
     command = [sys.executable, str(BENCH / f"{name}.py"), *TINY[name].split(), *folder]

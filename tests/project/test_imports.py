@@ -180,6 +180,7 @@ def test_there_is_no_circle() -> None:
         assert [*TopologicalSorter(graph).static_order()]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
@@ -220,6 +221,7 @@ def test_import_brings_in_no_more(module: str, absent: set[str]) -> None:
     assert not loaded & absent
 
 
+@pytest.mark.stress
 def test_a_missing_triton_is_told_as_such() -> None:
     """In one line that says what to do, where the kernels of the GPU are imported and nowhere else."""
     code = (

@@ -92,6 +92,7 @@ def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     says(done, by_command)
 
 
+@pytest.mark.stress
 def test_what_maps_need(made: Path, tmp_path: Path) -> None:
     latents, out = made / "latents.zarr", tmp_path / "out"
     bridge, query = cytocache.bridge, cytosae.PatchQuery(patch=1)
@@ -122,6 +123,7 @@ def test_sheets(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     assert "data:image/png;base64," in done._repr_html_()
 
 
+@pytest.mark.stress
 def test_masks(made: Path, tmp_path: Path) -> None:
     latents, masks = made / "latents.zarr", tmp_path / "masks"
     half = np.zeros((8, 8), np.uint8)
@@ -148,6 +150,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
+@pytest.mark.stress
 def test_atlas(cohort: Cohort, tmp_path: Path) -> None:
     out, root = tmp_path / "atlas", cohort.root
     by_command = printed(*cohort.build, out)

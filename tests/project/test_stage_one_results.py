@@ -109,6 +109,7 @@ def test_an_index_is_a_report(cells: Path, tmp_path: Path) -> None:
     assert [*unwritten.lines()][-1] == "4 images, 1 classes"
 
 
+@pytest.mark.stress
 def test_fidelity_takes_an_sae(made: Path) -> None:
     acts = made / "acts.zarr"
     found = cytocache.measure_fidelity(acts, sae=cytosae.load_sae(made / "run"), n_images=2, root=made)

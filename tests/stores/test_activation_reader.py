@@ -211,6 +211,7 @@ def read_all(store: ActivationStore) -> tuple[str, bytes]:
     return str(store.root), store.read_images(range(store.spec.n_images)).tobytes()
 
 
+@pytest.mark.stress
 def test_a_store_pickles_as_its_place(root: Path, s3: ObjectServer) -> None:
     """Into a process that shares nothing; `s3` is found there by the environment."""
     stores = [ActivationStore(root), ActivationStore("s3://bucket/deep/cache.zarr/")]
@@ -402,6 +403,7 @@ MISSHAPEN: list[tuple[Callable[[bytes], bytes | None], str]] = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_a_misshapen_chunk_is_named(place: Path | str, root: Path, chunk: int) -> None:
     """When the cache is opened, and by an open one when it comes to that chunk; never as NaN, never as the padding."""
@@ -778,6 +780,7 @@ def test_without_obstore_a_url_is_one_line(root: Path, monkeypatch: pytest.Monke
 # --------------------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.stress
 def test_commands_on_a_url(made: Path, tmp_path: Path, s3: ObjectServer) -> None:
     """`cache info`, `sae train`, `encode` and `eval` of s3://... give what they give of the local cache."""
     shutil.copytree(made / "acts.zarr", tmp_path / "bucket" / "acts.zarr")

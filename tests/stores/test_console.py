@@ -73,3 +73,17 @@ def test_the_next_part_of_a_job_counts_from_its_own_start(monkeypatch: pytest.Mo
     assert "0/63 [00:00<?" in start
     assert "30/63 [00:30<00:33,  1.00 images/s, latents]" in middle
     assert end == ""
+
+
+def test_a_share_of_a_job_has_no_unit_and_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Terminal(is_terminal=False)
+    monkeypatch.setattr("sys.stderr", stderr)
+    now = 100.0
+    monkeypatch.setattr("stores.console.time.monotonic", lambda: now)
+    with progress_line("run", None) as progress:
+        progress(0, 1000, "")
+        now += 30
+        progress(250, 1000, "2 of 15 train")
+    *_, middle, end = stderr.lines()
+    assert re.fullmatch(r"run:  25%\|[^|]+\| \[00:30<01:30, 2 of 15 train\]", middle)
+    assert end == ""

@@ -151,6 +151,7 @@ def test_the_widest_index_fits(n_columns: int, tmp_path: Path) -> None:
 @settings(max_examples=25, deadline=None)
 @given(rows=some_rows, wide=st.booleans())
 # AnnData says that it keeps our uint16 indices as they are
+@pytest.mark.stress
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_anndata_reads_the_bare_group(rows: Rows, wide: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     root, n_columns = tmp_path_factory.mktemp("csr"), 70_000 if wide else N_COLUMNS

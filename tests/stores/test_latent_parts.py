@@ -294,6 +294,7 @@ def without_runs(root: Path) -> dict[str, bytes]:
     return {name: raw for name, raw in contents(root).items() if name != "runs.jsonl"}
 
 
+@pytest.mark.stress
 def test_shards_of_the_command_are_the_store_of_one(made: Path, tmp_path: Path) -> None:
     """The last one completes it; merge says what is missing, joins what a killed last one left, and repeats."""
     out = tmp_path / "l.zarr"

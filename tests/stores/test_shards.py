@@ -141,6 +141,7 @@ def test_the_run_log_names_every_shard(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- at the same time
 
 
+@pytest.mark.stress
 def test_processes_that_start_at_the_same_moment_share_nothing(single: dict[str, bytes], tmp_path: Path) -> None:
     """On an empty place, to the end: whoever is last completes the cache, and no one stumbles over another."""
     for number in range(8):

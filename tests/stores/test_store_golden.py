@@ -33,6 +33,9 @@ from cytosae.compare import Comparison, Replication
 from cytosae.concepts import read_selection
 from cytosae.maps import MapResult, MaskResult
 from cytosae.maps.reference_sheets import SheetResult
+from cytosae.names import read_names
+from cytosae.names.answers import read_answers
+from cytosae.names.detection import Task, read_scores
 from cytosae.probe.saved_model import read_model
 from cytosae.sae import load_sae
 from cytosae.search.run import read_search
@@ -43,7 +46,7 @@ from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.errors import IncompleteStore
 from stores.latent_store import LatentStore
-from stores.result_folder import ResultStore
+from stores.result_folder import ADDED_LATER, ResultStore
 from stores.runlog import read_runs
 from stores.spec import (
     ABLATION,
@@ -54,6 +57,7 @@ from stores.spec import (
     MAPS,
     MASKS,
     MATCH,
+    NAMES,
     NEIGHBOURS,
     PATIENT_CONCEPTS,
     PROBE,
@@ -88,6 +92,7 @@ IDENTITIES = {
     "replication-v1": "3dd82f6067abb743e5891d29485ebd3fc0f87004afeed9d3524e5c95e3948fd0",
     "match-v1": "a91e1243ce7c781daa08beb781022339fc2d37bfa165519d7c4817d56998481b",
     "scorecard-v1": "8ae429e6cb4cca5b0b2f281c7a35c3f6ff087082c43a49f92c9421fff3831d97",
+    "names-v1": "d75dbf975dcad634991cc6776a013b0fcb6daa4537d4dce615bd58dcf5270934",
     "thresholds-v1": "4e85eabe60bf5a04bc2fa128a97aa0abed7b5c0f158a42934493097bdaa442b9",
     "maps-v1": "d3b51d73581e0a1ff6a0e5153fba2eb6f833c1c9bf44c1c96ec6e0272825c4c3",
     "sheets-v1": "5ef0015e25951af34fe64777820ed835d09f67c8e93743cf78e42503bdad02b3",
@@ -109,6 +114,7 @@ RESULTS = {
     "replication-v1": REPLICATION,
     "match-v1": MATCH,
     "scorecard-v1": SCORECARD,
+    "names-v1": NAMES,
     "thresholds-v1": THRESHOLDS,
     "maps-v1": MAPS,
     "sheets-v1": SHEETS,
@@ -116,7 +122,10 @@ RESULTS = {
     "ablation-v1": ABLATION,
     "atlas-v1": ATLAS,
 }
-HEADERLESS = {f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews"}  # formats of files that are not stores
+HEADERLESS = {  # formats of files that are not stores
+    *(f"sweep-v{SWEEP}", "atlas-v1.pseudonyms.csv", "atlas-v1.reviews", "atlas-v1.reviews-v2"),
+    "names-v1.answers",
+}
 IMAGE_IDS = ["golden/Zellen/größte.png", "golden/torn.tif", "golden/c.png"]
 
 
@@ -243,7 +252,7 @@ def test_results_version_1_are_whole(name: str, format: Format) -> None:
     store = ResultStore(GOLDEN / name, format)
     store.check()
     for path in sorted(store.root.glob("*.parquet")):
-        if path.name != "selection.parquet":
+        if path.name not in ADDED_LATER:
             assert store.table(path.stem).schema.metadata[b"cyto"].decode() == IDENTITIES[name]
 
 
@@ -494,6 +503,33 @@ def test_ablation_version_1() -> None:
     assert (result.n_images_surveyed, result.n_images_edited, result.mode) == (2, 2, "zero")
 
 
+def test_names_version_1() -> None:
+    """Names of two sources with the scores of a judge that sees red; what was answered, in the journals."""
+    names = read_names(GOLDEN / "names-v1")
+    told, ada = names.of(0)
+    assert (told.name, told.text, told.given_by, told.source, told.saw) == (
+        *("red square", "a patch", "a function", "command", "item"),
+    )
+    assert (ada.name, ada.given_by, ada.source, ada.confidence, ada.saw) == (
+        *("rötliches <b>Quadrat</b>", "Ada", "table", 4, "elsewhere"),
+    )
+    (score,) = told.scores
+    assert (score.judge, score.auc, score.shuffled, score.is_supported) == ("colours", 1, 0.5, True)
+    assert [each.name for each in names.of(1)] == ["green square"]
+    assert names.of(2) == ()
+    assert [row["given_by"] for row in names.sources] == ["Ada", "a function"]
+    answers = read_answers(GOLDEN / "names-v1.answers")
+    assert [each.name for each in answers] == [ada.name, "red square", "green square"]
+    scores = read_scores(GOLDEN / "names-v1.answers", IDENTITIES["names-v1"], "colours")
+    assert sum(len(each) for each in scores.values()) == 60
+    images = ResultStore(GOLDEN / "names-v1", NAMES).table("images").to_pylist()
+    kinds = {row["number"]: row["row"] for row in images if (row["latent"], row["side"]) == (0, "test")}
+    found = scores[Task(0, "red square")]
+    assert {number for number, score in found.items() if score} == {
+        number for number, kind in kinds.items() if kind != "not active"
+    }
+
+
 def test_sweep_version_1() -> None:
     """Three SAEs; the last, with a learning rate of 1e30, failed at step 1."""
     root = GOLDEN / "sweep-v1"
@@ -638,6 +674,18 @@ def test_reviews_version_1_are_exported(suffix: str, history: bool, tmp_path: Pa
     assert {row["atlas"] for row in rows} == {IDENTITIES["atlas-v1"], "4" * 64}
 
 
+def test_reviews_version_2_count_no_verdict_that_was_taken_back() -> None:
+    """Ada judged latents 0 and 1, and took the first verdict back; the lines of verdicts are of version 1."""
+    folder = GOLDEN / "atlas-v1.reviews-v2"
+    (journal,) = folder.glob("*.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(line["latent"], line["verdict"], line["version"]) for line in lines] == [
+        *((0, "meaningful", 1), (1, "not", 1), (0, "", 2)),
+    ]
+    counted = reviews.current(reviews.read_verdicts(folder))
+    assert [(each.reviewer, each.latent, each.verdict) for each in counted.values()] == [("Ada", 1, "not")]
+
+
 def test_reviews_version_1_agree_as_they_did() -> None:
     """Müller and Okafor judged latents 0, 1 and 2 both: meaningful twice, then once, then never."""
     done = run("atlas", "agreement", SITE, "--json")
@@ -700,7 +748,7 @@ def test_every_format_has_a_golden_artefact() -> None:
     assert {(header.kind, header.version) for header in headers if header is not None} == {
         (format.kind, version) for format in FORMATS.values() for version in range(1, format.version + 1)
     }
-    journals = [path.read_text() for path in (GOLDEN / "atlas-v1.reviews").glob("*.jsonl")]
+    journals = [path.read_text() for path in GOLDEN.glob("atlas-v1.reviews*/*.jsonl")]
     versions = {json.loads(line)["version"] for text in journals for line in text.splitlines()}
     assert versions == set(range(1, reviews.VERSION + 1))
 

@@ -37,6 +37,7 @@ def batches_of(mix: TokenMix, batch_tokens: int, n: int, **where: Any) -> list[l
     return [[tuple(int(value) for value in token) for token in batch] for batch in found]
 
 
+@pytest.mark.stress
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     weights=st.lists(st.floats(0.01, 0.2) | st.integers(1, 9), min_size=3, max_size=3),

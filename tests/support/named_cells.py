@@ -55,7 +55,7 @@ def make_world(root: Path, *, n_patients: int = N_PATIENTS, seed: int = 0) -> Wo
     pictures = []
     for image in range(N_IMAGES):
         pixels = np.full((PIXELS, PIXELS, 3), 150, np.uint8)
-        pixels += rng.integers(0, 20, (PIXELS, PIXELS, 1), dtype=np.uint8)
+        pixels += rng.integers(0, 3, (PIXELS, PIXELS, 1), dtype=np.uint8)
         for colour, patch in zip(range(3), rng.permutation(SIDE * SIDE)[:3], strict=True):
             if has[image, colour]:
                 y, x = divmod(int(patch), SIDE)

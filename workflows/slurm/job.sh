@@ -2,6 +2,7 @@
 # One job of submit.sh: job.sh STEP SETTINGS.sh
 set -euo pipefail
 
+CONCEPTS=() # a settings file of before does not have it
 # shellcheck source=settings.sh
 source "$2"
 # shellcheck source=/dev/null
@@ -23,8 +24,11 @@ case $1 in
     barcode)
         exec cyto barcode "$OUT/cells.latents.zarr" -o "$OUT/cells.barcodes" "${BARCODE[@]}" --workers "$cores"
         ;;
+    concepts)
+        exec cyto concept stats "$OUT/cells.latents.zarr" -o "$OUT/cells.concepts" "${CONCEPTS[@]}" --workers "$cores"
+        ;;
     *)
-        echo "expected extract, train, encode or barcode; found $1" >&2
+        echo "expected extract, train, encode, barcode or concepts; found $1" >&2
         exit 2
         ;;
 esac

@@ -8,6 +8,7 @@ EXTRACT=(--backbone dinobloom-b --weights /shared/DinoBloom-B.pth)
 TRAIN=(--precision bf16)
 ENCODE=()
 BARCODE=(--tau 0.2)
+CONCEPTS=()
 SBATCH=(--time=04:00:00)              # for every job: account, partition, limits
 SBATCH_GPU=(--gres=gpu:1 --cpus-per-task=16 --mem=32G)
 SBATCH_CPU=(--cpus-per-task=16 --mem=48G)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits extract, train, encode and barcode, each after the one before: bash submit.sh [SETTINGS.sh]
+# Submits extract, train, encode, then barcode and concepts, each after the one before: bash submit.sh [SETTINGS.sh]
 # Run it again after a failure or a time limit: what is finished ends at once, the rest continues.
 set -euo pipefail
 
@@ -11,9 +11,10 @@ mkdir -p "$OUT/logs"
 last=$((SHARDS - 1))
 
 submit() { # NAME DEPENDENCY OPTION...: the number of the job
-    local name=$1 after=$2
+    local name=$1 after=$2 number=%j
     shift 2
-    sbatch --parsable --job-name="cyto-$name" --output="$OUT/logs/$name-%A_%a.log" --signal=B:TERM@120 \
+    [[ "$*" != *--array=* ]] || number=%A_%a # without an array, SLURM writes 4294967294 for %a
+    sbatch --parsable --job-name="cyto-$name" --output="$OUT/logs/$name-$number.log" --signal=B:TERM@120 \
         ${after:+--dependency=afterok:$after} "${SBATCH[@]}" "$@" "$here/job.sh" "$name" "$settings"
 }
 
@@ -21,4 +22,5 @@ extract=$(submit extract "" --array="0-$last" "${SBATCH_GPU[@]}")
 train=$(submit train "$extract" --requeue "${SBATCH_GPU[@]}")
 encode=$(submit encode "$train" --array="0-$last" "${SBATCH_GPU[@]}")
 barcode=$(submit barcode "$encode" "${SBATCH_CPU[@]}")
-echo "submitted: extract $extract, train $train, encode $encode, barcode $barcode; logs in $OUT/logs"
+concepts=$(submit concepts "$encode" "${SBATCH_CPU[@]}")
+echo "submitted: extract $extract, train $train, encode $encode, barcode $barcode, concepts $concepts; logs in $OUT/logs"

@@ -69,6 +69,7 @@ def say(review: Review, reviewer: str, item: str, verdict: str, **more: Any) -> 
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
+@pytest.mark.stress
 def test_evidence_is_what_the_stores_hold(made: Path, site: Path) -> None:
     """Every map, label and picture of review.json, against the store read value by value."""
     content = json.loads((site / "review.json").read_text())

@@ -476,6 +476,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, threads: Client) -> Path:
     return root
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("workers", "partition_images"),
     [("processes", 7), ("threads", 4), ("one thread", 256)],
@@ -556,6 +557,7 @@ def counted_partitions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]
     return counted
 
 
+@pytest.mark.stress
 def test_parts_of_any_size_are_used_and_gaps_are_filled(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,6 +606,7 @@ def stop_when_counted(done: int, total: int, state: str) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.stress
 def test_many_small_pieces_give_the_same_numbers(
     many: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -725,6 +728,7 @@ def test_a_store_with_other_codecs_counts_the_same(many: Path, tmp_path: Path, t
         list(csr_bulk.EntryReader(latents / "X", shape=(1300, 30), start=0, stop=1300).entries())
 
 
+@pytest.mark.stress
 def test_complete_barcodes_are_not_counted_again(hand: Path, tmp_path: Path, threads: Client) -> None:
     barcodes = tmp_path / "barcodes"
     first = write_barcodes(hand, barcodes, BarcodeConfig(), client=threads)
@@ -825,6 +829,7 @@ def two_datasets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [root / "north.zarr", root / "south.zarr"]
 
 
+@pytest.mark.stress
 def test_two_datasets_side_by_side(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
     """Rows one after the other; a "1" here and a "1" there are two people; a disease is the same everywhere."""
     result = write_barcodes(two_datasets, tmp_path / "barcodes", BarcodeConfig(partition_images=2), client=threads)
@@ -895,6 +900,7 @@ def test_stores_that_were_made_differently_are_told(
         )
 
 
+@pytest.mark.stress
 def test_a_table_groups_the_images_anew(two_datasets: list[Path], tmp_path: Path, threads: Client) -> None:
     """Its columns replace the store's; what does not fit is counted and named; `dataset` can make two names one."""
     table = tmp_path / "table.csv"
@@ -958,6 +964,7 @@ def test_names_of_patients_are_unique_or_refused(tmp_path: Path) -> None:
         names(("b/c", "a"), ("c", "a/b"), ("c", "z"), ("b/c", "z"))
 
 
+@pytest.mark.stress
 def test_the_command_takes_all_of_it(two_datasets: list[Path], tmp_path: Path, scheduler: str) -> None:
     """Two taus, two stores and a table, on a running scheduler; what is left out stands in what is printed."""
     (tmp_path / "table.csv").write_text("image_id,patient\nnorth/0000.png,ann\nx,eve\n")

@@ -98,6 +98,7 @@ def test_entries_that_break_a_promise_are_never_counted(indices: list[int], valu
         scanner.add(0, np.array(indices, np.uint16), np.array(values, np.float32))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("partition_images", [1, 7, None])
 def test_counts_do_not_depend_on_partitions_or_workers(
     latents: Path, threads: Client, processes: Client, tmp_path: Path, partition_images: int | None
@@ -190,6 +191,7 @@ def test_labels_patients_and_diseases_are_not_looked_at(
     assert other.taus == BarcodeStore(automatic).taus
 
 
+@pytest.mark.stress
 def test_a_finished_or_interrupted_job_does_not_look_again(
     automatic: Path, latents: Path, tmp_path: Path, threads: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +211,7 @@ def test_a_finished_or_interrupted_job_does_not_look_again(
         write_barcodes(latents, automatic, BarcodeConfig(tau=0.123), client=threads)
 
 
+@pytest.mark.stress
 def test_stores_that_follow_each_other_are_counted_together(
     automatic: Path, latents: Path, tmp_path: Path, threads: Client
 ) -> None:
@@ -239,6 +242,7 @@ def test_what_has_no_tau_is_refused(tmp_path: Path, threads: Client) -> None:
         BarcodeConfig(tau="otsu")
 
 
+@pytest.mark.stress
 def test_the_command(latents: Path, tmp_path: Path) -> None:
     def run(*taus: str) -> Any:
         options = [word for tau in taus for word in ("--tau", tau)]
@@ -276,6 +280,7 @@ def test_smaller_taus_by_hand() -> None:
     assert smaller_taus(np.zeros(3, np.float32), 0.2, 0.0) == []
 
 
+@pytest.mark.stress
 def test_a_tau_that_leaves_most_latents_out_says_which_would_not(
     latents: Path, tmp_path: Path, threads: Client
 ) -> None:

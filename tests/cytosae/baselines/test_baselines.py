@@ -33,6 +33,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return cache, planted_sae(root / "sae", cache)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_baseline_is_an_ordinary_sae(kind: str, planted: tuple[Path, Path], tmp_path: Path) -> None:
     cache, sae = planted
@@ -68,6 +69,7 @@ def test_a_baseline_is_an_ordinary_sae(kind: str, planted: tuple[Path, Path], tm
     assert sorted(read_image_ids(tmp_path / "other" / "held_out.parquet")) == theirs
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("frozen", ["encoder", "decoder"])
 @pytest.mark.parametrize("activation", ["topk", "relu"])
 def test_a_frozen_matrix_keeps_its_initial_value(

@@ -58,6 +58,7 @@ def test_a_planted_dictionary_beats_every_baseline(runs: dict[str, Path], tmp_pa
     assert verify_folder(tmp_path / "v").is_whole
 
 
+@pytest.mark.stress
 def test_an_untrained_sae_beats_none(runs: dict[str, Path], tmp_path: Path) -> None:
     """Three of them, each against the others and all baselines."""
     for seed in SEEDS["random"]:

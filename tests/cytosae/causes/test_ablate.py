@@ -26,10 +26,11 @@ from cytosae.causes import ablate as ablating
 from cytosae.causes import measure as measuring
 from cytosae.causes import survey as surveying
 from cytosae.causes.cls_probe import Labels, fit_probe, read_labels
-from cytosae.causes.effects import holm
+from cytosae.causes.effects import _spread, holm
 from cytosae.causes.matching import matched_latents
 from cytosae.causes.measure import cls_moves, embed_edits
 from cytosae.causes.places import owners_of, round_the_patients
+from cytosae.causes.report import _middle
 from cytosae.latents.encode import encode
 from cytosae.probe import ProbeModel, saved_model
 from cytosae.probe.logistic_columns import ColumnFit
@@ -207,8 +208,18 @@ def test_matched_controls_centre_on_zero(planted: Path, tmp_path: Path) -> None:
     assert 0.3 < p.mean() < 0.7
     assert (p < 0.05).mean() < 0.2
     assert min(row["p_holm"] for row in rows) > 0.05
+    assert difference.tolist() == [row["effect"] - row["control_trimmed"] for row in rows]
     by_lot = np.array([row["effect"] - row["direction_mean"] for row in rows])
     assert abs(by_lot.mean()) < 0.25 * size
+
+
+def test_a_control_that_matters_moves_the_mean_and_not_the_trimmed_one() -> None:
+    values = np.append(np.full(99, 0.001), 5.0)
+    spread = _spread(values, "control")
+    assert (spread["control_mean"], spread["control_trimmed"]) == pytest.approx((0.051, 0.001), abs=1e-3)
+    row = {"control_mean": 0.051}
+    assert (_middle(row, "control"), _middle(row | {"control_trimmed": 0.001}, "control")) == (0.051, 0.001)
+    assert _spread(np.array([np.nan]), "direction")["direction_trimmed"] is None
 
 
 def test_editing_nothing_changes_nothing(planted: Path, tmp_path: Path) -> None:
@@ -491,7 +502,10 @@ def test_classes_are_read_off_the_edited_cls(planted: Path, tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "edit_image", look)
         patch.setattr(ablating, "read_labels", lambda images, target, owners: Labels(np.arange(40) % 2, ["a", "b"]))
-        done = run(planted, tmp_path / "out", strength=2.0, latents=(PLANTED,), target="any", **QUICK)
+        said: list[str] = []
+        settings = {**QUICK, "target": "any", "say": said.append}
+        done = run(planted, tmp_path / "out", strength=2.0, latents=(PLANTED,), **settings)
+    assert "and 39 images for the probe of 'any' run through the later blocks, about 1 s" in said[0]
     decoder = load_sae(planted / "run", device="cpu").model.W_dec
     assert done.probe_accuracy is not None
     n_seen = 0
@@ -528,6 +542,7 @@ def frequent(made: Path) -> int:
     return int(np.bincount(rows.indices, rows.values).argmax())
 
 
+@pytest.mark.stress
 def test_the_command_with_a_real_backbone(made: Path, tmp_path: Path, frequent: int) -> None:
     """From cached tokens, from images, and by hand through the model's own later blocks."""
     few = ["--latent", frequent, "--controls", 2, "--directions", 1, "--curve-images", 0, "--n-images", 3]
@@ -592,6 +607,7 @@ def test_rounding_is_not_reported_as_an_effect() -> None:
     assert few == "2 latents held against fewer than 100 others: p cannot be below 0.024"
 
 
+@pytest.mark.stress
 def test_the_cache_is_encoded_where_no_latents_are_given(made: Path, tmp_path: Path, frequent: int) -> None:
     """The same effects up to the rounding of stored values, also of a sample."""
     few = ["--latent", frequent, "--controls", 2, "--directions", 0, "--curve", "2", "--curve-images", 2]

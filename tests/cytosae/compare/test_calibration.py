@@ -62,6 +62,7 @@ def test_ties_broken_at_random_make_p_uniform() -> None:
     assert np.mean(levels) == pytest.approx(plain, abs=0.005)  # what one test can attain is what it does
 
 
+@pytest.mark.stress
 def test_combined_p_is_calibrated_where_p_was_lost_and_where_it_was_too_small() -> None:
     """60 x 20 against 16 x 400 images, 2% and 30%: the share of p <= 0.05, of 2,000 latents each."""
     for frequency in (0.3, 0.02):

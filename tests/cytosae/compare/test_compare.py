@@ -19,7 +19,8 @@ from PIL import Image
 from scipy import stats
 
 from cytosae.compare import CompareConfig, Comparison, compare
-from cytosae.compare.differential import bootstrap_stability, correlate
+from cytosae.compare.differential import correlate
+from cytosae.compare.top_list_stability import bootstrap_stability
 from stores import COMPARISON, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 
@@ -215,12 +216,14 @@ def test_few_patients_are_enumerated_and_told(barcodes: Path, tmp_path: Path) ->
 
 def test_what_a_q_can_reach_is_told(barcodes: Path, tmp_path: Path) -> None:
     assert compare(barcodes, tmp_path / "out", small(n_permutations=400)).summary["warnings"] == [
-        "q <= 0.05 takes 6 latents at the smallest p that is possible (0.0025), or fewer latents (--min-patients), or "
-        "--permutations 2360, which lets one do"
+        "q <= 0.05 takes 6 latents at the smallest p that is possible (0.0025); a single one can have it with "
+        "--permutations 2360, or with fewer tested (--min-patients)"
     ]
     assert compare(barcodes, tmp_path / "enough", small(n_permutations=2_360)).summary["warnings"] == []
     few = compare(barcodes, tmp_path / "few", small(SICK, OTHER)).summary["warnings"]  # 715 ways are no 2,360
-    assert few[-1].endswith("smallest p that is possible (0.002), or fewer latents (--min-patients)")
+    assert few[-1].endswith(
+        "smallest p that is possible (0.002); a single one can have it with fewer tested (--min-patients)"
+    )
 
 
 def test_filters_see_no_diseases_and_are_counted(barcodes: Path, tmp_path: Path) -> None:

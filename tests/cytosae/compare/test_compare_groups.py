@@ -46,6 +46,7 @@ def cohort(
     return np.asarray(patient, np.int64), np.asarray(counts, np.float64)
 
 
+@pytest.mark.stress
 def test_few_images_against_many(tmp_path: Path) -> None:
     """Nothing differs: 0.05 below 0.05 if thinned, which is the default; without, p is false and it is said."""
     patient, values = cohort([20] * 10 + [200] * 30, np.random.default_rng(1), alike=100)
@@ -152,6 +153,7 @@ def test_who_is_left_out_is_named(tmp_path: Path) -> None:
     assert table["n_permutations"] == 10 * 10
 
 
+@pytest.mark.stress
 def test_a_mixture_is_taken_out(tmp_path: Path) -> None:
     """No latent differs within a type: crude p is false, within a label and standardised it holds."""
     rng = np.random.default_rng(5)

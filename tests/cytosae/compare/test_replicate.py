@@ -11,7 +11,7 @@ from barcode_maker import write_patient_barcodes
 from command_line import fails, run
 from scipy import stats
 
-from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate
+from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate, replication
 from cytosae.compare.replication import effect_sizes, holm_adjusted, signed_test
 from stores import REPLICATION, ResultStore
 from stores.errors import BadInput, SpecMismatch
@@ -145,6 +145,39 @@ def test_planted_latents_return_at_half_the_size(discovery: Path, tmp_path: Path
     assert ResultStore(tmp_path / "out", REPLICATION).header.spec["rule"] == "q"
 
 
+def test_an_interrupted_replication_goes_on(discovery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at the bootstraps: patients are not read and the groups not permuted again; the numbers are the same."""
+    others = write_patient_barcodes(tmp_path / "b", draw(1, shift=2.5), DISEASES)
+    config = settings(n_permutations=300, n_bootstraps=50)
+    whole = replicate(discovery, others, tmp_path / "whole", config)
+    calls: list[str] = []
+    for name in ("prepare", "read_patients", "signed_test"):
+        plain = getattr(replication, name)
+
+        def counted(*given: Any, plain: Any = plain, name: str = name, **named: Any) -> Any:
+            calls.append(name)
+            return plain(*given, **named)
+
+        monkeypatch.setattr(replication, name, counted)
+
+    def stop(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replication, "bootstrap_effects", stop)
+        with pytest.raises(KeyboardInterrupt):
+            replicate(discovery, others, tmp_path / "out", config)
+    assert (calls.count("prepare"), calls.count("signed_test")) == (1, 1)
+    calls.clear()
+    done = replicate(discovery, others, tmp_path / "out", config)
+    assert (calls.count("prepare"), calls.count("signed_test")) == (0, 1)  # that of the difference taken off
+    assert done.rows == whole.rows
+    assert done.summary == whole.summary
+    calls.clear()
+    assert replicate(discovery, others, tmp_path / "out", config).was_complete
+    assert not calls  # nothing is read again
+
+
 def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     others = write_patient_barcodes(tmp_path / "b", draw(1), [{"AML": "well", "well": "AML"}[d] for d in DISEASES])
     done = replicate(discovery, others, tmp_path / "out", settings())
@@ -179,6 +212,7 @@ def test_where_nothing_differs_p_is_uniform(discovery: Path, tmp_path: Path, mon
 # ------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.stress
 def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="that is no replication"):
         replicate(discovery, discovery.with_name("b"), tmp_path / "out")
@@ -200,6 +234,7 @@ def test_what_is_no_replication(discovery: Path, tmp_path: Path) -> None:
         ReplicateConfig(rule="p")
 
 
+@pytest.mark.stress
 def test_the_command_stands_beside_the_old_one(discovery: Path, tmp_path: Path) -> None:
     others = write_patient_barcodes(tmp_path / "b", draw(1), DISEASES)
     done = run("compare", "replicate", discovery, others, "-o", tmp_path / "out", "--permutations", 200)

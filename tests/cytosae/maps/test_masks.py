@@ -18,15 +18,8 @@ from cytocache.extract import ExtractConfig, extract
 from cytocache.masks import MaskFiles, MaskShares, _shares, find_masks, read_all_shares
 from cytosae.latents.encode import encode
 from cytosae.maps import patch_map, read_tokens, write_mask_agreement
-from cytosae.maps.mask_agreement import (
-    RankedValues,
-    chance_agreement,
-    exchanged_masks,
-    halves,
-    mask_agreement,
-    rank,
-    read_ranked,
-)
+from cytosae.maps.mask_chance import chance_agreement, exchanged_masks
+from cytosae.maps.mask_ranks import RankedValues, halves, mask_agreement, rank, read_ranked
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import MASKS, LatentStore, ResultStore
@@ -151,6 +144,10 @@ def test_chance_equals_exchanging_by_hand() -> None:
     assert chance.p_auroc[:, tested] == pytest.approx(n / 20)
     assert chance.p_any_auroc[:, tested] == pytest.approx((z.max((1, 2))[:, None, None] >= z[0] - 1e-4).sum(0) / 20)
     assert chance.mean_auroc[:, tested] == pytest.approx(raw[1:].mean(0), abs=1e-6)
+    # the value from which on p_any is 1 of 20: above all but one of the largest distances, in this latent's own unit
+    from_here = raw.mean(0) + raw.std(0) * np.sort(z.max((1, 2)))[-2]
+    from_here[from_here > 1] = np.nan
+    assert chance.needed_auroc[:, tested] == pytest.approx(from_here, abs=1e-4, nan_ok=True)
     assert chance.p_auroc[0] == pytest.approx(chance.p_auroc[1], nan_ok=True)  # a class and its complement
     assert np.isnan(chance.p_place[0, 4])
     signs = np.random.default_rng([3, 2]).choice(np.array([-1.0, 1.0]), (19, 4))
@@ -213,6 +210,10 @@ def test_what_is_true_and_what_is_not() -> None:
     noise = rng.random((*masks.shape, 20)) * masks.sum(axis=1)[:, None, None] ** 2
     dense = np.concatenate([np.stack([masks, ~masks, middle], axis=2), noise], axis=2).astype(np.float32)
     found, chance = agreement_of(dense, masks, unit_of)
+    is_enough = np.nan_to_num(found.auroc, nan=-1) >= np.nan_to_num(chance.needed_auroc[0], nan=2)
+    above = found.auroc > chance.mean_auroc[0]
+    assert is_enough.tolist() == ((chance.p_any_auroc[0] <= 0.05) & above).tolist()  # one scale
+    assert 0 < is_enough.sum() < len(is_enough)
     assert found.auroc[:2].tolist() == [1, 0]
     assert found.iou[:2].tolist() == [1, 0]
     flat = dense[:, :, 3].ravel()
@@ -490,6 +491,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.stress
 def test_a_painted_texture_is_found_where_it_was_painted(painted: Path, tmp_path: Path) -> None:
     """Some latent is active there, and nowhere as active; the table says so, and so does its map, patch by patch."""
     done = run(
@@ -578,7 +580,7 @@ def test_mistakes(made: Path, tmp_path: Path) -> None:
 
 def test_too_many_values_are_refused_before_they_are_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = LatentStore(made / "latents.zarr")
-    monkeypatch.setattr("cytosae.maps.mask_agreement.MAX_NONZEROS", 1000)
+    monkeypatch.setattr("cytosae.maps.mask_ranks.MAX_NONZEROS", 1000)
     monkeypatch.setattr(LatentStore, "read_images", None)
     with pytest.raises(BadInput, match=r"the 2 masked images hold [\d,]+ values, more than 1,000; take fewer masks"):
         read_ranked(latents, [0, 1], np.array([0, 1]))

@@ -24,12 +24,13 @@ from cytosae.names import items as items_module
 from cytosae.names.activations import blocks_of_latents, means_of_images, read_activations
 from cytosae.names.answers import Unfit, default_answers, one_line, read_answers
 from cytosae.names.choose import choose_images, divide_images
+from cytosae.names.sheet import draw_sheet
 from stores import CONCEPTS, NAMES, BarcodeStore, ResultStore
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.verify_any import verify_folder
 
 LATENTS = [*range(N_LATENTS)]
-QUICK = AskConfig(n_bootstraps=200)
+QUICK = AskConfig(n_bootstraps=200, shuffles=1)
 TRUE = {0: "red square", 1: "green square", 2: "blue square", 3: "ragged rim"}
 
 
@@ -60,6 +61,13 @@ def knowing(world: World, out: Path) -> Any:
         return {"name": TRUE[latent], "text": "as it was\npainted", "confidence": 4}
 
     return answer
+
+
+def copy_of(named: Path, tmp_path: Path) -> Path:
+    """The named items with their answers, to be changed."""
+    for source, target in ((named, tmp_path / "copy"), (default_answers(named), default_answers(tmp_path / "copy"))):
+        shutil.copytree(source, target)
+    return tmp_path / "copy"
 
 
 def sheet_of(request: dict[str, Any]) -> bytes:
@@ -172,14 +180,14 @@ def test_inactive_images_of_the_same_label(world: World, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------- what an item says
 
 
-def test_an_item_says_nothing_that_must_not_leave(world: World, named: Path) -> None:
+def test_an_item_says_nothing_that_must_not_leave(world: World, named: Path, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
     def listen(request: dict[str, Any]) -> dict[str, Any]:
         seen.append(request)
         return {"name": ""}
 
-    describe(world, named, command=listen, by="listener")
+    describe(world, copy_of(named, tmp_path), command=listen, by="listener")
     assert len(seen) == 4
     for request in seen:
         assert request["task"] == "name"
@@ -207,13 +215,12 @@ def test_statistics_are_those_of_the_pictures(world: World, named: Path) -> None
 def test_items_are_equal_when_made_again_and_after_an_interruption(
     world: World, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, drawn = tmp_path / "again", []
-    draw = items_module.draw_sheet
+    out, drawn = tmp_path / "again", list[bytes]()
 
     def break_off(*arguments: Any, **settings: Any) -> bytes:
         if len(drawn) == 2:
             raise KeyboardInterrupt
-        drawn.append(draw(*arguments, **settings))
+        drawn.append(draw_sheet(*arguments, **settings))
         return bytes(drawn[-1])
 
     monkeypatch.setattr(items_module, "draw_sheet", break_off)
@@ -395,7 +402,12 @@ def test_no_shell_unless_asked_for(world: World, tmp_path: Path) -> None:
 def test_calls_at_once_give_the_same(world: World, named: Path, tmp_path: Path) -> None:
     out = tmp_path / "n"
     describe(
-        world, out, command=knowing(world, out), by="Dr. Who", judge=seeing, ask=AskConfig(at_once=3, n_bootstraps=200)
+        world,
+        out,
+        command=knowing(world, out),
+        by="Dr. Who",
+        judge=seeing,
+        ask=AskConfig(at_once=3, n_bootstraps=200, shuffles=1),
     )
     rows = [row for row in pq.read_table(named / "detection.parquet").to_pylist() if row["judge"] == "seeing"]
     assert pq.read_table(out / "detection.parquet").to_pylist() == rows
@@ -413,7 +425,8 @@ def test_calls_at_once_give_the_same(world: World, named: Path, tmp_path: Path) 
 def test_a_judge_that_does_not_answer_as_asked(
     world: World, named: Path, tmp_path: Path, answer: dict[str, Any], words: str
 ) -> None:
-    done = describe(world, named, judge=lambda request: answer, judge_by="bad", ask=AskConfig(give_up=1))
+    out = copy_of(named, tmp_path)
+    done = describe(world, out, judge=lambda request: answer, judge_by="bad", ask=AskConfig(give_up=1))
     assert words in done.warnings[0]
     row = next(row for row in done.rows if row["judge"] == "bad")
     assert (row["auc"], row["reason"]) == (None, "not tested yet")
@@ -524,8 +537,7 @@ def test_hostile_names_are_refused(bad: object) -> None:
 def test_what_was_changed_is_found(world: World, named: Path, tmp_path: Path) -> None:
     assert verify_folder(named).is_whole
     assert verify_folder(named).unrecorded == []
-    copy = tmp_path / "copy"
-    shutil.copytree(named, copy)
+    copy = copy_of(named, tmp_path)
     table = pq.read_table(copy / "names.parquet")
     rows = table.to_pylist()
     rows[0]["name"] = "another"
@@ -535,6 +547,12 @@ def test_what_was_changed_is_found(world: World, named: Path, tmp_path: Path) ->
         read_names(copy)
     (copy / "names.parquet").unlink()
     assert read_names(copy).of(0) == ()
+    kept = default_answers(named) / "names.jsonl"
+    with (default_answers(copy) / "names.jsonl").open("a") as file:
+        file.write('{"version":1,"lat')  # a crash in the middle of a line
+    describe(world, copy)
+    assert (default_answers(copy) / "names.jsonl").read_bytes() == kept.read_bytes()
+    assert read_names(copy).of(0) == read_names(named).of(0)
     journal = tmp_path / "x.answers"
     journal.mkdir()
     (journal / "names.jsonl").write_text('{"version":1,"latent":0,"name":"a\\u0007"}\n')
@@ -574,4 +592,4 @@ def test_the_command(world: World, tmp_path: Path) -> None:
     assert "nothing to do" in done.stderr
     fails("no latent 99", *command[:-1], "99")
     plan = plan_describe(world.root / "barcodes", world.root / "concepts", latents=[0, 1], judge="x")
-    assert (plan.n_latents, plan.n_passes, plan.n_name_calls, plan.n_judge_calls) == (2, 1, 0, 16)
+    assert (plan.n_latents, plan.n_passes, plan.n_name_calls, plan.n_judge_calls) == (2, 1, 0, 32)

@@ -26,8 +26,9 @@ def test_draws_equal_lists_in_which_images_are_repeated() -> None:
     rng = np.random.default_rng(1)
     active, inactive = rng.random(9), rng.random(8)
     of_active, of_inactive = rng.integers(0, 4, 9), rng.integers(0, 4, 8)
-    draws = draw_groups(4, 30, seed=2)
-    assert draws.sum(1).tolist() == [4] * 30
+    draws = draw_groups(np.arange(4), 30, seed=2)
+    assert draw_groups(np.array([3, 1]), 30, seed=2).tolist() == draws[:, [3, 1]].tolist()
+    assert draw_groups(np.array([7]), 4_000, seed=2).mean() == pytest.approx(1, abs=0.05)
     found = drawn_auc(wins(active, inactive), of_active, of_inactive, draws)
     for number, draw in enumerate(draws.astype(int)):
         left = [value for value, group in zip(active, of_active, strict=True) for _ in range(draw[group])]
@@ -62,7 +63,7 @@ def test_the_truth_lies_within(spread: float) -> None:
         patient = spread * rng.normal(size=12)
         active, inactive = 1 + patient[group] + rng.normal(size=24), patient[group] + rng.normal(size=24)
         won = wins(active, inactive)
-        drawn = drawn_auc(won, group, group, draw_groups(12, 200, seed))
+        drawn = drawn_auc(won, group, group, draw_groups(np.arange(12), 200, seed))
         low, high = interval(float(won.mean()), drawn, 24, 24)
         n_within += low <= truth <= high
     assert n_within >= 182

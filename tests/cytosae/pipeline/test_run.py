@@ -10,18 +10,23 @@ import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click import UsageError
 from click.testing import CliRunner
 from places import ROOT
 from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 
 from cli import cli
+from cytosae.commands.run import _settings
 from cytosae.pipeline import RunConfig, RunPlan, read_recipe
+from cytosae.pipeline.journal import Journal
 from cytosae.pipeline.recipe import extract_settings, recipe_text, write_recipe
 from cytosae.pipeline.run import _grouped
+from cytosae.pipeline.stages import Stage
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
 from stores.verify_any import verify_folder
@@ -31,6 +36,7 @@ pytestmark = [
     pytest.mark.timeout(900),  # seconds of work, on a machine that may be busy
 ]
 
+_STAGE = Stage(name="", out="", inputs=(), settings={}, command=(), do=lambda shop, overwrite: RunPlan)  # type: ignore[arg-type, return-value]
 STORES = ("cells.acts.zarr", "cells.sae", "cells.latents.zarr", "cells.barcodes", "cells.concepts", "atlas")
 # what each stage reads, said again: the twin of the journal
 READS = {
@@ -84,6 +90,7 @@ def test_all_is_there_and_whole(finished: Path) -> None:
     assert recipe.why["sae.expansion"] == "asked for"
 
 
+@pytest.mark.stress
 def test_a_repeat_does_nothing(copied: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     for source, out in ((copied / "recipe.toml", None), (copied / "cells.csv", copied)):
@@ -96,6 +103,7 @@ def test_a_repeat_does_nothing(copied: Path) -> None:
         assert now.keys() == before.keys()
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 @pytest.mark.parametrize(
     ("section", "name", "value", "stage"),
@@ -300,6 +308,10 @@ def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
         ({"compare": {"name": "../../out"}}, r"\[\[compare\]\] needs a name of its own"),
         ({"probe": {"name": "same"}}, r"\[\[probe\]\] needs a name of its own"),  # for both
         ({"encode": {"value_bits": 99}}, "section encode: value_bits must be one of 10, 23; found 99"),
+        ({"encode": {"min_activation": 0.1}}, r"encode.min_activation must be 0 in a run, .* found 0\.1"),
+        ({"compare": {"a": "x"}}, r"--set compare.a: each \[\[compare\]\] needs a a of its own"),
+        ({"probe": {"disease": {"target": "x"}}}, r"--set probe.target: each \[\[probe\]\] needs a target of its own"),
+        ({"probe": {"nobody": {"folds": 3}}}, r"--set probe.nobody: no \[\[probe\]\] .*; there are disease, label"),
     ],
 )
 def test_settings_are_refused_before_anything_is_written(
@@ -311,6 +323,77 @@ def test_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_setting_of_one_comparison_or_probe_leaves_the_others(tmp_path: Path) -> None:
+    table = draw_cohort(tmp_path)
+    given = _settings(("probe.permutations=4", "probe.label.permutations=3", "probe.disease.folds=4"))
+    config = RunConfig(settings={**FEW, **given})
+    recipe = run_small(table, tmp_path / "out", config=config, dry_run=True).plan.recipe
+    assert {each["name"]: (each["permutations"], each["folds"]) for each in recipe.probe} == {
+        "disease": (4, 4),
+        "label": (3, recipe.probe[1]["folds"]),
+    }
+    assert recipe.probe[1]["folds"] != 4
+    (name,) = (each["name"] for each in recipe.compare)
+    assert _settings((f"compare.{name}.v1.top=5",)) == {"compare": {f"{name}.v1": {"top": 5}}}
+    with pytest.raises(UsageError, match="is a setting and cannot be the name of a compare"):
+        _settings(("compare.top=5", "compare.top.b=5"))
+
+
+@pytest.mark.usefixtures("quick_figures")
+def test_what_was_made_again_by_hand_is_not_replaced_without_a_word(copied: Path) -> None:
+    """With other settings; with the same ones it is taken."""
+    concepts = copied / "cells.concepts"
+    by_hand = ["concept", "select", str(concepts), "--overwrite"]
+    done = CliRunner().invoke(cli, [*by_hand, "--clusters", "2", "--per-cluster", "1", "--threshold", "0"])
+    assert done.exit_code == 0, done.output
+    mine = (concepts / "selection.parquet").read_bytes()
+    recipe = copied / "recipe.toml"
+    for change in (lambda: None, lambda: change_line(copied, "[select]", "per_cluster", "3")):
+        change()
+        with pytest.raises(SpecMismatch, match=r"is a selection with other .*was not made by cyto run"):
+            run_small(recipe, None)
+        assert (concepts / "selection.parquet").read_bytes() == mine
+    change_line(copied, "[select]", "clusters", "2")
+    change_line(copied, "[select]", "per_cluster", "1")
+    assert "atlas" in run_small(recipe, None).made
+    assert (concepts / "selection.parquet").read_bytes() == mine
+    done = CliRunner().invoke(cli, [*by_hand, "--clusters", "3", "--per-cluster", "1", "--threshold", "0"])
+    assert run_small(recipe, None, overwrite=True).made
+    assert (concepts / "selection.parquet").read_bytes() == mine
+
+
+def test_shards_do_not_lose_each_others_records(tmp_path: Path) -> None:
+    """Two journals that were read at the same time, and a hundred at once from many processes' worth of threads."""
+    first, second = Journal.read(tmp_path), Journal.read(tmp_path)
+    stages = [replace(_STAGE, name=f"stage {k}", out=f"{k}.out") for k in range(100)]
+    first.record(stages[0], {}, "0", seconds=1)
+    first.leave_out(stages[1], "too few")
+    first.write()
+    second.record(stages[2], {}, "2", seconds=1)
+    second.leave_out(stages[3], "too few")
+    second.write()
+    there = Journal.read(tmp_path)
+    assert there.stages.keys() == {"0.out", "2.out"}
+    assert there.left_out.keys() == {"stage 1", "stage 3"}
+    first.refresh()
+    assert first.why_stale(stages[2], {}, "2") == ""
+    second.record(stages[1], {}, "1", seconds=1)  # now the data allow it
+    second.write()
+    first.write()
+    assert Journal.read(tmp_path).left_out.keys() == {"stage 3"}
+
+    def record(stage: Stage) -> None:
+        journal = Journal.read(tmp_path)
+        journal.record(stage, {}, stage.out, seconds=1)
+        journal.write()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(record, stages))
+    assert Journal.read(tmp_path).stages.keys() == {stage.out for stage in stages}
+    assert [path.name for path in tmp_path.iterdir()] == ["stages.json"]
+
+
+@pytest.mark.stress
 def test_a_budget_that_is_given_has_no_reasons_of_another_one(tmp_path: Path) -> None:
     table = draw_cohort(tmp_path)
     whys = []
@@ -331,6 +414,7 @@ def test_a_name_that_toml_cannot_hold_is_told(tmp_path: Path) -> None:
         run_small(source, tmp_path / "out", dry_run=True, config=RunConfig())
 
 
+@pytest.mark.stress
 def test_a_file_of_a_recipe_is_looked_for_beside_it(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`weights = "w.pth"` lies in the folder of the run, wherever the command is typed."""
     (copied / "w.pth").write_bytes(b"no weights")
@@ -345,6 +429,7 @@ def test_a_file_of_a_recipe_is_looked_for_beside_it(copied: Path, monkeypatch: p
             run_small(copied / "recipe.toml", out)
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 def test_what_the_data_do_not_allow_any_more_is_shown_nowhere(copied: Path) -> None:
     """A comparison and a draw that were made, and cannot be with new settings: atlas and report do not use the old."""

@@ -52,7 +52,7 @@ from cytosae.probe import units as probe_units
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
 from cytosae.probe.folds import choose_null, connected_groups, shuffle_labels
-from cytosae.probe.intervals import calibration, calibration_error
+from cytosae.probe.intervals import calibration, calibration_error, possible
 from cytosae.probe.logistic import fit_rows
 from cytosae.probe.logistic_columns import fit_columns, fit_gram
 from cytosae.probe.scores import class_scores, score
@@ -347,6 +347,9 @@ def test_scores_of_draws_are_sklearns_with_weights() -> None:
     assert interval(found["accuracy"])["low"] < found["accuracy"][0] < interval(found["accuracy"])["high"]
     assert interval(np.full(21, 0.5)) == {"low": 0.5, "high": 0.5}
     assert interval(np.full(21, np.nan)) == {"low": None, "high": None}
+    assert possible("weighted_f1", {"low": -0.1, "high": 1.02}) == {"low": 0.0, "high": 1.0}  # a widened interval
+    assert possible("log_loss", {"low": -0.1, "high": 1.02}) == {"low": 0.0, "high": 1.02}
+    assert possible("auroc", {"low": None, "high": None}) == {"low": None, "high": None}
 
 
 def test_calibration_tells_overconfidence() -> None:
@@ -633,6 +636,7 @@ def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
     assert any("a class had no training row" in warning for warning in scores["warnings"])
 
 
+@pytest.mark.stress
 def test_the_released_divisor_is_told(tmp_path: Path) -> None:
     """With it the number of images is in every barcode of a patient, not in those of images."""
     folder = write_folder(tmp_path / "b", *cohort(), normalize="cytosae-release")

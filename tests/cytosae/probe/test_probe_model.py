@@ -136,6 +136,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------- fitted, saved, applied
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("way", "seed", "n_classes"), [("grams", 3, 3), ("columns", 3, 3), ("grams", 0, 2)])
 def test_the_model_is_the_slow_fit_of_all_rows_and_its_scores_sklearns(
     way: str, seed: int, n_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -175,6 +176,7 @@ def test_the_model_is_the_slow_fit_of_all_rows_and_its_scores_sklearns(
     json.dumps(tested, allow_nan=False)
 
 
+@pytest.mark.stress
 def test_applied_later_it_is_the_same_to_the_bit(fitted: Path, tmp_path: Path) -> None:
     """By the four files of the model alone, wherever they lie; whatever other rows are tested beside."""
     needed = tmp_path / "sent"

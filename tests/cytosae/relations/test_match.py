@@ -159,6 +159,40 @@ def test_planted_pairs_are_found_and_strata_alone_are_not(tmp_path: Path) -> Non
     assert not verify_folder(tmp_path / "out").problems
 
 
+def test_an_interrupted_match_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped among the permutations: the matching and the permutations that are done are not done again."""
+    pair, config = write_pair(tmp_path, *two_saes(1)), quick(n_permutations=9)
+    whole = match_latents(*pair, tmp_path / "whole", config)
+    monkeypatch.setattr(activation_match, "_SAVE_SECONDS", -1.0)
+    calls: list[str] = []
+    for name in ("match_directions", "nearest", "read_side"):
+        plain = getattr(activation_match, name)
+
+        def counted(*given: Any, plain: Any = plain, name: str = name, **settings: Any) -> Any:
+            calls.append(name)
+            return plain(*given, **settings)
+
+        monkeypatch.setattr(activation_match, name, counted)
+
+    def stop(done: int, total: int, state: str) -> None:
+        if state == "permutations" and done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        match_latents(*pair, tmp_path / "out", config, progress=stop)
+    assert (calls.count("match_directions"), calls.count("nearest")) == (2, 5)
+    calls.clear()
+    done = match_latents(*pair, tmp_path / "out", config)
+    assert (calls.count("match_directions"), calls.count("nearest")) == (0, 3)
+    assert done.summary | {"files": 0, "figures": 0} == whole.summary | {"files": 0, "figures": 0}
+    for name in ("matches", "latents"):
+        again, once = (ResultStore(tmp_path / each, MATCH).table(name) for each in ("out", "whole"))
+        assert again.equals(once)
+    calls.clear()
+    assert match_latents(*pair, tmp_path / "out", config).was_complete
+    assert not calls  # the images are not read again
+
+
 @pytest.mark.stress
 def test_where_images_are_not_shared_p_is_uniform(tmp_path: Path) -> None:
     """20 pairs of SAEs that have types and patients in common, and nothing else."""
@@ -175,6 +209,7 @@ def test_where_images_are_not_shared_p_is_uniform(tmp_path: Path) -> None:
     assert n_counterparts / (20 * N_A) < 0.06
 
 
+@pytest.mark.stress
 def test_differential_latents_and_cosines_stand_beside(tmp_path: Path) -> None:
     """Two of A's latents differ between diseases; their partners in B do, too."""
     a, b = two_saes(2)

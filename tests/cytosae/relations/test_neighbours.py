@@ -108,6 +108,7 @@ CASES = [
 ]
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("config", CASES, ids=str)
 @pytest.mark.parametrize("pieces", ["one", "many"])
 def test_equals_the_twin(

@@ -232,6 +232,7 @@ def barcodes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "b"
 
 
+@pytest.mark.stress
 def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     """And what they say is what `compare` says of the images; those who cannot be compared are named."""
     settings = PatientConfig(min_images=2)
@@ -287,6 +288,7 @@ def test_one_and_all_say_the_same(barcodes: Path, tmp_path: Path) -> None:
     assert (again.patients, again.top) == (one.patients, one.top)
 
 
+@pytest.mark.stress
 def test_who_cannot_be_compared(barcodes: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "out", PatientConfig()
     words = "need a disease, 4 readable images and 5 other patients of the same disease and dataset"

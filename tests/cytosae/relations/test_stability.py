@@ -11,7 +11,7 @@ from command_line import fails, run
 from decoders import Rows, directions, unit, write_sae
 from scipy.optimize import linear_sum_assignment
 
-from cytosae.relations import stability, write_stability
+from cytosae.relations import StabilityResult, stability, write_stability
 from cytosae.relations.assignment import assign
 from cytosae.relations.nearest_cosine import nearest
 from cytosae.relations.stability import TOLERANCE, draw_like, match_directions, match_within
@@ -353,7 +353,8 @@ def test_command(saes: list[Path], tmp_path: Path) -> None:
     command = ("concept", "stability", *saes[:2], "-o", tmp_path / "out")
     printed = run(*command).stdout
     assert "b: 2 latents left out: without a direction" in printed
-    assert "5 of 5 latents matched (the best there is), mean cosine 1.000 (by chance 0." in printed
+    assert "all 5 latents matched, mean cosine 1.000 (by chance 0." in printed
+    assert printed.count("100") == 0  # what all do is said in one word
     assert printed.splitlines() == list(write_stability(saes[:2], tmp_path / "out").lines())
     again = run(*command, "--json")
     assert "already complete" in again.stderr
@@ -362,3 +363,34 @@ def test_command(saes: list[Path], tmp_path: Path) -> None:
     fails("is or contains an input of this command", "concept", "stability", *saes[:2], "-o", saes[0])
     fails("needs two SAEs", "concept", "stability", saes[0], "-o", tmp_path / "o")
     fails("no SAE at", "concept", "stability", saes[0], tmp_path / "nowhere", "-o", tmp_path / "o")
+
+
+def test_lines_say_what_tells_something(tmp_path: Path) -> None:
+    """Shares of all are said once, by the highest threshold; many pairs are summed up."""
+    pair = {
+        "sae_a": 0, "sae_b": 1, "n_latents_a": 8, "n_latents_b": 9, "n_matched": 8, "mean_cosine": 0.8, "gap": 0.1,
+        "null_mean_cosine": 0.2, "null_p99": 0.5, "chance": "within a", "is_optimal": True,
+        "share_above_0.7": 1.0, "share_above_0.9": 0.25, "share_above_null_p99": 1.0,
+    }  # fmt: skip
+
+    def lines(pairs: list[dict[str, Any]], n: int = 2) -> list[str]:
+        saes = tuple(tmp_path / f"s{number}" for number in range(n))
+        return list(
+            StabilityResult(
+                out=tmp_path, saes=saes, pairs=pairs, n_without_direction=[0] * n, was_complete=False
+            ).lines()
+        )
+
+    few = lines([pair, pair | {"n_matched": 7, "is_optimal": False, "share_above_null_p99": 0.5}])
+    assert few[0].endswith(
+        "all 8 latents matched, mean cosine 0.800 (by chance 0.200, 99% of them up to 0.500, within a), all above 0.7, "
+        "25.0% above 0.9"
+    )
+    assert "7 of 8 latents matched (the best sum is larger by at most 0.1)" in few[1]
+    assert few[1].endswith("all above 0.7, 25.0% above 0.9")
+    some = [pair | {"sae_a": a, "sae_b": a + 1, "share_above_null_p99": 0.1 * a} for a in range(9)]
+    many = lines(some, 10)
+    assert len(many) == 6
+    assert "9 pairs of SAEs" in many[0]
+    assert "40.0% (0.0% to 80.0%) of the latents above 99%" in many[0]
+    assert "s0 and" in many[2]

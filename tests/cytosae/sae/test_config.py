@@ -100,6 +100,23 @@ def test_the_preset_cytosae_is_the_released_run() -> None:
     assert (config.tokens, config.n_steps(tokens_per_epoch=1)) == (257_000_000, 15_625)
 
 
+@pytest.mark.parametrize("activation", ["jumprelu", "gated"])
+def test_a_steered_penalty_has_its_own_loss_and_clipping(activation: str) -> None:
+    """No L1 weight is given, whose unit the loss would decide; presets, a weight, and what is said stay as they are."""
+    steered = TrainConfig(activation=activation, target_l0=20.0)
+    assert (steered.loss, steered.clip_norm, steered.init) == ("eq1", 1.0, "kaiming")
+    assert TrainConfig.from_spec(steered.to_spec()) == steered
+    weight = TrainConfig(activation=activation, l1=1e-3)
+    assert (weight.loss, weight.clip_norm) == ("normed", 0.0)
+    said = TrainConfig(activation=activation, target_l0=20.0, loss="normed", clip_norm=0.0)
+    assert (said.loss, said.clip_norm) == ("normed", 0.0)
+    assert TrainConfig.from_spec(said.to_spec()) == said  # as in runs of before
+    relu = TrainConfig(target_l0=20.0)  # not better at every L0
+    assert (relu.loss, relu.clip_norm) == ("normed", 0.0)
+    preset = make_config(preset="cytosae", options={"activation": activation, "target_l0": 20.0})
+    assert (preset.loss, preset.clip_norm) == ("normed", 0.0)
+
+
 def test_the_preset_paper_is_equation_1_as_printed() -> None:
     assert make_config(preset="paper") == TrainConfig(loss="eq1")
 

@@ -10,10 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from cytosae.score.hierarchy import best_threshold, lineages
-from cytosae.score.monosemanticity import mean_cosine, monosemanticity, unit_rows
-from cytosae.score.morans_i import morans_i, shuffled
-from cytosae.score.single_latents import single_latents
-from cytosae.score.sparse_probing import area_under_roc, rank_latents, sparse_probing
+from cytosae.score.intervals import MOST_BLOCKS, blocks_of, limits
+from cytosae.score.monosemanticity import mean_cosine, monosemanticity, monosemanticity_without, unit_rows
+from cytosae.score.morans_i import means_without, morans_i, shuffled
+from cytosae.score.single_latents import single_latents, single_without
+from cytosae.score.sparse_probing import area_under_roc, areas_without, rank_latents, sparse_probing
 
 Floats = npt.NDArray[np.float64]
 
@@ -214,7 +215,12 @@ def test_planted_absorption_and_splitting_are_found() -> None:
     some = by_latent(values)
     by_label, by_parent = (single_latents(some, x, n).average_precision for x, n in ((labels, 4), (parents, 2)))
     first, second = lineages(
-        some, labels, parents, np.arange(240), 4, 2, of_labels=by_label, of_parents=by_parent, shuffles=5, seed=0
+        *(some, labels, parents, np.arange(240), 4, 2),
+        of_labels=by_label,
+        of_parents=by_parent,
+        shuffles=5,
+        seed=0,
+        blocks=blocks_of(np.arange(240) // 30, "patient", 0),
     )
     assert (first.latent, first.child_latents[1]) == (1, 2)
     assert first.absorbed == pytest.approx(40 / 120)
@@ -222,4 +228,79 @@ def test_planted_absorption_and_splitting_are_found() -> None:
     assert first.split == pytest.approx(1)
     assert max(first.split_null) < 0.9
     assert second.absorbed == 0
+    left = np.arange(240) >= 30  # the first of 8 blocks has images of label 0 only
+    assert (first.n_blocks, first.images_of_block[0], first.taken_of_block.sum()) == (4, 30, 40)
+    inside = left & (parents == 0)
+    twin = [average_precision_score(labels[inside] == c, values[inside, latent]) for c, latent in ((0, 1), (1, 2))]
+    assert first.split_without[0] == pytest.approx(np.mean(twin))
     assert second.split < max(second.split_null) + 0.1
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def test_what_is_left_without_a_block_equals_leaving_it_out() -> None:
+    rng = np.random.default_rng(4)
+    values, labels, block_of = drawn(60, 8, 5), rng.integers(-1, 3, 60), rng.integers(0, 5, 60)
+    some, units = by_latent(values), unit_rows(rng.normal(size=(60, 6)))
+    score, truth = np.round(rng.normal(size=60), 1), labels == 1
+    areas = areas_without(truth, score, block_of, 5)
+    assert areas[0] == pytest.approx(roc_auc_score(truth, score))
+    best = np.array([1, 5, 7])
+    precision, removed = single_without(some, labels, block_of, 5, best)
+    looks = monosemanticity_without(some, units, block_of, 5)
+    maps, of_latent = rng.normal(size=40), rng.integers(0, 4, 40)
+    of_map = np.where(of_latent == 3, 2, rng.integers(0, 5, 40))  # all maps of latent 3 are in block 2
+    means, shares = means_without(maps, of_latent, of_map, 6, 5, 0.1)
+    for block in range(5):
+        left = block_of != block
+        assert areas[1 + block] == pytest.approx(roc_auc_score(truth[left], score[left]))
+        twin = single_latents(by_latent(values[left]), labels[left], 3)
+        np.testing.assert_allclose(precision[:, block], twin.average_precision[best, range(3)])
+        np.testing.assert_allclose(removed[:, block], twin.removed[best, range(3)], atol=1e-8)
+        np.testing.assert_allclose(looks[2:, block], monosemanticity(by_latent(values[left]), units[left])[2:])
+        by_mean = [
+            maps[(of_latent == latent) & (of_map != block)].mean()
+            for latent in range(4)
+            if ((of_latent == latent) & (of_map != block)).any()
+        ]
+        assert means[block] == pytest.approx(np.mean(by_mean))
+        assert shares[block] == pytest.approx(np.mean(np.array(by_mean) > 0.1))
+    assert np.isnan(areas_without(np.arange(4) < 2, np.arange(4.0), np.array([0, 0, 1, 1]), 2)[1:]).all()
+
+
+@pytest.mark.parametrize(("n_patients", "far", "least"), [(6, 1.0, 0.93), (20, 1.0, 0.93), (20, 3.5, 0.93)])
+def test_intervals_hold_the_area_of_other_patients(n_patients: int, far: float, least: float) -> None:
+    """Patients of 4 to 30 images with a shift of their own; the label moves the score by `far`."""
+
+    def cohort(rng: np.random.Generator, n: int) -> tuple[npt.NDArray[np.bool_], Floats, npt.NDArray[np.int64]]:
+        of = np.repeat(np.arange(n), rng.integers(4, 30, n))
+        truth = rng.random(len(of)) < rng.beta(2, 2, n)[of]
+        return truth, far * truth + rng.normal(size=len(of)) + 0.7 * rng.normal(size=n)[of], of
+
+    rng = np.random.default_rng([n_patients, int(far)])
+    truth, score, _ = cohort(rng, 20_000)
+    wanted, n_within, widths = area_under_roc(truth, score), 0, []
+    for _ in range(300):
+        truth, score, of = cohort(rng, n_patients)
+        found = areas_without(truth, score, of, n_patients)
+        low, high = limits(found[0], found[1:], n_patients, bounded=True)
+        assert low is not None
+        assert high is not None
+        assert 0 <= low <= found[0] <= high <= 1
+        n_within += low <= wanted <= high
+        widths.append(high - low)
+    assert n_within / 300 >= least
+    assert np.median(widths) < {(6, 1.0): 0.65, (20, 1.0): 0.25, (20, 3.5): 0.13}[n_patients, far]
+
+
+def test_few_and_many_groups() -> None:
+    assert limits(0.5, np.array([0.4, np.nan]), 5, bounded=True) == (None, None)
+    assert limits(0.5, np.array([0.4, 0.6]), 1, bounded=False) == (None, None)
+    all_right = limits(1.0, np.ones(20), 20, bounded=True)  # as of a share: 1 / (1 + t^2 / n)
+    assert all_right == pytest.approx((1 / (1 + 2.093**2 / 20), 1.0), abs=1e-4)
+    plain = limits(2.0, np.array([1.0, 3.0]), 2, bounded=False)
+    assert plain == pytest.approx((2 - 12.7062, 2 + 12.7062), rel=1e-4)
+    few, many = blocks_of(np.array([7, 7, 3]), "patient", 0), blocks_of(np.arange(1000), "image", 0)
+    assert (few.of_image.tolist(), few.n) == ([1, 1, 0], 2)
+    assert (many.n, {*np.bincount(many.of_image).tolist()}) == (MOST_BLOCKS, {5})

@@ -133,6 +133,60 @@ def test_the_unreadable_image_has_no_part_and_labels_are_all_there(world: World,
     assert not verify_folder(world.root / "planted").problems
 
 
+def test_values_lie_in_their_intervals(world: World, scored: ScoreResult) -> None:
+    """All that is measured on images has one, over the 12 patients; it is as wide as its few patients make it."""
+    assert scored.unit == "patient"
+    of_others = {"final_cls", "matched_over_seeds", "cosine_over_seeds"}
+    rows = [row for row in scored.rows if row["measure"] not in of_others]
+    assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
+    probe = of_all(scored.rows, "sparse_probe_auroc", 1)
+    assert 0.6 < probe["low"] < 0.95
+    noise = ResultStore(world.root / "random", SCORECARD).json("scorecard")["rows"]
+    row = of_all(noise, "sparse_probe_auroc", 5)
+    assert row["low"] < 0.5 < row["high"]
+    table = ResultStore(world.root / "planted", SCORECARD).table("scorecard")
+    assert table["low"].to_pylist() == [row["low"] for row in scored.rows]
+    assert f"{probe['low']:.3f} to {probe['high']:.3f}" in "\n".join(scored.lines())
+
+
+class _StoppedError(Exception):
+    pass
+
+
+@pytest.mark.stress
+def test_an_interrupted_scorecard_goes_on(world: World, scored: ScoreResult, tmp_path: Path) -> None:
+    """Stopped after every twelve parts: what is kept is not computed again, and the result is the same."""
+    parts = tmp_path / "out" / "parts"
+    kept: dict[str, int] = {}
+    stores: dict[str, Any] = {
+        "latents": [world.latents],
+        "caches": [world.cache],
+        "baselines": [world.root / "random"],
+    }
+    n_stops = 0
+    for most in range(12, 1000, 12):
+
+        def stop(done: int, total: int, state: str, most: int = most) -> None:
+            if len([*parts.glob("*.part")]) >= most:
+                raise _StoppedError
+
+        try:
+            done = score_sae(world.sae, tmp_path / "out", CONFIG, **stores, progress=stop)
+            break
+        except _StoppedError:
+            n_stops += 1
+            written = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.part")}
+            assert {name: written[name] for name in kept} == kept
+            kept = written
+    assert n_stops >= 2
+    assert done.rows == scored.rows
+    assert not done.was_complete
+    assert not parts.exists()
+    for name in ("latents.parquet", "labels.parquet"):
+        assert pq.read_table(tmp_path / "out" / name).equals(pq.read_table(world.root / "planted" / name))
+
+
+@pytest.mark.stress
 def test_another_encoder_and_another_seed(world: World, tmp_path: Path) -> None:
     """An embedding from a table is taken in place of the tokens; a stability folder adds its rows."""
     rng = np.random.default_rng(0)

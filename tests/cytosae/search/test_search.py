@@ -160,6 +160,7 @@ def test_all_images_at_once_find_what_each_finds_alone(
     assert nearest_among(fingerprints.take(some), owner, content, top=0)[0].shape == (150, 2, 0)
 
 
+@pytest.mark.stress
 def test_blocks_have_no_effect(barcodes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = search_cells(barcodes, "i003")
     reader = scanning.reader_of(scanning.open_collection(barcodes, None, "rarity"), "barcode")
@@ -253,6 +254,7 @@ def image_id(made: Path, number: int) -> str:
     return str(ActivationStore(made / "acts.zarr").images["image_id"][number])
 
 
+@pytest.mark.stress
 def test_a_file_is_found_as_its_own_image(made: Path, counted: Path, tmp_path: Path) -> None:
     """The file of a stored image gives the same similarities, by latents and by tokens, and is not listed itself."""
     name = image_id(made, 0)

@@ -1,6 +1,7 @@
 """Background patches: the rule against a slow twin, and that they are neither trained on nor measured."""
 
 import json
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from training_runs import SETTINGS
 
 from cli import cli
 from cytosae.sae import load_sae, make_config
-from cytosae.training.background import find_background, otsu
+from cytosae.training.background import find_background, rim_threshold
 from cytosae.training.data import open_data
 from cytosae.training.train import train
 from stores import ActivationStore, BadInput, TokenStream
@@ -43,18 +44,19 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray[An
     return write_cache(tmp_path_factory.mktemp("cells") / "a.zarr", tokens, unreadable=(4,)), is_background
 
 
-def slow_otsu(values: np.ndarray[Any, Any]) -> float:
-    """The edge of the histogram with the largest weighted distance of the two means, one after the other."""
-    counts, edges = np.histogram(values, 256)
-    centres = (edges[:-1] + edges[1:]) / 2
-    best, at = -1.0, 0.0
-    for cut in range(1, 256):
-        low, high = counts[:cut].sum(), counts[cut:].sum()
-        if low and high:
-            a, b = (counts[:cut] @ centres[:cut]) / low, (counts[cut:] @ centres[cut:]) / high
-            if low * high * (a - b) ** 2 > best:
-                best, at = low * high * (a - b) ** 2, edges[cut]
-    return float(at)
+def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -> tuple[float, bool]:
+    """The inner edge of the histogram beyond which rim and other patches differ most, one after the other."""
+    edges = np.linspace(values.min(), values.max(), 257)
+    found = []
+    for edge in edges[1:-1]:
+        rim, other = (
+            Fraction(int((values[:, mask] >= edge).sum()), values[:, mask].size) for mask in (is_rim, ~is_rim)
+        )
+        found.append((rim - other, float(edge)))
+    largest = max(abs(difference) for difference, _ in found)
+    sign = next(difference for difference, _ in found if abs(difference) == largest)
+    equally_good = [edge for difference, edge in found if difference == sign]
+    return equally_good[(len(equally_good) - 1) // 2], sign > 0
 
 
 def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
@@ -72,19 +74,28 @@ def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, 
     projected = (patches - flat.mean(0)) @ direction
     is_rim = np.ones((SIDE, SIDE), bool)
     is_rim[1:-1, 1:-1] = False
-    high = projected > slow_otsu(projected)
-    if high[:, is_rim.ravel()].mean() < high[:, ~is_rim.ravel()].mean():
-        high = ~high
+    threshold, is_high = slow_threshold(projected, is_rim.ravel())
+    high = (projected > threshold) == is_high
     assert (found.keep[0][readable, 1:] == ~high).all()
     assert found.share_at_rim == pytest.approx(high[:, is_rim.ravel()].mean())
     assert found.share_elsewhere == pytest.approx(high[:, ~is_rim.ravel()].mean())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_otsu_equals_its_definition(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_the_threshold_equals_its_definition_and_lies_where_the_densities_cross(seed: int) -> None:
+    """Three groups, as nuclei, red cells and ground are: ground is 3/4 of the rim and 1/4 of the rest, and is found."""
     rng = np.random.default_rng(seed)
-    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(5, 2, 200 * seed + 10)])
-    assert otsu(values) == slow_otsu(values)
+    is_rim = np.arange(20) < 8
+    sign = 1 if seed % 2 else -1  # ground may be the low side, too
+    is_ground = rng.random((400, 20)) < np.where(is_rim, 0.75, 0.25)
+    matter = np.where(rng.random((400, 20)) < 0.3, -12.0, 0.0)  # far away: a cut of all variance would lie beside it
+    values = sign * (np.where(is_ground, 3.0, matter) + rng.normal(size=(400, 20)))
+    threshold, is_high = rim_threshold(values, is_rim)
+    slow, slow_is_high = slow_threshold(values, is_rim)
+    assert threshold == pytest.approx(slow, abs=1e-9)
+    assert is_high == slow_is_high == (sign > 0)
+    assert sign * threshold == pytest.approx(1.5, abs=0.4)
+    assert (((values > threshold) == is_high) == is_ground).mean() > 0.93
 
 
 def test_the_stream_has_every_other_token_once_per_epoch(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:

@@ -176,6 +176,7 @@ def test_the_decay_begins_when_it_has_settled() -> None:
 # ------------------------------------------------------------------------------------------------------ in training
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", KINDS)
 def test_interrupted_and_continued_decides_the_same(name: str, cache: Path, tmp_path: Path) -> None:
     """Ctrl-C four times, before and behind checks and in the decay: the same weights, metrics and decisions."""
@@ -262,6 +263,7 @@ def test_width_and_l0_by_hand() -> None:
     assert [auto_l0(width) for width in (8, 192, 384, 768, 1024, 1536, 10_000)] == [8, 16, 16, 32, 32, 32, 64]
 
 
+@pytest.mark.stress
 def test_the_command_says_what_it_will_do_and_why(cache: Path, tmp_path: Path) -> None:
     command = ["sae", "train", str(cache), "-o", str(tmp_path / "run"), "--batch-tokens", "10", "--device", "cpu"]
     command += ["--warmup-steps", "4"]

@@ -111,7 +111,7 @@ def test_active_latents_are_those_of_the_cpu(size: str, pattern: str) -> None:
     """To the bit and in the same order; by token they are the rows of the dense matrix."""
     n_tokens, n_latents, _ = SIZES[size]
     p = pre_activations(n_tokens, n_latents, pattern=pattern)
-    found, twin = taken(p), kernels_cpu.take_active(p, kernels_cpu.count_active(p))
+    found, twin = taken(p), kernels_cpu.find_active(p)[1]
     for name in ("starts", "tokens", "values", "fired"):
         assert np.array_equal(getattr(found, name).cpu().numpy(), getattr(twin, name)), name
     tokens, latents = np.nonzero(p > 0)
@@ -147,7 +147,8 @@ def test_pre_activations_in_bfloat16_and_what_is_not_finite() -> None:
     p = pre_activations(37, 70)
     p[3, 4], p[5, 6], p[7, 8] = np.nan, np.inf, -np.inf
     rounded = torch.from_numpy(p).bfloat16().float().numpy()
-    found, twin = taken(p, torch.bfloat16), kernels_cpu.take_active(rounded, kernels_cpu.count_active(rounded))
+    found, twin = taken(p, torch.bfloat16), kernels_cpu.find_active(rounded)[1]
+    assert twin is not None
     assert np.array_equal(found.tokens.cpu().numpy(), twin.tokens)
     assert np.array_equal(found.values.cpu().numpy(), twin.values, equal_nan=True)
     assert int(found.values.isnan().sum()) == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from sparse_tokens import write_sae
 from token_caches import write_cache
@@ -22,6 +23,7 @@ from cytosae.training.health import FILE
 from cytosae.training.health_sample import evenly_spaced
 from cytosae.training.train import train
 from stores import ActivationStore, BadInput, DamagedStore, verify_folder
+from stores.files import sha256_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,6 +88,51 @@ def test_figures_equal_the_slow_twin(made: Path) -> None:
     rows = {row.name: row for row in kept.rows}
     assert rows["L0"].value == pytest.approx(twin["l0"])
     assert rows["against PCA"].low == pytest.approx(twin["pca"], rel=1e-8)
+
+
+def test_the_error_of_a_sample_equals_the_slow_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 images in chunks of 10, at most 64 are measured on: each figure without each of the chunks, by itself."""
+    monkeypatch.setattr("cytosae.training.health_sample.MOST_TOKENS", 5)  # whatever the budget is
+    cache = write_cache(tmp_path / "acts.zarr", tokens_of_cells(1, n_images=200), chunk_images=10)
+    health = train([cache], tmp_path / "run", dataclasses.replace(CONFIG, tokens=6_000, holdout=0.0)).health
+    assert health is not None
+    assert health.n_images == 60
+    chunks = [[*range(10 * k, 10 * k + 10)] for k in evenly_spaced([10] * 20, 64)]
+    model = load_sae(tmp_path / "run").model
+    without = []
+    for k in range(6):
+        images = [image for chunk in (*chunks[:k], *chunks[k + 1 :]) for image in chunk]
+        twin = slow_figures(cache, tmp_path / "run", images)
+        tokens = torch.from_numpy(ActivationStore(cache).read_images(np.array(images))).float().reshape(-1, model.width)
+        error = (model(tokens).double() - tokens.double()).square().sum().item()
+        variance = (tokens.double() - tokens.double().mean(0)).square().sum().item()
+        alive = [count for count in twin["n_images_active"] if count]
+        everywhere = sum(10 * n >= 9 * 50 for n in alive) / len(alive)
+        dead = float((twin["n_images_active"] == 0).mean())
+        without.append((twin["l0"], everywhere, dead, 1 - error / variance))
+    errors = 2 * np.sqrt((1 - 60 / 200) * 5 / 6 * np.square(np.array(without) - np.mean(without, 0)).sum(0))
+    rows = {row.name: row for row in health.rows}
+    found = [rows[name].error for name in ("L0", "everywhere", "dead", "explained")]
+    assert found == pytest.approx([*errors], rel=1e-4)
+    assert errors[0] > 0
+    assert f" ± {errors[0]:.2g}; healthy" in str(health)
+    assert "may be missed" in rows["dead"].says
+    assert next(health.lines()).endswith("300 tokens); ±: two standard errors of this sample")
+    assert rows["against PCA"].error is None
+    assert read_health(tmp_path / "run") == health
+
+
+def test_of_all_images_there_is_no_error(made: Path) -> None:
+    """Nor in a file of before, whose rows have no such figure."""
+    kept = read_health(made / "run")
+    assert kept is not None
+    assert all(row.error is None for row in kept.rows)
+    assert "±" not in str(kept)
+    rows = [{name: value for name, value in row.items() if name != "error"} for row in kept.to_json()["rows"]]
+    content = {"format": "SAE health", "format_version": 1, "measured": [{**kept.to_json(), "rows": rows}]}
+    before = Path(shutil.copytree(made / "run", made / "before"))
+    write_json(before / FILE, {**content, "sha256": sha256_json(content)})
+    assert read_health(before) == kept
 
 
 @pytest.mark.parametrize("n_chunks", [1, 2, 7, 100])

@@ -127,6 +127,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp("planted") / "acts.zarr", tokens.astype(np.float16))
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("activation", "target", "least", "settings"),
     [

@@ -148,16 +148,17 @@ def test_products_on_a_gpu_have_these_types(name: str, activation: str) -> None:
 
 
 def test_bfloat16_entries_are_found_by_their_bits() -> None:
-    """As `take_active` finds their float32 values: both zeros, infinities, and NaN of either sign, which is active."""
+    """As the same numbers in float32 are found: both zeros, infinities, and NaN of either sign, which is active."""
     values = draws(37, 70).bfloat16()
     values[3, :6] = torch.tensor([0.0, -0.0, np.inf, -np.inf, 1e-40, -1e-40]).bfloat16()
     bits = values.view(torch.uint16).numpy()
     bits[3, 6:8] = 0x7FC0, 0xFFC0
     assert values[3, 6:8].isnan().all()
     floats = values.float().numpy()
-    counts = kernels_cpu.count_active_bfloat16(bits)
-    assert np.array_equal(counts, kernels_cpu.count_active(floats))
-    found, twin = kernels_cpu.take_active_bfloat16(bits, counts), kernels_cpu.take_active(floats, counts)
+    (n_found, found), (n_twin, twin) = kernels_cpu.find_active(bits), kernels_cpu.find_active(floats)
+    assert n_found == n_twin
+    assert found is not None
+    assert twin is not None
     assert np.array_equal(found.starts, twin.starts)
     assert np.array_equal(found.tokens, twin.tokens)
     assert np.array_equal(found.values, twin.values, equal_nan=True)
