@@ -97,8 +97,8 @@ def write_baseline(
 ) -> BaselineReport:
     """Write a baseline of the SAE `like` to the folder `out`, as an SAE of ours; the same call finds it complete.
 
-    The same call continues an interrupted one: from a saved state of what is trained or fitted step by step, and with
-    the sample of tokens as it was read.
+    The same call continues an interrupted one: from a saved state of what is trained, and of kmeans; with the sample of
+    tokens as it was read. The fits of scikit-learn (ica, nmf) keep no state and begin anew.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def write_baseline(
         root.mkdir(parents=True, exist_ok=True)
         write_header(root, header)
         sweep_partials(root)
-        append_run(root, packages=("torch", "numpy"), baseline=config.kind)
+        append_run(root, packages=("torch", "numpy", "scikit-learn"), baseline=config.kind)
         say(job.costs_line())
         parts = KeptParts(root / "parts", header.identity)
         model, summary, notes = job.fit(parts)
@@ -307,8 +307,8 @@ class _Job:
         if self.kind == "pca":
             return fit_pca(sample, n)
         if self.kind == "ica":
-            return fit_ica(sample, n, seed=seed, iterations=iterations, state=state)
-        return fit_nmf(sample, n, seed=seed, iterations=iterations, state=state)
+            return fit_ica(sample, n, seed=seed, iterations=iterations)
+        return fit_nmf(sample, n, seed=seed, iterations=iterations)
 
     def _sample(self, n_tokens: int) -> npt.NDArray[np.float16]:
         """(n, D): the first tokens of the stream, which come from all over the caches."""

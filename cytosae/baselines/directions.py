@@ -7,8 +7,10 @@ that has two signs (pca, ica, neurons) becomes two latents, number i and i + (nu
 """
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +19,6 @@ import torch
 from cytosae.sae import SparseAutoencoder
 from stores.errors import BadInput
 from stores.part_files import KeptState
-
-from .ica import fast_ica
-from .nmf import non_negative_factors
 
 _CHUNK = 4096  # tokens that are worked on at once, where there is no dense (tokens, latents) matrix
 _LEAST_SHARE = 1e-10  # of the largest variance: a component with less is rounding
@@ -78,42 +77,59 @@ def fit_pca(x_ND: torch.Tensor, n: int) -> Weights:
     return _signed(rows, rows)
 
 
-def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None) -> Weights:
-    """Independent components of the sample (ica.py), each with both signs.
+def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weights:
+    """Independent components of the sample (FastICA of scikit-learn), each with both signs.
 
     With source s_i = <w_i, x> and mixing column a_i, x is the sum of s_i a_i: the latent is ||a_i|| s_i and its decoder
     row a_i / ||a_i||, so that latents compare as the lengths that they add.
     """
-    moments = second_moments(x_ND)
-    n = min(n, _rank(moments))
-    unmixing, is_settled = fast_ica(
-        x_ND.numpy(), moments.numpy(), n, seed=seed, iterations=iterations, state=state or KeptState()
-    )
-    notes = () if is_settled else (f"FastICA had not settled after {iterations:,} iterations; raise --iterations",)
-    mixing = np.linalg.pinv(unmixing).T  # (n, D)
+    from sklearn.decomposition import FastICA
+
+    n = min(n, _rank(x_ND))
+    fit = FastICA(n, whiten="unit-variance", max_iter=iterations, random_state=seed % 2**32)
+    notes = _fitted(fit, x_ND.numpy(), f"FastICA had not settled after {iterations:,} iterations; raise --iterations")
+    mixing = np.asarray(fit.mixing_, np.float32).T  # (n, D)
     norm = np.linalg.norm(mixing, axis=1, keepdims=True)
-    encoder, decoder = ((rows).astype(np.float32) for rows in (unmixing * norm, mixing / norm))
+    encoder, decoder = np.asarray(fit.components_, np.float32) * norm, mixing / norm
     return _signed(torch.from_numpy(encoder), torch.from_numpy(decoder), notes)
 
 
-def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None) -> Weights:
+def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weights:
     """Non-negative factors of the sample: `n` latents, each the projection on a factor's direction.
 
     A factor's direction is what it has above the centre minus what it has below it (`nmf_factors`). The codes of NMF
     itself are solved for, token by token; no encoder has them.
     """
-    factors, notes = nmf_factors(x_ND, n, seed=seed, iterations=iterations, state=state)
+    factors, notes = nmf_factors(x_ND, n, seed=seed, iterations=iterations)
     width = x_ND.shape[1]
     return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]), notes)
 
 
 def nmf_factors(
-    x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None
+    x_ND: torch.Tensor, n: int, *, seed: int, iterations: int
 ) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
-    """(n, 2 D): non-negative factors of what lies above the centre, and what below (nmf.py). Also notes."""
-    state = state or KeptState()
-    factors, is_settled = non_negative_factors(x_ND.numpy(), n, seed=seed, iterations=iterations, state=state)
-    return factors, () if is_settled else (f"NMF had not settled after {iterations:,} passes; raise --iterations",)
+    """(n, 2 D): non-negative factors of what lies above the centre, and what below (MiniBatchNMF of scikit-learn).
+
+    Tokens have both signs, and (N, 2 D) has none below 0. Also notes.
+    """
+    from sklearn.decomposition import MiniBatchNMF
+
+    x = x_ND.numpy()
+    halves = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
+    size = min(_CHUNK, len(x))
+    fit = MiniBatchNMF(n, init="random", batch_size=size, max_iter=iterations, random_state=seed % 2**32)
+    notes = _fitted(fit, halves, f"NMF had not settled after {iterations:,} passes; raise --iterations")
+    return np.asarray(fit.components_, np.float32), notes
+
+
+def _fitted(fit: Any, x: npt.NDArray[np.float32], note: str) -> tuple[str, ...]:
+    """Fit; `note` if scikit-learn says that it had not settled."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        fit.fit(x)
+    return (note,) if any(issubclass(each.category, ConvergenceWarning) for each in caught) else ()
 
 
 def fit_kmeans(
@@ -181,8 +197,9 @@ def _signed(encoder: torch.Tensor, decoder: torch.Tensor, notes: tuple[str, ...]
     return Weights(*both, torch.zeros(len(both[0])), notes)
 
 
-def _rank(moments: torch.Tensor) -> int:
+def _rank(x_ND: torch.Tensor) -> int:
     """Components with more than a millionth of the whole variance, which can be scaled to variance 1."""
+    moments = second_moments(x_ND)
     return int((torch.linalg.eigvalsh(moments) > 1e-6 * moments.trace()).sum())
 
 

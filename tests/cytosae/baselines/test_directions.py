@@ -1,7 +1,5 @@
-"""The fits of baselines beside slow, obvious twins in numpy; those in steps beside scikit-learn, and interrupted."""
+"""The fits of baselines beside slow, obvious twins in numpy; k-means also interrupted."""
 
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,6 @@ import numpy.typing as npt
 import pytest
 import torch
 from scipy.optimize import nnls
-from sklearn.decomposition import FastICA, MiniBatchNMF
-from sklearn.exceptions import ConvergenceWarning
 
 from cytosae.baselines.directions import (
     Weights,
@@ -24,8 +20,6 @@ from cytosae.baselines.directions import (
     fitting_scale,
     nmf_factors,
 )
-from cytosae.baselines.ica import fast_ica
-from cytosae.baselines.nmf import non_negative_factors
 from cytosae.sae import SparseAutoencoder
 from stores.errors import BadInput
 from stores.part_files import KeptParts, KeptState
@@ -186,43 +180,6 @@ def test_the_scale_has_the_least_error() -> None:
     assert np.isnan(fitting_scale(opposite, x))
 
 
-# ------------------------------------------------------------------------------------------------ as scikit-learn, kept
-
-
-def sources(n: int = 2000) -> npt.NDArray[np.float32]:
-    x = np.random.default_rng(0).laplace(size=(n, 6)) @ np.random.default_rng(1).normal(size=(6, 6))
-    return np.asarray(x - x.mean(0), np.float32)
-
-
-def test_ica_and_nmf_equal_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the sample is worked on in pieces, and where the fit ends before it has settled."""
-    x = sources()
-    monkeypatch.setattr("cytosae.baselines.ica._CHUNK", 300)
-    for n, iterations in ((6, 200), (3, 2)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            twin = FastICA(n, whiten="unit-variance", max_iter=iterations, random_state=5).fit(x.astype(np.float64))
-        rows, is_settled = fast_ica(
-            x, (x.T @ x).astype(np.float64), n, seed=5, iterations=iterations, state=KeptState()
-        )
-        cosines = np.abs((rows * twin.components_).sum(1)) / (
-            np.linalg.norm(rows, axis=1) * np.linalg.norm(twin.components_, axis=1)
-        )
-        assert cosines.min() > 0.999
-        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), np.linalg.norm(twin.components_, axis=1), rtol=0.01)
-        assert is_settled == (twin.n_iter_ < iterations)
-    monkeypatch.setattr("cytosae.baselines.nmf._BATCH", 300)
-    halves = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
-    for iterations in (2, 60):
-        settings = {"init": "random", "batch_size": 300, "max_iter": iterations, "random_state": 5}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fit = MiniBatchNMF(4, **settings).fit(halves)
-        factors, is_settled = non_negative_factors(x, 4, seed=5, iterations=iterations, state=KeptState())
-        np.testing.assert_allclose(factors, fit.components_, rtol=0.01, atol=0.01 * fit.components_.max())
-        assert is_settled == (fit.n_iter_ < iterations)
-
-
 class _StoppedError(Exception):
     pass
 
@@ -241,22 +198,19 @@ class Stopping(KeptState):
             raise _StoppedError
 
 
-def test_an_interrupted_fit_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cytosae.baselines.nmf._BATCH", 300)
-    x = sources()
-    rows = torch.from_numpy(x)
-    moments = (x.T @ x).astype(np.float64)
-    fits: dict[str, Callable[[KeptState], Any]] = {
-        "ica": lambda state: fast_ica(x, moments, 4, seed=1, iterations=9, state=state)[0],
-        "nmf": lambda state: non_negative_factors(x, 4, seed=1, iterations=3, state=state)[0],
-        "kmeans": lambda state: fit_kmeans(rows.split(400), torch.zeros(6), 7, seed=1, state=state).encoder.numpy(),
-    }
-    for name, fit in fits.items():
-        whole = fit(KeptState())
-        for after in (3, 1):
-            with pytest.raises(_StoppedError):
-                fit(Stopping(tmp_path / name, after))
-        np.testing.assert_array_equal(fit(Stopping(tmp_path / name, 10_000)), whole)
-        kept = KeptState(KeptParts(tmp_path / name, "job"))
-        assert kept.read() is not None
-        assert KeptState(KeptParts(tmp_path / name, "another job")).read() is None
+def test_interrupted_k_means_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    rows = torch.from_numpy(np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float32))
+
+    def fit(state: KeptState) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = fit_kmeans(
+            rows.split(400), torch.zeros(6), 7, seed=1, state=state
+        ).encoder.numpy()
+        return found
+
+    whole = fit(KeptState())
+    for after in (3, 1):
+        with pytest.raises(_StoppedError):
+            fit(Stopping(tmp_path, after))
+    np.testing.assert_array_equal(fit(Stopping(tmp_path, 10_000)), whole)
+    assert KeptState(KeptParts(tmp_path, "job")).read() is not None
+    assert KeptState(KeptParts(tmp_path, "another job")).read() is None
