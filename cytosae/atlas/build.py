@@ -343,7 +343,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
     _write_other_pages(site, frames, gallery)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
-    site.write(f"{CONCEPTS}.parquet", parquet_bytes(concept_table(frames)))  # most of its maps are still empty
+    site.write(f"{CONCEPTS}.parquet", bytes(parquet_bytes(concept_table(frames))))  # most of its maps are still empty
     counts = _counts(inputs, cohort, plan)
     wanted = {
         "images/": len(plan.images),

@@ -83,8 +83,8 @@ class Sketches:
 
 def hashed(first: int, n: int, seed: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int8]]:
     """(n, 4) places in a sketch and signs of images first to first + n - 1, whatever the blocks they come in."""
-    numbers = np.arange(first, first + n, dtype=np.uint64)[:, None] * np.uint64(N_PARTS)
-    mixed = numbers + np.arange(N_PARTS, dtype=np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+    numbers = np.arange(first * N_PARTS, (first + n) * N_PARTS, dtype=np.uint64).reshape(n, N_PARTS)
+    mixed: Any = numbers + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)  # Any: numpy's types take uint64 for float64
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     mixed ^= mixed >> np.uint64(31)
