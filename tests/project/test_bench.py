@@ -93,6 +93,7 @@ def test_run_all_goes_on_and_names_what_failed(tmp_path: Path) -> None:
 def test_every_benchmark_is_run_by_make_bench_and_tested() -> None:
     helpers = {"common", "latent_generator", "patient_generator", "run_all", "frontier_peers", "tau_cells"}
     helpers.add("precision")  # measures fidelity on a cache that is given; no rates
+    helpers.add("full_size")  # a line for each command, and stores of 10 GB that stay; on request
     programs = {path.stem for path in BENCH.glob("*.py")} - helpers
     listed = (BENCH / "run_all.py").read_text()
 
