@@ -22,7 +22,7 @@ class Alike:
             cohort.patient_of[plan.images],
             cohort.contents[plan.images],
             top=top,
-            queries=np.array([plan.thumb_of[image] for image in images.tolist()], np.int64),
+            queries=np.array([plan.place_of[image] for image in images.tolist()], np.int64),
         )
 
     def of(self, image: int, unseen: dict[int, str]) -> list[list[dict[str, Any]]]:

@@ -350,7 +350,6 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         "pictures/": (len(plan.images) + len(plan.pictured))
         * site.n_files("pictures/")
         // max(1, site.n_files("images/") + n_pictured),
-        "sprites/": -(-len(plan.images) // 256),
         "cards/": sum(len(numbers) > 0 for numbers in gallery.images),
         "concepts/": len(plan.latents),
         "patients/": cohort.n_patients,
@@ -360,9 +359,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         n_there = site.n_files(folder)
         n_bytes += round(site.n_bytes(folder) * (n_wanted / n_there - 1)) if n_there else 0
         n_files += n_wanted - n_there if n_there else 0
-    if few is not None:  # thumbnails scale with their number, token data with the number of nonzeros
-        thumb = site.n_bytes("sprites/") / len(few)
-        n_bytes += round(thumb * len(plan.images)) - round(site.n_bytes("sprites/") * wanted["sprites/"])
+    if few is not None:  # token data scale with the number of nonzeros
         of_few, n_in_few = site.n_bytes("data/image-"), _n_values(inputs, few)
         per_value = (of_few - _EMPTY_IMAGE * len(few)) / n_in_few if n_in_few else 4.0
         n_bytes += round(_EMPTY_IMAGE * len(plan.images) + per_value * _n_values(inputs, plan.images)) - of_few

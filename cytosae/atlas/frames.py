@@ -13,7 +13,6 @@ from .cohort import Cohort
 from .concept_maps import Maps, packed_map
 from .concept_pages import disease_name, image_name
 from .inputs import Inputs
-from .pictures import thumb_place
 from .plan import Plan
 
 
@@ -30,13 +29,12 @@ class Frames:
     shared: dict[str, Any]  # template variables of all pages
 
     def plain(self, image: int) -> dict[str, Any]:
-        """A cell without a map: its page, name, label, patient, thumbnail, and why it cannot be shown."""
+        """A cell without a map: its page, name, label, patient, and why it cannot be shown."""
         patient = int(self.cohort.patient_of[image])
         return {
             "image": self.plan.number_of[image],
             "name": image_name(self.inputs, self.plan, image, is_hidden=self.shared["pseudonyms"]),
             "label": self.cohort.labels[image],
-            "thumb": thumb_place(self.plan.thumb_of[image], len(self.plan.images)),
             "unseen": self.maps.unseen.get(image),
             "patient": None if patient < 0 else {"number": patient, "name": self.cohort.names[patient]},
             "disease": "" if patient < 0 else disease_name(self.cohort, patient),

@@ -1,10 +1,9 @@
-"""One pass over all images of the atlas: pictures, thumbnails, pages, and the latents of their tokens.
+"""One pass over all images of the atlas: pictures, pages, and the latents of their tokens.
 
 A page also shows the images most like this one, by the fingerprints of `cyto concept search`.
 """
 
 from collections.abc import Iterator
-from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from .concept_pages import disease_name, image_name
 from .config import AtlasConfig
 from .examples import LATENTS_OF_IMAGE
 from .inputs import Inputs
-from .pictures import SHEET_BYTES, Sheets, jpeg, reduced
+from .pictures import jpeg, reduced
 from .plan import Plan
 from .site import Site, packed
 
@@ -45,11 +44,10 @@ def write_images(
     """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
     First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps`. Memory: the
-    tokens of a few images, and one sheet of thumbnails. With pseudonyms, the order of images differs from that of the
-    sheets, so up to all thumbnails are buffered in a temporary file, 27 kB each.
+    tokens of a few images.
 
     marks : further maps to fill
-    chosen : only these images (for an estimate); the positions of thumbnails are then wrong
+    chosen : only these images (for an estimate)
     """
     images = plan.images if chosen is None else chosen
     order = np.argsort(images)
@@ -57,32 +55,28 @@ def write_images(
     by_image = np.argsort(mapped, kind="stable")
     in_order_of_images = mapped[by_image]
     n_active = np.zeros(len(images), np.int64)
-    folder = None if site.root is None else str(site.root)
-    with SpooledTemporaryFile(SHEET_BYTES, dir=folder) as scratch:  # an unnamed file: a crash leaves nothing behind
-        sheets = Sheets(site, len(images), scratch)
-        in_order = zip(order.tolist(), _tokens(inputs, images[order].tolist()), strict=True)
-        for n_done, (thumb, (image, tokens)) in enumerate(in_order, start=1):
-            number, row = inputs.place(image)
-            layout = inputs.stores[number].layout
-            patches = tokens[layout.first_patch :].tocsc()
-            picture = inputs.sources.pictures[number](row)
-            sheets.add(thumb, picture)
-            if isinstance(picture, str):
-                maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
-            else:
-                site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
-            first, last = np.searchsorted(in_order_of_images, [image, image + 1])
-            numbers = by_image[first:last].tolist()
-            for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
-                start, stop = patches.indptr[latent : latent + 2]
-                values = np.zeros(layout.n_patches, np.float32)
-                values[patches.indices[start:stop]] = patches.data[start:stop]
-                maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
-            if marks is not None:
-                marks.fill(image, patches)
-            site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
-            n_active[thumb] = (tokens.getnnz(axis=0) > 0).sum()
-            yield n_done
+    in_order = zip(order.tolist(), _tokens(inputs, images[order].tolist()), strict=True)
+    for n_done, (at_image, (image, tokens)) in enumerate(in_order, start=1):
+        number, row = inputs.place(image)
+        layout = inputs.stores[number].layout
+        patches = tokens[layout.first_patch :].tocsc()
+        picture = inputs.sources.pictures[number](row)
+        if isinstance(picture, str):
+            maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
+        else:
+            site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
+        first, last = np.searchsorted(in_order_of_images, [image, image + 1])
+        numbers = by_image[first:last].tolist()
+        for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):
+            start, stop = patches.indptr[latent : latent + 2]
+            values = np.zeros(layout.n_patches, np.float32)
+            values[patches.indices[start:stop]] = patches.data[start:stop]
+            maps.set(at, values, aspect=1.0 if isinstance(picture, str) else _aspect(picture))
+        if marks is not None:
+            marks.fill(image, patches)
+        site.data(f"image-{plan.number_of[image]}", _token_data(tokens, patches, layout, plan))
+        n_active[at_image] = (tokens.getnnz(axis=0) > 0).sum()
+        yield n_done
     alike = Alike(cohort, plan, images, top=config.alike)
     for n_done, at in enumerate(order.tolist(), start=len(images) + 1):
         image = int(images[at])

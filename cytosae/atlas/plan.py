@@ -44,15 +44,15 @@ class Plan:
     references: References
     cells: Sequence[Sequence[int]]  # per patient: image indices
     examples: Examples  # of the latents with a page
-    images: Ints  # image indices with a page (shown by concepts or patients), in the order of their thumbnails
+    images: Ints  # image indices with a page (shown by concepts or patients), in the order of their numbers
     pictured: Ints  # image indices with a picture alone: patients' best cells
     numbers: (
         Ints  # number in the name of the page of each, then of those with a picture alone: the index or a pseudonym
     )
 
     @cached_property
-    def thumb_of(self) -> dict[int, int]:
-        """Image index -> number of its thumbnail."""
+    def place_of(self) -> dict[int, int]:
+        """Image index -> its place in `images`."""
         return {image: number for number, image in enumerate(self.images.tolist())}
 
     @cached_property

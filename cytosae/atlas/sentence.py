@@ -15,6 +15,7 @@ from .site import share, short
 
 ALPHA = 0.05  # of p and q
 _ALMOST, _MOSTLY = 0.85, 0.6  # shares of the labelled reference images
+_LEAST_LABELS = 5  # labelled reference images from which on "mostly" is said
 _WIDE, _FEW = 0.6, 0.1  # shares of the patches
 _MIDDLE, _BORDER = 0.5, 0.75  # shares of the activation; by area a quarter, and seven sixteenths
 Row = Mapping[str, Any]
@@ -113,6 +114,11 @@ def _labels(facts: Facts) -> Iterator[str]:
         return
     best = min({*known}, key=lambda label: (-known.count(label), label))
     n = known.count(best)
+    if len(known) < _LEAST_LABELS:
+        of = f"{len(known)} labelled reference image{'s' if len(known) > 1 else ''}"
+        which = "the" if len(known) == 1 else "all" if n == len(known) else f"{n} of the"
+        yield f"{best} in {which} {of}"
+        return
     how = next((word for least, word in ((_ALMOST, "almost only"), (_MOSTLY, "mostly")) if n / len(known) >= least), "")
     of = f"({n} of {len(known)} labelled reference images"
     q = [row["label_divergence_q"] for row in facts.statistics if row.get("label_divergence_q") is not None]

@@ -11,7 +11,6 @@ import shutil
 import stat
 from html.parser import HTMLParser
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,11 @@ from cytosae.atlas.cohort import Groups
 from cytosae.atlas.examples import BIN_EDGES
 from cytosae.atlas.inputs import open_inputs
 from cytosae.atlas.latent_lists import unusual
-from cytosae.atlas.pictures import SHEET_BYTES, Sheets, jpeg, reduced, thumb_place
+from cytosae.atlas.pictures import jpeg
 from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.questions import read_review, sent
 from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
-from cytosae.atlas.site import Site, script_data
+from cytosae.atlas.site import script_data
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
 from cytosae.relations.patient_z import as_z, describe_others, prediction_t
@@ -430,13 +429,11 @@ def test_patients_of_a_latent_by_disease(atlas: Path, cohort: Cohort) -> None:
     assert len(points) == len(PATIENTS)
 
 
-def test_cells_and_thumbnails(atlas: Path, cohort: Cohort) -> None:
+def test_a_patient_s_drawn_cells(atlas: Path, cohort: Cohort) -> None:
     page = page_of(atlas, PATIENTS[1])
     drawn = page.path.read_text().split('class="cells small drawn"')[1].split("</ul>")[0]
     cells = [int(number) for number in re.findall(r'<a href="../images/(\d+)\.html"', drawn)]
     assert cells == [3, 5]  # the third is unreadable
-    assert thumb_place(300, 301) == {"sheet": 1, "x": 12 * 96, "y": 2 * 96, "width": 1536, "height": 288}
-    assert thumb_place(300, 900)["height"] == 1536
 
 
 # ------------------------------------------------------------------------------------------- choices
@@ -498,16 +495,12 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
     assert f"who is who, and the key: {tmp_path}/hidden.pseudonyms.csv" in done.stdout
 
     _, patients, numbers = who_is_who(tmp_path / "hidden.pseudonyms.csv")
-    pictures: dict[str, Image.Image] = {}
     for number, image_id in numbers.items():
         image, script = cohort.image_ids.index(image_id), (out / "data" / f"image-{number}.js").read_text()
         again = script.replace(f'"image-{number}"', f'"image-{image}"', 1)
         assert again == (atlas / "data" / f"image-{image}.js").read_text()
         if image != 7:  # which is lost
             assert (out / f"pictures/{number}.jpg").read_bytes() == (atlas / f"pictures/{image}.jpg").read_bytes()
-            pictures[number] = Image.open(cohort.root / "images" / f"{image:04d}.png")
-    sheet = pasted([pictures.get(str(n), Image.new("RGB", (96, 96), (236,) * 3)) for n in range(len(numbers))])
-    assert (out / "sprites" / "0.jpg").read_bytes() == sheet
     for place, name in enumerate(patients):
         assert f"Patient {name}\n" in Page(out / "patients" / f"{place}.html").text
 
@@ -516,33 +509,6 @@ def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
     listed = ResultStore(out, ATLAS).table("files")["name"].to_pylist()
     assert listed == sorted(listed)
     assert {path.name for path in out.iterdir()} == {path.name for path in atlas.iterdir()}  # nothing is left over
-
-
-def pasted(pictures: list[Image.Image]) -> bytes:
-    """A sheet of thumbnails, the slow way."""
-    place = thumb_place(0, len(pictures))
-    sheet = Image.new("RGB", (place["width"], place["height"]), (255,) * 3)
-    for number, picture in enumerate(pictures):
-        place, small = thumb_place(number, len(pictures)), reduced(np.asarray(picture.convert("RGB")), 96)
-        sheet.paste(small, (place["x"] + (96 - small.width) // 2, place["y"] + (96 - small.height) // 2))
-    return jpeg(sheet)
-
-
-def test_thumbnails_in_any_order_make_the_same_sheets(tmp_path: Path) -> None:
-    """They wait for the sheets that are begun, in a file that nobody sees."""
-    rng = np.random.default_rng(0)
-    thumbs = [np.full((96 - n % 3, 96, 3), rng.integers(0, 255, 3), np.uint8) for n in range(530)]
-    wanted = [pasted([Image.fromarray(thumb) for thumb in thumbs[first : first + 256]]) for first in (0, 256, 512)]
-    in_turns = np.r_[0, 256, 1:256, 512:530, 257:512]  # the last sheet begins when one of two is written
-    for order, n_waiting in ((np.arange(530), 1), (in_turns, 2), (rng.permutation(530), 3)):
-        site = Site(tmp_path / str(n_waiting))
-        with SpooledTemporaryFile(SHEET_BYTES, dir=str(tmp_path)) as scratch:
-            sheets = Sheets(site, 530, scratch)
-            for number in order.tolist():
-                sheets.add(number, thumbs[number])
-            assert -(-scratch.seek(0, 2) // SHEET_BYTES) == n_waiting
-        assert [(tmp_path / str(n_waiting) / f"sprites/{n}.jpg").read_bytes() for n in range(3)] == wanted
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "3"}
 
 
 def test_noise_is_a_picture_too() -> None:

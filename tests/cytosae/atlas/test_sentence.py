@@ -52,7 +52,10 @@ def test_of_a_silent_latent_nothing_else_is_said() -> None:
     [
         (["eosinophil"] * 9 + ["blast", ""], None, "almost only eosinophil (9 of 10 labelled reference images)"),
         (["eosinophil"] * 6 + ["blast"] * 4, None, "mostly eosinophil (6 of 10 labelled reference images)"),
-        (["b", "a", "c"], None, "of several labels, most often a (1 of 3 labelled reference images)"),
+        (["b", "a", "c", "d", "e"], None, "of several labels, most often a (1 of 5 labelled reference images)"),
+        (["b", "a", "c"], 0.2, "a in 1 of the 3 labelled reference images"),  # too few for "mostly"
+        (["a", "a", ""], None, "a in all 2 labelled reference images"),
+        (["a"], 0.003, "a in the 1 labelled reference image"),
         (["a"] * 9, 0.003, "almost only a (9 of 9 labelled reference images; q 0.003)"),
         (["a"] * 9, 0.4, "almost only a (9 of 9 labelled reference images; chance may give this as well, q 0.4)"),
     ],
@@ -62,7 +65,7 @@ def test_labels(labels: list[str], q: float | None, said: str) -> None:
 
 
 def test_the_best_q_of_the_datasets_counts() -> None:
-    assert "q 0.01" in texts(row(q=0.2), row("b", q=0.01), row("c"), labels=["a"])[1]
+    assert "q 0.01" in texts(row(q=0.2), row("b", q=0.01), row("c"), labels=["a"] * 5)[1]
 
 
 def test_no_known_label_no_claim() -> None:
