@@ -33,7 +33,7 @@ test: install
 	$(PYTEST) -m "$(QUICK)"
 
 test-stress: install # killed processes, damaged and hostile files, clusters, commands at once
-	$(PYTEST) -m "stress and not slow and not gpu"
+	$(PYTEST) -m "stress and not slow and not gpu and not browser and not docs"
 
 test-docs: install # the demo, and every page of the docs that can run
 	$(PYTEST) -m docs

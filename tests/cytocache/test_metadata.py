@@ -100,6 +100,7 @@ def test_a_bomb_in_the_metadata_does_not_hurt_the_picture(name: str) -> None:
     assert decode_image(nasty()[name]).tobytes() == decode_image(SEEDS["JPEG rgb"]).tobytes()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("name", ["text that inflates.png", "profile that inflates.png", "frames before pixels.png"])
 def test_a_bomb_in_the_chunks_does_not_hurt_the_picture(name: str) -> None:
     assert decode_image(nasty()[name]).tobytes() == decode_image(png(PIXELS, END)).tobytes()

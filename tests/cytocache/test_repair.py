@@ -367,6 +367,7 @@ def test_interrupted_gently_it_is_continued(made: Path, store: Path) -> None:
     assert contents(store) == before
 
 
+@pytest.mark.stress
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into Linux's /proc")
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["flipped bit", "other hashes", "another hash in the table"])

@@ -26,6 +26,8 @@ from stores.files import sha256_json
 from stores.tables import column
 from stores.wording import Report
 
+pytestmark = pytest.mark.stress  # each call makes stores of its own
+
 
 @pytest.fixture(scope="module")
 def concepts(made: Path, tmp_path_factory: pytest.TempPathFactory) -> ConceptStore:
@@ -50,7 +52,6 @@ def busiest(store: LatentStore, image_index: int) -> int:
     return int(dense_tokens(store, image_index)[1:].sum(0).argmax())
 
 
-@pytest.mark.stress
 def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     latents, bridge = made / "latents.zarr", cytocache.bridge
     store = LatentStore(latents)
@@ -92,7 +93,6 @@ def test_maps(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     says(done, by_command)
 
 
-@pytest.mark.stress
 def test_what_maps_need(made: Path, tmp_path: Path) -> None:
     latents, out = made / "latents.zarr", tmp_path / "out"
     bridge, query = cytocache.bridge, cytosae.PatchQuery(patch=1)
@@ -123,7 +123,6 @@ def test_sheets(made: Path, concepts: ConceptStore, tmp_path: Path) -> None:
     assert "data:image/png;base64," in done._repr_html_()
 
 
-@pytest.mark.stress
 def test_masks(made: Path, tmp_path: Path) -> None:
     latents, masks = made / "latents.zarr", tmp_path / "masks"
     half = np.zeros((8, 8), np.uint8)
@@ -150,7 +149,6 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
-@pytest.mark.stress
 def test_atlas(cohort: Cohort, tmp_path: Path) -> None:
     out, root = tmp_path / "atlas", cohort.root
     by_command = printed(*cohort.build, out)

@@ -86,6 +86,7 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
 # -------------------------------------------------------------------------------- the same bytes as one writer
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
 def test_in_any_order_the_last_one_completes_the_cache(count: int, single: dict[str, bytes], tmp_path: Path) -> None:
     orders = [*itertools.permutations(range(count))]

@@ -162,6 +162,7 @@ def test_every_link_leads_into_the_site(atlas: Path) -> None:
             assert target.resolve().is_relative_to(atlas.resolve())
 
 
+@pytest.mark.stress
 def test_no_page_runs_what_is_not_the_atlas_own(atlas: Path) -> None:
     """No inline script, style or handler; the policy allows none; nothing is asked of a network."""
     for page in pages(atlas):

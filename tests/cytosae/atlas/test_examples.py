@@ -52,6 +52,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return int(request.param[0])
 
 
+@pytest.mark.stress
 def test_deciles_are_those_of_all_active_images(made: Any, sizes: int) -> None:
     means, cohort = made[:2]
     draw, found = np.random.default_rng([SEED, 240]).permutation(240), find(made)
@@ -76,6 +77,7 @@ def test_deciles_are_those_of_all_active_images(made: Any, sizes: int) -> None:
     assert found.n_active.min() < examples.FEWEST  # one that is too rare for deciles
 
 
+@pytest.mark.stress
 def test_near_misses_resemble_the_reference_images_and_lack_the_latent(
     made: Any, sizes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +115,7 @@ def test_best_cell_of_each_patient(made: Any, sizes: int) -> None:
             assert found.best[n, patient] == (best if means[best, latent] > 0 else -1)
 
 
+@pytest.mark.stress
 def test_histograms(made: Any, sizes: int) -> None:
     means, cohort = made[:2]
     found = find(made)

@@ -60,6 +60,7 @@ def top_rows(cohort: Cohort, latent: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["value"])
 
 
+@pytest.mark.stress
 def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
     found, activation = data(atlas, "gallery"), cohort.dense.mean(axis=1)
     readable = [n for n in range(len(cohort.dense)) if n != 4]

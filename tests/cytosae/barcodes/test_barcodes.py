@@ -1087,6 +1087,7 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         log.close()
 
 
+@pytest.mark.stress
 def test_a_running_scheduler_gives_the_same_bytes_as_the_local_run(many: Path, tmp_path: Path, scheduler: str) -> None:
     result = CliRunner().invoke(
         cli, ["barcode", str(many / "latents.zarr"), "-o", str(tmp_path / "barcodes"), "--scheduler", scheduler]

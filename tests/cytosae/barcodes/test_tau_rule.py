@@ -155,6 +155,7 @@ def test_barcodes_say_the_rule_and_equal_those_of_a_given_tau(
     assert verify_folder(automatic).is_whole
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("partition_images", [1, 11])
 def test_the_same_bytes_for_any_workers_and_partitions(
     automatic: Path, latents: Path, tmp_path: Path, processes: Client, partition_images: int

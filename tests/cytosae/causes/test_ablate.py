@@ -296,6 +296,7 @@ def test_only_the_patches_of_a_table_are_edited(planted: Path, tmp_path: Path) -
         np.testing.assert_allclose([row["cls_change"], row["edit_norm"]], twin[[0, 3]], rtol=2e-4, atol=3e-6)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("stop_after", [1, 9, 30])
 def test_an_interrupted_ablation_continues(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
@@ -411,6 +412,7 @@ def write_probe(root: Path, cache: Path, run_folder: Path, latents: list[int], *
     return model
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("mode", ["zero", "mean", "scale:3"])
 def test_what_a_probe_says_equals_counting_again(planted: Path, tmp_path: Path, mode: str) -> None:
     """Barcodes of the changed latents by their definition, times the weights; a latent without weight says nothing."""

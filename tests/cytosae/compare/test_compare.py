@@ -74,6 +74,7 @@ def columns(done: Comparison) -> dict[str, npt.NDArray[Any]]:
     return {name: np.asarray(table[name].to_pandas()) for name in table.column_names}
 
 
+@pytest.mark.stress
 def test_planted_latents_lead_both_lists(compared: Comparison) -> None:
     top, found = compared.top(10), columns(compared)
     assert {row["latent"] for row in top["a"][:2]} <= {*PLANTED_A, *np.argsort(-found["difference"])[:2]}
@@ -379,6 +380,7 @@ def test_the_command(barcodes: Path, tmp_path: Path) -> None:
     ResultStore(out, COMPARISON).check()
 
 
+@pytest.mark.stress
 def test_mistakes_get_one_line(barcodes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fails(

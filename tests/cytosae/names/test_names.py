@@ -351,6 +351,7 @@ def script(folder: Path, name: str, body: str) -> str:
     return f"{sys.executable} -S -E {path}"
 
 
+@pytest.mark.stress
 def test_every_bad_answer_is_named_and_counted(world: World, named: Path, tmp_path: Path) -> None:
     """One call each: a failing, slow, flooding or hostile command costs its own answer alone."""
     out = tmp_path / "n"

@@ -31,7 +31,7 @@ from stores.errors import DamagedStore, StoreNotFound
 from stores.result_folder import ResultStore
 from stores.spec import COMPARISON
 
-pytestmark = pytest.mark.timeout(900)  # seconds of work, on a machine that may be busy
+pytestmark = [pytest.mark.stress, pytest.mark.timeout(900)]  # seconds of work, on a machine that may be busy
 
 
 class Page(HTMLParser):
@@ -58,7 +58,6 @@ def page(finished: Path) -> Page:
     return Page((finished / "report.html").read_text())
 
 
-@pytest.mark.stress
 def test_it_loads_and_runs_nothing(page: Page, finished: Path) -> None:
     content = (finished / "report.html").read_text()
     assert {name for name, _ in page.elements} & {
@@ -109,7 +108,6 @@ def test_its_numbers_are_those_of_the_stores(page: Page, finished: Path) -> None
     assert "Everything below shows that the machinery works" in text  # an untrained backbone
 
 
-@pytest.mark.stress
 def test_the_same_stores_give_the_same_page(copied: Path) -> None:
     before = contents(copied)
     assert write_run_report(copied, stage_one=cytocache.bridge).was_complete
@@ -135,7 +133,6 @@ def test_a_run_that_is_not_finished_has_a_page(copied: Path) -> None:
         write_run_report(copied.parent)
 
 
-@pytest.mark.stress
 def test_it_shows_the_comparison_with_baselines(copied: Path) -> None:
     """In the folder `versus` of the run; one of another SAE is named, not shown."""
     sae, cache = copied / "cells.sae", copied / "cells.acts.zarr"
@@ -155,7 +152,6 @@ def test_it_shows_the_comparison_with_baselines(copied: Path) -> None:
     assert done.missing == ("the comparison with baselines in versus, which is of another SAE",)
 
 
-@pytest.mark.stress
 def test_without_the_images_it_says_so(copied: Path) -> None:
     shutil.rmtree(copied / "cells")
     write_run_report(copied, stage_one=cytocache.bridge)
@@ -164,7 +160,6 @@ def test_without_the_images_it_says_so(copied: Path) -> None:
     assert not [each for each in page.all("img") if str(each["src"]).startswith("data:image/jpeg")]
 
 
-@pytest.mark.stress
 def test_a_large_picture_is_made_smaller() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1800, 3000, 3), np.uint8)
     content = BytesIO()
@@ -211,7 +206,6 @@ def test_two_comparisons_of_the_same_groups_have_names_of_their_own(copied: Path
     assert {*run.left_out.values()} & {"no ages", "of before"} == {"no ages"}
 
 
-@pytest.mark.stress
 def test_the_health_on_other_images_is_not_that_on_these(copied: Path) -> None:
     """An SAE that was given has the health of its own training beside it."""
     sae = copied / "cells.sae"

@@ -339,6 +339,7 @@ def test_a_setting_of_one_comparison_or_probe_leaves_the_others(tmp_path: Path) 
         _settings(("compare.top=5", "compare.top.b=5"))
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("quick_figures")
 def test_what_was_made_again_by_hand_is_not_replaced_without_a_word(copied: Path) -> None:
     """With other settings; with the same ones it is taken."""

@@ -553,6 +553,7 @@ def test_patients_who_share_an_image_are_never_parted(tmp_path: Path) -> None:
     assert f1["by field"] == f1["honest"]
 
 
+@pytest.mark.stress
 def test_images_by_label_with_patients_kept_together(tmp_path: Path) -> None:
     """Only as many as asked for, of patients only; a patient's images lie on one side."""
     table, counts, means = cohort()

@@ -314,6 +314,7 @@ def test_who_cannot_be_compared(barcodes: Path, tmp_path: Path) -> None:
     assert found.equals(pq.read_table(tmp_path / "single" / "patient_concepts.parquet"))
 
 
+@pytest.mark.stress
 def test_images_that_do_not_give_the_barcode(barcodes: Path, tmp_path: Path) -> None:
     """Chunks of another run among ours."""
     mixed = tmp_path / "mixed"
