@@ -218,7 +218,7 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
             do=partial(_probe, section, place),
             is_optional=True,
         )
-    if recipe.stability is not None and recipe.uses_sae is None:
+    if recipe.stability is not None and _has_second_seed(recipe):
         seed = recipe.stability["seed"]
         settings = {name: value for name, value in recipe.sae.items() if name != "assume_compatible"} | {"seed": seed}
         yield Stage(
@@ -240,16 +240,22 @@ def _analyses(recipe: Recipe, on: tuple[str, ...]) -> Iterator[Stage]:
         )
 
 
+def _has_second_seed(recipe: Recipe) -> bool:
+    return recipe.stability is not None and recipe.uses_sae is None
+
+
 def _atlas(recipe: Recipe) -> Stage:
     places = [f"{COMPARE}/{section['name']}" for section in recipe.compare]
+    stability = (STABILITY,) if _has_second_seed(recipe) else ()
     return Stage(
         name="atlas",
         out=ATLAS,
-        inputs=(LATENTS, BARCODES, CONCEPTS, SELECTION, *places),
+        inputs=(LATENTS, BARCODES, CONCEPTS, SELECTION, *places, *stability),
         settings=plain_values(recipe.atlas),
         command=words(
             *("atlas build", "--barcodes", BARCODES, "--concepts", CONCEPTS, "--latents", LATENTS),
             *(word for place in places for word in ("--compare", place)),
+            *(word for place in stability for word in ("--stability", place)),
             *("-o", ATLAS, *options(recipe.atlas)),
         ),
         do=_build_atlas,
@@ -393,6 +399,8 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
 
     names = [f"{COMPARE}/{section['name']}" for section in shop.recipe.compare]
     places = [shop.path(name) for name in names if name not in shop.left_out]
+    has_stability = _has_second_seed(shop.recipe) and STABILITY not in shop.left_out
+    stability = shop.path(STABILITY) if has_stability else None
     return build_atlas(
         shop.path(BARCODES),
         shop.path(CONCEPTS),
@@ -400,6 +408,7 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
         shop.path(ATLAS),
         shop.recipe.atlas_config,
         comparisons=[place for place in places if find_header(place) is not None],
+        stability=None if stability is None or find_header(stability) is None else stability,
         stage_one=shop.stage_one,
         overwrite=overwrite,
         progress=shop.progress,

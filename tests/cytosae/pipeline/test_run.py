@@ -51,7 +51,7 @@ READS = {
     "probe label": ("barcode", "extract"),
     "train again, seed 1": ("extract", "train"),  # the same settings
     "stability": ("train", "train again, seed 1"),
-    "atlas": ("encode", "barcode", "concepts", "select", "compare"),
+    "atlas": ("encode", "barcode", "concepts", "select", "compare", "stability"),
 }
 
 
