@@ -80,6 +80,7 @@ def test_chain_through_the_command_line(made: Path, tmp_path: Path) -> None:
     assert "left out: 1 image without a patient" in counted
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("command", "store"), [("cache", "acts.zarr"), ("latents", "latents.zarr")], ids=["cache", "latents"]
 )

@@ -100,6 +100,7 @@ def test_names_of_a_zip_without_the_flag_for_utf_8(tmp_path: Path) -> None:
         assert [*list_archive(archive).members] == [name]
 
 
+@pytest.mark.stress
 def test_zip64_and_a_comment(tmp_path: Path) -> None:
     archive = tmp_path / "a.zip"
     with zipfile.ZipFile(archive, "w") as packed:

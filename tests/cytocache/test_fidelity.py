@@ -96,6 +96,7 @@ class NoisyTokens:
         monkeypatch.setattr(Backbone, "tokens", lambda backbone, pixels: [change(t) for t in real(backbone, pixels)])
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("which", ["float16 alone", "bfloat16"])
 def test_it_equals_the_slow_twin(which: str, made: Path, low: Path, full: Floats) -> None:
     store = made / "acts.zarr" if which == "float16 alone" else low

@@ -347,6 +347,7 @@ class TestHostile:
             load_backbone(str(folder))
         assert not (tmp_path / "touched").exists()
 
+    @pytest.mark.stress
     @pytest.mark.parametrize(
         ("change", "words"),
         [

@@ -297,6 +297,7 @@ def test_another_manifest_is_refused(made: Path, store: Path, tmp_path: Path) ->
     assert everything(store) == before
 
 
+@pytest.mark.stress
 def test_other_weights_are_refused(made: Path, tmp_path: Path) -> None:
     """A trained backbone needs its own file."""
     from cytocache.torchvision_guard import declare_missing_operators

@@ -121,6 +121,7 @@ def encodings(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("infer_string", [False, True], ids=["texts as objects", "texts as pandas 3 has them"])
 def test_texts_are_written_as_every_anndata_reads_them(tmp_path: Path, infer_string: bool) -> None:
     """Tables of the golden store, written again: the same encodings, whatever pandas makes of texts; and h5ad."""

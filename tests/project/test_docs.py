@@ -345,6 +345,7 @@ def test_citations_of_the_reference_lead_to_a_heading() -> None:
     assert n_found > 15
 
 
+@pytest.mark.stress
 def test_messages_of_the_troubleshooting_page_are_real() -> None:
     """Each quoted message is printed by the code: its words are in one text of the source, in this order."""
     texts: list[str] = []

@@ -39,6 +39,7 @@ def test_names_of_old_modules_that_are_packages_now() -> None:
     assert callable(rooms.latents.encode)
 
 
+@pytest.mark.stress
 def test_rooms_are_there_by_their_names_alone() -> None:
     """`import cytosae` is enough for all of it; what has no door is no name of the package."""
     code = (

@@ -169,6 +169,7 @@ def test_the_order_stays_as_it_is(
     assert hashlib.sha256(repr(taken(stream, 300)).encode()).hexdigest()[:16] == digest
 
 
+@pytest.mark.stress
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     batch_tokens=st.integers(1, 90),
@@ -186,6 +187,7 @@ def test_the_order_depends_neither_on_batches_nor_on_where_one_enters(
     assert taken(stream, 110, batch_tokens=batch_tokens, position=position) == from_start[position : position + 110]
 
 
+@pytest.mark.stress
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     batch_tokens=st.integers(1, 90),

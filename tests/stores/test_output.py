@@ -269,6 +269,7 @@ class Crash(BaseException):
     """The power goes."""
 
 
+@pytest.mark.stress
 def test_a_crash_at_any_point_of_a_replacement_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rename and every deletion in turn is the last thing that happens, twice in a row.
 

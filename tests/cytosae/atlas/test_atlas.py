@@ -440,6 +440,7 @@ def test_a_patient_s_drawn_cells(atlas: Path, cohort: Cohort) -> None:
 # ------------------------------------------------------------------------------------------- choices
 
 
+@pytest.mark.stress
 def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
     out = tmp_path / "hidden"
     done = cyto(*cohort.build, out, "--pseudonyms", "--seed", 5)
@@ -620,6 +621,7 @@ def test_a_review_shows_the_whole_range_of_a_latent(cohort: Cohort, atlas: Path)
     assert not any(name in row["title"] for row in sets for name in DATASETS)
 
 
+@pytest.mark.stress
 def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
     assert cyto(*cohort.build, tmp_path / "all", "--pages", "all", "--n-images", 2).exit_code == 0
     assert shown_latents(tmp_path / "all") == list(range(N_LATENTS))
@@ -633,6 +635,7 @@ def test_all_and_top_pages(cohort: Cohort, tmp_path: Path) -> None:
     assert shown_latents(tmp_path / "top") == sorted(np.argsort(-means, kind="stable")[:4].tolist())
 
 
+@pytest.mark.stress
 def test_a_repeated_build_is_complete_and_overwrite_replaces(atlas: Path, cohort: Cohort, tmp_path: Path) -> None:
     out = shutil.copytree(atlas, tmp_path / "atlas")
     again = cyto(*cohort.build, out)

@@ -105,6 +105,7 @@ def test_near_misses_resemble_the_reference_images_and_lack_the_latent(
         assert {*found.near[n].tolist()} <= {*silent}
 
 
+@pytest.mark.stress
 def test_best_cell_of_each_patient(made: Any, sizes: int) -> None:
     means, cohort = made[:2]
     found = find(made)

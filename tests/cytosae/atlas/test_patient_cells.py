@@ -69,6 +69,7 @@ def ordered(images: list[int], values: np.ndarray) -> list[int]:
     return sorted(images, key=lambda n: (round(float(values[n]), 5), n))
 
 
+@pytest.mark.stress
 def test_own_cells_stand_beside_those_of_other_patients(cohort: Cohort, patients: Patients, choice: CellChoice) -> None:
     for number, name in enumerate(patients.real_names):
         mine = [n for n in readable(cohort) if cohort.patient_of[n] == name]
@@ -252,6 +253,7 @@ def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path
     assert "give it with --beside" in alone.stderr
 
 
+@pytest.mark.stress
 def test_without_a_match_the_other_atlas_is_of_the_same_sae(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
     done = cyto(*cohort.build, tmp_path / "both", "--beside", atlas, "--pages", "top", "--top", 5)
     assert done.exit_code == 0, done.output

@@ -136,6 +136,7 @@ def automatic(latents: Path, threads: Client) -> Path:
     return root
 
 
+@pytest.mark.stress
 def test_barcodes_say_the_rule_and_equal_those_of_a_given_tau(
     automatic: Path, latents: Path, tmp_path: Path, threads: Client
 ) -> None:

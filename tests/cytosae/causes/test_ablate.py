@@ -196,6 +196,7 @@ def test_a_planted_cause_ranks_first(planted: Path, tmp_path: Path) -> None:
     assert np.mean(share["chosen"]) > 2 * np.mean(share["random"])
 
 
+@pytest.mark.stress
 def test_matched_controls_centre_on_zero(planted: Path, tmp_path: Path) -> None:
     """Where the later blocks hear no latent more than another, no latent stands out, up or down."""
     done = run(planted, tmp_path / "out", latents=tuple(range(0, 40)), n_images=40, n_directions=30, curve=())

@@ -173,6 +173,7 @@ def test_stability_is_the_share_of_bootstraps_in_the_top_list() -> None:
     assert 0.5 < alone < 1  # a list with room for all still has no latent of the other side
 
 
+@pytest.mark.stress
 def test_the_order_of_patients_has_no_part(barcodes: Path, compared: Comparison, tmp_path: Path) -> None:
     """Nor does which disease is called A, but for the sides."""
     order = np.random.default_rng(1).permutation(len(DISEASES))
@@ -188,6 +189,7 @@ def test_the_order_of_patients_has_no_part(barcodes: Path, compared: Comparison,
     assert np.allclose(one["hedges_g"], -swapped["hedges_g"], equal_nan=True)
 
 
+@pytest.mark.stress
 def test_one_against_the_rest(barcodes: Path, tmp_path: Path) -> None:
     """Of all that have a disease; unless one is called so."""
     done = compare(barcodes, tmp_path / "out", small(b="rest"))
@@ -200,6 +202,7 @@ def test_one_against_the_rest(barcodes: Path, tmp_path: Path) -> None:
     assert done.summary["n_patients_of_other_diseases"] == 12
 
 
+@pytest.mark.stress
 def test_few_patients_are_enumerated_and_told(barcodes: Path, tmp_path: Path) -> None:
     """9 + 4 patients: 715 ways. 2 + 2: six, and nothing can be found."""
     done = compare(barcodes, tmp_path / "few", small(SICK, OTHER, n_permutations=1_000))

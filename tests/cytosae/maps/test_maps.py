@@ -212,6 +212,7 @@ def _patches(root: Path) -> list[dict[str, float]]:
     return list(ResultStore(root, MAPS).table("patches").to_pylist())
 
 
+@pytest.mark.stress
 def test_sheet(made: Path, latents: LatentStore, concepts: ConceptStore, tmp_path: Path) -> None:
     """A figure per latent; the table names each image with its strongest patch; --selected takes the sample."""
     chosen = busiest(latents, 0)[:2]
@@ -253,6 +254,7 @@ def test_a_latent_that_never_fires_has_an_empty_sheet(made: Path, latents: Laten
     assert (tmp_path / "s" / "latent7.png").exists()
 
 
+@pytest.mark.stress
 def test_images_that_cannot_be_shown_are_named(
     copied: Path, latents: LatentStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

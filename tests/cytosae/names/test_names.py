@@ -367,6 +367,7 @@ def test_every_bad_answer_is_named_and_counted(world: World, named: Path, tmp_pa
     assert done.names == {"M 1": 1}
 
 
+@pytest.mark.stress
 def test_a_command_is_asked_once_and_stops_after_failures_in_a_row(world: World, tmp_path: Path) -> None:
     out, log = tmp_path / "n", tmp_path / "log"
     body = (
@@ -400,6 +401,7 @@ def test_no_shell_unless_asked_for(world: World, tmp_path: Path) -> None:
             describe(world, out, command=bad)
 
 
+@pytest.mark.stress
 def test_calls_at_once_give_the_same(world: World, named: Path, tmp_path: Path) -> None:
     out = tmp_path / "n"
     describe(

@@ -247,6 +247,7 @@ def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
     assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
 
 
+@pytest.mark.stress
 def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
     table = copied / "cells.csv"
     other = {**FEW, "sae": {**FEW["sae"], "expansion": 4}}

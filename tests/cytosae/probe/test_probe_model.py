@@ -377,6 +377,7 @@ def test_other_barcodes_are_refused_by_name(changes: dict[str, Any], words: str,
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.stress
 def test_fewer_latents_are_refused(fitted: Path, tmp_path: Path) -> None:
     table, counts, means = hospital("B", seed=2)
     with pytest.MonkeyPatch.context() as patch:

@@ -362,6 +362,7 @@ def test_damage_and_nobody(barcodes: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.stress
 def test_command(barcodes: Path, tmp_path: Path) -> None:
     command = ("concept", "patient", barcodes)
     done = run(*command, "A", "-o", tmp_path / "a")

@@ -296,6 +296,7 @@ def test_what_cannot_be_compared(saes: list[Path], tmp_path: Path) -> None:
     assert ResultStore(out, STABILITY).header.spec["assumed_equal"] == ["backbone", "block"]
 
 
+@pytest.mark.stress
 def test_equal_beginnings_are_no_agreement(tmp_path: Path) -> None:
     """One seed is refused, or warned of where it is asked for; unknown seeds betray themselves by the numbers."""
     rng = np.random.default_rng(0)

@@ -189,6 +189,7 @@ def test_the_planted_type_is_found(cells: Cells, barcodes: Path) -> None:
 # ------------------------------------------------------------------------------------------- how well it works
 
 
+@pytest.mark.stress
 def test_precision_equals_a_sort_of_all_similarities(cells: Cells, barcodes: Path, tmp_path: Path) -> None:
     images = cells[3]
     config = SearchEvaluationConfig(n_queries=12, at=(1, 7), n_bootstraps=50)
@@ -222,6 +223,7 @@ def test_precision_equals_a_sort_of_all_similarities(cells: Cells, barcodes: Pat
             assert row["difference"] is None
 
 
+@pytest.mark.stress
 def test_types_are_found_across_datasets_and_labels_that_mean_nothing_are_not(cells: Cells, tmp_path: Path) -> None:
     """`label` differs by dataset, so no image of another has it; shuffled types are found as often as by chance."""
     maxima, means, counts, images = draw_cells(n_images=600, seed=5)
@@ -281,6 +283,7 @@ def test_a_file_is_found_as_its_own_image(made: Path, counted: Path, tmp_path: P
     assert not verify_folder(tmp_path / "out").problems
 
 
+@pytest.mark.stress
 def test_tokens_are_compared_by_centred_cosines(made: Path, counted: Path, tmp_path: Path) -> None:
     cache = ActivationStore(made / "acts.zarr")
     readable = np.flatnonzero(cache.readable())

@@ -82,6 +82,7 @@ def test_equal_to_sorting_all_of_them(seed: int, k: int, size: int, work: float,
     assert (z == wanted).all()
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(("k", "n_latents"), [(8, 512), (64, 512), (4, 4096)])
 def test_one_product_is_enough_for_tokens_that_are_alike(k: int, n_latents: int) -> None:
     for seed in range(5):

@@ -308,6 +308,7 @@ def test_a_sample_is_called_a_sample(tmp_path: Path) -> None:
     assert "(measured on 60 of 200 images, 300 tokens)" in str(done.health)
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     "damage",
     [
