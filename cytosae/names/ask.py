@@ -175,7 +175,7 @@ class Called:
         """
         try:
             answer = self.function(request)
-        except Exception as error:
+        except Exception as error:  # the user's function may raise anything: one answer is lost, not the others
             raise NoAnswer(reason_of(f"{type(error).__name__}: {error}")) from error
         if not isinstance(answer, dict):
             raise NoAnswer(f"it returned {type(answer).__name__}, expected a dict")

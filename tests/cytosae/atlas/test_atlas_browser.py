@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import DATASETS, N_LATENTS, Cohort, cyto, make_cohort
-from browser import VIEWPORT, Watched, axe, chromium, photograph
+from atlas_maker import DATASETS, N_LATENTS, Cohort, cyto
+from browser import VIEWPORT, Watched, axe, photograph
 from PIL import Image
 from places import ROOT
 
@@ -48,19 +48,6 @@ PATCHES = """() => {
     const { data } = document.querySelector("#patches").getContext("2d").getImageData(0, 0, 256, 256);
     return [...Array(256).keys()].map((n) => data[4 * ((Math.floor(n / 16) * 16 + 8) * 256 + (n % 16) * 16 + 8) + 3]);
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def cohort(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import Cohort, cyto, make_cohort
-from browser import Watched, axe, chromium
+from atlas_maker import Cohort, cyto
+from browser import Watched, axe
 from PIL import Image
 
 from stores import ResultStore
@@ -17,19 +17,6 @@ from stores.spec import ATLAS, COMPARISON
 
 pytestmark = pytest.mark.browser
 WIDTHS = (390, 1000, 1600)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def cohort(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

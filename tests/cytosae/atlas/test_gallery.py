@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as ss
-from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto, make_cohort
+from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto
 from PIL import Image
 
 from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
@@ -26,11 +26,6 @@ DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4":
 CARD_BYTES = 12_000  # of a card's picture
 ROW_BYTES = 28  # of a concept in data/gallery.js
 SCREEN = 24  # cards that a large screen shows before it is scrolled, and the rows around
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

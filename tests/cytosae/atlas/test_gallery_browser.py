@@ -1,6 +1,5 @@
 """The overview in a real Chromium: orders, chips, search, box and address find the right cards; thousands are few."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import Cohort, cyto, make_cohort
-from browser import Watched, chromium
+from atlas_maker import Cohort, cyto
+from browser import Watched
 
 from cytosae.atlas.site import packed, script_data
 from stores import ConceptStore, ResultStore
@@ -22,19 +21,6 @@ IN_VIEW = """[...document.querySelectorAll("#cards > li")].filter((card) => {
     const box = card.getBoundingClientRect();
     return box.bottom > 0 && box.top < innerHeight;
 }).length"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def cohort(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Cohort:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        return make_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="module")

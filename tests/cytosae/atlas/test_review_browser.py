@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import WIDTHS, axe, chromium, keep_photograph
+from browser import WIDTHS, axe, keep_photograph
 from review_client import start
 from review_site import make_site
 
@@ -14,12 +14,6 @@ from cytosae.atlas import read_verdicts
 from cytosae.atlas.reviews import current
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as found:
-        yield found
 
 
 @pytest.fixture
