@@ -2,22 +2,25 @@
 
     make     tokens (65 of width 128 for each image, so that they fit on a disk), an SAE that was trained for a moment,
              a baseline of it, latents with the released frequencies, barcodes of all images, of every second patient,
-             and of a second SAE
-    measure  score, versus, ablate, search, compare and replicate, match: each a process of its own, whose processor
-             time and largest resident memory count; what it says before it starts stands beside
+             and of a second SAE; pictures, each one of 64 drawn cells
+    measure  score, versus, ablate, search, compare and replicate, match, concepts, atlas with all pages: each a process
+             of its own, whose processor time and largest resident memory count, with the bytes and files that it wrote;
+             what it says before it starts stands beside
 
 Images have one of 12 types (label), in four groups (label_common), 430 of a patient; an image of type t has the latents
-s with s mod 12 = t three times as often. Numbers that come out mean nothing. The stores (some 10 GB) stay in --folder,
-so that a part can be measured again; remove them at the end. An interrupted call continues.
+s with s mod 12 = t three times as often. Numbers that come out mean nothing. The stores (10 GB, the atlas
+10 GB) stay in --folder, so that a part can be measured again; remove them at the end. An interrupted call continues.
 """
 
+import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +29,7 @@ import numpy as np
 from common import N_LATENTS, arguments, latent_frequency, machine, say
 
 ALL_IMAGES = 171_373
-TYPES, GROUPS, OF_PATIENT = 12, 4, 430
+TYPES, GROUPS, OF_PATIENT, DRAWN = 12, 4, 430, 64
 _CHUNK = 1024
 _CLI = "import sys; from cyto_start import start; sys.exit(start())"
 
@@ -92,6 +95,30 @@ def table_of(options: Any) -> Any:
     return tables.image_table(columns, source="synthetic", dataset="synthetic")
 
 
+def pictures(options: Any) -> Iterator[bytes]:
+    """The file of each image: one of 64 drawn cells, with the image's number as a comment, so that all differ."""
+    from PIL import Image
+
+    from cytocache.demo_cells import CELL_TYPES, draw_cell
+
+    drawn: list[bytes] = []
+    for n in range(DRAWN):
+        file = io.BytesIO()
+        cell = draw_cell(CELL_TYPES[n % len(CELL_TYPES)], np.random.default_rng([8, n]), size=250)
+        Image.fromarray(cell).save(file, "jpeg", quality=90)
+        drawn.append(file.getvalue())
+    for n in range(options.images):
+        start, rest = drawn[n % DRAWN][:2], drawn[n % DRAWN][2:]
+        yield start + b"\xff\xfe\x00\x0a" + f"{n:08d}".encode() + rest
+
+
+def make_pictures(options: Any) -> None:
+    """pictures: a folder of all images."""
+    (options.folder / "pictures").mkdir(exist_ok=True)
+    for n, file in enumerate(pictures(options)):
+        (options.folder / "pictures" / f"{n:06d}.jpg").write_bytes(file)
+
+
 def make_cache(options: Any) -> None:
     """acts.zarr: the tokens of an image are a direction of its type, one of its own, and noise."""
     from stores.activation_store import ActivationSpec
@@ -107,13 +134,14 @@ def make_cache(options: Any) -> None:
         manifest_sha256=table_sha256(table),
     )  # fmt: skip
     writer, kind = ActivationWriter(options.folder / "acts.zarr", spec, table), types_of(options)
+    hashes = [hashlib.sha256(file).hexdigest() for file in pictures(options)]
     of_type = np.random.default_rng(6).standard_normal((TYPES, options.width), np.float32)
     for chunk in writer.missing_chunks():
         rows, rng = spec.chunk_rows(chunk), np.random.default_rng([7, chunk])
         images = np.arange(rows.start, rows.stop)
         tokens = rng.standard_normal((len(images), options.tokens, options.width), np.float32)
         tokens += (of_type[kind[images]] + rng.standard_normal((len(images), options.width), np.float32))[:, None]
-        writer.write_chunk(chunk, tokens.astype(np.float16), [f"{n:064x}" for n in images], [None] * len(images))
+        writer.write_chunk(chunk, tokens.astype(np.float16), hashes[rows.start : rows.stop], [None] * len(images))
     writer.finish()
 
 
@@ -199,6 +227,7 @@ MAKERS: dict[str, Callable[[Any], None]] = {
     "barcodes": make_barcodes,
     "half": make_half,
     "other": make_other,
+    "pictures": make_pictures,
 }
 _LATENTS = ["cache", "sae", "latents"]
 NEEDS = {
@@ -209,6 +238,8 @@ NEEDS = {
     "compare": [*_LATENTS, "half"],
     "replicate": [*_LATENTS, "barcodes", "half"],
     "match": [*_LATENTS, "barcodes", "other"],
+    "concepts": _LATENTS,
+    "atlas": [*_LATENTS, "barcodes", "pictures"],
 }
 
 
@@ -227,6 +258,7 @@ def ablate_call(options: Any) -> list[str]:
     return [sys.executable, __file__, "--folder", str(options.folder.resolve()), "--as-child", "ablate", *sizes]
 
 
+_ATLAS = ["atlas", "build", "--barcodes", "cells.barcodes", "--concepts", "cells.concepts", "--latents", "latents.zarr"]
 _MATCH = ["concept", "match", "cells.barcodes", "other.barcodes"]
 COMMANDS: dict[str, Callable[[Any], list[str]]] = {
     "versus": lambda o: cli(
@@ -242,6 +274,8 @@ COMMANDS: dict[str, Callable[[Any], list[str]]] = {
         o, ["sae", "score", "cells.sae", "--latents", "latents.zarr", "--cache", "acts.zarr", "-o", "out.score"]
     ),
     "match": lambda o: cli(o, [*_MATCH, "--permutations", str(o.permutations), "-o", "out.match"]),
+    "concepts": lambda o: cli(o, ["concept", "stats", "latents.zarr", "-o", "cells.concepts"]),
+    "atlas": lambda o: cli(o, [*_ATLAS, "--images", "pictures", "--pages", "all", "--pseudonyms", "-o", "atlas"]),
 }
 
 
@@ -259,8 +293,15 @@ def measured(command: list[str], folder: Path) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "processor_seconds": round(used.ru_utime + used.ru_stime, 1),
         "peak_gib": round(used.ru_maxrss / (1 << 20), 2),
+        "written": written(folder / (command[command.index("-o") + 1] if "-o" in command else "out.ablate")),
         "said": [line for line in lines if line.strip()][:12],
     }
+
+
+def written(folder: Path) -> dict[str, int]:
+    """How many files a command wrote, and their bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {"files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 
 
 def call(options: Any, arguments: list[str]) -> None:
