@@ -134,7 +134,7 @@ def make_cache(options: Any) -> None:
         manifest_sha256=table_sha256(table),
     )  # fmt: skip
     writer, kind = ActivationWriter(options.folder / "acts.zarr", spec, table), types_of(options)
-    hashes = [hashlib.sha256(file).hexdigest() for file in pictures(options)]
+    hashes: list[str | None] = [hashlib.sha256(file).hexdigest() for file in pictures(options)]
     of_type = np.random.default_rng(6).standard_normal((TYPES, options.width), np.float32)
     for chunk in writer.missing_chunks():
         rows, rng = spec.chunk_rows(chunk), np.random.default_rng([7, chunk])
