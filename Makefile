@@ -8,8 +8,9 @@ SDIST_TESTS ?= -m "$(QUICK)"
 # a test process for each core, so one thread for each of them and of their children: threads that wait for a core that
 # others use made the pages of the docs take three times as long
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+export PIP_NO_COMPILE := 1 # Python compiles what is used, when it is used; pip would compile all of torch
 
-.PHONY: install demo browser test test-stress test-docs test-browser test-slow coverage test-versions bench docs site wheel-check sdist-check clean
+.PHONY: install demo browser test test-stress test-docs test-browser test-rest test-slow coverage test-versions bench docs site wheel-check sdist-check clean
 
 install: $(VENV)/.installed
 
@@ -26,11 +27,12 @@ browser: install # what the tests in a real browser need, where it is missing; w
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python tests/support/install_browser.py
 
-test: install
+test: install # the types are checked beside the tests, and what was found about them is told at the end
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(PYTEST) -m "$(QUICK)"
+	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; \
+	$(PYTEST) -m "$(QUICK)"; tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests + types))
 
 test-stress: install # killed processes, damaged and hostile files, clusters, commands at once
 	$(PYTEST) -m "stress and not slow and not gpu and not browser and not docs"
@@ -40,6 +42,9 @@ test-docs: install # the demo, and every page of the docs that can run
 
 test-browser: install # the atlas and the review in Chromium; skipped where `make browser` brought nothing
 	$(PYTEST) -m browser
+
+test-rest: install # stress, docs and browser in one go, as CI runs them: no core waits for the end of each
+	$(PYTEST) -m "(stress or docs or browser) and not slow and not gpu"
 
 test-slow: install # heavy groups, on request
 	$(BIN)/pytest -m "slow or gpu"
@@ -57,11 +62,11 @@ docs: install # the pages that are made from --help texts and the notebook
 site: install # docs/ as HTML in site/; a link that leads nowhere is an error
 	$(BIN)/mkdocs build --strict
 
-wheel-check: install # a wheel from this checkout, in an empty environment
+wheel-check: install # a wheel from this checkout, in an empty environment, without torch: the base install
 	rm -rf $(VENV)-wheel dist build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/cytobarcode-*.whl)[torch]"
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/cytobarcode-*.whl
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --help
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --version
 	rm -rf $(VENV)-wheel dist build

@@ -17,6 +17,11 @@ from cytocache.demo_cells import draw_cell
 LABELS = ("neutrophil_segmented", "lymphocyte", "eosinophil")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pages of the docs take minutes each: they are begun first, so that the last one does not run alone."""
+    items.sort(key=lambda item: item.get_closest_marker("docs") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def auto_is_the_cpu() -> Iterator[None]:
     """`device="auto"` means the CPU, also beside a GPU: tests compare bits. Tests of a GPU name their device."""
