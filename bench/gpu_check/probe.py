@@ -33,13 +33,14 @@ from cytosae.training import (
     BatchLosses,
     Objective,
     compare_plainly,
-    evaluate,
+    held_out,
     loss_and_gradients,
     losses,
     on_device,
     saving,
     state,
 )
+from cytosae.training.measured_sums import MeasuredSums
 
 OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -249,10 +250,10 @@ class Probe:
     @torch.inference_mode()
     def _held_out(self, model: SparseAutoencoder) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        step = max(1, evaluate._MICRO_BATCH_BYTES // (4 * model.n_latents))
+        step = max(1, held_out._MICRO_BATCH_BYTES // (4 * model.n_latents))
         for factor in (1, 8) if self.on_gpu else (1,):
             images = torch.randn(max(1, factor * step // 257), 257, self.o.width, device=self.device) + model.b_dec
-            sums = evaluate._Sums(model, loss="normed", step=step * factor, window_begins=0)
+            sums = MeasuredSums(model, loss="normed", step=step * factor, window_begins=0)
             took = self.ms(partial(sums.add, images), warm_up=1)
             found[f"{len(images)} at a time"] = took | {"tokens_s": len(images) * 257 / took["ms"] * 1e3}
         return found

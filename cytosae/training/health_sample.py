@@ -24,8 +24,9 @@ from stores.spec import require_unchanged
 from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
-from .evaluate import _Sums, images_of, tokens_at_a_time
 from .health import Health, SampleErrors, assess_health, read_health, share_everywhere, write_health
+from .held_out import images_of, tokens_at_a_time
+from .measured_sums import MeasuredSums
 
 LEAST_IMAGES = 64  # are measured on, whatever it costs
 SHARE = 16  # as many tokens are measured on as the budget has, divided by this
@@ -100,7 +101,7 @@ def measure_sample(
     """Sums over the images in `masks`, or over those of evenly spaced chunks if these have more than `most_tokens`."""
     per_image = len(chosen_tokens(config.token_set, stores[0].spec.layout))
     step = tokens_at_a_time(model)
-    sums = _Sums(model, loss=config.loss, step=step, window_begins=0, with_pca=True)
+    sums = MeasuredSums(model, loss=config.loss, step=step, window_begins=0, with_pca=True)
     chunks = [
         (store, mask, chunk, int(mask[store.spec.chunk_rows(chunk).start : store.spec.chunk_rows(chunk).stop].sum()))
         for store, mask in zip(stores, masks, strict=True)
@@ -145,7 +146,7 @@ class _Group:
     n_active: int  # latents of tokens
 
     @classmethod
-    def of(cls, sums: _Sums) -> "_Group":
+    def of(cls, sums: MeasuredSums) -> "_Group":
         """What the pass has summed so far."""
         shifted_D, shifted_square = sums.shifted()
         return cls(

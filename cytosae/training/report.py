@@ -11,7 +11,7 @@ from stores.wording import Report, decimals, percent, printable
 from .health import Health
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation
+    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,9 @@ from .data import TrainingData, first_position, first_tokens, initial_b_dec, ope
 from .dead_latents import resample
 from .device_prefetch import on_device
 from .distributed import ALONE, OtherProcessStopped, Ranks, interrupted_between_steps, joined_ranks
-from .evaluate import measure_held_out
 from .frozen import drop_frozen_gradient
 from .health_sample import health_of_run
+from .held_out import measure_held_out
 from .losses import BatchLosses, loss_and_gradients
 from .metric_loggers import Logger, open_logger
 from .objective import Objective

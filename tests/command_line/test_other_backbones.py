@@ -33,7 +33,8 @@ from cytosae.latents.encode import encode
 from cytosae.maps import PatchQuery, write_maps, write_mask_agreement, write_sheets
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.relations import NeighbourConfig, find_neighbours
-from cytosae.training.evaluate import BackboneSample, evaluate
+from cytosae.training.evaluate import evaluate
+from cytosae.training.evaluation import BackboneSample
 from cytosae.training.train import train
 from stores import ActivationStore, BarcodeStore, LatentStore
 from stores.activation_store import chunk_path

@@ -30,7 +30,7 @@ from cytosae.sweep.figures import plot_sweep
 from cytosae.sweep.grid import Grid, read_grid
 from cytosae.sweep.record import METRICS, as_markdown, means_over_seeds
 from cytosae.training import Training, train_step
-from cytosae.training.evaluate import _Sums
+from cytosae.training.measured_sums import MeasuredSums
 from cytosae.training.train import train
 from stores import SAE, BadInput, DamagedStore, SpecMismatch, read_header, read_runs
 
@@ -574,7 +574,7 @@ def test_meaningful_latents_are_those_that_are_strong_where_they_are_active() ->
     images[2, :, 2], images[3, :, 2] = 0.003, 0.0001
     for step in (1, 8):  # tokens at a time
         with torch.inference_mode():
-            sums = _Sums(model, loss="mse", step=step, window_begins=0)
+            sums = MeasuredSums(model, loss="mse", step=step, window_begins=0)
             sums.add(images[:3])
             sums.add(images[3:])
         assert sums.n_meaningful() == 2

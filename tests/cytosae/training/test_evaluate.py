@@ -34,8 +34,9 @@ from cytocache.preprocess import Preprocess
 from cytocache.sample import draw_sample, load_backbone_of, read_sample
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
 from cytosae.training import DEAD_WINDOW, BackboneSample, Evaluation, Objective, loss_and_gradients
-from cytosae.training import evaluate as module
-from cytosae.training.evaluate import PERCENTILES, Substitution, decoder_coherence, evaluate
+from cytosae.training import held_out as module
+from cytosae.training.evaluate import PERCENTILES, decoder_coherence, evaluate
+from cytosae.training.evaluation import Substitution
 from cytosae.training.train import train
 from stores import SAE, ActivationStore, BadInput, DamagedStore, SpecMismatch, new_header, write_header
 from stores.activation_store import chunk_path

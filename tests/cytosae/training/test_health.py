@@ -18,7 +18,8 @@ from training_runs import SETTINGS, tokens_of_cells
 from cli import cli
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae
 from cytosae.training import Health, assess_health, healthy_l0, read_health, sae_info, write_health
-from cytosae.training.evaluate import Change, Substitution, evaluate
+from cytosae.training.evaluate import evaluate
+from cytosae.training.evaluation import Change, Substitution
 from cytosae.training.health import FILE
 from cytosae.training.health_sample import evenly_spaced
 from cytosae.training.train import train

@@ -19,9 +19,9 @@ from training_runs import BATCH, SETTINGS, tokens_of_cells
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, make_config
 from cytosae.sae.model import geometric_median
 from cytosae.training import data as data_module
-from cytosae.training import evaluate as evaluate_module
 from cytosae.training.data import choose_data, initial_b_dec, open_data
-from cytosae.training.evaluate import held_out_pieces, measure_held_out, tokens_at_a_time
+from cytosae.training.held_out import held_out_pieces, measure_held_out, tokens_at_a_time
+from cytosae.training.measured_sums import MeasuredSums
 from cytosae.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,19 +31,19 @@ import json, os, sys
 from pathlib import Path
 import torch
 from test_shared_work import held_out_config, odd_model
-from cytosae.training import evaluate
+from cytosae.training import held_out
 from cytosae.training.data import open_data
 from cytosae.training.distributed import joined_ranks
 
-read, real = [], evaluate.images_of
+read, real = [], held_out.images_of
 def watched(store, mask, token_set, chunks, *, step):
     read.extend(f"{store.root.name}:{chunk}" for chunk in chunks)
     return real(store, mask, token_set, chunks, step=step)
-evaluate.images_of = watched
+held_out.images_of = watched
 config = held_out_config(int(sys.argv[1]))
 with joined_ranks("cpu") as ranks:
     data = open_data([Path(each) for each in sys.argv[3:]], config)
-    found = evaluate.measure_held_out(odd_model(), data, config, device="cpu", ranks=ranks)
+    found = held_out.measure_held_out(odd_model(), data, config, device="cpu", ranks=ranks)
 Path(sys.argv[2], f"{os.environ['RANK']}.json").write_text(json.dumps([found, read]))
 """
 START = """
@@ -136,13 +136,13 @@ def test_what_a_run_starts_with_is_computed_on_one_rank(caches: list[Path], tmp_
 
 def test_measuring_keeps_no_dense_latents_for_a_gradient(caches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a run need one: without a word against it all micro-batches would stay in memory."""
-    seen, real = list[bool](), evaluate_module._Sums.add
+    seen, real = list[bool](), MeasuredSums.add
 
     def watched(sums: Any, x_NTD: torch.Tensor) -> None:
         real(sums, x_NTD)
         seen.append(sums._activation_L.requires_grad)
 
-    monkeypatch.setattr(evaluate_module._Sums, "add", watched)
+    monkeypatch.setattr(MeasuredSums, "add", watched)
     config = held_out_config(0)
     measure_held_out(odd_model(), open_data(caches, config), config, device="cpu")
     assert seen
