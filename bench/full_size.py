@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,7 +283,7 @@ COMMANDS: dict[str, Callable[[Any], list[str]]] = {
 def measured(command: list[str], folder: Path) -> dict[str, Any]:
     """Seconds, processor seconds, largest resident memory, and what was said, of a command in the folder."""
     began = time.monotonic()
-    with (folder / "said.txt").open("w+b") as said:
+    with tempfile.TemporaryFile() as said:
         child = subprocess.Popen(command, cwd=folder, stdout=said, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
