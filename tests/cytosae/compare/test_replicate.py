@@ -12,7 +12,7 @@ from command_line import fails, run
 from scipy import stats
 
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate, replication
-from cytosae.compare.replication import effect_sizes, holm_adjusted, signed_test
+from cytosae.compare.replication import correlation_limits, effect_sizes, holm_adjusted, signed_test
 from stores import REPLICATION, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.verify_any import verify_folder
@@ -121,6 +121,38 @@ def test_effect_size_is_hedges_g() -> None:
         t = stats.ttest_ind(one, other).statistic
         assert g == pytest.approx(t * np.sqrt(1 / 12 + 1 / 12) * (1 - 3 / (4 * 22 - 1)))
     assert np.isnan(effect_sizes(np.ones((24, 1)), 12)).all()
+
+
+def test_limits_of_the_correlation_hold_what_other_cohorts_have() -> None:
+    """60 cohorts of 2 x 20 patients; quantiles of draws, whose noise counts twice, seldom hold it."""
+    rng = np.random.default_rng(3)
+    before = rng.normal(0, 0.5, 80)
+    real = 0.6 * before + rng.normal(0, 0.15, 80)
+
+    def effects() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        values = rng.standard_normal((40, 80))
+        values[:20] += real
+        rows = [np.concatenate([rng.integers(20, size=20), 20 + rng.integers(20, size=20)]) for _ in range(80)]
+        return effect_sizes(values, 20), np.array([effect_sizes(values[some], 20) for some in rows])
+
+    def correlation(now: npt.NDArray[np.float64]) -> float:
+        return float(np.corrcoef(before, now)[0, 1])
+
+    made = [effects() for _ in range(60)]
+    expected = float(np.mean([correlation(now) for now, _ in made]))
+    n_within = n_plain = 0
+    for now, drawn in made:
+        draws = np.array([correlation(each) for each in drawn])
+        low, high = correlation_limits(correlation(now), draws, 20)
+        assert low is not None
+        assert high is not None
+        assert low < correlation(now) < high
+        n_within += low < expected < high
+        plain = np.quantile(draws, [0.025, 0.975])
+        n_plain += plain[0] < expected < plain[1]
+    assert n_within >= 50
+    assert n_plain < 30
+    assert correlation_limits(0.5, np.full(9, np.nan), 20) == (None, None)
 
 
 # ------------------------------------------------------------------------------------------- what is found
