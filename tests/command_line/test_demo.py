@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from places import ROOT
 
 from cli import cli
 from stores import read_runs
 
 
 @pytest.mark.docs
+@pytest.mark.timeout(900)  # two minutes of work, on a machine that may be busy
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "demo"
     done = CliRunner().invoke(cli, ["demo", "--out", str(out)])
@@ -50,6 +52,16 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         again = CliRunner().invoke(cli, command)
         assert again.exit_code == 0, again.output
         assert "already complete" in again.stderr
+
+    gallery = (ROOT / "docs" / "gallery.md").read_text()  # its commands, in the folder of the demo
+    mark = r"^<!-- executed by tests/command_line/test_demo.py -->\n```bash\ncyto (.*?)^```$"
+    shown = re.findall(mark, gallery, re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 9
+    for text in shown:
+        made = CliRunner().invoke(cli, shlex.split(text.replace("\\\n", " ")))
+        assert made.exit_code == 0, made.output
+    for name in re.findall(r"`(\w+\.png)`", gallery):
+        assert [*out.rglob(name)], f"the gallery names {name}"
 
     for name in ("cells.acts.zarr", "cells.sae", "cells.latents.zarr"):  # a GPU would change the last bits
         assert {run["device"] for run in read_runs(out / name)} == {"cpu"}

@@ -1,5 +1,6 @@
 """The site builds without a broken link and loads nothing from elsewhere; the tutorial and the notebook run."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,6 +32,15 @@ def test_site_builds(tmp_path: Path) -> None:
         bare = re.findall(r"<p>(?:(?!</p>).)*?\n(?:- |\||```).*", text, re.DOTALL)
         assert not bare, f"{name}: needs an empty line before a list, a table or a block: {bare[0][:200]}"
     assert "<table>" in pages["howto/paper.html"]
+    first = re.sub(r"</?span[^>]*>", "", pages["index.html"].partition('role="main"')[2])
+    assert first.count("<img", 0, first.index("cyto run IMAGES -o OUT")) == 6  # it opens with cells, then the command
+    navigation = pages["index.html"].partition("<nav")[2].partition("</nav>")[0]
+    assert "troubleshooting.html" in navigation
+    assert "log.html" not in navigation
+    found = json.loads((tmp_path / "search" / "search_index.json").read_text())["docs"]  # what the search box reads
+    assert {name for name in pages if name not in ("404.html", "search.html")} <= {
+        entry["location"].partition("#")[0] or "index.html" for entry in found
+    }
     assert not [*tmp_path.rglob("make_*.py"), *tmp_path.rglob("docstring_style.py")]
     assert "#stores.SpecMismatch" in pages["api/barcodes.html"]  # types are links
     for name, text in pages.items():
