@@ -15,7 +15,7 @@ from training_runs import SETTINGS
 
 from cli import cli
 from cytosae.sae import load_sae, make_config
-from cytosae.training.background import find_background, rim_threshold
+from cytosae.training.background import farthest_tenth, find_background, rim_threshold
 from cytosae.training.data import open_data
 from cytosae.training.train import train
 from stores import ActivationStore, BadInput, TokenStream
@@ -72,13 +72,41 @@ def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, 
     flat = patches.reshape(-1, WIDTH)
     direction = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][0]
     projected = (patches - flat.mean(0)) @ direction
-    is_rim = np.ones((SIDE, SIDE), bool)
-    is_rim[1:-1, 1:-1] = False
+    is_rim = np.zeros((SIDE, SIDE), bool)
+    is_rim[[0, 0, -1, -1], [0, -1, 0, -1]] = True  # of 36 patches the four that are farthest away
     threshold, is_high = slow_threshold(projected, is_rim.ravel())
     high = (projected > threshold) == is_high
     assert (found.keep[0][readable, 1:] == ~high).all()
     assert found.share_at_rim == pytest.approx(high[:, is_rim.ravel()].mean())
     assert found.share_elsewhere == pytest.approx(high[:, ~is_rim.ravel()].mean())
+
+
+@pytest.mark.parametrize("side", [3, 4, 16, 37])
+def test_the_rim_is_the_farthest_tenth(side: int) -> None:
+    """One patch after the other: those that fewer than a tenth of all are farther away than."""
+    places = [(row - (side - 1) / 2, column - (side - 1) / 2) for row in range(side) for column in range(side)]
+    squares = [x**2 + y**2 for x, y in places]
+    wanted = [10 * sum(other > square for other in squares) < side**2 for square in squares]
+    assert farthest_tenth(side).tolist() == wanted
+
+
+def test_neighbours_at_the_edges_of_a_crop_are_kept(tmp_path: Path) -> None:
+    """Pale cells that are cut off at all four edges, as in drawn smears: half of the edge, and none of the corners."""
+    rng = np.random.default_rng(0)
+    side, n_images = 8, 40
+    place = np.add.outer(*[np.abs(np.arange(side) - (side - 1) / 2)] * 2)
+    is_cell = np.broadcast_to((place < 4), (n_images, side, side)).copy()
+    edges = np.zeros((side, side), bool)
+    edges[[0, -1], 2:-2] = edges[2:-2, [0, -1]] = True
+    cell, ground = np.array([1.0, 0, 0, 0]), np.zeros(4)
+    pale = edges & (rng.random((n_images, side, side)) < 0.9)
+    tokens = np.where(is_cell[..., None], cell, ground) + 0.03 * rng.normal(size=(n_images, side, side, 4))
+    tokens[pale] += [0.4, 0, 0, 0]
+    flat = tokens.reshape(n_images, side**2, 4)
+    cache = write_cache(tmp_path / "n.zarr", np.concatenate([np.zeros((n_images, 1, 4)), flat], 1).astype(np.float16))
+    kept = find_background([ActivationStore(cache)]).keep[0][:, 1:].reshape(n_images, side, side)
+    assert kept[is_cell | pale].mean() > 0.99
+    assert kept[~is_cell & ~pale].mean() < 0.05
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,7 +195,7 @@ def test_the_command_counts_it_and_info_says_it(drawn: tuple[Path, np.ndarray[An
     assert done.exit_code == 0, done.output
     assert "patch tokens left out" in done.stdout
     page = CliRunner().invoke(cli, ["sae", "info", str(tmp_path / "run")]).stdout
-    assert "by the rule first-component; at the rim of images" in page
+    assert "by the rule first-component; in the corners of images" in page
     spec = json.loads((tmp_path / "run" / "sae.json").read_text())["spec"]
     assert spec["config"]["background"] == "first-component"
     assert load_sae(tmp_path / "run").header.spec["background"]["rule"] == "first-component"
