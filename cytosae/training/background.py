@@ -4,11 +4,11 @@ The rule `first-component`: patch tokens of a sample of the images (all tokens o
 most) are projected on their first principal component. A crop shows its cell in the middle, so its rim has a larger
 share of background than the rest of it. The rim is the tenth of the patches that are farthest from the middle, which
 are its corners: between them neighbours that are cut off lie at the edge. Of the edges of 256 equal bins the threshold
-is the one with the largest difference between the shares of rim patches and of other patches beyond it, and background
-is the side with more of the rim: if rim and rest are two mixtures of the same two densities, that is where these
-densities cross, however large or rare background is. Where the two shares differ by less than a tenth, or no more than
-by chance, the rule does not tell background from cells, and is refused. CLS and register tokens always stay. Measured
-beside masks: bench/background.py.
+is the one with the largest difference between the shares of rim patches and of other patches beyond it (of those beside
+it that are as good but for chance, the middle one), and background is the side with more of the rim: if rim and rest
+are two mixtures of the same two densities, that is where these densities cross, however large or rare background is.
+Where the two shares differ by less than a tenth, or no more than by chance, the rule does not tell background from
+cells, and is refused. CLS and register tokens always stay. Measured beside masks: bench/background.py.
 
 Memory: one chunk, the sample, and a byte for each token of the caches. Twin: tests/cytosae/training/test_background.py.
 """
@@ -32,6 +32,7 @@ Float = npt.NDArray[np.float64]
 _SAMPLE = 65_536  # tokens
 _BINS = 256
 _LEAST_DIFFERENCE = 0.1  # of the shares of background at the rim and elsewhere
+_AS_GOOD = 0.5  # of the deviation by chance: two differences that are nearer are equal
 _CHANCE = 2.0  # in few patches the largest difference is that large by chance: Kolmogorov-Smirnov, p 0.0007
 
 
@@ -125,15 +126,21 @@ def farthest_tenth(side: int) -> Bool:
 def rim_threshold(values_NP: npt.NDArray[np.floating[Any]], is_rim_P: Bool) -> tuple[float, bool]:
     """(threshold, is the side above it background): where the shares of rim and other patches beyond it differ most.
 
-    Of the inner edges of 256 equal bins; of equally good ones, as in a gap between two groups, the middle one.
+    Of the inner edges of 256 equal bins. The edges beside it that are worse by no more than chance are as good: of
+    these, as in a gap between two groups, the middle one.
     """
     edges = np.histogram_bin_edges(values_NP, _BINS)
     rim, other = (np.histogram(values_NP[:, mask], edges)[0] for mask in (is_rim_P, ~is_rim_P))
+    n_rim, n_other = int(rim.sum()), int(other.sum())
     above_rim, above_other = (counts[::-1].cumsum()[::-1][1:] for counts in (rim, other))  # at each inner edge
-    gain = above_rim * int(other.sum()) - above_other * int(rim.sum())  # whole numbers: ties are exact
-    first = int(np.abs(gain).argmax())
-    best = np.flatnonzero(gain == gain[first])
-    return float(edges[1 + best[(len(best) - 1) // 2]]), bool(gain[first] > 0)
+    gain = above_rim * n_other - above_other * n_rim  # whole numbers: n_rim x n_other times the difference
+    best = int(np.abs(gain).argmax())
+    by_chance = _AS_GOOD * (n_rim * n_other * (n_rim + n_other)) ** 0.5
+    worse = np.flatnonzero(gain * np.sign(gain[best]) < abs(int(gain[best])) - by_chance)
+    first, last = (int(np.searchsorted(worse, best)) - 1, int(np.searchsorted(worse, best)))
+    low = int(worse[first]) + 1 if first >= 0 else 0
+    high = int(worse[last]) - 1 if last < len(worse) else len(gain) - 1
+    return float(edges[1 + (low + high) // 2]), bool(gain[best] > 0)
 
 
 def _patches(layout: TokenLayout) -> tuple[int, int]:

@@ -45,7 +45,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray[An
 
 
 def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -> tuple[float, bool]:
-    """The inner edge of the histogram beyond which rim and other patches differ most, one after the other."""
+    """The inner edge of the histogram beyond which rim and other patches differ most, one after the other.
+
+    Then the edges below and above it, as long as they are as good: the middle one of all these.
+    """
     edges = np.linspace(values.min(), values.max(), 257)
     found = []
     for edge in edges[1:-1]:
@@ -54,9 +57,16 @@ def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -
         )
         found.append((rim - other, float(edge)))
     largest = max(abs(difference) for difference, _ in found)
-    sign = next(difference for difference, _ in found if abs(difference) == largest)
-    equally_good = [edge for difference, edge in found if difference == sign]
-    return equally_good[(len(equally_good) - 1) // 2], sign > 0
+    best = next(number for number, (difference, _) in enumerate(found) if abs(difference) == largest)
+    sign = 1 if found[best][0] > 0 else -1
+    by_chance = 0.5 * (1 / values[:, is_rim].size + 1 / values[:, ~is_rim].size) ** 0.5
+    as_good = [float(largest - sign * difference) <= by_chance for difference, _ in found]
+    low = high = best
+    while low > 0 and as_good[low - 1]:
+        low -= 1
+    while high < len(found) - 1 and as_good[high + 1]:
+        high += 1
+    return found[(low + high) // 2][1], sign > 0
 
 
 def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
