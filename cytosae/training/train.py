@@ -284,7 +284,7 @@ def train_step(
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
-        if state.penalty is not None and (shift := state.penalty.threshold_shift(pace=lr / config.lr)):
+        if state.penalty is not None and (shift := state.penalty.threshold_shift(lr)):
             with torch.no_grad():
                 model.log_threshold += shift
         state.step += 1
