@@ -29,7 +29,8 @@ _PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer i
     "patient": {"repeats": 5, "permutations": 39, **_FEW},
     "image": {
         **{"repeats": 1, "permutations": 19, "max_images": 300},
-        **{"c_factors": (1e-2,), "thresholds": (0.0, 1e-2)},
+        **_FEW,
+        "thresholds": (0.0, 1e-2),
     },
 }
 

@@ -5,6 +5,10 @@ n_images        the number of images alone, as its logarithm: image counts may d
 mean_tokens     the backbone's patch tokens, averaged over a unit's images
 cls_token       the CLS tokens, likewise, if the backbone has one
 attention_mil   one instance per image, `cytosae/probe/attention_mil.py`: the family of the deep baseline
+
+Tokens are divided by one number before the rule's C, so that their mean variance over channels is 1 in the training
+rows. L2 depends on the scale of the features, and that of tokens is the backbone's: CLS tokens of images may differ by
+1e-6 (an untrained backbone) or by 10, and without it no multiple of the rule's C fits all of them (docs/log.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -112,7 +116,7 @@ def number_of_images(n_images: Ints, n_classes: int, c_factors: Sequence[float])
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         mean, sd = _of_log(n_images[training])
         values = ((np.log(n_images) - mean) / sd)[:, None]
-        return features(values, n_classes, lambda n_rows: COUNT_C, c_factors)(labels, training, inner_of)
+        return _predict(_Features(values, n_classes, lambda n_rows: COUNT_C, c_factors))(labels, training, inner_of)
 
     return predict
 
@@ -149,11 +153,16 @@ def _of_log(n_images: Ints) -> tuple[float, float]:
 
 
 def features(values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float]) -> Predict:
-    """The probe's own logistic regression on (n, width) features; C is chosen as for the barcodes.
+    """The probe's own logistic regression on (n, width) tokens, scaled by the rows of each fit.
 
-    That is by the weighted F1 of a cross-validation within the training rows; of equal ones the smallest C.
+    C is chosen as for the barcodes: by the weighted F1 of a cross-validation within the training rows; of equal ones
+    the smallest C.
     """
-    fits = _Features(values, n_classes, C_of, c_factors)
+    return _predict(_Features(values, n_classes, C_of, c_factors, is_scaled=True))
+
+
+def _predict(fits: "_Features") -> Predict:
+    """Fits with the C that is chosen within the training rows."""
 
     def predict(labels: Ints, training: Bools, inner_of: Ints) -> Float:
         return fits.fit_predict(labels, training, ~training, fits.choose(labels, training, inner_of))
@@ -162,20 +171,29 @@ def features(values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[f
 
 
 class _Features:
-    """Fits on (n, width) features."""
+    """Fits on (n, width) features; scaled: to a mean variance of 1 over channels, in the training rows of each fit."""
 
-    def __init__(self, values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float]) -> None:
+    def __init__(
+        self, values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float], *, is_scaled: bool = False
+    ) -> None:
         self._values, self._n_classes, self._C_of, self._c_factors = values, n_classes, C_of, c_factors
+        self._is_scaled = is_scaled
         self._gram = values @ values.T if len(values) <= NEWTON_ROWS else None
 
     def fit_predict(self, labels: Ints, training: Bools, tested: Bools, factor: float) -> Float:
         """Probabilities of the tested rows."""
-        c = factor * self._C_of(int(training.sum()))
+        c, scale = factor * self._C_of(int(training.sum())), self._scale(training)
         if self._gram is None:
-            fit = fit_columns(self._values[training], labels[training], self._n_classes, c)
-            return fit.probabilities(self._values[tested])
-        found = fit_gram(self._gram[np.ix_(training, training)], labels[training], self._n_classes, c)
-        return found.probabilities(self._gram[np.ix_(tested, training)])
+            fit = fit_columns(self._values[training] / scale, labels[training], self._n_classes, c)
+            return fit.probabilities(self._values[tested] / scale)
+        found = fit_gram(self._gram[np.ix_(training, training)] / scale**2, labels[training], self._n_classes, c)
+        return found.probabilities(self._gram[np.ix_(tested, training)] / scale**2)
+
+    def _scale(self, training: Bools) -> float:
+        """What the features are divided by; 1 where all training rows are equal, or none is there."""
+        if not self._is_scaled or not training.any():
+            return 1.0
+        return float(np.sqrt(self._values[training].var(0).mean())) or 1.0
 
     def choose(self, labels: Ints, training: Bools, inner_of: Ints) -> float:
         """The factor of C."""

@@ -6,7 +6,8 @@
     baselines   simpler methods on the same folds: baselines.py, attention_mil.py
     model       one fit on all rows, saved: saved_model.py; applied to another cohort or to left-out sites: external.py
 
-Nothing is standardised, and nothing is chosen with rows that are predicted. Only the attention-MIL head imports torch.
+Barcodes are not standardised; the baselines' tokens are scaled by one number of the training rows (baselines.py).
+Nothing is chosen with rows that are predicted. Only the attention-MIL head imports torch.
 """
 
 import warnings
@@ -185,6 +186,7 @@ def probe(
         "permutations": config.n_permutations,
         **asdict(unit_config),
         "caches": [cache.content_sha256 for cache in tokens],
+        **({"tokens_scaled": True} if tokens else {}),  # the baselines of before were not: results of another probe
         "sae": None if sae is None else latents_spec[0]["sae_sha256"],
     }
     if rows is not None:

@@ -22,8 +22,8 @@ BY_ACTIVATION: dict[str, dict[str, Any]] = {
     "gated": _RELEASED,
 }
 # where the penalty is steered to an L0, so that no L1 weight is given whose unit the loss would change; by measurement
-# (docs/benchmarks.md): jumprelu and gated explain more at every L0, relu more at 32 and 128, and less at 8
+# (docs/benchmarks.md)
 STEERED: dict[str, dict[str, Any]] = {
-    "jumprelu": {"loss": "eq1", "clip_norm": 1.0},
+    "jumprelu": _TOP_K,
     "gated": {"loss": "eq1", "clip_norm": 1.0},
 }

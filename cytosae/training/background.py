@@ -2,16 +2,19 @@
 
 The rule `first-component`: patch tokens of a sample of the images (all tokens of evenly spaced images, 65,536 tokens at
 most) are projected on their first principal component. A crop shows its cell in the middle, so its rim has a larger
-share of background than the rest of it. Of the edges of 256 equal bins the threshold is the one with the largest
-difference between the shares of rim patches and of other patches beyond it, and background is the side with more of the
-rim: if rim and rest are two mixtures of the same two densities, that is where these densities cross, however large or
-rare background is. Where the two shares differ by less than a tenth, or no more than by chance, the rule does not tell
-background from cells, and is refused. CLS and register tokens always stay. Measured beside masks: bench/background.py.
+share of background than the rest of it. The rim is the tenth of the patches that are farthest from the middle, which
+are its corners: between them neighbours that are cut off lie at the edge. Of the edges of 256 equal bins the threshold
+is the one with the largest difference between the shares of rim patches and of other patches beyond it (of those beside
+it that are as good but for chance, the middle one), and background is the side with more of the rim: if rim and rest
+are two mixtures of the same two densities, that is where these densities cross, however large or rare background is.
+Where the two shares differ by less than a tenth, or no more than by chance, the rule does not tell background from
+cells, and is refused. CLS and register tokens always stay. Measured beside masks: bench/background.py.
 
 Memory: one chunk, the sample, and a byte for each token of the caches. Twin: tests/cytosae/training/test_background.py.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,7 @@ Float = npt.NDArray[np.float64]
 _SAMPLE = 65_536  # tokens
 _BINS = 256
 _LEAST_DIFFERENCE = 0.1  # of the shares of background at the rim and elsewhere
+_AS_GOOD = 0.5  # of the deviation by chance: two differences that are nearer are equal
 _CHANCE = 2.0  # in few patches the largest difference is that large by chance: Kolmogorov-Smirnov, p 0.0007
 
 
@@ -40,7 +44,7 @@ class Background:
     rule: str
     threshold: float  # of the projection on `direction`, of float32 tokens minus `mean`
     explained: float  # share of the sample's variance along the first principal component
-    share_at_rim: float  # of the sample's patches at the rim that are background
+    share_at_rim: float  # of the sample's patches in the corners that are background
     share_elsewhere: float
     n_patches: int  # of readable images
     n_left_out: int
@@ -74,21 +78,20 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
     """
     side, first = _patches(stores[0].spec.layout)
     if side < 3:
-        raise BadInput(f"background is told by the rim of an image, which {side} x {side} patches do not have")
-    is_rim = np.ones((side, side), bool)
-    is_rim[1:-1, 1:-1] = False
+        raise BadInput(f"background is told by the corners of an image, which {side} x {side} patches do not have")
+    is_rim_P = farthest_tenth(side)
     sample_NPD = _sample(stores, first)
     mean_D, direction_D, explained = _first_component(sample_NPD.reshape(-1, sample_NPD.shape[2]))
     projected_NP = (sample_NPD - mean_D) @ direction_D
-    threshold, is_high = rim_threshold(projected_NP, is_rim.ravel())
+    threshold, is_high = rim_threshold(projected_NP, is_rim_P)
     if not is_high:  # then the low side is background: turn the direction
         direction_D, threshold, projected_NP = -direction_D, -threshold, -projected_NP
-    at_rim, elsewhere = (float((projected_NP[:, mask.ravel()] > threshold).mean()) for mask in (is_rim, ~is_rim))
-    n_rim, n_other = (len(sample_NPD) * int(mask.sum()) for mask in (is_rim, ~is_rim))
+    at_rim, elsewhere = (float((projected_NP[:, mask] > threshold).mean()) for mask in (is_rim_P, ~is_rim_P))
+    n_rim, n_other = (len(sample_NPD) * int(mask.sum()) for mask in (is_rim_P, ~is_rim_P))
     if at_rim - elsewhere < max(_LEAST_DIFFERENCE, _CHANCE * (1 / n_rim + 1 / n_other) ** 0.5):
         raise BadInput(
-            f"the rule {rule} does not tell background from cells here: it would call {at_rim:.0%} of the patches at "
-            f"the rim of images background, and {elsewhere:.0%} of the others; leave --background out"
+            f"the rule {rule} does not tell background from cells here: it would call {at_rim:.0%} of the patches in "
+            f"the corners of images background, and {elsewhere:.0%} of the others; leave --background out"
         )
     keep, n_patches, n_left_out = [], 0, 0
     for store in stores:
@@ -113,18 +116,31 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
     )
 
 
+def farthest_tenth(side: int) -> Bool:
+    """(side x side,): is a patch among the tenth that is farthest from the middle? As far ones are, too."""
+    from_middle = np.square(2 * np.arange(side) - (side - 1))  # four times the square: whole numbers
+    distance_P = np.add.outer(from_middle, from_middle).ravel()
+    return np.asarray(distance_P >= np.sort(distance_P)[-math.ceil(side**2 / 10)], bool)
+
+
 def rim_threshold(values_NP: npt.NDArray[np.floating[Any]], is_rim_P: Bool) -> tuple[float, bool]:
     """(threshold, is the side above it background): where the shares of rim and other patches beyond it differ most.
 
-    Of the inner edges of 256 equal bins; of equally good ones, as in a gap between two groups, the middle one.
+    Of the inner edges of 256 equal bins. The edges beside it that are worse by no more than chance are as good: of
+    these, as in a gap between two groups, the middle one.
     """
     edges = np.histogram_bin_edges(values_NP, _BINS)
     rim, other = (np.histogram(values_NP[:, mask], edges)[0] for mask in (is_rim_P, ~is_rim_P))
+    n_rim, n_other = int(rim.sum()), int(other.sum())
     above_rim, above_other = (counts[::-1].cumsum()[::-1][1:] for counts in (rim, other))  # at each inner edge
-    gain = above_rim * int(other.sum()) - above_other * int(rim.sum())  # whole numbers: ties are exact
-    first = int(np.abs(gain).argmax())
-    best = np.flatnonzero(gain == gain[first])
-    return float(edges[1 + best[(len(best) - 1) // 2]]), bool(gain[first] > 0)
+    gain = above_rim * n_other - above_other * n_rim  # whole numbers: n_rim x n_other times the difference
+    best = int(np.abs(gain).argmax())
+    by_chance = _AS_GOOD * (n_rim * n_other * (n_rim + n_other)) ** 0.5
+    worse = np.flatnonzero(gain * np.sign(gain[best]) < abs(int(gain[best])) - by_chance)
+    first, last = (int(np.searchsorted(worse, best)) - 1, int(np.searchsorted(worse, best)))
+    low = int(worse[first]) + 1 if first >= 0 else 0
+    high = int(worse[last]) - 1 if last < len(worse) else len(gain) - 1
+    return float(edges[1 + (low + high) // 2]), bool(gain[best] > 0)
 
 
 def _patches(layout: TokenLayout) -> tuple[int, int]:

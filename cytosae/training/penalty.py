@@ -18,7 +18,14 @@ The start is in the unit of the loss and of the tokens: the weight at which an a
 it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by about the
 learning rate per step, in proportion, and a penalty can only raise them, while L0 falls by itself as latents learn. So
 they start where `FIRST_L0` x K latents per token are active; the window of their gradient is as wide, beside them, as
-the settings say (`jump_bandwidth / jump_threshold`).
+the settings say (`jump_bandwidth / jump_threshold`). And they are steered, too, both ways, behind the weights' own
+step, all by the same factor: from `FIRST_L0` x K down to K, and down again where L0 has fallen too far, which no
+penalty can undo:
+
+    threshold *= exp(speed x min(MOST, max(-MOST, SHIFT_GAIN x (recent - log K))))      held or not
+
+speed is the learning rate over 1e-3, at most 1. L0 answers to that at once, so that it needs no look-ahead. The weight
+then decides how thresholds differ.
 """
 
 import math
@@ -34,6 +41,8 @@ from .losses import loss_weight
 MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
 LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
 GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
+SHIFT_GAIN = 0.05  # per step, of the logarithm of jumprelu's thresholds, by at most MOST
+_FULL_SPEED = 1e-3  # the learning rate at which thresholds move as fast
 PROMISED_WITHIN = 0.1  # of |mean / K - 1|
 HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|
 _HOLD_RECENT_WITHIN = 0.08
@@ -90,6 +99,16 @@ class Penalty:
             return replace(found, held_since=step)
         gap = off_now + LOOK_AHEAD * (recent - before)
         return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST, GAIN * gap))))
+
+    def threshold_shift(self, lr: float) -> float:
+        """What is added to the logarithm of every threshold of jumprelu behind a step with this learning rate.
+
+        0 for an SAE without thresholds.
+        """
+        if self.bandwidth is None or self.recent is None:
+            return 0.0
+        gap = self.recent - math.log(self.target)
+        return min(1.0, lr / _FULL_SPEED) * min(MOST, max(-MOST, SHIFT_GAIN * gap))
 
     def to_tensor(self) -> torch.Tensor:
         """All of it as float64, exactly, for the saved state; NaN for None."""

@@ -75,7 +75,7 @@ def background_line(found: dict[str, Any]) -> str:
     """Background that was left out, from what `Background.to_spec` wrote."""
     return (
         f"background: {found['left_out']:,} of {found['patches']:,} patch tokens left out "
-        f"({found['left_out'] / max(1, found['patches']):.0%}) by the rule {found['rule']}; at the rim of images "
+        f"({found['left_out'] / max(1, found['patches']):.0%}) by the rule {found['rule']}; in the corners of images "
         f"{found['share_at_rim']:.0%} are background, elsewhere {found['share_elsewhere']:.0%}"
     )
 

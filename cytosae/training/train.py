@@ -284,6 +284,9 @@ def train_step(
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
+        if state.penalty is not None and (shift := state.penalty.threshold_shift(lr)):
+            with torch.no_grad():
+                model.log_threshold.add_(shift)
         state.step += 1
 
         # 4. New weights for dead latents, with `dead_latents = "resample"`; not in the last `resample_every` steps.

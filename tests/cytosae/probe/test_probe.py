@@ -49,7 +49,7 @@ from cytosae.probe import (
 )
 from cytosae.probe import run as probe_run
 from cytosae.probe import units as probe_units
-from cytosae.probe.baselines import read_image_tokens
+from cytosae.probe.baselines import features, read_image_tokens
 from cytosae.probe.cross_validation import Repeat, Thresholds, run_repeat
 from cytosae.probe.folds import choose_null, connected_groups, shuffle_labels
 from cytosae.probe.intervals import calibration, calibration_error, possible
@@ -805,6 +805,27 @@ def test_baselines_stand_beside_on_the_same_folds(tmp_path: Path) -> None:
     assert f1["attention_mil"]["mean"] > 0.8
     assert len(f1["attention_mil"]["values"]) == 1
     assert f1["cls_token"]["mean"] < 0.9
+
+
+@pytest.mark.parametrize("n", [60, 300])  # Gram matrix; columns
+def test_token_baselines_are_scaled_by_their_training_rows(n: int) -> None:
+    """As scikit-learn on tokens over their deviation in the training rows, whatever the backbone's scale is."""
+    rng = np.random.default_rng(n)
+    labels = np.arange(n) % 3
+    tokens = 3 + rng.normal(size=(n, 5)) * [1, 2, 0.5, 1, 0] + 3 * np.eye(3, 5)[labels]
+    training, inner_of = np.arange(n) % 5 > 0, np.where(np.arange(n) % 5 > 0, rng.permutation(n) % 3, -1)
+
+    def found(values: Array, factors: Sequence[float]) -> Array:
+        return features(values, 3, lambda n_rows: 0.15, factors)(labels, training, inner_of)
+
+    scaled = tokens / np.sqrt(tokens[training].var(0).mean())
+    slow = LogisticRegression(C=0.015, tol=1e-10, max_iter=5000).fit(scaled[training], labels[training])
+    np.testing.assert_allclose(found(tokens, [0.1]), slow.predict_proba(scaled[~training]), atol=1e-3)
+    many = found(tokens, [1e-4, 1e-2, 1.0])
+    assert (many.argmax(1) == labels[~training]).mean() > 0.5
+    for factor in (1e-6, 1e3):
+        np.testing.assert_allclose(found(tokens * factor, [1e-4, 1e-2, 1.0]), many, atol=1e-3)
+    assert np.isfinite(found(np.ones_like(tokens), [1.0])).all()  # tokens that are all equal
 
 
 @pytest.mark.stress

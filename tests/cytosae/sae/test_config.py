@@ -100,11 +100,11 @@ def test_the_preset_cytosae_is_the_released_run() -> None:
     assert (config.tokens, config.n_steps(tokens_per_epoch=1)) == (257_000_000, 15_625)
 
 
-@pytest.mark.parametrize("activation", ["jumprelu", "gated"])
-def test_a_steered_penalty_has_its_own_loss_and_clipping(activation: str) -> None:
+@pytest.mark.parametrize(("activation", "init"), [("jumprelu", "transpose"), ("gated", "kaiming")])
+def test_a_steered_penalty_has_its_own_loss_and_clipping(activation: str, init: str) -> None:
     """No L1 weight is given, whose unit the loss would decide; presets, a weight, and what is said stay as they are."""
     steered = TrainConfig(activation=activation, target_l0=20.0)
-    assert (steered.loss, steered.clip_norm, steered.init) == ("eq1", 1.0, "kaiming")
+    assert (steered.loss, steered.clip_norm, steered.init) == ("eq1", 1.0, init)
     assert TrainConfig.from_spec(steered.to_spec()) == steered
     weight = TrainConfig(activation=activation, l1=1e-3)
     assert (weight.loss, weight.clip_norm) == ("normed", 0.0)

@@ -15,7 +15,7 @@ from training_runs import SETTINGS
 
 from cli import cli
 from cytosae.sae import load_sae, make_config
-from cytosae.training.background import find_background, rim_threshold
+from cytosae.training.background import farthest_tenth, find_background, rim_threshold
 from cytosae.training.data import open_data
 from cytosae.training.train import train
 from stores import ActivationStore, BadInput, TokenStream
@@ -45,7 +45,10 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray[An
 
 
 def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -> tuple[float, bool]:
-    """The inner edge of the histogram beyond which rim and other patches differ most, one after the other."""
+    """The inner edge of the histogram beyond which rim and other patches differ most, one after the other.
+
+    Then the edges below and above it, as long as they are as good: the middle one of all these.
+    """
     edges = np.linspace(values.min(), values.max(), 257)
     found = []
     for edge in edges[1:-1]:
@@ -54,9 +57,16 @@ def slow_threshold(values: np.ndarray[Any, Any], is_rim: np.ndarray[Any, Any]) -
         )
         found.append((rim - other, float(edge)))
     largest = max(abs(difference) for difference, _ in found)
-    sign = next(difference for difference, _ in found if abs(difference) == largest)
-    equally_good = [edge for difference, edge in found if difference == sign]
-    return equally_good[(len(equally_good) - 1) // 2], sign > 0
+    best = next(number for number, (difference, _) in enumerate(found) if abs(difference) == largest)
+    sign = 1 if found[best][0] > 0 else -1
+    by_chance = 0.5 * (1 / values[:, is_rim].size + 1 / values[:, ~is_rim].size) ** 0.5
+    as_good = [float(largest - sign * difference) <= by_chance for difference, _ in found]
+    low = high = best
+    while low > 0 and as_good[low - 1]:
+        low -= 1
+    while high < len(found) - 1 and as_good[high + 1]:
+        high += 1
+    return found[(low + high) // 2][1], sign > 0
 
 
 def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, np.ndarray[Any, Any]]) -> None:
@@ -72,13 +82,41 @@ def test_the_rule_finds_the_ground_and_equals_its_definition(drawn: tuple[Path, 
     flat = patches.reshape(-1, WIDTH)
     direction = np.linalg.svd(flat - flat.mean(0), full_matrices=False)[2][0]
     projected = (patches - flat.mean(0)) @ direction
-    is_rim = np.ones((SIDE, SIDE), bool)
-    is_rim[1:-1, 1:-1] = False
+    is_rim = np.zeros((SIDE, SIDE), bool)
+    is_rim[[0, 0, -1, -1], [0, -1, 0, -1]] = True  # of 36 patches the four that are farthest away
     threshold, is_high = slow_threshold(projected, is_rim.ravel())
     high = (projected > threshold) == is_high
     assert (found.keep[0][readable, 1:] == ~high).all()
     assert found.share_at_rim == pytest.approx(high[:, is_rim.ravel()].mean())
     assert found.share_elsewhere == pytest.approx(high[:, ~is_rim.ravel()].mean())
+
+
+@pytest.mark.parametrize("side", [3, 4, 16, 37])
+def test_the_rim_is_the_farthest_tenth(side: int) -> None:
+    """One patch after the other: those that fewer than a tenth of all are farther away than."""
+    places = [(row - (side - 1) / 2, column - (side - 1) / 2) for row in range(side) for column in range(side)]
+    squares = [x**2 + y**2 for x, y in places]
+    wanted = [10 * sum(other > square for other in squares) < side**2 for square in squares]
+    assert farthest_tenth(side).tolist() == wanted
+
+
+def test_neighbours_at_the_edges_of_a_crop_are_kept(tmp_path: Path) -> None:
+    """Pale cells that are cut off at all four edges, as in drawn smears: half of the edge, and none of the corners."""
+    rng = np.random.default_rng(0)
+    side, n_images = 8, 40
+    place = np.add.outer(*[np.abs(np.arange(side) - (side - 1) / 2)] * 2)
+    is_cell = np.broadcast_to((place < 4), (n_images, side, side)).copy()
+    edges = np.zeros((side, side), bool)
+    edges[[0, -1], 2:-2] = edges[2:-2, [0, -1]] = True
+    cell, ground = np.array([1.0, 0, 0, 0]), np.zeros(4)
+    pale = edges & (rng.random((n_images, side, side)) < 0.9)
+    tokens = np.where(is_cell[..., None], cell, ground) + 0.03 * rng.normal(size=(n_images, side, side, 4))
+    tokens[pale] += [0.4, 0, 0, 0]
+    flat = tokens.reshape(n_images, side**2, 4)
+    cache = write_cache(tmp_path / "n.zarr", np.concatenate([np.zeros((n_images, 1, 4)), flat], 1).astype(np.float16))
+    kept = find_background([ActivationStore(cache)]).keep[0][:, 1:].reshape(n_images, side, side)
+    assert kept[is_cell | pale].mean() > 0.99
+    assert kept[~is_cell & ~pale].mean() < 0.05
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -167,7 +205,7 @@ def test_the_command_counts_it_and_info_says_it(drawn: tuple[Path, np.ndarray[An
     assert done.exit_code == 0, done.output
     assert "patch tokens left out" in done.stdout
     page = CliRunner().invoke(cli, ["sae", "info", str(tmp_path / "run")]).stdout
-    assert "by the rule first-component; at the rim of images" in page
+    assert "by the rule first-component; in the corners of images" in page
     spec = json.loads((tmp_path / "run" / "sae.json").read_text())["spec"]
     assert spec["config"]["background"] == "first-component"
     assert load_sae(tmp_path / "run").header.spec["background"]["rule"] == "first-component"

@@ -79,6 +79,25 @@ def test_it_settles_on_saes_that_answer_late(target: int, slope: float, delay: i
     assert min(seen) > 0.4 * target  # it does not empty the SAE on its way
 
 
+def test_thresholds_are_steered_both_ways() -> None:
+    """By their law, anew from all steps; and an L0 that falls by itself is kept, which no penalty could do."""
+    rng = np.random.default_rng(2)
+    penalty, log_threshold, seen, shifts = Penalty(target=32.0, weight=1e-3, bandwidth=0.1), 0.0, [], []
+    for step in range(1, 1001):
+        pace = min(1.0, step / 40)
+        log_l0 = math.log(128) - 1.5 * log_threshold - 0.002 * step  # latents learn, and are active less often
+        seen.append(math.exp(log_l0) * rng.normal(1, 0.02))
+        penalty = penalty.after(seen[-1], step=step, pace=pace)
+        shifts.append(penalty.threshold_shift(2e-3 * pace))
+        gap = _decaying_mean([math.log(value) for value in seen], 6) - math.log(32)
+        assert shifts[-1] == pytest.approx(min(1, 2 * pace) * min(0.03, max(-0.03, 0.05 * gap)), abs=1e-12)
+        log_threshold += shifts[-1]
+    assert max(shifts) > 0.01
+    assert min(shifts) < 0
+    assert (np.abs(np.array(seen[300:]) / 32 - 1) < 0.1).all()
+    assert Penalty(target=32.0, weight=1e-3).after(99, step=1, pace=1.0).threshold_shift(1e-3) == 0  # relu, gated
+
+
 def test_the_state_keeps_every_bit() -> None:
     penalty = Penalty(target=32.0, weight=0.1 + 0.2, mean=1 / 3, recent=None, n_near=4, held_since=None, n_releases=2)
     assert Penalty.from_tensor(penalty.to_tensor()) == penalty
