@@ -7,7 +7,8 @@ import numpy as np
 from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
-from .gallery import Gallery, write_gallery_data
+from .gallery import Gallery
+from .gallery_files import first_order, write_gallery_data, write_map_files
 from .inputs import Inputs
 from .plan import Plan
 from .site import Site, packed, plain_text
@@ -25,16 +26,16 @@ def write_overview(
     maps: Maps,
     shared: dict[str, Any],
 ) -> None:
-    """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery, maps-<n>."""
+    """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery and its parts, maps-<n>."""
     for number, dataset in enumerate(inputs.concepts.datasets):
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
     site.data("built", _built_data(inputs, plan, gallery))
-    write_gallery_data(site, inputs, cohort, plan, gallery, maps)
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
+    write_gallery_data(site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs)
+    write_map_files(site, gallery, maps)
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
-    order = first_order(gallery)
-    order = order[np.sort(np.unique(gallery.cells[order], return_index=True)[1])]  # the same cells once, as the script
+    order, _ = first_order(gallery)
     site.page(
         "index.html",
         "gallery.html",
@@ -48,17 +49,6 @@ def write_overview(
         cards=[_card(plan, gallery, at) for at in order[:_FIRST].tolist()],
     )
     site.page("latents.html", "latents.html", **common, summary=[summary[name] for name in inputs.concepts.datasets])
-
-
-def first_order(gallery: Gallery) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Positions of the concepts as the overview shows them first: most specific to a label, or most activating.
-
-    Undefined last; ties by mean activation, then by number. A concept that is never active has no picture: the end.
-    """
-    key = gallery.specificity.astype(np.float16) if gallery.labels else gallery.mean  # as the page has it
-    key = np.where(np.isnan(key), -1, key)
-    has_picture = np.array([len(numbers) > 0 for numbers in gallery.images])
-    return np.lexsort((np.arange(len(key)), -gallery.mean, -key.astype(np.float64), ~has_picture)).astype(np.int64)
 
 
 def _card(plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
