@@ -20,7 +20,7 @@ from .examples import BIN_EDGES, DECILES
 from .inputs import Inputs
 from .matched_concepts import Pairs
 from .plan import Plan
-from .sentence import Clause, Facts, place_of, sentence
+from .sentence import Clause, Facts, place_of, same_patch_of, sentence
 from .site import Site, short, whole
 
 _BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
@@ -208,6 +208,7 @@ def _sentence(
             statistics=statistics,
             labels=[frame["label"] for row in shown["rows"] for frame in row["frames"]],
             place=place_of(maps),
+            same_patch=same_patch_of(maps),
             masks=known["masks"],
             n_patients=len(values),
             n_above=int((values > 0).sum()),

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from stores.wording import counted
+
 from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
@@ -11,9 +13,10 @@ from .gallery import Gallery
 from .gallery_files import first_order, write_gallery_data, write_map_files
 from .inputs import Inputs
 from .plan import Plan
-from .site import Site, packed, plain_text
+from .site import Site, packed, plain_text, share
 
 _NUMBERS = ("frequency", "mean_activation", "max_activation", "label_entropy")
+_FEW_IMAGES = 10  # are told as a number, as in gallery.js
 _FIRST = 12  # cards that stand in the page itself: seen at once, and without a script
 
 
@@ -43,24 +46,26 @@ def write_overview(
         n_latents=inputs.n_latents,
         n_patients=cohort.n_patients,
         n_diseases=len(cohort.diseases),
+        n_readable=sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset),
         n_images=int(inputs.first_images[-1]),
         has_labels=bool(gallery.labels),
         has_selection=bool(plan.selection),
-        cards=[_card(plan, gallery, at) for at in order[:_FIRST].tolist()],
+        cards=[_card(inputs, plan, gallery, at) for at in order[:_FIRST].tolist()],
     )
     site.page("latents.html", "latents.html", **common, summary=[summary[name] for name in inputs.concepts.datasets])
 
 
-def _card(plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
+def _card(inputs: Inputs, plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
     """What a card says before its script runs."""
-    label = int(gallery.label[at])
+    label, frequency = int(gallery.label[at]), float(gallery.frequency[at])
+    n = round(frequency * sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset))
     return {
         "latent": int(plan.latents[at]),
         "name": gallery.names.get(at, ""),
         "has_picture": len(gallery.images[at]) > 0,
         "label": gallery.labels[label] if label >= 0 else "",
         "share": float(gallery.share[at]) if label >= 0 else None,
-        "frequency": float(gallery.frequency[at]),
+        "often": counted(n, "image") if n < _FEW_IMAGES else f"{share(frequency)} of images",
     }
 
 

@@ -31,6 +31,11 @@ function openGallery(data) {
     return `higher in ${g > 0 ? pair.a : pair.b}`;
   }
 
+  function opponent(g, number) {
+    const { a, b } = data.pairs[number];
+    return b === "all others" || g > 0 ? b : a;
+  }
+
   function higher(at) {
     if (!data.pair || data.pair[at] === NEVER || !(data.q[at] <= IS_DIFFERENT)) return "";
     return side(data.g[at], data.pair[at]);
@@ -82,6 +87,14 @@ function openGallery(data) {
     shot.querySelector(".first").append(layer);
   }
 
+  // In how many images: a number if they are few (as in overview_pages.py), else their share.
+  const nImages = Number($("cards").dataset.images), FEW = 10;
+  function often(at) {
+    const n = Math.round(data.frequency[at] * nImages);
+    if (!data.frequency[at]) return "never active";
+    return n < FEW ? `in ${n} image${n === 1 ? "" : "s"}` : `in ${share(data.frequency[at])} of images`;
+  }
+
   function fill(card, at) {
     card.classList.toggle("coming", at < 0);
     if (at < 0) { // its row is not there yet
@@ -105,7 +118,7 @@ function openGallery(data) {
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
     const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
-    card.querySelector(".often").replaceChildren(data.frequency[at] ? `in ${share(data.frequency[at])} of images` : "never active", ...verdict);
+    card.querySelector(".often").replaceChildren(often(at), ...verdict);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
   }
@@ -113,7 +126,7 @@ function openGallery(data) {
   function effect(at) {
     const found = difference(at);
     if (!found) return "difference not tested";
-    return found[0] <= IS_DIFFERENT ? `${side(found[1], found[2])}, q ${short(found[0])}` : `no clear difference, q ${short(found[0])}`;
+    return found[0] <= IS_DIFFERENT ? `${side(found[1], found[2])} than in ${opponent(found[1], found[2])}, q\u00a0${short(found[0])}` : `no clear difference, q\u00a0${short(found[0])}`;
   }
 
   let asked = false; // for all columns
@@ -277,10 +290,9 @@ function openGallery(data) {
     update();
   }
   function describe(at) {
-    const often = `in ${share(data.frequency[at])} of images`;
-    if (!data.isWhole) return tipOf(null, [labelOf(at) < 0 ? "no label" : data.labels[labelOf(at)], often]);
+    if (!data.isWhole) return tipOf(null, [labelOf(at) < 0 ? "no label" : data.labels[labelOf(at)], often(at)]);
     const picture = data.has_picture[at] ? element("img", { src: `cards/${data.latents[at]}.jpg`, alt: "" }) : null;
-    return tipOf(picture, [titleOf(at), labelOf(at) < 0 ? "no label" : `${data.labels[labelOf(at)]} ${share(data.share[at])}`, often]);
+    return tipOf(picture, [titleOf(at), labelOf(at) < 0 ? "no label" : `${data.labels[labelOf(at)]} ${share(data.share[at])}`, often(at)]);
   }
   $("side").addEventListener("toggle", openPlot);
   for (const kind of ["pointerenter", "focus"]) $("scatter").addEventListener(kind, readAll); // tips name and show

@@ -202,3 +202,68 @@ def test_a_row_of_cells_is_saved_as_a_picture(page: Watched, tmp_path: Path) -> 
                     assert np.abs(found - wanted).mean() < 6
         if name.startswith("pairs"):
             assert f"q {said.split('q')[1].split()[0]}" in " ".join(words)
+
+
+BROKEN = """() => [...document.querySelectorAll(".cell figcaption span, .portrait span")].flatMap((one) => {
+    const walk = document.createTreeWalker(one, NodeFilter.SHOW_TEXT), found = [];
+    while (walk.nextNode()) {
+        for (const word of walk.currentNode.data.matchAll(/[^\\s/_:-]+/g)) {
+            const range = document.createRange();
+            range.setStart(walk.currentNode, word.index);
+            range.setEnd(walk.currentNode, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) found.push(word[0]);
+        }
+    }
+    return found;
+})"""
+
+
+def test_no_label_is_broken_inside_a_word(page: Watched) -> None:
+    """Also one of seventy letters, which is cut, with its whole text under the pointer; others break at their marks."""
+    long, marked = "x" * 70, "promyelocyte_bilobed/atypical::second-opinion"
+    for width in (390, 1000):
+        page.tab.set_viewport_size({"width": width, "height": 1000})
+        tab = page.open("patients/0.html")
+        assert tab.evaluate(BROKEN) == []
+        tab.evaluate(
+            """([long, marked]) => {
+                const [first, second] = document.querySelectorAll(".kinds .cell figcaption span:first-child");
+                first.textContent = long;
+                second.textContent = marked;
+                letBreak(second);
+            }""",
+            [long, marked],
+        )
+        assert tab.evaluate(BROKEN) == []
+        first, second = (tab.locator(".kinds .cell figcaption span:first-child").nth(n) for n in (0, 1))
+        assert (
+            second.bounding_box()["height"]
+            > 1.5 * tab.locator(".kinds .cell figcaption .number").first.bounding_box()["height"]
+        )
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        first.hover()
+        assert first.get_attribute("title") == long
+
+
+def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Cohort) -> None:
+    """Rows with q above 0.05 say so; a chip leaves the others, and stands in the address; the mix of cells is there."""
+    pair = next((page.site / "pairs").glob("*.html")).name
+    table = ResultStore(cohort.root / "compare", COMPARISON).table("differential").to_pylist()
+    tab = page.open(f"pairs/{pair}")
+    tab.wait_for_function("document.querySelector('#volcano').asSvg")
+    clear = {row["latent"] for row in table if row["q"] is not None and row["q"] <= 0.05}
+    rows = tab.locator("#beside .sides").all()
+    shown = [int(str(row.get_attribute("data-latent"))) for row in rows]
+    assert {*shown} & clear
+    assert {*shown} - clear
+    for row, latent in zip(rows, shown, strict=True):
+        said = row.locator(".said").inner_text()
+        assert ("no clear difference" in said) == (latent not in clear)
+    tab.click("#clear")
+    assert "clear=1" in tab.url
+    tab.reload()
+    tab.wait_for_function("document.querySelector('#clear').getAttribute('aria-pressed') === 'true'")
+    visible = [int(str(row.get_attribute("data-latent"))) for row in tab.locator("#beside .sides:visible").all()]
+    assert visible == [latent for latent in shown if latent in clear]
+    assert "The mix of cells is not taken into account" in tab.inner_text("main")
+    assert tab.locator(".shares text").count() > 0

@@ -158,7 +158,7 @@ def test_maps_of_the_cards_are_those_of_their_strongest_cells(atlas: Path, cohor
         assert found["aspect"][place] == pytest.approx(64 / height, rel=0.02)
 
 
-def test_the_first_cards_stand_in_the_page(atlas: Path) -> None:
+def test_the_first_cards_stand_in_the_page(atlas: Path, cohort: Cohort) -> None:
     """Without a script: the most specific first, as the script orders them."""
     found = data(atlas, "gallery")
     key = np.where(np.isnan(found["specificity"]), -1, found["specificity"].astype(float))
@@ -167,6 +167,9 @@ def test_the_first_cards_stand_in_the_page(atlas: Path) -> None:
     shown = [int(latent) for latent in re.findall(r'<h2><a href="concepts/(\d+)\.html">', page)]
     assert len(shown) == 12
     assert [key[n] for n in shown] == [key[n] for n in order[:12]]
+    for latent, often in zip(shown, re.findall(r'<p class="often">in (.*?)</p>', page), strict=True):
+        n = round(float(found["frequency"][latent]) * (len(cohort.dense) - 1))  # one is unreadable
+        assert often == (f"{n} image{'s' if n > 1 else ''}" if n < 10 else f"{100 * n / 42:.3g}% of images")
 
 
 def test_a_gallery_costs_little(atlas: Path) -> None:

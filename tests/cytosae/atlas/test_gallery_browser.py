@@ -244,6 +244,8 @@ def wide(atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = Path(shutil.copytree(atlas, tmp_path_factory.mktemp("wide") / "atlas"))
     for name in ("gallery", *(path.stem for path in (site / "data").glob("maps-*.js"))):
         (site / "data" / f"{name}.js").unlink()
+    index = site / "index.html"
+    index.write_text(re.sub(r'data-images="\d+"', 'data-images="171373"', index.read_text()))
     latents = np.array((ResultStore(site, ATLAS).header.summary or {})["latents"])[np.arange(WIDE) % 9]
     write_gallery_data(Site(site), big_gallery(WIDE), latents, 1 << 16, ["a", "b", "c"], PAIRS)
     for n in range(WIDE // 16):
