@@ -14,7 +14,8 @@ import numpy.typing as npt
 from .concept_maps import Maps
 from .gallery import Gallery
 from .opinions import VERDICTS
-from .plan import Ints
+from .plan import Ints, Plan
+from .sentence import PLACES, place_word
 from .site import Site, packed, plain_text
 
 MAPS_PER_FILE = 16  # a card in view brings those of 15 others: some kilobytes
@@ -50,6 +51,7 @@ def write_gallery_data(
     n_latents: int,
     datasets: Sequence[str],
     pairs: Sequence[Mapping[str, str]],
+    places: npt.NDArray[np.uint8] | None = None,
 ) -> None:
     """Write data/gallery.js and, of more concepts than it holds, data/gallery-plot.js and data/gallery-rest.js.
 
@@ -58,8 +60,11 @@ def write_gallery_data(
     latents : the number of each row's latent
     n_latents : of the SAE
     datasets, pairs : names of the datasets, and of the comparisons as of `pair_of`
+    places : of `places_of`; None: they are not told
     """
     columns, code = _columns(gallery, latents, n_latents, len(datasets), bool(pairs))
+    if places is not None:
+        columns["place"] = places
     names = [[at, plain_text(name)] for at, name in gallery.names.items()]
     facts = {
         "largest": float(gallery.mean.max(initial=0)),
@@ -150,6 +155,9 @@ def _counts(columns: Mapping[str, _Column], facts: Mapping[str, Any], n_named: i
             side = _side(facts["pairs"][key // 2], is_higher=bool(key % 2))
             sides[side] = sides.get(side, 0) + n
         found["in"] = [[side, sides[side]] for side in sorted(sides)]
+    if "place" in columns:
+        counts = np.bincount(columns["place"], minlength=len(PLACES)).tolist()
+        found["place"] = [[text, n] for text, n in zip(PLACES, counts, strict=True) if text and n]
     kinds, counts = np.unique(columns["verdict"], return_counts=True)
     if len(kinds) > 1:
         found["verdict"] = [
@@ -168,6 +176,17 @@ def _side(pair: Mapping[str, str], *, is_higher: bool) -> str:
     if pair["b"] == "all others":
         return f"{'higher' if is_higher else 'lower'} in {pair['a']}"
     return f"higher in {pair['a'] if is_higher else pair['b']}"
+
+
+def places_of(plan: Plan, maps: Maps) -> npt.NDArray[np.uint8]:
+    """(concepts,) where in its reference images each is active: number in `PLACES`."""
+    starts = np.searchsorted(plan.references.latent, plan.latents)
+    stops = np.searchsorted(plan.references.latent, plan.latents, side="right")
+    words = [
+        place_word(maps.read(start, stop - start)) if stop > start else 0
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+    ]
+    return np.array(words, np.uint8)
 
 
 def write_map_files(site: Site, gallery: Gallery, maps: Maps) -> None:

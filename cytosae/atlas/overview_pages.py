@@ -10,7 +10,7 @@ from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
 from .gallery import Gallery
-from .gallery_files import first_order, write_gallery_data, write_map_files
+from .gallery_files import first_order, places_of, write_gallery_data, write_map_files
 from .inputs import Inputs
 from .plan import Plan
 from .site import Site, packed, plain_text, share
@@ -34,7 +34,9 @@ def write_overview(
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
     site.data("built", _built_data(inputs, plan, gallery))
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
-    write_gallery_data(site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs)
+    write_gallery_data(
+        site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs, places_of(plan, maps)
+    )
     write_map_files(site, gallery, maps)
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}

@@ -18,6 +18,7 @@ _ALMOST, _MOSTLY = 0.85, 0.6  # shares of the labelled reference images
 _LEAST_LABELS = 5  # labelled reference images from which on "mostly" is said
 _WIDE, _FEW = 0.6, 0.1  # shares of the patches
 _MIDDLE, _BORDER = 0.5, 0.75  # shares of the activation; by area a quarter, and seven sixteenths
+PLACES = ("", "middle", "border", "here and there", "all over", "same patch")  # as in gallery.js
 _SAME_PATCH = 0.8  # of the reference images
 _LEAST_PATCHES = 64  # of a map; in fewer the same one is no wonder
 Row = Mapping[str, Any]
@@ -98,6 +99,18 @@ def place_of(maps: npt.NDArray[np.uint8]) -> Place | None:
         middle=float((weight @ (distance < 0.25)).mean()),
         border=float((weight @ (distance > 0.375)).mean()),
     )
+
+
+def place_word(maps: npt.NDArray[np.uint8]) -> int:
+    """Number in `PLACES` of where a latent is active, of maps as of `place_of`; 0: nowhere."""
+    place = place_of(maps)
+    if place is None:
+        return 0
+    if same_patch_of(maps) is not None:
+        return 5
+    if place.patches >= _WIDE:
+        return 4
+    return 1 if place.middle >= _MIDDLE else 2 if place.border >= _BORDER else 3
 
 
 def same_patch_of(maps: npt.NDArray[np.uint8]) -> tuple[int, int] | None:

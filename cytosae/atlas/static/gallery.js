@@ -4,6 +4,7 @@
 const MAPS_PER_FILE = 16; // as in gallery_files.py
 const NEVER = 255;
 const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
+const PLACES = ["", "middle", "border", "here and there", "all over", "same patch"]; // as in sentence.py
 const IS_DIFFERENT = 0.05; // q, as in gallery_files.py
 const COLORED = 7; // labels with a colour of their own, in the plot and on the cards
 
@@ -48,6 +49,7 @@ function openGallery(data) {
   const groups = [
     { name: "label", title: "Label", order: byCount(data.labels), of: (at) => data.labels[labelOf(at)] ?? "" },
     { name: "in", title: "Disease", order: byText, hint: `differs, q at most ${IS_DIFFERENT}`, of: higher },
+    { name: "place", title: "Where", hint: "in its strongest images; same patch: at one place, whatever is there", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: (at) => PLACES[data.place?.[at]] ?? "" },
     { name: "dataset", title: "Dataset", order: byCount(data.datasets), of: (at) => data.datasets[data.dataset?.[at]] ?? "" },
     { name: "verdict", title: "Review", order: ([a], [b]) => VERDICTS.indexOf(a) - VERDICTS.indexOf(b), of: verdictOf },
     { name: "named", title: "Name", order: byText, of: (at) => (data.name.has(at) ? "yes" : "") },

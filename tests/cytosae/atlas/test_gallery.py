@@ -22,6 +22,7 @@ from cytosae.atlas.gallery import _cells, specificities
 from cytosae.atlas.gallery_files import MAPS_PER_FILE, first_order, write_gallery_data
 from cytosae.atlas.opinions import VERDICTS
 from cytosae.atlas.reviews import Verdict, save_verdict
+from cytosae.atlas.sentence import PLACES, place_of
 from cytosae.atlas.site import Site
 from stores import ConceptStore
 
@@ -91,6 +92,12 @@ def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
             part, base = weight / sum(by_label.values()), labels_of_all.count(label) / len(labels_of_all)
             divergence += part * math.log(part / base)
         assert found["specificity"][latent] == pytest.approx(divergence, abs=2e-3)
+        patches = np.array([cohort.dense[each["image_index"], 1:, latent] for each in rows])
+        place = place_of(np.round(255 * patches / patches.max(axis=1, keepdims=True)).astype(np.uint8))
+        assert place is not None
+        if PLACES[found["place"][latent]] != "same patch":
+            wanted = "middle" if place.middle >= 0.5 else "border" if place.border >= 0.75 else "here and there"
+            assert PLACES[found["place"][latent]] == ("all over" if place.patches >= 0.6 else wanted)
         row = compared.slice(latent, 1).to_pylist()[0]
         if row["q"] is None or math.isnan(row["q"]):
             assert found["pair"][latent] == 255
@@ -186,6 +193,7 @@ def test_a_gallery_costs_little(atlas: Path) -> None:
     assert seen < 1_000_000, f"{seen:,} bytes before scrolling"
 
 
+PLACE_OF = (np.arange(49_152) % 7 % 6).astype(np.uint8)
 WIDE = 49_152  # latents of an SAE of a large backbone, all with a page
 
 
@@ -193,7 +201,7 @@ WIDE = 49_152  # latents of an SAE of a large backbone, all with a page
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data of the overview of very many concepts."""
     root = tmp_path_factory.mktemp("wide")
-    write_gallery_data(Site(root), big_gallery(WIDE), np.arange(WIDE), WIDE, ["a", "b", "c"], PAIRS)
+    write_gallery_data(Site(root), big_gallery(WIDE), np.arange(WIDE), WIDE, ["a", "b", "c"], PAIRS, PLACE_OF)
     return root
 
 
@@ -229,7 +237,7 @@ def test_columns_in_parts_are_the_whole_ones(wide: Path) -> None:
 def test_counts_of_chips(wide: Path) -> None:
     """As one counts who looks at every concept."""
     found, gallery = dict(data(wide, "gallery")["counts"]), big_gallery(WIDE)
-    slow: dict[str, dict[str, int]] = {"label": {}, "in": {}, "dataset": {}, "verdict": {}, "named": {}}
+    slow: dict[str, dict[str, int]] = {"label": {}, "in": {}, "place": {}, "dataset": {}, "verdict": {}, "named": {}}
 
     def one_more(group: str, text: str) -> None:
         slow[group][text] = slow[group].get(text, 0) + 1
@@ -239,6 +247,8 @@ def test_counts_of_chips(wide: Path) -> None:
             one_more("label", gallery.labels[gallery.label[at]])
         if gallery.dataset[at] >= 0:
             one_more("dataset", "abc"[gallery.dataset[at]])
+        if PLACE_OF[at]:
+            one_more("place", PLACES[PLACE_OF[at]])
         if gallery.verdict[at]:
             one_more("verdict", VERDICTS[gallery.verdict[at]])
         if at in gallery.names:

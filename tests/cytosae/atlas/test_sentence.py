@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytosae.atlas.sentence import Facts, Place, place_of, same_patch_of, sentence
+from cytosae.atlas.sentence import PLACES, Facts, Place, place_of, place_word, same_patch_of, sentence
 
 
 def row(dataset: str = "cells", frequency: float = 0.12, n: int = 7, q: float | None = None) -> dict[str, Any]:
@@ -102,6 +102,18 @@ def test_the_same_patch_in_every_image() -> None:
     assert texts(same_patch=(5, 6))[1:] == [
         "strongest at the same patch in 5 of 6 reference images, so perhaps a place and nothing in the cell"
     ]
+
+
+def test_the_word_for_a_place() -> None:
+    """What the chips of the first page count, of maps of 8 x 8 patches."""
+    inner, outer, left = np.zeros((3, 8, 8), np.uint8)
+    inner[2:6, 2:6], outer[:], left[:, :4] = 200, 200, 200
+    outer[1:7, 1:7] = 0
+    maps = {"middle": inner, "border": outer, "here and there": left, "all over": np.full((8, 8), 9, np.uint8)}
+    for word, drawn in maps.items():
+        assert PLACES[place_word(drawn.ravel()[None])] == word
+    assert PLACES[place_word(np.tile(inner.ravel(), (5, 1)))] == "same patch"
+    assert PLACES[place_word(np.zeros((2, 64), np.uint8))] == ""
 
 
 def test_place_of_maps() -> None:
