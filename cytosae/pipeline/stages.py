@@ -427,6 +427,7 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
     places = [shop.path(name) for name in names if name not in shop.left_out]
     has_stability = _has_second_seed(shop.recipe) and STABILITY not in shop.left_out
     stability = shop.path(STABILITY) if has_stability else None
+    evidence = {name: shop.path(name) for name in evidence_in(shop.out)}
     return build_atlas(
         shop.path(BARCODES),
         shop.path(CONCEPTS),
@@ -435,7 +436,11 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
         shop.recipe.atlas_config,
         comparisons=[place for place in places if find_header(place) is not None],
         stability=None if stability is None or find_header(stability) is None else stability,
-        **{name: shop.path(name) for name in evidence_in(shop.out)},
+        neighbours=evidence.get("neighbours"),
+        causes=evidence.get("causes"),
+        score=evidence.get("score"),
+        masks=evidence.get("masks"),
+        names=evidence.get("names"),
         stage_one=shop.stage_one,
         overwrite=overwrite,
         progress=shop.progress,
