@@ -1,31 +1,27 @@
 """Pages that show concepts beside their match in another atlas: another SAE, another layer, or another cohort."""
 
-import base64
 from typing import Any
 
 from .frames import Frames
+from .matched_concepts import PER_PAGE, Pairs, frame_of, page_name
 from .other_atlas import OtherAtlas
 from .site import Site
 
-_PER_PAGE = 40
-_MOST = 1_000  # pairs, the highest correlations
 
-
-def write_beside_pages(site: Site, frames: Frames, other: OtherAtlas) -> None:
+def write_beside_pages(site: Site, frames: Frames, pairs: Pairs) -> None:
     """Write beside.html, beside-2.html, ... and the pictures of the other atlas that they show."""
-    pairs, facts = _pairs(frames, other)
-    shown = pairs[:_MOST]
-    n_pages = max(1, -(-len(shown) // _PER_PAGE))
+    other, shown = pairs.other, pairs.shown
+    n_pages = max(1, -(-len(shown) // PER_PAGE))
     taken: dict[int, bool] = {}  # image of the other atlas -> can it be shown?
     for page in range(n_pages):
-        rows = shown[page * _PER_PAGE : (page + 1) * _PER_PAGE]
+        rows = shown[page * PER_PAGE : (page + 1) * PER_PAGE]
         site.page(
-            _name(page),
+            page_name(page),
             "beside.html",
             **frames.shared,
-            **facts,
+            **pairs.facts,
             n_shown=len(shown),
-            pages=[{"name": _name(n), "text": n + 1, "is_here": n == page} for n in range(n_pages)],
+            pages=[{"name": page_name(n), "text": n + 1, "is_here": n == page} for n in range(n_pages)],
             pairs=[
                 {**row, "cells": _ours(frames, row["latent"]), "theirs": _theirs(site, other, row["other"], taken)}
                 for row in rows
@@ -33,12 +29,8 @@ def write_beside_pages(site: Site, frames: Frames, other: OtherAtlas) -> None:
         )
 
 
-def _name(page: int) -> str:
-    return "beside.html" if page == 0 else f"beside-{page + 1}.html"
-
-
-def _pairs(frames: Frames, other: OtherAtlas) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Concepts with a page in both atlases, best match first, and what the page says of all."""
+def find_pairs(frames: Frames, other: OtherAtlas) -> Pairs:
+    """Best match first; of one SAE those whose frequencies differ most."""
     if other.match is None:
         matches = [{"latent_a": latent, "latent_b": latent} for latent in sorted(other.rows)]
     else:
@@ -54,7 +46,7 @@ def _pairs(frames: Frames, other: OtherAtlas) -> tuple[list[dict[str, Any]], dic
         rows.sort(key=lambda row: (-abs(row["frequency"] - row["other"]["frequency"]), row["latent"]))
     said = {} if other.match is None else dict(other.match.header.summary or {})
     names = said.get("names", ["this atlas", "the other"])
-    return rows, {
+    facts = {
         "is_matched": other.match is not None,
         "names": ["this atlas", "the other"] if frames.shared["pseudonyms"] else names,
         "summary": said,
@@ -62,6 +54,7 @@ def _pairs(frames: Frames, other: OtherAtlas) -> tuple[list[dict[str, Any]], dic
         "n_both": len(both),
         "n_other": len(other.rows),
     }
+    return Pairs(other, rows, facts)
 
 
 def _ours(frames: Frames, latent: int) -> dict[str, Any]:
@@ -71,14 +64,11 @@ def _ours(frames: Frames, latent: int) -> dict[str, Any]:
 
 def _theirs(site: Site, other: OtherAtlas, row: dict[str, Any], taken: dict[int, bool]) -> dict[str, Any]:
     found = []
-    for image, label, steps, largest in zip(row["images"], row["labels"], row["maps"], row["largest"], strict=True):
+    for at, image in enumerate(row["images"]):
         if image not in taken:
             content = other.picture(image)
             taken[image] = content is not None
             if content is not None:
                 site.write(f"beside/{image}.jpg", content)
-        found.append(
-            {"image": image, "label": label or "", "map": base64.b64encode(steps).decode(), "largest": largest}
-            | {"is_seen": taken[image]}
-        )
+        found.append(frame_of(row, at) | {"is_seen": taken[image]})
     return {"frames": found, "scale": max((each["largest"] for each in found), default=0.0)}

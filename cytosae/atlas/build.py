@@ -20,7 +20,7 @@ from stores.spec import ATLAS, cyto_version
 from stores.tables import parquet_bytes
 from stores.wording import Report, counted
 
-from .beside_pages import write_beside_pages
+from .beside_pages import find_pairs, write_beside_pages
 from .cards import original_pictures, write_cards, written_pictures
 from .cell_choice import CellChoice, choose_cells
 from .cell_maps import Marks
@@ -35,6 +35,7 @@ from .frames import Frames
 from .gallery import Gallery, make_gallery
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
+from .matched_concepts import Pairs
 from .opinions import opinions_identity
 from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
@@ -44,6 +45,7 @@ from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
 from .review_items import FILE as REVIEW
 from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
+from .saved_rows import estimate_saved_rows, write_saved_rows
 from .site import Site, copy_static
 
 _SAMPLE = 8  # pages of each kind that an estimate renders in memory
@@ -250,6 +252,7 @@ def write_atlas(
     maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
     shared = _shared(inputs, config)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
+    pairs = _pairs(frames)
     n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
     n_before = 0
     pictures = written_pictures(writer.root, plan, maps.unseen)
@@ -257,13 +260,14 @@ def write_atlas(
         (2 * len(plan.images), write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks)),
         (len(plan.pictured), write_pictured(site, inputs, plan, config, maps)),
         (len(plan.latents), write_cards(site, plan, gallery.images, pictures)),  # of the pictures above
-        (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared)),
+        (len(plan.latents), write_concept_pages(site, inputs, cohort, plan, maps, shared, pairs=pairs)),
         (cohort.n_patients, write_patient_pages(site, frames)),
     ):
         for done in steps:
             progress(n_before + done, n_steps, "")
         n_before += n_all
-    _write_other_pages(site, frames, gallery)
+    _write_other_pages(site, frames, gallery, pairs)
+    write_saved_rows(site, frames)
     _write_provenance(site, inputs, writer.header.spec, shared, identity=writer.header.identity)
     copy_static(site)
 
@@ -338,9 +342,10 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
     n_pictured = sum(1 for _ in write_pictured(site, inputs, plan, config, maps, most=_SAMPLE))
     _run(write_cards(site, plan, gallery.images, original_pictures(inputs, config.pixels), most=_SAMPLE))
-    _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, most=_SAMPLE))
+    pairs = _pairs(frames)
+    _run(write_concept_pages(site, inputs, cohort, plan, maps, shared, pairs=pairs, most=_SAMPLE))
     _run(write_patient_pages(site, frames, most=_SAMPLE))
-    _write_other_pages(site, frames, gallery)
+    _write_other_pages(site, frames, gallery, pairs)
     _write_provenance(site, inputs, _spec(inputs, config, plan, None), shared, identity="")
     copy_static(site)
     site.write(f"{CONCEPTS}.parquet", bytes(parquet_bytes(concept_table(frames))))  # most of its maps are still empty
@@ -355,6 +360,7 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         "patients/": cohort.n_patients,
     }
     n_bytes, n_files = site.n_bytes(), site.n_files()
+    of_rows = estimate_saved_rows(frames, site.n_bytes("pictures/") / max(1, site.n_files("pictures/")))
     for folder, n_wanted in wanted.items():
         n_there = site.n_files(folder)
         n_bytes += round(site.n_bytes(folder) * (n_wanted / n_there - 1)) if n_there else 0
@@ -370,8 +376,8 @@ def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasRes
         is_written=False,
         pseudonyms=config.pseudonyms,
         counts=counts,
-        n_files=n_files + of_review[0],
-        n_bytes=n_bytes + of_review[1],
+        n_files=n_files + of_rows[0] + of_review[0],
+        n_bytes=n_bytes + of_rows[1] + of_review[1],
         unseen=[],
     )
 
@@ -442,15 +448,19 @@ def _frames(
     return Frames(inputs=inputs, cohort=cohort, plan=plan, choice=choice, marks=marks, maps=maps, shared=shared)
 
 
-def _write_other_pages(site: Site, frames: Frames, gallery: Gallery) -> None:
+def _pairs(frames: Frames) -> Pairs | None:
+    return None if frames.inputs.other is None else find_pairs(frames, frames.inputs.other)
+
+
+def _write_other_pages(site: Site, frames: Frames, gallery: Gallery, pairs: Pairs | None) -> None:
     """The pages whose number does not grow with images or patients."""
     write_overview(site, frames.inputs, frames.cohort, frames.plan, gallery, frames.maps, frames.shared)
     write_patient_list(site, frames)
     write_disease_pages(site, frames)
     write_families(site, frames)
     write_pair_pages(site, frames)
-    if frames.inputs.other is not None:
-        write_beside_pages(site, frames, frames.inputs.other)
+    if pairs is not None:
+        write_beside_pages(site, frames, pairs)
     site.page("words.html", "words.html", **frames.shared, layout=frames.inputs.stores[0].layout)
 
 

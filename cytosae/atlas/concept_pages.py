@@ -18,8 +18,9 @@ from .drawings import Bars, Strip, histogram_bars, strip_of
 from .evidence import Evidence
 from .examples import BIN_EDGES, DECILES
 from .inputs import Inputs
+from .matched_concepts import Pairs
 from .plan import Plan
-from .sentence import Clause, Facts, place_of, sentence
+from .sentence import Clause, Facts, place_of, same_patch_of, sentence
 from .site import Site, short, whole
 
 _BATCH = 1024  # latents per chunk: dense barcodes of all patients are in memory for these
@@ -34,9 +35,15 @@ def write_concept_pages(
     maps: Maps,
     shared: dict[str, Any],
     *,
+    pairs: Pairs | None = None,
     most: int | None = None,
 ) -> Iterator[int]:
-    """Write the pages of all latents of the plan (or the first `most`); yields the number written so far."""
+    """Write the pages of all latents of the plan (or the first `most`); yields the number written so far.
+
+    Parameters
+    ----------
+    pairs : each concept's match in another atlas
+    """
     latents = plan.latents if most is None else plan.latents[:most]
     statistics = {name: inputs.concepts.latents(name).to_pydict() for name in inputs.concepts.datasets}
     neighbours = _Neighbours(inputs)
@@ -81,6 +88,7 @@ def write_concept_pages(
                 comparisons=compared,
                 **known,
                 opinion=(inputs.opinions or {}).get(latent),
+                beside=None if pairs is None else pairs.of(latent),
             )
         yield min(first + _BATCH, len(latents))
 
@@ -200,6 +208,7 @@ def _sentence(
             statistics=statistics,
             labels=[frame["label"] for row in shown["rows"] for frame in row["frames"]],
             place=place_of(maps),
+            same_patch=same_patch_of(maps),
             masks=known["masks"],
             n_patients=len(values),
             n_above=int((values > 0).sum()),

@@ -1,6 +1,6 @@
 """What the overview says of every concept with a page: one row of short columns each, over all datasets together.
 
-A page of ten thousand cards reads these columns once (some ten bytes for each), and the maps of those in view.
+How they lie in files, and which of them a page reads before it is asked for more: gallery_files.py.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,11 @@ import scipy.sparse as ss
 
 from .cards import card_images
 from .cohort import Cohort
-from .concept_maps import Maps
-from .concept_pages import pair_of
 from .inputs import Inputs
 from .opinions import NOT_ASKED, OPEN, VERDICTS
 from .plan import Ints, Plan
-from .site import Site, packed, plain_text
 
-MAPS_PER_FILE = 16  # a card in view brings those of 15 others: some kilobytes
 LEAST_LABELLED = 5  # reference images with a label, below which a concept has no specificity
-NEVER = 255  # in a column of bytes: there is none
-_UNDEFINED = 65535  # in a column of 16 bits
 _MOST_PAIRS = 255
 
 
@@ -167,55 +161,3 @@ def _opinions(inputs: Inputs, plan: Plan) -> tuple[npt.NDArray[np.uint8], dict[i
         if given or others:
             names[at] = given or others[0].name  # of experts, else the one that told the images apart best
     return np.array([VERDICTS.index(one) for one in said], np.uint8), names
-
-
-def write_gallery_data(site: Site, inputs: Inputs, cohort: Cohort, plan: Plan, gallery: Gallery, maps: Maps) -> None:
-    """Write data/gallery.js, and in data/maps-<n>.js the maps of the cards, `MAPS_PER_FILE` in each."""
-    largest = float(gallery.mean.max(initial=0))
-    number = np.uint16 if inputs.n_latents <= 1 << 16 else np.uint32
-    code = np.uint8 if len(gallery.labels) < NEVER else np.uint16
-    no_label = NEVER if code is np.uint8 else _UNDEFINED
-    columns: dict[str, npt.NDArray[Any]] = {
-        "latents": plan.latents.astype(number),
-        "frequency": gallery.frequency.astype(np.float16),
-        "mean": (gallery.mean / (largest or 1)).astype(np.float16),
-        "has_picture": np.array([len(numbers) > 0 for numbers in gallery.images], np.uint8),
-        "verdict": gallery.verdict,
-        "cells": gallery.cells.astype(np.uint16 if len(plan.latents) <= 1 << 16 else np.uint32),
-    }
-    if gallery.labels:
-        columns["label"] = np.where(gallery.label >= 0, gallery.label, no_label).astype(code)
-        columns["share"] = np.round(254 * np.nan_to_num(gallery.share)).astype(np.uint8)
-        columns["specificity"] = gallery.specificity.astype(np.float16)  # NaN stays
-    if len(inputs.concepts.datasets) > 1:
-        columns["dataset"] = np.where(gallery.dataset >= 0, gallery.dataset, NEVER).clip(0, NEVER).astype(np.uint8)
-    if inputs.comparisons:
-        columns["pair"] = np.where(gallery.pair >= 0, gallery.pair, NEVER).astype(np.uint8)
-        columns["g"] = (
-            np.nan_to_num(np.round(100 * gallery.g), nan=0.0, posinf=32000, neginf=-32000)
-            .clip(-32000, 32000)
-            .astype(np.int16)
-        )
-        columns["q"] = gallery.q.astype(np.float16)
-    pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
-    site.data(
-        "gallery",
-        {
-            **{name: packed(values) for name, values in columns.items()},
-            "largest": largest,
-            "labels": [plain_text(name) for name in gallery.labels],
-            "no_label": no_label,
-            "datasets": [plain_text(name) for name in inputs.concepts.datasets],
-            "pairs": [{key: plain_text(text) for key, text in pair.items()} for pair in pairs],
-            "names": [[at, plain_text(name)] for at, name in gallery.names.items()],
-        },
-    )
-    for first in range(0, len(plan.latents), MAPS_PER_FILE):
-        chosen = [int(numbers[0]) if len(numbers) else -1 for numbers in gallery.images[first : first + MAPS_PER_FILE]]
-        blank = np.zeros(maps.n_patches, np.uint8)
-        steps = [maps.read(n, 1)[0] if n >= 0 else blank for n in chosen]
-        shapes = [maps.aspect[n] if n >= 0 else 1.0 for n in chosen]
-        site.data(
-            f"maps-{first // MAPS_PER_FILE}",
-            {"maps": packed(np.concatenate(steps)), "aspect": packed(np.array(shapes, np.float32))},
-        )

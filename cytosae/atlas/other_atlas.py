@@ -56,6 +56,10 @@ class OtherAtlas:
         table = self.store.table("files")
         return dict(zip(table["name"].to_pylist(), table["sha256"].to_pylist(), strict=True))
 
+    def has_picture(self, image: int) -> bool:
+        """Has that atlas a picture of an image?"""
+        return f"pictures/{int(image)}.jpg" in self._hashes
+
     def picture(self, image: int) -> bytes | None:
         """The picture of an image of that atlas; None if it has none.
 
@@ -65,7 +69,7 @@ class OtherAtlas:
             If it is not the file that was written.
         """
         name = f"pictures/{int(image)}.jpg"
-        if name not in self._hashes:
+        if not self.has_picture(image):
             return None
         path = self.store.root / name
         try:

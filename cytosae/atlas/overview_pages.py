@@ -4,15 +4,19 @@ from typing import Any
 
 import numpy as np
 
+from stores.wording import counted
+
 from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
-from .gallery import Gallery, write_gallery_data
+from .gallery import Gallery
+from .gallery_files import first_order, places_of, write_gallery_data, write_map_files
 from .inputs import Inputs
 from .plan import Plan
-from .site import Site, packed, plain_text
+from .site import Site, packed, plain_text, share
 
 _NUMBERS = ("frequency", "mean_activation", "max_activation", "label_entropy")
+_FEW_IMAGES = 10  # are told as a number, as in gallery.js
 _FIRST = 12  # cards that stand in the page itself: seen at once, and without a script
 
 
@@ -25,16 +29,18 @@ def write_overview(
     maps: Maps,
     shared: dict[str, Any],
 ) -> None:
-    """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery, maps-<n>."""
+    """Write index.html, latents.html, and their data: latents-<dataset>, built, gallery and its parts, maps-<n>."""
     for number, dataset in enumerate(inputs.concepts.datasets):
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
     site.data("built", _built_data(inputs, plan, gallery))
-    write_gallery_data(site, inputs, cohort, plan, gallery, maps)
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
+    write_gallery_data(
+        site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs, places_of(plan, maps)
+    )
+    write_map_files(site, gallery, maps)
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
-    order = first_order(gallery)
-    order = order[np.sort(np.unique(gallery.cells[order], return_index=True)[1])]  # the same cells once, as the script
+    order, _ = first_order(gallery)
     site.page(
         "index.html",
         "gallery.html",
@@ -42,35 +48,26 @@ def write_overview(
         n_latents=inputs.n_latents,
         n_patients=cohort.n_patients,
         n_diseases=len(cohort.diseases),
+        n_readable=sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset),
         n_images=int(inputs.first_images[-1]),
         has_labels=bool(gallery.labels),
         has_selection=bool(plan.selection),
-        cards=[_card(plan, gallery, at) for at in order[:_FIRST].tolist()],
+        cards=[_card(inputs, plan, gallery, at) for at in order[:_FIRST].tolist()],
     )
     site.page("latents.html", "latents.html", **common, summary=[summary[name] for name in inputs.concepts.datasets])
 
 
-def first_order(gallery: Gallery) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Positions of the concepts as the overview shows them first: most specific to a label, or most activating.
-
-    Undefined last; ties by mean activation, then by number. A concept that is never active has no picture: the end.
-    """
-    key = gallery.specificity.astype(np.float16) if gallery.labels else gallery.mean  # as the page has it
-    key = np.where(np.isnan(key), -1, key)
-    has_picture = np.array([len(numbers) > 0 for numbers in gallery.images])
-    return np.lexsort((np.arange(len(key)), -gallery.mean, -key.astype(np.float64), ~has_picture)).astype(np.int64)
-
-
-def _card(plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
+def _card(inputs: Inputs, plan: Plan, gallery: Gallery, at: int) -> dict[str, Any]:
     """What a card says before its script runs."""
-    label = int(gallery.label[at])
+    label, frequency = int(gallery.label[at]), float(gallery.frequency[at])
+    n = round(frequency * sum(int(found["n_readable"]) for found in inputs.concepts.by_dataset))
     return {
         "latent": int(plan.latents[at]),
         "name": gallery.names.get(at, ""),
         "has_picture": len(gallery.images[at]) > 0,
         "label": gallery.labels[label] if label >= 0 else "",
         "share": float(gallery.share[at]) if label >= 0 else None,
-        "frequency": float(gallery.frequency[at]),
+        "often": counted(n, "image") if n < _FEW_IMAGES else f"{share(frequency)} of images",
     }
 
 

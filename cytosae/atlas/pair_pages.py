@@ -1,13 +1,17 @@
 """Pages of pairs of diseases that were compared: two plots, and the strongest cells of both sides."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from .composition import compositions
 from .concept_pages import pair_of
+from .drawings import composition_picture
 from .frames import Frames
 from .plan import LISTED
+from .sentence import ALPHA, same_patch_of
 from .site import Site, packed
 
 _COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g", "p")
@@ -15,22 +19,33 @@ _COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g", "p")
 
 def write_pair_pages(site: Site, frames: Frames) -> None:
     """Write a page for each comparison, and its columns as data, which the filters of other pages also use."""
-    inputs = frames.inputs
+    inputs, cohort, composition = frames.inputs, frames.cohort, compositions(frames.cohort)
     for number, comparison in enumerate(inputs.comparisons):
-        table, pair = inputs.comparison_table(number), pair_of(inputs, frames.cohort, number)
+        table, pair = inputs.comparison_table(number), pair_of(inputs, cohort, number)
         columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _COLUMNS}
         site.data(f"pair-{pair['file']}", {name: packed(values) for name, values in columns.items()})
-        summary = comparison.header.summary or {}
+        spec, summary = comparison.header.spec, comparison.header.summary or {}
+        names = np.array([cohort.diseases[each] if each >= 0 else "" for each in cohort.disease_of.tolist()], object)
+        is_b = (names != "") & (names != spec["a"]) if spec["b_is_rest"] else names == str(spec["b"])
+        sides = np.flatnonzero(names == spec["a"]), np.flatnonzero(is_b)
+        corrected = _corrected(spec)
         site.page(
             f"pairs/{pair['file']}.html",
             "pair.html",
             **frames.shared,
             **pair,
             summary=summary,
+            composition=composition_picture(composition, *sides),
+            is_corrected=bool(corrected),
+            corrected=corrected,
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},
             shown=[
                 {**row, "side": side, "cells": frames.beside(row["latent"], frames.choice.pairs[number][row["latent"]])}
+                | {
+                    "is_clear": row["q"] is not None and row["q"] <= ALPHA,
+                    "same_patch": _same_patch(frames, row["latent"]),
+                }
                 for side in "ab"
                 for row in _top(frames, table, side)
                 if row["latent"] in frames.choice.pairs[number]
@@ -44,3 +59,17 @@ def _top(frames: Frames, table: pa.Table, side: str) -> list[dict[str, Any]]:
     chosen = np.flatnonzero(ranks <= LISTED)
     rows = table.take(pa.array(chosen[np.argsort(ranks[chosen])])).to_pylist()
     return [{**row, **frames.concept(row["latent"])} for row in rows]
+
+
+def _corrected(spec: Mapping[str, Any]) -> str:
+    """What a comparison takes into account besides the disease, in words; "" of a plain one."""
+    words = [f"images labelled {spec['within_label']} only"] if spec.get("within_label") is not None else []
+    words += [f"the mix of {spec['standardize']}"] if spec.get("standardize") else []
+    words += [str(name) for name in (spec.get("strata"), *spec.get("adjust", ())) if name]
+    return ", ".join(words)
+
+
+def _same_patch(frames: Frames, latent: int) -> tuple[int, int] | None:
+    """As `same_patch_of`, of a latent's reference images; None without a page."""
+    first, last = np.searchsorted(frames.plan.references.latent, [latent, latent + 1]).tolist()
+    return same_patch_of(frames.maps.read(first, last - first)) if last > first else None

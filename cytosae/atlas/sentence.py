@@ -18,6 +18,9 @@ _ALMOST, _MOSTLY = 0.85, 0.6  # shares of the labelled reference images
 _LEAST_LABELS = 5  # labelled reference images from which on "mostly" is said
 _WIDE, _FEW = 0.6, 0.1  # shares of the patches
 _MIDDLE, _BORDER = 0.5, 0.75  # shares of the activation; by area a quarter, and seven sixteenths
+PLACES = ("", "middle", "border", "here and there", "all over", "same patch")  # as in gallery.js
+_SAME_PATCH = 0.8  # of the reference images
+_LEAST_PATCHES = 64  # of a map; in fewer the same one is no wonder
 Row = Mapping[str, Any]
 
 
@@ -45,6 +48,7 @@ class Facts:
     statistics: Sequence[Row]  # by dataset: dataset, n_images, frequency, label_divergence_q
     labels: Sequence[str]  # of the reference images of all datasets; "" without a label
     place: Place | None = None
+    same_patch: tuple[int, int] | None = None  # of `same_patch_of`
     masks: Sequence[Row] = ()  # class, auroc, auroc_p_any
     n_patients: int = 0  # with a barcode
     n_above: int = 0  # of these, with a value above 0
@@ -67,6 +71,7 @@ def sentence(facts: Facts) -> list[Clause]:
     for make, link in (
         (_labels, "#references"),
         (_place, "#references"),
+        (_same_patch, "#references"),
         (_masks, "#masks"),
         (_patients, "#patients"),
         (_diseases, "#diseases"),
@@ -94,6 +99,31 @@ def place_of(maps: npt.NDArray[np.uint8]) -> Place | None:
         middle=float((weight @ (distance < 0.25)).mean()),
         border=float((weight @ (distance > 0.375)).mean()),
     )
+
+
+def place_word(maps: npt.NDArray[np.uint8]) -> int:
+    """Number in `PLACES` of where a latent is active, of maps as of `place_of`; 0: nowhere."""
+    place = place_of(maps)
+    if place is None:
+        return 0
+    if same_patch_of(maps) is not None:
+        return 5
+    if place.patches >= _WIDE:
+        return 4
+    return 1 if place.middle >= _MIDDLE else 2 if place.border >= _BORDER else 3
+
+
+def same_patch_of(maps: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
+    """In how many reference images, of how many, the largest value is at one and the same patch.
+
+    None if these are too few (of fewer than five images, or less than four fifths) to speak for a place in the picture
+    and not for what is there. `maps` as of `place_of`.
+    """
+    values = maps[maps.any(axis=1)]
+    if len(values) < _LEAST_LABELS or maps.shape[1] < _LEAST_PATCHES:
+        return None
+    most = int(np.bincount(values.argmax(axis=1)).max())
+    return (most, len(values)) if most >= _SAME_PATCH * len(values) else None
 
 
 def _activity(rows: Sequence[Row], active: Sequence[Row]) -> str:
@@ -138,6 +168,12 @@ def _place(facts: Facts) -> Iterator[str]:
     size = "at a few patches" if place.patches <= _FEW else f"at {share(round(place.patches, 2))} of the patches"
     where = "mostly in the middle" if place.middle >= _MIDDLE else "mostly at the border"
     yield f"{size}, {where}" if place.middle >= _MIDDLE or place.border >= _BORDER else f"{size} of the image"
+
+
+def _same_patch(facts: Facts) -> Iterator[str]:
+    if facts.same_patch is not None:
+        how = f"{facts.same_patch[0]} of {facts.same_patch[1]} reference images"
+        yield f"strongest at the same patch in {how}, so perhaps a place and nothing in the cell"
 
 
 def _masks(facts: Facts) -> Iterator[str]:

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 @click.option(
     "--beside",
     type=FILE,
-    help="Another atlas: its concepts are shown beside these, by --match, or of the same SAE in other images.",
+    help="Another atlas: its concepts are shown beside these, by --match, or of the same SAE in other images. At most "
+    "1,000 pairs: with --match the highest correlations, else the largest differences of frequency.",
 )
 @click.option("--match", type=FILE, help="With --beside: folder of cyto concept match, these barcodes first.")
 @click.option(

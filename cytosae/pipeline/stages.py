@@ -10,7 +10,7 @@ from typing import Any
 from cytosae.stage_one import ImageList, StageOne
 from stores.progress import Progress
 from stores.shards import ONE_WRITER, Shard
-from stores.spec import SAE, find_header
+from stores.spec import ABLATION, MASKS, NAMES, NEIGHBOURS, SAE, SCORECARD, find_header
 from stores.wording import Report
 
 from .commands_text import options, training_options, words
@@ -22,6 +22,8 @@ BARCODES, CONCEPTS, ATLAS = "cells.barcodes", "cells.concepts", "atlas"
 SELECTION = f"{CONCEPTS}/selection.parquet"
 COMPARE, PROBE, SECOND_SAE, STABILITY = "compare", "probe", "second_seed.sae", "stability"
 VERSUS = "versus"  # no stage: cyto sae versus may write it there, and the report shows it
+# no stages: other commands may write these there, and the atlas shows those of this run's SAE and latents
+EVIDENCE = {"neighbours": NEIGHBOURS, "causes": ABLATION, "score": SCORECARD, "masks": MASKS, "names": NAMES}
 
 
 def _silent(done: int, total: int, state: str) -> None:
@@ -96,7 +98,7 @@ def stages_of(recipe: Recipe, out: Path, *, device: str = "auto") -> list[Stage]
     device : of the commands, if it is not auto
     """
     on = () if device == "auto" else ("--device", device)
-    return [*_to_latents(recipe, out, on), *_counts(recipe), *_analyses(recipe, on), _atlas(recipe)]
+    return [*_to_latents(recipe, out, on), *_counts(recipe), *_analyses(recipe, on), _atlas(recipe, out)]
 
 
 def sae_place(recipe: Recipe, out: Path) -> str:
@@ -244,18 +246,42 @@ def _has_second_seed(recipe: Recipe) -> bool:
     return recipe.stability is not None and recipe.uses_sae is None
 
 
-def _atlas(recipe: Recipe) -> Stage:
+def evidence_in(out: Path) -> tuple[str, ...]:
+    """Names of the folders in a run's folder that its atlas shows besides what the run makes: see `EVIDENCE`."""
+    latents = find_header(out / LATENTS)
+    if latents is None:
+        return ()
+    found = []
+    for name, kind in EVIDENCE.items():
+        header = find_header(out / name) if (out / name).is_dir() else None
+        if header is None or not header.complete or header.kind != kind.kind:
+            continue  # a folder of mask files may have the name as well
+        own = ("latents", latents.identity) if kind is MASKS else ("sae_sha256", latents.spec["sae_sha256"])
+        if header.spec.get(own[0]) == own[1]:
+            found.append(name)
+    return tuple(found)
+
+
+def _added_names(out: Path, evidence: tuple[str, ...]) -> list[str]:
+    """The tables of names, which are added to their folder later: its header does not tell them."""
+    tables = [f"names/{name}.parquet" for name in ("names", "detection", "sources")] if "names" in evidence else []
+    return [place for place in tables if (out / place).is_file()]
+
+
+def _atlas(recipe: Recipe, out: Path) -> Stage:
     places = [f"{COMPARE}/{section['name']}" for section in recipe.compare]
     stability = (STABILITY,) if _has_second_seed(recipe) else ()
+    evidence = evidence_in(out)
     return Stage(
         name="atlas",
         out=ATLAS,
-        inputs=(LATENTS, BARCODES, CONCEPTS, SELECTION, *places, *stability),
+        inputs=(LATENTS, BARCODES, CONCEPTS, SELECTION, *places, *stability, *evidence, *_added_names(out, evidence)),
         settings=plain_values(recipe.atlas),
         command=words(
             *("atlas build", "--barcodes", BARCODES, "--concepts", CONCEPTS, "--latents", LATENTS),
             *(word for place in places for word in ("--compare", place)),
             *(word for place in stability for word in ("--stability", place)),
+            *(word for name in evidence for word in (f"--{name}", name)),
             *("-o", ATLAS, *options(recipe.atlas)),
         ),
         do=_build_atlas,
@@ -401,6 +427,7 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
     places = [shop.path(name) for name in names if name not in shop.left_out]
     has_stability = _has_second_seed(shop.recipe) and STABILITY not in shop.left_out
     stability = shop.path(STABILITY) if has_stability else None
+    evidence = {name: shop.path(name) for name in evidence_in(shop.out)}
     return build_atlas(
         shop.path(BARCODES),
         shop.path(CONCEPTS),
@@ -409,6 +436,11 @@ def _build_atlas(shop: Workshop, overwrite: bool) -> Report:
         shop.recipe.atlas_config,
         comparisons=[place for place in places if find_header(place) is not None],
         stability=None if stability is None or find_header(stability) is None else stability,
+        neighbours=evidence.get("neighbours"),
+        causes=evidence.get("causes"),
+        score=evidence.get("score"),
+        masks=evidence.get("masks"),
+        names=evidence.get("names"),
         stage_one=shop.stage_one,
         overwrite=overwrite,
         progress=shop.progress,

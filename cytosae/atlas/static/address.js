@@ -17,6 +17,12 @@ const ADDRESS = {
   },
 };
 
+// On a narrow screen the page's own name in the menu is in view.
+document.addEventListener("DOMContentLoaded", () => {
+  const here = document.querySelector(".top nav [aria-current]");
+  if (here) here.closest("nav").scrollLeft = here.offsetLeft - here.closest("nav").offsetLeft - 16;
+});
+
 async function copyLink(button) {
   const text = button.textContent;
   try {

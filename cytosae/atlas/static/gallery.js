@@ -1,29 +1,19 @@
 // The overview: which concepts are shown, in which order, what their cards say, and the plot beside them.
 "use strict";
 
-const MAPS_PER_FILE = 16; // as in gallery.py
+const MAPS_PER_FILE = 16; // as in gallery_files.py
 const NEVER = 255;
 const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
-const IS_DIFFERENT = 0.05; // q
+const PLACES = ["", "middle", "border", "here and there", "all over", "same patch"]; // as in sentence.py
+const IS_DIFFERENT = 0.05; // q, as in gallery_files.py
 const COLORED = 7; // labels with a colour of their own, in the plot and on the cards
 
-// The columns of all concepts, unpacked; undefined is NaN or -1.
-async function readGallery() {
-  const data = await CYTO.load("gallery"), columns = {};
-  for (const [name, value] of Object.entries(data)) columns[name] = value?.dtype ? CYTO.unpack(value) : value;
-  columns.mean = columns.mean.map((value) => value * data.largest);
-  columns.share = columns.share?.length ? Float32Array.from(columns.share, (value) => value / 254) : null;
-  columns.g = columns.g ? Float32Array.from(columns.g, (value) => value / 100) : null;
-  columns.name = new Map(data.names);
-  return columns;
-}
-
 function startGallery() {
-  if ($("find")) readGallery().then(openGallery);
+  if ($("find")) Columns.read().then(openGallery);
 }
 
 function openGallery(data) {
-  const form = $("find"), field = form.elements, n = data.latents.length;
+  const form = $("find"), field = form.elements, { n } = data;
   // pair: the columns of a chosen comparison, by position; alike: position -> how many with the same cells are not shown
   const state = { box: null, pair: null, shown: [], alike: new Map() };
   const labelOf = (at) => (data.label && data.label[at] !== data.no_label ? data.label[at] : -1);
@@ -42,30 +32,42 @@ function openGallery(data) {
     return `higher in ${g > 0 ? pair.a : pair.b}`;
   }
 
+  function opponent(g, number) {
+    const { a, b } = data.pairs[number];
+    return b === "all others" || g > 0 ? b : a;
+  }
+
   function higher(at) {
     if (!data.pair || data.pair[at] === NEVER || !(data.q[at] <= IS_DIFFERENT)) return "";
     return side(data.g[at], data.pair[at]);
   }
 
   // ------------------------------------------------------------------------------------------- chips
-  const byCount = (codes, names, none) => {
-    const counts = new Map();
-    for (const code of codes) if (code !== none) counts.set(code, (counts.get(code) ?? 0) + 1);
-    return [...counts.keys()].sort((a, b) => counts.get(b) - counts.get(a) || a - b).map((code) => [names[code], names[code]]);
-  };
-  const groups = [];
-  if (data.label) groups.push({ name: "label", title: "Label", values: byCount(data.label, data.labels, data.no_label), of: (at) => data.labels[labelOf(at)] ?? "" });
-  if (data.pair) {
-    const sides = [...new Set(Array.from({ length: n }, (_, at) => higher(at)))].filter(Boolean).sort();
-    if (sides.length) groups.push({ name: "in", title: "Disease", hint: `differs, q at most ${IS_DIFFERENT}`, values: sides.map((one) => [one, one]), of: higher });
-  }
-  if (data.dataset) groups.push({ name: "dataset", title: "Dataset", values: byCount(data.dataset, data.datasets, NEVER), of: (at) => data.datasets[data.dataset[at]] ?? "" });
-  const common = data.label ? byCount(data.label, data.labels.map((_, code) => code), data.no_label).map(([code]) => code).slice(0, COLORED) : [];
   const verdictOf = (at) => VERDICTS[data.verdict[at]];
-  const kinds = [...new Set(Array.from({ length: n }, (_, at) => verdictOf(at)))];
-  if (kinds.length > 1) groups.push({ name: "verdict", title: "Review", values: VERDICTS.slice(1).filter((one) => kinds.includes(one)).map((one) => [one, one]), of: verdictOf });
-  if (data.name.size) groups.push({ name: "named", title: "Name", values: [["yes", "with a name"]], of: (at) => (data.name.has(at) ? "yes" : "") });
-  const chips = new Chips($("chips"), groups, () => update());
+  const byCount = (names) => ([a, x], [b, y]) => y - x || names.indexOf(a) - names.indexOf(b);
+  const byText = ([a], [b]) => (a < b ? -1 : 1);
+  const groups = [
+    { name: "label", title: "Label", order: byCount(data.labels), of: (at) => data.labels[labelOf(at)] ?? "" },
+    { name: "in", title: "Disease", order: byText, hint: `differs, q at most ${IS_DIFFERENT}`, of: higher },
+    { name: "place", title: "Where", hint: "in its strongest images; same patch: at one place, whatever is there", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: (at) => PLACES[data.place?.[at]] ?? "" },
+    { name: "dataset", title: "Dataset", order: byCount(data.datasets), of: (at) => data.datasets[data.dataset?.[at]] ?? "" },
+    { name: "verdict", title: "Review", order: ([a], [b]) => VERDICTS.indexOf(a) - VERDICTS.indexOf(b), of: verdictOf },
+    { name: "named", title: "Name", order: byText, of: (at) => (data.name.has(at) ? "yes" : "") },
+  ];
+  // The choices of a group among all concepts, with their numbers, in the order of its chips.
+  function choicesOf({ name, order, of }) {
+    if (data.counts) return data.counts.get(name) ?? [];
+    const found = new Map();
+    for (let at = 0; at < n; at++) found.set(of(at), (found.get(of(at)) ?? 0) + 1);
+    if (name === "verdict" && (found.size === 1)) return [];
+    found.delete("");
+    if (name === "verdict") found.delete(VERDICTS[0]); // no chip: nobody asked
+    return [...found].sort(order);
+  }
+  const countsOfAll = new Map(groups.map((group) => [group.name, new Map(choicesOf(group))]));
+  for (const group of groups) group.values = [...countsOfAll.get(group.name).keys()].map((value) => [value, group.name === "named" ? "with a name" : value]);
+  const common = [...countsOfAll.get("label").keys()].slice(0, COLORED).map((name) => data.labels.indexOf(name));
+  const chips = new Chips($("chips"), groups.filter((group) => group.values.length), () => update());
 
   // ------------------------------------------------------------------------------------------- cards
   const mapsOn = () => $("maps").getAttribute("aria-pressed") === "true";
@@ -87,7 +89,22 @@ function openGallery(data) {
     shot.querySelector(".first").append(layer);
   }
 
+  // In how many images: a number if they are few (as in overview_pages.py), else their share.
+  const nImages = Number($("cards").dataset.images), FEW = 10;
+  function often(at) {
+    const n = Math.round(data.frequency[at] * nImages);
+    if (!data.frequency[at]) return "never active";
+    return n < FEW ? `in ${n} image${n === 1 ? "" : "s"}` : `in ${share(data.frequency[at])} of images`;
+  }
+
   function fill(card, at) {
+    card.classList.toggle("coming", at < 0);
+    if (at < 0) { // its row is not there yet
+      card.querySelector(".shot").replaceChildren();
+      delete card.querySelector(".shot").dataset.at;
+      readAll();
+      return;
+    }
     const latent = data.latents[at], shot = card.querySelector(".shot"), link = card.querySelector("h2 a"), label = labelOf(at);
     shot.dataset.at = at;
     shot.replaceChildren(...(data.has_picture[at] ? [element("img", { src: `cards/${latent}.jpg`, alt: "", width: 288, height: 192, decoding: "async" }), element("span", { class: "first" })] : []));
@@ -103,7 +120,7 @@ function openGallery(data) {
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
     const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
-    card.querySelector(".often").replaceChildren(data.frequency[at] ? `in ${share(data.frequency[at])} of images` : "never active", ...verdict);
+    card.querySelector(".often").replaceChildren(often(at), ...verdict);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
   }
@@ -111,8 +128,16 @@ function openGallery(data) {
   function effect(at) {
     const found = difference(at);
     if (!found) return "difference not tested";
-    return found[0] <= IS_DIFFERENT ? `${side(found[1], found[2])}, q ${short(found[0])}` : `no clear difference, q ${short(found[0])}`;
+    return found[0] <= IS_DIFFERENT ? `${side(found[1], found[2])} than in ${opponent(found[1], found[2])}, q\u00a0${short(found[0])}` : `no clear difference, q\u00a0${short(found[0])}`;
   }
+
+  let asked = false; // for all columns
+  function readAll() {
+    if (asked || data.isWhole) return;
+    asked = true;
+    data.whole().then(update);
+  }
+  addEventListener("scroll", readAll, { passive: true, once: true });
 
   const shelf = new Shelf($("cards"), fill);
   document.addEventListener("maps", () => {
@@ -170,7 +195,25 @@ function openGallery(data) {
   const fields = ["search", "sort", "frequency_min", "frequency_max", "mean_min", "mean_max", "share_min", "share_max", "q_max"].filter((name) => field[name]);
   const first = { sort: field.sort.options[0].value };
 
+  // Nothing is chosen: what is seen first.
+  const isAtRest = () => !state.box && !state.pair && folds() && !chips.any && fields.every((name) => field[name].value === (first[name] ?? ""));
+
+  // What is seen first, of which the rows came first.
+  function showFirst() {
+    chips.draw(countsOfAll);
+    state.shown = Array.from({ length: data.nDifferent }, (_, place) => data.first[place] ?? -1);
+    state.alike = new Map([...data.first].map((at, place) => [at, data.alike[place]]));
+    tell(n);
+    plot?.draw();
+  }
+
   function update() {
+    if (data.isWhole) choose();
+    else if (isAtRest()) showFirst();
+    else readAll();
+  }
+
+  function choose() {
     const some = candidates(), order = keys();
     chips.draw(chips.count(some));
     state.shown = some.filter((at) => chips.passes(at)).sort((a, b) => {
@@ -180,22 +223,27 @@ function openGallery(data) {
     });
     const all = state.shown.length;
     foldAlike();
-    $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts${all > state.shown.length ? `; ${whole(all - state.shown.length)} more show the same cells` : ""}`;
-    $("none").hidden = state.shown.length > 0;
-    $("cards").hidden = !state.shown.length;
-    if (state.shown.length) shelf.show(state.shown);
-    const changes = Object.fromEntries(fields.map((name) => [name, field[name].value === first[name] ? "" : field[name].value]));
-    for (const group of groups) changes[group.name] = [...chips.pressed.get(group.name)].map(encodeURIComponent).join(",");
-    changes.all = folds() ? "" : "1";
-    changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
-    ADDRESS.write(changes);
-    $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
+    tell(all);
     if (plot) {
       plot.shown.fill(0);
       for (const at of some) if (chips.passes(at)) plot.shown[at] = 1;
       plot.boxed = state.box;
       plot.draw();
     }
+  }
+
+  // Shows the cards, their number (of `all` that are chosen), and says in the address what is chosen.
+  function tell(all) {
+    $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts${all > state.shown.length ? `; ${whole(all - state.shown.length)} more show the same cells` : ""}`;
+    $("none").hidden = state.shown.length > 0;
+    $("cards").hidden = !state.shown.length;
+    if (state.shown.length) shelf.show(state.shown);
+    const changes = Object.fromEntries(fields.map((name) => [name, field[name].value === first[name] ? "" : field[name].value]));
+    for (const group of chips.groups) changes[group.name] = [...chips.pressed.get(group.name)].map(encodeURIComponent).join(",");
+    changes.all = folds() ? "" : "1";
+    changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
+    ADDRESS.write(changes);
+    $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
   }
 
   // Keeps the first of the concepts with the same cells; not of those that somebody searches for.
@@ -216,7 +264,7 @@ function openGallery(data) {
     const wanted = field.sort.value, number = wanted.startsWith("pair-") ? Number(wanted.slice(5)) : -1;
     if (number < 0) state.pair = null;
     else {
-      const found = await CYTO.load(`pair-${data.pairs[number].file}`), [q, g] = [CYTO.unpack(found.q), CYTO.unpack(found.hedges_g)];
+      const [found] = await Promise.all([CYTO.load(`pair-${data.pairs[number].file}`), data.whole()]), [q, g] = [CYTO.unpack(found.q), CYTO.unpack(found.hedges_g)];
       if (field.sort.value !== wanted) return; // chosen again meanwhile
       state.pair = { number, q: Float32Array.from(data.latents, (latent) => q[latent]), g: Float32Array.from(data.latents, (latent) => g[latent]) };
     }
@@ -225,13 +273,15 @@ function openGallery(data) {
 
   // ------------------------------------------------------------------------------------------- the plot
   let plot = null;
-  function openPlot() {
-    if (plot || !$("side").open) return;
+  async function openPlot() {
+    if (!$("side").open) return;
+    await data.plot();
+    if (plot) return;
     const [x, y] = [data.frequency, data.mean].map((values) => Float32Array.from(values, Math.log10));
     plot = new Scatter($("scatter"), {
       x, y, scales: [LOG, LOG], titles: ["share of images", "mean activation"],
-      describe: (at) => tipOf(data.has_picture[at] ? element("img", { src: `cards/${data.latents[at]}.jpg`, alt: "" }) : null, [titleOf(at), labelOf(at) < 0 ? "no label" : `${data.labels[labelOf(at)]} ${share(data.share[at])}`, `in ${share(data.frequency[at])} of images`]),
-      open: (at) => { location.href = `concepts/${data.latents[at]}.html`; },
+      describe,
+      open: (at) => data.whole().then(() => { location.href = `concepts/${data.latents[at]}.html`; }),
       choose: (box) => { state.box = box; update(); },
     });
     if (data.label) {
@@ -241,7 +291,13 @@ function openGallery(data) {
     }
     update();
   }
+  function describe(at) {
+    if (!data.isWhole) return tipOf(null, [labelOf(at) < 0 ? "no label" : data.labels[labelOf(at)], often(at)]);
+    const picture = data.has_picture[at] ? element("img", { src: `cards/${data.latents[at]}.jpg`, alt: "" }) : null;
+    return tipOf(picture, [titleOf(at), labelOf(at) < 0 ? "no label" : `${data.labels[labelOf(at)]} ${share(data.share[at])}`, often(at)]);
+  }
   $("side").addEventListener("toggle", openPlot);
+  for (const kind of ["pointerenter", "focus"]) $("scatter").addEventListener(kind, readAll); // tips name and show
   for (const kind of ["pointerover", "focusin"]) {
     $("cards").addEventListener(kind, (event) => { const shot = event.target.closest("li")?.querySelector(".shot"); if (shot) plot?.mark(Number(shot.dataset.at)); });
   }
@@ -261,7 +317,7 @@ function openGallery(data) {
     if (!said.has("sort") || field.sort.selectedIndex < 0) field.sort.value = first.sort;
     $("fold").setAttribute("aria-pressed", String(!said.has("all")));
     chips.clear();
-    for (const group of groups) for (const value of (said.get(group.name) ?? "").split(",").filter(Boolean)) chips.pressed.get(group.name).add(decodeURIComponent(value));
+    for (const group of chips.groups) for (const value of (said.get(group.name) ?? "").split(",").filter(Boolean)) chips.pressed.get(group.name).add(decodeURIComponent(value));
     const box = (said.get("box") ?? "").split(",").map(Number);
     state.box = box.length === 4 && box.every(Number.isFinite) ? box : null;
     choosePair();

@@ -10,7 +10,7 @@ async function startPair() {
   const columns = Object.fromEntries(Object.entries(data).map(([name, column]) => [name, CYTO.unpack(column)]));
   const { mean_a: meanA, mean_b: meanB, difference, q, hedges_g: g, p } = columns, { a, b } = canvas.dataset;
   const rows = [...document.querySelectorAll("#beside .sides")], shown = new Set(rows.map((row) => Number(row.dataset.latent)));
-  const state = { plot: "", box: null, side: "" };
+  const state = { plot: "", box: null, side: "", clear: false };
 
   const describe = (n) => tipOf(built.picture(n), [`latent ${n}`, `A ${short(meanA[n])}, B ${short(meanB[n])}`, `difference ${short(difference[n])}`, `q ${short(q[n])}`, ...(built.has(n) ? [] : ["no page"])]);
   const open = (n) => { if (built.has(n)) location.href = up(`concepts/${n}.html`); };
@@ -37,6 +37,8 @@ async function startPair() {
   };
   const onSide = (n) => !state.side || (state.side === "a" ? difference[n] > 0 : difference[n] < 0);
 
+  const isClear = (n) => !state.clear || q[n] <= 0.05;
+
   function card(n) {
     const shot = element("span", { class: "shot" }), picture = built.picture(n);
     if (picture) shot.append(picture);
@@ -46,9 +48,9 @@ async function startPair() {
   }
 
   function show() {
-    for (const row of rows) row.hidden = !(inside(Number(row.dataset.latent)) && onSide(Number(row.dataset.latent)));
+    for (const row of rows) row.hidden = !(inside(Number(row.dataset.latent)) && onSide(Number(row.dataset.latent)) && isClear(Number(row.dataset.latent)));
     const chosen = [];
-    for (let n = 0; n < g.length; n++) if (inside(n) && onSide(n)) chosen.push(n);
+    for (let n = 0; n < g.length; n++) if (inside(n) && onSide(n) && isClear(n)) chosen.push(n);
     const others = state.box ? chosen.filter((n) => !shown.has(n)) : [];
     const cards = others.filter((n) => built.has(n)).sort((one, two) => Math.abs(difference[two]) - Math.abs(difference[one]) || one - two);
     $("others").replaceChildren(...cards.slice(0, MOST_CARDS).map(card));
@@ -58,6 +60,7 @@ async function startPair() {
       : `${n} latents of the largest differences; on both sides the strongest cell of three patients.`;
     $("everything").hidden = !state.box;
     for (const chip of document.querySelectorAll("[data-group=side]")) chip.setAttribute("aria-pressed", String(chip.dataset.value === state.side));
+    $("clear").setAttribute("aria-pressed", String(state.clear));
     const keep = state.box ? Uint8Array.from(g, (_, at) => (inside(at) ? 1 : 0)) : new Uint8Array(g.length).fill(1);
     for (const plot of Object.values(plots)) {
       plot.shown = keep;
@@ -79,6 +82,11 @@ async function startPair() {
     ADDRESS.write({ side: state.side });
     show();
   });
+  $("clear").addEventListener("click", () => {
+    state.clear = !state.clear;
+    ADDRESS.write({ clear: state.clear ? "1" : "" });
+    show();
+  });
   $("everything").addEventListener("click", () => {
     for (const plot of Object.values(plots)) plot.boxed = null;
     choose(state.plot, null);
@@ -87,6 +95,7 @@ async function startPair() {
   const said = ADDRESS.read(), [plot, ...numbers] = (said.get("box") ?? "").split(",");
   const box = numbers.map(Number);
   if (["a", "b"].includes(said.get("side"))) state.side = said.get("side");
+  state.clear = said.has("clear");
   if (plots[plot] && box.length === 4 && box.every(Number.isFinite)) {
     plots[plot].boxed = box;
     Object.assign(state, { plot, box });

@@ -15,16 +15,25 @@ class Shelf {
     addEventListener("afterprint", () => this.draw());
   }
 
-  // Shows the concepts in this order, from the first.
+  // Shows the concepts in this order, from the first. Cards in the page are filled anew, so that the focus stays.
   show(order) {
     this.order = order;
-    this.cards.clear();
-    this.list.replaceChildren();
+    if (!this.cards.size) this.list.replaceChildren();
+    for (const [place, card] of [...this.cards]) {
+      if (place < order.length) this.begin(card, place);
+      else {
+        card.remove();
+        this.cards.delete(place);
+      }
+    }
     this.draw();
   }
 
-  // Fills the cards in the page once more.
-  refresh() { for (const [place, card] of this.cards) this.fill(card, this.order[place]); }
+  begin(card, place) {
+    card.setAttribute("aria-posinset", place + 1);
+    card.setAttribute("aria-setsize", this.order.length);
+    this.fill(card, this.order[place]);
+  }
 
   measure() {
     const probe = this.list.firstElementChild ?? this.list.appendChild(this.model.cloneNode(true)), style = getComputedStyle(this.list);
@@ -46,9 +55,7 @@ class Shelf {
       let card = this.cards.get(place);
       if (!card) {
         card = this.model.cloneNode(true);
-        card.setAttribute("aria-posinset", place + 1);
-        card.setAttribute("aria-setsize", order.length);
-        this.fill(card, order[place]);
+        this.begin(card, place);
       }
       wanted.set(place, card);
     }

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from stores.spec import ATLAS, COMPARISON
 
 pytestmark = pytest.mark.browser
 WIDTHS = (390, 1000, 1600)
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,118 @@ def test_figures_are_saved_and_pages_are_printed_whole(page: Watched) -> None:
     tab.wait_for_function("window.printed")
     assert tab.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
     assert tab.evaluate("[...document.images].every((each) => each.complete && each.naturalWidth)")
+
+
+def test_a_row_of_cells_is_saved_as_a_picture(page: Watched, tmp_path: Path) -> None:
+    """PNG and SVG hold the cells themselves, where the drawing says, with the words of the row; from the disk."""
+    pair = next((page.site / "pairs").glob("*.html")).name
+    for name in (f"pairs/{pair}", "diseases/0.html"):
+        tab = page.open(name)
+        tab.wait_for_selector(".sides .frame .map canvas")
+        row = tab.locator(".sides").filter(has=tab.locator(".frame img")).first
+        latent = row.get_attribute("data-latent")
+        numbers = row.locator(".frame > img").evaluate_all("some => some.map((one) => one.getAttribute('src'))")
+        said = row.inner_text()
+        saved = {}
+        for maps in (True, False):
+            for kind in ("svg", "png"):
+                with tab.expect_download() as waiting:
+                    row.locator(f"[data-row={kind}]").click()
+                assert waiting.value.suggested_filename == f"cells-of-latent-{latent}.{kind}"
+                saved[maps, kind] = tmp_path / f"{maps}.{kind}"
+                waiting.value.save_as(saved[maps, kind])
+            tab.click("#maps")
+        for maps in (True, False):
+            drawing = ElementTree.parse(saved[maps, "svg"]).getroot()
+            cells = [
+                one
+                for one in drawing.iter(f"{SVG}image")
+                if float(one.get("width", 0)) > 20 < float(one.get("height", 0))
+            ]
+            assert len(cells) == len(numbers) > 0
+            assert all(one.get("href", "").startswith("data:image/jpeg;base64,") for one in cells)
+            words = [one.text or "" for one in drawing.iter(f"{SVG}text")]
+            assert any(str(latent) in text for text in words)
+            labels = {text.split("\n")[0] for text in row.locator("figcaption").all_inner_texts()}
+            assert labels <= {*words} or any(text.endswith("…") for text in words)
+            with Image.open(saved[maps, "png"]) as opened:
+                png = opened.convert("RGB")
+            scale = png.width / float(drawing.get("width", 0))
+            for one, source in zip(cells, numbers, strict=True):
+                x, y, wide, high = (float(one.get(key, 0)) * scale for key in ("x", "y", "width", "height"))
+                place = png.crop((round(x), round(y), round(x + wide), round(y + high))).resize((48, 48))
+                with Image.open((page.site / "pairs" / source).resolve()) as picture:
+                    wanted = np.asarray(picture.convert("RGB").resize((48, 48)), np.float64)
+                found = np.asarray(place, np.float64)
+                assert found.std() > 10, "it is not blank"
+                if maps:  # the cell, grey, shines through where the map is not
+                    assert np.corrcoef(found.min(axis=2).ravel(), wanted.min(axis=2).ravel())[0, 1] > 0.2
+                else:
+                    assert np.abs(found - wanted).mean() < 6
+        if name.startswith("pairs"):
+            assert f"q {said.split('q')[1].split()[0]}" in " ".join(words)
+
+
+BROKEN = """() => [...document.querySelectorAll(".cell figcaption span, .portrait span")].flatMap((one) => {
+    const walk = document.createTreeWalker(one, NodeFilter.SHOW_TEXT), found = [];
+    while (walk.nextNode()) {
+        for (const word of walk.currentNode.data.matchAll(/[^\\s/_:-]+/g)) {
+            const range = document.createRange();
+            range.setStart(walk.currentNode, word.index);
+            range.setEnd(walk.currentNode, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) found.push(word[0]);
+        }
+    }
+    return found;
+})"""
+
+
+def test_no_label_is_broken_inside_a_word(page: Watched) -> None:
+    """Also one of seventy letters, which is cut, with its whole text under the pointer; others break at their marks."""
+    long, marked = "x" * 70, "promyelocyte_bilobed/atypical::second-opinion"
+    for width in (390, 1000):
+        page.tab.set_viewport_size({"width": width, "height": 1000})
+        tab = page.open("patients/0.html")
+        assert tab.evaluate(BROKEN) == []
+        tab.evaluate(
+            """([long, marked]) => {
+                const [first, second] = document.querySelectorAll(".kinds .cell figcaption span:first-child");
+                first.textContent = long;
+                second.textContent = marked;
+                letBreak(second);
+            }""",
+            [long, marked],
+        )
+        assert tab.evaluate(BROKEN) == []
+        first, second = (tab.locator(".kinds .cell figcaption span:first-child").nth(n) for n in (0, 1))
+        assert (
+            second.bounding_box()["height"]
+            > 1.5 * tab.locator(".kinds .cell figcaption .number").first.bounding_box()["height"]
+        )
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        first.hover()
+        assert first.get_attribute("title") == long
+
+
+def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Cohort) -> None:
+    """Rows with q above 0.05 say so; a chip leaves the others, and stands in the address; the mix of cells is there."""
+    pair = next((page.site / "pairs").glob("*.html")).name
+    table = ResultStore(cohort.root / "compare", COMPARISON).table("differential").to_pylist()
+    tab = page.open(f"pairs/{pair}")
+    tab.wait_for_function("document.querySelector('#volcano').asSvg")
+    clear = {row["latent"] for row in table if row["q"] is not None and row["q"] <= 0.05}
+    rows = tab.locator("#beside .sides").all()
+    shown = [int(str(row.get_attribute("data-latent"))) for row in rows]
+    assert {*shown} & clear
+    assert {*shown} - clear
+    for row, latent in zip(rows, shown, strict=True):
+        said = row.locator(".said").inner_text()
+        assert ("no clear difference" in said) == (latent not in clear)
+    tab.click("#clear")
+    assert "clear=1" in tab.url
+    tab.reload()
+    tab.wait_for_function("document.querySelector('#clear').getAttribute('aria-pressed') === 'true'")
+    visible = [int(str(row.get_attribute("data-latent"))) for row in tab.locator("#beside .sides:visible").all()]
+    assert visible == [latent for latent in shown if latent in clear]
+    assert "The mix of cells is not taken into account" in tab.inner_text("main")
+    assert tab.locator(".shares text").count() > 0

@@ -14,12 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import scipy.sparse as ss
 from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto
+from big_gallery import PAIRS, big_gallery
 from PIL import Image
 
 from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
-from cytosae.atlas.gallery import MAPS_PER_FILE, _cells, specificities
+from cytosae.atlas.gallery import _cells, specificities
+from cytosae.atlas.gallery_files import MAPS_PER_FILE, first_order, write_gallery_data
 from cytosae.atlas.opinions import VERDICTS
 from cytosae.atlas.reviews import Verdict, save_verdict
+from cytosae.atlas.sentence import PLACES, place_of
+from cytosae.atlas.site import Site
 from stores import ConceptStore
 
 DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}
@@ -88,6 +92,12 @@ def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
             part, base = weight / sum(by_label.values()), labels_of_all.count(label) / len(labels_of_all)
             divergence += part * math.log(part / base)
         assert found["specificity"][latent] == pytest.approx(divergence, abs=2e-3)
+        patches = np.array([cohort.dense[each["image_index"], 1:, latent] for each in rows])
+        place = place_of(np.round(255 * patches / patches.max(axis=1, keepdims=True)).astype(np.uint8))
+        assert place is not None
+        if PLACES[found["place"][latent]] != "same patch":
+            wanted = "middle" if place.middle >= 0.5 else "border" if place.border >= 0.75 else "here and there"
+            assert PLACES[found["place"][latent]] == ("all over" if place.patches >= 0.6 else wanted)
         row = compared.slice(latent, 1).to_pylist()[0]
         if row["q"] is None or math.isnan(row["q"]):
             assert found["pair"][latent] == 255
@@ -155,7 +165,7 @@ def test_maps_of_the_cards_are_those_of_their_strongest_cells(atlas: Path, cohor
         assert found["aspect"][place] == pytest.approx(64 / height, rel=0.02)
 
 
-def test_the_first_cards_stand_in_the_page(atlas: Path) -> None:
+def test_the_first_cards_stand_in_the_page(atlas: Path, cohort: Cohort) -> None:
     """Without a script: the most specific first, as the script orders them."""
     found = data(atlas, "gallery")
     key = np.where(np.isnan(found["specificity"]), -1, found["specificity"].astype(float))
@@ -164,6 +174,9 @@ def test_the_first_cards_stand_in_the_page(atlas: Path) -> None:
     shown = [int(latent) for latent in re.findall(r'<h2><a href="concepts/(\d+)\.html">', page)]
     assert len(shown) == 12
     assert [key[n] for n in shown] == [key[n] for n in order[:12]]
+    for latent, often in zip(shown, re.findall(r'<p class="often">in (.*?)</p>', page), strict=True):
+        n = round(float(found["frequency"][latent]) * (len(cohort.dense) - 1))  # one is unreadable
+        assert often == (f"{n} image{'s' if n > 1 else ''}" if n < 10 else f"{100 * n / 42:.3g}% of images")
 
 
 def test_a_gallery_costs_little(atlas: Path) -> None:
@@ -178,6 +191,74 @@ def test_a_gallery_costs_little(atlas: Path) -> None:
     maps = max(path.stat().st_size for path in (atlas / "data").glob("maps-*.js"))
     seen = fixed + 10_000 * ROW_BYTES + SCREEN * (CARD_BYTES + maps)
     assert seen < 1_000_000, f"{seen:,} bytes before scrolling"
+
+
+PLACE_OF = (np.arange(49_152) % 7 % 6).astype(np.uint8)
+WIDE = 49_152  # latents of an SAE of a large backbone, all with a page
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data of the overview of very many concepts."""
+    root = tmp_path_factory.mktemp("wide")
+    write_gallery_data(Site(root), big_gallery(WIDE), np.arange(WIDE), WIDE, ["a", "b", "c"], PAIRS, PLACE_OF)
+    return root
+
+
+def test_the_first_page_is_below_a_megabyte_at_any_width(atlas: Path, wide: Path) -> None:
+    """With what is read without being asked for: also the points of the plot, and the maps of a screen's cards."""
+    names = re.findall(r'(?:href|src)="((?:assets|data)/[^"]+)"', (atlas / "index.html").read_text())
+    fixed = sum((atlas / name).stat().st_size for name in ["index.html", *names] if name != "data/gallery.js")
+    columns = sum((wide / "data" / f"gallery{part}.js").stat().st_size for part in ("", "-plot"))
+    maps = max(path.stat().st_size for path in (atlas / "data").glob("maps-*.js"))
+    seen = fixed + columns + SCREEN * (CARD_BYTES + maps)
+    assert seen < 1_000_000, f"{seen:,} bytes before scrolling"
+
+
+def test_columns_in_parts_are_the_whole_ones(wide: Path) -> None:
+    """The first rows, what the plot draws, and the rest: every concept once, as in an atlas that keeps all in one."""
+    gallery = big_gallery(WIDE)
+    first, plot, rest = (data(wide, f"gallery{part}") for part in ("", "-plot", "-rest"))
+    whole = {**plot, **rest}
+    assert whole["latents"].tolist() == list(range(WIDE))
+    np.testing.assert_allclose(whole["frequency"], gallery.frequency, rtol=1e-3)
+    assert (whole["label"] == np.where(gallery.label < 0, first["no_label"], gallery.label)).all()
+    assert {at: name for at, name in rest["names"]} == gallery.names
+    for name, column in whole.items():
+        if name != "names":
+            np.testing.assert_array_equal(column[first["at"]], first[name])
+    order, alike = first_order(gallery)
+    assert first["at"].tolist() == order[: len(first["at"])].tolist()
+    assert first["n_different"] == len({*gallery.cells.tolist()}) == len(order)
+    for at, more in zip(order[:5].tolist(), alike[:5].tolist(), strict=True):
+        assert more + 1 == gallery.cells.tolist().count(gallery.cells[at])
+
+
+def test_counts_of_chips(wide: Path) -> None:
+    """As one counts who looks at every concept."""
+    found, gallery = dict(data(wide, "gallery")["counts"]), big_gallery(WIDE)
+    slow: dict[str, dict[str, int]] = {"label": {}, "in": {}, "place": {}, "dataset": {}, "verdict": {}, "named": {}}
+
+    def one_more(group: str, text: str) -> None:
+        slow[group][text] = slow[group].get(text, 0) + 1
+
+    for at in range(WIDE):
+        if gallery.label[at] >= 0:
+            one_more("label", gallery.labels[gallery.label[at]])
+        if gallery.dataset[at] >= 0:
+            one_more("dataset", "abc"[gallery.dataset[at]])
+        if PLACE_OF[at]:
+            one_more("place", PLACES[PLACE_OF[at]])
+        if gallery.verdict[at]:
+            one_more("verdict", VERDICTS[gallery.verdict[at]])
+        if at in gallery.names:
+            one_more("named", "yes")
+        if gallery.pair[at] >= 0 and np.float16(gallery.q[at]) <= 0.05:
+            is_higher = round(100 * gallery.g[at]) > 0
+            against = ("higher in control", "lower in AML")[gallery.pair[at]]
+            one_more("in", "higher in AML" if is_higher else against)
+    assert {group: dict(choices) for group, choices in found.items()} == slow
+    assert [n for _, n in found["label"]] == sorted(slow["label"].values(), reverse=True)
 
 
 def test_of_several_datasets_the_strongest_cell_decides(atlas: Path, cohort: Cohort) -> None:

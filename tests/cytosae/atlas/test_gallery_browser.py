@@ -9,18 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 from atlas_maker import Cohort, cyto
+from big_gallery import PAIRS, big_gallery
 from browser import Watched
 
-from cytosae.atlas.site import packed, script_data
+from cytosae.atlas.gallery_files import first_order, write_gallery_data
+from cytosae.atlas.site import Site, packed, script_data
 from stores import ConceptStore, ResultStore
 from stores.spec import ATLAS, COMPARISON
 
 pytestmark = pytest.mark.browser
 MANY = 10_000
+WIDE = 49_152
+CARD_BYTES = 12_000  # as test_gallery.py
 IN_VIEW = """[...document.querySelectorAll("#cards > li")].filter((card) => {
     const box = card.getBoundingClientRect();
     return box.bottom > 0 && box.top < innerHeight;
 }).length"""
+
+DEEP = """() => {
+    const card = document.querySelector("#cards > li:not(.coming)");
+    return card && Number(card.ariaPosInSet) > 1000 && card.querySelector(".often").textContent;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -225,5 +234,110 @@ def test_ten_thousand_cards_are_few_in_the_page(browser: Any, atlas: Path, tmp_p
         in_view = tab.evaluate(IN_VIEW)
         assert in_view > 0
     assert int(str(tab.locator("#cards > li").last.get_attribute("aria-posinset"))) == MANY
+    assert watched.wrong == []
+    tab.close()
+
+
+@pytest.fixture(scope="module")
+def wide(atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The overview of 49,152 concepts; their pages and pictures are those of the small atlas."""
+    site = Path(shutil.copytree(atlas, tmp_path_factory.mktemp("wide") / "atlas"))
+    for name in ("gallery", *(path.stem for path in (site / "data").glob("maps-*.js"))):
+        (site / "data" / f"{name}.js").unlink()
+    index = site / "index.html"
+    index.write_text(re.sub(r'data-images="\d+"', 'data-images="171373"', index.read_text()))
+    latents = np.array((ResultStore(site, ATLAS).header.summary or {})["latents"])[np.arange(WIDE) % 9]
+    write_gallery_data(Site(site), big_gallery(WIDE), latents, 1 << 16, ["a", "b", "c"], PAIRS)
+    for n in range(WIDE // 16):
+        maps = {"maps": packed(np.zeros(16 * 256, np.uint8)), "aspect": packed(np.ones(16, np.float32))}
+        (site / "data" / f"maps-{n}.js").write_bytes(script_data(f"maps-{n}", maps))
+    return site
+
+
+def titles(tab: Any) -> dict[int, str]:
+    """Place of each card in the page, and what it says."""
+    return {
+        int(str(card.get_attribute("aria-posinset"))): card.locator(".often").evaluate(
+            "(line) => line.firstChild.textContent"
+        )
+        for card in tab.locator("#cards > li").all()
+    }
+
+
+def said_of(at: int, frequency: np.ndarray) -> str:
+    return f"in {float(f'{100 * float(np.float16(frequency[at])):.3g}'):g}% of images"
+
+
+def test_the_first_page_of_very_many_reads_little(browser: Any, wide: Path) -> None:
+    """All that the browser reads, before anybody touches it, with the plot open; the cards and chips are right."""
+    watched, read = Watched(browser, wide), set()
+    watched.tab.set_viewport_size({"width": 1600, "height": 1000})
+    watched.tab.on("request", lambda request: read.add(request.url.split("#")[0]))
+    tab = watched.open("index.html")
+    tab.wait_for_selector("#cards .map")
+    tab.wait_for_selector("#scatter")
+    tab.wait_for_load_state("networkidle")
+    tab.wait_for_timeout(300)
+    files = [Path(url.removeprefix("file://")) for url in read if url.startswith("file:")]
+    others = sum(path.stat().st_size for path in files if path.parent.name != "cards")
+    n_cards = tab.locator("#cards > li img").count()
+    assert others + n_cards * CARD_BYTES < 1_000_000, f"{others:,} bytes and {n_cards} cards"
+    assert "gallery-rest.js" not in {path.name for path in files}
+    assert "gallery-plot.js" in {path.name for path in files}
+    gallery = big_gallery(WIDE)
+    order, alike = first_order(gallery)
+    assert tab.inner_text("#count").startswith(f"{len(order):,} of 49,152 concepts")
+    shown = titles(tab)
+    assert len(shown) > 8
+    for place, text in shown.items():
+        assert text == said_of(order[place - 1], gallery.frequency)
+    counts = tab.locator("ul[data-of=label] button[data-value] .n").all_inner_texts()
+    assert [int(text.replace(",", "")) for text in counts][:3] == sorted(
+        np.bincount(gallery.label[gallery.label >= 0]).tolist(), reverse=True
+    )[:3]
+    more = tab.locator("#cards > li").first.locator(".of").inner_text()
+    assert more == (f"+{alike[0]}" if alike[0] else "")
+    assert watched.wrong == []
+    tab.close()
+
+
+def test_all_of_very_many_can_be_reached(browser: Any, wide: Path) -> None:
+    """By scrolling, a filter, another order, and a link; each from the first page anew."""
+    gallery = big_gallery(WIDE)
+    order, _ = first_order(gallery)
+    watched = Watched(browser, wide)
+    tab = watched.open("index.html")
+    tab.wait_for_selector("#cards .map")
+    tab.evaluate("scrollTo(0, 0.6 * document.documentElement.scrollHeight)")
+    tab.wait_for_function(DEEP)
+    tab.wait_for_timeout(200)
+    shown = titles(tab)
+    assert len(shown) > 4
+    for place, text in shown.items():
+        assert text == said_of(order[place - 1], gallery.frequency)
+    tab.close()
+    watched = Watched(browser, wide)
+    tab = watched.open("index.html")
+    tab.wait_for_selector("#cards .map")
+    tab.focus("#cards > li:first-child h2 a")
+    tab.click("ul[data-of=label] button >> nth=0")
+    label = tab.locator("ul[data-of=label] button[aria-pressed=true]").get_attribute("data-value")
+    number = gallery.labels.index(str(label))
+    tab.locator("#count", has_text="more show the same cells").wait_for()
+    n_shown = len({*gallery.cells[gallery.label == number].tolist()})
+    assert tab.inner_text("#count").startswith(f"{n_shown:,} of 49,152 concepts")
+    address = tab.evaluate("location.hash")
+    tab.click("#clear")
+    tab.locator("#count", has_text=f"{len(order):,} of").wait_for()
+    tab.close()
+    watched = Watched(browser, wide)
+    tab = watched.open(f"index.html{address}")
+    tab.locator("#count", has_text=f"{n_shown:,} of").wait_for()
+    tab.select_option("[name=sort]", "frequency")
+    chosen = np.flatnonzero(gallery.label == number)
+    best = chosen[np.argmax(np.where([len(gallery.images[at]) > 0 for at in chosen], gallery.frequency[chosen], 0))]
+    tab.wait_for_function(
+        f"() => document.querySelector('#cards .often').textContent.startsWith({said_of(best, gallery.frequency)!r})"
+    )
     assert watched.wrong == []
     tab.close()

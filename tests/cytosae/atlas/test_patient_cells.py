@@ -3,6 +3,8 @@
 import base64
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from atlas_maker import DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIP
 from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
 from cytosae.atlas.cohort import Cohort as Patients
+from cytosae.atlas.matched_concepts import Pairs
 from cytosae.maps import Sources
 from stores import LatentStore, ResultStore, begin_results
 from stores.spec import ATLAS, MATCH
@@ -217,6 +220,25 @@ def match_of(a: str, b: str, out: Path, rows: list[dict[str, object]]) -> Path:
     return out
 
 
+def first_but(atlas: Path, latent: int) -> int:
+    return next(n for n in (ResultStore(atlas, ATLAS).header.summary or {})["latents"] if n != latent)
+
+
+def test_pairs_beyond_those_shown_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more pairs than are shown, a page says so, and has neither a link nor a picture."""
+    monkeypatch.setattr("cytosae.atlas.matched_concepts._MOST", 2)
+    theirs = {"latent": 8, "images": [4], "labels": [None], "maps": [b"\1"], "largest": [1.0]}
+    rows = [{"latent": latent, "other": theirs, "match": None} for latent in (5, 3, 9)]
+    other: Any = SimpleNamespace(has_picture=lambda image: image == 4)
+    pairs = Pairs(other, rows, {"names": ["a", "b"], "is_matched": True})
+    assert [row["latent"] for row in pairs.shown] == [5, 3]
+    first, last, none = (pairs.of(latent)["match"] for latent in (5, 9, 1))
+    assert first["link"] == "beside.html#latent-5"
+    assert first["cell"] == {"image": 4, "label": "", "map": "AQ==", "largest": 1.0, "is_seen": True}
+    assert last["link"] is last["cell"] is None
+    assert none is None
+
+
 def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
     """By a match, latent 3 of this one is a latent of the other; pictures and maps are the other's own."""
     barcodes = ResultStore(atlas, ATLAS).header.spec["barcodes"]
@@ -237,6 +259,14 @@ def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path
         assert f'src="beside/{image}.jpg"' in article
         assert base64.b64encode(steps).decode() in article
         assert (out / "beside" / f"{image}.jpg").read_bytes() == (atlas / "pictures" / f"{image}.jpg").read_bytes()
+    own, unmatched = ((out / "concepts" / f"{latent}.html").read_text() for latent in (3, first_but(out, 3)))
+    section = own.split('<section id="beside">')[1].split("</section>")[0]
+    assert 'href="../beside.html#latent-3"' in section
+    assert 'id="latent-3"' in article
+    assert f"Latent {theirs['latent']} of &lt;other&gt; answers to the same images: correlation 0.75" in section
+    assert f'src="../beside/{theirs["images"][0]}.jpg"' in section
+    assert base64.b64encode(theirs["maps"][0]).decode() in section
+    assert "Its match has no page in the atlas of &lt;other&gt;." in unmatched
     assert '<a href="beside.html"' in (out / "index.html").read_text()
     assert "beside.html" not in (atlas / "index.html").read_text()
 

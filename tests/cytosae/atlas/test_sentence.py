@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cytosae.atlas.sentence import Facts, Place, place_of, sentence
+from cytosae.atlas.sentence import PLACES, Facts, Place, place_of, place_word, same_patch_of, sentence
 
 
 def row(dataset: str = "cells", frequency: float = 0.12, n: int = 7, q: float | None = None) -> dict[str, Any]:
@@ -84,6 +84,36 @@ def test_no_known_label_no_claim() -> None:
 )
 def test_place(place: Place, said: str) -> None:
     assert texts(place=place)[1:] == [said]
+
+
+def test_the_same_patch_in_every_image() -> None:
+    """A mark of a place in the picture: four of five images or more, of five; else nothing is said."""
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 200, (6, 64)).astype(np.uint8)
+    maps[np.arange(6), rng.permutation(64)[:6]] = 255
+    assert same_patch_of(maps) is None
+    maps[:5, 17] = 255
+    maps[:5][maps[:5] == 255] = 254
+    maps[:5, 17] = 255
+    assert same_patch_of(maps) == (5, 6)
+    assert same_patch_of(maps[:4]) is None, "too few images"
+    assert same_patch_of(np.concatenate([maps, np.zeros((3, 64), np.uint8)])) == (5, 6), "maps of zeros say nothing"
+    assert same_patch_of(maps[:, :16]) is None, "too few patches"
+    assert texts(same_patch=(5, 6))[1:] == [
+        "strongest at the same patch in 5 of 6 reference images, so perhaps a place and nothing in the cell"
+    ]
+
+
+def test_the_word_for_a_place() -> None:
+    """What the chips of the first page count, of maps of 8 x 8 patches."""
+    inner, outer, left = np.zeros((3, 8, 8), np.uint8)
+    inner[2:6, 2:6], outer[:], left[:, :4] = 200, 200, 200
+    outer[1:7, 1:7] = 0
+    maps = {"middle": inner, "border": outer, "here and there": left, "all over": np.full((8, 8), 9, np.uint8)}
+    for word, drawn in maps.items():
+        assert PLACES[place_word(drawn.ravel()[None])] == word
+    assert PLACES[place_word(np.tile(inner.ravel(), (5, 1)))] == "same patch"
+    assert PLACES[place_word(np.zeros((2, 64), np.uint8))] == ""
 
 
 def test_place_of_maps() -> None:

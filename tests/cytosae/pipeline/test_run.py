@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click import UsageError
 from click.testing import CliRunner
@@ -22,13 +23,16 @@ from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
 
 from cli import cli
 from cytosae.commands.run import _settings
+from cytosae.maps import write_mask_agreement
 from cytosae.pipeline import RunConfig, RunPlan, read_recipe
 from cytosae.pipeline.journal import Journal
 from cytosae.pipeline.recipe import extract_settings, recipe_text, write_recipe
 from cytosae.pipeline.run import _grouped
-from cytosae.pipeline.stages import Stage, Workshop
+from cytosae.pipeline.stages import Stage, Workshop, evidence_in
+from stores import begin_results
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
+from stores.spec import MASKS
 from stores.verify_any import verify_folder
 from stores.wording import Report
 
@@ -454,6 +458,27 @@ def test_what_the_data_do_not_allow_any_more_is_shown_nowhere(copied: Path) -> N
     plans: list[RunPlan] = []
     again = run_small(copied / "recipe.toml", None, tell_plan=plans.append)
     assert again.was_complete
+
+
+@pytest.mark.stress
+@pytest.mark.usefixtures("quick_figures")
+def test_the_atlas_shows_what_other_commands_put_into_the_folder(copied: Path) -> None:
+    """Masks of these latents: the atlas is built again, and nothing else; a folder of mask files is none of ours."""
+    (copied / "masks").mkdir()
+    assert evidence_in(copied) == ()
+    assert run_small(copied / "recipe.toml", None).was_complete
+    half = np.zeros((1, 16, 16))
+    half[:, :8] = 1
+    write_mask_agreement(copied / "cells.latents.zarr", {0: half, 1: half}, copied / "masks", n_shuffles=0)
+    assert evidence_in(copied) == ("masks",)
+    done = run_small(copied / "recipe.toml", None)
+    assert done.made == ("atlas",)
+    assert any("Where in the cell" in path.read_text() for path in (copied / "atlas" / "concepts").iterdir())
+    command = next(line for line in (copied / "commands.sh").read_text().splitlines() if "atlas build" in line)
+    assert "--masks masks" in command
+    assert run_small(copied / "recipe.toml", None).was_complete
+    begin_results(copied / "masks", MASKS, {"latents": "0" * 64}, overwrite=True).finish({})
+    assert evidence_in(copied) == (), "of other latents"
 
 
 def test_warnings_that_differ_in_numbers_only_are_told_once() -> None:
