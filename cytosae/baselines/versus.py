@@ -372,7 +372,8 @@ def _plan(members: Sequence[_Member], n_images: int, per_image: int, config: Ver
     work = sum(4.0 * n_images * per_image * n_latents * width for n_latents, width in sizes)
     n_latents, width = max(sizes)
     entries = n_images * min(n_latents, per_image * 64)
-    n_bytes = 8 * n_latents * width + 8 * entries + 2 * (128 << 20) + 8 * n_images * (config.draws + width)
+    n_bytes = 8 * n_latents * width + 25 * entries + 4 * (128 << 20) + 8 * n_images * (config.draws + width)
+    n_bytes += (700 << 20) + 600 * max(each.store.spec.n_images for each in members)  # libraries, and the image table
     seconds = work / costs.speed(device) + len(members) * entries * config.draws * 2e-9
     return (
         f"plan: {len(members)} SAEs on {n_images:,} images of {per_image} tokens; time: about "

@@ -64,7 +64,15 @@ def compare_replicate(
 
     config = ReplicateConfig(**settings)
     with progress_line("replicate", "permutation") as progress:
-        done = replicate(discovery, replication, out, config, overwrite=overwrite, progress=progress)
+        done = replicate(
+            discovery,
+            replication,
+            out,
+            config,
+            overwrite=overwrite,
+            say=lambda line: click.echo(line, err=True),
+            progress=progress,
+        )
     say_done(out, done.was_complete)
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=1))

@@ -16,7 +16,7 @@ balanced. Twin: test_replicate.py, in plain loops.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from stores.progress import Progress
 from stores.result_folder import ResultStore, begin_results, is_finished, kept_before
 from stores.spec import COMPARISON, REPLICATION, check_choice
 from stores.tables import listed
+from stores.wording import counted
 
 from .config import CompareConfig
 from .differential import describe_groups
@@ -92,6 +93,7 @@ def replicate(
     config: ReplicateConfig | None = None,
     *,
     overwrite: bool = False,
+    say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda done, total, state: None,
 ) -> Replication:
     """Test the latents of a comparison in the barcodes of another cohort; a table and a figure in the folder `out`.
@@ -103,6 +105,7 @@ def replicate(
     ----------
     discovery : a folder of `compare`
     barcodes : of the other cohort, by the same SAE and at the same tau
+    say : called with the plan, its time and memory, before anything is read
 
     Raises
     ------
@@ -130,6 +133,7 @@ def replicate(
     begin = partial(begin_results, out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes])
     if not overwrite and is_finished(out, REPLICATION, spec) and begin(packages=packages).is_complete:
         return _read(out)
+    say(_plan(len(store.read_obs("patient", asked.tau)), int(found.summary["n_latents"]), len(chosen), config))
     patients = read_patients(store, asked.tau)
     n_latents = int(found.summary["n_latents"])
     if patients.n_vars != n_latents:
@@ -188,6 +192,17 @@ def choose_latents(found: Comparison, config: ReplicateConfig) -> list[dict[str,
             f"nothing to replicate; --top 20 takes the first of both top lists, whatever their p"
         )
     return sorted(kept, key=lambda row: (row[config.rule], row["p"], -abs(row["difference"]), row["latent"]))
+
+
+def _plan(n_patients: int, n_latents: int, n_chosen: int, config: ReplicateConfig) -> str:
+    """In words what is computed, how long it takes and how much memory; rates and libraries as measured once."""
+    seconds = 3 + n_patients * (n_latents / 2e7 + n_chosen * (config.n_permutations / 2e8 + config.n_bootstraps / 1e7))
+    n_bytes = 0.7e9 + 24 * n_patients * n_latents
+    return (
+        f"plan: {counted(n_chosen, 'latent')} of the discovery in {counted(n_patients, 'patient')}, "
+        f"{config.n_permutations:,} permutations; time: about {round(seconds):,} s, longer if images are drawn; "
+        f"memory: at most about {n_bytes / 1e9:.1f} GB"
+    )
 
 
 def _require_another_cohort(found: Comparison, store: BarcodeStore) -> None:

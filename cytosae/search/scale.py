@@ -38,7 +38,7 @@ def search_scale(
         seconds += n_bytes / _TOKEN_BYTES
         of_tokens = f"; {n_bytes / 1e9:,.1f} GB of tokens, unless --keep has their means"
     read = ", ".join(f"{nnz / 1e6:,.1f} M nonzeros for {way}" for way, nnz in nonzeros.items())
-    memory = 0.5 + n_queries * collection.n_latents * 8 / 2**30
+    memory = 0.5 + (1_600 * collection.n_images + 8 * n_queries * collection.n_latents) / 2**30  # libraries first
     return (
         f"{collection.n_images:,} images, {read}{of_tokens}: about {max(1, round(seconds)):,} s with {n_cores()} cores "
         f"and {memory:.1f} GiB of memory"
