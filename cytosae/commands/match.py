@@ -20,7 +20,8 @@ from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, pro
     show_default=True,
     help="Correlation of activations over images; within: after the mean of each stratum is taken off.",
 )
-@click.option("--images", "n_images", type=COUNT, default=2_000, show_default=True, help="Images to draw.")
+@click.option("--n-images", type=COUNT, default=2_000, show_default=True, help="Images to draw.")
+@click.option("--images", "old_n_images", type=COUNT, hidden=True)  # the old name, for one release
 @click.option(
     "--only", type=FILE, help="List of image ids: draw these only, such as images held out in both trainings."
 )
@@ -70,6 +71,7 @@ def concept_match(
     only: Path | None,
     comparison: Path | None,
     comparison_b: Path | None,
+    old_n_images: int | None,
     **settings: Any,
 ) -> None:
     """Which latents of two SAEs answer to the same images? A and B are barcodes of the same images.
@@ -83,6 +85,9 @@ def concept_match(
     """
     from cytosae.relations import MatchConfig, match_latents, match_scale
 
+    if old_n_images is not None:
+        click.echo("--images is now --n-images; the old name works for one release", err=True)
+        settings["n_images"] = old_n_images
     config = MatchConfig(**settings)
     click.echo(match_scale(a, b, config), err=True)
     with progress_line("match", "step") as progress:

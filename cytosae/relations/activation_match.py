@@ -283,7 +283,7 @@ def read_side(store: BarcodeStore, rows: Ints, strata: Ints, config: MatchConfig
     if not len(enough):
         raise BadInput(
             f"{store.root}: no latent is active in {config.min_images} of the {len(rows):,} images drawn; draw more "
-            f"(--images), or ask for fewer (--min-images)"
+            f"(--n-images), or ask for fewer (--min-images)"
         )
     columns = matrix.tocsc()[:, enough]
     dense = np.zeros((len(enough), len(rows)), np.float32)

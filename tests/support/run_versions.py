@@ -57,11 +57,13 @@ def python_of(version: str) -> str | None:
 
 
 def run_set(folder: Path, python: str, packages: list[str], *options: str) -> bool:
-    """Make the environment, where it is not there yet, and run the tests in it; whether they passed."""
+    """Make the environment, where it is not there yet, and run the tests in it; False: no such set, or tests failed."""
     interpreter = folder / "bin" / "python"
     if not (folder / ".installed").exists():
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *options, *packages, *TOOLS], check=True)
+        pip = [str(interpreter), "-m", "pip", "install", "--quiet", *options, *packages, *TOOLS]
+        if subprocess.run(pip, check=False).returncode:
+            return False  # pip has said why; the other sets are still run
         (folder / ".installed").touch()
     tests = [f"tests/{name}.py" for name in TESTS]
     command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

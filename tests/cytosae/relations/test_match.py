@@ -278,4 +278,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert "matched one to one, mean correlation" in done.stdout
     assert (tmp_path / "out" / "match.png").is_file()
     assert json.loads(run(*given, "--json").stdout)["n_compared"] == [30, 40]
+    old = run(*given, "--images", 2_000)  # the old name of --n-images, for one release
+    assert "--images is now --n-images" in old.stderr
+    assert "already complete with these settings" in old.stderr
+    fails("n_images", *given, "--images", 100)
+    fails("n_images", *given, "--n-images", 100)
+    assert "--images" not in run("concept", "match", "--help").stdout
     fails("no barcodes at", "concept", "match", a, tmp_path / "none", "-o", tmp_path / "x")
