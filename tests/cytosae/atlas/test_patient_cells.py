@@ -172,7 +172,7 @@ def test_maps_of_a_concept_are_on_one_scale_on_both_sides(atlas: Path, cohort: C
 def test_pages_of_pairs_have_both_sides_and_their_numbers(atlas: Path, inputs: Inputs) -> None:
     (path,) = (atlas / "pairs").glob("*.html")
     text = path.read_text()
-    rows = text.split('<article class="sides"')[1:]
+    rows = text.split('<article class="sides')[1:]
     table = inputs.comparison_table(0).to_pylist()
     top = [
         row for side in "ab" for row in sorted(table, key=lambda row: row[f"rank_{side}"] or 99) if row[f"rank_{side}"]
@@ -195,7 +195,7 @@ def test_pages_stay_small(atlas: Path) -> None:
     """7 kB for each concept with its cells on two sides, 40 kB for all else."""
     for folder in ("patients", "diseases", "pairs"):
         for path in (atlas / folder).glob("*.html"):
-            assert path.stat().st_size <= 40_000 + 7_000 * path.read_text().count('<article class="sides"')
+            assert path.stat().st_size <= 40_000 + 7_000 * path.read_text().count('<article class="sides')
 
 
 def test_families_have_all_active_latents(atlas: Path) -> None:
