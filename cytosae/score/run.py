@@ -67,8 +67,8 @@ def _plan(stores: Sequence[LatentStore], chosen: Chosen, config: ScoreConfig) ->
     per_image = n / 10_000 / n_cores()
     seconds += n_fits * per_image * (_SECONDS_PER_PROBE * (1 + config.shuffles) + 2 * _SECONDS_PER_DENSE_PROBE)
     memory = (
-        6e8  # libraries, and the rows that are read together
-        + 36 * most  # by images, by latents, and the rows of a training side
+        8e8  # libraries, the image table, and the rows that are read together
+        + 72 * most  # by images, by latents, a copy in float64, and the rows of a training side
         + 20 * n * width
         + n_cores() * 24 * n * width
         + 40 * n_latents * max(1, n_classes)

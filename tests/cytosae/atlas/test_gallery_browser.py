@@ -296,7 +296,7 @@ def test_the_first_page_of_very_many_reads_little(browser: Any, wide: Path) -> N
         np.bincount(gallery.label[gallery.label >= 0]).tolist(), reverse=True
     )[:3]
     more = tab.locator("#cards > li").first.locator(".of").inner_text()
-    assert more == (f"+{alike[0]}" if alike[0] else "")
+    assert more == (f"{alike[0]} more alike" if alike[0] else "")
     assert watched.wrong == []
     tab.close()
 
