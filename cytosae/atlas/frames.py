@@ -14,6 +14,7 @@ from .concept_maps import Maps, packed_map
 from .concept_pages import disease_name, image_name
 from .inputs import Inputs
 from .plan import Plan
+from .sentence import same_patch_of
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,6 +122,11 @@ class Frames:
                 }
             )
         return found
+
+    def same_patch(self, latent: int) -> tuple[int, int] | None:
+        """As `same_patch_of`, of a latent's reference images; None without a page."""
+        first, last = np.searchsorted(self.plan.references.latent, [latent, latent + 1]).tolist()
+        return same_patch_of(self.maps.read(first, last - first)) if last > first else None
 
     @cached_property
     def _frequencies(self) -> Any:

@@ -107,7 +107,7 @@ def listed_patient(frames: Frames, number: int) -> dict[str, Any]:
 def listed_concepts(frames: Frames, rows: list[dict[str, Any]], beside: dict[int, Beside]) -> list[dict[str, Any]]:
     """Rows of a list of latents, each with what names the concept, and its cells where these were looked for."""
     return [
-        {**row, **frames.concept(row["latent"])}
+        {**row, **frames.concept(row["latent"]), "same_patch": frames.same_patch(row["latent"])}
         | {"cells": frames.beside(row["latent"], beside[row["latent"]]) if row["latent"] in beside else None}
         for row in rows
     ]

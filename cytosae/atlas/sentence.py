@@ -149,13 +149,16 @@ def _labels(facts: Facts) -> Iterator[str]:
         which = "the" if len(known) == 1 else "all" if n == len(known) else f"{n} of the"
         yield f"{best} in {which} {of}"
         return
-    how = next((word for least, word in ((_ALMOST, "almost only"), (_MOSTLY, "mostly")) if n / len(known) >= least), "")
+    how = next(
+        (word for least, word in ((_ALMOST, "almost only"), (_MOSTLY, "mostly")) if n / len(known) >= least),
+        "",
+    )
     of = f"({n} of {len(known)} labelled reference images"
     q = [row["label_divergence_q"] for row in facts.statistics if row.get("label_divergence_q") is not None]
     chance = ""
     if q:
         chance = f"; q {short(min(q))}" if min(q) <= ALPHA else f"; chance may give this as well, q {short(min(q))}"
-    yield f"{how} {best} {of}{chance})" if how else f"of several labels, most often {best} {of}{chance})"
+    yield f"strongest {how} in {best} {of}{chance})" if how else f"of several labels, most often {best} {of}{chance})"
 
 
 def _place(facts: Facts) -> Iterator[str]:

@@ -120,7 +120,8 @@ function openGallery(data) {
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
     const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
-    card.querySelector(".often").replaceChildren(often(at), ...verdict);
+    const doubt = data.place && PLACES[data.place[at]] === "same patch" ? [element("span", { class: "tag doubt", title: "strongest at the same patch in most of its reference images: perhaps a place, and nothing in the cell" }, "same patch")] : [];
+    card.querySelector(".often").replaceChildren(often(at), ...verdict, ...doubt);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
   }
@@ -235,6 +236,7 @@ function openGallery(data) {
   // Shows the cards, their number (of `all` that are chosen), and says in the address what is chosen.
   function tell(all) {
     $("count").textContent = state.shown.length === n ? `${whole(n)} concepts` : `${whole(state.shown.length)} of ${whole(n)} concepts${all > state.shown.length ? `; ${whole(all - state.shown.length)} more show the same cells` : ""}`;
+    $("count").dataset.printed = state.shown.length > PRINTED ? `; the first ${PRINTED} are printed` : "";
     $("none").hidden = state.shown.length > 0;
     $("cards").hidden = !state.shown.length;
     if (state.shown.length) shelf.show(state.shown);

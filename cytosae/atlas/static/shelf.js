@@ -1,6 +1,8 @@
 // A list of very many cards of one height: only those in view, and a row above and below, are in the page.
 "use strict";
 
+const PRINTED = 48; // cards on paper, from the first
+
 class Shelf {
   // `list`: a grid with one card, which is copied; `fill(card, n)` writes concept n into a copy.
   constructor(list, fill) {
@@ -11,7 +13,7 @@ class Shelf {
     addEventListener("resize", later);
     new ResizeObserver(() => { if (list.clientWidth && this.width !== list.clientWidth) { this.rowHeight = 0; later(); } }).observe(list);
     list.addEventListener("focusin", later);
-    addEventListener("beforeprint", () => this.draw(48));
+    addEventListener("beforeprint", () => this.draw(PRINTED));
     addEventListener("afterprint", () => this.draw());
   }
 

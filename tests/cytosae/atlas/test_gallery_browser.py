@@ -56,7 +56,7 @@ def opened(page: Watched, address: str = "") -> Any:
 
 def shown(tab: Any) -> list[int]:
     """Latents of the cards in the page, which are all of them in a small atlas."""
-    tab.set_viewport_size({"width": 1600, "height": 6000})
+    tab.set_viewport_size({"width": 1600, "height": 9000})
     tab.wait_for_timeout(100)
     return [int(text.removeprefix("Latent ")) for text in tab.locator("#cards h2 a").all_inner_texts()]
 

@@ -51,14 +51,26 @@ def test_of_a_silent_latent_nothing_else_is_said() -> None:
 @pytest.mark.parametrize(
     ("labels", "q", "said"),
     [
-        (["eosinophil"] * 9 + ["blast", ""], None, "almost only eosinophil (9 of 10 labelled reference images)"),
-        (["eosinophil"] * 6 + ["blast"] * 4, None, "mostly eosinophil (6 of 10 labelled reference images)"),
+        (
+            ["eosinophil"] * 9 + ["blast", ""],
+            None,
+            "strongest almost only in eosinophil (9 of 10 labelled reference images)",
+        ),
+        (
+            ["eosinophil"] * 6 + ["blast"] * 4,
+            None,
+            "strongest mostly in eosinophil (6 of 10 labelled reference images)",
+        ),
         (["b", "a", "c", "d", "e"], None, "of several labels, most often a (1 of 5 labelled reference images)"),
         (["b", "a", "c"], 0.2, "a in 1 of the 3 labelled reference images"),  # too few for "mostly"
         (["a", "a", ""], None, "a in all 2 labelled reference images"),
         (["a"], 0.003, "a in the 1 labelled reference image"),
-        (["a"] * 9, 0.003, "almost only a (9 of 9 labelled reference images; q 0.003)"),
-        (["a"] * 9, 0.4, "almost only a (9 of 9 labelled reference images; chance may give this as well, q 0.4)"),
+        (["a"] * 9, 0.003, "strongest almost only in a (9 of 9 labelled reference images; q 0.003)"),
+        (
+            ["a"] * 9,
+            0.4,
+            "strongest almost only in a (9 of 9 labelled reference images; chance may give this as well, q 0.4)",
+        ),
     ],
 )
 def test_labels(labels: list[str], q: float | None, said: str) -> None:
