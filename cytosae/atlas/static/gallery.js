@@ -113,6 +113,7 @@ function openGallery(data) {
     const more = state.alike.get(at);
     const of = card.querySelector(".of");
     of.textContent = [data.name.has(at) ? latent : "", more ? `${more} more alike` : ""].filter(Boolean).join(" ");
+    of.classList.toggle("alike", !data.name.has(at));
     of.title = more ? `${more} more with the same cells` : "";
     const line = card.querySelector(".label");
     line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
