@@ -192,7 +192,7 @@ def match_scale(a: Path | str, b: Path | str, config: MatchConfig) -> str:
     n_images = min(config.n_images, *(shape[0] for shape in shapes))
     passes = 3 + 3 + config.n_permutations - 1  # two matchings of about three passes, and a pass for each permutation
     seconds = passes * 2 * n_images * shapes[0][1] * shapes[1][1] / (_FLOPS * n_cores())
-    memory = 0.3 + 4 * n_images * (shapes[0][1] + 2 * shapes[1][1]) / 2**30
+    memory = 0.45 + 4 * n_images * (shapes[0][1] + 2 * shapes[1][1]) / 2**30
     return (
         f"{n_images:,} images, {shapes[0][1]:,} and {shapes[1][1]:,} latents, {config.n_permutations:,} permutations: "
         f"at most about {max(1, round(seconds)):,} s with {n_cores()} cores and {memory:.1f} GiB of memory"
