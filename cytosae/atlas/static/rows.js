@@ -69,7 +69,7 @@ async function drawRow(row) {
   if (warning) {
     const band = svg("rect", { width, fill: color("--warning-ground") });
     drawing.append(band);
-    const below = lines(textOf(warning), edge, edge + 6, 16, width - 2 * edge, { ...doubt, "font-weight": 600 });
+    const below = lines(textOf(warning), edge, edge + 6, 15, width - 2 * edge, { ...doubt, "font-weight": 600 });
     band.setAttribute("height", below - 8);
     y = below + 24;
   }
