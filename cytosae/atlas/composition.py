@@ -15,7 +15,7 @@ from .cohort import Cohort, Ints
 
 OTHER = "other labels"
 _MOST = 11
-_QUARTILES = 4  # other patients, at least, for a range
+_QUARTILES = 4  # patients, at least, for a range
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Composition:
         return np.where(totals > 0, self.counts / np.maximum(1, totals), np.nan)
 
     def of(self, members: Ints, others: Ints) -> list[dict[str, Any]]:
-        """For each label that occurs: mean share of some patients, and of others, with the others' middle half.
+        """For each label that occurs: mean share of some patients, and of others, with the middle half of both.
 
         members, others : numbers of patients; those without a label are left out
         """
@@ -42,13 +42,21 @@ class Composition:
             n = int(self.counts[members, at].sum())
             if not n and not self.counts[others, at].any():
                 continue
-            low, high = np.quantile(theirs[:, at], (0.25, 0.75)) if len(theirs) >= _QUARTILES else (None, None)
+            (low, high), (own_low, own_high) = _middle_half(theirs[:, at]), _middle_half(mine[:, at])
             rows.append(
                 {"label": label, "n": n, "share": float(mine[:, at].mean()) if len(mine) else None}
                 | {"others": float(theirs[:, at].mean()) if len(theirs) else None}
-                | {"low": None if low is None else float(low), "high": None if high is None else float(high)}
+                | {"low": low, "high": high, "own_low": own_low, "own_high": own_high}
             )
         return rows
+
+
+def _middle_half(shares: npt.NDArray[np.float64]) -> tuple[float, float] | tuple[None, None]:
+    """The quartiles of the shares of patients; None of too few."""
+    if len(shares) < _QUARTILES:
+        return None, None
+    low, high = np.quantile(shares, (0.25, 0.75)).tolist()
+    return low, high
 
 
 def compositions(cohort: Cohort) -> Composition:

@@ -45,6 +45,8 @@ def write_disease_pages(site: Site, frames: Frames) -> None:
             families=families,
             characteristic=listed_concepts(frames, frames.choice.disease_lists[number], frames.choice.diseases[number]),
             composition=composition_picture(composition, members, others),
+            n_rest=len(others),
+            datasets=sorted({cohort.datasets[each] for each in (*members.tolist(), *others.tolist())}),
             patients=patients,
             pairs=[pair for pair in pairs if name in (pair["a"], pair["b"])],
         )

@@ -136,12 +136,13 @@ def barcode_picture(
 
 
 _LABEL_ROW, _LABEL_WIDTH = 34, 360
+TWO_ROW = 50  # of a label with a bar for each of two groups
 
 
 def composition_picture(
-    composition: Composition, members: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+    composition: Composition, members: npt.NDArray[np.int64], others: npt.NDArray[np.int64], row: int = _LABEL_ROW
 ) -> dict[str, Any]:
-    """Bars of the shares of labels: of some patients, with the mean and the middle half of others as marks."""
+    """Shares of labels of some patients and of others, with the middle half of both; a label has `row` pixels."""
     rows = composition.of(members, others)
 
     def at(share: float | None) -> float | None:
@@ -149,12 +150,14 @@ def composition_picture(
 
     return {
         "width": _LABEL_WIDTH,
-        "height": _LABEL_ROW * len(rows),
+        "height": row * len(rows),
         "n": int(composition.counts[members].sum()),
+        "n_members": int((composition.counts[members].sum(axis=1) > 0).sum()),
         "n_others": int((composition.counts[others].sum(axis=1) > 0).sum()),
         "rows": [
-            {**row, "y": _LABEL_ROW * number, "x": at(row["share"]), "x_others": at(row["others"])}
-            | {"x_low": at(row["low"]), "x_high": at(row["high"])}
-            for number, row in enumerate(rows)
+            {**found, "y": row * number, "x": at(found["share"]), "x_others": at(found["others"])}
+            | {"x_low": at(found["low"]), "x_high": at(found["high"])}
+            | {"x_own_low": at(found["own_low"]), "x_own_high": at(found["own_high"])}
+            for number, found in enumerate(rows)
         ],
     }

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from .composition import compositions
 from .concept_pages import pair_of
-from .drawings import composition_picture
+from .drawings import TWO_ROW, composition_picture
 from .frames import Frames
 from .plan import LISTED
 from .sentence import ALPHA, same_patch_of
@@ -29,28 +29,35 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
         is_b = (names != "") & (names != spec["a"]) if spec["b_is_rest"] else names == str(spec["b"])
         sides = np.flatnonzero(names == spec["a"]), np.flatnonzero(is_b)
         corrected = _corrected(spec)
+        rows = _shown(frames, table, number)
         site.page(
             f"pairs/{pair['file']}.html",
             "pair.html",
             **frames.shared,
             **pair,
             summary=summary,
-            composition=composition_picture(composition, *sides),
+            composition=composition_picture(composition, *sides, row=TWO_ROW),
+            datasets=sorted({cohort.datasets[each] for each in np.concatenate(sides).tolist()}),
             is_corrected=bool(corrected),
             corrected=corrected,
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},
-            shown=[
-                {**row, "side": side, "cells": frames.beside(row["latent"], frames.choice.pairs[number][row["latent"]])}
-                | {
-                    "is_clear": row["q"] is not None and row["q"] <= ALPHA,
-                    "same_patch": _same_patch(frames, row["latent"]),
-                }
-                for side in "ab"
-                for row in _top(frames, table, side)
-                if row["latent"] in frames.choice.pairs[number]
-            ],
+            shown=rows,
+            n_clear=sum(row["is_clear"] for row in rows),
         )
+
+
+def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]:
+    """The latents whose cells are shown: first those with q of at most `ALPHA`, in both parts by side and rank."""
+    cells = frames.choice.pairs[number]
+    rows = [
+        {**row, "side": side, "cells": frames.beside(row["latent"], cells[row["latent"]])}
+        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, "same_patch": _same_patch(frames, row["latent"])}
+        for side in "ab"
+        for row in _top(frames, table, side)
+        if row["latent"] in cells
+    ]
+    return sorted(rows, key=lambda row: not row["is_clear"])
 
 
 def _top(frames: Frames, table: pa.Table, side: str) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ async function startPair() {
     const n = rows.filter((row) => !row.hidden).length, without = others.length - cards.length;
     $("chosen").textContent = state.box
       ? `${whole(chosen.length)} latents in the box: ${n} with cells of both sides, ${whole(Math.min(cards.length, MOST_CARDS))} as cards${cards.length > MOST_CARDS ? ` (of ${whole(cards.length)}, the largest differences)` : ""}${without ? `, ${whole(without)} without a page` : ""}.`
-      : `${n} latents of the largest differences; on both sides the strongest cell of three patients.`;
+      : `${n} latents of the largest differences, first those with q of at most 0.05; on both sides the strongest cell of three patients.`;
     $("everything").hidden = !state.box;
     for (const chip of document.querySelectorAll("[data-group=side]")) chip.setAttribute("aria-pressed", String(chip.dataset.value === state.side));
     $("clear").setAttribute("aria-pressed", String(state.clear));

@@ -1,5 +1,7 @@
-// A concept's cells on two sides, with maps, labels and numbers, as one picture for a talk: SVG, or PNG of it. The
-// pictures come as scripts when a row is saved, since a page from the disk may not read back a picture file.
+// A concept's cells on two sides, with maps, labels and numbers, as one picture for a talk: SVG, or PNG of it. What
+// makes a row less sure on its page stands in its picture, too: the warning of the atlas, the row's doubts, and what the
+// page marks with data-in-picture (whose cells, how many patients, which unit). The pictures come as scripts when a row
+// is saved, since a page from the disk may not read back a picture file.
 "use strict";
 
 const ROW = { width: 1200, edge: 24, cell: 178, gap: 8, words: "sans-serif" };
@@ -15,6 +17,17 @@ function fitted(text, size, width, weight = 400) {
   let cut = text.length;
   while (cut > 0 && pen.measureText(`${text.slice(0, cut)}…`).width > width) cut--;
   return `${text.slice(0, cut)}…`;
+}
+
+// A text as lines that are at most so wide; a word that is wider is cut.
+function wrapped(text, size, width, weight = 400) {
+  const lines = [];
+  for (const word of text.split(" ").filter(Boolean)) {
+    const longer = lines.length ? `${lines.at(-1)} ${word}` : word;
+    if (lines.length && fitted(longer, size, width, weight) === longer) lines[lines.length - 1] = longer;
+    else lines.push(fitted(word, size, width, weight));
+  }
+  return lines;
 }
 
 // A picture as a data: address with its width and height; with the map of its frame if maps are shown. Null: none.
@@ -45,13 +58,28 @@ async function drawRow(row) {
   const withMap = $("maps").getAttribute("aria-pressed") === "true", { width, edge, cell, gap } = ROW;
   const drawing = svg("svg", { xmlns: "http://www.w3.org/2000/svg", width });
   const words = (text, x, y, size, most, more = {}) => drawing.append(svg("text", { x, y, fill: color("--ink"), "font-family": ROW.words, "font-size": size, ...more }, fitted(text, size, most, more["font-weight"])));
-  const quiet = { fill: color("--quiet") };
+  const quiet = { fill: color("--quiet") }, doubt = { fill: color("--warning") };
+  const lines = (text, x, y, size, most, more = {}) => {
+    const some = wrapped(text, size, most, more["font-weight"]), step = Math.round(1.4 * size);
+    some.forEach((line, n) => words(line, x, y + n * step, size, most, more));
+    return y + some.length * step; // the base line of what follows
+  };
+  const warning = document.querySelector("header .warning"); // of a whole atlas: in each of its pictures
+  let y = edge + 22;
+  if (warning) {
+    const band = svg("rect", { width, fill: color("--warning-ground") });
+    drawing.append(band);
+    const below = lines(textOf(warning), edge, edge + 6, 15, width - 2 * edge, { ...doubt, "font-weight": 600 });
+    band.setAttribute("height", below - 8);
+    y = below + 24;
+  }
   const title = textOf(row.querySelector("h3 :is(a, [title^='no page'])")), further = row.querySelector("h3 .of");
-  words(`${title === row.dataset.latent ? `Latent ${title}` : title}${further ? ` (${textOf(further)})` : ""}`, edge, edge + 22, 24, width - 2 * edge, { "font-weight": 600 });
+  words(`${title === row.dataset.latent ? `Latent ${title}` : title}${further ? ` (${textOf(further)})` : ""}`, edge, y, 24, width - 2 * edge, { "font-weight": 600 });
   const facts = [...row.querySelectorAll(".few dt")].map((name) => `${textOf(name)} ${textOf(name.nextElementSibling)}`);
   const said = [...row.querySelectorAll(".said > p:not(.hint, .tools)")].map(textOf).concat(facts);
-  words(said.join("   ·   "), edge, edge + 52, 17, width - 2 * edge, quiet);
-  const top = edge + 108, half = 3 * cell + 2 * gap, pictures = [...row.querySelectorAll(".side")].map((side) => [...side.querySelectorAll(".cell")]);
+  y = lines(said.join(" · "), edge, y + 30, 17, width - 2 * edge, quiet);
+  for (const each of row.querySelectorAll(".said > p.doubt")) y = lines(textOf(each), edge, y, 17, width - 2 * edge, doubt);
+  const top = y + 32, half = 3 * cell + 2 * gap, pictures = [...row.querySelectorAll(".side")].map((side) => [...side.querySelectorAll(".cell")]);
   const drawn = await Promise.all(pictures.map((cells) => Promise.all(cells.map((each) => cellPicture(each.querySelector(".frame"), withMap)))));
   [...row.querySelectorAll(".side")].forEach((side, n) => {
     const left = n === 0 ? edge : width - edge - half, name = side.matches(".of-a") ? "--a" : side.matches(".of-b") ? "--b" : "--line";
@@ -76,6 +104,8 @@ async function drawRow(row) {
     words("map: from 0 to the largest value of the concept in these cells", edge + 172, height - 9, 14, width - 2 * edge - 172, quiet);
     height += edge;
   }
+  const about = [...document.querySelectorAll("[data-in-picture]")].map(textOf).filter(Boolean).join(" "); // whose cells, in which unit
+  if (about) height = lines(about, edge, height + 4, 14, width - 2 * edge, quiet) + 4;
   drawing.setAttribute("height", height);
   drawing.setAttribute("viewBox", `0 0 ${width} ${height}`);
   drawing.prepend(svg("rect", { width, height, fill: color("--card") }));

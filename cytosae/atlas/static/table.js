@@ -174,7 +174,14 @@ async function startLatents() {
   $("before").addEventListener("click", () => { state.page -= 1; showPage(); });
   $("after").addEventListener("click", () => { state.page += 1; showPage(); });
   $("colour")?.addEventListener("input", color);
+  const said = ADDRESS.read(); // a link from the page of a comparison: its latents, the smallest q first
+  if (field.pair && [...field.pair.options].some((one) => one.value === said.get("pair"))) {
+    field.pair.value = said.get("pair");
+    if (Number(said.get("q_max")) > 0) field.q_max.value = Number(said.get("q_max"));
+    Object.assign(state, { key: "q", falling: false });
+  }
   await changeDataset();
+  if (field.pair?.value) await changePair();
 }
 
 document.addEventListener("DOMContentLoaded", startLatents);

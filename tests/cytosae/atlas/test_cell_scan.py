@@ -254,6 +254,10 @@ def test_shares_of_labels_by_patient() -> None:
     np.testing.assert_allclose([row["others"] for row in rows], theirs.mean(axis=0))
     np.testing.assert_allclose([row["low"] for row in rows], np.quantile(theirs, 0.25, axis=0))
     assert [row["n"] for row in rows] == [3, 1, 0]
+    assert [row["own_low"] for row in rows] == [None] * 3, "one patient has no range"
+    back = found.of(np.array([1, 2, 3, 4, 5]), np.array([0]))
+    np.testing.assert_allclose([row["own_low"] for row in back], np.quantile(theirs, 0.25, axis=0))
+    np.testing.assert_allclose([row["own_high"] for row in back], np.quantile(theirs, 0.75, axis=0))
     few = found.of(np.array([1]), np.array([0, 2]))
     assert [row["share"] for row in few] == [None] * 3
     assert [row["low"] for row in few] == [None] * 3

@@ -126,7 +126,10 @@ def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Wa
     tab.click("#everything")
     assert "box" not in tab.url
     visible = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides:visible").all()]
-    assert visible == [row["latent"] for row in sorted(table, key=lambda row: row["rank_b"] or 99) if row["rank_b"]]
+    of_b = sorted(
+        (row for row in table if row["rank_b"]), key=lambda row: (row["q"] is None or row["q"] > 0.05, row["rank_b"])
+    )
+    assert visible == [row["latent"] for row in of_b]
 
     tab.click("[data-group=side][data-value='']")
     tab.locator("#pair").scroll_into_view_if_needed()
@@ -160,6 +163,10 @@ def test_a_row_of_cells_is_saved_as_a_picture(page: Watched, tmp_path: Path) -> 
     for name in (f"pairs/{pair}", "diseases/0.html"):
         tab = page.open(name)
         tab.wait_for_selector(".sides .frame .map canvas")
+        warning = tab.inner_text("header .warning")
+        about = " ".join(tab.locator("main [data-in-picture]").all_text_contents())
+        assert "patients" in about
+        assert "above" in about, "the unit"
         row = tab.locator(".sides").filter(has=tab.locator(".frame img")).first
         latent = row.get_attribute("data-latent")
         numbers = row.locator(".frame > img").evaluate_all("some => some.map((one) => one.getAttribute('src'))")
@@ -183,6 +190,11 @@ def test_a_row_of_cells_is_saved_as_a_picture(page: Watched, tmp_path: Path) -> 
             assert len(cells) == len(numbers) > 0
             assert all(one.get("href", "").startswith("data:image/jpeg;base64,") for one in cells)
             words = [one.text or "" for one in drawing.iter(f"{SVG}text")]
+            whole = " ".join(words)
+            assert warning in whole
+            assert " ".join(about.split()) in whole
+            assert all(doubt in whole for doubt in row.locator(".said .doubt").all_inner_texts())
+            assert "resampled" not in whole, "how stable a rank is reads like a test"
             assert any(str(latent) in text for text in words)
             labels = {text.split("\n")[0] for text in row.locator("figcaption").all_inner_texts()}
             assert labels <= {*words} or any(text.endswith("…") for text in words)
@@ -201,6 +213,7 @@ def test_a_row_of_cells_is_saved_as_a_picture(page: Watched, tmp_path: Path) -> 
                 else:
                     assert np.abs(found - wanted).mean() < 6
         if name.startswith("pairs"):
+            assert "resampled cohorts, no test" in said
             assert f"q {said.split('q')[1].split()[0]}" in " ".join(words)
 
 
@@ -266,4 +279,18 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
     visible = [int(str(row.get_attribute("data-latent"))) for row in tab.locator("#beside .sides:visible").all()]
     assert visible == [latent for latent in shown if latent in clear]
     assert "The mix of cells is not taken into account" in tab.inner_text("main")
-    assert tab.locator(".shares text").count() > 0
+    shares = tab.locator(".shares text").all_text_contents()
+    assert sum(text.startswith("A ") for text in shares) == sum(text.startswith("B ") for text in shares) > 0
+    tab.emulate_media(media="print")
+    assert tab.locator(".ramp").is_visible(), "maps without their scale say nothing"
+    assert not tab.get_by_text("Under the pointer").is_visible()
+    tab.emulate_media(media="screen")
+
+    tab.goto(f"{page.site.as_uri()}/latents.html#pair={pair.removesuffix('.html')}&q_max=0.05")
+    tab.wait_for_function("document.querySelector('#latents tbody td:last-child')?.textContent.match(/\\d/)")
+    assert tab.inner_text("#count").startswith(f"{len(clear)} of {len(table)} latents")
+    listed = [int(text) for text in tab.locator("#latents tbody th").all_inner_texts()]
+    by_q = sorted(
+        (row for row in table if row["latent"] in clear), key=lambda row: (np.float32(row["q"]), row["latent"])
+    )
+    assert listed == [row["latent"] for row in by_q][:25]

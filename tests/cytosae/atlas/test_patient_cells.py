@@ -177,6 +177,11 @@ def test_pages_of_pairs_have_both_sides_and_their_numbers(atlas: Path, inputs: I
     top = [
         row for side in "ab" for row in sorted(table, key=lambda row: row[f"rank_{side}"] or 99) if row[f"rank_{side}"]
     ]
+    found = [row["q"] <= 0.05 for row in top]
+    assert any(found)
+    assert not all(found)
+    top = [row for row in top if row["q"] <= 0.05] + [row for row in top if row["q"] > 0.05]
+    assert f"{sum(found)} of {sum((row['q'] or 1) <= 0.05 for row in table)}</span>" in text
     assert [int(re.findall(r'data-latent="(\d+)"', row)[0]) for row in rows] == [row["latent"] for row in top]
     for row, expected in zip(rows, top, strict=True):
         numbers = re.findall(r"<dd>([^<]*)</dd>", row)
