@@ -11,7 +11,7 @@ from .concept_pages import pair_of
 from .drawings import TWO_ROW, composition_picture
 from .frames import Frames
 from .plan import LISTED
-from .sentence import ALPHA, same_patch_of
+from .sentence import ALPHA
 from .site import Site, packed
 
 _COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g", "p")
@@ -52,7 +52,7 @@ def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]
     cells = frames.choice.pairs[number]
     rows = [
         {**row, "side": side, "cells": frames.beside(row["latent"], cells[row["latent"]])}
-        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, "same_patch": _same_patch(frames, row["latent"])}
+        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, "same_patch": frames.same_patch(row["latent"])}
         for side in "ab"
         for row in _top(frames, table, side)
         if row["latent"] in cells
@@ -74,9 +74,3 @@ def _corrected(spec: Mapping[str, Any]) -> str:
     words += [f"the mix of {spec['standardize']}"] if spec.get("standardize") else []
     words += [str(name) for name in (spec.get("strata"), *spec.get("adjust", ())) if name]
     return ", ".join(words)
-
-
-def _same_patch(frames: Frames, latent: int) -> tuple[int, int] | None:
-    """As `same_patch_of`, of a latent's reference images; None without a page."""
-    first, last = np.searchsorted(frames.plan.references.latent, [latent, latent + 1]).tolist()
-    return same_patch_of(frames.maps.read(first, last - first)) if last > first else None
