@@ -8,7 +8,8 @@ SDIST_TESTS ?= -m "$(QUICK)"
 # a test process for each core, so one thread for each of them and of their children: threads that wait for a core that
 # others use made the pages of the docs take three times as long
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
-export PIP_NO_COMPILE := 1 # Python compiles what is used, when it is used; pip would compile all of torch
+# Python compiles what is used, when it is used; pip would compile all of torch
+export PIP_NO_COMPILE := 1
 
 .PHONY: install demo browser test test-stress test-docs test-browser test-rest test-slow coverage test-versions bench docs site wheel-check sdist-check clean
 
