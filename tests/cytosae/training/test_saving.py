@@ -1,7 +1,7 @@
 """Saved states: a thread writes a copy while training goes on, and whatever happens meanwhile leaves no trace."""
 
-import errno
 import contextlib
+import errno
 import itertools
 import json
 import logging
