@@ -60,6 +60,7 @@ def _with_tag(raw: bytes, tag: int, value: int) -> bytes:
     raise AssertionError(f"no tag {tag}")
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize("kind", ["u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"])
 def test_a_tiff_is_read_right_or_refused_by_name(kind: str) -> None:
     """Number type x colours x planes x compression x predictor x strips or tiles x byte order x BigTIFF x alpha."""

@@ -92,6 +92,7 @@ class TestFamilies:
                     continue
                 assert (backbone.final_cls(tokens) - final[:, 0]).abs().max() < 1e-5
 
+    @pytest.mark.stress
     def test_it_is_found_again_by_what_the_store_says(
         self, name: str, folders: dict[str, Path], pictures: list[Path], tmp_path: Path
     ) -> None:

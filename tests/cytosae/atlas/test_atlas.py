@@ -141,6 +141,7 @@ def headed_rows(page: Page, heading: str) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------- the site as a whole
 
 
+@pytest.mark.stress
 def test_every_link_leads_into_the_site(atlas: Path) -> None:
     found = pages(atlas)
     kinds = {str(page.path.relative_to(atlas).parent) for page in found}
@@ -471,6 +472,7 @@ def test_pseudonyms_hide_every_name(atlas: Path, cohort: Cohort, tmp_path: Path)
         assert [*order.values()] != sorted(order.values(), key=[*PATIENTS, *cohort.image_ids].index)  # no table's order
 
 
+@pytest.mark.stress
 def test_with_pseudonyms_images_are_read_in_the_order_of_the_stores(
     atlas: Path, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,6 +538,7 @@ def test_files_lose_the_order_they_were_written_in(tmp_path: Path, monkeypatch: 
     assert {path.name for path in site.iterdir()} == {"images", "patients", "top.html"}
 
 
+@pytest.mark.stress
 def test_pseudonyms_are_secret_and_stay(cohort: Cohort, tmp_path: Path) -> None:
     """The seed, which everybody sees, does not decide them; the file does, as long as it lies there."""
     out, file = tmp_path / "hidden", tmp_path / "hidden.pseudonyms.csv"

@@ -107,6 +107,7 @@ def test_columns_are_those_of_the_stores(atlas: Path, cohort: Cohort) -> None:
             assert found["g"][latent] / 100 == pytest.approx(row["hedges_g"], abs=0.006)
 
 
+@pytest.mark.stress
 def test_concepts_with_the_same_cells_have_the_same_number(atlas: Path, cohort: Cohort) -> None:
     found = data(atlas, "gallery")["cells"]
     sets = [tuple(row["image_index"] for row in top_rows(cohort, latent)[:3]) for latent in range(N_LATENTS)]
@@ -269,6 +270,7 @@ def test_of_several_datasets_the_strongest_cell_decides(atlas: Path, cohort: Coh
         assert found["datasets"][found["dataset"][latent]] == DATASETS[(image // IMAGES_PER_PATIENT) % 2]
 
 
+@pytest.mark.stress
 def test_verdicts_of_experts_stand_on_the_cards(cohort: Cohort, tmp_path: Path) -> None:
     """Of these concepts only; the name that most gave; another verdict makes another atlas."""
     concepts = ConceptStore(cohort.root / "concepts")

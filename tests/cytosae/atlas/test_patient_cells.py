@@ -81,6 +81,7 @@ def test_own_cells_stand_beside_those_of_other_patients(cohort: Cohort, patients
         assert not cells.beside_peers
 
 
+@pytest.mark.stress
 def test_both_sides_of_a_disease_and_of_a_pair(cohort: Cohort, inputs: Inputs, choice: CellChoice) -> None:
     sides = [[n for n in readable(cohort) if cohort.disease_of[n] == disease] for disease in DISEASES]
     for number in (0, 1):
@@ -153,6 +154,7 @@ def frames_of(text: str) -> list[tuple[int, np.ndarray, float]]:
     return [(int(n), np.frombuffer(base64.b64decode(steps), np.uint8), float(share)) for n, steps, share in found]
 
 
+@pytest.mark.stress
 def test_maps_of_a_concept_are_on_one_scale_on_both_sides(atlas: Path, cohort: Cohort, patients: Patients) -> None:
     number = patients.real_names.index("Quentin 03")
     text = (atlas / "patients" / f"{number}.html").read_text()
@@ -244,6 +246,7 @@ def test_pairs_beyond_those_shown_are_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert none is None
 
 
+@pytest.mark.stress
 def test_another_atlas_stands_beside(cohort: Cohort, atlas: Path, tmp_path: Path) -> None:
     """By a match, latent 3 of this one is a latent of the other; pictures and maps are the other's own."""
     barcodes = ResultStore(atlas, ATLAS).header.spec["barcodes"]

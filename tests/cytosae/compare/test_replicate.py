@@ -177,6 +177,7 @@ def test_planted_latents_return_at_half_the_size(discovery: Path, tmp_path: Path
     assert ResultStore(tmp_path / "out", REPLICATION).header.spec["rule"] == "q"
 
 
+@pytest.mark.stress
 def test_an_interrupted_replication_goes_on(discovery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped at the bootstraps: patients are not read and the groups not permuted again; the numbers are the same."""
     others = write_patient_barcodes(tmp_path / "b", draw(1, shift=2.5), DISEASES)
@@ -210,6 +211,7 @@ def test_an_interrupted_replication_goes_on(discovery: Path, tmp_path: Path, mon
     assert not calls  # nothing is read again
 
 
+@pytest.mark.stress
 def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     others = write_patient_barcodes(tmp_path / "b", draw(1), [{"AML": "well", "well": "AML"}[d] for d in DISEASES])
     done = replicate(discovery, others, tmp_path / "out", settings())

@@ -108,6 +108,7 @@ def test_no_patient_is_on_both_sides_and_no_shown_image_is_tested(world: World, 
     assert not {(row["latent"], row["image_index"]) for row in rows if row["side"] == "test"} & top
 
 
+@pytest.mark.stress
 def test_chosen_images_are_what_they_are_called(world: World, named: Path) -> None:
     """By the dense latents: strong ones are the strongest tenth (or the fewest asked for), the last are not active."""
     rows = images_of(named)
@@ -180,6 +181,7 @@ def test_inactive_images_of_the_same_label(world: World, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------- what an item says
 
 
+@pytest.mark.stress
 def test_an_item_says_nothing_that_must_not_leave(world: World, named: Path, tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 

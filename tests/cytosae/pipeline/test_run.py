@@ -311,6 +311,7 @@ def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------ settings that would only fail hours later
 
 
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

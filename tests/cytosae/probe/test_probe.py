@@ -626,6 +626,7 @@ def test_classes_that_were_drawn_too_rarely_are_named(tmp_path: Path) -> None:
         probe(folder, tmp_path / "out", quick(folds=5, units=UnitConfig(level="image", target="", max_images=14)))
 
 
+@pytest.mark.stress
 def test_two_patients_leave_no_inner_training_side(tmp_path: Path) -> None:
     """One patient trains, so nothing can be chosen inside: the lowest threshold, and a warning."""
     table, counts, means = cohort(n_per_class=1, images_each=12)
@@ -866,6 +867,7 @@ def test_every_reading_of_the_rule(tmp_path: Path) -> None:
         assert scores["regularization"]["C"] == pytest.approx(C)
 
 
+@pytest.mark.stress
 def test_what_the_command_knows_python_knows(tmp_path: Path) -> None:
     """Numbers and columns by level; `--test-where` as text; a result shows itself in a notebook, escaped."""
     patients, images = ProbeConfig(), ProbeConfig(units=UnitConfig(level="image"))

@@ -410,6 +410,7 @@ def signed(root: Path, **edits: Any) -> Path:
     return root
 
 
+@pytest.mark.stress
 def test_a_damaged_model_is_one_line(fitted: Path, tmp_path: Path) -> None:
     whole, b = fitted / "out", fitted / "b"
     assert verify(whole).problems == []

@@ -268,6 +268,7 @@ def test_what_cannot_be_matched(tmp_path: Path) -> None:
         match_latents(a, b, tmp_path / "out", quick(), only=tmp_path / "ids.txt")
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("figures")
 def test_the_command(tmp_path: Path) -> None:
     a, b = write_pair(tmp_path, *two_saes(4))

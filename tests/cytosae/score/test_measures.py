@@ -88,6 +88,7 @@ def test_area_under_roc_equals_scikit_learn() -> None:
     assert area_under_roc(truth, score) == pytest.approx(roc_auc_score(truth, score))
 
 
+@pytest.mark.stress
 def test_a_planted_latent_is_enough_and_noise_is_not() -> None:
     rng = np.random.default_rng(5)
     labels = rng.integers(0, 3, 300)

@@ -157,6 +157,7 @@ def test_a_golden_sae_can_be_gone_on_from(tmp_path: Path) -> None:
     assert report.spec["n_latents"] == spec["n_latents"]
 
 
+@pytest.mark.stress
 def test_another_kind_of_tokens_is_refused(caches: list[Path], tmp_path: Path) -> None:
     train(caches[:1], tmp_path / "first", small("relu"))
     other = write_cache(tmp_path / "b.zarr", tokens_of_cells(3), block=3)
