@@ -265,7 +265,7 @@ _DEMO: dict[str, dict[str, Any]] = {
 @click.option("--out", type=FILE, default=Path("cyto-demo"), show_default=True, help="Folder for everything.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the drawn cells.")
 def demo(out: Path, seed: int) -> None:
-    """`cyto run` on drawn cells, up to an atlas and a report: no download, about a minute on two cores.
+    """`cyto run` on drawn cells, up to an atlas and a report: no download, one to two minutes on two cores.
 
     Cells, patients and diseases are invented, and the backbone is untrained: this shows the machinery, not medicine.
 
