@@ -31,6 +31,7 @@ FULL = {
     "probe": [],
     "score": ["--images", "10000"],
     "probe_intervals": ["--runs", "150"],
+    "purity_intervals": ["--runs", "300"],
     "patients": [],
     "tau": [],
     "steering": [],

@@ -26,6 +26,7 @@ METRICS = (
     "label_purity_by_chance",
     "label_purity_above_chance",
 )
+PURITIES = ("label_purity", "label_purity_by_chance", "label_purity_above_chance")
 SHUFFLES = 20
 
 
@@ -67,6 +68,37 @@ def figures_of_draws(
         "label_purity_by_chance": chance,
         "label_purity_above_chance": purity - chance,
     }
+
+
+def purity_without(
+    sums: ImageSums, labels: Ints, shuffled: Ints, block_of: Ints, *, least_images: int
+) -> dict[str, Floats]:
+    """The three purities without the images of each block, (blocks,): for intervals, since draws move a purity.
+
+    block_of : (n,) numbers from 0
+    """
+    n_blocks, n_labels = int(block_of.max()) + 1, int(labels.max(initial=-1)) + 1
+    of_entry = np.repeat(labels, np.diff(sums.begins)) >= 0
+    n_labelled = np.bincount(sums.latents[of_entry], minlength=sums.n_latents)
+    is_counted = (n_labelled >= least_images) & (n_labels > 1)
+    if not is_counted.any():
+        return {name: np.full(n_blocks, np.nan) for name in PURITIES}
+    kept = (block_of != np.arange(n_blocks)[:, None]).astype(np.float64)
+    purity, chance = np.zeros((1, n_blocks)), np.zeros((len(shuffled), n_blocks))
+    parts = (sums.begins, sums.latents, sums.values, kept)
+    _per_block(*parts, np.stack([labels]), max(1, n_labels), is_counted, purity)
+    _per_block(*parts, shuffled, max(1, n_labels), is_counted, chance)
+    found = purity[0], chance.mean(0), purity[0] - chance.mean(0)
+    return dict(zip(PURITIES, found, strict=True))
+
+
+@numba.njit(parallel=True, cache=True)
+def _per_block(
+    begins: Any, latents: Any, values: Any, kept: Any, labels: Any, n_labels: int, is_counted: Any, out: Any
+) -> None:
+    for block in numba.prange(len(kept)):
+        for which in range(len(labels)):
+            out[which, block] = _purity(begins, latents, values, kept[block], labels[which], n_labels, is_counted)
 
 
 @numba.njit(parallel=True, cache=True)

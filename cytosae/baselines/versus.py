@@ -1,8 +1,9 @@
 """What an SAE has more than baselines, on the same held-out tokens: `cyto sae versus`.
 
 For each SAE one pass over the images (measure.py), and its figures on the same bootstrap draws of patients or images
-(figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Of several baselines of one
-kind, with other seeds, each draw takes one at random: the interval then holds for another draw of such a baseline, too.
+(figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Those of label purity come
+from leaving out each patient in turn, from both. Of several baselines of one kind, with other seeds, each draw takes
+one at random, and to purities their variance is added: the interval then holds for another draw of such a baseline, too.
 """
 
 import hashlib
@@ -34,14 +35,14 @@ from stores.token_sets import chosen_tokens
 from . import costs
 from .config import VersusConfig
 from .figures import plot_differences
-from .figures_of_draws import METRICS, SHUFFLES, figures_of_draws
+from .figures_of_draws import METRICS, PURITIES, SHUFFLES, figures_of_draws, purity_without
 from .measure import Floats, Ints, measure_images
 from .reference import kind_of
 from .report import VersusResult
 
 JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
-# figures whose draws lie elsewhere than the figure, as they have fewer distinct images
-MOVED, PERHAPS_MOVED = ("dead_share",), ("label_purity", "label_purity_by_chance", "label_purity_above_chance")
+MOVED = ("dead_share",)  # figures whose draws lie elsewhere than the figure, as they have fewer distinct images
+_MOST_BLOCKS = 50  # of groups that are left out together, for the intervals of purities
 _DRAWN_KINDS = ("random", "tokens", "frozen-decoder", "frozen-encoder")
 _FEW_GROUPS = 20
 Bools = npt.NDArray[np.bool_]
@@ -144,11 +145,13 @@ def compare_with_baselines(
     drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws).astype(np.float64)
     weights = np.vstack([np.ones(n_groups), drawn])[:, groups]
     shuffled = _shuffled(labels, groups, config.seed)
+    blocks = left_out_together(groups, n_groups, config.seed)
     found: list[dict[str, Floats]] = []
+    without: list[dict[str, Floats]] = []
     for number, (member, rows) in enumerate(zip(members, images.rows, strict=True)):
-        name = f"draws_{number:03d}"
-        known = _kept(writer, name)
-        if known is None:
+        name, name_without = f"draws_{number:03d}", f"without_{number:03d}"
+        known, left = _kept(writer, name, METRICS), _kept(writer, name_without, PURITIES)
+        if known is None or left is None:
             sae = load_sae(member.run, device=device)
             state = f"{member.kind}, {number + 1} of {len(members)}"
             sums = measure_images(
@@ -160,12 +163,14 @@ def compare_with_baselines(
                 progress=partial(_tell, progress, state),
             )
             known = figures_of_draws(sums, weights, labels, shuffled, least_images=config.least_images)
+            left = purity_without(sums, labels, shuffled, blocks, least_images=config.least_images)
             writer.write_table(name, pa.table({"draw": np.arange(len(weights)), **known}))
+            writer.write_table(name_without, pa.table({"left_out": np.arange(len(left[PURITIES[0]])), **left}))
         found.append(known)
-    differences = _differences(members, found, config, n_groups)
-    writer.write_table(
-        "saes", pa.Table.from_pylist([_row(*each, n_groups) for each in zip(members, found, strict=True)])
-    )
+        without.append(left)
+    differences = _differences(members, found, without, config, n_groups)
+    measured = [_row(*each, n_groups) for each in zip(members, found, without, strict=True)]
+    writer.write_table("saes", pa.Table.from_pylist(measured))
     writer.write_table("differences", pa.Table.from_pylist(differences))
     plot_differences([row for row in differences if row["metric"] in JUDGED], writer.root / "differences")
     summary = {
@@ -266,21 +271,29 @@ def _shuffled(labels: Ints, groups: Ints, seed: int) -> Ints:
     return np.stack([*shuffled_labels(labels, groups, shuffles=SHUFFLES, seed=seed)])
 
 
-def _kept(writer: ResultWriter, name: str) -> dict[str, Floats] | None:
-    """The draws of an SAE that this job had finished before it was interrupted."""
+def left_out_together(groups: Ints, n_groups: int, seed: int) -> Ints:
+    """(n,) numbers from 0 of what is left out together: a group; at random several, so that there are at most 50."""
+    if n_groups <= _MOST_BLOCKS:
+        return groups
+    blocks: Ints = np.random.default_rng([seed, 3]).permutation(n_groups)[groups] % _MOST_BLOCKS
+    return blocks
+
+
+def _kept(writer: ResultWriter, name: str, columns: Sequence[str]) -> dict[str, Floats] | None:
+    """The figures of an SAE that this job had finished before it was interrupted."""
     path = writer.root / f"{name}.parquet"
     try:
         metadata = pq.read_metadata(path).metadata or {}
         table = parquet_table(path.read_bytes())
         if metadata.get(b"cyto") != writer.header.identity.encode():
             return None
-        return {metric: np.array(table[metric], np.float64) for metric in METRICS}
+        return {metric: np.array(table[metric], np.float64) for metric in columns}
     except (OSError, ValueError, KeyError, pa.ArrowException):
         return None
 
 
 def interval_of_draws(
-    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False, is_perhaps_moved: bool = False
+    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
 ) -> tuple[float | None, float | None]:
     """95% limits: quantiles over draws, further from the observed value by what few groups need; None without draws.
 
@@ -290,29 +303,37 @@ def interval_of_draws(
 
     is_moved : for shares of dead latents, which are larger in every draw, as it has fewer images: quantiles are taken
         about the mean of the draws
-    is_perhaps_moved : for purities: the hull of the interval about the observed value and of the one about the mean of
-        the draws, since it is not known how much of the shift is the figure's own bias. Rather too wide
     """
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(observed) or not len(drawn) or n_groups < 2:
         return None, None
     wider = student.ppf(0.975, n_groups - 1) / normal.ppf(0.975) * np.sqrt(n_groups / (n_groups - 1))
-    about_mean, about_observed = is_moved or is_perhaps_moved, not is_moved
-    centres = [float(drawn.mean())] * about_mean + [observed] * about_observed
-    limits = [observed + wider * (np.quantile(drawn, [0.025, 0.975]) - centre) for centre in centres]
-    return float(min(low for low, _ in limits)), float(max(high for _, high in limits))
+    centre = float(drawn.mean()) if is_moved else observed
+    low, high = observed + wider * (np.quantile(drawn, [0.025, 0.975]) - centre)
+    return float(low), float(high)
 
 
-def _where(metric: str) -> dict[str, bool]:
-    """How `interval_of_draws` takes the draws of a figure."""
-    return {"is_moved": metric in MOVED, "is_perhaps_moved": metric in PERHAPS_MOVED}
+def interval_without(observed: float, without: Floats, further: float = 0.0) -> tuple[float | None, float | None]:
+    """95% limits from the figure without each block of groups (a jackknife, Miller 1974); None with fewer than two.
+
+    For purities: a bootstrap draw has fewer distinct images than there are, which moves a purity by more than its
+    interval is wide, and how much of that is its own bias is not known. Leaving out a block moves it hardly.
+
+    further : variance from elsewhere, such as between seeds of a baseline
+    """
+    known = without[np.isfinite(without)]
+    if not np.isfinite(observed) or len(known) < 2:
+        return None, None
+    variance = (len(known) - 1) / len(known) * float(((known - known.mean()) ** 2).sum())
+    far = float(student.ppf(0.975, len(known) - 1)) * (variance + further) ** 0.5
+    return observed - far, observed + far
 
 
 def _tell(progress: Progress, state: str, done: int, total: int, _: str) -> None:
     progress(done, total, state)
 
 
-def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, Any]:
+def _row(member: _Member, found: dict[str, Floats], without: dict[str, Floats], n_groups: int) -> dict[str, Any]:
     """A row of saes.parquet."""
     row: dict[str, Any] = {
         "run": member.run.name,
@@ -323,13 +344,20 @@ def _row(member: _Member, found: dict[str, Floats], n_groups: int) -> dict[str, 
     }
     for metric in METRICS:
         values = found[metric]
-        low, high = interval_of_draws(values[0], values[1:], n_groups, **_where(metric))
+        if metric in PURITIES:
+            low, high = interval_without(values[0], without[metric])
+        else:
+            low, high = interval_of_draws(values[0], values[1:], n_groups, is_moved=metric in MOVED)
         row |= {metric: _plain(values[0]), f"{metric}_low": low, f"{metric}_high": high}
     return row
 
 
 def _differences(
-    members: Sequence[_Member], found: Sequence[dict[str, Floats]], config: VersusConfig, n_groups: int
+    members: Sequence[_Member],
+    found: Sequence[dict[str, Floats]],
+    without: Sequence[dict[str, Floats]],
+    config: VersusConfig,
+    n_groups: int,
 ) -> list[dict[str, Any]]:
     """Rows of differences.parquet: for each kind of baseline and metric the SAE minus it."""
     kinds: dict[str, list[int]] = {}
@@ -344,7 +372,12 @@ def _differences(
             ours, theirs = found[0][metric], np.stack([found[number][metric] for number in numbers])
             drawn = ours[1:] - theirs[which, 1 + np.arange(config.draws)]
             observed = float(ours[0] - theirs[:, 0].mean())
-            low, high = interval_of_draws(observed, drawn, n_groups, **_where(metric))
+            if metric in PURITIES:
+                left = without[0][metric] - np.mean([without[number][metric] for number in numbers], axis=0)
+                between = float(theirs[:, 0].var(ddof=1)) if len(numbers) > 1 else 0.0
+                low, high = interval_without(observed, left, between)
+            else:
+                low, high = interval_of_draws(observed, drawn, n_groups, is_moved=metric in MOVED)
             is_judged = metric in JUDGED and low is not None and high is not None
             rows.append(
                 {

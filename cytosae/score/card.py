@@ -32,6 +32,7 @@ from .sparse_probing import sparse_probing
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 _MAPS_TOGETHER = 512  # images whose maps are kept together
+_LATENTS_TOGETHER = 2048  # that are looked at without each block of images
 _LEAST_ABOVE_CHANCE = 0.02  # of the dense tokens' area under ROC, to speak of a share of it
 
 
@@ -153,6 +154,7 @@ class Card:
             )
             for number, shuffled in enumerate(null_labels)
         ]
+        del self.means  # all that follows goes by latents
         by_chance = np.stack([null.latents for null in nulls])  # (shuffles, ks, classes)
         dense = None if found.dense is None else nanmean(found.dense)
         assert found.latents_without is not None
@@ -337,12 +339,17 @@ class Card:
 
     def _looks_without(self, units: Floats, counts: npt.NDArray[np.bool_], largest: Floats) -> Arrays:
         """Mean over the latents that count, and share of those above all shuffles, without each block of images."""
-        some = csc(csr_matrix(self.by_latent[:, counts]))
-        found = monosemanticity_without(some, units, self.blocks.of_image, self.blocks.n)
-        known = np.isfinite(found)
-        n_known = np.where(known.any(0), known.sum(0), np.nan)
-        is_above = known & (found > largest[counts, None])
-        return {"mean": np.where(known, found, 0).sum(0) / n_known, "share": is_above.sum(0) / n_known}
+        sums, n_above, n_known = np.zeros((3, self.blocks.n))
+        latents = np.flatnonzero(counts)
+        for first in range(0, len(latents), _LATENTS_TOGETHER):
+            some = latents[first : first + _LATENTS_TOGETHER]
+            found = monosemanticity_without(self.by_latent[:, some], units, self.blocks.of_image, self.blocks.n)
+            known = np.isfinite(found)
+            sums += np.where(known, found, 0).sum(0)
+            n_above += (known & (found > largest[some, None])).sum(0)
+            n_known += known.sum(0)
+        n_known[n_known == 0] = np.nan
+        return {"mean": sums / n_known, "share": n_above / n_known}
 
     def place_measures(self) -> None:
         """Moran's I of the maps of each latent's first images."""

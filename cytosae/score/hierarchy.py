@@ -21,6 +21,7 @@ from scipy.sparse import csc_matrix
 from cytosae.probe import choose_null, shuffle_labels
 from stores.part_files import Arrays, Keep, computed
 
+from .images import some_rows
 from .intervals import Blocks
 from .single_latents import single_latents, single_without
 
@@ -75,7 +76,6 @@ def lineages(
     keep : the splitting of each coarse label is kept
     """
     found = []
-    rows = values.tocsr()
     for parent in range(n_parents):
         inside = parents == parent
         counts = np.bincount(labels[inside & (labels >= 0)], minlength=n_labels)
@@ -100,8 +100,7 @@ def lineages(
         number_of[children] = np.arange(len(children))
         kept = np.flatnonzero(inside & (labels >= 0))
         kept = kept[number_of[labels[kept]] >= 0]
-        within, finer = csc_matrix(rows[kept]), number_of[labels[kept]]
-        within.sort_indices()
+        within, finer = some_rows(values, kept), number_of[labels[kept]]
         of_groups = np.unique(groups[kept], return_inverse=True)[1].astype(np.int64)
         split = keep(
             f"splitting_{parent}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -128,8 +129,17 @@ def _blocks(store: LatentStore, wanted: Ints) -> Iterator[tuple[int, CsrRows, In
 
 
 def read_means(stores: Sequence[LatentStore], chosen: Chosen, progress: Progress, keep: Keep = computed) -> csr_matrix:
-    """(n, n_latents) float32: means of the stored latents over the patches of each image. Sums in float64."""
-    parts, done = [], 0
+    """(n, n_latents) float32: means of the stored latents over the patches of each image. Sums in float64.
+
+    Memory: the means once, 8 bytes for each that is not 0, and a part of the images.
+    """
+    n_latents, done, n_found = stores[0].spec.n_latents, 0, 0
+    most = sum(  # of an image: pages that are not written take no memory
+        int(np.minimum(np.diff(store.image_indptr)[chosen.index[chosen.store == number]], n_latents).sum())
+        for number, store in enumerate(stores)
+    )
+    data, indices = np.empty(most, np.float32), np.empty(most, np.int32 if most < 1 << 31 else np.int64)
+    indptr = np.zeros(len(chosen.ids) + 1, indices.dtype)
     for number, store in enumerate(stores):
         wanted = chosen.index[chosen.store == number]
         for part in _parts(wanted):
@@ -143,11 +153,12 @@ def read_means(stores: Sequence[LatentStore], chosen: Chosen, progress: Progress
                 return {"data": found.data, "indices": found.indices, "indptr": found.indptr.astype(np.int64)}
 
             kept = keep(f"latents_{number}_{part[0]}", compute)
-            arrays = (kept["data"], kept["indices"], kept["indptr"])
-            parts.append(csr_matrix(arrays, shape=(len(part), store.spec.n_latents)))
-            done += len(part)
+            ends = n_found + kept["indptr"]
+            data[n_found : ends[-1]], indices[n_found : ends[-1]] = kept["data"], kept["indices"]
+            indptr[done : done + len(part) + 1] = ends
+            n_found, done = int(ends[-1]), done + len(part)
             progress(done, len(chosen.ids), "latents")
-    found = vstack(parts, format="csr")
+    found = csr_matrix((data[:n_found], indices[:n_found], indptr), shape=(len(chosen.ids), n_latents))
     found.sort_indices()
     return found
 
@@ -277,3 +288,36 @@ def csc(means: csr_matrix) -> csc_matrix:
     found = csc_matrix(means)
     found.sort_indices()
     return found
+
+
+def some_rows(values: csc_matrix, rows: Ints) -> csc_matrix:
+    """(len(rows), n_latents) these rows. Memory: the result, and a number for each row.
+
+    values : (n, n_latents), rows of each latent rising
+    rows : rising, each once
+    """
+    place = np.full(values.shape[0], -1, values.indices.dtype)
+    place[rows] = np.arange(len(rows))
+    indptr = np.zeros_like(values.indptr)
+    _count_rows(values.indptr, values.indices, place, indptr)
+    indices, data = np.empty(indptr[-1], values.indices.dtype), np.empty(indptr[-1], values.data.dtype)
+    _take_rows(values.indices, values.data, place, indices, data)
+    return csc_matrix((data, indices, indptr), shape=(len(rows), values.shape[1]))
+
+
+@numba.njit(cache=True)
+def _count_rows(indptr: Any, indices: Any, place: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for latent in range(len(indptr) - 1):
+        n = 0
+        for at in range(indptr[latent], indptr[latent + 1]):
+            n += place[indices[at]] >= 0
+        out[latent + 1] = out[latent] + n
+
+
+@numba.njit(cache=True)
+def _take_rows(indices: Any, data: Any, place: Any, out_indices: Any, out_data: Any) -> None:  # pragma: no cover
+    n = 0
+    for at in range(len(indices)):
+        if place[indices[at]] >= 0:
+            out_indices[n], out_data[n] = place[indices[at]], data[at]
+            n += 1

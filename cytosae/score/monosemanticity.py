@@ -21,7 +21,7 @@ from scipy.sparse import csc_matrix, csr_matrix
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-_MOST_NUMBERS = 1 << 22  # latents x width that are summed at once
+_MOST_NUMBERS = 1 << 22  # latents x width, and latents x images, that are worked on at once
 
 
 def unit_rows(embedding: npt.NDArray[np.floating]) -> Floats:
@@ -45,7 +45,7 @@ def monosemanticity(values: csc_matrix, units: Floats) -> Floats:
     n, n_latents = values.shape
     own = (units**2).sum(1)  # 1, or 0
     found = np.full(n_latents, np.nan)
-    size = max(1, _MOST_NUMBERS // units.shape[1])
+    size = max(1, _MOST_NUMBERS // max(units.shape))
     for start in range(0, n_latents, size):
         some = _weights(values[:, start : start + size], n)
         weights = csr_matrix(some.T)
@@ -65,7 +65,7 @@ def monosemanticity_without(values: csc_matrix, units: Floats, block_of: Ints, n
     n, n_latents = values.shape
     own = (units**2).sum(1)
     found = np.full((n_latents, n_blocks), np.nan)
-    size = max(1, _MOST_NUMBERS // units.shape[1])
+    size = max(1, _MOST_NUMBERS // max(units.shape))
     for start in range(0, n_latents, size):
         some = _weights(values[:, start : start + size], n)
         _leave_out(some.indptr, some.indices, some.data, units, own, block_of, found[start : start + size])

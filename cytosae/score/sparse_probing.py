@@ -13,7 +13,9 @@ rows likewise; neither holds out patients.)
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix
@@ -29,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 PENALTIES = (1e-3, 1e-1, 10.0)  # scikit-learn's C, on standardised columns
+_LEFT_OUT = -2  # in the place of a class: a row that is not of the training side; -1 is a row of no class
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def sparse_probing(
 ) -> ProbeScores:
     """Probe every class against all other rows with k latents, and with all dense columns.
 
-    Memory: 3 float64 numbers per latent and class, and for each thread a copy of the dense columns in float64.
+    Memory: a float64 number per latent and class, and for each thread a few copies of the dense columns in float64.
 
     Parameters
     ----------
@@ -74,7 +77,7 @@ def sparse_probing(
 
             def one_fold(fold: int = fold, n_done: int = n_done) -> Arrays:
                 training = fold_of != fold
-                ranked = rank_latents(values[training], labels[training], n_classes, max(ks))
+                ranked = rank_latents(values, labels, n_classes, max(ks), training)
                 found = np.full((len(ks) + 1, n_classes, 1 + n_blocks), np.nan)
 
                 def probe(c: int) -> None:
@@ -104,18 +107,25 @@ def sparse_probing(
     )
 
 
-def rank_latents(values: csr_matrix, labels: Ints, n_classes: int, n_top: int) -> Ints:
+def rank_latents(
+    values: csr_matrix, labels: Ints, n_classes: int, n_top: int, training: Bools | None = None
+) -> Ints:
     """(n_classes, up to n_top) latents whose mean in the class differs most from the mean elsewhere, best first.
 
     In units of the standard deviation over all rows; equal ones by their number; those that do not vary are last.
+
+    training : (n,) the rows that count; None: all. The others are not looked at, and nothing is copied
     """
-    n, n_latents = values.shape
-    totals, squares = _sums(values, 1), _sums(values, 2)
+    n_latents = values.shape[1]
+    class_of = labels.astype(np.int64) if training is None else np.where(training, labels, _LEFT_OUT)
+    n = int((class_of > _LEFT_OUT).sum())
+    totals, squares = np.zeros((2, n_latents))
+    of_class = np.zeros((n_classes, n_latents))
+    _add_rows(values.indptr, values.indices, values.data, class_of, totals, squares, of_class)
     spread = np.sqrt(np.maximum(squares / n - (totals / n) ** 2, 0))
     top = np.zeros((n_classes, min(n_top, n_latents)), np.int64)
     for c in range(n_classes):
-        rows = np.flatnonzero(labels == c)
-        inside, n_inside = _sums(values[rows], 1), len(rows)
+        inside, n_inside = of_class[c], int((class_of == c).sum())
         difference = inside / max(1, n_inside) - (totals - inside) / max(1, n - n_inside)
         varies = spread > 1e-9 * np.maximum(np.abs(totals / n), 1e-300)
         effect = np.where(varies, np.abs(difference) / np.where(varies, spread, 1), -1)
@@ -123,10 +133,21 @@ def rank_latents(values: csr_matrix, labels: Ints, n_classes: int, n_top: int) -
     return top
 
 
-def _sums(values: csr_matrix, power: int) -> Floats:
-    """(n_latents,) sums of the values, or of their squares, in float64."""
-    weights = values.data.astype(np.float64) ** power
-    return np.bincount(values.indices, weights=weights, minlength=values.shape[1]).astype(np.float64)
+@numba.njit(cache=True, nogil=True)
+def _add_rows(
+    indptr: Any, indices: Any, data: Any, class_of: Any, totals: Any, squares: Any, of_class: Any
+) -> None:  # pragma: no cover - compiled
+    """Sums of the values and of their squares, in float64, of the rows that count; and of those of each class."""
+    for row in range(len(class_of)):
+        c = class_of[row]
+        if c <= _LEFT_OUT:
+            continue
+        for at in range(indptr[row], indptr[row + 1]):
+            latent, value = indices[at], np.float64(data[at])
+            totals[latent] += value
+            squares[latent] += value * value
+            if c >= 0:
+                of_class[c, latent] += value
 
 
 def area_under_roc(truth: Bools, score: Floats) -> float:

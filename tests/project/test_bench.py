@@ -24,6 +24,7 @@ TINY = {
     "compare": "--patients 20 --in-a 8 --latents 256 --permutations 500 --loop-permutations 5 --block-permutations 20",
     "calibration": "--cells 1 --runs 2 --latents 20 --permutations 99 --coverage-runs 1 --data-sets 1",
     "probe_intervals": "--runs 3 --repeats 1 --draws 20",
+    "purity_intervals": "--runs 2 --draws 20 --kinds 2",
     "patients": "--cells 12 --runs 1 --latents 20 --splits 5",
     "probe": "--units 40 --latents 200 --direct 1 --rounds 1",
     "score": "--images 120 --latents 60 --classes 2 --width 8 --loop-latents 2",

@@ -1,9 +1,14 @@
 """The intervals of SAE minus baseline hold the truth about as often as they say, also over few patients."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from cytosae.baselines.versus import interval_of_draws
+from cytosae.baselines.figures_of_draws import figures_of_draws, purity_without
+from cytosae.baselines.measure import ImageSums
+from cytosae.baselines.versus import interval_of_draws, interval_without
+
+Ints = npt.NDArray[np.int64]
 
 
 @pytest.mark.parametrize("n_patients", [5, 8, 20, 60])
@@ -41,5 +46,63 @@ def test_few_and_none() -> None:
     assert interval_of_draws(float("nan"), draws, 9) == (None, None)
     moved = interval_of_draws(0.2, draws + 5, 10_000, is_moved=True)  # draws lie elsewhere: only their spread counts
     assert moved == pytest.approx((0.2 - 0.95, 0.2 + 0.95), abs=1e-3)
-    hull = interval_of_draws(0.2, draws + 5, 10_000, is_perhaps_moved=True)  # about both
-    assert hull == pytest.approx((0.2 - 0.95, 5 + 0.95), abs=2e-3)
+    few_left = interval_without(1.0, np.array([0.9, 1.1]))
+    assert few_left == pytest.approx((1 - 12.7062 * 0.1, 1 + 12.7062 * 0.1), rel=1e-4)
+    wider = interval_without(1.0, np.array([0.9, 1.1]), 0.03)
+    assert wider == pytest.approx((1 - 12.7062 * 0.2, 1 + 12.7062 * 0.2), rel=1e-4)
+    assert interval_without(1.0, np.array([0.9, np.nan])) == (None, None)
+    assert interval_without(float("nan"), np.array([0.9, 1.1])) == (None, None)
+
+
+def cells(rng: np.random.Generator, n_patients: int, n_latents: int, factor: float) -> tuple[ImageSums, Ints, Ints]:
+    """Images of patients with their own mixture of three labels and their own frequency of each latent.
+
+    A latent is `factor` times as frequent in images of one label.
+    """
+    own, rate = np.arange(n_latents) % 3, 0.08 * rng.gamma(3, 1 / 3, (n_patients, n_latents))
+    groups = np.repeat(np.arange(n_patients), rng.integers(4, 30, n_patients))
+    mixtures = rng.dirichlet([2, 2, 2], n_patients)
+    labels = np.array([rng.choice(3, p=mixtures[patient]) for patient in groups])
+    odds = np.where(own == labels[:, None], factor, 1) * rate[groups]
+    active = rng.random(odds.shape) < np.minimum(0.9, odds)
+    one, latents = np.ones(len(groups)), np.nonzero(active)[1]
+    sums = ImageSums(
+        n_latents=n_latents, tokens=one, error=one, square=one, shifted=one[:, None], active=one,
+        begins=np.concatenate([[0], np.cumsum(active.sum(1))]), latents=latents.astype(np.int32),
+        values=rng.gamma(2, 1, len(latents)).astype(np.float32),
+    )  # fmt: skip
+    return sums, labels, groups
+
+
+def test_purities_without_a_patient_equal_leaving_it_out() -> None:
+    rng = np.random.default_rng(0)
+    sums, labels, groups = cells(rng, 6, 9, 3.0)
+    labels[3] = -1
+    shuffled = np.stack([rng.permutation(labels) for _ in range(3)])
+    found = purity_without(sums, labels, shuffled, groups, least_images=2)
+    for patient in range(6):
+        kept = np.vstack([np.ones(len(labels)), (groups != patient)[None], (groups != patient)[None]]).astype(float)
+        twin = [figures_of_draws(sums, kept, labels, np.stack([each, each]), least_images=2) for each in shuffled]
+        chance = np.mean([each["label_purity_by_chance"][1] for each in twin])
+        assert found["label_purity"][patient] == pytest.approx(twin[0]["label_purity"][1])
+        assert found["label_purity_by_chance"][patient] == pytest.approx(chance)
+        assert found["label_purity_above_chance"][patient] == pytest.approx(twin[0]["label_purity"][1] - chance)
+    nothing = purity_without(sums, np.full(len(labels), -1), shuffled, groups, least_images=2)
+    assert np.isnan(nothing["label_purity"]).all()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("n_patients", "factor"), [(5, 1.0), (8, 4.0), (20, 1.0), (20, 4.0)])
+def test_coverage_of_purity(n_patients: int, factor: float) -> None:
+    """The intervals hold the mean over cohorts, and are narrower than the hull of a bootstrap was."""
+    rng, found = np.random.default_rng([n_patients, int(factor)]), []
+    for _ in range(200):
+        sums, labels, groups = cells(rng, n_patients, 40, factor)
+        shuffled = np.stack([rng.permutation(labels) for _ in range(10)])
+        purity = purity_without(sums, labels, shuffled, groups, least_images=5)
+        whole = np.ones((1, len(labels)))
+        observed = float(figures_of_draws(sums, whole, labels, shuffled, least_images=5)["label_purity"][0])
+        found.append([observed, *interval_without(observed, purity["label_purity"])])
+    values = np.array(found, np.float64)
+    wanted = values[:, 0].mean()
+    assert ((values[:, 1] <= wanted) & (wanted <= values[:, 2])).mean() >= 0.92
