@@ -97,8 +97,8 @@ def write_baseline(
 ) -> BaselineReport:
     """Write a baseline of the SAE `like` to the folder `out`, as an SAE of ours; the same call finds it complete.
 
-    The same call continues an interrupted one: from a saved state of what is trained, and of kmeans; with the sample of
-    tokens as it was read. The fits of scikit-learn (ica, nmf) keep no state and begin anew.
+    The same call continues an interrupted one, to the same bits: from a saved state of what is trained, and of kmeans,
+    ica and nmf; with the sample of tokens as it was read.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def write_baseline(
         root.mkdir(parents=True, exist_ok=True)
         write_header(root, header)
         sweep_partials(root)
-        append_run(root, packages=("torch", "numpy", "scikit-learn"), baseline=config.kind)
+        append_run(root, packages=("torch", "numpy"), baseline=config.kind)
         say(job.costs_line())
         parts = KeptParts(root / "parts", header.identity)
         model, summary, notes = job.fit(parts)
@@ -269,7 +269,8 @@ class _Job:
             centre = initial_b_dec(self.data, self.reference.config).float()
         else:
             centre = sample.mean(0, dtype=torch.float64).float()
-        found = self._weights(sample, centre, KeptState(parts, "fit"))
+        seconds = 60.0 if self.kind == "nmf" else 10.0  # its state is as large as the sample
+        found = self._weights(sample, centre, KeptState(parts, "fit", seconds))
         model = SparseAutoencoder(self.width, len(found.bias), "topk", min(self.k, len(found.bias)))
         with torch.no_grad():
             model.W_enc.copy_(found.encoder.T)
@@ -307,8 +308,8 @@ class _Job:
         if self.kind == "pca":
             return fit_pca(sample, n)
         if self.kind == "ica":
-            return fit_ica(sample, n, seed=seed, iterations=iterations)
-        return fit_nmf(sample, n, seed=seed, iterations=iterations)
+            return fit_ica(sample, n, seed=seed, iterations=iterations, state=state)
+        return fit_nmf(sample, n, seed=seed, iterations=iterations, state=state)
 
     def _sample(self, n_tokens: int) -> npt.NDArray[np.float16]:
         """(n, D): the first tokens of the stream, which come from all over the caches."""

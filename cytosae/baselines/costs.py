@@ -34,9 +34,10 @@ def operations(kind: str, *, n_tokens: int, width: int, n_latents: int, n_direct
 
 
 def memory(kind: str, *, n_tokens: int, width: int, n_latents: int, n_directions: int) -> float:
-    """Bytes of a fit, about: the sample, what scikit-learn copies of it, the weights, a dense micro-batch."""
+    """Bytes of a fit, about: the sample and its copies, the weights, a dense micro-batch."""
     sample = 4.0 * width * n_tokens
-    copies = {"ica": 6.0, "nmf": 4.0 + 2.0 * n_directions / width}.get(kind, 1.5)
+    # the sample, about its centre, and: whitened; both halves, one of them for a moment twice, and the codes
+    copies = {"ica": 3.0 + n_directions / width, "nmf": 6.0 + n_directions / width}.get(kind, 1.5)
     if kind == "kmeans":
         sample = 4.0 * width * max(n_latents, min(n_tokens, 65_536))
     return copies * sample + 16.0 * n_latents * width + 3 * (128 << 20)

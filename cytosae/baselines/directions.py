@@ -7,10 +7,8 @@ that has two signs (pca, ica, neurons) becomes two latents, number i and i + (nu
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +18,11 @@ from cytosae.sae import SparseAutoencoder
 from stores.errors import BadInput
 from stores.part_files import KeptState
 
+from .iterated import factorise, unmix
+
 _CHUNK = 4096  # tokens that are worked on at once, where there is no dense (tokens, latents) matrix
 _LEAST_SHARE = 1e-10  # of the largest variance: a component with less is rounding
+_LEAST_WHITE = 1e-6  # of the whole variance: a component with less cannot be scaled to variance 1
 _DENSE_BYTES = 128 << 20  # of one (tokens, latents) matrix
 
 
@@ -77,59 +78,47 @@ def fit_pca(x_ND: torch.Tensor, n: int) -> Weights:
     return _signed(rows, rows)
 
 
-def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weights:
-    """Independent components of the sample (FastICA of scikit-learn), each with both signs.
+def fit_ica(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None) -> Weights:
+    """Independent components of the sample (FastICA, iterated.py), each with both signs; of its first n components.
 
     With source s_i = <w_i, x> and mixing column a_i, x is the sum of s_i a_i: the latent is ||a_i|| s_i and its decoder
     row a_i / ||a_i||, so that latents compare as the lengths that they add.
     """
-    from sklearn.decomposition import FastICA
+    values, vectors = torch.linalg.eigh(second_moments(x_ND) / len(x_ND))
+    n = min(n, int((values > _LEAST_WHITE * values.sum()).sum()))
+    scale_n, axes_Dn = values.flip(0)[:n].sqrt(), vectors.flip(1)[:, :n]
+    white_Nn = (x_ND @ (axes_Dn / scale_n).float()).numpy()
+    turned, has_settled = unmix(white_Nn, seed=seed, iterations=iterations, state=state)
+    turned_nn = torch.from_numpy(turned)
+    encoder, decoder = turned_nn @ (axes_Dn / scale_n).T, turned_nn @ (axes_Dn * scale_n).T
+    norm_n = decoder.norm(dim=1, keepdim=True)
+    note = f"FastICA had not settled after {iterations:,} iterations; raise --iterations"
+    notes = () if has_settled else (note,)
+    return _signed((encoder * norm_n).float(), (decoder / norm_n).float(), notes)
 
-    n = min(n, _rank(x_ND))
-    fit = FastICA(n, whiten="unit-variance", max_iter=iterations, random_state=seed % 2**32)
-    notes = _fitted(fit, x_ND.numpy(), f"FastICA had not settled after {iterations:,} iterations; raise --iterations")
-    mixing = np.asarray(fit.mixing_, np.float32).T  # (n, D)
-    norm = np.linalg.norm(mixing, axis=1, keepdims=True)
-    encoder, decoder = np.asarray(fit.components_, np.float32) * norm, mixing / norm
-    return _signed(torch.from_numpy(encoder), torch.from_numpy(decoder), notes)
 
-
-def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int) -> Weights:
+def fit_nmf(x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None) -> Weights:
     """Non-negative factors of the sample: `n` latents, each the projection on a factor's direction.
 
     A factor's direction is what it has above the centre minus what it has below it (`nmf_factors`). The codes of NMF
     itself are solved for, token by token; no encoder has them.
     """
-    factors, notes = nmf_factors(x_ND, n, seed=seed, iterations=iterations)
+    factors, notes = nmf_factors(x_ND, n, seed=seed, iterations=iterations, state=state)
     width = x_ND.shape[1]
     return _tied(torch.from_numpy(factors[:, :width] - factors[:, width:]), notes)
 
 
 def nmf_factors(
-    x_ND: torch.Tensor, n: int, *, seed: int, iterations: int
+    x_ND: torch.Tensor, n: int, *, seed: int, iterations: int, state: KeptState | None = None
 ) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
-    """(n, 2 D): non-negative factors of what lies above the centre, and what below (MiniBatchNMF of scikit-learn).
+    """(n, 2 D): non-negative factors of what lies above the centre, and what below (iterated.py).
 
     Tokens have both signs, and (N, 2 D) has none below 0. Also notes.
     """
-    from sklearn.decomposition import MiniBatchNMF
-
-    x = x_ND.numpy()
-    halves = np.concatenate([x.clip(min=0), (-x).clip(min=0)], axis=1)
-    size = min(_CHUNK, len(x))
-    fit = MiniBatchNMF(n, init="random", batch_size=size, max_iter=iterations, random_state=seed % 2**32)
-    notes = _fitted(fit, halves, f"NMF had not settled after {iterations:,} passes; raise --iterations")
-    return np.asarray(fit.components_, np.float32), notes
-
-
-def _fitted(fit: Any, x: npt.NDArray[np.float32], note: str) -> tuple[str, ...]:
-    """Fit; `note` if scikit-learn says that it had not settled."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        fit.fit(x)
-    return (note,) if any(issubclass(each.category, ConvergenceWarning) for each in caught) else ()
+    halves = torch.cat([x_ND.clamp(min=0), (-x_ND).clamp(min=0)], dim=1).numpy()
+    factors, has_settled = factorise(halves, n, seed=seed, iterations=iterations, state=state)
+    note = f"NMF had not settled after {iterations:,} passes; raise --iterations"
+    return factors, () if has_settled else (note,)
 
 
 def fit_kmeans(
@@ -195,12 +184,6 @@ def _nearest(x_ND: torch.Tensor, c_LD: torch.Tensor) -> torch.Tensor:
 def _signed(encoder: torch.Tensor, decoder: torch.Tensor, notes: tuple[str, ...] = ()) -> Weights:
     both = torch.cat([encoder, -encoder]), torch.cat([decoder, -decoder])
     return Weights(*both, torch.zeros(len(both[0])), notes)
-
-
-def _rank(x_ND: torch.Tensor) -> int:
-    """Components with more than a millionth of the whole variance, which can be scaled to variance 1."""
-    moments = second_moments(x_ND)
-    return int((torch.linalg.eigvalsh(moments) > 1e-6 * moments.trace()).sum())
 
 
 def second_moments(x_ND: torch.Tensor) -> torch.Tensor:

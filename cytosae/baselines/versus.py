@@ -3,7 +3,7 @@
 For each SAE one pass over the images (measure.py), and its figures on the same bootstrap draws of patients or images
 (figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Those of label purity come
 from leaving out each patient in turn, from both. Of several baselines of one kind, with other seeds, each draw takes
-one at random, and to purities their variance is added: the interval then holds for another draw of such a baseline, too.
+one at random, and to purities their variance is added: so the interval holds for another draw of such a baseline, too.
 """
 
 import hashlib

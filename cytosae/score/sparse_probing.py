@@ -107,9 +107,7 @@ def sparse_probing(
     )
 
 
-def rank_latents(
-    values: csr_matrix, labels: Ints, n_classes: int, n_top: int, training: Bools | None = None
-) -> Ints:
+def rank_latents(values: csr_matrix, labels: Ints, n_classes: int, n_top: int, training: Bools | None = None) -> Ints:
     """(n_classes, up to n_top) latents whose mean in the class differs most from the mean elsewhere, best first.
 
     In units of the standard deviation over all rows; equal ones by their number; those that do not vary are last.
