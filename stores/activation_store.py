@@ -182,6 +182,13 @@ class ActivationStore:
         """Announce the chunks that are read next. For a URL they are fetched in the background; each takes memory."""
         self._chunks.prefetch(chunks)
 
+    def release(self) -> None:
+        """Let go of the chunks that are kept for the next reader.
+
+        The pages of a map that were read count as memory of this process as long as the map is open.
+        """
+        self._chunks.release()
+
     def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
         """Begin to read some consecutive images of a chunk; `rows`: their positions inside it.
 

@@ -60,6 +60,11 @@ class OpenMaps:
         for chunk in chunks:
             read_ahead(self._path_of(chunk), 0, self.get(chunk).nbytes)
 
+    def release(self) -> None:
+        """Keep no map; one exists on only as long as an array uses it."""
+        with self._lock:
+            self._maps.clear()
+
     def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
         """Some consecutive images of a chunk: a view of its map. The system is asked to read them from the disk."""
         view = self.get(chunk)[rows.start : rows.stop]
@@ -152,6 +157,11 @@ class ReadAhead:
         self._kept = max(self._kept, 2 * len(chunks) + 2)
         for chunk in chunks:
             self._begin(chunk)
+
+    def release(self) -> None:
+        """Keep no chunk."""
+        with self._lock:
+            self._chunks.clear()
 
     def begin_rows(self, chunk: int, rows: range) -> Future[Float16]:
         """Begin to fetch some consecutive images of a chunk; only the future keeps them."""

@@ -67,8 +67,9 @@ def _plan(stores: Sequence[LatentStore], chosen: Chosen, config: ScoreConfig) ->
     per_image = n / 10_000 / n_cores()
     seconds += n_fits * per_image * (_SECONDS_PER_PROBE * (1 + config.shuffles) + 2 * _SECONDS_PER_DENSE_PROBE)
     memory = (
-        8e8  # libraries, the image table, and the rows that are read together
-        + 72 * most  # by images, by latents, a copy in float64, and the rows of a training side
+        7e8  # libraries, the rows that are read together, and what monosemanticity works on at once
+        + 1000 * sum(store.spec.n_images for store in stores)  # image tables
+        + 16 * most  # means by images and by latents; later these, and those of one coarse label
         + 20 * n * width
         + n_cores() * 24 * n * width
         + 40 * n_latents * max(1, n_classes)

@@ -317,6 +317,9 @@ def test_maps_are_bounded_hold_no_file_open_and_end_with_the_store(
             second.read_chunk(chunk)
     assert maps_and_files(root) == (12, 0)  # six each
     view = second.read_chunk(5)[:, 0]
+    first.release()
+    assert maps_and_files(root) == (6, 0)
+    np.testing.assert_array_equal(first.read_chunk(3)[0], tokens[3])
     del first, second
     assert maps_and_files(root) == (1, 0)
     np.testing.assert_array_equal(view, tokens[5:6, 0])

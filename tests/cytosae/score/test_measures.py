@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
 from cytosae.score.hierarchy import best_threshold, lineages
+from cytosae.score.images import some_rows
 from cytosae.score.intervals import MOST_BLOCKS, blocks_of, limits
 from cytosae.score.monosemanticity import mean_cosine, monosemanticity, monosemanticity_without, unit_rows
 from cytosae.score.morans_i import means_without, morans_i, shuffled
@@ -80,6 +81,17 @@ def test_latents_are_ranked_by_the_difference_of_means() -> None:
         effect = np.abs(x[labels == c].mean(0) - x[labels != c].mean(0)) / spread
         assert effect[ranked[c]].tolist() == pytest.approx(sorted(effect, reverse=True))
         assert ranked[c][-1] == 0  # never active
+    training = np.random.default_rng(4).random(50) < 0.7
+    of_some = rank_latents(csr_matrix(values), labels, 3, 20, training)
+    np.testing.assert_array_equal(of_some, rank_latents(csr_matrix(values[training]), labels[training], 3, 20))
+
+
+def test_some_rows_are_those_of_the_dense_matrix() -> None:
+    values, rows = drawn(40, 9, 5), np.flatnonzero(np.random.default_rng(6).random(40) < 0.4)
+    found = some_rows(by_latent(values), rows)
+    np.testing.assert_array_equal(found.toarray(), values[rows])
+    assert found.has_sorted_indices
+    assert some_rows(by_latent(values), rows[:0]).shape == (0, 9)
 
 
 def test_area_under_roc_equals_scikit_learn() -> None:
