@@ -84,7 +84,7 @@ def measure(kind: tuple[int, int, float, bool], options: Any) -> dict[str, Any]:
             values[run, number] = draws[0]
             limits[0, run, number] = interval_without(draws[0], without)
             limits[1, run, number] = hull(draws[0], draws[1:], n_patients)
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
     for number, figure in enumerate(FIGURES):
         truth = np.nanmean(values[:, number])
         figures[figure] = {"mean": float(truth)}

@@ -374,7 +374,7 @@ def _differences(
             observed = float(ours[0] - theirs[:, 0].mean())
             if metric in PURITIES:
                 left = without[0][metric] - np.mean([without[number][metric] for number in numbers], axis=0)
-                between = float(theirs[:, 0].var(ddof=1)) if len(numbers) > 1 else 0.0
+                between = float(theirs[:, 0].var())  # that of one taken at random, as the draws take one
                 low, high = interval_without(observed, left, between)
             else:
                 low, high = interval_of_draws(observed, drawn, n_groups, is_moved=metric in MOVED)
