@@ -4,14 +4,13 @@ L0 falls when the weight rises, but only after the SAE's weights have followed, 
 looks ahead: where L0 falls already, the weight does not rise any more. In every step, with K the wanted L0 and L0 that
 of the batch,
 
-    mean   += (L0 - mean) / 50                       the running mean, begun anew when L0 first comes near K
+    mean   += (L0 - mean) / 50                       the running mean
     recent += (log L0 - recent) / 6
     before += (log L0 - before) / 24
     gap     = recent - log K + LOOK_AHEAD (recent - before)
-    weight *= exp(pace x min(MOST, max(-MOST_DOWN, GAIN x gap)))     not while it is held
+    weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
 
-pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either.
-What L0 was on its way, from hundreds, would stay in the mean for some 300 steps, and says nothing of what it is. The
+pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either. The
 weight is held when `mean` and `recent` have been near K for `STEADY` steps, and steered again when the running mean has
 left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
@@ -42,7 +41,6 @@ from .losses import loss_weight
 MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
 LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
 GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
-MOST_DOWN = 0.1  # latents leave sooner than they come back: the weight may fall faster than it rises
 SHIFT_GAIN = 0.05  # per step, of the logarithm of jumprelu's thresholds, by at most MOST
 _FULL_SPEED = 1e-3  # the learning rate at which thresholds move as fast
 PROMISED_WITHIN = 0.1  # of |mean / K - 1|
@@ -54,8 +52,7 @@ FIRST_L0 = 4  # jumprelu, in K, but at most half of the latents
 _LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
 _THRESHOLD_TOKENS = 1_024  # from which the first thresholds are taken
-_FIELDS = ("target", "weight", "bandwidth", "mean", "recent", "before", "n_near", "held_since", "n_releases", "arrived")
-_WHOLE = ("n_near", "held_since", "n_releases", "arrived")
+_FIELDS = ("target", "weight", "bandwidth", "mean", "recent", "before", "n_near", "held_since", "n_releases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,6 @@ class Penalty:
     n_near: int = 0  # steps in a row with both means near K
     held_since: int | None = None  # the step since which it is held; None: it is steered
     n_releases: int = 0  # how often it was held and steered again
-    arrived: int | None = None  # the step when L0 first came near K, with which the running mean began anew
 
     @property
     def is_held(self) -> bool:
@@ -90,25 +86,19 @@ class Penalty:
         pace : its learning rate as a share of the largest one, 0 to 1
         """
         l0 = max(l0, _LEAST_L0 * self.target)
+        mean = _nearer(self.mean, l0, step, MEAN_STEPS)
         recent = _nearer(self.recent, math.log(l0), step, RECENT_STEPS)
         before = _nearer(self.before, math.log(l0), step, BEFORE_STEPS)
-        off_now = recent - math.log(self.target)
-        arrived = self.arrived
-        if arrived is None and abs(off_now) <= _HOLD_RECENT_WITHIN:
-            arrived = step
-        n_averaged = step if arrived is None else step - arrived + 1
-        mean = _nearer(None if n_averaged == 1 else self.mean, l0, n_averaged, MEAN_STEPS)
-        off = math.log(mean / self.target)
+        off, off_now = math.log(mean / self.target), recent - math.log(self.target)
         is_near = abs(off) <= HOLD_WITHIN and abs(off_now) <= _HOLD_RECENT_WITHIN
-        n_near = self.n_near + 1 if is_near else 0
-        found = replace(self, mean=mean, recent=recent, before=before, n_near=n_near, arrived=arrived)
+        found = replace(self, mean=mean, recent=recent, before=before, n_near=self.n_near + 1 if is_near else 0)
         if self.is_held:
             is_released = abs(off) > RELEASE_BEYOND
             return replace(found, held_since=None, n_releases=self.n_releases + 1) if is_released else found
         if found.n_near >= STEADY:
             return replace(found, held_since=step)
         gap = off_now + LOOK_AHEAD * (recent - before)
-        return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST_DOWN, GAIN * gap))))
+        return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST, GAIN * gap))))
 
     def threshold_shift(self, lr: float) -> float:
         """What is added to the logarithm of every threshold of jumprelu behind a step with this learning rate.
@@ -126,12 +116,10 @@ class Penalty:
 
     @classmethod
     def from_tensor(cls, values: torch.Tensor) -> "Penalty":
-        """What `to_tensor` wrote, or its version of before 2026-11-30, which had no `arrived`."""
-        known = values.tolist()
-        known += [math.nan] * (len(_FIELDS) - len(known))
-        found: dict[str, Any] = dict(zip(_FIELDS, known, strict=True))
+        """What `to_tensor` wrote."""
+        found: dict[str, Any] = dict(zip(_FIELDS, values.tolist(), strict=True))
         found = {name: None if math.isnan(value) else value for name, value in found.items()}
-        whole = {name: int(found[name]) for name in _WHOLE if found[name] is not None}
+        whole = {name: int(found[name]) for name in ("n_near", "held_since", "n_releases") if found[name] is not None}
         return cls(**{**found, **whole})
 
     def to_summary(self, metrics: list[dict[str, float | None]]) -> dict[str, Any]:
