@@ -80,15 +80,21 @@ def fit_columns(x: Any, labels: Ints, n_classes: int, C: float) -> ColumnFit:
 def fit_gram(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
     """Fit on n rows, given their products (n, n) with each other, as `fit_rows`, which is called for few rows.
 
-    For more rows, the columns are those of Z, where K = Z Z^T by a pivoted Cholesky factorisation up to the numerical
-    rank; the minimum is the same.
+    Otherwise the columns are those of Z, where K = Z Z^T by a pivoted Cholesky factorisation up to the numerical rank;
+    the minimum is the same. So it is for more rows; for few rows with few columns (of latents above a threshold, or
+    tokens that are alike), where the system of `fit_rows` is singular but for its 1, and at a large C rounding stops
+    Newton's method or makes it slow (docs/log.md); and where `fit_rows` does not converge.
     """
     present = np.unique(labels)
-    if len(labels) <= NEWTON_ROWS or len(present) < 2:
+    if len(present) < 2:
         return fit_rows(gram, labels, n_classes, C)
-    one_hot, scale = _one_hot(labels, present), _scale(C, present)
     kernel = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
     factor, pivots, rank, _ = dpstrf(kernel, lower=1)
+    if len(labels) <= NEWTON_ROWS and not _is_narrow(len(labels), rank, (rank + 1) * len(present)):
+        found = fit_rows(gram, labels, n_classes, C)
+        if found.converged:
+            return found
+    one_hot, scale = _one_hot(labels, present), _scale(C, present)
     z = np.empty((len(gram), rank))
     z[pivots - 1] = np.tril(factor)[:, :rank]
     search = _Search(z, one_hot, scale)
@@ -98,6 +104,11 @@ def fit_gram(gram: Float, labels: Ints, n_classes: int, C: float) -> RowFit:
     dual -= dual.mean(0)
     intercept = intercept - (scale * gram @ dual).mean(0)
     return RowFit(present, dual, intercept, scale, n_classes, n_steps, converged)
+
+
+def _is_narrow(n_rows: int, n_columns: int, n_weights: int) -> bool:
+    """Whether so few columns beside the rows that Newton's method on them is the fastest way."""
+    return 0 < 3 * n_columns <= n_rows and n_weights <= _NEWTON_WEIGHTS
 
 
 def _one_hot(labels: Ints, present: Ints) -> Float:
@@ -126,7 +137,7 @@ class _Search:
         begin[-1] = np.log(self.one_hot.mean(0))
         self._at_zero = self._value(begin.ravel())[0]
         n_rows, n_columns = self.x.shape
-        if 0 < 3 * n_columns <= n_rows and begin.size <= _NEWTON_WEIGHTS:
+        if _is_narrow(n_rows, n_columns, begin.size):
             found = self._newton()
             if found is not None:
                 point, n_steps = found

@@ -181,6 +181,34 @@ def test_few_weights_take_few_steps() -> None:
     np.testing.assert_allclose(slow.probabilities(x), exact, atol=1e-3)
 
 
+def test_few_rows_with_fewer_columns_are_fitted_too() -> None:
+    """At a large C, Newton's method on the rows ends too early, by rounding: far from what the columns' fit says."""
+    rng = np.random.default_rng(0)
+    x, labels = rng.poisson(2, (60, 12)) * 10.0 ** rng.uniform(0, 2, 12), rng.permutation(np.arange(60) % 3)
+    direct = LogisticRegression(C=1e4, tol=1e-8, max_iter=1000, solver="newton-cholesky").fit(x - x.mean(0), labels)
+    exact = direct.predict_proba(x - x.mean(0))
+    stuck = fit_rows(x @ x.T, labels, 3, 1e4)
+    assert not stuck.converged
+    assert np.abs(stuck.probabilities(x @ x.T) - exact).max() > 0.1
+    found = fit_gram(x @ x.T, labels, 3, 1e4)
+    assert found.converged
+    assert found.n_steps < 10
+    np.testing.assert_allclose(found.probabilities(x @ x.T), exact, atol=1e-6)
+
+
+def test_what_newton_does_not_fit_on_rows_is_fitted_on_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more columns than a third of the rows, rows come first; a fit that does not converge there is done again."""
+    rng = np.random.default_rng(1)
+    x, labels = rng.poisson(2, (60, 30)) / 3.0, rng.permutation(np.arange(60) % 3)
+    exact = fit_rows(x @ x.T, labels, 3, 5.0)
+    assert fit_gram(x @ x.T, labels, 3, 5.0).n_steps == exact.n_steps
+    monkeypatch.setattr("cytosae.probe.logistic._MOST_STEPS", 1)
+    assert not fit_rows(x @ x.T, labels, 3, 5.0).converged
+    again = fit_gram(x @ x.T, labels, 3, 5.0)
+    assert again.converged
+    np.testing.assert_allclose(again.probabilities(x @ x.T), exact.probabilities(x @ x.T), atol=1e-3)
+
+
 def test_a_fit_ends_within_its_tolerance() -> None:
     """The objective is no more than 1e-7 above its minimum, and far enough away that the rule is what ended it."""
     rng = np.random.default_rng(0)
