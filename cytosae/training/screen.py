@@ -28,7 +28,7 @@ from cytosae.sae import SparseAutoencoder, use_kernels_with_torch_threads
 from . import kernels_cpu
 
 _MOST = 0.05  # candidates, as a share of all pairs, for which this is still faster (docs/log.md)
-_SAMPLE = 32  # tokens from which it is foreseen whether it will be
+_SAMPLE, _SAMPLE_LATENTS = 64, 2048  # tokens and latents from which it is foreseen whether it will be
 _SMALLEST = 1 << 22  # weights of an encoder, below which the dense product takes too little time
 _LEVELS = 127  # of 8 bits with a sign
 _TINY = 1e-30  # a row whose largest value is below this becomes 0
@@ -67,23 +67,14 @@ def rounded_rows(rows_RD: Array) -> Rounded:
 class Screen:
     """The encoder of a relu or topk SAE on the CPU, whose weights do not change meanwhile."""
 
-    def __init__(self, model: SparseAutoencoder) -> None:
+    def __init__(self, W_enc_LD: Array, b_enc_L: Array, k: int | None) -> None:
+        """W_enc (L, D), transposed, and b_enc (L,), float32; L is a multiple of 16; `k` of topk, None for relu."""
         use_kernels_with_torch_threads()
-        self._k = model.k if model.activation == "topk" else None
-        self._W_enc_LD = model.W_enc.detach().T.numpy()
-        self._b_enc_L = model.b_enc.detach().numpy()
-        self._weights = rounded_rows(self._W_enc_LD)
+        self._k, self._W_enc_LD, self._b_enc_L = k, W_enc_LD, b_enc_L
+        self._weights = rounded_rows(W_enc_LD)
         self._q_W_enc_DL = torch.from_numpy(self._weights.q).T
-        self._off_b_enc_L = np.abs(self._b_enc_L) * np.float32(2.0**-21)  # more than float32 can round in a sum with it
-        self.is_finite = self._weights.is_finite and bool(np.isfinite(self._b_enc_L).all())
-
-    def is_worth_it(self, centred_BD: torch.Tensor) -> bool:
-        """Foreseen from the first tokens: are there few enough candidates?"""
-        if not self.is_finite:
-            return False
-        some_BD = centred_BD[:_SAMPLE]
-        buffer = torch.empty(len(some_BD), self._q_W_enc_DL.shape[1], dtype=torch.float32)
-        return self.candidates(some_BD, buffer) is not None
+        self._off_b_enc_L = np.abs(b_enc_L) * np.float32(2.0**-21)  # more than float32 can round in a sum with it
+        self.is_finite = self._weights.is_finite and bool(np.isfinite(b_enc_L).all())
 
     def candidates(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> kernels_cpu.Active | None:
         """All that can be active, with p as value; None if they are too many, or a token is not finite.
@@ -156,8 +147,17 @@ def screen_of(model: SparseAutoencoder, centred_BD: torch.Tensor, sparse_below: 
         or not multiplies_whole_numbers()
     ):
         return None
-    screen = Screen(model)
-    return screen if screen.is_worth_it(centred_BD) else None
+    W_enc_LD, b_enc_L = weights.T.numpy(), model.b_enc.detach().numpy()
+    k = model.k if model.activation == "topk" else None
+    # some latents and tokens tell whether there will be too many candidates, in a fiftieth of the time
+    step = max(1, model.n_latents // _SAMPLE_LATENTS)
+    some = slice(0, len(b_enc_L) // (step * _CHUNK) * step * _CHUNK, step)
+    few = Screen(W_enc_LD[some].copy(), b_enc_L[some].copy(), None if k is None else max(1, k // step))
+    some_BD = centred_BD[:_SAMPLE]
+    if not few.is_finite or few.candidates(some_BD, torch.empty(len(some_BD), len(few._b_enc_L))) is None:
+        return None
+    screen = Screen(W_enc_LD, b_enc_L, k)
+    return screen if screen.is_finite else None
 
 
 def multiplies_whole_numbers() -> bool:

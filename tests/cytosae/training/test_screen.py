@@ -42,6 +42,10 @@ def model_of(seed: int, activation: str, *, bias: float = -0.1, k: int = 5) -> S
     return model
 
 
+def screen_of(model: SparseAutoencoder) -> screen.Screen:
+    return screen.Screen(model.W_enc.detach().T.numpy(), model.b_enc.detach().numpy(), model.k)
+
+
 def tokens_of(seed: int, n: int, kind: str) -> torch.Tensor:
     """x - b_dec: normal, with one channel far above all others, or nearly all alike; the last token is 0."""
     x = np.random.default_rng(seed + 1).normal(size=(n, WIDTH)).astype(np.float32)
@@ -72,7 +76,7 @@ def test_no_active_latent_is_lost(seed: int, n: int, kind: str, scale: float, ac
     model, x = model_of(seed, activation), tokens_of(seed, n, kind) * scale
     p, rounding = twin(model, x)
     least = 0.0 if activation == "relu" else np.maximum(np.sort(p)[:, -5][:, None], 0)
-    searcher = screen.Screen(model)
+    searcher = screen_of(model)
     candidates = searcher.candidates(x, torch.empty(n, L))
     active = searcher.active(x, torch.empty(n, L))
     assert candidates is not None
@@ -95,7 +99,7 @@ def test_of_equal_values_the_first_ones_are_kept() -> None:
     with torch.no_grad():
         model.W_enc[:, 1::2] = model.W_enc[:, ::2]
         model.b_enc[1::2] = model.b_enc[::2]
-    active = screen.Screen(model).active(x, torch.empty(9, L))
+    active = screen_of(model).active(x, torch.empty(9, L))
     assert active is not None
     z = active.to_dense()
     assert ((z > 0).sum(1) == 5).all()
@@ -106,7 +110,7 @@ def test_the_margin_is_what_makes_it_exact(monkeypatch: pytest.MonkeyPatch) -> N
     """Without it latents would be lost, so that the tests above could fail."""
     model, x = model_of(5, "relu"), tokens_of(5, 40, "outlier")
     monkeypatch.setattr(screen, "rounded_rows", without_margin(screen.rounded_rows))
-    searcher = screen.Screen(model)
+    searcher = screen_of(model)
     candidates = searcher.candidates(x, torch.empty(40, L))
     assert candidates is not None
     p, rounding = twin(model, x)
@@ -154,15 +158,15 @@ def test_a_step_is_the_dense_step(
 
 def test_bits_do_not_depend_on_threads_or_on_the_batch() -> None:
     model, x = model_of(11, "relu"), tokens_of(11, 70, "normal")
-    first = screen.Screen(model).active(x, torch.empty(70, L))
-    part = screen.Screen(model).active(x[:30], torch.empty(30, L))
+    first = screen_of(model).active(x, torch.empty(70, L))
+    part = screen_of(model).active(x[:30], torch.empty(30, L))
     assert first is not None
     assert part is not None
     assert np.array_equal(first.to_dense()[:30], part.to_dense())
     n_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = screen.Screen(model).active(x, torch.empty(70, L))
+        alone = screen_of(model).active(x, torch.empty(70, L))
     finally:
         torch.set_num_threads(n_threads)
         use_threads(n_threads)
