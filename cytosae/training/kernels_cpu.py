@@ -48,7 +48,10 @@ class Active:
 
     def at_least(self, bound: float) -> "Active":
         """Those with a value of at least `bound`, or NaN."""
-        is_kept = ~(self.values < bound)
+        return self.kept(~(self.values < bound))
+
+    def kept(self, is_kept: npt.NDArray[np.bool_]) -> "Active":
+        """Those where (A,) is True."""
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
         return Active(self.n_tokens, before[self.starts], self.tokens[is_kept], self.values[is_kept])
 
@@ -92,7 +95,7 @@ def find_active(matrix_BL: Floats, above: float = 0.0, most: float = math.inf) -
             return n_active, None
         if (starts >= 0).all():
             found = values.view(np.float32) if is_bits else values
-            return n_active, Active(n_tokens, *_by_latent(starts, counts, latents, found, n_latents))
+            return n_active, Active(n_tokens, *by_latent(starts, counts, latents, found, n_latents))
         first = np.arange(n_parts) * n_tokens // n_parts
         room = int(np.add.reduceat(counts, first).max()) + _CHUNK
 
@@ -127,7 +130,7 @@ def add_gradients(
     """
     scalar = active.values.dtype.type
     _add_gradients(
-        *(active.starts, active.tokens, active.values, _equal_work(active)),
+        *(active.starts, active.tokens, active.values, equal_work(active)),
         *(W_dec_LD, d_x_hat_BD, centred_BD, scalar(penalty)),
         *(grad_W_enc_LD, grad_b_enc_L, grad_W_dec_LD),
     )
@@ -136,11 +139,11 @@ def add_gradients(
 def sum_products(active: Active, W_dec_LD: Floats, d_x_hat_BD: Floats) -> Floats:
     """(L,): sum over the tokens on which a latent is active of <d_x_hat, its W_dec row>."""
     out = np.zeros(len(W_dec_LD), active.values.dtype)
-    _sum_products(active.starts, active.tokens, _equal_work(active), W_dec_LD, d_x_hat_BD, out)
+    _sum_products(active.starts, active.tokens, equal_work(active), W_dec_LD, d_x_hat_BD, out)
     return out
 
 
-def _equal_work(active: Active) -> npt.NDArray[np.int64]:
+def equal_work(active: Active) -> npt.NDArray[np.int64]:
     """(threads + 1,): first latent of each thread, so that all threads get about as many active entries."""
     shares = np.linspace(0, active.starts[-1], numba.get_num_threads() + 1)
     cuts = np.searchsorted(active.starts, shares).astype(np.int64)
@@ -218,8 +221,11 @@ def _find_in_bits(bits: Any, room: int, starts: Any, counts: Any, latents: Any, 
 
 
 @numba.njit(cache=True)
-def _by_latent(starts_B: Any, counts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
-    """Stable counting sort by latent."""
+def by_latent(starts_B: Any, counts_B: Any, latents: Any, values: Any, n_latents: int) -> Any:
+    """(starts, tokens, values) as in `Active`: a stable counting sort by latent.
+
+    starts_B, counts_B, latents, values : of token b the entries starts[b] and behind, counts[b] many
+    """
     starts = np.zeros(n_latents + 1, np.int64)
     for b in range(len(starts_B)):
         for k in range(starts_B[b], starts_B[b] + counts_B[b]):

@@ -28,6 +28,7 @@ Shapes: B tokens of a micro-batch, N of the batch, D width, L latents, K dead la
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -37,11 +38,12 @@ from .batch_top_k import choose_largest
 from .dead_latents import dead_gradients
 from .distributed import ALONE, Ranks
 from .encoder_product import EncoderProduct
-from .latent_matrix import latents_of, parts_of
+from .latent_matrix import default_sparse_below, latents_of, latents_of_active, parts_of
 from .nested import add_nested, nested_edges
 from .objective import Objective
 from .precision import float32_products
 from .residuals import Residuals, compare_reconstruction
+from .screen import screen_of
 
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix
@@ -167,6 +169,9 @@ def _loss_and_gradients(
     def encoded(operand: torch.Tensor) -> torch.Tensor:
         return encoder.pre_activations(operand, pre_acts_buffer[: len(operand)])
 
+    screen = None
+    if len(starts) and device.type == "cpu":
+        screen = screen_of(model, tokens(0)[1], default_sparse_below("cpu") if sparse_below is None else sparse_below)
     largest = None
     if model.activation == "batchtopk":
         assert model.k is not None
@@ -178,9 +183,12 @@ def _loss_and_gradients(
         # encoder: pre-activations p, then latents z
         x_BD, operand = tokens(number)
         centred_BD = encoder.centred(x_BD, operand)
-        p_BL = encoded(operand) if largest is None else pre_acts_buffer[: len(x_BD)]
+        p_BL = pre_acts_buffer[: len(x_BD)]
+        found = None if screen is None else screen.active(operand, p_BL)
+        if largest is None and found is None:
+            p_BL = encoded(operand)
         z_dead_BK = None
-        if dead is not None and (largest is None or len(starts) == 1):
+        if dead is not None and found is None and (largest is None or len(starts) == 1):
             z_dead_BK = dead.take(p_BL, dead.latents)
         elif dead is not None:  # of the others the largest are known
             z_dead_BK = dead.take(encoder.of_latents(operand, dead.latents), None)
@@ -191,7 +199,9 @@ def _loss_and_gradients(
             near = latents_of(is_near_BL.to(p_BL.dtype), sparse_below)
         elif model.activation == "gated":
             gate = latents_of(p_BL.clone(), sparse_below)
-        if largest is None:
+        if found is not None:
+            parts = [latents_of_active(found.part(*ends), sparse_below) for ends in pairwise(edges)]
+        elif largest is None:
             with torch.no_grad():
                 p_BL = model.keep_active_(p_BL)
             parts = parts_of(p_BL, edges, sparse_below)

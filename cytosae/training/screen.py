@@ -1,0 +1,322 @@
+"""Which latents can be active, found by a product of whole numbers: the exact product is computed for these only.
+
+Tokens x (here: x - b_dec) and columns w of W_enc are rounded to 8 bits, x^ = s_x q_x and w^ = s_w q_w. Then
+
+    |x w - x^ w^| = |(x - x^) w + x^ (w - w^)| <= ||x - x^|| ||w|| + ||x^|| ||w - w^||        (Cauchy-Schwarz)
+
+so p = x w + b_enc lies within this of p^ = x^ w^ + b_enc. Of a token, a latent can matter if the upper end is above 0
+and, with topk, not below the k-th largest of the lower ends. For these latents, one in a hundred, p is computed in
+float32. The result is that of the dense product, but for the order of a sum: no latent is lost, because the bound also
+holds every rounding of float32 (`_SLACK`), in whatever order the dense product adds. Twin: tests/.../test_screen.py.
+
+q_x q_w takes about 0.3 of the time of the float32 product on a processor with VNNI. Where more than `_MOST` of the
+latents can be active (as at the start of training, when half of them are), the product is dense as before. That is
+decided by weights and tokens alone, so that a run that is continued decides as one that never stopped.
+Shapes: B tokens of a micro-batch, D width, L latents, C candidates: (token, latent) pairs that can be active.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cytosae.sae import SparseAutoencoder, use_kernels_with_torch_threads
+
+from . import kernels_cpu
+
+_MOST = 0.05  # candidates, as a share of all pairs, for which this is still faster (docs/log.md)
+_SAMPLE, _SAMPLE_LATENTS = 64, 2048  # tokens and latents from which it is foreseen whether it will be
+_SMALLEST = 1 << 22  # weights of an encoder, below which the dense product takes too little time
+_LEVELS = 127  # of 8 bits with a sign
+_TINY = 1e-30  # a row whose largest value is below this becomes 0
+_PARTS = 16  # of a micro-batch, each searched by one thread
+_CHUNK = 16  # latents that are tested together: most chunks have no candidate
+_UP = 1 + 2.0**-22  # a float64 times this is no smaller as a float32
+_SLACK = 2.0**-24  # float32 rounds by at most this; times D and a few, and ||x|| ||w||, that is the error of a product
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows v as v^ = scale * q, with what bounds need: norms as float32, never below the true ones."""
+
+    q: npt.NDArray[np.int8]  # (R, D)
+    scale: npt.NDArray[np.float32]  # (R,)
+    norm: npt.NDArray[np.float32]  # (R,) ||v||
+    rounded_norm: npt.NDArray[np.float32]  # (R,) ||v^||
+    off: npt.NDArray[np.float32]  # (R,) ||v - v^||
+
+    @property
+    def is_finite(self) -> bool:
+        """False if any value is NaN or infinite; then nothing else here means anything."""
+        return bool(np.isfinite(self.norm).all())
+
+
+def rounded_rows(rows_RD: Array) -> Rounded:
+    """Rows (R, D) float32 in 8 bits, each with its own scale."""
+    n_rows, width = rows_RD.shape
+    q, norms = np.empty((n_rows, width), np.int8), np.empty((4, n_rows), np.float32)
+    _round_rows(rows_RD, q, *norms)
+    return Rounded(q, *norms)
+
+
+class Screen:
+    """The encoder of a relu or topk SAE on the CPU, whose weights do not change meanwhile."""
+
+    def __init__(self, W_enc_LD: Array, b_enc_L: Array, k: int | None) -> None:
+        """W_enc (L, D), transposed, and b_enc (L,), float32; L is a multiple of 16; `k` of topk, None for relu."""
+        use_kernels_with_torch_threads()
+        self._k, self._W_enc_LD, self._b_enc_L = k, W_enc_LD, b_enc_L
+        self._weights = rounded_rows(W_enc_LD)
+        self._q_W_enc_DL = torch.from_numpy(self._weights.q).T
+        self._off_b_enc_L = np.abs(b_enc_L) * np.float32(2.0**-21)  # more than float32 can round in a sum with it
+        self.is_finite = self._weights.is_finite and bool(np.isfinite(b_enc_L).all())
+
+    def candidates(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> kernels_cpu.Active | None:
+        """All that can be active, with p as value; None if they are too many, or a token is not finite.
+
+        centred_BD : x - b_dec, float32
+        buffer_BL : float32, is overwritten
+        """
+        x_BD = centred_BD.numpy()
+        x, w = rounded_rows(x_BD), self._weights
+        if not x.is_finite:
+            return None
+        n_tokens, n_latents = buffer_BL.shape
+        products_BL = buffer_BL.view(torch.int32)
+        torch._int_mm(torch.from_numpy(x.q), self._q_W_enc_DL, out=products_BL)
+        slack = np.float32((x_BD.shape[1] + 16) * _SLACK)
+        off_B = (x.off + slack * x.norm) * np.float32(_UP)
+        of_latents = (w.scale, self._b_enc_L, self._off_b_enc_L, w.norm, w.off)
+        ends = (
+            products_BL.numpy().reshape(n_tokens, -1, _CHUNK),
+            *(x.scale, off_B, x.rounded_norm),
+            *(values_L.reshape(-1, _CHUNK) for values_L in of_latents),
+        )
+        above_B = np.zeros(n_tokens, np.float32)
+        if self._k is not None:
+            _kth_lower_end(*ends, self._k, above_B)
+            above_B *= np.float32(1 - 2.0**-20)
+        n_parts = max(1, min(_PARTS, n_tokens))
+        room = int(2 * _MOST * n_latents * -(-n_tokens // n_parts)) + _CHUNK
+        starts, counts = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
+        latents = np.empty(n_parts * room, np.int32)
+        _find_candidates(*ends, above_B, room, starts, counts, latents)
+        if (starts < 0).any() or counts.sum() > _MOST * n_tokens * n_latents:
+            return None
+        places = kernels_cpu.by_latent(starts, counts, latents, latents.view(np.float32), n_latents)
+        found = kernels_cpu.Active(n_tokens, *places)  # its values are overwritten now
+        _compute(
+            found.starts, found.tokens, found.values, kernels_cpu.equal_work(found), self._W_enc_LD, self._b_enc_L, x_BD
+        )
+        return found if np.isfinite(found.values).all() else None
+
+    def active(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> kernels_cpu.Active | None:
+        """The active latents z > 0 of a micro-batch; None as `candidates`."""
+        found = self.candidates(centred_BD, buffer_BL)
+        if found is None:
+            return None
+        if self._k is None:
+            return found.kept(found.values > 0)
+        is_kept = np.zeros(len(found.values), np.bool_)
+        _mark_top_k(found.starts, found.tokens, found.values, self._k, found.n_tokens, numba.get_num_threads(), is_kept)
+        return found.kept(is_kept)
+
+
+def screen_of(model: SparseAutoencoder, centred_BD: torch.Tensor, sparse_below: float) -> Screen | None:
+    """A screen, where it is faster than the dense product for tokens like these, and exact; else None.
+
+    centred_BD : x - b_dec of the first micro-batch, in the type of the encoder's operands
+    sparse_below : density below which latents are stored sparsely
+    """
+    weights = model.W_enc.detach()
+    if (
+        model.activation not in ("relu", "topk")
+        or weights.device.type != "cpu"
+        or weights.dtype != torch.float32
+        or centred_BD.dtype != torch.float32
+        or not weights.T.is_contiguous()
+        or weights.numel() < _SMALLEST
+        or model.n_latents % _CHUNK
+        or sparse_below < _MOST
+        or not len(centred_BD)
+        or not multiplies_whole_numbers()
+    ):
+        return None
+    W_enc_LD, b_enc_L = weights.T.numpy(), model.b_enc.detach().numpy()
+    k = model.k if model.activation == "topk" else None
+    # some latents and tokens tell whether there will be too many candidates, in a fiftieth of the time
+    step = max(1, model.n_latents // _SAMPLE_LATENTS)
+    some = slice(0, len(b_enc_L) // (step * _CHUNK) * step * _CHUNK, step)
+    few = Screen(W_enc_LD[some].copy(), b_enc_L[some].copy(), None if k is None else max(1, k // step))
+    some_BD = centred_BD[:_SAMPLE]
+    if not few.is_finite or few.candidates(some_BD, torch.empty(len(some_BD), len(few._b_enc_L))) is None:
+        return None
+    screen = Screen(W_enc_LD, b_enc_L, k)
+    return screen if screen.is_finite else None
+
+
+def multiplies_whole_numbers() -> bool:
+    """Does this processor multiply 8-bit numbers fast and exactly (VNNI), and torch use it?"""
+    return (
+        hasattr(torch, "_int_mm")
+        and torch.backends.mkldnn.is_available()
+        and bool(getattr(torch.cpu, "_is_vnni_supported", lambda: False)())
+    )
+
+
+# Sums in float64, so that their rounding is far below `_UP`.
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _round_rows(rows: Any, q: Any, scale: Any, norm: Any, rounded_norm: Any, off: Any) -> None:
+    for i in numba.prange(len(rows)):
+        row, q_row = rows[i], q[i]
+        largest = np.float32(0)
+        for d in range(len(row)):
+            largest = max(largest, abs(row[d]))
+        s = largest / np.float32(_LEVELS) if largest > _TINY else np.float32(1)
+        of_row, of_rounded, of_rest = 0.0, 0.0, 0.0
+        for d in range(len(row)):
+            level = np.rint(row[d] / s)
+            q_row[d] = np.int8(level)
+            rounded = np.float64(s) * np.float64(level)
+            rest = np.float64(row[d]) - rounded
+            of_row += np.float64(row[d]) * np.float64(row[d])
+            of_rounded += rounded * rounded
+            of_rest += rest * rest
+        scale[i] = s
+        norm[i] = np.sqrt(of_row) * _UP
+        rounded_norm[i] = np.sqrt(of_rounded) * _UP
+        off[i] = np.sqrt(of_rest) * _UP
+
+
+# The k-th largest lower end of each token, or 0 if that is below.
+@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+def _kth_lower_end(
+    products: Any,
+    scale_x: Any,
+    off_x: Any,
+    norm_x: Any,
+    scale_w: Any,
+    bias: Any,
+    off_bias: Any,
+    norm_w: Any,
+    off_w: Any,
+    k: int,
+    out: Any,
+) -> None:
+    for b in numba.prange(products.shape[0]):
+        row, s, off, norm = products[b], scale_x[b], off_x[b], norm_x[b]
+        ends = np.empty(_CHUNK, np.float32)  # of one chunk: written for all, so that all are computed at once
+        heap = np.zeros(k, np.float32)  # the k largest so far, the smallest first
+        for c in range(products.shape[1]):
+            least, is_any = heap[0], False
+            for j in range(_CHUNK):
+                margin = off * norm_w[c, j] + norm * off_w[c, j] + off_bias[c, j]
+                ends[j] = np.float32(row[c, j]) * s * scale_w[c, j] + bias[c, j] - margin
+                is_any |= ends[j] > least
+            if is_any:
+                for j in range(_CHUNK):
+                    if ends[j] > heap[0]:
+                        _replace_least(heap, ends[j])
+        out[b] = heap[0]
+
+
+# Latents whose upper end is above `above`: of token b they come to latents[starts[b]] and behind, counts[b] many; -1 in
+# starts: there was no room.
+@numba.njit(parallel=True, cache=True, fastmath={"contract"})
+def _find_candidates(
+    products: Any,
+    scale_x: Any,
+    off_x: Any,
+    norm_x: Any,
+    scale_w: Any,
+    bias: Any,
+    off_bias: Any,
+    norm_w: Any,
+    off_w: Any,
+    above: Any,
+    room: int,
+    starts: Any,
+    counts: Any,
+    latents: Any,
+) -> None:
+    n_tokens = products.shape[0]
+    n_parts = len(latents) // room
+    for part in numba.prange(n_parts):
+        at, end = part * room, (part + 1) * room
+        ends = np.empty(_CHUNK, np.float32)
+        for b in range(part * n_tokens // n_parts, (part + 1) * n_tokens // n_parts):
+            row, s, off, norm, least = products[b], scale_x[b], off_x[b], norm_x[b], above[b]
+            starts[b], is_lost = at, False
+            for c in range(products.shape[1]):
+                is_any = False
+                for j in range(_CHUNK):
+                    margin = off * norm_w[c, j] + norm * off_w[c, j] + off_bias[c, j]
+                    ends[j] = np.float32(row[c, j]) * s * scale_w[c, j] + bias[c, j] + margin
+                    is_any |= not ends[j] <= least
+                if is_any and at + _CHUNK <= end:
+                    for j in range(_CHUNK):
+                        latents[at] = c * _CHUNK + j
+                        at += not ends[j] <= least
+                elif is_any:
+                    is_lost = True
+            counts[b] = at - starts[b]
+            if is_lost:
+                starts[b] = -1
+
+
+@numba.njit(cache=True, inline="always")
+def _replace_least(heap: Any, value: Any) -> None:
+    at = 0
+    while 2 * at + 1 < len(heap):
+        child = 2 * at + 1
+        if child + 1 < len(heap) and heap[child + 1] < heap[child]:
+            child += 1
+        if value <= heap[child]:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
+def _compute(starts: Any, tokens: Any, values: Any, cuts: Any, W_enc: Any, b_enc: Any, x: Any) -> None:
+    """values = x w + b, each in an order of its own: they do not depend on what else is a candidate."""
+    width = W_enc.shape[1]
+    for part in numba.prange(len(cuts) - 1):
+        for latent in range(cuts[part], cuts[part + 1]):
+            row, bias = W_enc[latent], b_enc[latent]
+            for k in range(starts[latent], starts[latent + 1]):
+                x_row = x[tokens[k]]
+                total = np.float32(0)
+                for d in range(width):
+                    total += x_row[d] * row[d]
+                values[k] = total + bias
+
+
+# As `keep_top_k_`: of equal values the first ones; here also only what is above 0. Each part has its own tokens.
+@numba.njit(parallel=True, cache=True)
+def _mark_top_k(starts: Any, tokens: Any, values: Any, k: int, n_tokens: int, n_parts: int, is_kept: Any) -> None:
+    for part in numba.prange(n_parts):
+        low, high = part * n_tokens // n_parts, (part + 1) * n_tokens // n_parts
+        heaps = np.zeros((high - low, k), np.float32)
+        for i in range(len(values)):
+            b = tokens[i] - low
+            if 0 <= b < high - low and values[i] > heaps[b, 0]:
+                _replace_least(heaps[b], values[i])
+        n_equal = np.zeros(high - low, np.int64)
+        for b in range(high - low):
+            for j in range(k):
+                n_equal[b] += heaps[b, j] == heaps[b, 0]
+        for i in range(len(values)):
+            b = tokens[i] - low
+            if 0 <= b < high - low and values[i] > 0:
+                if values[i] > heaps[b, 0]:
+                    is_kept[i] = True
+                elif values[i] == heaps[b, 0] and n_equal[b] > 0:
+                    n_equal[b] -= 1
+                    is_kept[i] = True
