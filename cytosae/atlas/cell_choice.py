@@ -402,7 +402,8 @@ def _others_of(
     """(latents,) the mean of the patient's other images, or of the other patients of its disease and dataset."""
     if is_own:
         n = int(cohort.n_images[patient])
-        return np.asarray(np.maximum(0, n * rates[patient] - here) / max(1, n - 1))
+        others = np.maximum(0, n * rates[patient] - here) / max(1, n - 1)
+        return np.where(others < 1e-5, 0.0, others)  # what rounding leaves
     same = cohort.peers_of == cohort.peers_of[patient]
     same[patient] = False
     return np.asarray(rates[same].mean(axis=0))

@@ -22,7 +22,7 @@ from .cohort import Cohort, Ints
 
 SUM_BYTES = 1 << 27
 Floats = npt.NDArray[np.float64]
-Parts = dict[int, list[tuple[int, float]]]  # image -> (latent, its share of the difference), the largest first
+Parts = dict[int, list[tuple[int, float]]]  # image -> (latent, its share of all parts above 0), the largest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Reason:
 
     latent: int
     also: list[int]  # latents that are active in the same images; their shares are added
-    share: float  # of how much less alike the cell is; of all latents the shares are 1 together, and some are below 0
+    share: float  # of all that makes the cell less alike; what makes it more alike is not counted
     here: float  # tokens above the threshold
     others: float  # the mean of those it is compared with
 
@@ -109,9 +109,9 @@ def _from_peers(unit: Floats, total: Floats, square: Floats, n: int, mean: Float
 
 
 def _largest(parts: Floats, most: int) -> list[tuple[int, float]]:
-    whole = float(parts.sum())
-    if whole <= 1e-6:
+    if float(parts.sum()) <= 1e-6:
         return []
+    whole = float(parts[parts > 0].sum())
     order = np.argsort(-parts, kind="stable")[:most]
     return [(int(latent), float(parts[latent] / whole)) for latent in order if parts[latent] > 0]
 
