@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.concepts import read_selection
-from cytosae.maps import Places, Sources, as_sources, unseen_warnings
+from cytosae.maps import Pixels, Places, Sources, as_sources, unseen_warnings
 from cytosae.stage_one import StageOne
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
@@ -33,6 +33,7 @@ from .disease_pages import write_disease_pages, write_families
 from .examples import find_examples
 from .frames import Frames
 from .gallery import Gallery, make_gallery
+from .ground import Ground, ground_threshold, sampled
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .matched_concepts import Pairs
@@ -427,7 +428,15 @@ def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
         "has_other": inputs.other is not None,
         "unit": _unit(inputs),
         "version": cyto_version(),
+        "atlas_of": _atlas_of(inputs),
     }
+
+
+def _atlas_of(inputs: Inputs) -> str:
+    """What every page and every saved picture calls the atlas: its datasets and sizes."""
+    names = [*inputs.concepts.datasets]
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{named}: {counted(int(inputs.first_images[-1]), 'image')}, {counted(inputs.n_latents, 'latent')}"
 
 
 def _unit(inputs: Inputs) -> str:
@@ -438,7 +447,16 @@ def _unit(inputs: Inputs) -> str:
 
 
 def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
-    return Maps(len(plan.mapped[0]), inputs.stores[0].layout.n_patches, folder)
+    """Empty maps, and of an atlas that is written (`folder`) the threshold of its ground, from some pictures."""
+    layout = inputs.stores[0].layout
+
+    def find(image: int) -> Pixels | str:
+        number, row = inputs.place(image)
+        return inputs.sources.pictures[number](row)
+
+    threshold = None if folder is None else ground_threshold(sampled(plan.images, find), layout.side)
+    ground = Ground(len(plan.images), layout.side, threshold)
+    return Maps(len(plan.mapped[0]), layout.n_patches, folder, ground=ground)
 
 
 def _frames(
@@ -461,7 +479,13 @@ def _write_other_pages(site: Site, frames: Frames, gallery: Gallery, pairs: Pair
     write_pair_pages(site, frames)
     if pairs is not None:
         write_beside_pages(site, frames, pairs)
-    site.page("words.html", "words.html", **frames.shared, layout=frames.inputs.stores[0].layout)
+    site.page(
+        "words.html",
+        "words.html",
+        **frames.shared,
+        layout=frames.inputs.stores[0].layout,
+        ground=frames.maps.ground.threshold,
+    )
 
 
 def _write_provenance(

@@ -1,6 +1,7 @@
 """Which cells stand on the pages of patients, diseases and pairs: the strongest of a latent, the typical, the unlike.
 
-Three passes over the barcodes of all images, and two more for every 682 patients at 49,152 latents (128 MiB of sums).
+Three passes over the barcodes of all images; at 49,152 latents two more for every 682 patients (128 MiB of sums), for
+every 682 types of cell of a patient, and for every 341 patients (why a cell is unlike the others).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .cell_reasons import Reason, unlike_parts
 from .cell_scan import Likeness, OwnStrongest, Strongest, add_unit_rows, unit_products
 from .cohort import Cohort, Ints, Row
 from .config import AtlasConfig
@@ -21,7 +23,9 @@ from .latent_order import LatentOrder, Sketches, order_latents
 from .plan import LISTED
 
 SHOWN = 3  # cells of a latent on each side
-KINDS = 4  # typical cells of a patient, and as many atypical and unlike ones
+KINDS = 4  # atypical cells of a patient, and as many unlike ones
+MOST_TYPES = 6  # of cell, of a patient
+_PARTS = 12  # latents of an unlike cell that are looked at, of which alike ones are shown as one
 _SUM_BYTES = 1 << 27
 _DISEASE_CONCEPTS = 6
 _SAME = 0.8  # correlation above which two latents would show the same cells
@@ -45,9 +49,23 @@ class PatientCells:
     unusual: list[dict[str, Any]] | None  # None: not asked
     beside: dict[int, Beside]  # latent -> cells; of characteristic ones the others are of all patients
     beside_peers: dict[int, Beside]  # of unusual ones: of other patients with the disease in the dataset
-    typical: list[tuple[int, float]]  # image, mean cosine to the patient's other images; largest first
-    atypical: list[tuple[int, float]]  # smallest first
+    types: list["CellType"]  # the commonest first
+    atypical: list[tuple[int, float]]  # image, mean cosine to the patient's other images; smallest first
     unlike: list[tuple[int, float]]  # image, mean cosine to the images of the others with the disease; smallest first
+    why_atypical: dict[int, list[Reason]]  # of each atypical image the latents that make it so
+    why_unlike: dict[int, list[Reason]]
+    usual: tuple[float, float]  # means of both cosines over the patient's images; nan: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellType:
+    """The cells of a patient with one label."""
+
+    label: str  # "" without one
+    n: int
+    typical: list[
+        tuple[int, float]
+    ]  # image, mean cosine to the patient's other images with the label; nan of one alone
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,7 +77,7 @@ class CellChoice:
     diseases: Sequence[dict[int, Beside]]  # latent -> cells of the disease, and of the other diseases
     disease_lists: Sequence[list[dict[str, Any]]]
     pairs: Sequence[dict[int, Beside]]  # latent -> cells of A, and of B
-    portraits: list[int]  # of each patient the most typical image; -1: none
+    portraits: list[int]  # of each patient the most typical image of the commonest type; -1: none
 
     @cached_property
     def marks(self) -> list[tuple[int, int]]:
@@ -69,6 +87,9 @@ class CellChoice:
         for cells in (*sides, *self.diseases, *self.pairs):
             for latent, beside in cells.items():
                 found |= {(image, latent) for image in (*beside.mine, *beside.others)}
+        for patient in self.patients:
+            for why in (patient.why_atypical, patient.why_unlike):
+                found |= {(image, reason.latent) for image, some in why.items() for reason in some}
         return sorted(found)
 
     @cached_property
@@ -76,7 +97,8 @@ class CellChoice:
         """All images, rising."""
         found = {image for image, _ in self.marks}
         for patient in self.patients:
-            found |= {image for some in (patient.typical, patient.atypical, patient.unlike) for image, _ in some}
+            shown = (patient.atypical, patient.unlike, *(each.typical for each in patient.types))
+            found |= {image for some in shown for image, _ in some}
         return np.array(sorted(found | {image for image in self.portraits if image >= 0}), np.int64)
 
 
@@ -125,6 +147,10 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
     vectors = sketches.vectors()
     alike = likeness(cohort, patient_of)
     images = _images_of(cohort, patient_of)
+    atypical = [_extremes(mine, alike.to_own, 1) for mine in images]
+    unlike = [_extremes(mine, alike.to_peers, 1) for mine in images]
+    why = _reasons(cohort, patient_of, (atypical, unlike), vectors)
+    types = _types(cohort, patient_of, images)
     every_group = list(range(n_groups))
     patients = [
         PatientCells(
@@ -150,9 +176,12 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
                     [row["latent"] for row in wanted.unusual[number] or []], vectors, config.patient_concepts
                 ).items()
             },
-            typical=_extremes(images[number], alike.to_own, -1),
-            atypical=_extremes(images[number], alike.to_own, 1),
-            unlike=_extremes(images[number], alike.to_peers, 1),
+            types=types[number],
+            atypical=atypical[number],
+            unlike=unlike[number],
+            why_atypical={image: why[0][image] for image, _ in atypical[number]},
+            why_unlike={image: why[1][image] for image, _ in unlike[number]},
+            usual=(_mean(alike.to_own[images[number]]), _mean(alike.to_peers[images[number]])),
         )
         for number in range(cohort.n_patients)
     ]
@@ -267,8 +296,129 @@ def _extremes(images: Ints, values: npt.NDArray[np.float32], sign: int) -> list[
 
 
 def _portrait(cells: PatientCells, images: Ints) -> int:
-    """The most typical image of a patient, or the first."""
-    return cells.typical[0][0] if cells.typical else int(images[0]) if len(images) else -1
+    """The most typical image of the patient's commonest type, or the first."""
+    return cells.types[0].typical[0][0] if cells.types else int(images[0]) if len(images) else -1
+
+
+def _mean(values: npt.NDArray[np.float32]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _types(cohort: Cohort, patient_of: Ints, images: Sequence[Ints]) -> list[list[CellType]]:
+    """Of each patient the commonest types of cell, and the most typical cells of each."""
+    target_of = np.full(len(patient_of), -1, np.int64)
+    members: list[list[tuple[str, Ints]]] = []
+    n_targets = 0
+    for mine in images:
+        labels = np.array([cohort.labels[image] for image in mine.tolist()], object)
+        names, counts = np.unique(labels.astype(str), return_counts=True)
+        chosen = names[np.lexsort((names, -counts, names == ""))][:MOST_TYPES].tolist()
+        members.append([(label, mine[labels == label]) for label in chosen])
+        for _, some in members[-1]:
+            target_of[some] = n_targets
+            n_targets += 1
+    alike = mean_cosines(cohort, target_of, n_targets)
+    return [
+        [CellType(label=label, n=len(some), typical=_typical(some, alike)) for label, some in of_patient]
+        for of_patient in members
+    ]
+
+
+def _typical(images: Ints, alike: npt.NDArray[np.float32]) -> list[tuple[int, float]]:
+    """At most `SHOWN`, the most alike first, ties (to 1e-5) by number; what is like nothing last."""
+    order = np.lexsort((images, np.round(-np.nan_to_num(alike[images], nan=-1), 5)))[:SHOWN]
+    return [(int(images[at]), float(alike[images[at]])) for at in order]
+
+
+def mean_cosines(cohort: Cohort, target_of: Ints, n_targets: int) -> npt.NDArray[np.float32]:
+    """(n_images,) mean cosine of each image to the others with its target, as `likeness`; nan: alone, or -1.
+
+    Two passes for each 128 MiB of sums.
+    """
+    weights, found = cohort.rarity, np.full(len(target_of), np.nan)
+    n_images = np.bincount(target_of[target_of >= 0], minlength=max(1, n_targets))
+    size = max(1, _SUM_BYTES // (4 * cohort.n_latents))
+    for first_target in range(0, n_targets, size):
+        is_here = (target_of >= first_target) & (target_of < first_target + size)
+        here_of = np.where(is_here, target_of - first_target, -1)
+        sums = np.zeros((min(size, n_targets - first_target), cohort.n_latents), np.float32)
+        for first, rows in cohort.image_blocks("X"):
+            here = slice(first, first + rows.n_rows)
+            add_unit_rows(rows, weights, here_of[here], np.ones(rows.n_rows, np.float32), sums)
+        for first, rows in cohort.image_blocks("X"):
+            here = slice(first, first + rows.n_rows)
+            mine = unit_products(rows, weights, here_of[here], sums)
+            some = np.flatnonzero(~np.isnan(mine))
+            n = n_images[target_of[here][some]]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                found[first + some] = np.where(n > 1, (mine[some] - 1) / (n - 1), np.nan)
+    return found.astype(np.float32)
+
+
+def _reasons(
+    cohort: Cohort,
+    patient_of: Ints,
+    cells: Sequence[Sequence[list[tuple[int, float]]]],
+    vectors: npt.NDArray[np.float32],
+) -> list[dict[int, list[Reason]]]:
+    """For the atypical and the unlike cells of all patients, by image, what makes them so: at most `SHOWN` latents."""
+    group_of = _group_of(cohort, patient_of)
+    own, peers = ([image for some in patients for image, _ in some] for patients in cells)
+    parts = unlike_parts(cohort, patient_of, group_of, own, peers, most=_PARTS)
+    folded = [
+        {image: distinct([latent for latent, _ in some], vectors, SHOWN) for image, some in each.items()}
+        for each in parts
+    ]
+    latents = np.unique(np.array([latent for each in folded for one in each.values() for latent in one], np.int64))
+    is_mean = cohort.barcodes.header.spec["normalize"] == "images"
+    rates = cohort.values(latents).astype(np.float64)  # tokens above the threshold, of an image on average
+    rates = rates if is_mean else rates / np.maximum(1, cohort.n_images)[:, None]
+    here = _values_of(cohort, latents, sorted({*own, *peers}))
+    column = {latent: at for at, latent in enumerate(latents.tolist())}
+    found: list[dict[int, list[Reason]]] = []
+    for images, each, some, is_own in zip((own, peers), parts, folded, (True, False), strict=True):
+        rows: dict[int, list[Reason]] = {image: [] for image in images}
+        for image, chosen in some.items():
+            share, patient = dict(each[image]), int(patient_of[image])
+            others = _others_of(cohort, patient, rates, here[image], is_own=is_own)
+            rows[image] = [
+                Reason(
+                    latent=latent,
+                    also=also,
+                    share=sum(share[one] for one in (latent, *also)),
+                    here=float(here[image][column[latent]]),
+                    others=float(others[column[latent]]),
+                )
+                for latent, also in chosen.items()
+            ]
+        found.append(rows)
+    return found
+
+
+def _others_of(
+    cohort: Cohort, patient: int, rates: npt.NDArray[np.float64], here: npt.NDArray[np.float64], *, is_own: bool
+) -> npt.NDArray[np.float64]:
+    """(latents,) the mean of the patient's other images, or of the other patients of its disease and dataset."""
+    if is_own:
+        n = int(cohort.n_images[patient])
+        others = np.maximum(0, n * rates[patient] - here) / max(1, n - 1)
+        return np.where(others < 1e-5, 0.0, others)  # what rounding leaves
+    same = cohort.peers_of == cohort.peers_of[patient]
+    same[patient] = False
+    return np.asarray(rates[same].mean(axis=0))
+
+
+def _values_of(cohort: Cohort, latents: Ints, images: list[int]) -> dict[int, npt.NDArray[np.float64]]:
+    """Image -> (latents,) tokens above the threshold."""
+    wanted, found = np.array(images, np.int64), {}
+    for first, rows in cohort.image_blocks("X"):
+        for image in wanted[(wanted >= first) & (wanted < first + rows.n_rows)].tolist():
+            some = slice(rows.indptr[image - first], rows.indptr[image - first + 1])
+            dense = np.zeros(cohort.n_latents)
+            dense[rows.indices[some]] = rows.values[some]
+            found[image] = dense[latents]
+    return found
 
 
 def _of_disease(

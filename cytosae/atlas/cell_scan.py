@@ -107,6 +107,11 @@ def add_unit_rows(rows: CsrRows, weights: Floats, target_of: Ints, shares: Float
     _add_units(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, shares, sums)
 
 
+def add_unit_squares(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> None:
+    """As `add_unit_rows`, the squares of the rows' values, whole."""
+    _add_squares(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, sums)
+
+
 def unit_products(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> npt.NDArray[np.float64]:
     """(images,) product of each image's row of norm 1 with its row of `sums`; nan: no target, or an empty row."""
     found = np.full(rows.n_rows, np.nan)
@@ -183,6 +188,21 @@ def _add_units(indptr: Any, indices: Any, values: Any, weights: Any, target_of: 
         factor = shares[row] / np.sqrt(squares)
         for at in range(indptr[row], indptr[row + 1]):
             sums[target, indices[at]] += values[at] * weights[indices[at]] * factor
+
+
+@numba.njit(cache=True)
+def _add_squares(indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, sums: Any) -> None:
+    for row in range(len(indptr) - 1):
+        target = target_of[row]
+        if target < 0:
+            continue
+        squares = 0.0
+        for at in range(indptr[row], indptr[row + 1]):
+            squares += (values[at] * weights[indices[at]]) ** 2
+        if squares == 0:
+            continue
+        for at in range(indptr[row], indptr[row + 1]):
+            sums[target, indices[at]] += (values[at] * weights[indices[at]]) ** 2 / squares
 
 
 @numba.njit(cache=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-Maps8 = npt.NDArray[np.uint8]
+from .ground import Ground, Maps8, Share
+from .plan import Plan
 
 
 class Maps:
@@ -19,8 +20,11 @@ class Maps:
     patches. A map that was never set is 0.
     """
 
-    def __init__(self, n_maps: int, n_patches: int, folder: Path | None = None) -> None:
-        """`folder`: where the file lies; None: in the folder of temporary files."""
+    def __init__(
+        self, n_maps: int, n_patches: int, folder: Path | None = None, *, ground: Ground | None = None
+    ) -> None:
+        """`folder`: where the file lies; None: in that of temporary files. `ground`: of the images with a page."""
+        self.ground = ground or Ground(0, 0, None)
         self.largest = np.zeros(n_maps, np.float32)
         self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
@@ -41,6 +45,13 @@ class Maps:
         """(n_maps, n_patches) maps that follow each other."""
         raw = os.pread(self._file.fileno(), n_maps * self.n_patches, first * self.n_patches)
         return np.frombuffer(raw, np.uint8).reshape(n_maps, self.n_patches)
+
+
+def share_of(plan: Plan, maps: Maps, latent: int) -> Share | None:
+    """How much of a latent lies on the background of its reference images; None: not told."""
+    first, last = np.searchsorted(plan.references.latent, [latent, latent + 1]).tolist()
+    numbers = [plan.place_of.get(image, -1) for image in plan.references.image[first:last].tolist()]
+    return maps.ground.share(numbers, maps.read(first, last - first))
 
 
 def packed_map(steps: Maps8) -> str:

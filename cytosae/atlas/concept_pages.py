@@ -13,10 +13,11 @@ from cytosae.names import LatentName
 from stores.errors import DamagedStore
 
 from .cohort import Cohort, Values
-from .concept_maps import Maps, Maps8, packed_map
+from .concept_maps import Maps, packed_map, share_of
 from .drawings import Bars, Strip, histogram_bars, strip_of
 from .evidence import Evidence
 from .examples import BIN_EDGES, DECILES
+from .ground import Maps8, Share
 from .inputs import Inputs
 from .matched_concepts import Pairs
 from .plan import Plan
@@ -74,7 +75,9 @@ def write_concept_pages(
                 cluster=plan.clusters.get(latent),
                 before=int(latents[at - 1]) if at else None,
                 after=int(latents[at + 1]) if at + 1 < len(latents) else None,
-                sentence=_sentence(rows, shown, pages.maps_of(at), values[:, at - first], compared, known),
+                sentence=_sentence(
+                    rows, shown, pages.maps_of(at), values[:, at - first], compared, known, share_of(plan, maps, latent)
+                ),
                 facts=_facts(inputs, rows),
                 statistics=rows,
                 histograms=_histograms(inputs, plan.examples.histograms[:, at]),
@@ -201,6 +204,7 @@ def _sentence(
     values: Values,
     comparisons: list[dict[str, Any]],
     known: dict[str, Any],
+    ground: Share | None,
 ) -> list[Clause]:
     score, stability = known["score"] or {}, known["stability"] or {}
     return sentence(
@@ -209,6 +213,7 @@ def _sentence(
             labels=[frame["label"] for row in shown["rows"] for frame in row["frames"]],
             place=place_of(maps),
             same_patch=same_patch_of(maps),
+            ground=ground,
             masks=known["masks"],
             n_patients=len(values),
             n_above=int((values > 0).sum()),

@@ -1,8 +1,10 @@
 """What a template needs to draw cells: the number of an image's page, its words, its map; concepts with their cells."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,14 @@ import numpy as np
 from .cell_choice import Beside, CellChoice
 from .cell_maps import Marks
 from .cohort import Cohort
-from .concept_maps import Maps, packed_map
+from .concept_maps import Maps, packed_map, share_of
 from .concept_pages import disease_name, image_name
+from .ground import ON, on
 from .inputs import Inputs
 from .plan import Plan
 from .sentence import same_patch_of
+
+_OWN = 1.3  # times the share of all families, from which on a label is a family's own
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,7 +68,7 @@ class Frames:
             "latent": latent,
             "has_page": self.plan.has_page(latent),
             "label": self._labels[latent],
-            "family": "" if family < 0 else letter(family),
+            "family": "" if family < 0 else numeral(family),
             "family_number": family,
         }
 
@@ -97,8 +102,9 @@ class Frames:
         return None if image < 0 else self.plain(image)
 
     def families(self, most: int = 6) -> list[dict[str, Any]]:
-        """The families of latents: letter, number of latents, top labels by latents, and the strongest with a page."""
+        """The families of latents: numeral, name, number of latents, top labels, and the strongest with a page."""
         order, found = self.choice.order, []
+        names = family_names(self._family_labels, [self._family_latent(number) for number in range(order.n_families)])
         references = self.plan.references
         for number in range(order.n_families):
             members = order.order[order.starts[number] : order.starts[number + 1]]
@@ -111,7 +117,8 @@ class Frames:
             best = built[np.argsort(-self._means[built], kind="stable")][:most].tolist()
             firsts = [int(np.searchsorted(references.latent, latent)) for latent in best]
             found.append(
-                {"number": number, "letter": letter(number), "n": len(members), "n_pages": len(built)}
+                {"number": number, "numeral": numeral(number), "n": len(members), "n_pages": len(built)}
+                | {"name": names[number]}
                 | {"labels": [{"label": label, "share": n / len(members)} for label, n in named[:3]]}
                 | {
                     "concepts": [
@@ -127,6 +134,34 @@ class Frames:
         """As `same_patch_of`, of a latent's reference images; None without a page."""
         first, last = np.searchsorted(self.plan.references.latent, [latent, latent + 1]).tolist()
         return same_patch_of(self.maps.read(first, last - first)) if last > first else None
+
+    @cached_property
+    def _family_labels(self) -> list[dict[str, int]]:
+        """Of each family the top labels of its latents, with the number of latents."""
+        order, found = self.choice.order, []
+        for first, last in pairwise(order.starts.tolist()):
+            labels = [self._labels[latent] for latent in order.order[first:last].tolist()]
+            found.append(dict(Counter(label for label in labels if label)))
+        return found
+
+    def _family_latent(self, number: int) -> str:
+        """The name of a family's strongest latent: of those with a name, else with a page, else of all."""
+        order = self.choice.order
+        members = order.order[order.starts[number] : order.starts[number + 1]]
+        strongest = members[np.argsort(-self._means[members], kind="stable")].tolist()
+        named = next((name for name in (self._name(latent)[0] for latent in strongest) if name), "")
+        return named or f"latent {next(filter(self.plan.has_page, strongest), strongest[0])}"
+
+    def has_card(self, latent: int) -> bool:
+        """Is there a picture cards/<latent>.jpg?"""
+        first, last = np.searchsorted(self.plan.references.latent, [latent, latent + 1]).tolist()
+        return self.plan.has_page(latent) and last > first
+
+    def doubts(self, latent: int) -> dict[str, Any]:
+        """What speaks against a concept: `same_patch`, and `background`, its share there if it lies there, or None."""
+        found = share_of(self.plan, self.maps, latent)
+        is_beside = ON[on(found)] == "the background"
+        return {"same_patch": self.same_patch(latent), "background": found if is_beside else None}
 
     @cached_property
     def _frequencies(self) -> Any:
@@ -152,6 +187,29 @@ class Frames:
         return np.nan_to_num(np.stack(columns).astype(np.float64))
 
 
-def letter(family: int) -> str:
-    """A, B, ... from left to right."""
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[family]
+def numeral(family: int) -> str:
+    """I, II, ... from left to right: A and B are the diseases of a comparison, and latents have numbers."""
+    return ("I", "II", "III", "IV", "V", "VI", "VII", "VIII")[family]
+
+
+def family_names(labels: Sequence[Mapping[str, int]], latents: Sequence[str]) -> list[str]:
+    """Names of families, no two the same: by a label that is the family's own, else by its strongest latent.
+
+    A label is a family's own if its share of the family's latents is larger there than in any other family, and at
+    least `_OWN` times that of all families together. Of several own labels the one with the largest ratio.
+
+    Parameters
+    ----------
+    labels : of each family the top labels of its latents, with the number of latents
+    latents : of each family the name of its strongest latent
+    """
+    sizes = [max(1, sum(each.values())) for each in labels]
+    total = {label: sum(each.get(label, 0) for each in labels) for each in labels for label in each}
+    own: dict[int, tuple[float, str]] = {}
+    for label, n in sorted(total.items()):
+        shares = [each.get(label, 0) / size for each, size in zip(labels, sizes, strict=True)]
+        best, ratio = int(np.argmax(shares)), max(shares) * sum(sizes) / n
+        if ratio >= _OWN and shares.count(shares[best]) == 1:
+            own[best] = max(own.get(best, (0.0, "")), (ratio, label))
+    names = [own[at][1] if at in own else f"around {latent}" for at, latent in enumerate(latents)]
+    return [name if names.count(name) == 1 else f"{name} ({numeral(at)})" for at, name in enumerate(names)]

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .concept_maps import Maps
+from .concept_maps import Maps, share_of
+from .evidence import EvidenceStores
 from .gallery import Gallery
+from .ground import ON, ONE_PLACE, TURN, on
 from .opinions import VERDICTS
 from .plan import Ints, Plan
-from .sentence import PLACES, place_word
+from .sentence import PLACES, SAME_PATCH, agrees, place_word
 from .site import Site, packed, plain_text
 
 MAPS_PER_FILE = 16  # a card in view brings those of 15 others: some kilobytes
@@ -28,17 +30,21 @@ _OF_PLOT = ("frequency", "mean", "label")
 _Column = npt.NDArray[Any]
 
 
-def first_order(gallery: Gallery) -> tuple[Ints, Ints]:
+def first_order(gallery: Gallery, on: npt.NDArray[np.uint8] | None = None) -> tuple[Ints, Ints]:
     """Positions of the concepts as the overview shows them first, the same cells once; and how many more have them.
 
-    Most specific to a label, or without labels most activating. Undefined last; ties by mean activation, then by
-    number. A concept that is never active has no picture: the end.
+    First those on cells, then those on both or not told, then on background, then at one place. Among these the most
+    specific to a label, or without labels the most activating. Undefined last; ties by mean activation, then by number.
+    A concept that is never active has no picture: the end.
+
+    on : (concepts,) of `on_of`; None: not told
     """
+    turn = np.zeros(len(gallery.mean), np.int64) if on is None else np.array(TURN, np.int64)[on]
     mean = _mean(gallery).astype(np.float64)  # as the page has it
     key = gallery.specificity.astype(np.float16).astype(np.float64) if gallery.labels else mean
     key = np.where(np.isnan(key), -1, key)
     has_picture = np.array([len(numbers) > 0 for numbers in gallery.images], bool)
-    order = np.lexsort((np.arange(len(key)), -mean, -key, ~has_picture)).astype(np.int64)
+    order = np.lexsort((np.arange(len(key)), -mean, -key, turn, ~has_picture)).astype(np.int64)
     _, first, counts = np.unique(gallery.cells[order], return_index=True, return_counts=True)
     by_place = np.argsort(first)
     return order[first[by_place]], counts[by_place].astype(np.int64) - 1
@@ -52,6 +58,8 @@ def write_gallery_data(
     datasets: Sequence[str],
     pairs: Sequence[Mapping[str, str]],
     places: npt.NDArray[np.uint8] | None = None,
+    on: npt.NDArray[np.uint8] | None = None,
+    parts: tuple[Sequence[str], npt.NDArray[np.uint8]] | None = None,
 ) -> None:
     """Write data/gallery.js and, of more concepts than it holds, data/gallery-plot.js and data/gallery-rest.js.
 
@@ -60,23 +68,29 @@ def write_gallery_data(
     latents : the number of each row's latent
     n_latents : of the SAE
     datasets, pairs : names of the datasets, and of the comparisons as of `pair_of`
-    places : of `places_of`; None: they are not told
+    places, on : of `places_of` and `on_of`; None: they are not told
+    parts : of `parts_of`; None: no masks
     """
     columns, code = _columns(gallery, latents, n_latents, len(datasets), bool(pairs))
     if places is not None:
         columns["place"] = places
+    if on is not None:
+        columns["on"] = on
+    if parts is not None:
+        columns["part"] = parts[1]
     names = [[at, plain_text(name)] for at, name in gallery.names.items()]
     facts = {
         "largest": float(gallery.mean.max(initial=0)),
         "labels": [plain_text(name) for name in gallery.labels],
         "no_label": code,
         "datasets": [plain_text(name) for name in datasets],
+        "parts": [plain_text(name) for name in ([] if parts is None else parts[0])],
         "pairs": [{key: plain_text(text) for key, text in pair.items()} for pair in pairs],
     }
     if len(latents) <= _WHOLE:
         site.data("gallery", {**_all_packed(columns), **facts, "names": names})
         return
-    order, alike = first_order(gallery)
+    order, alike = first_order(gallery, on)
     first = order[:_FIRST]
     rows = _all_packed({name: values[first] for name, values in columns.items()})
     seen = {
@@ -140,7 +154,8 @@ def _counts(columns: Mapping[str, _Column], facts: Mapping[str, Any], n_named: i
     A group without choices is left out.
     """
     found: dict[str, list[list[Any]]] = {}
-    for group, texts, none in (("label", facts["labels"], facts["no_label"]), ("dataset", facts["datasets"], NEVER)):
+    of_codes = [("label", facts["labels"], facts["no_label"]), ("dataset", facts["datasets"], NEVER)]
+    for group, texts, none in (*of_codes, ("part", facts["parts"], NEVER)):
         if group in columns:
             codes, counts = np.unique(columns[group][columns[group] != none], return_counts=True)
             order = np.argsort(-counts, kind="stable")
@@ -157,7 +172,11 @@ def _counts(columns: Mapping[str, _Column], facts: Mapping[str, Any], n_named: i
         found["in"] = [[side, sides[side]] for side in sorted(sides)]
     if "place" in columns:
         counts = np.bincount(columns["place"], minlength=len(PLACES)).tolist()
-        found["place"] = [[text, n] for text, n in zip(PLACES, counts, strict=True) if text and n]
+        told = PLACES[:SAME_PATCH] if "on" in columns else PLACES  # else the same patch is among what it lies on
+        found["place"] = [[text, n] for text, n in zip(told, counts, strict=False) if text and n]
+    if "on" in columns:
+        counts = np.bincount(columns["on"], minlength=len(ON)).tolist()
+        found["on"] = [[text, n] for text, n in zip(ON, counts, strict=True) if text and n]
     kinds, counts = np.unique(columns["verdict"], return_counts=True)
     if len(kinds) > 1:
         found["verdict"] = [
@@ -187,6 +206,33 @@ def places_of(plan: Plan, maps: Maps) -> npt.NDArray[np.uint8]:
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
     ]
     return np.array(words, np.uint8)
+
+
+def on_of(plan: Plan, maps: Maps, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(concepts,) does each lie on cells or on background, or at one place of every image? Number in `ON`."""
+    found = [
+        ONE_PLACE if place == SAME_PATCH else on(share_of(plan, maps, latent))
+        for latent, place in zip(plan.latents.tolist(), places.tolist(), strict=True)
+    ]
+    return np.array(found, np.uint8)
+
+
+def parts_of(plan: Plan, evidence: EvidenceStores) -> tuple[list[str], npt.NDArray[np.uint8]] | None:
+    """The classes of the masks, and (concepts,) the one that each agrees with best and more than by chance; or None.
+
+    The number of the class, `NEVER` for none, as the sentence of a concept has it.
+    """
+    if evidence.masks is None:
+        return None
+    rows = evidence.masks.table("agreement").to_pylist()
+    names = sorted({str(row["class"]) for row in rows})[:NEVER]
+    best: dict[int, tuple[float, str]] = {}
+    for row in rows:
+        if row["auroc"] is not None and row["auroc"] > best.get(row["latent"], (0.5, ""))[0] and agrees(row):
+            best[row["latent"]] = (row["auroc"], str(row["class"]))
+    code = {name: number for number, name in enumerate(names)}
+    found = [code.get(best[latent][1], NEVER) if latent in best else NEVER for latent in plan.latents.tolist()]
+    return names, np.array(found, np.uint8)
 
 
 def write_map_files(site: Site, gallery: Gallery, maps: Maps) -> None:

@@ -43,8 +43,8 @@ def write_images(
 ) -> Iterator[int]:
     """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
-    First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps`. Memory: the
-    tokens of a few images.
+    First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps` and their
+    ground. Memory: the tokens of a few images.
 
     marks : further maps to fill
     chosen : only these images (for an estimate)
@@ -65,6 +65,7 @@ def write_images(
             maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
         else:
             site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
+            maps.ground.fill(plan.place_of[image], picture)
         first, last = np.searchsorted(in_order_of_images, [image, image + 1])
         numbers = by_image[first:last].tolist()
         for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):

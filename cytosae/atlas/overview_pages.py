@@ -10,7 +10,8 @@ from .cohort import Cohort
 from .concept_maps import Maps
 from .concept_pages import pair_of
 from .gallery import Gallery
-from .gallery_files import first_order, places_of, write_gallery_data, write_map_files
+from .gallery_files import first_order, on_of, parts_of, places_of, write_gallery_data, write_map_files
+from .ground import ON
 from .inputs import Inputs
 from .plan import Plan
 from .site import Site, packed, plain_text, share
@@ -34,13 +35,18 @@ def write_overview(
         site.data(f"latents-{number}", _dataset_data(inputs, dataset))
     site.data("built", _built_data(inputs, plan, gallery))
     pairs = [pair_of(inputs, cohort, number) for number in range(len(inputs.comparisons))]
+    places = places_of(plan, maps)
+    on = on_of(plan, maps, places)
+    parts = parts_of(plan, inputs.evidence)
     write_gallery_data(
-        site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs, places_of(plan, maps)
+        *(site, gallery, plan.latents, inputs.n_latents, inputs.concepts.datasets, pairs, places),
+        on=on,
+        parts=parts,
     )
     write_map_files(site, gallery, maps)
     summary = {found["dataset"]: found for found in inputs.concepts.by_dataset}
     common = {**shared, "datasets": inputs.concepts.datasets, "pairs": pairs, "n_built": len(plan.latents)}
-    order, _ = first_order(gallery)
+    order, _ = first_order(gallery, on)
     site.page(
         "index.html",
         "gallery.html",
@@ -52,7 +58,10 @@ def write_overview(
         n_images=int(inputs.first_images[-1]),
         has_labels=bool(gallery.labels),
         has_selection=bool(plan.selection),
-        cards=[_card(inputs, plan, gallery, at) for at in order[:_FIRST].tolist()],
+        is_told=maps.ground.threshold is not None,
+        has_places=bool((on > 0).any()),
+        has_masks=parts is not None,
+        cards=[_card(inputs, plan, gallery, at) | {"on": ON[on[at]]} for at in order[:_FIRST].tolist()],
     )
     site.page("latents.html", "latents.html", **common, summary=[summary[name] for name in inputs.concepts.datasets])
 

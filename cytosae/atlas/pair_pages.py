@@ -52,7 +52,7 @@ def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]
     cells = frames.choice.pairs[number]
     rows = [
         {**row, "side": side, "cells": frames.beside(row["latent"], cells[row["latent"]])}
-        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, "same_patch": frames.same_patch(row["latent"])}
+        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, **frames.doubts(row["latent"])}
         for side in "ab"
         for row in _top(frames, table, side)
         if row["latent"] in cells

@@ -8,6 +8,7 @@ import numpy as np
 from cytosae.relations import LEAST_OTHERS
 
 from .cell_choice import Beside, PatientCells
+from .cell_reasons import Reason
 from .cohort import Cohort, Ints, Row
 from .composition import compositions
 from .concept_pages import disease_name
@@ -34,6 +35,7 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             return
         peers = _peers(cohort, number)
         cells = frames.choice.patients[number]
+        shares = composition_picture(composition, np.array([number]), peers)
         site.page(
             f"patients/{number}.html",
             "patient.html",
@@ -58,11 +60,9 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             families=families,
             characteristic=listed_concepts(frames, cells.characteristic, cells.beside),
             unusual=None if cells.unusual is None else listed_concepts(frames, cells.unusual, cells.beside_peers),
-            kinds=[
-                {"title": title, "hint": hint, "cells": [frames.plain(image) | {"alike": cos} for image, cos in some]}
-                for title, hint, some in _kinds(cells, disease_name(cohort, number))
-            ],
-            composition=composition_picture(composition, np.array([number]), peers),
+            types=_types(frames, cells, shares["rows"]),
+            odd=_odd(frames, cells, disease_name(cohort, number)),
+            composition=shares,
             cells=[
                 frames.plain(image)
                 for image in sorted(frames.plan.cells[number], key=frames.plan.number_of.__getitem__)
@@ -107,24 +107,56 @@ def listed_patient(frames: Frames, number: int) -> dict[str, Any]:
 def listed_concepts(frames: Frames, rows: list[dict[str, Any]], beside: dict[int, Beside]) -> list[dict[str, Any]]:
     """Rows of a list of latents, each with what names the concept, and its cells where these were looked for."""
     return [
-        {**row, **frames.concept(row["latent"]), "same_patch": frames.same_patch(row["latent"])}
+        {**row, **frames.concept(row["latent"]), **frames.doubts(row["latent"])}
         | {"cells": frames.beside(row["latent"], beside[row["latent"]]) if row["latent"] in beside else None}
         for row in rows
     ]
 
 
-def _kinds(cells: PatientCells, disease: str) -> list[tuple[str, str, list[tuple[int, float]]]]:
-    """Heading, hint and cells: the typical, the atypical, those unlike the other patients' cells."""
-    found = [
-        ("Most typical", "Most alike, on average, to this patient's other cells.", cells.typical),
-        ("Least typical", "Least alike, on average, to this patient's other cells.", cells.atypical),
-        (
-            "Unlike the others",
-            f"Least alike, on average, to the cells of the other patients with {disease} in the dataset.",
-            cells.unlike,
-        ),
+def _types(frames: Frames, cells: PatientCells, shares: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The patient's types of cell, the commonest first: images, share in the others, the most typical cells."""
+    others = {row["label"]: row["others"] for row in shares}
+    return [
+        {"label": each.label, "n": each.n, "others": others.get(each.label)}
+        | {"cells": [frames.plain(image) | {"alike": cosine} for image, cosine in each.typical]}
+        for each in cells.types
     ]
-    return [each for each in found if each[2]]
+
+
+def _odd(frames: Frames, cells: PatientCells, disease: str) -> list[dict[str, Any]]:
+    """The least typical cells, and those unlike the other patients' cells, each with the latents that make it so."""
+    peers = f"the cells of the other patients with {disease} in the dataset"
+    found = [
+        ("Least typical", "this patient's other cells", cells.atypical, cells.why_atypical, cells.usual[0]),
+        ("Unlike the others", peers, cells.unlike, cells.why_unlike, cells.usual[1]),
+    ]
+    return [
+        {"title": title, "whom": whom, "usual": usual}
+        | {
+            "cells": [
+                frames.plain(image)
+                | {"alike": cosine, "reasons": [_reason(frames, image, each) for each in why[image]]}
+                for image, cosine in some
+            ]
+        }
+        for title, whom, some, why, usual in found
+        if some
+    ]
+
+
+def _reason(frames: Frames, image: int, reason: Reason) -> dict[str, Any]:
+    """A latent that makes a cell unlike others: its concept, its map on the cell (None: not active), its numbers."""
+    mapped = frames.mapped(image, reason.latent)
+    return {
+        **frames.concept(reason.latent),
+        **frames.doubts(reason.latent),
+        "also": [frames.concept(latent) for latent in reason.also],
+        "has_card": frames.has_card(reason.latent),
+        "frame": mapped if mapped["largest"] > 0 else None,
+        "here": reason.here,
+        "others": reason.others,
+        "share": reason.share,
+    }
 
 
 def _peers(cohort: Cohort, number: int) -> Ints:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .ground import Share, on
 from .site import share, short
 
 ALPHA = 0.05  # of p and q
@@ -19,6 +20,7 @@ _LEAST_LABELS = 5  # labelled reference images from which on "mostly" is said
 _WIDE, _FEW = 0.6, 0.1  # shares of the patches
 _MIDDLE, _BORDER = 0.5, 0.75  # shares of the activation; by area a quarter, and seven sixteenths
 PLACES = ("", "middle", "border", "here and there", "all over", "same patch")  # as in gallery.js
+SAME_PATCH = 5  # in `PLACES`
 _SAME_PATCH = 0.8  # of the reference images
 _LEAST_PATCHES = 64  # of a map; in fewer the same one is no wonder
 Row = Mapping[str, Any]
@@ -49,6 +51,7 @@ class Facts:
     labels: Sequence[str]  # of the reference images of all datasets; "" without a label
     place: Place | None = None
     same_patch: tuple[int, int] | None = None  # of `same_patch_of`
+    ground: Share | None = None  # of `Ground.share`
     masks: Sequence[Row] = ()  # class, auroc, auroc_p_any
     n_patients: int = 0  # with a barcode
     n_above: int = 0  # of these, with a value above 0
@@ -71,6 +74,7 @@ def sentence(facts: Facts) -> list[Clause]:
     for make, link in (
         (_labels, "#references"),
         (_place, "#references"),
+        (_ground, "#references"),
         (_same_patch, "#references"),
         (_masks, "#masks"),
         (_patients, "#patients"),
@@ -107,7 +111,7 @@ def place_word(maps: npt.NDArray[np.uint8]) -> int:
     if place is None:
         return 0
     if same_patch_of(maps) is not None:
-        return 5
+        return SAME_PATCH
     if place.patches >= _WIDE:
         return 4
     return 1 if place.middle >= _MIDDLE else 2 if place.border >= _BORDER else 3
@@ -173,6 +177,13 @@ def _place(facts: Facts) -> Iterator[str]:
     yield f"{size}, {where}" if place.middle >= _MIDDLE or place.border >= _BORDER else f"{size} of the image"
 
 
+def _ground(facts: Facts) -> Iterator[str]:
+    if facts.ground is not None:
+        where = ("", "on the cell", "on cells and background", "on the background")[on(facts.ground)]
+        of_all = f"{share(round(facts.ground.all, 2))} of all patches of these images"
+        yield f"{where} (background: {share(round(facts.ground.strongest, 2))} of its strongest patches, {of_all})"
+
+
 def _same_patch(facts: Facts) -> Iterator[str]:
     if facts.same_patch is not None:
         how = f"{facts.same_patch[0]} of {facts.same_patch[1]} reference images"
@@ -182,13 +193,17 @@ def _same_patch(facts: Facts) -> Iterator[str]:
 def _masks(facts: Facts) -> Iterator[str]:
     if not facts.masks:
         return
-    found = [row for row in facts.masks if (row["auroc_p_any"] or 0) <= ALPHA and (row["auroc"] or 0) > 0.5]
-    found = [row for row in found if row["auroc_p_any"] is not None]
+    found = [row for row in facts.masks if agrees(row)]
     if found:
         best = max(found, key=lambda row: row["auroc"])
         yield f"on {best['class']} (area under ROC {short(best['auroc'])}, p {short(best['auroc_p_any'])})"
     else:
         yield "on no masked part more than by chance"
+
+
+def agrees(row: Row) -> bool:
+    """Does a latent mark a class of the masks more than by chance? A row of `cyto concept masks`."""
+    return row["auroc_p_any"] is not None and row["auroc_p_any"] <= ALPHA and (row["auroc"] or 0) > 0.5
 
 
 def _patients(facts: Facts) -> Iterator[str]:

@@ -5,7 +5,7 @@ async function startBarcode() {
   const canvas = $("barcode");
   if (!canvas) return;
   const { dataset } = canvas, mine = CYTO.bytes(dataset.mine), others = CYTO.bytes(dataset.others);
-  const latents = new Uint32Array(CYTO.bytes(dataset.latents).buffer), starts = dataset.starts.split(",").map(Number);
+  const latents = new Uint32Array(CYTO.bytes(dataset.latents).buffer), starts = dataset.starts.split(",").map(Number), names = dataset.families.split(",");
   const largest = Number(dataset.largest), k = Number(dataset.k), n = mine.length, pen = canvas.getContext("2d"), tip = canvas.parentElement.querySelector(".tip");
   const familyOf = new Uint8Array(n), said = $("barcode-said");
   for (let k = 0; k + 1 < starts.length; k++) familyOf.fill(k, starts[k], starts[k + 1]);
@@ -56,8 +56,8 @@ async function startBarcode() {
 
   function linesOf(column) {
     const has = mine[column] || others[column];
-    if (!has) return [`family ${dataset.letters[familyOf[column]]}`, "0 on both sides"];
-    return [`latent ${latents[column]}, family ${dataset.letters[familyOf[column]]}`, `here ${short(value(mine, column))}`, `others ${short(value(others, column))}`];
+    if (!has) return [`family ${names[familyOf[column]]}`, "0 on both sides"];
+    return [`latent ${latents[column]}, family ${names[familyOf[column]]}`, `here ${short(value(mine, column))}`, `others ${short(value(others, column))}`];
   }
 
   async function mark(column, at = null) {

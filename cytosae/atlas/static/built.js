@@ -6,6 +6,7 @@ async function readBuilt() {
   const place = new Int32Array(data.n_latents).fill(-1);
   latents.forEach((latent, n) => { place[latent] = n; });
   return {
+    anyCluster: clusters.some((cluster) => cluster >= 0),
     has: (latent) => place[latent] >= 0,
     cluster: (latent) => (place[latent] < 0 || clusters[place[latent]] < 0 ? NaN : clusters[place[latent]]),
     picture: (latent) => (place[latent] >= 0 && pictured[place[latent]] ? element("img", { src: up(`cards/${latent}.jpg`), alt: "" }) : null),

@@ -3,8 +3,8 @@
 
 class Columns {
   constructor(data) {
-    const { n, largest, labels, no_label, datasets, pairs } = data;
-    Object.assign(this, { n, largest, labels, no_label, datasets, pairs, isWhole: !data.at });
+    const { n, largest, labels, no_label, datasets, parts, pairs } = data;
+    Object.assign(this, { n, largest, labels, no_label, datasets, parts, pairs, isWhole: !data.at });
     this.name = new Map(data.names);
     this.first = data.at ? CYTO.unpack(data.at) : null; // rows that came first, in the first order
     this.take(data, this.first);

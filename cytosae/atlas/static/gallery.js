@@ -5,6 +5,11 @@ const MAPS_PER_FILE = 16; // as in gallery_files.py
 const NEVER = 255;
 const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
 const PLACES = ["", "middle", "border", "here and there", "all over", "same patch"]; // as in sentence.py
+const ON = ["", "the cell", "both", "the background", "one place"], TURN = [1, 0, 1, 2, 3]; // as in ground.py
+const DOUBTS = { // of cards, by what a concept lies on
+  "one place": ["one place", "strongest at the same patch in most of its reference images: perhaps a place, and nothing in the cell"],
+  "the background": ["background", "most of its strongest patches in its reference images show background, and no cell"],
+};
 const IS_DIFFERENT = 0.05; // q, as in gallery_files.py
 const COLORED = 7; // labels with a colour of their own, in the plot and on the cards
 
@@ -46,10 +51,13 @@ function openGallery(data) {
   const verdictOf = (at) => VERDICTS[data.verdict[at]];
   const byCount = (names) => ([a, x], [b, y]) => y - x || names.indexOf(a) - names.indexOf(b);
   const byText = ([a], [b]) => (a < b ? -1 : 1);
+  const placeOf = (at) => (data.on && ON[data.on[at]] === "one place" ? "" : (PLACES[data.place?.[at]] ?? "")); // that is told by what it lies on
   const groups = [
     { name: "label", title: "Label", order: byCount(data.labels), of: (at) => data.labels[labelOf(at)] ?? "" },
     { name: "in", title: "Disease", order: byText, hint: `differs, q at most ${IS_DIFFERENT}`, of: higher },
-    { name: "place", title: "Where", hint: "in its strongest images; same patch: at one place, whatever is there", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: (at) => PLACES[data.place?.[at]] ?? "" },
+    { name: "on", title: "Lies on", hint: "where its strongest patches are in its reference images; one place: at the same patch of them, whatever is there", order: ([a], [b]) => ON.indexOf(a) - ON.indexOf(b), of: (at) => ON[data.on?.[at]] ?? "" },
+    { name: "part", title: "Part", hint: "of the masks: what it marks best, and more than by chance", order: byCount(data.parts ?? []), of: (at) => data.parts?.[data.part?.[at]] ?? "" },
+    { name: "place", title: "Where", hint: "in the image: at its middle or border, here and there, or all over", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: placeOf },
     { name: "dataset", title: "Dataset", order: byCount(data.datasets), of: (at) => data.datasets[data.dataset?.[at]] ?? "" },
     { name: "verdict", title: "Review", order: ([a], [b]) => VERDICTS.indexOf(a) - VERDICTS.indexOf(b), of: verdictOf },
     { name: "named", title: "Name", order: byText, of: (at) => (data.name.has(at) ? "yes" : "") },
@@ -121,7 +129,7 @@ function openGallery(data) {
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
     const verdict = data.verdict[at] > 1 ? [element("span", { class: "tag" }, VERDICTS[data.verdict[at]])] : [];
-    const doubt = data.place && PLACES[data.place[at]] === "same patch" ? [element("span", { class: "tag doubt", title: "strongest at the same patch in most of its reference images: perhaps a place, and nothing in the cell" }, "same patch")] : [];
+    const [doubted, why] = DOUBTS[ON[data.on?.[at]]] ?? [], doubt = doubted ? [element("span", { class: "tag doubt", title: why }, doubted)] : [];
     card.querySelector(".often").replaceChildren(often(at), ...verdict, ...doubt);
     card.querySelector(".effect").textContent = data.pair ? effect(at) : "";
     if (mapsOn() && data.has_picture[at]) showCardMap(shot, at);
@@ -154,6 +162,7 @@ function openGallery(data) {
   function keys() {
     const sort = field.sort.value;
     const of = {
+      cells: (at) => (data.specificity ? (Number.isNaN(data.specificity[at]) ? 1 : -data.specificity[at]) : -data.mean[at]),
       specific: (at) => -data.specificity[at],
       mean: (at) => -data.mean[at],
       frequency: (at) => -data.frequency[at],
@@ -216,12 +225,12 @@ function openGallery(data) {
   }
 
   function choose() {
-    const some = candidates(), order = keys();
+    const some = candidates(), order = keys(), turn = (at) => (field.sort.value === "cells" ? TURN[data.on[at]] : 0);
     chips.draw(chips.count(some));
     state.shown = some.filter((at) => chips.passes(at)).sort((a, b) => {
       const [x, y] = [order[a], order[b]];
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || data.mean[b] - data.mean[a] || a - b;
-      return data.has_picture[b] - data.has_picture[a] || x - y || data.mean[b] - data.mean[a] || a - b;
+      return data.has_picture[b] - data.has_picture[a] || turn(a) - turn(b) || x - y || data.mean[b] - data.mean[a] || a - b;
     });
     const all = state.shown.length;
     foldAlike();

@@ -72,9 +72,14 @@ async function startLatents() {
     const { data, q, rows } = state, last = Math.max(0, Math.ceil(rows.length / PER_PAGE) - 1);
     state.page = Math.min(Math.max(state.page, 0), last);
     const some = rows.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+    const isEmpty = { q: !q, cluster: !built.anyCluster, label: !data.labels.length, label_entropy: !data.labels.length };
+    for (const heading of $("latents").tHead.rows[0].cells) heading.hidden = isEmpty[heading.dataset.key] ?? false;
     body.replaceChildren(...some.map((n) => element("tr", {},
+      element("td", { class: "face-of" }, built.picture(n) ?? ""),
       element("th", { scope: "row" }, conceptLink(n, built.has(n))),
-      ...[short(data.frequency[n]), short(data.mean_activation[n]), short(data.max_activation[n]), data.n_images[n].toLocaleString("en"), short(data.label_entropy[n]), data.labels[data.top_label[n]] ?? "–", short(built.cluster(n)), q ? short(q[n]) : "–"].map((text) => element("td", {}, text)))));
+      ...[share(data.frequency[n]), short(data.mean_activation[n]), short(data.max_activation[n]), data.n_images[n].toLocaleString("en"), short(data.label_entropy[n]), data.labels[data.top_label[n]] ?? "–", short(built.cluster(n)), q ? short(q[n]) : "–"].map((text) => element("td", {}, text)))));
+    const hidden = [...$("latents").tHead.rows[0].cells].map((heading) => heading.hidden);
+    for (const row of body.rows) [...row.cells].forEach((cell, n) => { cell.hidden = hidden[n]; });
     $("page").textContent = `Page ${state.page + 1} of ${last + 1}`;
     $("before").disabled = state.page === 0;
     $("after").disabled = state.page === last;

@@ -167,14 +167,18 @@ def test_maps_of_the_cards_are_those_of_their_strongest_cells(atlas: Path, cohor
 
 
 def test_the_first_cards_stand_in_the_page(atlas: Path, cohort: Cohort) -> None:
-    """Without a script: the most specific first, as the script orders them."""
+    """Without a script: on cells first, then the most specific, as the script orders them."""
     found = data(atlas, "gallery")
     key = np.where(np.isnan(found["specificity"]), -1, found["specificity"].astype(float))
-    order = sorted(range(N_LATENTS), key=lambda n: (not found["has_picture"][n], -key[n], -found["mean"][n], n))
+    turn = [("", "the cell", "both", "the background", "one place")[code] for code in found["on"]]
+    turns = [{"the cell": 0, "the background": 2, "one place": 3}.get(word, 1) for word in turn]
+    order = sorted(
+        range(N_LATENTS), key=lambda n: (not found["has_picture"][n], turns[n], -key[n], -found["mean"][n], n)
+    )
     page = (atlas / "index.html").read_text()
     shown = [int(latent) for latent in re.findall(r'<h2><a href="concepts/(\d+)\.html">', page)]
     assert len(shown) == 12
-    assert [key[n] for n in shown] == [key[n] for n in order[:12]]
+    assert [(turns[n], key[n]) for n in shown] == [(turns[n], key[n]) for n in order[:12]]
     for latent, often in zip(shown, re.findall(r'<p class="often">in (.*?)</p>', page), strict=True):
         n = round(float(found["frequency"][latent]) * (len(cohort.dense) - 1))  # one is unreadable
         assert often == (f"{n} image{'s' if n > 1 else ''}" if n < 10 else f"{100 * n / 42:.3g}% of images")

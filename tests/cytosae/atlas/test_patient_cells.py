@@ -134,10 +134,25 @@ def test_typical_and_atypical_cells(
     for number, name in enumerate(patients.real_names):
         mine = [n for n in some if cohort.patient_of[n] == name]
         n = min(4, len(mine) // 2)
-        assert [image for image, _ in choice.patients[number].typical] == ordered(mine, -to_own)[:n]
+        for kind in choice.patients[number].types:
+            of_kind = [n for n in mine if (patients.labels[n] or "") == kind.label]
+            assert kind.n == len(of_kind)
+            within = np.full(len(counts), np.nan)
+            for one in of_kind:
+                within[one] = np.mean([cosine[one, n] for n in of_kind if n != one] or [np.nan])
+            assert [image for image, _ in kind.typical] == ordered(of_kind, np.nan_to_num(-within, nan=1))[:SHOWN]
         assert [image for image, _ in choice.patients[number].atypical] == ordered(mine, to_own)[:n]
         assert [image for image, _ in choice.patients[number].unlike] == ordered(mine, to_peers)[:n]
-        assert choice.portraits[number] == choice.patients[number].typical[0][0]
+        assert choice.portraits[number] == choice.patients[number].types[0].typical[0][0]
+        for cells, why, alike in (
+            (choice.patients[number].atypical, choice.patients[number].why_atypical, to_own),
+            (choice.patients[number].unlike, choice.patients[number].why_unlike, to_peers),
+        ):
+            for image, _ in cells:
+                less = np.nanmean(alike[mine]) - alike[image]
+                for reason in why[image]:
+                    assert less > 0
+                    assert reason.here == counts[image, reason.latent]
 
 
 def test_the_order_has_every_active_latent_once(choice: CellChoice) -> None:
@@ -209,9 +224,11 @@ def test_families_have_all_active_latents(atlas: Path) -> None:
     text = (atlas / "families.html").read_text()
     assert sum(map(int, re.findall(r"(\d+) latents, \d+ with a page", text))) == N_LATENTS - 1
     assert "1 latent never active belongs to none" in text
-    letters = re.findall(r'class="of-family" id="(\w)"', text)
-    assert letters == [*"ABCDEFGH"]
-    linked = re.findall(r'families\.html#(\w)"', (atlas / "patients" / "0.html").read_text())
+    letters = re.findall(r'class="of-family" id="(\w+)"', text)
+    assert letters == ["I", "II", "III", "IV", "V", "VI", "VII", "VIII"]
+    names = re.findall(r"</span> (.*?) <span", text)
+    assert len({*names}) == len(names) == 8, "no two are called the same"
+    linked = re.findall(r'families\.html#(\w+)"', (atlas / "patients" / "0.html").read_text())
     assert linked == letters
 
 

@@ -1,0 +1,135 @@
+"""Why is a cell less like others than its patient's cells are? The latents that make it so.
+
+Alike is the cosine of two images' rows of norm 1 (`Likeness`), and 1 minus a cosine is half the squared distance of the
+rows: a sum over latents, none below 0. So the mean distance of a cell from others is a sum over latents, too, and so is
+that of its patient's cells on average. The difference of both, latent by latent, says what makes the cell unlike; over
+all latents it is the difference of the two mean cosines. Images without a latent have no row, and are left out.
+
+Two passes over the barcodes of all images for every 341 patients at 49,152 latents (128 MiB of sums). Twin in plain
+loops: test_patient_cells.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from stores.csr import CsrRows
+
+from .cell_scan import add_unit_rows, add_unit_squares
+from .cohort import Cohort, Ints
+
+SUM_BYTES = 1 << 27
+Floats = npt.NDArray[np.float64]
+Parts = dict[int, list[tuple[int, float]]]  # image -> (latent, its share of all parts above 0), the largest first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """A latent that makes a cell unlike others, and how much it is there."""
+
+    latent: int
+    also: list[int]  # latents that are active in the same images; their shares are added
+    share: float  # of all that makes the cell less alike; what makes it more alike is not counted
+    here: float  # tokens above the threshold
+    others: float  # the mean of those it is compared with
+
+
+def unlike_parts(
+    cohort: Cohort,
+    patient_of: Ints,
+    group_of: Ints,
+    to_own: Sequence[int],
+    to_peers: Sequence[int],
+    *,
+    most: int,
+    sum_bytes: int = SUM_BYTES,
+) -> tuple[Parts, Parts]:
+    """For images `to_own`, what makes them unlike their patient's other images; for `to_peers`, unlike other patients'.
+
+    Those of other patients are of the same group, and each patient counts once. An image that is not less alike than
+    its patient's images are on average has no part.
+
+    Parameters
+    ----------
+    patient_of, group_of : (n_images,) of readable images; -1: left out
+    most : parts of each image
+    """
+    weights = cohort.rarity
+    n_groups = int(cohort.peers_of.max(initial=-1)) + 2
+    counts = _with_a_row(cohort, patient_of)
+    share_of = (1 / np.maximum(1, counts)).astype(np.float32)
+    n_peers = np.bincount(cohort.peers_of % n_groups, weights=counts > 0, minlength=n_groups)
+    peers = np.zeros((n_groups, cohort.n_latents), np.float32)
+    found: tuple[Parts, Parts] = ({}, {})
+    wanted = [np.unique(np.array(some, np.int64)) for some in (to_own, to_peers)]
+    size = max(1, sum_bytes // (8 * cohort.n_latents))
+    for first_patient in range(0, cohort.n_patients, size):
+        is_here = (patient_of >= first_patient) & (patient_of < first_patient + size)
+        target_of = np.where(is_here, patient_of - first_patient, -1)
+        n_here = min(size, cohort.n_patients - first_patient)
+        sums, squares = np.zeros((2, n_here, cohort.n_latents), np.float32)
+        for first, rows in cohort.image_blocks("X"):
+            here = slice(first, first + rows.n_rows)
+            add_unit_rows(rows, weights, target_of[here], np.ones(rows.n_rows, np.float32), sums)
+            add_unit_squares(rows, weights, target_of[here], squares)
+            if first_patient == 0:
+                shares = np.where(patient_of[here] >= 0, share_of[patient_of[here]], 0).astype(np.float32)
+                add_unit_rows(rows, weights, group_of[here], shares, peers)
+        for first, rows in cohort.image_blocks("X"):
+            for parts, images, is_own in zip(found, wanted, (True, False), strict=True):
+                some = images[(images >= first) & (images < first + rows.n_rows)]
+                for image in some[is_here[some]].tolist():
+                    unit, patient = _unit(rows, image - first, weights), int(patient_of[image])
+                    n, at = int(counts[patient]), patient - first_patient
+                    total, square = sums[at].astype(np.float64), squares[at].astype(np.float64)
+                    if is_own:
+                        parts[image] = _largest(_from_own(unit, total, square, n), most)
+                    else:
+                        group, others = int(group_of[image]), n_peers[group_of[image]] - 1
+                        if others > 0:
+                            mean = (peers[group] - total * share_of[patient]) / others
+                            parts[image] = _largest(_from_peers(unit, total, square, n, mean), most)
+    return found
+
+
+def _from_own(unit: Floats, total: Floats, square: Floats, n: int) -> Floats:
+    """(n_latents,) what each adds to the mean distance from the n - 1 others, less what it adds on average."""
+    if n < 2:
+        return np.zeros_like(unit)
+    mean, mean_square = (total - unit) / (n - 1), (square - unit**2) / (n - 1)
+    on_average = (square - total**2 / n) / (n - 1)
+    return (unit**2 - 2 * unit * mean + mean_square) / 2 - on_average
+
+
+def _from_peers(unit: Floats, total: Floats, square: Floats, n: int, mean: Floats) -> Floats:
+    """The same for the images of others, whose mean row is given: their squares are the same for all own images."""
+    return (unit**2 - square / n) / 2 - (unit - total / n) * mean
+
+
+def _largest(parts: Floats, most: int) -> list[tuple[int, float]]:
+    if float(parts.sum()) <= 1e-6:
+        return []
+    whole = float(parts[parts > 0].sum())
+    order = np.argsort(-parts, kind="stable")[:most]
+    return [(int(latent), float(parts[latent] / whole)) for latent in order if parts[latent] > 0]
+
+
+def _unit(rows: CsrRows, row: int, weights: npt.NDArray[np.float32]) -> Floats:
+    """(n_latents,) one row, weighted and of norm 1."""
+    some = slice(rows.indptr[row], rows.indptr[row + 1])
+    found = np.zeros(len(weights))
+    found[rows.indices[some]] = np.log1p(rows.values[some].astype(np.float64)) * weights[rows.indices[some]]
+    return found / max(float(np.linalg.norm(found)), 1e-30)
+
+
+def _with_a_row(cohort: Cohort, patient_of: Ints) -> Ints:
+    """(n_patients,) images with a latent that weighs anything."""
+    counts, weighs = np.zeros(cohort.n_patients, np.int64), cohort.rarity > 0
+    for first, rows in cohort.image_blocks("X"):
+        row_of = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+        has = np.bincount(row_of[weighs[rows.indices]], minlength=rows.n_rows) > 0
+        whose = patient_of[first : first + rows.n_rows]
+        counts += np.bincount(whose[has & (whose >= 0)], minlength=cohort.n_patients)
+    return counts
