@@ -99,13 +99,15 @@ class Screen:
         )
         above_B = np.zeros(n_tokens, np.float32)
         if self._k is not None:
-            _kth_lower_end(*ends, *(self._k, above_B))
+            arguments: tuple[Any, ...] = (*ends, self._k, above_B)
+            _kth_lower_end(*arguments)
             above_B *= np.float32(1 - 2.0**-20)
         n_parts = max(1, min(_PARTS, n_tokens))
         room = int(2 * _MOST * n_latents * -(-n_tokens // n_parts)) + _CHUNK
         starts, counts = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
         latents = np.empty(n_parts * room, np.int32)
-        _find_candidates(*ends, *(above_B, room, starts, counts, latents))
+        arguments = (*ends, above_B, room, starts, counts, latents)
+        _find_candidates(*arguments)
         if (starts < 0).any() or counts.sum() > _MOST * n_tokens * n_latents:
             return None
         places = kernels_cpu.by_latent(starts, counts, latents, latents.view(np.float32), n_latents)
