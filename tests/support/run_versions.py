@@ -4,8 +4,9 @@
     locked   constraints.txt
     newest   whatever the package index has today; once for each Python from 3.11 on that is installed
 
-Each set gets an environment of its own below the folder that is given; it is used again. A Python that is not installed
-is named and passed over. Needs a package index, some minutes and 1 GB for each set.
+Each set gets an environment of its own below the folder that is given; it is used again, and brought up to date. A
+Python that is not installed is named and passed over. Needs a package index, some minutes and 1 GB for each set.
+With `uv`, where it is installed, the environments are made in seconds; without it by `venv` and `pip`.
 """
 
 import os
@@ -56,17 +57,23 @@ def python_of(version: str) -> str | None:
     return None
 
 
+def install(folder: Path, python: str, packages: list[str], *options: str) -> bool:
+    """Make the environment, where it is not there yet, and bring its packages to what is asked for."""
+    interpreter, uv = str(folder / "bin" / "python"), shutil.which("uv")
+    make = [uv, "venv", "--quiet", "--python", python] if uv else [python, "-m", "venv"]
+    add = [uv, "pip", "install", "--python", interpreter] if uv else [interpreter, "-m", "pip", "install"]
+    if not Path(interpreter).exists():
+        subprocess.run([*make, str(folder)], check=True)
+    # the installer says why it failed
+    return not subprocess.run([*add, "--quiet", "--upgrade", *options, *packages, *TOOLS], check=False).returncode
+
+
 def run_set(folder: Path, python: str, packages: list[str], *options: str) -> bool:
-    """Make the environment, where it is not there yet, and run the tests in it; False: no such set, or tests failed."""
-    interpreter = folder / "bin" / "python"
-    if not (folder / ".installed").exists():
-        subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(interpreter), "-m", "pip", "install", "--quiet", *options, *packages, *TOOLS]
-        if subprocess.run(pip, check=False).returncode:
-            return False  # pip has said why; the other sets are still run
-        (folder / ".installed").touch()
+    """Run the tests with these packages; False: no such set, or tests failed."""
+    if not install(folder, python, packages, *options):
+        return False  # the other sets are still run
     tests = [f"tests/{name}.py" for name in TESTS]
-    command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    command = [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
