@@ -82,7 +82,7 @@ sdist-check: install # the source archive, unpacked elsewhere, passes its own qu
 # stores, barcodes and what else needs no torch: the lowest versions of the ranges, the locked ones, the newest; and the
 # newest on each other Python that is installed
 test-versions:
-	$(PYTHON) tests/support/run_versions.py $(VENV)-versions
+	$(PYTHON) tests/support/run_versions.py $(VENV)-versions $(SETS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-wheel $(VENV)-sdist $(VENV)-versions .browser build dist site *.egg-info cyto-demo

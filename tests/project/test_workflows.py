@@ -1,4 +1,5 @@
-"""The SLURM chain of workflows/ on drawn cells: the steps, their order and what they are called with.
+"""The SLURM chain of workflows/ on drawn cells: the steps, their order and what they are called with; and that both
+container files do the same.
 
 `sbatch` is one of ours here, which runs a job when it is submitted. With SLURM itself: docs/log.md.
 """
@@ -85,3 +86,26 @@ def test_the_chain_of_slurm(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (2, "expected extract, train, encode, barcode or concepts; found count\n")
+
+
+def steps(text: str) -> list[str]:
+    """Commands of a container file that put something into the image, in their order; both write options their way."""
+    text = re.sub(r"\\\n\s*", "", text).replace("TORCH_INDEX", "index").replace(" --no-cache-dir", "")
+    words = re.sub(r"^\s*(RUN )?", "", text, flags=re.MULTILINE).replace("&&", "\n").splitlines()
+    return [line.strip() for line in words if re.match(r"\s*(apt-get|rm -rf /var\S+|python|cyto)( |$)", line)]
+
+
+def test_docker_and_apptainer_take_the_same_steps() -> None:
+    """Packages, versions, files and base are those of the other."""
+    containers = ROOT / "workflows" / "containers"
+    docker, apptainer = (containers / "Dockerfile").read_text(), (containers / "cyto.def").read_text()
+    assert len(steps(docker)) == 6
+    assert steps(docker) == steps(apptainer)
+    copies = re.findall(r"^COPY (.+) \S+$", docker, flags=re.MULTILINE)
+    files = re.findall(r"^    (\S+) /src/(\S+)$", apptainer, flags=re.MULTILINE)
+    assert [source for source, _ in files] == [target for _, target in files]
+    assert {source for source, _ in files} == {name for line in copies for name in line.split()}
+    assert all((ROOT / source).exists() for source, _ in files)
+    assert re.findall(r"^ARG BASE=(.+)$", docker, re.MULTILINE) == re.findall(
+        r"^    base=(.+)$", apptainer, re.MULTILINE
+    )
