@@ -176,6 +176,9 @@ class _Features:
     def __init__(
         self, values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float], *, is_scaled: bool = False
     ) -> None:
+        # The free intercept takes up whatever is subtracted from all rows, so that no row learns of another by it; the
+        # products of rows that differ by 1e-6 of their length would lose to rounding what they differ by.
+        values = values - values.mean(0) if is_scaled else values
         self._values, self._n_classes, self._C_of, self._c_factors = values, n_classes, C_of, c_factors
         self._is_scaled = is_scaled
         self._gram = values @ values.T if len(values) <= NEWTON_ROWS else None

@@ -478,6 +478,10 @@ def test_the_atlas_shows_what_other_commands_put_into_the_folder(copied: Path) -
     command = next(line for line in (copied / "commands.sh").read_text().splitlines() if "atlas build" in line)
     assert "--masks masks" in command
     assert run_small(copied / "recipe.toml", None).was_complete
+    change_line(copied, "[sae]", "lr", "0.002")  # other latents, of which these masks are not
+    assert {"encode", "atlas"} <= {*run_small(copied / "recipe.toml", None).made}
+    assert "--masks" not in (copied / "commands.sh").read_text()
+    assert run_small(copied / "recipe.toml", None).was_complete
     begin_results(copied / "masks", MASKS, {"latents": "0" * 64}, overwrite=True).finish({})
     assert evidence_in(copied) == (), "of other latents"
 
