@@ -420,6 +420,11 @@ def test_a_budget_that_is_given_has_no_reasons_of_another_one(tmp_path: Path) ->
     assert chosen.train_config.holdout > 0
 
 
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no recipe at .*: expected the recipe.toml of a run"):
+        run_small(tmp_path / "recipe.toml", None, dry_run=True)
+
+
 def test_a_name_that_toml_cannot_hold_is_told(tmp_path: Path) -> None:
     source = tmp_path / os.fsdecode(b"Zelle\xe9")
     shutil.copytree(draw_cohort(tmp_path).parent / "cells", source)
