@@ -830,6 +830,9 @@ def test_token_baselines_are_scaled_by_their_training_rows(n: int) -> None:
         nearly = 1 + np.arange(5) + spread * tokens
         np.testing.assert_allclose(found(nearly, [0.1]), found(tokens, [0.1]), atol=1e-5)
     assert np.isfinite(found(np.ones_like(tokens), [1.0])).all()  # tokens that are all equal
+    equal = np.where(training[:, None], 0.1 * np.arange(1, 6), tokens)  # nothing can be learnt: the classes' shares
+    shares = np.bincount(labels[training]) / training.sum()
+    np.testing.assert_allclose(found(equal, [1.0]), np.tile(shares, (int((~training).sum()), 1)), atol=1e-6)
 
 
 @pytest.mark.stress
