@@ -8,8 +8,9 @@ SDIST_TESTS ?= -m "$(QUICK)"
 # a test process for each core, so one thread for each of them and of their children: threads that wait for a core that
 # others use made the pages of the docs take three times as long
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
-# Python compiles what is used, when it is used; pip would compile all of torch
-export PIP_NO_COMPILE := 1
+# Python compiles what is used, when it is used; pip would compile all of torch (PIP_NO_COMPILE=1 asks for just that: of
+# this option pip takes a value for the opposite)
+PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: install demo browser test test-stress test-docs test-browser test-rest test-slow coverage test-versions bench docs site wheel-check sdist-check clean
 
@@ -18,14 +19,14 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cyto needs Python 3.11 or later: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,dev,docs,remote]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[torch,dev,docs,remote]'
 	@touch $@
 
 demo: install
 	$(BIN)/cyto demo
 
 browser: install # what the tests in a real browser need, where it is missing; without it they are skipped
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python $(PIP_INSTALL) --editable '.[browser]'
 	$(BIN)/python tests/support/install_browser.py
 
 test: install # the types are checked beside the tests, and what was found about them is told at the end
@@ -67,7 +68,7 @@ wheel-check: install # a wheel from this checkout, in an empty environment, with
 	rm -rf $(VENV)-wheel dist build
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv $(VENV)-wheel
-	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/cytobarcode-*.whl
+	$(VENV)-wheel/bin/python $(PIP_INSTALL) dist/cytobarcode-*.whl
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --help
 	cd / && $(abspath $(VENV))-wheel/bin/cyto --version
 	rm -rf $(VENV)-wheel dist build

@@ -28,7 +28,7 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
         names = np.array([cohort.diseases[each] if each >= 0 else "" for each in cohort.disease_of.tolist()], object)
         is_b = (names != "") & (names != spec["a"]) if spec["b_is_rest"] else names == str(spec["b"])
         sides = np.flatnonzero(names == spec["a"]), np.flatnonzero(is_b)
-        corrected = _corrected(spec)
+        corrected, is_of_one_mix = taken_into_account(spec)
         rows = _shown(frames, table, number)
         site.page(
             f"pairs/{pair['file']}.html",
@@ -38,8 +38,8 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
             summary=summary,
             composition=composition_picture(composition, *sides, row=TWO_ROW),
             datasets=sorted({cohort.datasets[each] for each in np.concatenate(sides).tolist()}),
-            is_corrected=bool(corrected),
             corrected=corrected,
+            is_of_one_mix=is_of_one_mix,
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},
             shown=rows,
@@ -68,9 +68,10 @@ def _top(frames: Frames, table: pa.Table, side: str) -> list[dict[str, Any]]:
     return [{**row, **frames.concept(row["latent"])} for row in rows]
 
 
-def _corrected(spec: Mapping[str, Any]) -> str:
-    """What a comparison takes into account besides the disease, in words; "" of a plain one."""
+def taken_into_account(spec: Mapping[str, Any]) -> tuple[str, bool]:
+    """What a comparison takes into account besides the disease, in words ("" of a plain one); and the mix of cells?"""
     words = [f"images labelled {spec['within_label']} only"] if spec.get("within_label") is not None else []
     words += [f"the mix of {spec['standardize']}"] if spec.get("standardize") else []
+    is_of_one_mix = bool(words)
     words += [str(name) for name in (spec.get("strata"), *spec.get("adjust", ())) if name]
-    return ", ".join(words)
+    return ", ".join(words), is_of_one_mix

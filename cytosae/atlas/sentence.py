@@ -118,15 +118,17 @@ def place_word(maps: npt.NDArray[np.uint8]) -> int:
 
 
 def same_patch_of(maps: npt.NDArray[np.uint8]) -> tuple[int, int] | None:
-    """In how many reference images, of how many, the largest value is at one and the same patch.
+    """In how many reference images, of how many, the largest value is at one and the same patch, and there only.
 
     None if these are too few (of fewer than five images, or less than four fifths) to speak for a place in the picture
-    and not for what is there. `maps` as of `place_of`.
+    and not for what is there. Where several patches have the largest value, as over an empty slide, none is the
+    strongest. `maps` as of `place_of`.
     """
     values = maps[maps.any(axis=1)]
     if len(values) < _LEAST_LABELS or maps.shape[1] < _LEAST_PATCHES:
         return None
-    most = int(np.bincount(values.argmax(axis=1)).max())
+    is_one = (values == values.max(axis=1, keepdims=True)).sum(axis=1) == 1
+    most = int(np.bincount(values[is_one].argmax(axis=1), minlength=1).max())
     return (most, len(values)) if most >= _SAME_PATCH * len(values) else None
 
 

@@ -293,6 +293,8 @@ def read_recipe(path: Path) -> Recipe:
     SpecMismatch
         If a newer cyto wrote it.
     """
+    if not path.exists():
+        raise BadInput(f"no recipe at {path}: expected the recipe.toml of a run; cyto run IMAGES -o DIR writes one")
     raw = read_toml(path)
     if raw.get("format") != "cyto recipe":
         raise BadInput(

@@ -34,7 +34,7 @@ from .journal import Journal, content_of
 from .page import REPORT, write_run_report
 from .plan import RunPlan, inputs_of, make_plan
 from .recipe import FILE, Recipe, checked_section, differences, extract_settings, read_recipe, write_recipe
-from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, Stage, Workshop, stages_of
+from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, Stage, Workshop, as_now, stages_of
 
 COMMANDS = "commands.sh"
 _LOOKED_AT = 32  # images of the first look
@@ -370,7 +370,8 @@ def _run(
     overall = _Overall(plan, progress)
     shop.progress = overall.show
     found = _Found()
-    for stage in (each.stage for each in plan.stages):
+    for planned in plan.stages:
+        stage = as_now(planned.stage, shop.recipe, shop.out)
         journal.refresh()  # other shards may have done some
         inputs = inputs_of(stage, shop.out, images_content)
         inputs |= dict.fromkeys(inputs.keys() & shop.left_out)  # of these nothing is read, also where an old one lies

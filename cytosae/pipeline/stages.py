@@ -101,6 +101,11 @@ def stages_of(recipe: Recipe, out: Path, *, device: str = "auto") -> list[Stage]
     return [*_to_latents(recipe, out, on), *_counts(recipe), *_analyses(recipe, on), _atlas(recipe, out)]
 
 
+def as_now(stage: Stage, recipe: Recipe, out: Path) -> Stage:
+    """A stage as it is when its turn comes: which evidence an atlas shows depends on the latents, which may be new."""
+    return _atlas(recipe, out) if stage.out == ATLAS else stage
+
+
 def sae_place(recipe: Recipe, out: Path) -> str:
     """Where the SAE of a run lies: below its folder, or an absolute path if a folder of one was given."""
     given = recipe.uses_sae

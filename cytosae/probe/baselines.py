@@ -31,6 +31,7 @@ Bools = npt.NDArray[np.bool_]
 Predict = Callable[[Ints, Bools, Ints], Float]
 """Labels (n,), training rows, folds within these (n,) (-1 outside) -> (other rows, n_classes) probabilities."""
 _READ_IMAGES = 64  # that are read together
+_ROUNDING = 1e-13  # of the largest value: a smaller deviation is none
 COUNT_C = 100.0  # C of the regression on the number of images: one feature needs little regularisation
 
 
@@ -176,6 +177,9 @@ class _Features:
     def __init__(
         self, values: Float, n_classes: int, C_of: RuleOfC, c_factors: Sequence[float], *, is_scaled: bool = False
     ) -> None:
+        # The free intercept takes up whatever is subtracted from all rows, so that no row learns of another by it; the
+        # products of rows that differ by 1e-6 of their length would lose to rounding what they differ by.
+        values = values - values.mean(0) if is_scaled else values
         self._values, self._n_classes, self._C_of, self._c_factors = values, n_classes, C_of, c_factors
         self._is_scaled = is_scaled
         self._gram = values @ values.T if len(values) <= NEWTON_ROWS else None
@@ -190,10 +194,12 @@ class _Features:
         return found.probabilities(self._gram[np.ix_(tested, training)] / scale**2)
 
     def _scale(self, training: Bools) -> float:
-        """What the features are divided by; 1 where all training rows are equal, or none is there."""
+        """What the features are divided by; 1 where all training rows are equal but for rounding, or none is there."""
         if not self._is_scaled or not training.any():
             return 1.0
-        return float(np.sqrt(self._values[training].var(0).mean())) or 1.0
+        rows = self._values[training]
+        scale = float(np.sqrt(rows.var(0).mean()))
+        return scale if scale > _ROUNDING * np.abs(rows).max() else 1.0
 
     def choose(self, labels: Ints, training: Bools, inner_of: Ints) -> float:
         """The factor of C."""

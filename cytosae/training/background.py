@@ -26,6 +26,8 @@ from stores.activation_store import ActivationStore
 from stores.errors import BadInput
 from stores.token_layout import TokenLayout
 
+from .finite_tokens import check_finite
+
 Bool = npt.NDArray[np.bool_]
 Float = npt.NDArray[np.float64]
 
@@ -74,7 +76,7 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
     BadInput
         If an image has no square of patches, no image is readable, or the rule does not tell background from cells.
     DamagedStore, StoreUnreachable
-        If a cache cannot be read.
+        If a cache cannot be read, or a patch token of a readable image is NaN or infinite.
     """
     side, first = _patches(stores[0].spec.layout)
     if side < 3:
@@ -99,8 +101,9 @@ def find_background(stores: Sequence[ActivationStore], rule: str = "first-compon
         is_readable = store.readable()
         for rows, tokens in store.iter_chunks():
             readable = is_readable[rows.start : rows.stop]
-            x_NPD = tokens[readable][:, first:].astype(np.float32)
-            kept[np.flatnonzero(readable) + rows.start, first:] = (x_NPD - mean_D) @ direction_D <= threshold
+            patches, images = tokens[readable][:, first:], np.flatnonzero(readable) + rows.start
+            check_finite(store, patches, images, first_token=first)  # NaN is no background
+            kept[images, first:] = (patches.astype(np.float32) - mean_D) @ direction_D <= threshold
         keep.append(kept)
         n_patches += int(is_readable.sum()) * side**2
         n_left_out += int((~kept).sum())
@@ -166,7 +169,9 @@ def _sample(stores: Sequence[ActivationStore], first: int) -> npt.NDArray[np.flo
         rows = np.array(sorted({int(row) for which, row in chosen if which == number}), np.int64)
         for chunk in np.unique(rows // store.spec.chunk_images):
             inside = rows[rows // store.spec.chunk_images == chunk] - chunk * store.spec.chunk_images
-            found.append(store.read_chunk(int(chunk))[inside, first:].astype(np.float32))
+            patches = store.read_chunk(int(chunk))[inside, first:]
+            check_finite(store, patches, inside + chunk * store.spec.chunk_images, first_token=first)
+            found.append(patches.astype(np.float32))
     return np.concatenate(found)
 
 

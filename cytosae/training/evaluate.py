@@ -25,7 +25,8 @@ from stores.tables import column, listed
 from stores.token_sets import TOKEN_SETS, chosen_tokens
 
 from .evaluation import BackboneSample, Change, Coherence, Evaluation, Int, Substitution
-from .held_out import check_finite, tokens_at_a_time
+from .finite_tokens import check_finite
+from .held_out import tokens_at_a_time
 from .measured_sums import MeasuredSums, explained_share
 
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings

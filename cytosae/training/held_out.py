@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 
 from cytosae.sae import SparseAutoencoder, TrainConfig
-from stores.activation_store import ActivationStore, Float16
-from stores.errors import BadInput, DamagedStore
-from stores.tables import column
+from stores.activation_store import ActivationStore
+from stores.errors import BadInput
 from stores.token_sets import chosen_tokens
 
 from .data import TrainingData
 from .device_prefetch import one_ahead
 from .distributed import ALONE, Ranks
-from .evaluation import Int, plain_values
+from .evaluation import plain_values
+from .finite_tokens import check_finite
 from .measured_sums import MeasuredSums, explained_share
 
 _MICRO_BATCH_BYTES = 128 << 20  # of one dense (tokens, latents) float32 matrix; topk holds two
@@ -134,14 +134,3 @@ def images_of(
             x_NTD = tokens[some][:, chosen]
             check_finite(store, x_NTD, some + rows.start, first_token=chosen.start)
             yield some + rows.start, torch.from_numpy(x_NTD)
-
-
-def check_finite(store: ActivationStore, x_NTD: Float16, images: Int, *, first_token: int) -> None:
-    """Raise DamagedStore for the first token of (N, T, D) that is not finite; its number counts from `first_token`."""
-    bad = np.argwhere(~np.isfinite(x_NTD).all(axis=2))
-    if len(bad):
-        image, token = int(images[bad[0, 0]]), int(bad[0, 1]) + first_token
-        raise DamagedStore(
-            f"token {token} of image {image:,} ({column(store.images, 'path')[image]}) in {store.root} is NaN or "
-            f"infinite, and the image is a readable one. cyto cache verify lists every bad chunk"
-        )

@@ -284,6 +284,7 @@ def train_step(
             optimizer.step()
             if not is_last:
                 model.normalise_decoder()
+        # Thresholds of jumprelu are steered, too: the gradient alone would only raise them (penalty.py).
         if state.penalty is not None and (shift := state.penalty.threshold_shift(lr)):
             with torch.no_grad():
                 model.log_threshold.add_(shift)

@@ -17,7 +17,11 @@ function letBreak(root) {
 }
 
 document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(NAMED).forEach(letBreak));
+const told = new WeakMap(); // element -> the title that it got here; a card may show another concept by now
 document.addEventListener("pointerover", (event) => {
   const cut = event.target.closest?.(CUT);
-  if (cut && !cut.title && cut.scrollWidth > cut.clientWidth) cut.title = cut.textContent.trim();
+  if (!cut || (cut.title && cut.title !== told.get(cut))) return;
+  if (cut.scrollWidth > cut.clientWidth) cut.title = cut.textContent.trim();
+  else cut.removeAttribute("title");
+  told.set(cut, cut.title);
 });

@@ -2,6 +2,7 @@
 
 import base64
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
 from cytosae.atlas.cohort import Cohort as Patients
 from cytosae.atlas.matched_concepts import Pairs
+from cytosae.atlas.pair_pages import taken_into_account
+from cytosae.compare import CompareConfig
 from cytosae.maps import Sources
 from stores import LatentStore, ResultStore, begin_results
 from stores.spec import ATLAS, MATCH
@@ -211,6 +214,20 @@ def test_shares_of_types_are_of_labelled_images(atlas: Path, cohort: Cohort, pat
     text = (atlas / "patients" / f"{number}.html").read_text().split('class="shares"')[1].split("</svg>")[0]
     shown = re.findall(r"<title>([^<]*): (\d+) images</title>", text)
     assert sorted(shown) == [("&lt;img src=x onerror=alert(2)&gt;", "1"), ("neutrophil", "1")], "the third has no label"
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "is_of_one_mix"),
+    [
+        ({}, "", False),
+        ({"adjust": ("age", "site"), "strata": "sex"}, "sex, age, site", False),  # the mix of cells stays
+        ({"within_label": "blast", "adjust": ("age",)}, "images labelled blast only, age", True),
+        ({"standardize": "label"}, "the mix of label", True),
+    ],
+)
+def test_what_a_comparison_takes_into_account(asked: dict[str, Any], words: str, is_of_one_mix: bool) -> None:
+    spec = asdict(CompareConfig(a="A", b="B", **asked))
+    assert taken_into_account(spec) == (words, is_of_one_mix)
 
 
 def test_pages_stay_small(atlas: Path) -> None:

@@ -111,6 +111,9 @@ def test_the_same_patch_in_every_image() -> None:
     assert same_patch_of(maps[:4]) is None, "too few images"
     assert same_patch_of(np.concatenate([maps, np.zeros((3, 64), np.uint8)])) == (5, 6), "maps of zeros say nothing"
     assert same_patch_of(maps[:, :16]) is None, "too few patches"
+    assert same_patch_of(np.full((6, 64), 255, np.uint8)) is None, "equal everywhere: no patch is the strongest"
+    maps[1, 40] = 255
+    assert same_patch_of(maps) is None, "two patches are the strongest in one of the five"
     assert texts(same_patch=(5, 6))[1:] == [
         "strongest at the same patch in 5 of 6 reference images, so perhaps a place and nothing in the cell"
     ]
@@ -124,6 +127,9 @@ def test_the_word_for_a_place() -> None:
     maps = {"middle": inner, "border": outer, "here and there": left, "all over": np.full((8, 8), 9, np.uint8)}
     for word, drawn in maps.items():
         assert PLACES[place_word(drawn.ravel()[None])] == word
+    for word, drawn in maps.items():
+        assert PLACES[place_word(np.tile(drawn.ravel(), (5, 1)))] == word, "no patch is stronger than all others"
+    inner[3, 3] = 255
     assert PLACES[place_word(np.tile(inner.ravel(), (5, 1)))] == "same patch"
     assert PLACES[place_word(np.zeros((2, 64), np.uint8))] == ""
 

@@ -420,6 +420,11 @@ def test_a_budget_that_is_given_has_no_reasons_of_another_one(tmp_path: Path) ->
     assert chosen.train_config.holdout > 0
 
 
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no recipe at .*: expected the recipe.toml of a run"):
+        run_small(tmp_path / "recipe.toml", None, dry_run=True)
+
+
 def test_a_name_that_toml_cannot_hold_is_told(tmp_path: Path) -> None:
     source = tmp_path / os.fsdecode(b"Zelle\xe9")
     shutil.copytree(draw_cohort(tmp_path).parent / "cells", source)
@@ -477,6 +482,10 @@ def test_the_atlas_shows_what_other_commands_put_into_the_folder(copied: Path) -
     assert any("Where in the cell" in path.read_text() for path in (copied / "atlas" / "concepts").iterdir())
     command = next(line for line in (copied / "commands.sh").read_text().splitlines() if "atlas build" in line)
     assert "--masks masks" in command
+    assert run_small(copied / "recipe.toml", None).was_complete
+    change_line(copied, "[sae]", "lr", "0.002")  # other latents, of which these masks are not
+    assert {"encode", "atlas"} <= {*run_small(copied / "recipe.toml", None).made}
+    assert "--masks" not in (copied / "commands.sh").read_text()
     assert run_small(copied / "recipe.toml", None).was_complete
     begin_results(copied / "masks", MASKS, {"latents": "0" * 64}, overwrite=True).finish({})
     assert evidence_in(copied) == (), "of other latents"

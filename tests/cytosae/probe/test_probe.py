@@ -854,7 +854,13 @@ def test_token_baselines_are_scaled_by_their_training_rows(n: int) -> None:
     assert (many.argmax(1) == labels[~training]).mean() > 0.5
     for factor in (1e-6, 1e3):
         np.testing.assert_allclose(found(tokens * factor, [1e-4, 1e-2, 1.0]), many, atol=1e-3)
+    for spread in (1e-4, 1e-6, 1e-8):  # of tokens that are nearly all the same, as an untrained backbone's CLS is
+        nearly = 1 + np.arange(5) + spread * tokens
+        np.testing.assert_allclose(found(nearly, [0.1]), found(tokens, [0.1]), atol=1e-5)
     assert np.isfinite(found(np.ones_like(tokens), [1.0])).all()  # tokens that are all equal
+    equal = np.where(training[:, None], 0.1 * np.arange(1, 6), tokens)  # nothing can be learnt: the classes' shares
+    shares = np.bincount(labels[training]) / training.sum()
+    np.testing.assert_allclose(found(equal, [1.0]), np.tile(shares, (int((~training).sum()), 1)), atol=1e-6)
 
 
 @pytest.mark.stress

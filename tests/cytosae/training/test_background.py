@@ -18,7 +18,7 @@ from cytosae.sae import load_sae, make_config
 from cytosae.training.background import farthest_tenth, find_background, rim_threshold
 from cytosae.training.data import open_data
 from cytosae.training.train import train
-from stores import ActivationStore, BadInput, TokenStream
+from stores import ActivationStore, BadInput, DamagedStore, TokenStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,6 +117,19 @@ def test_neighbours_at_the_edges_of_a_crop_are_kept(tmp_path: Path) -> None:
     kept = find_background([ActivationStore(cache)]).keep[0][:, 1:].reshape(n_images, side, side)
     assert kept[is_cell | pale].mean() > 0.99
     assert kept[~is_cell & ~pale].mean() < 0.05
+
+
+@pytest.mark.parametrize("most_tokens", [65_536, 16 * SIDE**2], ids=["in the sample", "in none"])
+def test_a_token_that_is_no_number_is_no_background(
+    tmp_path: Path, most_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cytosae.training.background._SAMPLE", most_tokens)
+    tokens, _ = cells()
+    assert find_background([ActivationStore(write_cache(tmp_path / "whole.zarr", tokens))]).n_left_out > 0
+    tokens[17, 1 + 3, 2] = np.nan
+    cache = ActivationStore(write_cache(tmp_path / "damaged.zarr", tokens))
+    with pytest.raises(DamagedStore, match=r"token 4 of image 17 \(017\.png\) in .* is NaN or infinite"):
+        find_background([cache])
 
 
 @pytest.mark.parametrize("seed", range(4))
