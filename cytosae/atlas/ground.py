@@ -119,7 +119,7 @@ def ground_threshold(pictures: Iterable[Pixels], side: int) -> float | None:
 
 def sampled(images: npt.NDArray[np.int64], find: Callable[[int], Pixels | str]) -> Iterable[Pixels]:
     """The pictures of evenly spaced images that can be read."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)) if len(images) else []
+    chosen = np.unique(np.linspace(0, max(0, len(images) - 1), min(SAMPLE, len(images))).astype(np.int64))
     for image in np.sort(images)[chosen].tolist():
         picture = find(image)
         if not isinstance(picture, str):
