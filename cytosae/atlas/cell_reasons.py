@@ -3,12 +3,14 @@
 Alike is the cosine of two images' rows of norm 1 (`Likeness`), and 1 minus a cosine is half the squared distance of the
 rows: a sum over latents, none below 0. So the mean distance of a cell from others is a sum over latents, too, and so is
 that of its patient's cells on average. The difference of both, latent by latent, says what makes the cell unlike; over
-all latents it is the difference of the two mean cosines. Images without a latent have no row, and are left out.
+all latents it is the difference of the two mean cosines. Images without a latent have no row, and are left out. Told are
+latents that are active in some images (`least_images`): what only a few images have is no concept that can be looked at.
 
 Two passes over the barcodes of all images for every 341 patients at 49,152 latents (128 MiB of sums). Twin in plain
 loops: test_patient_cells.py.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from .cell_scan import add_unit_rows, add_unit_squares
 from .cohort import Cohort, Ints
 
 SUM_BYTES = 1 << 27
+_LEAST_IMAGES = 5
+_LEAST_SHARE = 0.01
 Floats = npt.NDArray[np.float64]
 Parts = dict[int, list[tuple[int, float]]]  # image -> (latent, its share of all parts above 0), the largest first
 
@@ -36,6 +40,11 @@ class Reason:
     others: float  # the mean of those it is compared with
 
 
+def least_images(cohort: Cohort) -> int:
+    """In how many readable images a latent must be active to be told: a hundredth of them, at least five."""
+    return max(_LEAST_IMAGES, math.ceil(_LEAST_SHARE * int(cohort.is_readable.sum())))
+
+
 def unlike_parts(
     cohort: Cohort,
     patient_of: Ints,
@@ -49,7 +58,7 @@ def unlike_parts(
     """For images `to_own`, what makes them unlike their patient's other images; for `to_peers`, unlike other patients'.
 
     Those of other patients are of the same group, and each patient counts once. An image that is not less alike than
-    its patient's images are on average has no part.
+    its patient's images are on average has no part. Only latents of `least_images` are told; shares are of all.
 
     Parameters
     ----------
@@ -57,6 +66,7 @@ def unlike_parts(
     most : parts of each image
     """
     weights = cohort.rarity
+    is_told = cohort.groups.n_images_with >= least_images(cohort)
     n_groups = int(cohort.peers_of.max(initial=-1)) + 2
     counts = _with_a_row(cohort, patient_of)
     share_of = (1 / np.maximum(1, counts)).astype(np.float32)
@@ -85,12 +95,12 @@ def unlike_parts(
                     n, at = int(counts[patient]), patient - first_patient
                     total, square = sums[at].astype(np.float64), squares[at].astype(np.float64)
                     if is_own:
-                        parts[image] = _largest(_from_own(unit, total, square, n), most)
+                        parts[image] = _largest(_from_own(unit, total, square, n), is_told, most)
                     else:
                         group, others = int(group_of[image]), n_peers[group_of[image]] - 1
                         if others > 0:
                             mean = (peers[group] - total * share_of[patient]) / others
-                            parts[image] = _largest(_from_peers(unit, total, square, n, mean), most)
+                            parts[image] = _largest(_from_peers(unit, total, square, n, mean), is_told, most)
     return found
 
 
@@ -108,11 +118,12 @@ def _from_peers(unit: Floats, total: Floats, square: Floats, n: int, mean: Float
     return (unit**2 - square / n) / 2 - (unit - total / n) * mean
 
 
-def _largest(parts: Floats, most: int) -> list[tuple[int, float]]:
+def _largest(parts: Floats, is_told: npt.NDArray[np.bool_], most: int) -> list[tuple[int, float]]:
     if float(parts.sum()) <= 1e-6:
         return []
     whole = float(parts[parts > 0].sum())
-    order = np.argsort(-parts, kind="stable")[:most]
+    order = np.argsort(-np.where(is_told, parts, 0), kind="stable")[:most]
+    order = order[is_told[order]]
     return [(int(latent), float(parts[latent] / whole)) for latent in order if parts[latent] > 0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from cytosae.relations import LEAST_OTHERS
 
 from .cell_choice import Beside, PatientCells
-from .cell_reasons import Reason
+from .cell_reasons import Reason, least_images
 from .cohort import Cohort, Ints, Row
 from .composition import compositions
 from .concept_pages import disease_name
@@ -131,7 +131,7 @@ def _odd(frames: Frames, cells: PatientCells, disease: str) -> list[dict[str, An
         ("Unlike the others", peers, cells.unlike, cells.why_unlike, cells.usual[1]),
     ]
     return [
-        {"title": title, "whom": whom, "usual": usual}
+        {"title": title, "whom": whom, "usual": usual, "least": least_images(frames.cohort)}
         | {
             "cells": [
                 frames.plain(image)

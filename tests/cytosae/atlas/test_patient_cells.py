@@ -13,6 +13,7 @@ from atlas_maker import DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIP
 
 from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
+from cytosae.atlas.cell_reasons import unlike_parts
 from cytosae.atlas.cohort import Cohort as Patients
 from cytosae.atlas.matched_concepts import Pairs
 from cytosae.atlas.pair_pages import taken_into_account
@@ -156,6 +157,58 @@ def test_typical_and_atypical_cells(
                 for reason in why[image]:
                     assert less > 0
                     assert reason.here == counts[image, reason.latent]
+
+
+def test_what_makes_a_cell_unlike_equals_distances_in_plain_loops(cohort: Cohort, patients: Patients) -> None:
+    """Latent by latent: the mean distance from the others, less that of the patient's cells on average."""
+    counts = (cohort.dense > np.float32(0.2)).sum(axis=1).astype(np.float64)
+    scaled = np.log1p(counts) * patients.rarity
+    norms = np.linalg.norm(scaled, axis=1)
+    units = scaled / np.maximum(norms, 1e-30)[:, None]
+    patient_of = np.where(patients.is_readable, patients.patient_of, -1)
+    n_groups = int(patients.peers_of.max()) + 2
+    group_of = np.where(patient_of >= 0, patients.peers_of[patient_of] % n_groups, -1)
+    of_patient = {p: [n for n in np.flatnonzero(patient_of == p) if norms[n]] for p in range(patients.n_patients)}
+    images = [n for some in of_patient.values() for n in some]
+    own, peers = {}, {}
+    for image in images:
+        patient = int(patient_of[image])
+        mine = of_patient[patient]
+        others = [
+            of_patient[p]
+            for p in of_patient
+            if p != patient and of_patient[p] and patients.peers_of[p] % n_groups == group_of[image]
+        ]
+
+        def from_own(one: int, mine: list[int] = mine) -> np.ndarray:
+            return np.mean([(units[one] - units[n]) ** 2 / 2 for n in mine if n != one], axis=0)
+
+        def from_peers(one: int, others: list[list[int]] = others) -> np.ndarray:
+            return np.mean(
+                [np.mean([(units[one] - units[n]) ** 2 / 2 for n in some], axis=0) for some in others], axis=0
+            )
+
+        own[image] = from_own(image) - np.mean([from_own(n) for n in mine], axis=0) if len(mine) > 1 else np.zeros(1)
+        peers[image] = from_peers(image) - np.mean([from_peers(n) for n in mine], axis=0) if others else np.zeros(1)
+    is_told = (counts[readable(cohort)] > 0).sum(axis=0) >= 5
+    assert not is_told.all(), "a rare one stands in the cohort"
+    n_told = 0
+    for sum_bytes in (1 << 27, 3 * 8 * N_LATENTS):  # all patients at once, and three at a time
+        found = unlike_parts(patients, patient_of, group_of, images, images, most=5, sum_bytes=sum_bytes)
+        for each, twin in zip(found, (own, peers), strict=True):
+            for image in images:
+                parts, told = twin[image], each.get(image, [])
+                if parts.sum() < -1e-5:
+                    assert not told, "more alike than its patient's cells are on average"
+                elif parts.sum() > 1e-5:
+                    n_told += 1
+                    shares = np.where(is_told, np.maximum(parts, 0) / parts[parts > 0].sum(), 0)
+                    np.testing.assert_allclose(
+                        [share for _, share in told], np.sort(shares)[::-1][: len(told)], atol=1e-4
+                    )
+                    np.testing.assert_allclose([shares[latent] for latent, _ in told], [s for _, s in told], atol=1e-4)
+                    assert len(told) == min(5, int((shares > 1e-4).sum())) or len(told) == 5
+    assert n_told > 40
 
 
 def test_the_order_has_every_active_latent_once(choice: CellChoice) -> None:
