@@ -168,7 +168,9 @@ def test_what_makes_a_cell_unlike_equals_distances_in_plain_loops(cohort: Cohort
     patient_of = np.where(patients.is_readable, patients.patient_of, -1)
     n_groups = int(patients.peers_of.max()) + 2
     group_of = np.where(patient_of >= 0, patients.peers_of[patient_of] % n_groups, -1)
-    of_patient = {p: [n for n in np.flatnonzero(patient_of == p) if norms[n]] for p in range(patients.n_patients)}
+    of_patient = {
+        p: [n for n in np.flatnonzero(patient_of == p).tolist() if norms[n]] for p in range(patients.n_patients)
+    }
     images = [n for some in of_patient.values() for n in some]
     own, peers = {}, {}
     for image in images:
