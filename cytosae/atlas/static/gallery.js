@@ -225,7 +225,7 @@ function openGallery(data) {
   }
 
   function choose() {
-    const some = candidates(), order = keys(), turn = (at) => (field.sort.value === "cells" ? TURN[data.on[at]] : 0);
+    const some = candidates(), order = keys(), turn = (at) => (field.sort.value === "cells" ? TURN[data.on?.[at] ?? 0] : 0);
     chips.draw(chips.count(some));
     state.shown = some.filter((at) => chips.passes(at)).sort((a, b) => {
       const [x, y] = [order[a], order[b]];
