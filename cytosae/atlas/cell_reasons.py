@@ -1,10 +1,11 @@
 """Why is a cell less like others than its patient's cells are? The latents that make it so.
 
-Alike is the cosine of two images' rows of norm 1 (`Likeness`), and 1 minus a cosine is half the squared distance of the
-rows: a sum over latents, none below 0. So the mean distance of a cell from others is a sum over latents, too, and so is
-that of its patient's cells on average. The difference of both, latent by latent, says what makes the cell unlike; over
-all latents it is the difference of the two mean cosines. Images without a latent have no row, and are left out. Told are
-latents that are active in some images (`least_images`): what only a few images have is no concept that can be looked at.
+Alike is the cosine of two images' rows of norm 1 (`Likeness`), and 1 minus a cosine is half the squared distance of
+the rows: a sum over latents, none below 0. So the mean distance of a cell from others is a sum over latents, too, and
+so is that of its patient's cells on average. The difference of both, latent by latent, says what makes the cell
+unlike; over all latents it is the difference of the two mean cosines. Images without a latent have no row, and are
+left out. Told are latents that are active in some images (`least_images`): what only a few images have is no concept
+that can be looked at.
 
 Two passes over the barcodes of all images for every 341 patients at 49,152 latents (128 MiB of sums). Twin in plain
 loops: test_patient_cells.py.
