@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from cytosae.commands.shared import tell_or_json
 from stores.console import COUNT, FILE, SEED, json_option, overwrite_option, progress_line, say_done
@@ -86,6 +87,8 @@ def concept_match(
     from cytosae.relations import MatchConfig, match_latents, match_scale
 
     if old_n_images is not None:
+        if click.get_current_context().get_parameter_source("n_images") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--images is the old name of --n-images: give one of them")
         click.echo("--images is now --n-images; the old name works for one release", err=True)
         settings["n_images"] = old_n_images
     config = MatchConfig(**settings)
