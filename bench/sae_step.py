@@ -8,7 +8,8 @@ tokens, L0 200, no dead latents; with `--sweep` also L0 50, 2,000 and 24,576 (th
 
 The tokens are normal around a common mean, and the encoder's biases are set so that the mean L0 is what is asked for.
 The learning rate is 0: Adam does all its work, and every round sees the same L0. Gradients of both sides are compared,
-max|difference| / max|reference| per tensor, in float32 on both sides, so about 1e-6 is rounding.
+max|difference| / max|reference| per tensor, in float32 on both sides: about 1e-6 is rounding. More of W_enc and b_enc
+is of pairs (`near_zero`) whose pre-activation is 0 but for rounding, and which one side alone calls active.
 Full size: python bench/sae_step.py --tokens 16448 --sweep
 """
 

@@ -1,6 +1,6 @@
 """Which cells stand on the pages of patients, diseases and pairs: the strongest of a latent, the typical, the unlike.
 
-Three passes over the barcodes of all images; at 49,152 latents two more for every 682 patients (128 MiB of sums), for
+Five passes over the barcodes of all images; at 49,152 latents two more for every 682 patients (128 MiB of sums), for
 every 682 types of cell of a patient, and for every 341 patients (why a cell is unlike the others).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cell_reasons import Reason, unlike_parts
-from .cell_scan import Likeness, OwnStrongest, Strongest, add_unit_rows, unit_products
+from .cell_scan import Likeness, OwnStrongest, Strongest, group_sums, unit_products, unit_sums
 from .cohort import Cohort, Ints, Row
 from .config import AtlasConfig
 from .inputs import Inputs
@@ -63,9 +63,7 @@ class CellType:
 
     label: str  # "" without one
     n: int
-    typical: list[
-        tuple[int, float]
-    ]  # image, mean cosine to the patient's other images with the label; nan of one alone
+    typical: list[tuple[int, float]]  # image, mean cosine to the patient's others with the label; nan: it is alone
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -214,34 +212,23 @@ def distinct(latents: Sequence[int], vectors: npt.NDArray[np.float32], most: int
 
 
 def likeness(cohort: Cohort, patient_of: Ints) -> Likeness:
-    """How alike each image is to others; two passes for each 128 MiB of sums.
+    """How alike each image is to others; a pass, and two for each 128 MiB of sums.
 
     patient_of : (n_images,) -1: left out
     """
-    weights = cohort.rarity
     group_of = _group_of(cohort, patient_of)
     n_groups = int(cohort.peers_of.max(initial=-1)) + 2
     n_images = np.bincount(patient_of[patient_of >= 0], minlength=cohort.n_patients)
-    share_of = (1 / np.maximum(1, n_images)).astype(np.float32)  # each patient of a group counts once
-    peers = np.zeros((n_groups, cohort.n_latents), np.float32)
+    share_of = 1 / np.maximum(1, n_images)  # each patient of a group counts once
+    peers = group_sums(cohort, group_of, n_groups, patient_of, n_images)
     n_peers = np.bincount(cohort.peers_of % n_groups, weights=n_images > 0, minlength=n_groups)
     to_own, to_peers = np.full((2, len(patient_of)), np.nan)
-    size = max(1, _SUM_BYTES // (4 * cohort.n_latents))
-    for first_patient in range(0, cohort.n_patients, size):
-        is_here = (patient_of >= first_patient) & (patient_of < first_patient + size)
-        target_of = np.where(is_here, patient_of - first_patient, -1)
-        sums = np.zeros((min(size, cohort.n_patients - first_patient), cohort.n_latents), np.float32)
+    for here_of, (sums,) in unit_sums(cohort, patient_of, cohort.n_patients, most_bytes=_SUM_BYTES):
         for first, rows in cohort.image_blocks("X"):
             here = slice(first, first + rows.n_rows)
-            add_unit_rows(rows, weights, target_of[here], np.ones(rows.n_rows, np.float32), sums)
-            if first_patient == 0:
-                shares = np.where(patient_of[here] >= 0, share_of[patient_of[here]], 0).astype(np.float32)
-                add_unit_rows(rows, weights, group_of[here], shares, peers)
-        for first, rows in cohort.image_blocks("X"):
-            here = slice(first, first + rows.n_rows)
-            mine = unit_products(rows, weights, target_of[here], sums)
-            theirs = unit_products(rows, weights, np.where(is_here[here], group_of[here], -1), peers)
-            some = np.flatnonzero(is_here[here] & ~np.isnan(mine))
+            mine = unit_products(rows, cohort.rarity, here_of[here], sums)
+            theirs = unit_products(rows, cohort.rarity, np.where(here_of[here] >= 0, group_of[here], -1), peers)
+            some = np.flatnonzero(~np.isnan(mine))
             patient, at = patient_of[here][some], first + some
             with np.errstate(divide="ignore", invalid="ignore"):
                 to_own[at] = (mine[some] - 1) / (n_images[patient] - 1)
@@ -336,19 +323,12 @@ def mean_cosines(cohort: Cohort, target_of: Ints, n_targets: int) -> npt.NDArray
 
     Two passes for each 128 MiB of sums.
     """
-    weights, found = cohort.rarity, np.full(len(target_of), np.nan)
+    found = np.full(len(target_of), np.nan)
     n_images = np.bincount(target_of[target_of >= 0], minlength=max(1, n_targets))
-    size = max(1, _SUM_BYTES // (4 * cohort.n_latents))
-    for first_target in range(0, n_targets, size):
-        is_here = (target_of >= first_target) & (target_of < first_target + size)
-        here_of = np.where(is_here, target_of - first_target, -1)
-        sums = np.zeros((min(size, n_targets - first_target), cohort.n_latents), np.float32)
+    for here_of, (sums,) in unit_sums(cohort, target_of, n_targets, most_bytes=_SUM_BYTES):
         for first, rows in cohort.image_blocks("X"):
             here = slice(first, first + rows.n_rows)
-            add_unit_rows(rows, weights, here_of[here], np.ones(rows.n_rows, np.float32), sums)
-        for first, rows in cohort.image_blocks("X"):
-            here = slice(first, first + rows.n_rows)
-            mine = unit_products(rows, weights, here_of[here], sums)
+            mine = unit_products(rows, cohort.rarity, here_of[here], sums)
             some = np.flatnonzero(~np.isnan(mine))
             n = n_images[target_of[here][some]]
             with np.errstate(divide="ignore", invalid="ignore"):

@@ -7,8 +7,8 @@ unlike; over all latents it is the difference of the two mean cosines. Images wi
 left out. Told are latents that are active in some images (`least_images`): what only a few images have is no concept
 that can be looked at.
 
-Two passes over the barcodes of all images for every 341 patients at 49,152 latents (128 MiB of sums). Twin in plain
-loops: test_patient_cells.py.
+Two passes over the barcodes of all images, and two more for every 341 patients at 49,152 latents (128 MiB of sums).
+Twin in plain loops: test_patient_cells.py.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from stores.csr import CsrRows
 
-from .cell_scan import add_unit_rows, add_unit_squares
+from .cell_scan import group_sums, unit_sums
 from .cohort import Cohort, Ints
 
 SUM_BYTES = 1 << 27
@@ -66,35 +66,21 @@ def unlike_parts(
     patient_of, group_of : (n_images,) of readable images; -1: left out
     most : parts of each image
     """
-    weights = cohort.rarity
     is_told = cohort.groups.n_images_with >= least_images(cohort)
     n_groups = int(cohort.peers_of.max(initial=-1)) + 2
     counts = _with_a_row(cohort, patient_of)
-    share_of = (1 / np.maximum(1, counts)).astype(np.float32)
+    share_of = 1 / np.maximum(1, counts)
     n_peers = np.bincount(cohort.peers_of % n_groups, weights=counts > 0, minlength=n_groups)
-    peers = np.zeros((n_groups, cohort.n_latents), np.float32)
+    peers = group_sums(cohort, group_of, n_groups, patient_of, counts)
     found: tuple[Parts, Parts] = ({}, {})
     wanted = [np.unique(np.array(some, np.int64)) for some in (to_own, to_peers)]
-    size = max(1, sum_bytes // (8 * cohort.n_latents))
-    for first_patient in range(0, cohort.n_patients, size):
-        is_here = (patient_of >= first_patient) & (patient_of < first_patient + size)
-        target_of = np.where(is_here, patient_of - first_patient, -1)
-        n_here = min(size, cohort.n_patients - first_patient)
-        sums, squares = np.zeros((2, n_here, cohort.n_latents), np.float32)
-        for first, rows in cohort.image_blocks("X"):
-            here = slice(first, first + rows.n_rows)
-            add_unit_rows(rows, weights, target_of[here], np.ones(rows.n_rows, np.float32), sums)
-            add_unit_squares(rows, weights, target_of[here], squares)
-            if first_patient == 0:
-                shares = np.where(patient_of[here] >= 0, share_of[patient_of[here]], 0).astype(np.float32)
-                add_unit_rows(rows, weights, group_of[here], shares, peers)
+    for here_of, both in unit_sums(cohort, patient_of, cohort.n_patients, most_bytes=sum_bytes, powers=(1, 2)):
         for first, rows in cohort.image_blocks("X"):
             for parts, images, is_own in zip(found, wanted, (True, False), strict=True):
                 some = images[(images >= first) & (images < first + rows.n_rows)]
-                for image in some[is_here[some]].tolist():
-                    unit, patient = _unit(rows, image - first, weights), int(patient_of[image])
-                    n, at = int(counts[patient]), patient - first_patient
-                    total, square = sums[at].astype(np.float64), squares[at].astype(np.float64)
+                for image in some[here_of[some] >= 0].tolist():
+                    unit, patient = _unit(rows, image - first, cohort.rarity), int(patient_of[image])
+                    n, (total, square) = int(counts[patient]), both[:, here_of[image]].astype(np.float64)
                     if is_own:
                         parts[image] = _largest(_from_own(unit, total, square, n), is_told, most)
                     else:

@@ -4,7 +4,7 @@ Kernels run over blocks of sparse rows; what is kept between blocks is small and
 tests/cytosae/atlas/test_cell_scan.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stores.csr import CsrRows
+
+from .cohort import Cohort
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -94,7 +96,9 @@ class Likeness:
     to_peers: Floats  # (n_images,) to the images of the other patients of its disease and dataset, each counting once
 
 
-def add_unit_rows(rows: CsrRows, weights: Floats, target_of: Ints, shares: Floats, sums: Floats) -> None:
+def add_unit_rows(
+    rows: CsrRows, weights: Floats, target_of: Ints, shares: Floats, sums: Floats, *, power: int = 1
+) -> None:
     """Add each image's row, weighted and scaled to norm 1, times its share, to the row of `sums` that it belongs to.
 
     Parameters
@@ -102,14 +106,48 @@ def add_unit_rows(rows: CsrRows, weights: Floats, target_of: Ints, shares: Float
     rows : (images, n_latents) tokens above tau
     weights : (n_latents,)
     target_of : (images,) row of `sums`; -1: left out
+    shares : (images,)
     sums : (rows, n_latents)
+    power : 2 adds the squares of the scaled values
     """
-    _add_units(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, shares, sums)
+    values = np.log1p(rows.values, dtype=np.float32)
+    _add_units(rows.indptr, rows.indices, values, weights, target_of, shares, power, sums)
 
 
-def add_unit_squares(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> None:
-    """As `add_unit_rows`, the squares of the rows' values, whole."""
-    _add_squares(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, sums)
+def unit_sums(
+    cohort: Cohort, target_of: Ints, n_targets: int, *, most_bytes: int, powers: Sequence[int] = (1,)
+) -> Iterator[tuple[Ints, Floats]]:
+    """Sums of unit rows by target, for as many targets at a time as fit into `most_bytes`; a pass for each time.
+
+    Yields the row of the sums of each image, (n_images,), -1 where it belongs to none of these, and the sums,
+    (powers, targets, n_latents).
+    """
+    size = max(1, most_bytes // (4 * len(powers) * cohort.n_latents))
+    for first_target in range(0, n_targets, size):
+        n_here = min(size, n_targets - first_target)
+        is_here = (target_of >= first_target) & (target_of < first_target + n_here)
+        here_of = np.where(is_here, target_of - first_target, -1)
+        sums = np.zeros((len(powers), n_here, cohort.n_latents), np.float32)
+        for first, rows in cohort.image_blocks("X"):
+            here = here_of[first : first + rows.n_rows]
+            for power, each in zip(powers, sums, strict=True):
+                add_unit_rows(rows, cohort.rarity, here, np.ones(rows.n_rows, np.float32), each, power=power)
+        yield here_of, sums
+
+
+def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, patient_of: Ints, n_images: Ints) -> Floats:
+    """(n_groups, n_latents) sums of unit rows by group, in which each patient counts once; one pass.
+
+    group_of, patient_of : (all images,) -1: left out
+    n_images : (n_patients,) by which a patient's rows are divided
+    """
+    share_of = (1 / np.maximum(1, n_images)).astype(np.float32)
+    found = np.zeros((n_groups, cohort.n_latents), np.float32)
+    for first, rows in cohort.image_blocks("X"):
+        here = slice(first, first + rows.n_rows)
+        shares = np.where(patient_of[here] >= 0, share_of[patient_of[here]], 0).astype(np.float32)
+        add_unit_rows(rows, cohort.rarity, group_of[here], shares, found)
+    return found
 
 
 def unit_products(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> npt.NDArray[np.float64]:
@@ -175,7 +213,9 @@ def _own(
 
 
 @numba.njit(cache=True)
-def _add_units(indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, shares: Any, sums: Any) -> None:
+def _add_units(
+    indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, shares: Any, power: int, sums: Any
+) -> None:
     for row in range(len(indptr) - 1):
         target = target_of[row]
         if target < 0:
@@ -185,24 +225,9 @@ def _add_units(indptr: Any, indices: Any, values: Any, weights: Any, target_of: 
             squares += (values[at] * weights[indices[at]]) ** 2
         if squares == 0:
             continue
-        factor = shares[row] / np.sqrt(squares)
+        scale = 1 / np.sqrt(squares)
         for at in range(indptr[row], indptr[row + 1]):
-            sums[target, indices[at]] += values[at] * weights[indices[at]] * factor
-
-
-@numba.njit(cache=True)
-def _add_squares(indptr: Any, indices: Any, values: Any, weights: Any, target_of: Any, sums: Any) -> None:
-    for row in range(len(indptr) - 1):
-        target = target_of[row]
-        if target < 0:
-            continue
-        squares = 0.0
-        for at in range(indptr[row], indptr[row + 1]):
-            squares += (values[at] * weights[indices[at]]) ** 2
-        if squares == 0:
-            continue
-        for at in range(indptr[row], indptr[row + 1]):
-            sums[target, indices[at]] += (values[at] * weights[indices[at]]) ** 2 / squares
+            sums[target, indices[at]] += shares[row] * (values[at] * weights[indices[at]] * scale) ** power
 
 
 @numba.njit(cache=True)

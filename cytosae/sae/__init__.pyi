@@ -23,4 +23,5 @@ from .interop import import_sae as import_sae
 from .model import SparseAutoencoder as SparseAutoencoder
 from .model import geometric_median as geometric_median
 from .top_k import keep_top_k_ as keep_top_k_
+from .top_k import replace_least as replace_least
 from .top_k import use_kernels_with_torch_threads as use_kernels_with_torch_threads

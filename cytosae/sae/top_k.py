@@ -38,6 +38,21 @@ def use_threads(n_threads: int) -> None:
     numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # set at import
 
 
+@numba.njit(cache=True, inline="always")
+def replace_least(heap: Any, value: Any) -> None:
+    """Put a value into a heap (smallest first) instead of its smallest: so kernels keep the largest values so far."""
+    at = 0
+    while 2 * at + 1 < len(heap):
+        child = 2 * at + 1
+        if child + 1 < len(heap) and heap[child + 1] < heap[child]:
+            child += 1
+        if value <= heap[child]:
+            break
+        heap[at] = heap[child]
+        at = child
+    heap[at] = value
+
+
 @numba.njit(parallel=True, cache=True)
 def _keep_top_k(values: npt.NDArray[Any], k: int) -> None:
     for b in numba.prange(values.shape[0]):
@@ -52,19 +67,8 @@ def _keep_top_k(values: npt.NDArray[Any], k: int) -> None:
             if n == 0:
                 continue
             for latent in range(first, stop):
-                value = row[latent]
-                if value <= heap[0]:
-                    continue
-                at = 0
-                while 2 * at + 1 < k:
-                    child = 2 * at + 1
-                    if child + 1 < k and heap[child + 1] < heap[child]:
-                        child += 1
-                    if value <= heap[child]:
-                        break
-                    heap[at] = heap[child]
-                    at = child
-                heap[at] = value
+                if not row[latent] <= heap[0]:
+                    replace_least(heap, row[latent])
         least = heap[0]
         n_equal = k
         for at in range(k):

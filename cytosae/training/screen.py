@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.sae import SparseAutoencoder, use_kernels_with_torch_threads
+from cytosae.sae import SparseAutoencoder, replace_least, use_kernels_with_torch_threads
 
 from . import kernels_cpu
 
@@ -92,22 +92,20 @@ class Screen:
         slack = np.float32((x_BD.shape[1] + 16) * _SLACK)
         off_B = (x.off + slack * x.norm) * np.float32(_UP)
         of_latents = (w.scale, self._b_enc_L, self._off_b_enc_L, w.norm, w.off)
-        ends: tuple[Any, ...] = (
+        intervals = (  # of every pair: what its kernels need for the two ends
             products_BL.numpy().reshape(n_tokens, -1, _CHUNK),
             *(x.scale, off_B, x.rounded_norm),
             *(values_L.reshape(-1, _CHUNK) for values_L in of_latents),
         )
         above_B = np.zeros(n_tokens, np.float32)
         if self._k is not None:
-            arguments: tuple[Any, ...] = (*ends, self._k, above_B)
-            _kth_lower_end(*arguments)
+            _kth_lower_end(intervals, self._k, above_B)
             above_B *= np.float32(1 - 2.0**-20)
         n_parts = max(1, min(_PARTS, n_tokens))
         room = int(2 * _MOST * n_latents * -(-n_tokens // n_parts)) + _CHUNK
         starts, counts = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.int64)
         latents = np.empty(n_parts * room, np.int32)
-        arguments = (*ends, above_B, room, starts, counts, latents)
-        _find_candidates(*arguments)
+        _find_candidates(intervals, above_B, room, starts, counts, latents)
         if (starts < 0).any() or counts.sum() > _MOST * n_tokens * n_latents:
             return None
         places = kernels_cpu.by_latent(starts, counts, latents, latents.view(np.float32), n_latents)
@@ -197,19 +195,8 @@ def _round_rows(rows: Any, q: Any, scale: Any, norm: Any, rounded_norm: Any, off
 
 # The k-th largest lower end of each token, or 0 if that is below.
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})
-def _kth_lower_end(
-    products: Any,
-    scale_x: Any,
-    off_x: Any,
-    norm_x: Any,
-    scale_w: Any,
-    bias: Any,
-    off_bias: Any,
-    norm_w: Any,
-    off_w: Any,
-    k: int,
-    out: Any,
-) -> None:
+def _kth_lower_end(intervals: Any, k: int, out: Any) -> None:
+    products, scale_x, off_x, norm_x, scale_w, bias, off_bias, norm_w, off_w = intervals
     for b in numba.prange(products.shape[0]):
         row, s, off, norm = products[b], scale_x[b], off_x[b], norm_x[b]
         ends = np.empty(_CHUNK, np.float32)  # of one chunk: written for all, so that all are computed at once
@@ -223,29 +210,15 @@ def _kth_lower_end(
             if is_any:
                 for j in range(_CHUNK):
                     if ends[j] > heap[0]:
-                        _replace_least(heap, ends[j])
+                        replace_least(heap, ends[j])
         out[b] = heap[0]
 
 
 # Latents whose upper end is above `above`: of token b they come to latents[starts[b]] and behind, counts[b] many; -1 in
 # starts: there was no room.
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})
-def _find_candidates(
-    products: Any,
-    scale_x: Any,
-    off_x: Any,
-    norm_x: Any,
-    scale_w: Any,
-    bias: Any,
-    off_bias: Any,
-    norm_w: Any,
-    off_w: Any,
-    above: Any,
-    room: int,
-    starts: Any,
-    counts: Any,
-    latents: Any,
-) -> None:
+def _find_candidates(intervals: Any, above: Any, room: int, starts: Any, counts: Any, latents: Any) -> None:
+    products, scale_x, off_x, norm_x, scale_w, bias, off_bias, norm_w, off_w = intervals
     n_tokens = products.shape[0]
     n_parts = len(latents) // room
     for part in numba.prange(n_parts):
@@ -269,20 +242,6 @@ def _find_candidates(
             counts[b] = at - starts[b]
             if is_lost:
                 starts[b] = -1
-
-
-@numba.njit(cache=True, inline="always")
-def _replace_least(heap: Any, value: Any) -> None:
-    at = 0
-    while 2 * at + 1 < len(heap):
-        child = 2 * at + 1
-        if child + 1 < len(heap) and heap[child + 1] < heap[child]:
-            child += 1
-        if value <= heap[child]:
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = value
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"})
@@ -309,7 +268,7 @@ def _mark_top_k(starts: Any, tokens: Any, values: Any, k: int, n_tokens: int, n_
         for i in range(len(values)):
             b = tokens[i] - low
             if 0 <= b < high - low and values[i] > heaps[b, 0]:
-                _replace_least(heaps[b], values[i])
+                replace_least(heaps[b], values[i])
         n_equal = np.zeros(high - low, np.int64)
         for b in range(high - low):
             for j in range(k):

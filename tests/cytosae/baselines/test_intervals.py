@@ -94,7 +94,7 @@ def test_purities_without_a_patient_equal_leaving_it_out() -> None:
 @pytest.mark.stress
 @pytest.mark.parametrize(("n_patients", "factor"), [(5, 1.0), (8, 4.0), (20, 1.0), (20, 4.0)])
 def test_coverage_of_purity(n_patients: int, factor: float) -> None:
-    """The intervals hold the mean over cohorts, and are narrower than the hull of a bootstrap was."""
+    """The intervals hold the mean over cohorts."""
     rng, found = np.random.default_rng([n_patients, int(factor)]), []
     for _ in range(200):
         sums, labels, groups = cells(rng, n_patients, 40, factor)
