@@ -9,7 +9,9 @@ SDIST_TESTS ?= -m "$(QUICK)"
 # others use made the pages of the docs take three times as long
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
 # Python compiles what is used, when it is used; pip would compile all of torch (PIP_NO_COMPILE=1 asks for just that: of
-# this option pip takes a value for the opposite)
+# this option pip takes a value for the opposite). It keeps what it compiled, also where the shell forbids that: every
+# process would compile torch and scikit-learn again (2.9 times the time of their import)
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: install demo browser test test-stress test-docs test-browser test-rest test-slow coverage test-versions bench docs site wheel-check sdist-check clean

@@ -62,11 +62,17 @@ COMMANDS = {
     "run": ("cytosae.commands.run", "run_all"),
     "report": ("cytosae.commands.run", "run_report"),
 }
-# errors of a path that the user can correct: disk full, no permission, below a file, name too long
-_USERS_DISK = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+_FREE, _MAY, _OTHER = (
+    "free some space, and run the same command again: it continues",
+    "choose a place where you may write",
+    "choose another path: there is a file where a folder is needed, or a folder where a file is",
 )
+# errors of a path that the user can correct -> what to do
+_USERS_DISK = {
+    **{errno.ENOSPC: _FREE, errno.EDQUOT: _FREE, errno.EROFS: _MAY, errno.EACCES: _MAY, errno.EPERM: _MAY},
+    **{errno.ENOTDIR: _OTHER, errno.EEXIST: _OTHER, errno.EISDIR: _OTHER},
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 class _Commands(dict[str, click.Command]):
@@ -119,7 +125,8 @@ class _Entry(LazyGroup):
         except OSError as error:
             if error.errno not in _USERS_DISK:
                 raise
-            raise click.ClickException(f"cannot use {error.filename or 'the output'}: {error.strerror}") from None
+            place, advice = error.filename or "the output", _USERS_DISK[error.errno]
+            raise click.ClickException(f"cannot use {place}: {error.strerror}; {advice}") from None
         except KeyboardInterrupt:
             click.echo("\ninterrupted; run the same command again to continue", err=True)
             ctx.exit(130)

@@ -251,7 +251,7 @@ def write_atlas(
     began = time.time_ns()
     site = Site(writer.root)
     maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
-    shared = _shared(inputs, config)
+    shared = _shared(inputs, cohort, config)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
     pairs = _pairs(frames)
     n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
@@ -333,7 +333,7 @@ def estimate_atlas(
 
 def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
     cohort, choice, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
-    site, shared = Site(None), _shared(inputs, config)
+    site, shared = Site(None), _shared(inputs, cohort, config)
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
@@ -420,11 +420,13 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
     }
 
 
-def _shared(inputs: Inputs, config: AtlasConfig) -> dict[str, Any]:
+def _shared(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> dict[str, Any]:
     """Template variables of all pages."""
     return {
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
+        "has_patients": cohort.n_patients > 0,
+        "has_diseases": bool(cohort.diseases),
         "has_other": inputs.other is not None,
         "unit": _unit(inputs),
         "version": cyto_version(),

@@ -17,6 +17,7 @@ import pyarrow as pa
 from stores.errors import BadInput
 from stores.latent_store import LatentStore
 from stores.tables import OUTCOME_COLUMNS, check_column_names, column, folded, listed, read_table_file, readable
+from stores.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,9 +137,9 @@ def group_images(images: pa.Table) -> Groups:
     conflicting = sorted(owner for owner, found in diseases_of.items() if len(found) > 1)
     if conflicting:
         raise BadInput(
-            f"{len(conflicting):,} patients have images of two diseases ({listed([name for name, _ in conflicting])}: "
-            f"{' and '.join(sorted(diseases_of[conflicting[0]]))}); correct the image table, or give another with "
-            "--table"
+            f"{counted(len(conflicting), 'patient')} with images of two diseases "
+            f"({listed([name for name, _ in conflicting])}: {' and '.join(sorted(diseases_of[conflicting[0]]))}); "
+            "correct the image table (cyto barcode takes another one with --table)"
         )
     patients = sorted({owner for owner, ok in zip(owners, is_readable, strict=True) if ok and owner is not None})
     number = {owner: i for i, owner in enumerate(patients)}

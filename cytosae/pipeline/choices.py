@@ -22,6 +22,10 @@ from .recipe import Recipe, Section, checked_recipe, checked_section
 
 _MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: sooner done, and fewer latents are dead
 _LEAST_HELD_OUT = 20  # images, of which a tenth can be held out
+_SETTABLE = (
+    *("extract", "sae", "encode", "barcode", "concepts", "select", "atlas", "stability"),
+    *("compare", "probe"),
+)
 _FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 # of a section that may be there several times: what it is about, so that no two have it in common
 _IDENTITY = {"compare": ("name", "a", "b"), "probe": ("name", "level", "target")}
@@ -33,6 +37,22 @@ _PROBE = {  # fewer draws than `cyto probe` on its own has, for a first answer i
         "thresholds": (0.0, 1e-2),
     },
 }
+
+
+def check_asked(config: RunConfig) -> None:
+    """That each setting that was asked for exists, and has a value of its type: before anything is read or measured.
+
+    Raises
+    ------
+    BadInput
+        Otherwise.
+    """
+    for name, values in config.settings.items():
+        if name not in _SETTABLE:
+            raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {', '.join(_SETTABLE)}")
+        of_all = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        for each in (of_all, *(value for value in values.values() if isinstance(value, Mapping))):
+            checked_section(name, each, "--set")
 
 
 def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look: FirstLook) -> Recipe:
@@ -60,9 +80,8 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
     given = {name: dict(values) for name, values in config.settings.items()}
     of_lists = {name: given.pop(name) for name in _IDENTITY if name in given}
     for name, values in given.items():
-        if name not in sections or name == "images":
-            known = ", ".join(each for each in (*sections, "compare", "probe") if each != "images")
-            raise BadInput(f"--set {name}.{next(iter(values), '')}: no such section; there are {known}")
+        if name not in sections:
+            raise BadInput(f"--set {name}.{next(iter(values), '')}: this run has no {name}; give --stability")
         checked = checked_section(name, values, "--set")
         before = sections[name]
         if name == "sae" and {"tokens", "epochs"} & checked.keys():  # the reasons were those of another budget

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cytosae.barcodes import group_images
 from stores.tables import MANIFEST_COLUMNS, OUTCOME_COLUMNS, column, listed, with_outcome
+from stores.wording import counted
 
 MOST_COMPARISONS = 12
 MOST_DISEASES = 20  # more are no diseases
@@ -39,17 +40,19 @@ class CohortFacts:
     def lines(self) -> Iterator[str]:
         """The same in words."""
         several = f" in {len(self.datasets)} datasets" if len(self.datasets) > 1 else ""
-        yield f"{self.n_images:,} images{several}"
+        yield counted(self.n_images, "image") + several
         if self.labels:
-            yield f"labels: {counts_text(self.labels)}" + _without(self.n_images - sum(self.labels.values()), "images")
+            yield f"labels: {counts_text(self.labels)}" + _without(self.n_images - sum(self.labels.values()), "image")
         else:
             yield "no labels: a column `label`, or a folder for each class, would tell what latents answer to"
         if self.n_patients:
-            yield f"{self.n_patients:,} patients" + _without(self.n_images - self.n_with_patient, "images", "of nobody")
+            yield counted(self.n_patients, "patient") + _without(
+                self.n_images - self.n_with_patient, "image", "of nobody"
+            )
         else:
             yield "no patients: a column `patient` would give patient barcodes"
         if self.diseases:
-            yield f"diseases: {counts_text(self.diseases, 'patients')}" + _without(self.n_without_disease, "patients")
+            yield f"diseases: {counts_text(self.diseases, 'patients')}" + _without(self.n_without_disease, "patient")
         elif self.n_patients:
             yield "no diseases: a column `disease` would give comparisons"
 
@@ -177,7 +180,7 @@ def counts_text(counts: Mapping[str, int], unit: str = "") -> str:
 
 
 def _without(number: int, what: str, how: str = "without one") -> str:
-    return f" ({number:,} {what} {how})" if number else ""
+    return f" ({counted(number, what)} {how})" if number else ""
 
 
 def _sorted(values: Iterable[str | None]) -> dict[str, int]:

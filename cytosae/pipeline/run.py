@@ -25,7 +25,7 @@ from stores.spec import find_header
 from stores.tables import listed, table_sha256
 from stores.wording import Report, counted, printable
 
-from .choices import resolve
+from .choices import check_asked, resolve
 from .cohort import CohortFacts, read_cohort
 from .commands_text import script, words
 from .config import RunConfig
@@ -33,7 +33,7 @@ from .journal import FILE as JOURNAL
 from .journal import Journal, content_of
 from .page import REPORT, write_run_report
 from .plan import RunPlan, inputs_of, make_plan
-from .recipe import FILE, Recipe, checked_section, differences, extract_settings, read_recipe, write_recipe
+from .recipe import FILE, Recipe, differences, extract_settings, read_recipe, write_recipe
 from .stages import ATLAS, CACHE, COMPARE, PROBE, SELECTION, Stage, Workshop, as_now, stages_of
 
 COMMANDS = "commands.sh"
@@ -250,10 +250,11 @@ def _from_data(
     source: Path, out: Path, config: RunConfig, bridge: StageOne, looking: dict[str, Any], *, overwrite: bool
 ) -> _Asked:
     """A recipe chosen from the data, which must be that of the folder, if it has one."""
+    check_asked(config)
     images = bridge.open_images(source, root=config.root)
     facts = read_cohort(images.table)
     extract = {"backbone": config.backbone, "weights": config.weights, "block": config.block}
-    extract |= checked_section("extract", config.settings.get("extract", {}), "--set")
+    extract |= config.settings.get("extract", {})
     look = _look(bridge, images, {name: value for name, value in extract.items() if value is not None}, looking)
     recipe = resolve(config, source, out, facts, look)
     _refuse_other(recipe, out, overwrite=overwrite)

@@ -4,20 +4,24 @@
 const CYTO = (() => {
   const arrived = new Map(); // name -> value
   const waiting = new Map(); // name -> [promise, its resolve]
+  class Missing extends Error {} // says which file
 
   function add(name, value) {
     arrived.set(name, value);
     waiting.get(name)?.[1](value);
   }
 
-  // The data of that name; its script is added to the page if it is not there yet.
+  // The data of that name; its script is added to the page if it is not there yet. Rejects if there is no such file.
   function load(name) {
     if (arrived.has(name)) return Promise.resolve(arrived.get(name));
     if (!waiting.has(name)) {
-      let resolve;
-      const promise = new Promise((done) => { resolve = done; });
-      waiting.set(name, [promise, resolve]);
       const script = document.createElement("script");
+      let resolve;
+      const promise = new Promise((done, failed) => {
+        resolve = done;
+        script.onerror = () => { waiting.delete(name); failed(new Missing(`data/${name}.js`)); };
+      });
+      waiting.set(name, [promise, resolve]);
       script.src = `${document.body.dataset.up}data/${name}.js`;
       document.head.append(script);
     }
@@ -41,7 +45,7 @@ const CYTO = (() => {
     });
   }
 
-  return { add, load, unpack, bytes };
+  return { add, load, unpack, bytes, Missing };
 })();
 
 const $ = (id) => document.getElementById(id);

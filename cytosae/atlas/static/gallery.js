@@ -255,6 +255,8 @@ function openGallery(data) {
     changes.all = folds() ? "" : "1";
     changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
     ADDRESS.write(changes);
+    const pressed = [...chips.pressed.values()].reduce((sum, set) => sum + set.size, 0);
+    $("filters").textContent = pressed ? `Filters, ${pressed} chosen` : "Filters";
     $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
   }
 
@@ -321,6 +323,7 @@ function openGallery(data) {
   const clear = () => { chips.clear(); $("fold").setAttribute("aria-pressed", "true"); state.box = null; state.pair = null; setTimeout(update); }; // the fields are not reset yet
   form.addEventListener("reset", clear);
   $("again").addEventListener("click", () => { form.reset(); });
+  $("filters").addEventListener("click", () => $("filters").setAttribute("aria-expanded", String($("filters").getAttribute("aria-expanded") !== "true")));
   $("fold").addEventListener("click", () => { $("fold").setAttribute("aria-pressed", String(!folds())); update(); });
 
   function fromAddress() {

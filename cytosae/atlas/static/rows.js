@@ -67,9 +67,7 @@ async function drawRow(row) {
   return sheet.finish();
 }
 
-document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-row]");
-  if (!button) return;
-  const row = button.closest(".sides"), kind = button.dataset.row, text = await drawRow(row);
-  keep(kind === "svg" ? new Blob([text], { type: "image/svg+xml" }) : await pngOf(text), `cells-of-latent-${row.dataset.latent}.${kind}`);
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-row]"), row = button?.closest(".sides");
+  if (button) saveFrom(button, button.dataset.row, `cells-of-latent-${row.dataset.latent}`, () => drawRow(row));
 });

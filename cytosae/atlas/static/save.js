@@ -140,9 +140,21 @@ function sheetOf(figure) {
   return sheet.finish();
 }
 
-document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-save]");
-  if (!button) return;
-  const figure = button.closest("[data-file]"), text = sheetOf(figure), kind = button.dataset.save;
-  keep(kind === "svg" ? new Blob([text], { type: "image/svg+xml" }) : await pngOf(text), `${figure.dataset.file}.${kind}`);
+// The picture whose drawing is made by `draw` as a file; if the atlas lacks what is drawn, that is said beside the button.
+async function saveFrom(button, kind, name, draw) {
+  const told = button.parentElement.querySelector(".not-saved");
+  try {
+    const text = await draw();
+    keep(kind === "svg" ? new Blob([text], { type: "image/svg+xml" }) : await pngOf(text), `${name}.${kind}`);
+    told?.remove();
+  } catch (error) {
+    if (!(error instanceof CYTO.Missing)) throw error;
+    const said = told ?? button.parentElement.appendChild(element("span", { class: "not-saved doubt", role: "status" }));
+    said.textContent = `Not saved: ${error.message} is missing from this atlas; build it again or copy it whole.`;
+  }
+}
+
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("[data-save]"), figure = button?.closest("[data-file]");
+  if (button) saveFrom(button, button.dataset.save, figure.dataset.file, () => sheetOf(figure));
 });

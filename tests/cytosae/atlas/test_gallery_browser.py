@@ -128,6 +128,29 @@ def test_chips_count_and_choose(page: Watched, browser: Any, cohort: Cohort) -> 
     assert tab.evaluate("location.hash") == ""
 
 
+def test_on_a_phone_the_chips_are_behind_a_button(page: Watched) -> None:
+    """Cells come first; the button says how many chips are chosen; nothing is cut or needs to be scrolled sideways."""
+    tab = opened(page)
+    assert not tab.locator("#filters").is_visible(), "there is room for the chips"
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.reload()
+    tab.wait_for_selector("#cards h2 a")
+    assert not tab.locator("#chips").is_visible()
+    assert tab.locator("#cards").bounding_box()["y"] < 844 / 2
+    tab.click("#filters")
+    assert tab.get_attribute("#filters", "aria-expanded") == "true"
+    groups = tab.locator("#chips .chip-group")
+    assert groups.count() >= 3
+    for group in groups.all():
+        box = group.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+    tab.locator("#chips button[data-value]").first.click()
+    assert tab.inner_text("#filters") == "Filters, 1 chosen"
+    order = tab.locator("[name=sort]").bounding_box()
+    assert order["width"] > 300, "names of comparisons are long"
+
+
 def test_search_numbers_and_nothing(page: Watched, cohort: Cohort) -> None:
     tab, latents = opened(page), built(page)
     tab.fill("[name=search]", "3")

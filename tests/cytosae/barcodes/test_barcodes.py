@@ -934,7 +934,7 @@ def test_a_table_groups_the_images_anew(two_datasets: list[Path], tmp_path: Path
         ("image_id,a/b\nnorth/0000.png,x\n", r"a column 'a/b', a name that AnnData cannot store"),
         (
             "image_id,patient,disease,dataset\nnorth/0000.png,a,flu,x\nsouth/0000.png,a,cold,x\n",
-            r"1 patients have images of two diseases \(a: cold and flu\); .*--table",
+            r"1 patient with images of two diseases \(a: cold and flu\); .*--table",
         ),
     ],
 )
@@ -987,7 +987,7 @@ def test_a_patient_with_two_diseases_is_refused(tmp_path: Path, threads: Client)
     """Also where one of the images is unreadable: the table is wrong, whatever can be read."""
     rows: list[Row] = [("P1", "A", True), ("P2", "B", True), ("P1", "B", False)]
     write_latents(tmp_path / "latents.zarr", np.ones((3, 2, 2), np.float32) * [[[1]], [[1]], [[0]]], rows)
-    with pytest.raises(BadInput, match=r"1 patients have images of two diseases \(P1: A and B\)"):
+    with pytest.raises(BadInput, match=r"1 patient with images of two diseases \(P1: A and B\)"):
         write_barcodes(tmp_path / "latents.zarr", tmp_path / "barcodes", BarcodeConfig(), client=threads)
     assert not (tmp_path / "barcodes").exists()
 

@@ -79,6 +79,7 @@ def test_a_frozen_matrix_keeps_its_initial_value(
     like = sae
     if activation == "relu":
         settings = {"target_l0": 6.0, "dead_latents": "resample", "resample_every": 100, "tokens": 128 * 1200}
+        settings["schedule"] = "linear"  # at a constant learning rate L0 swings around 6 to the end (docs/log.md)
         config = planted_config(activation="relu", k=None, **settings)
         like = train([cache], tmp_path / "relu", config).out
     l0 = (load_sae(like).header.summary or {})["held_out"]["l0"]

@@ -36,8 +36,8 @@ def test_facts() -> None:
     assert facts.label_groups == {"a": 1, "b": 1}
     assert (facts.n_images, facts.n_patients, facts.n_with_patient, facts.n_without_disease) == (4, 2, 3, 1)
     assert facts.diseases == {"AML": 1}
-    assert any("1 images without one" in line for line in facts.lines())
-    with pytest.raises(BadInput, match="patients have images of two diseases"):
+    assert any("1 image without one" in line for line in facts.lines())
+    with pytest.raises(BadInput, match="1 patient with images of two diseases"):
         read_cohort(table([("a", "P1", "AML"), ("a", "P1", "well")]))
 
 

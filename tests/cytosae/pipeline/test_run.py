@@ -266,9 +266,12 @@ def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="lies in the folder of the images"):
         run_small(copied / "cells", copied / "cells" / "out")
     with pytest.raises(BadInput, match=r"no such section; there are extract, sae"):
-        run_small(table, tmp_path / "new", config=RunConfig(settings={"sea": {"k": 3}}))
+        run_small(tmp_path / "none.csv", tmp_path / "new", config=RunConfig(settings={"sea": {"k": 3}}))
     with pytest.raises(BadInput, match=r"sets kk, which is no setting"):
-        run_small(table, tmp_path / "new", config=RunConfig(settings={"sae": {"kk": 3}}))
+        run_small(tmp_path / "none.csv", tmp_path / "new", config=RunConfig(settings={"sae": {"kk": 3}}))
+    settings = {"probe": {"image-label": {"seed": "x"}}}
+    with pytest.raises(BadInput, match=r"--set: probe.seed must be int; found 'x'"):
+        run_small(tmp_path / "none.csv", tmp_path / "new", config=RunConfig(settings=settings))
     (tmp_path / "thesis" / "cells.sae").mkdir(parents=True)
     with pytest.raises(SpecMismatch, match=r"holds cells.sae but no recipe.toml"):
         run_small(table, tmp_path / "thesis")
