@@ -141,12 +141,11 @@ def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, patient_of: Ints, 
     group_of, patient_of : (all images,) -1: left out
     n_images : (n_patients,) by which a patient's rows are divided
     """
-    share_of = (1 / np.maximum(1, n_images)).astype(np.float32)
+    share_of = np.append(1 / np.maximum(1, n_images), 0).astype(np.float32)  # the last: of -1, nobody's images
     found = np.zeros((n_groups, cohort.n_latents), np.float32)
     for first, rows in cohort.image_blocks("X"):
         here = slice(first, first + rows.n_rows)
-        shares = np.where(patient_of[here] >= 0, share_of[patient_of[here]], 0).astype(np.float32)
-        add_unit_rows(rows, cohort.rarity, group_of[here], shares, found)
+        add_unit_rows(rows, cohort.rarity, group_of[here], share_of[patient_of[here]], found)
     return found
 
 

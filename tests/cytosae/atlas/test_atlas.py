@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from atlas_maker import DATASETS, DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto
+from latent_stores import local_client
 from PIL import Image
 
 from cytocache.pictures import Pictures
@@ -32,6 +34,7 @@ from cytosae.atlas.pseudonyms import hide_order
 from cytosae.atlas.questions import read_review, sent
 from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.atlas.site import script_data
+from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
 from cytosae.relations.patient_z import as_z, describe_others, prediction_t
@@ -143,12 +146,15 @@ def headed_rows(page: Page, heading: str) -> list[list[str]]:
 
 @pytest.mark.stress
 def test_every_link_leads_into_the_site(atlas: Path) -> None:
-    found = pages(atlas)
-    kinds = {str(page.path.relative_to(atlas).parent) for page in found}
+    kinds = {str(page.path.relative_to(atlas).parent) for page in pages(atlas)}
     assert kinds == {".", "concepts", "patients", "diseases", "pairs", "images"}
-    for page in found:
+    assert_links_lead_somewhere(atlas)
+
+
+def assert_links_lead_somewhere(atlas: Path) -> None:
+    for page in pages(atlas):
         links = [value for _, attributes in page.elements for key in ("href", "src") if (value := attributes.get(key))]
-        assert len(links) >= 8
+        assert len(links) >= 6
         ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
         assert len(ids) == len(set(ids)), page.path
         for link in links:
@@ -664,6 +670,34 @@ def test_an_atlas_without_anything_optional(cohort: Cohort, tmp_path: Path) -> N
     assert "Not looked for" in page.text
     assert "None were compared" in Page(tmp_path / "bare" / "diseases.html").text
     assert not (tmp_path / "bare" / "pairs").exists()
+
+
+@pytest.mark.parametrize("whose", ["nobody", "one patient", "a patient for each image", "a patient in two datasets"])
+def test_an_atlas_of_any_cohort(cohort: Cohort, tmp_path: Path, whose: str) -> None:
+    """Without patients, with one, with one image for each: every page is built, the menu offers what there is."""
+    n_images = len(cohort.image_ids)
+    names = {
+        "nobody": [None] * n_images,
+        "one patient": ["A"] * n_images,
+        "a patient for each image": [f"P{n}" for n in range(n_images)],
+        "a patient in two datasets": [f"P{n % 3}" for n in range(n_images)],
+    }[whose]
+    table = pa.table({"image_id": cohort.image_ids, "patient": pa.array(names, pa.string())})
+    has_diseases = whose == "a patient for each image"
+    diseases = [DISEASES[n % 2] if has_diseases else None for n in range(n_images)]
+    pq.write_table(table.append_column("disease", pa.array(diseases, pa.string())), tmp_path / "table.parquet")
+    barcodes, latents = tmp_path / "barcodes", cohort.root / "latents"
+    with local_client(1, 2) as client:
+        write_barcodes(latents, barcodes, BarcodeConfig(tau=0.2), client=client, table=tmp_path / "table.parquet")
+    base = ["atlas", "build", "--barcodes", barcodes, "--latents", latents, "--concepts", cohort.root / "concepts"]
+    done = cyto(*base, "--images", cohort.root / "images", "-o", tmp_path / "atlas")
+    assert done.exit_code == 0, done.output
+    first = (tmp_path / "atlas" / "index.html").read_text()
+    assert ('href="patients.html"' in first) == (whose != "nobody")
+    assert ('href="diseases.html"' in first) == has_diseases
+    assert_links_lead_somewhere(tmp_path / "atlas")
+    n_patients = len({(name, n // IMAGES_PER_PATIENT % 2) for n, name in enumerate(names) if name and n != 4})
+    assert len([*(tmp_path / "atlas" / "patients").glob("*.html")]) == n_patients
 
 
 def test_stores_that_do_not_belong_together_are_refused(cohort: Cohort, tmp_path: Path) -> None:
