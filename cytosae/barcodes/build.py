@@ -180,6 +180,7 @@ class _Level:
         # every part and of the end, and how many entries have their task
         self._begins = [[0] for _ in range(1 + len(self.stores))]
         self._n_submitted = [0] * len(self._begins)
+        self._is_finished = False
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -203,7 +204,10 @@ class _Level:
         self._submit(only_full=False)
 
     def finish_matrices(self, n_latents: int) -> None:
-        """Write what makes the filled matrices readable."""
+        """Write what makes the matrices readable, once they are filled: all parts must be known. Once is enough."""
+        if self._is_finished:
+            return
+        self._is_finished = True
         for number, store in enumerate(self.stores):
             finish_matrix(store / "X", self.n_above(number), n_latents)
             for layer in self.layers:
@@ -322,17 +326,22 @@ def _write_barcodes(
                 packages=("dask", "distributed", "numba", "numpy", "anndata"),
                 latents=_one_or_all([str(store.root) for store in stores]),
             )
-            levels = [_Level(job, name) for name in LEVELS]
+            levels: list[_Level] = []
+
+            def begin_stores() -> None:
+                levels.extend(_Level(job, name) for name in LEVELS)
+                _write_known_tables(job, images)
+
             count_into_parts(
                 watch,
                 stores,
                 job.parts,
-                levels[0].tag,
+                _tag(job, LEVELS[0]),
                 taus=config.taus,
                 token_set=config.token_set,
                 partition_images=config.partition_images,
-                each=levels[0].add,
-                meanwhile=lambda: _write_known_tables(job, images),
+                each=lambda part: levels[0].add(part),
+                meanwhile=begin_stores,
             )
             header = _join(job, levels, notes, watch.tell)
     finally:
@@ -355,7 +364,7 @@ def _tag(job: _Job, level: str) -> str:
 def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
     """Add up the images of every patient: parts for `patients`. Also the sums over all readable images, by a tree.
 
-    Images without a patient count in the sums over all images only.
+    Images without a patient count in the sums over all images only. Meanwhile the matrices of `images` are finished.
     """
     groups, n_patients = job.groups, len(job.groups.names)
     divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
@@ -378,6 +387,7 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
             for some in plan[wave : wave + _WAVE]
         ]
         parts = [job.client.submit(tasks.only_part, leaf, pure=False) for leaf in leaves]
+        images.finish_matrices(job.n_latents)
         carry = carry + leaves
         while True:
             carry = [
@@ -389,12 +399,16 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
         for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
                 patients.add(part)
+    images.finish_matrices(job.n_latents)
     (sums,) = job.watch.results(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
 def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
-    """Average the barcodes of the patients of every disease, each patient once: parts for `diseases`."""
+    """Average the barcodes of the patients of every disease, each patient once: parts for `diseases`.
+
+    Meanwhile the matrices of `patients` are finished.
+    """
     of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
     known = np.flatnonzero(of_patient >= 0)
     members = known[np.argsort(of_patient[known], kind="stable")]
@@ -406,6 +420,7 @@ def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
         job.client.submit(tasks.average_patients, some, below, diseases.tag, n_taus, job.n_latents, pure=False)
         for some in plan
     ]
+    patients.finish_matrices(job.n_latents)
     for part in job.watch.results(futures):
         diseases.add(part)
 
@@ -475,8 +490,7 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
     for level in levels:
         level.futures.clear()  # a worker that dies from here on must not have them done again
     del futures
-    for level in levels:
-        level.finish_matrices(job.n_latents)
+    diseases.finish_matrices(job.n_latents)
     for place in job.root.glob("*.zarr"):  # while the workers still export
         sync_tree(place)
     sha256 = dict(job.watch.results(exports))
