@@ -60,6 +60,18 @@ def test_pages_fit_and_are_photographed_at_three_widths(page: Watched, atlas: Pa
                 assert np.asarray(shown.convert("L")).std() > 8, f"{name} at {width} is empty"
 
 
+def test_reasons_of_unlike_cells_keep_their_room(page: Watched) -> None:
+    """At no width do the words of one lie over the pictures of the next."""
+    tab = page.open("patients/0.html")
+    assert tab.locator(".reasons .card-shot").count()
+    too_wide = "[...document.querySelectorAll('.reasons > li')].filter((each) => each.scrollWidth > each.clientWidth)"
+    for media in ("screen", "print"):
+        tab.emulate_media(media=media)
+        for width in range(320, 1400, 40):
+            tab.set_viewport_size({"width": width, "height": 1000})
+            assert tab.evaluate(f"{too_wide}.length") == 0, f"{media}, {width} pixels"
+
+
 def test_an_accessibility_checker_finds_nothing(browser: Any, atlas: Path) -> None:
     source = axe()
     for name in kinds(atlas):
