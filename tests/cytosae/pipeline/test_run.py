@@ -1,5 +1,6 @@
 """cyto run: a repeat does nothing, a changed line redoes its dependants, a kill costs nothing, hands do the same."""
 
+import csv
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import pytest
 from click import UsageError
 from click.testing import CliRunner
 from places import ROOT
-from small_runs import DISEASES, FEW, contents, draw_cohort, run_small
+from small_runs import DISEASES, FEW, LABELS, contents, draw_cohort, run_small
 
 from cli import cli
 from cytosae.commands.run import _settings
@@ -255,6 +256,27 @@ def test_two_shards_share_the_work(copied: Path, tmp_path: Path) -> None:
     made, expected = contents(out), contents(copied)
     stores = ("cells.acts.zarr/tokens", "cells.barcodes/")
     assert [name for name in made if name.startswith(stores) and made[name] != expected[name]] == []
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_a_folder_of_images_is_enough(tmp_path: Path, has_labels: bool) -> None:
+    """No table, hence no patient: everything that does not need one is made, up to atlas and report."""
+    table = draw_cohort(tmp_path / "drawn")
+    with table.open(newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    for n, path in enumerate(paths):
+        source = table.parent / path
+        place = tmp_path / "cells" / (LABELS[n % 3] if has_labels else "") / source.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, place)
+    done = run_small(tmp_path / "cells", tmp_path / "out", config=RunConfig(settings=FEW))
+    assert {"extract", "train", "encode", "barcode", "concepts", "select", "atlas"} <= {*done.made}
+    assert ("probe label" in done.made) == has_labels
+    assert {"comparisons", "probe of disease"} <= done.left_out.keys()
+    first = (tmp_path / "out" / "atlas" / "index.html").read_text()
+    assert "patients.html" not in first
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.stress
