@@ -22,10 +22,7 @@ from .recipe import Recipe, Section, checked_recipe, checked_section
 
 _MORE_TOKENS = 2  # tokens a latent, times those of `cyto sae train`: sooner done, and fewer latents are dead
 _LEAST_HELD_OUT = 20  # images, of which a tenth can be held out
-_SETTABLE = (
-    *("extract", "sae", "encode", "barcode", "concepts", "select", "atlas", "stability"),
-    *("compare", "probe"),
-)
+_SETTABLE = ("extract", "sae", "encode", "barcode", "concepts", "select", "atlas", "stability", "compare", "probe")
 _FEW = {"c_factors": (1e-4, 1e-2, 1.0), "thresholds": (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)}
 # of a section that may be there several times: what it is about, so that no two have it in common
 _IDENTITY = {"compare": ("name", "a", "b"), "probe": ("name", "level", "target")}
@@ -81,7 +78,7 @@ def resolve(config: RunConfig, source: Path, out: Path, facts: CohortFacts, look
     of_lists = {name: given.pop(name) for name in _IDENTITY if name in given}
     for name, values in given.items():
         if name not in sections:
-            raise BadInput(f"--set {name}.{next(iter(values), '')}: this run has no {name}; give --stability")
+            raise BadInput(f"--set {name}.{next(iter(values), '')}: no second SAE is trained; add --stability")
         checked = checked_section(name, values, "--set")
         before = sections[name]
         if name == "sae" and {"tokens", "epochs"} & checked.keys():  # the reasons were those of another budget
