@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .cell_reasons import Reason, unlike_parts
-from .cell_scan import Likeness, OwnStrongest, Strongest, group_sums, unit_products, unit_sums
+from .cell_scan import Likeness, OwnStrongest, Strongest, group_sums, unit_products, unit_sums, with_a_row
 from .cohort import Cohort, Ints, Row
 from .config import AtlasConfig
 from .inputs import Inputs
@@ -212,13 +212,15 @@ def distinct(latents: Sequence[int], vectors: npt.NDArray[np.float32], most: int
 
 
 def likeness(cohort: Cohort, patient_of: Ints) -> Likeness:
-    """How alike each image is to others; a pass, and two for each 128 MiB of sums.
+    """How alike each image is to others; two passes, and two for each 128 MiB of sums.
+
+    Images without a latent have no row to compare, and count nowhere.
 
     patient_of : (n_images,) -1: left out
     """
     group_of = _group_of(cohort, patient_of)
     n_groups = int(cohort.peers_of.max(initial=-1)) + 2
-    n_images = np.bincount(patient_of[patient_of >= 0], minlength=cohort.n_patients)
+    n_images = with_a_row(cohort, patient_of)
     share_of = 1 / np.maximum(1, n_images)  # each patient of a group counts once
     peers = group_sums(cohort, group_of, n_groups, patient_of, n_images)
     n_peers = np.bincount(cohort.peers_of % n_groups, weights=n_images > 0, minlength=n_groups)

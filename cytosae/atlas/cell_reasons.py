@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from stores.csr import CsrRows
 
-from .cell_scan import group_sums, unit_sums
+from .cell_scan import group_sums, unit_sums, with_a_row
 from .cohort import Cohort, Ints
 
 SUM_BYTES = 1 << 27
@@ -68,7 +68,7 @@ def unlike_parts(
     """
     is_told = cohort.groups.n_images_with >= least_images(cohort)
     n_groups = int(cohort.peers_of.max(initial=-1)) + 2
-    counts = _with_a_row(cohort, patient_of)
+    counts = with_a_row(cohort, patient_of)
     share_of = 1 / np.maximum(1, counts)
     n_peers = np.bincount(cohort.peers_of % n_groups, weights=counts > 0, minlength=n_groups)
     peers = group_sums(cohort, group_of, n_groups, patient_of, counts)
@@ -120,14 +120,3 @@ def _unit(rows: CsrRows, row: int, weights: npt.NDArray[np.float32]) -> Floats:
     found = np.zeros(len(weights))
     found[rows.indices[some]] = np.log1p(rows.values[some].astype(np.float64)) * weights[rows.indices[some]]
     return found / max(float(np.linalg.norm(found)), 1e-30)
-
-
-def _with_a_row(cohort: Cohort, patient_of: Ints) -> Ints:
-    """(n_patients,) images with a latent that weighs anything."""
-    counts, weighs = np.zeros(cohort.n_patients, np.int64), cohort.rarity > 0
-    for first, rows in cohort.image_blocks("X"):
-        row_of = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
-        has = np.bincount(row_of[weighs[rows.indices]], minlength=rows.n_rows) > 0
-        whose = patient_of[first : first + rows.n_rows]
-        counts += np.bincount(whose[has & (whose >= 0)], minlength=cohort.n_patients)
-    return counts

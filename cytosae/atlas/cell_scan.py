@@ -135,6 +135,17 @@ def unit_sums(
         yield here_of, sums
 
 
+def with_a_row(cohort: Cohort, patient_of: Ints) -> Ints:
+    """(n_patients,) images with a latent that weighs anything: the others have no row of norm 1. One pass."""
+    counts, weighs = np.zeros(cohort.n_patients, np.int64), cohort.rarity > 0
+    for first, rows in cohort.image_blocks("X"):
+        row_of = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+        has = np.bincount(row_of[weighs[rows.indices]], minlength=rows.n_rows) > 0
+        whose = patient_of[first : first + rows.n_rows]
+        counts += np.bincount(whose[has & (whose >= 0)], minlength=cohort.n_patients)
+    return counts
+
+
 def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, patient_of: Ints, n_images: Ints) -> Floats:
     """(n_groups, n_latents) sums of unit rows by group, in which each patient counts once; one pass.
 

@@ -117,7 +117,7 @@ def test_typical_and_atypical_cells(
         name = cohort.patient_of[image]
         if name is None or not units[image].any():
             continue
-        mine = [n for n in some if cohort.patient_of[n] == name and n != image]
+        mine = [n for n in some if cohort.patient_of[n] == name and n != image and units[n].any()]
         to_own[image] = np.mean([cosine[image, n] for n in mine])
         dataset = (image // IMAGES_PER_PATIENT) % 2
         peers = [
