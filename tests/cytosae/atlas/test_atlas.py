@@ -676,12 +676,13 @@ def test_an_atlas_without_anything_optional(cohort: Cohort, tmp_path: Path) -> N
 def test_an_atlas_of_any_cohort(cohort: Cohort, tmp_path: Path, whose: str) -> None:
     """Without patients, with one, with one image for each: every page is built, the menu offers what there is."""
     n_images = len(cohort.image_ids)
-    names = {
+    whose_are: dict[str, list[str | None]] = {
         "nobody": [None] * n_images,
         "one patient": ["A"] * n_images,
         "a patient for each image": [f"P{n}" for n in range(n_images)],
         "a patient in two datasets": [f"P{n % 3}" for n in range(n_images)],
-    }[whose]
+    }
+    names = whose_are[whose]
     table = pa.table({"image_id": cohort.image_ids, "patient": pa.array(names, pa.string())})
     has_diseases = whose == "a patient for each image"
     diseases = [DISEASES[n % 2] if has_diseases else None for n in range(n_images)]
