@@ -180,7 +180,6 @@ class _Level:
         # every part and of the end, and how many entries have their task
         self._begins = [[0] for _ in range(1 + len(self.stores))]
         self._n_submitted = [0] * len(self._begins)
-        self._is_finished = False
 
     @property
     def lengths(self) -> npt.NDArray[np.int32]:
@@ -199,15 +198,12 @@ class _Level:
             begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
         self._submit(only_full=True)
 
-    def end(self) -> None:
-        """There are no more parts: the last entries, too, get their tasks."""
-        self._submit(only_full=False)
+    def end(self, n_latents: int) -> None:
+        """There are no more parts: the last entries, too, get their tasks.
 
-    def finish_matrices(self, n_latents: int) -> None:
-        """Write what makes the matrices readable, once they are filled: all parts must be known. Once is enough."""
-        if self._is_finished:
-            return
-        self._is_finished = True
+        While workers do these, what makes the filled matrices readable is written.
+        """
+        self._submit(only_full=False)
         for number, store in enumerate(self.stores):
             finish_matrix(store / "X", self.n_above(number), n_latents)
             for layer in self.layers:
@@ -364,7 +360,7 @@ def _tag(job: _Job, level: str) -> str:
 def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
     """Add up the images of every patient: parts for `patients`. Also the sums over all readable images, by a tree.
 
-    Images without a patient count in the sums over all images only. Meanwhile the matrices of `images` are finished.
+    Images without a patient count in the sums over all images only.
     """
     groups, n_patients = job.groups, len(job.groups.names)
     divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
@@ -387,7 +383,6 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
             for some in plan[wave : wave + _WAVE]
         ]
         parts = [job.client.submit(tasks.only_part, leaf, pure=False) for leaf in leaves]
-        images.finish_matrices(job.n_latents)
         carry = carry + leaves
         while True:
             carry = [
@@ -399,16 +394,12 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
         for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
                 patients.add(part)
-    images.finish_matrices(job.n_latents)
     (sums,) = job.watch.results(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
 def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
-    """Average the barcodes of the patients of every disease, each patient once: parts for `diseases`.
-
-    Meanwhile the matrices of `patients` are finished.
-    """
+    """Average the barcodes of the patients of every disease, each patient once: parts for `diseases`."""
     of_patient, n_diseases = job.groups.disease_of_patient, len(job.groups.diseases)
     known = np.flatnonzero(of_patient >= 0)
     members = known[np.argsort(of_patient[known], kind="stable")]
@@ -420,7 +411,6 @@ def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
         job.client.submit(tasks.average_patients, some, below, diseases.tag, n_taus, job.n_latents, pure=False)
         for some in plan
     ]
-    patients.finish_matrices(job.n_latents)
     for part in job.watch.results(futures):
         diseases.add(part)
 
@@ -473,12 +463,12 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
     images, patients, diseases = levels
     n_images = len(job.groups.is_readable)
     progress(n_images, n_images, "joining")
-    images.end()
+    images.end(job.n_latents)
     sums = _sum_patients(job, images, patients)
-    patients.end()
+    patients.end(job.n_latents)
     exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
     _average_patients(job, patients, diseases)
-    diseases.end()
+    diseases.end(job.n_latents)
     exports += _export(job, diseases, job.groups.diseases)
     futures = [future for level in levels for future in level.futures]
     n_readable = int(job.groups.is_readable.sum())
@@ -490,7 +480,6 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
     for level in levels:
         level.futures.clear()  # a worker that dies from here on must not have them done again
     del futures
-    diseases.finish_matrices(job.n_latents)
     for place in job.root.glob("*.zarr"):  # while the workers still export
         sync_tree(place)
     sha256 = dict(job.watch.results(exports))

@@ -66,10 +66,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cells.acts.zarr", "cells.sae", "cells.latents.zarr"):  # a GPU would change the last bits
         assert {run["device"] for run in read_runs(out / name)} == {"cpu"}
 
-    shutil.rmtree(out / "atlas")
+    shutil.rmtree(out / "cells.barcodes")
     repeated = CliRunner().invoke(cli, ["demo", "--out", str(out)])
     assert repeated.exit_code == 0
-    assert (out / "atlas" / "index.html").exists()
+    assert (out / "cells.barcodes" / "barcodes.json").exists()
 
 
 def test_demo_leaves_foreign_folders_alone(tmp_path: Path) -> None:

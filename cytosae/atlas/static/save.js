@@ -149,7 +149,7 @@ async function saveFrom(button, kind, name, draw) {
     told?.remove();
   } catch (error) {
     if (!(error instanceof CYTO.Missing)) throw error;
-    const said = told ?? button.parentElement.appendChild(element("span", { class: "not-saved doubt", role: "status" }));
+    const said = told ?? button.parentElement.appendChild(element("span", { class: "not-saved hint", role: "status" }));
     said.textContent = `Not saved: ${error.message} is missing from this atlas; build it again or copy it whole.`;
   }
 }

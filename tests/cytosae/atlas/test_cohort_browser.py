@@ -2,6 +2,8 @@
 
 import base64
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,24 @@ def test_pages_fit_and_are_photographed_at_three_widths(page: Watched, atlas: Pa
             tab.screenshot(path=picture)
             with Image.open(picture) as shown:
                 assert np.asarray(shown.convert("L")).std() > 8, f"{name} at {width} is empty"
+
+
+def test_what_cannot_be_saved_is_told(browser: Any, atlas: Path, tmp_path: Path) -> None:
+    """A row of cells whose picture is missing from the atlas."""
+    copied = Path(shutil.copytree(atlas, tmp_path / "atlas"))
+    for script in (copied / "data").glob("picture-*.js"):
+        script.unlink()
+    tab = browser.new_page()
+    tab.goto(f"{copied.as_uri()}/{kinds(copied)[2]}")
+    button = tab.locator("[data-row=svg]").first
+    button.click()
+    said = tab.locator(".not-saved")
+    said.wait_for()
+    assert re.fullmatch(r"Not saved: data/picture-\d+\.js is missing from this atlas; .*", said.inner_text())
+    button.click()
+    tab.wait_for_timeout(200)
+    assert said.count() == 1
+    tab.close()
 
 
 def test_reasons_of_unlike_cells_keep_their_room(page: Watched) -> None:

@@ -16,8 +16,7 @@ MARK = r"^<!-- executed by tests/cytosae/pipeline/test_howto_run.py -->\n```(bas
 @pytest.mark.docs
 @pytest.mark.timeout(900)
 def test_blocks_run(tmp_path: Path) -> None:
-    # too few patients for a comparison: those are what takes long, and other tests run them
-    write_demo_images(tmp_path, n_patients=6, images_per_patient=5, size=48)
+    write_demo_images(tmp_path, n_patients=9, images_per_patient=5, size=48)
     shutil.move(tmp_path / "images.csv", tmp_path / "cells.csv")
     text = (ROOT / "docs" / "howto" / "run.md").read_text()
     printed = []
