@@ -36,3 +36,11 @@ class Marks:
     def packed(self, image: int, latent: int) -> str:
         """A map as base64, one byte per patch."""
         return base64.b64encode(self._shares[self._place[image, latent]].tobytes()).decode()
+
+    def together(self, image: int, shares: Sequence[tuple[int, float]]) -> str:
+        """One map of several latents, packed: at each patch the sum of their maps, each times its share."""
+        total = np.zeros(self._shares.shape[1])
+        for latent, share in shares:
+            total += share * self._shares[self._place[image, latent]]
+        largest = float(total.max(initial=0))
+        return base64.b64encode(np.round(total / (largest or 1) * 255).astype(np.uint8).tobytes()).decode()

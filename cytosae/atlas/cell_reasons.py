@@ -1,14 +1,14 @@
-"""Why is a cell less like others than its patient's cells are? The latents that make it so.
+"""Why is a cell less like others than its patient's cells of the type are? The latents that make it so.
 
 Alike is the cosine of two images' rows of norm 1 (`Likeness`), and 1 minus a cosine is half the squared distance of
 the rows: a sum over latents, none below 0. So the mean distance of a cell from others is a sum over latents, too, and
-so is that of its patient's cells on average. The difference of both, latent by latent, says what makes the cell
-unlike; over all latents it is the difference of the two mean cosines. Images without a latent have no row, and are
-left out. Told are latents that are active in some images (`least_images`): what only a few images have is no concept
-that can be looked at.
+so is that of its patient's cells of the type on average. The difference of both, latent by latent, says what makes the
+cell unlike; over all latents it is the difference of the two mean cosines. Images without a latent have no row, and
+are left out. Told are latents that are active in some images (`least_images`): what only a few images have is no
+concept that can be looked at.
 
-Two passes over the barcodes of all images, and two more for every 341 patients at 49,152 latents (128 MiB of sums).
-Twin in plain loops: test_patient_cells.py.
+Two passes over the barcodes of all images, and two more of the images of 341 types of patients at 49,152 latents
+(128 MiB of sums). Twin in plain loops: test_patient_cells.py.
 """
 
 import math
@@ -21,7 +21,8 @@ import numpy.typing as npt
 from stores.csr import CsrRows
 
 from .cell_scan import group_sums, unit_sums, with_a_row
-from .cohort import Cohort, Ints
+from .cell_types import CellTypes
+from .cohort import Cohort
 
 SUM_BYTES = 1 << 27
 _LEAST_IMAGES = 5
@@ -48,46 +49,46 @@ def least_images(cohort: Cohort) -> int:
 
 def unlike_parts(
     cohort: Cohort,
-    patient_of: Ints,
-    group_of: Ints,
+    types: CellTypes,
     to_own: Sequence[int],
     to_peers: Sequence[int],
     *,
     most: int,
     sum_bytes: int = SUM_BYTES,
 ) -> tuple[Parts, Parts]:
-    """For images `to_own`, what makes them unlike their patient's other images; for `to_peers`, unlike other patients'.
+    """What makes images `to_own` unlike their patient's others of the type, and `to_peers` unlike other patients'.
 
-    Those of other patients are of the same group, and each patient counts once. An image that is not less alike than
-    its patient's images are on average has no part. Only latents of `least_images` are told; shares are of all.
+    Those of other patients are of the same type, disease and dataset, and each patient counts once. An image that is
+    not less alike than its patient's images of the type are on average has no part. Only latents of `least_images` are
+    told; shares are of all.
 
-    Parameters
-    ----------
-    patient_of, group_of : (n_images,) of readable images; -1: left out
     most : parts of each image
     """
     is_told = cohort.groups.n_images_with >= least_images(cohort)
-    n_groups = int(cohort.peers_of.max(initial=-1)) + 2
-    counts = with_a_row(cohort, patient_of)
+    group_of = types.groups_of_images()
+    counts = with_a_row(cohort, types.type_of, types.n_types)
     share_of = 1 / np.maximum(1, counts)
-    n_peers = np.bincount(cohort.peers_of % n_groups, weights=counts > 0, minlength=n_groups)
-    peers = group_sums(cohort, group_of, n_groups, patient_of, counts)
+    n_peers = np.bincount(types.groups[types.groups >= 0], (counts > 0)[types.groups >= 0], types.n_groups)
+    peers = group_sums(cohort, group_of, types.n_groups, types.type_of, counts)
     found: tuple[Parts, Parts] = ({}, {})
     wanted = [np.unique(np.array(some, np.int64)) for some in (to_own, to_peers)]
-    for here_of, both in unit_sums(cohort, patient_of, cohort.n_patients, most_bytes=sum_bytes, powers=(1, 2)):
-        for first, rows in cohort.image_blocks("X"):
+    is_wanted = np.zeros(len(group_of), bool)
+    is_wanted[np.concatenate(wanted)] = True
+    for here_of, both in unit_sums(cohort, types.type_of, types.n_types, most_bytes=sum_bytes, powers=(1, 2)):
+        for first, rows in cohort.image_blocks("X", of=is_wanted & (here_of >= 0)):
             for parts, images, is_own in zip(found, wanted, (True, False), strict=True):
                 some = images[(images >= first) & (images < first + rows.n_rows)]
                 for image in some[here_of[some] >= 0].tolist():
-                    unit, patient = _unit(rows, image - first, cohort.rarity), int(patient_of[image])
-                    n, (total, square) = int(counts[patient]), both[:, here_of[image]].astype(np.float64)
+                    unit, number = _unit(rows, image - first, cohort.rarity), int(types.type_of[image])
+                    n, (total, square) = int(counts[number]), both[:, here_of[image]].astype(np.float64)
                     if is_own:
                         parts[image] = _largest(_from_own(unit, total, square, n), is_told, most)
-                    else:
-                        group, others = int(group_of[image]), n_peers[group_of[image]] - 1
-                        if others > 0:
-                            mean = (peers[group] - total * share_of[patient]) / others
-                            parts[image] = _largest(_from_peers(unit, total, square, n, mean), is_told, most)
+                        continue
+                    group = int(group_of[image])
+                    others = n_peers[group] - 1 if group >= 0 else 0
+                    if others > 0:
+                        mean = (peers[group] - total * share_of[number]) / others
+                        parts[image] = _largest(_from_peers(unit, total, square, n, mean), is_told, most)
     return found
 
 

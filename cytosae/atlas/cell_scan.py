@@ -92,8 +92,10 @@ class Likeness:
     nan: of nobody, unreadable, without a latent, or nothing to compare with.
     """
 
-    to_own: Floats  # (n_images,) to the other images of its patient
-    to_peers: Floats  # (n_images,) to the images of the other patients of its disease and dataset, each counting once
+    to_own: Floats  # (n_images,) to its patient's other images of its type
+    to_peers: (
+        Floats  # (n_images,) to those of its type of other patients with the disease in the dataset: each counts once
+    )
 
 
 def add_unit_rows(
@@ -128,35 +130,35 @@ def unit_sums(
         is_here = (target_of >= first_target) & (target_of < first_target + n_here)
         here_of = np.where(is_here, target_of - first_target, -1)
         sums = np.zeros((len(powers), n_here, cohort.n_latents), np.float32)
-        for first, rows in cohort.image_blocks("X"):
+        for first, rows in cohort.image_blocks("X", of=is_here):
             here = here_of[first : first + rows.n_rows]
             for power, each in zip(powers, sums, strict=True):
                 add_unit_rows(rows, cohort.rarity, here, np.ones(rows.n_rows, np.float32), each, power=power)
         yield here_of, sums
 
 
-def with_a_row(cohort: Cohort, patient_of: Ints) -> Ints:
-    """(n_patients,) images with a latent that weighs anything: the others have no row of norm 1. One pass."""
-    counts, weighs = np.zeros(cohort.n_patients, np.int64), cohort.rarity > 0
+def with_a_row(cohort: Cohort, target_of: Ints, n_targets: int) -> Ints:
+    """(n_targets,) images with a latent that weighs anything: the others have no row of norm 1. One pass."""
+    counts, weighs = np.zeros(n_targets, np.int64), cohort.rarity > 0
     for first, rows in cohort.image_blocks("X"):
         row_of = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
         has = np.bincount(row_of[weighs[rows.indices]], minlength=rows.n_rows) > 0
-        whose = patient_of[first : first + rows.n_rows]
-        counts += np.bincount(whose[has & (whose >= 0)], minlength=cohort.n_patients)
+        whose = target_of[first : first + rows.n_rows]
+        counts += np.bincount(whose[has & (whose >= 0)], minlength=n_targets)
     return counts
 
 
-def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, patient_of: Ints, n_images: Ints) -> Floats:
-    """(n_groups, n_latents) sums of unit rows by group, in which each patient counts once; one pass.
+def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, target_of: Ints, n_images: Ints) -> Floats:
+    """(n_groups, n_latents) sums of unit rows by group, in which each target counts once; one pass.
 
-    group_of, patient_of : (all images,) -1: left out
-    n_images : (n_patients,) by which a patient's rows are divided
+    group_of, target_of : (all images,) -1: left out
+    n_images : (n_targets,) by which a target's rows are divided
     """
     share_of = np.append(1 / np.maximum(1, n_images), 0).astype(np.float32)  # the last: of -1, nobody's images
     found = np.zeros((n_groups, cohort.n_latents), np.float32)
     for first, rows in cohort.image_blocks("X"):
         here = slice(first, first + rows.n_rows)
-        add_unit_rows(rows, cohort.rarity, group_of[here], share_of[patient_of[here]], found)
+        add_unit_rows(rows, cohort.rarity, group_of[here], share_of[target_of[here]], found)
     return found
 
 

@@ -113,11 +113,15 @@ class Cohort:
         for row, found in _rows(self.barcodes, "patient", self._tau, "X"):
             yield int(self._number_of[row]), found
 
-    def image_blocks(self, matrix: str) -> Iterator[tuple[int, CsrRows]]:
-        """(first image, rows) of all images, in order: `X`, tokens above tau, or `mean`, image activations."""
+    def image_blocks(self, matrix: str, *, of: npt.NDArray[np.bool_] | None = None) -> Iterator[tuple[int, CsrRows]]:
+        """(first image, rows) of all images, in order: `X`, tokens above tau, or `mean`, image activations.
+
+        of : (n_images,) blocks without one of these are not read
+        """
         reader = self.barcodes.matrix("image", self._tau, matrix)
         for start in range(0, reader.shape[0], _IMAGES):
-            yield start, reader.read_rows(start, min(start + _IMAGES, reader.shape[0]))
+            if of is None or of[start : start + _IMAGES].any():
+                yield start, reader.read_rows(start, min(start + _IMAGES, reader.shape[0]))
 
     @cached_property
     def rarity(self) -> Values:

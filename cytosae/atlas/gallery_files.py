@@ -33,21 +33,30 @@ _Column = npt.NDArray[Any]
 def first_order(gallery: Gallery, on: npt.NDArray[np.uint8] | None = None) -> tuple[Ints, Ints]:
     """Positions of the concepts as the overview shows them first, the same cells once; and how many more have them.
 
-    First those on cells, then those on both or not told, then on background, then at one place. Among these the most
-    specific to a label, or without labels the most activating. Undefined last; ties by mean activation, then by number.
-    A concept that is never active has no picture: the end.
+    First those on cells, then those on both or not told, then on background, then at one place. Among these of each
+    label in turn (the commonest first, none last) the concept with the largest specificity times mean activation:
+    strong, and the label's own. Without labels by mean activation. Undefined last; ties by mean activation, then by
+    number. A concept that is never active has no picture: the end.
 
     on : (concepts,) of `on_of`; None: not told
     """
-    turn = np.zeros(len(gallery.mean), np.int64) if on is None else np.array(TURN, np.int64)[on]
+    n = len(gallery.mean)
+    turn = np.zeros(n, np.int64) if on is None else np.array(TURN, np.int64)[on]
     mean = _mean(gallery).astype(np.float64)  # as the page has it
-    key = gallery.specificity.astype(np.float16).astype(np.float64) if gallery.labels else mean
+    key = gallery.specificity.astype(np.float16).astype(np.float64) * mean if gallery.labels else mean
     key = np.where(np.isnan(key), -1, key)
     has_picture = np.array([len(numbers) > 0 for numbers in gallery.images], bool)
-    order = np.lexsort((np.arange(len(key)), -mean, -key, turn, ~has_picture)).astype(np.int64)
-    _, first, counts = np.unique(gallery.cells[order], return_index=True, return_counts=True)
+    best = np.lexsort((np.arange(n), -mean, -key, turn, ~has_picture)).astype(np.int64)
+    counts = np.bincount(gallery.label[gallery.label >= 0], minlength=len(gallery.labels))
+    place_of = np.append(np.argsort(np.argsort(-counts, kind="stable")), len(counts))[gallery.label]
+    rank, seen = np.zeros(n, np.int64), dict[tuple[bool, int, int], int]()
+    for at in best.tolist():
+        among = (bool(has_picture[at]), int(turn[at]), int(place_of[at]))
+        rank[at] = seen[among] = seen.get(among, -1) + 1
+    order = np.lexsort((place_of, rank, turn, ~has_picture)).astype(np.int64)
+    _, first, repeats = np.unique(gallery.cells[order], return_index=True, return_counts=True)
     by_place = np.argsort(first)
-    return order[first[by_place]], counts[by_place].astype(np.int64) - 1
+    return order[first[by_place]], repeats[by_place].astype(np.int64) - 1
 
 
 def write_gallery_data(

@@ -1,14 +1,19 @@
 """Which latents set a patient or a disease apart: lists of latents with their numbers, without pages or pictures."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from cytosae.relations import LEAST_OTHERS, Others, as_z, prediction_t
 
 from .cohort import Cohort, Floats, Row
+from .sentence import ALPHA
 
 TOP = 12  # latents of each list
+_SAME = 0.8  # correlation above which two latents would show the same cells
 
 
 def characteristic(row: Row, overall: Floats, most: int = TOP) -> list[dict[str, Any]]:
@@ -48,3 +53,26 @@ def unusual_of(cohort: Cohort, number: int, row: Row) -> list[dict[str, Any]] | 
     barcode[row.latents] = row.values
     others = cohort.groups.others(int(cohort.peers_of[number]), barcode)
     return unusual(barcode, others, int(cohort.n_images[number]))
+
+
+def distinct(latents: Sequence[int], vectors: npt.NDArray[np.float32], most: int) -> dict[int, list[int]]:
+    """The first latents of a list that are not active in the same images as one before: latent -> those left to it.
+
+    vectors : (n_latents, n) sketches of norm 1, whose products are correlations
+    """
+    shown: dict[int, list[int]] = {}
+    for latent in latents:
+        same = next((other for other in shown if vectors[latent] @ vectors[other] > _SAME), None)
+        if same is not None:
+            shown[same].append(latent)
+        elif len(shown) < most:
+            shown[latent] = []
+    return shown
+
+
+def higher_on(table: pa.Table, side: str, most: int) -> list[int]:
+    """The latents that a comparison finds higher on a side, a or b: first those with q of at most `ALPHA`, by rank."""
+    rank, q = (table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in (f"rank_{side}", "q"))
+    listed = np.flatnonzero(~np.isnan(rank))
+    found: list[int] = listed[np.lexsort((rank[listed], ~(q[listed] <= ALPHA)))][:most].tolist()
+    return found

@@ -10,6 +10,7 @@ from .composition import compositions
 from .concept_pages import pair_of
 from .drawings import TWO_ROW, composition_picture
 from .frames import Frames
+from .latent_lists import higher_on
 from .plan import LISTED
 from .sentence import ALPHA
 from .site import Site, packed
@@ -29,7 +30,6 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
         is_b = (names != "") & (names != spec["a"]) if spec["b_is_rest"] else names == str(spec["b"])
         sides = np.flatnonzero(names == spec["a"]), np.flatnonzero(is_b)
         corrected, is_of_one_mix = taken_into_account(spec)
-        rows = _shown(frames, table, number)
         site.page(
             f"pairs/{pair['file']}.html",
             "pair.html",
@@ -42,21 +42,21 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
             is_of_one_mix=is_of_one_mix,
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},
-            shown=rows,
-            n_clear=sum(row["is_clear"] for row in rows),
+            shown=_shown(frames, table, number),
         )
 
 
 def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]:
     """The latents whose cells are shown: first those with q of at most `ALPHA`, in both parts by side and rank."""
     cells = frames.choice.pairs[number]
-    rows = [
-        {**row, "side": side, "cells": frames.beside(row["latent"], cells[row["latent"]])}
-        | {"is_clear": row["q"] is not None and row["q"] <= ALPHA, **frames.doubts(row["latent"])}
-        for side in "ab"
-        for row in _top(frames, table, side)
-        if row["latent"] in cells
-    ]
+    rows = []
+    for side in "ab":
+        some = [latent for latent in higher_on(table, side, table.num_rows) if latent in cells]
+        rows += [
+            {**row, **frames.concept(latent), **frames.doubts(latent), "side": side}
+            | {"cells": frames.beside(latent, cells[latent]), "is_clear": row["q"] is not None and row["q"] <= ALPHA}
+            for latent, row in zip(some, table.take(pa.array(some, pa.int64())).to_pylist(), strict=True)
+        ]
     return sorted(rows, key=lambda row: not row["is_clear"])
 
 

@@ -9,12 +9,14 @@ from cytosae.relations import LEAST_OTHERS
 
 from .cell_choice import Beside, PatientCells
 from .cell_reasons import Reason, least_images
+from .cell_types import LEAST_CELLS
 from .cohort import Cohort, Ints, Row
 from .composition import compositions
 from .concept_pages import disease_name
 from .drawings import Columns, barcode_columns, barcode_picture, composition_picture
 from .frames import Frames
 from .latent_lists import n_others
+from .odd_cells import OddCell
 from .site import Site
 
 
@@ -125,23 +127,31 @@ def _types(frames: Frames, cells: PatientCells, shares: list[dict[str, Any]]) ->
 
 def _odd(frames: Frames, cells: PatientCells, disease: str) -> list[dict[str, Any]]:
     """The least typical cells, and those unlike the other patients' cells, each with the latents that make it so."""
-    peers = f"the cells of the other patients with {disease} in the dataset"
+    peers = f"the cells of its type of the other patients with {disease} in the dataset"
     found = [
-        ("Least typical", "this patient's other cells", cells.atypical, cells.why_atypical, cells.usual[0]),
-        ("Unlike the others", peers, cells.unlike, cells.why_unlike, cells.usual[1]),
+        ("Least typical for their type", "this patient's other cells of its type", cells.atypical),
+        ("Unlike the others of their type", peers, cells.unlike),
     ]
     return [
-        {"title": title, "whom": whom, "usual": usual, "least": least_images(frames.cohort)}
-        | {
-            "cells": [
-                frames.plain(image)
-                | {"alike": cosine, "reasons": [_reason(frames, image, each) for each in why[image]]}
-                for image, cosine in some
-            ]
-        }
-        for title, whom, some, why, usual in found
+        {"title": title, "whom": whom, "least": least_images(frames.cohort), "least_cells": LEAST_CELLS}
+        | {"cells": [_odd_cell(frames, odd) for odd in some]}
+        for title, whom, some in found
         if some
     ]
+
+
+def _odd_cell(frames: Frames, odd: OddCell) -> dict[str, Any]:
+    """A cell with one map of all latents that are more here, how many these are, and its reasons one by one."""
+    return {
+        **frames.plain(odd.image),
+        "map": frames.marks.together(odd.image, odd.more),
+        "largest": 1.0 if odd.more else 0.0,
+        "n_more": len(odd.more),
+        "share_of_more": sum(share for _, share in odd.more),
+        "alike": odd.alike,
+        "usual": odd.usual,
+        "reasons": [_reason(frames, odd.image, each) for each in odd.reasons],
+    }
 
 
 def _reason(frames: Frames, image: int, reason: Reason) -> dict[str, Any]:

@@ -28,7 +28,7 @@ PATIENTS = [SCRIPT, QUOTES, "=cmd|' /C calc'!A0", "Müller, J.", *(f"Quentin {n:
 DISEASES = ["AML </title><b>& co", "control"]  # the first nine patients have the first
 LABELS = ["neutrophil", "<img src=x onerror=alert(2)>", None]
 DATASETS = ["cells", "</script><b>other"]
-N_LATENTS, IMAGES_PER_PATIENT = 40, 3
+N_LATENTS, IMAGES_PER_PATIENT = 40, 7
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class Cohort:
         }
         options = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
         return ["atlas", "build", *options, "--compare", str(self.root / "compare"), "-o"]
+
+
+def label_of(image: int) -> str | None:
+    """Of seven images of a patient five have one label, by turns; one has the other, one none."""
+    patient, number = divmod(image, IMAGES_PER_PATIENT)
+    common = patient // 2 % 2  # both labels are common in both datasets
+    return LABELS[common] if number < 5 else (LABELS[1 - common], None)[number - 5]
 
 
 def cyto(*arguments: object) -> Result:
@@ -86,7 +93,7 @@ def make_cohort(root: Path) -> Cohort:
         further={
             "image_id": [*ids],
             "path": paths,
-            "label": [LABELS[n % 3] for n in range(n_images)],
+            "label": [label_of(n) for n in range(n_images)],
             "dataset": [DATASETS[(n // IMAGES_PER_PATIENT) % 2] for n in range(n_images)],
         },
     )

@@ -54,7 +54,7 @@ function openGallery(data) {
   const placeOf = (at) => (data.on && ON[data.on[at]] === "one place" ? "" : (PLACES[data.place?.[at]] ?? "")); // that is told by what it lies on
   const groups = [
     { name: "label", title: "Label", order: byCount(data.labels), of: (at) => data.labels[labelOf(at)] ?? "" },
-    { name: "in", title: "Disease", order: byText, hint: `differs, q at most ${IS_DIFFERENT}`, of: higher },
+    { name: "in", title: "Disease, any comparison", order: byText, hint: `q at most ${IS_DIFFERENT} in some comparison; a card says against whom`, of: higher },
     { name: "on", title: "Lies on", hint: "where its strongest patches are in its reference images; one place: at the same patch of them, whatever is there", order: ([a], [b]) => ON.indexOf(a) - ON.indexOf(b), of: (at) => ON[data.on?.[at]] ?? "" },
     { name: "part", title: "Part", hint: "of the masks: what it marks best, and more than by chance", order: byCount(data.parts ?? []), of: (at) => data.parts?.[data.part?.[at]] ?? "" },
     { name: "place", title: "Where", hint: "in the image: at its middle or border, here and there, or all over", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: placeOf },
@@ -162,7 +162,7 @@ function openGallery(data) {
   function keys() {
     const sort = field.sort.value;
     const of = {
-      cells: (at) => (data.specificity ? (Number.isNaN(data.specificity[at]) ? 1 : -data.specificity[at]) : -data.mean[at]),
+      cells: (at) => (data.specificity ? (Number.isNaN(data.specificity[at]) ? 1 : -data.specificity[at] * data.mean[at]) : -data.mean[at]),
       specific: (at) => -data.specificity[at],
       mean: (at) => -data.mean[at],
       frequency: (at) => -data.frequency[at],
@@ -232,6 +232,7 @@ function openGallery(data) {
       if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || data.mean[b] - data.mean[a] || a - b;
       return data.has_picture[b] - data.has_picture[a] || turn(a) - turn(b) || x - y || data.mean[b] - data.mean[a] || a - b;
     });
+    if (field.sort.value === "cells") inTurn(turn);
     const all = state.shown.length;
     foldAlike();
     tell(all);
@@ -241,6 +242,19 @@ function openGallery(data) {
       plot.boxed = state.box;
       plot.draw();
     }
+  }
+
+  // Of each label in turn the first concept, then the second, ...: as first_order of gallery_files.py.
+  const labelPlaces = new Map([...countsOfAll.get("label").keys()].map((name, place) => [name, place]));
+  function inTurn(turn) {
+    const placeOf = (at) => labelPlaces.get(data.labels[labelOf(at)]) ?? labelPlaces.size;
+    const seen = new Map(), rank = new Map();
+    for (const at of state.shown) {
+      const among = `${data.has_picture[at]},${turn(at)},${placeOf(at)}`, n = seen.get(among) ?? 0;
+      rank.set(at, n);
+      seen.set(among, n + 1);
+    }
+    state.shown.sort((a, b) => data.has_picture[b] - data.has_picture[a] || turn(a) - turn(b) || rank.get(a) - rank.get(b) || placeOf(a) - placeOf(b));
   }
 
   // Shows the cards, their number (of `all` that are chosen), and says in the address what is chosen.

@@ -10,7 +10,7 @@ async function startPair() {
   const columns = Object.fromEntries(Object.entries(data).map(([name, column]) => [name, CYTO.unpack(column)]));
   const { mean_a: meanA, mean_b: meanB, difference, q, hedges_g: g, p } = columns, { a, b } = canvas.dataset;
   const rows = [...document.querySelectorAll("#beside .sides")], shown = new Set(rows.map((row) => Number(row.dataset.latent)));
-  const state = { plot: "", box: null, side: "", clear: false };
+  const state = { plot: "", box: null, side: "", clear: Boolean($("clear")) };
 
   const describe = (n) => tipOf(built.picture(n), [`latent ${n}`, `A ${short(meanA[n])}, B ${short(meanB[n])}`, `difference ${short(difference[n])}`, `q ${short(q[n])}`, ...(built.has(n) ? [] : ["no page"])]);
   const open = (n) => { if (built.has(n)) location.href = up(`concepts/${n}.html`); };
@@ -37,7 +37,7 @@ async function startPair() {
   };
   const onSide = (n) => !state.side || (state.side === "a" ? difference[n] > 0 : difference[n] < 0);
 
-  const isClear = (n) => !state.clear || q[n] <= 0.05;
+  const isClear = (n) => !state.clear || Boolean(state.box) || q[n] <= 0.05; // a box shows all that it holds
 
   function card(n) {
     const shot = element("span", { class: "shot" }), picture = built.picture(n);
@@ -57,10 +57,11 @@ async function startPair() {
     const n = rows.filter((row) => !row.hidden).length, without = others.length - cards.length;
     $("chosen").textContent = state.box
       ? `${whole(chosen.length)} latents in the box: ${n} with cells of both sides, ${whole(Math.min(cards.length, MOST_CARDS))} as cards${cards.length > MOST_CARDS ? ` (of ${whole(cards.length)}, the largest differences)` : ""}${without ? `, ${whole(without)} without a page` : ""}.`
-      : `${n} latents of the largest differences, first those with q of at most 0.05; on both sides the strongest cell of three patients.`;
+      : `${n} latents${state.clear ? " with q of at most 0.05" : ""}; on both sides the strongest cell of three patients.`;
     $("everything").hidden = !state.box;
     for (const chip of document.querySelectorAll("[data-group=side]")) chip.setAttribute("aria-pressed", String(chip.dataset.value === state.side));
-    $("clear").setAttribute("aria-pressed", String(state.clear));
+    $("clear")?.setAttribute("aria-pressed", String(state.clear));
+    $("clear")?.closest("li").toggleAttribute("hidden", Boolean(state.box));
     const keep = state.box ? Uint8Array.from(g, (_, at) => (inside(at) ? 1 : 0)) : new Uint8Array(g.length).fill(1);
     for (const plot of Object.values(plots)) {
       plot.shown = keep;
@@ -82,9 +83,9 @@ async function startPair() {
     ADDRESS.write({ side: state.side });
     show();
   });
-  $("clear").addEventListener("click", () => {
+  $("clear")?.addEventListener("click", () => {
     state.clear = !state.clear;
-    ADDRESS.write({ clear: state.clear ? "1" : "" });
+    ADDRESS.write({ clear: state.clear ? "" : "0" });
     show();
   });
   $("everything").addEventListener("click", () => {
@@ -95,7 +96,7 @@ async function startPair() {
   const said = ADDRESS.read(), [plot, ...numbers] = (said.get("box") ?? "").split(",");
   const box = numbers.map(Number);
   if (["a", "b"].includes(said.get("side"))) state.side = said.get("side");
-  state.clear = said.has("clear");
+  if (said.get("clear") === "0") state.clear = false;
   if (plots[plot] && box.length === 4 && box.every(Number.isFinite)) {
     plots[plot].boxed = box;
     Object.assign(state, { plot, box });

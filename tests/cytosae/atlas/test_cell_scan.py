@@ -1,19 +1,16 @@
 """Which cells are chosen, and the order of latents, against plain loops over dense arrays."""
 
 import base64
-from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import pytest
 import scipy.sparse as ss
 
-from cytosae.atlas.cell_choice import distinct, likeness
 from cytosae.atlas.cell_maps import Marks
 from cytosae.atlas.cell_scan import OwnStrongest, Strongest, add_unit_rows, unit_products
-from cytosae.atlas.cohort import Cohort
 from cytosae.atlas.composition import OTHER, Composition
 from cytosae.atlas.drawings import barcode_columns, barcode_picture
+from cytosae.atlas.latent_lists import distinct
 from cytosae.atlas.latent_order import N_PARTS, N_PLACES, Sketches, hashed, order_latents
 from stores.csr import CsrRows
 
@@ -144,38 +141,6 @@ def test_products_of_sketches_are_correlations() -> None:
     assert error.std() < 1.2 / 16
 
 
-def test_images_without_a_latent_are_alike_to_nothing() -> None:
-    """They count in no mean: neither of their patient, nor of its peers."""
-    rng = np.random.default_rng(0)
-    dense = (rng.gamma(1, 2, (40, 30)) * (rng.random((40, 30)) < 0.3)).astype(np.float32)
-    dense[[3, 17, 18]] = 0
-
-    class Few:
-        n_latents, n_patients, peers_of = 30, 5, np.array([0, 0, 1, 1, 0])
-        rarity = rng.random(30).astype(np.float32) + np.float32(0.1)
-
-        def image_blocks(self, name: str) -> Iterator[tuple[int, CsrRows]]:
-            for first in range(0, 40, 16):
-                some = dense[first : first + 16]
-                row, latent = np.nonzero(some)
-                indptr = np.searchsorted(row, np.arange(len(some) + 1))
-                yield first, CsrRows(latent.astype(np.int32), some[row, latent], indptr.astype(np.int64))
-
-    patient_of, peers_of = np.where(np.arange(40) == 5, -1, np.arange(40) % 5), Few.peers_of
-    found = likeness(cast(Cohort, Few()), patient_of)
-    units = np.log1p(dense) * Few.rarity
-    units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-30)
-    there = np.flatnonzero(units.any(axis=1) & (patient_of >= 0))
-    assert np.isnan(np.delete(found.to_own, there)).all()
-    for image in there:
-        whose = patient_of[there]
-        own = [units[image] @ units[n] for n in there[whose == patient_of[image]] if n != image]
-        assert found.to_own[image] == pytest.approx(np.mean(own), abs=1e-5)
-        peers = np.flatnonzero((peers_of == peers_of[patient_of[image]]) & (np.arange(5) != patient_of[image]))
-        of_peers = [np.mean([units[image] @ units[n] for n in there[whose == each]]) for each in peers]
-        assert found.to_peers[image] == pytest.approx(np.mean(of_peers), abs=1e-5)
-
-
 def test_alike_latents_become_families_and_neighbours() -> None:
     rng = np.random.default_rng(6)
     family = np.repeat(np.arange(5), [40, 25, 20, 10, 6])
@@ -277,6 +242,10 @@ def test_maps_of_chosen_cells() -> None:
         assert marks.largest(image, latent) == values.max()
         steps = np.frombuffer(base64.b64decode(marks.packed(image, latent)), np.uint8)
         np.testing.assert_allclose(steps / 255 * values.max(), values, atol=values.max() / 500 + 1e-9)
+    both = np.frombuffer(base64.b64decode(marks.together(3, [(1, 0.5), (4, 0.1)])), np.uint8)
+    total = 0.5 * images[3][:, 1] / images[3][:, 1].max() + 0.1 * images[3][:, 4] / images[3][:, 4].max()
+    np.testing.assert_allclose(both / 255, total / total.max(), atol=1 / 200)
+    assert not any(base64.b64decode(marks.together(3, [])))
 
 
 def test_shares_of_labels_by_patient() -> None:

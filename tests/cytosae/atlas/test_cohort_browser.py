@@ -305,15 +305,19 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
     shown = [int(str(row.get_attribute("data-latent"))) for row in rows]
     assert {*shown} & clear
     assert {*shown} - clear
+
+    def visible() -> list[int]:
+        return [int(str(row.get_attribute("data-latent"))) for row in tab.locator("#beside .sides:visible").all()]
+
+    assert visible() == [latent for latent in shown if latent in clear], "the others wait behind a chip"
+    tab.click("#clear")
+    assert "clear=0" in tab.url
+    tab.reload()
+    tab.wait_for_function("document.querySelector('#clear').getAttribute('aria-pressed') === 'false'")
+    assert visible() == shown
     for row, latent in zip(rows, shown, strict=True):
         said = row.locator(".said").inner_text()
-        assert ("no clear difference" in said) == (latent not in clear)
-    tab.click("#clear")
-    assert "clear=1" in tab.url
-    tab.reload()
-    tab.wait_for_function("document.querySelector('#clear').getAttribute('aria-pressed') === 'true'")
-    visible = [int(str(row.get_attribute("data-latent"))) for row in tab.locator("#beside .sides:visible").all()]
-    assert visible == [latent for latent in shown if latent in clear]
+        assert ("no clear difference" in said) == ("resampled" not in said) == (latent not in clear)
     assert "The mix of cells is not taken into account" in tab.inner_text("main")
     shares = tab.locator(".shares text").all_text_contents()
     assert sum(text.startswith("A ") for text in shares) == sum(text.startswith("B ") for text in shares) > 0

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from atlas_maker import DISEASES, IMAGES_PER_PATIENT, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto
+from atlas_maker import DISEASES, IMAGES_PER_PATIENT, LABELS, N_LATENTS, PATIENTS, SCRIPT, Cohort, cyto
 
 from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
-from cytosae.atlas.cell_reasons import unlike_parts
+from cytosae.atlas.cell_types import cell_types
 from cytosae.atlas.cohort import Cohort as Patients
+from cytosae.atlas.latent_lists import higher_on
 from cytosae.atlas.matched_concepts import Pairs
+from cytosae.atlas.odd_cells import likeness
 from cytosae.atlas.pair_pages import taken_into_account
 from cytosae.compare import CompareConfig
 from cytosae.maps import Sources
@@ -93,124 +95,33 @@ def test_both_sides_of_a_disease_and_of_a_pair(cohort: Cohort, inputs: Inputs, c
         for latent, beside in choice.diseases[number].items():
             assert beside.mine == one_each(cohort, ranked(cohort, latent, sides[number]))[:SHOWN]
             assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1 - number]))[:SHOWN]
-    table = inputs.comparison_table(0).to_pylist()
-    top = [row["latent"] for row in table if (row["rank_a"] or 99) <= 12 or (row["rank_b"] or 99) <= 12]
-    assert sorted(choice.pairs[0]) == sorted(top)
+    chosen = [latent for side in "ab" for latent in higher_on(inputs.comparison_table(0), side, 12)]
+    assert sorted(choice.pairs[0]) == sorted(chosen), "no two are active in the same images"
     for latent, beside in choice.pairs[0].items():
         assert beside.mine == one_each(cohort, ranked(cohort, latent, sides[0]))[:SHOWN]
         assert beside.others == one_each(cohort, ranked(cohort, latent, sides[1]))[:SHOWN]
 
 
-def test_typical_and_atypical_cells(
-    cohort: Cohort, patients: Patients, choice: CellChoice, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cytosae.atlas import cell_choice
-
-    counts = (cohort.dense > np.float32(0.2)).sum(axis=1).astype(np.float64)
-    some = readable(cohort)
-    weights = np.log((len(some) + 1) / ((counts[some] > 0).sum(axis=0) + 1)).clip(0)
-    scaled = np.log1p(counts) * weights
-    units = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-30)
-    cosine = units @ units.T
-    to_own, to_peers = np.full((2, len(counts)), np.nan)
-    for image in some:
-        name = cohort.patient_of[image]
-        if name is None or not units[image].any():
-            continue
-        mine = [n for n in some if cohort.patient_of[n] == name and n != image and units[n].any()]
-        to_own[image] = np.mean([cosine[image, n] for n in mine])
-        dataset = (image // IMAGES_PER_PATIENT) % 2
-        peers = [
-            other
-            for at, other in enumerate(PATIENTS)
-            if other != name and at % 2 == dataset and (at >= 9) == (PATIENTS.index(name) >= 9)
-        ]
-        of_peers = [
-            np.mean([cosine[image, n] for n in some if cohort.patient_of[n] == other and units[n].any()] or [np.nan])
-            for other in peers
-        ]
-        to_peers[image] = np.mean(of_peers)
-    for bytes_of_sums in (1 << 27, 3 * 4 * N_LATENTS):  # all patients at once, and three at a time
-        monkeypatch.setattr(cell_choice, "_SUM_BYTES", bytes_of_sums)
-        found = cell_choice.likeness(patients, np.where(patients.is_readable, patients.patient_of, -1))
-        np.testing.assert_allclose(found.to_own, to_own, atol=1e-5)
-        np.testing.assert_allclose(found.to_peers, to_peers, atol=1e-5)
+def test_typical_cells_and_odd_ones_of_a_type(cohort: Cohort, patients: Patients, choice: CellChoice) -> None:
+    """Their twins in plain loops: test_odd_cells.py."""
+    types = cell_types(patients)
+    alike = likeness(patients, types)
     for number, name in enumerate(patients.real_names):
-        mine = [n for n in some if cohort.patient_of[n] == name]
-        n = min(4, len(mine) // 2)
-        for kind in choice.patients[number].types:
-            of_kind = [n for n in mine if (patients.labels[n] or "") == kind.label]
+        mine = [n for n in readable(cohort) if cohort.patient_of[n] == name]
+        found = choice.patients[number]
+        for kind in found.types:
+            of_kind = [n for n in mine if patients.labels[n] == kind.label]
             assert kind.n == len(of_kind)
-            within = np.full(len(counts), np.nan)
-            for one in of_kind:
-                within[one] = np.mean([cosine[one, n] for n in of_kind if n != one] or [np.nan])
-            assert [image for image, _ in kind.typical] == ordered(of_kind, np.nan_to_num(-within, nan=1))[:SHOWN]
-        assert [image for image, _ in choice.patients[number].atypical] == ordered(mine, to_own)[:n]
-        assert [image for image, _ in choice.patients[number].unlike] == ordered(mine, to_peers)[:n]
-        assert choice.portraits[number] == choice.patients[number].types[0].typical[0][0]
-        for cells, why, alike in (
-            (choice.patients[number].atypical, choice.patients[number].why_atypical, to_own),
-            (choice.patients[number].unlike, choice.patients[number].why_unlike, to_peers),
-        ):
-            for image, _ in cells:
-                less = np.nanmean(alike[mine]) - alike[image]
-                for reason in why[image]:
-                    assert less > 0
-                    assert reason.here == counts[image, reason.latent]
-
-
-def test_what_makes_a_cell_unlike_equals_distances_in_plain_loops(cohort: Cohort, patients: Patients) -> None:
-    """Latent by latent: the mean distance from the others, less that of the patient's cells on average."""
-    counts = (cohort.dense > np.float32(0.2)).sum(axis=1).astype(np.float64)
-    scaled = np.log1p(counts) * patients.rarity
-    norms = np.linalg.norm(scaled, axis=1)
-    units = scaled / np.maximum(norms, 1e-30)[:, None]
-    patient_of = np.where(patients.is_readable, patients.patient_of, -1)
-    n_groups = int(patients.peers_of.max()) + 2
-    group_of = np.where(patient_of >= 0, patients.peers_of[patient_of] % n_groups, -1)
-    of_patient = {
-        p: [n for n in np.flatnonzero(patient_of == p).tolist() if norms[n]] for p in range(patients.n_patients)
-    }
-    images = [n for some in of_patient.values() for n in some]
-    own, peers = {}, {}
-    for image in images:
-        patient = int(patient_of[image])
-        mine = of_patient[patient]
-        others = [
-            of_patient[p]
-            for p in of_patient
-            if p != patient and of_patient[p] and patients.peers_of[p] % n_groups == group_of[image]
-        ]
-
-        def from_own(one: int, mine: list[int] = mine) -> np.ndarray:
-            return np.mean([(units[one] - units[n]) ** 2 / 2 for n in mine if n != one], axis=0)
-
-        def from_peers(one: int, others: list[list[int]] = others) -> np.ndarray:
-            return np.mean(
-                [np.mean([(units[one] - units[n]) ** 2 / 2 for n in some], axis=0) for some in others], axis=0
-            )
-
-        own[image] = from_own(image) - np.mean([from_own(n) for n in mine], axis=0) if len(mine) > 1 else np.zeros(1)
-        peers[image] = from_peers(image) - np.mean([from_peers(n) for n in mine], axis=0) if others else np.zeros(1)
-    is_told = (counts[readable(cohort)] > 0).sum(axis=0) >= 5
-    assert not is_told.all(), "a rare one stands in the cohort"
-    n_told = 0
-    for sum_bytes in (1 << 27, 3 * 8 * N_LATENTS):  # all patients at once, and three at a time
-        found = unlike_parts(patients, patient_of, group_of, images, images, most=5, sum_bytes=sum_bytes)
-        for each, twin in zip(found, (own, peers), strict=True):
-            for image in images:
-                parts, told = twin[image], each.get(image, [])
-                if parts.sum() < -1e-5:
-                    assert not told, "more alike than its patient's cells are on average"
-                elif parts.sum() > 1e-5:
-                    n_told += 1
-                    shares = np.where(is_told, np.maximum(parts, 0) / parts[parts > 0].sum(), 0)
-                    np.testing.assert_allclose(
-                        [share for _, share in told], np.sort(shares)[::-1][: len(told)], atol=1e-4
-                    )
-                    np.testing.assert_allclose([shares[latent] for latent, _ in told], [s for _, s in told], atol=1e-4)
-                    assert len(told) == min(5, int((shares > 1e-4).sum())) or len(told) == 5
-    assert n_told > 40
+            ranked_ones = ordered(of_kind, np.nan_to_num(-alike.to_own, nan=1))
+            assert [image for image, _ in kind.typical] == ranked_ones[:SHOWN]
+        assert sum(kind.n for kind in found.types) == len(mine)
+        assert choice.portraits[number] == found.types[0].typical[0][0]
+        assert bool(found.atypical) == (name != SCRIPT), "one of its five is unreadable, and four are too few"
+        common = LABELS[PATIENTS.index(name) // 2 % 2]
+        assert {patients.labels[odd.image] for odd in (*found.atypical, *found.unlike)} <= {common}
+        for odd in (*found.atypical, *found.unlike):
+            assert {(odd.image, latent) for latent in dict(odd.more)} <= {*choice.marks}
+            assert odd.alike < odd.usual
 
 
 def test_the_order_has_every_active_latent_once(choice: CellChoice) -> None:
@@ -249,15 +160,15 @@ def test_pages_of_pairs_have_both_sides_and_their_numbers(atlas: Path, inputs: I
     text = path.read_text()
     rows = text.split('<article class="sides')[1:]
     table = inputs.comparison_table(0).to_pylist()
-    top = [
-        row for side in "ab" for row in sorted(table, key=lambda row: row[f"rank_{side}"] or 99) if row[f"rank_{side}"]
-    ]
-    found = [row["q"] <= 0.05 for row in top]
-    assert any(found)
-    assert not all(found)
-    top = [row for row in top if row["q"] <= 0.05] + [row for row in top if row["q"] > 0.05]
-    assert f"{sum(found)} of {sum((row['q'] or 1) <= 0.05 for row in table)}</span>" in text
+    found = [row for row in table if row["q"] is not None and row["q"] <= 0.05]
+    assert 0 < len(found) < len(rows)
+    top = []
+    for side in "ab":  # twelve of each side: those with q of at most 0.05 come first
+        listed = sorted((row for row in table if row[f"rank_{side}"]), key=lambda row: row[f"rank_{side}"])
+        top += sorted(listed, key=lambda row: row not in found)[:12]
+    top.sort(key=lambda row: row not in found)
     assert [int(re.findall(r'data-latent="(\d+)"', row)[0]) for row in rows] == [row["latent"] for row in top]
+    assert f'q of at most 0.05 only <span class="n">{len(found)}</span>' in text
     for row, expected in zip(rows, top, strict=True):
         numbers = re.findall(r"<dd>([^<]*)</dd>", row)
         assert float(numbers[2]) == pytest.approx(expected["difference"], rel=0.01)
@@ -268,7 +179,7 @@ def test_shares_of_types_are_of_labelled_images(atlas: Path, cohort: Cohort, pat
     number = patients.real_names.index(SCRIPT)
     text = (atlas / "patients" / f"{number}.html").read_text().split('class="shares"')[1].split("</svg>")[0]
     shown = re.findall(r"<title>([^<]*): (\d+) images</title>", text)
-    assert sorted(shown) == [("&lt;img src=x onerror=alert(2)&gt;", "1"), ("neutrophil", "1")], "the third has no label"
+    assert sorted(shown) == [("&lt;img src=x onerror=alert(2)&gt;", "1"), ("neutrophil", "4")], "one is unreadable"
 
 
 @pytest.mark.parametrize(
