@@ -14,7 +14,7 @@ from stores.errors import DamagedStore
 
 from .cohort import Cohort, Values
 from .concept_maps import Maps, packed_map, share_of
-from .drawings import Bars, Strip, histogram_bars, strip_of
+from .drawings import Bars, Strip, histogram_bars, strip_of, strip_ticks
 from .evidence import Evidence
 from .examples import BIN_EDGES, DECILES
 from .ground import Maps8, Share
@@ -324,7 +324,7 @@ def _strip(cohort: Cohort, pages: _Pages, values: Values, latent: int, at: int) 
         {**pages.person(patient, at), "disease": disease_name(cohort, patient), "value": float(values[patient])}
         for patient in order
     ]
-    return {"largest": largest, "groups": rows, "patients": patients}
+    return {"largest": largest, "ticks": strip_ticks(largest), "groups": rows, "patients": patients}
 
 
 def disease_name(cohort: Cohort, patient: int) -> str:

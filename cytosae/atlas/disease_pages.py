@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from .composition import compositions
 from .concept_pages import pair_of
 from .drawings import barcode_picture, composition_picture
 from .frames import Frames
@@ -23,7 +22,7 @@ def write_disease_pages(site: Site, frames: Frames) -> None:
         | {"n_q": (inputs.comparisons[number].header.summary or {}).get("n_q_at_most_0.05")}
         for number in range(len(inputs.comparisons))
     ]
-    composition, columns, families = compositions(cohort), columns_of(frames), frames.families()
+    composition, columns, families = frames.composition, columns_of(frames), frames.families()
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(cohort.diseases):
         members = np.flatnonzero(cohort.disease_of == number)

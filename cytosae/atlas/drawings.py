@@ -1,6 +1,7 @@
 """Coordinates of small SVG drawings: bars of a histogram, points of patients, barcodes, shares. No HTML here."""
 
 import base64
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -58,13 +59,16 @@ def histogram_bars(counts: npt.NDArray[np.int32], edges: npt.NDArray[np.float64]
 
 
 def strip_of(values: npt.NDArray[np.float32], largest: float) -> Strip:
-    """The points of one disease. The y position carries no information; it separates points of equal value."""
+    """The points of one disease, on a root scale: one large value must not press all others together.
+
+    The y position carries no information; it separates points of equal value.
+    """
     order = np.argsort(values, kind="stable")
     if len(order) > _MOST_POINTS:
         order = order[np.linspace(0, len(order) - 1, _MOST_POINTS).round().astype(int)]
     points = [
         {
-            "x": round(float(values[at]) / (largest or 1) * STRIP_WIDTH, 1),
+            "x": _root_place(float(values[at]), largest),
             "y": round(4 + (n * 0.618034 % 1) * (STRIP_HEIGHT - 8), 1),
             "at": at,
             "value": float(values[at]),
@@ -72,6 +76,17 @@ def strip_of(values: npt.NDArray[np.float32], largest: float) -> Strip:
         for n, at in enumerate(order.tolist())
     ]
     return Strip(points, len(values) - len(points))
+
+
+def strip_ticks(largest: float) -> list[dict[str, Any]]:
+    """Round numbers below a strip: x, text; 0, and the largest 1, 2 or 5 times a power of ten, a tenth of it, ..."""
+    top = 10.0 ** math.floor(math.log10(largest)) if largest > 0 else 0.0
+    top = max((digit * top for digit in (1, 2, 5) if digit * top <= largest), default=0.0)
+    return [{"x": _root_place(value, largest), "text": f"{value:.6g}"} for value in sorted({0.0, top / 10, top})]
+
+
+def _root_place(value: float, largest: float) -> float:
+    return round(math.sqrt(max(0.0, value) / (largest or 1)) * STRIP_WIDTH, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import numpy as np
 from .cell_choice import Beside, CellChoice
 from .cell_maps import Marks
 from .cohort import Cohort
+from .composition import Composition, compositions
 from .concept_maps import Maps, packed_map, share_of
 from .concept_pages import disease_name, image_name
 from .ground import ON, on
@@ -136,6 +137,11 @@ class Frames:
         return same_patch_of(self.maps.read(first, last - first)) if last > first else None
 
     @cached_property
+    def composition(self) -> Composition:
+        """The labels of each patient's images."""
+        return compositions(self.cohort)
+
+    @cached_property
     def _family_labels(self) -> list[dict[str, int]]:
         """Of each family the top labels of its latents, with the number of latents."""
         order, found = self.choice.order, []
@@ -211,5 +217,5 @@ def family_names(labels: Sequence[Mapping[str, int]], latents: Sequence[str]) ->
         best, ratio = int(np.argmax(shares)), max(shares) * sum(sizes) / n
         if ratio >= _OWN and shares.count(shares[best]) == 1:
             own[best] = max(own.get(best, (0.0, "")), (ratio, label))
-    names = [own[at][1] if at in own else f"around {latent}" for at, latent in enumerate(latents)]
+    names = [own[at][1] if at in own else f"like {latent}" for at, latent in enumerate(latents)]
     return [name if names.count(name) == 1 else f"{name} ({numeral(at)})" for at, name in enumerate(names)]

@@ -35,8 +35,8 @@ def first_order(gallery: Gallery, on: npt.NDArray[np.uint8] | None = None) -> tu
 
     First those on cells, then those on both or not told, then on background, then at one place. Among these of each
     label in turn (the commonest first, none last) the concept with the largest specificity times mean activation:
-    strong, and the label's own. Without labels by mean activation. Undefined last; ties by mean activation, then by
-    number. A concept that is never active has no picture: the end.
+    strong, and the label's own; those with too few labels for a specificity behind all others. Without labels by mean
+    activation. Ties by mean activation, then by number. A concept that is never active has no picture: the end.
 
     on : (concepts,) of `on_of`; None: not told
     """
@@ -44,7 +44,8 @@ def first_order(gallery: Gallery, on: npt.NDArray[np.uint8] | None = None) -> tu
     turn = np.zeros(n, np.int64) if on is None else np.array(TURN, np.int64)[on]
     mean = _mean(gallery).astype(np.float64)  # as the page has it
     key = gallery.specificity.astype(np.float16).astype(np.float64) * mean if gallery.labels else mean
-    key = np.where(np.isnan(key), -1, key)
+    is_unknown = np.isnan(key)
+    key = np.where(is_unknown, -1, key)
     has_picture = np.array([len(numbers) > 0 for numbers in gallery.images], bool)
     best = np.lexsort((np.arange(n), -mean, -key, turn, ~has_picture)).astype(np.int64)
     counts = np.bincount(gallery.label[gallery.label >= 0], minlength=len(gallery.labels))
@@ -53,7 +54,7 @@ def first_order(gallery: Gallery, on: npt.NDArray[np.uint8] | None = None) -> tu
     for at in best.tolist():
         among = (bool(has_picture[at]), int(turn[at]), int(place_of[at]))
         rank[at] = seen[among] = seen.get(among, -1) + 1
-    order = np.lexsort((place_of, rank, turn, ~has_picture)).astype(np.int64)
+    order = np.lexsort((place_of, rank, is_unknown, turn, ~has_picture)).astype(np.int64)
     _, first, repeats = np.unique(gallery.cells[order], return_index=True, return_counts=True)
     by_place = np.argsort(first)
     return order[first[by_place]], repeats[by_place].astype(np.int64) - 1

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .composition import compositions
+from .cohort import Values
 from .concept_pages import pair_of
 from .drawings import TWO_ROW, composition_picture
 from .frames import Frames
@@ -20,7 +20,7 @@ _COLUMNS = ("mean_a", "mean_b", "difference", "q", "hedges_g", "p")
 
 def write_pair_pages(site: Site, frames: Frames) -> None:
     """Write a page for each comparison, and its columns as data, which the filters of other pages also use."""
-    inputs, cohort, composition = frames.inputs, frames.cohort, compositions(frames.cohort)
+    inputs, cohort, composition = frames.inputs, frames.cohort, frames.composition
     for number, comparison in enumerate(inputs.comparisons):
         table, pair = inputs.comparison_table(number), pair_of(inputs, cohort, number)
         columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float32) for name in _COLUMNS}
@@ -43,6 +43,7 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
             tau=comparison.header.spec["tau"],
             tops={side: _top(frames, table, side) for side in "ab"},
             shown=_shown(frames, table, number),
+            largest_clear_p=largest_clear_p(columns["p"], columns["q"]),
         )
 
 
@@ -58,6 +59,15 @@ def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]
             for latent, row in zip(some, table.take(pa.array(some, pa.int64())).to_pylist(), strict=True)
         ]
     return sorted(rows, key=lambda row: not row["is_clear"])
+
+
+def largest_clear_p(p: Values, q: Values) -> float | None:
+    """The largest p with q of at most `ALPHA`; None if there is none, or if a smaller p has a larger q."""
+    is_clear = q <= ALPHA
+    if not is_clear.any():
+        return None
+    largest = float(p[is_clear].max())
+    return None if (p[~is_clear] < largest).any() else largest
 
 
 def _top(frames: Frames, table: pa.Table, side: str) -> list[dict[str, Any]]:

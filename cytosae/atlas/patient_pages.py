@@ -6,18 +6,20 @@ from typing import Any
 import numpy as np
 
 from cytosae.relations import LEAST_OTHERS
+from stores.wording import counted
 
 from .cell_choice import Beside, PatientCells
 from .cell_reasons import Reason, least_images
 from .cell_types import LEAST_CELLS
 from .cohort import Cohort, Ints, Row
-from .composition import compositions
 from .concept_pages import disease_name
 from .drawings import Columns, barcode_columns, barcode_picture, composition_picture
 from .frames import Frames
 from .latent_lists import n_others
 from .odd_cells import OddCell
-from .site import Site
+from .site import Site, whole
+
+_LISTED = 3  # types of cell of a patient, in lists
 
 
 def columns_of(frames: Frames) -> Columns:
@@ -29,7 +31,7 @@ def columns_of(frames: Frames) -> Columns:
 def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) -> Iterator[int]:
     """Write the pages of all patients (or the first `most` of the store); yields the number written so far."""
     cohort = frames.cohort
-    columns, composition = columns_of(frames), compositions(cohort)
+    columns, composition = columns_of(frames), frames.composition
     families = frames.families()
     is_mean = cohort.barcodes.header.spec["normalize"] == "images"
     for n_done, (number, row) in enumerate(cohort.rows(), start=1):
@@ -95,7 +97,7 @@ def write_patient_list(site: Site, frames: Frames) -> None:
 
 
 def listed_patient(frames: Frames, number: int) -> dict[str, Any]:
-    """A patient as lists show one: number, name, dataset, images, the most typical cell."""
+    """A patient as lists show one: number, name, dataset, images, the most typical cell, the types of its cells."""
     cohort = frames.cohort
     return {
         "number": number,
@@ -103,7 +105,16 @@ def listed_patient(frames: Frames, number: int) -> dict[str, Any]:
         "dataset": cohort.datasets[number],
         "n_images": int(cohort.n_images[number]),
         "portrait": frames.portrait(number),
+        "types": _in_words(frames.composition.labels, frames.composition.counts[number]),
     }
+
+
+def _in_words(labels: list[str], counts: Ints) -> str:
+    """How many images of each label, the most first: of many labels the first three."""
+    order = [at for at in np.argsort(-counts, kind="stable").tolist() if counts[at]]
+    words = ", ".join(f"{whole(int(counts[at]))} {labels[at]}" for at in order[:_LISTED])
+    n_more = len(order) - _LISTED
+    return f"{words}, and {counted(n_more, 'type')} more" if n_more > 0 else words
 
 
 def listed_concepts(frames: Frames, rows: list[dict[str, Any]], beside: dict[int, Beside]) -> list[dict[str, Any]]:
@@ -127,15 +138,16 @@ def _types(frames: Frames, cells: PatientCells, shares: list[dict[str, Any]]) ->
 
 def _odd(frames: Frames, cells: PatientCells, disease: str) -> list[dict[str, Any]]:
     """The least typical cells, and those unlike the other patients' cells, each with the latents that make it so."""
+    own = "this patient's other cells of its type"
     peers = f"the cells of its type of the other patients with {disease} in the dataset"
     found = [
-        ("Least typical for their type", "this patient's other cells of its type", cells.atypical),
-        ("Unlike the others of their type", peers, cells.unlike),
+        ("Least typical for their type", ("least-typical", "Least typical"), own, cells.atypical),
+        ("Unlike the others of their type", ("unlike", "Unlike"), peers, cells.unlike),
     ]
     return [
-        {"title": title, "whom": whom, "least": least_images(frames.cohort), "least_cells": LEAST_CELLS}
+        {"title": title, "place": place, "whom": whom, "least": least_images(frames.cohort), "least_cells": LEAST_CELLS}
         | {"cells": [_odd_cell(frames, odd) for odd in some]}
-        for title, whom, some in found
+        for title, place, whom, some in found
         if some
     ]
 

@@ -124,7 +124,7 @@ function openGallery(data) {
     of.classList.toggle("alike", !data.name.has(at));
     of.title = more ? `${more} more with the same cells` : "";
     const line = card.querySelector(".label");
-    line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]))]));
+    line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]), element("span", { class: "of-what" }, " of its strongest"))]));
     const bar = card.querySelector(".bar rect");
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot
@@ -247,6 +247,7 @@ function openGallery(data) {
   // Of each label in turn the first concept, then the second, ...: as first_order of gallery_files.py.
   const labelPlaces = new Map([...countsOfAll.get("label").keys()].map((name, place) => [name, place]));
   function inTurn(turn) {
+    const isUnknown = (at) => Number(data.specificity !== undefined && Number.isNaN(data.specificity[at]));
     const placeOf = (at) => labelPlaces.get(data.labels[labelOf(at)]) ?? labelPlaces.size;
     const seen = new Map(), rank = new Map();
     for (const at of state.shown) {
@@ -254,7 +255,7 @@ function openGallery(data) {
       rank.set(at, n);
       seen.set(among, n + 1);
     }
-    state.shown.sort((a, b) => data.has_picture[b] - data.has_picture[a] || turn(a) - turn(b) || rank.get(a) - rank.get(b) || placeOf(a) - placeOf(b));
+    state.shown.sort((a, b) => data.has_picture[b] - data.has_picture[a] || turn(a) - turn(b) || isUnknown(a) - isUnknown(b) || rank.get(a) - rank.get(b) || placeOf(a) - placeOf(b));
   }
 
   // Shows the cards, their number (of `all` that are chosen), and says in the address what is chosen.

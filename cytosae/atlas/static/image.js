@@ -34,7 +34,7 @@ async function startImage() {
       }
     }
     frame.classList.toggle("mapped", mapped >= 0);
-    document.querySelector(".key").hidden = mapped < 0;
+    document.querySelector(".key").hidden = $("nomap").hidden = mapped < 0;
     $("largest").textContent = mapped < 0 ? "" : `${short(largest * data.largest)} (latent ${latents[mapped]})`;
     for (const button of document.querySelectorAll("#list button")) button.setAttribute("aria-pressed", String(Number(button.dataset.at) === mapped));
   }

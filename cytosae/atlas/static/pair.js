@@ -17,7 +17,7 @@ async function startPair() {
   const plots = {
     volcano: new Scatter($("volcano"), {
       x: g, y: Float32Array.from(p, (value) => -Math.log10(value)),
-      scales: [PLAIN, PLAIN], titles: [`Hedges g, right: higher in ${a}`, "-log10 p"], describe, open, choose: (box) => choose("volcano", box),
+      scales: [PLAIN, PLAIN], titles: [`Hedges g, right: higher in ${a}`, "-log10 p"], describe, open, line: -Math.log10(Number($("volcano").dataset.p ?? NaN)), choose: (box) => choose("volcano", box),
     }),
     means: new Scatter(canvas, {
       x: Float32Array.from(meanB, Math.sqrt), y: Float32Array.from(meanA, Math.sqrt),
@@ -57,7 +57,7 @@ async function startPair() {
     const n = rows.filter((row) => !row.hidden).length, without = others.length - cards.length;
     $("chosen").textContent = state.box
       ? `${whole(chosen.length)} latents in the box: ${n} with cells of both sides, ${whole(Math.min(cards.length, MOST_CARDS))} as cards${cards.length > MOST_CARDS ? ` (of ${whole(cards.length)}, the largest differences)` : ""}${without ? `, ${whole(without)} without a page` : ""}.`
-      : `${n} latents${state.clear ? " with q of at most 0.05" : ""}; on both sides the strongest cell of three patients.`;
+      : `${n} latents${state.clear ? " with q of at most 0.05" : ""}; on both sides the strongest cell of three patients.${n || !state.clear ? "" : " The others are shown where “q of at most 0.05 only” is off."}`;
     $("everything").hidden = !state.box;
     for (const chip of document.querySelectorAll("[data-group=side]")) chip.setAttribute("aria-pressed", String(chip.dataset.value === state.side));
     $("clear")?.setAttribute("aria-pressed", String(state.clear));

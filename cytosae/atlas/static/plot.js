@@ -30,8 +30,8 @@ function ticksBetween(scale, low, high) {
 
 // `x` and `y` are what is drawn, already on their scales. The caller sets `shown`, `colorOf` and `colors`, then draws.
 class Scatter {
-  constructor(canvas, { x, y, scales, titles, describe, open, choose = null, diagonal = false }) {
-    Object.assign(this, { canvas, titles, describe, open, choose, diagonal });
+  constructor(canvas, { x, y, scales, titles, describe, open, choose = null, diagonal = false, line = NaN }) {
+    Object.assign(this, { canvas, titles, describe, open, choose, diagonal, line }); // line: a place upwards, dashed
     this.scales = scales;
     this.plot = canvas.closest(".plot");
     this.pen = canvas.getContext("2d");
@@ -215,6 +215,15 @@ class Scatter {
       pen.lineTo(this.toX(this.right), this.toY(this.right));
       pen.stroke();
     }
+    if (Number.isFinite(this.line)) {
+      pen.strokeStyle = ink("--quiet");
+      pen.setLineDash([4, 4]);
+      pen.beginPath();
+      pen.moveTo(box.left, this.toY(this.line));
+      pen.lineTo(box.left + box.width, this.toY(this.line));
+      pen.stroke();
+      pen.setLineDash([]);
+    }
     this.cells = new Map();
     const layers = this.colors.map(() => []), hidden = [];
     for (let n = 0; n < this.x.length; n++) {
@@ -290,6 +299,7 @@ class Scatter {
       const ends = [Math.max(this.left, this.bottom), Math.min(this.right, this.top)];
       if (ends[0] < ends[1]) drawing.append(svg("line", { x1: this.toX(ends[0]), y1: this.toY(ends[0]), x2: this.toX(ends[1]), y2: this.toY(ends[1]), stroke: ink("--line") }));
     }
+    if (this.line >= this.bottom && this.line <= this.top) drawing.append(svg("line", { x1: box.left, y1: this.toY(this.line), x2: box.left + box.width, y2: this.toY(this.line), stroke: ink("--quiet"), "stroke-dasharray": "4 4" }));
     for (const [at, words] of ticksBetween(this.scales[0], this.left, this.right)) drawing.append(text(this.toX(at), box.top + box.height + 16, words));
     for (const [at, words] of ticksBetween(this.scales[1], this.bottom, this.top)) drawing.append(text(box.left - 6, this.toY(at) + 4, words, { "text-anchor": "end" }));
     const middle = box.top + box.height / 2;

@@ -9,9 +9,10 @@ import scipy.sparse as ss
 from cytosae.atlas.cell_maps import Marks
 from cytosae.atlas.cell_scan import OwnStrongest, Strongest, add_unit_rows, unit_products
 from cytosae.atlas.composition import OTHER, Composition
-from cytosae.atlas.drawings import barcode_columns, barcode_picture
+from cytosae.atlas.drawings import STRIP_WIDTH, barcode_columns, barcode_picture, strip_of, strip_ticks
 from cytosae.atlas.latent_lists import distinct
 from cytosae.atlas.latent_order import N_PARTS, N_PLACES, Sketches, hashed, order_latents
+from cytosae.atlas.pair_pages import largest_clear_p
 from stores.csr import CsrRows
 
 N_IMAGES, N_LATENTS, N_PATIENTS = 90, 30, 7
@@ -266,3 +267,23 @@ def test_shares_of_labels_by_patient() -> None:
     assert [row["share"] for row in few] == [None] * 3
     assert [row["low"] for row in few] == [None] * 3
     assert [row["label"] for row in found.of(np.array([0]), np.array([3]))] == ["a", "b"]
+
+
+def test_ticks_of_a_strip_are_round_and_on_its_scale() -> None:
+    assert [tick["text"] for tick in strip_ticks(93.6)] == ["0", "5", "50"]
+    assert [tick["text"] for tick in strip_ticks(0.0231)] == ["0", "0.002", "0.02"]
+    assert [tick["text"] for tick in strip_ticks(1)] == ["0", "0.1", "1"]
+    assert strip_ticks(0.0) == [{"x": 0.0, "text": "0"}]
+    for largest in (93.6, 1e-6, 7e8):
+        found = strip_of(np.array([float(tick["text"]) for tick in strip_ticks(largest)], np.float32), largest)
+        places = sorted(point["x"] for point in found.points)
+        np.testing.assert_allclose(places, [tick["x"] for tick in strip_ticks(largest)], atol=0.11)
+        assert places[-1] > 0.7 * STRIP_WIDTH, "the last number stands far to the right"
+
+
+def test_the_line_of_a_volcano_parts_clear_from_unclear() -> None:
+    p = np.array([0.001, 0.2, 0.01, np.nan, 0.04], np.float32)
+    q = np.array([0.005, 0.3, 0.02, np.nan, 0.06], np.float32)
+    assert largest_clear_p(p, q) == pytest.approx(0.01)
+    assert largest_clear_p(p, np.full(5, 0.5, np.float32)) is None
+    assert largest_clear_p(p, np.array([0.005, 0.04, 0.2, np.nan, 0.06], np.float32)) is None, "no line parts them"

@@ -157,11 +157,15 @@ def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Wa
     assert tab.locator("#beside .sides:visible").count() == 0, "g above 0 is higher in A"
     tab.click("#everything")
     assert "box" not in tab.url
+    assert tab.locator("#beside .sides:visible").count() == 0
+    assert "The others are shown where" in tab.inner_text("#chosen"), "none of B is clear"
+    tab.click("#clear")
     visible = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides:visible").all()]
     of_b = sorted(
         (row for row in table if row["rank_b"]), key=lambda row: (row["q"] is None or row["q"] > 0.05, row["rank_b"])
     )
-    assert visible == [row["latent"] for row in of_b]
+    assert visible == [row["latent"] for row in of_b][: len(visible)]
+    assert len(visible) == 12
 
     tab.click("[data-group=side][data-value='']")
     tab.locator("#pair").scroll_into_view_if_needed()

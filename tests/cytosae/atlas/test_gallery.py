@@ -182,8 +182,10 @@ def test_the_first_cards_stand_in_the_page(atlas: Path, cohort: Cohort) -> None:
             [n for n in left if (found["has_picture"][n], turns[n], labels[n]) == (has_picture, its_turn, name)]
             for name in common
         ]
+        in_turn = []
         while any(heaps):
-            order += [heap.pop(0) for heap in heaps if heap]
+            in_turn += [heap.pop(0) for heap in heaps if heap]
+        order += sorted(in_turn, key=lambda n: bool(np.isnan(found["specificity"][n])))
     assert sorted(order) == list(range(N_LATENTS))
     assert len({labels[n] for n in order[:2]}) == 2
     page = (atlas / "index.html").read_text()

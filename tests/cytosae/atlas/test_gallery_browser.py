@@ -57,7 +57,9 @@ def opened(page: Watched, address: str = "") -> Any:
 def shown(tab: Any) -> list[int]:
     """Latents of the cards in the page, which are all of them in a small atlas."""
     tab.set_viewport_size({"width": 1600, "height": 9000})
-    tab.wait_for_timeout(100)
+    n_cards = "document.querySelectorAll('#cards > li').length"
+    n = "parseInt(document.querySelector('#count').textContent)"
+    tab.wait_for_function(f"document.querySelector('#cards').hidden || {n_cards} === {n}")
     return [int(text.removeprefix("Latent ")) for text in tab.locator("#cards h2 a").all_inner_texts()]
 
 
