@@ -5,4 +5,5 @@ from .config import BaselineConfig as BaselineConfig
 from .config import VersusConfig as VersusConfig
 from .report import VersusResult as VersusResult
 from .report import difference_text as difference_text
+from .report import doubts_of as doubts_of
 from .versus import compare_with_baselines as compare_with_baselines

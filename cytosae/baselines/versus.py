@@ -1,9 +1,12 @@
 """What an SAE has more than baselines, on the same held-out tokens: `cyto sae versus`.
 
 For each SAE one pass over the images (measure.py), and its figures on the same bootstrap draws of patients or images
-(figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. The interval of one SAE's
-label purity comes from leaving out each patient in turn. Of several baselines of one kind, with other seeds, each draw
-takes one at random: the interval then holds for another draw of such a baseline, too.
+(figures_of_draws.py): a difference is taken draw by draw, so its interval is a paired one. Intervals of label purities
+and of their differences come from leaving out each patient in turn, for both at once. Of several baselines of one kind,
+with other seeds, each draw takes one at random: the interval then holds for another draw of such a baseline, too.
+
+Directions that nobody trained may be ahead of a baseline as well, so a lead over it counts only if the SAE is ahead of
+`random` baselines, too: what is judged is the SAE minus the better of both.
 """
 
 import hashlib
@@ -38,13 +41,14 @@ from .figures import plot_differences
 from .figures_of_draws import METRICS, PURITIES, SHUFFLES, figures_of_draws, purity_without
 from .measure import Floats, Ints, measure_images
 from .reference import kind_of
-from .report import VersusResult
+from .report import VersusResult, lead_not_of_learning
 
 JUDGED = ("explained_variance", "label_purity_above_chance")  # more is better; the others are shown beside them
-# figures whose draws lie elsewhere than the figure, as they have fewer distinct images
-MOVED, PERHAPS_MOVED = ("dead_share",), PURITIES
+# figures whose draws lie elsewhere than the figure, as they have fewer distinct images; purities have no draws
+MOVED = ("dead_share",)
 _MOST_BLOCKS = 50  # of groups that are left out together, for the intervals of purities
-_DRAWN_KINDS = ("random", "tokens", "frozen-decoder", "frozen-encoder")
+_RANDOM = "random"
+_DRAWN_KINDS = (_RANDOM, "tokens", "frozen-decoder", "frozen-encoder")
 _FEW_GROUPS = 20
 Bools = npt.NDArray[np.bool_]
 
@@ -169,7 +173,7 @@ def compare_with_baselines(
             writer.write_table(name_without, pa.table({"left_out": np.arange(len(left[PURITIES[0]])), **left}))
         found.append(known)
         without.append(left)
-    differences = _differences(members, found, config, n_groups)
+    differences = _differences(members, found, without, config, n_groups)
     measured = [_row(*each, n_groups) for each in zip(members, found, without, strict=True)]
     writer.write_table("saes", pa.Table.from_pylist(measured))
     writer.write_table("differences", pa.Table.from_pylist(differences))
@@ -183,7 +187,7 @@ def compare_with_baselines(
         "unit": unit,
         "label": config.label,
         "is_held_out": not config.all_images,
-        "warnings": list(_warnings(members, config, n_groups, unit, names)),
+        "warnings": _warnings(members, config, n_groups, unit, names) + _warnings_of_leads(members, differences),
     }
     writer.finish({"result": summary})
     return _result(out, was_complete=False)
@@ -294,7 +298,7 @@ def _kept(writer: ResultWriter, name: str, columns: Sequence[str]) -> dict[str, 
 
 
 def interval_of_draws(
-    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False, is_perhaps_moved: bool = False
+    observed: float, drawn: Floats, n_groups: int, *, is_moved: bool = False
 ) -> tuple[float | None, float | None]:
     """95% limits: quantiles over draws, further from the observed value by what few groups need; None without draws.
 
@@ -304,18 +308,14 @@ def interval_of_draws(
 
     is_moved : for shares of dead latents, which are larger in every draw, as it has fewer images: quantiles are taken
         about the mean of the draws
-    is_perhaps_moved : for differences of purities: the hull of the interval about the observed value and of the one
-        about the mean of the draws, since it is not known how much of the shift is the figure's own bias. Too wide: it
-        holds the difference in 98 to 100% of cohorts (bench/purity_intervals.py)
     """
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(observed) or not len(drawn) or n_groups < 2:
         return None, None
     wider = student.ppf(0.975, n_groups - 1) / normal.ppf(0.975) * np.sqrt(n_groups / (n_groups - 1))
-    about_mean, about_observed = is_moved or is_perhaps_moved, not is_moved
-    centres = [float(drawn.mean())] * about_mean + [observed] * about_observed
-    limits = [observed + wider * (np.quantile(drawn, [0.025, 0.975]) - centre) for centre in centres]
-    return float(min(low for low, _ in limits)), float(max(high for _, high in limits))
+    centre = float(drawn.mean()) if is_moved else observed
+    low, high = observed + wider * (np.quantile(drawn, [0.025, 0.975]) - centre)
+    return float(low), float(high)
 
 
 def interval_without(observed: float, without: Floats) -> tuple[float | None, float | None]:
@@ -324,11 +324,26 @@ def interval_without(observed: float, without: Floats) -> tuple[float | None, fl
     For purities: a bootstrap draw has fewer distinct images than there are, which moves a purity by more than its
     interval is wide, and how much of that is its own bias is not known. Leaving out a block moves it hardly.
     """
-    known = without[np.isfinite(without)]
-    if not np.isfinite(observed) or len(known) < 2:
+    figure = np.array([[observed, *without]])
+    return interval_of_difference(figure, np.zeros_like(figure))
+
+
+def interval_of_difference(ours: Floats, theirs: Floats) -> tuple[float | None, float | None]:
+    """95% limits of mean of ours minus mean of theirs, from both without the same blocks; None with fewer than two.
+
+    The variance is the mean over pairs of that of the pair's difference, by leaving out each block from both, and that
+    between the rows of each side: as if each draw took one of them at random.
+
+    ours, theirs : (SAEs, 1 + blocks), for each the figure, then the figure without each block
+    """
+    pairs = (ours[:, None] - theirs).reshape(-1, ours.shape[1])
+    observed, without = float(pairs[:, 0].mean()), pairs[:, 1:]
+    without = without[:, np.isfinite(without).all(0)]
+    n_blocks = without.shape[1]
+    if not np.isfinite(observed) or n_blocks < 2:
         return None, None
-    variance = (len(known) - 1) / len(known) * float(((known - known.mean()) ** 2).sum())
-    far = float(student.ppf(0.975, len(known) - 1)) * variance**0.5
+    variance = (n_blocks - 1) * float(without.var(axis=1).mean()) + float(ours[:, 0].var() + theirs[:, 0].var())
+    far = float(student.ppf(0.975, n_blocks - 1)) * variance**0.5
     return observed - far, observed + far
 
 
@@ -355,40 +370,112 @@ def _row(member: _Member, found: dict[str, Floats], without: dict[str, Floats], 
     return row
 
 
+@dataclass(frozen=True)
+class Lead:
+    """A difference with its 95% limits, None where there are none."""
+
+    difference: float
+    low: float | None
+    high: float | None
+
+    @property
+    def is_ahead(self) -> bool | None:
+        """Is the whole interval above 0?"""
+        return None if self.low is None else self.low > 0
+
+    @property
+    def is_behind(self) -> bool | None:
+        """Is the whole interval below 0?"""
+        return None if self.high is None else self.high < 0
+
+
+def smaller_lead(one: Lead, other: Lead) -> Lead:
+    """Of one SAE over the better of two baselines: the smaller lead, with the smaller of both limits.
+
+    The lower limit is above the truth no more often than that of one lead is, so nothing is corrected for there being
+    two (an intersection-union test: Berger 1982, Technometrics 24, 295).
+    """
+    if one.low is None or one.high is None or other.low is None or other.high is None:
+        return Lead(min(one.difference, other.difference), None, None)
+    return Lead(min(one.difference, other.difference), min(one.low, other.low), min(one.high, other.high))
+
+
 def _differences(
-    members: Sequence[_Member], found: Sequence[dict[str, Floats]], config: VersusConfig, n_groups: int
+    members: Sequence[_Member],
+    found: Sequence[dict[str, Floats]],
+    without: Sequence[dict[str, Floats]],
+    config: VersusConfig,
+    n_groups: int,
 ) -> list[dict[str, Any]]:
     """Rows of differences.parquet: for each kind of baseline and metric the SAE minus it."""
     kinds: dict[str, list[int]] = {}
     for number, member in enumerate(members[1:], start=1):
         is_kind = member.kind not in ("trained", "imported")
         kinds.setdefault(member.kind if is_kind else f"{member.kind}: {member.run.name}", []).append(number)
+    random = kinds.get(_RANDOM, [0] if members[0].kind == _RANDOM else [])  # untrained, it is no better than itself
     rows = []
     for kind, numbers in kinds.items():
-        rng = np.random.default_rng([config.seed, 2, len(numbers)])
-        which = rng.integers(len(numbers), size=config.draws)
         for metric in METRICS:
-            ours, theirs = found[0][metric], np.stack([found[number][metric] for number in numbers])
-            drawn = ours[1:] - theirs[which, 1 + np.arange(config.draws)]
-            observed = float(ours[0] - theirs[:, 0].mean())
-            where = {"is_moved": metric in MOVED, "is_perhaps_moved": metric in PERHAPS_MOVED}
-            low, high = interval_of_draws(observed, drawn, n_groups, **where)
-            is_judged = metric in JUDGED and low is not None and high is not None
+            lead_of = partial(_lead, found, without, metric, config, n_groups)
+            lead, of_random, beyond = lead_of([0], numbers), _NO_LEAD, _NO_LEAD
+            is_judged = metric in JUDGED and lead.low is not None
+            if is_judged and random:
+                beyond = smaller_lead(lead, lead_of([0], random))
+                of_random = lead_of(random, numbers) if numbers != random else _NO_LEAD
             rows.append(
                 {
                     "baseline": kind,
                     "n_baselines": len(numbers),
                     "metric": metric,
-                    "sae": _plain(ours[0]),
-                    "of_baseline": _plain(theirs[:, 0].mean()),
-                    "difference": _plain(observed),
-                    "low": low,
-                    "high": high,
-                    "is_better": low > 0 if is_judged and low is not None else None,
-                    "is_worse": high < 0 if is_judged and high is not None else None,
+                    "sae": _plain(found[0][metric][0]),
+                    "of_baseline": _plain(float(np.mean([found[number][metric][0] for number in numbers]))),
+                    "difference": _plain(lead.difference),
+                    "low": lead.low,
+                    "high": lead.high,
+                    "is_better": (beyond if random else lead).is_ahead if is_judged else None,
+                    "is_worse": lead.is_behind if is_judged else None,
+                    "is_ahead": lead.is_ahead if is_judged else None,
+                    "random_lead": _plain(of_random.difference),
+                    "random_lead_low": of_random.low,
+                    "random_lead_high": of_random.high,
+                    "beyond_random": _plain(beyond.difference),
+                    "beyond_random_low": beyond.low,
+                    "beyond_random_high": beyond.high,
                 }
             )
     return rows
+
+
+_NO_LEAD = Lead(float("nan"), None, None)
+
+
+def _lead(
+    found: Sequence[dict[str, Floats]],
+    without: Sequence[dict[str, Floats]],
+    metric: str,
+    config: VersusConfig,
+    n_groups: int,
+    ours: Sequence[int],
+    theirs: Sequence[int],
+) -> Lead:
+    """Mean of some SAEs minus mean of others, by their numbers: all of one kind, as if each draw took one of them."""
+    our_draws, their_draws = (np.stack([found[number][metric] for number in each]) for each in (ours, theirs))
+    observed = float(our_draws[:, 0].mean() - their_draws[:, 0].mean())
+    if ours == theirs:
+        return Lead(0.0, 0.0, 0.0) if np.isfinite(observed) else _NO_LEAD
+    if metric in PURITIES:
+        both = [
+            np.stack([[found[number][metric][0], *without[number][metric]] for number in each])
+            for each in (ours, theirs)
+        ]
+        return Lead(observed, *interval_of_difference(*both))
+    columns = 1 + np.arange(config.draws)
+    our_which, their_which = (
+        np.random.default_rng([config.seed, stream, len(each)]).integers(len(each), size=config.draws)
+        for stream, each in ((4, ours), (2, theirs))
+    )
+    drawn = our_draws[our_which, columns] - their_draws[their_which, columns]
+    return Lead(observed, *interval_of_draws(observed, drawn, n_groups, is_moved=metric in MOVED))
 
 
 def _plain(value: float) -> float | None:
@@ -428,6 +515,19 @@ def _warnings(
     if ours.kind not in ("trained", "imported"):
         found.append(f"{ours.run.name} is itself a baseline ({ours.kind})")
     return found
+
+
+def _warnings_of_leads(members: Sequence[_Member], differences: Sequence[dict[str, Any]]) -> list[str]:
+    """Leads that say nothing of learning, or of which that is not known."""
+    ahead = [row for row in differences if row["is_ahead"]]
+    kinds = {each.kind for each in members}
+    if _RANDOM not in kinds and ahead:
+        return [
+            "without a random baseline a lead cannot be told from that of untrained directions; make one with "
+            f"cyto sae baseline CACHE -o random.sae --kind random --like {members[0].run.name}, and add "
+            f"--baseline random.sae"
+        ]
+    return [lead_not_of_learning(row) for row in ahead if not row["is_better"]]
 
 
 def _result(out: Path, *, was_complete: bool) -> VersusResult:

@@ -153,7 +153,8 @@ def sae_versus(
     """Has the SAE in RUN more than baselines? Measure all on the same held-out images of STORE (a path or a URL).
 
     Explained variance, L0, dead latents, and how far latents keep to one label beyond chance; SAE minus baseline with
-    paired 95% intervals over patients, or over images where no patients are known. Interrupted, it continues.
+    paired 95% intervals over patients, or over images where no patients are known. A lead counts only if the SAE is
+    ahead of random directions, too: give baselines of the kind random. Interrupted, it continues.
 
     \b
     Example: cyto sae versus cells.sae cells.acts.zarr --baseline pca.sae --baseline random.sae -o cells.versus

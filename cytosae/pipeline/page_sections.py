@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cytosae.barcodes import plot_patient_barcodes
-from cytosae.baselines import difference_text
+from cytosae.baselines import difference_text, doubts_of
 from cytosae.training import HealthRow, read_health
 from stores.result_folder import ResultStore
 from stores.tables import column
@@ -233,8 +233,8 @@ def _versus_section(run: RunFolder) -> Section | None:
             text=(1, 2),
         )
     )
-    if said["warnings"]:
-        section.blocks.append(Caveats(lines=[*map(str, said["warnings"])]))
+    if doubts := doubts_of(said, differences):
+        section.blocks.append(Caveats(lines=doubts))
     n_better = sum(row["is_better"] for row in explained.values())
     run.short.append(f"The SAE explains more variance than {n_better} of {counted(len(explained), 'baseline')}.")
     return section
