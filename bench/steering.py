@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="seeds of each (%(default)s)")
     parser.add_argument("--expansion", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=800, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (%(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=4_096, help="(%(default)s)")
     parser.add_argument("--images", type=int, default=400, help="of the planted dictionary (%(default)s)")
     parser.add_argument("--width", type=int, default=64, help="of the planted dictionary (%(default)s)")
@@ -67,7 +68,7 @@ def _compared(cache: Path, folder: Path, activation: str, target: float, seed: i
         "expansion": options.expansion,
         "batch_tokens": options.batch_tokens,
         "tokens": options.steps * options.batch_tokens,
-        "lr": 1e-3,
+        "lr": options.lr,
         "warmup_steps": min(100, options.steps // 8),
         "schedule": "linear",
         "holdout": 0.1,

@@ -4,23 +4,26 @@ L0 falls when the weight rises, but only after the SAE's weights have followed, 
 looks ahead: where L0 falls already, the weight does not rise any more. In every step, with K the wanted L0 and L0 that
 of the batch,
 
-    mean   += (L0 - mean) / 50                       the running mean
+    mean   *= (L0 / mean) ** (1 / 50)                the running mean, geometric (jumprelu: mean += (L0 - mean) / 50)
     recent += (log L0 - recent) / 6
     before += (log L0 - before) / 24
     gap     = recent - log K + LOOK_AHEAD (recent - before)
     weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
+
+L0 begins at half of the latents: an arithmetic mean would be off by that for 300 steps.
 
 pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either. The
 weight is held when `mean` and `recent` have been near K for `STEADY` steps, and steered again when the running mean has
 left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
 The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
-it can gain. So the same law serves every loss, activation and width. Thresholds of jumprelu move slowly, by about the
-learning rate per step, in proportion, and a penalty can only raise them, while L0 falls by itself as latents learn. So
-they start where `FIRST_L0` x K latents per token are active; the window of their gradient is as wide, beside them, as
-the settings say (`jump_bandwidth / jump_threshold`). And they are steered, too, both ways, behind the weights' own
-step, all by the same factor: from `FIRST_L0` x K down to K, and down again where L0 has fallen too far, which no
-penalty can undo:
+it can gain; for relu and gated, less where more than `SHARED_FROM` latents share that: a weight that is too high drives
+L0 below K, where at a high learning rate it stays, even without any penalty. So the same law serves every loss,
+activation and width. Thresholds of jumprelu move slowly, by about the learning rate per step, in proportion, and a
+penalty can only raise them, while L0 falls by itself as latents learn. So they start where `FIRST_L0` x K latents per
+token are active; the window of their gradient is as wide, beside them, as the settings say (`jump_bandwidth /
+jump_threshold`). And they are steered, too, both ways, behind the weights' own step, all by the same factor: from
+`FIRST_L0` x K down to K, and down again where L0 has fallen too far, which no penalty can undo:
 
     threshold *= exp(speed x min(MOST, max(-MOST, SHIFT_GAIN x (recent - log K))))      held or not
 
@@ -48,6 +51,7 @@ HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|
 _HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held
 FIRST_SHARE = 0.02  # the weight grows faster than latents that it has killed come back: rather too low at first
+SHARED_FROM = 32  # K from which the share is FIRST_SHARE x SHARED_FROM / K, for relu and gated
 FIRST_L0 = 4  # jumprelu, in K, but at most half of the latents
 _LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
@@ -86,7 +90,10 @@ class Penalty:
         pace : its learning rate as a share of the largest one, 0 to 1
         """
         l0 = max(l0, _LEAST_L0 * self.target)
-        mean = _nearer(self.mean, l0, step, MEAN_STEPS)
+        if self.bandwidth is not None:
+            mean = _nearer(self.mean, l0, step, MEAN_STEPS)
+        else:
+            mean = l0 if self.mean is None else self.mean * (l0 / self.mean) ** (1 / min(step, MEAN_STEPS))
         recent = _nearer(self.recent, math.log(l0), step, RECENT_STEPS)
         before = _nearer(self.before, math.log(l0), step, BEFORE_STEPS)
         off, off_now = math.log(mean / self.target), recent - math.log(self.target)
@@ -165,7 +172,8 @@ def begin_steering(
             model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
         bandwidth = max(threshold, config.jump_threshold) * config.jump_bandwidth / config.jump_threshold
     else:
-        gain = (of_loss * residual_N1).mean() * 2 * FIRST_SHARE
+        share = FIRST_SHARE * min(1.0, SHARED_FROM / config.target_l0)
+        gain = (of_loss * residual_N1).mean() * 2 * share
     weight = max(float(gain) / tokens_ND.shape[1], _LEAST_WEIGHT)
     return Penalty(target=float(config.target_l0), weight=weight, bandwidth=bandwidth)
 

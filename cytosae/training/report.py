@@ -86,7 +86,9 @@ def penalty_line(found: dict[str, Any]) -> str:
     text = f"L0 steered to {wanted:g}: running mean {mean:.1f} at l1 {found['l1']:.3g}"
     if abs(mean / wanted - 1) <= 0.1:
         return text
-    return f"{text}; not within 10%. Train longer (--tokens auto), or want another L0 (--target-l0)"
+    side = "above" if mean > wanted else "below"
+    text = f"{text}; not within 10%: it ended {percent(abs(mean / wanted - 1))} {side}. Train again, into another -o,"
+    return f"{text} with more --tokens (or auto), a lower --lr or --schedule linear; or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:

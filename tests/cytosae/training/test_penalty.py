@@ -11,6 +11,7 @@ from token_caches import write_cache
 
 from cytosae.sae import SparseAutoencoder, TrainConfig
 from cytosae.training.penalty import Penalty, begin_steering
+from cytosae.training.report import penalty_line
 from cytosae.training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +23,7 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
     for step in range(1, len(l0) + 1):
         seen = [max(value, 0.01 * target) for value in l0[:step]]
         logs = [math.log(value) for value in seen]
-        mean, recent, before = _decaying_mean(seen, 50), _decaying_mean(logs, 6), _decaying_mean(logs, 24)
+        mean, recent, before = math.exp(_decaying_mean(logs, 50)), _decaying_mean(logs, 6), _decaying_mean(logs, 24)
         off, off_now = math.log(mean / target), recent - math.log(target)
         near = near + 1 if abs(off) <= 0.05 and abs(off_now) <= 0.08 else 0
         if is_held:
@@ -98,6 +99,12 @@ def test_thresholds_are_steered_both_ways() -> None:
     assert Penalty(target=32.0, weight=1e-3).after(99, step=1, pace=1.0).threshold_shift(1e-3) == 0  # relu, gated
 
 
+def test_the_mean_is_geometric_but_for_jumprelu() -> None:
+    for bandwidth, mean in ((None, 8.0), (0.1, 17.0)):
+        penalty = Penalty(target=8.0, weight=1.0, bandwidth=bandwidth)
+        assert penalty.after(2.0, step=1, pace=1.0).after(32.0, step=2, pace=1.0).mean == pytest.approx(mean)
+
+
 def test_the_state_keeps_every_bit() -> None:
     penalty = Penalty(target=32.0, weight=0.1 + 0.2, mean=1 / 3, recent=None, n_near=4, held_since=None, n_releases=2)
     assert Penalty.from_tensor(penalty.to_tensor()) == penalty
@@ -123,6 +130,10 @@ def test_the_start_is_in_the_unit_of_loss_and_tokens() -> None:
         plain = first(activation, tokens, "mse")
         assert first(activation, tokens / 2, "mse").weight == pytest.approx(plain.weight / 2**power)
         assert first(activation, tokens, "eq1").weight == pytest.approx(plain.weight * 24)
+    model = SparseAutoencoder(24, 96, "relu")
+    model.init_weights(torch.Generator().manual_seed(1))
+    wide = [begin_steering(model, TrainConfig(expansion=4, target_l0=k), tokens).weight for k in (8.0, 32.0, 64.0)]
+    assert wide == pytest.approx([wide[0], wide[0], wide[0] / 2])  # beyond 32 latents share what there is to gain
     norms = tokens.norm(dim=1)
     assert first("relu", tokens, "normed").weight == pytest.approx(float(2 * 0.02 * (norms / norms).mean() / 24))
     half, whole = first("jumprelu", tokens / 2, "mse"), first("jumprelu", tokens, "mse")
@@ -176,3 +187,12 @@ def test_training_comes_to_the_wanted_l0(
     assert penalty["held_since_step"] is not None
     assert [row["step"] for row in penalty["course"]] == list(range(50, 1201, 50))
     assert penalty["course"][-1]["l1_weight"] == penalty["l1"]
+
+
+def test_a_run_that_ended_off_says_so_and_what_to_type() -> None:
+    near = {"target_l0": 128.0, "running_mean_l0": 120.0, "l1": 2e-6}
+    assert penalty_line(near) == "L0 steered to 128: running mean 120.0 at l1 2e-06"
+    below, above = penalty_line(near | {"running_mean_l0": 84.7}), penalty_line(near | {"running_mean_l0": 160.0})
+    assert "not within 10%: it ended 33.8% below" in below
+    assert "25.0% above" in above
+    assert all(name in below for name in ("-o", "--tokens", "--lr", "--schedule linear", "--target-l0"))
