@@ -1,8 +1,9 @@
 """Encode an activation cache with an SAE into a latent store. Dense latents exist for one micro-batch at a time.
 
 A micro-batch is encoded and made sparse on the device of the model (sparsify.py; on a GPU device_rows.py, where two
-exist at a time). Meanwhile a second thread appends and commits the rows of earlier micro-batches, in order, and further
-threads compress whole chunks (stores/csr.py).
+exist at a time). On the CPU, where few latents can be active, only these are computed (sae/screen.py). Meanwhile a
+second thread appends and commits the rows of earlier micro-batches, in order, and further threads compress whole chunks
+(stores/csr.py).
 """
 
 import logging
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.sae import SaeRun, SparseAutoencoder, load_sae
+from cytosae.sae import SaeRun, ScreenedEncoder, SparseAutoencoder, load_sae
 from cytosae.training import on_device
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
@@ -48,7 +49,7 @@ from stores.wording import Report, describe_latents
 
 from .device_rows import TOKEN_NOT_FINITE, DeviceCompactor, SelectedRows
 from .settings import check_encoding
-from .sparsify import Compactor, Rounding, SparseRows
+from .sparsify import Compactor, Rounding, SparseRows, rows_of_active
 
 # size of one dense (tokens, latents) float32 matrix; larger ones are not faster (docs/log.md)
 _MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
@@ -108,7 +109,7 @@ def encode(
     """Write (or continue) the latents of every token of `cache` (a path or a URL) under the SAE `run` at `latents`.
 
     Memory: dense latents of one micro-batch (256 MiB; on a GPU of two, 1 GiB of its memory), one chunk of the cache,
-    the nonzeros of a few micro-batches, and a few chunks of rows.
+    the nonzeros of a few micro-batches, a few chunks of rows, and on the CPU a quarter of the encoder's matrix.
 
     Parameters
     ----------
@@ -294,7 +295,9 @@ def _encode_until(
         behind = stack.enter_context(_in_order(_MOST_WAITING))
         rounding = Rounding(spec.value_bits, spec.min_activation)
         encoder = stack.enter_context(
-            _Encoder(model, rounding, spec.precision, device, most_rows=most_images * n_tokens)
+            _Encoder(
+                model, rounding, spec.precision, device, most_rows=most_images * n_tokens, screen=ScreenedEncoder(model)
+            )
         )
         source = stack.enter_context(closing(readable_tokens()))
         coming = on_device(source, device)
@@ -342,16 +345,24 @@ class _Encoder:
     """Encodes tokens of some images to sparse rows, on one device."""
 
     def __init__(
-        self, model: SparseAutoencoder, rounding: Rounding, precision: str, device: str, *, most_rows: int
+        self,
+        model: SparseAutoencoder,
+        rounding: Rounding,
+        precision: str,
+        device: str,
+        *,
+        most_rows: int,
+        screen: ScreenedEncoder | None = None,
     ) -> None:
-        """`most_rows`: the largest number of tokens that are encoded together."""
+        """`most_rows`: the largest number of tokens that are encoded together; `screen`: worth it for many of these."""
         self._model, self.device, self._is_low = model, torch.device(device), precision == "bf16"
         self._on_gpu = self.device.type != "cpu"
         # micro-batches that are begun before the one before is selected
         self.n_ahead = 1 if self._on_gpu else 0
-        self._host = Compactor(model.n_latents, rounding)
+        self._host, self._rounding = Compactor(model.n_latents, rounding), rounding
         self._gpu = DeviceCompactor(rounding, self.device)
         self._dense = None if self._on_gpu or self._is_low else torch.empty(most_rows, model.n_latents)
+        self._screen = None if self._dense is None else screen
 
     def __enter__(self) -> "_Encoder":
         return self
@@ -383,15 +394,16 @@ class _Encoder:
             return lambda: SelectedRows(0, n_rows, lambda: none)
         if not self._on_gpu and not bool(torch.isfinite(x).all()):
             raise DamagedStore(TOKEN_NOT_FINITE)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_low):
-            p = self._model.pre_activations(x, out=None if self._dense is None else self._dense[: len(x)])
-        if self._model.activation != "relu" or not self._on_gpu:  # ReLU needs no other type to be told from 0
-            p = p.float()
-        p = self._model.keep_active_(p)
+        found = None
+        if self._screen is not None and self._dense is not None:
+            found = self._screen.latents(x, self._dense[: len(x)])
         if self._on_gpu:
-            select = self._gpu.count(p, x)
+            select = self._gpu.count(self._dense_latents(x), x)
         else:
-            made = _joined(self._host.rows(p))
+            if found is not None:
+                made = rows_of_active(found, self._rounding)
+            else:
+                made = _joined(self._host.rows(self._dense_latents(x)))
             select = partial(SelectedRows, len(made.values), len(made.lengths), lambda: made)
 
         def all_rows() -> SelectedRows:
@@ -399,6 +411,14 @@ class _Encoder:
             return SelectedRows(selected.nnz, n_rows, lambda: _with_unreadable(selected.rows(), is_readable, n_tokens))
 
         return all_rows
+
+    def _dense_latents(self, x_BD: torch.Tensor) -> torch.Tensor:
+        """(B, L), float32 or, of a GPU, as they are: latents, and values <= 0 where one is not active."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_low):
+            p_BL = self._model.pre_activations(x_BD, out=None if self._dense is None else self._dense[: len(x_BD)])
+        if self._model.activation != "relu" or not self._on_gpu:  # ReLU needs no other type to be told from 0
+            p_BL = p_BL.float()
+        return self._model.keep_active_(p_BL)
 
 
 def _joined(pieces: list[SparseRows]) -> SparseRows:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cytosae.sae import Active
 from stores.errors import BadInput
 
 INFINITY = 0x7F800000  # float32 bits; NaN lies above
@@ -77,7 +78,7 @@ class Compactor:
 
     def __init__(self, n_latents: int, rounding: Rounding) -> None:
         self.rounding = rounding
-        self._indices = np.uint16 if n_latents <= 1 << 16 else np.uint32
+        self._indices = _index_type(n_latents)
         self._n_entries = max(n_latents, _MIN_ENTRIES)
         self._n_threads = torch.get_num_threads()
         self._threads = ThreadPoolExecutor(self._n_threads, thread_name_prefix="compact")
@@ -110,6 +111,31 @@ class Compactor:
             range(self._n_threads),
         )
         return [rows for part in parts for rows in part]
+
+
+def rows_of_active(active: Active, rounding: Rounding) -> SparseRows:
+    """The rows of active latents that were found without dense ones: as `Compactor.rows` makes them.
+
+    Raises
+    ------
+    BadInput
+        If a value is infinite after rounding.
+    """
+    starts, latents, values = active.by_token()
+    values = round_mantissa(values.astype(np.float32, copy=False), rounding.value_bits)
+    if not np.isfinite(values).all():
+        raise BadInput(NOT_FINITE)
+    indices, lengths, n_dropped = latents.astype(_index_type(len(active.starts) - 1)), np.diff(starts), 0
+    is_kept = values >= np.float32(rounding.min_activation)
+    if not is_kept.all():
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_kept)])
+        n_dropped = int(len(values) - before[-1])
+        indices, values, lengths = indices[is_kept], values[is_kept], np.diff(before[starts])
+    return SparseRows(indices, values, lengths, n_dropped)
+
+
+def _index_type(n_latents: int) -> Any:
+    return np.uint16 if n_latents <= 1 << 16 else np.uint32
 
 
 def round_mantissa(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:

@@ -1,3 +1,6 @@
+from .active_latents import Active as Active
+from .active_latents import by_latent as by_latent
+from .active_latents import equal_work as equal_work
 from .checkpoint import SaeRun as SaeRun
 from .checkpoint import load_sae as load_sae
 from .checkpoint import load_tensors as load_tensors
@@ -22,6 +25,8 @@ from .interop import export_sae as export_sae
 from .interop import import_sae as import_sae
 from .model import SparseAutoencoder as SparseAutoencoder
 from .model import geometric_median as geometric_median
+from .screen import ScreenedEncoder as ScreenedEncoder
+from .screen import screen_of as screen_of
 from .top_k import keep_top_k_ as keep_top_k_
 from .top_k import replace_least as replace_least
 from .top_k import use_kernels_with_torch_threads as use_kernels_with_torch_threads

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from cytosae.sae import use_kernels_with_torch_threads
+from cytosae.sae import Active, use_kernels_with_torch_threads
 
 from . import kernels_cpu
 from .distributed import Ranks
@@ -158,7 +158,7 @@ def _piece_above(p_BL: torch.Tensor, bound: float) -> _Piece:
 class _CpuPiece:
     """In compressed sparse columns."""
 
-    def __init__(self, active: kernels_cpu.Active) -> None:
+    def __init__(self, active: Active) -> None:
         self._active = active
         self.values = torch.from_numpy(active.values)
 

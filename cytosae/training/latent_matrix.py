@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from cytosae.sae import use_kernels_with_torch_threads
+from cytosae.sae import Active, use_kernels_with_torch_threads
 
 from . import kernels_cpu
 from .precision import add_product
@@ -91,7 +91,7 @@ def parts_of(values_BL: torch.Tensor, edges: Sequence[int], sparse_below: float 
     return [latents_of(values_BL[:, low:high].contiguous(), sparse_below) for low, high in pairwise(edges)]
 
 
-def latents_of_active(active: kernels_cpu.Active, sparse_below: float | None = None) -> Latents:
+def latents_of_active(active: Active, sparse_below: float | None = None) -> Latents:
     """The same, on the CPU, of entries that were taken already."""
     if sparse_below is None:
         sparse_below = default_sparse_below("cpu")
@@ -168,7 +168,7 @@ class DenseLatents:
 class CscLatentsCpu:
     """The active values, sorted by latent; numba kernels."""
 
-    def __init__(self, active: kernels_cpu.Active) -> None:
+    def __init__(self, active: Active) -> None:
         self._active = active
         self.n_active = len(active.values)
         self.total: torch.Tensor | float = float(active.values.sum(dtype="f8"))

@@ -32,7 +32,7 @@ from itertools import pairwise
 
 import torch
 
-from cytosae.sae import SparseAutoencoder
+from cytosae.sae import SparseAutoencoder, screen_of
 
 from .batch_top_k import choose_largest
 from .dead_latents import dead_gradients
@@ -43,7 +43,6 @@ from .nested import add_nested, nested_edges
 from .objective import Objective
 from .precision import float32_products
 from .residuals import Residuals, compare_reconstruction
-from .screen import screen_of
 
 NORM_FLOOR = 1e-12  # lower bound of ||x|| in 1 / ||x||, for tokens that are zero
 _MICRO_BATCH_BYTES = 256 << 20  # of one dense (tokens, latents) matrix

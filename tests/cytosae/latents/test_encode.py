@@ -29,9 +29,9 @@ from token_caches import write_cache
 from cli import cli
 from cytosae.latents import sparsify
 from cytosae.latents.encode import encode
-from cytosae.latents.sparsify import Compactor, Rounding, SparseRows, round_mantissa
+from cytosae.latents.sparsify import Compactor, Rounding, SparseRows, round_mantissa, rows_of_active
 from cytosae.latents.sparsify import _on_device as on_device
-from cytosae.sae import SparseAutoencoder, load_sae, load_tensors, save_tensors
+from cytosae.sae import Active, SparseAutoencoder, load_sae, load_tensors, save_tensors, screen
 from cytosae.sae.config import ACTIVATIONS
 from cytosae.training.evaluate import evaluate
 from stores import (
@@ -48,6 +48,7 @@ from stores import (
     verify_latents,
 )
 from stores.csr import CHUNK_ENTRIES
+from stores.shards import Shard
 
 Float = npt.NDArray[np.float32]
 
@@ -217,6 +218,135 @@ def test_compacting_lets_nothing_pass_that_is_not_finite(n_latents: int, bad: fl
         for rows_of in (Compactor(n_latents, Rounding(10)).rows, lambda p: on_device(p, Rounding(10))):
             with pytest.raises(BadInput, match="a latent became NaN or infinite"):
                 rows_of(p)
+
+
+def test_rows_of_active_latents_are_those_of_a_dense_matrix() -> None:
+    """Found without it, by latent: the same rows, to the last bit, rounded and pruned; infinity is refused."""
+    for n_latents in (40, 70_000):
+        dense = np.maximum(np.random.default_rng(n_latents).normal(-1, 1, (23, n_latents)).astype(np.float32), 0)
+        dense[4], dense[5, 7] = 0, 1e-42
+        latents, tokens = np.nonzero(dense.T)
+        starts = np.searchsorted(latents, np.arange(n_latents + 1))
+        active = Active(23, starts, tokens.astype(np.int32), dense[tokens, latents])
+        for rounding in (Rounding(10), Rounding(23), Rounding(10, 0.2), Rounding(23, 1.0)):
+            compactor = Compactor(n_latents, rounding)
+            pieces, found = compactor.rows(torch.from_numpy(dense)), rows_of_active(active, rounding)
+            compactor.close()
+            for name in ("indices", "values", "lengths"):
+                wanted = np.concatenate([getattr(piece, name) for piece in pieces])
+                assert getattr(found, name).dtype == wanted.dtype
+                assert getattr(found, name).tobytes() == wanted.tobytes()
+            assert found.n_dropped == sum(piece.n_dropped for piece in pieces)
+    one = Active(1, np.array([0, 1]), np.zeros(1, np.int32), np.array([3.4028e38], np.float32))
+    with pytest.raises(BadInput, match="a latent became NaN or infinite"):
+        rows_of_active(one, Rounding(10))
+
+
+# ------------------------------------------------------------------------------------------- screened
+
+needs_screen = pytest.mark.skipif(not screen.multiplies_whole_numbers(), reason="this processor has no VNNI")
+
+
+@pytest.fixture
+def screened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Small encoders are screened, too, if up to a third of their latents can be active; True for each that was."""
+    real, done = screen.ScreenedEncoder.latents, list[bool]()
+
+    def latents(self: screen.ScreenedEncoder, *arguments: torch.Tensor) -> Active | None:
+        done.append((found := real(self, *arguments)) is not None)
+        return found
+
+    monkeypatch.setattr(screen, "_SMALLEST", 0)
+    monkeypatch.setattr(screen, "_MOST", 0.33)
+    monkeypatch.setattr(screen.ScreenedEncoder, "latents", latents)
+    return done
+
+
+def uneven_tokens() -> npt.NDArray[np.float16]:
+    """12 images, of which the middle ones have so many active latents that they are left to the dense product."""
+    tokens = random_tokens(12)
+    tokens[3:9] = 1 + 40 * (tokens[3:9] - 1)
+    return tokens
+
+
+def quiet(model: SparseAutoencoder) -> None:
+    model.b_enc.fill_(-1)
+
+
+@needs_screen
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_screened_rows_are_those_of_the_dense_product(tmp_path: Path, activation: str, screened: list[bool]) -> None:
+    """But for the order of a sum: other last bits, and another decision only where a value is 0 within them."""
+    cache = write_cache(tmp_path / "acts.zarr", random_tokens(7), unreadable=(1, 6), chunk_images=2)
+    change = None if activation == "topk" else quiet
+    run = write_sae(tmp_path / "run", cache, n_latents=48, activation=activation, change=change)
+    result = encode(cache, run, tmp_path / "latents.zarr", value_bits=23, min_activation=0.05)
+    assert screened == [True, True, True]
+    rows, dense = LatentStore(tmp_path / "latents.zarr").read_images(0, 7), dense_latents(cache, run)
+    found = np.zeros_like(dense)
+    found[np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr)), rows.indices] = rows.values
+    wanted = np.where(dense >= np.float32(0.05), dense, 0)
+    assert (found > 0).sum() > 1000
+    differs = (found > 0) != (wanted > 0)
+    assert differs.sum() <= 2
+    assert (np.abs(found - wanted)[~differs] <= 1e-5 * dense.max()).all()
+    assert abs(result.n_dropped - ((dense > 0) & (dense < np.float32(0.05))).sum()) <= 2
+    assert list(verify_latents(tmp_path / "latents.zarr")) == [None]
+
+
+@needs_screen
+@pytest.mark.parametrize("stop_at", [3, 6, 9])
+def test_screened_or_not_a_continued_store_is_the_same(tmp_path: Path, stop_at: int, screened: list[bool]) -> None:
+    """Interrupted anywhere, and in shards: whether a micro-batch is screened is a matter of its own tokens alone."""
+    cache = write_cache(tmp_path / "acts.zarr", uneven_tokens(), unreadable=(2,), chunk_images=3)
+    run = write_sae(tmp_path / "run", cache, n_latents=48, change=quiet)
+    encode(cache, run, tmp_path / "never.zarr")
+    assert screened == [True, False, False, True]
+
+    def interrupt(done: int, total: int, state: str) -> None:
+        if done == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode(cache, run, tmp_path / "latents.zarr", progress=interrupt)
+    encode(cache, run, tmp_path / "latents.zarr")
+    for number in (1, 0):
+        encode(cache, run, tmp_path / "shards.zarr", shard=Shard(number, 2))
+    assert _contents(tmp_path / "latents.zarr") == _contents(tmp_path / "never.zarr")
+    wanted, found = (LatentStore(tmp_path / name).read_images(0, 12) for name in ("never.zarr", "shards.zarr"))
+    for name in ("indptr", "indices", "values"):
+        assert getattr(found, name).tobytes() == getattr(wanted, name).tobytes()
+
+
+@needs_screen
+def test_screened_values_do_not_depend_on_the_batch_size(tmp_path: Path, screened: list[bool]) -> None:
+    """Unlike those of the dense product; nor on the number of threads."""
+    cache = write_cache(tmp_path / "acts.zarr", random_tokens(6), chunk_images=6)
+    run, n_threads = write_sae(tmp_path / "run", cache, n_latents=48, change=quiet), torch.get_num_threads()
+    encode(cache, run, tmp_path / "all.zarr", value_bits=23)
+    encode(cache, run, tmp_path / "five.zarr", value_bits=23, batch_size=5)
+    try:
+        torch.set_num_threads(1)
+        encode(cache, run, tmp_path / "one.zarr", value_bits=23, batch_size=1)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert screened == [True] * 9
+    assert _contents(tmp_path / "five.zarr") == _contents(tmp_path / "all.zarr") == _contents(tmp_path / "one.zarr")
+
+
+@needs_screen
+def test_a_screened_job_refuses_what_is_not_finite(tmp_path: Path, screened: list[bool]) -> None:
+    """Tokens are looked at before; a latent that overflows is left to the dense product, which tells it."""
+    tokens = random_tokens(4)
+    cache = write_cache(tmp_path / "acts.zarr", tokens, chunk_images=2)
+    run = write_sae(tmp_path / "run", cache, n_latents=48, change=lambda model: model.W_enc[:, 3].fill_(5e37))
+    with pytest.raises(BadInput, match="a latent became NaN or infinite"):
+        encode(cache, run, tmp_path / "latents.zarr")
+    tokens[3, 100, 3] = np.inf
+    cache, run = write_cache(tmp_path / "spoiled.zarr", tokens, chunk_images=2), tmp_path / "quiet"
+    write_sae(run, cache, n_latents=48, change=quiet)
+    with pytest.raises(DamagedStore, match="a token of a readable image is NaN or infinite"):
+        encode(cache, run, tmp_path / "other.zarr")
 
 
 # ------------------------------------------------------------------------------------- pruning and precision

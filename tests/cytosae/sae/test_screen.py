@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives import L1
 
-from cytosae.sae import SparseAutoencoder
+from cytosae.sae import SparseAutoencoder, screen
+from cytosae.sae.config import ACTIVATIONS
 from cytosae.sae.top_k import use_threads
-from cytosae.training import Objective, loss_and_gradients, screen
+from cytosae.training import Objective, loss_and_gradients
 
 WIDTH, L = 24, 96
 ROUNDING = 1e-5  # max|difference| / max|reference|, per tensor (docs/reference/design.md 6)
@@ -34,11 +35,18 @@ def _at_any_size() -> Iterator[None]:
 
 def model_of(seed: int, activation: str, *, bias: float = -0.1, k: int = 5) -> SparseAutoencoder:
     rng = np.random.default_rng(seed)
-    model = SparseAutoencoder(WIDTH, L, activation, k if activation == "topk" else None)
+    model = SparseAutoencoder(WIDTH, L, activation, k if "topk" in activation else None)
     model.init_weights(torch.Generator().manual_seed(seed))
     with torch.no_grad():
         model.b_enc.copy_(torch.from_numpy(rng.normal(bias, 0.3, L)))
         model.b_dec.copy_(torch.from_numpy(rng.normal(0, 1, WIDTH)))
+        if activation == "batchtopk":
+            model.threshold.fill_(0.4)
+        if activation == "jumprelu":
+            model.log_threshold.copy_(torch.from_numpy(rng.normal(-1, 1, L)))
+        if activation == "gated":
+            model.r_mag.copy_(torch.from_numpy(rng.normal(0, 0.5, L)))
+            model.b_mag.copy_(torch.from_numpy(rng.normal(0, 0.3, L)))
     return model
 
 
@@ -91,6 +99,70 @@ def test_no_active_latent_is_lost(seed: int, n: int, kind: str, scale: float, ac
     is_at_least = (p >= least) & (p > 0)
     assert np.array_equal((z > 0)[is_sure], is_at_least[is_sure])
     assert (np.abs(z - p)[z > 0] <= rounding[z > 0]).all()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(1, 40),
+    kind=st.sampled_from(["normal", "outlier", "alike"]),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_latents_of_any_activation_are_those_of_the_model(seed: int, n: int, kind: str, activation: str) -> None:
+    """Against the model's own `encode` in float64: who is active, where float32 can tell, and the values."""
+    model, x = model_of(seed, activation), tokens_of(seed, n, kind)
+    x = x + model.b_dec.detach()
+    found = screen.ScreenedEncoder(model).latents(x, torch.empty(n, L))
+    assert found is not None
+    assert (found.values > 0).all()
+    z = found.to_dense()
+    exact = twin_model(model)
+    p, rounding = twin(model, x - model.b_dec.detach())
+    with torch.no_grad():
+        wanted = exact.keep_active_(torch.from_numpy(p.copy())).relu_().numpy()
+        threshold_L = exact.log_threshold.exp().numpy() if activation == "jumprelu" else 0.0
+        threshold_L = float(exact.threshold) if activation == "batchtopk" else threshold_L
+        least = np.maximum(np.sort(p)[:, -5][:, None], 0) if activation == "topk" else threshold_L
+        is_sure = np.abs(p - least) > 2 * rounding  # of the others float32 decides
+        if activation == "gated":
+            scale_L = exact.r_mag.exp().numpy()
+            magnitude = (p - exact.b_enc.numpy()) * scale_L + exact.b_mag.numpy()
+            rounding = rounding * (1 + scale_L) + 1e-6 * (np.abs(p) * scale_L + 1)
+            is_sure &= np.abs(magnitude) > rounding
+    assert np.array_equal((z > 0)[is_sure], (wanted > 0)[is_sure])
+    is_on = (z > 0) & (wanted > 0)
+    assert (np.abs(z - wanted)[is_on] <= rounding[is_on]).all()
+
+
+def twin_model(model: SparseAutoencoder) -> SparseAutoencoder:
+    """The same in float64."""
+    exact = SparseAutoencoder(model.width, model.n_latents, model.activation, model.k).double()
+    exact.load_state_dict(model.state_dict())
+    return exact
+
+
+def test_each_micro_batch_decides_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when another was dense before, so that a job that goes on in the middle finds the same."""
+    monkeypatch.setattr(screen, "_MOST", 0.25)
+    model, few = model_of(13, "relu", bias=-1.0), tokens_of(13, 40, "normal") * 0.1
+    many, buffer = tokens_of(14, 40, "normal") * 100, torch.empty(40, L)
+    first = screen.ScreenedEncoder(model).latents(few + model.b_dec.detach(), buffer)
+    encoder = screen.ScreenedEncoder(model)
+    assert encoder.latents(many + model.b_dec.detach(), buffer) is None
+    later = encoder.latents(few + model.b_dec.detach(), buffer)
+    assert first is not None
+    assert later is not None
+    assert np.array_equal(first.to_dense(), later.to_dense())
+
+
+def test_sums_that_may_overflow_are_left_to_the_dense_product() -> None:
+    """Its sums may be infinity - infinity, which is to be noticed, and the screen would find nothing there."""
+    model = model_of(15, "relu")
+    with torch.no_grad():
+        model.W_enc.mul_(1e36)
+    x = tokens_of(15, 9, "normal")
+    assert screen_of(model).candidates(x, torch.empty(9, L)) is not None
+    assert screen_of(model).candidates(x * 1e3, torch.empty(9, L)) is None
 
 
 def test_of_equal_values_the_first_ones_are_kept() -> None:

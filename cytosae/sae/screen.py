@@ -8,10 +8,12 @@ so p = x w + b_enc lies within this of p^ = x^ w^ + b_enc. Of a token, a latent 
 and, with topk, not below the k-th largest of the lower ends. For these latents, one in a hundred, p is computed in
 float32. The result is that of the dense product, but for the order of a sum: no latent is lost, because the bound also
 holds every rounding of float32 (`_SLACK`), in whatever order the dense product adds. Twin: tests/.../test_screen.py.
+Other activations than relu and topk have a threshold of their own in place of 0.
 
 q_x q_w takes about 0.3 of the time of the float32 product on a processor with VNNI. Where more than `_MOST` of the
 latents can be active (as at the start of training, when half of them are), the product is dense as before. That is
-decided by weights and tokens alone, so that a run that is continued decides as one that never stopped.
+decided by weights and tokens alone: in training once a step (`screen_of`), in encoding for each micro-batch
+(`ScreenedEncoder`), so that a job that is continued decides as one that never stopped.
 Shapes: B tokens of a micro-batch, D width, L latents, C candidates: (token, latent) pairs that can be active.
 """
 
@@ -23,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.sae import SparseAutoencoder, replace_least, use_kernels_with_torch_threads
-
-from . import kernels_cpu
+from .active_latents import Active, by_latent, equal_work
+from .model import SparseAutoencoder
+from .top_k import replace_least, use_kernels_with_torch_threads
 
 _MOST = 0.05  # candidates, as a share of all pairs, for which this is still faster (docs/log.md)
 _SAMPLE, _SAMPLE_LATENTS = 64, 2048  # tokens and latents from which it is foreseen whether it will be
@@ -34,6 +36,7 @@ _LEVELS = 127  # of 8 bits with a sign
 _TINY = 1e-30  # a row whose largest value is below this becomes 0
 _PARTS = 16  # of a micro-batch, each searched by one thread
 _CHUNK = 16  # latents that are tested together: most chunks have no candidate
+_LARGEST = float(np.finfo(np.float32).max) / 2  # what a sum may come to, so that none of float32 overflows
 _UP = 1 + 2.0**-22  # a float64 times this is no smaller as a float32
 _SLACK = 2.0**-24  # float32 rounds by at most this; times D and a few, and ||x|| ||w||, that is the error of a product
 
@@ -65,33 +68,50 @@ def rounded_rows(rows_RD: Array) -> Rounded:
 
 
 class Screen:
-    """The encoder of a relu or topk SAE on the CPU, whose weights do not change meanwhile."""
+    """The encoder of an SAE on the CPU, whose weights do not change meanwhile."""
 
-    def __init__(self, W_enc_LD: Array, b_enc_L: Array, k: int | None) -> None:
-        """W_enc (L, D), transposed, and b_enc (L,), float32; L is a multiple of 16; `k` of topk, None for relu."""
+    def __init__(self, W_enc_LD: Array, b_enc_L: Array, k: int | None, above_L: Array | None = None) -> None:
+        """A screen for latents with p > above, and of these, with topk, the `k` largest of each token.
+
+        Parameters
+        ----------
+        W_enc_LD, b_enc_L : W_enc (L, D), transposed, and b_enc (L,), float32; L is a multiple of 16
+        k : of topk; None for other activations
+        above_L : (L,) float32, at least 0; None: 0
+        """
         use_kernels_with_torch_threads()
         self._k, self._W_enc_LD, self._b_enc_L = k, W_enc_LD, b_enc_L
         self._weights = rounded_rows(W_enc_LD)
         self._q_W_enc_DL = torch.from_numpy(self._weights.q).T
-        self._off_b_enc_L = np.abs(b_enc_L) * np.float32(2.0**-21)  # more than float32 can round in a sum with it
-        self.is_finite = self._weights.is_finite and bool(np.isfinite(b_enc_L).all())
+        above_L = np.zeros_like(b_enc_L) if above_L is None else above_L
+        self._distance_L = b_enc_L - above_L  # p > above where x w + distance > 0
+        # more than float32 can round in a sum with it
+        self._off_distance_L = (np.abs(b_enc_L) + above_L) * np.float32(2.0**-21)
+        self._largest = float(self._weights.norm.max(initial=0)), float(np.abs(b_enc_L).max(initial=0))
+        self.is_finite = self._weights.is_finite and bool(np.isfinite(b_enc_L).all() and np.isfinite(above_L).all())
 
-    def candidates(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> kernels_cpu.Active | None:
-        """All that can be active, with p as value; None if they are too many, or a token is not finite.
+    @property
+    def n_latents(self) -> int:
+        """L."""
+        return len(self._b_enc_L)
+
+    def candidates(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> Active | None:
+        """All that can be active, with p as value; None if they are too many, or a sum may not be finite.
 
         centred_BD : x - b_dec, float32
         buffer_BL : float32, is overwritten
         """
         x_BD = centred_BD.numpy()
         x, w = rounded_rows(x_BD), self._weights
-        if not x.is_finite:
+        of_weights, of_bias = self._largest
+        if not x.is_finite or not float(x.norm.max(initial=0)) * of_weights + of_bias < _LARGEST:
             return None
         n_tokens, n_latents = buffer_BL.shape
         products_BL = buffer_BL.view(torch.int32)
         torch._int_mm(torch.from_numpy(x.q), self._q_W_enc_DL, out=products_BL)
         slack = np.float32((x_BD.shape[1] + 16) * _SLACK)
         off_B = (x.off + slack * x.norm) * np.float32(_UP)
-        of_latents = (w.scale, self._b_enc_L, self._off_b_enc_L, w.norm, w.off)
+        of_latents = (w.scale, self._distance_L, self._off_distance_L, w.norm, w.off)
         intervals = (  # of every pair: what its kernels need for the two ends
             products_BL.numpy().reshape(n_tokens, -1, _CHUNK),
             *(x.scale, off_B, x.rounded_norm),
@@ -108,15 +128,13 @@ class Screen:
         _find_candidates(intervals, above_B, room, starts, counts, latents)
         if (starts < 0).any() or counts.sum() > _MOST * n_tokens * n_latents:
             return None
-        places = kernels_cpu.by_latent(starts, counts, latents, latents.view(np.float32), n_latents)
-        found = kernels_cpu.Active(n_tokens, *places)  # its values are overwritten now
-        _compute(
-            found.starts, found.tokens, found.values, kernels_cpu.equal_work(found), self._W_enc_LD, self._b_enc_L, x_BD
-        )
+        places = by_latent(starts, counts, latents, latents.view(np.float32), n_latents)
+        found = Active(n_tokens, *places)  # its values are overwritten now
+        _compute(found.starts, found.tokens, found.values, equal_work(found), self._W_enc_LD, self._b_enc_L, x_BD)
         return found if np.isfinite(found.values).all() else None
 
-    def active(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> kernels_cpu.Active | None:
-        """The active latents z > 0 of a micro-batch; None as `candidates`."""
+    def active(self, centred_BD: torch.Tensor, buffer_BL: torch.Tensor) -> Active | None:
+        """The active latents z > 0 of a micro-batch, of a relu or topk SAE; None as `candidates`."""
         found = self.candidates(centred_BD, buffer_BL)
         if found is None:
             return None
@@ -127,37 +145,113 @@ class Screen:
         return found.kept(is_kept)
 
 
+class ScreenedEncoder:
+    """Finds the latents of an SAE on the CPU whose weights do not change any more, as they are rounded once.
+
+    Each micro-batch decides for itself whether the screen is faster, so that its latents do not depend on others.
+    """
+
+    def __init__(self, model: SparseAutoencoder) -> None:
+        """`model`: of any activation."""
+        self._model = model
+        self._few = _screen(model, few=True) if _may_be_screened(model) else None
+        self._all: Screen | None = None  # made when it is first needed
+
+    @torch.inference_mode()
+    def latents(self, tokens_BD: torch.Tensor, buffer_BL: torch.Tensor) -> Active | None:
+        """The latents z > 0 of tokens x, float32; None where the dense product is to be taken.
+
+        buffer_BL : float32, is overwritten
+        """
+        if self._few is None or not len(tokens_BD):
+            return None
+        centred_BD = tokens_BD - self._model.b_dec
+        if not _is_foreseen(self._few, centred_BD[:: max(1, len(centred_BD) // _SAMPLE)]):
+            return None
+        if self._all is None:
+            self._all = _screen(self._model, few=False)
+        if not self._all.is_finite:
+            return None
+        if self._model.activation in ("relu", "topk"):
+            return self._all.active(centred_BD, buffer_BL)
+        found = self._all.candidates(centred_BD, buffer_BL)
+        return None if found is None else _activated(self._model, found)
+
+
 def screen_of(model: SparseAutoencoder, centred_BD: torch.Tensor, sparse_below: float) -> Screen | None:
-    """A screen, where it is faster than the dense product for tokens like these, and exact; else None.
+    """A screen for a step of training, where it is faster than the dense product for tokens like these; else None.
 
     centred_BD : x - b_dec of the first micro-batch, in the type of the encoder's operands
     sparse_below : density below which latents are stored sparsely
     """
-    weights = model.W_enc.detach()
     if (
         model.activation not in ("relu", "topk")
-        or weights.device.type != "cpu"
-        or weights.dtype != torch.float32
+        or not _may_be_screened(model)
         or centred_BD.dtype != torch.float32
-        or not weights.T.is_contiguous()
-        or weights.numel() < _SMALLEST
-        or model.n_latents % _CHUNK
         or sparse_below < _MOST
         or not len(centred_BD)
-        or not multiplies_whole_numbers()
+        or not _is_foreseen(_screen(model, few=True), centred_BD)
     ):
         return None
-    W_enc_LD, b_enc_L = weights.T.numpy(), model.b_enc.detach().numpy()
+    screen = _screen(model, few=False)
+    return screen if screen.is_finite else None
+
+
+def _may_be_screened(model: SparseAutoencoder) -> bool:
+    weights = model.W_enc
+    return (
+        weights.device.type == "cpu"
+        and weights.dtype == torch.float32
+        and weights.T.is_contiguous()
+        and weights.numel() >= _SMALLEST
+        and model.n_latents % _CHUNK == 0
+        and multiplies_whole_numbers()
+    )
+
+
+def _screen(model: SparseAutoencoder, *, few: bool) -> Screen:
+    """With `few`: of some latents, which tell in a fiftieth of the time whether there will be too many candidates."""
+    W_enc_LD, b_enc_L = model.W_enc.detach().T.numpy(), model.b_enc.detach().numpy()
     k = model.k if model.activation == "topk" else None
-    # some latents and tokens tell whether there will be too many candidates, in a fiftieth of the time
+    above_L = _above(model)
+    if not few:
+        return Screen(W_enc_LD, b_enc_L, k, above_L)
     step = max(1, model.n_latents // _SAMPLE_LATENTS)
     some = slice(0, len(b_enc_L) // (step * _CHUNK) * step * _CHUNK, step)
-    few = Screen(W_enc_LD[some].copy(), b_enc_L[some].copy(), None if k is None else max(1, k // step))
+    return Screen(
+        W_enc_LD[some].copy(), b_enc_L[some].copy(), None if k is None else max(1, k // step), above_L[some].copy()
+    )
+
+
+def _is_foreseen(few: Screen, centred_BD: torch.Tensor) -> bool:
+    """Will there be few candidates among all latents of tokens like these?"""
     some_BD = centred_BD[:_SAMPLE]
-    if not few.is_finite or few.candidates(some_BD, torch.empty(len(some_BD), len(few._b_enc_L))) is None:
-        return None
-    screen = Screen(W_enc_LD, b_enc_L, k)
-    return screen if screen.is_finite else None
+    return few.is_finite and few.candidates(some_BD, torch.empty(len(some_BD), few.n_latents)) is not None
+
+
+@torch.no_grad()
+def _above(model: SparseAutoencoder) -> Array:
+    """(L,): a latent is not active unless p is above it."""
+    above_L = torch.zeros_like(model.b_enc)
+    if model.activation == "batchtopk":
+        above_L += model.threshold.clamp_min(0)
+    if model.activation == "jumprelu":
+        above_L += model.log_threshold.exp()
+    return above_L.numpy()
+
+
+@torch.no_grad()
+def _activated(model: SparseAutoencoder, found: Active) -> Active | None:
+    """As `keep_active_`, of candidates with p as value, and only z > 0; None if one is not finite."""
+    latents = np.repeat(np.arange(model.n_latents), found.counts)
+    z, is_on = found.values, found.values > _above(model)[latents]
+    if model.activation == "gated":
+        b_enc_L, scale_L, b_mag_L = (of.numpy() for of in (model.b_enc, model.r_mag.exp(), model.b_mag))
+        z = (z - b_enc_L[latents]) * scale_L[latents] + b_mag_L[latents]
+        if not np.isfinite(z).all():
+            return None
+    is_kept = is_on & (z > 0)
+    return Active(found.n_tokens, found.starts, found.tokens, z).kept(is_kept)
 
 
 def multiplies_whole_numbers() -> bool:
