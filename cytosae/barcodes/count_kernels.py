@@ -10,13 +10,15 @@ from typing import Any
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core.cgutils import false_bit
+from numba.extending import intrinsic
 
 from stores.errors import DamagedStore
 from stores.token_layout import TokenLayout, cls_first
 from stores.token_sets import chosen_tokens
 
 _DONE, _MORE_ENTRIES, _MORE_ROOM = range(3)
-_WORD = 8  # bytes that are tested together for the latents of an image
+_WORD = 64  # latents of an image that one number marks, a bit each
 _CELL = np.dtype([("total", "f8"), ("max", "f4"), ("count", "i4")])  # of a latent in one image
 _SUM = np.dtype([("activation", "f8"), ("max", "f4"), ("n_active", "i4")])  # of a latent in some images
 
@@ -56,6 +58,8 @@ class EntryChecker:
             raise DamagedStore(
                 f"{self._place}: a value is zero, negative, NaN or infinite; a chunk of data is lost or damaged"
             )
+        if indices.dtype.kind == "i":  # of other programs: what is below 0 becomes larger than any latent
+            indices = indices.view(f"u{indices.dtype.itemsize}")
         low, high = np.searchsorted(self._row_starts, (first, first + len(indices)))
         if not _are_rising(first, indices, self._before, self._row_starts[low:high], self._n_latents):
             raise DamagedStore(
@@ -100,9 +104,8 @@ class ImageCounter:
         # of the current image; the numbers of one latent lie in one cache line
         self._cells = np.zeros(n_latents, _CELL)
         self._above = np.zeros((n_latents, len(taus)), np.int32)  # of the second tau and later ones
-        self._is_there = np.zeros(n_latents + -n_latents % _WORD, np.uint8)
-        self._found = np.empty(len(self._is_there) + 1, np.int32)
-        self._busy = np.empty(len(self._is_there) // _WORD + 1, np.int32)
+        self._is_there = np.zeros(-(-n_latents // _WORD), np.uint64)
+        self._found = np.empty(n_latents, np.int32)
         self._state = np.array([0, row_starts[0], 0, 0], np.int64)  # see _count
         self._indptr = np.zeros(n_images + 1, np.int64)
         self._n_above = np.zeros((len(taus), n_images), np.int32)
@@ -125,7 +128,7 @@ class ImageCounter:
         """
         if len(indices):
             self._checker.check(first, indices, values)
-        scratch = (self._cells, self._above, self._is_there, self._is_there.view(np.uint64), self._busy, self._found)
+        scratch = (self._cells, self._above, self._is_there, self._found)
         images = (self._lows, self._highs, self._ends, self._n_set, self._taus)
         while (
             _count(first, indices, values, *images, *scratch, self._state, self._indptr, self._n_above, *self._out)
@@ -219,7 +222,13 @@ def take_nonzero(
     return int(taken), int(at)
 
 
-@numba.njit(cache=True)
+@intrinsic
+def _lowest_bit(_: Any, number: Any) -> Any:
+    """The place of the lowest bit of a number above 0: one instruction, which numba has no name for."""
+    return number(number), lambda _, builder, signature, arguments: builder.cttz(arguments[0], false_bit)
+
+
+@numba.njit(cache=True, error_model="numpy")
 def _count(
     first: int,
     indices: Any,
@@ -232,8 +241,6 @@ def _count(
     cells: Any,
     above: Any,
     is_there: Any,
-    words: Any,
-    busy: Any,
     found: Any,
     state: Any,
     indptr: Any,
@@ -245,57 +252,61 @@ def _count(
 ) -> int:
     """Go on where `state` says: image, its entry, entries out, nonzeros looked at."""
     image, at, n_out, n_values = state
-    latent: Any
     n_taus, end = len(taus), first + len(indices)
-    least, tau = np.float32(1e-45), taus[0]
+    least, tau, divisor = np.float32(1e-45), taus[0], np.float64(n_set)
     status = _DONE
     while image < len(lows):
         low, high = max(at, lows[image]), min(end, highs[image])
-        n_values += max(0, high - low)
-        for k in range(low - first, high - first):
-            latent = np.intp(indices[k])
-            value = values[k]
-            cell = cells[latent]
+        high = max(low, high)
+        n_values += high - low
+        # slices, and numbers without a sign: these cannot be negative, which would have to be looked at
+        latents, their_values = indices[low - first : high - first], values[low - first : high - first]
+        for k in range(len(latents)):
+            active = np.uint64(latents[k])
+            value = their_values[k]
+            cell = cells[active]
             cell.total += value
             cell.max = max(cell.max, value)
             cell.count += value > tau
-            is_there[latent] = 1
+            is_there[active >> np.uint64(6)] |= np.uint64(1) << (active & np.uint64(_WORD - 1))
         if n_taus > 1:  # a separate loop: inside the one above it would cost time also with one tau
-            for k in range(low - first, high - first):
+            for k in range(len(latents)):
+                of_latent, value = above[np.uint64(latents[k])], their_values[k]
                 for t in range(1, n_taus):
-                    above[indices[k], t] += values[k] > taus[t]
+                    of_latent[t] += value > taus[t]
         at = min(end, ends[image])
         if ends[image] > end:
             status = _MORE_ENTRIES
             break
-        n_found, n_busy = 0, 0  # all tokens of the image are in: emit it, latents rising
-        for w in range(len(words)):
-            busy[n_busy] = w  # kept only if the next line counts it: no branch that could be mispredicted
-            n_busy += words[w] != 0
-        for b in range(n_busy):
-            for latent in range(busy[b] * _WORD, busy[b] * _WORD + _WORD):
-                found[n_found] = latent
-                n_found += is_there[latent]
+        n_found = 0  # all tokens of the image are in: emit it, latents rising
+        for w in range(len(is_there)):
+            word = is_there[w]
+            while word != 0:
+                found[n_found] = w * _WORD + _lowest_bit(word)  # type: ignore[call-arg]  # numba gives the context
+                n_found += 1
+                word &= word - np.uint64(1)
         if n_out + n_found > len(out_latent):
             status = _MORE_ROOM
             break
+        is_there[:] = 0
+        n_counted, first_count = 0, out_count[0]
         for k in range(n_found):
-            latent = found[k]
-            is_there[latent] = 0
+            latent, to = np.intp(np.uint32(found[k])), n_out + k
             cell = cells[latent]
-            out_latent[n_out] = latent
-            out_max[n_out] = cell.max
-            out_mean[n_out] = max(np.float32(cell.total / n_set), least)  # active or not is decided before rounding
-            out_count[0, n_out] = cell.count
-            n_above[0, image] += cell.count > 0
+            out_latent[to] = latent
+            out_max[to] = cell.max
+            out_mean[to] = max(np.float32(cell.total / divisor), least)  # active or not is decided before rounding
+            first_count[to] = cell.count
+            n_counted += cell.count > 0
             for t in range(1, n_taus):
-                out_count[t, n_out] = above[latent, t]
+                out_count[t, to] = above[latent, t]
                 n_above[t, image] += above[latent, t] > 0
                 above[latent, t] = 0
             cell.total = 0
             cell.max = 0.0
             cell.count = 0
-            n_out += 1
+        n_above[0, image] = n_counted
+        n_out += n_found
         image += 1
         indptr[image] = n_out
     state[0], state[1], state[2], state[3] = image, at, n_out, n_values

@@ -316,7 +316,7 @@ rows_of_images = st.lists(
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
-    shape=st.tuples(st.integers(0, 8), st.integers(2, 7), st.integers(1, 12)),
+    shape=st.tuples(st.integers(0, 8), st.integers(2, 7), st.integers(1, 12) | st.sampled_from([63, 64, 65, 130])),
     share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     taus=st.sampled_from([(0.0,), (0.2,), (0.1, 0.2, 1.0)]),
     token_set=st.sampled_from(["all", "patch", "cls"]),
@@ -386,6 +386,16 @@ def test_rows_that_break_a_promise_are_never_counted(
     else:
         with pytest.raises(DamagedStore, match="here: "):
             count()
+
+
+@pytest.mark.parametrize("indices", [[-1], [-5, 2], [3, -1], [-(2**31)]])
+def test_an_index_below_zero_is_never_counted(indices: list[int]) -> None:
+    """Of a store whose indices have a sign; the compiled code would write outside of its arrays."""
+    counter = ImageCounter(
+        np.array([0, len(indices)]), n_latents=6, tokens_per_image=1, taus=(0.5,), token_set="all", place="here"
+    )
+    with pytest.raises(DamagedStore, match="here: indices out of range or not increasing"):
+        counter.add(0, np.array(indices, np.int32), np.ones(len(indices), np.float32))
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
