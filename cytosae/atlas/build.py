@@ -251,7 +251,7 @@ def write_atlas(
     began = time.time_ns()
     site = Site(writer.root)
     maps, gallery = _maps(inputs, plan, site.root), make_gallery(inputs, cohort, plan)
-    shared = _shared(inputs, cohort, config)
+    shared = _shared(inputs, cohort, config, maps)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
     pairs = _pairs(frames)
     n_steps = 2 * len(plan.images) + len(plan.pictured) + 2 * len(plan.latents) + cohort.n_patients
@@ -333,11 +333,12 @@ def estimate_atlas(
 
 def _estimate(inputs: Inputs, out: Path | None, config: AtlasConfig) -> AtlasResult:
     cohort, choice, plan = _prepare(inputs, config, Pseudonyms("any") if config.pseudonyms else None)
-    site, shared = Site(None), _shared(inputs, cohort, config)
+    site = Site(None)
     few = (
         plan.images[np.unique(np.linspace(0, len(plan.images) - 1, _SAMPLE).astype(int))] if len(plan.images) else None
     )
     maps, gallery = _maps(inputs, plan, None), make_gallery(inputs, cohort, plan)
+    shared = _shared(inputs, cohort, config, maps)
     frames = _frames(inputs, cohort, plan, choice, maps, shared)
     if few is not None:
         _run(write_images(site, inputs, cohort, plan, config, maps, shared, marks=frames.marks, chosen=few))
@@ -420,9 +421,10 @@ def _spec(inputs: Inputs, config: AtlasConfig, plan: Plan, pseudonyms: Pseudonym
     }
 
 
-def _shared(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> dict[str, Any]:
+def _shared(inputs: Inputs, cohort: Cohort, config: AtlasConfig, maps: Maps) -> dict[str, Any]:
     """Template variables of all pages."""
     return {
+        "sizes": maps.sizes,  # all are known when the pages of concepts and patients are written
         "is_trained": inputs.is_trained,
         "pseudonyms": config.pseudonyms,
         "has_patients": cohort.n_patients > 0,

@@ -28,6 +28,7 @@ class Maps:
         self.largest = np.zeros(n_maps, np.float32)
         self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
+        self.sizes: set[tuple[int, int]] = set()  # height and width of the images, in pixels
         self.n_patches = n_patches
         self._file = tempfile.TemporaryFile(dir=folder)
         self.close = weakref.finalize(self, self._file.close)  # the file is gone with this object at the latest

@@ -13,6 +13,7 @@ from cytosae.names import LatentName
 from stores.errors import DamagedStore
 
 from .cohort import Cohort, Values
+from .comparisons import pair_of
 from .concept_maps import Maps, packed_map, share_of
 from .drawings import Bars, Strip, histogram_bars, strip_of, strip_ticks
 from .evidence import Evidence
@@ -335,15 +336,3 @@ def disease_name(cohort: Cohort, patient: int) -> str:
 
 def _comparison(inputs: Inputs, cohort: Cohort, number: int) -> tuple[dict[str, str], dict[str, list[Any]]]:
     return pair_of(inputs, cohort, number), inputs.comparison_table(number).to_pydict()
-
-
-def pair_of(inputs: Inputs, cohort: Cohort, number: int) -> dict[str, str]:
-    """The names of the two groups of a comparison, and the file name of its page."""
-    spec = inputs.comparisons[number].header.spec
-    sides = [str(spec["a"]), "rest" if spec["b_is_rest"] else str(spec["b"])]
-    known = [str(cohort.diseases.index(name)) if name in cohort.diseases else "" for name in sides]
-    if spec["b_is_rest"]:
-        known[1] = "rest"
-    if not all(known):
-        raise DamagedStore(f"{inputs.comparisons[number].root} compares a disease that the barcodes do not have")
-    return {"a": sides[0], "b": "all others" if spec["b_is_rest"] else sides[1], "file": "-".join(known)}

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .concept_pages import pair_of
+from .comparisons import pair_of
 from .drawings import barcode_picture, composition_picture
 from .frames import Frames
 from .patient_pages import columns_of, listed_concepts, listed_patient

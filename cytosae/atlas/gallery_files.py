@@ -95,7 +95,7 @@ def write_gallery_data(
         "no_label": code,
         "datasets": [plain_text(name) for name in datasets],
         "parts": [plain_text(name) for name in ([] if parts is None else parts[0])],
-        "pairs": [{key: plain_text(text) for key, text in pair.items()} for pair in pairs],
+        "pairs": [{key: plain_text(pair[key]) for key in ("a", "b", "file")} for pair in pairs],
     }
     if len(latents) <= _WHOLE:
         site.data("gallery", {**_all_packed(columns), **facts, "names": names})

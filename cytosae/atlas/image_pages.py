@@ -66,6 +66,7 @@ def write_images(
         else:
             site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
             maps.ground.fill(plan.place_of[image], picture)
+            maps.sizes.add((picture.shape[0], picture.shape[1]))
         first, last = np.searchsorted(in_order_of_images, [image, image + 1])
         numbers = by_image[first:last].tolist()
         for at, latent in zip(numbers, latents[by_image[first:last]].tolist(), strict=True):

@@ -7,8 +7,8 @@ import numpy as np
 from stores.wording import counted
 
 from .cohort import Cohort
+from .comparisons import pair_of
 from .concept_maps import Maps
-from .concept_pages import pair_of
 from .gallery import Gallery
 from .gallery_files import first_order, on_of, parts_of, places_of, write_gallery_data, write_map_files
 from .ground import ON

@@ -1,13 +1,12 @@
 """Pages of pairs of diseases that were compared: two plots, and the strongest cells of both sides."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from .cohort import Values
-from .concept_pages import pair_of
+from .comparisons import pair_of, taken_into_account
 from .drawings import TWO_ROW, composition_picture
 from .frames import Frames
 from .latent_lists import higher_on
@@ -48,7 +47,10 @@ def write_pair_pages(site: Site, frames: Frames) -> None:
 
 
 def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]:
-    """The latents whose cells are shown: first those with q of at most `ALPHA`, in both parts by side and rank."""
+    """The latents whose cells are shown: first those with q of at most `ALPHA`, in both parts by side and rank.
+
+    At the end of each part are those that answer to one place of the image.
+    """
     cells = frames.choice.pairs[number]
     rows = []
     for side in "ab":
@@ -58,7 +60,7 @@ def _shown(frames: Frames, table: pa.Table, number: int) -> list[dict[str, Any]]
             | {"cells": frames.beside(latent, cells[latent]), "is_clear": row["q"] is not None and row["q"] <= ALPHA}
             for latent, row in zip(some, table.take(pa.array(some, pa.int64())).to_pylist(), strict=True)
         ]
-    return sorted(rows, key=lambda row: not row["is_clear"])
+    return sorted(rows, key=lambda row: (not row["is_clear"], row["same_patch"] is not None))
 
 
 def largest_clear_p(p: Values, q: Values) -> float | None:
@@ -76,12 +78,3 @@ def _top(frames: Frames, table: pa.Table, side: str) -> list[dict[str, Any]]:
     chosen = np.flatnonzero(ranks <= LISTED)
     rows = table.take(pa.array(chosen[np.argsort(ranks[chosen])])).to_pylist()
     return [{**row, **frames.concept(row["latent"])} for row in rows]
-
-
-def taken_into_account(spec: Mapping[str, Any]) -> tuple[str, bool]:
-    """What a comparison takes into account besides the disease, in words ("" of a plain one); and the mix of cells?"""
-    words = [f"images labelled {spec['within_label']} only"] if spec.get("within_label") is not None else []
-    words += [f"the mix of {spec['standardize']}"] if spec.get("standardize") else []
-    is_of_one_mix = bool(words)
-    words += [str(name) for name in (spec.get("strata"), *spec.get("adjust", ())) if name]
-    return ", ".join(words), is_of_one_mix

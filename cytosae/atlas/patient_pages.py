@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
 
 from cytosae.relations import LEAST_OTHERS
 from stores.wording import counted
@@ -57,6 +58,7 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             before=number - 1 if number else None,
             after=number + 1 if number + 1 < cohort.n_patients else None,
             n_active=len(row.latents),
+            z_by_chance=z_by_chance(len(row.latents)),
             against=_against(cohort, number),
             barcode=barcode_picture(
                 columns, (row.latents, row.values), _mean_of_others(cohort, number, row), cohort.log_k
@@ -73,6 +75,11 @@ def write_patient_pages(site: Site, frames: Frames, *, most: int | None = None) 
             ],
         )
         yield n_done
+
+
+def z_by_chance(n_latents: int) -> float:
+    """The |z| that one of so many latents exceeds by chance, on average, if z were normal; 0 of none."""
+    return float(norm.isf(0.5 / n_latents)) if n_latents else 0.0
 
 
 def write_patient_list(site: Site, frames: Frames) -> None:

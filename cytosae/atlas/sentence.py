@@ -55,7 +55,7 @@ class Facts:
     masks: Sequence[Row] = ()  # class, auroc, auroc_p_any
     n_patients: int = 0  # with a barcode
     n_above: int = 0  # of these, with a value above 0
-    comparisons: Sequence[Row] = ()  # pair (a, b), mean_a, mean_b, q
+    comparisons: Sequence[Row] = ()  # pair (a, b, mix), mean_a, mean_b, q
     replications: Sequence[Row] = ()  # p_holm, same_sign, is_replicated
     n_found: int | None = None  # other SAEs that have it, too
     n_others: int = 0
@@ -223,12 +223,13 @@ def _diseases(facts: Facts) -> Iterator[str]:
         return
     a, b = (best["mean_a"], best["pair"]["a"]), (best["mean_b"], best["pair"]["b"])
     (high, more), (low, less) = (a, b) if a[0] >= b[0] else (b, a)
+    mix = f", {best['pair']['mix']}" if best["pair"].get("mix") else ""
     if low <= 0:
-        yield f"in {more} but not in {less} (q {short(best['q'])})"
+        yield f"in {more} but not in {less} (q {short(best['q'])}{mix})"
         return
     times = high / low
     how = f"{times:.0f} times" if times >= 3 else "twice" if abs(times - 2) < 0.05 else f"{times:.1f} times"
-    yield f"{how} as much in {more} as in {less} (q {short(best['q'])})"
+    yield f"{how} as much in {more} as in {less} (q {short(best['q'])}{mix})"
 
 
 def _replication(facts: Facts) -> Iterator[str]:

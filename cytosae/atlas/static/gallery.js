@@ -124,7 +124,7 @@ function openGallery(data) {
     of.classList.toggle("alike", !data.name.has(at));
     of.title = more ? `${more} more with the same cells` : "";
     const line = card.querySelector(".label");
-    line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, data.labels[label]), element("span", { class: "number" }, share(data.share[at]), element("span", { class: "of-what" }, " of its strongest"))]));
+    line.replaceChildren(...(label < 0 ? ["no label"] : [element("span", {}, `${data.share[at] < 0.5 ? "mixed, most often " : ""}${data.labels[label]}`), element("span", { class: "number" }, share(data.share[at]), element("span", { class: "of-what" }, " of its strongest"))]));
     const bar = card.querySelector(".bar rect");
     bar.setAttribute("width", label < 0 ? 0 : 100 * data.share[at]);
     bar.style.fill = COLORS[common.indexOf(label)] ?? GREY; // as in the plot

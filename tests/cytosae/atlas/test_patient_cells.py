@@ -15,10 +15,11 @@ from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
 from cytosae.atlas.cell_types import cell_types
 from cytosae.atlas.cohort import Cohort as Patients
+from cytosae.atlas.comparisons import taken_into_account
 from cytosae.atlas.latent_lists import higher_on
 from cytosae.atlas.matched_concepts import Pairs
 from cytosae.atlas.odd_cells import likeness
-from cytosae.atlas.pair_pages import taken_into_account
+from cytosae.atlas.patient_pages import z_by_chance
 from cytosae.compare import CompareConfig
 from cytosae.maps import Sources
 from stores import LatentStore, ResultStore, begin_results
@@ -166,7 +167,8 @@ def test_pages_of_pairs_have_both_sides_and_their_numbers(atlas: Path, inputs: I
     for side in "ab":  # twelve of each side: those with q of at most 0.05 come first
         listed = sorted((row for row in table if row[f"rank_{side}"]), key=lambda row: row[f"rank_{side}"])
         top += sorted(listed, key=lambda row: row not in found)[:12]
-    top.sort(key=lambda row: row not in found)
+    at_a_place = {int(re.findall(r'data-latent="(\d+)"', row)[0]) for row in rows if "at the same patch" in row}
+    top.sort(key=lambda row: (row not in found, row["latent"] in at_a_place))
     assert [int(re.findall(r'data-latent="(\d+)"', row)[0]) for row in rows] == [row["latent"] for row in top]
     assert f'q of at most 0.05 only <span class="n">{len(found)}</span>' in text
     for row, expected in zip(rows, top, strict=True):
@@ -306,3 +308,12 @@ def test_without_a_match_the_other_atlas_is_of_the_same_sae(cohort: Cohort, atla
     picture.write_bytes(before)
     assert damaged.exit_code == 1
     assert "is not the file that was written" in damaged.stderr
+
+
+def test_the_z_that_chance_gives() -> None:
+    """Of so many normal numbers one is beyond it, on average."""
+    rng = np.random.default_rng(0)
+    for n in (10, 800):
+        beyond = (np.abs(rng.normal(size=(2000, n))) > z_by_chance(n)).sum(axis=1)
+        assert beyond.mean() == pytest.approx(1, abs=0.1)
+    assert z_by_chance(0) == 0

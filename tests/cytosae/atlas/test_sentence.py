@@ -25,6 +25,11 @@ def compared(q: float | None, a: float = 2.0, b: float = 1.0, *names: str) -> di
     return {"pair": {"a": a_name, "b": b_name}, "mean_a": a, "mean_b": b, "q": q}
 
 
+def mixed(q: float, a: float = 2.0, b: float = 1.0) -> dict[str, Any]:
+    found = compared(q, a, b)
+    return {**found, "pair": {**found["pair"], "mix": "the mix is not looked at"}}
+
+
 def test_without_artefacts_only_the_activity_is_said() -> None:
     assert texts() == ["Active in 12% of the images"]
 
@@ -179,6 +184,8 @@ def test_patients() -> None:
         ([compared(0.003, 12.0, 0.0)], "in CBFB::MYH11 but not in PML::RARA (q 0.003)"),
         ([compared(0.2), compared(0.03, 3.0, 1.0, "x", "y")], "3 times as much in x as in y (q 0.03)"),
         ([compared(0.2), compared(0.3)], "no difference between diseases found (smallest q 0.2)"),
+        ([mixed(0.003)], "twice as much in CBFB::MYH11 as in PML::RARA (q 0.003, the mix is not looked at)"),
+        ([mixed(0.003, 2.0, 0.0)], "in CBFB::MYH11 but not in PML::RARA (q 0.003, the mix is not looked at)"),
         ([compared(None), compared(0.06)], "no difference between diseases found (smallest q 0.06)"),
     ],
 )
