@@ -85,6 +85,7 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
         html = page.content()
         for word in ("neutrophil", "lymphocyte", "decoy", ".png", 'alt="Reference image 1 of 2:'):
             assert word not in html
+        page.wait_for_load_state("networkidle")  # what is under way would be reported later, too
     finally:
         process.kill()
         process.communicate()
