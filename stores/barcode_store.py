@@ -20,7 +20,7 @@ import zarr
 
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
-from .files import PARTIAL_SUFFIX, is_dropping, sha256_file
+from .files import PARTIAL_SUFFIX, is_dropping, sha256_file, write_files
 from .spec import BARCODES, Header, read_header, require_unchanged
 from .tables import listed
 from .zarr_meta import check_tree, files_below, read_array, read_group
@@ -60,15 +60,8 @@ def write_tables(root: Path, tables: dict[str, Any]) -> None:
     with plain_anndata():
         for name, table in tables.items():
             write_elem(group, name, plain_strings(table))
-    folders = set()
-    for name, content in files.items():
-        if "/" not in name:  # of the group itself, which is there
-            continue
-        path = root / name
-        if path.parent not in folders:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            folders.add(path.parent)
-        path.write_bytes(content.to_bytes())
+    below = {name: content for name, content in files.items() if "/" in name}  # the group itself is there
+    write_files(root, {name: content.to_bytes() for name, content in below.items()})
 
 
 @contextmanager

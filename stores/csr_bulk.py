@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -22,10 +22,11 @@ import numpy.typing as npt
 import zarr
 from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
 from .csr import CsrReader
 from .errors import DamagedStore, StoreUnreachable
-from .files import PARTIAL_SUFFIX
+from .files import PARTIAL_SUFFIX, write_files
 from .remote import CheckedObjects
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of a matrix that is filled here
@@ -209,14 +210,11 @@ def _chunk_file(path: Path, number: int) -> Path:
     return path / "c" / str(number)
 
 
-def create_matrix(path: Path) -> None:
-    """An empty CSR group in AnnData's layout (int32 indices, float32 data), whose entries may come in any order."""
-    group = zarr.open_group(path, mode="w-", zarr_format=3)
-    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
-    for name, (dtype, fill, shuffle) in _LAYOUT.items():
-        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]  # names do
-        group.create_array(name, shape=(0,), dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
-        (path / name / "c").mkdir()
+def begin_matrix(path: Path) -> None:
+    """The folders of a CSR group whose entries may come in any order; it is no group before `finish_matrices`."""
+    path.mkdir()
+    for name in _LAYOUT:
+        (path / name / "c").mkdir(parents=True)
 
 
 def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -> None:
@@ -259,12 +257,19 @@ def _begin_to_sync(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> None:
-    """When all entries are written: set the array lengths, write the row starts, then the shape."""
-    group = zarr.open_group(path, mode="r+")
+def finish_matrices(paths: Sequence[Path], row_lengths: npt.NDArray[Any], n_columns: int) -> None:
+    """Where entries are written or still to come: write what makes them a CSR group in AnnData's layout.
+
+    int32 indices, float32 data, row starts and shape, the same in all `paths`. By way of memory, as `write_tables`.
+    """
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths, dtype=np.int64)])
-    for name in _LAYOUT:
-        zarr.open_array(path / name, mode="r+").resize((int(indptr[-1]),))
+    files: dict[str, Any] = {}
+    group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
+    for name, (dtype, fill, shuffle) in _LAYOUT.items():
+        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]  # names do
+        shape = (int(indptr[-1]),)
+        group.create_array(name, shape=shape, dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
     array = group.create_array(
         "indptr",
         shape=indptr.shape,
@@ -276,3 +281,6 @@ def finish_matrix(path: Path, row_lengths: npt.NDArray[Any], n_columns: int) -> 
     )
     array[:] = indptr  # no chunk has fill values only, so zarr writes all
     group.attrs["shape"] = [len(row_lengths), n_columns]
+    raw = {name: content.to_bytes() for name, content in files.items()}
+    for path in paths:
+        write_files(path, raw)

@@ -12,7 +12,7 @@ import os
 import platform
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -107,6 +107,17 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
             partial.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files by their names below a folder: of a store that nobody reads before its header is complete."""
+    folders = set()
+    for name, raw in files.items():
+        path = root / name
+        if path.parent not in folders:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(path.parent)
+        path.write_bytes(raw)
 
 
 def write_new(path: Path, *pieces: bytes | memoryview) -> bool:

@@ -25,7 +25,7 @@ memory. No torch here.
 import bisect
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -47,7 +47,7 @@ from stores.barcode_store import (
     tau_text,
     write_tables,
 )
-from stores.csr_bulk import CHUNK_ENTRIES, create_matrix, finish_matrix
+from stores.csr_bulk import CHUNK_ENTRIES, begin_matrix, finish_matrices
 from stores.destination import plan_output
 from stores.errors import BadInput
 from stores.files import sha256_json, sweep_partials, sync_file, sync_tree
@@ -173,9 +173,9 @@ class _Level:
         self.stores = [job.path(name, tau) for tau in job.config.taus]
         for store in self.stores:
             begin_level(store)
-            create_matrix(store / "X")
+            begin_matrix(store / "X")
             for layer in self.layers:
-                create_matrix(store / "layers" / layer)
+                begin_matrix(store / "layers" / layer)
         # For the layers, then for the counts at each tau (they have entries of their own): number of the first entry of
         # every part and of the end, and how many entries have their task
         self._begins = [[0] for _ in range(1 + len(self.stores))]
@@ -198,16 +198,17 @@ class _Level:
             begins.append(begins[-1] + int(n_above.sum(dtype=np.int64)))
         self._submit(only_full=True)
 
-    def end(self, n_latents: int) -> None:
-        """There are no more parts: the last entries, too, get their tasks.
-
-        While workers do these, what makes the filled matrices readable is written.
-        """
+    def end(self) -> None:
+        """There are no more parts: the last entries, too, get their tasks."""
         self._submit(only_full=False)
+
+    def finish(self, n_latents: int) -> None:
+        """Write what makes the matrices readable, while workers fill them."""
         for number, store in enumerate(self.stores):
-            finish_matrix(store / "X", self.n_above(number), n_latents)
-            for layer in self.layers:
-                finish_matrix(store / "layers" / layer, self.lengths, n_latents)
+            finish_matrices([store / "X"], self.n_above(number), n_latents)
+        if self.layers:
+            layers = [store / "layers" / layer for store in self.stores for layer in self.layers]
+            finish_matrices(layers, self.lengths, n_latents)
 
     def _submit(self, *, only_full: bool) -> None:
         size = _FILL_CHUNKS * csr_bulk.CHUNK_ENTRIES
@@ -357,10 +358,10 @@ def _tag(job: _Job, level: str) -> str:
 # ------------------------------------------------------------------------------------------- images to groups
 
 
-def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
+def _sum_patients(job: _Job, images: _Level, patients: _Level, *, meanwhile: Callable[[], None]) -> LatentSums:
     """Add up the images of every patient: parts for `patients`. Also the sums over all readable images, by a tree.
 
-    Images without a patient count in the sums over all images only.
+    Images without a patient count in the sums over all images only. `meanwhile` is called once, while workers add up.
     """
     groups, n_patients = job.groups, len(job.groups.names)
     divisor = groups.n_images if job.config.normalize == "images" else np.full(n_patients, job.n_latents)
@@ -377,7 +378,7 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
     ]
     n_taus, below = len(job.config.taus), tasks.LevelParts.of(images.parts)
     carry: list[Future] = []
-    for wave in range(0, len(plan), _WAVE):
+    for wave in range(0, max(1, len(plan)), _WAVE):
         leaves = [
             job.client.submit(tasks.sum_patients, some, below, patients.tag, n_taus, job.n_latents, pure=False)
             for some in plan[wave : wave + _WAVE]
@@ -389,8 +390,10 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level) -> LatentSums:
                 job.client.submit(tasks.add_sums, carry[k : k + _FAN_IN], pure=False)
                 for k in range(0, len(carry), _FAN_IN)
             ]
-            if len(carry) == 1:
+            if len(carry) <= 1:
                 break
+        if not wave:
+            meanwhile()
         for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
                 patients.add(part)
@@ -463,13 +466,15 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
     images, patients, diseases = levels
     n_images = len(job.groups.is_readable)
     progress(n_images, n_images, "joining")
-    images.end(job.n_latents)
-    sums = _sum_patients(job, images, patients)
-    patients.end(job.n_latents)
+    images.end()
+    sums = _sum_patients(job, images, patients, meanwhile=lambda: images.finish(job.n_latents))
+    patients.end()
     exports = _export(job, patients, job.groups.names)  # the longest task of all: before the others
     _average_patients(job, patients, diseases)
-    diseases.end(job.n_latents)
+    diseases.end()
     exports += _export(job, diseases, job.groups.diseases)
+    for level in (patients, diseases):
+        level.finish(job.n_latents)
     futures = [future for level in levels for future in level.futures]
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(job.config.taus):
