@@ -138,7 +138,9 @@ def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Wa
     pair = next((page.site / "pairs").glob("*.html")).name
     table = ResultStore(cohort.root / "compare", COMPARISON).table("differential").to_pylist()
     tab = page.open(f"pairs/{pair}")
-    tab.wait_for_function("document.querySelectorAll('#volcano').length && document.querySelector('#volcano').asSvg")
+    tab.wait_for_function(
+        "() => document.querySelectorAll('#volcano').length && document.querySelector('#volcano').asSvg"
+    )
     shown = [int(row.get_attribute("data-latent")) for row in tab.locator("#beside .sides").all()]
     low, high = 0.0, 100.0
     tab.goto(f"{page.site.as_uri()}/pairs/{pair}#box=volcano,{low},{high},0,100")
@@ -188,7 +190,7 @@ def test_figures_are_saved_and_pages_are_printed_whole(page: Watched) -> None:
         assert waiting.value.suggested_filename == f"barcode-of-patient-0.{kind}"
     tab.evaluate("window.print = () => { window.printed = document.images.length; }")
     tab.click("[data-print]")
-    tab.wait_for_function("window.printed")
+    tab.wait_for_function("() => window.printed")
     assert tab.evaluate("[...document.querySelectorAll('details')].every((each) => each.open)")
     assert tab.evaluate("[...document.images].every((each) => each.complete && each.naturalWidth)")
 
@@ -303,7 +305,7 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
     pair = next((page.site / "pairs").glob("*.html")).name
     table = ResultStore(cohort.root / "compare", COMPARISON).table("differential").to_pylist()
     tab = page.open(f"pairs/{pair}")
-    tab.wait_for_function("document.querySelector('#volcano').asSvg")
+    tab.wait_for_function("() => document.querySelector('#volcano').asSvg")
     clear = {row["latent"] for row in table if row["q"] is not None and row["q"] <= 0.05}
     rows = tab.locator("#beside .sides").all()
     shown = [int(str(row.get_attribute("data-latent"))) for row in rows]
@@ -317,7 +319,7 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
     tab.click("#clear")
     assert "clear=0" in tab.url
     tab.reload()
-    tab.wait_for_function("document.querySelector('#clear').getAttribute('aria-pressed') === 'false'")
+    tab.wait_for_function("() => document.querySelector('#clear').getAttribute('aria-pressed') === 'false'")
     assert visible() == shown
     for row, latent in zip(rows, shown, strict=True):
         said = row.locator(".said").inner_text()
@@ -331,7 +333,7 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
     tab.emulate_media(media="screen")
 
     tab.goto(f"{page.site.as_uri()}/latents.html#pair={pair.removesuffix('.html')}&q_max=0.05")
-    tab.wait_for_function("document.querySelector('#latents tbody td:last-child')?.textContent.match(/\\d/)")
+    tab.wait_for_function("() => document.querySelector('#latents tbody td:last-child')?.textContent.match(/\\d/)")
     assert tab.inner_text("#count").startswith(f"{len(clear)} of {len(table)} latents")
     listed = [int(text) for text in tab.locator("#latents tbody th").all_inner_texts()]
     by_q = sorted(

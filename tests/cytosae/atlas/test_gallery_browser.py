@@ -59,7 +59,7 @@ def shown(tab: Any) -> list[int]:
     tab.set_viewport_size({"width": 1600, "height": 9000})
     n_cards = "document.querySelectorAll('#cards > li').length"
     n = "parseInt(document.querySelector('#count').textContent)"
-    tab.wait_for_function(f"document.querySelector('#cards').hidden || {n_cards} === {n}")
+    tab.wait_for_function(f"() => document.querySelector('#cards').hidden || {n_cards} === {n}")
     return [int(text.removeprefix("Latent ")) for text in tab.locator("#cards h2 a").all_inner_texts()]
 
 

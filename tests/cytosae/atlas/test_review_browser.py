@@ -136,7 +136,7 @@ def test_saved_is_said_when_the_server_said_so(made: Path, tmp_path: Path, page:
         page.keyboard.press("m")
         page.keyboard.press("Enter")
         page.get_by_text("Saving…").wait_for()
-        page.wait_for_function("document.getElementById('review').inert")
+        page.wait_for_function("() => document.getElementById('review').inert")
         page.keyboard.press("n")
         assert page.locator("#choice-meaningful").is_checked(), "nothing can be entered meanwhile"
         assert page.get_by_role("heading", name="Concept 1 of ", include_hidden=True).count() == 1
