@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -33,7 +33,7 @@ CHUNK_ENTRIES = 1 << 20  # per chunk of a matrix that is filled here
 _CRC_BYTES = 4
 _ANNOUNCED_AHEAD = 4  # chunks, some 2 MB each
 # dtype, fill value, and the fastest shuffle with a small size (docs/log.md)
-_LAYOUT: dict[str, tuple[str, float, str]] = {
+_LAYOUT: dict[str, tuple[str, float, Literal["shuffle", "bitshuffle"]]] = {
     "indices": ("int32", 0, "shuffle"),
     "data": ("float32", float("nan"), "bitshuffle"),
 }
@@ -267,7 +267,7 @@ def finish_matrices(paths: Sequence[Path], row_lengths: npt.NDArray[Any], n_colu
     group = zarr.open_group(MemoryStore(files), mode="w", zarr_format=3)
     group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0"})
     for name, (dtype, fill, shuffle) in _LAYOUT.items():
-        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]  # type: ignore[arg-type]  # names do
+        codecs = [BloscCodec(cname="lz4", clevel=5, shuffle=shuffle), Crc32cCodec()]
         shape = (int(indptr[-1]),)
         group.create_array(name, shape=shape, dtype=dtype, chunks=(CHUNK_ENTRIES,), compressors=codecs, fill_value=fill)
     array = group.create_array(

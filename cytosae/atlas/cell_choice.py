@@ -1,6 +1,6 @@
 """Which cells stand on the pages of patients, diseases and pairs: the strongest of a latent, the typical, the unlike.
 
-Nine passes over the barcodes of all images; at 49,152 latents two more of the images of each 682 types of cell of
+Five passes over the barcodes of all images; at 49,152 latents two more of the images of each 682 types of cell of
 patients (128 MiB of sums), and of each 341 of these (what makes a cell unlike others).
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .cell_scan import OwnStrongest, Strongest
+from .cell_scan import OwnStrongest, Strongest, type_sums
 from .cell_types import CellTypes, cell_types
 from .cohort import Cohort, Ints, Row
 from .config import AtlasConfig
@@ -137,8 +137,9 @@ def choose_cells(inputs: Inputs, cohort: Cohort, config: AtlasConfig) -> CellCho
         sketches.add(first, rows, cohort.is_readable[here])
     vectors = sketches.vectors()
     types = cell_types(cohort)
-    alike = likeness(cohort, types)
-    atypical, unlike = odd_cells(cohort, types, alike, vectors)
+    compared = type_sums(cohort, types)
+    alike = likeness(cohort, types, compared)
+    atypical, unlike = odd_cells(cohort, types, compared, alike, vectors)
     images_of = types.images_by_type()
     every_group = list(range(n_groups))
     patients = [

@@ -7,8 +7,8 @@ cell unlike; over all latents it is the difference of the two mean cosines. Imag
 are left out. Told are latents that are active in some images (`least_images`): what only a few images have is no
 concept that can be looked at.
 
-Two passes over the barcodes of all images, and two more of the images of 341 types of patients at 49,152 latents
-(128 MiB of sums). Twin in plain loops: test_patient_cells.py.
+Two passes over the images of each 341 types of patients at 49,152 latents (128 MiB of sums). Twin in
+plain loops: test_odd_cells.py.
 """
 
 import math
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from stores.csr import CsrRows
 
-from .cell_scan import group_sums, unit_sums, with_a_row
+from .cell_scan import TypeSums, unit_sums
 from .cell_types import CellTypes
 from .cohort import Cohort
 
@@ -50,6 +50,7 @@ def least_images(cohort: Cohort) -> int:
 def unlike_parts(
     cohort: Cohort,
     types: CellTypes,
+    compared: TypeSums,
     to_own: Sequence[int],
     to_peers: Sequence[int],
     *,
@@ -66,10 +67,7 @@ def unlike_parts(
     """
     is_told = cohort.groups.n_images_with >= least_images(cohort)
     group_of = types.groups_of_images()
-    counts = with_a_row(cohort, types.type_of, types.n_types)
-    share_of = 1 / np.maximum(1, counts)
-    n_peers = np.bincount(types.groups[types.groups >= 0], (counts > 0)[types.groups >= 0], types.n_groups)
-    peers = group_sums(cohort, group_of, types.n_groups, types.type_of, counts)
+    counts, share_of = compared.n_images, 1 / np.maximum(1, compared.n_images)
     found: tuple[Parts, Parts] = ({}, {})
     wanted = [np.unique(np.array(some, np.int64)) for some in (to_own, to_peers)]
     is_wanted = np.zeros(len(group_of), bool)
@@ -85,9 +83,9 @@ def unlike_parts(
                         parts[image] = _largest(_from_own(unit, total, square, n), is_told, most)
                         continue
                     group = int(group_of[image])
-                    others = n_peers[group] - 1 if group >= 0 else 0
+                    others = int(compared.n_patients[group]) - 1 if group >= 0 else 0
                     if others > 0:
-                        mean = (peers[group] - total * share_of[number]) / others
+                        mean = (compared.peers[group] - total * share_of[number]) / others
                         parts[image] = _largest(_from_peers(unit, total, square, n, mean), is_told, most)
     return found
 

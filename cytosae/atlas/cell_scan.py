@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stores.csr import CsrRows
 
+from .cell_types import CellTypes
 from .cohort import Cohort
 
 Ints = npt.NDArray[np.int64]
@@ -86,6 +87,23 @@ class OwnStrongest:
 
 
 @dataclass(frozen=True, eq=False)
+class TypeSums:
+    """What is compared with: of each type of a patient its images with a row, of each group the sum of unit rows."""
+
+    n_images: Ints  # (n_types,)
+    n_patients: Ints  # (n_groups,) with such an image
+    peers: Floats  # (n_groups, n_latents), each patient counts once
+
+
+def type_sums(cohort: Cohort, types: CellTypes) -> TypeSums:
+    """Two passes."""
+    counts = with_a_row(cohort, types.type_of, types.n_types)
+    has = (counts > 0) & (types.groups >= 0)
+    peers = group_sums(cohort, types.groups_of_images(), types.n_groups, types.type_of, counts)
+    return TypeSums(counts, np.bincount(types.groups[has], minlength=types.n_groups), peers)
+
+
+@dataclass(frozen=True, eq=False)
 class Likeness:
     """How alike each image is, on average, to other images; cosines of ln(1 + tokens above tau), weighted by rarity.
 
@@ -93,9 +111,7 @@ class Likeness:
     """
 
     to_own: Floats  # (n_images,) to its patient's other images of its type
-    to_peers: (
-        Floats  # (n_images,) to those of its type of other patients with the disease in the dataset: each counts once
-    )
+    to_peers: Floats  # (n_images,) to those of its type of the other patients of its group, each counting once
 
 
 def add_unit_rows(

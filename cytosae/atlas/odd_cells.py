@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .cell_reasons import Parts, Reason, unlike_parts
-from .cell_scan import Likeness, group_sums, unit_products, unit_sums, with_a_row
+from .cell_reasons import SUM_BYTES, Parts, Reason, unlike_parts
+from .cell_scan import Likeness, TypeSums, unit_products, unit_sums
 from .cell_types import LEAST_CELLS, CellTypes, means_by_type
 from .cohort import Cohort, Ints, positions
 from .latent_lists import distinct
@@ -20,7 +20,6 @@ from .latent_lists import distinct
 SHOWN = 3  # reasons of a cell
 KINDS = 4  # cells of a patient in each list
 _PARTS = 12  # latents of a cell that are looked at, of which alike ones are shown as one
-_SUM_BYTES = 1 << 27
 Floats = npt.NDArray[np.float64]
 
 
@@ -36,7 +35,7 @@ class OddCell:
 
 
 def odd_cells(
-    cohort: Cohort, types: CellTypes, alike: Likeness, vectors: npt.NDArray[np.float32]
+    cohort: Cohort, types: CellTypes, compared: TypeSums, alike: Likeness, vectors: npt.NDArray[np.float32]
 ) -> tuple[list[list[OddCell]], list[list[OddCell]]]:
     """Of each patient the least typical cells, and those unlike the other patients' cells, the furthest first.
 
@@ -49,7 +48,7 @@ def odd_cells(
         for each, n in ((alike.to_own, n_own), (alike.to_peers, np.minimum(n_own, n_others)))
     ]
     own, peers = ([image for some in each for image, _, _ in some] for each in least)
-    both = unlike_parts(cohort, types, own, peers, most=_PARTS)
+    both = unlike_parts(cohort, types, compared, own, peers, most=_PARTS)
     found: list[list[list[OddCell]]] = []
     for lists, parts, is_own in zip(least, both, (True, False), strict=True):
         here, others = _beside(cohort, types, parts, is_own=is_own)
@@ -75,23 +74,22 @@ def odd_cells(
     return found[0], found[1]
 
 
-def likeness(cohort: Cohort, types: CellTypes, *, sum_bytes: int = _SUM_BYTES) -> Likeness:
-    """How alike each image is to others of its type; two passes, and two for the images of each 128 MiB of sums.
+def likeness(cohort: Cohort, types: CellTypes, compared: TypeSums, *, sum_bytes: int = SUM_BYTES) -> Likeness:
+    """How alike each image is to others of its type; two passes over the images of each 128 MiB of sums.
 
     Images without a latent have no row to compare, and count nowhere.
     """
     group_of = types.groups_of_images()
-    n_images = with_a_row(cohort, types.type_of, types.n_types)
-    share_of = 1 / np.maximum(1, n_images)  # each patient of a group counts once
-    peers = group_sums(cohort, group_of, types.n_groups, types.type_of, n_images)
-    has = (n_images > 0) & (types.groups >= 0)
-    n_peers = np.append(np.bincount(types.groups[has], minlength=types.n_groups), 0)  # the last: of no group
+    n_images, share_of = compared.n_images, 1 / np.maximum(1, compared.n_images)
+    n_peers = np.append(compared.n_patients, 0)  # the last: of no group
     to_own, to_peers = np.full((2, len(group_of)), np.nan)
     for here_of, (sums,) in unit_sums(cohort, types.type_of, types.n_types, most_bytes=sum_bytes):
         for first, rows in cohort.image_blocks("X", of=here_of >= 0):
             here = slice(first, first + rows.n_rows)
             mine = unit_products(rows, cohort.rarity, here_of[here], sums)
-            theirs = unit_products(rows, cohort.rarity, np.where(here_of[here] >= 0, group_of[here], -1), peers)
+            theirs = unit_products(
+                rows, cohort.rarity, np.where(here_of[here] >= 0, group_of[here], -1), compared.peers
+            )
             some = np.flatnonzero(~np.isnan(mine))
             number, at = types.type_of[here][some], first + some
             with np.errstate(divide="ignore", invalid="ignore"):

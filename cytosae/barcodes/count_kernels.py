@@ -222,10 +222,12 @@ def take_nonzero(
     return int(taken), int(at)
 
 
-@intrinsic
-def _lowest_bit(_: Any, number: Any) -> Any:
-    """The place of the lowest bit of a number above 0: one instruction, which numba has no name for."""
+def _cttz(_: Any, number: Any) -> Any:
+    """Counts trailing zeros: the place of the lowest bit of a number above 0, one instruction, unnamed in numba."""
     return number(number), lambda _, builder, signature, arguments: builder.cttz(arguments[0], false_bit)
+
+
+_lowest_bit: Any = intrinsic(_cttz)  # compiled code calls it with the number alone
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -282,7 +284,7 @@ def _count(
         for w in range(len(is_there)):
             word = is_there[w]
             while word != 0:
-                found[n_found] = w * _WORD + _lowest_bit(word)  # type: ignore[call-arg]  # numba gives the context
+                found[n_found] = w * _WORD + _lowest_bit(word)
                 n_found += 1
                 word &= word - np.uint64(1)
         if n_out + n_found > len(out_latent):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from cytosae.atlas.cell_reasons import unlike_parts
+from cytosae.atlas.cell_scan import type_sums
 from cytosae.atlas.cell_types import LEAST_CELLS, CellTypes, cell_types, means_by_type
 from cytosae.atlas.cohort import Cohort
-from cytosae.atlas.odd_cells import KINDS, SHOWN, likeness, odd_cells
+from cytosae.atlas.odd_cells import KINDS, SHOWN, OddCell, likeness, odd_cells
 from stores.csr import CsrRows
 
 N_IMAGES, N_PATIENTS, N_LATENTS = 150, 7, 24
@@ -39,7 +40,6 @@ class Invented:
         with_each = (self.dense[self.is_readable] > 0).sum(axis=0)
         self.groups = SimpleNamespace(n_images_with=with_each)
         self.rarity = np.log((self.is_readable.sum() + 1) / (with_each + 1)).clip(0).astype(np.float32)
-        self.n_read = 0
 
     def image_blocks(self, matrix: str, *, of: np.ndarray | None = None) -> Iterator[tuple[int, CsrRows]]:
         assert matrix == "X"
@@ -47,7 +47,6 @@ class Invented:
             some = self.dense[first : first + 16]
             if of is not None and not of[first : first + 16].any():
                 continue
-            self.n_read += 1
             row, latent = np.nonzero(some)
             indptr = np.searchsorted(row, np.arange(len(some) + 1))
             yield first, CsrRows(latent.astype(np.int32), some[row, latent], indptr.astype(np.int64))
@@ -120,17 +119,17 @@ def test_types_are_the_labels_of_each_patient(made: Invented, types: CellTypes) 
 
 @pytest.mark.parametrize("n_at_once", [1000, 3, 1])
 def test_likeness_is_within_a_type(made: Invented, types: CellTypes, n_at_once: int) -> None:
-    found = likeness(cast(Cohort, made), types, sum_bytes=n_at_once * 4 * N_LATENTS)
+    cohort = cast(Cohort, made)
+    found = likeness(cohort, types, type_sums(cohort, types), sum_bytes=n_at_once * 4 * N_LATENTS)
     to_own, to_peers = slow_likeness(made)
     np.testing.assert_allclose(found.to_own, to_own, atol=1e-5)
     np.testing.assert_allclose(found.to_peers, to_peers, atol=1e-5)
     assert np.isnan(to_peers[made.patient_of == 6]).all(), "nobody is beside the last"
 
 
-def test_only_blocks_with_an_image_asked_for_are_read(made: Invented) -> None:
-    of = np.zeros(N_IMAGES, bool)
-    of[[17, 80]] = True
-    assert [first for first, _ in made.image_blocks("X", of=of)] == [16, 80]
+def found_in(cohort: Cohort, types: CellTypes, vectors: np.ndarray) -> tuple[list[list[OddCell]], list[list[OddCell]]]:
+    compared = type_sums(cohort, types)
+    return odd_cells(cohort, types, compared, likeness(cohort, types, compared), vectors)
 
 
 def slow_odd(made: Invented, values: np.ndarray, patient: int, *, is_own: bool) -> list[tuple[int, float]]:
@@ -165,7 +164,7 @@ def test_odd_cells_and_their_reasons(made: Invented, types: CellTypes) -> None:
     cohort = cast(Cohort, made)
     vectors = np.eye(N_LATENTS, dtype=np.float32)
     vectors[3] = vectors[2]  # active in the same images: told together
-    both = odd_cells(cohort, types, likeness(cohort, types), vectors)
+    both = found_in(cohort, types, vectors)
     is_told = made.groups.n_images_with >= 5
     assert not is_told.all()
     n_reasons = n_together = 0
@@ -208,8 +207,9 @@ def test_odd_cells_and_their_reasons(made: Invented, types: CellTypes) -> None:
 def test_parts_are_the_same_however_few_types_fit(made: Invented, types: CellTypes) -> None:
     images = [n for n in asked(made) if units_of(made)[n].any()]
     cohort = cast(Cohort, made)
-    whole = unlike_parts(cohort, types, images, images, most=5)
-    few = unlike_parts(cohort, types, images, images, most=5, sum_bytes=3 * 8 * N_LATENTS)
+    compared = type_sums(cohort, types)
+    whole = unlike_parts(cohort, types, compared, images, images, most=5)
+    few = unlike_parts(cohort, types, compared, images, images, most=5, sum_bytes=3 * 8 * N_LATENTS)
     for each, other in zip(whole, few, strict=True):
         assert each.keys() == other.keys()
         for image, parts in each.items():
@@ -222,10 +222,9 @@ def test_nobody_has_no_type(made: Invented) -> None:
     nobody.patient_of[:] = -1
     types = cell_types(cast(Cohort, nobody))
     assert (types.n_types, types.n_groups) == (0, 0)
-    assert np.isnan(likeness(cast(Cohort, nobody), types).to_own).all()
-    found = odd_cells(
-        cast(Cohort, nobody), types, likeness(cast(Cohort, nobody), types), np.eye(N_LATENTS, dtype=np.float32)
-    )
+    cohort = cast(Cohort, nobody)
+    assert np.isnan(likeness(cohort, types, type_sums(cohort, types)).to_own).all()
+    found = found_in(cohort, types, np.eye(N_LATENTS, dtype=np.float32))
     assert found == ([[]] * N_PATIENTS, [[]] * N_PATIENTS)
 
 
@@ -247,8 +246,6 @@ def test_a_rare_type_is_not_the_least_typical_by_being_rare() -> None:
     made.dense[100] = 0
     made.dense[100, 23] = 9
     types = cell_types(cast(Cohort, made))
-    found, _ = odd_cells(
-        cast(Cohort, made), types, likeness(cast(Cohort, made), types), np.eye(N_LATENTS, dtype=np.float32)
-    )
+    found, _ = found_in(cast(Cohort, made), types, np.eye(N_LATENTS, dtype=np.float32))
     assert len(found[0]) == KINDS
     assert 100 not in [odd.image for odd in found[0]]

@@ -13,6 +13,7 @@ from atlas_maker import DISEASES, IMAGES_PER_PATIENT, LABELS, N_LATENTS, PATIENT
 
 from cytosae.atlas import AtlasConfig, Inputs, open_inputs
 from cytosae.atlas.cell_choice import SHOWN, CellChoice, choose_cells
+from cytosae.atlas.cell_scan import type_sums
 from cytosae.atlas.cell_types import cell_types
 from cytosae.atlas.cohort import Cohort as Patients
 from cytosae.atlas.comparisons import taken_into_account
@@ -106,7 +107,7 @@ def test_both_sides_of_a_disease_and_of_a_pair(cohort: Cohort, inputs: Inputs, c
 def test_typical_cells_and_odd_ones_of_a_type(cohort: Cohort, patients: Patients, choice: CellChoice) -> None:
     """Their twins in plain loops: test_odd_cells.py."""
     types = cell_types(patients)
-    alike = likeness(patients, types)
+    alike = likeness(patients, types, type_sums(patients, types))
     for number, name in enumerate(patients.real_names):
         mine = [n for n in readable(cohort) if cohort.patient_of[n] == name]
         found = choice.patients[number]
@@ -123,6 +124,20 @@ def test_typical_cells_and_odd_ones_of_a_type(cohort: Cohort, patients: Patients
         for odd in (*found.atypical, *found.unlike):
             assert {(odd.image, latent) for latent in dict(odd.more)} <= {*choice.marks}
             assert odd.alike < odd.usual
+
+
+def test_only_blocks_with_an_image_asked_for_are_read(patients: Patients, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cytosae.atlas.cohort._IMAGES", 16)
+    blocks = dict(patients.image_blocks("X"))
+    assert [*blocks] == [*range(0, 99, 16)]
+    of = np.zeros(99, bool)
+    of[[17, 80, 95]] = True
+    some = dict(patients.image_blocks("X", of=of))
+    assert [*some] == [16, 80]
+    for first, rows in some.items():
+        np.testing.assert_array_equal(rows.values, blocks[first].values)
+    of[:] = False
+    assert not [*patients.image_blocks("X", of=of)]
 
 
 def test_the_order_has_every_active_latent_once(choice: CellChoice) -> None:
