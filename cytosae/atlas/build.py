@@ -33,9 +33,9 @@ from .disease_pages import write_disease_pages, write_families
 from .examples import find_examples
 from .frames import Frames
 from .gallery import Gallery, make_gallery
-from .ground import Ground, ground_threshold, sampled
 from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
+from .lies_on import PatchKinds, rules_of
 from .matched_concepts import Pairs
 from .opinions import opinions_identity
 from .other_atlas import NAME as CONCEPTS
@@ -451,16 +451,16 @@ def _unit(inputs: Inputs) -> str:
 
 
 def _maps(inputs: Inputs, plan: Plan, folder: Path | None) -> Maps:
-    """Empty maps, and of an atlas that is written (`folder`) the threshold of its ground, from some pictures."""
+    """Empty maps, and of an atlas that is written (`folder`) what tells ground and nuclei, from some pictures."""
     layout = inputs.stores[0].layout
 
     def find(image: int) -> Pixels | str:
         number, row = inputs.place(image)
         return inputs.sources.pictures[number](row)
 
-    threshold = None if folder is None else ground_threshold(sampled(plan.images, find), layout.side)
-    ground = Ground(len(plan.images), layout.side, threshold)
-    return Maps(len(plan.mapped[0]), layout.n_patches, folder, ground=ground)
+    rules = None if folder is None else rules_of(plan.images, find, layout.side)
+    kinds = PatchKinds(len(plan.images), layout.side, rules)
+    return Maps(len(plan.mapped[0]), layout.n_patches, folder, kinds=kinds)
 
 
 def _frames(
@@ -488,7 +488,7 @@ def _write_other_pages(site: Site, frames: Frames, gallery: Gallery, pairs: Pair
         "words.html",
         **frames.shared,
         layout=frames.inputs.stores[0].layout,
-        ground=frames.maps.ground.threshold,
+        rules=frames.maps.kinds.rules,
     )
 
 

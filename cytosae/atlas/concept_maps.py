@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .ground import Ground, Maps8, Share
+from .lies_on import Maps8, PatchKinds, Share
 from .plan import Plan
 
 
@@ -21,10 +21,10 @@ class Maps:
     """
 
     def __init__(
-        self, n_maps: int, n_patches: int, folder: Path | None = None, *, ground: Ground | None = None
+        self, n_maps: int, n_patches: int, folder: Path | None = None, *, kinds: PatchKinds | None = None
     ) -> None:
-        """`folder`: where the file lies; None: in that of temporary files. `ground`: of the images with a page."""
-        self.ground = ground or Ground(0, 0, None)
+        """`folder`: where the file lies; None: in that of temporary files. `kinds`: of the images with a page."""
+        self.kinds = kinds or PatchKinds(0, 0)
         self.largest = np.zeros(n_maps, np.float32)
         self.aspect = np.ones(n_maps, np.float32)  # width by height of the image
         self.unseen: dict[int, str] = {}  # image index -> why it cannot be shown
@@ -49,10 +49,10 @@ class Maps:
 
 
 def share_of(plan: Plan, maps: Maps, latent: int) -> Share | None:
-    """How much of a latent lies on the background of its reference images; None: not told."""
+    """How much of a latent lies on background and nuclei of its reference images; None: not told."""
     first, last = np.searchsorted(plan.references.latent, [latent, latent + 1]).tolist()
     numbers = [plan.place_of.get(image, -1) for image in plan.references.image[first:last].tolist()]
-    return maps.ground.share(numbers, maps.read(first, last - first))
+    return maps.kinds.share(numbers, maps.read(first, last - first))
 
 
 def packed_map(steps: Maps8) -> str:

@@ -18,8 +18,8 @@ from .concept_maps import Maps, packed_map, share_of
 from .drawings import Bars, Strip, histogram_bars, strip_of, strip_ticks
 from .evidence import Evidence
 from .examples import BIN_EDGES, DECILES
-from .ground import Maps8, Share
 from .inputs import Inputs
+from .lies_on import Maps8, Share
 from .matched_concepts import Pairs
 from .plan import Plan
 from .sentence import Clause, Facts, place_of, same_patch_of, sentence
@@ -205,7 +205,7 @@ def _sentence(
     values: Values,
     comparisons: list[dict[str, Any]],
     known: dict[str, Any],
-    ground: Share | None,
+    lies_on: Share | None,
 ) -> list[Clause]:
     score, stability = known["score"] or {}, known["stability"] or {}
     return sentence(
@@ -214,7 +214,7 @@ def _sentence(
             labels=[frame["label"] for row in shown["rows"] for frame in row["frames"]],
             place=place_of(maps),
             same_patch=same_patch_of(maps),
-            ground=ground,
+            lies_on=lies_on,
             masks=known["masks"],
             n_patients=len(values),
             n_above=int((values > 0).sum()),

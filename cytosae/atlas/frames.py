@@ -15,8 +15,8 @@ from .cohort import Cohort
 from .composition import Composition, compositions
 from .concept_maps import Maps, packed_map, share_of
 from .concept_pages import disease_name, image_name
-from .ground import ON, on
 from .inputs import Inputs
+from .lies_on import ON, on
 from .plan import Plan
 from .sentence import same_patch_of
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from .concept_maps import Maps, share_of
 from .evidence import EvidenceStores
 from .gallery import Gallery
-from .ground import ON, ONE_PLACE, TURN, on
+from .lies_on import ON, ONE_PLACE, TURN, on
 from .opinions import VERDICTS
 from .plan import Ints, Plan
 from .sentence import PLACES, SAME_PATCH, agrees, place_word
@@ -219,7 +219,7 @@ def places_of(plan: Plan, maps: Maps) -> npt.NDArray[np.uint8]:
 
 
 def on_of(plan: Plan, maps: Maps, places: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(concepts,) does each lie on cells or on background, or at one place of every image? Number in `ON`."""
+    """(concepts,) does each lie on nuclei, cells or background, or at one place of every image? Number in `ON`."""
     found = [
         ONE_PLACE if place == SAME_PATCH else on(share_of(plan, maps, latent))
         for latent, place in zip(plan.latents.tolist(), places.tolist(), strict=True)

@@ -44,7 +44,7 @@ def write_images(
     """Write all files of the images of the plan, in the order of the stores; yields steps, two for each image.
 
     First pictures and what is in their tokens, then the pages, which show other images, too. Fills `maps` and their
-    ground. Memory: the tokens of a few images.
+    kinds of patches. Memory: the tokens of a few images.
 
     marks : further maps to fill
     chosen : only these images (for an estimate)
@@ -65,7 +65,7 @@ def write_images(
             maps.unseen[image] = _HIDDEN if config.pseudonyms else picture
         else:
             site.write(f"pictures/{plan.number_of[image]}.jpg", jpeg(reduced(picture, config.pixels)))
-            maps.ground.fill(plan.place_of[image], picture)
+            maps.kinds.fill(plan.place_of[image], picture)
             maps.sizes.add((picture.shape[0], picture.shape[1]))
         first, last = np.searchsorted(in_order_of_images, [image, image + 1])
         numbers = by_image[first:last].tolist()

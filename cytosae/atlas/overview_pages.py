@@ -11,8 +11,8 @@ from .comparisons import pair_of
 from .concept_maps import Maps
 from .gallery import Gallery
 from .gallery_files import first_order, on_of, parts_of, places_of, write_gallery_data, write_map_files
-from .ground import ON
 from .inputs import Inputs
+from .lies_on import ON
 from .plan import Plan
 from .site import Site, packed, plain_text, share
 
@@ -58,7 +58,7 @@ def write_overview(
         n_images=int(inputs.first_images[-1]),
         has_labels=bool(gallery.labels),
         has_selection=bool(plan.selection),
-        is_told=maps.ground.threshold is not None,
+        is_told=maps.kinds.rules.ground is not None,
         has_places=bool((on > 0).any()),
         has_masks=parts is not None,
         cards=[_card(inputs, plan, gallery, at) | {"on": ON[on[at]]} for at in order[:_FIRST].tolist()],

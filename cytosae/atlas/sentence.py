@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .ground import Share, on
+from .lies_on import ON, Share, on
 from .site import share, short
 
 ALPHA = 0.05  # of p and q
@@ -51,7 +51,7 @@ class Facts:
     labels: Sequence[str]  # of the reference images of all datasets; "" without a label
     place: Place | None = None
     same_patch: tuple[int, int] | None = None  # of `same_patch_of`
-    ground: Share | None = None  # of `Ground.share`
+    lies_on: Share | None = None  # of `PatchKinds.share`
     masks: Sequence[Row] = ()  # class, auroc, auroc_p_any
     n_patients: int = 0  # with a barcode
     n_above: int = 0  # of these, with a value above 0
@@ -74,7 +74,7 @@ def sentence(facts: Facts) -> list[Clause]:
     for make, link in (
         (_labels, "#references"),
         (_place, "#references"),
-        (_ground, "#references"),
+        (_lies_on, "#references"),
         (_same_patch, "#references"),
         (_masks, "#masks"),
         (_patients, "#patients"),
@@ -179,11 +179,18 @@ def _place(facts: Facts) -> Iterator[str]:
     yield f"{size}, {where}" if place.middle >= _MIDDLE or place.border >= _BORDER else f"{size} of the image"
 
 
-def _ground(facts: Facts) -> Iterator[str]:
-    if facts.ground is not None:
-        where = ("", "on the cell", "on cells and background", "on the background")[on(facts.ground)]
-        of_all = f"{share(round(facts.ground.all, 2))} of all patches of these images"
-        yield f"{where} (background: {share(round(facts.ground.strongest, 2))} of its strongest patches, {of_all})"
+def _lies_on(facts: Facts) -> Iterator[str]:
+    found = facts.lies_on
+    if found is None:
+        return
+    where = ON[on(found)]
+    if where == "the nucleus" and found.nucleus is not None:
+        strongest, beside = found.nucleus, f"{share(round(found.nucleus_of_cells, 2))} of all patches on cells"
+        yield f"on the nucleus ({share(round(strongest, 2))} of its strongest patches, {beside} in these images)"
+        return
+    where = "cells and background" if where == "both" else where
+    of_all = f"{share(round(found.all, 2))} of all patches of these images"
+    yield f"on {where} (background: {share(round(found.strongest, 2))} of its strongest patches, {of_all})"
 
 
 def _same_patch(facts: Facts) -> Iterator[str]:

@@ -171,8 +171,8 @@ def test_the_first_cards_stand_in_the_page(atlas: Path, cohort: Cohort) -> None:
     """Without a script: on cells first, of each label in turn the strongest that is its own, as the script orders."""
     found = data(atlas, "gallery")
     key = np.where(np.isnan(found["specificity"]), -1, found["specificity"].astype(float) * found["mean"].astype(float))
-    turn = [("", "the cell", "both", "the background", "one place")[code] for code in found["on"]]
-    turns = [{"the cell": 0, "the background": 2, "one place": 3}.get(word, 1) for word in turn]
+    turn = [("", "the nucleus", "the cell", "both", "the background", "one place")[code] for code in found["on"]]
+    turns = [{"the nucleus": 0, "the cell": 0, "the background": 2, "one place": 3}.get(word, 1) for word in turn]
     labels = [found["labels"][code] if code != found["no_label"] else "" for code in found["label"]]
     common = [*sorted(found["labels"], key=lambda name: -labels.count(name)), ""]
     left = sorted(range(N_LATENTS), key=lambda n: (-key[n], -found["mean"][n], n))

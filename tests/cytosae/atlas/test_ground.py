@@ -2,9 +2,8 @@
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 
-from cytosae.atlas.ground import ON, Ground, Share, ground_of, ground_threshold, light_of, on
+from cytosae.atlas.ground import ground_of, ground_threshold, light_of, points_of
 
 SIDE = 16
 Pixels = npt.NDArray[np.uint8]
@@ -37,10 +36,10 @@ def test_background_is_told_from_cells_of_every_colour() -> None:
     """Pale cytoplasm, the nucleus and the pale middle of a red cell are cell; only patches at an edge may be either."""
     rng = np.random.default_rng(0)
     made = [smear(rng) for _ in range(12)]
-    threshold = ground_threshold([picture for picture, _ in made], SIDE)
+    threshold = ground_threshold([points_of(picture, SIDE) for picture, _ in made], SIDE)
     assert threshold is not None
     for picture, is_cell in made:
-        found, share = ground_of(light_of(picture, SIDE), threshold), of_patches(is_cell)
+        found, share = ground_of(light_of(points_of(picture, SIDE)), threshold), of_patches(is_cell)
         assert found[share < 0.1].all()
         assert not found[share > 0.9].any()
 
@@ -49,7 +48,7 @@ def test_the_rule_as_plain_loops() -> None:
     """Without what matter encloses, which another test has."""
     rng = np.random.default_rng(1)
     picture = rng.integers(0, 255, (48, 80, 3), dtype=np.uint8)  # no square: stretched as its map is
-    light = light_of(picture, 4)
+    light = light_of(points_of(picture, 4))
     darkest = [
         [min(picture[3 * r : 3 * r + 3, 5 * c : 5 * c + 5, k].mean() for k in range(3)) for c in range(16)]
         for r in range(16)
@@ -65,45 +64,8 @@ def test_the_rule_as_plain_loops() -> None:
 def test_it_is_not_told_where_the_rule_does_not_hold() -> None:
     """Of dark pictures, of full fields without a rim, of too few patches, of nothing."""
     rng = np.random.default_rng(2)
-    assert ground_threshold([smear(rng, is_dark=True)[0] for _ in range(8)], SIDE) is None
-    assert ground_threshold([rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(8)], SIDE) is None
-    assert ground_threshold([smear(rng)[0]], 2) is None
-    assert ground_threshold([], SIDE) is None
-    assert ground_threshold([np.full((64, 64, 3), 200, np.uint8)], SIDE) is None
-    nothing = Ground(1, SIDE, None)
-    nothing.fill(0, smear(rng)[0])
-    assert nothing.of(0) is None
-    assert nothing.share([0], np.full((1, SIDE**2), 255, np.uint8)) is None
-
-
-@pytest.mark.parametrize(("beside", "word"), [(0, "the cell"), (1, "the background"), (0.5, "both")])
-def test_where_a_latent_lies(beside: float, word: str) -> None:
-    """By its strongest patches, each image counting once; an image that was not seen and a silent one do not count."""
-    rng = np.random.default_rng(3)
-    made = [smear(rng) for _ in range(4)]
-    threshold = ground_threshold([picture for picture, _ in made], SIDE)
-    ground = Ground(5, SIDE, threshold)
-    maps = np.zeros((6, SIDE**2), np.uint8)
-    for number, (picture, is_cell) in enumerate(made):
-        ground.fill(number, picture)
-        share = of_patches(is_cell)
-        cell, free = rng.permutation(np.flatnonzero(share > 0.95))[:8], rng.permutation(np.flatnonzero(share < 0.05))
-        n = round(8 * beside)
-        maps[number, [*cell[n:], *free[:n]]] = 255
-        maps[number, [*cell[:n], *free[n:8]]] = 100  # below half of the largest value
-    maps[4, :] = 255  # of a picture that cannot be read
-    found = ground.share([0, 1, 2, 3, 4, -1], maps)
-    assert found is not None
-    assert found.strongest == pytest.approx(beside)
-    assert found.all == pytest.approx(np.mean([of_patches(~is_cell).mean() for _, is_cell in made]), abs=0.03)
-    assert ON[on(found)] == word
-
-
-def test_words_of_shares() -> None:
-    assert [ON[on(Share(value, 0.4))] for value in (0.25, 0.26, 0.74, 0.75)] == [
-        "the cell",
-        "both",
-        "both",
-        "the background",
-    ]
-    assert ON[on(None)] == ""
+    dark = [smear(rng, is_dark=True)[0] for _ in range(8)]
+    full = [rng.integers(0, 255, (64, 64, 3), dtype=np.uint8) for _ in range(8)]
+    for pictures in (dark, full, [], [np.full((64, 64, 3), 200, np.uint8)]):
+        assert ground_threshold([points_of(picture, SIDE) for picture in pictures], SIDE) is None
+    assert ground_threshold([points_of(smear(rng)[0], 2)], 2) is None
