@@ -6,6 +6,7 @@ const NEVER = 255;
 const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
 const PLACES = ["", "middle", "border", "here and there", "all over", "same patch"]; // as in sentence.py
 const ON = ["", "the nucleus", "the cell", "both", "the background", "one place"], TURN = [1, 0, 0, 1, 2, 3]; // as in lies_on.py
+const CHIPS = { "on both": "cell and background", "named yes": "with a name" }; // of choices that an address calls otherwise
 const DOUBTS = { // of cards, by what a concept lies on
   "one place": ["one place", "strongest at the same patch in most of its reference images: perhaps a place, and nothing in the cell"],
   "the background": ["background", "most of its strongest patches in its reference images show background, and no cell"],
@@ -55,7 +56,7 @@ function openGallery(data) {
   const groups = [
     { name: "label", title: "Label", order: byCount(data.labels), of: (at) => data.labels[labelOf(at)] ?? "" },
     { name: "in", title: "Disease, any comparison", order: byText, hint: `q at most ${IS_DIFFERENT} in some comparison; a card says against whom`, of: higher },
-    { name: "on", title: "Lies on", hint: "where its strongest patches are in its reference images; the cell: on it, but not mainly on its nucleus; both: on cells and background; one place: at the same patch of them, whatever is there", order: ([a], [b]) => ON.indexOf(a) - ON.indexOf(b), of: (at) => ON[data.on?.[at]] ?? "" },
+    { name: "on", title: "Lies on", hint: "where its strongest patches are in its reference images; the cell: on it, but not mainly on its nucleus; one place: at the same patch of them, whatever is there", order: ([a], [b]) => ON.indexOf(a) - ON.indexOf(b), of: (at) => ON[data.on?.[at]] ?? "" },
     { name: "part", title: "Part", hint: "of the masks: what it marks best, and more than by chance", order: byCount(data.parts ?? []), of: (at) => data.parts?.[data.part?.[at]] ?? "" },
     { name: "place", title: "Where", hint: "in the image: at its middle or border, here and there, or all over", order: ([a], [b]) => PLACES.indexOf(a) - PLACES.indexOf(b), of: placeOf },
     { name: "dataset", title: "Dataset", order: byCount(data.datasets), of: (at) => data.datasets[data.dataset?.[at]] ?? "" },
@@ -73,7 +74,7 @@ function openGallery(data) {
     return [...found].sort(order);
   }
   const countsOfAll = new Map(groups.map((group) => [group.name, new Map(choicesOf(group))]));
-  for (const group of groups) group.values = [...countsOfAll.get(group.name).keys()].map((value) => [value, group.name === "named" ? "with a name" : value]);
+  for (const group of groups) group.values = [...countsOfAll.get(group.name).keys()].map((value) => [value, CHIPS[`${group.name} ${value}`] ?? value]);
   const common = [...countsOfAll.get("label").keys()].slice(0, COLORED).map((name) => data.labels.indexOf(name));
   const chips = new Chips($("chips"), groups.filter((group) => group.values.length), () => update());
 

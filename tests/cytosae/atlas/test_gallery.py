@@ -281,6 +281,17 @@ def test_counts_of_chips(wide: Path) -> None:
     assert [n for _, n in found["label"]] == sorted(slow["label"].values(), reverse=True)
 
 
+def test_counts_of_what_concepts_lie_on(tmp_path: Path) -> None:
+    """In the order of the chips; nuclei and cells are among the first."""
+    gallery = big_gallery(5_000)
+    on = (np.arange(5_000) % 17 % 6).astype(np.uint8)
+    write_gallery_data(Site(tmp_path), gallery, np.arange(5_000), 5_000, ["a", "b", "c"], PAIRS, on=on)
+    found = data(tmp_path, "gallery")
+    names = ("the nucleus", "the cell", "both", "the background", "one place")
+    assert dict(found["counts"])["on"] == [[name, int((on == code).sum())] for code, name in enumerate(names, start=1)]
+    assert set(on[found["at"]].tolist()) == {1, 2}
+
+
 def test_of_several_datasets_the_strongest_cell_decides(atlas: Path, cohort: Cohort) -> None:
     found = data(atlas, "gallery")
     assert found["datasets"] == sorted(DATASETS)

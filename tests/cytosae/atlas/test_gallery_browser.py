@@ -263,6 +263,39 @@ def test_ten_thousand_cards_are_few_in_the_page(browser: Any, atlas: Path, tmp_p
     tab.close()
 
 
+def test_chips_of_what_concepts_lie_on(browser: Any, atlas: Path, tmp_path: Path) -> None:
+    """A chip for each value that is there, with its number; each finds its concepts, nuclei and cells first."""
+    site, n = Path(shutil.copytree(atlas, tmp_path / "atlas")), 40
+    codes = np.resize(np.array([0, 1, 2, 2, 3, 4, 5, 5], np.uint8), n)
+    columns = {
+        "latents": packed(np.arange(n).astype(np.uint16)),
+        "frequency": packed(np.ones(n, np.float16)),
+        "mean": packed(np.linspace(0.5, 1, n).astype(np.float16)),
+        "has_picture": packed(np.zeros(n, np.uint8)),
+        "verdict": packed(np.ones(n, np.uint8)),
+        "on": packed(codes),
+        **{"largest": 1.0, "labels": [], "no_label": 255, "datasets": ["cells"], "pairs": [], "names": []},
+    }
+    (site / "data" / "gallery.js").write_bytes(script_data("gallery", columns))
+    watched = Watched(browser, site)
+    tab = watched.open("index.html")
+    tab.wait_for_selector("ul[data-of=on]")
+    texts = ["the nucleus", "the cell", "cell and background", "the background", "one place"]
+    chips = tab.locator("ul[data-of=on] button[data-value]")
+    counts = [int(text) for text in chips.locator(".n").all_inner_texts()]
+    assert counts == [np.sum(codes == code) for code in range(1, 6)]
+    for text, count, chip in zip(texts, counts, chips.all_inner_texts(), strict=True):
+        assert chip.split() == [*text.split(), str(count)]
+    turn = np.array([1, 0, 0, 1, 2, 3])[codes]
+    assert (np.diff(turn[shown(tab)]) >= 0).all()
+    for code, value in enumerate(["the nucleus", "the cell", "both", "the background", "one place"], start=1):
+        tab = watched.open(f"index.html#on={value.replace(' ', '%20')}")
+        tab.wait_for_selector('ul[data-of=on] [aria-pressed="true"]')
+        assert sorted(shown(tab)) == np.flatnonzero(codes == code).tolist()
+    assert watched.wrong == []
+    tab.close()
+
+
 @pytest.fixture(scope="module")
 def wide(atlas: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The overview of 49,152 concepts; their pages and pictures are those of the small atlas."""

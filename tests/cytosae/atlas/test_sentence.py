@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cytosae.atlas.lies_on import Share
 from cytosae.atlas.sentence import PLACES, Facts, Place, place_of, place_word, same_patch_of, sentence
 
 
@@ -47,6 +48,29 @@ def test_without_artefacts_only_the_activity_is_said() -> None:
 )
 def test_activity(rows: list[dict[str, Any]], said: str) -> None:
     assert texts(*rows) == [said]
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (
+            Share(0.02, 0.41),
+            "on the cell (background: 2% of its strongest patches, 41% of all patches of these images)",
+        ),
+        (Share(0.5, 0.41), "on cells and background (background: 50% of its strongest patches, 41% of all patches"),
+        (Share(0.9, 0.41), "on the background (background: 90% of its strongest patches, 41% of all patches"),
+        (Share(0, 0.41, 0.89, 0.55), "on the nucleus (89% of its strongest patches, 55% of all patches on cells in"),
+        (
+            Share(0, 0.41, 0.6, 0.55),
+            "on the cell (background: 0% of its strongest patches, 41% of all patches of these",
+        ),
+    ],
+)
+def test_what_it_lies_on(share: Share, said: str) -> None:
+    parts = sentence(Facts(statistics=[row()], labels=[], lies_on=share))
+    assert parts[1].text.startswith(said)
+    assert parts[1].text.endswith("images)")
+    assert parts[1].link == "#references"
 
 
 def test_of_a_silent_latent_nothing_else_is_said() -> None:
