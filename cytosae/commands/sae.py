@@ -143,15 +143,16 @@ def saving_options(help_of_keep: str) -> Callable[[Any], Any]:
 @click.option(
     "--loss",
     type=click.Choice(["normed", "eq1", "mse"]),
-    help="Squared error over the token's norm, summed over channels, or its mean  [default: by activation].",
+    help="Squared error over the token's norm, summed over channels, or its mean  [default: by activation and L0].",
 )
 @click.option(
     "--init",
     type=click.Choice(["kaiming", "transpose"]),
-    help="Initial matrices: drawn separately, or the encoder as the decoder's transpose  [default: by activation].",
+    help="Initial matrices: drawn separately, or the encoder as the decoder's transpose  [default: by activation and "
+    "L0].",
 )
 @click.option(
-    "--clip-norm", type=float, help="Largest norm of the gradients of a step; 0: any  [default: by activation]."
+    "--clip-norm", type=float, help="Largest norm of the gradients of a step; 0: any  [default: by activation and L0]."
 )
 @click.option(
     "--nested",

@@ -201,7 +201,8 @@ def _with_training(section: Section, given: Section) -> Section:
         raise BadInput(f"--set sae.{own[0]} is about an SAE that is there; give that SAE with --sae")
     if "use" in section:
         raise BadInput("an SAE is given, and --set sae.* would train one; leave one of them out")
-    follows = ("loss", "init", "clip_norm", "dead_latents") if "activation" in given else ()  # the activation decides
+    is_other = bool({"activation", "target_l0"} & given.keys())
+    follows = ("loss", "init", "clip_norm", "dead_latents") if is_other else ()  # these two decide
     budget = (
         ("holdout", "batch_tokens", "lr", "warmup_steps", "schedule") if {"tokens", "epochs"} & given.keys() else ()
     )

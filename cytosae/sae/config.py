@@ -15,7 +15,7 @@ from stores.spec import check_choice
 from stores.tables import listed
 from stores.token_sets import TOKEN_SETS
 
-from .chosen_defaults import BY_ACTIVATION, RELEASED, STEERED
+from .chosen_defaults import BY_ACTIVATION, RELEASED, steered_defaults
 
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu", "gated")
 LOSSES = ("normed", "eq1", "mse")
@@ -86,11 +86,11 @@ class TrainConfig:
     """Tokens of an image that are trained on: `all` (257 for DinoBloom), `patch` (256), `cls`, or `register`."""
     loss: str = "auto"
     """Squared error over the token's norm (`normed`, released), summed over channels (`eq1`, the paper's Eq. 1), or its
-    mean over channels (`mse`). `auto`: by activation, and by whether the penalty is steered (chosen_defaults.py); read
-    back, it is the choice."""
+    mean over channels (`mse`). `auto`: by activation, and by the L0 that the penalty is steered to
+    (chosen_defaults.py); read back, it is the choice."""
     init: str = "auto"
     """Initial matrices: both drawn separately (`kaiming`, released), or the encoder as the decoder's `transpose`.
-    `auto`: by activation."""
+    `auto`: by activation and `target_l0`."""
     clip_norm: float | None = None
     """Gradients of all weights together are scaled down to this norm, where they are longer; 0: never. None: by
     activation and `target_l0`."""
@@ -100,8 +100,8 @@ class TrainConfig:
     token_scale: str = "none"
     """`sqrt-width`: in training, scale tokens to mean norm sqrt(width); the factor is folded into the saved weights."""
     dead_latents: str = "auto"
-    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py). `auto`: by activation; read back, it
-    is the choice."""
+    """Treatment of dead latents: ghost, auxk, resample or none (dead_latents.py). `auto`: by activation and
+    `target_l0`; read back, it is the choice."""
     dead_after_steps: int = 64
     """A latent is dead if it was not active on any token for more than this many steps."""
     ghost_scale: str = "scalar"
@@ -150,10 +150,10 @@ class TrainConfig:
         if self.epochs is not None and self.tokens == "auto":
             object.__setattr__(self, "tokens", None)  # a budget in passes is one that is given
         by_budget = _WITH_AUTO if self.tokens == "auto" else _WITH_BUDGET
-        by_sparsity = STEERED.get(self.activation, {}) if self.is_steered else {}
+        by_sparsity = {} if self.target_l0 is None else steered_defaults(self.activation, self.target_l0)
         for name, value in (BY_ACTIVATION[self.activation] | by_sparsity | by_budget).items():
             if getattr(self, name) in ("auto", None):
-                object.__setattr__(self, name, value)  # frozen: from here on nothing is left to choose
+                object.__setattr__(self, name, value)  # frozen; nothing is left to choose, but where `is_open`
         for name, choices in (
             ("token_set", TOKEN_SETS),
             ("loss", LOSSES),
@@ -169,12 +169,15 @@ class TrainConfig:
             ("holdout_by", HOLDOUT_BY),
             ("precision", PRECISIONS),
         ):
-            check_choice(name, getattr(self, name), choices)
+            if not (self.is_open and getattr(self, name) == "auto"):
+                check_choice(name, getattr(self, name), choices)
         for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every", "resample_every"):
             if getattr(self, name) != "auto" or name != "expansion":
                 _check_number(name, getattr(self, name), least=1)
-        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight", "clip_norm"):
+        for name in ("warmup_steps", "l1_warmup_steps", "l1", "seed", "holdout", "auxk_weight"):
             _check_number(name, getattr(self, name), least=0)
+        if self.clip_norm is not None:  # None: only where `is_open`
+            _check_number("clip_norm", self.clip_norm, least=0)
         for name in ("k", "auxk", "decay_steps"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), least=1)
@@ -286,6 +289,11 @@ class TrainConfig:
     def is_steered(self) -> bool:
         """True if the weight of the sparsity term is steered to `target_l0`."""
         return self.target_l0 is not None and not self.takes_k
+
+    @property
+    def is_open(self) -> bool:
+        """True while loss, init, clip_norm and dead_latents may wait for the L0 that follows from the data."""
+        return self.activation == "relu" and self.target_l0 == "auto"
 
     @property
     def warning(self) -> str | None:

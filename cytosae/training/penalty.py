@@ -7,8 +7,12 @@ of the batch,
     mean   *= (L0 / mean) ** (1 / 50)                the running mean, geometric (jumprelu: mean += (L0 - mean) / 50)
     recent += (log L0 - recent) / 6
     before += (log L0 - before) / 24
-    gap     = recent - log K + LOOK_AHEAD (recent - before)
-    weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held
+    gap     = recent - log K + LOOK_AHEAD x many (recent - before)
+    weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held; GAIN / many where gap < 0
+
+many is 1 up to a K of `MANY`, then K / MANY, at most 2. The more latents stay active, the shorter is the
+way down, and a weight that has grown on it is too high for long: so one looks further ahead. And where L0 has fallen
+below K the weight falls more slowly: latents come back late, and L0 rises by itself while the learning rate decays.
 
 L0 begins at half of the latents: an arithmetic mean would be off by that for 300 steps.
 
@@ -17,7 +21,7 @@ weight is held when `mean` and `recent` have been near K for `STEADY` steps, and
 left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
 
 The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
-it can gain; for relu and gated, less where more than `SHARED_FROM` latents share that: a weight that is too high drives
+it can gain; for relu and gated, less where more than `MANY` latents share that: a weight that is too high drives
 L0 below K, where at a high learning rate it stays, even without any penalty. So the same law serves every loss,
 activation and width. Thresholds of jumprelu move slowly, by about the learning rate per step, in proportion, and a
 penalty can only raise them, while L0 falls by itself as latents learn. So they start where `FIRST_L0` x K latents per
@@ -44,6 +48,7 @@ from .losses import loss_weight
 MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
 LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
 GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
+MANY = 32  # K from which it looks further ahead, and the first share of relu and gated is FIRST_SHARE x MANY / K
 SHIFT_GAIN = 0.05  # per step, of the logarithm of jumprelu's thresholds, by at most MOST
 _FULL_SPEED = 1e-3  # the learning rate at which thresholds move as fast
 PROMISED_WITHIN = 0.1  # of |mean / K - 1|
@@ -51,7 +56,6 @@ HOLD_WITHIN, RELEASE_BEYOND = 0.05, 0.08  # of |log(mean / K)|
 _HOLD_RECENT_WITHIN = 0.08
 STEADY = 20  # steps near K before the weight is held
 FIRST_SHARE = 0.02  # the weight grows faster than latents that it has killed come back: rather too low at first
-SHARED_FROM = 32  # K from which the share is FIRST_SHARE x SHARED_FROM / K, for relu and gated
 FIRST_L0 = 4  # jumprelu, in K, but at most half of the latents
 _LEAST_WEIGHT = 1e-30  # tokens that are all equal leave nothing to gain
 _LEAST_L0 = 0.01  # of K: an L0 of 0 has no logarithm
@@ -104,8 +108,10 @@ class Penalty:
             return replace(found, held_since=None, n_releases=self.n_releases + 1) if is_released else found
         if found.n_near >= STEADY:
             return replace(found, held_since=step)
-        gap = off_now + LOOK_AHEAD * (recent - before)
-        return replace(found, weight=self.weight * math.exp(pace * min(MOST, max(-MOST, GAIN * gap))))
+        many = min(2.0, max(1.0, self.target / MANY))
+        gap = off_now + LOOK_AHEAD * many * (recent - before)
+        speed = min(MOST, max(-MOST, (GAIN / many if gap < 0 else GAIN) * gap))
+        return replace(found, weight=self.weight * math.exp(pace * speed))
 
     def threshold_shift(self, lr: float) -> float:
         """What is added to the logarithm of every threshold of jumprelu behind a step with this learning rate.
@@ -172,7 +178,7 @@ def begin_steering(
             model.log_threshold.fill_(math.log(max(threshold, config.jump_threshold)))
         bandwidth = max(threshold, config.jump_threshold) * config.jump_bandwidth / config.jump_threshold
     else:
-        share = FIRST_SHARE * min(1.0, SHARED_FROM / config.target_l0)
+        share = FIRST_SHARE * min(1.0, MANY / config.target_l0)
         gain = (of_loss * residual_N1).mean() * 2 * share
     weight = max(float(gain) / tokens_ND.shape[1], _LEAST_WEIGHT)
     return Penalty(target=float(config.target_l0), weight=weight, bandwidth=bandwidth)

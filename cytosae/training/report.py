@@ -88,7 +88,7 @@ def penalty_line(found: dict[str, Any]) -> str:
         return text
     side = "above" if mean > wanted else "below"
     text = f"{text}; not within 10%: it ended {percent(abs(mean / wanted - 1))} {side}. Train again, into another -o,"
-    return f"{text} with more --tokens (or auto), a lower --lr or --schedule linear; or want another L0 (--target-l0)"
+    return f"{text} with a lower --lr, more --tokens (or auto) or --schedule linear; or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:

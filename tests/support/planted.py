@@ -24,12 +24,12 @@ def planted_atoms(seed: int = 0) -> npt.NDArray[np.float64]:
     return np.asarray(atoms / np.linalg.norm(atoms, axis=1, keepdims=True))
 
 
-def planted_cache(root: Path, seed: int = 0) -> Path:
-    """Each token is the centre and three atoms, most of them of its image's label; 30 patients with 8 images each."""
+def planted_cache(root: Path, seed: int = 0, n_images: int = N_IMAGES) -> Path:
+    """Each token is the centre and three atoms, most of them of its image's label; 8 images of each patient."""
     rng, atoms = np.random.default_rng([seed, 1]), planted_atoms(seed)
     per_label = N_ATOMS // N_LABELS
-    labels = [number // 3 % N_LABELS for number in range(N_IMAGES)]
-    tokens = np.empty((N_IMAGES, TOKENS, WIDTH))
+    labels = [number // 3 % N_LABELS for number in range(n_images)]
+    tokens = np.empty((n_images, TOKENS, WIDTH))
     for image, label in enumerate(labels):
         for token in range(TOKENS):
             own = rng.choice(per_label, ACTIVE, replace=False) + label * per_label
@@ -39,7 +39,7 @@ def planted_cache(root: Path, seed: int = 0) -> Path:
         root,
         tokens.astype(np.float16),
         chunk_images=16,
-        patients=[f"P{number // 8}" for number in range(N_IMAGES)],
+        patients=[f"P{number // 8}" for number in range(n_images)],
         labels=[f"label {label}" for label in labels],
     )
 

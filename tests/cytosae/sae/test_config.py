@@ -29,10 +29,11 @@ def test_a_config_by_itself_is_the_released_loss_on_shuffled_tokens() -> None:
 
 def test_without_a_preset_budget_width_and_l0_are_left_to_the_data() -> None:
     """And everything that goes with such a budget; all else is as it was."""
-    left_open = {"tokens": "auto", "expansion": "auto", "target_l0": "auto"}
+    left_open: dict[str, Any] = {"tokens": "auto", "expansion": "auto", "target_l0": "auto"}
+    left_open |= {"loss": "auto", "init": "auto", "clip_norm": None, "dead_latents": "auto"}  # they follow the L0
     with_it = {"batch_tokens": 4096, "lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "holdout": 0.1}
-    assert make_config() == dataclasses.replace(TrainConfig(), **left_open, **with_it)  # type: ignore[arg-type]
-    assert make_config() == TrainConfig(**left_open)  # type: ignore[arg-type]
+    assert make_config() == dataclasses.replace(TrainConfig(), **left_open, **with_it)
+    assert make_config() == TrainConfig(**left_open)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,31 @@ def test_without_a_preset_budget_width_and_l0_are_left_to_the_data() -> None:
 def test_what_is_given_is_taken_as_it_is(given: dict[str, Any], expected: dict[str, Any]) -> None:
     config = make_config(options=given)
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_what_relu_learns_with_follows_the_wanted_l0() -> None:
+    """From 32 on what topk has, below the released settings; open while L0 is, and what is given stays."""
+    names = ("loss", "init", "clip_norm", "dead_latents")
+
+    def of(**options: Any) -> tuple[Any, ...]:
+        config = make_config(options=options)
+        return tuple(getattr(config, name) for name in names)
+
+    released, as_top_k = ("normed", "kaiming", 0.0, "ghost"), ("eq1", "transpose", 1.0, "auxk")
+    assert of(activation="topk", k=8) == as_top_k
+    assert of(l1=1e-3) == of(target_l0=31.0) == released
+    assert of(target_l0=32.0) == of(target_l0=128.0) == as_top_k
+    assert of(target_l0=32.0, loss="normed", clip_norm=0.0) == ("normed", "transpose", 0.0, "auxk")
+    open_config = make_config(options={"init": "kaiming"})
+    assert open_config.is_open
+    assert dataclasses.replace(open_config, target_l0=32.0) == make_config(
+        options={"init": "kaiming", "target_l0": 32.0}
+    )
+    assert of(target_l0="auto", l1_warmup_steps=0) == ("auto", "auto", None, "auto")
+    with pytest.raises(BadInput, match="loss"):
+        TrainConfig(loss="mae", target_l0="auto")
+    with pytest.raises(BadInput, match="clip_norm"):
+        TrainConfig(clip_norm=-1.0, target_l0="auto")
 
 
 def test_l1_and_a_wanted_l0_replace_each_other(tmp_path: Path) -> None:

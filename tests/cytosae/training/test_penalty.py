@@ -31,7 +31,9 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
         elif near >= 20:
             is_held = True
         else:
-            wanted = 0.04 * (off_now + 3 * (recent - before))
+            many = 1 if target <= 32 else 2 if target >= 64 else target / 32
+            wanted = off_now + 3 * many * (recent - before)
+            wanted *= 0.04 / many if wanted < 0 else 0.04
             weight *= math.exp(paces[step - 1] * min(0.03, max(-0.03, wanted)))
         found.append((weight, is_held))
     return found
@@ -43,19 +45,20 @@ def _decaying_mean(values: list[float], time: int) -> float:
     return float((newest * left * values).sum())
 
 
-def test_the_law_equals_its_slow_twin() -> None:
+@pytest.mark.parametrize("target", [16.0, 48.0, 256.0])
+def test_the_law_equals_its_slow_twin(target: float) -> None:
     """L0 comes down from far above, overshoots to 0, stays near, and leaves again: steered, held, steered, held."""
     rng = np.random.default_rng(0)
     course = np.concatenate(
-        [np.geomspace(4000, 8, 80), np.zeros(4), np.full(400, 16.0), np.full(60, 19.0), np.full(260, 16.1)]
+        [np.geomspace(250, 0.5, 80), np.zeros(4), np.full(400, 1.0), np.full(60, 1.19), np.full(260, 1.006)]
     )
-    l0 = (course * rng.normal(1, 0.01, len(course))).tolist()
+    l0 = (target * course * rng.normal(1, 0.01, len(course))).tolist()
     paces = [min(1.0, (step + 1) / 20) for step in range(len(l0))]
-    penalty, found = Penalty(target=16.0, weight=1e-3), []
+    penalty, found = Penalty(target=target, weight=1e-3), []
     for step, value in enumerate(l0, start=1):
         penalty = penalty.after(value, step=step, pace=paces[step - 1])
         found.append((penalty.weight, penalty.is_held))
-    twin = slow_twin(l0, paces, 16.0, 1e-3)
+    twin = slow_twin(l0, paces, target, 1e-3)
     assert [held for _, held in found] == [held for _, held in twin]
     assert [weight for weight, _ in found] == pytest.approx([weight for weight, _ in twin], rel=1e-9)
     assert penalty.is_held
@@ -132,7 +135,8 @@ def test_the_start_is_in_the_unit_of_loss_and_tokens() -> None:
         assert first(activation, tokens, "eq1").weight == pytest.approx(plain.weight * 24)
     model = SparseAutoencoder(24, 96, "relu")
     model.init_weights(torch.Generator().manual_seed(1))
-    wide = [begin_steering(model, TrainConfig(expansion=4, target_l0=k), tokens).weight for k in (8.0, 32.0, 64.0)]
+    configs = [TrainConfig(expansion=4, loss="normed", target_l0=k) for k in (8.0, 32.0, 64.0)]
+    wide = [begin_steering(model, config, tokens).weight for config in configs]
     assert wide == pytest.approx([wide[0], wide[0], wide[0] / 2])  # beyond 32 latents share what there is to gain
     norms = tokens.norm(dim=1)
     assert first("relu", tokens, "normed").weight == pytest.approx(float(2 * 0.02 * (norms / norms).mean() / 24))
