@@ -46,11 +46,13 @@ def begin_level(root: Path) -> None:
     group.create_group("layers").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
 
 
-def write_tables(root: Path, tables: dict[str, Any]) -> None:
-    """Write some elements of the AnnData store at `root`, by name: tables, or dicts of plain values.
+def write_tables(root: Path, tables: dict[str, Any], *others: Path) -> None:
+    """Write some elements of the AnnData store at `root`, by name, and the same ones of `others`.
 
     By way of memory, which takes half the time: zarr hands each small file to another thread, and these wait for each
     other longest while workers keep all cores busy.
+
+    tables : tables, or dicts of plain values
     """
     from anndata.io import write_elem
     from zarr.storage import MemoryStore
@@ -60,8 +62,9 @@ def write_tables(root: Path, tables: dict[str, Any]) -> None:
     with plain_anndata():
         for name, table in tables.items():
             write_elem(group, name, plain_strings(table))
-    below = {name: content for name, content in files.items() if "/" in name}  # the group itself is there
-    write_files(root, {name: content.to_bytes() for name, content in below.items()})
+    below = {name: content.to_bytes() for name, content in files.items() if "/" in name}  # the group itself is there
+    for store in (root, *others):
+        write_files(store, below)
 
 
 @contextmanager

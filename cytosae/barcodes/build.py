@@ -24,7 +24,6 @@ memory. No torch here.
 
 import bisect
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import partial
@@ -447,18 +446,9 @@ def _write_known_tables(job: _Job, images: Any) -> None:
     rows = {"image": image_rows(images), "patient": patient_rows(job.groups), "disease": disease_rows(job.groups)}
     for tau in job.config.taus:
         paths = [job.path(level, tau) for level in LEVELS]
-        write_tables(paths[0], {"uns": {"cyto": _provenance(job, tau)}, **NOTHING_ELSE})
-        _copy_tables(paths, ["uns", *NOTHING_ELSE])
+        write_tables(paths[0], {"uns": {"cyto": _provenance(job, tau)}, **NOTHING_ELSE}, *paths[1:])
         for level, path in zip(LEVELS, paths, strict=True):
             write_tables(path, {"obs": rows[level]})
-
-
-def _copy_tables(paths: list[Path], names: list[str]) -> None:
-    """From the first store to the others; a copy takes a tenth of the time of writing through zarr."""
-    first, *others = paths
-    for other in others:
-        for name in names:
-            shutil.copytree(first / name, other / name)
 
 
 def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Progress) -> Header:
@@ -479,8 +469,7 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
     n_readable = int(job.groups.is_readable.sum())
     for number, tau in enumerate(job.config.taus):
         paths = [job.path(level, tau) for level in LEVELS]
-        write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)})
-        _copy_tables(paths, ["var"])
+        write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)}, *paths[1:])
     job.watch.results(futures)
     for level in levels:
         level.futures.clear()  # a worker that dies from here on must not have them done again

@@ -7,7 +7,7 @@ of the batch,
     mean   *= (L0 / mean) ** (1 / 50)                the running mean, geometric (jumprelu: mean += (L0 - mean) / 50)
     recent += (log L0 - recent) / 6
     before += (log L0 - before) / 24
-    gap     = recent - log K + LOOK_AHEAD x many (recent - before)
+    gap     = recent - log K + LOOK_AHEAD x (1 + many) / 2 x (recent - before)
     weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held; GAIN / many where gap < 0
 
 many is 1 up to a K of `MANY`, then K / MANY, at most 2. The more latents stay active, the shorter is the
@@ -109,7 +109,7 @@ class Penalty:
         if found.n_near >= STEADY:
             return replace(found, held_since=step)
         many = min(2.0, max(1.0, self.target / MANY))
-        gap = off_now + LOOK_AHEAD * many * (recent - before)
+        gap = off_now + LOOK_AHEAD * (1 + many) / 2 * (recent - before)
         speed = min(MOST, max(-MOST, (GAIN / many if gap < 0 else GAIN) * gap))
         return replace(found, weight=self.weight * math.exp(pace * speed))
 

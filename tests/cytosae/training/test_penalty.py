@@ -32,7 +32,7 @@ def slow_twin(l0: list[float], paces: list[float], target: float, weight: float)
             is_held = True
         else:
             many = 1 if target <= 32 else 2 if target >= 64 else target / 32
-            wanted = off_now + 3 * many * (recent - before)
+            wanted = off_now + (1.5 + 1.5 * many) * (recent - before)
             wanted *= 0.04 / many if wanted < 0 else 0.04
             weight *= math.exp(paces[step - 1] * min(0.03, max(-0.03, wanted)))
         found.append((weight, is_held))
