@@ -87,8 +87,9 @@ def penalty_line(found: dict[str, Any]) -> str:
     if abs(mean / wanted - 1) <= 0.1:
         return text
     side = "above" if mean > wanted else "below"
+    first = "a lower --lr, " if mean < wanted else ""  # at a high one latents come back late
     text = f"{text}; not within 10%: it ended {percent(abs(mean / wanted - 1))} {side}. Train again, into another -o,"
-    return f"{text} with a lower --lr, more --tokens (or auto) or --schedule linear; or want another L0 (--target-l0)"
+    return f"{text} with {first}more --tokens (or auto) or --schedule linear; or want another L0 (--target-l0)"
 
 
 def held_out_line(found: dict[str, Any]) -> str:

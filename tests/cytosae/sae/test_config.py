@@ -31,7 +31,13 @@ def test_without_a_preset_budget_width_and_l0_are_left_to_the_data() -> None:
     """And everything that goes with such a budget; all else is as it was."""
     left_open: dict[str, Any] = {"tokens": "auto", "expansion": "auto", "target_l0": "auto"}
     left_open |= {"loss": "auto", "init": "auto", "clip_norm": None, "dead_latents": "auto"}  # they follow the L0
-    with_it: dict[str, Any] = {"batch_tokens": 4096, "lr": 1e-3, "warmup_steps": 100, "schedule": "linear", "holdout": 0.1}
+    with_it: dict[str, Any] = {
+        "batch_tokens": 4096,
+        "lr": 1e-3,
+        "warmup_steps": 100,
+        "schedule": "linear",
+        "holdout": 0.1,
+    }
     assert make_config() == dataclasses.replace(TrainConfig(), **left_open, **with_it)
     assert make_config() == TrainConfig(**left_open)
 

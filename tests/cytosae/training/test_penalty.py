@@ -199,4 +199,5 @@ def test_a_run_that_ended_off_says_so_and_what_to_type() -> None:
     below, above = penalty_line(near | {"running_mean_l0": 84.7}), penalty_line(near | {"running_mean_l0": 160.0})
     assert "not within 10%: it ended 33.8% below" in below
     assert "25.0% above" in above
-    assert all(name in below for name in ("-o", "--tokens", "--lr", "--schedule linear", "--target-l0"))
+    assert all(name in below for name in ("-o", "a lower --lr, more --tokens", "--schedule linear", "--target-l0"))
+    assert "--lr" not in above
