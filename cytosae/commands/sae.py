@@ -185,7 +185,7 @@ def saving_options(help_of_keep: str) -> Callable[[Any], Any]:
 @click.option(
     "--dead-latents",
     type=click.Choice(["ghost", "auxk", "resample", "none"]),
-    help="Treatment of dead latents, which were not active for many steps  [default: by activation].",
+    help="Treatment of dead latents, which were not active for many steps  [default: by activation and L0].",
 )
 @click.option("--ghost/--no-ghost", default=None, help="Short for --dead-latents ghost and --dead-latents none.")
 @click.option(

@@ -51,8 +51,12 @@ def options(settings: Mapping[str, Any]) -> list[str]:
 
 
 def training_options(settings: Mapping[str, Any], recipe: str) -> list[str]:
-    """Settings of training as options of `cyto sae train`; if some have no option, the file `recipe` gives them."""
+    """Settings of training as options of `cyto sae train`; if some have no option, the file `recipe` gives them.
+
+    What is left open until L0 is known (`TrainConfig.is_open`) is left out.
+    """
     usual = {each.name: each.default for each in fields(TrainConfig)}
+    settings = {name: value for name, value in settings.items() if not value == usual.get(name) == "auto"}
     has_more = any(name not in _OF_TRAINING and value != usual.get(name) for name, value in settings.items())
     given = {name: value for name, value in settings.items() if name in _OF_TRAINING}
     return [*(["--config", recipe] if has_more else []), *options(given)]
