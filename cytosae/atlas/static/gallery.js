@@ -272,7 +272,7 @@ function openGallery(data) {
     changes.box = state.box ? state.box.map((place) => place.toPrecision(5)).join(",") : "";
     ADDRESS.write(changes);
     const pressed = [...chips.pressed.values()].reduce((sum, set) => sum + set.size, 0);
-    $("filters").textContent = pressed ? `Filters, ${pressed} chosen` : "Filters";
+    $("filters").textContent = pressed ? `Filters, ${pressed} chosen: ${whole(state.shown.length)} of ${whole(n)}` : "Filters";
     $("clear").hidden = !Object.entries(changes).some(([name, value]) => name !== "sort" && value);
   }
 

@@ -386,7 +386,7 @@ def test_characteristic_and_unusual_latents_of_a_patient(atlas: Path, cohort: Co
     name = PATIENTS[2]
     page, mine = page_of(atlas, name), barcodes[name]
     mean = np.mean([*barcodes.values()], axis=0)
-    rows = headed_rows(page, "Most characteristic")
+    rows = headed_rows(page, "Most characteristic concepts")
     order = sorted(range(N_LATENTS), key=lambda latent: (mean[latent] - mine[latent], latent))
     assert [int(row[0]) for row in rows] == [latent for latent in order[:12] if mine[latent] > mean[latent]]
     assert float(rows[0][3]) == pytest.approx(mine[order[0]] - mean[order[0]], rel=0.01)

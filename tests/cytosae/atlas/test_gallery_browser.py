@@ -131,7 +131,7 @@ def test_chips_count_and_choose(page: Watched, browser: Any, cohort: Cohort) -> 
 
 
 def test_on_a_phone_the_chips_are_behind_a_button(page: Watched) -> None:
-    """Cells come first; the button says how many chips are chosen; nothing is cut or needs to be scrolled sideways."""
+    """Cells come first; the button says how many chips and concepts are chosen; nothing is cut or needs to be scrolled sideways."""
     tab = opened(page)
     assert not tab.locator("#filters").is_visible(), "there is room for the chips"
     tab.set_viewport_size({"width": 390, "height": 844})
@@ -148,7 +148,8 @@ def test_on_a_phone_the_chips_are_behind_a_button(page: Watched) -> None:
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 390
     tab.locator("#chips button[data-value]").first.click()
-    assert tab.inner_text("#filters") == "Filters, 1 chosen"
+    shown = tab.inner_text("#count").split(" concepts")[0]
+    assert tab.inner_text("#filters") == f"Filters, 1 chosen: {shown}"
     order = tab.locator("[name=sort]").bounding_box()
     assert order["width"] > 300, "names of comparisons are long"
 
