@@ -131,7 +131,7 @@ def test_chips_count_and_choose(page: Watched, browser: Any, cohort: Cohort) -> 
 
 
 def test_on_a_phone_the_chips_are_behind_a_button(page: Watched) -> None:
-    """Cells come first; the button says how many chips and concepts are chosen; nothing is cut or needs to be scrolled sideways."""
+    """Cells come first; the button says how many chips and cards are chosen; nothing is cut or scrolled sideways."""
     tab = opened(page)
     assert not tab.locator("#filters").is_visible(), "there is room for the chips"
     tab.set_viewport_size({"width": 390, "height": 844})
