@@ -46,6 +46,15 @@ def begin(page: Any, port: int, name: str = "Ada") -> None:
     page.get_by_role("heading", name="Concept ").wait_for()
 
 
+def stop(process: Any, page: Any) -> None:
+    """End the server when nothing is under way any more: the browser would report what is cut off as an error."""
+    try:
+        page.wait_for_load_state("networkidle")
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def status(page: Any) -> str:
     return str(page.locator("#status").inner_text())
 
@@ -118,8 +127,7 @@ def test_review_by_keyboard_survives_a_killed_server(made: Path, tmp_path: Path,
         begin(page, port, "Bob")
         assert status(page) == "Nothing has been judged under this name yet."
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
     verdicts = read_verdicts(tmp_path / "atlas.reviews")
     assert [verdict.question for verdict in verdicts] == ["meaningful"] * 6 + ["specific"]
     assert len({verdict.item for verdict in verdicts}) == 7
@@ -164,8 +172,7 @@ def test_saved_is_said_when_the_server_said_so(made: Path, tmp_path: Path, page:
         page.keyboard.press("5")
         assert page.locator("#sure-5").is_checked()
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
     (verdict,) = read_verdicts(tmp_path / "atlas.reviews")
     assert verdict.reviewer == "Ada L."
 
@@ -203,8 +210,7 @@ def test_maps_pictures_and_labels(made: Path, tmp_path: Path, page: Any) -> None
         page.troubles.clear()
         assert not list((tmp_path / "atlas.reviews").glob("*.jsonl"))
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
 
 
 def test_undo_takes_back_what_is_on_the_disk(made: Path, tmp_path: Path, page: Any) -> None:
@@ -243,8 +249,7 @@ def test_undo_takes_back_what_is_on_the_disk(made: Path, tmp_path: Path, page: A
         begin(page, port)
         assert page.get_by_role("heading", name="Concept 2 of ").is_visible(), "the first is judged"
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
 
 
 def test_a_picture_opens_large_beside_its_map(made: Path, tmp_path: Path, page: Any) -> None:
@@ -265,8 +270,7 @@ def test_a_picture_opens_large_beside_its_map(made: Path, tmp_path: Path, page: 
         assert not page.locator("#large").is_visible()
         assert not page.locator("#choice-meaningful").is_checked(), "keys of the verdict rest meanwhile"
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -309,5 +313,4 @@ def test_accessibility(made: Path, tmp_path: Path, browser: Any) -> None:
                     [[each["id"], [node["html"] for node in each["nodes"]]] for each in found], indent=1
                 )
     finally:
-        process.kill()
-        process.communicate()
+        stop(process, page)
