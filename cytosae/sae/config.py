@@ -169,7 +169,7 @@ class TrainConfig:
             ("holdout_by", HOLDOUT_BY),
             ("precision", PRECISIONS),
         ):
-            if not (self.is_open and getattr(self, name) == "auto"):
+            if not getattr(self, name) == by_sparsity.get(name) == "auto":  # else it is open
                 check_choice(name, getattr(self, name), choices)
         for name in ("expansion", "batch_tokens", "pool_chunks", "dead_after_steps", "log_every", "resample_every"):
             if getattr(self, name) != "auto" or name != "expansion":
