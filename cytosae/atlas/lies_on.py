@@ -2,7 +2,8 @@
 
 What each patch shows is told from the picture alone: ground.py, nucleus.py. On the background or on the nucleus is a
 latent of whose strongest patches three quarters are. As a cell may be nucleus almost everywhere, the nucleus must
-also be commoner there than in all patches of these images that show cells: at most half as many may be off it.
+also be commoner there than in all patches of these images that show cells: at most half as many may be off it. Of fewer
+than three images it is not told: one strong patch lies on something by chance.
 Cytoplasm is not told: what is neither ground nor nucleus may be a red cell or a platelet.
 Twin: test_lies_on.py.
 """
@@ -20,6 +21,7 @@ from .nucleus import Chromatin, chromatin_of, nucleus_of
 
 _STRONG = 128  # of 255: patches with at least half of the largest value
 _MOSTLY = 0.75  # of the strongest patches
+_LEAST_IMAGES = 3  # in which the latent is active
 _OFF = 0.5  # times as many of the strongest patches off the nucleus as of all cells' patches
 ON = ("", "the nucleus", "the cell", "both", "the background", "one place")  # as in gallery.js
 ONE_PLACE = 5  # in `ON`: at the same patch of every image, whatever is there
@@ -71,7 +73,7 @@ class PatchKinds:
         return ground, nucleus
 
     def share(self, numbers: Iterable[int], maps: Maps8) -> Share | None:
-        """Of a latent from the maps (images, patches) of its reference images; None: not told of any of them.
+        """Of a latent from the maps (images, patches) of its reference images; None: not told, or of too few of them.
 
         numbers : of each image, as of `fill`; -1: it has none
         """
@@ -83,7 +85,7 @@ class PatchKinds:
                 of_cells = float(is_nucleus[~is_ground].mean()) if not is_ground.all() else 0.0
                 strongest = [float(is_kind[is_strong].mean()) for is_kind in kinds]
                 found.append((strongest[0], float(is_ground.mean()), strongest[1], of_cells))
-        if not found:
+        if len(found) < _LEAST_IMAGES:
             return None
         strongest, of_all, nucleus, of_cells = np.mean(found, axis=0).tolist()
         return Share(strongest, of_all, None if self.rules.chromatin is None else nucleus, of_cells)

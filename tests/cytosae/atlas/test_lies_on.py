@@ -49,6 +49,8 @@ def test_where_a_latent_lies(on_nucleus: int, on_cytoplasm: int, word: str) -> N
     of_cells = [of_patches(nucleus)[of_patches(cell) > 0.5] > 0.5 for _, cell, nucleus in made]
     assert found.nucleus_of_cells == pytest.approx(np.mean([each.mean() for each in of_cells]), abs=0.03)
     assert ON[on(found)] == word
+    assert kinds.share([0, 1, 2, 6, -1], maps[[0, 1, 2, 6, 7]]) is not None
+    assert kinds.share([0, 1, 6, -1], maps[[0, 1, 6, 7]]) is None, "two images are too few"
 
 
 @pytest.mark.parametrize(
@@ -76,14 +78,14 @@ def test_what_is_not_told() -> None:
     """Without ground nothing is; without chromatin no nucleus, and what lies on the cell is as it was before."""
     rng = np.random.default_rng(4)
     picture, is_cell, _ = blood(rng)
-    everywhere = np.full((1, SIDE**2), 255, np.uint8)
+    everywhere = np.full((3, SIDE**2), 255, np.uint8)
     nothing = PatchKinds(1, SIDE)
     nothing.fill(0, picture)
     assert nothing.of(0) is None
-    assert nothing.share([0], everywhere) is None
+    assert nothing.share([0, 0, 0], everywhere) is None
     ground_only = PatchKinds(1, SIDE, Rules(0.9))
     ground_only.fill(0, picture)
-    found = ground_only.share([0], np.where(of_patches(is_cell) > 0.9, 255, 0).astype(np.uint8)[None])
+    found = ground_only.share([0, 0, 0], np.where(of_patches(is_cell) > 0.9, everywhere, 0).astype(np.uint8))
     assert found is not None
     assert found.nucleus is None
     assert ON[on(found)] == "the cell"
@@ -96,7 +98,7 @@ def test_a_picture_that_is_all_ground_has_no_nucleus() -> None:
     for value in (0, 128, 255):
         kinds = PatchKinds(1, SIDE, rules)
         kinds.fill(0, np.full((64, 64, 3), value, np.uint8))
-        found = kinds.share([0], np.full((1, SIDE**2), 255, np.uint8))
+        found = kinds.share([0, 0, 0], np.full((3, SIDE**2), 255, np.uint8))
         assert found is not None
         assert (found.nucleus, found.nucleus_of_cells) == (0, 0)
 
