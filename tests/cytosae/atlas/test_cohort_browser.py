@@ -155,10 +155,10 @@ def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Wa
     assert sorted(cards) == sorted((built & set(inside)) - set(shown))
     assert tab.inner_text("#chosen").startswith(f"{len(inside)} latents in the box")
     tab.click("[data-group=side][data-value=b]")
-    assert "side=b" in tab.url
+    assert "side=b" in tab.evaluate("location.hash")
     assert tab.locator("#beside .sides:visible").count() == 0, "g above 0 is higher in A"
     tab.click("#everything")
-    assert "box" not in tab.url
+    assert "box" not in tab.evaluate("location.hash")
     assert tab.locator("#beside .sides:visible").count() == 0
     assert "The others are shown where" in tab.inner_text("#chosen"), "none of B is clear"
     tab.click("#clear")
@@ -176,10 +176,10 @@ def test_a_box_in_a_plot_chooses_the_concepts_and_stands_in_the_address(page: Wa
     tab.mouse.down()
     tab.mouse.move(box["x"] + box["width"] - 14, box["y"] + box["height"] - 50, steps=4)
     tab.mouse.up()
-    assert "box=means" in tab.url
+    assert "box=means" in tab.evaluate("location.hash")
     tab.focus("#pair")
     tab.keyboard.press("Escape")
-    assert "box" not in tab.url
+    assert "box" not in tab.evaluate("location.hash")
 
 
 def test_figures_are_saved_and_pages_are_printed_whole(page: Watched) -> None:
@@ -317,7 +317,7 @@ def test_what_may_be_chance_is_not_told_as_a_finding(page: Watched, cohort: Coho
 
     assert visible() == [latent for latent in shown if latent in clear], "the others wait behind a chip"
     tab.click("#clear")
-    assert "clear=0" in tab.url
+    assert "clear=0" in tab.evaluate("location.hash")
     tab.reload()
     tab.wait_for_function("() => document.querySelector('#clear').getAttribute('aria-pressed') === 'false'")
     assert visible() == shown
