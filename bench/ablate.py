@@ -20,9 +20,12 @@ from latent_generator import generate_block
 
 from cytosae import AblateConfig, ablate_latents
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter
-from stores.latent_store import LatentSpec, LatentStore, LatentWriter
+from stores.latent_spec import LatentSpec
+from stores.latent_store import LatentStore
+from stores.latent_writer import LatentWriter
 from stores.spec import SAE, new_header
 from stores.tables import table_sha256
 

@@ -89,7 +89,8 @@ def main() -> None:
 def generate(root: Path, n_images: int, options: Any) -> dict[str, Any]:
     """Write the latent store, unless it is there; several processes draw, this one rounds, compresses and writes."""
     from cytosae.latents import round_mantissa  # imports torch: only here, never in a worker
-    from stores.latent_store import LatentSpec, LatentWriter
+    from stores.latent_spec import LatentSpec
+    from stores.latent_writer import LatentWriter
     from stores.spec import find_header
     from stores.tables import table_sha256, with_outcome
 

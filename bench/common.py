@@ -203,7 +203,7 @@ def write_cache(
     root: Path, blocks: Iterable[npt.NDArray[np.float16]], *, n_images: int, width: int, chunk_images: int
 ) -> None:
     """A complete activation cache from chunks of synthetic tokens, each (images, 257, width) float16."""
-    from stores.activation_store import ActivationSpec
+    from stores.activation_spec import ActivationSpec
     from stores.activation_writer import ActivationWriter
     from stores.tables import table_sha256
 

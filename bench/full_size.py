@@ -122,7 +122,7 @@ def make_pictures(options: Any) -> None:
 
 def make_cache(options: Any) -> None:
     """acts.zarr: the tokens of an image are a direction of its type, one of its own, and noise."""
-    from stores.activation_store import ActivationSpec
+    from stores.activation_spec import ActivationSpec
     from stores.activation_writer import ActivationWriter
     from stores.tables import table_sha256
 
@@ -163,7 +163,8 @@ def make_latents(options: Any) -> None:
     from latent_generator import generate_block
 
     from stores.activation_store import ActivationStore
-    from stores.latent_store import LatentSpec, LatentWriter
+    from stores.latent_spec import LatentSpec
+    from stores.latent_writer import LatentWriter
     from stores.spec import SAE, read_header
     from stores.tables import table_sha256
 

@@ -74,7 +74,7 @@ def planted_cells(
 
 def write_planted(root: Path, cells: Planted, *, chunk_images: int = 64) -> None:
     """An activation cache with these tokens; one that is complete is kept."""
-    from stores.activation_store import ActivationSpec
+    from stores.activation_spec import ActivationSpec
     from stores.activation_writer import ActivationWriter
     from stores.spec import find_header
     from stores.tables import image_table, table_sha256

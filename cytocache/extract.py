@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationSpec
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.activation_writer import (
     ActivationWriter,
     complete_cache,
@@ -38,7 +39,7 @@ from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import ACTIVATIONS, check_choice, new_header, read_header
 from stores.tables import TRUNCATED, column, table_sha256
-from stores.wording import Report, describe_cache, truncated_images, unreadable_images
+from stores.wording import Report
 
 from .backbones import CROPS, Backbone, load_backbone
 from .datasets import Images, open_images
@@ -223,7 +224,7 @@ def extract(
         n_truncated = 0
         n_images, n_unreadable = writers[0].counts()
         n_readable = n_images - n_unreadable
-    some_unreadable = is_complete and n_unreadable
+    caches = [ActivationStore(place) for place in places] if is_complete else []
     return ExtractResult(
         out=out,
         stores=tuple(places),
@@ -232,10 +233,10 @@ def extract(
         is_complete=is_complete,
         was_complete=not writers,
         shard=shard,
-        described=tuple(describe_cache(place) for place in places) if is_complete else (),
-        unreadable=unreadable_images(places[0]) if some_unreadable else "",
+        described=tuple(cache.line() for cache in caches),
+        unreadable=caches[0].unreadable_line() if caches and n_unreadable else "",
         n_truncated=n_truncated,
-        truncated=truncated_images(places[0]) if n_truncated else "",
+        truncated=caches[0].truncated_line() if n_truncated else "",
         left_out=images.notes,
         cropped=backbone.preprocess.cut_off,
     )

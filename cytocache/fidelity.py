@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.devices import memory_told, resolve_device
 from stores.machine import n_cores
 from stores.progress import Progress

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stores.activation_store import ActivationSpec, read_spec, records_of
+from stores.activation_spec import ActivationSpec, read_spec, records_of
 from stores.activation_writer import written_records
 from stores.destination import claimed
 from stores.devices import resolve_device

@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.errors import BadInput, SpecMismatch
 from stores.progress import Progress
 from stores.tables import column

@@ -1,5 +1,6 @@
-from .activation_store import ActivationSpec as ActivationSpec
+from .activation_spec import ActivationSpec as ActivationSpec
 from .activation_store import ActivationStore as ActivationStore
+from .activation_store import cache_info as cache_info
 from .activation_store import open_caches as open_caches
 from .activation_writer import ActivationWriter as ActivationWriter
 from .activation_writer import MergeResult as MergeResult
@@ -26,12 +27,11 @@ from .holdout import chosen_images as chosen_images
 from .holdout import read_image_ids as read_image_ids
 from .info import CacheInfo as CacheInfo
 from .info import LatentsInfo as LatentsInfo
-from .info import cache_info as cache_info
-from .info import latents_info as latents_info
 from .latent_shards import merge_latents as merge_latents
-from .latent_store import LatentSpec as LatentSpec
+from .latent_spec import LatentSpec as LatentSpec
 from .latent_store import LatentStore as LatentStore
-from .latent_store import LatentWriter as LatentWriter
+from .latent_store import latents_info as latents_info
+from .latent_writer import LatentWriter as LatentWriter
 from .result_folder import ResultStore as ResultStore
 from .result_folder import ResultWriter as ResultWriter
 from .result_folder import begin_results as begin_results

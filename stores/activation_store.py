@@ -1,97 +1,50 @@
 """The activation cache: the tokens of every image after one transformer block, as float16 chunks to be memory-mapped.
 
-Format "activation cache", version 1: docs/formats.md. This module has its settings and its reader, for a local path or
-a URL. On opening, the reader makes the cheap checks: the cache is complete, all chunks exist with the right size and
-(locally) the checksum in the journal. `stores/activation_writer.py` writes it, `stores/verify.py` checks every byte.
+Format "activation cache", version 1: docs/formats.md. This is its reader, for a local path or a URL. On opening it
+makes the cheap checks: the cache is complete, all chunks exist with the right size and (locally) the checksum in the
+journal. Its settings stand in activation_spec.py, activation_writer.py writes it, verify.py checks every byte.
 """
 
 import hashlib
 import logging
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
 
+from .activation_spec import (
+    ActivationSpec,
+    Float16,
+    chunk_path,
+    chunks_written,
+    file_crc,
+    read_spec,
+    require_same_tokens,
+)
 from .chunk_cache import OpenMaps, ReadAhead, map_file
-from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
+from .errors import BadInput, CytoError, DamagedStore
 from .files import read_lines
+from .info import CacheInfo
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
+from .runlog import read_runs
 from .seal import travelling
-from .spec import ACTIVATIONS, Header, describe_difference, read_header, require_unchanged, stated
-from .tables import read_image_table, readable, table_sha256
-from .token_layout import TokenLayout, read_layout
+from .spec import ACTIVATIONS, Header, read_header, require_unchanged
+from .tables import column, cut_off_images, listed, read_image_table, readable, table_sha256
 from .token_stream import TokenStream
+from .wording import megabytes, size_on_disk
 from .zarr_meta import array_meta, read_array
 
-if TYPE_CHECKING:
-    from .info import CacheInfo
-
-Float16 = npt.NDArray[np.float16]
-CRC_BYTES = 4
-SAME_TOKENS = ("backbone", "weights_sha256", "block", "transform", "token_layout", "tokens_per_image", "width")
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActivationSpec:
-    """All settings that decide the numbers in a cache; its identity is their hash. See also `same_tokens`."""
-
-    backbone: str
-    weights_sha256: str
-    trained: bool  # False: seeded random weights, which every output says
-    block: int  # index from 0 of the transformer block whose output is stored
-    n_blocks: int  # of the backbone
-    transform: dict[str, Any]  # from pixels to the backbone's input
-    precision: str  # of the forward pass: fp32, bf16, fp16
-    token_layout: str  # order of the tokens of an image
-    n_images: int
-    tokens_per_image: int
-    width: int
-    chunk_images: int
-    manifest_sha256: str  # of the manifest columns of the image table
-    allow_truncated: bool = False  # are images taken that are cut off?
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values; without settings that older versions do not know, unless they are used."""
-        return {name: value for name, value in vars(self).items() if name != "allow_truncated" or value}
-
-    @property
-    def same_tokens(self) -> dict[str, Any]:
-        """The settings that must be equal for an SAE of one cache to fit another (docs/reference/design.md 4)."""
-        return {name: getattr(self, name) for name in SAME_TOKENS}
-
-    @property
-    def layout(self) -> TokenLayout:
-        """Which token is what, by `token_layout`. Raises DamagedStore if that does not fit `tokens_per_image`."""
-        return read_layout(self.token_layout, self.tokens_per_image, f"a cache of {self.backbone}")
-
-    @property
-    def n_chunks(self) -> int:
-        """Number of chunk files, the short last one included."""
-        return -(-self.n_images // self.chunk_images)
-
-    @property
-    def image_bytes(self) -> int:
-        """Size of the tokens of an image."""
-        return self.tokens_per_image * self.width * 2
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Size of every chunk file, the padded last one included, with the checksum."""
-        return self.chunk_images * self.image_bytes + CRC_BYTES
-
-    def chunk_rows(self, chunk: int) -> range:
-        """The image indices that chunk `chunk` holds."""
-        return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, self.n_images))
 
 
 class ActivationStore:
@@ -146,11 +99,44 @@ class ActivationStore:
     content_sha256: str
     """SHA-256 of the identity and of every chunk's checksum: equal only if the tokens are equal."""
 
-    def describe(self) -> "CacheInfo":
+    def describe(self) -> CacheInfo:
         """Size, settings and runs of the cache, as `cyto cache info` prints them."""
-        from .info import cache_info
-
         return cache_info(self.root)
+
+    def line(self) -> str:
+        """The cache in one line: its size, and what its tokens are."""
+        spec = self.spec
+        return (
+            f"{self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
+            f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
+            f"{megabytes(size_on_disk(self.root) if isinstance(self.root, Path) else None)}"
+        )
+
+    def unreadable_line(self) -> str:
+        """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
+        images = self.images
+        bad = [
+            f"{path}: {error}"
+            for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
+            if error is not None
+        ]
+        return (
+            f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
+            f"they are listed in {self.root}/images.parquet"
+        )
+
+    def truncated_line(self) -> str:
+        """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
+        images = self.images
+        cut_off = [
+            f"{path}: {what}"
+            for path, what in zip(column(images, "path"), cut_off_images(images), strict=True)
+            if what is not None
+        ]
+        return (
+            f"{len(cut_off):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
+            f"({listed(cut_off)}); the column truncated of {self.root}/images.parquet names them"
+        )
 
     def _repr_html_(self) -> str:
         return self.describe()._repr_html_()
@@ -279,6 +265,43 @@ class ActivationStore:
             yield chunk, self.read_chunk(chunk)
 
 
+def cache_info(store: Path | str, *, header_only: bool = False) -> CacheInfo:
+    """What is in the activation cache at `store`, a local path or the URL of a complete one.
+
+    header_only : leave out groups, patients and unreadable images, for which the cache is opened and checked
+
+    Raises
+    ------
+    StoreNotFound, SpecMismatch, DamagedStore
+        If there is no activation cache that this program reads.
+    IncompleteStore, StoreUnreachable
+        If a URL is of an unfinished cache, or cannot be read.
+    """
+    store = store_root(store) if isinstance(store, str) else store
+    is_url = isinstance(store, str)
+    with small_files(store) as folder:
+        header = read_header(folder, ACTIVATIONS, complete=is_url)
+        spec = read_spec(header, folder)
+        chunks = chunks_written(folder, spec)
+        n_bytes = size_on_disk(folder) + (len(chunks) * spec.chunk_bytes if is_url else 0)
+        runs = tuple(read_runs(folder))
+    is_open = header.complete and not header_only
+    cache = ActivationStore(store) if is_open else None
+    counts = {name: _counts(cache, name) for name in ("label", "disease", "patient")}
+    return CacheInfo(
+        store=store,
+        header=header,
+        n_bytes=n_bytes,
+        runs=runs,
+        spec=spec,
+        n_images_written=sum(len(spec.chunk_rows(chunk)) for chunk in chunks),
+        groups={name: counts[name] for name in ("label", "disease") if counts[name]},
+        n_patients=len(counts["patient"]),
+        unreadable=cache.unreadable_line() if cache and (header.summary or {}).get("n_unreadable") else "",
+        truncated=cache.truncated_line() if cache and (header.summary or {}).get("n_truncated") else "",
+    )
+
+
 def open_caches(roots: Sequence[Path | str] | Path | str) -> list[ActivationStore]:
     """Open caches that are to be used together; of one cache its path or URL will do.
 
@@ -307,93 +330,6 @@ def used_together(stores: list[ActivationStore]) -> list[ActivationStore]:
     for store in stores[1:]:
         require_same_tokens(stores[0].spec.same_tokens, store.spec.same_tokens, str(stores[0].root), str(store.root))
     return stores
-
-
-def require_same_tokens(
-    first: dict[str, Any],
-    second: dict[str, Any],
-    first_name: str,
-    second_name: str,
-    *,
-    assume_compatible: bool = False,
-) -> list[str]:
-    """Refuse to mix two kinds of tokens (`ActivationSpec.same_tokens` of each); returns the names of assumed settings.
-
-    The first may be an imported SAE, of which some settings are unknown (None). With `assume_compatible` these are
-    assumed to be equal, with a warning that names them; known settings must be equal in any case.
-
-    Raises
-    ------
-    SpecMismatch
-        If settings differ or are unknown; the message names them.
-    """
-    unknown = [name for name, value in first.items() if value is None]
-    known, held = ({name: spec[name] for name in spec if name not in unknown} for spec in (first, second))
-    if known != held:
-        raise SpecMismatch(
-            f"{first_name} and {second_name} do not hold the same kind of tokens: {describe_difference(known, held)}. "
-            f"Compare: cyto sae info, cyto cache info"
-        )
-    if unknown:
-        tokens = f"{second_name} holds tokens of {second['backbone']}, block {second['block']}"
-        if not assume_compatible:
-            raise SpecMismatch(
-                f"{first_name} does not say on which tokens it was trained ({', '.join(unknown)}), and {tokens}; "
-                f"if they fit (cyto sae info shows what it claims), add --assume-compatible"
-            )
-        _log.warning("%s does not say %s; %s, assumed to fit", first_name, ", ".join(unknown), tokens)
-    return unknown
-
-
-def journals_of(root: Path) -> list[Path]:
-    """The existing journals of a cache: first that of the finished cache, then those of its writers (newer)."""
-    return sorted(root.glob("journal*.jsonl"), key=lambda path: (path.name != "journal.jsonl", path.name))
-
-
-def records_of(root: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
-    """All journal records of a cache, complete or not; a chunk may have several while it is written.
-
-    Raises
-    ------
-    DamagedStore
-        If a line is not a record (and not `skip_damaged`).
-    """
-    return [record for path in journals_of(root) for record in read_lines(path, skip_damaged=skip_damaged)]
-
-
-def chunks_written(root: Path, spec: ActivationSpec) -> list[int]:
-    """The written chunks of a cache, complete or not, by its journals; damaged lines are skipped."""
-    named = [record.get("chunk") for record in records_of(root, skip_damaged=True) if record.get("crc32c")]
-    return sorted({chunk for chunk in named if isinstance(chunk, int) and 0 <= chunk < spec.n_chunks})
-
-
-def chunk_path(root: Path, chunk: int) -> Path:
-    """The file of chunk `chunk` (Zarr's default chunk key, split on axis 0 only)."""
-    return root / "tokens" / "c" / str(chunk) / "0" / "0"
-
-
-def file_crc(path: Path, size: int) -> str:
-    """The checksum at the end of a chunk file (hex), after a check of presence and size.
-
-    Raises
-    ------
-    DamagedStore
-        If the file is missing or its size is not `size`.
-    """
-    try:
-        found = path.stat().st_size
-        if found == size:
-            with path.open("rb") as file:
-                file.seek(size - CRC_BYTES)
-                return f"{int.from_bytes(file.read(CRC_BYTES), 'little'):08x}"
-    except FileNotFoundError:
-        raise DamagedStore(f"{path} is missing. cyto cache verify lists every bad chunk") from None
-    raise DamagedStore(f"{path} has {found:,} bytes, expected {size:,}. cyto cache verify lists every bad chunk")
-
-
-def read_spec(header: Header, root: Path) -> ActivationSpec:
-    """The spec in a header. Raises DamagedStore if it has other fields, or impossible sizes."""
-    return stated(ActivationSpec, header.spec, root, positive=("n_images", "tokens_per_image", "width", "chunk_images"))
 
 
 def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects | None = None) -> zarr.Array[Any]:
@@ -433,6 +369,10 @@ def check_layout(root: Path | str, spec: ActivationSpec, store: CheckedObjects |
     if not fits:
         raise DamagedStore(wrong)
     return array
+
+
+def _counts(cache: ActivationStore | None, name: str) -> dict[str, int]:
+    return Counter(value for value in column(cache.images, name) if value is not None) if cache else Counter()
 
 
 def _crcs(root: Path, spec: ActivationSpec) -> list[str]:

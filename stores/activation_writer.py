@@ -19,7 +19,7 @@ import pyarrow as pa
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from .activation_store import (
+from .activation_spec import (
     CRC_BYTES,
     ActivationSpec,
     Float16,
@@ -29,6 +29,7 @@ from .activation_store import (
     read_spec,
     records_of,
 )
+from .activation_store import ActivationStore
 from .checksum import crc32c
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
@@ -57,7 +58,7 @@ from .tables import (
     without_outcome,
     write_image_table,
 )
-from .wording import Report, describe_cache
+from .wording import Report
 
 _SECONDS_TO_FINISH = 600.0  # syncing 67 GB takes minutes
 
@@ -256,7 +257,7 @@ def merge_cache(store: Path | str) -> MergeResult:
         out=store,
         stores=tuple(places),
         was_complete=was_complete,
-        described=tuple(describe_cache(place) for place in places),
+        described=tuple(ActivationStore(place).line() for place in places),
     )
 
 

@@ -1,30 +1,15 @@
 """What is in a cache or latent store, complete or not: facts, a page in words, and JSON."""
 
 import html
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .activation_store import ActivationSpec, chunks_written, read_spec
-from .latent_shards import missing_images
-from .latent_store import LatentSpec, LatentStore, read_latent_spec
-from .remote import small_files, store_root
-from .runlog import read_runs
-from .spec import ACTIVATIONS, LATENTS, Header, read_header
-from .tables import column
-from .wording import (
-    Report,
-    megabytes,
-    page_html,
-    page_lines,
-    pruning,
-    size_on_disk,
-    state_of,
-    truncated_images,
-    unreadable_images,
-)
+from .activation_spec import ActivationSpec
+from .latent_spec import LatentSpec
+from .spec import Header
+from .wording import Report, megabytes, page_html, page_lines, pruning, state_of
 
 _RUNS_SHOWN = 5  # the last ones
 _GROUPS_SHOWN = 12
@@ -148,80 +133,6 @@ class LatentsInfo(StoreInfo):
         """Header, missing images, bytes and runs as plain JSON values."""
         facts = {"n_images_missing": sum(map(len, self.missing)), "bytes": self.n_bytes, "runs": list(self.runs)}
         return {**self.header.to_json(), **facts}
-
-
-def cache_info(store: Path | str, *, header_only: bool = False) -> CacheInfo:
-    """What is in the activation cache at `store`, a local path or the URL of a complete one.
-
-    header_only : leave out groups, patients and unreadable images, for which the cache is opened and checked
-
-    Raises
-    ------
-    StoreNotFound, SpecMismatch, DamagedStore
-        If there is no activation cache that this program reads.
-    IncompleteStore, StoreUnreachable
-        If a URL is of an unfinished cache, or cannot be read.
-    """
-    from . import ActivationStore
-
-    store = store_root(store) if isinstance(store, str) else store
-    is_url = isinstance(store, str)
-    with small_files(store) as folder:
-        header = read_header(folder, ACTIVATIONS, complete=is_url)
-        spec = read_spec(header, folder)
-        chunks = chunks_written(folder, spec)
-        n_bytes = size_on_disk(folder) + (len(chunks) * spec.chunk_bytes if is_url else 0)
-        runs = tuple(read_runs(folder))
-    is_open = header.complete and not header_only
-    images = ActivationStore(store).images if is_open else None
-    counts = {name: _counts(images, name) for name in ("label", "disease", "patient")}
-    return CacheInfo(
-        store=store,
-        header=header,
-        n_bytes=n_bytes,
-        runs=runs,
-        spec=spec,
-        n_images_written=sum(len(spec.chunk_rows(chunk)) for chunk in chunks),
-        groups={name: counts[name] for name in ("label", "disease") if counts[name]},
-        n_patients=len(counts["patient"]),
-        unreadable=unreadable_images(store) if is_open and (header.summary or {}).get("n_unreadable") else "",
-        truncated=truncated_images(store) if is_open and (header.summary or {}).get("n_truncated") else "",
-    )
-
-
-def latents_info(store: Path | str, *, header_only: bool = False) -> LatentsInfo:
-    """What is in the latent store at `store`, a local path or the URL of a complete one.
-
-    header_only : leave out the number of nonzeros, for which the store is opened and checked
-
-    Raises
-    ------
-    StoreNotFound, SpecMismatch, DamagedStore
-        If there is no latent store that this program reads.
-    """
-    store = store_root(store) if isinstance(store, str) else store
-    is_url = isinstance(store, str)
-    with small_files(store) as folder:
-        header = read_header(folder, LATENTS, complete=is_url)
-        spec = read_latent_spec(header, folder)
-        missing = () if header.complete else tuple(missing_images(folder, spec))
-        n_bytes = None if is_url else size_on_disk(folder)
-        runs = tuple(read_runs(folder))
-    latents = LatentStore(store) if header.complete and not header_only else None
-    return LatentsInfo(
-        store=store,
-        header=header,
-        n_bytes=n_bytes,
-        runs=runs,
-        spec=spec,
-        missing=missing,
-        nnz=latents.nnz if latents else None,
-        nnz_per_token=latents.nnz / max(1, latents.n_readable_tokens) if latents else None,
-    )
-
-
-def _counts(images: Any, name: str) -> dict[str, int]:
-    return Counter(value for value in column(images, name) if value is not None) if images is not None else Counter()
 
 
 def _describe_run(run: dict[str, Any]) -> str:

@@ -10,9 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,26 +19,19 @@ from .activation_writer import MergeResult, overlapping_writer, writer_lock
 from .csr import CsrCommit, CsrReader, CsrRows, check_chunk
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
-from .files import LOCK_SUFFIX, locked, read_lines, sync_folder
-from .latent_store import LatentSpec, LatentWriter, part_folder, read_latent_spec, shard_images
+from .files import LOCK_SUFFIX, locked, sync_folder
+from .latent_parts import LatentPart, finished_parts, missing_images
+from .latent_spec import LatentSpec, part_folder, read_latent_spec
+from .latent_store import LatentStore
+from .latent_writer import LatentWriter
 from .machine import n_cores
 from .progress import Progress
 from .runlog import shard_logs
 from .shards import Shard
 from .spec import LATENTS, Header, read_header
 from .tables import listed, read_image_table
-from .wording import describe_latents
 
 _MOST_READERS = 4  # threads that read rows which are joined; each holds the rows of one chunk of the cache
-
-
-@dataclass(frozen=True)
-class LatentPart:
-    """The finished rows of some consecutive images."""
-
-    folder: Path
-    images: range
-    records: list[dict[str, Any]]  # the journal's, one per commit
 
 
 def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard) -> LatentWriter:
@@ -72,33 +63,6 @@ def open_writer(stack: ExitStack, root: Path, spec: LatentSpec, images: pa.Table
         raise DamagedStore(f"{error}, or remove {part_folder(root, shard)} and run the same command again") from None
     stack.callback(writer.close)
     return writer
-
-
-def finished_parts(root: Path, spec: LatentSpec) -> list[LatentPart]:
-    """The parts whose writers have finished, in the order of their images."""
-    parts = []
-    for journal in root.glob("part-*-of-*/journal.jsonl"):
-        records = read_lines(journal, skip_damaged=True)
-        images = _images_of(journal.parent, spec)
-        if images and records and "tail" in records[-1] and records[-1]["tail"] is None:
-            parts.append(LatentPart(journal.parent, images, records))
-    return sorted(parts, key=lambda part: (part.images.start, -part.images.stop))
-
-
-def committed_images(root: Path) -> int:
-    """How many images, counted from the first, have their rows in the whole store."""
-    records = read_lines(root / "journal.jsonl", skip_damaged=True)
-    return int(records[-1]["n_images"]) if records else 0
-
-
-def missing_images(root: Path, spec: LatentSpec) -> list[range]:
-    """Images whose rows are neither in the whole store nor in a finished part."""
-    done, missing = committed_images(root), []
-    for part in finished_parts(root, spec):
-        if part.images.start > done:
-            missing.append(range(done, part.images.start))
-        done = max(done, part.images.stop)
-    return missing + ([range(done, spec.n_images)] if done < spec.n_images else [])
 
 
 def copy_part(part: LatentPart, writer: LatentWriter) -> Iterator[int]:
@@ -225,7 +189,7 @@ def merge_latents(root: Path | str, *, progress: Progress = lambda done, total, 
     with claimed(root, shared=True):
         if complete_latents(root, progress=progress) is None:
             raise SpecMismatch(f"{root} is being completed by another process; wait until it ends")
-    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(describe_latents(root),))
+    return MergeResult(out=root, stores=(root,), was_complete=was_complete, described=(LatentStore(root).line(),))
 
 
 def require_all_images(root: Path, spec: LatentSpec) -> None:
@@ -253,16 +217,6 @@ def remove_left_overs(root: Path) -> None:
             shutil.rmtree(path)
         elif path.name != f"finish{LOCK_SUFFIX}":
             path.unlink(missing_ok=True)
-
-
-def _images_of(folder: Path, spec: LatentSpec) -> range | None:
-    """The images of a part, by its folder name; None if it is not the folder of a part."""
-    try:
-        index, count = folder.name.removeprefix("part-").split("-of-")
-        shard = Shard.parse(f"{index}/{count}")
-    except ValueError:
-        return None
-    return shard_images(spec, shard) if part_folder(folder.parent, shard) == folder else None
 
 
 def _finish_lock(root: Path) -> Path:

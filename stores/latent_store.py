@@ -5,185 +5,30 @@ an unreadable image has empty rows. Values are float32, rounded to `value_bits` 
 is decided before rounding; thresholds are compared with the stored, rounded value.
 """
 
-import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import zarr
-from zarr.codecs import ZstdCodec
 
-from .csr import CsrCommit, CsrReader, CsrRows, CsrWriter, index_dtype, tail_files
-from .errors import BadInput, CytoError, DamagedStore, SpecMismatch
-from .files import append_line, read_lines, sha256_file, sweep_partials, sync_tree, write_new
+from .csr import CsrCommit, CsrReader, CsrRows
+from .errors import CytoError, DamagedStore, SpecMismatch
+from .files import read_lines, sha256_file
+from .info import LatentsInfo
+from .latent_parts import missing_images
+from .latent_spec import read_latent_spec
 from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_root
-from .runlog import join_runs
+from .runlog import read_runs
 from .seal import travelling
-from .shards import ONE_WRITER, Shard
-from .spec import LATENTS, Header, begin_header, new_header, read_header, require_unchanged, stated, write_header
-from .tables import listed, parquet_bytes, read_image_table, readable, table_sha256, write_image_table
+from .spec import LATENTS, read_header, require_unchanged
+from .tables import listed, read_image_table, readable, table_sha256
 from .token_layout import TokenLayout, read_layout
+from .wording import megabytes, pruning, size_on_disk
 from .zarr_meta import ArrayMeta, array_meta, check_chunk_header, read_array
-
-if TYPE_CHECKING:
-    from .info import LatentsInfo
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSpec:
-    """All settings that decide the numbers in a latent store; its identity is their hash."""
-
-    sae_sha256: str  # of sae.safetensors
-    cache_sha256: str  # of the activation cache's identity and chunk checksums
-    cache: dict[str, Any]  # the spec of the cache
-    images_sha256: str  # of the image table, with the outcome columns
-    n_images: int
-    tokens_per_image: int
-    n_latents: int
-    precision: str  # of the encoder product
-    value_bits: int  # mantissa bits kept: 10 or 23
-    min_activation: float  # smaller values were dropped; 0: none
-
-    def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values."""
-        return dict(vars(self))
-
-    @property
-    def n_rows(self) -> int:
-        """Number of CSR rows: one per token."""
-        return self.n_images * self.tokens_per_image
-
-
-def read_latent_spec(header: Header, root: Path) -> LatentSpec:
-    """The spec in a header. Raises DamagedStore if it has other fields, other types, or impossible sizes."""
-    return stated(LatentSpec, header.spec, root, positive=("n_images", "tokens_per_image", "n_latents"))
-
-
-class LatentWriter:
-    """Appends the latents of images in order; committed rows survive a crash.
-
-    One of several writers (`Shard`) writes its rows into a folder of its own; `latent_shards.py` joins them.
-    """
-
-    def __init__(self, root: Path, spec: LatentSpec, images: pa.Table, shard: Shard = ONE_WRITER) -> None:
-        """Create the store, or continue it after its last commit (at image `n_images`).
-
-        Raises
-        ------
-        DamagedStore
-            If committed rows are missing or damaged.
-        """
-        self.root, self.spec, self.images = root, spec, shard_images(spec, shard)
-        self._folder = root if shard.is_only else part_folder(root, shard)
-        self._journal, rows = self._folder / "journal.jsonl", self._folder / "X"
-        _begin(root, spec, images)
-        self._folder.mkdir(exist_ok=True)
-        records = read_lines(self._journal, mend=True)
-        sweep_partials(self._folder)
-        last = records[-1] if records else {}
-        if not records:
-            _remove_rows(rows)
-        self.n_images: int = last.get("n_images", self.images.start)
-        self.n_dropped: int = last.get("n_dropped", 0)  # values that were pruned
-        try:
-            at = CsrCommit.from_json(records) if records else None
-        except DamagedStore as error:
-            raise DamagedStore(
-                f"{self._journal}: {error}, so the job cannot go on from it; begin again with --overwrite"
-            ) from None
-        self._rows = CsrWriter(rows, n_columns=spec.n_latents, indices=index_dtype(spec.n_latents), at=at)
-
-    @property
-    def nnz(self) -> int:
-        """Nonzeros appended so far."""
-        return self._rows.nnz
-
-    def append_tokens(
-        self,
-        indices: npt.NDArray[Any],
-        values: npt.NDArray[np.float32],
-        row_lengths: npt.NDArray[Any],
-        *,
-        n_dropped: int = 0,
-    ) -> None:
-        """Append the rows of some tokens, in order; indices strictly increasing in each row, values rounded.
-
-        n_dropped : values of these tokens that were below `min_activation`
-        """
-        self._rows.append(indices, values, row_lengths)
-        self.n_dropped += n_dropped
-
-    def commit(self, n_images: int) -> None:
-        """Make the rows of the images before image `n_images` durable and record it."""
-        assert self._rows.n_rows == (n_images - self.images.start) * self.spec.tokens_per_image
-        self.n_images = n_images
-        self._record(self._rows.commit())
-
-    def finish(self) -> Header | None:
-        """Write the shape of the rows; for the whole store also the row starts of the images, and mark it complete.
-
-        None for a shard: its part is finished, but not the store.
-        """
-        assert self.n_images == self.images.stop
-        was_finished = self._rows.is_finished
-        commit = self._rows.finish()
-        if not was_finished:
-            self._record(commit)
-        if self._folder != self.root:
-            self._sync_and_tidy()
-            return None
-        reader = CsrReader(self.root / "X", shape=(self.spec.n_rows, self.spec.n_latents))
-        starts = reader.row_starts(0, self.spec.n_rows + 1, self.spec.tokens_per_image)
-        array = zarr.create_array(
-            self.root,
-            name="image_indptr",
-            shape=starts.shape,
-            dtype="int64",
-            chunks=(max(1, len(starts)),),
-            compressors=[ZstdCodec(level=0, checksum=True)],
-            fill_value=-1,
-            zarr_format=3,
-            overwrite=True,
-        )
-        array[:] = starts
-        join_runs(self.root)
-        self._sync_and_tidy()
-        header = new_header(LATENTS, self.spec.to_dict())
-        summary = {"nnz": self.nnz, "n_dropped": self.n_dropped, "journal_sha256": sha256_file(self._journal)}
-        header = Header(**{**vars(header), "complete": True, "summary": summary})
-        write_header(self.root, header)
-        return header
-
-    def close(self) -> None:
-        """End the threads; rows that were not committed are lost."""
-        self._rows.close()
-
-    def _sync_and_tidy(self) -> None:
-        sync_tree(self._folder)
-        for path in tail_files(self._folder / "X"):  # no valid record names one any more
-            path.unlink()
-
-    def _record(self, commit: CsrCommit) -> None:
-        append_line(self._journal, {"n_images": self.n_images, "n_dropped": self.n_dropped, **commit.to_json()})
-
-
-def part_folder(root: Path, shard: Shard) -> Path:
-    """The folder of one of several writers, until the parts are joined."""
-    return root / f"part-{shard.file_part}"
-
-
-def shard_images(spec: LatentSpec, shard: Shard) -> range:
-    """The images of a shard: consecutive whole chunks of the cache."""
-    if shard.is_only:
-        return range(spec.n_images)
-    size = int(spec.cache["chunk_images"])
-    chunks = shard.chunks(-(-spec.n_images // size))
-    return range(min(chunks.start * size, spec.n_images), min(chunks.stop * size, spec.n_images))
 
 
 class LatentStore:
@@ -232,11 +77,19 @@ class LatentStore:
         if changed or self.images.num_rows != self.spec.n_images:
             raise DamagedStore(f"{self.root}/images.parquet was changed: its hash is not the one in the header")
 
-    def describe(self) -> "LatentsInfo":
+    def describe(self) -> LatentsInfo:
         """Size, settings and runs of the store, as `cyto latents info` prints them."""
-        from .info import latents_info
-
         return latents_info(self.root)
+
+    def line(self) -> str:
+        """The store in one line: its size, nonzeros, and what was dropped."""
+        spec = self.spec
+        dropped = f"; {pruning(spec.min_activation, self.header.summary or {})}" if spec.min_activation else ""
+        return (
+            f"{self.root}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
+            f"{self.nnz:,} nonzeros ({self.nnz / max(1, self.n_readable_tokens):.1f} per token of a readable "
+            f"image{dropped}), {megabytes(size_on_disk(self.root) if isinstance(self.root, Path) else None)}"
+        )
 
     def _repr_html_(self) -> str:
         return self.describe()._repr_html_()
@@ -324,6 +177,37 @@ class LatentStore:
         return meta
 
 
+def latents_info(store: Path | str, *, header_only: bool = False) -> LatentsInfo:
+    """What is in the latent store at `store`, a local path or the URL of a complete one.
+
+    header_only : leave out the number of nonzeros, for which the store is opened and checked
+
+    Raises
+    ------
+    StoreNotFound, SpecMismatch, DamagedStore
+        If there is no latent store that this program reads.
+    """
+    store = store_root(store) if isinstance(store, str) else store
+    is_url = isinstance(store, str)
+    with small_files(store) as folder:
+        header = read_header(folder, LATENTS, complete=is_url)
+        spec = read_latent_spec(header, folder)
+        missing = () if header.complete else tuple(missing_images(folder, spec))
+        n_bytes = None if is_url else size_on_disk(folder)
+        runs = tuple(read_runs(folder))
+    latents = LatentStore(store) if header.complete and not header_only else None
+    return LatentsInfo(
+        store=store,
+        header=header,
+        n_bytes=n_bytes,
+        runs=runs,
+        spec=spec,
+        missing=missing,
+        nnz=latents.nnz if latents else None,
+        nnz_per_token=latents.nnz / max(1, latents.n_readable_tokens) if latents else None,
+    )
+
+
 @lru_cache(maxsize=16)  # shared by the tasks of a worker that read one store
 def remote_rows(url: str, journal_sha256: str) -> CheckedObjects:
     """The rows of a latent store at a URL; chunk files are checked by the journal, which must have this hash.
@@ -358,25 +242,3 @@ def remote_rows(url: str, journal_sha256: str) -> CheckedObjects:
     except ValueError:
         raise DamagedStore(f"{url}/journal.jsonl has a checksum that is none") from None
     return CheckedObjects(folder, promised)
-
-
-def _begin(root: Path, spec: LatentSpec, images: pa.Table) -> None:
-    """Write the initial files, unless another writer has; every writer makes the same bytes."""
-    root.mkdir(parents=True, exist_ok=True)
-    begin_header(root, new_header(LATENTS, spec.to_dict()))
-    table = root / "images.parquet"
-    if not write_new(table, parquet_bytes(images)) and not _is_table(table, spec):
-        write_image_table(images, table)
-
-
-def _is_table(path: Path, spec: LatentSpec) -> bool:
-    try:
-        return table_sha256(read_image_table(path)) == spec.images_sha256
-    except BadInput:
-        return False
-
-
-def _remove_rows(path: Path) -> None:
-    """Remove rows that a killed writer left before its first commit (our own folder, never a link)."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)

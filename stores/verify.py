@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .activation_store import CRC_BYTES, ActivationSpec, check_layout, chunk_path, read_spec
+from .activation_spec import CRC_BYTES, ActivationSpec, chunk_path, read_spec
+from .activation_store import check_layout
 from .barcode_store import LEVELS, BarcodeStore
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
-from .latent_store import LatentStore, read_latent_spec
+from .latent_spec import read_latent_spec
+from .latent_store import LatentStore
 from .progress import Progress
 from .spec import ACTIVATIONS, LATENTS, read_header, require_unchanged
 from .tables import column, cut_off_images, listed, read_image_table, table_sha256

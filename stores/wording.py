@@ -84,72 +84,12 @@ def page_html(title: str, rows: Mapping[str, str]) -> str:
     return f"<table><caption>{html.escape(title)}</caption>{cells}</table>"
 
 
-def describe_cache(store: Path) -> str:
-    """A finished cache in one line: its size, and what its tokens are."""
-    from stores import ActivationStore
-
-    spec = ActivationStore(store).spec
-    return (
-        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.width} channels, "
-        f"block {spec.block} of {spec.backbone}{'' if spec.trained else ' (UNTRAINED)'}, "
-        f"{size_on_disk(store) / 1e6:,.1f} MB"
-    )
-
-
-def describe_latents(store: Path) -> str:
-    """A finished latent store in one line: its size, nonzeros, and what was dropped."""
-    from stores import LatentStore
-
-    latents = LatentStore(store)
-    spec, summary = latents.spec, latents.header.summary or {}
-    dropped = f"; {pruning(spec.min_activation, summary)}" if spec.min_activation else ""
-    return (
-        f"{store}: {spec.n_images:,} images x {spec.tokens_per_image} tokens x {spec.n_latents:,} latents, "
-        f"{latents.nnz:,} nonzeros ({latents.nnz / max(1, latents.n_readable_tokens):.1f} per token of a readable "
-        f"image{dropped}), {size_on_disk(store) / 1e6:,.1f} MB"
-    )
-
-
 def pruning(min_activation: float, summary: dict[str, Any]) -> str:
     if not min_activation:
         return "nothing dropped"
     n_dropped, nnz = summary.get("n_dropped", 0), summary.get("nnz", 0)
     counted = f": {n_dropped:,} of {nnz + n_dropped:,}" if summary else ""
     return f"values below {min_activation:g} dropped{counted}"
-
-
-def unreadable_images(store: Path | str) -> str:
-    """`2 of 41,621 images could not be read (a.tif: ...); they are listed in images.parquet`."""
-    from stores import ActivationStore
-    from stores.tables import column, listed
-
-    images = ActivationStore(store).images
-    bad = [
-        f"{path}: {error}"
-        for path, error in zip(column(images, "path"), column(images, "error"), strict=True)
-        if error is not None
-    ]
-    return (
-        f"{len(bad):,} of {images.num_rows:,} images could not be read ({listed(bad)}); "
-        f"they are listed in {store}/images.parquet"
-    )
-
-
-def truncated_images(store: Path | str) -> str:
-    """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
-    from stores import ActivationStore
-    from stores.tables import column, cut_off_images, listed
-
-    images = ActivationStore(store).images
-    cut_off = [
-        f"{path}: {what}"
-        for path, what in zip(column(images, "path"), cut_off_images(images), strict=True)
-        if what is not None
-    ]
-    return (
-        f"{len(cut_off):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
-        f"({listed(cut_off)}); the column truncated of {store}/images.parquet names them"
-    )
 
 
 def more_or_fewer(found: int, published: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from stores.activation_store import SAME_TOKENS
+from stores.activation_spec import SAME_TOKENS
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore
 from stores.runlog import read_runs

@@ -25,7 +25,8 @@ from scipy.stats import t as student
 
 from cytosae.concepts import shuffled_labels
 from cytosae.sae import load_sae
-from stores.activation_store import ActivationStore, require_same_tokens
+from stores.activation_spec import require_same_tokens
+from stores.activation_store import ActivationStore
 from stores.content_hashes import find_trained_on
 from stores.devices import resolve_device
 from stores.errors import BadInput

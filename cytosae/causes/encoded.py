@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from cytosae.sae import SparseAutoencoder
-from stores.activation_store import ActivationStore, Float16
+from stores.activation_spec import Float16
+from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.errors import BadInput, DamagedStore
 

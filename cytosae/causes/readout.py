@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cytosae.probe import ProbeModel, read_model
-from stores.activation_store import SAME_TOKENS, ActivationStore
+from stores.activation_spec import SAME_TOKENS
+from stores.activation_store import ActivationStore
 from stores.errors import BadInput, SpecMismatch
 from stores.spec import Header, describe_difference, plain
 from stores.token_sets import chosen_tokens

@@ -19,7 +19,7 @@ import torch
 
 from stores.errors import BadInput, DamagedStore
 
-from .sparsify import INFINITY, NOT_FINITE, Rounding, SparseRows
+from .sparse_rows import INFINITY, NOT_FINITE, Rounding, SparseRows
 
 TOKEN_NOT_FINITE = "a token of a readable image is NaN or infinite. cyto cache verify names it"
 _ALIGNMENT = 64  # bytes, of what lies in one pinned buffer

@@ -28,28 +28,30 @@ from stores.destination import plan_output
 from stores.devices import memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
+from stores.latent_parts import committed_images, missing_images
 from stores.latent_shards import (
-    committed_images,
     complete_latents,
     copy_part,
     left_overs,
-    missing_images,
     next_part,
     open_writer,
     remove_left_overs,
     remove_part,
 )
-from stores.latent_store import LatentSpec, LatentStore, LatentWriter, shard_images
+from stores.latent_spec import LatentSpec, shard_images
+from stores.latent_store import LatentStore
+from stores.latent_writer import LatentWriter
 from stores.progress import Progress
 from stores.runlog import append_run
 from stores.shards import ONE_WRITER, Shard
 from stores.spec import LATENTS, Header, new_header, read_header, require_unchanged, stated
 from stores.tables import table_sha256
-from stores.wording import Report, describe_latents
+from stores.wording import Report
 
 from .device_rows import TOKEN_NOT_FINITE, DeviceCompactor, SelectedRows
 from .settings import check_encoding
-from .sparsify import Compactor, Rounding, SparseRows, rows_of_active
+from .sparse_rows import Rounding, SparseRows
+from .sparsify import Compactor, rows_of_active
 
 # size of one dense (tokens, latents) float32 matrix; larger ones are not faster (docs/log.md)
 _MICRO_BATCH_BYTES = {"cpu": 256 << 20, "cuda": 512 << 20}
@@ -73,7 +75,7 @@ class EncodeResult(Report):
     def lines(self) -> Iterator[str]:
         """What the store holds; or that other shards are missing."""
         if self.is_complete:
-            yield describe_latents(self.out)
+            yield LatentStore(self.out).line()
             return
         yield (
             f"{self.out}: shard {self.shard} is done, {self.n_readable:,} readable images; other shards are not, or "

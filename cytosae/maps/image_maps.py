@@ -10,7 +10,7 @@ import pyarrow as pa
 import scipy.sparse as ss
 
 from cytosae.stage_one import StageOne, require_stage_one
-from stores.activation_store import ActivationSpec
+from stores.activation_spec import ActivationSpec
 from stores.concept_store import ConceptStore
 from stores.devices import resolve_device
 from stores.errors import BadInput

@@ -21,7 +21,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from stores.activation_store import SAME_TOKENS
+from stores.activation_spec import SAME_TOKENS
 from stores.barcode_store import BarcodeStore, tau_text
 from stores.content_hashes import content_hashes, hash_table
 from stores.errors import BadInput, DamagedStore, SpecMismatch

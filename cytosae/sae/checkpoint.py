@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from stores.activation_store import ActivationSpec, require_same_tokens
+from stores.activation_spec import ActivationSpec, require_same_tokens
 from stores.devices import resolve_device
 from stores.errors import DamagedStore
 from stores.files import PARTIAL_SUFFIX, sha256_file, sync_folder

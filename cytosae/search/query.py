@@ -10,7 +10,7 @@ import numpy.typing as npt
 import scipy.sparse as ss
 
 from cytosae.stage_one import Pixels, StageOne
-from stores.activation_store import ActivationSpec
+from stores.activation_spec import ActivationSpec
 from stores.devices import resolve_device
 from stores.errors import BadInput, SpecMismatch
 from stores.latent_store import LatentStore

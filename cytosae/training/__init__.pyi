@@ -11,7 +11,6 @@ from .data import open_data as open_data
 from .device_prefetch import on_device as on_device
 from .distributed import OtherProcessStopped as OtherProcessStopped
 from .evaluate import DEAD_WINDOW as DEAD_WINDOW
-from .evaluation import BackboneSample as BackboneSample
 from .evaluation import Evaluation as Evaluation
 from .health import Health as Health
 from .health import HealthRow as HealthRow
@@ -41,6 +40,7 @@ from .saving import space_warnings as space_warnings
 from .start import start_settings as start_settings
 from .state import new_model as new_model
 from .state import trim_states as trim_states
+from .substitution import BackboneSample as BackboneSample
 from .train import Diverged as Diverged
 from .train import Training as Training
 from .train import TrainPlan as TrainPlan

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cytosae.sae import LOSSES, SparseAutoencoder, load_sae
+from cytosae.sae import LOSSES, load_sae
 from stores.activation_store import ActivationStore
 from stores.content_hashes import find_trained_on
 from stores.devices import memory_told, resolve_device
@@ -24,10 +24,11 @@ from stores.spec import check_choice, require_unchanged
 from stores.tables import column, listed
 from stores.token_sets import TOKEN_SETS, chosen_tokens
 
-from .evaluation import BackboneSample, Change, Coherence, Evaluation, Int, Substitution
+from .evaluation import Coherence, Evaluation, Int
 from .finite_tokens import check_finite
 from .held_out import tokens_at_a_time
 from .measured_sums import MeasuredSums, explained_share
+from .substitution import BackboneSample, substitute
 
 DEAD_WINDOW = 64 * 16_448  # tokens: what `dead_fraction` means in a training run with the default settings
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -116,7 +117,7 @@ def evaluate(
     substitution = None
     if sample:
         mean_D = sums.mean_D.float()
-        substitution = _substitute(model, sample, outputs, mean_D, chosen, step=step, device=device)
+        substitution = substitute(model, sample, outputs, mean_D, chosen, step=step, device=device)
     latents_per_image = np.array(sums.latents_per_image, np.int64)
     return Evaluation(
         sae=run,
@@ -202,47 +203,6 @@ def _named(store: ActivationStore, only: Collection[str]) -> npt.NDArray[np.bool
             f"{len(unknown):,} of {len(wanted):,} images to measure on are not in {store.root}: {listed(unknown)}"
         )
     return np.array([name in wanted for name in ids], bool)
-
-
-def _substitute(
-    model: SparseAutoencoder,
-    sample: BackboneSample,
-    outputs: list[torch.Tensor],
-    mean_D: torch.Tensor,
-    chosen: slice,
-    *,
-    step: int,
-    device: str,
-) -> Substitution:
-    """The effect on the final CLS embedding: each image goes through with its three replacements."""
-    cosines, distances = [], []
-    for tokens_TD in outputs:
-        four = tokens_TD.to(device).repeat(4, 1, 1)  # untouched, reconstruction, zeros, mean token
-        four[1, chosen] = torch.cat([model(part) for part in four[1, chosen].split(step)])
-        four[2, chosen] = 0
-        four[3, chosen] = mean_D
-        embedded = sample.final_cls(four).double().cpu()
-        if not bool(torch.isfinite(embedded).all()):
-            raise BadInput("a final CLS embedding became NaN or infinite: the SAE's weights do not fit these tokens")
-        untouched, norms = embedded[0], embedded.norm(dim=1)
-        cosines.append(embedded[1:] @ untouched / (norms[1:] * norms[0]))
-        distances.append((embedded[1:] - untouched).norm(dim=1) / norms[0])
-    changes = [
-        Change(cosine=cosine, relative_l2=distance)
-        for cosine, distance in zip(
-            torch.stack(cosines).mean(0).tolist(), torch.stack(distances).mean(0).tolist(), strict=True
-        )
-    ]
-    reconstruction, zeros, mean_token = changes
-    return Substitution(
-        n_images=len(outputs),
-        seed=sample.seed,
-        reconstruction=reconstruction,
-        zeros=zeros,
-        mean_token=mean_token,
-        recovered=explained_share(reconstruction.relative_l2, zeros.relative_l2),
-        recovered_from_mean=explained_share(reconstruction.relative_l2, mean_token.relative_l2),
-    )
 
 
 def _percentiles(values: npt.NDArray[Any]) -> dict[int, float]:

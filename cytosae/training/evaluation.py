@@ -5,65 +5,21 @@ Quantities that metrics.parquet has too have the same names here. Shapes: D widt
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from stores.wording import Report
 
 from .health import Health, assess_health
-from .report import evaluation_lines
+from .substitution import Substitution
 
 Int = npt.NDArray[np.int64]
 LOG10_FREQUENCY_EDGES = tuple(-8 + half / 2 for half in range(17))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneSample:
-    """Some images at the transformer block of the cache, and the rest of the backbone from there.
-
-    outputs : for each image the float32 output of the block, (tokens_per_image, D)
-    final_cls : maps (n, tokens_per_image, D) at the block to the final CLS embeddings, (n, any width)
-    seed : with which the images were drawn
-    """
-
-    outputs: Iterable[torch.Tensor]
-    final_cls: Callable[[torch.Tensor], torch.Tensor]
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """Distance of the final CLS embedding c' from the original one c: means over the images of a sample."""
-
-    cosine: float  # c . c' / (||c|| ||c'||); NaN if any of them is a zero vector
-    relative_l2: float  # ||c' - c|| / ||c||
-
-
-@dataclass(frozen=True, kw_only=True)
-class Substitution:
-    """Change of the final CLS embedding when the chosen tokens at the block are replaced and the others are not.
-
-    A loss recovered is, for language models, (loss(zeros) - loss(reconstruction)) / (loss(zeros) - loss(untouched)):
-    zero-ablation (Rajamanoharan et al. 2024, Gated SAEs; SAELens). A feature extractor has no loss of its own: here it
-    is the mean of ||c' - c|| / ||c||, which is 0 when nothing is replaced. So
-    recovered = 1 - reconstruction.relative_l2 / zeros.relative_l2: 1 if the reconstruction changes nothing, 0 if it is
-    no better than zeros, below 0 if it is worse; NaN if zeros change nothing either. `recovered_from_mean` has
-    mean-ablation in place of zeros, `mean_token`: the harder reference where tokens share a large mean.
-    """
-
-    n_images: int
-    seed: int
-    reconstruction: Change
-    zeros: Change
-    mean_token: Change  # the mean of the chosen tokens over the whole cache, at every position
-    recovered: float
-    recovered_from_mean: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +130,49 @@ class Evaluation(Report):
         )
 
     def lines(self) -> Iterator[str]:
-        """A page of all figures."""
-        return evaluation_lines(self)
+        """The page of `cyto sae eval`."""
+        window = f"{self.dead_fraction_window:.1%} over the last {self.dead_window_tokens:,} tokens"
+        coherence, substitution = self.coherence, self.substitution
+        rows = {
+            "images": f"{self.n_images:,} readable, {self.n_unreadable:,} not (left out); "
+            f"{self.n_tokens:,} tokens (token set {self.token_set})",
+            "trained on": self.trained_on_line,
+            "MSE": f"{self.mse:.4g} as trained (loss {self.loss}), {self.mse_plain:.4g} plain",
+            "explained": f"{_known(self.explained_variance)} of the variance about the mean token, "
+            f"{_known(self.explained_variance_uncentered)} uncentred",
+            "PCA": f"{_known(self.pca_explained_variance)} of the variance by the first {self.n_pca:,} principal "
+            "components of these tokens, as many as L0",
+            "L0": f"{self.l0:.1f} per token; percentiles {_percentiles(self.l0_percentiles)}",
+            "per image": f"{self.latents_per_image:.1f} different latents; "
+            f"percentiles {_percentiles(self.latents_per_image_percentiles)}",
+            "dead": f"{self.dead_fraction_whole:.1%} of {self.n_latents:,} latents over all tokens, {window}",
+            "decoder": f"nearest other row, |cosine|: mean {_known(coherence.mean)}, "
+            f"percentiles {_percentiles(coherence.percentiles)}"
+            + (f"; {coherence.n_zero_rows:,} rows are zero" if coherence.n_zero_rows else ""),
+        }
+        if substitution:
+            rows["final CLS"] = (
+                f"{_known(substitution.recovered)} recovered against zeros, "
+                f"{_known(substitution.recovered_from_mean)} against the mean token (1: as without the SAE, 0: as with "
+                f"these); {substitution.n_images:,} images, seed {substitution.seed}"
+            )
+            for name, change in {
+                "  SAE": substitution.reconstruction,
+                "  mean": substitution.mean_token,
+                "  zeros": substitution.zeros,
+            }.items():
+                rows[name] = f"cosine {_known(change.cosine, 5)}, changed by {change.relative_l2:.2%} of its length"
+        untrained = "" if self.trained_backbone else " (UNTRAINED backbone)"
+        yield f"{self.sae} on {self.store}{untrained}"
+        for name, value in rows.items():
+            yield f"  {name:<10} {value}"
+        histogram = self.histogram
+        yield f"  {'frequency':<10} latents by the share of images, and of tokens, in which they are active"
+        yield f"  {'':<10} {'never':<16} {histogram.n_never:>9,} {histogram.n_never:>9,}"
+        for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
+            if by_image or by_token:
+                yield f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}"
+        yield from self.health.lines()
 
     def to_json(self, *, per_latent: bool = False) -> dict[str, Any]:
         """Plain JSON values, null for NaN; the two counts of every latent only on request."""
@@ -202,3 +199,13 @@ def plain_values(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): plain_values(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _known(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: not defined
+
+
+def _percentiles(values: dict[int, Any]) -> str:
+    """`5: 3, 50: 12, 95: 40, 100: 80`: a selection of the percentiles, on one line."""
+    shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
+    return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"

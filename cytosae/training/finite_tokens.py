@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stores.activation_store import ActivationStore, Float16
+from stores.activation_spec import Float16
+from stores.activation_store import ActivationStore
 from stores.errors import DamagedStore
 from stores.tables import column
 

@@ -21,7 +21,7 @@ from stores.header_kinds import check_kinds
 from stores.wording import Report, printable
 
 if TYPE_CHECKING:
-    from .evaluation import Substitution
+    from .substitution import Substitution
 
 FORMAT, VERSION, FILE = "SAE health", 1, "health.json"
 NEARLY_ALL = 0.9  # share of the images from which on a latent is active in nearly every image

@@ -1,17 +1,14 @@
-"""Training and evaluation in words: what commands print and notebooks show."""
+"""A finished training in words: what commands print and notebooks show."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stores.spec import Header
 from stores.wording import Report, decimals, percent, printable
 
 from .health import Health
-
-if TYPE_CHECKING:
-    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,59 +95,3 @@ def held_out_line(found: dict[str, Any]) -> str:
         f"{found['n_images']:,} images: mse {found['mse']:.4g}, L0 {found['l0']:.1f}, "
         f"explained variance {decimals(found['explained_variance'])}"
     )
-
-
-def evaluation_lines(found: "Evaluation") -> Iterator[str]:
-    """The page of `cyto sae eval`."""
-    window = f"{found.dead_fraction_window:.1%} over the last {found.dead_window_tokens:,} tokens"
-    coherence, substitution = found.coherence, found.substitution
-    rows = {
-        "images": f"{found.n_images:,} readable, {found.n_unreadable:,} not (left out); "
-        f"{found.n_tokens:,} tokens (token set {found.token_set})",
-        "trained on": found.trained_on_line,
-        "MSE": f"{found.mse:.4g} as trained (loss {found.loss}), {found.mse_plain:.4g} plain",
-        "explained": f"{_known(found.explained_variance)} of the variance about the mean token, "
-        f"{_known(found.explained_variance_uncentered)} uncentred",
-        "PCA": f"{_known(found.pca_explained_variance)} of the variance by the first {found.n_pca:,} principal "
-        "components of these tokens, as many as L0",
-        "L0": f"{found.l0:.1f} per token; percentiles {_percentiles(found.l0_percentiles)}",
-        "per image": f"{found.latents_per_image:.1f} different latents; "
-        f"percentiles {_percentiles(found.latents_per_image_percentiles)}",
-        "dead": f"{found.dead_fraction_whole:.1%} of {found.n_latents:,} latents over all tokens, {window}",
-        "decoder": f"nearest other row, |cosine|: mean {_known(coherence.mean)}, "
-        f"percentiles {_percentiles(coherence.percentiles)}"
-        + (f"; {coherence.n_zero_rows:,} rows are zero" if coherence.n_zero_rows else ""),
-    }
-    if substitution:
-        rows["final CLS"] = (
-            f"{_known(substitution.recovered)} recovered against zeros, "
-            f"{_known(substitution.recovered_from_mean)} against the mean token (1: as without the SAE, 0: as with "
-            f"these); {substitution.n_images:,} images, seed {substitution.seed}"
-        )
-        for name, change in {
-            "  SAE": substitution.reconstruction,
-            "  mean": substitution.mean_token,
-            "  zeros": substitution.zeros,
-        }.items():
-            rows[name] = f"cosine {_known(change.cosine, 5)}, changed by {change.relative_l2:.2%} of its length"
-    untrained = "" if found.trained_backbone else " (UNTRAINED backbone)"
-    yield f"{found.sae} on {found.store}{untrained}"
-    for name, value in rows.items():
-        yield f"  {name:<10} {value}"
-    histogram = found.histogram
-    yield f"  {'frequency':<10} latents by the share of images, and of tokens, in which they are active"
-    yield f"  {'':<10} {'never':<16} {histogram.n_never:>9,} {histogram.n_never:>9,}"
-    for low, by_image, by_token in zip(histogram.edges, histogram.images, histogram.tokens, strict=False):
-        if by_image or by_token:
-            yield f"  {'':<10} {f'10^{low:g} to 10^{low + 0.5:g}':<16} {by_image:>9,} {by_token:>9,}"
-    yield from found.health.lines()
-
-
-def _known(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if value == value else "n/a"  # NaN: not defined
-
-
-def _percentiles(values: dict[int, Any]) -> str:
-    """`5: 3, 50: 12, 95: 40, 100: 80`: a selection of the percentiles, on one line."""
-    shown = {p: values[p] for p in (5, 50, 95, 100) if p in values}
-    return ", ".join(f"{p}: {v:,}" if isinstance(v, int) else f"{p}: {v:.3f}" for p, v in shown.items()) or "n/a"

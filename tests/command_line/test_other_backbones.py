@@ -34,10 +34,10 @@ from cytosae.maps import PatchQuery, write_maps, write_mask_agreement, write_she
 from cytosae.probe.baselines import read_image_tokens
 from cytosae.relations import NeighbourConfig, find_neighbours
 from cytosae.training.evaluate import evaluate
-from cytosae.training.evaluation import BackboneSample
+from cytosae.training.substitution import BackboneSample
 from cytosae.training.train import train
 from stores import ActivationStore, BarcodeStore, LatentStore
-from stores.activation_store import chunk_path
+from stores.activation_spec import chunk_path
 from stores.errors import BadInput
 from stores.tables import column
 from stores.verify_any import verify_folder

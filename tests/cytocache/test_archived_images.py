@@ -29,7 +29,7 @@ from cytosae.latents.encode import encode
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import ActivationStore, LatentStore
-from stores.activation_store import chunk_path
+from stores.activation_spec import chunk_path
 from stores.errors import BadInput
 from stores.runlog import read_runs
 from stores.tables import column

@@ -20,7 +20,8 @@ from cytocache.extract import ExtractConfig, extract
 from cytocache.fidelity import Fidelity, measure_fidelity
 from cytocache.images import read_image
 from cytosae.sae import load_sae
-from stores.activation_store import ActivationStore, chunk_path
+from stores.activation_spec import chunk_path
+from stores.activation_store import ActivationStore
 from stores.errors import BadInput, CytoError, IncompleteStore, SpecMismatch
 
 UNREADABLE = 4  # of the ten images of the fixture `made`

@@ -23,7 +23,8 @@ from cytocache.datasets import open_images
 from cytocache.extract import ExtractConfig, extract
 from cytocache.extract import fill as real_fill
 from cytocache.repair import RepairResult, repair
-from stores.activation_store import ActivationStore, chunk_path
+from stores.activation_spec import chunk_path
+from stores.activation_store import ActivationStore
 from stores.activation_writer import reopen, writer_lock
 from stores.errors import BadInput, CytoError, IncompleteStore, SpecMismatch, StoreNotFound
 from stores.files import locked

@@ -21,7 +21,7 @@ from cytosae.latents.encode import encode
 from cytosae.sae import TrainConfig
 from cytosae.training.train import train
 from stores import ActivationStore, LatentStore
-from stores.activation_store import chunk_path
+from stores.activation_spec import chunk_path
 from stores.errors import BadInput, SpecMismatch
 from stores.spec import ACTIVATIONS, read_header
 from stores.tables import column, cut_off_images, image_table, with_outcome, without_outcome

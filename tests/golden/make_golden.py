@@ -51,9 +51,12 @@ from cytosae.score import ScoreConfig, score_sae
 from cytosae.search import SearchConfig, search_cells
 from cytosae.sweep import sweep
 from stores import ConceptStore, csr
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter
-from stores.latent_store import LatentSpec, LatentStore, LatentWriter
+from stores.latent_spec import LatentSpec
+from stores.latent_store import LatentStore
+from stores.latent_writer import LatentWriter
 from stores.runlog import append_run
 from stores.spec import BARCODES, SAE, Header, find_header, new_header, write_header
 from stores.tables import image_table, table_sha256, with_outcome

@@ -44,27 +44,18 @@ def files(package: str) -> list[Path]:
 
 
 @cache
-def imports(path: Path) -> list[tuple[str, bool]]:
-    """(module, is it needed to import the file?) of every import in a file; `from a import b` gives a.b.
-
-    Those inside functions and under TYPE_CHECKING are not needed to import the file.
-    """
+def imports(path: Path) -> list[str]:
+    """Every import in a file, also inside functions and under TYPE_CHECKING; `from a import b` gives a.b."""
     tree = ast.parse(path.read_text())
     package = list(path.relative_to(ROOT).parts[:-1])
-    later = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-        for inner in ast.walk(node)
-    }
-    found = []
+    found = list[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node not in later) for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            found += [(f"{module}.{alias.name}", node not in later) for alias in node.names]
+            found += [f"{module}.{alias.name}" for alias in node.names]
     return found
 
 
@@ -81,7 +72,7 @@ def is_of(path: Path, places: set[str]) -> bool:
 def test_arrows(package: str) -> None:
     """No file imports a package of ours that it must not know, and nobody imports what the tests are made of."""
     for path in files(package):
-        wrong = {top(module) for module, _ in imports(path)} & {
+        wrong = {top(module) for module in imports(path)} & {
             "stores",
             "cytocache",
             "cytosae",
@@ -95,7 +86,7 @@ def test_arrows(package: str) -> None:
 @pytest.mark.parametrize("package", ["stores", "cytocache", "cytosae", "cli.py"])
 def test_heavy_libraries_stay_where_they_are_needed(package: str) -> None:
     for path in files(package):
-        names = {top(module) for module, _ in imports(path)}
+        names = {top(module) for module in imports(path)}
         assert is_of(path, TORCH) or not names & {"torch", "timm", "torchvision"}, path
         assert is_of(path, DASK) or not names & {"dask", "distributed"}, path
         assert is_of(path, CLICK) or "click" not in names, path
@@ -104,7 +95,7 @@ def test_heavy_libraries_stay_where_they_are_needed(package: str) -> None:
 def test_only_commands_import_the_console() -> None:
     for package in ALLOWED:
         for path in files(package):
-            if any(module.startswith("stores.console") for module, _ in imports(path)):
+            if any(module.startswith("stores.console") for module in imports(path)):
                 assert is_of(path, CLICK), path
 
 
@@ -114,19 +105,19 @@ def room_of(path: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def rooms_imported(path: Path) -> Iterator[tuple[str, str, bool]]:
-    """(room, what is imported of it, is it needed at once?) of the other rooms that a file imports."""
-    for module, is_now in imports(path):
+def rooms_imported(path: Path) -> Iterator[tuple[str, str]]:
+    """(room, what is imported of it) of the other rooms that a file imports."""
+    for module in imports(path):
         words = module.split(".")
         if words[0] == "cytosae" and len(words) > 1 and words[1] in ROOMS and words[1] != room_of(path):
-            yield words[1], ".".join(words[2:]), is_now
+            yield words[1], ".".join(words[2:])
 
 
 def test_rooms_are_entered_through_their_doors() -> None:
     """Other rooms import from `cytosae.ROOM`, and only what its door names."""
     assert len(ROOMS) > 10
     for path in files("cytosae"):
-        for room, name, _ in rooms_imported(path):
+        for room, name in rooms_imported(path):
             door = (ROOT / "cytosae" / room / "__init__.pyi").read_text()
             assert f" import {name} as {name}\n" in door, f"{path} imports {name} of {room}, not through its door"
 
@@ -160,11 +151,11 @@ def test_doors_lead_somewhere() -> None:
 
 
 def test_there_is_no_circle() -> None:
-    """Neither between rooms (imports inside functions count, too) nor between the files of a package."""
+    """Neither between rooms nor between the files of a package; imports inside functions and of types count, too."""
     rooms: dict[str, set[str]] = {}
     for path in files("cytosae"):
         if room_of(path) in ROOMS:
-            rooms.setdefault(room_of(path), set()).update(room for room, _, _ in rooms_imported(path))
+            rooms.setdefault(room_of(path), set()).update(room for room, _ in rooms_imported(path))
     assert [*TopologicalSorter(rooms).static_order()]
     for package in ("stores", "cytocache", "cytosae"):
         graph = {}
@@ -173,11 +164,23 @@ def test_there_is_no_circle() -> None:
             known = {".".join(other.relative_to(ROOT).with_suffix("").parts) for other in files(package)}
             graph[module] = {
                 name
-                for imported, is_now in imports(path)
+                for imported in imports(path)
                 for name in (imported, imported.rpartition(".")[0])
-                if is_now and name in known and name != module
+                if name in known and name != module
             }
         assert [*TopologicalSorter(graph).static_order()]
+
+
+def test_no_file_goes_out_and_in_again_by_its_own_door() -> None:
+    """A name that a file takes from the door of its own room would hide a circle."""
+    doors = {"stores", "cytocache", *(f"cytosae.{room}" for room in ROOMS)}
+    for path in [*files("stores"), *files("cytocache"), *files("cytosae")]:
+        own = ".".join(path.relative_to(ROOT).parts[:-1])
+        inside = {other.stem for other in path.parent.glob("*.py")} | {other.name for other in path.parent.iterdir()}
+        for module in imports(path):
+            package, _, name = module.rpartition(".")
+            is_own = package == own or (package in doors and own.startswith(f"{package}."))
+            assert not (is_own and package in doors and name not in inside), f"{path} imports {name} of {package}"
 
 
 @pytest.mark.stress

@@ -47,7 +47,7 @@ from stores import (
     open_caches,
     remote,
 )
-from stores.activation_store import chunk_path
+from stores.activation_spec import chunk_path
 from stores.spec import find_header, write_header
 
 N_IMAGES, CHUNK_IMAGES, N_TOKENS, WIDTH = 11, 3, 5, 8  # four chunks, the last with two images

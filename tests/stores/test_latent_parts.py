@@ -24,8 +24,11 @@ from stores import csr, latent_shards
 from stores.activation_writer import writer_lock
 from stores.errors import BadInput, DamagedStore, IncompleteStore
 from stores.files import locked
-from stores.latent_shards import complete_latents, copy_part, missing_images, next_part, open_writer, remove_part
-from stores.latent_store import LatentStore, LatentWriter, shard_images
+from stores.latent_parts import missing_images
+from stores.latent_shards import complete_latents, copy_part, next_part, open_writer, remove_part
+from stores.latent_spec import shard_images
+from stores.latent_store import LatentStore
+from stores.latent_writer import LatentWriter
 from stores.runlog import read_runs
 from stores.shards import ONE_WRITER, Shard
 from stores.verify import verify_latents

@@ -29,7 +29,8 @@ from cli import cli
 from cytocache.datasets import Images, open_images
 from cytocache.extract import ExtractConfig, extract
 from stores import activation_writer, files
-from stores.activation_store import ActivationStore, chunk_path
+from stores.activation_spec import chunk_path
+from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter, complete_cache, overlapping_writer, writer_lock
 from stores.errors import BadInput, IncompleteStore, StoreNotFound
 from stores.files import locked

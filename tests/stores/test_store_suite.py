@@ -37,12 +37,14 @@ from artefacts import (
 from barcode_writer import BarcodeWriter
 
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
-from stores import activation_writer, csr, latent_store
-from stores.activation_store import ActivationStore, chunks_written
+from stores import activation_writer, csr, latent_writer
+from stores.activation_spec import chunks_written
+from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.barcode_store import BarcodeStore
 from stores.errors import CytoError, DamagedStore, IncompleteStore, SpecMismatch, StoreNotFound
-from stores.latent_store import LatentStore, LatentWriter
+from stores.latent_store import LatentStore
+from stores.latent_writer import LatentWriter
 from stores.result_folder import ResultStore, begin_results
 from stores.spec import (
     ACTIVATIONS,
@@ -315,7 +317,7 @@ def test_a_crash_at_any_point_costs_no_byte(
     assert n_syncs > (30 if kind in STORE_KINDS else 5)
 
 
-@pytest.mark.parametrize(("kind", "module"), [(KINDS[0], activation_writer), (KINDS[1], latent_store)])
+@pytest.mark.parametrize(("kind", "module"), [(KINDS[0], activation_writer), (KINDS[1], latent_writer)])
 def test_a_crash_just_before_the_mark_costs_no_work(
     kind: Kind, module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

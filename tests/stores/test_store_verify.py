@@ -19,7 +19,8 @@ import zarr
 from artefacts import N_IMAGES, UNREADABLE, outcome, write_cache, write_latents
 
 from stores import csr
-from stores.activation_store import ActivationStore, chunk_path
+from stores.activation_spec import chunk_path
+from stores.activation_store import ActivationStore
 from stores.errors import BadInput, DamagedStore
 from stores.files import sha256_file
 from stores.latent_store import LatentStore

@@ -8,9 +8,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import scipy.sparse as ss
 
-from stores.activation_store import ActivationSpec
+from stores.activation_spec import ActivationSpec
 from stores.activation_writer import ActivationWriter
-from stores.latent_store import LatentSpec, LatentWriter
+from stores.latent_spec import LatentSpec
+from stores.latent_writer import LatentWriter
 from stores.tables import image_table, table_sha256, with_outcome
 
 N_IMAGES, N_TOKENS, WIDTH, N_LATENTS = 10, 3, 4, 16

@@ -47,7 +47,7 @@ from stores import (
     SpecMismatch,
     begin_results,
 )
-from stores.activation_store import SAME_TOKENS
+from stores.activation_spec import SAME_TOKENS
 from stores.spec import plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")

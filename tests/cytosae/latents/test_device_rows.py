@@ -18,7 +18,8 @@ import cytosae.latents.encode as encoding
 from cli import cli
 from cytosae.latents.device_rows import DeviceCompactor, HostCopies, count_kept, select_kept
 from cytosae.latents.encode import encode
-from cytosae.latents.sparsify import INFINITY, Compactor, Rounding, SparseRows
+from cytosae.latents.sparse_rows import INFINITY, Rounding, SparseRows
+from cytosae.latents.sparsify import Compactor
 from cytosae.sae import SparseAutoencoder, load_sae
 from stores import BadInput, DamagedStore, LatentStore, verify_latents
 from stores.errors import OutOfMemory

@@ -29,7 +29,8 @@ from token_caches import write_cache
 from cli import cli
 from cytosae.latents import sparsify
 from cytosae.latents.encode import encode
-from cytosae.latents.sparsify import Compactor, Rounding, SparseRows, round_mantissa, rows_of_active
+from cytosae.latents.sparse_rows import Rounding, SparseRows
+from cytosae.latents.sparsify import Compactor, round_mantissa, rows_of_active
 from cytosae.latents.sparsify import _on_device as on_device
 from cytosae.sae import Active, SparseAutoencoder, load_sae, load_tensors, save_tensors, screen
 from cytosae.sae.config import ACTIVATIONS

@@ -61,7 +61,8 @@ from cytosae.probe.threshold_columns import ThresholdColumns
 from cytosae.probe.threshold_grams import ThresholdGrams
 from cytosae.probe.units import read_units
 from stores import PROBE, SAE, BarcodeStore, ResultStore, new_header, write_header
-from stores.activation_store import ActivationSpec, ActivationStore
+from stores.activation_spec import ActivationSpec
+from stores.activation_store import ActivationStore
 from stores.activation_writer import ActivationWriter
 from stores.content_hashes import write_trained_on
 from stores.errors import BadInput, DamagedStore, SpecMismatch

@@ -36,10 +36,10 @@ from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae, save_sae
 from cytosae.training import DEAD_WINDOW, BackboneSample, Evaluation, Objective, loss_and_gradients
 from cytosae.training import held_out as module
 from cytosae.training.evaluate import PERCENTILES, decoder_coherence, evaluate
-from cytosae.training.evaluation import Substitution
+from cytosae.training.substitution import Substitution
 from cytosae.training.train import train
 from stores import SAE, ActivationStore, BadInput, DamagedStore, SpecMismatch, new_header, write_header
-from stores.activation_store import chunk_path
+from stores.activation_spec import chunk_path
 from stores.content_hashes import find_trained_on, write_trained_on
 from stores.tables import column, image_table, with_outcome
 

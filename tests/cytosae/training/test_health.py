@@ -19,9 +19,9 @@ from cli import cli
 from cytosae.sae import SparseAutoencoder, TrainConfig, load_sae
 from cytosae.training import Health, assess_health, healthy_l0, read_health, sae_info, write_health
 from cytosae.training.evaluate import evaluate
-from cytosae.training.evaluation import Change, Substitution
 from cytosae.training.health import FILE
 from cytosae.training.health_sample import evenly_spaced
+from cytosae.training.substitution import Change, Substitution
 from cytosae.training.train import train
 from stores import ActivationStore, BadInput, DamagedStore, verify_folder
 from stores.files import sha256_json, write_json
