@@ -10,7 +10,6 @@ import http.client
 import json
 import os
 import re
-import shutil
 import ssl
 import sys
 import time
@@ -25,6 +24,7 @@ from urllib.parse import quote, urlsplit
 
 from stores.errors import BadInput
 from stores.files import sha256_file, sync_folder, write_json
+from stores.machine import free_on_disk
 from stores.progress import Progress
 from stores.spec import cyto_version
 
@@ -466,7 +466,7 @@ def _download(file: _Published, part: Path, progress: Progress, *, is_mirrored: 
 
 def _append(file: _Published, part: Path, have: int, etag: str, progress: Progress, *, is_mirrored: bool) -> None:
     """Download the bytes after the first `have`; all of them if the server does not continue exactly there."""
-    if (free := shutil.disk_usage(part.parent).free) < file.size - have:
+    if (free := free_on_disk(part.parent)) < file.size - have:
         raise OSError(f"{file.size - have:,} bytes are needed, {free:,} are free")
     asked = {"Range": f"bytes={have}-", **({"If-Range": etag} if etag else {})} if have else {}
     with _open(file.url, asked, is_mirrored=is_mirrored) as response:

@@ -29,7 +29,7 @@ from stores.activation_writer import (
     writer_lock,
 )
 from stores.destination import plan_output
-from stores.devices import memory_told, resolve_device
+from stores.devices import device_name, memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput
 from stores.files import locked, sync_folder
@@ -135,7 +135,7 @@ class _Chunk:
     content: HostChunk  # of as many images as the largest chunk has
     content_hash: list[str | None]
     errors: list[str | None]
-    cut_off: list[str | None]
+    truncated: list[str | None]
 
 
 def extract(
@@ -153,8 +153,8 @@ def extract(
 ) -> ExtractResult:
     """Write (or continue) the activation cache of `images` at `out`; with several blocks, `out/block<k>.zarr`.
 
-    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job. So
-    is an image whose file is cut off, unless `config.allow_truncated`.
+    An unreadable image is listed with its error in the cache's image table, has NaN tokens and does not end the job. An
+    image whose file ends too early is one of these, unless `config.allow_truncated`.
     Memory: `_SAVING_AT_ONCE` + 1 chunks of tokens for each block, pinned for a GPU, and a few batches of pixels.
 
     Parameters
@@ -238,7 +238,7 @@ def extract(
         n_truncated=n_truncated,
         truncated=caches[0].truncated_line() if n_truncated else "",
         left_out=images.notes,
-        cropped=backbone.preprocess.cut_off,
+        cropped=backbone.preprocess.cropped_text,
     )
 
 
@@ -252,7 +252,10 @@ def fill(
     progress: Progress,
     stop: Callable[[], bool],
 ) -> None:
-    """Write every missing chunk of the writers (one writer for each block, all of the same shard)."""
+    """Write every missing chunk of the writers (one writer for each block, all of the same shard).
+
+    Memory: as `extract`. Raises OutOfMemory, and KeyboardInterrupt if `stop` has ended it early.
+    """
     spec, paths, names = writers[0].spec, column(images.table, "path"), column(images.table, "image_id")
     blocks = [backbone.blocks.index(writer.spec.block) for writer in writers]
     missing = [set(writer.missing_chunks()) for writer in writers]
@@ -301,7 +304,7 @@ def fill(
             content = buffers.take()
             content_hash: list[str | None] = []
             errors: list[str | None] = []
-            cut_off: list[str | None] = []
+            truncated: list[str | None] = []
             for batch in _batches(range(len(rows)), config.images_per_pass):
                 pictures = next(reading)
                 pixels = sender.send(pictures.pixels)
@@ -310,12 +313,12 @@ def fill(
                 buffers.fill(content, slice(batch.start, batch.stop), [full[block] for block in blocks])
                 content_hash += pictures.content_hash
                 errors += pictures.errors
-                cut_off += pictures.cut_off
+                truncated += pictures.truncated
                 n_unreadable += sum(error is not None for error in pictures.errors)
                 report(batch.stop)
             n_done += len(rows)
             ids = [str(name) for name in names[rows.start : rows.stop]]
-            done = _Chunk(chunk, ids, content, content_hash, errors, cut_off)
+            done = _Chunk(chunk, ids, content, content_hash, errors, truncated)
             owners = [writer if chunk in own else None for writer, own in zip(writers, missing, strict=True)]
             saved.append(savers.submit(_save, done, owners, buffers))
             while saved and (saved[0].done() or len(saved) > _SAVING_AT_ONCE):
@@ -386,7 +389,7 @@ def open_writer(
         packages=("torch", "timm", "pillow", "numpy"),
         shard=shard,
         images_root=os.fspath(images.root),
-        device=_device_name(config.device),
+        device=device_name(config.device),
         threads=torch.get_num_threads(),
         batch_size=config.images_per_pass,
         **({"weights": weights} if weights else {}),
@@ -418,7 +421,7 @@ def _save(chunk: _Chunk, owners: list[ActivationWriter | None], buffers: ChunkBu
             if writer is not None:
                 n = len(chunk.errors)
                 values = _checked(chunk, tokens[:n].numpy(), largest[:n].numpy(), writer.spec.block)
-                writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors, chunk.cut_off)
+                writer.write_chunk(chunk.number, values, chunk.content_hash, chunk.errors, chunk.truncated)
     finally:
         buffers.give_back(chunk.content)
 
@@ -437,10 +440,6 @@ def _checked(
                 f"Choose another --block, or check the weights"
             )
     return values
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 make_callable(__name__, "extract")  # cytocache.extract(...)

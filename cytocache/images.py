@@ -45,7 +45,7 @@ class ReadImage:
     picture: Image.Image | None  # RGB
     content_hash: str | None  # SHA-256 of the file, if its bytes could be read
     error: str | None = None
-    cut_off: str | None = None  # what is missing of a file that ends too early; see `read_image_file`
+    truncated: str | None = None  # what is missing of a file that ends too early; see `read_image_file`
 
 
 class _PillowSilenced:
@@ -74,7 +74,7 @@ class _PillowSilenced:
                 self._lock.notify_all()
 
     @contextmanager
-    def accepting_cut_off(self) -> Iterator[None]:
+    def accepting_truncated(self) -> Iterator[None]:
         """Pillow accepts files that end too early; no other thread is inside meanwhile, since the setting is global."""
         with self._lock:
             self._lock.wait_for(lambda: self._n_inside == 0)
@@ -102,7 +102,7 @@ def read_image_file(place: Path | Member, *, allow_truncated: bool = False) -> R
     """Read an image file, in a folder or an archive. Memory: as `read_image`.
 
     allow_truncated : take a file that ends too early as far as it goes, if a row of pixels is left; the rest is black,
-        in a JPEG grey, and `cut_off` says how much
+        in a JPEG grey, and `truncated` says how much
     """
     content_hash = None
     try:
@@ -113,8 +113,8 @@ def read_image_file(place: Path | Member, *, allow_truncated: bool = False) -> R
         except UnreadableImage as error:
             if not (allow_truncated and str(error).startswith(f"cannot be decoded: {_CUT_OFF}")):
                 raise
-            picture = _decode(raw, _to_rgb, is_cut_off=True)
-            return ReadImage(picture, content_hash, cut_off=_what_is_missing(picture))
+            picture = _decode(raw, _to_rgb, is_truncated=True)
+            return ReadImage(picture, content_hash, truncated=_what_is_missing(picture))
     except UnreadableImage as error:
         return ReadImage(None, content_hash, str(error))
 
@@ -165,10 +165,10 @@ def read_labels(path: Path) -> tuple[npt.NDArray[np.int64], bool] | str:
         return str(error)
 
 
-def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded], *, is_cut_off: bool = False) -> _Decoded:
+def _decode(raw: bytes, convert: Callable[[Image.Image], _Decoded], *, is_truncated: bool = False) -> _Decoded:
     """The result of `convert` on the decoded image; every error becomes an `UnreadableImage`."""
     try:
-        with pillow_silenced.accepting_cut_off() if is_cut_off else pillow_silenced:
+        with pillow_silenced.accepting_truncated() if is_truncated else pillow_silenced:
             bare = without_metadata(raw)
             picture = Image.open(io.BytesIO(bare), formats=FORMATS)
             _check_size(picture, bare)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stores.latent_store import LatentStore
 from stores.runlog import read_runs
-from stores.tables import column, cut_off_images
+from stores.tables import column, truncated_images
 
 from .images import read_image_file
 from .preprocess import Preprocess
@@ -27,7 +27,7 @@ class Pictures:
         """`root`: folder or archive of the images now; default: as recorded when the cache was made, if it was."""
         self.root = root or _recorded_root(latents)
         self._paths, self._hashes = column(latents.images, "path"), column(latents.images, "content_hash")
-        self._errors, self._cut_off = column(latents.images, "error"), cut_off_images(latents.images)
+        self._errors, self._truncated = column(latents.images, "error"), truncated_images(latents.images)
         self._preprocess = Preprocess.seen_in(latents.spec.cache.get("transform"))
 
     def __call__(self, image_index: int) -> Pixels | str:
@@ -42,7 +42,7 @@ class Pictures:
         path = str(self._paths[image_index])
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             return "its path leaves the folder of the images"
-        found = read_image_file(self.root / path, allow_truncated=self._cut_off[image_index] is not None)
+        found = read_image_file(self.root / path, allow_truncated=self._truncated[image_index] is not None)
         if found.picture is None:
             return str(found.error)
         if found.content_hash != self._hashes[image_index]:

@@ -83,7 +83,7 @@ class Preprocess:
         return cls.from_dict({name: said[name] for name in ("size", *_WHOLE) if name in said and "crop_mode" in said})
 
     @property
-    def cut_off(self) -> str:
+    def cropped_text(self) -> str:
         """What of an image the backbone does not see, in words; "" if it sees all of it."""
         if not self._is_cropped:
             return ""

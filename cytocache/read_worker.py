@@ -51,7 +51,7 @@ def main() -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 at = offset + number * image_bytes
                 shared[at : at + image_bytes] = pixels.tobytes() if pixels is not None else bytes(image_bytes)
-                answers.write(json.dumps([found.content_hash, found.error, found.cut_off]).encode() + b"\n")
+                answers.write(json.dumps([found.content_hash, found.error, found.truncated]).encode() + b"\n")
                 answers.flush()
 
 

@@ -45,7 +45,7 @@ class ReadPictures:
     pixels: npt.NDArray[np.uint8]  # (n, size, size, 3), shared memory; zeros where unreadable
     content_hash: list[str | None]
     errors: list[str | None]
-    cut_off: list[str | None] = field(default_factory=list)  # what is missing of files that end too early
+    truncated: list[str | None] = field(default_factory=list)  # what is missing of files that end too early
 
 
 class ImageReaders:
@@ -116,8 +116,8 @@ class ImageReaders:
                 return
             slot, reading = waiting.popleft()
             outcomes = [outcome for group in reading for outcome in group.result()]
-            hashes, errors, cut_off = ([outcome[n] for outcome in outcomes] for n in range(3))
-            yield ReadPictures(self._slots[slot, : len(outcomes)], hashes, errors, cut_off)
+            hashes, errors, truncated = ([outcome[n] for outcome in outcomes] for n in range(3))
+            yield ReadPictures(self._slots[slot, : len(outcomes)], hashes, errors, truncated)
             free.append(slot)
 
     def _submit(self, slot: int, paths: list[Path]) -> list[Future[list[Outcome]]]:
@@ -181,8 +181,8 @@ class _Worker:
             while len(outcomes) < len(paths):
                 place = places[len(outcomes)]
                 more = place.seconds_to_reach if isinstance(place, Member) else 0.0
-                content_hash, error, cut_off = json.loads(self._line(seconds + more))
-                outcomes.append((content_hash, error, cut_off))
+                content_hash, error, truncated = json.loads(self._line(seconds + more))
+                outcomes.append((content_hash, error, truncated))
         except TimeoutError:
             return outcomes, f"cannot be decoded: not done after {seconds:.0f} seconds"
         except (EOFError, BrokenPipeError):

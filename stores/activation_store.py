@@ -1,8 +1,9 @@
 """The activation cache: the tokens of every image after one transformer block, as float16 chunks to be memory-mapped.
 
 Format "activation cache", version 1: docs/formats.md. This is its reader, for a local path or a URL. On opening it
-makes the cheap checks: the cache is complete, all chunks exist with the right size and (locally) the checksum in the
-journal. Its settings stand in activation_spec.py, activation_writer.py writes it, verify.py checks every byte.
+checks what is cheap: the cache is complete, all chunks exist with the right size, and (locally) the checksum at the end
+of each file is the one in the journal. The bytes of a local chunk are compared with it by verify.py only, those of a
+URL when the chunk is read. Its settings stand in activation_spec.py; activation_writer.py writes it.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ from .remote import CheckedObjects, RemoteFolder, reachable, small_files, store_
 from .runlog import read_runs
 from .seal import travelling
 from .spec import ACTIVATIONS, Header, read_header, require_unchanged
-from .tables import column, cut_off_images, listed, read_image_table, readable, table_sha256
+from .tables import column, listed, read_image_table, readable, table_sha256, truncated_images
 from .token_stream import TokenStream
 from .wording import megabytes, size_on_disk
 from .zarr_meta import array_meta, read_array
@@ -128,14 +129,14 @@ class ActivationStore:
     def truncated_line(self) -> str:
         """`2 of 41,621 images are cut off and were taken as far as they go (a.tif: its end is missing); ...`."""
         images = self.images
-        cut_off = [
+        truncated = [
             f"{path}: {what}"
-            for path, what in zip(column(images, "path"), cut_off_images(images), strict=True)
+            for path, what in zip(column(images, "path"), truncated_images(images), strict=True)
             if what is not None
         ]
         return (
-            f"{len(cut_off):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
-            f"({listed(cut_off)}); the column truncated of {self.root}/images.parquet names them"
+            f"{len(truncated):,} of {images.num_rows:,} images are cut off and were taken as far as they go "
+            f"({listed(truncated)}); the column truncated of {self.root}/images.parquet names them"
         )
 
     def _repr_html_(self) -> str:
@@ -398,18 +399,19 @@ def _open_chunks(root: Path | str, spec: ActivationSpec, crcs: list[str]) -> Ope
 def _local_chunks(root: Path, spec: ActivationSpec, crcs: list[str]) -> OpenMaps:
     check_layout(root, spec)
     for chunk in range(spec.n_chunks):
-        _check_chunk(root, spec, crcs, chunk)
+        _require_journalled(root, spec, crcs, chunk)
     return OpenMaps(partial(_map_chunk, root, spec, crcs), partial(chunk_path, root))
 
 
 def _map_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> Float16:
-    _check_chunk(root, spec, crcs, chunk)
+    _require_journalled(root, spec, crcs, chunk)
     images = len(spec.chunk_rows(chunk))  # the last chunk ends with padding, which is not mapped
     mapped = map_file(chunk_path(root, chunk), images * spec.image_bytes)
     return mapped.view("<f2").reshape(images, spec.tokens_per_image, spec.width)
 
 
-def _check_chunk(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> None:
+def _require_journalled(root: Path, spec: ActivationSpec, crcs: list[str], chunk: int) -> None:
+    """Raise DamagedStore unless the file of a chunk is as large as it must be and ends with the journal's checksum."""
     path = chunk_path(root, chunk)
     if file_crc(path, spec.chunk_bytes) != crcs[chunk]:
         raise DamagedStore(

@@ -94,7 +94,7 @@ class ActivationWriter:
         tokens: Float16,
         content_hash: list[str | None],
         errors: list[str | None],
-        cut_off: list[str | None] | None = None,
+        truncated: list[str | None] | None = None,
     ) -> None:
         """Write one chunk durably, then its journal line.
 
@@ -103,7 +103,7 @@ class ActivationWriter:
         tokens : (rows of the chunk, tokens_per_image, width) float16, C order; NaN for unreadable images
         content_hash : per image, SHA-256 of its file; None if the file could not be opened
         errors : per image, None or why it could not be read
-        cut_off : per image, None or what is missing of its file, which was taken as far as it goes
+        truncated : per image, None or what is missing of its file, which was taken as far as it goes
         """
         rows, spec = self.spec.chunk_rows(chunk), self.spec
         expected = (len(rows), spec.tokens_per_image, spec.width)
@@ -131,8 +131,10 @@ class ActivationWriter:
             "content_hash": content_hash,
             "errors": {str(row): error for row, error in zip(rows, errors, strict=True) if error is not None},
         }
-        if cut_off is not None and any(cut_off):
-            record["truncated"] = {str(row): what for row, what in zip(rows, cut_off, strict=True) if what is not None}
+        if truncated is not None and any(truncated):
+            record["truncated"] = {
+                str(row): what for row, what in zip(rows, truncated, strict=True) if what is not None
+            }
         with self._lock:
             append_line(self._journal, record)
             self._records[chunk] = record
@@ -318,7 +320,7 @@ def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
     """Is it a valid record of `write_chunk`? Otherwise the line may be damaged."""
     rows, hashes, errors = spec.chunk_rows(record["chunk"]), record.get("content_hash"), record.get("errors")
     named = (record.get("first_image"), record.get("n_images"), record.get("size"))
-    cut_off = record.get("truncated", {})
+    truncated = record.get("truncated", {})
     return (
         named == (rows.start, len(rows), spec.chunk_bytes)
         and isinstance(record.get("crc32c"), str)
@@ -326,9 +328,9 @@ def _is_record(record: dict[str, Any], spec: ActivationSpec) -> bool:
         and len(hashes) == len(rows)
         and isinstance(errors, dict)
         and {*errors} <= {str(row) for row in rows}
-        and isinstance(cut_off, dict)
-        and {*cut_off} <= {str(row) for row in rows}
-        and all(isinstance(what, str) for what in cut_off.values())
+        and isinstance(truncated, dict)
+        and {*truncated} <= {str(row) for row in rows}
+        and all(isinstance(what, str) for what in truncated.values())
     )
 
 
@@ -356,9 +358,9 @@ def _complete(root: Path, header: Header) -> Header:
             f"none of the {spec.n_images:,} images could be read ({column(manifest, 'path')[0]}: {errors[0]}); "
             f"put the files into place and run the same command again"
         )
-    cut_off = {int(row): what for record in records for row, what in record.get("truncated", {}).items()}
+    truncated = {int(row): what for record in records for row, what in record.get("truncated", {}).items()}
     table = with_outcome(
-        manifest, hashes, *([each.get(row) for row in range(spec.n_images)] for each in (errors, cut_off))
+        manifest, hashes, *([each.get(row) for row in range(spec.n_images)] for each in (errors, truncated))
     )
     sweep_partials(root)
     write_image_table(table, root / "images.parquet")
@@ -369,7 +371,7 @@ def _complete(root: Path, header: Header) -> Header:
         "images_sha256": table_sha256(table),
         "n_readable": spec.n_images - len(errors),
         "n_unreadable": len(errors),
-        **({"n_truncated": len(cut_off)} if cut_off else {}),
+        **({"n_truncated": len(truncated)} if truncated else {}),
     }
     header = Header(**{**vars(header), "complete": True, "summary": summary})
     write_header(root, header)

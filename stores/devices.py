@@ -39,6 +39,13 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def device_name(device: str) -> str:
+    """What the run log says of it: the card's name, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 @contextmanager
 def memory_told(lower: str) -> Iterator[None]:
     """Where memory is not enough in the block, or the function that this decorates, raise OutOfMemory: one line.

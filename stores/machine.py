@@ -6,6 +6,7 @@ Standard library only, so that it can be imported everywhere and `cyto --help` s
 import atexit
 import math
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -72,6 +73,12 @@ def _quota_1(group: Path) -> float | None:
         return quota / period if quota > 0 else None  # -1: no limit
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def free_on_disk(place: Path) -> int:
+    """Free bytes of the disk of `place`, which need not exist yet."""
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
 
 
 def bound_threads() -> None:

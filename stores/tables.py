@@ -138,18 +138,18 @@ def with_outcome(
     table: pa.Table,
     content_hash: list[str | None],
     errors: list[str | None],
-    cut_off: list[str | None] | None = None,
+    truncated: list[str | None] | None = None,
 ) -> pa.Table:
     """The manifest with its outcome columns: `status` is `ok` where `errors` is None, else `unreadable`.
 
-    cut_off : per image what is missing of its file; the column `truncated`, which is left out if nothing is
+    truncated : per image what is missing of its file; the column `truncated`, which is left out if nothing is
     """
     table = without_outcome(table)
     status = [STATUS_OK if error is None else STATUS_UNREADABLE for error in errors]
     for name, values in zip(OUTCOME_COLUMNS, (content_hash, status, errors), strict=True):
         table = table.append_column(name, pa.array(values, pa.string()))
-    if cut_off is not None and any(cut_off):
-        table = table.append_column(TRUNCATED, pa.array(cut_off, pa.string()))
+    if truncated is not None and any(truncated):
+        table = table.append_column(TRUNCATED, pa.array(truncated, pa.string()))
     return table
 
 
@@ -158,7 +158,7 @@ def without_outcome(table: pa.Table) -> pa.Table:
     return table.select([name for name in _without_truncated(table.column_names) if name not in OUTCOME_COLUMNS])
 
 
-def cut_off_images(table: pa.Table) -> list[str | None]:
+def truncated_images(table: pa.Table) -> list[str | None]:
     """Per row what is missing of an image that was taken as far as its file goes; None for whole images."""
     is_there = _without_truncated(table.column_names) != table.column_names
     return column(table, TRUNCATED) if is_there else [None] * table.num_rows

@@ -20,7 +20,7 @@ from .latent_spec import read_latent_spec
 from .latent_store import LatentStore
 from .progress import Progress
 from .spec import ACTIVATIONS, LATENTS, read_header, require_unchanged
-from .tables import column, cut_off_images, listed, read_image_table, table_sha256
+from .tables import column, listed, read_image_table, table_sha256, truncated_images
 from .wording import Report, counted
 from .zarr_meta import check_tree
 
@@ -313,8 +313,8 @@ def _check_chunk(
             return "the journal and images.parquet disagree about which images could be read"
         if hashes != column(part, "content_hash"):
             return "the journal and images.parquet disagree about the hashes of its images"
-        cut_off = zip(rows, cut_off_images(part), strict=True)
-        if record.get("truncated", {}) != {str(row): what for row, what in cut_off if what is not None}:
+        truncated = zip(rows, truncated_images(part), strict=True)
+        if record.get("truncated", {}) != {str(row): what for row, what in truncated if what is not None}:
             return "the journal and images.parquet disagree about which images are cut off"
     bits = body.view("<u2").reshape(spec.chunk_images, -1) & np.uint16(0x7FFF)
     for position, row in enumerate(rows):

@@ -16,6 +16,7 @@ from .plan import Ints, Plan
 from .site import Site
 
 WIDTH, HEIGHT = 288, 192  # of a card's picture; the strongest cell has the left two thirds
+CARD_IMAGES = 3  # one large, and two small ones beside it
 _SMALL = (194, 94, 95)  # left edge, width and height of the two others
 _SMALL_TOPS = (0, 97)
 _GROUND = (236, 236, 236)  # around a picture that is no square
@@ -35,7 +36,7 @@ def card_images(plan: Plan) -> list[Ints]:
     for start, stop in zip(first.tolist(), last.tolist(), strict=True):
         order = start + np.argsort(-references.value[start:stop], kind="stable")
         _, once = np.unique(references.image[order], return_index=True)
-        found.append(order[np.sort(once)[:3]])
+        found.append(order[np.sort(once)[:CARD_IMAGES]])
     return found
 
 

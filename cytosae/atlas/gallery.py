@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
-from .cards import card_images
+from .cards import CARD_IMAGES, card_images
 from .cohort import Cohort
 from .inputs import Inputs
 from .opinions import NOT_ASKED, OPEN, VERDICTS
@@ -70,7 +70,7 @@ def make_gallery(inputs: Inputs, cohort: Cohort, plan: Plan) -> Gallery:
 
 def _cells(plan: Plan, images: list[Ints]) -> Ints:
     """Equal numbers for equal strongest images; those without any have a number of their own each."""
-    shown = np.full((len(images), 3), -1, np.int64)
+    shown = np.full((len(images), CARD_IMAGES), -1, np.int64)
     for at, numbers in enumerate(images):
         shown[at, : len(numbers)] = plan.references.image[numbers]
     shown[shown[:, 0] < 0, 1] = np.flatnonzero(shown[:, 0] < 0)

@@ -185,9 +185,9 @@ class _Level:
         """(n_rows,) entries of each row, in the layers."""
         return np.concatenate([np.empty(0, np.int32), *(part.lengths for part in self.parts)])
 
-    def n_above(self, tau: int) -> npt.NDArray[np.int32]:
-        """(n_rows,) entries of each row with a count at tau number `tau`."""
-        return np.concatenate([np.empty(0, np.int32), *(part.n_above[tau] for part in self.parts)])
+    def n_above(self, tau_index: int) -> npt.NDArray[np.int32]:
+        """(n_rows,) entries of each row with a count at the tau with this number, from 0."""
+        return np.concatenate([np.empty(0, np.int32), *(part.n_above[tau_index] for part in self.parts)])
 
     def add(self, part: tasks.PartSummary) -> None:
         """The next part is written."""
@@ -517,7 +517,7 @@ def _export(job: _Job, level: _Level, names: list[str]) -> "list[Future]":
     ]
 
 
-def _latent_table(sums: LatentSums, tau: int, n_readable: int) -> "pd.DataFrame":
+def _latent_table(sums: LatentSums, tau_index: int, n_readable: int) -> "pd.DataFrame":
     """One row per latent: in how many readable images it is active, how strongly there, tokens above tau in all."""
     import pandas as pd
 
@@ -527,7 +527,7 @@ def _latent_table(sums: LatentSums, tau: int, n_readable: int) -> "pd.DataFrame"
         "frequency": sums.n_active / max(1, n_readable),
         "mean_activation": sums.activation / np.maximum(sums.n_active, 1),
         "max_activation": sums.max,
-        "n_tokens_above_tau": sums.tokens[tau],
+        "n_tokens_above_tau": sums.tokens[tau_index],
     }
     return pd.DataFrame(table, index=pd.Index([str(i) for i in range(len(sums.n_active))], name="latent_name"))
 

@@ -194,7 +194,7 @@ class LatentSums:
         self._add(other, slice(None))
 
     def add_images(self, counts: Any, images: Ints) -> None:
-        """Add rows of `ImageCounts` (or of the part that holds them), in the order given."""
+        """Add rows of an open part of images, or of a mapping with the same names, in the order given."""
         columns = (counts["indptr"], counts["latent"], counts["X"], counts["max"], counts["mean"])
         _add_images(*columns, images, self.cells, self.tokens)
 

@@ -257,15 +257,15 @@ def _entries(
         return np.concatenate(pieces, dtype=dtype, casting="unsafe") if len(pieces) > 1 else pieces[0].astype(dtype)
 
 
-def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int, last: int, matrix: str) -> None:
-    """Write entries first..last of `X` at tau number `tau`; `rows` as in `fill_layers`, counting these entries only."""
+def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau_index: int, first: int, last: int, matrix: str) -> None:
+    """Write entries first..last of `X` at one tau; `rows` as in `fill_layers`, counting these entries only."""
     parts = [open_part(Path(path), tag) for path, _ in rows]
     number, at, skip = 0, 0, first - rows[0][1]  # the part we are in, its entry, entries with a count to leave out
     for start in range(first, last, csr_bulk.CHUNK_ENTRIES):
         size, n_taken = min(csr_bulk.CHUNK_ENTRIES, last - start), 0
         indices, values = np.empty(size, np.int32), np.empty(size, np.float32)
         while True:
-            latent, count = parts[number]["latent"], parts[number]["X"][tau]
+            latent, count = parts[number]["latent"], parts[number]["X"][tau_index]
             taken, at = take_nonzero(latent, count, at, skip, indices[n_taken:], values[n_taken:])
             n_taken, skip = n_taken + taken, 0
             if n_taken == size:
@@ -277,7 +277,7 @@ def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau: int, first: int,
 
 
 def export_rows(
-    rows: Sequence[str], tag: str, tau: int, names: list[str], level: str, layers: Sequence[str], path: str
+    rows: Sequence[str], tag: str, tau_index: int, names: list[str], level: str, layers: Sequence[str], path: str
 ) -> tuple[str, str]:
     """One Parquet file in long form, a line per row and latent, as many row groups as parts; its name and SHA-256."""
     import pyarrow as pa
@@ -295,12 +295,12 @@ def export_rows(
         for given in rows:
             part = open_part(Path(given), tag)
             n_rows = len(part["indptr"]) - 1
-            keep = slice(None) if layers else part["X"][tau] != 0
+            keep = slice(None) if layers else part["X"][tau_index] != 0
             row = np.repeat(np.arange(n_rows, dtype=np.int32), np.diff(part["indptr"]))[keep]
             columns = [
                 pa.DictionaryArray.from_arrays(pa.array(row), pa.array(names[first : first + n_rows], pa.string())),
                 pa.array(part["latent"][keep].astype(np.int32)),
-                pa.array(part["X"][tau][keep].astype(np.float32)),
+                pa.array(part["X"][tau_index][keep].astype(np.float32)),
                 *(pa.array(part[name][keep]).cast(schema.field(name).type, safe=False) for name in layers),
             ]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))

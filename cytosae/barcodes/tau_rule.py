@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DIGITS = 3  # of the tau: short enough to be typed
 KEEPS = 0.9  # of the latents that have any value: at least so many exceed tau
-RULE: dict[str, Any] = {
+RULE: dict[str, Any] = {  # a tau of an equal rule is taken again, so a change of `choose_tau` needs another version
     "name": "otsu of logarithms, at least a share of the latents",
     "version": 1,
     "digits": DIGITS,
@@ -48,7 +48,7 @@ class TauChoice:
 
 
 def choose_tau(counts: ValueCounts) -> TauChoice:
-    """What parts weak from clear values, but never so much that more than a tenth of the latents is left out.
+    """The tau that separates weak from clear values; at least nine of ten latents keep a value above it.
 
     The number between the two groups of values whose logarithms differ most (Otsu 1979); 0 if all are alike. Weak
     activations, which an SAE makes at nearly every token, and clear ones differ by a factor, not by a distance: so

@@ -138,7 +138,7 @@ def replicate(
     n_latents = int(found.summary["n_latents"])
     if patients.n_vars != n_latents:
         raise SpecMismatch(f"{barcodes} has {patients.n_vars:,} latents, {discovery} {n_latents:,}: another SAE")
-    prepared = _read_patients(kept_before(out, REPLICATION, spec))
+    prepared = _kept_patients(kept_before(out, REPLICATION, spec))
     if prepared is None:
         images = store.read_obs("image", asked.tau, needed=IMAGE_COLUMNS)
         latents = np.array([row["latent"] for row in chosen])
@@ -261,7 +261,7 @@ def _keep_patients(parts: KeptParts, prepared: Prepared) -> None:
     )
 
 
-def _read_patients(parts: KeptParts) -> Prepared | None:
+def _kept_patients(parts: KeptParts) -> Prepared | None:
     """What an interrupted command had read of them, as `_columns` gives it; None if nothing."""
     kept = parts.read("patients")
     if kept is None:
@@ -290,16 +290,16 @@ def _replicate(
     keep: Keep,
     progress: Progress,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """prepared : with the chosen latents alone."""
+    """(a row for each chosen latent, the summary); `prepared` holds the chosen latents alone."""
     latents = np.array([row["latent"] for row in chosen])
-    groups, only = prepared.groups, prepared
-    described = describe_groups(only)
+    groups = prepared.groups
+    described = describe_groups(prepared)
     direction = np.sign([row["difference"] for row in chosen])
     nulls, observed = [], np.zeros(0)
-    for number, draw in enumerate(only.draws):
+    for number, draw in enumerate(prepared.draws):
 
         def tell(done: int, total: int, state: str, number: int = number) -> None:
-            progress(number * total + done, len(only.draws) * total, state)
+            progress(number * total + done, len(prepared.draws) * total, state)
 
         def compute(draw: npt.NDArray[np.float32] = draw, tell: Progress = tell) -> Arrays:
             test, seen, _ = signed_test(
@@ -318,13 +318,13 @@ def _replicate(
         nulls.append(_one_sided(kept["p"], kept["p_mid"], float(kept["floor"][0]), config.n_permutations))
         observed = observed if number else kept["observed"]
     p = combine_draws(nulls).p
-    p = np.where(np.isfinite(described["difference"]) & (only.groups.values.max(0) > only.groups.values.min(0)), p, 1.0)
+    p = np.where(np.isfinite(described["difference"]) & (groups.values.max(0) > groups.values.min(0)), p, 1.0)
     holm = holm_adjusted(p)
     g_before = np.array([np.nan if row["hedges_g"] is None else row["hedges_g"] for row in chosen], np.float64)
     g_now = described["hedges_g"]
     agrees = np.sign(described["difference"]) == direction
     both = np.isfinite(g_before) & np.isfinite(g_now)
-    bootstraps = keep("bootstraps", lambda: {"g": bootstrap_effects(only, config)})["g"]
+    bootstraps = keep("bootstraps", lambda: {"g": bootstrap_effects(prepared, config)})["g"]
     rows = [
         {
             "latent": int(latent),
@@ -338,7 +338,7 @@ def _replicate(
         }
         for at, (latent, row) in enumerate(zip(latents, chosen, strict=True))
     ]
-    permuted = _without_difference(only, direction, config)
+    permuted = _without_difference(prepared, direction, config)
     n_agree = int(agrees.sum())
     correlation = _correlation(g_before[both], g_now[both])
     slope = _slope(g_before[both], g_now[both])
@@ -347,7 +347,7 @@ def _replicate(
     correlations = np.array([_correlation(g_before[both], each) for each in drawn])
     of_correlation = correlation_limits(correlation, correlations, int(min(groups.is_a.sum(), (~groups.is_a).sum())))
     of_null = np.array([_correlation(g_before[both], each * direction[both]) for each in permuted[:, both]])
-    seen = _correlation(g_before[both], (observed * direction)[both])
+    as_tested = _correlation(g_before[both], (observed * direction)[both])
     return rows, {
         "n_latents": len(latents),
         "rule": f"the first {config.top} of both lists" if config.top else f"{config.rule} <= {config.most:g}",
@@ -361,7 +361,9 @@ def _replicate(
         "correlation": _plain(correlation),
         "correlation_low": of_correlation[0],
         "correlation_high": of_correlation[1],
-        "p_correlation": None if not np.isfinite(seen) else float((1 + (of_null >= seen).sum()) / (1 + len(of_null))),
+        "p_correlation": None
+        if not np.isfinite(as_tested)
+        else float((1 + (of_null >= as_tested).sum()) / (1 + len(of_null))),
         "ratio": _plain(slope),
         "ratio_low": _limits(slopes)[0],
         "ratio_high": _limits(slopes)[1],

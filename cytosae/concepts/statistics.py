@@ -450,7 +450,8 @@ def _compare(found: list[_Described], images: _Images, config: ConceptConfig) ->
 
 
 def _table(columns: dict[str, pa.DataType], **values: Any) -> pa.Table:
-    """NaN becomes null."""
+    """NaN becomes null. A value without a column, or a column without a value, is a mistake of this file."""
+    assert values.keys() == columns.keys(), sorted(values.keys() ^ columns.keys())
     return pa.table({name: pa.array(values[name], kind, from_pandas=True) for name, kind in columns.items()})
 
 

@@ -1,9 +1,9 @@
 """Encode an activation cache with an SAE into a latent store. Dense latents exist for one micro-batch at a time.
 
-A micro-batch is encoded and made sparse on the device of the model (sparsify.py; on a GPU device_rows.py, where two
-exist at a time). On the CPU, where few latents can be active, only these are computed (sae/screen.py). Meanwhile a
-second thread appends and commits the rows of earlier micro-batches, in order, and further threads compress whole chunks
-(stores/csr.py).
+A micro-batch is encoded and made sparse on the device of the model (sparsify.py; on a GPU device_rows.py: there two
+micro-batches are in memory at once). On the CPU, where few latents can be active, only these are computed
+(sae/screen.py). Meanwhile a second thread appends and commits the rows of earlier micro-batches, in order, and further
+threads compress whole chunks (stores/csr.py).
 """
 
 import logging
@@ -25,7 +25,7 @@ from cytosae.training import on_device
 from stores.activation_store import ActivationStore
 from stores.csr import CsrRows
 from stores.destination import plan_output
-from stores.devices import memory_told, resolve_device
+from stores.devices import device_name, memory_told, resolve_device
 from stores.doors import make_callable
 from stores.errors import BadInput, DamagedStore, SpecMismatch
 from stores.latent_parts import committed_images, missing_images
@@ -168,7 +168,7 @@ def encode(
             shard=shard,
             cache=str(store.root),
             sae=str(run.absolute()),
-            device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+            device=device_name(device),
             threads=torch.get_num_threads(),
             **({"batch_size": batch_size} if batch_size else {}),
             **facts,
@@ -263,38 +263,32 @@ def _encode_until(
     batch_size: int | None,
     report: Callable[[int, str], None],
 ) -> None:
-    """Encode the images up to `stop`, which, as the writer's position, is the first image of a chunk of the cache."""
+    """Encode images from the writer's position to `stop`; both are the first image of a chunk, or the end."""
     spec, is_readable = writer.spec, store.readable()
     n_bytes = 4 * spec.n_latents * spec.tokens_per_image
     n_together = batch_size or max(1, _MICRO_BATCH_BYTES["cpu" if device == "cpu" else "cuda"] // n_bytes)
-    first = -(-writer.n_images // store.spec.chunk_images)
-    jobs = [
-        range(rows.start + part.start, rows.start + part.stop)
-        for rows in map(store.spec.chunk_rows, range(first, store.spec.n_chunks))
+    first_chunk = -(-writer.n_images // store.spec.chunk_images)
+    micro_batches = [
+        range(rows.start + some.start, rows.start + some.stop)
+        for rows in map(store.spec.chunk_rows, range(first_chunk, store.spec.n_chunks))
         if rows.start < stop
-        for part in _equal_parts(len(rows), n_together)
+        for some in _equal_parts(len(rows), n_together)
     ]
 
     def readable_tokens() -> Generator[npt.NDArray[np.float16], None, None]:
-        for rows, tokens in store.iter_chunks(first=first):
+        for rows, tokens in store.iter_chunks(first=first_chunk):
             if rows.start >= stop:
                 return
-            for part in _equal_parts(len(rows), n_together):
-                yield tokens[part][is_readable[rows.start : rows.stop][part]].reshape(-1, store.spec.width)
+            for some in _equal_parts(len(rows), n_together):
+                yield tokens[some][is_readable[rows.start : rows.stop][some]].reshape(-1, store.spec.width)
 
-    n_tokens, most_images = spec.tokens_per_image, max(map(len, jobs), default=0)
-    nnz, n_rows = writer.nnz, (writer.n_images - writer.images.start) * n_tokens
+    n_tokens, most_images = spec.tokens_per_image, max(map(len, micro_batches), default=0)
     begun: deque[tuple[range, Callable[[], SelectedRows]]] = deque()
-
-    def append(selected: SelectedRows) -> None:
-        made = selected.rows()
-        writer.append_tokens(made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
-
     with ExitStack() as stack:
         stack.enter_context(memory_told(_less_memory(most_images)))
         if device != "cpu":  # else pinned memory belongs to GPU 0
             stack.enter_context(torch.cuda.device(device))
-        behind = stack.enter_context(_in_order(_MOST_WAITING))
+        writing = _RowWriting(writer, store.spec.chunk_images, stack.enter_context(_in_order(_MOST_WAITING)), report)
         rounding = Rounding(spec.value_bits, spec.min_activation)
         encoder = stack.enter_context(
             _Encoder(
@@ -306,22 +300,40 @@ def _encode_until(
         if isinstance(coming, Generator):  # its thread reads `source`, so it ends first
             stack.enter_context(closing(coming))
 
-        def take_one() -> None:
-            nonlocal nnz, n_rows
-            images, select = begun.popleft()
-            selected = select()
-            behind(append, selected)
-            nnz, n_rows = nnz + selected.nnz, n_rows + selected.n_rows
-            report(images.stop, f"{nnz / n_rows:.1f} active per token")
-            if images.stop == spec.n_images or images.stop % store.spec.chunk_images == 0:  # the end of a chunk
-                behind(writer.commit, images.stop)
-
-        for images, tokens in zip(jobs, coming, strict=True):
+        for images, tokens in zip(micro_batches, coming, strict=True):
             begun.append((images, encoder.begin(tokens, is_readable[images.start : images.stop], n_tokens)))
             if len(begun) > encoder.n_ahead:
-                take_one()
+                writing.write(*begun.popleft())
         while begun:
-            take_one()
+            writing.write(*begun.popleft())
+
+
+class _RowWriting:
+    """Hands the rows of micro-batches to the writer, in a thread, in order; commits at the end of each chunk."""
+
+    def __init__(
+        self,
+        writer: LatentWriter,
+        chunk_images: int,
+        submit_in_order: Callable[..., None],
+        report: Callable[[int, str], None],
+    ) -> None:
+        self._writer, self._chunk_images, self._submit, self._report = writer, chunk_images, submit_in_order, report
+        self._nnz = writer.nnz
+        self._n_rows = (writer.n_images - writer.images.start) * writer.spec.tokens_per_image
+
+    def write(self, images: range, select: Callable[[], SelectedRows]) -> None:
+        """The rows of the next images; blocks while too many wait to be written."""
+        selected = select()
+        self._submit(self._append, selected)
+        self._nnz, self._n_rows = self._nnz + selected.nnz, self._n_rows + selected.n_rows
+        self._report(images.stop, f"{self._nnz / self._n_rows:.1f} active per token")
+        if images.stop == self._writer.spec.n_images or images.stop % self._chunk_images == 0:  # the end of a chunk
+            self._submit(self._writer.commit, images.stop)
+
+    def _append(self, selected: SelectedRows) -> None:
+        made = selected.rows()
+        self._writer.append_tokens(made.indices, made.values, made.lengths, n_dropped=made.n_dropped)
 
 
 def _less_memory(n_together: int) -> str:
@@ -415,7 +427,7 @@ class _Encoder:
         return all_rows
 
     def _dense_latents(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """(B, L), float32 or, of a GPU, as they are: latents, and values <= 0 where one is not active."""
+        """(B, L) float32 (relu on a GPU: the product's type): latents, and at most 0 where one is not active."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_low):
             p_BL = self._model.pre_activations(x_BD, out=None if self._dense is None else self._dense[: len(x_BD)])
         if self._model.activation != "relu" or not self._on_gpu:  # ReLU needs no other type to be told from 0
@@ -441,7 +453,7 @@ def _with_unreadable(rows: SparseRows, is_readable: npt.NDArray[np.bool_], n_tok
 
 @contextmanager
 def _in_order(n_waiting: int) -> Iterator[Callable[..., None]]:
-    """A function `behind(job, ...)` that runs jobs in one thread, in order; it blocks while `n_waiting` jobs wait.
+    """A function that runs jobs in one thread, in order, and blocks while `n_waiting` jobs wait.
 
     An error in a job is raised by a later call, or at the end; no job after it is run.
     """
@@ -459,12 +471,12 @@ def _in_order(n_waiting: int) -> Iterator[Callable[..., None]]:
 
     with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
 
-        def behind(job: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        def submit_in_order(job: Callable[..., None], *args: Any, **kwargs: Any) -> None:
             while waiting and (waiting[0].done() or len(waiting) >= n_waiting):
                 waiting.popleft().result()
             waiting.append(thread.submit(call, job, *args, **kwargs))
 
-        yield behind
+        yield submit_in_order
         while waiting:
             waiting.popleft().result()
 

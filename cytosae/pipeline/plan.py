@@ -1,11 +1,11 @@
 """What a run will do, why, and what it will cost: told before anything is written."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cytosae.stage_one import FirstLook
+from stores.machine import free_on_disk
 from stores.wording import Report, printable
 
 from .cohort import CohortFacts
@@ -142,7 +142,7 @@ def make_plan(
         look=look,
         device=device,
         stages=planned,
-        n_free=_free_bytes(out),
+        n_free=free_on_disk(out),
         notes=notes,
     )
 
@@ -199,8 +199,3 @@ def short_value(value: object) -> str:
     """A setting in a line of the plan."""
     text = f"{value:g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-def _free_bytes(out: Path) -> int:
-    place = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    return shutil.disk_usage(place).free

@@ -29,7 +29,7 @@ from cytosae.training import (
     choose_data,
     finish_training,
     first_position,
-    free_bytes,
+    free_memory,
     is_save_due,
     is_worth_saving,
     new_model,
@@ -199,7 +199,7 @@ def sweep(
         append_run(
             out, packages=("torch", "numpy"), caches=[str(cache) for cache in caches], device=device, threads=threads
         )
-        passes = _passes(waiting, at_once, _MEMORY_SHARE * _free_bytes(device), 1e9 * most_state_gb)
+        passes = _passes(waiting, at_once, _MEMORY_SHARE * free_memory(device), 1e9 * most_state_gb)
         for warning in dict.fromkeys(warning for member in waiting for warning in member.plan.choices.warnings):
             say(f"warning: {warning}")
         if waiting:
@@ -311,10 +311,6 @@ def _summary_line(planned: list[_Planned], waiting: list[_Planned], passes: list
 
 def _tell(progress: Progress, before: int, total: int, done: int, state: str) -> None:
     progress(before + done, total, state)
-
-
-def _free_bytes(device: str) -> int:
-    return free_bytes(device)
 
 
 class _Pass:

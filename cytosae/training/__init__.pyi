@@ -35,7 +35,7 @@ from .saving import MOST_STATE_GB as MOST_STATE_GB
 from .saving import SAVE_EVERY as SAVE_EVERY
 from .saving import Saver as Saver
 from .saving import SaveRule as SaveRule
-from .saving import free_bytes as free_bytes
+from .saving import free_memory as free_memory
 from .saving import space_warnings as space_warnings
 from .start import start_settings as start_settings
 from .state import new_model as new_model

@@ -11,7 +11,6 @@ kill leaves a `.partial` file, which the next start removes. Nothing here change
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from stores.errors import BadInput
+from stores.machine import free_on_disk
 
 from .state import Snapshot, TrainState, look_at, write_state
 
@@ -79,10 +79,8 @@ class SaveRule:
 
 def space_warnings(root: Path, rule: SaveRule, n_bytes: list[int]) -> tuple[str, ...]:
     """One line if the disk of `root` has no room for the states, else none."""
-    there = next((folder for folder in (root, *root.absolute().parents) if folder.exists()), None)
-    free = shutil.disk_usage(there).free if there else 0
-    needed = rule.most_bytes(n_bytes)
-    if there is None or free >= needed:
+    free, needed = free_on_disk(root), rule.most_bytes(n_bytes)
+    if free >= needed:
         return ()
     return (f"saved states take up to {needed / 1e9:.1f} GB in {root}, where {free / 1e9:.1f} GB are free",)
 
@@ -199,10 +197,10 @@ def snapshot(state: TrainState) -> Snapshot | None:
     found = look_at(state)
     device = state.steps_since_fired.device
     try:
-        if device.type == "cuda" and free_bytes(str(device)) >= 2 * found.n_bytes:
+        if device.type == "cuda" and free_memory(str(device)) >= 2 * found.n_bytes:
             tensors = {name: value.clone() for name, value in found.tensors.items()}
             return replace(found, tensors=tensors, ready=torch.cuda.current_stream(device).record_event())
-        if free_bytes("cpu") < 2 * found.n_bytes:
+        if free_memory("cpu") < 2 * found.n_bytes:
             return None
         # in the layout of the weights, as memory is copied fastest; the thread turns what is stored by latent
         return replace(found, tensors={name: _on_host(value) for name, value in found.tensors.items()})
@@ -216,7 +214,7 @@ def _on_host(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(value, device="cpu").copy_(value)  # in its own layout
 
 
-def free_bytes(device: str) -> int:
+def free_memory(device: str) -> int:
     """Free memory on the device, in bytes; on a CPU within the limit of the container."""
     if device.startswith("cuda"):
         return int(torch.cuda.mem_get_info(device)[0])

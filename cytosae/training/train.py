@@ -26,7 +26,7 @@ import torch
 from cytosae.sae import SaeRun, SparseAutoencoder, TrainConfig, load_sae, make_config, save_sae
 from stores.content_hashes import write_trained_on
 from stores.destination import Output, plan_output
-from stores.devices import is_out_of_memory, memory_told, resolve_device
+from stores.devices import device_name, is_out_of_memory, memory_told, resolve_device
 from stores.errors import BadInput, CytoError, StoreUnreachable
 from stores.files import sweep_partials, sync_tree, write_atomic
 from stores.runlog import append_run
@@ -253,7 +253,7 @@ def train_step(
 
     is_last = state.step + 1 == training.n_steps
     is_logged = is_last or (state.step + 1) % config.log_every == 0
-    training.is_whole = False
+    training.is_between_steps = False
     with _deferred_signals():  # the state changes as a whole: what Ctrl-C saves is the state before or after a step
         # 2. Steps since each latent was active; the running mean of batchtopk's threshold; the penalty for `target_l0`.
         state.steps_since_fired += 1
@@ -266,25 +266,9 @@ def train_step(
         if state.penalty is not None:
             state.penalty = state.penalty.after(losses.l0, step=state.step + 1, pace=lr / config.lr)
 
-        # 3. Adam, on the gradient of the decoder without its component along each row, and all clipped to a norm if so
-        # wanted; then rows at norm 1, which the next step begins with. The norms of the last step are folded into the
-        # encoder instead (`finish_training`).
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if config.clip_norm:
-            remove_parallel_gradient(model)
-            clip_gradients_(model, config.clip_norm)
-        if model.W_dec.is_cuda:
-            from . import kernels_gpu  # needs triton
-
-            kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
-        else:
-            if not config.clip_norm:
-                remove_parallel_gradient(model)
-            optimizer.step()
-            if not is_last:
-                model.normalise_decoder()
-        # Thresholds of jumprelu are steered, too: the gradient alone would only raise them (penalty.py).
+        # 3. Adam, and decoder rows at norm 1. Thresholds of jumprelu are steered, too: the gradient alone would only
+        # raise them (penalty.py).
+        _update_weights(model, optimizer, lr=lr, clip_norm=config.clip_norm, is_last=is_last)
         if state.penalty is not None and (shift := state.penalty.threshold_shift(lr)):
             with torch.no_grad():
                 model.log_threshold.add_(shift)
@@ -293,24 +277,14 @@ def train_step(
         # 4. New weights for dead latents, with `dead_latents = "resample"`; not in the last `resample_every` steps.
         is_due = state.step % config.resample_every == 0 and state.step + config.resample_every <= training.n_steps
         if config.dead_latents == "resample" and is_due:
-            dead_L = state.steps_since_fired > config.dead_after_steps
-            draws = torch.Generator().manual_seed(_combined_seed(config.seed, state.step))
-            resample(
-                *(model, optimizer, dead_L, tokens, draws),
-                token_scale=state.token_scale,
-                ranks=ranks,
-                n_tokens=config.batch_tokens,
-                micro_batch=_RESAMPLE_MICRO_BATCH,
-            )
-            state.steps_since_fired[dead_L] = 0
-            training.n_dead = None
+            _resample_dead(training, tokens)
 
         # 5. A row of metrics.
         if is_logged:
             n_tokens = (state.step - training.logged_step) * config.batch_tokens
             rate = n_tokens / (time.perf_counter() - training.logged_at)
             state.metrics.append(_metrics_row(training, losses, tokens_per_second=rate))
-        training.is_whole = True
+        training.is_between_steps = True
 
     if is_logged:
         training.logged_step, training.logged_at = state.step, time.perf_counter()
@@ -369,7 +343,7 @@ class Training:
     )
     watch: Watch | None = None  # tokens "auto": the held-out tokens that decide when to stop
     loggers: list[Logger] = field(default_factory=list)
-    is_whole: bool = True  # False while a step changes the state
+    is_between_steps: bool = True  # False while a step changes the state
 
     @property
     def objective(self) -> Objective:
@@ -506,7 +480,7 @@ def _open_folder(
         root,
         packages=("torch", "numpy", "numba"),
         caches=[str(store.root) for store in stores],
-        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        device=device_name(device),
         threads=torch.get_num_threads(),
         processes=ranks.size,
     )
@@ -514,10 +488,10 @@ def _open_folder(
 
 
 def _initial_state(plan: TrainPlan, device: str, ranks: Ranks) -> TrainState:
-    """Step 0: seeded weights and b_dec from the first tokens of the stream, or the SAE that the run goes on from; and
-    from these tokens a penalty that is to be steered.
+    """Step 0: seeded weights and b_dec from the first tokens of the stream, or the SAE that the run goes on from.
 
-    What follows from the tokens is computed on rank 0 only, and told to the others.
+    With `target_l0` these tokens also give the first weight of the sparsity term. What follows from tokens is computed
+    on rank 0 only, and told to the others.
     """
     data, config = plan.data, plan.config
     scale, b_dec = ranks.broadcast(_from_tokens(plan, device) if ranks.is_first else None)
@@ -543,7 +517,7 @@ def _from_tokens(plan: TrainPlan, device: str) -> tuple[float, torch.Tensor | No
 
 
 def _first_penalty(plan: TrainPlan, model: SparseAutoencoder, scale: float, device: str) -> Penalty | None:
-    """The penalty that is to be steered, if so; jumprelu also gets its first thresholds, in place."""
+    """The penalty of step 0, or None without `target_l0`; jumprelu also gets its first thresholds, in place."""
     if not plan.config.is_steered:
         return None
     tokens_ND = first_tokens(plan.data, plan.config, device) * scale
@@ -578,9 +552,10 @@ def save_training(training: Training) -> None:
 
 
 def is_worth_saving(error: BaseException, training: Training) -> bool:
-    """Has the run been stopped by something that passes, with a state between two steps? Frees the memory of the step.
+    """Can the run go on later from the state in memory? Frees the memory of the step.
 
-    Not where the loss is no longer finite: what comes from such a state is not, either.
+    Yes after Ctrl-C, an unreachable URL, a stopped rank or out of memory, if the state is that of a finished step. Not
+    where the loss is no longer finite: what comes from such a state is not, either.
     """
     if is_out_of_memory(error):
         traceback.clear_frames(error.__traceback__)  # which hold the matrices of the step
@@ -588,7 +563,7 @@ def is_worth_saving(error: BaseException, training: Training) -> bool:
             torch.cuda.empty_cache()
     elif not isinstance(error, KeyboardInterrupt | StoreUnreachable | OtherProcessStopped):
         return False
-    return training.is_whole
+    return training.is_between_steps
 
 
 def finish_training(training: Training) -> Header:
@@ -647,7 +622,7 @@ def finish_training(training: Training) -> Header:
 def _report(
     plan: TrainPlan, header: Header, device: str, ranks: Ranks, warnings: tuple[str, ...], *, was_complete: bool
 ) -> TrainReport:
-    """The finished run, and on rank 0 the health of its SAE; a run is no worse for a health that cannot be had."""
+    """The finished run, and on rank 0 the health of its SAE; a health that cannot be measured never fails the run."""
     health, reason = None, ""
     try:
         if ranks.is_first:
@@ -670,6 +645,45 @@ def _report(
 def _must_wait_for(tokens: torch.Tensor) -> bool:
     """Does the host wait when it reads a number from the device of these tokens?"""
     return tokens.is_cuda
+
+
+def _update_weights(
+    model: SparseAutoencoder, optimizer: torch.optim.Adam, *, lr: float, clip_norm: float | None, is_last: bool
+) -> None:
+    """Adam. Before it, the part of each decoder row's gradient along the row is removed, then all are clipped, if so
+    wanted. After it, decoder rows get norm 1, except at the last step, where `finish_training` folds the norms.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if clip_norm:
+        remove_parallel_gradient(model)
+        clip_gradients_(model, clip_norm)
+    if model.W_dec.is_cuda:
+        from . import kernels_gpu  # needs triton
+
+        kernels_gpu.step(model, optimizer, normalise=not is_last)  # the same three operations in one pass
+        return
+    if not clip_norm:
+        remove_parallel_gradient(model)
+    optimizer.step()
+    if not is_last:
+        model.normalise_decoder()
+
+
+def _resample_dead(training: Training, tokens: torch.Tensor) -> None:
+    """New weights for the latents that are dead now, from tokens of this batch (`dead_latents.resample`)."""
+    state, config = training.state, training.plan.config
+    dead_L = state.steps_since_fired > config.dead_after_steps
+    draws = torch.Generator().manual_seed(_combined_seed(config.seed, state.step))
+    resample(
+        *(state.model, state.optimizer, dead_L, tokens, draws),
+        token_scale=state.token_scale,
+        ranks=training.ranks,
+        n_tokens=config.batch_tokens,
+        micro_batch=_RESAMPLE_MICRO_BATCH,
+    )
+    state.steps_since_fired[dead_L] = 0
+    training.n_dead = None
 
 
 @torch.no_grad()

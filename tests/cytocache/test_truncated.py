@@ -24,7 +24,7 @@ from stores import ActivationStore, LatentStore
 from stores.activation_spec import chunk_path
 from stores.errors import BadInput, SpecMismatch
 from stores.spec import ACTIVATIONS, read_header
-from stores.tables import column, cut_off_images, image_table, with_outcome, without_outcome
+from stores.tables import column, image_table, truncated_images, with_outcome, without_outcome
 from stores.verify import verify_activations
 
 SIDE, N_IMAGES, CUT = 64, 7, (1, 4)
@@ -79,9 +79,9 @@ def test_the_rows_that_are_there_are_the_right_ones(form: str, tmp_path: Path) -
     found = read_image_file(tmp_path / "a", allow_truncated=True)
     assert found.error is None
     assert found.picture is not None
-    assert found.cut_off is not None
+    assert found.truncated is not None
     whole, part = np.asarray(decode_image(raw)), np.asarray(found.picture)
-    n_missing = int(found.cut_off.removeprefix("its end is missing: ").split()[0])
+    n_missing = int(found.truncated.removeprefix("its end is missing: ").split()[0])
     assert SIDE // 3 < n_missing < 2 * SIDE // 3
     there = slice(n_missing + 8, None) if form == "BMP" else slice(0, SIDE - n_missing - 18)
     np.testing.assert_array_equal(part[there], whole[there])
@@ -91,7 +91,7 @@ def test_the_rows_that_are_there_are_the_right_ones(form: str, tmp_path: Path) -
 def test_whole_files_are_read_as_ever_and_other_damage_stays_an_error(tmp_path: Path) -> None:
     (tmp_path / "whole.png").write_bytes(encoded("PNG"))
     found = read_image_file(tmp_path / "whole.png", allow_truncated=True)
-    assert found.cut_off is None
+    assert found.truncated is None
     np.testing.assert_array_equal(np.asarray(found.picture), pixels(0))
     changed = bytearray(encoded("PNG"))
     changed[len(changed) // 2] ^= 255
@@ -127,7 +127,7 @@ def test_cut_off_images_are_taken_marked_and_counted(folder: Path, tmp_path: Pat
     assert "1 of 7 images could not be read (6.png: " in done.stderr
     store = ActivationStore(tmp_path / "acts")
     assert column(store.images, "status") == ["ok"] * 6 + ["unreadable"]
-    assert [n for n, what in enumerate(cut_off_images(store.images)) if what is not None] == [*CUT]
+    assert [n for n, what in enumerate(truncated_images(store.images)) if what is not None] == [*CUT]
     assert store.images.column_names[-4:] == ["content_hash", "status", "error", "truncated"]
     assert store.readable().tolist() == [True] * 6 + [False]
     assert (store.header.summary or {})["n_truncated"] == 2
@@ -174,7 +174,7 @@ def test_repair_pictures_and_latents_know_that_an_image_is_cut_off(folder: Path,
     train([tmp_path / "acts"], tmp_path / "sae", TrainConfig(expansion=1, batch_tokens=256, tokens=1_280, l1=1e-4))
     encode(tmp_path / "acts", tmp_path / "sae", tmp_path / "latents", device="cpu")
     latents = LatentStore(tmp_path / "latents")
-    assert [n for n, what in enumerate(cut_off_images(latents.images)) if what is not None] == [*CUT]
+    assert [n for n, what in enumerate(truncated_images(latents.images)) if what is not None] == [*CUT]
     shown = bridge.pictures(latents)(CUT[0])
     assert not isinstance(shown, str), shown
     np.testing.assert_array_equal(shown[:16], pixels(CUT[0])[:16])
@@ -194,7 +194,7 @@ def test_a_shard_at_a_time_gives_the_same_store(folder: Path, tmp_path: Path) ->
 def test_a_column_of_the_user_called_truncated_stays_his(tmp_path: Path) -> None:
     table = image_table({"path": ["a", "b"], "truncated": ["yes", None]}, source="t", dataset="d")
     made = with_outcome(table, ["0", "1"], [None, None], [None, None])
-    assert cut_off_images(made) == [None, None]
+    assert truncated_images(made) == [None, None]
     assert without_outcome(made).equals(table)
     ours = with_outcome(
         image_table({"path": ["a", "b"]}, source="t", dataset="d"), ["0", "1"], [None, None], [None, "x"]

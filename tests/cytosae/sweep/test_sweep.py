@@ -298,7 +298,7 @@ def test_as_many_are_trained_at_once_as_fit_in_half_of_the_free_memory(
     text = BASE + "[grid]\nexpansion = [8, 4, 64]\nseed = [0, 1]"
     n_weights = {expansion: 2 * 8 * 8 * expansion + 8 * expansion + 8 for expansion in (8, 4, 64)}
     free = 2 * 16 * (2 * n_weights[8] + n_weights[4])
-    monkeypatch.setattr("cytosae.sweep.run._free_bytes", lambda device: free)
+    monkeypatch.setattr("cytosae.sweep.run.free_memory", lambda device: free)
     said: list[str] = []
     sweep(grid_of(tmp_path, text), [cache], tmp_path / "out", say=said.append)
     assert plan_of(said).startswith("6 SAEs: 4 passes over the data with up to 3 at once")  # 8 8 4, 4, 64, 64

@@ -268,7 +268,7 @@ def test_without_memory_for_a_copy_the_state_is_written_on_the_spot(
         real(root, path, found)
 
     monkeypatch.setattr(state, "_write", watched)
-    monkeypatch.setattr(saving, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(saving, "free_memory", lambda device: 0)
     with pytest.raises(KeyboardInterrupt):
         train([cache], tmp_path / "run", small(), checkpoint_every=2, progress=interrupt_at(5))
     assert writers == {threading.main_thread().name}
@@ -568,7 +568,7 @@ def test_a_copy_stays_on_the_gpu_only_if_there_is_room_for_it_twice(
         found = TrainState(*_on_fake_gpu(), 1.0, 3, [])
         n_bytes = look_at(found).n_bytes
         monkeypatch.setattr(
-            saving, "free_bytes", lambda device: 2 * n_bytes - (device.startswith("cuda") and not is_roomy)
+            saving, "free_memory", lambda device: 2 * n_bytes - (device.startswith("cuda") and not is_roomy)
         )
         copy = snapshot(found)
     assert copy is not None
