@@ -4,6 +4,7 @@ By paths: a room is a folder of `cytosae/`, its door the `__init__.pyi`.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,6 +170,16 @@ def test_there_is_no_circle() -> None:
                 if name in known and name != module
             }
         assert [*TopologicalSorter(graph).static_order()]
+
+
+def test_every_file_is_named_where_newcomers_look() -> None:
+    """In the tables of CONTRIBUTING.md, by its name; those that each room has once, by its last paragraph."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"[`/]([a-z0-9_]+\.py)`", page))
+    for package in ("stores", "cytocache", "cytosae"):
+        for path in files(package):
+            if not path.name.startswith("__") and "commands" not in path.parts:
+                assert path.name in named, f"{path.relative_to(ROOT)}: say in CONTRIBUTING.md what it answers"
 
 
 def test_no_file_goes_out_and_in_again_by_its_own_door() -> None:
