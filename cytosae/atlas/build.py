@@ -160,7 +160,7 @@ def build_atlas(
     match : a folder of `match_latents`, from the barcodes of this atlas to those of the other
     stage_one : `cytocache.bridge`, which reads the images
     roots : folder of the images of each latent store; none: as recorded when the caches were made
-    progress : pages written, pages in all
+    progress : steps done, steps in all: two for each image and each latent with a page, one for each patient
 
     Raises
     ------

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from stores.files import sha256_json
 
+from .questions import MEANINGFUL
 from .reviews import current, read_verdicts
 
 NOT_ASKED, OPEN, DIFFER = "not asked about", "not yet reviewed", "verdicts differ"
-_WORDS = {"meaningful": "meaningful", "not": "not meaningful", "unsure": "unsure"}
-VERDICTS = (NOT_ASKED, OPEN, *_WORDS.values(), DIFFER)  # as gallery.js counts them
+VERDICTS = (NOT_ASKED, OPEN, *MEANINGFUL.values(), DIFFER)  # as gallery.js counts them
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Opinion:
     def verdict(self) -> str:
         """One of `VERDICTS`: what all said, or that they differ."""
         said = {*self.verdicts}
-        return _WORDS[said.pop()] if len(said) == 1 else DIFFER
+        return MEANINGFUL[said.pop()] if len(said) == 1 else DIFFER
 
     @property
     def name(self) -> str:
@@ -52,7 +52,7 @@ def read_opinions(reviews: Path, concepts: str) -> dict[int, Opinion]:
     """
     found: dict[int, list[tuple[str, str, str]]] = {}
     for verdict in current(read_verdicts(reviews)).values():
-        if verdict.question == "meaningful" and verdict.concepts == concepts and verdict.verdict in _WORDS:
+        if verdict.question == "meaningful" and verdict.concepts == concepts:
             found.setdefault(verdict.latent, []).append((verdict.time, verdict.verdict, verdict.name.strip()))
     return {
         latent: Opinion(

@@ -14,7 +14,8 @@ from .review_items import FILE, PICTURES
 from .site import plain_text
 
 LISTED, DECOY = ("a", "b"), "decoy"
-_CHOICES = {"meaningful": ("meaningful", "not", "unsure"), "specific": (*LISTED, "neither", "unsure")}
+MEANINGFUL = {"meaningful": "meaningful", "not": "not meaningful", "unsure": "unsure"}  # answer -> as pages say it
+ANSWERS = {"meaningful": tuple(MEANINGFUL), "specific": (*LISTED, "neither", "unsure")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Question:
     @property
     def choices(self) -> tuple[str, ...]:
         """The possible verdicts."""
-        return _CHOICES[self.question]
+        return ANSWERS[self.question]
 
     @property
     def title(self) -> str:
@@ -143,7 +144,7 @@ def _sent_image(image: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
 
 def _question(found: dict[str, Any]) -> Question:
     asked = found["question"]
-    if asked not in _CHOICES:
+    if asked not in ANSWERS:
         raise ValueError(f"unknown question {asked!r}")
     is_pair = asked == "specific"
     items = tuple(

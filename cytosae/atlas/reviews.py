@@ -20,7 +20,7 @@ from stores.errors import BadInput, DamagedStore, SpecMismatch, StoreNotFound
 from stores.files import append_line, is_dropping, read_lines, sync_folder, write_atomic
 from stores.tables import csv_bytes, parquet_bytes
 
-from .questions import Item, Question, Review
+from .questions import ANSWERS, Item, Question, Review
 
 VERSION = 2  # of a withdrawal
 _VERSION_OF_VERDICT = 1
@@ -261,4 +261,11 @@ def _verdict(record: dict[str, Any], where: str) -> Verdict:
             raise DamagedStore(
                 f"{where} is not a review: its {field.name} is {value!r:.40}; repair or remove that line"
             )
-    return Verdict(**{field.name: record[field.name] for field in fields(Verdict)})
+    verdict = Verdict(**{field.name: record[field.name] for field in fields(Verdict)})
+    answers = ANSWERS.get(verdict.question)
+    if answers is not None and verdict.verdict not in (*answers, WITHDRAWN):  # it would count nowhere, without a word
+        raise DamagedStore(
+            f"{where} is not a review: its verdict is {verdict.verdict!r:.40}, not one of {', '.join(answers)}; repair "
+            f"or remove that line"
+        )
+    return verdict

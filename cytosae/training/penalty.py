@@ -10,24 +10,25 @@ of the batch,
     gap     = recent - log K + LOOK_AHEAD x (1 + many) / 2 x (recent - before)
     weight *= exp(pace x min(MOST, max(-MOST, GAIN x gap)))     not while it is held; GAIN / many where gap < 0
 
-many is 1 up to a K of `MANY`, then K / MANY, at most 2. The more latents stay active, the shorter is the
-way down, and a weight that has grown on it is too high for long: so one looks further ahead. And where L0 has fallen
-below K the weight falls more slowly: latents come back late, and L0 rises by itself while the learning rate decays.
-
-L0 begins at half of the latents: an arithmetic mean would be off by that for 300 steps.
-
 pace is the learning rate as a share of its largest value: what cannot move the SAE does not move the weight either. The
 weight is held when `mean` and `recent` have been near K for `STEADY` steps, and steered again when the running mean has
-left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks.
+left the wider band. All of it follows from the L0 of the batches, which is equal on all ranks. The running mean is
+geometric since L0 begins at half of the latents, by which an arithmetic one would be off for 300 steps.
 
-The start is in the unit of the loss and of the tokens: the weight at which an active latent costs a small share of what
-it can gain; for relu and gated, less where more than `MANY` latents share that: a weight that is too high drives
-L0 below K, where at a high learning rate it stays, even without any penalty. So the same law serves every loss,
-activation and width. Thresholds of jumprelu move slowly, by about the learning rate per step, in proportion, and a
-penalty can only raise them, while L0 falls by itself as latents learn. So they start where `FIRST_L0` x K latents per
-token are active; the window of their gradient is as wide, beside them, as the settings say (`jump_bandwidth /
-jump_threshold`). And they are steered, too, both ways, behind the weights' own step, all by the same factor: from
-`FIRST_L0` x K down to K, and down again where L0 has fallen too far, which no penalty can undo:
+many is 1 up to a K of `MANY`, then K / MANY, at most 2. The more latents stay active, the shorter is the way down, and
+a weight that has grown on it is too high for long: so one looks further ahead. Where L0 has fallen below K, the weight
+falls more slowly: latents come back late, and L0 rises by itself while the learning rate decays.
+
+The first weight is in the unit of the loss and of the tokens: an active latent costs a small share of what it can gain.
+For relu and gated that share is smaller where K is above `MANY`. A weight that is too high would drive L0 below K, and
+at a high learning rate it would stay there, even without any penalty. So one law serves every loss, activation and
+width.
+
+Thresholds of jumprelu move slowly, by about the learning rate per step, in proportion, and a penalty can only raise
+them, while L0 falls by itself as latents learn. So they start where `FIRST_L0` x K latents per token are active; the
+window of their gradient is as wide, beside them, as the settings say (`jump_bandwidth / jump_threshold`). And they are
+steered, too, both ways, behind the weights' own step, all by the same factor: from `FIRST_L0` x K down to K, and down
+again where L0 has fallen too far, which no penalty can undo:
 
     threshold *= exp(speed x min(MOST, max(-MOST, SHIFT_GAIN x (recent - log K))))      held or not
 
@@ -47,7 +48,7 @@ from .losses import loss_weight
 
 MEAN_STEPS, RECENT_STEPS, BEFORE_STEPS = 50, 6, 24  # time constants of the means
 LOOK_AHEAD = 3.0  # the two means of the logarithm are 18 steps apart in age: so much, times 18 steps
-GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight
+GAIN, MOST = 0.04, 0.03  # per step, of the logarithm of the weight; MOST is the largest step
 MANY = 32  # K from which it looks further ahead, and the first share of relu and gated is FIRST_SHARE x MANY / K
 SHIFT_GAIN = 0.05  # per step, of the logarithm of jumprelu's thresholds, by at most MOST
 _FULL_SPEED = 1e-3  # the learning rate at which thresholds move as fast
@@ -68,7 +69,7 @@ class Penalty:
     """A steered weight between two steps. `after` gives the next one; nothing changes in place."""
 
     target: float  # K
-    weight: float  # of the sparsity term in the next step
+    weight: float  # of the sparsity term in the next step: `l1_weight` in the metrics, `l1` in sae.json
     bandwidth: float | None = None  # jumprelu: the width of the window
     mean: float | None = None  # running mean of L0; None: no step was taken
     recent: float | None = None  # means of log L0

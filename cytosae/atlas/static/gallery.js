@@ -4,6 +4,7 @@
 const MAPS_PER_FILE = 16; // as in gallery_files.py
 const NEVER = 255;
 const VERDICTS = ["not asked about", "not yet reviewed", "meaningful", "not meaningful", "unsure", "verdicts differ"]; // as in opinions.py
+const OPEN_FIRST = { "not yet reviewed": 0, unsure: 1, "verdicts differ": 1, meaningful: 2, "not meaningful": 2, "not asked about": 4 };
 const PLACES = ["", "middle", "border", "here and there", "all over", "same patch"]; // as in sentence.py
 const ON = ["", "the nucleus", "the cell", "both", "the background", "one place"], TURN = [1, 0, 0, 1, 2, 3]; // as in lies_on.py
 const CHIPS = { "on both": "cell and background", "named yes": "with a name" }; // of choices that an address calls otherwise
@@ -168,7 +169,7 @@ function openGallery(data) {
       mean: (at) => -data.mean[at],
       frequency: (at) => -data.frequency[at],
       mixed: (at) => data.specificity[at],
-      open: (at) => [4, 0, 2, 2, 1, 1][VERDICTS.indexOf(verdictOf(at))],
+      open: (at) => OPEN_FIRST[verdictOf(at)],
       latent: (at) => at,
     }[sort] ?? ((at) => {
       const found = difference(at);

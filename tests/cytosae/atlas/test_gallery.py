@@ -18,9 +18,10 @@ from atlas_maker import DATASETS, IMAGES_PER_PATIENT, N_LATENTS, Cohort, cyto, l
 from big_gallery import PAIRS, big_gallery
 from PIL import Image
 
+from cytosae.atlas import gallery_files, lies_on
 from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
 from cytosae.atlas.gallery import _cells, specificities
-from cytosae.atlas.gallery_files import MAPS_PER_FILE, first_order, write_gallery_data
+from cytosae.atlas.gallery_files import IS_DIFFERENT, MAPS_PER_FILE, NEVER, first_order, write_gallery_data
 from cytosae.atlas.opinions import VERDICTS
 from cytosae.atlas.reviews import Verdict, save_verdict
 from cytosae.atlas.sentence import PLACES, place_of
@@ -31,6 +32,18 @@ DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4":
 CARD_BYTES = 12_000  # of a card's picture
 ROW_BYTES = 28  # of a concept in data/gallery.js
 SCREEN = 24  # cards that a large screen shows before it is scrolled, and the rows around
+
+
+def test_the_browser_counts_words_as_python_does() -> None:
+    """gallery.js has the same lists, in the same order: what is written is a place in them."""
+    script = (Path(gallery_files.__file__).parent / "static/gallery.js").read_text()
+    for name, words in {"VERDICTS": VERDICTS, "PLACES": PLACES, "ON": lies_on.ON, "TURN": lies_on.TURN}.items():
+        (found,) = re.findall(rf"\b{name} = (\[.*?\])[,;]", script)
+        assert tuple(json.loads(found)) == words
+    for name, number in {"MAPS_PER_FILE": MAPS_PER_FILE, "NEVER": NEVER, "IS_DIFFERENT": IS_DIFFERENT}.items():
+        assert float(re.findall(rf"const {name} = ([\d.]+);", script)[0]) == number
+    (turns,) = re.findall(r"const OPEN_FIRST = \{(.*?)\}", script)
+    assert {word.strip(' "') for word in re.findall(r'("[^"]+"|\b[a-z]+) ?:', turns)} == {*VERDICTS}
 
 
 @pytest.fixture(scope="module")

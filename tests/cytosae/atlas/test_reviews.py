@@ -330,6 +330,7 @@ def test_journals_that_no_server_wrote(review: Review, tmp_path: Path) -> None:
         r"line 2 of .* is not a review: its latent is '7'; repair or remove that line": {**record, "latent": "7"},
         r"its confidence is \[1\]": {**record, "confidence": [1]},
         r"its verdict is None": {name: record[name] for name in record if name != "verdict"},
+        r"its verdict is 'artefact', not one of meaningful, not, unsure; repair or": {**record, "verdict": "artefact"},
         r"is by 'Bob', whose reviews are in another file": {**record, "reviewer": "Bob"},
     }
     for words, line in bad.items():
