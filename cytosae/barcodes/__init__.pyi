@@ -21,9 +21,9 @@ from .report import BarcodeResult as BarcodeResult
 from .report import join_lines as join_lines
 from .tasks import LevelParts as LevelParts
 from .tasks import PartSummary as PartSummary
-from .tasks import by_part as by_part
-from .tasks import get_ready as get_ready
 from .tasks import opener as opener
+from .tasks import split_by_part as split_by_part
+from .tasks import warm_up as warm_up
 from .tau_rule import choose_tau as choose_tau
 from .tau_rule import count_values as count_values
 from .value_counts import ValueCounts as ValueCounts

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 NORMALIZATIONS = ("images", "cytosae-release")
-_GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums depend on it
+_GROUP_ENTRIES = 4 * CHUNK_ENTRIES  # entries that a task of groups adds up; fixed, since sums of floats depend on it
 _FILL_CHUNKS = 4  # chunks of a matrix that a task fills
 _FAN_IN = 8  # of the tree; fixed, since sums depend on it
 _WAVE = 64  # leaves of the tree that are submitted at once
@@ -175,8 +175,8 @@ class _Level:
             begin_matrix(store / "X")
             for layer in self.layers:
                 begin_matrix(store / "layers" / layer)
-        # For the layers, then for the counts at each tau (they have entries of their own): number of the first entry of
-        # every part and of the end, and how many entries have their task
+        # By kind of matrix (0 the layers, 1 + n the counts at tau n, which have entries of their own): number of the
+        # first entry of every part and of the end, and how many entries have their task
         self._begins = [[0] for _ in range(1 + len(self.stores))]
         self._n_submitted = [0] * len(self._begins)
 
@@ -203,30 +203,30 @@ class _Level:
 
     def finish(self, n_latents: int) -> None:
         """Write what makes the matrices readable, while workers fill them."""
-        for number, store in enumerate(self.stores):
-            finish_matrices([store / "X"], self.n_above(number), n_latents)
+        for tau_index, store in enumerate(self.stores):
+            finish_matrices([store / "X"], self.n_above(tau_index), n_latents)
         if self.layers:
             layers = [store / "layers" / layer for store in self.stores for layer in self.layers]
             finish_matrices(layers, self.lengths, n_latents)
 
     def _submit(self, *, only_full: bool) -> None:
         size = _FILL_CHUNKS * csr_bulk.CHUNK_ENTRIES
-        for pattern, begins in enumerate(self._begins):
-            while self._n_submitted[pattern] + (size if only_full else 1) <= begins[-1]:
-                first = self._n_submitted[pattern]
-                last = self._n_submitted[pattern] = min(first + size, begins[-1])
+        for kind, begins in enumerate(self._begins):
+            while self._n_submitted[kind] + (size if only_full else 1) <= begins[-1]:
+                first = self._n_submitted[kind]
+                last = self._n_submitted[kind] = min(first + size, begins[-1])
                 low, high = bisect.bisect_right(begins, first) - 1, bisect.bisect_left(begins, last)
-                rows = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
+                parts = [(self.parts[k].path, begins[k]) for k in range(low, high) if begins[k] < begins[k + 1]]
                 # before partitions that wait: the disk is to have work from the beginning
                 submit = partial(self._client.submit, pure=False, priority=1)
-                if pattern:
-                    matrix = str(self.stores[pattern - 1] / "X")
-                    self.futures.append(submit(tasks.fill_counts, rows, self.tag, pattern - 1, first, last, matrix))
+                if kind:
+                    matrix = str(self.stores[kind - 1] / "X")
+                    self.futures.append(submit(tasks.fill_counts, parts, self.tag, kind - 1, first, last, matrix))
                 elif self.layers:
                     matrices = {
                         layer: [str(store / "layers" / layer) for store in self.stores] for layer in self.layers
                     }
-                    self.futures.append(submit(tasks.fill_layers, rows, self.tag, first, last, matrices))
+                    self.futures.append(submit(tasks.fill_layers, parts, self.tag, first, last, matrices))
 
 
 def write_barcodes(
@@ -276,7 +276,7 @@ def _write_barcodes(
     overwrite: bool,
     progress: Progress,
 ) -> BarcodeResult:
-    prepare_workers(client, tasks.get_ready)
+    prepare_workers(client, tasks.warm_up)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)
@@ -293,16 +293,7 @@ def _write_barcodes(
         notes |= found
     groups = group_images(images)
     check_exact(stores, groups)
-    spec = {
-        "latents": _one_or_all([store.identity for store in stores]),
-        "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
-        "tau": _one_or_all(config.taus),
-        "token_set": config.token_set,
-        "normalize": config.normalize,
-    }
-    spec |= {"table": table_sha256(images)} if table is not None else {}
-    spec |= {"tau_rule": chosen.rule} if chosen is not None else {}
-    header = new_header(BARCODES, spec)
+    header = new_header(BARCODES, _make_spec(stores, config, chosen, None if table is None else images))
     inputs = tuple(path for path in (*(store.root for store in stores), table) if isinstance(path, Path))
     output = plan_output(out, header, overwrite=overwrite, inputs=inputs)
     if output.is_complete:
@@ -349,6 +340,21 @@ def _write_barcodes(
     return _result(header, out, config, table, was_complete=False)
 
 
+def _make_spec(
+    stores: Sequence[LatentStore], config: BarcodeConfig, chosen: TauChoice | None, regrouped: Any | None
+) -> dict[str, Any]:
+    """What decides the numbers; `regrouped` is the image table if `table` gave other patients, diseases or labels."""
+    return {
+        "latents": _one_or_all([store.identity for store in stores]),
+        "latents_spec": _one_or_all([store.spec.to_dict() for store in stores]),
+        "tau": _one_or_all(config.taus),
+        "token_set": config.token_set,
+        "normalize": config.normalize,
+        **({} if regrouped is None else {"table": table_sha256(regrouped)}),
+        **({} if chosen is None else {"tau_rule": chosen.rule}),
+    }
+
+
 def _tag(job: _Job, level: str) -> str:
     """Of the parts of a level: a part with another tag belongs to another job."""
     return sha256_json({"barcodes": job.header.identity, "level": level})
@@ -372,31 +378,31 @@ def _sum_patients(job: _Job, images: _Level, patients: _Level, *, meanwhile: Cal
     without = np.flatnonzero((groups.patient_of_image < 0) & groups.is_readable)
     edges = np.arange(len(without) + 1)  # may be cut anywhere; a task then takes its own as one group
     plan += [
-        replace(some, starts=np.array([0, len(some.members)]), divisors=np.zeros(1, np.int64))
-        for some in _plan_groups(job, "no-patient", without, edges, np.zeros(len(without), np.int64), lengths)
+        replace(task, starts=np.array([0, len(task.members)]), divisors=np.zeros(1, np.int64))
+        for task in _plan_groups(job, "no-patient", without, edges, np.zeros(len(without), np.int64), lengths)
     ]
-    n_taus, below = len(job.config.taus), tasks.LevelParts.of(images.parts)
-    carry: list[Future] = []
+    n_taus, level_below = len(job.config.taus), tasks.LevelParts.of(images.parts)
+    pending: list[Future] = []  # sums that are not added up yet
     for wave in range(0, max(1, len(plan)), _WAVE):
         leaves = [
-            job.client.submit(tasks.sum_patients, some, below, patients.tag, n_taus, job.n_latents, pure=False)
-            for some in plan[wave : wave + _WAVE]
+            job.client.submit(tasks.sum_patients, task, level_below, patients.tag, n_taus, job.n_latents, pure=False)
+            for task in plan[wave : wave + _WAVE]
         ]
-        parts = [job.client.submit(tasks.only_part, leaf, pure=False) for leaf in leaves]
-        carry = carry + leaves
+        parts = [job.client.submit(tasks.summary_only, leaf, pure=False) for leaf in leaves]
+        pending = pending + leaves
         while True:
-            carry = [
-                job.client.submit(tasks.add_sums, carry[k : k + _FAN_IN], pure=False)
-                for k in range(0, len(carry), _FAN_IN)
+            pending = [
+                job.client.submit(tasks.add_sums, pending[k : k + _FAN_IN], pure=False)
+                for k in range(0, len(pending), _FAN_IN)
             ]
-            if len(carry) <= 1:
+            if len(pending) <= 1:
                 break
         if not wave:
             meanwhile()
         for part in job.watch.results(parts):  # so no more than one wave is submitted
             if part is not None:
                 patients.add(part)
-    (sums,) = job.watch.results(carry) or [LatentSums.zeros(n_taus, job.n_latents)]
+    (sums,) = job.watch.results(pending) or [LatentSums.zeros(n_taus, job.n_latents)]
     return sums
 
 
@@ -408,10 +414,10 @@ def _average_patients(job: _Job, patients: _Level, diseases: _Level) -> None:
     sizes = np.bincount(of_patient[known], minlength=n_diseases)
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     plan = _plan_groups(job, "disease", members, starts, sizes, patients.lengths)
-    n_taus, below = len(job.config.taus), tasks.LevelParts.of(patients.parts)
+    n_taus, level_below = len(job.config.taus), tasks.LevelParts.of(patients.parts)
     futures = [
-        job.client.submit(tasks.average_patients, some, below, diseases.tag, n_taus, job.n_latents, pure=False)
-        for some in plan
+        job.client.submit(tasks.average_patients, task, level_below, diseases.tag, n_taus, job.n_latents, pure=False)
+        for task in plan
     ]
     for part in job.watch.results(futures):
         diseases.add(part)
@@ -467,9 +473,9 @@ def _join(job: _Job, levels: "list[_Level]", notes: dict[str, Any], progress: Pr
         level.finish(job.n_latents)
     futures = [future for level in levels for future in level.futures]
     n_readable = int(job.groups.is_readable.sum())
-    for number, tau in enumerate(job.config.taus):
+    for tau_index, tau in enumerate(job.config.taus):
         paths = [job.path(level, tau) for level in LEVELS]
-        write_tables(paths[0], {"var": _latent_table(sums, number, n_readable)}, *paths[1:])
+        write_tables(paths[0], {"var": _latent_table(sums, tau_index, n_readable)}, *paths[1:])
     job.watch.results(futures)
     for level in levels:
         level.futures.clear()  # a worker that dies from here on must not have them done again

@@ -5,7 +5,7 @@ atomically, and can be done twice. What comes back is small.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from .count_kernels import ImageCounter, ImageCounts, LatentSums, add_rows, take
 from .value_counts import SparseCounts, ValueScanner
 
 Ints = npt.NDArray[np.int64]
-_MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: what was read of them counts as its memory
+_MAPPED_BYTES = 256 << 20  # of parts that a task keeps open: mapped pages count as the worker's memory
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class LevelParts:
         return LevelParts([part.path for part in parts], parts[0].tag if parts else "", bounds)
 
 
-def get_ready() -> None:
+def warm_up() -> None:
     """Load what counting needs, compiled code included: a worker does it while the job is planned."""
     counter = ImageCounter(np.array([0, 1]), n_latents=1, tokens_per_image=1, taus=(0.0,), token_set="all", place="")
     counter.add(0, np.zeros(1, np.uint16), np.ones(1, np.float32))
@@ -183,7 +183,7 @@ def sum_patients(
     total, sums = LatentSums.zeros(n_taus, n_latents), LatentSums.zeros(n_taus, n_latents)
     rows = _PartBuilder(n_taus, n_latents, ("activation_sum", "n_active_images"))
     for group, divisor in enumerate(groups.divisors):
-        for number, local in by_part(groups.group(group), images.bounds):
+        for number, local in split_by_part(groups.group(group), images.bounds):
             sums.add_images(opened(number), local)
         latent = np.flatnonzero(sums.n_active)
         if divisor:
@@ -202,7 +202,7 @@ def add_sums(sums: list[tuple[PartSummary | None, LatentSums] | LatentSums]) -> 
     return total
 
 
-def only_part(result: tuple[PartSummary | None, LatentSums]) -> PartSummary | None:
+def summary_only(result: tuple[PartSummary | None, LatentSums]) -> PartSummary | None:
     """What `sum_patients` says of its part, without the sums."""
     return result[0]
 
@@ -212,7 +212,7 @@ def average_patients(groups: GroupTask, patients: LevelParts, tag: str, n_taus: 
     opened = opener(patients)
     rows, sums = _PartBuilder(n_taus, n_latents, ()), np.zeros((n_taus, n_latents))
     for group, divisor in enumerate(groups.divisors):
-        for number, local in by_part(groups.group(group), patients.bounds):
+        for number, local in split_by_part(groups.group(group), patients.bounds):
             add_rows(opened(number), local, sums)
         latent = np.flatnonzero(sums.any(axis=0))
         rows.append(latent, sums[:, latent] / np.float64(divisor))
@@ -221,20 +221,20 @@ def average_patients(groups: GroupTask, patients: LevelParts, tag: str, n_taus: 
 
 
 def fill_layers(
-    rows: Sequence[tuple[str, int]], tag: str, first: int, last: int, matrices: dict[str, list[str]]
+    parts: Sequence[tuple[str, int]], tag: str, first: int, last: int, matrices: dict[str, list[str]]
 ) -> None:
     """Write entries first..last of the layers: name -> the matrices that hold it, one per store of another tau.
 
-    `rows`: the parts that hold these entries, in order, each with the number of its first entry. All layers have the
+    `parts`: those that hold these entries, in order, each with the number of its first entry. All layers have the
     same indices, and a layer is the same for every tau: such chunks are compressed once.
     """
-    parts = [(open_part(Path(path), tag), begin) for path, begin in rows]
+    opened = [(open_part(Path(path), tag), begin) for path, begin in parts]
     everywhere = [Path(path) for paths in matrices.values() for path in paths]
     for start in range(first, last, csr_bulk.CHUNK_ENTRIES):  # memory of one chunk, which the next one takes over
         stop = min(start + csr_bulk.CHUNK_ENTRIES, last)
-        write_entries(everywhere[0], "indices", start, _entries(parts, "latent", start, stop, np.int32))
+        write_entries(everywhere[0], "indices", start, _entries(opened, "latent", start, stop, np.int32))
         for name, paths in matrices.items():
-            values = _entries(parts, name, start, stop, np.float32)
+            values = _entries(opened, name, start, stop, np.float32)
             _require_finite(name, values)
             write_entries(Path(paths[0]), "data", start, values)
     for path in everywhere[1:]:
@@ -257,15 +257,15 @@ def _entries(
         return np.concatenate(pieces, dtype=dtype, casting="unsafe") if len(pieces) > 1 else pieces[0].astype(dtype)
 
 
-def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau_index: int, first: int, last: int, matrix: str) -> None:
-    """Write entries first..last of `X` at one tau; `rows` as in `fill_layers`, counting these entries only."""
-    parts = [open_part(Path(path), tag) for path, _ in rows]
-    number, at, skip = 0, 0, first - rows[0][1]  # the part we are in, its entry, entries with a count to leave out
+def fill_counts(parts: Sequence[tuple[str, int]], tag: str, tau_index: int, first: int, last: int, matrix: str) -> None:
+    """Write entries first..last of `X` at one tau; `parts` as in `fill_layers`, counting these entries only."""
+    opened = [open_part(Path(path), tag) for path, _ in parts]
+    number, at, skip = 0, 0, first - parts[0][1]  # the part we are in, its entry, entries with a count to leave out
     for start in range(first, last, csr_bulk.CHUNK_ENTRIES):
         size, n_taken = min(csr_bulk.CHUNK_ENTRIES, last - start), 0
         indices, values = np.empty(size, np.int32), np.empty(size, np.float32)
         while True:
-            latent, count = parts[number]["latent"], parts[number]["X"][tau_index]
+            latent, count = opened[number]["latent"], opened[number]["X"][tau_index]
             taken, at = take_nonzero(latent, count, at, skip, indices[n_taken:], values[n_taken:])
             n_taken, skip = n_taken + taken, 0
             if n_taken == size:
@@ -277,7 +277,7 @@ def fill_counts(rows: Sequence[tuple[str, int]], tag: str, tau_index: int, first
 
 
 def export_rows(
-    rows: Sequence[str], tag: str, tau_index: int, names: list[str], level: str, layers: Sequence[str], path: str
+    parts: Sequence[str], tag: str, tau_index: int, names: list[str], level: str, layers: Sequence[str], path: str
 ) -> tuple[str, str]:
     """One Parquet file in long form, a line per row and latent, as many row groups as parts; its name and SHA-256."""
     import pyarrow as pa
@@ -292,8 +292,8 @@ def export_rows(
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     compact = {"compression": "zstd", "compression_level": 1, "use_dictionary": [level]}  # numbers hardly repeat
     with pq.ParquetWriter(partial, schema, **compact) as writer:
-        for given in rows:
-            part = open_part(Path(given), tag)
+        for place in parts:
+            part = open_part(Path(place), tag)
             n_rows = len(part["indptr"]) - 1
             keep = slice(None) if layers else part["X"][tau_index] != 0
             row = np.repeat(np.arange(n_rows, dtype=np.int32), np.diff(part["indptr"]))[keep]
@@ -347,13 +347,13 @@ def _summary_of(part: Part, path: Path, tag: str, *, was_there: bool) -> PartSum
     return PartSummary(str(path), tag, lengths, np.array(part["n_above"]), int(part["n_values"][0]), was_there)
 
 
-def opener(level: LevelParts) -> Any:
+def opener(level: LevelParts) -> Callable[[int], Part]:
     """Number of a part -> the part; some stay open."""
     largest = max((Path(path).stat().st_size for path in level.paths), default=1)
     return lru_cache(max(2, _MAPPED_BYTES // largest))(lambda number: open_part(Path(level.paths[number]), level.tag))
 
 
-def by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
+def split_by_part(rows: Ints, bounds: Ints) -> list[tuple[int, Ints]]:
     """Rising row numbers, cut by the part that they lie in: (number of the part, rows within it)."""
     owner = np.searchsorted(bounds, rows, side="right") - 1
     cuts = np.flatnonzero(np.diff(owner)) + 1

@@ -146,13 +146,13 @@ def require_workers(client: "Client", folder: Path, latents: Mapping[Path | str,
             path.unlink(missing_ok=True)
 
 
-def prepare_workers(client: "Client", get_ready: Callable[[], Any]) -> None:
-    """While this process plans, let the workers that it started run `get_ready`, which imports and compiles."""
+def prepare_workers(client: "Client", warm_up: Callable[[], Any]) -> None:
+    """While this process plans, let the workers that it started run `warm_up`, which imports and compiles."""
     from distributed import LocalCluster, fire_and_forget
 
     if isinstance(client.cluster, LocalCluster):
         for worker in client.scheduler_info()["workers"]:
-            fire_and_forget(client.submit(get_ready, workers=[worker], pure=False))
+            fire_and_forget(client.submit(warm_up, workers=[worker], pure=False))
 
 
 class Watch:

@@ -29,9 +29,9 @@ from cytosae.barcodes import (
     count_into_parts,
     differences,
     discard,
-    get_ready,
     join_tables,
     regroup,
+    warm_up,
 )
 from cytosae.cluster import Watch, client_or_own, cluster_job, prepare_workers
 from stores.concept_store import LATENT_COLUMNS, MEANINGFUL, TOP_COLUMNS, threshold_warning
@@ -203,7 +203,7 @@ def _concept_statistics(
     overwrite: bool,
     progress: Progress,
 ) -> ConceptResult:
-    prepare_workers(client, get_ready)
+    prepare_workers(client, warm_up)
     paths = [latents] if isinstance(latents, Path | str) else list(latents)
     stores = [LatentStore(path) for path in paths]
     check_one_sae(stores)

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from cytosae.barcodes import LatentSums, LevelParts, by_part, opener
+from cytosae.barcodes import LatentSums, LevelParts, opener, split_by_part
 
 Ints = npt.NDArray[np.int64]
 
@@ -52,7 +52,7 @@ def sum_images(
     """
     opened = opener(below)
     sums, top, at = LatentSums.zeros(1, n_latents), TopImages.zeros(n_latents, top_k), 0
-    for part, rows in by_part(images, below.bounds):
+    for part, rows in split_by_part(images, below.bounds):
         sums.add_images(opened(part), rows)
         top.add_images(opened(part), rows, numbers[at : at + len(rows)])
         at += len(rows)
