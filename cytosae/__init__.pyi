@@ -4,9 +4,7 @@ from .atlas import build_atlas as build_atlas
 from .atlas import estimate_atlas as estimate_atlas
 from .atlas import open_inputs as open_inputs
 from .atlas import open_server as open_server
-from .atlas import review_agreement as review_agreement
 from .atlas import write_atlas as write_atlas
-from .atlas import write_verdicts as write_verdicts
 from .barcodes import BarcodeConfig as BarcodeConfig
 from .barcodes import export_h5ad as export_h5ad
 from .barcodes import write_barcodes as write_barcodes
@@ -63,6 +61,8 @@ from .relations import match_scale as match_scale
 from .relations import write_neighbours as write_neighbours
 from .relations import write_patient_concepts as write_patient_concepts
 from .relations import write_stability as write_stability
+from .review import review_agreement as review_agreement
+from .review import write_verdicts as write_verdicts
 from .sae import SparseAutoencoder as SparseAutoencoder
 from .sae import TrainConfig as TrainConfig
 from .sae import export_sae as export_sae

@@ -103,6 +103,14 @@ def printable(name: str) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+def plain_text(name: str) -> str:
+    """A name from the data for display: characters that are not printable become the replacement character.
+
+    This includes bidirectional control characters, with which a name could disguise the text after it.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in name)
+
+
 def state_of(complete: bool) -> str:
     return "complete" if complete else "INCOMPLETE (run the same command again to continue)"
 

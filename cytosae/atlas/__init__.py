@@ -1,7 +1,7 @@
-"""The atlas: the results of one run as a folder of web pages, and the review of its concepts by experts. No torch.
+"""The atlas: the results of one run as a folder of web pages, and the server that shows them with the review. No torch.
 
-Comes in: barcodes, concepts, latents, comparisons. Goes out: pages that open without a server; verdicts, agreement.
-Open first: `build.py` for the pages, `review_items.py` (what is asked) and `review_report.py` for the review.
+Comes in: barcodes, concepts, latents, comparisons. Goes out: pages that open without a server; with it, verdicts.
+Open first: `build.py` for the pages, `review_server.py` for the server.
 """
 
 from stores.doors import open_door

@@ -6,15 +6,6 @@ from .config import AtlasConfig as AtlasConfig
 from .inputs import Inputs as Inputs
 from .inputs import open_inputs as open_inputs
 from .pseudonyms import pseudonyms_file as pseudonyms_file
-from .questions import read_review as read_review
-from .review_report import AgreementResult as AgreementResult
-from .review_report import VerdictsResult as VerdictsResult
-from .review_report import review_agreement as review_agreement
-from .review_report import write_verdicts as write_verdicts
 from .review_server import AtlasServer as AtlasServer
 from .review_server import ServeConfig as ServeConfig
 from .review_server import open_server as open_server
-from .reviewer_agreement import EXTREME as EXTREME
-from .reviewer_agreement import agreement as agreement
-from .reviews import read_verdicts as read_verdicts
-from .reviews import verdict_table as verdict_table

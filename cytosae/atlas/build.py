@@ -11,6 +11,14 @@ import numpy as np
 
 from cytosae.concepts import read_selection
 from cytosae.maps import Pixels, Places, Sources, as_sources, unseen_warnings
+from cytosae.review import (
+    REVIEW_FILE,
+    REVIEW_PICTURES,
+    ReviewConfig,
+    estimate_pictures,
+    make_review,
+    opinions_identity,
+)
 from cytosae.stage_one import StageOne
 from stores.errors import SpecMismatch
 from stores.files import sha256_json
@@ -37,15 +45,12 @@ from .image_pages import write_images, write_pictured
 from .inputs import Inputs, open_inputs
 from .lies_on import PatchKinds, rules_of
 from .matched_concepts import Pairs
-from .opinions import opinions_identity
 from .other_atlas import NAME as CONCEPTS
 from .overview_pages import write_overview
 from .pair_pages import write_pair_pages
 from .patient_pages import write_patient_list, write_patient_pages
 from .plan import Plan, make_plan
 from .pseudonyms import Pseudonyms, hide_order, pseudonyms_file, read_pseudonyms, write_pseudonyms
-from .review_items import FILE as REVIEW
-from .review_items import PICTURES, ReviewConfig, estimate_pictures, make_review
 from .saved_rows import estimate_saved_rows, write_saved_rows
 from .site import Site, copy_static
 
@@ -274,8 +279,8 @@ def write_atlas(
 
     writer.write_table(CONCEPTS, concept_table(frames))
     site.take_in_file(f"{CONCEPTS}.parquet")
-    writer.write_json(REVIEW, _review(inputs, cohort, plan, config, writer.root))
-    site.take_in(PICTURES)
+    writer.write_json(REVIEW_FILE, _review(inputs, cohort, plan, config, writer.root))
+    site.take_in(REVIEW_PICTURES)
     writer.write_table("files", site.table())
     if pseudonyms is not None:
         hide_order(writer.root, began)

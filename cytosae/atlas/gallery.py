@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as ss
 
+from cytosae.review import NOT_ASKED, OPEN, VERDICTS
+
 from .cards import CARD_IMAGES, card_images
 from .cohort import Cohort
 from .inputs import Inputs
-from .opinions import NOT_ASKED, OPEN, VERDICTS
 from .plan import Ints, Plan
 
 LEAST_LABELLED = 5  # reference images with a label, below which a concept has no specificity

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cytosae.review import VERDICTS
+from stores.wording import plain_text
+
 from .concept_maps import Maps, share_of
 from .evidence import EvidenceStores
 from .gallery import Gallery
 from .lies_on import ON, ONE_PLACE, TURN, on
-from .opinions import VERDICTS
 from .plan import Ints, Plan
 from .sentence import PLACES, SAME_PATCH, agrees, place_word
-from .site import Site, packed, plain_text
+from .site import Site, packed
 
 MAPS_PER_FILE = 16  # a card in view brings those of 15 others: some kilobytes
 NEVER = 255  # in a column of bytes: there is none

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cytosae.maps import Sources
+from cytosae.review import Opinion, read_opinions
 from stores.barcode_store import BarcodeStore
 from stores.concept_store import ConceptStore
 from stores.errors import BadInput, SpecMismatch
@@ -19,7 +20,6 @@ from stores.spec import COMPARISON, NEIGHBOURS, Header
 from stores.tables import column
 
 from .evidence import EvidenceStores, open_evidence
-from .opinions import Opinion, read_opinions
 from .other_atlas import OtherAtlas, open_other
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from stores.wording import counted
+from stores.wording import counted, plain_text
 
 from .cohort import Cohort
 from .comparisons import pair_of
@@ -14,7 +14,7 @@ from .gallery_files import first_order, on_of, parts_of, places_of, write_galler
 from .inputs import Inputs
 from .lies_on import ON
 from .plan import Plan
-from .site import Site, packed, plain_text, share
+from .site import Site, packed, share
 
 _NUMBERS = ("frequency", "mean_activation", "max_activation", "label_entropy")
 _FEW_IMAGES = 10  # are told as a number, as in gallery.js

@@ -24,22 +24,24 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from stores.errors import BadInput, CytoError
-from stores.files import locked
-from stores.wording import printable
-
-from .questions import Review, read_review, sent
-from .review_items import FILE, PICTURES
-from .reviews import (
+from cytosae.review import (
+    REVIEW_FILE,
+    REVIEW_PICTURES,
+    Review,
     current,
     default_reviews,
     new_verdict,
+    read_review,
     read_verdicts,
     read_verdicts_of,
     reviewer_name,
     save_verdict,
+    sent,
     withdrawal,
 )
+from stores.errors import BadInput, CytoError
+from stores.files import locked
+from stores.wording import printable
 
 HOST = "127.0.0.1"
 TOKEN_HEADER = "X-Cyto-Token"
@@ -253,7 +255,9 @@ class _Handler(BaseHTTPRequestHandler):
         """The content of a regular file of the atlas; no part of its path may be a link."""
         parts = name.split("/")
         is_plain = not any(part.startswith(".") or part == "" for part in parts) and not set(name) & {"\0", "\\", ":"}
-        is_served = name != f"{FILE}.json" and (parts[0] == PICTURES or not self.server.config.is_review_only)
+        is_served = name != f"{REVIEW_FILE}.json" and (
+            parts[0] == REVIEW_PICTURES or not self.server.config.is_review_only
+        )
         path = self.server.site.joinpath(*parts)
         try:
             if is_plain and is_served and path.resolve() == path and path.is_file():

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stores.files import is_dropping, sha256_file
+from stores.wording import plain_text
 
 _NONE = "\N{EN DASH}"  # shown for undefined values
 _HERE = Path(__file__).parent
@@ -145,11 +146,3 @@ def whole(value: int | None) -> str:
 def readable(value: Mapping[str, Any]) -> str:
     """Indented JSON."""
     return json.dumps(value, indent=1, ensure_ascii=False)
-
-
-def plain_text(name: str) -> str:
-    """A name from the data for display: characters that are not printable become the replacement character.
-
-    This includes bidirectional control characters, with which a name could disguise the text after it.
-    """
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in name)

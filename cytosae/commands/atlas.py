@@ -206,7 +206,7 @@ def atlas_export(site: Path, out: Path, reviews: Path | None, history: bool, ove
     \b
     Example: cyto atlas export cells.atlas -o reviews.csv
     """
-    from cytosae.atlas import write_verdicts
+    from cytosae.review import write_verdicts
 
     tell(write_verdicts(site, out, reviews=reviews, history=history, overwrite=overwrite))
 
@@ -221,7 +221,7 @@ def atlas_agreement(site: Path, reviews: Path | None, as_json: bool) -> None:
     \b
     Example: cyto atlas agreement cells.atlas
     """
-    from cytosae.atlas import review_agreement
+    from cytosae.review import review_agreement
 
     done = review_agreement(site, reviews=reviews)
     if as_json:

@@ -24,10 +24,8 @@ from named_cells import make_world, seeing
 from PIL import Image
 
 from cytocache.pictures import Pictures
-from cytosae.atlas import AtlasConfig, open_inputs, pseudonyms_file, read_review, write_atlas
+from cytosae.atlas import AtlasConfig, open_inputs, pseudonyms_file, write_atlas
 from cytosae.atlas.pseudonyms import Pseudonyms, write_pseudonyms
-from cytosae.atlas.questions import Question, Review
-from cytosae.atlas.reviews import Verdict, new_verdict, save_verdict, withdrawal
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.baselines import VersusConfig, compare_with_baselines
 from cytosae.causes import AblateConfig, ablate_latents
@@ -46,6 +44,9 @@ from cytosae.relations import (
     write_patient_concepts,
     write_stability,
 )
+from cytosae.review import read_review
+from cytosae.review.questions import Question, Review
+from cytosae.review.verdicts import Verdict, new_verdict, save_verdict, withdrawal
 from cytosae.sae import SparseAutoencoder, load_sae, save_sae
 from cytosae.score import ScoreConfig, score_sae
 from cytosae.search import SearchConfig, search_cells

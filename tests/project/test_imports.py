@@ -221,7 +221,10 @@ def test_no_file_goes_out_and_in_again_by_its_own_door() -> None:
             {"torch", "timm", "cytocache", "anndata", "matplotlib"},
         ),
         ("cytosae.atlas.build", {"torch", "cytocache", "dask", "anndata", "matplotlib", "sklearn"}),
-        ("cytosae.atlas.review_server, cytosae.atlas.reviewer_agreement", {"torch", "cytocache", "dask", "matplotlib"}),
+        (
+            "cytosae.atlas.review_server, cytosae.review.reviewer_agreement",
+            {"torch", "cytocache", "dask", "matplotlib"},
+        ),
         ("stores.latent_store, stores.verify_any", {"torch", "dask", "click", "cytocache", "cytosae", "anndata"}),
         ("cytocache.images, cytocache.preprocess", {"torch", "zarr", "pyarrow", "dask", "click"}),
         ("cytosae.training.train", {"timm", "torchvision", "cytocache", "dask"}),

@@ -18,8 +18,8 @@ from review_site import make_site
 
 import cytocache
 import cytosae
-from cytosae.atlas.questions import read_review
-from cytosae.atlas.reviews import default_reviews, new_verdict, save_verdict
+from cytosae.review.questions import read_review
+from cytosae.review.verdicts import default_reviews, new_verdict, save_verdict
 from stores import ConceptStore, LatentStore
 from stores.errors import BadInput, StoreNotFound
 from stores.files import sha256_json

@@ -10,7 +10,7 @@ from places import GOLDEN
 
 from cytocache.datasets import list_files, open_images
 from cytocache.index import index_dataset
-from cytosae.atlas import read_verdicts
+from cytosae.review import read_verdicts
 from stores import BarcodeStore, LatentStore, plan_output
 from stores.errors import BadInput
 from stores.files import is_dropping, sync_tree, write_json

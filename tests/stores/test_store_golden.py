@@ -25,9 +25,8 @@ from command_line import run
 from places import GOLDEN
 from review_client import ask, post, running, token_of
 
-from cytosae.atlas import pseudonyms_file, read_review, reviews
+from cytosae.atlas import pseudonyms_file
 from cytosae.atlas.pseudonyms import read_pseudonyms
-from cytosae.atlas.review_items import item_id
 from cytosae.causes import read_ablation
 from cytosae.compare import Comparison, Replication
 from cytosae.concepts import read_selection
@@ -37,6 +36,8 @@ from cytosae.names import read_names
 from cytosae.names.answers import read_answers
 from cytosae.names.detection import Task, read_scores
 from cytosae.probe.saved_model import read_model
+from cytosae.review import read_review, verdicts
+from cytosae.review.items import item_id
 from cytosae.sae import load_sae
 from cytosae.search.run import read_search
 from cytosae.sweep.record import VERSION as SWEEP
@@ -682,7 +683,7 @@ def test_reviews_version_2_count_no_verdict_that_was_taken_back() -> None:
     assert [(line["latent"], line["verdict"], line["version"]) for line in lines] == [
         *((0, "meaningful", 1), (1, "not", 1), (0, "", 2)),
     ]
-    counted = reviews.current(reviews.read_verdicts(folder))
+    counted = verdicts.current(verdicts.read_verdicts(folder))
     assert [(each.reviewer, each.latent, each.verdict) for each in counted.values()] == [("Ada", 1, "not")]
 
 
@@ -722,7 +723,7 @@ def test_reviews_version_1_agree_as_they_did() -> None:
 def test_an_expert_goes_on_where_version_1_stopped(tmp_path: Path) -> None:
     """The server shows the golden atlas, knows every verdict of the reviewer, and adds one behind the others."""
     folder = Path(shutil.copytree(GOLDEN / "atlas-v1.reviews", tmp_path / "reviews"))
-    before = reviews.journal(folder, MUELLER).read_bytes()
+    before = verdicts.journal(folder, MUELLER).read_bytes()
     item = "68d88b40b5ee180f"  # is latent 0 meaningful?
     with running(SITE, folder) as server:
         port, token = server.server_port, token_of(server.server_port)
@@ -731,10 +732,10 @@ def test_an_expert_goes_on_where_version_1_stopped(tmp_path: Path) -> None:
         assert len(begun["verdicts"]) == 8
         assert begun["verdicts"][item] == {"verdict": "meaningful", "name": "blasts", "notes": "", "confidence": 4}
         assert post(port, "/reviews", {"reviewer": MUELLER, "item": item, "verdict": "unsure"}, token)[0] == 200
-    assert reviews.journal(folder, MUELLER).read_bytes().startswith(before)
-    verdicts = reviews.read_verdicts(folder)
-    assert len(verdicts) == 15
-    assert reviews.current(verdicts)[MUELLER, item].verdict == "unsure"
+    assert verdicts.journal(folder, MUELLER).read_bytes().startswith(before)
+    found = verdicts.read_verdicts(folder)
+    assert len(found) == 15
+    assert verdicts.current(found)[MUELLER, item].verdict == "unsure"
 
 
 # ------------------------------------------------------------------------------------------------- all of them
@@ -750,13 +751,13 @@ def test_every_format_has_a_golden_artefact() -> None:
     }
     journals = [path.read_text() for path in GOLDEN.glob("atlas-v1.reviews*/*.jsonl")]
     versions = {json.loads(line)["version"] for text in journals for line in text.splitlines()}
-    assert versions == set(range(1, reviews.VERSION + 1))
+    assert versions == set(range(1, verdicts.VERSION + 1))
 
 
 def test_every_format_and_its_version_stand_in_the_docs() -> None:
     versions = (GOLDEN.parents[1] / "docs" / "formats.md").read_text().split("Versions: ")[1].split("\n\n")[0]
     stated = {each.strip() for each in versions.replace("(cyto 0.1.0).", "").split("·")}
-    others = {f"reviews {reviews.VERSION}", f"sweep {SWEEP}"}
+    others = {f"reviews {verdicts.VERSION}", f"sweep {SWEEP}"}
     assert {f"{format.kind} {format.version}" for format in FORMATS.values()} | others == stated
 
 

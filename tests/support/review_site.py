@@ -7,9 +7,9 @@ import pyarrow as pa
 from concept_folders import concepts_of
 
 from cytocache.pictures import Pictures
-from cytosae.atlas.review_items import ReviewConfig, ReviewFile, make_review
 from cytosae.concepts import SelectionConfig, select_latents
 from cytosae.maps import Sources
+from cytosae.review.items import ReviewConfig, ReviewFile, make_review
 from stores import ATLAS, COMPARISON, LatentStore, ResultStore, begin_results
 
 CONFIG = ReviewConfig(n_images=2, n_top=4, n_decoys=3)

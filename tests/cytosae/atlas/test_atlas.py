@@ -31,13 +31,13 @@ from cytosae.atlas.inputs import open_inputs
 from cytosae.atlas.latent_lists import unusual
 from cytosae.atlas.pictures import jpeg
 from cytosae.atlas.pseudonyms import hide_order
-from cytosae.atlas.questions import read_review, sent
-from cytosae.atlas.review_items import ReviewConfig, _jpeg, estimate_pictures
 from cytosae.atlas.site import script_data
 from cytosae.barcodes import BarcodeConfig, write_barcodes
 from cytosae.concepts import read_selection
 from cytosae.maps import Sources
 from cytosae.relations.patient_z import as_z, describe_others, prediction_t
+from cytosae.review.items import ReviewConfig, _jpeg, estimate_pictures
+from cytosae.review.questions import read_review, sent
 from cytosae.search import SearchConfig, search_cells
 from stores import ConceptStore, LatentStore, ResultStore
 from stores.csr import CsrRows

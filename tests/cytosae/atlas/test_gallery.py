@@ -22,10 +22,10 @@ from cytosae.atlas import gallery_files, lies_on
 from cytosae.atlas.cards import HEIGHT, WIDTH, draw_card
 from cytosae.atlas.gallery import _cells, specificities
 from cytosae.atlas.gallery_files import IS_DIFFERENT, MAPS_PER_FILE, NEVER, first_order, write_gallery_data
-from cytosae.atlas.opinions import VERDICTS
-from cytosae.atlas.reviews import Verdict, save_verdict
 from cytosae.atlas.sentence import PLACES, place_of
 from cytosae.atlas.site import Site
+from cytosae.review.opinions import VERDICTS
+from cytosae.review.verdicts import Verdict, save_verdict
 from stores import ConceptStore
 
 DTYPES = {"f4": "<f4", "f2": "<f2", "u4": "<u4", "u2": "<u2", "u1": "<u1", "i4": "<i4", "i2": "<i2"}

@@ -10,8 +10,8 @@ from browser import WIDTHS, axe, keep_photograph
 from review_client import start
 from review_site import make_site
 
-from cytosae.atlas import read_verdicts
-from cytosae.atlas.reviews import current
+from cytosae.review import read_verdicts
+from cytosae.review.verdicts import current
 
 pytestmark = pytest.mark.browser
 

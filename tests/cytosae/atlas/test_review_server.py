@@ -17,9 +17,10 @@ from places import ROOT
 from review_client import ask, post, running, start, token_of
 from review_site import make_site
 
-from cytosae.atlas import ServeConfig, open_server, read_verdicts
+from cytosae.atlas import ServeConfig, open_server
 from cytosae.atlas.review_server import AtlasServer
-from cytosae.atlas.reviews import journal
+from cytosae.review import read_verdicts
+from cytosae.review.verdicts import journal
 from stores import BadInput
 
 
@@ -196,7 +197,7 @@ def test_a_verdict_that_is_not_on_the_disk_is_not_called_saved(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cytosae.atlas.reviews.append_line", full)
+    monkeypatch.setattr("cytosae.review.verdicts.append_line", full)
     status, found, _ = post(server.server_port, "/reviews", good, server.token)
     assert status == 500
     assert found == b"NOT saved: [Errno 28] No space left on device\n"

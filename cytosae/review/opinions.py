@@ -10,9 +10,11 @@ from pathlib import Path
 from stores.files import sha256_json
 
 from .questions import MEANINGFUL
-from .reviews import current, read_verdicts
+from .verdicts import current, read_verdicts
 
-NOT_ASKED, OPEN, DIFFER = "not asked about", "not yet reviewed", "verdicts differ"
+NOT_ASKED = "not asked about"
+OPEN = "not yet reviewed"
+DIFFER = "verdicts differ"
 VERDICTS = (NOT_ASKED, OPEN, *MEANINGFUL.values(), DIFFER)  # as gallery.js counts them
 
 

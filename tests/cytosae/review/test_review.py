@@ -22,10 +22,11 @@ from review_site import CONFIG, differential, make_comparison, make_site
 from sklearn.metrics import cohen_kappa_score
 
 from cytocache.pictures import Pictures
-from cytosae.atlas import read_review, read_verdicts, verdict_table
-from cytosae.atlas.questions import Item, Question, Review, sent
-from cytosae.atlas.review_items import ReviewConfig, choose_decoys, make_review
-from cytosae.atlas.reviewer_agreement import (
+from cytosae.maps import Sources
+from cytosae.review import read_review, read_verdicts, verdict_table
+from cytosae.review.items import ReviewConfig, choose_decoys, make_review
+from cytosae.review.questions import Item, Question, Review, sent
+from cytosae.review.reviewer_agreement import (
     agreement,
     cohen_kappa,
     fisher,
@@ -35,7 +36,7 @@ from cytosae.atlas.reviewer_agreement import (
     weighted_share,
     wilson,
 )
-from cytosae.atlas.reviews import (
+from cytosae.review.verdicts import (
     Verdict,
     current,
     journal,
@@ -44,7 +45,6 @@ from cytosae.atlas.reviews import (
     withdrawal,
     write_verdict_table,
 )
-from cytosae.maps import Sources
 from stores import BadInput, ConceptStore, DamagedStore, LatentStore, SpecMismatch
 from stores.tables import csv_bytes
 

@@ -9,9 +9,9 @@ from typing import Any
 from stores.errors import DamagedStore
 from stores.result_folder import ResultStore
 from stores.spec import ATLAS
+from stores.wording import plain_text
 
-from .review_items import FILE, PICTURES
-from .site import plain_text
+from .items import REVIEW_FILE, REVIEW_PICTURES
 
 LISTED, DECOY = ("a", "b"), "decoy"
 MEANINGFUL = {"meaningful": "meaningful", "not": "not meaningful", "unsure": "unsure"}  # answer -> as pages say it
@@ -81,9 +81,9 @@ def read_review(site: Path) -> Review:
         If review.json is not what was written, or not a review.
     """
     results = ResultStore(site, ATLAS)
-    if f"{FILE}.json" not in (results.header.summary or {}).get("files", {}):
+    if f"{REVIEW_FILE}.json" not in (results.header.summary or {}).get("files", {}):
         return Review(results.header.identity, (), {})
-    content = results.json(FILE)
+    content = results.json(REVIEW_FILE)
     try:
         questions = tuple(_question(found) for found in content["questions"])
         evidence = {int(latent): found for latent, found in content["latents"].items()}
@@ -91,8 +91,9 @@ def read_review(site: Path) -> Review:
         for question in questions:
             sent(review, question, "", seed=0, shows_labels=True)  # raises if a field is missing
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        where = f"{results.root / REVIEW_FILE}.json"
         raise DamagedStore(
-            f"{results.root / FILE}.json is not a review ({error!r}); cyto atlas build --overwrite makes it again"
+            f"{where} is not a review ({error!r}); cyto atlas build --overwrite makes it again"
         ) from None
     return review
 
@@ -136,7 +137,7 @@ def _sent_item(item: Item, evidence: dict[str, Any], shows_labels: bool) -> dict
 def _sent_image(image: dict[str, Any], shows_labels: bool) -> dict[str, Any]:
     file = image["file"]
     return {
-        "src": None if file is None else f"{PICTURES}/{file}",
+        "src": None if file is None else f"{REVIEW_PICTURES}/{file}",
         "patches": str(image["patches"]),
         "label": plain_text(image["label"] or "no label") if shows_labels else None,
     }

@@ -12,7 +12,7 @@ from stores.wording import Report, cell, counted, decimals, percent, printable
 
 from .questions import read_review
 from .reviewer_agreement import EXTREME, agreement
-from .reviews import default_reviews, read_verdicts, verdict_table, write_verdict_table
+from .verdicts import default_reviews, read_verdicts, verdict_table, write_verdict_table
 
 _SHOWN = ("reviewer", "question", "a", "b", "latent", "verdict", "name", "confidence", "is_asked")  # in a notebook
 

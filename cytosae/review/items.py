@@ -27,8 +27,8 @@ from stores.progress import Progress
 from stores.result_folder import ResultStore
 from stores.tables import column
 
-FILE = "review"  # .json in the folder of the atlas
-PICTURES = "review"  # folder of pictures there
+REVIEW_FILE = "review"  # .json in the folder of the atlas
+REVIEW_PICTURES = "review"  # folder of pictures there
 NEGLIGIBLE = 0.2  # |Hedges' g| below which a difference counts as near zero (Cohen's bound of a small effect)
 _LONGEST = 360  # pixels along the longer side of a picture
 _QUALITY = 90  # of JPEG
@@ -92,7 +92,9 @@ def make_review(
     questions = _questions(concepts, config, selection, comparisons)
     latents = _latents(questions)
     weaker = {} if examples is None else examples(latents)
-    evidence, unseen = _evidence(concepts, sources, latents, weaker, folder / PICTURES, config.n_images, progress)
+    evidence, unseen = _evidence(
+        concepts, sources, latents, weaker, folder / REVIEW_PICTURES, config.n_images, progress
+    )
     for question in questions:
         shown = [item for item in question["items"] if evidence[str(item["latent"])]["rows"]]
         question["n_without_images"] = len(question["items"]) - len(shown)

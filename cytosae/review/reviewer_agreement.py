@@ -5,7 +5,7 @@ counts as not meaningful. If nearly all verdicts are equal, chance agreement is 
 defined even if reviewers agree (Feinstein and Cicchetti 1990); so Gwet's AC1 is given, too. Intervals are from a
 bootstrap over items: they generalise to other latents, not to other reviewers.
 
-Cohen's kappa equals `sklearn.metrics.cohen_kappa_score` (test_reviews.py); the array form here computes the
+Cohen's kappa equals `sklearn.metrics.cohen_kappa_score` (test_review.py); the array form here computes the
 2,000 bootstrap draws in about a millisecond. scikit-learn has neither Fleiss' kappa nor AC1.
 """
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest, fisher_exact, norm
 
 from .questions import DECOY, LISTED, Question, Review
-from .reviews import Verdict, current
+from .verdicts import Verdict, current
 
 Answers = dict[str, dict[str, str]]  # reviewer -> item -> verdict
 Ints = npt.NDArray[np.int64]
