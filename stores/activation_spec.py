@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .checksum import CRC_BYTES
 from .errors import DamagedStore, SpecMismatch
 from .files import read_lines
 from .spec import Header, describe_difference, stated
 from .token_layout import TokenLayout, read_layout
 
 Float16 = npt.NDArray[np.float16]
-CRC_BYTES = 4
 SAME_TOKENS = ("backbone", "weights_sha256", "block", "transform", "token_layout", "tokens_per_image", "width")
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from .activation_spec import (
-    CRC_BYTES,
     ActivationSpec,
     Float16,
     chunk_path,
@@ -30,7 +29,7 @@ from .activation_spec import (
     records_of,
 )
 from .activation_store import ActivationStore
-from .checksum import crc32c
+from .checksum import CRC_BYTES, crc32c
 from .destination import claimed
 from .errors import BadInput, DamagedStore, IncompleteStore, SpecMismatch
 from .files import (

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from .checksum import CRC_BYTES
 from .csr import CsrReader
 from .errors import BadInput, DamagedStore
 from .files import PARTIAL_SUFFIX, is_dropping, sha256_file, write_files
@@ -28,7 +29,6 @@ from .zarr_meta import check_tree, files_below, read_array, read_group
 if TYPE_CHECKING:
     import pandas as pd
 
-_CRC_BYTES = 4
 LEVELS = ("image", "patient", "disease")
 _READ_ROWS = 256  # read at a time
 # empty elements, which every AnnData store has
@@ -136,7 +136,7 @@ def _files_below(folder: Path) -> list[Path]:
 def _checksum(path: Path, *, by_end: bool) -> str:
     if by_end:
         with path.open("rb") as file:
-            file.seek(-_CRC_BYTES, os.SEEK_END)
+            file.seek(-CRC_BYTES, os.SEEK_END)
             return f"{int.from_bytes(file.read(), 'little'):08x}"
     return sha256_file(path)
 
@@ -350,7 +350,7 @@ class BarcodeStore:
 
 def _content_crc(path: Path) -> str:
     """The CRC32C (hex) of a chunk without the CRC32C at its end."""
-    return f"{google_crc32c.value(path.read_bytes()[:-_CRC_BYTES]):08x}"
+    return f"{google_crc32c.value(path.read_bytes()[:-CRC_BYTES]):08x}"
 
 
 @contextmanager

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 _PIECE = 1 << 20  # bytes: the least that google_crc32c reads beside other threads, and small enough for the cache
 
+CRC_BYTES = 4  # a checksum at the end of a file, little-endian
+
 
 def crc32c(content: bytes | npt.NDArray[Any], start: int = 0) -> int:
     """CRC32C of bytes, or of the memory of a contiguous array of any type and shape.

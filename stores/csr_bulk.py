@@ -24,13 +24,13 @@ from numcodecs import Blosc, Zstd
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
+from .checksum import CRC_BYTES
 from .csr import CsrReader
 from .errors import DamagedStore, StoreUnreachable
 from .files import PARTIAL_SUFFIX, write_files
 from .remote import CheckedObjects
 
 CHUNK_ENTRIES = 1 << 20  # per chunk of a matrix that is filled here
-_CRC_BYTES = 4
 _ANNOUNCED_AHEAD = 4  # chunks, some 2 MB each
 # dtype, fill value, and the fastest shuffle with a small size (docs/log.md)
 _LAYOUT: dict[str, tuple[str, float, Literal["shuffle", "bitshuffle"]]] = {
@@ -134,7 +134,7 @@ def _chunk_reader(group: CsrReader, name: str, numbers: range) -> Callable[[int]
     def read(number: int) -> npt.NDArray[Any]:
         raw = fetch(number)
         if names[-1] == "crc32c":
-            raw, stated = raw[:-_CRC_BYTES], bytes(raw[-_CRC_BYTES:])
+            raw, stated = raw[:-CRC_BYTES], bytes(raw[-CRC_BYTES:])
             if google_crc32c.extend(0, raw) != int.from_bytes(stated, "little"):
                 raise ValueError(f"the checksum of {group.path}/{name}/c/{number} does not fit")
         last.fill(0xFF)
@@ -230,7 +230,7 @@ def write_entries(path: Path, name: str, start: int, values: npt.NDArray[Any]) -
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         with partial.open("xb") as file:
             file.write(raw)
-            file.write(google_crc32c.value(raw).to_bytes(_CRC_BYTES, "little"))
+            file.write(google_crc32c.value(raw).to_bytes(CRC_BYTES, "little"))
             file.flush()
             _begin_to_sync(file.fileno())
         partial.replace(target)

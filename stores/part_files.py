@@ -19,11 +19,11 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from .checksum import CRC_BYTES
 from .errors import DamagedStore
 from .files import PARTIAL_SUFFIX, canonical_json
 
 _ALIGNMENT = 64  # bytes; of the first array
-_CRC_BYTES = 4
 _KINDS = "iuf"  # integers and floats; no objects
 
 
@@ -120,7 +120,7 @@ def write_part(path: Path, tag: str, arrays: dict[str, npt.NDArray[Any]]) -> Non
             for piece in pieces:
                 checksum = google_crc32c.extend(checksum, piece)
                 file.write(piece)
-            file.write(checksum.to_bytes(_CRC_BYTES, "little"))
+            file.write(checksum.to_bytes(CRC_BYTES, "little"))
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -149,10 +149,10 @@ def open_part(path: Path, tag: str, *, verify: bool = False) -> Part:
                 raise ValueError("an array that no part holds")
             arrays[name] = raw[at : at + size * kind.itemsize].view(kind).reshape(shape)
             at += size * kind.itemsize + -size * kind.itemsize % _ALIGNMENT
-        if at + _CRC_BYTES != len(raw) or stated["tag"] != tag:
+        if at + CRC_BYTES != len(raw) or stated["tag"] != tag:
             raise ValueError("torn, or of another job")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedStore(f"{path} is missing or damaged ({error}); run the same command again") from None
-    if verify and google_crc32c.value(raw[:-_CRC_BYTES]) != int.from_bytes(bytes(raw[-_CRC_BYTES:]), "little"):
+    if verify and google_crc32c.value(raw[:-CRC_BYTES]) != int.from_bytes(bytes(raw[-CRC_BYTES:]), "little"):
         raise DamagedStore(f"{path} is damaged: its checksum does not fit; run the same command again")
     return Part(stated["tag"], arrays)

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from .activation_spec import CRC_BYTES, ActivationSpec, chunk_path, read_spec
+from .activation_spec import ActivationSpec, chunk_path, read_spec
 from .activation_store import check_layout
 from .barcode_store import LEVELS, BarcodeStore
+from .checksum import CRC_BYTES
 from .csr import CsrCommit, check_chunk, crc32
 from .errors import BadInput, CytoError, DamagedStore
 from .files import is_dropping, read_lines, sha256_file
