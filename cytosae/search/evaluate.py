@@ -215,13 +215,15 @@ def describe(
 ) -> list[dict[str, Any]]:
     """A row for each column, scope, way and k.
 
-    Only queries whose label an eligible image has count: the others could not be found by any search. A list that is
-    shorter than k (too few images) is divided by k nevertheless.
+    Only queries whose label an eligible image has count: the others could not be found by any search. Where fewer than
+    k images are eligible at all, precision at k is that of all of them; a list that is shorter because nothing else is
+    alike is divided by k nevertheless.
     """
     rows = []
     rng_seed = [config.seed, 1]
     for column, scope in dict.fromkeys((key[1], key[2]) for key in hits):
-        labels, chance = collection.columns[column], _chance(collection, queries, column, scope)
+        labels = collection.columns[column]
+        chance, n_eligible = _chance(collection, queries, column, scope)
         counts = np.flatnonzero((labels[queries] != "") & (chance > 0))
         if not len(counts):
             continue
@@ -234,7 +236,7 @@ def describe(
         types = np.unique(labels[queries[counts]], return_inverse=True)[1]
         for at in config.at:
             each = {
-                way: (found[counts, :at] == 1).sum(1) / at
+                way: (found[counts, :at] == 1).sum(1) / np.minimum(at, n_eligible[counts])
                 for (way, c, s), found in hits.items()
                 if (c, s) == (column, scope)
             }
@@ -275,19 +277,22 @@ def _interval(values: npt.NDArray[np.float64], weights: npt.NDArray[np.float64])
     return None, None
 
 
-def _chance(collection: Collection, queries: Ints, column: str, scope: str) -> npt.NDArray[np.float64]:
-    """(queries,) share of the eligible images that have the query's label: the precision of a list by lot."""
+def _chance(
+    collection: Collection, queries: Ints, column: str, scope: str
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """(queries,) share of the eligible images that have the query's label: the precision by lot; their number."""
     labels = collection.columns[column]
     eligible = np.flatnonzero(collection.is_readable & (labels != ""))
     owner = collection.patient_of if scope == SCOPES[0] else collection.dataset_of
     code = np.unique(labels, return_inverse=True)[1]
     n_of = np.bincount(code[eligible], minlength=code.max() + 1)
-    shares = np.zeros(len(queries))
+    shares, n_eligible = np.zeros(len(queries)), np.zeros(len(queries), np.int64)
     for place, query in enumerate(queries):
         own = eligible[owner[eligible] == owner[query]]
         left = len(eligible) - len(own)
         shares[place] = (n_of[code[query]] - (code[own] == code[query]).sum()) / left if left else 0
-    return shares
+        n_eligible[place] = left
+    return shares, n_eligible
 
 
 def _query_table(

@@ -223,6 +223,24 @@ def test_precision_equals_a_sort_of_all_similarities(cells: Cells, barcodes: Pat
             assert row["difference"] is None
 
 
+def test_where_fewer_images_exist_than_k_precision_is_that_of_all_of_them(tmp_path: Path) -> None:
+    """12 images of one label, ten of other patients: at 20 all are right, as chance says; before, a half."""
+    maxima, means, counts, images = draw_cells(n_images=12)
+    images["patient"] = [f"P{n // 2}" for n in range(12)]
+    images["label"], images["dataset"] = "blast", "set0"
+    images["label_common"] = ["type 0"] * 9 + ["type 1"] * 3
+    folder = write_search_barcodes(tmp_path / "few.barcodes", maxima + 0.1, means + 0.1, counts + 1, images)
+    done = evaluate_search(folder, tmp_path / "out", SearchEvaluationConfig(weigh="none", n_bootstraps=50))
+    rows = {
+        (row["column"], row["by"], row["at"]): row["precision"] for row in done.rows if row["scope"] == "other patients"
+    }
+    for way in ("fingerprint", "barcode"):
+        assert [rows["label", way, at] for at in (1, 5, 10, 20)] == [1, 1, 1, 1]
+        chance = next(row["chance"] for row in done.rows if row["column"] == "label_common")
+        assert rows["label_common", way, 20] == pytest.approx(chance)  # all that there are, in whatever order
+        assert rows["label_common", way, 10] == pytest.approx(chance)
+
+
 @pytest.mark.stress
 def test_types_are_found_across_datasets_and_labels_that_mean_nothing_are_not(cells: Cells, tmp_path: Path) -> None:
     """`label` differs by dataset, so no image of another has it; shuffled types are found as often as by chance."""
