@@ -195,8 +195,14 @@ def smaller_taus(largest: npt.NDArray[np.float32], tau: float, share_above: floa
 
 def below(value: float, digits: int = 2) -> float:
     """The largest number of so many digits that is smaller than `value` as float32; value above 0."""
-    unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
-    steps = math.ceil(value / unit)
-    while steps > 0 and not np.float32(steps * unit) < np.float32(value):
-        steps -= 1
-    return float(f"{steps * unit:.{digits}g}")
+    exponent = math.floor(math.log10(value)) + 1
+    for unit in (
+        10.0 ** (exponent - digits),
+        10.0 ** (exponent - digits - 1),
+    ):  # below a power of ten the next is finer
+        steps = math.ceil(min(value / unit, 10.0**digits))
+        while steps >= 10 ** (digits - 1):
+            if np.float32(steps * unit) < np.float32(value):
+                return float(f"{steps * unit:.{digits}g}")
+            steps -= 1
+    return 0.0

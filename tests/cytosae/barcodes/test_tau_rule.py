@@ -272,6 +272,20 @@ def test_below_is_the_next_short_number(value: float, digits: int) -> None:
     assert value - found <= 1.001 * 10.0 ** (exponent + 1 - digits)
 
 
+@pytest.mark.parametrize(("value", "two", "three"), [(1.0, 0.99, 0.999), (10.0, 9.9, 9.99), (0.1, 0.099, 0.0999)])
+def test_below_a_power_of_ten_the_next_number_is_a_finer_one(value: float, two: float, three: float) -> None:
+    """0.99 is not the largest number of three digits below 1: values from 0.99 to 1 would change sides."""
+    assert below(value) == two
+    assert below(value, 3) == three
+
+
+def test_a_cut_at_one_leaves_all_weak_values_below_tau() -> None:
+    weak, clear = np.full(50, 0.9951171875, np.float32), np.full(50, 1.0, np.float32)
+    found = choose_tau(counted(np.concatenate([weak, clear])))
+    assert found.tau == 0.999
+    assert weak.max() < np.float32(found.tau) < clear.min()
+
+
 def test_smaller_taus_by_hand() -> None:
     """Ten living latents of 1 to 10 (times 0.01), two dead: half of them exceed 0.059, nine 0.019, all 0.0099."""
     largest = (np.array([0, *range(1, 11), 0]) / 100).astype(np.float32)
