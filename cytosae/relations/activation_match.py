@@ -137,6 +137,7 @@ def match_latents(
         None if path is None else _read_comparison(Path(path), store)
         for path, store in zip((comparison, comparison_b), stores, strict=True)
     ]
+    _require_same_groups(tested)
     ids = None if only is None else read_image_ids(Path(only))
     spec = {
         "a": [stores[0].header.identity],
@@ -261,6 +262,13 @@ def draw_images(
     order = np.argsort(of_a[chosen], kind="stable")
     numbers = np.unique(np.array(strata)[order], return_inverse=True)[1].astype(np.int64)
     names = [common[chosen[at]] for at in order.tolist()]
+    hashes = [table["content_hash"].astype(str).to_dict() for table in tables]
+    others = [name for name in names if hashes[0][name] and hashes[1][name] and hashes[0][name] != hashes[1][name]]
+    if others:
+        notes.append(
+            f"{len(others):,} of the {len(names):,} images drawn have other content under the same image_id in the "
+            f"second barcodes ({listed(others)}): if these are other cells, the match means nothing"
+        )
     return [np.array([each[name] for name in names], np.int64) for each in rows], numbers, notes
 
 
@@ -291,6 +299,12 @@ def read_side(store: BarcodeStore, rows: Ints, strata: Ints, config: MatchConfig
         some = slice(columns.indptr[at], columns.indptr[at + 1])
         dense[at, order[columns.indices[some]]] = np.sqrt(columns.data[some])
     varies = standardize(dense, strata if config.by == "within" else np.zeros_like(strata))
+    if not varies.any():
+        raise BadInput(
+            f"{store.root}: no latent differs between the {len(rows):,} images drawn"
+            f"{' of a stratum' if config.by == 'within' else ''}, so there is nothing to correlate; draw more "
+            f"(--n-images)"
+        )
     return Side(store, dense[varies], enough[varies], n_active[enough][varies].astype(np.int64), matrix.shape[1])
 
 
@@ -471,6 +485,17 @@ def _read_comparison(path: Path, store: BarcodeStore) -> ResultStore:
     if found.header.spec["barcodes"] != store.header.identity:
         raise SpecMismatch(f"the comparison {path} is not of {store.root}; compare these barcodes")
     return found
+
+
+def _require_same_groups(tested: Sequence[ResultStore | None]) -> None:
+    """Raise BadInput if both comparisons are there and their A and B are not the same: directions would be turned."""
+    groups = [(each.root, each.header.spec["a"], each.header.spec["b"]) for each in tested if each is not None]
+    if len(groups) == 2 and groups[0][1:] != groups[1][1:]:
+        said = " and ".join(f"{root} compares {a!r} with {b!r}" for root, a, b in groups)
+        raise BadInput(
+            f"{said}: the same A and B in the same order are needed to compare directions; compare the second barcodes "
+            f"so: cyto compare"
+        )
 
 
 def _differential(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,32 @@ def test_differential_latents_and_cosines_stand_beside(tmp_path: Path) -> None:
     one, other = (np.asarray(directions(n, 16, seed), np.float64) for n, seed in ((N_A, 0), (N_B, 1)))
     assert row["cosine"] == pytest.approx(float(one[row["latent_a"]] @ other[row["latent_b"]]), abs=1e-5)
     assert row["is_nearest_by_decoder"] == (int((other @ one[row["latent_a"]]).argmax()) == row["latent_b"])
+    compare(folders[1], tmp_path / "turned", replace(config, a="well", b="AML"))
+    with pytest.raises(
+        BadInput, match=r"aa.compared compares 'AML' with 'well' and .*turned compares 'well' with 'AML'"
+    ):
+        match_latents(
+            folders[0], folders[1], tmp_path / "none", quick(),
+            comparison=tmp_path / "aa.compared", comparison_b=tmp_path / "turned",
+        )  # fmt: skip
     with pytest.raises(SpecMismatch, match=r"the comparison .*bb.compared is not of .*aa"):
         match_latents(folders[0], folders[1], tmp_path / "none", quick(), comparison=tmp_path / "bb.compared")
+
+
+def test_other_images_under_the_same_names_are_told(tmp_path: Path) -> None:
+    """An image is known by its id; two cohorts may both have a 0001.png."""
+    a, b = two_saes(5)
+    first, second = write_pair(tmp_path / "one", a, b)
+    told = match_latents(first, second, tmp_path / "same", quick(n_permutations=1)).notes
+    assert not any("content" in note for note in told)
+    table = images()
+    table.loc[["i001", "i002"], "content_hash"] = ["f" * 64, ""]  # of the second nothing is known
+    _, other = write_pair(tmp_path / "two", a, b, table)
+    told = match_latents(first, other, tmp_path / "other", quick(n_permutations=1)).notes
+    assert any(
+        "1 of the 240 images drawn have other content under the same image_id in the second barcodes (i001)" in note
+        for note in told
+    )
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -260,6 +285,13 @@ def test_what_cannot_be_matched(tmp_path: Path) -> None:
         match_latents(a, b, tmp_path / "out", quick(min_images=400))
     with pytest.raises(BadInput, match="give both SAEs or none"):
         match_latents(a, b, tmp_path / "out", quick(), sae_a=tmp_path)
+    flat, _ = write_pair(tmp_path / "flat", *(np.full_like(each, 0.5) for each in two_saes(3)))
+    with pytest.raises(BadInput, match=r"flat.aa: no latent differs between the 240 images drawn, so there is nothing"):
+        match_latents(flat, b, tmp_path / "out", quick())
+    by_type = np.zeros((N_IMAGES, N_A), np.float32) + 1 + (np.arange(N_IMAGES) // 10 % 4)[:, None].astype(np.float32)
+    types, _ = write_pair(tmp_path / "types", by_type, two_saes(3)[1])
+    with pytest.raises(BadInput, match=r"types.aa: no latent differs between the 240 images drawn of a stratum"):
+        match_latents(types, b, tmp_path / "out", quick(by="within"))
     (tmp_path / "ids.txt").write_text("i001\nnobody\n")
     with pytest.raises(BadInput, match=r"1 of the listed images are not readable in both barcodes \(nobody\)"):
         match_latents(a, b, tmp_path / "out", quick(), only=tmp_path / "ids.txt")
