@@ -184,7 +184,7 @@ _CONTEXT = ("latent", "given_by", "source", "given_at", "saw", "items")
 def _confidence(said: object) -> int | None:
     if said is None or said == "":
         return None
-    if isinstance(said, str) and said.strip().isdecimal():
+    if isinstance(said, str) and said.strip().isdecimal() and len(said) <= 9:  # of thousands of digits int() makes none
         said = int(said)
     if type(said) is not int or not 1 <= said <= 5:
         raise Unfit(f"its confidence is {said!r:.20}, expected 1 to 5")

@@ -22,7 +22,7 @@ from cytosae.names import AskConfig, DescribeConfig, DescribeResult, describe_la
 from cytosae.names import activations as activations_module
 from cytosae.names import items as items_module
 from cytosae.names.activations import blocks_of_latents, means_of_images, read_activations
-from cytosae.names.answers import Unfit, default_answers, one_line, read_answers
+from cytosae.names.answers import Unfit, answer_of, default_answers, one_line, read_answers
 from cytosae.names.choose import choose_images, divide_images
 from cytosae.names.sheet import draw_sheet
 from stores import CONCEPTS, NAMES, BarcodeStore, ResultStore
@@ -328,6 +328,7 @@ ANSWERS = {
     "flood": "sys.stdout.write('x' * (3 << 20))",
     "deep": "print('[' * 100000)",
     "confident": "print(json.dumps({'name': 'a', 'confidence': 9}))",
+    "digits": "print(json.dumps({'name': 'a', 'confidence': '9' * 5000}))",
     "slow": "time.sleep(60)",
     "unread": "pass",
 }
@@ -342,6 +343,7 @@ REASONS = {
     "flood": "longer than 1,048,576 bytes",
     "deep": "not JSON",
     "confident": "confidence is 9",
+    "digits": "confidence is '999",
     "slow": "no answer within 0.5 s",
     "unread": "not JSON",
 }
@@ -534,6 +536,15 @@ def test_hostile_names_are_refused(bad: object) -> None:
     with pytest.raises(Unfit):
         one_line("name", bad)
     assert one_line("name", "  Rötliche  Körnung ") == "Rötliche Körnung"
+
+
+@pytest.mark.parametrize("said", ["9" * 5000, "0", "6", 1.5, True])
+def test_a_confidence_that_is_none_is_refused(said: object) -> None:
+    """Of more than 4,300 digits int() makes no number: that was a traceback, and the end of all other calls."""
+    context: dict[str, Any] = {"given_by": "M", "source": "command", "given_at": None, "saw": "item", "items": "x"}
+    with pytest.raises(Unfit, match=r"its confidence is .*, expected 1 to 5"):
+        answer_of({"name": "a", "confidence": said}, latent=0, **context)
+    assert answer_of({"name": "a", "confidence": " 4 "}, latent=0, **context).confidence == 4
 
 
 # ------------------------------------------------------------------------------------------- on disk
