@@ -12,7 +12,7 @@ from stores.wording import Report, cell, counted, printable
 from .config import CompareConfig, describe_left_out
 
 _SHOWN = ("latent", "mean_a", "mean_b", "difference", "hedges_g", "auc", "p", "q", "p_max_t", "stability")
-_ORDER = "first those with p_max_t, then q, then p of at most 0.05, each by difference"
+_ORDER = "first those with p_max_t, then q, then p of at most 0.05, each by difference; then the others by p"
 _HEAD = "    latent    mean A    mean B       g   (95% interval)    AUC         p         q   p_max_t stable"
 
 

@@ -187,6 +187,8 @@ def draw(latents: pa.Table, config: SelectionConfig, out: Path) -> Selection:
     """
     mean, frequency = (latents[name].to_numpy().astype(np.float64) for name in ("mean_activation", "frequency"))
     chosen = np.flatnonzero((mean >= config.threshold) & (frequency > 0))
+    if not len(chosen) and config.threshold == 0:
+        raise BadInput(f"no latent of dataset {config.dataset} is active in any image: there is none to draw")
     if not len(chosen):
         raise BadInput(
             f"no latent of dataset {config.dataset} has a mean activation of {config.threshold:g} or more; the largest "

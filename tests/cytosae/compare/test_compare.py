@@ -367,7 +367,7 @@ def test_the_command(barcodes: Path, tmp_path: Path) -> None:
         "tested: 118 of 120 latents at tau 0.2; not: 2 equal in all patients",
         "400 permutations to share out the patients, seed 0; no p can be below 0.0025",
         "p_max_t <= 0.05: 3",
-        "; first those with p_max_t, then q, then p of at most 0.05, each by difference",
+        "; first those with p_max_t, then q, then p of at most 0.05, each by difference; then the others by p\n",
     ):
         assert line in done.stdout
     assert "warning: q <= 0.05 takes 6 latents" in done.stderr

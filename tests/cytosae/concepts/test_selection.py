@@ -128,6 +128,9 @@ def test_mistakes(tmp_path: Path) -> None:
     concepts, _ = blobs(tmp_path / "c")
     with pytest.raises(BadInput, match=r"no latent of dataset marrow has a mean activation of 0.001 or more; the larg"):
         select_latents(concepts, SelectionConfig(dataset="marrow"))
+    silent = make_concepts(tmp_path / "s", {"blood": {"mean_activation": [0.0, 0.0], "frequency": [0.0, 0.0]}})
+    with pytest.raises(BadInput, match="no latent of dataset blood is active in any image: there is none to draw"):
+        select_latents(silent, SelectionConfig(threshold=0))
     with pytest.raises(BadInput, match=r"no dataset 'skin' in .*; it holds blood, marrow"):
         select_latents(concepts, SelectionConfig(dataset="skin"))
     with pytest.raises(BadInput, match="threshold must be a mean activation of at least 0; found nan"):
