@@ -53,6 +53,7 @@ Bools = npt.NDArray[np.bool_]
 RULES = ("q", "p_max_t", "p_step_down")
 _TOGETHER = 256  # permutations that are computed together
 _SLACK = 1e-6  # relative tolerance of ties: values are of float32
+_METHOD = 2  # version of the statistics: results of older versions are not taken for these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ def replicate(
         "discovery": found.results.header.identity,
         "replication": store.header.identity,
         **asdict(config),
-        "method": 1,
+        "method": _METHOD,
     }
     packages = ("numpy", "scipy", "numba", "anndata")
     begin = partial(begin_results, out, REPLICATION, spec, overwrite=overwrite, inputs=[discovery, barcodes])
@@ -345,28 +346,31 @@ def _replicate(
     drawn = bootstraps[:, both]
     slopes = np.array([_slope(g_before[both], each) for each in drawn])
     correlations = np.array([_correlation(g_before[both], each) for each in drawn])
-    of_correlation = correlation_limits(correlation, correlations, int(min(groups.is_a.sum(), (~groups.is_a).sum())))
+    n_smaller = int(min(groups.is_a.sum(), (~groups.is_a).sum()))
+    of_correlation = correlation_limits(correlation, correlations, n_smaller)
+    of_ratio = ratio_limits(slope, slopes, n_smaller)
     of_null = np.array([_correlation(g_before[both], each * direction[both]) for each in permuted[:, both]])
     as_tested = _correlation(g_before[both], (observed * direction)[both])
+    floor = nulls[0].floor  # luck must not give a p that no way to share out the patients has
+    p_same_sign = (1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))
+    p_correlation = (1 + (of_null >= as_tested).sum()) / (1 + len(of_null))
     return rows, {
         "n_latents": len(latents),
         "rule": f"the first {config.top} of both lists" if config.top else f"{config.rule} <= {config.most:g}",
         "n_patients": {"a": int(groups.is_a.sum()), "b": int((~groups.is_a).sum())},
         "n_permutations": config.n_permutations,
-        "p_floor": nulls[0].floor,
+        "p_floor": floor,
         "n_same_sign": n_agree,
-        "p_same_sign": float((1 + ((permuted > 0).sum(1) >= (observed > 0).sum()).sum()) / (1 + len(permuted))),
+        "p_same_sign": max(float(p_same_sign), floor),
         "n_p_at_most_0.05": int((p <= 0.05).sum()),
         "n_replicated": int((holm <= 0.05).sum()),
         "correlation": _plain(correlation),
         "correlation_low": of_correlation[0],
         "correlation_high": of_correlation[1],
-        "p_correlation": None
-        if not np.isfinite(as_tested)
-        else float((1 + (of_null >= as_tested).sum()) / (1 + len(of_null))),
+        "p_correlation": max(float(p_correlation), floor) if np.isfinite(as_tested) else None,
         "ratio": _plain(slope),
-        "ratio_low": _limits(slopes)[0],
-        "ratio_high": _limits(slopes)[1],
+        "ratio_low": of_ratio[0],
+        "ratio_high": of_ratio[1],
         "n_without_effect_size": int((~both).sum()),
     }
 
@@ -495,7 +499,8 @@ def effect_sizes(values: Floats, n_a: int) -> Floats:
     n = len(values)
     pooled = ((one - one.mean(0)) ** 2).sum(0) + ((other - other.mean(0)) ** 2).sum(0)
     sd = np.sqrt(pooled / (n - 2))
-    g = np.where(sd > 0, (one.mean(0) - other.mean(0)) / np.where(sd > 0, sd, 1), np.nan)
+    varies = sd > _SLACK * np.abs(values).max(0)  # not by rounding alone, as where one patient is drawn again and again
+    g = np.where(varies, (one.mean(0) - other.mean(0)) / np.where(varies, sd, 1), np.nan)
     return np.asarray(g * (1 - 3 / (4 * (n - 2) - 1)), np.float64)
 
 
@@ -530,17 +535,29 @@ def correlation_limits(observed: float, drawn: Floats, n_patients: int) -> tuple
     if not np.isfinite(observed) or not len(some) or len(some) < len(drawn) / 2 or n_patients < 2:
         return None, None
     z, z_drawn = (np.arctanh(np.clip(each, -1 + 1e-12, 1 - 1e-12)) for each in (observed, some))
-    wider = student.ppf(0.975, n_patients - 1) / normal.ppf(0.975) * (n_patients / (n_patients - 1)) ** 0.5
-    low, high = np.tanh(z + wider * (np.quantile(z_drawn, [0.025, 0.975]) - z_drawn.mean()))
+    low, high = np.tanh(z + _wider(n_patients) * (np.quantile(z_drawn, [0.025, 0.975]) - z_drawn.mean()))
     return float(low), float(high)
 
 
-def _limits(values: Floats) -> tuple[float | None, float | None]:
-    some = values[np.isfinite(values)]
-    if len(some) < len(values) / 2 or not len(some):
+def ratio_limits(observed: float, drawn: Floats, n_patients: int) -> tuple[float | None, float | None]:
+    """95% limits of the slope; None without draws.
+
+    A patient who is drawn twice makes the spread smaller and g larger, so slopes of draws lie further from 0 than the
+    observed one, and their quantiles may not even hold it. Their distances from their median count, about the observed
+    slope, widened for few patients as those of the correlation (simulated coverage: docs/log.md).
+
+    observed, drawn, n_patients : as in `correlation_limits`
+    """
+    some = drawn[np.isfinite(drawn)]
+    if not np.isfinite(observed) or not len(some) or len(some) < len(drawn) / 2 or n_patients < 2:
         return None, None
-    low, high = np.quantile(some, [0.025, 0.975])
+    low, high = observed + _wider(n_patients) * (np.quantile(some, [0.025, 0.975]) - np.median(some))
     return float(low), float(high)
+
+
+def _wider(n_patients: int) -> float:
+    """Factor on distances of a bootstrap of so few patients."""
+    return float(student.ppf(0.975, n_patients - 1) / normal.ppf(0.975) * (n_patients / (n_patients - 1)) ** 0.5)
 
 
 def _plain(value: Any) -> float | None:

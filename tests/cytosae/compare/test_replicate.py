@@ -12,7 +12,7 @@ from command_line import fails, run
 from scipy import stats
 
 from cytosae.compare import CompareConfig, ReplicateConfig, compare, replicate, replication
-from cytosae.compare.replication import correlation_limits, effect_sizes, holm_adjusted, signed_test
+from cytosae.compare.replication import correlation_limits, effect_sizes, holm_adjusted, ratio_limits, signed_test
 from stores import REPLICATION, ResultStore
 from stores.errors import BadInput, SpecMismatch
 from stores.verify_any import verify_folder
@@ -155,6 +155,37 @@ def test_limits_of_the_correlation_hold_what_other_cohorts_have() -> None:
     assert correlation_limits(0.5, np.full(9, np.nan), 20) == (None, None)
 
 
+def test_limits_of_the_ratio_hold_it_and_the_true_one() -> None:
+    """150 cohorts of 2 x 6 patients with large effects: quantiles of draws often miss the true slope."""
+    rng = np.random.default_rng(4)
+    real = np.where(np.arange(10) % 2, 2.0, -2.0)
+    before = 1.3 * real
+    n_within = n_plain = 0
+    for _ in range(150):
+        values = rng.standard_normal((12, 10))
+        values[:6] += real
+        rows = [np.concatenate([rng.integers(6, size=6), 6 + rng.integers(6, size=6)]) for _ in range(100)]
+        observed, *drawn = (
+            float(before @ effect_sizes(each, 6) / (before @ before)) for each in (values, *(values[r] for r in rows))
+        )
+        low, high = ratio_limits(observed, np.array(drawn), 6)
+        assert low is not None
+        assert high is not None
+        assert low <= observed <= high
+        n_within += low < 1 / 1.3 < high
+        plain = np.quantile(drawn, [0.025, 0.975])
+        n_plain += plain[0] < 1 / 1.3 < plain[1]
+    assert n_within >= 135
+    assert n_plain < 110
+    assert ratio_limits(0.5, np.full(9, np.nan), 6) == (None, None)
+
+
+def test_an_effect_is_not_divided_by_rounding() -> None:
+    """One patient of each group, drawn again and again: there is no spread, and no effect of 10^13."""
+    values = np.repeat([[0.1], [1.2]], 3, axis=0) + np.array([[0], [1e-16], [2e-16]] * 2)
+    assert np.isnan(effect_sizes(values, 3)).all()
+
+
 # ------------------------------------------------------------------------------------------- what is found
 
 
@@ -211,6 +242,16 @@ def test_an_interrupted_replication_goes_on(discovery: Path, tmp_path: Path, mon
     assert not calls  # nothing is read again
 
 
+def test_no_p_is_below_what_so_few_patients_can_give(discovery: Path, tmp_path: Path) -> None:
+    """Five against four: 126 ways to share them out. p of the correlation was 0.001, with more permutations less."""
+    values = draw(1)[[0, 1, 2, 3, 4, 12, 13, 14, 15]]
+    others = write_patient_barcodes(tmp_path / "b", values, ["AML"] * 5 + ["well"] * 4)
+    said = replicate(discovery, others, tmp_path / "out", settings()).summary
+    assert said["p_floor"] == pytest.approx(1 / 126)
+    assert min(said["p_correlation"], said["p_same_sign"]) >= said["p_floor"]
+    assert said["ratio_low"] <= said["ratio"] <= said["ratio_high"]
+
+
 @pytest.mark.stress
 def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) -> None:
     others = write_patient_barcodes(tmp_path / "b", draw(1), [{"AML": "well", "well": "AML"}[d] for d in DISEASES])
@@ -220,6 +261,7 @@ def test_the_other_direction_is_no_replication(discovery: Path, tmp_path: Path) 
     assert min(row["p_one_sided"] for row in planted) > 0.9
     assert done.summary["ratio"] < -0.5
     turned = replicate(discovery, others, tmp_path / "turned", settings(a="well", b="AML"))
+    assert turned.summary["ratio_low"] < turned.summary["ratio"] < turned.summary["ratio_high"]
     assert turned.summary["n_replicated"] >= 5
 
 
