@@ -287,9 +287,8 @@ class _Job:
                 scale = 1.0
             model.W_dec.mul_(scale)
         if self.n_latents != self.reference.n_latents:
-            notes.append(
-                f"{self.kind} has no more than {self.n_latents:,} latents; the SAE has {self.reference.n_latents:,}"
-            )
+            most = "" if self.config.components else "no more than "
+            notes.append(f"{self.kind} has {most}{self.n_latents:,} latents; the SAE has {self.reference.n_latents:,}")
         if self.k != self.reference.k:
             notes.append(f"{self.kind} has L0 {self.k}; the SAE has {self.reference.l0:.1f}")
         return model, {"tokens": self.n_tokens, "scale": scale}, tuple(notes)

@@ -38,6 +38,12 @@ class BaselineConfig:
             raise BadInput(f"seed must be at least 0; found {self.seed}")
         if self.components is not None and self.kind not in ("pca", "ica", "nmf"):
             raise BadInput(f"components are those of pca, ica and nmf; {self.kind} has as many latents as the SAE")
+        if self.iterations != type(self).iterations and self.kind not in ("ica", "nmf"):
+            raise BadInput(f"iterations are those of ica and nmf; {self.kind} has none, leave them out")
+        if self.sample_tokens is not None and self.kind.startswith("frozen"):
+            raise BadInput(
+                f"{self.kind} is trained on as many tokens as the SAE, not on a sample; leave sample_tokens out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

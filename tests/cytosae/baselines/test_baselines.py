@@ -183,5 +183,16 @@ def test_settings_out_of_range() -> None:
         BaselineConfig(kind="svd")
     with pytest.raises(BadInput, match="components are those of pca, ica and nmf"):
         BaselineConfig(kind="tokens", components=3)
+    with pytest.raises(BadInput, match="iterations are those of ica and nmf; pca has none, leave them out"):
+        BaselineConfig(kind="pca", iterations=3)
+    assert BaselineConfig(kind="nmf", iterations=3).iterations == 3
+    with pytest.raises(BadInput, match="frozen-decoder is trained on as many tokens as the SAE, not on a sample"):
+        BaselineConfig(kind="frozen-decoder", sample_tokens=100)
+
+
+def test_components_that_were_asked_for_are_not_called_the_most(planted: tuple[Path, Path], tmp_path: Path) -> None:
+    cache, sae = planted
+    done = write_baseline([cache], tmp_path / "b", BaselineConfig(kind="pca", components=3), like=sae)
+    assert f"pca has 6 latents; the SAE has {load_sae(sae).model.n_latents:,}" in [*done.lines()]
     with pytest.raises(BadInput, match="sample_tokens must be at least 1; found 0"):
         BaselineConfig(kind="pca", sample_tokens=0)
