@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from stores.console import (
     COUNT,
@@ -35,10 +36,32 @@ class _Patches(click.ParamType):
         found: list[int] = []
         for part in str(value).split(","):
             first, _, last = part.partition("-")
-            if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) - int(first) > 1 << 16:
+            is_range = len(part) <= 20 and first.isdecimal() and (last or first).isdecimal()
+            if not is_range or not 0 <= int(last or first) - int(first) <= 1 << 16:
                 self.fail(f"{part!r} is no patch and no range of patches such as 57-60", param, ctx)
             found += range(int(first), int(last or first) + 1)
         return tuple(found)
+
+
+_OF_IMAGE = ("top", "patches", "other_patients", "latents", "roots", "sae", "weights", "assume_compatible", "device")
+_OF_EVALUATION = ("n_queries", "n_bootstraps", "seed")
+
+
+def _refuse_without_effect(*, evaluate: bool) -> None:
+    """Options that were typed and would change nothing."""
+    context = click.get_current_context()
+    given = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name in (_OF_IMAGE if evaluate else _OF_EVALUATION)
+        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: {'only for an IMAGE, not with --evaluate' if evaluate else 'only with --evaluate'}"
+        )
+    if context.params["keep"] is not None and not context.params["caches"]:
+        raise click.UsageError("--keep holds what is read of --cache; give --cache, too")
 
 
 @click.command("search")
@@ -135,6 +158,7 @@ def concept_search(
 
     if evaluate == (image is not None) or (evaluate and out is None):
         raise click.UsageError("name one IMAGE, or give --evaluate with -o DIR")
+    _refuse_without_effect(evaluate=evaluate)
     done: Any
     shared: dict[str, Any] = {"k": k, "weigh": weigh, "tau": tau}
     config: Any = (

@@ -420,3 +420,27 @@ def test_the_command(barcodes: Path, tmp_path: Path) -> None:
     fails("no image 'nothing'", "concept", "search", barcodes, "nothing")
     assert run("concept", "search", barcodes, "i002", "--patches", "3-x").exit_code == 2
     assert run("concept", "search", barcodes).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("i002", "--patches", "5-2"), "'5-2' is no patch and no range of patches"),  # was a search by the whole image
+        (("i002", "--patches", "9" * 5000), "is no patch and no range of patches"),
+        (("i002", "--queries", 9, "--seed", 1), "--queries, --seed: only with --evaluate"),
+        (
+            ("--evaluate", "-o", "x", "--patches", "1", "--other-patients"),
+            "--patches, --other-patients: only for an IMAGE",
+        ),
+        (("--evaluate", "-o", "x", "--top", 3), "--top: only for an IMAGE, not with --evaluate"),
+        (("i002", "--keep", "x"), "--keep holds what is read of --cache; give --cache, too"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(
+    barcodes: Path, given: tuple[str | int, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("concept", "search", barcodes, *given)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not [*tmp_path.iterdir()]
