@@ -17,6 +17,7 @@ Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 NUMERIC_LEVELS = 5  # columns of numbers with more different values are numeric; with fewer, categorical
 NAMED = 5  # most columns that a warning names
+_LARGEST = 1e100  # number of a covariate
 _NO_PROPERTY = {*OUTCOME_COLUMNS, "path", "source", "patient", "patient_id", "disease", "n_images", "n_unreadable"}
 
 
@@ -74,11 +75,23 @@ def numbers(values: list[str | None]) -> Floats | None:
 
 
 def design(columns: dict[str, list[str | None]]) -> Floats:
-    """(patients, k) design matrix: numbers as they are, categories as dummies of all but the first; none missing."""
+    """(patients, k) design matrix: numbers as they are, categories as dummies of all but the first; none missing.
+
+    Raises
+    ------
+    BadInput
+        If a number is infinite, or so large that its square is: nothing could be adjusted for it.
+    """
     parts: list[Floats] = []
-    for values in columns.values():
+    for name, values in columns.items():
         scale = numbers(values)
         if scale is not None:
+            wrong = sorted({str(value) for value, one in zip(values, scale, strict=True) if not abs(one) < _LARGEST})
+            if wrong:
+                raise BadInput(
+                    f"column {name!r} holds {listed(wrong)}, and only finite numbers below {_LARGEST:g} can be "
+                    f"adjusted for; correct the image table, or give another with cyto barcode --table"
+                )
             parts.append(scale[:, None])
             continue
         levels = sorted({str(value) for value in values})

@@ -239,3 +239,15 @@ def test_the_interval_of_a_rare_difference_is_newcombes() -> None:
     assert np.allclose(swapped["difference_low"], -found["difference_high"], equal_nan=True)
     same = intervals(values, [values], is_a, counted=(values, [values]))
     assert (same["difference_high"][:2] >= found["difference_high"][:2] - 1e-12).all()  # no narrower than Welch's
+
+
+@pytest.mark.parametrize("wrong", ["inf", "-Infinity", "1e300"])
+def test_a_covariate_that_is_not_finite_is_refused(tmp_path: Path, wrong: str) -> None:
+    """One such value made every residual NaN: the column was left out in silence, and nothing was adjusted."""
+    patient, values = cohort([2] * 12, np.random.default_rng(0))
+    ages = [wrong if i == 3 else f"{40 + i}" for i in range(12)]
+    columns = {"age": [ages[i] for i in patient]}
+    root = write_image_barcodes(tmp_path / "b", values, patient, ["A"] * 6 + ["B"] * 6, **columns)
+    with pytest.raises(BadInput, match=rf"column 'age' holds {wrong}, and only finite numbers below 1e\+100 can be"):
+        compare(root, tmp_path / "out", small(adjust=("age",)))
+    assert not (tmp_path / "out").exists()
