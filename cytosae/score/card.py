@@ -123,7 +123,11 @@ class Card:
                 f"about labels is measured. Name another column with --label"
             )
             return
-        n_classes = len(self.classes)
+        n_classes, n_latents = len(self.classes), self.means.shape[1]
+        if more := [k for k in config.ks if k > n_latents]:
+            self.doubts.append(
+                f"k {', '.join(map(str, more))}: the SAE has {n_latents:,} latents, so these rows are of all of them"
+            )
         sizes = np.bincount(labels[labels >= 0], minlength=n_classes)
         folds = np.where(labels >= 0, labels, n_classes)
         fold_of = assign_folds(folds, chosen.groups, config.folds, np.random.default_rng((config.seed, 0)))

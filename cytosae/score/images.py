@@ -76,12 +76,19 @@ def choose_images(stores: Sequence[LatentStore], config: ScoreConfig) -> Chosen:
     Raises
     ------
     BadInput
-        If there is none, or one is in two stores.
+        If there is none, one is in two stores, or a column that is asked for does not exist.
     """
     columns: dict[str, list[Any]] = {
         name: [] for name in ("image_id", "dataset", "patient", "content_hash", "label", "parent")
     }
     where: list[tuple[int, int]] = []
+    there = {name for store in stores for name in store.images.column_names}
+    for option, asked in {"label": config.label, "parent": config.parent}.items():
+        if asked and asked not in there | {"label", "label_common"}:
+            raise BadInput(
+                f"no image table of --latents has the column {asked!r} of --{option}; there are "
+                f"{listed(sorted(there), 20)}"
+            )
     for number, store in enumerate(stores):
         rows = np.flatnonzero(store.readable()).tolist()
         for name, values in columns.items():

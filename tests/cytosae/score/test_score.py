@@ -17,7 +17,7 @@ from token_caches import write_cache
 from cytosae import ScoreConfig, plan_score, score_sae
 from cytosae.relations import write_stability
 from cytosae.score import ScoreResult
-from stores import SCORECARD, STABILITY, ActivationStore, ResultStore, verify_folder
+from stores import SCORECARD, STABILITY, ActivationStore, LatentStore, ResultStore, verify_folder
 from stores.errors import BadInput, SpecMismatch
 from stores.files import sha256_file
 
@@ -232,6 +232,15 @@ def test_a_sample_is_drawn_by_its_seed(world: World, tmp_path: Path) -> None:
     assert score_sae(world.sae, tmp_path / "b", config, latents=[world.latents]).rows == first.rows
 
 
+def test_more_latents_than_there_are_is_said(world: World, tmp_path: Path) -> None:
+    n = LatentStore(world.latents).spec.n_latents
+    config = ScoreConfig(ks=(1, n, n + 1), folds=3, shuffles=1, max_images=60)
+    done = score_sae(world.sae, tmp_path / "out", config, latents=[world.latents])
+    assert f"k {n + 1}: the SAE has {n:,} latents, so these rows are of all of them" in done.warnings
+    all_of_them, more = (of_all(done.rows, "sparse_probe_auroc", k) for k in (n, n + 1))
+    assert {**all_of_them, "k": None} == {**more, "k": None}
+
+
 def test_what_does_not_belong_is_refused(world: World, scored: ScoreResult, tmp_path: Path) -> None:
     with pytest.raises(SpecMismatch, match="are of another SAE"):
         score_sae(world.random, tmp_path / "out", CONFIG, latents=[world.latents])
@@ -245,6 +254,10 @@ def test_what_does_not_belong_is_refused(world: World, scored: ScoreResult, tmp_
         score_sae(world.sae, tmp_path / "out", CONFIG, latents=[world.latents], baselines=twice)
     with pytest.raises(BadInput, match="differ and rise"):
         ScoreConfig(ks=(2, 1))
+    for option, config in {"label": ScoreConfig(label="lable"), "parent": ScoreConfig(parent="lable")}.items():
+        with pytest.raises(BadInput, match=rf"has the column 'lable' of --{option}; there are .*label, label_common"):
+            # a typing error was scored as a table without labels
+            score_sae(world.sae, tmp_path / "out", config, latents=[world.latents])
     assert not (tmp_path / "out").exists()
 
 
