@@ -251,6 +251,19 @@ def _check_names(section: str, found: Sequence[Section], source: str) -> None:
         seen.add(name.casefold())
 
 
+def _check_second_seed(recipe: Recipe, source: str) -> None:
+    """A second SAE needs a seed, and another one than the first: else it would be the first again."""
+    if recipe.stability is None:
+        return
+    seed = recipe.stability.get("seed")
+    if seed is None:
+        raise BadInput(f"{source}: [stability] lacks the seed of the second SAE: seed = 1")
+    if not recipe.uses_sae and seed == recipe.train_config.seed:
+        raise BadInput(
+            f"{source}: stability.seed must be another one than sae.seed, or both SAEs are the same; found {seed} twice"
+        )
+
+
 def _check_values(recipe: Recipe, source: str) -> None:
     """Every section is taken by the settings of its command."""
     for name, found in (("compare", recipe.compare), ("probe", recipe.probe)):
@@ -258,6 +271,10 @@ def _check_values(recipe: Recipe, source: str) -> None:
     for name in ("source",):
         if not recipe.images.get(name):
             raise BadInput(f"{source}: images.{name} must say where the images lie")
+    for each in recipe.compare:
+        if missing := [name for name in ("a", "b") if name not in each]:
+            raise BadInput(f'{source}: [[compare]] {each["name"]} lacks {listed(missing)}: a = "...", b = "..."')
+    _check_second_seed(recipe, source)
     makers: list[tuple[str, Any]] = [
         *([] if recipe.uses_sae else [("sae", lambda: recipe.train_config)]),
         ("encode", lambda: check_encoding(**recipe.encode)),

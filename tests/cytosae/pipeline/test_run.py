@@ -312,6 +312,9 @@ def test_refusals_are_one_line(copied: Path, tmp_path: Path) -> None:
         ("[[compare]]\nname = '../../etc'\na = 'x'\nb = 'y'", r"needs a name of its own.*found '../../etc'"),
         ("[stability]\nseed = 'one'", "stability.seed must be int; found 'one'"),
         ("[stability]\nsead = 1", "stability.sead is no setting; there are seed"),
+        ("[stability]", r"\[stability\] lacks the seed of the second SAE: seed = 1"),
+        ("[stability]\nseed = 0", "stability.seed must be another one than sae.seed.*; found 0 twice"),
+        ("[[compare]]\nname = 'mine'\na = 'x'", r"\[\[compare\]\] mine lacks b: a = \"...\", b = \"...\""),
     ],
 )
 def test_a_recipe_that_cannot_be_used(copied: Path, line: str, words: str) -> None:
