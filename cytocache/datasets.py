@@ -237,6 +237,10 @@ def _check_some_exist(table: pa.Table, root: Path, source: Path) -> None:
     paths = [str(path) for path in column(table, "path")]
     if any(is_there(root / path) for path in paths):
         return
+    turned = next((path for path in paths if "\\" in path and is_there(root / path.replace("\\", "/"))), None)
+    if turned is not None:
+        meant = turned.replace("\\", "/")
+        raise BadInput(f"the paths in {source} have \\ between folders, as on Windows ({turned}); write / ({meant})")
     why = ""
     try:
         locate(root / paths[0])

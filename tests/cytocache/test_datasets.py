@@ -179,6 +179,13 @@ class TestManifest:
         with pytest.raises(BadInput, match=words):
             open_images(manifest, root=tmp_path / "wrong")
 
+    def test_a_table_of_windows_is_told_to_write_slashes_not_to_give_another_root(self, tmp_path: Path) -> None:
+        _touch(tmp_path, "BAS/1.png", "BAS/2.png")
+        manifest = _write(tmp_path / "m.csv", "path", "gone.png", "BAS\\1.png", "BAS\\2.png")
+        words = r"the paths in .*m.csv have \\ between folders, as on Windows \(BAS\\1.png\); write / \(BAS/1.png\)"
+        with pytest.raises(BadInput, match=words):
+            open_images(manifest)
+
     def test_one_file_that_is_there_is_enough_the_rest_is_told_at_extraction(self, tmp_path: Path) -> None:
         _touch(tmp_path, "2.png")
         assert open_images(_write(tmp_path / "m.csv", "path", "1.png", "2.png")).table.num_rows == 2
