@@ -437,16 +437,15 @@ def _check_path(path: str | None, row: int, source: str) -> str:
     """A relative path with `/` that stays below the root on every operating system."""
     if not path:
         raise BadInput(f"row {row:,} of {source} has an empty path")
-    posix, windows = PurePosixPath(path), PureWindowsPath(path)
+    pieces = _INTO_ARCHIVE.split(path)
     # on Windows a backslash separates, too, and `C:` or a leading backslash leaves the root
-    inside = [PureWindowsPath(piece) for piece in _INTO_ARCHIVE.split(path)[1:]]
-    leaves = any(each.anchor or ".." in each.parts for each in (windows, *inside))
-    if posix.is_absolute() or leaves or "\0" in path:
+    leaves = any(each.anchor or ".." in each.parts for each in map(PureWindowsPath, (path, *pieces[1:])))
+    if PurePosixPath(path).is_absolute() or leaves or "\0" in path:
         raise BadInput(
             f"row {row:,} of {source}: path {path!r} does not lie below the images' root; "
             f"give paths relative to it (option --root)"
         )
-    return str(posix)
+    return "::".join(str(PurePosixPath(piece)) for piece in pieces)  # without `./`, as tar lists its members, and `//`
 
 
 def _check_unique(ids: list[str], source: str) -> None:

@@ -188,6 +188,19 @@ def test_a_table_may_point_into_archives(folder: Path, tmp_path: Path) -> None:
         open_images(tmp_path / "t.csv")
 
 
+def test_a_table_may_name_members_as_tar_lists_them(folder: Path, tmp_path: Path) -> None:
+    """`tar cf cells.tar .` writes, and `tar tf` lists, `./BAS/0.png`."""
+    pack(tmp_path / "cells.tar", {f"./{name}": (folder / name).read_bytes() for name in NAMES})
+    (tmp_path / "t.csv").write_text("path\ncells.tar::./BAS/0.png\ncells.tar::BAS//1.png\n./cells.tar::NGS/./2.png\n")
+    images = open_images(tmp_path / "t.csv")
+    assert column(images.table, "path") == ["cells.tar::BAS/0.png", "cells.tar::BAS/1.png", "cells.tar::NGS/2.png"]
+    extract(images, tmp_path / "acts.zarr", CONFIG)
+    assert column(ActivationStore(tmp_path / "acts.zarr").images, "error") == [None] * 3
+    (tmp_path / "t.csv").write_text("path\ncells.tar::BAS/0.png\ncells.tar::./BAS/0.png\n")
+    with pytest.raises(BadInput, match="1 repeated image ids"):
+        open_images(tmp_path / "t.csv")
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
