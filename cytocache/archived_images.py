@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stores.errors import BadInput
 from stores.tables import listed
+from stores.wording import counted
 
 from .archive_member import BadArchive
 from .archives import SEPARATOR, list_archive, without_suffix
@@ -81,6 +82,9 @@ def images_of_archives(folder: Path, archives: list[str], *, suffixes: Sequence[
         what = "the folders of the archives are the classes"
     elif not is_of_classes:
         what = "the folders inside the archives are the classes"
+    holds = {name: each.paths or each.others or each.passed_over or each.refused for name, each in found.items()}
+    if empty := [name for name in found if not holds[name]]:
+        what += f"; {counted(len(empty), 'archive')} ({listed(empty)}) with nothing inside"
     return Archived(
         folder,
         paths,

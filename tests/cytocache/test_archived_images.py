@@ -201,6 +201,14 @@ def test_a_table_may_name_members_as_tar_lists_them(folder: Path, tmp_path: Path
         open_images(tmp_path / "t.csv")
 
 
+def test_an_archive_with_nothing_inside_is_named(folder: Path, tmp_path: Path) -> None:
+    for label in ("BAS", "NGS"):
+        pack_folder(tmp_path / "zips" / f"{label}.zip", folder / label)
+    pack(tmp_path / "zips" / "MON.zip", {})
+    images = open_images(tmp_path / "zips")
+    assert images.remarks == ("each of the 2 archives is a class; 1 archive (MON.zip) with nothing inside",)
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
