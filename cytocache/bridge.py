@@ -19,6 +19,7 @@ from stores.machine import n_cores
 from stores.progress import Progress
 from stores.shards import ONE_WRITER, Shard
 
+from .changed_files import changed_files as changed_files
 from .datasets import Images
 from .datasets import open_images as open_images
 from .masks import find_masks, read_all_shares

@@ -42,6 +42,7 @@ from stores.tables import TRUNCATED, column, table_sha256
 from stores.wording import Report
 
 from .backbones import CROPS, Backbone, load_backbone
+from .changed_files import changed_files
 from .datasets import Images, open_images
 from .device_copies import ChunkBuffers, HostChunk, PixelSender
 from .image_files import hash_of
@@ -105,6 +106,7 @@ class ExtractResult(Report):
     truncated: str = field(default="", compare=False)  # these, in words
     left_out: tuple[str, ...] = field(default=(), compare=False)  # files and folders that were passed over, in words
     cropped: str = field(default="", compare=False)  # what of each image the backbone does not see, in words
+    changed: str = field(default="", compare=False)  # files that are others than those in a complete cache, in words
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -113,8 +115,9 @@ class ExtractResult(Report):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Images that could not be read, or not to their end."""
-        return tuple(words for words in (self.unreadable, self.truncated) if words)
+        """Images that could not be read, or not to their end; files that have changed since the cache was made."""
+        changed = f"{self.changed}. For the files of now: the same command with a new STORE" if self.changed else ""
+        return tuple(words for words in (self.unreadable, self.truncated, changed) if words)
 
     def lines(self) -> Iterator[str]:
         """A line for each finished cache, or that other shards are still missing."""
@@ -239,6 +242,7 @@ def extract(
         truncated=caches[0].truncated_line() if n_truncated else "",
         left_out=images.notes,
         cropped=backbone.preprocess.cropped_text,
+        changed="" if writers else changed_files(images, places[0]),
     )
 
 

@@ -139,6 +139,9 @@ class StageOne(Protocol):
     def open_images(self, source: Path | str, *, root: Path | None) -> ImageList:
         """The images of a folder or a table."""
 
+    def changed_files(self, images: Any, cache: Path) -> str:
+        """Which image files are others than those that the cache was made from, in words; empty if none is."""
+
     def first_look(
         self,
         images: Any,

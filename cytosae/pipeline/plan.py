@@ -11,7 +11,7 @@ from stores.wording import Report, printable
 from .cohort import CohortFacts
 from .costs import Cost, n_latents_of, products_per_second, stage_cost
 from .journal import Journal, content_of
-from .recipe import Recipe
+from .recipe import FILE, Recipe
 from .stages import CACHE, Stage
 
 _ROOM = 1.2  # of the disk, over the estimate
@@ -38,6 +38,7 @@ class RunPlan(Report):
     stages: tuple[PlannedStage, ...]
     n_free: int  # bytes of the disk
     notes: tuple[str, ...] = ()  # on the images
+    changed: str = ""  # which image files are others than those that were extracted, in words
 
     @property
     def to_do(self) -> list[PlannedStage]:
@@ -56,8 +57,10 @@ class RunPlan(Report):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Images that could not be read in the first look; a disk that will not do."""
+        """Images that cannot be read, or have changed since they were extracted; a disk that will not do."""
         found = []
+        if self.changed and not any(each.stage.out == CACHE and each.why for each in self.stages):
+            found.append(f"{self.changed}. For the files of now: cyto run {self.out / FILE} -o DIR, a new folder")
         if self.look is not None and self.look.unreadable:
             tried = self.look.n_read + len(self.look.unreadable)
             found.append(
@@ -118,10 +121,12 @@ def make_plan(
     device: str,
     images_content: str,
     notes: tuple[str, ...] = (),
+    changed: str = "",
 ) -> RunPlan:
     """Which stages are to be done, and what they cost.
 
     images_content : what the image table holds, as a hash
+    changed : as of `StageOne.changed_files`
     """
     n_latents = 0 if look is None else n_latents_of(recipe, look.width)
     whys = _why_stale(stages, journal, out, images_content)
@@ -144,6 +149,7 @@ def make_plan(
         stages=planned,
         n_free=free_on_disk(out),
         notes=notes,
+        changed=changed,
     )
 
 

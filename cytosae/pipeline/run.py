@@ -175,6 +175,7 @@ def run_pipeline(
             device=resolved,
             images_content=content,
             notes=asked.images.notes,
+            changed="" if content_of(place / CACHE) is None else bridge.changed_files(asked.images, place / CACHE),
         )
         tell_plan(plan)
         if dry_run:

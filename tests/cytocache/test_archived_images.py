@@ -209,6 +209,21 @@ def test_an_archive_with_nothing_inside_is_named(folder: Path, tmp_path: Path) -
     assert images.remarks == ("each of the 2 archives is a class; 1 archive (MON.zip) with nothing inside",)
 
 
+def test_an_image_that_has_changed_in_its_archive_is_named(folder: Path, tmp_path: Path) -> None:
+    files = {name: (folder / name).read_bytes() for name in NAMES}
+    archive = pack(tmp_path / "cells.zip", files)
+    assert extract(archive, tmp_path / "acts.zarr", CONFIG).changed == ""
+    pack(archive, files)  # the same content in another file
+    assert extract(archive, tmp_path / "acts.zarr", CONFIG).changed == ""
+    pack(archive, {**files, NAMES[3]: files[NAMES[0]]})
+    done = extract(archive, tmp_path / "acts.zarr", CONFIG)
+    assert done.was_complete
+    words = (
+        f"1 of {len(NAMES)} image files are others than those that were extracted, or gone ({NAMES[3]}); all results"
+    )
+    assert done.warnings[0].startswith(words)
+
+
 # ---------------------------------------------------------------------------------------------------- tokens
 
 

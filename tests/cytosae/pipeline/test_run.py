@@ -30,7 +30,7 @@ from cytosae.pipeline.journal import Journal
 from cytosae.pipeline.recipe import extract_settings, recipe_text, write_recipe
 from cytosae.pipeline.run import _grouped
 from cytosae.pipeline.stages import Stage, Workshop, evidence_in
-from stores import begin_results
+from stores import ActivationStore, begin_results
 from stores.errors import BadInput, SpecMismatch
 from stores.shards import Shard
 from stores.spec import MASKS
@@ -323,6 +323,33 @@ def test_a_recipe_that_cannot_be_used(copied: Path, line: str, words: str) -> No
     path.write_text(f"{text}\n{line}\n")
     with pytest.raises(BadInput, match=words):
         read_recipe(path)
+
+
+def test_image_files_that_have_changed_since_are_named(copied: Path) -> None:
+    """A torn file is copied again, another is replaced, a third is gone: what is there is of none of these."""
+    images = ActivationStore(copied / "cells.acts.zarr").images
+    paths, errors = images["path"].to_pylist(), images["error"].to_pylist()
+    torn = next(path for path, error in zip(paths, errors, strict=True) if error is not None)
+    others = [path for path in paths if path != torn]
+    assert not plan_of(copied).warnings  # all files were copied, and are the same
+    shutil.copy(copied / others[0], copied / torn)
+    shutil.copy(copied / others[2], copied / others[1])
+    (copied / others[3]).unlink()
+    plan = plan_of(copied)
+    assert not plan.to_do
+    (warning,) = plan.warnings
+    named = {path for path in paths if path in warning}
+    assert warning.startswith(f"3 of {len(paths)} image files are others than those that were extracted, or gone (")
+    assert named == {torn, others[1], others[3]}
+    assert warning.endswith(f"For the files of now: cyto run {copied / 'recipe.toml'} -o DIR, a new folder")
+    done = run_small(copied / "recipe.toml", copied.parent / "new", dry_run=True)
+    assert not done.plan.changed
+    assert "extract" in {each.stage.name for each in done.plan.to_do}
+
+
+def plan_of(out: Path) -> RunPlan:
+    """What a run of the recipe would do."""
+    return run_small(out / "recipe.toml", None, dry_run=True).plan
 
 
 def test_recipes_are_read_as_written(finished: Path, tmp_path: Path) -> None:
