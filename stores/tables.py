@@ -33,6 +33,7 @@ _TEXT_SUFFIXES = (".csv", ".tsv", ".tab", ".txt")
 _SEPARATORS = ",;\t"
 _NAMES_A_FILE = ("image_id", "path", "mask", "latent")  # columns in which "NA" may be a name
 _OURS = (*MANIFEST_COLUMNS, *OUTCOME_COLUMNS, "mask")  # known columns, also in other spellings
+_NAMES_OF_GROUPS = ("patient", "disease", "label", "label_common", "dataset")
 _WHOLE_NUMBERS = ("image_id", "patient", "disease", "label", "label_common", "dataset")
 # what R, SPSS, SAS, pandas, SQL and spreadsheets write for a missing value. Not "none", "unknown", "healthy" and "0",
 # which may be a disease or a label
@@ -299,10 +300,23 @@ def _with_our_names(table: pa.Table, path: Path) -> pa.Table:
                 cells[:] = [None if is_missing else cell for cell, is_missing in zip(cells, found, strict=True)]
         if name in _WHOLE_NUMBERS and any(cells) and all(_WHOLE.fullmatch(cell) for cell in cells if cell):
             cells[:] = [cell and cell.split(".")[0] for cell in cells]
+    for name in [each for each in _NAMES_OF_GROUPS if each in columns]:
+        if alike := _alike(columns[name]):
+            what = f"names in {name!r} that differ only in case, blanks or the coding of letters are taken as several"
+            _log.warning("%s: %s: %s", path, what, alike)
     if n_missing:
         told = listed([f"{n:,} in {name!r}" for name, n in n_missing.items()], limit=10)
         _log.warning("%s: cells that say NA, NaN, NULL, None, '.', '-' or the like are empty: %s", path, told)
     return pa.table({name: pa.array(cells, pa.string()) for name, cells in columns.items()})
+
+
+def _alike(cells: Iterable[str | None]) -> str:
+    """Names that are most likely one, in words: `'AML' and 'aml'`; empty if there are none."""
+    spellings: dict[str, list[str]] = {}
+    for name in dict.fromkeys(cells):
+        if name is not None:
+            spellings.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
+    return listed([" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1])
 
 
 _WHOLE = re.compile(r"\d+\.0+")

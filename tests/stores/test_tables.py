@@ -172,6 +172,23 @@ def test_blanks_at_the_ends_of_names_are_removed_and_told(tmp_path: Path, caplog
     assert caplog.text == ""
 
 
+def test_names_that_are_most_likely_one_are_told_and_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`P1` and `p1` are two patients, one of which may stand in the training folds and the other in the test."""
+    accents = ("M\u00fcller", "Mu\u0308ller")  # as Windows and as a Mac write it
+    rows = zip("abcd", ("P1", "p1", "P2", ""), ("AML", "AML", "aml", "CML"), (*accents, "E OS", "E  OS"), strict=True)
+    text = "path,patient,disease,label,slide\n" + "".join(f"{','.join(row)},{row[0].upper()}\n" for row in rows)
+    found = read_csv(tmp_path, text)
+    assert found["patient"] == ["P1", "p1", "P2", None]
+    assert found["label"] == [*accents, "E OS", "E  OS"]
+    several = "that differ only in case, blanks or the coding of letters are taken as several"
+    assert f"names in 'patient' {several}: 'P1' and 'p1'\n" in caplog.text
+    assert f"names in 'disease' {several}: 'AML' and 'aml'\n" in caplog.text
+    assert f"names in 'label' {several}: {accents[0]!r} and {accents[1]!r}, 'E OS' and 'E  OS'\n" in caplog.text
+    caplog.clear()
+    read_csv(tmp_path, "path,patient,slide\na,P1,x\nb,P2,X\nc,P1,x\nd,,x\n")  # only names of groups
+    assert caplog.text == ""
+
+
 def test_columns_of_ours_are_known_in_another_spelling_from_csv_and_parquet(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
