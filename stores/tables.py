@@ -319,7 +319,7 @@ def _alike(cells: Iterable[str | None]) -> str:
     return listed([" and ".join(map(repr, each)) for each in spellings.values() if len(each) > 1])
 
 
-_WHOLE = re.compile(r"\d+\.0+")
+_WHOLE = re.compile(r"\d+(\.0+)?")
 
 
 def _read_csv(path: Path) -> pa.Table:

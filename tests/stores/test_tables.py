@@ -237,6 +237,9 @@ def test_patient_numbers_mean_the_same_however_they_were_saved(tmp_path: Path) -
     assert found == [["12", None, "7"]] * 2
     frame.assign(patient=["012", None, "007"]).to_parquet(tmp_path / "t.parquet")
     assert read_table_file(tmp_path / "t.parquet")["patient"].to_pylist() == ["012", None, "007"]
+    # two tables put together, of which pandas had made floats of one
+    assert read_csv(tmp_path, "path,patient\na,7\nb,7.0\nc,\nd,012\n")["patient"] == ["7", "7", None, "012"]
+    assert read_csv(tmp_path, "path,patient\na,P7\nb,7.0\n")["patient"] == ["P7", "7.0"]
     assert read_csv(tmp_path, "path,patient,dose\na,1.0,1.0\nb,1.5,2.0\n") == {
         "path": ["a", "b"],
         "patient": ["1.0", "1.5"],
