@@ -44,7 +44,8 @@ class Images:
             found.append(f"{said}: hidden, of a network disk or system, or results of Cyto: no cells")
         if self.n_skipped:
             place = self.source or self.root
-            found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}: not images by their name")
+            which = f" ({listed([printable(each) for each in self.skipped])})" if self.skipped else ""
+            found.append(f"{counted(self.n_skipped, 'file')} passed over in {place}{which}: not images by their name")
         tables = [printable(name) for name in self.skipped if name.casefold().endswith(_TABLES)]
         if tables:
             found.append(

@@ -48,7 +48,7 @@ def test_extract_knows_what_its_command_knows(cells: Path, tmp_path: Path) -> No
         f"{tmp_path / 'acts.zarr'} is already complete with these settings; nothing to do",
         *(f"warning: {warning}" for warning in done.warnings),
     ]
-    assert done.notes == (f"1 file passed over in {cells}: not images by their name",)
+    assert done.notes == (f"1 file passed over in {cells} (notes.txt): not images by their name",)
     (warning,) = done.warnings
     assert warning.startswith("1 of 4 images could not be read (a/bad.png: ")
     assert "not images by their name" in done._repr_html_()
