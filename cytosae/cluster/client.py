@@ -93,12 +93,17 @@ def _connected(scheduler: str) -> Iterator[Client]:
             yield client
 
 
-@contextmanager
-def _started(workers: int, memory_limit: str) -> Iterator[Client]:
+def memory_bytes(memory_limit: str) -> int:
+    """Bytes of a size such as 2GiB. Raises BadInput if it is none."""
     try:
-        limit = dask.utils.parse_bytes(memory_limit)
+        return int(dask.utils.parse_bytes(memory_limit))
     except ValueError:
         raise BadInput(f"--memory-limit must be a size like 2GiB; found {memory_limit!r}") from None
+
+
+@contextmanager
+def _started(workers: int, memory_limit: str) -> Iterator[Client]:
+    limit = memory_bytes(memory_limit)
     if (most := (open_files() - _FILES) // _FILES_PER_WORKER) < workers:
         raise BadInput(
             f"--workers {workers} need more open files than this process may have: give at most {most}, "

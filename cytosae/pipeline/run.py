@@ -145,9 +145,11 @@ def run_pipeline(
         If `out` holds something else, a run with other settings or stores with other settings that were made by hand
         (and not `overwrite`), or is being written.
     """
+    from cytosae.cluster import memory_bytes  # dask
     from stores.devices import resolve_device  # torch: where it is missing, that is told before anything is begun
 
     bridge, resolved = require_stage_one(stage_one), resolve_device(device)
+    memory_bytes(memory_limit)  # the workers that need it start after the training, which may take hours
     place, config_of = _places(Path(source), None if out is None else Path(out), config)
     looking: dict[str, Any] = {"device": device, "workers": workers, "download_progress": download_progress}
     with ExitStack() as stack:
