@@ -18,7 +18,7 @@ from .cell_types import CellTypes
 from .cohort import Cohort
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 
@@ -92,7 +92,7 @@ class TypeSums:
 
     n_images: Ints  # (n_types,)
     n_patients: Ints  # (n_groups,) with such an image
-    peers: Floats  # (n_groups, n_latents), each patient counts once
+    peers: Float32s  # (n_groups, n_latents), each patient counts once
 
 
 def type_sums(cohort: Cohort, types: CellTypes) -> TypeSums:
@@ -110,12 +110,12 @@ class Likeness:
     nan: of nobody, unreadable, without a latent, or nothing to compare with.
     """
 
-    to_own: Floats  # (n_images,) to its patient's other images of its type
-    to_peers: Floats  # (n_images,) to those of its type of the other patients of its group, each counting once
+    to_own: Float32s  # (n_images,) to its patient's other images of its type
+    to_peers: Float32s  # (n_images,) to those of its type of the other patients of its group, each counting once
 
 
 def add_unit_rows(
-    rows: CsrRows, weights: Floats, target_of: Ints, shares: Floats, sums: Floats, *, power: int = 1
+    rows: CsrRows, weights: Float32s, target_of: Ints, shares: Float32s, sums: Float32s, *, power: int = 1
 ) -> None:
     """Add each image's row, weighted and scaled to norm 1, times its share, to the row of `sums` that it belongs to.
 
@@ -134,7 +134,7 @@ def add_unit_rows(
 
 def unit_sums(
     cohort: Cohort, target_of: Ints, n_targets: int, *, most_bytes: int, powers: Sequence[int] = (1,)
-) -> Iterator[tuple[Ints, Floats]]:
+) -> Iterator[tuple[Ints, Float32s]]:
     """Sums of unit rows by target, for as many targets at a time as fit into `most_bytes`; a pass for each time.
 
     Yields the row of the sums of each image, (n_images,), -1 where it belongs to none of these, and the sums,
@@ -164,7 +164,7 @@ def with_a_row(cohort: Cohort, target_of: Ints, n_targets: int) -> Ints:
     return counts
 
 
-def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, target_of: Ints, n_images: Ints) -> Floats:
+def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, target_of: Ints, n_images: Ints) -> Float32s:
     """(n_groups, n_latents) sums of unit rows by group, in which each target counts once; one pass.
 
     group_of, target_of : (all images,) -1: left out
@@ -178,7 +178,7 @@ def group_sums(cohort: Cohort, group_of: Ints, n_groups: int, target_of: Ints, n
     return found
 
 
-def unit_products(rows: CsrRows, weights: Floats, target_of: Ints, sums: Floats) -> npt.NDArray[np.float64]:
+def unit_products(rows: CsrRows, weights: Float32s, target_of: Ints, sums: Float32s) -> npt.NDArray[np.float64]:
     """(images,) product of each image's row of norm 1 with its row of `sums`; nan: no target, or an empty row."""
     found = np.full(rows.n_rows, np.nan)
     _products(rows.indptr, rows.indices, np.log1p(rows.values, dtype=np.float32), weights, target_of, sums, found)

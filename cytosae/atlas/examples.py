@@ -41,7 +41,7 @@ _NOBODY = np.iinfo(np.int32).max
 BIN_EDGES = np.arange(-7, 3.01, 0.125)  # log10 of image activation; values outside are counted in the outermost bins
 Ints = npt.NDArray[np.int64]
 Short = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class Examples:
     histograms: Short  # (datasets, latents, bins): images by image activation above 0
     n_active: Ints  # (latents,) readable images in which it is active
     deciles: Short  # (latents, 10, each) image indices from the weakest tenth on, the strongest first; -1: none
-    values: Floats  # (latents, 10, each) their image activations
+    values: Float32s  # (latents, 10, each) their image activations
     near: Short  # (latents, near misses) image indices, the most similar first; -1: none
-    near_cosines: Floats
+    near_cosines: Float32s
     best: Short  # (latents, patients) image indices; -1: the latent is active in none of the patient's images
     fingerprints: Fingerprints  # of all images
 
@@ -137,7 +137,7 @@ def _blocks(reader: CsrReader) -> Iterator[tuple[int, CsrRows]]:
             yield first, rows
 
 
-def _bins(values: Floats) -> npt.NDArray[np.int16]:
+def _bins(values: Float32s) -> npt.NDArray[np.int16]:
     """The bin of each value in `BIN_EDGES`, which are eighths: the product is exact."""
     step = BIN_EDGES[1] - BIN_EDGES[0]
     found = np.floor((np.log10(values).astype(np.float64) - BIN_EDGES[0]) / step)
@@ -146,7 +146,7 @@ def _bins(values: Floats) -> npt.NDArray[np.int16]:
 
 def _centres(
     fingerprints: Fingerprints, latents: Ints, references: tuple[Ints, Ints], n_latents: int
-) -> tuple[Ints, Short, Floats]:
+) -> tuple[Ints, Short, Float32s]:
     """The mean fingerprint of the reference images of each latent, by the latents of the fingerprints.
 
     (starts (n_latents + 1,), row of the latent it is the centre of, part of it); norm 1, the latent itself left out.

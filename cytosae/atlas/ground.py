@@ -30,7 +30,7 @@ _BINS = 256
 _LEAST_DIFFERENCE = 0.1  # of the shares of ground in the corners and elsewhere
 Points = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 def points_of(picture: Pixels, side: int) -> Points:
@@ -39,18 +39,18 @@ def points_of(picture: Pixels, side: int) -> Points:
     return np.asarray(small)
 
 
-def light_of(points: Points) -> Floats:
+def light_of(points: Points) -> Float32s:
     """(4 side, 4 side): the darkest of red, green and blue at each point, as a share of the light of the ground."""
     return share_of_light(points.min(axis=2))
 
 
-def share_of_light(values: Points) -> Floats:
+def share_of_light(values: Points) -> Float32s:
     """Of numbers of one picture their shares of the 95% quantile, which is the light of the ground."""
     light = values.astype(np.float32)
     return light / max(1.0, float(np.quantile(light, 0.95)))
 
 
-def ground_of(light: Floats, threshold: float) -> Bools:
+def ground_of(light: Float32s, threshold: float) -> Bools:
     """(patches,) of one picture, row by row: is it ground?"""
     return mostly(~ndimage.binary_fill_holes(light < threshold))
 
@@ -95,7 +95,7 @@ def _corners(side: int) -> Bools:
     return np.asarray(distance >= np.sort(distance)[-math.ceil(side**2 / 10)], bool)
 
 
-def otsu(values: Floats) -> float:
+def otsu(values: Float32s) -> float:
     """The edge of 256 equal bins with the largest variance between the two sides (Otsu 1979)."""
     counts, edges = np.histogram(values, _BINS)
     centres, n_low = (edges[:-1] + edges[1:]) / 2, np.cumsum(counts)[:-1]

@@ -27,7 +27,7 @@ _POWER_STEPS = 24
 _LLOYD_STEPS = 12
 _LEAST_GAIN = 1e-6  # of the spread, for a cut into families
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Sketches:
         np.add.at(self._one, places[some].ravel(), signs[some].ravel())
         self._n_images += len(some)
 
-    def vectors(self) -> Floats:
+    def vectors(self) -> Float32s:
         """(n_latents, 256) centred sketches of norm 1; 0 of latents that do not vary."""
         means = self._means / max(1, self._n_images)
         found = self._sums - np.outer(means, self._one).astype(np.float32)
@@ -107,7 +107,7 @@ def _add(
                 sums[latent, places[row, part]] += signs[row, part] * values[at]
 
 
-def order_latents(vectors: Floats, is_active: npt.NDArray[np.bool_], most: int = FAMILIES) -> LatentOrder:
+def order_latents(vectors: Float32s, is_active: npt.NDArray[np.bool_], most: int = FAMILIES) -> LatentOrder:
     """Order and families of the active latents.
 
     Parameters
@@ -136,13 +136,13 @@ def order_latents(vectors: Floats, is_active: npt.NDArray[np.bool_], most: int =
     return LatentOrder(np.concatenate(ordered), family_of, starts)
 
 
-def _spread(vectors: Floats) -> float:
+def _spread(vectors: Float32s) -> float:
     """Squared distances from the mean, summed."""
     mean = vectors.mean(axis=0, dtype=np.float64)
     return float((vectors.astype(np.float64) ** 2).sum() - len(vectors) * (mean**2).sum()) if len(vectors) > 1 else 0.0
 
 
-def _direction(vectors: Floats) -> Floats:
+def _direction(vectors: Float32s) -> Float32s:
     """(n,) the products of centred vectors with the direction in which they differ most."""
     centred = vectors - vectors.mean(axis=0)
     direction = centred[int((centred**2).sum(axis=1).argmax())].copy()
@@ -155,7 +155,7 @@ def _direction(vectors: Floats) -> Floats:
     return np.asarray(centred @ direction, np.float32)
 
 
-def _halves(vectors: Floats, part: Ints) -> tuple[Ints, Ints] | None:
+def _halves(vectors: Float32s, part: Ints) -> tuple[Ints, Ints] | None:
     """A set of latents in two, or None if they are all the same."""
     mine = vectors[part]
     along = _direction(mine)
@@ -173,7 +173,7 @@ def _halves(vectors: Floats, part: Ints) -> tuple[Ints, Ints] | None:
     return part[~is_second], part[is_second]
 
 
-def _turned(vectors: Floats, parts: list[Ints], at: int, halves: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
+def _turned(vectors: Float32s, parts: list[Ints], at: int, halves: tuple[Ints, Ints]) -> tuple[Ints, Ints]:
     """Two halves so that each lies beside the neighbour of the whole that it is more like."""
     means = [vectors[half].mean(axis=0) for half in halves]
     gain = 0.0
@@ -184,7 +184,7 @@ def _turned(vectors: Floats, parts: list[Ints], at: int, halves: tuple[Ints, Int
     return halves if gain >= 0 else (halves[1], halves[0])
 
 
-def _in_order(vectors: Floats, part: Ints, before: Any) -> Iterator[int]:
+def _in_order(vectors: Float32s, part: Ints, before: Any) -> Iterator[int]:
     """The latents of a part, alike ones side by side, the end that is more like `before` first."""
     waiting = [part]
     while waiting:

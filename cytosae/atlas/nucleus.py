@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from .ground import Bools, Floats, Points, light_of, mostly, otsu, share_of_light
+from .ground import Bools, Float32s, Points, light_of, mostly, otsu, share_of_light
 
 _SMALLEST = 1 / 6  # of the usual piece
 _MOST_GREEN = 0.6  # that chromatin leaves of the light
@@ -79,12 +79,12 @@ def nucleus_of(points: Points, size: int, ground: float, chromatin: Chromatin) -
     return mostly(_large(is_dark, size, chromatin.smallest))
 
 
-def _channels(points: Points) -> Floats:
+def _channels(points: Points) -> Float32s:
     """(4 side, 4 side, 3): red, green and blue, each as a share of its own light of the ground."""
     return np.stack([share_of_light(points[..., channel]) for channel in range(3)], axis=2)
 
 
-def _violet(points: Points, light: Floats, ground: float) -> Bools:
+def _violet(points: Points, light: Float32s, ground: float) -> Bools:
     return np.asarray((light_of(points) < ground) & (light[..., _RED] < light[..., _BLUE]), bool)
 
 

@@ -18,7 +18,7 @@ from stores.wording import Report, printable
 if TYPE_CHECKING:
     import pandas as pd
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 _MOST_COMPONENTS = 50
 _NEIGHBOURS = 15  # of UMAP
 
@@ -128,7 +128,7 @@ def with_categories(obs: "pd.DataFrame") -> "tuple[pd.DataFrame, tuple[str, ...]
     return found.assign(**columns), tuple(map(str, names))
 
 
-def principal_components(counts: Any, *, seed: int) -> Floats | None:
+def principal_components(counts: Any, *, seed: int) -> Float32s | None:
     """(n_rows, k) coordinates of log(1 + counts), k at most 50; None where fewer than three rows differ.
 
     counts : (n_rows, n_latents) sparse, not negative
@@ -154,7 +154,7 @@ def principal_components(counts: Any, *, seed: int) -> Floats | None:
     return np.ascontiguousarray(found[:, has_spread], np.float32)
 
 
-def _umap(components: Floats, seed: int) -> Floats | str | None:
+def _umap(components: Float32s, seed: int) -> Float32s | str | None:
     """(n_rows, 2) coordinates; None without the package, a text where there are too few rows."""
     try:
         version("umap-learn")

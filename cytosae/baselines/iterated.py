@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from stores.part_files import KeptState
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 _ROWS = 4096  # tokens that are worked on at once
 _NEAR = 1e-4  # change of a round at which a fit has settled
@@ -22,7 +22,7 @@ _PATIENCE = 10  # batches without a smaller error, after which the factors have 
 _TINY = np.float32(np.finfo(np.float32).eps)
 
 
-def unmix(white_Nn: Floats, *, seed: int, iterations: int, state: KeptState | None = None) -> tuple[Doubles, bool]:
+def unmix(white_Nn: Float32s, *, seed: int, iterations: int, state: KeptState | None = None) -> tuple[Doubles, bool]:
     """(n, n) orthonormal rows, each the direction of a source in whitened tokens, and whether they had settled.
 
     Symmetric FastICA with tanh (Hyvarinen and Oja 2000, doi 10.1016/S0893-6080(00)00026-5): every row w becomes
@@ -63,15 +63,15 @@ def _orthonormal(rows: Doubles) -> Doubles:
 class _Factors:
     """The state of `factorise` between two batches."""
 
-    codes: Floats  # (N, n)
-    factors: Floats  # (n, D)
-    above: Floats  # (n, D): what pulls each number of the factors up, summed over batches, older ones less
-    below: Floats  # (n, D): and down
+    codes: Float32s  # (N, n)
+    factors: Float32s  # (n, D)
+    above: Float32s  # (n, D): what pulls each number of the factors up, summed over batches, older ones less
+    below: Float32s  # (n, D): and down
     # batches done, batches without improvement, has it settled, and the smoothed error with its least value
     numbers: Doubles = field(default_factory=lambda: np.array([0, 0, 0, np.nan, np.nan]))
 
     @staticmethod
-    def begin(x_ND: Floats, n: int, seed: int) -> "_Factors":
+    def begin(x_ND: Float32s, n: int, seed: int) -> "_Factors":
         rng = np.random.default_rng(seed)
         level = np.float32(np.sqrt(x_ND.mean(dtype=np.float64) / n))
         factors, codes = (
@@ -81,8 +81,8 @@ class _Factors:
 
 
 def factorise(
-    x_ND: Floats, n: int, *, seed: int, iterations: int, state: KeptState | None = None
-) -> tuple[Floats, bool]:
+    x_ND: Float32s, n: int, *, seed: int, iterations: int, state: KeptState | None = None
+) -> tuple[Float32s, bool]:
     """(n, D) factors >= 0, of which sums with weights >= 0 come near the tokens; and whether they had settled.
 
     Multiplicative updates (Lee and Seung 2001) batch by batch, the sums of older batches fading (Lefevre, Bach and
@@ -116,7 +116,7 @@ def factorise(
     return f.factors, bool(f.numbers[2])
 
 
-def _judged(numbers: Doubles, error: float, weight: float, moved: float, factors: Floats) -> Doubles:
+def _judged(numbers: Doubles, error: float, weight: float, moved: float, factors: Float32s) -> Doubles:
     """The numbers of the state after one more batch with this error, whose weight in the smoothed one is given."""
     done, n_worse, _, smooth, least = numbers
     done += 1

@@ -13,7 +13,7 @@ from stores.machine import n_cores
 from stores.progress import Progress
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 BLOCK = 1 << 22  # nonzeros that are read together
 MOST = 1 << 25  # nonzeros of the latents that are kept together: 0.4 GiB
 
@@ -49,7 +49,7 @@ def blocks_of_latents(latents: Sequence[int], n_active: Ints, most: int = MOST) 
 
 def read_activations(
     reader: CsrReader, latents: Sequence[int], progress: Progress = lambda done, total, state: None
-) -> Iterator[tuple[int, Ints, Floats]]:
+) -> Iterator[tuple[int, Ints, Float32s]]:
     """(latent, images in which it is active, rising, their mean activations) for each of a block of latents.
 
     Memory: the nonzeros of these latents, and a few times `BLOCK` of all. Threads do not change the result.
@@ -57,14 +57,14 @@ def read_activations(
     place = np.full(reader.shape[1], -1, np.int64)
     place[list(latents)] = np.arange(len(latents))
 
-    def read(first: int, last: int) -> tuple[Ints, npt.NDArray[np.int32], Floats]:
+    def read(first: int, last: int) -> tuple[Ints, npt.NDArray[np.int32], Float32s]:
         rows = reader.read_rows(first, last)
         of = place[rows.indices]
         kept = np.flatnonzero((of >= 0) & (rows.values > 0))
         image = first + np.searchsorted(rows.indptr, kept, side="right") - 1
         return image.astype(np.int64), of[kept].astype(np.int32), rows.values[kept].astype(np.float32)
 
-    pieces: list[tuple[Ints, npt.NDArray[np.int32], Floats]] = []
+    pieces: list[tuple[Ints, npt.NDArray[np.int32], Float32s]] = []
     bounds = _blocks(reader)
     with ThreadPoolExecutor(n_cores(), thread_name_prefix="activations") as threads:
         for start in range(0, len(bounds), 2 * n_cores()):  # a few blocks at a time: what is read is bounded

@@ -22,7 +22,7 @@ from stores.tables import STATUS_OK
 from .config import INACTIVE, LABEL, LEAST, STRONG, WEAKER, DescribeConfig
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 SHOWN, TEST, NEITHER = 0, 1, -1  # sides
 SIDES = {SHOWN: "shown", TEST: "test", NEITHER: ""}
 _STRONG = 0.1  # share of the active images that are strong
@@ -125,7 +125,7 @@ def _members(side: Ints, of: Ints) -> dict[tuple[int, int], Ints]:
 
 
 def choose_images(
-    images: Images, latent: int, active: Ints, values: Floats, known: Ints, config: DescribeConfig
+    images: Images, latent: int, active: Ints, values: Float32s, known: Ints, config: DescribeConfig
 ) -> Choice:
     """The images of a latent's item and of its test.
 
@@ -199,7 +199,7 @@ def _reason(rows: list[dict[str, Any]], n_active_test: int, config: DescribeConf
     return "too few test images to hold the active ones against"
 
 
-def _least_active(images: Images, side: int, active: Ints, values: Floats) -> npt.NDArray[np.bool_]:
+def _least_active(images: Images, side: int, active: Ints, values: Float32s) -> npt.NDArray[np.bool_]:
     """(n,) the quarter of the images of a side in which a latent is least active; ties: the later image is left out."""
     strength = np.zeros(len(images.ids))
     strength[active] = values

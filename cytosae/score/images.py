@@ -27,7 +27,7 @@ from stores.tables import column, listed, read_table_file
 from .config import ScoreConfig
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 _BLOCK_IMAGES = 64  # that are read together
 _PART_IMAGES = 4096  # of a store, of which the means are kept together: a whole number of blocks
 
@@ -231,7 +231,7 @@ def read_tokens(
     chosen: Chosen,
     progress: Progress,
     keep: Keep = computed,
-) -> Floats:
+) -> Float32s:
     """(n, width) float32: mean patch token of each image. Memory: the result, and what is read of 4,096 images."""
     by_hash = {cache.content_sha256: cache for cache in caches}
     found, done = [], 0
@@ -255,7 +255,7 @@ def read_tokens(
     return np.concatenate(found)
 
 
-def read_embedding(path: Path, chosen: Chosen) -> Floats:
+def read_embedding(path: Path, chosen: Chosen) -> Float32s:
     """(n, width) float32 of another image encoder: a Parquet or CSV table with `image_id` and columns of numbers.
 
     Raises

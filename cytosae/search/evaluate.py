@@ -29,7 +29,7 @@ from .run import index_folder, scorer
 from .scan import LAYERS, Collection, open_collection, reader_of, scan
 from .token_index import build_index, places_of
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 SCOPES = ("other patients", "other datasets")
 
@@ -156,7 +156,7 @@ def draw_queries(collection: Collection, config: SearchEvaluationConfig) -> Ints
     return np.sort(rng.choice(some, min(config.n_queries, len(some)), replace=False))
 
 
-def query_vectors(collection: Collection, way: str, queries: Ints, config: SearchEvaluationConfig) -> Floats:
+def query_vectors(collection: Collection, way: str, queries: Ints, config: SearchEvaluationConfig) -> Float32s:
     """(latents, queries) of norm 1; a query without any latent to look for is a column of zeros."""
     found = np.zeros((collection.n_latents, len(queries)), np.float32)
     matrix = collection.store.read_rows("image", queries, collection.tau, layer=LAYERS[way])
@@ -180,9 +180,9 @@ class _Lists:
         self._columns = [
             name for name in LABELS if name in collection.columns and (collection.columns[name] != "").any()
         ]
-        self._found: dict[tuple[str, str, str], tuple[Floats, Ints]] = {}
+        self._found: dict[tuple[str, str, str], tuple[Float32s, Ints]] = {}
 
-    def add(self, way: str, numbers: Ints, scores: Floats) -> None:
+    def add(self, way: str, numbers: Ints, scores: Float32s) -> None:
         """Scores of some images, (images, queries)."""
         least = 0 if way in LAYERS else -np.inf  # no latent in common: not listed
         owners = {SCOPES[0]: self._collection.patient_of, SCOPES[1]: self._collection.dataset_of}

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from stores.csr import CsrRows
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
-def fingerprint_products(rows: CsrRows, weights: Floats, k: int, queries: Floats) -> Floats:
+def fingerprint_products(rows: CsrRows, weights: Float32s, k: int, queries: Float32s) -> Float32s:
     """(rows, queries) cosines of fingerprints.
 
     weights : (latents,)
@@ -30,14 +30,14 @@ def fingerprint_products(rows: CsrRows, weights: Floats, k: int, queries: Floats
     return out
 
 
-def barcode_products(rows: CsrRows, weights: Floats, queries: Floats) -> Floats:
+def barcode_products(rows: CsrRows, weights: Float32s, queries: Float32s) -> Float32s:
     """(rows, queries) cosines of whole barcodes; rows hold counts. Arguments as `fingerprint_products`."""
     out = np.zeros((rows.n_rows, queries.shape[1]), np.float32)
     _cosines(rows.indptr, rows.indices, np.log1p(rows.values), weights, queries, out)
     return out
 
 
-def region_shares(rows: CsrRows, weights: Floats, region: Floats) -> Floats:
+def region_shares(rows: CsrRows, weights: Float32s, region: Float32s) -> Float32s:
     """(rows, 1) shares of the region that the images have; rows hold the largest value of each latent.
 
     region : (latents,) values of its k latents, else 0
@@ -48,8 +48,8 @@ def region_shares(rows: CsrRows, weights: Floats, region: Floats) -> Floats:
 
 
 def fingerprint(
-    indices: npt.NDArray[Any], values: Floats, weights: Floats, k: int
-) -> tuple[npt.NDArray[np.int64], Floats]:
+    indices: npt.NDArray[Any], values: Float32s, weights: Float32s, k: int
+) -> tuple[npt.NDArray[np.int64], Float32s]:
     """The latents of one fingerprint, largest weighted value first (ties: lower number), and these values.
 
     indices, values : (n,) the image's latents, rising, and their mean activations

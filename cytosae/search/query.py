@@ -24,7 +24,7 @@ from .config import BARCODE, REGION
 from .kernels import fingerprint
 from .scan import LAYERS, Collection, reader_of
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class Query:
     name: str
     origin: dict[str, Any]  # what determines it; plain JSON values
     number: int | None  # of the image in the barcodes; None: it is not one of them
-    layers: dict[str, Floats]  # "X", "mean", "max": (latents,); of a region only "max"
+    layers: dict[str, Float32s]  # "X", "mean", "max": (latents,); of a region only "max"
     content_hash: str  # of the image file; images with the same one are not listed
     picture: Pixels | None  # of a new file; that of a stored image is found by its latent store
-    tokens: dict[str, Floats]  # "tokens", "cls": (width,) of a new file; of a stored image they come from the cache
+    tokens: dict[str, Float32s]  # "tokens", "cls": (width,) of a new file; of a stored image they come from the cache
 
 
-def vector_of(query: Query, way: str, weights: Floats, k: int) -> Floats:
+def vector_of(query: Query, way: str, weights: Float32s, k: int) -> Float32s:
     """(latents,) what the kernels take: of norm 1 for fingerprint and barcode, the values themselves for a region.
 
     Raises
@@ -186,7 +186,7 @@ def file_query(
     )
 
 
-def _whole(collection: Collection, rows: ss.csr_matrix, layout: TokenLayout) -> dict[str, Floats]:
+def _whole(collection: Collection, rows: ss.csr_matrix, layout: TokenLayout) -> dict[str, Float32s]:
     """The rows that `cyto barcode` would have written for these tokens."""
     chosen = chosen_tokens(str(collection.store.header.spec["token_set"]), layout)
     some = rows[chosen.start : chosen.stop]
@@ -196,7 +196,7 @@ def _whole(collection: Collection, rows: ss.csr_matrix, layout: TokenLayout) -> 
     }
 
 
-def _of_region(rows: ss.csr_matrix, layout: TokenLayout, patches: Sequence[int]) -> dict[str, Floats]:
+def _of_region(rows: ss.csr_matrix, layout: TokenLayout, patches: Sequence[int]) -> dict[str, Float32s]:
     wrong = [patch for patch in patches if patch >= len(layout.patches)]
     if wrong:
         raise BadInput(

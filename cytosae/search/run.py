@@ -34,7 +34,7 @@ from .report import SearchResult
 from .scan import LAYERS, Collection, open_collection, reader_of, scan
 from .token_index import TokenIndex, build_index, places_of
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 NAMED = ("label", "label_common", "disease")  # columns of the image table that results repeat
 _SHARED = 8  # latents that are named as the reason for a similarity
@@ -269,7 +269,7 @@ def _query(
 
 def _scores_by_latents(
     collection: Collection, query: Query, config: SearchConfig, progress: Progress
-) -> Iterator[tuple[str, Floats]]:
+) -> Iterator[tuple[str, Float32s]]:
     """(way, similarity of every image) by fingerprint and barcode, or by the region."""
     for number, way in enumerate(config.ways):
         vector = vector_of(query, way, collection.weights, config.k)
@@ -283,13 +283,13 @@ def _scores_by_latents(
         yield way, found
 
 
-def _scorer(way: str, vector: Floats, collection: Collection, config: SearchConfig) -> Any:
+def _scorer(way: str, vector: Float32s, collection: Collection, config: SearchConfig) -> Any:
     if way == REGION:
         return lambda rows: region_shares(rows, collection.weights, vector)
     return scorer(way, vector[:, None], collection.weights, config.k)
 
 
-def scorer(way: str, queries: Floats, weights: Floats, k: int) -> Any:
+def scorer(way: str, queries: Float32s, weights: Float32s, k: int) -> Any:
     """Rows of barcodes -> (rows, queries) similarities; queries : (latents, queries) of norm 1."""
     queries = np.ascontiguousarray(queries)
     if way == FINGERPRINT:
@@ -299,7 +299,7 @@ def scorer(way: str, queries: Floats, weights: Floats, k: int) -> Any:
 
 def _scores_by_tokens(
     collection: Collection, query: Query, index: TokenIndex, places: Sequence[Ints]
-) -> dict[str, Floats]:
+) -> dict[str, Float32s]:
     """The same by mean patch tokens and CLS: cosines of what is left when the mean image is taken off."""
     found = {}
     for way in index.ways:
@@ -340,7 +340,7 @@ def _listed(collection: Collection, query: Query, config: SearchConfig) -> npt.N
     return kept
 
 
-def _best(scores: Floats, listed: npt.NDArray[np.bool_], top: int) -> Ints:
+def _best(scores: Float32s, listed: npt.NDArray[np.bool_], top: int) -> Ints:
     """The numbers of the `top` largest scores, of equals the earlier first; only what is alike at all."""
     some = np.flatnonzero(listed & (scores > 0))
     order: Ints = some[np.lexsort((some, -scores[some]))][:top]
@@ -352,7 +352,7 @@ def _image_rows(
     query: Query,
     config: SearchConfig,
     way: str,
-    scores: Floats,
+    scores: Float32s,
     listed: npt.NDArray[np.bool_],
 ) -> Iterator[dict[str, Any]]:
     best = _best(scores, listed, config.top)
@@ -402,7 +402,7 @@ def _reasons(collection: Collection, query: Query, config: SearchConfig, way: st
 
 
 def _patient_rows(
-    collection: Collection, query: Query, config: SearchConfig, way: str, scores: Floats
+    collection: Collection, query: Query, config: SearchConfig, way: str, scores: Float32s
 ) -> Iterator[dict[str, Any]]:
     """Patients by the mean similarity of all their images, the query and its copies left out."""
     some = np.flatnonzero(_listed(collection, query, config))

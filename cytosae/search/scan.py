@@ -27,7 +27,7 @@ from .together import rarity
 BLOCK = 1 << 22  # nonzeros of a block: 32 MiB, and as much again while it is decoded
 _MOST_ROWS = 1 << 15
 LAYERS = {FINGERPRINT: "mean", BARCODE: "X", REGION: "max"}  # what of image.zarr each way reads
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
@@ -43,7 +43,7 @@ class Collection:
     patient_of: Ints  # (images,) a number for each (dataset, patient); of an image without a patient one of its own
     dataset_of: Ints  # (images,)
     patients: list[tuple[str, str]]  # (patient, dataset) by number; ("", dataset): an image without a patient
-    weights: Floats  # (latents,)
+    weights: Float32s  # (latents,)
 
     @property
     def n_images(self) -> int:
@@ -111,11 +111,11 @@ def reader_of(collection: Collection, way: str) -> CsrReader:
 
 def scan(
     reader: CsrReader,
-    score: Callable[[CsrRows], Floats],
+    score: Callable[[CsrRows], Float32s],
     *,
     block: int = BLOCK,
     progress: Progress = lambda done, total, state: None,
-) -> Iterator[tuple[int, Floats]]:
+) -> Iterator[tuple[int, Float32s]]:
     """(first image, scores) of every block of images, in order; scores are what `score` makes of the block's rows.
 
     block : nonzeros of a block, about
@@ -129,10 +129,10 @@ def scan(
     bounds = blocks_of(reader, block)
     n_threads = n_cores()
 
-    def task(first: int, last: int) -> Floats:
+    def task(first: int, last: int) -> Float32s:
         return score(reader.read_rows(first, last))
 
-    waiting: deque[tuple[int, int, Future[Floats]]] = deque()
+    waiting: deque[tuple[int, int, Future[Float32s]]] = deque()
     with ThreadPoolExecutor(n_threads, thread_name_prefix="search") as threads:
         try:
             for first, last in [*bounds, (-1, -1)]:

@@ -17,7 +17,7 @@ from stores.csr import CsrRows
 from stores.errors import DamagedStore
 from stores.machine import n_cores
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 _AT_ONCE = 1024  # images that one thread looks for at a time
 
@@ -27,14 +27,14 @@ class Fingerprints:
     """The fingerprints of some images: their latents, largest weighted value first, as vectors of norm 1."""
 
     latents: npt.NDArray[np.int32]  # (images, k); -1 where there are fewer
-    values: Floats  # (images, k); 0 there
+    values: Float32s  # (images, k); 0 there
 
     @classmethod
     def empty(cls, n_images: int, k: int) -> "Fingerprints":
         """Of images that were not read yet."""
         return cls(np.full((n_images, k), -1, np.int32), np.zeros((n_images, k), np.float32))
 
-    def fill(self, first: int, rows: CsrRows, weights: Floats) -> None:
+    def fill(self, first: int, rows: CsrRows, weights: Float32s) -> None:
         """Those of the images from `first` on; rows are their mean activations, weights (latents,)."""
         last = first + rows.n_rows
         _fill(rows.indptr, rows.indices, rows.values, weights, self.latents[first:last], self.values[first:last])
@@ -44,7 +44,7 @@ class Fingerprints:
         return Fingerprints(self.latents[images], self.values[images])
 
 
-def rarity(store: BarcodeStore, tau: float | None, n_readable: int) -> Floats:
+def rarity(store: BarcodeStore, tau: float | None, n_readable: int) -> Float32s:
     """(latents,) what a latent weighs: ln((n + 1) / (images with it + 1)), 0 for one that every image has.
 
     Raises
@@ -56,13 +56,13 @@ def rarity(store: BarcodeStore, tau: float | None, n_readable: int) -> Floats:
     if "n_active_images" not in latents.columns:
         raise DamagedStore(f"{store.path('image', tau)} has no column n_active_images; count again with cyto barcode")
     with_it = latents["n_active_images"].to_numpy(np.float64)
-    found: Floats = np.log((n_readable + 1) / (with_it + 1)).clip(0).astype(np.float32)
+    found: Float32s = np.log((n_readable + 1) / (with_it + 1)).clip(0).astype(np.float32)
     return found
 
 
 def nearest_among(
     given: Fingerprints, owner: Ints, content: Ints, *, top: int, queries: Ints | None = None
-) -> tuple[npt.NDArray[np.int32], Floats]:
+) -> tuple[npt.NDArray[np.int32], Float32s]:
     """The most similar of these images for each of them: (images, 2, top) their positions, -1: none, and cosines.
 
     First those of any patient, then those of other patients. Of equal images the earlier one comes first. Memory: the

@@ -25,7 +25,7 @@ from .config import CLS, TOKENS
 
 PART_IMAGES = 4096
 _VERSION = 1
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
@@ -43,19 +43,19 @@ class TokenIndex:
         """What images can be compared by."""
         return tuple(self.centers)
 
-    def blocks(self, way: str) -> Iterator[tuple[int, int, Floats]]:
+    def blocks(self, way: str) -> Iterator[tuple[int, int, Float32s]]:
         """(cache, first image, rows of norm 1) part by part; a row is 0 where the image is not readable."""
         for cache, first, last, tag in self.parts:
             part = open_part(_path(self.folder, cache, first, last), tag)
             yield cache, first, self.unit(np.asarray(part[way]), way) * np.asarray(part["readable"])[:, None]
 
-    def unit(self, vectors: Floats, way: str) -> Floats:
+    def unit(self, vectors: Float32s, way: str) -> Float32s:
         """(n, width) vectors less the mean image, at norm 1."""
         centred = vectors.astype(np.float64) - self.centers[way]
         norms = np.linalg.norm(centred, axis=-1, keepdims=True)
         return np.asarray(centred / np.where(norms > 0, norms, 1), np.float32)
 
-    def vector(self, cache: int, image: int, way: str) -> Floats:
+    def vector(self, cache: int, image: int, way: str) -> Float32s:
         """(width,) of one image, as it is in the cache."""
         for number, first, last, tag in self.parts:
             if number == cache and first <= image < last:
